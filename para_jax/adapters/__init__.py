@@ -1,0 +1,1 @@
+"""Adapter methods, batches of adapters, and the adapter folder."""

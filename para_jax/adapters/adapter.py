@@ -1,0 +1,88 @@
+"""The interface of adapter methods. An Adapter makes an Adjustment once a prompt; the Adjustment is what decode carries.
+
+Both are written for one layer and one example; `jax.vmap` batches them. A whole adapter, for all layers, is the same class
+with a leading layer axis on every array.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from ..config import ModelConfig
+
+
+class AdapterParam(nnx.LoRAParam):
+    """A trained adapter weight: the type by which trainers that know Flax's LoRAParam select what they train."""
+
+
+class Statistic(nnx.Variable):
+    """A number measured once and stored with the adapter, never trained."""
+
+
+class Backbone(NamedTuple):
+    """What an adapter must know of the backbone it belongs to."""
+
+    model_type: str
+    num_layers: int
+    width: int
+    site_widths: tuple[tuple[str, int], ...]
+
+
+def describe(model: ModelConfig, sites: tuple[str, ...]) -> Backbone:
+    return Backbone(model.model_type, model.num_layers, model.width, tuple((s, model.site_width(s)) for s in sites))
+
+
+class Adapter(nnx.Module):
+    """One layer's weights. All-zero weights are the backbone: rows without an adapter rely on it."""
+
+    config: object
+    backbone: Backbone
+
+    def pool(self, x: jax.Array, prompt_length: jax.Array) -> jax.Array:
+        """The summary [width] of a prompt, from the residual stream x [length, width] that enters the layer."""
+        return x[prompt_length - 1]
+
+    def condition(self, summary: jax.Array) -> Adjustment:
+        """The adjustment of one example, from its summary [width]; runs once a prompt."""
+        raise NotImplementedError
+
+
+class Adjustment:
+    """What an adapter carries from prefill into decode, for one layer."""
+
+    def adjust(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """y [length, out] of the linear at `site`, adjusted; x [length, in] is the linear's input. Runs at every token."""
+        raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Factors(Adjustment):
+    """Elementwise factors l on sites' outputs, held as their distance from one: y + y * (l - 1)."""
+
+    distance: dict[str, jax.Array]
+    """l - 1 of each site, [out]"""
+
+    def adjust(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return y + y * self.distance[site] if site in self.distance else y
+
+
+def init(kind: type[Adapter], config, model: ModelConfig, seed: int) -> Adapter:
+    """A fresh adapter of a method, with a leading layer axis on its arrays."""
+    keys = jax.random.split(jax.random.key(seed), model.num_layers)
+    return jax.vmap(lambda key: kind(config, model, rngs=nnx.Rngs(params=key)))(keys)
+
+
+def count_parameters(adapter: Adapter) -> int:
+    """The number of trained values."""
+    variables = jax.tree.leaves(adapter, is_leaf=is_variable)
+    return sum(math.prod(v.shape) for v in variables if isinstance(v, AdapterParam))
+
+
+def is_variable(node) -> bool:
+    return isinstance(node, nnx.Variable)

@@ -1,0 +1,106 @@
+"""PARA's vector generator (arXiv:2502.01033): a prompt's hidden state to the factors on Q, V and Up, once a prompt.
+
+[S] seen in a source, [D] derived, [C] our choice, made because no source that could be read says it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..config import ModelConfig, ParaConfig
+from .adapter import Adapter, AdapterParam, Factors, Statistic, describe
+
+
+class Para(Adapter):
+    """One layer's generator. With x the residual stream that enters the layer, before its input norm:
+
+        s = pool(x over the prompt's tokens)       [S] "a pooler"; [C] the last prompt token
+        z = act(s W_down)                          [S]; [C] GELU in its erf form
+        l = 1 + z W_up                             [S]; [C] "1 +" and a W_up that starts from zero: a fresh adapter is the backbone
+        l_q, l_v, l_u = split(l)                   [S]; one matrix a site in memory
+        Q' = l_q Q, V' = l_v V, U' = l_u U         [S]; [C] straight after the linear, before q-norm and rotary
+
+    No biases: only so are r = 12 and LLaMA-2 7B the paper's 8.9M parameters [D].
+    """
+
+    def __init__(self, config: ParaConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        down = jax.random.normal(rngs.params(), (model.width, config.r)) * model.width**-0.5  # [C]
+        self.down = AdapterParam(down, axes=("width", "rank"))
+        self.up = nnx.Dict(
+            {
+                site: AdapterParam(jnp.zeros((config.r, model.site_width(site))), axes=("rank", model.site_axis(site)))
+                for site in config.target_modules
+            }
+        )
+        if config.pooler == "constant":
+            self.constant = AdapterParam(jax.random.normal(rngs.params(), (model.width,)), axes=("width",))
+        if config.summary == "standardised":
+            self.mean = Statistic(jnp.zeros(model.width), axes=("width",))
+            self.scale = Statistic(jnp.ones(1), axes=(None,))
+        if config.activation == "rational":
+            self.numerator = AdapterParam(jnp.array(GELU_NUMERATOR), axes=(None,))
+            self.denominator = AdapterParam(jnp.array(GELU_DENOMINATOR), axes=(None,))
+        self.config = config
+        self.backbone = describe(model, config.target_modules)
+
+    def pool(self, x: jax.Array, prompt_length: jax.Array) -> jax.Array:
+        return POOLERS[self.config.pooler](x, prompt_length)
+
+    def condition(self, summary: jax.Array) -> Factors:
+        """The factors, made in float32."""
+        summary = self.constant[...] if self.config.pooler == "constant" else summary.astype(jnp.float32)
+        hidden = self.activate(self.summarise(summary) @ self.down[...])
+        return Factors({site: hidden @ up[...] for site, up in self.up.items()})
+
+    def summarise(self, summary: jax.Array) -> jax.Array:
+        """The summary at a scale that suits one learning rate in all layers [C]: its RMS runs from 0.1 to 29 over the layers."""
+        if self.config.summary == "rms":
+            return summary * jax.lax.rsqrt(jnp.mean(summary * summary) + 1e-6)
+        if self.config.summary == "standardised":
+            scale = jnp.where(self.scale[...] == 0, 1.0, self.scale[...])  # zero in rows without an adapter
+            return (summary - jax.lax.stop_gradient(self.mean[...])) / jax.lax.stop_gradient(scale)
+        return summary
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        if self.config.activation == "rational":
+            return rational(x, self.numerator[...], self.denominator[...])
+        return ACTIVATIONS[self.config.activation](x)
+
+
+def last(x: jax.Array, prompt_length: jax.Array) -> jax.Array:
+    return x[prompt_length - 1]
+
+
+def mean(x: jax.Array, prompt_length: jax.Array) -> jax.Array:
+    in_prompt = (jnp.arange(x.shape[0]) < prompt_length)[:, None]
+    return jnp.sum(jnp.where(in_prompt, x.astype(jnp.float32), 0), axis=0) / prompt_length
+
+
+def maximum(x: jax.Array, prompt_length: jax.Array) -> jax.Array:
+    in_prompt = (jnp.arange(x.shape[0]) < prompt_length)[:, None]
+    return jnp.max(jnp.where(in_prompt, x, -jnp.inf), axis=0)
+
+
+#: Poolers over one prompt: x [length, width] and its length in tokens to [width]. `constant` replaces what `last` gives.
+POOLERS = {"last": last, "mean": mean, "max": maximum, "constant": last}
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "identity": lambda x: x,
+}
+
+
+# A least-squares fit of GELU (erf) on [-6, 6]; the largest error there is 0.0035 [C].
+GELU_NUMERATOR = (0.0, 0.5, 0.4122052, 0.10771265, 0.00535864, -0.00155836, -0.00016396)
+GELU_DENOMINATOR = (-2.56e-06, 0.21542737, -6.1e-07, -0.00311664, 0.0)
+
+
+def rational(x: jax.Array, numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """The learned rational function of PEDRO (arXiv:2409.17834) and MiLoRA (arXiv:2410.18035), m = 6 and n = 5:
+    (a_0 + ... + a_6 x^6) / (1 + |b_1 x + ... + b_5 x^5|); the absolute value, which keeps it free of poles, is [C]."""
+    return jnp.polyval(numerator[::-1], x) / (1 + jnp.abs(x * jnp.polyval(denominator[::-1], x)))

@@ -1,0 +1,82 @@
+"""Grouped-query attention: projections, rotary, and softmax over keys that a mask allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..config import ModelConfig
+from ..sharding import constrain
+from .layers import HeadNorm, Identity, Linear, RMSNorm, softcap
+from .rotary import rotate
+
+
+class Attention(nnx.Module):
+    """One layer's attention. Where the keys and values come from is decided by the `attend` that is handed in."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        q, kv = ("width", "heads"), ("width", "kv_heads")
+        self.q_proj = Linear(config.width, config.q_width, axes=q, bias=config.qkv_bias, rngs=rngs)
+        self.k_proj = Linear(config.width, config.kv_width, axes=kv, bias=config.qkv_bias, rngs=rngs)
+        self.v_proj = Linear(config.width, config.kv_width, axes=kv, bias=config.qkv_bias, rngs=rngs)
+        self.o_proj = Linear(config.q_width, config.width, axes=("heads", "width"), bias=config.output_bias, rngs=rngs)
+        self.q_norm = query_key_norm(config, config.q_width, "heads")
+        self.k_norm = query_key_norm(config, config.kv_width, "kv_heads")
+        self.head_dim = config.head_dim
+        self.scale = config.attention_scale
+        self.softcap = config.attention_softcap
+
+    def __call__(self, x: jax.Array, adjust: Callable, rotary: tuple[jax.Array, jax.Array], attend: Callable):
+        """x [batch, length, width] to (output [batch, length, width], what `attend` keeps).
+
+        Args:
+            adjust: adjust(site, input, output) -> output, straight after each linear.
+            attend: attend(q, k, v) -> (mixed values, kept); q [batch, length, heads, head_dim], k after rotary.
+        """
+        q = self.heads(self.q_norm(adjust("q_proj", x, self.q_proj(x))), "heads")
+        k = self.heads(self.k_norm(adjust("k_proj", x, self.k_proj(x))), "kv_heads")
+        v = self.heads(adjust("v_proj", x, self.v_proj(x)), "kv_heads")
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        mixed, kept = attend(q, k, v, self.scale, self.softcap)
+        mixed = mixed.reshape(*x.shape[:-1], -1)
+        return adjust("o_proj", mixed, self.o_proj(mixed)), kept
+
+    def heads(self, projected: jax.Array, axis: str) -> jax.Array:
+        split = projected.reshape(*projected.shape[:-1], -1, self.head_dim)
+        return constrain(split, ("batch", None, axis, None))
+
+
+def query_key_norm(config: ModelConfig, size: int, axis: str) -> nnx.Module:
+    """The norm on queries or keys: none, over each head (Qwen3, Gemma 3) or over the whole projection (OLMo 2)."""
+    if config.qk_norm == "head":
+        return HeadNorm(config.head_dim, eps=config.norm_eps, offset=config.norm_offset)
+    if config.qk_norm == "projection":
+        return RMSNorm(size, eps=config.norm_eps, offset=config.norm_offset, axis=axis)
+    return Identity()
+
+
+def mixed_values(q, k, v, mask, scale: float, cap: float | None) -> jax.Array:
+    """softmax(q k^T) v: q [b, t, h, e]; k, v [b, k, s, e]; mask bool, broadcast to [b, t, s]; to [b, t, h, e].
+
+    Scores and softmax are float32. Query head h reads kv head h // (heads / kv_heads).
+    """
+    b, t, h, e = q.shape
+    grouped = q.reshape(b, t, k.shape[1], -1, e)
+    scores = jnp.einsum("btkge,bkse->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = softcap(scores * scale, cap)
+    scores = jnp.where(mask[..., None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bkse->btkge", weights, v).reshape(b, t, h, e)
+
+
+def causal_mask(length: int, window: int | None) -> jax.Array:
+    """bool [length, length]: a query at t sees keys t - window < s <= t."""
+    distance = jnp.arange(length)[:, None] - jnp.arange(length)
+    return (distance >= 0) & within(distance, window)
+
+
+def within(distance: jax.Array, window: int | None) -> jax.Array | bool:
+    return True if window is None else distance < window

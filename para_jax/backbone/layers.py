@@ -1,0 +1,73 @@
+"""The small layers that attention and feed-forward are made of: linear, norms, and the identity that stands where a family
+has no norm."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias); kernel [in, out]."""
+
+    def __init__(self, size_in: int, size_out: int, *, axes: tuple[str, str], bias: bool, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(normal(rngs, (size_in, size_out), size_in**-0.5), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(size_out), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...]
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * (offset + weight) over the last axis, in float32 (arXiv:1910.07467; offset 1 in the Gemma families)."""
+
+    def __init__(self, size: int, *, eps: float, offset: float, axis: str | None = None):
+        self.weight = nnx.Param(jnp.full(size, 1.0 - offset), axes=(axis,))
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale * (self.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class HeadNorm(RMSNorm):
+    """The RMS norm of each head by itself, on a projection [..., heads * head_dim]; one weight [head_dim] for all heads."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x.reshape(*x.shape[:-1], -1, self.weight.shape[-1])).reshape(x.shape)
+
+
+class Identity(nnx.Module):
+    """Stands where a family has no norm."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> jax.Array:
+    return scale * jax.random.normal(rngs.params(), shape)
+
+
+def relu(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, 0)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+#: The activations of ModelConfig.activation.
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), which keeps x within ±cap (Gemma 2, arXiv:2408.00118); x itself where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)

@@ -1,0 +1,43 @@
+"""Rotary position embeddings in the rotate-half form (arXiv:2104.09864), with the scalings that published models use."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..config import RotaryConfig
+
+
+def rotary_tables(config: RotaryConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [..., dims / 2], of integer positions [...]."""
+    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the first dims of every head of x [batch, length, heads, head_dim] by tables [(batch,) length, dims / 2]."""
+    half = cos.shape[-1]
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    first, second, rest = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([part.astype(x.dtype) for part in turned] + [rest], axis=-1)
+
+
+def inverse_frequencies(config: RotaryConfig) -> np.ndarray:
+    """Radians a position, float32 [dims / 2]."""
+    frequencies = config.theta ** -(np.arange(0, config.dims, 2, dtype=np.float64) / config.dims)
+    if config.scaling == "linear":
+        frequencies = frequencies / config.factor
+    if config.scaling == "llama3":
+        frequencies = llama3_scaled(frequencies, config)
+    return frequencies.astype(np.float32)
+
+
+def llama3_scaled(frequencies: np.ndarray, config: RotaryConfig) -> np.ndarray:
+    """Llama 3.1's rule: wave lengths (in positions) beyond original / low_freq_factor are slowed by the factor, those
+    below original / high_freq_factor stay, and between them the two are blended."""
+    wave_lengths = 2 * np.pi / frequencies
+    turns = config.original_max_positions / wave_lengths
+    blend = np.clip((turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor), 0, 1)
+    return (1 - blend) * frequencies / config.factor + blend * frequencies

@@ -1,0 +1,147 @@
+"""The frozen backbone: one decoder-only Transformer for all families. Families differ by ModelConfig values only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..config import LayerKind, ModelConfig
+from ..sharding import constrain
+from .attention import Attention
+from .feedforward import FeedForward
+from .layers import Identity, RMSNorm, normal, softcap
+
+
+class Layer(nnx.Module):
+    """One Transformer layer; norms before and after its two halves are the identity where the family has none."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+        self.input_norm = norm(config, config.pre_norm)
+        self.attention = Attention(config, rngs=rngs)
+        self.post_attention_norm = norm(config, config.post_norm)
+        self.pre_feedforward_norm = norm(config, config.pre_norm)
+        self.feedforward = FeedForward(config, rngs=rngs)
+        self.post_feedforward_norm = norm(config, config.post_norm)
+        self.residual_multiplier = config.residual_multiplier
+        self.kind = kind
+
+    def __call__(self, x: jax.Array, adjust: Callable, rotary: tuple[jax.Array, jax.Array], attend: Callable):
+        """The residual stream x [batch, length, width] after this layer, and what `attend` kept of keys and values."""
+        out, kept = self.attention(self.input_norm(x), adjust, rotary, attend)
+        x = x + self.residual_multiplier * self.post_attention_norm(out)
+        out = self.feedforward(self.pre_feedforward_norm(x), adjust)
+        x = x + self.residual_multiplier * self.post_feedforward_norm(out)
+        return constrain(x, ("batch", None, None)), kept
+
+
+class Transformer(nnx.Module):
+    """Embedding, layers, final norm and head. `model.py` runs it: forward, prefill, decode.
+
+    layout "layers": `layers` holds one Layer a layer (for decoding). layout "stacked": `layers` holds, for each segment of
+    `segments(config.kinds)`, one Layer a position of the segment's period, whose arrays lead with the repeats (for training,
+    where a scan keeps compile time flat in depth).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(normal(rngs, (config.vocab_size, config.width), 1.0), axes=("vocab", "width"))
+        self.layers = nnx.List([Layer(config, kind, rngs=rngs) for kind in config.kinds])
+        self.final_norm = norm(config, True)
+        head_axes = ("width", "vocab")
+        self.head = (
+            None
+            if config.tied_embeddings
+            else nnx.Param(normal(rngs, (config.width, config.vocab_size), config.width**-0.5), axes=head_axes)
+        )
+        self.config = config
+        self.layout = "layers"
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.embedding.dtype
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Tokens int32 [batch, length] to the residual stream [batch, length, width]."""
+        x = self.embedding[...][tokens] * jnp.asarray(self.config.embedding_multiplier, self.dtype)
+        return constrain(x, ("batch", None, None))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Logits float32 [..., vocab] of the residual stream after the final norm, x [..., width]."""
+        if self.head is None:
+            logits = jnp.einsum("...d,vd->...v", x, self.embedding[...], preferred_element_type=jnp.float32)
+        else:
+            logits = jnp.einsum("...d,dv->...v", x, self.head[...], preferred_element_type=jnp.float32)
+        return softcap(logits / self.config.logits_divisor, self.config.final_softcap)
+
+    def with_layout(self, layout: str) -> Transformer:
+        """This model in the other layout, made leaf by leaf; this module and its adapted views are unusable afterwards.
+
+        The peak is the model and one leaf's stack.
+        """
+        if layout not in ("layers", "stacked"):
+            raise ValueError(f"layout: {layout!r} is not possible; expected layers or stacked")
+        if layout == self.layout:
+            return self
+        model = jax.tree.map(lambda x: x, self)
+        model.layers = nnx.List(stacked(self) if layout == "stacked" else unstacked(self))
+        model.layout = layout
+        return model
+
+
+def norm(config: ModelConfig, present: bool) -> nnx.Module:
+    return RMSNorm(config.width, eps=config.norm_eps, offset=config.norm_offset) if present else Identity()
+
+
+def segments(kinds: tuple[LayerKind, ...]) -> tuple[tuple[int, int, int], ...]:
+    """The layers cut into (start, period, repeats): runs in which the kinds of layers repeat with a period.
+
+    Gemma 3 1B (26 layers, every sixth with full attention) gives (0, 6, 4) and (24, 1, 2).
+    """
+    cuts, start = [], 0
+    while start < len(kinds):
+        period, repeats = max(
+            ((period, repeats_from(kinds, start, period)) for period in range(1, len(kinds) - start + 1)),
+            key=lambda found: (found[0] * found[1] if found[0] == 1 or found[1] > 1 else 0, -found[0]),
+        )
+        cuts.append((start, period, repeats))
+        start += period * repeats
+    return tuple(cuts)
+
+
+def repeats_from(kinds: tuple[LayerKind, ...], start: int, period: int) -> int:
+    repeats = 1
+    while kinds[start : start + period] == kinds[start + repeats * period : start + (repeats + 1) * period]:
+        repeats += 1
+    return repeats
+
+
+def stacked(model: Transformer) -> list:
+    def stack(layers: list[Layer]) -> Layer:
+        columns = zip(*(jax.tree.leaves(layer) for layer in layers), strict=True)
+        return jax.tree.unflatten(jax.tree.structure(layers[0]), [moved(jnp.stack, column) for column in columns])
+
+    return [
+        nnx.List([stack([model.layers[start + i * period + j] for i in range(repeats)]) for j in range(period)])
+        for start, period, repeats in segments(model.config.kinds)
+    ]
+
+
+def unstacked(model: Transformer) -> list[Layer]:
+    layers: list = [None] * model.config.num_layers
+    for (start, period, repeats), group in zip(segments(model.config.kinds), model.layers, strict=True):
+        for j, layer in enumerate(group):
+            treedef = jax.tree.structure(layer)
+            columns = [moved(lambda leaf: [leaf[0][i] for i in range(repeats)], [leaf]) for leaf in jax.tree.leaves(layer)]
+            for i in range(repeats):
+                layers[start + i * period + j] = jax.tree.unflatten(treedef, [column[i] for column in columns])
+    return layers
+
+
+def moved(move: Callable, arrays) -> jax.Array:
+    """What `move` makes of the arrays, whose memory is given back before the next leaf is moved."""
+    made = jax.block_until_ready(move(list(arrays)))
+    for array in arrays:
+        array.delete()
+    return made

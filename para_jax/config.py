@@ -1,0 +1,405 @@
+"""Frozen dataclasses for models, adapters and runs, and `load_config`, which makes a run of a YAML file and overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+#: The linear layers whose output an adapter may change, named as Hugging Face names them, always in this order.
+SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryConfig:
+    """One rotary embedding (arXiv:2104.09864, rotate-half form): how fast each of the first `dims` of a head turns."""
+
+    dims: int
+    theta: float = 10000.0
+    scaling: str = "none"
+    """none | linear (all frequencies / factor) | llama3 (only the low ones)"""
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What may differ from layer to layer: the rotary embedding, and the window in tokens (None: full attention)."""
+
+    rotary: RotaryConfig
+    window: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only Transformer. The families of backbone/families.py differ only by these values."""
+
+    model_type: str
+    vocab_size: int
+    width: int
+    hidden_width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kinds: tuple[LayerKind, ...]
+    """one a layer"""
+    max_positions: int = 4096
+    activation: str = "silu"
+    """silu | gelu (erf) | gelu_tanh | relu"""
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    """norms multiply by (norm_offset + weight); 1 in the Gemma families"""
+    pre_norm: bool = True
+    post_norm: bool = False
+    """norms on the outputs of attention and feed-forward, before they join the residual stream"""
+    qk_norm: str = "none"
+    """none | head (over each head) | projection (over all heads at once)"""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    attention_scale: float = 1.0
+    """query times key times this"""
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    tied_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def q_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def site_width(self, site: str) -> int:
+        """The width of a site's output."""
+        return {
+            "q_proj": self.q_width,
+            "k_proj": self.kv_width,
+            "v_proj": self.kv_width,
+            "o_proj": self.width,
+            "gate_proj": self.hidden_width,
+            "up_proj": self.hidden_width,
+            "down_proj": self.width,
+        }[site]
+
+    def site_axis(self, site: str) -> str:
+        """The name of the axis of a site's output, for sharding.py."""
+        return {"q_proj": "heads", "k_proj": "kv_heads", "v_proj": "kv_heads", "o_proj": "width", "down_proj": "width"}.get(
+            site, "hidden"
+        )
+
+    def site_input_width(self, site: str) -> int:
+        """The width of a site's input."""
+        return {"o_proj": self.q_width, "down_proj": self.hidden_width}.get(site, self.width)
+
+
+# -------------------------------------------------------------------------------------------------------------- adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParaConfig:
+    """PARA (arXiv:2502.01033). r = 12 is the only rank that gives the paper's 8.9M parameters on LLaMA-2 7B [derived]."""
+
+    r: int = 12
+    pooler: str = "last"
+    """last | mean | max | constant"""
+    summary: str = "raw"
+    """raw | rms | standardised [our choice: all three]"""
+    activation: str = "gelu"
+    """gelu (erf) | gelu_tanh | silu | relu | identity | rational"""
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")
+
+    POOLERS: typing.ClassVar = ("last", "mean", "max", "constant")
+    SUMMARIES: typing.ClassVar = ("raw", "rms", "standardised")
+    ACTIVATIONS: typing.ClassVar = ("gelu", "gelu_tanh", "silu", "relu", "identity", "rational")
+
+    def __post_init__(self):
+        require(isinstance(self.r, int) and self.r >= 1, "r", self.r, "a whole number of at least 1")
+        require(self.pooler in self.POOLERS, "pooler", self.pooler, one_of(self.POOLERS))
+        require(self.summary in self.SUMMARIES, "summary", self.summary, one_of(self.SUMMARIES))
+        require(self.activation in self.ACTIVATIONS, "activation", self.activation, one_of(self.ACTIVATIONS))
+        require_sites(self)
+
+
+def require_sites(config) -> None:
+    """Checks `target_modules` and puts it into the order of SITES."""
+    sites = tuple(config.target_modules)
+    require(bool(sites) and set(sites) <= set(SITES), "target_modules", sites, "a non-empty part of " + ", ".join(SITES))
+    object.__setattr__(config, "target_modules", tuple(site for site in SITES if site in sites))
+
+
+#: The adapter methods and their configs. A new method is one line here and one file in adapters/.
+ADAPTER_CONFIGS = {"para": ParaConfig}
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSection:
+    source: str = "smollm2-135m"
+    """a folder, a hub id (user/name or user/name@revision), a .gguf file, or the built-in name smollm2-135m"""
+    dtype: str | None = None
+    """float32 | bfloat16; default: float32 on a CPU, else bfloat16"""
+
+    def __post_init__(self):
+        require(self.dtype in (None, "float32", "bfloat16"), "backbone.dtype", self.dtype, "float32 or bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    train: str | None = None
+    """a .jsonl file, or a folder with train.jsonl and perhaps validation.jsonl and test.jsonl"""
+    validation: str | None = None
+    test: str | None = None
+    task: str | None = None
+    """a name from data/tasks.py: its templates, its metric, its choices"""
+    prompt: str | None = None
+    """a template over the columns, such as "{instruction}\\n{input}"; default: the column `prompt`"""
+    completion: str | None = None
+    max_seq_length: int = 512
+    """tokens of prompt and completion together"""
+    truncate: str = "error"
+    """what is done with longer examples: error | skip | left (cut from the prompt's left); each is counted and reported"""
+    buckets: int = 3
+    """the most padded lengths that training compiles for"""
+
+    def __post_init__(self):
+        require(self.max_seq_length >= 2, "data.max_seq_length", self.max_seq_length, "at least 2 tokens")
+        require(self.truncate in ("error", "skip", "left"), "data.truncate", self.truncate, one_of(("error", "skip", "left")))
+        require(self.buckets >= 1, "data.buckets", self.buckets, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    learning_rate: float = 1e-3
+    schedule: str = "linear"
+    """constant | linear | cosine, after the warm-up"""
+    warmup_ratio: float = 0.06
+    max_steps: int | None = None
+    """optimiser steps; default: num_epochs passes over the data"""
+    num_epochs: float = 1.0
+    per_device_batch_size: int = 8
+    """rows of one forward pass on each of the mesh's data x fsdp devices"""
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    adam_eps: float = 1e-8
+    remat: str = "none"
+    """none | block (recompute each layer in the backward pass)"""
+
+    SCHEDULES: typing.ClassVar = ("constant", "linear", "cosine")
+
+    def __post_init__(self):
+        require(self.learning_rate >= 0, "train.learning_rate", self.learning_rate, "a number of at least 0")
+        require(self.schedule in self.SCHEDULES, "train.schedule", self.schedule, one_of(self.SCHEDULES))
+        require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", self.warmup_ratio, "a share of the steps, 0 or more and below 1")
+        require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1")
+        require(self.num_epochs > 0, "train.num_epochs", self.num_epochs, "more than 0")
+        require(self.per_device_batch_size >= 1, "train.per_device_batch_size", self.per_device_batch_size, "at least 1")
+        require(self.gradient_accumulation_steps >= 1, "train.gradient_accumulation_steps", self.gradient_accumulation_steps, "at least 1")
+        require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "more than 0")
+        require(self.remat in ("none", "block"), "train.remat", self.remat, "none or block")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSection:
+    every: int = 200
+    """steps between two evaluations on the validation data; the last step is always evaluated"""
+    metric: str | None = None
+    """loss | exact_match | f1 | squad | accuracy; default: the task's, else exact_match"""
+    choices: tuple[str, ...] = ()
+    """the answers that `accuracy` ranks; default: the task's, else the different completions of the training data"""
+    limit: int | None = None
+    """the most validation examples scored"""
+    batch_size: int = 16
+    max_new_tokens: int = 32
+    patience: int | None = None
+    """stop after so many evaluations without a better score"""
+    test: bool = False
+    """score the test data before and after training"""
+
+    METRICS: typing.ClassVar = ("loss", "exact_match", "f1", "squad", "accuracy")
+
+    def __post_init__(self):
+        require(self.every >= 1, "eval.every", self.every, "at least 1 step")
+        require(self.metric is None or self.metric in self.METRICS, "eval.metric", self.metric, one_of(self.METRICS))
+        require(self.limit is None or self.limit >= 1, "eval.limit", self.limit, "at least 1 example")
+        require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
+        require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.patience is None or self.patience >= 1, "eval.patience", self.patience, "at least 1 evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSection:
+    """Devices along each axis; one of them may be -1: all that are left. The default uses every device for data."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingSection:
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """any of tensorboard, wandb; metrics.jsonl is always written"""
+    every: int = 1
+
+    def __post_init__(self):
+        require(set(self.report_to) <= {"tensorboard", "wandb"}, "logging.report_to", self.report_to, "any of tensorboard, wandb")
+        require(self.every >= 1, "logging.every", self.every, "at least 1 step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeSection:
+    compilation_cache: bool = True
+    allow_cpu: bool = False
+    """run on the CPU although the machine has an accelerator"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run; configs/ holds examples, and the README says how fields are overridden."""
+
+    backbone: BackboneSection = field(default_factory=BackboneSection)
+    adapter: ParaConfig = field(default_factory=ParaConfig)
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    mesh: MeshSection = field(default_factory=MeshSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
+    runtime: RuntimeSection = field(default_factory=RuntimeSection)
+    output_dir: str = "runs/run"
+    seed: int = 0
+
+
+# Fields whose override is taken as it stands (OmegaConf would read "{output}" as a mapping), with \n for a newline.
+TEXT_FIELDS = ("data.prompt", "data.completion")
+
+
+def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """A RunConfig from a YAML file (None: the defaults) and overrides such as "train.learning_rate=3e-3".
+
+    Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
+    """
+    try:
+        given = OmegaConf.create({}) if file is None else read_yaml(Path(file))
+        merged = OmegaConf.merge(given, *map(parse_override, overrides))
+        if not isinstance(merged, DictConfig):
+            raise ValueError(f"{file}: a run is a mapping of sections (backbone, adapter, data, train, ...)")
+        method = str(merged.get("adapter", {}).get("method", "para"))
+        require(method in ADAPTER_CONFIGS, "adapter.method", method, one_of(ADAPTER_CONFIGS))
+        if "adapter" in merged:
+            merged.adapter.pop("method", None)
+        schema = OmegaConf.structured(RunConfig(adapter=ADAPTER_CONFIGS[method]()))
+        with flag_override(schema, "readonly", False):
+            unfreeze(schema)
+            return to_dataclass(OmegaConf.merge(schema, merged), RunConfig(adapter=ADAPTER_CONFIGS[method]()))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        key = getattr(error, "full_key", None)
+        raise ValueError(f"config{f' {file}' if file else ''}: {f'{key}: ' if key else ''}{lines[0]}") from None
+
+
+def save_config(config: RunConfig, file: str | Path) -> None:
+    """Writes a config as YAML that `load_config` reads back to an equal one."""
+    Path(file).write_text(yaml.safe_dump(config_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def config_dict(config: RunConfig) -> dict[str, Any]:
+    """A config as plain dictionaries, lists and scalars, with `adapter.method`."""
+    plain = _plain(dataclasses.asdict(config))
+    return plain | {"adapter": {"method": adapter_method(config.adapter)} | plain["adapter"]}
+
+
+def adapter_method(config) -> str:
+    """The name under which an adapter config stands in ADAPTER_CONFIGS."""
+    return next(name for name, kind in ADAPTER_CONFIGS.items() if kind is type(config))
+
+
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Raises the ValueError that names a wrong value and says what was expected."""
+    if not holds:
+        raise ValueError(f"{name}: {value!r} is not possible; expected {expected}")
+
+
+def one_of(names) -> str:
+    return "one of " + ", ".join(names)
+
+
+def read_yaml(file: Path) -> DictConfig:
+    if not file.is_file():
+        raise ValueError(f"config {file}: no such file")
+    return OmegaConf.create(file.read_text()) if file.read_text().strip() else OmegaConf.create({})
+
+
+def parse_override(text: str) -> DictConfig:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {text!r}: expected section.field=value, such as train.learning_rate=3e-3")
+    if key in TEXT_FIELDS:
+        made = OmegaConf.create({})
+        OmegaConf.update(made, key, value.replace("\\n", "\n"))
+        return made
+    return OmegaConf.from_dotlist([text])
+
+
+def unfreeze(node: DictConfig) -> None:
+    """Lets a merge write into the nodes of frozen dataclasses, which OmegaConf marks read-only."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        if OmegaConf.is_dict(node[key]):
+            unfreeze(node[key])
+
+
+def to_dataclass(node: DictConfig, template) -> Any:
+    """The frozen dataclass with a node's values, lists as tuples; __post_init__ checks each section."""
+    values = {}
+    for f in dataclasses.fields(template):
+        value = node[f.name]
+        if isinstance(value, DictConfig):
+            value = to_dataclass(value, getattr(template, f.name))
+        elif OmegaConf.is_config(value):
+            value = tuple(OmegaConf.to_container(value))
+        values[f.name] = value
+    return type(template)(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+# OmegaConf 2.4 reads `int | None` only where the annotation is a type, not a string; resolve the strings once.
+for _section in (BackboneSection, DataSection, TrainSection, EvalSection, MeshSection, LoggingSection, RuntimeSection, ParaConfig, RunConfig):
+    _hints = typing.get_type_hints(_section)
+    for _field in dataclasses.fields(_section):
+        _field.type = _hints[_field.name]

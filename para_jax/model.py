@@ -1,0 +1,305 @@
+"""Where backbone and adapters meet: adapt, forward, prefill, decode.
+
+A layer's adjustments are made from the residual stream that enters it, at the prompt, once; the same adjustments serve the
+teacher-forced pass and every decoded token. `decode` takes adjustments and no adapter: neither its cost nor its compiled
+program can depend on the number of tenants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from .adapters.adapter import Adapter, Adjustment, Factors, init
+from .adapters.para import Para
+from .adapters.rows import Rows, by_layer, check_fits, gather
+from .backbone.attention import causal_mask
+from .backbone.cache import attend_cached, attend_within, padded
+from .backbone.rotary import rotary_tables
+from .backbone.transformer import Transformer, segments
+from .config import ModelConfig, ParaConfig
+
+METHODS: dict[type, type[Adapter]] = {ParaConfig: Para}
+
+
+class DecodeState(NamedTuple):
+    """What decode needs of the tokens so far. Donated at each step."""
+
+    cache: tuple
+    """a layer: (keys after rotary, values), each [batch, kv_heads, max_length, head_dim]"""
+    adjustments: tuple
+    """a layer: an Adjustment whose arrays lead with the batch; () without adapters"""
+    length: jax.Array
+    """int32 [batch], tokens held"""
+
+
+class AdaptedTransformer(nnx.Module):
+    """The same Transformer, its arrays shared, with an adapter at every layer."""
+
+    def __init__(self, backbone: Transformer, adapter: Adapter):
+        self.backbone = backbone
+        self.adapter = adapter
+
+    def __call__(self, tokens: jax.Array, prompt_length) -> jax.Array:
+        """Logits float32 [batch, length, vocab] of tokens int32 [batch, length], right-padded."""
+        return forward(self.backbone, self.adapter, tokens, prompt_length)
+
+
+def init_adapter(adapter_config, model_config: ModelConfig, *, seed: int = 0) -> Adapter:
+    """A fresh adapter: exactly the backbone until it is trained. Its arrays lead with the layers."""
+    return init(METHODS[type(adapter_config)], adapter_config, model_config, seed)
+
+
+def adapt(model: Transformer, adapter) -> AdaptedTransformer:
+    """The transform: `model` with an adapter (or a fresh one of an adapter config) at every layer."""
+    if type(adapter) in METHODS:
+        adapter = init_adapter(adapter, model.config)
+    check_fits(adapter, model.config)
+    return AdaptedTransformer(model, adapter)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole sequences
+
+
+def forward(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None) -> jax.Array:
+    """Logits float32 [batch, T, vocab] of the teacher-forced pass.
+
+    Args:
+        adapters: None (prompt_length is ignored), one adapter for every row, or Rows.
+        tokens: int32 [batch, T], padded on the right.
+        prompt_length: int or int32 [batch]; the summary is taken at prompt_length - 1 (mean, max: over the prompt).
+        length: int or int32 [batch], a row's real tokens; default T. Logits at padding are finite, no more.
+
+    Raises ValueError unless 1 <= prompt_length <= length <= T, where they are concrete, or for a foreign adapter.
+    """
+    tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, length)
+    return _forward(model, adapters, tokens, prompt_length)
+
+
+def hidden_states(
+    model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None, *, all_layers: bool = False
+) -> jax.Array:
+    """The hidden states after the final norm [batch, T, width]; all_layers: the residual stream that enters each layer, and
+    the last layer's output before the final norm, [layers + 1, batch, T, width]. Arguments and errors as in forward."""
+    tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, length)
+    return _hidden_states(model, adapters, tokens, prompt_length, all_layers)
+
+
+def vectors(model: Transformer, adapters: Adapter | Rows, tokens, prompt_length) -> dict[str, jax.Array]:
+    """The factors l themselves, {site: float32 [layers, batch, site width]}, for looking and for tests."""
+    tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
+    adjustments = _adjustments(model, adapters, tokens, prompt_length)
+    if not isinstance(adjustments[0], Factors):
+        raise ValueError(f"vectors: {type(adjustments[0]).__name__} adjustments are not factors")
+    return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in adjustments[0].distance}
+
+
+def multi_tenant_forward(model: Transformer, rows: Rows, tokens, prompt_length, length=None) -> jax.Array:
+    """forward, written the plain way, as the reference: `jax.vmap` over single examples and their adapter weights, with the
+    backbone unmapped. It gathers every row's whole adapter."""
+    tokens, prompt_length, _ = checked(model, rows, tokens, prompt_length, length)
+    return _multi_tenant_forward(model, rows, tokens, prompt_length)
+
+
+def right_pad(tokens, attention_mask) -> tuple[jax.Array, jax.Array]:
+    """(tokens, length) with every row's real tokens moved to the left: tokens and mask [batch, T], padded on any side."""
+    mask = jnp.asarray(attention_mask) != 0
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    kept = jnp.take_along_axis(jnp.where(mask, jnp.asarray(tokens), 0), order, axis=1)
+    return kept.astype(jnp.int32), mask.sum(axis=1).astype(jnp.int32)
+
+
+# ------------------------------------------------------------------------------------------------------------- step by step
+
+
+def prefill(
+    model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None, *, max_length: int
+) -> tuple[jax.Array, DecodeState]:
+    """Logits float32 [batch, vocab] at each row's last token, and the state from which decode goes on.
+
+    Args:
+        length: a row's real tokens; default prompt_length. A larger one continues a started completion with the factors of
+            its prompt.
+        max_length: tokens a row that the cache holds.
+
+    Raises ValueError as forward does, and where the tokens do not fit max_length.
+    """
+    tokens, prompt_length, length = checked(model, adapters, tokens, prompt_length, prompt_length if length is None else length)
+    if tokens.shape[1] > max_length:
+        raise ValueError(f"max_length: {max_length} is less than the {tokens.shape[1]} tokens given")
+    return _prefill(model, adapters, tokens, prompt_length, length, max_length)
+
+
+def decode(model: Transformer, state: DecodeState, tokens) -> tuple[jax.Array, DecodeState]:
+    """Logits float32 [batch, vocab] after one more token a row, int32 [batch], and the next state.
+
+    The state that is given is donated. A row that holds max_length tokens writes nothing and gives NaN logits.
+    """
+    return _decode(model, state, jnp.asarray(tokens, jnp.int32))
+
+
+# ------------------------------------------------------------------------------------------------------------- the programs
+
+
+@jax.jit
+def _forward(model, adapters, tokens, prompt_length):
+    return model.logits(model.final_norm(residual_stream(model, adapters, tokens, prompt_length)[0]))
+
+
+@partial(jax.jit, static_argnums=4)
+def _hidden_states(model, adapters, tokens, prompt_length, all_layers):
+    x, entered = residual_stream(model, adapters, tokens, prompt_length, keep=(lambda x, kept, adjustment: x) if all_layers else None)
+    return jnp.stack([*entered, x]) if all_layers else model.final_norm(x)
+
+
+@jax.jit
+def _adjustments(model, adapters, tokens, prompt_length):
+    return residual_stream(model, adapters, tokens, prompt_length, keep=lambda x, kept, adjustment: adjustment)[1]
+
+
+@jax.jit
+def _multi_tenant_forward(model, rows, tokens, prompt_length):
+    def alone(adapter, tokens, prompt_length):
+        x, _ = residual_stream(model, adapter, tokens[None], prompt_length[None])
+        return model.logits(model.final_norm(x))[0]
+
+    return jax.vmap(alone)(gather(rows.stack.adapters, rows.index), tokens, prompt_length)
+
+
+@partial(jax.jit, static_argnums=5)
+def _prefill(model, adapters, tokens, prompt_length, length, max_length):
+    def keep(x, kept, adjustment):
+        return padded(kept, max_length), cast(adjustment, x.dtype)
+
+    x, kept = residual_stream(model, adapters, tokens, prompt_length, keep=keep)
+    last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0]
+    adjustments = () if adapters is None else tuple(adjustment for _, adjustment in kept)
+    return model.logits(model.final_norm(last)), DecodeState(tuple(cache for cache, _ in kept), adjustments, length)
+
+
+@partial(jax.jit, donate_argnums=1)
+def _decode(model, state, tokens):
+    return decode_step(model, state, tokens)
+
+
+def decode_step(model: Transformer, state: DecodeState, tokens: jax.Array) -> tuple[jax.Array, DecodeState]:
+    """decode, to be used inside a larger compiled program."""
+    max_length = state.cache[0][0].shape[2]
+    tables = {kind.rotary: rotary_tables(kind.rotary, state.length[:, None]) for kind in model.config.kinds}
+
+    def step(x, layer, inputs):
+        cache, adjustment = inputs
+        attend = attend_cached(cache, state.length, layer.kind.window)
+        return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
+
+    adjustments = state.adjustments or (None,) * model.config.num_layers
+    x, cache = through_layers(model, step, model.embed(tokens[:, None]), list(zip(state.cache, adjustments, strict=True)))
+    logits = model.logits(model.final_norm(x[:, 0]))
+    full = state.length >= max_length
+    logits = jnp.where(full[:, None], jnp.nan, logits)
+    return logits, DecodeState(tuple(cache), state.adjustments, jnp.where(full, state.length, state.length + 1))
+
+
+def residual_stream(model, adapters, tokens, prompt_length, *, keep: Callable | None = None, remat: bool = False):
+    """The residual stream [batch, T, width] before the final norm, and a list over layers of what
+    keep(x that entered, (keys, values), float32 adjustment) gives; [None, ...] without `keep`.
+
+    Args:
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+    positions = jnp.arange(tokens.shape[1])
+    tables = {kind.rotary: rotary_tables(kind.rotary, positions) for kind in model.config.kinds}
+    masks = {kind.window: causal_mask(tokens.shape[1], kind.window)[None] for kind in model.config.kinds}
+    weights, make = (None, lambda *_: None) if adapters is None else by_layer(adapters)
+
+    def step(x, layer, weights):
+        adjustment = make(weights, x, prompt_length)
+        adjust = batched_adjust(cast(adjustment, x.dtype))
+        out, kept = layer(x, adjust, tables[layer.kind.rotary], attend_within(masks[layer.kind.window]))
+        return out, keep(x, kept, adjustment) if keep else None
+
+    return through_layers(model, jax.checkpoint(step) if remat else step, model.embed(tokens), weights)
+
+
+def through_layers(model: Transformer, step: Callable, x: jax.Array, inputs) -> tuple[jax.Array, list]:
+    """x after step(x, layer, a layer's inputs) -> (x, output) of every layer in order, and the outputs as a list.
+
+    Args:
+        inputs: a list over layers, or a tree whose arrays lead with the layers.
+    """
+    run = {"layers": one_by_one, "stacked": by_scan}[model.layout]
+    return run(model, step, x, inputs)
+
+
+def one_by_one(model, step, x, inputs):
+    outputs = []
+    for i, layer in enumerate(model.layers):
+        x, output = step(x, layer, inputs[i] if isinstance(inputs, list) else jax.tree.map(lambda a, i=i: a[i], inputs))
+        outputs.append(output)
+    return x, outputs
+
+
+def by_scan(model, step, x, inputs):
+    if isinstance(inputs, list):
+        inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
+    outputs: list = [None] * model.config.num_layers
+    for (start, period, repeats), group in zip(segments(model.config.kinds), model.layers, strict=True):
+        stop = start + period * repeats
+        of_position = [jax.tree.map(lambda a, j=j, stop=stop: a[start + j : stop : period], inputs) for j in range(period)]  # noqa: B023
+        x, kept = jax.lax.scan(partial(one_period, step), x, (list(group), of_position))
+        for j in range(period):
+            for i in range(repeats):
+                outputs[start + i * period + j] = jax.tree.map(lambda a, i=i: a[i], kept[j])
+    return x, outputs
+
+
+def one_period(step, x, layers_and_inputs):
+    outputs = []
+    for layer, inputs in zip(*layers_and_inputs, strict=True):
+        x, output = step(x, layer, inputs)
+        outputs.append(output)
+    return x, outputs
+
+
+def batched_adjust(adjustment: Adjustment | None) -> Callable:
+    """adjust(site, x, y) over a batch, from an adjustment whose arrays lead with the batch."""
+    if adjustment is None:
+        return lambda site, x, y: y
+    return lambda site, x, y: jax.vmap(lambda a, x, y: a.adjust(site, x, y))(adjustment, x, y)
+
+
+def cast(adjustment, dtype):
+    """What decode carries: the adjustment in the compute dtype; the teacher-forced pass rounds at the same place."""
+    return jax.tree.map(lambda a: a.astype(dtype), adjustment)
+
+
+def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens and lengths as int32 arrays, checked where they are concrete."""
+    check_fits(adapters, model.config)
+    if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+        raise ValueError(f"tokens: shape {np.shape(tokens)}; expected whole numbers [batch, length], padded on the right")
+    batch, total = np.shape(tokens)
+    prompt_length = total if adapters is None and prompt_length is None else prompt_length
+    length = total if length is None else length
+    lengths = []
+    for name, value in (("prompt_length", prompt_length), ("length", length)):
+        if np.ndim(value) > 1 or (np.ndim(value) == 1 and np.shape(value) != (batch,)):
+            raise ValueError(f"{name}: shape {np.shape(value)}; expected one whole number, or one for each of the {batch} rows")
+        lengths.append(value)
+    concrete = [value for value in lengths if not isinstance(value, jax.core.Tracer)]
+    if len(concrete) == 2:
+        shortest, longest = np.broadcast_arrays(*map(np.asarray, lengths))
+        if (shortest < 1).any() or (shortest > longest).any() or (longest > total).any():
+            raise ValueError(
+                f"prompt_length {np.asarray(prompt_length).tolist()}, length {np.asarray(length).tolist()}: "
+                f"expected 1 <= prompt_length <= length <= {total}, the tokens given"
+            )
+    if isinstance(tokens, np.ndarray) and tokens.size and not (0 <= tokens.min() and tokens.max() < model.config.vocab_size):
+        raise ValueError(f"tokens: ids {tokens.min()} to {tokens.max()}; expected 0 to {model.config.vocab_size - 1}")
+    return jnp.asarray(tokens, jnp.int32), *(jnp.broadcast_to(jnp.asarray(v, jnp.int32), (batch,)) for v in lengths)

@@ -1,0 +1,87 @@
+"""The device mesh, and the one table from axis names to mesh axes. No layer mentions a mesh: parameters carry axis names,
+activations pass through `constrain`."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+#: Axis names to mesh axes. Parameters are split by `tensor` along heads, hidden width and vocabulary and by `fsdp` along
+#: the residual width; activations by (data, fsdp) along the batch. What is not named here is replicated.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "width": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "hidden": "tensor",
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+    """A mesh of the axes data, fsdp and tensor. One size may be -1: all devices that are left.
+
+    Raises ValueError where the sizes do not fill a part of the devices exactly.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(open_axes) > 1 or known < 1 or any(size < -1 or size == 0 for size in sizes.values()):
+        raise ValueError(f"mesh {sizes}: sizes are 1 or more, and at most one is -1 (all devices that are left)")
+    if open_axes:
+        sizes[open_axes[0]] = len(devices) // known
+    total = int(np.prod(list(sizes.values())))
+    if total == 0 or total > len(devices) or (open_axes and total != len(devices)):
+        raise ValueError(f"mesh {sizes} does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}")
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:total]
+    )
+
+
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """x, laid out over the current mesh (`jax.set_mesh`) as the names of its axes say; the identity without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape))
+
+
+def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes have these names; an axis is replicated where the mesh does not divide its
+    count (of heads, not of their width, for a head axis)."""
+
+    def mesh_axes(name: str | None, count: int):
+        wanted = RULES.get(name) if name else None
+        if wanted is None:
+            return None
+        size = int(np.prod([mesh_shape[axis] for axis in ((wanted,) if isinstance(wanted, str) else wanted)]))
+        return wanted if count % size == 0 else None
+
+    return PartitionSpec(*map(mesh_axes, axes, counts))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def tree_shardings(tree, mesh: Mesh, config):
+    """A tree like `tree` (NNX modules with `axes` on their parameters) with the NamedSharding of every array.
+
+    Leading axes beyond the names (added by stacking layers or tenants) are replicated.
+    """
+    counts = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+
+    def one(variable):
+        array = variable.get_value()
+        names = (None,) * (len(array.shape) - len(variable.axes)) + tuple(variable.axes)
+        sizes = tuple(counts.get(name, size) for name, size in zip(names, array.shape, strict=True))
+        return variable.replace(NamedSharding(mesh, partition(names, sizes, mesh.shape)))
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: hasattr(node, "get_value"))
+
+
+def place(tree, mesh: Mesh, config):
+    """The tree with its arrays laid out over the mesh."""
+    return jax.device_put(tree, tree_shardings(tree, mesh, config))
