@@ -23,7 +23,7 @@ from .backbone.attention import causal_mask
 from .backbone.cache import attend_cached, attend_within, padded
 from .backbone.rotary import rotary_tables
 from .backbone.transformer import Transformer, segments
-from .config import ModelConfig, ParaConfig
+from .config import SITES, ModelConfig, ParaConfig
 
 METHODS: dict[type, type[Adapter]] = {ParaConfig: Para}
 
@@ -97,7 +97,8 @@ def vectors(model: Transformer, adapters: Adapter | Rows, tokens, prompt_length)
     adjustments = _adjustments(model, adapters, tokens, prompt_length)
     if not isinstance(adjustments[0], Factors):
         raise ValueError(f"vectors: {type(adjustments[0]).__name__} adjustments are not factors")
-    return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in adjustments[0].distance}
+    sites = [site for site in SITES if site in adjustments[0].distance]
+    return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in sites}
 
 
 def multi_tenant_forward(model: Transformer, rows: Rows, tokens, prompt_length, length=None) -> jax.Array:

@@ -85,3 +85,9 @@ def tree_shardings(tree, mesh: Mesh, config):
 def place(tree, mesh: Mesh, config):
     """The tree with its arrays laid out over the mesh."""
     return jax.device_put(tree, tree_shardings(tree, mesh, config))
+
+
+def rows_over(array) -> jax.Array:
+    """A batch's array [passes, rows, ...] with its rows over (data, fsdp) of the current mesh."""
+    mesh = jax.sharding.get_mesh()
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(None, RULES["batch"])))

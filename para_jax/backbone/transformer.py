@@ -57,6 +57,7 @@ class Transformer(nnx.Module):
         )
         self.config = config
         self.layout = "layers"
+        self.fingerprint: str | None = None
 
     @property
     def dtype(self) -> jnp.dtype:

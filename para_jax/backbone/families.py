@@ -1,0 +1,300 @@
+"""The model families: `model_config` makes a ModelConfig of a config.json, in its published or its transformers 5 form.
+
+A family is a row of a table: what transformers assumes where a key is missing, the ModelConfig values that it sets, and
+which of its layers have a window. Anything that the backbone does not compute is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..config import LayerKind, ModelConfig, RotaryConfig, one_of, require
+
+#: What a Llama config assumes for keys that are missing; the families name only what differs.
+DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rope_theta": 10000.0,
+    "sliding_window": None,
+    "use_sliding_window": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+#: Keys whose null is a value of its own; every other null stands for a missing key.
+NULLABLE = {
+    "num_key_value_heads", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+
+UNSUPPORTED = {
+    "text_config": "a multimodal model",
+    "vision_config": "a vision model",
+    "audio_config": "an audio model",
+    "num_experts": "a mixture of experts",
+    "num_local_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "attention_chunk_size": "chunked attention",
+    "use_bidirectional_attention": "attention that is not causal",
+    "no_rope_layers": "layers without rotary embedding",
+    "clip_qkv": "clipped projections",
+    "per_layer_config": "layers of different sizes",
+    "quantization_config": "a checkpoint that is stored quantised",
+}
+
+
+class Family(NamedTuple):
+    """How a model_type differs from Llama."""
+
+    defaults: dict[str, Any] = {}
+    values: Callable[[dict], dict] = lambda c: {}
+    """ModelConfig fields, from the completed config"""
+    sliding: Callable[[dict, int], bool] = lambda c, layer: False
+    """whether a layer has the window, where `layer_types` does not say it"""
+
+
+def gemma(c: dict) -> dict:
+    # The first Gemma checkpoints say "gelu" and mean its tanh form (transformers issue 29402).
+    tanh = {"activation": "gelu_tanh"} if c["hidden_act"] == "gelu" else {}
+    return {"norm_offset": 1.0, "embedding_multiplier": whole(c, "hidden_size") ** 0.5} | tanh
+
+
+def gemma2(c: dict) -> dict:
+    return {
+        "norm_offset": 1.0,
+        "embedding_multiplier": whole(c, "hidden_size") ** 0.5,
+        "activation": activation(c, "hidden_activation"),
+        "post_norm": True,
+        "attention_scale": number(c, "query_pre_attn_scalar") ** -0.5,
+        "attention_softcap": c["attn_logit_softcapping"] and number(c, "attn_logit_softcapping"),
+        "final_softcap": c["final_logit_softcapping"] and number(c, "final_logit_softcapping"),
+    }
+
+
+def gemma3(c: dict) -> dict:
+    return gemma2(c) | {"qk_norm": "head"}
+
+
+def granite(c: dict) -> dict:
+    return {
+        "attention_scale": number(c, "attention_multiplier"),
+        "embedding_multiplier": number(c, "embedding_multiplier"),
+        "residual_multiplier": number(c, "residual_multiplier"),
+        "logits_divisor": number(c, "logits_scaling"),
+    }
+
+
+def windowed(c: dict, layer: int) -> bool:
+    return c["sliding_window"] is not None
+
+
+def qwen_windowed(c: dict, layer: int) -> bool:
+    return c["sliding_window"] is not None and layer >= whole(c, "max_window_layers", least=0)
+
+
+QWEN = {
+    "num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+    "max_window_layers": 28, "layer_types": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+GEMMA = {
+    "hidden_act": "gelu_pytorch_tanh", "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+GEMMA2 = GEMMA | {
+    "hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "layer_types": None, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+GEMMA3 = GEMMA2 | {
+    "max_position_embeddings": 131072, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+    "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 10000.0,
+}  # fmt: skip
+MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+PHI3 = {
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "partial_rotary_factor": 1.0,
+    "eos_token_id": 32000, "pad_token_id": 32000,
+}  # fmt: skip
+OLMO2 = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279, "pad_token_id": 1}
+GRANITE = dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
+
+#: The defaults are those of the configuration classes of transformers 5.24.
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(MISTRAL, sliding=windowed),
+    "qwen2": Family(QWEN, lambda c: {"qkv_bias": True, "output_bias": False}, qwen_windowed),
+    "qwen3": Family(QWEN | {"head_dim": 128}, lambda c: {"qk_norm": "head"}, qwen_windowed),
+    "gemma": Family(GEMMA | {"num_key_value_heads": 16}, gemma),
+    "gemma2": Family(GEMMA2, gemma2, lambda c, layer: layer % 2 == 0),
+    "gemma3_text": Family(GEMMA3, gemma3, lambda c, layer: (layer + 1) % whole(c, "sliding_window_pattern") != 0),
+    "phi3": Family(PHI3, sliding=windowed),
+    "olmo2": Family(OLMO2, lambda c: {"pre_norm": False, "post_norm": True, "qk_norm": "projection"}),
+    "granite": Family(GRANITE, granite),
+}
+
+
+def model_config(config: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig of a config.json; raises ValueError naming what is missing, wrong or not supported."""
+    family = supported_family(config)
+    given = {key: value for key, value in config.items() if value is not None or key in NULLABLE}
+    c = DEFAULTS | family.defaults | given
+    if not flag(c, "use_sliding_window"):
+        c["sliding_window"] = None
+    heads = whole(c, "num_attention_heads")
+    kv_heads = heads if c["num_key_value_heads"] is None else whole(c, "num_key_value_heads")
+    require(heads % kv_heads == 0, "config.json: num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
+    head_dim = whole(c, "hidden_size") // heads if c["head_dim"] is None else whole(c, "head_dim")
+    values = {
+        "model_type": c["model_type"],
+        "vocab_size": whole(c, "vocab_size"),
+        "width": whole(c, "hidden_size"),
+        "hidden_width": whole(c, "intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "kinds": layer_kinds(c, family, head_dim),
+        "max_positions": whole(c, "max_position_embeddings"),
+        "activation": activation(c, "hidden_act"),
+        "norm_eps": float(number(c, "rms_norm_eps")),
+        "qkv_bias": flag(c, "attention_bias"),
+        "output_bias": flag(c, "attention_bias"),
+        "mlp_bias": flag(c, "mlp_bias"),
+        "attention_scale": head_dim**-0.5,
+        "tied_embeddings": flag(c, "tie_word_embeddings"),
+        "eos_token_ids": token_ids(c, "eos_token_id"),
+        "bos_token_id": next(iter(token_ids(c, "bos_token_id")), None),
+        "pad_token_id": next(iter(token_ids(c, "pad_token_id")), None),
+    }
+    return ModelConfig(**values | family.values(c))
+
+
+def supported_family(config: dict[str, Any]) -> Family:
+    """The family of a config's model_type, if nothing in the config is beyond it."""
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"config.json: no model_type; expected {one_of(FAMILIES)}")
+    found = [f"{key} ({why})" for key, why in UNSUPPORTED.items() if config.get(key)]
+    if config["model_type"] not in FAMILIES:
+        also = f", with {', '.join(found)}," if found else ""
+        raise ValueError(f"model_type {config['model_type']!r}{also} is not supported; expected {one_of(FAMILIES)}")
+    if found:
+        raise ValueError(f"config.json: not supported: {', '.join(found)}")
+    return FAMILIES[config["model_type"]]
+
+
+def layer_kinds(c: dict, family: Family, head_dim: int) -> tuple[LayerKind, ...]:
+    """Each layer's rotary embedding and window."""
+    layers = whole(c, "num_hidden_layers", most=10_000)
+    derived = ["sliding_attention" if family.sliding(c, i) else "full_attention" for i in range(layers)]
+    types = c.get("layer_types") or derived
+    require(isinstance(types, list), "config.json: layer_types", types, "a list")
+    require(len(types) == layers, "config.json: number of layer_types", len(types), f"one a layer, {layers}")
+    for name in types:
+        require(name in LAYER_TYPES, "config.json: layer_types", name, one_of(LAYER_TYPES))
+    if types != derived and "layer_types" not in family.defaults:
+        raise ValueError(f"config.json: layer_types other than {derived[0]} are not supported for {c['model_type']}")
+    window = None if c["sliding_window"] is None else whole(c, "sliding_window")
+    full, local = rotaries(c, family, head_dim)
+    kinds = dict(zip(LAYER_TYPES, (LayerKind(rotary=full), LayerKind(rotary=local, window=window)), strict=True))
+    return tuple(kinds[name] for name in types)
+
+
+def rotaries(c: dict, family: Family, head_dim: int) -> tuple[RotaryConfig, RotaryConfig]:
+    """The rotary embeddings of layers with full and with windowed attention; only Gemma 3 tells them apart."""
+    parameters, scaling = mapping(c, "rope_parameters"), mapping(c, "rope_scaling")
+    base = {key: c[key] for key in ("rope_theta", "partial_rotary_factor") if key in c}
+    if "rope_local_base_freq" not in family.defaults:
+        one = rotary(base | parameters | scaling, c, family, head_dim)
+        return one, one
+    known = set(parameters) <= set(LAYER_TYPES)
+    require(known, "config.json: rope_parameters", sorted(parameters), " and ".join(LAYER_TYPES))
+    full = rotary(base | mapping(parameters, "full_attention") | scaling, c, family, head_dim)
+    base["rope_theta"] = c["rope_local_base_freq"]
+    return full, rotary(base | mapping(parameters, "sliding_attention"), c, family, head_dim)
+
+
+def rotary(rope: dict, c: dict, family: Family, head_dim: int) -> RotaryConfig:
+    """A rotary embedding from its parameters, `rope`, in a config."""
+    share = number(rope, "partial_rotary_factor") if "partial_rotary_factor" in rope else 1.0
+    if share != 1.0 and "partial_rotary_factor" not in family.defaults:
+        raise ValueError(f"config.json: partial_rotary_factor {share} is not supported for {c['model_type']}")
+    dims = int(head_dim * share)
+    fits = dims % 2 == 0 and 2 <= dims <= head_dim
+    require(fits, "config.json: rotary dimensions of a head", dims, f"an even number up to head_dim {head_dim}")
+    plain = {"dims": dims, "theta": float(number(rope, "rope_theta"))}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return RotaryConfig(**plain)
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"config.json: rope type {kind!r} is not supported; expected default, linear or llama3")
+    scaled = plain | {"scaling": kind, "factor": float(number(rope, "factor"))}
+    if kind == "linear":
+        return RotaryConfig(**scaled)
+    low, high = float(number(rope, "low_freq_factor")), float(number(rope, "high_freq_factor"))
+    require(low < high, "config.json: low_freq_factor", low, f"less than high_freq_factor {high}")
+    original = {"original_max_position_embeddings": c["max_position_embeddings"]} | rope
+    original_max = whole(original, "original_max_position_embeddings")
+    return RotaryConfig(**scaled, low_freq_factor=low, high_freq_factor=high, original_max_positions=original_max)
+
+
+# ------------------------------------------------------------------------------------------- one value of a config.json
+
+
+def whole(c: dict, key: str, least: int = 1, most: int = 2**31 - 1) -> int:
+    value = present(c, key)
+    fits = type(value) is int and least <= value <= most
+    require(fits, f"config.json: {key}", value, f"a whole number from {least} to {most}")
+    return value
+
+
+def number(c: dict, key: str) -> float:
+    value = present(c, key)
+    fits = type(value) in (int, float) and math.isfinite(value) and value > 0
+    require(fits, f"config.json: {key}", value, "a number above 0")
+    return value
+
+
+def flag(c: dict, key: str) -> bool:
+    require(type(c[key]) is bool, f"config.json: {key}", c[key], "true or false")
+    return c[key]
+
+
+def mapping(c: dict, key: str) -> dict:
+    value = {} if c.get(key) is None else c[key]
+    require(isinstance(value, dict), f"config.json: {key}", value, "a mapping")
+    return value
+
+
+def activation(c: dict, key: str) -> str:
+    require(c[key] in tuple(ACTIVATIONS), f"config.json: {key}", c[key], one_of(ACTIVATIONS))
+    return ACTIVATIONS[c[key]]
+
+
+def token_ids(c: dict, key: str) -> tuple[int, ...]:
+    """Token ids from a number, a list or null; negative ones, with which old configs say "none", are left out."""
+    values = c[key] if isinstance(c[key], list) else [] if c[key] is None else [c[key]]
+    require(all(type(i) is int for i in values), f"config.json: {key}", c[key], "token ids")
+    return tuple(i for i in values if i >= 0)
+
+
+def present(c: dict, key: str) -> Any:
+    if c.get(key) is None:
+        raise ValueError(f"config.json: {key} is missing")
+    return c[key]

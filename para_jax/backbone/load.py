@@ -1,0 +1,74 @@
+"""load_backbone and load_model_config: from a source (folder, hub id, .gguf file, built-in name) to a Transformer."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..config import ModelConfig
+from ..gguf import GgufFile
+from ..hub import resolve_backbone, resolve_config
+from ..sharding import tree_shardings
+from .families import model_config
+from .known import KNOWN_CONFIGS
+from .transformer import Transformer
+from .weights import Safetensors, fingerprint, load_parameters
+
+
+def load_model_config(source: str | Path) -> ModelConfig:
+    """The ModelConfig of a backbone, from config.json or GGUF metadata alone; no weights are read or fetched from a hub.
+
+    The config of a hub id in known.py comes from there.
+    Raises ValueError for a source that does not exist and for a model that is not supported, naming what is not.
+    """
+    if str(source) in KNOWN_CONFIGS:
+        return model_config(KNOWN_CONFIGS[str(source)])
+    return config_at(resolve_config(source), source)
+
+
+def load_backbone(source: str | Path, *, dtype=None, mesh=None, layout: str = "layers") -> Transformer:
+    """A frozen backbone with its weights.
+
+    Args:
+        source: a folder with config.json and *.safetensors, a hub id (user/name or user/name@revision), a .gguf file, or
+            the built-in name smollm2-135m.
+        dtype: of weights and compute; default float32 on a CPU, else bfloat16.
+        mesh: lays the weights out over it; default: the first device.
+        layout: "layers" for decoding, "stacked" for training.
+
+    Raises ValueError, in a line or two, for what can't be found, is not supported, or is not whole.
+    """
+    path = resolve_backbone(source)
+    config = config_at(path, source)
+    weights = GgufFile(path) if path.suffix == ".gguf" else Safetensors(path)
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
+    if on_cpu and dtype == jnp.bfloat16:
+        warnings.warn("a bfloat16 backbone on a CPU is slower than a float32 one, and XLA widens its weights", stacklevel=2)
+    model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    paths, treedef = jax.tree_util.tree_flatten_with_path(model)
+    names = [parameter_name(path) for path, _ in paths]
+    shardings = None if mesh is None else dict(zip(names, jax.tree.leaves(tree_shardings(model, mesh, config)), strict=True))
+    loaded = load_parameters(config, weights, dtype, shardings)
+    model = jax.tree.unflatten(treedef, [loaded.pop(name) for name in names])
+    model.fingerprint = fingerprint(weights)
+    return model.with_layout(layout)
+
+
+def config_at(path: Path, source: str | Path) -> ModelConfig:
+    try:
+        return model_config(GgufFile(path).config if path.suffix == ".gguf" else json.loads((path / "config.json").read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: config.json is not JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def parameter_name(path) -> str:
+    """layers.0.attention.q_proj.kernel, from a JAX key path into the module."""
+    return ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))) for key in path[:-1])

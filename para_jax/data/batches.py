@@ -1,0 +1,155 @@
+"""Examples to padded batches of few shapes, in an order that is a pure function of (seed, batch number, lengths)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .examples import Example
+
+MULTIPLE = 8  # padded lengths are multiples of this many tokens
+
+
+class Batch(NamedTuple):
+    """Rows of prompt and completion, right-padded with token 0.
+
+    A row that only fills up the batch has length 1 and prompt_length 1: no completion token, hence no loss.
+    """
+
+    tokens: np.ndarray
+    """int32 [rows, T]"""
+    prompt_length: np.ndarray
+    """int32 [rows]"""
+    length: np.ndarray
+    """int32 [rows]: prompt and completion"""
+
+
+class Bucket(NamedTuple):
+    """One compiled shape: padded tokens a row (T), and the most completion tokens of a row."""
+
+    length: int
+    completion: int
+
+
+def plan_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...]:
+    """At most `count` buckets, shortest first, that hold all examples with the fewest padded tokens altogether."""
+    if not examples:
+        raise ValueError("no examples to plan buckets for: the data set is empty")
+    needed = np.array([-(-n // MULTIPLE) * MULTIPLE for n in example_lengths(examples)])
+    completions = np.array([len(example.completion_ids) for example in examples])
+    lengths = best_lengths(needed, count)
+    shorter = [0, *lengths[:-1]]
+    return tuple(
+        Bucket(b, int(completions[(needed > a) & (needed <= b)].max())) for a, b in zip(shorter, lengths, strict=True)
+    )
+
+
+def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:
+    """The examples as one batch of the bucket's shape, filled up to `rows` rows."""
+    assert len(examples) <= rows, (len(examples), rows)
+    batch = Batch(np.zeros((rows, bucket.length), np.int32), np.ones(rows, np.int32), np.ones(rows, np.int32))
+    for row, (prompt, completion) in enumerate(examples):
+        length = len(prompt) + len(completion)
+        if length > bucket.length or len(completion) > bucket.completion:
+            raise ValueError(
+                f"an example of {len(prompt)} + {len(completion)} tokens does not fit {bucket}; plan buckets with it"
+            )
+        batch.tokens[row, :length] = [*prompt, *completion]
+        batch.prompt_length[row], batch.length[row] = len(prompt), length
+    return batch
+
+
+class Plan:
+    """Which examples batch i holds, for every i from 0 on. Every process that asks gets the same answer.
+
+    An epoch holds every example once: they are permuted, put to their buckets, cut into batches of `rows` (the last of
+    a bucket may be short), and the batches are permuted. To resume, one integer is enough.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, buckets: Sequence[Bucket], rows: int, seed: int):
+        self.bucket_of = assign_buckets(lengths, buckets)
+        self.rows, self.seed = rows, seed
+        self.batches_per_epoch = int(sum(-(-n // rows) for n in np.bincount(self.bucket_of)))
+        self._epoch: tuple[int, list[tuple[int, list[int]]]] = (-1, [])
+
+    def batch_indices(self, i: int) -> tuple[int, list[int]]:
+        """Global batch i: the index of its bucket, and of its examples (1 to `rows`)."""
+        epoch, position = divmod(i, self.batches_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, epoch_batches(self.bucket_of, self.rows, self.seed, epoch))
+        return self._epoch[1][position]
+
+
+def plan(lengths: Sequence[int], *, buckets: Sequence[Bucket], rows: int, seed: int) -> Plan:
+    """The order of training.
+
+    Args:
+        lengths: tokens of each example, prompt and completion (`example_lengths`)
+        rows: examples of a global batch, over all devices
+    """
+    return Plan(lengths, buckets=buckets, rows=rows, seed=seed)
+
+
+def full_batches(
+    examples: Sequence[Example], rows: int, buckets: Sequence[Bucket]
+) -> Iterator[tuple[list[int], Batch]]:
+    """Every example once, shortest first, for evaluation: (the examples' indices, their batch)."""
+    lengths = example_lengths(examples)
+    order = np.argsort(lengths, kind="stable")
+    for index, indices in cut_by_bucket(order, assign_buckets(lengths, buckets), rows):
+        yield indices, collate([examples[i] for i in indices], buckets[index], rows)
+
+
+def example_lengths(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example, prompt and completion together."""
+    return [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
+
+
+def assign_buckets(lengths: Sequence[int], buckets: Sequence[Bucket]) -> np.ndarray:
+    """The index of the shortest bucket that holds each length."""
+    index = np.searchsorted([bucket.length for bucket in buckets], lengths)
+    if len(index) and index.max() == len(buckets):
+        raise ValueError(f"an example of {max(lengths)} tokens fits none of {buckets}; plan buckets with it")
+    return index
+
+
+def epoch_batches(bucket_of: np.ndarray, rows: int, seed: int, epoch: int) -> list[tuple[int, list[int]]]:
+    # raw bits, since NumPy promises their stream for all its versions, and that of `permutation` for none
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    batches = list(cut_by_bucket(permutation(bits, len(bucket_of)), bucket_of, rows))
+    return [batches[i] for i in permutation(bits, len(batches))]
+
+
+def permutation(bits: np.random.PCG64, size: int) -> np.ndarray:
+    return np.argsort(bits.random_raw(size), kind="stable")
+
+
+def cut_by_bucket(order: np.ndarray, bucket_of: np.ndarray, rows: int) -> Iterator[tuple[int, list[int]]]:
+    """Batches of at most `rows` examples of one bucket, each bucket's in the given order."""
+    for index in range(int(bucket_of.max(initial=-1)) + 1):
+        members = order[bucket_of[order] == index].tolist()
+        for start in range(0, len(members), rows):
+            yield index, members[start : start + rows]
+
+
+def best_lengths(needed: np.ndarray, count: int) -> list[int]:
+    """At most `count` of the lengths, the longest among them, with the smallest sum of each length rounded up to one.
+
+    Exact, by dynamic programming: `cost[j]` is the least for the j shortest lengths with the buckets so far.
+    """
+    lengths, repeats = np.unique(needed, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(repeats)])  # examples among the j shortest lengths
+    cost, cuts = np.array([0.0] + [np.inf] * len(lengths)), []
+    for _ in range(min(count, len(lengths))):
+        # entry [i, j]: one bucket more, of length lengths[j - 1], for the lengths from i up to j
+        step = cost[:, None] + (below[None, :] - below[:, None]) * np.concatenate([[0], lengths])[None, :]
+        step[np.tril_indices(len(cost))] = np.inf
+        cuts.append(step.argmin(axis=0))
+        cost = step.min(axis=0)
+    best, j = [], len(lengths)
+    for cut in reversed(cuts):
+        best.append(int(lengths[j - 1]))
+        j = int(cut[j])
+    return best[::-1]

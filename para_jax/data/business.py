@@ -1,0 +1,164 @@
+"""The quickstart's examples: three small business jobs, drawn from the word lists below by a seed.
+
+"routing" sends a support message to a team's code, "orders" pulls an order's fields into JSON, "dates" writes a date as
+ISO 8601 has it. Held-out examples (split "test") share no sentence frame, name, thing, place, number, day or year with
+training: each list stands twice, once a split, and no entry stands in both. A frame ends in the cue of its job.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+
+JOBS = ("routing", "orders", "dates")
+SPLITS = ("train", "test")
+
+NAMES = {
+    "train": ("Anna", "Ben", "Carla", "David", "Emma", "Frank", "Greta", "Hugo", "Ines", "Jonas", "Karen", "Liam"),
+    "test": ("Maria", "Nils", "Olga", "Peter", "Rosa", "Simon", "Tara", "Victor"),
+}
+ITEMS = {
+    "train": ("lamp", "chair", "desk", "mug", "pillow", "clock", "basket", "kettle", "towel", "mirror", "tray", "rug"),
+    "test": ("table", "bottle", "blanket", "candle", "bucket", "ladder", "pan", "jacket"),
+}
+CITIES = {
+    "train": ("Oslo", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Lisbon", "Prague", "Boston", "Tokyo"),
+    "test": ("London", "Milan", "Zurich", "Chicago", "Hamburg", "Denver", "Seattle", "Toronto"),
+}
+QUANTITIES = {"train": (2, 3, 5, 6, 8, 10, 12, 15, 20, 30), "test": (4, 7, 9, 14, 25)}
+MONTHS = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
+DAYS = {
+    "train": (1, 2, 3, 5, 6, 8, 9, 10, 11, 13, 14, 15, 17, 18, 20, 21, 23, 24, 25, 27, 28),
+    "test": (4, 7, 12, 16, 19, 22, 26),
+}
+YEARS = {"train": (2010, 2011, 2012, 2014, 2015, 2017, 2018, 2020, 2021, 2023), "test": (2013, 2016, 2019, 2022, 2024)}
+
+#: What the support team's house codes stand for, as messages about an {item}.
+ROUTING = {
+    "train": {
+        "BILL-1": (
+            "I was charged twice for the {item}.",
+            "The invoice for my {item} is wrong.",
+            "Why did my card get billed again for the {item}?",
+            "Please send a receipt for the payment of the {item}.",
+            "The price on my bill for the {item} is too high.",
+        ),
+        "SHIP-2": (
+            "My {item} has not arrived yet.",
+            "Where is the parcel with my {item}?",
+            "The tracking of the {item} shows no update.",
+            "The courier did not deliver my {item}.",
+            "When will the {item} be shipped?",
+        ),
+        "BACK-3": (
+            "I want to return the {item}.",
+            "The {item} is the wrong size, can I send it back?",
+            "I do not like the {item} and would like a refund.",
+            "How do I exchange the {item}?",
+            "Please take back the {item}, I changed my mind.",
+        ),
+        "TECH-4": (
+            "I can not log in to see my {item}.",
+            "The app crashes when I open the {item} page.",
+            "Your website shows an error for the {item}.",
+            "My password does not work, I need the {item} page.",
+            "The {item} page does not load.",
+        ),
+        "SELL-5": (
+            "Do you give a discount on 50 pieces of the {item}?",
+            "Is the {item} available in blue?",
+            "I would like a quote for the {item}.",
+            "Which {item} do you recommend for an office?",
+            "Do you have the {item} in stock?",
+        ),
+    },
+    "test": {
+        "BILL-1": (
+            "There are two payments for one {item} on my bank statement.",
+            "You billed me the wrong amount for a {item}.",
+        ),
+        "SHIP-2": (
+            "A week has gone by and no {item} was delivered.",
+            "Has the package with a {item} left the warehouse?",
+        ),
+        "BACK-3": (
+            "Can a {item} be returned for my money back?",
+            "This {item} does not fit, I wish to return it.",
+        ),
+        "TECH-4": (
+            "The login button is broken, so no {item} is shown.",
+            "The site crashes with an error at every {item}.",
+        ),
+        "SELL-5": (
+            "What discount can I get if we buy 100 of this {item}?",
+            "Does this {item} come in other colours?",
+        ),
+    },
+}
+ORDERS = {
+    "train": (
+        "{quantity} {item}s to {city}, please. {name}",
+        "Hello, this is {name}. Send {quantity} {item}s to {city}.",
+        "{name} orders {quantity} {item}s for the office in {city}.",
+        "Please ship {quantity} {item}s to our shop in {city}. Thanks, {name}",
+        "We need {quantity} {item}s in {city}. Regards, {name}",
+    ),
+    "test": (
+        "Could you deliver {quantity} {item}s to {city}? Best wishes, {name}",
+        "{name} from {city} would like {quantity} {item}s.",
+        "Good morning, {quantity} {item}s should go to {city}. Yours, {name}",
+    ),
+}
+DATES = {
+    "train": (
+        "The invoice of {name} is due on {day} {month} {year}.",
+        "{name} signed the contract on {month} {day}, {year}.",
+        "Delivery to {name}: {day} {month} {year}.",
+        "Meeting with {name} on {month} {day}, {year}.",
+    ),
+    "test": (
+        "{name} paid the bill on {day} {month} {year}.",
+        "The call from {name} came on {month} {day}, {year}.",
+    ),
+}
+
+
+def business_examples(job: str, split: str, count: int, seed: int) -> list[dict[str, str]]:
+    """`count` different examples of a job, {"prompt": ..., "completion": ...}; the same for the same arguments."""
+    if job not in JOBS or split not in SPLITS:
+        raise ValueError(f"job {job!r}, split {split!r}: expected one of {', '.join(JOBS)}; one of {', '.join(SPLITS)}")
+    draw, rng = {"routing": routing, "orders": orders, "dates": dates}[job], random.Random(f"{job}/{split}/{seed}")
+    examples: dict[str, str] = {}
+    for _ in range(100 * count):  # repeated draws are passed over
+        if len(examples) == count:
+            break
+        prompt, completion = draw(split, rng)
+        examples[prompt] = completion
+    if len(examples) < count:
+        raise ValueError(f"count: {count} different examples are more than job {job!r} has for split {split!r}")
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in examples.items()]
+
+
+def routing(split: str, rng: random.Random) -> tuple[str, str]:
+    code = rng.choice(sorted(ROUTING[split]))
+    message = rng.choice(ROUTING[split][code]).format(item=rng.choice(ITEMS[split]))
+    return f"From {rng.choice(NAMES[split])}: {message}\nTeam:", code
+
+
+def orders(split: str, rng: random.Random) -> tuple[str, str]:
+    order = {
+        "item": rng.choice(ITEMS[split]),
+        "quantity": rng.choice(QUANTITIES[split]),
+        "city": rng.choice(CITIES[split]),
+    }
+    sentence = rng.choice(ORDERS[split]).format(**order, name=rng.choice(NAMES[split]))
+    return f"Order: {sentence}\nFields:", json.dumps(order)
+
+
+def dates(split: str, rng: random.Random) -> tuple[str, str]:
+    day, month, year = rng.choice(DAYS[split]), rng.randrange(12), rng.choice(YEARS[split])
+    sentence = rng.choice(DATES[split]).format(name=rng.choice(NAMES[split]), day=day, month=MONTHS[month], year=year)
+    return f"Text: {sentence}\nDate:", f"{year}-{month + 1:02}-{day:02}"

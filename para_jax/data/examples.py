@@ -1,0 +1,185 @@
+"""The token boundary: prompt and completion to token ids. Training, generate, evaluation and the engine all call this.
+
+Prompt and completion are encoded apart, so training sees the very prompt ids that serving sees, and every token from
+the first completion id on is one that the model must produce, the end of sequence included.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import NamedTuple
+
+#: A prompt: text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
+Prompt = str | list[dict]
+
+
+class Example(NamedTuple):
+    """One example as token ids. The prompt's summary is taken at its last id; the loss is on the completion's ids."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+def encode_example(tokenizer, prompt: Prompt, completion: str) -> Example:
+    """The example that training and evaluation use; its prompt ids are those of `encode_prompt`."""
+    return Example(encode_prompt(tokenizer, prompt), encode_completion(tokenizer, prompt, completion))
+
+
+def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
+    """The prompt's ids: text by the tokenizer's own BOS rules, messages by its chat template up to the answer."""
+    require_filled("prompt", prompt)
+    if isinstance(prompt, str):
+        ids = without_added_eos(tokenizer, prompt, tokenizer(prompt, verbose=False)["input_ids"])
+    else:
+        ids = encode(tokenizer, render(tokenizer, prompt, add_generation_prompt=True))
+    if not ids:
+        raise ValueError(f"prompt {shorten(prompt)}: the tokenizer makes no token of it")
+    return ids
+
+
+def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
+    """The ids that the model must produce after the prompt, up to and with the token that ends them.
+
+    Text: one space joins it to the prompt, unless the prompt ends or the completion starts with white space; EOS ends
+    it. Messages: the assistant turn as the chat template writes it, with the template's end token (else EOS).
+    """
+    require_filled("prompt", prompt)
+    require_filled("completion", completion)
+    if isinstance(prompt, str):
+        joined = prompt[-1].isspace() or completion[0].isspace()
+        return encode_continuation(tokenizer, completion if joined else " " + completion) + [eos_token_id(tokenizer)]
+    return up_to_end_token(tokenizer, encode_continuation(tokenizer, assistant_turn(tokenizer, prompt, completion)))
+
+
+def stop_token_ids(tokenizer, config_eos: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """The ids that end a completion: the tokenizer's EOS, the model config's, and the chat template's end token."""
+    ids = set(config_eos)
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        with suppress(ValueError):  # a template that refuses this conversation adds nothing
+            ids.add(encode_completion(tokenizer, [{"role": "user", "content": "a"}], "a")[-1])
+    return tuple(sorted(ids))
+
+
+def split_conversation(messages: list[dict]) -> list[tuple[list[dict], dict]]:
+    """A conversation with k assistant turns as k pairs (everything before the turn, the turn)."""
+    return [(messages[:i], turn) for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+
+
+def show_example(tokenizer, example: Example) -> str:
+    """The example for a plain terminal: each token in brackets, prompt and loss apart, the summary's marked."""
+    prompt = [f"[{show_token(tokenizer, i)}]" for i in example.prompt_ids]
+    completion = [f"[{show_token(tokenizer, i)}]" for i in example.completion_ids]
+    prompt[-1] = f">>{prompt[-1]}<<"
+    return "\n".join(
+        [f"prompt: {len(prompt)} tokens, no loss; the summary is taken at the last one, between >> and <<"]
+        + wrap(prompt)
+        + [f"completion: {len(completion)} tokens, each in the loss"]
+        + wrap(completion)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """The ids of a text to which no special token is added; those written in it are found."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_continuation(tokenizer, text: str) -> list[int]:
+    """The ids of a text that goes on after a prompt; its leading space is left to tokenizers that add their own."""
+    return encode(tokenizer, text[1:] if text.startswith(" ") and adds_own_space(tokenizer) else text)
+
+
+def adds_own_space(tokenizer) -> bool:
+    """Whether a text that is encoded apart gets a leading space, as SentencePiece's tokenizers do."""
+    word = encode(tokenizer, "a")
+    return " " in tokenizer.decode(word + word)
+
+
+def without_added_eos(tokenizer, text: str, ids: list[int]) -> list[int]:
+    """The ids without an EOS that the tokenizer's post-processor put at the end: a prompt is to be continued."""
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        return ids
+    plain = encode(tokenizer, text)
+    return ids[:-1] if ids[:-1][-len(plain) :] == plain else ids
+
+
+def eos_token_id(tokenizer) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so a completion could not end; set its eos_token")
+    return tokenizer.eos_token_id
+
+
+# ----------------------------------------------------------------------------------------------------------------- chat
+
+
+def render(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> str:
+    """The conversation as the tokenizer's chat template writes it, BOS included where the template has one."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; give it as text")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses {shorten(messages)}: {error}") from None
+
+
+def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:
+    """The answer as the chat template writes it: the conversation with it, less the conversation up to it."""
+    before = render(tokenizer, prompt, add_generation_prompt=True)
+    whole = render(tokenizer, [*prompt, {"role": "assistant", "content": completion}], add_generation_prompt=False)
+    if not whole.startswith(before) or len(whole) == len(before):
+        raise ValueError(
+            "the tokenizer's chat template writes an assistant turn that does not start with its generation prompt "
+            f"({shorten(before[-40:])} is not in {shorten(whole[len(before) - 40 :])}); use another template"
+        )
+    return whole[len(before) :]
+
+
+def up_to_end_token(tokenizer, ids: list[int]) -> list[int]:
+    """A turn's ids up to its end token: the white space that a template writes behind it is not for the model."""
+    for i in reversed(range(len(ids))):
+        if is_special(tokenizer, ids[i]):
+            return ids[: i + 1]
+        if tokenizer.decode([ids[i]]).strip():
+            break
+    return [*ids, eos_token_id(tokenizer)]
+
+
+def is_special(tokenizer, token: int) -> bool:
+    return tokenizer.decode([token]) != "" and tokenizer.decode([token], skip_special_tokens=True) == ""
+
+
+# ------------------------------------------------------------------------------------------------------ checks, display
+
+
+def require_filled(name: str, value: object) -> None:
+    if not value or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"{name} is missing or empty; expected text{' or messages' if name == 'prompt' else ''}")
+
+
+def shorten(value: object, width: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def show_token(tokenizer, token: int) -> str:
+    """A token's text with its leading space; what a terminal could act on (newlines, escapes) is written out."""
+    piece, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
+    if piece.startswith("▁") or "\N{REPLACEMENT CHARACTER}" in text:  # SentencePiece's space; a part of a character
+        text = piece.replace("▁", " ")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def wrap(pieces: list[str], width: int = 100) -> list[str]:
+    """The pieces side by side in indented lines of at most `width` characters, none cut."""
+    lines = [""]
+    for piece in pieces:
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return ["  " + line for line in lines]

@@ -1,0 +1,252 @@
+"""JSON-lines files to records, and records to token ids: what is asked of the data, and what is done with long rows."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import DataSection
+from .examples import Example, Prompt, encode_example, split_conversation
+from .tasks import TASKS, field
+
+SPLITS = ("train", "validation", "test")
+
+
+class Record(NamedTuple):
+    """One prompt with the completion to learn, every accepted answer, and the "file:line" that errors name."""
+
+    prompt: Prompt
+    completion: str
+    references: tuple[str, ...]
+    label: str | None
+    place: str
+
+
+class Encoded(NamedTuple):
+    """Examples with their records, in step, and how many were too long for `max_seq_length` and cut or skipped."""
+
+    examples: list[Example]
+    records: list[Record]
+    cut: int = 0
+    skipped: int = 0
+
+    def report(self) -> str:
+        """One line for the user: the number of examples, and what became of those too long."""
+        cut = f", {self.cut} of them too long and cut from the left" if self.cut else ""
+        skipped = f", {self.skipped} too long and skipped" if self.skipped else ""
+        return f"{len(self.examples)} examples{cut}{skipped}"
+
+
+def split_files(section: DataSection) -> dict[str, Path]:
+    """The file of each split that there is: data.train's folder or file; data.validation and data.test come first."""
+    files = {}
+    for split in SPLITS:
+        own = getattr(section, split)
+        if own is not None:
+            files[split] = existing(split, Path(own).expanduser())
+        elif section.train is not None and Path(section.train).expanduser().is_dir():
+            file = Path(section.train).expanduser() / f"{split}.jsonl"
+            files |= {split: file} if file.is_file() else {}
+    return files
+
+
+def load_records(section: DataSection, split: str) -> list[Record] | None:
+    """A split's records; None where the run has no such data. Training data must be there."""
+    file = split_files(section).get(split)
+    if file is None and split == "train":
+        raise ValueError("data.train is not set; expected a .jsonl file, or a folder with train.jsonl")
+    return file and read_records(file, prompt=section.prompt, completion=section.completion, task=section.task)
+
+
+def read_records(
+    path: Path | str, *, prompt: str | None = None, completion: str | None = None, task: str | None = None
+) -> list[Record]:
+    """The records of one JSON-lines file; ValueError names the file and line of the first row that is wrong.
+
+    Args:
+        prompt, completion: templates over the columns, such as "{instruction}\\n{input}". Default: the columns `prompt`
+            and `completion` (text or messages), or `messages`, each assistant turn of which is one record.
+        task: a name from TASKS, whose record function reads the rows unless a template is given.
+    """
+    if task is not None and task not in TASKS:
+        raise ValueError(f"data.task: {task!r} is not possible; expected one of {', '.join(TASKS)}")
+    templates = {"prompt": prompt, "completion": completion}
+    for name, template in templates.items():
+        template_fields(f"data.{name}", template or "")
+    records = []
+    for place, row in read_rows(Path(path)):
+        try:
+            if task is not None and prompt is None and completion is None:
+                found = [(*TASKS[task].record(row), row.get("label"))]
+            else:
+                found = row_fields(row, templates)
+            records += [Record(p, c, refs, None if label is None else str(label), place) for p, c, refs, label in found]
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    if not records:
+        raise ValueError(f"{path}: the data set is empty; expected one JSON object a line")
+    return records
+
+
+def encode_records(records: list[Record], tokenizer, section: DataSection) -> Encoded:
+    """The records as token ids; those longer than `max_seq_length` raise, are skipped or are cut (data.truncate).
+
+    A cut takes the prompt's leftmost tokens after its BOS, never its last one and never any of the completion.
+    """
+    made = [encode_at_place(tokenizer, record) for record in records]
+    long = [i for i, (prompt, completion) in enumerate(made) if len(prompt) + len(completion) > section.max_seq_length]
+    if not long:
+        return Encoded(made, list(records))
+    if section.truncate == "error":
+        raise too_long(made, records, long, section)
+    if section.truncate == "left":
+        for i in long:
+            made[i] = cut_left(made[i], section.max_seq_length, tokenizer.bos_token_id, records[i].place)
+        return Encoded(made, list(records), cut=len(long))
+    kept = [i for i in range(len(made)) if i not in set(long)]
+    if not kept:
+        raise ValueError(f"every example is longer than data.max_seq_length {section.max_seq_length}, so none is left")
+    return Encoded([made[i] for i in kept], [records[i] for i in kept], skipped=len(long))
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+def existing(split: str, path: Path) -> Path:
+    file = path / f"{split}.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"data.{split}: {file}: no such file; expected a .jsonl file, or a folder with {split}.jsonl")
+    return file
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Each line's "file:line" and object; empty lines are passed over."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a .jsonl file")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{place}: the line is not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: expected a JSON object, found {type(row).__name__}")
+            yield place, row
+
+
+def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt, str, tuple[str, ...], object]]:
+    """A row's (prompt, completion, references, label): one, or as many as its `messages` have assistant turns."""
+    if "messages" in row and not any(templates.values()) and "prompt" not in row:
+        turns = split_conversation(checked_messages("messages", row["messages"]))
+        if not turns:
+            raise ValueError("messages: no turn has the role assistant, so there is nothing to learn")
+        return [(prompt_messages(before), turn["content"], (turn["content"],), None) for before, turn in turns]
+    prompt = fill(templates["prompt"], row) if templates["prompt"] else column(row, "prompt")
+    completion = fill(templates["completion"], row) if templates["completion"] else column(row, "completion")
+    if isinstance(completion, list):
+        if len(completion) != 1 or completion[0]["role"] != "assistant":
+            raise ValueError("completion: expected text or a list of one assistant message")
+        completion = completion[0]["content"]
+    for name, value in (("prompt", prompt), ("completion", completion)):
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{name} is empty")
+    return [(prompt, completion, references(row, completion), row.get("label"))]
+
+
+def column(row: dict, name: str) -> Prompt:
+    """The column `prompt` or `completion`: text, or messages."""
+    if name not in row and "messages" not in row:
+        there = ", ".join(row) or "none"
+        raise ValueError(f"no field {name!r}; set data.{name} to a template over the fields there are: {there}")
+    value = field(row, name)
+    return value if isinstance(value, str) else checked_messages(name, value)
+
+
+def checked_messages(name: str, value: object) -> list[dict]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected text or a list of messages, found {type(value).__name__}")
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError(f'{name}: {message!r:.80} is no message; expected {{"role": text, "content": text}}')
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError(f"{name}: an assistant message is empty")
+    return prompt_messages(value) if name == "prompt" else value
+
+
+def prompt_messages(messages: list[dict]) -> list[dict]:
+    if not messages:
+        raise ValueError("prompt is empty: no message stands before the assistant's")
+    return messages
+
+
+def references(row: dict, completion: str) -> tuple[str, ...]:
+    """The column `references`, a list of accepted answers; without one, the completion."""
+    given = row.get("references") or [completion]
+    if not isinstance(given, list) or not all(isinstance(answer, str) for answer in given):
+        raise ValueError(f"references: {given!r:.80} is not possible; expected a list of texts")
+    return tuple(given)
+
+
+# ------------------------------------------------------------------------------------------------------------ templates
+
+
+def fill(template: str, row: dict) -> str:
+    """The template with each {column} replaced by the row's text or number; {{ and }} stand for braces."""
+    parts = []
+    for literal, name in template_fields("template", template):
+        parts.append(literal)
+        if name is not None:
+            value = field(row, name)
+            if not isinstance(value, str | int | float):
+                raise ValueError(f"{name}: expected text or a number, found {type(value).__name__}")
+            parts.append(str(value))
+    return "".join(parts)
+
+
+def template_fields(where: str, template: str) -> list[tuple[str, str | None]]:
+    """A template's pieces: literal text and the column after it. Only plain {column} is allowed."""
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{where}: {template!r}: {error}; a brace itself is written {{{{ or }}}}") from None
+    for _, name, spec, conversion in parsed:
+        if name is not None and (not name or spec or conversion or set(name) & set(".[]")):
+            raise ValueError(f"{where}: {template!r}: only plain {{column}} is possible, found {{{name}}}")
+    return [(literal, name) for literal, name, _, _ in parsed]
+
+
+# --------------------------------------------------------------------------------------------------------------- length
+
+
+def encode_at_place(tokenizer, record: Record) -> Example:
+    try:
+        return encode_example(tokenizer, record.prompt, record.completion)
+    except ValueError as error:
+        raise ValueError(f"{record.place}: {error}") from None
+
+
+def too_long(made: list[Example], records: list[Record], long: list[int], section: DataSection) -> ValueError:
+    first = made[long[0]]
+    return ValueError(
+        f"{records[long[0]].place}: {len(first.prompt_ids) + len(first.completion_ids)} tokens are more than "
+        f"data.max_seq_length {section.max_seq_length} ({len(long)} of {len(made)} examples are too long)\n"
+        "raise data.max_seq_length, or set data.truncate to skip (leave them out) or left (cut the prompt's start)"
+    )
+
+
+def cut_left(example: Example, length: int, bos: int | None, place: str) -> Example:
+    prompt, room = example.prompt_ids, length - len(example.completion_ids)
+    start = 1 if room > 1 and prompt[0] == bos else 0  # BOS stays: some models fail without it
+    if room < 1:
+        raise ValueError(
+            f"{place}: the completion alone has {len(example.completion_ids)} tokens and leaves no room for a prompt "
+            f"in data.max_seq_length {length}; raise it, or set data.truncate to skip"
+        )
+    return Example(prompt[:start] + prompt[len(prompt) - room + start :], example.completion_ids)

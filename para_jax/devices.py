@@ -1,0 +1,73 @@
+"""The machine's devices: what a run prints first, a check for accelerators that JAX does not see, the compilation cache."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from .config import RuntimeSection
+from .hub import cache_folder
+
+
+def start(runtime: RuntimeSection) -> None:
+    """Prints the devices and turns the compilation cache on, unless the config says otherwise.
+
+    Raises ValueError on a machine with an accelerator that this JAX can not use, unless runtime.allow_cpu is set.
+    """
+    if runtime.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    say(f"devices: {describe_devices()}")
+    unused = unused_accelerator()
+    if unused and not runtime.allow_cpu:
+        kind, extra = unused
+        raise ValueError(
+            f"this machine has a {kind}, but the installed JAX runs on the CPU only; install its JAX with "
+            f"`pip install 'para_jax[{extra}]'`, or set runtime.allow_cpu=true to run on the CPU"
+        )
+
+
+def describe_devices() -> str:
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), JAX {jax.__version__}"
+
+
+def unused_accelerator(root: Path = Path("/")) -> tuple[str, str] | None:
+    """The machine's accelerator and the extra that brings its JAX, where JAX sees a CPU only; else None.
+
+    It looks for the device files of the drivers: /dev/accel* or /dev/vfio/* beside a Google PCI device, /dev/nvidia0.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    if any((root / "dev").glob("accel[0-9]*")) or (any((root / "dev/vfio").glob("[0-9]*")) and google_pci_device(root)):
+        return "TPU", "tpu"
+    if any((root / "dev").glob("nvidia[0-9]*")):
+        return "NVIDIA GPU", "cuda"
+    return None
+
+
+def google_pci_device(root: Path) -> bool:
+    vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
+    return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
+
+
+@contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Shows "compiling ..." while the body, the first call of a compiled function, lasts."""
+    begun = time.monotonic()
+    say(f"compiling {what} ...")
+    yield
+    say(f"compiling {what} took {time.monotonic() - begun:.1f} s")
+
+
+def say(text: str) -> None:
+    """A line for the user, on stderr of the first process, beside a progress bar if there is one."""
+    if jax.process_index() == 0:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Scores of a backbone with adapters on tasks."""

@@ -1,0 +1,126 @@
+"""evaluate: what a backbone with an adapter scores on held-out examples. Loss always, and the task's own metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ..config import RunConfig, require
+from ..data.batches import full_batches, plan_buckets
+from ..data.examples import Example, encode_completion, encode_prompt, stop_token_ids
+from ..data.sources import Record, encode_records, load_records
+from ..data.tasks import TASKS
+from ..inference.generate import generate_tokens
+from ..training.step import eval_nll
+from .metrics import score
+
+
+class EvalTask(NamedTuple):
+    """Examples and how answers to them are scored."""
+
+    name: str
+    records: list[Record]
+    metric: str = "exact_match"
+    """loss | exact_match | f1 | squad (all by greedy decoding) | accuracy (the likeliest of `choices`)"""
+    choices: tuple[str, ...] = ()
+    max_new_tokens: int = 32
+    batch_size: int = 16
+
+
+class Score(NamedTuple):
+    name: str
+    metric: str
+    score: float
+    """0 to 1, higher is better; for the metric "loss", the loss negated"""
+    loss: float
+    """nats a completion token, its end token included"""
+    count: int
+    """examples"""
+
+
+class Report(NamedTuple):
+    scores: tuple[Score, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{s.name}: {s.metric} {s.score:.4f}, loss {s.loss:.4f} on {s.count} examples" for s in self.scores)
+
+
+def evaluate(model, adapters, tasks: Sequence[EvalTask], *, tokenizer, limit: int | None = None) -> Report:
+    """The score of each task, with one adapter for every example (or None: the backbone).
+
+    Args:
+        limit: the most examples of each task, from its start.
+    """
+    return Report(tuple(evaluate_task(model, adapters, task, tokenizer, limit) for task in tasks))
+
+
+def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
+    """A run's validation or test data with its metric; None where the run has no such data. Examples that are too long are
+    cut or left out as data.truncate says, so that every score is over the same examples."""
+    records = load_records(config.data, split)
+    if records is None:
+        return None
+    known = TASKS.get(config.data.task or "")
+    metric = config.eval.metric or (known.metric if known else "exact_match")
+    choices = config.eval.choices or (known.choices if known else ())
+    if metric == "accuracy":
+        choices = choices or tuple(sorted({record.completion for record in load_records(config.data, "train") or []}))
+        require(2 <= len(choices) <= 100, "eval.choices", len(choices), "2 to 100 answers to rank; else use eval.metric=exact_match")
+    kept = encode_records(records, tokenizer, config.data).records
+    return EvalTask(split, kept, metric, choices, config.eval.max_new_tokens, config.eval.batch_size)
+
+
+def evaluate_task(model, adapters, task: EvalTask, tokenizer, limit: int | None = None) -> Score:
+    records = task.records[:limit]
+    prompts = [encode_prompt(tokenizer, record.prompt) for record in records]
+    examples = [
+        Example(prompt, encode_completion(tokenizer, record.prompt, record.completion))
+        for prompt, record in zip(prompts, records, strict=True)
+    ]
+    nll, tokens = likelihoods(model, adapters, examples, task.batch_size)
+    loss = float(nll.sum() / tokens.sum())
+    if task.metric == "loss":
+        return Score(task.name, "loss", -loss, loss, len(records))
+    answer = ranked_answers if task.metric == "accuracy" else written_answers
+    answers = answer(model, adapters, prompts, task._replace(records=records), tokenizer)
+    return Score(task.name, task.metric, score(task.metric, answers, [r.references for r in records]), loss, len(records))
+
+
+def ranked_answers(model, adapters, prompts, task: EvalTask, tokenizer) -> list[str]:
+    """The choice that is likeliest as the whole completion, its end token included, for each prompt."""
+    examples = [
+        Example(prompt, encode_completion(tokenizer, record.prompt, choice))
+        for prompt, record in zip(prompts, task.records, strict=True)
+        for choice in task.choices
+    ]
+    nll, _ = likelihoods(model, adapters, examples, task.batch_size)
+    return [task.choices[i] for i in nll.reshape(-1, len(task.choices)).argmin(axis=1)]
+
+
+def written_answers(model, adapters, prompts, task: EvalTask, tokenizer) -> list[str]:
+    """What greedy decoding writes after each prompt."""
+    answers = [""] * len(prompts)
+    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
+    stop = stop_token_ids(tokenizer, model.config.eos_token_ids)
+    for start in tqdm(range(0, len(order), task.batch_size), desc=f"{task.name}: answers", leave=False, disable=None):
+        chosen = order[start : start + task.batch_size]
+        filled = [prompts[i] for i in np.resize(chosen, task.batch_size)]  # one compiled shape, also for the last batch
+        written = generate_tokens(model, adapters, filled, stop_ids=stop, max_new_tokens=task.max_new_tokens)
+        for i, tokens in zip(chosen, written, strict=False):
+            answers[i] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    return answers
+
+
+def likelihoods(model, adapters, examples: list[Example], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each example's summed negative log-likelihood (nats) of its completion, and its number of completion tokens."""
+    nll, tokens = np.zeros(len(examples)), np.zeros(len(examples))
+    buckets = plan_buckets(examples, 3)
+    batches = list(full_batches(examples, rows, buckets))
+    for indices, batch in tqdm(batches, desc="likelihoods", leave=False, disable=None):
+        completion = next(bucket.completion for bucket in buckets if bucket.length == batch.tokens.shape[1])
+        total, count = eval_nll(model, adapters, batch, completion=completion)
+        nll[indices], tokens[indices] = np.asarray(total)[: len(indices)], np.asarray(count)[: len(indices)]
+    return nll, tokens

@@ -1,0 +1,1 @@
+"""Text from a backbone with adapters: prefill, the decode loop, sampling."""

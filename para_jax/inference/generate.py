@@ -1,0 +1,205 @@
+"""generate: prompts of different lengths in one batch, prefilled once, then one compiled step a token.
+
+The step takes the model as a flat list of arrays (flattening its modules anew takes about a millisecond) and donates
+the state. Tokens stay on the device, and are fetched a few steps at a time to see which rows have ended.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ..adapters.adapter import Adapter
+from ..adapters.rows import Rows
+from ..backbone.transformer import Transformer
+from ..config import require
+from ..data.examples import Prompt, encode_prompt, stop_token_ids
+from ..model import decode_step, prefill
+from .sampling import greedy, row_keys, sample
+
+#: Steps between two looks at which rows have ended.
+FETCH_EVERY = 8
+#: Prompts are padded to a multiple of the first, the cache to one of the second, so that few programs are compiled.
+PROMPT_MULTIPLE, CACHE_MULTIPLE = 16, 32
+
+
+class Sampling(NamedTuple):
+    """How each row's tokens are drawn, [batch] each; see sampling.sample."""
+
+    seeds: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Prompt],
+    *,
+    tokenizer,
+    adapters: Adapter | Rows | None = None,
+    tenants: None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """What the model writes after each prompt, in one batch: the text before an end token or a stop string.
+
+    Args:
+        prompts: texts, or chat messages for the tokenizer's template.
+        adapters: None, one adapter for every prompt, or Rows: one a prompt.
+        tenants: kept for the names of an adapter bank's tenants; None.
+        temperature: 0 is greedy.
+        top_k: draw from the k likeliest tokens only; 0: from all.
+        top_p: draw from the likeliest tokens only that together have this probability.
+        seed: prompt i is drawn with seed + i, whatever stands beside it.
+        stop: texts that end a completion.
+
+    Raises ValueError before anything is computed where an argument is wrong or a prompt too long for the model.
+    """
+    if tenants is not None:
+        raise ValueError("tenants: names need an adapter bank; expected None, with adapters=pick(stack, indices)")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValueError(
+            f"prompts: {type(prompts).__name__} is not possible; expected a list of texts or of message lists"
+        )
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop: {stop!r} is not possible; expected texts that are not empty")
+
+    def text(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    written = generate_tokens(
+        model,
+        adapters,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        stop_ids=stop_token_ids(tokenizer, model.config.eos_token_ids),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        ended=(lambda tokens: any(end in text(tokens) for end in stop)) if stop else None,
+    )
+    return [before_first(text(tokens), stop) for tokens in written]
+
+
+def generate_tokens(
+    model: Transformer,
+    adapters: Adapter | Rows | None,
+    prompt_ids: Sequence[list[int]],
+    *,
+    stop_ids: Sequence[int] = (),
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    ended: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """The token ids that follow each prompt, up to the first of `stop_ids`; the other arguments as in generate.
+
+    Args:
+        ended: whether a row's tokens so far are enough; the loop stops early when all rows have ended.
+    """
+    check(model, adapters, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed)
+    lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
+    tokens = np.zeros((len(prompt_ids), up_to_multiple(lengths.max(), PROMPT_MULTIPLE)), np.int32)
+    for row, ids in zip(tokens, prompt_ids, strict=True):
+        row[: len(ids)] = ids
+    max_length = max(up_to_multiple(lengths.max() + max_new_tokens, CACHE_MULTIPLE), tokens.shape[1])
+    logits, state = prefill(model, adapters, tokens, lengths, max_length=max_length)
+    sampling = row_sampling(len(tokens), temperature, top_k, top_p, seed) if temperature > 0 else None
+    leaves, treedef = jax.tree.flatten(model)
+    token = choose(logits, sampling, 0)
+    written, pending = np.zeros((len(tokens), 0), np.int32), [token]
+    for position in range(1, max_new_tokens + 1):
+        if position % FETCH_EVERY == 0 or position == max_new_tokens:
+            written, pending = np.column_stack([written, *jax.device_get(pending)]), []
+            rows = [before_stop(row, stop_ids) for row in written.tolist()]
+            if all(len(row) < written.shape[1] or (ended and ended(row)) for row in rows):
+                break
+        if position < max_new_tokens:
+            token, state = next_token(treedef, leaves, state, token, sampling, position)
+            pending.append(token)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- programs
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def next_token(treedef, leaves, state, token, sampling, position):
+    """Each row's next token after `token`, int32 [batch], and the next state; the given state is donated."""
+    logits, state = decode_step(jax.tree.unflatten(treedef, leaves), state, token)
+    return choose(logits, sampling, position), state
+
+
+@jax.jit
+def choose(logits, sampling: Sampling | None, position):
+    """Each row's token at `position` of its completion; greedy without `sampling`."""
+    if sampling is None:
+        return greedy(logits)
+    keys = row_keys(sampling.seeds, position)
+    return sample(logits, keys, sampling.temperature, sampling.top_k, sampling.top_p)
+
+
+def row_sampling(batch: int, temperature: float, top_k: int, top_p: float, seed: int) -> Sampling:
+    return Sampling(
+        ((seed + np.arange(batch)) % 2**32).astype(np.uint32),
+        np.full(batch, temperature, np.float32),
+        np.full(batch, top_k, np.int32),
+        np.full(batch, top_p, np.float32),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def check(model, adapters, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed) -> None:
+    require(len(prompt_ids) > 0, "prompts", prompt_ids, "at least one")
+    if isinstance(adapters, Rows) and adapters.index.shape != (len(prompt_ids),):
+        raise ValueError(
+            f"adapters: Rows for {adapters.index.size} rows; expected one for each of {len(prompt_ids)} prompts"
+        )
+    require(
+        whole(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "a whole number, at least 1"
+    )
+    require(math.isfinite(temperature) and temperature >= 0, "temperature", temperature, "a number of at least 0")
+    require(whole(top_k) and 0 <= top_k < 2**31, "top_k", top_k, "a whole number of at least 1, or 0: all tokens")
+    require(0 < top_p <= 1, "top_p", top_p, "a probability above 0, at most 1")
+    require(whole(seed) and 0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 2**32 - 1")
+    for i, ids in enumerate(prompt_ids):
+        require(len(ids) > 0, f"prompt {i}", ids, "at least one token")
+        if len(ids) + max_new_tokens > model.config.max_positions:
+            raise ValueError(
+                f"prompt {i}: {len(ids)} tokens and max_new_tokens {max_new_tokens} are more than the model's "
+                f"{model.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
+            )
+
+
+def whole(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def up_to_multiple(count: int, multiple: int) -> int:
+    return -(-int(count) // multiple) * multiple
+
+
+def before_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """The tokens before the first of `stop_ids`."""
+    return tokens[: next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))]
+
+
+def before_first(text: str, ends: Sequence[str]) -> str:
+    """The text before the first of `ends`."""
+    return text[: min((text.index(end) for end in ends if end in text), default=len(text))]

@@ -1,0 +1,304 @@
+"""train: one run from its config to a folder with the best adapter, where training and evaluation meet.
+
+output_dir/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/<step>/, adapter/}. The same command resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from . import devices
+from .adapters.adapter import Adapter
+from .adapters.files import load_adapter, save_adapter
+from .backbone.load import load_backbone
+from .config import RunConfig, config_dict, load_config, save_config
+from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
+from .data.sources import Encoded, encode_records, load_records
+from .data.tokenizer import load_tokenizer
+from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
+from .model import init_adapter
+from .sharding import make_mesh, place, rows_over
+from .training.checkpoint import Progress, open_checkpoints, restore_checkpoint, save_checkpoint
+from .training.step import TrainState, init_state, standardise, train_step
+
+# A folder holds the same run although these differ.
+FREE_FIELDS = ("output_dir", "logging", "runtime")
+STATISTICS_EXAMPLES = 64
+
+
+class TrainResult(NamedTuple):
+    adapter: Adapter
+    """the best one by validation score; the last one where there is no validation data"""
+    best_score: float | None
+    best_step: int
+    step: int
+    output_dir: Path
+
+
+class Work(NamedTuple):
+    """What training needs of the data."""
+
+    data: Encoded
+    buckets: tuple[Bucket, ...]
+    plan: Plan
+    rows: int
+    """of a pass, over all devices"""
+    passes: int
+    total_steps: int
+
+
+def train(config: RunConfig) -> TrainResult:
+    """Trains the adapter of a run, or goes on where the same run stopped.
+
+    Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config.
+    """
+    devices.start(config.runtime)
+    mesh = make_mesh(**vars(config.mesh))
+    tokenizer = load_tokenizer(config.backbone.source)
+    work = plan_work(config, tokenizer, mesh)
+    validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
+    claim_folder(config)
+    model = load_backbone(config.backbone.source, dtype=config.backbone.dtype, mesh=mesh, layout="stacked")
+    return fit(config, model, tokenizer, work, mesh, validation=validation, test=test if config.eval.test else None)
+
+
+def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
+    """The training examples and which of them each step reads."""
+    records = load_records(config.data, "train")
+    data = encode_records(records, tokenizer, config.data)
+    devices.say(f"training data: {data.report()}")
+    buckets = plan_buckets(data.examples, config.data.buckets)
+    rows, passes = config.train.per_device_batch_size * mesh.shape["data"] * mesh.shape["fsdp"], config.train.gradient_accumulation_steps
+    order = plan(example_lengths(data.examples), buckets=buckets, rows=rows * passes, seed=config.seed)
+    steps = config.train.max_steps or math.ceil(config.train.num_epochs * order.batches_per_epoch)
+    return Work(data, buckets, order, rows, passes, steps)
+
+
+def fit(
+    config: RunConfig, model, tokenizer, work: Work, mesh, *, validation: EvalTask | None = None, test: EvalTask | None = None
+) -> TrainResult:
+    """The training loop, with a backbone that is loaded already. The folder must be claimed."""
+    folder = Path(config.output_dir)
+    with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints") as checkpoints:
+        fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
+        state = init_state(fresh, config.train, work.total_steps)
+        restored = restore_checkpoint(checkpoints, state)
+        if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
+            state = state._replace(adapter=standardise(model, state.adapter, statistics_batches(work)))
+        state, progress = restored or (state, Progress(0, None, 0, 0))
+        loop = Loop(config, model, tokenizer, work, validation, checkpoints, Log(config, folder, progress.step))
+        if test and progress.step == 0:
+            loop.log.write(0, scores("test_before", evaluate_task(model, None, test, tokenizer)), show=True)
+        state, progress = loop.run(state, progress)
+        best = state.adapter
+        if progress.best_step != progress.step:
+            best = load_adapter(folder / "adapter", model.config, model=model)
+        if test:
+            loop.log.write(progress.step, scores("test_after", evaluate_task(model, best, test, tokenizer)), show=True)
+        loop.log.close()
+    return TrainResult(best, progress.best_score, progress.best_step, progress.step, folder)
+
+
+class Loop(NamedTuple):
+    """The steps of a run. A NamedTuple, for its parts are handed on and never change."""
+
+    config: RunConfig
+    model: object
+    tokenizer: object
+    work: Work
+    validation: EvalTask | None
+    checkpoints: object
+    log: Log
+
+    def run(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
+        """Steps until the last one or until patience ends; each value is read when the next step is under way."""
+        seen: set[Bucket] = set()
+        pending = None
+        with tqdm(total=self.work.total_steps, initial=progress.step, desc="training", unit="step", disable=None) as bar:
+            while progress.step < self.work.total_steps and not self.out_of_patience(progress):
+                bucket, batch, tokens = self.batch(progress.step)
+                first, step = bucket not in seen, self.step_function(bucket)
+                if first:
+                    seen.add(bucket)
+                    with devices.compiling(f"the training step for {self.work.rows} rows of {bucket.length} tokens"):
+                        state, values = jax.block_until_ready(step(state, self.model, batch))
+                else:
+                    state, values = step(state, self.model, batch)
+                progress = progress._replace(step=progress.step + 1)
+                pending = self.log.step(pending, (progress.step, values, tokens), bar)
+                if progress.step % self.config.eval.every == 0 or progress.step == self.work.total_steps:
+                    pending = self.log.step(pending, None, bar)
+                    progress = self.evaluate(state, progress)
+                    save_checkpoint(self.checkpoints, state, progress)
+        return state, progress
+
+    def batch(self, step: int) -> tuple[Bucket, Batch, int]:
+        """Global batch `step`, its arrays [passes, rows, ...], and how many tokens it holds without padding."""
+        index, chosen = self.work.plan.batch_indices(step)
+        bucket, rows, passes = self.work.buckets[index], self.work.rows, self.work.passes
+        batch = collate([self.work.data.examples[i] for i in chosen], bucket, rows * passes)
+        tokens = int(batch.length[: len(chosen)].sum())
+        return bucket, jax.tree.map(lambda a: rows_over(a.reshape(passes, rows, *a.shape[1:])), batch), tokens
+
+    def step_function(self, bucket: Bucket) -> Callable:
+        static = dict(completion=bucket.completion, config=self.config.train, total_steps=self.work.total_steps)
+        return lambda state, model, batch: train_step(state, model, batch, **static)
+
+    def evaluate(self, state: TrainState, progress: Progress) -> Progress:
+        """Scores the adapter and keeps it where it is the best so far; without validation data the last one is kept."""
+        score = None
+        if self.validation:
+            found = evaluate_task(self.model, state.adapter, self.validation, self.tokenizer, self.config.eval.limit)
+            self.log.write(progress.step, scores("validation", found), show=True)
+            score = found.score
+            if not math.isfinite(found.loss):
+                raise ValueError(f"step {progress.step}: the validation loss is {found.loss}; lower train.learning_rate")
+        if score is not None and progress.best_score is not None and score <= progress.best_score:
+            return progress._replace(since_best=progress.since_best + 1)
+        card = [f"Trained for {progress.step} steps on {Path(self.config.data.train or '').name}."]
+        card += [f"Validation {self.validation.metric}: {score:.4f}."] if score is not None else []
+        save_adapter(
+            state.adapter, self.log.folder / "adapter", base_model=self.config.backbone.source, model=self.model, card=card
+        )
+        return progress._replace(best_score=score, best_step=progress.step, since_best=0)
+
+    def out_of_patience(self, progress: Progress) -> bool:
+        return self.config.eval.patience is not None and progress.since_best >= self.config.eval.patience
+
+
+class Log:
+    """metrics.jsonl, TensorBoard and wandb; the first process alone writes."""
+
+    def __init__(self, config: RunConfig, folder: Path, step: int):
+        self.folder, self.every = folder, config.logging.every
+        self.first = jax.process_index() == 0
+        self.writers = [WRITERS[name](config, folder) for name in config.logging.report_to] if self.first else []
+        self.file = folder / "metrics.jsonl"
+        self.clock = None
+        if self.first and self.file.exists():
+            lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            replace_file(self.file, "".join(line + "\n" for line in lines))
+
+    def step(self, pending, new, bar: tqdm):
+        """Writes the values of the step before, when the next is dispatched (or None comes), and gives back the new ones."""
+        if pending is not None:
+            step, values, tokens = pending
+            values = {name: float(value) for name, value in values.items()}
+            if not math.isfinite(values["loss"]):
+                raise ValueError(f"step {step}: the loss is {values['loss']}; lower train.learning_rate")
+            now = bar.format_dict["elapsed"]
+            rate = {} if self.clock is None else {"tokens_per_second": round(tokens / max(now - self.clock, 1e-9), 1)}
+            self.clock = now
+            bar.set_postfix(loss=f"{values['loss']:.4f}", **{"tokens/s": v for v in rate.values()})
+            bar.update()
+            if step % self.every == 0:
+                self.write(step, values | rate)
+        return new
+
+    def write(self, step: int, values: dict[str, float], *, show: bool = False) -> None:
+        if show:
+            devices.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        if self.first:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+        for writer in self.writers:
+            writer(step, values)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+class TensorBoard:
+    def __init__(self, config: RunConfig, folder: Path):
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    def __init__(self, config: RunConfig, folder: Path):
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("logging.report_to: wandb is not installed; `pip install 'para_jax[wandb]'`") from None
+        self.run = wandb.init(dir=str(folder), config=config_dict(config), name=folder.name)
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+WRITERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def scores(name: str, found: Score) -> dict[str, float]:
+    return {f"{name}_loss": found.loss} | ({} if found.metric == "loss" else {f"{name}_{found.metric}": found.score})
+
+
+def statistics_batches(work: Work) -> list[Batch]:
+    """Some training prompts, from which the summaries' mean and spread are measured; a last short batch is filled up with
+    the first ones again."""
+    count = min(STATISTICS_EXAMPLES, len(work.data.examples))
+    chosen = [work.data.examples[i % count] for i in range(-(-count // work.rows) * work.rows)]
+    return [collate(chosen[i : i + work.rows], work.buckets[-1], work.rows) for i in range(0, len(chosen), work.rows)]
+
+
+# -------------------------------------------------------------------------------------------------------------- the folder
+
+
+def claim_folder(config: RunConfig) -> None:
+    """Makes the output folder and writes the resolved config into it; a folder that holds another run is refused."""
+    folder = Path(config.output_dir)
+    file = folder / "config.yaml"
+    if file.is_file():
+        difference = differences(load_config(file), config)
+        if difference:
+            raise ValueError(
+                f"output_dir {folder} holds another run, which differs in {'; '.join(difference)}; "
+                "choose another output_dir, or the same config to resume"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output_dir {folder} holds something else than a run; choose another")
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / ".config.yaml")
+        os.replace(folder / ".config.yaml", file)
+
+
+def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
+    """What makes two configs two runs: "train.learning_rate (0.1 there, 0.2 here)". A longer run is the same run."""
+
+    def flat(value, name=""):
+        if not isinstance(value, dict):
+            return {name: value}
+        return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else key).items()}
+
+    there, here = flat(config_dict(held)), flat(config_dict(wanted))
+    free = lambda name: name.split(".")[0] in FREE_FIELDS or name == "train.max_steps"  # noqa: E731
+    names = [name for name in there | here if not free(name) and there.get(name) != here.get(name)]
+    return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
+
+
+def replace_file(file: Path, text: str) -> None:
+    part = file.with_name(f".{file.name}")
+    part.write_text(text)
+    os.replace(part, file)

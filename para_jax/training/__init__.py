@@ -1,0 +1,1 @@
+"""Training one adapter: loss, optimiser, the compiled step, checkpoints."""

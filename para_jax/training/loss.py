@@ -1,0 +1,47 @@
+"""The loss: negative log-likelihood of the completion's tokens, from logits at those positions only."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ..data.batches import Batch
+from ..model import residual_stream
+
+# Logits of one chunk, in float32 values: 256 MiB. Larger batches are cut, and each chunk is recomputed in the backward pass.
+CHUNK = 1 << 26
+
+
+def completion_nll(model, adapters, batch: Batch, completion: int, *, remat: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Each row's summed negative log-likelihood (nats) of its completion and the number of its tokens, float32 [rows].
+
+    A token at t is predicted from t - 1, so the first comes from the last prompt token. Sum and count are kept apart: the
+    mean over a batch that is spread over devices or steps is the sums over the counts.
+
+    Args:
+        completion: the most completion tokens of a row; static.
+    """
+    x, _ = residual_stream(model, adapters, batch.tokens, batch.prompt_length, remat=remat)
+    predicted = batch.prompt_length[:, None] + jnp.arange(completion)
+    real = predicted < batch.length[:, None]
+    hidden = jnp.take_along_axis(x, jnp.minimum(predicted - 1, x.shape[1] - 1)[..., None], axis=1)
+    targets = jnp.take_along_axis(batch.tokens, jnp.minimum(predicted, x.shape[1] - 1), axis=1)
+    nll = token_nll(model, model.final_norm(hidden), targets)
+    return jnp.where(real, nll, 0).sum(axis=1), real.sum(axis=1).astype(jnp.float32)
+
+
+def token_nll(model, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target), float32 [rows, C], from hidden states after the final norm [rows, C, width]."""
+
+    def of(hidden_and_targets):
+        hidden, targets = hidden_and_targets
+        logits = model.logits(hidden)
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+    rows, positions = targets.shape
+    chunk = max(1, CHUNK // (rows * model.config.vocab_size))
+    if positions <= chunk:
+        return of((hidden, targets))
+    cut = [jnp.pad(a, ((0, 0), (0, -positions % chunk), *[(0, 0)] * (a.ndim - 2))) for a in (hidden, targets)]
+    cut = [a.reshape(rows, -1, chunk, *a.shape[2:]).swapaxes(0, 1) for a in cut]
+    return jax.lax.map(jax.checkpoint(of), tuple(cut)).swapaxes(0, 1).reshape(rows, -1)[:, :positions]

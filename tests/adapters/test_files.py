@@ -1,0 +1,354 @@
+"""The adapter folder: saved and loaded is the same bit for bit, folders of others load, bad ones are named."""
+
+import json
+import os
+import pickle
+import resource
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from conftest import FIXTURES, backbone, golden, golden_tenants, prompts, strong
+from safetensors.numpy import load_file, save_file
+
+from para_jax import ParaConfig, forward, init_adapter, vectors
+from para_jax.adapters.files import load_adapter, read_adapter_config, save_adapter
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LAYER = "base_model.model.model.layers."
+
+
+def trained(seed=1, **options):
+    """A strong adapter whose every array differs from a fresh one's."""
+    adapter = strong(init_adapter(ParaConfig(r=4, **options), backbone("llama").config), seed)
+    for i, name in enumerate(("constant", "mean", "scale", "numerator", "denominator")):
+        if hasattr(adapter, name):
+            array = getattr(adapter, name)
+            array[...] = array[...] + 0.1 * jax.random.uniform(jax.random.key(seed + i), array.shape)
+    return adapter
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_adapter(trained(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def load(folder, **options):
+    return load_adapter(folder, backbone("llama").config, **options)
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({k: v for k, v in (config | changes).items() if v != "left out"}))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+# ---------------------------------------------------------------------------------------------------- saved and loaded
+
+
+@pytest.mark.parametrize(
+    "pooler, summary, activation", list(product(ParaConfig.POOLERS, ParaConfig.SUMMARIES, ("gelu", "rational")))
+)
+def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(tmp_path, pooler, summary, activation):
+    adapter = trained(pooler=pooler, summary=summary, activation=activation)
+    save_adapter(adapter, tmp_path / "adapter")
+    loaded = load(tmp_path / "adapter")
+    assert jax.tree.structure(loaded) == jax.tree.structure(adapter)
+    assert (loaded.config, loaded.backbone) == (adapter.config, adapter.backbone)
+    for saved, found in zip(jax.tree.leaves(adapter), jax.tree.leaves(loaded), strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(saved, found)
+
+
+@pytest.mark.parametrize("family, sites", [("llama", ("q_proj", "v_proj", "up_proj")), ("gemma", ("o_proj", "k_proj"))])
+def test_a_loaded_adapter_computes_the_same_logits(tmp_path, family, sites):
+    model = backbone(family)
+    tokens = prompts(model)
+    adapter = strong(init_adapter(ParaConfig(r=4, target_modules=sites), model.config))
+    expected = forward(model, adapter, tokens, 7)
+    assert abs(expected - forward(model, None, tokens, 7)).max() > 0.1
+    save_adapter(adapter, tmp_path / "adapter")
+    loaded = load_adapter(str(tmp_path / "adapter"), model.config)
+    np.testing.assert_array_equal(forward(model, loaded, tokens, 7), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_a_folder_written_by_others_loads_in_its_orientation(tmp_path, dtype):
+    model, expected = backbone("llama"), golden("llama", "para")
+    arrays = load_file(FIXTURES / "para" / "llama" / "para_t0.safetensors")
+    tensors = {}
+    for i in range(3):  # nn.Linear's [out, in]
+        tensors[f"{LAYER}{i}.para_down.weight"] = np.ascontiguousarray(arrays[f"layers.{i}.down"].T.astype(dtype))
+        tensors[f"{LAYER}{i}.para_up.weight"] = np.ascontiguousarray(arrays[f"layers.{i}.up"].T.astype(dtype))
+    save_file(tensors, tmp_path / WEIGHTS)
+    widths = {"q_proj": 64, "v_proj": 32, "up_proj": 128}
+    shape = {"model_type": "llama", "num_layers": 3, "width": 64, "site_widths": widths}
+    chosen = {"pooler": "last", "summary": "raw", "activation": "gelu"}
+    config = {
+        "peft_type": "PARA",
+        "r": 4,
+        "target_modules": ["up_proj", "v_proj", "q_proj"],
+        **chosen,
+        "backbone": shape,
+    }
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    loaded = load(tmp_path)
+    made = vectors(model, loaded, expected["input_ids"], expected["prompt_lengths"])
+    made = np.concatenate([made[site] for site in widths], axis=-1)
+    first = expected["tenant"] == 0
+    assert first.any() and abs(made - 1).max() > 0.1
+    tolerance = 3e-5 if dtype is np.float32 else 0.2
+    np.testing.assert_allclose(made[:, first], expected["vectors"][:, first], atol=tolerance, rtol=tolerance)
+
+
+def test_the_file_holds_the_documented_names_and_shapes(tmp_path):
+    save_adapter(trained(pooler="constant", summary="standardised", activation="rational"), tmp_path / "adapter")
+    shapes = {
+        "para_down.weight": (4, 64),
+        "para_up.weight": (64 + 32 + 128, 4),
+        "para_constant": (64,),
+        "para_summary_mean": (64,),
+        "para_summary_scale": (1,),
+        "para_numerator": (7,),
+        "para_denominator": (5,),
+    }
+    found = {name: tensor.shape for name, tensor in load_file(tmp_path / "adapter" / WEIGHTS).items()}
+    assert found == {f"{LAYER}{i}.{name}": shape for i in range(3) for name, shape in shapes.items()}
+
+
+def test_the_config_tells_method_and_backbone_without_the_weights(tmp_path):
+    model = backbone("llama")
+    save_adapter(trained(summary="rms"), tmp_path / "adapter", base_model="me/model", model=model)
+    (tmp_path / "adapter" / WEIGHTS).unlink()
+    config, shape, rest = read_adapter_config(tmp_path / "adapter")
+    assert config == ParaConfig(r=4, summary="rms")
+    assert shape["site_widths"] == {"q_proj": 64, "v_proj": 32, "up_proj": 128}
+    assert shape["fingerprint"] == model.fingerprint and len(model.fingerprint) == 64
+    assert rest["base_model_name_or_path"] == "me/model" and rest["task_type"] == "CAUSAL_LM"
+
+
+def test_the_model_card_names_library_and_base_model_whatever_its_name(tmp_path):
+    name = 'evil: "x"\nlibrary_name: peft\x1b[31m #\u2028- ü'
+    save_adapter(trained(), tmp_path / "adapter", base_model=name, card=["## Scores", "sst2: 0.9"])
+    _, front, body = (tmp_path / "adapter" / "README.md").read_text().split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["library_name"] == "para_jax" and front["tags"]
+    assert front["base_model"] == 'evil: "x" library_name: peft [31m # - ü'
+    assert "## Scores\nsst2: 0.9" in body and "load_adapter(" in body
+
+
+def test_a_hub_id_goes_through_the_hub(folder, monkeypatch):
+    monkeypatch.setattr("para_jax.hub.resolve_adapter", {"me/adapter@v1": folder}.__getitem__)
+    np.testing.assert_array_equal(load("me/adapter@v1").down[...], trained().down[...])
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_an_older_adapter_is_replaced_whole(folder):
+    save_adapter(trained(2, pooler="constant"), folder)
+    np.testing.assert_array_equal(load(folder).down[...], trained(2, pooler="constant").down[...])
+    assert os.listdir(folder.parent) == ["adapter"]
+
+
+def test_a_full_disk_leaves_the_previous_adapter_whole(folder):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # the config fits, the weights do not
+    try:
+        with pytest.raises(OSError, match="adapter: not saved .*; what was there before is unchanged"):
+            save_adapter(trained(2), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    np.testing.assert_array_equal(load(folder).up["q_proj"][...], trained().up["q_proj"][...])
+    assert os.listdir(folder.parent) == ["adapter"]
+
+
+def test_a_failing_swap_puts_the_previous_adapter_back(folder, monkeypatch):
+    rename, calls = os.rename, []
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="not saved"):
+        save_adapter(trained(2), folder)
+    np.testing.assert_array_equal(load(folder).up["q_proj"][...], trained().up["q_proj"][...])
+    assert os.listdir(folder.parent) == ["adapter"]
+
+
+def test_a_folder_with_other_files_is_not_replaced(folder):
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds other files \(thesis.tex\)"):
+        save_adapter(trained(2), folder)
+    with pytest.raises(ValueError, match="holds other files"):
+        save_adapter(trained(2), folder / "thesis.tex")
+    assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
+    adapter = trained()
+    adapter.up["v_proj"][...] = adapter.up["v_proj"][...].at[1, 0, 0].set(bad)
+    with pytest.raises(ValueError, match=r"NaN or infinite values: .*layers.1.para_up.weight"):
+        save_adapter(adapter, tmp_path / "adapter")
+    assert not os.listdir(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- another backbone
+
+
+def test_an_adapter_for_another_backbone_is_refused_with_the_difference(folder):
+    with pytest.raises(ValueError, match="another backbone: .*model_type llama, not gemma.*site_widths"):
+        load_adapter(folder, backbone("gemma").config)
+    with pytest.raises(ValueError, match="another backbone"):
+        save_adapter(trained(), folder, model=backbone("gemma"))
+
+
+def test_other_weights_of_the_same_shape_give_a_warning(folder, recwarn):
+    model = backbone("llama")
+    save_adapter(trained(), folder, model=model)
+    load(folder, model=model)
+    assert not recwarn.list
+    shape = json.loads((folder / CONFIG).read_text())["backbone"]
+    change_config(folder, backbone=shape | {"fingerprint": "f" * 64})
+    with pytest.warns(UserWarning, match="trained on other weights"):
+        load(folder, model=model)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad folders
+
+
+SHAPE = {
+    "model_type": "llama",
+    "num_layers": 3,
+    "width": 64,
+    "site_widths": {"q_proj": 64, "v_proj": 32, "up_proj": 128},
+}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"peft_type": "LORA"}, "LORA' is not supported yet"),
+        ({"peft_type": "IA3"}, "IA3' is not supported yet"),
+        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING' is not supported; expected PARA"),
+        ({"peft_type": "left out"}, "peft_type None is not supported"),
+        ({"use_dora": True, "alpha": 1}, "unknown keys: use_dora, alpha"),
+        ({"pooler": "left out"}, "missing keys: pooler"),
+        ({"pooler": "first"}, "pooler: 'first'.*last, mean"),
+        ({"activation": ["gelu"]}, "activation"),
+        ({"r": True}, "r: True; expected a whole number"),
+        ({"r": 10**12}, "r: 1000000000000; expected a whole number"),
+        ({"r": 4.0}, "r: 4.0; expected a whole number"),
+        ({"target_modules": "q_proj"}, "target_modules: 'q_proj'; expected a list"),
+        ({"target_modules": [["q_proj"]]}, "target_modules"),
+        ({"target_modules": ["lm_head"]}, "target_modules"),
+        ({"target_modules": ["q_proj"]}, "site_widths.*expected a width for each of q_proj"),
+        ({"backbone": None}, "backbone: None; expected a mapping"),
+        ({"backbone": SHAPE | {"depth": 3}}, "unknown keys: backbone.depth"),
+        ({"backbone": SHAPE | {"width": "64"}}, "width '64'; expected a whole number"),
+        ({"backbone": SHAPE | {"fingerprint": 7}}, "backbone.fingerprint: 7; expected text"),
+        ({"backbone": SHAPE | {"num_layers": 4}}, "num_layers 4, not 3"),
+    ],
+)
+def test_a_config_that_is_wrong_is_refused_by_name(folder, changes, message):
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load(folder)
+    assert len(str(error.value)) < 700 and "\n" not in str(error.value)
+
+
+def resized(tensors):
+    tensors[f"{LAYER}1.para_up.weight"] = tensors[f"{LAYER}1.para_up.weight"].T.copy()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(f"{LAYER}2.para_down.weight"), "missing: .*layers.2.para_down.weight"),
+        (lambda t: t.update({"model.evil": np.zeros(1, np.float32)}), "unknown: model.evil"),
+        (resized, r"misshapen: .*layers.1.para_up.weight \[4, 224\] \(expected \[224, 4\]\)"),
+        (
+            lambda t: t[f"{LAYER}0.para_up.weight"].__setitem__((5, 1), np.nan),
+            "NaN or infinite values: .*layers.0.para_up",
+        ),
+        (lambda t: t.update({k: v.astype(np.int32) for k, v in t.items()}), "not of F32, F16 or BF16: .*layers.0"),
+    ],
+)
+def test_tensors_that_are_wrong_are_refused_by_name(folder, change, message):
+    change_tensors(folder, change)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -4])
+def test_truncated_weights_are_refused(folder, size):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:size])
+    with pytest.raises(ValueError, match="adapter_model.safetensors: truncated, or not a safetensors file"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b" " * 2_000_000, b"1" * 5000])
+def test_a_config_that_is_not_a_small_mapping_is_refused(folder, content):
+    (folder / CONFIG).write_bytes(content)
+    with pytest.raises(ValueError, match="adapter_config.json: "):
+        load(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_weights_only_as_a_pickle_are_refused_with_the_way_to_convert_them(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"only as a pickle \(adapter_model.bin\).*\nsafetensors.torch.save_file"):
+        load(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_folder_without_weights_or_config_is_refused(folder):
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="no adapter_model.safetensors there"):
+        load(folder)
+    (folder / CONFIG).unlink()
+    with pytest.raises(ValueError, match="no adapter_config.json there"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_link_is_not_followed(folder, tmp_path, name):
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{name}: a link, which is not followed"):
+        load(folder)
+
+
+def test_other_files_are_not_opened(folder):
+    for name in ("adapter_model.bin", "config.json", "README.md"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+        (folder / name).chmod(0)
+    np.testing.assert_array_equal(load(folder).down[...], trained().down[...])
+
+
+def test_golden_tenants_survive_the_folder(tmp_path):
+    model, expected = backbone("llama"), golden("llama", "para")
+    save_adapter(golden_tenants("llama")[1], tmp_path / "adapter")
+    made = vectors(model, load(tmp_path / "adapter"), expected["input_ids"], expected["prompt_lengths"])
+    made = np.concatenate([made[site] for site in ("q_proj", "v_proj", "up_proj")], axis=-1)
+    second = expected["tenant"] == 1
+    np.testing.assert_allclose(made[:, second], expected["vectors"][:, second], atol=3e-5)

@@ -1,0 +1,147 @@
+"""Configs of all families, in both forms, become the ModelConfigs that transformers would run; the rest is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from para_jax.backbone.families import FAMILIES, model_config
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+FOLDERS = sorted(folder.parent.name for folder in FIXTURES.glob("*/config.json"))
+VARIANTS = sorted(str(file.relative_to(FIXTURES)) for file in FIXTURES.glob("*/variants/*.json"))
+SIZES = {"hidden_size": 64, "intermediate_size": 9, "num_hidden_layers": 13, "num_attention_heads": 32, "vocab_size": 9}
+
+
+def read(name: str) -> dict:
+    return json.loads((FIXTURES / name).read_text())
+
+
+def minimal(model_type: str, **keys) -> dict:
+    return {"model_type": model_type, "head_dim": 16} | SIZES | keys
+
+
+def test_the_fixtures_cover_every_family():
+    assert {read(f"{folder}/config.json")["model_type"] for folder in FOLDERS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_both_forms_of_a_config_give_the_same_model(folder):
+    assert model_config(read(f"{folder}/config.json")) == model_config(read(f"{folder}/config_legacy.json"))
+
+
+@pytest.mark.parametrize("file", VARIANTS)
+def test_a_variant_parses_and_differs_from_its_family_unless_it_means_the_same(file):
+    same = model_config(read(file)) == model_config(read(f"{file.split('/')[0]}/config.json"))
+    assert same == (file == "gemma/variants/legacy_act.json")
+
+
+def test_each_family_has_the_values_that_tell_it_from_llama():
+    config = {folder: model_config(read(f"{folder}/config.json")) for folder in FOLDERS}
+    assert config["gemma"].norm_offset == config["gemma2"].norm_offset == config["gemma3_text"].norm_offset == 1.0
+    assert config["gemma"].embedding_multiplier == 8.0 and config["gemma"].activation == "gelu_tanh"
+    assert config["gemma2"].attention_scale == 20**-0.5 and config["gemma3_text"].attention_scale == 20**-0.5
+    assert (config["gemma2"].attention_softcap, config["gemma2"].final_softcap) == (3.0, 4.0)
+    assert config["gemma2"].pre_norm and config["gemma2"].post_norm and config["gemma2"].tied_embeddings
+    assert (config["olmo2"].pre_norm, config["olmo2"].post_norm, config["olmo2"].qk_norm) == (False, True, "projection")
+    assert config["qwen3"].qk_norm == config["gemma3_text"].qk_norm == "head"
+    assert (config["qwen2"].qkv_bias, config["qwen2"].output_bias) == (True, False)
+    granite = config["granite"]
+    assert (granite.attention_scale, granite.embedding_multiplier) == (0.4, 4.0)
+    assert (granite.residual_multiplier, granite.logits_divisor) == (0.35, 0.5)
+    assert config["llama"].attention_scale == 0.25 and not config["llama"].tied_embeddings
+    assert config["smollm2"].tied_embeddings and config["smollm2"].kinds[0].rotary.theta == 100000.0
+
+
+def test_windows_stand_in_the_layers_that_have_them():
+    def windows(name):
+        return [kind.window for kind in model_config(read(name)).kinds]
+
+    assert windows("mistral/config.json") == [8, 8, 8] and windows("phi3/config.json") == [10, 10, 10]
+    assert windows("gemma2/config_legacy.json") == [6, None, 6]
+    assert windows("gemma3_text/config_legacy.json") == [5, 5, None]
+    assert windows("mistral/variants/no_window.json") == [None] * 3
+    unused = model_config(minimal("qwen2", use_sliding_window=False, sliding_window=6, max_window_layers=1))
+    assert {kind.window for kind in unused.kinds} == {None}
+    assert windows("qwen2/config_legacy.json") == [None] * 3 and windows("qwen2/variants/swa.json") == [None, 6, 6]
+
+
+def test_rotary_scalings_and_partial_rotary_are_read():
+    llama3 = model_config(read("llama3/config_legacy.json")).kinds[0].rotary
+    assert (llama3.scaling, llama3.factor, llama3.original_max_positions, llama3.theta) == ("llama3", 8.0, 64, 500000.0)
+    linear = model_config(minimal("llama", rope_scaling={"type": "linear", "factor": 2})).kinds[0].rotary
+    assert (linear.scaling, linear.factor) == ("linear", 2.0)
+    assert model_config(read("phi3/variants/partial_rotary.json")).kinds[0].rotary.dims == 12
+    gemma3 = model_config(read("gemma3_text/variants/global_linear.json")).kinds
+    assert [(kind.rotary.theta, kind.rotary.scaling) for kind in gemma3[1:]] == [(100.0, "none"), (1e6, "linear")]
+
+
+def test_missing_keys_mean_what_transformers_takes_for_them():
+    heads = [model_config(minimal(name, head_dim=None)).head_dim for name in ("llama", "qwen3", "gemma")]
+    assert heads == [2, 128, 256]
+    assert [model_config(minimal(name)).num_kv_heads for name in ("llama", "mistral", "gemma2")] == [32, 8, 4]
+    assert model_config(minimal("mistral", num_key_value_heads=None)).num_kv_heads == 32
+    assert [model_config(minimal(name)).tied_embeddings for name in ("llama", "gemma2", "phi3")] == [False, True, False]
+    assert [model_config(minimal(name)).norm_eps for name in ("llama", "phi3", "olmo2")] == [1e-6, 1e-5, 1e-5]
+    gemma3 = model_config(minimal("gemma3_text"))
+    assert [i for i, kind in enumerate(gemma3.kinds) if kind.window is None] == [5, 11]
+    assert [kind.rotary.theta for kind in gemma3.kinds[4:6]] == [1e4, 1e6]
+    assert model_config(minimal("gemma2")).attention_softcap == 50.0 and gemma3.attention_softcap is None
+    assert model_config(minimal("gemma2", attn_logit_softcapping=None)).attention_softcap is None
+
+
+def test_token_ids_may_be_a_number_a_list_or_null():
+    ids = [model_config(minimal("llama", eos_token_id=value)).eos_token_ids for value in (7, [7, 8], None)]
+    assert ids == [(7,), (7, 8), ()]
+    assert model_config(minimal("llama", pad_token_id=-1)).pad_token_id is None
+
+
+@pytest.mark.parametrize("keys", [{"attention_bias": True}, {"mlp_bias": True}])
+def test_biases_are_read(keys):
+    config = model_config(minimal("llama", **keys))
+    attention, mlp = "attention_bias" in keys, "mlp_bias" in keys
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (attention, attention, mlp)
+
+
+@pytest.mark.parametrize("key", SIZES)
+def test_a_missing_size_is_named(key):
+    with pytest.raises(ValueError, match=f"{key} is missing"):
+        model_config({k: v for k, v in minimal("llama").items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"model_type": "mamba"}, "'mamba'.*expected one of llama"),
+        ({"model_type": None}, "no model_type"),
+        ({"model_type": "gemma3", "text_config": {}, "vision_config": {"a": 1}}, "'gemma3', with vision_config"),
+        ({"text_config": {"a": 1}}, "multimodal"),
+        ({"model_type": "qwen3_moe", "num_experts": 8}, "mixture of experts"),
+        ({"num_local_experts": 8}, "mixture of experts"),
+        ({"attention_chunk_size": 8}, "attention_chunk_size"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope type 'longrope'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": "linear"}, "rope_scaling: 'linear'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"layer_types": ["chunked_attention"] * 13}, "'chunked_attention'"),
+        ({"layer_types": ["full_attention"]}, "number of layer_types: 1"),
+        ({"layer_types": ["sliding_attention"] * 13}, "layer_types other than full_attention"),
+        ({"hidden_act": "tanh"}, "hidden_act: 'tanh'"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"hidden_size": "64"}, "hidden_size: '64'"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: True"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads: 5"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"head_dim": 3}, "rotary dimensions"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: 'no'"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id"),
+    ],
+)
+def test_what_is_not_supported_is_named(keys, named):
+    with pytest.raises(ValueError, match=named):
+        model_config(minimal("llama") | keys)

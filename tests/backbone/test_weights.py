@@ -1,0 +1,301 @@
+"""Loading fills exactly the model's parameters with the checkpoint's values, and names whatever does not fit."""
+
+import hashlib
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from para_jax.backbone import weights
+from para_jax.backbone.families import model_config
+from para_jax.backbone.transformer import Transformer
+from para_jax.backbone.weights import Safetensors, fingerprint, load_parameters, parameter_shapes
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+FOLDERS = sorted(folder.parent.name for folder in FIXTURES.glob("*/config.json"))
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def config_of(folder: str):
+    return model_config(json.loads((FIXTURES / folder / "config.json").read_text()))
+
+
+def tensors_of(folder: str) -> dict[str, np.ndarray]:
+    return load_file(FIXTURES / folder / "model.safetensors")
+
+
+def load(folder: str, dtype="float32"):
+    return load_parameters(config_of(folder), Safetensors(FIXTURES / folder), dtype)
+
+
+def load_changed(tmp_path: Path, changes: dict, folder: str = "llama"):
+    """Loads a fixture some of whose tensors are replaced, or left out where the change is None."""
+    tensors = tensors_of(folder) | changes
+    save_file({name: value for name, value in tensors.items() if value is not None}, tmp_path / "model.safetensors")
+    return load_parameters(config_of(folder), Safetensors(tmp_path), "float32")
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_loading_fills_exactly_the_models_parameters(folder):
+    config = config_of(folder)
+    loaded = load(folder)
+    assert {name: array.shape for name, array in loaded.items()} == parameter_shapes(config)
+    assert all(np.isfinite(array).all() for array in loaded.values())
+    state = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), nnx.Param)
+    module = {".".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)}
+    assert module == parameter_shapes(config)
+
+
+def test_linear_weights_are_transposed_and_the_rest_is_kept():
+    tensors, loaded = tensors_of("qwen2"), load("qwen2")
+    for ours, theirs in (
+        ("layers.2.attention.k_proj.kernel", "model.layers.2.self_attn.k_proj.weight"),
+        ("layers.1.attention.v_proj.bias", "model.layers.1.self_attn.v_proj.bias"),
+        ("layers.0.feedforward.down_proj.kernel", "model.layers.0.mlp.down_proj.weight"),
+        ("final_norm.weight", "model.norm.weight"),
+        ("head", "lm_head.weight"),
+    ):
+        np.testing.assert_array_equal(loaded[ours], tensors[theirs].T)
+    np.testing.assert_array_equal(loaded["embedding"], tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "norms"),
+    [
+        ("llama", {"input": "input", "pre_feedforward": "post_attention"}),
+        ("gemma2", {name: name for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")}),
+        ("olmo2", {"post_attention": "post_attention", "post_feedforward": "post_feedforward"}),
+    ],
+)
+def test_norms_find_their_place_whatever_the_family_calls_them(folder, norms):
+    tensors, loaded = tensors_of(folder), load(folder)
+    for ours, theirs in norms.items():
+        expected = tensors[f"model.layers.1.{theirs}_layernorm.weight"]
+        np.testing.assert_array_equal(loaded[f"layers.1.{ours}_norm.weight"], expected)
+
+
+def test_fused_matrices_are_split_by_rows():
+    tensors, loaded = tensors_of("phi3"), load("phi3")
+    parts = [loaded[f"layers.1.attention.{name}_proj.kernel"].T for name in "qkv"]
+    np.testing.assert_array_equal(np.concatenate(parts), tensors["model.layers.1.self_attn.qkv_proj.weight"])
+    parts = [loaded[f"layers.1.feedforward.{name}_proj.kernel"].T for name in ("gate", "up")]
+    np.testing.assert_array_equal(np.concatenate(parts), tensors["model.layers.1.mlp.gate_up_proj.weight"])
+
+
+def test_tied_embeddings_are_not_doubled(tmp_path):
+    embedding = tensors_of("smollm2")["model.embed_tokens.weight"]
+    assert "head" not in load("smollm2")
+    assert "head" not in load_changed(tmp_path, {"lm_head.weight": embedding}, "smollm2")
+    with pytest.raises(ValueError, match="lm_head.weight differs"):
+        load_changed(tmp_path, {"lm_head.weight": embedding + 1}, "smollm2")
+
+
+def test_shards_equal_the_single_file():
+    whole, config = load("gemma"), config_of("gemma")
+    shards = load_parameters(config, Safetensors(FIXTURES / "gemma" / "sharded"), "float32")
+    assert list(whole) == list(shards)
+    assert all(np.array_equal(whole[name], shards[name]) for name in whole)
+
+
+def test_weights_are_cast_once_and_stored_bfloat16_is_read_as_it_is(tmp_path):
+    tensors, cast = tensors_of("llama"), load("llama", "bfloat16")
+    stored = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    source = Safetensors(tmp_path)
+    assert source.read(Q_PROJ).dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(source.read(Q_PROJ, 3, 9), stored[Q_PROJ][3:9])
+    read = load_parameters(config_of("llama"), source, "bfloat16")
+    assert all(array.dtype == ml_dtypes.bfloat16 for array in read.values())
+    assert all(np.array_equal(read[name], cast[name]) for name in cast)
+
+
+@pytest.mark.parametrize("values", [1, 700, 10_000])
+def test_the_size_of_the_pieces_changes_nothing(values, monkeypatch):
+    whole = {folder: (load(folder), fingerprint(Safetensors(FIXTURES / folder))) for folder in ("llama", "phi3")}
+    monkeypatch.setattr(weights, "PIECE_VALUES", values)
+    for folder, (loaded, print_of_whole) in whole.items():
+        assert all(np.array_equal(array, loaded[name]) for name, array in load(folder).items())
+        assert fingerprint(Safetensors(FIXTURES / folder)) == print_of_whole
+
+
+def test_memory_stays_near_the_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "PIECE_VALUES", 64 * 1024)
+    config = model_config(json.loads((FIXTURES / "smollm2" / "config.json").read_text()) | {"vocab_size": 65536})
+    tensors = tensors_of("smollm2") | {"model.embed_tokens.weight": np.ones((65536, 64), np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    del tensors
+    tracemalloc.start()
+    loaded = load_parameters(config, Safetensors(tmp_path), "float32")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(array.nbytes for array in loaded.values()) <= peak < 1.1 * sum(array.nbytes for array in loaded.values())
+
+
+def test_a_cpu_takes_over_the_memory_without_a_copy():
+    values = weights.aligned_empty((7, 5), np.dtype(np.float32))
+    values[:] = 1
+    array = jax.device_put(values, jax.devices("cpu")[0])
+    assert array.unsafe_buffer_pointer() == values.ctypes.data
+
+
+def test_the_fingerprint_is_the_hash_of_the_stored_q_proj():
+    q_proj = tensors_of("llama")[Q_PROJ]
+    assert fingerprint(Safetensors(FIXTURES / "llama")) == hashlib.sha256(q_proj.tobytes()).hexdigest()
+    fused = tensors_of("phi3")["model.layers.0.self_attn.qkv_proj.weight"]
+    assert fingerprint(Safetensors(FIXTURES / "phi3")) == hashlib.sha256(fused[:64].tobytes()).hexdigest()
+    prints = {fingerprint(Safetensors(FIXTURES / folder)) for folder in FOLDERS}
+    assert len(prints) == len(FOLDERS)
+
+
+# ------------------------------------------------------------------------------------------------ what does not fit
+
+
+ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({Q_PROJ: None}, f"missing: {Q_PROJ}"),
+        ({"lm_head.weight": None}, "missing: lm_head.weight"),
+        ({"model.layers.3.mlp.up_proj.weight": np.ones(2)}, "unknown: model.layers.3.mlp.up_proj.weight"),
+        ({NORM: np.ones(65, np.float32)}, rf"misshapen: {NORM} \[65\] \(expected \[64\]\)"),
+        ({NORM: np.full(64, np.nan, np.float32)}, f"NaN or infinite values: {NORM}"),
+        ({NORM: np.full(64, 1e300)}, f"NaN or infinite values: {NORM}"),
+        ({NORM: np.ones(64, np.int8)}, f"{NORM} is stored as I8"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_tensor_that_does_not_fit_is_named(changes, named, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        load_changed(tmp_path, changes)
+
+
+def test_many_bad_tensors_are_counted_and_five_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"missing: ([\w.]+, ){4}[\w.]+ \.\.\. \(28 in all\)"):
+        load_changed(tmp_path, {name: None for name in tensors_of("llama") if name.startswith("model.layers.")} | {
+            "model.layers.0.mlp.up_proj.weight": tensors_of("llama")["model.layers.0.mlp.up_proj.weight"],
+            "lm_head.weight": None, "model.norm.weight": None,
+        })  # fmt: skip
+
+
+def test_stored_rotary_frequencies_are_harmless(tmp_path):
+    assert len(load_changed(tmp_path, {ROTARY: np.ones(8, np.float32)})) == 30
+
+
+def test_another_backbones_config_does_not_fit():
+    with pytest.raises(ValueError, match="do not fit the config .model_type qwen3.*missing:.*misshapen:"):
+        load_parameters(config_of("qwen3"), Safetensors(FIXTURES / "llama"), "float32")
+
+
+# ------------------------------------------------------------------------------------------------ files from outside
+
+
+@pytest.mark.parametrize("length", [0, 5, 8, 100, 20_000, 578_311])
+def test_a_truncated_file_is_named(length, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((FIXTURES / "llama" / "model.safetensors").read_bytes()[:length])
+    with pytest.raises(ValueError, match="model.safetensors: truncated"):
+        Safetensors(tmp_path)
+
+
+def header(entries) -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(16)
+
+
+GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        b"\xff\xfe",
+        b"[" * 100_000,
+        [GOOD],
+        {"a": 3},
+        {"a": GOOD | {"shape": [5]}},
+        {"a": GOOD | {"shape": [-4]}},
+        {"a": GOOD | {"shape": [4.0]}},
+        {"a": GOOD | {"shape": 4}},
+        {"a": GOOD | {"data_offsets": [16, 0]}},
+        {"a": GOOD | {"data_offsets": [-16, 0]}},
+        {"a": GOOD | {"data_offsets": [0]}},
+        {"a": {"dtype": "F32", "shape": [4]}},
+        {"a": GOOD | {"dtype": ["F32"]}},
+    ],
+)
+def test_a_bad_header_is_refused(entries, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(header(entries))
+    with pytest.raises(ValueError, match="bad header"):
+        Safetensors(tmp_path)
+
+
+def test_a_file_that_shrinks_after_opening_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(header({"a": GOOD}))
+    source = Safetensors(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(header({"a": GOOD})[:-4])
+    with pytest.raises(ValueError, match="truncated in a"):
+        source.read("a")
+
+
+def sharded_copy(tmp_path: Path, change) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(FIXTURES / "gemma" / "sharded", folder)
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(folder, index["weight_map"])
+    file.write_text(json.dumps(index))
+    return folder
+
+
+OUTSIDE = ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "a\\b.safetensors", "x.bin"]
+
+
+@pytest.mark.parametrize("shard", OUTSIDE)
+def test_an_index_that_leaves_its_folder_is_refused(shard, tmp_path):
+    shutil.copy(FIXTURES / "gemma" / "model.safetensors", tmp_path / "outside.safetensors")
+    folder = sharded_copy(tmp_path, lambda folder, shards: shards.update({"model.norm.weight": shard}))
+    with pytest.raises(ValueError, match="not the name of a .safetensors file in the same folder"):
+        Safetensors(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = sharded_copy(tmp_path, lambda folder, shards: (folder / "model-00003-of-00004.safetensors").unlink())
+    with pytest.raises(ValueError, match="shard model-00003-of-00004.safetensors is missing"):
+        Safetensors(folder)
+
+
+def test_a_tensor_that_its_shard_lacks_is_named(tmp_path):
+    first = "model-00001-of-00004.safetensors"
+    folder = sharded_copy(tmp_path, lambda folder, shards: shards.update({"model.norm.weight": first}))
+    with pytest.raises(ValueError, match=f"{first}: no tensor model.norm.weight"):
+        Safetensors(folder)
+
+
+def test_an_index_without_a_map_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    with pytest.raises(ValueError, match="no weight_map"):
+        Safetensors(tmp_path)
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(ValueError, match="only as a pickle .pytorch_model.bin.*\n.*save_pretrained"):
+        Safetensors(tmp_path)
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no model.safetensors"):
+        Safetensors(tmp_path / "nowhere")

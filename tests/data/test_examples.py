@@ -1,0 +1,165 @@
+import pytest
+import tiny_tokenizers
+
+from para_jax.data.examples import (
+    Example,
+    encode_completion,
+    encode_example,
+    encode_prompt,
+    show_example,
+    split_conversation,
+    stop_token_ids,
+)
+
+KINDS = ("plain", "with_bos", "own_space")
+USER = {"role": "user", "content": "where is my parcel?"}
+SAMPLES = [
+    ("Message: where is my parcel?\nTeam:", "shipping"),
+    ("Answer with yes or no.\n", "yes"),
+    ("Answer: ", "the lazy dog"),
+    ("Answer:", "\nyes"),
+    ("Answer:", " yes"),
+    ("Wo ist mein Paket? 日本", "größer ☃"),
+    ([USER], "shipping"),
+    ([USER, {"role": "assistant", "content": "the movie"}, {"role": "user", "content": "yes?"}], "no way"),
+]
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request):
+    return getattr(tiny_tokenizers, request.param)()
+
+
+@pytest.mark.parametrize(("prompt", "completion"), SAMPLES)
+def test_training_and_serving_see_the_same_prompt_ids(tokenizer, prompt, completion):
+    example = encode_example(tokenizer, prompt, completion)
+    assert example.prompt_ids == encode_prompt(tokenizer, prompt)
+    assert example.completion_ids == encode_completion(tokenizer, prompt, completion)
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [s for s in SAMPLES if isinstance(s[0], str)])
+@pytest.mark.parametrize("kind", ["plain", "with_bos"])
+def test_prompt_and_completion_decode_to_the_joined_text(kind, prompt, completion):
+    tokenizer = getattr(tiny_tokenizers, kind)()
+    prompt_ids, completion_ids = encode_example(tokenizer, prompt, completion)
+    space = "" if prompt[-1].isspace() or completion[0].isspace() else " "
+    assert tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True) == prompt + space + completion
+
+
+@pytest.mark.parametrize("completion", ["shipping", " shipping"])
+def test_a_tokenizer_that_adds_its_own_space_gets_no_second_one(completion):
+    tokenizer = tiny_tokenizers.own_space()
+    prompt_ids, completion_ids = encode_example(tokenizer, "Team:", completion)
+    assert tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True) == "Team: shipping"
+
+
+def test_a_text_completion_ends_in_one_eos(tokenizer):
+    ids = encode_completion(tokenizer, "Answer:", "yes")
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_prompt_has_the_bos_that_the_tokenizer_adds_and_never_two():
+    for kind, count in (("plain", 0), ("with_bos", 1), ("own_space", 1)):
+        tokenizer = getattr(tiny_tokenizers, kind)()
+        for prompt in ("Answer:", [USER]):
+            assert encode_prompt(tokenizer, prompt).count(tokenizer.bos_token_id) == count, (kind, prompt)
+        assert tokenizer.bos_token_id not in encode_completion(tokenizer, [USER], "yes")
+
+
+def test_a_prompt_never_ends_in_an_eos_that_the_tokenizer_adds():
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizers.byte_level(["<s>", "</s>"], eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("Answer:")["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(encode_prompt(tokenizer, "Answer:")) == "Answer:"
+    assert tokenizer.decode(encode_prompt(tokenizer, "Answer:</s>")) == "Answer:</s>"
+
+
+def test_a_chat_example_is_the_template_s_own_text_up_to_the_end_token(tokenizer):
+    turn = {"role": "assistant", "content": "shipping"}
+    rendered = tokenizer.apply_chat_template([USER, turn], tokenize=False)
+    example = encode_example(tokenizer, [USER], "shipping")
+    if tokenizer is tiny_tokenizers.own_space():
+        assert tokenizer.decode(example.completion_ids) == "shipping </s>"
+    else:
+        assert tokenizer.decode(example.prompt_ids + example.completion_ids) == rendered.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "end"), [("plain", "<|im_end|>"), ("with_bos", "<end_of_turn>"), ("own_space", "</s>")]
+)
+def test_the_end_token_of_a_turn_is_in_the_loss_and_ends_generation(kind, end):
+    tokenizer = getattr(tiny_tokenizers, kind)()
+    end_id = tokenizer.convert_tokens_to_ids(end)
+    assert encode_completion(tokenizer, [USER], "yes")[-1] == end_id
+    assert set(stop_token_ids(tokenizer, (3,))) == {3, end_id, tokenizer.eos_token_id}
+
+
+def test_a_template_without_an_end_token_gets_eos():
+    tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    assert tokenizer.decode(encode_completion(tokenizer, [USER], "yes")) == " yes\n</s>"
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", [], None])
+def test_an_empty_prompt_is_an_error(prompt):
+    for call in (lambda t: encode_prompt(t, prompt), lambda t: encode_completion(t, prompt, "yes")):
+        with pytest.raises(ValueError, match="prompt is missing or empty"):
+            call(tiny_tokenizers.plain())
+
+
+@pytest.mark.parametrize("prompt", ["Answer:", [USER]])
+@pytest.mark.parametrize("completion", ["", " ", None])
+def test_an_empty_completion_is_an_error(prompt, completion):
+    with pytest.raises(ValueError, match="completion is missing or empty"):
+        encode_example(tiny_tokenizers.plain(), prompt, completion)
+
+
+def test_what_a_tokenizer_can_not_do_is_an_error_that_names_it():
+    no_template = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>")
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_prompt(no_template, [USER])
+    with pytest.raises(ValueError, match="no EOS token"):
+        encode_completion(tiny_tokenizers.byte_level(["</s>"]), "Answer:", "yes")
+    with pytest.raises(ValueError, match="no system role"):
+        encode_prompt(tiny_tokenizers.with_bos(), [{"role": "system", "content": "yes"}, USER])
+    other = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>")
+    other.chat_template = "{{ messages | length }}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    with pytest.raises(ValueError, match="does not start with its generation prompt"):
+        encode_completion(other, [USER], "yes")
+
+
+def test_a_conversation_with_k_assistant_turns_is_k_examples():
+    first, second = ({"role": "assistant", "content": c} for c in ("one", "two"))
+    assert split_conversation([USER, first, USER, second]) == [([USER], first), ([USER, first, USER], second)]
+    assert split_conversation([USER]) == []
+
+
+def test_a_shown_example_holds_every_token_and_marks_prompt_loss_and_summary():
+    tokenizer = tiny_tokenizers.plain()
+    example = encode_example(tokenizer, "Answer:\nAnswer:", "yes")
+    shown = show_example(tokenizer, example).splitlines()
+    split = next(i for i, line in enumerate(shown) if line.startswith("completion"))
+    assert f"prompt: {len(example.prompt_ids)} tokens, no loss" in shown[0]
+    assert f"completion: {len(example.completion_ids)} tokens" in shown[split]
+    prompt, completion = "".join(shown[1:split]), "".join(shown[split + 1 :])
+    assert prompt.count("[") == len(example.prompt_ids) and prompt.endswith("[:]<<") and prompt.count(">>") == 1
+    assert completion.count("[") == len(example.completion_ids) and completion.endswith("[<|im_end|>]")
+    assert "[\\n]" in prompt and " yes" in completion.replace("][", "")
+
+
+def test_a_shown_example_has_no_character_that_a_terminal_acts_on(tokenizer):
+    ids = encode_prompt(tokenizer, "yes\x1b[31m no\r\u202e日本" * 20)
+    shown = show_example(tokenizer, Example(ids, ids))
+    assert all(c.isprintable() or c == "\n" for c in shown) and max(map(len, shown.splitlines())) <= 110
+
+
+def test_a_leading_space_is_shown_whatever_the_tokenizer(tokenizer):
+    example = encode_example(tokenizer, "Answer:", "yes")
+    assert " yes" in show_example(tokenizer, example).splitlines()[-1].replace("][", "")

@@ -1,0 +1,222 @@
+import json
+
+import pytest
+import tiny_tokenizers
+
+from para_jax.config import DataSection
+from para_jax.data.examples import encode_example
+from para_jax.data.sources import Record, encode_records, load_records, read_records, split_files
+
+USER, BOT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
+
+
+def write(folder, *rows, name="data.jsonl"):
+    file = folder / name
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def test_prompt_and_completion_are_read_as_text_or_messages(tmp_path):
+    file = write(
+        tmp_path,
+        {"prompt": "Q:", "completion": "yes", "references": ["yes", "yep"], "label": 1},
+        "",
+        {"prompt": [USER], "completion": [BOT]},
+        {"prompt": [USER], "completion": "hi", "label": None},
+    )
+    assert read_records(file) == [
+        Record("Q:", "yes", ("yes", "yep"), "1", f"{file}:1"),
+        Record([USER], "hi", ("hi",), None, f"{file}:3"),
+        Record([USER], "hi", ("hi",), None, f"{file}:4"),
+    ]
+
+
+def test_k_assistant_turns_are_k_records(tmp_path):
+    file = write(tmp_path, {"messages": [USER, BOT, USER, BOT | {"content": "bye"}]})
+    assert [(r.prompt, r.completion, r.place) for r in read_records(file)] == [
+        ([USER], "hi", f"{file}:1"),
+        ([USER, BOT, USER], "bye", f"{file}:1"),
+    ]
+
+
+def test_templates_read_any_columns(tmp_path):
+    file = write(tmp_path, {"instruction": "add", "input": "{0.x} 1", "n": 2, "output": "3"})
+    made = read_records(file, prompt="{{{instruction}}}\n{input} {n}", completion="{output}")
+    assert (made[0].prompt, made[0].completion) == ("{add}\n{0.x} 1 2", "3")
+
+
+def test_one_template_goes_with_the_other_s_own_column(tmp_path):
+    file = write(tmp_path, {"question": "why", "completion": "so", "messages": []})
+    assert read_records(file, prompt="{question}?")[0][:2] == ("why?", "so")
+
+
+def test_a_task_reads_its_published_rows(tmp_path):
+    file = write(tmp_path, {"sentence": "good", "label": 1, "prompt": "not this"})
+    assert read_records(file, task="sst2")[0][:4] == (
+        "good\nThe sentiment of the given sentence is:",
+        "positive",
+        ("positive",),
+        "1",
+    )
+    assert read_records(file, task="sst2", prompt="{prompt}", completion="{sentence}")[0][:2] == ("not this", "good")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{'prompt': 1}", "not JSON"),
+        ('{"prompt": "a", "completion": "b"', "not JSON"),
+        ('{"prompt": "\\ud800", "completion": "b"}', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "expected a JSON object, found list"),
+        ({"completion": "b"}, "no field 'prompt'; .* fields there are: completion"),
+        ({"prompt": "a", "output": "b"}, "no field 'completion'; .* fields there are: prompt, output"),
+        ({"prompt": " ", "completion": "b"}, "prompt is empty"),
+        ({"prompt": "a", "completion": ""}, "completion is empty"),
+        ({"prompt": 3, "completion": "b"}, "prompt: expected text or a list of messages, found int"),
+        ({"prompt": "a", "completion": None}, "completion: expected text or a list of messages, found NoneType"),
+        ({"prompt": [], "completion": "b"}, "prompt is empty"),
+        ({"prompt": [{"role": "user"}], "completion": "b"}, "is no message"),
+        ({"prompt": ["a"], "completion": "b"}, "is no message"),
+        ({"prompt": [USER], "completion": [USER]}, "one assistant message"),
+        ({"prompt": [USER], "completion": [BOT, BOT]}, "one assistant message"),
+        ({"prompt": "a", "completion": "b", "references": "b"}, "references: .* expected a list of texts"),
+        ({"messages": [USER]}, "nothing to learn"),
+        ({"messages": []}, "nothing to learn"),
+        ({"messages": [BOT]}, "prompt is empty"),
+        ({"messages": "hello"}, "messages: expected text or a list of messages, found str"),
+        ({"messages": [USER, BOT | {"content": ""}]}, "an assistant message is empty"),
+    ],
+)
+def test_a_wrong_row_is_an_error_that_names_file_and_line(tmp_path, row, message):
+    file = write(tmp_path, {"prompt": "a", "completion": "b"}, "", row)
+    with pytest.raises(ValueError, match=message) as error:
+        read_records(file)
+    assert str(error.value).startswith(f"{file}:3: ") and len(str(error.value).splitlines()) <= 2
+
+
+def test_bytes_that_are_no_text_are_an_error_that_names_file_and_line(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'{"prompt": "a\xff", "completion": "b"}\n')
+    with pytest.raises(ValueError, match="data.jsonl:1: the line is not JSON"):
+        read_records(file)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{missing}", "data.jsonl:1: no field 'missing'; the fields there are: a, b"),
+        ("{b}", "data.jsonl:1: b: expected text or a number, found list"),
+        ("{a.__class__}", "only plain {column} is possible"),
+        ("{a[0]}", "only plain {column} is possible"),
+        ("{a!r}", "only plain {column} is possible"),
+        ("{a:>9999999999}", "only plain {column} is possible"),
+        ("{}", "only plain {column} is possible"),
+        ("{a", "a brace itself is written {{ or }}"),
+    ],
+)
+def test_a_template_can_name_a_column_and_do_nothing_else(tmp_path, template, message):
+    file = write(tmp_path, {"a": "x", "b": []})
+    with pytest.raises(ValueError) as error:
+        read_records(file, prompt=template, completion="{a}")
+    assert message in str(error.value)
+
+
+def test_missing_empty_and_unknown_are_errors_that_name_what_was_asked(tmp_path):
+    with pytest.raises(ValueError, match="nothing.jsonl: no such file"):
+        read_records(tmp_path / "nothing.jsonl")
+    with pytest.raises(ValueError, match="data.jsonl: the data set is empty"):
+        read_records(write(tmp_path, "", " "))
+    with pytest.raises(ValueError, match="data.task: 'mnli' is not possible; expected one of boolq, copa, squad, sst2"):
+        read_records(write(tmp_path, "{}"), task="mnli")
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+
+def test_a_folder_gives_the_splits_it_has_and_a_named_file_comes_first(tmp_path):
+    for name in ("train", "validation", "other"):
+        write(tmp_path, {"prompt": name, "completion": "b"}, name=f"{name}.jsonl")
+    folder = DataSection(train=str(tmp_path))
+    assert split_files(folder) == {s: tmp_path / f"{s}.jsonl" for s in ("train", "validation")}
+    assert load_records(folder, "train")[0].prompt == "train" and load_records(folder, "test") is None
+    named = DataSection(train=str(tmp_path), validation=str(tmp_path / "other.jsonl"))
+    assert load_records(named, "validation")[0].prompt == "other"
+    assert split_files(DataSection(train=str(tmp_path / "other.jsonl"))) == {"train": tmp_path / "other.jsonl"}
+
+
+def test_training_data_must_be_there(tmp_path):
+    with pytest.raises(ValueError, match="data.train is not set"):
+        load_records(DataSection(), "train")
+    with pytest.raises(ValueError, match=r"data.train: .*train.jsonl: no such file"):
+        load_records(DataSection(train=str(tmp_path)), "train")
+    with pytest.raises(ValueError, match=r"data.test: .*gone.jsonl: no such file"):
+        load_records(DataSection(test=str(tmp_path / "gone.jsonl")), "test")
+
+
+# -------------------------------------------------------------------------------------------------------------- length
+
+
+def long_and_short():
+    texts = [("yes " * 3, "no"), ("the quick brown fox " * 9, "yes"), ("user:", "no"), ("lazy dog " * 20, "yes")]
+    return [Record(p, c, (c,), None, f"file:{i}") for i, (p, c) in enumerate(texts, start=1)]
+
+
+def test_examples_that_fit_are_encoded_as_everywhere():
+    tokenizer, records = tiny_tokenizers.plain(), long_and_short()
+    made = encode_records(records, tokenizer, DataSection(max_seq_length=500))
+    assert made.examples == [encode_example(tokenizer, r.prompt, r.completion) for r in records]
+    assert made.records == records and (made.cut, made.skipped) == (0, 0) and made.report() == "4 examples"
+
+
+def test_a_too_long_example_is_an_error_that_names_it_and_the_ways_out():
+    with pytest.raises(ValueError) as error:
+        encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=20))
+    tokens = sum(map(len, encode_example(tiny_tokenizers.plain(), *long_and_short()[1][:2])))
+    message = str(error.value)
+    assert message.startswith(f"file:2: {tokens} tokens are more than data.max_seq_length 20 (2 of 4 examples")
+    assert "data.truncate to skip" in message and "left" in message
+
+
+def test_skip_leaves_the_long_ones_out_and_counts_them():
+    made = encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=20, truncate="skip"))
+    assert [r.place for r in made.records] == ["file:1", "file:3"] and len(made.examples) == 2
+    assert made.skipped == 2 and made.report() == "2 examples, 2 too long and skipped"
+    with pytest.raises(ValueError, match="every example is longer than data.max_seq_length 2"):
+        encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=2, truncate="skip"))
+
+
+@pytest.mark.parametrize("kind", ["plain", "with_bos", "own_space"])
+@pytest.mark.parametrize("length", [8, 20])
+def test_left_cuts_the_prompt_s_start_and_nothing_else(kind, length):
+    tokenizer, records = getattr(tiny_tokenizers, kind)(), long_and_short()
+    made = encode_records(records, tokenizer, DataSection(max_seq_length=length, truncate="left"))
+    bos = 0 if kind == "plain" else 1
+    cut = 0
+    for record, (prompt, completion) in zip(records, made.examples, strict=True):
+        whole = encode_example(tokenizer, record.prompt, record.completion)
+        assert completion == whole.completion_ids
+        assert len(prompt) == min(len(whole.prompt_ids), length - len(completion))
+        assert prompt[:bos] == whole.prompt_ids[:bos]
+        assert prompt[bos:] == whole.prompt_ids[len(whole.prompt_ids) - len(prompt) + bos :]
+        cut += len(prompt) < len(whole.prompt_ids)
+    assert made.cut == cut >= 2 and f"{cut} of them too long and cut from the left" in made.report()
+
+
+def test_left_never_cuts_a_completion_and_leaves_a_prompt_token():
+    tokenizer = tiny_tokenizers.with_bos()
+    record = Record("quick brown", "yes", ("yes",), None, "file:9")
+    size = len(encode_example(tokenizer, record.prompt, record.completion).completion_ids)
+    made = encode_records([record], tokenizer, DataSection(max_seq_length=size + 1, truncate="left"))
+    assert made.examples[0].prompt_ids == encode_example(tokenizer, record.prompt, "yes").prompt_ids[-1:]
+    with pytest.raises(ValueError, match=f"file:9: the completion alone has {size} tokens and leaves no room"):
+        encode_records([record], tokenizer, DataSection(max_seq_length=size, truncate="left"))
+
+
+def test_an_example_that_can_not_be_encoded_names_its_place():
+    record = Record([{"role": "system", "content": "yes"}], "no", ("no",), None, "file:4")
+    with pytest.raises(ValueError, match="file:4: .*no system role"):
+        encode_records([record], tiny_tokenizers.with_bos(), DataSection())

@@ -1,0 +1,227 @@
+"""Generation writes what the teacher-forced pass would choose, each row by itself, and ends where it should."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import backbone, golden, golden_tenants, strong
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from para_jax import ParaConfig, forward, generate, init_adapter, pick, stack_adapters
+from para_jax.inference.generate import generate_tokens, next_token
+
+WORDS = ["<pad>", "<s>", "</s>"] + [f"w{i}" for i in range(3, 256)]
+CHAT = (
+    "{% for m in messages %}{{ 'w9 ' + m['content'] + ' </s> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}w8{% endif %}"
+)
+PROMPTS = [[7, 8, 9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30], [5], list(range(40, 57))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One word a token: w<id>, as many as the model has."""
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.decoder = decoders.Metaspace(replacement="|")  # no space of its own between words
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return backbone("llama")
+
+
+@pytest.fixture(scope="module")
+def tenants(model):
+    """Two strong adapters: they move the logits, and differ, by more than 0.1."""
+    fresh = init_adapter(ParaConfig(r=4), model.config)
+    made = [strong(fresh, seed) for seed in (1, 2)]
+    logits = [forward(model, adapter, np.array(PROMPTS[:1]), 3) for adapter in (None, *made)]
+    assert all(abs(logits[i] - logits[j]).max() > 0.1 for i, j in ((0, 1), (0, 2), (1, 2)))
+    return made
+
+
+def write(model, adapters, prompts=PROMPTS, count=12, **options):
+    return generate_tokens(model, adapters, prompts, max_new_tokens=count, **options)
+
+
+def chosen(model, adapter, prompt, count):
+    """The argmax of the whole teacher-forced pass, one token at a time."""
+    ids = np.zeros((1, 64), np.int32)
+    ids[0, : len(prompt)] = prompt
+    for length in range(len(prompt), len(prompt) + count):
+        logits = forward(model, adapter, ids, len(prompt), length)
+        ids[0, length] = logits[0, length - 1].argmax()
+    return ids[0, len(prompt) : len(prompt) + count].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_cached_tokens_are_those_of_the_teacher_forced_pass(family):
+    model = backbone(family)
+    adapter = strong(init_adapter(ParaConfig(r=4), model.config), 3)
+    written = write(model, adapter, count=20)
+    assert written == [chosen(model, adapter, prompt, 20) for prompt in PROMPTS]
+    assert written != write(model, None, count=20)
+
+
+def test_a_mixed_batch_equals_each_tenant_alone(model, tenants):
+    rows = [-1, 0, 1, 0]
+    mixed = write(model, pick(stack_adapters(tenants), np.array(rows)))
+    adapters = {-1: None, 0: tenants[0], 1: tenants[1]}
+    assert mixed == [write(model, adapters[row], [prompt])[0] for row, prompt in zip(rows, PROMPTS, strict=True)]
+    assert (
+        len(
+            {
+                tuple(tokens)
+                for tokens in write(model, pick(stack_adapters(tenants), np.array([-1, 0, 1])), PROMPTS[:1] * 3)
+            }
+        )
+        == 3
+    )
+
+
+def test_a_stacked_model_writes_the_same(model, tenants):
+    assert write(backbone("llama", "stacked"), tenants[0]) == write(model, tenants[0])
+
+
+def test_the_golden_tokens_are_written(model):
+    expected = golden("llama")
+    prompts = [ids[:n].tolist() for ids, n in zip(expected["input_ids"], expected["lengths"], strict=True)]
+    assert write(model, None, prompts) == expected["greedy_tokens"].tolist()
+    expected = golden("llama", "para")
+    prompts = [ids[:n].tolist() for ids, n in zip(expected["input_ids"], expected["prompt_lengths"], strict=True)]
+    rows = pick(stack_adapters(golden_tenants("llama")), expected["tenant"])
+    assert write(model, rows, prompts) == expected["greedy_tokens"].tolist()
+
+
+def test_seeds_reproduce_and_rows_draw_by_themselves(model, tenants):
+    settings = {"temperature": 1.3, "top_k": 50, "top_p": 0.95}
+    together = write(model, tenants[0], seed=7, **settings)
+    assert together == write(model, tenants[0], seed=7, **settings)
+    assert together != write(model, tenants[0], seed=8, **settings)
+    alone = [write(model, tenants[0], [prompt], seed=7 + i, **settings)[0] for i, prompt in enumerate(PROMPTS)]
+    assert together == alone
+    twins = write(model, tenants[0], PROMPTS[:1] * 2, seed=7, **settings)
+    assert twins[0] != twins[1]
+
+
+def test_the_likeliest_token_alone_is_greedy(model):
+    greedy = write(model, None)
+    assert write(model, None, temperature=0.9, top_k=1) == greedy == write(model, None, temperature=0.9, top_p=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- ends
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 17])
+def test_as_many_tokens_as_asked_for(model, count):
+    assert write(model, None, count=count) == [row[:count] for row in write(model, None, count=20)]
+
+
+def test_a_row_ends_before_its_stop_token_and_the_others_go_on(model):
+    free = write(model, None, count=20)
+    stop = free[1][4]
+    expected = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert write(model, None, count=20, stop_ids=[stop]) == expected
+    assert len(expected[1]) <= 4 and any(len(row) == 20 for row in expected)
+
+
+def test_decoding_ends_when_all_rows_have(model, monkeypatch):
+    steps = []
+    monkeypatch.setattr("para_jax.inference.generate.next_token", lambda *args: steps.append(1) or next_token(*args))
+    first = write(model, None, PROMPTS[:1], count=100)[0]
+    assert len(steps) == 99
+    steps.clear()
+    assert write(model, None, PROMPTS[:1], count=100, stop_ids=[first[0]]) == [[]]
+    assert len(steps) < 8
+    steps.clear()
+    write(model, None, PROMPTS[:1], count=100, ended=lambda tokens: len(tokens) >= 10)
+    assert 9 <= len(steps) < 16
+
+
+def test_text_ends_before_a_stop_string_that_spans_tokens(model, tokenizer):
+    whole = generate(model, ["w7 w8 w9"], tokenizer=tokenizer, max_new_tokens=20)[0]
+    words = [f"w{i}" for i in write(model, None, PROMPTS[:1], count=20)[0]]
+    assert whole == "".join(words)
+    end = words[5][-1] + words[6] + words[7][:1]  # parts of three tokens
+    cut = generate(model, ["w7 w8 w9"], tokenizer=tokenizer, max_new_tokens=20, stop=["no such", end])[0]
+    assert cut == whole[: whole.index(end)] and 0 < len(cut) < len(whole)
+    assert generate(model, ["w7 w8 w9"], tokenizer=tokenizer, max_new_tokens=20, stop=words[0])[0] == ""
+
+
+def test_text_ends_before_the_end_token_of_config_or_tokenizer(model, tokenizer):
+    expected = golden("llama")
+    prompts = [ids[:n].tolist() for ids, n in zip(expected["input_ids"], expected["lengths"], strict=True)]
+    free = write(model, None, prompts)
+    tokenizer.eos_token, before = WORDS[free[0][3]], tokenizer.eos_token
+    try:
+        texts = [" ".join(WORDS[i] for i in ids) for ids in prompts]
+        written = generate(model, texts, tokenizer=tokenizer, max_new_tokens=12)
+    finally:
+        tokenizer.eos_token = before
+    stops = {free[0][3], *model.config.eos_token_ids}
+    ends = [next((i for i, token in enumerate(row) if token in stops), 12) for row in free]
+    assert written == ["".join(WORDS[i] for i in row[:end]) for row, end in zip(free, ends, strict=True)]
+    assert ends[0] <= 3
+
+
+def test_messages_go_through_the_chat_template(model, tokenizer):
+    messages = [{"role": "user", "content": "w7 w30"}]
+    as_text = generate(model, ["w9 w7 w30 </s> w8"], tokenizer=tokenizer, max_new_tokens=8)
+    assert generate(model, [messages], tokenizer=tokenizer, max_new_tokens=8) == as_text
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompts": []}, "prompts: .*at least one"),
+        ({"prompts": "w7"}, "prompts: str is not possible; expected a list"),
+        ({"prompts": ["w7", " "]}, "prompt is missing or empty"),
+        ({"tenants": ["a"]}, "tenants: names need an adapter bank"),
+        ({"max_new_tokens": 0}, "max_new_tokens: 0 is not possible"),
+        ({"max_new_tokens": 511}, r"prompt 1: 2 tokens and max_new_tokens 511 are more than the model's 512 positions"),
+        ({"temperature": -1.0}, "temperature: -1.0"),
+        ({"temperature": float("nan")}, "temperature: nan"),
+        ({"top_k": -1}, "top_k: -1"),
+        ({"top_k": 1.5}, "top_k: 1.5"),
+        ({"top_p": 0.0}, "top_p: 0.0"),
+        ({"top_p": 1.1}, "top_p: 1.1"),
+        ({"seed": -1}, "seed: -1"),
+        ({"stop": [""]}, "stop: "),
+        ({"adapters": "a"}, "adapters: str is not possible"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_computed(model, tokenizer, monkeypatch, options, message):
+    monkeypatch.setattr("para_jax.model._prefill", lambda *args: pytest.fail("something was computed"))
+    arguments = {"prompts": ["w7", "w7 w8"]} | options
+    with pytest.raises(ValueError, match=message):
+        generate(model, arguments.pop("prompts"), tokenizer=tokenizer, **arguments)
+
+
+def test_rows_of_another_number_or_backbone_are_refused(model, tenants):
+    with pytest.raises(ValueError, match="Rows for 3 rows; expected one for each of 4 prompts"):
+        write(model, pick(stack_adapters(tenants), np.array([0, 1, 0])))
+    with pytest.raises(ValueError, match="another backbone"):
+        write(backbone("gemma"), tenants[0])
+    with pytest.raises(ValueError, match="prompt 1: .*at least one token"):
+        write(model, None, [[5], []])
+    with pytest.raises(ValueError, match="tokens: ids 0 to 256"):
+        write(model, None, [[5, 256]])
+
+
+def test_the_step_compiles_once_for_prompts_of_similar_length(model):
+    write(model, None, [[5, 6]], count=9)
+    before = next_token._cache_size()
+    for length in (1, 3, 16):
+        write(model, None, [list(range(3, 3 + length))], count=9)
+    assert next_token._cache_size() == before
+    assert jax.tree.leaves(model)[0].is_deleted() is False

@@ -1,0 +1,282 @@
+import json
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import para_jax.gguf
+from para_jax.gguf import GgufFile, convert_gguf
+
+FIXTURES = Path(__file__).parent / "fixtures"
+Q8 = gguf.GGMLQuantizationType.Q8_0
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def hugging_face(family):
+    folder = FIXTURES / family
+    return json.loads((folder / "config_legacy.json").read_text()), load_file(folder / "model.safetensors")
+
+
+def llama_cpp_name(name, arch):
+    module, _, kind = name.removeprefix("model.layers.").rpartition(".")
+    if module in NAMES:
+        return f"{NAMES[module]}.{kind}"
+    layer, _, module = module.partition(".")
+    after_attention = {"llama": "ffn_norm", "gemma3": "post_attention_norm"}[arch]
+    return f"blk.{layer}.{(NAMES | {'post_attention_layernorm': after_attention})[module]}.{kind}"
+
+
+def interleave(weight, heads):
+    """As llama.cpp's convert_hf_to_gguf.py permutes q_proj and k_proj."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, family="llama", *, arch=None, kind=None, change=(), tensors=None):
+    """Writes a fixture as llama.cpp's converter does. `change` replaces metadata; `kind` quantises the matrices."""
+    config, weights = hugging_face(family)
+    arch = arch or ("gemma3" if "gemma" in family else "llama")
+    writer = gguf.GGUFWriter(path, arch)
+    values = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "rope.freq_base": float(config["rope_theta"]),
+    }
+    if "gemma" in family:
+        values |= {"attention.key_length": config["head_dim"], "attention.sliding_window": config["sliding_window"]}
+    for key, value in (values | dict(change)).items():
+        if value is not None:
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+            add[type(value)](
+                key if "." in key and key.split(".")[0] in ("split", "tokenizer") else f"{arch}.{key}", value
+            )
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, weight in (weights | (tensors or {})).items():
+        if weight is None:
+            continue
+        if ".q_proj." in name or ".k_proj." in name:
+            heads = config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+            weight = interleave(weight, heads) if "gemma" not in family else weight
+        if "gemma" in family and "norm" in name:
+            weight = weight + 1
+        name = name if name.startswith("raw.") else llama_cpp_name(name, "gemma3" if "gemma" in family else "llama")
+        if kind is not None and weight.ndim == 2:
+            writer.add_tensor(name.removeprefix("raw."), gguf.quants.quantize(weight, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name.removeprefix("raw."), weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm2", "gemma3_text"])
+def test_a_model_written_as_gguf_reads_back_as_the_same_hugging_face_model(tmp_path, family):
+    config, weights = hugging_face(family)
+    change = {"attention.sliding_window_pattern": 3, "rope.freq_base_swa": 100.0} if family == "gemma3_text" else {}
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", family, change=change))
+    assert file.shapes == {name: weight.shape for name, weight in weights.items()}
+    for name, weight in weights.items():
+        assert file.read(name).dtype == np.float32
+        np.testing.assert_allclose(file.read(name), weight, atol=1e-6)
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    not_said = {"attention_dropout", "initializer_range", "use_cache", "pad_token_id", "attn_logit_softcapping"}
+    not_said |= {
+        "pretraining_tp",
+        "query_pre_attn_scalar",
+    }  # llama.cpp takes the head's width, the fixture another number
+    eos = {"bos_token_id": 1, "eos_token_id": 2}
+    expected = {
+        k: v for k, v in ({"head_dim": head_dim, "rope_scaling": None} | config | eos).items() if k not in not_said
+    }
+    assert {key: file.config[key] for key in expected} == expected
+
+
+def test_rows_of_quantised_tensors_are_those_of_the_whole_and_only_they_are_dequantised(tmp_path, monkeypatch):
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", kind=Q8))
+    whole = {name: file.read(name) for name in file.shapes}
+    for name, weight in hugging_face("llama")[1].items():
+        np.testing.assert_allclose(whole[name], weight, atol=0.01)  # Q8_0 rounds by 1/254 of a block's largest
+    counted, dequantise = [], gguf.quants.dequantize
+    monkeypatch.setattr(
+        gguf.quants, "dequantize", lambda data, kind: counted.append(len(data)) or dequantise(data, kind)
+    )
+    for name in [
+        "model.embed_tokens.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.2.self_attn.k_proj.weight",
+    ]:
+        np.testing.assert_array_equal(file.read(name, 5, 19), whole[name][5:19])
+        np.testing.assert_array_equal(file.read(name, 28), whole[name][28:])
+        assert counted == [14, len(whole[name]) - 28]
+        counted.clear()
+
+
+def test_biases_are_read_with_the_rows_of_their_matrices(tmp_path):
+    rng, widths = np.random.default_rng(0), {"q_proj": 64, "k_proj": 32, "v_proj": 32, "o_proj": 64}
+    biases = {
+        f"model.layers.{i}.self_attn.{name}.bias": rng.normal(size=width).astype(np.float32)
+        for i in range(3)
+        for name, width in widths.items()
+    }
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", tensors=biases))
+    assert file.config["attention_bias"] and not file.config["mlp_bias"]
+    for name, bias in biases.items():
+        np.testing.assert_array_equal(file.read(name), bias)
+        np.testing.assert_array_equal(file.read(name, 3, 20), bias[3:20])
+
+
+def llama3_factors(config, positions):
+    """The divisors of the frequencies as convert_hf_to_gguf.py computes them for factor 8, low 1, high 4."""
+    made = []
+    for i in range(0, 16, 2):
+        wavelength = 2 * np.pi * config["rope_theta"] ** (i / 16)
+        smooth = (positions / wavelength - 1) / 3
+        made.append(1 if smooth > 1 else 8 if smooth < 0 else 1 / ((1 - smooth) / 8 + smooth))
+    return np.array(made, np.float32)
+
+
+def test_llama3_rope_scaling_is_recovered_from_its_factors_and_another_one_is_refused(tmp_path):
+    config, _ = hugging_face("llama3")
+    factors = {"raw.rope_freqs.weight": llama3_factors(config, 8192)}
+    assert not np.isin(factors["raw.rope_freqs.weight"], [1, 8]).all()
+    scaling = GgufFile(write_gguf(tmp_path / "a.gguf", "llama3", tensors=factors)).config["rope_scaling"]
+    assert scaling == {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    factors = {"raw.rope_freqs.weight": llama3_factors(config, 64)}
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
+        GgufFile(write_gguf(tmp_path / "b.gguf", "llama3", tensors=factors))
+
+
+def test_linear_rope_scaling_and_a_second_end_token_come_into_the_config(tmp_path):
+    change = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "tokenizer.ggml.eot_token_id": 7}
+    config = GgufFile(write_gguf(tmp_path / "m.gguf", change=change)).config
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    assert config["eos_token_id"] == [2, 7]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"arch": "qwen2"}, "architecture 'qwen2'.*llama and gemma3"),
+        ({"change": {"rope.scaling.type": "yarn"}}, "rope scaling 'yarn'"),
+        ({"change": {"rope.dimension_count": 8}}, "partial rotary"),
+        ({"change": {"block_count": None}}, r"llama\.block_count is None"),
+        ({"change": {"attention.head_count": [4, 4, 4]}}, r"llama\.attention\.head_count is \[4, 4, 4\]"),
+        ({"change": {"block_count": 4}}, r"missing.*model\.layers\.3\."),
+        ({"change": {"block_count": 2}}, r"no place.*model\.layers\.2\."),
+        ({"change": {"block_count": 2**31}}, "2147483648 layers"),
+        ({"change": {"split.count": 3}}, "one of 3 parts"),
+        ({"tensors": {"model.norm.weight": None}}, r"missing.*model\.norm\.weight"),
+        ({"tensors": {"raw.blk.0.ffn_gate_exps.weight": np.ones((2, 2), np.float32)}}, "ffn_gate_exps"),
+    ],
+)
+def test_what_is_not_supported_or_not_there_is_refused_by_name(tmp_path, change, said):
+    path = write_gguf(tmp_path / "m.gguf", **change)
+    with pytest.raises(ValueError, match=said) as error:
+        GgufFile(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_that_is_no_gguf_or_is_cut_off_anywhere_is_refused(tmp_path):
+    whole = write_gguf(tmp_path / "m.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for size in [0, 3, 4, 23, *range(24, len(whole), len(whole) // 60), len(whole) - 33]:
+        cut.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a GGUF file" if size < 24 else "not a whole GGUF file"):
+            GgufFile(cut)
+    cut.write_bytes(b"PK" + whole[2:])
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        GgufFile(cut)
+    with pytest.raises(ValueError, match="no such file"):
+        GgufFile(tmp_path / "none.gguf")
+
+
+def test_a_damaged_header_gives_a_value_error_or_a_model_and_nothing_else(tmp_path):
+    whole = write_gguf(tmp_path / "m.gguf").read_bytes()
+    damaged, rng = tmp_path / "damaged.gguf", np.random.default_rng(0)
+    refused = 0
+    for at in [*range(8, 32), *rng.integers(32, 3000, 150)]:
+        damaged.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        try:
+            GgufFile(damaged)
+        except ValueError:
+            refused += 1
+    assert refused > 50
+    endless = struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 0, 2**60)  # an array of 2**60 numbers
+    damaged.write_bytes(endless)
+    with pytest.raises(ValueError, match="inside its header"):
+        GgufFile(damaged)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_converted_folder_holds_the_model_for_transformers(tmp_path, monkeypatch, family):
+    monkeypatch.setattr(para_jax.gguf, "PIECE_BYTES", 4096)
+    config, weights = hugging_face(family)
+    saved = []
+    convert_gguf(
+        write_gguf(tmp_path / "m.gguf", family), tmp_path / "new" / "hf", SimpleNamespace(save_pretrained=saved.append)
+    )
+    folder = tmp_path / "new" / "hf"
+    assert len(saved) == 1 and sorted(file.name for file in folder.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    read = load_file(folder / "model.safetensors")
+    assert read.keys() == weights.keys()
+    for name, weight in weights.items():
+        np.testing.assert_allclose(read[name], weight, atol=1e-6)
+
+    from transformers import AutoConfig
+
+    made = AutoConfig.from_pretrained(folder)
+    assert (made.model_type, made.hidden_size, made.num_key_value_heads) == (config["model_type"], 64, 2)
+    assert made.eos_token_id == 2
+
+
+def test_a_conversion_that_fails_leaves_nothing_and_a_full_folder_is_refused(tmp_path):
+    file, folder = write_gguf(tmp_path / "m.gguf"), tmp_path / "hf"
+
+    def full_disk(path):
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        convert_gguf(file, folder, SimpleNamespace(save_pretrained=full_disk))
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not an empty folder"):
+        convert_gguf(file, folder, SimpleNamespace(save_pretrained=lambda path: None))
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
