@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -182,7 +183,7 @@ class Log:
         self.first = jax.process_index() == 0
         self.writers = [WRITERS[name](config, folder) for name in config.logging.report_to] if self.first else []
         self.file = folder / "metrics.jsonl"
-        self.clock = None
+        self.clock: float | None = None
         if self.first and self.file.exists():
             lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
             replace_file(self.file, "".join(line + "\n" for line in lines))
@@ -194,8 +195,8 @@ class Log:
             values = {name: float(value) for name, value in values.items()}
             if not math.isfinite(values["loss"]):
                 raise ValueError(f"step {step}: the loss is {values['loss']}; lower train.learning_rate")
-            now = bar.format_dict["elapsed"]
-            rate = {} if self.clock is None else {"tokens_per_second": round(tokens / max(now - self.clock, 1e-9), 1)}
+            now = time.monotonic()
+            rate = {"tokens_per_second": round(tokens / (now - self.clock), 1)} if self.clock else {}
             self.clock = now
             bar.set_postfix(loss=f"{values['loss']:.4f}", **{"tokens/s": v for v in rate.values()})
             bar.update()

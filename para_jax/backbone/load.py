@@ -61,8 +61,10 @@ def load_backbone(source: str | Path, *, dtype=None, mesh=None, layout: str = "l
 
 
 def config_at(path: Path, source: str | Path) -> ModelConfig:
+    if path.suffix == ".gguf":
+        return model_config(GgufFile(path).config)
     try:
-        return model_config(GgufFile(path).config if path.suffix == ".gguf" else json.loads((path / "config.json").read_text()))
+        return model_config(json.loads((path / "config.json").read_text()))
     except json.JSONDecodeError as error:
         raise ValueError(f"{source}: config.json is not JSON: {error}") from None
     except ValueError as error:

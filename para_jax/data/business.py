@@ -18,13 +18,24 @@ NAMES = {
     "test": ("Maria", "Nils", "Olga", "Peter", "Rosa", "Simon", "Tara", "Victor"),
 }
 ITEMS = {
-    "train": ("lamp", "chair", "desk", "mug", "pillow", "clock", "basket", "kettle", "towel", "mirror", "tray", "rug"),
+    "train": (
+        "lamp", "chair", "desk", "mug", "pillow", "clock", "basket", "kettle", "towel", "mirror", "tray", "rug",
+        "sofa", "stool", "cushion", "curtain", "carpet", "vase", "plate", "bowl", "spoon", "fork", "pot",
+        "tent", "helmet", "wallet", "belt", "hat", "coat", "shirt", "boot", "pencil", "notebook", "folder",
+        "printer", "monitor", "keyboard", "speaker", "camera", "cable", "hammer", "drill",
+    ),
     "test": ("table", "bottle", "blanket", "candle", "bucket", "ladder", "pan", "jacket"),
-}
+}  # fmt: skip
 CITIES = {
-    "train": ("Oslo", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Lisbon", "Prague", "Boston", "Tokyo"),
+    "train": (
+        "Oslo", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Lisbon", "Prague", "Boston", "Tokyo",
+        "Naples", "Turin", "Munich", "Cologne", "Geneva", "Lyon", "Bergen", "Helsinki", "Warsaw", "Budapest",
+        "Porto", "Seville", "Valencia", "Bristol", "Leeds", "Glasgow", "Cardiff", "Dallas", "Austin", "Houston",
+        "Phoenix", "Atlanta", "Miami", "Detroit", "Portland", "Montreal", "Ottawa", "Sydney", "Perth", "Delhi",
+        "Mumbai", "Seoul", "Lima", "Cairo", "Nairobi",
+    ),
     "test": ("London", "Milan", "Zurich", "Chicago", "Hamburg", "Denver", "Seattle", "Toronto"),
-}
+}  # fmt: skip
 QUANTITIES = {"train": (2, 3, 5, 6, 8, 10, 12, 15, 20, 30), "test": (4, 7, 9, 14, 25)}
 MONTHS = (
     "January", "February", "March", "April", "May", "June",
