@@ -1,9 +1,9 @@
-"""Frozen dataclasses for models, adapters and runs, and `load_config`, which makes a run of a YAML file and overrides."""
+"""Frozen dataclasses for models, adapters and runs, and `load_config`, which makes a run of a YAML file and
+overrides."""
 
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
+# --------------------------------------------------------------------------------------------------------------- model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,21 +107,26 @@ class ModelConfig:
 
     def site_axis(self, site: str) -> str:
         """The name of the axis of a site's output, for sharding.py."""
-        return {"q_proj": "heads", "k_proj": "kv_heads", "v_proj": "kv_heads", "o_proj": "width", "down_proj": "width"}.get(
-            site, "hidden"
-        )
+        return {
+            "q_proj": "heads",
+            "k_proj": "kv_heads",
+            "v_proj": "kv_heads",
+            "o_proj": "width",
+            "down_proj": "width",
+        }.get(site, "hidden")
 
     def site_input_width(self, site: str) -> int:
         """The width of a site's input."""
         return {"o_proj": self.q_width, "down_proj": self.hidden_width}.get(site, self.width)
 
 
-# -------------------------------------------------------------------------------------------------------------- adapter
+# ------------------------------------------------------------------------------------------------------------- adapter
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParaConfig:
-    """PARA (arXiv:2502.01033). r = 12 is the only rank that gives the paper's 8.9M parameters on LLaMA-2 7B [derived]."""
+    """PARA (arXiv:2502.01033). r = 12 is the only rank that gives the paper's 8.9M parameters on LLaMA-2 7B
+    [derived]."""
 
     r: int = 12
     pooler: str = "last"
@@ -147,7 +152,9 @@ class ParaConfig:
 def require_sites(config) -> None:
     """Checks `target_modules` and puts it into the order of SITES."""
     sites = tuple(config.target_modules)
-    require(bool(sites) and set(sites) <= set(SITES), "target_modules", sites, "a non-empty part of " + ", ".join(SITES))
+    require(
+        bool(sites) and set(sites) <= set(SITES), "target_modules", sites, "a non-empty part of " + ", ".join(SITES)
+    )
     object.__setattr__(config, "target_modules", tuple(site for site in SITES if site in sites))
 
 
@@ -155,7 +162,7 @@ def require_sites(config) -> None:
 ADAPTER_CONFIGS = {"para": ParaConfig}
 
 
-# ------------------------------------------------------------------------------------------------------------------ run
+# ----------------------------------------------------------------------------------------------------------------- run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,13 +190,19 @@ class DataSection:
     max_seq_length: int = 512
     """tokens of prompt and completion together"""
     truncate: str = "error"
-    """what is done with longer examples: error | skip | left (cut from the prompt's left); each is counted and reported"""
+    """what is done with longer examples: error | skip | left (cut from the prompt's left); each is counted and
+    reported"""
     buckets: int = 3
     """the most padded lengths that training compiles for"""
 
     def __post_init__(self):
         require(self.max_seq_length >= 2, "data.max_seq_length", self.max_seq_length, "at least 2 tokens")
-        require(self.truncate in ("error", "skip", "left"), "data.truncate", self.truncate, one_of(("error", "skip", "left")))
+        require(
+            self.truncate in ("error", "skip", "left"),
+            "data.truncate",
+            self.truncate,
+            one_of(("error", "skip", "left")),
+        )
         require(self.buckets >= 1, "data.buckets", self.buckets, "at least 1")
 
 
@@ -218,11 +231,23 @@ class TrainSection:
     def __post_init__(self):
         require(self.learning_rate >= 0, "train.learning_rate", self.learning_rate, "a number of at least 0")
         require(self.schedule in self.SCHEDULES, "train.schedule", self.schedule, one_of(self.SCHEDULES))
-        require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", self.warmup_ratio, "a share of the steps, 0 or more and below 1")
+        require(
+            0 <= self.warmup_ratio < 1,
+            "train.warmup_ratio",
+            self.warmup_ratio,
+            "a share of the steps, 0 or more and below 1",
+        )
         require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1")
         require(self.num_epochs > 0, "train.num_epochs", self.num_epochs, "more than 0")
-        require(self.per_device_batch_size >= 1, "train.per_device_batch_size", self.per_device_batch_size, "at least 1")
-        require(self.gradient_accumulation_steps >= 1, "train.gradient_accumulation_steps", self.gradient_accumulation_steps, "at least 1")
+        require(
+            self.per_device_batch_size >= 1, "train.per_device_batch_size", self.per_device_batch_size, "at least 1"
+        )
+        require(
+            self.gradient_accumulation_steps >= 1,
+            "train.gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            "at least 1",
+        )
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "more than 0")
         require(self.remat in ("none", "block"), "train.remat", self.remat, "none or block")
 
@@ -271,7 +296,12 @@ class LoggingSection:
     every: int = 1
 
     def __post_init__(self):
-        require(set(self.report_to) <= {"tensorboard", "wandb"}, "logging.report_to", self.report_to, "any of tensorboard, wandb")
+        require(
+            set(self.report_to) <= {"tensorboard", "wandb"},
+            "logging.report_to",
+            self.report_to,
+            "any of tensorboard, wandb",
+        )
         require(self.every >= 1, "logging.every", self.every, "at least 1 step")
 
 
@@ -399,7 +429,17 @@ def _plain(value: Any) -> Any:
 
 
 # OmegaConf 2.4 reads `int | None` only where the annotation is a type, not a string; resolve the strings once.
-for _section in (BackboneSection, DataSection, TrainSection, EvalSection, MeshSection, LoggingSection, RuntimeSection, ParaConfig, RunConfig):
+for _section in (
+    BackboneSection,
+    DataSection,
+    TrainSection,
+    EvalSection,
+    MeshSection,
+    LoggingSection,
+    RuntimeSection,
+    ParaConfig,
+    RunConfig,
+):
     _hints = typing.get_type_hints(_section)
     for _field in dataclasses.fields(_section):
         _field.type = _hints[_field.name]

@@ -1,4 +1,5 @@
-"""The machine's devices: what a run prints first, a check for accelerators that JAX does not see, the compilation cache."""
+"""The machine's devices: what a run prints first, a check for accelerators that JAX does not see, the compilation
+cache."""
 
 from __future__ import annotations
 

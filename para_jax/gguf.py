@@ -128,7 +128,7 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- header
+# -------------------------------------------------------------------------------------------------------------- header
 
 
 class Cursor:
@@ -227,7 +227,7 @@ def interleaved_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return head * head_dim + 2 * row + half
 
 
-# --------------------------------------------------------------------------------------------------------------- config
+# -------------------------------------------------------------------------------------------------------------- config
 
 
 def check_architecture(metadata: dict[str, Any]) -> str:
@@ -356,7 +356,7 @@ def check_complete(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], a
         raise ValueError(f"{len(extra)} tensors have no place in the model, the first is {extra[0]}")
 
 
-# -------------------------------------------------------------------------------------------------------------- convert
+# ------------------------------------------------------------------------------------------------------------- convert
 
 
 def write_safetensors(source: GgufFile, path: Path) -> None:

@@ -1,8 +1,8 @@
 """Where backbone and adapters meet: adapt, forward, prefill, decode.
 
-A layer's adjustments are made from the residual stream that enters it, at the prompt, once; the same adjustments serve the
-teacher-forced pass and every decoded token. `decode` takes adjustments and no adapter: neither its cost nor its compiled
-program can depend on the number of tenants.
+A layer's adjustments are made from the residual stream that enters it, at the prompt, once; the same adjustments
+serve the teacher-forced pass and every decoded token. `decode` takes adjustments and no adapter: neither its cost nor
+its compiled program can depend on the number of tenants.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def adapt(model: Transformer, adapter) -> AdaptedTransformer:
     return AdaptedTransformer(model, adapter)
 
 
-# ---------------------------------------------------------------------------------------------------------- whole sequences
+# ----------------------------------------------------------------------------------------------------- whole sequences
 
 
 def forward(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None) -> jax.Array:
@@ -85,8 +85,9 @@ def forward(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_
 def hidden_states(
     model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None, *, all_layers: bool = False
 ) -> jax.Array:
-    """The hidden states after the final norm [batch, T, width]; all_layers: the residual stream that enters each layer, and
-    the last layer's output before the final norm, [layers + 1, batch, T, width]. Arguments and errors as in forward."""
+    """The hidden states after the final norm [batch, T, width]; all_layers: the residual stream that enters each
+    layer, and the last layer's output before the final norm, [layers + 1, batch, T, width]. Arguments and errors as
+    in forward."""
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, length)
     return _hidden_states(model, adapters, tokens, prompt_length, all_layers)
 
@@ -102,21 +103,22 @@ def vectors(model: Transformer, adapters: Adapter | Rows, tokens, prompt_length)
 
 
 def multi_tenant_forward(model: Transformer, rows: Rows, tokens, prompt_length, length=None) -> jax.Array:
-    """forward, written the plain way, as the reference: `jax.vmap` over single examples and their adapter weights, with the
-    backbone unmapped. It gathers every row's whole adapter."""
+    """forward, written the plain way, as the reference: `jax.vmap` over single examples and their adapter weights,
+    with the backbone unmapped. It gathers every row's whole adapter."""
     tokens, prompt_length, _ = checked(model, rows, tokens, prompt_length, length)
     return _multi_tenant_forward(model, rows, tokens, prompt_length)
 
 
 def right_pad(tokens, attention_mask) -> tuple[jax.Array, jax.Array]:
-    """(tokens, length) with every row's real tokens moved to the left: tokens and mask [batch, T], padded on any side."""
+    """(tokens, length) with every row's real tokens moved to the left: tokens and mask [batch, T], padded on any
+    side."""
     mask = jnp.asarray(attention_mask) != 0
     order = jnp.argsort(~mask, axis=1, stable=True)
     kept = jnp.take_along_axis(jnp.where(mask, jnp.asarray(tokens), 0), order, axis=1)
     return kept.astype(jnp.int32), mask.sum(axis=1).astype(jnp.int32)
 
 
-# ------------------------------------------------------------------------------------------------------------- step by step
+# -------------------------------------------------------------------------------------------------------- step by step
 
 
 def prefill(
@@ -125,13 +127,16 @@ def prefill(
     """Logits float32 [batch, vocab] at each row's last token, and the state from which decode goes on.
 
     Args:
-        length: a row's real tokens; default prompt_length. A larger one continues a started completion with the factors of
+        length: a row's real tokens; default prompt_length. A larger one continues a started completion with the
+        factors of
             its prompt.
         max_length: tokens a row that the cache holds.
 
     Raises ValueError as forward does, and where the tokens do not fit max_length.
     """
-    tokens, prompt_length, length = checked(model, adapters, tokens, prompt_length, prompt_length if length is None else length)
+    tokens, prompt_length, length = checked(
+        model, adapters, tokens, prompt_length, prompt_length if length is None else length
+    )
     if tokens.shape[1] > max_length:
         raise ValueError(f"max_length: {max_length} is less than the {tokens.shape[1]} tokens given")
     return _prefill(model, adapters, tokens, prompt_length, length, max_length)
@@ -145,7 +150,7 @@ def decode(model: Transformer, state: DecodeState, tokens) -> tuple[jax.Array, D
     return _decode(model, state, jnp.asarray(tokens, jnp.int32))
 
 
-# ------------------------------------------------------------------------------------------------------------- the programs
+# -------------------------------------------------------------------------------------------------------- the programs
 
 
 @jax.jit
@@ -155,7 +160,9 @@ def _forward(model, adapters, tokens, prompt_length):
 
 @partial(jax.jit, static_argnums=4)
 def _hidden_states(model, adapters, tokens, prompt_length, all_layers):
-    x, entered = residual_stream(model, adapters, tokens, prompt_length, keep=(lambda x, kept, adjustment: x) if all_layers else None)
+    x, entered = residual_stream(
+        model, adapters, tokens, prompt_length, keep=(lambda x, kept, adjustment: x) if all_layers else None
+    )
     return jnp.stack([*entered, x]) if all_layers else model.final_norm(x)
 
 
@@ -200,7 +207,9 @@ def decode_step(model: Transformer, state: DecodeState, tokens: jax.Array) -> tu
         return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
 
     adjustments = state.adjustments or (None,) * model.config.num_layers
-    x, cache = through_layers(model, step, model.embed(tokens[:, None]), list(zip(state.cache, adjustments, strict=True)))
+    x, cache = through_layers(
+        model, step, model.embed(tokens[:, None]), list(zip(state.cache, adjustments, strict=True))
+    )
     logits = model.logits(model.final_norm(x[:, 0]))
     full = state.length >= max_length
     logits = jnp.where(full[:, None], jnp.nan, logits)
@@ -252,12 +261,16 @@ def by_scan(model, step, x, inputs):
     outputs: list = [None] * model.config.num_layers
     for (start, period, repeats), group in zip(segments(model.config.kinds), model.layers, strict=True):
         stop = start + period * repeats
-        of_position = [jax.tree.map(lambda a, j=j, stop=stop: a[start + j : stop : period], inputs) for j in range(period)]  # noqa: B023
+        of_position = [strided(inputs, start + j, stop, period) for j in range(period)]
         x, kept = jax.lax.scan(partial(one_period, step), x, (list(group), of_position))
         for j in range(period):
             for i in range(repeats):
                 outputs[start + i * period + j] = jax.tree.map(lambda a, i=i: a[i], kept[j])
     return x, outputs
+
+
+def strided(inputs, start: int, stop: int, period: int):
+    return jax.tree.map(lambda a: a[start:stop:period], inputs)
 
 
 def one_period(step, x, layers_and_inputs):
@@ -284,14 +297,18 @@ def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, 
     """Tokens and lengths as int32 arrays, checked where they are concrete."""
     check_fits(adapters, model.config)
     if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-        raise ValueError(f"tokens: shape {np.shape(tokens)}; expected whole numbers [batch, length], padded on the right")
+        raise ValueError(
+            f"tokens: shape {np.shape(tokens)}; expected whole numbers [batch, length], padded on the right"
+        )
     batch, total = np.shape(tokens)
     prompt_length = total if adapters is None and prompt_length is None else prompt_length
     length = total if length is None else length
     lengths = []
     for name, value in (("prompt_length", prompt_length), ("length", length)):
         if np.ndim(value) > 1 or (np.ndim(value) == 1 and np.shape(value) != (batch,)):
-            raise ValueError(f"{name}: shape {np.shape(value)}; expected one whole number, or one for each of the {batch} rows")
+            raise ValueError(
+                f"{name}: shape {np.shape(value)}; expected one whole number, or one for each of the {batch} rows"
+            )
         lengths.append(value)
     concrete = [value for value in lengths if not isinstance(value, jax.core.Tracer)]
     if len(concrete) == 2:
@@ -301,6 +318,10 @@ def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, 
                 f"prompt_length {np.asarray(prompt_length).tolist()}, length {np.asarray(length).tolist()}: "
                 f"expected 1 <= prompt_length <= length <= {total}, the tokens given"
             )
-    if isinstance(tokens, np.ndarray) and tokens.size and not (0 <= tokens.min() and tokens.max() < model.config.vocab_size):
+    if (
+        isinstance(tokens, np.ndarray)
+        and tokens.size
+        and not (0 <= tokens.min() and tokens.max() < model.config.vocab_size)
+    ):
         raise ValueError(f"tokens: ids {tokens.min()} to {tokens.max()}; expected 0 to {model.config.vocab_size - 1}")
     return jnp.asarray(tokens, jnp.int32), *(jnp.broadcast_to(jnp.asarray(v, jnp.int32), (batch,)) for v in lengths)

@@ -1,4 +1,5 @@
-"""The quickstart: three tenants with different jobs, trained on the built-in backbone, scored, and served in one batch."""
+"""The quickstart: three tenants with different jobs, trained on the built-in backbone, scored, and served in one
+batch."""
 
 from __future__ import annotations
 
@@ -49,7 +50,10 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
     config = load_config(None, [*DEFAULTS, f"output_dir={next_folder()}", *overrides])
     devices.start(config.runtime)
     with phase("1/5 backbone: fetch and load"):
-        model, tokenizer = load_backbone(config.backbone.source, dtype=config.backbone.dtype), load_tokenizer(config.backbone.source)
+        model, tokenizer = (
+            load_backbone(config.backbone.source, dtype=config.backbone.dtype),
+            load_tokenizer(config.backbone.source),
+        )
     with phase("2/5 examples, and each tenant's score before training"):
         write_examples(Path(config.output_dir), config.seed)
         tasks = [task(config, job, tokenizer) for job in JOBS]
@@ -64,8 +68,11 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
     for job, was, now in zip(JOBS, before, after, strict=True):
         print(f"{job:<10}{was:>8.3f}{now:>8.3f}{now - was:>8.3f}")
     print(f"\nrun folders: {config.output_dir}/{{{','.join(JOBS)}}}; {time.monotonic() - begun:.0f} s in all")
-    print(f"next: para-jax generate --backbone {config.backbone.source} --adapter {config.output_dir}/{JOBS[-1]}/adapter "
-          f'--prompt "{business_examples(JOBS[-1], "test", 1, 1)[0]["prompt"]}"'.replace("\n", "\\n"))  # fmt: skip
+    prompt = tasks[-1].records[0].prompt.replace("\n", "\\n")
+    print(
+        f"next: para-jax generate --backbone {config.backbone.source} --adapter {config.output_dir}/{JOBS[-1]}/adapter "
+        f'--prompt "{prompt}"'
+    )
     short = [job for job, was, now in zip(JOBS, before, after, strict=True) if now - was < LEAST_GAIN]
     if short:
         print(f"gained less than {LEAST_GAIN}: {', '.join(short)}")
@@ -117,7 +124,9 @@ def show_mixed_batch(model, tokenizer, adapters, tasks: list[EvalTask]) -> None:
 
 def next_folder() -> str:
     """runs/quickstart-<n>, the first that does not exist."""
-    taken = (int(p.name.removeprefix("quickstart-")) for p in Path("runs").glob("quickstart-*") if p.name[11:].isdigit())
+    taken = (
+        int(p.name.removeprefix("quickstart-")) for p in Path("runs").glob("quickstart-*") if p.name[11:].isdigit()
+    )
     return f"runs/quickstart-{max(taken, default=0) + 1}"
 
 

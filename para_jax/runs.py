@@ -77,14 +77,24 @@ def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
     data = encode_records(records, tokenizer, config.data)
     devices.say(f"training data: {data.report()}")
     buckets = plan_buckets(data.examples, config.data.buckets)
-    rows, passes = config.train.per_device_batch_size * mesh.shape["data"] * mesh.shape["fsdp"], config.train.gradient_accumulation_steps
+    rows, passes = (
+        config.train.per_device_batch_size * mesh.shape["data"] * mesh.shape["fsdp"],
+        config.train.gradient_accumulation_steps,
+    )
     order = plan(example_lengths(data.examples), buckets=buckets, rows=rows * passes, seed=config.seed)
     steps = config.train.max_steps or math.ceil(config.train.num_epochs * order.batches_per_epoch)
     return Work(data, buckets, order, rows, passes, steps)
 
 
 def fit(
-    config: RunConfig, model, tokenizer, work: Work, mesh, *, validation: EvalTask | None = None, test: EvalTask | None = None
+    config: RunConfig,
+    model,
+    tokenizer,
+    work: Work,
+    mesh,
+    *,
+    validation: EvalTask | None = None,
+    test: EvalTask | None = None,
 ) -> TrainResult:
     """The training loop, with a backbone that is loaded already. The folder must be claimed."""
     folder = Path(config.output_dir)
@@ -123,7 +133,9 @@ class Loop(NamedTuple):
         """Steps until the last one or until patience ends; each value is read when the next step is under way."""
         seen: set[Bucket] = set()
         pending = None
-        with tqdm(total=self.work.total_steps, initial=progress.step, desc="training", unit="step", disable=None) as bar:
+        with tqdm(
+            total=self.work.total_steps, initial=progress.step, desc="training", unit="step", disable=None
+        ) as bar:
             while progress.step < self.work.total_steps and not self.out_of_patience(progress):
                 bucket, batch, tokens = self.batch(progress.step)
                 first, step = bucket not in seen, self.step_function(bucket)
@@ -161,13 +173,19 @@ class Loop(NamedTuple):
             self.log.write(progress.step, scores("validation", found), show=True)
             score = found.score
             if not math.isfinite(found.loss):
-                raise ValueError(f"step {progress.step}: the validation loss is {found.loss}; lower train.learning_rate")
+                raise ValueError(
+                    f"step {progress.step}: the validation loss is {found.loss}; lower train.learning_rate"
+                )
         if score is not None and progress.best_score is not None and score <= progress.best_score:
             return progress._replace(since_best=progress.since_best + 1)
         card = [f"Trained for {progress.step} steps on {Path(self.config.data.train or '').name}."]
         card += [f"Validation {self.validation.metric}: {score:.4f}."] if score is not None else []
         save_adapter(
-            state.adapter, self.log.folder / "adapter", base_model=self.config.backbone.source, model=self.model, card=card
+            state.adapter,
+            self.log.folder / "adapter",
+            base_model=self.config.backbone.source,
+            model=self.model,
+            card=card,
         )
         return progress._replace(best_score=score, best_step=progress.step, since_best=0)
 
@@ -189,7 +207,8 @@ class Log:
             replace_file(self.file, "".join(line + "\n" for line in lines))
 
     def step(self, pending, new, bar: tqdm):
-        """Writes the values of the step before, when the next is dispatched (or None comes), and gives back the new ones."""
+        """Writes the values of the step before, when the next is dispatched (or None comes), and gives back the new
+        ones."""
         if pending is not None:
             step, values, tokens = pending
             values = {name: float(value) for name, value in values.items()}
@@ -198,7 +217,7 @@ class Log:
             now = time.monotonic()
             rate = {"tokens_per_second": round(tokens / (now - self.clock), 1)} if self.clock else {}
             self.clock = now
-            bar.set_postfix(loss=f"{values['loss']:.4f}", **{"tokens/s": v for v in rate.values()})
+            bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate.get('tokens_per_second', 0):.0f} tokens/s")
             bar.update()
             if step % self.every == 0:
                 self.write(step, values | rate)
@@ -255,14 +274,14 @@ def scores(name: str, found: Score) -> dict[str, float]:
 
 
 def statistics_batches(work: Work) -> list[Batch]:
-    """Some training prompts, from which the summaries' mean and spread are measured; a last short batch is filled up with
-    the first ones again."""
+    """Some training prompts, from which the summaries' mean and spread are measured; a last short batch is filled up
+    with the first ones again."""
     count = min(STATISTICS_EXAMPLES, len(work.data.examples))
     chosen = [work.data.examples[i % count] for i in range(-(-count // work.rows) * work.rows)]
     return [collate(chosen[i : i + work.rows], work.buckets[-1], work.rows) for i in range(0, len(chosen), work.rows)]
 
 
-# -------------------------------------------------------------------------------------------------------------- the folder
+# ---------------------------------------------------------------------------------------------------------- the folder
 
 
 def claim_folder(config: RunConfig) -> None:

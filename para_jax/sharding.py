@@ -1,5 +1,5 @@
-"""The device mesh, and the one table from axis names to mesh axes. No layer mentions a mesh: parameters carry axis names,
-activations pass through `constrain`."""
+"""The device mesh, and the one table from axis names to mesh axes. No layer mentions a mesh: parameters carry axis
+names, activations pass through `constrain`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-#: Axis names to mesh axes. Parameters are split by `tensor` along heads, hidden width and vocabulary and by `fsdp` along
-#: the residual width; activations by (data, fsdp) along the batch. What is not named here is replicated.
+#: Axis names to mesh axes. Parameters are split by `tensor` along heads, hidden width and vocabulary and by `fsdp`
+#: along the residual width; activations by (data, fsdp) along the batch. What is not named here is replicated.
 RULES = {
     "batch": ("data", "fsdp"),
     "width": "fsdp",
@@ -34,10 +34,10 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
         sizes[open_axes[0]] = len(devices) // known
     total = int(np.prod(list(sizes.values())))
     if total == 0 or total > len(devices) or (open_axes and total != len(devices)):
-        raise ValueError(f"mesh {sizes} does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}")
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:total]
-    )
+        raise ValueError(
+            f"mesh {sizes} does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}"
+        )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:total])
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -49,8 +49,8 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape) -> PartitionSpec:
-    """The PartitionSpec of an array whose axes have these names; an axis is replicated where the mesh does not divide its
-    count (of heads, not of their width, for a head axis)."""
+    """The PartitionSpec of an array whose axes have these names; an axis is replicated where the mesh does not divide
+    its count (of heads, not of their width, for a head axis)."""
 
     def mesh_axes(name: str | None, count: int):
         wanted = RULES.get(name) if name else None

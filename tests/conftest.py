@@ -16,9 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FAMILIES = (
-    "llama", "llama3", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm2", "olmo2", "granite",
-)  # fmt: skip
+FAMILIES = tuple("llama llama3 mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 smollm2 olmo2 granite".split())
 
 
 @cache

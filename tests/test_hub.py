@@ -102,7 +102,7 @@ def server(tmp_path, monkeypatch):
     server.server_close()
 
 
-# ------------------------------------------------------------------------------------------------------------------ hub
+# ----------------------------------------------------------------------------------------------------------------- hub
 
 
 def test_a_hub_id_fetches_config_tokenizer_and_safetensors_but_no_pickle_and_no_code(server):
@@ -176,7 +176,7 @@ def test_weights_that_are_only_pickled_are_refused(server):
     assert server.files() == {"config.json"}
 
 
-# ---------------------------------------------------------------------------------------------------------- local paths
+# --------------------------------------------------------------------------------------------------------- local paths
 
 
 def test_folders_and_gguf_files_are_taken_where_they_are(tmp_path):

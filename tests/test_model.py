@@ -1,4 +1,5 @@
-"""The laws of backbone and adapter together, and parity with the golden numbers (tolerances: tests/fixtures/README.md)."""
+"""The laws of backbone and adapter together, and parity with the golden numbers (tolerances:
+tests/fixtures/README.md)."""
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,7 @@ from para_jax import (
 )
 
 PARA_FAMILIES = ("llama", "gemma", "qwen3", "phi3", "qwen2")
-VARIANTS = [
-    (file.parent.parent.name, file.stem) for file in sorted(FIXTURES.glob("*/variants/*.json"))
-]
+VARIANTS = [(file.parent.parent.name, file.stem) for file in sorted(FIXTURES.glob("*/variants/*.json"))]
 
 
 def real(arrays):
@@ -51,7 +50,7 @@ def two_tenants(model, **options):
     return tenants
 
 
-# --------------------------------------------------------------------------------------------------------------- backbone
+# ------------------------------------------------------------------------------------------------------------ backbone
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,7 +61,9 @@ def test_a_family_computes_what_transformers_computes(family):
     np.testing.assert_allclose(np.asarray(streams)[:, mask], expected["hidden_states"][:, mask], atol=1e-3)
     final = hidden_states(model, None, tokens, None)
     np.testing.assert_allclose(np.asarray(final)[mask], expected["final_hidden"][mask], atol=1e-3)
-    np.testing.assert_allclose(np.asarray(forward(model, None, tokens, None))[mask], expected["logits"][mask], atol=2e-4)
+    np.testing.assert_allclose(
+        np.asarray(forward(model, None, tokens, None))[mask], expected["logits"][mask], atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,13 +103,16 @@ def test_both_layouts_hold_the_same_arrays():
 def test_left_padding_agrees_with_right_padding():
     expected = golden("llama")
     shifts = expected["input_ids"].shape[1] - expected["lengths"]
-    left = [np.stack([np.roll(row, s) for row, s in zip(expected[name], shifts, strict=True)]) for name in ("input_ids", "attention_mask")]
+    left = [
+        np.stack([np.roll(row, s) for row, s in zip(expected[name], shifts, strict=True)])
+        for name in ("input_ids", "attention_mask")
+    ]
     tokens, length = right_pad(*left)
     np.testing.assert_array_equal(tokens, expected["input_ids"])
     np.testing.assert_array_equal(length, expected["lengths"])
 
 
-# ------------------------------------------------------------------------------------------------------------------- PARA
+# ---------------------------------------------------------------------------------------------------------------- PARA
 
 
 @pytest.mark.parametrize("family", PARA_FAMILIES)
@@ -137,7 +141,11 @@ def test_the_tanh_gelu_is_another_function(family):
 def test_a_fresh_adapter_is_the_backbone_bit_for_bit():
     model, tokens = backbone("llama"), prompts(backbone("llama"))
     base = forward(model, None, tokens, None)
-    for config in (ParaConfig(), ParaConfig(activation="rational", summary="standardised"), ParaConfig(pooler="constant")):
+    for config in (
+        ParaConfig(),
+        ParaConfig(activation="rational", summary="standardised"),
+        ParaConfig(pooler="constant"),
+    ):
         np.testing.assert_array_equal(adapt(model, config)(tokens, 5), base)
 
 
@@ -211,7 +219,7 @@ def test_a_longer_length_continues_with_the_factors_of_the_prompt():
     np.testing.assert_allclose(decode(model, state, tokens[:, 9])[0], full[:, 9], atol=2e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------- many tenants
+# -------------------------------------------------------------------------------------------------------- many tenants
 
 
 def test_a_mixed_batch_equals_each_tenant_alone():
@@ -276,7 +284,7 @@ def test_a_base_row_brings_no_nan_into_gradients():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-# ----------------------------------------------------------------------------------------------------------------- decode
+# -------------------------------------------------------------------------------------------------------------- decode
 
 
 def test_a_full_row_writes_nothing_and_gives_nan():
@@ -308,7 +316,7 @@ def test_decode_donates_the_state_it_is_given():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
 
 
-# ------------------------------------------------------------------------------------------------------------- wrong input
+# --------------------------------------------------------------------------------------------------------- wrong input
 
 
 def test_wrong_lengths_and_tokens_are_named():

@@ -1,7 +1,8 @@
-"""The interface of adapter methods. An Adapter makes an Adjustment once a prompt; the Adjustment is what decode carries.
+"""The interface of adapter methods. An Adapter makes an Adjustment once a prompt; the Adjustment is what decode
+carries.
 
-Both are written for one layer and one example; `jax.vmap` batches them. A whole adapter, for all layers, is the same class
-with a leading layer axis on every array.
+Both are written for one layer and one example; `jax.vmap` batches them. A whole adapter, for all layers, is the same
+class with a leading layer axis on every array.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Adjustment:
     """What an adapter carries from prefill into decode, for one layer."""
 
     def adjust(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """y [length, out] of the linear at `site`, adjusted; x [length, in] is the linear's input. Runs at every token."""
+        """y [length, out] of the linear at `site`, adjusted; x [length, in] is the linear's input. Runs at every
+        token."""
         raise NotImplementedError
 
 

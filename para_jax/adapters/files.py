@@ -121,7 +121,7 @@ def read_adapter_config(folder: str | Path) -> tuple[ParaConfig, dict, dict]:
     return config, backbone, {key: found[key] for key in OPTIONAL if key in found}
 
 
-# ----------------------------------------------------------------------------------------------------------- the config
+# ---------------------------------------------------------------------------------------------------------- the config
 
 
 def config_json(adapter: Para, base_model: str, fingerprint: str | None) -> dict:
@@ -205,7 +205,7 @@ def model_card(config: ParaConfig, base_model: str, lines: Iterable[str]) -> str
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- the tensors
+# --------------------------------------------------------------------------------------------------------- the tensors
 
 
 def file_tensors(adapter: Para) -> dict[str, jax.Array]:

@@ -18,11 +18,11 @@ class Para(Adapter):
 
         s = pool(x over the prompt's tokens)       [S] "a pooler"; [C] the last prompt token
         z = act(s W_down)                          [S]; [C] GELU in its erf form
-        l = 1 + z W_up                             [S]; [C] "1 +" and a W_up that starts from zero: a fresh adapter is the backbone
+        l = 1 + z W_up                             [S]; [C] "1 +", and a W_up that starts from zero
         l_q, l_v, l_u = split(l)                   [S]; one matrix a site in memory
         Q' = l_q Q, V' = l_v V, U' = l_u U         [S]; [C] straight after the linear, before q-norm and rotary
 
-    No biases: only so are r = 12 and LLaMA-2 7B the paper's 8.9M parameters [D].
+    A fresh adapter is exactly the backbone. Without biases r = 12 gives the paper's 8.9M on LLaMA-2 7B [D].
     """
 
     def __init__(self, config: ParaConfig, model: ModelConfig, *, rngs: nnx.Rngs):
@@ -55,7 +55,8 @@ class Para(Adapter):
         return Factors({site: hidden @ up[...] for site, up in self.up.items()})
 
     def summarise(self, summary: jax.Array) -> jax.Array:
-        """The summary at a scale that suits one learning rate in all layers [C]: its RMS runs from 0.1 to 29 over the layers."""
+        """The summary at a scale that suits one learning rate in all layers [C]: its RMS runs from 0.1 to 29 over the
+        layers."""
         if self.config.summary == "rms":
             return summary * jax.lax.rsqrt(jnp.mean(summary * summary) + 1e-6)
         if self.config.summary == "standardised":
@@ -83,7 +84,8 @@ def maximum(x: jax.Array, prompt_length: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(in_prompt, x, -jnp.inf), axis=0)
 
 
-#: Poolers over one prompt: x [length, width] and its length in tokens to [width]. `constant` replaces what `last` gives.
+#: Poolers over one prompt: x [length, width] and its length in tokens to [width]. `constant` replaces what `last`
+#: gives.
 POOLERS = {"last": last, "mean": mean, "max": maximum, "constant": last}
 
 ACTIVATIONS = {

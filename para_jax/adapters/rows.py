@@ -28,7 +28,8 @@ class Stack:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """One adapter a batch row: row b uses adapter index[b] of the stack, and the backbone alone where index[b] is -1."""
+    """One adapter a batch row: row b uses adapter index[b] of the stack, and the backbone alone where index[b] is
+    -1."""
 
     stack: Stack
     index: jax.Array
@@ -65,8 +66,8 @@ def pick(stack: Stack, indices) -> Rows:
 def by_layer(adapters: Adapter | Rows) -> tuple[object, Callable]:
     """The adapters' weights with a leading layer axis, and the function that makes one layer's adjustments.
 
-    The function takes (one layer's weights, x [batch, length, width], prompt_length [batch]) and gives an Adjustment whose
-    arrays lead with the batch, in float32. Only the batch's tenants are gathered, a layer at a time.
+    The function takes (one layer's weights, x [batch, length, width], prompt_length [batch]) and gives an Adjustment
+    whose arrays lead with the batch, in float32. Only the batch's tenants are gathered, a layer at a time.
     """
     if isinstance(adapters, Rows):
         weights = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), adapters.stack.adapters)
@@ -94,7 +95,10 @@ def check_fits(adapters: Adapter | Rows | None, model: ModelConfig) -> None:
     if adapters is None:
         return
     if not isinstance(adapters, (Adapter, Rows)):
-        raise ValueError(f"adapters: {type(adapters).__name__} is not possible; expected None, an adapter or Rows (pick(stack, indices))")
+        raise ValueError(
+            f"adapters: {type(adapters).__name__} is not possible; expected None, an adapter or Rows, "
+            "made by pick(stack, indices)"
+        )
     adapter = adapters.stack.adapters if isinstance(adapters, Rows) else adapters
     expected = describe(model, adapter.config.target_modules)
     if adapter.backbone != expected:

@@ -1,4 +1,5 @@
-"""The KV cache: keys (after rotary) and values of one layer, [batch, kv_heads, max_length, head_dim], and attention over it."""
+"""The KV cache: keys (after rotary) and values of one layer, [batch, kv_heads, max_length, head_dim], and attention
+over it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def attend_cached(cache: tuple[jax.Array, jax.Array], length: jax.Array, window:
     mask = ((distance >= 0) & within(distance, window))[:, None, :]
 
     def attend(q, k, v, scale, cap):
-        keys, values = (held.at[rows, :, length].set(new[:, 0], mode="drop") for held, new in zip(cache, (k, v), strict=True))
+        keys, values = (
+            held.at[rows, :, length].set(new[:, 0], mode="drop") for held, new in zip(cache, (k, v), strict=True)
+        )
         return mixed_values(q, keys, values, mask, scale, cap), (keys, values)
 
     return attend

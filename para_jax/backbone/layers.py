@@ -1,5 +1,5 @@
-"""The small layers that attention and feed-forward are made of: linear, norms, and the identity that stands where a family
-has no norm."""
+"""The small layers that attention and feed-forward are made of: linear, norms, and the identity that stands where a
+family has no norm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * (offset + weight) over the last axis, in float32 (arXiv:1910.07467; offset 1 in the Gemma families)."""
+    """x / rms(x) * (offset + weight) over the last axis, in float32 (arXiv:1910.07467; offset 1 in the Gemma
+    families)."""
 
     def __init__(self, size: int, *, eps: float, offset: float, axis: str | None = None):
         self.weight = nnx.Param(jnp.full(size, 1.0 - offset), axes=(axis,))
@@ -35,7 +36,8 @@ class RMSNorm(nnx.Module):
 
 
 class HeadNorm(RMSNorm):
-    """The RMS norm of each head by itself, on a projection [..., heads * head_dim]; one weight [head_dim] for all heads."""
+    """The RMS norm of each head by itself, on a projection [..., heads * head_dim]; one weight [head_dim] for all
+    heads."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return super().__call__(x.reshape(*x.shape[:-1], -1, self.weight.shape[-1])).reshape(x.shape)

@@ -21,7 +21,8 @@ from .weights import Safetensors, fingerprint, load_parameters
 
 
 def load_model_config(source: str | Path) -> ModelConfig:
-    """The ModelConfig of a backbone, from config.json or GGUF metadata alone; no weights are read or fetched from a hub.
+    """The ModelConfig of a backbone, from config.json or GGUF metadata alone; no weights are read or fetched from a
+    hub.
 
     The config of a hub id in known.py comes from there.
     Raises ValueError for a source that does not exist and for a model that is not supported, naming what is not.
@@ -35,7 +36,8 @@ def load_backbone(source: str | Path, *, dtype=None, mesh=None, layout: str = "l
     """A frozen backbone with its weights.
 
     Args:
-        source: a folder with config.json and *.safetensors, a hub id (user/name or user/name@revision), a .gguf file, or
+        source: a folder with config.json and *.safetensors, a hub id (user/name or user/name@revision), a .gguf file,
+        or
             the built-in name smollm2-135m.
         dtype: of weights and compute; default float32 on a CPU, else bfloat16.
         mesh: lays the weights out over it; default: the first device.
@@ -49,11 +51,15 @@ def load_backbone(source: str | Path, *, dtype=None, mesh=None, layout: str = "l
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
     if on_cpu and dtype == jnp.bfloat16:
-        warnings.warn("a bfloat16 backbone on a CPU is slower than a float32 one, and XLA widens its weights", stacklevel=2)
+        warnings.warn(
+            "a bfloat16 backbone on a CPU is slower than a float32 one, and XLA widens its weights", stacklevel=2
+        )
     model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     paths, treedef = jax.tree_util.tree_flatten_with_path(model)
     names = [parameter_name(path) for path, _ in paths]
-    shardings = None if mesh is None else dict(zip(names, jax.tree.leaves(tree_shardings(model, mesh, config)), strict=True))
+    shardings = (
+        None if mesh is None else dict(zip(names, jax.tree.leaves(tree_shardings(model, mesh, config)), strict=True))
+    )
     loaded = load_parameters(config, weights, dtype, shardings)
     model = jax.tree.unflatten(treedef, [loaded.pop(name) for name in names])
     model.fingerprint = fingerprint(weights)

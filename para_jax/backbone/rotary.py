@@ -1,4 +1,5 @@
-"""Rotary position embeddings in the rotate-half form (arXiv:2104.09864), with the scalings that published models use."""
+"""Rotary position embeddings in the rotate-half form (arXiv:2104.09864), with the scalings that published models
+use."""
 
 from __future__ import annotations
 
@@ -16,10 +17,15 @@ def rotary_tables(config: RotaryConfig, positions: jax.Array) -> tuple[jax.Array
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the first dims of every head of x [batch, length, heads, head_dim] by tables [(batch,) length, dims / 2]."""
+    """Turns the first dims of every head of x [batch, length, heads, head_dim] by tables [(batch,) length, dims /
+    2]."""
     half = cos.shape[-1]
     cos, sin = cos[..., None, :], sin[..., None, :]
-    first, second, rest = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    first, second, rest = (
+        x[..., :half].astype(jnp.float32),
+        x[..., half : 2 * half].astype(jnp.float32),
+        x[..., 2 * half :],
+    )
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([part.astype(x.dtype) for part in turned] + [rest], axis=-1)
 

@@ -40,9 +40,9 @@ class Layer(nnx.Module):
 class Transformer(nnx.Module):
     """Embedding, layers, final norm and head. `model.py` runs it: forward, prefill, decode.
 
-    layout "layers": `layers` holds one Layer a layer (for decoding). layout "stacked": `layers` holds, for each segment of
-    `segments(config.kinds)`, one Layer a position of the segment's period, whose arrays lead with the repeats (for training,
-    where a scan keeps compile time flat in depth).
+    layout "layers": `layers` holds one Layer a layer (for decoding). layout "stacked": `layers` holds, for each
+    segment of `segments(config.kinds)`, one Layer a position of the segment's period, whose arrays lead with the
+    repeats (for training, where a scan keeps compile time flat in depth).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -134,7 +134,7 @@ def unstacked(model: Transformer) -> list[Layer]:
     for (start, period, repeats), group in zip(segments(model.config.kinds), model.layers, strict=True):
         for j, layer in enumerate(group):
             treedef = jax.tree.structure(layer)
-            columns = [moved(lambda leaf: [leaf[0][i] for i in range(repeats)], [leaf]) for leaf in jax.tree.leaves(layer)]
+            columns = [moved(lambda leaf: list(leaf[0]), [leaf]) for leaf in jax.tree.leaves(layer)]
             for i in range(repeats):
                 layers[start + i * period + j] = jax.tree.unflatten(treedef, [column[i] for column in columns])
     return layers

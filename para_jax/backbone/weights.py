@@ -172,7 +172,7 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------- piece by piece
+# ------------------------------------------------------------------------------------------------------ piece by piece
 
 
 def pieces(shape: tuple[int, ...], rows: int | None = None) -> Iterator[tuple[int, int]]:

@@ -80,7 +80,7 @@ def show_example(tokenizer, example: Example) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizer
+# ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -113,7 +113,7 @@ def eos_token_id(tokenizer) -> int:
     return tokenizer.eos_token_id
 
 
-# ----------------------------------------------------------------------------------------------------------------- chat
+# ---------------------------------------------------------------------------------------------------------------- chat
 
 
 def render(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> str:
@@ -154,7 +154,7 @@ def is_special(tokenizer, token: int) -> bool:
     return tokenizer.decode([token]) != "" and tokenizer.decode([token], skip_special_tokens=True) == ""
 
 
-# ------------------------------------------------------------------------------------------------------ checks, display
+# ----------------------------------------------------------------------------------------------------- checks, display
 
 
 def require_filled(name: str, value: object) -> None:

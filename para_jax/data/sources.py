@@ -112,7 +112,7 @@ def encode_records(records: list[Record], tokenizer, section: DataSection) -> En
     return Encoded([made[i] for i in kept], [records[i] for i in kept], skipped=len(long))
 
 
-# ----------------------------------------------------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------------------------------------------------- rows
 
 
 def existing(split: str, path: Path) -> Path:
@@ -194,7 +194,7 @@ def references(row: dict, completion: str) -> tuple[str, ...]:
     return tuple(given)
 
 
-# ------------------------------------------------------------------------------------------------------------ templates
+# ----------------------------------------------------------------------------------------------------------- templates
 
 
 def fill(template: str, row: dict) -> str:
@@ -222,7 +222,7 @@ def template_fields(where: str, template: str) -> list[tuple[str, str | None]]:
     return [(literal, name) for literal, name, _, _ in parsed]
 
 
-# --------------------------------------------------------------------------------------------------------------- length
+# -------------------------------------------------------------------------------------------------------------- length
 
 
 def encode_at_place(tokenizer, record: Record) -> Example:

@@ -45,7 +45,9 @@ class Report(NamedTuple):
     scores: tuple[Score, ...]
 
     def __str__(self) -> str:
-        return "\n".join(f"{s.name}: {s.metric} {s.score:.4f}, loss {s.loss:.4f} on {s.count} examples" for s in self.scores)
+        return "\n".join(
+            f"{s.name}: {s.metric} {s.score:.4f}, loss {s.loss:.4f} on {s.count} examples" for s in self.scores
+        )
 
 
 def evaluate(model, adapters, tasks: Sequence[EvalTask], *, tokenizer, limit: int | None = None) -> Report:
@@ -58,8 +60,8 @@ def evaluate(model, adapters, tasks: Sequence[EvalTask], *, tokenizer, limit: in
 
 
 def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
-    """A run's validation or test data with its metric; None where the run has no such data. Examples that are too long are
-    cut or left out as data.truncate says, so that every score is over the same examples."""
+    """A run's validation or test data with its metric; None where the run has no such data. Examples that are too
+    long are cut or left out as data.truncate says, so that every score is over the same examples."""
     records = load_records(config.data, split)
     if records is None:
         return None
@@ -68,7 +70,12 @@ def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
     choices = config.eval.choices or (known.choices if known else ())
     if metric == "accuracy":
         choices = choices or tuple(sorted({record.completion for record in load_records(config.data, "train") or []}))
-        require(2 <= len(choices) <= 100, "eval.choices", len(choices), "2 to 100 answers to rank; else use eval.metric=exact_match")
+        require(
+            2 <= len(choices) <= 100,
+            "eval.choices",
+            len(choices),
+            "2 to 100 answers to rank; else use eval.metric=exact_match",
+        )
     kept = encode_records(records, tokenizer, config.data).records
     return EvalTask(split, kept, metric, choices, config.eval.max_new_tokens, config.eval.batch_size)
 
@@ -86,7 +93,9 @@ def evaluate_task(model, adapters, task: EvalTask, tokenizer, limit: int | None 
         return Score(task.name, "loss", -loss, loss, len(records))
     answer = ranked_answers if task.metric == "accuracy" else written_answers
     answers = answer(model, adapters, prompts, task._replace(records=records), tokenizer)
-    return Score(task.name, task.metric, score(task.metric, answers, [r.references for r in records]), loss, len(records))
+    return Score(
+        task.name, task.metric, score(task.metric, answers, [r.references for r in records]), loss, len(records)
+    )
 
 
 def ranked_answers(model, adapters, prompts, task: EvalTask, tokenizer) -> list[str]:

@@ -19,7 +19,13 @@ def sample(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax
         top_p: [batch]; only the likeliest tokens that together reach this probability can be drawn; 1: all of them.
             Its probabilities are those at the temperature, among the top k.
     """
-    drawn = jax.vmap(draw)(logits, keys, temperature, top_k, top_p)
+    scaled = logits - logits.max(axis=-1, keepdims=True)
+    scaled = scaled / jnp.where(temperature > 0, temperature, 1)[:, None]
+    filtered = jnp.any((top_k > 0) | (top_p < 1))  # without it no row is sorted, which on a CPU is most of the time
+    keep = jax.lax.cond(
+        filtered, jax.vmap(likeliest), lambda scaled, *_: jnp.ones_like(scaled, bool), scaled, top_k, top_p
+    )
+    drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(keep, scaled, -jnp.inf))
     return jnp.where(temperature > 0, drawn, greedy(logits)).astype(jnp.int32)
 
 
@@ -27,16 +33,18 @@ def greedy(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def draw(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """One row's token at a temperature above 0; among equal logits the lower ids come first."""
-    order = jnp.argsort(-logits, stable=True)
-    ranked = logits[order]
-    ranked = (ranked - ranked[0]) / jnp.where(temperature > 0, temperature, 1)
+def likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Which tokens of one row top_k and top_p leave, bool [vocab]; among equal logits the lower ids come first."""
+    ranked = -jnp.sort(-logits)
     rank = jnp.arange(ranked.size)
-    ranked = jnp.where((rank < top_k) | (top_k == 0), ranked, -jnp.inf)
-    before = jnp.cumsum(jax.nn.softmax(ranked)) - jax.nn.softmax(ranked)
-    kept = (before < top_p) | (top_p >= 1) | (rank == 0)
-    return order[jax.random.categorical(key, jnp.where(kept, ranked, -jnp.inf))]
+    in_top_k = (rank < top_k) | (top_k == 0)
+    probabilities = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf))
+    before = jnp.cumsum(probabilities) - probabilities
+    count = jnp.sum(in_top_k & ((before < top_p) | (top_p >= 1)))
+    least = ranked[jnp.maximum(count, 1) - 1]
+    equal = logits == least
+    room = count - jnp.sum(logits > least)
+    return (logits > least) | (equal & (jnp.cumsum(equal) <= room))
 
 
 def row_keys(seeds: jax.Array, position) -> jax.Array:

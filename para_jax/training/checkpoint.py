@@ -21,7 +21,8 @@ class Progress(NamedTuple):
 
 
 def open_checkpoints(folder: Path, *, keep: int = 2):
-    """The checkpoints under a folder, of which the newest few are kept; an interrupted save is never taken for a whole one."""
+    """The checkpoints under a folder, of which the newest few are kept; an interrupted save is never taken for a
+    whole one."""
     import orbax.checkpoint as ocp
 
     return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
@@ -30,7 +31,9 @@ def open_checkpoints(folder: Path, *, keep: int = 2):
 def save_checkpoint(checkpoints, state: TrainState, progress: Progress) -> None:
     import orbax.checkpoint as ocp
 
-    saved = ocp.args.Composite(state=ocp.args.StandardSave(named(state)), progress=ocp.args.JsonSave(progress._asdict()))
+    saved = ocp.args.Composite(
+        state=ocp.args.StandardSave(named(state)), progress=ocp.args.JsonSave(progress._asdict())
+    )
     checkpoints.save(progress.step, args=saved)
     checkpoints.wait_until_finished()
 

@@ -8,15 +8,18 @@ import jax.numpy as jnp
 from ..data.batches import Batch
 from ..model import residual_stream
 
-# Logits of one chunk, in float32 values: 256 MiB. Larger batches are cut, and each chunk is recomputed in the backward pass.
+# Logits of one chunk, in float32 values: 256 MiB. Larger batches are cut, and each chunk is recomputed in the
+# backward pass.
 CHUNK = 1 << 26
 
 
-def completion_nll(model, adapters, batch: Batch, completion: int, *, remat: bool = False) -> tuple[jax.Array, jax.Array]:
+def completion_nll(
+    model, adapters, batch: Batch, completion: int, *, remat: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Each row's summed negative log-likelihood (nats) of its completion and the number of its tokens, float32 [rows].
 
-    A token at t is predicted from t - 1, so the first comes from the last prompt token. Sum and count are kept apart: the
-    mean over a batch that is spread over devices or steps is the sums over the counts.
+    A token at t is predicted from t - 1, so the first comes from the last prompt token. Sum and count are kept apart:
+    the mean over a batch that is spread over devices or steps is the sums over the counts.
 
     Args:
         completion: the most completion tokens of a row; static.

@@ -25,7 +25,8 @@ def make_optimizer(config: TrainSection, total_steps: int) -> optax.GradientTran
 
 
 def make_schedule(config: TrainSection, total_steps: int) -> optax.Schedule:
-    """The learning rate by step: a linear warm-up over warmup_ratio of the steps, then constant, linear or cosine to zero."""
+    """The learning rate by step: a linear warm-up over warmup_ratio of the steps, then constant, linear or cosine to
+    zero."""
     warmup = round(config.warmup_ratio * total_steps)
     rest = max(1, total_steps - warmup)
     after = {

@@ -1,4 +1,5 @@
-"""One compiled training step. Gradients and optimiser state are those of the adapter; the backbone is an argument and stays."""
+"""One compiled training step. Gradients and optimiser state are those of the adapter; the backbone is an argument and
+stays."""
 
 from __future__ import annotations
 
@@ -32,11 +33,11 @@ def init_state(adapter: Adapter, config: TrainSection, total_steps: int) -> Trai
 def train_step(
     state: TrainState, model, batch: Batch, *, completion: int, config: TrainSection, total_steps: int
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after one optimiser step, and loss (nats a token), grad_norm (before clipping), learning_rate and tokens
-    (completion tokens in the loss).
+    """The state after one optimiser step, and loss (nats a token), grad_norm (before clipping), learning_rate and
+    tokens (completion tokens in the loss).
 
-    The loss is the mean over all completion tokens of the step, also where it is made in several passes. The given state is
-    donated.
+    The loss is the mean over all completion tokens of the step, also where it is made in several passes. The given
+    state is donated.
 
     Args:
         batch: its arrays lead with the passes (gradient accumulation): tokens int32 [passes, rows, T].

@@ -206,7 +206,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
     assert not os.listdir(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------- another backbone
+# ---------------------------------------------------------------------------------------------------- another backbone
 
 
 def test_an_adapter_for_another_backbone_is_refused_with_the_difference(folder):
@@ -227,7 +227,7 @@ def test_other_weights_of_the_same_shape_give_a_warning(folder, recwarn):
         load(folder, model=model)
 
 
-# ---------------------------------------------------------------------------------------------------------- bad folders
+# --------------------------------------------------------------------------------------------------------- bad folders
 
 
 SHAPE = {

@@ -158,7 +158,7 @@ def test_the_fingerprint_is_the_hash_of_the_stored_q_proj():
     assert len(prints) == len(FOLDERS)
 
 
-# ------------------------------------------------------------------------------------------------ what does not fit
+# --------------------------------------------------------------------------------------------------- what does not fit
 
 
 ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -199,7 +199,7 @@ def test_another_backbones_config_does_not_fit():
         load_parameters(config_of("qwen3"), Safetensors(FIXTURES / "llama"), "float32")
 
 
-# ------------------------------------------------------------------------------------------------ files from outside
+# -------------------------------------------------------------------------------------------------- files from outside
 
 
 @pytest.mark.parametrize("length", [0, 5, 8, 100, 20_000, 578_311])

@@ -52,7 +52,7 @@ def write_gguf(path, tokens, types, *, arch="llama", **metadata):
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------- byte level
+# ---------------------------------------------------------------------------------------------------------- byte level
 
 
 def byte_level_gguf(path, **metadata):
@@ -148,7 +148,7 @@ def test_damaged_tokenizer_metadata_is_a_value_error_that_names_the_file(tmp_pat
     assert str(path) in str(error.value)
 
 
-# -------------------------------------------------------------------------------------------------------- sentencepiece
+# ------------------------------------------------------------------------------------------------------- sentencepiece
 
 WORDS = ["▁", "a", "b", "c", "d", "ab", "bc", "abc", "▁a", "▁ab", "cd", "▁▁", "da", "dab"]
 
@@ -216,7 +216,7 @@ def test_a_gemma_vocabulary_has_no_leading_space_and_whole_runs_of_spaces(tmp_pa
     assert made(f"a{' ' * 8}b", add_special_tokens=False).tokens() == ["a", "▁▁▁▁▁", "▁▁▁", "b"]
 
 
-# -------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------------------------- folders
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])

@@ -1,0 +1,238 @@
+"""para-jax: the command line. A user's mistake gives one or two lines and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+RUN_FIELDS = "fields of the config, such as train.learning_rate=3e-3 or 'data.prompt={question}\\n' (text is literal)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; its exit code: 0, 1 where the quickstart fell short, 2 for a user's mistake, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        return options.run(options) or 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("PARA_JAX_TRACEBACK"):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print("para-jax: error: " + "\n".join(lines[:2]), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("para-jax: interrupted", file=sys.stderr)
+        return 130
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options; overrides may stand before and after flags, which argparse by itself does not take."""
+    options, rest = parser().parse_known_args(arguments)
+    overrides = [text for text in rest if hasattr(options, "overrides") and not text.startswith("-")]
+    if len(overrides) < len(rest):
+        parser().error(f"unknown argument {next(text for text in rest if text not in overrides)!r}")
+    if overrides:
+        options.overrides = [*options.overrides, *overrides]
+    return options
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(
+        prog="para-jax", description="Fine-tune and serve one frozen language model for many tenants with PARA."
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help)
+        made.set_defaults(run=run)
+        return made
+
+    made = command("quickstart", run_quickstart, "train three small tenants on the built-in backbone, and serve them")
+    made.add_argument("overrides", nargs="*", help=RUN_FIELDS)
+
+    made = command("train", run_train, "train the adapter of a config; the same command resumes")
+    made.add_argument("config", type=Path)
+    made.add_argument("overrides", nargs="*", help=RUN_FIELDS)
+    made.add_argument(
+        "--dry-run", action="store_true", help="check the config and print its sizes; nothing is read or written"
+    )
+    made.add_argument("--results", type=Path, help="write config, device and scores to this JSON file")
+
+    made = command("evaluate", run_evaluate, "score an adapter, or the backbone alone, on a config's test data")
+    made.add_argument("config", type=Path)
+    made.add_argument("overrides", nargs="*", help=RUN_FIELDS)
+    made.add_argument("--adapter", help="an adapter folder or hub id; default: the backbone alone")
+    made.add_argument("--split", default="test", choices=("validation", "test"))
+    made.add_argument("--limit", type=int, help="the most examples scored")
+    made.add_argument("--results", type=Path, help="write config, device and scores to this JSON file")
+
+    made = command("generate", run_generate, "answer prompts in one batch")
+    made.add_argument("--backbone", default="smollm2-135m", help="a folder, a hub id, a .gguf file, or smollm2-135m")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"))
+    made.add_argument("--adapter", help="an adapter folder or hub id")
+    made.add_argument("--prompt", action="append", required=True, help="\\n is a newline; may be given several times")
+    made.add_argument("--chat", action="store_true", help="each prompt is a user's turn for the chat template")
+    made.add_argument("--max-new-tokens", type=int, default=64)
+    made.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    made.add_argument("--top-k", type=int, default=0)
+    made.add_argument("--top-p", type=float, default=1.0)
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument(
+        "--stop", action="append", default=[], help="a text that ends an answer; may be given several times"
+    )
+    made.add_argument("--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator")
+    made.add_argument("--no-compilation-cache", action="store_true")
+
+    made = command("inspect", run_inspect, "show an adapter folder, a run folder, or a config's data as tokens")
+    made.add_argument("target", type=Path, help="a folder, or with --data a config")
+    made.add_argument("overrides", nargs="*", help=RUN_FIELDS)
+    made.add_argument(
+        "--data", action="store_true", help="print three examples as tokens: prompt, loss, last prompt token"
+    )
+
+    made = command("convert", run_convert, "write a .gguf file as a Hugging Face folder")
+    made.add_argument("gguf", type=Path)
+    made.add_argument("folder", type=Path)
+
+    made = command("bench", run_bench, "measure on this machine: load, decode or train")
+    made.add_argument("name")
+    made.add_argument("--backbone", default="smollm2-135m")
+    made.add_argument("--output", type=Path, help="write the measurement to this JSON file")
+    return top
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+# Modules are imported when their command runs, so that --help and mistakes answer at once.
+
+
+def run_quickstart(options) -> int:
+    from .quickstart import quickstart
+
+    return 0 if quickstart(options.overrides) else 1
+
+
+def run_train(options) -> None:
+    from .config import load_config
+    from .reports import dry_run
+    from .runs import train
+
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        print(dry_run(config))
+        return
+    begun = time.monotonic()
+    result = train(config)
+    best = (
+        ""
+        if result.best_score is None
+        else f", best validation score {result.best_score:.4f} at step {result.best_step}"
+    )
+    print(f"{result.step} steps{best}; the adapter is in {result.output_dir / 'adapter'}")
+    if options.results:
+        rows = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+        scores = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
+        write_results(options.results, config, scores, time.monotonic() - begun)
+
+
+def run_evaluate(options) -> None:
+    from . import devices
+    from .adapters.files import load_adapter
+    from .backbone.load import load_backbone
+    from .config import load_config, require
+    from .data.tokenizer import load_tokenizer
+    from .evaluation.evaluate import evaluate, task_of_run
+
+    require(options.limit is None or options.limit >= 1, "--limit", options.limit, "at least 1 example")
+    config = load_config(options.config, options.overrides)
+    devices.start(config.runtime)
+    begun = time.monotonic()
+    tokenizer = load_tokenizer(config.backbone.source)
+    task = task_of_run(config, options.split, tokenizer)
+    if task is None:
+        raise ValueError(
+            f"data.{options.split} is not set; expected a .jsonl file, or {options.split}.jsonl in data.train's folder"
+        )
+    model = load_backbone(config.backbone.source, dtype=config.backbone.dtype)
+    adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
+    report = evaluate(model, adapter, [task], tokenizer=tokenizer, limit=options.limit)
+    print(report)
+    if options.results:
+        write_results(options.results, config, {s.name: s._asdict() for s in report.scores}, time.monotonic() - begun)
+
+
+def run_generate(options) -> None:
+    from . import devices
+    from .adapters.files import load_adapter
+    from .backbone.load import load_backbone
+    from .config import RuntimeSection
+    from .data.tokenizer import load_tokenizer
+    from .inference.generate import generate
+
+    devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
+    prompts = [prompt.replace("\\n", "\n") for prompt in options.prompt]
+    model = load_backbone(options.backbone, dtype=options.dtype)
+    texts = generate(
+        model,
+        [[{"role": "user", "content": prompt}] for prompt in prompts] if options.chat else prompts,
+        tokenizer=load_tokenizer(options.backbone),
+        adapters=load_adapter(options.adapter, model.config, model=model) if options.adapter else None,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop=[stop.replace("\\n", "\n") for stop in options.stop],
+    )
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(text if len(texts) == 1 else f"> {prompt}\n{text}\n")
+
+
+def run_inspect(options) -> None:
+    from .config import load_config
+    from .reports import data_report, folder_report
+
+    print(
+        data_report(load_config(options.target, options.overrides)) if options.data else folder_report(options.target)
+    )
+
+
+def run_convert(options) -> None:
+    from .data.tokenizer import load_tokenizer
+    from .gguf import convert_gguf
+
+    convert_gguf(options.gguf, options.folder, load_tokenizer(options.gguf))
+    print(f"wrote {options.folder}")
+
+
+def run_bench(options) -> None:
+    from .bench import run
+
+    run(options.name, options.backbone, options.output)
+
+
+def write_results(file: Path, config, scores: dict, seconds: float) -> None:
+    from .reports import results
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = results(shlex.join(["para-jax", *sys.argv[1:]]), replace(config), scores, seconds)
+    file.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

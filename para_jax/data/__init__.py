@@ -1,0 +1,1 @@
+"""Data: the tokenizer, the token boundary, sources, tasks and batches."""

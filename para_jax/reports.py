@@ -1,0 +1,144 @@
+"""What `para-jax inspect` and `para-jax train --dry-run` print: a config checked without weights, data as tokens, a
+folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from . import devices
+from .adapters.adapter import count_parameters
+from .adapters.files import read_adapter_config
+from .backbone.load import load_model_config
+from .backbone.weights import parameter_shapes
+from .config import RunConfig, adapter_method, load_config
+from .data.batches import example_lengths, plan, plan_buckets
+from .data.examples import show_example
+from .data.sources import encode_records, load_records, split_files
+from .data.tasks import TASKS
+from .data.tokenizer import load_tokenizer
+from .model import init_adapter
+from .training.step import init_state
+
+
+def dry_run(config: RunConfig) -> str:
+    """A run's size, from its config and the backbone's config alone: no weights are read and nothing is written."""
+    model = load_model_config(config.backbone.source)
+    adapter = jax.eval_shape(lambda: init_adapter(config.adapter, model, seed=config.seed))
+    state = jax.eval_shape(lambda: init_state(init_adapter(config.adapter, model), config.train, 1))
+    backbone, trained = sum(map(math.prod, parameter_shapes(model).values())), count_parameters(adapter)
+    dtype = jnp.dtype(config.backbone.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    rows = mesh_rows(config) * config.train.per_device_batch_size * config.train.gradient_accumulation_steps
+    longest = config.data.max_seq_length
+    lines = [
+        f"backbone   {config.backbone.source}: {model.model_type}, {model.num_layers} layers, width {model.width}",
+        f"parameters {backbone:,} frozen, {trained:,} trained ({trained / (backbone + trained):.3%}); "
+        f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}",
+        f"memory     weights {size(backbone * dtype.itemsize)} ({dtype.name}), adapter {size(tree_bytes(adapter))}, "
+        f"optimiser {size(tree_bytes(state.optimizer))}",
+        f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens",
+    ]
+    return "\n".join(lines + data_lines(config))
+
+
+def data_lines(config: RunConfig) -> list[str]:
+    """What is known of the data without a tokenizer; files that are not there yet are named and are no error."""
+    if config.data.task is not None and config.data.task not in TASKS:
+        raise ValueError(f"data.task: {config.data.task!r} is not possible; expected one of {', '.join(TASKS)}")
+    if config.data.train is None:
+        return ["data       data.train is not set"]
+    if not Path(config.data.train).expanduser().exists():
+        return [f"data       {config.data.train}: not there yet"]
+    return [
+        f"data       {split}: {len(load_records(config.data, split) or [])} records"
+        for split in split_files(config.data)
+    ]
+
+
+def mesh_rows(config: RunConfig) -> int:
+    """The devices that rows are spread over; where the mesh leaves one size open, those of this machine."""
+    mesh = vars(config.mesh)
+    known = math.prod(size for size in mesh.values() if size > 0)
+    sizes = {name: size if size > 0 else max(1, jax.device_count() // known) for name, size in mesh.items()}
+    return sizes["data"] * sizes["fsdp"]
+
+
+def data_report(config: RunConfig) -> str:
+    """Three training examples as tokens, and how all of them are put into batches."""
+    tokenizer = load_tokenizer(config.backbone.source)
+    data = encode_records(load_records(config.data, "train"), tokenizer, config.data)
+    buckets = plan_buckets(data.examples, config.data.buckets)
+    order = plan(
+        example_lengths(data.examples), buckets=buckets, rows=config.train.per_device_batch_size, seed=config.seed
+    )
+    shown = [f"{r.place}\n{show_example(tokenizer, e)}" for e, r in zip(data.examples[:3], data.records, strict=False)]
+    shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)
+    return "\n\n".join([*shown, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches an epoch"])
+
+
+def folder_report(folder: Path) -> str:
+    """What a folder holds: a run (its config and last scores) or an adapter (its config and the backbone it belongs
+    to)."""
+    if (folder / "adapter_config.json").is_file():
+        config, backbone, rest = read_adapter_config(folder)
+        widths = ", ".join(f"{site} {width}" for site, width in backbone["site_widths"].items())
+        layers, carried = backbone["num_layers"], sum(backbone["site_widths"].values())
+        values = layers * config.r * (backbone["width"] + carried)
+        return "\n".join(
+            [
+                f"adapter    PARA, r {config.r}, pooler {config.pooler}, summary {config.summary}, "
+                f"activation {config.activation}",
+                f"backbone   {rest.get('base_model_name_or_path') or 'not named'}: {backbone['model_type']}, "
+                f"{layers} layers, width {backbone['width']}; {widths}",
+                f"memory     {values:,} values, {size(4 * values)}; 1000 such tenants: {size(4000 * values)}",
+                f"decode     {size(2 * layers * carried)} a row in bfloat16, whatever the number of tenants",
+            ]
+        )
+    if (folder / "config.yaml").is_file():
+        config = load_config(folder / "config.yaml")
+        lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {config.data.train}"]
+        if (folder / "metrics.jsonl").is_file():
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            scored = [row for row in rows if any("loss" in name and name != "loss" for name in row)]
+            lines += [
+                f"step {row['step']:<6}" + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k != "step")
+                for row in scored
+            ]
+        adapter = folder / "adapter"
+        return "\n".join(lines + ([folder_report(adapter)] if adapter.is_dir() else ["no adapter yet"]))
+    raise ValueError(f"{folder}: neither an adapter (adapter_config.json) nor a run (config.yaml)")
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: 1.23 GB (powers of ten)."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def tree_bytes(tree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def results(command: str, config: RunConfig, scores: dict, seconds: float) -> dict:
+    """The record that --results writes: what was run, where, and what came out."""
+    import flax
+    import jaxlib
+
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__}
+    from .config import config_dict
+
+    return {
+        "command": command,
+        "device": devices.describe_devices(),
+        "versions": versions,
+        "seconds": round(seconds, 1),
+        "scores": scores,
+        "config": config_dict(config),
+    }
