@@ -65,3 +65,6 @@ KNOWN_CONFIGS = {
         "pad_token_id": 2,
     },
 }
+
+# The built-in backbone is a GGUF file of the same model.
+KNOWN_CONFIGS["smollm2-135m"] = KNOWN_CONFIGS["HuggingFaceTB/SmolLM2-135M-Instruct"]
