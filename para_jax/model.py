@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from .adapters.adapter import Adapter, Adjustment, Factors, init
 from .adapters.para import Para
@@ -46,7 +47,7 @@ class AdaptedTransformer(nnx.Module):
         self.backbone = backbone
         self.adapter = adapter
 
-    def __call__(self, tokens: jax.Array, prompt_length) -> jax.Array:
+    def __call__(self, tokens, prompt_length) -> Float[Array, "batch T vocab"]:
         """Logits float32 [batch, length, vocab] of tokens int32 [batch, length], right-padded."""
         return forward(self.backbone, self.adapter, tokens, prompt_length)
 
@@ -67,7 +68,9 @@ def adapt(model: Transformer, adapter) -> AdaptedTransformer:
 # ----------------------------------------------------------------------------------------------------- whole sequences
 
 
-def forward(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None) -> jax.Array:
+def forward(
+    model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None
+) -> Float[Array, "batch T vocab"]:
     """Logits float32 [batch, T, vocab] of the teacher-forced pass.
 
     Args:
@@ -84,7 +87,7 @@ def forward(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_
 
 def hidden_states(
     model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None, *, all_layers: bool = False
-) -> jax.Array:
+) -> Float[Array, "*layers batch T width"]:
     """The hidden states after the final norm [batch, T, width]; all_layers: the residual stream that enters each
     layer, and the last layer's output before the final norm, [layers + 1, batch, T, width]. Arguments and errors as
     in forward."""
@@ -92,7 +95,9 @@ def hidden_states(
     return _hidden_states(model, adapters, tokens, prompt_length, all_layers)
 
 
-def vectors(model: Transformer, adapters: Adapter | Rows, tokens, prompt_length) -> dict[str, jax.Array]:
+def vectors(
+    model: Transformer, adapters: Adapter | Rows, tokens, prompt_length
+) -> dict[str, Float[Array, "layers batch out"]]:
     """The factors l themselves, {site: float32 [layers, batch, site width]}, for looking and for tests."""
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
     adjustments = _adjustments(model, adapters, tokens, prompt_length)
@@ -102,14 +107,16 @@ def vectors(model: Transformer, adapters: Adapter | Rows, tokens, prompt_length)
     return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in sites}
 
 
-def multi_tenant_forward(model: Transformer, rows: Rows, tokens, prompt_length, length=None) -> jax.Array:
+def multi_tenant_forward(
+    model: Transformer, rows: Rows, tokens, prompt_length, length=None
+) -> Float[Array, "batch T vocab"]:
     """forward, written the plain way, as the reference: `jax.vmap` over single examples and their adapter weights,
     with the backbone unmapped. It gathers every row's whole adapter."""
     tokens, prompt_length, _ = checked(model, rows, tokens, prompt_length, length)
     return _multi_tenant_forward(model, rows, tokens, prompt_length)
 
 
-def right_pad(tokens, attention_mask) -> tuple[jax.Array, jax.Array]:
+def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array, " batch"]]:
     """(tokens, length) with every row's real tokens moved to the left: tokens and mask [batch, T], padded on any
     side."""
     mask = jnp.asarray(attention_mask) != 0
@@ -123,7 +130,7 @@ def right_pad(tokens, attention_mask) -> tuple[jax.Array, jax.Array]:
 
 def prefill(
     model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None, *, max_length: int
-) -> tuple[jax.Array, DecodeState]:
+) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """Logits float32 [batch, vocab] at each row's last token, and the state from which decode goes on.
 
     Args:
@@ -142,7 +149,7 @@ def prefill(
     return _prefill(model, adapters, tokens, prompt_length, length, max_length)
 
 
-def decode(model: Transformer, state: DecodeState, tokens) -> tuple[jax.Array, DecodeState]:
+def decode(model: Transformer, state: DecodeState, tokens) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """Logits float32 [batch, vocab] after one more token a row, int32 [batch], and the next state.
 
     The state that is given is donated. A row that holds max_length tokens writes nothing and gives NaN logits.
@@ -196,7 +203,9 @@ def _decode(model, state, tokens):
     return decode_step(model, state, tokens)
 
 
-def decode_step(model: Transformer, state: DecodeState, tokens: jax.Array) -> tuple[jax.Array, DecodeState]:
+def decode_step(
+    model: Transformer, state: DecodeState, tokens: Int[Array, " batch"]
+) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """decode, to be used inside a larger compiled program."""
     max_length = state.cache[0][0].shape[2]
     tables = {kind.rotary: rotary_tables(kind.rotary, state.length[:, None]) for kind in model.config.kinds}

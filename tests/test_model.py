@@ -22,6 +22,7 @@ from para_jax import (
     stack_adapters,
     vectors,
 )
+from para_jax.adapters.rows import check_fits
 
 PARA_FAMILIES = ("llama", "gemma", "qwen3", "phi3", "qwen2")
 VARIANTS = [(file.parent.parent.name, file.stem) for file in sorted(FIXTURES.glob("*/variants/*.json"))]
@@ -338,7 +339,7 @@ def test_an_adapter_of_another_backbone_is_refused():
     with pytest.raises(ValueError, match="another backbone"):
         forward(backbone("llama"), other, prompts(backbone("llama")), 5)
     with pytest.raises(ValueError, match="expected None, an adapter or Rows"):
-        forward(backbone("llama"), [other], prompts(backbone("llama")), 5)
+        check_fits([other], backbone("llama").config)
 
 
 def test_wrong_stacks_and_picks_are_named():

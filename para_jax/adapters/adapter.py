@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from ..config import ModelConfig
 
@@ -44,11 +45,11 @@ class Adapter(nnx.Module):
     config: object
     backbone: Backbone
 
-    def pool(self, x: jax.Array, prompt_length: jax.Array) -> jax.Array:
+    def pool(self, x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
         """The summary [width] of a prompt, from the residual stream x [length, width] that enters the layer."""
         return x[prompt_length - 1]
 
-    def condition(self, summary: jax.Array) -> Adjustment:
+    def condition(self, summary: Float[Array, " width"]) -> Adjustment:
         """The adjustment of one example, from its summary [width]; runs once a prompt."""
         raise NotImplementedError
 
@@ -56,7 +57,9 @@ class Adapter(nnx.Module):
 class Adjustment:
     """What an adapter carries from prefill into decode, for one layer."""
 
-    def adjust(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    def adjust(
+        self, site: str, x: Float[Array, "length in"], y: Float[Array, "length out"]
+    ) -> Float[Array, "length out"]:
         """y [length, out] of the linear at `site`, adjusted; x [length, in] is the linear's input. Runs at every
         token."""
         raise NotImplementedError
@@ -70,7 +73,9 @@ class Factors(Adjustment):
     distance: dict[str, jax.Array]
     """l - 1 of each site, [out]"""
 
-    def adjust(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    def adjust(
+        self, site: str, x: Float[Array, "length in"], y: Float[Array, "length out"]
+    ) -> Float[Array, "length out"]:
         return y + y * self.distance[site] if site in self.distance else y
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from ..config import ModelConfig, ParaConfig
 from .adapter import Adapter, AdapterParam, Factors, Statistic, describe
@@ -45,16 +46,16 @@ class Para(Adapter):
         self.config = config
         self.backbone = describe(model, config.target_modules)
 
-    def pool(self, x: jax.Array, prompt_length: jax.Array) -> jax.Array:
+    def pool(self, x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
         return POOLERS[self.config.pooler](x, prompt_length)
 
-    def condition(self, summary: jax.Array) -> Factors:
+    def condition(self, summary: Float[Array, " width"]) -> Factors:
         """The factors, made in float32."""
         summary = self.constant[...] if self.config.pooler == "constant" else summary.astype(jnp.float32)
         hidden = self.activate(self.summarise(summary) @ self.down[...])
         return Factors({site: hidden @ up[...] for site, up in self.up.items()})
 
-    def summarise(self, summary: jax.Array) -> jax.Array:
+    def summarise(self, summary: Float[Array, " width"]) -> Float[Array, " width"]:
         """The summary at a scale that suits one learning rate in all layers [C]: its RMS runs from 0.1 to 29 over the
         layers."""
         if self.config.summary == "rms":
@@ -64,22 +65,22 @@ class Para(Adapter):
             return (summary - jax.lax.stop_gradient(self.mean[...])) / jax.lax.stop_gradient(scale)
         return summary
 
-    def activate(self, x: jax.Array) -> jax.Array:
+    def activate(self, x: Float[Array, " rank"]) -> Float[Array, " rank"]:
         if self.config.activation == "rational":
             return rational(x, self.numerator[...], self.denominator[...])
         return ACTIVATIONS[self.config.activation](x)
 
 
-def last(x: jax.Array, prompt_length: jax.Array) -> jax.Array:
+def last(x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
     return x[prompt_length - 1]
 
 
-def mean(x: jax.Array, prompt_length: jax.Array) -> jax.Array:
+def mean(x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
     in_prompt = (jnp.arange(x.shape[0]) < prompt_length)[:, None]
     return jnp.sum(jnp.where(in_prompt, x.astype(jnp.float32), 0), axis=0) / prompt_length
 
 
-def maximum(x: jax.Array, prompt_length: jax.Array) -> jax.Array:
+def maximum(x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
     in_prompt = (jnp.arange(x.shape[0]) < prompt_length)[:, None]
     return jnp.max(jnp.where(in_prompt, x, -jnp.inf), axis=0)
 
@@ -102,7 +103,9 @@ GELU_NUMERATOR = (0.0, 0.5, 0.4122052, 0.10771265, 0.00535864, -0.00155836, -0.0
 GELU_DENOMINATOR = (-2.56e-06, 0.21542737, -6.1e-07, -0.00311664, 0.0)
 
 
-def rational(x: jax.Array, numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+def rational(
+    x: Float[Array, " rank"], numerator: Float[Array, " 7"], denominator: Float[Array, " 5"]
+) -> Float[Array, " rank"]:
     """The learned rational function of PEDRO (arXiv:2409.17834) and MiLoRA (arXiv:2410.18035), m = 6 and n = 5:
     (a_0 + ... + a_6 x^6) / (1 + |b_1 x + ... + b_5 x^5|); the absolute value, which keeps it free of poles, is [C]."""
     return jnp.polyval(numerator[::-1], x) / (1 + jnp.abs(x * jnp.polyval(denominator[::-1], x)))

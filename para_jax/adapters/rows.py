@@ -90,7 +90,7 @@ def gather(adapters: Adapter, index: jax.Array) -> Adapter:
     return jax.tree.map(rows, adapters)
 
 
-def check_fits(adapters: Adapter | Rows | None, model: ModelConfig) -> None:
+def check_fits(adapters, model: ModelConfig) -> None:
     """Raises ValueError where adapters were made for a backbone of another shape."""
     if adapters is None:
         return

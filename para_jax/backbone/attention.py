@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float
 
 from ..config import ModelConfig
 from ..sharding import constrain
@@ -29,7 +30,9 @@ class Attention(nnx.Module):
         self.scale = config.attention_scale
         self.softcap = config.attention_softcap
 
-    def __call__(self, x: jax.Array, adjust: Callable, rotary: tuple[jax.Array, jax.Array], attend: Callable):
+    def __call__(
+        self, x: Float[Array, "batch length width"], adjust: Callable, rotary: tuple[Array, Array], attend: Callable
+    ):
         """x [batch, length, width] to (output [batch, length, width], what `attend` keeps).
 
         Args:
@@ -44,7 +47,7 @@ class Attention(nnx.Module):
         mixed = mixed.reshape(*x.shape[:-1], -1)
         return adjust("o_proj", mixed, self.o_proj(mixed)), kept
 
-    def heads(self, projected: jax.Array, axis: str) -> jax.Array:
+    def heads(self, projected: Float[Array, "batch length width"], axis: str) -> Float[Array, "batch length heads e"]:
         split = projected.reshape(*projected.shape[:-1], -1, self.head_dim)
         return constrain(split, ("batch", None, axis, None))
 
@@ -58,7 +61,14 @@ def query_key_norm(config: ModelConfig, size: int, axis: str) -> nnx.Module:
     return Identity()
 
 
-def mixed_values(q, k, v, mask, scale: float, cap: float | None) -> jax.Array:
+def mixed_values(
+    q: Float[Array, "b t h e"],
+    k: Float[Array, "b k s e"],
+    v: Float[Array, "b k s e"],
+    mask: Bool[Array, "#b #t s"],
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "b t h e"]:
     """softmax(q k^T) v: q [b, t, h, e]; k, v [b, k, s, e]; mask bool, broadcast to [b, t, s]; to [b, t, h, e].
 
     Scores and softmax are float32. Query head h reads kv head h // (heads / kv_heads).
@@ -72,7 +82,7 @@ def mixed_values(q, k, v, mask, scale: float, cap: float | None) -> jax.Array:
     return jnp.einsum("bkgts,bkse->btkge", weights, v).reshape(b, t, h, e)
 
 
-def causal_mask(length: int, window: int | None) -> jax.Array:
+def causal_mask(length: int, window: int | None) -> Bool[Array, "length length"]:
     """bool [length, length]: a query at t sees keys t - window < s <= t."""
     distance = jnp.arange(length)[:, None] - jnp.arange(length)
     return (distance >= 0) & within(distance, window)

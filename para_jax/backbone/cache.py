@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from .attention import mixed_values, within
 
 
-def attend_within(mask: jax.Array):
+def attend_within(mask: Bool[Array, "1 length length"]):
     """Attention of a whole sequence to itself; keeps its keys and values [batch, kv_heads, length, head_dim]."""
 
     def attend(q, k, v, scale, cap):
@@ -19,7 +20,9 @@ def attend_within(mask: jax.Array):
     return attend
 
 
-def attend_cached(cache: tuple[jax.Array, jax.Array], length: jax.Array, window: int | None):
+def attend_cached(
+    cache: tuple[Float[Array, "b k max e"], Float[Array, "b k max e"]], length: Int[Array, " b"], window: int | None
+):
     """Attention of one new token a row, at position length[row], to the cache; keeps the cache with that token written.
 
     A row whose cache is full writes nothing.

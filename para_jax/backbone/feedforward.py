@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ..config import ModelConfig
 from ..sharding import constrain
@@ -20,7 +20,7 @@ class FeedForward(nnx.Module):
         self.down_proj = Linear(config.hidden_width, config.width, axes=out, bias=config.mlp_bias, rngs=rngs)
         self.activation = ACTIVATIONS[config.activation]
 
-    def __call__(self, x: jax.Array, adjust: Callable) -> jax.Array:
+    def __call__(self, x: Float[Array, "b t d"], adjust: Callable) -> Float[Array, "b t d"]:
         """x [batch, length, width]; adjust(site, input, output) -> output is applied straight after each linear."""
         gate = adjust("gate_proj", x, self.gate_proj(x))
         up = adjust("up_proj", x, self.up_proj(x))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 
 class Linear(nnx.Module):
@@ -15,7 +16,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(normal(rngs, (size_in, size_out), size_in**-0.5), axes=axes)
         self.bias = nnx.Param(jnp.zeros(size_out), axes=axes[1:]) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         y = x @ self.kernel[...]
         return y if self.bias is None else y + self.bias[...]
 
@@ -29,7 +30,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.offset = offset
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
         x32 = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return (x32 * scale * (self.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
@@ -39,7 +40,7 @@ class HeadNorm(RMSNorm):
     """The RMS norm of each head by itself, on a projection [..., heads * head_dim]; one weight [head_dim] for all
     heads."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
         return super().__call__(x.reshape(*x.shape[:-1], -1, self.weight.shape[-1])).reshape(x.shape)
 
 

@@ -3,20 +3,26 @@ use."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from ..config import RotaryConfig
 
 
-def rotary_tables(config: RotaryConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotary_tables(
+    config: RotaryConfig, positions: Int[Array, "*axes"]
+) -> tuple[Float[Array, "*axes half"], Float[Array, "*axes half"]]:
     """Cosines and sines, float32 [..., dims / 2], of integer positions [...]."""
     angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+    x: Float[Array, "batch length heads head_dim"],
+    cos: Float[Array, "*axes length half"],
+    sin: Float[Array, "*axes length half"],
+) -> Float[Array, "batch length heads head_dim"]:
     """Turns the first dims of every head of x [batch, length, heads, head_dim] by tables [(batch,) length, dims /
     2]."""
     half = cos.shape[-1]

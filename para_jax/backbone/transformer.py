@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from ..config import LayerKind, ModelConfig
 from ..sharding import constrain
@@ -28,7 +29,9 @@ class Layer(nnx.Module):
         self.residual_multiplier = config.residual_multiplier
         self.kind = kind
 
-    def __call__(self, x: jax.Array, adjust: Callable, rotary: tuple[jax.Array, jax.Array], attend: Callable):
+    def __call__(
+        self, x: Float[Array, "batch length width"], adjust: Callable, rotary: tuple[Array, Array], attend: Callable
+    ):
         """The residual stream x [batch, length, width] after this layer, and what `attend` kept of keys and values."""
         out, kept = self.attention(self.input_norm(x), adjust, rotary, attend)
         x = x + self.residual_multiplier * self.post_attention_norm(out)
@@ -63,12 +66,12 @@ class Transformer(nnx.Module):
     def dtype(self) -> jnp.dtype:
         return self.embedding.dtype
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
         """Tokens int32 [batch, length] to the residual stream [batch, length, width]."""
         x = self.embedding[...][tokens] * jnp.asarray(self.config.embedding_multiplier, self.dtype)
         return constrain(x, ("batch", None, None))
 
-    def logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
         """Logits float32 [..., vocab] of the residual stream after the final norm, x [..., width]."""
         if self.head is None:
             logits = jnp.einsum("...d,vd->...v", x, self.embedding[...], preferred_element_type=jnp.float32)
@@ -140,7 +143,7 @@ def unstacked(model: Transformer) -> list[Layer]:
     return layers
 
 
-def moved(move: Callable, arrays) -> jax.Array:
+def moved(move: Callable, arrays):
     """What `move` makes of the arrays, whose memory is given back before the next leaf is moved."""
     made = jax.block_until_ready(move(list(arrays)))
     for array in arrays:
