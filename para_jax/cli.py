@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 RUN_FIELDS = "fields of the config, such as train.learning_rate=3e-3 or 'data.prompt={question}\\n' (text is literal)"
@@ -25,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; its exit code: 0, 1 where the quickstart fell short, 2 for a user's mistake, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    options.command_line = shlex.join(["para-jax", *arguments])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
@@ -63,11 +63,11 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     made = command("quickstart", run_quickstart, "train three small tenants on the built-in backbone, and serve them")
-    made.add_argument("overrides", nargs="*", help=RUN_FIELDS)
+    made.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
 
     made = command("train", run_train, "train the adapter of a config; the same command resumes")
     made.add_argument("config", type=Path)
-    made.add_argument("overrides", nargs="*", help=RUN_FIELDS)
+    made.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
     made.add_argument(
         "--dry-run", action="store_true", help="check the config and print its sizes; nothing is read or written"
     )
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
     made = command("evaluate", run_evaluate, "score an adapter, or the backbone alone, on a config's test data")
     made.add_argument("config", type=Path)
-    made.add_argument("overrides", nargs="*", help=RUN_FIELDS)
+    made.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
     made.add_argument("--adapter", help="an adapter folder or hub id; default: the backbone alone")
     made.add_argument("--split", default="test", choices=("validation", "test"))
     made.add_argument("--limit", type=int, help="the most examples scored")
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
     made = command("inspect", run_inspect, "show an adapter folder, a run folder, or a config's data as tokens")
     made.add_argument("target", type=Path, help="a folder, or with --data a config")
-    made.add_argument("overrides", nargs="*", help=RUN_FIELDS)
+    made.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
     made.add_argument(
         "--data", action="store_true", help="print three examples as tokens: prompt, loss, last prompt token"
     )
@@ -146,7 +146,7 @@ def run_train(options) -> None:
     if options.results:
         rows = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
         scores = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
-        write_results(options.results, config, scores, time.monotonic() - begun)
+        write_results(options, config, scores, time.monotonic() - begun)
 
 
 def run_evaluate(options) -> None:
@@ -172,7 +172,7 @@ def run_evaluate(options) -> None:
     report = evaluate(model, adapter, [task], tokenizer=tokenizer, limit=options.limit)
     print(report)
     if options.results:
-        write_results(options.results, config, {s.name: s._asdict() for s in report.scores}, time.monotonic() - begun)
+        write_results(options, config, {s.name: s._asdict() for s in report.scores}, time.monotonic() - begun)
 
 
 def run_generate(options) -> None:
@@ -225,13 +225,13 @@ def run_bench(options) -> None:
     run(options.name, options.backbone, options.output)
 
 
-def write_results(file: Path, config, scores: dict, seconds: float) -> None:
+def write_results(options, config, scores: dict, seconds: float) -> None:
     from .reports import results
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    record = results(shlex.join(["para-jax", *sys.argv[1:]]), replace(config), scores, seconds)
-    file.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"wrote {file}")
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    record = results(options.command_line, config, scores, seconds)
+    options.results.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"wrote {options.results}")
 
 
 if __name__ == "__main__":

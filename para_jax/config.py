@@ -288,6 +288,11 @@ class MeshSection:
     fsdp: int = 1
     tensor: int = 1
 
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        fits = all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1
+        require(fits, "mesh", vars(self), "sizes of 1 or more, at most one of them -1 (all devices that are left)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingSection:
@@ -327,6 +332,9 @@ class RunConfig:
     output_dir: str = "runs/run"
     seed: int = 0
 
+    def __post_init__(self):
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
+
 
 # Fields whose override is taken as it stands (OmegaConf would read "{output}" as a mapping), with \n for a newline.
 TEXT_FIELDS = ("data.prompt", "data.completion")
@@ -340,9 +348,9 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     try:
         given = OmegaConf.create({}) if file is None else read_yaml(Path(file))
         merged = OmegaConf.merge(given, *map(parse_override, overrides))
-        if not isinstance(merged, DictConfig):
-            raise ValueError(f"{file}: a run is a mapping of sections (backbone, adapter, data, train, ...)")
-        method = str(merged.get("adapter", {}).get("method", "para"))
+        adapter = merged.get("adapter", DictConfig({}))
+        require(isinstance(adapter, DictConfig), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
+        method = str(adapter.get("method", "para"))
         require(method in ADAPTER_CONFIGS, "adapter.method", method, one_of(ADAPTER_CONFIGS))
         if "adapter" in merged:
             merged.adapter.pop("method", None)
@@ -352,8 +360,9 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
             return to_dataclass(OmegaConf.merge(schema, merged), RunConfig(adapter=ADAPTER_CONFIGS[method]()))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        key = getattr(error, "full_key", None)
-        raise ValueError(f"config{f' {file}' if file else ''}: {f'{key}: ' if key else ''}{lines[0]}") from None
+        key, mark = getattr(error, "full_key", None), getattr(error, "problem_mark", None)
+        said = f"{error.problem}, line {mark.line + 1}" if mark else lines[0]
+        raise ValueError(f"config{f' {file}' if file else ''}: {f'{key}: ' if key else ''}{said}") from None
 
 
 def save_config(config: RunConfig, file: str | Path) -> None:
@@ -385,7 +394,13 @@ def one_of(names) -> str:
 def read_yaml(file: Path) -> DictConfig:
     if not file.is_file():
         raise ValueError(f"config {file}: no such file")
-    return OmegaConf.create(file.read_text()) if file.read_text().strip() else OmegaConf.create({})
+    try:
+        read = OmegaConf.create(file.read_text().strip() or "{}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config {file}: not text: {error}") from None
+    if not isinstance(read, DictConfig):
+        raise ValueError(f"config {file}: a run is a mapping of sections (backbone, adapter, data, train, ...)")
+    return read
 
 
 def parse_override(text: str) -> DictConfig:
@@ -396,7 +411,10 @@ def parse_override(text: str) -> DictConfig:
         made = OmegaConf.create({})
         OmegaConf.update(made, key, value.replace("\\n", "\n"))
         return made
-    return OmegaConf.from_dotlist([text])
+    try:
+        return OmegaConf.from_dotlist([text])
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {text!r}: not YAML: {str(error).splitlines()[0]}") from None
 
 
 def unfreeze(node: DictConfig) -> None:
@@ -407,7 +425,7 @@ def unfreeze(node: DictConfig) -> None:
             unfreeze(node[key])
 
 
-def to_dataclass(node: DictConfig, template) -> Any:
+def to_dataclass(node, template) -> Any:
     """The frozen dataclass with a node's values, lists as tuples; __post_init__ checks each section."""
     values = {}
     for f in dataclasses.fields(template):
@@ -415,7 +433,7 @@ def to_dataclass(node: DictConfig, template) -> Any:
         if isinstance(value, DictConfig):
             value = to_dataclass(value, getattr(template, f.name))
         elif OmegaConf.is_config(value):
-            value = tuple(OmegaConf.to_container(value))
+            value = tuple(value)
         values[f.name] = value
     return type(template)(**values)
 

@@ -135,7 +135,7 @@ class Cursor:
     """Reads little-endian values one after another, never past the end."""
 
     def __init__(self, data: np.ndarray):
-        self.data, self.at = memoryview(data), 0
+        self.data, self.at = data.data, 0
 
     def bytes(self, size: int) -> memoryview:
         if size > len(self.data) - self.at:
@@ -195,11 +195,11 @@ def read_tensor_info(cursor: Cursor) -> tuple[str, int, tuple[int, ...], int]:
 
 
 def map_tensor(data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], start: int) -> Tensor:
-    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if kind not in GGML_QUANT_SIZES:
         raise ValueError(f"tensor {name} has the unknown type {kind}")
-    block, block_bytes = GGML_QUANT_SIZES[kind]
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if shape[-1] % block or 0 in shape:
         raise ValueError(f"tensor {name} has the shape {shape}, which its type's blocks of {block} do not fill")
     row_bytes = shape[-1] // block * block_bytes
@@ -361,7 +361,8 @@ def check_complete(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], a
 
 def write_safetensors(source: GgufFile, path: Path) -> None:
     """Writes all tensors as float32, a piece at a time (a length, a JSON header, the bytes one after another)."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in source.shapes.items():
         start, end = end, end + 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from .adapters.adapter import Adapter, Adjustment, Factors, init
@@ -319,7 +320,7 @@ def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, 
                 f"{name}: shape {np.shape(value)}; expected one whole number, or one for each of the {batch} rows"
             )
         lengths.append(value)
-    concrete = [value for value in lengths if not isinstance(value, jax.core.Tracer)]
+    concrete = [value for value in lengths if not isinstance(value, Tracer)]
     if len(concrete) == 2:
         shortest, longest = np.broadcast_arrays(*map(np.asarray, lengths))
         if (shortest < 1).any() or (shortest > longest).any() or (longest > total).any():
@@ -333,4 +334,5 @@ def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, 
         and not (0 <= tokens.min() and tokens.max() < model.config.vocab_size)
     ):
         raise ValueError(f"tokens: ids {tokens.min()} to {tokens.max()}; expected 0 to {model.config.vocab_size - 1}")
-    return jnp.asarray(tokens, jnp.int32), *(jnp.broadcast_to(jnp.asarray(v, jnp.int32), (batch,)) for v in lengths)
+    prompt_length, length = (jnp.broadcast_to(jnp.asarray(value, jnp.int32), (batch,)) for value in lengths)
+    return jnp.asarray(tokens, jnp.int32), prompt_length, length

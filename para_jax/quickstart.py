@@ -68,7 +68,7 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
     for job, was, now in zip(JOBS, before, after, strict=True):
         print(f"{job:<10}{was:>8.3f}{now:>8.3f}{now - was:>8.3f}")
     print(f"\nrun folders: {config.output_dir}/{{{','.join(JOBS)}}}; {time.monotonic() - begun:.0f} s in all")
-    prompt = tasks[-1].records[0].prompt.replace("\n", "\\n")
+    prompt = str(tasks[-1].records[0].prompt).replace("\n", "\\n")
     print(
         f"next: para-jax generate --backbone {config.backbone.source} --adapter {config.output_dir}/{JOBS[-1]}/adapter "
         f'--prompt "{prompt}"'
@@ -84,7 +84,7 @@ def train_tenant(config: RunConfig, job: str, model, tokenizer):
     folder = Path(config.output_dir)
     data = replace(config.data, train=str(folder / "data" / job / "train.jsonl"))
     config = replace(config, output_dir=str(folder / job), data=data)
-    examples = encode_records(read_records(data.train), tokenizer, data)
+    examples = encode_records(read_records(str(data.train)), tokenizer, data)
     claim_folder(config)
     mesh = make_mesh(**vars(config.mesh))
     devices.say(f"tenant {job}: {examples.report()}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -15,7 +17,7 @@ from .adapters.adapter import count_parameters
 from .adapters.files import read_adapter_config
 from .backbone.load import load_model_config
 from .backbone.weights import parameter_shapes
-from .config import RunConfig, adapter_method, load_config
+from .config import RunConfig, adapter_method, config_dict, load_config
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
 from .data.sources import encode_records, load_records, split_files
@@ -70,7 +72,7 @@ def mesh_rows(config: RunConfig) -> int:
 def data_report(config: RunConfig) -> str:
     """Three training examples as tokens, and how all of them are put into batches."""
     tokenizer = load_tokenizer(config.backbone.source)
-    data = encode_records(load_records(config.data, "train"), tokenizer, config.data)
+    data = encode_records(load_records(config.data, "train") or [], tokenizer, config.data)
     buckets = plan_buckets(data.examples, config.data.buckets)
     order = plan(
         example_lengths(data.examples), buckets=buckets, rows=config.train.per_device_batch_size, seed=config.seed
@@ -102,8 +104,11 @@ def folder_report(folder: Path) -> str:
         config = load_config(folder / "config.yaml")
         lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {config.data.train}"]
         if (folder / "metrics.jsonl").is_file():
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            scored = [row for row in rows if any("loss" in name and name != "loss" for name in row)]
+            scored = [
+                row
+                for row in read_metrics(folder / "metrics.jsonl")
+                if any("loss" in name and name != "loss" for name in row)
+            ]
             lines += [
                 f"step {row['step']:<6}" + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k != "step")
                 for row in scored
@@ -111,6 +116,13 @@ def folder_report(folder: Path) -> str:
         adapter = folder / "adapter"
         return "\n".join(lines + ([folder_report(adapter)] if adapter.is_dir() else ["no adapter yet"]))
     raise ValueError(f"{folder}: neither an adapter (adapter_config.json) nor a run (config.yaml)")
+
+
+def read_metrics(file: Path) -> Iterator[dict]:
+    """The lines of metrics.jsonl, but for one that was cut off when its run was."""
+    for line in file.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
 def size(count: float) -> str:
@@ -129,10 +141,8 @@ def tree_bytes(tree) -> int:
 def results(command: str, config: RunConfig, scores: dict, seconds: float) -> dict:
     """The record that --results writes: what was run, where, and what came out."""
     import flax
-    import jaxlib
 
-    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__}
-    from .config import config_dict
+    versions = {"jax": jax.__version__, "flax": flax.__version__}
 
     return {
         "command": command,

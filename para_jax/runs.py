@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def train(config: RunConfig) -> TrainResult:
 def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
     """The training examples and which of them each step reads."""
     records = load_records(config.data, "train")
-    data = encode_records(records, tokenizer, config.data)
+    data = encode_records(records or [], tokenizer, config.data)
     devices.say(f"training data: {data.report()}")
     buckets = plan_buckets(data.examples, config.data.buckets)
     rows, passes = (
@@ -105,16 +106,15 @@ def fit(
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
             state = state._replace(adapter=standardise(model, state.adapter, statistics_batches(work)))
         state, progress = restored or (state, Progress(0, None, 0, 0))
-        loop = Loop(config, model, tokenizer, work, validation, checkpoints, Log(config, folder, progress.step))
-        if test and progress.step == 0:
-            loop.log.write(0, scores("test_before", evaluate_task(model, None, test, tokenizer)), show=True)
-        state, progress = loop.run(state, progress)
-        best = state.adapter
-        if progress.best_step != progress.step:
-            best = load_adapter(folder / "adapter", model.config, model=model)
-        if test:
-            loop.log.write(progress.step, scores("test_after", evaluate_task(model, best, test, tokenizer)), show=True)
-        loop.log.close()
+        with closing(Log(config, folder, progress.step if restored else None)) as log:
+            if test and not restored:
+                log.write(0, scores("test_before", evaluate_task(model, None, test, tokenizer)), show=True)
+            state, progress = Loop(config, model, tokenizer, work, validation, checkpoints, log).run(state, progress)
+            best = state.adapter
+            if progress.best_step != progress.step:
+                best = load_adapter(folder / "adapter", model.config, model=model)
+            if test:
+                log.write(progress.step, scores("test_after", evaluate_task(model, best, test, tokenizer)), show=True)
     return TrainResult(best, progress.best_score, progress.best_step, progress.step, folder)
 
 
@@ -141,6 +141,7 @@ class Loop(NamedTuple):
                 first, step = bucket not in seen, self.step_function(bucket)
                 if first:
                     seen.add(bucket)
+                    pending = self.log.step(pending, None, bar)  # tokens/s without the time of compiling
                     with devices.compiling(f"the training step for {self.work.rows} rows of {bucket.length} tokens"):
                         state, values = jax.block_until_ready(step(state, self.model, batch))
                 else:
@@ -170,16 +171,14 @@ class Loop(NamedTuple):
         score = None
         if self.validation:
             found = evaluate_task(self.model, state.adapter, self.validation, self.tokenizer, self.config.eval.limit)
+            require_finite(progress.step, {"validation loss": found.loss})
             self.log.write(progress.step, scores("validation", found), show=True)
             score = found.score
-            if not math.isfinite(found.loss):
-                raise ValueError(
-                    f"step {progress.step}: the validation loss is {found.loss}; lower train.learning_rate"
-                )
         if score is not None and progress.best_score is not None and score <= progress.best_score:
             return progress._replace(since_best=progress.since_best + 1)
         card = [f"Trained for {progress.step} steps on {Path(self.config.data.train or '').name}."]
-        card += [f"Validation {self.validation.metric}: {score:.4f}."] if score is not None else []
+        if self.validation:
+            card.append(f"Validation {self.validation.metric}: {score:.4f}.")
         save_adapter(
             state.adapter,
             self.log.folder / "adapter",
@@ -194,29 +193,30 @@ class Loop(NamedTuple):
 
 
 class Log:
-    """metrics.jsonl, TensorBoard and wandb; the first process alone writes."""
+    """metrics.jsonl, TensorBoard and wandb; the first process alone writes.
 
-    def __init__(self, config: RunConfig, folder: Path, step: int):
+    What a run that goes on after `step` will write again is dropped; all of it for None, a run that starts.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, step: int | None):
         self.folder, self.every = folder, config.logging.every
         self.first = jax.process_index() == 0
-        self.writers = [WRITERS[name](config, folder) for name in config.logging.report_to] if self.first else []
+        self.writers = [WRITERS[name](config, folder, step) for name in config.logging.report_to] if self.first else []
         self.file = folder / "metrics.jsonl"
         self.clock: float | None = None
         if self.first and self.file.exists():
-            lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
-            replace_file(self.file, "".join(line + "\n" for line in lines))
+            replace_file(self.file, "" if step is None else lines_up_to(step, self.file.read_text()))
 
     def step(self, pending, new, bar: tqdm):
-        """Writes the values of the step before, when the next is dispatched (or None comes), and gives back the new
-        ones."""
+        """Writes the values of the step before, when the next is dispatched (or None: none comes at once), and gives back
+        the new ones."""
         if pending is not None:
             step, values, tokens = pending
             values = {name: float(value) for name, value in values.items()}
-            if not math.isfinite(values["loss"]):
-                raise ValueError(f"step {step}: the loss is {values['loss']}; lower train.learning_rate")
+            require_finite(step, values)
             now = time.monotonic()
             rate = {"tokens_per_second": round(tokens / (now - self.clock), 1)} if self.clock else {}
-            self.clock = now
+            self.clock = None if new is None else now
             bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate.get('tokens_per_second', 0):.0f} tokens/s")
             bar.update()
             if step % self.every == 0:
@@ -238,10 +238,10 @@ class Log:
 
 
 class TensorBoard:
-    def __init__(self, config: RunConfig, folder: Path):
+    def __init__(self, config: RunConfig, folder: Path, step: int | None):
         from tensorboardX import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=(step or 0) + 1)
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -252,7 +252,7 @@ class TensorBoard:
 
 
 class Wandb:
-    def __init__(self, config: RunConfig, folder: Path):
+    def __init__(self, config: RunConfig, folder: Path, step: int | None):
         try:
             import wandb
         except ImportError:
@@ -273,6 +273,24 @@ def scores(name: str, found: Score) -> dict[str, float]:
     return {f"{name}_loss": found.loss} | ({} if found.metric == "loss" else {f"{name}_{found.metric}": found.score})
 
 
+def require_finite(step: int, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"step {step}: the {name} is {value}; lower train.learning_rate")
+
+
+def lines_up_to(step: int, text: str) -> str:
+    """The lines of metrics.jsonl that a run keeps when it goes on after this step: not the score after training, which
+    is measured again, and not a line that was cut off when the run was."""
+    kept = []
+    for line in text.splitlines():
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if row["step"] <= step and not any(name.startswith("test_after") for name in row):
+                kept.append(line + "\n")
+    return "".join(kept)
+
+
 def statistics_batches(work: Work) -> list[Batch]:
     """Some training prompts, from which the summaries' mean and spread are measured; a last short batch is filled up
     with the first ones again."""
@@ -287,7 +305,7 @@ def statistics_batches(work: Work) -> list[Batch]:
 def claim_folder(config: RunConfig) -> None:
     """Makes the output folder and writes the resolved config into it; a folder that holds another run is refused."""
     folder = Path(config.output_dir)
-    file = folder / "config.yaml"
+    file, part = folder / "config.yaml", folder / ".config.yaml"
     if file.is_file():
         difference = differences(load_config(file), config)
         if difference:
@@ -295,13 +313,12 @@ def claim_folder(config: RunConfig) -> None:
                 f"output_dir {folder} holds another run, which differs in {'; '.join(difference)}; "
                 "choose another output_dir, or the same config to resume"
             )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {part}):
         raise ValueError(f"output_dir {folder} holds something else than a run; choose another")
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / ".config.yaml")
-        os.replace(folder / ".config.yaml", file)
+        save_config(config, part)
+        os.replace(part, file)
 
 
 def differences(held: RunConfig, wanted: RunConfig) -> list[str]:

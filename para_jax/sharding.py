@@ -3,6 +3,8 @@ names, activations pass through `constrain`."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -25,17 +27,17 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     Raises ValueError where the sizes do not fill a part of the devices exactly.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
     open_axes = [name for name, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(open_axes) > 1 or known < 1 or any(size < -1 or size == 0 for size in sizes.values()):
-        raise ValueError(f"mesh {sizes}: sizes are 1 or more, and at most one is -1 (all devices that are left)")
+        raise ValueError(f"mesh {asked}: sizes are 1 or more, and at most one is -1 (all devices that are left)")
     if open_axes:
-        sizes[open_axes[0]] = len(devices) // known
+        sizes = asked | {open_axes[0]: len(devices) // known}
     total = int(np.prod(list(sizes.values())))
     if total == 0 or total > len(devices) or (open_axes and total != len(devices)):
         raise ValueError(
-            f"mesh {sizes} does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}"
+            f"mesh {asked} does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}"
         )
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:total])
 
@@ -71,13 +73,13 @@ def tree_shardings(tree, mesh: Mesh, config):
 
     Leading axes beyond the names (added by stacking layers or tenants) are replicated.
     """
-    counts = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    counts: dict[Any, int] = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
 
     def one(variable):
         array = variable.get_value()
         names = (None,) * (len(array.shape) - len(variable.axes)) + tuple(variable.axes)
         sizes = tuple(counts.get(name, size) for name, size in zip(names, array.shape, strict=True))
-        return variable.replace(NamedSharding(mesh, partition(names, sizes, mesh.shape)))
+        return variable.replace(NamedSharding(mesh, partition(names, sizes, mesh.shape)))  # pyright: ignore[reportArgumentType]
 
     return jax.tree.map(one, tree, is_leaf=lambda node: hasattr(node, "get_value"))
 
@@ -88,6 +90,14 @@ def place(tree, mesh: Mesh, config):
 
 
 def rows_over(array) -> jax.Array:
-    """A batch's array [passes, rows, ...] with its rows over (data, fsdp) of the current mesh."""
+    """A batch's array [passes, rows, ...] with its rows over (data, fsdp) of the current mesh.
+
+    Raises ValueError where the mesh does not divide the rows.
+    """
     mesh = jax.sharding.get_mesh()
+    rows, devices = array.shape[1], mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % devices:
+        raise ValueError(
+            f"a batch of {rows} rows can't be spread evenly over mesh.data x mesh.fsdp = {devices} devices"
+        )
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec(None, RULES["batch"])))

@@ -8,8 +8,9 @@ class with a leading layer axis on every array.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -42,7 +43,7 @@ def describe(model: ModelConfig, sites: tuple[str, ...]) -> Backbone:
 class Adapter(nnx.Module):
     """One layer's weights. All-zero weights are the backbone: rows without an adapter rely on it."""
 
-    config: object
+    config: Any
     backbone: Backbone
 
     def pool(self, x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
@@ -79,7 +80,7 @@ class Factors(Adjustment):
         return y + y * self.distance[site] if site in self.distance else y
 
 
-def init(kind: type[Adapter], config, model: ModelConfig, seed: int) -> Adapter:
+def init(kind: Callable[..., Adapter], config, model: ModelConfig, seed: int) -> Adapter:
     """A fresh adapter of a method, with a leading layer axis on its arrays."""
     keys = jax.random.split(jax.random.key(seed), model.num_layers)
     return jax.vmap(lambda key: kind(config, model, rngs=nnx.Rngs(params=key)))(keys)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ..config import ModelConfig
 from .adapter import Adapter, Adjustment, describe
@@ -54,7 +55,7 @@ def pick(stack: Stack, indices) -> Rows:
 
     Raises ValueError for an index outside -1 .. size - 1, where the indices are concrete.
     """
-    if not isinstance(indices, jax.core.Tracer):
+    if not isinstance(indices, Tracer):
         held = np.asarray(indices)
         if held.ndim != 1 or not np.issubdtype(held.dtype, np.integer):
             raise ValueError(f"pick: indices {indices!r}; expected whole numbers, one a row")

@@ -42,4 +42,5 @@ def attend_cached(
 
 def padded(kept: tuple[jax.Array, jax.Array], max_length: int) -> tuple[jax.Array, jax.Array]:
     """A sequence's keys and values with room for max_length tokens."""
-    return tuple(jnp.pad(x, ((0, 0), (0, 0), (0, max_length - x.shape[2]), (0, 0))) for x in kept)
+    keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, max_length - x.shape[2]), (0, 0))) for x in kept)
+    return keys, values

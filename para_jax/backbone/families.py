@@ -134,10 +134,12 @@ PHI3 = {
     "eos_token_id": 32000, "pad_token_id": 32000,
 }  # fmt: skip
 OLMO2 = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279, "pad_token_id": 1}
-GRANITE = dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
+GRANITE: dict[str, Any] = dict.fromkeys(
+    ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0
+)
 
 #: The defaults are those of the configuration classes of transformers 5.24.
-FAMILIES = {
+FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(MISTRAL, sliding=windowed),
     "qwen2": Family(QWEN, lambda c: {"qkv_bias": True, "output_bias": False}, qwen_windowed),
@@ -212,7 +214,9 @@ def layer_kinds(c: dict, family: Family, head_dim: int) -> tuple[LayerKind, ...]
         raise ValueError(f"config.json: layer_types other than {derived[0]} are not supported for {c['model_type']}")
     window = None if c["sliding_window"] is None else whole(c, "sliding_window")
     full, local = rotaries(c, family, head_dim)
-    kinds = dict(zip(LAYER_TYPES, (LayerKind(rotary=full), LayerKind(rotary=local, window=window)), strict=True))
+    kinds: dict[str, LayerKind] = dict(
+        zip(LAYER_TYPES, (LayerKind(rotary=full), LayerKind(rotary=local, window=window)), strict=True)
+    )
     return tuple(kinds[name] for name in types)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,8 @@ def stacked(model: Transformer) -> list:
 
 def unstacked(model: Transformer) -> list[Layer]:
     layers: list = [None] * model.config.num_layers
-    for (start, period, repeats), group in zip(segments(model.config.kinds), model.layers, strict=True):
+    groups: Any = model.layers
+    for (start, period, repeats), group in zip(segments(model.config.kinds), groups, strict=True):
         for j, layer in enumerate(group):
             treedef = jax.tree.structure(layer)
             columns = [moved(lambda leaf: list(leaf[0]), [leaf]) for leaf in jax.tree.leaves(layer)]

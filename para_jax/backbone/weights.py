@@ -35,7 +35,8 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 class Source(Protocol):
     """Where weights come from."""
 
-    shapes: dict[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
 
@@ -169,7 +170,7 @@ def fingerprint(source: Source) -> str:
         raise ValueError(f"checkpoint: no tensor {name}")
     digest = hashlib.sha256()
     for start, stop in pieces(source.shapes[name], rows):
-        digest.update(np.ascontiguousarray(source.read(name, start, stop)).view(np.uint8))
+        digest.update(np.ascontiguousarray(source.read(name, start, stop)).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -299,7 +300,7 @@ def file_entry(file: Path, name: str, value: Any, data: int, size: int) -> Entry
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end and isinstance(dtype, str)
     except (TypeError, KeyError, ValueError):
-        sound = False
+        raise ValueError(f"{file}: bad header: tensor {name}") from None
     if not sound or (dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize):
         raise ValueError(f"{file}: bad header: tensor {name}")
     if data + end > size:

@@ -111,7 +111,7 @@ def byte_level(found: dict[str, Any]):
     merges = [tuple(merge.split(" ")) for merge in found.get("merges", [])]
     tokenizer = Tokenizer(bpe(found["tokens"], merges, ignore_merges=pre in IGNORES_MERGES))
     if SPLITS[pre] in ("", "digits"):
-        cuts = [pre_tokenizers.Digits(individual_digits=True)] if SPLITS[pre] else []
+        cuts: list = [pre_tokenizers.Digits(individual_digits=True)] if SPLITS[pre] else []
         cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
     else:
         cuts = [pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated")]
@@ -186,7 +186,7 @@ def add_post_processor(tokenizer, found: dict[str, Any], special: dict[str, str 
     """Begins and ends each text with bos and eos where the file says so (unsaid: bos in SentencePiece and Llama 3)."""
     from tokenizers.processors import TemplateProcessing
 
-    begins = found["model"] == "llama" or SPLITS.get(found.get("pre")) == LLAMA3_SPLIT
+    begins = found["model"] == "llama" or SPLITS.get(found.get("pre", "")) == LLAMA3_SPLIT
     bos = special["bos"] if found.get("add_bos_token", begins) else None
     eos = special["eos"] if found.get("add_eos_token", False) else None
     used = {token: found["tokens"].index(token) for token in (bos, eos) if token}

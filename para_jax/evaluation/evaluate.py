@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..config import RunConfig, require
 from ..data.batches import full_batches, plan_buckets
-from ..data.examples import Example, encode_completion, encode_prompt, stop_token_ids
+from ..data.examples import Example, encode_completion, encode_example, stop_token_ids
 from ..data.sources import Record, encode_records, load_records
 from ..data.tasks import TASKS
 from ..inference.generate import generate_tokens
@@ -28,6 +28,8 @@ class EvalTask(NamedTuple):
     choices: tuple[str, ...] = ()
     max_new_tokens: int = 32
     batch_size: int = 16
+    examples: list[Example] | None = None
+    """the records as token ids, where they are cut to a length; default: whole"""
 
 
 class Score(NamedTuple):
@@ -76,17 +78,16 @@ def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
             len(choices),
             "2 to 100 answers to rank; else use eval.metric=exact_match",
         )
-    kept = encode_records(records, tokenizer, config.data).records
-    return EvalTask(split, kept, metric, choices, config.eval.max_new_tokens, config.eval.batch_size)
+    kept = encode_records(records, tokenizer, config.data)
+    answers = config.eval.max_new_tokens, config.eval.batch_size
+    return EvalTask(split, kept.records, metric, choices, *answers, kept.examples)
 
 
 def evaluate_task(model, adapters, task: EvalTask, tokenizer, limit: int | None = None) -> Score:
     records = task.records[:limit]
-    prompts = [encode_prompt(tokenizer, record.prompt) for record in records]
-    examples = [
-        Example(prompt, encode_completion(tokenizer, record.prompt, record.completion))
-        for prompt, record in zip(prompts, records, strict=True)
-    ]
+    examples = task.examples or [encode_example(tokenizer, record.prompt, record.completion) for record in records]
+    examples = examples[:limit]
+    prompts = [example.prompt_ids for example in examples]
     nll, tokens = likelihoods(model, adapters, examples, task.batch_size)
     loss = float(nll.sum() / tokens.sum())
     if task.metric == "loss":
@@ -119,7 +120,7 @@ def written_answers(model, adapters, prompts, task: EvalTask, tokenizer) -> list
         filled = [prompts[i] for i in np.resize(chosen, task.batch_size)]  # one compiled shape, also for the last batch
         written = generate_tokens(model, adapters, filled, stop_ids=stop, max_new_tokens=task.max_new_tokens)
         for i, tokens in zip(chosen, written, strict=False):
-            answers[i] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            answers[i] = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     return answers
 
 

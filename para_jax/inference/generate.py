@@ -31,10 +31,10 @@ PROMPT_MULTIPLE, CACHE_MULTIPLE = 16, 32
 class Sampling(NamedTuple):
     """How each row's tokens are drawn, [batch] each; see sampling.sample."""
 
-    seeds: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
+    seeds: jax.Array | np.ndarray
+    temperature: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
 
 
 def generate(

@@ -47,6 +47,6 @@ def likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Arra
     return (logits > least) | (equal & (jnp.cumsum(equal) <= room))
 
 
-def row_keys(seeds: jax.Array, position) -> jax.Array:
+def row_keys(seeds, position) -> jax.Array:
     """Each row's key for the token at `position` (int or [batch]; 0: the first new one), of seeds uint32 [batch]."""
     return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds), jnp.broadcast_to(position, seeds.shape))

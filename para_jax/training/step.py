@@ -4,7 +4,7 @@ stays."""
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,14 @@ from .optimizer import make_optimizer, make_schedule
 
 
 class TrainState(NamedTuple):
-    adapter: Adapter
+    adapter: Any
+    """an Adapter: Flax modules are trees of arrays, which optax takes, but whose type it does not know"""
     optimizer: optax.OptState
     step: jax.Array
     """int32, optimiser steps done"""
 
 
-def init_state(adapter: Adapter, config: TrainSection, total_steps: int) -> TrainState:
+def init_state(adapter: Any, config: TrainSection, total_steps: int) -> TrainState:
     return TrainState(adapter, make_optimizer(config, total_steps).init(adapter), jnp.int32(0))
 
 
@@ -62,7 +63,7 @@ def train_step(
     update, optimizer = make_optimizer(config, total_steps).update(gradient, state.optimizer, state.adapter)
     values = {
         "loss": total / count,
-        "grad_norm": optax.global_norm(gradient),
+        "grad_norm": optax.tree.norm(gradient),
         "learning_rate": jnp.asarray(make_schedule(config, total_steps)(state.step), jnp.float32),
         "tokens": count,
     }
