@@ -4,6 +4,7 @@ batch."""
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from .data.sources import Encoded, Record, encode_records, read_records
 from .data.tokenizer import load_tokenizer
 from .evaluation.evaluate import EvalTask, evaluate_task
 from .inference.generate import generate
+from .reports import results
 from .runs import Work, claim_folder, fit
 from .sharding import make_mesh
 
@@ -50,10 +52,8 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
     config = load_config(None, [*DEFAULTS, f"output_dir={next_folder()}", *overrides])
     devices.start(config.runtime)
     with phase("1/5 backbone: fetch and load"):
-        model, tokenizer = (
-            load_backbone(config.backbone.source, dtype=config.backbone.dtype),
-            load_tokenizer(config.backbone.source),
-        )
+        model = load_backbone(config.backbone.source, dtype=config.backbone.dtype)
+        tokenizer = load_tokenizer(config.backbone.source)
     with phase("2/5 examples, and each tenant's score before training"):
         write_examples(Path(config.output_dir), config.seed)
         tasks = [task(config, job, tokenizer) for job in JOBS]
@@ -67,6 +67,9 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
     print(f"\n{'tenant':<10}{'before':>8}{'after':>8}{'gain':>8}   exact match on {SCORED_EXAMPLES} held-out examples")
     for job, was, now in zip(JOBS, before, after, strict=True):
         print(f"{job:<10}{was:>8.3f}{now:>8.3f}{now - was:>8.3f}")
+    scores = {job: {"before": was, "after": now} for job, was, now in zip(JOBS, before, after, strict=True)}
+    record = results(shlex.join(["para-jax", "quickstart", *overrides]), config, scores, time.monotonic() - begun)
+    (Path(config.output_dir) / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"\nrun folders: {config.output_dir}/{{{','.join(JOBS)}}}; {time.monotonic() - begun:.0f} s in all")
     prompt = str(tasks[-1].records[0].prompt).replace("\n", "\\n")
     print(

@@ -208,8 +208,8 @@ class Log:
             replace_file(self.file, "" if step is None else lines_up_to(step, self.file.read_text()))
 
     def step(self, pending, new, bar: tqdm):
-        """Writes the values of the step before, when the next is dispatched (or None: none comes at once), and gives back
-        the new ones."""
+        """Writes the values of the step before, when the next is dispatched (or None: none comes at once), and gives
+        back the new ones."""
         if pending is not None:
             step, values, tokens = pending
             values = {name: float(value) for name, value in values.items()}

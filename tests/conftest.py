@@ -75,6 +75,23 @@ def strong(adapter, seed: int = 0, scale: float = 0.1):
     return made
 
 
+def unexpected_skips(skipped: list[str], allowed: str) -> list[str]:
+    """The node ids that no line of allowed_skips.txt stands for; a line without a reason allows nothing."""
+    lines = [line.partition(" # ") for line in allowed.splitlines() if not line.startswith("#")]
+    starts = tuple(start.strip() for start, _, reason in lines if start.strip() and reason.strip())
+    return [node for node in skipped if not node.startswith(starts)]
+
+
+def pytest_sessionfinish(session):
+    """Fails the session for a skip that tests/allowed_skips.txt does not allow, so that no test goes quiet unseen."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = [report.nodeid for report in reporter.stats.get("skipped", [])] if reporter else []
+    unexpected = unexpected_skips(skipped, (Path(__file__).parent / "allowed_skips.txt").read_text())
+    if unexpected:
+        reporter.write_line(f"\nskipped, but not in tests/allowed_skips.txt: {', '.join(unexpected)}", red=True)
+        session.exitstatus = 1
+
+
 def prompts(model, batch: int = 3, length: int = 12, seed: int = 0) -> np.ndarray:
     """Random tokens int32 [batch, length]."""
     return np.random.default_rng(seed).integers(3, model.config.vocab_size, (batch, length)).astype(np.int32)

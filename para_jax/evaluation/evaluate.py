@@ -87,27 +87,26 @@ def evaluate_task(model, adapters, task: EvalTask, tokenizer, limit: int | None 
     records = task.records[:limit]
     examples = task.examples or [encode_example(tokenizer, record.prompt, record.completion) for record in records]
     examples = examples[:limit]
-    prompts = [example.prompt_ids for example in examples]
-    nll, tokens = likelihoods(model, adapters, examples, task.batch_size)
-    loss = float(nll.sum() / tokens.sum())
+    prompts, count = [example.prompt_ids for example in examples], len(records)
+    ranked = rankings(prompts, records, task.choices, tokenizer) if task.metric == "accuracy" else []
+    nll, tokens = likelihoods(model, adapters, [*examples, *ranked], task.batch_size)
+    loss = float(nll[:count].sum() / tokens[:count].sum())
     if task.metric == "loss":
-        return Score(task.name, "loss", -loss, loss, len(records))
-    answer = ranked_answers if task.metric == "accuracy" else written_answers
-    answers = answer(model, adapters, prompts, task._replace(records=records), tokenizer)
-    return Score(
-        task.name, task.metric, score(task.metric, answers, [r.references for r in records]), loss, len(records)
-    )
+        return Score(task.name, "loss", -loss, loss, count)
+    if task.metric == "accuracy":
+        answers = [task.choices[i] for i in nll[count:].reshape(count, -1).argmin(axis=1)]
+    else:
+        answers = written_answers(model, adapters, prompts, task, tokenizer)
+    return Score(task.name, task.metric, score(task.metric, answers, [r.references for r in records]), loss, count)
 
 
-def ranked_answers(model, adapters, prompts, task: EvalTask, tokenizer) -> list[str]:
-    """The choice that is likeliest as the whole completion, its end token included, for each prompt."""
-    examples = [
+def rankings(prompts, records: list[Record], choices: Sequence[str], tokenizer) -> list[Example]:
+    """Each prompt with each choice as its whole completion, end token included; the likeliest choice is the answer."""
+    return [
         Example(prompt, encode_completion(tokenizer, record.prompt, choice))
-        for prompt, record in zip(prompts, task.records, strict=True)
-        for choice in task.choices
+        for prompt, record in zip(prompts, records, strict=True)
+        for choice in choices
     ]
-    nll, _ = likelihoods(model, adapters, examples, task.batch_size)
-    return [task.choices[i] for i in nll.reshape(-1, len(task.choices)).argmin(axis=1)]
 
 
 def written_answers(model, adapters, prompts, task: EvalTask, tokenizer) -> list[str]:
@@ -125,12 +124,17 @@ def written_answers(model, adapters, prompts, task: EvalTask, tokenizer) -> list
 
 
 def likelihoods(model, adapters, examples: list[Example], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each example's summed negative log-likelihood (nats) of its completion, and its number of completion tokens."""
-    nll, tokens = np.zeros(len(examples)), np.zeros(len(examples))
-    buckets = plan_buckets(examples, 3)
-    batches = list(full_batches(examples, rows, buckets))
+    """Each example's summed negative log-likelihood (nats) of its completion, and its number of completion tokens.
+    Equal examples are computed once."""
+    keys = [(tuple(prompt), tuple(completion)) for prompt, completion in examples]
+    unique = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    different = [Example(list(prompt), list(completion)) for prompt, completion in unique]
+    nll, tokens = np.zeros(len(different)), np.zeros(len(different))
+    buckets = plan_buckets(different, 3)
+    batches = list(full_batches(different, rows, buckets))
     for indices, batch in tqdm(batches, desc="likelihoods", leave=False, disable=None):
         completion = next(bucket.completion for bucket in buckets if bucket.length == batch.tokens.shape[1])
         total, count = eval_nll(model, adapters, batch, completion=completion)
         nll[indices], tokens[indices] = np.asarray(total)[: len(indices)], np.asarray(count)[: len(indices)]
-    return nll, tokens
+    places = [unique[key] for key in keys]
+    return nll[places], tokens[places]

@@ -1,0 +1,191 @@
+"""Scores are what one computes by hand from the teacher-forced pass, whatever the batches and the layout."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FIXTURES, strong
+from tiny_run import backbone_folder, rows_of_text, run_config, tokenizer, words, write_rows
+
+from para_jax import ParaConfig, evaluate, forward, generate, init_adapter, load_backbone
+from para_jax.data.examples import encode_completion, encode_example, encode_prompt
+from para_jax.data.sources import Record, read_records
+from para_jax.data.tokenizer import load_tokenizer
+from para_jax.evaluation.evaluate import EvalTask, Report, Score, evaluate_task, task_of_run
+
+CHOICES = ("w9", "w9 w10", "w30 w31 w32", "w77")
+
+
+@cache
+def model(layout="layers"):
+    return load_backbone(FIXTURES / "llama", layout=layout)
+
+
+@cache
+def adapter(seed=1):
+    return strong(init_adapter(ParaConfig(r=4), model().config), seed)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """7 records, prompts of 3 to 9 words, in no order of length."""
+    rows = rows_of_text(7, seed=4)
+    draw = np.random.default_rng(5)
+    for row, length in zip(rows, (6, 3, 9, 4, 8, 5, 7), strict=True):
+        row["prompt"] = words(draw.integers(20, 256, length))
+    return read_records(write_rows(tmp_path_factory.mktemp("data") / "test.jsonl", rows))
+
+
+def scored(task, layout="layers", seed=1, **options):
+    return evaluate(model(layout), adapter(seed), [task], tokenizer=tokenizer(), **options).scores[0]
+
+
+def by_hand(prompt_ids, completion_ids):
+    """The summed nats of a completion, from the logits of one unpadded row (padded to one shape at its end)."""
+    ids = np.zeros((1, 24), np.int32)
+    ids[0, : len(prompt_ids) + len(completion_ids)] = prompt_ids + completion_ids
+    logits = forward(model(), adapter(), ids, len(prompt_ids), len(prompt_ids) + len(completion_ids))
+    predicted = jax.nn.log_softmax(logits[0, len(prompt_ids) - 1 :][: len(completion_ids)])
+    return -float(predicted[jnp.arange(len(completion_ids)), jnp.array(completion_ids)].sum())
+
+
+# ----------------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_the_loss_is_the_mean_over_all_completion_tokens_whatever_the_batches(records, batch_size):
+    examples = [encode_example(tokenizer(), r.prompt, r.completion) for r in records]
+    tokens = sum(len(e.completion_ids) for e in examples)
+    expected = sum(by_hand(*example) for example in examples) / tokens
+    found = scored(EvalTask("held out", records, "loss", batch_size=batch_size))
+    assert found == Score("held out", "loss", -found.loss, found.loss, 7)
+    assert found.loss == pytest.approx(expected, rel=1e-5)
+    assert all(e.completion_ids[-1] == tokenizer().eos_token_id for e in examples)  # the end is in the loss
+
+
+def test_the_stacked_layout_scores_as_the_layers(records):
+    task = EvalTask("t", records, "exact_match", max_new_tokens=4, batch_size=8)
+    layers, stacked = scored(task), scored(task, layout="stacked")
+    assert stacked.score == layers.score and stacked.loss == pytest.approx(layers.loss, rel=1e-5)
+    assert model("stacked").layout == "stacked"
+
+
+def test_the_adapter_is_used_and_a_limit_takes_the_first(records):
+    task = EvalTask("t", records, "loss", batch_size=8)
+    assert abs(scored(task).loss - scored(task, seed=2).loss) > 0.05
+    assert scored(task, limit=3) == scored(task._replace(records=records[:3]))
+    assert scored(task, limit=3).count == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- answers
+
+
+def test_exact_match_counts_what_greedy_decoding_writes(records):
+    prompts = [record.prompt for record in records]
+    written = generate(model(), prompts, tokenizer=tokenizer(), adapters=adapter(), max_new_tokens=4)
+    assert len(set(written)) > 3
+    right = [r._replace(references=("w3", text.strip())) for r, text in zip(records, written, strict=True)]
+    task = EvalTask("t", right, "exact_match", max_new_tokens=4, batch_size=8)
+    assert scored(task).score == 1
+    assert scored(task._replace(records=[*right[:3], *records[3:]])).score == pytest.approx(3 / 7)
+    assert scored(task._replace(batch_size=2)).score == 1  # the last batch is filled up
+
+
+def test_accuracy_ranks_whole_completions_with_their_end(records):
+    def likeliest(record):
+        prompt = encode_prompt(tokenizer(), record.prompt)
+        return min(CHOICES, key=lambda c: by_hand(prompt, encode_completion(tokenizer(), record.prompt, c)))
+
+    best = [likeliest(record) for record in records]
+    assert len(set(best)) > 1
+    right = [r._replace(references=(choice,)) for r, choice in zip(records, best, strict=True)]
+    task = EvalTask("t", right, "accuracy", choices=CHOICES, batch_size=8)
+    assert scored(task).score == 1
+    wrong = next(choice for choice in CHOICES if choice != best[0])
+    assert scored(task._replace(records=[right[0]._replace(references=(wrong,)), *right[1:]])).score == pytest.approx(
+        6 / 7
+    )
+
+
+def test_an_answer_keeps_its_spaces(monkeypatch):
+    """A tokenizer that tidies up would make "a , b" another answer than generate gives."""
+    from para_jax.evaluation import evaluate as module
+
+    seen = {}
+    monkeypatch.setattr(module, "generate_tokens", lambda *a, **s: [[9, 10]] * 2)
+
+    class Tidy:
+        eos_token_id, chat_template = 2, None
+
+        def decode(self, tokens, **options):
+            seen.update(options)
+            return " w9 w10 "
+
+    assert module.written_answers(model(), None, [[3]], EvalTask("t", [], batch_size=2), Tidy()) == ["w9 w10"]
+    assert seen == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
+
+def test_a_report_prints_a_line_a_task():
+    report = Report((Score("sst2", "accuracy", 0.885, 0.25, 200), Score("own", "loss", -1.5, 1.5, 3)))
+    assert str(report).splitlines() == [
+        "sst2: accuracy 0.8850, loss 0.2500 on 200 examples",
+        "own: loss -1.5000, loss 1.5000 on 3 examples",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- from a run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    backbone_folder(folder / "backbone")
+    write_rows(folder / "data" / "train.jsonl", rows_of_text(4, seed=1))
+    write_rows(
+        folder / "data" / "test.jsonl", [*rows_of_text(3, seed=2), {"prompt": words(range(30, 50)), "completion": "w9"}]
+    )
+    return folder
+
+
+def test_a_run_without_a_split_has_no_task(folder):
+    assert task_of_run(run_config(folder), "validation", tokenizer()) is None
+
+
+def test_a_runs_choices_are_the_completions_of_its_training_data(folder):
+    task = task_of_run(run_config(folder, "eval.metric=accuracy"), "test", load_tokenizer(folder / "backbone"))
+    assert task.choices == ("w9", "w9 w10", "w9 w10 w11", "w9 w10 w11 w12")
+    assert (task.metric, task.max_new_tokens, task.batch_size, len(task.records)) == ("accuracy", 4, 8, 4)
+
+
+def test_a_runs_own_choices_and_metric_come_before_the_tasks(folder, tmp_path):
+    data = write_rows(tmp_path / "test.jsonl", [{"sentence": "w3", "label": 1}])
+
+    def of(*more):
+        return task_of_run(run_config(folder, f"data.test={data}", "data.task=sst2", *more), "test", tokenizer())
+
+    assert of("eval.metric=null")[2:4] == ("accuracy", ("negative", "positive"))
+    assert of("eval.metric=accuracy", "eval.choices=['no','yes']")[2:4] == ("accuracy", ("no", "yes"))
+    assert of("eval.metric=f1").metric == "f1"
+
+
+def test_one_choice_is_nothing_to_rank(folder):
+    with pytest.raises(ValueError, match="eval.choices: 1 is not possible; expected 2 to 100 answers"):
+        task_of_run(run_config(folder, "eval.metric=accuracy", "eval.choices=[w9]"), "test", tokenizer())
+
+
+def test_examples_that_are_too_long_are_skipped_cut_or_an_error_as_in_training(folder):
+    def of(how):
+        config = run_config(folder, "data.max_seq_length=16", f"data.truncate={how}")
+        return task_of_run(config, "test", tokenizer())
+
+    assert len(of("skip").records) == len(of("skip").examples) == 3
+    cut = of("left")
+    assert len(cut.records) == 4 and cut.examples[3].prompt_ids == [*range(36, 50)]
+    short = Record(words(range(36, 50)), "w9", ("w9",), None, "")
+    cut_before = cut._replace(records=[*cut.records[:3], short], examples=None)
+    ours, theirs = (evaluate_task(model(), adapter(), task, tokenizer()) for task in (cut, cut_before))
+    assert ours.loss == theirs.loss
+    with pytest.raises(ValueError, match=r"test.jsonl:4: 22 tokens are more than data.max_seq_length 16"):
+        of("error")

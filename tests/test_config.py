@@ -1,0 +1,180 @@
+"""Configs are strict: what is unknown, of a wrong type or out of bounds is an error that names it."""
+
+import dataclasses
+
+import pytest
+
+from para_jax import ParaConfig, RunConfig, load_config
+from para_jax.config import SITES, config_dict, save_config
+
+
+def error(*overrides, file=None):
+    with pytest.raises(ValueError) as raised:
+        load_config(file, overrides)
+    assert len(str(raised.value).splitlines()) <= 2
+    return str(raised.value)
+
+
+def written(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return file
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def test_nothing_given_is_the_defaults(tmp_path):
+    assert (
+        load_config()
+        == load_config(written(tmp_path, ""))
+        == load_config(written(tmp_path, "# nothing\n"))
+        == RunConfig()
+    )
+
+
+def test_overrides_come_after_the_file_and_the_file_after_the_defaults(tmp_path):
+    file = written(tmp_path, "train: {learning_rate: 0.5, max_steps: 7}\nseed: 3\n")
+    config = load_config(file, ["train.learning_rate=3e-3", "eval.choices=[a, b]", "adapter.pooler=mean"])
+    assert (config.train.learning_rate, config.train.max_steps, config.seed) == (3e-3, 7, 3)
+    assert config.eval.choices == ("a", "b") and config.adapter == ParaConfig(pooler="mean")
+    assert config.train.per_device_batch_size == RunConfig().train.per_device_batch_size
+
+
+def test_a_config_can_not_be_changed_and_can_be_hashed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config().seed = 1
+    assert hash(load_config().train) == hash(load_config(None, ["train.max_grad_norm=1"]).train)
+
+
+@pytest.mark.parametrize("overrides", [
+    (),
+    ("adapter.r=3", "adapter.target_modules=[up_proj, q_proj]", "train.max_steps=5", "eval.patience=2"),
+    ("data.prompt={a}\\n{b} # \"'", "data.completion= {b}: ", "backbone.dtype=bfloat16"),
+    ("eval.choices=['yes', 'no', '1']", "logging.report_to=[]", "output_dir=runs/é x"),
+])  # fmt: skip
+def test_saved_and_loaded_is_the_same(overrides, tmp_path):
+    config = load_config(None, overrides)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert config_dict(config)["adapter"]["method"] == "para"
+
+
+@pytest.mark.parametrize(("given", "taken"), [
+    ("{output}", "{output}"),
+    ("{instruction}\\n{input}", "{instruction}\n{input}"),
+    ("[a, b]", "[a, b]"),
+    ("null", "null"),
+    ("yes", "yes"),
+    ("12", "12"),
+    (" a = b: {c} # d ", " a = b: {c} # d "),
+    ("", ""),
+])  # fmt: skip
+def test_text_overrides_are_literal(given, taken):
+    config = load_config(None, [f"data.prompt={given}", f"data.completion={given}"])
+    assert config.data.prompt == config.data.completion == taken
+
+
+def test_other_overrides_are_yaml():
+    config = load_config(
+        None, ["train.max_steps=null", "eval.test=true", "backbone.dtype=float32", "train.learning_rate=1"]
+    )
+    assert (config.train.max_steps, config.eval.test, config.train.learning_rate) == (None, True, 1.0)
+
+
+def test_target_modules_stand_in_the_order_of_the_sites():
+    assert ParaConfig(target_modules=("up_proj", "q_proj")).target_modules == ("q_proj", "up_proj")
+    assert ParaConfig(target_modules=reversed(SITES)).target_modules == SITES
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(("override", "named"), [
+    ("train.learning_rat=1", ("learning_rat", "learning_rate")),
+    ("trian.max_steps=1", ("trian", "train")),
+    ("adapter.rank=4", ("rank",)),
+    ("data.promt=x", ("promt", "prompt")),
+    ("mesh.model=2", ("model",)),
+    ("seeds=1", ("seeds", "seed")),
+])  # fmt: skip
+def test_an_unknown_key_is_named_with_the_nearest_known_one(override, named, tmp_path):
+    key, _, value = override.partition("=")
+    section, _, field = key.rpartition(".")
+    in_file = f"{section}:\n  {field}: {value}\n" if section else f"{field}: {value}\n"
+    for message in (error(override), error(file=written(tmp_path, in_file))):
+        assert all(name in message for name in named), message
+    assert "run.yaml" in error(file=tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("override", [
+    "train.learning_rate=fast",
+    "train.max_steps=1.5",
+    "train.max_steps=[1]",
+    "eval.test=maybe",
+    "eval.choices=yes",
+    "adapter.r=twelve",
+    "mesh.data=null",
+    "seed=x",
+])  # fmt: skip
+def test_a_wrong_type_names_the_field(override):
+    assert override.partition("=")[0] in error(override)
+
+
+def test_a_value_in_the_place_of_a_section_names_it():
+    assert "TrainSection" in error("train=3") and "adapter" in error("adapter=lora")
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("backbone.dtype=float16", "float32 or bfloat16"),
+    ("adapter.method=lora9", "one of para"),
+    ("adapter.r=0", "at least 1"),
+    ("adapter.pooler=first", "one of last, mean, max, constant"),
+    ("adapter.summary=norm", "one of raw, rms, standardised"),
+    ("adapter.activation=tanh", "one of gelu"),
+    ("adapter.target_modules=[]", "a non-empty part of q_proj"),
+    ("adapter.target_modules=[q_proj, lm_head]", "a non-empty part of q_proj"),
+    ("data.max_seq_length=1", "at least 2 tokens"),
+    ("data.truncate=right", "one of error, skip, left"),
+    ("data.buckets=0", "at least 1"),
+    ("train.learning_rate=-1", "at least 0"),
+    ("train.learning_rate=nan", "at least 0"),
+    ("train.schedule=step", "one of constant, linear, cosine"),
+    ("train.warmup_ratio=1", "below 1"),
+    ("train.warmup_ratio=-0.1", "0 or more"),
+    ("train.max_steps=0", "at least 1"),
+    ("train.num_epochs=0", "more than 0"),
+    ("train.per_device_batch_size=0", "at least 1"),
+    ("train.gradient_accumulation_steps=0", "at least 1"),
+    ("train.max_grad_norm=0", "more than 0"),
+    ("train.remat=all", "none or block"),
+    ("eval.every=0", "at least 1 step"),
+    ("eval.metric=bleu", "one of loss, exact_match"),
+    ("eval.limit=0", "at least 1 example"),
+    ("eval.batch_size=0", "at least 1"),
+    ("eval.max_new_tokens=0", "at least 1"),
+    ("eval.patience=0", "at least 1 evaluation"),
+    ("logging.report_to=[mlflow]", "any of tensorboard, wandb"),
+    ("logging.every=0", "at least 1 step"),
+])  # fmt: skip
+def test_a_value_out_of_bounds_names_the_field_the_value_and_what_is_possible(override, expected):
+    key, _, value = override.partition("=")
+    message = error(override)
+    assert key.split(".")[-1] in message and expected in message and "is not possible" in message
+    assert value.strip("[]").split(", ")[-1] in message
+
+
+@pytest.mark.parametrize("override", ["train.max_steps", "=3", "--fast"])
+def test_an_override_without_a_value_says_how_one_looks(override):
+    assert "expected section.field=value" in error(override)
+
+
+def test_files_that_are_no_config_are_named(tmp_path):
+    assert "nowhere.yaml: no such file" in error(file=tmp_path / "nowhere.yaml")
+    assert "run.yaml" in error(file=written(tmp_path, "train: [unclosed\n"))
+    assert "run.yaml" in error(file=written(tmp_path, "- a\n- b\n"))
+    assert "run.yaml" in error(file=written(tmp_path, "train: 3\n"))
+
+
+def test_yaml_can_not_make_objects(tmp_path):
+    assert "run.yaml" in error(file=written(tmp_path, "output_dir: !!python/object/apply:os.getcwd []\n"))

@@ -1,0 +1,75 @@
+"""Every file in configs/ passes its dry run, without network and data, and says in a comment how it is run."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from para_jax.cli import main
+from para_jax.config import load_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+#: Parameters of each backbone and of its adapter: the published counts, and those that method.md derives for r = 12.
+SIZES = {
+    "llama2-7b": ("meta-llama/Llama-2-7b-hf", 6_738_415_616, 8_945_664),
+    "llama2-13b": ("meta-llama/Llama-2-13b-hf", 13_015_864_320, 14_008_320),
+    "gemma-2b": ("google/gemma-2b", 2_506_172_416, 4_478_976),
+    "smollm2": ("smollm2-135m", 134_515_008, 1_036_800),
+    "quickstart": ("smollm2-135m", 134_515_008, 1_036_800),
+}
+#: The sibling papers' settings: AdamW at 1e-4, linear decay, 6 % warm-up, 10 epochs, evaluation every 200 steps.
+SIBLINGS = {"learning_rate": 1e-4, "schedule": "linear", "warmup_ratio": 0.06, "num_epochs": 10}
+BATCH = {"boolq": 128, "copa": 16, "squad": 128}
+
+each_config = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """An empty working directory, a hub that fails at once and an empty cache."""
+    import huggingface_hub
+
+    def fetch(*_, **__):
+        raise AssertionError("a dry run must not use the network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr("subprocess.run", fetch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@each_config
+def test_a_dry_run_prints_the_sizes_and_needs_nothing(file, nowhere, capsys):
+    assert main(["train", str(file), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    source, frozen, trained = next(sizes for start, sizes in SIZES.items() if file.stem.startswith(start))
+    assert shown.startswith(f"backbone   {source}: ") and f"{frozen:,} frozen, {trained:,} trained" in shown
+    assert f"({trained / (frozen + trained):.3%}); para on q_proj, v_proj, up_proj" in shown
+    assert "not there yet" in shown and list(nowhere.iterdir()) == []
+
+
+@each_config
+def test_the_comment_at_the_top_gives_the_command_and_what_to_expect(file):
+    comment = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert file.read_text().startswith(comment)
+    assert re.search(rf"^#   para-jax train configs/{re.escape(file.name)}(?: --results results/{file.stem}\.json)?$",
+                     comment, re.MULTILINE)  # fmt: skip
+    assert "Expected: " in comment or "Not run" in comment
+
+
+def test_each_run_has_an_output_folder_of_its_own():
+    assert len({load_config(file).output_dir for file in CONFIGS}) == len(CONFIGS) > 10
+
+
+@pytest.mark.parametrize("task", BATCH)
+@pytest.mark.parametrize("backbone", ["llama2-7b", "llama2-13b", "gemma-2b"])
+def test_the_papers_backbones_and_tasks_have_the_sibling_papers_settings(backbone, task):
+    file = next(file for file in CONFIGS if file.stem == f"{backbone}-{task}")
+    config = load_config(file)
+    assert {key: getattr(config.train, key) for key in SIBLINGS} == SIBLINGS
+    assert config.train.per_device_batch_size * config.train.gradient_accumulation_steps == BATCH[task]
+    assert (config.data.task, config.eval.every, config.eval.patience, config.adapter.r) == (task, 200, 10, 12)
+    comment = file.read_text().split("backbone:")[0]
+    assert "sibling papers" in comment and f"batch {BATCH[task]}," in comment
+    assert f"{SIZES[backbone][2]:,} trained parameters" in comment

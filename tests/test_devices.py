@@ -1,0 +1,77 @@
+"""What a run says of its devices, and that an accelerator which JAX does not see stops it."""
+
+import jax
+import pytest
+
+from para_jax import devices
+from para_jax.config import RuntimeSection
+from para_jax.devices import compiling, describe_devices, say, start, unused_accelerator
+
+
+def machine(root, **files):
+    """A root folder with these files: dev_accel0="" is dev/accel0."""
+    for name, text in files.items():
+        file = root / name.replace("__", ":").replace("_", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(("files", "expected"), [
+    ({}, None),
+    ({"dev_null": "", "dev_vfio_vfio": ""}, None),
+    ({"dev_accel0": ""}, ("TPU", "tpu")),
+    ({"dev_nvidia0": ""}, ("NVIDIA GPU", "cuda")),
+    ({"dev_nvidiactl": "", "dev_nvidia-uvm": ""}, None),
+    ({"dev_vfio_0": "", "sys_bus_pci_devices_0000__00__05.0_vendor": "0x1ae0\n"}, ("TPU", "tpu")),
+    ({"dev_vfio_0": "", "sys_bus_pci_devices_0000__00__05.0_vendor": "0x8086\n"}, None),
+    ({"sys_bus_pci_devices_0000__00__05.0_vendor": "0x1ae0\n"}, None),  # Google's network card: on all its machines
+    ({"dev_accel0": "", "dev_nvidia0": ""}, ("TPU", "tpu")),
+])  # fmt: skip
+def test_an_accelerator_is_known_by_its_device_files(files, expected, tmp_path):
+    assert unused_accelerator(machine(tmp_path, **files)) == expected
+
+
+def test_an_accelerator_that_jax_sees_is_not_unused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert unused_accelerator(machine(tmp_path, dev_accel0="")) is None
+
+
+def test_a_machine_with_an_unused_accelerator_stops_and_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(devices, "unused_accelerator", lambda: ("TPU", "tpu"))
+    with pytest.raises(
+        ValueError, match=r"has a TPU, but .* CPU only.*`pip install 'para_jax\[tpu\]'`.*runtime.allow_cpu=true"
+    ) as error:
+        start(RuntimeSection(compilation_cache=False))
+    assert "\n" not in str(error.value) and "devices: 8 x cpu" in capsys.readouterr().err
+    start(RuntimeSection(compilation_cache=False, allow_cpu=True))
+
+
+def test_devices_are_counted_and_named():
+    assert describe_devices() == f"8 x cpu (cpu), JAX {jax.__version__}"
+
+
+def test_the_compilation_cache_is_in_the_users_cache_folder_unless_it_is_turned_off(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        start(RuntimeSection(compilation_cache=False, allow_cpu=True))
+        assert jax.config.jax_compilation_cache_dir == before[0]
+        start(RuntimeSection(allow_cpu=True))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "para_jax" / "compiled")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def test_compiling_is_shown_while_it_lasts(capsys):
+    with compiling("a step"):
+        assert capsys.readouterr().err == "compiling a step ...\n"
+    assert capsys.readouterr().err.startswith("compiling a step took 0.0 s")
+
+
+def test_only_the_first_process_speaks(capsys, monkeypatch):
+    say("one")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    say("two")
+    assert capsys.readouterr() == ("", "one\n")

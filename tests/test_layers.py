@@ -1,0 +1,121 @@
+"""The layers of the code: imports point down only. A layer is a list of packages and modules of para_jax/."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import para_jax
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    ["config", "sharding", "gguf", "hub", "devices"],
+    ["backbone", "adapters", "data"],
+    ["model"],
+    ["training", "inference"],
+    ["serving"],
+    ["evaluation"],
+    ["runs", "bench", "plots", "quickstart", "reports"],
+    ["cli"],
+]
+LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
+SIDEWAYS = {("devices", "config"), ("devices", "hub"), ("quickstart", "runs"), ("quickstart", "reports")}
+HEAVY = "orbax grain tensorflow_datasets tensorflow transformers tokenizers lm_eval matplotlib torch".split()
+
+
+def sources():
+    files = sorted((ROOT / "para_jax").rglob("*.py"))
+    return {file.relative_to(ROOT / "para_jax").as_posix(): file.read_text() for file in files}
+
+
+def imported(file, text):
+    """The dotted names inside para_jax that a file imports, wherever in it: "config.load_config", "devices"."""
+    package = file.split("/")[:-1]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) + 1 - node.level] + (node.module or "").split(".")
+            yield from (".".join([part for part in base if part] + [name.name]) for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "para_jax":
+            yield from (".".join([*node.module.split(".")[1:], name.name]) for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name[9:] for name in node.names if name.name.startswith("para_jax"))
+
+
+def wrong_imports(file, text):
+    """The imports of one file that do not point down."""
+    own = file.split("/")[0].removesuffix(".py")
+    for name in imported(file, text):
+        other = name.split(".")[0]
+        down = other in LAYER and LAYER[other] < LAYER[own]
+        if other != own and not down and (own, other) not in SIDEWAYS:
+            yield f"{file} imports {name or 'para_jax'}"
+
+
+def test_imports_point_down_only():
+    files = sources()
+    assert len(files) > 30
+    assert [wrong for file, text in files.items() if file != "__init__.py" for wrong in wrong_imports(file, text)] == []
+
+
+def test_the_exceptions_within_a_layer_are_all_in_use():
+    used = {
+        (file.split("/")[0].removesuffix(".py"), name.split(".")[0])
+        for file, text in sources().items()
+        for name in imported(file, text)
+    }
+    assert SIDEWAYS <= used
+
+
+def test_every_import_names_a_file_that_is_there():
+    files = sources()
+    modules = {file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in files}
+    for file, text in files.items():
+        for name in imported(file, text):
+            assert name in modules or name.rpartition(".")[0] in modules, f"{file} imports {name}, which is not there"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "wrong"),
+    [
+        ("data/examples.py", "from ..model import forward", True),
+        ("data/examples.py", "def f():\n    from ..model import forward", True),
+        ("data/examples.py", "from ..backbone.load import load_backbone", True),
+        ("adapters/para.py", "from .. import model", True),
+        ("adapters/para.py", "import para_jax.model", True),
+        ("adapters/para.py", "from para_jax.model import forward", True),
+        ("adapters/para.py", "from para_jax import forward", True),
+        ("config.py", "from .hub import fetch", True),
+        ("runs.py", "from .quickstart import quickstart", True),
+        ("data/examples.py", "from ..unheard_of import x", True),
+        ("data/examples.py", "from .tasks import TASKS\nfrom ..hub import fetch\nimport json", False),
+        ("quickstart.py", "from . import devices\nfrom .runs import fit", False),
+    ],
+)
+def test_the_reader_of_imports_tells_up_and_sideways_from_down(file, text, wrong):
+    assert bool(list(wrong_imports(file, text))) == wrong
+
+
+def test_importing_para_jax_brings_layers_0_to_2_and_no_slow_package():
+    code = "import sys, para_jax; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = run.stdout.split()
+    assert "para_jax.model" in loaded
+    assert not set(HEAVY) & set(loaded)
+    ours = {name.split(".")[1] for name in loaded if name.startswith("para_jax.")}
+    assert {unit for unit in ours if LAYER[unit] > 2} == set()
+
+
+def test_the_public_names_are_all_there_and_no_other_answers():
+    names = """Adapter AdapterParam Adjustment load_adapter save_adapter Rows Stack pick stack_adapters load_backbone
+    load_model_config Transformer LayerKind ModelConfig ParaConfig RotaryConfig RunConfig load_config load_tokenizer
+    AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter multi_tenant_forward prefill
+    right_pad vectors make_mesh generate train TrainResult evaluate Report""".split()
+    assert set(names) <= set(dir(para_jax))
+    assert all(callable(getattr(para_jax, name)) for name in names)
+    assert set(para_jax._LATER) <= set(names)
+    with pytest.raises(AttributeError, match="para_jax.*'generat'"):
+        para_jax.generat  # noqa: B018
+    with pytest.raises(ImportError):
+        exec("from para_jax import generat")

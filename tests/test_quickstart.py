@@ -1,0 +1,86 @@
+"""The quickstart, on a tiny backbone with a tokenizer of the quickstart's own texts; the real one is marked slow."""
+
+import json
+
+import pytest
+from conftest import FIXTURES
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, trainers
+from transformers import PreTrainedTokenizerFast
+
+from para_jax import generate, init_adapter, load_adapter, load_backbone, load_tokenizer, quickstart
+from para_jax.cli import main
+from para_jax.data.business import JOBS, business_examples
+from para_jax.evaluation.evaluate import Score
+
+# The tiny tokenizer makes more tokens of some prompts than the 48 that SmolLM2's always stays below.
+TINY = ["data.truncate=left", "train.max_steps=1", "runtime.compilation_cache=false", "runtime.allow_cpu=true"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """One layer of the llama fixture beside a BPE of its 256 tokens, which may span words: the texts repeat themselves."""
+    folder = tmp_path_factory.mktemp("backbone")
+    config, weights = (FIXTURES / "llama" / name for name in ("config.json", "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+    first = {name: w for name, w in load_file(weights).items() if ".layers." not in name or ".layers.0." in name}
+    save_file(first, folder / "model.safetensors")
+    counts = {"train": quickstart.TRAIN_EXAMPLES, "test": quickstart.SCORED_EXAMPLES}
+    examples = [e for job in JOBS for split, n in counts.items() for e in business_examples(job, split, n, seed=0)]
+    made = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=256, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False)
+    made.train_from_iterator([text for e in examples for text in (e["prompt"], " " + e["completion"])], trainer)
+    made.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def test_a_quickstart_that_learns_nothing_fails_and_leaves_its_run_folders(backbone, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "SCORED_EXAMPLES", 2)  # fewer lengths, so fewer programs
+    assert main(["quickstart", f"backbone.source={backbone}", "train.learning_rate=0", *TINY]) == 1
+    shown = capsys.readouterr().out
+    assert "gained less than 0.3: routing, orders, dates" in shown
+    for job in JOBS:
+        assert f"{job:<10}   0.000   0.000   0.000" in shown and f"  tenant {job}: '" in shown
+        run = tmp_path / "runs" / "quickstart-1" / job
+        assert {"config.yaml", "metrics.jsonl", "adapter"} <= {path.name for path in run.iterdir()}
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in steps] == [1] and steps[0]["loss"] > 1
+    assert (
+        "exact match on 2 held-out examples" in shown
+        and shown.count("base model: ") == 3
+        and "para-jax generate --backbone" in shown
+    )
+    next_command = next(line for line in shown.splitlines() if line.startswith("next: "))
+    assert "--adapter runs/quickstart-1/dates/adapter" in next_command
+    # a fresh adapter is the backbone, so the tenant's answer is the base model's
+    model, tokenizer = load_backbone(backbone), load_tokenizer(backbone)
+    adapter = load_adapter(tmp_path / "runs/quickstart-1/dates/adapter", model.config, model=model)
+    prompt = next_command.split('--prompt "')[1].rstrip('"').replace("\\n", "\n")
+    answers = [
+        generate(model, [prompt] * 6, tokenizer=tokenizer, adapters=a, max_new_tokens=28)[0] for a in (adapter, None)
+    ]
+    assert answers[0] == answers[1] and f"base model: {answers[1].strip()[:80]!r}" in shown
+    assert quickstart.next_folder() == "runs/quickstart-2"
+
+
+@pytest.mark.parametrize(("gains", "code"), [((0.3, 0.5, 1.0), 0), ((0.9, 0.29, 0.9), 1), ((0.9, 0.9, -0.1), 1)])
+def test_the_exit_code_is_0_only_where_each_tenant_gains_03(backbone, tmp_path, monkeypatch, capsys, gains, code):
+    scores = iter([0.0, 0.1, 0.0, *(was + gain for was, gain in zip((0.0, 0.1, 0.0), gains, strict=True))])
+    monkeypatch.setattr(quickstart, "evaluate_task", lambda *_: Score("job", "exact_match", next(scores), 1.0, 30))
+    monkeypatch.setattr(
+        quickstart, "train_tenant", lambda c, job, model, tokenizer: init_adapter(c.adapter, model.config)
+    )
+    monkeypatch.setattr(quickstart, "show_mixed_batch", lambda *_: None)
+    assert main(["quickstart", f"backbone.source={backbone}", f"output_dir={tmp_path}", *TINY]) == code
+    assert ("gained less than 0.3" in capsys.readouterr().out) == bool(code)
+
+
+@pytest.mark.slow
+def test_the_real_quickstart_gains_03_for_each_tenant(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart", "runtime.allow_cpu=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "exact match on 30 held-out examples" in shown
+    assert len(list(tmp_path.glob("runs/quickstart-1/*/adapter/adapter_model.safetensors"))) == 3

@@ -1,0 +1,359 @@
+"""A run: what its folder holds, that it resumes as if nothing had happened, and that it spoils no other folder."""
+
+import builtins
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import STEPS, rows_of_text, run_config, run_folder, tokenizer, write_rows
+
+from para_jax import evaluate, load_adapter, load_backbone, load_model_config, make_mesh, runs, train
+from para_jax.config import load_config
+from para_jax.evaluation.evaluate import Score, task_of_run
+from para_jax.runs import claim_folder, differences
+from para_jax.training.optimizer import make_schedule
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A backbone and data that all tests share; each has its own output_dir."""
+    return run_folder(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    """The run that most tests share a program with; see tiny_run.run_config."""
+    return run_config(folder, f"output_dir={tmp_path / 'run'}")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run that was never interrupted, with TensorBoard and the test data."""
+    config = run_config(folder, f"output_dir={folder / 'whole'}", "eval.test=true", "logging.report_to=[tensorboard]")
+    return config, train(config)
+
+
+def metrics(config):
+    return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_rates(rows):
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def interrupt(monkeypatch, *, at_step):
+    """Makes the step with this number (from 1) stop the run, as Ctrl-C does."""
+    real, calls = runs.train_step, []
+
+    def stopping(state, *arguments, **settings):
+        calls.append(None)
+        if int(state.step) + 1 == at_step:
+            raise KeyboardInterrupt
+        return real(state, *arguments, **settings)
+
+    monkeypatch.setattr(runs, "train_step", stopping)
+    return calls
+
+
+def scripted(monkeypatch, *values):
+    """Makes the evaluations give these scores in turn, and gives back the adapters that were scored."""
+    scored, left = [], list(values)
+
+    def evaluate_task(model, adapter, task, *rest):
+        scored.append(jax.tree.map(np.array, adapter))
+        return Score(task.name, "exact_match", left.pop(0), 1.0, 8)
+
+    monkeypatch.setattr(runs, "evaluate_task", evaluate_task)
+    return scored
+
+
+def kept_adapter(config):
+    return load_adapter(Path(config.output_dir) / "adapter", load_model_config(config.backbone.source))
+
+
+def assert_same_arrays(ours, theirs):
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+# ---------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_learns_and_leaves_its_folder(whole):
+    config, result = whole
+    assert {path.name for path in result.output_dir.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "adapter",
+    }  # fmt: skip
+    assert load_config(result.output_dir / "config.yaml") == config
+    rows = metrics(config)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    assert [row["step"] for row in rows if "test_before_loss" in row] == [0]
+    assert [row["step"] for row in rows if "test_after_loss" in row] == [6]
+    assert value(rows, "test_after_loss") < value(rows, "test_before_loss") - 0.1
+    assert (result.step, result.best_step) == (6, 6) and result.best_score == -rows[-2]["validation_loss"]
+
+
+def value(rows, name):
+    return next(row[name] for row in rows if name in row)
+
+
+def test_the_logged_learning_rate_is_the_schedules(whole):
+    config, _ = whole
+    logged = [row["learning_rate"] for row in metrics(config) if "loss" in row]
+    np.testing.assert_allclose(logged, [make_schedule(config.train, STEPS)(i) for i in range(STEPS)], rtol=1e-6)
+
+
+def test_the_kept_adapter_scores_what_the_run_says(whole):
+    config, result = whole
+    model, kept = load_backbone(config.backbone.source), kept_adapter(config)
+    assert_same_arrays(kept, result.adapter)
+    assert kept.mean[...].any() and (kept.scale[...] != 1).all()  # the statistics were measured and stored
+    report = evaluate(model, kept, [task_of_run(config, "validation", tokenizer())], tokenizer=tokenizer())
+    assert report.scores[0].loss == pytest.approx(-result.best_score, abs=1e-5)
+    card = (result.output_dir / "adapter" / "README.md").read_text()
+    assert "Trained for 6 steps on data" in card and f"Validation loss: {result.best_score:.4f}" in card
+
+
+def test_tensorboard_has_the_training_and_validation_values(whole):
+    events = b"".join(file.read_bytes() for file in (whole[1].output_dir / "tensorboard").iterdir())
+    for name in (b"loss", b"grad_norm", b"learning_rate", b"validation_loss", b"test_before_loss", b"test_after_loss"):
+        assert name in events
+
+
+def test_a_finished_run_is_not_repeated(whole, monkeypatch):
+    config, result = whole
+    before, calls = metrics(config), interrupt(monkeypatch, at_step=0)
+    again = train(config)
+    assert again[1:] == result[1:] and not calls and metrics(config) == before
+    assert_same_arrays(again.adapter, result.adapter)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(whole, config, folder, tmp_path):
+    assert_same_arrays(train(config).adapter, whole[1].adapter)
+    other = train(run_config(folder, f"output_dir={tmp_path / 'other'}", "seed=1"))
+    assert abs(np.asarray(other.adapter.down[...]) - np.asarray(whole[1].adapter.down[...])).max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("at_step", [2, 6])
+def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(at_step, whole, config, monkeypatch):
+    config = replace(config, eval=whole[0].eval)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=at_step)
+        train(config)
+    with (Path(config.output_dir) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # the process died while it wrote
+    calls = interrupt(monkeypatch, at_step=0)
+    result = train(config)
+    assert len(calls) == (6 if at_step == 2 else 3)  # from the checkpoint at step 3, where there is one
+    assert_same_arrays(result.adapter, whole[1].adapter)
+    assert result[1:4] == whole[1][1:4]
+    assert without_rates(metrics(config)) == without_rates(metrics(whole[0]))  # no step lost and none twice
+
+
+def test_a_run_over_a_mesh_resumes_and_equals_one_device(whole, folder, tmp_path, monkeypatch):
+    config = run_config(
+        folder,
+        f"output_dir={tmp_path / 'run'}",
+        "mesh.data=2",
+        "mesh.fsdp=2",
+        "mesh.tensor=2",
+        "train.per_device_batch_size=2",
+    )
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=5)
+        train(config)
+    train(config)
+    for name in ("loss", "validation_loss"):
+        ours, theirs = ([row[name] for row in metrics(c) if name in row] for c in (config, whole[0]))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_a_longer_run_goes_on_and_the_config_says_so(config, monkeypatch):
+    def no_step(state, model, batch, **settings):
+        return state._replace(step=state.step + 1), {"loss": np.float32(1), "grad_norm": np.float32(1)}
+
+    monkeypatch.setattr(runs, "train_step", no_step)
+    scripted(monkeypatch, 0.1, 0.2, 0.3)
+    longer = replace(config, train=replace(config.train, max_steps=8))
+    assert train(config).step == 6
+    result = train(longer)
+    assert (result.step, result.best_step, result.best_score) == (8, 8, 0.3)
+    assert [row["step"] for row in metrics(config) if "loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert load_config(Path(config.output_dir) / "config.yaml") == longer
+
+
+# ------------------------------------------------------------------------------------------- the best, and when to stop
+
+
+def test_the_best_adapter_is_kept_and_patience_stops_the_run(config, monkeypatch):
+    config = replace(config, eval=replace(config.eval, every=1, patience=2))
+    scored = scripted(monkeypatch, 0.3, 0.5, 0.5, 0.4, 0.9)
+    result = train(config)
+    assert (result.step, result.best_step, result.best_score) == (4, 2, 0.5)  # an equal score is no better one
+    assert [row["step"] for row in metrics(config) if "validation_exact_match" in row] == [1, 2, 3, 4]
+    assert_same_arrays(result.adapter, scored[1])
+    assert_same_arrays(
+        load_adapter(Path(config.output_dir) / "adapter", load_backbone(config.backbone.source).config), scored[1]
+    )
+    assert train(config)[1:4] == (0.5, 2, 4)  # patience has ended for good
+
+
+def test_patience_goes_on_counting_after_an_interruption(config, monkeypatch):
+    config = replace(config, eval=replace(config.eval, every=1, patience=2))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        scripted(patched, 0.5, 0.4)
+        interrupt(patched, at_step=3)
+        train(config)
+    scripted(monkeypatch, 0.3, 0.9)
+    assert train(config)[1:4] == (0.5, 1, 3)
+
+
+def test_without_validation_data_the_last_adapter_is_kept(folder, tmp_path):
+    config = run_config(folder, f"output_dir={tmp_path / 'run'}", f"data.train={folder / 'data' / 'train.jsonl'}")
+    result = train(config)
+    assert (result.best_score, result.best_step) == (None, 6)
+    assert_same_arrays(
+        load_adapter(tmp_path / "run" / "adapter", load_backbone(config.backbone.source).config), result.adapter
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- the folder
+
+
+@pytest.mark.parametrize(("override", "shown"), [
+    ("train.learning_rate=0.5", r"train.learning_rate \(0.03 there, 0.5 here\)"),
+    ("adapter.r=5", r"adapter.r \(4 there, 5 here\)"),
+    ("seed=9", r"seed \(0 there, 9 here\)"),
+])  # fmt: skip
+def test_a_folder_with_another_run_is_refused_and_left_as_it_is(override, shown, whole, folder):
+    before = contents(whole[0].output_dir)
+    with pytest.raises(ValueError, match=shown) as error:
+        train(run_config(folder, f"output_dir={whole[0].output_dir}", "eval.test=true", override))
+    assert "\n" not in str(error.value) and "output_dir" in str(error.value)
+    assert contents(whole[0].output_dir) == before
+
+
+def test_output_dir_logging_runtime_and_the_number_of_steps_are_not_another_run(config, folder, tmp_path):
+    free = ("output_dir=elsewhere", "logging.every=7", "runtime.allow_cpu=false", "train.max_steps=100")
+    assert differences(config, run_config(folder, *free)) == []
+    assert len(differences(config, run_config(folder, "train.num_epochs=2", "eval.limit=3"))) == 2
+
+
+def test_a_folder_with_other_files_is_refused_and_left_as_it_is(config):
+    folder = Path(config.output_dir)
+    for foreign in (folder, folder / "notes.txt"):
+        shutil.rmtree(folder, ignore_errors=True)
+        foreign.parent.mkdir(exist_ok=True)
+        foreign.write_text("mine")
+        with pytest.raises(ValueError, match="something else than a run; choose another"):
+            claim_folder(config)
+        assert foreign.read_text() == "mine"
+        foreign.unlink()
+
+
+def test_an_interrupted_claim_is_not_taken_for_a_run_and_can_be_repeated(config, monkeypatch):
+    def full_disk(config, file):
+        Path(file).write_text("backbone:\n  sour")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(runs, "save_config", full_disk)
+        claim_folder(config)
+    assert not (Path(config.output_dir) / "config.yaml").exists()
+    claim_folder(config)
+    assert load_config(Path(config.output_dir) / "config.yaml") == config
+    assert [path.name for path in Path(config.output_dir).iterdir()] == ["config.yaml"]
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_at_a_named_step(name, config, monkeypatch):
+    real = runs.train_step
+
+    def broken(state, *arguments, **settings):
+        state, values = real(state, *arguments, **settings)
+        return state, values | ({name: np.float32(np.nan)} if int(state.step) == 2 else {})
+
+    monkeypatch.setattr(runs, "train_step", broken)
+    with pytest.raises(ValueError, match=f"step 2: the {name} is nan; lower train.learning_rate"):
+        train(config)
+    assert [row["step"] for row in metrics(config)] == [1] and not (Path(config.output_dir) / "adapter").exists()
+
+
+def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, monkeypatch):
+    losses = [1.0, float("nan")]
+    monkeypatch.setattr(
+        runs, "evaluate_task", lambda model, adapter, task, *rest: Score("validation", "loss", -1, losses.pop(0), 8)
+    )
+    with pytest.raises(ValueError, match="step 6: the validation loss is nan"):
+        train(config)
+    assert "Trained for 3 steps" in (Path(config.output_dir) / "adapter" / "README.md").read_text()
+    assert [row["step"] for row in metrics(config) if "validation_loss" in row] == [3]
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("data.train=nowhere", "data.train: nowhere.*no such file"),
+    ("data.task=other", "data.task: 'other' is not possible"),
+    ("data.max_seq_length=9", "more than data.max_seq_length 9"),
+    ("mesh.data=16", "16.* 8 devices"),
+    ("mesh.data=-1 mesh.fsdp=3", "'data': -1, 'fsdp': 3.* 8 devices"),
+    ("backbone.source=nowhere", "nowhere"),
+    ("eval.choices=[w9]", "eval.choices: 1 is not possible"),
+])  # fmt: skip
+def test_a_config_that_does_not_fit_is_an_error_before_anything_is_written(override, message, folder, tmp_path):
+    more = ("eval.metric=accuracy",) if override.startswith("eval") else ()
+    with pytest.raises(ValueError, match=message) as error:
+        train(run_config(folder, f"output_dir={tmp_path / 'run'}", *override.split(), *more))
+    assert len(str(error.value).splitlines()) <= 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_training_data_is_an_error(folder, tmp_path):
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match="the data set is empty"):
+        train(run_config(folder, f"output_dir={tmp_path / 'run'}", f"data.train={empty}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_that_is_not_installed_gives_one_line(config, monkeypatch):
+    real = builtins.__import__
+
+    def without_wandb(name, *arguments, **settings):
+        if name == "wandb":
+            raise ImportError(name)
+        return real(name, *arguments, **settings)
+
+    monkeypatch.setattr(builtins, "__import__", without_wandb)
+    with pytest.raises(ValueError, match=r"wandb is not installed; `pip install 'para_jax\[wandb\]'`") as error:
+        train(replace(config, logging=replace(config.logging, report_to=("wandb",))))
+    assert "\n" not in str(error.value)
+
+
+def test_long_examples_are_counted_and_reported(folder, capsys):
+    config = run_config(folder, "data.max_seq_length=12", "data.truncate=left")
+    work = runs.plan_work(config, tokenizer(), make_mesh(2))
+    assert "20 examples, 8 of them too long and cut from the left" in capsys.readouterr().err
+    assert max(len(e.prompt_ids) + len(e.completion_ids) for e in work.data.examples) == 12
+
+
+def test_a_run_reads_all_its_data_as_often_as_asked(folder):
+    config = run_config(folder, "train.max_steps=null", "train.num_epochs=1.5", "train.gradient_accumulation_steps=2")
+    work = runs.plan_work(
+        replace(config, train=replace(config.train, per_device_batch_size=1)), tokenizer(), make_mesh(2)
+    )
+    assert (work.rows, work.passes) == (2, 2) and work.total_steps == 8  # 20 examples are 5 steps of 4
+    assert sorted(i for step in range(5) for i in work.plan.batch_indices(step)[1]) == [*range(20)]

@@ -1,0 +1,126 @@
+"""One table from axis names to a mesh; what the mesh does not divide is replicated. A step's numbers over meshes are
+compared in training/test_step.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FIXTURES, backbone, strong
+from jax.sharding import PartitionSpec as P
+
+from para_jax import ParaConfig, init_adapter, load_backbone, make_mesh, stack_adapters
+from para_jax.sharding import constrain, partition, place, rows_over, tree_shardings
+
+
+@pytest.fixture(scope="module")
+def cube():
+    return make_mesh(2, 2, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------- mesh
+
+
+@pytest.mark.parametrize(("asked", "made"), [
+    ({}, (1, 1, 1)),
+    ({"data": -1}, (8, 1, 1)),
+    ({"data": -1, "tensor": 4}, (2, 1, 4)),
+    ({"fsdp": -1, "data": 8}, (8, 1, 1)),
+    ({"data": 2, "fsdp": 3}, (2, 3, 1)),  # a part of the devices, when it is asked for
+])  # fmt: skip
+def test_a_mesh_has_the_sizes_asked_for_and_fills_the_open_one(asked, made):
+    assert tuple(make_mesh(**asked).shape.values()) == made and make_mesh().axis_names == ("data", "fsdp", "tensor")
+
+
+def test_the_axes_are_left_to_the_compiler():
+    assert set(make_mesh(8).axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(("asked", "message"), [
+    ({"data": 9}, "mesh {'data': 9, 'fsdp': 1, 'tensor': 1} does not fit 8 devices; choose sizes whose product is 8"),
+    ({"data": -1, "fsdp": 3}, "mesh {'data': -1, 'fsdp': 3, 'tensor': 1} does not fit 8 devices"),
+    ({"data": -1, "fsdp": 16}, "'fsdp': 16"),
+    ({"data": -1, "fsdp": -1}, "at most one is -1"),
+    ({"data": 0}, "sizes are 1 or more"),
+    ({"tensor": -2}, "sizes are 1 or more"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit_are_named_as_they_were_asked_for(asked, message):
+    with pytest.raises(ValueError) as error:
+        make_mesh(**asked)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+@pytest.mark.parametrize(("names", "counts", "expected"), [
+    (("width", "heads"), (64, 4), P("fsdp", "tensor")),
+    (("width", "kv_heads"), (64, 1), P("fsdp", None)),  # one kv head can't be cut in two
+    (("width", "hidden"), (63, 128), P(None, "tensor")),
+    (("vocab", "width"), (256, 64), P("tensor", "fsdp")),
+    (("batch", None, None), (8, 5, 64), P(("data", "fsdp"), None, None)),
+    (("batch", None), (6, 5), P(None, None)),
+    ((None, "rank", "unheard of"), (3, 4, 8), P(None, None, None)),
+])  # fmt: skip
+def test_names_become_mesh_axes_where_the_mesh_divides_the_count(names, counts, expected, cube):
+    assert partition(names, counts, cube.shape) == expected
+
+
+def test_tensor_parallelism_goes_by_heads_and_not_by_their_width():
+    mesh = make_mesh(tensor=4)
+    attention = tree_shardings(backbone("llama"), mesh, backbone("llama").config).layers[0].attention
+    spec = lambda linear: linear.kernel.get_value().spec  # noqa: E731
+    assert spec(attention.q_proj) == P("fsdp", "tensor")  # 4 heads of 16
+    assert spec(attention.k_proj) == P("fsdp", None)  # 2 heads of 16: 4 would divide 32, and cut heads
+
+
+@pytest.mark.parametrize("layout", ["layers", "stacked"])
+def test_a_loaded_backbone_lies_over_the_mesh_and_is_the_same(layout, cube):
+    placed = load_backbone(FIXTURES / "llama", mesh=cube, layout=layout)
+    alone = backbone("llama") if layout == "layers" else load_backbone(FIXTURES / "llama", layout=layout)
+    for mine, other in zip(jax.tree.leaves(placed), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(mine, other)
+        assert len(mine.sharding.device_set) == 8
+    up = (placed.layers[0] if layout == "layers" else placed.layers[0][0]).feedforward.up_proj.kernel.get_value()
+    assert up.addressable_shards[0].data.shape[-2:] == (32, 64)  # of 64 x 128
+
+
+def test_leading_axes_of_layers_and_tenants_are_replicated(cube):
+    config = backbone("llama").config
+    one = strong(init_adapter(ParaConfig(r=4), config))
+    for tree, leading in ((one, 1), (stack_adapters([one, one]).adapters, 2)):
+        placed = place(tree, cube, config)
+        assert placed.down.get_value().sharding.spec == P(*[None] * leading, "fsdp", None)
+        assert placed.up["v_proj"].get_value().sharding.spec == P(*[None] * leading, None, "tensor")
+        for mine, other in zip(jax.tree.leaves(placed), jax.tree.leaves(tree), strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+# ---------------------------------------------------------------------------------------------------------- activations
+
+
+def test_constrain_is_the_identity_without_a_mesh():
+    x = jnp.ones((8, 4))
+    assert constrain(x, ("batch", None)) is x
+
+
+def test_constrain_lays_out_over_the_current_mesh(cube):
+    with jax.set_mesh(cube):
+        x = jax.jit(lambda x: constrain(x, ("batch", None, "hidden")))(jnp.ones((8, 3, 4)))
+    assert x.addressable_shards[0].data.shape == (2, 3, 2)
+
+
+def test_rows_of_each_pass_are_spread_over_data_and_fsdp(cube):
+    array = np.arange(2 * 8 * 3).reshape(2, 8, 3)
+    with jax.set_mesh(cube):
+        spread = rows_over(array)
+    np.testing.assert_array_equal(spread, array)
+    assert spread.sharding.spec == P(None, ("data", "fsdp")) and spread.addressable_shards[0].data.shape == (2, 2, 3)
+
+
+def test_rows_that_the_mesh_does_not_divide_are_an_error_of_one_line(cube):
+    with (
+        jax.set_mesh(cube),
+        pytest.raises(ValueError, match="a batch of 6 rows can't be spread .* = 4 devices") as error,
+    ):
+        rows_over(np.zeros((1, 6, 3)))
+    assert "\n" not in str(error.value)

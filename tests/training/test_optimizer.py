@@ -1,0 +1,116 @@
+"""The schedule's values at its ends, and AdamW on trained weights only."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import backbone, strong
+
+from para_jax import ParaConfig, init_adapter
+from para_jax.adapters.adapter import AdapterParam, Statistic, is_variable
+from para_jax.config import TrainSection
+from para_jax.training.optimizer import make_optimizer, make_schedule, trained
+
+TRAIN = TrainSection(learning_rate=0.1, schedule="constant", warmup_ratio=0.0)
+ONE = {"a": AdapterParam(jnp.array([3.0, 4.0]))}
+
+
+def rates(total, **settings):
+    schedule = make_schedule(replace(TRAIN, **settings), total)
+    return np.array([schedule(step) for step in range(total)])
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    made = init_adapter(ParaConfig(r=2, summary="standardised", activation="rational"), backbone("llama").config)
+    return strong(made)
+
+
+def variables(tree):
+    return jax.tree.leaves(tree, is_leaf=is_variable)
+
+
+# ------------------------------------------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize("schedule", TrainSection.SCHEDULES)
+def test_the_warm_up_rises_in_equal_parts_and_its_first_step_is_a_step(schedule):
+    made = rates(100, schedule=schedule, warmup_ratio=0.06)
+    np.testing.assert_allclose(made[:6], 0.1 * np.arange(1, 7) / 6, rtol=1e-5)
+    assert made.max() == pytest.approx(0.1) and made[6] == pytest.approx(0.1)
+
+
+def test_the_constant_schedule_stays():
+    np.testing.assert_allclose(rates(20), 0.1)
+
+
+def test_the_linear_schedule_falls_in_equal_parts_and_would_be_zero_after_the_last_step():
+    np.testing.assert_allclose(rates(10, schedule="linear"), 0.1 * np.arange(10, 0, -1) / 10, rtol=1e-5)
+    made = make_schedule(replace(TRAIN, schedule="linear", warmup_ratio=0.2), 10)
+    assert made(9) == pytest.approx(0.1 / 8) and made(10) == pytest.approx(0) and made(50) == 0
+
+
+def test_the_cosine_schedule_is_half_way_down_in_the_middle():
+    made = make_schedule(replace(TRAIN, schedule="cosine", warmup_ratio=0.2), 10)
+    assert made(6) == pytest.approx(0.05) and made(10) == pytest.approx(0, abs=1e-8)
+    np.testing.assert_allclose(
+        [made(s) for s in (3, 9)], [0.1 * (1 + np.cos(np.pi * x / 8)) / 2 for x in (1, 7)], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("schedule", TrainSection.SCHEDULES)
+@pytest.mark.parametrize("warmup", [0.0, 0.06, 0.5, 0.99])
+def test_runs_of_one_and_two_steps_have_finite_rates_above_zero(schedule, warmup):
+    for total in (1, 2):
+        made = rates(total, schedule=schedule, warmup_ratio=warmup)
+        assert np.isfinite(made).all() and (made > 0).all() and made.max() <= 0.1 + 1e-7
+
+
+# ------------------------------------------------------------------------------------------------------------ optimiser
+
+
+def first_update(gradient, weights, **settings):
+    optimizer = make_optimizer(replace(TRAIN, **settings), 10)
+    return jax.jit(lambda g, w: optimizer.update(g, optimizer.init(w), w)[0])(gradient, weights)
+
+
+def test_the_first_update_is_adamw_by_hand(adapter):
+    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-4), adapter)
+    update = first_update(gradient, adapter, adam_eps=1e-4, weight_decay=0.5)
+    expected = -0.1 * (0.5 + 0.5 * np.asarray(adapter.down[...]))  # g / (|g| + eps) is a half
+    np.testing.assert_allclose(update.down[...], expected, rtol=1e-4)
+
+
+def test_weight_decay_leaves_statistics_alone(adapter):
+    update = first_update(jax.tree.map(jnp.zeros_like, adapter), adapter, weight_decay=0.5)
+    moved = optax.apply_updates(adapter, update)
+    for before, after in zip(variables(adapter), variables(moved), strict=True):
+        factor = {AdapterParam: 0.95, Statistic: 1.0}[type(before)]
+        np.testing.assert_allclose(after.get_value(), factor * before.get_value(), rtol=1e-6)
+    assert {type(v) for v in variables(adapter)} == {AdapterParam, Statistic}
+
+
+def test_a_tree_says_what_is_trained(adapter):
+    says = trained(adapter)
+    assert not says.mean.get_value() and not says.scale.get_value()
+    assert says.down.get_value() and says.numerator.get_value() and all(up.get_value() for up in says.up.values())
+
+
+def test_gradients_are_clipped_by_their_norm_over_all_weights():
+    def update(gradient, most=1.0):
+        return first_update(gradient, ONE, max_grad_norm=most, adam_eps=1.0)["a"][...]
+
+    clipped = np.array([0.6, 0.8])
+    np.testing.assert_allclose(update(ONE), -0.1 * clipped / (clipped + 1), rtol=1e-5)
+    np.testing.assert_allclose(update(jax.tree.map(lambda g: 100 * g, ONE)), update(ONE), rtol=1e-5)
+    np.testing.assert_allclose(update(ONE, most=10.0), -0.1 * np.array([3 / 4, 4 / 5]), rtol=1e-5)
+
+
+def test_betas_are_those_of_the_config():
+    optimizer = make_optimizer(replace(TRAIN, adam_b1=0.5, adam_b2=0.25, max_grad_norm=10.0), 10)
+    _, state = optimizer.update(ONE, optimizer.init(ONE), ONE)
+    np.testing.assert_allclose(optax.tree_utils.tree_get(state, "mu")["a"][...], [1.5, 2.0])
+    np.testing.assert_allclose(optax.tree_utils.tree_get(state, "nu")["a"][...], [0.75 * 9, 0.75 * 16])

@@ -1,0 +1,186 @@
+"""One training step: what it may change, what it may not, and that passes, filling and meshes do not matter."""
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import FIXTURES, prompts, strong
+from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN
+
+from para_jax import init_adapter, load_backbone
+from para_jax.data.batches import Batch
+from para_jax.sharding import make_mesh, place, rows_over
+from para_jax.training.step import eval_nll, init_state, prompt_summaries, standardise, train_step
+
+ONE_DEVICE = (1, 1, 1)
+CONFIG = replace(TRAIN, per_device_batch_size=ROWS)
+
+
+@cache
+def model_on(sizes=ONE_DEVICE, dtype="float32"):
+    mesh = make_mesh(*sizes)
+    return load_backbone(FIXTURES / "llama", layout="stacked", mesh=mesh, dtype=dtype)
+
+
+@cache
+def adapter_values():
+    """A strong adapter whose statistics are not those of a fresh one."""
+    made = strong(init_adapter(ADAPTER, model_on().config))
+    made.mean[...] += 0.5
+    made.scale[...] *= 2.0
+    return made
+
+
+def adapter():
+    """A copy of it, for a step donates what it is given."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), adapter_values())
+
+
+@cache
+def batch():
+    """8 rows; the completions have 1 to 6 tokens."""
+    prompt_length = np.array([6, 3, 8, 5, 6, 4, 9, 7], np.int32)
+    length = prompt_length + np.array([6, 5, 2, 3, 1, 1, 3, 1], np.int32)
+    return Batch(prompts(model_on(), ROWS, LENGTH), prompt_length, length)
+
+
+def step(given, passes=1, sizes=ONE_DEVICE, config=CONFIG, state=None, dtype="float32"):
+    """The state after a step over `given`, which is cut into passes, and its values."""
+    mesh = make_mesh(*sizes)
+    model = model_on(sizes, dtype)
+    with jax.set_mesh(mesh):
+        state = state or init_state(place(adapter(), mesh, model.config), config, STEPS)
+        cut = jax.tree.map(lambda a: rows_over(np.asarray(a).reshape(passes, -1, *a.shape[1:])), given)
+        return train_step(state, model, cut, completion=COMPLETION, config=config, total_steps=STEPS)
+
+
+@cache
+def one_step():
+    return step(batch())
+
+
+def assert_same_step(ours, theirs, atol):
+    """Loss, gradient norm, first moments (the gradients) and the new weights agree."""
+    for name in theirs[1]:
+        np.testing.assert_allclose(ours[1][name], theirs[1][name], rtol=1e-5, atol=atol)
+    for tree in (lambda s: s.adapter, lambda s: optax.tree_utils.tree_get(s.optimizer, "mu")):
+        for mine, other in zip(jax.tree.leaves(tree(ours[0])), jax.tree.leaves(tree(theirs[0])), strict=True):
+            np.testing.assert_allclose(mine, other, atol=atol)
+
+
+# ----------------------------------------------------------------------------------------------------- what a step does
+
+
+def test_the_loss_is_the_mean_over_tokens_and_not_over_rows():
+    total, count = map(np.asarray, eval_nll(model_on(), adapter_values(), batch(), completion=COMPLETION))
+    np.testing.assert_array_equal(count, batch().length - batch().prompt_length)
+    _, values = one_step()
+    np.testing.assert_allclose(values["loss"], total.sum() / count.sum(), rtol=1e-5)
+    assert values["tokens"] == count.sum() and abs((total / count).mean() - values["loss"]) > 1e-2
+
+
+def test_steps_lower_the_loss_and_say_the_learning_rate():
+    state, losses, rates = None, [], []
+    for _ in range(STEPS):
+        state, values = step(batch(), state=state)
+        losses.append(float(values["loss"]))
+        rates.append(float(values["learning_rate"]))
+    assert losses[-1] < losses[0] - 0.3 and state.step == STEPS
+    np.testing.assert_allclose(rates, np.array([1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4]) * TRAIN.learning_rate, rtol=1e-5)
+
+
+def test_the_state_is_donated_and_the_backbone_stays_as_it_was():
+    model = model_on()
+    before = jax.tree.map(np.asarray, model)
+    with jax.set_mesh(make_mesh()):
+        state = init_state(place(adapter(), make_mesh(), model.config), CONFIG, STEPS)
+    step(batch(), state=state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.adapter, state.optimizer)))
+    for mine, other in zip(jax.tree.leaves(model), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_the_optimiser_holds_two_moments_of_the_adapter_and_nothing_of_the_backbone():
+    state, _ = one_step()
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    counters = sum(leaf.ndim == 0 for leaf in jax.tree.leaves(state.optimizer))
+    assert size(state.optimizer) == 2 * size(state.adapter) + counters
+
+
+def test_statistics_never_change_and_all_weights_do():
+    state, before = one_step()[0], adapter_values()
+    np.testing.assert_array_equal(state.adapter.mean[...], before.mean[...])
+    np.testing.assert_array_equal(state.adapter.scale[...], before.scale[...])
+    for old, new in [(before.down, state.adapter.down), *((up, state.adapter.up[s]) for s, up in before.up.items())]:
+        assert (np.abs(np.asarray(new[...]) - np.asarray(old[...])).max(axis=(1, 2)) > 1e-4).all()  # in each layer
+
+
+# --------------------------------------------------------------------------------------------- what makes no difference
+
+
+def test_several_passes_equal_one_big_batch():
+    counts = batch().length - batch().prompt_length
+    assert counts[:4].sum() > 2 * counts[4:].sum()  # the mean of the passes' means would be another number
+    assert_same_step(step(batch(), passes=2), one_step(), atol=2e-6)
+
+
+def with_filling(rows, token=0):
+    """The batch with some rows as filling ones, and this token in them and at all padding."""
+    made = Batch(*map(np.array, batch()))
+    made.prompt_length[rows], made.length[rows] = 1, 1
+    made.tokens[np.arange(LENGTH) >= made.length[:, None]] = token
+    return made
+
+
+def test_rows_that_fill_up_and_padding_change_nothing():
+    filled = step(with_filling([1, 6]))
+    assert_same_step(step(with_filling([1, 6], token=99)), filled, atol=1e-6)
+    assert filled[1]["tokens"] == one_step()[1]["tokens"] - 8
+
+
+def test_a_pass_of_filling_rows_only_changes_nothing():
+    half = with_filling(slice(4, 8))
+    assert_same_step(step(half, passes=2), step(half), atol=2e-6)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_a_mesh_equals_one_device(sizes):
+    config = replace(CONFIG, per_device_batch_size=ROWS // (sizes[0] * sizes[1]))
+    ours = step(batch(), sizes=sizes, config=config)
+    assert len(ours[1]["loss"].sharding.device_set) == 8
+    assert_same_step(ours, one_step(), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:a bfloat16 backbone")
+def test_a_bfloat16_backbone_trains_a_float32_adapter():
+    state, values = step(batch(), dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model_on(dtype="bfloat16"))} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapter)} == {"float32"}
+    np.testing.assert_allclose(values["loss"], one_step()[1]["loss"], rtol=2e-2)
+    assert math.isfinite(values["grad_norm"])
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_standardised_summaries_have_mean_zero_and_spread_one():
+    fresh, parts = init_adapter(ADAPTER, model_on().config), [batch(), batch()._replace(tokens=batch().tokens[::-1])]
+    filled = standardise(model_on(), fresh, parts)
+    summaries = jnp.concatenate([prompt_summaries(model_on(), part, fresh) for part in parts], axis=1)
+    assert abs(summaries.mean(axis=1)).max() > 0.1  # there is something to do
+    scaled = (summaries - filled.mean[...][:, None]) / filled.scale[...][:, None]
+    np.testing.assert_allclose(scaled.mean(axis=1), 0, atol=1e-5)
+    np.testing.assert_allclose((scaled**2).mean(axis=(1, 2)), 1, rtol=1e-4)
+    np.testing.assert_array_equal(fresh.mean[...], 0)  # the given adapter stays
+    np.testing.assert_array_equal(filled.down[...], fresh.down[...])
+
+
+def test_one_prompt_alone_has_no_spread_and_divides_by_one():
+    alike = Batch(*(np.repeat(a[:1], ROWS, axis=0) for a in batch()))
+    filled = standardise(model_on(), init_adapter(ADAPTER, model_on().config), [alike])
+    assert np.isfinite(filled.scale[...]).all() and (filled.scale[...] > 0).all()
