@@ -1,7 +1,7 @@
-"""`para-jax bench NAME`: what loading, decoding and training cost on this machine, with a record that says how it was measured.
+"""`para-jax bench NAME`: what loading, decoding and training cost on this machine, as a record that says how.
 
-Sides that are compared run in turn, one measurement each a round, so that a change in the machine's load meets them all;
-what counts is the median over the rounds.
+Sides that are compared run in turn, one measurement each a round, so that a change in the machine's load meets them
+all; what counts is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .adapters.rows import pick, stack_adapters
 from .backbone.load import load_backbone
 from .config import ParaConfig, RuntimeSection, TrainSection, one_of, require
 from .data.batches import Batch
+from .hub import resolve_backbone
 from .inference.generate import choose, next_token
 from .model import init_adapter, prefill
 from .training.step import init_state, train_step
@@ -53,7 +54,7 @@ def run(name: str, backbone: str = "smollm2-135m", output: str | Path | None = N
     return record
 
 
-# --------------------------------------------------------------------------------------------------------- the benchmarks
+# ------------------------------------------------------------------------------------------------------- the benchmarks
 
 
 def bench_load(backbone: str, *, rounds: int = 3) -> dict:
@@ -62,19 +63,21 @@ def bench_load(backbone: str, *, rounds: int = 3) -> dict:
     Each round is a process of its own. The limit is the weights and 300 MB.
     """
     code = "import sys; from para_jax import bench; bench.measure_load(sys.argv[1])"
+    source = resolve_backbone(backbone)  # what has to be fetched is fetched here, not while it is measured
     measured = []
     for _ in range(rounds):
-        done = subprocess.run([sys.executable, "-c", code, str(backbone)], stdout=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"bench load: the process that loads {backbone} failed; its message stands above")
+            message = done.stderr.strip().splitlines() or ["no message"]
+            raise ValueError(f"bench load: {message[-1].removeprefix('ValueError: ')}")
         measured.append(json.loads(done.stdout.splitlines()[-1]))
     within = all(m["peak"] - m["weights"] <= LOAD_LIMIT / 1e6 for m in measured)
     return summary("MB", measured) | {"within_limit": within, "limit_above_weights": LOAD_LIMIT / 1e6}
 
 
 def bench_decode(backbone: str, *, batches=(1, 8), prompt: int = 48, tokens: int = 32, rounds: int = 5) -> dict:
-    """Milliseconds a token of greedy decoding, by the step that generate uses: the backbone alone, with one PARA adapter,
-    and with a tenant of its own in every row."""
+    """Milliseconds a token of greedy decoding, by the step that generate uses: the backbone alone, with one PARA
+    adapter, and with a tenant of its own in every row."""
     model = load_backbone(backbone)
     tenants = [init_adapter(ParaConfig(), model.config, seed=seed) for seed in range(max(batches))]
     stack = stack_adapters(tenants)
@@ -107,15 +110,14 @@ def bench_train(backbone: str, *, rows: int = 8, prompt: int = 48, completion: i
 BENCHMARKS: dict[str, Callable[..., dict]] = {"load": bench_load, "decode": bench_decode, "train": bench_train}
 
 
-# -------------------------------------------------------------------------------------------------------------- the sides
+# ------------------------------------------------------------------------------------------------------------ the sides
 
 
 def measure_load(backbone: str) -> None:
-    """Loads a backbone and prints the weights' megabytes and the peak's, above what was held after the imports, as JSON."""
-    try:
-        before, peak, loaded = anonymous_bytes(), [0], threading.Event()
-    except OSError:
-        raise ValueError("bench load: reads /proc/self/status; expected Linux") from None
+    """Loads a backbone and prints, as JSON, megabytes: its weights, and the peak above what the imports hold."""
+    if not Path("/proc/self/status").is_file():
+        raise ValueError("there is no /proc/self/status, where memory is read; expected Linux")
+    before, peak, loaded = anonymous_bytes(), [0], threading.Event()
 
     def watch():
         while not loaded.wait(0.005):
@@ -175,7 +177,7 @@ def random_tokens(model, rows: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length)).astype(np.int32)
 
 
-# ------------------------------------------------------------------------------------------------------ rounds and records
+# --------------------------------------------------------------------------------------------------- rounds and records
 
 
 def interleaved(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
@@ -198,6 +200,7 @@ def table(measured: dict) -> str:
     rows = [(name, f"{value:.1f} {measured['unit']}") for name, value in measured["medians"].items()]
     rows += [(name, f"{value:.2f}") for name, value in measured.get("ratios", {}).items()]
     if "within_limit" in measured:
-        rows.append((f"within the weights + {measured['limit_above_weights']:.0f} MB", "yes" if measured["within_limit"] else "no"))
+        limit = f"within the weights + {measured['limit_above_weights']:.0f} MB"
+        rows.append((limit, "yes" if measured["within_limit"] else "no"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

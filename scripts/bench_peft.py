@@ -1,4 +1,4 @@
-"""A whole training step (forward, backward, AdamW), float32 on a CPU: PARA in para_jax beside Hugging Face PEFT on torch.
+"""A whole training step (forward, backward, AdamW), float32 on a CPU: PARA in para_jax beside PEFT on torch.
 
     python scripts/bench_peft.py --torch-python /path/to/python-with-torch-peft-and-transformers
 

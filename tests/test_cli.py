@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import re
 import shutil
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from conftest import FIXTURES
 from safetensors.numpy import load_file, save_file
 from test_gguf import write_gguf
-from tiny_run import run_folder
+from tiny_run import backbone_folder, write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 
 import para_jax.adapters.folder
@@ -36,7 +37,10 @@ output_dir: {folder}/run
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A backbone, data, and the config of a run of 4 steps on them: run.yaml."""
-    folder = run_folder(tmp_path_factory.mktemp("cli"))
+    folder = tmp_path_factory.mktemp("cli")
+    backbone_folder(folder / "backbone")
+    for split, count in {"train": 20, "validation": 8, "test": 5}.items():
+        write_rows(folder / "data" / f"{split}.jsonl", rows(split, count))
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
     return folder
 
@@ -57,6 +61,16 @@ def trained(folder, config):
 def adapter(trained, tmp_path):
     """A copy of the trained adapter, to be spoilt."""
     return shutil.copytree(trained / "adapter", tmp_path / "adapter")
+
+
+def rows(split, count):
+    """Prompts of 6 words, each with 1 to 5 of the words w9 w10 w11 ..."""
+    draw = random.Random(split)
+    words = lambda ids: " ".join(f"w{i}" for i in ids)  # noqa: E731
+    return [
+        {"prompt": words(draw.sample(range(20, 256), 6)), "completion": words(range(9, 10 + i % 5))}
+        for i in range(count)
+    ]
 
 
 def command(*arguments):

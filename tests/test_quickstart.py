@@ -1,6 +1,12 @@
 """The quickstart, on a tiny backbone with a tokenizer of the quickstart's own texts; the real one is marked slow."""
 
+import ast
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import FIXTURES
@@ -8,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import PreTrainedTokenizerFast
 
-from para_jax import generate, init_adapter, load_adapter, load_backbone, load_tokenizer, quickstart
+from para_jax import init_adapter, quickstart
 from para_jax.cli import main
 from para_jax.data.business import JOBS, business_examples
 from para_jax.evaluation.evaluate import Score
@@ -19,7 +25,7 @@ TINY = ["data.truncate=left", "train.max_steps=1", "runtime.compilation_cache=fa
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    """One layer of the llama fixture beside a BPE of its 256 tokens, which may span words: the texts repeat themselves."""
+    """One layer of the llama fixture beside a BPE of its 256 tokens, which may span words: the texts are much alike."""
     folder = tmp_path_factory.mktemp("backbone")
     config, weights = (FIXTURES / "llama" / name for name in ("config.json", "model.safetensors"))
     (folder / "config.json").write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
@@ -42,26 +48,17 @@ def test_a_quickstart_that_learns_nothing_fails_and_leaves_its_run_folders(backb
     shown = capsys.readouterr().out
     assert "gained less than 0.3: routing, orders, dates" in shown
     for job in JOBS:
-        assert f"{job:<10}   0.000   0.000   0.000" in shown and f"  tenant {job}: '" in shown
+        assert f"{job:<10}   0.000   0.000   0.000" in shown and f"  tenant {job}: " in shown
         run = tmp_path / "runs" / "quickstart-1" / job
         assert {"config.yaml", "metrics.jsonl", "adapter"} <= {path.name for path in run.iterdir()}
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in steps] == [1] and steps[0]["loss"] > 1
-    assert (
-        "exact match on 2 held-out examples" in shown
-        and shown.count("base model: ") == 3
-        and "para-jax generate --backbone" in shown
-    )
-    next_command = next(line for line in shown.splitlines() if line.startswith("next: "))
-    assert "--adapter runs/quickstart-1/dates/adapter" in next_command
-    # a fresh adapter is the backbone, so the tenant's answer is the base model's
-    model, tokenizer = load_backbone(backbone), load_tokenizer(backbone)
-    adapter = load_adapter(tmp_path / "runs/quickstart-1/dates/adapter", model.config, model=model)
-    prompt = next_command.split('--prompt "')[1].rstrip('"').replace("\\n", "\n")
-    answers = [
-        generate(model, [prompt] * 6, tokenizer=tokenizer, adapters=a, max_new_tokens=28)[0] for a in (adapter, None)
-    ]
-    assert answers[0] == answers[1] and f"base model: {answers[1].strip()[:80]!r}" in shown
+    assert "exact match on 2 held-out examples" in shown and shown.count("base model: ") == 3
+    assert "--adapter runs/quickstart-1/dates/adapter" in shown[shown.index("next: ") :]
+    answers = re.findall(r"  tenant \w+: (.*) \(expected .*\n  base model: (.*)", shown)
+    assert len(answers) == 3
+    for tenant, base in answers:  # an adapter that learnt nothing is the base model
+        assert ast.literal_eval(base) and ast.literal_eval(tenant)[:80] == ast.literal_eval(base)
     assert quickstart.next_folder() == "runs/quickstart-2"
 
 
@@ -78,9 +75,12 @@ def test_the_exit_code_is_0_only_where_each_tenant_gains_03(backbone, tmp_path, 
 
 
 @pytest.mark.slow
-def test_the_real_quickstart_gains_03_for_each_tenant(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["quickstart", "runtime.allow_cpu=true"]) == 0
-    shown = capsys.readouterr().out
-    assert "exact match on 30 held-out examples" in shown
+def test_the_real_quickstart_gains_03_for_each_tenant(tmp_path):
+    """In a process of its own, as users run it: the flags of the tests' compiler would make it slower by far."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-m", "para_jax.cli", "quickstart", "runtime.allow_cpu=true"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "exact match on 30 held-out examples" in done.stdout and "gained less than" not in done.stdout
     assert len(list(tmp_path.glob("runs/quickstart-1/*/adapter/adapter_model.safetensors"))) == 3

@@ -114,9 +114,16 @@ def test_the_loss_in_chunks_equals_the_loss_at_once(positions, monkeypatch):
 
         return jax.jit(jax.value_and_grad(of, has_aux=True))(hidden)
 
+    def logits_kept():
+        """Whether logits wait for the backward pass."""
+        backward = jax.eval_shape(lambda hidden: jax.vjp(lambda h: token_nll(model, h, targets), hidden)[1], hidden)
+        return any(leaf.shape[-1:] == (model.config.vocab_size,) for leaf in jax.tree.leaves(backward))
+
     at_once = computed()
+    assert logits_kept()
     monkeypatch.setattr(loss, "CHUNK", positions * 2 * model.config.vocab_size)
     in_chunks = computed()
+    assert not logits_kept()
     assert_close(in_chunks, at_once, rtol=1e-5, atol=1e-5)
 
 

@@ -84,6 +84,20 @@ def test_the_loss_is_the_mean_over_tokens_and_not_over_rows():
     assert values["tokens"] == count.sum() and abs((total / count).mean() - values["loss"]) > 1e-2
 
 
+def test_the_gradient_is_that_of_the_mean_loss_by_central_differences():
+    state, values = one_step()
+    gradient = optax.tree_utils.tree_get(state.optimizer, "mu")  # but for its size, which clipping changes
+    size = optax.tree.norm(gradient)
+
+    def loss(distance):
+        moved = jax.tree.map(lambda weight, g: weight + distance * g / size, adapter_values(), gradient)
+        total, count = eval_nll(model_on(), moved, batch(), completion=COMPLETION)
+        return total.sum() / count.sum()
+
+    assert values["grad_norm"] > CONFIG.max_grad_norm  # as before clipping
+    np.testing.assert_allclose((loss(1e-2) - loss(-1e-2)) / 2e-2, values["grad_norm"], rtol=1e-2)
+
+
 def test_steps_lower_the_loss_and_say_the_learning_rate():
     state, losses, rates = None, [], []
     for _ in range(STEPS):
