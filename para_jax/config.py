@@ -355,6 +355,7 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         if "adapter" in merged:
             merged.adapter.pop("method", None)
         schema = OmegaConf.structured(RunConfig(adapter=ADAPTER_CONFIGS[method]()))
+        require_quoted(OmegaConf.to_container(merged, resolve=False), RunConfig(adapter=ADAPTER_CONFIGS[method]()))
         with flag_override(schema, "readonly", False):
             unfreeze(schema)
             return to_dataclass(OmegaConf.merge(schema, merged), RunConfig(adapter=ADAPTER_CONFIGS[method]()))
@@ -395,7 +396,7 @@ def read_yaml(file: Path) -> DictConfig:
     if not file.is_file():
         raise ValueError(f"config {file}: no such file")
     try:
-        read = OmegaConf.create(file.read_text().strip() or "{}")
+        read = OmegaConf.create(literal(file.read_text()).strip() or "{}")
     except UnicodeDecodeError as error:
         raise ValueError(f"config {file}: not text: {error}") from None
     if not isinstance(read, DictConfig):
@@ -404,6 +405,7 @@ def read_yaml(file: Path) -> DictConfig:
 
 
 def parse_override(text: str) -> DictConfig:
+    text = literal(text)
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError(f"override {text!r}: expected section.field=value, such as train.learning_rate=3e-3")
@@ -415,6 +417,23 @@ def parse_override(text: str) -> DictConfig:
         return OmegaConf.from_dotlist([text])
     except yaml.YAMLError as error:
         raise ValueError(f"override {text!r}: not YAML: {str(error).splitlines()[0]}") from None
+
+
+def literal(text: str) -> str:
+    """The text with "${" hidden from OmegaConf, which would read it as a reference, to the environment even."""
+    return text.replace("${", "$\ue000{")
+
+
+def require_quoted(given: Any, template, section: str = "") -> None:
+    """Refuses a YAML boolean (yes, no, true ...) where a text is meant, which would become "True"."""
+    for f in dataclasses.fields(template):
+        value = given.get(f.name) if isinstance(given, dict) else None
+        if dataclasses.is_dataclass(getattr(template, f.name)):
+            require_quoted(value, getattr(template, f.name), f"{f.name}.")
+        elif f.type is not bool and any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
+            raise ValueError(
+                f'{section}{f.name}: {value!r} is a truth value in YAML; quote the text, such as \'["yes", "no"]\''
+            )
 
 
 def unfreeze(node: DictConfig) -> None:
@@ -433,9 +452,14 @@ def to_dataclass(node, template) -> Any:
         if isinstance(value, DictConfig):
             value = to_dataclass(value, getattr(template, f.name))
         elif OmegaConf.is_config(value):
-            value = tuple(value)
-        values[f.name] = value
+            value = tuple(map(shown, value))
+        values[f.name] = shown(value)
     return type(template)(**values)
+
+
+def shown(value: Any) -> Any:
+    """A value with what `literal` hid."""
+    return value.replace("$\ue000{", "${") if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:

@@ -27,6 +27,10 @@ from .backbone.rotary import rotary_tables
 from .backbone.transformer import Transformer, segments
 from .config import SITES, ModelConfig, ParaConfig
 
+#: What the backward pass keeps of a layer: the outputs of its linears. Attention weights and everything elementwise are
+#: made anew, which costs less than storing them.
+LINEAR_OUTPUTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
 METHODS: dict[type, type[Adapter]] = {ParaConfig: Para}
 
 
@@ -231,7 +235,7 @@ def residual_stream(model, adapters, tokens, prompt_length, *, keep: Callable | 
     keep(x that entered, (keys, values), float32 adjustment) gives; [None, ...] without `keep`.
 
     Args:
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        remat: keep nothing of a layer for the backward pass but its input; else the outputs of its linears are kept.
     """
     positions = jnp.arange(tokens.shape[1])
     tables = {kind.rotary: rotary_tables(kind.rotary, positions) for kind in model.config.kinds}
@@ -244,7 +248,8 @@ def residual_stream(model, adapters, tokens, prompt_length, *, keep: Callable | 
         out, kept = layer(x, adjust, tables[layer.kind.rotary], attend_within(masks[layer.kind.window]))
         return out, keep(x, kept, adjustment) if keep else None
 
-    return through_layers(model, jax.checkpoint(step) if remat else step, model.embed(tokens), weights)
+    kept_step = jax.checkpoint(step, policy=None if remat else LINEAR_OUTPUTS)
+    return through_layers(model, kept_step, model.embed(tokens), weights)
 
 
 def through_layers(model: Transformer, step: Callable, x: jax.Array, inputs) -> tuple[jax.Array, list]:

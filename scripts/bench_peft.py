@@ -4,13 +4,13 @@
 
 PARA r=12 beside LoRA r=8 on all linears and (IA)^3 on q, v and up, on the same weights and rows (48 prompt and 16
 completion tokens, loss on the completion). Each side is a process of its own (para_jax: this one) and makes one step in
-turn, torch with one thread and with two; the better one counts. The torch side needs the extra [bench-peft].
+turn; torch runs with one thread and with two, and with logits at every position ("plain") and where the loss needs them
+("kept"). Each ratio is to the better number of threads. The torch side needs the extra [bench-peft].
 """
 
 import argparse
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from para_jax import ParaConfig, init_adapter, load_backbone, load_tokenizer
+from para_jax.bench import interleaved, random_tokens, summary, versions
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
 from para_jax.devices import describe_devices
@@ -28,37 +29,48 @@ from para_jax.gguf import convert_gguf
 from para_jax.hub import resolve_backbone
 from para_jax.training.step import init_state, train_step
 
+ROWS, PROMPT, COMPLETION = 8, 48, 16
 WORKER = Path(__file__).with_name("peft_worker.py")
-PAUSE = 0.4  # seconds, in which the threads of the side before stop spinning
+PAUSE = 0.4  # seconds before each step, in which the threads of the side before stop spinning
 
 
-class Ours:
-    """PARA's training steps in this process."""
+class Para:
+    """PARA's training steps, in the layout and by the function that `train` uses."""
 
-    def __init__(self, backbone: str, tokens: np.ndarray, prompt: int):
-        self.model = load_backbone(backbone, dtype="float32", layout="stacked")
-        rows, length = tokens.shape
-        self.batch = Batch(tokens[None], np.full((1, rows), prompt, np.int32), np.full((1, rows), length, np.int32))
-        self.static = dict(completion=length - prompt, config=TrainSection(), total_steps=1000)
-        self.state = init_state(init_adapter(ParaConfig(r=12), self.model.config), TrainSection(), 1000)
+    def __init__(self, model, tokens: np.ndarray):
+        self.model, self.config = model, TrainSection()
+        lengths = (np.full((1, ROWS), n, np.int32) for n in (PROMPT, PROMPT + COMPLETION))
+        self.batch = Batch(tokens[None], *lengths)
+        self.state = init_state(init_adapter(ParaConfig(r=12), model.config), self.config, 1000)
+        self.losses = []
 
-    def step(self) -> tuple[float, float]:
-        start = time.perf_counter()
-        self.state, values = jax.block_until_ready(train_step(self.state, self.model, self.batch, **self.static))
-        return time.perf_counter() - start, float(values["loss"])
+    def step(self) -> float:
+        time.sleep(PAUSE)
+        begun = time.perf_counter()
+        stepped = train_step(
+            self.state, self.model, self.batch, completion=COMPLETION, config=self.config, total_steps=1000
+        )
+        self.state, values = jax.block_until_ready(stepped)
+        seconds = time.perf_counter() - begun
+        self.losses.append(float(values["loss"]))
+        return seconds
 
 
-class Theirs:
-    """PEFT's training steps in a process of its own."""
+class Peft:
+    """PEFT's training steps, in a process of its own."""
 
-    def __init__(self, python: str, folder: str, method: str, tokens: np.ndarray, prompt: int):
-        command = [python, str(WORKER), folder, method, json.dumps({"tokens": tokens.tolist(), "prompt": prompt})]
+    def __init__(self, python: str, folder: str, method: str, tokens: np.ndarray):
+        command = [python, str(WORKER), folder, method, json.dumps({"tokens": tokens.tolist(), "prompt": PROMPT})]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.versions = self.answer()
+        self.losses = []
 
-    def step(self, threads: int, logits: str) -> tuple[float, float]:
+    def step(self, threads: int, logits: str) -> float:
+        time.sleep(PAUSE)
         print(threads, logits, file=self.process.stdin, flush=True)
-        return tuple(self.answer())
+        seconds, loss = self.answer()
+        self.losses.append(loss)
+        return seconds
 
     def answer(self):
         line = self.process.stdout.readline()
@@ -73,45 +85,29 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("results/bench_peft.json"))
     args = parser.parse_args()
 
-    tokens = np.random.default_rng(0).integers(1000, 40000, (8, 64)).astype(np.int32)
-    ours = Ours(args.backbone, tokens, 48)
+    model = load_backbone(args.backbone, dtype="float32", layout="stacked")
+    tokens = random_tokens(model, ROWS, PROMPT + COMPLETION)
     with tempfile.TemporaryDirectory() as folder:
         convert_gguf(resolve_backbone(args.backbone), folder, load_tokenizer(args.backbone))
-        theirs = {method: Theirs(args.torch_python, folder, method, tokens, 48) for method in ("lora", "ia3")}
-    sides = {"para": ours.step} | {
-        f"{method} {logits} {threads}": lambda side=side, threads=threads, logits=logits: side.step(threads, logits)
-        for method, side in theirs.items()
-        for logits in ("plain", "kept")
-        for threads in (1, 2)
-    }
-    losses = {name: step()[1] for name, step in sides.items()}
-    rounds = []
-    for _ in range(args.rounds):
-        rounds.append({})
-        for name, step in sides.items():
-            time.sleep(PAUSE)
-            rounds[-1][name] = step()[0]
+        peers = {method: Peft(args.torch_python, folder, method, tokens) for method in ("lora", "ia3")}
+    para = Para(model, tokens)
+    variants = [(method, logits, threads) for method in peers for logits in ("plain", "kept") for threads in (1, 2)]
+    sides = {f"{m} {logits} {n}": lambda m=m, logits=logits, n=n: peers[m].step(n, logits) for m, logits, n in variants}
+    found = summary("s a step", interleaved({"para": para.step} | sides, args.rounds))
+    seconds = found["medians"]
+    best = {f"{m} {logits}": min(seconds[f"{m} {logits} {n}"] for n in (1, 2)) for m, logits, _ in variants}
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "device": describe_devices(),
-        "versions": {"jax": jax.__version__, **theirs["lora"].versions},
-        **summary(rounds),
-        "first_loss": losses,
-        "rounds": rounds,
+        "versions": versions() | peers["lora"].versions,
+        **found,
+        "ratios": {f"para / {peer}": seconds["para"] / value for peer, value in best.items()},
+        "first_loss": {"para": para.losses[0]} | {method: peer.losses[0] for method, peer in peers.items()},
     }
+    for key in ("medians", "ratios", "first_loss"):
+        print(*(f"{name:<20} {value:.3f}" for name, value in report[key].items()), "", sep="\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps({key: report[key] for key in ("seconds", "ratios", "first_loss")}, indent=2))
-
-
-def summary(rounds: list[dict[str, float]]) -> dict:
-    """Median seconds of each side, and the ratio of PARA's to the better of torch's thread counts."""
-    seconds = {name: statistics.median(times[name] for times in rounds) for name in rounds[0]}
-    peers = sorted({name[:-2] for name in seconds if name != "para"})
-    return {
-        "seconds": seconds,
-        "ratios": {p: seconds["para"] / min(seconds[f"{p} 1"], seconds[f"{p} 2"]) for p in peers},
-    }
 
 
 if __name__ == "__main__":

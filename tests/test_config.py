@@ -178,3 +178,18 @@ def test_files_that_are_no_config_are_named(tmp_path):
 
 def test_yaml_can_not_make_objects(tmp_path):
     assert "run.yaml" in error(file=written(tmp_path, "output_dir: !!python/object/apply:os.getcwd []\n"))
+
+
+def test_text_is_literal_also_where_omegaconf_would_read_a_reference(tmp_path):
+    prompt = "cost ${price} of ${oc.env:HOME}"
+    config = load_config(None, [f"data.prompt={prompt}", "output_dir=runs/${x}"])
+    assert (config.data.prompt, config.output_dir) == (prompt, "runs/${x}")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("override", ("eval.choices=[yes, no]", "output_dir=yes", "data.train=off"))
+def test_a_truth_value_where_a_text_is_meant_is_refused(override):
+    with pytest.raises(ValueError, match=r"quote the text"):
+        load_config(None, [override])
+    assert load_config(None, ["eval.choices=['yes', 'no']"]).eval.choices == ("yes", "no")
