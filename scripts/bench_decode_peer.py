@@ -3,14 +3,18 @@
     python scripts/bench_decode_peer.py --backbone FOLDER --torch-python /path/to/python-with-torch-and-transformers
 
 FOLDER is a Hugging Face folder (of a .gguf file: `para-jax convert`). Rounds are interleaved: para_jax, then torch with
-one thread and with two; a time is a whole call, prefill and all, divided by its new tokens. Prints JSON.
+one thread and with two; a time is a whole call, prefill and all, divided by its new tokens. Prints JSON and
+writes it to results/bench_decode_peer.json.
 """
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 TORCH = """
 import json, sys, time, torch, transformers
@@ -34,6 +38,7 @@ def main():
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("results/bench_decode_peer.json"))
     args = parser.parse_args()
 
     from para_jax import load_backbone, load_tokenizer
@@ -56,9 +61,13 @@ def main():
         print(threads, file=torch.stdin, flush=True)
         return json.loads(torch.stdout.readline())
 
+    def paused(run):
+        time.sleep(0.4)  # the threads of the side before stop spinning
+        return run()
+
     sides = {"para_jax": run_para_jax, "torch_1_thread": lambda: run_torch(1), "torch_2_threads": lambda: run_torch(2)}
     warm = {name: run() for name, run in sides.items()}
-    rounds = [{name: run()[0] / args.new_tokens * 1e3 for name, run in sides.items()} for _ in range(args.rounds)]
+    rounds = [{name: paused(run)[0] / args.new_tokens * 1e3 for name, run in sides.items()} for _ in range(args.rounds)]
     torch.stdin.close()
     median = {name: statistics.median(times[name] for times in rounds) for name in sides}
     ratio = median["para_jax"] / min(median["torch_1_thread"], median["torch_2_threads"])
@@ -71,6 +80,8 @@ def main():
         "rounds": rounds,
         "torch": warm["torch_1_thread"][2],
     }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"command": shlex.join(["python", *sys.argv]), **report}, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
 
