@@ -39,7 +39,10 @@ def save_checkpoint(checkpoints, state: TrainState, progress: Progress) -> None:
 
 
 def restore_checkpoint(checkpoints, state: TrainState) -> tuple[TrainState, Progress] | None:
-    """The newest checkpoint, in the shapes and shardings of `state`; None where there is none."""
+    """The newest checkpoint, in the shapes and shardings of `state`; None where there is none.
+
+    Raises ValueError, naming its folder, for a checkpoint that is damaged.
+    """
     import orbax.checkpoint as ocp
 
     if checkpoints.latest_step() is None:
@@ -48,9 +51,17 @@ def restore_checkpoint(checkpoints, state: TrainState) -> tuple[TrainState, Prog
         state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, named(state))),
         progress=ocp.args.JsonRestore(),
     )
-    restored = checkpoints.restore(checkpoints.latest_step(), args=wanted)
-    leaves = [restored.state[name] for name in named(state)]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), Progress(**restored.progress)
+    step = checkpoints.latest_step()
+    try:
+        restored = checkpoints.restore(step, args=wanted)
+        leaves = [restored.state[name] for name in named(state)]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves), Progress(**restored.progress)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"{checkpoints.directory}/{step}: the checkpoint can't be read ({said}); delete that folder to resume from "
+            "the one before it"
+        ) from None
 
 
 def named(state: TrainState) -> dict[str, jax.Array]:

@@ -72,3 +72,12 @@ def test_a_checkpoint_holds_adapter_optimiser_and_step_and_never_the_backbone(tm
         "adapter", "optimizer", "step",
     }  # fmt: skip
     assert all(isinstance(leaf, jnp.ndarray) for leaf in names.values())
+
+
+def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path):
+    state = state_on(make_mesh(), 1)
+    with open_checkpoints(tmp_path) as checkpoints:
+        save_checkpoint(checkpoints, state, Progress(4, None, 0, 0))
+    (tmp_path / "4" / "progress" / "metadata").write_text("garbage")
+    with open_checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=r"/4: .* delete that folder"):
+        restore_checkpoint(checkpoints, state)
