@@ -224,7 +224,7 @@ class TrainSection:
     adam_b2: float = 0.999
     adam_eps: float = 1e-8
     remat: str = "none"
-    """none | block (recompute each layer in the backward pass)"""
+    """none (keep the outputs of the linears) | block (keep a layer's input only) for the backward pass"""
 
     SCHEDULES: typing.ClassVar = ("constant", "linear", "cosine")
 
