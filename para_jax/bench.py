@@ -6,6 +6,7 @@ all; what counts is the median over the rounds.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shlex
 import statistics
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import flax
 import jax
-import jaxlib
 import numpy as np
 
 from . import devices
@@ -196,7 +196,7 @@ def summary(unit: str, rounds: list[dict[str, float]]) -> dict:
 
 
 def versions() -> dict[str, str]:
-    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__}
+    return {"jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib"), "flax": flax.__version__}
 
 
 def table(measured: dict) -> str:

@@ -347,7 +347,7 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     """
     try:
         given = OmegaConf.create({}) if file is None else read_yaml(Path(file))
-        merged = OmegaConf.merge(given, *map(parse_override, overrides))
+        merged: Any = OmegaConf.merge(given, *map(parse_override, overrides))
         adapter = merged.get("adapter", DictConfig({}))
         require(isinstance(adapter, DictConfig), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
         method = str(adapter.get("method", "para"))
@@ -362,7 +362,7 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         key, mark = getattr(error, "full_key", None), getattr(error, "problem_mark", None)
-        said = f"{error.problem}, line {mark.line + 1}" if mark else lines[0]
+        said = f"{getattr(error, 'problem', 'not YAML')}, line {mark.line + 1}" if mark else lines[0]
         raise ValueError(f"config{f' {file}' if file else ''}: {f'{key}: ' if key else ''}{said}") from None
 
 
