@@ -1,31 +1,29 @@
 """para_jax: fine-tune and serve one frozen language model for many tenants with PARA adapters (arXiv:2502.01033)."""
 
+# ruff: noqa: I001 (grouped by what a reader looks for)
+
 import importlib
+
+# backbone
+from .config import LayerKind as LayerKind
+from .config import ModelConfig as ModelConfig
+from .config import RotaryConfig as RotaryConfig
+from .backbone.load import load_backbone as load_backbone
+from .backbone.load import load_model_config as load_model_config
+from .data.tokenizer import load_tokenizer as load_tokenizer
+from .backbone.transformer import Transformer as Transformer
 
 # adapters
 from .adapters.adapter import Adapter as Adapter
-from .adapters.adapter import AdapterParam as AdapterParam
 from .adapters.adapter import Adjustment as Adjustment
+from .adapters.adapter import AdapterParam as AdapterParam
 from .adapters.files import load_adapter as load_adapter
 from .adapters.files import save_adapter as save_adapter
 from .adapters.rows import Rows as Rows
 from .adapters.rows import Stack as Stack
 from .adapters.rows import pick as pick
 from .adapters.rows import stack_adapters as stack_adapters
-from .backbone.load import load_backbone as load_backbone
-from .backbone.load import load_model_config as load_model_config
-from .backbone.transformer import Transformer as Transformer
-
-# backbone
-from .config import LayerKind as LayerKind
-from .config import ModelConfig as ModelConfig
 from .config import ParaConfig as ParaConfig
-from .config import RotaryConfig as RotaryConfig
-
-# runs
-from .config import RunConfig as RunConfig
-from .config import load_config as load_config
-from .data.tokenizer import load_tokenizer as load_tokenizer
 
 # where they meet
 from .model import AdaptedTransformer as AdaptedTransformer
@@ -39,6 +37,10 @@ from .model import multi_tenant_forward as multi_tenant_forward
 from .model import prefill as prefill
 from .model import right_pad as right_pad
 from .model import vectors as vectors
+
+# runs
+from .config import RunConfig as RunConfig
+from .config import load_config as load_config
 from .sharding import make_mesh as make_mesh
 
 # Layers 3 and higher are imported when they are first asked for, so that importing para_jax stays quick.

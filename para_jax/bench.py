@@ -6,7 +6,6 @@ all; what counts is the median over the rounds.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shlex
 import statistics
@@ -17,7 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import flax
 import jax
 import numpy as np
 
@@ -43,7 +41,7 @@ def run(name: str, backbone: str = "smollm2-135m", output: str | Path | None = N
     record = {
         "command": shlex.join(["para-jax", "bench", name, "--backbone", str(backbone)]),
         "device": devices.describe_devices(),
-        "versions": versions(),
+        "versions": devices.versions(),
         **measured,
     }
     print(table(measured))
@@ -193,10 +191,6 @@ def interleaved(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict
 def summary(unit: str, rounds: list[dict[str, float]]) -> dict:
     medians = {name: statistics.median(measured[name] for measured in rounds) for name in rounds[0]}
     return {"unit": unit, "medians": medians, "rounds": rounds}
-
-
-def versions() -> dict[str, str]:
-    return {"jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib"), "flax": flax.__version__}
 
 
 def table(measured: dict) -> str:

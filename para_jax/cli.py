@@ -128,7 +128,7 @@ def run_quickstart(options) -> int:
 
 def run_train(options) -> None:
     from .config import load_config
-    from .reports import dry_run
+    from .reports import dry_run, read_metrics
     from .runs import train
 
     config = load_config(options.config, options.overrides)
@@ -144,7 +144,7 @@ def run_train(options) -> None:
     )
     print(f"{result.step} steps{best}; the adapter is in {result.output_dir / 'adapter'}")
     if options.results:
-        rows = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+        rows = list(read_metrics(result.output_dir / "metrics.jsonl"))
         scores = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
         write_results(options, config, scores, time.monotonic() - begun)
 

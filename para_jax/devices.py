@@ -3,6 +3,7 @@ cache."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import time
 from collections.abc import Iterator
@@ -36,6 +37,11 @@ def start(runtime: RuntimeSection) -> None:
 def describe_devices() -> str:
     devices = jax.devices()
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), JAX {jax.__version__}"
+
+
+def versions() -> dict[str, str]:
+    """The versions that a record of a measurement names."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
 
 
 def unused_accelerator(root: Path = Path("/")) -> tuple[str, str] | None:

@@ -140,14 +140,10 @@ def tree_bytes(tree) -> int:
 
 def results(command: str, config: RunConfig, scores: dict, seconds: float) -> dict:
     """The record that --results writes: what was run, where, and what came out."""
-    import flax
-
-    versions = {"jax": jax.__version__, "flax": flax.__version__}
-
     return {
         "command": command,
         "device": devices.describe_devices(),
-        "versions": versions,
+        "versions": devices.versions(),
         "seconds": round(seconds, 1),
         "scores": scores,
         "config": config_dict(config),

@@ -64,10 +64,6 @@ def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape)
     return PartitionSpec(*map(mesh_axes, axes, counts))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def tree_shardings(tree, mesh: Mesh, config):
     """A tree like `tree` (NNX modules with `axes` on their parameters) with the NamedSharding of every array.
 

@@ -21,10 +21,10 @@ import jax
 import numpy as np
 
 from para_jax import ParaConfig, init_adapter, load_backbone, load_tokenizer
-from para_jax.bench import interleaved, random_tokens, summary, versions
+from para_jax.bench import interleaved, random_tokens, summary
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
-from para_jax.devices import describe_devices
+from para_jax.devices import describe_devices, versions
 from para_jax.gguf import convert_gguf
 from para_jax.hub import resolve_backbone
 from para_jax.training.step import init_state, train_step
