@@ -119,6 +119,10 @@ class ModelConfig:
         """The width of a site's input."""
         return {"o_proj": self.q_width, "down_proj": self.hidden_width}.get(site, self.width)
 
+    def site_input_axis(self, site: str) -> str:
+        """The name of the axis of a site's input."""
+        return {"o_proj": "heads", "down_proj": "hidden"}.get(site, "width")
+
 
 # ------------------------------------------------------------------------------------------------------------- adapter
 
@@ -149,6 +153,42 @@ class ParaConfig:
         require_sites(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """LoRA (arXiv:2106.09685), with the names and defaults of Hugging Face PEFT."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    """scale by lora_alpha / sqrt(r) (arXiv:2312.03732) instead of lora_alpha / r"""
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self):
+        require(isinstance(self.r, int) and self.r >= 1, "r", self.r, "a whole number of at least 1")
+        require(0 < self.lora_alpha < float("inf"), "lora_alpha", self.lora_alpha, "a number above 0")
+        require_sites(self)
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices is multiplied by."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ia3Config:
+    """(IA)^3 (arXiv:2205.05638), with the names and defaults of Hugging Face PEFT."""
+
+    target_modules: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
+    feedforward_modules: tuple[str, ...] = ("down_proj",)
+    """the targets whose input is scaled, not their output: down_proj, where it is a target, or none"""
+
+    def __post_init__(self):
+        require_sites(self)
+        scaled = tuple(self.feedforward_modules)
+        require(set(scaled) <= {"down_proj"}, "feedforward_modules", scaled, "down_proj or none")
+        object.__setattr__(self, "feedforward_modules", tuple(s for s in scaled if s in self.target_modules))
+
+
 def require_sites(config) -> None:
     """Checks `target_modules` and puts it into the order of SITES."""
     sites = tuple(config.target_modules)
@@ -159,7 +199,7 @@ def require_sites(config) -> None:
 
 
 #: The adapter methods and their configs. A new method is one line here and one file in adapters/.
-ADAPTER_CONFIGS = {"para": ParaConfig}
+ADAPTER_CONFIGS = {"para": ParaConfig, "lora": LoraConfig, "ia3": Ia3Config}
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
@@ -322,7 +362,8 @@ class RunConfig:
     """One training run; configs/ holds examples, and the README says how fields are overridden."""
 
     backbone: BackboneSection = field(default_factory=BackboneSection)
-    adapter: ParaConfig = field(default_factory=ParaConfig)
+    adapter: Any = field(default_factory=ParaConfig)
+    """a ParaConfig, LoraConfig or Ia3Config; `method` chooses in a file: para | lora | ia3"""
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
     eval: EvalSection = field(default_factory=EvalSection)
@@ -480,6 +521,8 @@ for _section in (
     LoggingSection,
     RuntimeSection,
     ParaConfig,
+    LoraConfig,
+    Ia3Config,
     RunConfig,
 ):
     _hints = typing.get_type_hints(_section)

@@ -18,20 +18,22 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from .adapters.adapter import Adapter, Adjustment, Factors, init
+from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
+from .adapters.ia3 import Ia3
+from .adapters.lora import Lora
 from .adapters.para import Para
-from .adapters.rows import Rows, by_layer, check_fits, gather
+from .adapters.rows import Rows, Stack, by_layer, check_fits, gather
 from .backbone.attention import causal_mask
 from .backbone.cache import attend_cached, attend_within, padded
 from .backbone.rotary import rotary_tables
 from .backbone.transformer import Transformer, segments
-from .config import SITES, ModelConfig, ParaConfig
+from .config import SITES, Ia3Config, LoraConfig, ModelConfig, ParaConfig
 
 #: What the backward pass keeps of a layer: the outputs of its linears. Attention weights and everything elementwise are
 #: made anew, which costs less than storing them.
 LINEAR_OUTPUTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
-METHODS: dict[type, type[Adapter]] = {ParaConfig: Para}
+METHODS: dict[type, type[Adapter]] = {ParaConfig: Para, LoraConfig: Lora, Ia3Config: Ia3}
 
 
 class DecodeState(NamedTuple):
@@ -40,7 +42,7 @@ class DecodeState(NamedTuple):
     cache: tuple
     """a layer: (keys after rotary, values), each [batch, kv_heads, max_length, head_dim]"""
     adjustments: tuple
-    """a layer: an Adjustment whose arrays lead with the batch; () without adapters"""
+    """a layer: an Adjustment whose arrays lead with the batch, or that is Shared; () without adapters"""
     length: jax.Array
     """int32 [batch], tokens held"""
 
@@ -185,11 +187,13 @@ def _adjustments(model, adapters, tokens, prompt_length):
 
 @jax.jit
 def _multi_tenant_forward(model, rows, tokens, prompt_length):
-    def alone(adapter, tokens, prompt_length):
-        x, _ = residual_stream(model, adapter, tokens[None], prompt_length[None])
+    def alone(adapters, index, tokens, prompt_length):
+        one = tuple(Stack(jax.tree.map(lambda leaf: leaf[None], adapter)) for adapter in adapters)
+        x, _ = residual_stream(model, Rows(one, jnp.minimum(index, 0)[:, None]), tokens[None], prompt_length[None])
         return model.logits(model.final_norm(x))[0]
 
-    return jax.vmap(alone)(gather(rows.stack.adapters, rows.index), tokens, prompt_length)
+    gathered = [gather(stack.adapters, index) for stack, index in zip(rows.stacks, rows.index, strict=True)]
+    return jax.vmap(alone)(gathered, rows.index.T, tokens, prompt_length)
 
 
 @partial(jax.jit, static_argnums=5)
@@ -297,9 +301,11 @@ def one_period(step, x, layers_and_inputs):
 
 
 def batched_adjust(adjustment: Adjustment | None) -> Callable:
-    """adjust(site, x, y) over a batch, from an adjustment whose arrays lead with the batch."""
+    """adjust(site, x, y) over a batch, from an adjustment whose arrays lead with the batch, or that is Shared."""
     if adjustment is None:
         return lambda site, x, y: y
+    if isinstance(adjustment, Shared):
+        return adjustment.adjust
     return lambda site, x, y: jax.vmap(lambda a, x, y: a.adjust(site, x, y))(adjustment, x, y)
 
 

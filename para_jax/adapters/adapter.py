@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..config import ModelConfig
+from ..config import SITES, ModelConfig
 
 
 class AdapterParam(nnx.LoRAParam):
@@ -36,15 +36,20 @@ class Backbone(NamedTuple):
     site_widths: tuple[tuple[str, int], ...]
 
 
-def describe(model: ModelConfig, sites: tuple[str, ...]) -> Backbone:
-    return Backbone(model.model_type, model.num_layers, model.width, tuple((s, model.site_width(s)) for s in sites))
+def describe(model: ModelConfig) -> Backbone:
+    return Backbone(model.model_type, model.num_layers, model.width, tuple((s, model.site_width(s)) for s in SITES))
 
 
 class Adapter(nnx.Module):
-    """One layer's weights. All-zero weights are the backbone: rows without an adapter rely on it."""
+    """One layer's weights."""
 
     config: Any
     backbone: Backbone
+    #: Whether rows that all use one adapter share its adjustment as it is, instead of each carrying a copy. For
+    #: adjustments that are matrices; only where the prompt is not read.
+    shared = False
+    #: The weight of a site that changes nothing.
+    neutral = 0.0
 
     def pool(self, x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
         """The summary [width] of a prompt, from the residual stream x [length, width] that enters the layer."""
@@ -54,13 +59,19 @@ class Adapter(nnx.Module):
         """The adjustment of one example, from its summary [width]; runs once a prompt."""
         raise NotImplementedError
 
+    def normal(self, model: ModelConfig) -> Adapter:
+        """An adapter of the same function whose config differs from others of its kind in sites and rank alone, so that
+        they stack once these are padded with `neutral`."""
+        return self
+
 
 class Adjustment:
-    """What an adapter carries from prefill into decode, for one layer."""
+    """What an adapter carries from prefill into decode, for one layer. All zeros change nothing: so do rows of the base
+    model."""
 
     def adjust(
-        self, site: str, x: Float[Array, "length in"], y: Float[Array, "length out"]
-    ) -> Float[Array, "length out"]:
+        self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
+    ) -> Float[Array, "*rows length out"]:
         """y [length, out] of the linear at `site`, adjusted; x [length, in] is the linear's input. Runs at every
         token."""
         raise NotImplementedError
@@ -75,9 +86,22 @@ class Factors(Adjustment):
     """l - 1 of each site, [out]"""
 
     def adjust(
-        self, site: str, x: Float[Array, "length in"], y: Float[Array, "length out"]
-    ) -> Float[Array, "length out"]:
+        self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
+    ) -> Float[Array, "*rows length out"]:
         return y + y * self.distance[site] if site in self.distance else y
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shared(Adjustment):
+    """One adjustment for all rows of a batch: its arrays do not lead with the batch."""
+
+    adjustment: Adjustment
+
+    def adjust(
+        self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
+    ) -> Float[Array, "*rows length out"]:
+        return self.adjustment.adjust(site, x, y)
 
 
 def init(kind: Callable[..., Adapter], config, model: ModelConfig, seed: int) -> Adapter:
@@ -90,6 +114,17 @@ def count_parameters(adapter: Adapter) -> int:
     """The number of trained values."""
     variables = jax.tree.leaves(adapter, is_leaf=is_variable)
     return sum(math.prod(v.shape) for v in variables if isinstance(v, AdapterParam))
+
+
+def named_leaves(adapter: Adapter) -> dict[str, Any]:
+    """The arrays of an adapter by name, such as "up.q_proj"."""
+    paths = jax.tree_util.tree_flatten_with_path(adapter)[0]
+    return {".".join(key.name for key in path[:-1]): leaf for path, leaf in paths}
+
+
+def with_leaves(adapter: Adapter, leaves: dict[str, Any]) -> Adapter:
+    """The adapter (it may be abstract) with these arrays, by name, in the place of its own."""
+    return jax.tree.unflatten(jax.tree.structure(adapter), [leaves[name] for name in named_leaves(adapter)])
 
 
 def is_variable(node) -> bool:

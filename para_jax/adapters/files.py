@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from ..config import ModelConfig, ParaConfig
-from .adapter import Adapter, init
+from .adapter import Adapter, init, with_leaves
 from .folder import own_file, read_json, replace_folder, shorten, some
 from .para import Para
 from .rows import check_fits
@@ -126,7 +126,8 @@ def read_adapter_config(folder: str | Path) -> tuple[ParaConfig, dict, dict]:
 
 def config_json(adapter: Para, base_model: str, fingerprint: str | None) -> dict:
     config, backbone = adapter.config, adapter.backbone._asdict()
-    backbone["site_widths"] = dict(adapter.backbone.site_widths)
+    widths = dict(adapter.backbone.site_widths)
+    backbone["site_widths"] = {site: widths[site] for site in config.target_modules}
     version = {}
     with suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout that is not installed
         version = {"para_jax_version": importlib.metadata.version("para_jax")}
@@ -225,14 +226,12 @@ def filled(adapter: Para, tensors: dict[str, np.ndarray]) -> Para:
     def stack(name: str) -> np.ndarray:
         return np.stack([tensors[layer_name(i, name)] for i in range(adapter.backbone.num_layers)])
 
-    widths = [width for _, width in adapter.backbone.site_widths]
+    widths = [adapter.up[site].shape[-1] for site in adapter.config.target_modules]
     ups = np.split(stack("para_up.weight").swapaxes(1, 2), np.cumsum(widths)[:-1], axis=2)
     values = {f"up.{site}": up for site, up in zip(adapter.config.target_modules, ups, strict=True)}
     values["down"] = stack("para_down.weight").swapaxes(1, 2)
     values |= {key: stack(name) for key, name in extras(adapter).items()}
-    paths, treedef = jax.tree_util.tree_flatten_with_path(adapter)
-    names = [".".join(key.name for key in path[:-1]) for path, _ in paths]
-    return jax.tree.unflatten(treedef, [jnp.array(values[name]) for name in names])
+    return with_leaves(adapter, {name: jnp.array(value) for name, value in values.items()})
 
 
 def extras(adapter: Para) -> dict[str, str]:

@@ -44,7 +44,7 @@ class Para(Adapter):
             self.numerator = AdapterParam(jnp.array(GELU_NUMERATOR), axes=(None,))
             self.denominator = AdapterParam(jnp.array(GELU_DENOMINATOR), axes=(None,))
         self.config = config
-        self.backbone = describe(model, config.target_modules)
+        self.backbone = describe(model)
 
     def pool(self, x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
         return POOLERS[self.config.pooler](x, prompt_length)
@@ -61,8 +61,7 @@ class Para(Adapter):
         if self.config.summary == "rms":
             return summary * jax.lax.rsqrt(jnp.mean(summary * summary) + 1e-6)
         if self.config.summary == "standardised":
-            scale = jnp.where(self.scale[...] == 0, 1.0, self.scale[...])  # zero in rows without an adapter
-            return (summary - jax.lax.stop_gradient(self.mean[...])) / jax.lax.stop_gradient(scale)
+            return (summary - jax.lax.stop_gradient(self.mean[...])) / jax.lax.stop_gradient(self.scale[...])
         return summary
 
     def activate(self, x: Float[Array, " rank"]) -> Float[Array, " rank"]:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Float
 
 from ..config import ModelConfig
-from .adapter import Adapter, Adjustment, describe
+from .adapter import Adapter, Adjustment, Factors, Shared, describe
 
 
 @jax.tree_util.register_dataclass
@@ -29,12 +30,16 @@ class Stack:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """One adapter a batch row: row b uses adapter index[b] of the stack, and the backbone alone where index[b] is
-    -1."""
+    """One adapter a batch row, of one or several stacks: row b uses adapter index[i, b] of stack i, and the backbone
+    alone where all its indices are -1. A row has at most one adapter."""
 
-    stack: Stack
+    stacks: tuple[Stack, ...]
     index: jax.Array
-    """int32 [batch]"""
+    """int32 [stacks, batch]"""
+
+    @property
+    def batch(self) -> int:
+        return self.index.shape[1]
 
 
 def stack_adapters(adapters: list[Adapter]) -> Stack:
@@ -61,18 +66,26 @@ def pick(stack: Stack, indices) -> Rows:
             raise ValueError(f"pick: indices {indices!r}; expected whole numbers, one a row")
         if held.size and (held.min() < -1 or held.max() >= stack.size):
             raise ValueError(f"pick: indices {held.tolist()}; expected -1 (the base model) to {stack.size - 1}")
-    return Rows(stack, jnp.asarray(indices, jnp.int32))
+    return Rows((stack,), jnp.asarray(indices, jnp.int32)[None])
 
 
 def by_layer(adapters: Adapter | Rows) -> tuple[object, Callable]:
     """The adapters' weights with a leading layer axis, and the function that makes one layer's adjustments.
 
     The function takes (one layer's weights, x [batch, length, width], prompt_length [batch]) and gives an Adjustment
-    whose arrays lead with the batch, in float32. Only the batch's tenants are gathered, a layer at a time.
+    whose arrays lead with the batch (or that is Shared), in float32. Only the batch's tenants are gathered, a layer at
+    a time.
     """
     if isinstance(adapters, Rows):
-        weights = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), adapters.stack.adapters)
-        return weights, lambda layer, x, length: jax.vmap(make_adjustment)(gather(layer, adapters.index), x, length)
+        stacks = tuple(jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), stack.adapters) for stack in adapters.stacks)
+
+        def make(layers, x, prompt_length):
+            made = [of_rows(*each, x, prompt_length) for each in zip(layers, adapters.index, strict=True)]
+            return merged(made)
+
+        return stacks, make
+    if adapters.shared:
+        return adapters, lambda layer, x, length: Shared(make_adjustment(layer, x[0], length[0]))
     return adapters, jax.vmap(make_adjustment, in_axes=(None, 0, 0))
 
 
@@ -81,14 +94,42 @@ def make_adjustment(layer: Adapter, x: jax.Array, prompt_length: jax.Array) -> A
     return layer.condition(layer.pool(x, prompt_length))
 
 
+def of_rows(layer: Adapter, index: jax.Array, x: jax.Array, prompt_length: jax.Array) -> Adjustment:
+    """One layer's adjustments of a batch from a leading tenant axis; all zeros where the index is -1."""
+    made = jax.vmap(make_adjustment)(gather(layer, index), x, prompt_length)
+    return jax.tree.map(lambda a: jnp.where((index >= 0).reshape(-1, *[1] * (a.ndim - 1)), a, 0), made)
+
+
 def gather(adapters: Adapter, index: jax.Array) -> Adapter:
-    """The adapters of a batch from a leading tenant axis; all zeros, which is the backbone, where the index is -1."""
+    """The adapters of a batch from a leading tenant axis; anyone's where the index is -1."""
+    return jax.tree.map(lambda leaf: leaf[jnp.maximum(index, 0)], adapters)
 
-    def rows(leaf: jax.Array) -> jax.Array:
-        present = (index >= 0).reshape(-1, *[1] * (leaf.ndim - 1))
-        return jnp.where(present, leaf[jnp.maximum(index, 0)], 0)
 
-    return jax.tree.map(rows, adapters)
+def merged(adjustments: list[Adjustment]) -> Adjustment:
+    """The adjustments of several stacks as one. A row has one that isn't zero, so factors, whoever made them, add up to
+    one record: PARA, (IA)^3 and the base model share a decode program."""
+    distance: dict[str, jax.Array] = {}
+    for factors in (a for a in adjustments if isinstance(a, Factors)):
+        for site, value in factors.distance.items():
+            distance[site] = distance[site] + value if site in distance else value
+    parts = [Factors(distance)] if distance else []
+    parts += [a for a in adjustments if not isinstance(a, Factors)]
+    return parts[0] if len(parts) == 1 else Several(tuple(parts))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Several(Adjustment):
+    """Adjustments of different kinds, of which each row has one that isn't zero."""
+
+    parts: tuple[Adjustment, ...]
+
+    def adjust(
+        self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
+    ) -> Float[Array, "*rows length out"]:
+        for part in self.parts:
+            y = part.adjust(site, x, y)
+        return y
 
 
 def check_fits(adapters, model: ModelConfig) -> None:
@@ -100,7 +141,9 @@ def check_fits(adapters, model: ModelConfig) -> None:
             f"adapters: {type(adapters).__name__} is not possible; expected None, an adapter or Rows, "
             "made by pick(stack, indices)"
         )
-    adapter = adapters.stack.adapters if isinstance(adapters, Rows) else adapters
-    expected = describe(model, adapter.config.target_modules)
-    if adapter.backbone != expected:
-        raise ValueError(f"adapter for another backbone: it was made for {adapter.backbone}, this one is {expected}")
+    for adapter in [stack.adapters for stack in adapters.stacks] if isinstance(adapters, Rows) else [adapters]:
+        expected = describe(model)
+        if adapter.backbone != expected:
+            raise ValueError(
+                f"adapter for another backbone: it was made for {adapter.backbone}, this one is {expected}"
+            )

@@ -167,9 +167,9 @@ def row_sampling(batch: int, temperature: float, top_k: int, top_p: float, seed:
 
 def check(model, adapters, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed) -> None:
     require(len(prompt_ids) > 0, "prompts", prompt_ids, "at least one")
-    if isinstance(adapters, Rows) and adapters.index.shape != (len(prompt_ids),):
+    if isinstance(adapters, Rows) and adapters.batch != len(prompt_ids):
         raise ValueError(
-            f"adapters: Rows for {adapters.index.size} rows; expected one for each of {len(prompt_ids)} prompts"
+            f"adapters: Rows for {adapters.batch} rows; expected one for each of {len(prompt_ids)} prompts"
         )
     require(
         whole(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "a whole number, at least 1"

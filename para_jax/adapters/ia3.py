@@ -1,0 +1,55 @@
+"""(IA)^3 (arXiv:2205.05638): learned vectors that scale outputs of linears, and the input of down_proj."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ..config import Ia3Config, ModelConfig
+from .adapter import Adapter, AdapterParam, Factors, describe, init, with_leaves
+
+
+class Ia3(Adapter):
+    """One layer's vectors l, started from one: l k, l v and l (activation(gate) up) (section 3.3, equation 1).
+
+    A factor on down_proj's input is carried on up_proj's output, with which it commutes:
+    activation(g) (l u) = l (activation(g) u) [D].
+    """
+
+    neutral = 1.0
+
+    def __init__(self, config: Ia3Config, model: ModelConfig, *, rngs: nnx.Rngs):
+        inputs = config.feedforward_modules
+
+        def ones(site: str) -> AdapterParam:
+            width = model.site_input_width(site) if site in inputs else model.site_width(site)
+            axis = model.site_input_axis(site) if site in inputs else model.site_axis(site)
+            return AdapterParam(jnp.ones(width), axes=(axis,))
+
+        self.scale = nnx.Dict({site: ones(site) for site in config.target_modules})
+        self.config = config
+        self.backbone = describe(model)
+
+    def condition(self, summary: Float[Array, " width"]) -> Factors:
+        """The vectors as their distance from one; the prompt is not read."""
+        return Factors({site: factors - 1 for site, factors in self.on_outputs().items()})
+
+    def normal(self, model: ModelConfig) -> Ia3:
+        """With all its factors on outputs."""
+        return from_factors(self.on_outputs(), model)
+
+    def on_outputs(self) -> dict[str, Array]:
+        """l of each site's output, [..., out]."""
+        factors = {site: scale[...] for site, scale in self.scale.items()}
+        for site in self.config.feedforward_modules:
+            factors["up_proj"] = factors.pop(site) * factors.get("up_proj", 1.0)
+        return factors
+
+
+def from_factors(factors: dict[str, Array], model: ModelConfig) -> Ia3:
+    """The adapter that scales sites' outputs by these l, {site: [layers, out]}."""
+    config = Ia3Config(target_modules=tuple(factors), feedforward_modules=())
+    empty = jax.eval_shape(lambda: init(Ia3, config, model, 0))
+    return with_leaves(empty, {f"scale.{site}": factor for site, factor in factors.items()})
