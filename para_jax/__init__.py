@@ -17,12 +17,15 @@ from .backbone.transformer import Transformer as Transformer
 from .adapters.adapter import Adapter as Adapter
 from .adapters.adapter import Adjustment as Adjustment
 from .adapters.adapter import AdapterParam as AdapterParam
+from .adapters.bank import AdapterBank as AdapterBank
 from .adapters.files import load_adapter as load_adapter
 from .adapters.files import save_adapter as save_adapter
 from .adapters.rows import Rows as Rows
 from .adapters.rows import Stack as Stack
 from .adapters.rows import pick as pick
 from .adapters.rows import stack_adapters as stack_adapters
+from .config import Ia3Config as Ia3Config
+from .config import LoraConfig as LoraConfig
 from .config import ParaConfig as ParaConfig
 
 # where they meet
@@ -46,6 +49,7 @@ from .sharding import make_mesh as make_mesh
 # Layers 3 and higher are imported when they are first asked for, so that importing para_jax stays quick.
 _LATER = {
     "generate": "inference.generate",
+    "export_ia3": "inference.export",
     "train": "runs",
     "TrainResult": "runs",
     "evaluate": "evaluation.evaluate",

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+BASE = "base"  # the tenant that is the base model
 RUN_FIELDS = "fields of the config, such as train.learning_rate=3e-3 or 'data.prompt={question}\\n' (text is literal)"
 
 
@@ -84,7 +85,17 @@ def parser() -> argparse.ArgumentParser:
     made = command("generate", run_generate, "answer prompts in one batch")
     made.add_argument("--backbone", default="smollm2-135m", help="a folder, a hub id, a .gguf file, or smollm2-135m")
     made.add_argument("--dtype", choices=("float32", "bfloat16"))
-    made.add_argument("--adapter", help="an adapter folder or hub id")
+    made.add_argument("--adapter", help="an adapter folder or hub id, for every prompt")
+    made.add_argument(
+        "--adapters",
+        nargs="+",
+        default=[],
+        metavar="NAME=DIR",
+        help="tenants: names, and their adapter folders or hub ids",
+    )
+    made.add_argument(
+        "--tenant", action="append", default=[], help="whose adapter answers: once, or once a prompt; base: no adapter"
+    )
     made.add_argument("--prompt", action="append", required=True, help="\\n is a newline; may be given several times")
     made.add_argument("--chat", action="store_true", help="each prompt is a user's turn for the chat template")
     made.add_argument("--max-new-tokens", type=int, default=64)
@@ -177,6 +188,7 @@ def run_evaluate(options) -> None:
 
 def run_generate(options) -> None:
     from . import devices
+    from .adapters.bank import AdapterBank
     from .adapters.files import load_adapter
     from .backbone.load import load_backbone
     from .config import RuntimeSection
@@ -185,12 +197,21 @@ def run_generate(options) -> None:
 
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
     prompts = [prompt.replace("\\n", "\n") for prompt in options.prompt]
+    sources = adapter_sources(options.adapters)
+    tenants = tenants_of(options, sources)
     model = load_backbone(options.backbone, dtype=options.dtype)
+    if sources:
+        held = {name: load_adapter(source, model.config, model=model) for name, source in sources.items()}
+        adapters = AdapterBank.holding(held, model.config, dtype=str(model.dtype))
+        devices.say(str(adapters))
+    else:
+        adapters = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
     texts = generate(
         model,
         [[{"role": "user", "content": prompt}] for prompt in prompts] if options.chat else prompts,
         tokenizer=load_tokenizer(options.backbone),
-        adapters=load_adapter(options.adapter, model.config, model=model) if options.adapter else None,
+        adapters=adapters,
+        tenants=tenants,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -198,8 +219,43 @@ def run_generate(options) -> None:
         seed=options.seed,
         stop=[stop.replace("\\n", "\n") for stop in options.stop],
     )
-    for prompt, text in zip(prompts, texts, strict=True):
-        print(text if len(texts) == 1 else f"> {prompt}\n{text}\n")
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        by = f"[{tenants[i] or BASE}] " if tenants else ""
+        print(text if len(texts) == 1 else f"> {by}{prompt}\n{text}\n")
+
+
+def adapter_sources(given: list[str]) -> dict[str, str]:
+    """{name: folder or hub id} of --adapters NAME=DIR..."""
+    sources: dict[str, str] = {}
+    for text in given:
+        name, equals, source = text.partition("=")
+        if not equals or not name or not source or name in sources or name == BASE:
+            raise ValueError(
+                f"--adapters {text!r}: expected NAME=DIR, each name once and none of them {BASE!r}, the base model"
+            )
+        sources[name] = source
+    return sources
+
+
+def tenants_of(options, sources: dict[str, str]) -> list[str | None] | None:
+    """A tenant's name, or None for the base model, for each prompt."""
+    from .adapters.bank import unknown
+
+    names, prompts = options.tenant, len(options.prompt)
+    if not sources and not names:
+        return None
+    if options.adapter or not sources:
+        raise ValueError("--tenant chooses among --adapters NAME=DIR...; --adapter DIR serves every prompt alone")
+    if len(names) not in (1, prompts):
+        raise ValueError(
+            f"--tenant: given {len(names)} times; expected once, or once for each of the {prompts} prompts: "
+            f"{', '.join(sources)}, or {BASE} for no adapter"
+        )
+    wrong = [name for name in names if name != BASE and name not in sources]
+    if wrong:
+        raise ValueError(f"--tenant: {unknown(wrong[0], tuple(sources))}")
+    held = [None if name == BASE else name for name in names]
+    return held if len(held) == prompts else held * prompts
 
 
 def run_inspect(options) -> None:

@@ -19,21 +19,17 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
-from .adapters.ia3 import Ia3
-from .adapters.lora import Lora
-from .adapters.para import Para
+from .adapters.methods import METHODS
 from .adapters.rows import Rows, Stack, by_layer, check_fits, gather
 from .backbone.attention import causal_mask
 from .backbone.cache import attend_cached, attend_within, padded
 from .backbone.rotary import rotary_tables
 from .backbone.transformer import Transformer, segments
-from .config import SITES, Ia3Config, LoraConfig, ModelConfig, ParaConfig
+from .config import SITES, ModelConfig
 
 #: What the backward pass keeps of a layer: the outputs of its linears. Attention weights and everything elementwise are
 #: made anew, which costs less than storing them.
 LINEAR_OUTPUTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-
-METHODS: dict[type, type[Adapter]] = {ParaConfig: Para, LoraConfig: Lora, Ia3Config: Ia3}
 
 
 class DecodeState(NamedTuple):

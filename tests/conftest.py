@@ -67,11 +67,13 @@ def golden_tenants(family: str, activation: str = "gelu") -> list:
 
 
 def strong(adapter, seed: int = 0, scale: float = 0.1):
-    """The adapter with W_up drawn from N(0, scale): a fresh one would let every law hold without PARA."""
+    """The adapter with what a fresh one has at zero (at one in (IA)^3) drawn from N(0, scale) around it: with a fresh
+    one every law would hold without adapters."""
     made = jax.tree.map(lambda leaf: leaf, adapter)
+    weights = next(getattr(made, name) for name in ("up", "b", "scale") if hasattr(made, name))
     for i, site in enumerate(made.config.target_modules):
-        drawn = np.random.default_rng([seed, i]).normal(0, scale, made.up[site].shape)
-        made.up[site][...] = jnp.asarray(drawn, jnp.float32)
+        drawn = np.random.default_rng([seed, i]).normal(0, scale, weights[site].shape)
+        weights[site][...] = jnp.asarray(made.neutral + drawn, jnp.float32)
     return made
 
 

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import FIXTURES
+from conftest import FIXTURES, strong
 from safetensors.numpy import load_file, save_file
 from test_gguf import write_gguf
 from tiny_run import backbone_folder, write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 
 import para_jax.adapters.folder
-from para_jax import generate, load_adapter, load_backbone, load_tokenizer
+from para_jax import generate, load_adapter, load_backbone, load_model_config, load_tokenizer, save_adapter
 from para_jax.cli import main
 
 WEIGHTS = "adapter_model.safetensors"
@@ -142,6 +142,45 @@ def test_generate_of_one_prompt_prints_the_answer_alone_and_heeds_its_options(fo
     third = greedy[0].strip().split("w")[3]
     assert command(*generate_line(folder, "--stop", f"w{third}")) == 0
     assert capsys.readouterr().out == greedy[0][: greedy[0].index(f"w{third}")] + "\n"
+
+
+def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_path, capsys):
+    """Each as with its adapter alone; the base model's answer is that without one."""
+    adapters = {"ours": trained / "adapter", "loud": tmp_path / "loud"}
+    config = load_model_config(folder / "backbone")
+    save_adapter(strong(load_adapter(adapters["ours"], config), scale=0.5), adapters["loud"])
+    alone = {}
+    for name, options in {"base": [], **{name: ["--adapter", path] for name, path in adapters.items()}}.items():
+        assert command(*generate_line(folder, *options)) == 0
+        alone[name] = capsys.readouterr().out.strip()
+    assert alone["loud"] != alone["base"]
+    tenants = ["--adapters", *(f"{name}={path}" for name, path in adapters.items())]
+    for name, answer in alone.items():
+        assert command(*generate_line(folder, *tenants, "--tenant", name)) == 0
+        shown = capsys.readouterr()
+        assert shown.out.strip() == answer and "2 of 2 tenants (2 para)" in shown.err
+    each = [text for name in ("loud", "base", "ours") for text in ("--tenant", name)]
+    line = generate_line(folder, *tenants, *each, "--prompt", "w20 w30", "--prompt", "w20 w30")
+    assert command(*line) == 0
+    shown = capsys.readouterr().out
+    assert shown == "".join(f"> [{name}] w20 w30\n{alone[name]}\n\n" for name in ("loud", "base", "ours"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tenant", "a"], "--tenant chooses among --adapters NAME=DIR"),
+        (["--adapters", "acme=x"], "--tenant: given 0 times; expected once, .*: acme, or base for no adapter"),
+        (["--adapters", "acme=x", "--tenant", "acne"], "--tenant: no tenant 'acne'; the nearest are acme"),
+        (["--adapters", "acme=x", "--tenant", "acme", "--adapter", "x"], "--tenant chooses among"),
+        (["--adapters", "acme", "--tenant", "acme"], "--adapters 'acme': expected NAME=DIR"),
+        (["--adapters", "base=x", "--tenant", "base"], "--adapters 'base=x': .*'base', the base model"),
+        (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': expected NAME=DIR, each name once"),
+        (["--adapters", "acme=/nowhere", "--tenant", "acme"], "/nowhere"),
+    ],
+)
+def test_wrong_tenants_are_named(folder, capsys, options, said):
+    assert_says(mistake(capsys, *generate_line(folder, *options)), said)
 
 
 def test_inspect_shows_a_run_an_adapter_and_data(config, trained, capsys):

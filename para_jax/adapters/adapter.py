@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from flax import nnx
@@ -65,6 +65,9 @@ class Adapter(nnx.Module):
         return self
 
 
+Kind = TypeVar("Kind", bound=Adapter)
+
+
 class Adjustment:
     """What an adapter carries from prefill into decode, for one layer. All zeros change nothing: so do rows of the base
     model."""
@@ -82,7 +85,7 @@ class Adjustment:
 class Factors(Adjustment):
     """Elementwise factors l on sites' outputs, held as their distance from one: y + y * (l - 1)."""
 
-    distance: dict[str, jax.Array]
+    distance: dict[str, Any]
     """l - 1 of each site, [out]"""
 
     def adjust(
@@ -122,7 +125,7 @@ def named_leaves(adapter: Adapter) -> dict[str, Any]:
     return {".".join(key.name for key in path[:-1]): leaf for path, leaf in paths}
 
 
-def with_leaves(adapter: Adapter, leaves: dict[str, Any]) -> Adapter:
+def with_leaves(adapter: Kind, leaves: dict[str, Any]) -> Kind:
     """The adapter (it may be abstract) with these arrays, by name, in the place of its own."""
     return jax.tree.unflatten(jax.tree.structure(adapter), [leaves[name] for name in named_leaves(adapter)])
 

@@ -7,6 +7,7 @@ products a site and row at every token, which is what PARA avoids.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +57,9 @@ class Lora(Adapter):
 class LowRank(Adjustment):
     """A change of sites' outputs that is linear in their inputs: y + (x a) b."""
 
-    a: dict[str, jax.Array]
+    a: dict[str, Any]
     """[in, r] of each site"""
-    b: dict[str, jax.Array]
+    b: dict[str, Any]
     """[r, out] of each site"""
 
     def adjust(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def gather(adapters: Adapter, index: jax.Array) -> Adapter:
 def merged(adjustments: list[Adjustment]) -> Adjustment:
     """The adjustments of several stacks as one. A row has one that isn't zero, so factors, whoever made them, add up to
     one record: PARA, (IA)^3 and the base model share a decode program."""
-    distance: dict[str, jax.Array] = {}
+    distance: dict[str, Any] = {}
     for factors in (a for a in adjustments if isinstance(a, Factors)):
         for site, value in factors.distance.items():
             distance[site] = distance[site] + value if site in distance else value

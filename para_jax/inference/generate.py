@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ..adapters.adapter import Adapter
+from ..adapters.bank import AdapterBank
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
 from ..config import require
@@ -42,8 +43,8 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     tokenizer,
-    adapters: Adapter | Rows | None = None,
-    tenants: None = None,
+    adapters: Adapter | Rows | AdapterBank | None = None,
+    tenants: Sequence[str | None] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -55,8 +56,8 @@ def generate(
 
     Args:
         prompts: texts, or chat messages for the tokenizer's template.
-        adapters: None, one adapter for every prompt, or Rows: one a prompt.
-        tenants: kept for the names of an adapter bank's tenants; None.
+        adapters: None, one adapter for every prompt, Rows: one a prompt, or a bank.
+        tenants: with a bank, a tenant's name or None (the base model) for each prompt.
         temperature: 0 is greedy.
         top_k: draw from the k likeliest tokens only; 0: from all.
         top_p: draw from the likeliest tokens only that together have this probability.
@@ -65,12 +66,11 @@ def generate(
 
     Raises ValueError before anything is computed where an argument is wrong or a prompt too long for the model.
     """
-    if tenants is not None:
-        raise ValueError("tenants: names need an adapter bank; expected None, with adapters=pick(stack, indices)")
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(
             f"prompts: {type(prompts).__name__} is not possible; expected a list of texts or of message lists"
         )
+    adapters = of_tenants(adapters, tenants, len(prompts))
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(text, str) and text for text in stop):
         raise ValueError(f"stop: {stop!r} is not possible; expected texts that are not empty")
@@ -163,6 +163,17 @@ def row_sampling(batch: int, temperature: float, top_k: int, top_p: float, seed:
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
+
+
+def of_tenants(adapters, tenants: Sequence[str | None] | None, prompts: int) -> Adapter | Rows | None:
+    """The adapters, or the Rows of a bank's tenants, one a prompt."""
+    if not isinstance(adapters, AdapterBank):
+        given = "with adapters=AdapterBank(...); None without a bank"
+        require(tenants is None, "tenants", tenants, f"names {given}")
+        return adapters
+    named = not isinstance(tenants, str) and isinstance(tenants, Sequence) and len(tenants) == prompts
+    require(named, "tenants", tenants, f"a tenant's name or None (the base model) for each of {prompts} prompts")
+    return adapters.rows(tenants or ())
 
 
 def check(model, adapters, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed) -> None:

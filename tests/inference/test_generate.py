@@ -8,7 +8,7 @@ from conftest import backbone, golden, golden_tenants, strong
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from para_jax import ParaConfig, forward, generate, init_adapter, pick, stack_adapters
+from para_jax import AdapterBank, ParaConfig, forward, generate, init_adapter, pick, stack_adapters
 from para_jax.inference.generate import generate_tokens, next_token
 from para_jax.inference.sampling import row_keys, sample
 
@@ -198,7 +198,7 @@ def test_messages_go_through_the_chat_template(model, tokenizer):
         ({"prompts": []}, "prompts: .*at least one"),
         ({"prompts": "w7"}, "prompts: str is not possible; expected a list"),
         ({"prompts": ["w7", " "]}, "prompt is missing or empty"),
-        ({"tenants": ["a"]}, "tenants: names need an adapter bank"),
+        ({"tenants": ["a"]}, "tenants: .*names with adapters=AdapterBank"),
         ({"max_new_tokens": 0}, "max_new_tokens: 0 is not possible"),
         ({"max_new_tokens": 511}, r"prompt 1: 2 tokens and max_new_tokens 511 are more than the model's 512 positions"),
         ({"temperature": -1.0}, "temperature: -1.0"),
@@ -227,6 +227,34 @@ def test_rows_of_another_number_or_backbone_are_refused(model, tenants):
         write(model, None, [[5], []])
     with pytest.raises(ValueError, match="tokens: ids 0 to 256"):
         write(model, None, [[5, 256]])
+
+
+def test_a_bank_answers_each_prompt_as_its_tenant_alone_would(model, tokenizer, tenants):
+    bank = AdapterBank.holding({"a": tenants[0], "b": tenants[1]}, model.config)
+    texts, names = ["w7 w30"] * 4, ["b", None, "a", "b"]
+    together = generate(model, texts, tokenizer=tokenizer, adapters=bank, tenants=names, max_new_tokens=8)
+    for name, text in zip(names, together, strict=True):
+        adapter = {"a": tenants[0], "b": tenants[1], None: None}[name]
+        assert generate(model, texts[:1], tokenizer=tokenizer, adapters=adapter, max_new_tokens=8) == [text]
+    assert len(set(together)) == 3
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (None, "tenants: None .* for each of 2 prompts"),
+        (["a"], r"tenants: \['a'\] .* for each of 2 prompts"),
+        ("ab", "tenants: 'ab'"),
+        (["a", "aa"], "no tenant 'aa'; the nearest are a"),
+    ],
+)
+def test_wrong_tenants_of_a_bank_are_refused_before_anything_is_computed(
+    model, tokenizer, tenants, monkeypatch, names, message
+):
+    monkeypatch.setattr("para_jax.model._prefill", lambda *args: pytest.fail("something was computed"))
+    bank = AdapterBank.holding({"a": tenants[0]}, model.config)
+    with pytest.raises(ValueError, match=message):
+        generate(model, ["w7", "w8"], tokenizer=tokenizer, adapters=bank, tenants=names)
 
 
 def test_the_step_compiles_once_for_prompts_of_similar_length(model):

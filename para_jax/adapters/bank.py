@@ -1,0 +1,288 @@
+"""AdapterBank: the named store of all tenants' adapters. It lives in host memory; at prefill the adapters of a batch's
+rows go to the device, and nothing else.
+
+Adapters that differ in rank and sites only are padded to one shape, a group. Rows hold a stack for every group with as
+many places as the batch has rows, whoever is in it, so that the compiled programs depend on the batch's size and the
+groups alone: tenants come, go and mix without a new one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..config import ADAPTER_CONFIGS, SITES, LoraConfig, ModelConfig, adapter_method, one_of, require
+from ..sharding import place
+from .adapter import Adapter, AdapterParam, init, is_variable, named_leaves, with_leaves
+from .files import load_adapter, require_finite
+from .methods import METHODS
+from .rows import Rows, Stack, check_fits
+
+
+class Entry(NamedTuple):
+    """A tenant of the bank."""
+
+    method: str
+    """para | ia3 | lora"""
+    config: Any
+    """the adapter's own config"""
+    version: int
+    """a number that no other adapter of this bank ever had"""
+    content: str
+    """sha256 of the config and the weights: equal for equal adapters only"""
+    group: Any
+    """the config to which it is padded"""
+    weights: dict[str, np.ndarray]
+    """by name, [layers, ...], padded; never changed"""
+
+
+class AdapterBank:
+    """Adapters by name. All methods may be called from several threads; Rows that were handed out keep their adapters
+    whatever happens to the names."""
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        *,
+        capacity: int = 1024,
+        max_r: int = 16,
+        methods: tuple[str, ...] = ("para", "ia3"),
+        sites: tuple[str, ...] = ("q_proj", "v_proj", "up_proj"),
+        dtype: str = "float32",
+    ):
+        """An empty bank.
+
+        Args:
+            capacity: the most tenants.
+            max_r: the largest rank; smaller ones are padded to it with zeros.
+            methods: which methods may join. With lora, every row carries matrices of rank max_r into decode and pays
+                two small matrix products a site and token, whatever its own method.
+            sites: whose outputs an adapter may change. An (IA)^3 factor on down_proj's input counts as up_proj.
+            dtype: of the matrices, here and on the device: float32 or bfloat16. Vectors stay float32, for those of
+                (IA)^3 lie close to one.
+        """
+        for name, value in (("capacity", capacity), ("max_r", max_r)):
+            require(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
+        known = bool(methods) and set(methods) <= set(ADAPTER_CONFIGS)
+        require(known, "methods", methods, "some of " + ", ".join(ADAPTER_CONFIGS))
+        require(bool(sites) and set(sites) <= set(SITES), "sites", sites, "a non-empty part of " + ", ".join(SITES))
+        require(dtype in ("float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16")
+        self.model_config, self.capacity, self.max_r, self.dtype = model_config, capacity, max_r, dtype
+        self.methods = tuple(method for method in ADAPTER_CONFIGS if method in methods)
+        self.sites = tuple(site for site in SITES if site in sites)
+        self._entries: dict[str, Entry] = {}
+        self._seen: set[Any] = set()
+        self._templates: dict[Any, Adapter] = {}
+        self._versions = 0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def holding(cls, adapters: dict[str, Adapter], model_config: ModelConfig, *, dtype: str = "float32") -> AdapterBank:
+        """A bank of these adapters, made for their methods, sites and largest rank and no more."""
+        require(bool(adapters), "bank: adapters", adapters, "at least one")
+        normal = [adapter.normal(model_config).config for adapter in adapters.values()]
+        bank = cls(
+            model_config,
+            capacity=len(adapters),
+            max_r=max(getattr(config, "r", 1) for config in normal),
+            methods=tuple({adapter_method(config) for config in normal}),
+            sites=tuple({site for config in normal for site in config.target_modules}),
+            dtype=dtype,
+        )
+        for name, adapter in adapters.items():
+            bank.add(name, adapter)
+        return bank
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of all weights, in bytes."""
+        return sum(weights.nbytes for entry in list(self._entries.values()) for weights in entry.weights.values())
+
+    def entry(self, name: str) -> Entry:
+        """What the bank holds under a name. Raises ValueError, with the nearest names, for an unknown one."""
+        try:
+            return self._entries[name]
+        except (KeyError, TypeError):
+            raise ValueError(unknown(name, self.names)) from None
+
+    def add(self, name: str, adapter: Adapter | str | Path) -> None:
+        """Takes in an adapter, or that of a folder or hub id, under a new name.
+
+        Raises ValueError, and keeps what it holds, for a name that is taken, a full bank, and an adapter of another
+        backbone, method, site or rank than the bank was made for.
+        """
+        require(isinstance(name, str) and bool(name), "bank: name", name, "a text that is not empty")
+        self._check_room(name)
+        entry = self._made(name, adapter)
+        with self._lock:
+            self._check_room(name)
+            self._put(name, entry)
+
+    def replace(self, name: str, adapter: Adapter | str | Path) -> None:
+        """Puts another adapter under a name that is held; errors as in add."""
+        self.entry(name)
+        entry = self._made(name, adapter)
+        with self._lock:
+            self.entry(name)
+            self._put(name, entry)
+
+    def remove(self, name: str) -> None:
+        """Forgets a tenant. Raises ValueError for an unknown name."""
+        with self._lock:
+            self.entry(name)
+            del self._entries[name]
+
+    def rows(self, names: Iterable[str | None]) -> Rows:
+        """One tenant a batch row, by name; None is the base model.
+
+        Raises ValueError, before anything is copied, for an unknown name, with the nearest known ones.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        require(bool(names), "bank.rows: names", names, "a tenant's name or None for each row")
+        with self._lock:
+            entries = [None if name is None else self.entry(name) for name in names]
+            groups = self._groups()
+        index = np.full((len(groups), len(names)), -1, np.int32)
+        stacks = []
+        for of_rows, group in zip(index, groups, strict=True):
+            members = [entry for entry in entries if entry is not None and entry.group == group]
+            distinct = list({entry.version: entry for entry in members}.values())
+            place_of = {entry.version: i for i, entry in enumerate(distinct)}
+            of_rows[:] = [-1 if entry is None else place_of.get(entry.version, -1) for entry in entries]
+            stacks.append(Stack(stacked(self._template(group), distinct, len(names))))
+        mesh = jax.sharding.get_mesh()
+        if not mesh.empty:
+            stacks = place(stacks, mesh, self.model_config)
+        return Rows(tuple(stacks), jnp.asarray(index))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __str__(self) -> str:
+        held = Counter(entry.method for entry in self._entries.values())
+        counted = ", ".join(f"{count} {method}" for method, count in held.items()) or "none yet"
+        text = f"{len(self)} of {self.capacity} tenants ({counted}), {self.nbytes / 1e6:.1f} MB of host memory"
+        if "lora" in self.methods:
+            text += f"; every row decodes with LoRA matrices of rank {self.max_r} on {', '.join(self.sites)}"
+        return text
+
+    # ---------------------------------------------------------------------------------------------------- within
+
+    def _check_room(self, name: str) -> None:
+        if name in self._entries:
+            raise ValueError(f"bank: {name!r} is held already; replace it, or choose another name")
+        if len(self._entries) >= self.capacity:
+            raise ValueError(
+                f"bank: full with {self.capacity} tenants, {name!r} was not added; remove one, or make the bank "
+                "with a larger capacity"
+            )
+
+    def _put(self, name: str, entry: Entry) -> None:
+        self._versions += 1
+        self._seen.add(entry.group)
+        self._entries[name] = entry._replace(version=self._versions)
+
+    def _made(self, name: str, adapter: Adapter | str | Path) -> Entry:
+        """The entry of an adapter, padded; its version comes later."""
+        if not isinstance(adapter, Adapter):
+            adapter = load_adapter(adapter, self.model_config)
+        check_fits(adapter, self.model_config)
+        config, method = adapter.config, adapter_method(adapter.config)
+        require(
+            method in self.methods, f"bank: {name}: method", method, one_of(self.methods) + " (AdapterBank methods)"
+        )
+        normal = adapter.normal(self.model_config)
+        other = [site for site in normal.config.target_modules if site not in self.sites]
+        require(not other, f"bank: {name}: sites", other, "some of " + ", ".join(self.sites) + " (AdapterBank sites)")
+        r = getattr(config, "r", 1)
+        require(r <= self.max_r, f"bank: {name}: r", r, f"at most {self.max_r} (AdapterBank max_r)")
+        leaves = host_leaves(normal)
+        require_finite(f"bank: {name}", leaves)
+        group = self._group(normal.config)
+        template = named_leaves(self._template(group))
+        weights = {key: padded(leaves.get(key), shape, adapter.neutral) for key, shape in template.items()}
+        return Entry(method, config, 0, content_hash(adapter), group, weights)
+
+    def _group(self, config) -> Any:
+        """The config of all adapters that stack with one of this normal config."""
+        rank = {"r": self.max_r} if hasattr(config, "r") else {}
+        scale = {"lora_alpha": float(self.max_r)} if isinstance(config, LoraConfig) else {}
+        return replace(config, target_modules=self.sites, **rank, **scale)
+
+    def _template(self, group) -> Adapter:
+        """An abstract adapter of a group, its matrices in the bank's dtype."""
+
+        def in_dtype(variable):
+            matrix = isinstance(variable, AdapterParam) and len(variable.shape) == 3  # [layers, in, out]
+            return variable.replace(jax.ShapeDtypeStruct(variable.shape, self.dtype)) if matrix else variable
+
+        if group not in self._templates:
+            adapter = jax.eval_shape(lambda: init(METHODS[type(group)], group, self.model_config, 0))
+            self._templates[group] = jax.tree.map(in_dtype, adapter, is_leaf=is_variable)
+        return self._templates[group]
+
+    def _groups(self) -> list[Any]:
+        """The groups that Rows hold, always in this order: those seen so far, and at least one a method."""
+        groups = set(self._seen)
+        for method in self.methods:
+            if all(adapter_method(group) != method for group in groups):
+                inputs = {"feedforward_modules": ()} if method == "ia3" else {}
+                groups.add(self._group(ADAPTER_CONFIGS[method](**inputs)))
+        return sorted(groups, key=repr)
+
+
+def unknown(name: object, known: tuple[str, ...]) -> str:
+    """The error for a tenant that the bank does not hold."""
+    nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f"the nearest are {', '.join(nearest)}" if nearest else f"it holds {', '.join(known[:3]) or 'none'}"
+    return f"no tenant {name!r}; {hint}{' ...' if not nearest and len(known) > 3 else ''}"
+
+
+def padded(leaf: np.ndarray | None, shape: jax.ShapeDtypeStruct, neutral: float) -> np.ndarray:
+    """The array with a larger shape, filled up with zeros; with `neutral` where there is none."""
+    if leaf is None:
+        return np.full(shape.shape, neutral, shape.dtype)
+    out = np.zeros(shape.shape, shape.dtype)
+    out[tuple(map(slice, leaf.shape))] = leaf
+    return out
+
+
+def stacked(template: Adapter, entries: list[Entry], places: int) -> Adapter:
+    """The entries' weights, [places, layers, ...] each, in the first places; zeros in the others."""
+
+    def stack(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        out = np.zeros((places, *shape.shape), shape.dtype)
+        for held, entry in zip(out, entries, strict=False):
+            held[...] = entry.weights[name]
+        return jnp.asarray(out)
+
+    return with_leaves(template, {name: stack(name, shape) for name, shape in named_leaves(template).items()})
+
+
+def content_hash(adapter: Adapter) -> str:
+    digest = hashlib.sha256(repr((adapter.config, adapter.backbone)).encode())
+    for name, leaf in sorted(host_leaves(adapter).items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+    return digest.hexdigest()
+
+
+def host_leaves(adapter: Adapter) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf, np.float32) for name, leaf in named_leaves(adapter).items()}

@@ -1,0 +1,316 @@
+"""The bank: tenants by name, of any method, rank and sites, in one batch; what it refuses, and what never disturbs."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FIXTURES, backbone, prompts, strong
+
+from para_jax import (
+    AdapterBank,
+    Ia3Config,
+    LoraConfig,
+    ParaConfig,
+    decode,
+    forward,
+    init_adapter,
+    multi_tenant_forward,
+    prefill,
+    save_adapter,
+    vectors,
+)
+from para_jax.config import SITES
+
+NAMES = ["para", "ia3", None, "wide", "input", "standardised"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return backbone("llama")
+
+
+@pytest.fixture(scope="module")
+def tenants(model):
+    """Strong adapters of every method, of different ranks and sites."""
+    configs = {
+        "para": ParaConfig(r=4),
+        "wide": ParaConfig(r=8, target_modules=("q_proj", "up_proj")),
+        "standardised": ParaConfig(r=3, summary="standardised", activation="rational"),
+        "ia3": Ia3Config(target_modules=("q_proj", "v_proj")),
+        "input": Ia3Config(target_modules=("v_proj", "up_proj", "down_proj")),
+        "lora": LoraConfig(r=4, lora_alpha=16),
+        "rslora": LoraConfig(r=8, use_rslora=True, target_modules=SITES),
+    }
+    made = {
+        name: strong(init_adapter(config, model.config, seed=i), i) for i, (name, config) in enumerate(configs.items())
+    }
+    made["standardised"].mean[...] = jnp.full_like(made["standardised"].mean[...], 0.1)
+    made["standardised"].scale[...] = jnp.full_like(made["standardised"].scale[...], 2.0)
+    return made
+
+
+def filled(model, tenants, names, **options):
+    bank = AdapterBank(model.config, max_r=8, **options)
+    for name in names:
+        bank.add(name, tenants[name])
+    return bank
+
+
+@pytest.fixture(scope="module")
+def bank(model, tenants):
+    return filled(model, tenants, [name for name in NAMES if name])
+
+
+@pytest.fixture(scope="module")
+def lora_bank(model, tenants):
+    return filled(model, tenants, tenants, methods=("para", "ia3", "lora"), sites=SITES)
+
+
+def test_a_mixed_batch_of_all_methods_equals_each_tenant_alone(model, tenants, bank, lora_bank):
+    for held, names in ((bank, NAMES), (lora_bank, [*NAMES, "lora", "rslora"])):
+        tokens = prompts(model, len(names))
+        mixed = forward(model, held.rows(names), tokens, 8)
+        base = forward(model, None, tokens, 8)
+        np.testing.assert_array_equal(mixed[2], base[2])
+        for i, name in enumerate(names):
+            alone = forward(model, tenants.get(name), tokens[i : i + 1], 8)
+            np.testing.assert_allclose(mixed[i], alone[0], atol=1e-4)
+            assert name is None or abs(mixed[i] - base[i]).max() > 0.3, name
+
+
+def test_the_batched_pass_equals_the_vmapped_reference(model, lora_bank):
+    names = ["lora", "para", None, "input", "rslora"]
+    tokens, rows = prompts(model, len(names)), lora_bank.rows(names)
+    np.testing.assert_allclose(forward(model, rows, tokens, 8), multi_tenant_forward(model, rows, tokens, 8), atol=1e-4)
+
+
+def test_decode_equals_the_teacher_forced_pass(model, lora_bank):
+    names = ["lora", "para", None, "input", "rslora", "standardised"]
+    tokens, rows = prompts(model, len(names)), lora_bank.rows(names)
+    expected = forward(model, rows, tokens, 8)
+    logits, state = prefill(model, rows, tokens[:, :8], 8, max_length=12)
+    for position in range(8, 12):
+        np.testing.assert_allclose(logits, expected[:, position - 1], atol=1e-4)
+        logits, state = decode(model, state, tokens[:, position])
+
+
+def test_para_ia3_and_base_rows_share_one_decode_program(model, bank):
+    states = []
+    for names in (["para", "wide"], ["ia3", None], [None, None], ["standardised", "input"]):
+        states.append(
+            jax.eval_shape(lambda rows: prefill(model, rows, prompts(model, 2), 8, max_length=16)[1], bank.rows(names))
+        )
+    assert all(jax.tree.structure(state) == jax.tree.structure(states[0]) for state in states)
+    assert all(jax.tree.leaves(state) == jax.tree.leaves(states[0]) for state in states)
+    lora = AdapterBank(model.config, methods=("lora",), max_r=4).rows([None, None])
+    other = jax.eval_shape(lambda rows: prefill(model, rows, prompts(model, 2), 8, max_length=16)[1], lora)
+    assert jax.tree.structure(other) != jax.tree.structure(states[0])
+
+
+def test_vectors_of_a_bank_are_those_of_each_tenant(model, tenants, bank):
+    tokens = prompts(model, 2)
+    found = vectors(model, bank.rows(["wide", "ia3"]), tokens, 8)
+    assert set(found) == {"q_proj", "v_proj", "up_proj"}
+    alone = vectors(model, tenants["wide"], tokens[:1], 8)
+    np.testing.assert_allclose(found["q_proj"][:, :1], alone["q_proj"], atol=1e-5)
+    np.testing.assert_array_equal(found["v_proj"][:, 0], 1)
+    np.testing.assert_allclose(found["q_proj"][:, 1], tenants["ia3"].scale["q_proj"][...], atol=1e-6)
+
+
+def test_no_compilation_while_tenants_come_go_and_mix(model, tenants, bank):
+    """Counted by JAX's own events; the count rises on a batch of another size."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    bank = filled(model, tenants, ["para", "ia3"], capacity=1000)
+    tokens = prompts(model, 4)
+
+    def serve(names):
+        _, state = prefill(model, bank.rows(names), tokens, 8, max_length=16)
+        return jax.block_until_ready(decode(model, state, tokens[:, 0]))
+
+    serve(["para", None, "ia3", "para"])
+    before = len(compiled)
+    rng = np.random.default_rng(0)
+    held = [init_adapter(ParaConfig(r=r), model.config, seed=r) for r in (1, 4, 8)]
+    held += [init_adapter(Ia3Config(target_modules=("v_proj",)), model.config)]
+    start = len(compiled)  # making the adapters compiles, serving them does not
+    for i in range(998):
+        bank.add(f"t{i}", held[i % 4])
+    for i in range(30):
+        bank.replace(f"t{rng.integers(500)}", held[rng.integers(4)])
+        bank.remove(f"t{998 - 1 - i}")
+        serve([None if rng.random() < 0.2 else bank.names[rng.integers(len(bank))] for _ in range(4)])
+    assert before > 0 and len(compiled) == start
+    prefill(model, bank.rows(["para"] * 3), tokens[:3], 8, max_length=16)
+    assert len(compiled) > start
+
+
+def test_a_tenant_replaced_or_removed_while_its_rows_decode_does_not_disturb_them(model, tenants):
+    tokens = prompts(model, 2)
+
+    def decoded(disturb):
+        bank = filled(model, tenants, ["para", "wide"])
+        rows = bank.rows(["para", "wide"])
+        if disturb:
+            bank.replace("para", tenants["ia3"])
+        logits, state = prefill(model, rows, tokens[:, :8], 8, max_length=12)
+        if disturb:
+            bank.remove("wide")
+        steps = [logits]
+        for position in range(8, 11):
+            logits, state = decode(model, state, tokens[:, position])
+            steps.append(logits)
+            if disturb and position == 9:
+                bank.add("wide", tenants["input"])
+        return np.stack(steps), bank
+
+    (calm, _), (disturbed, bank) = decoded(False), decoded(True)
+    np.testing.assert_array_equal(calm, disturbed)
+    after = forward(model, bank.rows(["para", "wide"]), tokens, 8)
+    assert abs(after[:, 7] - calm[0]).max() > 0.1
+
+
+def test_an_entry_keeps_method_config_version_and_content(model, tenants):
+    bank = filled(model, tenants, ["para", "ia3"])
+    first = bank.entry("para")
+    assert (first.method, first.config) == ("para", tenants["para"].config)
+    bank.replace("para", tenants["wide"])
+    second = bank.entry("para")
+    assert second.version > first.version and second.content != first.content
+    bank.remove("para")
+    bank.add("para", tenants["para"])
+    again = bank.entry("para")
+    assert again.content == first.content and again.version > second.version
+    bigger = AdapterBank(model.config, max_r=16)
+    bigger.add("x", tenants["para"])
+    assert bigger.entry("x").content == first.content
+    assert bank.names == ("ia3", "para") and "ia3" in bank and "wide" not in bank and len(bank) == 2
+    assert str(bank) == f"2 of 1024 tenants (1 ia3, 1 para), {bank.nbytes / 1e6:.1f} MB of host memory"
+
+
+def test_an_adapter_comes_from_a_folder(model, tenants, tmp_path):
+    save_adapter(tenants["para"], tmp_path / "a")
+    bank = AdapterBank(model.config, methods=("para", "ia3", "lora"), sites=SITES)
+    bank.add("ours", tmp_path / "a")
+    bank.add("theirs", FIXTURES / "peft" / "lora_all")
+    bank.add("scaled", FIXTURES / "peft" / "ia3")
+    assert [bank.entry(name).method for name in bank.names] == ["para", "lora", "ia3"]
+    assert "every row decodes with LoRA matrices of rank 16 on q_proj" in str(bank)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "message"),
+    [
+        ("para", "ia3", "'para' is held already"),
+        ("", "ia3", "name"),
+        ("x", "wrong site", r"x: sites: \['gate_proj'\].*q_proj, v_proj, up_proj"),
+        ("x", "too wide", "x: r: 9.*at most 8"),
+        ("x", "lora", "x: method: 'lora'.*para, ia3"),
+        ("x", "other backbone", "another backbone"),
+        ("x", "not finite", "bank: x: tensors with NaN.*up.v_proj"),
+        ("x", "/nowhere", "nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(model, tenants, name, adapter, message):
+    bank = filled(model, tenants, ["para"])
+    held = bank.entry("para")
+    if adapter == "wrong site":
+        adapter = init_adapter(ParaConfig(target_modules=("q_proj", "gate_proj")), model.config)
+    elif adapter == "too wide":
+        adapter = init_adapter(ParaConfig(r=9), model.config)
+    elif adapter == "other backbone":
+        adapter = init_adapter(ParaConfig(r=2), backbone("gemma").config)
+    elif adapter == "not finite":
+        adapter = strong(tenants["para"])
+        adapter.up["v_proj"][...] = adapter.up["v_proj"][...].at[0, 0, 0].set(jnp.nan)
+    elif adapter in tenants:
+        adapter = tenants[adapter]
+    with pytest.raises(ValueError, match=message):
+        bank.add(name, adapter)
+    assert bank.names == ("para",) and bank.entry("para") is held
+
+
+def test_unknown_names_are_refused_with_the_nearest_known_ones(model, tenants):
+    bank = filled(model, tenants, ["para", "wide", "ia3", "input"])
+    for call in (bank.rows, lambda names: bank.remove(names[0]), lambda names: bank.replace(names[0], tenants["ia3"])):
+        with pytest.raises(ValueError, match="no tenant 'wider'; the nearest are wide"):
+            call(["wider"])
+    with pytest.raises(ValueError, match="no tenant 'zzz'; it holds para, wide, ia3 ..."):
+        bank.rows(["para", "zzz"])
+    with pytest.raises(ValueError, match="names"):
+        bank.rows([])
+
+
+def test_a_full_bank_says_so_and_keeps_what_it_holds(model, tenants):
+    bank = filled(model, tenants, ["para", "ia3"], capacity=2)
+    with pytest.raises(ValueError, match="full with 2 tenants, 'wide' was not added; remove one"):
+        bank.add("wide", tenants["wide"])
+    bank.replace("ia3", tenants["wide"])
+    assert bank.names == ("para", "ia3") and bank.entry("ia3").method == "para"
+    bank.remove("para")
+    bank.add("input", tenants["input"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("capacity", 0),
+        ("max_r", 0),
+        ("methods", ("dora",)),
+        ("methods", ()),
+        ("sites", ("lm_head",)),
+        ("dtype", "int8"),
+    ],
+)
+def test_a_bank_of_impossible_options_is_refused(model, option, value):
+    with pytest.raises(ValueError, match=option):
+        AdapterBank(model.config, **{option: value})
+
+
+def test_a_bfloat16_bank_holds_half_the_bytes_and_says_nearly_the_same(model, tenants, bank):
+    half = filled(model, tenants, [name for name in NAMES if name], dtype="bfloat16")
+    tokens = prompts(model, len(NAMES))
+    exact, rounded = (forward(model, b.rows(NAMES), tokens, 8) for b in (bank, half))
+    assert half.nbytes < 0.6 * bank.nbytes
+    assert 0 < abs(exact - rounded).max() < 0.1
+    np.testing.assert_array_equal(exact[1], rounded[1])  # (IA)^3's vectors lie close to one: they stay float32
+    dtypes = {leaf.ndim: leaf.dtype for leaf in jax.tree.leaves(half.rows(["para"]).stacks)}  # [places, layers, ...]
+    assert dtypes[4] == jnp.bfloat16 and dtypes[3] == jnp.float32
+
+
+def test_rows_hold_the_adapters_of_the_batch_alone(model, tenants):
+    bank = filled(model, tenants, ["para", "wide", "ia3"])
+    few = jax.tree.leaves(bank.rows(["para", "para"]))
+    for i in range(50):
+        bank.add(f"more {i}", tenants["para"])
+    many = jax.tree.leaves(bank.rows(["para", "more 7"]))
+    assert [leaf.shape for leaf in few] == [leaf.shape for leaf in many]
+    assert all(leaf.shape[0] == 2 for leaf in many)
+
+
+def test_threads_that_add_remove_and_ask_meet_whole_tenants(model, tenants):
+    bank = filled(model, tenants, ["para", "wide"])
+    errors, content = [], {bank.entry(name).content for name in ("para", "wide")}
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        try:
+            for i in range(30):
+                bank.add(f"{seed}-{i}", tenants["para"])
+                bank.replace("wide", tenants[("para", "wide")[rng.integers(2)]])
+                rows = bank.rows(["wide", "para"])
+                assert rows.batch == 2 and bank.entry("wide").content in content
+                bank.remove(f"{seed}-{i}")
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and bank.names == ("para", "wide")
