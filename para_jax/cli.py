@@ -124,6 +124,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("name")
     made.add_argument("--backbone", default="smollm2-135m")
     made.add_argument("--output", type=Path, help="write the measurement to this JSON file")
+    made.add_argument("--rows", help="decode: batch sizes, such as 1,8,32")
+    made.add_argument("--context", type=int, help="decode: tokens that each row holds")
+    made.add_argument("--rounds", type=int, help="decode: how often each side is measured")
+    made.add_argument("--random", action="store_true", help="decode: random weights of the backbone's shape")
     return top
 
 
@@ -277,8 +281,16 @@ def run_convert(options) -> None:
 
 def run_bench(options) -> None:
     from .bench import run
+    from .config import require
 
-    run(options.name, options.backbone, options.output)
+    given = {name: getattr(options, name) for name in ("context", "rounds") if getattr(options, name) is not None}
+    given |= {"random": True} if options.random else {}
+    if options.rows:
+        sizes = options.rows.split(",")
+        require(all(size.isdecimal() and int(size) for size in sizes), "--rows", options.rows, "sizes such as 1,8,32")
+        given["rows"] = tuple(map(int, sizes))
+    require(all(given.get(name, 1) >= 1 for name in ("context", "rounds")), "bench", given, "numbers of at least 1")
+    run(options.name, options.backbone, options.output, **given)
 
 
 def write_results(options, config, scores: dict, seconds: float) -> None:

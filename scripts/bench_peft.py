@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from para_jax import ParaConfig, init_adapter, load_backbone, load_tokenizer
-from para_jax.bench import interleaved, random_tokens, summary
+from para_jax.bench.rounds import interleaved, random_tokens, summary
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
 from para_jax.devices import describe_devices, versions

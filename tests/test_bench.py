@@ -1,60 +1,113 @@
 import json
 
+import jax
+import numpy as np
 import pytest
-from conftest import FIXTURES
+from conftest import FIXTURES, backbone, prompts
 
-from para_jax import bench
+from para_jax import bench, forward
+from para_jax.bench import decode as bench_decode
+from para_jax.bench import load as bench_load
+from para_jax.bench import train as bench_train
+from para_jax.bench.rounds import interleaved, paired, summary
 from para_jax.inference.generate import next_token
+from para_jax.plots import decode_plot
 
 BACKBONE = str(FIXTURES / "smollm2")
-DECODE = dict(batches=(2,), prompt=4, tokens=3, rounds=2)
+DECODE = dict(rows=(2,), context=4, rounds=3, bank=5)
 TRAIN = dict(rows=2, prompt=4, completion=3, rounds=2)
 
 
 def test_sides_are_measured_in_turn_and_the_first_run_does_not_count():
     calls = []
     sides = {name: lambda name=name: calls.append(name) or float(len(calls)) for name in "ab"}
-    rounds = bench.interleaved(sides, 3)
+    rounds = interleaved(sides, 3)
     assert calls == list("abababab")
     assert rounds == [{"a": 3, "b": 4}, {"a": 5, "b": 6}, {"a": 7, "b": 8}]
-    assert bench.summary("s", rounds)["medians"] == {"a": 5, "b": 6}
+    assert summary("s", rounds)["medians"] == {"a": 5, "b": 6}
 
 
 def test_loading_is_measured_in_a_process_of_its_own_against_a_limit(monkeypatch):
-    measured = bench.bench_load(BACKBONE, rounds=1)
+    measured = bench.BENCHMARKS["load"](BACKBONE, rounds=1)
     assert measured["within_limit"] and measured["limit_above_weights"] == 300
     assert 0 < measured["medians"]["weights"] < measured["medians"]["peak"] < 300
-    monkeypatch.setattr(bench, "LOAD_LIMIT", 0)
-    assert not bench.bench_load(BACKBONE, rounds=1)["within_limit"]
+    monkeypatch.setattr(bench_load, "LOAD_LIMIT", 0)
+    assert not bench.BENCHMARKS["load"](BACKBONE, rounds=1)["within_limit"]
 
 
 def test_a_backbone_that_can_not_be_loaded_gives_the_error_of_the_load_in_a_line(tmp_path):
     (tmp_path / "config.json").write_bytes((FIXTURES / "smollm2" / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((FIXTURES / "smollm2" / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match="^bench load: .*safetensors") as error:
-        bench.bench_load(str(tmp_path))
+        bench.BENCHMARKS["load"](str(tmp_path))
     assert "\n" not in str(error.value) and "ValueError" not in str(error.value)
 
 
-def test_decoding_is_measured_for_base_one_adapter_and_mixed_tenants_which_share_a_program():
-    compiled = next_token._cache_size()
-    measured = bench.bench_decode(BACKBONE, **DECODE)
-    assert next_token._cache_size() - compiled == 2, "one for the base and one for all adapters"
-    median = measured["medians"]
-    assert list(median) == ["base, rows 2", "para, rows 2", "mixed, rows 2"]
-    assert all(value > 0 for value in median.values()) and len(measured["rounds"]) == 2
-    of_rounds = [of_round["mixed, rows 2"] / of_round["base, rows 2"] for of_round in measured["rounds"]]
-    assert measured["ratios"]["mixed / base, rows 2"] == sum(of_rounds) / 2
+@pytest.fixture(scope="module")
+def decoded():
+    """A record of bench decode, with one rank of LoRA, and how many steps it compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        few = {name: bench_decode.METHODS[name] for name in ("PARA", "(IA)^3", "LoRA r=4")}
+        patch.setattr(bench_decode, "METHODS", few)
+        before = next_token._cache_size()
+        return bench.BENCHMARKS["decode"](BACKBONE, **DECODE), next_token._cache_size() - before
+
+
+def test_decoding_is_measured_for_every_method_with_one_tenant_and_with_many(decoded):
+    measured, compiled = decoded
+    sides = {(side["method"], side["tenants"]) for side in measured["sides"].values()}
+    methods = {(method, n) for method in ("PARA", "(IA)^3", "LoRA r=4") for n in (1, 2)}
+    assert sides == methods | {("base", 0)} and len(measured["medians"]) == 8
+    assert compiled == 4, "one step for base, one for all factors, two for LoRA: with and without a gather"
+    assert all(value > 0 for kind in ("medians", "cpu_medians", "share_of_read") for value in measured[kind].values())
+    assert len(measured["rounds"]) == 3
+    name = "PARA, 2 rows, 2 tenants"
+    assert measured["ratios"][f"{name} / base"] == paired(measured["rounds"], name, "base, 2 rows")
+
+
+def test_the_byte_ratio_is_that_of_weights_cache_and_adjustments(decoded):
+    measured, _ = decoded
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(backbone("smollm2")))
+    config = backbone("smollm2").config
+    cache = 2 * 4 * config.num_layers * 2 * config.kv_width * 4  # rows, bytes, layers, keys and values, tokens
+    factors = 2 * 4 * config.num_layers * sum(config.site_width(s) for s in ("q_proj", "v_proj", "up_proj"))
+    assert measured["gigabytes"]["base, 2 rows"] * 1e9 == pytest.approx(weights + cache)
+    expected = 1 + factors / (weights + cache)
+    assert measured["byte_ratios"]["PARA, 2 rows, 2 tenants / base"] == pytest.approx(expected)
+
+
+def test_outputs_are_checked_before_they_are_timed(monkeypatch):
+    model = backbone("smollm2")
+    bank = bench_decode.bank_of(model, bench_decode.METHODS["PARA"], 2)
+    base = bench_decode.Step(model, bench_decode.Side("base", 2, 0, None), 4)
+    para = bench_decode.Step(model, bench_decode.Side("PARA", 2, 2, bank.rows(bank.names)), 4)
+    para.check(base)
+    base.check(base)
+    idle = bench_decode.Step(model, bench_decode.Side("PARA", 2, 2, bank.rows([None, None])), 4)
+    with pytest.raises(AssertionError, match="PARA, 2 rows, 2 tenants: differs by 0.0 from base"):
+        idle.check(base)
+
+
+def test_a_picture_of_the_record_is_drawn(decoded, tmp_path):
+    decode_plot(decoded[0] | {"device": "a CPU"}, tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_random_weights_have_the_shape_that_is_named():
+    model = bench_decode.random_backbone(BACKBONE)
+    assert model.config == backbone("smollm2").config
+    logits = forward(model, None, prompts(model, 1), 4)
+    assert np.isfinite(logits).all() and logits.std() > 0.1
 
 
 def test_the_training_step_is_measured_with_and_without_remat():
-    measured = bench.bench_train(BACKBONE, **TRAIN)
+    measured = bench.BENCHMARKS["train"](BACKBONE, **TRAIN)
     assert list(measured["medians"]) == ["remat none", "remat block"]
     assert all(value > 0 for value in measured["medians"].values()) and len(measured["rounds"]) == 2
 
 
 def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(bench.BENCHMARKS, "train", lambda backbone: bench.bench_train(backbone, **TRAIN))
+    monkeypatch.setitem(bench.BENCHMARKS, "train", lambda backbone: bench_train.bench_train(backbone, **TRAIN))
     record = bench.run("train", BACKBONE, tmp_path / "results" / "train.json")
     assert json.loads((tmp_path / "results" / "train.json").read_text()) == record
     assert record["command"] == f"para-jax bench train --backbone {BACKBONE}"
@@ -67,3 +120,8 @@ def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, 
 def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones():
     with pytest.raises(ValueError, match="bench: 'speed' is not possible; expected one of load, decode, train"):
         bench.run("speed", BACKBONE)
+
+
+def test_options_of_decode_are_not_for_others(tmp_path):
+    with pytest.raises(ValueError, match="bench load: options: {'rounds': 3}"):
+        bench.run("load", BACKBONE, rounds=3)

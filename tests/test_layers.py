@@ -11,7 +11,7 @@ import para_jax
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ["config", "sharding", "gguf", "hub", "devices"],
+    ["config", "sharding", "gguf", "hub", "devices", "hlo"],
     ["backbone", "adapters", "data"],
     ["model"],
     ["training", "inference"],
@@ -21,7 +21,7 @@ LAYERS = [
     ["cli"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-SIDEWAYS = {("devices", "config"), ("devices", "hub"), ("quickstart", "runs"), ("quickstart", "reports")}
+SIDEWAYS = {("bench", "plots"), ("devices", "config"), ("devices", "hub"), ("quickstart", "runs"), ("quickstart", "reports")}
 HEAVY = "orbax grain tensorflow_datasets tensorflow transformers tokenizers lm_eval matplotlib torch".split()
 
 

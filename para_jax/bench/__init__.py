@@ -1,0 +1,74 @@
+"""`para-jax bench NAME`: what loading, decoding and training cost on this machine, as a record that says how.
+
+Sides that are compared run in turn, one measurement each a round, so that a change in the machine's load meets them
+all; what counts is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from .. import devices
+from ..config import RuntimeSection, one_of, require
+from ..plots import decode_plot
+from .decode import bench_decode
+from .load import bench_load
+from .train import bench_train
+
+#: The names of `para-jax bench`; each gives {"unit", "medians", "rounds", ...} for a backbone.
+BENCHMARKS: dict[str, Callable[..., dict]] = {"load": bench_load, "decode": bench_decode, "train": bench_train}
+
+
+def run(name: str, backbone: str = "smollm2-135m", output: str | Path | None = None, **options) -> dict:
+    """One benchmark's record: medians, ratios, each round, command, device and versions. It is printed as a table, and
+    written to the JSON file `output` where one is given; `decode` draws a picture beside it where matplotlib is.
+
+    Args:
+        options: the benchmark's own: rows, context, rounds and random of `decode`.
+    """
+    require(name in BENCHMARKS, "bench", name, one_of(BENCHMARKS))
+    require(name == "decode" or not options, f"bench {name}: options", options, "none; they belong to bench decode")
+    devices.start(RuntimeSection(compilation_cache=False, allow_cpu=True))
+    measured = BENCHMARKS[name](backbone, **options)
+    record = {
+        "command": command(name, backbone, options),
+        "device": devices.describe_devices(),
+        "versions": devices.versions(),
+        **measured,
+    }
+    print(table(measured))
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(json.dumps(record, indent=2) + "\n")
+        print(f"wrote {output}")
+        if "sides" in record and find_spec("matplotlib"):
+            decode_plot(record, Path(output).with_suffix(".png"))
+            print(f"wrote {Path(output).with_suffix('.png')}")
+    return record
+
+
+def command(name: str, backbone: str, options: dict) -> str:
+    given = [f"--{key}" if value is True else f"--{key} {shown(value)}" for key, value in options.items()]
+    return " ".join([shlex.join(["para-jax", "bench", name, "--backbone", str(backbone)]), *given])
+
+
+def shown(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def table(measured: dict) -> str:
+    rows = [(name, f"{value:.1f} {measured['unit']}") for name, value in measured["medians"].items()]
+    bytes_of = measured.get("byte_ratios", {})
+    for name, value in measured.get("ratios", {}).items():
+        rows.append((name, f"{value:.3f}" + (f"   bytes {bytes_of[name]:.3f}" if bytes_of else "")))
+    for name, value in measured.get("share_of_read", {}).items():
+        rows.append((f"{name}: bytes a second, of a read test's", f"{value:.2f}"))
+    if "within_limit" in measured:
+        limit = f"within the weights + {measured['limit_above_weights']:.0f} MB"
+        rows.append((limit, "yes" if measured["within_limit"] else "no"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,222 @@
+"""`para-jax bench decode`: what one decode step costs with many tenants, by method, beside the plain backbone.
+
+The step is the compiled one that generate uses. All sides stand at the same context and make one step each a round, in
+an order that is drawn anew.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..adapters.adapter import Adapter
+from ..adapters.bank import AdapterBank
+from ..adapters.rows import Rows
+from ..backbone.load import load_backbone, load_model_config
+from ..backbone.transformer import Transformer
+from ..config import SITES, Ia3Config, LoraConfig, ParaConfig, adapter_method
+from ..inference.generate import next_token
+from ..model import decode, init_adapter, prefill
+from .rounds import medians, paired, random_tokens, summary
+
+#: LoRA stands on all seven linears; at r = 4 it has about the parameters of PARA at r = 12.
+METHODS = {"PARA": ParaConfig(), "(IA)^3": Ia3Config(target_modules=("q_proj", "v_proj", "up_proj"))} | {
+    f"LoRA r={r}": LoraConfig(r=r, lora_alpha=r, target_modules=SITES) for r in (4, 8, 16)
+}
+
+
+class Side(NamedTuple):
+    """What is measured: a method, in a batch of so many rows of so many different tenants."""
+
+    method: str
+    rows: int
+    tenants: int
+    adapters: Adapter | Rows | None
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        tenants = f", {self.tenants} tenant{'s' * (self.tenants > 1)}" if self.tenants else ""
+        return f"{self.method}, {self.rows} row{'s' * (self.rows > 1)}{tenants}{self.note}"
+
+
+def bench_decode(
+    backbone: str,
+    *,
+    rows: tuple[int, ...] = (1, 8, 32),
+    context: int = 128,
+    rounds: int = 100,
+    bank: int = 1000,
+    random: bool = False,
+) -> dict:
+    """Milliseconds of one greedy decode step, wall and CPU time, of base, PARA, (IA)^3 and LoRA.
+
+    Args:
+        rows: batch sizes.
+        context: tokens that each row holds.
+        bank: tenants in the bank from which rows come.
+        random: random weights in the shape that `backbone` names, where the real ones are not at hand.
+    """
+    model = random_backbone(backbone) if random else load_backbone(backbone)
+    largest = max(rows)
+    banks = {m: bank_of(model, config, max(bank, largest) if m == "PARA" else largest) for m, config in METHODS.items()}
+    single = bank_of(model, METHODS["PARA"], 1)
+    read, order = read_test(model), np.random.default_rng(0)
+    walls: list[dict[str, float]] = [{} for _ in range(rounds)]
+    cpus: list[dict[str, float]] = [{} for _ in range(rounds)]
+    bandwidth: list[dict[str, float]] = [{} for _ in range(rounds)]
+    ratios, cpu_ratios, byte_ratios, checked, gigabytes, points = {}, {}, {}, {}, {}, {}
+    for count in rows:
+        steps = {side.name: Step(model, side, context) for side in sides_of(model, banks, single, count)}
+        base = next(iter(steps))
+        checked |= {name: step.check(steps[base]) for name, step in steps.items()}
+        gigabytes |= {name: step.nbytes / 1e9 for name, step in steps.items()}
+        points |= {name: step.side._replace(adapters=None)._asdict() for name, step in steps.items()}
+        for wall, cpu, reads in zip(walls, cpus, bandwidth, strict=True):
+            reads[base] = read()
+            for name in order.permutation(list(steps)):
+                wall[name], cpu[name] = steps[name]()
+        for name in list(steps)[1:]:
+            ratios[f"{name} / base"] = paired(walls, name, base)
+            cpu_ratios[f"{name} / base"] = paired(cpus, name, base)
+            byte_ratios[f"{name} / base"] = steps[name].nbytes / steps[base].nbytes
+    of_read = [
+        {n: gigabytes[n] / wall[n] * 1e3 / reads[n] for n in reads}
+        for wall, reads in zip(walls, bandwidth, strict=True)
+    ]
+    return summary("ms", walls) | {
+        "ratios": ratios,
+        "byte_ratios": byte_ratios,
+        "cpu_ratios": cpu_ratios,
+        "cpu_medians": medians(cpus),
+        "checked": checked,
+        "context_tokens": context,
+        "bank": bank,
+        "gigabytes": gigabytes,
+        "sides": points,
+        "read_gigabytes_a_second": medians(bandwidth),
+        "share_of_read": medians(of_read),
+    }
+
+
+def sides_of(model, banks: dict[str, AdapterBank], single: AdapterBank, rows: int) -> list[Side]:
+    """base first; then each method with one tenant, with eight and with one a row; LoRA's one tenant is shared by the
+    rows, and nothing is gathered."""
+    sides = [Side("base", rows, 0, None), Side("PARA", rows, 1, single.rows(single.names * rows), " of a bank of 1")]
+    for method, bank in banks.items():
+        if method.startswith("LoRA"):
+            fresh = init_adapter(METHODS[method], model.config)
+            sides.append(Side(method, rows, 1, tenant(fresh, 0), ", no gather"))
+        for count in sorted({1, min(8, rows), rows} - ({1} if method.startswith("LoRA") and rows > 1 else set())):
+            sides.append(Side(method, rows, count, bank.rows([bank.names[i % count] for i in range(rows)])))
+    return sides
+
+
+class Step:
+    """The compiled decode step of a side, always from the same context."""
+
+    def __init__(self, model, side: Side, context: int):
+        self.model, self.side, self.context = model, side, context
+        self.leaves, self.treedef = jax.tree.flatten(model)
+        self.tokens = random_tokens(model, side.rows, context + 1)
+        self.logits, state = self.prefill(context)
+        self.token, self.state = jnp.argmax(self.logits, -1).astype(jnp.int32), state
+        filled = context / (context + 1)
+        used = sum(leaf.nbytes for leaf in self.leaves) - (0 if model.head is None else model.embedding.nbytes)
+        cached = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache)) * filled
+        self.nbytes = used + cached + sum(leaf.nbytes for leaf in jax.tree.leaves(state.adjustments))
+
+    def __call__(self) -> tuple[float, float]:
+        """Milliseconds of one step: wall, and CPU of all threads."""
+        state = self.state._replace(length=jnp.full(self.side.rows, self.context, jnp.int32))
+        jax.block_until_ready(state)
+        begun, cpu = time.perf_counter(), time.process_time()
+        made = next_token(self.treedef, self.leaves, state, self.token, None, 1)
+        jax.block_until_ready(made)
+        wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
+        self.state = made[1]
+        return wall * 1e3, cpu * 1e3
+
+    def prefill(self, length: int):
+        side, longest = self.side, self.context + 1
+        return prefill(self.model, side.adapters, self.tokens, self.context, length, max_length=longest)
+
+    def check(self, base: Step) -> dict[str, float]:
+        """How far the decoded logits lie from those of the whole pass, and from the base model's; the first must be
+        rounding, the second must not.
+
+        Raises AssertionError else.
+        """
+        whole, _ = self.prefill(self.context + 1)
+        decoded, _ = decode(self.model, self.prefill(self.context)[1], self.tokens[:, self.context])
+        error, effect = (float(abs(found - whole).max()) for found in (decoded, base.prefill(self.context + 1)[0]))
+        limit = 5e-3 if self.model.dtype == jnp.float32 else 0.5
+        assert error < limit, f"{self.side.name}: decode differs by {error} from the whole pass"
+        assert (effect > limit) == (self.side.adapters is not None), f"{self.side.name}: differs by {effect} from base"
+        return {"from_whole_pass": error, "from_base": effect}
+
+
+def bank_of(model, config, count: int) -> AdapterBank:
+    """A bank of so many different tenants."""
+    bank = AdapterBank(
+        model.config,
+        capacity=count,
+        max_r=getattr(config, "r", 1),
+        methods=(adapter_method(config),),
+        sites=config.target_modules,
+        dtype=str(model.dtype),
+    )
+    fresh = init_adapter(config, model.config)
+    for i in range(count):
+        bank.add(f"tenant {i}", tenant(fresh, i))
+    return bank
+
+
+def tenant(fresh: Adapter, i: int) -> Adapter:
+    """An adapter, unlike the others, whose effect is seen."""
+    draw = np.random.default_rng(i)
+    return jax.tree.map(lambda leaf: leaf + 0.01 * draw.standard_normal(leaf.shape, np.float32), fresh)
+
+
+def random_backbone(source: str) -> Transformer:
+    """A backbone of the shape that `source` names, with random weights."""
+    config = load_model_config(source)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+    def made(i: int, leaf) -> jax.Array:
+        if len(leaf.shape) == 1:
+            return jnp.ones(leaf.shape, dtype)  # norms
+        return leaf.shape[0] ** -0.5 * jax.random.normal(jax.random.key(i), leaf.shape, dtype)
+
+    return jax.tree.unflatten(treedef, [made(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def read_test(model) -> Callable[[], float]:
+    """Gigabytes a second at which as many bytes as the weights are read: by a dot product on every core of a CPU, by a
+    compiled one on a device."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) // 4
+    if jax.default_backend() == "cpu":
+        cores = os.cpu_count() or 1
+        parts = np.split(np.ones(size - size % cores, np.float32), cores)
+        pool = ThreadPoolExecutor(cores)
+        read = lambda: list(pool.map(lambda part: part @ part, parts))  # noqa: E731
+    else:
+        array, product = jnp.ones(size, jnp.float32), jax.jit(jnp.vdot)
+        read = lambda: product(array, array).block_until_ready()  # noqa: E731
+
+    def gigabytes_a_second() -> float:
+        begun = time.perf_counter()
+        read()
+        return size * 4 / (time.perf_counter() - begun) / 1e9
+
+    gigabytes_a_second()
+    return gigabytes_a_second
