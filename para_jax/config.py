@@ -16,6 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 #: The linear layers whose output an adapter may change, named as Hugging Face names them, always in this order.
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+#: Linears of Phi-3 that hold several sites, in the order of their rows.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 # --------------------------------------------------------------------------------------------------------------- model
 

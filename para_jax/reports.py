@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from . import devices
 from .adapters.adapter import count_parameters
-from .adapters.files import read_adapter_config
+from .adapters.files import NAMES, read_adapter_config
 from .backbone.load import load_model_config
 from .backbone.weights import parameter_shapes
-from .config import RunConfig, adapter_method, config_dict, load_config
+from .config import LoraConfig, ParaConfig, RunConfig, adapter_method, config_dict, load_config
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
 from .data.sources import encode_records, load_records, split_files
@@ -86,20 +86,7 @@ def folder_report(folder: Path) -> str:
     """What a folder holds: a run (its config and last scores) or an adapter (its config and the backbone it belongs
     to)."""
     if (folder / "adapter_config.json").is_file():
-        config, backbone, rest = read_adapter_config(folder)
-        widths = ", ".join(f"{site} {width}" for site, width in backbone["site_widths"].items())
-        layers, carried = backbone["num_layers"], sum(backbone["site_widths"].values())
-        values = layers * config.r * (backbone["width"] + carried)
-        return "\n".join(
-            [
-                f"adapter    PARA, r {config.r}, pooler {config.pooler}, summary {config.summary}, "
-                f"activation {config.activation}",
-                f"backbone   {rest.get('base_model_name_or_path') or 'not named'}: {backbone['model_type']}, "
-                f"{layers} layers, width {backbone['width']}; {widths}",
-                f"memory     {values:,} values, {size(4 * values)}; 1000 such tenants: {size(4000 * values)}",
-                f"decode     {size(2 * layers * carried)} a row in bfloat16, whatever the number of tenants",
-            ]
-        )
+        return adapter_report(folder)
     if (folder / "config.yaml").is_file():
         config = load_config(folder / "config.yaml")
         lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {config.data.train}"]
@@ -116,6 +103,28 @@ def folder_report(folder: Path) -> str:
         adapter = folder / "adapter"
         return "\n".join(lines + ([folder_report(adapter)] if adapter.is_dir() else ["no adapter yet"]))
     raise ValueError(f"{folder}: neither an adapter (adapter_config.json) nor a run (config.yaml)")
+
+
+def adapter_report(folder: Path) -> str:
+    """An adapter's config, its backbone, what 1000 such tenants need in an AdapterBank, and what decode carries."""
+    found = read_adapter_config(folder)
+    fields = {k: ", ".join(v) or "none" if isinstance(v, tuple) else v for k, v in vars(found.config).items()}
+    shape = f"{found.backbone['num_layers']} layers"
+    if isinstance(found.config, ParaConfig):
+        widths = ", ".join(f"{site} {width}" for site, width in found.backbone["site_widths"].items())
+        shape = f"{found.backbone['model_type']}, {shape}, width {found.backbone['width']}; {widths}"
+    single, half = (n * found.matrices + 4 * found.vectors for n in (4, 2))  # a bank's vectors stay float32
+    matrices = isinstance(found.config, LoraConfig)
+    return "\n".join(
+        [
+            f"adapter    {NAMES[type(found.config)][0]}, " + ", ".join(f"{k} {v}" for k, v in fields.items()),
+            f"backbone   {found.base_model or 'not named'}: {shape}",
+            f"memory     {found.matrices + found.vectors:,} values; 1000 such tenants in a bank: "
+            f"{size(1000 * single)} of host memory in float32, {size(1000 * half)} in bfloat16",
+            f"decode     {size(4 * found.carried)} a row in float32, {size(2 * found.carried)} in bfloat16: "
+            + ("its matrices" if matrices else "its factors, whatever the number of tenants"),
+        ]
+    )
 
 
 def read_metrics(file: Path) -> Iterator[dict]:

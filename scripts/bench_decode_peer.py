@@ -1,88 +1,104 @@
-"""Milliseconds a token of greedy decoding, one row, float32 on a CPU: para_jax beside transformers on torch.
+"""One decode step, float32 on a CPU: para_jax beside transformers, and many tenants beside PEFT's mixed LoRA batch.
 
-    python scripts/bench_decode_peer.py --backbone FOLDER --torch-python /path/to/python-with-torch-and-transformers
+    python scripts/bench_decode_peer.py --torch-python /path/to/python-with-torch-peft-and-transformers
 
-FOLDER is a Hugging Face folder (of a .gguf file: `para-jax convert`). Rounds are interleaved: para_jax, then torch with
-one thread and with two; a time is a whole call, prefill and all, divided by its new tokens. Prints JSON and
-writes it to results/bench_decode_peer.json.
+Sides, on the same weights and tokens: the backbone alone with 1 and 32 rows in both, PARA r=12 for 8 tenants in 32 rows
+here, and LoRA r=8 on all linears for 8 tenants in 32 rows in PEFT (`adapter_names`). Each side makes one step in turn,
+always from the same context; torch runs with one thread and with two, and a ratio is to the better of them. The torch
+side needs the extra [bench-peft].
 """
 
 import argparse
 import json
 import shlex
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-TORCH = """
-import json, sys, time, torch, transformers
-folder, ids, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-model.generation_config.eos_token_id = None
-for line in sys.stdin:
-    torch.set_num_threads(int(line))
-    start = time.perf_counter()
-    with torch.inference_mode():
-        written = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)
-    seconds = time.perf_counter() - start
-    print(json.dumps([seconds, written[0, len(ids):].tolist(), torch.__version__]), flush=True)
-"""
+from para_jax import ParaConfig, load_backbone, load_tokenizer
+from para_jax.bench.decode import Side, Step, bank_of
+from para_jax.bench.rounds import interleaved, paired, random_tokens, summary
+from para_jax.devices import describe_devices, versions
+from para_jax.gguf import convert_gguf
+from para_jax.hub import resolve_backbone
+
+ROWS, TENANTS = 32, 8
+WORKER = Path(__file__).with_name("decode_worker.py")
+PAUSE = 0.4  # seconds before each step, in which the threads of the side before stop spinning
+
+
+class Torch:
+    """Torch's decode steps, in a process of its own."""
+
+    def __init__(self, python: str, folder: str, tokens):
+        given = json.dumps({"tokens": tokens.tolist(), "tenants": TENANTS})
+        command = [python, str(WORKER), folder, given]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.versions = self.answer()
+        self.chosen = {}
+
+    def step(self, threads: int, rows: int, which: str) -> float:
+        time.sleep(PAUSE)
+        print(threads, rows, which, file=self.process.stdin, flush=True)
+        seconds, self.chosen[rows, which] = self.answer()
+        return seconds * 1e3
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else sys.exit("bench_decode_peer: the torch side ended; see above")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", required=True)
-    parser.add_argument("--torch-python", required=True)
-    parser.add_argument("--prompt", default="The capital of France is")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--torch-python", default=sys.executable)
+    parser.add_argument("--backbone", default="smollm2-135m", help="a .gguf file, or smollm2-135m")
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("results/bench_decode_peer.json"))
     args = parser.parse_args()
 
-    from para_jax import load_backbone, load_tokenizer
-    from para_jax.data.examples import encode_prompt
-    from para_jax.inference.generate import generate_tokens
+    model = load_backbone(args.backbone, dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        convert_gguf(resolve_backbone(args.backbone), folder, load_tokenizer(args.backbone))
+        torch = Torch(args.torch_python, folder, random_tokens(model, ROWS, args.context + 1))
+    bank = bank_of(model, ParaConfig(), TENANTS)
+    tenants = bank.rows([bank.names[i % TENANTS] for i in range(ROWS)])
+    steps = {f"base, {n} rows": Step(model, Side("base", n, 0, None), args.context) for n in (1, ROWS)}
+    steps[f"PARA, {ROWS} rows"] = Step(model, Side("PARA", ROWS, TENANTS, tenants), args.context)
 
-    model, ids = (
-        load_backbone(args.backbone, dtype="float32"),
-        encode_prompt(load_tokenizer(args.backbone), args.prompt),
-    )
-    command = [args.torch_python, "-c", TORCH, args.backbone, json.dumps(ids), str(args.new_tokens)]
-    torch = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def paused(step: Step):
+        time.sleep(PAUSE)
+        return step()[0]
 
-    def run_para_jax():
-        start = time.perf_counter()
-        written = generate_tokens(model, None, [ids], max_new_tokens=args.new_tokens)[0]
-        return time.perf_counter() - start, written, "para_jax"
+    peers = [(rows, which, n) for rows, which in ((1, "base"), (ROWS, "base"), (ROWS, "mixed")) for n in (1, 2)]
+    sides = {name: lambda step=step: paused(step) for name, step in steps.items()}
+    sides |= {f"torch {w}, {r} rows, {n} threads": lambda r=r, w=w, n=n: torch.step(n, r, w) for r, w, n in peers}
+    found = summary("ms a step", interleaved(sides, args.rounds))
 
-    def run_torch(threads):
-        print(threads, file=torch.stdin, flush=True)
-        return json.loads(torch.stdout.readline())
+    def ratio(side: str, peer: str) -> float:  # to the better number of threads
+        names = [f"torch {peer}, {n} threads" for n in (1, 2)]
+        return paired(found["rounds"], side, min(names, key=found["medians"].__getitem__))
 
-    def paused(run):
-        time.sleep(0.4)  # the threads of the side before stop spinning
-        return run()
-
-    sides = {"para_jax": run_para_jax, "torch_1_thread": lambda: run_torch(1), "torch_2_threads": lambda: run_torch(2)}
-    warm = {name: run() for name, run in sides.items()}
-    rounds = [{name: paused(run)[0] / args.new_tokens * 1e3 for name, run in sides.items()} for _ in range(args.rounds)]
-    torch.stdin.close()
-    median = {name: statistics.median(times[name] for times in rounds) for name in sides}
-    ratio = median["para_jax"] / min(median["torch_1_thread"], median["torch_2_threads"])
     report = {
-        "milliseconds_a_token": median,
-        "ratio": ratio,
-        "same_tokens": warm["para_jax"][1] == warm["torch_1_thread"][1],
-        "prompt_tokens": len(ids),
-        "new_tokens": args.new_tokens,
-        "rounds": rounds,
-        "torch": warm["torch_1_thread"][2],
+        "command": shlex.join(["python", *sys.argv]),
+        "device": describe_devices(),
+        "versions": versions() | torch.versions,
+        **found,
+        "ratios": {
+            "base / torch, 1 row": ratio("base, 1 rows", "base, 1 rows"),
+            f"base / torch, {ROWS} rows": ratio(f"base, {ROWS} rows", f"base, {ROWS} rows"),
+            f"PARA / PEFT's mixed LoRA, {ROWS} rows, {TENANTS} tenants": ratio(
+                f"PARA, {ROWS} rows", f"mixed, {ROWS} rows"
+            ),
+        },
+        "same_tokens": {n: steps[f"base, {n} rows"].chosen.tolist() == torch.chosen[n, "base"] for n in (1, ROWS)},
+        "context_tokens": args.context,
     }
+    print(json.dumps({key: report[key] for key in ("medians", "ratios", "same_tokens")}, indent=2))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"command": shlex.join(["python", *sys.argv]), **report}, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from tiny_run import STEPS, run_config, run_folder, tokenizer, write_rows
 
-from para_jax import evaluate, load_adapter, load_backbone, load_model_config, make_mesh, runs, train
+from para_jax import (
+    Ia3Config,
+    LoraConfig,
+    evaluate,
+    load_adapter,
+    load_backbone,
+    load_model_config,
+    make_mesh,
+    runs,
+    train,
+)
 from para_jax.config import load_config
 from para_jax.evaluation.evaluate import Score, task_of_run
 from para_jax.runs import claim_folder, differences
@@ -124,6 +134,22 @@ def test_tensorboard_has_the_training_and_validation_values(whole):
     events = b"".join(file.read_bytes() for file in (whole[1].output_dir / "tensorboard").iterdir())
     for name in (b"loss", b"grad_norm", b"learning_rate", b"validation_loss", b"test_before_loss", b"test_after_loss"):
         assert name in events
+
+
+@pytest.mark.parametrize(
+    "adapter", [LoraConfig(r=4, lora_alpha=16, target_modules=("q_proj", "down_proj")), Ia3Config()]
+)
+def test_other_methods_learn_and_resume_by_the_same_command(adapter, config, tmp_path, monkeypatch):
+    config = replace(config, adapter=adapter)
+    result = train(config)
+    losses = [row["validation_loss"] for row in metrics(config) if "validation_loss" in row]
+    assert losses[-1] < losses[0]
+    assert_same_arrays(kept_adapter(config), result.adapter)
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=5)
+        train(cut)
+    assert_same_arrays(train(cut).adapter, result.adapter)
 
 
 def test_a_finished_run_is_not_repeated(whole, monkeypatch):

@@ -269,8 +269,8 @@ def stacked(template: Adapter, entries: list[Entry], places: int) -> Adapter:
 
     def stack(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         out = np.zeros((places, *shape.shape), shape.dtype)
-        for held, entry in zip(out, entries, strict=False):
-            held[...] = entry.weights[name]
+        for i, entry in enumerate(entries):
+            out[i] = entry.weights[name]
         return jnp.asarray(out)
 
     return with_leaves(template, {name: stack(name, shape) for name, shape in named_leaves(template).items()})
@@ -280,7 +280,7 @@ def content_hash(adapter: Adapter) -> str:
     digest = hashlib.sha256(repr((adapter.config, adapter.backbone)).encode())
     for name, leaf in sorted(host_leaves(adapter).items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+        digest.update(leaf.tobytes())
     return digest.hexdigest()
 
 

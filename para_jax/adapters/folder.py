@@ -1,4 +1,7 @@
-"""Folders of files that others wrote, read with care, and our own, written whole or not at all."""
+"""Folders of files that others wrote, read with care, and our own, written whole or not at all.
+
+What comes from a folder is not trusted: sizes and shapes are checked before content is used, and no pickle is read.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MAX_JSON_BYTES = 2**20
 
 
@@ -33,6 +39,75 @@ def read_json(file: Path) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{file}: {shorten(found)}; expected a mapping")
     return found
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in the folder's weights, by name; their content is not read."""
+    with opened(folder) as (_, stored):
+        return {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
+
+
+def read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The folder's tensors as float32, if they are the expected ones (names and shapes) and finite."""
+    with opened(folder) as (file, stored):
+        require_as_expected(file, stored, expected)
+        tensors = {name: tensor[...].astype(np.float32) for name, tensor in stored.items()}
+    require_finite(str(file), tensors)
+    return tensors
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[tuple[Path, dict]]:
+    """The folder's weights file, and its tensors by name: slices, of which nothing is read yet."""
+    from safetensors import SafetensorError, safe_open
+
+    refuse_pickles(folder)
+    file = own_file(folder, WEIGHTS)
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            yield file, {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: truncated, or not a safetensors file: {error}") from None
+
+
+def require_as_expected(file: Path, stored: dict, expected: dict[str, tuple[int, ...]]) -> None:
+    problems = {
+        "missing": [name for name in expected if name not in stored],
+        "unknown": [name for name in stored if name not in expected],
+        "misshapen": [
+            f"{name} {stored[name].get_shape()} (expected {list(expected[name])})"
+            for name in stored
+            if name in expected and tuple(stored[name].get_shape()) != expected[name]
+        ],
+        "not of F32, F16 or BF16": [name for name in stored if stored[name].get_dtype() not in ("F32", "F16", "BF16")],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
+        raise ValueError(f"{file}: the tensors do not fit {CONFIG}. {listed}")
+
+
+def require_finite(where: str, tensors: dict[str, np.ndarray]) -> None:
+    broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{where}: tensors with NaN or infinite values: {some(broken)}")
+
+
+def refuse_pickles(folder: Path) -> None:
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles and not (folder / WEIGHTS).exists():
+        raise ValueError(
+            f"{folder}: weights only as a pickle ({some(pickles)}), which could run code and is not read. Convert it:\n"
+            f"safetensors.torch.save_file(torch.load({pickles[0]!r}, weights_only=True), {WEIGHTS!r})"
+        )
+
+
+def safetensors_bytes(tensors: dict[str, np.ndarray]) -> bytes:
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata={"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def replace_folder(folder: Path, files: dict[str, bytes]) -> None:

@@ -27,17 +27,35 @@ def attend_cached(
 
     A row whose cache is full writes nothing.
     """
-    rows = jnp.arange(length.shape[0])
     distance = length[:, None] - jnp.arange(cache[0].shape[2])
     mask = ((distance >= 0) & within(distance, window))[:, None, :]
 
     def attend(q, k, v, scale, cap):
-        keys, values = (
-            held.at[rows, :, length].set(new[:, 0], mode="drop") for held, new in zip(cache, (k, v), strict=True)
-        )
+        keys, values = (written(held, new[:, 0], length) for held, new in zip(cache, (k, v), strict=True))
         return mixed_values(q, keys, values, mask, scale, cap), (keys, values)
 
     return attend
+
+
+def written(
+    held: Float[Array, "b k max e"], new: Float[Array, "b k e"], length: Int[Array, " b"]
+) -> Float[Array, "b k max e"]:
+    """`held` with a row's new token at position length[row]; nothing is written beyond max_length.
+
+    The platform that is compiled for decides, so that a program for a TPU may be compiled on a CPU.
+    """
+    return jax.lax.platform_dependent(held, new, length, cpu=written_by_head, default=written_by_row)
+
+
+def written_by_row(held, new, length):
+    """One update a row. A lone row's becomes a slice update, for which XLA copies the cache four times on a CPU."""
+    return held.at[jnp.arange(len(held)), :, length].set(new, mode="drop")
+
+
+def written_by_head(held, new, length):
+    """One update a row and kv head, which on a TPU are as many times the writes."""
+    rows, heads = jnp.arange(len(held))[:, None], jnp.arange(held.shape[1])
+    return held.at[rows, heads, length[:, None]].set(new, mode="drop")
 
 
 def padded(kept: tuple[jax.Array, jax.Array], max_length: int) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import SITES, ModelConfig
+from ..config import FUSED, SITES, ModelConfig
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -27,8 +27,6 @@ DTYPES = {
 }
 #: The values read at a time: 64 MB of float64, 32 MB of float32, 16 MB of bfloat16.
 PIECE_VALUES = 8 * 2**20
-#: The matrices that Phi-3 stores as one, in the order of their rows.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @runtime_checkable

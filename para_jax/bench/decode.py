@@ -23,7 +23,7 @@ from ..adapters.rows import Rows
 from ..backbone.load import load_backbone, load_model_config
 from ..backbone.transformer import Transformer
 from ..config import SITES, Ia3Config, LoraConfig, ParaConfig, adapter_method
-from ..inference.generate import next_token
+from ..inference.generate import CACHE_MULTIPLE, next_token, up_to_multiple
 from ..model import decode, init_adapter, prefill
 from .rounds import medians, paired, random_tokens, summary
 
@@ -127,12 +127,11 @@ class Step:
         self.model, self.side, self.context = model, side, context
         self.leaves, self.treedef = jax.tree.flatten(model)
         self.tokens = random_tokens(model, side.rows, context + 1)
-        self.logits, state = self.prefill(context)
-        self.token, self.state = jnp.argmax(self.logits, -1).astype(jnp.int32), state
-        filled = context / (context + 1)
+        self.token, self.state = jnp.asarray(self.tokens[:, context]), self.prefill(context)[1]
+        self.chosen: np.ndarray | None = None
         used = sum(leaf.nbytes for leaf in self.leaves) - (0 if model.head is None else model.embedding.nbytes)
-        cached = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache)) * filled
-        self.nbytes = used + cached + sum(leaf.nbytes for leaf in jax.tree.leaves(state.adjustments))
+        cached = sum(leaf.nbytes * context // leaf.shape[2] for leaf in jax.tree.leaves(self.state.cache))
+        self.nbytes = used + cached + sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.adjustments))
 
     def __call__(self) -> tuple[float, float]:
         """Milliseconds of one step: wall, and CPU of all threads."""
@@ -142,12 +141,12 @@ class Step:
         made = next_token(self.treedef, self.leaves, state, self.token, None, 1)
         jax.block_until_ready(made)
         wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
-        self.state = made[1]
+        self.chosen, self.state = np.asarray(made[0]), made[1]
         return wall * 1e3, cpu * 1e3
 
     def prefill(self, length: int):
-        side, longest = self.side, self.context + 1
-        return prefill(self.model, side.adapters, self.tokens, self.context, length, max_length=longest)
+        longest = up_to_multiple(self.context + 1, CACHE_MULTIPLE)
+        return prefill(self.model, self.side.adapters, self.tokens, self.context, length, max_length=longest)
 
     def check(self, base: Step) -> dict[str, float]:
         """How far the decoded logits lie from those of the whole pass, and from the base model's; the first must be

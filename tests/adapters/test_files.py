@@ -129,11 +129,22 @@ def test_the_config_tells_method_and_backbone_without_the_weights(tmp_path):
     model = backbone("llama")
     save_adapter(trained(summary="rms"), tmp_path / "adapter", base_model="me/model", model=model)
     (tmp_path / "adapter" / WEIGHTS).unlink()
-    config, shape, rest = read_adapter_config(tmp_path / "adapter")
-    assert config == ParaConfig(r=4, summary="rms")
+    found = read_adapter_config(tmp_path / "adapter")
+    shape = found.backbone
+    assert found.config == ParaConfig(r=4, summary="rms")
     assert shape["site_widths"] == {"q_proj": 64, "v_proj": 32, "up_proj": 128}
     assert shape["fingerprint"] == model.fingerprint and len(model.fingerprint) == 64
-    assert rest["base_model_name_or_path"] == "me/model" and rest["task_type"] == "CAUSAL_LM"
+    assert found.base_model == "me/model"
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("options", [{}, {"pooler": "constant", "summary": "standardised", "activation": "rational"}])
+def test_the_config_alone_tells_the_size_of_the_weights(tmp_path, options):
+    adapter = trained(**options)
+    save_adapter(adapter, tmp_path / "adapter")
+    found = read_adapter_config(tmp_path / "adapter")
+    assert found.matrices + found.vectors == sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    assert found.carried == 3 * (64 + 32 + 128)
 
 
 def test_the_model_card_names_library_and_base_model_whatever_its_name(tmp_path):
@@ -241,9 +252,8 @@ SHAPE = {
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"peft_type": "LORA"}, "LORA' is not supported yet"),
-        ({"peft_type": "IA3"}, "IA3' is not supported yet"),
-        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING' is not supported; expected PARA"),
+        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING' is not supported; expected PARA, LORA or IA3"),
+        ({"peft_type": ["LORA"]}, "peft_type .'LORA'. is not supported"),
         ({"peft_type": "left out"}, "peft_type None is not supported"),
         ({"use_dora": True, "alpha": 1}, "unknown keys: use_dora, alpha"),
         ({"pooler": "left out"}, "missing keys: pooler"),

@@ -1,0 +1,128 @@
+"""What para_jax writes, Hugging Face PEFT loads, and the other way round: with the same logits, float32 on a CPU.
+
+    python scripts/check_peft.py --torch-python /path/to/python-with-torch-peft-and-transformers
+
+On tiny random Llama and Phi-3 backbones made by transformers (Phi-3 joins q, k and v, and gate and up, in one linear
+each) and on --backbone: LoRA, rank-stabilised LoRA and (IA)^3 that para_jax made, `export_ia3` of a strong PARA
+adapter, and LoRA and (IA)^3 that PEFT made. Fails where logits differ by more than 2e-4, or where an adapter moves the
+backbone's by less than 0.1. Stronger adapters than these, which move them by 45, amplify float32's rounding beyond that
+limit on either side. The torch side (check_peft_worker.py) needs the extra [bench-peft].
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from para_jax import (
+    Ia3Config,
+    LoraConfig,
+    ParaConfig,
+    export_ia3,
+    forward,
+    init_adapter,
+    load_adapter,
+    load_backbone,
+    load_tokenizer,
+    save_adapter,
+)
+from para_jax.config import SITES
+from para_jax.data.examples import encode_prompt
+from para_jax.devices import describe_devices, versions
+from para_jax.gguf import convert_gguf
+from para_jax.hub import resolve_backbone
+
+LIMIT, MOVED, COMPLETION = 2e-4, 0.1, 12
+PROMPT = "The customer asks where the parcel is, and when it will arrive."
+WORKER = Path(__file__).with_name("check_peft_worker.py")
+SCALED = ("q_proj", "up_proj", "down_proj")
+CONFIGS = {
+    "lora": LoraConfig(r=4, lora_alpha=8),
+    "lora, all linear": LoraConfig(r=3, lora_alpha=6, target_modules=SITES),
+    "rslora": LoraConfig(r=4, use_rslora=True, target_modules=SCALED),
+    "ia3": Ia3Config(),
+    "ia3, outputs": Ia3Config(target_modules=SCALED, feedforward_modules=()),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch-python", default=sys.executable)
+    parser.add_argument("--backbone", default="smollm2-135m", help="a .gguf file, or smollm2-135m")
+    parser.add_argument("--output", type=Path, default=Path("results/check_peft.json"))
+    args = parser.parse_args()
+
+    tokenizer = load_tokenizer(args.backbone)
+    checked, peers = {}, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in ("llama", "phi3", args.backbone):
+            folder = Path(temporary) / Path(name).name
+            if name == args.backbone:
+                convert_gguf(resolve_backbone(name), folder / "backbone", tokenizer)
+            else:
+                torch_side(args.torch_python, "make", name, len(tokenizer), folder / "backbone")
+            checked[name], peers = check(folder, args.torch_python, tokenizer)
+            for case, (difference, moved) in checked[name].items():
+                print(f"{name:<14}{case:<26}difference {difference:.1e}   moved by {moved:.3g}", flush=True)
+    cases = {f"{name}: {case}": found for name, found_ in checked.items() for case, found in found_.items()}
+    failed = [n for n, (off, moved) in cases.items() if off > LIMIT or (moved < MOVED and not n.endswith("backbone"))]
+    report = {
+        "command": shlex.join(["python", *sys.argv]),
+        "device": describe_devices(),
+        "versions": versions() | peers,
+        "limit": LIMIT,
+        "largest_difference": max(off for off, _ in cases.values()),
+        "failed": failed,
+        "cases": {name: {"difference": off, "moved": moved} for name, (off, moved) in cases.items()},
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"the largest difference is {report['largest_difference']:.1e}, the limit {LIMIT}")
+    sys.exit(f"check_peft: failed: {', '.join(failed)}" if failed else 0)
+
+
+def check(folder: Path, torch_python: str, tokenizer) -> tuple[dict, dict]:
+    """Each case's largest difference in logits, and how far the adapter moves them; and the torch side's versions."""
+    model, prompt = load_backbone(folder / "backbone", dtype="float32"), encode_prompt(tokenizer, PROMPT)
+    tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (2, len(prompt) + COMPLETION), np.int32)
+    tokens[:, : len(prompt)] = prompt
+    np.save(folder / "tokens.npy", tokens)
+    adapters = {name: strong(init_adapter(config, model.config), i) for i, (name, config) in enumerate(CONFIGS.items())}
+    for name, adapter in adapters.items():
+        save_adapter(adapter, folder / "ours" / name)
+    para = strong(init_adapter(ParaConfig(r=12, summary="rms"), model.config), 9)
+    export_ia3(para, model, PROMPT, folder / "ours" / "export_ia3 of PARA", tokenizer=tokenizer)
+    found_versions = torch_side(torch_python, "logits", folder)
+    adapters |= {"export_ia3 of PARA": para}
+    adapters |= {path.name: load_adapter(path, model.config) for path in sorted((folder / "theirs").iterdir())}
+    base, found = np.asarray(forward(model, None, tokens, len(prompt))), {}
+    with np.load(folder / "logits.npz") as theirs:
+        for name, adapter in ({"backbone": None} | adapters).items():
+            logits = np.asarray(forward(model, adapter, tokens, len(prompt)))
+            found[name] = float(abs(logits - theirs[name]).max()), float(abs(logits - base).max())
+    return found, found_versions
+
+
+def strong(adapter, seed: int):
+    """The adapter with what a fresh one has at zero (at one in (IA)^3) drawn from N(0, 0.1) around it."""
+    weights = next(getattr(adapter, name) for name in ("up", "b", "scale") if hasattr(adapter, name))
+    for i, site in enumerate(adapter.config.target_modules):
+        drawn = np.random.default_rng([seed, i]).normal(0, 0.1, weights[site].shape)
+        weights[site][...] = jnp.asarray(adapter.neutral + drawn, jnp.float32)
+    return adapter
+
+
+def torch_side(python: str, *arguments) -> dict:
+    """Runs check_peft_worker.py; the versions that it prints."""
+    said = subprocess.run([python, str(WORKER), *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    return json.loads(said.stdout.splitlines()[-1]) if said.returncode == 0 else sys.exit("check_peft: see above")
+
+
+if __name__ == "__main__":
+    main()

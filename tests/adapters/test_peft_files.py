@@ -1,0 +1,382 @@
+"""LoRA and (IA)^3 in PEFT's format: its folders load, ours are the same again, and what we do not compute is named."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from conftest import FIXTURES, backbone, prompts, strong
+from safetensors.numpy import load_file, save_file
+
+from para_jax import Adapter, Ia3Config, LoraConfig, forward, init_adapter, load_adapter, save_adapter
+from para_jax.adapters.files import read_adapter_config
+from para_jax.config import SITES
+from para_jax.reports import folder_report
+
+CONFIG, WEIGHTS, PEFT = "adapter_config.json", "adapter_model.safetensors", FIXTURES / "peft"
+LAYER = "base_model.model.model.layers."
+
+
+def made(config, family="llama", seed=1):
+    return strong(init_adapter(config, backbone(family).config, seed=seed), seed, 0.3)
+
+
+@pytest.fixture
+def lora(tmp_path):
+    shutil.copytree(PEFT / "lora_qv", tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+@pytest.fixture
+def ia3(tmp_path):
+    shutil.copytree(PEFT / "ia3", tmp_path / "ia3")
+    return tmp_path / "ia3"
+
+
+def load(folder, family="llama"):
+    return load_adapter(folder, backbone(family).config)
+
+
+def saved_config(folder):
+    return json.loads((folder / CONFIG).read_text())
+
+
+def change_config(folder, **changes):
+    (folder / CONFIG).write_text(json.dumps({k: v for k, v in (saved_config(folder) | changes).items() if v != "out"}))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def assert_same(found, adapter):
+    assert (found.config, found.backbone) == (adapter.config, adapter.backbone)
+    assert jax.tree.structure(found) == jax.tree.structure(adapter)
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
+        assert mine.dtype == jnp.float32
+        np.testing.assert_array_equal(mine, theirs)
+
+
+# ---------------------------------------------------------------------------------------------------- saved and loaded
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, lora_alpha=8),
+        LoraConfig(r=3, lora_alpha=7, use_rslora=True, target_modules=SITES),
+        LoraConfig(r=2, lora_alpha=0.1, target_modules=("up_proj", "o_proj")),
+        LoraConfig(r=5, use_rslora=True, target_modules=("down_proj",)),
+        Ia3Config(),
+        Ia3Config(target_modules=SITES, feedforward_modules=()),
+        Ia3Config(target_modules=("q_proj", "up_proj", "down_proj")),
+    ],
+    ids=str,
+)
+def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(tmp_path, config, family):
+    adapter = made(config, family)
+    save_adapter(adapter, tmp_path / "adapter")
+    assert_same(load(tmp_path / "adapter", family), adapter)
+
+
+@pytest.mark.parametrize("name", ["lora_qv", "lora_all", "lora_qv_rs", "ia3"])
+def test_what_peft_wrote_is_written_again_as_peft_wrote_it(tmp_path, name):
+    save_adapter(load(PEFT / name), tmp_path / "again", base_model="llama")
+    mine, theirs = (load_file(folder / WEIGHTS) for folder in (tmp_path / "again", PEFT / name))
+    assert mine.keys() == theirs.keys()
+    for key in mine:
+        np.testing.assert_array_equal(mine[key], theirs[key], err_msg=key)
+    mine, theirs = saved_config(tmp_path / "again"), saved_config(PEFT / name)
+    assert {**mine, "target_modules": sorted(mine["target_modules"])} == {key: theirs[key] for key in mine}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_loads_as_float32(lora, dtype):
+    change_tensors(lora, lambda tensors: tensors.update({k: v.astype(dtype) for k, v in tensors.items()}))
+    found, exact = load(lora), load(PEFT / "lora_qv")
+    assert found.b["q_proj"].dtype == jnp.float32
+    np.testing.assert_allclose(found.b["q_proj"], exact.b["q_proj"], atol=4e-3)
+
+
+def test_the_card_names_peft_and_the_base_model(tmp_path):
+    save_adapter(made(LoraConfig(r=4)), tmp_path / "adapter", base_model="me/model", card=["sst2: 0.9"])
+    _, front, body = (tmp_path / "adapter" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {"library_name": "peft", "base_model": "me/model", "tags": ["lora", "adapter"]}
+    assert "Rank 4 on q_proj, v_proj" in body and "sst2: 0.9" in body
+
+
+def test_an_adapter_of_an_unknown_kind_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="Adapter is not possible; expected a Para, Lora or Ia3 adapter"):
+        save_adapter(Adapter(), tmp_path / "adapter")
+
+
+# ---------------------------------------------------------------------------------------------------------------- phi3
+
+
+def written(tmp_path, config):
+    adapter = made(config, "phi3")
+    save_adapter(adapter, tmp_path / "adapter")
+    return adapter, load_file(tmp_path / "adapter" / WEIGHTS), saved_config(tmp_path / "adapter")
+
+
+def test_sites_that_share_a_linear_of_phi3_are_blocks_of_one_pair_of_matrices(tmp_path):
+    sites = ("q_proj", "v_proj", "up_proj", "down_proj")
+    adapter, tensors, config = written(tmp_path, LoraConfig(r=2, lora_alpha=8, target_modules=sites))
+    assert config["r"] == 6 and config["lora_alpha"] / config["r"] == adapter.config.scale == 4
+    assert set(config["target_modules"]) == {"qkv_proj", "gate_up_proj", "down_proj"}
+    a, b = (tensors[f"{LAYER}1.self_attn.qkv_proj.lora_{half}.weight"] for half in "AB")
+    product = b @ a  # what PEFT adds to the weight of qkv_proj
+    parts = np.split(product, [64, 96])
+    np.testing.assert_allclose(parts[0], (adapter.a["q_proj"][1] @ adapter.b["q_proj"][1]).T, atol=1e-5)
+    np.testing.assert_array_equal(parts[1], 0)
+    np.testing.assert_allclose(parts[2], (adapter.a["v_proj"][1] @ adapter.b["v_proj"][1]).T, atol=1e-5)
+    a, b = (tensors[f"{LAYER}2.mlp.gate_up_proj.lora_{half}.weight"] for half in "AB")
+    np.testing.assert_array_equal((b @ a)[:128], 0)
+    np.testing.assert_allclose((b @ a)[128:], (adapter.a["up_proj"][2] @ adapter.b["up_proj"][2]).T, atol=1e-5)
+    a, b = (tensors[f"{LAYER}0.mlp.down_proj.lora_{half}.weight"] for half in "AB")
+    assert a.shape == (6, 128) and b.shape == (64, 6)
+    np.testing.assert_allclose(b @ a, (adapter.a["down_proj"][0] @ adapter.b["down_proj"][0]).T, atol=1e-5)
+
+
+def test_the_scale_of_rslora_survives_the_larger_rank(tmp_path):
+    adapter, _, config = written(tmp_path, LoraConfig(r=4, lora_alpha=8, use_rslora=True))
+    assert config["r"] == 12 and config["use_rslora"]
+    np.testing.assert_allclose(config["lora_alpha"] / 12**0.5, adapter.config.scale, rtol=1e-14)
+
+
+def test_matrices_of_phi3_that_are_no_blocks_are_shared_by_the_sites(tmp_path):
+    """As PEFT trains them: every row of A serves q, k and v."""
+    _, tensors, _ = written(tmp_path, LoraConfig(r=2, lora_alpha=6, target_modules=("q_proj", "k_proj", "v_proj")))
+    rng = np.random.default_rng(0)
+    dense = {name: rng.normal(0, 0.2, tensor.shape).astype(np.float32) for name, tensor in tensors.items()}
+    save_file(dense, tmp_path / "adapter" / WEIGHTS)
+    found = load(tmp_path / "adapter", "phi3")
+    assert found.config == LoraConfig(r=6, lora_alpha=18, target_modules=("q_proj", "k_proj", "v_proj"))
+    whole = np.concatenate([found.a[s][1] @ found.b[s][1] for s in found.config.target_modules], axis=1)
+    a, b = (dense[f"{LAYER}1.self_attn.qkv_proj.lora_{half}.weight"] for half in "AB")
+    np.testing.assert_allclose(whole, (b @ a).T, atol=1e-5)
+    save_adapter(found, tmp_path / "again")
+    assert_same(load(tmp_path / "again", "phi3"), found)
+
+
+@pytest.mark.parametrize("half, place", [("B", (0, 2)), ("B", (70, 0))])
+def test_one_value_outside_the_blocks_makes_them_shared(tmp_path, half, place):
+    adapter, _, _ = written(tmp_path, LoraConfig(r=2))
+
+    def change(tensors):
+        tensors[f"{LAYER}2.self_attn.qkv_proj.lora_{half}.weight"][place] = 1e-30
+
+    change_tensors(tmp_path / "adapter", change)
+    found = load(tmp_path / "adapter", "phi3")
+    assert adapter.config.r == 2 and found.config.r == 6
+    model, tokens = backbone("phi3"), prompts(backbone("phi3"))
+    np.testing.assert_allclose(forward(model, found, tokens, 7), forward(model, adapter, tokens, 7), atol=2e-5)
+
+
+def test_vectors_of_phi3_are_joined_with_ones_for_what_is_no_target(tmp_path):
+    adapter, tensors, config = written(tmp_path, Ia3Config(target_modules=("q_proj", "up_proj", "down_proj")))
+    assert config["target_modules"] == ["qkv_proj", "gate_up_proj", "down_proj"]
+    assert config["feedforward_modules"] == ["down_proj"]
+    joined = tensors[f"{LAYER}1.self_attn.qkv_proj.ia3_l"]
+    assert joined.shape == (128, 1) and tensors[f"{LAYER}1.mlp.down_proj.ia3_l"].shape == (1, 128)
+    np.testing.assert_array_equal(joined[:64, 0], adapter.scale["q_proj"][1])
+    np.testing.assert_array_equal(joined[64:], 1)
+    np.testing.assert_array_equal(tensors[f"{LAYER}0.mlp.gate_up_proj.ia3_l"][128:, 0], adapter.scale["up_proj"][0])
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2), Ia3Config()], ids=["lora", "ia3"])
+def test_a_fresh_adapter_of_phi3_is_the_backbone_after_loading(tmp_path, config):
+    model, tokens = backbone("phi3"), prompts(backbone("phi3"))
+    save_adapter(init_adapter(config, model.config), tmp_path / "adapter")
+    found = load(tmp_path / "adapter", "phi3")
+    assert set(config.target_modules) <= set(found.config.target_modules)
+    np.testing.assert_array_equal(forward(model, found, tokens, 7), forward(model, None, tokens, 7))
+
+
+def test_names_of_another_family_are_refused(tmp_path, lora):
+    with pytest.raises(ValueError, match="missing: .*qkv_proj.lora_A.weight.*unknown: .*q_proj.lora_A.weight"):
+        load(lora, "phi3")
+    written(tmp_path, LoraConfig(r=2))
+    with pytest.raises(ValueError, match="missing: .*k_proj.lora_A.weight.*unknown: .*qkv_proj.lora_A.weight"):
+        load(tmp_path / "adapter")
+
+
+# -------------------------------------------------------------------------------------------------- what config may say
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["self_attn.q_proj", "v_proj"],
+        ["model.layers.0.self_attn.q_proj", "v_proj"],
+        r".*\.(q|v)_proj",
+        "all-linear",
+        None,
+    ],
+)
+def test_targets_may_be_suffixes_or_a_pattern_that_is_not_evaluated(lora, targets):
+    change_config(lora, target_modules=targets)
+    assert_same(load(lora), load(PEFT / "lora_qv"))
+
+
+@pytest.mark.parametrize("inputs", ["down_proj", r".*down_proj", ["mlp.down_proj"]])
+def test_feedforward_modules_may_be_suffixes_or_a_pattern(ia3, inputs):
+    change_config(ia3, feedforward_modules=inputs, target_modules=r".*(k_proj|v_proj|down_proj)")
+    assert_same(load(ia3), load(PEFT / "ia3"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"a_key_of_2027": None, "another": False, "a_third": {}, "a_fourth": [], "a_fifth": "none"},
+        {"lora_dropout": 0.1, "revision": "main", "auto_mapping": {"base_model_class": "X"}, "inference_mode": False},
+        {"init_lora_weights": "gaussian", "eva_config": {"rho": 2}, "megatron_core": "m", "task_type": None},
+        {"use_dora": "out", "bias": "out", "lora_bias": "out", "use_rslora": "out", "init_lora_weights": False},
+    ],
+)
+def test_keys_that_change_nothing_pass(lora, changes):
+    change_config(lora, **changes)
+    assert_same(load(lora), load(PEFT / "lora_qv"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_dora": True}, "not supported: use_dora True"),
+        (
+            {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 8}},
+            "rank_pattern {'q_proj': 8}.*alpha_pattern|alpha_",
+        ),
+        ({"bias": "lora_only"}, "not supported: bias 'lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, r"not supported: modules_to_save \['lm_head'\]"),
+        ({"layers_to_transform": 0}, "not supported: layers_to_transform 0"),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, "layers_pattern"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out True"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
+        ({"target_parameters": ["experts"]}, "target_parameters"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"use_qalora": True}, "use_qalora True"),
+        ({"lora_bias": True}, "lora_bias True"),
+        ({"megatron_config": {"tp": 2}}, "megatron_config"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+        ({"a_key_of_2027": "yes"}, "not supported: a_key_of_2027 'yes'"),
+        ({"init_lora_weights": "pissa_niter_16"}, "not supported: init_lora_weights 'pissa_niter_16'"),
+        ({"init_lora_weights": ["olora"]}, "init_lora_weights"),
+        ({"task_type": "SEQ_CLS"}, "not supported: task_type 'SEQ_CLS'"),
+        ({"peft_type": "ADALORA"}, "peft_type 'ADALORA' is not supported; expected PARA, LORA or IA3"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules: lm_head is not supported; expected one of q_proj"),
+        ({"target_modules": ["embed_tokens"]}, "target_modules: embed_tokens is not supported"),
+        ({"target_modules": [["q_proj"]]}, "target_modules: .*expected a list of names"),
+        ({"target_modules": []}, "target_modules"),
+        ({"r": 0}, "r: 0; expected a whole number from 1"),
+        ({"r": True}, "r: True; expected a whole number"),
+        ({"r": 10**12}, "r: 1000000000000; expected a whole number"),
+        ({"r": "out"}, "r: None; expected a whole number"),
+        ({"r": 8}, r"misshapen: .*q_proj.lora_A.weight \[4, 64\] \(expected \[8, 64\]\)"),
+        ({"lora_alpha": "8"}, "lora_alpha: '8'; expected a number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: nan; expected a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha: 1000.*expected a number"),
+        ({"use_rslora": 1}, "use_rslora: 1; expected true or false"),
+        ({"target_modules": ["q_proj"]}, "unknown: .*v_proj.lora_A.weight"),
+        ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "missing: .*k_proj.lora_A.weight"),
+    ],
+)
+def test_a_config_of_what_we_do_not_compute_is_refused_by_name(lora, changes, message):
+    change_config(lora, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load(lora)
+    assert len(str(error.value)) < 2000 and "\n" not in str(error.value)
+
+
+def input_of(site):
+    def change(tensors):
+        for i in range(3):
+            tensors[f"{LAYER}{i}.mlp.{site}.ia3_l"] = np.ones((1, 64), np.float32)
+
+    return change
+
+
+def test_inputs_other_than_down_proj_are_refused_by_name(ia3):
+    change_tensors(ia3, input_of("up_proj"))
+    change_config(ia3, target_modules=".*", feedforward_modules=".*(up|down)_proj")
+    with pytest.raises(ValueError, match=r"feedforward_modules: .*'up_proj'.*expected down_proj or none"):
+        load(ia3)
+    change_config(ia3, feedforward_modules=["gate_proj"])
+    with pytest.raises(ValueError, match=r"feedforward_modules: .*'gate_proj'.*expected down_proj or none"):
+        load(ia3)
+
+
+# -------------------------------------------------------------------------------------------------------------- tensors
+
+
+A1 = f"{LAYER}1.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(A1), "missing: .*layers.1.self_attn.q_proj.lora_A.weight"),
+        (lambda t: t.update({f"{LAYER}3.self_attn.q_proj.lora_A.weight": t[A1]}), "unknown: .*layers.3"),
+        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A1]}), "unknown: .*lm_head"),
+        (lambda t: t.update({A1: t[A1].T.copy()}), r"misshapen: .*layers.1.* \[64, 4\] \(expected \[4, 64\]\)"),
+        (lambda t: t[A1].__setitem__((0, 1), np.inf), "NaN or infinite values: .*layers.1"),
+        (lambda t: t.update({A1: t[A1].astype(np.int32)}), "not of F32, F16 or BF16: .*layers.1"),
+        (lambda t: t.update({A1: np.ones((), np.float32)}), r"misshapen: .*layers.1.* \[\]"),
+    ],
+)
+def test_tensors_that_are_wrong_are_refused_by_name(lora, change, message):
+    change_tensors(lora, change)
+    with pytest.raises(ValueError, match=message):
+        load(lora)
+
+
+def test_weights_only_as_a_pickle_or_cut_off_are_refused(lora):
+    (lora / WEIGHTS).write_bytes((lora / WEIGHTS).read_bytes()[:-4])
+    with pytest.raises(ValueError, match="truncated, or not a safetensors file"):
+        load(lora)
+    (lora / WEIGHTS).rename(lora / "adapter_model.bin")
+    with pytest.raises(ValueError, match="only as a pickle"):
+        load(lora)
+
+
+def test_a_hub_id_of_another_method_goes_through_the_hub(monkeypatch):
+    monkeypatch.setattr("para_jax.hub.fetch", lambda repository, revision, files, local_dir: PEFT / "lora_qv")
+    assert_same(load("me/lora@v1"), load(PEFT / "lora_qv"))
+
+
+# -------------------------------------------------------------------------------------------------------------- inspect
+
+
+@pytest.mark.parametrize("name", ["lora_qv", "lora_all", "ia3"])
+def test_the_folder_tells_the_size_of_what_is_loaded(name):
+    found, adapter = read_adapter_config(PEFT / name), load(PEFT / name)
+    assert found.config == adapter.config and found.base_model == "llama" and found.backbone == {"num_layers": 3}
+    assert found.matrices + found.vectors == sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    one_layer = jax.tree.map(lambda leaf: leaf[0], adapter).condition(jnp.zeros(64))
+    assert found.carried == 3 * sum(leaf.size for leaf in jax.tree.leaves(one_layer))
+
+
+def test_vectors_that_are_carried_together_are_counted_once(tmp_path):
+    save_adapter(made(Ia3Config(target_modules=("up_proj", "down_proj"))), tmp_path / "adapter")
+    found = read_adapter_config(tmp_path / "adapter")
+    assert (found.vectors, found.carried) == (3 * 256, 3 * 128)
+
+
+def test_inspect_says_what_1000_tenants_need_and_what_decode_carries():
+    report = folder_report(PEFT / "lora_qv")
+    assert "LoRA, r 4, lora_alpha 8.0, use_rslora False, target_modules q_proj, v_proj" in report
+    assert "llama: 3 layers" in report and "2,688 values" in report
+    assert "10.75 MB of host memory in float32, 5.376 MB in bfloat16" in report
+    assert "10.75 kB a row in float32, 5.376 kB in bfloat16: its matrices" in report
+    report = folder_report(PEFT / "ia3")
+    assert "(IA)^3, target_modules k_proj, v_proj, down_proj, feedforward_modules down_proj" in report
+    assert "2.304 MB of host memory in float32, 2.304 MB in bfloat16" in report
+    assert "2.304 kB a row in float32, 1.152 kB in bfloat16: its factors" in report
