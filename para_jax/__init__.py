@@ -50,6 +50,9 @@ from .sharding import make_mesh as make_mesh
 _LATER = {
     "generate": "inference.generate",
     "export_ia3": "inference.export",
+    "Engine": "serving.engine",
+    "Request": "serving.request",
+    "Completion": "serving.request",
     "train": "runs",
     "TrainResult": "runs",
     "evaluate": "evaluation.evaluate",

@@ -96,7 +96,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--tenant", action="append", default=[], help="whose adapter answers: once, or once a prompt; base: no adapter"
     )
-    made.add_argument("--prompt", action="append", required=True, help="\\n is a newline; may be given several times")
+    made.add_argument("--prompt", action="append", default=[], help="\\n is a newline; may be given several times")
+    made.add_argument(
+        "--input", type=Path, help="requests, a JSON object a line: prompt or messages, tenant, sampling, n, id"
+    )
+    made.add_argument("--output", type=Path, help="answers to --input; the same command goes on where it stopped")
+    made.add_argument("--slots", type=int, default=8, help="rows that decode together for --input")
+    made.add_argument("--max-length", type=int, default=1024, help="tokens a row for --input, prompt and answer")
     made.add_argument("--chat", action="store_true", help="each prompt is a user's turn for the chat template")
     made.add_argument("--max-new-tokens", type=int, default=64)
     made.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
@@ -192,40 +198,61 @@ def run_evaluate(options) -> None:
 
 def run_generate(options) -> None:
     from . import devices
-    from .adapters.bank import AdapterBank
-    from .adapters.files import load_adapter
     from .backbone.load import load_backbone
     from .config import RuntimeSection
     from .data.tokenizer import load_tokenizer
-    from .inference.generate import generate
 
-    devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
-    prompts = [prompt.replace("\\n", "\n") for prompt in options.prompt]
+    if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
+        raise ValueError("generate: expected --prompt, once or more, or --input FILE with --output FILE")
+    if options.input and not options.input.is_file():
+        raise ValueError(f"--input {options.input}: no such file")
     sources = adapter_sources(options.adapters)
     tenants = tenants_of(options, sources)
+    devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
     model = load_backbone(options.backbone, dtype=options.dtype)
-    if sources:
-        held = {name: load_adapter(source, model.config, model=model) for name, source in sources.items()}
-        adapters = AdapterBank.holding(held, model.config, dtype=str(model.dtype))
-        devices.say(str(adapters))
-    else:
-        adapters = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
-    texts = generate(
-        model,
-        [[{"role": "user", "content": prompt}] for prompt in prompts] if options.chat else prompts,
-        tokenizer=load_tokenizer(options.backbone),
-        adapters=adapters,
-        tenants=tenants,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        stop=[stop.replace("\\n", "\n") for stop in options.stop],
-    )
+    tokenizer, adapters = load_tokenizer(options.backbone), adapters_of(options, sources, model)
+    (run_requests if options.input else run_prompts)(options, model, tokenizer, adapters, tenants)
+
+
+def adapters_of(options, sources: dict[str, str], model):
+    """None, one adapter, or the bank of --adapters."""
+    from . import devices
+    from .adapters.bank import AdapterBank
+    from .adapters.files import load_adapter
+
+    if not sources:
+        return load_adapter(options.adapter, model.config, model=model) if options.adapter else None
+    held = {name: load_adapter(source, model.config, model=model) for name, source in sources.items()}
+    bank = AdapterBank.holding(held, model.config, dtype=str(model.dtype))
+    devices.say(str(bank))
+    return bank
+
+
+def sampling_of(options) -> dict:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    stop = tuple(text.replace("\\n", "\n") for text in options.stop)
+    return {name: getattr(options, name) for name in names} | {"stop": stop}
+
+
+def run_prompts(options, model, tokenizer, adapters, tenants) -> None:
+    from .inference.generate import generate
+
+    prompts = [prompt.replace("\\n", "\n") for prompt in options.prompt]
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts] if options.chat else prompts
+    texts = generate(model, asked, tokenizer=tokenizer, adapters=adapters, tenants=tenants, **sampling_of(options))
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         by = f"[{tenants[i] or BASE}] " if tenants else ""
         print(text if len(texts) == 1 else f"> {by}{prompt}\n{text}\n")
+
+
+def run_requests(options, model, tokenizer, bank, tenants) -> None:
+    from .serving.engine import Engine
+    from .serving.jobs import run_job
+    from .serving.request import Request
+
+    engine = Engine(model, bank, tokenizer, slots=options.slots, max_length=options.max_length)
+    failed = run_job(engine, options.input, options.output, Request("", **sampling_of(options)))
+    print(f"wrote {options.output}" + (f"; {failed} answers are errors" if failed else ""))
 
 
 def adapter_sources(given: list[str]) -> dict[str, str]:
@@ -246,6 +273,10 @@ def tenants_of(options, sources: dict[str, str]) -> list[str | None] | None:
     from .adapters.bank import unknown
 
     names, prompts = options.tenant, len(options.prompt)
+    if options.input:
+        if names or options.adapter:
+            raise ValueError("--tenant and --adapter go with --prompt; with --input each line names its tenant")
+        return None
     if not sources and not names:
         return None
     if options.adapter or not sources:

@@ -155,15 +155,20 @@ class AdapterBank:
         require(bool(names), "bank.rows: names", names, "a tenant's name or None for each row")
         with self._lock:
             entries = [None if name is None else self.entry(name) for name in names]
+        return self.rows_of(entries)
+
+    def rows_of(self, entries: list[Entry | None]) -> Rows:
+        """One tenant a batch row, by what entry() gave, whatever has become of its name; None is the base model."""
+        with self._lock:
             groups = self._groups()
-        index = np.full((len(groups), len(names)), -1, np.int32)
+        index = np.full((len(groups), len(entries)), -1, np.int32)
         stacks = []
         for of_rows, group in zip(index, groups, strict=True):
             members = [entry for entry in entries if entry is not None and entry.group == group]
             distinct = list({entry.version: entry for entry in members}.values())
             place_of = {entry.version: i for i, entry in enumerate(distinct)}
             of_rows[:] = [-1 if entry is None else place_of.get(entry.version, -1) for entry in entries]
-            stacks.append(Stack(stacked(self._template(group), distinct, len(names))))
+            stacks.append(Stack(stacked(self._template(group), distinct, len(entries))))
         mesh = jax.sharding.get_mesh()
         if not mesh.empty:
             stacks = place(stacks, mesh, self.model_config)

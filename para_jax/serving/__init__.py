@@ -1,0 +1,1 @@
+"""The engine: many tenants' requests, served continuously."""

@@ -1,0 +1,69 @@
+"""What the engine is asked, and what it answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..config import require
+from ..data.examples import Prompt
+from ..data.sources import checked_messages
+from ..inference.generate import whole
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt for one tenant. Nothing is checked here: the engine answers a bad request with an error."""
+
+    prompt: Prompt
+    """a text, or chat messages"""
+    tenant: str | None = None
+    """a name of the bank; None: the base model"""
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0: greedy"""
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    """sample i is drawn with seed + i, whatever runs beside it"""
+    stop: tuple[str, ...] = ()
+    """texts that end an answer"""
+    n: int = 1
+    """samples; the prompt is prefilled once for all of them"""
+    id: Hashable = None
+    """default: a number that the engine gives"""
+
+
+class Completion(NamedTuple):
+    """One answer: of sample `index` of request `id`."""
+
+    id: Hashable
+    index: int
+    text: str
+    tokens: list[int]
+    """without the one that ended it"""
+    finish_reason: str
+    """stop | length | error"""
+    error: str | None = None
+
+
+def check_request(request: Request) -> None:
+    """Raises ValueError that names the field of a bad request, and says what was expected."""
+    if not isinstance(request.prompt, str):
+        checked_messages("prompt", request.prompt)
+    named = request.tenant is None or isinstance(request.tenant, str)
+    require(named, "tenant", request.tenant, "a name of the bank, or None: the base model")
+    new, number = request.max_new_tokens, (int, float)
+    require(whole(new) and new >= 1, "max_new_tokens", new, "a whole number of at least 1")
+    heat = request.temperature
+    good = isinstance(heat, number) and math.isfinite(heat) and heat >= 0
+    require(good, "temperature", heat, "a number of at least 0")
+    k, p, seed, n = request.top_k, request.top_p, request.seed, request.n
+    require(whole(k) and 0 <= k < 2**31, "top_k", k, "a whole number of at least 1, or 0: all tokens")
+    require(isinstance(p, number) and 0 < p <= 1, "top_p", p, "a probability above 0, at most 1")
+    require(whole(seed) and 0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 2**32 - 1")
+    require(whole(n) and n >= 1, "n", n, "a whole number of at least 1")
+    texts = isinstance(request.stop, (tuple, list)) and all(isinstance(s, str) and s for s in request.stop)
+    require(texts, "stop", request.stop, "a list of texts that are not empty")

@@ -1,0 +1,416 @@
+"""The engine answers each request as if it ran alone, whatever shares its slots, and loses nothing."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from conftest import backbone, strong
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_run import tokenizer, words
+
+from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, generate, init_adapter
+from para_jax.serving import engine as engine_module
+from para_jax.serving.engine import PREFILLS, STEPS, QueueFull
+
+SLOTS, LENGTH = 3, 40
+CONFIGS = {
+    "A": ParaConfig(r=4),
+    "B": ParaConfig(r=2, target_modules=("q_proj", "up_proj")),
+    "C": Ia3Config(target_modules=("v_proj", "down_proj")),
+}
+SITES = ("q_proj", "v_proj", "up_proj")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return backbone("llama")
+
+
+@pytest.fixture(scope="module")
+def tenants(model):
+    made = {
+        name: strong(init_adapter(config, model.config), i, 0.3) for i, (name, config) in enumerate(CONFIGS.items())
+    }
+    return made | {"A2": strong(made["A"], 9, 0.3)}
+
+
+@pytest.fixture
+def bank(model, tenants):
+    return bank_of(model, tenants)
+
+
+def bank_of(model, tenants):
+    bank = AdapterBank(model.config, max_r=4, sites=SITES)
+    for name in CONFIGS:
+        bank.add(name, tenants[name])
+    return bank
+
+
+def engine_of(model, bank, **options):
+    return Engine(model, bank, tokenizer(), slots=SLOTS, max_length=LENGTH, **options)
+
+
+def prompt(seed, length=6):
+    return words(np.random.default_rng(seed).integers(20, 256, length))
+
+
+def answers(engine):
+    found = {}
+    for completion in engine.run():
+        key = (completion.id, completion.index)
+        assert key not in found, "answered twice"
+        found[key] = completion
+    return found
+
+
+def plain(completion):
+    return completion.tokens, completion.text, completion.finish_reason
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+
+def test_answers_are_those_of_generate(model, bank):
+    engine, names = engine_of(model, bank), ["A", None, "B", "C", "A", None]
+    prompts = [prompt(i, 3 + i) for i in range(len(names))]
+    ids = [engine.submit(Request(p, name, max_new_tokens=7)) for p, name in zip(prompts, names, strict=True)]
+    found = answers(engine)
+    texts = generate(model, prompts, tokenizer=tokenizer(), adapters=bank, tenants=names, max_new_tokens=7)
+    assert [found[id, 0].text for id in ids] == texts
+    assert len({text for text in texts}) == len(names)
+
+
+def test_sampling_depends_on_the_request_alone_and_is_that_of_generate(model, bank):
+    options = dict(max_new_tokens=6, temperature=1.5, top_k=20, top_p=0.9)
+    engine = engine_of(model, bank)
+    ids = [engine.submit(Request(prompt(i), "A", seed=5, **options)) for i in range(5)]
+    found = answers(engine)
+    for i, id in enumerate(ids):
+        alone = generate(model, [prompt(i)], tokenizer=tokenizer(), adapters=bank, tenants=["A"], seed=5, **options)
+        assert [found[id, 0].text] == alone
+
+
+def test_samples_of_a_request_are_prefilled_once_and_equal_requests_of_their_own(model, bank, monkeypatch):
+    engine, calls = engine_of(model, bank), count_prefills(monkeypatch)
+    options = dict(max_new_tokens=5, temperature=1.0)
+    many = engine.submit(Request(prompt(0), "B", n=5, seed=3, **options))
+    found = answers(engine)
+    assert len(calls) == 1 and {key for key in found} == {(many, i) for i in range(5)}
+    single = [engine.submit(Request(prompt(0), "B", seed=3 + i, **options)) for i in range(5)]
+    alone = answers(engine)
+    assert [plain(found[many, i]) for i in range(5)] == [plain(alone[id, 0]) for id in single]
+    assert len({tuple(found[many, i].tokens) for i in range(5)}) > 1
+
+
+def test_rows_stop_at_their_own_stop_texts_and_lengths(model, bank):
+    engine = engine_of(model, bank)
+    free = engine.submit(Request(prompt(1), "A", max_new_tokens=9))
+    whole = answers(engine)[free, 0]
+    assert (whole.finish_reason, len(whole.tokens)) == ("length", 9)
+    end = f"w{whole.tokens[4]}"
+    cut = engine.submit(Request(prompt(1), "A", max_new_tokens=9, stop=(end,)))
+    short = engine.submit(Request(prompt(1), "A", max_new_tokens=1))
+    found = answers(engine)
+    assert found[cut, 0].finish_reason == "stop" and found[cut, 0].text == whole.text[: whole.text.index(end)]
+    assert found[short, 0].tokens == whole.tokens[:1]
+
+
+def test_an_end_token_stops_a_row_and_is_not_part_of_the_answer(model, bank):
+    engine = engine_of(model, bank)
+    free = engine.submit(Request(prompt(2), None, max_new_tokens=8))
+    whole = answers(engine)[free, 0]
+    engine._stops = frozenset({whole.tokens[3]})
+    again = engine.submit(Request(prompt(2), None, max_new_tokens=8))
+    found = answers(engine)[again, 0]
+    assert found.finish_reason == "stop" and found.tokens == whole.tokens[: whole.tokens.index(whole.tokens[3])]
+
+
+# ----------------------------------------------------------------------------------------------------------- isolation
+
+ASKED = st.fixed_dictionaries(
+    {
+        "tenant": st.sampled_from([*CONFIGS, None]),
+        "seed": st.integers(0, 5),
+        "length": st.integers(1, 20),
+        "new": st.integers(1, 12),
+        "temperature": st.sampled_from([0.0, 0.0, 1.0]),
+        "wait": st.integers(0, 2),
+        "cancel": st.booleans(),
+        "replace": st.sampled_from([None, None, "A", "A2"]),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def lab(model, tenants):
+    """An engine whose slots are reused by all schedules, one for runs alone, and what these gave."""
+    banks = bank_of(model, tenants), bank_of(model, tenants)
+    return [engine_of(model, bank) for bank in banks], banks, {}
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(ASKED, min_size=1, max_size=8))
+def test_any_schedule_gives_each_request_what_it_gets_alone(tenants, lab, schedule):
+    (engine, alone), (bank, other), known = lab
+    asked, cancelled, found = {}, set(), {}
+
+    def take(rounds):
+        for _ in range(rounds):
+            engine._round()
+        while engine._done:
+            completion = engine._done.popleft()
+            assert completion.id not in found, "answered twice"
+            found[completion.id] = completion
+
+    for one in schedule:
+        if one["replace"]:
+            bank.replace("A", tenants[one["replace"]])
+        heat = one["temperature"]
+        request = Request(prompt(one["seed"], one["length"]), one["tenant"], one["new"], heat, seed=one["seed"])
+        id = engine.submit(request)
+        asked[id] = request, bank.entry("A").content
+        take(one["wait"])
+        if one["cancel"] and engine.cancel(id):
+            cancelled.add(id)
+    while len(found) < len(asked):
+        take(1)
+    assert set(found) == set(asked) and not engine._open and not any(engine._rows)
+    for id, (request, content) in asked.items():
+        if id in cancelled:
+            assert (found[id].finish_reason, found[id].error) == ("error", "cancelled")
+            continue
+        key = (request, content if request.tenant == "A" else None)
+        if key not in known:
+            if request.tenant == "A":
+                other.replace("A", tenants["A" if content == lab_content(other, tenants, "A") else "A2"])
+            alone._kept.clear()
+            expected = alone.submit(request)
+            known[key] = answers(alone)[expected, 0]
+        assert plain(found[id]) == plain(known[key])
+
+
+def lab_content(bank, tenants, name):
+    bank.replace("A", tenants[name])
+    return bank.entry("A").content
+
+
+def test_a_hostile_tenant_leaves_nothing_in_its_slot_and_its_neighbours_alone(model, tenants, bank):
+    calm = engine_of(model, bank)
+    ids = [calm.submit(Request(prompt(i), name, 6)) for i, name in enumerate(["A", None, "B", "A", None, "B"])]
+    expected = answers(calm)
+    hostile = jax.tree.map(lambda leaf: leaf * 1e25, tenants["A"])  # finite itself; what it leaves in the cache is not
+    bank.add("hostile", hostile)
+    troubled = engine_of(model, bank)
+    for i in range(SLOTS):
+        troubled.submit(Request(prompt(i, 20), "hostile", 15, id=f"h{i}"))
+    mixed = []
+    for i, name in enumerate(["A", None, "B", "A", None, "B"]):
+        mixed.append(troubled.submit(Request(prompt(i), name, 6)))
+        troubled.submit(Request(prompt(i), "hostile", 3, id=f"more {i}"))
+    troubled._round()
+    assert any(not np.isfinite(values).all() for _, values in troubled._slots.state.cache)
+    found = answers(troubled)
+    assert len(found) == SLOTS + 12
+    assert [plain(found[id, 0]) for id in mixed] == [plain(expected[id, 0]) for id in ids]
+
+
+# --------------------------------------------------------------------------------------------------------------- reuse
+
+
+def count_prefills(monkeypatch):
+    calls, real = [], engine_module.prefill
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(engine_module, "prefill", counted)
+    return calls
+
+
+def test_only_the_same_adapter_and_the_same_whole_prompt_are_reused(model, tenants, bank, monkeypatch):
+    engine, calls = engine_of(model, bank), count_prefills(monkeypatch)
+
+    def ask(text, tenant):
+        before = len(calls)
+        id = engine.submit(Request(text, tenant, 4))
+        return answers(engine)[id, 0].tokens, len(calls) - before
+
+    text = prompt(3)
+    first, prefills = ask(text, "A")
+    assert prefills == 1 and ask(text, "A") == (first, 0)
+    other, prefills = ask(text, "B")
+    assert prefills == 1 and other != first
+    longer, prefills = ask(text + " w77", "A")  # the same prefix has another last token, so other factors
+    assert prefills == 1 and longer != first
+    bank.replace("A", tenants["A2"])  # the same name
+    replaced, prefills = ask(text, "A")
+    assert prefills == 1 and replaced != first
+    bank.add("copy", tenants["A"])  # another name, the same adapter
+    assert ask(text, "copy") == (first, 0)
+    base, prefills = ask(text, None)
+    assert prefills == 1 and base != first
+
+
+def test_a_request_is_answered_by_the_adapter_that_its_tenant_had_when_it_was_submitted(model, tenants, bank):
+    engine = engine_of(model, bank)
+    now = engine.submit(Request(prompt(4), "A", 5))
+    bank.replace("A", tenants["A2"])
+    later = engine.submit(Request(prompt(4), "A", 5))
+    bank.remove("A")
+    found = answers(engine)
+    bank.add("A", tenants["A"]), bank.add("A2", tenants["A2"])
+    expected = generate(
+        model, [prompt(4)] * 2, tokenizer=tokenizer(), adapters=bank, tenants=["A", "A2"], max_new_tokens=5
+    )
+    assert [found[now, 0].text, found[later, 0].text] == expected
+
+
+# --------------------------------------------------------------------------------------------- fairness, faults, limits
+
+
+def test_requests_start_in_the_order_they_came_and_prefill_holds_decoding_back_no_longer_than_said(
+    model, bank, monkeypatch
+):
+    engine, calls = engine_of(model, bank), count_prefills(monkeypatch)
+    started, taken = [], engine._prefilled
+    monkeypatch.setattr(engine, "_prefilled", lambda sample: started.append(sample.id) or taken(sample))
+    ids = [engine.submit(Request(prompt(i), max_new_tokens=1 if i else 30)) for i in range(12)]
+    rounds = []
+    while engine._queue or any(engine._rows):
+        before = len(calls)
+        engine._round()
+        rounds.append(len(calls) - before)
+    assert started == ids
+    assert rounds[0] == SLOTS and max(rounds[1:]) == min(PREFILLS, SLOTS - 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tenant": "AA"}, "no tenant 'AA'; the nearest are A"),
+        ({"max_new_tokens": 0}, "max_new_tokens: 0 is not possible"),
+        ({"max_new_tokens": 39}, "prompt: 6 tokens and max_new_tokens 39 are more than the engine's max_length 40"),
+        ({"temperature": float("nan")}, "temperature: nan"),
+        ({"temperature": "hot"}, "temperature: 'hot'"),
+        ({"top_k": -1}, "top_k: -1"),
+        ({"top_p": 0}, "top_p: 0"),
+        ({"seed": 2**32}, "seed: "),
+        ({"stop": "w9"}, "stop: 'w9'"),
+        ({"stop": ("",)}, "stop: "),
+        ({"n": 0}, "n: 0"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": [{"role": "user"}]}, "prompt"),
+        ({"tenant": ["A"]}, "tenant: ['A']"),
+    ],
+)
+def test_a_request_that_can_not_be_served_becomes_an_error_and_harms_no_other(model, bank, wrong, message):
+    engine = engine_of(model, bank)
+    good = Request(prompt(5), "A", 4)
+    first = engine.submit(good)
+    bad = engine.submit(replace(good, **wrong))
+    second = engine.submit(good)
+    found = answers(engine)
+    assert found[bad, 0].finish_reason == "error" and message in found[bad, 0].error and found[bad, 0].text == ""
+    assert plain(found[first, 0]) == plain(found[second, 0]) and found[first, 0].error is None
+    assert len(found) == 3
+
+
+def test_a_full_queue_refuses_clearly_and_goes_on(model, bank):
+    engine = engine_of(model, bank, queue_limit=2)
+    ids = [engine.submit(Request(prompt(i), max_new_tokens=3)) for i in range(2)]
+    with pytest.raises(QueueFull, match="the queue holds 2 of 2 samples; take answers first"):
+        engine.submit(Request(prompt(3), max_new_tokens=3))
+    engine._round()
+    ids.append(engine.submit(Request(prompt(4), max_new_tokens=3, n=2)))
+    assert {key[0] for key in answers(engine)} == set(ids)
+
+
+def test_cancelling_frees_the_slot_at_once(model, bank):
+    engine = engine_of(model, bank)
+    running = [engine.submit(Request(prompt(i), "A", 30)) for i in range(SLOTS)]
+    waiting = [engine.submit(Request(prompt(9), "B", 3)), engine.submit(Request(prompt(8), "B", 3))]
+    engine._round()
+    assert all(engine._rows)
+    assert engine.cancel(running[1]) and engine.cancel(waiting[1]) and not engine.cancel(running[1])
+    assert engine._rows.count(None) == 1
+    assert not engine.cancel("unheard of")
+    found = answers(engine)
+    assert len(found) == 5 and found[running[1], 0].error == found[waiting[1], 0].error == "cancelled"
+    assert len(found[running[1], 0].tokens) == 1 + STEPS and found[waiting[0], 0].finish_reason == "length"
+
+
+def test_a_stream_gives_the_tokens_as_they_are_made_and_the_others_are_answered_too(model, bank):
+    engine = engine_of(model, bank)
+    one, two = (engine.submit(Request(prompt(i), "A", 9)) for i in (1, 2))
+    stream = engine.stream(one)
+    first = next(stream)
+    assert len(engine._open[one][0].tokens) < 9
+    streamed = [first, *stream]
+    found = answers(engine)
+    assert streamed == found[one, 0].tokens and len(found[two, 0].tokens) == 9
+    assert list(engine.stream(one)) == []
+
+
+def test_ids_are_the_users_own_or_numbers_and_an_open_one_is_not_taken_twice(model, bank):
+    engine = engine_of(model, bank)
+    assert engine.submit(Request(prompt(1), max_new_tokens=1, id=0)) == 0
+    assert engine.submit(Request(prompt(1), max_new_tokens=1)) == 1
+    with pytest.raises(ValueError, match="id: 0 is not possible"):
+        engine.submit(Request(prompt(1), id=0))
+    assert set(answers(engine)) == {(0, 0), (1, 0)}
+    assert engine.submit(Request(prompt(1), max_new_tokens=1, id=0)) == 0
+
+
+def test_nothing_is_compiled_after_warm_up(model, tenants):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    bank = bank_of(model, tenants)
+    engine = Engine(model, bank, tokenizer(), slots=4, max_length=72)
+    engine.warm_up()
+    before = len(compiled)
+    assert before
+    for i in range(12):
+        options = dict(temperature=i % 2, top_k=i % 3, seed=i, n=1 + i % 2)
+        tenant = [*CONFIGS, None][i % 4]
+        engine.submit(Request(prompt(i, 1 + 5 * i), tenant, max_new_tokens=2 + i, **options))
+    bank.replace("A", tenants["A2"])
+    assert len(answers(engine)) == 18 and len(compiled) == before
+    Engine(model, bank, tokenizer(), slots=5, max_length=72).warm_up()
+    assert len(compiled) > before
+
+
+def test_lora_joins_where_the_bank_lets_it_and_the_engine_says_so(model, tenants, capsys):
+    lora = strong(init_adapter(LoraConfig(r=4), model.config), 5, 0.3)
+    bank = AdapterBank(model.config, max_r=4, methods=("para", "lora"), sites=SITES)
+    bank.add("A", tenants["A"]), bank.add("L", lora)
+    engine = engine_of(model, bank)
+    said = capsys.readouterr().err
+    assert "engine: 3 slots of 40 tokens" in said and "methods that may join: para, lora" in said
+    assert "such rows fit into the" in said
+    ids = [engine.submit(Request(prompt(i), name, 6)) for i, name in enumerate(["L", "A", None, "L"])]
+    found = answers(engine)
+    texts = generate(
+        model, [prompt(i) for i in range(4)], tokenizer=tokenizer(), adapters=bank, tenants=["L", "A", None, "L"],
+        max_new_tokens=6,
+    )  # fmt: skip
+    assert [found[id, 0].text for id in ids] == texts
+
+
+def test_an_engine_without_a_bank_serves_the_base_model_alone(model):
+    engine = engine_of(model, None)
+    good, bad = engine.submit(Request(prompt(1), None, 5)), engine.submit(Request(prompt(1), "A", 5))
+    found = answers(engine)
+    assert [found[good, 0].text] == generate(model, [prompt(1)], tokenizer=tokenizer(), max_new_tokens=5)
+    assert "the engine has no bank" in found[bad, 0].error
+
+
+@pytest.mark.parametrize("options", [{"slots": 0}, {"max_length": 1}, {"max_length": 10**6}, {"queue_limit": 0}])
+def test_an_impossible_engine_is_refused(model, bank, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Engine(model, bank, tokenizer(), **({"slots": 2, "max_length": 32} | options))

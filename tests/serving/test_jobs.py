@@ -1,0 +1,146 @@
+"""A batch job answers every line once, also when it is killed at any moment and started again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_run import backbone_folder, words
+
+from para_jax import ParaConfig, generate, init_adapter, load_adapter, load_backbone, load_tokenizer, save_adapter
+from para_jax.cli import main
+from para_jax.serving.jobs import answered
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A backbone, two strong tenants, and 40 lines of requests."""
+    from conftest import strong
+
+    folder = tmp_path_factory.mktemp("jobs")
+    backbone_folder(folder / "backbone")
+    model = load_backbone(folder / "backbone")
+    for i, name in enumerate("AB"):
+        save_adapter(strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3), folder / name)
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(40)))
+    return folder
+
+
+def lines(count):
+    draw = random.Random(0)
+    return [
+        {"prompt": words(draw.sample(range(20, 256), 4)), "max_new_tokens": 3 + i % 9}
+        | ({"tenant": draw.choice("AB")} if i % 3 else {})
+        | ({"id": f"line-{i}"} if i % 2 else {})
+        | ({"n": 2, "temperature": 1.0, "seed": i} if i % 7 == 0 else {})
+        for i in range(count)
+    ]
+
+
+def command(folder, output, source="in.jsonl"):
+    names = [f"{name}={folder / name}" for name in "AB"]
+    return [str(part) for part in (
+        "generate", "--backbone", folder / "backbone", "--adapters", *names, "--input", folder / source,
+        "--output", output, "--slots", 3, "--max-length", 32, "--allow-cpu", "--no-compilation-cache",
+    )]  # fmt: skip
+
+
+def read(output):
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The answers of a job that was not disturbed, by line and sample."""
+    output = folder / "whole.jsonl"
+    assert main(command(folder, output)) == 0
+    return {(row["line"], row["index"]): row for row in read(output)}
+
+
+def test_every_line_is_answered_once_as_generate_does(folder, whole):
+    asked = lines(40)
+    assert set(whole) == {(i, j) for i, line in enumerate(asked, 1) for j in range(line.get("n", 1))}
+    model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
+    adapters = {name: load_adapter(folder / name, model.config) for name in "AB"} | {None: None}
+    for (i, j), row in whole.items():
+        line = asked[i - 1]
+        assert (row["tenant"], row.get("id")) == (line.get("tenant"), line.get("id"))
+        if i % 5 == 0:
+            options = dict(max_new_tokens=line["max_new_tokens"], temperature=line.get("temperature", 0.0))
+            seed, adapter = line.get("seed", 0) + j, adapters[line.get("tenant")]
+            text = generate(
+                model, [line["prompt"]], tokenizer=tokenizer, adapters=adapter, seed=seed, **options
+            )  # fmt: skip
+            assert [row["text"]] == text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_job_that_is_killed_goes_on_without_repeating_or_losing_a_line(folder, whole, tmp_path, seed):
+    """A child process is killed when its output has reached a drawn size; at last it may finish."""
+    output, draw = tmp_path / "out.jsonl", random.Random(seed)
+    goals = sorted(draw.sample(range(1, 1500), 2))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for goal in goals:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "para_jax.cli", *command(folder, output)],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while child.poll() is None and (not output.exists() or output.stat().st_size < goal):
+            time.sleep(0.002)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL and answered(output)
+        with output.open("ab") as torn:  # a line that it was writing
+            torn.write(b'{"line": 4, "ind')
+    assert main(command(folder, output)) == 0
+    found = read(output)
+    assert len(found) == len(whole)
+    assert {(row["line"], row["index"]): row for row in found} == whole
+    before = output.read_bytes()
+    assert main(command(folder, output)) == 0  # nothing is left to do
+    assert output.read_bytes() == before
+
+
+def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, tmp_path, capsys):
+    good = {"prompt": "w20 w21", "max_new_tokens": 2}
+    bad = [
+        "not json",
+        "[1]",
+        json.dumps(good | {"tenant": "C"}),
+        json.dumps(good | {"temprature": 1}),
+        json.dumps(good | {"messages": []}),
+        json.dumps({"max_new_tokens": 2}),
+        json.dumps(good | {"max_new_tokens": 99}),
+        json.dumps(good | {"top_p": 2}),
+    ]
+    (folder / "bad.jsonl").write_text(
+        "\n".join([json.dumps(good), *bad, "", json.dumps(good | {"tenant": "A"})]) + "\n"
+    )
+    assert main(command(folder, tmp_path / "out.jsonl", "bad.jsonl")) == 0
+    assert "8 answers are errors" in capsys.readouterr().out
+    found = {row["line"]: row for row in read(tmp_path / "out.jsonl")}
+    assert set(found) == {*range(1, 10), 11}
+    errors = [
+        "not JSON", "expected a JSON object, found list", "no tenant 'C'", "fields: ['temprature']", "either prompt",
+        "either prompt", "2 tokens and max_new_tokens 99", "top_p: 2",
+    ]  # fmt: skip
+    for line, error in enumerate(errors, 2):
+        assert found[line]["finish_reason"] == "error" and error in found[line]["error"], found[line]
+    assert found[1]["finish_reason"] == found[11]["finish_reason"] == "length"
+
+
+def test_an_output_of_other_requests_or_of_something_else_is_refused_and_left_as_it_is(folder, whole, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    output.write_bytes((folder / "whole.jsonl").read_bytes())
+    (folder / "other.jsonl").write_text("".join(json.dumps(line | {"seed": 99}) + "\n" for line in lines(40)))
+    before = output.read_bytes()
+    assert main(command(folder, output, "other.jsonl")) == 2
+    assert "line 1 answers another request; choose another file" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    output.write_text("a shopping list\n")
+    with pytest.raises(ValueError, match="holds something else than answers"):
+        answered(output)
+    assert output.read_text() == "a shopping list\n"
