@@ -126,13 +126,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("gguf", type=Path)
     made.add_argument("folder", type=Path)
 
-    made = command("bench", run_bench, "measure on this machine: load, decode or train")
+    made = command("bench", run_bench, "measure on this machine: load, decode, serve or train")
     made.add_argument("name")
     made.add_argument("--backbone", default="smollm2-135m")
     made.add_argument("--output", type=Path, help="write the measurement to this JSON file")
-    made.add_argument("--rows", help="decode: batch sizes, such as 1,8,32")
+    made.add_argument("--rows", help="decode, serve: rows of a batch, such as 1,8,32")
     made.add_argument("--context", type=int, help="decode: tokens that each row holds")
-    made.add_argument("--rounds", type=int, help="decode: how often each side is measured")
+    made.add_argument("--rounds", type=int, help="how often each side is measured")
     made.add_argument("--random", action="store_true", help="decode: random weights of the backbone's shape")
     return top
 

@@ -118,10 +118,12 @@ def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, 
 
 
 def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="bench: 'speed' is not possible; expected one of load, decode, train"):
+    with pytest.raises(ValueError, match="bench: 'speed' is not possible; expected one of load, decode, serve, train"):
         bench.run("speed", BACKBONE)
 
 
 def test_options_of_decode_are_not_for_others(tmp_path):
-    with pytest.raises(ValueError, match="bench load: options: {'rounds': 3}"):
-        bench.run("load", BACKBONE, rounds=3)
+    with pytest.raises(
+        ValueError, match=r"bench load: options: {'context': 3} is not possible; expected some of rounds"
+    ):
+        bench.run("load", BACKBONE, context=3)

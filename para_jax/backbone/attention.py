@@ -48,6 +48,8 @@ class Attention(nnx.Module):
         return adjust("o_proj", mixed, self.o_proj(mixed)), kept
 
     def heads(self, projected: Float[Array, "batch length width"], axis: str) -> Float[Array, "batch length heads e"]:
+        if projected.shape[1] == 1:  # a decode step: else a TPU turns q's, k's and v's weights round at every one
+            projected = jax.lax.optimization_barrier(projected)
         split = projected.reshape(*projected.shape[:-1], -1, self.head_dim)
         return constrain(split, ("batch", None, axis, None))
 

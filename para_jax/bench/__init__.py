@@ -6,6 +6,7 @@ all; what counts is the median over the rounds.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 from collections.abc import Callable
@@ -17,10 +18,16 @@ from ..config import RuntimeSection, one_of, require
 from ..plots import decode_plot
 from .decode import bench_decode
 from .load import bench_load
+from .serve import bench_serve
 from .train import bench_train
 
 #: The names of `para-jax bench`; each gives {"unit", "medians", "rounds", ...} for a backbone.
-BENCHMARKS: dict[str, Callable[..., dict]] = {"load": bench_load, "decode": bench_decode, "train": bench_train}
+BENCHMARKS: dict[str, Callable[..., dict]] = {
+    "load": bench_load,
+    "decode": bench_decode,
+    "serve": bench_serve,
+    "train": bench_train,
+}
 
 
 def run(name: str, backbone: str = "smollm2-135m", output: str | Path | None = None, **options) -> dict:
@@ -28,10 +35,11 @@ def run(name: str, backbone: str = "smollm2-135m", output: str | Path | None = N
     written to the JSON file `output` where one is given; `decode` draws a picture beside it where matplotlib is.
 
     Args:
-        options: the benchmark's own: rows, context, rounds and random of `decode`.
+        options: the benchmark's own, such as rounds.
     """
     require(name in BENCHMARKS, "bench", name, one_of(BENCHMARKS))
-    require(name == "decode" or not options, f"bench {name}: options", options, "none; they belong to bench decode")
+    known = inspect.signature(BENCHMARKS[name]).parameters
+    require(set(options) <= set(known), f"bench {name}: options", options, f"some of {', '.join(list(known)[1:])}")
     devices.start(RuntimeSection(compilation_cache=False, allow_cpu=True))
     measured = BENCHMARKS[name](backbone, **options)
     record = {
@@ -65,6 +73,9 @@ def table(measured: dict) -> str:
     bytes_of = measured.get("byte_ratios", {})
     for name, value in measured.get("ratios", {}).items():
         rows.append((name, f"{value:.3f}" + (f"   bytes {bytes_of[name]:.3f}" if bytes_of else "")))
+    for method, values in measured.get("latencies_ms", {}).items():
+        rows += [(f"{method}: {name}", f"{value:.0f} ms") for name, value in values.items()]
+    rows += [(f"prefill of {n}", f"{v:.0f} ms") for n, v in measured.get("prefill", {}).get("medians", {}).items()]
     for name, value in measured.get("share_of_read", {}).items():
         rows.append((f"{name}: bytes a second, of a read test's", f"{value:.2f}"))
     if "within_limit" in measured:

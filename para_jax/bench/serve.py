@@ -1,0 +1,150 @@
+"""`para-jax bench serve`: the engine against static batches, on a ragged workload of many tenants; and the workloads in
+which PARA's factors, made of the whole prompt, cost more than a shared adapter or a shared prefix would."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ..adapters.bank import AdapterBank
+from ..backbone.load import load_backbone
+from ..data.tokenizer import load_tokenizer
+from ..inference.generate import generate_tokens
+from ..model import prefill
+from ..serving.engine import Engine, Sample
+from ..serving.request import Request
+from .decode import METHODS, bank_of
+from .rounds import interleaved, paired, summary
+
+COMPARED = ("PARA", "(IA)^3", "LoRA r=8")
+LONGEST = 256  # tokens a row, prompt and answer
+PREFIX, QUESTION, TURNS = 192, 16, 6  # tokens of a shared prefix and of a question on it; turns of a chat
+
+
+class Workload(NamedTuple):
+    """Requests as token ids, each for a tenant of its own."""
+
+    prompts: list[list[int]]
+    new_tokens: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.new_tokens)
+
+
+def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 32, rounds: int = 2) -> dict:
+    """Tokens a second of the engine and of static batches of as many rows, by method, all tenants different; time to
+    the first token and time a token in the engine; and the prefill that a shared prefix and a chat cost.
+
+    Args:
+        rows: the engine's slots; one number.
+    """
+    slots = rows[0]
+    model, tokenizer = load_backbone(backbone), load_tokenizer(backbone)
+    work = ragged(requests, model.config.vocab_size)
+    banks: dict[str, AdapterBank | None] = {"base": None} | {m: bank_of(model, METHODS[m], requests) for m in COMPARED}
+    sides: dict[str, Callable[[], float]] = {}
+    engines = {}
+    for method, bank in banks.items():
+        engines[method] = Timed(model, bank, tokenizer, slots=slots, max_length=LONGEST)
+        sides[f"{method}, engine"] = lambda m=method: engines[m].serve(work)
+        sides[f"{method}, static batches"] = lambda b=bank: static(model, b, work, slots)
+    found = summary("tokens/s", interleaved(sides, rounds))
+    ratios = {f"{m}: engine / static": paired(found["rounds"], f"{m}, engine", f"{m}, static batches") for m in banks}
+    ratios |= {f"{m} / base, engine": paired(found["rounds"], f"{m}, engine", "base, engine") for m in COMPARED}
+    latencies = {m: engine.latencies() for m, engine in engines.items()}
+    losing = summary("ms", interleaved(losing_sides(model, banks["PARA"]), 5 * rounds))
+    return found | {
+        "ratios": ratios,
+        "latencies_ms": latencies,
+        "prefill": losing,
+        "slots": slots,
+        "requests": requests,
+    }
+
+
+def ragged(requests: int, vocab_size: int) -> Workload:
+    """The lengths of Punica's text generation benchmark (arXiv:2310.18547; benchmarks/bench_textgen.py): prompts
+    -1 + 18 exp(0.8 N(0, 1)), total lengths uniform, here up to 256 instead of 2048."""
+    draw = np.random.default_rng(0)
+    prompts = np.minimum(-1 + 18 * np.exp(0.8 * draw.standard_normal(requests)), LONGEST - 2).astype(int).clip(1)
+    totals = np.maximum(prompts + 2, draw.integers(0, LONGEST, requests)).clip(max=LONGEST)
+    ids = [draw.integers(3, vocab_size, length).tolist() for length in prompts]
+    return Workload(ids, (totals - prompts).tolist())
+
+
+class Timed(Engine):
+    """An engine that takes token ids, ends no row before its length, and notes when tokens come."""
+
+    def serve(self, work: Workload) -> float:
+        """Tokens a second of all requests, submitted at once."""
+        self.begun, self.seen = time.perf_counter(), {}
+        names = [None] * len(work.prompts) if self.bank is None else self.bank.names
+        for i, (ids, new, name) in enumerate(zip(work.prompts, work.new_tokens, names, strict=False)):
+            entry = None if name is None or self.bank is None else self.bank.entry(name)
+            sample = Sample(Request("", name, new), i, 0, ids, entry)
+            self._open[i] = [sample]
+            self._queue.append(sample)
+        self._stops = frozenset()
+        self._kept.clear()
+        made = sum(len(completion.tokens) for completion in self.run())
+        assert made == work.tokens
+        return made / (time.perf_counter() - self.begun)
+
+    def _extend(self, sample: Sample, new: list[int]) -> None:
+        now = time.perf_counter() - self.begun
+        first, _, _ = self.seen.get(sample.id, (now, 0, 0))
+        super()._extend(sample, new)
+        self.seen[sample.id] = first, now, len(sample.tokens)
+
+    def _text(self, tokens: list[int]) -> str:
+        return ""
+
+    def latencies(self) -> dict[str, float]:
+        """Milliseconds of the last run: to the first token, from the start of all, and a token after it."""
+        first = [1e3 * first for first, _, _ in self.seen.values()]
+        each = [1e3 * (last - first) / (count - 1) for first, last, count in self.seen.values() if count > 8]
+        quantiles = {"p50": 50, "p95": 95}
+        return {f"first token {name}": float(np.percentile(first, q)) for name, q in quantiles.items()} | {
+            f"a token {name}": float(np.percentile(each, q)) for name, q in quantiles.items()
+        }
+
+
+def static(model, bank: AdapterBank | None, work: Workload, rows: int) -> float:
+    """Tokens a second of batches in the order of arrival, each decoding until its longest answer is whole."""
+    begun = time.perf_counter()
+    for start in range(0, len(work.prompts), rows):
+        chosen = slice(start, start + rows)
+        adapters = None if bank is None else bank.rows(bank.names[chosen])
+        generate_tokens(model, adapters, work.prompts[chosen], max_new_tokens=max(work.new_tokens[chosen]))
+    return work.tokens / (time.perf_counter() - begun)
+
+
+def losing_sides(model, bank) -> dict[str, Callable[[], float]]:
+    """Milliseconds of prefill for one request. PARA reads its whole prompt anew; a server with a cache of prefixes,
+    which LoRA and the base model allow, reads what is new alone (the least it can cost: its attention to the prefix is
+    left out)."""
+
+    def prefilled(adapters, lengths: list[int]) -> Callable[[], float]:
+        tokens = [np.ones((1, length), np.int32) for length in lengths]
+
+        def milliseconds() -> float:
+            begun = time.perf_counter()
+            for each in tokens:
+                made = prefill(model, adapters, each, each.shape[1], max_length=LONGEST)
+                jax.block_until_ready(made)
+            return (time.perf_counter() - begun) * 1e3
+
+        return milliseconds
+
+    para, turn = bank.rows(bank.names[:1]), LONGEST // TURNS
+    return {
+        "a question on a shared prefix, PARA": prefilled(para, [PREFIX + QUESTION]),
+        "a question on a shared prefix, cached prefix": prefilled(None, [QUESTION]),
+        f"a chat of {TURNS} turns, PARA": prefilled(para, [turn * (i + 1) for i in range(TURNS)]),
+        f"a chat of {TURNS} turns, cached history": prefilled(None, [turn] * TURNS),
+    }

@@ -1,0 +1,202 @@
+"""A compiled program is counted as it is executed, and a decode step with PARA or (IA)^3 costs no more than one without
+adapters: no more fusions, matrix products, collectives, or bytes beyond the factors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from para_jax import (
+    LayerKind,
+    ModelConfig,
+    ParaConfig,
+    RotaryConfig,
+    Transformer,
+    init_adapter,
+    load_model_config,
+    make_mesh,
+    pick,
+    prefill,
+    stack_adapters,
+)
+from para_jax.config import Ia3Config, LoraConfig
+from para_jax.hlo import describe_program, excess
+from para_jax.model import decode_step
+from para_jax.sharding import place
+
+ROWS = 4
+SIZES = {"width": 256, "hidden_width": 768, "num_heads": 8, "num_kv_heads": 8, "head_dim": 32, "vocab_size": 512}
+LAYER_KINDS = (LayerKind(rotary=RotaryConfig(dims=32)),) * 2
+CONFIG = ModelConfig(model_type="llama", kinds=LAYER_KINDS, **SIZES)
+IA3 = Ia3Config(target_modules=("q_proj", "v_proj", "up_proj"), feedforward_modules=())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Transformer(CONFIG, rngs=nnx.Rngs(0))
+
+
+def prefilled(model, adapter_config):
+    """The state after a prefill in which every row has an adapter of its own."""
+    rows = None
+    if adapter_config is not None:
+        tenants = stack_adapters([init_adapter(adapter_config, CONFIG, seed=i) for i in range(ROWS)])
+        rows = pick(tenants, np.arange(ROWS))
+    return prefill(model, rows, np.ones((ROWS, 8), np.int32), 8, max_length=32)[1]
+
+
+def program(model, state):
+    decode = jax.jit(decode_step, donate_argnums=1)
+    return describe_program(decode.lower(model, state, jnp.zeros(ROWS, jnp.int32)).compile())
+
+
+def bytes_of(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_costs_nothing(model, adapter_config):
+    """Compares the decode steps with and without adapters, both compiled as decode is, optimisations and all."""
+    base, adapted = (program(model, prefilled(model, config)) for config in (None, adapter_config))
+    print(f"base    {base}\nadapted {adapted}")
+    more = excess(adapted, base, bytes_share=0.005)
+    assert not more, "; ".join(more)
+    return base, adapted
+
+
+# -------------------------------------------------------------------------------------------------------------- the law
+
+
+@pytest.mark.parametrize("config", [ParaConfig(), IA3], ids=["para", "ia3"])
+def test_decode_with_factors_of_a_tenant_a_row_costs_no_more_than_without_adapters(model, config):
+    base, adapted = check_costs_nothing(model, config)
+    factors = bytes_of(prefilled(model, config).adjustments)
+    assert base.products == 2 * 9 + 1 and sum(base.fusions.values()) > 10
+    assert factors == adapted.arguments - base.arguments
+    assert factors <= adapted.bytes_accessed - base.bytes_accessed < 1.5 * factors
+
+
+def test_the_same_check_fails_for_lora(model):
+    with pytest.raises(AssertionError, match="[0-9]+ fusions, .* matrix products, .* bytes accessed, "):
+        check_costs_nothing(model, LoraConfig(r=4))
+
+
+def test_tensor_parallel_decode_with_factors_has_the_collectives_of_the_base(model):
+    mesh = make_mesh(tensor=4)
+    with jax.set_mesh(mesh):
+        base, adapted = check_costs_nothing(place(model, mesh, CONFIG), ParaConfig())
+    assert adapted.collectives == base.collectives and base.collectives["all-reduce"] == 2 * 2 + 1
+
+
+def test_llama_2_7b_carries_1228800_bytes_of_live_adapter_state_a_row():
+    config = load_model_config("meta-llama/Llama-2-7b-hf")
+    model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), model)
+    tenants = jax.eval_shape(lambda: stack_adapters([init_adapter(ParaConfig(), config)] * 3))
+
+    def state(model, tenants, tokens):
+        return prefill(model, pick(tenants, jnp.arange(ROWS) % 3), tokens, 4, max_length=8)[1]
+
+    made = jax.eval_shape(state, model, tenants, jax.ShapeDtypeStruct((ROWS, 4), jnp.int32))
+    assert bytes_of(made.adjustments) == ROWS * 1_228_800
+
+
+# ------------------------------------------------------------------------------------------------------------- counting
+
+
+MODULE = """HloModule counted, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%inner (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0:T(128)} parameter(0)
+  ROOT %m = f32[8]{0} multiply(%p, %p), metadata={op_name="calls=%inner"}
+}
+
+%fused_computation.1 (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %turned = f32[8]{0} copy(%p)
+  %nested = f32[8]{0} fusion(%turned), kind=kLoop, calls=%inner
+  ROOT %d = f32[8]{0} convolution(%nested, %p), dim_labels=bf_io->bf
+}
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %s = (s32[], /*index=1*/f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%s), index=1
+  %f = (f32[8]{0:T(256)}, f32[8]{0}) fusion(%x), kind=kOutput, calls=%fused_computation.1
+  ROOT %t = (s32[], f32[8]{0}) tuple(%x, %f)
+}
+
+%condition (s: (s32[], f32[8])) -> pred[] {
+  %s = (s32[], f32[8]{0}) parameter(0)
+  ROOT %c = pred[] constant(true)
+}
+
+%called (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %f = f32[8]{0} fusion(%p), kind=kLoop, calls=%inner
+}
+
+%never (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %f = f32[8]{0} dot(%p, %p)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %moved = f32[8]{0} copy(%a)
+  %one = f32[8]{0} call(%moved), to_apply=%called
+  %two = f32[8]{0} call(%one), to_apply=%called
+  %w = (s32[], f32[8]{0}) while(%two), condition=%condition, body=%body
+  %start = (f32[8]{0}, f32[8]{0}) all-reduce-start(%two), to_apply=%inner
+  %done = f32[8]{0} all-reduce-done(%start)
+  %gathered = ((f32[8]{0}), f32[8]{0}) async-start(%done), calls=%wrapped
+  %waited = f32[8]{0} async-done(%gathered), calls=%wrapped
+  ROOT %g = f32[8]{0} custom-call(%waited), custom_call_target="__cublas$gemm"
+}
+
+%wrapped (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %f = f32[8]{0} all-gather(%p), dimensions={0}
+}
+"""
+
+
+class Compiled:
+    """What jax.stages.Compiled says, of a module written by hand."""
+
+    def as_text(self):
+        return MODULE
+
+    def cost_analysis(self):
+        return {"flops": 1.0, "bytes accessed": 2.0}
+
+    def memory_analysis(self):
+        return jax.jit(jnp.sin).lower(1.0).compile().memory_analysis()
+
+
+def test_what_is_executed_is_counted_once_for_each_place_that_calls():
+    counted = describe_program(Compiled())
+    assert counted.fusions == {"kLoop": 2, "kOutput": 1}  # %called twice; %nested is a part of the kernel around it
+    assert counted.products == 2  # the convolution in a fusion, the library's; not the dot in what nobody calls
+    assert counted.collectives == {"all-reduce": 1, "all-gather": 1}
+    assert counted.copies == 1  # not the one in a fusion
+    assert (counted.flops, counted.bytes_accessed) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    ({"fusions": {"kLoop": 3, "kOutput": 1}}, ["4 fusions, base 3"]),
+    ({"products": 3}, ["3 matrix products, base 2"]),
+    ({"collectives": {"all-reduce": 1, "all-gather": 2}}, ["3 collectives, base 2"]),
+    ({"bytes_accessed": 2.02}, ["2.02 bytes accessed, base 2"]),
+    ({"bytes_accessed": 2.009, "fusions": {"kCustom": 3}, "temporaries": 10**9}, []),
+])  # fmt: skip
+def test_what_a_program_has_more_of_is_named_beside_the_base(change, line):
+    base = describe_program(Compiled())
+    assert excess(base._replace(**change), base, bytes_share=0.005) == line
+
+
+def test_a_donated_argument_is_not_counted_again_as_an_output():
+    x = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    double = lambda x: x * 2  # noqa: E731
+    kept, donated = (describe_program(jax.jit(double, donate_argnums=d).lower(x).compile()) for d in ((), (0,)))
+    assert (kept.arguments, kept.outputs, donated.outputs) == (4000, 4000, 0)
+    assert kept.memory - donated.memory == 4000
