@@ -24,9 +24,9 @@ from ..devices import say
 from ..inference.generate import before_first, up_to_multiple
 from ..model import DecodeState, prefill
 from .request import Completion, Request, check_request
-from .slots import empty_slots, insert, row_sampling, step
+from .slots import empty_slots, insert, row_sampling, steps
 
-#: Decode steps between two looks at the tokens, and the most prompts prefilled between them while rows decode.
+#: Decode steps of a dispatch, after which the tokens are looked at, and the most prompts prefilled between them while rows decode.
 STEPS, PREFILLS = 4, 2
 #: Prefilled prompts that are kept for the next request of the same adapter and prompt.
 KEPT = 4
@@ -104,8 +104,8 @@ class Engine:
         for bucket in self._buckets:
             logits, row = self._prefill([0] * min(bucket, self.max_length - 1), None)
             self._slots, _ = insert(self._slots, 0, logits, row, row_sampling(1))
-        self._slots, token = step(self._treedef, self._leaves, self._slots)
-        jax.block_until_ready(token)
+        self._slots, tokens = steps(self._treedef, self._leaves, self._slots, STEPS)
+        jax.block_until_ready(tokens)
 
     def submit(self, request: Request) -> Hashable:
         """Queues a request; its id. It is answered by the adapter that its tenant has now.
@@ -171,13 +171,12 @@ class Engine:
         """Fills free slots, makes some decode steps, and takes the tokens."""
         first = self._fill()
         active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample is not None]
-        made = []
-        for _ in range(STEPS if active else 0):
-            self._slots, token = step(self._treedef, self._leaves, self._slots)
-            made.append(token)
-        first, tokens = jax.device_get((first, made))
+        if not active:
+            return
+        self._slots, tokens = steps(self._treedef, self._leaves, self._slots, STEPS)
+        first, tokens = jax.device_get((first, tokens))
         for slot, sample in active:
-            new = [*(int(token[0]) for token in first.get(slot, [])), *(int(row[slot]) for row in tokens)]
+            new = [*(int(token[0]) for token in first.get(slot, [])), *tokens[:, slot].tolist()]
             self._extend(sample, new)
             if sample.ended:
                 self._rows[slot] = None

@@ -59,12 +59,17 @@ def insert(slots: Slots, slot, logits, row: DecodeState, sampling: Sampling) -> 
     return jax.tree.map(put, slots, made), token
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def step(treedef, leaves, slots: Slots) -> tuple[Slots, jax.Array]:
-    """Every slot one token further, and the tokens [slots]; the model is passed flat, the given slots are donated."""
-    logits, state = decode_step(jax.tree.unflatten(treedef, leaves), slots.state, slots.token)
-    token = draw(logits, slots.sampling, slots.position)
-    return Slots(state, token, slots.position + 1, slots.sampling), token
+@partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
+def steps(treedef, leaves, slots: Slots, count: int) -> tuple[Slots, jax.Array]:
+    """Every slot `count` tokens further, in one dispatch, and the tokens [count, slots]; the model is passed flat, the
+    given slots are donated."""
+
+    def one(slots: Slots, _):
+        logits, state = decode_step(jax.tree.unflatten(treedef, leaves), slots.state, slots.token)
+        token = draw(logits, slots.sampling, slots.position)
+        return Slots(state, token, slots.position + 1, slots.sampling), token
+
+    return jax.lax.scan(one, slots, length=count)
 
 
 def draw(logits, sampling: Sampling, position) -> jax.Array:
