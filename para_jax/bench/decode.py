@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -75,11 +75,15 @@ def bench_decode(
     bandwidth: list[dict[str, float]] = [{} for _ in range(rounds)]
     ratios, cpu_ratios, byte_ratios, checked, gigabytes, points = {}, {}, {}, {}, {}, {}
     for count in rows:
-        steps = {side.name: Step(model, side, context) for side in sides_of(model, banks, single, count)}
-        base = next(iter(steps))
-        checked |= {name: step.check(steps[base]) for name, step in steps.items()}
+        steps: dict[str, Step] = {}
+        for side in sides_of(model, banks, single, count):
+            step = steps[side.name] = Step(model, side, context)
+            base, *_ = steps
+            checked[side.name] = step.check(steps[base])
+            step.side = side._replace(adapters=None)  # gigabytes of LoRA's matrices; what decode carries is made
+        jax.clear_caches()
         gigabytes |= {name: step.nbytes / 1e9 for name, step in steps.items()}
-        points |= {name: step.side._replace(adapters=None)._asdict() for name, step in steps.items()}
+        points |= {name: step.side._asdict() for name, step in steps.items()}
         cache = steps[base].prefill(context)[1].cache  # one for all sides: a step leaves it as long as it was
         for step in steps.values():
             cache = step(cache)[2]  # compiles
@@ -110,17 +114,17 @@ def bench_decode(
     }
 
 
-def sides_of(model, banks: dict[str, AdapterBank], single: AdapterBank, rows: int) -> list[Side]:
+def sides_of(model, banks: dict[str, AdapterBank], single: AdapterBank, rows: int) -> Iterator[Side]:
     """base first; then each method with one tenant, with eight and with one a row; LoRA's one tenant is shared by the
     rows, and nothing is gathered."""
-    sides = [Side("base", rows, 0, None), Side("PARA", rows, 1, single.rows(single.names * rows), " of a bank of 1")]
+    yield Side("base", rows, 0, None)
+    yield Side("PARA", rows, 1, single.rows(single.names * rows), " of a bank of 1")
     for method, bank in banks.items():
         if method.startswith("LoRA"):
             fresh = init_adapter(METHODS[method], model.config)
-            sides.append(Side(method, rows, 1, tenant(fresh, 0), ", no gather"))
+            yield Side(method, rows, 1, tenant(fresh, 0), ", no gather")
         for count in sorted({1, min(8, rows), rows} - ({1} if method.startswith("LoRA") and rows > 1 else set())):
-            sides.append(Side(method, rows, count, bank.rows([bank.names[i % count] for i in range(rows)])))
-    return sides
+            yield Side(method, rows, count, bank.rows([bank.names[i % count] for i in range(rows)]))
 
 
 class Step:

@@ -36,7 +36,7 @@ class Workload(NamedTuple):
         return sum(self.new_tokens)
 
 
-def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 32, rounds: int = 2) -> dict:
+def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 96, rounds: int = 2) -> dict:
     """Tokens a second of the engine and of static batches of as many rows, by method, all tenants different; time to
     the first token and time a token in the engine; and the prefill that a shared prefix and a chat cost.
 
@@ -51,9 +51,11 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
     engines = {}
     for method, bank in banks.items():
         engines[method] = Timed(model, bank, tokenizer, slots=slots, max_length=LONGEST)
+        engines[method].warm_up()
+        static(model, bank, work, slots, ended=lambda tokens: True)  # compiles
         sides[f"{method}, engine"] = lambda m=method: engines[m].serve(work)
         sides[f"{method}, static batches"] = lambda b=bank: static(model, b, work, slots)
-    found = summary("tokens/s", interleaved(sides, rounds))
+    found = summary("tokens/s", [{name: measure() for name, measure in sides.items()} for _ in range(rounds)])
     ratios = {f"{m}: engine / static": paired(found["rounds"], f"{m}, engine", f"{m}, static batches") for m in banks}
     ratios |= {f"{m} / base, engine": paired(found["rounds"], f"{m}, engine", "base, engine") for m in COMPARED}
     latencies = {m: engine.latencies() for m, engine in engines.items()}
@@ -114,13 +116,13 @@ class Timed(Engine):
         }
 
 
-def static(model, bank: AdapterBank | None, work: Workload, rows: int) -> float:
+def static(model, bank: AdapterBank | None, work: Workload, rows: int, ended: Callable | None = None) -> float:
     """Tokens a second of batches in the order of arrival, each decoding until its longest answer is whole."""
     begun = time.perf_counter()
     for start in range(0, len(work.prompts), rows):
         chosen = slice(start, start + rows)
         adapters = None if bank is None else bank.rows(bank.names[chosen])
-        generate_tokens(model, adapters, work.prompts[chosen], max_new_tokens=max(work.new_tokens[chosen]))
+        generate_tokens(model, adapters, work.prompts[chosen], max_new_tokens=max(work.new_tokens[chosen]), ended=ended)
     return work.tokens / (time.perf_counter() - begun)
 
 
