@@ -26,7 +26,7 @@ from ..model import DecodeState, prefill
 from .request import Completion, Request, check_request
 from .slots import empty_slots, insert, row_sampling, steps
 
-#: Decode steps of a dispatch, after which the tokens are looked at, and the most prompts prefilled between two dispatches
+#: Decode steps of a dispatch, after which the tokens are looked at, and the most prompts prefilled before the next
 #: while rows decode.
 STEPS, PREFILLS = 4, 2
 #: Prefilled prompts that are kept for the next request of the same adapter and prompt.
