@@ -72,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--dry-run", action="store_true", help="check the config and print its sizes; nothing is read or written"
     )
+    made.add_argument(
+        "--topology", help="with --dry-run: compile the step for a TPU slice such as v5e:4x4, without the slice"
+    )
     made.add_argument("--results", type=Path, help="write config, device and scores to this JSON file")
 
     made = command("evaluate", run_evaluate, "score an adapter, or the backbone alone, on a config's test data")
@@ -148,13 +151,14 @@ def run_quickstart(options) -> int:
 
 
 def run_train(options) -> None:
-    from .config import load_config
+    from .config import load_config, require
     from .reports import dry_run, read_metrics
     from .runs import train
 
     config = load_config(options.config, options.overrides)
+    require(options.topology is None or options.dry_run, "--topology", options.topology, "to stand beside --dry-run")
     if options.dry_run:
-        print(dry_run(config))
+        print(dry_run(config, options.topology))
         return
     begun = time.monotonic()
     result = train(config)

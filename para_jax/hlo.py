@@ -17,6 +17,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragg
 
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = .*?\s([a-z][a-z0-9\-]*)\((.*)$")
+LOOP = re.compile(r' while\(.*?\bbody=%?([\w.\-]+).*?"known_trip_count":\{"n":"(\d+)"')
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 
 
@@ -101,6 +102,24 @@ def executed(text: str) -> Iterator[tuple[str, str]]:
                     yield from walk(called, fused or opcode == "fusion")
 
     return walk(entry, False)
+
+
+def collectives_run(text: str) -> dict[str, int]:
+    """How often each collective of a module's text runs: those in a loop's body as often as the compiler says that the
+    loop turns (once where it doesn't say)."""
+    computations, entry = parsed(text)
+    turns = {body: int(count) for body, count in LOOP.findall(text)}
+    runs: Counter[str] = Counter()
+
+    def walk(name: str, times: int) -> None:
+        for opcode, rest in computations[name]:
+            runs[opcode.removesuffix("-start")] += times
+            if not opcode.endswith(("-update", "-done")):
+                for called in called_by(rest):
+                    walk(called, times * turns.get(called, 1))
+
+    walk(entry, 1)
+    return {opcode: runs[opcode] for opcode in COLLECTIVES if runs[opcode]}
 
 
 def parsed(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:

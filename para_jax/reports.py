@@ -24,27 +24,37 @@ from .data.sources import encode_records, load_records, split_files
 from .data.tasks import TASKS
 from .data.tokenizer import load_tokenizer
 from .model import init_adapter
+from .topology import topology_report
 from .training.step import init_state
 
 
-def dry_run(config: RunConfig) -> str:
-    """A run's size, from its config and the backbone's config alone: no weights are read and nothing is written."""
+def dry_run(config: RunConfig, topology: str | None = None) -> str:
+    """A run's size, from its config and the backbone's config alone: no weights are read and nothing is written.
+
+    Args:
+        topology: a TPU slice, for which the step is compiled (topology.py).
+    """
     model = load_model_config(config.backbone.source)
     adapter = jax.eval_shape(lambda: init_adapter(config.adapter, model, seed=config.seed))
     state = jax.eval_shape(lambda: init_state(init_adapter(config.adapter, model), config.train, 1))
     backbone, trained = sum(map(math.prod, parameter_shapes(model).values())), count_parameters(adapter)
-    dtype = jnp.dtype(config.backbone.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    rows = mesh_rows(config) * config.train.per_device_batch_size * config.train.gradient_accumulation_steps
-    longest = config.data.max_seq_length
+    on_cpu = jax.default_backend() == "cpu" and topology is None
+    dtype = jnp.dtype(config.backbone.dtype or ("float32" if on_cpu else "bfloat16"))
     lines = [
         f"backbone   {config.backbone.source}: {model.model_type}, {model.num_layers} layers, width {model.width}",
         f"parameters {backbone:,} frozen, {trained:,} trained ({trained / (backbone + trained):.3%}); "
         f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}",
         f"memory     weights {size(backbone * dtype.itemsize)} ({dtype.name}), adapter {size(tree_bytes(adapter))}, "
         f"optimiser {size(tree_bytes(state.optimizer))}",
-        f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens",
+        topology_report(config, topology) if topology else step_line(config),
     ]
     return "\n".join(lines + data_lines(config))
+
+
+def step_line(config: RunConfig) -> str:
+    rows = mesh_rows(config) * config.train.per_device_batch_size * config.train.gradient_accumulation_steps
+    longest = config.data.max_seq_length
+    return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens"
 
 
 def data_lines(config: RunConfig) -> list[str]:

@@ -16,7 +16,7 @@ LAYERS = [
     ["model"],
     ["training", "inference"],
     ["serving"],
-    ["evaluation"],
+    ["evaluation", "topology"],
     ["runs", "bench", "plots", "quickstart", "reports"],
     ["cli"],
 ]

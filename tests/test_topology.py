@@ -1,0 +1,126 @@
+"""The dry run for a slice compiles the run's own step, with the arguments that the run would hand over. The devices are
+virtual CPU devices here: the TPU's compiler is not among the tests' requirements."""
+
+from importlib.metadata import PackageNotFoundError
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import backbone
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny_run import run_config, run_folder
+
+from para_jax import init_adapter, load_backbone, make_mesh
+from para_jax.config import load_config
+from para_jax.hlo import collectives_run
+from para_jax.sharding import place, rows_over
+from para_jax.topology import (
+    TOO_MUCH,
+    batch_rows,
+    compile_step,
+    matrix_weights,
+    parsed_topology,
+    shard_bytes,
+    step_arguments,
+    topology_report,
+)
+from para_jax.training.step import init_state
+
+ON_7B = ("configs/llama2-7b-boolq.yaml", ["mesh.data=1", "mesh.fsdp=16", "train.gradient_accumulation_steps=1"])
+
+
+@pytest.fixture
+def config(tmp_path):
+    return run_config(run_folder(tmp_path), "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2", "data.max_seq_length=16")
+
+
+@pytest.fixture
+def no_libtpu(monkeypatch):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("para_jax.topology.version", version)
+
+
+def test_the_abstract_arguments_lie_as_those_of_a_run(config):
+    mesh = make_mesh(**vars(config.mesh))
+    state, model, batch = step_arguments(config, mesh)
+    loaded = load_backbone(config.backbone.source, mesh=mesh, layout="stacked")
+    with jax.set_mesh(mesh):
+        real = init_state(place(init_adapter(config.adapter, loaded.config), mesh, loaded.config), config.train, 6)
+        tokens = rows_over(jnp.zeros((1, batch_rows(config, mesh), 16), jnp.int32))
+    for made, abstract in ((real, state), (loaded, model)):
+        assert jax.tree.structure(made) == jax.tree.structure(abstract)
+        for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(abstract), strict=True):
+            assert one.shape == other.shape
+            assert one.ndim == 0 or other.sharding.is_equivalent_to(one.sharding, one.ndim)
+    assert batch.tokens.shape == tokens.shape and batch.tokens.sharding.is_equivalent_to(tokens.sharding, 3)
+
+
+def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
+    mesh = make_mesh(**vars(config.mesh))
+    found = compile_step(config, mesh)
+    state, model, batch = step_arguments(config, mesh)
+    assert found.program and found.needed == found.program.memory
+    assert found.program.arguments == pytest.approx(shard_bytes((state, model, batch)), rel=0.02)
+    layers = load_backbone(config.backbone.source).config.num_layers
+    assert sum(found.collectives.values()) > layers * 3  # the scan's body counts for every layer
+    assert sum(found.collectives.values()) > sum(found.program.collectives.values())
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns():
+    mesh = make_mesh(8)
+    over = NamedSharding(mesh, P("data"))
+
+    def program(x):
+        def body(total, _):
+            everywhere = jax.lax.with_sharding_constraint(jnp.tanh(x + total), NamedSharding(mesh, P()))
+            return total + everywhere.sum(), None
+
+        return jax.lax.scan(body, 0.0, length=5)[0]
+
+    text = jax.jit(program).lower(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=over)).compile().as_text()
+    assert sum(collectives_run(text).values()) == 5
+
+
+@pytest.mark.parametrize(("name", "found"), [("v5e:4x4", ("v5e", 16)), ("v5p:2x2x4", ("v5p", 16)),
+                                             ("v6e:1x1", ("v6e", 1))])  # fmt: skip
+def test_a_slice_is_named_by_its_chips_and_their_shape(name, found):
+    assert parsed_topology(name) == found
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:16", "v9z:4x4", "4x4", "v5e:4x4; rm", "v5e:4x-4", ""])
+def test_another_name_is_an_error_of_one_line(name):
+    with pytest.raises(ValueError, match="--topology: .* expected a kind of v4, v5e, .*such as v5e:4x4") as error:
+        parsed_topology(name)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_compiler_says_of_too_little_memory_is_understood():
+    says = "Ran out of memory in memory space hbm. Used 20.60G of 15.75G hbm. Exceeded hbm capacity by 4.85G."
+    assert TOO_MUCH.search(says).groups()[:3] == ("20.60", "G", "15.75")
+    says = "Program hbm requirement: arguments (25.12G) exceeds available HBM (15.75G)"
+    assert TOO_MUCH.search(says).groups()[3:] == ("25.12", "G", "15.75")
+
+
+def test_without_libtpu_an_estimate_says_that_it_is_one_and_how_to_get_better(no_libtpu):
+    shown = topology_report(load_config(*ON_7B), "v5e:4x4")
+    assert "slice      v5e:4x4: 16 chips; mesh data 1, fsdp 16, tensor 1" in shown
+    assert "ESTIMATE, not compiled" in shown and "pip install 'para_jax[aot]'" in shown
+    weights = 6_738_415_616 * 2 / 16 / 2**30
+    assert f"arguments {weights:.1f}"[:-1] in shown  # the adapter's and optimiser's bytes are few
+    assert "it should fit" in shown
+    assert "too much" in topology_report(load_config(ON_7B[0], ["mesh.data=1"]), "v5e:1x1")
+
+
+def test_a_mesh_that_does_not_fill_the_slice_is_named(no_libtpu):
+    with pytest.raises(ValueError, match="mesh: .* expected sizes whose product is the topology's 16 chips"):
+        topology_report(load_config(ON_7B[0], ["mesh.data=1", "mesh.fsdp=8"]), "v5e:4x4")
+
+
+def test_the_weights_of_the_matrix_products_are_all_but_embeddings_head_and_norms():
+    config = backbone("llama").config
+    kernels = [layer.attention for layer in backbone("llama").layers]
+    linears = [site for site in jax.tree.leaves(backbone("llama").layers) if site.ndim == 2]
+    assert kernels and matrix_weights(config) == sum(leaf.size for leaf in linears)
