@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     made = command("generate", run_generate, "answer prompts in one batch")
     made.add_argument("--backbone", default="smollm2-135m", help="a folder, a hub id, a .gguf file, or smollm2-135m")
     made.add_argument("--dtype", choices=("float32", "bfloat16"))
+    made.add_argument("--quantize", choices=("int8",))
     made.add_argument("--adapter", help="an adapter folder or hub id, for every prompt")
     made.add_argument(
         "--adapters",
@@ -192,7 +193,7 @@ def run_evaluate(options) -> None:
         raise ValueError(
             f"data.{options.split} is not set; expected a .jsonl file, or {options.split}.jsonl in data.train's folder"
         )
-    model = load_backbone(config.backbone.source, dtype=config.backbone.dtype)
+    model = load_backbone(**vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
     report = evaluate(model, adapter, [task], tokenizer=tokenizer, limit=options.limit)
     print(report)
@@ -213,7 +214,7 @@ def run_generate(options) -> None:
     sources = adapter_sources(options.adapters)
     tenants = tenants_of(options, sources)
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
-    model = load_backbone(options.backbone, dtype=options.dtype)
+    model = load_backbone(options.backbone, dtype=options.dtype, quantize=options.quantize)
     tokenizer, adapters = load_tokenizer(options.backbone), adapters_of(options, sources, model)
     (run_requests if options.input else run_prompts)(options, model, tokenizer, adapters, tenants)
 

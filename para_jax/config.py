@@ -214,9 +214,12 @@ class BackboneSection:
     """a folder, a hub id (user/name or user/name@revision), a .gguf file, or the built-in name smollm2-135m"""
     dtype: str | None = None
     """float32 | bfloat16; default: float32 on a CPU, else bfloat16"""
+    quantize: str | None = None
+    """int8 (the kernels of the linears, a byte a weight); default: as `dtype` says"""
 
     def __post_init__(self):
         require(self.dtype in (None, "float32", "bfloat16"), "backbone.dtype", self.dtype, "float32 or bfloat16")
+        require(self.quantize in (None, "int8"), "backbone.quantize", self.quantize, "int8, or null for none")
 
 
 @dataclass(frozen=True, kw_only=True)

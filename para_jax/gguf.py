@@ -93,8 +93,9 @@ class GgufFile:
         prefix = re.compile(r"tokenizer\.(ggml\.)?")
         return {prefix.sub("", key, count=1): value for key, value in self.metadata.items() if prefix.match(key)}
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows [start:stop] of a tensor as float32; no other row is dequantised (of a matrix) or copied."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, columns: slice = slice(None)) -> np.ndarray:
+        """Rows [start:stop] of a tensor, or some columns of them, as float32; no other row is dequantised (of a matrix)
+        or copied."""
         tensor = self.tensors[name]
         rows = np.arange(tensor.shape[0])[start:stop]
         if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj\.", name):
@@ -103,7 +104,7 @@ class GgufFile:
         if len(tensor.shape) == 1:
             piece = dequantise(tensor)[0][rows]
         else:
-            piece = dequantise(tensor._replace(data=tensor.data[rows]))
+            piece = dequantise(tensor._replace(data=tensor.data[rows]))[:, columns]
         return piece - 1 if self.architecture == "gemma3" and name.endswith("norm.weight") else piece
 
 

@@ -52,7 +52,7 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
     config = load_config(None, [*DEFAULTS, f"output_dir={next_folder()}", *overrides])
     devices.start(config.runtime)
     with phase("1/5 backbone: fetch and load"):
-        model = load_backbone(config.backbone.source, dtype=config.backbone.dtype)
+        model = load_backbone(**vars(config.backbone))
         tokenizer = load_tokenizer(config.backbone.source)
     with phase("2/5 examples, and each tenant's score before training"):
         write_examples(Path(config.output_dir), config.seed)

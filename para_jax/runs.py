@@ -68,7 +68,7 @@ def train(config: RunConfig) -> TrainResult:
     work = plan_work(config, tokenizer, mesh)
     validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
     claim_folder(config)
-    model = load_backbone(config.backbone.source, dtype=config.backbone.dtype, mesh=mesh, layout="stacked")
+    model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
     return fit(config, model, tokenizer, work, mesh, validation=validation, test=test if config.eval.test else None)
 
 
@@ -177,6 +177,8 @@ class Loop(NamedTuple):
         if score is not None and progress.best_score is not None and score <= progress.best_score:
             return progress._replace(since_best=progress.since_best + 1)
         card = [f"Trained for {progress.step} steps on {Path(self.config.data.train or '').name}."]
+        if self.config.backbone.quantize:
+            card.append(f"The backbone's weights were {self.config.backbone.quantize} during training.")
         if self.validation:
             card.append(f"Validation {self.validation.metric}: {score:.4f}.")
         save_adapter(

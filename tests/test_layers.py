@@ -28,7 +28,7 @@ SIDEWAYS = {
     ("quickstart", "runs"),
     ("quickstart", "reports"),
 }
-HEAVY = "orbax grain tensorflow_datasets tensorflow transformers tokenizers lm_eval matplotlib torch".split()
+HEAVY = "orbax grain qwix tensorflow_datasets tensorflow transformers tokenizers lm_eval matplotlib torch".split()
 
 
 def sources():

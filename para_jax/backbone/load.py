@@ -1,4 +1,5 @@
-"""load_backbone and load_model_config: from a source (folder, hub id, .gguf file, built-in name) to a Transformer."""
+"""load_backbone and load_model_config: from a source (folder, hub id, .gguf file, built-in name) to a Transformer; and
+abstract_backbone, its shapes alone."""
 
 from __future__ import annotations
 
@@ -10,14 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..config import ModelConfig
+from ..config import ModelConfig, require
 from ..gguf import GgufFile
 from ..hub import resolve_backbone, resolve_config
 from ..sharding import tree_shardings
 from .families import model_config
 from .known import KNOWN_CONFIGS
+from .quantize import quantised
+from .safetensors import Safetensors
 from .transformer import Transformer
-from .weights import Safetensors, fingerprint, load_parameters
+from .weights import fingerprint, load_parameters
 
 
 def load_model_config(source: str | Path) -> ModelConfig:
@@ -32,7 +35,9 @@ def load_model_config(source: str | Path) -> ModelConfig:
     return config_at(resolve_config(source), source)
 
 
-def load_backbone(source: str | Path, *, dtype=None, mesh=None, layout: str = "layers") -> Transformer:
+def load_backbone(
+    source: str | Path, *, dtype=None, mesh=None, layout: str = "layers", quantize: str | None = None
+) -> Transformer:
     """A frozen backbone with its weights.
 
     Args:
@@ -40,8 +45,10 @@ def load_backbone(source: str | Path, *, dtype=None, mesh=None, layout: str = "l
         or
             the built-in name smollm2-135m.
         dtype: of weights and compute; default float32 on a CPU, else bfloat16.
-        mesh: lays the weights out over it; default: the first device.
+        mesh: lays the weights out over it; default: the first device. Each process of the mesh reads what its own
+            devices hold, and must call this function.
         layout: "layers" for decoding, "stacked" for training.
+        quantize: "int8" keeps the kernels of the linears in a byte a weight.
 
     Raises ValueError, in a line or two, for what can't be found, is not supported, or is not whole.
     """
@@ -54,16 +61,30 @@ def load_backbone(source: str | Path, *, dtype=None, mesh=None, layout: str = "l
         warnings.warn(
             "a bfloat16 backbone on a CPU is slower than a float32 one, and XLA widens its weights", stacklevel=2
         )
-    model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    paths, treedef = jax.tree_util.tree_flatten_with_path(model)
-    names = [parameter_name(path) for path, _ in paths]
-    shardings = (
-        None if mesh is None else dict(zip(names, jax.tree.leaves(tree_shardings(model, mesh, config)), strict=True))
-    )
-    loaded = load_parameters(config, weights, dtype, shardings)
-    model = jax.tree.unflatten(treedef, [loaded.pop(name) for name in names])
+    paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_backbone(config, dtype, mesh, "layers", quantize))
+    wanted = {parameter_name(path): leaf for path, leaf in paths}
+    shardings = None if mesh is None else {name: leaf.sharding for name, leaf in wanted.items()}
+    loaded = load_parameters(config, weights, dtype, shardings, quantize)
+    model = jax.tree.unflatten(treedef, [loaded.pop(name) for name in wanted])
     model.fingerprint = fingerprint(weights)
     return model.with_layout(layout)
+
+
+def abstract_backbone(
+    config: ModelConfig, dtype, mesh=None, layout: str = "stacked", quantize: str | None = None
+) -> Transformer:
+    """The Transformer that load_backbone gives, with a jax.ShapeDtypeStruct for each array, which with a mesh says how
+    it is laid out. The mesh's devices need not be at hand."""
+    require(quantize in (None, "int8"), "quantize", quantize, "int8, or None")
+    model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), model)
+    if quantize:
+        model = jax.eval_shape(quantised, model)
+    model = model.with_layout(layout)
+    if mesh is None:
+        return model
+    placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(placed, model, tree_shardings(model, mesh, config))
 
 
 def config_at(path: Path, source: str | Path) -> ModelConfig:

@@ -146,7 +146,10 @@ def unstacked(model: Transformer) -> list[Layer]:
 
 
 def moved(move: Callable, arrays):
-    """What `move` makes of the arrays, whose memory is given back before the next leaf is moved."""
+    """What `move` makes of the arrays, whose memory is given back before the next leaf is moved; of a model's shapes,
+    the shapes."""
+    if isinstance(arrays[0], jax.ShapeDtypeStruct):
+        return jax.eval_shape(move, list(arrays))
     made = jax.block_until_ready(move(list(arrays)))
     for array in arrays:
         array.delete()

@@ -1,71 +1,55 @@
-"""Weights: from a checkpoint in Hugging Face's names to the Transformer's parameters, piece by piece to spare memory.
+"""Weights: from a checkpoint in Hugging Face's names to the Transformer's parameters, one after another.
 
-A source of weights is anything with `shapes` (tensor shapes by name) and `read(name, start, stop)` (rows of the first
-axis as a NumPy array): Safetensors here, and GGUF files. Linear weights come as [out, in] and leave as [in, out].
+Linear weights come as [out, in] and leave as [in, out].
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..config import FUSED, SITES, ModelConfig
-
-DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(jnp.bfloat16),
-}
-#: The values read at a time: 64 MB of float64, 32 MB of float32, 16 MB of bfloat16.
-PIECE_VALUES = 8 * 2**20
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Where weights come from."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
-
-
-class Recipe(NamedTuple):
-    """How a parameter is made: rows `start`... of the tensor `source`, which has `shape`, perhaps transposed."""
-
-    source: str
-    shape: tuple[int, ...]
-    start: int = 0
-    transpose: bool = False
+from .blocks import Recipe, Source, load_parameter, needed_blocks, pieces, require_equal
+from .quantize import quantiser
+from .safetensors import some
 
 
 def load_parameters(
-    config: ModelConfig, source: Source, dtype: Any, shardings: dict[str, jax.sharding.Sharding] | None = None
+    config: ModelConfig,
+    source: Source,
+    dtype: Any,
+    shardings: dict[str, jax.sharding.Sharding] | None = None,
+    quantize: str | None = None,
 ) -> dict[str, jax.Array]:
     """The Transformer's parameters by path ("layers.0.attention.q_proj.kernel"), each as `parameter_shapes` has it.
 
-    The peak is the loaded weights and about 100 MB, on accelerators one tensor and that. Raises ValueError naming
-    tensors that are missing, unknown, misshapen or not finite.
+    With `quantize`, kernels are int8 values with a "....scale" beside them. The peak is the loaded weights and about
+    100 MB; on accelerators, and with `quantize`, one tensor and that.
+    Raises ValueError naming tensors that are missing, unknown, misshapen or not finite (where this process reads them;
+    the others, which do not see it, go on).
     """
     plan = recipes(config, source.shapes)
+    shapes = parameter_shapes(config)
+    placing = shardings or {}
     if config.tied_embeddings and "lm_head.weight" in source.shapes:
-        require_equal(source, "lm_head.weight", plan["embedding"].source)
+        blocks = needed_blocks(shapes["embedding"], False, placing.get("embedding"))
+        require_equal(source, "lm_head.weight", plan["embedding"].source, blocks)
     loaded, broken = {}, []
-    for name, shape in parameter_shapes(config).items():
-        values, finite = read_parameter(source, plan[name], shape, jnp.dtype(dtype))
-        if finite:
-            loaded[name] = jax.block_until_ready(jax.device_put(values, shardings and shardings[name]))
-        else:
+    for name, shape in shapes.items():
+        scale = name.removesuffix("kernel") + "scale" if quantize and name.endswith(".kernel") else None
+        read_as = jnp.dtype(jnp.float32 if scale else dtype)
+        array, finite = load_parameter(source, plan[name], shape, read_as, placing.get(name))
+        if not finite:
             broken.append(plan[name].source)
+        if scale:
+            quantise = quantiser(placing.get(name), placing.get(scale))
+            loaded[name], loaded[scale] = jax.block_until_ready(quantise(array))
+        else:
+            loaded[name] = array
     if broken:
         raise ValueError(f"checkpoint: tensors with NaN or infinite values: {some(broken)}")
     return loaded
@@ -167,150 +151,6 @@ def fingerprint(source: Source) -> str:
     if name not in source.shapes:
         raise ValueError(f"checkpoint: no tensor {name}")
     digest = hashlib.sha256()
-    for start, stop in pieces(source.shapes[name], rows):
+    for start, stop in pieces(0, rows or source.shapes[name][0], source.shapes[name][1]):
         digest.update(np.ascontiguousarray(source.read(name, start, stop)).view(np.uint8).data)
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------ piece by piece
-
-
-def pieces(shape: tuple[int, ...], rows: int | None = None) -> Iterator[tuple[int, int]]:
-    """The ranges in which (the first) rows of a tensor are read."""
-    rows = shape[0] if rows is None else rows
-    step = max(1, PIECE_VALUES // max(1, math.prod(shape[1:])))
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def read_parameter(source: Source, recipe: Recipe, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, bool]:
-    """A parameter's values, and whether all of them are finite."""
-    values, finite = aligned_empty(shape, dtype), True
-    for start, stop in pieces(recipe.shape, shape[-1] if recipe.transpose else shape[0]):
-        piece = source.read(recipe.source, recipe.start + start, recipe.start + stop).astype(dtype, copy=False)
-        finite = finite and bool(np.isfinite(piece).all())
-        if not recipe.transpose:
-            values[start:stop] = piece
-            continue
-        for i in range(0, stop - start, 64):  # strips that stay in the processor's cache: 5 times as fast as at once
-            values[:, start + i : min(start + i + 64, stop)] = piece[i : i + 64].T
-    return values, finite
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that jax.device_put takes over on a CPU without a copy, which it does from an alignment of 64 bytes on."""
-    memory = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
-    offset = -memory.ctypes.data % 64
-    return memory[offset : offset + memory.size - 64].view(dtype).reshape(shape)
-
-
-def require_equal(source: Source, name: str, other: str) -> None:
-    for start, stop in pieces(source.shapes[name]):
-        if not np.array_equal(source.read(name, start, stop), source.read(other, start, stop)):
-            raise ValueError(f"checkpoint: {name} differs from {other}, but config.json says tie_word_embeddings")
-
-
-def some(names: Iterable[str]) -> str:
-    names = list(dict.fromkeys(names))
-    return ", ".join(names[:5]) + (f" ... ({len(names)} in all)" if len(names) > 5 else "")
-
-
-# --------------------------------------------------------------------------------------------------------- safetensors
-
-
-class Entry(NamedTuple):
-    """Where a tensor lies in a safetensors file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-
-class Safetensors:
-    """The tensors of a folder's model.safetensors, or of the shards that its model.safetensors.index.json names."""
-
-    def __init__(self, folder: str | Path):
-        self.entries = folder_entries(Path(folder))
-        self.shapes = {name: entry.shape for name, entry in self.entries.items()}
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start...stop of a tensor, in the dtype in which it is stored."""
-        file, dtype, shape, offset = self.entries[name]
-        if dtype not in DTYPES:
-            raise ValueError(f"{file}: {name} is stored as {dtype}; expected one of {', '.join(DTYPES)}")
-        start, stop, _ = slice(start, stop).indices(shape[0])
-        row = math.prod(shape[1:])
-        count = max(0, stop - start) * row
-        values = np.fromfile(file, DTYPES[dtype], count, offset=offset + start * row * DTYPES[dtype].itemsize)
-        if values.size != count:
-            raise ValueError(f"{file}: truncated in {name}; fetch the file again")
-        return values.reshape(-1, *shape[1:])
-
-
-def folder_entries(folder: Path) -> dict[str, Entry]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return file_entries(single)
-    if index.is_file():
-        return sharded_entries(folder, index)
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    if pickles:
-        raise ValueError(
-            f"{folder}: weights only as a pickle ({some(pickles)}), which could run code and is not read;\n"
-            "if you trust it, convert it: transformers.AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
-        )
-    raise ValueError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-
-
-def sharded_entries(folder: Path, index: Path) -> dict[str, Entry]:
-    found = read_json(index, index.read_bytes())
-    shards = found.get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise ValueError(f"{index}: no weight_map from tensor names to file names")
-    files = {}
-    for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: {shard!r} is not the name of a .safetensors file in the same folder")
-        if not (folder / shard).is_file():
-            raise ValueError(f"{folder}: the shard {shard} is missing; fetch it again")
-        files[shard] = file_entries(folder / shard)
-    for name, shard in shards.items():
-        if name not in files[shard]:
-            raise ValueError(f"{folder / shard}: no tensor {name}, which {index.name} expects there")
-    everything = {name: entry for entries in files.values() for name, entry in entries.items()}
-    return everything | {name: files[shard][name] for name, shard in shards.items()}
-
-
-def file_entries(file: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file: 8 bytes with the header's length, a JSON header, the data."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):
-            raise ValueError(f"{file}: truncated, or not a safetensors file ({size} bytes); fetch it again")
-        header = read_json(file, stream.read(length))
-    header.pop("__metadata__", None)
-    return {name: file_entry(file, name, value, 8 + length, size) for name, value in header.items()}
-
-
-def file_entry(file: Path, name: str, value: Any, data: int, size: int) -> Entry:
-    try:
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end and isinstance(dtype, str)
-    except (TypeError, KeyError, ValueError):
-        raise ValueError(f"{file}: bad header: tensor {name}") from None
-    if not sound or (dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize):
-        raise ValueError(f"{file}: bad header: tensor {name}")
-    if data + end > size:
-        raise ValueError(f"{file}: truncated: {name} ends at byte {data + end}, the file at {size}; fetch it again")
-    return Entry(file, dtype, shape, data + begin)
-
-
-def read_json(file: Path, text: bytes) -> dict:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: bad header: not a JSON mapping")
-    return value

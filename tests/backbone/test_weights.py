@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -13,10 +12,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from para_jax.backbone import weights
+from para_jax.backbone import blocks
 from para_jax.backbone.families import model_config
+from para_jax.backbone.safetensors import Safetensors
 from para_jax.backbone.transformer import Transformer
-from para_jax.backbone.weights import Safetensors, fingerprint, load_parameters, parameter_shapes
+from para_jax.backbone.weights import fingerprint, load_parameters, parameter_shapes
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 FOLDERS = sorted(folder.parent.name for folder in FIXTURES.glob("*/config.json"))
@@ -123,14 +123,14 @@ def test_weights_are_cast_once_and_stored_bfloat16_is_read_as_it_is(tmp_path):
 @pytest.mark.parametrize("values", [1, 700, 10_000])
 def test_the_size_of_the_pieces_changes_nothing(values, monkeypatch):
     whole = {folder: (load(folder), fingerprint(Safetensors(FIXTURES / folder))) for folder in ("llama", "phi3")}
-    monkeypatch.setattr(weights, "PIECE_VALUES", values)
+    monkeypatch.setattr(blocks, "PIECE_VALUES", values)
     for folder, (loaded, print_of_whole) in whole.items():
         assert all(np.array_equal(array, loaded[name]) for name, array in load(folder).items())
         assert fingerprint(Safetensors(FIXTURES / folder)) == print_of_whole
 
 
 def test_memory_stays_near_the_weights(monkeypatch, tmp_path):
-    monkeypatch.setattr(weights, "PIECE_VALUES", 64 * 1024)
+    monkeypatch.setattr(blocks, "PIECE_VALUES", 64 * 1024)
     config = model_config(json.loads((FIXTURES / "smollm2" / "config.json").read_text()) | {"vocab_size": 65536})
     tensors = tensors_of("smollm2") | {"model.embed_tokens.weight": np.ones((65536, 64), np.float32)}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -143,7 +143,7 @@ def test_memory_stays_near_the_weights(monkeypatch, tmp_path):
 
 
 def test_a_cpu_takes_over_the_memory_without_a_copy():
-    values = weights.aligned_empty((7, 5), np.dtype(np.float32))
+    values = blocks.aligned_empty((7, 5), np.dtype(np.float32))
     values[:] = 1
     array = jax.device_put(values, jax.devices("cpu")[0])
     assert array.unsafe_buffer_pointer() == values.ctypes.data
@@ -197,105 +197,3 @@ def test_stored_rotary_frequencies_are_harmless(tmp_path):
 def test_another_backbones_config_does_not_fit():
     with pytest.raises(ValueError, match="do not fit the config .model_type qwen3.*missing:.*misshapen:"):
         load_parameters(config_of("qwen3"), Safetensors(FIXTURES / "llama"), "float32")
-
-
-# -------------------------------------------------------------------------------------------------- files from outside
-
-
-@pytest.mark.parametrize("length", [0, 5, 8, 100, 20_000, 578_311])
-def test_a_truncated_file_is_named(length, tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes((FIXTURES / "llama" / "model.safetensors").read_bytes()[:length])
-    with pytest.raises(ValueError, match="model.safetensors: truncated"):
-        Safetensors(tmp_path)
-
-
-def header(entries) -> bytes:
-    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
-    return len(text).to_bytes(8, "little") + text + bytes(16)
-
-
-GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
-
-
-@pytest.mark.parametrize(
-    "entries",
-    [
-        b"\xff\xfe",
-        b"[" * 100_000,
-        [GOOD],
-        {"a": 3},
-        {"a": GOOD | {"shape": [5]}},
-        {"a": GOOD | {"shape": [-4]}},
-        {"a": GOOD | {"shape": [4.0]}},
-        {"a": GOOD | {"shape": 4}},
-        {"a": GOOD | {"data_offsets": [16, 0]}},
-        {"a": GOOD | {"data_offsets": [-16, 0]}},
-        {"a": GOOD | {"data_offsets": [0]}},
-        {"a": {"dtype": "F32", "shape": [4]}},
-        {"a": GOOD | {"dtype": ["F32"]}},
-    ],
-)
-def test_a_bad_header_is_refused(entries, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(header(entries))
-    with pytest.raises(ValueError, match="bad header"):
-        Safetensors(tmp_path)
-
-
-def test_a_file_that_shrinks_after_opening_is_named(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(header({"a": GOOD}))
-    source = Safetensors(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(header({"a": GOOD})[:-4])
-    with pytest.raises(ValueError, match="truncated in a"):
-        source.read("a")
-
-
-def sharded_copy(tmp_path: Path, change) -> Path:
-    folder = tmp_path / "model"
-    shutil.copytree(FIXTURES / "gemma" / "sharded", folder)
-    file = folder / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    change(folder, index["weight_map"])
-    file.write_text(json.dumps(index))
-    return folder
-
-
-OUTSIDE = ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "a\\b.safetensors", "x.bin"]
-
-
-@pytest.mark.parametrize("shard", OUTSIDE)
-def test_an_index_that_leaves_its_folder_is_refused(shard, tmp_path):
-    shutil.copy(FIXTURES / "gemma" / "model.safetensors", tmp_path / "outside.safetensors")
-    folder = sharded_copy(tmp_path, lambda folder, shards: shards.update({"model.norm.weight": shard}))
-    with pytest.raises(ValueError, match="not the name of a .safetensors file in the same folder"):
-        Safetensors(folder)
-
-
-def test_a_missing_shard_is_named(tmp_path):
-    folder = sharded_copy(tmp_path, lambda folder, shards: (folder / "model-00003-of-00004.safetensors").unlink())
-    with pytest.raises(ValueError, match="shard model-00003-of-00004.safetensors is missing"):
-        Safetensors(folder)
-
-
-def test_a_tensor_that_its_shard_lacks_is_named(tmp_path):
-    first = "model-00001-of-00004.safetensors"
-    folder = sharded_copy(tmp_path, lambda folder, shards: shards.update({"model.norm.weight": first}))
-    with pytest.raises(ValueError, match=f"{first}: no tensor model.norm.weight"):
-        Safetensors(folder)
-
-
-def test_an_index_without_a_map_is_refused(tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
-    with pytest.raises(ValueError, match="no weight_map"):
-        Safetensors(tmp_path)
-
-
-def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(ValueError, match="only as a pickle .pytorch_model.bin.*\n.*save_pretrained"):
-        Safetensors(tmp_path)
-
-
-def test_a_folder_without_weights_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no model.safetensors"):
-        Safetensors(tmp_path / "nowhere")

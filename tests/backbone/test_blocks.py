@@ -1,0 +1,164 @@
+"""Over a mesh, a process reads the parts of a checkpoint that its devices hold: all of them, once, and no others."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import cache
+from math import prod
+
+import jax
+import numpy as np
+import pytest
+from conftest import FIXTURES, backbone
+from safetensors.numpy import save_file
+
+from para_jax import load_backbone, load_model_config, make_mesh
+from para_jax.backbone.blocks import Block, needed_blocks, read_blocks, side_by_side, stored_block
+from para_jax.backbone.load import abstract_backbone, parameter_name
+from para_jax.backbone.safetensors import Safetensors
+from para_jax.backbone.weights import load_parameters, parameter_shapes, recipes
+
+MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
+
+
+class Counting:
+    """A source that counts the bytes it reads."""
+
+    def __init__(self, source):
+        self.source, self.shapes, self.count = source, source.shapes, 0
+
+    def read(self, *arguments, **settings):
+        values = self.source.read(*arguments, **settings)
+        self.count += values.nbytes
+        return values
+
+
+@cache
+def shardings_of(folder: str, sizes):
+    model = abstract_backbone(load_model_config(FIXTURES / folder), "float32", make_mesh(*sizes), "layers")
+    return {parameter_name(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+
+
+def indices(folder: str, sizes, devices):
+    """(a parameter's name, its shape, the part of it that a device holds), for each of these devices of the mesh."""
+    shapes = parameter_shapes(load_model_config(FIXTURES / folder))
+    for name, sharding in shardings_of(folder, sizes).items():
+        for device, index in sharding.devices_indices_map(shapes[name]).items():
+            if device.id in devices:
+                yield name, shapes[name], index
+
+
+@cache
+def read_for(folder: str, sizes, devices):
+    """{parameter: {block: values}} as a process with these devices of the mesh reads them, and the bytes read."""
+    config, source = load_model_config(FIXTURES / folder), Counting(Safetensors(FIXTURES / folder))
+    plan, mine, found = recipes(config, source.shapes), {jax.devices()[i] for i in devices}, {}
+    for name, shape in parameter_shapes(config).items():
+        parts = needed_blocks(shape, plan[name].transpose, shardings_of(folder, sizes)[name], mine)
+        found[name] = read_blocks(source, plan[name], parts, np.dtype(np.float32))[0]
+    return found, source.count
+
+
+@pytest.mark.parametrize("devices", [(0,), (5,), (0, 1), (2, 7), (0, 3, 5, 6), tuple(range(8))])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_what_the_devices_hold_is_read_once_and_nothing_else(sizes, devices):
+    held = {name: np.zeros(shape, bool) for name, shape, _ in indices("llama", sizes, devices)}
+    for name, _, index in indices("llama", sizes, devices):
+        held[name][index] = True
+    assert read_for("llama", sizes, devices)[1] == 4 * sum(int(parts.sum()) for parts in held.values())
+
+
+def test_one_device_of_eight_reads_an_eighth_of_the_matrices_and_the_norms():
+    shapes = parameter_shapes(load_model_config(FIXTURES / "llama")).values()
+    matrices, vectors = (sum(4 * prod(shape) for shape in shapes if len(shape) == axes) for axes in (2, 1))
+    for device in range(8):
+        assert read_for("llama", (1, 8, 1), (device,))[1] == matrices / 8 + vectors
+
+
+@pytest.mark.parametrize("folder", ["llama", "phi3", "smollm2", "gemma3_text", "qwen2"])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_the_parts_are_those_of_the_whole_parameters(folder, sizes):
+    leaves = jax.tree_util.tree_leaves_with_path(backbone(folder))
+    whole, devices = {parameter_name(path): np.asarray(leaf) for path, leaf in leaves}, (2, 3, 4)
+    for name, shape, index in indices(folder, sizes, devices):
+        block = stored_block(index, shape, name.endswith("kernel") or name == "head")
+        part = read_for(folder, sizes, devices)[0][name][block]
+        np.testing.assert_array_equal(part.reshape(whole[name][index].shape), whole[name][index])
+
+
+def test_neighbouring_columns_of_the_same_rows_are_read_at_once():
+    cut = [Block(0, 8, 4, 6), Block(0, 8, 0, 4), Block(8, 16, 0, 4), Block(0, 8, 8, 9)]
+    assert side_by_side(cut) == [Block(0, 8, 0, 6), Block(0, 8, 8, 9), Block(8, 16, 0, 4)]
+
+
+def test_a_stored_head_is_compared_where_it_is_needed(tmp_path):
+    config, stored = load_model_config(FIXTURES / "smollm2"), Safetensors(FIXTURES / "smollm2")
+    tensors = {name: stored.read(name) for name in stored.shapes}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (np.arange(64) == 63)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight differs"):
+        load_parameters(config, Safetensors(tmp_path), "float32", shardings_of("smollm2", (1, 8, 1)))
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+CODE = """
+import json, sys
+import jax, numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from para_jax import load_backbone, make_mesh
+from para_jax.backbone.safetensors import Safetensors
+from para_jax.backbone import load
+read, counts = Safetensors.read, []
+def counted(*arguments, **settings):
+    values = read(*arguments, **settings)
+    counts.append(values.nbytes)
+    return values
+Safetensors.read, load.fingerprint = counted, lambda source: None
+found = {}
+for quantize in (None, "int8"):
+    counts.clear()
+    model = load_backbone(sys.argv[3], mesh=make_mesh(1, 8, 1), layout="stacked", quantize=quantize)
+    parts = [[[str(s.index), np.asarray(s.data).astype(float).tolist()] for s in leaf.addressable_shards]
+             for leaf in jax.tree.leaves(model)]
+    found[str(quantize)] = {"bytes": sum(counts), "parts": parts}
+print(json.dumps(found))
+"""
+
+
+def of_two_processes(code: str, *arguments: str) -> list[dict]:
+    """What two processes of 4 CPU devices each print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, address, str(i), *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for i in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    return [json.loads(text.splitlines()[-1]) for text in printed]
+
+
+def test_two_processes_read_a_half_each_and_hold_the_parts_of_one():
+    found = of_two_processes(CODE, str(FIXTURES / "llama"))
+    shapes = parameter_shapes(load_model_config(FIXTURES / "llama")).values()
+    matrices, vectors = (sum(4 * prod(shape) for shape in shapes if len(shape) == axes) for axes in (2, 1))
+    for quantize in (None, "int8"):
+        alone = load_backbone(FIXTURES / "llama", mesh=make_mesh(1, 8, 1), layout="stacked", quantize=quantize)
+        parts = [
+            [[str(s.index), np.asarray(s.data).astype(float).tolist()] for s in leaf.addressable_shards]
+            for leaf in jax.tree.leaves(alone)
+        ]
+        both = [process[str(quantize)] for process in found]
+        assert [process["bytes"] for process in both] == [matrices / 2 + vectors] * 2
+        assert [first + second for first, second in zip(*(process["parts"] for process in both), strict=True)] == parts

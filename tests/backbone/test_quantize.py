@@ -1,0 +1,241 @@
+"""int8 kernels: how far they lie from the float ones, that everything computes the same with them, and that only the
+adapter is trained."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import FIXTURES, backbone, prompts, strong
+from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN, run_config, run_folder
+
+from para_jax import decode, forward, init_adapter, load_backbone, make_mesh, pick, prefill, runs, stack_adapters, train
+from para_jax.backbone.layers import Linear
+from para_jax.backbone.quantize import Int8Linear, quantise
+from para_jax.data.batches import Batch
+from para_jax.inference.generate import generate_tokens
+from para_jax.sharding import place, rows_over
+from para_jax.training.step import init_state, train_step
+
+
+@cache
+def int8(family: str = "llama", layout: str = "layers", sizes=None):
+    mesh = sizes and make_mesh(*sizes)
+    return load_backbone(FIXTURES / family, layout=layout, mesh=mesh, quantize="int8")
+
+
+def linears(model) -> list:
+    kind = (Linear, Int8Linear)
+    leaves = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in leaves if isinstance(node, kind)]
+
+
+@cache
+def rounded(family: str = "llama", layout: str = "layers"):
+    """The float backbone whose kernels are what the int8 ones stand for."""
+    model = jax.tree.map(jnp.copy, backbone(family))
+    for mine, other in zip(linears(model), linears(int8(family)), strict=True):
+        mine.kernel[...] = other.kernel[...] * other.scale[...]
+    return model.with_layout(layout)
+
+
+@cache
+def tenants():
+    fresh = init_adapter(replace(ADAPTER, summary="raw"), backbone("llama").config)
+    return [strong(fresh, seed) for seed in (1, 2)]
+
+
+def size(tree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+# ----------------------------------------------------------------------------------------------------------- the values
+
+
+def test_a_weight_is_off_by_half_a_step_at_most():
+    kernel = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32) * np.logspace(
+        -6, 3, 32, dtype=np.float32
+    )
+    kernel[:, 5] = 0
+    values, scale = map(np.asarray, quantise(jnp.asarray(kernel)))
+    assert values.dtype == np.int8 and scale.dtype == np.float32 and scale.shape == (1, 32)
+    assert (np.abs(values * scale - kernel) <= 0.5001 * scale).all() and not values[:, 5].any()
+    assert set(np.abs(values.astype(int)).max(axis=0).tolist()) == {127, 0}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "gemma3_text"])
+def test_the_kernels_are_int8_and_all_else_stays(family):
+    model, plain = int8(family), backbone(family)
+    assert len(linears(model)) == 7 * model.config.num_layers
+    for mine, other in zip(linears(model), linears(plain), strict=True):
+        values, scale = quantise(other.kernel[...])
+        np.testing.assert_array_equal(mine.kernel[...], values)
+        np.testing.assert_array_equal(mine.scale[...], scale)
+        assert mine.bias is None or np.array_equal(mine.bias[...], other.bias[...])
+    np.testing.assert_array_equal(model.embedding[...], plain.embedding[...])
+    assert model.fingerprint == plain.fingerprint and model.dtype == plain.dtype
+
+
+def test_the_kernels_take_three_tenths_of_the_memory_at_most():
+    kernels = lambda model: [(linear.kernel, getattr(linear, "scale", None)) for linear in linears(model)]  # noqa: E731
+    assert size(kernels(int8())) <= 0.3 * size(kernels(backbone("llama")))
+    assert size(int8()) == size(backbone("llama")) - size(kernels(backbone("llama"))) + size(kernels(int8()))
+
+
+# ----------------------------------------------------------------------------------------------------------- the logits
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+def test_logits_are_those_of_the_rounded_weights_and_near_the_float_ones(family):
+    tokens = prompts(backbone(family))
+    mine, exact, plain = (
+        forward(model, None, tokens, 1) for model in (int8(family), rounded(family), backbone(family))
+    )
+    np.testing.assert_allclose(mine, exact, atol=1e-4)
+    # Rounding is noise, even within a step, so a linear's output is off by step / sqrt(12) over the weights' size; the
+    # 4 linears in a row of each layer add their noise. Logits may be off by that share of their own size.
+    noise = max(
+        float(jnp.sqrt(jnp.mean(mine.scale[...] ** 2) / 12 / jnp.mean(other.kernel[...] ** 2)))
+        for mine, other in zip(linears(int8(family)), linears(backbone(family)), strict=True)
+    )
+    share = float(jnp.std(mine - plain) / jnp.std(plain))
+    assert 1e-4 < share < noise * np.sqrt(4 * backbone(family).config.num_layers)
+
+
+def test_decode_on_int8_equals_the_teacher_forced_pass():
+    model, tokens = int8(), prompts(int8(), 3, 12)
+    rows = pick(stack_adapters(tenants()), np.array([0, -1, 1]))
+    whole = forward(model, rows, tokens, 6)
+    assert abs(whole - forward(model, None, tokens, 6))[0].max() > 0.1
+    logits, state = prefill(model, rows, tokens[:, :6], 6, max_length=16)
+    for position in range(6, 12):
+        np.testing.assert_allclose(logits, whole[:, position - 1], atol=1e-4)
+        logits, state = decode(model, state, tokens[:, position])
+    np.testing.assert_allclose(logits, whole[:, -1], atol=1e-4)
+
+
+def test_generation_on_int8_writes_what_the_rounded_weights_write():
+    given = [[7, 8, 9], [20, 21, 22, 23, 24]]
+    mine, exact = (generate_tokens(model, tenants()[0], given, max_new_tokens=8) for model in (int8(), rounded()))
+    assert mine == exact
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_both_layouts_hold_and_give_the_same(family):
+    model, stacked = int8(family), int8(family, "stacked")
+    tokens = prompts(model)
+    np.testing.assert_allclose(forward(stacked, None, tokens, 1), forward(model, None, tokens, 1), atol=1e-4)
+    back = load_backbone(FIXTURES / family, layout="stacked", quantize="int8").with_layout("layers")
+    for mine, other in zip(jax.tree.leaves(back), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.filterwarnings("ignore:a bfloat16 backbone")
+def test_a_bfloat16_backbone_computes_in_bfloat16():
+    model = load_backbone(FIXTURES / "llama", dtype="bfloat16", quantize="int8")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {"bfloat16", "int8", "float32"}
+    for mine, other in zip(linears(model), linears(int8()), strict=True):
+        np.testing.assert_array_equal(mine.kernel[...], other.kernel[...])  # rounded once, not by way of bfloat16
+        assert mine(jnp.ones((2, mine.kernel.shape[0]), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def step(model, sizes=(1, 1, 1)):
+    """The state after a training step of 8 rows, whose first moments are the gradients but for a factor."""
+    mesh = make_mesh(*sizes)
+    lengths = np.array([6, 3, 8, 5, 6, 4, 9, 7], np.int32), np.array([12, 8, 10, 8, 7, 5, 12, 8], np.int32)
+    batch = jax.tree.map(lambda a: np.asarray(a)[None], Batch(prompts(model, ROWS, LENGTH), *lengths))
+    adapter = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tenants()[0])
+    config = replace(TRAIN, per_device_batch_size=ROWS // (sizes[0] * sizes[1]))
+    with jax.set_mesh(mesh):
+        state = init_state(place(adapter, mesh, model.config), config, STEPS)
+        batch = jax.tree.map(rows_over, batch)
+        return train_step(state, model, batch, completion=COMPLETION, config=config, total_steps=STEPS)
+
+
+def gradients(stepped) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(optax.tree_utils.tree_get(stepped[0].optimizer, "mu"))]
+
+
+@cache
+def int8_step():
+    return step(load_backbone(FIXTURES / "llama", layout="stacked", mesh=make_mesh(), quantize="int8"))
+
+
+def test_gradients_are_those_of_the_rounded_weights_and_near_the_float_ones():
+    exact = step(place(rounded(layout="stacked"), make_mesh(), backbone("llama").config))
+    plain = step(load_backbone(FIXTURES / "llama", layout="stacked", mesh=make_mesh()))
+    for mine, rounded_one, float_one in zip(*map(gradients, (int8_step(), exact, plain)), strict=True):
+        np.testing.assert_allclose(mine, rounded_one, atol=1e-5)
+        cosine = (mine * float_one).sum() / np.linalg.norm(mine) / np.linalg.norm(float_one)
+        assert 0.99 < cosine < 0.999999
+    np.testing.assert_allclose(int8_step()[1]["loss"], plain[1]["loss"], rtol=2e-2)
+
+
+def test_only_the_adapter_has_gradients_and_moments():
+    state, adapter = int8_step()[0], tenants()[0]
+    assert size(state.adapter) == size(adapter)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapter)} == {"float32"}
+    counters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 0)
+    assert size(state.optimizer) == 2 * size(adapter) + counters
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_a_mesh_holds_the_same_int8_weights_and_makes_the_same_step(sizes):
+    alone = load_backbone(FIXTURES / "llama", layout="stacked", quantize="int8")
+    model = int8("llama", "stacked", sizes)
+    for mine, other in zip(jax.tree.leaves(model), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(mine, other)
+        assert len(mine.sharding.device_set) == 8
+    stepped = step(model, sizes)
+    np.testing.assert_allclose(stepped[1]["loss"], int8_step()[1]["loss"], atol=1e-5)
+    for mine, other in zip(gradients(stepped), gradients(int8_step()), strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+
+
+def test_scales_are_cut_as_the_outputs_of_their_linears():
+    layer = int8("llama", "layers", (1, 4, 2)).layers[0]
+    parts = lambda leaf: leaf.get_value().addressable_shards[0].data.shape  # noqa: E731
+    up, down = layer.feedforward.up_proj, layer.feedforward.down_proj
+    assert (parts(up.kernel), parts(up.scale)) == ((16, 64), (1, 64))
+    assert (parts(down.kernel), parts(down.scale)) == ((64, 16), (1, 16))
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+
+def test_a_run_on_int8_learns_resumes_and_says_so_in_its_card(tmp_path, monkeypatch):
+    folder = run_folder(tmp_path)
+    config = run_config(folder, "backbone.quantize=int8", f"output_dir={tmp_path / 'whole'}")
+    whole = train(config)
+    assert whole.best_score is not None
+    real = runs.train_step
+
+    def stopping(state, *arguments, **settings):
+        if int(state.step) == 4:
+            raise KeyboardInterrupt
+        return real(state, *arguments, **settings)
+
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(runs, "train_step", stopping)
+        train(cut)
+    resumed = train(cut)
+    for mine, other in zip(jax.tree.leaves(resumed.adapter), jax.tree.leaves(whole.adapter), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert "int8 during training" in (Path(cut.output_dir) / "adapter" / "README.md").read_text()
+    with pytest.raises(ValueError, match="backbone.quantize .'int8' there, None here"):
+        train(replace(cut, backbone=replace(cut.backbone, quantize=None)))
+
+
+def test_another_quantisation_is_named():
+    with pytest.raises(ValueError, match="backbone.quantize: 'int4' is not possible; expected int8"):
+        run_config(Path("."), "backbone.quantize=int4")
+    with pytest.raises(ValueError, match="quantize: 'int4' is not possible; expected int8"):
+        load_backbone(FIXTURES / "llama", quantize="int4")

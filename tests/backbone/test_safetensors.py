@@ -1,0 +1,133 @@
+"""A safetensors file gives the parts that are asked for; one that is cut off, or that lies, is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import FIXTURES
+from safetensors.numpy import save_file
+
+from para_jax.backbone.safetensors import Safetensors
+
+
+def test_parts_of_a_tensor_are_those_of_the_whole(tmp_path):
+    whole = np.arange(77, dtype=np.float32).reshape(11, 7)
+    save_file({"first": np.ones(3, np.float16), "a": whole, "vector": whole[0].copy()}, tmp_path / "model.safetensors")
+    source = Safetensors(tmp_path)
+    np.testing.assert_array_equal(source.read("a"), whole)
+    np.testing.assert_array_equal(source.read("a", 2, 9), whole[2:9])
+    np.testing.assert_array_equal(source.read("a", 10, columns=slice(1, 4)), whole[10:, 1:4])
+    np.testing.assert_array_equal(source.read("a", columns=slice(6, 7)), whole[:, 6:])
+    np.testing.assert_array_equal(source.read("vector", 2, 5, columns=slice(0, 1)), whole[0, 2:5])
+    assert source.read("a", 4, 4).shape == (0, 7) and source.read("a", 4, 4, columns=slice(2, 3)).shape == (0, 1)
+
+
+@pytest.mark.parametrize("length", [0, 5, 8, 100, 20_000, 578_311])
+def test_a_truncated_file_is_named(length, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((FIXTURES / "llama" / "model.safetensors").read_bytes()[:length])
+    with pytest.raises(ValueError, match="model.safetensors: truncated"):
+        Safetensors(tmp_path)
+
+
+def header(entries) -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(16)
+
+
+GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        b"\xff\xfe",
+        b"[" * 100_000,
+        [GOOD],
+        {"a": 3},
+        {"a": GOOD | {"shape": [5]}},
+        {"a": GOOD | {"shape": [-4]}},
+        {"a": GOOD | {"shape": [4.0]}},
+        {"a": GOOD | {"shape": 4}},
+        {"a": GOOD | {"data_offsets": [16, 0]}},
+        {"a": GOOD | {"data_offsets": [-16, 0]}},
+        {"a": GOOD | {"data_offsets": [0]}},
+        {"a": {"dtype": "F32", "shape": [4]}},
+        {"a": GOOD | {"dtype": ["F32"]}},
+    ],
+)
+def test_a_bad_header_is_refused(entries, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(header(entries))
+    with pytest.raises(ValueError, match="bad header"):
+        Safetensors(tmp_path)
+
+
+def test_a_file_that_shrinks_after_opening_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(header({"a": GOOD}))
+    source = Safetensors(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(header({"a": GOOD})[:-4])
+    with pytest.raises(ValueError, match="truncated in a"):
+        source.read("a")
+
+
+def test_columns_of_a_file_that_shrinks_are_named_too(tmp_path):
+    entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    (tmp_path / "model.safetensors").write_bytes(header({"a": entry}))
+    source = Safetensors(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(header({"a": entry})[:-4])
+    assert source.read("a", columns=slice(0, 1)).shape == (2, 1)
+    with pytest.raises(ValueError, match="truncated in a"):
+        source.read("a", columns=slice(1, 2))
+
+
+def sharded_copy(tmp_path: Path, change) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(FIXTURES / "gemma" / "sharded", folder)
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(folder, index["weight_map"])
+    file.write_text(json.dumps(index))
+    return folder
+
+
+OUTSIDE = ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "a\\b.safetensors", "x.bin"]
+
+
+@pytest.mark.parametrize("shard", OUTSIDE)
+def test_an_index_that_leaves_its_folder_is_refused(shard, tmp_path):
+    shutil.copy(FIXTURES / "gemma" / "model.safetensors", tmp_path / "outside.safetensors")
+    folder = sharded_copy(tmp_path, lambda folder, shards: shards.update({"model.norm.weight": shard}))
+    with pytest.raises(ValueError, match="not the name of a .safetensors file in the same folder"):
+        Safetensors(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = sharded_copy(tmp_path, lambda folder, shards: (folder / "model-00003-of-00004.safetensors").unlink())
+    with pytest.raises(ValueError, match="shard model-00003-of-00004.safetensors is missing"):
+        Safetensors(folder)
+
+
+def test_a_tensor_that_its_shard_lacks_is_named(tmp_path):
+    first = "model-00001-of-00004.safetensors"
+    folder = sharded_copy(tmp_path, lambda folder, shards: shards.update({"model.norm.weight": first}))
+    with pytest.raises(ValueError, match=f"{first}: no tensor model.norm.weight"):
+        Safetensors(folder)
+
+
+def test_an_index_without_a_map_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    with pytest.raises(ValueError, match="no weight_map"):
+        Safetensors(tmp_path)
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(ValueError, match="only as a pickle .pytorch_model.bin.*\n.*save_pretrained"):
+        Safetensors(tmp_path)
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no model.safetensors"):
+        Safetensors(tmp_path / "nowhere")
