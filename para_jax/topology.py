@@ -202,9 +202,7 @@ def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str) -> list[str
 
 def shard_bytes(tree) -> int:
     """Bytes of a tree's arrays on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def activation_bytes(config: RunConfig, model: ModelConfig, mesh: AbstractMesh) -> int:

@@ -51,10 +51,12 @@ def test_the_abstract_arguments_lie_as_those_of_a_run(config):
         real = init_state(place(init_adapter(config.adapter, loaded.config), mesh, loaded.config), config.train, 6)
         tokens = rows_over(jnp.zeros((1, batch_rows(config, mesh), 16), jnp.int32))
     for made, abstract in ((real, state), (loaded, model)):
-        assert jax.tree.structure(made) == jax.tree.structure(abstract)
-        for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(abstract), strict=True):
-            assert one.shape == other.shape
-            assert one.ndim == 0 or other.sharding.is_equivalent_to(one.sharding, one.ndim)
+        expected = dict(jax.tree_util.tree_leaves_with_path(abstract))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(made):
+            other = expected.pop(path)
+            assert leaf.shape == other.shape
+            assert leaf.ndim == 0 or other.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+        assert not expected
     assert batch.tokens.shape == tokens.shape and batch.tokens.sharding.is_equivalent_to(tokens.sharding, 3)
 
 
