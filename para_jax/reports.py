@@ -34,6 +34,8 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
     Args:
         topology: a TPU slice, for which the step is compiled (topology.py).
     """
+    if topology:
+        jax.config.update("jax_platforms", "cpu")  # a compiler is needed, not the TPU that this machine may have
     model = load_model_config(config.backbone.source)
     adapter = jax.eval_shape(lambda: init_adapter(config.adapter, model, seed=config.seed))
     state = jax.eval_shape(lambda: init_state(init_adapter(config.adapter, model), config.train, 1))

@@ -136,8 +136,9 @@ def step_arguments(config: RunConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainS
     rows = batch_rows(config, mesh)
     over_rows = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))  # pyright: ignore[reportArgumentType]
     lead = (config.train.gradient_accumulation_steps, rows)
-    shapes = Batch((*lead, config.data.max_seq_length), lead, lead)
-    return state, model, Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_rows) for shape in shapes))
+    shapes = ((*lead, config.data.max_seq_length), lead, lead)
+    arrays: list[Any] = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_rows) for shape in shapes]
+    return state, model, Batch(*arrays)
 
 
 def with_sharding(leaf, sharding):

@@ -9,13 +9,14 @@ not compiled again: delete the file after a change of the model's code. The tabl
 
 import argparse
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import jax
+os.environ["JAX_PLATFORMS"] = "cpu"
 
-jax.config.update("jax_platforms", "cpu")
+import jax
 
 from para_jax import make_mesh
 from para_jax.config import load_config
