@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 #: Axis names to mesh axes. Parameters are split by `tensor` along heads, hidden width and vocabulary and by `fsdp`
 #: along the residual width; activations by (data, fsdp) along the batch. What is not named here is replicated.
@@ -64,7 +64,7 @@ def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape)
     return PartitionSpec(*map(mesh_axes, axes, counts))
 
 
-def tree_shardings(tree, mesh: Mesh, config):
+def tree_shardings(tree, mesh: Mesh | AbstractMesh, config):
     """A tree like `tree` (NNX modules with `axes` on their parameters) with the NamedSharding of every array.
 
     Leading axes beyond the names (added by stacking layers or tenants) are replicated.

@@ -113,7 +113,7 @@ def compile_step(config: RunConfig, mesh: Mesh) -> Compiled:
             return Compiled(None, int(needed), float(limit) * GIB, {}, time.perf_counter() - begun)
     seconds = time.perf_counter() - begun
     program = describe_program(compiled)
-    return Compiled(program, program.memory, None, collectives_run(compiled.as_text()), seconds)
+    return Compiled(program, program.memory, None, collectives_run(compiled.as_text() or ""), seconds)
 
 
 def step_arguments(config: RunConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Any, Batch]:

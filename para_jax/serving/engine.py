@@ -83,7 +83,7 @@ class Engine:
         self.max_length, self.queue_limit = max_length, queue_limit
         self._leaves, self._treedef = jax.tree.flatten(model)
         self._stops = frozenset(stop_token_ids(tokenizer, model.config.eos_token_ids))
-        self._buckets = sorted({min(up_to_multiple(max_length / part, 16), max_length) for part in (4, 2, 1)})
+        self._buckets = sorted({min(up_to_multiple(-(-max_length // part), 16), max_length) for part in (4, 2, 1)})
         one, base = np.zeros((1, 1), np.int32), self._adapters(None)
         row = jax.eval_shape(lambda: prefill(model, base, one, 1, max_length=max_length)[1])
         say(capacity(bank, row, slots, max_length))
