@@ -5,12 +5,10 @@ output_dir/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/<step>/, adapt
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +27,7 @@ from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
 from .model import init_adapter
 from .sharding import make_mesh, place, rows_over
 from .training.checkpoint import Progress, open_checkpoints, restore_checkpoint, save_checkpoint
+from .training.log import Log, require_finite
 from .training.step import TrainState, init_state, standardise, train_step
 
 # A folder holds the same run although these differ.
@@ -194,103 +193,8 @@ class Loop(NamedTuple):
         return self.config.eval.patience is not None and progress.since_best >= self.config.eval.patience
 
 
-class Log:
-    """metrics.jsonl, TensorBoard and wandb; the first process alone writes.
-
-    What a run that goes on after `step` will write again is dropped; all of it for None, a run that starts.
-    """
-
-    def __init__(self, config: RunConfig, folder: Path, step: int | None):
-        self.folder, self.every = folder, config.logging.every
-        self.first = jax.process_index() == 0
-        self.writers = [WRITERS[name](config, folder, step) for name in config.logging.report_to] if self.first else []
-        self.file = folder / "metrics.jsonl"
-        self.clock: float | None = None
-        if self.first and self.file.exists():
-            replace_file(self.file, "" if step is None else lines_up_to(step, self.file.read_text()))
-
-    def step(self, pending, new, bar: tqdm):
-        """Writes the values of the step before, when the next is dispatched (or None: none comes at once), and gives
-        back the new ones."""
-        if pending is not None:
-            step, values, tokens = pending
-            values = {name: float(value) for name, value in values.items()}
-            require_finite(step, values)
-            now = time.monotonic()
-            rate = {"tokens_per_second": round(tokens / (now - self.clock), 1)} if self.clock else {}
-            self.clock = None if new is None else now
-            bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate.get('tokens_per_second', 0):.0f} tokens/s")
-            bar.update()
-            if step % self.every == 0:
-                self.write(step, values | rate)
-        return new
-
-    def write(self, step: int, values: dict[str, float], *, show: bool = False) -> None:
-        if show:
-            devices.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        if self.first:
-            with self.file.open("a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
-        for writer in self.writers:
-            writer(step, values)
-
-    def close(self) -> None:
-        for writer in self.writers:
-            writer.close()
-
-
-class TensorBoard:
-    def __init__(self, config: RunConfig, folder: Path, step: int | None):
-        from tensorboardX import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=(step or 0) + 1)
-
-    def __call__(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class Wandb:
-    def __init__(self, config: RunConfig, folder: Path, step: int | None):
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("logging.report_to: wandb is not installed; `pip install 'para_jax[wandb]'`") from None
-        self.run = wandb.init(dir=str(folder), config=config_dict(config), name=folder.name)
-
-    def __call__(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-WRITERS = {"tensorboard": TensorBoard, "wandb": Wandb}
-
-
 def scores(name: str, found: Score) -> dict[str, float]:
     return {f"{name}_loss": found.loss} | ({} if found.metric == "loss" else {f"{name}_{found.metric}": found.score})
-
-
-def require_finite(step: int, values: dict[str, float]) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise ValueError(f"step {step}: the {name} is {value}; lower train.learning_rate")
-
-
-def lines_up_to(step: int, text: str) -> str:
-    """The lines of metrics.jsonl that a run keeps when it goes on after this step: not the score after training, which
-    is measured again, and not a line that was cut off when the run was."""
-    kept = []
-    for line in text.splitlines():
-        with suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if row["step"] <= step and not any(name.startswith("test_after") for name in row):
-                kept.append(line + "\n")
-    return "".join(kept)
 
 
 def statistics_batches(work: Work) -> list[Batch]:
@@ -335,9 +239,3 @@ def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
     free = lambda name: name.split(".")[0] in FREE_FIELDS or name == "train.max_steps"  # noqa: E731
     names = [name for name in there | here if not free(name) and there.get(name) != here.get(name)]
     return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
-
-
-def replace_file(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}")
-    part.write_text(text)
-    os.replace(part, file)
