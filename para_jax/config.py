@@ -4,6 +4,7 @@ overrides."""
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +219,7 @@ class BackboneSection:
     """int8 (the kernels of the linears, a byte a weight); default: as `dtype` says"""
 
     def __post_init__(self):
+        require_local("backbone.source", self.source)
         require(self.dtype in (None, "float32", "bfloat16"), "backbone.dtype", self.dtype, "float32 or bfloat16")
         require(self.quantize in (None, "int8"), "backbone.quantize", self.quantize, "int8, or null for none")
 
@@ -242,6 +244,8 @@ class DataSection:
     """the most padded lengths that training compiles for"""
 
     def __post_init__(self):
+        for name in ("train", "validation", "test"):
+            require_local(f"data.{name}", getattr(self, name))
         require(self.max_seq_length >= 2, "data.max_seq_length", self.max_seq_length, "at least 2 tokens")
         require(
             self.truncate in ("error", "skip", "left"),
@@ -361,6 +365,26 @@ class RuntimeSection:
     compilation_cache: bool = True
     allow_cpu: bool = False
     """run on the CPU although the machine has an accelerator"""
+    coordinator: str | None = None
+    """for a run on several hosts, each of which is given the same command: auto (JAX finds the others itself: Cloud
+    TPU, Slurm, Open MPI, Kubernetes), or the first host's address and a free port there, host:port; default: one host
+    """
+    num_processes: int | None = None
+    """beside host:port: how many processes there are"""
+    process_id: int | None = None
+    """beside host:port: which of them this is, from 0; the first has 0, and alone logs and writes"""
+
+    def __post_init__(self):
+        address, among = self.coordinator, (self.num_processes, self.process_id)
+        fits = address in (None, "auto") or bool(re.fullmatch(r"\S+:\d+", address))
+        require(fits, "runtime.coordinator", address, "auto, or the address of the first host, host:port")
+        if address in (None, "auto"):
+            require(among == (None, None), "runtime.num_processes, process_id", among, "a coordinator host:port")
+            return
+        count, own = among
+        fits = count is not None and own is not None and 0 <= own < count
+        expected = "the number of processes, and this one's from 0 up to it, beside runtime.coordinator"
+        require(fits, "runtime.num_processes, process_id", among, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,6 +404,7 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self):
+        require_local("output_dir", self.output_dir)
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
 
 
@@ -433,6 +458,13 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
     """Raises the ValueError that names a wrong value and says what was expected."""
     if not holds:
         raise ValueError(f"{name}: {value!r} is not possible; expected {expected}")
+
+
+def require_local(name: str, path: str | None) -> None:
+    """Raises the ValueError for an address such as gs://bucket/folder where a path is meant."""
+    found = re.match(r"\w+://", path or "")
+    expected = "a path; mount the bucket with gcsfuse and give the mounted folder (docs/training.md)"
+    require(not found, name, path, expected)
 
 
 def one_of(names) -> str:
