@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from . import devices
@@ -24,7 +25,9 @@ from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, p
 from .data.sources import Encoded, encode_records, load_records
 from .data.tokenizer import load_tokenizer
 from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
+from .hub import resolve_backbone
 from .model import init_adapter
+from .processes import arrays_of_first, by_each, by_first, gathered, is_first
 from .sharding import make_mesh, place, rows_over
 from .training.checkpoint import Progress, open_checkpoints, restore_checkpoint, save_checkpoint
 from .training.log import Log, require_finite
@@ -63,12 +66,18 @@ def train(config: RunConfig) -> TrainResult:
     """
     devices.start(config.runtime)
     mesh = make_mesh(**vars(config.mesh))
-    tokenizer = load_tokenizer(config.backbone.source)
-    work = plan_work(config, tokenizer, mesh)
-    validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
-    claim_folder(config)
+    tokenizer, work, validation, test = by_each(lambda: read_inputs(config, mesh))
+    by_first(lambda: claim_folder(config))
     model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
     return fit(config, model, tokenizer, work, mesh, validation=validation, test=test if config.eval.test else None)
+
+
+def read_inputs(config: RunConfig, mesh) -> tuple[Any, Work, EvalTask | None, EvalTask | None]:
+    """What every process reads for itself before the backbone: tokenizer, training data, and tasks to score."""
+    resolve_backbone(config.backbone.source)
+    tokenizer = load_tokenizer(config.backbone.source)
+    validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
+    return tokenizer, plan_work(config, tokenizer, mesh), validation, test
 
 
 def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
@@ -111,10 +120,16 @@ def fit(
             state, progress = Loop(config, model, tokenizer, work, validation, checkpoints, log).run(state, progress)
             best = state.adapter
             if progress.best_step != progress.step:
-                best = load_adapter(folder / "adapter", model.config, model=model)
+                best = place(kept_adapter(folder, model, state.adapter), mesh, model.config)
             if test:
                 log.write(progress.step, scores("test_after", evaluate_task(model, best, test, tokenizer)), show=True)
     return TrainResult(best, progress.best_score, progress.best_step, progress.step, folder)
+
+
+def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:
+    """The run's best adapter, from the folder that the first process alone reads; as arrays of NumPy."""
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), last)
+    return arrays_of_first(load_adapter(folder / "adapter", model.config, model=model) if is_first() else empty)
 
 
 class Loop(NamedTuple):
@@ -133,7 +148,7 @@ class Loop(NamedTuple):
         seen: set[Bucket] = set()
         pending = None
         with tqdm(
-            total=self.work.total_steps, initial=progress.step, desc="training", unit="step", disable=None
+            total=self.work.total_steps, initial=progress.step, desc="training", unit="step", disable=None if is_first() else True
         ) as bar:
             while progress.step < self.work.total_steps and not self.out_of_patience(progress):
                 bucket, batch, tokens = self.batch(progress.step)
@@ -180,13 +195,9 @@ class Loop(NamedTuple):
             card.append(f"The backbone's weights were {self.config.backbone.quantize} during training.")
         if self.validation:
             card.append(f"Validation {self.validation.metric}: {score:.4f}.")
-        save_adapter(
-            state.adapter,
-            self.log.folder / "adapter",
-            base_model=self.config.backbone.source,
-            model=self.model,
-            card=card,
-        )
+        adapter, source = gathered(state.adapter), self.config.backbone.source
+        to = self.log.folder / "adapter"
+        by_first(lambda: save_adapter(adapter, to, base_model=source, model=self.model, card=card))
         return progress._replace(best_score=score, best_step=progress.step, since_best=0)
 
     def out_of_patience(self, progress: Progress) -> bool:
@@ -221,10 +232,9 @@ def claim_folder(config: RunConfig) -> None:
             )
     elif folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {part}):
         raise ValueError(f"output_dir {folder} holds something else than a run; choose another")
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, part)
-        os.replace(part, file)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, part)
+    os.replace(part, file)
 
 
 def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
