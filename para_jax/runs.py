@@ -1,16 +1,18 @@
 """train: one run from its config to a folder with the best adapter, where training and evaluation meet.
 
-output_dir/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/<step>/, adapter/}. The same command resumes.
+output_dir/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/<step>/, adapter/, profile/}. The same command
+resumes.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -19,8 +21,9 @@ from tqdm import tqdm
 from . import devices
 from .adapters.adapter import Adapter
 from .adapters.files import load_adapter, save_adapter
+from .adapters.folder import mend_folder, some
 from .backbone.load import load_backbone
-from .config import RunConfig, config_dict, load_config, save_config
+from .config import ModelConfig, RunConfig, config_dict, load_config, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
 from .data.sources import Encoded, encode_records, load_records
 from .data.tokenizer import load_tokenizer
@@ -29,12 +32,22 @@ from .hub import resolve_backbone
 from .model import init_adapter
 from .processes import arrays_of_first, by_each, by_first, gathered, is_first
 from .sharding import make_mesh, place, rows_over
-from .training.checkpoint import Progress, open_checkpoints, restore_checkpoint, save_checkpoint
-from .training.log import Log, require_finite
+from .topology import matrix_weights
+from .training.checkpoint import (
+    Progress,
+    finish_saving,
+    open_checkpoints,
+    require_saved,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from .training.log import Done, Log
+from .training.profiler import Profiler
 from .training.step import TrainState, init_state, standardise, train_step
+from .training.stop import Interrupted, StopSignal, stop_signals
 
 # A folder holds the same run although these differ.
-FREE_FIELDS = ("output_dir", "logging", "runtime")
+FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
 STATISTICS_EXAMPLES = 64
 
 
@@ -62,6 +75,7 @@ class Work(NamedTuple):
 def train(config: RunConfig) -> TrainResult:
     """Trains the adapter of a run, or goes on where the same run stopped.
 
+    SIGTERM saves and raises Stopped, a SystemExit with code 0; Ctrl-C saves and raises KeyboardInterrupt.
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config.
     """
     devices.start(config.runtime)
@@ -107,23 +121,41 @@ def fit(
 ) -> TrainResult:
     """The training loop, with a backbone that is loaded already. The folder must be claimed."""
     folder = Path(config.output_dir)
-    with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints") as checkpoints:
+    with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
         state = init_state(fresh, config.train, work.total_steps)
         restored = restore_checkpoint(checkpoints, state)
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
             state = state._replace(adapter=standardise(model, state.adapter, statistics_batches(work)))
         state, progress = restored or (state, Progress(0, None, 0, 0))
-        with closing(Log(config, folder, progress.step if restored else None)) as log:
-            if test and not restored:
-                log.write(0, scores("test_before", evaluate_task(model, None, test, tokenizer)), show=True)
-            state, progress = Loop(config, model, tokenizer, work, validation, checkpoints, log).run(state, progress)
-            best = state.adapter
-            if progress.best_step != progress.step:
-                best = place(kept_adapter(folder, model, state.adapter), mesh, model.config)
-            if test:
-                log.write(progress.step, scores("test_after", evaluate_task(model, best, test, tokenizer)), show=True)
+        log = Log(config, folder, progress if restored else None, peak_rate=peak_rate(model.config, mesh))
+        by_first(lambda: mend_folder(folder / "adapter"))
+        profiler = Profiler(config.profiler, folder)
+        with closing(log), closing(profiler), stop_signals() as stop:
+            loop = Loop(config, model, tokenizer, work, validation, checkpoints, log, profiler, stop)
+            try:
+                if test and not restored:
+                    with stop.interrupting():
+                        found = evaluate_task(model, None, test, tokenizer)
+                    log.write(0, scores("test_before", found), show=True)
+                state, progress = loop.run(state, progress)
+                best = state.adapter
+                if progress.best_step != progress.step:
+                    best = place(kept_adapter(folder, model, state.adapter), mesh, model.config)
+                if test:
+                    with stop.interrupting():
+                        found = evaluate_task(model, best, test, tokenizer)
+                    log.write(progress.step, scores("test_after", found), show=True)
+            except Interrupted:
+                loop.end_early(progress)
     return TrainResult(best, progress.best_score, progress.best_step, progress.step, folder)
+
+
+def peak_rate(model: ModelConfig, mesh) -> float | None:
+    """Tokens a second if the mesh's devices did nothing but the backbone's matrix products, at their peak: 2 FLOPs a
+    weight and token forwards, 2 backwards (to the activations; the weights are frozen). None for an unknown device."""
+    peak = devices.PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+    return peak and peak * mesh.size / (4 * matrix_weights(model))
 
 
 def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:
@@ -142,31 +174,88 @@ class Loop(NamedTuple):
     validation: EvalTask | None
     checkpoints: object
     log: Log
+    profiler: Profiler
+    stop: StopSignal
 
     def run(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
-        """Steps until the last one or until patience ends; each value is read when the next step is under way."""
-        seen: set[Bucket] = set()
-        pending = None
-        with tqdm(
-            total=self.work.total_steps, initial=progress.step, desc="training", unit="step", disable=None if is_first() else True
-        ) as bar:
-            while progress.step < self.work.total_steps and not self.out_of_patience(progress):
-                bucket, batch, tokens = self.batch(progress.step)
-                first, step = bucket not in seen, self.step_function(bucket)
-                if first:
-                    seen.add(bucket)
-                    pending = self.log.step(pending, None, bar)  # tokens/s without the time of compiling
-                    with devices.compiling(f"the training step for {self.work.rows} rows of {bucket.length} tokens"):
-                        state, values = jax.block_until_ready(step(state, self.model, batch))
-                else:
-                    state, values = step(state, self.model, batch)
-                progress = progress._replace(step=progress.step + 1)
-                pending = self.log.step(pending, (progress.step, values, tokens), bar)
-                if progress.step % self.config.eval.every == 0 or progress.step == self.work.total_steps:
-                    pending = self.log.step(pending, None, bar)
-                    progress = self.evaluate(state, progress)
+        """Steps until the last one or until patience ends; each value is read when the next step is under way.
+
+        A checkpoint holds what was evaluated before it, and only values that were read and are finite.
+        """
+        compiled: set[Bucket] = set()
+        done: Done | None = None
+        saved = progress.step
+        bar = tqdm(total=self.work.total_steps, initial=saved, desc="training", unit="step", disable=silent())
+        with bar:
+            while True:
+                stopping = self.stop.reached(progress.step)
+                last = progress.step == self.work.total_steps
+                if not stopping and progress.evaluated < progress.step and (last or self.due("eval", progress.step)):
+                    done = self.read(done, bar)
+                    try:
+                        progress = self.evaluate(state, progress)
+                    except Interrupted:
+                        stopping = True
+                last = last or self.out_of_patience(progress)
+                if saved < progress.step and (stopping or last or self.due("checkpoint", progress.step)):
+                    done = self.read(done, bar)
                     save_checkpoint(self.checkpoints, state, progress)
-        return state, progress
+                    saved = progress.step
+                if stopping:
+                    self.end_early(progress)
+                if last:
+                    by_first(lambda: finish_saving(self.checkpoints))
+                    return state, progress
+                state, done = self.step(state, progress.step, done, compiled, bar)
+                progress = progress._replace(step=progress.step + 1)
+                require_saved(self.checkpoints)
+
+    def step(
+        self, state: TrainState, step: int, done: Done | None, compiled: set[Bucket], bar: tqdm
+    ) -> tuple[TrainState, Done]:
+        """Dispatches the step after `step` steps, then reads the values of the one before."""
+        begun: float | None = time.monotonic()
+        bucket, batch, tokens = self.batch(step)
+        waited, dispatch = time.monotonic() - begun, self.step_function(bucket)
+        self.profiler.before(step + 1)
+        if bucket in compiled:
+            state, values = dispatch(state, self.model, batch)
+        else:
+            compiled.add(bucket)
+            done, begun = self.read(done, bar), None  # compiling is not a step's time
+            with devices.compiling(f"the training step for {self.work.rows} rows of {bucket.length} tokens"):
+                state, values = jax.block_until_ready(dispatch(state, self.model, batch))
+        self.profiler.after(step + 1, values)
+        self.read(done, bar)
+        return state, Done(step + 1, values, tokens, begun, waited)
+
+    def read(self, done: Done | None, bar: tqdm) -> None:
+        """Waits for the values of a step and logs them.
+
+        Raises ValueError, with the step's examples, where one is not finite.
+        """
+        if done is None:
+            return
+        values = {name: float(value) for name, value in done.values.items()}
+        require_finite(done.step, values, self.examples(done.step))
+        self.log.step(done, values, bar)
+
+    def examples(self, step: int) -> str:
+        """Where the examples of the step with this number (from 1) come from."""
+        _, chosen = self.work.plan.batch_indices(step - 1)
+        return some(self.work.data.records[i].place for i in chosen)
+
+    def due(self, what: str, step: int) -> bool:
+        """Whether a step is one after which to evaluate ("eval") or to save ("checkpoint")."""
+        every = {"eval": self.config.eval.every, "checkpoint": self.config.checkpoint.every or self.config.eval.every}
+        return step > 0 and step % every[what] == 0
+
+    def end_early(self, progress: Progress) -> NoReturn:
+        """Ends a run that was told to stop, when everything is written."""
+        by_first(lambda: finish_saving(self.checkpoints))
+        at = f"step {progress.step} of {self.work.total_steps}"
+        devices.say(f"stopped after {at}, and saved in {self.log.folder}; the same command resumes")
+        self.stop.end()
 
     def batch(self, step: int) -> tuple[Bucket, Batch, int]:
         """Global batch `step`, its arrays [passes, rows, ...], and how many tokens it holds without padding."""
@@ -184,10 +273,14 @@ class Loop(NamedTuple):
         """Scores the adapter and keeps it where it is the best so far; without validation data the last one is kept."""
         score = None
         if self.validation:
-            found = evaluate_task(self.model, state.adapter, self.validation, self.tokenizer, self.config.eval.limit)
-            require_finite(progress.step, {"validation loss": found.loss})
+            with self.stop.interrupting():
+                found = evaluate_task(
+                    self.model, state.adapter, self.validation, self.tokenizer, self.config.eval.limit
+                )
+            require_finite(progress.step, {"validation loss": found.loss}, self.validation.name)
             self.log.write(progress.step, scores("validation", found), show=True)
             score = found.score
+        progress = progress._replace(evaluated=progress.step)
         if score is not None and progress.best_score is not None and score <= progress.best_score:
             return progress._replace(since_best=progress.since_best + 1)
         card = [f"Trained for {progress.step} steps on {Path(self.config.data.train or '').name}."]
@@ -202,6 +295,20 @@ class Loop(NamedTuple):
 
     def out_of_patience(self, progress: Progress) -> bool:
         return self.config.eval.patience is not None and progress.since_best >= self.config.eval.patience
+
+
+def silent() -> bool | None:
+    """For a progress bar: none on the other processes, nor where stderr is no terminal."""
+    return None if is_first() else True
+
+
+def require_finite(step: int, values: dict[str, float], examples: str) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"step {step}: the {name} is {value} on {examples}; look at these examples, or begin anew with a lower "
+                "train.learning_rate"
+            )
 
 
 def scores(name: str, found: Score) -> dict[str, float]:
