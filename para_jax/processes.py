@@ -5,6 +5,7 @@ Every process must call these functions, in the same order. With one process the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -64,13 +65,14 @@ def by_each(make: Callable[[], Any]) -> Any:
     return made
 
 
-def require_same(what: str, text: str) -> None:
-    """Raises ValueError on all processes where one has another text than the first."""
+def require_same(what: str, value: Callable[[], Any]) -> None:
+    """Raises ValueError on all processes where `value` gives one of them something else than the first; it is compared
+    as JSON."""
     if jax.process_count() > 1:
-        texts = texts_of_all(text)
-        other = next((i for i, held in enumerate(texts) if held != texts[0]), None)
+        texts = texts_of_all(hashlib.sha256(json.dumps(value()).encode()).hexdigest())
+        other = next((i for i, text in enumerate(texts) if text != texts[0]), None)
         if other is not None:
-            raise ValueError(f"{what}: process {other} has other content than process 0; give every host the same")
+            raise ValueError(f"{what}: not the same on process {other} as on process 0; give every host the same")
 
 
 def texts_of_all(text: str) -> list[str]:

@@ -30,7 +30,7 @@ from .data.tokenizer import load_tokenizer
 from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
 from .hub import resolve_backbone
 from .model import init_adapter
-from .processes import arrays_of_first, by_each, by_first, gathered, is_first
+from .processes import arrays_of_first, by_each, by_first, gathered, is_first, require_same
 from .sharding import make_mesh, place, rows_over
 from .topology import matrix_weights
 from .training.checkpoint import (
@@ -79,10 +79,13 @@ def train(config: RunConfig) -> TrainResult:
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config.
     """
     devices.start(config.runtime)
+    require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
     mesh = make_mesh(**vars(config.mesh))
     tokenizer, work, validation, test = by_each(lambda: read_inputs(config, mesh))
+    require_same("the data", lambda: [part and part.examples for part in (work.data, validation, test)])
     by_first(lambda: claim_folder(config))
     model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+    require_same("the backbone", lambda: model.fingerprint)
     return fit(config, model, tokenizer, work, mesh, validation=validation, test=test if config.eval.test else None)
 
 

@@ -71,3 +71,53 @@ def test_the_first_process_alone_speaks_and_has_a_folder(pair, folder):
         assert second.out == "" and "step" not in second.err and "devices" not in second.err
     assert {path.name for path in (folder / "first").iterdir()} >= {"config.yaml", "metrics.jsonl", "checkpoints"}
     assert not (folder / "second").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- what goes wrong
+
+CODE = """
+import json, sys
+import jax, numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from para_jax import make_mesh
+from para_jax.processes import by_each, by_first, gathered, require_same
+from para_jax.sharding import rows_over
+own = int(sys.argv[2])
+def said(call):
+    try:
+        return call()
+    except ValueError as error:
+        return str(error)
+def fails_on(process, kind):
+    if own == process:
+        raise kind("wrong here")
+    return own
+with jax.set_mesh(make_mesh(2, 2, 2)):
+    rows = rows_over(np.arange(16).reshape(1, 8, 2))
+print(json.dumps({
+    "each": said(lambda: by_each(lambda: own)),
+    "each fails": said(lambda: by_each(lambda: fails_on(1, OSError))),
+    "first": said(lambda: by_first(lambda: fails_on(1, ValueError))),
+    "first fails": said(lambda: by_first(lambda: fails_on(0, OSError))),
+    "same": said(lambda: require_same("the data", lambda: [1, 2])),
+    "other": said(lambda: require_same("the data", lambda: [1, own])),
+    "rows": [gathered(rows).tolist(), gathered({"a": np.arange(2), "b": jax.numpy.arange(2)})["b"].tolist()],
+    "own rows": sorted({shard.index[1].start for shard in rows.addressable_shards}),
+    "mesh": said(lambda: str(make_mesh(2, 2, 1))),
+}))
+"""
+
+
+def test_what_one_process_finds_wrong_is_an_error_on_all_and_none_waits():
+    first, second = (json.loads(ended.out) for ended in run_two("-c", CODE, "{address}", "{process}"))
+    assert (first.pop("each"), second.pop("each")) == (0, 1)
+    assert (first.pop("own rows"), second.pop("own rows")) == ([0, 2], [4, 6])  # each holds its own rows
+    assert first == second == {
+        "each fails": "process 1: wrong here",
+        "first": 0,
+        "first fails": "wrong here",
+        "same": None,
+        "other": "the data: not the same on process 1 as on process 0; give every host the same",
+        "rows": [[[[2 * i, 2 * i + 1] for i in range(8)]], [0, 1]],
+        "mesh": "mesh {'data': 2, 'fsdp': 2, 'tensor': 1} does not fit 8 devices; choose sizes whose product is 8",
+    }  # fmt: skip
