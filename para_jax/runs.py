@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import devices
 from .adapters.adapter import Adapter
 from .adapters.files import load_adapter, save_adapter
-from .adapters.folder import mend_folder, some
+from .adapters.folder import mend_folder
 from .backbone.load import load_backbone
 from .config import ModelConfig, RunConfig, config_dict, load_config, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
@@ -221,13 +221,14 @@ class Loop(NamedTuple):
         bucket, batch, tokens = self.batch(step)
         waited, dispatch = time.monotonic() - begun, self.step_function(bucket)
         self.profiler.before(step + 1)
-        if bucket in compiled:
-            state, values = dispatch(state, self.model, batch)
-        else:
-            compiled.add(bucket)
-            done, begun = self.read(done, bar), None  # compiling is not a step's time
-            with devices.compiling(f"the training step for {self.work.rows} rows of {bucket.length} tokens"):
-                state, values = jax.block_until_ready(dispatch(state, self.model, batch))
+        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+            if bucket in compiled:
+                state, values = dispatch(state, self.model, batch)
+            else:
+                compiled.add(bucket)
+                done, begun = self.read(done, bar), None  # compiling is not a step's time
+                with devices.compiling(f"the training step for {self.work.rows} rows of {bucket.length} tokens"):
+                    state, values = jax.block_until_ready(dispatch(state, self.model, batch))
         self.profiler.after(step + 1, values)
         self.read(done, bar)
         return state, Done(step + 1, values, tokens, begun, waited)
@@ -246,7 +247,7 @@ class Loop(NamedTuple):
     def examples(self, step: int) -> str:
         """Where the examples of the step with this number (from 1) come from."""
         _, chosen = self.work.plan.batch_indices(step - 1)
-        return some(self.work.data.records[i].place for i in chosen)
+        return places([self.work.data.records[i].place for i in chosen])
 
     def due(self, what: str, step: int) -> bool:
         """Whether a step is one after which to evaluate ("eval") or to save ("checkpoint")."""
@@ -312,6 +313,18 @@ def require_finite(step: int, values: dict[str, float], examples: str) -> None:
                 f"step {step}: the {name} is {value} on {examples}; look at these examples, or begin anew with a lower "
                 "train.learning_rate"
             )
+
+
+def places(each: list[str]) -> str:
+    """Examples' places ("file:line"), a file named once: "train.jsonl:7, 12, 31"."""
+    lines: dict[str, list[str]] = {}
+    for file, _, line in (place.rpartition(":") for place in each):
+        lines.setdefault(file, []).append(line)
+    return "; ".join(f"{file}:{', '.join(sorted(numbers, key=natural))}" for file, numbers in lines.items())
+
+
+def natural(number: str) -> tuple[int, str]:
+    return len(number), number
 
 
 def scores(name: str, found: Score) -> dict[str, float]:
