@@ -257,8 +257,10 @@ class Loop(NamedTuple):
     def end_early(self, progress: Progress) -> NoReturn:
         """Ends a run that was told to stop, when everything is written."""
         by_first(lambda: finish_saving(self.checkpoints))
-        at = f"step {progress.step} of {self.work.total_steps}"
-        devices.say(f"stopped after {at}, and saved in {self.log.folder}; the same command resumes")
+        devices.say(
+            f"stopped after step {progress.step} of {self.work.total_steps}, and saved; the same command resumes, or "
+            f"`para-jax train {self.log.folder / 'config.yaml'}`"
+        )
         self.stop.end()
 
     def batch(self, step: int) -> tuple[Bucket, Batch, int]:
@@ -318,7 +320,7 @@ def require_finite(step: int, values: dict[str, float], examples: str) -> None:
 def places(each: list[str]) -> str:
     """Examples' places ("file:line"), a file named once: "train.jsonl:7, 12, 31"."""
     lines: dict[str, list[str]] = {}
-    for file, _, line in (place.rpartition(":") for place in each):
+    for file, _, line in (text.rpartition(":") for text in each):
         lines.setdefault(file, []).append(line)
     return "; ".join(f"{file}:{', '.join(sorted(numbers, key=natural))}" for file, numbers in lines.items())
 

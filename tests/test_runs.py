@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 from dataclasses import replace
@@ -75,7 +76,8 @@ def contents(folder):
 
 def checkpoints(config):
     """The steps of the checkpoints that lie in a run's folder."""
-    return sorted(int(path.name) for path in (Path(config.output_dir) / "checkpoints").iterdir())
+    folder = Path(config.output_dir) / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
 def interrupt(monkeypatch, *, at_step):
@@ -214,7 +216,8 @@ def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
         train(config)
     assert checkpoints(config) == [2] and not (Path(config.output_dir) / "adapter").exists()
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"stopped after step 2 of 6, and saved in {config.output_dir}; the same command resumes"
+    assert said.startswith("stopped after step 2 of 6, and saved; the same command resumes, or `para-jax train ")
+    assert f"{config.output_dir}/config.yaml" in said
     assert_ends_as(whole, config)
 
 
@@ -251,6 +254,25 @@ def test_a_killed_replacement_of_the_adapter_leaves_no_litter(whole, config):
     train(config)
     assert contents(adapter) == contents(whole[1].output_dir / "adapter")
     assert not list(Path(config.output_dir).glob(".adapter*"))
+
+
+def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_saved(whole, config, monkeypatch, capfd):
+    config = replace(config, eval=whole[0].eval, checkpoint=CheckpointSection(every=1))
+    with monkeypatch.context() as patched, pytest.raises(ValueError) as error:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        at_call(patched, "save_checkpoint", 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1])))
+        try:
+            train(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.fullmatch(
+        r"\S+/checkpoints: a checkpoint could not be saved \(File too large\); what was saved before is kept: make room "
+        r"there, and the same command resumes",
+        str(error.value),
+    )
+    assert "Traceback" not in capfd.readouterr().err
+    assert checkpoints(config) == [1] and metrics(config)[-1]["step"] < 4  # it did not go on for long
+    assert_ends_as(whole, config)
 
 
 def at_call(monkeypatch, name, number, do):

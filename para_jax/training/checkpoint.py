@@ -48,10 +48,9 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
     import orbax.checkpoint as ocp
 
     folder.mkdir(parents=True, exist_ok=True)
-    alone = dict(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
-    processes = ocp.options.MultiprocessingOptions(**(alone if jax.process_count() > 1 else {}))
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=processes
+        max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=alone
     )
     with quiet_orbax():
         checkpoints = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -192,7 +191,7 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
     """The sha256 of all arrays' bytes, in the order of their names."""
     found = hashlib.sha256()
     for name in sorted(arrays):
-        found.update(np.ascontiguousarray(arrays[name]))
+        found.update(np.ascontiguousarray(arrays[name]).data)
     return found.hexdigest()
 
 
