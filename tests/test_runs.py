@@ -266,8 +266,8 @@ def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_saved(whole,
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.fullmatch(
-        r"\S+/checkpoints: a checkpoint could not be saved \(File too large\); what was saved before is kept: make room "
-        r"there, and the same command resumes",
+        r"\S+/checkpoints: a checkpoint could not be saved \(File too large\); what was saved before is kept: make "
+        r"room there, and the same command resumes",
         str(error.value),
     )
     assert "Traceback" not in capfd.readouterr().err

@@ -54,6 +54,8 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
     )
     with quiet_orbax():
         checkpoints = ocp.CheckpointManager(folder.absolute(), options=options)
+        # The loop alone asks the preemption service, step by step; asked about an older one, it forgets how far we are.
+        checkpoints.reached_preemption = lambda step: False
         try:
             yield checkpoints
             finish_saving(checkpoints)
