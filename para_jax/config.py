@@ -361,6 +361,31 @@ class LoggingSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    every: int | None = None
+    """steps between two checkpoints, from which the same command resumes; default: eval.every; the last step is always
+    saved"""
+    keep: int = 2
+    """how many of the newest are kept"""
+
+    def __post_init__(self):
+        require(self.every is None or self.every >= 1, "checkpoint.every", self.every, "at least 1 step")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfilerSection:
+    start_step: int | None = None
+    """the first step, from 1, of which jax.profiler writes a trace into output_dir/profile; default: none is traced"""
+    steps: int = 3
+
+    def __post_init__(self):
+        fits = self.start_step is None or self.start_step >= 1
+        require(fits, "profiler.start_step", self.start_step, "a step from 1 on, or null for no trace")
+        require(self.steps >= 1, "profiler.steps", self.steps, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeSection:
     compilation_cache: bool = True
     allow_cpu: bool = False
@@ -398,7 +423,9 @@ class RunConfig:
     train: TrainSection = field(default_factory=TrainSection)
     eval: EvalSection = field(default_factory=EvalSection)
     mesh: MeshSection = field(default_factory=MeshSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+    profiler: ProfilerSection = field(default_factory=ProfilerSection)
     runtime: RuntimeSection = field(default_factory=RuntimeSection)
     output_dir: str = "runs/run"
     seed: int = 0
@@ -556,7 +583,9 @@ for _section in (
     TrainSection,
     EvalSection,
     MeshSection,
+    CheckpointSection,
     LoggingSection,
+    ProfilerSection,
     RuntimeSection,
     ParaConfig,
     LoraConfig,

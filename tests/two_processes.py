@@ -20,14 +20,12 @@ class Ended(NamedTuple):
 def run_two(*arguments) -> list[Ended]:
     """Runs `python ARGUMENTS` as process 0 and process 1; in an argument that is a pair, each has its own part.
     {address}, {process} in an argument are the coordinator's address and the process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    at = address()
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     started = []
     for process in range(2):
         own = [argument[process] if isinstance(argument, tuple) else argument for argument in arguments]
-        own = [part.replace("{address}", address).replace("{process}", str(process)) for part in own]
+        own = [part.replace("{address}", at).replace("{process}", str(process)) for part in own]
         environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen([sys.executable, *own], env=environment, **pipes))
@@ -36,9 +34,14 @@ def run_two(*arguments) -> list[Ended]:
     finally:
         for process in started:
             process.kill()
-    return [
-        Ended(process.returncode, *map(without_gloo, both)) for process, both in zip(started, printed, strict=True)
-    ]
+    return [Ended(process.returncode, *map(without_gloo, both)) for process, both in zip(started, printed, strict=True)]
+
+
+def address() -> str:
+    """host:port, a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def without_gloo(text: str) -> str:
