@@ -39,6 +39,9 @@ PEAK_FLOPS = {
     "NVIDIA GB200": 2500e12,
 }
 
+#: How long a process that ends waits for the others of its run. One that stops alone, by an error, waits in vain.
+SHUTDOWN_SECONDS = 30
+
 
 def start(runtime: RuntimeSection) -> None:
     """Joins the run's other processes, prints the devices and turns the compilation cache on, as the config says.
@@ -70,7 +73,7 @@ def join(runtime: RuntimeSection) -> None:
     given = {"num_processes": runtime.num_processes, "process_id": runtime.process_id}
     address = {} if runtime.coordinator == "auto" else {"coordinator_address": runtime.coordinator} | given
     try:
-        jax.distributed.initialize(**address)
+        jax.distributed.initialize(**address, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except (ValueError, RuntimeError, OSError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(

@@ -59,7 +59,7 @@ def test_a_run_joins_the_hosts_that_its_config_names_or_lets_jax_find_them(runti
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
     join(runtime)
-    assert calls == ([] if given is None else [given])
+    assert calls == ([] if given is None else [given | {"shutdown_timeout_seconds": 30}])
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     join(runtime)  # a program that has done so itself
     assert len(calls) == (given is not None)
