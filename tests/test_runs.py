@@ -379,7 +379,7 @@ def test_a_runs_log_counts_the_tokens_without_padding(config, monkeypatch):
         assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(tokens, rel=2e-3)
         flops = 4 * matrix_weights(load_model_config(config.backbone.source)) * tokens
         assert row["model_flops_utilisation"] == pytest.approx(flops / row["step_seconds"] / 1e12, rel=2e-3)
-        assert 0 <= row["input_wait_seconds"] <= row["step_seconds"]
+        assert row["input_wait_seconds"] >= 0
 
 
 def test_a_step_is_dispatched_before_the_values_of_the_one_before_are_read(config, monkeypatch):
