@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -145,12 +145,12 @@ def require_array_record(name: str, folder: Path) -> None:
     held = builder_of(folder).info.file_format.value
     if held != "array_record":
         raise ValueError(
-            f"{SCHEME}{name}: {folder} holds {held} files, but only array_record is read without TensorFlow; "
-            f"prepare it again in another folder: `para-jax prepare {SCHEME}{name} --data-dir DIR`, and set data.data_dir to that"
+            f"{SCHEME}{name}: {folder} holds {held} files, but only array_record is read without TensorFlow; prepare "
+            f"it in another folder: `para-jax prepare {SCHEME}{name} --data-dir DIR`, and set data.data_dir to that"
         )
 
 
-def builder_of(folder: Path):
+def builder_of(folder: Path) -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.builder_from_directory(str(folder))

@@ -1,4 +1,4 @@
-"""Data sets that the real tensorflow_datasets prepares, with the features of public ones, and that no TensorFlow reads."""
+"""Data sets of the real tensorflow_datasets, with the features of the public ones, read without TensorFlow."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.features import ClassLabel, FeaturesDict, Sequence, Text
 from tiny_run import run_folder, words, write_rows
+from tiny_tfds import Written, built
 
 from para_jax import cli
 from para_jax.config import DataSection
@@ -19,35 +20,6 @@ from para_jax.data.prepared import prepare
 from para_jax.data.sources import load_records, read_records, source_of, task_of
 
 TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "
-
-
-class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A data set whose splits are written down: {split: rows}."""
-
-    VERSION = tfds.core.Version("2.0.0")
-    splits: dict[str, list[dict]]
-    features: dict
-
-    def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=FeaturesDict(self.features))
-
-    def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(rows) for split, rows in self.splits.items()}
-
-    def _generate_examples(self, rows):
-        yield from enumerate(rows)
-
-
-def built(name, features, splits, data_dir, *, config=None, version="2.0.0"):
-    """Prepares rows under the name of a public data set, as `para-jax prepare` does."""
-    members = {"name": name.split("/")[0], "features": features, "splits": splits}
-    members["VERSION"] = tfds.core.Version(version)
-    if config:
-        members["BUILDER_CONFIGS"] = [tfds.core.BuilderConfig(name=config)]
-    kind = type("Public", (Written,), members, skip_registration=True)
-    builder = kind(data_dir=str(data_dir), file_format="array_record")
-    builder.download_and_prepare()
-    return Path(builder.data_path)
 
 
 def texts(*names):
@@ -247,7 +219,7 @@ def test_data_prepared_as_tfrecord_is_an_error_that_says_what_to_do(tmp_path):
         load_records(section(tmp_path, "tfds:bool_q"), "train")
     assert str(error.value) == (
         f"tfds:bool_q: {folder} holds tfrecord files, but only array_record is read without TensorFlow; prepare it "
-        "again in another folder: `para-jax prepare tfds:bool_q --data-dir DIR`, and set data.data_dir to that"
+        "in another folder: `para-jax prepare tfds:bool_q --data-dir DIR`, and set data.data_dir to that"
     )
 
 
