@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SCHEME = "tfds:"
+CATALOG = "https://www.tensorflow.org/datasets/catalog"
 READ_AT_ONCE = 1000  # examples
 
 
@@ -195,5 +196,7 @@ def reason(error: BaseException) -> str:
             package = cause.name.partition(".")[0]
             return f"to prepare it, {package} is needed, which is not installed: `pip install {package}`"
         cause = cause.__cause__ or cause.__context__
-    lines = str(error).strip().splitlines() or [""]
-    return f"it can't be prepared: {lines[0] or type(error).__name__}"
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "not found" in line:  # such a name or config; what follows lists hundreds
+        line = f"{line.partition('. ')[0].rstrip('.')}; {CATALOG} lists them"
+    return f"it can't be prepared: {line}"

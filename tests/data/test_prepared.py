@@ -288,7 +288,8 @@ def test_prepare_writes_what_a_run_reads_and_leaves_what_is_there(tmp_path, caps
             "to prepare it, a_parser is needed, which is not installed: `pip install a_par",
         ),
         ("tfds:para_jax_downloads", "it can't be prepared: Failed to get https://nowhere.test/reviews.zip"),
-        ("tfds:para_jax_unheard_of", "it can't be prepared: Dataset para_jax_unheard_of not found."),
+        ("tfds:para_jax_unheard_of", "it can't be prepared: Dataset para_jax_unheard_of not found; https://www"),
+        ("tfds:glue/sst3", "it can't be prepared: Failed to construct dataset \"glue\""),
     ],
 )
 def test_what_stops_prepare_is_one_line(tmp_path, capsys, monkeypatch, source, message):
