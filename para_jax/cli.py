@@ -195,7 +195,8 @@ def run_evaluate(options) -> None:
     task = task_of_run(config, options.split, tokenizer)
     if task is None:
         raise ValueError(
-            f"data.{options.split} is not set; expected a .jsonl file, or {options.split}.jsonl in data.train's folder"
+            f"data.{options.split} is not set; expected a .jsonl file, {options.split}.jsonl in data.train's folder, "
+            "or tfds:NAME"
         )
     model = load_backbone(**vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None

@@ -195,7 +195,7 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, ImportError) and cause.name:
             package = cause.name.partition(".")[0]
             return f"to prepare it, {package} is needed, which is not installed: `pip install {package}`"
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "not found" in line:  # such a name or config; what follows lists hundreds
         line = f"{line.partition('. ')[0].rstrip('.')}; {CATALOG} lists them"
