@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.features import ClassLabel, FeaturesDict, Sequence, Text
-from tiny_run import run_folder, words, write_rows
+from tiny_run import run_config, run_folder, tokenizer, words, write_rows
 from tiny_tfds import Written, built
 
 from para_jax import cli
@@ -18,6 +18,7 @@ from para_jax.config import DataSection
 from para_jax.data import prepared
 from para_jax.data.prepared import prepare
 from para_jax.data.sources import load_records, read_records, source_of, task_of
+from para_jax.evaluation.evaluate import task_of_run
 
 TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "
 
@@ -112,6 +113,12 @@ def test_templates_and_a_named_task_come_before_the_task_that_a_name_stands_for(
     assert task_of(section(data_dir, "tfds:glue/rte")) == "rte" and task_of(DataSection(train="data/rte")) is None
 
 
+def test_a_public_name_brings_its_metric_and_choices(data_dir, tmp_path):
+    run = run_config(tmp_path, "data.train=tfds:glue/rte", f"data.data_dir={data_dir}", "eval.metric=null")
+    task = task_of_run(run, "validation", tokenizer())
+    assert (task.metric, task.choices, len(task.records)) == ("accuracy", ("yes", "no"), 5)
+
+
 def test_a_part_of_a_split_can_be_named_and_brings_no_other_split_along(data_dir):
     parts = section(data_dir, "tfds:squad:train[:15]", validation="tfds:squad:train[15:]")
     train, validation = load_records(parts, "train"), load_records(parts, "validation")
@@ -201,6 +208,8 @@ def test_nothing_prepared_is_one_line_that_names_the_folder_and_the_command(tmp_
     assert f"{tmp_path}/default/super_glue/boolq; prepare it first: `para-jax prepare tfds:super_glue/boolq`" in (
         capsys.readouterr().err
     )
+    assert cli.main([*train, "--dry-run"]) == 0  # which needs no data
+    assert "data       tfds:super_glue/boolq: nothing is prepared in" in capsys.readouterr().out
     assert not (tmp_path / "out").exists() and not (tmp_path / "default").exists()
 
 
@@ -289,7 +298,7 @@ def test_prepare_writes_what_a_run_reads_and_leaves_what_is_there(tmp_path, caps
         ),
         ("tfds:para_jax_downloads", "it can't be prepared: Failed to get https://nowhere.test/reviews.zip"),
         ("tfds:para_jax_unheard_of", "it can't be prepared: Dataset para_jax_unheard_of not found; https://www"),
-        ("tfds:glue/sst3", "it can't be prepared: Failed to construct dataset \"glue\""),
+        ("tfds:glue/sst3", 'it can\'t be prepared: Failed to construct dataset "glue"'),
     ],
 )
 def test_what_stops_prepare_is_one_line(tmp_path, capsys, monkeypatch, source, message):
