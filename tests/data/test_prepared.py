@@ -16,7 +16,7 @@ from tiny_tfds import Written, built
 from para_jax import cli
 from para_jax.config import DataSection
 from para_jax.data import prepared
-from para_jax.data.prepared import prepare
+from para_jax.data.prepared import plain, prepare
 from para_jax.data.sources import load_records, read_records, source_of, task_of
 from para_jax.evaluation.evaluate import task_of_run
 
@@ -93,6 +93,19 @@ def test_a_prepared_public_data_set_is_read_as_its_rows_as_json_lines(data_dir, 
     found = load_records(ours, split)
     assert without_places(found) == without_places(read_records(file, task=task_of(ours)))
     assert {record.place for record in found} == {f"tfds:{name}:{split}[{i}]" for i in range(len(found))}
+
+
+def test_rows_are_the_same_however_many_are_read_at_once(data_dir, monkeypatch):
+    whole = load_records(section(data_dir, "tfds:bool_q"), "train")
+    monkeypatch.setattr(prepared, "READ_AT_ONCE", 10)
+    assert load_records(section(data_dir, "tfds:bool_q"), "train") == whole
+
+
+def test_a_field_is_plain_python():
+    field = {"text": [b"K\xc3\xb6ln", np.bytes_(b"b")], "start": np.array([1, 2], np.int32), "flag": np.bool_(True)}
+    found = plain(field | {"n": np.int64(3), "words": np.array([b"x"], object)}, "place")
+    assert found == {"text": ["Köln", "b"], "start": [1, 2], "flag": True, "n": 3, "words": ["x"]}
+    assert type(found["n"]) is int and type(found["flag"]) is bool and type(found["text"][1]) is str
 
 
 def test_other_data_sets_are_read_by_the_user_s_templates(tmp_path):
