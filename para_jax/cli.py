@@ -130,6 +130,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("gguf", type=Path)
     made.add_argument("folder", type=Path)
 
+    made = command("prepare", run_prepare, "download a public data set for data.train=tfds:NAME")
+    made.add_argument("source", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets")
+    made.add_argument("--data-dir", help="where to; default: tensorflow_datasets' own folder")
+
     made = command("bench", run_bench, "measure on this machine: load, decode, serve or train")
     made.add_argument("name")
     made.add_argument("--backbone", default="smollm2-135m")
@@ -194,7 +198,8 @@ def run_evaluate(options) -> None:
     task = task_of_run(config, options.split, tokenizer)
     if task is None:
         raise ValueError(
-            f"data.{options.split} is not set; expected a .jsonl file, or {options.split}.jsonl in data.train's folder"
+            f"data.{options.split} is not set; expected a .jsonl file, {options.split}.jsonl in data.train's folder, "
+            "or tfds:NAME"
         )
     model = load_backbone(**vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
@@ -316,6 +321,14 @@ def run_convert(options) -> None:
 
     convert_gguf(options.gguf, options.folder, load_tokenizer(options.gguf))
     print(f"wrote {options.folder}")
+
+
+def run_prepare(options) -> None:
+    from .data.prepared import describe, prepare
+
+    folder = prepare(options.source, options.data_dir)
+    use = f"data.train={options.source}" + (f" data.data_dir={options.data_dir}" if options.data_dir else "")
+    print(f"{folder}: {describe(folder)}; train on them with {use}")
 
 
 def run_bench(options) -> None:

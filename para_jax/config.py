@@ -227,11 +227,14 @@ class BackboneSection:
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
     train: str | None = None
-    """a .jsonl file, or a folder with train.jsonl and perhaps validation.jsonl and test.jsonl"""
+    """a .jsonl file, or a folder with train.jsonl and perhaps validation.jsonl and test.jsonl; or tfds:NAME[/CONFIG], a
+    data set that `para-jax prepare` wrote, with perhaps these splits; one split alone: tfds:glue/sst2:train[:90%]"""
     validation: str | None = None
     test: str | None = None
+    data_dir: str | None = None
+    """the folder of tfds: data; default: that of tensorflow_datasets (~/tensorflow_datasets)"""
     task: str | None = None
-    """a name from data/tasks.py: its templates, its metric, its choices"""
+    """a name from data/tasks.py: its templates, its metric, its choices; default: what a tfds: name stands for"""
     prompt: str | None = None
     """a template over the columns, such as "{instruction}\\n{input}"; default: the column `prompt`"""
     completion: str | None = None

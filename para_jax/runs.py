@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -25,6 +25,7 @@ from .adapters.folder import mend_folder
 from .backbone.load import load_backbone
 from .config import ModelConfig, RunConfig, config_dict, load_config, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
+from .data.reader import read
 from .data.sources import Encoded, encode_records, load_records
 from .data.tokenizer import load_tokenizer
 from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
@@ -70,6 +71,12 @@ class Work(NamedTuple):
     """of a pass, over all devices"""
     passes: int
     total_steps: int
+
+    def batch(self, step: int) -> tuple[Bucket, Batch, int]:
+        """Global batch `step`: NumPy arrays [rows * passes, ...], and how many tokens they hold without padding."""
+        index, chosen = self.plan.batch_indices(step)
+        made = collate([self.data.examples[i] for i in chosen], self.buckets[index], self.rows * self.passes)
+        return self.buckets[index], made, int(made.length[: len(chosen)].sum())
 
 
 def train(config: RunConfig) -> TrainResult:
@@ -188,20 +195,23 @@ class Loop(NamedTuple):
         compiled: set[Bucket] = set()
         done: Done | None = None
         saved = progress.step
-        bar = tqdm(total=self.work.total_steps, initial=saved, desc="training", unit="step", disable=silent())
-        with bar:
+        total = self.work.total_steps
+        with (
+            closing(read(self.work.batch, saved, total)) as batches,
+            tqdm(total=total, initial=saved, desc="training", unit="step", disable=silent()) as bar,
+        ):
             while True:
                 stopping = self.stop.reached(progress.step)
-                last = progress.step == self.work.total_steps
+                last = progress.step == total
                 if not stopping and progress.evaluated < progress.step and (last or self.due("eval", progress.step)):
-                    done = self.read(done, bar)
+                    done = self.log_values(done, bar)
                     try:
                         progress = self.evaluate(state, progress)
                     except Interrupted:
                         stopping = True
                 last = last or self.out_of_patience(progress)
                 if saved < progress.step and (stopping or last or self.due("checkpoint", progress.step)):
-                    done = self.read(done, bar)
+                    done = self.log_values(done, bar)
                     save_checkpoint(self.checkpoints, state, progress)
                     saved = progress.step
                 if stopping:
@@ -209,31 +219,32 @@ class Loop(NamedTuple):
                 if last:
                     by_first(lambda: finish_saving(self.checkpoints))
                     return state, progress
-                state, done = self.step(state, progress.step, done, compiled, bar)
+                state, done = self.step(state, batches, progress.step + 1, done, compiled, bar)
                 progress = progress._replace(step=progress.step + 1)
                 require_saved(self.checkpoints)
 
     def step(
-        self, state: TrainState, step: int, done: Done | None, compiled: set[Bucket], bar: tqdm
+        self, state: TrainState, batches: Iterator, step: int, done: Done | None, compiled: set[Bucket], bar: tqdm
     ) -> tuple[TrainState, Done]:
-        """Dispatches the step after `step` steps, then reads the values of the one before."""
+        """Dispatches the step with this number (from 1), then logs the one before."""
         begun: float | None = time.monotonic()
-        bucket, batch, tokens = self.batch(step)
+        bucket, batch, tokens = next(batches)
+        batch = self.placed(batch)
         waited, dispatch = time.monotonic() - begun, self.step_function(bucket)
-        self.profiler.before(step + 1)
-        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+        self.profiler.before(step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
             if bucket in compiled:
                 state, values = dispatch(state, self.model, batch)
             else:
                 compiled.add(bucket)
-                done, begun = self.read(done, bar), None  # compiling is not a step's time
+                done, begun = self.log_values(done, bar), None  # compiling is not a step's time
                 with devices.compiling(f"the training step for {self.work.rows} rows of {bucket.length} tokens"):
                     state, values = jax.block_until_ready(dispatch(state, self.model, batch))
-        self.profiler.after(step + 1, values)
-        self.read(done, bar)
-        return state, Done(step + 1, values, tokens, begun, waited)
+        self.profiler.after(step, values)
+        self.log_values(done, bar)
+        return state, Done(step, values, tokens, begun, waited)
 
-    def read(self, done: Done | None, bar: tqdm) -> None:
+    def log_values(self, done: Done | None, bar: tqdm) -> None:
         """Waits for the values of a step and logs them.
 
         Raises ValueError, with the step's examples, where one is not finite.
@@ -241,7 +252,8 @@ class Loop(NamedTuple):
         if done is None:
             return
         values = {name: float(value) for name, value in done.values.items()}
-        require_finite(done.step, values, self.examples(done.step))
+        if not all(map(math.isfinite, values.values())):
+            require_finite(done.step, values, self.examples(done.step))
         self.log.step(done, values, bar)
 
     def examples(self, step: int) -> str:
@@ -263,13 +275,9 @@ class Loop(NamedTuple):
         )
         self.stop.end()
 
-    def batch(self, step: int) -> tuple[Bucket, Batch, int]:
-        """Global batch `step`, its arrays [passes, rows, ...], and how many tokens it holds without padding."""
-        index, chosen = self.work.plan.batch_indices(step)
-        bucket, rows, passes = self.work.buckets[index], self.work.rows, self.work.passes
-        batch = collate([self.work.data.examples[i] for i in chosen], bucket, rows * passes)
-        tokens = int(batch.length[: len(chosen)].sum())
-        return bucket, jax.tree.map(lambda a: rows_over(a.reshape(passes, rows, *a.shape[1:])), batch), tokens
+    def placed(self, batch: Batch) -> Batch:
+        """The batch on the mesh, its arrays [passes, rows, ...]."""
+        return jax.tree.map(lambda a: rows_over(a.reshape(self.work.passes, self.work.rows, *a.shape[1:])), batch)
 
     def step_function(self, bucket: Bucket) -> Callable:
         static = dict(completion=bucket.completion, config=self.config.train, total_steps=self.work.total_steps)

@@ -15,7 +15,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_run import STEPS, run_config, run_folder, tokenizer, write_rows
+from tensorflow_datasets.core.features import Text
+from tiny_run import STEPS, rows_of_text, run_config, run_folder, tokenizer, write_rows
+from tiny_tfds import built
 
 from para_jax import (
     Ia3Config,
@@ -32,6 +34,7 @@ from para_jax import (
     train,
 )
 from para_jax.config import CheckpointSection, ProfilerSection, load_config
+from para_jax.data.sources import load_records
 from para_jax.evaluation import evaluate as evaluation
 from para_jax.evaluation.evaluate import Score, task_of_run
 from para_jax.hlo import describe_program
@@ -185,6 +188,24 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(whole, config
     assert_same_arrays(train(config).adapter, whole[1].adapter)
     other = train(run_config(folder, f"output_dir={tmp_path / 'other'}", "seed=1"))
     assert abs(np.asarray(other.adapter.down[...]) - np.asarray(whole[1].adapter.down[...])).max() > 1e-3
+
+
+def test_a_run_on_prepared_data_is_the_run_on_the_same_rows_as_json_lines(config, folder, tmp_path):
+    features = {"prompt": Text(), "completion": Text()}
+    splits = {"train": rows_of_text(20, seed=1), "validation": rows_of_text(8, seed=2)}
+    built("para_jax_rows", features, splits, tmp_path)
+    ours = run_config(
+        folder, f"output_dir={config.output_dir}", "data.train=tfds:para_jax_rows", f"data.data_dir={tmp_path}"
+    )
+    for split in splits:
+        records = load_records(ours.data, split)  # in the order that tensorflow_datasets gave them
+        rows = [{"prompt": r.prompt, "completion": r.completion} for r in records]
+        write_rows(tmp_path / "lines" / f"{split}.jsonl", rows)
+    lines = run_config(folder, f"output_dir={tmp_path / 'other'}", f"data.train={tmp_path / 'lines'}")
+    result = train(ours)
+    assert_same_arrays(result.adapter, train(lines).adapter)
+    assert without_rates(metrics(ours)) == without_rates(metrics(lines))
+    assert "Trained for 6 steps on tfds:para_jax_rows" in (result.output_dir / "adapter" / "README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------- resuming
