@@ -269,9 +269,11 @@ class TrainSection:
     adam_b1: float = 0.9
     adam_b2: float = 0.999
     adam_eps: float = 1e-8
-    remat: str = "none"
-    """none (keep the outputs of the linears) | block (keep a layer's input only) for the backward pass"""
+    remat: str = "dots"
+    """what the backward pass keeps of a layer: none (all it needs: nothing is made anew) | dots (the outputs of the
+    linears) | block (the layer's input only)"""
 
+    REMATS: typing.ClassVar = ("none", "dots", "block")
     SCHEDULES: typing.ClassVar = ("constant", "linear", "cosine")
 
     def __post_init__(self):
@@ -295,7 +297,7 @@ class TrainSection:
             "at least 1",
         )
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "more than 0")
-        require(self.remat in ("none", "block"), "train.remat", self.remat, "none or block")
+        require(self.remat in self.REMATS, "train.remat", self.remat, one_of(self.REMATS))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .attention import mixed_values, within
 
 
-def attend_within(mask: Bool[Array, "1 length length"]):
+def attend_within(mask: Bool[Array, "#batch length length"]):
     """Attention of a whole sequence to itself; keeps its keys and values [batch, kv_heads, length, head_dim]."""
 
     def attend(q, k, v, scale, cap):
