@@ -23,6 +23,7 @@ from .adapters.files import load_adapter, save_adapter
 from .backbone.load import load_backbone
 from .config import RunConfig, config_dict, load_config, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
+from .data.reader import read
 from .data.sources import Encoded, encode_records, load_records
 from .data.tokenizer import load_tokenizer
 from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
@@ -55,6 +56,12 @@ class Work(NamedTuple):
     """of a pass, over all devices"""
     passes: int
     total_steps: int
+
+    def batch(self, step: int) -> tuple[Bucket, Batch, int]:
+        """Global batch `step`: NumPy arrays [rows * passes, ...], and how many tokens they hold without padding."""
+        index, chosen = self.plan.batch_indices(step)
+        made = collate([self.data.examples[i] for i in chosen], self.buckets[index], self.rows * self.passes)
+        return self.buckets[index], made, int(made.length[: len(chosen)].sum())
 
 
 def train(config: RunConfig) -> TrainResult:
@@ -133,11 +140,14 @@ class Loop(NamedTuple):
         """Steps until the last one or until patience ends; each value is read when the next step is under way."""
         seen: set[Bucket] = set()
         pending = None
-        with tqdm(
-            total=self.work.total_steps, initial=progress.step, desc="training", unit="step", disable=None
-        ) as bar:
-            while progress.step < self.work.total_steps and not self.out_of_patience(progress):
-                bucket, batch, tokens = self.batch(progress.step)
+        total = self.work.total_steps
+        with (
+            closing(read(self.work.batch, progress.step, total)) as batches,
+            tqdm(total=total, initial=progress.step, desc="training", unit="step", disable=None) as bar,
+        ):
+            while progress.step < total and not self.out_of_patience(progress):
+                bucket, batch, tokens = next(batches)
+                batch = self.placed(batch)
                 first, step = bucket not in seen, self.step_function(bucket)
                 if first:
                     seen.add(bucket)
@@ -148,19 +158,15 @@ class Loop(NamedTuple):
                     state, values = step(state, self.model, batch)
                 progress = progress._replace(step=progress.step + 1)
                 pending = self.log.step(pending, (progress.step, values, tokens), bar)
-                if progress.step % self.config.eval.every == 0 or progress.step == self.work.total_steps:
+                if progress.step % self.config.eval.every == 0 or progress.step == total:
                     pending = self.log.step(pending, None, bar)
                     progress = self.evaluate(state, progress)
                     save_checkpoint(self.checkpoints, state, progress)
         return state, progress
 
-    def batch(self, step: int) -> tuple[Bucket, Batch, int]:
-        """Global batch `step`, its arrays [passes, rows, ...], and how many tokens it holds without padding."""
-        index, chosen = self.work.plan.batch_indices(step)
-        bucket, rows, passes = self.work.buckets[index], self.work.rows, self.work.passes
-        batch = collate([self.work.data.examples[i] for i in chosen], bucket, rows * passes)
-        tokens = int(batch.length[: len(chosen)].sum())
-        return bucket, jax.tree.map(lambda a: rows_over(a.reshape(passes, rows, *a.shape[1:])), batch), tokens
+    def placed(self, batch: Batch) -> Batch:
+        """The batch on the mesh, its arrays [passes, rows, ...]."""
+        return jax.tree.map(lambda a: rows_over(a.reshape(self.work.passes, self.work.rows, *a.shape[1:])), batch)
 
     def step_function(self, bucket: Bucket) -> Callable:
         static = dict(completion=bucket.completion, config=self.config.train, total_steps=self.work.total_steps)
