@@ -240,6 +240,9 @@ class DataSection:
     reported"""
     buckets: int = 3
     """the most padded lengths that training compiles for"""
+    packing: bool = False
+    """put several examples into each training row of max_seq_length tokens (`buckets` is not used then); evaluation
+    stays one example a row"""
 
     def __post_init__(self):
         require(self.max_seq_length >= 2, "data.max_seq_length", self.max_seq_length, "at least 2 tokens")

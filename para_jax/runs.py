@@ -23,6 +23,8 @@ from .adapters.files import load_adapter, save_adapter
 from .backbone.load import load_backbone
 from .config import RunConfig, config_dict, load_config, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
+from .data.examples import Example
+from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
 from .data.reader import read
 from .data.sources import Encoded, encode_records, load_records
 from .data.tokenizer import load_tokenizer
@@ -51,14 +53,18 @@ class Work(NamedTuple):
 
     data: Encoded
     buckets: tuple[Bucket, ...]
-    plan: Plan
+    plan: Plan | PackingPlan
     rows: int
     """of a pass, over all devices"""
     passes: int
     total_steps: int
 
-    def batch(self, step: int) -> tuple[Bucket, Batch, int]:
+    def batch(self, step: int) -> tuple[Bucket, Batch | Packed, int]:
         """Global batch `step`: NumPy arrays [rows * passes, ...], and how many tokens they hold without padding."""
+        if isinstance(self.plan, PackingPlan):
+            chosen = [[self.data.examples[i] for i in row] for row in self.plan.batch_rows(step)]
+            packed = collate_packed(chosen, self.plan.shape, self.rows * self.passes)
+            return self.buckets[0], packed, int((packed.segment >= 0).sum())
         index, chosen = self.plan.batch_indices(step)
         made = collate([self.data.examples[i] for i in chosen], self.buckets[index], self.rows * self.passes)
         return self.buckets[index], made, int(made.length[: len(chosen)].sum())
@@ -84,14 +90,28 @@ def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
     records = load_records(config.data, "train")
     data = encode_records(records or [], tokenizer, config.data)
     devices.say(f"training data: {data.report()}")
-    buckets = plan_buckets(data.examples, config.data.buckets)
     rows, passes = (
         config.train.per_device_batch_size * mesh.shape["data"] * mesh.shape["fsdp"],
         config.train.gradient_accumulation_steps,
     )
-    order = plan(example_lengths(data.examples), buckets=buckets, rows=rows * passes, seed=config.seed)
+    buckets, order = plan_order(config, data.examples, rows * passes)
     steps = config.train.max_steps or math.ceil(config.train.num_epochs * order.batches_per_epoch)
     return Work(data, buckets, order, rows, passes, steps)
+
+
+def plan_order(config: RunConfig, examples: list[Example], rows: int) -> tuple[tuple[Bucket, ...], Plan | PackingPlan]:
+    """The compiled shapes, and which examples a global batch of so many rows holds."""
+    if not config.data.packing:
+        buckets = plan_buckets(examples, config.data.buckets)
+        return buckets, plan(example_lengths(examples), buckets=buckets, rows=rows, seed=config.seed)
+    order = plan_packing(examples, length=config.data.max_seq_length, rows=rows, seed=config.seed)
+    length, completion, segments = order.shape
+    padding = 1 - sum(example_lengths(examples)) / (len(order.packed) * length)
+    devices.say(
+        f"packed {len(examples)} examples into {len(order.packed)} rows of {length} tokens, at most {segments} a row; "
+        f"{padding:.1%} of the tokens are padding"
+    )
+    return (Bucket(length, completion),), order
 
 
 def fit(
@@ -164,7 +184,7 @@ class Loop(NamedTuple):
                     save_checkpoint(self.checkpoints, state, progress)
         return state, progress
 
-    def placed(self, batch: Batch) -> Batch:
+    def placed(self, batch: Batch | Packed) -> Batch | Packed:
         """The batch on the mesh, its arrays [passes, rows, ...]."""
         return jax.tree.map(lambda a: rows_over(a.reshape(self.work.passes, self.work.rows, *a.shape[1:])), batch)
 

@@ -56,6 +56,10 @@ class PackingPlan:
         completions = [sum(len(examples[i].completion_ids) for i in row) for row in self.packed]
         self.shape = RowShape(length, max(completions), max(map(len, self.packed)))
 
+    def batch_indices(self, i: int) -> tuple[int, list[int]]:
+        """Global batch i: the index of its shape, of which there is one, and of its examples."""
+        return 0, [index for row in self.batch_rows(i) for index in row]
+
     def batch_rows(self, i: int) -> list[list[int]]:
         """Global batch i: the indices of the examples of each of its rows (1 to `rows` of them)."""
         epoch, position = divmod(i, self.batches_per_epoch)
