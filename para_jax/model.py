@@ -22,8 +22,8 @@ from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from .adapters.methods import METHODS
 from .adapters.rows import Rows, Stack, by_layer, check_fits, gather
 from .adapters.segments import adjust_segments
-from .backbone.attention import causal_mask
-from .backbone.cache import attend_cached, attend_within, padded
+from .backbone.cache import attend_cached, padded
+from .backbone.kernels import self_attention
 from .backbone.rotary import rotary_tables
 from .backbone.transformer import Transformer, periods
 from .config import SITES, ModelConfig
@@ -270,14 +270,13 @@ def residual_stream(
     """
     positions = segments.position if segments else jnp.arange(tokens.shape[1])
     tables = {kind.rotary: rotary_tables(kind.rotary, positions) for kind in model.config.kinds}
-    same = True if segments is None else segments.segment[:, :, None] == segments.segment[:, None]
-    masks = {kind.window: causal_mask(tokens.shape[1], kind.window)[None] & same for kind in model.config.kinds}
+    attend = self_attention(model.config, model.dtype, tokens.shape[1], segments.segment if segments else None)
     weights, make = (None, lambda *_: None) if adapters is None else by_layer(adapters)
 
     def step(x, layer, weights):
         adjustment = make(weights, x, prompt_length, *([segments.start] if segments else []))
         adjust = batched_adjust(cast(adjustment, x.dtype), segments)
-        out, kept = layer(x, adjust, tables[layer.kind.rotary], attend_within(masks[layer.kind.window]))
+        out, kept = layer(x, adjust, tables[layer.kind.rotary], attend[layer.kind.window])
         return out, keep(x, kept, adjustment) if keep else None
 
     return through_layers(model, REMAT[remat](step), model.embed(tokens), weights)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from . import devices
 from .adapters.adapter import Adapter
 from .adapters.files import load_adapter, save_adapter
+from .backbone.kernels import attention_kernel
 from .backbone.load import load_backbone
 from .config import RunConfig, config_dict, load_config, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
@@ -126,6 +127,7 @@ def fit(
 ) -> TrainResult:
     """The training loop, with a backbone that is loaded already. The folder must be claimed."""
     folder = Path(config.output_dir)
+    say_attention(model, work.buckets, mesh)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints") as checkpoints:
         fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
         state = init_state(fresh, config.train, work.total_steps)
@@ -143,6 +145,13 @@ def fit(
             if test:
                 log.write(progress.step, scores("test_after", evaluate_task(model, best, test, tokenizer)), show=True)
     return TrainResult(best, progress.best_score, progress.best_step, progress.step, folder)
+
+
+def say_attention(model, buckets: tuple[Bucket, ...], mesh) -> None:
+    """Names the kernels of training's attention, and why they are used."""
+    on = mesh.devices.flat[0].platform
+    found = {attention_kernel(model.config, bucket.length, model.dtype, on) for bucket in buckets}
+    devices.say("attention: " + "; ".join(f"{kernel} ({why})" for kernel, why in sorted(found)))
 
 
 class Loop(NamedTuple):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .adapters.adapter import Adapter
+from .backbone.kernels import attention_kernel
 from .backbone.load import abstract_backbone, load_model_config
 from .config import SITES, ModelConfig, RunConfig, require
 from .data.batches import Batch
@@ -167,10 +168,12 @@ def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh) -> list[
     model = load_model_config(config.backbone.source)
     tokens = batch_rows(config, mesh) * passes * longest
     flops = 4 * matrix_weights(model) * tokens / mesh.size
+    kernel, why = attention_kernel(model, longest, config.backbone.dtype or "bfloat16", "tpu")
     return [
         f"slice      {topology}: {mesh.size} chips; mesh {sizes}",
         f"a step     {passes} x {batch_rows(config, mesh)} rows of {longest} tokens, any of them completion; "
         f"remat {config.train.remat}" + (f"; packed, {packed_examples(config)} examples a row" * config.data.packing),
+        f"attention  {kernel} ({why})",
         f"FLOPs      {flops / 1e12:.1f} T a chip and step: 4 a weight of the matrix products and token, attention not "
         "counted",
     ]
@@ -220,7 +223,8 @@ def activation_bytes(config: RunConfig, model: ModelConfig, mesh: AbstractMesh) 
     size = jnp.dtype(config.backbone.dtype or "bfloat16").itemsize
     linears = sum(map(model.site_width, SITES)) / mesh.shape["tensor"]
     kept = model.width + (0 if config.train.remat == "block" else linears)
-    scores = 4 * rows * model.num_heads / mesh.shape["tensor"] * tokens * tokens
+    kernel, _ = attention_kernel(model, tokens, config.backbone.dtype or "bfloat16", "tpu")
+    scores = 4 * rows * model.num_heads / mesh.shape["tensor"] * tokens * tokens * (kernel == "plain")
     at_work = 2 * scores + 3 * rows * tokens * linears * size + 2**28
     return int(rows * tokens * kept * size * model.num_layers + at_work)
 
