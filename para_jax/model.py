@@ -233,7 +233,7 @@ def decode_step(
 ) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """decode, to be used inside a larger compiled program."""
     max_length = state.cache[0][0].shape[2]
-    tables = {kind.rotary: rotary_tables(kind.rotary, state.length[:, None]) for kind in model.config.kinds}
+    tables = tables_of(model.config, state.length[:, None])
 
     def step(x, layer, inputs):
         cache, adjustment = inputs
@@ -269,7 +269,7 @@ def residual_stream(
         remat: a name of REMAT.
     """
     positions = segments.position if segments else jnp.arange(tokens.shape[1])
-    tables = {kind.rotary: rotary_tables(kind.rotary, positions) for kind in model.config.kinds}
+    tables = tables_of(model.config, positions)
     attend = self_attention(model.config, model.dtype, tokens.shape[1], segments.segment if segments else None)
     weights, make = (None, lambda *_: None) if adapters is None else by_layer(adapters)
 
@@ -280,6 +280,12 @@ def residual_stream(
         return out, keep(x, kept, adjustment) if keep else None
 
     return through_layers(model, REMAT[remat](step), model.embed(tokens), weights)
+
+
+def tables_of(config: ModelConfig, positions: jax.Array) -> dict:
+    """The rotary tables of every kind of layer, each made once."""
+    rotaries = dict.fromkeys(kind.rotary for kind in config.kinds)
+    return {rotary: rotary_tables(rotary, positions) for rotary in rotaries}
 
 
 def through_layers(model: Transformer, step: Callable, x: jax.Array, inputs) -> tuple[jax.Array, list]:

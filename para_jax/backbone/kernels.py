@@ -28,7 +28,8 @@ def self_attention(
         segment: of packed rows; a token sees those of its own segment only.
     """
     name, _ = attention_kernel(config, length, dtype, platform())
-    return {window: KERNELS[name](length, window, segment) for window in {kind.window for kind in config.kinds}}
+    windows = dict.fromkeys(kind.window for kind in config.kinds)
+    return {window: KERNELS[name](length, window, segment) for window in windows}
 
 
 def platform() -> str:
