@@ -1,5 +1,5 @@
-"""A run with data.packing: its loss is that of its examples alone, it resumes with the same bits, and neither passes nor
-meshes matter."""
+"""A run with data.packing: its loss is that of its examples alone, it resumes with the same bits, and neither passes
+nor meshes matter."""
 
 from dataclasses import replace
 

@@ -83,7 +83,9 @@ def by_layer(adapters: Adapter | Rows) -> tuple[object, Callable]:
 
         def make(layers, x, prompt_length, start=None):
             if start is not None:
-                raise ValueError("Rows: an adapter a row is not possible in packed rows; give one adapter for all of them")
+                raise ValueError(
+                    "Rows: an adapter a row is not possible in packed rows; give one adapter for all of them"
+                )
             made = [of_rows(*each, x, prompt_length) for each in zip(layers, adapters.index, strict=True)]
             return merged(made)
 

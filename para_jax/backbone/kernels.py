@@ -1,5 +1,5 @@
-"""Attention of whole sequences to themselves, by the kernel that suits the device: plain products everywhere, cuDNN on a
-GPU, Pallas' splash attention on a TPU. None but plain holds scores [heads, length, length] in memory."""
+"""Attention of whole sequences to themselves, by the kernel that suits the device: plain products on a CPU, cuDNN on a
+GPU, Pallas' splash attention on a TPU. Plain alone holds scores [heads, length, length] in memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..config import ModelConfig
 from ..sharding import partition
 from .attention import causal_mask, mixed_values
 
-#: Splash attention takes lengths in multiples of this (others are padded), and works on blocks of at most so many tokens.
-LANES, BLOCK = 128, 512
+LANES = 128  # splash attention takes lengths in multiples of this; others are padded
+BLOCK = 512  # tokens of its blocks, at most
 
 
 def self_attention(

@@ -1,7 +1,7 @@
 """Several examples a row: which ones stand together, and rows of them as arrays.
 
-The rows are packed once, as a pure function of (seed, lengths), and permuted for every epoch: batch i is a pure function
-of (seed, i, lengths), and every epoch holds each example once.
+The rows are packed once, as a pure function of (seed, lengths), and permuted for every epoch: batch i is a pure
+function of (seed, i, lengths), and every epoch holds each example once.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Every attention kernel computes what plain attention does, forward and backward; splash is interpreted here, and cuDNN's
-arguments are given to JAX's own implementation of them."""
+"""Every attention kernel computes what plain attention does, forward and backward; splash is interpreted here, and
+cuDNN's arguments are given to JAX's own implementation of them."""
 
 from dataclasses import replace
 from functools import partial
@@ -88,7 +88,7 @@ def test_a_model_computes_the_same_by_splash(monkeypatch):
     assert not np.array_equal(found, expected)  # it was another kernel
 
 
-# ------------------------------------------------------------------------------------------------------------ the choice
+# ----------------------------------------------------------------------------------------------------------- the choice
 
 
 @pytest.mark.parametrize(("family", "length", "dtype", "on", "name", "why"), [

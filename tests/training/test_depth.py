@@ -1,4 +1,4 @@
-"""The training step's program does not grow with the number of layers, so that compiling is as quick for 32 as for 8."""
+"""The training step's program does not grow with the layers, so that compiling is as quick for 32 as for 8."""
 
 import time
 from dataclasses import replace
@@ -29,7 +29,9 @@ KINDS = [
 def lowered(family, adapter_config, packed, layers, trace):
     """What `trace` (train_step.trace or .lower) makes of a step of 2 x 2 rows of 16 tokens."""
     config = backbone(family).config
-    config = replace(config, kinds=(config.kinds * layers)[:layers] if family == "llama" else config.kinds[:2] * (layers // 2))
+    config = replace(
+        config, kinds=(config.kinds * layers)[:layers] if family == "llama" else config.kinds[:2] * (layers // 2)
+    )
     model = abstract_backbone(config, jnp.float32, None, layout="stacked")
     train = TrainSection()
     state = jax.eval_shape(lambda: init_state(init_adapter(adapter_config, config), train, 10))
@@ -43,7 +45,9 @@ def equations(jaxpr) -> int:
     """The number of equations of a program, those of the programs inside it included."""
     total = 0
     for equation in jaxpr.eqns:
-        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"))
+        inner = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        )
         inner = [getattr(part, "jaxpr", part) for part in inner]
         total += 1 + sum(equations(part) for part in inner if hasattr(part, "eqns"))
     return total
