@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +72,12 @@ def attend_within(mask: Bool[Array, "#batch length length"]) -> Callable:
 
 
 def cudnn(
-    length: int, window: int | None, segment: Int[Array, "batch length"] | None, *, implementation="cudnn"
+    length: int, window: int | None, segment: Int[Array, "batch length"] | None, *, implementation: Any = "cudnn"
 ) -> Callable:
     """By jax.nn.dot_product_attention; packed rows by a mask [batch, length, length]. Not run on a GPU yet."""
 
     def rows(q, k, v, segment, scale):
-        reach = dict(is_causal=True, local_window_size=None if window is None else (window - 1, 0))
+        reach: dict[str, Any] = dict(is_causal=True, local_window_size=None if window is None else (window - 1, 0))
         if segment is not None:
             reach = dict(mask=(causal_mask(length, window) & same(segment))[:, None])
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation, **reach)
@@ -119,13 +120,15 @@ def splash_rows(
     one = pallas.CausalMask(square) if window is None else pallas.LocalMask(square, (window - 1, 0), 0)
     size = next(size for size in range(min(BLOCK, length), 0, -LANES) if length % size == 0)
     blocks = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": size for name in blocks}
     kernel = pallas.make_splash_mha_single_device(
         pallas.MultiHeadMask([one] * heads),
-        block_sizes=pallas.BlockSizes(**{f"block_{name}": size for name in blocks}),
+        block_sizes=pallas.BlockSizes(**sizes),
         attn_logits_soft_cap=cap,
         interpret=platform() != "tpu",
     )
-    return jax.vmap(kernel)(q, k, v, None if segment is None else pallas.SegmentIds(segment, segment))
+    mixed: Any = jax.vmap(kernel)(q, k, v, None if segment is None else pallas.SegmentIds(segment, segment))
+    return mixed
 
 
 def over_mesh(rows: Callable, heads_axis: int) -> Callable:

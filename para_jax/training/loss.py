@@ -27,7 +27,8 @@ def completion_nll(
         remat: a name of model.REMAT.
     """
     if isinstance(batch, Packed):
-        places, predicted, real = Segments(batch.segment, batch.start), batch.predicted, batch.predicted > 0
+        places = Segments(jnp.asarray(batch.segment), jnp.asarray(batch.start))
+        predicted, real = batch.predicted, batch.predicted > 0
     else:
         places, predicted = None, batch.prompt_length[:, None] + jnp.arange(completion)
         real = predicted < batch.length[:, None]
