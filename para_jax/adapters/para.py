@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -91,7 +93,7 @@ def in_prompt(x: Float[Array, "length width"], prompt_length, start) -> Bool[Arr
 
 #: Poolers over one prompt: x [length, width], the prompt's tokens and its first one's place to [width]. `constant`
 #: replaces what `last` gives.
-POOLERS = {"last": last, "mean": mean, "max": maximum, "constant": last}
+POOLERS: dict[str, Callable] = {"last": last, "mean": mean, "max": maximum, "constant": last}
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
