@@ -12,6 +12,7 @@ from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backb
 from para_jax.data.batches import Batch, Bucket, collate
 from para_jax.data.examples import Example
 from para_jax.data.packing import RowShape, collate_packed
+from para_jax.model import Segments
 from para_jax.training.loss import completion_nll
 
 #: (prompt, completion) tokens; some are longer than the families' windows, rows are packed full and half empty
@@ -88,6 +89,12 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_their_examples_alone(fam
     fresh, _ = completion_nll(model, None, alone(), 6)
     assert abs(expected[0] - fresh.sum()) > 0.1  # the adapter does something
     assert_same(of_case(family, variant, config), expected)
+
+
+def test_positions_begin_anew_with_every_segment():
+    places = Segments(packed().segment, packed().start)
+    one_after_another = [np.arange(sum(SIZES[i])) for i in ROWS[0]]
+    np.testing.assert_array_equal(places.position[0, :23], np.concatenate(one_after_another)[:23])
 
 
 @pytest.mark.parametrize("remat", ["none", "block"])
