@@ -48,14 +48,16 @@ def test_a_packed_step_has_the_mean_loss_of_its_examples_completion_tokens(whole
     assert losses(config, "tokens")[0] == count.sum()
 
 
-def test_a_packed_run_learns_and_resumes_with_the_same_bits(whole, tmp_path, monkeypatch):
+def test_a_packed_run_learns_and_resumes_with_the_same_bits(whole, tmp_path, monkeypatch, capsys):
     config, result = whole
     assert losses(config, "validation_loss")[1] < losses(config, "validation_loss")[0]
     cut = replace(config, output_dir=str(tmp_path / "cut"))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         interrupt(patched, at_step=5)
         train(cut)
+    capsys.readouterr()
     assert_same_arrays(train(cut).adapter, result.adapter)
+    assert capsys.readouterr().err.count("attention: plain (on a CPU)") == 1
     assert losses(cut) == losses(config)
 
 
