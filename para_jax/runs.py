@@ -22,9 +22,12 @@ from . import devices
 from .adapters.adapter import Adapter
 from .adapters.files import load_adapter, save_adapter
 from .adapters.folder import mend_folder
+from .backbone.kernels import attention_kernel
 from .backbone.load import load_backbone
 from .config import ModelConfig, RunConfig, config_dict, load_config, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
+from .data.examples import Example
+from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
 from .data.reader import read
 from .data.sources import Encoded, encode_records, load_records
 from .data.tokenizer import load_tokenizer
@@ -66,17 +69,27 @@ class Work(NamedTuple):
 
     data: Encoded
     buckets: tuple[Bucket, ...]
-    plan: Plan
+    plan: Plan | PackingPlan
     rows: int
     """of a pass, over all devices"""
     passes: int
     total_steps: int
 
-    def batch(self, step: int) -> tuple[Bucket, Batch, int]:
+    def batch(self, step: int) -> tuple[Bucket, Batch | Packed, int]:
         """Global batch `step`: NumPy arrays [rows * passes, ...], and how many tokens they hold without padding."""
+        if isinstance(self.plan, PackingPlan):
+            chosen = [[self.data.examples[i] for i in row] for row in self.plan.batch_rows(step)]
+            packed = collate_packed(chosen, self.plan.shape, self.rows * self.passes)
+            return self.buckets[0], packed, int((packed.segment >= 0).sum())
         index, chosen = self.plan.batch_indices(step)
         made = collate([self.data.examples[i] for i in chosen], self.buckets[index], self.rows * self.passes)
         return self.buckets[index], made, int(made.length[: len(chosen)].sum())
+
+    def chosen(self, step: int) -> list[int]:
+        """The examples of global batch `step`."""
+        if isinstance(self.plan, PackingPlan):
+            return [i for row in self.plan.batch_rows(step) for i in row]
+        return self.plan.batch_indices(step)[1]
 
 
 def train(config: RunConfig) -> TrainResult:
@@ -109,14 +122,28 @@ def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
     records = load_records(config.data, "train")
     data = encode_records(records or [], tokenizer, config.data)
     devices.say(f"training data: {data.report()}")
-    buckets = plan_buckets(data.examples, config.data.buckets)
     rows, passes = (
         config.train.per_device_batch_size * mesh.shape["data"] * mesh.shape["fsdp"],
         config.train.gradient_accumulation_steps,
     )
-    order = plan(example_lengths(data.examples), buckets=buckets, rows=rows * passes, seed=config.seed)
+    buckets, order = plan_order(config, data.examples, rows * passes)
     steps = config.train.max_steps or math.ceil(config.train.num_epochs * order.batches_per_epoch)
     return Work(data, buckets, order, rows, passes, steps)
+
+
+def plan_order(config: RunConfig, examples: list[Example], rows: int) -> tuple[tuple[Bucket, ...], Plan | PackingPlan]:
+    """The compiled shapes, and which examples a global batch of so many rows holds."""
+    if not config.data.packing:
+        buckets = plan_buckets(examples, config.data.buckets)
+        return buckets, plan(example_lengths(examples), buckets=buckets, rows=rows, seed=config.seed)
+    order = plan_packing(examples, length=config.data.max_seq_length, rows=rows, seed=config.seed)
+    length, completion, segments = order.shape
+    padding = 1 - sum(example_lengths(examples)) / (len(order.packed) * length)
+    devices.say(
+        f"packed {len(examples)} examples into {len(order.packed)} rows of {length} tokens, at most {segments} a row; "
+        f"{padding:.1%} of the tokens are padding"
+    )
+    return (Bucket(length, completion),), order
 
 
 def fit(
@@ -131,6 +158,7 @@ def fit(
 ) -> TrainResult:
     """The training loop, with a backbone that is loaded already. The folder must be claimed."""
     folder = Path(config.output_dir)
+    say_attention(model, work.buckets, mesh)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
         state = init_state(fresh, config.train, work.total_steps)
@@ -172,6 +200,13 @@ def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:
     """The run's best adapter, from the folder that the first process alone reads; as arrays of NumPy."""
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), last)
     return arrays_of_first(load_adapter(folder / "adapter", model.config, model=model) if is_first() else empty)
+
+
+def say_attention(model, buckets: tuple[Bucket, ...], mesh) -> None:
+    """Names the kernels of training's attention, and why they are used."""
+    on = mesh.devices.flat[0].platform
+    found = {attention_kernel(model.config, bucket.length, model.dtype, on) for bucket in buckets}
+    devices.say("attention: " + "; ".join(f"{kernel} ({why})" for kernel, why in sorted(found)))
 
 
 class Loop(NamedTuple):
@@ -258,8 +293,7 @@ class Loop(NamedTuple):
 
     def examples(self, step: int) -> str:
         """Where the examples of the step with this number (from 1) come from."""
-        _, chosen = self.work.plan.batch_indices(step - 1)
-        return places([self.work.data.records[i].place for i in chosen])
+        return places([self.work.data.records[i].place for i in self.work.chosen(step - 1)])
 
     def due(self, what: str, step: int) -> bool:
         """Whether a step is one after which to evaluate ("eval") or to save ("checkpoint")."""
@@ -275,7 +309,7 @@ class Loop(NamedTuple):
         )
         self.stop.end()
 
-    def placed(self, batch: Batch) -> Batch:
+    def placed(self, batch: Batch | Packed) -> Batch | Packed:
         """The batch on the mesh, its arrays [passes, rows, ...]."""
         return jax.tree.map(lambda a: rows_over(a.reshape(self.work.passes, self.work.rows, *a.shape[1:])), batch)
 

@@ -404,10 +404,12 @@ def test_a_runs_log_counts_the_tokens_without_padding(config, monkeypatch):
 
 
 def test_a_step_is_dispatched_before_the_values_of_the_one_before_are_read(config, monkeypatch):
-    real_step, real_read, order = runs.train_step, runs.Loop.log_values, []
+    real_step, real_log, order = runs.train_step, runs.Loop.log_values, []
     monkeypatch.setattr(runs, "train_step", lambda *all, **more: (order.append("step"), real_step(*all, **more))[1])
     monkeypatch.setattr(
-        runs.Loop, "log_values", lambda self, done, bar: (done and order.append(done.step), real_read(self, done, bar))[1]
+        runs.Loop,
+        "log_values",
+        lambda self, done, bar: (done and order.append(done.step), real_log(self, done, bar))[1],
     )
     train(replace(config, eval=replace(config.eval, every=100)))
     assert order == ["step", "step", 1, "step", 2, "step", 3, "step", 4, "step", 5, 6]

@@ -96,7 +96,7 @@ class TensorBoard:
 
     def __init__(self, config: RunConfig, folder: Path, step: int | None):
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.summary import scalar
 
         self.event, self.scalar = Event, scalar
