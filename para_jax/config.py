@@ -250,7 +250,7 @@ class DataSection:
     stays one example a row"""
 
     def __post_init__(self):
-        for name in ("train", "validation", "test"):
+        for name in ("train", "validation", "test", "data_dir"):
             require_local(f"data.{name}", getattr(self, name))
         require(self.max_seq_length >= 2, "data.max_seq_length", self.max_seq_length, "at least 2 tokens")
         require(

@@ -195,7 +195,7 @@ def test_a_truth_value_where_a_text_is_meant_is_refused(override):
     assert load_config(None, ["eval.choices=['yes', 'no']"]).eval.choices == ("yes", "no")
 
 
-@pytest.mark.parametrize("field", ["output_dir", "data.train", "data.validation", "data.test", "backbone.source"])
+@pytest.mark.parametrize("field", ["output_dir", "data.train", "data.test", "data.data_dir", "backbone.source"])
 def test_a_buckets_address_is_refused_and_points_to_gcsfuse(field):
     said = error(f"{field}=gs://bucket/folder")
     assert field in said and "gs://bucket/folder" in said and "gcsfuse" in said and "docs/training.md" in said
