@@ -134,14 +134,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("source", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets")
     made.add_argument("--data-dir", help="where to; default: tensorflow_datasets' own folder")
 
-    made = command("bench", run_bench, "measure on this machine: load, decode, serve or train")
+    made = command("bench", run_bench, "measure on this machine: load, decode, serve, train or packing")
     made.add_argument("name")
     made.add_argument("--backbone", default="smollm2-135m")
     made.add_argument("--output", type=Path, help="write the measurement to this JSON file")
-    made.add_argument("--rows", help="decode, serve: rows of a batch, such as 1,8,32")
+    made.add_argument("--rows", help="rows of a batch; decode: sizes such as 1,8,32")
     made.add_argument("--context", type=int, help="decode: tokens that each row holds")
     made.add_argument("--rounds", type=int, help="how often each side is measured")
-    made.add_argument("--random", action="store_true", help="decode: random weights of the backbone's shape")
+    made.add_argument("--random", action="store_true", help="decode, train: random weights of the backbone's shape")
+    made.add_argument("--packed", type=int, help="train: examples a row, of 64 tokens each")
+    made.add_argument("--remat", help="train: what is compared, such as none,dots,block; packing: one of them")
+    made.add_argument("--data", help="packing: a .jsonl file or a folder with train.jsonl")
+    made.add_argument("--length", type=int, help="packing: tokens of a packed row")
     return top
 
 
@@ -157,6 +161,7 @@ def run_quickstart(options) -> int:
 
 def run_train(options) -> None:
     from .config import load_config, require
+    from .processes import is_first
     from .reports import dry_run, read_metrics
     from .runs import train
 
@@ -172,6 +177,8 @@ def run_train(options) -> None:
         if result.best_score is None
         else f", best validation score {result.best_score:.4f} at step {result.best_step}"
     )
+    if not is_first():
+        return
     print(f"{result.step} steps{best}; the adapter is in {result.output_dir / 'adapter'}")
     if options.results:
         rows = list(read_metrics(result.output_dir / "metrics.jsonl"))
@@ -332,13 +339,16 @@ def run_bench(options) -> None:
     from .bench import run
     from .config import require
 
-    given = {name: getattr(options, name) for name in ("context", "rounds") if getattr(options, name) is not None}
+    numbers = ("context", "rounds", "packed", "length")
+    given = {name: getattr(options, name) for name in (*numbers, "data") if getattr(options, name) is not None}
     given |= {"random": True} if options.random else {}
     if options.rows:
         sizes = options.rows.split(",")
         require(all(size.isdecimal() and int(size) for size in sizes), "--rows", options.rows, "sizes such as 1,8,32")
         given["rows"] = tuple(map(int, sizes))
-    require(all(given.get(name, 1) >= 1 for name in ("context", "rounds")), "bench", given, "numbers of at least 1")
+    require(all(given.get(name, 1) >= 1 for name in numbers), "bench", given, "numbers of at least 1")
+    if options.remat:
+        given["remat"] = tuple(options.remat.split(",")) if options.name == "train" else options.remat
     run(options.name, options.backbone, options.output, **given)
 
 
