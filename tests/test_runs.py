@@ -442,8 +442,8 @@ def test_evaluation_during_training_holds_no_second_copy_of_the_backbone(config,
     ):  # fmt: skip
         watch(monkeypatch, module, name, live, where)
     config = replace(config, adapter=ParaConfig(r=1), eval=replace(config.eval, metric="exact_match"))
-    train(replace(config, data=replace(config.data, truncate="left")))
-    assert len(live) > 10 and len(programs) == 2
+    train(replace(config, train=replace(config.train, max_steps=1)))
+    assert len(live) >= 8 and len(programs) == 2
     assert max(live) - before < 1.1 * size
     assert all(program.temporaries < 0.4 * size for program in programs)
 
