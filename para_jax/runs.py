@@ -275,8 +275,10 @@ class Loop(NamedTuple):
                 done, begun = self.log_values(done, bar), None  # compiling is not a step's time
                 with devices.compiling(f"the training step for {self.work.rows} rows of {bucket.length} tokens"):
                     state, values = jax.block_until_ready(dispatch(state, self.model, batch))
-        self.profiler.after(step, values)
         self.log_values(done, bar)
+        if self.profiler.on:
+            begun = None  # nor is tracing it, and writing the trace
+        self.profiler.after(step, values)
         return state, Done(step, values, tokens, begun, waited)
 
     def log_values(self, done: Done | None, bar: tqdm) -> None:

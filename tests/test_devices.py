@@ -62,7 +62,11 @@ def test_a_run_joins_the_hosts_that_its_config_names_or_lets_jax_find_them(runti
     assert len(calls) == (given is not None)
 
 
-def test_hosts_that_jax_does_not_know_are_an_error_of_one_line_that_says_what_to_give():
+def test_hosts_that_jax_does_not_know_are_an_error_of_one_line_that_says_what_to_give(monkeypatch):
+    def unknown(*_, **__):
+        raise ValueError("coordinator_address should be defined.\nand more")
+
+    monkeypatch.setattr(jax.distributed, "initialize", unknown)
     said = r"runtime.coordinator auto: .*coordinator_address.*runtime.num_processes and runtime.process_id"
     with pytest.raises(ValueError, match=said) as error:
         join(RuntimeSection(coordinator="auto"))

@@ -422,6 +422,8 @@ def test_a_run_writes_a_trace_of_the_steps_asked_for(config, capsys):
     steps = [event["args"]["step_num"] for event in events if "step_num" in event.get("args", {})]
     assert steps == ["2", "3"]
     assert "wrote a profile to" in capsys.readouterr().err
+    timed = [row["step"] for row in metrics(config) if "step_seconds" in row]
+    assert not {2, 3} & set(timed) and timed  # the time of tracing is no step's
 
 
 # ----------------------------------------------------------------------------------------------------------- the memory
