@@ -50,7 +50,7 @@ def is_tfds(source: str | None) -> bool:
 def parse(source: str) -> tuple[str, str | None]:
     """NAME[/CONFIG] and the split of a source, None where it names none."""
     found = re.fullmatch(SCHEME + r"(\w+(?:/[\w.+-]+)*)(?::(.+))?", source)
-    if not found:
+    if not found or ".." in found[1].split("/"):
         raise ValueError(f"{source!r} is not possible; expected tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:SPLIT")
     return found[1], found[2]
 

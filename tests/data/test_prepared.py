@@ -194,6 +194,7 @@ def test_no_tensorflow_is_imported_to_show_the_data_even_where_it_is_installed(d
     ("source", "message"),
     [
         ("tfds:", "'tfds:' is not possible; expected tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:SPLIT"),
+        ("tfds:squad/../../x", "is not possible; expected tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:SPLIT"),
         ("tfds:squad:nothing", "tfds:squad: no split 'nothing'; expected one of train, validation, or a part"),
         ("tfds:squad:train[:x]", r"no split 'train\[:x\]'"),
         (
