@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 LIMIT = 120  # seconds, so that processes that wait for each other for ever fail
@@ -28,14 +29,16 @@ def run_two(*arguments, **variables: str) -> list[Ended]:
         own = [argument[process] if isinstance(argument, tuple) else argument for argument in arguments]
         own = [part.replace("{address}", at).replace("{process}", str(process)) for part in own]
         environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"} | variables
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen([sys.executable, *own], env=environment, **pipes))
+        # files, since a process that waits for its pipe to be read would keep the other from ending
+        files = {"stdout": TemporaryFile("w+"), "stderr": TemporaryFile("w+")}
+        started.append((subprocess.Popen([sys.executable, *own], env=environment, **files), files.values()))
     try:
-        printed = [process.communicate(timeout=LIMIT) for process in started]
+        for process, _ in started:
+            process.wait(LIMIT)
     finally:
-        for process in started:
+        for process, _ in started:
             process.kill()
-    return [Ended(process.returncode, *map(without_gloo, both)) for process, both in zip(started, printed, strict=True)]
+    return [Ended(process.returncode, *map(said, files)) for process, files in started]
 
 
 def address() -> str:
@@ -45,5 +48,8 @@ def address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def without_gloo(text: str) -> str:
-    return "".join(line for line in text.splitlines(keepends=True) if "[Gloo]" not in line and "peer ranks" not in line)
+def said(file) -> str:
+    """What was written to the file, without Gloo's lines; closes it."""
+    with file:
+        file.seek(0)
+        return "".join(line for line in file if "[Gloo]" not in line and "peer ranks" not in line)

@@ -1,10 +1,6 @@
 """Over a mesh, a process reads the parts of a checkpoint that its devices hold: all of them, once, and no others."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from functools import cache
 from math import prod
 
@@ -13,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, backbone
 from safetensors.numpy import save_file
+from two_processes import run_two
 
 from para_jax import load_backbone, load_model_config, make_mesh
 from para_jax.backbone.blocks import Block, needed_blocks, read_blocks, side_by_side, stored_block
@@ -107,7 +104,6 @@ def test_a_stored_head_is_compared_where_it_is_needed(tmp_path):
 CODE = """
 import json, sys
 import jax, numpy as np
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from para_jax import load_backbone, make_mesh
 from para_jax.backbone.safetensors import Safetensors
@@ -129,28 +125,10 @@ print(json.dumps(found))
 """
 
 
-def of_two_processes(code: str, *arguments: str) -> list[dict]:
-    """What two processes of 4 CPU devices each print."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, address, str(i), *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for i in range(2)
-    ]
-    printed = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    return [json.loads(text.splitlines()[-1]) for text in printed]
-
-
 def test_two_processes_read_a_half_each_and_hold_the_parts_of_one():
-    found = of_two_processes(CODE, str(FIXTURES / "llama"))
+    ended = run_two("-c", CODE, "{address}", "{process}", str(FIXTURES / "llama"))
+    assert [process.code for process in ended] == [0, 0], ended[0].err
+    found = [json.loads(process.out) for process in ended]
     shapes = parameter_shapes(load_model_config(FIXTURES / "llama")).values()
     matrices, vectors = (sum(4 * prod(shape) for shape in shapes if len(shape) == axes) for axes in (2, 1))
     for quantize in (None, "int8"):
