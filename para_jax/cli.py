@@ -153,6 +153,7 @@ def run_quickstart(options) -> int:
 
 def run_train(options) -> None:
     from .config import load_config, require
+    from .processes import is_first
     from .reports import dry_run, read_metrics
     from .runs import train
 
@@ -168,6 +169,8 @@ def run_train(options) -> None:
         if result.best_score is None
         else f", best validation score {result.best_score:.4f} at step {result.best_step}"
     )
+    if not is_first():
+        return
     print(f"{result.step} steps{best}; the adapter is in {result.output_dir / 'adapter'}")
     if options.results:
         rows = list(read_metrics(result.output_dir / "metrics.jsonl"))

@@ -4,6 +4,7 @@ overrides."""
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +219,7 @@ class BackboneSection:
     """int8 (the kernels of the linears, a byte a weight); default: as `dtype` says"""
 
     def __post_init__(self):
+        require_local("backbone.source", self.source)
         require(self.dtype in (None, "float32", "bfloat16"), "backbone.dtype", self.dtype, "float32 or bfloat16")
         require(self.quantize in (None, "int8"), "backbone.quantize", self.quantize, "int8, or null for none")
 
@@ -242,6 +244,8 @@ class DataSection:
     """the most padded lengths that training compiles for"""
 
     def __post_init__(self):
+        for name in ("train", "validation", "test"):
+            require_local(f"data.{name}", getattr(self, name))
         require(self.max_seq_length >= 2, "data.max_seq_length", self.max_seq_length, "at least 2 tokens")
         require(
             self.truncate in ("error", "skip", "left"),
@@ -357,10 +361,55 @@ class LoggingSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    every: int | None = None
+    """steps between two checkpoints, from which the same command resumes; default: eval.every; the last step is always
+    saved"""
+    keep: int = 2
+    """how many of the newest are kept"""
+
+    def __post_init__(self):
+        require(self.every is None or self.every >= 1, "checkpoint.every", self.every, "at least 1 step")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfilerSection:
+    start_step: int | None = None
+    """the first step, from 1, of which jax.profiler writes a trace into output_dir/profile; default: none is traced"""
+    steps: int = 3
+
+    def __post_init__(self):
+        fits = self.start_step is None or self.start_step >= 1
+        require(fits, "profiler.start_step", self.start_step, "a step from 1 on, or null for no trace")
+        require(self.steps >= 1, "profiler.steps", self.steps, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeSection:
     compilation_cache: bool = True
     allow_cpu: bool = False
     """run on the CPU although the machine has an accelerator"""
+    coordinator: str | None = None
+    """for a run on several hosts, each of which is given the same command: auto (JAX finds the others itself: Cloud
+    TPU, Slurm, Open MPI, Kubernetes), or the first host's address and a free port there, host:port; default: one host
+    """
+    num_processes: int | None = None
+    """beside host:port: how many processes there are"""
+    process_id: int | None = None
+    """beside host:port: which of them this is, from 0; the first has 0, and alone logs and writes"""
+
+    def __post_init__(self):
+        address, among = self.coordinator, (self.num_processes, self.process_id)
+        fits = address in (None, "auto") or bool(re.fullmatch(r"\S+:\d+", address))
+        require(fits, "runtime.coordinator", address, "auto, or the address of the first host, host:port")
+        if address in (None, "auto"):
+            require(among == (None, None), "runtime.num_processes, process_id", among, "a coordinator host:port")
+            return
+        count, own = among
+        fits = count is not None and own is not None and 0 <= own < count
+        expected = "the number of processes, and this one's from 0 up to it, beside runtime.coordinator"
+        require(fits, "runtime.num_processes, process_id", among, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,12 +423,15 @@ class RunConfig:
     train: TrainSection = field(default_factory=TrainSection)
     eval: EvalSection = field(default_factory=EvalSection)
     mesh: MeshSection = field(default_factory=MeshSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+    profiler: ProfilerSection = field(default_factory=ProfilerSection)
     runtime: RuntimeSection = field(default_factory=RuntimeSection)
     output_dir: str = "runs/run"
     seed: int = 0
 
     def __post_init__(self):
+        require_local("output_dir", self.output_dir)
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
 
 
@@ -433,6 +485,13 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
     """Raises the ValueError that names a wrong value and says what was expected."""
     if not holds:
         raise ValueError(f"{name}: {value!r} is not possible; expected {expected}")
+
+
+def require_local(name: str, path: str | None) -> None:
+    """Raises the ValueError for an address such as gs://bucket/folder where a path is meant."""
+    found = re.match(r"\w+://", path or "")
+    expected = "a path; mount the bucket with gcsfuse and give the mounted folder (docs/training.md)"
+    require(not found, name, path, expected)
 
 
 def one_of(names) -> str:
@@ -524,7 +583,9 @@ for _section in (
     TrainSection,
     EvalSection,
     MeshSection,
+    CheckpointSection,
     LoggingSection,
+    ProfilerSection,
     RuntimeSection,
     ParaConfig,
     LoraConfig,

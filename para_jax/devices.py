@@ -15,12 +15,38 @@ import jax
 from .config import RuntimeSection
 from .hub import cache_folder
 
+#: Peak bfloat16 FLOP/s of one device, dense, by its device_kind. TPUs: the versions' pages at cloud.google.com/tpu/docs
+#: ("Peak compute per chip (bf16)"). GPUs: the data sheets at nvidia.com, half of what they state "with sparsity".
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+
 
 def start(runtime: RuntimeSection) -> None:
-    """Prints the devices and turns the compilation cache on, unless the config says otherwise.
+    """Joins the run's other processes, prints the devices and turns the compilation cache on, as the config says.
 
-    Raises ValueError on a machine with an accelerator that this JAX can not use, unless runtime.allow_cpu is set.
+    Raises ValueError where the others can't be joined, and on a machine with an accelerator that this JAX can not use,
+    unless runtime.allow_cpu is set.
     """
+    join(runtime)
     if runtime.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -32,6 +58,25 @@ def start(runtime: RuntimeSection) -> None:
             f"this machine has a {kind}, but the installed JAX runs on the CPU only; install its JAX with "
             f"`pip install 'para_jax[{extra}]'`, or set runtime.allow_cpu=true to run on the CPU"
         )
+
+
+def join(runtime: RuntimeSection) -> None:
+    """Joins the processes of a run that is started on several hosts; it comes before the first use of a device.
+
+    Does nothing for a run on one host, and where a program has called jax.distributed.initialize by itself.
+    """
+    if runtime.coordinator is None or jax.distributed.is_initialized():
+        return
+    given = {"num_processes": runtime.num_processes, "process_id": runtime.process_id}
+    address = {} if runtime.coordinator == "auto" else {"coordinator_address": runtime.coordinator} | given
+    try:
+        jax.distributed.initialize(**address)
+    except (ValueError, RuntimeError, OSError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"runtime.coordinator {runtime.coordinator}: the other processes can't be joined ({said}); on hosts that "
+            "JAX does not know give host:port, runtime.num_processes and runtime.process_id"
+        ) from None
 
 
 def describe_devices() -> str:

@@ -103,6 +103,10 @@ def parse_hub_id(source: str | Path, expected: str) -> tuple[str, str | None]:
     match = HUB_ID.fullmatch(str(source))
     if match and not str(source).endswith(".gguf"):
         return match["repository"], match["revision"]
+    if "://" in str(source):
+        raise ValueError(
+            f"{source}: an address, not a path; mount a bucket with gcsfuse and give the folder (docs/training.md)"
+        )
     missing = "no such file or folder; " if re.search(r"[/\\~]|\.gguf$", str(source)) else ""
     raise ValueError(f"{source}: {missing}expected {expected}")
 

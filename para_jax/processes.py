@@ -5,6 +5,7 @@ Every process must call these functions, in the same order. With one process the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -20,28 +21,68 @@ def is_first() -> bool:
 
 def gathered(tree):
     """The tree with whole NumPy arrays in this process's memory, wherever on the mesh their parts lie."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental.multihost_utils import process_allgather
 
-    return process_allgather(tree, tiled=True)
+    def whole(leaf):
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return jax.device_get(leaf)
+        from jax.experimental.multihost_utils import process_allgather
+
+        return process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)
 
 
 def by_first(make: Callable[[], Any]) -> Any:
     """What `make` gives on the first process (a value that JSON holds), on all of them; it runs there alone, and its
-    ValueError is raised everywhere."""
+    ValueError or OSError is raised everywhere, as a ValueError."""
     if jax.process_count() == 1:
         return make()
     said: dict[str, Any] = {}
     if is_first():
         try:
             said = {"made": make()}
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             said = {"error": str(error)}
     said = json.loads(text_of_first(json.dumps(said)))
     if "error" in said:
         raise ValueError(said["error"])
     return said["made"]
+
+
+def by_each(make: Callable[[], Any]) -> Any:
+    """What `make` gives on this process; a ValueError or OSError on one of them is raised on all, as a ValueError that
+    names the process, so that none waits for one that has stopped."""
+    if jax.process_count() == 1:
+        return make()
+    made, problem = None, ""
+    try:
+        made = make()
+    except (ValueError, OSError) as error:
+        problem = str(error) or type(error).__name__
+    for process, text in enumerate(texts_of_all(problem)):
+        if text:
+            raise ValueError(f"process {process}: {text}")
+    return made
+
+
+def require_same(what: str, value: Callable[[], Any]) -> None:
+    """Raises ValueError on all processes where `value` gives one of them something else than the first; it is compared
+    as JSON."""
+    if jax.process_count() > 1:
+        texts = texts_of_all(hashlib.sha256(json.dumps(value()).encode()).hexdigest())
+        other = next((i for i, text in enumerate(texts) if text != texts[0]), None)
+        if other is not None:
+            raise ValueError(f"{what}: not the same on process {other} as on process 0; give every host the same")
+
+
+def texts_of_all(text: str) -> list[str]:
+    """Every process's text, in their order; of a long one its first 1000 bytes."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    data = np.zeros(1000, np.uint8)
+    encoded = np.frombuffer(text.encode(), np.uint8)[: data.size]
+    data[: encoded.size] = encoded
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in process_allgather(data)]
 
 
 def text_of_first(text: str) -> str:

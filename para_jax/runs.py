@@ -1,38 +1,53 @@
 """train: one run from its config to a folder with the best adapter, where training and evaluation meet.
 
-output_dir/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/<step>/, adapter/}. The same command resumes.
+output_dir/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/<step>/, adapter/, profile/}. The same command
+resumes.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from . import devices
 from .adapters.adapter import Adapter
 from .adapters.files import load_adapter, save_adapter
+from .adapters.folder import mend_folder
 from .backbone.load import load_backbone
-from .config import RunConfig, config_dict, load_config, save_config
+from .config import ModelConfig, RunConfig, config_dict, load_config, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
 from .data.sources import Encoded, encode_records, load_records
 from .data.tokenizer import load_tokenizer
 from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
+from .hub import resolve_backbone
 from .model import init_adapter
+from .processes import arrays_of_first, by_each, by_first, gathered, is_first, require_same
 from .sharding import make_mesh, place, rows_over
-from .training.checkpoint import Progress, open_checkpoints, restore_checkpoint, save_checkpoint
+from .topology import matrix_weights
+from .training.checkpoint import (
+    Progress,
+    finish_saving,
+    open_checkpoints,
+    require_saved,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from .training.log import Done, Log
+from .training.profiler import Profiler
 from .training.step import TrainState, init_state, standardise, train_step
+from .training.stop import Interrupted, StopSignal, stop_signals
 
 # A folder holds the same run although these differ.
-FREE_FIELDS = ("output_dir", "logging", "runtime")
+FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
 STATISTICS_EXAMPLES = 64
 
 
@@ -60,16 +75,26 @@ class Work(NamedTuple):
 def train(config: RunConfig) -> TrainResult:
     """Trains the adapter of a run, or goes on where the same run stopped.
 
+    SIGTERM saves and raises Stopped, a SystemExit with code 0; Ctrl-C saves and raises KeyboardInterrupt.
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config.
     """
     devices.start(config.runtime)
+    require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
     mesh = make_mesh(**vars(config.mesh))
-    tokenizer = load_tokenizer(config.backbone.source)
-    work = plan_work(config, tokenizer, mesh)
-    validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
-    claim_folder(config)
+    tokenizer, work, validation, test = by_each(lambda: read_inputs(config, mesh))
+    require_same("the data", lambda: [part and part.examples for part in (work.data, validation, test)])
+    by_first(lambda: claim_folder(config))
     model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+    require_same("the backbone", lambda: model.fingerprint)
     return fit(config, model, tokenizer, work, mesh, validation=validation, test=test if config.eval.test else None)
+
+
+def read_inputs(config: RunConfig, mesh) -> tuple[Any, Work, EvalTask | None, EvalTask | None]:
+    """What every process reads for itself before the backbone: tokenizer, training data, and tasks to score."""
+    resolve_backbone(config.backbone.source)
+    tokenizer = load_tokenizer(config.backbone.source)
+    validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
+    return tokenizer, plan_work(config, tokenizer, mesh), validation, test
 
 
 def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
@@ -99,23 +124,47 @@ def fit(
 ) -> TrainResult:
     """The training loop, with a backbone that is loaded already. The folder must be claimed."""
     folder = Path(config.output_dir)
-    with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints") as checkpoints:
+    with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
         state = init_state(fresh, config.train, work.total_steps)
         restored = restore_checkpoint(checkpoints, state)
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
             state = state._replace(adapter=standardise(model, state.adapter, statistics_batches(work)))
         state, progress = restored or (state, Progress(0, None, 0, 0))
-        with closing(Log(config, folder, progress.step if restored else None)) as log:
-            if test and not restored:
-                log.write(0, scores("test_before", evaluate_task(model, None, test, tokenizer)), show=True)
-            state, progress = Loop(config, model, tokenizer, work, validation, checkpoints, log).run(state, progress)
-            best = state.adapter
-            if progress.best_step != progress.step:
-                best = load_adapter(folder / "adapter", model.config, model=model)
-            if test:
-                log.write(progress.step, scores("test_after", evaluate_task(model, best, test, tokenizer)), show=True)
+        log = Log(config, folder, progress if restored else None, peak_rate=peak_rate(model.config, mesh))
+        by_first(lambda: mend_folder(folder / "adapter"))
+        profiler = Profiler(config.profiler, folder)
+        with closing(log), closing(profiler), stop_signals() as stop:
+            loop = Loop(config, model, tokenizer, work, validation, checkpoints, log, profiler, stop)
+            try:
+                if test and not restored:
+                    with stop.interrupting():
+                        found = evaluate_task(model, None, test, tokenizer)
+                    log.write(0, scores("test_before", found), show=True)
+                state, progress = loop.run(state, progress)
+                best = state.adapter
+                if progress.best_step != progress.step:
+                    best = place(kept_adapter(folder, model, state.adapter), mesh, model.config)
+                if test:
+                    with stop.interrupting():
+                        found = evaluate_task(model, best, test, tokenizer)
+                    log.write(progress.step, scores("test_after", found), show=True)
+            except Interrupted:
+                loop.end_early(progress)
     return TrainResult(best, progress.best_score, progress.best_step, progress.step, folder)
+
+
+def peak_rate(model: ModelConfig, mesh) -> float | None:
+    """Tokens a second if the mesh's devices did nothing but the backbone's matrix products, at their peak: 2 FLOPs a
+    weight and token forwards, 2 backwards (to the activations; the weights are frozen). None for an unknown device."""
+    peak = devices.PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+    return peak and peak * mesh.size / (4 * matrix_weights(model))
+
+
+def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:
+    """The run's best adapter, from the folder that the first process alone reads; as arrays of NumPy."""
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), last)
+    return arrays_of_first(load_adapter(folder / "adapter", model.config, model=model) if is_first() else empty)
 
 
 class Loop(NamedTuple):
@@ -128,31 +177,91 @@ class Loop(NamedTuple):
     validation: EvalTask | None
     checkpoints: object
     log: Log
+    profiler: Profiler
+    stop: StopSignal
 
     def run(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
-        """Steps until the last one or until patience ends; each value is read when the next step is under way."""
-        seen: set[Bucket] = set()
-        pending = None
-        with tqdm(
-            total=self.work.total_steps, initial=progress.step, desc="training", unit="step", disable=None
-        ) as bar:
-            while progress.step < self.work.total_steps and not self.out_of_patience(progress):
-                bucket, batch, tokens = self.batch(progress.step)
-                first, step = bucket not in seen, self.step_function(bucket)
-                if first:
-                    seen.add(bucket)
-                    pending = self.log.step(pending, None, bar)  # tokens/s without the time of compiling
-                    with devices.compiling(f"the training step for {self.work.rows} rows of {bucket.length} tokens"):
-                        state, values = jax.block_until_ready(step(state, self.model, batch))
-                else:
-                    state, values = step(state, self.model, batch)
-                progress = progress._replace(step=progress.step + 1)
-                pending = self.log.step(pending, (progress.step, values, tokens), bar)
-                if progress.step % self.config.eval.every == 0 or progress.step == self.work.total_steps:
-                    pending = self.log.step(pending, None, bar)
-                    progress = self.evaluate(state, progress)
+        """Steps until the last one or until patience ends; each value is read when the next step is under way.
+
+        A checkpoint holds what was evaluated before it, and only values that were read and are finite.
+        """
+        compiled: set[Bucket] = set()
+        done: Done | None = None
+        saved = progress.step
+        bar = tqdm(total=self.work.total_steps, initial=saved, desc="training", unit="step", disable=silent())
+        with bar:
+            while True:
+                stopping = self.stop.reached(progress.step)
+                last = progress.step == self.work.total_steps
+                if not stopping and progress.evaluated < progress.step and (last or self.due("eval", progress.step)):
+                    done = self.read(done, bar)
+                    try:
+                        progress = self.evaluate(state, progress)
+                    except Interrupted:
+                        stopping = True
+                last = last or self.out_of_patience(progress)
+                if saved < progress.step and (stopping or last or self.due("checkpoint", progress.step)):
+                    done = self.read(done, bar)
                     save_checkpoint(self.checkpoints, state, progress)
-        return state, progress
+                    saved = progress.step
+                if stopping:
+                    self.end_early(progress)
+                if last:
+                    by_first(lambda: finish_saving(self.checkpoints))
+                    return state, progress
+                state, done = self.step(state, progress.step, done, compiled, bar)
+                progress = progress._replace(step=progress.step + 1)
+                require_saved(self.checkpoints)
+
+    def step(
+        self, state: TrainState, step: int, done: Done | None, compiled: set[Bucket], bar: tqdm
+    ) -> tuple[TrainState, Done]:
+        """Dispatches the step after `step` steps, then reads the values of the one before."""
+        begun: float | None = time.monotonic()
+        bucket, batch, tokens = self.batch(step)
+        waited, dispatch = time.monotonic() - begun, self.step_function(bucket)
+        self.profiler.before(step + 1)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+            if bucket in compiled:
+                state, values = dispatch(state, self.model, batch)
+            else:
+                compiled.add(bucket)
+                done, begun = self.read(done, bar), None  # compiling is not a step's time
+                with devices.compiling(f"the training step for {self.work.rows} rows of {bucket.length} tokens"):
+                    state, values = jax.block_until_ready(dispatch(state, self.model, batch))
+        self.profiler.after(step + 1, values)
+        self.read(done, bar)
+        return state, Done(step + 1, values, tokens, begun, waited)
+
+    def read(self, done: Done | None, bar: tqdm) -> None:
+        """Waits for the values of a step and logs them.
+
+        Raises ValueError, with the step's examples, where one is not finite.
+        """
+        if done is None:
+            return
+        values = {name: float(value) for name, value in done.values.items()}
+        require_finite(done.step, values, self.examples(done.step))
+        self.log.step(done, values, bar)
+
+    def examples(self, step: int) -> str:
+        """Where the examples of the step with this number (from 1) come from."""
+        _, chosen = self.work.plan.batch_indices(step - 1)
+        return places([self.work.data.records[i].place for i in chosen])
+
+    def due(self, what: str, step: int) -> bool:
+        """Whether a step is one after which to evaluate ("eval") or to save ("checkpoint")."""
+        every = {"eval": self.config.eval.every, "checkpoint": self.config.checkpoint.every or self.config.eval.every}
+        return step > 0 and step % every[what] == 0
+
+    def end_early(self, progress: Progress) -> NoReturn:
+        """Ends a run that was told to stop, when everything is written."""
+        by_first(lambda: finish_saving(self.checkpoints))
+        devices.say(
+            f"stopped after step {progress.step} of {self.work.total_steps}, and saved; the same command resumes, or "
+            f"`para-jax train {self.log.folder / 'config.yaml'}`"
+        )
+        self.stop.end()
 
     def batch(self, step: int) -> tuple[Bucket, Batch, int]:
         """Global batch `step`, its arrays [passes, rows, ...], and how many tokens it holds without padding."""
@@ -170,10 +279,14 @@ class Loop(NamedTuple):
         """Scores the adapter and keeps it where it is the best so far; without validation data the last one is kept."""
         score = None
         if self.validation:
-            found = evaluate_task(self.model, state.adapter, self.validation, self.tokenizer, self.config.eval.limit)
-            require_finite(progress.step, {"validation loss": found.loss})
+            with self.stop.interrupting():
+                found = evaluate_task(
+                    self.model, state.adapter, self.validation, self.tokenizer, self.config.eval.limit
+                )
+            require_finite(progress.step, {"validation loss": found.loss}, self.validation.name)
             self.log.write(progress.step, scores("validation", found), show=True)
             score = found.score
+        progress = progress._replace(evaluated=progress.step)
         if score is not None and progress.best_score is not None and score <= progress.best_score:
             return progress._replace(since_best=progress.since_best + 1)
         card = [f"Trained for {progress.step} steps on {Path(self.config.data.train or '').name}."]
@@ -181,116 +294,43 @@ class Loop(NamedTuple):
             card.append(f"The backbone's weights were {self.config.backbone.quantize} during training.")
         if self.validation:
             card.append(f"Validation {self.validation.metric}: {score:.4f}.")
-        save_adapter(
-            state.adapter,
-            self.log.folder / "adapter",
-            base_model=self.config.backbone.source,
-            model=self.model,
-            card=card,
-        )
+        adapter, source = gathered(state.adapter), self.config.backbone.source
+        to = self.log.folder / "adapter"
+        by_first(lambda: save_adapter(adapter, to, base_model=source, model=self.model, card=card))
         return progress._replace(best_score=score, best_step=progress.step, since_best=0)
 
     def out_of_patience(self, progress: Progress) -> bool:
         return self.config.eval.patience is not None and progress.since_best >= self.config.eval.patience
 
 
-class Log:
-    """metrics.jsonl, TensorBoard and wandb; the first process alone writes.
-
-    What a run that goes on after `step` will write again is dropped; all of it for None, a run that starts.
-    """
-
-    def __init__(self, config: RunConfig, folder: Path, step: int | None):
-        self.folder, self.every = folder, config.logging.every
-        self.first = jax.process_index() == 0
-        self.writers = [WRITERS[name](config, folder, step) for name in config.logging.report_to] if self.first else []
-        self.file = folder / "metrics.jsonl"
-        self.clock: float | None = None
-        if self.first and self.file.exists():
-            replace_file(self.file, "" if step is None else lines_up_to(step, self.file.read_text()))
-
-    def step(self, pending, new, bar: tqdm):
-        """Writes the values of the step before, when the next is dispatched (or None: none comes at once), and gives
-        back the new ones."""
-        if pending is not None:
-            step, values, tokens = pending
-            values = {name: float(value) for name, value in values.items()}
-            require_finite(step, values)
-            now = time.monotonic()
-            rate = {"tokens_per_second": round(tokens / (now - self.clock), 1)} if self.clock else {}
-            self.clock = None if new is None else now
-            bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate.get('tokens_per_second', 0):.0f} tokens/s")
-            bar.update()
-            if step % self.every == 0:
-                self.write(step, values | rate)
-        return new
-
-    def write(self, step: int, values: dict[str, float], *, show: bool = False) -> None:
-        if show:
-            devices.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        if self.first:
-            with self.file.open("a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
-        for writer in self.writers:
-            writer(step, values)
-
-    def close(self) -> None:
-        for writer in self.writers:
-            writer.close()
+def silent() -> bool | None:
+    """For a progress bar: none on the other processes, nor where stderr is no terminal."""
+    return None if is_first() else True
 
 
-class TensorBoard:
-    def __init__(self, config: RunConfig, folder: Path, step: int | None):
-        from tensorboardX import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=(step or 0) + 1)
-
-    def __call__(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
+def require_finite(step: int, values: dict[str, float], examples: str) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"step {step}: the {name} is {value} on {examples}; look at these examples, or begin anew with a lower "
+                "train.learning_rate"
+            )
 
 
-class Wandb:
-    def __init__(self, config: RunConfig, folder: Path, step: int | None):
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("logging.report_to: wandb is not installed; `pip install 'para_jax[wandb]'`") from None
-        self.run = wandb.init(dir=str(folder), config=config_dict(config), name=folder.name)
-
-    def __call__(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+def places(each: list[str]) -> str:
+    """Examples' places ("file:line"), a file named once: "train.jsonl:7, 12, 31"."""
+    lines: dict[str, list[str]] = {}
+    for file, _, line in (text.rpartition(":") for text in each):
+        lines.setdefault(file, []).append(line)
+    return "; ".join(f"{file}:{', '.join(sorted(numbers, key=natural))}" for file, numbers in lines.items())
 
 
-WRITERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+def natural(number: str) -> tuple[int, str]:
+    return len(number), number
 
 
 def scores(name: str, found: Score) -> dict[str, float]:
     return {f"{name}_loss": found.loss} | ({} if found.metric == "loss" else {f"{name}_{found.metric}": found.score})
-
-
-def require_finite(step: int, values: dict[str, float]) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise ValueError(f"step {step}: the {name} is {value}; lower train.learning_rate")
-
-
-def lines_up_to(step: int, text: str) -> str:
-    """The lines of metrics.jsonl that a run keeps when it goes on after this step: not the score after training, which
-    is measured again, and not a line that was cut off when the run was."""
-    kept = []
-    for line in text.splitlines():
-        with suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if row["step"] <= step and not any(name.startswith("test_after") for name in row):
-                kept.append(line + "\n")
-    return "".join(kept)
 
 
 def statistics_batches(work: Work) -> list[Batch]:
@@ -317,10 +357,9 @@ def claim_folder(config: RunConfig) -> None:
             )
     elif folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {part}):
         raise ValueError(f"output_dir {folder} holds something else than a run; choose another")
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, part)
-        os.replace(part, file)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, part)
+    os.replace(part, file)
 
 
 def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
@@ -335,9 +374,3 @@ def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
     free = lambda name: name.split(".")[0] in FREE_FIELDS or name == "train.max_steps"  # noqa: E731
     names = [name for name in there | here if not free(name) and there.get(name) != here.get(name)]
     return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
-
-
-def replace_file(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}")
-    part.write_text(text)
-    os.replace(part, file)

@@ -24,8 +24,9 @@ RULES = {
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
     """A mesh of the axes data, fsdp and tensor. One size may be -1: all devices that are left.
 
-    Raises ValueError where the sizes do not fill a part of the devices exactly.
+    Raises ValueError where the sizes do not fill a part of the devices exactly; with several processes, all of them.
     """
+    all_of_them = devices is None and jax.process_count() > 1
     devices = jax.devices() if devices is None else list(devices)
     sizes = asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
     open_axes = [name for name, size in sizes.items() if size == -1]
@@ -35,7 +36,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     if open_axes:
         sizes = asked | {open_axes[0]: len(devices) // known}
     total = int(np.prod(list(sizes.values())))
-    if total == 0 or total > len(devices) or (open_axes and total != len(devices)):
+    if total == 0 or total > len(devices) or ((open_axes or all_of_them) and total != len(devices)):
         raise ValueError(
             f"mesh {asked} does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}"
         )
@@ -86,7 +87,8 @@ def place(tree, mesh: Mesh, config):
 
 
 def rows_over(array) -> jax.Array:
-    """A batch's array [passes, rows, ...] with its rows over (data, fsdp) of the current mesh.
+    """A batch's array [passes, rows, ...] with its rows over (data, fsdp) of the current mesh. Every process gives the
+    whole array, and takes from it what its own devices hold.
 
     Raises ValueError where the mesh does not divide the rows.
     """
@@ -96,4 +98,5 @@ def rows_over(array) -> jax.Array:
         raise ValueError(
             f"a batch of {rows} rows can't be spread evenly over mesh.data x mesh.fsdp = {devices} devices"
         )
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(None, RULES["batch"])))
+    array, sharding = np.asarray(array), NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

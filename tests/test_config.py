@@ -193,3 +193,26 @@ def test_a_truth_value_where_a_text_is_meant_is_refused(override):
     with pytest.raises(ValueError, match=r"quote the text"):
         load_config(None, [override])
     assert load_config(None, ["eval.choices=['yes', 'no']"]).eval.choices == ("yes", "no")
+
+
+@pytest.mark.parametrize("field", ["output_dir", "data.train", "data.validation", "data.test", "backbone.source"])
+def test_a_buckets_address_is_refused_and_points_to_gcsfuse(field):
+    said = error(f"{field}=gs://bucket/folder")
+    assert field in said and "gs://bucket/folder" in said and "gcsfuse" in said and "docs/training.md" in said
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    (["runtime.coordinator=10.0.0.2"], "host:port"),
+    (["runtime.coordinator=10.0.0.2:80"], "beside runtime.coordinator"),
+    (["runtime.coordinator=10.0.0.2:80", "runtime.num_processes=2", "runtime.process_id=2"], "from 0 up to it"),
+    (["runtime.num_processes=2", "runtime.process_id=0"], "a coordinator host:port"),
+])  # fmt: skip
+def test_hosts_are_named_whole_or_found_by_jax(overrides, expected):
+    with pytest.raises(ValueError, match=expected):
+        load_config(None, overrides)
+
+
+def test_a_coordinator_is_given_with_the_processes_or_is_auto():
+    assert load_config(None, ["runtime.coordinator=auto"]).runtime.coordinator == "auto"
+    among = ["runtime.num_processes=2", "runtime.process_id=1"]
+    assert load_config(None, ["runtime.coordinator=10.0.0.2:80", *among]).runtime.process_id == 1

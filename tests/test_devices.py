@@ -5,7 +5,7 @@ import pytest
 
 from para_jax import devices
 from para_jax.config import RuntimeSection
-from para_jax.devices import compiling, describe_devices, say, start, unused_accelerator
+from para_jax.devices import compiling, describe_devices, join, say, start, unused_accelerator
 
 
 def machine(root, **files):
@@ -45,6 +45,31 @@ def test_a_machine_with_an_unused_accelerator_stops_and_says_what_to_install(mon
         start(RuntimeSection(compilation_cache=False))
     assert "\n" not in str(error.value) and "devices: 8 x cpu" in capsys.readouterr().err
     start(RuntimeSection(compilation_cache=False, allow_cpu=True))
+
+
+@pytest.mark.parametrize(("runtime", "given"), [
+    (RuntimeSection(), None),
+    (RuntimeSection(coordinator="auto"), {}),
+    (
+        RuntimeSection(coordinator="a:80", num_processes=2, process_id=1),
+        {"coordinator_address": "a:80", "num_processes": 2, "process_id": 1},
+    ),
+])  # fmt: skip
+def test_a_run_joins_the_hosts_that_its_config_names_or_lets_jax_find_them(runtime, given, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    join(runtime)
+    assert calls == ([] if given is None else [given])
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    join(runtime)  # a program that has done so itself
+    assert len(calls) == (given is not None)
+
+
+def test_hosts_that_jax_does_not_know_are_an_error_of_one_line_that_says_what_to_give():
+    said = r"runtime.coordinator auto: .*coordinator_address.*runtime.num_processes and runtime.process_id"
+    with pytest.raises(ValueError, match=said) as error:
+        join(RuntimeSection(coordinator="auto"))
+    assert "\n" not in str(error.value)
 
 
 def test_devices_are_counted_and_named():

@@ -1,11 +1,14 @@
 """A compiled program is counted as it is executed, and a decode step with PARA or (IA)^3 costs no more than one without
 adapters: no more fusions, matrix products, collectives, or bytes beyond the factors."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from para_jax import (
     LayerKind,
@@ -20,6 +23,7 @@ from para_jax import (
     prefill,
     stack_adapters,
 )
+from para_jax.adapters.adapter import Adjustment
 from para_jax.config import Ia3Config, LoraConfig
 from para_jax.hlo import describe_program, excess
 from para_jax.model import decode_step
@@ -86,6 +90,31 @@ def test_tensor_parallel_decode_with_factors_has_the_collectives_of_the_base(mod
     with jax.set_mesh(mesh):
         base, adapted = check_costs_nothing(place(model, mesh, CONFIG), ParaConfig())
     assert adapted.collectives == base.collectives and base.collectives["all-reduce"] == 2 * 2 + 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Joined(Adjustment):
+    """The factors of all sites as one array [q | v | u], in which a site's part lies otherwise than its output."""
+
+    distance: jax.Array
+
+    def adjust(self, site, x, y):
+        starts = {"q_proj": 0, "v_proj": 256, "up_proj": 512}
+        return y + y * self.distance[starts[site] : starts[site] + y.shape[-1]] if site in starts else y
+
+
+def test_the_same_check_fails_for_factors_in_one_array_over_the_mesh(model):
+    mesh = make_mesh(tensor=4)
+    with jax.set_mesh(mesh):
+        placed = place(model, mesh, CONFIG)
+        base, adapted = (prefilled(placed, config) for config in (None, ParaConfig()))
+        over = NamedSharding(mesh, PartitionSpec(None, "tensor"))
+        joined = [jnp.concatenate(list(factors.distance.values()), axis=1) for factors in adapted.adjustments]
+        bad = adapted._replace(adjustments=tuple(Joined(jax.device_put(array, over)) for array in joined))
+        assert joined[0].shape == (ROWS, 256 + 256 + 768)
+        more = excess(program(placed, bad), program(placed, base), bytes_share=0.005)
+    assert any("collectives" in line for line in more), more
 
 
 def test_llama_2_7b_carries_1228800_bytes_of_live_adapter_state_a_row():

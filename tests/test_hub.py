@@ -209,6 +209,12 @@ def test_what_can_not_be_a_source_is_named_with_what_may_be(source, said):
         resolve_adapter(source)
 
 
+def test_a_buckets_address_points_to_gcsfuse():
+    for resolve in (resolve_backbone, resolve_config, resolve_tokenizer, resolve_adapter):
+        with pytest.raises(ValueError, match="gs://bucket/model: .*gcsfuse"):
+            resolve("gs://bucket/model")
+
+
 def test_a_folder_or_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match="not a .gguf file"):

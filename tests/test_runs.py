@@ -1,19 +1,28 @@
 """A run: what its folder holds, that it resumes as if nothing had happened, and that it spoils no other folder."""
 
 import builtins
+import gzip
 import json
+import os
+import re
+import resource
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from tiny_run import STEPS, run_config, run_folder, tokenizer, write_rows
 
 from para_jax import (
     Ia3Config,
     LoraConfig,
+    ParaConfig,
+    Transformer,
+    devices,
     evaluate,
     load_adapter,
     load_backbone,
@@ -22,10 +31,16 @@ from para_jax import (
     runs,
     train,
 )
-from para_jax.config import load_config
+from para_jax.config import CheckpointSection, ProfilerSection, load_config
+from para_jax.evaluation import evaluate as evaluation
 from para_jax.evaluation.evaluate import Score, task_of_run
-from para_jax.runs import claim_folder, differences
+from para_jax.hlo import describe_program
+from para_jax.inference import generate as generation
+from para_jax.runs import claim_folder, differences, places
+from para_jax.topology import matrix_weights
+from para_jax.training.log import TIMES
 from para_jax.training.optimizer import make_schedule
+from para_jax.training.stop import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +67,17 @@ def metrics(config):
 
 
 def without_rates(rows):
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 def contents(folder):
     return {file.relative_to(folder): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def checkpoints(config):
+    """The steps of the checkpoints that lie in a run's folder."""
+    folder = Path(config.output_dir) / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
 def interrupt(monkeypatch, *, at_step):
@@ -185,6 +206,97 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(at_ste
     assert without_rates(metrics(config)) == without_rates(metrics(whole[0]))  # no step lost and none twice
 
 
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
+    number, raised, whole, config, monkeypatch, capsys
+):
+    config = replace(config, eval=whole[0].eval)
+    with monkeypatch.context() as patched, pytest.raises(raised):
+        at_call(patched, "train_step", 2, lambda: os.kill(os.getpid(), number))
+        train(config)
+    assert checkpoints(config) == [2] and not (Path(config.output_dir) / "adapter").exists()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("stopped after step 2 of 6, and saved; the same command resumes, or `para-jax train ")
+    assert f"{config.output_dir}/config.yaml" in said
+    assert_ends_as(whole, config)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at, whole, config, monkeypatch):
+    config = replace(config, eval=whole[0].eval)
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        at_call(patched, "evaluate_task", at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(config)  # evaluations: before training, after steps 3 and 6, after training
+    assert checkpoints(config) == [[], [3], [3, 6], [3, 6]][at - 1]
+    assert_ends_as(whole, config)
+
+
+def test_checkpoints_come_as_often_as_asked_and_the_newest_are_kept(whole, config, monkeypatch):
+    config = replace(config, eval=whole[0].eval, checkpoint=CheckpointSection(every=2, keep=3))
+    calls, real = [], runs.save_checkpoint
+    monkeypatch.setattr(runs, "save_checkpoint", lambda *all: (real(*all), calls.append(all[2])))
+    train(config)
+    assert [(progress.step, progress.evaluated) for progress in calls] == [(2, 0), (4, 3), (6, 6)]
+    assert checkpoints(config) == [2, 4, 6]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=8)
+        train(replace(config, train=replace(config.train, max_steps=10)))
+    assert checkpoints(config) == [2, 4, 6]
+    assert_ends_as(whole, replace(config, output_dir=config.output_dir + "2"))
+
+
+def test_a_killed_replacement_of_the_adapter_leaves_no_litter(whole, config):
+    config = replace(config, eval=whole[0].eval)
+    shutil.copytree(whole[1].output_dir, config.output_dir)
+    adapter = Path(config.output_dir) / "adapter"
+    adapter.rename(adapter.with_name(".adapter.0123.old"))  # killed between the two renames
+    adapter.with_name(".adapter.0123").mkdir()
+    train(config)
+    assert contents(adapter) == contents(whole[1].output_dir / "adapter")
+    assert not list(Path(config.output_dir).glob(".adapter*"))
+
+
+def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_saved(whole, config, monkeypatch, capfd):
+    config = replace(config, eval=whole[0].eval, checkpoint=CheckpointSection(every=1))
+    with monkeypatch.context() as patched, pytest.raises(ValueError) as error:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        at_call(patched, "save_checkpoint", 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1])))
+        try:
+            train(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.fullmatch(
+        r"\S+/checkpoints: a checkpoint could not be saved \(File too large\); what was saved before is kept: make "
+        r"room there, and the same command resumes",
+        str(error.value),
+    )
+    assert "Traceback" not in capfd.readouterr().err
+    assert checkpoints(config) == [1] and metrics(config)[-1]["step"] < 4  # it did not go on for long
+    assert_ends_as(whole, config)
+
+
+def at_call(monkeypatch, name, number, do):
+    """Makes the call with this number (from 1) of a function in runs do something first."""
+    real, calls = getattr(runs, name), []
+
+    def calling(*arguments, **settings):
+        calls.append(None)
+        if len(calls) == number:
+            do()
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(runs, name, calling)
+
+
+def assert_ends_as(whole, config):
+    """The command given again ends with the bits and the log of a run that was never stopped."""
+    result = train(config)
+    assert_same_arrays(result.adapter, whole[1].adapter)
+    assert result[1:4] == whole[1][1:4]
+    assert without_rates(metrics(config)) == without_rates(metrics(whole[0]))
+    assert contents(result.output_dir / "adapter") == contents(whole[1].output_dir / "adapter")
+
+
 def test_a_run_over_a_mesh_resumes_and_equals_one_device(whole, folder, tmp_path, monkeypatch):
     config = run_config(
         folder,
@@ -252,6 +364,86 @@ def test_without_validation_data_the_last_adapter_is_kept(folder, tmp_path):
     )
 
 
+# -------------------------------------------------------------------------------------------------------------- the log
+
+
+def test_a_runs_log_counts_the_tokens_without_padding(config, monkeypatch):
+    monkeypatch.setitem(devices.PEAK_FLOPS, "cpu", 1e12)
+    train(config)
+    timed = [row for row in metrics(config) if "step_seconds" in row]
+    assert [row["step"] for row in timed] == [2, 3, 4, 5, 6]  # the first one compiled
+    work = runs.plan_work(config, tokenizer(), make_mesh(1))
+    for row in timed:
+        examples = [work.data.examples[i] for i in work.plan.batch_indices(row["step"] - 1)[1]]
+        tokens = sum(len(prompt) + len(completion) for prompt, completion in examples)
+        assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(tokens, rel=2e-3)
+        flops = 4 * matrix_weights(load_model_config(config.backbone.source)) * tokens
+        assert row["model_flops_utilisation"] == pytest.approx(flops / row["step_seconds"] / 1e12, rel=2e-3)
+        assert 0 <= row["input_wait_seconds"] <= row["step_seconds"]
+
+
+def test_a_step_is_dispatched_before_the_values_of_the_one_before_are_read(config, monkeypatch):
+    real_step, real_read, order = runs.train_step, runs.Loop.read, []
+    monkeypatch.setattr(runs, "train_step", lambda *all, **more: (order.append("step"), real_step(*all, **more))[1])
+    monkeypatch.setattr(
+        runs.Loop, "read", lambda self, done, bar: (done and order.append(done.step), real_read(self, done, bar))[1]
+    )
+    train(replace(config, eval=replace(config.eval, every=100)))
+    assert order == ["step", "step", 1, "step", 2, "step", 3, "step", 4, "step", 5, 6]
+
+
+def test_a_run_writes_a_trace_of_the_steps_asked_for(config, capsys):
+    train(replace(config, profiler=ProfilerSection(start_step=2, steps=2)))
+    (trace,) = (Path(config.output_dir) / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = [event["args"]["step_num"] for event in events if "step_num" in event.get("args", {})]
+    assert steps == ["2", "3"]
+    assert "wrote a profile to" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- the memory
+
+
+def test_evaluation_during_training_holds_no_second_copy_of_the_backbone(config, monkeypatch):
+    wide = dict(width=256, hidden=1024, num_layers=4, num_heads=8, num_kv_heads=1, head_dim=32)
+    shape = replace(load_model_config(config.backbone.source), **wide)
+    before, live, programs = live_bytes(), [], []
+    model = Transformer(shape, rngs=nnx.Rngs(0)).with_layout("stacked")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    assert size > 15e6
+    monkeypatch.setattr(runs, "load_backbone", lambda *all, **more: model)
+    for module, name, where in (
+        (evaluation, "eval_nll", programs), (generation, "prefill", None), (generation, "next_token", programs),
+    ):  # fmt: skip
+        watch(monkeypatch, module, name, live, where)
+    config = replace(config, adapter=ParaConfig(r=1), eval=replace(config.eval, metric="exact_match"))
+    train(replace(config, data=replace(config.data, truncate="left")))
+    assert len(live) > 10 and len(programs) == 2
+    assert max(live) - before < 1.1 * size
+    assert all(program.temporaries < 0.4 * size for program in programs)
+
+
+def live_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def watch(monkeypatch, module, name, live, programs):
+    """Notes the live bytes around each call of a function and, once, what its program needs beside them."""
+    real = getattr(module, name)
+    first = []
+
+    def watching(*arguments, **settings):
+        if programs is not None and not first:
+            first.append(None)
+            programs.append(describe_program(real.lower(*arguments, **settings).compile()))
+        live.append(live_bytes())
+        found = real(*arguments, **settings)
+        live.append(live_bytes())
+        return found
+
+    monkeypatch.setattr(module, name, watching)
+
+
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 
@@ -304,7 +496,8 @@ def test_an_interrupted_claim_is_not_taken_for_a_run_and_can_be_repeated(config,
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_at_a_named_step(name, config, monkeypatch):
+def test_a_loss_or_gradient_that_is_not_finite_names_the_step_and_its_examples(name, whole, config, monkeypatch):
+    config = replace(config, eval=whole[0].eval)
     real = runs.train_step
 
     def broken(state, *arguments, **settings):
@@ -312,9 +505,33 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_at_a_named_step(nam
         return state, values | ({name: np.float32(np.nan)} if int(state.step) == 2 else {})
 
     monkeypatch.setattr(runs, "train_step", broken)
-    with pytest.raises(ValueError, match=f"step 2: the {name} is nan; lower train.learning_rate"):
+    work = runs.plan_work(config, tokenizer(), make_mesh(1))
+    lines = ", ".join(str(i + 1) for i in sorted(work.plan.batch_indices(1)[1]))
+    said = f"step 2: the {name} is nan on {config.data.train}/train.jsonl:{lines}; look at these examples"
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
         train(config)
+    assert "\n" not in str(error.value) and len(lines.split(", ")) == 8
     assert [row["step"] for row in metrics(config)] == [1] and not (Path(config.output_dir) / "adapter").exists()
+    monkeypatch.undo()
+    assert_same_arrays(train(config).adapter, whole[1].adapter)  # nothing of it was saved
+
+
+def test_the_last_good_checkpoint_is_left_where_the_loss_is_not_finite_at_a_step_that_saves(config, monkeypatch):
+    config = replace(config, checkpoint=replace(config.checkpoint, every=1))
+    real = runs.train_step
+
+    def broken(state, *arguments, **settings):
+        state, values = real(state, *arguments, **settings)
+        return state, values | ({"loss": np.float32(np.inf)} if int(state.step) == 5 else {})
+
+    monkeypatch.setattr(runs, "train_step", broken)
+    with pytest.raises(ValueError, match="step 5: the loss is inf"):
+        train(config)
+    assert checkpoints(config) == [3, 4]
+
+
+def test_places_name_a_file_once():
+    assert places(["a.jsonl:7", "a.jsonl:12", "b:x/c.jsonl:2", "a.jsonl:3"]) == "a.jsonl:3, 7, 12; b:x/c.jsonl:2"
 
 
 def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, monkeypatch):

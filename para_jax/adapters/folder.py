@@ -148,6 +148,15 @@ def swap(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def mend_folder(folder: Path) -> None:
+    """Tidies up after a replacement of the folder that was killed; where none was in place, the old one comes back."""
+    for path in sorted(folder.parent.glob(f".{folder.name}.*.old")):
+        if not folder.exists():
+            os.rename(path, folder)
+    for path in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
     with suppress(OSError):  # some file systems can't; the renames are done all the same
         descriptor = os.open(folder, os.O_RDONLY)

@@ -54,7 +54,7 @@ def para_json(adapter: Para, base_model: str, fingerprint: str | None) -> dict:
     } | version
 
 
-def para_tensors(adapter: Para) -> dict[str, jax.Array]:
+def para_tensors(adapter: Para) -> dict[str, jax.Array | np.ndarray]:
     """The tensors by name: [out, in], the sites' up-projections as one, in the order of the sites."""
     tensors = {}
     for i in range(adapter.backbone.num_layers):

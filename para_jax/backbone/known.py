@@ -30,6 +30,14 @@ KNOWN_CONFIGS = {
         "num_attention_heads": 40,
         "num_key_value_heads": 40,
     },
+    "meta-llama/Llama-2-70b-hf": LLAMA_2
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
     "google/gemma-2b": {
         "model_type": "gemma",
         "vocab_size": 256000,

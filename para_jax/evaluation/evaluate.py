@@ -14,6 +14,7 @@ from ..data.examples import Example, encode_completion, encode_example, stop_tok
 from ..data.sources import Record, encode_records, load_records
 from ..data.tasks import TASKS
 from ..inference.generate import generate_tokens
+from ..processes import gathered
 from ..training.step import eval_nll
 from .metrics import score
 
@@ -134,7 +135,7 @@ def likelihoods(model, adapters, examples: list[Example], rows: int) -> tuple[np
     batches = list(full_batches(different, rows, buckets))
     for indices, batch in tqdm(batches, desc="likelihoods", leave=False, disable=None):
         completion = next(bucket.completion for bucket in buckets if bucket.length == batch.tokens.shape[1])
-        total, count = eval_nll(model, adapters, batch, completion=completion)
-        nll[indices], tokens[indices] = np.asarray(total)[: len(indices)], np.asarray(count)[: len(indices)]
+        total, count = gathered(eval_nll(model, adapters, batch, completion=completion))
+        nll[indices], tokens[indices] = total[: len(indices)], count[: len(indices)]
     places = [unique[key] for key in keys]
     return nll[places], tokens[places]

@@ -21,6 +21,7 @@ from ..backbone.transformer import Transformer
 from ..config import require
 from ..data.examples import Prompt, encode_prompt, stop_token_ids
 from ..model import decode_step, prefill
+from ..processes import gathered
 from .sampling import greedy, row_keys, sample
 
 #: Steps between two looks at which rows have ended.
@@ -124,7 +125,7 @@ def generate_tokens(
     written, pending = np.zeros((len(tokens), 0), np.int32), [token]
     for position in range(1, max_new_tokens + 1):
         if position % FETCH_EVERY == 0 or position == max_new_tokens:
-            written, pending = np.column_stack([written, *jax.device_get(pending)]), []
+            written, pending = np.column_stack([written, *gathered(pending)]), []
             rows = [before_stop(row, stop_ids) for row in written.tolist()]
             if all(len(row) < written.shape[1] or (ended and ended(row)) for row in rows):
                 break

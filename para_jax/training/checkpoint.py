@@ -1,12 +1,25 @@
-"""Checkpoints of a run, by orbax: adapter, optimiser state, step and best score; never the backbone."""
+"""Checkpoints of a run, written by orbax while training goes on: adapter, optimiser state, step and best score; never
+the backbone. The first process alone reads and writes them."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 
+from .. import devices
+from ..processes import arrays_of_first, by_first, gathered, is_first
 from .step import TrainState
 
 
@@ -18,52 +31,206 @@ class Progress(NamedTuple):
     best_step: int
     since_best: int
     """evaluations without a better score"""
+    evaluated: int = 0
+    """the last step whose adapter was scored"""
 
 
-def open_checkpoints(folder: Path, *, keep: int = 2):
-    """The checkpoints under a folder, of which the newest few are kept; an interrupted save is never taken for a
-    whole one."""
+@contextmanager
+def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
+    """The checkpoints under a folder, of which the newest few are kept (None on processes other than the first); an
+    interrupted save is never taken for a whole one. At the end, waits for what is still being written.
+
+    Raises ValueError where that could not be written; an error of the body goes before it.
+    """
+    if not is_first():
+        yield None
+        return
     import orbax.checkpoint as ocp
 
-    return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=alone
+    )
+    with quiet_orbax():
+        checkpoints = ocp.CheckpointManager(folder.absolute(), options=options)
+        # The loop alone asks the preemption service, step by step; asked about an older one, it forgets how far we are.
+        checkpoints.reached_preemption = lambda step: False
+        try:
+            yield checkpoints
+            finish_saving(checkpoints)
+        finally:
+            with suppress(Exception):
+                checkpoints.close()
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
 
 
 def save_checkpoint(checkpoints, state: TrainState, progress: Progress) -> None:
+    """Copies the state to host memory and writes it from there, while the caller goes on; every process calls this.
+
+    Raises ValueError for a state that is not finite, and where the save before could not be written (a full disk).
+    """
+    arrays = gathered(named(state))
+    by_first(lambda: start_saving(checkpoints, arrays, progress))
+
+
+def start_saving(checkpoints, arrays: dict[str, Any], progress: Progress) -> None:
     import orbax.checkpoint as ocp
 
-    saved = ocp.args.Composite(
-        state=ocp.args.StandardSave(named(state)), progress=ocp.args.JsonSave(progress._asdict())
-    )
-    checkpoints.save(progress.step, args=saved)
-    checkpoints.wait_until_finished()
+    finish_saving(checkpoints)
+    arrays = {
+        name: np.array(array) for name, array in arrays.items()
+    }  # copies: the next step reuses the state's memory
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise ValueError(f"step {progress.step}: the state is not finite, and is not saved; lower train.learning_rate")
+    about = progress._asdict() | {"sha256": digest(arrays)}
+    saved = ocp.args.Composite(state=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(about))
+    with errors_in_one_line(checkpoints):
+        checkpoints.save(progress.step, args=saved, force=True)
+
+
+def finish_saving(checkpoints) -> None:
+    """Waits until everything is written; ValueError says what could not be."""
+    if checkpoints is not None:
+        with errors_in_one_line(checkpoints):
+            checkpoints.wait_until_finished()
+
+
+def require_saved(checkpoints) -> None:
+    """Raises ValueError where the last save has failed already; does not wait for one that is under way. (Several
+    processes must hear of it together: there the next save tells.)"""
+    if jax.process_count() == 1 and not checkpoints.is_saving_in_progress():
+        finish_saving(checkpoints)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def restore_checkpoint(checkpoints, state: TrainState) -> tuple[TrainState, Progress] | None:
-    """The newest checkpoint, in the shapes and shardings of `state`; None where there is none.
+    """The newest whole checkpoint, in the shapes and shardings of `state`; None where there is none. Damaged ones that
+    are newer are set aside, with a warning.
 
-    Raises ValueError, naming its folder, for a checkpoint that is damaged.
+    Raises ValueError where there are checkpoints, and none of them can be read.
     """
+    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named(state).items()}
+
+    def read_first() -> dict[str, Any] | None:
+        found = newest_whole(checkpoints, arrays)
+        arrays.update(found[0] if found else {})
+        return found and found[1]
+
+    progress = by_first(read_first)
+    if progress is None:
+        return None
+    read = arrays_of_first(arrays)
+    leaves = [placed_like(leaf, read[name]) for name, leaf in named(state).items()]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), Progress(**progress)
+
+
+def newest_whole(checkpoints, wanted: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    folder, problems = Path(checkpoints.directory), {}
+    for step in sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True):
+        try:
+            found = read_checkpoint(checkpoints, step, wanted)
+        except Exception as error:  # whatever the readers below orbax make of damaged files
+            problems[step] = reason(error)
+            continue
+        for damaged, said in problems.items():
+            devices.say(
+                f"warning: {folder / str(damaged)}: the checkpoint can't be read ({said}); it is kept as "
+                f"{set_aside(folder / str(damaged)).name}, and the run goes on from step {step}"
+            )
+        checkpoints.reload()
+        return found
+    if problems:
+        step, said = next(iter(problems.items()))
+        raise ValueError(
+            f"{folder}: none of the checkpoints can be read (step {step}: {said}); delete that folder to start anew"
+        )
+    return None
+
+
+def read_checkpoint(
+    checkpoints, step: int, wanted: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the progress of one checkpoint, whose bytes are those that were saved."""
     import orbax.checkpoint as ocp
 
-    if checkpoints.latest_step() is None:
-        return None
-    wanted = ocp.args.Composite(
-        state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, named(state))),
-        progress=ocp.args.JsonRestore(),
-    )
-    step = checkpoints.latest_step()
-    try:
-        restored = checkpoints.restore(step, args=wanted)
-        leaves = [restored.state[name] for name in named(state)]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves), Progress(**restored.progress)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(
-            f"{checkpoints.directory}/{step}: the checkpoint can't be read ({said}); delete that folder to resume from "
-            "the one before it"
-        ) from None
+    read = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
+    restored = checkpoints.restore(step, args=read)
+    arrays, about = {name: np.asarray(restored.state[name]) for name in wanted}, dict(restored.progress)
+    if about.pop("sha256") != digest(arrays):
+        raise ValueError("its bytes have changed since they were written")
+    return arrays, about
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged checkpoint, so that it is kept and not read again."""
+    names = (folder.with_name(f"{folder.name}.damaged{i or ''}") for i in range(1000))
+    aside = next(path for path in names if not path.exists())
+    os.rename(folder, aside)
+    return aside
+
+
+# -------------------------------------------------------------------------------------------------------------- pieces
 
 
 def named(state: TrainState) -> dict[str, jax.Array]:
     """A state's arrays by their paths: orbax sees plain arrays, not Flax's classes."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+
+
+def placed_like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
+    """The array where `leaf` lies; a counter that no mesh has yet seen stays free to go anywhere."""
+    if isinstance(leaf.sharding, NamedSharding):
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+    return jnp.asarray(array)
+
+
+def digest(arrays: dict[str, np.ndarray]) -> str:
+    """The sha256 of all arrays' bytes, in the order of their names."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(np.ascontiguousarray(arrays[name]).data)
+    return found.hexdigest()
+
+
+def reason(error: Exception) -> str:
+    """What the operating system said, where that is the cause; else the error's first line."""
+    said = str(error)
+    system = re.search(r"([^:\[\]]+) \[os_error_code", said)
+    return system[1].strip() if system else (said.splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextmanager
+def errors_in_one_line(checkpoints) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax raises what the file system or its threads raise
+        raise ValueError(
+            f"{checkpoints.directory}: a checkpoint could not be saved ({reason(error)}); what was saved before is "
+            "kept: make room there, and the same command resumes"
+        ) from None
+
+
+@contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Keeps the tracebacks off the terminal that orbax's threads log beside the error that they raise."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    def hook_of_others(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # writes that a failed one left behind
+            hook(unraisable)
+
+    logger.addFilter(of_others)
+    sys.unraisablehook = hook_of_others
+    try:
+        yield
+    finally:
+        logger.removeFilter(of_others)
+        sys.unraisablehook = hook

@@ -1,6 +1,11 @@
 """A checkpoint gives back the very bits, on the devices they came from, and is whole or not there."""
 
+import os
+import resource
 import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +16,15 @@ from tiny_run import ADAPTER, STEPS, TRAIN
 
 from para_jax import init_adapter
 from para_jax.sharding import make_mesh, place
-from para_jax.training.checkpoint import Progress, named, open_checkpoints, restore_checkpoint, save_checkpoint
+from para_jax.training.checkpoint import (
+    Progress,
+    finish_saving,
+    named,
+    open_checkpoints,
+    require_saved,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from para_jax.training.step import init_state
 
 
@@ -74,10 +87,111 @@ def test_a_checkpoint_holds_adapter_optimiser_and_step_and_never_the_backbone(tm
     assert all(isinstance(leaf, jnp.ndarray) for leaf in names.values())
 
 
-def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path):
-    state = state_on(make_mesh(), 1)
+def largest(folder):
+    return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "the largest file is truncated": lambda folder: os.truncate(largest(folder), 100),
+    "the largest file is empty": lambda folder: os.truncate(largest(folder), 0),
+    "the largest file is garbage": lambda folder: largest(folder).write_bytes(b"garbage" * 1000),
+    "one byte is flipped": lambda folder: flip(largest(folder)),
+    "the largest file is gone": lambda folder: largest(folder).unlink(),
+    "the state is gone": lambda folder: shutil.rmtree(folder / "state"),
+    "the progress is gone": lambda folder: shutil.rmtree(folder / "progress"),
+    "the progress is garbage": lambda folder: (folder / "progress" / "metadata").write_text("garbage"),
+    "everything is gone": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(damage, saved_twice, tmp_path, capsys):
+    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
+    state = state_on(make_mesh(), seed=3)
+    DAMAGES[damage](folder / "6")
+    with open_checkpoints(folder) as checkpoints:
+        restored, progress = restore_checkpoint(checkpoints, state)
+        assert progress.step == restored.step == 4
+        warned = capsys.readouterr().err
+        assert len(warned.splitlines()) == 1
+        assert f"warning: {folder / '6'}: the checkpoint can't be read" in warned and "goes on from step 4" in warned
+        assert sorted(path.name for path in folder.iterdir()) == ["4", "6.damaged"]
+        save_checkpoint(checkpoints, restored, progress._replace(step=6))  # its place is free
+    assert sorted(path.name for path in folder.iterdir()) == ["4", "6", "6.damaged"]
+
+
+@pytest.fixture(scope="module")
+def saved_twice(tmp_path_factory):
+    """A folder with checkpoints of the steps 4 and 6."""
+    folder, state = tmp_path_factory.mktemp("saved") / "checkpoints", state_on(make_mesh(), seed=1)
+    with open_checkpoints(folder) as checkpoints:
+        save_checkpoint(checkpoints, moved(state), Progress(4, None, 0, 0))
+        save_checkpoint(checkpoints, moved(state), Progress(6, None, 0, 0))
+    return folder
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_touched(saved_twice, tmp_path):
+    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
+    for step in ("4", "6"):
+        flip(largest(folder / step))
+    with open_checkpoints(folder) as checkpoints, pytest.raises(ValueError, match="none of the .* anew") as error:
+        restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3))
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["4", "6"]
+
+
+def test_what_is_saved_is_what_the_state_was_although_the_next_step_reuses_its_memory(tmp_path):
+    state = state_on(make_mesh(), seed=1)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(state)]
+    donating = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     with open_checkpoints(tmp_path) as checkpoints:
         save_checkpoint(checkpoints, state, Progress(4, None, 0, 0))
-    (tmp_path / "4" / "progress" / "metadata").write_text("garbage")
-    with open_checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=r"/4: .* delete that folder"):
-        restore_checkpoint(checkpoints, state)
+        for _ in range(5):
+            state = donating(state)
+        finish_saving(checkpoints)
+        restored, _ = restore_checkpoint(checkpoints, state)
+    for mine, other in zip(jax.tree.leaves(restored), before, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(saved_twice, tmp_path):
+    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
+    state = state_on(make_mesh(), seed=1)
+    state.adapter.down[...] = state.adapter.down[...].at[0, 0].set(np.nan)
+    with pytest.raises(ValueError, match="step 8: the state is not finite, and is not saved"):
+        with open_checkpoints(folder) as checkpoints:
+            save_checkpoint(checkpoints, state, Progress(8, None, 0, 0))
+    assert sorted(path.name for path in folder.iterdir()) == ["4", "6"]
+
+
+def test_a_save_that_fails_in_the_background_is_one_clear_error_and_keeps_what_was_saved(saved_twice, tmp_path, capfd):
+    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
+    state = moved(state_on(make_mesh(), seed=1))
+    with pytest.raises(ValueError, match=r"could not be saved \(.*File too large\).*same command resumes") as error:
+        with open_checkpoints(folder) as checkpoints, files_of_at_most(5000):
+            save_checkpoint(checkpoints, state, Progress(8, None, 0, 0))
+            while True:  # as a run goes on
+                require_saved(checkpoints)
+                time.sleep(0.01)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    assert capfd.readouterr().err == ""
+    with open_checkpoints(folder) as checkpoints:
+        assert restore_checkpoint(checkpoints, state)[1].step == 6
+    assert sorted(path.name for path in folder.iterdir()) == ["4", "6"]
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Lets no file grow beyond so many bytes, as a full disk does: writing fails in the operating system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,0 +1,147 @@
+"""A run's log: metrics.jsonl, TensorBoard and wandb. Values are written one step late: no step waits for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from .. import devices
+from ..config import RunConfig, config_dict
+from .checkpoint import Progress
+
+#: Values of a step that differ from run to run: times, and what is made of them.
+TIMES = ("step_seconds", "input_wait_seconds", "tokens_per_second", "model_flops_utilisation")
+
+
+class Done(NamedTuple):
+    """A step that is dispatched; its values may still be on their way."""
+
+    step: int
+    values: dict[str, Any]
+    tokens: int
+    """of the batch, without padding"""
+    begun: float | None
+    """when its batch was asked for, in seconds of time.monotonic; None where the time is not that of a step"""
+    waited: float
+    """seconds until the batch was there"""
+
+
+class Log:
+    """metrics.jsonl, TensorBoard and wandb; the first process alone writes.
+
+    What a run that goes on from `progress` will write again is dropped; all of it for None, a run that starts.
+
+    Args:
+        peak_rate: tokens a second at which the devices would do nothing but the backbone's matrix products at their
+            peak, for the utilisation; None where the peak is not known.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, progress: Progress | None, *, peak_rate: float | None = None):
+        self.folder, self.every, self.peak_rate = folder, config.logging.every, peak_rate
+        self.first = jax.process_index() == 0
+        step = progress.step if progress else None
+        self.writers = [WRITERS[name](config, folder, step) for name in config.logging.report_to] if self.first else []
+        self.file = folder / "metrics.jsonl"
+        self.read = 0.0  # when the values of the step before came
+        if self.first and self.file.exists():
+            replace_file(self.file, kept_lines(progress, self.file.read_text()) if progress else "")
+
+    def step(self, done: Done, values: dict[str, float], bar: tqdm) -> None:
+        """Writes a step's values, which have come just now."""
+        now = time.monotonic()
+        rates = {} if done.begun is None else step_rates(done, now - max(done.begun, self.read), self.peak_rate)
+        self.read = now
+        shown = {"loss": f"{values['loss']:.4f}"}
+        if rates:
+            shown["tokens/s"] = f"{rates['tokens_per_second']:.0f}"
+        if "model_flops_utilisation" in rates:
+            shown["utilisation"] = f"{rates['model_flops_utilisation']:.1%}"
+        bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in shown.items()))
+        bar.update()
+        if done.step % self.every == 0:
+            self.write(done.step, values | rates)
+
+    def write(self, step: int, values: dict[str, float], *, show: bool = False) -> None:
+        if show:
+            devices.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        if self.first:
+            try:
+                with self.file.open("a") as file:
+                    file.write(json.dumps({"step": step} | values) + "\n")
+            except OSError as error:
+                raise OSError(
+                    f"{self.file}: not written ({error.strerror}); make room there, and the same command resumes"
+                ) from None
+        for writer in self.writers:
+            writer(step, values)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+class TensorBoard:
+    def __init__(self, config: RunConfig, folder: Path, step: int | None):
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=(step or 0) + 1)
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    def __init__(self, config: RunConfig, folder: Path, step: int | None):
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("logging.report_to: wandb is not installed; `pip install 'para_jax[wandb]'`") from None
+        self.run = wandb.init(dir=str(folder), config=config_dict(config), name=folder.name)
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+WRITERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def step_rates(done: Done, seconds: float, peak_rate: float | None) -> dict[str, float]:
+    """What a step's time says; the names of TIMES."""
+    rate = done.tokens / seconds
+    rates = {"step_seconds": seconds, "input_wait_seconds": done.waited, "tokens_per_second": rate}
+    if peak_rate is not None:
+        rates["model_flops_utilisation"] = rate / peak_rate
+    return {name: float(f"{value:.4g}") for name, value in rates.items()}
+
+
+def kept_lines(progress: Progress, text: str) -> str:
+    """The lines of metrics.jsonl that a run keeps when it goes on from here: no score that will be measured again, and
+    no line that was cut off when the run was."""
+    kept = []
+    for line in text.splitlines():
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            again = "test_after_loss" in row or ("validation_loss" in row and row["step"] > progress.evaluated)
+            if row["step"] <= progress.step and not again:
+                kept.append(line + "\n")
+    return "".join(kept)
+
+
+def replace_file(file: Path, text: str) -> None:
+    part = file.with_name(f".{file.name}")
+    part.write_text(text)
+    os.replace(part, file)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# One training run on all hosts of a Cloud TPU slice, from this machine, in this checkout:
+#
+#     scripts/tpu_pod.sh configs/llama2-7b-boolq.yaml mesh.fsdp=16 data.train=data/boolq
+#
+# Sends the checkout (what git tracks or would add) to every host, makes a Python 3.12 environment there, and starts
+# `para-jax train` with these arguments on all of them. The same command resumes. HF_TOKEN, where it is set, is sent as a
+# file that each host deletes when the run has read it. See docs/training.md. Not run on a TPU yet.
+set -euo pipefail
+
+TPU=${TPU:-my-slice}          # the slice's name
+ZONE=${ZONE:-us-west4-a}      # its zone
+PROJECT=${PROJECT:-my-project}
+
+[ $# -ge 1 ] || { echo "usage: scripts/tpu_pod.sh CONFIG [section.field=value ...]" >&2; exit 2; }
+
+on_all() { # on_all ssh|scp ARGUMENTS: gcloud, on every host of the slice
+  gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --project="$PROJECT" --worker=all
+}
+
+cd "$(dirname "$0")/.."
+umask 077
+sent=$(mktemp -d)
+trap 'rm -rf "$sent"' EXIT
+git ls-files -z --cached --others --exclude-standard | tar -czf "$sent/para_jax.tar.gz" --null -T -
+on_all scp "$sent/para_jax.tar.gz" "$TPU:"
+
+# shellcheck disable=SC2016  # the hosts expand it
+on_all ssh "$TPU" --command='set -eu
+export PATH="$HOME/.local/bin:$PATH"
+mkdir -p para_jax && tar -xzf para_jax.tar.gz -C para_jax && cd para_jax
+command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+[ -d .venv ] || uv venv --quiet --python 3.12
+uv pip install --quiet -e ".[tpu]"'
+
+if [ -n "${HF_TOKEN:-}" ]; then
+  printf '%s' "$HF_TOKEN" > "$sent/para_jax.token" # printf is the shell's own: the token is in no list of processes
+  on_all scp "$sent/para_jax.token" "$TPU:"
+fi
+
+on_all ssh "$TPU" --command="set -eu
+cd para_jax
+if [ -f ../para_jax.token ]; then HF_TOKEN=\$(cat ../para_jax.token); export HF_TOKEN; rm ../para_jax.token; fi
+exec .venv/bin/para-jax train $(printf '%q ' "$@")runtime.coordinator=auto"

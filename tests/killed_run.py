@@ -1,0 +1,46 @@
+"""`python killed_run.py ARGUMENTS`: `para-jax ARGUMENTS`, which says on stdout what it is doing, for test_kills.py.
+
+It lingers a little in each phase, so that a kill can hit it, and does nothing else than `para-jax`.
+"""
+
+import sys
+import threading
+import time
+
+from para_jax import cli, runs
+
+LINGER = 0.04  # seconds before and after the work of a phase
+
+
+def spoken(name, before, after=None):
+    """Wraps a function of runs, so that each call says its phase."""
+    real = getattr(runs, name)
+
+    def speaking(*arguments, **settings):
+        print(before, flush=True)
+        time.sleep(LINGER)
+        found = real(*arguments, **settings)
+        time.sleep(LINGER)
+        if after:
+            after(*arguments)
+        return found
+
+    setattr(runs, name, speaking)
+
+
+def when_written(checkpoints, state, progress):
+    """Says "written" when the save that goes on in the background is done, while the steps go on."""
+
+    def wait():
+        while checkpoints.is_saving_in_progress():
+            time.sleep(0.001)
+        print("written", flush=True)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    spoken("train_step", "step")
+    spoken("evaluate_task", "evaluation")
+    spoken("save_checkpoint", "save", when_written)
+    sys.exit(cli.main(sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""A run that was killed in any phase, as often as may be, and given the same command again, ends with the bits and the
+log of one that was never stopped."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from tiny_run import run_config, run_folder
+
+from para_jax.config import save_config
+from para_jax.training.log import TIMES
+
+CHILD = Path(__file__).parent / "killed_run.py"
+PHASES = ("before the first save", "save", "evaluation", "step")
+LIMIT = 120  # seconds, for a child that hangs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of 24 steps that saves every second one and evaluates every fourth."""
+    folder = run_folder(tmp_path_factory.mktemp("kills"))
+    config = run_config(
+        folder, "train.max_steps=24", "eval.every=4", "checkpoint.every=2", "runtime.compilation_cache=true"
+    )
+    save_config(config, folder / "run.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unkilled(folder):
+    child = start(folder, "unkilled")
+    _, errors = child.communicate(timeout=LIMIT)
+    assert child.returncode == 0, errors
+    assert len(result(folder / "unkilled").log) == 24 + 6
+    return result(folder / "unkilled")
+
+
+class Result(NamedTuple):
+    """What a run leaves that does not depend on the time it took."""
+
+    adapter: str
+    log: list[dict]
+
+
+def result(output: Path) -> Result:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    adapter = hashlib.sha256((output / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return Result(adapter, [{k: v for k, v in row.items() if k not in TIMES} for row in rows])
+
+
+def start(folder: Path, output: str) -> subprocess.Popen:
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, str(CHILD), "train", str(folder / "run.yaml"), f"output_dir={folder / output}"]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def saved(output: Path) -> bool:
+    return any(path.name.isdecimal() for path in output.glob("checkpoints/*"))
+
+
+def phase(said: list[str], saved_before: bool) -> str:
+    """The phase that a child was in when it said no more."""
+    if said.count("save") > said.count("written"):
+        return "save"
+    doing = next((line for line in reversed(said) if line != "written"), "")
+    if doing == "evaluation":
+        return doing
+    return "step" if saved_before or "written" in said else PHASES[0]
+
+
+def kill_in(wanted: str, folder: Path, output: str, draw: np.random.Generator) -> str:
+    """Starts the run, kills it a moment after a phase began, and gives back the phase that it was killed in."""
+    saved_before, said = saved(folder / output), []
+    child = start(folder, output)
+    try:
+        passes = int(draw.integers(1, 3)) if wanted in ("step", "save") else 1
+        assert child.stdout
+        while passes:
+            line = child.stdout.readline().strip()
+            assert line, child.stderr and child.stderr.read()
+            said.append(line)
+            begins = line == ("step" if wanted == PHASES[0] else wanted)
+            passes -= begins and phase(said, saved_before) == wanted
+        time.sleep(draw.uniform(0, 0.03))
+        child.send_signal(signal.SIGKILL)
+        rest, _ = child.communicate(timeout=LIMIT)
+    finally:
+        child.kill()
+    assert child.returncode == -signal.SIGKILL
+    return phase(said + rest.splitlines(), saved_before)
+
+
+def killed_run(folder: Path, output: str, kills: int, seed: int) -> list[str]:
+    """The phases of so many kills, each of which occurred. The first save is yet to come for the first kill only."""
+    draw, found = np.random.default_rng(seed), []
+    while len(found) < kills or set(found) != set(PHASES):
+        assert len(found) < kills + 4, found
+        missing = [name for name in PHASES if name not in found]
+        wanted = missing[0] if missing else str(draw.choice(PHASES[1:]))
+        found.append(kill_in(wanted, folder, output, draw))
+        print(f"kill {len(found)}: meant for {wanted}, fell in {found[-1]}")
+    return found
+
+
+def test_a_run_that_is_killed_in_every_phase_ends_as_one_that_was_not(folder, unkilled):
+    killed_run(folder, "killed", kills=4, seed=0)
+    child = start(folder, "killed")
+    said, errors = child.communicate(timeout=LIMIT)
+    assert child.returncode == 0, errors
+    assert result(folder / "killed") == unkilled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_twenty_kills_at_other_moments_change_nothing(seed, folder, unkilled):
+    output = f"killed-{seed}"
+    found = killed_run(folder, output, kills=5, seed=seed)
+    assert len(found) >= 5
+    child = start(folder, output)
+    _, errors = child.communicate(timeout=LIMIT)
+    assert child.returncode == 0, errors
+    assert result(folder / output) == unkilled
+
+
+def test_sigterm_exits_with_0_and_one_line_that_says_how_to_resume(folder, unkilled):
+    child = start(folder, "stopped")
+    assert child.stdout
+    while child.stdout.readline().strip() != "written":
+        pass
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=LIMIT)
+    assert child.returncode == 0, errors
+    assert "and saved; the same command resumes, or" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    child = start(folder, "stopped")
+    _, errors = child.communicate(timeout=LIMIT)
+    assert child.returncode == 0, errors
+    assert result(folder / "stopped") == unkilled

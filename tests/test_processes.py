@@ -1,0 +1,123 @@
+"""Two processes of four devices, joined over loopback, are one run: its numbers are those of one process of eight
+devices, and the first process alone logs, reads and writes the run's folder."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import run_config, run_folder
+from two_processes import run_two
+
+from para_jax import load_adapter, load_model_config, processes, train
+from para_jax.config import save_config
+
+OVERRIDES = (
+    "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.per_device_batch_size=2", "train.schedule=constant",
+    "train.warmup_ratio=0", "eval.metric=exact_match", "eval.test=true", "train.max_steps=6",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return run_folder(tmp_path_factory.mktemp("processes"))
+
+
+def train_two(folder, *overrides):
+    """`para-jax train` on two hosts without a common disk: each has an output_dir of its own."""
+    save_config(run_config(folder, *OVERRIDES), folder / "run.yaml")
+    among = ("runtime.coordinator={address}", "runtime.num_processes=2", "runtime.process_id={process}")
+    own = (f"output_dir={folder / 'first'}", f"output_dir={folder / 'second'}")
+    return run_two("-m", "para_jax.cli", "train", str(folder / "run.yaml"), own, *among, *overrides)
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    """What the two processes said in a run of three steps, and when it went on to the sixth."""
+    return [train_two(folder, "train.max_steps=3"), train_two(folder)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The same run by this process's eight devices, never stopped."""
+    config = run_config(folder, *OVERRIDES, f"output_dir={folder / 'alone'}")
+    return train(config)
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows if "test_after_loss" not in row]
+
+
+def test_two_processes_that_stop_and_resume_have_the_numbers_of_one(pair, alone, folder):
+    assert [[ended.code for ended in both] for both in pair] == [[0, 0], [0, 0]], pair[-1][0].err
+    ours, theirs = metrics(folder / "first"), metrics(folder / "alone")
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        np.testing.assert_allclose(list(mine.values()), list(other.values()), atol=1e-5)
+    model = load_model_config(folder / "backbone")
+    mine, other = (load_adapter(folder / name / "adapter", model) for name in ("first", "alone"))
+    np.testing.assert_allclose(mine.down[...], other.down[...], atol=1e-5)
+    for site, up in mine.up.items():
+        assert abs(up[...]).max() > 1e-2
+        np.testing.assert_allclose(up[...], other.up[site][...], atol=1e-5)
+
+
+def test_the_first_process_alone_speaks_and_has_a_folder(pair, folder):
+    for first, second in pair:
+        assert "devices: 8 x cpu" in first.err and "steps" in first.out
+        assert second.out == "" and "step" not in second.err and "devices" not in second.err
+    assert {path.name for path in (folder / "first").iterdir()} >= {"config.yaml", "metrics.jsonl", "checkpoints"}
+    assert not (folder / "second").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- what goes wrong
+
+CODE = """
+import json, sys
+import jax, numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from para_jax import make_mesh
+from para_jax.processes import by_each, by_first, gathered, require_same
+from para_jax.sharding import rows_over
+own = int(sys.argv[2])
+def said(call):
+    try:
+        return call()
+    except ValueError as error:
+        return str(error)
+def fails_on(process, kind):
+    if own == process:
+        raise kind("wrong here")
+    return own
+with jax.set_mesh(make_mesh(2, 2, 2)):
+    rows = rows_over(np.arange(16).reshape(1, 8, 2))
+print(json.dumps({
+    "each": said(lambda: by_each(lambda: own)),
+    "each fails": said(lambda: by_each(lambda: fails_on(1, OSError))),
+    "first": said(lambda: by_first(lambda: fails_on(1, ValueError))),
+    "first fails": said(lambda: by_first(lambda: fails_on(0, OSError))),
+    "same": said(lambda: require_same("the data", lambda: [1, 2])),
+    "other": said(lambda: require_same("the data", lambda: [1, own])),
+    "rows": [gathered(rows).tolist(), gathered({"a": np.arange(2), "b": jax.numpy.arange(2)})["b"].tolist()],
+    "own rows": sorted({shard.index[1].start for shard in rows.addressable_shards}),
+    "mesh": said(lambda: str(make_mesh(2, 2, 1))),
+}))
+"""
+
+
+def test_what_one_process_finds_wrong_is_an_error_on_all_and_none_waits():
+    first, second = (json.loads(ended.out) for ended in run_two("-c", CODE, "{address}", "{process}"))
+    assert (first.pop("each"), second.pop("each")) == (0, 1)
+    assert (first.pop("own rows"), second.pop("own rows")) == ([0, 2], [4, 6])  # each holds its own rows
+    assert first == second == {
+        "each fails": "process 1: wrong here",
+        "first": 0,
+        "first fails": "wrong here",
+        "same": None,
+        "other": "the data: not the same on process 1 as on process 0; give every host the same",
+        "rows": [[[[2 * i, 2 * i + 1] for i in range(8)]], [0, 1]],
+        "mesh": "mesh {'data': 2, 'fsdp': 2, 'tensor': 1} does not fit 8 devices; choose sizes whose product is 8",
+    }  # fmt: skip

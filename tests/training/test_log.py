@@ -1,0 +1,135 @@
+"""A log line says what a step took, without what came before it; and a run that goes on keeps the lines it won't write
+again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import backbone
+from tqdm import tqdm
+
+from para_jax import devices, make_mesh, runs
+from para_jax.config import SITES, load_config
+from para_jax.topology import CHIP_GIB, matrix_weights
+from para_jax.training import log
+from para_jax.training.checkpoint import Progress
+from para_jax.training.log import TIMES, Done, Log, kept_lines
+
+VALUES = {"loss": 2.0, "grad_norm": 1.0}
+
+
+def opened(folder, progress=None, peak_rate=None, every=1):
+    config = load_config(None, ["logging.report_to=[]", f"logging.every={every}"])
+    return Log(config, folder, progress, peak_rate=peak_rate)
+
+
+def written(folder, steps, clock, monkeypatch, **options):
+    """The rows of a log whose steps are read at these seconds."""
+    made, times = opened(folder, **options), iter(clock)
+    monkeypatch.setattr(log.time, "monotonic", lambda: next(times))
+    with tqdm(disable=True) as bar:
+        for done in steps:
+            made.step(done, VALUES, bar)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_steps_time_runs_from_its_start_or_from_the_end_of_the_step_before(tmp_path, monkeypatch):
+    steps = [
+        Done(1, {}, 100, begun=10.0, waited=0.5),  # the device was idle
+        Done(2, {}, 60, begun=10.6, waited=0.1),  # dispatched while step 1 ran until 12
+        Done(3, {}, 80, begun=20.0, waited=0.0),  # after an evaluation
+    ]
+    rows = written(tmp_path, steps, [12.0, 15.0, 24.0], monkeypatch)
+    assert [row["step_seconds"] for row in rows] == [2.0, 3.0, 4.0]
+    assert [row["tokens_per_second"] for row in rows] == [50.0, 20.0, 20.0]
+    assert [row["input_wait_seconds"] for row in rows] == [0.5, 0.1, 0.0]
+    assert all("model_flops_utilisation" not in row for row in rows)  # the peak is not known
+
+
+def test_a_step_that_compiled_has_no_rate(tmp_path, monkeypatch):
+    rows = written(tmp_path, [Done(1, {}, 100, begun=None, waited=0.0)], [12.0], monkeypatch, peak_rate=100.0)
+    assert rows == [{"step": 1} | VALUES]
+
+
+def test_utilisation_is_the_rate_over_that_at_the_devices_peak(tmp_path, monkeypatch):
+    rows = written(tmp_path, [Done(1, {}, 100, begun=10.0, waited=0.0)], [12.0], monkeypatch, peak_rate=200.0)
+    assert rows[0]["model_flops_utilisation"] == 0.25
+    assert set(TIMES) <= set(rows[0])
+
+
+def test_every_nth_step_is_written(tmp_path, monkeypatch):
+    steps = [Done(i, {}, 8, begun=float(i), waited=0.0) for i in (1, 2, 3, 4)]
+    rows = written(tmp_path, steps, [2.0, 3.0, 4.0, 5.0], monkeypatch, every=2)
+    assert [row["step"] for row in rows] == [2, 4]
+
+
+def test_a_full_disk_names_the_file_and_what_to_do():
+    made = opened(Path("/nowhere"))
+    made.file = Path("/dev/full")
+    with pytest.raises(OSError, match="/dev/full: not written .No space left on device.*same command resumes"):
+        made.write(1, VALUES)
+
+
+# ----------------------------------------------------------------------------------------------------------- going on
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_what_will_be_written_again_is_dropped_and_nothing_else():
+    kept = [
+        {"step": 0, "test_before_loss": 3.0},
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "validation_loss": 2.0},
+        {"step": 3, "loss": 2.0},
+        {"step": 4, "loss": 2.0},
+    ]
+    again = [
+        {"step": 4, "validation_loss": 2.0},  # stopped after step 4, before it was evaluated
+        {"step": 4, "test_after_loss": 2.0},
+        {"step": 5, "loss": 2.0},
+    ]
+    cut = '{"step": 5, "lo'
+    assert kept_lines(Progress(4, None, 0, 0, evaluated=2), lines(*kept, *again) + cut) == lines(*kept)
+    assert kept_lines(Progress(4, None, 0, 0, evaluated=4), lines(*kept, *again)) == lines(*kept, again[0])
+
+
+def test_a_run_that_starts_drops_all_of_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(lines({"step": 1, "loss": 2.0}))
+    opened(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+# ---------------------------------------------------------------------------------------------------------- utilisation
+
+
+def test_the_peaks_are_those_of_the_names_that_devices_give_themselves():
+    # the device_kind that libtpu 0.0.3x gives each slice, and the peaks' order by generation
+    kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+    assert set(kinds) == set(CHIP_GIB)
+    peaks = {name: devices.PEAK_FLOPS[kind] for name, kind in kinds.items()}
+    assert sorted(peaks, key=peaks.__getitem__) == ["v5e", "v4", "v5p", "v6e"]
+    for one, other in (("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v6 lite", "TPU v6e")):
+        assert devices.PEAK_FLOPS[one] == devices.PEAK_FLOPS[other]
+    # a cluster's tensor cores: clock x units x FLOPs a cycle, from NVIDIA's architecture white papers
+    assert devices.PEAK_FLOPS["NVIDIA A100-SXM4-80GB"] == pytest.approx(1.41e9 * 108 * 4 * 512, rel=2e-3)
+    assert devices.PEAK_FLOPS["NVIDIA H100 80GB HBM3"] == pytest.approx(1.83e9 * 132 * 4 * 1024, rel=2e-3)
+    assert devices.PEAK_FLOPS["NVIDIA H100 80GB HBM3"] == devices.PEAK_FLOPS["NVIDIA H200"]
+    assert all(1e14 < peak < 1e16 for peak in devices.PEAK_FLOPS.values())
+
+
+def test_the_peak_rate_is_four_flops_a_weight_of_the_linears_on_every_device_of_the_mesh(monkeypatch):
+    model = backbone("llama")
+    weights = sum(
+        getattr(part, site).kernel[...].size
+        for layer in model.layers
+        for part in (layer.attention, layer.feedforward)
+        for site in SITES
+        if hasattr(part, site)
+    )
+    assert weights == matrix_weights(model.config) > 50_000
+    assert runs.peak_rate(model.config, make_mesh(2, 2, 1)) is None  # what a CPU can do is not in the table
+    monkeypatch.setitem(devices.PEAK_FLOPS, "cpu", 1e12)
+    assert runs.peak_rate(model.config, make_mesh(2, 2, 1)) == pytest.approx(4 * 1e12 / (4 * weights))

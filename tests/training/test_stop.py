@@ -1,0 +1,102 @@
+"""A signal lets a step end, breaks into what can be repeated, and a second one ends the program; hosts of one run stop
+after the same step."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from two_processes import address
+
+from para_jax.training.stop import Interrupted, Stopped, stop_signals
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_only_noted_and_the_second_one_acts_as_ever(number, capfd):
+    before = signal.signal(number, lambda number, frame: outside.append(number))
+    outside = []
+    try:
+        with stop_signals() as stop:
+            assert not stop.reached(1)
+            send(number)
+            assert stop.reached(2) and outside == []
+            send(number)
+            assert outside == [number]
+        send(number)
+        assert outside == [number, number]
+    finally:
+        signal.signal(number, before)
+    assert "stopping after this step, to save" in capfd.readouterr().err
+
+
+def test_a_signal_breaks_into_what_can_be_repeated_whether_it_comes_before_or_while():
+    for while_inside in (True, False):
+        done = []
+        with stop_signals() as stop, pytest.raises(Interrupted):
+            if not while_inside:
+                send(signal.SIGTERM)
+            with stop.interrupting():
+                send(signal.SIGTERM)
+                done.append(1)
+        assert done == [] and stop.reached(1)
+
+
+def test_sigterm_ends_with_code_0_and_ctrl_c_as_ever():
+    for number, raised in ((signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)):
+        with stop_signals() as stop:
+            send(number)
+            with pytest.raises(raised) as error:
+                stop.end()
+    assert Stopped().code == 0 and error.type is KeyboardInterrupt
+
+
+def test_outside_the_main_thread_no_signal_is_taken():
+    found = []
+
+    def body():
+        with stop_signals() as stop:
+            found.append(stop.reached(1))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert found == [False] and signal.getsignal(signal.SIGTERM) is before
+
+
+HOST = """
+import sys, time
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+jax.devices()
+from para_jax.training.stop import stop_signals
+with stop_signals() as stop:
+    print("ready", flush=True)
+    for step in range(1, 3000):
+        time.sleep(0.003 + 0.004 * int(sys.argv[2]))
+        if stop.reached(step):
+            print(step)
+            break
+"""
+
+
+def test_two_hosts_stop_after_the_same_step_when_one_of_them_is_told_to():
+    environment, at = os.environ | {"JAX_PLATFORMS": "cpu"}, address()
+    hosts = [
+        subprocess.Popen([sys.executable, "-c", HOST, at, str(i)], env=environment, text=True, stdout=subprocess.PIPE)
+        for i in range(2)
+    ]
+    try:
+        assert [host.stdout.readline() for host in hosts] == ["ready\n", "ready\n"]
+        hosts[1].send_signal(signal.SIGTERM)
+        steps = [int(host.communicate(timeout=60)[0]) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert steps[0] == steps[1] < 2999
