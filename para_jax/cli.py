@@ -130,14 +130,22 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("gguf", type=Path)
     made.add_argument("folder", type=Path)
 
-    made = command("bench", run_bench, "measure on this machine: load, decode, serve or train")
+    made = command("prepare", run_prepare, "download a public data set for data.train=tfds:NAME")
+    made.add_argument("source", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets")
+    made.add_argument("--data-dir", help="where to; default: tensorflow_datasets' own folder")
+
+    made = command("bench", run_bench, "measure on this machine: load, decode, serve, train or packing")
     made.add_argument("name")
     made.add_argument("--backbone", default="smollm2-135m")
     made.add_argument("--output", type=Path, help="write the measurement to this JSON file")
-    made.add_argument("--rows", help="decode, serve: rows of a batch, such as 1,8,32")
+    made.add_argument("--rows", help="rows of a batch; decode: sizes such as 1,8,32")
     made.add_argument("--context", type=int, help="decode: tokens that each row holds")
     made.add_argument("--rounds", type=int, help="how often each side is measured")
-    made.add_argument("--random", action="store_true", help="decode: random weights of the backbone's shape")
+    made.add_argument("--random", action="store_true", help="decode, train: random weights of the backbone's shape")
+    made.add_argument("--packed", type=int, help="train: examples a row, of 64 tokens each")
+    made.add_argument("--remat", help="train: what is compared, such as none,dots,block; packing: one of them")
+    made.add_argument("--data", help="packing: a .jsonl file or a folder with train.jsonl")
+    made.add_argument("--length", type=int, help="packing: tokens of a packed row")
     return top
 
 
@@ -194,7 +202,8 @@ def run_evaluate(options) -> None:
     task = task_of_run(config, options.split, tokenizer)
     if task is None:
         raise ValueError(
-            f"data.{options.split} is not set; expected a .jsonl file, or {options.split}.jsonl in data.train's folder"
+            f"data.{options.split} is not set; expected a .jsonl file, {options.split}.jsonl in data.train's folder, "
+            "or tfds:NAME"
         )
     model = load_backbone(**vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
@@ -318,17 +327,28 @@ def run_convert(options) -> None:
     print(f"wrote {options.folder}")
 
 
+def run_prepare(options) -> None:
+    from .data.prepared import describe, prepare
+
+    folder = prepare(options.source, options.data_dir)
+    use = f"data.train={options.source}" + (f" data.data_dir={options.data_dir}" if options.data_dir else "")
+    print(f"{folder}: {describe(folder)}; train on them with {use}")
+
+
 def run_bench(options) -> None:
     from .bench import run
     from .config import require
 
-    given = {name: getattr(options, name) for name in ("context", "rounds") if getattr(options, name) is not None}
+    numbers = ("context", "rounds", "packed", "length")
+    given = {name: getattr(options, name) for name in (*numbers, "data") if getattr(options, name) is not None}
     given |= {"random": True} if options.random else {}
     if options.rows:
         sizes = options.rows.split(",")
         require(all(size.isdecimal() and int(size) for size in sizes), "--rows", options.rows, "sizes such as 1,8,32")
         given["rows"] = tuple(map(int, sizes))
-    require(all(given.get(name, 1) >= 1 for name in ("context", "rounds")), "bench", given, "numbers of at least 1")
+    require(all(given.get(name, 1) >= 1 for name in numbers), "bench", given, "numbers of at least 1")
+    if options.remat:
+        given["remat"] = tuple(options.remat.split(",")) if options.name == "train" else options.remat
     run(options.name, options.backbone, options.output, **given)
 
 

@@ -227,11 +227,14 @@ class BackboneSection:
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
     train: str | None = None
-    """a .jsonl file, or a folder with train.jsonl and perhaps validation.jsonl and test.jsonl"""
+    """a .jsonl file, or a folder with train.jsonl and perhaps validation.jsonl and test.jsonl; or tfds:NAME[/CONFIG], a
+    data set that `para-jax prepare` wrote, with perhaps these splits; one split alone: tfds:glue/sst2:train[:90%]"""
     validation: str | None = None
     test: str | None = None
+    data_dir: str | None = None
+    """the folder of tfds: data; default: that of tensorflow_datasets (~/tensorflow_datasets)"""
     task: str | None = None
-    """a name from data/tasks.py: its templates, its metric, its choices"""
+    """a name from data/tasks.py: its templates, its metric, its choices; default: what a tfds: name stands for"""
     prompt: str | None = None
     """a template over the columns, such as "{instruction}\\n{input}"; default: the column `prompt`"""
     completion: str | None = None
@@ -242,6 +245,9 @@ class DataSection:
     reported"""
     buckets: int = 3
     """the most padded lengths that training compiles for"""
+    packing: bool = False
+    """put several examples into each training row of max_seq_length tokens (`buckets` is not used then); evaluation
+    stays one example a row"""
 
     def __post_init__(self):
         for name in ("train", "validation", "test"):
@@ -273,9 +279,11 @@ class TrainSection:
     adam_b1: float = 0.9
     adam_b2: float = 0.999
     adam_eps: float = 1e-8
-    remat: str = "none"
-    """none (keep the outputs of the linears) | block (keep a layer's input only) for the backward pass"""
+    remat: str = "dots"
+    """what the backward pass keeps of a layer: none (all it needs: nothing is made anew) | dots (the outputs of the
+    linears) | block (the layer's input only)"""
 
+    REMATS: typing.ClassVar = ("none", "dots", "block")
     SCHEDULES: typing.ClassVar = ("constant", "linear", "cosine")
 
     def __post_init__(self):
@@ -299,7 +307,7 @@ class TrainSection:
             "at least 1",
         )
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "more than 0")
-        require(self.remat in ("none", "block"), "train.remat", self.remat, "none or block")
+        require(self.remat in self.REMATS, "train.remat", self.remat, one_of(self.REMATS))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,9 @@ PEAK_FLOPS = {
     "NVIDIA GB200": 2500e12,
 }
 
+#: How long a process that ends waits for the others of its run. One that stops alone, by an error, waits in vain.
+SHUTDOWN_SECONDS = 30
+
 
 def start(runtime: RuntimeSection) -> None:
     """Joins the run's other processes, prints the devices and turns the compilation cache on, as the config says.
@@ -67,10 +70,10 @@ def join(runtime: RuntimeSection) -> None:
     """
     if runtime.coordinator is None or jax.distributed.is_initialized():
         return
-    given = {"num_processes": runtime.num_processes, "process_id": runtime.process_id}
-    address = {} if runtime.coordinator == "auto" else {"coordinator_address": runtime.coordinator} | given
+    address = None if runtime.coordinator == "auto" else runtime.coordinator
+    given = address, runtime.num_processes, runtime.process_id
     try:
-        jax.distributed.initialize(**address)
+        jax.distributed.initialize(*given, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except (ValueError, RuntimeError, OSError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(

@@ -21,15 +21,35 @@ from jaxtyping import Array, Float, Int
 from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from .adapters.methods import METHODS
 from .adapters.rows import Rows, Stack, by_layer, check_fits, gather
-from .backbone.attention import causal_mask
-from .backbone.cache import attend_cached, attend_within, padded
+from .adapters.segments import adjust_segments
+from .backbone.cache import attend_cached, padded
+from .backbone.kernels import self_attention
 from .backbone.rotary import rotary_tables
-from .backbone.transformer import Transformer, segments
+from .backbone.transformer import Transformer, periods
 from .config import SITES, ModelConfig
 
-#: What the backward pass keeps of a layer: the outputs of its linears. Attention weights and everything elementwise are
-#: made anew, which costs less than storing them.
-LINEAR_OUTPUTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+#: What the backward pass keeps of a layer, beside its input: everything; the outputs of its linears (attention weights
+#: and everything elementwise are made anew, which costs less than storing them); nothing.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda step: step,
+    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "block": jax.checkpoint,
+}
+
+
+class Segments(NamedTuple):
+    """Where the examples of packed rows stand."""
+
+    segment: jax.Array
+    """int32 [rows, T]: each token's segment; -1 is padding"""
+    start: jax.Array
+    """int32 [rows, segments]: where a segment's first token stands"""
+
+    @property
+    def position(self) -> Int[Array, "rows T"]:
+        """Each token's place in its segment."""
+        start = jnp.take_along_axis(self.start, jnp.maximum(self.segment, 0), axis=1)
+        return jnp.arange(self.segment.shape[1]) - jnp.where(self.segment < 0, 0, start)
 
 
 class DecodeState(NamedTuple):
@@ -213,7 +233,7 @@ def decode_step(
 ) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """decode, to be used inside a larger compiled program."""
     max_length = state.cache[0][0].shape[2]
-    tables = {kind.rotary: rotary_tables(kind.rotary, state.length[:, None]) for kind in model.config.kinds}
+    tables = tables_of(model.config, state.length[:, None])
 
     def step(x, layer, inputs):
         cache, adjustment = inputs
@@ -230,26 +250,42 @@ def decode_step(
     return logits, DecodeState(tuple(cache), state.adjustments, jnp.where(full, state.length, state.length + 1))
 
 
-def residual_stream(model, adapters, tokens, prompt_length, *, keep: Callable | None = None, remat: bool = False):
+def residual_stream(
+    model,
+    adapters,
+    tokens,
+    prompt_length,
+    *,
+    segments: Segments | None = None,
+    keep: Callable | None = None,
+    remat: str = "dots",
+):
     """The residual stream [batch, T, width] before the final norm, and a list over layers of what
     keep(x that entered, (keys, values), float32 adjustment) gives; [None, ...] without `keep`.
 
     Args:
-        remat: keep nothing of a layer for the backward pass but its input; else the outputs of its linears are kept.
+        prompt_length: int32 [batch]; of packed rows [batch, segments].
+        segments: of packed rows; adjustments then lead with [batch, segments].
+        remat: a name of REMAT.
     """
-    positions = jnp.arange(tokens.shape[1])
-    tables = {kind.rotary: rotary_tables(kind.rotary, positions) for kind in model.config.kinds}
-    masks = {kind.window: causal_mask(tokens.shape[1], kind.window)[None] for kind in model.config.kinds}
+    positions = segments.position if segments else jnp.arange(tokens.shape[1])
+    tables = tables_of(model.config, positions)
+    attend = self_attention(model.config, model.dtype, tokens.shape[1], segments.segment if segments else None)
     weights, make = (None, lambda *_: None) if adapters is None else by_layer(adapters)
 
     def step(x, layer, weights):
-        adjustment = make(weights, x, prompt_length)
-        adjust = batched_adjust(cast(adjustment, x.dtype))
-        out, kept = layer(x, adjust, tables[layer.kind.rotary], attend_within(masks[layer.kind.window]))
+        adjustment = make(weights, x, prompt_length, *([segments.start] if segments else []))
+        adjust = batched_adjust(cast(adjustment, x.dtype), segments)
+        out, kept = layer(x, adjust, tables[layer.kind.rotary], attend[layer.kind.window])
         return out, keep(x, kept, adjustment) if keep else None
 
-    kept_step = jax.checkpoint(step, policy=None if remat else LINEAR_OUTPUTS)
-    return through_layers(model, kept_step, model.embed(tokens), weights)
+    return through_layers(model, REMAT[remat](step), model.embed(tokens), weights)
+
+
+def tables_of(config: ModelConfig, positions: jax.Array) -> dict:
+    """The rotary tables of every kind of layer, each made once."""
+    rotaries = dict.fromkeys(kind.rotary for kind in config.kinds)
+    return {rotary: rotary_tables(rotary, positions) for rotary in rotaries}
 
 
 def through_layers(model: Transformer, step: Callable, x: jax.Array, inputs) -> tuple[jax.Array, list]:
@@ -274,7 +310,7 @@ def by_scan(model, step, x, inputs):
     if isinstance(inputs, list):
         inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
     outputs: list = [None] * model.config.num_layers
-    for (start, period, repeats), group in zip(segments(model.config.kinds), model.layers, strict=True):
+    for (start, period, repeats), group in zip(periods(model.config.kinds), model.layers, strict=True):
         stop = start + period * repeats
         of_position = [strided(inputs, start + j, stop, period) for j in range(period)]
         x, kept = jax.lax.scan(partial(one_period, step), x, (list(group), of_position))
@@ -296,12 +332,14 @@ def one_period(step, x, layers_and_inputs):
     return x, outputs
 
 
-def batched_adjust(adjustment: Adjustment | None) -> Callable:
+def batched_adjust(adjustment: Adjustment | None, segments: Segments | None = None) -> Callable:
     """adjust(site, x, y) over a batch, from an adjustment whose arrays lead with the batch, or that is Shared."""
     if adjustment is None:
         return lambda site, x, y: y
     if isinstance(adjustment, Shared):
         return adjustment.adjust
+    if segments is not None:
+        return adjust_segments(adjustment, segments.segment)
     return lambda site, x, y: jax.vmap(lambda a, x, y: a.adjust(site, x, y))(adjustment, x, y)
 
 

@@ -20,7 +20,8 @@ from .backbone.weights import parameter_shapes
 from .config import LoraConfig, ParaConfig, RunConfig, adapter_method, config_dict, load_config
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
-from .data.sources import encode_records, load_records, split_files
+from .data.prepared import NotPrepared, is_tfds
+from .data.sources import SPLITS, encode_records, load_records
 from .data.tasks import TASKS
 from .data.tokenizer import load_tokenizer
 from .model import init_adapter
@@ -65,12 +66,13 @@ def data_lines(config: RunConfig) -> list[str]:
         raise ValueError(f"data.task: {config.data.task!r} is not possible; expected one of {', '.join(TASKS)}")
     if config.data.train is None:
         return ["data       data.train is not set"]
-    if not Path(config.data.train).expanduser().exists():
+    if not is_tfds(config.data.train) and not Path(config.data.train).expanduser().exists():
         return [f"data       {config.data.train}: not there yet"]
-    return [
-        f"data       {split}: {len(load_records(config.data, split) or [])} records"
-        for split in split_files(config.data)
-    ]
+    try:
+        found = {split: load_records(config.data, split) for split in SPLITS}
+    except NotPrepared as error:
+        return [f"data       {error}"]
+    return [f"data       {split}: {len(records)} records" for split, records in found.items() if records]
 
 
 def mesh_rows(config: RunConfig) -> int:

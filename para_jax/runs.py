@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -22,9 +22,13 @@ from . import devices
 from .adapters.adapter import Adapter
 from .adapters.files import load_adapter, save_adapter
 from .adapters.folder import mend_folder
+from .backbone.kernels import attention_kernel
 from .backbone.load import load_backbone
 from .config import ModelConfig, RunConfig, config_dict, load_config, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
+from .data.examples import Example
+from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
+from .data.reader import read
 from .data.sources import Encoded, encode_records, load_records
 from .data.tokenizer import load_tokenizer
 from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
@@ -65,11 +69,27 @@ class Work(NamedTuple):
 
     data: Encoded
     buckets: tuple[Bucket, ...]
-    plan: Plan
+    plan: Plan | PackingPlan
     rows: int
     """of a pass, over all devices"""
     passes: int
     total_steps: int
+
+    def batch(self, step: int) -> tuple[Bucket, Batch | Packed, int]:
+        """Global batch `step`: NumPy arrays [rows * passes, ...], and how many tokens they hold without padding."""
+        if isinstance(self.plan, PackingPlan):
+            chosen = [[self.data.examples[i] for i in row] for row in self.plan.batch_rows(step)]
+            packed = collate_packed(chosen, self.plan.shape, self.rows * self.passes)
+            return self.buckets[0], packed, int((packed.segment >= 0).sum())
+        index, chosen = self.plan.batch_indices(step)
+        made = collate([self.data.examples[i] for i in chosen], self.buckets[index], self.rows * self.passes)
+        return self.buckets[index], made, int(made.length[: len(chosen)].sum())
+
+    def chosen(self, step: int) -> list[int]:
+        """The examples of global batch `step`."""
+        if isinstance(self.plan, PackingPlan):
+            return [i for row in self.plan.batch_rows(step) for i in row]
+        return self.plan.batch_indices(step)[1]
 
 
 def train(config: RunConfig) -> TrainResult:
@@ -102,14 +122,28 @@ def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
     records = load_records(config.data, "train")
     data = encode_records(records or [], tokenizer, config.data)
     devices.say(f"training data: {data.report()}")
-    buckets = plan_buckets(data.examples, config.data.buckets)
     rows, passes = (
         config.train.per_device_batch_size * mesh.shape["data"] * mesh.shape["fsdp"],
         config.train.gradient_accumulation_steps,
     )
-    order = plan(example_lengths(data.examples), buckets=buckets, rows=rows * passes, seed=config.seed)
+    buckets, order = plan_order(config, data.examples, rows * passes)
     steps = config.train.max_steps or math.ceil(config.train.num_epochs * order.batches_per_epoch)
     return Work(data, buckets, order, rows, passes, steps)
+
+
+def plan_order(config: RunConfig, examples: list[Example], rows: int) -> tuple[tuple[Bucket, ...], Plan | PackingPlan]:
+    """The compiled shapes, and which examples a global batch of so many rows holds."""
+    if not config.data.packing:
+        buckets = plan_buckets(examples, config.data.buckets)
+        return buckets, plan(example_lengths(examples), buckets=buckets, rows=rows, seed=config.seed)
+    order = plan_packing(examples, length=config.data.max_seq_length, rows=rows, seed=config.seed)
+    length, completion, segments = order.shape
+    padding = 1 - sum(example_lengths(examples)) / (len(order.packed) * length)
+    devices.say(
+        f"packed {len(examples)} examples into {len(order.packed)} rows of {length} tokens, at most {segments} a row; "
+        f"{padding:.1%} of the tokens are padding"
+    )
+    return (Bucket(length, completion),), order
 
 
 def fit(
@@ -124,6 +158,7 @@ def fit(
 ) -> TrainResult:
     """The training loop, with a backbone that is loaded already. The folder must be claimed."""
     folder = Path(config.output_dir)
+    say_attention(model, work.buckets, mesh)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
         state = init_state(fresh, config.train, work.total_steps)
@@ -167,6 +202,13 @@ def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:
     return arrays_of_first(load_adapter(folder / "adapter", model.config, model=model) if is_first() else empty)
 
 
+def say_attention(model, buckets: tuple[Bucket, ...], mesh) -> None:
+    """Names the kernels of training's attention, and why they are used."""
+    on = mesh.devices.flat[0].platform
+    found = {attention_kernel(model.config, bucket.length, model.dtype, on) for bucket in buckets}
+    devices.say("attention: " + "; ".join(f"{kernel} ({why})" for kernel, why in sorted(found)))
+
+
 class Loop(NamedTuple):
     """The steps of a run. A NamedTuple, for its parts are handed on and never change."""
 
@@ -188,20 +230,23 @@ class Loop(NamedTuple):
         compiled: set[Bucket] = set()
         done: Done | None = None
         saved = progress.step
-        bar = tqdm(total=self.work.total_steps, initial=saved, desc="training", unit="step", disable=silent())
-        with bar:
+        total = self.work.total_steps
+        with (
+            closing(read(self.work.batch, saved, total)) as batches,
+            tqdm(total=total, initial=saved, desc="training", unit="step", disable=silent()) as bar,
+        ):
             while True:
                 stopping = self.stop.reached(progress.step)
-                last = progress.step == self.work.total_steps
+                last = progress.step == total
                 if not stopping and progress.evaluated < progress.step and (last or self.due("eval", progress.step)):
-                    done = self.read(done, bar)
+                    done = self.log_values(done, bar)
                     try:
                         progress = self.evaluate(state, progress)
                     except Interrupted:
                         stopping = True
                 last = last or self.out_of_patience(progress)
                 if saved < progress.step and (stopping or last or self.due("checkpoint", progress.step)):
-                    done = self.read(done, bar)
+                    done = self.log_values(done, bar)
                     save_checkpoint(self.checkpoints, state, progress)
                     saved = progress.step
                 if stopping:
@@ -209,31 +254,32 @@ class Loop(NamedTuple):
                 if last:
                     by_first(lambda: finish_saving(self.checkpoints))
                     return state, progress
-                state, done = self.step(state, progress.step, done, compiled, bar)
+                state, done = self.step(state, batches, progress.step + 1, done, compiled, bar)
                 progress = progress._replace(step=progress.step + 1)
                 require_saved(self.checkpoints)
 
     def step(
-        self, state: TrainState, step: int, done: Done | None, compiled: set[Bucket], bar: tqdm
+        self, state: TrainState, batches: Iterator, step: int, done: Done | None, compiled: set[Bucket], bar: tqdm
     ) -> tuple[TrainState, Done]:
-        """Dispatches the step after `step` steps, then reads the values of the one before."""
+        """Dispatches the step with this number (from 1), then logs the one before."""
         begun: float | None = time.monotonic()
-        bucket, batch, tokens = self.batch(step)
+        bucket, batch, tokens = next(batches)
+        batch = self.placed(batch)
         waited, dispatch = time.monotonic() - begun, self.step_function(bucket)
-        self.profiler.before(step + 1)
-        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+        self.profiler.before(step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
             if bucket in compiled:
                 state, values = dispatch(state, self.model, batch)
             else:
                 compiled.add(bucket)
-                done, begun = self.read(done, bar), None  # compiling is not a step's time
+                done, begun = self.log_values(done, bar), None  # compiling is not a step's time
                 with devices.compiling(f"the training step for {self.work.rows} rows of {bucket.length} tokens"):
                     state, values = jax.block_until_ready(dispatch(state, self.model, batch))
-        self.profiler.after(step + 1, values)
-        self.read(done, bar)
-        return state, Done(step + 1, values, tokens, begun, waited)
+        self.profiler.after(step, values)
+        self.log_values(done, bar)
+        return state, Done(step, values, tokens, begun, waited)
 
-    def read(self, done: Done | None, bar: tqdm) -> None:
+    def log_values(self, done: Done | None, bar: tqdm) -> None:
         """Waits for the values of a step and logs them.
 
         Raises ValueError, with the step's examples, where one is not finite.
@@ -241,13 +287,13 @@ class Loop(NamedTuple):
         if done is None:
             return
         values = {name: float(value) for name, value in done.values.items()}
-        require_finite(done.step, values, self.examples(done.step))
+        if not all(map(math.isfinite, values.values())):
+            require_finite(done.step, values, self.examples(done.step))
         self.log.step(done, values, bar)
 
     def examples(self, step: int) -> str:
         """Where the examples of the step with this number (from 1) come from."""
-        _, chosen = self.work.plan.batch_indices(step - 1)
-        return places([self.work.data.records[i].place for i in chosen])
+        return places([self.work.data.records[i].place for i in self.work.chosen(step - 1)])
 
     def due(self, what: str, step: int) -> bool:
         """Whether a step is one after which to evaluate ("eval") or to save ("checkpoint")."""
@@ -263,13 +309,9 @@ class Loop(NamedTuple):
         )
         self.stop.end()
 
-    def batch(self, step: int) -> tuple[Bucket, Batch, int]:
-        """Global batch `step`, its arrays [passes, rows, ...], and how many tokens it holds without padding."""
-        index, chosen = self.work.plan.batch_indices(step)
-        bucket, rows, passes = self.work.buckets[index], self.work.rows, self.work.passes
-        batch = collate([self.work.data.examples[i] for i in chosen], bucket, rows * passes)
-        tokens = int(batch.length[: len(chosen)].sum())
-        return bucket, jax.tree.map(lambda a: rows_over(a.reshape(passes, rows, *a.shape[1:])), batch), tokens
+    def placed(self, batch: Batch | Packed) -> Batch | Packed:
+        """The batch on the mesh, its arrays [passes, rows, ...]."""
+        return jax.tree.map(lambda a: rows_over(a.reshape(self.work.passes, self.work.rows, *a.shape[1:])), batch)
 
     def step_function(self, bucket: Bucket) -> Callable:
         static = dict(completion=bucket.completion, config=self.config.train, total_steps=self.work.total_steps)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .adapters.adapter import Adapter
+from .backbone.kernels import attention_kernel
 from .backbone.load import abstract_backbone, load_model_config
 from .config import SITES, ModelConfig, RunConfig, require
 from .data.batches import Batch
+from .data.packing import Packed
 from .hlo import Program, collectives_run, describe_program
 from .model import init_adapter
 from .sharding import RULES, make_mesh, tree_shardings
@@ -27,6 +29,8 @@ from .training.step import TrainState, init_state, train_step
 CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 TOO_MUCH = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm|\(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)G\)")
 GIB = 2**30
+#: Packed rows are compiled for as many examples as if each had so many tokens.
+TOKENS_AN_EXAMPLE = 64
 
 
 class Compiled(NamedTuple):
@@ -116,7 +120,7 @@ def compile_step(config: RunConfig, mesh: Mesh) -> Compiled:
     return Compiled(program, program.memory, None, collectives_run(compiled.as_text() or ""), seconds)
 
 
-def step_arguments(config: RunConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Any, Batch]:
+def step_arguments(config: RunConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Any, Batch | Packed]:
     """The abstract arguments of train_step as a run on this mesh would hand them over, shardings included."""
     model_config = load_model_config(config.backbone.source)
     dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
@@ -133,12 +137,17 @@ def step_arguments(config: RunConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainS
         return with_sharding(node, everywhere)
 
     state = jax.tree.map(placed, state, is_leaf=lambda node: isinstance(node, Adapter))
-    rows = batch_rows(config, mesh)
     over_rows = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))  # pyright: ignore[reportArgumentType]
-    lead = (config.train.gradient_accumulation_steps, rows)
-    shapes = ((*lead, config.data.max_seq_length), lead, lead)
-    arrays: list[Any] = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_rows) for shape in shapes]
-    return state, model, Batch(*arrays)
+    lead = (config.train.gradient_accumulation_steps, batch_rows(config, mesh))
+    whole, one = (config.data.max_seq_length,), (packed_examples(config),) if config.data.packing else ()
+    kind, shapes = (Packed, (whole, whole, one, one, one, whole)) if config.data.packing else (Batch, (whole, one, one))
+    arrays: list[Any] = [jax.ShapeDtypeStruct((*lead, *shape), jnp.int32, sharding=over_rows) for shape in shapes]
+    return state, model, kind(*arrays)
+
+
+def packed_examples(config: RunConfig) -> int:
+    """Examples that a packed row is taken to hold, where the data isn't read."""
+    return max(1, config.data.max_seq_length // TOKENS_AN_EXAMPLE)
 
 
 def with_sharding(leaf, sharding):
@@ -159,10 +168,12 @@ def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh) -> list[
     model = load_model_config(config.backbone.source)
     tokens = batch_rows(config, mesh) * passes * longest
     flops = 4 * matrix_weights(model) * tokens / mesh.size
+    kernel, why = attention_kernel(model, longest, config.backbone.dtype or "bfloat16", "tpu")
     return [
         f"slice      {topology}: {mesh.size} chips; mesh {sizes}",
         f"a step     {passes} x {batch_rows(config, mesh)} rows of {longest} tokens, any of them completion; "
-        f"remat {config.train.remat}",
+        f"remat {config.train.remat}" + (f"; packed, {packed_examples(config)} examples a row" * config.data.packing),
+        f"attention  {kernel} ({why})",
         f"FLOPs      {flops / 1e12:.1f} T a chip and step: 4 a weight of the matrix products and token, attention not "
         "counted",
     ]
@@ -212,7 +223,8 @@ def activation_bytes(config: RunConfig, model: ModelConfig, mesh: AbstractMesh) 
     size = jnp.dtype(config.backbone.dtype or "bfloat16").itemsize
     linears = sum(map(model.site_width, SITES)) / mesh.shape["tensor"]
     kept = model.width + (0 if config.train.remat == "block" else linears)
-    scores = 4 * rows * model.num_heads / mesh.shape["tensor"] * tokens * tokens
+    kernel, _ = attention_kernel(model, tokens, config.backbone.dtype or "bfloat16", "tpu")
+    scores = 4 * rows * model.num_heads / mesh.shape["tensor"] * tokens * tokens * (kernel == "plain")
     at_work = 2 * scores + 3 * rows * tokens * linears * size + 2**28
     return int(rows * tokens * kept * size * model.num_layers + at_work)
 

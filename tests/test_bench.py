@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import FIXTURES, backbone, prompts
+from tiny_run import backbone_folder, rows_of_text, write_rows
 
 from para_jax import bench, forward
 from para_jax.bench import decode as bench_decode
@@ -12,10 +13,11 @@ from para_jax.bench import train as bench_train
 from para_jax.bench.rounds import interleaved, paired, summary
 from para_jax.inference.generate import next_token
 from para_jax.plots import decode_plot
+from para_jax.topology import matrix_weights
 
 BACKBONE = str(FIXTURES / "smollm2")
 DECODE = dict(rows=(2,), context=4, rounds=3, bank=5)
-TRAIN = dict(rows=2, prompt=4, completion=3, rounds=2)
+TRAIN = dict(rows=(2,), prompt=4, completion=3, rounds=2)
 
 
 def test_sides_are_measured_in_turn_and_the_first_run_does_not_count():
@@ -100,20 +102,37 @@ def test_random_weights_have_the_shape_that_is_named():
     assert np.isfinite(logits).all() and logits.std() > 0.1
 
 
-def test_the_training_step_is_measured_with_and_without_remat():
-    measured = bench.BENCHMARKS["train"](BACKBONE, **TRAIN)
-    assert list(measured["medians"]) == ["remat none", "remat block"]
+def test_the_training_step_is_measured_by_what_the_backward_pass_keeps(monkeypatch):
+    monkeypatch.setitem(bench_train.devices.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    measured = bench.BENCHMARKS["train"](BACKBONE, **TRAIN, packed=2, random=True, remat=("dots", "block"))
+    assert list(measured["medians"]) == ["remat dots", "remat block"]
     assert all(value > 0 for value in measured["medians"].values()) and len(measured["rounds"]) == 2
+    rate, share = measured["medians"]["remat dots"], measured["ratios"]["remat dots: share of the peak"]
+    assert share == pytest.approx(rate * 4 * matrix_weights(backbone("smollm2").config) / 1e9)
+
+
+def test_packing_is_measured_beside_the_padding_that_it_removes(tmp_path):
+    backbone_folder(tmp_path / "backbone")
+    data = write_rows(tmp_path / "train.jsonl", rows_of_text(40, seed=0))
+    measured = bench.BENCHMARKS["packing"](str(tmp_path / "backbone"), data=str(data), length=64, rows=(2,), rounds=1)
+    assert list(measured["medians"]) == ["packed", "3 buckets", "1 bucket"]
+    full = measured["share_of_real_tokens"]
+    assert 1 >= full["packed"] > full["1 bucket"] and full["3 buckets"] >= full["1 bucket"]
+    removed = measured["ratios"]["packed / 1 bucket, by the padding removed"]
+    assert removed == full["packed"] / full["1 bucket"]
+    assert measured["ratios"]["packed / 1 bucket"] == paired(measured["rounds"], "packed", "1 bucket")
 
 
 def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(bench.BENCHMARKS, "train", lambda backbone: bench_train.bench_train(backbone, **TRAIN))
+    monkeypatch.setitem(
+        bench.BENCHMARKS, "train", lambda backbone: bench_train.bench_train(backbone, **TRAIN, remat=("dots", "none"))
+    )
     record = bench.run("train", BACKBONE, tmp_path / "results" / "train.json")
     assert json.loads((tmp_path / "results" / "train.json").read_text()) == record
     assert record["command"] == f"para-jax bench train --backbone {BACKBONE}"
     assert {"device", "versions", "medians", "ratios", "rounds", "unit"} <= set(record)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[:3]] == ["remat none", "remat block", "remat block / none"]
+    assert [line.split("  ")[0] for line in lines[:3]] == ["remat dots", "remat none", "none / dots"]
     assert "tokens/s" in lines[0]
 
 

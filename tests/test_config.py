@@ -147,7 +147,7 @@ def test_a_value_in_the_place_of_a_section_names_it():
     ("train.per_device_batch_size=0", "at least 1"),
     ("train.gradient_accumulation_steps=0", "at least 1"),
     ("train.max_grad_norm=0", "more than 0"),
-    ("train.remat=all", "none or block"),
+    ("train.remat=all", "one of none, dots, block"),
     ("eval.every=0", "at least 1 step"),
     ("eval.metric=bleu", "one of loss, exact_match"),
     ("eval.limit=0", "at least 1 example"),

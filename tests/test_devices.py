@@ -49,15 +49,12 @@ def test_a_machine_with_an_unused_accelerator_stops_and_says_what_to_install(mon
 
 @pytest.mark.parametrize(("runtime", "given"), [
     (RuntimeSection(), None),
-    (RuntimeSection(coordinator="auto"), {}),
-    (
-        RuntimeSection(coordinator="a:80", num_processes=2, process_id=1),
-        {"coordinator_address": "a:80", "num_processes": 2, "process_id": 1},
-    ),
+    (RuntimeSection(coordinator="auto"), (None, None, None)),
+    (RuntimeSection(coordinator="a:80", num_processes=2, process_id=1), ("a:80", 2, 1)),
 ])  # fmt: skip
 def test_a_run_joins_the_hosts_that_its_config_names_or_lets_jax_find_them(runtime, given, monkeypatch):
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
     join(runtime)
     assert calls == ([] if given is None else [given])
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)

@@ -15,7 +15,6 @@ from jax.sharding import AbstractMesh, AxisType
 
 from para_jax import (
     LayerKind,
-    LoraConfig,
     ModelConfig,
     ParaConfig,
     RotaryConfig,
@@ -31,7 +30,6 @@ from para_jax import (
 from para_jax.backbone.load import abstract_backbone
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
-from para_jax.inference.generate import generate_tokens
 from para_jax.sharding import place, rows_over, tree_shardings
 from para_jax.training.step import init_state, train_step
 
@@ -43,9 +41,10 @@ CONFIG = ModelConfig(model_type="llama", kinds=(LayerKind(rotary=RotaryConfig(di
 TRAIN = TrainSection(adam_b1=0.0, max_grad_norm=1e9)
 
 
-def model_on(mesh, layout):
-    """The same random weights, laid out over a mesh."""
-    return place(Transformer(CONFIG, rngs=nnx.Rngs(0)).with_layout(layout), mesh, CONFIG)
+@cache
+def model(layout):
+    """The same random weights in both layouts."""
+    return Transformer(CONFIG, rngs=nnx.Rngs(0)).with_layout(layout)
 
 
 def adapters():
@@ -69,8 +68,8 @@ def loss_and_gradient(*sizes):
     with jax.set_mesh(mesh):
         state = init_state(place(adapters()[0], mesh, CONFIG), config, 10)
         over = jax.tree.map(lambda a: rows_over(a[None]), batch())
-        model = model_on(mesh, "stacked")
-        state, values = train_step(state, model, over, completion=COMPLETION, config=config, total_steps=10)
+        on_mesh = place(model("stacked"), mesh, CONFIG)
+        state, values = train_step(state, on_mesh, over, completion=COMPLETION, config=config, total_steps=10)
     gradient = optax.tree_utils.tree_get(state.optimizer, "mu")
     return float(values["loss"]), [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
 
@@ -89,29 +88,24 @@ def test_loss_and_gradients_are_those_of_one_device(sizes):
 
 @cache
 def written(tensor: int):
-    """The tokens that a batch of three tenants and the base model writes, and the logits of every step, where the
-    tokens are those of one device."""
+    """The tokens that a batch of three tenants and the base model writes greedily, and the logits of every step."""
     mesh = make_mesh(tensor=tensor)
-    prompts = batch().tokens[:4]
     with jax.set_mesh(mesh):
-        model = model_on(mesh, "layers")
-        stack = place(stack_adapters(adapters()), mesh, CONFIG)
-        rows = pick(stack, np.array([0, 1, 2, -1]))
-        tokens = generate_tokens(model, rows, prompts.tolist(), max_new_tokens=8)
-        given = np.array(tokens if tensor == 1 else written(1)[0], np.int32)
-        logits, state = prefill(model, rows, prompts, LENGTH, max_length=32)
+        on_mesh = place(model("layers"), mesh, CONFIG)
+        rows = pick(place(stack_adapters(adapters()), mesh, CONFIG), np.array([0, 1, 2, -1]))
+        logits, state = prefill(on_mesh, rows, batch().tokens[:4], LENGTH, max_length=32)
         steps = [np.asarray(logits)]
-        for column in given.T[:-1]:
-            logits, state = decode(model, state, column)
+        for _ in range(7):
+            logits, state = decode(on_mesh, state, steps[-1].argmax(axis=-1))
             steps.append(np.asarray(logits))
-    return tokens, np.stack(steps, axis=1)
+    return np.stack(steps, axis=1).argmax(axis=-1), np.stack(steps, axis=1)
 
 
 def test_generation_under_tensor_parallelism_is_that_of_one_device():
     (tokens, logits), (alone, expected) = written(4), written(1)
-    assert tokens == alone and {len(row) for row in tokens} == {8}
+    np.testing.assert_array_equal(tokens, alone)
     np.testing.assert_allclose(logits, expected, atol=2e-4)
-    assert np.array_equal(np.array(alone), expected.argmax(axis=-1))
+    assert len({tuple(row) for row in tokens}) == 4 and logits.std() > 0.1
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts

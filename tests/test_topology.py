@@ -1,6 +1,7 @@
 """The dry run for a slice compiles the run's own step, with the arguments that the run would hand over. The devices are
 virtual CPU devices here: the TPU's compiler is not among the tests' requirements."""
 
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
 import jax
@@ -13,12 +14,14 @@ from tiny_run import run_config, run_folder
 
 from para_jax import init_adapter, load_backbone, make_mesh
 from para_jax.config import load_config
+from para_jax.data.packing import Packed
 from para_jax.hlo import collectives_run
 from para_jax.sharding import place, rows_over
 from para_jax.topology import (
     TOO_MUCH,
     batch_rows,
     compile_step,
+    header,
     matrix_weights,
     parsed_topology,
     shard_bytes,
@@ -69,6 +72,15 @@ def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
     layers = load_backbone(config.backbone.source).config.num_layers
     assert sum(found.collectives.values()) > layers * 3  # the scan's body counts for every layer
     assert sum(found.collectives.values()) > sum(found.program.collectives.values())
+
+
+def test_packed_rows_are_compiled_with_their_segments(config):
+    config = replace(config, data=replace(config.data, packing=True, max_seq_length=128))
+    _, _, batch = step_arguments(config, mesh := make_mesh(**vars(config.mesh)))
+    assert isinstance(batch, Packed) and batch.start.shape == (1, batch_rows(config, mesh), 2)
+    assert compile_step(config, mesh).program
+    shown = "\n".join(header(config, "v5e:2x4", mesh))
+    assert "rows of 128 tokens" in shown and "packed, 2 examples a row" in shown and "splash (on a TPU)" in shown
 
 
 def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns():

@@ -51,9 +51,12 @@ class Adapter(nnx.Module):
     #: The weight of a site that changes nothing.
     neutral = 0.0
 
-    def pool(self, x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
-        """The summary [width] of a prompt, from the residual stream x [length, width] that enters the layer."""
-        return x[prompt_length - 1]
+    def pool(
+        self, x: Float[Array, "length width"], prompt_length: Int[Array, ""], start: Int[Array, ""] | int = 0
+    ) -> Float[Array, " width"]:
+        """The summary [width] of the prompt that begins at `start`, from the residual stream x [length, width] that
+        enters the layer."""
+        return x[start + prompt_length - 1]
 
     def condition(self, summary: Float[Array, " width"]) -> Adjustment:
         """The adjustment of one example, from its summary [width]; runs once a prompt."""

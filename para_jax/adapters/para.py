@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..config import ModelConfig, ParaConfig
 from .adapter import Adapter, AdapterParam, Factors, Statistic, describe
@@ -46,8 +48,10 @@ class Para(Adapter):
         self.config = config
         self.backbone = describe(model)
 
-    def pool(self, x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
-        return POOLERS[self.config.pooler](x, prompt_length)
+    def pool(
+        self, x: Float[Array, "length width"], prompt_length: Int[Array, ""], start: Int[Array, ""] | int = 0
+    ) -> Float[Array, " width"]:
+        return POOLERS[self.config.pooler](x, prompt_length, start)
 
     def condition(self, summary: Float[Array, " width"]) -> Factors:
         """The factors, made in float32."""
@@ -70,23 +74,26 @@ class Para(Adapter):
         return ACTIVATIONS[self.config.activation](x)
 
 
-def last(x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
-    return x[prompt_length - 1]
+def last(x: Float[Array, "length width"], prompt_length, start=0) -> Float[Array, " width"]:
+    return x[start + prompt_length - 1]
 
 
-def mean(x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
-    in_prompt = (jnp.arange(x.shape[0]) < prompt_length)[:, None]
-    return jnp.sum(jnp.where(in_prompt, x.astype(jnp.float32), 0), axis=0) / prompt_length
+def mean(x: Float[Array, "length width"], prompt_length, start=0) -> Float[Array, " width"]:
+    return jnp.sum(jnp.where(in_prompt(x, prompt_length, start), x.astype(jnp.float32), 0), axis=0) / prompt_length
 
 
-def maximum(x: Float[Array, "length width"], prompt_length: Int[Array, ""]) -> Float[Array, " width"]:
-    in_prompt = (jnp.arange(x.shape[0]) < prompt_length)[:, None]
-    return jnp.max(jnp.where(in_prompt, x, -jnp.inf), axis=0)
+def maximum(x: Float[Array, "length width"], prompt_length, start=0) -> Float[Array, " width"]:
+    return jnp.max(jnp.where(in_prompt(x, prompt_length, start), x, -jnp.inf), axis=0)
 
 
-#: Poolers over one prompt: x [length, width] and its length in tokens to [width]. `constant` replaces what `last`
-#: gives.
-POOLERS = {"last": last, "mean": mean, "max": maximum, "constant": last}
+def in_prompt(x: Float[Array, "length width"], prompt_length, start) -> Bool[Array, "length 1"]:
+    after = jnp.arange(x.shape[0]) - start
+    return ((after >= 0) & (after < prompt_length))[:, None]
+
+
+#: Poolers over one prompt: x [length, width], the prompt's tokens and its first one's place to [width]. `constant`
+#: replaces what `last` gives.
+POOLERS: dict[str, Callable] = {"last": last, "mean": mean, "max": maximum, "constant": last}
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

@@ -76,12 +76,17 @@ def by_layer(adapters: Adapter | Rows | Groups) -> tuple[object, Callable]:
 
     The function takes (one layer's weights, x [batch, length, width], prompt_length [batch]) and gives an Adjustment
     whose arrays lead with the batch (or that is Shared), in float32. Only the batch's tenants are gathered, a layer at
-    a time.
+    a time. Of packed rows it takes prompt_length and start [batch, segments] and gives arrays that lead with (batch,
+    segments).
     """
     if isinstance(adapters, Rows):
         stacks = tuple(jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), stack.adapters) for stack in adapters.stacks)
 
-        def make(layers, x, prompt_length):
+        def make(layers, x, prompt_length, start=None):
+            if start is not None:
+                raise ValueError(
+                    "Rows: an adapter a row is not possible in packed rows; give one adapter for all of them"
+                )
             made = [of_rows(*each, x, prompt_length) for each in zip(layers, adapters.index, strict=True)]
             return merged(made)
 
@@ -90,13 +95,21 @@ def by_layer(adapters: Adapter | Rows | Groups) -> tuple[object, Callable]:
         leading = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), adapters.adapters)
         return leading, lambda layer, x, length: of_groups(layer, adapters, x, length)
     if adapters.shared:
-        return adapters, lambda layer, x, length: Shared(make_adjustment(layer, x[0], length[0]))
-    return adapters, jax.vmap(make_adjustment, in_axes=(None, 0, 0))
+        return adapters, lambda layer, x, length, start=None: Shared(make_adjustment(layer, x[0], length.ravel()[0]))
+    return adapters, make_of_one
 
 
-def make_adjustment(layer: Adapter, x: jax.Array, prompt_length: jax.Array) -> Adjustment:
+def make_of_one(layer: Adapter, x: jax.Array, prompt_length: jax.Array, start: jax.Array | None = None) -> Adjustment:
+    """One layer's adjustments of a batch whose rows, or whose segments of packed rows, use one adapter."""
+    if start is None:
+        return jax.vmap(make_adjustment, in_axes=(None, 0, 0))(layer, x, prompt_length)
+    of_segments = jax.vmap(make_adjustment, in_axes=(None, None, 0, 0))
+    return jax.vmap(of_segments, in_axes=(None, 0, 0, 0))(layer, x, prompt_length, start)
+
+
+def make_adjustment(layer: Adapter, x: jax.Array, prompt_length: jax.Array, start: jax.Array | int = 0) -> Adjustment:
     """One layer's adjustment of one example, from the residual stream x [length, width] that enters the layer."""
-    return layer.condition(layer.pool(x, prompt_length))
+    return layer.condition(layer.pool(x, prompt_length, start))
 
 
 def of_rows(layer: Adapter, index: jax.Array, x: jax.Array, prompt_length: jax.Array) -> Adjustment:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -52,7 +52,7 @@ def load_parameter(
     blocks = needed_blocks(shape, recipe.transpose, sharding)
     values, finite = read_blocks(source, recipe, blocks, dtype)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         held = values[stored_block(index, shape, recipe.transpose)]
         return held if len(shape) == 2 else held[:, 0]
 
@@ -67,7 +67,7 @@ def needed_blocks(
     shape: tuple[int, ...],
     transpose: bool,
     sharding: jax.sharding.Sharding | None,
-    devices: Collection[jax.Device] | None = None,
+    devices: Collection[Any] | None = None,
 ) -> list[Block]:
     """The different parts of a stored tensor that the devices (default: this process's) hold of a parameter."""
     if sharding is None:

@@ -5,19 +5,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from .attention import mixed_values, within
-
-
-def attend_within(mask: Bool[Array, "1 length length"]):
-    """Attention of a whole sequence to itself; keeps its keys and values [batch, kv_heads, length, head_dim]."""
-
-    def attend(q, k, v, scale, cap):
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return mixed_values(q, k, v, mask, scale, cap), (k, v)
-
-    return attend
 
 
 def attend_cached(

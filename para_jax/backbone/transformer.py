@@ -45,7 +45,7 @@ class Transformer(nnx.Module):
     """Embedding, layers, final norm and head. `model.py` runs it: forward, prefill, decode.
 
     layout "layers": `layers` holds one Layer a layer (for decoding). layout "stacked": `layers` holds, for each
-    segment of `segments(config.kinds)`, one Layer a position of the segment's period, whose arrays lead with the
+    cut of `periods(config.kinds)`, one Layer a position of its period, whose arrays lead with the
     repeats (for training, where a scan keeps compile time flat in depth).
     """
 
@@ -99,7 +99,7 @@ def norm(config: ModelConfig, present: bool) -> nnx.Module:
     return RMSNorm(config.width, eps=config.norm_eps, offset=config.norm_offset) if present else Identity()
 
 
-def segments(kinds: tuple[LayerKind, ...]) -> tuple[tuple[int, int, int], ...]:
+def periods(kinds: tuple[LayerKind, ...]) -> tuple[tuple[int, int, int], ...]:
     """The layers cut into (start, period, repeats): runs in which the kinds of layers repeat with a period.
 
     Gemma 3 1B (26 layers, every sixth with full attention) gives (0, 6, 4) and (24, 1, 2).
@@ -129,14 +129,14 @@ def stacked(model: Transformer) -> list:
 
     return [
         nnx.List([stack([model.layers[start + i * period + j] for i in range(repeats)]) for j in range(period)])
-        for start, period, repeats in segments(model.config.kinds)
+        for start, period, repeats in periods(model.config.kinds)
     ]
 
 
 def unstacked(model: Transformer) -> list[Layer]:
     layers: list = [None] * model.config.num_layers
     groups: Any = model.layers
-    for (start, period, repeats), group in zip(segments(model.config.kinds), groups, strict=True):
+    for (start, period, repeats), group in zip(periods(model.config.kinds), groups, strict=True):
         for j, layer in enumerate(group):
             treedef = jax.tree.structure(layer)
             columns = [moved(lambda leaf: list(leaf[0]), [leaf]) for leaf in jax.tree.leaves(layer)]

@@ -19,7 +19,7 @@ from ..plots import decode_plot
 from .decode import bench_decode
 from .load import bench_load
 from .serve import bench_serve
-from .train import bench_train
+from .train import bench_packing, bench_train
 
 #: The names of `para-jax bench`; each gives {"unit", "medians", "rounds", ...} for a backbone.
 BENCHMARKS: dict[str, Callable[..., dict]] = {
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[..., dict]] = {
     "decode": bench_decode,
     "serve": bench_serve,
     "train": bench_train,
+    "packing": bench_packing,
 }
 
 

@@ -1,4 +1,5 @@
-"""`para-jax bench train`: tokens a second of the whole training step."""
+"""`para-jax bench train`: tokens a second of the whole training step, by what the backward pass keeps. `para-jax bench
+packing`: of packed rows beside padded ones."""
 
 from __future__ import annotations
 
@@ -8,36 +9,143 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from .. import devices
 from ..backbone.load import load_backbone
-from ..config import ParaConfig, TrainSection
-from ..data.batches import Batch
+from ..config import DataSection, ParaConfig, TrainSection, require
+from ..data.batches import Batch, Bucket, collate, example_lengths, plan, plan_buckets
+from ..data.examples import Example
+from ..data.packing import Packed, RowShape, collate_packed, plan_packing
+from ..data.sources import encode_records, load_records
+from ..data.tokenizer import load_tokenizer
 from ..model import init_adapter
+from ..topology import matrix_weights
 from ..training.step import init_state, train_step
-from .rounds import interleaved, random_tokens, summary
+from .decode import random_backbone
+from .rounds import interleaved, paired, summary
+
+CONFIG = {"total_steps": 1000}
 
 
-def bench_train(backbone: str, *, rows: int = 8, prompt: int = 48, completion: int = 16, rounds: int = 5) -> dict:
-    """Tokens a second of PARA's whole training step, without and with recomputing each layer in the backward pass."""
-    model = load_backbone(backbone, layout="stacked")
-    sides = {f"remat {remat}": train_side(model, remat, rows, prompt, completion) for remat in ("none", "block")}
+def bench_train(
+    backbone: str,
+    *,
+    rows: tuple[int, ...] = (8,),
+    prompt: int = 48,
+    completion: int = 16,
+    packed: int = 1,
+    random: bool = False,
+    remat: tuple[str, ...] = TrainSection.REMATS,
+    rounds: int = 5,
+) -> dict:
+    """Tokens a second of PARA's whole training step, by train.remat; where the device's peak is known, also the share
+    of it that the products with the backbone's weights take (2 FLOPs forward and 2 backward a weight and token).
+
+    Args:
+        rows: of a step; one number.
+        packed: examples a row; 1: rows are not packed.
+        random: random weights in the shape that `backbone` names.
+    """
+    model = random_backbone(backbone).with_layout("stacked") if random else load_backbone(backbone, layout="stacked")
+    batch = random_batch(model.config.vocab_size, rows[0], packed, prompt, completion)
+    tokens = batch.tokens.size
+    sides = {f"remat {name}": step_time(model, [(completion, batch, tokens)], remat=name) for name in remat}
     found = summary("tokens/s", interleaved(sides, rounds))
-    ratio = found["medians"]["remat block"] / found["medians"]["remat none"]
-    sizes = {"rows": rows, "prompt_tokens": prompt, "completion_tokens": completion}
-    return found | {"ratios": {"remat block / none": ratio}} | sizes
+    ratios = {
+        f"{name} / {remat[0]}": paired(found["rounds"], f"remat {name}", f"remat {remat[0]}") for name in remat[1:]
+    }
+    peak = devices.PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    if peak:
+        peak_rate = peak / (4 * matrix_weights(model.config))
+        ratios |= {f"{name}: share of the peak": rate / peak_rate for name, rate in found["medians"].items()}
+    sizes = {"rows": rows[0], "examples_a_row": packed, "prompt_tokens": prompt, "completion_tokens": completion}
+    return found | {"ratios": ratios, "dtype": str(model.dtype)} | sizes
 
 
-def train_side(model, remat: str, rows: int, prompt: int, completion: int) -> Callable[[], float]:
-    config, total_steps = TrainSection(remat=remat), 1000
-    tokens = random_tokens(model, rows, prompt + completion)
-    lengths = (np.full((1, rows), n, np.int32) for n in (prompt, prompt + completion))
-    batch = Batch(tokens[None], *lengths)
-    state = init_state(init_adapter(ParaConfig(), model.config), config, total_steps)
+def random_batch(vocab: int, rows: int, packed: int, prompt: int, completion: int) -> Batch | Packed:
+    """Rows of `packed` examples of so many tokens; arrays [1, rows, ...]."""
+    draw = np.random.default_rng(0)
+    examples = [
+        Example(*(draw.integers(0, vocab, n).tolist() for n in (prompt, completion))) for _ in range(rows * packed)
+    ]
+    if packed == 1:
+        batch = collate(examples, Bucket(prompt + completion, completion), rows)
+    else:
+        shape = RowShape(packed * (prompt + completion), packed * completion, packed)
+        batch = collate_packed([examples[i::rows] for i in range(rows)], shape, rows)
+    return jax.tree.map(lambda a: a[None], batch)
+
+
+def bench_packing(
+    backbone: str, *, data: str, length: int = 256, rows: tuple[int, ...] = (8,), remat: str = "dots", rounds: int = 5
+) -> dict:
+    """Real tokens a second of the training step on the examples of a data set: packed, in the default buckets and in
+    one bucket; beside their ratios those of the shares of tokens that are no padding: what packing could bring.
+
+    Args:
+        data: a .jsonl file or a folder with train.jsonl.
+        length: tokens of a packed row.
+        rows: packed rows of a step; one number. Padded steps have the rows that hold as many tokens.
+    """
+    section = DataSection(train=data, max_seq_length=length, truncate="skip")
+    examples = encode_records(load_records(section, "train") or [], load_tokenizer(backbone), section).examples
+    require(len(examples) > 0, "data", data, "training examples")
+    model = load_backbone(backbone, layout="stacked")
+    steps = {"packed": packed_steps(examples, length, rows[0])}
+    for name, count in (("3 buckets", section.buckets), ("1 bucket", 1)):
+        steps[name] = padded_steps(examples, count, length * rows[0])
+    found = summary("tokens/s", interleaved({k: step_time(model, v, remat=remat) for k, v in steps.items()}, rounds))
+    full = {
+        name: sum(real for *_, real in of) / sum(batch.tokens.size for _, batch, _ in of) for name, of in steps.items()
+    }
+    ratios = {}
+    for name in ("3 buckets", "1 bucket"):
+        ratios[f"packed / {name}"] = paired(found["rounds"], "packed", name)
+        ratios[f"packed / {name}, by the padding removed"] = full["packed"] / full[name]
+    shapes = {name: [batch.tokens.shape[1:] for _, batch, _ in of] for name, of in steps.items()}
+    return found | {"ratios": ratios, "share_of_real_tokens": full, "shapes": shapes, "row_length": length}
+
+
+STEPS = 4  # of the packed side a round; the others take as many as hold the same tokens
+
+
+def packed_steps(examples: list[Example], length: int, rows: int) -> list:
+    """(completion, batch, real tokens) of the first steps of a run in packed rows."""
+    order = plan_packing(examples, length=length, rows=rows, seed=0)
+    made = [
+        collate_packed([[examples[i] for i in row] for row in order.batch_rows(i)], order.shape, rows)
+        for i in range(STEPS)
+    ]
+    return [(order.shape.completion, jax.tree.map(lambda a: a[None], b), int((b.segment >= 0).sum())) for b in made]
+
+
+def padded_steps(examples: list[Example], count: int, tokens: int) -> list:
+    """The same of a run in `count` buckets, whose steps hold about so many tokens, padding included."""
+    buckets, lengths = plan_buckets(examples, count), np.array(example_lengths(examples))
+    padded = np.array([bucket.length for bucket in buckets])[np.searchsorted([b.length for b in buckets], lengths)]
+    rows = max(1, round(tokens / padded.mean()))
+    order = plan(lengths.tolist(), buckets=buckets, rows=rows, seed=0)
+    steps = []
+    for index in range(len(buckets)):  # one step of each bucket, or more where it has more of them
+        share = round(STEPS * (padded == buckets[index].length).mean()) or 1
+        found = (i for i in range(order.batches_per_epoch) if order.batch_indices(i)[0] == index)
+        for i, _ in zip(found, range(share), strict=False):
+            batch = collate([examples[e] for e in order.batch_indices(i)[1]], buckets[index], rows)
+            real = int(batch.length[: len(order.batch_indices(i)[1])].sum())
+            steps.append((buckets[index].completion, jax.tree.map(lambda a: a[None], batch), real))
+    return steps
+
+
+def step_time(model, steps: list, *, remat: str) -> Callable[[], float]:
+    """Real tokens a second of some steps, (completion, batch, real tokens), one after another."""
+    config = TrainSection(remat=remat)
+    state = init_state(init_adapter(ParaConfig(), model.config), config, CONFIG["total_steps"])
 
     def tokens_a_second() -> float:
         nonlocal state
         begun = time.perf_counter()
-        stepped = train_step(state, model, batch, completion=completion, config=config, total_steps=total_steps)
-        state, _ = jax.block_until_ready(stepped)
-        return tokens.size / (time.perf_counter() - begun)
+        for completion, batch, _ in steps:
+            state, _ = train_step(state, model, batch, completion=completion, config=config, **CONFIG)
+        jax.block_until_ready(state)
+        return sum(real for *_, real in steps) / (time.perf_counter() - begun)
 
     return tokens_a_second

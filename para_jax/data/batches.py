@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -72,14 +73,13 @@ class Plan:
         self.bucket_of = assign_buckets(lengths, buckets)
         self.rows, self.seed = rows, seed
         self.batches_per_epoch = int(sum(-(-n // rows) for n in np.bincount(self.bucket_of)))
-        self._epoch: tuple[int, list[tuple[int, list[int]]]] = (-1, [])
+        # two epochs, for threads read ahead over an epoch's end; lru_cache may be called by several at once
+        self.epoch = lru_cache(2)(lambda epoch: epoch_batches(self.bucket_of, rows, seed, epoch))
 
     def batch_indices(self, i: int) -> tuple[int, list[int]]:
         """Global batch i: the index of its bucket, and of its examples (1 to `rows`)."""
         epoch, position = divmod(i, self.batches_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, epoch_batches(self.bucket_of, self.rows, self.seed, epoch))
-        return self._epoch[1][position]
+        return self.epoch(epoch)[position]
 
 
 def plan(lengths: Sequence[int], *, buckets: Sequence[Bucket], rows: int, seed: int) -> Plan:

@@ -1,4 +1,4 @@
-"""JSON-lines files to records, and records to token ids: what is asked of the data, and what is done with long rows."""
+"""JSON-lines files and tfds: sources to records, and records to token ids: what is done with long rows."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 from ..config import DataSection
 from .examples import Example, Prompt, encode_example, split_conversation
-from .tasks import TASKS, field
+from .prepared import Prepared, find, find_beside, is_tfds, parse
+from .tasks import TASKS, TFDS_TASKS, field
 
 SPLITS = ("train", "validation", "test")
 
 
 class Record(NamedTuple):
-    """One prompt with the completion to learn, every accepted answer, and the "file:line" that errors name."""
+    """One prompt with the completion to learn, every accepted answer, and the "file:line" (or
+    "tfds:NAME:split[index]") that errors name."""
 
     prompt: Prompt
     completion: str
@@ -40,25 +42,39 @@ class Encoded(NamedTuple):
         return f"{len(self.examples)} examples{cut}{skipped}"
 
 
-def split_files(section: DataSection) -> dict[str, Path]:
-    """The file of each split that there is: data.train's folder or file; data.validation and data.test come first."""
-    files = {}
-    for split in SPLITS:
-        own = getattr(section, split)
-        if own is not None:
-            files[split] = existing(split, Path(own).expanduser())
-        elif section.train is not None and Path(section.train).expanduser().is_dir():
-            file = Path(section.train).expanduser() / f"{split}.jsonl"
-            files |= {split: file} if file.is_file() else {}
-    return files
+def source_of(section: DataSection, split: str) -> Path | Prepared | None:
+    """Where a split's rows lie: the file or prepared data of its own field, else those that belong to data.train (the
+    folder's other files, the tfds: source's other splits). None where there are none."""
+    own, train = getattr(section, split), section.train
+    if is_tfds(own):
+        return find(own, split, section.data_dir)
+    if own is not None:
+        return existing(split, Path(own).expanduser())
+    if is_tfds(train):
+        return find_beside(str(train), split, section.data_dir)
+    if train is not None and Path(train).expanduser().is_dir():
+        file = Path(train).expanduser() / f"{split}.jsonl"
+        return file if file.is_file() else None
+    return None
+
+
+def task_of(section: DataSection) -> str | None:
+    """The public task of the data: data.task, else the one that data.train's tfds: name stands for, unless templates
+    read its columns."""
+    if section.task is None and is_tfds(section.train) and section.prompt is None and section.completion is None:
+        return TFDS_TASKS.get(parse(str(section.train))[0])
+    return section.task
 
 
 def load_records(section: DataSection, split: str) -> list[Record] | None:
     """A split's records; None where the run has no such data. Training data must be there."""
-    file = split_files(section).get(split)
-    if file is None and split == "train":
-        raise ValueError("data.train is not set; expected a .jsonl file, or a folder with train.jsonl")
-    return file and read_records(file, prompt=section.prompt, completion=section.completion, task=section.task)
+    source = source_of(section, split)
+    if source is None and split == "train":
+        raise ValueError("data.train is not set; expected a .jsonl file, a folder with train.jsonl, or tfds:NAME")
+    form = dict(prompt=section.prompt, completion=section.completion, task=task_of(section))
+    if isinstance(source, Prepared):
+        return records_of(source.rows(), f"{source.folder}: split {source.split}", **form)
+    return source and read_records(source, **form)
 
 
 def read_records(
@@ -71,24 +87,8 @@ def read_records(
             and `completion` (text or messages), or `messages`, each assistant turn of which is one record.
         task: a name from TASKS, whose record function reads the rows unless a template is given.
     """
-    if task is not None and task not in TASKS:
-        raise ValueError(f"data.task: {task!r} is not possible; expected one of {', '.join(TASKS)}")
-    templates = {"prompt": prompt, "completion": completion}
-    for name, template in templates.items():
-        template_fields(f"data.{name}", template or "")
-    records = []
-    for place, row in read_rows(Path(path)):
-        try:
-            if task is not None and prompt is None and completion is None:
-                found = [(*TASKS[task].record(row), row.get("label"))]
-            else:
-                found = row_fields(row, templates)
-            records += [Record(p, c, refs, None if label is None else str(label), place) for p, c, refs, label in found]
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-    if not records:
-        raise ValueError(f"{path}: the data set is empty; expected one JSON object a line")
-    return records
+    form = dict(prompt=prompt, completion=completion, task=task)
+    return records_of(read_rows(Path(path)), str(path), **form)
 
 
 def encode_records(records: list[Record], tokenizer, section: DataSection) -> Encoded:
@@ -113,6 +113,30 @@ def encode_records(records: list[Record], tokenizer, section: DataSection) -> En
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def records_of(
+    rows: Iterator[tuple[str, dict]], source: str, *, prompt: str | None, completion: str | None, task: str | None
+) -> list[Record]:
+    """The records of rows with their places, by a task's function or by templates, as in `read_records`."""
+    if task is not None and task not in TASKS:
+        raise ValueError(f"data.task: {task!r} is not possible; expected one of {', '.join(TASKS)}")
+    templates = {"prompt": prompt, "completion": completion}
+    for name, template in templates.items():
+        template_fields(f"data.{name}", template or "")
+    records = []
+    for place, row in rows:
+        try:
+            if task is not None and prompt is None and completion is None:
+                found = [(*TASKS[task].record(row), row.get("label"))]
+            else:
+                found = row_fields(row, templates)
+            records += [Record(p, c, refs, None if label is None else str(label), place) for p, c, refs, label in found]
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    if not records:
+        raise ValueError(f"{source}: the data set is empty")
+    return records
 
 
 def existing(split: str, path: Path) -> Path:

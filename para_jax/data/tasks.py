@@ -1,7 +1,7 @@
 """Public tasks: a published data row in, the prompt, the completion and the accepted answers out.
 
-The templates are those of the sibling paper ALoRA (same group as PARA); PARA's own are not known. Rows have the field
-names under which the data sets are published.
+The templates are those of the sibling paper ALoRA (same group as PARA), but for RTE's, which is ours; PARA's own are
+not known. Rows have the field names under which the data sets are published.
 """
 
 from __future__ import annotations
@@ -55,6 +55,17 @@ def sst2(row: dict) -> Fields:
     return f"{text(row, 'sentence')}\nThe sentiment of the given sentence is:", sentiment, (sentiment,)
 
 
+def rte(row: dict) -> Fields:
+    """RTE as in GLUE (sentence1, sentence2) and SuperGLUE (premise, hypothesis), label 0 entailment, 1 not."""
+    premise, hypothesis = ("sentence1", "sentence2") if "sentence1" in row else ("premise", "hypothesis")
+    entailed = choice(row, "label", ("yes", "no"))
+    prompt = (
+        f"Premise: {text(row, premise)}\nHypothesis: {text(row, hypothesis)}\n"
+        "Does the premise entail the hypothesis? Answer yes or no.\nAnswer:"
+    )
+    return prompt, entailed, (entailed,)
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -62,7 +73,19 @@ TASKS: dict[str, Task] = {
         Task("copa", copa, "accuracy", ("1", "2")),
         Task("squad", squad, "squad"),
         Task("sst2", sst2, "accuracy", ("negative", "positive")),
+        Task("rte", rte, "accuracy", ("yes", "no")),
     )
+}
+#: The tasks of tensorflow_datasets' names; other names are read by templates.
+TFDS_TASKS = {
+    "bool_q": "boolq",
+    "super_glue/boolq": "boolq",
+    "super_glue/copa": "copa",
+    "squad": "squad",
+    "squad/v1.1": "squad",
+    "glue/sst2": "sst2",
+    "glue/rte": "rte",
+    "super_glue/rte": "rte",
 }
 
 

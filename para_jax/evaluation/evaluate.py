@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..config import RunConfig, require
 from ..data.batches import full_batches, plan_buckets
 from ..data.examples import Example, encode_completion, encode_example, stop_token_ids
-from ..data.sources import Record, encode_records, load_records
+from ..data.sources import Record, encode_records, load_records, task_of
 from ..data.tasks import TASKS
 from ..inference.generate import generate_tokens
 from ..processes import gathered
@@ -68,7 +68,7 @@ def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
     records = load_records(config.data, split)
     if records is None:
         return None
-    known = TASKS.get(config.data.task or "")
+    known = TASKS.get(task_of(config.data) or "")
     metric = config.eval.metric or (known.metric if known else "exact_match")
     choices = config.eval.choices or (known.choices if known else ())
     if metric == "accuracy":

@@ -3,10 +3,10 @@ the backbone. The first process alone reads and writes them."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -200,8 +200,9 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 def reason(error: Exception) -> str:
     """What the operating system said, where that is the cause; else the error's first line."""
     said = str(error)
-    system = re.search(r"([^:\[\]]+) \[os_error_code", said)
-    return system[1].strip() if system else (said.splitlines() or [type(error).__name__])[0][:200]
+    system = (os.strerror(number) for number in errno.errorcode)
+    first_line = (said.splitlines() or [type(error).__name__])[0]
+    return next((text for text in system if text in said), first_line[:200])
 
 
 @contextmanager
@@ -217,20 +218,22 @@ def errors_in_one_line(checkpoints) -> Iterator[None]:
 
 @contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Keeps the tracebacks off the terminal that orbax's threads log beside the error that they raise."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    """Keeps the tracebacks off the terminal that orbax's threads log beside the error that they raise. They outlive
+    that error, so it stays quiet where the body raises."""
+    logging.getLogger("absl").addFilter(not_of_orbax)
+    if sys.unraisablehook is not only_raisable:
+        only_raisable.others = sys.unraisablehook
+        sys.unraisablehook = only_raisable
+    yield
+    logging.getLogger("absl").removeFilter(not_of_orbax)
+    sys.unraisablehook = only_raisable.others
 
-    def of_others(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
 
-    def hook_of_others(unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # writes that a failed one left behind
-            hook(unraisable)
+def not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
 
-    logger.addFilter(of_others)
-    sys.unraisablehook = hook_of_others
-    try:
-        yield
-    finally:
-        logger.removeFilter(of_others)
-        sys.unraisablehook = hook
+
+def only_raisable(unraisable) -> None:
+    """An unraisablehook without what writes say that a failed one left behind."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        only_raisable.others(unraisable)

@@ -16,6 +16,7 @@ from .. import devices
 from ..config import RunConfig, config_dict
 from .checkpoint import Progress
 
+FLUSH_SECONDS = 10.0
 #: Values of a step that differ from run to run: times, and what is made of them.
 TIMES = ("step_seconds", "input_wait_seconds", "tokens_per_second", "model_flops_utilisation")
 
@@ -69,18 +70,20 @@ class Log:
             self.write(done.step, values | rates)
 
     def write(self, step: int, values: dict[str, float], *, show: bool = False) -> None:
+        """Adds values of a step, for the user to see too with `show`; OSError names the folder where it can't."""
         if show:
             devices.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        if self.first:
-            try:
+        try:
+            if self.first:
                 with self.file.open("a") as file:
                     file.write(json.dumps({"step": step} | values) + "\n")
-            except OSError as error:
-                raise OSError(
-                    f"{self.file}: not written ({error.strerror}); make room there, and the same command resumes"
-                ) from None
-        for writer in self.writers:
-            writer(step, values)
+            for writer in self.writers:
+                writer(step, values)
+        except OSError as error:
+            raise OSError(
+                f"{self.folder}: the log can't be written ({error.strerror}); what was saved before is kept: make room "
+                "there, and the same command resumes"
+            ) from None
 
     def close(self) -> None:
         for writer in self.writers:
@@ -88,17 +91,33 @@ class Log:
 
 
 class TensorBoard:
-    def __init__(self, config: RunConfig, folder: Path, step: int | None):
-        from tensorboardX import SummaryWriter
+    """An event file, by tensorboardX's record writer: its SummaryWriter has a thread, which a full disk ends, and whose
+    queue then holds the run up for ever."""
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=(step or 0) + 1)
+    def __init__(self, config: RunConfig, folder: Path, step: int | None):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.summary import scalar
+
+        self.event, self.scalar = Event, scalar
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        self.events = EventsWriter(str(folder / "tensorboard" / "events"), f".{step or 0}")
+        self.flushed = time.monotonic()
+        # TensorBoard drops what it has seen from this step on
+        begin = SessionLog(status=SessionLog.START)
+        self.events.write_event(Event(wall_time=time.time(), step=(step or 0) + 1, session_log=begin))
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            event = self.event(wall_time=time.time(), step=step, summary=self.scalar(name, value))
+            self.events.write_event(event)
+        if time.monotonic() > self.flushed + FLUSH_SECONDS:
+            self.events.flush()
+            self.flushed = time.monotonic()
 
     def close(self) -> None:
-        self.writer.close()
+        with suppress(OSError):  # metrics.jsonl has it all; an error that ends the run shall not be hidden by this one
+            self.events.close()
 
 
 class Wandb:

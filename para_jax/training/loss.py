@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ..data.batches import Batch
-from ..model import residual_stream
+from ..data.packing import Packed
+from ..model import Segments, residual_stream
 
 # Logits of one chunk, in float32 values: 256 MiB. Larger batches are cut, and each chunk is recomputed in the
 # backward pass.
@@ -14,7 +15,7 @@ CHUNK = 1 << 26
 
 
 def completion_nll(
-    model, adapters, batch: Batch, completion: int, *, remat: bool = False
+    model, adapters, batch: Batch | Packed, completion: int, *, remat: str = "dots"
 ) -> tuple[jax.Array, jax.Array]:
     """Each row's summed negative log-likelihood (nats) of its completion and the number of its tokens, float32 [rows].
 
@@ -22,12 +23,17 @@ def completion_nll(
     the mean over a batch that is spread over devices or steps is the sums over the counts.
 
     Args:
-        completion: the most completion tokens of a row; static.
+        completion: the most completion tokens of a row; static. Packed rows say themselves where they are.
+        remat: a name of model.REMAT.
     """
-    x, _ = residual_stream(model, adapters, batch.tokens, batch.prompt_length, remat=remat)
-    predicted = batch.prompt_length[:, None] + jnp.arange(completion)
-    real = predicted < batch.length[:, None]
-    hidden = jnp.take_along_axis(x, jnp.minimum(predicted - 1, x.shape[1] - 1)[..., None], axis=1)
+    if isinstance(batch, Packed):
+        places = Segments(jnp.asarray(batch.segment), jnp.asarray(batch.start))
+        predicted, real = batch.predicted, batch.predicted > 0
+    else:
+        places, predicted = None, batch.prompt_length[:, None] + jnp.arange(completion)
+        real = predicted < batch.length[:, None]
+    x, _ = residual_stream(model, adapters, batch.tokens, batch.prompt_length, segments=places, remat=remat)
+    hidden = jnp.take_along_axis(x, jnp.clip(predicted - 1, 0, x.shape[1] - 1)[..., None], axis=1)
     targets = jnp.take_along_axis(batch.tokens, jnp.minimum(predicted, x.shape[1] - 1), axis=1)
     nll = token_nll(model, model.final_norm(hidden), targets)
     return jnp.where(real, nll, 0).sum(axis=1), real.sum(axis=1).astype(jnp.float32)

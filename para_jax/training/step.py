@@ -13,6 +13,7 @@ import optax
 from ..adapters.adapter import Adapter
 from ..config import TrainSection
 from ..data.batches import Batch
+from ..data.packing import Packed
 from ..model import residual_stream
 from .loss import completion_nll
 from .optimizer import make_optimizer, make_schedule
@@ -32,7 +33,7 @@ def init_state(adapter: Any, config: TrainSection, total_steps: int) -> TrainSta
 
 @partial(jax.jit, static_argnames=("completion", "config", "total_steps"), donate_argnames="state")
 def train_step(
-    state: TrainState, model, batch: Batch, *, completion: int, config: TrainSection, total_steps: int
+    state: TrainState, model, batch: Batch | Packed, *, completion: int, config: TrainSection, total_steps: int
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after one optimiser step, and loss (nats a token), grad_norm (before clipping), learning_rate and
     tokens (completion tokens in the loss).
@@ -46,7 +47,7 @@ def train_step(
     """
 
     def summed_nll(adapter, part):
-        total, count = completion_nll(model, adapter, part, completion, remat=config.remat == "block")
+        total, count = completion_nll(model, adapter, part, completion, remat=config.remat)
         return total.sum(), count.sum()
 
     def accumulate(sums, part):

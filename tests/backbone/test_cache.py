@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from para_jax.backbone.attention import causal_mask
-from para_jax.backbone.cache import attend_cached, attend_within, padded, written, written_by_head, written_by_row
+from para_jax.backbone.cache import attend_cached, padded, written, written_by_head, written_by_row
+from para_jax.backbone.kernels import attend_within
 
 LENGTHS = np.array([5, 0, 8, 7, 12], np.int32)  # of 8: the third row is full, the last one beyond it
 

@@ -5,7 +5,7 @@ import tiny_tokenizers
 
 from para_jax.config import DataSection
 from para_jax.data.examples import encode_example
-from para_jax.data.sources import Record, encode_records, load_records, read_records, split_files
+from para_jax.data.sources import SPLITS, Record, encode_records, load_records, read_records, source_of
 
 USER, BOT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
 
@@ -141,11 +141,16 @@ def test_a_folder_gives_the_splits_it_has_and_a_named_file_comes_first(tmp_path)
     for name in ("train", "validation", "other"):
         write(tmp_path, {"prompt": name, "completion": "b"}, name=f"{name}.jsonl")
     folder = DataSection(train=str(tmp_path))
-    assert split_files(folder) == {s: tmp_path / f"{s}.jsonl" for s in ("train", "validation")}
+    assert [source_of(folder, split) for split in SPLITS] == [
+        tmp_path / "train.jsonl",
+        tmp_path / "validation.jsonl",
+        None,
+    ]
     assert load_records(folder, "train")[0].prompt == "train" and load_records(folder, "test") is None
     named = DataSection(train=str(tmp_path), validation=str(tmp_path / "other.jsonl"))
     assert load_records(named, "validation")[0].prompt == "other"
-    assert split_files(DataSection(train=str(tmp_path / "other.jsonl"))) == {"train": tmp_path / "other.jsonl"}
+    alone = DataSection(train=str(tmp_path / "other.jsonl"))
+    assert [source_of(alone, split) for split in SPLITS] == [tmp_path / "other.jsonl", None, None]
 
 
 def test_training_data_must_be_there(tmp_path):

@@ -11,17 +11,24 @@ ROWS = {
         "answers": {"text": ["Oslo", "in Oslo"], "answer_start": [0]},
     },
     "sst2": {"sentence": "a good film ", "label": 1},
+    "rte": {"sentence1": "Oslo is big.", "sentence2": "Oslo is small.", "label": 1},
 }
 EXPECTED = {
     "boolq": ("Reference document:\nIce is cold.\nQuestion:\nis ice cold", "yes", ("yes",)),
     "copa": ("Premise:\nI fell.\nChoice 1: I slept.\nChoice 2: I slipped.\nQuestion:\ncause", "2", ("2",)),
     "squad": ("Context:\nOslo is big.\nQuestion:\nWhere?", "Oslo", ("Oslo", "in Oslo")),
     "sst2": ("a good film\nThe sentiment of the given sentence is:", "positive", ("positive",)),
+    "rte": (
+        "Premise: Oslo is big.\nHypothesis: Oslo is small.\n"
+        "Does the premise entail the hypothesis? Answer yes or no.\nAnswer:",
+        "no",
+        ("no",),
+    ),
 }
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_published_row_becomes_the_sibling_paper_s_prompt_and_answer(task):
+def test_a_published_row_becomes_its_task_s_prompt_and_answer(task):
     assert TASKS[task].record(ROWS[task]) == EXPECTED[task]
 
 
@@ -30,6 +37,8 @@ def test_the_other_published_forms_of_a_label_are_read():
     assert [TASKS["boolq"].record(boolq | {"label": label})[1] for label in (0, 1)] == ["no", "yes"]
     assert TASKS["boolq"].record(ROWS["boolq"] | {"answer": False})[1] == "no"
     assert TASKS["copa"].record(ROWS["copa"] | {"label": 0})[1] == "1"
+    rte = {"premise": "Oslo is big.", "hypothesis": "Oslo is small.", "label": 0}  # SuperGLUE's names
+    assert TASKS["rte"].record(rte) == (EXPECTED["rte"][0], "yes", ("yes",))
     assert TASKS["squad"].record(ROWS["squad"] | {"answers": ["Oslo"]})[1:] == ("Oslo", ("Oslo",))
 
 

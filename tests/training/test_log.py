@@ -63,11 +63,38 @@ def test_every_nth_step_is_written(tmp_path, monkeypatch):
     assert [row["step"] for row in rows] == [2, 4]
 
 
-def test_a_full_disk_names_the_file_and_what_to_do():
+def test_a_full_disk_is_one_line_and_does_not_hang():
     made = opened(Path("/nowhere"))
     made.file = Path("/dev/full")
-    with pytest.raises(OSError, match="/dev/full: not written .No space left on device.*same command resumes"):
+    with pytest.raises(OSError, match="/nowhere: the log can't be written .No space left on device.*command resumes"):
         made.write(1, VALUES)
+
+
+def test_tensorboard_on_a_full_disk_raises_in_the_run_and_closes_quietly(tmp_path, monkeypatch, capfd):
+    board = log.TensorBoard(load_config(None), tmp_path, None)
+    monkeypatch.setattr(board.events._py_recordio_writer, "_writer", open("/dev/full", "wb"))
+    monkeypatch.setattr(log, "FLUSH_SECONDS", 0)
+    with pytest.raises(OSError, match="No space left"):
+        board(1, VALUES)
+    board.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_tensorboard_is_told_from_which_step_a_run_goes_on(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    board = log.TensorBoard(load_config(None), tmp_path, 4)
+    board(5, {"loss": 2.0})
+    board.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, events = file.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    assert [event.step for event in events] == [0, 5, 5]
+    assert events[1].session_log.status == SessionLog.START
+    assert (events[2].summary.value[0].tag, events[2].summary.value[0].simple_value) == ("loss", 2.0)
 
 
 # ----------------------------------------------------------------------------------------------------------- going on

@@ -1,0 +1,83 @@
+"""Memory of a training step by attention kernel and train.remat, by the TPU's own compiler, without a TPU.
+
+    pip install -e '.[aot]'
+    python scripts/tpu_memory.py [--print]
+
+LLaMA-2 7B, 2 rows of 4096 tokens a chip, fully sharded over 16 chips; and packed rows. What results/tpu_memory.json
+holds already is not compiled again: delete the file after a change of the model's code. The table is printed from the
+file.
+"""
+
+import argparse
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+
+from para_jax import make_mesh
+from para_jax.backbone import kernels
+from para_jax.config import load_config
+from para_jax.topology import compile_step, parsed_topology, shard_bytes, step_arguments, topology_devices
+
+RESULTS = Path("results/tpu_memory.json")
+CONFIG, SLICE = "configs/llama2-7b-boolq.yaml", "v5e:4x4"
+COMMON = ("train.gradient_accumulation_steps=1", "mesh.data=1", "mesh.fsdp=16")
+ROWS = {
+    "2 x 4096": ("train.per_device_batch_size=2", "data.max_seq_length=4096"),
+    "4 x 2048, packed": ("train.per_device_batch_size=4", "data.max_seq_length=2048", "data.packing=true"),
+}
+CASES = [
+    *(("2 x 4096", kernel, remat) for remat in ("block", "dots", "none") for kernel in ("plain", "splash")),
+    *(("4 x 2048, packed", "splash", remat) for remat in ("block", "dots")),
+]
+COLUMNS = ("rows a chip", "attention", "train.remat", "arguments", "temporaries", "HBM a chip", "compiled in")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true", help="compile nothing")
+    args = parser.parse_args()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for rows, kernel, remat in CASES:
+        name = f"{rows}, {kernel}, {remat}"
+        if name not in found and not args.print:
+            found[name] = {"rows": rows, "kernel": kernel, "remat": remat} | compiled_entry(ROWS[rows], kernel, remat)
+            print(name, found[name], file=sys.stderr, flush=True)
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    lines = [line(found[name]) for name in map(", ".join, CASES) if name in found]
+    print("\n".join(["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *lines]))
+
+
+def compiled_entry(overrides: tuple[str, ...], kernel: str, remat: str) -> dict:
+    _, chips = parsed_topology(SLICE)
+    given = [*COMMON, *overrides, f"train.remat={remat}"]
+    config = load_config(CONFIG, given)
+    mesh = make_mesh(**vars(config.mesh), devices=topology_devices(SLICE, chips))
+    kernels.attention_kernel = lambda *_: (kernel, "compared")  # a run can't choose: a TPU takes splash
+    said = compile_step(config, mesh)
+    return {
+        "command": f"para-jax train {CONFIG} --dry-run --topology {SLICE} {' '.join(given)}",
+        "versions": f"jax {jax.__version__}, libtpu {version('libtpu')}",
+        "arguments": shard_bytes(step_arguments(config, mesh)),
+        **said._asdict(),
+        "program": said.program and said.program._asdict(),
+    }
+
+
+def line(entry: dict) -> str:
+    """One row of the table; the temporaries of what does not fit are what it needs beyond its arguments."""
+    gib = lambda size: f"{size / 2**30:.2f}"  # noqa: E731
+    program, needed = entry["program"], entry["needed"]
+    temporaries = program["temporaries"] if program else needed - entry["arguments"]
+    verdict = "fits" if program else f"{gib(needed - entry['limit'])} too much"
+    sizes = [gib(entry["arguments"]), gib(temporaries), f"{gib(needed)} GiB: {verdict}", f"{entry['seconds']:.0f} s"]
+    return f"| {' | '.join([entry['rows'], entry['kernel'], entry['remat'], *sizes])} |"
+
+
+if __name__ == "__main__":
+    main()
