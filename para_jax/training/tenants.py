@@ -68,8 +68,8 @@ def tenants_step(
 
     Args:
         batch: its arrays lead with the passes (gradient accumulation): tokens int32 [passes, rows, T].
-        tenant_of_group: int32 [passes, groups], whose rows each group of a pass's rows is; -1 for rows that only fill up
-            the batch. A tenant has at most one group a pass.
+        tenant_of_group: int32 [passes, groups], whose the rows of each group are; -1 for rows that only fill up the
+            batch. A tenant has at most one group a pass.
         completion: the most completion tokens of a row.
     """
     tenants = state.step.shape[0]

@@ -172,7 +172,9 @@ def test_each_tenant_is_clipped_by_its_own_norm():
     limit = float(np.sort(norms)[1] * 0.999 + 1e-6 * norms.max())
     config = replace(CONFIG, max_grad_norm=limit)
     free = replace(CONFIG, max_grad_norm=1e9)
-    clipped, _ = stepped(init_tenants(stack_adapters(tenants(METHODS[0])).adapters, config), batch, index, config=config)
+    clipped, _ = stepped(
+        init_tenants(stack_adapters(tenants(METHODS[0])).adapters, config), batch, index, config=config
+    )
     whole, _ = stepped(init_tenants(stack_adapters(tenants(METHODS[0])).adapters, free), batch, index, config=free)
     for tenant in (A, B, C):
         mine, other = (
