@@ -41,8 +41,8 @@ class Settings(NamedTuple):
     """int32 [tenants]"""
 
 
-def init_tenants(adapters: Adapter, config: TrainSection) -> TenantsState:
-    """The state of fresh adapters, whose arrays lead with (tenants, layers)."""
+def init_tenants(adapters: Any, config: TrainSection) -> TenantsState:
+    """The state of a fresh Adapter, whose arrays lead with (tenants, layers)."""
     tenants = jax.tree.leaves(adapters)[0].shape[0]
     optimizer = jax.vmap(make_direction(config).init)(adapters)
     return TenantsState(adapters, optimizer, jnp.zeros(tenants, jnp.int32), jnp.ones(tenants, bool))
