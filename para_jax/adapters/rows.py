@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from ..config import ModelConfig
 from .adapter import Adapter, Adjustment, Factors, Shared, describe
+from .groups import Groups, of_groups
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +71,7 @@ def pick(stack: Stack, indices) -> Rows:
     return Rows((stack,), jnp.asarray(indices, jnp.int32)[None])
 
 
-def by_layer(adapters: Adapter | Rows) -> tuple[object, Callable]:
+def by_layer(adapters: Adapter | Rows | Groups) -> tuple[object, Callable]:
     """The adapters' weights with a leading layer axis, and the function that makes one layer's adjustments.
 
     The function takes (one layer's weights, x [batch, length, width], prompt_length [batch]) and gives an Adjustment
@@ -90,6 +91,9 @@ def by_layer(adapters: Adapter | Rows) -> tuple[object, Callable]:
             return merged(made)
 
         return stacks, make
+    if isinstance(adapters, Groups):
+        leading = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), adapters.adapters)
+        return leading, lambda layer, x, length: of_groups(layer, adapters, x, length)
     if adapters.shared:
         return adapters, lambda layer, x, length, start=None: Shared(make_adjustment(layer, x[0], length.ravel()[0]))
     return adapters, make_of_one

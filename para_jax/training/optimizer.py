@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ..adapters.adapter import AdapterParam, is_variable
@@ -24,21 +25,34 @@ def make_optimizer(config: TrainSection, total_steps: int) -> optax.GradientTran
     )
 
 
+def make_direction(config: TrainSection) -> optax.GradientTransformation:
+    """make_optimizer without the learning rate: what is to be multiplied by it and taken from the weights."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
+        optax.add_decayed_weights(config.weight_decay, mask=trained),
+    )
+
+
 def make_schedule(config: TrainSection, total_steps: int) -> optax.Schedule:
     """The learning rate by step: a linear warm-up over warmup_ratio of the steps, then constant, linear or cosine to
     zero."""
-    warmup = round(config.warmup_ratio * total_steps)
-    rest = max(1, total_steps - warmup)
-    after = {
-        "constant": lambda: optax.constant_schedule(config.learning_rate),
-        "linear": lambda: optax.linear_schedule(config.learning_rate, 0.0, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, rest),
-    }[config.schedule]()
-    if warmup == 0:
-        return after
-    # The first step is already a step: it has 1 / warmup of the learning rate, not none.
-    rise = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, max(1, warmup - 1))
-    return optax.join_schedules([rise, after], [warmup])
+    warmup = warmup_steps(config, total_steps)
+    return lambda step: learning_rate_at(step, config.schedule, config.learning_rate, warmup, total_steps)
+
+
+def warmup_steps(config: TrainSection, total_steps: int) -> int:
+    return round(config.warmup_ratio * total_steps)
+
+
+def learning_rate_at(step, schedule: str, peak, warmup, total) -> jax.Array:
+    """The learning rate of the step after `step` steps; numbers, or arrays of one shape (a value a tenant).
+
+    The first step is already a step: it has 1 / warmup of the peak, not none.
+    """
+    after = jnp.clip((step - warmup) / jnp.maximum(1, total - warmup), 0, 1)
+    fall = {"constant": lambda: 1.0, "linear": lambda: 1 - after, "cosine": lambda: (1 + jnp.cos(jnp.pi * after)) / 2}
+    return peak * jnp.where(step < warmup, (step + 1) / jnp.maximum(1, warmup), fall[schedule]())
 
 
 def trained(adapter):

@@ -1,0 +1,114 @@
+"""Tenants of a folder by their names, and each one's share of the batches."""
+
+import numpy as np
+import pytest
+
+from para_jax.config import DataSection
+from para_jax.data.sources import load_records
+from para_jax.data.tenants import SAMPLING, next_tenants, tenant_sections, weights
+
+ROW = '{"prompt": "a", "completion": "b"}\n'
+
+
+def write(file, rows=1):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(ROW * rows)
+
+
+def test_sub_folders_and_files_are_tenants_and_other_files_are_not(tmp_path):
+    write(tmp_path / "acme" / "train.jsonl", 2)
+    write(tmp_path / "acme" / "validation.jsonl", 3)
+    write(tmp_path / "Globex-2.1_x.jsonl")
+    for other in (".hidden.jsonl", "README.md", ".git/train.jsonl"):
+        write(tmp_path / other)
+    found = tenant_sections(tmp_path, DataSection(max_seq_length=9, validation="elsewhere.jsonl"))
+    assert list(found) == ["Globex-2.1_x", "acme"] and found["acme"].max_seq_length == 9
+    counts = {(n, s): len(load_records(found[n], s) or []) for n in found for s in ("train", "validation")}
+    assert counts == {("Globex-2.1_x", "train"): 1, ("Globex-2.1_x", "validation"): 0, ("acme", "train"): 2,
+                      ("acme", "validation"): 3}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "-a", "_a", "ä", "a\nb", "a:b", "a\\..\\b", "$(x)", "x" * 101, "checkpoints", "Base", "tensorboard"]
+)
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_name_that_could_lead_elsewhere_is_refused_by_name(tmp_path, name, kind):
+    write(tmp_path / "good.jsonl")
+    write(tmp_path / name / "train.jsonl" if kind == "folder" else tmp_path / f"{name}.jsonl")
+    with pytest.raises(ValueError, match="can't be a tenant's name") as error:
+        tenant_sections(tmp_path, DataSection())
+    assert repr(name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "file in a folder"])
+def test_links_out_of_the_folder_are_refused_and_links_within_are_followed(tmp_path, kind):
+    outside = tmp_path / "outside"
+    write(outside / "train.jsonl")
+    root = tmp_path / "tenants"
+    write(root / "good" / "train.jsonl")
+    if kind == "file in a folder":
+        (root / "bad").mkdir()
+    link, to = {
+        "folder": (root / "bad", outside),
+        "file": (root / "bad.jsonl", outside / "train.jsonl"),
+        "file in a folder": (root / "bad" / "train.jsonl", outside / "train.jsonl"),
+    }[kind]
+    link.symlink_to(root / "good" / "train.jsonl" if kind != "folder" else root / "good")
+    assert list(tenant_sections(root, DataSection())) == ["bad", "good"]
+    link.unlink()
+    link.symlink_to(to)
+    with pytest.raises(ValueError, match="a link out of"):
+        tenant_sections(root, DataSection())
+
+
+def test_no_tenants_two_of_one_name_and_no_training_data_are_named(tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(ValueError, match=r"data\.tenants: .* is not possible; expected a folder"):
+            tenant_sections(folder, DataSection())
+    write(tmp_path / "acme.jsonl")
+    write(tmp_path / "acme" / "train.jsonl")
+    with pytest.raises(ValueError, match="a second tenant of the name 'acme'"):
+        tenant_sections(tmp_path, DataSection())
+    (tmp_path / "acme.jsonl").unlink()
+    (tmp_path / "acme" / "train.jsonl").rename(tmp_path / "acme" / "test.jsonl")
+    with pytest.raises(ValueError, match=r"acme: no train\.jsonl"):
+        tenant_sections(tmp_path, DataSection())
+
+
+# --------------------------------------------------------------------------------------------------------------- shares
+
+
+def drawn(examples, sampling, groups, batches, running=None):
+    steps = np.zeros(len(examples), int)
+    for _ in range(batches):
+        steps[next_tenants(steps, weights(examples, sampling), running or [True] * len(examples), groups)] += 1
+    return steps
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_tenant_has_its_share_of_the_batches_at_any_time(sampling, groups):
+    examples = np.array([100, 400, 400, 900, 1600])
+    shares = {"proportional": examples, "sqrt": np.sqrt(examples), "uniform": np.ones(5)}[sampling]
+    for batches in (7, 50, 300):
+        found = drawn(examples, sampling, groups, batches)
+        assert found.sum() == groups * batches
+        assert np.abs(found - groups * batches * shares / shares.sum()).max() <= 1.5
+
+
+def test_a_batch_holds_a_tenant_once_and_one_that_ended_leaves_its_rows_to_the_others():
+    shares = weights([10, 10, 1000], "proportional")
+    assert sorted(next_tenants([5, 5, 5], shares, [True] * 3, 8)) == [0, 1, 2]
+    assert drawn([10, 10, 1000], "proportional", 2, 50, running=[True, True, False]).tolist() == [50, 50, 0]
+    assert next_tenants([1, 1, 1], shares, [False] * 3, 2) == []
+
+
+def test_tenants_of_one_epoch_end_together():
+    examples = np.array([40, 80, 120, 160])
+    steps, batches = np.zeros(4, int), 0
+    while (steps < examples).any():
+        chosen = next_tenants(steps, weights(examples, "proportional"), steps < examples, 2)
+        assert len(chosen) == 2 or (examples - steps).sum() <= 2
+        steps[chosen] += 1
+        batches += 1
+    assert batches == examples.sum() // 2
