@@ -113,8 +113,9 @@ def read_inputs(config: RunConfig, mesh) -> tuple[Any, Work, EvalTask | None, Ev
     """What every process reads for itself before the backbone: tokenizer, training data, and tasks to score."""
     resolve_backbone(config.backbone.source)
     tokenizer = load_tokenizer(config.backbone.source)
+    work = plan_work(config, tokenizer, mesh)
     validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
-    return tokenizer, plan_work(config, tokenizer, mesh), validation, test
+    return tokenizer, work, validation, test
 
 
 def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
