@@ -43,12 +43,13 @@ def quantised(model):
 
 
 def quantise(kernel: Float[Array, "in out"]) -> tuple[Int8[Array, "in out"], Float[Array, "1 out"]]:
-    """The int8 values nearest to kernel / scale, and the scale: an output's largest weight over 127.5, so that no
-    weight is off by more than half a step."""
+    """The int8 values nearest to kernel / scale, from -127 to 127, and the scale: an output's largest weight over 127.5,
+    so that no weight is off by more than half a step."""
     from qwix import quantize
 
     made = quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=(1,))
-    return made.qvalue, made.scale
+    # The largest weight lies at 127.5, as near to 127 as to 128: which one it becomes is left to no machine's rounding.
+    return jnp.clip(made.qvalue, -127, 127), made.scale
 
 
 @cache
