@@ -175,12 +175,12 @@ def test_gradients_are_those_of_the_rounded_weights_and_near_the_float_ones():
     exact = step(place(rounded(layout="stacked"), make_mesh(), backbone("llama").config))
     plain = step(load_backbone(FIXTURES / "llama", layout="stacked", mesh=make_mesh()))
     random = step(place(noisy(0, layout="stacked"), make_mesh(), backbone("llama").config))
-    off = lambda some: 1 - (some * float_one).sum() / np.linalg.norm(some) / np.linalg.norm(float_one)  # noqa: E731
+    off = lambda a, b: 1 - (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)  # noqa: E731
     for mine, rounded_one, float_one, random_one in zip(
         *map(gradients, (int8_step(), exact, plain, random)), strict=True
     ):
         np.testing.assert_allclose(mine, rounded_one, atol=1e-5)
-        assert 1e-6 < off(mine) < 2 * off(random_one)
+        assert 1e-6 < off(mine, float_one) < 2 * off(random_one, float_one)
     np.testing.assert_allclose(int8_step()[1]["loss"], plain[1]["loss"], rtol=2e-2)
 
 
