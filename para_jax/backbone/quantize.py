@@ -43,7 +43,7 @@ def quantised(model):
 
 
 def quantise(kernel: Float[Array, "in out"]) -> tuple[Int8[Array, "in out"], Float[Array, "1 out"]]:
-    """The int8 values nearest to kernel / scale, from -127 to 127, and the scale: an output's largest weight over 127.5,
+    """The int8 values nearest to kernel / scale, within 127, and the scale: an output's largest weight over 127.5,
     so that no weight is off by more than half a step."""
     from qwix import quantize
 
