@@ -39,22 +39,20 @@ class Attention(nnx.Module):
             adjust: adjust(site, input, output) -> output, straight after each linear.
             attend: attend(q, k, v) -> (mixed values, kept); q [batch, length, heads, head_dim], k after rotary.
         """
-        q = self.heads(self.q_norm(adjust("q_proj", x, fenced(self.q_proj(x)))), "heads")
-        k = self.heads(self.k_norm(adjust("k_proj", x, fenced(self.k_proj(x)))), "kv_heads")
-        v = self.heads(adjust("v_proj", x, fenced(self.v_proj(x))), "kv_heads")
+        q = self.heads(self.q_norm(adjust("q_proj", x, self.q_proj(x))), "heads")
+        k = self.heads(self.k_norm(adjust("k_proj", x, self.k_proj(x))), "kv_heads")
+        v = self.heads(adjust("v_proj", x, self.v_proj(x)), "kv_heads")
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         mixed, kept = attend(q, k, v, self.scale, self.softcap)
         mixed = mixed.reshape(*x.shape[:-1], -1)
         return adjust("o_proj", mixed, self.o_proj(mixed)), kept
 
     def heads(self, projected: Float[Array, "batch length width"], axis: str) -> Float[Array, "batch length heads e"]:
+        if projected.shape[1] == 1:  # a decode step: else a TPU turns q's, k's and v's weights round at every one
+            fence = jax.lax.optimization_barrier
+            projected = jax.lax.platform_dependent(projected, cpu=lambda same: same, default=fence)
         split = projected.reshape(*projected.shape[:-1], -1, self.head_dim)
         return constrain(split, ("batch", None, axis, None))
-
-
-def fenced(projected: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
-    """In a decode step, kept apart from what follows: else a TPU turns q's, k's and v's weights round at every one."""
-    return jax.lax.optimization_barrier(projected) if projected.shape[1] == 1 else projected
 
 
 def query_key_norm(config: ModelConfig, size: int, axis: str) -> nnx.Module:
