@@ -24,7 +24,7 @@ from .adapters.files import load_adapter, save_adapter
 from .adapters.folder import mend_folder
 from .backbone.kernels import attention_kernel
 from .backbone.load import load_backbone
-from .config import ModelConfig, RunConfig, config_dict, load_config, save_config
+from .config import RunConfig, config_dict, load_config, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
 from .data.examples import Example
 from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
@@ -36,7 +36,7 @@ from .hub import resolve_backbone
 from .model import init_adapter
 from .processes import arrays_of_first, by_each, by_first, gathered, is_first, require_same
 from .sharding import make_mesh, place, rows_over
-from .topology import matrix_weights
+from .topology import peak_rate
 from .training.checkpoint import (
     Progress,
     finish_saving,
@@ -87,8 +87,6 @@ class Work(NamedTuple):
 
     def chosen(self, step: int) -> list[int]:
         """The examples of global batch `step`."""
-        if isinstance(self.plan, PackingPlan):
-            return [i for row in self.plan.batch_rows(step) for i in row]
         return self.plan.batch_indices(step)[1]
 
 
@@ -167,7 +165,9 @@ def fit(
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
             state = state._replace(adapter=standardise(model, state.adapter, statistics_batches(work)))
         state, progress = restored or (state, Progress(0, None, 0, 0))
-        log = Log(config, folder, progress if restored else None, peak_rate=peak_rate(model.config, mesh))
+        log = Log(
+            config, folder, progress if restored else None, peak_rate=peak_rate(model.config, mesh.devices.flatten())
+        )
         by_first(lambda: mend_folder(folder / "adapter"))
         profiler = Profiler(config.profiler, folder)
         with closing(log), closing(profiler), stop_signals() as stop:
@@ -188,13 +188,6 @@ def fit(
             except Interrupted:
                 loop.end_early(progress)
     return TrainResult(best, progress.best_score, progress.best_step, progress.step, folder)
-
-
-def peak_rate(model: ModelConfig, mesh) -> float | None:
-    """Tokens a second if the mesh's devices did nothing but the backbone's matrix products, at their peak: 2 FLOPs a
-    weight and token forwards, 2 backwards (to the activations; the weights are frozen). None for an unknown device."""
-    peak = devices.PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
-    return peak and peak * mesh.size / (4 * matrix_weights(model))
 
 
 def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:

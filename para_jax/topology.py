@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from .backbone.load import abstract_backbone, load_model_config
 from .config import SITES, ModelConfig, RunConfig, require
 from .data.batches import Batch
 from .data.packing import Packed
+from .devices import PEAK_FLOPS
 from .hlo import Program, collectives_run, describe_program
 from .model import init_adapter
 from .sharding import RULES, make_mesh, tree_shardings
@@ -232,3 +234,10 @@ def activation_bytes(config: RunConfig, model: ModelConfig, mesh: AbstractMesh) 
 def matrix_weights(model: ModelConfig) -> int:
     """Weights that tokens are multiplied by: the linears of all layers; the head works on few positions."""
     return model.num_layers * sum(model.site_input_width(site) * model.site_width(site) for site in SITES)
+
+
+def peak_rate(model: ModelConfig, used: Sequence[Any]) -> float | None:
+    """Tokens a second if these devices did nothing but the backbone's matrix products, at their peak: 2 FLOPs a weight
+    and token forwards, 2 backwards (to the activations; the weights are frozen). None for an unknown device."""
+    peak = PEAK_FLOPS.get(used[0].device_kind)
+    return peak and peak * len(used) / (4 * matrix_weights(model))

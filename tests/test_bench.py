@@ -6,7 +6,7 @@ import pytest
 from conftest import FIXTURES, backbone, prompts
 from tiny_run import backbone_folder, rows_of_text, write_rows
 
-from para_jax import bench, forward
+from para_jax import bench, devices, forward
 from para_jax.bench import decode as bench_decode
 from para_jax.bench import load as bench_load
 from para_jax.bench import train as bench_train
@@ -103,7 +103,7 @@ def test_random_weights_have_the_shape_that_is_named():
 
 
 def test_the_training_step_is_measured_by_what_the_backward_pass_keeps(monkeypatch):
-    monkeypatch.setitem(bench_train.devices.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    monkeypatch.setitem(devices.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
     measured = bench.BENCHMARKS["train"](BACKBONE, **TRAIN, packed=2, random=True, remat=("dots", "block"))
     assert list(measured["medians"]) == ["remat dots", "remat block"]
     assert all(value > 0 for value in measured["medians"].values()) and len(measured["rounds"]) == 2

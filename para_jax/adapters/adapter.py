@@ -110,6 +110,11 @@ class Shared(Adjustment):
         return self.adjustment.adjust(site, x, y)
 
 
+def make_adjustment(layer: Adapter, x: jax.Array, prompt_length: jax.Array, start: jax.Array | int = 0) -> Adjustment:
+    """One layer's adjustment of one example, from the residual stream x [length, width] that enters the layer."""
+    return layer.condition(layer.pool(x, prompt_length, start))
+
+
 def init(kind: Callable[..., Adapter], config, model: ModelConfig, seed: int) -> Adapter:
     """A fresh adapter of a method, with a leading layer axis on its arrays."""
     keys = jax.random.split(jax.random.key(seed), model.num_layers)

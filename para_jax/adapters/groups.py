@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .adapter import Adapter, Adjustment, Shared
+from .adapter import Adapter, Adjustment, Shared, make_adjustment
 
 
 class Groups(NamedTuple):
@@ -44,13 +44,10 @@ def of_groups(
     lengths = prompt_length.reshape(count, -1)
     streams = x.reshape(count, -1, *x.shape[1:])
 
-    def make(weights, x, prompt_length):
-        return weights.condition(weights.pool(x, prompt_length))
-
     if layer.shared:
-        made = jax.vmap(make)(weights, streams[:, 0], lengths[:, 0])
+        made = jax.vmap(make_adjustment)(weights, streams[:, 0], lengths[:, 0])
     else:
-        made = jax.vmap(jax.vmap(make, in_axes=(None, 0, 0)))(weights, streams, lengths)
+        made = jax.vmap(jax.vmap(make_adjustment, in_axes=(None, 0, 0)))(weights, streams, lengths)
     made = jax.tree.map(lambda a: jnp.where((groups.index >= 0).reshape(-1, *[1] * (a.ndim - 1)), a, 0), made)
     return SharedByGroup(made) if layer.shared else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
 

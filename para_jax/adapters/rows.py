@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ..config import ModelConfig
-from .adapter import Adapter, Adjustment, Factors, Shared, describe
+from .adapter import Adapter, Adjustment, Factors, Shared, describe, make_adjustment
 from .groups import Groups, of_groups
 
 
@@ -105,11 +105,6 @@ def make_of_one(layer: Adapter, x: jax.Array, prompt_length: jax.Array, start: j
         return jax.vmap(make_adjustment, in_axes=(None, 0, 0))(layer, x, prompt_length)
     of_segments = jax.vmap(make_adjustment, in_axes=(None, None, 0, 0))
     return jax.vmap(of_segments, in_axes=(None, 0, 0, 0))(layer, x, prompt_length, start)
-
-
-def make_adjustment(layer: Adapter, x: jax.Array, prompt_length: jax.Array, start: jax.Array | int = 0) -> Adjustment:
-    """One layer's adjustment of one example, from the residual stream x [length, width] that enters the layer."""
-    return layer.condition(layer.pool(x, prompt_length, start))
 
 
 def of_rows(layer: Adapter, index: jax.Array, x: jax.Array, prompt_length: jax.Array) -> Adjustment:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from .. import devices
 from ..backbone.load import load_backbone
 from ..config import DataSection, ParaConfig, TrainSection, require
 from ..data.batches import Batch, Bucket, collate, example_lengths, plan, plan_buckets
@@ -18,7 +17,7 @@ from ..data.packing import Packed, RowShape, collate_packed, plan_packing
 from ..data.sources import encode_records, load_records
 from ..data.tokenizer import load_tokenizer
 from ..model import init_adapter
-from ..topology import matrix_weights
+from ..topology import peak_rate
 from ..training.step import init_state, train_step
 from .decode import random_backbone
 from .rounds import interleaved, paired, summary
@@ -53,10 +52,9 @@ def bench_train(
     ratios = {
         f"{name} / {remat[0]}": paired(found["rounds"], f"remat {name}", f"remat {remat[0]}") for name in remat[1:]
     }
-    peak = devices.PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    peak = peak_rate(model.config, jax.devices()[:1])
     if peak:
-        peak_rate = peak / (4 * matrix_weights(model.config))
-        ratios |= {f"{name}: share of the peak": rate / peak_rate for name, rate in found["medians"].items()}
+        ratios |= {f"{name}: share of the peak": rate / peak for name, rate in found["medians"].items()}
     sizes = {"rows": rows[0], "examples_a_row": packed, "prompt_tokens": prompt, "completion_tokens": completion}
     return found | {"ratios": ratios, "dtype": str(model.dtype)} | sizes
 

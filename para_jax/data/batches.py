@@ -116,10 +116,14 @@ def assign_buckets(lengths: Sequence[int], buckets: Sequence[Bucket]) -> np.ndar
 
 
 def epoch_batches(bucket_of: np.ndarray, rows: int, seed: int, epoch: int) -> list[tuple[int, list[int]]]:
-    # raw bits, since NumPy promises their stream for all its versions, and that of `permutation` for none
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    bits = epoch_bits(seed, epoch)
     batches = list(cut_by_bucket(permutation(bits, len(bucket_of)), bucket_of, rows))
     return [batches[i] for i in permutation(bits, len(batches))]
+
+
+def epoch_bits(*seed: int) -> np.random.PCG64:
+    """Raw bits, since NumPy promises their stream for all its versions, and that of `permutation` for none."""
+    return np.random.PCG64(np.random.SeedSequence(seed))
 
 
 def permutation(bits: np.random.PCG64, size: int) -> np.ndarray:

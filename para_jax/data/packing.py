@@ -7,11 +7,12 @@ function of (seed, i, lengths), and every epoch holds each example once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from .batches import MULTIPLE, example_lengths, permutation
+from .batches import MULTIPLE, epoch_bits, example_lengths, permutation
 from .examples import Example
 
 # Examples that are packed together: enough that rows come out full, few enough that millions are packed in minutes.
@@ -55,6 +56,8 @@ class PackingPlan:
         self.batches_per_epoch = -(-len(self.packed) // rows)
         completions = [sum(len(examples[i].completion_ids) for i in row) for row in self.packed]
         self.shape = RowShape(length, max(completions), max(map(len, self.packed)))
+        # two epochs, as in Plan
+        self.order = lru_cache(2)(lambda epoch: permutation(epoch_bits(seed, epoch), len(self.packed)))
 
     def batch_indices(self, i: int) -> tuple[int, list[int]]:
         """Global batch i: the index of its shape, of which there is one, and of its examples."""
@@ -63,8 +66,8 @@ class PackingPlan:
     def batch_rows(self, i: int) -> list[list[int]]:
         """Global batch i: the indices of the examples of each of its rows (1 to `rows` of them)."""
         epoch, position = divmod(i, self.batches_per_epoch)
-        order = permutation(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])), len(self.packed))
-        return [self.packed[row] for row in order[position * self.rows : (position + 1) * self.rows]]
+        rows = self.order(epoch)[position * self.rows : (position + 1) * self.rows]
+        return [self.packed[row] for row in rows]
 
 
 def plan_packing(examples: Sequence[Example], *, length: int, rows: int, seed: int) -> PackingPlan:
@@ -83,7 +86,7 @@ def plan_packing(examples: Sequence[Example], *, length: int, rows: int, seed: i
 def pack(lengths: Sequence[int], row_length: int, seed: int) -> list[list[int]]:
     """The examples' indices, in rows of at most `row_length` tokens: shuffled, cut into windows, and in each window the
     longest first into the first row that has room (at most 11/9 of the fewest rows that hold them)."""
-    order = permutation(np.random.PCG64(np.random.SeedSequence([seed])), len(lengths))
+    order = permutation(epoch_bits(seed), len(lengths))
     windows = (order[i : i + WINDOW] for i in range(0, len(order), WINDOW))
     return [row for window in windows for row in first_fit(window, np.asarray(lengths), row_length)]
 
