@@ -3,6 +3,7 @@
 It lingers a little in each phase, so that a kill can hit it, and does nothing else than `para-jax`.
 """
 
+import os
 import sys
 import threading
 import time
@@ -12,12 +13,17 @@ from para_jax import cli, runs
 LINGER = 0.04  # seconds before and after the work of a phase
 
 
+def say(line):
+    """One write a line: the lines of two threads don't mix, as those of print can."""
+    os.write(1, f"{line}\n".encode())
+
+
 def spoken(name, before, after=None):
     """Wraps a function of runs, so that each call says its phase."""
     real = getattr(runs, name)
 
     def speaking(*arguments, **settings):
-        print(before, flush=True)
+        say(before)
         time.sleep(LINGER)
         found = real(*arguments, **settings)
         time.sleep(LINGER)
@@ -34,7 +40,7 @@ def when_written(checkpoints, state, progress):
     def wait():
         while checkpoints.is_saving_in_progress():
             time.sleep(0.001)
-        print("written", flush=True)
+        say("written")
 
     threading.Thread(target=wait, daemon=True).start()
 
