@@ -22,7 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; its exit code: 0, 1 where the quickstart fell short, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs one command. Its exit code: 0; 1 where the quickstart fell short or a tenant's loss was not finite; 2 for a
+    user's mistake; 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     options.command_line = shlex.join(["para-jax", *arguments])
@@ -159,7 +160,7 @@ def run_quickstart(options) -> int:
     return 0 if quickstart(options.overrides) else 1
 
 
-def run_train(options) -> None:
+def run_train(options) -> int | None:
     from .config import load_config, require
     from .processes import is_first
     from .reports import dry_run, read_metrics
@@ -170,6 +171,8 @@ def run_train(options) -> None:
     if options.dry_run:
         print(dry_run(config, options.topology))
         return
+    if config.many:
+        return run_train_tenants(options, config)
     begun = time.monotonic()
     result = train(config)
     best = (
@@ -184,6 +187,21 @@ def run_train(options) -> None:
         rows = list(read_metrics(result.output_dir / "metrics.jsonl"))
         scores = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
         write_results(options, config, scores, time.monotonic() - begun)
+
+
+def run_train_tenants(options, config) -> int | None:
+    from .processes import is_first
+    from .reports import tenants_table
+    from .tenant_runs import train_tenants
+
+    begun = time.monotonic()
+    result = train_tenants(config)
+    if not is_first():
+        return None
+    print(f"{tenants_table(result.tenants)}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
+    if options.results:
+        write_results(options, config, result.tenants, time.monotonic() - begun)
+    return int(any(entry["ended"] == "not finite" for entry in result.tenants.values()))
 
 
 def run_evaluate(options) -> None:

@@ -103,6 +103,8 @@ def folder_report(folder: Path) -> str:
         return adapter_report(folder)
     if (folder / "config.yaml").is_file():
         config = load_config(folder / "config.yaml")
+        if config.many:
+            return tenants_report(folder, config)
         lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {config.data.train}"]
         if (folder / "metrics.jsonl").is_file():
             scored = [
@@ -117,6 +119,44 @@ def folder_report(folder: Path) -> str:
         adapter = folder / "adapter"
         return "\n".join(lines + ([folder_report(adapter)] if adapter.is_dir() else ["no adapter yet"]))
     raise ValueError(f"{folder}: neither an adapter (adapter_config.json) nor a run (config.yaml)")
+
+
+def tenants_report(folder: Path, config: RunConfig) -> str:
+    """What a run of many tenants holds: those that have ended, with their scores, and how many have not."""
+    names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+    file = folder / "tenants.json"
+    entries = json.loads(file.read_text()) if file.is_file() else {}
+    what = f"tenants of {config.data.tenants}" if config.data.tenants else f"a sweep on {config.data.train}"
+    left = len(names) - len(entries)
+    return "\n".join(
+        [
+            f"run        {adapter_method(config.adapter)} on {config.backbone.source}, {len(names)} {what}",
+            tenants_table(entries) if entries else "no tenant has ended yet",
+            *([f"{left} tenants have not ended: the same command goes on with them"] if left and entries else []),
+        ]
+    )
+
+
+def tenants_table(entries: dict[str, dict]) -> str:
+    """The tenants of a run that have ended, a line each; see tenant_runs.TenantsResult."""
+    columns = {"examples": "examples", "steps": "steps", "best step": "best_step", "validation": "best_score"}
+    if any(entry["test_after"] is not None for entry in entries.values()):
+        columns |= {"test before": "test_before", "test after": "test_after"}
+    rows = [["tenant", *columns, ""]]
+    for name, entry in entries.items():
+        why = "" if entry["ended"] == "done" else entry["ended"]
+        rows.append([name, *(cell(entry[key]) for key in columns.values()), why])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells, why in rows:
+        padded = [text.rjust(width) for text, width in zip(cells, widths[1:-1], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded, why]).rstrip())
+    metrics = sorted({entry["metric"] for entry in entries.values() if entry["metric"]})
+    return "\n".join([*lines, f"scores: {', '.join(metrics) or 'none'}"])
+
+
+def cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def adapter_report(folder: Path) -> str:

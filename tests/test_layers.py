@@ -17,7 +17,7 @@ LAYERS = [
     ["training", "inference"],
     ["serving"],
     ["evaluation", "topology"],
-    ["runs", "bench", "plots", "quickstart", "reports"],
+    ["runs", "tenant_runs", "bench", "plots", "quickstart", "reports"],
     ["cli"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
@@ -27,6 +27,7 @@ SIDEWAYS = {
     ("devices", "hub"),
     ("quickstart", "runs"),
     ("quickstart", "reports"),
+    ("tenant_runs", "runs"),
 }
 HEAVY = "orbax grain qwix tensorflow_datasets tensorflow transformers tokenizers lm_eval matplotlib torch".split()
 
