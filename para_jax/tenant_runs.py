@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from . import devices
@@ -40,7 +39,7 @@ from .hub import resolve_backbone
 from .model import init_adapter
 from .processes import by_each, by_first, gathered, is_first, require_same
 from .runs import FREE_FIELDS, card_lines, claim_folder, places, say_attention, scores, silent, statistics_batches
-from .sharding import make_mesh, rows_over
+from .sharding import make_mesh, rows_over, tenant_axes
 from .topology import peak_rate
 from .training.checkpoint import (
     Progress,
@@ -258,10 +257,17 @@ def fit_tenants(
 
 
 def empty_state(config: RunConfig, model, slots: int, mesh) -> TenantsState:
-    """A stack of zeros, for tenants to be put into."""
+    """A stack of zeros, for tenants to be put into, spread over the current mesh."""
     shapes = jax.eval_shape(lambda: init_adapter(config.adapter, model.config))
-    stack = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes)
-    return jax.device_put(init_tenants(stack, config.train), NamedSharding(mesh, PartitionSpec()))
+
+    def fresh():
+        return init_tenants(jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes), config.train)
+
+    axes = tenant_axes(slots, mesh.shape)
+    used = math.prod(mesh.shape[axis] for axis in axes)
+    if used < mesh.size:
+        devices.say(f"{slots} tenants are spread over {used} of {mesh.size} devices, which do not divide them evenly")
+    return jax.jit(fresh)()
 
 
 def require_same_tenants(standing: Standing, tenants: list[Tenant], layout: Layout) -> None:

@@ -14,12 +14,14 @@ from ..adapters.adapter import Adapter
 from ..adapters.groups import grouped, of_places
 from ..config import TrainSection
 from ..data.batches import Batch
+from ..sharding import everywhere, over_tenants
 from .loss import completion_nll
 from .optimizer import learning_rate_at, make_direction
 
 
 class TenantsState(NamedTuple):
-    """Every array leads with the tenants. Of the steps of one tenant, no other's weights or moments know."""
+    """Every array leads with the tenants, and is spread over the mesh along them (sharding.place_tenants). Of the steps
+    of one tenant, no other's weights or moments know."""
 
     adapters: Any
     """an Adapter, whose arrays lead with (tenants, layers)"""
@@ -41,11 +43,13 @@ class Settings(NamedTuple):
     """int32 [tenants]"""
 
 
+@partial(jax.jit, static_argnames="config")
 def init_tenants(adapters: Any, config: TrainSection) -> TenantsState:
     """The state of a fresh Adapter, whose arrays lead with (tenants, layers)."""
     tenants = jax.tree.leaves(adapters)[0].shape[0]
     optimizer = jax.vmap(make_direction(config).init)(adapters)
-    return TenantsState(adapters, optimizer, jnp.zeros(tenants, jnp.int32), jnp.ones(tenants, bool))
+    state = TenantsState(adapters, optimizer, jnp.zeros(tenants, jnp.int32), jnp.ones(tenants, bool))
+    return over_tenants(state)
 
 
 @partial(jax.jit, static_argnames=("completion", "config"), donate_argnames="state")
@@ -66,6 +70,10 @@ def tenants_step(
     learning rate is that of its own step. A tenant that has no row, or whose loss or gradient is not finite or once was
     not, keeps weights, moments and step. The given state is donated.
 
+    On a mesh each device updates its own tenants. Of the others' weights it receives, a layer at a time, those of the
+    batch's groups, and sends these their gradients: the partitioner makes a sum over the devices of the indexing along
+    the spread axis, of which one term is not zero. The bytes don't grow with the tenants (tests/test_tenant_meshes.py).
+
     Args:
         batch: its arrays lead with the passes (gradient accumulation): tokens int32 [passes, rows, T].
         tenant_of_group: int32 [passes, groups], whose the rows of each group are; -1 for rows that only fill up the
@@ -82,7 +90,7 @@ def tenants_step(
 
     def accumulate(sums, part_and_index):
         (_, found), gradient = jax.value_and_grad(summed_nll, has_aux=True)(state.adapters, *part_and_index)
-        return jax.tree.map(jnp.add, sums, (found, gradient)), None
+        return jax.tree.map(jnp.add, sums, (found, over_tenants(gradient))), None
 
     nothing = jnp.zeros(tenants)
     zero = ((nothing, nothing), jax.tree.map(jnp.zeros_like, state.adapters))
@@ -107,7 +115,7 @@ def tenants_step(
 
     moved = TenantsState(adapters, optimizer, state.step + 1, state.sound)
     values = {"loss": total / count, "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "finite": finite}
-    return kept(moved, state)._replace(sound=state.sound & finite), values
+    return over_tenants(kept(moved, state)._replace(sound=state.sound & finite)), everywhere(values)
 
 
 def led(of_tenants: jax.Array, like: jax.Array) -> jax.Array:
@@ -125,4 +133,4 @@ def tenant_of(adapters: Adapter, tenant: jax.Array) -> Adapter:
 def put_tenant(state: TenantsState, slot: jax.Array, adapter: Any, *, config: TrainSection) -> TenantsState:
     """The state with a fresh adapter in one slot, its moments and steps at zero. The given state is donated."""
     fresh = TenantsState(adapter, make_direction(config).init(adapter), jnp.int32(0), jnp.bool_(True))
-    return jax.tree.map(lambda whole, one: whole.at[slot].set(one), state, fresh)
+    return over_tenants(jax.tree.map(lambda whole, one: whole.at[slot].set(one), state, fresh))
