@@ -54,7 +54,16 @@ from .training.optimizer import warmup_steps
 from .training.profiler import Profiler
 from .training.step import standardise
 from .training.stop import Interrupted, StopSignal, stop_signals
-from .training.tenants import Settings, TenantsState, init_tenants, put_tenant, tenant_of, tenants_step
+from .training.tenants import (
+    Layout,
+    Settings,
+    TenantsState,
+    init_tenants,
+    lay_out,
+    put_tenant,
+    tenant_of,
+    tenants_step,
+)
 
 
 class Tenant(NamedTuple):
@@ -204,26 +213,6 @@ def claim_tenants(config: RunConfig, tenants: list[Tenant]) -> None:
         folder.mkdir(exist_ok=True)
         save_config(tenant.config, folder / ".config.yaml")
         (folder / ".config.yaml").replace(folder / "config.yaml")
-
-
-class Layout(NamedTuple):
-    """How a run's batches are cut."""
-
-    slots: int
-    """tenants that live on the devices"""
-    groups: int
-    """the most tenants of a batch"""
-    rows: int
-    """a group's rows of a pass"""
-    passes: int
-
-
-def lay_out(config: RunConfig, tenants: int, mesh) -> Layout:
-    """No batch has more groups than tenants can fill, but for the devices that need some rows each."""
-    slots = min(config.train.tenants_at_once or tenants, tenants)
-    rows, over = config.train.rows_per_tenant, mesh.shape["data"] * mesh.shape["fsdp"]
-    groups = over * min(config.train.per_device_batch_size // rows, math.ceil(slots / over))
-    return Layout(slots, groups, rows, config.train.gradient_accumulation_steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop

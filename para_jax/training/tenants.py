@@ -3,6 +3,7 @@ tenant's slice. What a tenant learns does not depend on who else is in the batch
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import optax
 
 from ..adapters.adapter import Adapter
 from ..adapters.groups import grouped, of_places
-from ..config import TrainSection
+from ..config import RunConfig, TrainSection
 from ..data.batches import Batch
 from ..sharding import everywhere, over_tenants
 from .loss import completion_nll
@@ -41,6 +42,26 @@ class Settings(NamedTuple):
     """int32 [tenants]"""
     total_steps: jax.Array
     """int32 [tenants]"""
+
+
+class Layout(NamedTuple):
+    """How a run's batches are cut."""
+
+    slots: int
+    """tenants that live on the devices"""
+    groups: int
+    """the most tenants of a batch"""
+    rows: int
+    """a group's rows of a pass"""
+    passes: int
+
+
+def lay_out(config: RunConfig, tenants: int, mesh) -> Layout:
+    """No batch has more groups than tenants can fill, but for the devices that need some rows each."""
+    slots = min(config.train.tenants_at_once or tenants, tenants)
+    rows, over = config.train.rows_per_tenant, mesh.shape["data"] * mesh.shape["fsdp"]
+    groups = over * min(config.train.per_device_batch_size // rows, math.ceil(slots / over))
+    return Layout(slots, groups, rows, config.train.gradient_accumulation_steps)
 
 
 @partial(jax.jit, static_argnames="config")
