@@ -106,14 +106,18 @@ def place_tenants(tree, mesh: Mesh):
     return jax.tree.map(lambda leaf: jax.device_put(leaf, tenants_sharding(leaf.shape[0], mesh)), tree)
 
 
-def over_tenants(tree):
-    """The tree, constrained to lie as place_tenants lays it over the current mesh; the identity without a mesh."""
+def over_tenants(tree, axis: int = 0):
+    """The tree, whose arrays have the tenants along this axis, constrained to lie as place_tenants lays them over the
+    current mesh; the identity without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-    return jax.tree.map(
-        lambda leaf: jax.lax.with_sharding_constraint(leaf, tenants_sharding(leaf.shape[0], mesh).spec), tree
-    )
+
+    def one(leaf):
+        spec = tenants_sharding(leaf.shape[axis], mesh).spec
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*[None] * axis, *spec))
+
+    return jax.tree.map(one, tree)
 
 
 def everywhere(tree):

@@ -4,18 +4,20 @@ tenant's slice. What a tenant learns does not depend on who else is in the batch
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from ..adapters.adapter import Adapter
-from ..adapters.groups import grouped, of_places
+from ..adapters.groups import grouped, layers_first, of_places
 from ..config import RunConfig, TrainSection
 from ..data.batches import Batch
-from ..sharding import everywhere, over_tenants
+from ..sharding import everywhere, over_tenants, tenants_sharding
 from .loss import completion_nll
 from .optimizer import learning_rate_at, make_direction
 
@@ -101,7 +103,6 @@ def tenants_step(
             batch. A tenant has at most one group a pass.
         completion: the most completion tokens of a row.
     """
-    tenants = state.step.shape[0]
 
     def summed_nll(adapters, part, index):
         groups = grouped(adapters, index)
@@ -109,39 +110,75 @@ def tenants_step(
         sums = [of_places(a.reshape(index.shape[0], -1).sum(axis=1), groups.place) for a in found]
         return found[0].sum(), tuple(sums)
 
-    def accumulate(sums, part_and_index):
-        (_, found), gradient = jax.value_and_grad(summed_nll, has_aux=True)(state.adapters, *part_and_index)
-        return jax.tree.map(jnp.add, sums, (found, over_tenants(gradient))), None
+    adapters = over_tenants(layers_first(state.adapters), axis=1)
 
-    nothing = jnp.zeros(tenants)
-    zero = ((nothing, nothing), jax.tree.map(jnp.zeros_like, state.adapters))
+    def accumulate(sums, part_and_index):
+        (_, found), gradient = jax.value_and_grad(summed_nll, has_aux=True)(adapters, *part_and_index)
+        return jax.tree.map(jnp.add, sums, (found, over_tenants(gradient, axis=1))), None
+
+    nothing = jnp.zeros(state.step.shape)
+    zero = ((nothing, nothing), jax.tree.map(jnp.zeros_like, adapters))
     if batch.tokens.shape[0] == 1:
         sums, _ = accumulate(zero, jax.tree.map(lambda a: a[0], (batch, tenant_of_group)))
     else:
         sums, _ = jax.lax.scan(accumulate, zero, (batch, tenant_of_group))
     (total, tokens), gradient = sums
-    count = jnp.maximum(tokens, 1)
-    gradient = jax.tree.map(lambda g: g / led(count, g), gradient)
-    norm = jax.vmap(optax.tree.norm)(gradient)
-    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+    state, values = by_device(partial(updated, config=config))(state, gradient, total, tokens, settings)
+    return over_tenants(state), everywhere(values)
+
+
+def by_device(update: Callable) -> Callable:
+    """`updated`, run by each device of the current mesh on its own tenants; as it is without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return update
+
+    def on_mesh(state: TenantsState, *rest):
+        own = tenants_sharding(state.step.shape[0], mesh).spec
+        specs = (own, PartitionSpec(None, *own), own, own, own)
+        return jax.shard_map(update, in_specs=specs, out_specs=own, check_vma=False)(state, *rest)
+
+    return on_mesh
+
+
+def updated(
+    state: TenantsState, gradient: Any, total: jax.Array, tokens: jax.Array, settings: Settings, *, config: TrainSection
+) -> tuple[TenantsState, dict[str, jax.Array]]:
+    """The state after a step of each tenant that has tokens, one tenant after another and in place: the others cost
+    nothing, and a tenant's weights, moments and gradient are read once from memory where they fit a processor's cache.
+
+    Args:
+        gradient: of the summed losses; its arrays lead with (layers, tenants).
+        total: nats, and
+        tokens: how many, float32 [tenants].
+    """
     rate = learning_rate_at(
         state.step, config.schedule, settings.learning_rate, settings.warmup_steps, settings.total_steps
     )
-    direction, optimizer = jax.vmap(make_direction(config).update)(gradient, state.optimizer, state.adapters)
-    adapters = jax.tree.map(lambda w, d: w - led(rate, d) * d, state.adapters, direction)
-    steps = (tokens > 0) & finite & state.sound
+    order = jnp.argsort(tokens == 0, stable=True)
+    direction_of = make_direction(config).update
 
-    def kept(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(led(steps, n), n, o), new, old)
+    def step_of_one(i, carry):
+        state, norms, finite = carry
+        tenant = order[i]
+        # Copied first: XLA would keep a copy of whole stacks that are written to while they are read.
+        old, summed = jax.lax.optimization_barrier(
+            (jax.tree.map(lambda a: a[tenant], state), jax.tree.map(lambda g: g[:, tenant], gradient))
+        )
+        mean = jax.tree.map(lambda g: g / tokens[tenant], summed)
+        norm = optax.tree.norm(mean)
+        sound = jnp.isfinite(total[tenant]) & jnp.isfinite(norm)
+        direction, optimizer = direction_of(mean, old.optimizer, old.adapters)
+        adapters = jax.tree.map(lambda w, d: w - rate[tenant] * d, old.adapters, direction)
+        moved = TenantsState(adapters, optimizer, old.step + 1, old.sound)
+        kept = jax.tree.map(lambda new, was: jnp.where(sound & old.sound, new, was), moved, old)
+        new = (kept._replace(sound=old.sound & sound), norm, sound)
+        return jax.tree.map(lambda a, one: a.at[tenant].set(one), (state, norms, finite), new)
 
-    moved = TenantsState(adapters, optimizer, state.step + 1, state.sound)
-    values = {"loss": total / count, "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "finite": finite}
-    return over_tenants(kept(moved, state)._replace(sound=state.sound & finite)), everywhere(values)
-
-
-def led(of_tenants: jax.Array, like: jax.Array) -> jax.Array:
-    """A value a tenant, in a shape that goes with an array that leads with the tenants."""
-    return of_tenants.reshape(-1, *[1] * (like.ndim - 1))
+    nothing = (jnp.zeros(tokens.shape), jnp.ones(tokens.shape, bool))
+    state, norms, finite = jax.lax.fori_loop(0, jnp.sum(tokens > 0), step_of_one, (state, *nothing))
+    loss = total / jnp.maximum(tokens, 1)
+    return state, {"loss": loss, "grad_norm": norms, "learning_rate": rate, "tokens": tokens, "finite": finite}
 
 
 @jax.jit
