@@ -156,29 +156,37 @@ def updated(
         state.step, config.schedule, settings.learning_rate, settings.warmup_steps, settings.total_steps
     )
     order = jnp.argsort(tokens == 0, stable=True)
-    direction_of = make_direction(config).update
 
     def step_of_one(i, carry):
-        state, norms, finite = carry
         tenant = order[i]
-        # Copied first: XLA would keep a copy of whole stacks that are written to while they are read.
-        old, summed = jax.lax.optimization_barrier(
-            (jax.tree.map(lambda a: a[tenant], state), jax.tree.map(lambda g: g[:, tenant], gradient))
-        )
-        mean = jax.tree.map(lambda g: g / tokens[tenant], summed)
-        norm = optax.tree.norm(mean)
-        sound = jnp.isfinite(total[tenant]) & jnp.isfinite(norm)
-        direction, optimizer = direction_of(mean, old.optimizer, old.adapters)
-        adapters = jax.tree.map(lambda w, d: w - rate[tenant] * d, old.adapters, direction)
-        moved = TenantsState(adapters, optimizer, old.step + 1, old.sound)
-        kept = jax.tree.map(lambda new, was: jnp.where(sound & old.sound, new, was), moved, old)
-        new = (kept._replace(sound=old.sound & sound), norm, sound)
-        return jax.tree.map(lambda a, one: a.at[tenant].set(one), (state, norms, finite), new)
+        of_tenant = jax.tree.map(lambda a: a[tenant], (carry[0], rate, total, tokens))
+        summed = jax.tree.map(lambda g: g[:, tenant], gradient)
+        # The condition's results are whole before they are written: XLA would copy stacks that it reads as it writes.
+        new = jax.lax.cond(of_tenant[0].sound, partial(updated_one, config=config), kept_one, *of_tenant, summed)
+        return jax.tree.map(lambda a, one: a.at[tenant].set(one), carry, new)
 
     nothing = (jnp.zeros(tokens.shape), jnp.ones(tokens.shape, bool))
     state, norms, finite = jax.lax.fori_loop(0, jnp.sum(tokens > 0), step_of_one, (state, *nothing))
     loss = total / jnp.maximum(tokens, 1)
     return state, {"loss": loss, "grad_norm": norms, "learning_rate": rate, "tokens": tokens, "finite": finite}
+
+
+def updated_one(old: TenantsState, rate, total, tokens, summed, *, config: TrainSection):
+    """One tenant's state after its step, the norm of its gradient, and whether that and the loss are finite; where they
+    are not, the state is the old one but for `sound`."""
+    mean = jax.tree.map(lambda g: g / tokens, summed)
+    norm = optax.tree.norm(mean)
+    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+    direction, optimizer = make_direction(config).update(mean, old.optimizer, old.adapters)
+    adapters = jax.tree.map(lambda w, d: w - rate * d, old.adapters, direction)
+    new = TenantsState(adapters, optimizer, old.step + 1, old.sound)
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)._replace(sound=finite), norm, finite
+
+
+def kept_one(old: TenantsState, rate, total, tokens, summed):
+    """What updated_one gives of a tenant that is not trained any more."""
+    norm = optax.tree.norm(summed) / tokens
+    return old, norm, jnp.isfinite(total) & jnp.isfinite(norm)
 
 
 @jax.jit
