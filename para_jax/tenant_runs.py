@@ -250,7 +250,9 @@ def empty_state(config: RunConfig, model, slots: int, mesh) -> TenantsState:
     shapes = jax.eval_shape(lambda: init_adapter(config.adapter, model.config))
 
     def fresh():
-        return init_tenants(jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes), config.train)
+        return init_tenants(
+            jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes), config.train
+        )
 
     axes = tenant_axes(slots, mesh.shape)
     used = math.prod(mesh.shape[axis] for axis in axes)

@@ -230,8 +230,8 @@ def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> 
     spread = layout.slots // tenants_sharding(layout.slots, mesh).shard_shape((layout.slots,))[0]
     uneven = f", for the mesh's {mesh.size} do not divide {layout.slots}" if spread < mesh.size else ""
     return (
-        f"tenants    {tenants}, {layout.slots} at once; {layout.groups} of {layout.rows} rows each in a pass; weights and "
-        f"optimiser state {each / 1e6:.1f} MB a tenant, {each / spread / 1e6:.2f} MB a tenant and chip, "
+        f"tenants    {tenants}, {layout.slots} at once; {layout.groups} of {layout.rows} rows each in a pass; weights "
+        f"and optimiser state {each / 1e6:.1f} MB a tenant, {each / spread / 1e6:.2f} MB a tenant and chip, "
         f"{shard_bytes(state) / GIB:.2f} GiB a chip (spread over {spread} chips{uneven})"
     )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import strong
-from test_meshes import CONFIG, COMPLETION, LENGTH, ROWS, model
+from test_meshes import COMPLETION, CONFIG, LENGTH, ROWS, model
 
 from para_jax import LoraConfig, ParaConfig, init_adapter, make_mesh, stack_adapters
 from para_jax.config import TrainSection
@@ -139,8 +139,17 @@ def test_a_tenant_is_put_into_its_place_where_that_lies():
         np.testing.assert_array_equal(np.delete(leaf, 5, axis=0), np.delete(old, 5, axis=0))
 
 
-@pytest.mark.parametrize(("tenants", "sizes", "used"), [(64, (2, 2, 2), 8), (6, (1, 8, 1), 1), (6, (2, 2, 2), 2),
-                                                        (12, (2, 1, 4), 4), (4, (4, 2, 1), 4), (1, (8, 1, 1), 1)])  # fmt: skip
+SPREAD = [
+    (64, (2, 2, 2), 8),
+    (6, (1, 8, 1), 1),
+    (6, (2, 2, 2), 2),
+    (12, (2, 1, 4), 4),
+    (4, (4, 2, 1), 4),
+    (1, (8, 1, 1), 1),
+]
+
+
+@pytest.mark.parametrize(("tenants", "sizes", "used"), SPREAD)
 def test_tenants_that_the_devices_do_not_divide_are_spread_over_as_many_as_do(tenants, sizes, used):
     mesh = make_mesh(*sizes)
     assert prod(mesh.shape[axis] for axis in tenant_axes(tenants, mesh.shape)) == used
