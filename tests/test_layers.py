@@ -25,7 +25,7 @@ SIDEWAYS = {
     ("bench", "plots"),
     ("devices", "config"),
     ("devices", "hub"),
-    ("quickstart", "runs"),
+    ("quickstart", "tenant_runs"),
     ("quickstart", "reports"),
     ("tenant_runs", "runs"),
 }
@@ -97,7 +97,7 @@ def test_every_import_names_a_file_that_is_there():
         ("runs.py", "from .quickstart import quickstart", True),
         ("data/examples.py", "from ..unheard_of import x", True),
         ("data/examples.py", "from .tasks import TASKS\nfrom ..hub import fetch\nimport json", False),
-        ("quickstart.py", "from . import devices\nfrom .runs import fit", False),
+        ("quickstart.py", "from . import devices\nfrom .tenant_runs import train_tenants", False),
     ],
 )
 def test_the_reader_of_imports_tells_up_and_sideways_from_down(file, text, wrong):
