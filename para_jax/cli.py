@@ -96,7 +96,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME=DIR",
-        help="tenants: names, and their adapter folders or hub ids",
+        help="tenants: names, and their adapter folders or hub ids; or the folder of a run of many tenants, for all of "
+        "them",
     )
     made.add_argument(
         "--tenant", action="append", default=[], help="whose adapter answers: once, or once a prompt; base: no adapter"
@@ -291,9 +292,9 @@ def run_requests(options, model, tokenizer, bank, tenants) -> None:
 
 
 def adapter_sources(given: list[str]) -> dict[str, str]:
-    """{name: folder or hub id} of --adapters NAME=DIR..."""
+    """{name: folder or hub id} of --adapters NAME=DIR..., where a run's folder stands for its tenants that have one."""
     sources: dict[str, str] = {}
-    for text in given:
+    for text in [each for asked in given for each in tenants_of_run(asked) or [asked]]:
         name, equals, source = text.partition("=")
         if not equals or not name or not source or name in sources or name == BASE:
             raise ValueError(
@@ -301,6 +302,13 @@ def adapter_sources(given: list[str]) -> dict[str, str]:
             )
         sources[name] = source
     return sources
+
+
+def tenants_of_run(folder: str) -> list[str]:
+    """NAME=DIR for each tenant of a run of many; none for another text."""
+    if "=" in folder or not (Path(folder) / "tenants.json").is_file():
+        return []
+    return [f"{path.parent.name}={path}" for path in sorted(Path(folder).glob("*/adapter"))]
 
 
 def tenants_of(options, sources: dict[str, str]) -> list[str | None] | None:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -80,6 +81,8 @@ def data_lines(config: RunConfig) -> list[str]:
     """What is known of the data without a tokenizer; files that are not there yet are named and are no error."""
     if config.data.task is not None and config.data.task not in TASKS:
         raise ValueError(f"data.task: {config.data.task!r} is not possible; expected one of {', '.join(TASKS)}")
+    if config.data.tenants is not None:
+        return tenant_lines(config)
     if config.data.train is None:
         return ["data       data.train is not set"]
     if not is_tfds(config.data.train) and not Path(config.data.train).expanduser().exists():
@@ -89,6 +92,15 @@ def data_lines(config: RunConfig) -> list[str]:
     except NotPrepared as error:
         return [f"data       {error}"]
     return [f"data       {split}: {len(records)} records" for split, records in found.items() if records]
+
+
+def tenant_lines(config: RunConfig) -> list[str]:
+    folder = config.data.tenants
+    if not Path(str(folder)).expanduser().exists():
+        return [f"data       {folder}: not there yet"]
+    sections = tenant_sections(str(folder), config.data)
+    counts = [len(load_records(section, "train") or []) for section in sections.values()]
+    return [f"data       {len(counts)} tenants with {min(counts)} to {max(counts)} records, {sum(counts)} in all"]
 
 
 def mesh_rows(config: RunConfig) -> int:
@@ -102,6 +114,9 @@ def mesh_rows(config: RunConfig) -> int:
 def data_report(config: RunConfig) -> str:
     """Three training examples as tokens, and how all of them are put into batches."""
     tokenizer = load_tokenizer(config.backbone.source)
+    if config.data.tenants:
+        first = next(iter(tenant_sections(config.data.tenants, config.data).values()))
+        return f"the first tenant, {first.train}\n\n{data_report(replace(config, data=first))}"
     data = encode_records(load_records(config.data, "train") or [], tokenizer, config.data)
     buckets = plan_buckets(data.examples, config.data.buckets)
     order = plan(

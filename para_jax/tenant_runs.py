@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from . import devices
 from .adapters.adapter import Adapter
-from .adapters.files import load_adapter, save_adapter
+from .adapters.files import save_adapter
 from .adapters.folder import mend_folder
 from .adapters.rows import Stack
 from .backbone.load import load_backbone
@@ -38,7 +38,17 @@ from .evaluation.tenants import Tasks
 from .hub import resolve_backbone
 from .model import init_adapter
 from .processes import by_each, by_first, gathered, is_first, require_same
-from .runs import FREE_FIELDS, card_lines, claim_folder, places, say_attention, scores, silent, statistics_batches
+from .runs import (
+    FREE_FIELDS,
+    card_lines,
+    claim_folder,
+    kept_adapter,
+    places,
+    say_attention,
+    scores,
+    silent,
+    statistics_batches,
+)
 from .sharding import make_mesh, rows_over, tenant_axes
 from .topology import peak_rate
 from .training.checkpoint import (
@@ -206,7 +216,16 @@ def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def claim_tenants(config: RunConfig, tenants: list[Tenant]) -> None:
-    """Makes the output folder and each tenant's in it; a folder that holds another run is refused."""
+    """Makes the output folder and each tenant's in it; a folder that holds another run, or one of other tenants, is
+    refused."""
+    folder = Path(config.output_dir)
+    held = {path.parent.name for path in folder.glob("*/config.yaml")}
+    others = sorted(held ^ {tenant.name for tenant in tenants})
+    if others and any(folder.glob("checkpoints/*")):
+        raise ValueError(
+            f"output_dir {folder} holds a run of other tenants (the difference: {', '.join(map(repr, others[:3]))}); "
+            "choose another output_dir, or the same tenants to resume"
+        )
     claim_folder(config)
     for tenant in tenants:
         folder = Path(tenant.config.output_dir)
@@ -228,7 +247,6 @@ def fit_tenants(
         state = empty_state(config, model, layout.slots, mesh)
         restored = restore_checkpoint(checkpoints, state, Standing)
         state, standing = restored or (state, fresh_standing([t.name for t in tenants], layout.slots))
-        require_same_tenants(standing, tenants, layout)
         start = Progress(standing.step, None, 0, 0, standing.step) if restored else None
         log = Log(config, folder, start, peak_rate=peak_rate(model.config, mesh.devices.flatten()))
         by_first(lambda: mend_tenants(standing, tenants, folder, bool(restored)))
@@ -250,31 +268,14 @@ def empty_state(config: RunConfig, model, slots: int, mesh) -> TenantsState:
     shapes = jax.eval_shape(lambda: init_adapter(config.adapter, model.config))
 
     def fresh():
-        return init_tenants(
-            jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes), config.train
-        )
+        stack = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes)
+        return init_tenants(stack, config.train)
 
     axes = tenant_axes(slots, mesh.shape)
     used = math.prod(mesh.shape[axis] for axis in axes)
     if used < mesh.size:
         devices.say(f"{slots} tenants are spread over {used} of {mesh.size} devices, which do not divide them evenly")
     return jax.jit(fresh)()
-
-
-def require_same_tenants(standing: Standing, tenants: list[Tenant], layout: Layout) -> None:
-    names = [tenant.name for tenant in tenants]
-    if standing.names != names:
-        other = sorted(set(standing.names) ^ set(names))
-        raise ValueError(
-            f"data.tenants: not the tenants that this run began with ({', '.join(map(repr, other[:3]))}); choose "
-            "another output_dir, or the same tenants to resume"
-        )
-    require(
-        len(standing.slots) == layout.slots,
-        "train.tenants_at_once",
-        layout.slots,
-        f"{len(standing.slots)}, as when the run began",
-    )
 
 
 def mend_tenants(standing: Standing, tenants: list[Tenant], folder: Path, resumed: bool) -> None:
@@ -368,7 +369,7 @@ class TenantsLoop(NamedTuple):
     def fresh_adapter(self, tenant: Tenant) -> Adapter:
         made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
         if getattr(self.config.adapter, "summary", "raw") == "standardised":
-            batches = statistics_batches(tenant.data.examples, self.buckets[-1], self.layout.groups * self.layout.rows)
+            batches = statistics_batches(tenant.data.examples, self.buckets[-1], self.layout.rows)
             made = standardise(self.model, made, batches)
         return gathered(made)
 
@@ -533,8 +534,9 @@ class TenantsLoop(NamedTuple):
             if steps > 0 or why != "not finite":
                 self.keep(state, standing, tenant, None)
         test_after = None
-        if own.test and (self.folder(tenant) / "adapter").exists():
-            kept = load_adapter(self.folder(tenant) / "adapter", self.model.config, model=self.model)
+        if own.test and by_first((self.folder(tenant) / "adapter").exists):
+            last = tenant_of(state.adapters, jnp.int32(slot))
+            kept = kept_adapter(self.folder(tenant), self.model, last)
             with self.stop.interrupting():
                 found = tasks.scores(Stack(jax.tree.map(lambda leaf: leaf[None], kept)), {tenant: 0})[tenant]
             self.write(tenant, standing.steps[tenant], scores("test_after", found))
