@@ -158,10 +158,10 @@ def tenants_arguments(
     state = jax.tree.map(partial(with_sharding, sharding=tenants_sharding(layout.slots, mesh)), state)
     batch = abstract_batch(config, mesh, layout.groups * layout.rows)
 
-    def whole(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+    def whole(dtype, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharded(mesh))
 
-    settings: Any = Settings(*(whole(dtype, layout.slots) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
+    settings = Settings(*(whole(dtype, layout.slots) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
     return state, abstract_model(config, mesh), batch, whole(jnp.int32, layout.passes, layout.groups), settings
 
 
