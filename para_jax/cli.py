@@ -83,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--adapter", help="an adapter folder or hub id; default: the backbone alone")
     made.add_argument("--split", default="test", choices=("validation", "test"))
     made.add_argument("--limit", type=int, help="the most examples scored")
+    made.add_argument(
+        "--shuffle-prompts", action="store_true", help="give each example the factors of another example's prompt"
+    )
     made.add_argument("--results", type=Path, help="write config, device and scores to this JSON file")
 
     made = command("generate", run_generate, "answer prompts in one batch")
@@ -195,6 +198,8 @@ def run_evaluate(options) -> None:
     from .evaluation.evaluate import evaluate, task_of_run
 
     require(options.limit is None or options.limit >= 1, "--limit", options.limit, "at least 1 example")
+    shuffled = "to stand beside --adapter, whose factors are shuffled"
+    require(options.adapter or not options.shuffle_prompts, "--shuffle-prompts", True, shuffled)
     config = load_config(options.config, options.overrides)
     devices.start(config.runtime)
     begun = time.monotonic()
@@ -207,10 +212,11 @@ def run_evaluate(options) -> None:
         )
     model = load_backbone(**vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
-    report = evaluate(model, adapter, [task], tokenizer=tokenizer, limit=options.limit)
+    how = dict(limit=options.limit, shuffle_prompts=options.shuffle_prompts, seed=config.seed)
+    report = evaluate(model, adapter, [task], tokenizer=tokenizer, **how)
     print(report)
     if options.results:
-        write_results(options, config, {s.name: s._asdict() for s in report.scores}, time.monotonic() - begun)
+        write_results(options, config, {s.name: s.record() for s in report.scores}, time.monotonic() - begun)
 
 
 def run_generate(options) -> None:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from .adapters.methods import METHODS
-from .adapters.rows import Rows, Stack, by_layer, check_fits, gather
+from .adapters.rows import Made, Rows, Stack, by_layer, check_fits, gather
 from .adapters.segments import adjust_segments
 from .backbone.cache import attend_cached, padded
 from .backbone.kernels import self_attention
@@ -128,6 +128,13 @@ def vectors(
         raise ValueError(f"vectors: {type(adjustments[0]).__name__} adjustments are not factors")
     sites = [site for site in SITES if site in adjustments[0].distance]
     return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in sites}
+
+
+def made_for(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length) -> Made | None:
+    """The adjustments that the adapters make of prompts, one a row, to be given to forward, prefill and others in the
+    place of the adapters, whatever tokens these then read. None without adapters."""
+    tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
+    return None if adapters is None else Made(tuple(_adjustments(model, adapters, tokens, prompt_length)))
 
 
 def multi_tenant_forward(
