@@ -212,8 +212,10 @@ def run_evaluate(options) -> None:
         )
     model = load_backbone(**vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
-    how = dict(limit=options.limit, shuffle_prompts=options.shuffle_prompts, seed=config.seed)
-    report = evaluate(model, adapter, [task], tokenizer=tokenizer, **how)
+    shuffle, seed = options.shuffle_prompts, config.seed
+    report = evaluate(
+        model, adapter, [task], tokenizer=tokenizer, limit=options.limit, shuffle_prompts=shuffle, seed=seed
+    )
     print(report)
     if options.results:
         write_results(options, config, {s.name: s.record() for s in report.scores}, time.monotonic() - begun)

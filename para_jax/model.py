@@ -92,7 +92,7 @@ def adapt(model: Transformer, adapter) -> AdaptedTransformer:
 
 
 def forward(
-    model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None
+    model: Transformer, adapters: Adapter | Rows | Made | None, tokens, prompt_length, length=None
 ) -> Float[Array, "batch T vocab"]:
     """Logits float32 [batch, T, vocab] of the teacher-forced pass.
 
@@ -109,7 +109,13 @@ def forward(
 
 
 def hidden_states(
-    model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None, *, all_layers: bool = False
+    model: Transformer,
+    adapters: Adapter | Rows | Made | None,
+    tokens,
+    prompt_length,
+    length=None,
+    *,
+    all_layers: bool = False,
 ) -> Float[Array, "*layers batch T width"]:
     """The hidden states after the final norm [batch, T, width]; all_layers: the residual stream that enters each
     layer, and the last layer's output before the final norm, [layers + 1, batch, T, width]. Arguments and errors as
@@ -159,7 +165,7 @@ def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array,
 
 
 def prefill(
-    model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None, *, max_length: int
+    model: Transformer, adapters: Adapter | Rows | Made | None, tokens, prompt_length, length=None, *, max_length: int
 ) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """Logits float32 [batch, vocab] at each row's last token, and the state from which decode goes on.
 

@@ -90,9 +90,10 @@ def gsm8k(row: dict) -> Fields:
 def wikisql(row: dict) -> Fields:
     """WikiSQL (arXiv:1709.00103), fields question, table (header) and sql (sel, agg, conds), the conditions as triples
     or as three lists; columns are written in lower case, with _ for spaces."""
-    header = ["_".join(str(name).lower().split()) for name in part(row, "table", "header")]
+    header = part(row, "table", "header")
     chosen, how, conditions = (part(row, "sql", name) for name in ("sel", "agg", "conds"))
     try:
+        header = ["_".join(name.lower().split()) for name in header]
         if isinstance(conditions, dict):
             names = ("column_index", "operator_index", "condition")
             conditions = list(zip(*(conditions[name] for name in names), strict=True))
@@ -100,7 +101,7 @@ def wikisql(row: dict) -> Fields:
             raise IndexError("a negative index would count from the end")
         wanted = f"{WIKISQL_AGGREGATES[how]}({header[chosen]})" if how else header[chosen]
         tests = [f"{header[c]} {WIKISQL_OPERATORS[o]} '{str(value).lower()}'" for c, o, value in conditions]
-    except (IndexError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         raise ValueError(f"sql: {row['sql']!r:.80} is not possible; expected indices into the table's header") from None
     query = f"SELECT {wanted} FROM table" + (f" WHERE {' AND '.join(tests)}" if tests else "")
     columns = ", ".join(sorted(header))
