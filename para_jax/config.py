@@ -138,7 +138,8 @@ class ParaConfig:
 
     r: int = 12
     pooler: str = "last"
-    """last | mean | max | constant"""
+    """last | mean | max | constant (a learned vector a layer instead of the prompt's state: the control that shows what
+    reading the prompt is worth) [our choice: all four]"""
     summary: str = "raw"
     """raw | rms | standardised [our choice: all three]"""
     activation: str = "gelu"

@@ -122,6 +122,22 @@ def test_evaluate_gives_the_score_that_training_gave(folder, config, trained, tm
     assert json.loads((tmp_path / "e.json").read_text())["scores"]["validation"]["count"] == 3
 
 
+def test_evaluate_shuffles_prompts_where_it_is_asked_to(folder, config, trained, tmp_path, capsys):
+    line = ("evaluate", config, "--adapter", trained / "adapter", "--results", tmp_path / "e.json")
+
+    def found(*options):
+        assert command(*line, *options) == 0
+        return json.loads((tmp_path / "e.json").read_text())["scores"]["test"]
+
+    own, other, drawn = found(), found("--shuffle-prompts"), found("--shuffle-prompts", "seed=1")
+    assert len({own["loss"], other["loss"], drawn["loss"]}) == 3 and other["count"] == 5
+    assert other == found("--shuffle-prompts") and own["stderr"] > 0
+    assert_says(mistake(capsys, *line[:4], "--shuffle-prompts", "--limit", 1), "test: 1 example; to shuffle prompts")
+    assert_says(
+        mistake(capsys, *line[:2], "--shuffle-prompts"), "--shuffle-prompts: .* expected to stand beside --adapter"
+    )
+
+
 def test_generate_answers_each_prompt_as_the_library_does(folder, trained, capsys):
     prompts = ["w20 w30", "w40 w50\nw60"]
     options = ["--prompt", "w40 w50\\nw60", "--adapter", trained / "adapter"]
