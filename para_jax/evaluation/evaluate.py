@@ -15,7 +15,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import RunConfig, require
-from ..data.batches import epoch_bits, full_batches, permutation, plan_buckets
+from ..data.batches import (
+    assign_buckets,
+    collate,
+    epoch_bits,
+    example_lengths,
+    full_batches,
+    permutation,
+    plan_buckets,
+)
 from ..data.examples import Example, encode_completion, encode_example, stop_token_ids
 from ..data.sources import Record, encode_records, load_records, task_of
 from ..data.tasks import TASKS
@@ -250,14 +258,13 @@ def adapters_of_batches(model, adapters, read: Sequence[list[int]] | None) -> Ca
     made of these prompts, padded to few lengths; the adapters themselves where every row reads its own prompt."""
     if read is None:
         return lambda rows: adapters
-    lengths = [bucket.length for bucket in plan_buckets([Example(prompt, []) for prompt in read], 3)]
+    asked = [Example(prompt, []) for prompt in read]
+    buckets = plan_buckets(asked, 3)
 
     def made(rows):
-        prompts = [read[i] for i in rows]
-        longest = max(map(len, prompts))
-        tokens = np.zeros((len(prompts), next(length for length in lengths if length >= longest)), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        return made_for(model, adapters, tokens, np.array([len(prompt) for prompt in prompts], np.int32))
+        chosen = [asked[i] for i in rows]
+        bucket = buckets[assign_buckets(example_lengths(chosen), buckets).max()]
+        batch = collate(chosen, bucket, len(chosen))
+        return made_for(model, adapters, batch.tokens, batch.prompt_length)
 
     return made
