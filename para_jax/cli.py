@@ -374,8 +374,8 @@ def run_plot(options) -> None:
     spread = adapters >= 1 and data and not (options.runs or prompts)
     if not (curves or maps or spread):
         raise ValueError(
-            "plot: expected RUN... for learning curves, or one --adapter with --prompt, once or twice, for its factors, "
-            "or --adapter, once or more, with --data FILE for how much they differ"
+            "plot: expected RUN... for learning curves, or one --adapter with --prompt, once or twice, for its "
+            "factors, or --adapter, once or more, with --data FILE for how much they differ"
         )
     save(curves_plot(options.runs) if curves else factors_figure(options), options.output)
     print(f"wrote {options.output}")
@@ -401,7 +401,8 @@ def factors_figure(options):
     }
     if not options.data:
         asked = dict(zip("AB", (prompt.replace("\\n", "\n") for prompt in options.prompt), strict=False))
-        made = {name: factors_of(model, *adapters.values(), prompt, tokenizer) for name, prompt in asked.items()}
+        adapter = next(iter(adapters.values()))
+        made = {name: factors_of(model, adapter, prompt, tokenizer) for name, prompt in asked.items()}
         title = [f"{name}: {prompt!r:.90}" for name, prompt in asked.items()]
         return factors_plot(made, "\n".join([f"Factors of {options.adapter[0]} on {options.backbone}", *title]))
     spreads = {name: factor_spread(model, adapter, given, tokenizer) for name, adapter in adapters.items()}

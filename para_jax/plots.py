@@ -79,6 +79,7 @@ def curves_plot(folders: Sequence[str | Path]) -> Figure:
     panels[0].plot([], [], color="grey", marker="o", markersize=4, linestyle="--", label="validation")
     panels[0].set_ylabel("loss (nats a token)")
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].set_title("Learning curves", fontsize=10)
     panels[0].legend(fontsize=8)
     for axes, metric in zip(panels[1:], metrics, strict=True):
@@ -113,10 +114,9 @@ def series(rows: list[dict], name: str) -> tuple[list, list]:
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
     """Each value averaged with those around it, a tenth of them all; fewer at both ends, so that no end is bent."""
-    reach, values = len(values) // 20, np.asarray(values)
-    return np.array(
-        [values[i - r : i + r + 1].mean() for i in range(len(values)) for r in [min(reach, i, len(values) - 1 - i)]]
-    )
+    held, last = np.asarray(values), len(values) - 1
+    reach = [min(len(held) // 20, i, last - i) for i in range(len(held))]
+    return np.array([held[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
 
 
 # ------------------------------------------------------------------------------------------------------------- factors
@@ -177,21 +177,25 @@ def spread_plot(spreads: Mapping[str, Spread], title: str) -> Figure:
     for column, site in enumerate(sites):
         for i, (name, spread) in enumerate((name, s) for name, s in spreads.items() if site in s.size):
             layers, look = np.arange(len(spread.size[site])), dict(color=f"C{i}", marker="o", markersize=3)
-            grid[0, column].plot(layers, spread.ratio[site], label=name, **look)
-            grid[1, column].plot(layers, spread.spread[site], label=f"{name}: spread", **look)
+            grid[0, column].plot(layers, spread.ratio[site], **look)
+            grid[1, column].plot(layers, spread.spread[site], label=f"{name}: spread over prompts", **look)
             grid[1, column].plot(
-                layers, spread.size[site], label=f"{name}: shared", **look | {"marker": ""}, linestyle="--"
+                layers,
+                spread.size[site],
+                label=f"{name}: shared by all prompts",
+                **look | {"marker": ""},
+                linestyle="--",
             )
         grid[0, column].set_title(site, fontsize=9)
         grid[1, column].set_xlabel("layer")
-    for axes, label in zip(grid[:, 0], ("spread / shared", "root mean square of l − 1"), strict=True):
+    for axes, label in zip(grid[:, 0], ("spread / shared", "l − 1, root mean square"), strict=True):
         axes.set_ylabel(label, fontsize=9)
         axes.set_yscale("symlog", linthresh=0.01, linscale=0.3)
         axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter("{x:g}")
     for axes in grid.flat:
         axes.grid(alpha=0.3)
-    for axes in grid[:, -1]:
-        axes.legend(fontsize=7)
+    figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(title, fontsize=9)
     return figure
 
