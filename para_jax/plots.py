@@ -80,7 +80,7 @@ def curves_plot(folders: Sequence[str | Path]) -> Figure:
     panels[0].set_ylabel("loss (nats a token)")
     panels[0].set_yscale("log")
     panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].set_title("Learning curves", fontsize=10)
+    panels[0].set_title("Learning curves; bars are one standard error", fontsize=10)
     panels[0].legend(fontsize=8)
     for axes, metric in zip(panels[1:], metrics, strict=True):
         axes.set_ylabel(f"validation {metric}")

@@ -170,6 +170,7 @@ def evaluate_task(
     prompts, count = [example.prompt_ids for example in examples], len(records)
     read = None if shuffle is None else [prompts[i] for i in derangement(task.name, count, shuffle)]
 
+    require(not task.ranks or len(task.choices) > 1, f"{task.name}: choices", task.choices, "2 or more answers to rank")
     ranked = rankings(prompts, records, task.choices, tokenizer) if task.ranks else []
     of_ranked = read and [*read, *(prompt for prompt in read for _ in task.choices if task.ranks)]
     nll, tokens = likelihoods(model, adapters, [*examples, *ranked], task.batch_size, of_ranked)

@@ -193,6 +193,11 @@ def test_a_task_reports_several_metrics_of_the_same_answers(records):
     assert found.record()["also"]["matthews"] == {"score": found.also[1].score, "stderr": found.also[1].stderr}
 
 
+def test_accuracy_without_choices_is_refused(records):
+    with pytest.raises(ValueError, match=r"^t: choices: \(\) is not possible; expected 2 or more answers to rank$"):
+        scored(EvalTask("t", records, "accuracy", batch_size=BATCH))
+
+
 def test_label_metrics_without_choices_are_of_what_is_written(records):
     task = EvalTask("t", records, "macro_f1", max_new_tokens=4, batch_size=BATCH)
     written = scored(task._replace(metric="exact_match", also=("macro_f1",)))
