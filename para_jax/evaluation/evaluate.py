@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -64,10 +63,8 @@ class Measured(NamedTuple):
     stderr: float | None
 
 
-@dataclass(frozen=True)
-class Score:
-    """A task's score. Two are equal where what was measured is; errors and further metrics come from the same
-    answers."""
+class Five(NamedTuple):
+    """A Score as a tuple."""
 
     name: str
     metric: str
@@ -77,9 +74,19 @@ class Score:
     """nats a completion token, its end token included"""
     count: int
     """examples"""
-    stderr: float | None = field(default=None, compare=False)
+
+
+class Score(Five):
+    """A task's score: five values, by which scores are compared, and beside them what else is known of the answers."""
+
+    stderr: float | None = None
     """the standard error of `score` over the draw of the examples; None for one example"""
-    also: tuple[Measured, ...] = field(default=(), compare=False)
+    also: tuple[Measured, ...] = ()
+
+    def __new__(cls, *values, stderr: float | None = None, also: tuple[Measured, ...] = (), **named):
+        made = super().__new__(cls, *values, **named)
+        made.stderr, made.also = stderr, also
+        return made
 
     def values(self) -> dict[str, float]:
         """Every metric and its standard error by name: accuracy, accuracy_stderr; the loss without a standard error of
@@ -92,7 +99,11 @@ class Score:
 
     def record(self) -> dict:
         """The score for a JSON file."""
-        return {**vars(self), "also": {one.metric: {"score": one.score, "stderr": one.stderr} for one in self.also}}
+        return {
+            **self._asdict(),
+            "stderr": self.stderr,
+            "also": {one.metric: {"score": one.score, "stderr": one.stderr} for one in self.also},
+        }
 
     def __str__(self) -> str:
         main = Measured(self.metric, self.score, self.stderr)
@@ -170,29 +181,40 @@ def evaluate_task(
     prompts, count = [example.prompt_ids for example in examples], len(records)
     read = None if shuffle is None else [prompts[i] for i in derangement(task.name, count, shuffle)]
 
-    require(not task.ranks or len(task.choices) > 1, f"{task.name}: choices", task.choices, "2 or more answers to rank")
-    ranked = rankings(prompts, records, task.choices, tokenizer) if task.ranks else []
+    ranked = rankings(prompts, records, task, tokenizer)
     of_ranked = read and [*read, *(prompt for prompt in read for _ in task.choices if task.ranks)]
     nll, tokens = likelihoods(model, adapters, [*examples, *ranked], task.batch_size, of_ranked)
-    loss = float(nll[:count].sum() / tokens[:count].sum())
+    written = task.metric != "loss" and not task.ranks
+    answers = written_answers(model, adapters, prompts, task, tokenizer, read) if written else []
+    return score_of(task, records, nll, tokens, answers)
+
+
+def score_of(task: EvalTask, records: list[Record], nll: np.ndarray, tokens: np.ndarray, answers: list[str]) -> Score:
+    """A task's score from the nats and the completion tokens of each record's own completion and then, where they are
+    ranked, of each record's choices; else from the answers that were written."""
+    count = len(records)
+    own = nll[:count], tokens[:count]
+    loss = float(own[0].sum() / own[1].sum())
     if task.metric == "loss":
-        return Score(task.name, "loss", -loss, loss, count, error_of_ratio(nll[:count], tokens[:count]))
+        return Score(task.name, "loss", -loss, loss, count, stderr=error_of_ratio(*own))
     if task.ranks:
         answers = [task.choices[i] for i in nll[count:].reshape(count, -1).argmin(axis=1)]
-    else:
-        answers = written_answers(model, adapters, prompts, task, tokenizer, read)
     references = [record.references for record in records]
     (value, stderr), *more = [measure(metric, answers, references) for metric in (task.metric, *task.also)]
     also = tuple(Measured(name, *found) for name, found in zip(task.also, more, strict=True))
-    return Score(task.name, task.metric, value, loss, count, stderr, also)
+    return Score(task.name, task.metric, value, loss, count, stderr=stderr, also=also)
 
 
-def rankings(prompts, records: list[Record], choices: Sequence[str], tokenizer) -> list[Example]:
-    """Each prompt with each choice as its whole completion, end token included; the likeliest choice is the answer."""
+def rankings(prompts, records: list[Record], task: EvalTask, tokenizer) -> list[Example]:
+    """Each prompt with each choice as its whole completion, end token included; the likeliest choice is the answer.
+    None where the task's answers are written."""
+    if not task.ranks:
+        return []
+    require(len(task.choices) > 1, f"{task.name}: choices", task.choices, "2 or more answers to rank")
     return [
         Example(prompt, encode_completion(tokenizer, record.prompt, choice))
         for prompt, record in zip(prompts, records, strict=True)
-        for choice in choices
+        for choice in task.choices
     ]
 
 
