@@ -155,11 +155,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator")
     made.add_argument("--no-compilation-cache", action="store_true")
 
-    made = command("bench", run_bench, "measure on this machine: load, decode, serve, train or packing")
+    made = command("bench", run_bench, "measure on this machine: load, decode, serve, train, packing or tenants")
     made.add_argument("name")
     made.add_argument("--backbone", default="smollm2-135m")
     made.add_argument("--output", type=Path, help="write the measurement to this JSON file")
-    made.add_argument("--rows", help="rows of a batch; decode: sizes such as 1,8,32")
+    made.add_argument("--rows", help="rows of a batch; decode: sizes such as 1,8,32; tenants: of each tenant")
     made.add_argument("--context", type=int, help="decode: tokens that each row holds")
     made.add_argument("--rounds", type=int, help="how often each side is measured")
     made.add_argument("--random", action="store_true", help="decode, train: random weights of the backbone's shape")

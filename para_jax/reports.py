@@ -16,7 +16,7 @@ from .adapters.adapter import count_parameters
 from .adapters.files import NAMES, read_adapter_config
 from .backbone.load import load_model_config
 from .backbone.weights import parameter_shapes
-from .config import LoraConfig, ParaConfig, RunConfig, adapter_method, config_dict, load_config
+from .config import LoraConfig, ParaConfig, RunConfig, adapter_method, config_dict, load_config, require
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
 from .data.prepared import NotPrepared, is_tfds
@@ -50,9 +50,24 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}",
         f"memory     weights {size(backbone * dtype.itemsize)} ({dtype.name}), adapter {size(tree_bytes(adapter))}, "
         f"optimiser {size(tree_bytes(state.optimizer))}",
-        topology_report(config, topology) if topology else step_line(config),
+        topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
     ]
     return "\n".join(lines + data_lines(config))
+
+
+def tenants_of(config: RunConfig) -> int | None:
+    """How many tenants a run of many has: combinations of a sweep, or those of data.tenants; where that folder is not
+    there yet, train.tenants_at_once says it. None for a run of one adapter."""
+    if not config.many:
+        return None
+    if config.sweep:
+        return max(1, len(config.sweep.learning_rate)) * max(1, len(config.sweep.seed))
+    folder = Path(config.data.tenants).expanduser()
+    if folder.is_dir():
+        return len(tenant_sections(folder, config.data))
+    expected = f"a number of tenants, for data.tenants ({folder}) is not there yet to count them"
+    require(config.train.tenants_at_once is not None, "train.tenants_at_once", None, expected)
+    return config.train.tenants_at_once
 
 
 def step_line(config: RunConfig) -> str:

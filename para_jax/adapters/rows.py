@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from ..config import ModelConfig
 from .adapter import Adapter, Adjustment, Factors, Shared, describe, make_adjustment
-from .groups import Groups, of_groups
+from .groups import Groups, layers_first, of_groups
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +80,7 @@ def by_layer(adapters: Adapter | Rows | Groups | Made) -> tuple[object, Callable
     segments).
     """
     if isinstance(adapters, Rows):
-        stacks = tuple(jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), stack.adapters) for stack in adapters.stacks)
+        stacks = tuple(layers_first(stack.adapters) for stack in adapters.stacks)
 
         def make(layers, x, prompt_length, start=None):
             if start is not None:
@@ -94,8 +94,7 @@ def by_layer(adapters: Adapter | Rows | Groups | Made) -> tuple[object, Callable
     if isinstance(adapters, Made):
         return list(adapters.layers), lambda made, x, prompt_length: made
     if isinstance(adapters, Groups):
-        leading = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), adapters.adapters)
-        return leading, lambda layer, x, length: of_groups(layer, adapters, x, length)
+        return adapters.adapters, lambda layer, x, length: of_groups(layer, adapters, x, length)
     if adapters.shared:
         return adapters, lambda layer, x, length, start=None: Shared(make_adjustment(layer, x[0], length.ravel()[0]))
     return adapters, make_of_one

@@ -19,6 +19,7 @@ from ..plots import decode_plot
 from .decode import bench_decode
 from .load import bench_load
 from .serve import bench_serve
+from .tenants import bench_tenants
 from .train import bench_packing, bench_train
 
 #: The names of `para-jax bench`; each gives {"unit", "medians", "rounds", ...} for a backbone.
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Callable[..., dict]] = {
     "serve": bench_serve,
     "train": bench_train,
     "packing": bench_packing,
+    "tenants": bench_tenants,
 }
 
 
