@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from .data.tenants import tenant_sections
 from .data.tokenizer import load_tokenizer
 from .model import init_adapter
 from .topology import topology_report
+from .training.log import read_metrics
 from .training.step import init_state
 
 
@@ -210,13 +209,6 @@ def adapter_report(folder: Path) -> str:
             + ("its matrices" if matrices else "its factors, whatever the number of tenants"),
         ]
     )
-
-
-def read_metrics(file: Path) -> Iterator[dict]:
-    """The lines of metrics.jsonl, but for one that was cut off when its run was."""
-    for line in file.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            yield json.loads(line)
 
 
 def size(count: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def pick(stack: Stack, indices) -> Rows:
     return Rows((stack,), jnp.asarray(indices, jnp.int32)[None])
 
 
-def by_layer(adapters: Adapter | Rows | Groups) -> tuple[object, Callable]:
+def by_layer(adapters: Adapter | Rows | Groups | Made) -> tuple[object, Callable]:
     """The adapters' weights with a leading layer axis, and the function that makes one layer's adjustments.
 
     The function takes (one layer's weights, x [batch, length, width], prompt_length [batch]) and gives an Adjustment
@@ -91,6 +91,8 @@ def by_layer(adapters: Adapter | Rows | Groups) -> tuple[object, Callable]:
             return merged(made)
 
         return stacks, make
+    if isinstance(adapters, Made):
+        return list(adapters.layers), lambda made, x, prompt_length: made
     if isinstance(adapters, Groups):
         return adapters.adapters, lambda layer, x, length: of_groups(layer, adapters, x, length)
     if adapters.shared:
@@ -144,9 +146,17 @@ class Several(Adjustment):
         return y
 
 
+class Made(NamedTuple):
+    """Adjustments that were made already, of whatever prompts; they serve in the place of the adapters that made them,
+    one a batch row."""
+
+    layers: tuple
+    """a layer: an Adjustment in float32 whose arrays lead with the batch, or that is Shared"""
+
+
 def check_fits(adapters, model: ModelConfig) -> None:
     """Raises ValueError where adapters were made for a backbone of another shape."""
-    if adapters is None:
+    if adapters is None or isinstance(adapters, Made):
         return
     if not isinstance(adapters, (Adapter, Rows)):
         raise ValueError(
