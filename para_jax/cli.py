@@ -220,6 +220,14 @@ def run_train_tenants(options, config) -> int | None:
     if not is_first():
         return None
     print(f"{tenants_table(result.tenants)}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
+    if config.sweep:
+        from .plots import curves_plot, save
+
+        try:
+            save(curves_plot([result.output_dir / name for name in result.tenants]), result.output_dir / "curves.png")
+            print(f"the curves are in {result.output_dir / 'curves.png'}")
+        except ValueError as error:  # matplotlib is not installed
+            print(f"no picture of the curves: {error}")
     if options.results:
         write_results(options, config, result.tenants, time.monotonic() - begun)
     return int(any(entry["ended"] == "not finite" for entry in result.tenants.values()))

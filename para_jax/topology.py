@@ -158,7 +158,7 @@ def tenants_arguments(
     state = jax.tree.map(partial(with_sharding, sharding=tenants_sharding(layout.slots, mesh)), state)
     batch = abstract_batch(config, mesh, layout.groups * layout.rows)
 
-    def whole(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+    def whole(dtype, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharded(mesh))
 
     settings: Any = Settings(*(whole(dtype, layout.slots) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
