@@ -60,7 +60,7 @@ def tenants_of(config: RunConfig) -> int | None:
     there yet, train.tenants_at_once says it. None for a run of one adapter."""
     if not config.many:
         return None
-    if config.sweep:
+    if config.data.tenants is None:
         return max(1, len(config.sweep.learning_rate)) * max(1, len(config.sweep.seed))
     folder = Path(str(config.data.tenants)).expanduser()
     if folder.is_dir():

@@ -161,7 +161,7 @@ def tenants_arguments(
     def whole(dtype, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharded(mesh))
 
-    settings: Any = Settings(*(whole(dtype, layout.slots) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
+    settings = Settings(*(whole(dtype, layout.slots) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
     return state, abstract_model(config, mesh), batch, whole(jnp.int32, layout.passes, layout.groups), settings
 
 

@@ -25,7 +25,7 @@ from para_jax import (
 )
 from para_jax.adapters.adapter import Adjustment
 from para_jax.config import Ia3Config, LoraConfig
-from para_jax.hlo import describe_program, excess
+from para_jax.hlo import collective_bytes, describe_program, excess
 from para_jax.model import decode_step
 from para_jax.sharding import place
 
@@ -229,3 +229,32 @@ def test_a_donated_argument_is_not_counted_again_as_an_output():
     kept, donated = (describe_program(jax.jit(double, donate_argnums=d).lower(x).compile()) for d in ((), (0,)))
     assert (kept.arguments, kept.outputs, donated.outputs) == (4000, 4000, 0)
     assert kept.memory - donated.memory == 4000
+
+
+def test_what_collectives_give_is_counted_in_bytes_over_all_turns_of_a_loop():
+    text = """
+HloModule m
+
+%add (l: f32[], r: f32[]) -> f32[] {
+  %l = f32[] parameter(0)
+  ROOT %r = f32[] parameter(1)
+}
+
+%condition (c: f32[8]) -> pred[] {
+  ROOT %c = pred[] constant(true)
+}
+
+%body (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a = (f32[8,2]{1,0}, pred[3]{0}) all-reduce(%p, %p), to_apply=%add
+  ROOT %g = f32[8]{0} copy(%p)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %s = (bf16[4]{0}, bf16[32]{0}) all-gather-start(%x), dimensions={0}
+  %d = bf16[32]{0} all-gather-done(%s)
+  ROOT %w = f32[8]{0} while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    assert collective_bytes(text) == {"all-reduce": (64 + 3) * 5, "all-gather": 64}

@@ -16,7 +16,9 @@ from para_jax import init_adapter, load_backbone, make_mesh
 from para_jax.config import load_config
 from para_jax.data.packing import Packed
 from para_jax.hlo import collectives_run
+from para_jax.reports import dry_run
 from para_jax.sharding import place, rows_over
+from para_jax.tenant_runs import empty_state
 from para_jax.topology import (
     TOO_MUCH,
     batch_rows,
@@ -26,9 +28,11 @@ from para_jax.topology import (
     parsed_topology,
     shard_bytes,
     step_arguments,
+    tenants_arguments,
     topology_report,
 )
 from para_jax.training.step import init_state
+from para_jax.training.tenants import lay_out
 
 ON_7B = ("configs/llama2-7b-boolq.yaml", ["mesh.data=1", "mesh.fsdp=16", "train.gradient_accumulation_steps=1"])
 
@@ -61,6 +65,35 @@ def test_the_abstract_arguments_lie_as_those_of_a_run(config):
             assert leaf.ndim == 0 or other.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
         assert not expected
     assert batch.tokens.shape == tokens.shape and batch.tokens.sharding.is_equivalent_to(tokens.sharding, 3)
+
+
+def test_the_abstract_tenants_lie_as_those_of_a_run(config):
+    mesh = make_mesh(**vars(config.mesh))
+    state, model, batch, groups, settings = tenants_arguments(config, mesh, 24)
+    loaded = load_backbone(config.backbone.source, mesh=mesh, layout="stacked")
+    with jax.set_mesh(mesh):
+        real = empty_state(config, loaded, 24, mesh)
+    for made, abstract in zip(jax.tree.leaves(real), jax.tree.leaves(state), strict=True):
+        assert made.shape == abstract.shape and made.sharding.is_equivalent_to(abstract.sharding, made.ndim)
+    assert shard_bytes(state) * 8 == sum(leaf.nbytes for leaf in jax.tree.leaves(real))
+    layout = lay_out(config, 24, mesh)
+    assert groups.shape == (1, layout.groups) and batch.tokens.shape == (1, layout.groups * layout.rows, 16)
+    assert {leaf.shape for leaf in settings} == {(24,)}
+
+
+def test_the_dry_run_of_many_tenants_says_what_each_adds_to_a_chip(tmp_path, no_libtpu):
+    many = ["data.tenants=" + str(tmp_path / "absent"), "train.rows_per_tenant=4", "train.tenants_at_once=64"]
+    config = load_config(ON_7B[0], [*ON_7B[1], "train.per_device_batch_size=4", *many])
+    shown = dry_run(config, "v5e:4x4")
+    assert "tenants    64, 64 at once; 16 of 4 rows each in a pass" in shown and "ESTIMATE" in shown
+    assert (
+        "optimiser state 107.3 MB a tenant, 6.71 MB a tenant and chip, 0.40 GiB a chip (spread over 16 chips)" in shown
+    )
+    none = replace(config, train=replace(config.train, tenants_at_once=None))
+    with pytest.raises(ValueError, match="train.tenants_at_once: None is not possible; .*not there yet to count them"):
+        dry_run(none, "v5e:4x4")
+    uneven = replace(config, train=replace(config.train, tenants_at_once=12))
+    assert "spread over 1 chips, for the mesh's 16 do not divide 12" in dry_run(uneven, "v5e:4x4")
 
 
 def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
