@@ -19,7 +19,7 @@ from ..adapters.bank import AdapterBank, Entry
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
 from ..config import require
-from ..data.examples import encode_prompt, stop_token_ids
+from ..data.examples import Ids, Prompt, encode_prompt, stop_token_ids
 from ..devices import say
 from ..inference.generate import before_first, up_to_multiple
 from ..model import DecodeState, prefill
@@ -119,7 +119,7 @@ class Engine:
         try:
             check_request(request)
             entry = None if request.tenant is None else self._entry(request.tenant)
-            ids = encode_prompt(self.tokenizer, request.prompt)
+            ids = self._ids(request.prompt)
             if len(ids) + request.max_new_tokens > self.max_length:
                 raise ValueError(
                     f"prompt: {len(ids)} tokens and max_new_tokens {request.max_new_tokens} are more than the "
@@ -237,6 +237,13 @@ class Engine:
         self._done.append(Completion(sample.id, sample.index, text, sample.tokens, reason, error))
         if all(other.ended for other in self._open[sample.id]):
             del self._open[sample.id]
+
+    def _ids(self, prompt: Prompt | Ids) -> list[int]:
+        if not isinstance(prompt, tuple):
+            return encode_prompt(self.tokenizer, prompt)
+        known = self.model.config.vocab_size
+        require(max(prompt) < known, "prompt: token id", max(prompt), f"less than {known}, the model's tokens")
+        return list(prompt)
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
