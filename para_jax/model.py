@@ -253,8 +253,8 @@ def decode_step(
 def continue_rows(
     model: Transformer, state: DecodeState, row: Int[Array, " n"], tokens: Int[Array, "n C"]
 ) -> Float[Array, "n C width"]:
-    """The hidden states, after the final norm, of tokens that continue rows of a state: tokens[i] goes on after what row
-    row[i] holds, with that row's adjustments. The state stays as it is. To be used inside a larger compiled program."""
+    """The hidden states, after the final norm, of tokens that continue rows of a state: tokens[i] goes on after what
+    row[i] of it holds, with that row's adjustments. The state stays as it is. For use inside a compiled program."""
     length = state.length[row]
     tables = tables_of(model.config, length[:, None] + jnp.arange(tokens.shape[1]))
 
