@@ -67,7 +67,7 @@ def __getattr__(name: str):
     try:
         return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
+        if not (error.name or "").startswith("lm_eval"):
             raise
         raise ImportError(f"para_jax.{name}: lm-eval is not installed: pip install 'para_jax[eval]'") from None
 

@@ -371,8 +371,8 @@ def named_adapters(given: list[str]) -> dict[str, str]:
         name, equals, source = text.partition("=")
         if not equals or Path(text).expanduser().is_dir():
             folder = Path(text).expanduser()
-            called = folder.resolve() if folder.is_dir() else Path(text)
-            name, source = called.parent.name if called.name == "adapter" else called.name, text
+            called = folder.resolve().parent if folder.resolve().name == "adapter" else folder.resolve()
+            name, source = called.name if folder.is_dir() else text, text
         if not name or not source or name in sources or name == BASE:
             raise ValueError(
                 f"--adapters {text!r}: the name {name!r} is taken or missing ({BASE} is the base model); give NAME=DIR"

@@ -22,6 +22,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from ..config import require
 from .asked import Answer, Asked, Likelihood, Scored, Written
 from .token_lm import NO_PROMPT, TokenLM
 
@@ -88,7 +89,7 @@ def load_tasks(
     Raises ValueError for an unknown name, with the nearest, and for a task whose data can't be had.
     """
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    manager = manager_of(names, include_path)
     tasks = []
     for name in names:
         if name not in manager.all_tasks:
@@ -104,6 +105,15 @@ def load_tasks(
             prepare(task, fewshot)
         tasks.append(HarnessTask(name, loaded, limit, chat))
     return tasks
+
+
+def manager_of(names: Sequence[str], include_path: Path | None) -> TaskManager:
+    """lm-eval's index of tasks; of its own ten thousand files, read in seconds, only where they are needed."""
+    if include_path is None:
+        return TaskManager()
+    require(include_path.is_dir(), "--include-path", str(include_path), "a folder of task files")
+    local = TaskManager(include_path=str(include_path), include_defaults=False)
+    return local if set(names) <= set(local.all_subtasks) else TaskManager(include_path=str(include_path))
 
 
 def prepare(task, fewshot: int | None) -> None:

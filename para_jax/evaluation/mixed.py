@@ -3,6 +3,7 @@ engine. What a journal holds is not asked again."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -34,6 +35,8 @@ class Pass:
         self.tokens = 0
         """tokens computed so far: each context once for its adapter, each continuation, and each token written"""
         self.seconds = 0.0
+        """that took"""
+        self._last = 0.0
 
     def answer(self, questions: Sequence[Question], *, rows: int, engine: Engine | None = None) -> list[Answer]:
         """The questions' answers; equal questions are asked once.
@@ -50,6 +53,7 @@ class Pass:
         for _, asked in left.values():
             check_room(asked, self.model, engine)
         bar = tqdm(total=len(set(keys)), initial=len(set(keys)) - len(left), desc="answers", disable=None)
+        self._last = time.perf_counter()
         ranked = [(k, entries[tenant], asked) for k, (tenant, asked) in left.items() if isinstance(asked, Likelihood)]
         written = [(k, tenant, asked) for k, (tenant, asked) in left.items() if isinstance(asked, Generation)]
         seen: set[tuple] = set()
@@ -62,7 +66,6 @@ class Pass:
         if written:
             engine = engine or self._engine([asked for _, _, asked in written], rows)
             self._write(engine, written, bar)
-        self.seconds += bar.format_dict["elapsed"]
         bar.close()
         return [self.journal[k] for k in keys]
 
@@ -80,7 +83,9 @@ class Pass:
     def _keep(self, k: str, answer: Answer, bar: tqdm) -> None:
         self.journal.add(k, answer)
         bar.update()
-        bar.set_postfix_str(f"{self.tokens / max(self.seconds + bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", False)
+        self.seconds += time.perf_counter() - self._last
+        self._last = time.perf_counter()
+        bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)
 
     def _engine(self, asked: list[Generation], rows: int) -> Engine:
         longest = up_to_multiple(max(len(one.context) + one.max_new_tokens for one in asked), 32)

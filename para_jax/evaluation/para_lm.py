@@ -77,11 +77,13 @@ class ParaLM(TokenLM):
         """A ParaLM with an engine of its own.
 
         Args:
-            backbone, adapter: as para-jax generate takes them; adapter None: the base model.
+            backbone, adapter: as para-jax generate takes them, adapter None is the base model; `hf`'s names, pretrained
+                and peft, are taken too.
             options: dtype, quantize, batch_size (rows, default 8), max_length (tokens a row where something is written,
                 default 1024), cache, seed, allow_cpu.
         """
         known = "dtype quantize batch_size max_batch_size device max_length cache seed allow_cpu".split()
+        backbone, adapter = options.pop("pretrained", backbone), options.pop("peft", adapter)
         given = {name: value for name, value in options.items() if value is not None}
         other = [name for name in given if name not in known]
         require(not other, "model_args", other, "backbone, adapter, " + ", ".join(known))
