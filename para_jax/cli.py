@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("source", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets")
     made.add_argument("--data-dir", help="where to; default: tensorflow_datasets' own folder")
 
-    made = command("bench", run_bench, "measure on this machine: load, decode, serve, train or packing")
+    made = command("bench", run_bench, "measure on this machine: load, decode, serve, evaluate, train or packing")
     made.add_argument("name")
     made.add_argument("--backbone", default="smollm2-135m")
     made.add_argument("--output", type=Path, help="write the measurement to this JSON file")
