@@ -55,6 +55,8 @@ _LATER = {
     "Completion": "serving.request",
     "train": "runs",
     "TrainResult": "runs",
+    "train_tenants": "tenant_runs",
+    "TenantsResult": "tenant_runs",
     "evaluate": "evaluation.evaluate",
     "Report": "evaluation.evaluate",
     "ParaLM": "evaluation.para_lm",

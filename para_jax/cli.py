@@ -22,7 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; its exit code: 0, 1 where the quickstart fell short, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs one command. Its exit code: 0; 1 where the quickstart fell short or a tenant's loss was not finite; 2 for a
+    user's mistake; 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     options.command_line = shlex.join(["para-jax", *arguments])
@@ -122,7 +123,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME=DIR",
-        help="tenants: names, and their adapter folders or hub ids",
+        help="tenants: names, and their adapter folders or hub ids; or the folder of a run of many tenants, for all of "
+        "them",
     )
     made.add_argument(
         "--tenant", action="append", default=[], help="whose adapter answers: once, or once a prompt; base: no adapter"
@@ -186,7 +188,7 @@ def run_quickstart(options) -> int:
     return 0 if quickstart(options.overrides) else 1
 
 
-def run_train(options) -> None:
+def run_train(options) -> int | None:
     from .config import load_config, require
     from .processes import is_first
     from .reports import dry_run, read_metrics
@@ -197,6 +199,8 @@ def run_train(options) -> None:
     if options.dry_run:
         print(dry_run(config, options.topology))
         return
+    if config.many:
+        return run_train_tenants(options, config)
     begun = time.monotonic()
     result = train(config)
     best = (
@@ -211,6 +215,21 @@ def run_train(options) -> None:
         rows = list(read_metrics(result.output_dir / "metrics.jsonl"))
         scores = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
         write_results(options, config, scores, time.monotonic() - begun)
+
+
+def run_train_tenants(options, config) -> int | None:
+    from .processes import is_first
+    from .reports import tenants_table
+    from .tenant_runs import train_tenants
+
+    begun = time.monotonic()
+    result = train_tenants(config)
+    if not is_first():
+        return None
+    print(f"{tenants_table(result.tenants)}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
+    if options.results:
+        write_results(options, config, result.tenants, time.monotonic() - begun)
+    return int(any(entry["ended"] == "not finite" for entry in result.tenants.values()))
 
 
 def run_evaluate(options) -> None:
@@ -351,9 +370,9 @@ def run_requests(options, model, tokenizer, bank, tenants) -> None:
 
 
 def adapter_sources(given: list[str]) -> dict[str, str]:
-    """{name: folder or hub id} of --adapters NAME=DIR..."""
+    """{name: folder or hub id} of --adapters NAME=DIR..., where a run's folder stands for its tenants that have one."""
     sources: dict[str, str] = {}
-    for text in given:
+    for text in [each for asked in given for each in tenants_of_run(asked) or [asked]]:
         name, equals, source = text.partition("=")
         if not equals or not name or not source or name in sources or name == BASE:
             raise ValueError(
@@ -365,9 +384,9 @@ def adapter_sources(given: list[str]) -> dict[str, str]:
 
 def named_adapters(given: list[str]) -> dict[str, str]:
     """{name: folder or hub id} of --adapters DIR or NAME=DIR; a folder is called by its own name, that of a run
-    (RUN/adapter) by the run's."""
+    (RUN/adapter) by the run's, and a run of many tenants stands for all of them."""
     sources: dict[str, str] = {}
-    for text in given:
+    for text in (one for text in given for one in tenants_of_run(text) or [text]):
         name, equals, source = text.partition("=")
         if not equals or Path(text).expanduser().is_dir():
             folder = Path(text).expanduser()
@@ -379,6 +398,13 @@ def named_adapters(given: list[str]) -> dict[str, str]:
             )
         sources[name] = source
     return sources
+
+
+def tenants_of_run(folder: str) -> list[str]:
+    """NAME=DIR for each tenant of a run of many; none for another text."""
+    if "=" in folder or not (Path(folder) / "tenants.json").is_file():
+        return []
+    return [f"{path.parent.name}={path}" for path in sorted(Path(folder).glob("*/adapter"))]
 
 
 def tenants_of(options, sources: dict[str, str]) -> list[str | None] | None:

@@ -231,6 +231,9 @@ class DataSection:
     data set that `para-jax prepare` wrote, with perhaps these splits; one split alone: tfds:glue/sst2:train[:90%]"""
     validation: str | None = None
     test: str | None = None
+    tenants: str | None = None
+    """a folder whose sub-folders (each as for `train`) and .jsonl files are tenants, trained in one run; then
+    train, validation and test are not used"""
     data_dir: str | None = None
     """the folder of tfds: data; default: that of tensorflow_datasets (~/tensorflow_datasets)"""
     task: str | None = None
@@ -250,7 +253,7 @@ class DataSection:
     stays one example a row"""
 
     def __post_init__(self):
-        for name in ("train", "validation", "test", "data_dir"):
+        for name in ("train", "validation", "test", "tenants", "data_dir"):
             require_local(f"data.{name}", getattr(self, name))
         require(self.max_seq_length >= 2, "data.max_seq_length", self.max_seq_length, "at least 2 tokens")
         require(
@@ -260,6 +263,7 @@ class DataSection:
             one_of(("error", "skip", "left")),
         )
         require(self.buckets >= 1, "data.buckets", self.buckets, "at least 1")
+        require(not (self.tenants and self.packing), "data.packing", True, "false beside data.tenants")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +278,15 @@ class TrainSection:
     per_device_batch_size: int = 8
     """rows of one forward pass on each of the mesh's data x fsdp devices"""
     gradient_accumulation_steps: int = 1
+    rows_per_tenant: int = 4
+    """with many tenants (data.tenants, sweep): rows of a pass that each tenant in the batch has; it divides
+    per_device_batch_size"""
+    tenants_at_once: int | None = None
+    """with many tenants: how many have weights and optimiser state on the devices; one that ends leaves its place to
+    the next; default: all"""
+    sampling: str = "proportional"
+    """with many tenants: how often each is in the batch: in proportion to its number of examples | sqrt (of that
+    number) | uniform"""
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     adam_b1: float = 0.9
@@ -285,6 +298,7 @@ class TrainSection:
 
     REMATS: typing.ClassVar = ("none", "dots", "block")
     SCHEDULES: typing.ClassVar = ("constant", "linear", "cosine")
+    SAMPLINGS: typing.ClassVar = ("proportional", "sqrt", "uniform")
 
     def __post_init__(self):
         require(self.learning_rate >= 0, "train.learning_rate", self.learning_rate, "a number of at least 0")
@@ -306,8 +320,32 @@ class TrainSection:
             self.gradient_accumulation_steps,
             "at least 1",
         )
+        rows = self.rows_per_tenant
+        require(rows >= 1, "train.rows_per_tenant", rows, "at least 1")
+        at_once = self.tenants_at_once
+        require(at_once is None or at_once >= 1, "train.tenants_at_once", at_once, "at least 1")
+        require(self.sampling in self.SAMPLINGS, "train.sampling", self.sampling, one_of(self.SAMPLINGS))
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "more than 0")
         require(self.remat in self.REMATS, "train.remat", self.remat, one_of(self.REMATS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSection:
+    """Every combination of these values is trained on the same data in one run; an empty list: the run's own value."""
+
+    learning_rate: tuple[float, ...] = ()
+    seed: tuple[int, ...] = ()
+    """of an adapter's first weights and of the order of its examples"""
+
+    def __post_init__(self):
+        for name, values in vars(self).items():
+            require(len(set(values)) == len(values), f"sweep.{name}", values, "values that differ")
+        require(all(rate >= 0 for rate in self.learning_rate), "sweep.learning_rate", self.learning_rate, "0 or more")
+        fits = all(0 <= seed < 2**32 for seed in self.seed)
+        require(fits, "sweep.seed", self.seed, "whole numbers from 0 to 2**32 - 1")
+
+    def __bool__(self) -> bool:
+        return bool(self.learning_rate or self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,6 +467,7 @@ class RunConfig:
     """a ParaConfig, LoraConfig or Ia3Config; `method` chooses in a file: para | lora | ia3"""
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
+    sweep: SweepSection = field(default_factory=SweepSection)
     eval: EvalSection = field(default_factory=EvalSection)
     mesh: MeshSection = field(default_factory=MeshSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
@@ -441,6 +480,16 @@ class RunConfig:
     def __post_init__(self):
         require_local("output_dir", self.output_dir)
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
+        if self.many:
+            require(not (self.data.tenants and self.sweep), "sweep", vars(self.sweep), "nothing beside data.tenants")
+            require(not (self.data.packing and self.sweep), "data.packing", True, "false beside sweep")
+            rows, of = self.train.rows_per_tenant, self.train.per_device_batch_size
+            require(of % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.per_device_batch_size ({of})")
+
+    @property
+    def many(self) -> bool:
+        """Whether the run trains many tenants: those of a folder, or the combinations of a sweep."""
+        return bool(self.data.tenants or self.sweep)
 
 
 # Fields whose override is taken as it stands (OmegaConf would read "{output}" as a mapping), with \n for a newline.
@@ -589,6 +638,7 @@ for _section in (
     BackboneSection,
     DataSection,
     TrainSection,
+    SweepSection,
     EvalSection,
     MeshSection,
     CheckpointSection,

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ from .data.examples import show_example
 from .data.prepared import NotPrepared, is_tfds
 from .data.sources import SPLITS, encode_records, load_records
 from .data.tasks import TASKS
+from .data.tenants import tenant_sections
 from .data.tokenizer import load_tokenizer
 from .model import init_adapter
 from .topology import topology_report
@@ -64,6 +66,8 @@ def data_lines(config: RunConfig) -> list[str]:
     """What is known of the data without a tokenizer; files that are not there yet are named and are no error."""
     if config.data.task is not None and config.data.task not in TASKS:
         raise ValueError(f"data.task: {config.data.task!r} is not possible; expected one of {', '.join(TASKS)}")
+    if config.data.tenants is not None:
+        return tenant_lines(config)
     if config.data.train is None:
         return ["data       data.train is not set"]
     if not is_tfds(config.data.train) and not Path(config.data.train).expanduser().exists():
@@ -73,6 +77,15 @@ def data_lines(config: RunConfig) -> list[str]:
     except NotPrepared as error:
         return [f"data       {error}"]
     return [f"data       {split}: {len(records)} records" for split, records in found.items() if records]
+
+
+def tenant_lines(config: RunConfig) -> list[str]:
+    folder = config.data.tenants
+    if not Path(str(folder)).expanduser().exists():
+        return [f"data       {folder}: not there yet"]
+    sections = tenant_sections(str(folder), config.data)
+    counts = [len(load_records(section, "train") or []) for section in sections.values()]
+    return [f"data       {len(counts)} tenants with {min(counts)} to {max(counts)} records, {sum(counts)} in all"]
 
 
 def mesh_rows(config: RunConfig) -> int:
@@ -86,6 +99,9 @@ def mesh_rows(config: RunConfig) -> int:
 def data_report(config: RunConfig) -> str:
     """Three training examples as tokens, and how all of them are put into batches."""
     tokenizer = load_tokenizer(config.backbone.source)
+    if config.data.tenants:
+        first = next(iter(tenant_sections(config.data.tenants, config.data).values()))
+        return f"the first tenant, {first.train}\n\n{data_report(replace(config, data=first))}"
     data = encode_records(load_records(config.data, "train") or [], tokenizer, config.data)
     buckets = plan_buckets(data.examples, config.data.buckets)
     order = plan(
@@ -103,6 +119,8 @@ def folder_report(folder: Path) -> str:
         return adapter_report(folder)
     if (folder / "config.yaml").is_file():
         config = load_config(folder / "config.yaml")
+        if config.many:
+            return tenants_report(folder, config)
         lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {config.data.train}"]
         if (folder / "metrics.jsonl").is_file():
             scored = [
@@ -117,6 +135,44 @@ def folder_report(folder: Path) -> str:
         adapter = folder / "adapter"
         return "\n".join(lines + ([folder_report(adapter)] if adapter.is_dir() else ["no adapter yet"]))
     raise ValueError(f"{folder}: neither an adapter (adapter_config.json) nor a run (config.yaml)")
+
+
+def tenants_report(folder: Path, config: RunConfig) -> str:
+    """What a run of many tenants holds: those that have ended, with their scores, and how many have not."""
+    names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+    file = folder / "tenants.json"
+    entries = json.loads(file.read_text()) if file.is_file() else {}
+    what = f"tenants of {config.data.tenants}" if config.data.tenants else f"a sweep on {config.data.train}"
+    left = len(names) - len(entries)
+    return "\n".join(
+        [
+            f"run        {adapter_method(config.adapter)} on {config.backbone.source}, {len(names)} {what}",
+            tenants_table(entries) if entries else "no tenant has ended yet",
+            *([f"{left} tenants have not ended: the same command goes on with them"] if left and entries else []),
+        ]
+    )
+
+
+def tenants_table(entries: dict[str, dict]) -> str:
+    """The tenants of a run that have ended, a line each; see tenant_runs.TenantsResult."""
+    columns = {"examples": "examples", "steps": "steps", "best step": "best_step", "validation": "best_score"}
+    if any(entry["test_after"] is not None for entry in entries.values()):
+        columns |= {"test before": "test_before", "test after": "test_after"}
+    rows = [["tenant", *columns, ""]]
+    for name, entry in entries.items():
+        why = "" if entry["ended"] == "done" else entry["ended"]
+        rows.append([name, *(cell(entry[key]) for key in columns.values()), why])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells, why in rows:
+        padded = [text.rjust(width) for text, width in zip(cells, widths[1:-1], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded, why]).rstrip())
+    metrics = sorted({entry["metric"] for entry in entries.values() if entry["metric"]})
+    return "\n".join([*lines, f"scores: {', '.join(metrics) or 'none'}"])
+
+
+def cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def adapter_report(folder: Path) -> str:

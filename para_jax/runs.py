@@ -24,7 +24,7 @@ from .adapters.files import load_adapter, save_adapter
 from .adapters.folder import mend_folder
 from .backbone.kernels import attention_kernel
 from .backbone.load import load_backbone
-from .config import RunConfig, config_dict, load_config, save_config
+from .config import RunConfig, config_dict, load_config, require, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
 from .data.examples import Example
 from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
@@ -97,6 +97,7 @@ def train(config: RunConfig) -> TrainResult:
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config.
     """
     devices.start(config.runtime)
+    require(not config.many, "data.tenants or sweep", config.output_dir, "a run of one adapter; use train_tenants")
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
     mesh = make_mesh(**vars(config.mesh))
     tokenizer, work, validation, test = by_each(lambda: read_inputs(config, mesh))
@@ -163,7 +164,8 @@ def fit(
         state = init_state(fresh, config.train, work.total_steps)
         restored = restore_checkpoint(checkpoints, state)
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
-            state = state._replace(adapter=standardise(model, state.adapter, statistics_batches(work)))
+            statistics = statistics_batches(work.data.examples, work.buckets[-1], work.rows)
+            state = state._replace(adapter=standardise(model, state.adapter, statistics))
         state, progress = restored or (state, Progress(0, None, 0, 0))
         log = Log(
             config, folder, progress if restored else None, peak_rate=peak_rate(model.config, mesh.devices.flatten())
@@ -315,7 +317,7 @@ class Loop(NamedTuple):
 
     def evaluate(self, state: TrainState, progress: Progress) -> Progress:
         """Scores the adapter and keeps it where it is the best so far; without validation data the last one is kept."""
-        score = None
+        score = found = None
         if self.validation:
             with self.stop.interrupting():
                 found = evaluate_task(
@@ -327,11 +329,7 @@ class Loop(NamedTuple):
         progress = progress._replace(evaluated=progress.step)
         if score is not None and progress.best_score is not None and score <= progress.best_score:
             return progress._replace(since_best=progress.since_best + 1)
-        card = [f"Trained for {progress.step} steps on {Path(self.config.data.train or '').name}."]
-        if self.config.backbone.quantize:
-            card.append(f"The backbone's weights were {self.config.backbone.quantize} during training.")
-        if self.validation:
-            card.append(f"Validation {self.validation.metric}: {score:.4f}.")
+        card = card_lines(self.config, progress.step, found)
         adapter, source = gathered(state.adapter), self.config.backbone.source
         to = self.log.folder / "adapter"
         by_first(lambda: save_adapter(adapter, to, base_model=source, model=self.model, card=card))
@@ -339,6 +337,16 @@ class Loop(NamedTuple):
 
     def out_of_patience(self, progress: Progress) -> bool:
         return self.config.eval.patience is not None and progress.since_best >= self.config.eval.patience
+
+
+def card_lines(config: RunConfig, steps: int, found: Score | None) -> list[str]:
+    """What an adapter's model card says of its training and its validation score."""
+    card = [f"Trained for {steps} steps on {Path(config.data.train or '').name}."]
+    if config.backbone.quantize:
+        card.append(f"The backbone's weights were {config.backbone.quantize} during training.")
+    if found:
+        card.append(f"Validation {found.metric}: {found.score:.4f}.")
+    return card
 
 
 def silent() -> bool | None:
@@ -371,12 +379,12 @@ def scores(name: str, found: Score) -> dict[str, float]:
     return {f"{name}_loss": found.loss} | ({} if found.metric == "loss" else {f"{name}_{found.metric}": found.score})
 
 
-def statistics_batches(work: Work) -> list[Batch]:
+def statistics_batches(examples: list[Example], bucket: Bucket, rows: int) -> list[Batch]:
     """Some training prompts, from which the summaries' mean and spread are measured; a last short batch is filled up
     with the first ones again."""
-    count = min(STATISTICS_EXAMPLES, len(work.data.examples))
-    chosen = [work.data.examples[i % count] for i in range(-(-count // work.rows) * work.rows)]
-    return [collate(chosen[i : i + work.rows], work.buckets[-1], work.rows) for i in range(0, len(chosen), work.rows)]
+    count = min(STATISTICS_EXAMPLES, len(examples))
+    chosen = [examples[i % count] for i in range(-(-count // rows) * rows)]
+    return [collate(chosen[i : i + rows], bucket, rows) for i in range(0, len(chosen), rows)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder
@@ -409,6 +417,7 @@ def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
         return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else key).items()}
 
     there, here = flat(config_dict(held)), flat(config_dict(wanted))
-    free = lambda name: name.split(".")[0] in FREE_FIELDS or name == "train.max_steps"  # noqa: E731
+    longer = () if wanted.many else ("train.max_steps",)  # of many tenants, some have ended
+    free = lambda name: name.split(".")[0] in FREE_FIELDS or name in longer  # noqa: E731
     names = [name for name in there | here if not free(name) and there.get(name) != here.get(name)]
     return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]

@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 
-from para_jax import cli, runs
+from para_jax import cli, runs, tenant_runs
+from para_jax.evaluation.tenants import Tasks
 
 LINGER = 0.04  # seconds before and after the work of a phase
 
@@ -18,9 +19,9 @@ def say(line):
     os.write(1, f"{line}\n".encode())
 
 
-def spoken(name, before, after=None):
-    """Wraps a function of runs, so that each call says its phase."""
-    real = getattr(runs, name)
+def spoken(where, name, before, after=None):
+    """Wraps a function of a module, so that each call says its phase."""
+    real = getattr(where, name)
 
     def speaking(*arguments, **settings):
         say(before)
@@ -31,7 +32,7 @@ def spoken(name, before, after=None):
             after(*arguments)
         return found
 
-    setattr(runs, name, speaking)
+    setattr(where, name, speaking)
 
 
 def when_written(checkpoints, state, progress):
@@ -46,7 +47,10 @@ def when_written(checkpoints, state, progress):
 
 
 if __name__ == "__main__":
-    spoken("train_step", "step")
-    spoken("evaluate_task", "evaluation")
-    spoken("save_checkpoint", "save", when_written)
+    spoken(runs, "train_step", "step")
+    spoken(runs, "evaluate_task", "evaluation")
+    spoken(tenant_runs, "tenants_step", "step")
+    spoken(Tasks, "scores", "evaluation")
+    for module in (runs, tenant_runs):
+        spoken(module, "save_checkpoint", "save", when_written)
     sys.exit(cli.main(sys.argv[1:]))

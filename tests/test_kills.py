@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from tiny_run import run_config, run_folder
+from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
 from para_jax.config import save_config
 from para_jax.training.log import TIMES
@@ -23,13 +23,20 @@ PHASES = ("before the first save", "save", "evaluation", "step")
 LIMIT = 120  # seconds, for a child that hangs
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A run of 24 steps that saves every second one and evaluates every fourth."""
+@pytest.fixture(scope="module", params=["one adapter", "three tenants"])
+def folder(tmp_path_factory, request):
+    """A run of 24 steps that saves every second one and evaluates every fourth; or of three tenants with places for
+    two, of whom the first ends in the middle."""
     folder = run_folder(tmp_path_factory.mktemp("kills"))
-    config = run_config(
-        folder, "train.max_steps=24", "eval.every=4", "checkpoint.every=2", "runtime.compilation_cache=true"
-    )
+    shared = ("eval.every=4", "checkpoint.every=2", "runtime.compilation_cache=true")
+    if request.param == "one adapter":
+        config = run_config(folder, "train.max_steps=24", *shared)
+    else:
+        for seed, (name, size) in enumerate({"acme": 8, "globex": 24, "initech": 12}.items()):
+            write_rows(folder / "tenants" / name / "train.jsonl", rows_of_text(size, seed=seed))
+            write_rows(folder / "tenants" / name / "validation.jsonl", rows_of_text(8, seed=seed + 10))
+        own = ("train.rows_per_tenant=4", "train.num_epochs=3", "train.max_steps=null", "train.tenants_at_once=2")
+        config = run_config(folder, f"data.tenants={folder / 'tenants'}", *own, *shared)
     save_config(config, folder / "run.yaml")
     return folder
 
@@ -39,21 +46,30 @@ def unkilled(folder):
     child = start(folder, "unkilled")
     _, errors = child.communicate(timeout=LIMIT)
     assert child.returncode == 0, errors
-    assert len(result(folder / "unkilled").log) == 24 + 6
-    return result(folder / "unkilled")
+    found = result(folder / "unkilled")
+    steps = [row["step"] for row in found.logs["."] if "loss" in row]
+    assert steps == list(range(1, 25 if len(found.adapters) == 1 else 19))
+    return found
 
 
 class Result(NamedTuple):
-    """What a run leaves that does not depend on the time it took."""
+    """What a run leaves that does not depend on the time it took, by folder: of a run of tenants each has its own."""
 
-    adapter: str
-    log: list[dict]
+    adapters: dict[str, str]
+    logs: dict[str, list[dict]]
 
 
 def result(output: Path) -> Result:
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    adapter = hashlib.sha256((output / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return Result(adapter, [{k: v for k, v in row.items() if k not in TIMES} for row in rows])
+    adapters = {
+        str(file.parent.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in output.rglob("adapter_model.safetensors")
+    }
+    logs = {}
+    for file in output.rglob("metrics.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        kept = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+        logs[str(file.parent.relative_to(output))] = kept
+    return Result(adapters, logs)
 
 
 def start(folder: Path, output: str) -> subprocess.Popen:

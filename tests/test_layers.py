@@ -17,7 +17,7 @@ LAYERS = [
     ["training", "inference"],
     ["serving"],
     ["evaluation", "topology"],
-    ["runs", "bench", "plots", "quickstart", "reports"],
+    ["runs", "tenant_runs", "bench", "plots", "quickstart", "reports"],
     ["cli"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
@@ -25,8 +25,9 @@ SIDEWAYS = {
     ("bench", "plots"),
     ("devices", "config"),
     ("devices", "hub"),
-    ("quickstart", "runs"),
+    ("quickstart", "tenant_runs"),
     ("quickstart", "reports"),
+    ("tenant_runs", "runs"),
 }
 HEAVY = "orbax grain qwix tensorflow_datasets tensorflow transformers tokenizers lm_eval matplotlib torch".split()
 
@@ -96,7 +97,7 @@ def test_every_import_names_a_file_that_is_there():
         ("runs.py", "from .quickstart import quickstart", True),
         ("data/examples.py", "from ..unheard_of import x", True),
         ("data/examples.py", "from .tasks import TASKS\nfrom ..hub import fetch\nimport json", False),
-        ("quickstart.py", "from . import devices\nfrom .runs import fit", False),
+        ("quickstart.py", "from . import devices\nfrom .tenant_runs import train_tenants", False),
     ],
 )
 def test_the_reader_of_imports_tells_up_and_sideways_from_down(file, text, wrong):
@@ -118,7 +119,7 @@ def test_the_public_names_are_all_there_and_no_other_answers():
     export_ia3 load_adapter save_adapter Rows Stack pick stack_adapters load_backbone load_model_config
     Transformer LayerKind ModelConfig ParaConfig RotaryConfig RunConfig load_config load_tokenizer
     AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter multi_tenant_forward prefill
-    right_pad vectors make_mesh generate train TrainResult evaluate Report""".split()
+    right_pad vectors make_mesh generate train TrainResult train_tenants TenantsResult evaluate Report""".split()
     assert set(names) <= set(dir(para_jax))
     assert all(callable(getattr(para_jax, name)) for name in names)
     assert set(para_jax._LATER) <= set(names)

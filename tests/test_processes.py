@@ -2,13 +2,14 @@
 devices, and the first process alone logs, reads and writes the run's folder."""
 
 import json
+import re
 
 import numpy as np
 import pytest
-from tiny_run import run_config, run_folder
+from tiny_run import rows_of_text, run_config, run_folder, write_rows
 from two_processes import run_two
 
-from para_jax import load_adapter, load_model_config, train
+from para_jax import load_adapter, load_model_config, train, train_tenants
 from para_jax.config import save_config
 from para_jax.training.log import TIMES
 
@@ -72,6 +73,28 @@ def test_the_first_process_alone_speaks_and_has_a_folder(pair, folder):
         assert second.out == "" and "step 3" not in second.err and "devices" not in second.err
     assert {path.name for path in (folder / "first").iterdir()} >= {"config.yaml", "metrics.jsonl", "checkpoints"}
     assert not (folder / "second").exists()
+
+
+def test_two_processes_train_many_tenants_as_one_does(folder):
+    for seed, (name, size) in enumerate({"acme": 8, "globex": 16}.items()):
+        for split, count in (("train", size), ("validation", 6), ("test", 4)):
+            write_rows(folder / "tenants" / name / f"{split}.jsonl", rows_of_text(count, seed=10 * seed + len(split)))
+    own = (
+        f"data.tenants={folder / 'tenants'}", "train.rows_per_tenant=2", "eval.test=true", "eval.metric=loss",
+        "train.tenants_at_once=1",
+    )  # fmt: skip
+    both = train_two(folder, f"output_dir={folder}/tenants-{{process}}", "train.max_steps=2", *own)
+    assert [ended.code for ended in both] == [0, 0], both[0].err + both[1].err
+    assert re.search(r"globex +16 +2 +2 ", both[0].out) and both[1].out == ""
+    assert not (folder / "tenants-1").exists()
+    alone = folder / "tenants-alone"
+    found = train_tenants(run_config(folder, *OVERRIDES, f"output_dir={alone}", *own, "train.max_steps=2"))
+    for name, entry in found.tenants.items():
+        ours, theirs = metrics(folder / "tenants-0" / name), metrics(alone / name)
+        assert [row.keys() for row in ours] == [row.keys() for row in theirs] and len(ours) == 5
+        for mine, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(list(mine.values()), list(other.values()), atol=1e-5)
+        assert entry["test_after"] != entry["test_before"]
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong

@@ -14,10 +14,9 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import PreTrainedTokenizerFast
 
-from para_jax import init_adapter, quickstart
+from para_jax import TenantsResult, quickstart
 from para_jax.cli import main
 from para_jax.data.business import JOBS, business_examples
-from para_jax.evaluation.evaluate import Score
 
 # The tiny tokenizer makes more tokens of some prompts than the 48 that SmolLM2's always stays below.
 TINY = ["data.truncate=left", "train.max_steps=1", "runtime.compilation_cache=false", "runtime.allow_cpu=true"]
@@ -49,12 +48,12 @@ def test_a_quickstart_that_learns_nothing_fails_and_leaves_its_run_folders(backb
     assert "gained less than 0.3: routing, orders, dates" in shown
     for job in JOBS:
         assert f"{job:<10}   0.000   0.000   0.000" in shown and f"  tenant {job}: " in shown
-        run = tmp_path / "runs" / "quickstart-1" / job
+        run = tmp_path / "runs" / "quickstart-1" / "tenants" / job
         assert {"config.yaml", "metrics.jsonl", "adapter"} <= {path.name for path in run.iterdir()}
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in steps] == [1] and steps[0]["loss"] > 1
+        assert [row["step"] for row in steps] == [0, 1, 1] and steps[1]["loss"] > 1
     assert "exact match on 2 held-out examples" in shown and shown.count("base model: ") == 3
-    assert "--adapter runs/quickstart-1/dates/adapter" in shown[shown.index("next: ") :]
+    assert "--adapters runs/quickstart-1/tenants --tenant dates" in shown[shown.index("next: ") :]
     answers = re.findall(r"  tenant \w+: (.*) \(expected .*\n  base model: (.*)", shown)
     assert len(answers) == 3
     for tenant, base in answers:  # an adapter that learnt nothing is the base model
@@ -64,11 +63,12 @@ def test_a_quickstart_that_learns_nothing_fails_and_leaves_its_run_folders(backb
 
 @pytest.mark.parametrize(("gains", "code"), [((0.3, 0.5, 1.0), 0), ((0.9, 0.29, 0.9), 1), ((0.9, 0.9, -0.1), 1)])
 def test_the_exit_code_is_0_only_where_each_tenant_gains_03(backbone, tmp_path, monkeypatch, capsys, gains, code):
-    scores = iter([0.0, 0.1, 0.0, *(was + gain for was, gain in zip((0.0, 0.1, 0.0), gains, strict=True))])
-    monkeypatch.setattr(quickstart, "evaluate_task", lambda *_: Score("job", "exact_match", next(scores), 1.0, 30))
-    monkeypatch.setattr(
-        quickstart, "train_tenant", lambda c, job, model, tokenizer: init_adapter(c.adapter, model.config)
-    )
+    before = dict(zip(JOBS, (0.0, 0.1, 0.0), strict=True))
+    after = {
+        job: {"test_before": before[job], "test_after": before[job] + g} for job, g in zip(JOBS, gains, strict=True)
+    }
+    monkeypatch.setattr(quickstart, "train_tenants", lambda config: TenantsResult(after, tmp_path))
+    monkeypatch.setattr(quickstart, "load_adapter", lambda *_, **__: None)
     monkeypatch.setattr(quickstart, "show_mixed_batch", lambda *_: None)
     assert main(["quickstart", f"backbone.source={backbone}", f"output_dir={tmp_path}", *TINY]) == code
     assert ("gained less than 0.3" in capsys.readouterr().out) == bool(code)
@@ -83,4 +83,4 @@ def test_the_real_quickstart_gains_03_for_each_tenant(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exact match on 30 held-out examples" in done.stdout and "gained less than" not in done.stdout
-    assert len(list(tmp_path.glob("runs/quickstart-1/*/adapter/adapter_model.safetensors"))) == 3
+    assert len(list(tmp_path.glob("runs/quickstart-1/tenants/*/adapter/adapter_model.safetensors"))) == 3

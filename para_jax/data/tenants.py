@@ -40,7 +40,7 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
                 raise ValueError(f"data.tenants: {file}: a link out of {root}, which is not followed; copy the file")
         if path.is_dir() and not (path / "train.jsonl").is_file():
             raise ValueError(f"data.tenants: {path}: no train.jsonl there; add it, or take the folder away")
-        found[name] = replace(section, train=str(path), validation=None, test=None)
+        found[name] = replace(section, train=str(path), validation=None, test=None, tenants=None)
     require(bool(found), "data.tenants", str(folder), "a folder with a sub-folder or a .jsonl file for each tenant")
     return found
 

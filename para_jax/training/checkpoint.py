@@ -20,11 +20,11 @@ from jax.sharding import NamedSharding
 
 from .. import devices
 from ..processes import arrays_of_first, by_first, gathered, is_first
-from .step import TrainState
 
 
 class Progress(NamedTuple):
-    """Where a run stands beside its arrays. The data position is the step: batch i is a pure function of (seed, i)."""
+    """Where a run of one adapter stands beside its arrays. The data position is the step: batch i is a pure function of
+    (seed, i)."""
 
     step: int
     best_score: float | None
@@ -67,8 +67,12 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
-def save_checkpoint(checkpoints, state: TrainState, progress: Progress) -> None:
+def save_checkpoint(checkpoints, state: Any, progress: Any) -> None:
     """Copies the state to host memory and writes it from there, while the caller goes on; every process calls this.
+
+    Args:
+        state: a TrainState or TenantsState.
+        progress: a NamedTuple of what JSON holds, `step` among it.
 
     Raises ValueError for a state that is not finite, and where the save before could not be written (a full disk).
     """
@@ -76,7 +80,7 @@ def save_checkpoint(checkpoints, state: TrainState, progress: Progress) -> None:
     by_first(lambda: start_saving(checkpoints, arrays, progress))
 
 
-def start_saving(checkpoints, arrays: dict[str, Any], progress: Progress) -> None:
+def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
     import orbax.checkpoint as ocp
 
     finish_saving(checkpoints)
@@ -108,9 +112,9 @@ def require_saved(checkpoints) -> None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def restore_checkpoint(checkpoints, state: TrainState) -> tuple[TrainState, Progress] | None:
-    """The newest whole checkpoint, in the shapes and shardings of `state`; None where there is none. Damaged ones that
-    are newer are set aside, with a warning.
+def restore_checkpoint(checkpoints, state: Any, kind: type = Progress) -> tuple[Any, Any] | None:
+    """The newest whole checkpoint, in the shapes and shardings of `state`, and its progress, of this kind; None where
+    there is none. Damaged ones that are newer are set aside, with a warning.
 
     Raises ValueError where there are checkpoints, and none of them can be read.
     """
@@ -126,7 +130,7 @@ def restore_checkpoint(checkpoints, state: TrainState) -> tuple[TrainState, Prog
         return None
     read = arrays_of_first(arrays)
     leaves = [placed_like(leaf, read[name]) for name, leaf in named(state).items()]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), Progress(**progress)
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), kind(**progress)
 
 
 def newest_whole(checkpoints, wanted: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
@@ -177,7 +181,7 @@ def set_aside(folder: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------------- pieces
 
 
-def named(state: TrainState) -> dict[str, jax.Array]:
+def named(state: Any) -> dict[str, jax.Array]:
     """A state's arrays by their paths: orbax sees plain arrays, not Flax's classes."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 

@@ -54,8 +54,8 @@ class Log:
         if self.first and self.file.exists():
             replace_file(self.file, kept_lines(progress, self.file.read_text()) if progress else "")
 
-    def step(self, done: Done, values: dict[str, float], bar: tqdm) -> None:
-        """Writes a step's values, which have come just now."""
+    def step(self, done: Done, values: dict[str, float], bar: tqdm, advance: int = 1) -> None:
+        """Writes a step's values, which have come just now, and moves the bar on."""
         now = time.monotonic()
         rates = {} if done.begun is None else step_rates(done, now - max(done.begun, self.read), self.peak_rate)
         self.read = now
@@ -65,7 +65,7 @@ class Log:
         if "model_flops_utilisation" in rates:
             shown["utilisation"] = f"{rates['model_flops_utilisation']:.1%}"
         bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in shown.items()))
-        bar.update()
+        bar.update(advance)
         if done.step % self.every == 0:
             self.write(done.step, values | rates)
 
@@ -147,14 +147,16 @@ def step_rates(done: Done, seconds: float, peak_rate: float | None) -> dict[str,
     return {name: float(f"{value:.4g}") for name, value in rates.items()}
 
 
-def kept_lines(progress: Progress, text: str) -> str:
-    """The lines of metrics.jsonl that a run keeps when it goes on from here: no score that will be measured again, and
-    no line that was cut off when the run was."""
+def kept_lines(progress: Progress, text: str, *, ended: bool = False) -> str:
+    """The lines of metrics.jsonl that a run keeps when it goes on from here: no score that will be measured again (the
+    last test score among them, but for a tenant that has ended), and no line that was cut off when the run was."""
     kept = []
     for line in text.splitlines():
         with suppress(json.JSONDecodeError):
             row = json.loads(line)
-            again = "test_after_loss" in row or ("validation_loss" in row and row["step"] > progress.evaluated)
+            again = ("test_after_loss" in row and not ended) or (
+                "validation_loss" in row and row["step"] > progress.evaluated
+            )
             if row["step"] <= progress.step and not again:
                 kept.append(line + "\n")
     return "".join(kept)

@@ -119,3 +119,10 @@ def led(of_tenants: jax.Array, like: jax.Array) -> jax.Array:
 def tenant_of(adapters: Adapter, tenant: jax.Array) -> Adapter:
     """One tenant's adapter out of the stack."""
     return jax.tree.map(lambda leaf: leaf[tenant], adapters)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def put_tenant(state: TenantsState, slot: jax.Array, adapter: Any, *, config: TrainSection) -> TenantsState:
+    """The state with a fresh adapter in one slot, its moments and steps at zero. The given state is donated."""
+    fresh = TenantsState(adapter, make_direction(config).init(adapter), jnp.int32(0), jnp.bool_(True))
+    return jax.tree.map(lambda whole, one: whole.at[slot].set(one), state, fresh)

@@ -1,0 +1,607 @@
+"""train_tenants: many tenants' adapters in one run, from mixed batches; a sweep's combinations are tenants too.
+
+output_dir/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/<step>/, tenants.json} and a run folder for each
+tenant, output_dir/NAME/{config.yaml, metrics.jsonl, adapter/}. The same command resumes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from . import devices
+from .adapters.adapter import Adapter
+from .adapters.files import save_adapter
+from .adapters.folder import mend_folder
+from .adapters.rows import Stack
+from .backbone.load import load_backbone
+from .config import RunConfig, config_dict, require, save_config
+from .data.batches import Bucket, example_lengths, plan, plan_buckets
+from .data.reader import read
+from .data.sources import Encoded, encode_records, load_records
+from .data.tenants import tenant_sections, weights
+from .data.tokenizer import load_tokenizer
+from .data.turns import Mixed, Order, Turn, Turns, admitted
+from .evaluation.evaluate import EvalTask, Score, task_of_run
+from .evaluation.tenants import Tasks
+from .hub import resolve_backbone
+from .model import init_adapter
+from .processes import by_each, by_first, gathered, is_first, require_same
+from .runs import (
+    FREE_FIELDS,
+    card_lines,
+    claim_folder,
+    kept_adapter,
+    places,
+    say_attention,
+    scores,
+    silent,
+    statistics_batches,
+)
+from .sharding import make_mesh, rows_over
+from .topology import peak_rate
+from .training.checkpoint import (
+    Progress,
+    finish_saving,
+    open_checkpoints,
+    require_saved,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from .training.log import Done, Log, kept_lines, replace_file
+from .training.optimizer import warmup_steps
+from .training.profiler import Profiler
+from .training.step import standardise
+from .training.stop import Interrupted, StopSignal, stop_signals
+from .training.tenants import Settings, TenantsState, init_tenants, put_tenant, tenant_of, tenants_step
+
+
+class Tenant(NamedTuple):
+    """One tenant of a run."""
+
+    name: str
+    config: RunConfig
+    """its own: data, output folder, learning rate and seed"""
+    data: Encoded
+    order: Order
+    validation: EvalTask | None
+    test: EvalTask | None
+
+
+class Standing(NamedTuple):
+    """Where a run of many tenants stands beside its arrays: lists with a value for each tenant, in the run's order."""
+
+    step: int
+    """of the run"""
+    names: list[str]
+    slots: list[int]
+    """the tenant in each slot of the stack; -1: none"""
+    steps: list[int]
+    """each tenant's own steps"""
+    best_score: list[float | None]
+    best_step: list[int]
+    since_best: list[int]
+    """evaluations without a better score"""
+    evaluated: list[int]
+    """the last own step whose adapter was scored"""
+    test_before: list[float | None]
+    """the backbone's score"""
+    failed: list[int | None]
+    """the step of the run at which its loss or gradient was not finite"""
+    ended: list[str | None]
+    """why: "done", "patience" or "not finite\""""
+
+    def changed(self, tenant: int, **values) -> Standing:
+        """The standing with other values of one tenant."""
+        lists = {name: list(getattr(self, name)) for name in values}
+        for name, value in values.items():
+            lists[name][tenant] = value
+        return self._replace(**lists)
+
+    @property
+    def resident(self) -> dict[int, int]:
+        """The slot of each tenant that has one."""
+        return {tenant: slot for slot, tenant in enumerate(self.slots) if tenant >= 0}
+
+
+def fresh_standing(names: list[str], slots: int) -> Standing:
+    count = len(names)
+    zeros: list[int] = [0] * count
+    nothing: list[Any] = [None] * count
+    return Standing(0, names, [-1] * slots, zeros, nothing, zeros, zeros, zeros, nothing, nothing, nothing)
+
+
+class TenantsResult(NamedTuple):
+    tenants: dict[str, dict[str, Any]]
+    """by name: examples, steps, best_step, best_score, metric, ended, test_before and test_after (None: not measured)
+    """
+    output_dir: Path
+
+
+def train_tenants(config: RunConfig) -> TenantsResult:
+    """Trains the adapters of many tenants (data.tenants, or the combinations of `sweep`) in one run, or goes on where
+    the same run stopped.
+
+    A tenant's loss, clipping, schedule, validation, best adapter and early stopping are its own; one whose loss is not
+    finite is stopped, and the others go on. SIGTERM and Ctrl-C save as in `train`.
+    Raises ValueError, before anything is written, for data, names, a mesh or an output folder that do not fit.
+    """
+    devices.start(config.runtime)
+    require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
+    require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
+    mesh = make_mesh(**vars(config.mesh))
+    tokenizer, tenants, buckets = by_each(lambda: read_tenants(config))
+    require_same(
+        "the data", lambda: [(t.name, t.data.examples, t.validation and t.validation.examples) for t in tenants]
+    )
+    by_first(lambda: claim_tenants(config, tenants))
+    model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+    require_same("the backbone", lambda: model.fingerprint)
+    return fit_tenants(config, model, tokenizer, tenants, buckets, mesh)
+
+
+# ------------------------------------------------------------------------------------------------------------- tenants
+
+
+def read_tenants(config: RunConfig) -> tuple[Any, list[Tenant], tuple[Bucket, ...]]:
+    """The tokenizer, all tenants with their data, and the compiled shapes that they share."""
+    resolve_backbone(config.backbone.source)
+    tokenizer = load_tokenizer(config.backbone.source)
+    configs = tenant_configs(config)
+    read_once: dict[Any, tuple] = {}
+    for own in configs.values():
+        if own.data not in read_once:
+            data = encode_records(load_records(own.data, "train") or [], tokenizer, own.data)
+            require(len(data.examples) > 0, "data.tenants", own.data.train, "at least one training example")
+            tasks = [task_of_run(own, split, tokenizer) for split in ("validation", "test")]
+            read_once[own.data] = data, *tasks
+    buckets = plan_buckets([e for data, *_ in read_once.values() for e in data.examples], config.data.buckets)
+    counts = [len(read_once[own.data][0].examples) for own in configs.values()]
+    devices.say(f"{len(configs)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
+    rows = config.train.rows_per_tenant * config.train.gradient_accumulation_steps
+    tenants = []
+    for name, own in configs.items():
+        data, validation, test = read_once[own.data]
+        order = plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=own.seed)
+        steps = own.train.max_steps or math.ceil(own.train.num_epochs * order.batches_per_epoch)
+        tested = test if config.eval.test else None
+        tenants.append(Tenant(name, own, data, Order(data.examples, order, steps), validation, tested))
+    return tokenizer, tenants, buckets
+
+
+def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
+    """Each tenant's own config, by name: that of a run of it alone, in its folder of the run's.
+
+    Raises ValueError for a folder or names that data/tenants.py refuses.
+    """
+    if config.data.tenants:
+        sections = tenant_sections(config.data.tenants, config.data)
+        made = {name: replace(config, data=section) for name, section in sections.items()}
+    else:
+        made = sweep_configs(config)
+    return {name: replace(own, output_dir=str(Path(config.output_dir) / name)) for name, own in made.items()}
+
+
+def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
+    """Every combination of a sweep, by its name: learning_rate-0.003-seed-1."""
+    rates = config.sweep.learning_rate or (config.train.learning_rate,)
+    seeds = config.sweep.seed or (config.seed,)
+    alone = replace(config, sweep=type(config.sweep)())
+    return {
+        f"learning_rate-{rate!r}-seed-{seed}".replace("+", ""): replace(
+            alone, train=replace(config.train, learning_rate=rate), seed=seed
+        )
+        for rate, seed in itertools.product(rates, seeds)
+    }
+
+
+def claim_tenants(config: RunConfig, tenants: list[Tenant]) -> None:
+    """Makes the output folder and each tenant's in it; a folder that holds another run, or one of other tenants, is
+    refused."""
+    folder = Path(config.output_dir)
+    held = {path.parent.name for path in folder.glob("*/config.yaml")}
+    others = sorted(held ^ {tenant.name for tenant in tenants})
+    if others and any(folder.glob("checkpoints/*")):
+        raise ValueError(
+            f"output_dir {folder} holds a run of other tenants (the difference: {', '.join(map(repr, others[:3]))}); "
+            "choose another output_dir, or the same tenants to resume"
+        )
+    claim_folder(config)
+    for tenant in tenants:
+        folder = Path(tenant.config.output_dir)
+        folder.mkdir(exist_ok=True)
+        save_config(tenant.config, folder / ".config.yaml")
+        (folder / ".config.yaml").replace(folder / "config.yaml")
+
+
+class Layout(NamedTuple):
+    """How a run's batches are cut."""
+
+    slots: int
+    """tenants that live on the devices"""
+    groups: int
+    """the most tenants of a batch"""
+    rows: int
+    """a group's rows of a pass"""
+    passes: int
+
+
+def lay_out(config: RunConfig, tenants: int, mesh) -> Layout:
+    """No batch has more groups than tenants can fill, but for the devices that need some rows each."""
+    slots = min(config.train.tenants_at_once or tenants, tenants)
+    rows, over = config.train.rows_per_tenant, mesh.shape["data"] * mesh.shape["fsdp"]
+    groups = over * min(config.train.per_device_batch_size // rows, math.ceil(slots / over))
+    return Layout(slots, groups, rows, config.train.gradient_accumulation_steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------- loop
+
+
+def fit_tenants(
+    config: RunConfig, model, tokenizer, tenants: list[Tenant], buckets: tuple[Bucket, ...], mesh
+) -> TenantsResult:
+    """The training loop, with a backbone that is loaded already. The folders must be claimed."""
+    folder, layout = Path(config.output_dir), lay_out(config, len(tenants), mesh)
+    say_attention(model, buckets, mesh)
+    with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        state = empty_state(config, model, layout.slots, mesh)
+        restored = restore_checkpoint(checkpoints, state, Standing)
+        state, standing = restored or (state, fresh_standing([t.name for t in tenants], layout.slots))
+        start = Progress(standing.step, None, 0, 0, standing.step) if restored else None
+        log = Log(config, folder, start, peak_rate=peak_rate(model.config, mesh.devices.flatten()))
+        by_first(lambda: mend_tenants(standing, tenants, folder, bool(restored)))
+        profiler = Profiler(config.profiler, folder)
+        with closing(log), closing(profiler), stop_signals() as stop:
+            loop = TenantsLoop(config, model, tokenizer, tenants, buckets, layout, checkpoints, log, profiler, stop)
+            try:
+                if not restored:
+                    standing = loop.test_backbone(state, standing)
+                loop.run(state, standing)
+            except Interrupted:
+                loop.end_early(standing)
+        entries = by_first(lambda: read_entries(folder))
+    return TenantsResult({t.name: entries[t.name] for t in tenants}, folder)
+
+
+def empty_state(config: RunConfig, model, slots: int, mesh) -> TenantsState:
+    """A stack of zeros, for tenants to be put into."""
+    shapes = jax.eval_shape(lambda: init_adapter(config.adapter, model.config))
+    stack = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes)
+    return jax.device_put(init_tenants(stack, config.train), NamedSharding(mesh, PartitionSpec()))
+
+
+def mend_tenants(standing: Standing, tenants: list[Tenant], folder: Path, resumed: bool) -> None:
+    """Puts the tenants' folders into the state of the checkpoint that the run goes on from."""
+    for i, tenant in enumerate(tenants):
+        own = Path(tenant.config.output_dir)
+        mend_folder(own / "adapter")
+        file = own / "metrics.jsonl"
+        if file.exists():
+            where = Progress(standing.steps[i], None, 0, 0, standing.evaluated[i])
+            ended = standing.ended[i] is not None
+            replace_file(file, kept_lines(where, file.read_text(), ended=ended) if resumed else "")
+    entries = read_entries(folder)
+    write_entries(folder, {t.name: entries[t.name] for i, t in enumerate(tenants) if standing.ended[i]})
+
+
+class TenantsLoop(NamedTuple):
+    """The steps of a run. A NamedTuple, for its parts are handed on and never change."""
+
+    config: RunConfig
+    model: Any
+    tokenizer: Any
+    tenants: list[Tenant]
+    buckets: tuple[Bucket, ...]
+    layout: Layout
+    checkpoints: Any
+    log: Log
+    profiler: Profiler
+    stop: StopSignal
+
+    def run(self, state: TenantsState, standing: Standing) -> None:
+        """Steps until every tenant has ended; each step's values are read when the next step is under way.
+
+        A tenant whose values were not finite in step i takes part in step i + 1 yet, which is under way when they are
+        read, and never in step i + 2: this must not depend on where the run was stopped and resumed.
+        """
+        compiled: set[Bucket] = set()
+        pending: Pending | None = None
+        saved = standing.step
+        validation = Tasks(self.model, self.tokenizer, [t.validation for t in self.tenants], self.config.eval.limit)
+        test = Tasks(self.model, self.tokenizer, [t.test for t in self.tenants])
+        state, standing = self.admit(state, standing)
+        batches = self.batches(standing)
+        total, begun = sum(t.order.total_steps for t in self.tenants), sum(standing.steps)
+        with tqdm(total=total, initial=begun, desc="training", unit="step", disable=silent()) as bar:
+            try:
+                while True:
+                    stopping = self.stop.reached(standing.step)
+                    due = [] if stopping else self.due(standing)
+                    if due or self.leaving(standing):
+                        standing, pending = self.read(pending, standing, bar), None
+                    try:
+                        if due:
+                            standing = self.evaluate(state, standing, self.due(standing), validation)
+                        leaving = [] if stopping else self.leaving(standing)
+                        unforeseen = False
+                        for tenant, why in leaving:
+                            unforeseen |= standing.steps[tenant] < self.tenants[tenant].order.total_steps
+                            standing = self.finish(state, standing, tenant, why, test)
+                        if unforeseen:
+                            batches.close()
+                            batches = self.batches(standing)
+                    except Interrupted:
+                        stopping = True
+                    last = all(standing.ended)
+                    every = self.config.checkpoint.every or self.config.eval.every
+                    if saved < standing.step and (stopping or last or standing.step % every == 0):
+                        standing, pending = self.read(pending, standing, bar), None
+                        save_checkpoint(self.checkpoints, state, standing)
+                        saved = standing.step
+                    if stopping:
+                        self.end_early(standing)
+                    if last:
+                        by_first(lambda: finish_saving(self.checkpoints))
+                        return
+                    state, standing = self.admit(state, standing)
+                    state, standing, pending = self.step(state, standing, batches, pending, compiled, bar)
+                    require_saved(self.checkpoints)
+            finally:
+                batches.close()
+
+    def admit(self, state: TenantsState, standing: Standing) -> tuple[TenantsState, Standing]:
+        """Gives free slots to the tenants that wait."""
+        slots = admitted(standing.slots, [why is not None for why in standing.ended])
+        for slot, (held, tenant) in enumerate(zip(standing.slots, slots, strict=True)):
+            if held != tenant:
+                fresh = self.fresh_adapter(self.tenants[tenant])
+                state = put_tenant(state, jnp.int32(slot), fresh, config=self.config.train)
+        return state, standing._replace(slots=slots)
+
+    def fresh_adapter(self, tenant: Tenant) -> Adapter:
+        made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
+        if getattr(self.config.adapter, "summary", "raw") == "standardised":
+            batches = statistics_batches(tenant.data.examples, self.buckets[-1], self.layout.rows)
+            made = standardise(self.model, made, batches)
+        return gathered(made)
+
+    def batches(self, standing: Standing):
+        """The batches of the steps to come, while no tenant ends before its last step."""
+        shares = weights([len(t.data.examples) for t in self.tenants], self.config.train.sampling)
+        ended = [why is not None for why in standing.ended]
+        coming = Turns(
+            [t.order for t in self.tenants], self.buckets, shares,
+            groups=self.layout.groups, rows=self.layout.rows, passes=self.layout.passes,
+            steps=standing.steps, slots=standing.slots, ended=ended,
+        )  # fmt: skip
+        left = sum(t.order.total_steps - standing.steps[i] for i, t in enumerate(self.tenants) if not ended[i])
+        return read(coming.batch, 0, left)
+
+    def step(
+        self, state: TenantsState, standing: Standing, batches, pending: Pending | None, compiled: set[Bucket], bar
+    ) -> tuple[TenantsState, Standing, Pending]:
+        """Dispatches the next step, then logs the one before."""
+        begun: float | None = time.monotonic()
+        mixed: Mixed = next(batches)
+        batch = jax.tree.map(rows_over, mixed.batch)
+        waited, number = time.monotonic() - begun, standing.step + 1
+        static = dict(completion=mixed.bucket.completion, config=self.config.train)
+        given = batch, mixed.slots, self.settings(standing)
+        self.profiler.before(number)
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            if mixed.bucket in compiled:
+                state, values = tenants_step(state, self.model, *given, **static)
+            else:
+                compiled.add(mixed.bucket)
+                standing, pending, begun = self.read(pending, standing, bar), None, None
+                what = f"{self.layout.groups} tenants x {self.layout.rows} rows of {mixed.bucket.length} tokens"
+                with devices.compiling(f"the training step for {what}"):
+                    state, values = jax.block_until_ready(tenants_step(state, self.model, *given, **static))
+        standing = self.read(pending, standing, bar)
+        begun = None if self.profiler.on else begun
+        self.profiler.after(number, values)
+        for turn in mixed.turns:
+            standing = standing.changed(turn.tenant, steps=turn.step + 1)
+        done = Done(number, values, mixed.tokens, begun, waited)
+        return state, standing._replace(step=number), Pending(done, mixed.turns)
+
+    def settings(self, standing: Standing) -> Settings:
+        """What each slot's tenant steps with."""
+        held = [self.tenants[max(tenant, 0)] for tenant in standing.slots]
+        totals = [tenant.order.total_steps for tenant in held]
+        warmup = [warmup_steps(self.config.train, total) for total in totals]
+        rates = np.array([tenant.config.train.learning_rate for tenant in held], np.float32)
+        return Settings(*map(jnp.asarray, (rates, np.array(warmup, np.int32), np.array(totals, np.int32))))
+
+    def read(self, pending: Pending | None, standing: Standing, bar: tqdm) -> Standing:
+        """Waits for the values of a step and logs them; says which tenants' were not finite."""
+        if pending is None:
+            return standing
+        done, turns = pending
+        values = {name: np.asarray(value) for name, value in gathered(done.values).items()}
+        tokens = np.array([values["tokens"][turn.slot] for turn in turns])
+        losses = np.array([values["loss"][turn.slot] for turn in turns])
+        finite = np.array([bool(values["finite"][turn.slot]) for turn in turns])
+        for turn, sound in zip(turns, finite, strict=True):
+            if sound:
+                self.write(turn.tenant, turn.step + 1, {
+                    name: float(values[name][turn.slot]) for name in ("loss", "grad_norm", "learning_rate", "tokens")
+                }, every=self.config.logging.every)  # fmt: skip
+            elif standing.failed[turn.tenant] is None:
+                standing = standing.changed(turn.tenant, failed=done.step)
+                self.say_failed(turn, float(values["loss"][turn.slot]), float(values["grad_norm"][turn.slot]))
+        mean = float((losses * tokens)[finite].sum() / max(1.0, tokens[finite].sum()))
+        self.log.step(done, {"loss": mean, "tenants": len(turns), "tokens": float(tokens.sum())}, bar, len(turns))
+        return standing
+
+    def say_failed(self, turn: Turn, loss: float, grad_norm: float) -> None:
+        tenant = self.tenants[turn.tenant]
+        _, chosen = tenant.order.plan.batch_indices(turn.step)
+        examples = places([tenant.data.records[i].place for i in chosen])
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {grad_norm}"
+        devices.say(
+            f"{tenant.name}: stopped at its step {turn.step + 1}: the {what} on {examples}; what it had learnt before "
+            "is kept, and the others go on"
+        )
+
+    def write(self, tenant: int, step: int, values: dict[str, float], *, every: int = 1) -> None:
+        """Adds values of a tenant's own step to its metrics.jsonl."""
+        if is_first() and step % every == 0:
+            with (self.folder(tenant) / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+
+    def folder(self, tenant: int) -> Path:
+        return Path(self.tenants[tenant].config.output_dir)
+
+    # ---------------------------------------------------------------------------------------------- scores and endings
+
+    def due(self, standing: Standing) -> list[int]:
+        """The tenants to evaluate after this step."""
+        found = []
+        for tenant in standing.resident:
+            own, total = standing.steps[tenant], self.tenants[tenant].order.total_steps
+            reached = own == total or (own > 0 and own % self.config.eval.every == 0)
+            if reached and standing.evaluated[tenant] < own and standing.failed[tenant] is None:
+                found.append(tenant)
+        return found
+
+    def leaving(self, standing: Standing) -> list[tuple[int, str]]:
+        """The tenants that end after this step, and why."""
+        patience, found = self.config.eval.patience, []
+        for tenant in standing.resident:
+            last = standing.steps[tenant] == self.tenants[tenant].order.total_steps
+            failed = standing.failed[tenant]
+            if failed is not None and (last or failed < standing.step):
+                found.append((tenant, "not finite"))
+            elif last:
+                found.append((tenant, "done"))
+            elif patience is not None and failed is None and standing.since_best[tenant] >= patience:
+                found.append((tenant, "patience"))
+        return found
+
+    def evaluate(self, state: TenantsState, standing: Standing, due: list[int], tasks: Tasks) -> Standing:
+        """Scores the tenants' adapters, and keeps each where it is its best so far."""
+        with self.stop.interrupting():
+            found = tasks.scores(Stack(state.adapters), {tenant: standing.resident[tenant] for tenant in due})
+        for tenant in due:
+            own = standing.steps[tenant]
+            standing = standing.changed(tenant, evaluated=own)
+            if tenant not in found:
+                continue
+            score = found[tenant]
+            if not math.isfinite(score.loss):
+                name = self.tenants[tenant].name
+                devices.say(
+                    f"{name}: stopped at its step {own}: the validation loss is {score.loss}; its best adapter is kept"
+                )
+                standing = standing.changed(tenant, failed=standing.step - 1)
+                continue
+            self.write(tenant, own, scores("validation", score))
+            self.log.write(standing.step, {
+                f"{self.tenants[tenant].name}/{name}": value for name, value in scores("validation", score).items()
+            })  # fmt: skip
+            best = standing.best_score[tenant]
+            if best is not None and score.score <= best:
+                standing = standing.changed(tenant, since_best=standing.since_best[tenant] + 1)
+                continue
+            self.keep(state, standing, tenant, score)
+            standing = standing.changed(tenant, best_score=score.score, best_step=own, since_best=0)
+        return standing
+
+    def keep(self, state: TenantsState, standing: Standing, tenant: int, score: Score | None) -> None:
+        """Writes a tenant's adapter as it is now into its folder."""
+        adapter = gathered(tenant_of(state.adapters, jnp.int32(standing.resident[tenant])))
+        steps = int(gathered(state.step)[standing.resident[tenant]])
+        card = card_lines(self.tenants[tenant].config, steps, score)
+        card.append(f"Trained in one run with {len(self.tenants) - 1} others.")
+        to, source = self.folder(tenant) / "adapter", self.config.backbone.source
+        by_first(lambda: save_adapter(adapter, to, base_model=source, model=self.model, card=card))
+
+    def finish(self, state: TenantsState, standing: Standing, tenant: int, why: str, tasks: Tasks) -> Standing:
+        """Ends a tenant: its adapter and its entry in tenants.json are written, and its slot is free."""
+        own, slot = self.tenants[tenant], standing.resident[tenant]
+        steps = int(gathered(state.step)[slot])
+        if standing.best_score[tenant] is None:  # no validation data, or none scored: the last one is kept
+            standing = standing.changed(tenant, best_step=steps)
+            if steps > 0 or why != "not finite":
+                self.keep(state, standing, tenant, None)
+        test_after = None
+        if own.test and by_first((self.folder(tenant) / "adapter").exists):
+            last = tenant_of(state.adapters, jnp.int32(slot))
+            kept = kept_adapter(self.folder(tenant), self.model, last)
+            with self.stop.interrupting():
+                found = tasks.scores(Stack(jax.tree.map(lambda leaf: leaf[None], kept)), {tenant: 0})[tenant]
+            self.write(tenant, standing.steps[tenant], scores("test_after", found))
+            test_after = found.score
+        entry = {
+            "examples": len(own.data.examples),
+            "steps": steps,
+            "best_step": standing.best_step[tenant],
+            "best_score": standing.best_score[tenant],
+            "metric": own.validation.metric if own.validation else own.test.metric if own.test else None,
+            "test_before": standing.test_before[tenant],
+            "test_after": test_after,
+            "ended": why,
+        }
+        by_first(lambda: add_entry(self.log.folder, own.name, entry))
+        ended = sum(map(bool, standing.ended)) + 1
+        best = standing.best_score[tenant]
+        said = "" if best is None else f", best validation score {best:.4f} at step {standing.best_step[tenant]}"
+        devices.say(f"{own.name}: {steps} steps{said} ({why}; {ended} of {len(self.tenants)} tenants have ended)")
+        slots = [-1 if held == tenant else held for held in standing.slots]
+        return standing.changed(tenant, ended=why)._replace(slots=slots)
+
+    def test_backbone(self, state: TenantsState, standing: Standing) -> Standing:
+        """Scores the backbone alone on each tenant's test data."""
+        tasks = Tasks(self.model, self.tokenizer, [t.test for t in self.tenants])
+        with self.stop.interrupting():
+            found = tasks.scores(Stack(state.adapters), dict.fromkeys(range(len(self.tenants)), -1))
+        for tenant, score in found.items():
+            self.write(tenant, 0, scores("test_before", score))
+            standing = standing.changed(tenant, test_before=score.score)
+        return standing
+
+    def end_early(self, standing: Standing) -> NoReturn:
+        """Ends a run that was told to stop, when everything is written."""
+        by_first(lambda: finish_saving(self.checkpoints))
+        devices.say(
+            f"stopped after step {standing.step}, with {sum(map(bool, standing.ended))} of {len(self.tenants)} tenants "
+            f"ended, and saved; the same command resumes, or `para-jax train {self.log.folder / 'config.yaml'}`"
+        )
+        self.stop.end()
+
+
+class Pending(NamedTuple):
+    """A step that is dispatched; its values may still be on their way."""
+
+    done: Done
+    turns: list[Turn]
+
+
+# ------------------------------------------------------------------------------------------------------- tenants.json
+
+
+def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """The tenants of a run that have ended, by name, each with its scores; see TenantsResult."""
+    file = folder / "tenants.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def write_entries(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    replace_file(folder / "tenants.json", json.dumps(entries, indent=1) + "\n")
+
+
+def add_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:
+    write_entries(folder, read_entries(folder) | {name: entry})

@@ -1,0 +1,116 @@
+"""Who is in which step of a mixed run: a pure function of where the run stands."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from para_jax.data.batches import Bucket, example_lengths, plan
+from para_jax.data.examples import Example
+from para_jax.data.tenants import weights
+from para_jax.data.turns import Order, Turns, admitted
+
+BUCKETS = (Bucket(8, 4), Bucket(16, 4))
+SIZES = (20, 6, 11, 1, 9)
+ROWS, GROUPS, PASSES = 2, 3, 2
+
+
+def orders(sizes=SIZES, epochs=2):
+    made = []
+    for tenant, size in enumerate(sizes):
+        draw = np.random.default_rng(tenant)
+        examples = [
+            Example([100 * tenant + i] * int(draw.integers(2, 12)), [7] * int(draw.integers(1, 5))) for i in range(size)
+        ]
+        order = plan(example_lengths(examples), buckets=BUCKETS, rows=ROWS * PASSES, seed=0)
+        made.append(Order(examples, order, epochs * order.batches_per_epoch))
+    return made
+
+
+def turns_from(steps, slots, ended, sampling="proportional", made=None):
+    made = made or orders()
+    shares = weights([len(order.examples) for order in made], sampling)
+    return Turns(made, BUCKETS, shares, groups=GROUPS, rows=ROWS, passes=PASSES, steps=steps, slots=slots, ended=ended)
+
+
+def all_batches(turns):
+    found = []
+    while (batch := turns.batch(len(found))) is not None:
+        found.append(batch)
+    return found
+
+
+def fresh(slots=5, **options):
+    return turns_from([0] * 5, [-1] * slots, [False] * 5, **options)
+
+
+@pytest.mark.parametrize("slots", [5, 3, 1])
+@pytest.mark.parametrize("sampling", ["proportional", "uniform"])
+def test_every_tenant_does_its_own_steps_in_order_whoever_else_there_is(slots, sampling):
+    made = orders()
+    seen = {tenant: [] for tenant in range(5)}
+    for mixed in all_batches(fresh(slots, sampling=sampling)):
+        assert len({turn.tenant for turn in mixed.turns}) == len(mixed.turns) <= min(GROUPS, slots)
+        assert [turn.slot for turn in mixed.turns] == sorted({turn.slot for turn in mixed.turns})
+        for turn in mixed.turns:
+            seen[turn.tenant].append(turn.step)
+    assert seen == {tenant: list(range(order.total_steps)) for tenant, order in enumerate(made)}
+
+
+def test_a_batch_holds_each_tenants_own_rows_in_its_group_and_filling_in_the_rest():
+    made, taken = orders(), Counter()
+    for mixed in all_batches(fresh()):
+        assert mixed.batch.tokens.shape == (PASSES, GROUPS * ROWS, mixed.bucket.length)
+        assert mixed.slots.shape == (PASSES, GROUPS) and mixed.bucket in BUCKETS
+        real = 0
+        for group in range(GROUPS):
+            rows = slice(group * ROWS, (group + 1) * ROWS)
+            tokens, lengths = mixed.batch.tokens[:, rows], mixed.batch.length[:, rows]
+            if group >= len(mixed.turns):
+                assert (lengths == 1).all() and (mixed.slots[:, group] == -1).all()
+                continue
+            turn = mixed.turns[group]
+            assert (mixed.slots[:, group] == turn.slot).all()
+            _, chosen = made[turn.tenant].plan.batch_indices(turn.step)
+            flat, flat_lengths = tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1)
+            for row, example in enumerate(chosen):
+                prompt, completion = made[turn.tenant].examples[example]
+                assert flat[row, : flat_lengths[row]].tolist() == [*prompt, *completion]
+                real += len(prompt) + len(completion)
+                taken[turn.tenant] += 1
+            assert (flat_lengths[len(chosen) :] == 1).all()
+        assert mixed.tokens == real
+    assert dict(taken) == {tenant: 2 * size for tenant, size in enumerate(SIZES)}  # two epochs
+
+
+@pytest.mark.parametrize("slots", [5, 2])
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_from_where_a_run_stands_it_goes_on_as_it_would_have(slots, after):
+    made, whole = orders(), all_batches(fresh(slots))
+    steps, held, ended = [0] * 5, [-1] * slots, [False] * 5
+    for mixed in whole[:after]:
+        held = admitted(held, ended)
+        for turn in mixed.turns:
+            assert held[turn.slot] == turn.tenant
+            steps[turn.tenant] += 1
+            ended[turn.tenant] = steps[turn.tenant] == made[turn.tenant].total_steps
+        held = [-1 if tenant >= 0 and ended[tenant] else tenant for tenant in held]
+    rest = all_batches(turns_from(steps, held, ended))
+    assert [mixed.turns for mixed in rest] == [mixed.turns for mixed in whole[after:]]
+    for ours, theirs in zip(rest, whole[after:], strict=True):
+        np.testing.assert_array_equal(ours.batch.tokens, theirs.batch.tokens)
+
+
+def test_a_tenant_that_ended_is_never_in_a_batch_and_its_slot_goes_to_the_next():
+    found = all_batches(turns_from([3, 0, 0, 0, 0], [-1, 1], [True, False, False, False, False]))
+    assert all(turn.tenant != 0 for mixed in found for turn in mixed.turns)
+    assert found[0].turns[0] == (2, 0, 0)  # tenant 2 takes slot 0, tenant 1 keeps slot 1
+    assert admitted([-1, 1, -1], [True, False, True, False, False]) == [3, 1, 4]
+    assert admitted([-1, 1], [True, False, True, True, True]) == [-1, 1]
+
+
+def test_batches_may_be_asked_for_out_of_order():
+    ours, theirs = fresh(), all_batches(fresh())
+    last = len(theirs) - 1
+    assert ours.batch(last + 3) is None
+    assert ours.batch(last).turns == theirs[last].turns and ours.batch(0).turns == theirs[0].turns

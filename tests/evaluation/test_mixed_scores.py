@@ -1,0 +1,82 @@
+"""Many tenants scored in one pass: each gets the score that it gets alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FIXTURES, strong
+from tiny_run import rows_of_text, tokenizer, words, write_rows
+
+from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, stack_adapters
+from para_jax.data.sources import read_records
+from para_jax.evaluation.evaluate import EvalTask, evaluate_task
+from para_jax.evaluation.tenants import Tasks
+
+CHOICES = ("w9", "w9 w10", "w30 w31 w32 w33")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Three tenants' tasks of 5, 3 and 6 records, and one tenant without."""
+    made = []
+    for tenant, count in enumerate((5, 3, 6)):
+        rows = rows_of_text(count, seed=tenant)
+        draw = np.random.default_rng(tenant)
+        for row in rows:
+            row["prompt"] = words(draw.integers(20, 256, int(draw.integers(3, 9))))
+        made.append(read_records(write_rows(tmp_path_factory.mktemp("data") / "test.jsonl", rows)))
+    return made
+
+
+def of(tasks, metric):
+    choices = CHOICES if metric == "accuracy" else ()
+    made = [EvalTask(f"t{i}", r, metric, choices, max_new_tokens=4, batch_size=4) for i, r in enumerate(tasks)]
+    return [*made[:2], None, made[2]]
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy", "exact_match", "f1"])
+def test_a_tenants_score_in_a_mixed_pass_is_its_score_alone(tasks, metric):
+    model = load_backbone(FIXTURES / "llama")
+    adapters = [strong(init_adapter(ParaConfig(r=4), model.config), seed=i) for i in range(3)]
+    stack = stack_adapters(adapters)
+    found = Tasks(model, tokenizer(), of(tasks, metric)).scores(stack, {0: 2, 1: 0, 2: 1, 3: -1})
+    alone = {0: adapters[2], 1: adapters[0], 3: None}
+    assert sorted(found) == [0, 1, 3]  # tenant 2 has no task
+    for tenant, adapter in alone.items():
+        theirs = evaluate_task(model, adapter, of(tasks, metric)[tenant], tokenizer())
+        assert (found[tenant].name, found[tenant].metric, found[tenant].count) == theirs[0:2] + theirs[4:]
+        np.testing.assert_allclose(found[tenant].loss, theirs.loss, rtol=1e-5)
+        np.testing.assert_allclose(found[tenant].score, theirs.score, rtol=1e-5)
+    assert len({round(score.loss, 4) for score in found.values()}) == 3
+
+
+@pytest.mark.parametrize("method", [ParaConfig(r=4), LoraConfig(r=4), Ia3Config()], ids=lambda m: type(m).__name__)
+def test_a_score_has_the_same_bits_whoever_else_is_scored(tasks, method):
+    model = load_backbone(FIXTURES / "llama")
+    adapters = [strong(init_adapter(method, model.config), seed=i) for i in range(3)]
+    made, stack = Tasks(model, tokenizer(), of(tasks, "loss")), stack_adapters(adapters)
+    for tenant in (0, 3):
+        alone = made.scores(stack, {tenant: 1})[tenant]
+        assert made.scores(stack, {0: 1, 1: 0, 3: 1})[tenant] == alone
+        adapters[1], kept = strong(adapters[1], seed=9), adapters[1]
+        assert made.scores(stack_adapters(adapters), {tenant: 1})[tenant] != alone
+        adapters[1] = kept
+
+
+def test_the_limit_takes_the_first_examples_of_each(tasks):
+    model = load_backbone(FIXTURES / "llama")
+    stack = stack_adapters([strong(init_adapter(ParaConfig(r=4), model.config))])
+    found = Tasks(model, tokenizer(), of(tasks, "accuracy"), limit=2).scores(stack, {0: 0, 1: 0, 3: 0})
+    assert [score.count for score in found.values()] == [2, 2, 2]
+    few = evaluate_task(model, first_of(stack), of(tasks, "accuracy")[3], tokenizer(), limit=2)
+    np.testing.assert_allclose(found[3].loss, few.loss, rtol=1e-5)
+
+
+def first_of(stack):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), stack.adapters)
+
+
+def test_no_tenant_with_a_task_gives_no_score(tasks):
+    model = load_backbone(FIXTURES / "llama")
+    stack = stack_adapters([init_adapter(ParaConfig(r=4), model.config)])
+    assert Tasks(model, tokenizer(), [None, None]).scores(stack, {0: 0, 1: -1}) == {}
