@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -386,7 +387,7 @@ def named_adapters(given: list[str]) -> dict[str, str]:
     """{name: folder or hub id} of --adapters DIR or NAME=DIR; a folder is called by its own name, that of a run
     (RUN/adapter) by the run's, and a run of many tenants stands for all of them."""
     sources: dict[str, str] = {}
-    for text in (one for text in given for one in tenants_of_run(text) or [text]):
+    for text in itertools.chain.from_iterable(tenants_of_run(one) or [one] for one in given):
         name, equals, source = text.partition("=")
         if not equals or Path(text).expanduser().is_dir():
             folder = Path(text).expanduser()

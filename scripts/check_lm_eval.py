@@ -1,4 +1,4 @@
-"""lm-eval's scores here and by its own `hf` model (torch, PEFT): the same accuracies and texts, log-likelihoods within 1e-3.
+"""lm-eval's scores here and by its `hf` model (torch, PEFT): equal accuracies and texts, log-likelihoods within 1e-3.
 
     python scripts/check_lm_eval.py --torch-python /path/to/python-with-torch-peft-and-lm-eval
 
@@ -98,9 +98,8 @@ def main():
     }
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     for name, case in cases.items():
-        print(
-            f"{name:<18}{case['answers']:>5} answers   largest difference {case['largest_difference']:.1e}   {case['scores']}"
-        )
+        off = f"largest difference {case['largest_difference']:.1e}"
+        print(f"{name:<18}{case['answers']:>5} answers   {off}   {case['scores']}")
     sys.exit(f"failed: {', '.join(report['failed'])}" if report["failed"] else 0)
 
 
