@@ -239,6 +239,8 @@ def run_evaluate(options) -> None:
     require(options.limit is None or options.limit >= 1, "--limit", options.limit, "at least 1 example")
     if (options.config is None) == (options.backbone is None) or bool(options.backbone) != bool(options.tasks):
         raise ValueError("evaluate: expected the CONFIG of a run, or --backbone with --tasks (and --adapters)")
+    stray = options.config and (options.adapters or options.output)
+    require(not stray, "evaluate CONFIG: --adapters, --output", stray, "to stand beside --backbone and --tasks")
     (run_many if options.backbone else run_config_task)(options)
 
 

@@ -18,17 +18,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from lm_eval.api.model import LM
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from ..config import require
 from .asked import Answer, Asked, Likelihood, Scored, Written
+from .many import SEEDS
 from .token_lm import NO_PROMPT, TokenLM
 
 #: Draws of a standard error that is bootstrapped; means have a closed form.
 BOOTSTRAP = 1000
-SEEDS = {"random_seed": DEFAULT_RANDOM_SEED, "numpy_seed": DEFAULT_OTHER_SEED, "fewshot_seed": DEFAULT_OTHER_SEED}
 COMPUTED = ("loglikelihood", "generate_until")
 
 

@@ -28,6 +28,8 @@ from .metrics import METRICS, score
 from .mixed import Pass
 
 BASE = "base"
+#: Those of lm-eval's command line, with which its tasks draw few-shot examples.
+SEEDS = {"random_seed": 0, "numpy_seed": 1234, "fewshot_seed": 1234}
 #: Labels that are ranked by their likelihoods; of more than these the answer is written, and compared.
 RANKED = 20
 INSTALL = "lm-eval is not installed; its tasks need it: pip install 'para_jax[eval]'"
@@ -57,6 +59,8 @@ class Own(NamedTuple):
 
     task: EvalTask
     asked: list[Asked]
+    original: int
+    """examples that the file holds"""
 
     def results(self, answer: Callable[[Asked], Answer]) -> dict:
         """The task's part of the results, in lm-eval's layout."""
@@ -65,7 +69,7 @@ class Own(NamedTuple):
         found: dict = {"alias": name, "sample_len": len(self.task.records)}
         for of, (value, error) in values.items():
             found |= {f"{of},none": value, f"{of}_stderr,none": error}
-        size = {"original": len(self.task.records), "effective": len(self.task.records)}
+        size = {"original": self.original, "effective": len(self.task.records)}
         return {
             "results": {name: found},
             "group_subtasks": {name: []},
@@ -180,7 +184,7 @@ def own_task(text: str, tokenizer, model, settings: Settings) -> Own | None:
     kept = encode_records(records[: settings.limit], tokenizer, whole)
     title = text if path.name in ("", ".") else f"{name or path.with_suffix('').name}"
     task = EvalTask(title, kept.records, metric, choices if metric == "accuracy" else ())
-    return Own(task, questions_of(task, kept.examples, tokenizer, model))
+    return Own(task, questions_of(task, kept.examples, tokenizer), len(records))
 
 
 def parsed(text: str) -> tuple[str | None, Path | None, str | None]:
@@ -192,7 +196,7 @@ def parsed(text: str) -> tuple[str | None, Path | None, str | None]:
     return None, None, None
 
 
-def questions_of(task: EvalTask, examples, tokenizer, model) -> list[Asked]:
+def questions_of(task: EvalTask, examples, tokenizer) -> list[Asked]:
     """Each record's completion, then each of its choices, or what is written after its prompt."""
     asked: list[Asked] = [Likelihood(tuple(prompt), tuple(completion)) for prompt, completion in examples]
     if task.metric == "accuracy":
@@ -234,7 +238,7 @@ def of_harness(names: list[str], tokenizer, model, settings: Settings) -> list[H
 def records(asking: Pass, tenant: str | None, settings: Settings, about: dict, begun: float) -> dict:
     """What lm-eval's layout says of a run beside its results, and which adapter answered."""
     entry = asking.bank.entry(tenant) if tenant is not None and asking.bank is not None else None
-    seeds = {"random_seed": 0, "numpy_seed": 1234, "fewshot_seed": 1234, "sampling_seed": settings.seed}
+    seeds = SEEDS | {"sampling_seed": settings.seed}
     model = {"model": "para_jax", "model_args": about, "model_dtype": str(asking.model.dtype)}
     content = {"adapter_content": entry.content if entry else None, "backbone_content": asking.backbone}
     limits = {"limit": settings.limit, "batch_size": settings.rows}
@@ -275,7 +279,7 @@ def table(by_tenant: dict[str, dict], asking: Pass, settings: Settings) -> str:
     return "\n".join([
         *lines,
         "",
-        f"± is the standard error over the examples; {limit}. Seeds: few-shot 1234, sampling {settings.seed}.",
+        f"± is the standard error over the examples; {limit}. Seeds: few-shot {SEEDS['fewshot_seed']}, sampling {settings.seed}.",
         f"{speed} (without what was answered earlier), {settings.rows} rows; {devices.describe_devices()}; {named}.",
     ])  # fmt: skip
 

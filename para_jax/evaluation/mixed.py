@@ -70,15 +70,19 @@ class Pass:
         return [self.journal[k] for k in keys]
 
     def _write(self, engine: Engine, written: list[tuple[str, str | None, Generation]], bar: tqdm) -> None:
-        prompts = {}
-        for k, tenant, asked in sorted(written, key=lambda item: (len(item[2].context), item[2].context)):
-            prompts[k] = len(asked.context)
-            engine.submit(request(k, tenant, asked))
-        for completion in engine.run():
-            if completion.error is not None:
-                raise ValueError(f"a request was not answered: {completion.error}")
-            self.tokens += prompts[completion.id] + len(completion.tokens)
-            self._keep(str(completion.id), Written(completion.text, len(completion.tokens)), bar)
+        require(not engine.open, "engine: open requests", engine.open, "none, for their answers would come here")
+        ordered = sorted(written, key=lambda item: (len(item[2].context), item[2].context))
+        at_once = engine.queue_limit or len(ordered)
+        for start in range(0, len(ordered), at_once):
+            prompts = {}
+            for k, tenant, asked in ordered[start : start + at_once]:
+                prompts[k] = len(asked.context)
+                engine.submit(request(k, tenant, asked))
+            for completion in engine.run():
+                if completion.error is not None:
+                    raise ValueError(f"a request was not answered: {completion.error}")
+                self.tokens += prompts[completion.id] + len(completion.tokens)
+                self._keep(str(completion.id), Written(completion.text, len(completion.tokens)), bar)
 
     def _keep(self, k: str, answer: Answer, bar: tqdm) -> None:
         self.journal.add(k, answer)

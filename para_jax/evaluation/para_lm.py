@@ -35,6 +35,7 @@ class ParaLM(TokenLM):
         """
         super().__init__(engine.tokenizer, engine.model.config.max_positions, seed)
         self.engine, self.tenant = engine, tenant
+        self.max_gen_toks = min(self.max_gen_toks, engine.max_length // 2)
         journal = Journal(Path(cache) / "answers.jsonl" if cache else None)
         content = backbone_content(engine.model)
         self.answers = Pass(engine.model, engine.bank, engine.tokenizer, content, journal)

@@ -35,7 +35,7 @@ class TokenLM(TemplateLM):
         """
         super().__init__()
         self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
-        self.max_gen_toks = 256  # where a task does not say it, as in `hf`
+        self.max_gen_toks = min(256, max_length // 2)  # where a task does not say it: 256, as in `hf`
 
     def answered(self, asked: list[Asked]) -> Sequence[Answer]:
         """The questions' answers."""

@@ -99,6 +99,11 @@ class Engine:
     def slots(self) -> int:
         return len(self._rows)
 
+    @property
+    def open(self) -> int:
+        """Requests whose answers run() has yet to give."""
+        return len(self._open) + len(self._done)
+
     def warm_up(self) -> None:
         """Compiles everything. Afterwards nothing is compiled, unless an adapter of a config joins that is unlike all
         before it in more than rank and sites."""

@@ -8,7 +8,7 @@ import pytest
 from conftest import backbone, strong
 from tiny_run import tokenizer
 
-from para_jax import AdapterBank, Ia3Config, LoraConfig, ParaConfig, forward, generate, init_adapter
+from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, forward, generate, init_adapter
 from para_jax.config import SITES
 from para_jax.evaluation import likelihood, mixed
 from para_jax.evaluation.asked import Generation, Likelihood, Scored, backbone_content, key
@@ -205,3 +205,17 @@ def test_a_torn_line_is_cut_off_and_anything_else_is_left_alone(tmp_path):
         with pytest.raises(ValueError, match="answers.jsonl: holds something else than answers; choose another folder"):
             Journal(file)
         assert file.read_bytes() == other
+
+
+def test_an_engine_of_few_places_is_enough_and_one_that_serves_others_is_not_used():
+    model, bank = backbone("llama"), bank_of("llama", "A")
+    engine = Engine(model, bank, tokenizer(), slots=ROWS, max_length=32, queue_limit=2)
+    asking = Pass(model, bank, tokenizer(), "b", Journal())
+    questions = [("A", Generation(one.context[:9], 4)) for one in asked()[::3][:5]]
+    assert asking.answer(questions, rows=ROWS, engine=engine)[:3] == answers("llama", questions[:3], "A")
+    engine.submit(Request("w20", "A"))
+    with pytest.raises(ValueError, match="engine: open requests: 1 is not possible; expected none"):
+        asking.answer([("A", Generation((3,), 4))], rows=ROWS, engine=engine)
+    assert [one.error for one in engine.run()] == [None]
+    with pytest.raises(ValueError, match="tokens of a request: 38 is not possible; expected at most 32"):
+        asking.answer([("A", Generation((3,) * 6, 32))], rows=ROWS, engine=engine)
