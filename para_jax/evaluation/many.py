@@ -271,6 +271,7 @@ def table(by_tenant: dict[str, dict], asking: Pass, settings: Settings) -> str:
     for name, made in by_tenant.items():
         cells = [shown(made["results"].get(task, {}), metric) for task, metric in columns]
         lines.append("| " + " | ".join([name.replace("|", "\\|"), *cells]) + " |")
+    seeds = f"few-shot {SEEDS['fewshot_seed']}, sampling {settings.seed}"
     named = ", ".join(f"{name} {number}" for name, number in versions().items())
     limit = f"the first {settings.limit} examples of each task" if settings.limit else "all examples"
     speed = (
@@ -279,7 +280,7 @@ def table(by_tenant: dict[str, dict], asking: Pass, settings: Settings) -> str:
     return "\n".join([
         *lines,
         "",
-        f"± is the standard error over the examples; {limit}. Seeds: few-shot {SEEDS['fewshot_seed']}, sampling {settings.seed}.",
+        f"± is the standard error over the examples; {limit}. Seeds: {seeds}.",
         f"{speed} (without what was answered earlier), {settings.rows} rows; {devices.describe_devices()}; {named}.",
     ])  # fmt: skip
 
