@@ -213,7 +213,7 @@ def test_an_engine_of_few_places_is_enough_and_one_that_serves_others_is_not_use
     asking = Pass(model, bank, tokenizer(), "b", Journal())
     questions = [("A", Generation(one.context[:9], 4)) for one in asked()[::3][:5]]
     assert asking.answer(questions, rows=ROWS, engine=engine)[:3] == answers("llama", questions[:3], "A")
-    engine.submit(Request("w20", "A"))
+    engine.submit(Request("w20", "A", 4))
     with pytest.raises(ValueError, match="engine: open requests: 1 is not possible; expected none"):
         asking.answer([("A", Generation((3,), 4))], rows=ROWS, engine=engine)
     assert [one.error for one in engine.run()] == [None]

@@ -80,7 +80,8 @@ def test_what_is_written_ends_where_the_task_says(tokenizer):
     )
     context = ids(tokenizer, "ab")
     assert asked[0] == Generation(context, 7, ("\n",)) and asked[1] == Generation(context, 5, ("x",))
-    assert recorded(tokenizer, "generate_until", ("ab", {}), max_length=500)[0].max_new_tokens == 256
+    assert recorded(tokenizer, "generate_until", ("ab", {}), max_length=600)[0].max_new_tokens == 256
+    assert recorded(tokenizer, "generate_until", ("ab", {}), max_length=100)[0].max_new_tokens == 50
     assert asked[2].temperature == 0 and asked[2].top_p == 1
 
 
