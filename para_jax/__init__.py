@@ -57,15 +57,23 @@ _LATER = {
     "TrainResult": "runs",
     "train_tenants": "tenant_runs",
     "TenantsResult": "tenant_runs",
+    "curves_plot": "plots",
+    "factors_plot": "plots",
     "evaluate": "evaluation.evaluate",
     "Report": "evaluation.evaluate",
+    "ParaLM": "evaluation.para_lm",
 }
 
 
 def __getattr__(name: str):
     if name not in _LATER:
         raise AttributeError(f"module 'para_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    try:
+        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("lm_eval"):
+            raise
+        raise ImportError(f"para_jax.{name}: lm-eval is not installed: pip install 'para_jax[eval]'") from None
 
 
 def __dir__():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -44,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; overrides may stand before and after flags, which argparse by itself does not take."""
+    if arguments[:1] == ["lm-eval"]:  # whose arguments are lm-eval's to read
+        return argparse.Namespace(run=run_lm_eval, arguments=arguments[1:])
     options, rest = parser().parse_known_args(arguments)
     overrides = [text for text in rest if hasattr(options, "overrides") and not text.startswith("-")]
     if len(overrides) < len(rest):
@@ -78,16 +81,43 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--results", type=Path, help="write config, device and scores to this JSON file")
 
-    made = command("evaluate", run_evaluate, "score an adapter, or the backbone alone, on a config's test data")
-    made.add_argument("config", type=Path)
-    made.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
-    made.add_argument("--adapter", help="an adapter folder or hub id; default: the backbone alone")
-    made.add_argument("--split", default="test", choices=("validation", "test"))
-    made.add_argument("--limit", type=int, help="the most examples scored")
-    made.add_argument(
-        "--shuffle-prompts", action="store_true", help="give each example the factors of another example's prompt"
+    made = command(
+        "evaluate", run_evaluate, "score an adapter on a config's test data, or with --backbone many on many tasks"
     )
-    made.add_argument("--results", type=Path, help="write config, device and scores to this JSON file")
+    made.add_argument("config", type=Path, nargs="?", help="of a run; or --backbone, --adapters and --tasks")
+    made.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
+    made.add_argument("--adapter", help="with CONFIG: an adapter folder or hub id; default: the backbone alone")
+    made.add_argument("--split", default="test", choices=("validation", "test"))
+    made.add_argument("--limit", type=int, help="the most examples scored, of each task")
+    made.add_argument(
+        "--shuffle-prompts",
+        action="store_true",
+        help="with CONFIG: give each example the factors of another example's prompt",
+    )
+    made.add_argument("--results", type=Path, help="with CONFIG: write config, device and scores to this JSON file")
+    made.add_argument(
+        "--backbone", help="a folder, a hub id, a .gguf file, or smollm2-135m; it is scored beside --adapters"
+    )
+    made.add_argument("--adapters", nargs="+", default=[], metavar="DIR", help="folders or hub ids, or NAME=DIR")
+    made.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="our own: [TASK=]FILE_OR_FOLDER[:METRIC] of JSON lines; or the names of lm-eval's tasks",
+    )
+    made.add_argument("--output", type=Path, help="folder of answers and results; the same command goes on there")
+    made.add_argument("--rows", type=int, default=16, help="with --backbone: rows of a batch")
+    made.add_argument("--include-path", type=Path, help="a folder of further task files for lm-eval")
+    made.add_argument("--num-fewshot", type=int, help="examples in each context of lm-eval's tasks")
+    made.add_argument("--chat", action="store_true", help="put lm-eval's contexts into the chat template")
+    made.add_argument("--seed", type=int, default=0, help="of sampled answers")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"))
+    made.add_argument("--quantize", choices=("int8",))
+    made.add_argument("--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator")
+    made.add_argument("--no-compilation-cache", action="store_true")
+
+    command("lm-eval", run_lm_eval, "lm-eval's own command line, with the model `para` (backbone=..., adapter=...)")
 
     made = command("generate", run_generate, "answer prompts in one batch")
     made.add_argument("--backbone", default="smollm2-135m", help="a folder, a hub id, a .gguf file, or smollm2-135m")
@@ -155,7 +185,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator")
     made.add_argument("--no-compilation-cache", action="store_true")
 
-    made = command("bench", run_bench, "measure on this machine: load, decode, serve, train, packing or tenants")
+    made = command(
+        "bench", run_bench, "measure on this machine: load, decode, serve, evaluate, train, packing or tenants"
+    )
     made.add_argument("name")
     made.add_argument("--backbone", default="smollm2-135m")
     made.add_argument("--output", type=Path, help="write the measurement to this JSON file")
@@ -220,12 +252,74 @@ def run_train_tenants(options, config) -> int | None:
     if not is_first():
         return None
     print(f"{tenants_table(result.tenants)}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
+    if config.sweep:
+        from .plots import curves_plot, save
+
+        try:
+            save(curves_plot([result.output_dir / name for name in result.tenants]), result.output_dir / "curves.png")
+            print(f"the curves are in {result.output_dir / 'curves.png'}")
+        except ValueError as error:  # matplotlib is not installed
+            print(f"no picture of the curves: {error}")
     if options.results:
         write_results(options, config, result.tenants, time.monotonic() - begun)
     return int(any(entry["ended"] == "not finite" for entry in result.tenants.values()))
 
 
 def run_evaluate(options) -> None:
+    from .config import require
+
+    require(options.limit is None or options.limit >= 1, "--limit", options.limit, "at least 1 example")
+    if (options.config is None) == (options.backbone is None) or bool(options.backbone) != bool(options.tasks):
+        raise ValueError("evaluate: expected the CONFIG of a run, or --backbone with --tasks (and --adapters)")
+    stray = options.config and (options.adapters or options.output)
+    require(not stray, "evaluate CONFIG: --adapters, --output", stray, "to stand beside --backbone and --tasks")
+    (run_many if options.backbone else run_config_task)(options)
+
+
+def run_many(options) -> None:
+    from . import devices
+    from .adapters.bank import AdapterBank
+    from .adapters.files import load_adapter
+    from .backbone.load import load_backbone
+    from .config import RuntimeSection, require
+    from .data.tokenizer import load_tokenizer
+    from .evaluation.many import Settings, evaluate_many
+
+    require(options.rows >= 1, "--rows", options.rows, "at least 1")
+    require(0 <= options.seed < 2**32, "--seed", options.seed, "a whole number from 0 to 2**32 - 1")
+    shots = options.num_fewshot
+    require(shots is None or shots >= 0, "--num-fewshot", shots, "at least 0 examples")
+    given = options.adapter or options.results or options.overrides or options.shuffle_prompts
+    require(
+        not given, "evaluate --backbone", given, "--adapters, and --output in place of --results; no fields of a run"
+    )
+    sources = named_adapters(options.adapters)
+    devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
+    model = load_backbone(options.backbone, dtype=options.dtype, quantize=options.quantize)
+    held = {name: load_adapter(source, model.config, model=model) for name, source in sources.items()}
+    bank = AdapterBank.holding(held, model.config, dtype=str(model.dtype)) if held else None
+    about = {"backbone": options.backbone, "quantize": options.quantize, "command": options.command_line}
+    settings = Settings(
+        options.limit, options.rows, options.seed, options.include_path, shots, options.chat, options.split
+    )
+    output = options.output or Path("runs/evaluation")
+    print(evaluate_many(model, bank, load_tokenizer(options.backbone), options.tasks, output, settings, sources, about))
+    devices.say(f"wrote {output}")
+
+
+def run_lm_eval(options) -> None:
+    from importlib.util import find_spec
+
+    from .evaluation.many import INSTALL
+
+    if find_spec("lm_eval") is None:
+        raise ValueError(INSTALL)
+    from .evaluation.para_lm import harness_command
+
+    harness_command(options.arguments)
+
+
+def run_config_task(options) -> None:
     from . import devices
     from .adapters.files import load_adapter
     from .backbone.load import load_backbone
@@ -233,7 +327,6 @@ def run_evaluate(options) -> None:
     from .data.tokenizer import load_tokenizer
     from .evaluation.evaluate import evaluate, task_of_run
 
-    require(options.limit is None or options.limit >= 1, "--limit", options.limit, "at least 1 example")
     shuffled = "to stand beside --adapter, whose factors are shuffled"
     require(options.adapter or not options.shuffle_prompts, "--shuffle-prompts", True, shuffled)
     config = load_config(options.config, options.overrides)
@@ -324,6 +417,24 @@ def adapter_sources(given: list[str]) -> dict[str, str]:
         if not equals or not name or not source or name in sources or name == BASE:
             raise ValueError(
                 f"--adapters {text!r}: expected NAME=DIR, each name once and none of them {BASE!r}, the base model"
+            )
+        sources[name] = source
+    return sources
+
+
+def named_adapters(given: list[str]) -> dict[str, str]:
+    """{name: folder or hub id} of --adapters DIR or NAME=DIR; a folder is called by its own name, that of a run
+    (RUN/adapter) by the run's, and a run of many tenants stands for all of them."""
+    sources: dict[str, str] = {}
+    for text in itertools.chain.from_iterable(tenants_of_run(one) or [one] for one in given):
+        name, equals, source = text.partition("=")
+        if not equals or Path(text).expanduser().is_dir():
+            folder = Path(text).expanduser()
+            called = folder.resolve().parent if folder.resolve().name == "adapter" else folder.resolve()
+            name, source = called.name if folder.is_dir() else text, text
+        if not name or not source or name in sources or name == BASE:
+            raise ValueError(
+                f"--adapters {text!r}: the name {name!r} is taken or missing ({BASE} is the base model); give NAME=DIR"
             )
         sources[name] = source
     return sources

@@ -22,7 +22,7 @@ from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from .adapters.methods import METHODS
 from .adapters.rows import Made, Rows, Stack, by_layer, check_fits, gather
 from .adapters.segments import adjust_segments
-from .backbone.cache import attend_cached, padded
+from .backbone.cache import attend_cached, attend_prefix, padded
 from .backbone.kernels import self_attention
 from .backbone.rotary import rotary_tables
 from .backbone.transformer import Transformer, periods
@@ -261,6 +261,24 @@ def decode_step(
     full = state.length >= max_length
     logits = jnp.where(full[:, None], jnp.nan, logits)
     return logits, DecodeState(tuple(cache), state.adjustments, jnp.where(full, state.length, state.length + 1))
+
+
+def continue_rows(
+    model: Transformer, state: DecodeState, row: Int[Array, " n"], tokens: Int[Array, "n C"]
+) -> Float[Array, "n C width"]:
+    """The hidden states, after the final norm, of tokens that continue rows of a state: tokens[i] goes on after what
+    row[i] of it holds, with that row's adjustments. The state stays as it is. For use inside a compiled program."""
+    length = state.length[row]
+    tables = tables_of(model.config, length[:, None] + jnp.arange(tokens.shape[1]))
+
+    def step(x, layer, inputs):
+        cache, adjustment = jax.tree.map(lambda a: a[row], inputs)
+        attend = attend_prefix(cache, length, layer.kind.window)
+        return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
+
+    adjustments = state.adjustments or (None,) * model.config.num_layers
+    x, _ = through_layers(model, step, model.embed(tokens), list(zip(state.cache, adjustments, strict=True)))
+    return model.final_norm(x)
 
 
 def residual_stream(

@@ -62,7 +62,7 @@ def tenants_of(config: RunConfig) -> int | None:
         return None
     if config.data.tenants is None:
         return max(1, len(config.sweep.learning_rate)) * max(1, len(config.sweep.seed))
-    folder = Path(config.data.tenants).expanduser()
+    folder = Path(str(config.data.tenants)).expanduser()
     if folder.is_dir():
         return len(tenant_sections(folder, config.data))
     expected = f"a number of tenants, for data.tenants ({folder}) is not there yet to count them"

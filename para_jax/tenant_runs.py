@@ -446,7 +446,9 @@ class TenantsLoop(NamedTuple):
         tenant = self.tenants[turn.tenant]
         _, chosen = tenant.order.plan.batch_indices(turn.step)
         examples = places([tenant.data.records[i].place for i in chosen])
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {grad_norm}"
+        what = "new weights are not finite"
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            what = f"gradient's norm is {grad_norm}" if math.isfinite(loss) else f"loss is {loss}"
         devices.say(
             f"{tenant.name}: stopped at its step {turn.step + 1}: the {what} on {examples}; what it had learnt before "
             "is kept, and the others go on"

@@ -8,6 +8,7 @@ from tiny_run import backbone_folder, rows_of_text, write_rows
 
 from para_jax import bench, devices, forward
 from para_jax.bench import decode as bench_decode
+from para_jax.bench import evaluate as bench_evaluate
 from para_jax.bench import load as bench_load
 from para_jax.bench import tenants as bench_tenants
 from para_jax.bench import train as bench_train
@@ -52,8 +53,8 @@ def decoded():
     with pytest.MonkeyPatch.context() as patch:
         few = {name: bench_decode.METHODS[name] for name in ("PARA", "(IA)^3", "LoRA r=4")}
         patch.setattr(bench_decode, "METHODS", few)
-        before = next_token._cache_size()
-        return bench.BENCHMARKS["decode"](BACKBONE, **DECODE), next_token._cache_size() - before
+        next_token.clear_cache()  # jax forgets the oldest of all programs, perhaps other tests' steps while this counts
+        return bench.BENCHMARKS["decode"](BACKBONE, **DECODE), next_token._cache_size()
 
 
 def test_decoding_is_measured_for_every_method_with_one_tenant_and_with_many(decoded):
@@ -148,7 +149,9 @@ def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, 
 
 
 def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="bench: 'speed' is not possible; expected one of load, decode, serve, train"):
+    with pytest.raises(
+        ValueError, match="bench: 'speed' is not possible; expected one of load, decode, serve, evaluate, train"
+    ):
         bench.run("speed", BACKBONE)
 
 
@@ -157,3 +160,18 @@ def test_options_of_decode_are_not_for_others(tmp_path):
         ValueError, match=r"bench load: options: {'context': 3} is not possible; expected some of rounds"
     ):
         bench.run("load", BACKBONE, context=3)
+
+
+def test_a_mixed_pass_is_measured_beside_a_loop_over_the_adapters(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_evaluate, "PROMPT", 8)
+    monkeypatch.setattr(bench_evaluate, "NEW", 4)
+    folder = backbone_folder(tmp_path / "backbone")
+    measured = bench.BENCHMARKS["evaluate"](str(folder), rows=(4,), adapters=(6, 2), rounds=1)
+    names = [
+        f"{work}, {side}"
+        for work in ("6 adapters x 2 examples", "2 adapters x 4 examples")
+        for side in ("mixed", "loop")
+    ]
+    assert list(measured["medians"]) == list(measured["first_run"]) == names
+    assert set(measured["equal_texts"].values()) == {1.0}
+    assert measured["ratios"]["6 adapters x 2 examples: mixed / loop"] == paired(measured["rounds"], *names[:2])

@@ -27,6 +27,27 @@ def attend_cached(
     return attend
 
 
+def attend_prefix(
+    cache: tuple[Float[Array, "b k max e"], Float[Array, "b k max e"]], length: Int[Array, " b"], window: int | None
+):
+    """Attention of several new tokens a row, from position length[row] on, to the cache and to those before them; keeps
+    nothing."""
+
+    def attend(q, k, v, scale, cap):
+        held = jnp.arange(cache[0].shape[2])
+        at = length[:, None] + jnp.arange(q.shape[1])
+        position = jnp.concatenate([jnp.broadcast_to(held, (len(at), held.size)), at], axis=1)
+        distance = at[:, :, None] - position[:, None, :]
+        written = jnp.pad(held < length[:, None], ((0, 0), (0, q.shape[1])), constant_values=True)
+        mask = written[:, None, :] & (distance >= 0) & within(distance, window)
+        keys, values = (
+            jnp.concatenate([old, new.swapaxes(1, 2)], axis=2) for old, new in zip(cache, (k, v), strict=True)
+        )
+        return mixed_values(q, keys, values, mask, scale, cap), None
+
+    return attend
+
+
 def written(
     held: Float[Array, "b k max e"], new: Float[Array, "b k e"], length: Int[Array, " b"]
 ) -> Float[Array, "b k max e"]:

@@ -17,6 +17,7 @@ from .. import devices
 from ..config import RuntimeSection, one_of, require
 from ..plots import decode_plot
 from .decode import bench_decode
+from .evaluate import bench_evaluate
 from .load import bench_load
 from .serve import bench_serve
 from .tenants import bench_tenants
@@ -27,6 +28,7 @@ BENCHMARKS: dict[str, Callable[..., dict]] = {
     "load": bench_load,
     "decode": bench_decode,
     "serve": bench_serve,
+    "evaluate": bench_evaluate,
     "train": bench_train,
     "packing": bench_packing,
     "tenants": bench_tenants,
@@ -76,6 +78,7 @@ def table(measured: dict) -> str:
     bytes_of = measured.get("byte_ratios", {})
     for name, value in measured.get("ratios", {}).items():
         rows.append((name, f"{value:.3f}" + (f"   bytes {bytes_of[name]:.3f}" if bytes_of else "")))
+    rows += [(f"{name}: equal texts", f"{value:.3f}") for name, value in measured.get("equal_texts", {}).items()]
     for method, values in measured.get("latencies_ms", {}).items():
         rows += [(f"{method}: {name}", f"{value:.0f} ms") for name, value in values.items()]
     rows += [(f"prefill of {n}", f"{v:.0f} ms") for n, v in measured.get("prefill", {}).get("medians", {}).items()]

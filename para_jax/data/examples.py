@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 #: A prompt: text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
+#: A prompt of one who tokenises by himself: its ids.
+Ids = tuple[int, ...]
 
 
 class Example(NamedTuple):

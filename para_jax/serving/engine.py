@@ -19,7 +19,7 @@ from ..adapters.bank import AdapterBank, Entry
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
 from ..config import require
-from ..data.examples import encode_prompt, stop_token_ids
+from ..data.examples import Ids, Prompt, encode_prompt, stop_token_ids
 from ..devices import say
 from ..inference.generate import before_first, up_to_multiple
 from ..model import DecodeState, prefill
@@ -99,6 +99,11 @@ class Engine:
     def slots(self) -> int:
         return len(self._rows)
 
+    @property
+    def open(self) -> int:
+        """Requests whose answers run() has yet to give."""
+        return len(self._open) + len(self._done)
+
     def warm_up(self) -> None:
         """Compiles everything. Afterwards nothing is compiled, unless an adapter of a config joins that is unlike all
         before it in more than rank and sites."""
@@ -119,7 +124,7 @@ class Engine:
         try:
             check_request(request)
             entry = None if request.tenant is None else self._entry(request.tenant)
-            ids = encode_prompt(self.tokenizer, request.prompt)
+            ids = self._ids(request.prompt)
             if len(ids) + request.max_new_tokens > self.max_length:
                 raise ValueError(
                     f"prompt: {len(ids)} tokens and max_new_tokens {request.max_new_tokens} are more than the "
@@ -237,6 +242,13 @@ class Engine:
         self._done.append(Completion(sample.id, sample.index, text, sample.tokens, reason, error))
         if all(other.ended for other in self._open[sample.id]):
             del self._open[sample.id]
+
+    def _ids(self, prompt: Prompt | Ids) -> list[int]:
+        if not isinstance(prompt, tuple):
+            return encode_prompt(self.tokenizer, prompt)
+        known = self.model.config.vocab_size
+        require(max(prompt) < known, "prompt: token id", max(prompt), f"less than {known}, the model's tokens")
+        return list(prompt)
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..config import require
-from ..data.examples import Prompt
+from ..data.examples import Ids, Prompt
 from ..data.sources import checked_messages
 from ..inference.generate import whole
 
@@ -17,8 +17,8 @@ from ..inference.generate import whole
 class Request:
     """One prompt for one tenant. Nothing is checked here: the engine answers a bad request with an error."""
 
-    prompt: Prompt
-    """a text, or chat messages"""
+    prompt: Prompt | Ids
+    """a text, chat messages, or a tuple of token ids"""
     tenant: str | None = None
     """a name of the bank; None: the base model"""
     max_new_tokens: int = 64
@@ -51,7 +51,10 @@ class Completion(NamedTuple):
 
 def check_request(request: Request) -> None:
     """Raises ValueError that names the field of a bad request, and says what was expected."""
-    if not isinstance(request.prompt, str):
+    if isinstance(request.prompt, tuple):
+        ids = bool(request.prompt) and all(whole(token) and token >= 0 for token in request.prompt)
+        require(ids, "prompt", request.prompt[:8], "token ids, at least one")
+    elif not isinstance(request.prompt, str):
         checked_messages("prompt", request.prompt)
     named = request.tenant is None or isinstance(request.tenant, str)
     require(named, "tenant", request.tenant, "a name of the bank, or None: the base model")

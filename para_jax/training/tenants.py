@@ -32,7 +32,7 @@ class TenantsState(NamedTuple):
     step: jax.Array
     """int32, each tenant's own optimiser steps done"""
     sound: jax.Array
-    """bool: no loss or gradient of this tenant was other than finite; one that was is not trained any more"""
+    """bool: nothing of this tenant's steps was other than finite; one of which it was is not trained any more"""
 
 
 class Settings(NamedTuple):
@@ -90,8 +90,8 @@ def tenants_step(
     grad_norm (before clipping), learning_rate, tokens (completion tokens in the loss) and finite.
 
     A tenant's loss is the mean over its own completion tokens; its gradient is clipped by its own norm, and its
-    learning rate is that of its own step. A tenant that has no row, or whose loss or gradient is not finite or once was
-    not, keeps weights, moments and step. The given state is donated.
+    learning rate is that of its own step. A tenant that has no row, or whose loss, gradient or new weights are not
+    finite or once were not, keeps weights, moments and step. The given state is donated.
 
     On a mesh each device updates its own tenants. Of the others' weights it receives, a layer at a time, those of the
     batch's groups, and sends these their gradients: the partitioner makes a sum over the devices of the indexing along
@@ -172,13 +172,15 @@ def updated(
 
 
 def updated_one(old: TenantsState, rate, total, tokens, summed, *, config: TrainSection):
-    """One tenant's state after its step, the norm of its gradient, and whether that and the loss are finite; where they
-    are not, the state is the old one but for `sound`."""
+    """One tenant's state after its step, the norm of its gradient, and whether that, the loss and the new weights are
+    finite; where they are not, the state is the old one but for `sound`."""
     mean = jax.tree.map(lambda g: g / tokens, summed)
     norm = optax.tree.norm(mean)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
     direction, optimizer = make_direction(config).update(mean, old.optimizer, old.adapters)
     adapters = jax.tree.map(lambda w, d: w - rate * d, old.adapters, direction)
+    for leaf in jax.tree.leaves(adapters):
+        finite &= jnp.isfinite(leaf).all()
     new = TenantsState(adapters, optimizer, old.step + 1, old.sound)
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)._replace(sound=finite), norm, finite
 

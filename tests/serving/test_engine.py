@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_run import tokenizer, words
 
 from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, generate, init_adapter
+from para_jax.data.examples import encode_prompt
 from para_jax.serving import engine as engine_module
 from para_jax.serving.engine import PREFILLS, STEPS, QueueFull
 
@@ -80,6 +81,15 @@ def test_answers_are_those_of_generate(model, bank):
     texts = generate(model, prompts, tokenizer=tokenizer(), adapters=bank, tenants=names, max_new_tokens=7)
     assert [found[id, 0].text for id in ids] == texts
     assert len({text for text in texts}) == len(names)
+
+
+def test_a_prompt_may_be_token_ids(model, bank):
+    engine, ids = engine_of(model, bank), tuple(encode_prompt(tokenizer(), prompt(1)))
+    text, same = (engine.submit(Request(p, "A", max_new_tokens=7)) for p in (prompt(1), ids))
+    wrong = [engine.submit(Request(p, "A")) for p in ((), (1.5,), (-1,), (model.config.vocab_size,))]
+    found = answers(engine)
+    assert plain(found[text, 0]) == plain(found[same, 0])
+    assert all(found[id, 0].error.startswith("prompt") for id in wrong)
 
 
 def test_sampling_depends_on_the_request_alone_and_is_that_of_generate(model, bank):

@@ -204,6 +204,16 @@ def test_a_tenant_that_is_not_finite_stops_and_changes_no_others_bits(method):
     assert state.step.tolist() == [3, 0, 3]
 
 
+def test_a_step_to_weights_that_are_not_finite_is_not_taken():
+    before = [of_tenant(fresh_state(METHODS[0]), tenant) for tenant in (A, B)]
+    rates = np.where(np.arange(3) == B, np.float32(np.inf), RATES)
+    state, values = stepped(fresh_state(METHODS[0]), *mixed([A, B, C]), rates=rates)
+    assert np.asarray(values["finite"]).tolist() == state.sound.tolist() == [True, False, True]
+    assert np.isfinite(np.asarray(values["loss"])).all() and np.isfinite(np.asarray(values["grad_norm"])).all()
+    assert_same_bits(of_tenant(state, B), before[B])
+    assert differ(of_tenant(state, A), before[A])
+
+
 def test_a_tenant_that_was_not_finite_once_is_not_trained_again():
     state, _ = stepped(fresh_state(METHODS[0]), *mixed([A, B, C]))
     state = state._replace(sound=jnp.array([True, False, True]))

@@ -1,0 +1,101 @@
+"""`para-jax bench evaluate`: answers of many adapters in one mixed pass against a loop over the adapters, each with its
+own batches, inside one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from ..backbone.load import load_backbone
+from ..data.tokenizer import load_tokenizer
+from ..evaluation.asked import Generation, Written
+from ..evaluation.journal import Journal
+from ..evaluation.mixed import Pass
+from ..inference.generate import generate_tokens, up_to_multiple
+from ..serving.engine import Engine
+from .decode import METHODS, bank_of
+from .rounds import paired, summary
+
+PROMPT, NEW = 48, 32  # tokens of a prompt, and of its answer
+
+
+class Workload(NamedTuple):
+    """So many examples for each of so many adapters."""
+
+    adapters: int
+    prompts: list[list[int]]
+    """of each adapter, all of PROMPT tokens"""
+
+    @property
+    def name(self) -> str:
+        return f"{self.adapters} adapters x {len(self.prompts)} examples"
+
+
+def bench_evaluate(
+    backbone: str, *, rows: tuple[int, ...] = (32,), adapters: tuple[int, ...] = (64, 8), rounds: int = 2
+) -> dict:
+    """Seconds in which PARA adapters write NEW tokens for each of their examples: in one pass that mixes them, and one
+    adapter after the other. The first workload has two examples an adapter; the second fills whole batches with each.
+
+    The first run of each side compiles, and is reported by itself.
+
+    Args:
+        rows: of a batch; one number.
+        adapters: of the two workloads.
+    """
+    model, tokenizer = load_backbone(backbone), load_tokenizer(backbone)
+    bank = bank_of(model, METHODS["PARA"], max(adapters))
+    draw, sides = np.random.default_rng(0), {}
+    written: dict[str, list[str]] = {}
+    workloads = [
+        Workload(count, draw.integers(3, model.config.vocab_size, (examples, PROMPT)).tolist())
+        for count, examples in zip(adapters, (2, rows[0]), strict=True)
+    ]
+    for work in workloads:
+        asking = Pass(model, bank, tokenizer, "", Journal())
+        for side, run in {"mixed": partial(mixed, asking, work, rows[0]), "loop": partial(loop, asking, work)}.items():
+            sides[f"{work.name}, {side}"] = partial(timed, run, f"{work.name}, {side}", written)
+    first = {name: measure() for name, measure in sides.items()}
+    found = summary("s", [{name: measure() for name, measure in sides.items()} for _ in range(rounds)])
+    ratios, equal = {}, {}
+    for work in workloads:
+        one, other = f"{work.name}, mixed", f"{work.name}, loop"
+        ratios[f"{work.name}: mixed / loop"] = paired(found["rounds"], one, other)
+        ratios[f"{work.name}, compiling too: mixed / loop"] = first[one] / first[other]
+        equal[work.name] = float(np.mean([a == b for a, b in zip(written[one], written[other], strict=True)]))
+    return found | {"ratios": ratios, "first_run": first, "equal_texts": equal, "rows": rows[0], "new_tokens": NEW}
+
+
+def timed(run: Callable[[], list[str]], name: str, written: dict[str, list[str]]) -> float:
+    """Seconds of a side; what it wrote is kept under its name."""
+    begun = time.perf_counter()
+    written[name] = run()
+    return time.perf_counter() - begun
+
+
+def mixed(asking: Pass, work: Workload, rows: int) -> list[str]:
+    """All adapters' answers in one pass."""
+    asking.journal = Journal()
+    engine = Engine(
+        asking.model, asking.bank, asking.tokenizer, slots=rows, max_length=up_to_multiple(PROMPT + NEW, 32)
+    )
+    engine._stops = frozenset()  # no answer ends early, on either side
+    names = asking.bank.names[: work.adapters] if asking.bank else ()
+    questions = [(name, Generation(tuple(prompt), NEW)) for name in names for prompt in work.prompts]
+    return [answer.text for answer in asking.answer(questions, rows=rows, engine=engine) if isinstance(answer, Written)]
+
+
+def loop(asking: Pass, work: Workload) -> list[str]:
+    """One adapter after the other, its examples as one batch."""
+    texts = []
+    for name in asking.bank.names[: work.adapters] if asking.bank else ():
+        adapters = asking.bank.rows([name] * len(work.prompts)) if asking.bank else None
+        tokens = generate_tokens(asking.model, adapters, work.prompts, max_new_tokens=NEW)
+        texts += [
+            asking.tokenizer.decode(one, skip_special_tokens=True, clean_up_tokenization_spaces=False) for one in tokens
+        ]
+    return texts

@@ -1,0 +1,141 @@
+"""Likelihoods of continuations, for many adapters in one pass: each (adapter, context) pair is prefilled once, from the
+context's tokens alone, and every continuation of it is scored from what prefill left.
+
+Lengths are padded to sizes that depend on nothing but the length itself, and batches always have the same number of
+rows: a question's answer has the same bits whatever stands beside it and whoever else is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..adapters.bank import AdapterBank, Entry
+from ..backbone.transformer import Transformer
+from ..model import continue_rows, prefill
+from ..processes import gathered
+from ..training.loss import CHUNK
+from .asked import Likelihood, Scored
+
+Question = tuple[Entry | None, Likelihood]
+
+
+def likelihoods(
+    model: Transformer, bank: AdapterBank | None, questions: Sequence[Question], rows: int
+) -> Iterator[tuple[int, Scored]]:
+    """(A question's index, its answer), in the order in which batches end; shortest contexts first.
+
+    Args:
+        questions: each for an adapter of the bank, or None: the base model.
+        rows: contexts of a batch.
+    """
+    leaves, treedef = jax.tree.flatten(model)
+    contexts: dict[tuple, list[int]] = {}
+    for i, (entry, asked) in enumerate(questions):
+        contexts.setdefault((padded_length(len(asked.context), model), asked.context, version(entry)), []).append(i)
+    of_length: dict[int, list[list[int]]] = {}
+    for (length, *_), members in sorted(contexts.items(), key=lambda item: (len(item[0][1]), item[0])):
+        of_length.setdefault(length, []).append(members)
+    for length, groups in of_length.items():
+        for start in range(0, len(groups), rows):
+            batch = groups[start : start + rows]
+            firsts = [questions[members[0]] for members in batch]
+            logits, state = prefilled(model, bank, firsts, length, rows)
+            held = [(row, i) for row, members in enumerate(batch) for i in members]
+            for size, chunk in continuation_batches(held, questions, rows):
+                row, tokens, lengths = collated([(row, questions[i][1].continuation) for row, i in chunk], size, rows)
+                nats, greedy = gathered(continuation_scores(treedef, leaves, logits, state, row, tokens, lengths))
+                for (_, i), total, likeliest in zip(chunk, nats, greedy, strict=False):
+                    yield i, Scored(float(total), bool(likeliest))
+
+
+def prefilled(model: Transformer, bank: AdapterBank | None, questions: list[Question], length: int, rows: int):
+    """prefill of the questions' contexts, filled up to `rows` rows of the base model."""
+    tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+    for i, (_, asked) in enumerate(questions):
+        lengths[i] = len(asked.context)
+        tokens[i, : lengths[i]] = asked.context
+    entries = [entry for entry, _ in questions] + [None] * (rows - len(questions))
+    adapters = None if bank is None else bank.rows_of(entries)
+    return prefill(model, adapters, tokens, lengths, max_length=length)
+
+
+def continuation_batches(
+    held: list[tuple[int, int]], questions: Sequence[Question], rows: int
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """(Padded tokens, members) of batches of continuations, of (row of the contexts' batch, question) pairs."""
+    sizes: dict[int, list[tuple[int, int]]] = {}
+    for row, i in held:
+        sizes.setdefault(padded_continuation(len(questions[i][1].continuation)), []).append((row, i))
+    for size, members in sorted(sizes.items()):
+        count = together(size, rows)
+        for start in range(0, len(members), count):
+            yield size, members[start : start + count]
+
+
+def collated(continuations: list[tuple[int, tuple[int, ...]]], size: int, rows: int):
+    """row int32 [n], tokens int32 [n, size] and lengths int32 [n], filled up to the batch's n."""
+    count = together(size, rows)
+    row, tokens, lengths = np.zeros(count, np.int32), np.zeros((count, size), np.int32), np.ones(count, np.int32)
+    for i, (of_row, ids) in enumerate(continuations):
+        row[i], lengths[i], tokens[i, : len(ids)] = of_row, len(ids), ids
+    return row, tokens, lengths
+
+
+@partial(jax.jit, static_argnums=0)
+def continuation_scores(treedef, leaves, logits, state, row, tokens, length):
+    """Each continuation's summed log-probability, float32 [n], and whether every token is the likeliest, bool [n].
+
+    Args:
+        logits, state: of the contexts' prefill, [rows, vocab] and a DecodeState.
+        row, tokens, length: as `collated` gives them. The state is not donated.
+    """
+    model = jax.tree.unflatten(treedef, leaves)
+    nats, likeliest = token_scores(logits[row], tokens[:, 0])
+    if tokens.shape[1] == 1:
+        return nats, likeliest
+    hidden = continue_rows(model, state, row, tokens[:, :-1])
+
+    def of(hidden_and_targets):
+        hidden, targets = hidden_and_targets
+        return token_scores(model.logits(hidden), targets)
+
+    positions = tokens.shape[1] - 1
+    at_once = min(len(tokens), max(1, CHUNK // (positions * model.config.vocab_size)))
+    later, also = jax.lax.map(of, (hidden, tokens[:, 1:]), batch_size=at_once)
+    real = 1 + jnp.arange(positions) < length[:, None]
+    return nats + jnp.where(real, later, 0).sum(axis=1), likeliest & (also | ~real).all(axis=1)
+
+
+def token_scores(logits, tokens):
+    """The log-probability of tokens [...] under logits [..., vocab], and whether they are the likeliest."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+def padded_length(length: int, model: Transformer) -> int:
+    """16, 24, 32, 48, 64, 96, 128, 192, ... tokens, at most the model's positions: few sizes, little padding."""
+    size = max(16, 1 << (length - 1).bit_length())
+    size = size * 3 // 4 if length <= size * 3 // 4 and size > 16 else size
+    return min(size, model.config.max_positions)
+
+
+def padded_continuation(length: int) -> int:
+    """The next power of two."""
+    return 1 << (length - 1).bit_length()
+
+
+def together(size: int, rows: int) -> int:
+    """Continuations of a batch: of short ones, more than there are rows, as each row may have several."""
+    return rows * max(1, 4 // size)
+
+
+def version(entry: Entry | None) -> int:
+    return 0 if entry is None else entry.version

@@ -1,0 +1,305 @@
+"""Many adapters, and the base model, on many tasks in one pass: `para-jax evaluate --backbone --adapters --tasks`.
+
+Questions of all tasks are collected once, answered for all adapters (mixed.py), and scored task by task: our own tasks
+here, lm-eval's by lm-eval. What was answered lies in the output folder's journal at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import devices
+from ..adapters.bank import AdapterBank
+from ..config import DataSection, require
+from ..data.examples import encode_completion
+from ..data.sources import encode_records, read_records
+from ..data.tasks import TASKS
+from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, backbone_content
+from .evaluate import EvalTask
+from .journal import Journal
+from .metrics import METRICS, score
+from .mixed import Pass
+
+BASE = "base"
+#: Those of lm-eval's command line, with which its tasks draw few-shot examples.
+SEEDS = {"random_seed": 0, "numpy_seed": 1234, "fewshot_seed": 1234}
+#: Labels that are ranked by their likelihoods; of more than these the answer is written, and compared.
+RANKED = 20
+INSTALL = "lm-eval is not installed; its tasks need it: pip install 'para_jax[eval]'"
+
+
+class Settings(NamedTuple):
+    """How tasks are asked."""
+
+    limit: int | None = None
+    """the most examples of each task, from its start"""
+    rows: int = 16
+    """of a batch"""
+    seed: int = 0
+    """of sampled answers"""
+    include_path: Path | None = None
+    """a folder of further task files for lm-eval"""
+    fewshot: int | None = None
+    """examples in each context of lm-eval's tasks; default: their own number"""
+    chat: bool = False
+    """put lm-eval's contexts into the tokenizer's chat template"""
+    split: str = "test"
+    """of our own tasks: the file of a folder"""
+
+
+class Own(NamedTuple):
+    """One of our tasks, as questions."""
+
+    task: EvalTask
+    asked: list[Asked]
+    original: int
+    """examples that the file holds"""
+
+    def results(self, answer: Callable[[Asked], Answer]) -> dict:
+        """The task's part of the results, in lm-eval's layout."""
+        name, metric = self.task.name, self.task.metric
+        values = self.values([answer(one) for one in self.asked])
+        found: dict = {"alias": name, "sample_len": len(self.task.records)}
+        for of, (value, error) in values.items():
+            found |= {f"{of},none": value, f"{of}_stderr,none": error}
+        size = {"original": self.original, "effective": len(self.task.records)}
+        return {
+            "results": {name: found},
+            "group_subtasks": {name: []},
+            "configs": {name: {"task": name, "metric": metric, "choices": list(self.task.choices)}},
+            "versions": {name: None},
+            "n-shot": {name: 0},
+            "higher_is_better": {name: {of: of != "loss" for of in values}},
+            "n-samples": {name: size},
+        }
+
+    def values(self, answers: list[Answer]) -> dict[str, tuple[float, float | str]]:
+        """{metric: (value, standard error)}; the loss is in nats a completion token."""
+        records, choices = self.task.records, self.task.choices
+        nats = [-one.logprob for one in answers if isinstance(one, Scored)]
+        lengths = [len(one.continuation) for one in self.asked[: len(records)] if isinstance(one, Likelihood)]
+        loss = sum(nats[: len(records)]) / sum(lengths)
+        off = [total - loss * count for total, count in zip(nats, lengths, strict=False)]  # of a ratio of means
+        spread = math.sqrt(sum(x * x for x in off) * len(off) / max(1, len(off) - 1)) / sum(lengths)
+        values: dict[str, tuple[float, float | str]] = {"loss": (loss, spread if len(off) > 1 else "N/A")}
+        if self.task.metric == "loss":
+            return values
+        if self.task.metric == "accuracy":
+            ranked = [nats[len(records) + i * len(choices) :][: len(choices)] for i in range(len(records))]
+            texts = [choices[row.index(min(row))] for row in ranked]
+        else:
+            texts = [one.text.strip() for one in answers if isinstance(one, Written)]
+        return {self.task.metric: measured(self.task.metric, texts, [r.references for r in records]), **values}
+
+
+def measured(metric: str, texts: list[str], references: list) -> tuple[float, float | str]:
+    """The metric's mean over the answers, and its standard error."""
+    value = score(metric, texts, references)
+    each = [METRICS[metric](text, accepted) for text, accepted in zip(texts, references, strict=True)]
+    if len(each) < 2:
+        return value, "N/A"
+    return value, math.sqrt(sum((one - value) ** 2 for one in each) / (len(each) - 1) / len(each))
+
+
+def evaluate_many(
+    model,
+    bank: AdapterBank | None,
+    tokenizer,
+    tasks: Sequence[str],
+    output: Path,
+    settings: Settings,
+    sources: dict[str, str],
+    about: dict,
+) -> str:
+    """Evaluates every tenant of the bank, and the base model, on tasks; the Markdown table.
+
+    The folder `output` gets answers.jsonl as they come, and at the end a JSON file a tenant, in lm-eval's layout, and
+    table.md. The same call on the same folder goes on where one was killed.
+
+    Args:
+        tasks: [TASK=]FILE_OR_FOLDER[:METRIC], our own, or names of lm-eval's tasks.
+        sources, about: for the records: where each tenant comes from, and what was asked for.
+    """
+    own = [own_task(text, tokenizer, model, settings) for text in tasks]
+    names = [text for text, found in zip(tasks, own, strict=True) if found is None]
+    held: list = [found for found in own if found is not None]
+    require_distinct("--tasks", [*names, *(one.task.name for one in held)])
+    if names:
+        held += of_harness(names, tokenizer, model, settings)
+    journal = Journal(output / "answers.jsonl")
+    asking = Pass(model, bank, tokenizer, backbone_content(model), journal)
+    tenants = [None, *(bank.names if bank is not None else ())]
+    questions = [(tenant, asked) for one in held for asked in one.asked for tenant in tenants]
+    begun = time.time()
+    answers = dict(zip(questions, asking.answer(questions, rows=settings.rows), strict=True))
+    by_tenant: dict[str, dict] = {}
+    for tenant in tenants:
+        made: dict = {}
+        for one in held:
+            for part, values in one.results(lambda asked, tenant=tenant: answers.get((tenant, asked))).items():
+                made.setdefault(part, {}).update(values)
+        made |= records(asking, tenant, settings, about | {"adapter": sources.get(tenant or BASE)}, begun)
+        by_tenant[tenant or BASE] = made
+    for name, made in by_tenant.items():
+        (output / file_name(name, by_tenant)).write_text(json.dumps(made, indent=2, default=str) + "\n")
+    text = table(by_tenant, asking, settings)
+    (output / "table.md").write_text(text + "\n")
+    return text
+
+
+def own_task(text: str, tokenizer, model, settings: Settings) -> Own | None:
+    """The task that [TASK=]FILE_OR_FOLDER[:METRIC] names; None where no such file or folder is there.
+
+    TASK is a name of data/tasks.py, whose columns, metric and choices then count. Without it and METRIC, rows that all
+    have a label are scored by accuracy over the labels' completions, where there are at most RANKED, others by exact
+    match.
+    """
+    name, path, metric = parsed(text)
+    if path is None:
+        if re.search(r"[/\\~]|\.jsonl", text):
+            raise ValueError(f"--tasks {text!r}: no such file or folder")
+        return None
+    require(name is None or name in TASKS, "--tasks", text, "a task of " + ", ".join(TASKS) + " before the =")
+    file = path / f"{settings.split}.jsonl" if path.is_dir() else path
+    require(file.is_file(), "--tasks", text, f"a .jsonl file, or a folder with {settings.split}.jsonl")
+    records = read_records(file, task=name)
+    known = TASKS[name] if name else None
+    labelled = all(record.label is not None for record in records)
+    choices = known.choices if known else ()
+    if not choices and (metric == "accuracy" or (metric is None and known is None and labelled)):
+        beside = file.with_name("train.jsonl")
+        choices = tuple(sorted({r.completion for r in (read_records(beside) if beside.is_file() else records)}))
+    ranked = 2 <= len(choices) <= (100 if metric == "accuracy" else RANKED)
+    metric = metric or (known.metric if known else "accuracy" if ranked and labelled else "exact_match")
+    require(metric == "loss" or metric in METRICS, "--tasks: metric", metric, "one of loss, " + ", ".join(METRICS))
+    require(metric != "accuracy" or ranked, "--tasks: labels", len(choices), "2 to 100, or another metric")
+    whole = DataSection(max_seq_length=model.config.max_positions)
+    kept = encode_records(records[: settings.limit], tokenizer, whole)
+    title = text if path.name in ("", ".") else f"{name or path.with_suffix('').name}"
+    task = EvalTask(title, kept.records, metric, choices if metric == "accuracy" else ())
+    return Own(task, questions_of(task, kept.examples, tokenizer), len(records))
+
+
+def parsed(text: str) -> tuple[str | None, Path | None, str | None]:
+    """TASK, path and METRIC of [TASK=]PATH[:METRIC]; the path is None where nothing is there."""
+    for name, rest in ((None, text), text.split("=", 1) if "=" in text else (None, text)):
+        for path, metric in ((rest, None), rest.rsplit(":", 1) if ":" in rest else (rest, None)):
+            if Path(path).expanduser().exists():
+                return name, Path(path).expanduser(), metric
+    return None, None, None
+
+
+def questions_of(task: EvalTask, examples, tokenizer) -> list[Asked]:
+    """Each record's completion, then each of its choices, or what is written after its prompt."""
+    asked: list[Asked] = [Likelihood(tuple(prompt), tuple(completion)) for prompt, completion in examples]
+    if task.metric == "accuracy":
+        for record, example in zip(task.records, examples, strict=True):
+            ends = [tuple(encode_completion(tokenizer, record.prompt, choice)) for choice in task.choices]
+            asked += [Likelihood(tuple(example.prompt_ids), end) for end in ends]
+    elif task.metric != "loss":
+        asked += [Generation(tuple(example.prompt_ids), task.max_new_tokens) for example in examples]
+    return asked
+
+
+class Harness(NamedTuple):
+    """A task of lm-eval, as questions."""
+
+    task: object
+    asked: list[Asked]
+    results: Callable[[Callable[[Asked], Answer | None]], dict]
+
+
+def of_harness(names: list[str], tokenizer, model, settings: Settings) -> list[Harness]:
+    if find_spec("lm_eval") is None:
+        raise ValueError(f"task {names[0]}: neither a file or folder, nor can it be looked up: {INSTALL}")
+    from .lm_eval_tasks import load_tasks, record, replay
+
+    options = tokenizer, model.config.max_positions
+    made = []
+    for task in load_tasks(
+        names, settings.include_path, limit=settings.limit, fewshot=settings.fewshot, chat=settings.chat
+    ):
+        asked = record(task, *options, sampling_seed=settings.seed)
+        results = lambda answer, task=task: replay(task, *options, answer, sampling_seed=settings.seed)  # noqa: E731
+        made.append(Harness(task, asked, results))
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def records(asking: Pass, tenant: str | None, settings: Settings, about: dict, begun: float) -> dict:
+    """What lm-eval's layout says of a run beside its results, and which adapter answered."""
+    entry = asking.bank.entry(tenant) if tenant is not None and asking.bank is not None else None
+    seeds = SEEDS | {"sampling_seed": settings.seed}
+    model = {"model": "para_jax", "model_args": about, "model_dtype": str(asking.model.dtype)}
+    content = {"adapter_content": entry.content if entry else None, "backbone_content": asking.backbone}
+    limits = {"limit": settings.limit, "batch_size": settings.rows}
+    return {
+        "config": model | content | limits | seeds,
+        "date": begun,
+        "versions_of": versions(),
+        "device": devices.describe_devices(),
+        "tokens": asking.tokens,
+        "tokens_per_second": asking.tokens / max(asking.seconds, 1e-9),
+    }
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return devices.versions() | {name: version(name) for name in ("para_jax", "lm_eval") if find_spec(name)}
+
+
+def table(by_tenant: dict[str, dict], asking: Pass, settings: Settings) -> str:
+    """The Markdown table, adapters by tasks, and what is needed to read it."""
+    columns: dict[tuple[str, str], None] = {}
+    for made in by_tenant.values():
+        for task, values in made["results"].items():
+            for metric in values:
+                if "," in metric and "_stderr," not in metric:
+                    columns[task, metric] = None
+    head = ["adapter", *(f"{task} {metric.removesuffix(',none')}" for task, metric in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, made in by_tenant.items():
+        cells = [shown(made["results"].get(task, {}), metric) for task, metric in columns]
+        lines.append("| " + " | ".join([name.replace("|", "\\|"), *cells]) + " |")
+    seeds = f"few-shot {SEEDS['fewshot_seed']}, sampling {settings.seed}"
+    named = ", ".join(f"{name} {number}" for name, number in versions().items())
+    limit = f"the first {settings.limit} examples of each task" if settings.limit else "all examples"
+    speed = (
+        f"{asking.tokens} tokens in {asking.seconds:.1f} s, {asking.tokens / max(asking.seconds, 1e-9):.0f} tokens/s"
+    )
+    return "\n".join([
+        *lines,
+        "",
+        f"± is the standard error over the examples; {limit}. Seeds: {seeds}.",
+        f"{speed} (without what was answered earlier), {settings.rows} rows; {devices.describe_devices()}; {named}.",
+    ])  # fmt: skip
+
+
+def shown(values: dict, metric: str) -> str:
+    name, _, kept = metric.partition(",")
+    value, error = values.get(metric), values.get(f"{name}_stderr,{kept}")
+    if not isinstance(value, (int, float)):
+        return str(value if value is not None else "")
+    return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, (int, float)) else "")
+
+
+def file_name(name: str, names: dict) -> str:
+    """A tenant's file: its name with what file systems mind replaced, and its number where two would be the same."""
+    plain = {each: re.sub(r"[^\w.-]+", "_", each).lstrip(".") or "_" for each in names}
+    same = [each for each in names if plain[each].lower() == plain[name].lower()]
+    return plain[name] + (f"-{same.index(name)}" if len(same) > 1 else "") + ".json"
+
+
+def require_distinct(what: str, names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    require(not twice, what, twice, "each name once")

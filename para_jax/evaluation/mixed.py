@@ -1,0 +1,120 @@
+"""One pass over questions of many adapters: likelihoods in batches that mix them, then what has to be written, by the
+engine. What a journal holds is not asked again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from ..adapters.bank import AdapterBank, Entry
+from ..backbone.transformer import Transformer
+from ..config import require
+from ..inference.generate import up_to_multiple
+from ..serving.engine import Engine
+from ..serving.request import Request
+from .asked import Answer, Asked, Generation, Likelihood, Written, key
+from .journal import Journal
+from .likelihood import likelihoods
+
+#: A question, and the tenant that it is for; None is the base model.
+Question = tuple[str | None, Asked]
+
+
+class Pass:
+    """A model with a bank's tenants, and the answers that they have given."""
+
+    def __init__(self, model: Transformer, bank: AdapterBank | None, tokenizer, backbone: str, journal: Journal):
+        """
+        Args:
+            backbone: `backbone_content` of the model.
+        """
+        self.model, self.bank, self.tokenizer = model, bank, tokenizer
+        self.backbone, self.journal = backbone, journal
+        self.tokens = 0
+        """tokens computed so far: each context once for its adapter, each continuation, and each token written"""
+        self.seconds = 0.0
+        """that took"""
+        self._last = 0.0
+
+    def answer(self, questions: Sequence[Question], *, rows: int, engine: Engine | None = None) -> list[Answer]:
+        """The questions' answers; equal questions are asked once.
+
+        Args:
+            rows: of a batch, and slots of the engine that is made for what has to be written.
+            engine: is used in place of that, and must have room for the questions.
+
+        Raises ValueError, before anything is computed, for an unknown tenant and for what the model has no room for.
+        """
+        entries = {tenant: self._entry(tenant) for tenant, _ in questions}
+        keys = [key(asked, entries[tenant], self.backbone) for tenant, asked in questions]
+        left = {k: question for k, question in zip(keys, questions, strict=True) if k not in self.journal}
+        for _, asked in left.values():
+            check_room(asked, self.model, engine)
+        bar = tqdm(total=len(set(keys)), initial=len(set(keys)) - len(left), desc="answers", disable=None)
+        self._last = time.perf_counter()
+        ranked = [(k, entries[tenant], asked) for k, (tenant, asked) in left.items() if isinstance(asked, Likelihood)]
+        written = [(k, tenant, asked) for k, (tenant, asked) in left.items() if isinstance(asked, Generation)]
+        seen: set[tuple] = set()
+        for i, scored in likelihoods(self.model, self.bank, [(entry, asked) for _, entry, asked in ranked], rows):
+            k, entry, asked = ranked[i]
+            context = (entry and entry.content, asked.context)
+            self.tokens += len(asked.continuation) - 1 + (0 if context in seen else len(asked.context))
+            seen.add(context)
+            self._keep(k, scored, bar)
+        if written:
+            engine = engine or self._engine([asked for _, _, asked in written], rows)
+            self._write(engine, written, bar)
+        bar.close()
+        return [self.journal[k] for k in keys]
+
+    def _write(self, engine: Engine, written: list[tuple[str, str | None, Generation]], bar: tqdm) -> None:
+        require(not engine.open, "engine: open requests", engine.open, "none, for their answers would come here")
+        ordered = sorted(written, key=lambda item: (len(item[2].context), item[2].context))
+        at_once = engine.queue_limit or len(ordered)
+        for start in range(0, len(ordered), at_once):
+            prompts = {}
+            for k, tenant, asked in ordered[start : start + at_once]:
+                prompts[k] = len(asked.context)
+                engine.submit(request(k, tenant, asked))
+            for completion in engine.run():
+                if completion.error is not None:
+                    raise ValueError(f"a request was not answered: {completion.error}")
+                self.tokens += prompts[completion.id] + len(completion.tokens)
+                self._keep(str(completion.id), Written(completion.text, len(completion.tokens)), bar)
+
+    def _keep(self, k: str, answer: Answer, bar: tqdm) -> None:
+        self.journal.add(k, answer)
+        bar.update()
+        self.seconds += time.perf_counter() - self._last
+        self._last = time.perf_counter()
+        bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)
+
+    def _engine(self, asked: list[Generation], rows: int) -> Engine:
+        longest = up_to_multiple(max(len(one.context) + one.max_new_tokens for one in asked), 32)
+        longest = min(longest, self.model.config.max_positions)
+        return Engine(self.model, self.bank, self.tokenizer, slots=rows, max_length=longest)
+
+    def _entry(self, tenant: str | None) -> Entry | None:
+        if tenant is None:
+            return None
+        require(self.bank is not None, "tenant", tenant, "None, for there is no bank")
+        return self.bank.entry(tenant)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def request(id: str, tenant: str | None, asked: Generation) -> Request:
+    how = (asked.max_new_tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed, asked.stop)
+    return Request(asked.context, tenant, *how, id=id)
+
+
+def check_room(asked: Asked, model: Transformer, engine: Engine | None) -> None:
+    """Raises ValueError where a question has no token or more of them than there is room for."""
+    longest = model.config.max_positions
+    require(len(asked.context) >= 1, "context", asked.context, "at least one token")
+    if isinstance(asked, Likelihood):
+        require(len(asked.continuation) >= 1, "continuation", asked.continuation, "at least one token")
+        room, needed = longest, len(asked.context) + len(asked.continuation) - 1
+    else:
+        room, needed = engine.max_length if engine else longest, len(asked.context) + asked.max_new_tokens
+    require(needed <= room, "tokens of a request", needed, f"at most {room}, the room of the model or the engine")

@@ -1,0 +1,221 @@
+"""Scores in a mixed pass: those of the teacher-forced pass, the same bits alone and mixed, from the context alone."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from conftest import backbone, strong
+from tiny_run import tokenizer
+
+from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, forward, generate, init_adapter
+from para_jax.config import SITES
+from para_jax.evaluation import likelihood, mixed
+from para_jax.evaluation.asked import Generation, Likelihood, Scored, backbone_content, key
+from para_jax.evaluation.journal import Journal
+from para_jax.evaluation.likelihood import padded_length
+from para_jax.evaluation.mixed import Pass
+
+CONFIGS = {"A": ParaConfig(r=4), "B": ParaConfig(r=4, pooler="mean"), "C": Ia3Config(), "D": LoraConfig(r=4)}
+ROWS = 4
+
+
+@cache
+def bank_of(family, names="ABCD"):
+    model = backbone(family)
+    methods = ("para", "ia3", "lora") if "D" in names else ("para", "ia3")
+    made = AdapterBank(model.config, max_r=4, methods=methods, sites=SITES)
+    for name in names:
+        made.add(name, strong(init_adapter(CONFIGS[name], model.config), ord(name), 0.3))
+    return made
+
+
+def words(draw, least, most):
+    return tuple(draw.integers(3, 250, int(draw.integers(least, most))).tolist())
+
+
+@cache
+def asked(contexts=6, seed=0):
+    """Contexts of 2 to 24 tokens, which is two padded lengths, each with 3 continuations of 1 to 4."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for _ in range(contexts):
+        context = words(draw, 2, 25)
+        made += [Likelihood(context, words(draw, 1, 5)) for _ in range(3)]
+    return made
+
+
+def answers(family, questions, names="ABCD", rows=ROWS, layout="layers"):
+    model = backbone(family, layout)
+    return Pass(model, bank_of(family, names), tokenizer(), "b", Journal()).answer(questions, rows=rows)
+
+
+def by_hand(family, names, tenant, one):
+    """The log-probability of a continuation and whether it is greedy, from one row, padded to one shape at its end."""
+    rows, context, length = bank_of(family, names).rows([tenant]), len(one.context), len(one.context + one.continuation)
+    ids = np.zeros((1, 32), np.int32)
+    ids[0, :length] = one.context + one.continuation
+    logits = forward(backbone(family), rows, ids, context, length)[0, context - 1 : length - 1]
+    chosen = np.array(one.continuation)
+    nats = jax.nn.log_softmax(logits)[np.arange(len(chosen)), chosen].sum()
+    return float(nats), bool((logits.argmax(axis=-1) == chosen).all())
+
+
+@pytest.mark.parametrize(("family", "layout"), [("llama", "layers"), ("gemma3_text", "stacked")])
+def test_a_score_is_that_of_the_teacher_forced_pass_with_the_contexts_factors(family, layout):
+    names = "ABCD" if family == "llama" else "A"
+    long = [one for one in asked() if len(one.context) > 16] if family != "llama" else asked()
+    questions = [(tenant, one) for one in long[:6] for tenant in (*names, None)]
+    for (tenant, one), found in zip(questions, answers(family, questions, names, layout=layout), strict=True):
+        nats, greedy = by_hand(family, names, tenant, one)
+        assert found.logprob == pytest.approx(nats, rel=2e-5, abs=2e-4)
+        assert found.greedy == greedy
+
+
+def test_what_greedy_decoding_writes_is_greedy_and_nothing_else():
+    context = asked()[0].context
+    ids = list(context)
+    for _ in range(4):
+        padded = np.array([ids + [0] * (32 - len(ids))])
+        logits = forward(backbone("llama"), bank_of("llama").rows(["A"]), padded, len(context), len(ids))
+        ids.append(int(logits[0, len(ids) - 1].argmax()))
+    best = tuple(ids[len(context) :])
+    tried = [best[:n] for n in (1, 2, 4)] + [(*best[:i], (best[i] + 1) % 200, *best[i + 1 :]) for i in range(4)]
+    found = answers("llama", [("A", Likelihood(context, one)) for one in tried])
+    assert [one.greedy for one in found] == [True] * 3 + [False] * 4
+
+
+def test_scores_alone_and_mixed_have_the_same_bits():
+    mixed = answers("llama", [(tenant, one) for one in asked() for tenant in ("A", "B", "C", "D", None)])
+    assert len({one.logprob for one in mixed}) > 80  # every tenant scores otherwise
+    for i, tenant in enumerate(("A", "B", "C", "D", None)):
+        assert answers("llama", [(tenant, one) for one in asked()]) == mixed[i::5]
+    few = answers("llama", [("B", one) for one in asked()[5:8]])  # nor does it matter what else is asked
+    assert few == mixed[1::5][5:8]
+
+
+def test_the_factors_never_see_the_continuation(monkeypatch):
+    """Whatever follows the context, prefill gets the context and nothing else, once for an adapter."""
+    seen, real = [], likelihood.prefill
+
+    def noted(model, adapters, tokens, lengths, **options):
+        seen.extend(tuple(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True))
+        return real(model, adapters, tokens, lengths, **options)
+
+    monkeypatch.setattr(likelihood, "prefill", noted)
+    answers("llama", [(tenant, one) for one in asked() for tenant in ("A", "B")])
+    contexts = {one.context for one in asked()}
+    assert {ids for ids in seen if ids in contexts} == contexts and all(seen.count(ids) == 2 for ids in contexts)
+    assert {ids for ids in seen if ids not in contexts} <= {(0,)}  # rows that fill up a batch
+
+
+def test_what_is_written_is_what_generate_writes_alone_and_mixed():
+    questions = [(tenant, Generation(one.context[:9], 4)) for one in asked()[::3][:3] for tenant in ("A", None)]
+    found = answers("llama", questions, "A")
+    texts = [" ".join(f"w{i}" for i in one.context) for _, one in questions]
+    options = dict(tokenizer=tokenizer(), adapters=bank_of("llama", "A"), max_new_tokens=4)
+    expected = generate(backbone("llama"), texts, tenants=[tenant for tenant, _ in questions], **options)
+    assert [one.text for one in found] == expected and len(set(expected)) > 3
+    assert answers("llama", questions[::2], "A") == found[::2]
+
+
+def test_equal_questions_are_asked_once_and_a_journal_answers_for_the_same_content_only(tmp_path, monkeypatch):
+    model, questions = backbone("llama"), [("A", one) for one in asked()[:4]]
+    content = backbone_content(model)
+
+    def answered(names, tenant, backbone=content):
+        asking = Pass(model, bank_of("llama", names), tokenizer(), backbone, Journal(tmp_path / "a" / "answers.jsonl"))
+        found = asking.answer([(tenant, one) for _, one in questions] * 2, rows=ROWS)
+        return found[: len(questions)], asking.tokens
+
+    first, tokens = answered("ABCD", "A")
+    contexts = {one.context for _, one in questions}
+    assert len(contexts) == 2 and len(questions) == 4  # each is computed once
+    assert tokens == sum(map(len, contexts)) + sum(len(one.continuation) - 1 for _, one in questions)
+    other, computed = answered("ABCD", "B")
+    assert computed and other != first
+
+    def never(model, bank, questions, rows):
+        assert not questions, "asked again"
+        return iter(())
+
+    monkeypatch.setattr(mixed, "likelihoods", never)
+    assert answered("BACD", "A") == (first, 0)  # under another version, in another bank
+    with pytest.raises(AssertionError, match="asked again"):
+        answered("ABCD", "A", "another backbone")
+
+
+def test_a_key_knows_the_question_the_adapters_content_and_the_backbone():
+    a, b = (bank_of("llama").entry(name) for name in "AB")
+    one = Likelihood((3, 4), (5,))
+    keys = [key(one, *who) for who in ((a, "x"), (b, "x"), (None, "x"), (a, "y"))]
+    others = one._replace(context=(3,)), Generation((3, 4), 5), Generation((3, 4), 5, seed=1)
+    keys += [key(other, a, "x") for other in others]
+    assert len(set(keys)) == len(keys)
+    assert key(one, a._replace(version=99), "x") == keys[0]
+    assert backbone_content(backbone("llama")) != backbone_content(backbone("qwen2"))
+
+
+def test_one_changed_weight_is_another_backbone():
+    model = backbone("llama")
+    before = backbone_content(model)
+    assert before == backbone_content(backbone("llama"))
+    leaves, treedef = jax.tree.flatten(model)
+    leaves[-1] = leaves[-1].at[(0,) * leaves[-1].ndim].add(1e-3)
+    assert backbone_content(jax.tree.unflatten(treedef, leaves)) != before
+
+
+def test_padded_lengths_hold_what_they_pad_and_waste_at_most_a_third():
+    model = backbone("llama")
+    sizes = {padded_length(n, model): n for n in range(1, model.config.max_positions + 1)}
+    assert list(sizes)[:6] == [16, 24, 32, 48, 64, 96]
+    assert all(size >= n for size, n in sizes.items()) and max(sizes) == model.config.max_positions
+    assert all(padded_length(n, model) <= 1.5 * n + 1 for n in range(16, model.config.max_positions))
+
+
+def test_what_there_is_no_room_for_is_refused_before_anything_is_computed():
+    longest = backbone("llama").config.max_positions
+    for one in (Likelihood((3,) * longest, (4, 5)), Generation((3,) * 8, longest)):
+        with pytest.raises(ValueError, match="tokens of a request: .* expected at most"):
+            answers("llama", [(None, one)])
+    assert answers("llama", [(None, Likelihood((3,) * longest, (4,)))])[0].logprob < 0
+    with pytest.raises(ValueError, match="continuation: "):
+        answers("llama", [(None, Likelihood((3,), ()))])
+    with pytest.raises(ValueError, match="no tenant 'E'"):
+        answers("llama", [("E", Likelihood((3,), (4,)))])
+
+
+# -------------------------------------------------------------------------------------------------------------- journal
+
+
+def test_a_torn_line_is_cut_off_and_anything_else_is_left_alone(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    journal = Journal(file)
+    journal.add("k", Scored(-1.5, True))
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"key": "l", "logp')
+    assert Journal(file)["k"] == Scored(-1.5, True) and file.read_bytes() == whole
+    for other in (
+        b"a shopping list\n",
+        b'{"key": 1}\n',
+        b'["key"]\n',
+        b'{"key": "k", "text": "x", "tokens": 1, "more": 2}\n',
+    ):
+        file.write_bytes(other)
+        with pytest.raises(ValueError, match="answers.jsonl: holds something else than answers; choose another folder"):
+            Journal(file)
+        assert file.read_bytes() == other
+
+
+def test_an_engine_of_few_places_is_enough_and_one_that_serves_others_is_not_used():
+    model, bank = backbone("llama"), bank_of("llama", "A")
+    engine = Engine(model, bank, tokenizer(), slots=ROWS, max_length=32, queue_limit=2)
+    asking = Pass(model, bank, tokenizer(), "b", Journal())
+    questions = [("A", Generation(one.context[:9], 4)) for one in asked()[::3][:5]]
+    assert asking.answer(questions, rows=ROWS, engine=engine)[:3] == answers("llama", questions[:3], "A")
+    engine.submit(Request("w20", "A", 4))
+    with pytest.raises(ValueError, match="engine: open requests: 1 is not possible; expected none"):
+        asking.answer([("A", Generation((3,), 4))], rows=ROWS, engine=engine)
+    assert [one.error for one in engine.run()] == [None]
+    with pytest.raises(ValueError, match="tokens of a request: 38 is not possible; expected at most 32"):
+        asking.answer([("A", Generation((3,) * 6, 32))], rows=ROWS, engine=engine)

@@ -1,0 +1,363 @@
+"""`para-jax evaluate --backbone --adapters --tasks`: our own tasks and lm-eval's, from the command to the table."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import strong
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+from tiny_run import backbone_folder, rows_of_text, words, write_rows
+
+import para_jax
+from para_jax import (
+    AdapterBank,
+    Engine,
+    ParaConfig,
+    ParaLM,
+    evaluate,
+    init_adapter,
+    load_adapter,
+    load_backbone,
+    load_tokenizer,
+    save_adapter,
+)
+from para_jax.cli import main, named_adapters
+from para_jax.data.sources import read_records
+from para_jax.evaluation import many, mixed
+from para_jax.evaluation.asked import Scored
+from para_jax.evaluation.evaluate import EvalTask
+from para_jax.evaluation.lm_eval_tasks import load_tasks, record, replay
+from para_jax.evaluation.many import file_name
+
+PICK = """
+task: tiny_pick
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {file}, test: {file}}}}}
+training_split: train
+test_split: test
+num_fewshot: 1
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+WRITE = """
+task: tiny_write
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: [w77], max_gen_toks: 5, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+ROLLING = """
+task: tiny_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: word_perplexity}}]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_hub():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A backbone, two strong tenants, two tasks of ours and three of lm-eval."""
+    folder = tmp_path_factory.mktemp("many")
+    backbone_folder(folder / "backbone")
+    model = load_backbone(folder / "backbone")
+    for i, name in enumerate("AB"):
+        save_adapter(strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3), folder / name / "adapter")
+    draw = np.random.default_rng(0)
+    texts = [words(draw.integers(20, 250, int(draw.integers(3, 8)))) for _ in range(6)]
+    labels = [
+        {"prompt": text, "completion": ("w9", "w10 w11")[i % 2], "label": str(i % 2)} for i, text in enumerate(texts)
+    ]
+    write_rows(folder / "labels" / "test.jsonl", labels)
+    write_rows(folder / "free" / "test.jsonl", rows_of_text(4, 3))
+    rows = [{"question": text, "choices": ["w9", "w9 w10", "w30 w31"], "label": i % 3, "answer": "w9"}
+            for i, text in enumerate(texts)]  # fmt: skip
+    file = write_rows(folder / "tasks" / "data.jsonl", rows)
+    for name, text in {"pick": PICK, "write": WRITE, "rolling": ROLLING}.items():
+        (folder / "tasks" / f"{name}.yaml").write_text(text.format(file=file))
+    return folder
+
+
+def command(folder, output, *more, tasks=("labels", "free", "tiny_pick", "tiny_write"), adapters="AB"):
+    tasks = [folder / task if (folder / task).exists() else task for task in tasks]
+    adapters = [folder / name / "adapter" for name in adapters]
+    return [str(part) for part in (
+        "evaluate", "--backbone", folder / "backbone", "--adapters", *adapters, "--tasks", *tasks, "--include-path",
+        folder / "tasks", "--output", output, "--rows", 4, "--allow-cpu", "--no-compilation-cache", *more,
+    )]  # fmt: skip
+
+
+def results(output):
+    return {name: json.loads((output / f"{name}.json").read_text()) for name in ("base", "A", "B")}
+
+
+def lines(output):
+    return sorted((output / "answers.jsonl").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The output of a run that was not disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert main(command(folder, output)) == 0
+    return output
+
+
+def test_a_run_leaves_lm_evals_layout_for_each_adapter_and_a_table(whole):
+    found = results(whole)
+    for name, made in found.items():
+        assert set(made["results"]) == {"labels", "free", "tiny_pick", "tiny_write"}
+        assert made["results"]["tiny_pick"]["acc_stderr,none"] >= 0 and made["n-shot"]["tiny_pick"] == 1
+        assert made["n-samples"]["labels"] == {"original": 6, "effective": 6}
+        assert (made["config"]["adapter_content"] is None) == (name == "base")
+        assert {"results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better"} <= set(made)
+    table = (whole / "table.md").read_text().splitlines()
+    assert table[0].startswith(
+        "| adapter | labels accuracy | labels loss | free exact_match | free loss | tiny_pick acc |"
+    )
+    assert [line.split(" | ")[0] for line in table[2:5]] == ["| base", "| A", "| B"]
+    row = found["A"]["results"]["labels"]
+    assert f" {row['accuracy,none']:.4f} ± {row['accuracy_stderr,none']:.4f} |" in table[3]
+    assert "Seeds: few-shot 1234, sampling 0." in table[6] and "tokens/s" in table[7] and "lm_eval 0.4" in table[7]
+    losses = [made["results"]["labels"]["loss,none"] for made in found.values()]
+    assert len(set(losses)) == 3
+
+
+def test_our_own_tasks_score_as_evaluate_does(folder, whole):
+    model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
+    tasks = [
+        EvalTask("labels", read_records(folder / "labels" / "test.jsonl"), "accuracy", ("w10 w11", "w9")),
+        EvalTask("free", read_records(folder / "free" / "test.jsonl"), "exact_match"),
+    ]
+    adapter = load_adapter(folder / "A" / "adapter", model.config)
+    for score in evaluate(model, adapter, tasks, tokenizer=tokenizer).scores:
+        found = results(whole)["A"]["results"][score.name]
+        assert found[f"{score.metric},none"] == score.score
+        assert found["loss,none"] == pytest.approx(score.loss, rel=1e-5)
+
+
+def test_an_adapter_alone_has_the_same_answers_and_scores(folder, whole, tmp_path):
+    assert main(command(folder, tmp_path, adapters="B")) == 0
+    assert set(lines(tmp_path)) < set(lines(whole))
+    alone, mixed = (json.loads((output / "B.json").read_text()) for output in (tmp_path, whole))
+    assert alone["results"] == mixed["results"]
+
+
+def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder, whole, tmp_path):
+    """A child process is killed when it has written some answers; a line is torn; the same command goes on."""
+    output, goal = tmp_path / "out", len(lines(whole)) // 3
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "para_jax.cli", *command(folder, output)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    file = output / "answers.jsonl"
+    while child.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < goal):
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    kept = file.read_bytes()
+    assert goal <= kept.count(b"\n") < len(lines(whole)) and not (output / "A.json").exists()
+    with file.open("ab") as torn:
+        torn.write(b'{"key": "1234", "logp')
+    assert main(command(folder, output)) == 0
+    assert file.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1]) and lines(output) == lines(whole)
+    assert {name: made["results"] for name, made in results(output).items()} == {
+        name: made["results"] for name, made in results(whole).items()
+    }
+    before = file.read_bytes()
+    assert main(command(folder, output)) == 0  # nothing is left to ask
+    assert file.read_bytes() == before and json.loads((output / "A.json").read_text())["tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("tasks", "more", "said"),
+    [
+        (
+            ["tiny_rolling"],
+            [],
+            "task tiny_rolling: loglikelihood_rolling is refused: it scores a whole text, which has no",
+        ),
+        (["labels:bleu"], [], "--tasks: metric: 'bleu' is not possible; expected one of loss, exact_match"),
+        (["no/such.jsonl"], [], "--tasks 'no/such.jsonl': no such file or folder"),
+        (["labels", "labels"], [], "--tasks: ['labels'] is not possible; expected each name once"),
+        (["labels"], ["--include-path", "none"], None),
+        (["labels"], ["--limit", "0"], "--limit: 0 is not possible"),
+        ([], [], "expected the CONFIG of a run, or --backbone with --tasks"),
+    ],
+)
+def test_a_mistake_gives_one_line(folder, tmp_path, capsys, tasks, more, said):
+    made = command(folder, tmp_path, *more, tasks=tasks)
+    if ":" in str(tasks):
+        made = [text.replace("labels:bleu", f"{folder / 'labels'}:bleu") for text in made]
+    if not tasks:
+        made.remove("--tasks")
+    assert main(made) == (2 if said else 0)
+    if said:
+        error = capsys.readouterr().err
+        last = error[error.index("para-jax: error") :].splitlines()
+        assert said in last[0] and len(last) <= 2 and "Traceback" not in error
+
+
+def test_names_of_adapters_are_their_folders_and_files_stay_apart(folder):
+    folders = [str(folder / name / "adapter") for name in "AB"]
+    assert named_adapters([*folders, "mine=" + folders[0], "user/name@v1"]) == {
+        "A": folders[0], "B": folders[1], "mine": folders[0], "user/name@v1": "user/name@v1"
+    }  # fmt: skip
+    for wrong in ([folders[0]] * 2, ["base=x"], ["=x"], ["x="]):
+        with pytest.raises(ValueError, match="give NAME=DIR"):
+            named_adapters(wrong)
+    names = dict.fromkeys(["a/b", "a_b", "A_B", "..", "x"])
+    files = [file_name(name, names) for name in names]
+    assert len({file.lower() for file in files}) == 5 and not any("/" in file or file.startswith(".") for file in files)
+
+
+def test_a_second_round_of_requests_and_unknown_requests_are_refused_by_the_tasks_name(folder, monkeypatch):
+    (task,) = load_tasks(["tiny_pick"], folder / "tasks", limit=2, fewshot=None, chat=False)
+    tokenizer = load_tokenizer(folder / "backbone")
+    asked = record(task, tokenizer, 100, sampling_seed=0)
+    assert len(asked) == 6 and len({one.context for one in asked}) == 2
+    known = dict.fromkeys(asked[1:], Scored(-1.0, False))
+    with pytest.raises(ValueError, match="task tiny_pick: asks a second round of requests"):
+        replay(task, tokenizer, 100, known.get, sampling_seed=0)
+    known[asked[0]] = Scored(-9.0, False)
+    found = replay(task, tokenizer, 100, known.get, sampling_seed=0, samples=True)
+    assert found["samples"]["tiny_pick"][0]["resps"] == [[(-9.0, False)], [(-1.0, False)], [(-1.0, False)]]
+    monkeypatch.setattr(Instance, "__post_init__", lambda self: setattr(self, "request_type", "generate_rounds"))
+    with pytest.raises(ValueError, match="task tiny_pick: requests of type generate_rounds, .* are refused"):
+        record(task, tokenizer, 100, sampling_seed=0)
+
+
+# --------------------------------------------------------------------------------------------------------------- ParaLM
+
+
+TEMPLATE = "{% for m in messages %}w5 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w6{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def harness(folder):
+    """simple_evaluate of lm-eval on the tiny tasks, with few files to index."""
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+
+    def run(lm, *tasks, **options):
+        return simple_evaluate(lm, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    model = load_backbone(folder / "backbone")
+    bank = AdapterBank.holding({n: load_adapter(folder / n / "adapter", model.config) for n in "AB"}, model.config)
+    return Engine(model, bank, load_tokenizer(folder / "backbone"), slots=4, max_length=64)
+
+
+@pytest.mark.parametrize("tenant", ["A", None])
+def test_para_lm_scores_one_tenant_as_the_mixed_pass_does(engine, harness, whole, tenant):
+    found = harness(ParaLM(engine, tenant), "tiny_pick", "tiny_write")
+    mixed = results(whole)[tenant or "base"]["results"]
+    for task, metric in (("tiny_pick", "acc,none"), ("tiny_write", "exact_match,none")):
+        assert found["results"][task][metric] == mixed[task][metric]
+    likely = {one["logprob"] for one in map(json.loads, lines(whole)) if "logprob" in one}
+    nats = [nats for sample in found["samples"]["tiny_pick"] for ((nats, _),) in sample["resps"]]
+    assert len(nats) == 18 and set(nats) <= likely
+    assert found["config"]["adapter"] == (engine.bank.entry(tenant).content if tenant else "base")
+
+
+def test_para_lm_uses_the_chat_template(engine, harness, monkeypatch):
+    lm = ParaLM(engine, "A")
+    plain = lm.tokenizer_name
+    monkeypatch.setattr(engine.tokenizer, "chat_template", TEMPLATE)
+    assert lm.tokenizer_name != plain
+    found = harness(lm, "tiny_write", apply_chat_template=True, limit=2)
+    assert all(sample["arguments"][0][0].startswith("w5 w") for sample in found["samples"]["tiny_write"])
+    assert all(sample["arguments"][0][0].endswith(" w6") for sample in found["samples"]["tiny_write"])
+
+
+def test_a_cache_knows_the_adapter(engine, harness, tmp_path, monkeypatch):
+    def logprobs(lm, **options):
+        samples = harness(lm, "tiny_pick", limit=3, **options)["samples"]["tiny_pick"]
+        return [sample["resps"] for sample in samples]
+
+    first, other = (logprobs(ParaLM(engine, tenant, cache=tmp_path / "cache")) for tenant in "AB")
+    assert first != other
+    monkeypatch.setattr(mixed, "likelihoods", lambda model, bank, questions, rows: iter(()))  # nothing is computed
+    assert [logprobs(ParaLM(engine, tenant, cache=tmp_path / "cache")) for tenant in "AB"] == [first, other]
+
+
+def test_lm_evals_own_cache_is_refused_where_another_adapter_answered(engine, harness, tmp_path):
+    cache = str(tmp_path / "theirs")
+    first = harness(ParaLM(engine, "A"), "tiny_pick", use_cache=cache)["results"]
+    assert harness(ParaLM(engine, "A"), "tiny_pick", use_cache=cache)["results"] == first
+    with pytest.raises(ValueError, match="use_cache: this file holds answers of another adapter or model"):
+        harness(ParaLM(engine, "B"), "tiny_pick", use_cache=cache)
+
+
+def test_perplexity_is_refused_with_the_reason(engine, harness):
+    with pytest.raises(ValueError, match="loglikelihood_rolling is refused: .* no prompt, and PARA makes its vectors"):
+        harness(ParaLM(engine, "A"), "tiny_rolling")
+
+
+def test_para_lm_is_made_of_lm_evals_arguments(folder, tmp_path):
+    sources = f"pretrained={folder / 'backbone'},peft={folder / 'A' / 'adapter'}"
+    made = get_model("para").create_from_arg_string(
+        f"{sources},max_length=48,cache={tmp_path},allow_cpu=true",
+        {"batch_size": 3, "max_batch_size": None, "device": None},
+    )
+    assert isinstance(made, ParaLM) and (made.engine.slots, made.engine.max_length) == (3, 48)
+    assert made.tenant == str(folder / "A" / "adapter") and (tmp_path / "answers.jsonl").exists()
+    with pytest.raises(
+        ValueError, match=r"model_args: \['bakbone'\] is not possible; expected backbone, adapter, dtype"
+    ):
+        get_model("para").create_from_arg_obj({"bakbone": "x"})
+
+
+@pytest.mark.slow
+def test_lm_evals_command_line_runs_para(folder, whole, tmp_path, monkeypatch):
+    """Slow: lm-eval reads its ten thousand task files."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    args = f"backbone={folder / 'backbone'},adapter={folder / 'A' / 'adapter'},allow_cpu=true"
+    line = f"lm-eval --tasks tiny_pick --include_path {folder / 'tasks'} --model_args {args}"
+    assert main([*line.split(), "--output_path", str(tmp_path / "o.json")]) == 0
+    (file,) = tmp_path.glob("o*.json")
+    found = json.loads(file.read_text())
+    assert found["results"]["tiny_pick"] == results(whole)["A"]["results"]["tiny_pick"]
+
+
+def test_without_lm_eval_a_line_says_how_to_install_it(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(many, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for line in (command(folder, tmp_path, tasks=["tiny_pick"]), ["lm-eval", "--tasks", "x"]):
+        assert main(line) == 2
+        assert "pip install 'para_jax[eval]'" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in [name for name in sys.modules if name.startswith(("lm_eval.", "para_jax.evaluation."))]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match="para_jax.ParaLM: lm-eval is not installed: pip install"):
+        para_jax.ParaLM  # noqa: B018
