@@ -57,6 +57,8 @@ _LATER = {
     "TrainResult": "runs",
     "train_tenants": "tenant_runs",
     "TenantsResult": "tenant_runs",
+    "curves_plot": "plots",
+    "factors_plot": "plots",
     "evaluate": "evaluation.evaluate",
     "Report": "evaluation.evaluate",
     "ParaLM": "evaluation.para_lm",

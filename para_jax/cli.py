@@ -89,6 +89,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--adapter", help="with CONFIG: an adapter folder or hub id; default: the backbone alone")
     made.add_argument("--split", default="test", choices=("validation", "test"))
     made.add_argument("--limit", type=int, help="the most examples scored, of each task")
+    made.add_argument(
+        "--shuffle-prompts",
+        action="store_true",
+        help="with CONFIG: give each example the factors of another example's prompt",
+    )
     made.add_argument("--results", type=Path, help="with CONFIG: write config, device and scores to this JSON file")
     made.add_argument(
         "--backbone", help="a folder, a hub id, a .gguf file, or smollm2-135m; it is scored beside --adapters"
@@ -164,11 +169,28 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("source", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets")
     made.add_argument("--data-dir", help="where to; default: tensorflow_datasets' own folder")
 
-    made = command("bench", run_bench, "measure on this machine: load, decode, serve, evaluate, train or packing")
+    made = command("plot", run_plot, "draw runs' learning curves, the factors of prompts, or how much they differ")
+    made.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders: their learning curves")
+    made.add_argument(
+        "--adapter", action="append", default=[], help="an adapter folder or hub id; with --data two or more"
+    )
+    made.add_argument("--backbone", default="smollm2-135m", help="a folder, a hub id, a .gguf file, or smollm2-135m")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"))
+    made.add_argument(
+        "--prompt", action="append", default=[], help="whose factors are drawn; of two also the difference"
+    )
+    made.add_argument("--data", type=Path, help="a .jsonl file with prompts: how much the factors differ over them")
+    made.add_argument("--limit", type=int, default=100, help="the most prompts of --data")
+    made.add_argument("--output", type=Path, required=True, help="the picture: .png, .pdf or .svg")
+    made.add_argument("--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator")
+    made.add_argument("--no-compilation-cache", action="store_true")
+
+    measured = "load, decode, serve, evaluate, train, packing or tenants"
+    made = command("bench", run_bench, f"measure on this machine: {measured}")
     made.add_argument("name")
     made.add_argument("--backbone", default="smollm2-135m")
     made.add_argument("--output", type=Path, help="write the measurement to this JSON file")
-    made.add_argument("--rows", help="rows of a batch; decode: sizes such as 1,8,32")
+    made.add_argument("--rows", help="rows of a batch; decode: sizes such as 1,8,32; tenants: of each tenant")
     made.add_argument("--context", type=int, help="decode: tokens that each row holds")
     made.add_argument("--rounds", type=int, help="how often each side is measured")
     made.add_argument("--random", action="store_true", help="decode, train: random weights of the backbone's shape")
@@ -192,8 +214,9 @@ def run_quickstart(options) -> int:
 def run_train(options) -> int | None:
     from .config import load_config, require
     from .processes import is_first
-    from .reports import dry_run, read_metrics
+    from .reports import dry_run
     from .runs import train
+    from .training.log import read_metrics
 
     config = load_config(options.config, options.overrides)
     require(options.topology is None or options.dry_run, "--topology", options.topology, "to stand beside --dry-run")
@@ -228,6 +251,14 @@ def run_train_tenants(options, config) -> int | None:
     if not is_first():
         return None
     print(f"{tenants_table(result.tenants)}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
+    if config.sweep:
+        from .plots import curves_plot, save
+
+        try:
+            save(curves_plot([result.output_dir / name for name in result.tenants]), result.output_dir / "curves.png")
+            print(f"the curves are in {result.output_dir / 'curves.png'}")
+        except ValueError as error:  # matplotlib is not installed
+            print(f"no picture of the curves: {error}")
     if options.results:
         write_results(options, config, result.tenants, time.monotonic() - begun)
     return int(any(entry["ended"] == "not finite" for entry in result.tenants.values()))
@@ -291,10 +322,12 @@ def run_config_task(options) -> None:
     from . import devices
     from .adapters.files import load_adapter
     from .backbone.load import load_backbone
-    from .config import load_config
+    from .config import load_config, require
     from .data.tokenizer import load_tokenizer
     from .evaluation.evaluate import evaluate, task_of_run
 
+    shuffled = "to stand beside --adapter, whose factors are shuffled"
+    require(options.adapter or not options.shuffle_prompts, "--shuffle-prompts", True, shuffled)
     config = load_config(options.config, options.overrides)
     devices.start(config.runtime)
     begun = time.monotonic()
@@ -307,10 +340,13 @@ def run_config_task(options) -> None:
         )
     model = load_backbone(**vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
-    report = evaluate(model, adapter, [task], tokenizer=tokenizer, limit=options.limit)
+    shuffle, seed = options.shuffle_prompts, config.seed
+    report = evaluate(
+        model, adapter, [task], tokenizer=tokenizer, limit=options.limit, shuffle_prompts=shuffle, seed=seed
+    )
     print(report)
     if options.results:
-        write_results(options, config, {s.name: s._asdict() for s in report.scores}, time.monotonic() - begun)
+        write_results(options, config, {s.name: s.record() for s in report.scores}, time.monotonic() - begun)
 
 
 def run_generate(options) -> None:
@@ -458,6 +494,59 @@ def run_prepare(options) -> None:
     folder = prepare(options.source, options.data_dir)
     use = f"data.train={options.source}" + (f" data.data_dir={options.data_dir}" if options.data_dir else "")
     print(f"{folder}: {describe(folder)}; train on them with {use}")
+
+
+def run_plot(options) -> None:
+    from .plots import FORMATS, curves_plot, save
+
+    suffixes = " or ".join(FORMATS)
+    if options.output.suffix not in FORMATS or not options.output.absolute().parent.is_dir():
+        raise ValueError(f"--output {options.output}: expected a file in a folder that is there, ending in {suffixes}")
+    if options.limit < 2:
+        raise ValueError(f"--limit {options.limit}: expected at least 2 prompts")
+    adapters, prompts, data = len(options.adapter), len(options.prompt), options.data is not None
+    curves = bool(options.runs) and not (adapters or prompts or data)
+    maps = adapters == 1 and prompts in (1, 2) and not (options.runs or data)
+    spread = adapters >= 1 and data and not (options.runs or prompts)
+    if not (curves or maps or spread):
+        raise ValueError(
+            "plot: expected RUN... for learning curves, or one --adapter with --prompt, once or twice, for its "
+            "factors, or --adapter, once or more, with --data FILE for how much they differ"
+        )
+    save(curves_plot(options.runs) if curves else factors_figure(options), options.output)
+    print(f"wrote {options.output}")
+
+
+def factors_figure(options):
+    """The factors of --prompt, or the spread over --data, which is printed too."""
+    from . import devices
+    from .adapters.files import load_adapter
+    from .backbone.load import load_backbone
+    from .config import RuntimeSection
+    from .data.sources import read_prompts
+    from .data.tokenizer import load_tokenizer
+    from .evaluation.factors import factor_spread, factors_of
+    from .plots import factors_plot, run_names, spread_plot
+
+    given = read_prompts(options.data)[: options.limit] if options.data else []
+    devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
+    model, tokenizer = load_backbone(options.backbone, dtype=options.dtype), load_tokenizer(options.backbone)
+    adapters = {
+        name: load_adapter(source, model.config, model=model)
+        for name, source in zip(run_names(options.adapter), options.adapter, strict=True)
+    }
+    if not options.data:
+        asked = dict(zip("AB", (prompt.replace("\\n", "\n") for prompt in options.prompt), strict=False))
+        adapter = next(iter(adapters.values()))
+        made = {name: factors_of(model, adapter, prompt, tokenizer) for name, prompt in asked.items()}
+        title = [f"{name}: {prompt!r:.90}" for name, prompt in asked.items()]
+        return factors_plot(made, "\n".join([f"Factors of {options.adapter[0]} on {options.backbone}", *title]))
+    spreads = {name: factor_spread(model, adapter, given, tokenizer) for name, adapter in adapters.items()}
+    for name, spread in spreads.items():
+        print(f"{name}: spread over {spread.prompts} prompts / size of the mean of l - 1\n{spread}\n")
+    return spread_plot(
+        spreads, f"How much factors differ over {len(given)} prompts of {options.data}, on {options.backbone}"
+    )
 
 
 def run_bench(options) -> None:

@@ -138,7 +138,8 @@ class ParaConfig:
 
     r: int = 12
     pooler: str = "last"
-    """last | mean | max | constant"""
+    """last | mean | max | constant (a learned vector a layer instead of the prompt's state: the control that shows what
+    reading the prompt is worth) [our choice: all four]"""
     summary: str = "raw"
     """raw | rms | standardised [our choice: all three]"""
     activation: str = "gelu"
@@ -353,26 +354,44 @@ class EvalSection:
     every: int = 200
     """steps between two evaluations on the validation data; the last step is always evaluated"""
     metric: str | None = None
-    """loss | exact_match | f1 | squad | accuracy; default: the task's, else exact_match"""
+    """loss | exact_match | accuracy | macro_f1 | matthews | squad | squad_exact | f1 | final_number | sql_match, as
+    evaluation/metrics.py defines them; default: the task's, else exact_match"""
+    also: tuple[str, ...] = ()
+    """more of these metrics, of the same answers, to be reported beside it; default: the task's"""
     choices: tuple[str, ...] = ()
     """the answers that `accuracy` ranks; default: the task's, else the different completions of the training data"""
     limit: int | None = None
     """the most validation examples scored"""
     batch_size: int = 16
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None
+    """the most tokens of a written answer; default: the task's, else 32"""
     patience: int | None = None
     """stop after so many evaluations without a better score"""
     test: bool = False
     """score the test data before and after training"""
 
-    METRICS: typing.ClassVar = ("loss", "exact_match", "f1", "squad", "accuracy")
+    METRICS: typing.ClassVar = (
+        "loss",
+        "exact_match",
+        "accuracy",
+        "macro_f1",
+        "matthews",
+        "squad",
+        "squad_exact",
+        "f1",
+        "final_number",
+        "sql_match",
+    )
 
     def __post_init__(self):
         require(self.every >= 1, "eval.every", self.every, "at least 1 step")
         require(self.metric is None or self.metric in self.METRICS, "eval.metric", self.metric, one_of(self.METRICS))
+        further = tuple(metric for metric in self.METRICS if metric not in ("loss", "accuracy"))
+        require(set(self.also) <= set(further), "eval.also", self.also, "any of " + ", ".join(further))
         require(self.limit is None or self.limit >= 1, "eval.limit", self.limit, "at least 1 example")
         require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
-        require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "at least 1")
+        fits = self.max_new_tokens is None or self.max_new_tokens >= 1
+        require(fits, "eval.max_new_tokens", self.max_new_tokens, "at least 1")
         require(self.patience is None or self.patience >= 1, "eval.patience", self.patience, "at least 1 evaluation")
 
 

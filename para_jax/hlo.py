@@ -5,6 +5,7 @@ This is evidence of programs, memory and collectives on any compiler that JAX re
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(gemm|matmul|\$conv)[^"]
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = .*?\s([a-z][a-z0-9\-]*)\((.*)$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
+ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 LOOP = re.compile(r' while\(.*?\bbody=%?([\w.\-]+).*?"known_trip_count":\{"n":"(\d+)"')
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 
@@ -94,7 +96,7 @@ def executed(text: str) -> Iterator[tuple[str, str]]:
     computations, entry = parsed(text)
 
     def walk(name: str, fused: bool) -> Iterator[tuple[str, str]]:
-        for opcode, rest in computations[name]:
+        for opcode, rest, _ in computations[name]:
             if not (fused and opcode in ("fusion", "copy")):
                 yield opcode, rest
             if not opcode.endswith(("-update", "-done")):
@@ -107,24 +109,47 @@ def executed(text: str) -> Iterator[tuple[str, str]]:
 def collectives_run(text: str) -> dict[str, int]:
     """How often each collective of a module's text runs: those in a loop's body as often as the compiler says that the
     loop turns (once where it doesn't say)."""
-    computations, entry = parsed(text)
-    turns = {body: int(count) for body, count in LOOP.findall(text)}
     runs: Counter[str] = Counter()
-
-    def walk(name: str, times: int) -> None:
-        for opcode, rest in computations[name]:
-            runs[opcode.removesuffix("-start")] += times
-            if not opcode.endswith(("-update", "-done")):
-                for called in called_by(rest):
-                    walk(called, times * turns.get(called, 1))
-
-    walk(entry, 1)
+    for opcode, _, times in instructions_run(text):
+        runs[opcode.removesuffix("-start")] += times
     return {opcode: runs[opcode] for opcode in COLLECTIVES if runs[opcode]}
 
 
-def parsed(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
-    """The computations of a module's text, each a list of (opcode, the rest of its line), and the entry's name."""
-    computations: dict[str, list[tuple[str, str]]] = {}
+def collective_bytes(text: str) -> dict[str, int]:
+    """Bytes of what each collective of a module's text gives one device, over all its runs: see collectives_run."""
+    found: Counter[str] = Counter()
+    for opcode, gives, times in instructions_run(text):
+        found[opcode.removesuffix("-done")] += times * array_bytes(gives)
+    return {opcode: found[opcode] for opcode in COLLECTIVES if found[opcode]}
+
+
+def instructions_run(text: str) -> Iterator[tuple[str, str, int]]:
+    """(opcode, what it gives, how often it runs) of every instruction that a module's text executes, loops unrolled."""
+    computations, entry = parsed(text)
+    turns = {body: int(count) for body, count in LOOP.findall(text)}
+
+    def walk(name: str, times: int) -> Iterator[tuple[str, str, int]]:
+        for opcode, rest, gives in computations[name]:
+            yield opcode, gives, times
+            if not opcode.endswith(("-update", "-done")):
+                for called in called_by(rest):
+                    yield from walk(called, times * turns.get(called, 1))
+
+    return walk(entry, 1)
+
+
+def array_bytes(gives: str) -> int:
+    """Bytes of the arrays of an instruction's type, such as (f32[8,64]{1,0}, pred[])."""
+    return sum(
+        math.prod(map(int, filter(None, sizes.split(",")))) * max(1, int(bits or 8) // 8)
+        for _, bits, sizes in ARRAY.findall(gives)
+    )
+
+
+def parsed(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
+    """The computations of a module's text, each a list of (opcode, the rest of its line, the type of what it gives),
+    and the entry's name."""
+    computations: dict[str, list[tuple[str, str, str]]] = {}
     entry = name = ""
     for line in text.splitlines():
         if header := COMPUTATION.match(line):
@@ -132,7 +157,7 @@ def parsed(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
             entry = name if header[1] else entry
             computations[name] = []
         elif found := INSTRUCTION.match(line):
-            computations[name].append((found[1], found[2].partition(", metadata=")[0]))
+            computations[name].append((found[2], found[3].partition(", metadata=")[0], found[1]))
     return computations, entry
 
 

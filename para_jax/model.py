@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from .adapters.methods import METHODS
-from .adapters.rows import Rows, Stack, by_layer, check_fits, gather
+from .adapters.rows import Made, Rows, Stack, by_layer, check_fits, gather
 from .adapters.segments import adjust_segments
 from .backbone.cache import attend_cached, attend_prefix, padded
 from .backbone.kernels import self_attention
@@ -92,7 +92,7 @@ def adapt(model: Transformer, adapter) -> AdaptedTransformer:
 
 
 def forward(
-    model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None
+    model: Transformer, adapters: Adapter | Rows | Made | None, tokens, prompt_length, length=None
 ) -> Float[Array, "batch T vocab"]:
     """Logits float32 [batch, T, vocab] of the teacher-forced pass.
 
@@ -109,7 +109,13 @@ def forward(
 
 
 def hidden_states(
-    model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None, *, all_layers: bool = False
+    model: Transformer,
+    adapters: Adapter | Rows | Made | None,
+    tokens,
+    prompt_length,
+    length=None,
+    *,
+    all_layers: bool = False,
 ) -> Float[Array, "*layers batch T width"]:
     """The hidden states after the final norm [batch, T, width]; all_layers: the residual stream that enters each
     layer, and the last layer's output before the final norm, [layers + 1, batch, T, width]. Arguments and errors as
@@ -128,6 +134,13 @@ def vectors(
         raise ValueError(f"vectors: {type(adjustments[0]).__name__} adjustments are not factors")
     sites = [site for site in SITES if site in adjustments[0].distance]
     return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in sites}
+
+
+def made_for(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length) -> Made | None:
+    """The adjustments that the adapters make of prompts, one a row, to be given to forward, prefill and others in the
+    place of the adapters, whatever tokens these then read. None without adapters."""
+    tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
+    return None if adapters is None else Made(tuple(_adjustments(model, adapters, tokens, prompt_length)))
 
 
 def multi_tenant_forward(
@@ -152,7 +165,7 @@ def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array,
 
 
 def prefill(
-    model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length, length=None, *, max_length: int
+    model: Transformer, adapters: Adapter | Rows | Made | None, tokens, prompt_length, length=None, *, max_length: int
 ) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """Logits float32 [batch, vocab] at each row's last token, and the state from which decode goes on.
 

@@ -1,23 +1,217 @@
-"""Pictures of measurements. matplotlib comes with the extra [plot]."""
+"""Pictures: learning curves, the factors that prompts make, measurements. matplotlib comes with the extra [plot].
+
+Each function returns a matplotlib Figure, which a notebook shows where it is a cell's last value; `save` writes it.
+"""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .evaluation.factors import Spread, root_mean_square
+from .training.log import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {"base": "black", "PARA": "tab:green", "(IA)^3": "tab:blue"}
+#: Columns of a heat map: the units of a site, sorted by their factor, as so many averages.
+BINS = 48
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that shows itself in a notebook without pyplot and its global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("matplotlib is not installed; `pip install 'para_jax[plot]'`") from None
+
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:
+            data = io.BytesIO()
+            self.savefig(data, format="png", dpi=100)
+            return data.getvalue()
+
+    return Picture(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, file: str | Path) -> None:
+    """Writes the figure; the file's suffix, one of FORMATS, says how."""
+    figure.savefig(file, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------- learning curves
+
+
+def curves_plot(folders: Sequence[str | Path]) -> Figure:
+    """The training loss, smoothed, and the validation loss and scores of one or more runs over the optimiser's steps,
+    from their metrics.jsonl."""
+    runs = dict(zip(run_names(folders), map(read_run, folders), strict=True))
+    measured = [
+        name.removeprefix("validation_")
+        for rows in runs.values()
+        for row in rows
+        for name in row
+        if name.startswith("validation_")
+    ]
+    metrics = [name for name in dict.fromkeys(measured) if name != "loss" and not name.endswith("_stderr")]
+    figure = new_figure(7, 3.2 + 2.4 * len(metrics))
+    panels = figure.subplots(1 + len(metrics), 1, sharex=True, squeeze=False, height_ratios=[1.4] + [1] * len(metrics))[
+        :, 0
+    ]
+    for i, (name, rows) in enumerate(runs.items()):
+        colour, (steps, losses) = f"C{i % 10}", series(rows, "loss")
+        panels[0].plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
+        panels[0].plot(steps, smoothed(losses), color=colour, label=name)
+        panels[0].plot(*series(rows, "validation_loss"), color=colour, marker="o", markersize=4, linestyle="--")
+        for axes, metric in zip(panels[1:], metrics, strict=True):
+            steps, scores = series(rows, f"validation_{metric}")
+            errors = dict(zip(*series(rows, f"validation_{metric}_stderr"), strict=True))
+            axes.errorbar(
+                steps, scores, [errors.get(s, np.nan) for s in steps], color=colour, marker="o", markersize=4, capsize=2
+            )
+    panels[0].plot([], [], color="grey", label="training, smoothed")
+    panels[0].plot([], [], color="grey", marker="o", markersize=4, linestyle="--", label="validation")
+    panels[0].set_ylabel("loss (nats a token)")
+    panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].set_title("Learning curves; bars are one standard error", fontsize=10)
+    panels[0].legend(fontsize=8)
+    for axes, metric in zip(panels[1:], metrics, strict=True):
+        axes.set_ylabel(f"validation {metric}")
+    panels[-1].set_xlabel("optimiser step")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def run_names(folders: Sequence[str | Path]) -> list[str]:
+    """The folders' own names, or their whole paths where two would be the same."""
+    names = [Path(folder).resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def read_run(folder: str | Path) -> list[dict]:
+    file = Path(folder) / "metrics.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{folder}: no run is there (metrics.jsonl); expected the output_dir of `para-jax train`")
+    rows = [row for row in read_metrics(file) if isinstance(row, dict) and "step" in row]
+    if not any("loss" in row for row in rows):
+        raise ValueError(f"{file}: no training step is there yet")
+    return rows
+
+
+def series(rows: list[dict], name: str) -> tuple[list, list]:
+    """The steps and values at which a run logged one thing."""
+    held = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in held], [value for _, value in held]
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Each value averaged with those around it, a tenth of them all; fewer at both ends, so that no end is bent."""
+    held, last = np.asarray(values), len(values) - 1
+    reach = [min(len(held) // 20, i, last - i) for i in range(len(held))]
+    return np.array([held[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
+
+
+# ------------------------------------------------------------------------------------------------------------- factors
+
+
+def factors_plot(made: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Figure:
+    """The factors of one prompt, or of two and their difference, as heat maps: layers down, and across the units of a
+    site, sorted by what is shown. Colour is l - 1, white at 0, and one scale for all maps: where the difference is as
+    strong as the factors themselves, they depend on the prompt.
+
+    Args:
+        made: a prompt's name to its factors l, {site: [layers, site width]}.
+    """
+    shown = {name: {site: values - 1 for site, values in factors.items()} for name, factors in made.items()}
+    if len(shown) == 2:
+        (a, first), (b, second) = shown.items()
+        shown[f"{a} − {b}"] = {site: first[site] - second[site] for site in first}
+    sites = list(next(iter(shown.values())))
+    binned = {name: {site: sorted_bins(values) for site, values in maps.items()} for name, maps in shown.items()}
+    scale = max(np.quantile(abs(bins), 0.98) for maps in binned.values() for bins in maps.values()) or 1e-9
+    figure = new_figure(1.2 + 2.6 * len(sites), 0.9 + 2.7 * len(shown))
+    grid = figure.subplots(len(shown), len(sites), squeeze=False, sharex=True, sharey=True)
+    for axes_row, (name, maps) in zip(grid, binned.items(), strict=True):
+        for axes, (site, bins) in zip(axes_row, maps.items(), strict=True):
+            image = axes.imshow(
+                bins,
+                cmap="RdBu_r",
+                vmin=-scale,
+                vmax=scale,
+                aspect="auto",
+                interpolation="nearest",
+                extent=(0, 100, len(bins) - 0.5, -0.5),
+            )
+            size = root_mean_square(shown[name][site].ravel())
+            axes.set_title(f"{site}, rms {size:.3g}", fontsize=8)
+        axes_row[0].set_ylabel(f"{name}\nlayer", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("units, sorted (%)", fontsize=8)
+    figure.colorbar(image, ax=grid, label="l − 1", extend="both", extendfrac=0.02, aspect=30, pad=0.02)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def sorted_bins(values: np.ndarray) -> np.ndarray:
+    """Each layer's values sorted, and averaged over BINS (or as many as there are) parts of equal size."""
+    ordered = np.sort(values, axis=1)
+    parts = np.array_split(ordered, min(BINS, values.shape[1]), axis=1)
+    return np.stack([part.mean(axis=1) for part in parts], axis=1)
+
+
+def spread_plot(spreads: Mapping[str, Spread], title: str) -> Figure:
+    """How much factors differ from prompt to prompt, over the layers: a column a site, a colour an adapter. Above, the
+    spread over prompts as a multiple of the size of what all prompts share; below, both of them, since a layer whose
+    factors are all near 1 may have any multiple."""
+    sites = list(dict.fromkeys(site for spread in spreads.values() for site in spread.size))
+    figure = new_figure(1 + 2.8 * len(sites), 5.4)
+    grid = figure.subplots(2, len(sites), squeeze=False, sharex=True, sharey="row")
+    for column, site in enumerate(sites):
+        for i, (name, spread) in enumerate((name, s) for name, s in spreads.items() if site in s.size):
+            layers, look = np.arange(len(spread.size[site])), dict(color=f"C{i}", marker="o", markersize=3)
+            grid[0, column].plot(layers, spread.ratio[site], **look)
+            grid[1, column].plot(layers, spread.spread[site], label=f"{name}: spread over prompts", **look)
+            grid[1, column].plot(
+                layers,
+                spread.size[site],
+                label=f"{name}: shared by all prompts",
+                **look | {"marker": ""},
+                linestyle="--",
+            )
+        grid[0, column].set_title(site, fontsize=9)
+        grid[1, column].set_xlabel("layer")
+    for axes, label in zip(grid[:, 0], ("spread / shared", "l − 1, root mean square"), strict=True):
+        axes.set_ylabel(label, fontsize=9)
+        axes.set_yscale("symlog", linthresh=0.01, linscale=0.3)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter("{x:g}")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------- measurements
 
 
 def decode_plot(record: dict, file: str | Path) -> None:
     """Draws the record of `para-jax bench decode`: time of a decode step over the number of different tenants in the
     largest batch."""
-    from matplotlib.figure import Figure
-
     rows = max(side["rows"] for side in record["sides"].values())
     lines: dict[str, dict[int, float]] = {}
     for name, side in record["sides"].items():
         if side["rows"] == rows and "bank of 1" not in side["note"]:
             lines.setdefault(side["method"], {})[side["tenants"]] = record["medians"][name]
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    figure = new_figure(6.4, 4)
     axes = figure.subplots()
     base = lines.pop("base")[0]
     axes.axhline(base, color=COLOURS["base"], linestyle="--", label="base")
@@ -34,4 +228,4 @@ def decode_plot(record: dict, file: str | Path) -> None:
     axes.set_ylabel("milliseconds a decode step")
     axes.set_title(f"{record['context_tokens']} tokens of context; {record['device']}", fontsize=8)
     axes.legend()
-    figure.savefig(file, dpi=120)
+    save(figure, file)

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from .adapters.adapter import count_parameters
 from .adapters.files import NAMES, read_adapter_config
 from .backbone.load import load_model_config
 from .backbone.weights import parameter_shapes
-from .config import LoraConfig, ParaConfig, RunConfig, adapter_method, config_dict, load_config
+from .config import LoraConfig, ParaConfig, RunConfig, adapter_method, config_dict, load_config, require
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
 from .data.prepared import NotPrepared, is_tfds
@@ -28,6 +26,7 @@ from .data.tenants import tenant_sections
 from .data.tokenizer import load_tokenizer
 from .model import init_adapter
 from .topology import topology_report
+from .training.log import read_metrics
 from .training.step import init_state
 
 
@@ -51,9 +50,24 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}",
         f"memory     weights {size(backbone * dtype.itemsize)} ({dtype.name}), adapter {size(tree_bytes(adapter))}, "
         f"optimiser {size(tree_bytes(state.optimizer))}",
-        topology_report(config, topology) if topology else step_line(config),
+        topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
     ]
     return "\n".join(lines + data_lines(config))
+
+
+def tenants_of(config: RunConfig) -> int | None:
+    """How many tenants a run of many has: combinations of a sweep, or those of data.tenants; where that folder is not
+    there yet, train.tenants_at_once says it. None for a run of one adapter."""
+    if not config.many:
+        return None
+    if config.sweep:
+        return max(1, len(config.sweep.learning_rate)) * max(1, len(config.sweep.seed))
+    folder = Path(str(config.data.tenants)).expanduser()
+    if folder.is_dir():
+        return len(tenant_sections(folder, config.data))
+    expected = f"a number of tenants, for data.tenants ({folder}) is not there yet to count them"
+    require(config.train.tenants_at_once is not None, "train.tenants_at_once", None, expected)
+    return config.train.tenants_at_once
 
 
 def step_line(config: RunConfig) -> str:
@@ -195,13 +209,6 @@ def adapter_report(folder: Path) -> str:
             + ("its matrices" if matrices else "its factors, whatever the number of tenants"),
         ]
     )
-
-
-def read_metrics(file: Path) -> Iterator[dict]:
-    """The lines of metrics.jsonl, but for one that was cut off when its run was."""
-    for line in file.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            yield json.loads(line)
 
 
 def size(count: float) -> str:

@@ -376,7 +376,7 @@ def natural(number: str) -> tuple[int, str]:
 
 
 def scores(name: str, found: Score) -> dict[str, float]:
-    return {f"{name}_loss": found.loss} | ({} if found.metric == "loss" else {f"{name}_{found.metric}": found.score})
+    return {f"{name}_{what}": value for what, value in found.values().items()}
 
 
 def statistics_batches(examples: list[Example], bucket: Bucket, rows: int) -> list[Batch]:

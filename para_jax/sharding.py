@@ -3,6 +3,8 @@ names, activations pass through `constrain`."""
 
 from __future__ import annotations
 
+import math
+from itertools import combinations
 from typing import Any
 
 import jax
@@ -84,6 +86,45 @@ def tree_shardings(tree, mesh: Mesh | AbstractMesh, config):
 def place(tree, mesh: Mesh, config):
     """The tree with its arrays laid out over the mesh."""
     return jax.device_put(tree, tree_shardings(tree, mesh, config))
+
+
+def tenant_axes(tenants: int, mesh_shape) -> tuple[str, ...]:
+    """The mesh axes over which a stack of so many tenants is spread, together: all of them where the number of devices
+    divides that of tenants, else those of the most devices that do."""
+    choices = [axes for count in range(len(mesh_shape), -1, -1) for axes in combinations(mesh_shape, count)]
+    devices = {axes: math.prod(mesh_shape[axis] for axis in axes) for axes in choices}
+    return max((axes for axes in choices if tenants % devices[axes] == 0), key=lambda axes: devices[axes])
+
+
+def tenants_sharding(tenants: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(tenant_axes(tenants, mesh.shape) or None))  # pyright: ignore[reportArgumentType]
+
+
+def place_tenants(tree, mesh: Mesh):
+    """A tree whose arrays lead with the tenants (a TenantsState, a stack's adapters), spread over all of the mesh along
+    them, as far as its devices divide their number; tenants_step keeps it so."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, tenants_sharding(leaf.shape[0], mesh)), tree)
+
+
+def over_tenants(tree, axis: int = 0):
+    """The tree, whose arrays have the tenants along this axis, constrained to lie as place_tenants lays them over the
+    current mesh; the identity without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+
+    def one(leaf):
+        spec = tenants_sharding(leaf.shape[axis], mesh).spec
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*[None] * axis, *spec))
+
+    return jax.tree.map(one, tree)
+
+
+def everywhere(tree):
+    """The tree, constrained to lie whole on every device of the current mesh; the identity without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), tree)
 
 
 def rows_over(array) -> jax.Array:

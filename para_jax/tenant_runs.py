@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from . import devices
@@ -50,7 +49,7 @@ from .runs import (
     silent,
     statistics_batches,
 )
-from .sharding import make_mesh, rows_over
+from .sharding import make_mesh, rows_over, tenant_axes
 from .topology import peak_rate
 from .training.checkpoint import (
     Progress,
@@ -65,7 +64,16 @@ from .training.optimizer import warmup_steps
 from .training.profiler import Profiler
 from .training.step import standardise
 from .training.stop import Interrupted, StopSignal, stop_signals
-from .training.tenants import Settings, TenantsState, init_tenants, put_tenant, tenant_of, tenants_step
+from .training.tenants import (
+    Layout,
+    Settings,
+    TenantsState,
+    init_tenants,
+    lay_out,
+    put_tenant,
+    tenant_of,
+    tenants_step,
+)
 
 
 class Tenant(NamedTuple):
@@ -226,26 +234,6 @@ def claim_tenants(config: RunConfig, tenants: list[Tenant]) -> None:
         (folder / ".config.yaml").replace(folder / "config.yaml")
 
 
-class Layout(NamedTuple):
-    """How a run's batches are cut."""
-
-    slots: int
-    """tenants that live on the devices"""
-    groups: int
-    """the most tenants of a batch"""
-    rows: int
-    """a group's rows of a pass"""
-    passes: int
-
-
-def lay_out(config: RunConfig, tenants: int, mesh) -> Layout:
-    """No batch has more groups than tenants can fill, but for the devices that need some rows each."""
-    slots = min(config.train.tenants_at_once or tenants, tenants)
-    rows, over = config.train.rows_per_tenant, mesh.shape["data"] * mesh.shape["fsdp"]
-    groups = over * min(config.train.per_device_batch_size // rows, math.ceil(slots / over))
-    return Layout(slots, groups, rows, config.train.gradient_accumulation_steps)
-
-
 # ---------------------------------------------------------------------------------------------------------------- loop
 
 
@@ -276,10 +264,18 @@ def fit_tenants(
 
 
 def empty_state(config: RunConfig, model, slots: int, mesh) -> TenantsState:
-    """A stack of zeros, for tenants to be put into."""
+    """A stack of zeros, for tenants to be put into, spread over the current mesh."""
     shapes = jax.eval_shape(lambda: init_adapter(config.adapter, model.config))
-    stack = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes)
-    return jax.device_put(init_tenants(stack, config.train), NamedSharding(mesh, PartitionSpec()))
+
+    def fresh():
+        stack = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes)
+        return init_tenants(stack, config.train)
+
+    axes = tenant_axes(slots, mesh.shape)
+    used = math.prod(mesh.shape[axis] for axis in axes)
+    if used < mesh.size:
+        devices.say(f"{slots} tenants are spread over {used} of {mesh.size} devices, which do not divide them evenly")
+    return jax.jit(fresh)()
 
 
 def mend_tenants(standing: Standing, tenants: list[Tenant], folder: Path, resumed: bool) -> None:
@@ -450,7 +446,9 @@ class TenantsLoop(NamedTuple):
         tenant = self.tenants[turn.tenant]
         _, chosen = tenant.order.plan.batch_indices(turn.step)
         examples = places([tenant.data.records[i].place for i in chosen])
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {grad_norm}"
+        what = "new weights are not finite"
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            what = f"gradient's norm is {grad_norm}" if math.isfinite(loss) else f"loss is {loss}"
         devices.say(
             f"{tenant.name}: stopped at its step {turn.step + 1}: the {what} on {examples}; what it had learnt before "
             "is kept, and the others go on"

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -24,8 +25,9 @@ from .data.packing import Packed
 from .devices import PEAK_FLOPS
 from .hlo import Program, collectives_run, describe_program
 from .model import init_adapter
-from .sharding import RULES, make_mesh, tree_shardings
+from .sharding import RULES, make_mesh, tenants_sharding, tree_shardings
 from .training.step import TrainState, init_state, train_step
+from .training.tenants import Settings, TenantsState, init_tenants, lay_out, tenants_step
 
 #: Memory of a chip in GiB (cloud.google.com/tpu/docs, the pages of the versions); the compiler keeps some of it.
 CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
@@ -49,8 +51,11 @@ class Compiled(NamedTuple):
     seconds: float
 
 
-def topology_report(config: RunConfig, topology: str) -> str:
+def topology_report(config: RunConfig, topology: str, tenants: int | None = None) -> str:
     """The lines that the dry run prints of a slice such as "v5e:4x4".
+
+    Args:
+        tenants: of a run of many (data.tenants, sweep); None: a run of one adapter.
 
     Raises ValueError for a name, a mesh or rows that can't be.
     """
@@ -59,10 +64,10 @@ def topology_report(config: RunConfig, topology: str) -> str:
         libtpu = version("libtpu")
     except PackageNotFoundError:
         mesh = abstract_mesh(config, chips)
-        return "\n".join([*header(config, topology, mesh), *estimate_lines(config, mesh, kind)])
+        return "\n".join([*header(config, topology, mesh, tenants), *estimate_lines(config, mesh, kind, tenants)])
     mesh = make_mesh(**vars(config.mesh), devices=topology_devices(topology, chips))
-    found = compile_step(config, mesh)
-    return "\n".join([*header(config, topology, mesh), *compiled_lines(config, mesh, found, libtpu)])
+    found = compile_step(config, mesh, tenants)
+    return "\n".join([*header(config, topology, mesh, tenants), *compiled_lines(config, mesh, found, libtpu)])
 
 
 def parsed_topology(topology: str) -> tuple[str, int]:
@@ -101,13 +106,15 @@ def abstract_mesh(config: RunConfig, chips: int) -> AbstractMesh:
 # ------------------------------------------------------------------------------------------------------------- the step
 
 
-def compile_step(config: RunConfig, mesh: Mesh) -> Compiled:
-    """The run's own training step for its longest rows, compiled."""
-    state, model, batch = step_arguments(config, mesh)
-    static = dict(completion=config.data.max_seq_length, config=config.train, total_steps=1000)
+def compile_step(config: RunConfig, mesh: Mesh, tenants: int | None = None) -> Compiled:
+    """The run's own training step for its longest rows, compiled; that of so many tenants, where they are given."""
+    static: dict[str, Any] = dict(completion=config.data.max_seq_length, config=config.train)
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = train_step.lower(state, model, batch, **static)
+        if tenants is None:
+            lowered = train_step.lower(*step_arguments(config, mesh), **static, total_steps=1000)
+        else:
+            lowered = tenants_step.lower(*tenants_arguments(config, mesh, tenants), **static)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -125,26 +132,57 @@ def compile_step(config: RunConfig, mesh: Mesh) -> Compiled:
 def step_arguments(config: RunConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Any, Batch | Packed]:
     """The abstract arguments of train_step as a run on this mesh would hand them over, shardings included."""
     model_config = load_model_config(config.backbone.source)
-    dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
-    model = abstract_backbone(model_config, dtype, mesh, layout="stacked", quantize=config.backbone.quantize)
     fresh = jax.eval_shape(lambda: init_adapter(config.adapter, model_config))
     state = jax.eval_shape(lambda adapter: init_state(adapter, config.train, 1000), fresh)
     adapter_shardings = tree_shardings(fresh, mesh, model_config)
-    everywhere = NamedSharding(mesh, PartitionSpec())  # pyright: ignore[reportArgumentType]
 
     def placed(node):
         """An adapter, or moments of its shape, as the adapter lies; counters everywhere."""
         if isinstance(node, Adapter):
             return jax.tree.map(with_sharding, node, adapter_shardings)
-        return with_sharding(node, everywhere)
+        return with_sharding(node, sharded(mesh))
 
     state = jax.tree.map(placed, state, is_leaf=lambda node: isinstance(node, Adapter))
-    over_rows = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))  # pyright: ignore[reportArgumentType]
-    lead = (config.train.gradient_accumulation_steps, batch_rows(config, mesh))
+    return state, abstract_model(config, mesh), abstract_batch(config, mesh, batch_rows(config, mesh))
+
+
+def tenants_arguments(
+    config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int
+) -> tuple[TenantsState, Any, Batch | Packed, jax.ShapeDtypeStruct, Settings]:
+    """The abstract arguments of tenants_step as a run of so many tenants would hand them over, shardings included."""
+    layout = lay_out(config, tenants, mesh)
+    model_config = load_model_config(config.backbone.source)
+    fresh = jax.eval_shape(lambda: init_adapter(config.adapter, model_config))
+    stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layout.slots, *leaf.shape), leaf.dtype), fresh)
+    state = jax.eval_shape(partial(init_tenants, config=config.train), stack)
+    state = jax.tree.map(partial(with_sharding, sharding=tenants_sharding(layout.slots, mesh)), state)
+    batch = abstract_batch(config, mesh, layout.groups * layout.rows)
+
+    def whole(dtype, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharded(mesh))
+
+    settings: Any = Settings(*(whole(dtype, layout.slots) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
+    return state, abstract_model(config, mesh), batch, whole(jnp.int32, layout.passes, layout.groups), settings
+
+
+def abstract_model(config: RunConfig, mesh: Mesh | AbstractMesh) -> Any:
+    dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
+    model_config = load_model_config(config.backbone.source)
+    return abstract_backbone(model_config, dtype, mesh, layout="stacked", quantize=config.backbone.quantize)
+
+
+def abstract_batch(config: RunConfig, mesh: Mesh | AbstractMesh, rows: int) -> Batch | Packed:
+    """A step's batch, so many rows a pass."""
+    lead = (config.train.gradient_accumulation_steps, rows)
     whole, one = (config.data.max_seq_length,), (packed_examples(config),) if config.data.packing else ()
     kind, shapes = (Packed, (whole, whole, one, one, one, whole)) if config.data.packing else (Batch, (whole, one, one))
-    arrays: list[Any] = [jax.ShapeDtypeStruct((*lead, *shape), jnp.int32, sharding=over_rows) for shape in shapes]
-    return state, model, kind(*arrays)
+    over = sharded(mesh, None, RULES["batch"])
+    arrays: list[Any] = [jax.ShapeDtypeStruct((*lead, *shape), jnp.int32, sharding=over) for shape in shapes]
+    return kind(*arrays)
+
+
+def sharded(mesh: Mesh | AbstractMesh, *axes) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*axes))  # pyright: ignore[reportArgumentType]
 
 
 def packed_examples(config: RunConfig) -> int:
@@ -164,21 +202,38 @@ def batch_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
 # ------------------------------------------------------------------------------------------------------------ the lines
 
 
-def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh) -> list[str]:
+def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> list[str]:
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     passes, longest = config.train.gradient_accumulation_steps, config.data.max_seq_length
     model = load_model_config(config.backbone.source)
-    tokens = batch_rows(config, mesh) * passes * longest
+    layout = None if tenants is None else lay_out(config, tenants, mesh)
+    rows = layout.groups * layout.rows if layout else batch_rows(config, mesh)
+    tokens = rows * passes * longest
     flops = 4 * matrix_weights(model) * tokens / mesh.size
     kernel, why = attention_kernel(model, longest, config.backbone.dtype or "bfloat16", "tpu")
     return [
         f"slice      {topology}: {mesh.size} chips; mesh {sizes}",
-        f"a step     {passes} x {batch_rows(config, mesh)} rows of {longest} tokens, any of them completion; "
+        f"a step     {passes} x {rows} rows of {longest} tokens, any of them completion; "
         f"remat {config.train.remat}" + (f"; packed, {packed_examples(config)} examples a row" * config.data.packing),
         f"attention  {kernel} ({why})",
         f"FLOPs      {flops / 1e12:.1f} T a chip and step: 4 a weight of the matrix products and token, attention not "
         "counted",
+        *([tenants_line(config, mesh, tenants)] if tenants else []),
     ]
+
+
+def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> str:
+    """What the tenants of a run add to a chip's memory, and how they are spread."""
+    layout = lay_out(config, tenants, mesh)
+    state = tenants_arguments(config, mesh, tenants)[0]
+    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / layout.slots
+    spread = layout.slots // tenants_sharding(layout.slots, mesh).shard_shape((layout.slots,))[0]
+    uneven = f", for the mesh's {mesh.size} do not divide {layout.slots}" if spread < mesh.size else ""
+    return (
+        f"tenants    {tenants}, {layout.slots} at once; {layout.groups} of {layout.rows} rows each in a pass; weights "
+        f"and optimiser state {each / 1e6:.1f} MB a tenant, {each / spread / 1e6:.2f} MB a tenant and chip, "
+        f"{shard_bytes(state) / GIB:.2f} GiB a chip (spread over {spread} chips{uneven})"
+    )
 
 
 def compiled_lines(config: RunConfig, mesh: Mesh, found: Compiled, libtpu: str) -> list[str]:
@@ -198,12 +253,15 @@ def compiled_lines(config: RunConfig, mesh: Mesh, found: Compiled, libtpu: str) 
     ]
 
 
-def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str) -> list[str]:
+def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str, tenants: int | None = None) -> list[str]:
     """What can be known without the compiler: the arguments exactly, the rest by its largest parts."""
-    state, model, _ = step_arguments(config, mesh)
+    made = step_arguments(config, mesh) if tenants is None else tenants_arguments(config, mesh, tenants)
+    state, model = made[:2]
     model_config = load_model_config(config.backbone.source)
     arguments = shard_bytes(state) + shard_bytes(model)
     temporaries = activation_bytes(config, model_config, mesh)
+    if isinstance(state, TenantsState):
+        temporaries += shard_bytes(state.adapters)  # the gradient of all tenants
     total = arguments + temporaries
     room = CHIP_GIB[kind]
     verdict = "it should fit" if total < 0.9 * room * GIB else "it may not fit" if total < room * GIB else "too much"

@@ -50,7 +50,7 @@ def overrides(output: Path, backbone: str) -> list[str]:
 
 
 def child(begun: float, result: Path, sections: list[list[str]]) -> None:
-    """Runs `para-jax train` on each list of overrides, the backbone loaded once, and writes how long which part took."""
+    """Trains by each list of overrides, with the backbone loaded once, and writes how long which part took."""
     from para_jax import devices, runs, tenant_runs
     from para_jax.config import load_config
 

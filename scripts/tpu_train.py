@@ -31,7 +31,10 @@ CONFIGS = {
 SLICES = ("v5e:1x1", "v5e:2x4", "v5e:4x4")
 ROWS = "train.per_device_batch_size=4"
 COMMON = ("train.gradient_accumulation_steps=1", "train.remat=block", "data.max_seq_length=512", "mesh.data=1")
-EXTRA = [("LLaMA-2 7B", "v5e:1x1", ("backbone.quantize=int8",))]
+EXTRA = [
+    ("LLaMA-2 7B", "v5e:1x1", ("backbone.quantize=int8",)),
+    ("LLaMA-2 7B", "v5e:4x4", ("data.tenants=data/tenants", "train.tenants_at_once=64")),
+]
 COLUMNS = ("model", "slice", "mesh", "rows a chip", "HBM a chip", "arguments", "temporaries", "collectives a step")
 
 
@@ -54,9 +57,10 @@ def compiled_entry(model: str, where: str, more: tuple[str, ...]) -> dict:
     overrides = [*COMMON, ROWS, f"mesh.fsdp={chips}", *more]
     config = load_config(CONFIGS[model], overrides)
     mesh = make_mesh(**vars(config.mesh), devices=topology_devices(where, chips))
-    said = compile_step(config, mesh)
+    tenants = config.train.tenants_at_once if config.many else None
+    said = compile_step(config, mesh, tenants)
     return {
-        "model": model + (" int8" if more else ""),
+        "model": model + (f", {tenants} tenants" if tenants else " int8" if more else ""),
         "slice": where,
         "mesh": f"fsdp={chips}",
         "rows": config.train.per_device_batch_size,

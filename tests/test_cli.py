@@ -122,6 +122,61 @@ def test_evaluate_gives_the_score_that_training_gave(folder, config, trained, tm
     assert json.loads((tmp_path / "e.json").read_text())["scores"]["validation"]["count"] == 3
 
 
+def test_evaluate_shuffles_prompts_where_it_is_asked_to(folder, config, trained, tmp_path, capsys):
+    line = ("evaluate", config, "--adapter", trained / "adapter", "--results", tmp_path / "e.json")
+
+    def found(*options):
+        assert command(*line, *options) == 0
+        return json.loads((tmp_path / "e.json").read_text())["scores"]["test"]
+
+    own, other, drawn = found(), found("--shuffle-prompts"), found("--shuffle-prompts", "seed=1")
+    assert len({own["loss"], other["loss"], drawn["loss"]}) == 3 and other["count"] == 5
+    assert other == found("--shuffle-prompts") and own["stderr"] > 0
+    assert_says(mistake(capsys, *line[:4], "--shuffle-prompts", "--limit", 1), "test: 1 example; to shuffle prompts")
+    assert_says(
+        mistake(capsys, *line[:2], "--shuffle-prompts"), "--shuffle-prompts: .* expected to stand beside --adapter"
+    )
+
+
+def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, capsys):
+    backbone = ("--backbone", folder / "backbone", "--allow-cpu", "--no-compilation-cache")
+    adapter, data = ("--adapter", trained / "adapter"), folder / "data" / "test.jsonl"
+    for name, options in {
+        "curves": [trained],
+        "one": [*adapter, "--prompt", "w20 w30", *backbone],
+        "two": [*adapter, "--prompt", "w20 w30", "--prompt", "w40\\nw60", *backbone],
+        "spread": [*adapter, "--data", data, "--limit", 3, *backbone],
+    }.items():
+        assert command("plot", *options, "--output", tmp_path / f"{name}.png") == 0
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "adapter: spread over 3 prompts" in shown and f"wrote {tmp_path}/spread.png" in shown
+    assert re.search(r"^2  +\d\.\d{4} +\d\.\d{4} +\d\.\d{4}$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "plot: expected RUN"),
+        (["a", "--adapter", "b"], "plot: expected RUN"),
+        (["--adapter", "b"], "plot: expected RUN"),
+        (["--prompt", "b"], "plot: expected RUN"),
+        (["--adapter", "b", "--prompt", "c", "--data", "d"], "plot: expected RUN"),
+        (["--adapter", "b", "--adapter", "b", "--prompt", "c"], "plot: expected RUN"),
+        (["--adapter", "b", *["--prompt", "c"] * 3], "plot: expected RUN"),
+        (["--adapter", "b", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
+        (["--adapter", "b", "--data", "d", "--limit", 1], "--limit 1: expected at least 2 prompts"),
+        (["/nowhere"], "/nowhere: no run is there"),
+        (["a", "--output", "x.doc"], "--output x.doc: expected a file in a folder that is there, ending in .png"),
+        (["a", "--output", "/nowhere/x.png"], "--output /nowhere/x.png: expected a file in a folder"),
+    ],
+)
+def test_plot_names_what_it_can_not_draw(capsys, tmp_path, options, said):
+    given = [] if "--output" in options else ["--output", tmp_path / "x.png"]
+    assert_says(mistake(capsys, "plot", *options, *given), said)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_generate_answers_each_prompt_as_the_library_does(folder, trained, capsys):
     prompts = ["w20 w30", "w40 w50\nw60"]
     options = ["--prompt", "w40 w50\\nw60", "--adapter", trained / "adapter"]

@@ -13,6 +13,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SIZES = {
     "llama2-7b": ("meta-llama/Llama-2-7b-hf", 6_738_415_616, 8_945_664),
     "llama2-13b": ("meta-llama/Llama-2-13b-hf", 13_015_864_320, 14_008_320),
+    "llama3.2-3b": ("meta-llama/Llama-3.2-3B", 3_212_749_824, 5_160_960),
     "gemma-2b": ("google/gemma-2b", 2_506_172_416, 4_478_976),
     "smollm2": ("smollm2-135m", 134_515_008, 1_036_800),
     "quickstart": ("smollm2-135m", 134_515_008, 1_036_800),
@@ -73,3 +74,23 @@ def test_the_papers_backbones_and_tasks_have_the_sibling_papers_settings(backbon
     comment = file.read_text().split("backbone:")[0]
     assert "sibling papers" in comment and f"batch {BATCH[task]}," in comment
     assert f"{SIZES[backbone][2]:,} trained parameters" in comment
+
+
+def test_the_run_beside_pefts_method_comparison_has_its_settings(tmp_path):
+    """The defaults of huggingface/peft, method_comparison/MetaMathQA: default_training_params.json and utils.py."""
+    from para_jax.data.sources import load_records
+    from para_jax.evaluation.metrics import score
+
+    file = next(file for file in CONFIGS if file.stem == "llama3.2-3b-metamathqa")
+    config = load_config(file, [f"data.train={tmp_path}"])
+    theirs = {"schedule": "cosine", "warmup_ratio": 0.1, "max_steps": 5000, "max_grad_norm": 1, "weight_decay": 0}
+    assert {name: getattr(config.train, name) for name in theirs} == theirs
+    assert config.train.per_device_batch_size * config.train.gradient_accumulation_steps * config.mesh.data == 4
+    assert (config.data.max_seq_length, config.eval.every, config.eval.max_new_tokens) == (768, 250, 300)
+    assert (config.backbone.dtype, config.seed, config.eval.metric) == ("bfloat16", 0, "final_number")
+    row = '{"query": "Two and {three}?", "response": "2+3=5\\n#### 5", "type": "GSM_AnsAug"}\n'
+    (tmp_path / "train.jsonl").write_text(row)
+    record = (load_records(config.data, "train") or [])[0]
+    assert record.prompt == "Question: Two and {three}? Think step by step.\nAnswer:"
+    assert record.completion == "2+3=5\n#### 5"
+    assert score(config.eval.metric, ["It is 5. The answer is: 5"], [record.references]) == 1

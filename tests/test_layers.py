@@ -119,7 +119,8 @@ def test_the_public_names_are_all_there_and_no_other_answers():
     export_ia3 ParaLM load_adapter save_adapter Rows Stack pick stack_adapters load_backbone load_model_config
     Transformer LayerKind ModelConfig ParaConfig RotaryConfig RunConfig load_config load_tokenizer
     AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter multi_tenant_forward prefill
-    right_pad vectors make_mesh generate train TrainResult train_tenants TenantsResult evaluate Report""".split()
+    right_pad vectors make_mesh generate train TrainResult train_tenants TenantsResult evaluate Report
+    curves_plot factors_plot""".split()
     assert set(names) <= set(dir(para_jax))
     assert all(callable(getattr(para_jax, name)) for name in names)
     assert set(para_jax._LATER) <= set(names)

@@ -18,7 +18,7 @@ class Groups(NamedTuple):
     has at most one group, so that its gradient is that group's, as it is: nothing is added up over groups."""
 
     adapters: Adapter
-    """its arrays lead with (tenants, layers)"""
+    """its arrays lead with (layers, tenants): what a scan over the layers takes, and gives gradients of, as it is"""
     index: jax.Array
     """int32 [groups]; -1 is the backbone alone"""
     place: jax.Array
@@ -26,10 +26,16 @@ class Groups(NamedTuple):
 
 
 def grouped(adapters: Adapter, index: Int[Array, " groups"]) -> Groups:
-    """The adapters of a batch's groups; every index but -1 may occur once."""
-    tenants = jax.tree.leaves(adapters)[0].shape[0]
+    """The adapters of a batch's groups, from arrays that lead with (layers, tenants); every index but -1 may occur
+    once."""
+    tenants = jax.tree.leaves(adapters)[0].shape[1]
     is_its = index[None] == jnp.arange(tenants)[:, None]
     return Groups(adapters, index, jnp.where(is_its.any(axis=1), jnp.argmax(is_its, axis=1).astype(jnp.int32), -1))
+
+
+def layers_first(adapters: Adapter) -> Adapter:
+    """Adapters whose arrays lead with (layers, tenants), from a stack's."""
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), adapters)
 
 
 def of_groups(

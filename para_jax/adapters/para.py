@@ -26,6 +26,11 @@ class Para(Adapter):
         Q' = l_q Q, V' = l_v V, U' = l_u U         [S]; [C] straight after the linear, before q-norm and rotary
 
     A fresh adapter is exactly the backbone. Without biases r = 12 gives the paper's 8.9M on LLaMA-2 7B [D].
+
+    With the pooler `constant` [C], s is one learned vector a layer, started from N(0, 1), in the place of the prompt's
+    state, and everything else is the same: the control for the question what reading the prompt is worth, for PARA's
+    score minus the control's is due to the prompt alone. Its factors are the same for all prompts, so a trained one is
+    an (IA)^3 adapter (`export_ia3`).
     """
 
     def __init__(self, config: ParaConfig, model: ModelConfig, *, rngs: nnx.Rngs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from ..config import ModelConfig
 from .adapter import Adapter, Adjustment, Factors, Shared, describe, make_adjustment
-from .groups import Groups, of_groups
+from .groups import Groups, layers_first, of_groups
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +71,7 @@ def pick(stack: Stack, indices) -> Rows:
     return Rows((stack,), jnp.asarray(indices, jnp.int32)[None])
 
 
-def by_layer(adapters: Adapter | Rows | Groups) -> tuple[object, Callable]:
+def by_layer(adapters: Adapter | Rows | Groups | Made) -> tuple[object, Callable]:
     """The adapters' weights with a leading layer axis, and the function that makes one layer's adjustments.
 
     The function takes (one layer's weights, x [batch, length, width], prompt_length [batch]) and gives an Adjustment
@@ -80,7 +80,7 @@ def by_layer(adapters: Adapter | Rows | Groups) -> tuple[object, Callable]:
     segments).
     """
     if isinstance(adapters, Rows):
-        stacks = tuple(jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), stack.adapters) for stack in adapters.stacks)
+        stacks = tuple(layers_first(stack.adapters) for stack in adapters.stacks)
 
         def make(layers, x, prompt_length, start=None):
             if start is not None:
@@ -91,9 +91,10 @@ def by_layer(adapters: Adapter | Rows | Groups) -> tuple[object, Callable]:
             return merged(made)
 
         return stacks, make
+    if isinstance(adapters, Made):
+        return list(adapters.layers), lambda made, x, prompt_length: made
     if isinstance(adapters, Groups):
-        leading = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), adapters.adapters)
-        return leading, lambda layer, x, length: of_groups(layer, adapters, x, length)
+        return adapters.adapters, lambda layer, x, length: of_groups(layer, adapters, x, length)
     if adapters.shared:
         return adapters, lambda layer, x, length, start=None: Shared(make_adjustment(layer, x[0], length.ravel()[0]))
     return adapters, make_of_one
@@ -145,9 +146,17 @@ class Several(Adjustment):
         return y
 
 
+class Made(NamedTuple):
+    """Adjustments that were made already, of whatever prompts; they serve in the place of the adapters that made them,
+    one a batch row."""
+
+    layers: tuple
+    """a layer: an Adjustment in float32 whose arrays lead with the batch, or that is Shared"""
+
+
 def check_fits(adapters, model: ModelConfig) -> None:
     """Raises ValueError where adapters were made for a backbone of another shape."""
-    if adapters is None:
+    if adapters is None or isinstance(adapters, Made):
         return
     if not isinstance(adapters, (Adapter, Rows)):
         raise ValueError(

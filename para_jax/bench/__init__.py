@@ -20,6 +20,7 @@ from .decode import bench_decode
 from .evaluate import bench_evaluate
 from .load import bench_load
 from .serve import bench_serve
+from .tenants import bench_tenants
 from .train import bench_packing, bench_train
 
 #: The names of `para-jax bench`; each gives {"unit", "medians", "rounds", ...} for a backbone.
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Callable[..., dict]] = {
     "evaluate": bench_evaluate,
     "train": bench_train,
     "packing": bench_packing,
+    "tenants": bench_tenants,
 }
 
 

@@ -85,10 +85,25 @@ def read_records(
     Args:
         prompt, completion: templates over the columns, such as "{instruction}\\n{input}". Default: the columns `prompt`
             and `completion` (text or messages), or `messages`, each assistant turn of which is one record.
-        task: a name from TASKS, whose record function reads the rows unless a template is given.
+        task: a name from TASKS, whose record function reads the rows, unless a template is given or they hold `prompt`
+            and `completion` already.
     """
     form = dict(prompt=prompt, completion=completion, task=task)
     return records_of(read_rows(Path(path)), str(path), **form)
+
+
+def read_prompts(path: Path | str) -> list[Prompt]:
+    """The prompts of a JSON-lines file: its column `prompt`, beside which nothing is needed, or those of `messages`."""
+    prompts: list[Prompt] = []
+    for place, row in read_rows(Path(path)):
+        try:
+            ready = "prompt" in row or "messages" not in row
+            prompts += [column(row, "prompt")] if ready else [found[0] for found in row_fields(row, {})]
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    if not prompts:
+        raise ValueError(f"{path}: the data set is empty")
+    return prompts
 
 
 def encode_records(records: list[Record], tokenizer, section: DataSection) -> Encoded:
@@ -127,7 +142,8 @@ def records_of(
     records = []
     for place, row in rows:
         try:
-            if task is not None and prompt is None and completion is None:
+            ready = {"prompt", "completion"} <= row.keys()
+            if task is not None and prompt is None and completion is None and not ready:
                 found = [(*TASKS[task].record(row), row.get("label"))]
             else:
                 found = row_fields(row, templates)

@@ -1,13 +1,15 @@
 """Public tasks: a published data row in, the prompt, the completion and the accepted answers out.
 
-The templates are those of the sibling paper ALoRA (same group as PARA), but for RTE's, which is ours; PARA's own are
-not known. Rows have the field names under which the data sets are published.
+The templates of BoolQ, COPA, SQuAD and SST-2 are those of the sibling paper ALoRA (same group as PARA), the others are
+ours; PARA's own are not known. Rows have the field names under which the data sets are published. Rows that hold
+`prompt` and `completion` are taken as they are (sources.py): a task then only says how they are scored.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Fields = tuple[str, str, tuple[str, ...]]
 """prompt, completion, references (every accepted answer)"""
@@ -21,6 +23,10 @@ class Task(NamedTuple):
     metric: str
     choices: tuple[str, ...] = ()
     """the answers that `accuracy` ranks"""
+    also: tuple[str, ...] = ()
+    """more metrics of the same answers"""
+    max_new_tokens: int = 32
+    """the most tokens of an answer that is written"""
 
 
 def boolq(row: dict) -> Fields:
@@ -66,14 +72,70 @@ def rte(row: dict) -> Fields:
     return prompt, entailed, (entailed,)
 
 
+def gsm8k(row: dict) -> Fields:
+    """GSM8K (arXiv:2110.14168), fields question and answer: the steps, with calculations in <<...>> that are left out,
+    then "#### " and the number."""
+    steps, mark, number = text(row, "answer").rpartition("####")
+    if not mark or not number.strip():
+        raise ValueError(f"answer: {row['answer']!r:.80} is not possible; expected the steps, then #### and the number")
+    solution = re.sub(r"<<[^<>]*>>", "", steps).strip()
+    prompt = (
+        f"Question: {text(row, 'question')}\n"
+        "Solve the problem step by step and end with 'The answer is' and a number.\nSolution:"
+    )
+    answer = f"{solution}\nThe answer is {number.strip()}.".strip()
+    return prompt, answer, (answer,)
+
+
+def wikisql(row: dict) -> Fields:
+    """WikiSQL (arXiv:1709.00103), fields question, table (header) and sql (sel, agg, conds), the conditions as triples
+    or as three lists; columns are written in lower case, with _ for spaces."""
+    header = part(row, "table", "header")
+    chosen, how, conditions = (part(row, "sql", name) for name in ("sel", "agg", "conds"))
+    try:
+        header = ["_".join(name.lower().split()) for name in header]
+        if isinstance(conditions, dict):
+            names = ("column_index", "operator_index", "condition")
+            conditions = list(zip(*(conditions[name] for name in names), strict=True))
+        if min([chosen, how, *(index for condition in conditions for index in condition[:2])]) < 0:
+            raise IndexError("a negative index would count from the end")
+        wanted = f"{WIKISQL_AGGREGATES[how]}({header[chosen]})" if how else header[chosen]
+        tests = [f"{header[c]} {WIKISQL_OPERATORS[o]} '{str(value).lower()}'" for c, o, value in conditions]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise ValueError(f"sql: {row['sql']!r:.80} is not possible; expected indices into the table's header") from None
+    query = f"SELECT {wanted} FROM table" + (f" WHERE {' AND '.join(tests)}" if tests else "")
+    columns = ", ".join(sorted(header))
+    return f"Columns: {columns}\nQuestion: {text(row, 'question')}\nSQL:", query, (query,)
+
+
+WIKISQL_AGGREGATES = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
+WIKISQL_OPERATORS = ("=", ">", "<")
+
+
+def banking77(row: dict) -> Fields:
+    """BANKING77 (arXiv:2003.04807), fields text and category, such as card_arrival."""
+    intent = " ".join(text(row, "category").split("_"))
+    return f"Customer: {text(row, 'text')}\nBanking intent:", intent, (intent,)
+
+
+def sms_spam(row: dict) -> Fields:
+    """SMS Spam Collection (Almeida et al. 2011), fields sms and label (0 ham, 1 spam)."""
+    spam = choice(row, "label", ("no", "yes"))
+    return f"Message: {text(row, 'sms')}\nIs the message spam? Answer yes or no.\nAnswer:", spam, (spam,)
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("boolq", boolq, "accuracy", ("yes", "no")),
         Task("copa", copa, "accuracy", ("1", "2")),
-        Task("squad", squad, "squad"),
+        Task("squad", squad, "squad", also=("squad_exact", "f1")),
         Task("sst2", sst2, "accuracy", ("negative", "positive")),
         Task("rte", rte, "accuracy", ("yes", "no")),
+        Task("gsm8k", gsm8k, "final_number", max_new_tokens=320),
+        Task("wikisql", wikisql, "sql_match", max_new_tokens=96),
+        Task("banking77", banking77, "exact_match", also=("macro_f1",)),  # 77 labels: written, not ranked
+        Task("sms_spam", sms_spam, "accuracy", ("yes", "no"), also=("macro_f1", "matthews")),
     )
 }
 #: The tasks of tensorflow_datasets' names; other names are read by templates.
@@ -94,6 +156,14 @@ def field(row: dict, name: str) -> object:
     if name not in row:
         raise ValueError(f"no field {name!r}; the fields there are: {', '.join(map(str, row)) or 'none'}")
     return row[name]
+
+
+def part(row: dict, name: str, inner: str) -> Any:
+    """A field of a row's field."""
+    held = field(row, name)
+    if not isinstance(held, dict) or inner not in held:
+        raise ValueError(f"{name}: {held!r:.80} is not possible; expected an object with {inner}")
+    return held[inner]
 
 
 def text(row: dict, name: str) -> str:

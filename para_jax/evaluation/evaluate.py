@@ -1,22 +1,36 @@
-"""evaluate: what a backbone with an adapter scores on held-out examples. Loss always, and the task's own metric."""
+"""evaluate: what a backbone with an adapter scores on held-out examples. Loss always, and the task's own metrics.
+
+The factors are made of an example's prompt and never see an answer that is ranked. With shuffled prompts they are made
+of another example's prompt: what the score loses then is what it owes to reading its own prompt.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from ..config import RunConfig, require
-from ..data.batches import full_batches, plan_buckets
+from ..data.batches import (
+    assign_buckets,
+    collate,
+    epoch_bits,
+    example_lengths,
+    full_batches,
+    permutation,
+    plan_buckets,
+)
 from ..data.examples import Example, encode_completion, encode_example, stop_token_ids
 from ..data.sources import Record, encode_records, load_records, task_of
 from ..data.tasks import TASKS
 from ..inference.generate import generate_tokens
+from ..model import made_for
 from ..processes import gathered
 from ..training.step import eval_nll
-from .metrics import score
+from .metrics import LABEL_METRICS, measure
 
 
 class EvalTask(NamedTuple):
@@ -25,41 +39,111 @@ class EvalTask(NamedTuple):
     name: str
     records: list[Record]
     metric: str = "exact_match"
-    """loss | exact_match | f1 | squad (all by greedy decoding) | accuracy (the likeliest of `choices`)"""
+    """loss, or a name of metrics.py: accuracy is that of the likeliest of `choices`, and so are macro_f1 and matthews
+    where there are choices; all others are of what greedy decoding writes"""
     choices: tuple[str, ...] = ()
     max_new_tokens: int = 32
     batch_size: int = 16
     examples: list[Example] | None = None
     """the records as token ids, where they are cut to a length; default: whole"""
+    also: tuple[str, ...] = ()
+    """more metrics of the same answers"""
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the answers are the likeliest of the choices, and not written."""
+        return self.metric == "accuracy" or (self.metric in LABEL_METRICS and bool(self.choices))
 
 
-class Score(NamedTuple):
+class Measured(NamedTuple):
+    """One metric more of a task's answers; the fields are those of Score."""
+
+    metric: str
+    score: float
+    stderr: float | None
+
+
+class Five(NamedTuple):
+    """A Score as a tuple."""
+
     name: str
     metric: str
     score: float
-    """0 to 1, higher is better; for the metric "loss", the loss negated"""
+    """0 to 1 (matthews: -1 to 1), higher is better; for the metric "loss", the loss negated"""
     loss: float
     """nats a completion token, its end token included"""
     count: int
     """examples"""
 
 
+class Score(Five):
+    """A task's score: five values, by which scores are compared, and beside them what else is known of the answers."""
+
+    stderr: float | None = None
+    """the standard error of `score` over the draw of the examples; None for one example"""
+    also: tuple[Measured, ...] = ()
+
+    def __new__(cls, *values, stderr: float | None = None, also: tuple[Measured, ...] = (), **named):
+        made = super().__new__(cls, *values, **named)
+        made.stderr, made.also = stderr, also
+        return made
+
+    def values(self) -> dict[str, float]:
+        """Every metric and its standard error by name: accuracy, accuracy_stderr; the loss without a standard error of
+        its own where another metric is the score."""
+        held = [] if self.metric == "loss" else [Measured(self.metric, self.score, self.stderr)]
+        found = {"loss": self.loss}
+        for metric, value, stderr in [*held, *self.also]:
+            found |= {metric: value} | ({} if stderr is None else {f"{metric}_stderr": stderr})
+        return found
+
+    def record(self) -> dict:
+        """The score for a JSON file."""
+        return {
+            **self._asdict(),
+            "stderr": self.stderr,
+            "also": {one.metric: {"score": one.score, "stderr": one.stderr} for one in self.also},
+        }
+
+    def __str__(self) -> str:
+        main = Measured(self.metric, self.score, self.stderr)
+        return (
+            f"{self.name}: {', '.join(map(shown, [main, *self.also]))}, loss {self.loss:.4f} on {self.count} examples"
+        )
+
+
+def shown(one: Measured) -> str:
+    return f"{one.metric} {one.score:.4f}" + ("" if one.stderr is None else f" ± {one.stderr:.4f}")
+
+
 class Report(NamedTuple):
     scores: tuple[Score, ...]
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{s.name}: {s.metric} {s.score:.4f}, loss {s.loss:.4f} on {s.count} examples" for s in self.scores
-        )
+        return "\n".join(map(str, self.scores))
 
 
-def evaluate(model, adapters, tasks: Sequence[EvalTask], *, tokenizer, limit: int | None = None) -> Report:
+def evaluate(
+    model,
+    adapters,
+    tasks: Sequence[EvalTask],
+    *,
+    tokenizer,
+    limit: int | None = None,
+    shuffle_prompts: bool = False,
+    seed: int = 0,
+) -> Report:
     """The score of each task, with one adapter for every example (or None: the backbone).
 
     Args:
         limit: the most examples of each task, from its start.
+        shuffle_prompts: give each example the factors that the adapter makes of another example's prompt, while what
+            is scored and written follows its own. Which one is drawn by `seed`; nobody keeps its own.
+
+    Raises ValueError where prompts are to be shuffled and a task has one example.
     """
-    return Report(tuple(evaluate_task(model, adapters, task, tokenizer, limit) for task in tasks))
+    drawn = seed if shuffle_prompts else None
+    return Report(tuple(evaluate_task(model, adapters, task, tokenizer, limit, shuffle=drawn) for task in tasks))
 
 
 def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
@@ -70,7 +154,10 @@ def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
         return None
     known = TASKS.get(task_of(config.data) or "")
     metric = config.eval.metric or (known.metric if known else "exact_match")
-    choices = config.eval.choices or (known.choices if known else ())
+    also = config.eval.also or (known.also if known and metric == known.metric else ())
+    choices = config.eval.choices
+    if known and not choices and {record.completion for record in records} <= set(known.choices):
+        choices = known.choices  # rows that have a prompt of their own may have other answers
     if metric == "accuracy":
         choices = choices or tuple(sorted({record.completion for record in load_records(config.data, "train") or []}))
         require(
@@ -80,62 +167,127 @@ def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
             "2 to 100 answers to rank; else use eval.metric=exact_match",
         )
     kept = encode_records(records, tokenizer, config.data)
-    answers = config.eval.max_new_tokens, config.eval.batch_size
-    return EvalTask(split, kept.records, metric, choices, *answers, kept.examples)
+    answers = config.eval.max_new_tokens or (known.max_new_tokens if known else 32), config.eval.batch_size
+    return EvalTask(split, kept.records, metric, choices, *answers, kept.examples, also)
 
 
-def evaluate_task(model, adapters, task: EvalTask, tokenizer, limit: int | None = None) -> Score:
+def evaluate_task(
+    model, adapters, task: EvalTask, tokenizer, limit: int | None = None, *, shuffle: int | None = None
+) -> Score:
+    """One task's score; `shuffle` is the seed by which examples get each other's factors."""
     records = task.records[:limit]
     examples = task.examples or [encode_example(tokenizer, record.prompt, record.completion) for record in records]
     examples = examples[:limit]
     prompts, count = [example.prompt_ids for example in examples], len(records)
-    ranked = rankings(prompts, records, task.choices, tokenizer) if task.metric == "accuracy" else []
-    nll, tokens = likelihoods(model, adapters, [*examples, *ranked], task.batch_size)
-    loss = float(nll[:count].sum() / tokens[:count].sum())
+    read = None if shuffle is None else [prompts[i] for i in derangement(task.name, count, shuffle)]
+
+    ranked = rankings(prompts, records, task, tokenizer)
+    of_ranked = read and [*read, *(prompt for prompt in read for _ in task.choices if task.ranks)]
+    nll, tokens = likelihoods(model, adapters, [*examples, *ranked], task.batch_size, of_ranked)
+    written = task.metric != "loss" and not task.ranks
+    answers = written_answers(model, adapters, prompts, task, tokenizer, read) if written else []
+    return score_of(task, records, nll, tokens, answers)
+
+
+def score_of(task: EvalTask, records: list[Record], nll: np.ndarray, tokens: np.ndarray, answers: list[str]) -> Score:
+    """A task's score from the nats and the completion tokens of each record's own completion and then, where they are
+    ranked, of each record's choices; else from the answers that were written."""
+    count = len(records)
+    own = nll[:count], tokens[:count]
+    loss = float(own[0].sum() / own[1].sum())
     if task.metric == "loss":
-        return Score(task.name, "loss", -loss, loss, count)
-    if task.metric == "accuracy":
+        return Score(task.name, "loss", -loss, loss, count, stderr=error_of_ratio(*own))
+    if task.ranks:
         answers = [task.choices[i] for i in nll[count:].reshape(count, -1).argmin(axis=1)]
-    else:
-        answers = written_answers(model, adapters, prompts, task, tokenizer)
-    return Score(task.name, task.metric, score(task.metric, answers, [r.references for r in records]), loss, count)
+    references = [record.references for record in records]
+    (value, stderr), *more = [measure(metric, answers, references) for metric in (task.metric, *task.also)]
+    also = tuple(Measured(name, *found) for name, found in zip(task.also, more, strict=True))
+    return Score(task.name, task.metric, value, loss, count, stderr=stderr, also=also)
 
 
-def rankings(prompts, records: list[Record], choices: Sequence[str], tokenizer) -> list[Example]:
-    """Each prompt with each choice as its whole completion, end token included; the likeliest choice is the answer."""
+def rankings(prompts, records: list[Record], task: EvalTask, tokenizer) -> list[Example]:
+    """Each prompt with each choice as its whole completion, end token included; the likeliest choice is the answer.
+    None where the task's answers are written."""
+    if not task.ranks:
+        return []
+    require(len(task.choices) > 1, f"{task.name}: choices", task.choices, "2 or more answers to rank")
     return [
         Example(prompt, encode_completion(tokenizer, record.prompt, choice))
         for prompt, record in zip(prompts, records, strict=True)
-        for choice in choices
+        for choice in task.choices
     ]
 
 
-def written_answers(model, adapters, prompts, task: EvalTask, tokenizer) -> list[str]:
-    """What greedy decoding writes after each prompt."""
+def written_answers(model, adapters, prompts, task: EvalTask, tokenizer, read=None) -> list[str]:
+    """What greedy decoding writes after each prompt, with the factors of the prompts that are read: by default its
+    own."""
     answers = [""] * len(prompts)
+    of_batch = adapters_of_batches(model, adapters, read)
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     stop = stop_token_ids(tokenizer, model.config.eos_token_ids)
     for start in tqdm(range(0, len(order), task.batch_size), desc=f"{task.name}: answers", leave=False, disable=None):
         chosen = order[start : start + task.batch_size]
-        filled = [prompts[i] for i in np.resize(chosen, task.batch_size)]  # one compiled shape, also for the last batch
-        written = generate_tokens(model, adapters, filled, stop_ids=stop, max_new_tokens=task.max_new_tokens)
+        rows = np.resize(chosen, task.batch_size)  # one compiled shape, also for the last batch
+        filled = [prompts[i] for i in rows]
+        written = generate_tokens(model, of_batch(rows), filled, stop_ids=stop, max_new_tokens=task.max_new_tokens)
         for i, tokens in zip(chosen, written, strict=False):
             answers[i] = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     return answers
 
 
-def likelihoods(model, adapters, examples: list[Example], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each example's summed negative log-likelihood (nats) of its completion, and its number of completion tokens.
-    Equal examples are computed once."""
+def likelihoods(model, adapters, examples: list[Example], rows: int, read=None) -> tuple[np.ndarray, np.ndarray]:
+    """Each example's summed negative log-likelihood (nats) of its completion, and its number of completion tokens, with
+    the factors of the prompts that are read: by default its own. Equal examples are computed once."""
     keys = [(tuple(prompt), tuple(completion)) for prompt, completion in examples]
+    keys = [(*key, tuple(other)) for key, other in zip(keys, read or [()] * len(keys), strict=True)]
     unique = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    different = [Example(list(prompt), list(completion)) for prompt, completion in unique]
+    different = [Example(list(prompt), list(completion)) for prompt, completion, _ in unique]
+    of_batch = adapters_of_batches(model, adapters, read and [list(other) for _, _, other in unique])
     nll, tokens = np.zeros(len(different)), np.zeros(len(different))
     buckets = plan_buckets(different, 3)
     batches = list(full_batches(different, rows, buckets))
     for indices, batch in tqdm(batches, desc="likelihoods", leave=False, disable=None):
         completion = next(bucket.completion for bucket in buckets if bucket.length == batch.tokens.shape[1])
-        total, count = gathered(eval_nll(model, adapters, batch, completion=completion))
+        used = of_batch(np.resize(indices, rows))
+        total, count = gathered(eval_nll(model, used, batch, completion=completion))
         nll[indices], tokens[indices] = total[: len(indices)], count[: len(indices)]
     places = [unique[key] for key in keys]
     return nll[places], tokens[places]
+
+
+def error_of_ratio(nll: np.ndarray, tokens: np.ndarray) -> float | None:
+    """The standard error of sum(nll) / sum(tokens), the examples being what is drawn: the deviation of what each one
+    adds to the ratio (Cochran 1977, 6.3); None for one example."""
+    count = len(nll)
+    rest = nll - nll.sum() / tokens.sum() * tokens
+    return None if count == 1 else float(math.sqrt(count / (count - 1) * (rest**2).sum()) / tokens.sum())
+
+
+# ----------------------------------------------------------------------------------------------------- shuffled prompts
+
+
+def derangement(name: str, count: int, seed: int) -> np.ndarray:
+    """Whose prompt each of `count` examples reads, int [count]: a cycle through all of them in an order drawn by the
+    seed, in which none is followed by itself (Sattolo 1986)."""
+    if count < 2:
+        raise ValueError(f"{name}: {count} example; to shuffle prompts at least 2 are needed")
+    order, followers = permutation(epoch_bits(seed), count), np.zeros(count, int)
+    followers[order] = np.roll(order, -1)
+    return followers
+
+
+def adapters_of_batches(model, adapters, read: Sequence[list[int]] | None) -> Callable:
+    """The function from a batch's rows, indices into `read`, to what stands for the adapters there: the adjustments
+    made of these prompts, padded to few lengths; the adapters themselves where every row reads its own prompt."""
+    if read is None:
+        return lambda rows: adapters
+    asked = [Example(prompt, []) for prompt in read]
+    buckets = plan_buckets(asked, 3)
+
+    def made(rows):
+        chosen = [asked[i] for i in rows]
+        bucket = buckets[assign_buckets(example_lengths(chosen), buckets).max()]
+        batch = collate(chosen, bucket, len(chosen))
+        return made_for(model, adapters, batch.tokens, batch.prompt_length)
+
+    return made

@@ -1,16 +1,29 @@
-"""Scores of answers given as text: 0 to 1 for one prediction against its accepted answers, and their mean."""
+"""Scores of answers given as text, each with its standard error.
+
+Some metrics score one answer against its accepted ones, and are averaged; others score all answers at once, from which
+label each one is and should be. Nothing is drawn by chance: the standard errors are in closed form or jackknifed.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+
+# ------------------------------------------------------------------------------------------------------ of one answer
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1.0 if the prediction is one of the references but for the amount of white space; case and marks count."""
     return float(any(prediction.split() == reference.split() for reference in references))
+
+
+def squad_exact(prediction: str, references: Sequence[str]) -> float:
+    """SQuAD's exact match (arXiv:1606.05250): one of the references after SQuAD's normalisation."""
+    return float(any(squad_words(prediction) == squad_words(reference) for reference in references))
 
 
 def f1(prediction: str, references: Sequence[str]) -> float:
@@ -20,21 +33,110 @@ def f1(prediction: str, references: Sequence[str]) -> float:
 
 def squad(prediction: str, references: Sequence[str]) -> float:
     """The mean of exact match and F1, both after SQuAD's normalisation: how the PARA papers score SQuAD."""
-    exact = any(squad_words(prediction) == squad_words(reference) for reference in references)
-    return (float(exact) + f1(prediction, references)) / 2
+    return (squad_exact(prediction, references) + f1(prediction, references)) / 2
+
+
+def final_number(prediction: str, references: Sequence[str]) -> float:
+    """1.0 if the answer's last number is that of a reference, as GSM8K is scored (arXiv:2110.14168); what stands before
+    the last "####" does not count. A reference without a number is compared as a text."""
+    found = last_number(prediction)
+    expected = [(last_number(reference), reference) for reference in references]
+    return float(any(exact_match(prediction, [text]) if n is None else found == n for n, text in expected))
+
+
+def sql_match(prediction: str, references: Sequence[str]) -> float:
+    """1.0 if a reference is the same query, as WikiSQL's logical form is compared (arXiv:1709.00103): without case,
+    the amount of white space and the order of the conditions."""
+    return float(any(sql_parts(prediction) == sql_parts(reference) for reference in references))
+
+
+# -------------------------------------------------------------------------------------------------- of all the answers
+
+
+def macro_f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
+    """The mean over the labels expected somewhere of 2 hits / (times predicted + times expected). What is predicted but
+    is no such label is a miss, and no label of its own."""
+    hits = Counter(p for p, e in zip(predicted, expected, strict=True) if p == e)
+    times_predicted, times_expected = Counter(predicted), Counter(expected)
+    return sum(2 * hits[e] / (times_predicted[e] + n) for e, n in times_expected.items()) / len(times_expected)
+
+
+def matthews(predicted: Sequence[str], expected: Sequence[str]) -> float:
+    """Matthews' correlation, -1 to 1, for any number of labels (Gorodkin 2004, R_K); 0 where one side never varies."""
+    n = len(expected)
+    hits = sum(p == e for p, e in zip(predicted, expected, strict=True))
+    times_predicted, times_expected = Counter(predicted), Counter(expected)
+    by_chance = sum(times_predicted[e] * times for e, times in times_expected.items())
+    varies = [n * n - sum(times * times for times in side.values()) for side in (times_predicted, times_expected)]
+    return (hits * n - by_chance) / math.sqrt(varies[0] * varies[1]) if all(varies) else 0.0
 
 
 #: Metrics over texts. `accuracy` gets the choice that the model ranks first as its prediction.
-METRICS = {"exact_match": exact_match, "accuracy": exact_match, "f1": f1, "squad": squad}
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": exact_match,
+    "accuracy": exact_match,
+    "squad_exact": squad_exact,
+    "f1": f1,
+    "squad": squad,
+    "final_number": final_number,
+    "sql_match": sql_match,
+}
+#: Metrics over the labels of all answers, predicted and expected.
+LABEL_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
+    "macro_f1": macro_f1,
+    "matthews": matthews,
+}
 
 
 def score(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """The metric's mean over the predictions, 0 to 1; `references` holds each one's accepted answers."""
-    if metric not in METRICS:
-        raise ValueError(f"metric: {metric!r} is not possible; expected one of {', '.join(METRICS)}")
+    """The metric over the predictions, `references` holding each one's accepted answers: of METRICS the mean, 0 to 1,
+    of LABEL_METRICS what they say."""
+    return measure(metric, predictions, references)[0]
+
+
+def measure(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float | None]:
+    """The score, and its standard error over the draw of the examples; None for one example.
+
+    The error of a mean is the deviation of its values over the root of their number; that of a label metric is
+    jackknifed, which for a mean would be the same number.
+    """
+    if metric not in METRICS and metric not in LABEL_METRICS:
+        expected = ", ".join([*METRICS, *LABEL_METRICS])
+        raise ValueError(f"metric: {metric!r} is not possible; expected one of {expected}")
     if not predictions:
         raise ValueError(f"{metric}: there are no predictions to score")
-    return sum(METRICS[metric](p, r) for p, r in zip(predictions, references, strict=True)) / len(predictions)
+    if metric in METRICS:
+        values = [METRICS[metric](p, r) for p, r in zip(predictions, references, strict=True)]
+        return sum(values) / len(values), error_of_mean(values)
+    pairs = [labels(p, r) for p, r in zip(predictions, references, strict=True)]
+    return LABEL_METRICS[metric](*zip(*pairs, strict=True)), jackknife(LABEL_METRICS[metric], pairs)
+
+
+# ------------------------------------------------------------------------------------------------------ standard errors
+
+
+def error_of_mean(values: Sequence[float]) -> float | None:
+    """s / sqrt(n), with the sample's deviation s; None for one value."""
+    n, mean = len(values), sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
+
+
+def jackknife(metric: Callable, pairs: Sequence[tuple[str, str]]) -> float | None:
+    """sqrt((n - 1) / n * the squared deviations of the scores without one example each) (Tukey 1958); None for one
+    example. Examples of one pair of labels have one such score."""
+    if len(pairs) == 1:
+        return None
+    times, without = Counter(pairs), {}
+    for pair in times:
+        left = list(pairs)
+        left.remove(pair)
+        without[pair] = metric(*zip(*left, strict=True))
+    n = len(pairs)
+    mean = sum(without[pair] * count for pair, count in times.items()) / n
+    return math.sqrt((n - 1) / n * sum(count * (without[pair] - mean) ** 2 for pair, count in times.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------- parts of it
 
 
 def squad_words(text: str) -> list[str]:
@@ -48,3 +150,23 @@ def word_f1(predicted: list[str], reference: list[str]) -> float:
         return float(predicted == reference)
     same = (Counter(predicted) & Counter(reference)).total()
     return 2 * same / (len(predicted) + len(reference))
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number after the last "####" (the whole text without one), read without commas and dollar signs. A minus
+    counts where it does not stand between two operands."""
+    answer = text.rpartition("####")[2].replace("$", "").replace(",", "")
+    found = re.findall(r"(?:(?<![\w)])-)?(?:\d+(?:\.\d+)?|\.\d+)", answer, re.ASCII)
+    return Decimal(found[-1]) if found else None
+
+
+def sql_parts(query: str) -> tuple[str, list[str]]:
+    """What stands before WHERE, and the sorted conditions; each ends with its quoted value, as WikiSQL's do."""
+    head, _, conditions = " ".join(query.lower().split()).partition(" where ")
+    return head, sorted(re.split(r"(?<=') and ", conditions))
+
+
+def labels(prediction: str, references: Sequence[str]) -> tuple[str, str]:
+    """The predicted and the expected label: the reference that the prediction is, else the first one."""
+    predicted, accepted = " ".join(prediction.split()), [" ".join(reference.split()) for reference in references]
+    return predicted, predicted if predicted in accepted else accepted[0]

@@ -13,8 +13,7 @@ from ..data.examples import Example, encode_example, stop_token_ids
 from ..inference.generate import generate_tokens
 from ..processes import gathered
 from ..training.step import eval_nll
-from .evaluate import EvalTask, Score, rankings
-from .metrics import score
+from .evaluate import EvalTask, Score, rankings, score_of
 
 
 class Tasks:
@@ -55,8 +54,7 @@ def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> Encoded:
     examples = task.examples or [encode_example(tokenizer, record.prompt, record.completion) for record in records]
     examples = examples[:limit]
     prompts = [example.prompt_ids for example in examples]
-    ranked = rankings(prompts, records, task.choices, tokenizer) if task.metric == "accuracy" else []
-    return Encoded(task._replace(records=records), examples, ranked)
+    return Encoded(task._replace(records=records), examples, rankings(prompts, records, task, tokenizer))
 
 
 def shapes_of(tasks: Sequence[Encoded]) -> tuple[Bucket, ...]:
@@ -80,12 +78,8 @@ def evaluate_tenants(
     written = answers(model, stack, slots, tasks, tokenizer)
     found, start = [], 0
     for (task, own, ranked), texts in zip(tasks, written, strict=True):
-        middle, end = start + len(own), start + len(own) + len(ranked)
-        loss = float(nll[start:middle].sum() / tokens[start:middle].sum())
-        if ranked:
-            texts = [task.choices[i] for i in nll[middle:end].reshape(len(own), -1).argmin(axis=1)]
-        value = -loss if task.metric == "loss" else score(task.metric, texts, [r.references for r in task.records])
-        found.append(Score(task.name, task.metric, value, loss, len(own)))
+        end = start + len(own) + len(ranked)
+        found.append(score_of(task, task.records, nll[start:end], tokens[start:end], texts))
         start = end
     return found
 

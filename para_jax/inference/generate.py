@@ -16,7 +16,7 @@ import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.bank import AdapterBank
-from ..adapters.rows import Rows
+from ..adapters.rows import Made, Rows
 from ..backbone.transformer import Transformer
 from ..config import require
 from ..data.examples import Prompt, encode_prompt, stop_token_ids
@@ -96,7 +96,7 @@ def generate(
 
 def generate_tokens(
     model: Transformer,
-    adapters: Adapter | Rows | None,
+    adapters: Adapter | Rows | Made | None,
     prompt_ids: Sequence[list[int]],
     *,
     stop_ids: Sequence[int] = (),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,6 +161,13 @@ def kept_lines(progress: Progress, text: str, *, ended: bool = False) -> str:
             if row["step"] <= progress.step and not again:
                 kept.append(line + "\n")
     return "".join(kept)
+
+
+def read_metrics(file: Path) -> Iterator[dict]:
+    """The lines of metrics.jsonl, but for one that was cut off when its run was."""
+    for line in file.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
 def replace_file(file: Path, text: str) -> None:

@@ -1,6 +1,10 @@
+import json
+
 import pytest
 
+from para_jax.data.sources import read_records
 from para_jax.data.tasks import TASKS
+from para_jax.evaluation.metrics import METRICS, score
 
 ROWS = {
     "boolq": {"passage": "Ice is cold.", "question": "is ice cold", "answer": True},
@@ -12,6 +16,14 @@ ROWS = {
     },
     "sst2": {"sentence": "a good film ", "label": 1},
     "rte": {"sentence1": "Oslo is big.", "sentence2": "Oslo is small.", "label": 1},
+    "gsm8k": {"question": "How many?", "answer": "Two and three are 2+3=<<2+3=5>>5.\nFive.\n#### 1,005"},
+    "wikisql": {
+        "question": "Which city?",
+        "table": {"header": ["Year", "Home  City", "Venue"]},
+        "sql": {"sel": 1, "agg": 3, "conds": [[2, 0, "Old Trafford"], [0, 2, 1911]]},
+    },
+    "banking77": {"text": "Where is my card? ", "category": "card_arrival"},
+    "sms_spam": {"sms": "You won!\n", "label": 1},
 }
 EXPECTED = {
     "boolq": ("Reference document:\nIce is cold.\nQuestion:\nis ice cold", "yes", ("yes",)),
@@ -24,6 +36,18 @@ EXPECTED = {
         "no",
         ("no",),
     ),
+    "gsm8k": (
+        "Question: How many?\nSolve the problem step by step and end with 'The answer is' and a number.\nSolution:",
+        "Two and three are 2+3=5.\nFive.\nThe answer is 1,005.",
+        ("Two and three are 2+3=5.\nFive.\nThe answer is 1,005.",),
+    ),
+    "wikisql": (
+        "Columns: home_city, venue, year\nQuestion: Which city?\nSQL:",
+        "SELECT COUNT(home_city) FROM table WHERE venue = 'old trafford' AND year < '1911'",
+        ("SELECT COUNT(home_city) FROM table WHERE venue = 'old trafford' AND year < '1911'",),
+    ),
+    "banking77": ("Customer: Where is my card?\nBanking intent:", "card arrival", ("card arrival",)),
+    "sms_spam": ("Message: You won!\nIs the message spam? Answer yes or no.\nAnswer:", "yes", ("yes",)),
 }
 
 
@@ -40,6 +64,11 @@ def test_the_other_published_forms_of_a_label_are_read():
     rte = {"premise": "Oslo is big.", "hypothesis": "Oslo is small.", "label": 0}  # SuperGLUE's names
     assert TASKS["rte"].record(rte) == (EXPECTED["rte"][0], "yes", ("yes",))
     assert TASKS["squad"].record(ROWS["squad"] | {"answers": ["Oslo"]})[1:] == ("Oslo", ("Oslo",))
+    lists = {"column_index": [2, 0], "operator_index": [0, 2], "condition": ["Old Trafford", "1911"]}
+    wikisql = ROWS["wikisql"] | {"sql": ROWS["wikisql"]["sql"] | {"conds": lists}}
+    assert TASKS["wikisql"].record(wikisql) == EXPECTED["wikisql"]
+    plain = ROWS["wikisql"] | {"sql": {"sel": 0, "agg": 0, "conds": []}}
+    assert TASKS["wikisql"].record(plain)[1] == "SELECT year FROM table"
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -47,6 +76,22 @@ def test_every_answer_is_among_the_choices_that_accuracy_ranks(task):
     answer = TASKS[task].record(ROWS[task])[1]
     assert (TASKS[task].metric == "accuracy") == bool(TASKS[task].choices)
     assert not TASKS[task].choices or answer in TASKS[task].choices
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_answer_is_right_by_its_task_s_own_metrics(task):
+    _, answer, references = TASKS[task].record(ROWS[task])
+    for metric in (TASKS[task].metric, *TASKS[task].also):
+        assert metric == "matthews" or score(metric, [answer], [references]) == 1
+    assert TASKS[task].metric in METRICS
+
+
+def test_rows_that_have_a_prompt_keep_it_under_every_task(tmp_path):
+    row = {"prompt": "Is ice cold?", "completion": "of course", "label": "yes", "references": ["of course", "yes"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    for task in TASKS:
+        record = read_records(tmp_path / "rows.jsonl", task=task)[0]
+        assert record[:4] == ("Is ice cold?", "of course", ("of course", "yes"), "yes")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -67,6 +112,16 @@ def test_a_missing_field_is_an_error_that_lists_those_there_are(task):
         ("squad", {"question": None}),
         ("squad", {"answers": {"text": []}}),
         ("squad", {"answers": "Oslo"}),
+        ("gsm8k", {"answer": "It is five."}),
+        ("gsm8k", {"answer": "It is five. ####"}),
+        ("wikisql", {"table": ["Year"]}),
+        ("wikisql", {"sql": {"sel": 0, "agg": 0, "conds": []}, "table": {"header": 5}}),
+        ("wikisql", {"sql": {"sel": 3, "agg": 0, "conds": []}}),
+        ("wikisql", {"sql": {"sel": -1, "agg": 0, "conds": []}}),
+        ("wikisql", {"sql": {"sel": 0, "agg": 0, "conds": [[0, 3, "x"]]}}),
+        ("wikisql", {"sql": {"sel": 0, "agg": 0, "conds": "none"}}),
+        ("banking77", {"category": 5}),
+        ("sms_spam", {"label": "spam"}),
     ],
 )
 def test_a_wrong_value_is_an_error_that_names_field_and_value(task, change):

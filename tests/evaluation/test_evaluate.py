@@ -9,11 +9,21 @@ import pytest
 from conftest import FIXTURES, strong
 from tiny_run import backbone_folder, rows_of_text, run_config, tokenizer, words, write_rows
 
-from para_jax import ParaConfig, evaluate, forward, generate, init_adapter, load_backbone
+from para_jax import (
+    Ia3Config,
+    LoraConfig,
+    ParaConfig,
+    evaluate,
+    forward,
+    generate,
+    init_adapter,
+    load_backbone,
+    vectors,
+)
 from para_jax.data.examples import encode_completion, encode_example, encode_prompt
 from para_jax.data.sources import Record, read_records
 from para_jax.data.tokenizer import load_tokenizer
-from para_jax.evaluation.evaluate import EvalTask, Report, Score, evaluate_task, task_of_run
+from para_jax.evaluation.evaluate import EvalTask, Measured, Report, Score, derangement, evaluate_task, task_of_run
 
 CHOICES = ("w9", "w9 w10", "w30 w31 w32 w33", "w77")
 BATCH = 4  # of 7 records: the last batch is filled up
@@ -131,12 +141,180 @@ def test_an_answer_keeps_its_spaces(monkeypatch):
     assert seen == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
+def test_the_factors_of_ranked_choices_are_those_of_the_prompt_alone(records, monkeypatch):
+    """The vectors never see the continuation: all choices of a prompt are ranked with the same ones."""
+    from para_jax.evaluation import evaluate as module
+
+    batches = []
+    seen = module.eval_nll
+
+    def recorded(model, adapters, batch, **static):
+        batches.append(batch)
+        return seen(model, adapters, batch, **static)
+
+    monkeypatch.setattr(module, "eval_nll", recorded)
+    scored(EvalTask("t", records, "accuracy", choices=CHOICES, batch_size=BATCH))
+    prompts = [encode_prompt(tokenizer(), record.prompt) for record in records]
+    alone = {
+        tuple(prompt): {
+            site: made[:, 0] for site, made in vectors(model(), adapter(), padded(prompt), len(prompt)).items()
+        }
+        for prompt in prompts
+    }
+    times = dict.fromkeys(alone, 0)
+    for batch in batches:
+        used = vectors(model(), adapter(), batch.tokens, batch.prompt_length)
+        for row in np.flatnonzero(batch.length > 1):
+            prompt = tuple(batch.tokens[row, : batch.prompt_length[row]].tolist())
+            times[prompt] += 1
+            for site, made in alone[prompt].items():
+                np.testing.assert_allclose(used[site][:, row], made, atol=1e-5)
+    assert min(times.values()) >= len(CHOICES)  # and the record's own completion
+
+
+def padded(ids):
+    tokens = np.zeros((1, 16), np.int32)
+    tokens[0, : len(ids)] = ids
+    return tokens
+
+
+def test_a_task_reports_several_metrics_of_the_same_answers(records):
+    task = EvalTask("t", records, "accuracy", choices=CHOICES, batch_size=BATCH, also=("macro_f1", "matthews"))
+    right = [r._replace(references=(CHOICES[i % 2],)) for i, r in enumerate(records)]
+    found = scored(task._replace(records=right))
+    assert found == scored(task._replace(records=right, also=()))
+    assert [one.metric for one in found.also] == ["macro_f1", "matthews"]
+    hits = found.score
+    assert found.stderr == pytest.approx((hits * (1 - hits) / 6) ** 0.5)  # s / sqrt(n) of 7 rights and wrongs
+    assert scored(task._replace(records=right, metric="macro_f1", also=())).score == found.also[0].score
+    assert found.values() == {"loss": found.loss, "accuracy": hits, "accuracy_stderr": found.stderr} | {
+        name: value for m, v, e in found.also for name, value in ((m, v), (f"{m}_stderr", e))
+    }
+    assert found.record()["also"]["matthews"] == {"score": found.also[1].score, "stderr": found.also[1].stderr}
+
+
+def test_accuracy_without_choices_is_refused(records):
+    with pytest.raises(ValueError, match=r"^t: choices: \(\) is not possible; expected 2 or more answers to rank$"):
+        scored(EvalTask("t", records, "accuracy", batch_size=BATCH))
+
+
+def test_label_metrics_without_choices_are_of_what_is_written(records):
+    task = EvalTask("t", records, "macro_f1", max_new_tokens=4, batch_size=BATCH)
+    written = scored(task._replace(metric="exact_match", also=("macro_f1",)))
+    assert scored(task).score == written.also[0].score
+
+
+def test_the_error_of_the_loss_is_that_of_a_ratio(records):
+    found = scored(EvalTask("t", records, "loss", batch_size=BATCH))
+    examples = [encode_example(tokenizer(), r.prompt, r.completion) for r in records]
+    nll, tokens = np.array([(by_hand(*e), len(e.completion_ids)) for e in examples]).T
+    without = [(nll.sum() - a) / (tokens.sum() - b) for a, b in zip(nll, tokens, strict=True)]
+    jackknifed = np.sqrt(6 / 7 * np.sum((np.array(without) - np.mean(without)) ** 2))
+    assert found.stderr == pytest.approx(jackknifed, rel=0.1)
+    assert scored(EvalTask("t", records[:1], "loss", batch_size=BATCH)).stderr is None
+
+
 def test_a_report_prints_a_line_a_task():
     report = Report((Score("sst2", "accuracy", 0.885, 0.25, 200), Score("own", "loss", -1.5, 1.5, 3)))
     assert str(report).splitlines() == [
         "sst2: accuracy 0.8850, loss 0.2500 on 200 examples",
         "own: loss -1.5000, loss 1.5000 on 3 examples",
     ]
+    also = Score("s", "accuracy", 0.5, 0.25, 200, stderr=0.035, also=(Measured("matthews", -0.25, None),))
+    assert str(Report((also,))) == "s: accuracy 0.5000 ± 0.0350, matthews -0.2500, loss 0.2500 on 200 examples"
+
+
+# ----------------------------------------------------------------------------------------------------- shuffled prompts
+
+WRITES = dict(metric="exact_match", max_new_tokens=4, batch_size=BATCH)
+RANKS = dict(metric="accuracy", choices=CHOICES, batch_size=BATCH)
+each_way = pytest.mark.parametrize("way", [WRITES, RANKS], ids=["written", "ranked"])
+
+
+def both(adapter, task, layout="layers"):
+    """The task's score with each example's own factors, and with another's."""
+    own, other = (
+        evaluate(model(layout), adapter, [task], tokenizer=tokenizer(), shuffle_prompts=shuffle).scores[0]
+        for shuffle in (False, True)
+    )
+    return own, other
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 100])
+def test_nobody_keeps_its_own_prompt_and_every_prompt_is_read_once(count):
+    drawn = [derangement("t", count, seed) for seed in range(20)]
+    for order in drawn:
+        assert sorted(order) == list(range(count)) and (order != np.arange(count)).all()
+    assert len({tuple(order) for order in drawn}) > 1 or count == 2
+    np.testing.assert_array_equal(derangement("t", count, 3), drawn[3])
+
+
+@each_way
+@pytest.mark.parametrize(
+    "config",
+    [ParaConfig(r=4, pooler="constant"), Ia3Config(), LoraConfig(r=4, lora_alpha=64)],
+    ids=["constant", "ia3", "lora"],
+)
+def test_what_does_not_read_the_prompt_scores_the_same_when_prompts_are_shuffled(records, config, way):
+    unaware = strong(init_adapter(config, model().config))
+    right = right_answers(unaware, records, way)
+    own, other = both(unaware, EvalTask("t", right, **way))
+    assert other.loss == pytest.approx(own.loss, rel=1e-6) and other.score == own.score > 0
+    assert (
+        abs(evaluate(model(), None, [EvalTask("t", right, **way)], tokenizer=tokenizer()).scores[0].loss - own.loss)
+        > 0.01
+    )
+
+
+@each_way
+def test_one_prompt_in_all_rows_scores_the_same_when_prompts_are_shuffled(records, way):
+    same = [record._replace(prompt=records[0].prompt) for record in records]
+    own, other = both(adapter(), EvalTask("t", same, **way))
+    assert other.loss == pytest.approx(own.loss, rel=1e-6) and other.score == own.score
+
+
+@each_way
+@pytest.mark.parametrize("layout", ["layers", "stacked"])
+def test_what_reads_the_prompt_scores_otherwise_when_prompts_are_shuffled(records, layout, way):
+    task = EvalTask("t", right_answers(adapter(), records, way), **way)
+    own, other = both(adapter(), task, layout)
+    assert own.score == 1 and other.score < 1
+    assert abs(other.loss - own.loss) > 1e-3
+
+
+def right_answers(adapter, records, way):
+    """The records with what the adapter answers as the reference."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "para_jax.evaluation.evaluate.measure", lambda metric, answers, _: found.append(answers) or (0, 0)
+        )
+        evaluate(model(), adapter, [EvalTask("t", records, **way)], tokenizer=tokenizer())
+    return [r._replace(references=(answer,)) for r, answer in zip(records, found[0], strict=True)]
+
+
+def test_a_shuffled_loss_is_that_of_the_tokens_with_the_factors_of_the_other_prompt(records):
+    """By hand: the other prompt's factors, as an (IA)^3 adapter, on the example's own tokens."""
+    from para_jax.adapters.ia3 import from_factors
+
+    examples = [encode_example(tokenizer(), r.prompt, r.completion) for r in records]
+    others = [examples[i].prompt_ids for i in derangement("t", len(records), 0)]
+    nll = []
+    for (prompt, completion), other in zip(examples, others, strict=True):
+        made = vectors(model(), adapter(), padded(other), len(other))
+        fixed = from_factors({site: factors[:, 0] for site, factors in made.items()}, model().config)
+        ids = np.zeros((1, 24), np.int32)
+        ids[0, : len(prompt) + len(completion)] = prompt + completion
+        logits = jax.nn.log_softmax(forward(model(), fixed, ids, len(prompt))[0, len(prompt) - 1 :])
+        nll.append(-float(logits[jnp.arange(len(completion)), jnp.array(completion)].sum()))
+    _, other = both(adapter(), EvalTask("t", records, "loss", batch_size=BATCH))
+    assert other.loss == pytest.approx(sum(nll) / sum(len(e.completion_ids) for e in examples), rel=1e-5)
+
+
+def test_one_example_has_no_other_prompt(records):
+    task = EvalTask("held out", records, "loss", batch_size=BATCH)
+    with pytest.raises(ValueError, match="^held out: 1 example; to shuffle prompts at least 2 are needed$"):
+        evaluate(model(), adapter(), [task], tokenizer=tokenizer(), limit=1, shuffle_prompts=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- from a run
@@ -172,6 +350,26 @@ def test_a_runs_own_choices_and_metric_come_before_the_tasks(folder, tmp_path):
     assert of("eval.metric=null")[2:4] == ("accuracy", ("negative", "positive"))
     assert of("eval.metric=accuracy", "eval.choices=['no','yes']")[2:4] == ("accuracy", ("no", "yes"))
     assert of("eval.metric=f1").metric == "f1"
+
+
+def test_a_task_brings_its_metrics_its_choices_and_the_length_of_its_answers(folder, tmp_path):
+    def of(task, *rows, more=()):
+        data = write_rows(tmp_path / f"{task}.jsonl", rows)
+        none = "eval.metric=null", "eval.max_new_tokens=null"
+        return task_of_run(
+            run_config(folder, f"data.test={data}", f"data.task={task}", *none, *more), "test", tokenizer()
+        )
+
+    spam = of("sms_spam", {"sms": "w3", "label": 1})
+    assert (spam.metric, spam.choices, spam.also) == ("accuracy", ("yes", "no"), ("macro_f1", "matthews"))
+    own = of("sms_spam", {"sms": "w3", "label": 1}, more=["eval.also=[f1]"])
+    assert (own.metric, own.also) == ("accuracy", ("f1",))
+    other = of("sms_spam", {"sms": "w3", "label": 1}, more=["eval.metric=exact_match"])
+    assert (other.metric, other.also, other.ranks) == ("exact_match", (), False)
+    sums = of("gsm8k", {"question": "w3", "answer": "w4 #### 5"})
+    assert (sums.metric, sums.max_new_tokens, sums.ranks) == ("final_number", 320, False)
+    ready = of("copa", {"prompt": "w3", "completion": "w9"})  # other answers than the task's own templates give
+    assert ready.choices == ("w9", "w9 w10", "w9 w10 w11", "w9 w10 w11 w12")
 
 
 def test_one_choice_is_nothing_to_rank(folder):

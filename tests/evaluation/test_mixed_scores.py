@@ -29,12 +29,13 @@ def tasks(tmp_path_factory):
 
 
 def of(tasks, metric):
-    choices = CHOICES if metric == "accuracy" else ()
-    made = [EvalTask(f"t{i}", r, metric, choices, max_new_tokens=4, batch_size=4) for i, r in enumerate(tasks)]
+    choices, also = (CHOICES, ("macro_f1",)) if metric in ("accuracy", "matthews") else ((), ())
+    how = dict(max_new_tokens=4, batch_size=4, also=also)
+    made = [EvalTask(f"t{i}", r, metric, choices, **how) for i, r in enumerate(tasks)]
     return [*made[:2], None, made[2]]
 
 
-@pytest.mark.parametrize("metric", ["loss", "accuracy", "exact_match", "f1"])
+@pytest.mark.parametrize("metric", ["loss", "accuracy", "matthews", "exact_match", "f1"])
 def test_a_tenants_score_in_a_mixed_pass_is_its_score_alone(tasks, metric):
     model = load_backbone(FIXTURES / "llama")
     adapters = [strong(init_adapter(ParaConfig(r=4), model.config), seed=i) for i in range(3)]
@@ -47,6 +48,8 @@ def test_a_tenants_score_in_a_mixed_pass_is_its_score_alone(tasks, metric):
         assert (found[tenant].name, found[tenant].metric, found[tenant].count) == theirs[0:2] + theirs[4:]
         np.testing.assert_allclose(found[tenant].loss, theirs.loss, rtol=1e-5)
         np.testing.assert_allclose(found[tenant].score, theirs.score, rtol=1e-5)
+        np.testing.assert_allclose(found[tenant].stderr, theirs.stderr, rtol=1e-5)
+        assert found[tenant].also == theirs.also and len(theirs.also) == (metric in ("accuracy", "matthews"))
     assert len({round(score.loss, 4) for score in found.values()}) == 3
 
 

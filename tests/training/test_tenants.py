@@ -12,7 +12,7 @@ from conftest import FIXTURES, prompts, strong
 from tiny_run import COMPLETION, LENGTH, TRAIN
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, load_backbone, pick, stack_adapters
-from para_jax.adapters.groups import Groups, grouped
+from para_jax.adapters.groups import Groups, grouped, layers_first
 from para_jax.data.batches import Batch
 from para_jax.model import residual_stream
 from para_jax.training.optimizer import make_direction, make_optimizer, make_schedule
@@ -112,7 +112,7 @@ def test_each_tenant_steps_as_it_would_alone(method):
 def test_groups_of_rows_compute_what_rows_of_their_own_do(method):
     batch, index = mixed([B, -1, A])
     tokens, lengths = jnp.asarray(batch.tokens[0]), jnp.asarray(batch.prompt_length[0])
-    groups = grouped(stack_adapters(tenants(method)).adapters, jnp.asarray(index[0]))
+    groups = grouped(layers_first(stack_adapters(tenants(method)).adapters), jnp.asarray(index[0]))
     found = model().logits(model().final_norm(residual_stream(model(), groups, tokens, lengths)[0]))
     rows = pick(stack_adapters(tenants(method)), np.repeat(index[0], EACH))
     np.testing.assert_allclose(found, forward(model(), rows, tokens, lengths), atol=2e-5)
@@ -202,6 +202,16 @@ def test_a_tenant_that_is_not_finite_stops_and_changes_no_others_bits(method):
     assert_same_bits(of_tenant(state, A), of_tenant(sound, A))
     assert_same_bits(of_tenant(state, C), of_tenant(sound, C))
     assert state.step.tolist() == [3, 0, 3]
+
+
+def test_a_step_to_weights_that_are_not_finite_is_not_taken():
+    before = [of_tenant(fresh_state(METHODS[0]), tenant) for tenant in (A, B)]
+    rates = np.where(np.arange(3) == B, np.float32(np.inf), RATES)
+    state, values = stepped(fresh_state(METHODS[0]), *mixed([A, B, C]), rates=rates)
+    assert np.asarray(values["finite"]).tolist() == state.sound.tolist() == [True, False, True]
+    assert np.isfinite(np.asarray(values["loss"])).all() and np.isfinite(np.asarray(values["grad_norm"])).all()
+    assert_same_bits(of_tenant(state, B), before[B])
+    assert differ(of_tenant(state, A), before[A])
 
 
 def test_a_tenant_that_was_not_finite_once_is_not_trained_again():

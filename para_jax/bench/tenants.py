@@ -1,0 +1,91 @@
+"""`para-jax bench tenants`: the training step with many tenants in the batch, against the same step with one tenant's
+rows, and against the plain step of one adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..adapters.rows import stack_adapters
+from ..backbone.load import load_backbone
+from ..config import Ia3Config, LoraConfig, ParaConfig, TrainSection
+from ..model import init_adapter
+from ..training.step import init_state, train_step
+from ..training.tenants import Settings, init_tenants, tenants_step
+from .rounds import interleaved, paired, summary
+from .train import random_batch
+
+METHODS = {"PARA": ParaConfig(), "(IA)^3": Ia3Config(), "LoRA": LoraConfig()}
+TENANTS, PROMPT, COMPLETION, STEPS = 16, 10, 6, 1000
+
+
+def bench_tenants(backbone: str, *, rows: tuple[int, ...] = (1,), rounds: int = 5) -> dict:
+    """Milliseconds of a step on 16 tenants' rows of 16 tokens, by method: with all tenants in a batch, in a stack of 16
+    and in one of 64; with as many rows of one tenant, in a stack of one; and of the step of a run of one adapter.
+
+    Args:
+        rows: of each tenant; sizes such as 1,4.
+    """
+    model = load_backbone(backbone, layout="stacked")
+    measured: list[dict[str, float]] = [{} for _ in range(rounds)]
+    ratios = {}
+    for method, config in METHODS.items():
+        for each in rows:
+            where = f"{method}, {TENANTS} x {each} rows"
+            sides = sides_of(model, config, each)
+            for found, more in zip(measured, interleaved(sides, rounds), strict=True):
+                found |= {f"{where}, {side}": value for side, value in more.items()}
+            for side, base in (("tenants", "one tenant"), ("of 64", "one tenant"), ("one tenant", "one adapter")):
+                ratios[f"{where}: {side} / {base}"] = paired(measured, f"{where}, {side}", f"{where}, {base}")
+    return summary("ms", measured) | {"ratios": ratios, "row_tokens": PROMPT + COMPLETION, "dtype": str(model.dtype)}
+
+
+def sides_of(model, config, each: int) -> dict[str, Callable[[], float]]:
+    """What is compared with each other; other methods and sizes follow, so that their states need not fit at once."""
+    batch = random_batch(model.config.vocab_size, TENANTS * each, 1, PROMPT, COMPLETION)
+    return {
+        "one adapter": plain(model, config, batch),
+        "one tenant": of_tenants(model, config, batch, 1, 1),
+        "tenants": of_tenants(model, config, batch, TENANTS, TENANTS),
+        "of 64": of_tenants(model, config, batch, TENANTS, 64),
+    }
+
+
+def plain(model, config, batch) -> Callable[[], float]:
+    section = TrainSection()
+    state = init_state(init_adapter(config, model.config), section, STEPS)
+
+    def step():
+        nonlocal state
+        state, _ = train_step(state, model, batch, completion=COMPLETION, config=section, total_steps=STEPS)
+        return state
+
+    return milliseconds(step)
+
+
+def of_tenants(model, config, batch, groups: int, stack: int) -> Callable[[], float]:
+    section = TrainSection()
+    adapters = stack_adapters([init_adapter(config, model.config)] * stack).adapters
+    state = init_tenants(adapters, section)
+    settings = Settings(jnp.full(stack, 1e-3), jnp.zeros(stack, jnp.int32), jnp.full(stack, STEPS, jnp.int32))
+    index = np.arange(groups, dtype=np.int32)[None]
+
+    def step():
+        nonlocal state
+        state, _ = tenants_step(state, model, batch, index, settings, completion=COMPLETION, config=section)
+        return state
+
+    return milliseconds(step)
+
+
+def milliseconds(step: Callable) -> Callable[[], float]:
+    def measure() -> float:
+        begun = time.perf_counter()
+        jax.block_until_ready(step())
+        return 1000 * (time.perf_counter() - begun)
+
+    return measure

@@ -1,0 +1,75 @@
+"""What a prompt makes of an adapter, in numbers: its factors, and how much they differ from prompt to prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ..config import SITES
+from ..data.batches import full_batches, plan_buckets
+from ..data.examples import Example, Prompt, encode_prompt
+from ..model import vectors
+
+
+class Spread(NamedTuple):
+    """How factors differ over prompts; arrays float64 [layers], the root of the mean of squares over a site's units."""
+
+    size: dict[str, np.ndarray]
+    """a site: of l - 1, averaged over the prompts: what all prompts share"""
+    spread: dict[str, np.ndarray]
+    """a site: of each prompt's distance from that average"""
+    prompts: int
+
+    @property
+    def ratio(self) -> dict[str, np.ndarray]:
+        """Spread over size: 0 where the prompt is not read, as in (IA)^3; NaN where the factors are all 1."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {site: self.spread[site] / self.size[site] for site in self.size}
+
+    def __str__(self) -> str:
+        """A table: a row a layer, and one for all layers; a column a site."""
+        sites = list(self.size)
+        lines = ["layer  " + "".join(f"{site:>12}" for site in sites)]
+        for layer in range(len(self.size[sites[0]])):
+            lines.append(f"{layer:<7}" + "".join(f"{self.ratio[site][layer]:12.4f}" for site in sites))
+        return "\n".join([*lines, "all    " + "".join(f"{ratio:12.4f}" for ratio in self.overall().values())])
+
+    def overall(self) -> dict[str, float]:
+        """The ratio of each site over all layers together."""
+        return {site: root_mean_square(self.spread[site]) / root_mean_square(self.size[site]) for site in self.size}
+
+
+def factors_of(model, adapter, prompt: Prompt, tokenizer) -> dict[str, np.ndarray]:
+    """The factors l of one prompt, {site: float32 [layers, site width]}; ValueError for an adapter that has none."""
+    ids = encode_prompt(tokenizer, prompt)
+    made = vectors(model, adapter, np.array([ids], np.int32), len(ids))
+    return {site: np.asarray(factors[:, 0]) for site, factors in made.items()}
+
+
+def factor_spread(model, adapter, prompts: Sequence[Prompt], tokenizer, *, rows: int = 8) -> Spread:
+    """How much an adapter's factors differ over prompts, `rows` of them in a batch. At least 2 prompts are needed."""
+    if len(prompts) < 2:
+        raise ValueError(f"{len(prompts)} prompt; how much factors differ needs at least 2")
+    examples = [Example(encode_prompt(tokenizer, prompt), []) for prompt in prompts]
+    total, squares = {}, {}
+    batches = list(full_batches(examples, rows, plan_buckets(examples, 3)))
+    for indices, batch in tqdm(batches, desc="factors", leave=False, disable=None):
+        for site, made in vectors(model, adapter, batch.tokens, batch.prompt_length).items():
+            distance = np.asarray(made, np.float64)[:, : len(indices)] - 1
+            total[site] = total.get(site, 0) + distance.sum(axis=1)
+            squares[site] = squares.get(site, 0) + (distance**2).sum(axis=1)
+    count, sites = len(prompts), [site for site in SITES if site in total]
+    mean = {site: total[site] / count for site in sites}
+    variance = {site: np.maximum(squares[site] / count - mean[site] ** 2, 0) for site in sites}
+    return Spread(
+        {site: root_mean_square(mean[site]) for site in sites},
+        {site: np.sqrt(variance[site].mean(axis=-1)) for site in sites},
+        count,
+    )
+
+
+def root_mean_square(values: np.ndarray):
+    return np.sqrt((values**2).mean(axis=-1))

@@ -1,0 +1,87 @@
+"""The control: with the pooler `constant` PARA is the same generator, but no longer knows its prompt."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import backbone, prompts, strong
+from tiny_run import TRAIN
+
+from para_jax import ParaConfig, forward, hidden_states, init_adapter, load_adapter, save_adapter, vectors
+from para_jax.adapters.adapter import count_parameters
+from para_jax.adapters.ia3 import from_factors
+from para_jax.data.batches import Bucket, collate
+from para_jax.data.examples import Example
+from para_jax.training.step import init_state, train_step
+
+SUMMARIES = pytest.mark.parametrize("summary", ParaConfig.SUMMARIES)
+
+
+def control(seed=1, **options):
+    adapter = strong(init_adapter(ParaConfig(r=4, pooler="constant", **options), backbone("llama").config), seed)
+    if "scale" in vars(adapter):  # as measured on some prompts
+        adapter.mean[...] = adapter.mean[...] + 0.3
+        adapter.scale[...] = adapter.scale[...] * 2
+    return adapter
+
+
+@SUMMARIES
+def test_its_factors_are_the_same_for_every_prompt_bit_for_bit(summary):
+    model, tokens = backbone("llama"), prompts(backbone("llama"), 4)
+    made = vectors(model, control(summary=summary), tokens, np.array([3, 12, 7, 1]))
+    for factors in made.values():
+        assert abs(factors - 1).max() > 0.05
+        np.testing.assert_array_equal(factors, np.broadcast_to(factors[:, :1], factors.shape))
+    aware = vectors(model, strong(init_adapter(ParaConfig(r=4), model.config)), tokens, np.array([3, 12, 7, 1]))
+    assert all(abs(factors - factors[:, :1]).max() > 1e-3 for factors in aware.values())
+
+
+@SUMMARIES
+def test_with_a_prompt_s_own_states_for_constants_it_is_the_generator_that_reads_this_prompt(summary):
+    model, tokens, length = backbone("llama"), prompts(backbone("llama"), 1), 7
+    constant = control(summary=summary)
+    reads = init_adapter(ParaConfig(r=4, summary=summary), model.config)
+    for name in {"down", "mean", "scale"} & vars(constant).keys() & vars(reads).keys():
+        getattr(reads, name)[...] = getattr(constant, name)[...]
+    for site in reads.up:
+        reads.up[site][...] = constant.up[site][...]
+    entered = hidden_states(model, reads, tokens, length, all_layers=True)
+    constant.constant[...] = entered[:-1, 0, length - 1]
+    expected = vectors(model, reads, tokens, length)
+    for site, factors in vectors(model, constant, tokens, length).items():
+        np.testing.assert_allclose(factors, expected[site], rtol=1e-5, atol=1e-5)
+
+
+def test_it_has_one_vector_a_layer_more_to_train_and_starts_it_from_a_normal_draw():
+    config = backbone("llama").config
+    fresh, reads = (init_adapter(ParaConfig(r=4, pooler=pooler), config) for pooler in ("constant", "last"))
+    assert count_parameters(fresh) == count_parameters(reads) + config.num_layers * config.width
+    drawn = np.asarray(fresh.constant[...])
+    assert drawn.shape == (config.num_layers, config.width)
+    assert abs(drawn.mean()) < 0.2 and 0.85 < drawn.std() < 1.15
+    assert len({row.tobytes() for row in drawn}) == config.num_layers
+
+
+def test_a_step_trains_the_constant_and_it_is_saved_and_loaded(tmp_path):
+    model = backbone("llama", "stacked")
+    examples = [Example([20 + i, 30, 40], [9, 10, 2]) for i in range(4)]
+    batch = jax.tree.map(lambda a: jnp.asarray(a)[None], collate(examples, Bucket(8, 3), 4))
+    before = np.asarray(control().constant[...])
+    state = init_state(control(), TRAIN, 6)
+    for _ in range(2):  # the warm-up's first rate is zero
+        state, _ = train_step(state, model, batch, completion=3, config=TRAIN, total_steps=6)
+    changed = abs(np.asarray(state.adapter.constant[...]) - before)
+    assert (changed.max(axis=1) > 1e-6).all()
+    save_adapter(state.adapter, tmp_path / "adapter")
+    loaded = load_adapter(tmp_path / "adapter", model.config)
+    assert loaded.config == state.adapter.config
+    np.testing.assert_array_equal(loaded.constant[...], state.adapter.constant[...])
+
+
+def test_it_folds_into_an_ia3_adapter_for_all_prompts():
+    model, tokens = backbone("llama"), prompts(backbone("llama"), 3)
+    made = vectors(model, control(), tokens[:1], 2)
+    folded = from_factors({site: factors[:, 0] for site, factors in made.items()}, model.config)
+    found, expected = (forward(model, adapter, tokens, np.array([3, 8, 5])) for adapter in (folded, control()))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert abs(expected - forward(model, None, tokens, None)).max() > 0.1
