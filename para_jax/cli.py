@@ -185,9 +185,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator")
     made.add_argument("--no-compilation-cache", action="store_true")
 
-    made = command(
-        "bench", run_bench, "measure on this machine: load, decode, serve, evaluate, train, packing or tenants"
-    )
+    measured = "load, decode, serve, evaluate, train, packing or tenants"
+    made = command("bench", run_bench, f"measure on this machine: {measured}")
     made.add_argument("name")
     made.add_argument("--backbone", default="smollm2-135m")
     made.add_argument("--output", type=Path, help="write the measurement to this JSON file")

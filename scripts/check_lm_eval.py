@@ -30,7 +30,7 @@ from para_jax.evaluation.mixed import Pass
 from para_jax.gguf import convert_gguf
 from para_jax.hub import resolve_backbone
 
-LIMIT = 1e-3
+LIMIT, MOVED = 1e-3, 0.1
 WORKER = Path(__file__).with_name("lm_eval_worker.py")
 PLACES = {"fish": "in the sea", "camel": "in the desert", "cow": "on a farm", "bee": "in a hive", "seal": "on the ice"}
 CHOOSE = """
@@ -88,13 +88,20 @@ def main():
     cases = {
         f"{who}: {name}": compare(ours[who][name], theirs[who][name]) for who in ("base", "lora") for name in names
     }
+    for name in names[:-1]:  # of log-likelihoods; an adapter that moves nothing would agree without being used
+        pairs = zip(ours["base"][name]["answers"], ours["lora"][name]["answers"], strict=True)
+        cases[f"lora: {name}"]["moved"] = max(abs(a[0] - b[0]) for a, b in pairs)
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "device": describe_devices(),
         "versions": versions() | theirs["versions"],
         "limit": LIMIT,
         "cases": cases,
-        "failed": [name for name, case in cases.items() if case["largest_difference"] > LIMIT or case["differs"]],
+        "failed": [
+            name
+            for name, case in cases.items()
+            if case["largest_difference"] > LIMIT or case["differs"] or case.get("moved", MOVED) < MOVED
+        ],
     }
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     for name, case in cases.items():
@@ -161,7 +168,7 @@ def taken(results: dict, name: str) -> dict:
     scores = {key: value for key, value in results["results"][name].items() if key.endswith(",none")}
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
     return {
-        "scores": {key: value for key, value in scores.items() if "stderr" not in key},
+        "scores": {key: float(value) for key, value in scores.items() if "stderr" not in key},
         "contexts": [list(arguments)[0] for sample in samples for arguments in sample["arguments"]],
         "answers": [answer for sample in samples for repeats in sample["resps"] for answer in repeats],
     }

@@ -7,7 +7,6 @@ here, lm-eval's by lm-eval. What was answered lies in the output folder's journa
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -15,16 +14,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from .. import devices
 from ..adapters.bank import AdapterBank
 from ..config import DataSection, require
-from ..data.examples import encode_completion
-from ..data.sources import encode_records, read_records
-from ..data.tasks import TASKS
+from ..data.examples import Example
+from ..data.sources import Record, encode_records, read_records
+from ..data.tasks import TASKS, Task
 from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, backbone_content
-from .evaluate import EvalTask
+from .evaluate import EvalTask, error_of_ratio, rankings, score_of
 from .journal import Journal
-from .metrics import METRICS, score
+from .metrics import LABEL_METRICS, METRICS
 from .mixed import Pass
 
 BASE = "base"
@@ -64,48 +65,31 @@ class Own(NamedTuple):
 
     def results(self, answer: Callable[[Asked], Answer]) -> dict:
         """The task's part of the results, in lm-eval's layout."""
-        name, metric = self.task.name, self.task.metric
-        values = self.values([answer(one) for one in self.asked])
+        name, values = self.task.name, self.values([answer(one) for one in self.asked])
         found: dict = {"alias": name, "sample_len": len(self.task.records)}
-        for of, (value, error) in values.items():
-            found |= {f"{of},none": value, f"{of}_stderr,none": error}
+        for metric, (value, error) in values.items():
+            found |= {f"{metric},none": value, f"{metric}_stderr,none": "N/A" if error is None else error}
         size = {"original": self.original, "effective": len(self.task.records)}
         return {
             "results": {name: found},
             "group_subtasks": {name: []},
-            "configs": {name: {"task": name, "metric": metric, "choices": list(self.task.choices)}},
+            "configs": {name: {"task": name, "metric": self.task.metric, "choices": list(self.task.choices)}},
             "versions": {name: None},
             "n-shot": {name: 0},
-            "higher_is_better": {name: {of: of != "loss" for of in values}},
+            "higher_is_better": {name: {metric: metric != "loss" for metric in values}},
             "n-samples": {name: size},
         }
 
-    def values(self, answers: list[Answer]) -> dict[str, tuple[float, float | str]]:
+    def values(self, answers: list[Answer]) -> dict[str, tuple[float, float | None]]:
         """{metric: (value, standard error)}; the loss is in nats a completion token."""
-        records, choices = self.task.records, self.task.choices
-        nats = [-one.logprob for one in answers if isinstance(one, Scored)]
-        lengths = [len(one.continuation) for one in self.asked[: len(records)] if isinstance(one, Likelihood)]
-        loss = sum(nats[: len(records)]) / sum(lengths)
-        off = [total - loss * count for total, count in zip(nats, lengths, strict=False)]  # of a ratio of means
-        spread = math.sqrt(sum(x * x for x in off) * len(off) / max(1, len(off) - 1)) / sum(lengths)
-        values: dict[str, tuple[float, float | str]] = {"loss": (loss, spread if len(off) > 1 else "N/A")}
-        if self.task.metric == "loss":
-            return values
-        if self.task.metric == "accuracy":
-            ranked = [nats[len(records) + i * len(choices) :][: len(choices)] for i in range(len(records))]
-            texts = [choices[row.index(min(row))] for row in ranked]
-        else:
-            texts = [one.text.strip() for one in answers if isinstance(one, Written)]
-        return {self.task.metric: measured(self.task.metric, texts, [r.references for r in records]), **values}
-
-
-def measured(metric: str, texts: list[str], references: list) -> tuple[float, float | str]:
-    """The metric's mean over the answers, and its standard error."""
-    value = score(metric, texts, references)
-    each = [METRICS[metric](text, accepted) for text, accepted in zip(texts, references, strict=True)]
-    if len(each) < 2:
-        return value, "N/A"
-    return value, math.sqrt(sum((one - value) ** 2 for one in each) / (len(each) - 1) / len(each))
+        count = len(self.task.records)
+        nats = np.array([-one.logprob for one in answers if isinstance(one, Scored)])
+        tokens = np.array([len(one.continuation) for one in self.asked if isinstance(one, Likelihood)])
+        texts = [one.text.strip() for one in answers if isinstance(one, Written)]
+        score = score_of(self.task, self.task.records, nats, tokens, texts)
+        of_task = [] if self.task.metric == "loss" else [(score.metric, score.score, score.stderr), *score.also]
+        values = {metric: (value, error) for metric, value, error in of_task}
+        return values | {"loss": (score.loss, error_of_ratio(nats[:count], tokens[:count]))}
 
 
 def evaluate_many(
@@ -169,22 +153,37 @@ def own_task(text: str, tokenizer, model, settings: Settings) -> Own | None:
     require(name is None or name in TASKS, "--tasks", text, "a task of " + ", ".join(TASKS) + " before the =")
     file = path / f"{settings.split}.jsonl" if path.is_dir() else path
     require(file.is_file(), "--tasks", text, f"a .jsonl file, or a folder with {settings.split}.jsonl")
-    records = read_records(file, task=name)
-    known = TASKS[name] if name else None
-    labelled = all(record.label is not None for record in records)
-    choices = known.choices if known else ()
-    if not choices and (metric == "accuracy" or (metric is None and known is None and labelled)):
-        beside = file.with_name("train.jsonl")
-        choices = tuple(sorted({r.completion for r in (read_records(beside) if beside.is_file() else records)}))
-    ranked = 2 <= len(choices) <= (100 if metric == "accuracy" else RANKED)
-    metric = metric or (known.metric if known else "accuracy" if ranked and labelled else "exact_match")
-    require(metric == "loss" or metric in METRICS, "--tasks: metric", metric, "one of loss, " + ", ".join(METRICS))
-    require(metric != "accuracy" or ranked, "--tasks: labels", len(choices), "2 to 100, or another metric")
-    whole = DataSection(max_seq_length=model.config.max_positions)
-    kept = encode_records(records[: settings.limit], tokenizer, whole)
-    title = text if path.name in ("", ".") else f"{name or path.with_suffix('').name}"
-    task = EvalTask(title, kept.records, metric, choices if metric == "accuracy" else ())
+    records, known = read_records(file, task=name), TASKS[name] if name else None
+    metric = metric or (known.metric if known else None)
+    choices = choices_of(file, records, known) if metric in (None, "accuracy", *LABEL_METRICS) else ()
+    if metric is None:
+        labelled = all(record.label is not None for record in records)
+        metric = "accuracy" if labelled and 2 <= len(choices) <= RANKED else "exact_match"
+    expected = ["loss", *METRICS, *LABEL_METRICS]
+    require(metric in expected, "--tasks: metric", metric, "one of " + ", ".join(expected))
+    ranked = metric == "accuracy" or (metric in LABEL_METRICS and len(choices) <= RANKED)
+    fits = 2 <= len(choices) <= 100
+    require(fits or metric != "accuracy", "--tasks: answers", len(choices), "2 to 100 to rank, or another metric")
+    kept = encode_records(records[: settings.limit], tokenizer, DataSection(max_seq_length=model.config.max_positions))
+    task = EvalTask(
+        name or (path.stem if path.is_file() else path.resolve().name),
+        kept.records,
+        metric,
+        choices if ranked else (),
+        max_new_tokens=known.max_new_tokens if known else 32,
+        also=known.also if known and metric == known.metric else (),
+    )
     return Own(task, questions_of(task, kept.examples, tokenizer), len(records))
+
+
+def choices_of(file: Path, records: list[Record], known: Task | None) -> tuple[str, ...]:
+    """The answers that may be ranked: the task's, where the data has no other; else the different completions of the
+    train.jsonl beside the file, or of the file itself."""
+    if known and known.choices and {record.completion for record in records} <= set(known.choices):
+        return known.choices
+    beside = file.with_name("train.jsonl")
+    held = read_records(beside, task=known.name if known else None) if beside.is_file() else records
+    return tuple(sorted({record.completion for record in held}))
 
 
 def parsed(text: str) -> tuple[str | None, Path | None, str | None]:
@@ -196,14 +195,11 @@ def parsed(text: str) -> tuple[str | None, Path | None, str | None]:
     return None, None, None
 
 
-def questions_of(task: EvalTask, examples, tokenizer) -> list[Asked]:
+def questions_of(task: EvalTask, examples: list[Example], tokenizer) -> list[Asked]:
     """Each record's completion, then each of its choices, or what is written after its prompt."""
-    asked: list[Asked] = [Likelihood(tuple(prompt), tuple(completion)) for prompt, completion in examples]
-    if task.metric == "accuracy":
-        for record, example in zip(task.records, examples, strict=True):
-            ends = [tuple(encode_completion(tokenizer, record.prompt, choice)) for choice in task.choices]
-            asked += [Likelihood(tuple(example.prompt_ids), end) for end in ends]
-    elif task.metric != "loss":
+    ranked = rankings([example.prompt_ids for example in examples], task.records, task, tokenizer)
+    asked: list[Asked] = [Likelihood(tuple(prompt), tuple(end)) for prompt, end in [*examples, *ranked]]
+    if task.metric != "loss" and not task.ranks:
         asked += [Generation(tuple(example.prompt_ids), task.max_new_tokens) for example in examples]
     return asked
 
