@@ -63,7 +63,8 @@ def test_decoding_is_measured_for_every_method_with_one_tenant_and_with_many(dec
     methods = {(method, n) for method in ("PARA", "(IA)^3", "LoRA r=4") for n in (1, 2)}
     assert sides == methods | {("base", 0)} and len(measured["medians"]) == 8
     assert compiled == 4, "one step for base, one for all factors, two for LoRA: with and without a gather"
-    assert all(value > 0 for kind in ("medians", "cpu_medians", "share_of_read") for value in measured[kind].values())
+    positive = ("medians", "cpu_medians", "share_of_read", "share_of_matrix_products")
+    assert all(value > 0 for kind in positive for value in measured[kind].values())
     assert len(measured["rounds"]) == 3
     name = "PARA, 2 rows, 2 tenants"
     assert measured["ratios"][f"{name} / base"] == paired(measured["rounds"], name, "base, 2 rows")

@@ -84,6 +84,8 @@ def table(measured: dict) -> str:
     rows += [(f"prefill of {n}", f"{v:.0f} ms") for n, v in measured.get("prefill", {}).get("medians", {}).items()]
     for name, value in measured.get("share_of_read", {}).items():
         rows.append((f"{name}: bytes a second, of a read test's", f"{value:.2f}"))
+    for name, value in measured.get("share_of_matrix_products", {}).items():
+        rows.append((f"{name}: its matrix products alone", f"{value:.2f} of its time"))
     if "within_limit" in measured:
         limit = f"within the weights + {measured['limit_above_weights']:.0f} MB"
         rows.append((limit, "yes" if measured["within_limit"] else "no"))

@@ -73,6 +73,7 @@ def bench_decode(
     walls: list[dict[str, float]] = [{} for _ in range(rounds)]
     cpus: list[dict[str, float]] = [{} for _ in range(rounds)]
     bandwidth: list[dict[str, float]] = [{} for _ in range(rounds)]
+    alone: list[dict[str, float]] = [{} for _ in range(rounds)]
     ratios, cpu_ratios, byte_ratios, checked, gigabytes, points = {}, {}, {}, {}, {}, {}
     for count in rows:
         steps: dict[str, Step] = {}
@@ -84,11 +85,12 @@ def bench_decode(
         jax.clear_caches()
         gigabytes |= {name: step.nbytes / 1e9 for name, step in steps.items()}
         points |= {name: step.side._asdict() for name, step in steps.items()}
+        multiply = products_test(model, count)
         cache = steps[base].prefill(context)[1].cache  # one for all sides: a step leaves it as long as it was
         for step in steps.values():
             cache = step(cache)[2]  # compiles
-        for wall, cpu, reads in zip(walls, cpus, bandwidth, strict=True):
-            reads[base] = read()
+        for wall, cpu, reads, products in zip(walls, cpus, bandwidth, alone, strict=True):
+            reads[base], products[base] = read(), multiply()
             for name in order.permutation(list(steps)):
                 wall[name], cpu[name], cache = steps[name](cache)
         for name in list(steps)[1:]:
@@ -111,6 +113,10 @@ def bench_decode(
         "sides": points,
         "read_gigabytes_a_second": medians(bandwidth),
         "share_of_read": medians(of_read),
+        "matrix_products_ms": medians(alone),
+        "share_of_matrix_products": medians(
+            [{n: part[n] / wall[n] for n in part} for part, wall in zip(alone, walls, strict=True)]
+        ),
     }
 
 
@@ -226,3 +232,25 @@ def read_test(model) -> Callable[[], float]:
 
     gigabytes_a_second()
     return gigabytes_a_second
+
+
+def products_test(model, rows: int) -> Callable[[], float]:
+    """Milliseconds of a step's matrix products alone, of so many rows with every linear and the head: what is left of a
+    step beside it is attention, norms and all that is elementwise."""
+    matrices = [leaf for leaf in jax.tree.leaves(model) if leaf.ndim == 2]
+    head = model.config.vocab_size
+
+    @jax.jit
+    def products(inputs, matrices):
+        return [inputs[w.shape[1]] @ w.T if w.shape[0] == head else inputs[w.shape[0]] @ w for w in matrices]
+
+    widths = {w.shape[1] if w.shape[0] == head else w.shape[0] for w in matrices}
+    inputs = {width: jnp.ones((rows, width), model.dtype) for width in widths}
+    jax.block_until_ready(products(inputs, matrices))
+
+    def milliseconds() -> float:
+        begun = time.perf_counter()
+        jax.block_until_ready(products(inputs, matrices))
+        return (time.perf_counter() - begun) * 1e3
+
+    return milliseconds
