@@ -248,20 +248,22 @@ def run_train_tenants(options, config) -> int | None:
 
     begun = time.monotonic()
     result = train_tenants(config)
+    code = int(any(entry["ended"] == "not finite" for entry in result.tenants.values()))
     if not is_first():
-        return None
+        return code
     print(f"{tenants_table(result.tenants)}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
     if config.sweep:
         from .plots import curves_plot, save
 
         try:
-            save(curves_plot([result.output_dir / name for name in result.tenants]), result.output_dir / "curves.png")
+            drawn = [result.output_dir / name for name, entry in result.tenants.items() if entry["steps"] > 0]
+            save(curves_plot(drawn), result.output_dir / "curves.png")
             print(f"the curves are in {result.output_dir / 'curves.png'}")
-        except ValueError as error:  # matplotlib is not installed
+        except ValueError as error:  # matplotlib is not installed, or nothing was logged
             print(f"no picture of the curves: {error}")
     if options.results:
         write_results(options, config, result.tenants, time.monotonic() - begun)
-    return int(any(entry["ended"] == "not finite" for entry in result.tenants.values()))
+    return code
 
 
 def run_evaluate(options) -> None:
@@ -443,7 +445,10 @@ def tenants_of_run(folder: str) -> list[str]:
     """NAME=DIR for each tenant of a run of many; none for another text."""
     if "=" in folder or not (Path(folder) / "tenants.json").is_file():
         return []
-    return [f"{path.parent.name}={path}" for path in sorted(Path(folder).glob("*/adapter"))]
+    found = [f"{path.parent.name}={path}" for path in sorted(Path(folder).glob("*/adapter"))]
+    if not found:
+        raise ValueError(f"--adapters {folder}: no tenant of this run has an adapter yet")
+    return found
 
 
 def tenants_of(options, sources: dict[str, str]) -> list[str | None] | None:

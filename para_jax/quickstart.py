@@ -35,7 +35,6 @@ DEFAULTS = (
     "train.per_device_batch_size=24",
     "train.rows_per_tenant=8",
     "eval.every=1000",
-    "eval.test=true",
     f"eval.batch_size={SCORED_EXAMPLES}",
     f"eval.max_new_tokens={NEW_TOKENS}",
     "mesh.data=1",
@@ -53,7 +52,8 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
     begun = time.monotonic()
     folder = Path(load_config(None, [f"output_dir={next_folder()}", *overrides]).output_dir)
     run = folder / "tenants"
-    config = load_config(None, [*DEFAULTS, *overrides, f"data.tenants={folder / 'data'}", f"output_dir={run}"])
+    own = f"data.tenants={folder / 'data'}", f"output_dir={run}", "eval.test=true"
+    config = load_config(None, [*DEFAULTS, *overrides, *own])
     devices.start(config.runtime)
     with phase("1/3 backbone: fetch"):
         resolve_backbone(config.backbone.source)

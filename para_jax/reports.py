@@ -110,17 +110,19 @@ def mesh_rows(config: RunConfig) -> int:
     return sizes["data"] * sizes["fsdp"]
 
 
-def data_report(config: RunConfig) -> str:
-    """Three training examples as tokens, and how all of them are put into batches."""
+def data_report(config: RunConfig, rows: int | None = None) -> str:
+    """Three training examples as tokens, and how all of them are put into batches (of so many rows; default: those of
+    the config)."""
     tokenizer = load_tokenizer(config.backbone.source)
+    if config.many:
+        rows = config.train.rows_per_tenant * config.train.gradient_accumulation_steps
     if config.data.tenants:
         first = next(iter(tenant_sections(config.data.tenants, config.data).values()))
-        return f"the first tenant, {first.train}\n\n{data_report(replace(config, data=first))}"
+        return f"the first tenant, {first.train}\n\n{data_report(replace(config, data=first), rows)}"
     data = encode_records(load_records(config.data, "train") or [], tokenizer, config.data)
     buckets = plan_buckets(data.examples, config.data.buckets)
-    order = plan(
-        example_lengths(data.examples), buckets=buckets, rows=config.train.per_device_batch_size, seed=config.seed
-    )
+    rows = rows or config.train.per_device_batch_size
+    order = plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
     shown = [f"{r.place}\n{show_example(tokenizer, e)}" for e, r in zip(data.examples[:3], data.records, strict=False)]
     shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)
     return "\n\n".join([*shown, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches an epoch"])

@@ -59,7 +59,7 @@ from .training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from .training.log import Done, Log, kept_lines, replace_file
+from .training.log import Done, Log, kept_lines, read_metrics, replace_file
 from .training.optimizer import warmup_steps
 from .training.profiler import Profiler
 from .training.step import standardise
@@ -151,9 +151,7 @@ def train_tenants(config: RunConfig) -> TenantsResult:
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
     mesh = make_mesh(**vars(config.mesh))
     tokenizer, tenants, buckets = by_each(lambda: read_tenants(config))
-    require_same(
-        "the data", lambda: [(t.name, t.data.examples, t.validation and t.validation.examples) for t in tenants]
-    )
+    require_same("the data", lambda: [(t.name, t.data.examples, *(p and p.examples for p in t[-2:])) for t in tenants])
     by_first(lambda: claim_tenants(config, tenants))
     model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
     require_same("the backbone", lambda: model.fingerprint)
@@ -169,11 +167,14 @@ def read_tenants(config: RunConfig) -> tuple[Any, list[Tenant], tuple[Bucket, ..
     tokenizer = load_tokenizer(config.backbone.source)
     configs = tenant_configs(config)
     read_once: dict[Any, tuple] = {}
-    for own in configs.values():
+    for name, own in configs.items():
         if own.data not in read_once:
-            data = encode_records(load_records(own.data, "train") or [], tokenizer, own.data)
-            require(len(data.examples) > 0, "data.tenants", own.data.train, "at least one training example")
-            tasks = [task_of_run(own, split, tokenizer) for split in ("validation", "test")]
+            try:
+                data = encode_records(load_records(own.data, "train") or [], tokenizer, own.data)
+                require(len(data.examples) > 0, "data.tenants", own.data.train, "at least one training example")
+                tasks = [task_of_run(own, split, tokenizer) for split in ("validation", "test")]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             read_once[own.data] = data, *tasks
     buckets = plan_buckets([e for data, *_ in read_once.values() for e in data.examples], config.data.buckets)
     counts = [len(read_once[own.data][0].examples) for own in configs.values()]
@@ -199,7 +200,15 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
         made = {name: replace(config, data=section) for name, section in sections.items()}
     else:
         made = sweep_configs(config)
-    return {name: replace(own, output_dir=str(Path(config.output_dir) / name)) for name, own in made.items()}
+    rows = config.train.rows_per_tenant
+    return {
+        name: replace(
+            own,
+            output_dir=str(Path(config.output_dir) / name),
+            train=replace(own.train, per_device_batch_size=rows, rows_per_tenant=rows),
+        )
+        for name, own in made.items()
+    }
 
 
 def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
@@ -221,7 +230,7 @@ def claim_tenants(config: RunConfig, tenants: list[Tenant]) -> None:
     folder = Path(config.output_dir)
     held = {path.parent.name for path in folder.glob("*/config.yaml")}
     others = sorted(held ^ {tenant.name for tenant in tenants})
-    if others and any(folder.glob("checkpoints/*")):
+    if held - {tenant.name for tenant in tenants} or (others and any(folder.glob("checkpoints/*"))):
         raise ValueError(
             f"output_dir {folder} holds a run of other tenants (the difference: {', '.join(map(repr, others[:3]))}); "
             "choose another output_dir, or the same tenants to resume"
@@ -247,6 +256,7 @@ def fit_tenants(
         state = empty_state(config, model, layout.slots, mesh)
         restored = restore_checkpoint(checkpoints, state, Standing)
         state, standing = restored or (state, fresh_standing([t.name for t in tenants], layout.slots))
+        require_same_tenants(standing, tenants)
         start = Progress(standing.step, None, 0, 0, standing.step) if restored else None
         log = Log(config, folder, start, peak_rate=peak_rate(model.config, mesh.devices.flatten()))
         by_first(lambda: mend_tenants(standing, tenants, folder, bool(restored)))
@@ -274,8 +284,20 @@ def empty_state(config: RunConfig, model, slots: int, mesh) -> TenantsState:
     axes = tenant_axes(slots, mesh.shape)
     used = math.prod(mesh.shape[axis] for axis in axes)
     if used < mesh.size:
-        devices.say(f"{slots} tenants are spread over {used} of {mesh.size} devices, which do not divide them evenly")
+        lie = f"are spread over {used} of the" if used > 1 else "lie whole on each of the"
+        devices.say(
+            f"the weights of {slots} tenants {lie} {mesh.size} devices, which do not divide them; with a multiple of "
+            f"{mesh.size} as train.tenants_at_once they take the least memory"
+        )
     return jax.jit(fresh)()
+
+
+def require_same_tenants(standing: Standing, tenants: list[Tenant]) -> None:
+    """Raises ValueError where a checkpoint is not of these tenants and their data."""
+    names = [tenant.name for tenant in tenants]
+    require(standing.names == names, "data.tenants", names, f"the tenants that the run began with, {standing.names}")
+    short = [t.name for i, t in enumerate(tenants) if standing.steps[i] > t.order.total_steps]
+    require(not short, "data.tenants", short, "as many examples as when the run began; choose another output_dir")
 
 
 def mend_tenants(standing: Standing, tenants: list[Tenant], folder: Path, resumed: bool) -> None:
@@ -288,8 +310,23 @@ def mend_tenants(standing: Standing, tenants: list[Tenant], folder: Path, resume
             where = Progress(standing.steps[i], None, 0, 0, standing.evaluated[i])
             ended = standing.ended[i] is not None
             replace_file(file, kept_lines(where, file.read_text(), ended=ended) if resumed else "")
-    entries = read_entries(folder)
-    write_entries(folder, {t.name: entries[t.name] for i, t in enumerate(tenants) if standing.ended[i]})
+    entries, ended = read_entries(folder), [t.name for i, t in enumerate(tenants) if standing.ended[i]]
+    lost = [name for name in ended if name not in entries]
+    require(not lost, str(folder / "tenants.json"), lost, "these tenants, which have ended; choose another output_dir")
+    write_entries(folder, {name: entries[name] for name in ended})
+    drop_unsure(standing, folder / "metrics.jsonl")
+
+
+def drop_unsure(standing: Standing, file: Path) -> None:
+    """Takes the scores of the last step out of the run's log that will be measured again."""
+    again = {name for i, name in enumerate(standing.names) if standing.evaluated[i] < standing.steps[i]}
+    if again and file.exists():
+        kept = [
+            row
+            for row in read_metrics(file)
+            if row["step"] < standing.step or not any(key.rpartition("/")[0] in again for key in row)
+        ]
+        replace_file(file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class TenantsLoop(NamedTuple):
@@ -429,7 +466,8 @@ class TenantsLoop(NamedTuple):
         values = {name: np.asarray(value) for name, value in gathered(done.values).items()}
         tokens = np.array([values["tokens"][turn.slot] for turn in turns])
         losses = np.array([values["loss"][turn.slot] for turn in turns])
-        finite = np.array([bool(values["finite"][turn.slot]) for turn in turns])
+        stopped = standing.failed
+        finite = np.array([bool(values["finite"][turn.slot]) and stopped[turn.tenant] is None for turn in turns])
         for turn, sound in zip(turns, finite, strict=True):
             if sound:
                 self.write(turn.tenant, turn.step + 1, {
@@ -501,9 +539,8 @@ class TenantsLoop(NamedTuple):
             score = found[tenant]
             if not math.isfinite(score.loss):
                 name = self.tenants[tenant].name
-                devices.say(
-                    f"{name}: stopped at its step {own}: the validation loss is {score.loss}; its best adapter is kept"
-                )
+                kept = "its best adapter is kept" if standing.best_score[tenant] is not None else "its last one is kept"
+                devices.say(f"{name}: stopped at its step {own}: the validation loss is {score.loss}; {kept}")
                 standing = standing.changed(tenant, failed=standing.step - 1)
                 continue
             self.write(tenant, own, scores("validation", score))
@@ -542,7 +579,7 @@ class TenantsLoop(NamedTuple):
             with self.stop.interrupting():
                 found = tasks.scores(Stack(jax.tree.map(lambda leaf: leaf[None], kept)), {tenant: 0})[tenant]
             self.write(tenant, standing.steps[tenant], scores("test_after", found))
-            test_after = found.score
+            test_after = found.score if math.isfinite(found.score) else None
         entry = {
             "examples": len(own.data.examples),
             "steps": steps,

@@ -168,7 +168,7 @@ def test_a_tenants_bits_do_not_depend_on_the_other_tenants(method, folder, tmp_p
     assert ends[0] == ends[1]
 
 
-def test_tenants_that_wait_for_a_place_learn_the_same(whole, folder, tmp_path):
+def test_tenants_that_wait_for_a_place_learn_the_same_also_after_stops(whole, folder, tmp_path, monkeypatch):
     _, result = whole
     config = tenants_config(folder, tmp_path / "run", "train.tenants_at_once=1", "eval.test=true")
     found = train_tenants(config)
@@ -176,6 +176,14 @@ def test_tenants_that_wait_for_a_place_learn_the_same(whole, folder, tmp_path):
         assert found.tenants[name]["steps"] == entry["steps"]
         losses = [[row["loss"] for row in metrics(r.output_dir / name) if "loss" in row] for r in (result, found)]
         np.testing.assert_allclose(*losses, rtol=1e-3)
+    stopped = tenants_config(folder, tmp_path / "stopped", "train.tenants_at_once=1", "eval.test=true")
+    for at in (6, 10):  # in the middle of the first, and before it has left its place
+        monkeypatch.setattr(tenant_runs.StopSignal, "reached", lambda self, step, at=at: step == at)
+        with pytest.raises(Stopped):
+            train_tenants(stopped)
+        monkeypatch.undo()
+    train_tenants(stopped)
+    assert all_that_stays(tmp_path / "stopped") == all_that_stays(tmp_path / "run")
 
 
 # -------------------------------------------------------------------------------------------------------------- endings
@@ -242,6 +250,7 @@ def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
         peak = max(row["learning_rate"] for row in rows if "loss" in row)
         np.testing.assert_allclose(peak, own.train.learning_rate, rtol=1e-6)
         assert name == f"learning_rate-{own.train.learning_rate}-seed-{own.seed}" and not own.sweep
+        assert own.train.per_device_batch_size == 4
     firsts = {name: metrics(tmp_path / "run" / name)[0]["loss"] for name in found.tenants}
     assert len(set(firsts.values())) == 2  # the order of the examples is the seed's
     alone = run_config(
@@ -259,7 +268,7 @@ def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
 # ----------------------------------------------------------------------------------------------------- stop and resume
 
 
-@pytest.mark.parametrize("at", [1, 4, 7])
+@pytest.mark.parametrize("at", [1, 4, 7, 10])  # after the last of them a tenant has done its last step
 def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(at, whole, folder, tmp_path, monkeypatch):
     config = tenants_config(folder, tmp_path / "run", "eval.test=true", "checkpoint.every=2")
     real = tenant_runs.StopSignal.reached

@@ -46,7 +46,8 @@ class Mixed(NamedTuple):
 
 def admitted(slots: Sequence[int], ended: Sequence[bool]) -> list[int]:
     """The tenant in each slot (-1: none) when those that wait, in their order, have taken the free ones."""
-    waiting = (t for t in range(len(ended)) if not ended[t] and t not in set(slots))
+    held_already = set(slots)
+    waiting = (t for t in range(len(ended)) if not ended[t] and t not in held_already)
     return [next(waiting, -1) if held < 0 else held for held in slots]
 
 
@@ -111,9 +112,10 @@ def turns(
     shares: np.ndarray, groups: int, totals: list[int], steps: list[int], slots: list[int], ended: list[bool]
 ) -> Iterator[list[Turn]]:
     """Each step's turns, in the order of their slots. A tenant that has done its last step leaves its slot to the next
-    one that waits."""
+    one that waits, also one that a run which was stopped right then still holds."""
+    ended = [done or step >= total for done, step, total in zip(ended, steps, totals, strict=True)]
     while True:
-        slots = admitted(slots, ended)
+        slots = admitted([-1 if t >= 0 and ended[t] else t for t in slots], ended)
         if max(slots) < 0:
             return
         held = {tenant: slot for slot, tenant in enumerate(slots) if tenant >= 0}
@@ -122,4 +124,3 @@ def turns(
         for t in chosen:
             steps[t] += 1
             ended[t] = steps[t] >= totals[t]
-        slots = [-1 if t >= 0 and ended[t] else t for t in slots]
