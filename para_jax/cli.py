@@ -12,6 +12,11 @@ import time
 from pathlib import Path
 
 BASE = "base"  # the tenant that is the base model
+#: Options of evaluate that a CONFIG does not go with.
+MANY_ALONE = (
+    *("adapters", "output", "rows", "include_path", "num_fewshot", "chat", "seed"),
+    *("dtype", "quantize", "allow_cpu", "no_compilation_cache"),
+)
 RUN_FIELDS = "fields of the config, such as train.learning_rate=3e-3 or 'data.prompt={question}\\n' (text is literal)"
 
 
@@ -107,11 +112,11 @@ def parser() -> argparse.ArgumentParser:
         help="our own: [TASK=]FILE_OR_FOLDER[:METRIC] of JSON lines; or the names of lm-eval's tasks",
     )
     made.add_argument("--output", type=Path, help="folder of answers and results; the same command goes on there")
-    made.add_argument("--rows", type=int, default=16, help="with --backbone: rows of a batch")
+    made.add_argument("--rows", type=int, help="with --backbone: rows of a batch; default: 16")
     made.add_argument("--include-path", type=Path, help="a folder of further task files for lm-eval")
     made.add_argument("--num-fewshot", type=int, help="examples in each context of lm-eval's tasks")
     made.add_argument("--chat", action="store_true", help="put lm-eval's contexts into the chat template")
-    made.add_argument("--seed", type=int, default=0, help="of sampled answers")
+    made.add_argument("--seed", type=int, help="with --backbone: of sampled answers; default: 0")
     made.add_argument("--dtype", choices=("float32", "bfloat16"))
     made.add_argument("--quantize", choices=("int8",))
     made.add_argument("--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator")
@@ -272,9 +277,15 @@ def run_evaluate(options) -> None:
     require(options.limit is None or options.limit >= 1, "--limit", options.limit, "at least 1 example")
     if (options.config is None) == (options.backbone is None) or bool(options.backbone) != bool(options.tasks):
         raise ValueError("evaluate: expected the CONFIG of a run, or --backbone with --tasks (and --adapters)")
-    stray = options.config and (options.adapters or options.output)
-    require(not stray, "evaluate CONFIG: --adapters, --output", stray, "to stand beside --backbone and --tasks")
+    stray = ["--" + name.replace("_", "-") for name in MANY_ALONE if is_given(getattr(options, name))]
+    beside = "them beside --backbone and --tasks only; with CONFIG fields of the run, such as backbone.dtype=bfloat16"
+    require(not (options.config and stray), "evaluate CONFIG", ", ".join(stray), beside)
     (run_many if options.backbone else run_config_task)(options)
+
+
+def is_given(value: object) -> bool:
+    """Whether an option stands on the command line, 0 too."""
+    return value not in ([], None) and value is not False
 
 
 def run_many(options) -> None:
@@ -286,8 +297,9 @@ def run_many(options) -> None:
     from .data.tokenizer import load_tokenizer
     from .evaluation.many import Settings, evaluate_many
 
-    require(options.rows >= 1, "--rows", options.rows, "at least 1")
-    require(0 <= options.seed < 2**32, "--seed", options.seed, "a whole number from 0 to 2**32 - 1")
+    rows, seed = 16 if options.rows is None else options.rows, options.seed or 0
+    require(rows >= 1, "--rows", rows, "at least 1")
+    require(0 <= seed < 2**32, "--seed", seed, "a whole number from 0 to 2**32 - 1")
     shots = options.num_fewshot
     require(shots is None or shots >= 0, "--num-fewshot", shots, "at least 0 examples")
     given = options.adapter or options.results or options.overrides or options.shuffle_prompts
@@ -300,9 +312,7 @@ def run_many(options) -> None:
     held = {name: load_adapter(source, model.config, model=model) for name, source in sources.items()}
     bank = AdapterBank.holding(held, model.config, dtype=str(model.dtype)) if held else None
     about = {"backbone": options.backbone, "quantize": options.quantize, "command": options.command_line}
-    settings = Settings(
-        options.limit, options.rows, options.seed, options.include_path, shots, options.chat, options.split
-    )
+    settings = Settings(options.limit, rows, seed, options.include_path, shots, options.chat, options.split)
     output = options.output or Path("runs/evaluation")
     print(evaluate_many(model, bank, load_tokenizer(options.backbone), options.tasks, output, settings, sources, about))
     devices.say(f"wrote {output}")

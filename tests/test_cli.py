@@ -311,6 +311,8 @@ def test_help_is_there_for_the_program_and_each_command(capsys):
         (["generate", "--prompt", "a", "--backbone", "/nowhere"], "/nowhere: no such file or folder"),
         (["evaluate", "run.yaml", "--split", "train"], "--split: invalid choice: 'train'"),
         (["evaluate", "run.yaml", "--limit", "0"], "--limit: 0 is not possible"),
+        (["evaluate", "run.yaml", "--dtype", "float32", "--seed", "0"], "evaluate CONFIG: '--seed, --dtype' is not"),
+        (["evaluate", "run.yaml", "--allow-cpu", "--num-fewshot", "0"], "CONFIG: '--num-fewshot, --allow-cpu' is not"),
         (["inspect", "nowhere"], "nowhere: neither an adapter .* nor a run"),
         (["convert", "nowhere.gguf", "made"], "nowhere.gguf: no such file"),
         (["quickstart", "train.max_steps=0"], "train.max_steps: 0 is not possible"),

@@ -198,7 +198,8 @@ def score_of(task: EvalTask, records: list[Record], nll: np.ndarray, tokens: np.
     if task.metric == "loss":
         return Score(task.name, "loss", -loss, loss, count, stderr=error_of_ratio(*own))
     if task.ranks:
-        answers = [task.choices[i] for i in nll[count:].reshape(count, -1).argmin(axis=1)]
+        nats = np.where(np.isnan(nll), np.inf, nll)[count:]  # argmin would take a NaN
+        answers = [task.choices[i] for i in nats.reshape(count, -1).argmin(axis=1)]
     references = [record.references for record in records]
     (value, stderr), *more = [measure(metric, answers, references) for metric in (task.metric, *task.also)]
     also = tuple(Measured(name, *found) for name, found in zip(task.also, more, strict=True))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from .evaluate import EvalTask, error_of_ratio, rankings, score_of
 from .journal import Journal
 from .metrics import LABEL_METRICS, METRICS
 from .mixed import Pass
+
+if TYPE_CHECKING:
+    from .lm_eval_tasks import HarnessTask
 
 BASE = "base"
 #: Those of lm-eval's command line, with which its tasks draw few-shot examples.
@@ -116,7 +119,9 @@ def evaluate_many(
     held: list = [found for found in own if found is not None]
     require_distinct("--tasks", [*names, *(one.task.name for one in held)])
     if names:
-        held += of_harness(names, tokenizer, model, settings)
+        loaded = of_harness(names, tokenizer, model, settings)
+        require_distinct("--tasks", [*dict.fromkeys([*names, *members(loaded)]), *(one.task.name for one in held)])
+        held += loaded
     journal = Journal(output / "answers.jsonl")
     asking = Pass(model, bank, tokenizer, backbone_content(model), journal)
     tenants = [None, *(bank.names if bank is not None else ())]
@@ -132,9 +137,11 @@ def evaluate_many(
         made |= records(asking, tenant, settings, about | {"adapter": sources.get(tenant or BASE)}, begun)
         by_tenant[tenant or BASE] = made
     for name, made in by_tenant.items():
-        (output / file_name(name, by_tenant)).write_text(json.dumps(made, indent=2, default=str) + "\n")
+        (output / file_name(name, by_tenant)).write_text(
+            json.dumps(made, indent=2, default=str) + "\n", encoding="utf-8"
+        )
     text = table(by_tenant, asking, settings)
-    (output / "table.md").write_text(text + "\n")
+    (output / "table.md").write_text(text + "\n", encoding="utf-8")
     return text
 
 
@@ -207,7 +214,7 @@ def questions_of(task: EvalTask, examples: list[Example], tokenizer) -> list[Ask
 class Harness(NamedTuple):
     """A task of lm-eval, as questions."""
 
-    task: object
+    task: HarnessTask
     asked: list[Asked]
     results: Callable[[Callable[[Asked], Answer | None]], dict]
 
@@ -226,6 +233,11 @@ def of_harness(names: list[str], tokenizer, model, settings: Settings) -> list[H
         results = lambda answer, task=task: replay(task, *options, answer, sampling_seed=settings.seed)  # noqa: E731
         made.append(Harness(task, asked, results))
     return made
+
+
+def members(held: list[Harness]) -> list[str]:
+    """The names under which lm-eval gives results: those of tasks, and of groups."""
+    return [name for one in held for part in ("tasks", "groups") for name in one.task.loaded.get(part, ())]
 
 
 # ------------------------------------------------------------------------------------------------------------- records

@@ -14,7 +14,7 @@ from ..config import require
 from ..inference.generate import up_to_multiple
 from ..serving.engine import Engine
 from ..serving.request import Request
-from .asked import Answer, Asked, Generation, Likelihood, Written, key
+from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, key
 from .journal import Journal
 from .likelihood import likelihoods
 
@@ -45,11 +45,16 @@ class Pass:
             rows: of a batch, and slots of the engine that is made for what has to be written.
             engine: is used in place of that, and must have room for the questions.
 
-        Raises ValueError, before anything is computed, for an unknown tenant and for what the model has no room for.
+        Raises ValueError, before anything is computed, for an unknown tenant, for what the model has no room for, and
+        for a journal's answer of the wrong kind.
         """
         entries = {tenant: self._entry(tenant) for tenant, _ in questions}
         keys = [key(asked, entries[tenant], self.backbone) for tenant, asked in questions]
         left = {k: question for k, question in zip(keys, questions, strict=True) if k not in self.journal}
+        for k, (_, asked) in zip(keys, questions, strict=True):
+            kind = Scored if isinstance(asked, Likelihood) else Written
+            if k in self.journal and not isinstance(self.journal[k], kind):
+                raise ValueError(f"{self.journal.file}: answers {k} as another question; choose another folder")
         for _, asked in left.values():
             check_room(asked, self.model, engine)
         bar = tqdm(total=len(set(keys)), initial=len(set(keys)) - len(left), desc="answers", disable=None)
@@ -64,7 +69,8 @@ class Pass:
             seen.add(context)
             self._keep(k, scored, bar)
         if written:
-            engine = engine or self._engine([asked for _, _, asked in written], rows)
+            asked_for = [asked for _, asked in questions if isinstance(asked, Generation)]
+            engine = engine or self._engine(asked_for, rows)  # of the same shapes when some are answered already
             self._write(engine, written, bar)
         bar.close()
         return [self.journal[k] for k in keys]
@@ -75,14 +81,21 @@ class Pass:
         at_once = engine.queue_limit or len(ordered)
         for start in range(0, len(ordered), at_once):
             prompts = {}
-            for k, tenant, asked in ordered[start : start + at_once]:
-                prompts[k] = len(asked.context)
-                engine.submit(request(k, tenant, asked))
-            for completion in engine.run():
-                if completion.error is not None:
-                    raise ValueError(f"a request was not answered: {completion.error}")
-                self.tokens += prompts[completion.id] + len(completion.tokens)
-                self._keep(str(completion.id), Written(completion.text, len(completion.tokens)), bar)
+            try:
+                for k, tenant, asked in ordered[start : start + at_once]:
+                    prompts[k] = len(asked.context)
+                    engine.submit(request(k, tenant, asked))
+                for completion in engine.run():
+                    if completion.error is not None:
+                        raise ValueError(f"a request was not answered: {completion.error}")
+                    self.tokens += prompts[completion.id] + len(completion.tokens)
+                    self._keep(str(completion.id), Written(completion.text, len(completion.tokens)), bar)
+            except BaseException:  # Ctrl-C too: the engine is the caller's, and is left without requests of ours
+                for k in prompts:
+                    engine.cancel(k)
+                for _ in engine.run():
+                    pass
+                raise
 
     def _keep(self, k: str, answer: Answer, bar: tqdm) -> None:
         self.journal.add(k, answer)

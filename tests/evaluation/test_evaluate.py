@@ -23,7 +23,16 @@ from para_jax import (
 from para_jax.data.examples import encode_completion, encode_example, encode_prompt
 from para_jax.data.sources import Record, read_records
 from para_jax.data.tokenizer import load_tokenizer
-from para_jax.evaluation.evaluate import EvalTask, Measured, Report, Score, derangement, evaluate_task, task_of_run
+from para_jax.evaluation.evaluate import (
+    EvalTask,
+    Measured,
+    Report,
+    Score,
+    derangement,
+    evaluate_task,
+    score_of,
+    task_of_run,
+)
 
 CHOICES = ("w9", "w9 w10", "w30 w31 w32 w33", "w77")
 BATCH = 4  # of 7 records: the last batch is filled up
@@ -212,6 +221,12 @@ def test_the_error_of_the_loss_is_that_of_a_ratio(records):
     jackknifed = np.sqrt(6 / 7 * np.sum((np.array(without) - np.mean(without)) ** 2))
     assert found.stderr == pytest.approx(jackknifed, rel=0.1)
     assert scored(EvalTask("t", records[:1], "loss", batch_size=BATCH)).stderr is None
+
+
+def test_a_choice_that_is_not_a_number_is_not_chosen(records):
+    task, some = EvalTask("t", records, "accuracy", ("a", "b")), [Record("p", "b", ["b"])] * 2
+    nats = np.array([1.0, 1.0, np.nan, 2.0, np.inf, 2.0])
+    assert score_of(task, some, nats, np.ones(6), []).score == 1
 
 
 def test_a_report_prints_a_line_a_task():

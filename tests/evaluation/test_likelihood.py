@@ -1,5 +1,8 @@
 """Scores in a mixed pass: those of the teacher-forced pass, the same bits alone and mixed, from the context alone."""
 
+import os
+import subprocess
+import sys
 from functools import cache
 
 import jax
@@ -11,7 +14,7 @@ from tiny_run import tokenizer
 from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, forward, generate, init_adapter
 from para_jax.config import SITES
 from para_jax.evaluation import likelihood, mixed
-from para_jax.evaluation.asked import Generation, Likelihood, Scored, backbone_content, key
+from para_jax.evaluation.asked import Generation, Likelihood, Scored, Written, backbone_content, key
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.likelihood import padded_length
 from para_jax.evaluation.mixed import Pass
@@ -200,11 +203,68 @@ def test_a_torn_line_is_cut_off_and_anything_else_is_left_alone(tmp_path):
         b'{"key": 1}\n',
         b'["key"]\n',
         b'{"key": "k", "text": "x", "tokens": 1, "more": 2}\n',
+        b'{"key": ["a"], "text": "x", "tokens": 1}\n',
+        b'{"key": "k", "logprob": "x", "greedy": true}\n',
+        b'{"key": "k", "logprob": -1.0, "greedy": 1}\n',
+        b'{"key": "k", "text": 1, "tokens": 1}\n',
+        b'{"key": "k", "text": "x", "tokens": true}\n',
+        b"[" * 100_000 + b"\n",
     ):
         file.write_bytes(other)
         with pytest.raises(ValueError, match="answers.jsonl: holds something else than answers; choose another folder"):
             Journal(file)
         assert file.read_bytes() == other
+
+
+def test_an_answer_of_the_wrong_kind_is_an_error(tmp_path):
+    model, journal = backbone("llama"), Journal(tmp_path / "answers.jsonl")
+    asking = Pass(model, None, tokenizer(), "b", journal)
+    for one, other in ((Likelihood((3,), (4,)), Written("x", 1)), (Generation((3,), 4), Scored(-1.0, True))):
+        journal.add(key(one, None, "b"), other)
+        with pytest.raises(ValueError, match="answers.jsonl: answers .* as another question; choose another folder"):
+            asking.answer([(None, one)], rows=ROWS)
+
+
+def test_one_process_writes_to_a_journal_and_may_open_it_twice(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    journals = [Journal(file), Journal(file)]
+    open_it = f"from pathlib import Path; from para_jax.evaluation.journal import Journal; Journal(Path({str(file)!r}))"
+    child = [sys.executable, "-c", open_it]
+    for kept in (2, 1):
+        del journals[kept:]
+        refused = subprocess.run(child, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True)
+        assert b"answers.jsonl: another process writes there" in refused.stderr.splitlines()[-1]
+    journals.clear()
+    subprocess.run(child, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+
+
+def test_an_engine_has_no_request_left_when_a_pass_is_stopped():
+    model, bank = backbone("llama"), bank_of("llama", "A")
+    engine = Engine(model, bank, tokenizer(), slots=2, max_length=32)
+    asking = Pass(model, bank, tokenizer(), "b", Journal())
+    questions = [("A", Generation(one.context[:9], 4)) for one in asked()[::3][:5]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "_keep", stop)
+        with pytest.raises(KeyboardInterrupt):
+            asking.answer(questions, rows=ROWS, engine=engine)
+    assert not engine.open
+    assert asking.answer(questions, rows=ROWS, engine=engine) == answers("llama", questions, "A")
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_resumed_pass_has_an_engine_of_the_same_shapes(monkeypatch):
+    asking, sizes = Pass(backbone("llama"), None, tokenizer(), "b", Journal()), []
+    monkeypatch.setattr(mixed, "Engine", lambda *a, max_length, **k: sizes.append(max_length) or stop())
+    long, short = ((None, Generation((3,) * length, 4)) for length in (40, 5))
+    for answered in ((), (long,)):
+        for tenant, one in answered:
+            asking.journal.add(key(one, tenant, "b"), Written("x", 1))
+        with pytest.raises(KeyboardInterrupt):
+            asking.answer([long, short], rows=ROWS)
+    assert sizes == [64, 64]
 
 
 def test_an_engine_of_few_places_is_enough_and_one_that_serves_others_is_not_used():

@@ -99,7 +99,8 @@ def folder(tmp_path_factory):
     rows = [{"question": text, "choices": ["w9", "w9 w10", "w30 w31"], "label": i % 3, "answer": "w9"}
             for i, text in enumerate(texts)]  # fmt: skip
     file = write_rows(folder / "tasks" / "data.jsonl", rows)
-    for name, text in {"pick": PICK, "write": WRITE, "rolling": ROLLING}.items():
+    tagged = PICK.replace("tiny_pick", "labels\ntag: tiny_tag")
+    for name, text in {"pick": PICK, "write": WRITE, "rolling": ROLLING, "tagged": tagged}.items():
         (folder / "tasks" / f"{name}.yaml").write_text(text.format(file=file))
     return folder
 
@@ -207,6 +208,7 @@ def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder
         (["labels:bleu"], [], "--tasks: metric: 'bleu' is not possible; expected one of loss, exact_match"),
         (["no/such.jsonl"], [], "--tasks 'no/such.jsonl': no such file or folder"),
         (["labels", "labels"], [], "--tasks: ['labels'] is not possible; expected each name once"),
+        (["labels", "tiny_tag"], [], "--tasks: ['labels'] is not possible; expected each name once"),
         (["labels"], ["--include-path", "none"], None),
         (["labels"], ["--limit", "0"], "--limit: 0 is not possible"),
         ([], [], "expected the CONFIG of a run, or --backbone with --tasks"),
