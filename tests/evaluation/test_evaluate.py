@@ -224,7 +224,7 @@ def test_the_error_of_the_loss_is_that_of_a_ratio(records):
 
 
 def test_a_choice_that_is_not_a_number_is_not_chosen(records):
-    task, some = EvalTask("t", records, "accuracy", ("a", "b")), [Record("p", "b", ["b"])] * 2
+    task, some = EvalTask("t", records, "accuracy", ("a", "b")), [Record("p", "b", ("b",), None, "here")] * 2
     nats = np.array([1.0, 1.0, np.nan, 2.0, np.inf, 2.0])
     assert score_of(task, some, nats, np.ones(6), []).score == 1
 
