@@ -175,7 +175,9 @@ def spread_plot(spreads: Mapping[str, Spread], title: str) -> Figure:
     figure = new_figure(1 + 2.8 * len(sites), 5.4)
     grid = figure.subplots(2, len(sites), squeeze=False, sharex=True, sharey="row")
     for column, site in enumerate(sites):
-        for i, (name, spread) in enumerate((name, s) for name, s in spreads.items() if site in s.size):
+        for i, (name, spread) in enumerate(spreads.items()):
+            if site not in spread.size:
+                continue
             layers, look = np.arange(len(spread.size[site])), dict(color=f"C{i}", marker="o", markersize=3)
             grid[0, column].plot(layers, spread.ratio[site], **look)
             grid[1, column].plot(layers, spread.spread[site], label=f"{name}: spread over prompts", **look)
@@ -195,7 +197,9 @@ def spread_plot(spreads: Mapping[str, Spread], title: str) -> Figure:
         axes.yaxis.set_major_formatter("{x:g}")
     for axes in grid.flat:
         axes.grid(alpha=0.3)
-    figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    drawn = {line.get_label(): line for axes in grid[1] for line in axes.get_lines()}
+    named = [f"{name}: {what}" for name in spreads for what in ("spread over prompts", "shared by all prompts")]
+    figure.legend([drawn[text] for text in named], named, loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(title, fontsize=9)
     return figure
 

@@ -90,7 +90,7 @@ def main():
     }
     for name in names[:-1]:  # of log-likelihoods; an adapter that moves nothing would agree without being used
         pairs = zip(ours["base"][name]["answers"], ours["lora"][name]["answers"], strict=True)
-        cases[f"lora: {name}"]["moved"] = max(abs(a[0] - b[0]) for a, b in pairs)
+        cases[f"lora: {name}"]["moved"] = farthest(pairs)
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "device": describe_devices(),
@@ -100,9 +100,10 @@ def main():
         "failed": [
             name
             for name, case in cases.items()
-            if case["largest_difference"] > LIMIT or case["differs"] or case.get("moved", MOVED) < MOVED
+            if not case["largest_difference"] <= LIMIT or case["differs"] or not case.get("moved", MOVED) >= MOVED
         ],
     }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     for name, case in cases.items():
         off = f"largest difference {case['largest_difference']:.1e}"
@@ -174,6 +175,11 @@ def taken(results: dict, name: str) -> dict:
     }
 
 
+def farthest(pairs) -> float:
+    """The largest difference of log-likelihoods; NaN where one is."""
+    return float(np.max([abs(a[0] - b[0]) for a, b in pairs]))
+
+
 def compare(ours: dict, theirs: dict) -> dict:
     assert ours["contexts"] == theirs["contexts"], "the two sides asked different things"
     pairs = list(zip(ours["answers"], theirs["answers"], strict=True))
@@ -181,7 +187,7 @@ def compare(ours: dict, theirs: dict) -> dict:
     differs = sum(a != b if texts else bool(a[1]) != bool(b[1]) for a, b in pairs)
     return {
         "answers": len(pairs),
-        "largest_difference": 0.0 if texts else max(abs(a[0] - b[0]) for a, b in pairs),
+        "largest_difference": 0.0 if texts else farthest(pairs),
         "differs": int(differs) + (ours["scores"] != theirs["scores"]),
         "scores": ours["scores"],
         "scores_of_hf": theirs["scores"],

@@ -110,6 +110,17 @@ def test_the_spread_is_drawn_over_the_layers_a_column_a_site_and_a_colour_an_ada
     assert named[0].startswith("raw: spread") and named[-1].startswith("rms: shared")
 
 
+def test_an_adapter_has_one_colour_and_one_legend_entry_whichever_sites_it_has():
+    q, v, both = ({site: np.array([0.5, 0.2]) for site in sites} for sites in (SITES[:1], SITES[1:], SITES))
+    spreads = {name: Spread(size, size, 9) for name, size in {"q": q, "v": v, "both": both}.items()}
+    figure = spread_plot(spreads, "t")
+    colours = [[line.get_color() for line in axes.get_lines() if len(line.get_xydata())] for axes in figure.axes[:2]]
+    assert colours == [["C0", "C2"], ["C1", "C2"]]
+    legend = figure.legends[0]
+    assert [text.get_text().split(":")[0] for text in legend.get_texts()] == ["q", "q", "v", "v", "both", "both"]
+    assert [line.get_color() for line in legend.get_lines()] == ["C0", "C0", "C1", "C1", "C2", "C2"]
+
+
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_a_figure_is_saved_as_its_suffix_says(tmp_path, suffix, start):
     save(factors_plot({"A": factors(1)}, "t"), tmp_path / f"f{suffix}")

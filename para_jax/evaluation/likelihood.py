@@ -8,12 +8,14 @@ rows: a question's answer has the same bits whatever stands beside it and whoeve
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import devices
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..model import continue_rows, prefill
@@ -25,13 +27,14 @@ Question = tuple[Entry | None, Likelihood]
 
 
 def likelihoods(
-    model: Transformer, bank: AdapterBank | None, questions: Sequence[Question], rows: int
+    model: Transformer, bank: AdapterBank | None, questions: Sequence[Question], rows: int, compiled: set[str]
 ) -> Iterator[tuple[int, Scored]]:
     """(A question's index, its answer), in the order in which batches end; shortest contexts first.
 
     Args:
         questions: each for an adapter of the bank, or None: the base model.
         rows: contexts of a batch.
+        compiled: what has been compiled, which is added to.
     """
     leaves, treedef = jax.tree.flatten(model)
     contexts: dict[tuple, list[int]] = {}
@@ -44,13 +47,24 @@ def likelihoods(
         for start in range(0, len(groups), rows):
             batch = groups[start : start + rows]
             firsts = [questions[members[0]] for members in batch]
-            logits, state = prefilled(model, bank, firsts, length, rows)
+            with shown_once(f"{rows} contexts of {length} tokens", compiled):
+                logits, state = prefilled(model, bank, firsts, length, rows)
             held = [(row, i) for row, members in enumerate(batch) for i in members]
             for size, chunk in continuation_batches(held, questions, rows):
                 row, tokens, lengths = collated([(row, questions[i][1].continuation) for row, i in chunk], size, rows)
-                nats, greedy = gathered(continuation_scores(treedef, leaves, logits, state, row, tokens, lengths))
+                with shown_once(f"{len(row)} continuations of {size} tokens after {length}", compiled):
+                    found = continuation_scores(treedef, leaves, logits, state, row, tokens, lengths)
+                nats, greedy = gathered(found)
                 for (_, i), total, likeliest in zip(chunk, nats, greedy, strict=False):
                     yield i, Scored(float(total), bool(likeliest))
+
+
+def shown_once(what: str, compiled: set[str]) -> AbstractContextManager[None]:
+    """devices.compiling at a shape's first call, which stands still for that long; later nothing."""
+    if what in compiled:
+        return nullcontext()
+    compiled.add(what)
+    return devices.compiling(what)
 
 
 def prefilled(model: Transformer, bank: AdapterBank | None, questions: list[Question], length: int, rows: int):

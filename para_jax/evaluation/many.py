@@ -6,9 +6,11 @@ here, lm-eval's by lm-eval. What was answered lies in the output folder's journa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 from .. import devices
 from ..adapters.bank import AdapterBank
 from ..config import DataSection, require
-from ..data.examples import Example
+from ..data.examples import Example, encode_completion
 from ..data.sources import Record, encode_records, read_records
 from ..data.tasks import TASKS, Task
 from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, backbone_content
@@ -122,9 +124,10 @@ def evaluate_many(
         loaded = of_harness(names, tokenizer, model, settings)
         require_distinct("--tasks", [*dict.fromkeys([*names, *members(loaded)]), *(one.task.name for one in held)])
         held += loaded
-    journal = Journal(output / "answers.jsonl")
-    asking = Pass(model, bank, tokenizer, backbone_content(model), journal)
     tenants = [None, *(bank.names if bank is not None else ())]
+    content, files = backbone_content(model), file_names([tenant or BASE for tenant in tenants])
+    require_same_backbone(output / files[BASE], content)
+    asking = Pass(model, bank, tokenizer, content, Journal(output / "answers.jsonl"))
     questions = [(tenant, asked) for one in held for asked in one.asked for tenant in tenants]
     begun = time.time()
     answers = dict(zip(questions, asking.answer(questions, rows=settings.rows), strict=True))
@@ -137,9 +140,7 @@ def evaluate_many(
         made |= records(asking, tenant, settings, about | {"adapter": sources.get(tenant or BASE)}, begun)
         by_tenant[tenant or BASE] = made
     for name, made in by_tenant.items():
-        (output / file_name(name, by_tenant)).write_text(
-            json.dumps(made, indent=2, default=str) + "\n", encoding="utf-8"
-        )
+        (output / files[name]).write_text(json.dumps(made, indent=2, default=str) + "\n", encoding="utf-8")
     text = table(by_tenant, asking, settings)
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     return text
@@ -171,16 +172,27 @@ def own_task(text: str, tokenizer, model, settings: Settings) -> Own | None:
     ranked = metric == "accuracy" or (metric in LABEL_METRICS and len(choices) <= RANKED)
     fits = 2 <= len(choices) <= 100
     require(fits or metric != "accuracy", "--tasks: answers", len(choices), "2 to 100 to rank, or another metric")
-    kept = encode_records(records[: settings.limit], tokenizer, DataSection(max_seq_length=model.config.max_positions))
     task = EvalTask(
         name or (path.stem if path.is_file() else path.resolve().name),
-        kept.records,
+        records[: settings.limit],
         metric,
         choices if ranked else (),
         max_new_tokens=known.max_new_tokens if known else 32,
         also=known.also if known and metric == known.metric else (),
     )
+    longest = model.config.max_positions - answer_room(task, tokenizer)
+    kept = encode_records(task.records, tokenizer, DataSection(max_seq_length=longest, truncate="left"))
+    if kept.cut:
+        devices.say(f"--tasks {text}: {kept.cut} of {len(kept.records)} prompts lost their start, to {longest} tokens")
     return Own(task, questions_of(task, kept.examples, tokenizer), len(records))
+
+
+def answer_room(task: EvalTask, tokenizer) -> int:
+    """Tokens that are left free behind a prompt beside its own completion: for what is written or is ranked."""
+    if task.metric == "loss":
+        return 0
+    ends = (encode_completion(tokenizer, task.records[0].prompt, choice) for choice in task.choices)
+    return max(map(len, ends)) if task.ranks else task.max_new_tokens
 
 
 def choices_of(file: Path, records: list[Record], known: Task | None) -> tuple[str, ...]:
@@ -301,11 +313,25 @@ def shown(values: dict, metric: str) -> str:
     return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, (int, float)) else "")
 
 
-def file_name(name: str, names: dict) -> str:
-    """A tenant's file: its name with what file systems mind replaced, and its number where two would be the same."""
-    plain = {each: re.sub(r"[^\w.-]+", "_", each).lstrip(".") or "_" for each in names}
-    same = [each for each in names if plain[each].lower() == plain[name].lower()]
-    return plain[name] + (f"-{same.index(name)}" if len(same) > 1 else "") + ".json"
+def file_names(names: Sequence[str]) -> dict[str, str]:
+    """Each tenant's file: its name with what file systems mind replaced, and a hash of the name where two would be the
+    same."""
+    plain = {name: re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_" for name in names}
+    times = Counter(text.lower() for text in plain.values())
+    hashed = {name: f"-{hashlib.sha256(name.encode()).hexdigest()[:6]}" for name in names}
+    return {name: text + (hashed[name] if times[text.lower()] > 1 else "") + ".json" for name, text in plain.items()}
+
+
+def require_same_backbone(file: Path, content: str) -> None:
+    """Raises ValueError where the base model's results are there and are another backbone's."""
+    if not file.exists():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["config"]["backbone_content"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        found = "not results of an evaluation"
+    if found != content:
+        raise ValueError(f"--output {file.parent}: holds results of another backbone; choose another --output")
 
 
 def require_distinct(what: str, names: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ class Pass:
         """tokens computed so far: each context once for its adapter, each continuation, and each token written"""
         self.seconds = 0.0
         """that took"""
-        self._last = 0.0
+        self._last, self._compiled = 0.0, set()
 
     def answer(self, questions: Sequence[Question], *, rows: int, engine: Engine | None = None) -> list[Answer]:
         """The questions' answers; equal questions are asked once.
@@ -62,7 +62,8 @@ class Pass:
         ranked = [(k, entries[tenant], asked) for k, (tenant, asked) in left.items() if isinstance(asked, Likelihood)]
         written = [(k, tenant, asked) for k, (tenant, asked) in left.items() if isinstance(asked, Generation)]
         seen: set[tuple] = set()
-        for i, scored in likelihoods(self.model, self.bank, [(entry, asked) for _, entry, asked in ranked], rows):
+        pairs = [(entry, asked) for _, entry, asked in ranked]
+        for i, scored in likelihoods(self.model, self.bank, pairs, rows, self._compiled):
             k, entry, asked = ranked[i]
             context = (entry and entry.content, asked.context)
             self.tokens += len(asked.continuation) - 1 + (0 if context in seen else len(asked.context))

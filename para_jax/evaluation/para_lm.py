@@ -40,7 +40,13 @@ class ParaLM(TokenLM):
         content = backbone_content(engine.model)
         self.answers = Pass(engine.model, engine.bank, engine.tokenizer, content, journal)
         require(tenant is None or engine.bank is not None, "tenant", tenant, "None, for the engine has no bank")
-        self.content = engine.bank.entry(tenant).content if tenant is not None and engine.bank is not None else "base"
+        _ = self.content  # raises for an unknown tenant
+
+    @property
+    def content(self) -> str:
+        """The hash of the adapter that the tenant has now."""
+        bank = self.engine.bank
+        return bank.entry(self.tenant).content if self.tenant is not None and bank is not None else "base"
 
     def answered(self, asked: list[Asked]) -> Sequence[Answer]:
         questions = [(self.tenant, one) for one in asked]

@@ -138,7 +138,7 @@ def test_equal_questions_are_asked_once_and_a_journal_answers_for_the_same_conte
     other, computed = answered("ABCD", "B")
     assert computed and other != first
 
-    def never(model, bank, questions, rows):
+    def never(model, bank, questions, *_):
         assert not questions, "asked again"
         return iter(())
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from para_jax.evaluation import many, mixed
 from para_jax.evaluation.asked import Scored
 from para_jax.evaluation.evaluate import EvalTask
 from para_jax.evaluation.lm_eval_tasks import load_tasks, record, replay
-from para_jax.evaluation.many import file_name
+from para_jax.evaluation.many import file_names
 
 PICK = """
 task: tiny_pick
@@ -235,9 +236,39 @@ def test_names_of_adapters_are_their_folders_and_files_stay_apart(folder):
     for wrong in ([folders[0]] * 2, ["base=x"], ["=x"], ["x="]):
         with pytest.raises(ValueError, match="give NAME=DIR"):
             named_adapters(wrong)
-    names = dict.fromkeys(["a/b", "a_b", "A_B", "..", "x"])
-    files = [file_name(name, names) for name in names]
-    assert len({file.lower() for file in files}) == 5 and not any("/" in file or file.startswith(".") for file in files)
+    names = ["a/b", "a_b", "A_B", "..", "x", "x y", "x_y", "x_y-0", "x_y-1"]
+    files = file_names(names)
+    assert len({file.lower() for file in files.values()}) == len(names) and files["x"] == "x.json"
+    assert not any("/" in file or file.startswith(".") for file in files.values())
+
+
+def test_an_output_folder_holds_results_of_one_backbone(folder, whole, tmp_path, capsys):
+    shutil.copy(whole / "base.json", tmp_path)
+    assert main(command(folder, tmp_path, tasks=["labels"])) == 0
+    for other in ('{"config": {"backbone_content": "x"}}', "[]", "not JSON"):
+        (tmp_path / "base.json").write_text(other)
+        assert main(command(folder, tmp_path, tasks=["labels"])) == 2
+        assert "holds results of another backbone; choose another --output" in capsys.readouterr().err.splitlines()[-1]
+        assert (tmp_path / "base.json").read_text() == other
+
+
+def test_prompts_that_are_too_long_lose_their_start_and_a_line_says_how_many(folder, tmp_path, capsys):
+    long = {"prompt": words([*range(20, 200)] * 2), "completion": "w9"}
+    for completions in (["w9", "w10 w11"], ["w9"]):
+        rows = [row | {"completion": text, "label": text} for text in completions for row in (long, {"prompt": "w8"})]
+        write_rows(tmp_path / "long.jsonl", rows)
+        assert main(command(folder, tmp_path / str(len(completions)), tasks=[tmp_path / "long.jsonl"])) == 0
+        said = f"{len(completions)} of {len(rows)} prompts lost their start, to "
+        assert said in capsys.readouterr().err
+
+
+def test_para_lm_knows_the_adapter_that_its_tenant_has_now(folder):
+    model = load_backbone(folder / "backbone")
+    bank = AdapterBank.holding({"A": load_adapter(folder / "A" / "adapter", model.config)}, model.config)
+    lm = ParaLM(Engine(model, bank, load_tokenizer(folder / "backbone"), slots=2, max_length=64), "A")
+    before = lm.content
+    bank.replace("A", load_adapter(folder / "B" / "adapter", model.config))
+    assert lm.content == bank.entry("A").content != before
 
 
 def test_a_second_round_of_requests_and_unknown_requests_are_refused_by_the_tasks_name(folder, monkeypatch):
@@ -309,7 +340,7 @@ def test_a_cache_knows_the_adapter(engine, harness, tmp_path, monkeypatch):
 
     first, other = (logprobs(ParaLM(engine, tenant, cache=tmp_path / "cache")) for tenant in "AB")
     assert first != other
-    monkeypatch.setattr(mixed, "likelihoods", lambda model, bank, questions, rows: iter(()))  # nothing is computed
+    monkeypatch.setattr(mixed, "likelihoods", lambda *_: iter(()))  # nothing is computed
     assert [logprobs(ParaLM(engine, tenant, cache=tmp_path / "cache")) for tenant in "AB"] == [first, other]
 
 
