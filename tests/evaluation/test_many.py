@@ -253,7 +253,7 @@ def test_an_output_folder_holds_results_of_one_backbone(folder, whole, tmp_path,
 
 
 def test_prompts_that_are_too_long_lose_their_start_and_a_line_says_how_many(folder, tmp_path, capsys):
-    long = {"prompt": words([*range(20, 200)] * 2), "completion": "w9"}
+    long = {"prompt": words([*range(20, 200)] * 4), "completion": "w9"}
     for completions in (["w9", "w10 w11"], ["w9"]):
         rows = [row | {"completion": text, "label": text} for text in completions for row in (long, {"prompt": "w8"})]
         write_rows(tmp_path / "long.jsonl", rows)
