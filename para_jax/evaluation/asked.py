@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..adapters.bank import Entry
 from ..backbone.transformer import Transformer
@@ -56,20 +57,36 @@ class Written(NamedTuple):
 Answer = Scored | Written
 
 
-def key(asked: Asked, entry: Entry | None, backbone: str) -> str:
-    """What an answer depends on, hashed: the question, the adapter's content (never its name) and the backbone's."""
-    content = entry.content if entry else None
-    return hashlib.sha256(json.dumps([type(asked).__name__, asked, content, backbone]).encode()).hexdigest()[:32]
+def key(asked: Asked, entry: Entry | None, backbone: str, writing: str) -> str:
+    """What an answer depends on, hashed: the question, the adapter's content (never its name) and the backbone's; for
+    a Generation also `writing_content`."""
+    parts = [type(asked).__name__, asked, entry.content if entry else None, backbone]
+    parts += [writing] if isinstance(asked, Generation) else []
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def writing_content(tokenizer, stop_ids: tuple[int, ...]) -> str:
+    """A hash of what makes a text of tokens, and of the tokens that end it."""
+    made = json.loads(tokenizer.backend_tokenizer.to_str())
+    made |= {"truncation": None, "padding": None}  # which are of its last call
+    return hashlib.sha256(json.dumps([made, stop_ids]).encode()).hexdigest()
 
 
 def backbone_content(model: Transformer) -> str:
-    """A hash of a backbone's config, dtypes and weights, of which each array's bits are summed: no copy is made."""
-    sums = [(leaf.shape, str(leaf.dtype), int(bit_sum(leaf))) for leaf in jax.tree.leaves(model)]
+    """A hash of a backbone's config, dtypes and weights, of which each array's bits are hashed: no copy is made."""
+    sums = [(leaf.shape, str(leaf.dtype), int(bit_hash(leaf))) for leaf in jax.tree.leaves(model)]
     return hashlib.sha256(repr((model.config, model.layout, sums)).encode()).hexdigest()
 
 
 @jax.jit
-def bit_sum(array) -> jax.Array:
-    """The sum of an array's bits read as whole numbers, modulo 2**32: exact in any order."""
-    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-    return jnp.sum(jax.lax.bitcast_convert_type(array, bits), dtype=jnp.uint32)
+def bit_hash(array) -> jax.Array:
+    """The sum of hashes of each element's bits and position, modulo 2**32: exact in any order of summing, and another
+    one where elements change places. The hash is MurmurHash3's finalizer (Appleby 2011)."""
+    whole = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    mixed = jax.lax.bitcast_convert_type(array, whole).astype(jnp.uint32)
+    strides = np.cumprod([1, *array.shape[:0:-1]], dtype=np.uint32)[::-1] * np.uint32(0x9E3779B1)
+    for axis in range(array.ndim):
+        mixed += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * strides[axis]
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+    return jnp.sum(mixed, dtype=jnp.uint32)

@@ -11,10 +11,11 @@ from tqdm import tqdm
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..config import require
+from ..data.examples import stop_token_ids
 from ..inference.generate import up_to_multiple
 from ..serving.engine import Engine
 from ..serving.request import Request
-from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, key
+from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, key, writing_content
 from .journal import Journal
 from .likelihood import likelihoods
 
@@ -37,6 +38,7 @@ class Pass:
         self.seconds = 0.0
         """that took"""
         self._last, self._compiled = 0.0, set()
+        self._writing = writing_content(tokenizer, stop_token_ids(tokenizer, model.config.eos_token_ids))
 
     def answer(self, questions: Sequence[Question], *, rows: int, engine: Engine | None = None) -> list[Answer]:
         """The questions' answers; equal questions are asked once.
@@ -49,7 +51,7 @@ class Pass:
         for a journal's answer of the wrong kind.
         """
         entries = {tenant: self._entry(tenant) for tenant, _ in questions}
-        keys = [key(asked, entries[tenant], self.backbone) for tenant, asked in questions]
+        keys = [key(asked, entries[tenant], self.backbone, self._writing) for tenant, asked in questions]
         left = {k: question for k, question in zip(keys, questions, strict=True) if k not in self.journal}
         for k, (_, asked) in zip(keys, questions, strict=True):
             kind = Scored if isinstance(asked, Likelihood) else Written

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import backbone, strong
@@ -14,7 +16,16 @@ from tiny_run import tokenizer
 from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, forward, generate, init_adapter
 from para_jax.config import SITES
 from para_jax.evaluation import likelihood, mixed
-from para_jax.evaluation.asked import Generation, Likelihood, Scored, Written, backbone_content, key
+from para_jax.evaluation.asked import (
+    Generation,
+    Likelihood,
+    Scored,
+    Written,
+    backbone_content,
+    bit_hash,
+    key,
+    writing_content,
+)
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.likelihood import padded_length
 from para_jax.evaluation.mixed import Pass
@@ -151,11 +162,11 @@ def test_equal_questions_are_asked_once_and_a_journal_answers_for_the_same_conte
 def test_a_key_knows_the_question_the_adapters_content_and_the_backbone():
     a, b = (bank_of("llama").entry(name) for name in "AB")
     one = Likelihood((3, 4), (5,))
-    keys = [key(one, *who) for who in ((a, "x"), (b, "x"), (None, "x"), (a, "y"))]
+    keys = [key(one, *who, "w") for who in ((a, "x"), (b, "x"), (None, "x"), (a, "y"))]
     others = one._replace(context=(3,)), Generation((3, 4), 5), Generation((3, 4), 5, seed=1)
-    keys += [key(other, a, "x") for other in others]
+    keys += [key(other, a, "x", "w") for other in others] + [key(others[1], a, "x", "v")]
     assert len(set(keys)) == len(keys)
-    assert key(one, a._replace(version=99), "x") == keys[0]
+    assert key(one, a._replace(version=99), "x", "v") == keys[0]
     assert backbone_content(backbone("llama")) != backbone_content(backbone("qwen2"))
 
 
@@ -166,6 +177,22 @@ def test_one_changed_weight_is_another_backbone():
     leaves, treedef = jax.tree.flatten(model)
     leaves[-1] = leaves[-1].at[(0,) * leaves[-1].ndim].add(1e-3)
     assert backbone_content(jax.tree.unflatten(treedef, leaves)) != before
+
+
+def test_weights_that_change_places_are_another_backbone():
+    draw = np.random.default_rng(0)
+    array = draw.normal(size=(32, 4096)).astype(jnp.bfloat16)
+    for made in (array, array.astype(np.float32), draw.integers(-128, 128, (8, 4, 64)).astype(np.int8)):
+        seen = [made, made[::-1], made[:, ::-1], np.roll(made, 1), np.roll(made, len(made) // 2, axis=0)]
+        assert len({int(bit_hash(jnp.asarray(one))) for one in seen}) == len(seen)
+
+
+def test_what_is_written_depends_on_the_tokenizer_and_the_stop_tokens():
+    one, other = deepcopy(tokenizer()), deepcopy(tokenizer())
+    other.add_tokens(["another"])
+    made = {writing_content(one, (2,)), writing_content(one, (2, 3)), writing_content(other, (2,))}
+    one(["w5", "w5 w6"], padding=True, truncation=True, max_length=2)
+    assert len(made) == 3 and writing_content(one, (2,)) in made
 
 
 def test_padded_lengths_hold_what_they_pad_and_waste_at_most_a_third():
@@ -220,7 +247,7 @@ def test_an_answer_of_the_wrong_kind_is_an_error(tmp_path):
     model, journal = backbone("llama"), Journal(tmp_path / "answers.jsonl")
     asking = Pass(model, None, tokenizer(), "b", journal)
     for one, other in ((Likelihood((3,), (4,)), Written("x", 1)), (Generation((3,), 4), Scored(-1.0, True))):
-        journal.add(key(one, None, "b"), other)
+        journal.add(key(one, None, "b", asking._writing), other)
         with pytest.raises(ValueError, match="answers.jsonl: answers .* as another question; choose another folder"):
             asking.answer([(None, one)], rows=ROWS)
 
@@ -261,7 +288,7 @@ def test_a_resumed_pass_has_an_engine_of_the_same_shapes(monkeypatch):
     long, short = ((None, Generation((3,) * length, 4)) for length in (40, 5))
     for answered in ((), (long,)):
         for tenant, one in answered:
-            asking.journal.add(key(one, tenant, "b"), Written("x", 1))
+            asking.journal.add(key(one, tenant, "b", asking._writing), Written("x", 1))
         with pytest.raises(KeyboardInterrupt):
             asking.answer([long, short], rows=ROWS)
     assert sizes == [64, 64]
