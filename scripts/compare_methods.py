@@ -2,18 +2,19 @@
 
     python scripts/compare_methods.py --tasks sst2 rte banking77 --output results/compare_methods
 
-Each method gets the same learning rates (GRID), each combination the same steps and rows; the rate is chosen on
-validation data with seed 0, and seeds 1 and 2 are then trained with it. All combinations of a method are tenants of one
-run (`sweep`). Scores are of whole test files (--test-limit: of their first rows), medians over the seeds with their
-range; PARA also with every row reading another row's prompt. Training time and peak memory are those of a run of one
-adapter in a process of its own. What is done is kept in the output folder: the same command goes on.
+Each method gets the same learning rates (GRID), each combination the same steps and rows. The rate is chosen on
+validation data with seed 0 (ties by its loss), and seeds 1 and 2 are then trained with it; seed 0 is reported too. All
+combinations of a method are tenants of one run (`sweep`). Scores are of whole test files (--test-limit: of their first
+rows), medians over the seeds with their range; PARA also with every row reading another row's prompt. The time of a
+step and the peak memory are those of a run of one adapter in a process of its own; what a decode step costs stands in
+docs/results.md. What is done is kept in the output folder: the same command goes on.
 """
 
 import argparse
 import json
 import os
-import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -35,12 +36,21 @@ from para_jax.adapters.adapter import count_parameters
 from para_jax.config import Ia3Config, LoraConfig, save_config
 from para_jax.devices import describe_devices, versions
 from para_jax.evaluation.evaluate import evaluate_task, task_of_run
+from para_jax.training.log import read_metrics
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
 PARA = ParaConfig(r=12)
 LENGTHS = {"sst2": 80, "rte": 320, "banking77": 96, "boolq": 320, "copa": 64, "wikisql": 240, "sms_spam": 160}
-TIMED_STEPS = 6
+TIMED_STEPS = 20
+#: Runs `para-jax` and then prints the peak of its own memory, in kB; a child's rusage would hold its parent's.
+COMMAND = """
+import sys
+from para_jax.cli import main
+code = main(sys.argv[1:])
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+sys.exit(code)
+"""
 
 
 def methods(model_config, extra: list[str]) -> dict:
@@ -81,7 +91,8 @@ def trained(args, task: str, adapter, folder: Path) -> dict:
         config_of(args, task, adapter, folder / "rates", rows, f"sweep.learning_rate=[{rates}]", "sweep.seed=[0]")
     )
     scores = {rate: first.tenants[f"learning_rate-{rate!r}-seed-0"]["best_score"] for rate in GRID}
-    best = max(GRID, key=lambda rate: -float("inf") if scores[rate] is None else scores[rate])
+    losses = {rate: last_loss(first.output_dir / f"learning_rate-{rate!r}-seed-0") for rate in GRID}
+    best = max(GRID, key=lambda r: (-float("inf") if scores[r] is None else scores[r], -losses[r]))  # ties: the loss
     seeds = ", ".join(map(str, SEEDS[1:]))
     rows = f"train.per_device_batch_size={len(SEEDS[1:]) * args.rows}"
     rest = train_tenants(
@@ -92,24 +103,31 @@ def trained(args, task: str, adapter, folder: Path) -> dict:
     return {"learning_rate": best, "validation": scores, "folders": {seed: str(f) for seed, f in folders.items()}}
 
 
+def last_loss(folder: Path) -> float:
+    """The smallest validation loss of a run; infinite where none was measured."""
+    rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    return min((row["validation_loss"] for row in rows if "validation_loss" in row), default=float("inf"))
+
+
 def alone(args, task: str, adapter, folder: Path, rate: float) -> dict:
     """Seconds a step (median, without the first) and peak memory of a run of one adapter in its own process."""
     fields = {"train.learning_rate": rate, "train.max_steps": TIMED_STEPS, "train.per_device_batch_size": args.rows}
-    overrides = [f"{name}={value}" for name, value in (fields | {"eval.limit": 1}).items()]
+    fields |= {"eval.limit": 1, "data.buckets": 1}
+    overrides = [f"{name}={value}" for name, value in fields.items()]
+    shutil.rmtree(folder / "alone", ignore_errors=True)
     save_config(config_of(args, task, adapter, folder / "alone", *overrides), folder / "alone.yaml")
-    command = [sys.executable, "-m", "para_jax.cli", "train", str(folder / "alone.yaml")]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", COMMAND, "train", str(folder / "alone.yaml")]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     rows = [json.loads(line) for line in (folder / "alone" / "metrics.jsonl").read_text().splitlines()]
     seconds = [row["step_seconds"] for row in rows if "step_seconds" in row]
-    return {
-        "step_seconds": median(seconds),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-    }
+    return {"step_seconds": median(seconds), "peak_bytes": int(said.split()[-1]) * 1024}
 
 
 def tested(args, task: str, model, tokenizer, adapter, shuffle=None) -> dict:
-    asked = task_of_run(config_of(args, task, PARA, args.output / "none"), "test", tokenizer)
+    whole = ("data.max_seq_length=2048", "data.truncate=error")  # no row of the test file is left out
+    asked = task_of_run(config_of(args, task, PARA, args.output / "none", *whole), "test", tokenizer)
     limit = args.test_limit
+    assert asked, task
     return evaluate_task(model, adapter, asked, tokenizer, limit, shuffle=shuffle).record()
 
 
@@ -136,7 +154,8 @@ def main() -> None:
         return held["model"]
 
     for task in args.tasks:
-        done(args.output / f"{task}-base.json", lambda task=task: tested(args, task, model(), tokenizer, None))
+        base = args.output / f"{task}-base.json"
+        done(base, lambda task=task: tested(args, task, model(), tokenizer, None), settings(args))
         for name, adapter in chosen.items():
             label = "".join(c if c.isalnum() else "-" for c in name)
             folder = args.output / "runs" / task / label
@@ -153,15 +172,24 @@ def main() -> None:
                     found["shuffled"] = {s: tested(args, task, model(), tokenizer, one, s) for s, one in kept.items()}
                 return found | {"alone": alone(args, task, adapter, folder, found["learning_rate"])}
 
-            done(args.output / f"{task}-{label}.json", measured)
+            done(args.output / f"{task}-{label}.json", measured, settings(args) | {"adapter": repr(adapter)})
             write_table(args, chosen)
 
 
-def done(file: Path, make) -> dict:
-    """What the file holds; made and written first where there is none."""
+def settings(args) -> dict:
+    """What scores depend on beside task and method."""
+    names = ("backbone", "data", "steps", "rows", "limit", "test_limit")
+    return {name: str(getattr(args, name)) for name in names} | {"grid": list(GRID), "seeds": list(SEEDS)}
+
+
+def done(file: Path, make, asked: dict) -> dict:
+    """What the file holds; made and written first where there is none. Ends the script where it holds other settings'
+    scores."""
+    if file.exists() and json.loads(file.read_text())["asked"] != asked:
+        sys.exit(f"compare_methods: {file} was made with other settings; choose another --output")
     if not file.exists():
         part = file.with_suffix(".part")
-        part.write_text(json.dumps(make(), indent=1) + "\n")
+        part.write_text(json.dumps(make() | {"asked": asked}, indent=1) + "\n")
         os.replace(part, file)
     return json.loads(file.read_text())
 
@@ -188,8 +216,9 @@ def write_table(args, chosen: dict) -> None:
                     scores = sorted(one["score"] for one in found[key].values())
                     drawn[task][shown] = scores
                     beside = found["alone"] if key == "test" else None
+                    edge = " (the grid's edge)" if found["learning_rate"] in (GRID[0], GRID[-1]) else ""
                     lines.append(
-                        f"| {task} | {shown} | {found['parameters']:,} | {found['learning_rate']:g} | "
+                        f"| {task} | {shown} | {found['parameters']:,} | {found['learning_rate']:g}{edge} | "
                         f"{median(scores):.4f} | {scores[0]:.4f} to {scores[-1]:.4f} | "
                         + (f"{beside['step_seconds']:.2f} | {beside['peak_bytes'] / 1e9:.2f} |" if beside else "| |")
                     )
