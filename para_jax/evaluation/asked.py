@@ -67,7 +67,8 @@ def key(asked: Asked, entry: Entry | None, backbone: str, writing: str) -> str:
 
 def writing_content(tokenizer, stop_ids: tuple[int, ...]) -> str:
     """A hash of what makes a text of tokens, and of the tokens that end it."""
-    made = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # which a tokenizer in plain Python has not
+    made = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
     made |= {"truncation": None, "padding": None}  # which are of its last call
     return hashlib.sha256(json.dumps([made, stop_ids]).encode()).hexdigest()
 
