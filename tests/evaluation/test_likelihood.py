@@ -27,7 +27,7 @@ from para_jax.evaluation.asked import (
     writing_content,
 )
 from para_jax.evaluation.journal import Journal
-from para_jax.evaluation.likelihood import padded_length
+from para_jax.evaluation.likelihood import padded_length, together
 from para_jax.evaluation.mixed import Pass
 
 CONFIGS = {"A": ParaConfig(r=4), "B": ParaConfig(r=4, pooler="mean"), "C": Ia3Config(), "D": LoraConfig(r=4)}
@@ -121,6 +121,18 @@ def test_the_factors_never_see_the_continuation(monkeypatch):
     contexts = {one.context for one in asked()}
     assert {ids for ids in seen if ids in contexts} == contexts and all(seen.count(ids) == 2 for ids in contexts)
     assert {ids for ids in seen if ids not in contexts} <= {(0,)}  # rows that fill up a batch
+
+
+def test_each_shape_is_said_once_when_it_is_compiled(capsys):
+    asking = Pass(backbone("llama"), None, tokenizer(), "b", Journal())
+    for last in (4, 5):
+        asking.answer([(None, Likelihood((3,) * 9, (last,)))], rows=ROWS)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.endswith("...")]
+    one = together(1, ROWS)
+    assert said == [
+        f"compiling {ROWS} contexts of 16 tokens ...",
+        f"compiling {one} continuations of 1 tokens after 16 ...",
+    ]
 
 
 def test_what_is_written_is_what_generate_writes_alone_and_mixed():
