@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..config import RunConfig, require
 from ..data.batches import (
+    Bucket,
     assign_buckets,
     collate,
     epoch_bits,
@@ -53,6 +54,11 @@ class EvalTask(NamedTuple):
     def ranks(self) -> bool:
         """Whether the answers are the likeliest of the choices, and not written."""
         return self.metric == "accuracy" or (self.metric in LABEL_METRICS and bool(self.choices))
+
+    @property
+    def writes(self) -> bool:
+        """Whether the answers are what greedy decoding writes."""
+        return self.metric != "loss" and not self.ranks
 
 
 class Measured(NamedTuple):
@@ -175,24 +181,39 @@ def evaluate_task(
     model, adapters, task: EvalTask, tokenizer, limit: int | None = None, *, shuffle: int | None = None
 ) -> Score:
     """One task's score; `shuffle` is the seed by which examples get each other's factors."""
+    task, examples, ranked = encode_task(task, tokenizer, limit)
+    prompts = [example.prompt_ids for example in examples]
+    read = None if shuffle is None else [prompts[i] for i in derangement(task.name, len(prompts), shuffle)]
+    of_ranked = read and [*read, *(prompt for prompt in read for _ in task.choices if ranked)]
+    whose = of_ranked and [tuple(prompt) for prompt in of_ranked]
+    of_batch = adapters_of_batches(model, adapters, of_ranked)
+    nll, tokens = likelihoods(model, of_batch, [*examples, *ranked], task.batch_size, whose)
+    answers = written_answers(model, of_batch, prompts, task, tokenizer) if task.writes else []
+    return score_of(task, nll, tokens, answers)
+
+
+class Encoded(NamedTuple):
+    """A task as token ids."""
+
+    task: EvalTask
+    examples: list[Example]
+    ranked: list[Example]
+    """each prompt with each choice, where choices are ranked"""
+
+
+def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> Encoded:
+    """The task's first `limit` examples (None: all)."""
     records = task.records[:limit]
     examples = task.examples or [encode_example(tokenizer, record.prompt, record.completion) for record in records]
     examples = examples[:limit]
-    prompts, count = [example.prompt_ids for example in examples], len(records)
-    read = None if shuffle is None else [prompts[i] for i in derangement(task.name, count, shuffle)]
-
-    ranked = rankings(prompts, records, task, tokenizer)
-    of_ranked = read and [*read, *(prompt for prompt in read for _ in task.choices if task.ranks)]
-    nll, tokens = likelihoods(model, adapters, [*examples, *ranked], task.batch_size, of_ranked)
-    written = task.metric != "loss" and not task.ranks
-    answers = written_answers(model, adapters, prompts, task, tokenizer, read) if written else []
-    return score_of(task, records, nll, tokens, answers)
+    ranked = rankings([example.prompt_ids for example in examples], records, task, tokenizer)
+    return Encoded(task._replace(records=records), examples, ranked)
 
 
-def score_of(task: EvalTask, records: list[Record], nll: np.ndarray, tokens: np.ndarray, answers: list[str]) -> Score:
+def score_of(task: EvalTask, nll: np.ndarray, tokens: np.ndarray, answers: list[str]) -> Score:
     """A task's score from the nats and the completion tokens of each record's own completion and then, where they are
     ranked, of each record's choices; else from the answers that were written."""
-    count = len(records)
+    count = len(task.records)
     own = nll[:count], tokens[:count]
     loss = float(own[0].sum() / own[1].sum())
     if task.metric == "loss":
@@ -200,7 +221,7 @@ def score_of(task: EvalTask, records: list[Record], nll: np.ndarray, tokens: np.
     if task.ranks:
         nats = np.where(np.isnan(nll), np.inf, nll)[count:]  # argmin would take a NaN
         answers = [task.choices[i] for i in nats.reshape(count, -1).argmin(axis=1)]
-    references = [record.references for record in records]
+    references = [record.references for record in task.records]
     (value, stderr), *more = [measure(metric, answers, references) for metric in (task.metric, *task.also)]
     also = tuple(Measured(name, *found) for name, found in zip(task.also, more, strict=True))
     return Score(task.name, task.metric, value, loss, count, stderr=stderr, also=also)
@@ -219,11 +240,13 @@ def rankings(prompts, records: list[Record], task: EvalTask, tokenizer) -> list[
     ]
 
 
-def written_answers(model, adapters, prompts, task: EvalTask, tokenizer, read=None) -> list[str]:
-    """What greedy decoding writes after each prompt, with the factors of the prompts that are read: by default its
-    own."""
+def written_answers(model, of_batch: Callable, prompts, task: EvalTask, tokenizer) -> list[str]:
+    """What greedy decoding writes after each prompt, in batches and lengths as the task says.
+
+    Args:
+        of_batch: from a batch's rows, indices into `prompts`, to their adapters.
+    """
     answers = [""] * len(prompts)
-    of_batch = adapters_of_batches(model, adapters, read)
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     stop = stop_token_ids(tokenizer, model.config.eos_token_ids)
     for start in tqdm(range(0, len(order), task.batch_size), desc=f"{task.name}: answers", leave=False, disable=None):
@@ -236,21 +259,32 @@ def written_answers(model, adapters, prompts, task: EvalTask, tokenizer, read=No
     return answers
 
 
-def likelihoods(model, adapters, examples: list[Example], rows: int, read=None) -> tuple[np.ndarray, np.ndarray]:
-    """Each example's summed negative log-likelihood (nats) of its completion, and its number of completion tokens, with
-    the factors of the prompts that are read: by default its own. Equal examples are computed once."""
-    keys = [(tuple(prompt), tuple(completion)) for prompt, completion in examples]
-    keys = [(*key, tuple(other)) for key, other in zip(keys, read or [()] * len(keys), strict=True)]
-    unique = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    different = [Example(list(prompt), list(completion)) for prompt, completion, _ in unique]
-    of_batch = adapters_of_batches(model, adapters, read and [list(other) for _, _, other in unique])
+def likelihoods(
+    model,
+    of_batch: Callable,
+    examples: list[Example],
+    rows: int,
+    whose: Sequence | None = None,
+    buckets: Sequence[Bucket] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each example's summed negative log-likelihood (nats) of its completion, and its number of completion tokens.
+
+    Args:
+        of_batch: from a batch's rows, indices into `examples`, to their adapters.
+        whose: what beside an example its likelihood depends on (default: nothing); equal ones are computed once.
+        buckets: the compiled shapes; default: three, planned for these examples.
+    """
+    keys = [(tuple(p), tuple(c), of) for (p, c), of in zip(examples, whose or [None] * len(examples), strict=True)]
+    last = {key: i for i, key in enumerate(keys)}  # one example of each kind
+    unique, chosen = {key: i for i, key in enumerate(last)}, np.array(list(last.values()))
+    different = [examples[i] for i in chosen]
+    buckets = buckets or plan_buckets(different, 3)
     nll, tokens = np.zeros(len(different)), np.zeros(len(different))
-    buckets = plan_buckets(different, 3)
     batches = list(full_batches(different, rows, buckets))
     for indices, batch in tqdm(batches, desc="likelihoods", leave=False, disable=None):
         completion = next(bucket.completion for bucket in buckets if bucket.length == batch.tokens.shape[1])
-        used = of_batch(np.resize(indices, rows))
-        total, count = gathered(eval_nll(model, used, batch, completion=completion))
+        adapters = of_batch(chosen[np.resize(indices, rows)])
+        total, count = gathered(eval_nll(model, adapters, batch, completion=completion))
         nll[indices], tokens[indices] = total[: len(indices)], count[: len(indices)]
     places = [unique[key] for key in keys]
     return nll[places], tokens[places]

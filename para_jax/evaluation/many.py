@@ -91,7 +91,7 @@ class Own(NamedTuple):
         nats = np.array([-one.logprob for one in answers if isinstance(one, Scored)])
         tokens = np.array([len(one.continuation) for one in self.asked if isinstance(one, Likelihood)])
         texts = [one.text.strip() for one in answers if isinstance(one, Written)]
-        score = score_of(self.task, self.task.records, nats, tokens, texts)
+        score = score_of(self.task, nats, tokens, texts)
         of_task = [] if self.task.metric == "loss" else [(score.metric, score.score, score.stderr), *score.also]
         values = {metric: (value, error) for metric, value, error in of_task}
         return values | {"loss": (score.loss, error_of_ratio(nats[:count], tokens[:count]))}

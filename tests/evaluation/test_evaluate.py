@@ -146,7 +146,9 @@ def test_an_answer_keeps_its_spaces(monkeypatch):
             seen.update(options)
             return " w9 w10 "
 
-    assert module.written_answers(model(), None, [[3]], EvalTask("t", [], batch_size=2), Tidy()) == ["w9 w10"]
+    assert module.written_answers(model(), lambda rows: None, [[3]], EvalTask("t", [], batch_size=2), Tidy()) == [
+        "w9 w10"
+    ]
     assert seen == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
@@ -226,7 +228,7 @@ def test_the_error_of_the_loss_is_that_of_a_ratio(records):
 def test_a_choice_that_is_not_a_number_is_not_chosen(records):
     task, some = EvalTask("t", records, "accuracy", ("a", "b")), [Record("p", "b", ("b",), None, "here")] * 2
     nats = np.array([1.0, 1.0, np.nan, 2.0, np.inf, 2.0])
-    assert score_of(task, some, nats, np.ones(6), []).score == 1
+    assert score_of(task._replace(records=some), nats, np.ones(6), []).score == 1
 
 
 def test_a_report_prints_a_line_a_task():
