@@ -299,13 +299,8 @@ class Loop(NamedTuple):
         return step > 0 and step % every[what] == 0
 
     def end_early(self, progress: Progress) -> NoReturn:
-        """Ends a run that was told to stop, when everything is written."""
-        by_first(lambda: finish_saving(self.checkpoints))
-        devices.say(
-            f"stopped after step {progress.step} of {self.work.total_steps}, and saved; the same command resumes, or "
-            f"`para-jax train {self.log.folder / 'config.yaml'}`"
-        )
-        self.stop.end()
+        stopped_at = f"step {progress.step} of {self.work.total_steps}"
+        end_stopped(self.checkpoints, self.stop, self.log.folder, stopped_at)
 
     def placed(self, batch: Batch | Packed) -> Batch | Packed:
         """The batch on the mesh, its arrays [passes, rows, ...]."""
@@ -337,6 +332,15 @@ class Loop(NamedTuple):
 
     def out_of_patience(self, progress: Progress) -> bool:
         return self.config.eval.patience is not None and progress.since_best >= self.config.eval.patience
+
+
+def end_stopped(checkpoints, stop: StopSignal, folder: Path, where: str) -> NoReturn:
+    """Ends a run that was told to stop, when everything is written, and says where it stands and how to go on."""
+    by_first(lambda: finish_saving(checkpoints))
+    devices.say(
+        f"stopped after {where}, and saved; the same command resumes, or `para-jax train {folder / 'config.yaml'}`"
+    )
+    stop.end()
 
 
 def card_lines(config: RunConfig, steps: int, found: Score | None) -> list[str]:

@@ -42,6 +42,7 @@ from .runs import (
     FREE_FIELDS,
     card_lines,
     claim_folder,
+    end_stopped,
     kept_adapter,
     places,
     say_attention,
@@ -117,6 +118,11 @@ class Standing(NamedTuple):
         for name, value in values.items():
             lists[name][tenant] = value
         return self._replace(**lists)
+
+    @property
+    def over(self) -> list[bool]:
+        """Whether each tenant has ended."""
+        return [why is not None for why in self.ended]
 
     @property
     def resident(self) -> dict[int, int]:
@@ -262,7 +268,10 @@ def fit_tenants(
         by_first(lambda: mend_tenants(standing, tenants, folder, bool(restored)))
         profiler = Profiler(config.profiler, folder)
         with closing(log), closing(profiler), stop_signals() as stop:
-            loop = TenantsLoop(config, model, tokenizer, tenants, buckets, layout, checkpoints, log, profiler, stop)
+            validation = Tasks(model, tokenizer, [t.validation for t in tenants], config.eval.limit)
+            test = Tasks(model, tokenizer, [t.test for t in tenants])
+            shared = model, tenants, buckets, layout, validation, test
+            loop = TenantsLoop(config, *shared, checkpoints, log, profiler, stop)
             try:
                 if not restored:
                     standing = loop.test_backbone(state, standing)
@@ -334,10 +343,11 @@ class TenantsLoop(NamedTuple):
 
     config: RunConfig
     model: Any
-    tokenizer: Any
     tenants: list[Tenant]
     buckets: tuple[Bucket, ...]
     layout: Layout
+    validation: Tasks
+    test: Tasks
     checkpoints: Any
     log: Log
     profiler: Profiler
@@ -352,8 +362,6 @@ class TenantsLoop(NamedTuple):
         compiled: set[Bucket] = set()
         pending: Pending | None = None
         saved = standing.step
-        validation = Tasks(self.model, self.tokenizer, [t.validation for t in self.tenants], self.config.eval.limit)
-        test = Tasks(self.model, self.tokenizer, [t.test for t in self.tenants])
         state, standing = self.admit(state, standing)
         batches = self.batches(standing)
         total, begun = sum(t.order.total_steps for t in self.tenants), sum(standing.steps)
@@ -366,18 +374,18 @@ class TenantsLoop(NamedTuple):
                         standing, pending = self.read(pending, standing, bar), None
                     try:
                         if due:
-                            standing = self.evaluate(state, standing, self.due(standing), validation)
+                            standing = self.evaluate(state, standing, self.due(standing))
                         leaving = [] if stopping else self.leaving(standing)
                         unforeseen = False
                         for tenant, why in leaving:
                             unforeseen |= standing.steps[tenant] < self.tenants[tenant].order.total_steps
-                            standing = self.finish(state, standing, tenant, why, test)
+                            standing = self.finish(state, standing, tenant, why)
                         if unforeseen:
                             batches.close()
                             batches = self.batches(standing)
                     except Interrupted:
                         stopping = True
-                    last = all(standing.ended)
+                    last = all(standing.over)
                     every = self.config.checkpoint.every or self.config.eval.every
                     if saved < standing.step and (stopping or last or standing.step % every == 0):
                         standing, pending = self.read(pending, standing, bar), None
@@ -396,7 +404,7 @@ class TenantsLoop(NamedTuple):
 
     def admit(self, state: TenantsState, standing: Standing) -> tuple[TenantsState, Standing]:
         """Gives free slots to the tenants that wait."""
-        slots = admitted(standing.slots, [why is not None for why in standing.ended])
+        slots = admitted(standing.slots, standing.over)
         for slot, (held, tenant) in enumerate(zip(standing.slots, slots, strict=True)):
             if held != tenant:
                 fresh = self.fresh_adapter(self.tenants[tenant])
@@ -413,7 +421,7 @@ class TenantsLoop(NamedTuple):
     def batches(self, standing: Standing):
         """The batches of the steps to come, while no tenant ends before its last step."""
         shares = weights([len(t.data.examples) for t in self.tenants], self.config.train.sampling)
-        ended = [why is not None for why in standing.ended]
+        ended = standing.over
         coming = Turns(
             [t.order for t in self.tenants], self.buckets, shares,
             groups=self.layout.groups, rows=self.layout.rows, passes=self.layout.passes,
@@ -527,10 +535,10 @@ class TenantsLoop(NamedTuple):
                 found.append((tenant, "patience"))
         return found
 
-    def evaluate(self, state: TenantsState, standing: Standing, due: list[int], tasks: Tasks) -> Standing:
+    def evaluate(self, state: TenantsState, standing: Standing, due: list[int]) -> Standing:
         """Scores the tenants' adapters, and keeps each where it is its best so far."""
         with self.stop.interrupting():
-            found = tasks.scores(Stack(state.adapters), {tenant: standing.resident[tenant] for tenant in due})
+            found = self.validation.scores(Stack(state.adapters), {tenant: standing.resident[tenant] for tenant in due})
         for tenant in due:
             own = standing.steps[tenant]
             standing = standing.changed(tenant, evaluated=own)
@@ -564,7 +572,7 @@ class TenantsLoop(NamedTuple):
         to, source = self.folder(tenant) / "adapter", self.config.backbone.source
         by_first(lambda: save_adapter(adapter, to, base_model=source, model=self.model, card=card))
 
-    def finish(self, state: TenantsState, standing: Standing, tenant: int, why: str, tasks: Tasks) -> Standing:
+    def finish(self, state: TenantsState, standing: Standing, tenant: int, why: str) -> Standing:
         """Ends a tenant: its adapter and its entry in tenants.json are written, and its slot is free."""
         own, slot = self.tenants[tenant], standing.resident[tenant]
         steps = int(gathered(state.step)[slot])
@@ -577,7 +585,7 @@ class TenantsLoop(NamedTuple):
             last = tenant_of(state.adapters, jnp.int32(slot))
             kept = kept_adapter(self.folder(tenant), self.model, last)
             with self.stop.interrupting():
-                found = tasks.scores(Stack(jax.tree.map(lambda leaf: leaf[None], kept)), {tenant: 0})[tenant]
+                found = self.test.scores(Stack(jax.tree.map(lambda leaf: leaf[None], kept)), {tenant: 0})[tenant]
             self.write(tenant, standing.steps[tenant], scores("test_after", found))
             test_after = found.score if math.isfinite(found.score) else None
         entry = {
@@ -591,7 +599,7 @@ class TenantsLoop(NamedTuple):
             "ended": why,
         }
         by_first(lambda: add_entry(self.log.folder, own.name, entry))
-        ended = sum(map(bool, standing.ended)) + 1
+        ended = sum(standing.over) + 1
         best = standing.best_score[tenant]
         said = "" if best is None else f", best validation score {best:.4f} at step {standing.best_step[tenant]}"
         devices.say(f"{own.name}: {steps} steps{said} ({why}; {ended} of {len(self.tenants)} tenants have ended)")
@@ -600,22 +608,16 @@ class TenantsLoop(NamedTuple):
 
     def test_backbone(self, state: TenantsState, standing: Standing) -> Standing:
         """Scores the backbone alone on each tenant's test data."""
-        tasks = Tasks(self.model, self.tokenizer, [t.test for t in self.tenants])
         with self.stop.interrupting():
-            found = tasks.scores(Stack(state.adapters), dict.fromkeys(range(len(self.tenants)), -1))
+            found = self.test.scores(Stack(state.adapters), dict.fromkeys(range(len(self.tenants)), -1))
         for tenant, score in found.items():
             self.write(tenant, 0, scores("test_before", score))
             standing = standing.changed(tenant, test_before=score.score)
         return standing
 
     def end_early(self, standing: Standing) -> NoReturn:
-        """Ends a run that was told to stop, when everything is written."""
-        by_first(lambda: finish_saving(self.checkpoints))
-        devices.say(
-            f"stopped after step {standing.step}, with {sum(map(bool, standing.ended))} of {len(self.tenants)} tenants "
-            f"ended, and saved; the same command resumes, or `para-jax train {self.log.folder / 'config.yaml'}`"
-        )
-        self.stop.end()
+        ended = f"{sum(standing.over)} of {len(self.tenants)} tenants ended"
+        end_stopped(self.checkpoints, self.stop, self.log.folder, f"step {standing.step}, with {ended}")
 
 
 class Pending(NamedTuple):

@@ -192,8 +192,8 @@ def test_tenants_that_wait_for_a_place_learn_the_same_also_after_stops(whole, fo
 def test_who_ends_early_leaves_the_batch_to_the_others_without_a_compilation(folder, tmp_path, monkeypatch, capfd):
     real = tenant_runs.TenantsLoop.evaluate
 
-    def globex_gets_no_better(self, state, standing, due, tasks):
-        standing = real(self, state, standing, due, tasks)
+    def globex_gets_no_better(self, state, standing, due):
+        standing = real(self, state, standing, due)
         tenant = standing.names.index("globex")
         return standing.changed(tenant, since_best=standing.evaluated[tenant])
 
@@ -285,6 +285,19 @@ def test_a_finished_run_that_is_started_again_changes_nothing(whole):
     before = all_that_stays(result.output_dir)
     assert train_tenants(config).tenants == result.tenants
     assert all_that_stays(result.output_dir) == before
+
+
+def test_a_run_stopped_at_its_very_end_logs_nothing_twice_when_started_again(whole, folder, tmp_path, monkeypatch):
+    """Nothing is saved after its endings, which come anew each time: they must not be logged twice."""
+    last = max(row["step"] for row in metrics(whole[1].output_dir))
+    config = tenants_config(folder, tmp_path / "run", "eval.test=true", "checkpoint.every=2")
+    monkeypatch.setattr(tenant_runs.StopSignal, "reached", lambda self, step: step == last)
+    with pytest.raises(Stopped):
+        train_tenants(config)
+    monkeypatch.undo()
+    for _ in range(2):
+        train_tenants(config)
+        assert all_that_stays(tmp_path / "run") == all_that_stays(whole[1].output_dir)
 
 
 def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(folder, tmp_path, monkeypatch):
