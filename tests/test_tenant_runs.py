@@ -300,10 +300,11 @@ def test_a_run_stopped_at_its_very_end_logs_nothing_twice_when_started_again(who
         assert all_that_stays(tmp_path / "run") == all_that_stays(whole[1].output_dir)
 
 
-def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rates", ["1e30, 0.03, 0.01", "1e30, 0.03"])
+def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folder, tmp_path, monkeypatch):
     ends = []
     for at in (None, 2, 3):
-        config = sweep_config(folder, tmp_path / str(at), "1e30, 0.03, 0.01", "eval.every=4", "checkpoint.every=100")
+        config = sweep_config(folder, tmp_path / str(at), rates, "eval.every=4", "checkpoint.every=100")
         if at:
             monkeypatch.setattr(tenant_runs.StopSignal, "reached", lambda self, step, at=at: step == at)
             with pytest.raises(Stopped):
@@ -312,7 +313,8 @@ def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(folder, tmp_
         train_tenants(config)
         to = tmp_path / str(at)
         ends.append([(weights_of(to, p.name), metrics(p)) for p in sorted(to.glob("learning_rate-0*"))])
-    assert ends[0] == ends[1] == ends[2] and len(ends[0]) == 2
+        ends[-1].append(metrics(to))  # who was in which batch, too
+    assert ends[0] == ends[1] == ends[2] and len(ends[0]) == len(rates.split(","))
 
 
 # --------------------------------------------------------------------------------------------------------------- meshes
