@@ -218,7 +218,7 @@ def questions_of(task: EvalTask, examples: list[Example], tokenizer) -> list[Ask
     """Each record's completion, then each of its choices, or what is written after its prompt."""
     ranked = rankings([example.prompt_ids for example in examples], task.records, task, tokenizer)
     asked: list[Asked] = [Likelihood(tuple(prompt), tuple(end)) for prompt, end in [*examples, *ranked]]
-    if task.metric != "loss" and not task.ranks:
+    if task.writes:
         asked += [Generation(tuple(example.prompt_ids), task.max_new_tokens) for example in examples]
     return asked
 
