@@ -1,19 +1,20 @@
 """Does prompt awareness help? Base, (IA)^3, PARA, PARA with a constant pooler, and LoRA of PARA's size.
 
-    python scripts/compare_methods.py --tasks sst2 rte banking77 --output results/compare_methods
+    python scripts/compare_methods.py --tasks sst2 banking77 rte --output results/compare_methods
 
-Each method gets the same learning rates (GRID), each combination the same steps and rows. The rate is chosen on
-validation data with seed 0 (ties by its loss), and seeds 1 and 2 are then trained with it; seed 0 is reported too. All
-combinations of a method are tenants of one run (`sweep`). Scores are of whole test files (--test-limit: of their first
-rows), medians over the seeds with their range; PARA also with every row reading another row's prompt. The time of a
-step and the peak memory are those of a run of one adapter in a process of its own; what a decode step costs stands in
-docs/results.md. What is done is kept in the output folder: the same command goes on.
+Each method gets four neighbouring learning rates of one grid, 1e-4 to 3e-2: LoRA the lowest, PARA the next, (IA)^3 the
+highest. The rate is chosen on validation data after half the steps, with seed 0 (by accuracy, ties by the loss); seeds 0,
+1 and 2 are then trained with it for all steps. All rates, and then all seeds, are tenants of one run (`sweep`). Scores
+are of whole test files, medians over the seeds with their range; PARA also with every row reading another row's
+prompt. Forms of PARA that are named with `--also` are compared on validation data only. The time of a step and the
+peak memory are those of a run of one adapter in a process of its own; what a decode step costs stands in
+docs/results.md. Stages: `train`, `test`, `alone`; what is done is kept in the output folder, and the same command goes
+on.
 """
 
 import argparse
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -35,10 +36,12 @@ from para_jax import (
 from para_jax.adapters.adapter import count_parameters
 from para_jax.config import Ia3Config, LoraConfig, save_config
 from para_jax.devices import describe_devices, versions
+from para_jax.data.tasks import TASKS
 from para_jax.evaluation.evaluate import evaluate_task, task_of_run
 from para_jax.training.log import read_metrics
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = {"LoRA": GRID[:4], "PARA": GRID[1:5], "(IA)^3": GRID[2:]}
 SEEDS = (0, 1, 2)
 PARA = ParaConfig(r=12)
 LENGTHS = {"sst2": 80, "rte": 320, "banking77": 96, "boolq": 320, "copa": 64, "wikisql": 240, "sms_spam": 160}
@@ -53,21 +56,27 @@ sys.exit(code)
 """
 
 
-def methods(model_config, extra: list[str]) -> dict:
+def methods(model_config) -> dict:
     """Name to adapter config: LoRA on PARA's sites has the rank whose number of parameters is nearest to PARA's."""
     size = lambda config: count_parameters(init_adapter(config, model_config))  # noqa: E731
     wanted = size(PARA)
     rank = min(range(1, 33), key=lambda r: abs(size(LoraConfig(r=r, target_modules=PARA.target_modules)) - wanted))
-    found = {
+    return {
         "(IA)^3": Ia3Config(),
         "PARA r=12": PARA,
         "PARA r=12, constant pooler": replace(PARA, pooler="constant"),
         f"LoRA r={rank} on q, v, up": LoraConfig(r=rank, lora_alpha=rank, target_modules=PARA.target_modules),
     }
-    for text in extra:  # name:field=value,field=value of ParaConfig
+
+
+def forms(named: list[str]) -> dict:
+    """Name to a changed PARA, from NAME:FIELD=VALUE,FIELD=VALUE with fields of ParaConfig; a+b+c is a tuple."""
+    found = {}
+    for text in named:
         name, _, fields = text.partition(":")
         changed = dict(pair.split("=") for pair in fields.split(","))
-        found[name] = replace(PARA, **{key: int(v) if v.isdecimal() else v for key, v in changed.items()})
+        value = lambda v: int(v) if v.isdecimal() else tuple(v.split("+")) if "_proj" in v else v  # noqa: E731
+        found[name] = replace(PARA, **{key: value(v) for key, v in changed.items()})
     return found
 
 
@@ -83,30 +92,38 @@ def config_of(args, task: str, adapter, output: Path, *overrides: str):
     return replace(made, adapter=adapter)
 
 
-def trained(args, task: str, adapter, folder: Path) -> dict:
-    """The best learning rate of one method, the folders of its adapters by seed, and every rate's validation score."""
-    rows = f"train.per_device_batch_size={len(GRID) * args.rows}"
-    rates = ", ".join(map(str, GRID))
-    first = train_tenants(
-        config_of(args, task, adapter, folder / "rates", rows, f"sweep.learning_rate=[{rates}]", "sweep.seed=[0]")
-    )
-    scores = {rate: first.tenants[f"learning_rate-{rate!r}-seed-0"]["best_score"] for rate in GRID}
-    losses = {rate: last_loss(first.output_dir / f"learning_rate-{rate!r}-seed-0") for rate in GRID}
-    best = max(GRID, key=lambda r: (-float("inf") if scores[r] is None else scores[r], -losses[r]))  # ties: the loss
-    seeds = ", ".join(map(str, SEEDS[1:]))
-    rows = f"train.per_device_batch_size={len(SEEDS[1:]) * args.rows}"
-    rest = train_tenants(
-        config_of(args, task, adapter, folder / "seeds", rows, f"sweep.learning_rate=[{best}]", f"sweep.seed=[{seeds}]")
-    )
-    folders = {0: first.output_dir / f"learning_rate-{best!r}-seed-0"}
-    folders |= {seed: rest.output_dir / f"learning_rate-{best!r}-seed-{seed}" for seed in SEEDS[1:]}
-    return {"learning_rate": best, "validation": scores, "folders": {seed: str(f) for seed, f in folders.items()}}
+def trained(args, task: str, adapter, folder: Path, rates: tuple[float, ...]) -> dict:
+    """The best of these learning rates; every rate's and then every seed's score and loss on validation data; and the
+    folders of the seeds' runs."""
+
+    def run(name: str, tenants: int, *overrides: str) -> Path:
+        batch = f"train.per_device_batch_size={tenants * args.rows}"
+        return train_tenants(config_of(args, task, adapter, folder / name, batch, *overrides)).output_dir
+
+    steps = args.steps // 2
+    listed = ", ".join(map(str, rates))
+    half = f"train.max_steps={steps}", f"eval.every={steps}"
+    first = run("rates", len(rates), *half, f"sweep.learning_rate=[{listed}]", "sweep.seed=[0]")
+    tried = {rate: last_validation(task, first / f"learning_rate-{rate!r}-seed-0") for rate in rates}
+    best = max(rates, key=lambda rate: (tried[rate]["score"], -tried[rate]["loss"]))
+    seeds = ", ".join(map(str, SEEDS))
+    second = run("seeds", len(SEEDS), f"sweep.learning_rate=[{best}]", f"sweep.seed=[{seeds}]")
+    folders = {seed: second / f"learning_rate-{best!r}-seed-{seed}" for seed in SEEDS}
+    return {
+        "learning_rate": best,
+        "rates": tried,
+        "validation": {seed: last_validation(task, folder) for seed, folder in folders.items()},
+        "folders": {seed: str(folder) for seed, folder in folders.items()},
+    }
 
 
-def last_loss(folder: Path) -> float:
-    """The smallest validation loss of a run; infinite where none was measured."""
-    rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    return min((row["validation_loss"] for row in rows if "validation_loss" in row), default=float("inf"))
+def last_validation(task: str, folder: Path) -> dict:
+    """A run's last score and loss on validation data; of a run that ended before it had one, the worst."""
+    file = folder / "metrics.jsonl"
+    rows = [row for row in read_metrics(file) if "validation_loss" in row] if file.exists() else []
+    if not rows:
+        return {"score": -1.0, "loss": 1e9}
+    return {"score": rows[-1][f"validation_{TASKS[task].metric}"], "loss": rows[-1]["validation_loss"]}
 
 
 def alone(args, task: str, adapter, folder: Path, rate: float) -> dict:
@@ -126,60 +143,91 @@ def alone(args, task: str, adapter, folder: Path, rate: float) -> dict:
 def tested(args, task: str, model, tokenizer, adapter, shuffle=None) -> dict:
     whole = ("data.max_seq_length=2048", "data.truncate=error")  # no row of the test file is left out
     asked = task_of_run(config_of(args, task, PARA, args.output / "none", *whole), "test", tokenizer)
-    limit = args.test_limit
     assert asked, task
-    return evaluate_task(model, adapter, asked, tokenizer, limit, shuffle=shuffle).record()
+    return evaluate_task(model, adapter, asked, tokenizer, args.test_limit, shuffle=shuffle).record()
+
+
+STAGES = ("train", "test", "alone")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--tasks", nargs="+", default=["sst2", "rte", "banking77"])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--rows", type=int, default=16, help="examples a step")
+    parser.add_argument("--tasks", nargs="+", default=["sst2", "banking77", "rte"])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=8, help="examples a step")
     parser.add_argument("--limit", type=int, default=200, help="validation examples")
     parser.add_argument("--test-limit", type=int, help="test examples; default: the whole file")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME:FIELD=VALUE,...", help="further forms of PARA")
     parser.add_argument("--output", type=Path, default=Path("results/compare_methods"))
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     model_config = load_model_config(args.backbone)
-    chosen = methods(model_config, args.also)
-    tokenizer = load_tokenizer(args.backbone)
-    held = {}  # the backbone, loaded where something is left to score
+    main, also = methods(model_config), forms(args.also)
+    for stage in args.stages:
+        for task in args.tasks:
+            {"train": train, "test": test, "alone": time_alone}[stage](args, task, main, also, model_config)
+            write_tables(args)
 
-    def model():
+
+def train(args, task: str, main: dict, also: dict, model_config) -> None:
+    for name, adapter in [*main.items(), *also.items()]:
+        folder = args.output / "runs" / task / label(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        rates = RATES[name.split()[0]] if name in main else RATES["PARA"]
+
+        def made(name=name, adapter=adapter, folder=folder, rates=rates) -> dict:
+            parameters = count_parameters(init_adapter(adapter, model_config))
+            return {"name": name, "parameters": parameters} | trained(args, task, adapter, folder, rates)
+
+        about = settings(args) | {"adapter": repr(adapter), "rates": list(rates)}
+        done(args.output / f"{task}-{label(name)}-trained.json", made, about)
+        write_tables(args)
+
+
+def test(args, task: str, main: dict, also: dict, model_config) -> None:
+    """All methods' first seeds before all second ones, so that what is done can be compared."""
+    tokenizer, held = load_tokenizer(args.backbone), {}  # the backbone, loaded where something is left to score
+
+    def score(folder: str | None, shuffle=None) -> dict:
         held["model"] = held.get("model") or load_backbone(args.backbone, dtype="float32")
-        return held["model"]
+        adapter = folder and load_adapter(f"{folder}/adapter", model_config)
+        return tested(args, task, held["model"], tokenizer, adapter, shuffle)
 
-    for task in args.tasks:
-        base = args.output / f"{task}-base.json"
-        done(base, lambda task=task: tested(args, task, model(), tokenizer, None), settings(args))
-        for name, adapter in chosen.items():
-            label = "".join(c if c.isalnum() else "-" for c in name)
-            folder = args.output / "runs" / task / label
-            folder.mkdir(parents=True, exist_ok=True)
+    about = settings(args) | {"test_limit": args.test_limit}
+    done(args.output / f"{task}-base-tested.json", lambda: {"test": score(None)}, about)
+    for seed in SEEDS:
+        for name in main:
+            trained = json.loads((args.output / f"{task}-{label(name)}-trained.json").read_text())
+            folder = trained["folders"][str(seed)]
 
-            def measured(task=task, name=name, adapter=adapter, folder=folder) -> dict:
-                begun = time.monotonic()
-                found = trained(args, task, adapter, folder)
-                found |= {"name": name, "parameters": count_parameters(init_adapter(adapter, model_config))}
-                found["train_seconds"] = time.monotonic() - begun
-                kept = {s: load_adapter(f"{f}/adapter", model_config) for s, f in found.pop("folders").items()}
-                found["test"] = {s: tested(args, task, model(), tokenizer, one) for s, one in kept.items()}
-                if name == "PARA r=12":
-                    found["shuffled"] = {s: tested(args, task, model(), tokenizer, one, s) for s, one in kept.items()}
-                return found | {"alone": alone(args, task, adapter, folder, found["learning_rate"])}
+            def made(name=name, seed=seed, folder=folder) -> dict:
+                found = {"test": score(folder)}
+                return found | ({"shuffled": score(folder, seed)} if name == "PARA r=12" else {})
 
-            done(args.output / f"{task}-{label}.json", measured, settings(args) | {"adapter": repr(adapter)})
-            write_table(args, chosen)
+            done(args.output / f"{task}-{label(name)}-seed-{seed}-tested.json", made, about)
+        write_tables(args)
+
+
+def time_alone(args, task: str, main: dict, also: dict, model_config) -> None:
+    for name, adapter in main.items():
+        file = f"{task}-{label(name)}"
+        rate = json.loads((args.output / f"{file}-trained.json").read_text())["learning_rate"]
+        folder = args.output / "runs" / task / label(name)
+        made = lambda adapter=adapter, folder=folder, rate=rate: alone(args, task, adapter, folder, rate)  # noqa: E731
+        done(args.output / f"{file}-alone.json", made, settings(args))
+
+
+def label(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
 
 
 def settings(args) -> dict:
     """What scores depend on beside task and method."""
-    names = ("backbone", "data", "steps", "rows", "limit", "test_limit")
-    return {name: str(getattr(args, name)) for name in names} | {"grid": list(GRID), "seeds": list(SEEDS)}
+    names = ("backbone", "data", "steps", "rows", "limit")
+    return {name: str(getattr(args, name)) for name in names}
 
 
 def done(file: Path, make, asked: dict) -> dict:
@@ -188,45 +236,69 @@ def done(file: Path, make, asked: dict) -> dict:
     if file.exists() and json.loads(file.read_text())["asked"] != asked:
         sys.exit(f"compare_methods: {file} was made with other settings; choose another --output")
     if not file.exists():
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(make() | {"asked": asked}, indent=1) + "\n")
+        part, begun = file.with_suffix(".part"), time.monotonic()
+        found = make()
+        about = {"asked": asked, "seconds": time.monotonic() - begun, "device": describe_devices()}
+        part.write_text(json.dumps(found | about | {"versions": versions()}, indent=1) + "\n")
         os.replace(part, file)
     return json.loads(file.read_text())
 
 
-def write_table(args, chosen: dict) -> None:
-    """table.md, table.json and scores.png of what is there so far."""
-    lines = ["| task | method | parameters | learning rate | score | range | training step, s | peak memory, GB |"]
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def write_tables(args) -> None:
+    """validation.md, table.md and scores.png of all that the output folder holds so far."""
+    trained = {file.name.removesuffix("-trained.json"): read(file) for file in args.output.glob("*-trained.json")}
+    trained = dict(sorted(trained.items(), key=lambda item: (item[0].split("-")[0], item[1]["parameters"])))
+    lines = ["| task | method | parameters | score (loss) after half the steps, by learning rate | seeds at the best |"]
+    lines.append("|---|---|---|---|---|")
+    for key, found in trained.items():
+        tried = ", ".join(f"{float(r):g}: {one['score']:.3f} ({one['loss']:.3f})" for r, one in found["rates"].items())
+        seeds = found["validation"].values()
+        chosen = f"{found['learning_rate']:g}: {spread([one['score'] for one in seeds], 3)}, "
+        chosen += f"loss {spread([one['loss'] for one in seeds], 3)}"
+        lines.append(f"| {key.split('-')[0]} | {found['name']} | {found['parameters']:,} | {tried} | {chosen} |")
+    (args.output / "validation.md").write_text("\n".join(lines) + "\n")
+
+    lines = ["| task | method | parameters | learning rate | score | loss | training step, s | peak memory, GB |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     drawn: dict[str, dict[str, list[float]]] = {}
-    for task in args.tasks:
-        base = args.output / f"{task}-base.json"
-        if not base.exists():
-            continue
-        found = json.loads(base.read_text())
-        lines.append(f"| {task} ({found['metric']}, {found['count']} rows) | base | 0 | | {found['score']:.4f} | | | |")
-        drawn[task] = {"base": [found["score"]]}
-        for name in chosen:
-            file = args.output / f"{task}-{''.join(c if c.isalnum() else '-' for c in name)}.json"
-            if not file.exists():
+    for file in sorted(args.output.glob("*-base-tested.json")):
+        task, base = file.name.split("-")[0], read(file)["test"]
+        name = f"{task} ({base['metric']}, {base['count']} rows)"
+        lines.append(f"| {name} | base | 0 | | {base['score']:.4f} | {base['loss']:.4f} | | |")
+        drawn[task] = {"base": [base["score"]]}
+        for key, found in trained.items():
+            seeds = [read(one) for one in sorted(args.output.glob(f"{key}-seed-*-tested.json"))]
+            if not key.startswith(f"{task}-") or not seeds:
                 continue
-            found = json.loads(file.read_text())
-            for shown, key in ((name, "test"), (f"{name}, prompts shuffled", "shuffled")):
-                if key in found:
-                    scores = sorted(one["score"] for one in found[key].values())
-                    drawn[task][shown] = scores
-                    beside = found["alone"] if key == "test" else None
-                    edge = " (the grid's edge)" if found["learning_rate"] in (GRID[0], GRID[-1]) else ""
-                    lines.append(
-                        f"| {task} | {shown} | {found['parameters']:,} | {found['learning_rate']:g}{edge} | "
-                        f"{median(scores):.4f} | {scores[0]:.4f} to {scores[-1]:.4f} | "
-                        + (f"{beside['step_seconds']:.2f} | {beside['peak_bytes'] / 1e9:.2f} |" if beside else "| |")
-                    )
+            rate = found["learning_rate"]
+            edge = " (highest tried)" if rate == max(map(float, found["rates"])) else ""
+            edge = " (lowest tried)" if rate == min(map(float, found["rates"])) else edge
+            timed = args.output / f"{key}-alone.json"
+            beside = read(timed) if timed.exists() else None
+            cost = f"{beside['step_seconds']:.2f} | {beside['peak_bytes'] / 1e9:.2f}" if beside else "|"
+            for part, after in (("test", ""), ("shuffled", ", prompts shuffled")):
+                scores = [one[part] for one in seeds if part in one]
+                if scores:
+                    drawn[task][found["name"] + after] = [one["score"] for one in scores]
+                    cells = [spread([one[of] for one in scores], 4) for of in ("score", "loss")]
+                    shown = f"{task} | {found['name']}{after} | {found['parameters']:,} | {rate:g}{edge}"
+                    lines.append(f"| {shown} | {' | '.join(cells)} | {cost if part == 'test' else '|'} |")
     (args.output / "table.md").write_text("\n".join(lines) + "\n")
-    about = {"command": shlex.join(["python", *sys.argv]), "device": describe_devices(), "versions": versions()}
-    record = about | {"steps": args.steps, "rows": args.rows, "grid": GRID, "seeds": SEEDS, "scores": drawn}
-    (args.output / "table.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(drawn, args.output / "scores.png")
+    if drawn:
+        plot(drawn, args.output / "scores.png")
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+def spread(values: list[float], digits: int) -> str:
+    """median (least to most)"""
+    low, high = min(values), max(values)
+    return f"{median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f}; {len(values)})"
 
 
 def plot(drawn: dict[str, dict[str, list[float]]], file: Path) -> None:
