@@ -2,14 +2,14 @@
 
     python scripts/compare_methods.py --tasks sst2 banking77 rte --output results/compare_methods
 
-Each method gets four neighbouring learning rates of one grid, 1e-4 to 3e-2: LoRA the lowest, PARA the next, (IA)^3 the
-highest. The rate is chosen on validation data after half the steps, with seed 0 (by accuracy, ties by the loss); seeds 0,
-1 and 2 are then trained with it for all steps. All rates, and then all seeds, are tenants of one run (`sweep`). Scores
-are of whole test files, medians over the seeds with their range; PARA also with every row reading another row's
-prompt. Forms of PARA that are named with `--also` are compared on validation data only. The time of a step and the
-peak memory are those of a run of one adapter in a process of its own; what a decode step costs stands in
-docs/results.md. Stages: `train`, `test`, `alone`; what is done is kept in the output folder, and the same command goes
-on.
+Each method gets four neighbouring learning rates of one grid, 1e-4 to 3e-2: LoRA the lowest, PARA the next, (IA)^3
+the highest. The rate is chosen on validation data after half the steps, with seed 0 (by accuracy, ties by the loss);
+seeds 0, 1 and 2 are then trained with it for all steps. All rates, and then all seeds, are tenants of one run
+(`sweep`). Scores are of whole test files, medians over the seeds with their range; PARA also with every row reading
+another row's prompt. Forms of PARA that are named with `--also` are compared on validation data only. The time of a
+step and the peak memory are those of a run of one adapter in a process of its own; what a decode step costs stands in
+docs/results.md. Stages: `train`, `test`, `alone`; what is done is kept in the output folder, and the same command
+goes on.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from para_jax import (
 )
 from para_jax.adapters.adapter import count_parameters
 from para_jax.config import Ia3Config, LoraConfig, save_config
-from para_jax.devices import describe_devices, versions
 from para_jax.data.tasks import TASKS
+from para_jax.devices import describe_devices, versions
 from para_jax.evaluation.evaluate import evaluate_task, task_of_run
 from para_jax.training.log import read_metrics
 
