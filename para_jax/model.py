@@ -272,7 +272,10 @@ def continue_rows(
     tables = tables_of(model.config, length[:, None] + jnp.arange(tokens.shape[1]))
 
     def step(x, layer, inputs):
-        cache, adjustment = jax.tree.map(lambda a: a[row], inputs)
+        cache, adjustment = inputs
+        cache = jax.tree.map(lambda a: a[row], cache)
+        if not isinstance(adjustment, Shared):
+            adjustment = jax.tree.map(lambda a: a[row], adjustment)
         attend = attend_prefix(cache, length, layer.kind.window)
         return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
 

@@ -18,6 +18,7 @@ from ..data.batches import (
     Bucket,
     assign_buckets,
     collate,
+    cut_by_bucket,
     epoch_bits,
     example_lengths,
     full_batches,
@@ -31,6 +32,7 @@ from ..inference.generate import generate_tokens
 from ..model import made_for
 from ..processes import gathered
 from ..training.step import eval_nll
+from .likelihood import of_contexts
 from .metrics import LABEL_METRICS, measure
 
 
@@ -187,7 +189,8 @@ def evaluate_task(
     of_ranked = read and [*read, *(prompt for prompt in read for _ in task.choices if ranked)]
     whose = of_ranked and [tuple(prompt) for prompt in of_ranked]
     of_batch = adapters_of_batches(model, adapters, of_ranked)
-    nll, tokens = likelihoods(model, of_batch, [*examples, *ranked], task.batch_size, whose)
+    asked = [*examples, *ranked]
+    nll, tokens = likelihoods(model, of_batch, asked, task.batch_size, plan_shapes(asked, bool(ranked)), whose)
     answers = written_answers(model, of_batch, prompts, task, tokenizer) if task.writes else []
     return score_of(task, nll, tokens, answers)
 
@@ -259,35 +262,71 @@ def written_answers(model, of_batch: Callable, prompts, task: EvalTask, tokenize
     return answers
 
 
+class Shapes(NamedTuple):
+    """The compiled shapes in which likelihoods are computed."""
+
+    buckets: tuple[Bucket, ...]
+    of_prompts: bool
+    """whether the buckets hold prompts alone, each of which is read once for all its completions"""
+
+
+def plan_shapes(examples: Sequence[Example], ranked: bool) -> Shapes:
+    """At most three buckets; of prompts, where completions are ranked."""
+    held = [Example(prompt, []) for prompt, _ in examples] if ranked else examples
+    return Shapes(plan_buckets(held, 3), ranked)
+
+
 def likelihoods(
-    model,
-    of_batch: Callable,
-    examples: list[Example],
-    rows: int,
-    whose: Sequence | None = None,
-    buckets: Sequence[Bucket] | None = None,
+    model, of_batch: Callable, examples: list[Example], rows: int, shapes: Shapes, whose: Sequence | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each example's summed negative log-likelihood (nats) of its completion, and its number of completion tokens.
 
     Args:
         of_batch: from a batch's rows, indices into `examples`, to their adapters.
         whose: what beside an example its likelihood depends on (default: nothing); equal ones are computed once.
-        buckets: the compiled shapes; default: three, planned for these examples.
     """
-    keys = [(tuple(p), tuple(c), of) for (p, c), of in zip(examples, whose or [None] * len(examples), strict=True)]
-    last = {key: i for i, key in enumerate(keys)}  # one example of each kind
-    unique, chosen = {key: i for i, key in enumerate(last)}, np.array(list(last.values()))
-    different = [examples[i] for i in chosen]
-    buckets = buckets or plan_buckets(different, 3)
-    nll, tokens = np.zeros(len(different)), np.zeros(len(different))
-    batches = list(full_batches(different, rows, buckets))
-    for indices, batch in tqdm(batches, desc="likelihoods", leave=False, disable=None):
+    whose = whose or [None] * len(examples)
+    keys = [(tuple(prompt), tuple(ids), of) for (prompt, ids), of in zip(examples, whose, strict=True)]
+    chosen = {key: i for i, key in enumerate(keys)}  # one example of each kind
+    if shapes.of_prompts:
+        contexts: dict[tuple, list[int]] = {}
+        for (prompt, _, of), i in chosen.items():
+            contexts.setdefault((prompt, of), []).append(i)
+        nll = after_prompts(model, of_batch, examples, list(contexts.values()), rows, shapes.buckets)
+    else:
+        nll = of_rows(model, of_batch, examples, list(chosen.values()), rows, shapes.buckets)
+    return nll[[chosen[key] for key in keys]], np.array([float(len(ids)) for _, ids in examples])
+
+
+def of_rows(model, of_batch: Callable, examples: list[Example], chosen: list[int], rows: int, buckets) -> np.ndarray:
+    """likelihoods of the chosen examples, each in a row of its own; float [examples]."""
+    nll = np.zeros(len(examples))
+    batches = list(full_batches([examples[i] for i in chosen], rows, buckets))
+    for members, batch in tqdm(batches, desc="likelihoods", leave=False, disable=None):
+        indices = np.array(chosen)[members]
         completion = next(bucket.completion for bucket in buckets if bucket.length == batch.tokens.shape[1])
-        adapters = of_batch(chosen[np.resize(indices, rows)])
-        total, count = gathered(eval_nll(model, adapters, batch, completion=completion))
-        nll[indices], tokens[indices] = total[: len(indices)], count[: len(indices)]
-    places = [unique[key] for key in keys]
-    return nll[places], tokens[places]
+        total, _ = gathered(eval_nll(model, of_batch(np.resize(indices, rows)), batch, completion=completion))
+        nll[indices] = total[: len(indices)]
+    return nll
+
+
+def after_prompts(
+    model, of_batch: Callable, examples: list[Example], contexts: list[list[int]], rows: int, buckets
+) -> np.ndarray:
+    """likelihoods of the examples of each context, which share their prompt; float [examples]."""
+    nll = np.zeros(len(examples))
+    prompts = [examples[members[0]].prompt_ids for members in contexts]
+    lengths = [len(prompt) for prompt in prompts]
+    order = np.argsort(lengths, kind="stable")
+    batches = list(cut_by_bucket(order, assign_buckets(lengths, buckets), rows))
+    for bucket, members in tqdm(batches, desc="likelihoods", leave=False, disable=None):
+        adapters = of_batch(np.array([contexts[j][0] for j in np.resize(members, rows)]))
+        asked = [(row, i) for row, j in enumerate(members) for i in contexts[j]]
+        continuations = [(row, tuple(examples[i].completion_ids)) for row, i in asked]
+        of_members = [prompts[j] for j in members]
+        for k, found in of_contexts(model, adapters, of_members, continuations, buckets[bucket].length, rows):
+            nll[asked[k][1]] = -found.logprob
+    return nll
 
 
 def error_of_ratio(nll: np.ndarray, tokens: np.ndarray) -> float | None:

@@ -24,6 +24,8 @@ from ..training.loss import CHUNK
 from .asked import Likelihood, Scored
 
 Question = tuple[Entry | None, Likelihood]
+#: A row of a batch of contexts, and the tokens of one of its continuations.
+Continuation = tuple[int, tuple[int, ...]]
 
 
 def likelihoods(
@@ -36,7 +38,6 @@ def likelihoods(
         rows: contexts of a batch.
         compiled: what has been compiled, which is added to.
     """
-    leaves, treedef = jax.tree.flatten(model)
     contexts: dict[tuple, list[int]] = {}
     for i, (entry, asked) in enumerate(questions):
         contexts.setdefault((padded_length(len(asked.context), model), asked.context, version(entry)), []).append(i)
@@ -47,51 +48,66 @@ def likelihoods(
         for start in range(0, len(groups), rows):
             batch = groups[start : start + rows]
             firsts = [questions[members[0]] for members in batch]
-            with shown_once(f"{rows} contexts of {length} tokens", compiled):
-                logits, state = prefilled(model, bank, firsts, length, rows)
-            held = [(row, i) for row, members in enumerate(batch) for i in members]
-            for size, chunk in continuation_batches(held, questions, rows):
-                row, tokens, lengths = collated([(row, questions[i][1].continuation) for row, i in chunk], size, rows)
-                with shown_once(f"{len(row)} continuations of {size} tokens after {length}", compiled):
-                    found = continuation_scores(treedef, leaves, logits, state, row, tokens, lengths)
-                nats, greedy = gathered(found)
-                for (_, i), total, likeliest in zip(chunk, nats, greedy, strict=False):
-                    yield i, Scored(float(total), bool(likeliest))
+            entries = [entry for entry, _ in firsts] + [None] * (rows - len(firsts))
+            adapters = None if bank is None else bank.rows_of(entries)
+            asked = [(row, i) for row, members in enumerate(batch) for i in members]
+            continuations = [(row, questions[i][1].continuation) for row, i in asked]
+            prompts = [context.context for _, context in firsts]
+            for j, scored in of_contexts(model, adapters, prompts, continuations, length, rows, compiled):
+                yield asked[j][1], scored
 
 
-def shown_once(what: str, compiled: set[str]) -> AbstractContextManager[None]:
+def of_contexts(
+    model: Transformer,
+    adapters,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Continuation],
+    length: int,
+    rows: int,
+    compiled: set[str] | None = None,
+) -> Iterator[tuple[int, Scored]]:
+    """(A continuation's index, its answer) for one batch of contexts, which are prefilled once.
+
+    Args:
+        adapters: as prefill takes them, for `rows` rows.
+        contexts: at most `rows`, of at most `length` tokens.
+        compiled: what has been compiled, which is added to; None: nothing is said of compiling.
+    """
+    tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+    for i, context in enumerate(contexts):
+        tokens[i, : len(context)], lengths[i] = context, len(context)
+    leaves, treedef = jax.tree.flatten(model)
+    with shown_once(f"{rows} contexts of {length} tokens", compiled):
+        logits, state = prefill(model, adapters, tokens, lengths, max_length=length)
+    for size, chunk in continuation_batches(continuations, rows):
+        row, tokens, lengths = collated([continuations[i] for i in chunk], size, rows)
+        with shown_once(f"{len(row)} continuations of {size} tokens after {length}", compiled):
+            found = continuation_scores(treedef, leaves, logits, state, row, tokens, lengths)
+        nats, greedy = gathered(found)
+        for i, total, likeliest in zip(chunk, nats, greedy, strict=False):
+            yield i, Scored(float(total), bool(likeliest))
+
+
+def shown_once(what: str, compiled: set[str] | None) -> AbstractContextManager[None]:
     """devices.compiling at a shape's first call, which stands still for that long; later nothing."""
-    if what in compiled:
+    if compiled is None or what in compiled:
         return nullcontext()
     compiled.add(what)
     return devices.compiling(what)
 
 
-def prefilled(model: Transformer, bank: AdapterBank | None, questions: list[Question], length: int, rows: int):
-    """prefill of the questions' contexts, filled up to `rows` rows of the base model."""
-    tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
-    for i, (_, asked) in enumerate(questions):
-        lengths[i] = len(asked.context)
-        tokens[i, : lengths[i]] = asked.context
-    entries = [entry for entry, _ in questions] + [None] * (rows - len(questions))
-    adapters = None if bank is None else bank.rows_of(entries)
-    return prefill(model, adapters, tokens, lengths, max_length=length)
-
-
-def continuation_batches(
-    held: list[tuple[int, int]], questions: Sequence[Question], rows: int
-) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """(Padded tokens, members) of batches of continuations, of (row of the contexts' batch, question) pairs."""
-    sizes: dict[int, list[tuple[int, int]]] = {}
-    for row, i in held:
-        sizes.setdefault(padded_continuation(len(questions[i][1].continuation)), []).append((row, i))
+def continuation_batches(continuations: Sequence[Continuation], rows: int) -> Iterator[tuple[int, list[int]]]:
+    """(Padded tokens, indices) of batches of continuations."""
+    sizes: dict[int, list[int]] = {}
+    for i, (_, ids) in enumerate(continuations):
+        sizes.setdefault(padded_continuation(len(ids)), []).append(i)
     for size, members in sorted(sizes.items()):
         count = together(size, rows)
         for start in range(0, len(members), count):
             yield size, members[start : start + count]
 
 
-def collated(continuations: list[tuple[int, tuple[int, ...]]], size: int, rows: int):
+def collated(continuations: Sequence[Continuation], size: int, rows: int):
     """row int32 [n], tokens int32 [n, size] and lengths int32 [n], filled up to the batch's n."""
     count = together(size, rows)
     row, tokens, lengths = np.zeros(count, np.int32), np.zeros((count, size), np.int32), np.ones(count, np.int32)

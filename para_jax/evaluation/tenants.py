@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..adapters.rows import Stack, pick
-from ..data.batches import Bucket, plan_buckets
-from .evaluate import Encoded, EvalTask, Score, encode_task, likelihoods, score_of, written_answers
+from .evaluate import Encoded, EvalTask, Score, Shapes, encode_task, likelihoods, plan_shapes, score_of, written_answers
 
 
 class Tasks:
@@ -21,38 +20,38 @@ class Tasks:
         """
         self.model, self.tokenizer = model, tokenizer
         self.encoded = {i: encode_task(task, tokenizer, limit) for i, task in enumerate(tasks) if task}
-        self.buckets = shapes_of(list(self.encoded.values()))
+        self.shapes = shapes_of(list(self.encoded.values()))
 
     def scores(self, stack: Stack, slots: dict[int, int]) -> dict[int, Score]:
         """The scores of the tenants, each with the adapter in its slot of the stack (-1: the backbone); tenants without
         a task are left out."""
         asked = [tenant for tenant in slots if tenant in self.encoded]
-        if not asked:
+        if self.shapes is None or not asked:
             return {}
         given = [slots[tenant] for tenant in asked], [self.encoded[tenant] for tenant in asked]
-        found = evaluate_tenants(self.model, stack, *given, self.buckets, self.tokenizer)
+        found = evaluate_tenants(self.model, stack, *given, self.shapes, self.tokenizer)
         return dict(zip(asked, found, strict=True))
 
 
-def shapes_of(tasks: Sequence[Encoded]) -> tuple[Bucket, ...]:
+def shapes_of(tasks: Sequence[Encoded]) -> Shapes | None:
     """The compiled shapes of all tenants' examples: the same whoever is scored."""
     examples = [example for task in tasks for example in [*task.examples, *task.ranked]]
-    return plan_buckets(examples, 3) if examples else ()
+    return plan_shapes(examples, any(task.ranked for task in tasks)) if examples else None
 
 
 def evaluate_tenants(
-    model, stack: Stack, slots: Sequence[int], tasks: Sequence[Encoded], buckets: Sequence[Bucket], tokenizer
+    model, stack: Stack, slots: Sequence[int], tasks: Sequence[Encoded], shapes: Shapes, tokenizer
 ) -> list[Score]:
     """The score of each task with the adapter in its slot of the stack; slot -1: the backbone.
 
     Args:
         slots: one a task; tasks of one run, which share batch size and most new tokens.
-        buckets: `shapes_of` the tasks that may ever be scored.
+        shapes: `shapes_of` the tasks that may ever be scored.
     """
     examples = [example for task in tasks for example in [*task.examples, *task.ranked]]
     owners = np.repeat(slots, [len(task.examples) + len(task.ranked) for task in tasks])
     batch_size = tasks[0].task.batch_size
-    nll, tokens = likelihoods(model, adapters_of(stack, owners), examples, batch_size, owners.tolist(), buckets)
+    nll, tokens = likelihoods(model, adapters_of(stack, owners), examples, batch_size, shapes, owners.tolist())
     prompts = [[example.prompt_ids for example in task.examples if task.task.writes] for task in tasks]
     owners = np.repeat(slots, [len(of_task) for of_task in prompts])
     asked = [ids for of_task in prompts for ids in of_task]

@@ -157,30 +157,38 @@ def test_the_factors_of_ranked_choices_are_those_of_the_prompt_alone(records, mo
     from para_jax.evaluation import evaluate as module
 
     batches = []
-    seen = module.eval_nll
+    seen = module.of_contexts
 
-    def recorded(model, adapters, batch, **static):
-        batches.append(batch)
-        return seen(model, adapters, batch, **static)
+    def recorded(model, adapters, contexts, continuations, *sizes):
+        found = list(seen(model, adapters, contexts, continuations, *sizes))
+        batches.append((contexts, continuations, dict(found)))
+        return found
 
-    monkeypatch.setattr(module, "eval_nll", recorded)
+    monkeypatch.setattr(module, "of_contexts", recorded)
     scored(EvalTask("t", records, "accuracy", choices=CHOICES, batch_size=BATCH))
-    prompts = [encode_prompt(tokenizer(), record.prompt) for record in records]
-    alone = {
-        tuple(prompt): {
-            site: made[:, 0] for site, made in vectors(model(), adapter(), padded(prompt), len(prompt)).items()
-        }
-        for prompt in prompts
-    }
-    times = dict.fromkeys(alone, 0)
-    for batch in batches:
-        used = vectors(model(), adapter(), batch.tokens, batch.prompt_length)
-        for row in np.flatnonzero(batch.length > 1):
-            prompt = tuple(batch.tokens[row, : batch.prompt_length[row]].tolist())
-            times[prompt] += 1
-            for site, made in alone[prompt].items():
-                np.testing.assert_allclose(used[site][:, row], made, atol=1e-5)
-    assert min(times.values()) >= len(CHOICES)  # and the record's own completion
+    ranked = set()
+    for contexts, continuations, found in batches:
+        for i, (row, ids) in enumerate(continuations):
+            assert -found[i].logprob == pytest.approx(by_hand(list(contexts[row]), list(ids)), rel=1e-4)
+            ranked.add((tuple(contexts[row]), ids))
+    for record in records:
+        prompt = tuple(encode_prompt(tokenizer(), record.prompt))
+        assert {(prompt, tuple(encode_completion(tokenizer(), record.prompt, c))) for c in CHOICES} <= ranked
+
+
+def test_ranking_reads_each_prompt_once_and_gives_what_whole_rows_give(records):
+    from para_jax.evaluation import evaluate as module
+
+    task, examples, ranked = module.encode_task(EvalTask("t", records, "accuracy", choices=CHOICES), tokenizer())
+    asked = [*examples, *ranked]
+    assert len(ranked) == len(CHOICES) * len(records)
+    shapes = [module.plan_shapes(asked, shared) for shared in (True, False)]
+    (once, tokens), (whole, also) = (
+        module.likelihoods(model(), lambda rows: adapter(), asked, BATCH, chosen) for chosen in shapes
+    )
+    np.testing.assert_allclose(once, whole, rtol=1e-5)
+    assert tokens.tolist() == also.tolist()
+    assert max(b.length for b in shapes[0].buckets) <= max(b.length for b in shapes[1].buckets)
 
 
 def padded(ids):
