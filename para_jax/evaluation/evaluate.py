@@ -28,7 +28,7 @@ from ..data.batches import (
 from ..data.examples import Example, encode_completion, encode_example, stop_token_ids
 from ..data.sources import Record, encode_records, load_records, task_of
 from ..data.tasks import TASKS
-from ..inference.generate import generate_tokens
+from ..inference.generate import before_stop, generate_tokens
 from ..model import made_for
 from ..processes import gathered
 from ..training.step import eval_nll
@@ -190,9 +190,10 @@ def evaluate_task(
     whose = of_ranked and [tuple(prompt) for prompt in of_ranked]
     of_batch = adapters_of_batches(model, adapters, of_ranked)
     asked = [*examples, *ranked]
-    nll, tokens = likelihoods(model, of_batch, asked, task.batch_size, plan_shapes(asked, bool(ranked)), whose)
-    answers = written_answers(model, of_batch, prompts, task, tokenizer) if task.writes else []
-    return score_of(task, nll, tokens, answers)
+    found = likelihoods(model, of_batch, asked, task.batch_size, plan_shapes(asked, bool(ranked)), whose)
+    written = range(len(examples)) if task.writes else []
+    answers = written_answers(model, of_batch, asked, written, found.greedy, task, tokenizer)
+    return score_of(task, found.nll, found.tokens, list(answers.values()))
 
 
 class Encoded(NamedTuple):
@@ -243,23 +244,37 @@ def rankings(prompts, records: list[Record], task: EvalTask, tokenizer) -> list[
     ]
 
 
-def written_answers(model, of_batch: Callable, prompts, task: EvalTask, tokenizer) -> list[str]:
-    """What greedy decoding writes after each prompt, in batches and lengths as the task says.
+def written_answers(
+    model, of_batch: Callable, examples: list[Example], asked: Sequence[int], greedy, task: EvalTask, tokenizer
+) -> dict[int, str]:
+    """What greedy decoding writes after the prompts of the examples that are asked for, by their indices; in batches
+    and lengths as the task says.
 
     Args:
-        of_batch: from a batch's rows, indices into `prompts`, to their adapters.
+        of_batch: from a batch's rows, indices into `examples`, to their adapters.
+        greedy: bool [examples], as in Likelihoods: there the completion is what is written, and nothing is decoded.
     """
-    answers = [""] * len(prompts)
-    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     stop = stop_token_ids(tokenizer, model.config.eos_token_ids)
-    for start in tqdm(range(0, len(order), task.batch_size), desc=f"{task.name}: answers", leave=False, disable=None):
-        chosen = order[start : start + task.batch_size]
-        rows = np.resize(chosen, task.batch_size)  # one compiled shape, also for the last batch
-        filled = [prompts[i] for i in rows]
-        written = generate_tokens(model, of_batch(rows), filled, stop_ids=stop, max_new_tokens=task.max_new_tokens)
-        for i, tokens in zip(chosen, written, strict=False):
-            answers[i] = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-    return answers
+    written = {i: before_stop(examples[i].completion_ids[: task.max_new_tokens], stop) for i in asked}
+    left = sorted((i for i in asked if not greedy[i]), key=lambda i: len(examples[i].prompt_ids))
+    for start in tqdm(range(0, len(left), task.batch_size), desc=f"{task.name}: answers", leave=False, disable=None):
+        rows = np.resize(left[start : start + task.batch_size], task.batch_size)  # one compiled shape, also at the end
+        prompts = [examples[i].prompt_ids for i in rows]
+        tokens = generate_tokens(model, of_batch(rows), prompts, stop_ids=stop, max_new_tokens=task.max_new_tokens)
+        written |= dict(zip(rows.tolist(), tokens, strict=True))
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return {i: tokenizer.decode(ids, **options).strip() for i, ids in written.items()}
+
+
+class Likelihoods(NamedTuple):
+    """Of examples, one value each."""
+
+    nll: np.ndarray
+    """the summed negative log-likelihood of the completion, nats"""
+    tokens: np.ndarray
+    """the number of the completion's tokens"""
+    greedy: np.ndarray
+    """whether each token of the completion is the likeliest at its place: greedy decoding writes it"""
 
 
 class Shapes(NamedTuple):
@@ -278,8 +293,8 @@ def plan_shapes(examples: Sequence[Example], ranked: bool) -> Shapes:
 
 def likelihoods(
     model, of_batch: Callable, examples: list[Example], rows: int, shapes: Shapes, whose: Sequence | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each example's summed negative log-likelihood (nats) of its completion, and its number of completion tokens.
+) -> Likelihoods:
+    """How likely each example's completion is after its prompt.
 
     Args:
         of_batch: from a batch's rows, indices into `examples`, to their adapters.
@@ -288,33 +303,33 @@ def likelihoods(
     whose = whose or [None] * len(examples)
     keys = [(tuple(prompt), tuple(ids), of) for (prompt, ids), of in zip(examples, whose, strict=True)]
     chosen = {key: i for i, key in enumerate(keys)}  # one example of each kind
+    tokens = np.array([float(len(ids)) for _, ids in examples])
+    found = Likelihoods(np.zeros(len(examples)), tokens, np.zeros(len(examples), bool))
     if shapes.of_prompts:
         contexts: dict[tuple, list[int]] = {}
         for (prompt, _, of), i in chosen.items():
             contexts.setdefault((prompt, of), []).append(i)
-        nll = after_prompts(model, of_batch, examples, list(contexts.values()), rows, shapes.buckets)
+        after_prompts(found, model, of_batch, examples, list(contexts.values()), rows, shapes.buckets)
     else:
-        nll = of_rows(model, of_batch, examples, list(chosen.values()), rows, shapes.buckets)
-    return nll[[chosen[key] for key in keys]], np.array([float(len(ids)) for _, ids in examples])
+        of_rows(found, model, of_batch, examples, list(chosen.values()), rows, shapes.buckets)
+    places = [chosen[key] for key in keys]
+    return Likelihoods(found.nll[places], tokens, found.greedy[places])
 
 
-def of_rows(model, of_batch: Callable, examples: list[Example], chosen: list[int], rows: int, buckets) -> np.ndarray:
-    """likelihoods of the chosen examples, each in a row of its own; float [examples]."""
-    nll = np.zeros(len(examples))
+def of_rows(found: Likelihoods, model, of_batch: Callable, examples: list[Example], chosen: list[int], rows, buckets):
+    """Fills in the chosen examples, each in a row of its own."""
     batches = list(full_batches([examples[i] for i in chosen], rows, buckets))
     for members, batch in tqdm(batches, desc="likelihoods", leave=False, disable=None):
         indices = np.array(chosen)[members]
         completion = next(bucket.completion for bucket in buckets if bucket.length == batch.tokens.shape[1])
-        total, _ = gathered(eval_nll(model, of_batch(np.resize(indices, rows)), batch, completion=completion))
-        nll[indices] = total[: len(indices)]
-    return nll
+        nll, _, greedy = gathered(eval_nll(model, of_batch(np.resize(indices, rows)), batch, completion=completion))
+        found.nll[indices], found.greedy[indices] = nll[: len(indices)], greedy[: len(indices)]
 
 
 def after_prompts(
-    model, of_batch: Callable, examples: list[Example], contexts: list[list[int]], rows: int, buckets
-) -> np.ndarray:
-    """likelihoods of the examples of each context, which share their prompt; float [examples]."""
-    nll = np.zeros(len(examples))
+    found: Likelihoods, model, of_batch: Callable, examples: list[Example], contexts: list[list[int]], rows, buckets
+):
+    """Fills in the examples of each context, which share their prompt."""
     prompts = [examples[members[0]].prompt_ids for members in contexts]
     lengths = [len(prompt) for prompt in prompts]
     order = np.argsort(lengths, kind="stable")
@@ -324,9 +339,8 @@ def after_prompts(
         asked = [(row, i) for row, j in enumerate(members) for i in contexts[j]]
         continuations = [(row, tuple(examples[i].completion_ids)) for row, i in asked]
         of_members = [prompts[j] for j in members]
-        for k, found in of_contexts(model, adapters, of_members, continuations, buckets[bucket].length, rows):
-            nll[asked[k][1]] = -found.logprob
-    return nll
+        for k, scored in of_contexts(model, adapters, of_members, continuations, buckets[bucket].length, rows):
+            found.nll[asked[k][1]], found.greedy[asked[k][1]] = -scored.logprob, scored.greedy
 
 
 def error_of_ratio(nll: np.ndarray, tokens: np.ndarray) -> float | None:

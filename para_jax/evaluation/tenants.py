@@ -50,18 +50,17 @@ def evaluate_tenants(
     """
     examples = [example for task in tasks for example in [*task.examples, *task.ranked]]
     owners = np.repeat(slots, [len(task.examples) + len(task.ranked) for task in tasks])
-    batch_size = tasks[0].task.batch_size
-    nll, tokens = likelihoods(model, adapters_of(stack, owners), examples, batch_size, shapes, owners.tolist())
-    prompts = [[example.prompt_ids for example in task.examples if task.task.writes] for task in tasks]
-    owners = np.repeat(slots, [len(of_task) for of_task in prompts])
-    asked = [ids for of_task in prompts for ids in of_task]
-    texts = written_answers(model, adapters_of(stack, owners), asked, tasks[0].task, tokenizer)
-    found, start, wrote = [], 0, 0
-    for task, of_task in zip(tasks, prompts, strict=True):
-        end, written = start + len(task.examples) + len(task.ranked), wrote + len(of_task)
-        found.append(score_of(task.task, nll[start:end], tokens[start:end], texts[wrote:written]))
-        start, wrote = end, written
-    return found
+    of_batch, first = adapters_of(stack, owners), tasks[0].task
+    found = likelihoods(model, of_batch, examples, first.batch_size, shapes, owners.tolist())
+    starts = np.cumsum([0, *(len(task.examples) + len(task.ranked) for task in tasks)]).tolist()
+    own = [range(start, start + len(task.examples)) for start, task in zip(starts, tasks, strict=False)]
+    written = [i for task, of_task in zip(tasks, own, strict=True) if task.task.writes for i in of_task]
+    texts = written_answers(model, of_batch, examples, written, found.greedy, first, tokenizer)
+    scores = []
+    for task, of_task, start, end in zip(tasks, own, starts, starts[1:], strict=False):
+        answers = [texts[i] for i in of_task] if task.task.writes else []
+        scores.append(score_of(task.task, found.nll[start:end], found.tokens[start:end], answers))
+    return scores
 
 
 def adapters_of(stack: Stack, owners: np.ndarray) -> Callable:

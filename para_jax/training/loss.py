@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -26,6 +28,16 @@ def completion_nll(
         completion: the most completion tokens of a row; static. Packed rows say themselves where they are.
         remat: a name of model.REMAT.
     """
+    hidden, targets, real = completion_states(model, adapters, batch, completion, remat)
+    nll = token_nll(model, hidden, targets)
+    return jnp.where(real, nll, 0).sum(axis=1), real.sum(axis=1).astype(jnp.float32)
+
+
+def completion_states(
+    model, adapters, batch: Batch | Packed, completion: int, remat: str = "dots"
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The hidden states after the final norm [rows, C, width] that predict each completion token, these tokens, int32
+    [rows, C], and which of them are real, bool [rows, C]. Arguments as in completion_nll."""
     if isinstance(batch, Packed):
         places = Segments(jnp.asarray(batch.segment), jnp.asarray(batch.start))
         predicted, real = batch.predicted, batch.predicted > 0
@@ -35,22 +47,31 @@ def completion_nll(
     x, _ = residual_stream(model, adapters, batch.tokens, batch.prompt_length, segments=places, remat=remat)
     hidden = jnp.take_along_axis(x, jnp.clip(predicted - 1, 0, x.shape[1] - 1)[..., None], axis=1)
     targets = jnp.take_along_axis(batch.tokens, jnp.minimum(predicted, x.shape[1] - 1), axis=1)
-    nll = token_nll(model, model.final_norm(hidden), targets)
-    return jnp.where(real, nll, 0).sum(axis=1), real.sum(axis=1).astype(jnp.float32)
+    return model.final_norm(hidden), targets, jnp.asarray(real)
 
 
 def token_nll(model, hidden: jax.Array, targets: jax.Array) -> jax.Array:
     """-log p(target), float32 [rows, C], from hidden states after the final norm [rows, C, width]."""
+    return of_logits(negative_log_likelihood, model, hidden, targets)
 
-    def of(hidden_and_targets):
+
+def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def of_logits(of: Callable, model, hidden: jax.Array, targets: jax.Array):
+    """of(logits, targets), arrays [rows, C], from hidden states after the final norm [rows, C, width]; CHUNK of the
+    logits at a time."""
+
+    def at(hidden_and_targets):
         hidden, targets = hidden_and_targets
-        logits = model.logits(hidden)
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return of(model.logits(hidden), targets)
 
     rows, positions = targets.shape
     chunk = max(1, CHUNK // (rows * model.config.vocab_size))
     if positions <= chunk:
-        return of((hidden, targets))
+        return at((hidden, targets))
     cut = [jnp.pad(a, ((0, 0), (0, -positions % chunk), *[(0, 0)] * (a.ndim - 2))) for a in (hidden, targets)]
     cut = [a.reshape(rows, -1, chunk, *a.shape[2:]).swapaxes(0, 1) for a in cut]
-    return jax.lax.map(jax.checkpoint(of), tuple(cut)).swapaxes(0, 1).reshape(rows, -1)[:, :positions]
+    found = jax.lax.map(jax.checkpoint(at), tuple(cut))
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(rows, -1)[:, :positions], found)

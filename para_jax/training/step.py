@@ -15,7 +15,7 @@ from ..config import TrainSection
 from ..data.batches import Batch
 from ..data.packing import Packed
 from ..model import residual_stream
-from .loss import completion_nll
+from .loss import completion_nll, completion_states, negative_log_likelihood, of_logits
 from .optimizer import make_optimizer, make_schedule
 
 
@@ -72,9 +72,17 @@ def train_step(
 
 
 @partial(jax.jit, static_argnames="completion")
-def eval_nll(model, adapters, batch: Batch, *, completion: int) -> tuple[jax.Array, jax.Array]:
-    """completion_nll, compiled: each row's summed nats and its number of completion tokens."""
-    return completion_nll(model, adapters, batch, completion)
+def eval_nll(model, adapters, batch: Batch, *, completion: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """completion_nll, compiled: each row's summed nats and its number of completion tokens; and whether each of these
+    is the likeliest, bool [rows]: then greedy decoding writes the completion."""
+
+    def of(logits, targets):
+        return negative_log_likelihood(logits, targets), logits.argmax(axis=-1) == targets
+
+    hidden, targets, real = completion_states(model, adapters, batch, completion)
+    nll, likeliest = of_logits(of, model, hidden, targets)
+    counts = real.sum(axis=1).astype(jnp.float32)
+    return jnp.where(real, nll, 0).sum(axis=1), counts, (likeliest | ~real).all(axis=1)
 
 
 @jax.jit

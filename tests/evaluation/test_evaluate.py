@@ -20,7 +20,7 @@ from para_jax import (
     load_backbone,
     vectors,
 )
-from para_jax.data.examples import encode_completion, encode_example, encode_prompt
+from para_jax.data.examples import Example, encode_completion, encode_example, encode_prompt
 from para_jax.data.sources import Record, read_records
 from para_jax.data.tokenizer import load_tokenizer
 from para_jax.evaluation.evaluate import (
@@ -116,6 +116,24 @@ def test_exact_match_counts_what_greedy_decoding_writes(records):
     assert scored(task._replace(records=[*right[:3], *records[3:]])).score == pytest.approx(3 / 7)
 
 
+def test_a_completion_that_is_likeliest_throughout_is_what_is_written_and_is_not_decoded(records, monkeypatch):
+    from para_jax.evaluation import evaluate as module
+
+    prompts = [encode_prompt(tokenizer(), record.prompt) for record in records]
+    tokens = module.generate_tokens(model(), adapter(), prompts, max_new_tokens=4)
+    other = [[*ids[:-1], ids[-1] + 1] if i < 3 else ids for i, ids in enumerate(tokens)]
+    task = EvalTask("t", [], "exact_match", max_new_tokens=4, batch_size=BATCH)
+    examples = [Example(*pair) for pair in zip(prompts, other, strict=True)]
+    rest = (lambda rows: adapter()), examples
+    greedy = module.likelihoods(model(), *rest, BATCH, module.plan_shapes(examples, False)).greedy
+    assert greedy.tolist() == [False] * 3 + [True] * 4
+    answers = module.written_answers(model(), *rest, range(7), np.zeros(7, bool), task, tokenizer())
+    decoded, real = [], module.generate_tokens
+    monkeypatch.setattr(module, "generate_tokens", lambda *a, **s: decoded.extend(a[2]) or real(*a, **s))
+    assert module.written_answers(model(), *rest, range(7), greedy, task, tokenizer()) == answers
+    assert {tuple(prompt) for prompt in decoded} == {tuple(prompt) for prompt in prompts[:3]}
+
+
 def test_accuracy_ranks_whole_completions_with_their_end(records):
     def likeliest(record):
         prompt = encode_prompt(tokenizer(), record.prompt)
@@ -146,9 +164,8 @@ def test_an_answer_keeps_its_spaces(monkeypatch):
             seen.update(options)
             return " w9 w10 "
 
-    assert module.written_answers(model(), lambda rows: None, [[3]], EvalTask("t", [], batch_size=2), Tidy()) == [
-        "w9 w10"
-    ]
+    asked = [Example([3], [4, 2])], [0], [False], EvalTask("t", [], batch_size=2), Tidy()
+    assert module.written_answers(model(), lambda rows: None, *asked) == {0: "w9 w10"}
     assert seen == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
@@ -183,11 +200,10 @@ def test_ranking_reads_each_prompt_once_and_gives_what_whole_rows_give(records):
     asked = [*examples, *ranked]
     assert len(ranked) == len(CHOICES) * len(records)
     shapes = [module.plan_shapes(asked, shared) for shared in (True, False)]
-    (once, tokens), (whole, also) = (
-        module.likelihoods(model(), lambda rows: adapter(), asked, BATCH, chosen) for chosen in shapes
-    )
-    np.testing.assert_allclose(once, whole, rtol=1e-5)
-    assert tokens.tolist() == also.tolist()
+    once, whole = (module.likelihoods(model(), lambda rows: adapter(), asked, BATCH, chosen) for chosen in shapes)
+    np.testing.assert_allclose(once.nll, whole.nll, rtol=1e-5)
+    assert once.tokens.tolist() == whole.tokens.tolist()
+    assert once.greedy.tolist() == whole.greedy.tolist()
     assert max(b.length for b in shapes[0].buckets) <= max(b.length for b in shapes[1].buckets)
 
 

@@ -77,7 +77,7 @@ def assert_same_step(ours, theirs, atol):
 
 
 def test_the_loss_is_the_mean_over_tokens_and_not_over_rows():
-    total, count = map(np.asarray, eval_nll(model_on(), adapter_values(), batch(), completion=COMPLETION))
+    total, count, _ = map(np.asarray, eval_nll(model_on(), adapter_values(), batch(), completion=COMPLETION))
     np.testing.assert_array_equal(count, batch().length - batch().prompt_length)
     _, values = one_step()
     np.testing.assert_allclose(values["loss"], total.sum() / count.sum(), rtol=1e-5)
@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_the_mean_loss_by_central_differences():
 
     def loss(distance):
         moved = jax.tree.map(lambda weight, g: weight + distance * g / size, adapter_values(), gradient)
-        total, count = eval_nll(model_on(), moved, batch(), completion=COMPLETION)
+        total, count, _ = eval_nll(model_on(), moved, batch(), completion=COMPLETION)
         return total.sum() / count.sum()
 
     assert values["grad_norm"] > CONFIG.max_grad_norm  # as before clipping
