@@ -292,10 +292,10 @@ def run_many(options) -> None:
     from . import devices
     from .adapters.bank import AdapterBank
     from .adapters.files import load_adapter
-    from .backbone.load import load_backbone
+    from .backbone.load import load_backbone, load_model_config
     from .config import RuntimeSection, require
     from .data.tokenizer import load_tokenizer
-    from .evaluation.many import Settings, evaluate_many
+    from .evaluation.many import Settings, evaluate_many, read_tasks
 
     rows, seed = 16 if options.rows is None else options.rows, options.seed or 0
     require(rows >= 1, "--rows", rows, "at least 1")
@@ -308,13 +308,15 @@ def run_many(options) -> None:
     )
     sources = named_adapters(options.adapters)
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
+    settings = Settings(options.limit, rows, seed, options.include_path, shots, options.chat, options.split)
+    tokenizer = load_tokenizer(options.backbone)
+    tasks = read_tasks(options.tasks, tokenizer, load_model_config(options.backbone), settings)
     model = load_backbone(options.backbone, dtype=options.dtype, quantize=options.quantize)
     held = {name: load_adapter(source, model.config, model=model) for name, source in sources.items()}
     bank = AdapterBank.holding(held, model.config, dtype=str(model.dtype)) if held else None
     about = {"backbone": options.backbone, "quantize": options.quantize, "command": options.command_line}
-    settings = Settings(options.limit, rows, seed, options.include_path, shots, options.chat, options.split)
     output = options.output or Path("runs/evaluation")
-    print(evaluate_many(model, bank, load_tokenizer(options.backbone), options.tasks, output, settings, sources, about))
+    print(evaluate_many(model, bank, tokenizer, tasks, output, settings, sources, about))
     devices.say(f"wrote {output}")
 
 

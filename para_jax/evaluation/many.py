@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import devices
 from ..adapters.bank import AdapterBank
-from ..config import DataSection, require
+from ..config import DataSection, ModelConfig, require
 from ..data.examples import Example, encode_completion
 from ..data.sources import Record, encode_records, read_records
 from ..data.tasks import TASKS, Task
@@ -68,7 +68,7 @@ class Own(NamedTuple):
     original: int
     """examples that the file holds"""
 
-    def results(self, answer: Callable[[Asked], Answer]) -> dict:
+    def results(self, answer: Callable[[Asked], Answer | None]) -> dict:
         """The task's part of the results, in lm-eval's layout."""
         name, values = self.task.name, self.values([answer(one) for one in self.asked])
         found: dict = {"alias": name, "sample_len": len(self.task.records)}
@@ -85,7 +85,7 @@ class Own(NamedTuple):
             "n-samples": {name: size},
         }
 
-    def values(self, answers: list[Answer]) -> dict[str, tuple[float, float | None]]:
+    def values(self, answers: Sequence[Answer | None]) -> dict[str, tuple[float, float | None]]:
         """{metric: (value, standard error)}; the loss is in nats a completion token."""
         count = len(self.task.records)
         nats = np.array([-one.logprob for one in answers if isinstance(one, Scored)])
@@ -97,11 +97,28 @@ class Own(NamedTuple):
         return values | {"loss": (score.loss, error_of_ratio(nats[:count], tokens[:count]))}
 
 
+def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, settings: Settings) -> list[Own | Harness]:
+    """The tasks' questions. Nothing of the model is read but its config, so that a wrong name costs no waiting.
+
+    Args:
+        tasks: [TASK=]FILE_OR_FOLDER[:METRIC], our own, or names of lm-eval's tasks.
+    """
+    own = [own_task(text, tokenizer, config, settings) for text in tasks]
+    names = [text for text, found in zip(tasks, own, strict=True) if found is None]
+    held: list = [found for found in own if found is not None]
+    require_distinct("--tasks", [*names, *(one.task.name for one in held)])
+    if names:
+        loaded = of_harness(names, tokenizer, config, settings)
+        require_distinct("--tasks", [*dict.fromkeys([*names, *members(loaded)]), *(one.task.name for one in held)])
+        held += loaded
+    return held
+
+
 def evaluate_many(
     model,
     bank: AdapterBank | None,
     tokenizer,
-    tasks: Sequence[str],
+    tasks: Sequence[Own | Harness],
     output: Path,
     settings: Settings,
     sources: dict[str, str],
@@ -113,28 +130,20 @@ def evaluate_many(
     table.md. The same call on the same folder goes on where one was killed.
 
     Args:
-        tasks: [TASK=]FILE_OR_FOLDER[:METRIC], our own, or names of lm-eval's tasks.
+        tasks: as read_tasks gives them, with the same settings.
         sources, about: for the records: where each tenant comes from, and what was asked for.
     """
-    own = [own_task(text, tokenizer, model, settings) for text in tasks]
-    names = [text for text, found in zip(tasks, own, strict=True) if found is None]
-    held: list = [found for found in own if found is not None]
-    require_distinct("--tasks", [*names, *(one.task.name for one in held)])
-    if names:
-        loaded = of_harness(names, tokenizer, model, settings)
-        require_distinct("--tasks", [*dict.fromkeys([*names, *members(loaded)]), *(one.task.name for one in held)])
-        held += loaded
     tenants = [None, *(bank.names if bank is not None else ())]
     content, files = backbone_content(model), file_names([tenant or BASE for tenant in tenants])
     require_same_backbone(output / files[BASE], content)
     asking = Pass(model, bank, tokenizer, content, Journal(output / "answers.jsonl"))
-    questions = [(tenant, asked) for one in held for asked in one.asked for tenant in tenants]
+    questions = [(tenant, asked) for one in tasks for asked in one.asked for tenant in tenants]
     begun = time.time()
     answers = dict(zip(questions, asking.answer(questions, rows=settings.rows), strict=True))
     by_tenant: dict[str, dict] = {}
     for tenant in tenants:
         made: dict = {}
-        for one in held:
+        for one in tasks:
             for part, values in one.results(lambda asked, tenant=tenant: answers.get((tenant, asked))).items():
                 made.setdefault(part, {}).update(values)
         made |= records(asking, tenant, settings, about | {"adapter": sources.get(tenant or BASE)}, begun)
@@ -146,7 +155,7 @@ def evaluate_many(
     return text
 
 
-def own_task(text: str, tokenizer, model, settings: Settings) -> Own | None:
+def own_task(text: str, tokenizer, config: ModelConfig, settings: Settings) -> Own | None:
     """The task that [TASK=]FILE_OR_FOLDER[:METRIC] names; None where no such file or folder is there.
 
     TASK is a name of data/tasks.py, whose columns, metric and choices then count. Without it and METRIC, rows that all
@@ -180,7 +189,7 @@ def own_task(text: str, tokenizer, model, settings: Settings) -> Own | None:
         max_new_tokens=known.max_new_tokens if known else 32,
         also=known.also if known and metric == known.metric else (),
     )
-    longest = model.config.max_positions - answer_room(task, tokenizer)
+    longest = config.max_positions - answer_room(task, tokenizer)
     kept = encode_records(task.records, tokenizer, DataSection(max_seq_length=longest, truncate="left"))
     if kept.cut:
         devices.say(f"--tasks {text}: {kept.cut} of {len(kept.records)} prompts lost their start, to {longest} tokens")
@@ -231,12 +240,12 @@ class Harness(NamedTuple):
     results: Callable[[Callable[[Asked], Answer | None]], dict]
 
 
-def of_harness(names: list[str], tokenizer, model, settings: Settings) -> list[Harness]:
+def of_harness(names: list[str], tokenizer, config: ModelConfig, settings: Settings) -> list[Harness]:
     if find_spec("lm_eval") is None:
         raise ValueError(f"task {names[0]}: neither a file or folder, nor can it be looked up: {INSTALL}")
     from .lm_eval_tasks import load_tasks, record, replay
 
-    options = tokenizer, model.config.max_positions
+    options = tokenizer, config.max_positions
     made = []
     for task in load_tasks(
         names, settings.include_path, limit=settings.limit, fewshot=settings.fewshot, chat=settings.chat

@@ -73,6 +73,11 @@ doc_to_text: ""
 doc_to_target: "{{{{question}}}}"
 metric_list: [{{metric: word_perplexity}}]
 """
+GROUP = """
+group: tiny_group
+task: [tiny_pick, tiny_other]
+aggregate_metric_list: [{{metric: acc, aggregation: mean, weight_by_size: true}}]
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,7 +106,9 @@ def folder(tmp_path_factory):
             for i, text in enumerate(texts)]  # fmt: skip
     file = write_rows(folder / "tasks" / "data.jsonl", rows)
     tagged = PICK.replace("tiny_pick", "labels\ntag: tiny_tag")
-    for name, text in {"pick": PICK, "write": WRITE, "rolling": ROLLING, "tagged": tagged}.items():
+    other = PICK.replace("tiny_pick", "tiny_other").replace("num_fewshot: 1", "num_fewshot: 0")
+    files = {"pick": PICK, "write": WRITE, "rolling": ROLLING, "tagged": tagged, "other": other, "group": GROUP}
+    for name, text in files.items():
         (folder / "tasks" / f"{name}.yaml").write_text(text.format(file=file))
     return folder
 
@@ -215,7 +222,9 @@ def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder
         ([], [], "expected the CONFIG of a run, or --backbone with --tasks"),
     ],
 )
-def test_a_mistake_gives_one_line(folder, tmp_path, capsys, tasks, more, said):
+def test_a_mistake_gives_one_line_before_any_weight_is_read(folder, tmp_path, capsys, monkeypatch, tasks, more, said):
+    if said:
+        monkeypatch.setattr("para_jax.backbone.load.load_backbone", lambda *a, **s: pytest.fail("weights are read"))
     made = command(folder, tmp_path, *more, tasks=tasks)
     if ":" in str(tasks):
         made = [text.replace("labels:bleu", f"{folder / 'labels'}:bleu") for text in made]
@@ -309,6 +318,17 @@ def engine(folder):
     model = load_backbone(folder / "backbone")
     bank = AdapterBank.holding({n: load_adapter(folder / n / "adapter", model.config) for n in "AB"}, model.config)
     return Engine(model, bank, load_tokenizer(folder / "backbone"), slots=4, max_length=64)
+
+
+@pytest.mark.parametrize(("named", "members"), [("tiny_group", ["tiny_pick", "tiny_other"]), ("tiny_tag", ["labels"])])
+def test_groups_and_tags_score_as_lm_eval_scores_them(folder, engine, harness, tmp_path, named, members):
+    assert main(command(folder, tmp_path, "--limit", "4", tasks=[named])) == 0
+    for name, found in results(tmp_path).items():
+        theirs = harness(ParaLM(engine, None if name == "base" else name), named, limit=4)
+        assert set(found["results"]) == {*members, *(["tiny_group"] if named == "tiny_group" else [])}
+        for task, values in found["results"].items():
+            assert values["acc,none"] == theirs["results"][task]["acc,none"]
+    assert all(f" {task} acc |" in (tmp_path / "table.md").read_text() for task in found["results"])
 
 
 @pytest.mark.parametrize("tenant", ["A", None])
