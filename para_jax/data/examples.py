@@ -6,6 +6,7 @@ the first completion id on is one that the model must produce, the end of sequen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -62,6 +63,12 @@ def stop_token_ids(tokenizer, config_eos: tuple[int, ...] = ()) -> tuple[int, ..
         with suppress(ValueError):  # a template that refuses this conversation adds nothing
             ids.add(encode_completion(tokenizer, [{"role": "user", "content": "a"}], "a")[-1])
     return tuple(sorted(ids))
+
+
+def special_stop_ids(tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
+    """The ids of those stop texts that are special tokens, such as <|im_end|>, which no decoded text shows."""
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) if stop else {}
+    return tuple(special[text] for text in stop if text in special)
 
 
 def split_conversation(messages: list[dict]) -> list[tuple[list[dict], dict]]:

@@ -133,4 +133,5 @@ def check_room(asked: Asked, model: Transformer, engine: Engine | None) -> None:
         room, needed = longest, len(asked.context) + len(asked.continuation) - 1
     else:
         room, needed = engine.max_length if engine else longest, len(asked.context) + asked.max_new_tokens
-    require(needed <= room, "tokens of a request", needed, f"at most {room}, the room of the model or the engine")
+    whose = "the engine's max_length" if engine and room == engine.max_length else "the model's positions"
+    require(needed <= room, "tokens of a request", needed, f"at most {room}, {whose}")

@@ -87,7 +87,7 @@ class ParaLM(TokenLM):
             backbone, adapter: as para-jax generate takes them, adapter None is the base model; `hf`'s names, pretrained
                 and peft, are taken too.
             options: dtype, quantize, batch_size (rows, default 8), max_length (tokens a row where something is written,
-                default 1024), cache, seed, allow_cpu.
+                default 2048), cache, seed, allow_cpu.
         """
         known = "dtype quantize batch_size max_batch_size device max_length cache seed allow_cpu".split()
         backbone, adapter = options.pop("pretrained", backbone), options.pop("peft", adapter)
@@ -103,7 +103,7 @@ class ParaLM(TokenLM):
             tenant = str(adapter)
             held = {tenant: load_adapter(adapter, model.config, model=model)}
             bank = AdapterBank.holding(held, model.config, dtype=str(model.dtype))
-        longest = min(int(given.get("max_length", 1024)), model.config.max_positions)
+        longest = min(int(given.get("max_length", 2048)), model.config.max_positions)
         engine = Engine(model, bank, load_tokenizer(backbone), slots=rows, max_length=longest)
         return cls(engine, tenant, cache=given.get("cache"), seed=int(given.get("seed", 0)))
 

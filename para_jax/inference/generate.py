@@ -19,7 +19,7 @@ from ..adapters.bank import AdapterBank
 from ..adapters.rows import Made, Rows
 from ..backbone.transformer import Transformer
 from ..config import require
-from ..data.examples import Prompt, encode_prompt, stop_token_ids
+from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids
 from ..model import decode_step, prefill
 from ..processes import gathered
 from .sampling import greedy, row_keys, sample
@@ -63,7 +63,7 @@ def generate(
         top_k: draw from the k likeliest tokens only; 0: from all.
         top_p: draw from the likeliest tokens only that together have this probability.
         seed: prompt i is drawn with seed + i, whatever stands beside it.
-        stop: texts that end a completion.
+        stop: texts that end a completion; special tokens too.
 
     Raises ValueError before anything is computed where an argument is wrong or a prompt too long for the model.
     """
@@ -83,7 +83,7 @@ def generate(
         model,
         adapters,
         [encode_prompt(tokenizer, prompt) for prompt in prompts],
-        stop_ids=stop_token_ids(tokenizer, model.config.eos_token_ids),
+        stop_ids=stop_token_ids(tokenizer, model.config.eos_token_ids) + special_stop_ids(tokenizer, stop),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,

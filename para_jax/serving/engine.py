@@ -19,7 +19,7 @@ from ..adapters.bank import AdapterBank, Entry
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
 from ..config import require
-from ..data.examples import Ids, Prompt, encode_prompt, stop_token_ids
+from ..data.examples import Ids, Prompt, encode_prompt, special_stop_ids, stop_token_ids
 from ..devices import say
 from ..inference.generate import before_first, up_to_multiple
 from ..model import DecodeState, prefill
@@ -227,8 +227,9 @@ class Engine:
     def _extend(self, sample: Sample, new: list[int]) -> None:
         """Adds a sample's new tokens, up to its end."""
         asked = sample.request
+        stops = self._stops.union(special_stop_ids(self.tokenizer, asked.stop))
         for token in new:
-            if token in self._stops:
+            if token in stops:
                 return self._answer(sample, "stop")
             sample.tokens.append(token)
             if asked.stop and any(end in self._text(sample.tokens) for end in asked.stop):

@@ -29,7 +29,7 @@ class Request:
     seed: int = 0
     """sample i is drawn with seed + i, whatever runs beside it"""
     stop: tuple[str, ...] = ()
-    """texts that end an answer"""
+    """texts that end an answer; special tokens too"""
     n: int = 1
     """samples; the prompt is prefilled once for all of them"""
     id: Hashable = None

@@ -1,5 +1,8 @@
 """Generation writes what the teacher-forced pass would choose, each row by itself, and ends where it should."""
 
+from copy import deepcopy
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from conftest import backbone, golden, golden_tenants, strong
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from para_jax import AdapterBank, ParaConfig, forward, generate, init_adapter, pick, stack_adapters
+from para_jax import AdapterBank, Engine, ParaConfig, Request, forward, generate, init_adapter, pick, stack_adapters
 from para_jax.inference.generate import generate_tokens, next_token
 from para_jax.inference.sampling import row_keys, sample
 
@@ -165,6 +168,20 @@ def test_text_ends_before_a_stop_string_that_spans_tokens(model, tokenizer):
     cut = generate(model, ["w7 w8 w9"], tokenizer=tokenizer, max_new_tokens=20, stop=["no such", end])[0]
     assert cut == whole[: whole.index(end)] and 0 < len(cut) < len(whole)
     assert generate(model, ["w7 w8 w9"], tokenizer=tokenizer, max_new_tokens=20, stop=words[0])[0] == ""
+
+
+def test_text_ends_before_a_stop_text_that_is_a_special_token(model, tokenizer):
+    """Which decoded text does not show."""
+    written = [f"w{i}" for i in write(model, None, PROMPTS[:1], count=20)[0]]
+    special, at = deepcopy(tokenizer), written.index(written[5])
+    special.add_special_tokens({"additional_special_tokens": [written[5]]})
+    ask = partial(generate, model, ["w7 w8 w9"], tokenizer=special, max_new_tokens=20)
+    assert written[5] not in ask()[0]
+    assert ask(stop=["no such", written[5]]) == ["".join(written[:at])] != ask()
+    engine = Engine(model, None, special, slots=1, max_length=64)
+    engine.submit(Request("w7 w8 w9", max_new_tokens=20, stop=(written[5],)))
+    (answer,) = engine.run()
+    assert (answer.text, answer.finish_reason, len(answer.tokens)) == ("".join(written[:at]), "stop", at)
 
 
 def test_text_ends_before_the_end_token_of_config_or_tokenizer(model, tokenizer):
