@@ -148,6 +148,7 @@ TFDS_TASKS = {
     "glue/sst2": "sst2",
     "glue/rte": "rte",
     "super_glue/rte": "rte",
+    "gsm8k": "gsm8k",
 }
 
 

@@ -95,6 +95,18 @@ def test_a_prepared_public_data_set_is_read_as_its_rows_as_json_lines(data_dir, 
     assert {record.place for record in found} == {f"tfds:{name}:{split}[{i}]" for i in range(len(found))}
 
 
+def test_gsm8k_has_a_test_file_and_no_validation_file(tmp_path):
+    rows = [{"question": f"{i} and 2? {TEXT}", "answer": f"It is <<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2}"} for i in range(7)]
+    more = [row | {"annotation": "", "short_answer": row["answer"].split("#### ")[1]} for row in rows]
+    features = texts("question", "answer", "annotation", "short_answer")
+    built("gsm8k", features, {"train": more[:4], "test": more[4:]}, tmp_path)
+    ours = section(tmp_path, "tfds:gsm8k")
+    assert task_of(ours) == "gsm8k" and load_records(ours, "validation") is None
+    for split, part in (("train", rows[:4]), ("test", rows[4:])):
+        file = write_rows(tmp_path / f"{split}.jsonl", part)
+        assert without_places(load_records(ours, split)) == without_places(read_records(file, task="gsm8k"))
+
+
 def test_rows_are_the_same_however_many_are_read_at_once(data_dir, monkeypatch):
     whole = load_records(section(data_dir, "tfds:bool_q"), "train")
     monkeypatch.setattr(prepared, "READ_AT_ONCE", 10)
