@@ -2,14 +2,13 @@
 
     python scripts/compare_methods.py --tasks sst2 banking77 rte --output results/compare_methods
 
-Each method gets four neighbouring learning rates of one grid, 1e-4 to 3e-2: LoRA the lowest, PARA the next, (IA)^3
-the highest. The rate is chosen on validation data after half the steps, with seed 0 (by accuracy, ties by the loss);
-seeds 0, 1 and 2 are then trained with it for all steps. All rates, and then all seeds, are tenants of one run
-(`sweep`). Scores are of whole test files, medians over the seeds with their range; PARA also with every row reading
-another row's prompt. Forms of PARA that are named with `--also` are compared on validation data only. The time of a
-step and the peak memory are those of a run of one adapter in a process of its own; what a decode step costs stands in
-docs/results.md. Stages: `train`, `test`, `alone`; what is done is kept in the output folder, and the same command
-goes on.
+Each method gets four neighbouring learning rates of one grid, 1e-4 to 3e-2: which ones, says rates_of. The rate is
+chosen on validation data after half the steps, with seed 0 (by accuracy, ties by the loss); seeds 0, 1 and 2 are then
+trained with it for all steps. All rates, and then all seeds, are tenants of one run (`sweep`). Scores are of whole
+test files, medians over the seeds with their range; PARA also with every row reading another row's prompt. Forms of
+PARA that are named with `--also` are compared on validation data only. The time of a step and the peak memory are
+those of a run of one adapter in a process of its own; what a decode step costs stands in docs/results.md. Stages:
+`train`, `test`, `alone`; what is done is kept in the output folder, and the same command goes on.
 """
 
 import argparse
@@ -41,7 +40,6 @@ from para_jax.evaluation.evaluate import evaluate_task, task_of_run
 from para_jax.training.log import read_metrics
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-RATES = {"LoRA": GRID[:4], "PARA": GRID[1:5], "(IA)^3": GRID[2:]}
 SEEDS = (0, 1, 2)
 PARA = ParaConfig(r=12)
 LENGTHS = {"sst2": 80, "rte": 320, "banking77": 96, "boolq": 320, "copa": 64, "wikisql": 240, "sms_spam": 160}
@@ -78,6 +76,14 @@ def forms(named: list[str]) -> dict:
         value = lambda v: int(v) if v.isdecimal() else tuple(v.split("+")) if "_proj" in v else v  # noqa: E731
         found[name] = replace(PARA, **{key: value(v) for key, v in changed.items()})
     return found
+
+
+def rates_of(adapter) -> tuple[float, ...]:
+    """Four neighbours of GRID, around where a method's best rates lay in first trials."""
+    if isinstance(adapter, ParaConfig):
+        lowest = adapter.summary == "raw" and adapter.pooler != "constant"  # the summary's scale grows over the layers
+        return GRID[:4] if lowest else GRID[1:5]
+    return GRID[:4] if isinstance(adapter, LoraConfig) else GRID[2:]
 
 
 def config_of(args, task: str, adapter, output: Path, *overrides: str):
@@ -176,7 +182,7 @@ def train(args, task: str, main: dict, also: dict, model_config) -> None:
     for name, adapter in [*main.items(), *also.items()]:
         folder = args.output / "runs" / task / label(name)
         folder.mkdir(parents=True, exist_ok=True)
-        rates = RATES[name.split()[0]] if name in main else RATES["PARA"]
+        rates = rates_of(adapter)
 
         def made(name=name, adapter=adapter, folder=folder, rates=rates) -> dict:
             parameters = count_parameters(init_adapter(adapter, model_config))
