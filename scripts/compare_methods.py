@@ -3,12 +3,13 @@
     python scripts/compare_methods.py --tasks sst2 banking77 rte --output results/compare_methods
 
 Each method gets four neighbouring learning rates of one grid, 1e-4 to 3e-2: which ones, says rates_of. The rate is
-chosen on validation data after half the steps, with seed 0 (by accuracy, ties by the loss); seeds 0, 1 and 2 are then
-trained with it for all steps. All rates, and then all seeds, are tenants of one run (`sweep`). Scores are of whole
-test files, medians over the seeds with their range; PARA also with every row reading another row's prompt. Forms of
-PARA that are named with `--also` are compared on validation data only. The time of a step and the peak memory are
-those of a run of one adapter in a process of its own; what a decode step costs stands in docs/results.md. Stages:
-`train`, `test`, `alone`; what is done is kept in the output folder, and the same command goes on.
+chosen on validation data after half the steps, with seed 0 (by accuracy, ties by the loss), and while it is the
+highest or lowest that was tried, the grid's next is tried too; seeds 0, 1 and 2 are then trained with it for all
+steps. All rates, and then all seeds, are tenants of one run (`sweep`). Scores are of whole test files, medians over
+the seeds with their range; PARA also with every row reading another row's prompt. Forms of PARA that are named with
+`--also` are compared on validation data only. The time of a step and the peak memory are those of a run of one
+adapter in a process of its own; what a decode step costs stands in docs/results.md. Stages: `train`, `test`, `alone`;
+what is done is kept in the output folder, and the same command goes on.
 """
 
 import argparse
@@ -107,13 +108,22 @@ def trained(args, task: str, adapter, folder: Path, rates: tuple[float, ...]) ->
         return train_tenants(config_of(args, task, adapter, folder / name, batch, *overrides)).output_dir
 
     steps = args.steps // 2
-    listed = ", ".join(map(str, rates))
     half = f"train.max_steps={steps}", f"eval.every={steps}"
-    first = run("rates", len(rates), *half, f"sweep.learning_rate=[{listed}]", "sweep.seed=[0]")
-    tried = {rate: last_validation(task, first / f"learning_rate-{rate!r}-seed-0") for rate in rates}
-    best = max(rates, key=lambda rate: (tried[rate]["score"], -tried[rate]["loss"]))
+
+    def try_rates(name: str, rates: tuple[float, ...]) -> dict:
+        listed = ", ".join(map(str, rates))
+        ran = run(name, len(rates), *half, f"sweep.learning_rate=[{listed}]", "sweep.seed=[0]")
+        return {rate: last_validation(task, ran / f"learning_rate-{rate!r}-seed-0") for rate in rates}
+
+    tried = try_rates("rates", rates)
+    while True:
+        best = max(tried, key=lambda rate: (tried[rate]["score"], -tried[rate]["loss"]))
+        further = beyond(best, tried)
+        if further is None:
+            break
+        tried |= try_rates(f"rate-{further!r}", (further,))
     seeds = ", ".join(map(str, SEEDS))
-    second = run("seeds", len(SEEDS), f"sweep.learning_rate=[{best}]", f"sweep.seed=[{seeds}]")
+    second = run(f"seeds-{best!r}", len(SEEDS), f"sweep.learning_rate=[{best}]", f"sweep.seed=[{seeds}]")
     folders = {seed: second / f"learning_rate-{best!r}-seed-{seed}" for seed in SEEDS}
     return {
         "learning_rate": best,
@@ -121,6 +131,15 @@ def trained(args, task: str, adapter, folder: Path, rates: tuple[float, ...]) ->
         "validation": {seed: last_validation(task, folder) for seed, folder in folders.items()},
         "folders": {seed: str(folder) for seed, folder in folders.items()},
     }
+
+
+def beyond(best: float, tried) -> float | None:
+    """The next rate of GRID where the best of those tried is the highest or the lowest of them; None where it is not,
+    or where GRID ends."""
+    at = GRID.index(best)
+    if best == max(tried) and at + 1 < len(GRID):
+        return GRID[at + 1]
+    return GRID[at - 1] if best == min(tried) and at > 0 else None
 
 
 def last_validation(task: str, folder: Path) -> dict:
