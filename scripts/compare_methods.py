@@ -2,7 +2,7 @@
 
     python scripts/compare_methods.py --tasks sst2 banking77 rte --output results/compare_methods
 
-Each method gets four neighbouring learning rates of one grid, 1e-4 to 3e-2: which ones, says rates_of. The rate is
+Each method gets four neighbouring learning rates of one grid, 1e-4 to 1e-1: which ones, says rates_of. The rate is
 chosen on validation data after half the steps, with seed 0 (by accuracy, ties by the loss), and while it is the
 highest or lowest that was tried, the grid's next is tried too; seeds 0, 1 and 2 are then trained with it for all
 steps. All rates, and then all seeds, are tenants of one run (`sweep`). Scores are of whole test files, medians over
@@ -40,7 +40,7 @@ from para_jax.devices import describe_devices, versions
 from para_jax.evaluation.evaluate import evaluate_task, task_of_run
 from para_jax.training.log import read_metrics
 
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)
 PARA = ParaConfig(r=12)
 LENGTHS = {"sst2": 80, "rte": 320, "banking77": 96, "boolq": 320, "copa": 64, "wikisql": 240, "sms_spam": 160}
@@ -84,7 +84,7 @@ def rates_of(adapter) -> tuple[float, ...]:
     if isinstance(adapter, ParaConfig):
         lowest = adapter.summary == "raw" and adapter.pooler != "constant"  # the summary's scale grows over the layers
         return GRID[:4] if lowest else GRID[1:5]
-    return GRID[:4] if isinstance(adapter, LoraConfig) else GRID[2:]
+    return GRID[:4] if isinstance(adapter, LoraConfig) else GRID[2:6]
 
 
 def config_of(args, task: str, adapter, output: Path, *overrides: str):
