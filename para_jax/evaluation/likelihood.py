@@ -1,8 +1,8 @@
 """Likelihoods of continuations, for many adapters in one pass: each (adapter, context) pair is prefilled once, from the
 context's tokens alone, and every continuation of it is scored from what prefill left.
 
-Lengths are padded to sizes that depend on nothing but the length itself, and batches always have the same number of
-rows: a question's answer has the same bits whatever stands beside it and whoever else is asked.
+In `likelihoods` lengths are padded to sizes that depend on nothing but the length itself, and batches always have the
+same number of rows: a question's answer has the same bits whatever stands beside it and whoever else is asked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..model import continue_rows, prefill
 from ..processes import gathered
-from ..training.loss import CHUNK
+from ..training.loss import CHUNK, token_scores
 from .asked import Likelihood, Scored
 
 Question = tuple[Entry | None, Likelihood]
@@ -127,7 +127,7 @@ def continuation_scores(treedef, leaves, logits, state, row, tokens, length):
     model = jax.tree.unflatten(treedef, leaves)
     nats, likeliest = token_scores(logits[row], tokens[:, 0])
     if tokens.shape[1] == 1:
-        return nats, likeliest
+        return -nats, likeliest
     hidden = continue_rows(model, state, row, tokens[:, :-1])
 
     def of(hidden_and_targets):
@@ -138,13 +138,7 @@ def continuation_scores(treedef, leaves, logits, state, row, tokens, length):
     at_once = min(len(tokens), max(1, CHUNK // (positions * model.config.vocab_size)))
     later, also = jax.lax.map(of, (hidden, tokens[:, 1:]), batch_size=at_once)
     real = 1 + jnp.arange(positions) < length[:, None]
-    return nats + jnp.where(real, later, 0).sum(axis=1), likeliest & (also | ~real).all(axis=1)
-
-
-def token_scores(logits, tokens):
-    """The log-probability of tokens [...] under logits [..., vocab], and whether they are the likeliest."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens
+    return -(nats + jnp.where(real, later, 0).sum(axis=1)), likeliest & (also | ~real).all(axis=1)
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes

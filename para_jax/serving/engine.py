@@ -40,8 +40,13 @@ class QueueFull(ValueError):
 class Sample:
     """One sample of a request: it waits, stands in a slot, and ends."""
 
-    def __init__(self, request: Request, id: Hashable, index: int, ids: list[int], entry: Entry | None):
+    def __init__(self, request: Request, id: Hashable, index: int, ids: list[int], entry: Entry | None, stops=()):
+        """
+        Args:
+            stops: the request's own token ids that end an answer, beside the engine's.
+        """
         self.request, self.id, self.index, self.ids, self.entry = request, id, index, ids, entry
+        self.stops: tuple[int, ...] = stops
         self.tokens: list[int] = []
         self.ended = False
 
@@ -135,7 +140,8 @@ class Engine:
             return id
         if self.queue_limit is not None and len(self._queue) + request.n > self.queue_limit:
             raise QueueFull(f"the queue holds {len(self._queue)} of {self.queue_limit} samples; take answers first")
-        self._open[id] = [Sample(request, id, index, ids, entry) for index in range(request.n)]
+        stops = special_stop_ids(self.tokenizer, request.stop)
+        self._open[id] = [Sample(request, id, index, ids, entry, stops) for index in range(request.n)]
         self._queue.extend(self._open[id])
         return id
 
@@ -227,9 +233,8 @@ class Engine:
     def _extend(self, sample: Sample, new: list[int]) -> None:
         """Adds a sample's new tokens, up to its end."""
         asked = sample.request
-        stops = self._stops.union(special_stop_ids(self.tokenizer, asked.stop))
         for token in new:
-            if token in stops:
+            if token in self._stops or token in sample.stops:
                 return self._answer(sample, "stop")
             sample.tokens.append(token)
             if asked.stop and any(end in self._text(sample.tokens) for end in asked.stop):

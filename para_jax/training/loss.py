@@ -56,7 +56,13 @@ def token_nll(model, hidden: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p of targets [...] under logits [..., vocab], nats."""
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def token_scores(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """negative_log_likelihood, and whether the targets are the likeliest tokens, bool [...]."""
+    return negative_log_likelihood(logits, targets), jnp.argmax(logits, axis=-1) == targets
 
 
 def of_logits(of: Callable, model, hidden: jax.Array, targets: jax.Array):

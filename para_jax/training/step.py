@@ -15,7 +15,7 @@ from ..config import TrainSection
 from ..data.batches import Batch
 from ..data.packing import Packed
 from ..model import residual_stream
-from .loss import completion_nll, completion_states, negative_log_likelihood, of_logits
+from .loss import completion_nll, completion_states, of_logits, token_scores
 from .optimizer import make_optimizer, make_schedule
 
 
@@ -75,12 +75,8 @@ def train_step(
 def eval_nll(model, adapters, batch: Batch, *, completion: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """completion_nll, compiled: each row's summed nats and its number of completion tokens; and whether each of these
     is the likeliest, bool [rows]: then greedy decoding writes the completion."""
-
-    def of(logits, targets):
-        return negative_log_likelihood(logits, targets), logits.argmax(axis=-1) == targets
-
     hidden, targets, real = completion_states(model, adapters, batch, completion)
-    nll, likeliest = of_logits(of, model, hidden, targets)
+    nll, likeliest = of_logits(token_scores, model, hidden, targets)
     counts = real.sum(axis=1).astype(jnp.float32)
     return jnp.where(real, nll, 0).sum(axis=1), counts, (likeliest | ~real).all(axis=1)
 
