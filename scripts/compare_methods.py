@@ -321,9 +321,10 @@ def read(file: Path) -> dict:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """median (least to most)"""
+    """median (least to most; how many), or the only one"""
     low, high = min(values), max(values)
-    return f"{median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f}; {len(values)})"
+    within = f" ({low:.{digits}f} to {high:.{digits}f}; {len(values)})" if len(values) > 1 else ""
+    return f"{median(values):.{digits}f}{within}"
 
 
 def plot(drawn: dict[str, dict[str, list[float]]], file: Path) -> None:

@@ -2,6 +2,7 @@
 again."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,16 @@ def test_a_full_disk_is_one_line_and_does_not_hang():
 
 def test_tensorboard_on_a_full_disk_raises_in_the_run_and_closes_quietly(tmp_path, monkeypatch, capfd):
     board = log.TensorBoard(load_config(None), tmp_path, None)
-    monkeypatch.setattr(board.events._py_recordio_writer, "_writer", open("/dev/full", "wb"))
+    full = open("/dev/full", "wb")
+    monkeypatch.setattr(board.events._py_recordio_writer, "_writer", full)
     monkeypatch.setattr(log, "FLUSH_SECONDS", 0)
     with pytest.raises(OSError, match="No space left"):
         board(1, VALUES)
     board.close()
     assert capfd.readouterr().err == ""
+    with open("/dev/null", "wb") as nowhere:
+        os.dup2(nowhere.fileno(), full.fileno())  # what its buffer still holds is let go quietly
+    full.close()
 
 
 def test_tensorboard_is_told_from_which_step_a_run_goes_on(tmp_path):
