@@ -79,7 +79,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("config", type=Path)
     made.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
     made.add_argument(
-        "--dry-run", action="store_true", help="check the config and print its sizes; nothing is read or written"
+        "--dry-run",
+        action="store_true",
+        help="check the config and print its sizes, without weights and a run folder",
     )
     made.add_argument(
         "--topology", help="with --dry-run: compile the step for a TPU slice such as v5e:4x4, without the slice"
@@ -147,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, help="answers to --input; the same command goes on where it stopped")
     made.add_argument("--slots", type=int, default=8, help="rows that decode together for --input")
     made.add_argument("--max-length", type=int, default=1024, help="tokens a row for --input, prompt and answer")
-    made.add_argument("--chat", action="store_true", help="each prompt is a user's turn for the chat template")
+    made.add_argument("--chat", action="store_true", help="each --prompt is a user's turn for the chat template")
     made.add_argument("--max-new-tokens", type=int, default=64)
     made.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     made.add_argument("--top-k", type=int, default=0)
@@ -201,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--random", action="store_true", help="decode, train: random weights of the backbone's shape")
     made.add_argument("--packed", type=int, help="train: examples a row, of 64 tokens each")
     made.add_argument("--remat", help="train: what is compared, such as none,dots,block; packing: one of them")
-    made.add_argument("--data", help="packing: a .jsonl file or a folder with train.jsonl")
+    made.add_argument("--data", help="packing (which needs it): a .jsonl file or a folder with train.jsonl")
     made.add_argument("--length", type=int, help="packing: tokens of a packed row")
     return top
 
@@ -373,6 +375,8 @@ def run_generate(options) -> None:
         raise ValueError("generate: expected --prompt, once or more, or --input FILE with --output FILE")
     if options.input and not options.input.is_file():
         raise ValueError(f"--input {options.input}: no such file")
+    if options.input and options.chat:
+        raise ValueError("--chat: expected beside --prompt; for the chat template a line of --input has `messages`")
     sources = adapter_sources(options.adapters)
     tenants = tenants_of(options, sources)
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
@@ -438,11 +442,13 @@ def adapter_sources(given: list[str]) -> dict[str, str]:
 def named_adapters(given: list[str]) -> dict[str, str]:
     """{name: folder or hub id} of --adapters DIR or NAME=DIR; a folder is called by its own name, that of a run
     (RUN/adapter) by the run's, and a run of many tenants stands for all of them."""
+    from .config import expanded
+
     sources: dict[str, str] = {}
     for text in itertools.chain.from_iterable(tenants_of_run(one) or [one] for one in given):
         name, equals, source = text.partition("=")
-        if not equals or Path(text).expanduser().is_dir():
-            folder = Path(text).expanduser()
+        if not equals or expanded(text).is_dir():
+            folder = expanded(text)
             called = folder.resolve().parent if folder.resolve().name == "adapter" else folder.resolve()
             name, source = called.name if folder.is_dir() else text, text
         if not name or not source or name in sources or name == BASE:
@@ -455,9 +461,11 @@ def named_adapters(given: list[str]) -> dict[str, str]:
 
 def tenants_of_run(folder: str) -> list[str]:
     """NAME=DIR for each tenant of a run of many; none for another text."""
-    if "=" in folder or not (Path(folder) / "tenants.json").is_file():
+    from .config import expanded
+
+    if "=" in folder or not (expanded(folder) / "tenants.json").is_file():
         return []
-    found = [f"{path.parent.name}={path}" for path in sorted(Path(folder).glob("*/adapter"))]
+    found = [f"{path.parent.name}={path}" for path in sorted(expanded(folder).glob("*/adapter"))]
     if not found:
         raise ValueError(f"--adapters {folder}: no tenant of this run has an adapter yet")
     return found

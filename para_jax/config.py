@@ -311,7 +311,7 @@ class TrainSection:
             "a share of the steps, 0 or more and below 1",
         )
         require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1")
-        require(self.num_epochs > 0, "train.num_epochs", self.num_epochs, "more than 0")
+        require(0 < self.num_epochs < 1e9, "train.num_epochs", self.num_epochs, "more than 0, and finite")
         require(
             self.per_device_batch_size >= 1, "train.per_device_batch_size", self.per_device_batch_size, "at least 1"
         )
@@ -327,6 +327,10 @@ class TrainSection:
         require(at_once is None or at_once >= 1, "train.tenants_at_once", at_once, "at least 1")
         require(self.sampling in self.SAMPLINGS, "train.sampling", self.sampling, one_of(self.SAMPLINGS))
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "more than 0")
+        require(0 <= self.weight_decay < 1e9, "train.weight_decay", self.weight_decay, "a number of at least 0")
+        for name in ("adam_b1", "adam_b2"):
+            require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "0 or more and below 1")
+        require(0 < self.adam_eps < 1e9, "train.adam_eps", self.adam_eps, "more than 0")
         require(self.remat in self.REMATS, "train.remat", self.remat, one_of(self.REMATS))
 
 
@@ -388,6 +392,7 @@ class EvalSection:
         require(self.metric is None or self.metric in self.METRICS, "eval.metric", self.metric, one_of(self.METRICS))
         further = tuple(metric for metric in self.METRICS if metric not in ("loss", "accuracy"))
         require(set(self.also) <= set(further), "eval.also", self.also, "any of " + ", ".join(further))
+        require(not (self.also and self.metric == "loss"), "eval.also", self.also, "nothing beside eval.metric=loss")
         require(self.limit is None or self.limit >= 1, "eval.limit", self.limit, "at least 1 example")
         require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
         fits = self.max_new_tokens is None or self.max_new_tokens >= 1
@@ -498,6 +503,8 @@ class RunConfig:
 
     def __post_init__(self):
         require_local("output_dir", self.output_dir)
+        if self.output_dir.startswith("~"):
+            object.__setattr__(self, "output_dir", str(expanded(self.output_dir)))
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
         if self.many:
             require(not (self.data.tenants and self.sweep), "sweep", vars(self.sweep), "nothing beside data.tenants")
@@ -516,13 +523,17 @@ TEXT_FIELDS = ("data.prompt", "data.completion")
 
 
 def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """A RunConfig from a YAML file (None: the defaults) and overrides such as "train.learning_rate=3e-3".
+    """A RunConfig from a YAML file (None: the defaults) and overrides such as "train.learning_rate=3e-3". An override
+    of adapter.method drops what the file says of the other method's fields.
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
     try:
         given = OmegaConf.create({}) if file is None else read_yaml(Path(file))
-        merged: Any = OmegaConf.merge(given, *map(parse_override, overrides))
+        changes: Any = OmegaConf.merge({}, *map(parse_override, overrides))
+        if method_of(changes) not in (None, method_of(given) or "para"):
+            given.pop("adapter", None)  # whose fields are another method's
+        merged: Any = OmegaConf.merge(given, changes)
         adapter = merged.get("adapter", DictConfig({}))
         require(isinstance(adapter, DictConfig), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
         method = str(adapter.get("method", "para"))
@@ -541,9 +552,30 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         raise ValueError(f"config{f' {file}' if file else ''}: {f'{key}: ' if key else ''}{said}") from None
 
 
+def method_of(given: DictConfig) -> str | None:
+    """What a file or overrides say of adapter.method."""
+    adapter = given.get("adapter")
+    return adapter.get("method") if isinstance(adapter, DictConfig) else None
+
+
 def save_config(config: RunConfig, file: str | Path) -> None:
     """Writes a config as YAML that `load_config` reads back to an equal one."""
-    Path(file).write_text(yaml.safe_dump(config_dict(config), sort_keys=False, allow_unicode=True))
+    Path(file).write_text(yaml.dump(config_dict(config), Dumper=Quoting, sort_keys=False, allow_unicode=True))
+
+
+class Quoting(yaml.SafeDumper):
+    """Quotes texts such as 1e3 too, which OmegaConf reads as numbers, unlike PyYAML."""
+
+
+def quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_str(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+Quoting.add_representer(str, quoted)
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
@@ -568,6 +600,14 @@ def require_local(name: str, path: str | None) -> None:
     found = re.match(r"\w+://", path or "")
     expected = "a path; mount the bucket with gcsfuse and give the mounted folder (docs/training.md)"
     require(not found, name, path, expected)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ~ and ~user replaced; ValueError for a user who is not known here."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: no such home folder; give the path itself") from None
 
 
 def one_of(names) -> str:

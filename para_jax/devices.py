@@ -59,7 +59,8 @@ def start(runtime: RuntimeSection) -> None:
         kind, extra = unused
         raise ValueError(
             f"this machine has a {kind}, but the installed JAX runs on the CPU only; install its JAX with "
-            f"`pip install 'para_jax[{extra}]'`, or set runtime.allow_cpu=true to run on the CPU"
+            f"`pip install 'para_jax[{extra}]'`, or set runtime.allow_cpu=true (--allow-cpu where a "
+            "command has no config) to run on the CPU"
         )
 
 

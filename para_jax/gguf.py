@@ -253,17 +253,17 @@ def hugging_face_name(name: str, architecture: str) -> str:
 def common_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """What both architectures have, as config.json says it."""
     embedding = shapes.get("model.embed_tokens.weight", (0,))
-    heads, width = number(metadata, "attention.head_count"), number(metadata, "embedding_length")
+    heads, width = whole(metadata, "attention.head_count"), whole(metadata, "embedding_length")
     eos, turn_end = metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id")
     return {
         "vocab_size": embedding[0],
         "hidden_size": width,
-        "intermediate_size": number(metadata, "feed_forward_length"),
-        "num_hidden_layers": number(metadata, "block_count"),
+        "intermediate_size": whole(metadata, "feed_forward_length"),
+        "num_hidden_layers": whole(metadata, "block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": number(metadata, "attention.head_count_kv", heads),
-        "head_dim": number(metadata, "attention.key_length", width // heads),
-        "max_position_embeddings": number(metadata, "context_length"),
+        "num_key_value_heads": whole(metadata, "attention.head_count_kv", heads),
+        "head_dim": whole(metadata, "attention.key_length", width // heads),
+        "max_position_embeddings": whole(metadata, "context_length"),
         "rms_norm_eps": number(metadata, "attention.layer_norm_rms_epsilon"),
         "rope_scaling": rope_scaling(metadata),
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
@@ -313,6 +313,14 @@ def number(metadata: dict[str, Any], key: str, default: float | None = None) -> 
     value = metadata.get(key, default)
     if not isinstance(value, int | float) or value < 0 or (default is None and value == 0):
         raise ValueError(f"metadata {key} is {value!r}; a positive number is expected")
+    return value
+
+
+def whole(metadata: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number of at least 1 under the architecture's prefix; without a default it must be there."""
+    value = number(metadata, key, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"metadata {metadata['general.architecture']}.{key} is {value!r}; a whole number is expected")
     return value
 
 

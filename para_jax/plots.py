@@ -156,7 +156,7 @@ def factors_plot(made: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Fi
     for axes in grid[-1]:
         axes.set_xlabel("units, sorted (%)", fontsize=8)
     figure.colorbar(image, ax=grid, label="l − 1", extend="both", extendfrac=0.02, aspect=30, pad=0.02)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     return figure
 
 
@@ -200,7 +200,7 @@ def spread_plot(spreads: Mapping[str, Spread], title: str) -> Figure:
     drawn = {line.get_label(): line for axes in grid[1] for line in axes.get_lines()}
     named = [f"{name}: {what}" for name in spreads for what in ("spread over prompts", "shared by all prompts")]
     figure.legend([drawn[text] for text in named], named, loc="outside lower center", ncols=2, fontsize=8)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     return figure
 
 

@@ -23,6 +23,7 @@ from .data.tokenizer import load_tokenizer
 from .hub import resolve_backbone
 from .inference.generate import generate
 from .reports import results
+from .runs import claim_folder
 from .tenant_runs import train_tenants
 
 TRAIN_EXAMPLES, SCORED_EXAMPLES = 320, 30
@@ -58,6 +59,7 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
     with phase("1/3 backbone: fetch"):
         resolve_backbone(config.backbone.source)
     with phase("2/3 three tenants, scored before and after training, in one run"):
+        claim_folder(config)  # before the examples of another run there are written over
         write_examples(folder / "data", config.seed)
         tenants = train_tenants(config).tenants
     with phase("3/3 one mixed batch: three tenants and the base model"):

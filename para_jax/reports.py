@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from . import devices
 from .adapters.adapter import count_parameters
 from .adapters.files import NAMES, read_adapter_config
-from .backbone.load import load_model_config
+from .backbone.load import abstract_backbone, load_model_config
 from .backbone.weights import parameter_shapes
-from .config import LoraConfig, ParaConfig, RunConfig, adapter_method, config_dict, load_config, require
+from .config import LoraConfig, ParaConfig, RunConfig, adapter_method, config_dict, expanded, load_config, require
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
 from .data.prepared import NotPrepared, is_tfds
@@ -44,11 +44,13 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
     backbone, trained = sum(map(math.prod, parameter_shapes(model).values())), count_parameters(adapter)
     on_cpu = jax.default_backend() == "cpu" and topology is None
     dtype = jnp.dtype(config.backbone.dtype or ("float32" if on_cpu else "bfloat16"))
+    weights = tree_bytes(abstract_backbone(model, dtype, quantize=config.backbone.quantize))
+    kept = f"{dtype.name}, linears {config.backbone.quantize}" if config.backbone.quantize else dtype.name
     lines = [
         f"backbone   {config.backbone.source}: {model.model_type}, {model.num_layers} layers, width {model.width}",
         f"parameters {backbone:,} frozen, {trained:,} trained ({trained / (backbone + trained):.3%}); "
         f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}",
-        f"memory     weights {size(backbone * dtype.itemsize)} ({dtype.name}), adapter {size(tree_bytes(adapter))}, "
+        f"memory     weights {size(weights)} ({kept}), adapter {size(tree_bytes(adapter))}, "
         f"optimiser {size(tree_bytes(state.optimizer))}",
         topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
     ]
@@ -62,7 +64,7 @@ def tenants_of(config: RunConfig) -> int | None:
         return None
     if config.data.tenants is None:
         return max(1, len(config.sweep.learning_rate)) * max(1, len(config.sweep.seed))
-    folder = Path(str(config.data.tenants)).expanduser()
+    folder = expanded(str(config.data.tenants))
     if folder.is_dir():
         return len(tenant_sections(folder, config.data))
     expected = f"a number of tenants, for data.tenants ({folder}) is not there yet to count them"
@@ -84,7 +86,7 @@ def data_lines(config: RunConfig) -> list[str]:
         return tenant_lines(config)
     if config.data.train is None:
         return ["data       data.train is not set"]
-    if not is_tfds(config.data.train) and not Path(config.data.train).expanduser().exists():
+    if not is_tfds(config.data.train) and not expanded(config.data.train).exists():
         return [f"data       {config.data.train}: not there yet"]
     try:
         found = {split: load_records(config.data, split) for split in SPLITS}
@@ -95,7 +97,7 @@ def data_lines(config: RunConfig) -> list[str]:
 
 def tenant_lines(config: RunConfig) -> list[str]:
     folder = config.data.tenants
-    if not Path(str(folder)).expanduser().exists():
+    if not expanded(str(folder)).exists():
         return [f"data       {folder}: not there yet"]
     sections = tenant_sections(str(folder), config.data)
     counts = [len(load_records(section, "train") or []) for section in sections.values()]

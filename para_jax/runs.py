@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -23,8 +23,8 @@ from .adapters.adapter import Adapter
 from .adapters.files import load_adapter, save_adapter
 from .adapters.folder import mend_folder
 from .backbone.kernels import attention_kernel
-from .backbone.load import load_backbone
-from .config import RunConfig, config_dict, load_config, require, save_config
+from .backbone.load import load_backbone, load_model_config
+from .config import ModelConfig, RunConfig, config_dict, load_config, require, save_config
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
 from .data.examples import Example
 from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
@@ -114,7 +114,22 @@ def read_inputs(config: RunConfig, mesh) -> tuple[Any, Work, EvalTask | None, Ev
     tokenizer = load_tokenizer(config.backbone.source)
     work = plan_work(config, tokenizer, mesh)
     validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
+    require_room(load_model_config(config.backbone.source), work.data, (validation, test))
     return tokenizer, work, validation, test
+
+
+def require_room(model: ModelConfig, data: Encoded, tasks: Iterable[EvalTask | None]) -> None:
+    """Raises ValueError, naming its place, for an example that the model has no tokens or too few positions for, the
+    answer that is to be written included."""
+    asked = [(task.examples or [], task.records, task.max_new_tokens if task.writes else 0) for task in tasks if task]
+    for examples, records, new in [(data.examples, data.records, 0), *asked]:
+        for (prompt, completion), record in zip(examples, records, strict=True):
+            largest, length = max(max(prompt), max(completion)), len(prompt) + max(len(completion), new)
+            known, most = model.vocab_size, model.max_positions
+            require(largest < known, f"{record.place}: token id", largest, f"less than {known}, the model's tokens")
+            expected = f"at most {most}, the model's positions; data.max_seq_length with data.truncate limits them"
+            expected += f", beside {new} for eval.max_new_tokens" if new else ""
+            require(length <= most, f"{record.place}: tokens", length, expected)
 
 
 def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
@@ -167,6 +182,8 @@ def fit(
             statistics = statistics_batches(work.data.examples, work.buckets[-1], work.rows)
             state = state._replace(adapter=standardise(model, state.adapter, statistics))
         state, progress = restored or (state, Progress(0, None, 0, 0))
+        expected = f"at least {progress.step}, the steps that this run has done; or another output_dir"
+        require(progress.step <= work.total_steps, "train.max_steps", work.total_steps, expected)
         log = Log(
             config, folder, progress if restored else None, peak_rate=peak_rate(model.config, mesh.devices.flatten())
         )
@@ -387,7 +404,7 @@ def statistics_batches(examples: list[Example], bucket: Bucket, rows: int) -> li
     """Some training prompts, from which the summaries' mean and spread are measured; a last short batch is filled up
     with the first ones again."""
     count = min(STATISTICS_EXAMPLES, len(examples))
-    chosen = [examples[i % count] for i in range(-(-count // rows) * rows)]
+    chosen = [examples[i % count]._replace(completion_ids=[]) for i in range(-(-count // rows) * rows)]
     return [collate(chosen[i : i + rows], bucket, rows) for i in range(0, len(chosen), rows)]
 
 

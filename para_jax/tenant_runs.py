@@ -25,9 +25,9 @@ from .adapters.adapter import Adapter
 from .adapters.files import save_adapter
 from .adapters.folder import mend_folder
 from .adapters.rows import Stack
-from .backbone.load import load_backbone
+from .backbone.load import load_backbone, load_model_config
 from .config import RunConfig, config_dict, require, save_config
-from .data.batches import Bucket, example_lengths, plan, plan_buckets
+from .data.batches import Bucket, example_lengths, for_mixed_rows, plan, plan_buckets
 from .data.reader import read
 from .data.sources import Encoded, encode_records, load_records
 from .data.tenants import tenant_sections, weights
@@ -45,6 +45,7 @@ from .runs import (
     end_stopped,
     kept_adapter,
     places,
+    require_room,
     say_attention,
     scores,
     silent,
@@ -171,7 +172,7 @@ def read_tenants(config: RunConfig) -> tuple[Any, list[Tenant], tuple[Bucket, ..
     """The tokenizer, all tenants with their data, and the compiled shapes that they share."""
     resolve_backbone(config.backbone.source)
     tokenizer = load_tokenizer(config.backbone.source)
-    configs = tenant_configs(config)
+    configs, model = tenant_configs(config), load_model_config(config.backbone.source)
     read_once: dict[Any, tuple] = {}
     for name, own in configs.items():
         if own.data not in read_once:
@@ -179,10 +180,12 @@ def read_tenants(config: RunConfig) -> tuple[Any, list[Tenant], tuple[Bucket, ..
                 data = encode_records(load_records(own.data, "train") or [], tokenizer, own.data)
                 require(len(data.examples) > 0, "data.tenants", own.data.train, "at least one training example")
                 tasks = [task_of_run(own, split, tokenizer) for split in ("validation", "test")]
+                require_room(model, data, tasks)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             read_once[own.data] = data, *tasks
-    buckets = plan_buckets([e for data, *_ in read_once.values() for e in data.examples], config.data.buckets)
+    planned = plan_buckets([e for data, *_ in read_once.values() for e in data.examples], config.data.buckets)
+    buckets = for_mixed_rows(planned)
     counts = [len(read_once[own.data][0].examples) for own in configs.values()]
     devices.say(f"{len(configs)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
     rows = config.train.rows_per_tenant * config.train.gradient_accumulation_steps

@@ -43,7 +43,7 @@ from para_jax.training.log import read_metrics
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)
 PARA = ParaConfig(r=12)
-LENGTHS = {"sst2": 80, "rte": 320, "banking77": 96, "boolq": 320, "copa": 64, "wikisql": 240, "sms_spam": 160}
+LENGTHS = {"sst2": 80, "rte": 128, "banking77": 96, "boolq": 320, "copa": 64, "wikisql": 240, "sms_spam": 160}
 TIMED_STEPS = 20
 #: Runs `para-jax` and then prints the peak of its own memory, in kB; a child's rusage would hold its parent's.
 COMMAND = """

@@ -30,7 +30,7 @@ on_all ssh "$TPU" --command='set -eu
 export PATH="$HOME/.local/bin:$PATH"
 mkdir -p para_jax && tar -xzf para_jax.tar.gz -C para_jax && cd para_jax
 command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
-[ -d .venv ] || uv venv --quiet --python 3.12
+[ -d .venv ] || uv venv --quiet --seed --python 3.12
 uv pip install --quiet -e ".[tpu]"'
 
 if [ -n "${HF_TOKEN:-}" ]; then

@@ -267,6 +267,11 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(folder, config, tmp_path, cap
     assert f"{sum(w.size for w in weights.values()):,} frozen, 3,456 trained (2.347%)" in shown
     assert "adapter 13.82 kB, optimiser 27.66 kB" in shown and "16 rows of at most 512 tokens" in shown
     assert "train: 20 records" in shown and not output.exists()
+    linears = [array for name, array in weights.items() if "proj" in name]
+    bytes_held = 4 * (sum(w.size for w in weights.values()) - sum(w.size for w in linears))
+    bytes_held += sum(w.size + 4 * len(w) for w in linears)  # a byte a weight, and a scale an output
+    assert command("train", "--dry-run", config, "backbone.quantize=int8") == 0
+    assert f"weights {bytes_held / 1e3:.4g} kB (float32, linears int8)" in capsys.readouterr().out
 
 
 def bytes_gguf(path):
@@ -306,6 +311,10 @@ def test_help_is_there_for_the_program_and_each_command(capsys):
         (["generate", "--input", "a.jsonl"], "--input FILE with --output FILE"),
         (["generate", "--input", "a.jsonl", "--prompt", "a"], "expected --prompt"),
         (["generate", "--input", "nowhere.jsonl", "--output", "o.jsonl"], "--input nowhere.jsonl: no such file"),
+        (["generate", "--input", __file__, "--output", "o", "--chat"], "--chat: expected beside --prompt"),
+        (["generate", "--prompt", "a", "--backbone", "~nobody-here/model"], "~nobody-here/model: no such home folder"),
+        (["generate", "--prompt", "a", "--adapters", "~nobody-here/runs"], "~nobody-here/runs: no such home folder"),
+        (["bench", "packing"], "bench packing: options: {} is not possible; expected --data"),
         (["generate", "--prompt", "a", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         (["generate", "--prompt", "a", "--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
         (["generate", "--prompt", "a", "--backbone", "/nowhere"], "/nowhere: no such file or folder"),
@@ -355,6 +364,10 @@ def test_a_wrong_command_line_is_named(capsys, tmp_path, monkeypatch, arguments,
         (["data.max_seq_length=2", "data.truncate=skip"], "every example is longer than data.max_seq_length 2"),
         (["data.max_seq_length=6", "data.truncate=left"], "train.jsonl:5: the completion alone has 6 tokens"),
         (["eval.metric=accuracy", "eval.choices=[w9]"], "eval.choices: 1 is not possible"),
+        (["eval.metric=loss", "eval.also=[f1]"], "eval.also: .*'f1'.* nothing beside eval.metric=loss"),
+        (["eval.metric=f1", "eval.max_new_tokens=4090"], "validation.jsonl:1: tokens: .* beside 4090 for eval.max_new"),
+        (["train.num_epochs=.inf"], "train.num_epochs: inf is not possible"),
+        (["train.adam_b1=1"], "train.adam_b1: 1.0 is not possible"),
         (["backbone.source=what is it"], "what is it: expected a folder with config.json"),
         (["backbone.source=/nowhere"], "/nowhere: no such file or folder"),
         (["logging.report_to=[paper]"], "logging.report_to: .*'paper'.* is not possible"),

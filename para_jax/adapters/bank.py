@@ -181,7 +181,7 @@ class AdapterBank:
         return name in self._entries
 
     def __str__(self) -> str:
-        held = Counter(entry.method for entry in self._entries.values())
+        held = Counter(entry.method for entry in list(self._entries.values()))
         counted = ", ".join(f"{count} {method}" for method, count in held.items()) or "none yet"
         text = f"{len(self)} of {self.capacity} tenants ({counted}), {self.nbytes / 1e6:.1f} MB of host memory"
         if "lora" in self.methods:

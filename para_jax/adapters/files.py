@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from ..config import Ia3Config, LoraConfig, ModelConfig, ParaConfig
+from ..config import Ia3Config, LoraConfig, ModelConfig, ParaConfig, expanded
 from .adapter import Adapter
 from .folder import (
     CARD,
@@ -86,7 +86,7 @@ def save_adapter(
         WEIGHTS: safetensors_bytes(tensors),
         CARD: model_card(adapter.config, base_model, card).encode(),
     }
-    replace_folder(Path(folder).expanduser().resolve(), files)
+    replace_folder(expanded(folder).resolve(), files)
 
 
 def load_adapter(source: str | Path, model_config: ModelConfig, *, model=None) -> Adapter:

@@ -6,7 +6,6 @@ which of its layers have a window. Anything that the backbone does not compute i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -270,7 +269,7 @@ def whole(c: dict, key: str, least: int = 1, most: int = 2**31 - 1) -> int:
 
 def number(c: dict, key: str) -> float:
     value = present(c, key)
-    fits = type(value) in (int, float) and math.isfinite(value) and value > 0
+    fits = type(value) in (int, float) and 0 < value < 1e300
     require(fits, f"config.json: {key}", value, "a number above 0")
     return value
 

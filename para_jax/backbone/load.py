@@ -92,7 +92,7 @@ def config_at(path: Path, source: str | Path) -> ModelConfig:
         return model_config(GgufFile(path).config)
     try:
         return model_config(json.loads((path / "config.json").read_text()))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{source}: config.json is not JSON: {error}") from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None

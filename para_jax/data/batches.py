@@ -47,6 +47,12 @@ def plan_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...]:
     )
 
 
+def for_mixed_rows(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
+    """The buckets, each with room for the completions of the shorter ones too, for batches whose rows were put to
+    buckets apart: all of them go into the longest."""
+    return tuple(Bucket(b.length, max(one.completion for one in buckets[: i + 1])) for i, b in enumerate(buckets))
+
+
 def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:
     """The examples as one batch of the bucket's shape, filled up to `rows` rows."""
     assert len(examples) <= rows, (len(examples), rows)

@@ -6,6 +6,7 @@ the first completion id on is one that the model must produce, the end of sequen
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -31,6 +32,9 @@ def encode_example(tokenizer, prompt: Prompt, completion: str) -> Example:
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
     """The prompt's ids: text by the tokenizer's own BOS rules, messages by its chat template up to the answer."""
     require_filled("prompt", prompt)
+    if not isinstance(prompt, str):
+        checked_messages("prompt", prompt)
+    require_unicode("prompt", prompt)
     if isinstance(prompt, str):
         ids = without_added_eos(tokenizer, prompt, tokenizer(prompt, verbose=False)["input_ids"])
     else:
@@ -87,6 +91,31 @@ def show_example(tokenizer, example: Example) -> str:
         + [f"completion: {len(completion)} tokens, each in the loss"]
         + wrap(completion)
     )
+
+
+def checked_messages(name: str, value: object) -> list[dict]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected text or a list of messages, found {type(value).__name__}")
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError(f'{name}: {message!r:.80} is no message; expected {{"role": text, "content": text}}')
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError(f"{name}: an assistant message is empty")
+    return prompt_messages(value) if name == "prompt" else value
+
+
+def prompt_messages(messages: list[dict]) -> list[dict]:
+    if not messages:
+        raise ValueError("prompt is empty: no message stands before the assistant's")
+    return messages
+
+
+def require_unicode(name: str, value: object) -> None:
+    """Raises ValueError for half a surrogate pair in a text, which no tokenizer and no file takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: {error.object[error.start : error.end]!r} is half a character") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer

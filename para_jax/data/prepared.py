@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..config import expanded
+
 SCHEME = "tfds:"
 CATALOG = "https://www.tensorflow.org/datasets/catalog"
 READ_AT_ONCE = 1000  # examples
@@ -99,7 +101,7 @@ def prepare(source: str, data_dir: str | None = None) -> Path:
             import tensorflow_datasets.question_answering
             import tensorflow_datasets.text
 
-            builder = tfds.builder(name, data_dir=data_dir and str(Path(data_dir).expanduser()))
+            builder = tfds.builder(name, data_dir=data_dir and str(expanded(data_dir)))
             builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # of many kinds: a builder raises what it likes
         raise ValueError(f"{SCHEME}{name}: {reason(error)}") from None
@@ -121,7 +123,7 @@ def newest(name: str, data_dir: str | None) -> Path:
     """The folder of the newest version that is prepared: DATA_DIR/NAME[/CONFIG]/VERSION."""
     from tensorflow_datasets.core.constants import DATA_DIR
 
-    folder = Path(data_dir or DATA_DIR).expanduser() / name
+    folder = expanded(data_dir or DATA_DIR) / name
     configs = [path for path in sorted(folder.glob("*")) if versions(path)]
     if not versions(folder) and len(configs) > 1:
         there = ", ".join(f"{SCHEME}{name}/{path.name}" for path in configs)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import DataSection
-from .examples import Example, Prompt, encode_example, split_conversation
+from ..config import DataSection, expanded
+from .examples import Example, Prompt, checked_messages, encode_example, prompt_messages, split_conversation
 from .prepared import Prepared, find, find_beside, is_tfds, parse
 from .tasks import TASKS, TFDS_TASKS, field
 
@@ -49,11 +49,11 @@ def source_of(section: DataSection, split: str) -> Path | Prepared | None:
     if is_tfds(own):
         return find(own, split, section.data_dir)
     if own is not None:
-        return existing(split, Path(own).expanduser())
+        return existing(split, expanded(own))
     if is_tfds(train):
         return find_beside(str(train), split, section.data_dir)
-    if train is not None and Path(train).expanduser().is_dir():
-        file = Path(train).expanduser() / f"{split}.jsonl"
+    if train is not None and expanded(train).is_dir():
+        file = expanded(train) / f"{split}.jsonl"
         return file if file.is_file() else None
     return None
 
@@ -121,7 +121,8 @@ def encode_records(records: list[Record], tokenizer, section: DataSection) -> En
         for i in long:
             made[i] = cut_left(made[i], section.max_seq_length, tokenizer.bos_token_id, records[i].place)
         return Encoded(made, list(records), cut=len(long))
-    kept = [i for i in range(len(made)) if i not in set(long)]
+    dropped = set(long)
+    kept = [i for i in range(len(made)) if i not in dropped]
     if not kept:
         raise ValueError(f"every example is longer than data.max_seq_length {section.max_seq_length}, so none is left")
     return Encoded([made[i] for i in kept], [records[i] for i in kept], skipped=len(long))
@@ -207,23 +208,6 @@ def column(row: dict, name: str) -> Prompt:
         raise ValueError(f"no field {name!r}; set data.{name} to a template over the fields there are: {there}")
     value = field(row, name)
     return value if isinstance(value, str) else checked_messages(name, value)
-
-
-def checked_messages(name: str, value: object) -> list[dict]:
-    if not isinstance(value, list):
-        raise ValueError(f"{name}: expected text or a list of messages, found {type(value).__name__}")
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f'{name}: {message!r:.80} is no message; expected {{"role": text, "content": text}}')
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(f"{name}: an assistant message is empty")
-    return prompt_messages(value) if name == "prompt" else value
-
-
-def prompt_messages(messages: list[dict]) -> list[dict]:
-    if not messages:
-        raise ValueError("prompt is empty: no message stands before the assistant's")
-    return messages
 
 
 def references(row: dict, completion: str) -> tuple[str, ...]:

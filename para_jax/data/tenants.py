@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import DataSection, one_of, require
+from ..config import DataSection, expanded, one_of, require
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 #: What a run's own folder holds, and the name of the base model.
@@ -25,7 +25,7 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
     Raises ValueError for a folder without tenants, a name that could lead out of a run's folder, two tenants of one
     name, and a link.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     require(root.is_dir(), "data.tenants", str(folder), "a folder with a sub-folder or a .jsonl file for each tenant")
     found: dict[str, DataSection] = {}
     for path in sorted(root.iterdir()):

@@ -28,6 +28,7 @@ from ..data.batches import (
 from ..data.examples import Example, encode_completion, encode_example, stop_token_ids
 from ..data.sources import Record, encode_records, load_records, task_of
 from ..data.tasks import TASKS
+from ..devices import say
 from ..inference.generate import before_stop, generate_tokens
 from ..model import made_for
 from ..processes import gathered
@@ -174,9 +175,21 @@ def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
             len(choices),
             "2 to 100 answers to rank; else use eval.metric=exact_match",
         )
+        warn_of_unreachable(split, records, choices)
     kept = encode_records(records, tokenizer, config.data)
     answers = config.eval.max_new_tokens or (known.max_new_tokens if known else 32), config.eval.batch_size
     return EvalTask(split, kept.records, metric, choices, *answers, kept.examples, also)
+
+
+def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, ...]) -> None:
+    """Says it where examples have answers that are not among the choices: they count as wrong whatever is answered."""
+    missed = [record for record in records if not set(record.references) & set(choices)]
+    if missed:
+        count, first = f"{len(missed)} of {len(records)} answers", f"{missed[0].completion!r} ({missed[0].place})"
+        say(
+            f"warning: {split}: {count} are not among the choices ({', '.join(choices)}) and count as wrong, the first "
+            f"is {first}; eval.choices names others, eval.metric=exact_match scores free text"
+        )
 
 
 def evaluate_task(

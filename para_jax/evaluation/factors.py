@@ -39,7 +39,8 @@ class Spread(NamedTuple):
 
     def overall(self) -> dict[str, float]:
         """The ratio of each site over all layers together."""
-        return {site: root_mean_square(self.spread[site]) / root_mean_square(self.size[site]) for site in self.size}
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {site: root_mean_square(self.spread[site]) / root_mean_square(self.size[site]) for site in self.size}
 
 
 def factors_of(model, adapter, prompt: Prompt, tokenizer) -> dict[str, np.ndarray]:

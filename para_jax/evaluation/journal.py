@@ -17,6 +17,8 @@ try:
 except ImportError:  # not on Windows, where nothing is locked
     fcntl = None
 
+#: How each line begins; `Journal.add` and `answers_of` agree on it.
+HEAD = b'{"key": '
 TYPES = {Scored: (float, bool), Written: (str, int)}
 #: This process's open files, by device and inode: journals of one file share it and its lock.
 OPEN: WeakValueDictionary[tuple[int, int], TextIO] = WeakValueDictionary()
@@ -79,9 +81,12 @@ def answers_of(file: Path) -> Iterator[tuple[str, Answer]]:
     whole = 0
     with file.open("rb") as lines:
         for line in lines:
-            if not line.endswith(b"\n"):
+            torn = not line.endswith(b"\n")
+            if torn and (line.startswith(HEAD) or HEAD.startswith(line)):
                 break
             try:
+                if torn:
+                    raise ValueError(line)
                 yield answer_of(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ValueError(f"{file}: holds something else than answers; choose another folder") from None

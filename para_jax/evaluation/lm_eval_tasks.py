@@ -133,18 +133,19 @@ def record(task: HarnessTask, tokenizer, max_length: int, *, sampling_seed: int)
     """The questions that a task asks. Raises ValueError, naming the task, for requests that are not computed here."""
     seed(task.loaded)
     recorder = Recorder(tokenizer, max_length, sampling_seed)
+    by_kind: dict[str, list] = {}  # of all tasks of a group together, as lm-eval's evaluate asks them
     for name, instances in built(task, recorder):
-        kinds = {instance.request_type for instance in instances}
-        other = sorted(kinds - set(COMPUTED))
+        other = sorted({instance.request_type for instance in instances} - set(COMPUTED))
         if other:
             why = f"requests of type {', '.join(other)}, of which a second may follow from an answer, are refused"
             raise ValueError(f"task {name}: {NO_PROMPT if other == ['loglikelihood_rolling'] else why}")
-        try:
-            for kind in sorted(kinds):
-                of_kind = [one for one in instances if one.request_type == kind for _ in range(one.repeats)]
-                getattr(recorder, kind)(of_kind)
-        except ValueError as error:
-            raise ValueError(f"task {name}: {error}") from None
+        for one in instances:
+            by_kind.setdefault(one.request_type, []).extend([one] * one.repeats)
+    try:
+        for kind, requests in by_kind.items():
+            getattr(recorder, kind)(requests)
+    except ValueError as error:
+        raise ValueError(f"task {task.name}: {error}") from None
     return recorder.asked
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import devices
 from ..adapters.bank import AdapterBank
-from ..config import DataSection, ModelConfig, require
+from ..config import DataSection, ModelConfig, expanded, require
 from ..data.examples import Example, encode_completion
 from ..data.sources import Record, encode_records, read_records
 from ..data.tasks import TASKS, Task
@@ -218,8 +218,8 @@ def parsed(text: str) -> tuple[str | None, Path | None, str | None]:
     """TASK, path and METRIC of [TASK=]PATH[:METRIC]; the path is None where nothing is there."""
     for name, rest in ((None, text), text.split("=", 1) if "=" in text else (None, text)):
         for path, metric in ((rest, None), rest.rsplit(":", 1) if ":" in rest else (rest, None)):
-            if Path(path).expanduser().exists():
-                return name, Path(path).expanduser(), metric
+            if expanded(path).exists():
+                return name, expanded(path), metric
     return None, None, None
 
 

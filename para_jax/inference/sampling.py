@@ -43,7 +43,7 @@ def likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Arra
     count = jnp.sum(in_top_k & ((before < top_p) | (top_p >= 1)))
     least = ranked[jnp.maximum(count, 1) - 1]
     equal = logits == least
-    room = count - jnp.sum(logits > least)
+    room = jnp.maximum(count, 1) - jnp.sum(logits > least)
     return (logits > least) | (equal & (jnp.cumsum(equal) <= room))
 
 

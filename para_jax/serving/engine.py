@@ -111,7 +111,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles everything. Afterwards nothing is compiled, unless an adapter of a config joins that is unlike all
-        before it in more than rank and sites."""
+        before it in more than rank and sites. Raises ValueError while rows decode, whose slots it would use."""
+        require(not any(self._rows), "warm_up: open requests", self.open, "none: take their answers first")
         for bucket in self._buckets:
             logits, row = self._prefill([0] * min(bucket, self.max_length - 1), None)
             self._slots, _ = insert(self._slots, 0, logits, row, row_sampling(1))
@@ -128,6 +129,8 @@ class Engine:
         require(id not in self._open, "id", id, "one that no open request has")
         try:
             check_request(request)
+            most = self.queue_limit or request.n
+            require(request.n <= most, "n", request.n, f"at most {most}, the engine's queue_limit")
             entry = None if request.tenant is None else self._entry(request.tenant)
             ids = self._ids(request.prompt)
             if len(ids) + request.max_new_tokens > self.max_length:
@@ -163,8 +166,9 @@ class Engine:
         given, samples = 0, self._open.get(id, [])
         while samples:
             ended = samples[0].ended
-            yield from samples[0].tokens[given:]
-            given = len(samples[0].tokens)
+            new = samples[0].tokens[given:]
+            yield from new
+            given += len(new)
             if ended:
                 return
             self._round()
@@ -250,11 +254,10 @@ class Engine:
             del self._open[sample.id]
 
     def _ids(self, prompt: Prompt | Ids) -> list[int]:
-        if not isinstance(prompt, tuple):
-            return encode_prompt(self.tokenizer, prompt)
+        ids = list(prompt) if isinstance(prompt, tuple) else encode_prompt(self.tokenizer, prompt)
         known = self.model.config.vocab_size
-        require(max(prompt) < known, "prompt: token id", max(prompt), f"less than {known}, the model's tokens")
-        return list(prompt)
+        require(max(ids) < known, "prompt: token id", max(ids), f"less than {known}, the model's tokens")
+        return ids
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +15,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ..config import require
+from ..data.examples import require_unicode
 from .engine import Engine
 from .request import Completion, Request, check_request
 
 FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "n", "id")
+#: How each answer begins; `record` and `answered` agree on it.
+HEAD = b'{"line": '
 #: Requests that wait in the engine's queue, in slots' worth: enough to refill each at once.
 AHEAD = 2
 
@@ -29,7 +33,7 @@ class Task(NamedTuple):
     """from 1"""
     index: int
     digest: str
-    """of the line's text"""
+    """of the line's text, the defaults and the adapter"""
     name: object
     """the line's own id"""
     request: Request | None
@@ -42,14 +46,16 @@ def run_job(engine: Engine, source: Path, output: Path, defaults: Request) -> in
     Args:
         defaults: the sampling of lines that do not say theirs.
 
-    Raises ValueError where `output` holds answers to other requests.
+    Raises ValueError where `output` holds answers to other requests (of other lines, defaults or adapters, or within
+    another max_length), and for defaults that no line could be served with.
     """
+    check_request(dataclasses.replace(defaults, prompt="a"))
     done = answered(output)
     bar = tqdm(total=count_lines(source), desc="answers", unit="line", disable=None)
-    left = (task for task in tasks(source, defaults) if not known(task, done, output))
+    left = (task for task in tasks(source, defaults, engine) if not known(task, done, output))
     waiting: dict[tuple[int, int], Task] = {}
     failed = tokens = 0
-    with output.open("a") as stream:
+    with output.open("a", encoding="utf-8") as stream:
         for completion in served(engine, left, waiting):
             task = waiting.pop(completion.id)  # pyright: ignore[reportArgumentType]
             failed += completion.finish_reason == "error"
@@ -66,9 +72,10 @@ def run_job(engine: Engine, source: Path, output: Path, defaults: Request) -> in
 
 def served(engine: Engine, left: Iterator[Task], waiting: dict) -> Iterator[Completion]:
     """The completions of tasks, which join the engine's queue as it empties."""
+    most = min((1 + AHEAD) * engine.slots, engine.queue_limit or sys.maxsize)
 
     def top_up():
-        while len(waiting) < (1 + AHEAD) * engine.slots:
+        while len(waiting) < most:
             task = next(left, None)
             if task is None:
                 return
@@ -88,21 +95,34 @@ def served(engine: Engine, left: Iterator[Task], waiting: dict) -> Iterator[Comp
             yield from top_up()
 
 
-def tasks(source: Path, defaults: Request) -> Iterator[Task]:
+def tasks(source: Path, defaults: Request, engine: Engine) -> Iterator[Task]:
     """One task a sample and line, in order; samples of a line follow each other, so that they share its prefill."""
+    shared = f"{defaults} {engine.max_length}"
     with source.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            digest = hashlib.sha256(line.strip()).hexdigest()[:16]
             try:
                 name, request = parsed(line, defaults)
             except ValueError as error:
-                yield Task(number, 0, digest, None, None, str(error))
+                yield Task(number, 0, digest(line, shared), None, None, str(error))
                 continue
+            made = digest(line, shared, content_of(engine, request.tenant))
             for index in range(request.n):
                 one = dataclasses.replace(request, n=1, seed=(request.seed + index) % 2**32)
-                yield Task(number, index, digest, name, one, None)
+                yield Task(number, index, made, name, one, None)
+
+
+def digest(line: bytes, *others: str) -> str:
+    """Of a line and of what else its answer depends on."""
+    return hashlib.sha256("\n".join([line.strip().hex(), *others]).encode()).hexdigest()[:16]
+
+
+def content_of(engine: Engine, tenant: str | None) -> str:
+    """The content of a tenant's adapter; empty for the base model, and for a tenant that the bank does not know."""
+    if engine.bank is None or tenant is None or tenant not in engine.bank.names:
+        return ""
+    return engine.bank.entry(tenant).content
 
 
 def parsed(line: bytes, defaults: Request) -> tuple[object, Request]:
@@ -111,6 +131,7 @@ def parsed(line: bytes, defaults: Request) -> tuple[object, Request]:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the line is not JSON: {str(error)[:100]}") from None
+    require_unicode("the line", found)
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, found {type(found).__name__}")
     unknown = [name for name in found if name not in FIELDS]
@@ -141,9 +162,11 @@ def answered(output: Path) -> dict[tuple[int, int], str]:
     done, whole = {}, 0
     with output.open("rb") as lines:
         for line in lines:
-            if not line.endswith(b"\n"):
+            torn = not line.endswith(b"\n")
+            if torn and (line.startswith(HEAD) or HEAD.startswith(line)):
                 break
             try:
+                require(not torn, "line", line[:20], "a whole one")
                 found = json.loads(line)
                 done[found["line"], found["index"]] = found["request"]
             except (ValueError, KeyError, TypeError):

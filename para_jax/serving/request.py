@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 from ..config import require
-from ..data.examples import Ids, Prompt
-from ..data.sources import checked_messages
+from ..data.examples import Ids, Prompt, checked_messages
 from ..inference.generate import whole
 
 
@@ -58,14 +57,14 @@ def check_request(request: Request) -> None:
         checked_messages("prompt", request.prompt)
     named = request.tenant is None or isinstance(request.tenant, str)
     require(named, "tenant", request.tenant, "a name of the bank, or None: the base model")
-    new, number = request.max_new_tokens, (int, float)
+    new = request.max_new_tokens
     require(whole(new) and new >= 1, "max_new_tokens", new, "a whole number of at least 1")
     heat = request.temperature
-    good = isinstance(heat, number) and math.isfinite(heat) and heat >= 0
-    require(good, "temperature", heat, "a number of at least 0")
+    good = isinstance(heat, Real) and 0 <= heat < 1e38
+    require(good, "temperature", heat, "a number of at least 0, within float32")
     k, p, seed, n = request.top_k, request.top_p, request.seed, request.n
     require(whole(k) and 0 <= k < 2**31, "top_k", k, "a whole number of at least 1, or 0: all tokens")
-    require(isinstance(p, number) and 0 < p <= 1, "top_p", p, "a probability above 0, at most 1")
+    require(isinstance(p, Real) and 0 < p <= 1, "top_p", p, "a probability above 0, at most 1")
     require(whole(seed) and 0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 2**32 - 1")
     require(whole(n) and n >= 1, "n", n, "a whole number of at least 1")
     texts = isinstance(request.stop, (tuple, list)) and all(isinstance(s, str) and s for s in request.stop)

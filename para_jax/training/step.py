@@ -94,12 +94,14 @@ def prompt_summaries(model, batch: Batch, adapter: Adapter) -> jax.Array:
 def standardise(model, adapter: Adapter, batches: list[Batch]) -> Adapter:
     """The adapter with the mean, and the spread around it, of the summaries of some training prompts [our choice].
 
-    One mean [width] and one scale [1] a layer, measured on the backbone before training and never trained.
+    One mean [width] and one scale [1] a layer, measured on the backbone before training and never trained. A layer
+    whose summaries differ by rounding alone (prompts that end in the same token have one embedding) has scale 1.
     """
     summaries = jnp.concatenate([prompt_summaries(model, batch, adapter) for batch in batches], axis=1)
     mean = summaries.mean(axis=1)
     spread = jnp.sqrt(jnp.mean((summaries - mean[:, None]) ** 2, axis=(1, 2)))[:, None]
     filled = jax.tree.map(lambda leaf: leaf, adapter)
     filled.mean[...] = mean
-    filled.scale[...] = jnp.where(spread > 0, spread, 1.0)
+    size = jnp.sqrt(jnp.mean(mean**2, axis=1))[:, None]
+    filled.scale[...] = jnp.where(spread > 1e-5 * size, spread, 1.0)
     return filled

@@ -114,6 +114,21 @@ def test_an_empty_prompt_is_an_error(prompt):
             call(tiny_tokenizers.plain())
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([{"role": "user", "text": "a"}], "is no message"),
+        ([[USER]], "is no message"),
+        (5, "expected text or a list of messages, found int"),
+        ("a \ud83d", "half a character"),
+        ([{"role": "user", "content": "\ud83d"}], "half a character"),
+    ],
+)
+def test_what_is_no_prompt_is_an_error(prompt, said):
+    with pytest.raises(ValueError, match=said):
+        encode_prompt(tiny_tokenizers.plain(), prompt)
+
+
 @pytest.mark.parametrize("prompt", ["Answer:", [USER]])
 @pytest.mark.parametrize("completion", ["", " ", None])
 def test_an_empty_completion_is_an_error(prompt, completion):

@@ -96,7 +96,9 @@ def test_a_prepared_public_data_set_is_read_as_its_rows_as_json_lines(data_dir, 
 
 
 def test_gsm8k_has_a_test_file_and_no_validation_file(tmp_path):
-    rows = [{"question": f"{i} and 2? {TEXT}", "answer": f"It is <<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2}"} for i in range(7)]
+    rows = [
+        {"question": f"{i} and 2? {TEXT}", "answer": f"It is <<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2}"} for i in range(7)
+    ]
     more = [row | {"annotation": "", "short_answer": row["answer"].split("#### ")[1]} for row in rows]
     features = texts("question", "answer", "annotation", "short_answer")
     built("gsm8k", features, {"train": more[:4], "test": more[4:]}, tmp_path)

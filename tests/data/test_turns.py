@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from para_jax.data.batches import Bucket, example_lengths, plan
+from para_jax.data.batches import Bucket, example_lengths, for_mixed_rows, plan, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.data.tenants import weights
 from para_jax.data.turns import Order, Turns, admitted
@@ -114,3 +114,17 @@ def test_batches_may_be_asked_for_out_of_order():
     last = len(theirs) - 1
     assert ours.batch(last + 3) is None
     assert ours.batch(last).turns == theirs[last].turns and ours.batch(0).turns == theirs[0].turns
+
+
+def test_rows_of_long_completions_and_of_long_prompts_go_into_one_batch():
+    """One tenant has short prompts and long completions, the other the contrary: their buckets were planned apart."""
+    tenants = [[Example([1] * 2, [2] * 12)] * 4, [Example([1] * 40, [2] * 2)] * 4]
+    planned = plan_buckets([example for each in tenants for example in each], 3)
+    assert planned == (Bucket(16, 12), Bucket(48, 2))
+    buckets = for_mixed_rows(planned)
+    made = [Order(each, plan(example_lengths(each), buckets=buckets, rows=2, seed=0), 2) for each in tenants]
+    shares = weights([4, 4], "uniform")
+    turns = Turns(made, buckets, shares, groups=2, rows=2, passes=1, steps=[0, 0], slots=[-1, -1], ended=[False, False])
+    mixed = turns.batch(0)
+    assert mixed is not None and mixed.bucket == Bucket(48, 12)
+    assert (mixed.batch.length - mixed.batch.prompt_length).tolist() == [[12, 12, 2, 2]]

@@ -384,14 +384,17 @@ def test_a_runs_choices_are_the_completions_of_its_training_data(folder):
     assert (task.metric, task.max_new_tokens, task.batch_size, len(task.records)) == ("accuracy", 4, 8, 4)
 
 
-def test_a_runs_own_choices_and_metric_come_before_the_tasks(folder, tmp_path):
+def test_a_runs_own_choices_and_metric_come_before_the_tasks(folder, tmp_path, capsys):
     data = write_rows(tmp_path / "test.jsonl", [{"sentence": "w3", "label": 1}])
 
     def of(*more):
         return task_of_run(run_config(folder, f"data.test={data}", "data.task=sst2", *more), "test", tokenizer())
 
     assert of("eval.metric=null")[2:4] == ("accuracy", ("negative", "positive"))
+    assert "warning" not in capsys.readouterr().err
     assert of("eval.metric=accuracy", "eval.choices=['no','yes']")[2:4] == ("accuracy", ("no", "yes"))
+    told = "test: 1 of 1 answers are not among the choices (no, yes) and count as wrong, the first is 'positive' ("
+    assert told in capsys.readouterr().err
     assert of("eval.metric=f1").metric == "f1"
 
 

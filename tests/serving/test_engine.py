@@ -424,3 +424,41 @@ def test_an_engine_without_a_bank_serves_the_base_model_alone(model):
 def test_an_impossible_engine_is_refused(model, bank, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Engine(model, bank, tokenizer(), **({"slots": 2, "max_length": 32} | options))
+
+
+def test_two_streams_in_turn_give_all_their_tokens(model, bank):
+    engine = engine_of(model, bank)
+    ids = [engine.submit(Request(prompt(i), tenant="A", max_new_tokens=15)) for i in range(2)]
+    streams, found = [engine.stream(id) for id in ids], [[], []]
+    for _ in range(15):
+        for tokens, stream in zip(found, streams, strict=True):
+            tokens.append(next(stream))
+    ended = answers(engine)
+    assert found == [ended[id, 0].tokens for id in ids]
+
+
+def test_a_text_with_a_token_that_the_model_has_not_is_an_error_and_harms_no_other(model, bank):
+    from copy import deepcopy
+
+    grown = deepcopy(tokenizer())
+    grown.add_tokens(["<image>"])
+    engine = Engine(model, bank, grown, slots=SLOTS, max_length=LENGTH)
+    wrong, right = engine.submit(Request("w20 <image>")), engine.submit(Request(prompt(1), max_new_tokens=2))
+    found = answers(engine)
+    assert found[wrong, 0].finish_reason == "error" and "token id: 256" in found[wrong, 0].error
+    assert found[right, 0].finish_reason == "length"
+
+
+def test_more_samples_than_the_queue_holds_are_an_error(model, bank):
+    engine = engine_of(model, bank, queue_limit=2)
+    engine.submit(Request(prompt(0), n=3))
+    (found,) = engine.run()
+    assert "n: 3 is not possible; expected at most 2" in found.error
+
+
+def test_warm_up_is_refused_while_rows_decode(model, bank):
+    engine = engine_of(model, bank)
+    stream = engine.stream(engine.submit(Request(prompt(0), max_new_tokens=15)))
+    next(stream)
+    with pytest.raises(ValueError, match="warm_up: open requests: 1"):
+        engine.warm_up()

@@ -115,21 +115,25 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
         json.dumps({"max_new_tokens": 2}),
         json.dumps(good | {"max_new_tokens": 99}),
         json.dumps(good | {"top_p": 2}),
+        json.dumps(good | {"prompt": "w20 \ud83d"}),
+        json.dumps(good | {"id": "\ud83d"}),
+        json.dumps(good | {"temperature": 10**400}),
     ]
     (folder / "bad.jsonl").write_text(
         "\n".join([json.dumps(good), *bad, "", json.dumps(good | {"tenant": "A"})]) + "\n"
     )
     assert main(command(folder, tmp_path / "out.jsonl", "bad.jsonl")) == 0
-    assert "8 answers are errors" in capsys.readouterr().out
+    assert "11 answers are errors" in capsys.readouterr().out
     found = {row["line"]: row for row in read(tmp_path / "out.jsonl")}
-    assert set(found) == {*range(1, 10), 11}
+    assert set(found) == {*range(1, 13), 14}
     errors = [
         "not JSON", "expected a JSON object, found list", "no tenant 'C'", "fields: ['temprature']", "either prompt",
-        "either prompt", "2 tokens and max_new_tokens 99", "top_p: 2",
+        "either prompt", "2 tokens and max_new_tokens 99", "top_p: 2", "half a character", "half a character",
+        "temperature: 1000",
     ]  # fmt: skip
     for line, error in enumerate(errors, 2):
         assert found[line]["finish_reason"] == "error" and error in found[line]["error"], found[line]
-    assert found[1]["finish_reason"] == found[11]["finish_reason"] == "length"
+    assert found[1]["finish_reason"] == found[14]["finish_reason"] == "length"
 
 
 def test_an_output_of_other_requests_or_of_something_else_is_refused_and_left_as_it_is(folder, whole, tmp_path, capsys):
@@ -140,7 +144,18 @@ def test_an_output_of_other_requests_or_of_something_else_is_refused_and_left_as
     assert main(command(folder, output, "other.jsonl")) == 2
     assert "line 1 answers another request; choose another file" in capsys.readouterr().err
     assert output.read_bytes() == before
-    output.write_text("a shopping list\n")
-    with pytest.raises(ValueError, match="holds something else than answers"):
-        answered(output)
-    assert output.read_text() == "a shopping list\n"
+    for other in (["--max-new-tokens", "63"], ["--max-length", "31"], ["--adapters", f"A={folder / 'B'}"]):
+        assert main([*command(folder, output), *other]) == 2
+        assert "answers another request; choose another file" in capsys.readouterr().err
+        assert output.read_bytes() == before
+    assert main([*command(folder, output), "--slots", "2"]) == 0  # how it is computed changes no answer
+    for text in ("a shopping list\n", '{"a": 1}'):
+        output.write_text(text)
+        with pytest.raises(ValueError, match="holds something else than answers"):
+            answered(output)
+        assert output.read_text() == text
+
+
+def test_a_default_that_no_line_could_have_is_refused(folder, tmp_path, capsys):
+    assert main([*command(folder, tmp_path / "out.jsonl"), "--top-p", "2"]) == 2
+    assert "top_p: 2.0 is not possible" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
