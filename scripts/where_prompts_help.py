@@ -50,13 +50,25 @@ def swapped(own: Made, other: Made, layers: set[int], sites: set[str]) -> Made:
     return Made(tuple(mixed))
 
 
+def once(of_batch):
+    """The function, which makes what belongs to the same rows once."""
+    made = {}
+
+    def of(rows) -> Made:
+        key = tuple(rows.tolist())
+        made[key] = made.get(key) or of_batch(rows)
+        return made[key]
+
+    return of
+
+
 def losses(model, adapter, task: EvalTask, tokenizer, limit: int) -> dict[str, float]:
     """The loss, nats a completion token, by part."""
     task, examples, _ = encode_task(task, tokenizer, limit)
     prompts = [example.prompt_ids for example in examples]
     followers = derangement(task.name, len(prompts), seed=0)
-    own = adapters_of_batches(model, adapter, prompts)
-    other = adapters_of_batches(model, adapter, [prompts[i] for i in followers])
+    own = once(adapters_of_batches(model, adapter, prompts))
+    other = once(adapters_of_batches(model, adapter, [prompts[i] for i in followers]))
     found = {}
     for name, where in parts(model.config.num_layers, adapter.config.target_modules).items():
         of_batch = lambda rows, where=where: swapped(own(rows), other(rows), *where)  # noqa: E731
