@@ -197,6 +197,8 @@ def test_linear_rope_scaling_and_a_second_end_token_come_into_the_config(tmp_pat
         ({"change": {"block_count": 4}}, r"missing.*model\.layers\.3\."),
         ({"change": {"block_count": 2}}, r"no place.*model\.layers\.2\."),
         ({"change": {"block_count": 2**31}}, "2147483648 layers"),
+        ({"change": {"block_count": 3.0}}, r"llama\.block_count is 3\.0; a whole number"),
+        ({"change": {"attention.head_count_kv": 0}}, r"llama\.attention\.head_count_kv is 0; a whole number"),
         ({"change": {"split.count": 3}}, "one of 3 parts"),
         ({"tensors": {"model.norm.weight": None}}, r"missing.*model\.norm\.weight"),
         ({"tensors": {"raw.blk.0.ffn_gate_exps.weight": np.ones((2, 2), np.float32)}}, "ffn_gate_exps"),

@@ -59,6 +59,10 @@ def test_a_quickstart_that_learns_nothing_fails_and_leaves_its_run_folders(backb
     for tenant, base in answers:  # an adapter that learnt nothing is the base model
         assert ast.literal_eval(base) and ast.literal_eval(tenant)[:80] == ast.literal_eval(base)
     assert quickstart.next_folder() == "runs/quickstart-2"
+    examples = (tmp_path / "runs" / "quickstart-1" / "data" / "dates" / "train.jsonl").read_bytes()
+    other = "output_dir=runs/quickstart-1", "seed=1"
+    assert main(["quickstart", f"backbone.source={backbone}", "train.learning_rate=0", *TINY, *other]) == 2
+    assert (tmp_path / "runs" / "quickstart-1" / "data" / "dates" / "train.jsonl").read_bytes() == examples
 
 
 @pytest.mark.parametrize(("gains", "code"), [((0.3, 0.5, 1.0), 0), ((0.9, 0.29, 0.9), 1), ((0.9, 0.9, -0.1), 1)])

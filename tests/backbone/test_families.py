@@ -112,6 +112,7 @@ def test_a_missing_size_is_named(key):
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
+        ({"rope_theta": 10**400}, "rope_theta: 1000.* a number above 0"),
         ({"model_type": "mamba"}, "'mamba'.*expected one of llama"),
         ({"model_type": None}, "no model_type"),
         ({"model_type": "gemma3", "text_config": {}, "vision_config": {"a": 1}}, "'gemma3', with vision_config"),

@@ -66,3 +66,9 @@ def test_one_prompt_and_an_adapter_without_factors_are_errors():
         factor_spread(backbone("llama"), adapter(), PROMPTS[:1], tokenizer())
     with pytest.raises(ValueError, match="are not factors"):
         factors_of(backbone("llama"), adapter(LoraConfig()), PROMPTS[0], tokenizer())
+
+
+@pytest.mark.filterwarnings("error")
+def test_factors_that_are_all_one_have_no_ratio_and_no_warning():
+    fresh = init_adapter(ParaConfig(r=4), backbone("llama").config)
+    assert np.isnan(list(factor_spread(backbone("llama"), fresh, PROMPTS[:2], tokenizer()).overall().values())).all()

@@ -55,7 +55,7 @@ def test_top_k_leaves_the_k_likeliest():
 def test_top_p_leaves_the_fewest_that_reach_the_probability():
     probabilities = np.array([0.4, 0.05, 0.3, 0.05, 0.2])
     logits = np.log(probabilities).astype(np.float32)
-    for top_p, kept in ((0.35, [0]), (0.65, [0, 2]), (0.75, [0, 2, 4]), (1.0, [0, 1, 2, 3, 4])):
+    for top_p, kept in ((1e-50, [0]), (0.35, [0]), (0.65, [0, 2]), (0.75, [0, 2, 4]), (1.0, [0, 1, 2, 3, 4])):
         found = np.bincount(draw(np.tile(logits, (2000, 1)), top_p=top_p), minlength=5)
         assert np.flatnonzero(found).tolist() == kept
 
