@@ -121,15 +121,15 @@ def read_inputs(config: RunConfig, mesh) -> tuple[Any, Work, EvalTask | None, Ev
 def require_room(model: ModelConfig, data: Encoded, tasks: Iterable[EvalTask | None]) -> None:
     """Raises ValueError, naming its place, for an example that the model has no tokens or too few positions for, the
     answer that is to be written included."""
+    known, most = model.vocab_size, model.max_positions
     asked = [(task.examples or [], task.records, task.max_new_tokens if task.writes else 0) for task in tasks if task]
     for examples, records, new in [(data.examples, data.records, 0), *asked]:
+        room = f"at most {most}, the model's positions; data.max_seq_length with data.truncate limits them"
+        room += f", beside {new} for eval.max_new_tokens" if new else ""
         for (prompt, completion), record in zip(examples, records, strict=True):
             largest, length = max(max(prompt), max(completion)), len(prompt) + max(len(completion), new)
-            known, most = model.vocab_size, model.max_positions
             require(largest < known, f"{record.place}: token id", largest, f"less than {known}, the model's tokens")
-            expected = f"at most {most}, the model's positions; data.max_seq_length with data.truncate limits them"
-            expected += f", beside {new} for eval.max_new_tokens" if new else ""
-            require(length <= most, f"{record.place}: tokens", length, expected)
+            require(length <= most, f"{record.place}: tokens", length, room)
 
 
 def plan_work(config: RunConfig, tokenizer, mesh) -> Work:

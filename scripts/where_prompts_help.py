@@ -56,7 +56,8 @@ def once(of_batch):
 
     def of(rows) -> Made:
         key = tuple(rows.tolist())
-        made[key] = made.get(key) or of_batch(rows)
+        if key not in made:
+            made[key] = of_batch(rows)
         return made[key]
 
     return of

@@ -127,6 +127,13 @@ def test_a_figure_is_saved_as_its_suffix_says(tmp_path, suffix, start):
     assert (tmp_path / f"f{suffix}").read_bytes().startswith(start)
 
 
+def test_a_prompt_in_a_title_is_text_and_never_mathematics(tmp_path):
+    title = repr("It costs $5.\nIs that less than $6?")  # as the command shows a prompt
+    size = {site: np.array([0.5, 0.2]) for site in SITES}
+    save(factors_plot({"A": factors(1)}, title), tmp_path / "factors.png")
+    save(spread_plot({"A": Spread(size, size, 9)}, title), tmp_path / "spread.png")
+
+
 def test_a_notebook_shows_a_figure_without_pyplot():
     code = (
         "import sys; from para_jax.plots import new_figure; f = new_figure(2, 2); f.subplots(); "

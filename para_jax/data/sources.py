@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import DataSection, expanded
-from .examples import Example, Prompt, checked_messages, encode_example, prompt_messages, split_conversation
+from .examples import (
+    Example,
+    Prompt,
+    checked_messages,
+    encode_example,
+    prompt_messages,
+    require_unicode,
+    split_conversation,
+)
 from .prepared import Prepared, find, find_beside, is_tfds, parse
 from .tasks import TASKS, TFDS_TASKS, field
 
@@ -174,7 +182,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
             place = f"{path}:{number}"
             try:
                 row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+                require_unicode("a text", row)  # half a surrogate pair is JSON
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: the line is not JSON ({error})") from None
             if not isinstance(row, dict):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 from weakref import WeakValueDictionary
 
+from ..serving.jobs import cut_off
 from .asked import Answer, Scored, Written
 
 try:
@@ -81,12 +82,9 @@ def answers_of(file: Path) -> Iterator[tuple[str, Answer]]:
     whole = 0
     with file.open("rb") as lines:
         for line in lines:
-            torn = not line.endswith(b"\n")
-            if torn and (line.startswith(HEAD) or HEAD.startswith(line)):
-                break
             try:
-                if torn:
-                    raise ValueError(line)
+                if cut_off(line, HEAD):
+                    break
                 yield answer_of(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ValueError(f"{file}: holds something else than answers; choose another folder") from None

@@ -239,6 +239,8 @@ def test_a_torn_line_is_cut_off_and_anything_else_is_left_alone(tmp_path):
     assert Journal(file)["k"] == Scored(-1.5, True) and file.read_bytes() == whole
     for other in (
         b"a shopping list\n",
+        b"a line without an end",
+        b'{"a": 1}',
         b'{"key": 1}\n',
         b'["key"]\n',
         b'{"key": "k", "text": "x", "tokens": 1, "more": 2}\n',
