@@ -288,6 +288,9 @@ class TrainSection:
     sampling: str = "proportional"
     """with many tenants: how often each is in the batch: in proportion to its number of examples | sqrt (of that
     number) | uniform"""
+    up_lr_ratio: float = 1.0
+    """the learning rate of PARA's W_up [our choice] and LoRA's B over learning_rate, that of all other weights (LoRA+,
+    arXiv:2402.12354; loraplus_lr_ratio in PEFT)"""
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     adam_b1: float = 0.9
@@ -326,6 +329,7 @@ class TrainSection:
         at_once = self.tenants_at_once
         require(at_once is None or at_once >= 1, "train.tenants_at_once", at_once, "at least 1")
         require(self.sampling in self.SAMPLINGS, "train.sampling", self.sampling, one_of(self.SAMPLINGS))
+        require(0 < self.up_lr_ratio < 1e9, "train.up_lr_ratio", self.up_lr_ratio, "more than 0, and finite")
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "more than 0")
         require(0 <= self.weight_decay < 1e9, "train.weight_decay", self.weight_decay, "a number of at least 0")
         for name in ("adam_b1", "adam_b2"):

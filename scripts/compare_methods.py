@@ -68,15 +68,17 @@ def methods(model_config) -> dict:
     }
 
 
-def forms(named: list[str]) -> dict:
-    """Name to a changed PARA, from NAME:FIELD=VALUE,FIELD=VALUE with fields of ParaConfig; a+b+c is a tuple."""
-    found = {}
+def forms(named: list[str]) -> tuple[dict, dict]:
+    """Name to a changed PARA, and name to overrides of its runs' configs, from NAME:FIELD=VALUE,FIELD=VALUE with fields
+    of ParaConfig (a+b+c is a tuple) or of a run (train.up_lr_ratio)."""
+    found, overrides = {}, {}
     for text in named:
         name, _, fields = text.partition(":")
         changed = dict(pair.split("=") for pair in fields.split(","))
         value = lambda v: int(v) if v.isdecimal() else tuple(v.split("+")) if "_proj" in v else v  # noqa: E731
-        found[name] = replace(PARA, **{key: value(v) for key, v in changed.items()})
-    return found
+        found[name] = replace(PARA, **{key: value(v) for key, v in changed.items() if "." not in key})
+        overrides[name] = tuple(f"{key}={v}" for key, v in changed.items() if "." in key)
+    return found, overrides
 
 
 def rates_of(adapter) -> tuple[float, ...]:
@@ -99,20 +101,16 @@ def config_of(args, task: str, adapter, output: Path, *overrides: str):
     return replace(made, adapter=adapter)
 
 
-def trained(args, task: str, adapter, folder: Path, rates: tuple[float, ...]) -> dict:
+def trained(args, task: str, adapter, folder: Path, rates: tuple[float, ...], overrides: tuple[str, ...]) -> dict:
     """The best of these learning rates; every rate's and then every seed's score and loss on validation data; and the
     folders of the seeds' runs."""
-
-    def run(name: str, tenants: int, *overrides: str) -> Path:
-        batch = f"train.per_device_batch_size={tenants * args.rows}"
-        return train_tenants(config_of(args, task, adapter, folder / name, batch, *overrides)).output_dir
-
     steps = args.steps // 2
-    half = f"train.max_steps={steps}", f"eval.every={steps}"
+    half = f"train.max_steps={steps}", f"eval.every={steps}", *overrides
 
     def try_rates(name: str, rates: tuple[float, ...]) -> dict:
         listed = ", ".join(map(str, rates))
-        ran = run(name, len(rates), *half, f"sweep.learning_rate=[{listed}]", "sweep.seed=[0]")
+        sweep = f"sweep.learning_rate=[{listed}]", "sweep.seed=[0]"
+        ran = run(args, task, adapter, folder / name, len(rates), *half, *sweep)
         return {rate: last_validation(task, ran / f"learning_rate-{rate!r}-seed-0") for rate in rates}
 
     tried = try_rates("rates", rates)
@@ -122,15 +120,26 @@ def trained(args, task: str, adapter, folder: Path, rates: tuple[float, ...]) ->
         if further is None:
             break
         tried |= try_rates(f"rate-{further!r}", (further,))
-    seeds = ", ".join(map(str, SEEDS))
-    second = run(f"seeds-{best!r}", len(SEEDS), f"sweep.learning_rate=[{best}]", f"sweep.seed=[{seeds}]")
-    folders = {seed: second / f"learning_rate-{best!r}-seed-{seed}" for seed in SEEDS}
+    folders = run_seeds(args, task, adapter, folder, best, *overrides)
     return {
         "learning_rate": best,
         "rates": tried,
         "validation": {seed: last_validation(task, folder) for seed, folder in folders.items()},
         "folders": {seed: str(folder) for seed, folder in folders.items()},
     }
+
+
+def run_seeds(args, task: str, adapter, folder: Path, rate: float, *overrides: str) -> dict[int, Path]:
+    """The runs of all seeds at this rate for all steps."""
+    seeds = ", ".join(map(str, SEEDS))
+    sweep = f"sweep.learning_rate=[{rate}]", f"sweep.seed=[{seeds}]"
+    ran = run(args, task, adapter, folder / f"seeds-{rate!r}", len(SEEDS), *sweep, *overrides)
+    return {seed: ran / f"learning_rate-{rate!r}-seed-{seed}" for seed in SEEDS}
+
+
+def run(args, task: str, adapter, folder: Path, tenants: int, *overrides: str) -> Path:
+    batch = f"train.per_device_batch_size={tenants * args.rows}"
+    return train_tenants(config_of(args, task, adapter, folder, batch, *overrides)).output_dir
 
 
 def beyond(best: float, tried) -> float | None:
@@ -190,7 +199,8 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     model_config = load_model_config(args.backbone)
-    main, also = methods(model_config), forms(args.also)
+    main = methods(model_config)
+    also, args.overrides = forms(args.also)
     for stage in args.stages:
         for task in args.tasks:
             {"train": train, "test": test, "alone": time_alone}[stage](args, task, main, also, model_config)
@@ -201,13 +211,14 @@ def train(args, task: str, main: dict, also: dict, model_config) -> None:
     for name, adapter in [*main.items(), *also.items()]:
         folder = args.output / "runs" / task / label(name)
         folder.mkdir(parents=True, exist_ok=True)
-        rates = rates_of(adapter)
+        rates, overrides = rates_of(adapter), args.overrides.get(name, ())
 
-        def made(name=name, adapter=adapter, folder=folder, rates=rates) -> dict:
+        def made(name=name, adapter=adapter, folder=folder, rates=rates, overrides=overrides) -> dict:
             parameters = count_parameters(init_adapter(adapter, model_config))
-            return {"name": name, "parameters": parameters} | trained(args, task, adapter, folder, rates)
+            return {"name": name, "parameters": parameters} | trained(args, task, adapter, folder, rates, overrides)
 
         about = settings(args) | {"adapter": repr(adapter), "rates": list(rates)}
+        about |= {"overrides": list(overrides)} if overrides else {}
         done(args.output / f"{task}-{label(name)}-trained.json", made, about)
         write_tables(args)
 
@@ -225,15 +236,27 @@ def test(args, task: str, main: dict, also: dict, model_config) -> None:
     done(args.output / f"{task}-base-tested.json", lambda: {"test": score(None)}, about)
     for seed in SEEDS:
         for name in main:
-            trained = json.loads((args.output / f"{task}-{label(name)}-trained.json").read_text())
-            folder = trained["folders"][str(seed)]
 
-            def made(name=name, seed=seed, folder=folder) -> dict:
+            def made(name=name, seed=seed) -> dict:
+                folder = folder_of(args, task, main[name], name, seed)
                 found = {"test": score(folder)}
                 return found | ({"shuffled": score(folder, seed)} if name == "PARA r=12" else {})
 
             done(args.output / f"{task}-{label(name)}-seed-{seed}-tested.json", made, about)
         write_tables(args)
+
+
+def folder_of(args, task: str, adapter, name: str, seed: int) -> str:
+    """The folder of a seed's run; where it is gone (only the scores are kept in git), all seeds are trained again."""
+    found = read(args.output / f"{task}-{label(name)}-trained.json")
+    folder = Path(found["folders"][str(seed)])
+    if not folder.exists():
+        again = run_seeds(args, task, adapter, args.output / "runs" / task / label(name), found["learning_rate"])
+        for at, one in again.items():
+            before, now = found["validation"][str(at)], last_validation(task, one)
+            print(f"{task}, {name}, seed {at}, trained again: {now}; before: {before}", flush=True)
+        folder = again[seed]
+    return str(folder)
 
 
 def time_alone(args, task: str, main: dict, also: dict, model_config) -> None:

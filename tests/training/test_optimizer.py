@@ -9,8 +9,8 @@ import optax
 import pytest
 from conftest import backbone, strong
 
-from para_jax import ParaConfig, init_adapter
-from para_jax.adapters.adapter import AdapterParam, Statistic, is_variable
+from para_jax import LoraConfig, ParaConfig, init_adapter
+from para_jax.adapters.adapter import AdapterParam, Statistic, is_variable, named_leaves
 from para_jax.config import TrainSection
 from para_jax.training.optimizer import make_optimizer, make_schedule, trained
 
@@ -107,6 +107,20 @@ def test_gradients_are_clipped_by_their_norm_over_all_weights():
     np.testing.assert_allclose(update(ONE), -0.1 * clipped / (clipped + 1), rtol=1e-5)
     np.testing.assert_allclose(update(jax.tree.map(lambda g: 100 * g, ONE)), update(ONE), rtol=1e-5)
     np.testing.assert_allclose(update(ONE, most=10.0), -0.1 * np.array([3 / 4, 4 / 5]), rtol=1e-5)
+
+
+def test_the_matrices_that_lead_out_of_the_rank_may_move_faster(adapter):
+    def moved(ratio, of):
+        gradient = jax.tree.map(jnp.cos, of)
+        update = first_update(gradient, of, up_lr_ratio=ratio, weight_decay=0.5)
+        return {name: np.asarray(leaf) for name, leaf in named_leaves(update).items()}
+
+    for of, up in ((adapter, "up."), (init_adapter(LoraConfig(r=2), backbone("llama").config), "b.")):
+        once, faster = moved(1.0, of), moved(16.0, of)
+        assert any(name.startswith(up) for name in once) and not all(name.startswith(up) for name in once)
+        for name in once:
+            factor = 16 if name.startswith(up) else 1
+            np.testing.assert_allclose(faster[name], factor * once[name], rtol=1e-6)
 
 
 def test_betas_are_those_of_the_config():

@@ -231,11 +231,13 @@ def test_who_is_in_the_batch_and_their_rates_need_no_new_compilation():
     assert tenants_step._cache_size() == compiled
 
 
-def test_the_learning_rate_takes_direction_where_adamw_goes():
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_the_learning_rate_takes_direction_where_adamw_goes(ratio):
     """The two ways to AdamW, of one tenant and of many, are one: from one gradient, the same update."""
+    config = replace(CONFIG, up_lr_ratio=ratio)
     adapter = tenants(METHODS[0])[A]
     gradient = jax.tree.map(lambda leaf: 0.1 * jnp.cos(leaf), adapter)
-    whole, direction = make_optimizer(CONFIG, 10), make_direction(CONFIG)
+    whole, direction = make_optimizer(config, 10), make_direction(config)
     ours, _ = direction.update(gradient, direction.init(adapter), adapter)
     theirs, _ = whole.update(gradient, whole.init(adapter), adapter)
     for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
