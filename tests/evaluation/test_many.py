@@ -78,6 +78,10 @@ group: tiny_group
 task: [tiny_pick, tiny_other]
 aggregate_metric_list: [{{metric: acc, aggregation: mean, weight_by_size: true}}]
 """
+SAMPLES = """
+group: tiny_samples
+task: [tiny_draw, tiny_redraw]
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,7 +111,10 @@ def folder(tmp_path_factory):
     file = write_rows(folder / "tasks" / "data.jsonl", rows)
     tagged = PICK.replace("tiny_pick", "labels\ntag: tiny_tag")
     other = PICK.replace("tiny_pick", "tiny_other").replace("num_fewshot: 1", "num_fewshot: 0")
+    sampled = WRITE.replace("tiny_write", "tiny_draw").replace("do_sample: false", "do_sample: true, temperature: 1.0")
+    again = sampled.replace("tiny_draw", "tiny_redraw")
     files = {"pick": PICK, "write": WRITE, "rolling": ROLLING, "tagged": tagged, "other": other, "group": GROUP}
+    files |= {"draw": sampled, "redraw": again, "samples": SAMPLES}
     for name, text in files.items():
         (folder / "tasks" / f"{name}.yaml").write_text(text.format(file=file))
     return folder
@@ -329,6 +336,17 @@ def test_groups_and_tags_score_as_lm_eval_scores_them(folder, engine, harness, t
         for task, values in found["results"].items():
             assert values["acc,none"] == theirs["results"][task]["acc,none"]
     assert all(f" {task} acc |" in (tmp_path / "table.md").read_text() for task in found["results"])
+
+
+def test_two_tasks_of_a_group_that_sample_after_the_same_prompts_get_answers_of_their_own(
+    folder, engine, harness, tmp_path
+):
+    assert main(command(folder, tmp_path, "--limit", "4", tasks=["tiny_samples"])) == 0
+    drawn = {one["text"] for one in map(json.loads, lines(tmp_path)) if "text" in one}
+    samples = harness(ParaLM(engine, "A"), "tiny_samples", limit=4)["samples"]
+    first, second = ([one["resps"][0][0] for one in samples[task]] for task in ("tiny_draw", "tiny_redraw"))
+    assert len(first) == 4 and all(a != b for a, b in zip(first, second, strict=True))
+    assert {*first, *second} <= drawn
 
 
 @pytest.mark.parametrize("tenant", ["A", None])
