@@ -136,8 +136,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME=DIR",
-        help="tenants: names, and their adapter folders or hub ids; or the folder of a run of many tenants, for all of "
-        "them",
+        help="tenants: names, and their adapter folders or hub ids (without NAME= the run's or folder's own name); or "
+        "the folder of a run of many tenants, for all of them",
     )
     made.add_argument(
         "--tenant", action="append", default=[], help="whose adapter answers: once, or once a prompt; base: no adapter"
@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
     made = command("plot", run_plot, "draw runs' learning curves, the factors of prompts, or how much they differ")
     made.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders: their learning curves")
     made.add_argument(
-        "--adapter", action="append", default=[], help="an adapter folder or hub id; with --data two or more"
+        "--adapter", action="append", default=[], help="an adapter folder or hub id; with --data one or more"
     )
     made.add_argument("--backbone", default="smollm2-135m", help="a folder, a hub id, a .gguf file, or smollm2-135m")
     made.add_argument("--dtype", choices=("float32", "bfloat16"))
@@ -318,7 +318,11 @@ def run_many(options) -> None:
     bank = AdapterBank.holding(held, model.config, dtype=str(model.dtype)) if held else None
     about = {"backbone": options.backbone, "quantize": options.quantize, "command": options.command_line}
     output = options.output or Path("runs/evaluation")
-    print(evaluate_many(model, bank, tokenizer, tasks, output, settings, sources, about))
+    try:
+        print(evaluate_many(model, bank, tokenizer, tasks, output, settings, sources, about))
+    except KeyboardInterrupt:
+        devices.say(f"the answers so far are in {output}; the same command goes on there")
+        raise
     devices.say(f"wrote {output}")
 
 
@@ -352,7 +356,7 @@ def run_config_task(options) -> None:
     if task is None:
         raise ValueError(
             f"data.{options.split} is not set; expected a .jsonl file, {options.split}.jsonl in data.train's folder, "
-            "or tfds:NAME"
+            "or tfds:NAME" + ("; a tenant's own config is in its folder of the run's" if config.data.tenants else "")
         )
     model = load_backbone(**vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
@@ -368,8 +372,11 @@ def run_config_task(options) -> None:
 def run_generate(options) -> None:
     from . import devices
     from .backbone.load import load_backbone
-    from .config import RuntimeSection
+    from .config import RuntimeSection, require
     from .data.tokenizer import load_tokenizer
+    from .hub import resolve_adapter
+    from .serving.jobs import answered
+    from .serving.request import Request, check_request
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
         raise ValueError("generate: expected --prompt, once or more, or --input FILE with --output FILE")
@@ -377,9 +384,25 @@ def run_generate(options) -> None:
         raise ValueError(f"--input {options.input}: no such file")
     if options.input and options.chat:
         raise ValueError("--chat: expected beside --prompt; for the chat template a line of --input has `messages`")
-    sources = adapter_sources(options.adapters)
+    if options.input and not any(line.strip() for line in options.input.open("rb")):
+        raise ValueError(f"--input {options.input}: no line there; expected a request a line")
+    sources = named_adapters(options.adapters)
+    if options.input and options.adapter:  # the tenant of all lines that name none
+        require(
+            not sources and not options.tenant, "--adapter", options.adapter, "no --adapters and --tenant beside it"
+        )
+        sources, options.adapter = named_adapters([options.adapter]), None
+        options.tenant = list(sources)
     tenants = tenants_of(options, sources)
+    sampling = sampling_of(options)
+    for prompt in options.prompt or ["a"]:
+        check_request(Request(prompt, **sampling))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        answered(options.output)  # another file's text is refused before anything is loaded
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
+    for source in [*sources.values(), *([options.adapter] if options.adapter else [])]:
+        resolve_adapter(source)
     model = load_backbone(options.backbone, dtype=options.dtype, quantize=options.quantize)
     tokenizer, adapters = load_tokenizer(options.backbone), adapters_of(options, sources, model)
     (run_requests if options.input else run_prompts)(options, model, tokenizer, adapters, tenants)
@@ -422,21 +445,9 @@ def run_requests(options, model, tokenizer, bank, tenants) -> None:
     from .serving.request import Request
 
     engine = Engine(model, bank, tokenizer, slots=options.slots, max_length=options.max_length)
-    failed = run_job(engine, options.input, options.output, Request("", **sampling_of(options)))
+    default = Request("", tenants[0] if tenants else None, **sampling_of(options))
+    failed = run_job(engine, options.input, options.output, default)
     print(f"wrote {options.output}" + (f"; {failed} answers are errors" if failed else ""))
-
-
-def adapter_sources(given: list[str]) -> dict[str, str]:
-    """{name: folder or hub id} of --adapters NAME=DIR..., where a run's folder stands for its tenants that have one."""
-    sources: dict[str, str] = {}
-    for text in [each for asked in given for each in tenants_of_run(asked) or [asked]]:
-        name, equals, source = text.partition("=")
-        if not equals or not name or not source or name in sources or name == BASE:
-            raise ValueError(
-                f"--adapters {text!r}: expected NAME=DIR, each name once and none of them {BASE!r}, the base model"
-            )
-        sources[name] = source
-    return sources
 
 
 def named_adapters(given: list[str]) -> dict[str, str]:
@@ -472,22 +483,18 @@ def tenants_of_run(folder: str) -> list[str]:
 
 
 def tenants_of(options, sources: dict[str, str]) -> list[str | None] | None:
-    """A tenant's name, or None for the base model, for each prompt."""
+    """A tenant's name, or None for the base model, for each prompt; with --input one for the lines that name none."""
     from .adapters.bank import unknown
 
-    names, prompts = options.tenant, len(options.prompt)
-    if options.input:
-        if names or options.adapter:
-            raise ValueError("--tenant and --adapter go with --prompt; with --input each line names its tenant")
-        return None
-    if not sources and not names:
+    names, prompts = options.tenant, len(options.prompt) or 1
+    if not names and (options.input or not sources):
         return None
     if options.adapter or not sources:
         raise ValueError("--tenant chooses among --adapters NAME=DIR...; --adapter DIR serves every prompt alone")
     if len(names) not in (1, prompts):
+        each = "" if options.input else f", or once for each of the {prompts} prompts"
         raise ValueError(
-            f"--tenant: given {len(names)} times; expected once, or once for each of the {prompts} prompts: "
-            f"{', '.join(sources)}, or {BASE} for no adapter"
+            f"--tenant: given {len(names)} times; expected once{each}: {', '.join(sources)}, or {BASE} for no adapter"
         )
     wrong = [name for name in names if name != BASE and name not in sources]
     if wrong:
@@ -524,9 +531,10 @@ def run_prepare(options) -> None:
 def run_plot(options) -> None:
     from .plots import FORMATS, curves_plot, save
 
-    suffixes = " or ".join(FORMATS)
-    if options.output.suffix not in FORMATS or not options.output.absolute().parent.is_dir():
-        raise ValueError(f"--output {options.output}: expected a file in a folder that is there, ending in {suffixes}")
+    if options.output.suffix not in FORMATS:
+        raise ValueError(f"--output {options.output}: expected a file that ends in {' or '.join(FORMATS)}")
+    if not options.output.absolute().parent.is_dir():
+        raise ValueError(f"--output {options.output}: no such folder; make it first")
     if options.limit < 2:
         raise ValueError(f"--limit {options.limit}: expected at least 2 prompts")
     adapters, prompts, data = len(options.adapter), len(options.prompt), options.data is not None

@@ -279,9 +279,9 @@ class TrainSection:
     per_device_batch_size: int = 8
     """rows of one forward pass on each of the mesh's data x fsdp devices"""
     gradient_accumulation_steps: int = 1
-    rows_per_tenant: int = 4
+    rows_per_tenant: int | None = None
     """with many tenants (data.tenants, sweep): rows of a pass that each tenant in the batch has; it divides
-    per_device_batch_size"""
+    per_device_batch_size; default: 4, and in a sweep per_device_batch_size: the batch that one such run would have"""
     tenants_at_once: int | None = None
     """with many tenants: how many have weights and optimiser state on the devices; one that ends leaves its place to
     the next; default: all"""
@@ -325,7 +325,7 @@ class TrainSection:
             "at least 1",
         )
         rows = self.rows_per_tenant
-        require(rows >= 1, "train.rows_per_tenant", rows, "at least 1")
+        require(rows is None or rows >= 1, "train.rows_per_tenant", rows, "at least 1")
         at_once = self.tenants_at_once
         require(at_once is None or at_once >= 1, "train.tenants_at_once", at_once, "at least 1")
         require(self.sampling in self.SAMPLINGS, "train.sampling", self.sampling, one_of(self.SAMPLINGS))
@@ -513,13 +513,18 @@ class RunConfig:
         if self.many:
             require(not (self.data.tenants and self.sweep), "sweep", vars(self.sweep), "nothing beside data.tenants")
             require(not (self.data.packing and self.sweep), "data.packing", True, "false beside sweep")
-            rows, of = self.train.rows_per_tenant, self.train.per_device_batch_size
+            rows, of = self.rows_per_tenant, self.train.per_device_batch_size
             require(of % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.per_device_batch_size ({of})")
 
     @property
     def many(self) -> bool:
         """Whether the run trains many tenants: those of a folder, or the combinations of a sweep."""
         return bool(self.data.tenants or self.sweep)
+
+    @property
+    def rows_per_tenant(self) -> int:
+        """train.rows_per_tenant, or its default."""
+        return self.train.rows_per_tenant or (4 if self.data.tenants else self.train.per_device_batch_size)
 
 
 # Fields whose override is taken as it stands (OmegaConf would read "{output}" as a mapping), with \n for a newline.
@@ -619,6 +624,8 @@ def one_of(names) -> str:
 
 
 def read_yaml(file: Path) -> DictConfig:
+    if file.is_dir():
+        raise ValueError(f"config {file}: a folder; expected a .yaml file, such as the config.yaml of a run's folder")
     if not file.is_file():
         raise ValueError(f"config {file}: no such file")
     try:

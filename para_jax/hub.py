@@ -76,7 +76,8 @@ def resolve_adapter(source: str | Path) -> Path:
         name = f"{repository}@{revision or 'main'}".replace("/", "--")
         path = fetch(repository, revision, ADAPTER_FILES, local_dir=cache_folder() / "adapters" / name)
     if not (path / "adapter_config.json").is_file():
-        raise ValueError(f"{source}: no adapter_config.json there, so it is not an adapter")
+        inside = f"; did you mean {source}/adapter?" if (path / "adapter" / "adapter_config.json").is_file() else ""
+        raise ValueError(f"{source}: no adapter_config.json there, so it is not an adapter{inside}")
     return path
 
 

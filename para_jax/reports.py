@@ -117,7 +117,7 @@ def data_report(config: RunConfig, rows: int | None = None) -> str:
     the config)."""
     tokenizer = load_tokenizer(config.backbone.source)
     if config.many:
-        rows = config.train.rows_per_tenant * config.train.gradient_accumulation_steps
+        rows = config.rows_per_tenant * config.train.gradient_accumulation_steps
     if config.data.tenants:
         first = next(iter(tenant_sections(config.data.tenants, config.data).values()))
         return f"the first tenant, {first.train}\n\n{data_report(replace(config, data=first), rows)}"

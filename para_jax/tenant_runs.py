@@ -188,7 +188,7 @@ def read_tenants(config: RunConfig) -> tuple[Any, list[Tenant], tuple[Bucket, ..
     buckets = for_mixed_rows(planned)
     counts = [len(read_once[own.data][0].examples) for own in configs.values()]
     devices.say(f"{len(configs)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
-    rows = config.train.rows_per_tenant * config.train.gradient_accumulation_steps
+    rows = config.rows_per_tenant * config.train.gradient_accumulation_steps
     tenants = []
     for name, own in configs.items():
         data, validation, test = read_once[own.data]
@@ -209,7 +209,7 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
         made = {name: replace(config, data=section) for name, section in sections.items()}
     else:
         made = sweep_configs(config)
-    rows = config.train.rows_per_tenant
+    rows = config.rows_per_tenant
     return {
         name: replace(
             own,

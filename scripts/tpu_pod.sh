@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One training run on all hosts of a Cloud TPU slice, from this machine, in this checkout:
 #
-#     scripts/tpu_pod.sh configs/llama2-7b-boolq.yaml mesh.fsdp=16 data.train=data/boolq
+#     scripts/tpu_pod.sh configs/llama2-7b-boolq.yaml mesh.data=1 mesh.fsdp=16 data.train=data/boolq \
+#         train.per_device_batch_size=8 train.gradient_accumulation_steps=1     # 8 rows x 16 chips, a batch of 128
 #
 # Sends the checkout (what git tracks or would add) to every host, makes a Python 3.12 environment there, and starts
 # `para-jax train` with these arguments on all of them. The same command resumes. HF_TOKEN, where it is set, is sent as a

@@ -167,8 +167,9 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
         (["--adapter", "b", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
         (["--adapter", "b", "--data", "d", "--limit", 1], "--limit 1: expected at least 2 prompts"),
         (["/nowhere"], "/nowhere: no run is there"),
-        (["a", "--output", "x.doc"], "--output x.doc: expected a file in a folder that is there, ending in .png"),
-        (["a", "--output", "/nowhere/x.png"], "--output /nowhere/x.png: expected a file in a folder"),
+        (["--adapter", "b", "--data", "/"], "/: a folder; expected a .jsonl file"),
+        (["a", "--output", "x.doc"], "--output x.doc: expected a file that ends in .png"),
+        (["a", "--output", "/nowhere/x.png"], "--output /nowhere/x.png: no such folder"),
     ],
 )
 def test_plot_names_what_it_can_not_draw(capsys, tmp_path, options, said):
@@ -228,9 +229,9 @@ def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_pat
         (["--adapters", "acme=x"], "--tenant: given 0 times; expected once, .*: acme, or base for no adapter"),
         (["--adapters", "acme=x", "--tenant", "acne"], "--tenant: no tenant 'acne'; the nearest are acme"),
         (["--adapters", "acme=x", "--tenant", "acme", "--adapter", "x"], "--tenant chooses among"),
-        (["--adapters", "acme", "--tenant", "acme"], "--adapters 'acme': expected NAME=DIR"),
-        (["--adapters", "base=x", "--tenant", "base"], "--adapters 'base=x': .*'base', the base model"),
-        (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': expected NAME=DIR, each name once"),
+        (["--adapters", "acme", "--tenant", "acme"], "acme: expected an adapter folder or a hub id"),
+        (["--adapters", "base=x", "--tenant", "base"], "--adapters 'base=x': .*base is the base model"),
+        (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': the name 'a' is taken"),
         (["--adapters", "acme=/nowhere", "--tenant", "acme"], "/nowhere"),
     ],
 )
@@ -312,6 +313,12 @@ def test_help_is_there_for_the_program_and_each_command(capsys):
         (["generate", "--input", "a.jsonl", "--prompt", "a"], "expected --prompt"),
         (["generate", "--input", "nowhere.jsonl", "--output", "o.jsonl"], "--input nowhere.jsonl: no such file"),
         (["generate", "--input", __file__, "--output", "o", "--chat"], "--chat: expected beside --prompt"),
+        (
+            ["generate", "--input", __file__, "--output", "o", "--adapter", "a", "--tenant", "a"],
+            "--adapter: 'a' is not possible; expected no --adapters and --tenant beside it",
+        ),
+        (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens: 0"),
+        (["train", "."], "config .: a folder; expected a .yaml file"),
         (["generate", "--prompt", "a", "--backbone", "~nobody-here/model"], "~nobody-here/model: no such home folder"),
         (["generate", "--prompt", "a", "--adapters", "~nobody-here/runs"], "~nobody-here/runs: no such home folder"),
         (["bench", "packing"], "bench packing: options: {} is not possible; expected --data"),

@@ -236,3 +236,15 @@ def test_a_home_folder_is_that_of_the_user(monkeypatch):
     assert load_config(None, ["output_dir=~/runs/a"]).output_dir == "/home/me/runs/a"
     with pytest.raises(ValueError, match="~nobody-here/a: no such home folder"):
         load_config(None, ["output_dir=~nobody-here/a"])
+
+
+def test_a_combination_of_a_sweep_has_the_batch_of_a_run_and_a_tenant_of_a_folder_four_rows():
+    def rows(*overrides):
+        return load_config(None, ["train.per_device_batch_size=12", *overrides]).rows_per_tenant
+
+    assert rows("sweep.seed=[0, 1]") == 12 and rows("data.tenants=somewhere") == 4
+    assert (
+        rows("sweep.seed=[0, 1]", "train.rows_per_tenant=3") == rows("data.tenants=x", "train.rows_per_tenant=3") == 3
+    )
+    with pytest.raises(ValueError, match=r"train.rows_per_tenant: 5 .*a divisor of train.per_device_batch_size \(12\)"):
+        rows("sweep.seed=[0, 1]", "train.rows_per_tenant=5")

@@ -215,7 +215,8 @@ class AdapterBank:
         )
         normal = adapter.normal(self.model_config)
         other = [site for site in normal.config.target_modules if site not in self.sites]
-        require(not other, f"bank: {name}: sites", other, "some of " + ", ".join(self.sites) + " (AdapterBank sites)")
+        expected = "some of " + ", ".join(self.sites) + " (AdapterBank sites; .holding takes its adapters')"
+        require(not other, f"bank: {name}: sites", other, expected)
         r = getattr(config, "r", 1)
         require(r <= self.max_r, f"bank: {name}: r", r, f"at most {self.max_r} (AdapterBank max_r)")
         leaves = host_leaves(normal)

@@ -174,7 +174,7 @@ def existing(split: str, path: Path) -> Path:
 def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Each line's "file:line" and object; empty lines are passed over."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a .jsonl file")
+        raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a .jsonl file")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -213,7 +213,10 @@ def column(row: dict, name: str) -> Prompt:
     """The column `prompt` or `completion`: text, or messages."""
     if name not in row and "messages" not in row:
         there = ", ".join(row) or "none"
-        raise ValueError(f"no field {name!r}; set data.{name} to a template over the fields there are: {there}")
+        raise ValueError(
+            f"no field {name!r}; set data.{name} to a template over the fields there are: {there}; or, where no config "
+            "is given, rename the field"
+        )
     value = field(row, name)
     return value if isinstance(value, str) else checked_messages(name, value)
 

@@ -26,7 +26,11 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
     name, and a link.
     """
     root = expanded(folder)
-    require(root.is_dir(), "data.tenants", str(folder), "a folder with a sub-folder or a .jsonl file for each tenant")
+    if not root.is_dir():
+        there = "a file" if root.exists() else "no such folder"
+        raise ValueError(
+            f"data.tenants: {folder}: {there}; expected a folder with a sub-folder or a .jsonl file a tenant"
+        )
     found: dict[str, DataSection] = {}
     for path in sorted(root.iterdir()):
         if path.name.startswith(".") or not (path.is_dir() or path.suffix == ".jsonl"):

@@ -150,6 +150,9 @@ def evaluate_many(
         by_tenant[tenant or BASE] = made
     for name, made in by_tenant.items():
         (output / files[name]).write_text(json.dumps(made, indent=2, default=str) + "\n", encoding="utf-8")
+    others = sorted({path.name for path in output.glob("*.json")} - set(files.values()))
+    if others:
+        devices.say(f"{output} also holds what earlier calls wrote, and table.md does not: {', '.join(others)}")
     text = table(by_tenant, asking, settings)
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     return text

@@ -12,6 +12,7 @@ from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..config import require
 from ..data.examples import stop_token_ids
+from ..devices import say
 from ..inference.generate import up_to_multiple
 from ..serving.engine import Engine
 from ..serving.request import Request
@@ -59,7 +60,10 @@ class Pass:
                 raise ValueError(f"{self.journal.file}: answers {k} as another question; choose another folder")
         for _, asked in left.values():
             check_room(asked, self.model, engine)
-        bar = tqdm(total=len(set(keys)), initial=len(set(keys)) - len(left), desc="answers", disable=None)
+        distinct = len(set(keys))
+        if len(left) < distinct:
+            say(f"{distinct - len(left)} of {distinct} answers are in {self.journal.file} already")
+        bar = tqdm(total=distinct, initial=distinct - len(left), desc="answers", disable=None)
         self._last = time.perf_counter()
         ranked = [(k, entries[tenant], asked) for k, (tenant, asked) in left.items() if isinstance(asked, Likelihood)]
         written = [(k, tenant, asked) for k, (tenant, asked) in left.items() if isinstance(asked, Generation)]

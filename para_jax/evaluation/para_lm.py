@@ -94,8 +94,11 @@ class ParaLM(TokenLM):
         given = {name: value for name, value in options.items() if value is not None}
         other = [name for name in given if name not in known]
         require(not other, "model_args", other, "backbone, adapter, " + ", ".join(known))
-        rows = given.get("batch_size", 8)
-        rows = 8 if str(rows).startswith("auto") else int(rows)
+        given |= {"batch_size": 8} if str(given.get("batch_size")).startswith("auto") else {}
+        rows, longest, seed = (
+            whole(name, given.get(name, default))
+            for name, default in (("batch_size", 8), ("max_length", 2048), ("seed", 0))
+        )
         devices.start(RuntimeSection(allow_cpu=bool(given.get("allow_cpu", False))))
         model = load_backbone(backbone, dtype=given.get("dtype"), quantize=given.get("quantize"))
         bank, tenant = None, None
@@ -103,9 +106,9 @@ class ParaLM(TokenLM):
             tenant = str(adapter)
             held = {tenant: load_adapter(adapter, model.config, model=model)}
             bank = AdapterBank.holding(held, model.config, dtype=str(model.dtype))
-        longest = min(int(given.get("max_length", 2048)), model.config.max_positions)
+        longest = min(longest, model.config.max_positions)
         engine = Engine(model, bank, load_tokenizer(backbone), slots=rows, max_length=longest)
-        return cls(engine, tenant, cache=given.get("cache"), seed=int(given.get("seed", 0)))
+        return cls(engine, tenant, cache=given.get("cache"), seed=seed)
 
     def get_model_info(self) -> dict:
         """What lm-eval's record says of the model."""
@@ -114,6 +117,14 @@ class ParaLM(TokenLM):
             "model_sha": self.answers.backbone[:16],
             "adapter": self.content,
         }
+
+
+def whole(name: str, value: object) -> int:
+    """A number of --model_args; ValueError, naming it, for another text."""
+    try:
+        return int(str(value))
+    except ValueError:
+        raise ValueError(f"model_args: {name}: {value!r} is not possible; expected a whole number") from None
 
 
 def harness_command(arguments: list[str]) -> None:

@@ -26,6 +26,16 @@ HEAD = b'{"line": '
 AHEAD = 2
 
 
+class Before(NamedTuple):
+    """What an earlier run answered a sample of a line with."""
+
+    digest: str
+    """Task's"""
+    error: bool
+    stale: bool
+    """whether an older answer stands in the file too"""
+
+
 class Task(NamedTuple):
     """One sample of one line."""
 
@@ -41,7 +51,8 @@ class Task(NamedTuple):
 
 
 def run_job(engine: Engine, source: Path, output: Path, defaults: Request) -> int:
-    """Answers every line of `source` that `output` does not answer yet; how many were answered with an error.
+    """Answers every line of `source` that `output` does not answer yet; how many errors `output` holds then. A line
+    that an earlier run answered with an error is answered anew where it, the defaults or the adapters have changed.
 
     Args:
         defaults: the sampling of lines that do not say theirs.
@@ -54,11 +65,14 @@ def run_job(engine: Engine, source: Path, output: Path, defaults: Request) -> in
     bar = tqdm(total=count_lines(source), desc="answers", unit="line", disable=None)
     left = (task for task in tasks(source, defaults, engine) if not known(task, done, output))
     waiting: dict[tuple[int, int], Task] = {}
-    failed = tokens = 0
+    failed = {place for place, before in done.items() if before.error}
+    stale, tokens = any(before.stale for before in done.values()), 0
     with output.open("a", encoding="utf-8") as stream:
         for completion in served(engine, left, waiting):
-            task = waiting.pop(completion.id)  # pyright: ignore[reportArgumentType]
-            failed += completion.finish_reason == "error"
+            place = completion.id
+            task = waiting.pop(place)  # pyright: ignore[reportArgumentType]
+            stale |= place in done
+            (failed.add if completion.finish_reason == "error" else failed.discard)(place)  # pyright: ignore
             tokens += len(completion.tokens)
             stream.write(json.dumps(record(task, completion), ensure_ascii=False) + "\n")
             stream.flush()
@@ -67,7 +81,9 @@ def run_job(engine: Engine, source: Path, output: Path, defaults: Request) -> in
             bar.refresh()
         os.fsync(stream.fileno())
     bar.close()
-    return failed
+    if stale:
+        keep_newest(output)
+    return len(failed)
 
 
 def served(engine: Engine, left: Iterator[Task], waiting: dict) -> Iterator[Completion]:
@@ -155,8 +171,8 @@ def record(task: Task, completion: Completion) -> dict:
     return made | ({} if completion.error is None else {"error": completion.error})
 
 
-def answered(output: Path) -> dict[tuple[int, int], str]:
-    """The digests of the lines that an earlier run answered. What it was writing when it was killed is cut off."""
+def answered(output: Path) -> dict[tuple[int, int], Before]:
+    """What an earlier run answered, by line and sample. What it was writing when it was killed is cut off."""
     if not output.exists():
         return {}
     done, whole = {}, 0
@@ -166,7 +182,8 @@ def answered(output: Path) -> dict[tuple[int, int], str]:
                 if cut_off(line, HEAD):
                     break
                 found = json.loads(line)
-                done[found["line"], found["index"]] = found["request"]
+                place = found["line"], found["index"]
+                done[place] = Before(found["request"], found["finish_reason"] == "error", place in done)
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{output}: holds something else than answers; choose another file") from None
             whole += len(line)
@@ -182,12 +199,29 @@ def cut_off(line: bytes, head: bytes) -> bool:
     return not line.endswith(b"\n")
 
 
-def known(task: Task, done: dict[tuple[int, int], str], output: Path) -> bool:
+def known(task: Task, done: dict[tuple[int, int], Before], output: Path) -> bool:
     """Whether a task is answered already."""
-    digest = done.get((task.line, task.index))
-    if digest not in (None, task.digest):
+    before = done.get((task.line, task.index))
+    if before is None or before.digest == task.digest:
+        return before is not None
+    if not before.error:
         raise ValueError(f"{output}: line {task.line} answers another request; choose another file")
-    return digest is not None
+    return False
+
+
+def keep_newest(output: Path) -> None:
+    """Takes out answers that a later one of the same line and sample stands for."""
+    newest = {}
+    with output.open("rb") as lines:
+        for number, line in enumerate(lines):
+            found = json.loads(line)
+            newest[found["line"], found["index"]] = number
+    kept, part = set(newest.values()), output.with_name(f".{output.name}.part")
+    with output.open("rb") as lines, part.open("wb") as stream:
+        stream.writelines(line for number, line in enumerate(lines) if number in kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, output)
 
 
 def count_lines(source: Path) -> int:

@@ -61,7 +61,7 @@ class Layout(NamedTuple):
 def lay_out(config: RunConfig, tenants: int, mesh) -> Layout:
     """No batch has more groups than tenants can fill, but for the devices that need some rows each."""
     slots = min(config.train.tenants_at_once or tenants, tenants)
-    rows, over = config.train.rows_per_tenant, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, over = config.rows_per_tenant, mesh.shape["data"] * mesh.shape["fsdp"]
     groups = over * min(config.train.per_device_batch_size // rows, math.ceil(slots / over))
     return Layout(slots, groups, rows, config.train.gradient_accumulation_steps)
 

@@ -38,6 +38,7 @@ from para_jax.evaluation.asked import Scored
 from para_jax.evaluation.evaluate import EvalTask
 from para_jax.evaluation.lm_eval_tasks import load_tasks, record, replay
 from para_jax.evaluation.many import file_names
+from para_jax.evaluation.mixed import Pass
 
 PICK = """
 task: tiny_pick
@@ -185,7 +186,7 @@ def test_an_adapter_alone_has_the_same_answers_and_scores(folder, whole, tmp_pat
     assert alone["results"] == mixed["results"]
 
 
-def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder, whole, tmp_path):
+def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder, whole, tmp_path, capsys):
     """A child process is killed when it has written some answers; a line is torn; the same command goes on."""
     output, goal = tmp_path / "out", len(lines(whole)) // 3
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -207,8 +208,11 @@ def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder
     assert {name: made["results"] for name, made in results(output).items()} == {
         name: made["results"] for name, made in results(whole).items()
     }
-    before = file.read_bytes()
+    before, count = file.read_bytes(), len(lines(whole))
+    capsys.readouterr()
     assert main(command(folder, output)) == 0  # nothing is left to ask
+    said = capsys.readouterr().err
+    assert f"{count} of {count} answers are in {file} already" in said and "earlier calls" not in said
     assert file.read_bytes() == before and json.loads((output / "A.json").read_text())["tokens"] == 0
 
 
@@ -256,6 +260,21 @@ def test_names_of_adapters_are_their_folders_and_files_stay_apart(folder):
     files = file_names(names)
     assert len({file.lower() for file in files.values()}) == len(names) and files["x"] == "x.json"
     assert not any("/" in file or file.startswith(".") for file in files.values())
+
+
+def test_ctrl_c_says_where_the_answers_are_and_results_that_the_table_lacks_are_named(
+    folder, whole, tmp_path, capsys, monkeypatch
+):
+    output = shutil.copytree(whole, tmp_path / "out")
+    assert main(command(folder, output, adapters="B")) == 0
+    assert f"{output} also holds what earlier calls wrote, and table.md does not: A.json\n" in capsys.readouterr().err
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pass, "answer", interrupted)
+    assert main(command(folder, output)) == 130
+    assert f"the answers so far are in {output}; the same command goes on there" in capsys.readouterr().err
 
 
 def test_an_output_folder_holds_results_of_one_backbone(folder, whole, tmp_path, capsys):
@@ -407,6 +426,8 @@ def test_para_lm_is_made_of_lm_evals_arguments(folder, tmp_path):
         ValueError, match=r"model_args: \['bakbone'\] is not possible; expected backbone, adapter, dtype"
     ):
         get_model("para").create_from_arg_obj({"bakbone": "x"})
+    with pytest.raises(ValueError, match="model_args: max_length: 'long' is not possible; expected a whole number"):
+        get_model("para").create_from_arg_obj({"backbone": "x", "max_length": "long"})
 
 
 @pytest.mark.slow

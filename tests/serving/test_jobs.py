@@ -136,6 +136,50 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
     assert found[1]["finish_reason"] == found[14]["finish_reason"] == "length"
 
 
+def test_lines_that_were_mended_are_answered_anew_and_errors_are_told_again(folder, whole, tmp_path, capsys):
+    good = [json.dumps(line) for line in lines(4)]
+    source, output = folder / "mended.jsonl", tmp_path / "deep" / "out.jsonl"
+    source.write_text("\n".join([good[0], "not json", json.dumps(lines(4)[2] | {"tenant": "C"}), "{}"]) + "\n")
+    for _ in range(2):  # the second time nothing is left to do, and the errors are still there
+        assert main(command(folder, output, source)) == 0
+        assert "3 answers are errors" in capsys.readouterr().out
+    kept = [row for row in read(output) if row["line"] == 1]
+    source.write_text("\n".join([*good[:3], "{}"]) + "\n")
+    assert main(command(folder, output, source)) == 0
+    assert "1 answers are errors" in capsys.readouterr().out
+    found = read(output)
+    assert [row for row in found if row["line"] == 1] == kept and len(found) == len(kept) + 3
+    answers = {(row["line"], row["index"]): row for row in found if row["line"] < 4}
+    assert answers == {place: row for place, row in whole.items() if place[0] < 4}
+
+
+def test_lines_without_a_tenant_take_the_one_of_the_command(folder, whole, tmp_path, capsys):
+    alone = [{"prompt": "w20 w30 w40", "max_new_tokens": 8}, {"prompt": "w20 w30 w40", "tenant": None}]
+    (folder / "alone.jsonl").write_text("".join(json.dumps(line | {"max_new_tokens": 8}) + "\n" for line in alone))
+    plain = command(folder, tmp_path / "tenant.jsonl", "alone.jsonl")
+    assert main([*plain, "--tenant", "B"]) == 0
+    one = [part for part in plain if not part.startswith(("A=", "B=", "--adapters"))]
+    one[one.index("--output") + 1] = str(tmp_path / "adapter.jsonl")
+    assert main([*one, "--adapter", str(folder / "B")]) == 0
+    first, second = read(tmp_path / "tenant.jsonl"), read(tmp_path / "adapter.jsonl")
+    assert [row["tenant"] for row in first] == [row["tenant"] for row in second] == ["B", None]
+    assert [row["text"] for row in first] == [row["text"] for row in second]
+    assert first[0]["text"] != first[1]["text"]
+    capsys.readouterr()
+    assert main([*plain, "--tenant", "A", "--tenant", "B"]) == 2
+    assert "--tenant: given 2 times; expected once: A, B, or base" in capsys.readouterr().err
+
+
+def test_an_empty_input_and_a_foreign_output_are_refused_before_anything_is_loaded(folder, tmp_path, capsys):
+    (folder / "empty.jsonl").write_text("\n")
+    assert main(command(folder, tmp_path / "out.jsonl", "empty.jsonl")) == 2
+    assert "empty.jsonl: no line there" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+    (tmp_path / "notes.txt").write_text("a shopping list\n")
+    line = command(folder, tmp_path / "notes.txt")
+    line[line.index("--backbone") + 1] = "/nowhere"
+    assert main(line) == 2 and "holds something else than answers" in capsys.readouterr().err
+
+
 def test_an_output_of_other_requests_or_of_something_else_is_refused_and_left_as_it_is(folder, whole, tmp_path, capsys):
     output = tmp_path / "out.jsonl"
     output.write_bytes((folder / "whole.jsonl").read_bytes())
