@@ -321,7 +321,7 @@ def test_help_is_there_for_the_program_and_each_command(capsys):
         (["train", "."], "config .: a folder; expected a .yaml file"),
         (["generate", "--prompt", "a", "--backbone", "~nobody-here/model"], "~nobody-here/model: no such home folder"),
         (["generate", "--prompt", "a", "--adapters", "~nobody-here/runs"], "~nobody-here/runs: no such home folder"),
-        (["bench", "packing"], "bench packing: options: {} is not possible; expected --data"),
+        (["bench", "packing"], "bench packing: needs --data"),
         (["generate", "--prompt", "a", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         (["generate", "--prompt", "a", "--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
         (["generate", "--prompt", "a", "--backbone", "/nowhere"], "/nowhere: no such file or folder"),

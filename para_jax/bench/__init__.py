@@ -46,7 +46,8 @@ def run(name: str, backbone: str = "smollm2-135m", output: str | Path | None = N
     known = inspect.signature(BENCHMARKS[name]).parameters
     require(set(options) <= set(known), f"bench {name}: options", options, f"some of {', '.join(list(known)[1:])}")
     needed = [key for key, one in list(known.items())[1:] if one.default is one.empty and key not in options]
-    require(not needed, f"bench {name}: options", options, " and ".join(f"--{key}" for key in needed))
+    if needed:
+        raise ValueError(f"bench {name}: needs {' and '.join(f'--{key}' for key in needed)}")
     devices.start(RuntimeSection(compilation_cache=False, allow_cpu=True))
     measured = BENCHMARKS[name](backbone, **options)
     record = {
