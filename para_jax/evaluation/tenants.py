@@ -54,11 +54,13 @@ def evaluate_tenants(
     found = likelihoods(model, of_batch, examples, first.batch_size, shapes, owners.tolist())
     starts = np.cumsum([0, *(len(task.examples) + len(task.ranked) for task in tasks)]).tolist()
     own = [range(start, start + len(task.examples)) for start, task in zip(starts, tasks, strict=False)]
+    asked = [(slot, tuple(prompt)) for slot, (prompt, _) in zip(owners.tolist(), examples, strict=True)]
     written = [i for task, of_task in zip(tasks, own, strict=True) if task.task.writes for i in of_task]
-    texts = written_answers(model, of_batch, examples, written, found.greedy, first, tokenizer)
+    once = {asked[i]: i for i in written}  # a sweep asks the backbone the same for each of its combinations
+    texts = written_answers(model, of_batch, examples, list(once.values()), found.greedy, first, tokenizer)
     scores = []
     for task, of_task, start, end in zip(tasks, own, starts, starts[1:], strict=False):
-        answers = [texts[i] for i in of_task] if task.task.writes else []
+        answers = [texts[once[asked[i]]] for i in of_task] if task.task.writes else []
         scores.append(score_of(task.task, found.nll[start:end], found.tokens[start:end], answers))
     return scores
 

@@ -9,6 +9,7 @@ from tiny_run import rows_of_text, tokenizer, words, write_rows
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, stack_adapters
 from para_jax.data.sources import read_records
+from para_jax.evaluation import evaluate as evaluation
 from para_jax.evaluation.evaluate import EvalTask, evaluate_task
 from para_jax.evaluation.tenants import Tasks
 
@@ -83,3 +84,19 @@ def test_no_tenant_with_a_task_gives_no_score(tasks):
     model = load_backbone(FIXTURES / "llama")
     stack = stack_adapters([init_adapter(ParaConfig(r=4), model.config)])
     assert Tasks(model, tokenizer(), [None, None]).scores(stack, {0: 0, 1: -1}) == {}
+
+
+def test_what_two_tenants_ask_one_adapter_is_written_once(tasks, monkeypatch):
+    """So a sweep's combinations, which share their data, score the backbone once before they are trained."""
+    model, rows = load_backbone(FIXTURES / "llama"), []
+    real = evaluation.generate_tokens
+    monkeypatch.setattr(evaluation, "generate_tokens", lambda *a, **k: rows.append(len(a[2])) or real(*a, **k))
+    shared = of([tasks[0]] * 3, "f1")
+    stack = stack_adapters([strong(init_adapter(ParaConfig(r=4), model.config))])
+    made = Tasks(model, tokenizer(), shared)
+    once = made.scores(stack, {0: -1})
+    alone = len(rows)
+    thrice = made.scores(stack, {0: -1, 1: -1, 3: -1})
+    assert len(rows) == 2 * alone and {score[2:] for score in thrice.values()} == {once[0][2:]}
+    mixed = made.scores(stack, {0: -1, 1: 0})
+    assert len(rows) > 3 * alone and mixed[1].loss != mixed[0].loss
