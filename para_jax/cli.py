@@ -375,17 +375,12 @@ def run_generate(options) -> None:
     from .config import RuntimeSection, require
     from .data.tokenizer import load_tokenizer
     from .hub import resolve_adapter
-    from .serving.jobs import answered
     from .serving.request import Request, check_request
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
         raise ValueError("generate: expected --prompt, once or more, or --input FILE with --output FILE")
-    if options.input and not options.input.is_file():
-        raise ValueError(f"--input {options.input}: no such file")
     if options.input and options.chat:
         raise ValueError("--chat: expected beside --prompt; for the chat template a line of --input has `messages`")
-    if options.input and not any(line.strip() for line in options.input.open("rb")):
-        raise ValueError(f"--input {options.input}: no line there; expected a request a line")
     sources = named_adapters(options.adapters)
     if options.input and options.adapter:  # the tenant of all lines that name none
         require(
@@ -397,15 +392,27 @@ def run_generate(options) -> None:
     sampling = sampling_of(options)
     for prompt in options.prompt or ["a"]:
         check_request(Request(prompt, **sampling))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        answered(options.output)  # another file's text is refused before anything is loaded
+    if options.input:
+        check_job_files(options.input, options.output)
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
     for source in [*sources.values(), *([options.adapter] if options.adapter else [])]:
         resolve_adapter(source)
     model = load_backbone(options.backbone, dtype=options.dtype, quantize=options.quantize)
     tokenizer, adapters = load_tokenizer(options.backbone), adapters_of(options, sources, model)
     (run_requests if options.input else run_prompts)(options, model, tokenizer, adapters, tenants)
+
+
+def check_job_files(source: Path, output: Path) -> None:
+    """Raises ValueError, before anything is loaded, where there is nothing to answer or the answers have no place."""
+    from .serving.jobs import answered
+
+    if not source.is_file():
+        raise ValueError(f"--input {source}: no such file")
+    with source.open("rb") as lines:
+        if not any(line.strip() for line in lines):
+            raise ValueError(f"--input {source}: no line there; expected a request a line")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    answered(output)
 
 
 def adapters_of(options, sources: dict[str, str], model):
