@@ -152,7 +152,7 @@ def beyond(best: float, tried) -> float | None:
 
 
 def last_validation(task: str, folder: Path) -> dict:
-    """A run's last score and loss on validation data; of a run that ended before it had one, the worst."""
+    """A run's last score and loss on validation data; -1 and 1e9 of a run that ended, not finite, before it had one."""
     file = folder / "metrics.jsonl"
     rows = [row for row in read_metrics(file) if "validation_loss" in row] if file.exists() else []
     if not rows:
@@ -302,7 +302,10 @@ def write_tables(args) -> None:
     lines = ["| task | method | parameters | score (loss) after half the steps, by learning rate | seeds at the best |"]
     lines.append("|---|---|---|---|---|")
     for key, found in trained.items():
-        tried = ", ".join(f"{float(r):g}: {one['score']:.3f} ({one['loss']:.3f})" for r, one in found["rates"].items())
+        tried = ", ".join(
+            f"{float(r):g}: " + (f"{one['score']:.3f} ({one['loss']:.3f})" if one["score"] >= 0 else "not finite")
+            for r, one in found["rates"].items()
+        )
         seeds = found["validation"].values()
         chosen = f"{found['learning_rate']:g}: {spread([one['score'] for one in seeds], 3)}, "
         chosen += f"loss {spread([one['loss'] for one in seeds], 3)}"
