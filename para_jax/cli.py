@@ -298,6 +298,7 @@ def run_many(options) -> None:
     from .config import RuntimeSection, require
     from .data.tokenizer import load_tokenizer
     from .evaluation.many import Settings, evaluate_many, read_tasks
+    from .hub import resolve_adapter
 
     rows, seed = 16 if options.rows is None else options.rows, options.seed or 0
     require(rows >= 1, "--rows", rows, "at least 1")
@@ -313,8 +314,9 @@ def run_many(options) -> None:
     settings = Settings(options.limit, rows, seed, options.include_path, shots, options.chat, options.split)
     tokenizer = load_tokenizer(options.backbone)
     tasks = read_tasks(options.tasks, tokenizer, load_model_config(options.backbone), settings)
+    folders = {name: resolve_adapter(source) for name, source in sources.items()}
     model = load_backbone(options.backbone, dtype=options.dtype, quantize=options.quantize)
-    held = {name: load_adapter(source, model.config, model=model) for name, source in sources.items()}
+    held = {name: load_adapter(folder, model.config, model=model) for name, folder in folders.items()}
     bank = AdapterBank.holding(held, model.config, dtype=str(model.dtype)) if held else None
     about = {"backbone": options.backbone, "quantize": options.quantize, "command": options.command_line}
     output = options.output or Path("runs/evaluation")
@@ -395,8 +397,8 @@ def run_generate(options) -> None:
     if options.input:
         check_job_files(options.input, options.output)
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
-    for source in [*sources.values(), *([options.adapter] if options.adapter else [])]:
-        resolve_adapter(source)
+    sources = {name: str(resolve_adapter(source)) for name, source in sources.items()}
+    options.adapter = options.adapter and str(resolve_adapter(options.adapter))
     model = load_backbone(options.backbone, dtype=options.dtype, quantize=options.quantize)
     tokenizer, adapters = load_tokenizer(options.backbone), adapters_of(options, sources, model)
     (run_requests if options.input else run_prompts)(options, model, tokenizer, adapters, tenants)
@@ -404,7 +406,7 @@ def run_generate(options) -> None:
 
 def check_job_files(source: Path, output: Path) -> None:
     """Raises ValueError, before anything is loaded, where there is nothing to answer or the answers have no place."""
-    from .serving.jobs import answered
+    from .serving.jobs import HEAD
 
     if not source.is_file():
         raise ValueError(f"--input {source}: no such file")
@@ -412,7 +414,11 @@ def check_job_files(source: Path, output: Path) -> None:
         if not any(line.strip() for line in lines):
             raise ValueError(f"--input {source}: no line there; expected a request a line")
     output.parent.mkdir(parents=True, exist_ok=True)
-    answered(output)
+    if output.exists():
+        with output.open("rb") as lines:
+            first = lines.readline()
+        if not (first.startswith(HEAD) or HEAD.startswith(first)):  # run_job reads it all
+            raise ValueError(f"--output {output}: holds something else than answers; choose another file")
 
 
 def adapters_of(options, sources: dict[str, str], model):

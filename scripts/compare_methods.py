@@ -68,17 +68,17 @@ def methods(model_config) -> dict:
     }
 
 
-def forms(named: list[str]) -> tuple[dict, dict]:
-    """Name to a changed PARA, and name to overrides of its runs' configs, from NAME:FIELD=VALUE,FIELD=VALUE with fields
-    of ParaConfig (a+b+c is a tuple) or of a run (train.up_lr_ratio)."""
-    found, overrides = {}, {}
+def forms(named: list[str]) -> dict:
+    """Name to a changed PARA and overrides of its runs' configs, from NAME:FIELD=VALUE,FIELD=VALUE with fields of
+    ParaConfig (a+b+c is a tuple) or of a run (train.up_lr_ratio)."""
+    found = {}
     for text in named:
         name, _, fields = text.partition(":")
         changed = dict(pair.split("=") for pair in fields.split(","))
         value = lambda v: int(v) if v.isdecimal() else tuple(v.split("+")) if "_proj" in v else v  # noqa: E731
-        found[name] = replace(PARA, **{key: value(v) for key, v in changed.items() if "." not in key})
-        overrides[name] = tuple(f"{key}={v}" for key, v in changed.items() if "." in key)
-    return found, overrides
+        adapter = replace(PARA, **{key: value(v) for key, v in changed.items() if "." not in key})
+        found[name] = adapter, tuple(f"{key}={v}" for key, v in changed.items() if "." in key)
+    return found
 
 
 def rates_of(adapter) -> tuple[float, ...]:
@@ -102,8 +102,7 @@ def config_of(args, task: str, adapter, output: Path, *overrides: str):
 
 
 def trained(args, task: str, adapter, folder: Path, rates: tuple[float, ...], overrides: tuple[str, ...]) -> dict:
-    """The best of these learning rates; every rate's and then every seed's score and loss on validation data; and the
-    folders of the seeds' runs."""
+    """The best of these learning rates, and every rate's and then every seed's score and loss on validation data."""
     steps = args.steps // 2
     half = f"train.max_steps={steps}", f"eval.every={steps}", *overrides
 
@@ -125,7 +124,6 @@ def trained(args, task: str, adapter, folder: Path, rates: tuple[float, ...], ov
         "learning_rate": best,
         "rates": tried,
         "validation": {seed: last_validation(task, folder) for seed, folder in folders.items()},
-        "folders": {seed: str(folder) for seed, folder in folders.items()},
     }
 
 
@@ -133,8 +131,12 @@ def run_seeds(args, task: str, adapter, folder: Path, rate: float, *overrides: s
     """The runs of all seeds at this rate for all steps."""
     seeds = ", ".join(map(str, SEEDS))
     sweep = f"sweep.learning_rate=[{rate}]", f"sweep.seed=[{seeds}]"
-    ran = run(args, task, adapter, folder / f"seeds-{rate!r}", len(SEEDS), *sweep, *overrides)
-    return {seed: ran / f"learning_rate-{rate!r}-seed-{seed}" for seed in SEEDS}
+    run(args, task, adapter, folder / f"seeds-{rate!r}", len(SEEDS), *sweep, *overrides)
+    return seed_folders(folder, rate)
+
+
+def seed_folders(folder: Path, rate: float) -> dict[int, Path]:
+    return {seed: folder / f"seeds-{rate!r}" / f"learning_rate-{rate!r}-seed-{seed}" for seed in SEEDS}
 
 
 def run(args, task: str, adapter, folder: Path, tenants: int, *overrides: str) -> Path:
@@ -199,8 +201,7 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     model_config = load_model_config(args.backbone)
-    main = methods(model_config)
-    also, args.overrides = forms(args.also)
+    main, also = methods(model_config), forms(args.also)
     for stage in args.stages:
         for task in args.tasks:
             {"train": train, "test": test, "alone": time_alone}[stage](args, task, main, also, model_config)
@@ -208,10 +209,10 @@ def main() -> None:
 
 
 def train(args, task: str, main: dict, also: dict, model_config) -> None:
-    for name, adapter in [*main.items(), *also.items()]:
+    for name, (adapter, overrides) in ({name: (adapter, ()) for name, adapter in main.items()} | also).items():
         folder = args.output / "runs" / task / label(name)
         folder.mkdir(parents=True, exist_ok=True)
-        rates, overrides = rates_of(adapter), args.overrides.get(name, ())
+        rates = rates_of(adapter)
 
         def made(name=name, adapter=adapter, folder=folder, rates=rates, overrides=overrides) -> dict:
             parameters = count_parameters(init_adapter(adapter, model_config))
@@ -249,14 +250,13 @@ def test(args, task: str, main: dict, also: dict, model_config) -> None:
 def folder_of(args, task: str, adapter, name: str, seed: int) -> str:
     """The folder of a seed's run; where it is gone (only the scores are kept in git), all seeds are trained again."""
     found = read(args.output / f"{task}-{label(name)}-trained.json")
-    folder = Path(found["folders"][str(seed)])
-    if not folder.exists():
-        again = run_seeds(args, task, adapter, args.output / "runs" / task / label(name), found["learning_rate"])
-        for at, one in again.items():
-            before, now = found["validation"][str(at)], last_validation(task, one)
+    rate, runs = found["learning_rate"], args.output / "runs" / task / label(name)
+    folders = seed_folders(runs, rate)
+    if not (folders[seed] / "adapter").exists():
+        for at, folder in run_seeds(args, task, adapter, runs, rate).items():
+            before, now = found["validation"][str(at)], last_validation(task, folder)
             print(f"{task}, {name}, seed {at}, trained again: {now}; before: {before}", flush=True)
-        folder = again[seed]
-    return str(folder)
+    return str(folders[seed])
 
 
 def time_alone(args, task: str, main: dict, also: dict, model_config) -> None:

@@ -61,7 +61,7 @@ class Pass:
         for _, asked in left.values():
             check_room(asked, self.model, engine)
         distinct = len(set(keys))
-        if len(left) < distinct:
+        if self.journal.file and len(left) < distinct:
             say(f"{distinct - len(left)} of {distinct} answers are in {self.journal.file} already")
         bar = tqdm(total=distinct, initial=distinct - len(left), desc="answers", disable=None)
         self._last = time.perf_counter()

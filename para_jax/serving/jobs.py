@@ -26,14 +26,13 @@ HEAD = b'{"line": '
 AHEAD = 2
 
 
-class Before(NamedTuple):
-    """What an earlier run answered a sample of a line with."""
+class Answered(NamedTuple):
+    """How a line was answered by an earlier run."""
 
     digest: str
     """Task's"""
-    error: bool
-    stale: bool
-    """whether an older answer stands in the file too"""
+    errors: dict[int, bool]
+    """by sample: whether its answer is an error"""
 
 
 class Task(NamedTuple):
@@ -65,14 +64,10 @@ def run_job(engine: Engine, source: Path, output: Path, defaults: Request) -> in
     bar = tqdm(total=count_lines(source), desc="answers", unit="line", disable=None)
     left = (task for task in tasks(source, defaults, engine) if not known(task, done, output))
     waiting: dict[tuple[int, int], Task] = {}
-    failed = {place for place, before in done.items() if before.error}
-    stale, tokens = any(before.stale for before in done.values()), 0
+    tokens = 0
     with output.open("a", encoding="utf-8") as stream:
         for completion in served(engine, left, waiting):
-            place = completion.id
-            task = waiting.pop(place)  # pyright: ignore[reportArgumentType]
-            stale |= place in done
-            (failed.add if completion.finish_reason == "error" else failed.discard)(place)  # pyright: ignore
+            task = waiting.pop(completion.id)  # pyright: ignore[reportArgumentType]
             tokens += len(completion.tokens)
             stream.write(json.dumps(record(task, completion), ensure_ascii=False) + "\n")
             stream.flush()
@@ -81,9 +76,7 @@ def run_job(engine: Engine, source: Path, output: Path, defaults: Request) -> in
             bar.refresh()
         os.fsync(stream.fileno())
     bar.close()
-    if stale:
-        keep_newest(output)
-    return len(failed)
+    return sum(sum(line.errors.values()) for line in answered(output).values())
 
 
 def served(engine: Engine, left: Iterator[Task], waiting: dict) -> Iterator[Completion]:
@@ -171,24 +164,48 @@ def record(task: Task, completion: Completion) -> dict:
     return made | ({} if completion.error is None else {"error": completion.error})
 
 
-def answered(output: Path) -> dict[tuple[int, int], Before]:
-    """What an earlier run answered, by line and sample. What it was writing when it was killed is cut off."""
+def answered(output: Path) -> dict[int, Answered]:
+    """The lines that an earlier run answered, by number. What it was writing when it was killed is cut off, and errors
+    of lines that were answered anew are taken out.
+
+    Raises ValueError, and leaves the file as it is, where it holds something else.
+    """
     if not output.exists():
         return {}
-    done, whole = {}, 0
+    done: dict[int, Answered] = {}
+    whole, stale = 0, False
     with output.open("rb") as lines:
         for line in lines:
             try:
                 if cut_off(line, HEAD):
                     break
                 found = json.loads(line)
-                place = found["line"], found["index"]
-                done[place] = Before(found["request"], found["finish_reason"] == "error", place in done)
+                number, digest, index = found["line"], found["request"], found["index"]
+                error = found["finish_reason"] == "error"
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{output}: holds something else than answers; choose another file") from None
+            if number not in done or done[number].digest != digest:
+                stale |= number in done
+                done[number] = Answered(digest, {})
+            done[number].errors[index] = error
             whole += len(line)
     os.truncate(output, whole)
+    if stale:
+        keep_newest(output, done)
     return done
+
+
+def keep_newest(output: Path, done: dict[int, Answered]) -> None:
+    """Takes out the answers to what a line was before; the file is the old or the new one, whenever it is read."""
+    part = output.with_name(f".{output.name}.part")
+    with output.open("rb") as lines, part.open("wb") as stream:
+        for line in lines:
+            found = json.loads(line)
+            if found["request"] == done[found["line"]].digest:
+                stream.write(line)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, output)
 
 
 def cut_off(line: bytes, head: bytes) -> bool:
@@ -199,29 +216,14 @@ def cut_off(line: bytes, head: bytes) -> bool:
     return not line.endswith(b"\n")
 
 
-def known(task: Task, done: dict[tuple[int, int], Before], output: Path) -> bool:
+def known(task: Task, done: dict[int, Answered], output: Path) -> bool:
     """Whether a task is answered already."""
-    before = done.get((task.line, task.index))
+    before = done.get(task.line)
     if before is None or before.digest == task.digest:
-        return before is not None
-    if not before.error:
+        return before is not None and task.index in before.errors
+    if not all(before.errors.values()):
         raise ValueError(f"{output}: line {task.line} answers another request; choose another file")
     return False
-
-
-def keep_newest(output: Path) -> None:
-    """Takes out answers that a later one of the same line and sample stands for."""
-    newest = {}
-    with output.open("rb") as lines:
-        for number, line in enumerate(lines):
-            found = json.loads(line)
-            newest[found["line"], found["index"]] = number
-    kept, part = set(newest.values()), output.with_name(f".{output.name}.part")
-    with output.open("rb") as lines, part.open("wb") as stream:
-        stream.writelines(line for number, line in enumerate(lines) if number in kept)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, output)
 
 
 def count_lines(source: Path) -> int:

@@ -40,11 +40,11 @@ def faster_up(config: TrainSection) -> list[optax.GradientTransformation]:
     """The matrices that lead out of the rank (PARA's W_up, LoRA's B) move up_lr_ratio times as far (LoRA+, arXiv
     2402.12354; for PARA our choice). Nothing at 1, so that the optimiser's state is the one it always was."""
 
-    def scaled(update, parameters):
-        by = lambda v: v.replace(v[...] * config.up_lr_ratio) if v.axes[0] == "rank" else v  # noqa: E731
-        return jax.tree.map(by, update, is_leaf=is_variable)
+    def scaled(variable):
+        return variable.replace(variable[...] * config.up_lr_ratio) if variable.axes[0] == "rank" else variable
 
-    return [optax.stateless(scaled)] if config.up_lr_ratio != 1 else []
+    faster = optax.stateless(lambda update, _: jax.tree.map(scaled, update, is_leaf=is_variable))
+    return [faster] if config.up_lr_ratio != 1 else []
 
 
 def make_schedule(config: TrainSection, total_steps: int) -> optax.Schedule:

@@ -230,6 +230,7 @@ def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder
         (["labels", "tiny_tag"], [], "--tasks: ['labels'] is not possible; expected each name once"),
         (["labels"], ["--include-path", "none"], None),
         (["labels"], ["--limit", "0"], "--limit: 0 is not possible"),
+        (["labels"], ["--adapters", "/nowhere/adapter"], "/nowhere/adapter: no such file or folder"),
         ([], [], "expected the CONFIG of a run, or --backbone with --tasks"),
     ],
 )
@@ -378,6 +379,13 @@ def test_para_lm_scores_one_tenant_as_the_mixed_pass_does(engine, harness, whole
     nats = [nats for sample in found["samples"]["tiny_pick"] for ((nats, _),) in sample["resps"]]
     assert len(nats) == 18 and set(nats) <= likely
     assert found["config"]["adapter"] == (engine.bank.entry(tenant).content if tenant else "base")
+
+
+def test_answers_that_are_in_memory_alone_are_in_no_file(engine, harness, capsys):
+    lm = ParaLM(engine, "A")
+    for _ in range(2):
+        harness(lm, "tiny_pick", limit=2)
+    assert "already" not in capsys.readouterr().err
 
 
 def test_para_lm_uses_the_chat_template(engine, harness, monkeypatch):

@@ -104,6 +104,17 @@ def test_a_job_that_is_killed_goes_on_without_repeating_or_losing_a_line(folder,
     assert output.read_bytes() == before
 
 
+def test_a_sample_that_a_kill_left_out_is_answered_and_the_others_stay(folder, whole, tmp_path):
+    output = tmp_path / "out.jsonl"
+    rows = (folder / "whole.jsonl").read_text().splitlines(keepends=True)
+    kept = [row for row in rows if json.loads(row)["index"] == 0]
+    assert len(kept) < len(rows)
+    output.write_text("".join(kept))
+    assert main(command(folder, output)) == 0
+    assert output.read_text().startswith("".join(kept))
+    assert {(row["line"], row["index"]): row for row in read(output)} == whole
+
+
 def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, tmp_path, capsys):
     good = {"prompt": "w20 w21", "max_new_tokens": 2}
     bad = [
@@ -151,6 +162,20 @@ def test_lines_that_were_mended_are_answered_anew_and_errors_are_told_again(fold
     assert [row for row in found if row["line"] == 1] == kept and len(found) == len(kept) + 3
     answers = {(row["line"], row["index"]): row for row in found if row["line"] < 4}
     assert answers == {place: row for place, row in whole.items() if place[0] < 4}
+
+
+def test_errors_of_samples_that_a_mended_line_no_longer_asks_for_are_taken_out(folder, tmp_path, capsys):
+    source, output = folder / "fewer.jsonl", tmp_path / "out.jsonl"
+    line = {"prompt": "w20 w21", "max_new_tokens": 2, "tenant": "C", "n": 2}
+    source.write_text(json.dumps(line) + "\n")
+    assert main(command(folder, output, source)) == 0
+    assert "2 answers are errors" in capsys.readouterr().out
+    source.write_text(json.dumps(line | {"tenant": "A", "n": 1}) + "\n")
+    assert main(command(folder, output, source)) == 0
+    assert "answers are errors" not in capsys.readouterr().out
+    (row,) = read(output)
+    assert (row["index"], row["tenant"], row["finish_reason"]) == (0, "A", "length")
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_lines_without_a_tenant_take_the_one_of_the_command(folder, whole, tmp_path, capsys):
