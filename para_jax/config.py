@@ -145,6 +145,8 @@ class ParaConfig:
     activation: str = "gelu"
     """gelu (erf) | gelu_tanh | silu | relu | identity | rational"""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")
+    layers_to_transform: tuple[int, ...] | None = None
+    """the layers that have a generator, counted from 0; None: all [our choice]"""
 
     POOLERS: typing.ClassVar = ("last", "mean", "max", "constant")
     SUMMARIES: typing.ClassVar = ("raw", "rms", "standardised")
@@ -156,6 +158,12 @@ class ParaConfig:
         require(self.summary in self.SUMMARIES, "summary", self.summary, one_of(self.SUMMARIES))
         require(self.activation in self.ACTIVATIONS, "activation", self.activation, one_of(self.ACTIVATIONS))
         require_sites(self)
+        if self.layers_to_transform is not None:
+            layers = tuple(self.layers_to_transform)
+            whole = bool(layers) and all(type(i) is int and i >= 0 for i in layers)
+            expected = "None (all layers), or whole numbers of at least 0 that rise, such as [20, 21, 22]"
+            require(whole and sorted(set(layers)) == list(layers), "layers_to_transform", layers, expected)
+            object.__setattr__(self, "layers_to_transform", layers)
 
 
 @dataclass(frozen=True, kw_only=True)

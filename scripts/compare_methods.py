@@ -75,10 +75,19 @@ def forms(named: list[str]) -> dict:
     for text in named:
         name, _, fields = text.partition(":")
         changed = dict(pair.split("=") for pair in fields.split(","))
-        value = lambda v: int(v) if v.isdecimal() else tuple(v.split("+")) if "_proj" in v else v  # noqa: E731
-        adapter = replace(PARA, **{key: value(v) for key, v in changed.items() if "." not in key})
+        adapter = replace(PARA, **{key: parsed(v) for key, v in changed.items() if "." not in key})
         found[name] = adapter, tuple(f"{key}={v}" for key, v in changed.items() if "." in key)
     return found
+
+
+def parsed(text: str):
+    if "+" in text or text.endswith("_proj"):
+        return tuple(map(parsed_one, text.split("+")))
+    return parsed_one(text)
+
+
+def parsed_one(text: str):
+    return int(text) if text.isdecimal() else text
 
 
 def rates_of(adapter) -> tuple[float, ...]:
@@ -218,7 +227,8 @@ def train(args, task: str, main: dict, also: dict, model_config) -> None:
             parameters = count_parameters(init_adapter(adapter, model_config))
             return {"name": name, "parameters": parameters} | trained(args, task, adapter, folder, rates, overrides)
 
-        about = settings(args) | {"adapter": repr(adapter), "rates": list(rates)}
+        form = repr(adapter).replace(", layers_to_transform=None", "")  # as files say that were written before it
+        about = settings(args) | {"adapter": form, "rates": list(rates)}
         about |= {"overrides": list(overrides)} if overrides else {}
         done(args.output / f"{task}-{label(name)}-trained.json", made, about)
         write_tables(args)

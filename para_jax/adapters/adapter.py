@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -38,6 +39,9 @@ class Backbone(NamedTuple):
 
 def describe(model: ModelConfig) -> Backbone:
     return Backbone(model.model_type, model.num_layers, model.width, tuple((s, model.site_width(s)) for s in SITES))
+
+
+Kind = TypeVar("Kind", bound="Adapter")
 
 
 class Adapter(nnx.Module):
@@ -67,8 +71,10 @@ class Adapter(nnx.Module):
         they stack once these are padded with `neutral`."""
         return self
 
-
-Kind = TypeVar("Kind", bound=Adapter)
+    def in_all_layers(self: Kind) -> Kind:
+        """The weights of every layer of the backbone, from a whole adapter's that may have only some. They lead with
+        the layers, whatever axes follow."""
+        return self
 
 
 class Adjustment:
@@ -116,9 +122,15 @@ def make_adjustment(layer: Adapter, x: jax.Array, prompt_length: jax.Array, star
 
 
 def init(kind: Callable[..., Adapter], config, model: ModelConfig, seed: int) -> Adapter:
-    """A fresh adapter of a method, with a leading layer axis on its arrays."""
-    keys = jax.random.split(jax.random.key(seed), model.num_layers)
+    """A fresh adapter of a method, with a leading axis on its arrays: the layers that it has."""
+    keys = jax.random.split(jax.random.key(seed), model.num_layers)[np.array(layers_of(config, model.num_layers))]
     return jax.vmap(lambda key: kind(config, model, rngs=nnx.Rngs(params=key)))(keys)
+
+
+def layers_of(config, num_layers: int) -> tuple[int, ...]:
+    """The layers of the backbone in which an adapter of this config has weights."""
+    chosen = getattr(config, "layers_to_transform", None)
+    return tuple(range(num_layers)) if chosen is None else chosen
 
 
 def count_parameters(adapter: Adapter) -> int:

@@ -189,7 +189,8 @@ def summary(config) -> str:
     sites = ", ".join(config.target_modules)
     if isinstance(config, ParaConfig):
         chosen = f"pooler {config.pooler}, summary {config.summary}, activation {config.activation}"
-        return f"Rank {config.r} on {sites}; {chosen}"
+        layers = config.layers_to_transform
+        return f"Rank {config.r} on {sites}; {chosen}" + (f"; layers {', '.join(map(str, layers))}" if layers else "")
     if isinstance(config, LoraConfig):
         return f"Rank {config.r} on {sites}; scale {config.scale:.6g}"
     return f"Vectors on {sites}" + ("; down_proj's input is scaled" if config.feedforward_modules else "")

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ..config import ModelConfig, ParaConfig
-from .adapter import Adapter, AdapterParam, Factors, Statistic, describe
+from ..config import ModelConfig, ParaConfig, require
+from .adapter import Adapter, AdapterParam, Factors, Statistic, describe, is_variable, layers_of
 
 
 class Para(Adapter):
@@ -31,9 +33,14 @@ class Para(Adapter):
     state, and everything else is the same: the control for the question what reading the prompt is worth, for PARA's
     score minus the control's is due to the prompt alone. Its factors are the same for all prompts, so a trained one is
     an (IA)^3 adapter (`export_ia3`).
+
+    With `layers_to_transform` [C] only those layers have a generator; in the others l = 1.
     """
 
     def __init__(self, config: ParaConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        layers = layers_of(config, model.num_layers)
+        expected = f"layers of this backbone, 0 to {model.num_layers - 1}"
+        require(max(layers) < model.num_layers, "layers_to_transform", layers, expected)
         down = jax.random.normal(rngs.params(), (model.width, config.r)) * model.width**-0.5  # [C]
         self.down = AdapterParam(down, axes=("width", "rank"))
         self.up = nnx.Dict(
@@ -63,6 +70,26 @@ class Para(Adapter):
         summary = self.constant[...] if self.config.pooler == "constant" else summary.astype(jnp.float32)
         hidden = self.activate(self.summarise(summary) @ self.down[...])
         return Factors({site: hidden @ up[...] for site, up in self.up.items()})
+
+    def normal(self, model: ModelConfig) -> Para:
+        """With a generator in every layer."""
+        whole = self.in_all_layers()
+        whole.config = replace(self.config, layers_to_transform=None)
+        return whole
+
+    def in_all_layers(self) -> Para:
+        """With zeros, and statistics of one, in the layers that it doesn't have: their factors are one."""
+        layers = self.config.layers_to_transform
+        if layers is None:
+            return self
+
+        def spread(variable):
+            held = variable.get_value()
+            fill = 1.0 if isinstance(variable, Statistic) else 0.0
+            whole = jnp.full((self.backbone.num_layers, *held.shape[1:]), fill, held.dtype)
+            return variable.replace(whole.at[np.array(layers)].set(held))
+
+        return jax.tree.map(spread, self, is_leaf=is_variable)
 
     def summarise(self, summary: Float[Array, " width"]) -> Float[Array, " width"]:
         """The summary at a scale that suits one learning rate in all layers [C]: its RMS runs from 0.1 to 29 over the

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import ModelConfig, ParaConfig
-from .adapter import describe, init, with_leaves
+from .adapter import describe, init, layers_of, with_leaves
 from .folder import read_tensors, shorten, some
 from .para import GELU_DENOMINATOR, GELU_NUMERATOR, Para
 
 MAX_RANK = 2**16
 
 REQUIRED = ("peft_type", "r", "target_modules", "pooler", "summary", "activation", "backbone")
-OPTIONAL = ("base_model_name_or_path", "task_type", "inference_mode", "para_jax_version")
+OPTIONAL = ("base_model_name_or_path", "task_type", "inference_mode", "para_jax_version", "layers_to_transform")
 BACKBONE_REQUIRED = ("model_type", "num_layers", "width", "site_widths")
 BACKBONE_OPTIONAL = ("fingerprint",)
 
@@ -40,28 +40,33 @@ def para_json(adapter: Para, base_model: str, fingerprint: str | None) -> dict:
     version = {}
     with suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout that is not installed
         version = {"para_jax_version": importlib.metadata.version("para_jax")}
-    return {
-        "peft_type": "PARA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": config.r,
-        "target_modules": list(config.target_modules),
-        "pooler": config.pooler,
-        "summary": config.summary,
-        "activation": config.activation,
-        "backbone": backbone | ({"fingerprint": fingerprint} if fingerprint else {}),
-    } | version
+    layers = config.layers_to_transform
+    return (
+        {
+            "peft_type": "PARA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "inference_mode": True,
+            "r": config.r,
+            "target_modules": list(config.target_modules),
+            "pooler": config.pooler,
+            "summary": config.summary,
+            "activation": config.activation,
+            "backbone": backbone | ({"fingerprint": fingerprint} if fingerprint else {}),
+        }
+        | ({} if layers is None else {"layers_to_transform": list(layers)})
+        | version
+    )
 
 
 def para_tensors(adapter: Para) -> dict[str, jax.Array | np.ndarray]:
     """The tensors by name: [out, in], the sites' up-projections as one, in the order of the sites."""
     tensors = {}
-    for i in range(adapter.backbone.num_layers):
-        tensors[layer_name(i, "para_down.weight")] = adapter.down[i].T
-        ups = [adapter.up[site][i].T for site in adapter.config.target_modules]
+    for place, i in enumerate(layers_of(adapter.config, adapter.backbone.num_layers)):
+        tensors[layer_name(i, "para_down.weight")] = adapter.down[place].T
+        ups = [adapter.up[site][place].T for site in adapter.config.target_modules]
         tensors[layer_name(i, "para_up.weight")] = jnp.concatenate(ups)
-        tensors |= {layer_name(i, name): getattr(adapter, key)[i] for key, name in extras(adapter).items()}
+        tensors |= {layer_name(i, name): getattr(adapter, key)[place] for key, name in extras(adapter).items()}
     return tensors
 
 
@@ -72,7 +77,7 @@ def load_para(folder: Path, config: ParaConfig, model: ModelConfig) -> Para:
     tensors = read_tensors(folder, expected)
 
     def stack(name: str) -> np.ndarray:
-        return np.stack([tensors[layer_name(i, name)] for i in range(model.num_layers)])
+        return np.stack([tensors[layer_name(i, name)] for i in layers_of(config, model.num_layers)])
 
     widths = [model.site_width(site) for site in config.target_modules]
     ups = np.split(stack("para_up.weight").swapaxes(1, 2), np.cumsum(widths)[:-1], axis=2)
@@ -100,8 +105,17 @@ def read_para_config(found: dict) -> tuple[ParaConfig, dict]:
     if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
         raise ValueError(f"target_modules: {shorten(sites)}; expected a list of names")
     rest = {key: found[key] for key in ("pooler", "summary", "activation")}
+    layers = found.get("layers_to_transform")
+    if layers is not None:
+        if not isinstance(layers, list):
+            raise ValueError(f"layers_to_transform: {shorten(layers)}; expected a list of whole numbers")
+        rest["layers_to_transform"] = tuple(layers)
     config = ParaConfig(r=checked_rank(found["r"]), target_modules=tuple(sites), **rest)
-    return config, checked_backbone(found["backbone"], config.target_modules)
+    backbone = checked_backbone(found["backbone"], config.target_modules)
+    count = backbone["num_layers"]
+    if layers and layers[-1] >= count:
+        raise ValueError(f"layers_to_transform: {shorten(layers)}; expected layers of its backbone, 0 to {count - 1}")
+    return config, backbone
 
 
 def checked_rank(r: object) -> int:
@@ -146,7 +160,8 @@ def require_keys(where: str, found: dict, required: tuple[str, ...], optional: t
 
 def para_values(config: ParaConfig, backbone: dict) -> tuple[int, int, int]:
     """The values of one tenant's matrices and of its vectors, and those that decode carries a row."""
-    layers, width, carried = backbone["num_layers"], backbone["width"], sum(backbone["site_widths"].values())
+    count, width, carried = backbone["num_layers"], backbone["width"], sum(backbone["site_widths"].values())
+    layers = count if config.layers_to_transform is None else len(config.layers_to_transform)
     vectors = width * (config.pooler == "constant") + (width + 1) * (config.summary == "standardised")
     vectors += (len(GELU_NUMERATOR) + len(GELU_DENOMINATOR)) * (config.activation == "rational")
-    return layers * config.r * (width + carried), layers * vectors, layers * carried
+    return layers * config.r * (width + carried), layers * vectors, count * carried

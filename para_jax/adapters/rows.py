@@ -80,7 +80,7 @@ def by_layer(adapters: Adapter | Rows | Groups | Made) -> tuple[object, Callable
     segments).
     """
     if isinstance(adapters, Rows):
-        stacks = tuple(layers_first(stack.adapters) for stack in adapters.stacks)
+        stacks = tuple(layers_first(stack.adapters).in_all_layers() for stack in adapters.stacks)
 
         def make(layers, x, prompt_length, start=None):
             if start is not None:
@@ -94,10 +94,10 @@ def by_layer(adapters: Adapter | Rows | Groups | Made) -> tuple[object, Callable
     if isinstance(adapters, Made):
         return list(adapters.layers), lambda made, x, prompt_length: made
     if isinstance(adapters, Groups):
-        return adapters.adapters, lambda layer, x, length: of_groups(layer, adapters, x, length)
+        return adapters.adapters.in_all_layers(), lambda layer, x, length: of_groups(layer, adapters, x, length)
     if adapters.shared:
         return adapters, lambda layer, x, length, start=None: Shared(make_adjustment(layer, x[0], length.ravel()[0]))
-    return adapters, make_of_one
+    return adapters.in_all_layers(), make_of_one
 
 
 def make_of_one(layer: Adapter, x: jax.Array, prompt_length: jax.Array, start: jax.Array | None = None) -> Adjustment:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, layers_of
 from ..config import TrainSection
 from ..data.batches import Batch
 from ..data.packing import Packed
@@ -101,7 +102,8 @@ def standardise(model, adapter: Adapter, batches: list[Batch]) -> Adapter:
     mean = summaries.mean(axis=1)
     spread = jnp.sqrt(jnp.mean((summaries - mean[:, None]) ** 2, axis=(1, 2)))[:, None]
     filled = jax.tree.map(lambda leaf: leaf, adapter)
-    filled.mean[...] = mean
     size = jnp.sqrt(jnp.mean(mean**2, axis=1))[:, None]
-    filled.scale[...] = jnp.where(spread > 1e-5 * size, spread, 1.0)
+    layers = np.array(layers_of(adapter.config, len(mean)))
+    filled.mean[...] = mean[layers]
+    filled.scale[...] = jnp.where(spread > 1e-5 * size, spread, 1.0)[layers]
     return filled

@@ -23,7 +23,7 @@ from para_jax import (
 )
 from para_jax.config import SITES
 
-NAMES = ["para", "ia3", None, "wide", "input", "standardised"]
+NAMES = ["para", "ia3", None, "wide", "input", "standardised", "last layer"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,7 @@ def tenants(model):
         "para": ParaConfig(r=4),
         "wide": ParaConfig(r=8, target_modules=("q_proj", "up_proj")),
         "standardised": ParaConfig(r=3, summary="standardised", activation="rational"),
+        "last layer": ParaConfig(r=5, layers_to_transform=(2,)),
         "ia3": Ia3Config(target_modules=("q_proj", "v_proj")),
         "input": Ia3Config(target_modules=("v_proj", "up_proj", "down_proj")),
         "lora": LoraConfig(r=4, lora_alpha=16),

@@ -138,7 +138,10 @@ def test_the_config_tells_method_and_backbone_without_the_weights(tmp_path):
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["task_type"] == "CAUSAL_LM"
 
 
-@pytest.mark.parametrize("options", [{}, {"pooler": "constant", "summary": "standardised", "activation": "rational"}])
+EVERYTHING = {"pooler": "constant", "summary": "standardised", "activation": "rational"}
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING, EVERYTHING | {"layers_to_transform": (0, 2)}])
 def test_the_config_alone_tells_the_size_of_the_weights(tmp_path, options):
     adapter = trained(**options)
     save_adapter(adapter, tmp_path / "adapter")

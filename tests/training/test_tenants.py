@@ -20,6 +20,8 @@ from para_jax.training.step import init_state, train_step
 from para_jax.training.tenants import Settings, init_tenants, tenant_of, tenants_step
 
 METHODS = [ParaConfig(r=4, summary="standardised"), LoraConfig(r=4), Ia3Config()]
+SOME_LAYERS = ParaConfig(r=4, summary="standardised", layers_to_transform=(0, 2))
+NAME = lambda m: "some layers" if m is SOME_LAYERS else type(m).__name__  # noqa: E731
 A, B, C = 0, 1, 2
 EACH = 4  # rows of a tenant's group
 CONFIG = replace(TRAIN, warmup_ratio=0.0)
@@ -85,7 +87,7 @@ def differ(ours, theirs):
 # ------------------------------------------------------------------------------------------------------- each as alone
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [*METHODS, SOME_LAYERS], ids=NAME)
 def test_each_tenant_steps_as_it_would_alone(method):
     batch, index = mixed([B, C, A])
     state, values = stepped(fresh_state(method), batch, index)
@@ -108,7 +110,7 @@ def test_each_tenant_steps_as_it_would_alone(method):
     assert norms.max() > CONFIG.max_grad_norm or type(method) is not ParaConfig  # some are clipped
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [*METHODS, SOME_LAYERS], ids=NAME)
 def test_groups_of_rows_compute_what_rows_of_their_own_do(method):
     batch, index = mixed([B, -1, A])
     tokens, lengths = jnp.asarray(batch.tokens[0]), jnp.asarray(batch.prompt_length[0])

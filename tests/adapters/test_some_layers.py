@@ -1,0 +1,146 @@
+"""`layers_to_transform`: PARA with generators in some layers is PARA whose other layers make factors of one."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import backbone, prompts, strong
+from safetensors.numpy import load_file
+from tiny_run import TRAIN
+
+from para_jax import ParaConfig, forward, init_adapter, load_adapter, load_config, save_adapter, vectors
+from para_jax.adapters.adapter import count_parameters, named_leaves
+from para_jax.adapters.bank import content_hash
+from para_jax.config import save_config
+from para_jax.data.batches import Bucket, collate
+from para_jax.data.examples import Example
+from para_jax.training.step import init_state, standardise, train_step
+
+LAYERS = (0, 2)  # of three
+CONFIG = replace(TRAIN, warmup_ratio=0.0, max_grad_norm=1e6)  # of more layers the norm would be larger
+FORMS = [{}, {"summary": "rms", "pooler": "mean"}, {"summary": "standardised", "activation": "rational"}]
+
+
+def some_and_all(**options):
+    """A strong adapter in some layers, and one in all whose W_up is zero in the others."""
+    model = backbone("llama").config
+    some = strong(init_adapter(ParaConfig(r=4, layers_to_transform=LAYERS, **options), model))
+    whole = init_adapter(ParaConfig(r=4, **options), model)
+    for name, leaf in named_leaves(some).items():
+        variable = whole.up[name[3:]] if name.startswith("up.") else getattr(whole, name)
+        variable[...] = variable[...].at[jnp.array(LAYERS)].set(leaf)
+    return some, whole
+
+
+def batch():
+    examples = [Example([20 + i, 30, 40], [9, 10, 2]) for i in range(4)]
+    return jax.tree.map(lambda a: jnp.asarray(a)[None], collate(examples, Bucket(8, 3), 4))
+
+
+@pytest.mark.parametrize("layout", ["layers", "stacked"])
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_it_computes_what_generators_in_all_layers_do_that_are_zero_elsewhere(options, layout):
+    model, (some, whole) = backbone("llama", layout), some_and_all(**options)
+    tokens, lengths = prompts(model, 3), np.array([3, 8, 5])
+    found, expected = (forward(model, adapter, tokens, lengths) for adapter in (some, whole))
+    np.testing.assert_array_equal(found, expected)
+    assert abs(expected - forward(model, None, tokens, None)).max() > 0.1
+    for factors in vectors(model, some, tokens, lengths).values():
+        assert (factors[1] == 1).all() and abs(factors[jnp.array(LAYERS)] - 1).max() > 0.05
+
+
+def test_a_fresh_one_starts_as_these_layers_of_a_fresh_whole_one_and_has_no_more():
+    model = backbone("llama").config
+    some, whole = (init_adapter(ParaConfig(layers_to_transform=layers), model, seed=3) for layers in (LAYERS, None))
+    np.testing.assert_array_equal(some.down[...], whole.down[...][jnp.array(LAYERS)])
+    assert count_parameters(some) * 3 == count_parameters(whole) * 2
+
+
+def test_a_step_is_that_of_the_whole_one_in_its_layers():
+    model = backbone("llama", "stacked")
+    ends = []
+    for adapter in some_and_all():
+        state = init_state(adapter, CONFIG, 6)
+        state, values = train_step(state, model, batch(), completion=3, config=CONFIG, total_steps=6)
+        ends.append((state.adapter, float(values["loss"])))
+    (some, loss), (whole, expected) = ends
+    start = some_and_all()[0]
+    for name, leaf in named_leaves(some).items():
+        assert abs(leaf - named_leaves(start)[name]).max() > 1e-4, name
+        np.testing.assert_allclose(leaf, named_leaves(whole)[name][jnp.array(LAYERS)], atol=2e-5, err_msg=name)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_statistics_are_those_of_its_layers():
+    model = backbone("llama")
+    configs = (ParaConfig(summary="standardised", layers_to_transform=layers) for layers in (LAYERS, None))
+    part = jax.tree.map(lambda a: a[0], batch())
+    some, whole = (standardise(model, init_adapter(config, model.config), [part]) for config in configs)
+    np.testing.assert_array_equal(some.mean[...], whole.mean[...][jnp.array(LAYERS)])
+    np.testing.assert_array_equal(some.scale[...], whole.scale[...][jnp.array(LAYERS)])
+    assert (some.scale[...] != 1).any()
+
+
+def test_its_folder_names_its_layers_and_holds_no_others(tmp_path):
+    some, _ = some_and_all(summary="standardised")
+    save_adapter(some, tmp_path / "adapter")
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert said["layers_to_transform"] == [0, 2]
+    held = {name.split(".")[4] for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")}
+    assert held == {"0", "2"}
+    assert "layers 0, 2" in (tmp_path / "adapter" / "README.md").read_text()
+    loaded = load_adapter(tmp_path / "adapter", backbone("llama").config)
+    assert loaded.config == some.config
+    for saved, found in zip(jax.tree.leaves(some), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(saved, found)
+
+
+def test_other_layers_make_another_adapter_of_the_same_weights():
+    some, _ = some_and_all()
+    other = strong(init_adapter(ParaConfig(r=4, layers_to_transform=(0, 1)), backbone("llama").config))
+    for name, leaf in named_leaves(some).items():
+        variable = other.up[name[3:]] if name.startswith("up.") else getattr(other, name)
+        variable[...] = leaf
+    assert content_hash(some) != content_hash(other)
+
+
+@pytest.mark.parametrize("layers", [(), (2, 0), (1, 1), (-1,), (1.0,), (True,), ("1",)])
+def test_layers_that_are_none_or_do_not_rise_are_refused(layers):
+    with pytest.raises(ValueError, match=r"layers_to_transform: .* expected None .*, or whole numbers .* that rise"):
+        ParaConfig(layers_to_transform=layers)
+
+
+def test_a_layer_that_the_backbone_does_not_have_is_refused():
+    with pytest.raises(ValueError, match=r"layers_to_transform: \(1, 3\) .* layers of this backbone, 0 to 2"):
+        init_adapter(ParaConfig(layers_to_transform=(1, 3)), backbone("llama").config)
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ("all", "layers_to_transform: 'all'; expected a list"),
+        ([0, 3], "layers_to_transform: .*; expected layers of its backbone, 0 to 2"),
+        ([2, 0], "layers_to_transform: .*that rise"),
+        ([], "layers_to_transform: .*that rise"),
+        ([[0]], "layers_to_transform: .*that rise"),
+        ([0, 1], "missing.*layers.1.para_"),
+        (None, "missing.*layers.1.para_"),
+    ],
+)
+def test_a_folder_that_names_other_layers_than_it_holds_is_refused(tmp_path, layers, message):
+    save_adapter(some_and_all()[0], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers_to_transform": layers}))
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path / "adapter", backbone("llama").config)
+
+
+def test_a_run_takes_it_and_keeps_it(tmp_path):
+    config = load_config(None, ["adapter.layers_to_transform=[1, 2]", "data.train=rows.jsonl"])
+    assert config.adapter == ParaConfig(layers_to_transform=(1, 2))
+    save_config(config, tmp_path / "run.yaml")
+    assert load_config(tmp_path / "run.yaml").adapter == config.adapter
+    assert load_config(tmp_path / "run.yaml", ["adapter.layers_to_transform=null"]).adapter == ParaConfig()
