@@ -159,11 +159,7 @@ class ParaConfig:
         require(self.activation in self.ACTIVATIONS, "activation", self.activation, one_of(self.ACTIVATIONS))
         require_sites(self)
         if self.layers_to_transform is not None:
-            layers = tuple(self.layers_to_transform)
-            whole = bool(layers) and all(type(i) is int and i >= 0 for i in layers)
-            expected = "None (all layers), or whole numbers of at least 0 that rise, such as [20, 21, 22]"
-            require(whole and sorted(set(layers)) == list(layers), "layers_to_transform", layers, expected)
-            object.__setattr__(self, "layers_to_transform", layers)
+            require_layers(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +205,16 @@ def require_sites(config) -> None:
         bool(sites) and set(sites) <= set(SITES), "target_modules", sites, "a non-empty part of " + ", ".join(SITES)
     )
     object.__setattr__(config, "target_modules", tuple(site for site in SITES if site in sites))
+
+
+def require_layers(config) -> None:
+    """Checks `layers_to_transform` and makes it a tuple."""
+    given = config.layers_to_transform
+    layers = tuple(given) if isinstance(given, (tuple, list, range)) else ()
+    rise = all(type(i) is int and i >= 0 for i in layers) and layers == tuple(sorted(set(layers)))
+    expected = "None (all layers), or whole numbers of at least 0 that rise, such as (20, 21, 22)"
+    require(bool(layers) and rise, "layers_to_transform", given, expected)
+    object.__setattr__(config, "layers_to_transform", layers)
 
 
 #: The adapter methods and their configs. A new method is one line here and one file in adapters/.
@@ -558,7 +564,7 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         if "adapter" in merged:
             merged.adapter.pop("method", None)
         schema = OmegaConf.structured(RunConfig(adapter=ADAPTER_CONFIGS[method]()))
-        require_quoted(OmegaConf.to_container(merged, resolve=False), RunConfig(adapter=ADAPTER_CONFIGS[method]()))
+        require_readable(OmegaConf.to_container(merged, resolve=False), RunConfig(adapter=ADAPTER_CONFIGS[method]()))
         with flag_override(schema, "readonly", False):
             unfreeze(schema)
             return to_dataclass(OmegaConf.merge(schema, merged), RunConfig(adapter=ADAPTER_CONFIGS[method]()))
@@ -665,16 +671,28 @@ def literal(text: str) -> str:
     return text.replace("${", "$\ue000{")
 
 
-def require_quoted(given: Any, template, section: str = "") -> None:
-    """Refuses a YAML boolean (yes, no, true ...) where a text is meant, which would become "True"."""
+def require_readable(given: Any, template, section: str = "") -> None:
+    """Refuses a YAML boolean (yes, no, true ...) where a text is meant, which would become "True", and what is not a
+    number in a list of numbers, which OmegaConf's error would not name."""
     for f in dataclasses.fields(template):
         value = given.get(f.name) if isinstance(given, dict) else None
+        for kind, wanted in ((int, "whole numbers"), (float, "numbers")):
+            if isinstance(value, list) and f.type in (tuple[kind, ...], tuple[kind, ...] | None):
+                wrong = [v for v in value if not reads_as(kind, v)]
+                require(not wrong, section + f.name, wrong, f"a list of {wanted}")
         if dataclasses.is_dataclass(getattr(template, f.name)):
-            require_quoted(value, getattr(template, f.name), f"{f.name}.")
+            require_readable(value, getattr(template, f.name), f"{f.name}.")
         elif f.type is not bool and any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
             raise ValueError(
                 f'{section}{f.name}: {value!r} is a truth value in YAML; quote the text, such as \'["yes", "no"]\''
             )
+
+
+def reads_as(kind: type[int] | type[float], value: Any) -> bool:
+    try:
+        return isinstance(value, (str, int, kind)) and kind(value) is not None
+    except ValueError:
+        return False
 
 
 def unfreeze(node: DictConfig) -> None:

@@ -6,10 +6,10 @@ Each method gets four neighbouring learning rates of one grid, 1e-4 to 1e-1: whi
 chosen on validation data after half the steps, with seed 0 (by accuracy, ties by the loss), and while it is the
 highest or lowest that was tried, the grid's next is tried too; seeds 0, 1 and 2 are then trained with it for all
 steps. All rates, and then all seeds, are tenants of one run (`sweep`). Scores are of whole test files, medians over
-the seeds with their range; PARA also with every row reading another row's prompt. Forms of PARA that are named with
-`--also` are compared on validation data only. The time of a step and the peak memory are those of a run of one
-adapter in a process of its own; what a decode step costs stands in docs/results.md. Stages: `train`, `test`, `alone`;
-what is done is kept in the output folder, and the same command goes on.
+the seeds with their range; PARA also with every row reading another row's prompt. `--also` names further forms of
+PARA and LoRA. The time of a step and the peak memory are those of a run of one adapter in a process of its own; what a
+decode step costs stands in docs/results.md. Stages: `train`, `test`, `alone`; what is done is kept in the output
+folder, and the same command goes on.
 """
 
 import argparse
@@ -69,15 +69,22 @@ def methods(model_config) -> dict:
 
 
 def forms(named: list[str]) -> dict:
-    """Name to a changed PARA and overrides of its runs' configs, from NAME:FIELD=VALUE,FIELD=VALUE with fields of
-    ParaConfig (a+b+c is a tuple) or of a run (train.up_lr_ratio)."""
+    """Name to a changed PARA, or with method=lora a LoRA on its sites, and overrides of its runs' configs, from
+    NAME:FIELD=VALUE,FIELD=VALUE with fields of that config (a+b+c is a tuple) or of a run (train.up_lr_ratio)."""
     found = {}
     for text in named:
         name, _, fields = text.partition(":")
         changed = dict(pair.split("=") for pair in fields.split(","))
-        adapter = replace(PARA, **{key: parsed(v) for key, v in changed.items() if "." not in key})
+        lora = changed.pop("method", "para") == "lora"
+        base = LoraConfig(target_modules=PARA.target_modules) if lora else PARA
+        adapter = replace(base, **{key: parsed(v) for key, v in changed.items() if "." not in key})
         found[name] = adapter, tuple(f"{key}={v}" for key, v in changed.items() if "." in key)
     return found
+
+
+def plain(main: dict) -> dict:
+    """The main methods as `forms` gives further ones."""
+    return {name: (adapter, ()) for name, adapter in main.items()}
 
 
 def parsed(text: str):
@@ -204,7 +211,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="examples a step")
     parser.add_argument("--limit", type=int, default=200, help="validation examples")
     parser.add_argument("--test-limit", type=int, help="test examples; default: the whole file")
-    parser.add_argument("--also", nargs="*", default=[], metavar="NAME:FIELD=VALUE,...", help="further forms of PARA")
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME:FIELD=VALUE,...", help="further forms")
     parser.add_argument("--output", type=Path, default=Path("results/compare_methods"))
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     args = parser.parse_args()
@@ -218,7 +225,7 @@ def main() -> None:
 
 
 def train(args, task: str, main: dict, also: dict, model_config) -> None:
-    for name, (adapter, overrides) in ({name: (adapter, ()) for name, adapter in main.items()} | also).items():
+    for name, (adapter, overrides) in (plain(main) | also).items():
         folder = args.output / "runs" / task / label(name)
         folder.mkdir(parents=True, exist_ok=True)
         rates = rates_of(adapter)
@@ -246,10 +253,10 @@ def test(args, task: str, main: dict, also: dict, model_config) -> None:
     about = settings(args) | {"test_limit": args.test_limit}
     done(args.output / f"{task}-base-tested.json", lambda: {"test": score(None)}, about)
     for seed in SEEDS:
-        for name in main:
+        for name, (adapter, overrides) in (plain(main) | also).items():
 
-            def made(name=name, seed=seed) -> dict:
-                folder = folder_of(args, task, main[name], name, seed)
+            def made(name=name, adapter=adapter, overrides=overrides, seed=seed) -> dict:
+                folder = folder_of(args, task, adapter, name, seed, *overrides)
                 found = {"test": score(folder)}
                 return found | ({"shuffled": score(folder, seed)} if name == "PARA r=12" else {})
 
@@ -257,13 +264,13 @@ def test(args, task: str, main: dict, also: dict, model_config) -> None:
         write_tables(args)
 
 
-def folder_of(args, task: str, adapter, name: str, seed: int) -> str:
+def folder_of(args, task: str, adapter, name: str, seed: int, *overrides: str) -> str:
     """The folder of a seed's run; where it is gone (only the scores are kept in git), all seeds are trained again."""
     found = read(args.output / f"{task}-{label(name)}-trained.json")
     rate, runs = found["learning_rate"], args.output / "runs" / task / label(name)
     folders = seed_folders(runs, rate)
     if not (folders[seed] / "adapter").exists():
-        for at, folder in run_seeds(args, task, adapter, runs, rate).items():
+        for at, folder in run_seeds(args, task, adapter, runs, rate, *overrides).items():
             before, now = found["validation"][str(at)], last_validation(task, folder)
             print(f"{task}, {name}, seed {at}, trained again: {now}; before: {before}", flush=True)
     return str(folders[seed])

@@ -156,6 +156,11 @@ def test_a_value_in_the_place_of_a_section_names_it():
     ("eval.patience=0", "at least 1 evaluation"),
     ("logging.report_to=[mlflow]", "any of tensorboard, wandb"),
     ("logging.every=0", "at least 1 step"),
+    ("sweep.seed=[a]", "a list of whole numbers"),
+    ("sweep.seed=[1.5]", "a list of whole numbers"),
+    ("sweep.learning_rate=[fast]", "a list of numbers"),
+    ("adapter.layers_to_transform=[last]", "a list of whole numbers"),
+    ("adapter.layers_to_transform=[-1]", "whole numbers of at least 0"),
 ])  # fmt: skip
 def test_a_value_out_of_bounds_names_the_field_the_value_and_what_is_possible(override, expected):
     key, _, value = override.partition("=")

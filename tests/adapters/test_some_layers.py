@@ -107,10 +107,15 @@ def test_other_layers_make_another_adapter_of_the_same_weights():
     assert content_hash(some) != content_hash(other)
 
 
-@pytest.mark.parametrize("layers", [(), (2, 0), (1, 1), (-1,), (1.0,), (True,), ("1",)])
+@pytest.mark.parametrize("layers", [(), (2, 0), (1, 1), (-1,), (1.0,), (True,), ("1",), 2, "12"])
 def test_layers_that_are_none_or_do_not_rise_are_refused(layers):
     with pytest.raises(ValueError, match=r"layers_to_transform: .* expected None .*, or whole numbers .* that rise"):
         ParaConfig(layers_to_transform=layers)
+
+
+def test_a_list_and_a_range_are_layers_too():
+    assert ParaConfig(layers_to_transform=[1, 2]) == ParaConfig(layers_to_transform=range(1, 3))  # pyright: ignore
+    assert hash(ParaConfig(layers_to_transform=[1, 2])) == hash(ParaConfig(layers_to_transform=(1, 2)))  # pyright: ignore
 
 
 def test_a_layer_that_the_backbone_does_not_have_is_refused():
