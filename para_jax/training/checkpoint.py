@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -89,7 +90,8 @@ def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
     }  # copies: the next step reuses the state's memory
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(f"step {progress.step}: the state is not finite, and is not saved; lower train.learning_rate")
-    about = progress._asdict() | {"sha256": digest(arrays)}
+    about = progress._asdict()
+    about["sha256"] = digest(arrays, about)
     saved = ocp.args.Composite(state=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(about))
     with errors_in_one_line(checkpoints):
         checkpoints.save(progress.step, args=saved, force=True)
@@ -165,7 +167,7 @@ def read_checkpoint(
     read = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
     restored = checkpoints.restore(step, args=read)
     arrays, about = {name: np.asarray(restored.state[name]) for name in wanted}, dict(restored.progress)
-    if about.pop("sha256") != digest(arrays):
+    if about.pop("sha256") != digest(arrays, about):
         raise ValueError("its bytes have changed since they were written")
     return arrays, about
 
@@ -193,9 +195,9 @@ def placed_like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
     return jnp.asarray(array)
 
 
-def digest(arrays: dict[str, np.ndarray]) -> str:
-    """The sha256 of all arrays' bytes, in the order of their names."""
-    found = hashlib.sha256()
+def digest(arrays: dict[str, np.ndarray], progress: dict[str, Any]) -> str:
+    """The sha256 of the progress, as JSON, and of all arrays' bytes, in the order of their names."""
+    found = hashlib.sha256(json.dumps(progress, sort_keys=True).encode())
     for name in sorted(arrays):
         found.update(np.ascontiguousarray(arrays[name]).data)
     return found.hexdigest()

@@ -1,5 +1,6 @@
 """A checkpoint gives back the very bits, on the devices they came from, and is whole or not there."""
 
+import json
 import os
 import resource
 import shutil
@@ -97,6 +98,10 @@ def flip(file):
     file.write_bytes(data)
 
 
+def change(file, key, value):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+
+
 DAMAGES = {
     "the largest file is truncated": lambda folder: os.truncate(largest(folder), 100),
     "the largest file is empty": lambda folder: os.truncate(largest(folder), 0),
@@ -105,6 +110,7 @@ DAMAGES = {
     "the largest file is gone": lambda folder: largest(folder).unlink(),
     "the state is gone": lambda folder: shutil.rmtree(folder / "state"),
     "the progress is gone": lambda folder: shutil.rmtree(folder / "progress"),
+    "the progress says another thing": lambda folder: change(folder / "progress" / "metadata", "since_best", 3),
     "the progress is garbage": lambda folder: (folder / "progress" / "metadata").write_text("garbage"),
     "everything is gone": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
 }
