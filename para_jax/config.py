@@ -655,7 +655,7 @@ def parse_override(text: str) -> DictConfig:
     text = literal(text)
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ValueError(f"override {text!r}: expected section.field=value, such as train.learning_rate=3e-3")
+        raise ValueError(f"override {shown(text)!r}: expected section.field=value, such as train.learning_rate=3e-3")
     if key in TEXT_FIELDS:
         made = OmegaConf.create({})
         OmegaConf.update(made, key, value.replace("\\n", "\n"))
@@ -663,7 +663,7 @@ def parse_override(text: str) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([text])
     except yaml.YAMLError as error:
-        raise ValueError(f"override {text!r}: not YAML: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"override {shown(text)!r}: not YAML: {str(error).splitlines()[0]}") from None
 
 
 def literal(text: str) -> str:
@@ -678,7 +678,7 @@ def require_readable(given: Any, template, section: str = "") -> None:
         value = given.get(f.name) if isinstance(given, dict) else None
         for kind, wanted in ((int, "whole numbers"), (float, "numbers")):
             if isinstance(value, list) and f.type in (tuple[kind, ...], tuple[kind, ...] | None):
-                wrong = [v for v in value if not reads_as(kind, v)]
+                wrong = [shown(v) for v in value if not reads_as(kind, v)]
                 require(not wrong, section + f.name, wrong, f"a list of {wanted}")
         if dataclasses.is_dataclass(getattr(template, f.name)):
             require_readable(value, getattr(template, f.name), f"{f.name}.")
@@ -689,10 +689,14 @@ def require_readable(given: Any, template, section: str = "") -> None:
 
 
 def reads_as(kind: type[int] | type[float], value: Any) -> bool:
+    """Whether OmegaConf takes the value for such a number."""
+    if not isinstance(value, (str, int, kind)):
+        return False
     try:
-        return isinstance(value, (str, int, kind)) and kind(value) is not None
+        kind(value)
     except ValueError:
         return False
+    return True
 
 
 def unfreeze(node: DictConfig) -> None:

@@ -196,8 +196,11 @@ def cell(value: float | None) -> str:
 def adapter_report(folder: Path) -> str:
     """An adapter's config, its backbone, what 1000 such tenants need in an AdapterBank, and what decode carries."""
     found = read_adapter_config(folder)
-    fields = {k: ", ".join(map(str, v)) or "none" if isinstance(v, tuple) else v for k, v in vars(found.config).items()}
-    fields = {k: v for k, v in fields.items() if v is not None}  # layers_to_transform: all
+    fields = {
+        k: ", ".join(map(str, v)) or "none" if isinstance(v, tuple) else v
+        for k, v in vars(found.config).items()
+        if v is not None  # layers_to_transform: all
+    }
     shape = f"{found.backbone['num_layers']} layers"
     if isinstance(found.config, ParaConfig):
         widths = ", ".join(f"{site} {width}" for site, width in found.backbone["site_widths"].items())

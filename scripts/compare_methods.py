@@ -7,9 +7,9 @@ chosen on validation data after half the steps, with seed 0 (by accuracy, ties b
 highest or lowest that was tried, the grid's next is tried too; seeds 0, 1 and 2 are then trained with it for all
 steps. All rates, and then all seeds, are tenants of one run (`sweep`). Scores are of whole test files, medians over
 the seeds with their range; PARA also with every row reading another row's prompt. `--also` names further forms of
-PARA and LoRA. The time of a step and the peak memory are those of a run of one adapter in a process of its own; what a
-decode step costs stands in docs/results.md. Stages: `train`, `test`, `alone`; what is done is kept in the output
-folder, and the same command goes on.
+PARA and LoRA, which are not timed. The time of a step and the peak memory are those of a run of one adapter in a
+process of its own; what a decode step costs stands in docs/results.md. Stages: `train`, `test`, `alone`; what is done
+is kept in the output folder, and the same command goes on.
 """
 
 import argparse

@@ -169,6 +169,11 @@ def test_a_value_out_of_bounds_names_the_field_the_value_and_what_is_possible(ov
     assert value.strip("[]").split(", ")[-1] in message
 
 
+@pytest.mark.parametrize("override", ["sweep.seed=['${seed}']", "sweep.seed=[${seed}]", "${seed}"])
+def test_an_error_shows_a_reference_as_it_was_written(override):
+    assert "${seed}" in error(override)
+
+
 @pytest.mark.parametrize("override", ["train.max_steps", "=3", "--fast"])
 def test_an_override_without_a_value_says_how_one_looks(override):
     assert "expected section.field=value" in error(override)

@@ -8,7 +8,7 @@ class with a leading layer axis on every array.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..config import SITES, ModelConfig
+from ..config import SITES, ModelConfig, require
 
 
 class AdapterParam(nnx.LoRAParam):
@@ -127,10 +127,15 @@ def init(kind: Callable[..., Adapter], config, model: ModelConfig, seed: int) ->
     return jax.vmap(lambda key: kind(config, model, rngs=nnx.Rngs(params=key)))(keys)
 
 
-def layers_of(config, num_layers: int) -> tuple[int, ...]:
-    """The layers of the backbone in which an adapter of this config has weights."""
+def layers_of(config, num_layers: int) -> Sequence[int]:
+    """The layers of the backbone in which an adapter of this config has weights. Raises ValueError for one that the
+    backbone does not have."""
     chosen = getattr(config, "layers_to_transform", None)
-    return tuple(range(num_layers)) if chosen is None else chosen
+    if chosen is None:
+        return range(num_layers)
+    expected = f"layers of the backbone, 0 to {num_layers - 1}"
+    require(chosen[-1] < num_layers, "layers_to_transform", chosen, expected)
+    return chosen
 
 
 def count_parameters(adapter: Adapter) -> int:

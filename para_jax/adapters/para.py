@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ..config import ModelConfig, ParaConfig, require
-from .adapter import Adapter, AdapterParam, Factors, Statistic, describe, is_variable, layers_of
+from ..config import ModelConfig, ParaConfig
+from .adapter import Adapter, AdapterParam, Factors, Statistic, describe, is_variable
 
 
 class Para(Adapter):
@@ -38,9 +38,6 @@ class Para(Adapter):
     """
 
     def __init__(self, config: ParaConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        layers = layers_of(config, model.num_layers)
-        expected = f"layers of this backbone, 0 to {model.num_layers - 1}"
-        require(max(layers) < model.num_layers, "layers_to_transform", layers, expected)
         down = jax.random.normal(rngs.params(), (model.width, config.r)) * model.width**-0.5  # [C]
         self.down = AdapterParam(down, axes=("width", "rank"))
         self.up = nnx.Dict(
@@ -73,6 +70,8 @@ class Para(Adapter):
 
     def normal(self, model: ModelConfig) -> Para:
         """With a generator in every layer."""
+        if self.config.layers_to_transform is None:
+            return self
         whole = self.in_all_layers()
         whole.config = replace(self.config, layers_to_transform=None)
         return whole

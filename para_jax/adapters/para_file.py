@@ -37,26 +37,23 @@ def para_json(adapter: Para, base_model: str, fingerprint: str | None) -> dict:
     config, backbone = adapter.config, adapter.backbone._asdict()
     widths = dict(adapter.backbone.site_widths)
     backbone["site_widths"] = {site: widths[site] for site in config.target_modules}
-    version = {}
+    optional = {}
+    if config.layers_to_transform is not None:
+        optional["layers_to_transform"] = list(config.layers_to_transform)
     with suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout that is not installed
-        version = {"para_jax_version": importlib.metadata.version("para_jax")}
-    layers = config.layers_to_transform
-    return (
-        {
-            "peft_type": "PARA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_model,
-            "inference_mode": True,
-            "r": config.r,
-            "target_modules": list(config.target_modules),
-            "pooler": config.pooler,
-            "summary": config.summary,
-            "activation": config.activation,
-            "backbone": backbone | ({"fingerprint": fingerprint} if fingerprint else {}),
-        }
-        | ({} if layers is None else {"layers_to_transform": list(layers)})
-        | version
-    )
+        optional["para_jax_version"] = importlib.metadata.version("para_jax")
+    return {
+        "peft_type": "PARA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": config.r,
+        "target_modules": list(config.target_modules),
+        "pooler": config.pooler,
+        "summary": config.summary,
+        "activation": config.activation,
+        "backbone": backbone | ({"fingerprint": fingerprint} if fingerprint else {}),
+    } | optional
 
 
 def para_tensors(adapter: Para) -> dict[str, jax.Array | np.ndarray]:
@@ -112,9 +109,7 @@ def read_para_config(found: dict) -> tuple[ParaConfig, dict]:
         rest["layers_to_transform"] = tuple(layers)
     config = ParaConfig(r=checked_rank(found["r"]), target_modules=tuple(sites), **rest)
     backbone = checked_backbone(found["backbone"], config.target_modules)
-    count = backbone["num_layers"]
-    if layers and layers[-1] >= count:
-        raise ValueError(f"layers_to_transform: {shorten(layers)}; expected layers of its backbone, 0 to {count - 1}")
+    layers_of(config, backbone["num_layers"])  # raises where the backbone does not have them
     return config, backbone
 
 
@@ -161,7 +156,7 @@ def require_keys(where: str, found: dict, required: tuple[str, ...], optional: t
 def para_values(config: ParaConfig, backbone: dict) -> tuple[int, int, int]:
     """The values of one tenant's matrices and of its vectors, and those that decode carries a row."""
     count, width, carried = backbone["num_layers"], backbone["width"], sum(backbone["site_widths"].values())
-    layers = count if config.layers_to_transform is None else len(config.layers_to_transform)
+    layers = len(layers_of(config, count))
     vectors = width * (config.pooler == "constant") + (width + 1) * (config.summary == "standardised")
     vectors += (len(GELU_NUMERATOR) + len(GELU_DENOMINATOR)) * (config.activation == "rational")
     return layers * config.r * (width + carried), layers * vectors, count * carried

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from tiny_run import TRAIN
 
 from para_jax import ParaConfig, forward, init_adapter, load_adapter, load_config, save_adapter, vectors
-from para_jax.adapters.adapter import count_parameters, named_leaves
+from para_jax.adapters.adapter import count_parameters, named_leaves, with_leaves
 from para_jax.adapters.bank import content_hash
 from para_jax.config import save_config
 from para_jax.data.batches import Bucket, collate
@@ -29,10 +29,9 @@ def some_and_all(**options):
     model = backbone("llama").config
     some = strong(init_adapter(ParaConfig(r=4, layers_to_transform=LAYERS, **options), model))
     whole = init_adapter(ParaConfig(r=4, **options), model)
-    for name, leaf in named_leaves(some).items():
-        variable = whole.up[name[3:]] if name.startswith("up.") else getattr(whole, name)
-        variable[...] = variable[...].at[jnp.array(LAYERS)].set(leaf)
-    return some, whole
+    held = named_leaves(some)
+    spread = {name: leaf.at[jnp.array(LAYERS)].set(held[name]) for name, leaf in named_leaves(whole).items()}
+    return some, with_leaves(whole, spread)
 
 
 def batch():
@@ -100,10 +99,8 @@ def test_its_folder_names_its_layers_and_holds_no_others(tmp_path):
 
 def test_other_layers_make_another_adapter_of_the_same_weights():
     some, _ = some_and_all()
-    other = strong(init_adapter(ParaConfig(r=4, layers_to_transform=(0, 1)), backbone("llama").config))
-    for name, leaf in named_leaves(some).items():
-        variable = other.up[name[3:]] if name.startswith("up.") else getattr(other, name)
-        variable[...] = leaf
+    other = init_adapter(ParaConfig(r=4, layers_to_transform=(0, 1)), backbone("llama").config)
+    other = with_leaves(other, named_leaves(some))
     assert content_hash(some) != content_hash(other)
 
 
@@ -119,7 +116,7 @@ def test_a_list_and_a_range_are_layers_too():
 
 
 def test_a_layer_that_the_backbone_does_not_have_is_refused():
-    with pytest.raises(ValueError, match=r"layers_to_transform: \(1, 3\) .* layers of this backbone, 0 to 2"):
+    with pytest.raises(ValueError, match=r"layers_to_transform: \(1, 3\) .* layers of the backbone, 0 to 2"):
         init_adapter(ParaConfig(layers_to_transform=(1, 3)), backbone("llama").config)
 
 
@@ -127,7 +124,7 @@ def test_a_layer_that_the_backbone_does_not_have_is_refused():
     "layers, message",
     [
         ("all", "layers_to_transform: 'all'; expected a list"),
-        ([0, 3], "layers_to_transform: .*; expected layers of its backbone, 0 to 2"),
+        ([0, 3], "layers_to_transform: .* expected layers of the backbone, 0 to 2"),
         ([2, 0], "layers_to_transform: .*that rise"),
         ([], "layers_to_transform: .*that rise"),
         ([[0]], "layers_to_transform: .*that rise"),
