@@ -109,7 +109,7 @@ def read_para_config(found: dict) -> tuple[ParaConfig, dict]:
         rest["layers_to_transform"] = tuple(layers)
     config = ParaConfig(r=checked_rank(found["r"]), target_modules=tuple(sites), **rest)
     backbone = checked_backbone(found["backbone"], config.target_modules)
-    layers_of(config, backbone["num_layers"])  # raises where the backbone does not have them
+    layers_of(config, backbone["num_layers"])  # raises for others, and here the file is named
     return config, backbone
 
 

@@ -124,7 +124,7 @@ def test_a_layer_that_the_backbone_does_not_have_is_refused():
     "layers, message",
     [
         ("all", "layers_to_transform: 'all'; expected a list"),
-        ([0, 3], "layers_to_transform: .* expected layers of the backbone, 0 to 2"),
+        ([0, 3], "adapter_config.json: layers_to_transform: .* expected layers of the backbone, 0 to 2"),
         ([2, 0], "layers_to_transform: .*that rise"),
         ([], "layers_to_transform: .*that rise"),
         ([[0]], "layers_to_transform: .*that rise"),
