@@ -615,7 +615,13 @@ def adapter_method(config) -> str:
 def require(holds: bool, name: str, value: object, expected: str) -> None:
     """Raises the ValueError that names a wrong value and says what was expected."""
     if not holds:
-        raise ValueError(f"{name}: {value!r} is not possible; expected {expected}")
+        raise ValueError(f"{name}: {shorten(value, 200)} is not possible; expected {expected}")
+
+
+def shorten(value: object, width: int = 80) -> str:
+    """A value as an error shows it: bounded, and without raw control characters."""
+    text = repr(value[: width + 1] if isinstance(value, str) else value)
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def require_local(name: str, path: str | None) -> None:

@@ -11,7 +11,7 @@ import para_jax
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ["config", "sharding", "gguf", "hub", "devices", "hlo", "processes"],
+    ["atomic", "config", "sharding", "gguf", "hub", "devices", "hlo", "processes"],
     ["backbone", "adapters", "data"],
     ["model"],
     ["training", "inference"],

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from ..config import Ia3Config, LoraConfig, ModelConfig, ParaConfig, expanded
+from ..config import Ia3Config, LoraConfig, ModelConfig, ParaConfig, expanded, shorten
 from .adapter import Adapter
 from .folder import (
     CARD,
@@ -26,7 +26,6 @@ from .folder import (
     replace_folder,
     require_finite,
     safetensors_bytes,
-    shorten,
     tensor_shapes,
 )
 from .ia3 import Ia3

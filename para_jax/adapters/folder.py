@@ -10,10 +10,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+from ..atomic import sync_folder
+from ..config import shorten
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MAX_JSON_BYTES = 2**20
@@ -155,20 +158,6 @@ def mend_folder(folder: Path) -> None:
             os.rename(path, folder)
     for path in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some file systems can't; the renames are done all the same
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def shorten(value: object, width: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def some(names: Iterable[str]) -> str:

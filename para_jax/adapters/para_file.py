@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import ModelConfig, ParaConfig
+from ..config import ModelConfig, ParaConfig, shorten
 from .adapter import describe, init, layers_of, with_leaves
-from .folder import read_tensors, shorten, some
+from .folder import read_tensors, some
 from .para import GELU_DENOMINATOR, GELU_NUMERATOR, Para
 
 MAX_RANK = 2**16

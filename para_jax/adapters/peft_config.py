@@ -9,8 +9,8 @@ import math
 import re
 from collections.abc import Iterator
 
-from ..config import FUSED, SITES, Ia3Config, LoraConfig, one_of
-from .folder import shorten, some
+from ..config import FUSED, SITES, Ia3Config, LoraConfig, one_of, shorten
+from .folder import some
 from .para_file import checked_rank
 
 PREFIX = "base_model.model.model.layers."

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from ..config import shorten
+
 #: A prompt: text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
 #: A prompt of one who tokenises by himself: its ids.
@@ -198,11 +200,6 @@ def is_special(tokenizer, token: int) -> bool:
 def require_filled(name: str, value: object) -> None:
     if not value or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{name} is missing or empty; expected text{' or messages' if name == 'prompt' else ''}")
-
-
-def shorten(value: object, width: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def show_token(tokenizer, token: int) -> str:

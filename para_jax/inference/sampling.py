@@ -5,6 +5,8 @@ Every row has its own settings and its own random key, so what it draws does not
 
 from __future__ import annotations
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 
@@ -50,3 +52,8 @@ def likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Arra
 def row_keys(seeds, position) -> jax.Array:
     """Each row's key for the token at `position` (int or [batch]; 0: the first new one), of seeds uint32 [batch]."""
     return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds), jnp.broadcast_to(position, seeds.shape))
+
+
+def derived_seed(seed: int, *path: int | str) -> int:
+    """A seed in [0, 2**32) for one of many draws under a common seed: equal for the same path, unrelated otherwise."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *path)).encode()).digest()[:4], "big")

@@ -11,6 +11,7 @@ import itertools
 import os
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from ..config import require
 from ..data.examples import Ids, Prompt, encode_prompt, special_stop_ids, stop_token_ids
 from ..devices import say
 from ..inference.generate import before_first, up_to_multiple
+from ..inference.sampling import derived_seed
 from ..model import DecodeState, prefill
 from .request import Completion, Request, check_request
 from .slots import empty_slots, insert, row_sampling, steps
@@ -69,6 +71,7 @@ class Engine:
         slots: int,
         max_length: int,
         queue_limit: int | None = None,
+        seed: int = 0,
     ):
         """
         Args:
@@ -99,6 +102,7 @@ class Engine:
         self._open: dict[Hashable, list[Sample]] = {}
         self._kept: OrderedDict[tuple, tuple] = OrderedDict()
         self._numbers = itertools.count()
+        self._seed, self._draws = seed, itertools.count()
 
     @property
     def slots(self) -> int:
@@ -129,6 +133,8 @@ class Engine:
         require(id not in self._open, "id", id, "one that no open request has")
         try:
             check_request(request)
+            if request.seed is None:
+                request = replace(request, seed=derived_seed(self._seed, next(self._draws)))
             most = self.queue_limit or request.n
             require(request.n <= most, "n", request.n, f"at most {most}, the engine's queue_limit")
             entry = None if request.tenant is None else self._entry(request.tenant)

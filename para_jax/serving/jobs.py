@@ -118,7 +118,7 @@ def tasks(source: Path, defaults: Request, engine: Engine) -> Iterator[Task]:
                 continue
             made = digest(line, shared, content_of(engine, request.tenant))
             for index in range(request.n):
-                one = dataclasses.replace(request, n=1, seed=(request.seed + index) % 2**32)
+                one = dataclasses.replace(request, n=1, seed=((request.seed or 0) + index) % 2**32)
                 yield Task(number, index, made, name, one, None)
 
 

@@ -11,6 +11,9 @@ from ..config import require
 from ..data.examples import Ids, Prompt, checked_messages
 from ..inference.generate import whole
 
+#: Limits of a request: samples, stop texts, and characters of a stop text.
+MAX_SAMPLES, MAX_STOPS, MAX_STOP_LENGTH = 128, 16, 1024
+
 
 @dataclass(frozen=True)
 class Request:
@@ -25,12 +28,13 @@ class Request:
     """0: greedy"""
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
-    """sample i is drawn with seed + i, whatever runs beside it"""
-    stop: tuple[str, ...] = ()
-    """texts that end an answer; special tokens too"""
+    seed: int | None = None
+    """sample i is drawn with seed + i, whatever else runs. None: the engine draws a seed from its own and the request's
+    number"""
+    stop: str | tuple[str, ...] = ()
+    """texts that end an answer, at most 16; special tokens too"""
     n: int = 1
-    """samples; the prompt is prefilled once for all of them"""
+    """samples, at most 128; the prompt is prefilled once for all of them"""
     id: Hashable = None
     """default: a number that the engine gives"""
 
@@ -65,7 +69,17 @@ def check_request(request: Request) -> None:
     k, p, seed, n = request.top_k, request.top_p, request.seed, request.n
     require(whole(k) and 0 <= k < 2**31, "top_k", k, "a whole number of at least 1, or 0: all tokens")
     require(isinstance(p, Real) and 0 < p <= 1, "top_p", p, "a probability above 0, at most 1")
-    require(whole(seed) and 0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 2**32 - 1")
-    require(whole(n) and n >= 1, "n", n, "a whole number of at least 1")
-    texts = isinstance(request.stop, (tuple, list)) and all(isinstance(s, str) and s for s in request.stop)
-    require(texts, "stop", request.stop, "a list of texts that are not empty")
+    known = seed is None or (whole(seed) and 0 <= seed < 2**32)
+    require(known, "seed", seed, "a whole number from 0 to 2**32 - 1, or None: one is drawn")
+    require(whole(n) and 1 <= n <= MAX_SAMPLES, "n", n, f"a whole number from 1 to {MAX_SAMPLES}")
+    stop = stop_texts(request)
+    texts = isinstance(stop, (tuple, list)) and all(isinstance(text, str) and text for text in stop)
+    require(texts, "stop", request.stop, "a text that is not empty, or a list of them")
+    require(len(stop) <= MAX_STOPS, "stop: number of texts", len(stop), f"at most {MAX_STOPS}")
+    longest = max(map(len, stop), default=0)
+    require(longest <= MAX_STOP_LENGTH, "stop: characters of a text", longest, f"at most {MAX_STOP_LENGTH}")
+
+
+def stop_texts(request: Request) -> tuple[str, ...]:
+    """The request's stop texts, also where it gives one as it is."""
+    return (request.stop,) if isinstance(request.stop, str) else request.stop
