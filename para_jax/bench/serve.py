@@ -52,7 +52,7 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
     for method, bank in banks.items():
         engines[method] = Timed(model, bank, tokenizer, slots=slots, max_length=LONGEST)
         engines[method].warm_up()
-        static(model, bank, work, slots, ended=lambda tokens: True)  # compiles
+        static(model, bank, work, slots, ended=lambda rows: [True] * len(rows))  # compiles
         sides[f"{method}, engine"] = lambda m=method: engines[m].serve(work)
         sides[f"{method}, static batches"] = lambda b=bank: static(model, b, work, slots)
     found = summary("tokens/s", [{name: measure() for name, measure in sides.items()} for _ in range(rounds)])

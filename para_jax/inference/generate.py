@@ -22,7 +22,8 @@ from ..config import require
 from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids
 from ..model import decode_step, prefill
 from ..processes import gathered
-from .sampling import greedy, row_keys, sample
+from .answer_text import AnswerText, text_of
+from .sampling import draw, greedy, row_keys
 
 #: Steps between two looks at which rows have ended.
 FETCH_EVERY = 8
@@ -76,8 +77,16 @@ def generate(
     if not all(isinstance(text, str) and text for text in stop):
         raise ValueError(f"stop: {stop!r} is not possible; expected texts that are not empty")
 
-    def text(tokens: list[int]) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    answers = [AnswerText(tokenizer, stop) for _ in prompts]
+    over = [False] * len(answers)
+
+    def ended(rows: list[list[int]]) -> list[bool]:
+        for i, (answer, row) in enumerate(zip(answers, rows, strict=True)):
+            for token in [] if over[i] else row[len(answer.pieces) :]:
+                over[i] = answer.add(token)
+                if over[i]:
+                    break
+        return over
 
     written = generate_tokens(
         model,
@@ -89,9 +98,14 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        ended=(lambda tokens: any(end in text(tokens) for end in stop)) if stop else None,
+        ended=ended if stop else None,
     )
-    return [before_first(text(tokens), stop) for tokens in written]
+    if not stop:
+        return [text_of(tokenizer, tokens) for tokens in written]
+    for answer, stopped in zip(answers, ended(written), strict=True):
+        if not stopped:
+            answer.finish()
+    return [str(answer) for answer in answers]
 
 
 def generate_tokens(
@@ -105,12 +119,12 @@ def generate_tokens(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    ended: Callable[[list[int]], bool] | None = None,
+    ended: Callable[[list[list[int]]], list[bool]] | None = None,
 ) -> list[list[int]]:
     """The token ids that follow each prompt, up to the first of `stop_ids`; the other arguments as in generate.
 
     Args:
-        ended: whether a row's tokens so far are enough; the loop stops early when all rows have ended.
+        ended: which rows' tokens so far are enough; the loop stops early when all rows have ended.
     """
     check(model, adapters, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed)
     lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
@@ -127,7 +141,8 @@ def generate_tokens(
         if position % FETCH_EVERY == 0 or position == max_new_tokens:
             written, pending = np.column_stack([written, *gathered(pending)]), []
             rows = [before_stop(row, stop_ids) for row in written.tolist()]
-            if all(len(row) < written.shape[1] or (ended and ended(row)) for row in rows):
+            enough = ended(rows) if ended else [False] * len(rows)
+            if all(len(row) < written.shape[1] or over for row, over in zip(rows, enough, strict=True)):
                 break
         if position < max_new_tokens:
             token, state = next_token(treedef, leaves, state, token, sampling, position)
@@ -151,7 +166,7 @@ def choose(logits, sampling: Sampling | None, position):
     if sampling is None:
         return greedy(logits)
     keys = row_keys(sampling.seeds, position)
-    return sample(logits, keys, sampling.temperature, sampling.top_k, sampling.top_p)
+    return draw(logits, keys, sampling.temperature, sampling.top_k, sampling.top_p)
 
 
 def row_sampling(batch: int, temperature: float, top_k: int, top_p: float, seed: int) -> Sampling:
@@ -210,8 +225,3 @@ def up_to_multiple(count: int, multiple: int) -> int:
 def before_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
     """The tokens before the first of `stop_ids`."""
     return tokens[: next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))]
-
-
-def before_first(text: str, ends: Sequence[str]) -> str:
-    """The text before the first of `ends`."""
-    return text[: min((text.index(end) for end in ends if end in text), default=len(text))]

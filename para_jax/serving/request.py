@@ -37,6 +37,8 @@ class Request:
     """samples, at most 128; the prompt is prefilled once for all of them"""
     id: Hashable = None
     """default: a number that the engine gives"""
+    ignore_eos: bool = False
+    """decode past end tokens, up to max_new_tokens: for benchmarks"""
 
 
 class Completion(NamedTuple):
@@ -49,6 +51,19 @@ class Completion(NamedTuple):
     """without the one that ended it"""
     finish_reason: str
     """stop | length | error"""
+    error: str | None = None
+
+
+class Piece(NamedTuple):
+    """A part of an answer that `Engine.stream` gives: of sample `index`, what has become certain since the last one.
+    The texts of a sample's pieces joined are its Completion's text, and so are the tokens."""
+
+    index: int
+    text: str
+    """perhaps empty: half a character, and what may be the beginning of a stop text, come with a later piece"""
+    tokens: list[int]
+    finish_reason: str | None = None
+    """of the sample's last piece: stop | length | error"""
     error: str | None = None
 
 

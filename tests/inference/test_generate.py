@@ -156,7 +156,7 @@ def test_decoding_ends_when_all_rows_have(model, monkeypatch):
     assert write(model, None, PROMPTS[:1], count=100, stop_ids=[first[0]]) == [[]]
     assert len(steps) < 8
     steps.clear()
-    write(model, None, PROMPTS[:1], count=100, ended=lambda tokens: len(tokens) >= 10)
+    write(model, None, PROMPTS[:1], count=100, ended=lambda rows: [len(row) >= 10 for row in rows])
     assert 9 <= len(steps) < 16
 
 

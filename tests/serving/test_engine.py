@@ -167,10 +167,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(tenants, lab, schedu
     asked, cancelled, found = {}, set(), {}
 
     def take(rounds):
-        for _ in range(rounds):
-            engine._round()
-        while engine._done:
-            completion = engine._done.popleft()
+        for completion in [completion for _ in range(rounds) for completion in engine.step()]:
             assert completion.id not in found, "answered twice"
             found[completion.id] = completion
 
@@ -186,7 +183,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(tenants, lab, schedu
             cancelled.add(id)
     while len(found) < len(asked):
         take(1)
-    assert set(found) == set(asked) and not engine._open and not any(engine._rows)
+    assert set(found) == set(asked) and engine.open == 0
     for id, (request, content) in asked.items():
         if id in cancelled:
             assert (found[id].finish_reason, found[id].error) == ("error", "cancelled")
@@ -219,7 +216,7 @@ def test_a_hostile_tenant_leaves_nothing_in_its_slot_and_its_neighbours_alone(mo
     for i, name in enumerate(["A", None, "B", "A", None, "B"]):
         mixed.append(troubled.submit(Request(prompt(i), name, 6)))
         troubled.submit(Request(prompt(i), "hostile", 3, id=f"more {i}"))
-    troubled._round()
+    troubled.step()
     assert any(not np.isfinite(values).all() for _, values in troubled._slots.state.cache)
     found = answers(troubled)
     assert len(found) == SLOTS + 12
@@ -286,12 +283,12 @@ def test_requests_start_in_the_order_they_came_and_prefill_holds_decoding_back_n
 ):
     engine, calls = engine_of(model, bank), count_prefills(monkeypatch)
     started, taken = [], engine._prefilled
-    monkeypatch.setattr(engine, "_prefilled", lambda sample: started.append(sample.id) or taken(sample))
+    monkeypatch.setattr(engine, "_prefilled", lambda sample: started.append(sample.ticket.id) or taken(sample))
     ids = [engine.submit(Request(prompt(i), max_new_tokens=1 if i else 30)) for i in range(12)]
     rounds = []
-    while engine._queue or any(engine._rows):
+    while engine.open:
         before = len(calls)
-        engine._round()
+        engine.step()
         rounds.append(len(calls) - before)
     assert started == ids
     assert rounds[0] == SLOTS and max(rounds[1:]) == min(PREFILLS, SLOTS - 1)
@@ -308,7 +305,10 @@ def test_requests_start_in_the_order_they_came_and_prefill_holds_decoding_back_n
         ({"top_k": -1}, "top_k: -1"),
         ({"top_p": 0}, "top_p: 0"),
         ({"seed": 2**32}, "seed: "),
-        ({"stop": "w9"}, "stop: 'w9'"),
+        ({"stop": ""}, "stop: ''"),
+        ({"stop": 9}, "stop: 9"),
+        ({"stop": ("w9",) * 17}, "stop: number of texts: 17"),
+        ({"n": 129}, "n: 129"),
         ({"stop": ("",)}, "stop: "),
         ({"n": 0}, "n: 0"),
         ({"prompt": ""}, "prompt"),
@@ -334,35 +334,23 @@ def test_a_full_queue_refuses_clearly_and_goes_on(model, bank):
     ids = [engine.submit(Request(prompt(i), max_new_tokens=3)) for i in range(2)]
     with pytest.raises(QueueFull, match="the queue holds 2 of 2 samples; take answers first"):
         engine.submit(Request(prompt(3), max_new_tokens=3))
-    engine._round()
+    found = {completion.id for completion in engine.step()}
     ids.append(engine.submit(Request(prompt(4), max_new_tokens=3, n=2)))
-    assert {key[0] for key in answers(engine)} == set(ids)
+    assert found | {key[0] for key in answers(engine)} == set(ids)
 
 
 def test_cancelling_frees_the_slot_at_once(model, bank):
     engine = engine_of(model, bank)
     running = [engine.submit(Request(prompt(i), "A", 30)) for i in range(SLOTS)]
-    waiting = [engine.submit(Request(prompt(9), "B", 3)), engine.submit(Request(prompt(8), "B", 3))]
-    engine._round()
-    assert all(engine._rows)
+    waiting = [engine.submit(Request(prompt(9), "A", 3)), engine.submit(Request(prompt(8), "A", 3))]
+    assert engine.step() == []
     assert engine.cancel(running[1]) and engine.cancel(waiting[1]) and not engine.cancel(running[1])
-    assert engine._rows.count(None) == 1
     assert not engine.cancel("unheard of")
-    found = answers(engine)
+    found = {(c.id, c.index): c for c in engine.step()}
+    assert set(found) == {(running[1], 0), (waiting[1], 0), (waiting[0], 0)}, "the waiting one took the free slot"
+    found |= answers(engine)
     assert len(found) == 5 and found[running[1], 0].error == found[waiting[1], 0].error == "cancelled"
     assert len(found[running[1], 0].tokens) == 1 + STEPS and found[waiting[0], 0].finish_reason == "length"
-
-
-def test_a_stream_gives_the_tokens_as_they_are_made_and_the_others_are_answered_too(model, bank):
-    engine = engine_of(model, bank)
-    one, two = (engine.submit(Request(prompt(i), "A", 9)) for i in (1, 2))
-    stream = engine.stream(one)
-    first = next(stream)
-    assert len(engine._open[one][0].tokens) < 9
-    streamed = [first, *stream]
-    found = answers(engine)
-    assert streamed == found[one, 0].tokens and len(found[two, 0].tokens) == 9
-    assert list(engine.stream(one)) == []
 
 
 def test_ids_are_the_users_own_or_numbers_and_an_open_one_is_not_taken_twice(model, bank):
@@ -424,17 +412,6 @@ def test_an_engine_without_a_bank_serves_the_base_model_alone(model):
 def test_an_impossible_engine_is_refused(model, bank, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Engine(model, bank, tokenizer(), **({"slots": 2, "max_length": 32} | options))
-
-
-def test_two_streams_in_turn_give_all_their_tokens(model, bank):
-    engine = engine_of(model, bank)
-    ids = [engine.submit(Request(prompt(i), tenant="A", max_new_tokens=15)) for i in range(2)]
-    streams, found = [engine.stream(id) for id in ids], [[], []]
-    for _ in range(15):
-        for tokens, stream in zip(found, streams, strict=True):
-            tokens.append(next(stream))
-    ended = answers(engine)
-    assert found == [ended[id, 0].tokens for id in ids]
 
 
 def test_a_text_with_a_token_that_the_model_has_not_is_an_error_and_harms_no_other(model, bank):

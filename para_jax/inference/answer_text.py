@@ -1,0 +1,90 @@
+"""The text of an answer whose tokens come one at a time: cut before its first stop text, and handed out as soon as no
+later token can change it. The cost is linear in the tokens: only a short tail is decoded again."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+#: Tokens whose text may stay undecided. Real characters need 4 at most; the limit keeps endless invalid bytes cheap.
+LONGEST_TAIL = 256
+INVALID = "\N{REPLACEMENT CHARACTER}"
+
+
+class AnswerText:
+    """`pieces` holds one text per token, perhaps empty, and after `finish` one more. Joined, they are the answer."""
+
+    def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
+        self.pieces: list[str] = []
+        self._tokenizer, self._stop = tokenizer, stop
+        self._special = special_ids(tokenizer, len(tokenizer))
+        self._tail: list[int] = []
+        """the last tokens with decided text, then those with undecided text"""
+        self._decided, self._shown = 0, 0
+        """how many tokens of the tail are decided, and how many characters of its text have been taken"""
+        self._held = ""
+        """decided text that may be the beginning of a stop text"""
+
+    def add(self, token: int) -> bool:
+        """Takes the next token. Returns whether a stop text has ended the answer; if so, nothing may be added."""
+        return self._take("" if token in self._special else self._decode(token))
+
+    def finish(self) -> bool:
+        """Says that no token will follow. Returns whether a stop text has ended the answer."""
+        ended = self._take(text_of(self._tokenizer, self._tail)[self._shown :])
+        self.pieces[-1] += self._held
+        self._held = ""
+        return ended
+
+    def __str__(self) -> str:
+        return "".join(self.pieces)
+
+    def _decode(self, token: int) -> str:
+        """The text that this token decides. Undecided are an incomplete character, and a run of byte tokens, which
+        SentencePiece decodes as a whole."""
+        self._tail.append(token)
+        pending = len(self._tail) - self._decided
+        if pending <= LONGEST_TAIL and is_byte(self._tokenizer, token):
+            return ""
+        text = text_of(self._tokenizer, self._tail)
+        whole = text if pending > LONGEST_TAIL else text.removesuffix(INVALID)
+        new = whole[self._shown :]
+        self._shown += len(new)
+        if whole == text and (
+            new or pending > LONGEST_TAIL
+        ):  # later tokens are decoded after these: a tokenizer may strip a text's first space
+            self._tail = self._tail[self._decided :]
+            self._decided, self._shown = len(self._tail), len(text_of(self._tokenizer, self._tail))
+        return new
+
+    def _take(self, new: str) -> bool:
+        text = self._held + new
+        ends = [text.index(stop) for stop in self._stop if stop in text]
+        cut = min(ends) if ends else min((beginning(text, stop) for stop in self._stop), default=len(text))
+        self.pieces.append(text[:cut])
+        self._held = "" if ends else text[cut:]
+        return bool(ends)
+
+
+def beginning(text: str, stop: str) -> int:
+    """Where the text's end may be the beginning of a stop text; the text's length where it is not."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return len(text) if at < 0 else at
+
+
+def text_of(tokenizer, tokens: list[int]) -> str:
+    """The tokens' text, without special tokens."""
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@lru_cache(maxsize=8)
+def special_ids(tokenizer, length: int) -> frozenset[int]:
+    """The tokens that have no text. `length` is the tokenizer's, which grows when tokens are added."""
+    return frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
+def is_byte(tokenizer, token: int) -> bool:
+    """Whether a token is one byte of a SentencePiece vocabulary, such as <0xE4>."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    return isinstance(piece, str) and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")

@@ -1,0 +1,57 @@
+"""FairQueue: what waits for a slot, taken in turn over the tenants, first come, first served within a tenant."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class FairQueue(Generic[T]):
+    """Each tenant has a line of its own, and the lines are served in turn: however long one line is, an item at the
+    head of another waits for at most one item of every other tenant. Every operation takes constant time."""
+
+    def __init__(self):
+        self._lines: OrderedDict[Hashable, OrderedDict[int, T]] = OrderedDict()
+        self._count = 0
+
+    def put(self, tenant: Hashable, number: int, item: T) -> None:
+        """Adds an item to the end of its tenant's line. `number` is the item's own."""
+        line = self._lines.setdefault(tenant, OrderedDict())
+        self._count += number not in line
+        line[number] = item
+
+    def head(self) -> T | None:
+        """The item that `take` will give; None if nothing waits."""
+        return next((next(iter(line.values())) for line in self._lines.values()), None)
+
+    def take(self) -> T:
+        """Takes the head; its tenant's next turn comes after all other tenants'."""
+        tenant, line = next(iter(self._lines.items()))
+        _, item = line.popitem(last=False)
+        self._lines.move_to_end(tenant)
+        if not line:
+            del self._lines[tenant]
+        self._count -= 1
+        return item
+
+    def remove(self, tenant: Hashable, number: int) -> None:
+        """Takes an item out, wherever it stands; nothing happens if it does not wait."""
+        line = self._lines.get(tenant)
+        if line is not None and number in line:
+            del line[number]
+            self._count -= 1
+            if not line:
+                del self._lines[tenant]
+
+    def waiting(self, tenant: Hashable) -> int:
+        """How many items of a tenant wait."""
+        return len(self._lines.get(tenant, ()))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[T]:
+        return (item for line in self._lines.values() for item in line.values())
