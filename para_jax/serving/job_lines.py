@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 from ..adapters.bank import AdapterBank, Entry
@@ -93,17 +93,13 @@ def samples(number: int, line: bytes | None, defaults: Request, by: Answerer) ->
 def answer_key(by: Answerer, id: object, request: Request, entry: Entry | None) -> str:
     """A hash of all that the answer to a request of one sample depends on, and of what it repeats (id and tenant).
     A greedy answer does not depend on the seed, and none on the engine's max_length."""
+    asked = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in ("id", "n")}
+    asked |= {"stop": sorted(set(stop_texts(request))), "temperature": float(request.temperature)}
+    asked |= {"top_p": float(request.top_p)}
+    if request.temperature == 0:
+        asked = {name: value for name, value in asked.items() if name not in ("temperature", "top_k", "top_p", "seed")}
     adapter = None if entry is None or by.bank is None else [entry.content, by.bank.dtype]
-    drawn = [float(request.temperature), request.top_k, float(request.top_p), request.seed]
-    return hashed([
-        by.text if isinstance(request.prompt, str) else by.chat,
-        adapter,
-        [id, request.tenant],
-        request.prompt,
-        request.max_new_tokens,
-        sorted(set(stop_texts(request))),
-        drawn if request.temperature > 0 else None,
-    ])  # fmt: skip
+    return hashed([by.text if isinstance(request.prompt, str) else by.chat, adapter, id, asked])
 
 
 def error_text(error: Exception) -> str:

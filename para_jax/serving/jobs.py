@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..config import require
+from ..config import require, shorten
 from ..devices import say
 from .answers import MAX_LINE, Answers, Kept, bounded_lines
 from .engine import Engine, QueueFull
@@ -101,7 +101,7 @@ def served(engine: Engine, left: Iterator[tuple[LineSample, Kept | None]], waiti
         yield from top_up()
         if not waiting:
             return
-        yield from engine.step()
+        yield from step(engine)
 
 
 def submit(engine: Engine, sample: LineSample, id: tuple[int, int]) -> str | None:
@@ -115,6 +115,15 @@ def submit(engine: Engine, sample: LineSample, id: tuple[int, int]) -> str | Non
         raise
     except Exception as error:  # of rendering or tokenising this request
         return error_text(error)
+
+
+def step(engine: Engine) -> list[Completion]:
+    """A round of the engine, which can go on after one that raised: that one is made again, once."""
+    try:
+        return engine.step()
+    except Exception as error:
+        say(f"a round failed and is made again: {shorten(str(error), 200)}")
+        return engine.step()
 
 
 def unanswered(

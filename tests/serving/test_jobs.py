@@ -185,6 +185,24 @@ def test_ctrl_c_ends_a_job_with_130_and_the_same_command_goes_on(folder, whole, 
     assert by_sample(output) == whole
 
 
+def test_a_round_that_fails_is_made_again_once(folder, whole, engine, tmp_path, monkeypatch):
+    output, real, rounds = tmp_path / "out.jsonl", Engine.step, iter(range(999))
+    failing = {2, 9}
+
+    def step(engine):
+        if next(rounds) in failing:
+            raise RuntimeError("out of memory")
+        return real(engine)
+
+    monkeypatch.setattr(Engine, "step", step)
+    assert not run_job(engine, folder / "in.jsonl", output, Request(""))
+    assert by_sample(output) == whole
+    failing |= set(range(100, 102))
+    rounds = iter(range(98, 999))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_job(engine, folder / "in.jsonl", tmp_path / "other.jsonl", Request(""))
+
+
 def test_a_job_that_ends_early_leaves_the_engine_without_its_requests(folder, engine, tmp_path, monkeypatch):
     def full(answers, record):
         raise OSError(28, "No space left on device")
