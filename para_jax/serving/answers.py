@@ -26,7 +26,7 @@ class Kept(NamedTuple):
     """What the file says about one sample."""
 
     key: str
-    """of what its answer depends on (job_lines.answer_key)"""
+    """of what its answer depends on (job_lines.line_key)"""
     error: str | None
     row: int
     """its line in the file, from 1"""

@@ -79,27 +79,26 @@ def samples(number: int, line: bytes | None, defaults: Request, by: Answerer) ->
         id = given
         request = request_of(number, found, defaults)
         entry = entry_of(by.bank, request.tenant)
-        made = []
-        for index in range(request.n):
-            one = replace(request, n=1, seed=(request.seed + index) % 2**32)  # pyright: ignore[reportOptionalOperand]
-            made.append(LineSample(number, index, answer_key(by, id, one, entry), id, one, entry))
-        return made
+        shared = line_key(by, id, request, entry)
+        seeds = [(request.seed + index) % 2**32 for index in range(request.n)]  # pyright: ignore[reportOptionalOperand]
+        keys = [hashed([shared, seed]) if request.temperature > 0 else shared for seed in seeds]
+        asked = [replace(request, n=1, seed=seed) for seed in seeds]
+        return [LineSample(number, i, keys[i], id, asked[i], entry) for i in range(request.n)]
     except Exception as error:  # a line's fault is its own, never the job's
-        return [
-            LineSample(number, 0, hashlib.sha256(line or b"").hexdigest()[:32], id, request, None, error_text(error))
-        ]
+        key = hashlib.sha256(line or b"").hexdigest()[:32]
+        return [LineSample(number, 0, key, id, request, None, error_text(error))]
 
 
-def answer_key(by: Answerer, id: object, request: Request, entry: Entry | None) -> str:
-    """A hash of all that the answer to a request of one sample depends on, and of what it repeats (id and tenant).
-    A greedy answer does not depend on the seed, and none on the engine's max_length."""
-    asked = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in ("id", "n")}
-    asked |= {"stop": sorted(set(stop_texts(request))), "temperature": float(request.temperature)}
-    asked |= {"top_p": float(request.top_p)}
+def line_key(by: Answerer, id: object, request: Request, entry: Entry | None) -> str:
+    """A hash of all that the answers to a request depend on, apart from the seeds of what is drawn, and of what they
+    repeat (id and tenant). None of them depends on the engine's max_length."""
+    asked = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in ("n", "seed")}
+    asked |= {"id": id, "stop": sorted(set(stop_texts(request)))}
+    asked |= {"temperature": float(request.temperature), "top_p": float(request.top_p)}
     if request.temperature == 0:
-        asked = {name: value for name, value in asked.items() if name not in ("temperature", "top_k", "top_p", "seed")}
+        asked |= {"top_k": None, "top_p": None}
     adapter = None if entry is None or by.bank is None else [entry.content, by.bank.dtype]
-    return hashed([by.text if isinstance(request.prompt, str) else by.chat, adapter, id, asked])
+    return hashed([by.text if isinstance(request.prompt, str) else by.chat, adapter, asked])
 
 
 def error_text(error: Exception) -> str:
