@@ -28,8 +28,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Its exit code: 0; 1 where the quickstart fell short or a tenant's loss was not finite; 2 for a
-    user's mistake; 130 for Ctrl-C."""
+    """Runs one command. Its exit code: 0; 1 if the quickstart fell short, a tenant's loss was not finite, or some lines
+    of a job were answered with errors; 2 for a user's mistake; 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     options.command_line = shlex.join(["para-jax", *arguments])
@@ -144,17 +144,31 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--prompt", action="append", default=[], help="\\n is a newline; may be given several times")
     made.add_argument(
-        "--input", type=Path, help="requests, a JSON object a line: prompt or messages, tenant, sampling, n, id"
+        "--input",
+        type=Path,
+        help="requests, one JSON object per line: prompt or messages, tenant, sampling, n, id; a file or a pipe",
     )
-    made.add_argument("--output", type=Path, help="answers to --input; the same command goes on where it stopped")
+    made.add_argument(
+        "--output",
+        type=Path,
+        help="answers to --input, where the same command goes on after a stop; or a pipe, which holds nothing to go on "
+        "from. Exit code: 0 if all lines were answered, 1 if some answers are errors, 2 if the job was not run to its "
+        "end",
+    )
     made.add_argument("--slots", type=int, default=8, help="rows that decode together for --input")
-    made.add_argument("--max-length", type=int, default=1024, help="tokens a row for --input, prompt and answer")
+    made.add_argument("--max-length", type=int, default=1024, help="tokens per row for --input, prompt and answer")
     made.add_argument("--chat", action="store_true", help="each --prompt is a user's turn for the chat template")
     made.add_argument("--max-new-tokens", type=int, default=64)
     made.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     made.add_argument("--top-k", type=int, default=0)
     made.add_argument("--top-p", type=float, default=1.0)
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="prompt i is drawn with SEED + i; a line of --input without a seed gets one that is derived from SEED and "
+        "the line's number",
+    )
     made.add_argument(
         "--stop", action="append", default=[], help="a text that ends an answer; may be given several times"
     )
@@ -371,12 +385,9 @@ def run_config_task(options) -> None:
         write_results(options, config, {s.name: s.record() for s in report.scores}, time.monotonic() - begun)
 
 
-def run_generate(options) -> None:
-    from . import devices
-    from .backbone.load import load_backbone
-    from .config import RuntimeSection, require
-    from .data.tokenizer import load_tokenizer
-    from .hub import resolve_adapter
+def run_generate(options) -> int | None:
+    from .config import require
+    from .serving.answers import Answers
     from .serving.request import Request, check_request
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
@@ -394,31 +405,39 @@ def run_generate(options) -> None:
     sampling = sampling_of(options)
     for prompt in options.prompt or ["a"]:
         check_request(Request(prompt, **sampling))
-    if options.input:
-        check_job_files(options.input, options.output)
+    if not options.input:
+        return run_prompts(options, *loaded(options, sources), tenants=tenants)
+    check_input(options.input)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with Answers(options.output) as answers:  # its mistakes are found, and others kept out, before anything is loaded
+        return run_requests(options, *loaded(options, sources), tenants=tenants, answers=answers)
+
+
+def check_input(source: Path) -> None:
+    """Raises ValueError, before anything is loaded, if there is nothing to answer. A pipe is not touched."""
+    from .serving.answers import MAX_LINE, bounded_lines
+
+    if source.is_dir() or not source.exists():
+        raise ValueError(f"--input {source}: {'a folder' if source.is_dir() else 'no such file'}")
+    if source.is_file():
+        with source.open("rb") as stream:
+            if not any(line is None or line.strip() for line in bounded_lines(stream, MAX_LINE)):
+                raise ValueError(f"--input {source}: no line there; expected a request per line")
+
+
+def loaded(options, sources: dict[str, str]) -> tuple:
+    """The model, the tokenizer, and the adapters (see adapters_of)."""
+    from . import devices
+    from .backbone.load import load_backbone
+    from .config import RuntimeSection
+    from .data.tokenizer import load_tokenizer
+    from .hub import resolve_adapter
+
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
     sources = {name: str(resolve_adapter(source)) for name, source in sources.items()}
     options.adapter = options.adapter and str(resolve_adapter(options.adapter))
     model = load_backbone(options.backbone, dtype=options.dtype, quantize=options.quantize)
-    tokenizer, adapters = load_tokenizer(options.backbone), adapters_of(options, sources, model)
-    (run_requests if options.input else run_prompts)(options, model, tokenizer, adapters, tenants)
-
-
-def check_job_files(source: Path, output: Path) -> None:
-    """Raises ValueError, before anything is loaded, where there is nothing to answer or the answers have no place."""
-    from .serving.jobs import HEAD
-
-    if not source.is_file():
-        raise ValueError(f"--input {source}: no such file")
-    with source.open("rb") as lines:
-        if not any(line.strip() for line in lines):
-            raise ValueError(f"--input {source}: no line there; expected a request a line")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.exists():
-        with output.open("rb") as lines:
-            first = lines.readline()
-        if not (first.startswith(HEAD) or HEAD.startswith(first)):  # run_job reads it all
-            raise ValueError(f"--output {output}: holds something else than answers; choose another file")
+    return model, load_tokenizer(options.backbone), adapters_of(options, sources, model)
 
 
 def adapters_of(options, sources: dict[str, str], model):
@@ -452,15 +471,25 @@ def run_prompts(options, model, tokenizer, adapters, tenants) -> None:
         print(text if len(texts) == 1 else f"> {by}{prompt}\n{text}\n")
 
 
-def run_requests(options, model, tokenizer, bank, tenants) -> None:
+def run_requests(options, model, tokenizer, bank, tenants, answers) -> int:
+    from .devices import say
     from .serving.engine import Engine
-    from .serving.jobs import run_job
+    from .serving.jobs import answer_lines
     from .serving.request import Request
 
     engine = Engine(model, bank, tokenizer, slots=options.slots, max_length=options.max_length)
     default = Request("", tenants[0] if tenants else None, **sampling_of(options))
-    failed = run_job(engine, options.input, options.output, default)
-    print(f"wrote {options.output}" + (f"; {failed} answers are errors" if failed else ""))
+    try:
+        errors = answer_lines(engine, options.input, answers, default)
+    except KeyboardInterrupt:
+        if answers.regular:
+            say(f"the answers so far are in {options.output}; the same command goes on there")
+        raise
+    say(f"wrote {options.output}")
+    if errors:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in errors.most_common(10))
+        say(f"{errors.total()} answers are errors: {kinds}{' ...' if len(errors) > 10 else ''}")
+    return int(bool(errors))
 
 
 def named_adapters(given: list[str]) -> dict[str, str]:

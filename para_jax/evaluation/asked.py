@@ -6,12 +6,9 @@ import hashlib
 import json
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from ..adapters.bank import Entry
-from ..backbone.transformer import Transformer
+from ..inference.content import backbone_content as backbone_content
+from ..inference.content import writing_content as writing_content
 
 
 class Likelihood(NamedTuple):
@@ -63,31 +60,3 @@ def key(asked: Asked, entry: Entry | None, backbone: str, writing: str) -> str:
     parts = [type(asked).__name__, asked, entry.content if entry else None, backbone]
     parts += [writing] if isinstance(asked, Generation) else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def writing_content(tokenizer, stop_ids: tuple[int, ...]) -> str:
-    """A hash of what makes a text of tokens, and of the tokens that end it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # which a tokenizer in plain Python has not
-    made = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
-    made |= {"truncation": None, "padding": None}  # which are of its last call
-    return hashlib.sha256(json.dumps([made, stop_ids]).encode()).hexdigest()
-
-
-def backbone_content(model: Transformer) -> str:
-    """A hash of a backbone's config, dtypes and weights, of which each array's bits are hashed: no copy is made."""
-    sums = [(leaf.shape, str(leaf.dtype), int(bit_hash(leaf))) for leaf in jax.tree.leaves(model)]
-    return hashlib.sha256(repr((model.config, model.layout, sums)).encode()).hexdigest()
-
-
-@jax.jit
-def bit_hash(array) -> jax.Array:
-    """The sum of hashes of each element's bits and position, modulo 2**32: exact in any order of summing, and another
-    one where elements change places. The hash is MurmurHash3's finalizer (Appleby 2011)."""
-    whole = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-    mixed = jax.lax.bitcast_convert_type(array, whole).astype(jnp.uint32)
-    strides = np.cumprod([1, *array.shape[:0:-1]], dtype=np.uint32)[::-1] * np.uint32(0x9E3779B1)
-    for axis in range(array.ndim):
-        mixed += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * strides[axis]
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
-    return jnp.sum(mixed, dtype=jnp.uint32)

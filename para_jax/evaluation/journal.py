@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 from weakref import WeakValueDictionary
 
-from ..serving.jobs import cut_off
+from ..serving.answers import cut_off
 from .asked import Answer, Scored, Written
 
 try:

@@ -3,229 +3,179 @@ killed goes on where it stopped: no line is answered twice, and none is lost."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import os
 import sys
+from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ..config import require
-from ..data.examples import require_unicode
-from .engine import Engine
+from ..config import require, shorten
+from ..devices import say
+from .answers import MAX_LINE, Answers, Kept, bounded_lines
+from .engine import Engine, QueueFull
+from .job_lines import MAX_ERROR, Answerer, LineSample, answerer, error_text, samples
 from .request import Completion, Request, check_request
 
-FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "n", "id")
-#: How each answer begins; `record` and `answered` agree on it.
-HEAD = b'{"line": '
 #: Requests that wait in the engine's queue, in slots' worth: enough to refill each at once.
 AHEAD = 2
 
 
-class Answered(NamedTuple):
-    """How a line was answered by an earlier run."""
+def run_job(engine: Engine, source: Path, output: Path, defaults: Request) -> Counter[str]:
+    """Answers each line of `source` that `output` does not answer yet; the errors, counted by kind.
 
-    digest: str
-    """Task's"""
-    errors: dict[int, bool]
-    """by sample: whether its answer is an error"""
-
-
-class Task(NamedTuple):
-    """One sample of one line."""
-
-    line: int
-    """from 1"""
-    index: int
-    digest: str
-    """of the line's text, the defaults and the adapter"""
-    name: object
-    """the line's own id"""
-    request: Request | None
-    error: str | None
-
-
-def run_job(engine: Engine, source: Path, output: Path, defaults: Request) -> int:
-    """Answers every line of `source` that `output` does not answer yet; how many errors `output` holds then. A line
-    that an earlier run answered with an error is answered anew where it, the defaults or the adapters have changed.
+    Lines that an earlier run answered with an error are asked again. Both files may be pipes; an output that is one
+    holds nothing to go on from.
 
     Args:
-        defaults: the sampling of lines that do not say theirs.
+        engine: without open requests.
+        defaults: what holds for lines that do not say it themselves. Its seed is the job's.
 
-    Raises ValueError where `output` holds answers to other requests (of other lines, defaults or adapters, or within
-    another max_length), and for defaults that no line could be served with.
+    Raises ValueError if `output` is being written by another process, is damaged, or answers another request (the line,
+    the defaults, the adapter or the model has changed), if `source` has no line, and for defaults that no line could be
+    served with; OSError, naming the file, if an answer can't be written.
     """
-    check_request(dataclasses.replace(defaults, prompt="a"))
-    done = answered(output)
-    bar = tqdm(total=count_lines(source), desc="answers", unit="line", disable=None)
-    left = (task for task in tasks(source, defaults, engine) if not known(task, done, output))
-    waiting: dict[tuple[int, int], Task] = {}
-    tokens = 0
-    with output.open("a", encoding="utf-8") as stream:
+    with Answers(output) as answers:
+        return answer_lines(engine, source, answers, defaults)
+
+
+def answer_lines(engine: Engine, source: Path, answers: Answers, defaults: Request) -> Counter[str]:
+    """As `run_job`, with an output that is open already."""
+    check_request(replace(defaults, prompt="a"))
+    require(not engine.open, "engine: open requests", engine.open, "none: take their answers first")
+    by = answerer(engine)
+    total = checked_lines(source, answers, defaults, by) if source.is_file() else None
+    left = unanswered(source, answers, defaults, by)
+    waiting: dict[tuple[int, int], tuple[LineSample, Kept | None]] = {}
+    errors, tokens = Counter(), 0
+    bar = tqdm(total=total, desc="answers", unit="line", disable=None)
+    try:
         for completion in served(engine, left, waiting):
-            task = waiting.pop(completion.id)  # pyright: ignore[reportArgumentType]
+            sample, before = waiting.pop(completion.id)  # pyright: ignore[reportArgumentType]
+            error = completion.error and completion.error[:MAX_ERROR]
+            if error:
+                errors[kind(error)] += 1
+            if before is None or (before.key, before.error) != (sample.key, error):
+                answers.add(record(sample, completion._replace(error=error)))
+                answers.stale |= set() if before is None else {before.row}
             tokens += len(completion.tokens)
-            stream.write(json.dumps(record(task, completion), ensure_ascii=False) + "\n")
-            stream.flush()
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
-            bar.n = max(bar.n, task.line)
+            bar.n = max(bar.n, sample.line)
             bar.refresh()
-        os.fsync(stream.fileno())
-    bar.close()
-    return sum(sum(line.errors.values()) for line in answered(output).values())
+    finally:
+        bar.close()
+        for id in waiting:  # the engine is the caller's, and is left without requests of ours
+            engine.cancel(id)
+        while engine.open:
+            engine.step()
+    answers.stale |= {kept.row for kept in answers.kept.values() if kept.error is not None}
+    spare = sum(kept.error is None for kept in answers.kept.values())
+    if spare:
+        say(f"{answers.file}: keeps {spare} answers that no line of {source} asks for")
+    answers.finish()
+    return errors
 
 
-def served(engine: Engine, left: Iterator[Task], waiting: dict) -> Iterator[Completion]:
-    """The completions of tasks, which join the engine's queue as it empties."""
+def served(engine: Engine, left: Iterator[tuple[LineSample, Kept | None]], waiting: dict) -> Iterator[Completion]:
+    """The completions of samples, which join the engine's queue as it empties."""
     most = min((1 + AHEAD) * engine.slots, engine.queue_limit or sys.maxsize)
+    refused: deque[tuple[LineSample, Kept | None]] = deque()
 
     def top_up():
         while len(waiting) < most:
-            task = next(left, None)
-            if task is None:
+            item = refused.popleft() if refused else next(left, None)
+            if item is None:
                 return
-            key = (task.line, task.index)
-            waiting[key] = task
-            if task.request is None:
-                yield Completion(key, 0, "", [], "error", task.error)
-            else:
-                engine.submit(dataclasses.replace(task.request, id=key))
+            id = (item[0].line, item[0].index)
+            try:
+                error = submit(engine, item[0], id)
+            except QueueFull:  # for this tenant
+                refused.append(item)
+                return
+            waiting[id] = item
+            if error is not None:
+                yield Completion(id, 0, "", [], "error", error)
 
     while True:
         yield from top_up()
         if not waiting:
             return
-        for completion in engine.run():
-            yield completion
-            yield from top_up()
+        yield from step(engine)
 
 
-def tasks(source: Path, defaults: Request, engine: Engine) -> Iterator[Task]:
-    """One task a sample and line, in order; samples of a line follow each other, so that they share its prefill."""
-    shared = f"{defaults} {engine.max_length}"
-    with source.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                name, request = parsed(line, defaults)
-            except ValueError as error:
-                yield Task(number, 0, digest(line, shared), None, None, str(error))
-                continue
-            made = digest(line, shared, content_of(engine, request.tenant))
-            for index in range(request.n):
-                one = dataclasses.replace(request, n=1, seed=((request.seed or 0) + index) % 2**32)
-                yield Task(number, index, made, name, one, None)
-
-
-def digest(line: bytes, *others: str) -> str:
-    """Of a line and of what else its answer depends on."""
-    return hashlib.sha256("\n".join([line.strip().hex(), *others]).encode()).hexdigest()[:16]
-
-
-def content_of(engine: Engine, tenant: str | None) -> str:
-    """The content of a tenant's adapter; empty for the base model, and for a tenant that the bank does not know."""
-    if engine.bank is None or tenant is None or tenant not in engine.bank.names:
-        return ""
-    return engine.bank.entry(tenant).content
-
-
-def parsed(line: bytes, defaults: Request) -> tuple[object, Request]:
-    """The line's own id, and its request. Raises ValueError, naming the field."""
+def submit(engine: Engine, sample: LineSample, id: tuple[int, int]) -> str | None:
+    """Asks the engine for a sample, from the adapter that its key knows, whatever the tenant's name stands for by now;
+    the error of one that can't be asked for. Raises QueueFull."""
+    if sample.error is not None or sample.request is None:
+        return sample.error
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the line is not JSON: {str(error)[:100]}") from None
-    require_unicode("the line", found)
-    if not isinstance(found, dict):
-        raise ValueError(f"expected a JSON object, found {type(found).__name__}")
-    unknown = [name for name in found if name not in FIELDS]
-    require(not unknown, "fields", unknown[:3], "some of " + ", ".join(FIELDS))
-    if ("prompt" in found) == ("messages" in found):
-        raise ValueError("expected either prompt, a text, or messages, a list of turns")
-    name = found.pop("id", None)
-    prompt = found.pop("messages") if "messages" in found else found.pop("prompt")
-    if isinstance(found.get("stop"), list):
-        found["stop"] = tuple(found["stop"])
-    request = dataclasses.replace(defaults, prompt=prompt, **found)
-    check_request(request)
-    return name, request
+        engine.submit(replace(sample.request, id=id), entry=sample.entry)
+    except QueueFull:
+        raise
+    except Exception as error:  # of rendering or tokenising this request
+        return error_text(error)
 
 
-def record(task: Task, completion: Completion) -> dict:
-    made = {"line": task.line, "index": task.index, "request": task.digest}
-    made |= {} if task.name is None else {"id": task.name}
-    made |= {} if task.request is None else {"tenant": task.request.tenant}
+def step(engine: Engine) -> list[Completion]:
+    """A round of the engine, which can go on after one that raised: that one is made again, once."""
+    try:
+        return engine.step()
+    except Exception as error:
+        say(f"a round failed and is made again: {shorten(str(error), 200)}")
+        return engine.step()
+
+
+def unanswered(
+    source: Path, answers: Answers, defaults: Request, by: Answerer
+) -> Iterator[tuple[LineSample, Kept | None]]:
+    """The samples that are left to answer, each with the error that an earlier run answered. What the file says of a
+    sample is taken out of `answers.kept`."""
+    for sample in asked(source, defaults, by):
+        before = answers.kept.pop((sample.line, sample.index), None)
+        require_same(sample, before, answers.file)
+        if before is None or before.error is not None:
+            yield sample, before
+
+
+def checked_lines(source: Path, answers: Answers, defaults: Request, by: Answerer) -> int:
+    """How many lines `source` has. Raises ValueError, before anything is answered, if one was answered as another
+    request."""
+    if answers.kept:
+        for sample in asked(source, defaults, by):
+            require_same(sample, answers.kept.get((sample.line, sample.index)), answers.file)
+    with source.open("rb") as stream:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b""))
+
+
+def asked(source: Path, defaults: Request, by: Answerer) -> Iterator[LineSample]:
+    """All samples of all lines, in order; those of a line follow each other, so that they share its prefill."""
+    empty = True
+    with source.open("rb") as stream:
+        for number, line in enumerate(bounded_lines(stream, MAX_LINE), 1):
+            if line is None or line.strip():
+                empty = False
+                yield from samples(number, line, defaults, by)
+    if empty:
+        raise ValueError(f"{source}: no line there; expected a request per line")
+
+
+def require_same(sample: LineSample, before: Kept | None, output: Path) -> None:
+    if before is not None and before.error is None and before.key != sample.key:
+        raise ValueError(
+            f"{output}: line {sample.line} of the input was answered as another request: the line, an option, its "
+            "adapter or the backbone has changed since. Choose another file, or go back to what it was."
+        )
+
+
+def record(sample: LineSample, completion: Completion) -> dict:
+    made = {"line": sample.line, "index": sample.index, "request": sample.key}
+    made |= {} if sample.id is None else {"id": sample.id}
+    made |= {} if sample.request is None else {"tenant": sample.request.tenant}
     made |= {"text": completion.text, "tokens": len(completion.tokens), "finish_reason": completion.finish_reason}
     return made | ({} if completion.error is None else {"error": completion.error})
 
 
-def answered(output: Path) -> dict[int, Answered]:
-    """The lines that an earlier run answered, by number. What it was writing when it was killed is cut off, and errors
-    of lines that were answered anew are taken out.
-
-    Raises ValueError, and leaves the file as it is, where it holds something else.
-    """
-    if not output.exists():
-        return {}
-    done: dict[int, Answered] = {}
-    whole, stale = 0, False
-    with output.open("rb") as lines:
-        for line in lines:
-            try:
-                if cut_off(line, HEAD):
-                    break
-                found = json.loads(line)
-                number, digest, index = found["line"], found["request"], found["index"]
-                error = found["finish_reason"] == "error"
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{output}: holds something else than answers; choose another file") from None
-            if number not in done or done[number].digest != digest:
-                stale |= number in done
-                done[number] = Answered(digest, {})
-            done[number].errors[index] = error
-            whole += len(line)
-    os.truncate(output, whole)
-    if stale:
-        keep_newest(output, done)
-    return done
-
-
-def keep_newest(output: Path, done: dict[int, Answered]) -> None:
-    """Takes out the answers to what a line was before; the file is the old or the new one, whenever it is read."""
-    part = output.with_name(f".{output.name}.part")
-    with output.open("rb") as lines, part.open("wb") as stream:
-        for line in lines:
-            found = json.loads(line)
-            if found["request"] == done[found["line"]].digest:
-                stream.write(line)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, output)
-
-
-def cut_off(line: bytes, head: bytes) -> bool:
-    """Whether a line of those that begin with `head` was being written in a kill. Raises ValueError for another line
-    without an end, which nobody here has written."""
-    ours = line.startswith(head) or head.startswith(line)
-    require(line.endswith(b"\n") or ours, "line", line[:20], "an end of line")
-    return not line.endswith(b"\n")
-
-
-def known(task: Task, done: dict[int, Answered], output: Path) -> bool:
-    """Whether a task is answered already."""
-    before = done.get(task.line)
-    if before is None or before.digest == task.digest:
-        return before is not None and task.index in before.errors
-    if not all(before.errors.values()):
-        raise ValueError(f"{output}: line {task.line} answers another request; choose another file")
-    return False
-
-
-def count_lines(source: Path) -> int:
-    with source.open("rb") as lines:
-        return sum(1 for _ in lines)
+def kind(error: str) -> str:
+    """What errors are counted by: the field or the part that they name first."""
+    return "".join(filter(str.isprintable, error.partition(":")[0][:40]))

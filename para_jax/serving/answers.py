@@ -1,0 +1,193 @@
+"""The file of a job's answers: JSON lines, added as they come. A kill leaves at most a torn last line, which is cut off
+when the file is opened again. One process at a time may write it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ..atomic import lock, replacing
+from ..config import shorten
+from .request import MAX_SAMPLES
+
+#: How each answer begins.
+HEAD = b'{"line": '
+#: Bytes of the longest line that is read from a job's input, and from its answers.
+MAX_LINE, MAX_ANSWER = 2**24, 2**26
+
+
+class Kept(NamedTuple):
+    """What the file says about one sample."""
+
+    key: str
+    """of what its answer depends on (job_lines.line_key)"""
+    error: str | None
+    row: int
+    """its line in the file, from 1"""
+
+
+class Answers:
+    """An open file of answers, locked until it is closed."""
+
+    def __init__(self, file: Path):
+        """Opens the file, or makes it. A pipe or a device is only written to: it is neither read back nor locked.
+
+        Raises ValueError, and leaves the file as it is, if another process is writing it or if it holds something else.
+        """
+        self.file = file
+        self.kept: dict[tuple[int, int], Kept] = {}
+        """what earlier runs answered, by line and sample"""
+        self.stale: set[int] = set()
+        """rows that `finish` takes out"""
+        self.rows = 0
+        self._made = not file.exists()
+        self.regular = self._made or file.is_file()
+        self._stream = locked(file) if self.regular else file.open("wb", buffering=0)
+        try:
+            if self.regular:
+                self._read()
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def add(self, record: dict) -> None:
+        """Writes an answer, which outlives a kill when this returns. Raises OSError that names the file if it can't be
+        written whole; the file then ends with the answer before."""
+        text = json.dumps(record, ensure_ascii=False) + "\n"
+        data, written = text.encode("utf-8", "backslashreplace"), 0  # half a character becomes its JSON escape
+        try:
+            while written < len(data):
+                written += self._stream.write(data[written:])
+        except OSError as error:
+            if self.regular and written:
+                with suppress(OSError):  # a torn line is cut off by the next run, too
+                    self._stream.truncate(os.fstat(self._stream.fileno()).st_size - written)
+            raise OSError(error.errno, error.strerror, str(self.file)) from None
+        self.rows += 1
+
+    def finish(self) -> None:
+        """Takes out stale rows, and waits until the answers are on the disk."""
+        if self.regular and self.stale:
+            target = Path(os.path.realpath(self.file))
+            with replacing(target) as part, target.open("rb") as lines:
+                os.chmod(part.name, stat.S_IMODE(os.fstat(self._stream.fileno()).st_mode))
+                part.writelines(line for row, line in enumerate(lines, 1) if row not in self.stale)
+        elif self.regular:
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Gives the lock back. A file that was made here and got no answer is removed."""
+        if not self._stream.closed and self._made and not os.fstat(self._stream.fileno()).st_size:
+            self.file.unlink(missing_ok=True)
+        self._stream.close()
+
+    def _read(self) -> None:
+        whole = 0
+        with self.file.open("rb") as lines:
+            for row, line in enumerate(bounded_lines(lines, MAX_ANSWER), 1):
+                try:
+                    if line is not None and cut_off(line, HEAD):
+                        break
+                    self._keep(*answer_of(line, row))
+                except ValueError as error:
+                    raise ValueError(f"{self.file}: line {row} {error}") from None
+                whole, self.rows = lines.tell(), row
+        if whole < os.fstat(self._stream.fileno()).st_size:
+            self._stream.truncate(whole)
+
+    def _keep(self, place: tuple[int, int], kept: Kept) -> None:
+        """An answer replaces an error, and an error an earlier one; the same answer may stand there twice."""
+        before = self.kept.get(place)
+        if before is None or before.error is not None:
+            self.stale |= set() if before is None else {before.row}
+            self.kept[place] = kept
+            return
+        if kept.error is None and kept.key != before.key:
+            raise ValueError(
+                f"and line {before.row} answer different requests for line {place[0]} of the input. "
+                "Choose another file."
+            )
+        self.stale.add(kept.row)
+
+
+def locked(file: Path) -> BinaryIO:
+    """The file, open to append to and locked. A file that was replaced before it was locked is opened again."""
+    while True:
+        stream = file.open("ab", buffering=0)
+        try:
+            lock(stream, file)
+            if file.exists() and os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+                return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
+
+
+def answer_of(line: bytes | None, row: int) -> tuple[tuple[int, int], Kept]:
+    """(line of the input, sample) of a row, and what it says. Raises ValueError for a row that no job has written."""
+    try:
+        found = checked_answer(line)
+    except (ValueError, RecursionError) as error:
+        said = "nested too deeply" if isinstance(error, RecursionError) else shorten(str(error), 100)
+        raise ValueError(
+            f"is not an answer of a job ({said}). Choose another file, or remove this line and run the command again."
+        ) from None
+    if len(found["request"]) == 16:
+        raise ValueError("is of an older para_jax, which did not note which model answered. Choose another file.")
+    return (found["line"], found["index"]), Kept(found["request"], found.get("error"), row)
+
+
+def checked_answer(line: bytes | None) -> dict[str, Any]:
+    """The fields of an answer. Raises ValueError or RecursionError for anything else."""
+    if line is None:
+        raise ValueError(f"longer than {MAX_ANSWER} bytes")
+    found = json.loads(line)
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON {type(found).__name__}")
+    failed = found.get("finish_reason") == "error"
+    checks = {
+        "line": lambda value: type(value) is int and value >= 1,
+        "index": lambda value: type(value) is int and 0 <= value < MAX_SAMPLES,
+        "request": lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{32}|[0-9a-f]{16}", value),
+        "text": lambda value: isinstance(value, str),
+        "finish_reason": lambda value: value in ("stop", "length", "error"),
+        "error": lambda value: isinstance(value, str) if failed else value is None,
+    }
+    for name, good in checks.items():
+        if not good(found.get(name)):
+            raise ValueError(f"{name}: {shorten(found.get(name))}")
+    return found
+
+
+def bounded_lines(stream: BinaryIO, most: int) -> Iterator[bytes | None]:
+    """A stream's lines with their ends; None for a line of more than `most` bytes, which is never held whole."""
+    while line := stream.readline(most + 1):
+        if len(line) <= most:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(2**20)
+        yield None
+
+
+def cut_off(line: bytes, head: bytes) -> bool:
+    """Whether a line of those that begin with `head` was being written in a kill. Raises ValueError for another line
+    without an end, which nobody here has written."""
+    if line.endswith(b"\n"):
+        return False
+    if not (line.startswith(head) or head.startswith(line)):
+        raise ValueError("is not an answer, and has no end. Choose another file.")
+    return True
