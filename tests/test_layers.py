@@ -25,6 +25,8 @@ SIDEWAYS = {
     ("bench", "plots"),
     ("devices", "config"),
     ("devices", "hub"),
+    ("gguf", "atomic"),
+    ("gguf", "config"),
     ("gguf", "untrusted"),
     ("hub", "config"),
     ("quickstart", "runs"),

@@ -99,9 +99,7 @@ def traced(config: ModelConfig) -> Transformer:
 
 
 def config_at(path: Path, source: str | Path) -> ModelConfig:
-    if path.suffix == ".gguf":
-        return model_config(GgufFile(path).config)
-    found = read_json(path / "config.json")
+    found = GgufFile(path).config if path.suffix == ".gguf" else read_json(path / "config.json")
     try:
         return model_config(found)
     except ValueError as error:
