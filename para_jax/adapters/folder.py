@@ -67,7 +67,7 @@ def read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> dict[str
     """The folder's tensors as float32, if they are the expected ones (names and shapes) and finite."""
     stored = weights_of(folder)
     require_as_expected(folder / WEIGHTS, stored, expected)
-    tensors = {name: tensor.read().astype(np.float32) for name, tensor in stored.items()}
+    tensors = {name: tensor.read().astype(np.float32, copy=False) for name, tensor in stored.items()}
     require_finite(str(folder / WEIGHTS), tensors)
     return tensors
 

@@ -138,8 +138,9 @@ def checked_backbone(backbone: object, sites: tuple[str, ...]) -> dict:
     for key, value in numbers.items():
         if type(value) is not int or not 1 <= value < 2**31:
             raise ValueError(f"backbone: {key} {shorten(value)}; expected a whole number of at least 1")
-    if not isinstance(backbone["model_type"], str):
-        raise ValueError(f"backbone.model_type: {shorten(backbone['model_type'])}; expected text")
+    name = backbone["model_type"]
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 100:
+        raise ValueError(f"backbone.model_type: {shorten(name)}; expected text, such as llama")
     fingerprint = backbone.get("fingerprint", "0" * 64)
     if not isinstance(fingerprint, str) or not re.fullmatch(r"[0-9a-f]{64}", fingerprint):
         raise ValueError(f"backbone.fingerprint: {shorten(fingerprint)}; expected text: a sha256 of 64 digits")
