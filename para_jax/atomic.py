@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     The content is written next to the file under a random name, so that no link put there beforehand is followed, and
     reaches the disk before the name changes.
     """
-    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    part = beside(file)
     try:
         with part.open("xb") as stream:
             yield stream
@@ -52,6 +53,32 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+#: What is added to the name under which the old folder stands while a new one takes its place.
+OLD = ".old"
+
+
+def beside(path: Path) -> Path:
+    """A name in the same folder that nobody can foresee, for what will take the path's place."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def left_beside(path: Path, ending: str = "") -> list[Path]:
+    """The folders under names that `beside` made for this path, with this ending; the latest first."""
+    form = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{8}" + re.escape(ending))
+    found = []
+    with suppress(OSError), os.scandir(path.parent) as others:
+        for other in others:
+            if form.fullmatch(other.name) and other.is_dir(follow_symlinks=False):
+                with suppress(OSError):  # gone meanwhile
+                    found.append((other.stat().st_ctime_ns, path.with_name(other.name)))
+    return [other for _, other in sorted(found, reverse=True)]
+
+
+def set_aside(folder: Path) -> Path | None:
+    """The old folder, where a replacement was killed after it was renamed away and before the new one had its name."""
+    return next(iter(left_beside(folder, OLD)), None)
 
 
 def lock(stream: IO, name: str | Path) -> None:

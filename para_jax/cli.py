@@ -331,7 +331,7 @@ def run_many(options) -> None:
     folders = {name: resolve_adapter(source) for name, source in sources.items()}
     model = load_backbone(options.backbone, dtype=options.dtype, quantize=options.quantize)
     held = {name: load_adapter(folder, model.config, model=model) for name, folder in folders.items()}
-    bank = AdapterBank.holding(held, model.config, dtype=str(model.dtype)) if held else None
+    bank = AdapterBank.holding(held, model.config) if held else None
     about = {"backbone": options.backbone, "quantize": options.quantize, "command": options.command_line}
     output = options.output or Path("runs/evaluation")
     try:
@@ -449,7 +449,7 @@ def adapters_of(options, sources: dict[str, str], model):
     if not sources:
         return load_adapter(options.adapter, model.config, model=model) if options.adapter else None
     held = {name: load_adapter(source, model.config, model=model) for name, source in sources.items()}
-    bank = AdapterBank.holding(held, model.config, dtype=str(model.dtype))
+    bank = AdapterBank.holding(held, model.config)
     devices.say(str(bank))
     return bank
 

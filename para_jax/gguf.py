@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import struct
 from pathlib import Path
@@ -18,10 +19,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .atomic import sync_folder
+from .config import shorten
+from .untrusted import shown
+
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 #: The most that `convert_gguf` holds of one tensor, in bytes of float32.
 PIECE_BYTES = 64 * 2**20
+#: Bounds on a header, since its values become Python objects of up to ten times their size: values and tensors, values
+#: in all arrays together (Gemma 3, the largest vocabulary, has 1.3 million), and bytes of a text.
+MAX_NAMES, MAX_ITEMS, MAX_TEXT = 2**16, 2**22, 2**20
 
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LINEAR_NAMES = {
@@ -65,7 +73,9 @@ class GgufFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"{path}: no such file")
-        if self.path.stat().st_size < 24 or self.path.open("rb").read(4) != b"GGUF":
+        with self.path.open("rb") as stream:
+            start = stream.read(24)
+        if len(start) < 24 or start[:4] != b"GGUF":
             raise ValueError(f"{path}: not a GGUF file (it does not start with GGUF)")
         try:
             self.metadata, tensors = read_header(np.asarray(np.memmap(self.path, np.uint8, "r")))
@@ -77,7 +87,7 @@ class GgufFile:
             self.tensors = {hugging_face_name(name, self.architecture): tensor for name, tensor in tensors.items()}
             self.config = CONFIGS[self.architecture](self.metadata, self.shapes)
             if factors is not None:
-                self.config["rope_scaling"] = llama3_scaling(dequantise(factors)[0], self.config)
+                self.config["rope_scaling"] = llama3_scaling(factors, self.config)
             check_complete(self.shapes, self.config, self.architecture)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -101,10 +111,13 @@ class GgufFile:
         if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj\.", name):
             heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
             rows = interleaved_rows(rows, tensor.shape[0] // heads)
-        if len(tensor.shape) == 1:
-            piece = dequantise(tensor)[0][rows]
-        else:
-            piece = dequantise(tensor._replace(data=tensor.data[rows]))[:, columns]
+        try:
+            if len(tensor.shape) == 1:
+                piece = dequantise(tensor)[0][rows]
+            else:
+                piece = dequantise(tensor._replace(data=tensor.data[rows]))[:, columns]
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
         return piece - 1 if self.architecture == "gemma3" and name.endswith("norm.weight") else piece
 
 
@@ -116,7 +129,7 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
     source, folder = GgufFile(file), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: already there and not an empty folder; give a new one")
-    unfinished = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")
+    unfinished = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)
     try:
         ids = {key: value for key, value in source.config.items() if key.endswith("_token_id")}
@@ -124,7 +137,11 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
         (unfinished / "generation_config.json").write_text(json.dumps(ids, indent=2))
         write_safetensors(source, unfinished / "model.safetensors")
         tokenizer.save_pretrained(unfinished)
+        for written in unfinished.iterdir():
+            with written.open("rb") as stream:
+                os.fsync(stream.fileno())
         os.replace(unfinished, folder)
+        sync_folder(folder.absolute().parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -133,10 +150,10 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
 
 
 class Cursor:
-    """Reads little-endian values one after another, never past the end."""
+    """Reads little-endian values one after another, never past the end and within the bounds of a header."""
 
     def __init__(self, data: np.ndarray):
-        self.data, self.at = data.data, 0
+        self.data, self.at, self.items = data.data, 0, 0
 
     def bytes(self, size: int) -> memoryview:
         if size > len(self.data) - self.at:
@@ -148,13 +165,26 @@ class Cursor:
         return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
-        return str(self.bytes(self.number("Q")), "utf-8")
+        size = self.number("Q")
+        if MAX_TEXT < size <= len(self.data) - self.at:
+            raise ValueError(f"a text of {size} bytes; at most {MAX_TEXT} are read")
+        return str(self.bytes(size), "utf-8")
+
+    def names(self) -> int:
+        """A number of values or tensors that have a name each."""
+        count = self.number("Q")
+        if count > MAX_NAMES:
+            raise ValueError(f"{count} names in its header; at most {MAX_NAMES} are read")
+        return count
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.string()
         if kind == ARRAY:
             kind, count = self.number("I"), self.number("Q")
+            self.items += count
+            if MAX_ITEMS < self.items <= len(self.data):
+                raise ValueError(f"arrays of {self.items} values; at most {MAX_ITEMS} are read")
             if kind == STRING:
                 return [self.string() for _ in range(count)]
             return np.frombuffer(self.bytes(count * np.dtype(scalar(kind)).itemsize), "<" + scalar(kind)).tolist()
@@ -172,41 +202,62 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The metadata and the tensors, by llama.cpp's names."""
     cursor = Cursor(data)
     cursor.bytes(4)
-    version, tensor_count, value_count = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    version = cursor.number("I")
     if version not in (2, 3):
         raise ValueError(f"version {version} (2 and 3 are read, little-endian)")
-    metadata = {}
+    tensor_count, value_count = cursor.names(), cursor.names()
+    metadata: dict[str, Any] = {}
     for _ in range(value_count):
         key = cursor.string()
+        if key in metadata:
+            raise ValueError(f"metadata {shown(key)} stands there twice")
         metadata[key] = cursor.value(cursor.number("I"))
     infos = [read_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"general.alignment {alignment!r}")
-    start = -(-cursor.at // alignment) * alignment
-    return metadata, {name: map_tensor(data, name, kind, shape, start + offset) for name, kind, shape, offset in infos}
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"general.alignment {shorten(alignment)}")
+    return metadata, map_tensors(data, infos, cursor.at, alignment)
 
 
 def read_tensor_info(cursor: Cursor) -> tuple[str, int, tuple[int, ...], int]:
     name, axes = cursor.string(), cursor.number("I")
     if axes not in (1, 2):
-        raise ValueError(f"tensor {name} has {axes} axes (1 or 2 are expected)")
+        raise ValueError(f"tensor {shown(name)} has {axes} axes (1 or 2 are expected)")
     shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
     return name, cursor.number("I"), shape, cursor.number("Q")
+
+
+def map_tensors(data: np.ndarray, infos: list, header: int, alignment: int) -> dict[str, Tensor]:
+    """The tensors behind a header of so many bytes. As llama.cpp demands, each begins where the one before it ends, up
+    to the alignment: at another place its numbers would be those of other tensors."""
+    tensors: dict[str, Tensor] = {}
+    start, expected = padded(header, alignment), 0
+    for name, kind, shape, offset in infos:
+        if name in tensors:
+            raise ValueError(f"tensor {shown(name)} stands there twice")
+        if offset != expected:
+            raise ValueError(f"tensor {shown(name)} begins at byte {offset} of the data, where {expected} is expected")
+        tensors[name] = map_tensor(data, name, kind, shape, start + offset)
+        expected = padded(offset + tensors[name].data.size, alignment)
+    return tensors
+
+
+def padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
 
 
 def map_tensor(data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], start: int) -> Tensor:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if kind not in GGML_QUANT_SIZES:
-        raise ValueError(f"tensor {name} has the unknown type {kind}")
+        raise ValueError(f"tensor {shown(name)} has the unknown type {kind}")
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if shape[-1] % block or 0 in shape:
-        raise ValueError(f"tensor {name} has the shape {shape}, which its type's blocks of {block} do not fill")
+        raise ValueError(f"tensor {shown(name)} has the shape {shape}, which its type's blocks of {block} do not fill")
     row_bytes = shape[-1] // block * block_bytes
     size = row_bytes * math.prod(shape[:-1])
     if start + size > len(data):
-        raise ValueError(f"it ends at byte {len(data)}, inside or before tensor {name}")
+        raise ValueError(f"it ends at byte {len(data)}, inside or before tensor {shown(name)}")
     return Tensor(kind, shape, data[start : start + size].reshape(-1, row_bytes))
 
 
@@ -234,9 +285,13 @@ def interleaved_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
 def check_architecture(metadata: dict[str, Any]) -> str:
     architecture = str(metadata.get("general.architecture"))
     if architecture not in CONFIGS:
-        raise ValueError(f"architecture {architecture!r} is not supported; GGUF is read for " + " and ".join(CONFIGS))
+        raise ValueError(
+            f"architecture {shorten(architecture)} is not supported; GGUF is read for " + " and ".join(CONFIGS)
+        )
     if metadata.get("split.count", 1) != 1:
-        raise ValueError(f"one of {metadata['split.count']} parts; merge them first (llama-gguf-split --merge)")
+        raise ValueError(
+            f"one of {shorten(metadata['split.count'])} parts; merge them first (llama-gguf-split --merge)"
+        )
     return architecture
 
 
@@ -245,9 +300,10 @@ def hugging_face_name(name: str, architecture: str) -> str:
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if layer and layer[2] in names:
         return f"model.layers.{layer[1]}.{names[layer[2]]}.{layer[3]}"
-    if name.removesuffix(".weight") in TOP_NAMES:
-        return TOP_NAMES[name.removesuffix(".weight")] + ".weight"
-    raise ValueError(f"tensor {name} has no place in a {architecture} model")
+    top, _, kind = name.partition(".")
+    if top in TOP_NAMES and kind == "weight":
+        return f"{TOP_NAMES[top]}.weight"
+    raise ValueError(f"tensor {shown(name)} has no place in a {architecture} model")
 
 
 def common_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -311,8 +367,8 @@ def number(metadata: dict[str, Any], key: str, default: float | None = None) -> 
     """A number under the architecture's prefix; without a default it must be there."""
     key = f"{metadata['general.architecture']}.{key}"
     value = metadata.get(key, default)
-    if not isinstance(value, int | float) or value < 0 or (default is None and value == 0):
-        raise ValueError(f"metadata {key} is {value!r}; a positive number is expected")
+    if type(value) not in (int, float) or not value >= 0 or (default is None and value == 0):
+        raise ValueError(f"metadata {key} is {shorten(value)}; a positive number is expected")
     return value
 
 
@@ -320,25 +376,28 @@ def whole(metadata: dict[str, Any], key: str, default: int | None = None) -> int
     """A whole number of at least 1 under the architecture's prefix; without a default it must be there."""
     value = number(metadata, key, default)
     if type(value) is not int or value < 1:
-        raise ValueError(f"metadata {metadata['general.architecture']}.{key} is {value!r}; a whole number is expected")
+        raise ValueError(
+            f"metadata {metadata['general.architecture']}.{key} is {shorten(value)}; a whole number is expected"
+        )
     return value
 
 
 def rope_scaling(metadata: dict[str, Any]) -> dict[str, Any] | None:
     kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
-        raise ValueError(f"rope scaling {kind!r} is not supported in a GGUF file (none and linear are)")
+        raise ValueError(f"rope scaling {shorten(kind)} is not supported in a GGUF file (none and linear are)")
     factor = float(number(metadata, "rope.scaling.factor", number(metadata, "rope.scale_linear", 1.0)))
     return {"rope_type": "linear", "factor": factor} if kind == "linear" or factor != 1 else None
 
 
-def llama3_scaling(factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
+def llama3_scaling(tensor: Tensor, config: dict[str, Any]) -> dict[str, Any]:
     """The llama3 scaling that divides each frequency by the stored factors, if its settings are Llama 3.1's."""
-    factor, low, high, positions = float(factors.max()), 1.0, 4.0, 8192
-    exponents = np.arange(0, config["head_dim"], 2) / config["head_dim"]
-    turns = positions / (2 * np.pi) * config["rope_theta"] ** -exponents
+    low, high, positions, pairs = 1.0, 4.0, 8192, config["head_dim"] // 2
+    factors = dequantise(tensor)[0] if tensor.shape == (pairs,) else np.zeros(1)
+    factor = float(factors.max())
+    turns = positions / (2 * np.pi) * config["rope_theta"] ** -(np.arange(len(factors)) / pairs)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    if factors.shape != smooth.shape or not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+    if not factor > 0 or not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
         raise ValueError("rope_freqs.weight is not the llama3 rope scaling of Llama 3.1 and later; not supported")
     return {
         "rope_type": "llama3",
@@ -362,7 +421,17 @@ def check_complete(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], a
     if missing := sorted(expected - shapes.keys()):
         raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
     if extra := sorted(shapes.keys() - expected):
-        raise ValueError(f"{len(extra)} tensors have no place in the model, the first is {extra[0]}")
+        raise ValueError(f"{len(extra)} tensors have no place in the model, the first is {shown(extra[0])}")
+    for name, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+        for i in range(config["num_hidden_layers"]):
+            rows, expected_rows = (
+                shapes[f"model.layers.{i}.self_attn.{name}.weight"][0],
+                config[heads] * config["head_dim"],
+            )
+            if rows != expected_rows:
+                raise ValueError(
+                    f"model.layers.{i}.self_attn.{name}.weight has {rows} rows, but the metadata say {expected_rows}"
+                )
 
 
 # ------------------------------------------------------------------------------------------------------------- convert

@@ -12,9 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
+from .atomic import set_aside
 from .config import expanded
 
 CONFIG_FILES = ["config.json", "generation_config.json"]
@@ -70,6 +72,13 @@ def resolve_tokenizer(source: str | Path) -> Path:
 def resolve_adapter(source: str | Path) -> Path:
     """A local folder with adapter_config.json; fetches it where `source` is a hub id."""
     path = expanded(source)
+    if not path.is_dir() and (old := set_aside(path.resolve())):
+        warnings.warn(
+            f"{source}: a save to it was interrupted or is under way; the adapter from before is taken, from {old}. "
+            "Save it again, or rename that folder",
+            stacklevel=3,
+        )
+        path = old
     if not path.is_dir():
         repository, revision = parse_hub_id(source, "an adapter folder or a hub id (user/name or user/name@revision)")
         # Fetched as plain files, into a folder of its own: the hub's own cache is made of links out of the folder.

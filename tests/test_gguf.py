@@ -242,6 +242,64 @@ def test_a_damaged_header_gives_a_value_error_or_a_model_and_nothing_else(tmp_pa
         GgufFile(damaged)
 
 
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def number(key: str, value: int) -> bytes:
+    return text(key) + struct.pack("<II", 4, value)
+
+
+def vector(name: str, offset: int, count: int = 8) -> bytes:
+    return text(name) + struct.pack("<IQIQ", 1, count, 0, offset)  # 0: float32
+
+
+def made(values=(), tensors=(), counts=None, data=64) -> bytes:
+    counts = counts or (len(tensors), len(values))
+    header = struct.pack("<4sIQQ", b"GGUF", 3, *counts) + b"".join([*values, *tensors])
+    return header + bytes(-len(header) % 32 + data)
+
+
+BYTES = struct.pack("<IIQ", 9, 0, 3 * 2**20)  # the head of an array of 3 Mi bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (made([number("a", 1), number("a", 1)]), "metadata a stands there twice"),
+        (made(tensors=[vector("a", 0), vector("a", 32)]), "tensor a stands there twice"),
+        (made(tensors=[vector("a", 0), vector("b", 0)]), "tensor b begins at byte 0 of the data, where 32 is expected"),
+        (made(tensors=[vector("a", 0), vector("b", 16)]), "tensor b begins at byte 16"),
+        (made(tensors=[vector("a", 32)]), "tensor a begins at byte 32 of the data, where 0 is expected"),
+        (made(tensors=[vector("\x1b]0;owned\x07" * 99, 0, 0)]), r"tensor '\\x1b\]0;owned.*\.\.\. has the shape"),
+        (made([text("general.alignment") + struct.pack("<I?", 7, True)]), "general.alignment True"),
+        (made(counts=(2**40, 0)), "1099511627776 names"),
+        (made(counts=(0, 70_000)), "70000 names"),
+        (made([text("a") + struct.pack("<I", 8) + text("x" * 2**20 + "x")]), "a text of 1048577 bytes"),
+        (made([text(key) + BYTES + bytes(3 * 2**20) for key in "ab"]), "arrays of 6291456 values"),
+    ],
+)
+def test_a_header_that_lies_or_is_huge_is_refused_by_name(tmp_path, content, said):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=said) as error:
+        GgufFile(tmp_path / "m.gguf")
+    assert str(error.value).startswith(str(tmp_path)) and str(error.value).isprintable()
+    assert len(str(error.value)) < 500
+
+
+def test_heads_that_do_not_divide_the_rows_are_refused_before_a_conversion(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", change={"attention.head_count": 8})
+    with pytest.raises(ValueError, match="m.gguf: .*k_proj.weight has 32 rows, but the metadata say 16"):
+        GgufFile(path)
+
+
+def test_a_wide_head_with_few_rotary_factors_allocates_nothing(tmp_path):
+    tensors = {"raw.rope_freqs.weight": np.ones(8, np.float32)}
+    path = write_gguf(tmp_path / "m.gguf", change={"attention.key_length": 2**32 - 2}, tensors=tensors)
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
+        GgufFile(path)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_converted_folder_holds_the_model_for_transformers(tmp_path, monkeypatch, family):
     monkeypatch.setattr(para_jax.gguf, "PIECE_BYTES", 4096)

@@ -11,7 +11,7 @@ import para_jax
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ["atomic", "config", "sharding", "gguf", "hub", "devices", "hlo", "processes"],
+    ["atomic", "config", "untrusted", "tensor_file", "sharding", "gguf", "hub", "devices", "hlo", "processes"],
     ["backbone", "adapters", "data"],
     ["model"],
     ["training", "inference"],
@@ -25,11 +25,18 @@ SIDEWAYS = {
     ("bench", "plots"),
     ("devices", "config"),
     ("devices", "hub"),
+    ("gguf", "atomic"),
+    ("gguf", "config"),
+    ("gguf", "untrusted"),
+    ("hub", "atomic"),
     ("hub", "config"),
     ("quickstart", "runs"),
     ("quickstart", "tenant_runs"),
     ("quickstart", "reports"),
     ("tenant_runs", "runs"),
+    ("tensor_file", "config"),
+    ("tensor_file", "untrusted"),
+    ("untrusted", "config"),
 }
 HEAVY = "orbax grain qwix tensorflow_datasets tensorflow transformers tokenizers lm_eval matplotlib torch".split()
 

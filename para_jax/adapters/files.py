@@ -10,19 +10,21 @@ import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
 from ..config import Ia3Config, LoraConfig, ModelConfig, ParaConfig, expanded, shorten
+from ..untrusted import one_line, read_json
 from .adapter import Adapter
 from .folder import (
     CARD,
     CONFIG,
     WEIGHTS,
     own_file,
-    read_json,
+    read_whole,
     replace_folder,
     require_finite,
     safetensors_bytes,
@@ -66,7 +68,7 @@ def save_adapter(
     Raises ValueError for weights that are not finite and for a folder that holds other files, OSError where it can't be
     written (a full disk).
     """
-    base_model = " ".join("".join(c if c.isprintable() else " " for c in base_model).split())
+    base_model = one_line(base_model)
     if model is not None:
         check_fits(adapter, model.config)
     if isinstance(adapter, Para):
@@ -98,7 +100,11 @@ def load_adapter(source: str | Path, model_config: ModelConfig, *, model=None) -
     """
     from ..hub import resolve_adapter
 
-    folder = resolve_adapter(source)
+    return read_whole(lambda: resolve_adapter(source), lambda folder: read_adapter(folder, source, model_config, model))
+
+
+def read_adapter(folder: Path, source: str | Path, model_config: ModelConfig, model) -> Adapter:
+    """The adapter of a folder; `source` is the name that the user gave it."""
     config, backbone, _ = read_config(folder)
     if not isinstance(config, ParaConfig):
         return load_peft(folder, config, model_config)
@@ -111,7 +117,7 @@ def load_adapter(source: str | Path, model_config: ModelConfig, *, model=None) -
         warnings.warn(
             f"{source}: the adapter was trained on other weights of this shape (fingerprint {shorten(theirs, 16)}, "
             f"this backbone's {shorten(ours, 16)})",
-            stacklevel=2,
+            stacklevel=5,
         )
     return load_para(folder, config, model_config)
 
@@ -140,7 +146,9 @@ def read_config(folder: Path) -> tuple[Any, dict, str]:
         config, backbone = read_para_config(found) if kind == "PARA" else (read_peft_config(found, shapes), {})
     except ValueError as error:
         raise ValueError(f"{file}: {str(error)[:500]}") from None
-    return config, backbone, base_model if isinstance(base_model, str) else ""
+    if not isinstance(base_model, (str, NoneType)):
+        raise ValueError(f"{file}: base_model_name_or_path: {shorten(base_model)}; expected text or null")
+    return config, backbone, one_line(base_model or "")
 
 
 # ------------------------------------------------------------------------------------------------------ the model card

@@ -5,21 +5,21 @@ What comes from a folder is not trusted: sizes and shapes are checked before con
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from ..atomic import sync_folder
-from ..config import shorten
+from ..atomic import OLD, beside, left_beside, set_aside, sync_folder
+from ..tensor_file import StoredTensor, stored_tensors
+from ..untrusted import some
+
+T = TypeVar("T")
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-MAX_JSON_BYTES = 2**20
 
 
 def own_file(folder: Path, name: str) -> Path:
@@ -32,57 +32,62 @@ def own_file(folder: Path, name: str) -> Path:
     return file
 
 
-def read_json(file: Path) -> dict:
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{file}: {file.stat().st_size} bytes; expected at most {MAX_JSON_BYTES}")
+def read_whole(find: Callable[[], Path], read: Callable[[Path], T]) -> T:
+    """What `read` makes of the folder that `find` gives. If the folder is replaced meanwhile, it is read again: the
+    config of one adapter and the weights of another are never taken together."""
+    for _ in range(10):
+        folder = find()
+        before = identity(folder)
+        try:
+            found = read(folder)
+        except (ValueError, OSError):
+            if identity(folder) == before:
+                raise
+            continue
+        if identity(folder) == before:
+            return found
+    raise ValueError(f"{folder}: replaced each time that it was read; try again when it is left alone")
+
+
+def identity(folder: Path) -> tuple[int, ...] | None:
+    """What no other folder has that stood or will stand at this path; None where there is none."""
     try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {str(error)[:200]}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: {shorten(found)}; expected a mapping")
-    return found
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors in the folder's weights, by name; their content is not read."""
-    with opened(folder) as (_, stored):
-        return {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
+    return {name: tensor.shape for name, tensor in weights_of(folder).items()}
 
 
 def read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """The folder's tensors as float32, if they are the expected ones (names and shapes) and finite."""
-    with opened(folder) as (file, stored):
-        require_as_expected(file, stored, expected)
-        tensors = {name: tensor[...].astype(np.float32) for name, tensor in stored.items()}
-    require_finite(str(file), tensors)
+    stored = weights_of(folder)
+    require_as_expected(folder / WEIGHTS, stored, expected)
+    tensors = {name: tensor.read().astype(np.float32, copy=False) for name, tensor in stored.items()}
+    require_finite(str(folder / WEIGHTS), tensors)
     return tensors
 
 
-@contextmanager
-def opened(folder: Path) -> Iterator[tuple[Path, dict]]:
-    """The folder's weights file, and its tensors by name: slices, of which nothing is read yet."""
-    from safetensors import SafetensorError, safe_open
-
+def weights_of(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors in the folder's weights file, by name."""
     refuse_pickles(folder)
-    file = own_file(folder, WEIGHTS)
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            yield file, {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: truncated, or not a safetensors file: {error}") from None
+    return stored_tensors(own_file(folder, WEIGHTS))
 
 
-def require_as_expected(file: Path, stored: dict, expected: dict[str, tuple[int, ...]]) -> None:
+def require_as_expected(file: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]]) -> None:
     problems = {
         "missing": [name for name in expected if name not in stored],
         "unknown": [name for name in stored if name not in expected],
         "misshapen": [
-            f"{name} {stored[name].get_shape()} (expected {list(expected[name])})"
-            for name in stored
-            if name in expected and tuple(stored[name].get_shape()) != expected[name]
+            f"{name} {list(tensor.shape)} (expected {list(expected[name])})"
+            for name, tensor in stored.items()
+            if name in expected and tensor.shape != expected[name]
         ],
-        "not of F32, F16 or BF16": [name for name in stored if stored[name].get_dtype() not in ("F32", "F16", "BF16")],
+        "not of F32, F16 or BF16": [n for n, tensor in stored.items() if tensor.dtype not in ("F32", "F16", "BF16")],
     }
     if any(problems.values()):
         listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
@@ -121,7 +126,7 @@ def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
             raise ValueError(
                 f"{folder}: holds other files ({some(others)}), and would be replaced; choose another folder"
             )
-    new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    new = beside(folder)
     try:
         new.mkdir(parents=True)
         for name, data in files.items():
@@ -129,6 +134,7 @@ def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
+        sync_folder(new)
         swap(new, folder)
     except OSError as error:
         reason = error.strerror or error
@@ -138,28 +144,26 @@ def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def swap(new: Path, folder: Path) -> None:
-    old = new.with_name(new.name + ".old")
-    if folder.exists():
-        os.rename(folder, old)
+    """Renames the old folder away and the new one into its place. A kill in between leaves the old one set aside, where
+    `set_aside` finds it."""
+    old = new.with_name(new.name + OLD)
     try:
+        if folder.exists():
+            os.rename(folder, old)
         os.rename(new, folder)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old.exists() and not folder.exists():
             os.rename(old, folder)
         raise
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for path in left_beside(folder, OLD):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def mend_folder(folder: Path) -> None:
     """Tidies up after a replacement of the folder that was killed; where none was in place, the old one comes back."""
-    for path in sorted(folder.parent.glob(f".{folder.name}.*.old")):
-        if not folder.exists():
-            os.rename(path, folder)
-    for path in folder.parent.glob(f".{folder.name}.*"):
+    old = set_aside(folder)
+    if old is not None and not folder.exists():
+        os.rename(old, folder)
+    for path in [*left_beside(folder, OLD), *left_beside(folder)]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def some(names: Iterable[str]) -> str:
-    names = [name if name.isprintable() else repr(name) for name in names]
-    return ", ".join(name[:200] for name in names[:5]) + (f" ... ({len(names)} in all)" if len(names) > 5 else "")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from contextlib import suppress
 from pathlib import Path
+from types import NoneType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..config import ModelConfig, ParaConfig, shorten
+from ..untrusted import shown, some
 from .adapter import describe, init, layers_of, with_leaves
-from .folder import read_tensors, some
+from .folder import read_tensors
 from .para import GELU_DENOMINATOR, GELU_NUMERATOR, Para
 
 MAX_RANK = 2**16
@@ -101,6 +104,11 @@ def read_para_config(found: dict) -> tuple[ParaConfig, dict]:
     sites = found["target_modules"]
     if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
         raise ValueError(f"target_modules: {shorten(sites)}; expected a list of names")
+    if found.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ValueError(f"not supported: task_type {shorten(found['task_type'])}; expected CAUSAL_LM")
+    for key, kind, expected in (("inference_mode", bool, "true or false"), ("para_jax_version", str, "text")):
+        if not isinstance(found.get(key), (kind, NoneType)):
+            raise ValueError(f"{key}: {shorten(found[key])}; expected {expected}")
     rest = {key: found[key] for key in ("pooler", "summary", "activation")}
     layers = found.get("layers_to_transform")
     if layers is not None:
@@ -130,9 +138,12 @@ def checked_backbone(backbone: object, sites: tuple[str, ...]) -> dict:
     for key, value in numbers.items():
         if type(value) is not int or not 1 <= value < 2**31:
             raise ValueError(f"backbone: {key} {shorten(value)}; expected a whole number of at least 1")
-    for key in ("model_type", "fingerprint"):
-        if not isinstance(backbone.get(key, ""), str):
-            raise ValueError(f"backbone.{key}: {shorten(backbone[key])}; expected text")
+    name = backbone["model_type"]
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 100:
+        raise ValueError(f"backbone.model_type: {shorten(name)}; expected text, such as llama")
+    fingerprint = backbone.get("fingerprint", "0" * 64)
+    if not isinstance(fingerprint, str) or not re.fullmatch(r"[0-9a-f]{64}", fingerprint):
+        raise ValueError(f"backbone.fingerprint: {shorten(fingerprint)}; expected text: a sha256 of 64 digits")
     return backbone
 
 
@@ -140,7 +151,9 @@ def require_same_backbone(backbone: dict, model: ModelConfig) -> None:
     """Raises ValueError with what differs between the backbone that a config names and this one."""
     expected = describe(model)._asdict()
     expected["site_widths"] = {site: model.site_width(site) for site in backbone["site_widths"]}
-    differing = [f"{key} {backbone[key]}, not {expected[key]}" for key in expected if backbone[key] != expected[key]]
+    differing = [
+        f"{key} {shown(str(backbone[key]))}, not {expected[key]}" for key in expected if backbone[key] != expected[key]
+    ]
     if differing:
         raise ValueError(f"the adapter is for another backbone: it has {'; '.join(differing)[:500]}")
 

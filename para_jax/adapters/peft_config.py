@@ -10,11 +10,16 @@ import re
 from collections.abc import Iterator
 
 from ..config import FUSED, SITES, Ia3Config, LoraConfig, one_of, shorten
-from .folder import some
+from ..untrusted import some
 from .para_file import checked_rank
 
 PREFIX = "base_model.model.model.layers."
 NAME = re.compile(re.escape(PREFIX) + r"(\d{1,6})\.(?:self_attn|mlp)\.(\w+)\.(lora_A\.weight|lora_B\.weight|ia3_l)")
+#: As much of the end of a linear's name as a target may give.
+SUFFIX = re.compile(
+    r"((((base_model\.model\.)?model\.)?layers\.)?\d{1,6}\.)?"
+    r"((self_attn\.)?(?P<attention>[qkvo]_proj|qkv_proj)|(mlp\.)?(?P<mlp>(gate|up|down|gate_up)_proj))"
+)
 
 #: Keys that we read, and keys that change nothing once an adapter is trained. Every other key must be neutral.
 USED = {
@@ -73,18 +78,20 @@ def neutral(value: object) -> bool:
 
 def listed(key: str, names: object, otherwise: dict[str, None]) -> tuple[str, ...]:
     """The linears that a list of names or dotted suffixes means; `otherwise` for a pattern or null."""
-    if isinstance(names, list) and not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{key}: {shorten(names)}; expected a list of names")
-    last = tuple(name.rpartition(".")[2] for name in names) if isinstance(names, list) else tuple(otherwise)
-    other = [name for name in last if name not in (*SITES, *FUSED)]
+    if names is None or isinstance(names, str):
+        names = list(otherwise)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{key}: {shorten(names)}; expected a list of names, or a pattern")
+    matches = {name: SUFFIX.fullmatch(name) for name in names}
+    other = [name for name, match in matches.items() if match is None]
     if other:
         raise ValueError(f"{key}: {some(other)} is not supported; expected {one_of((*SITES, *FUSED))}")
-    return last
+    return tuple(match["attention"] or match["mlp"] for match in matches.values() if match)
 
 
 def number(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e9:
-        raise ValueError(f"{key}: {shorten(value)}; expected a number above 0, at most 1e9")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-9 <= value <= 1e9:
+        raise ValueError(f"{key}: {shorten(value)}; expected a number above 0, from 1e-9 to 1e9")
     return float(value)
 
 

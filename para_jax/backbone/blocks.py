@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -20,6 +21,9 @@ PIECE_VALUES = 8 * 2**20
 @runtime_checkable
 class Source(Protocol):
     """Where weights come from."""
+
+    @property
+    def path(self) -> Path: ...
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
@@ -152,4 +156,4 @@ def require_equal(source: Source, name: str, other: str, blocks: list[Block]) ->
     for block in side_by_side(blocks):
         both = zip(read_pieces(source, name, block), read_pieces(source, other, block), strict=True)
         if not all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in both):
-            raise ValueError(f"checkpoint: {name} differs from {other}, but config.json says tie_word_embeddings")
+            raise ValueError(f"{source.path}: {name} differs from {other}, but config.json says tie_word_embeddings")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..config import LayerKind, ModelConfig, RotaryConfig, one_of, require
+from ..config import LayerKind, ModelConfig, RotaryConfig, one_of, require, shorten
 
 #: What a Llama config assumes for keys that are missing; the families name only what differs.
 DEFAULTS = {
@@ -20,7 +20,6 @@ DEFAULTS = {
     "head_dim": None,
     "rope_theta": 10000.0,
     "sliding_window": None,
-    "use_sliding_window": True,
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
@@ -33,6 +32,9 @@ NULLABLE = {
     "num_key_value_heads", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
     "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
+
+#: Bounds on what a config may ask for. Published models have up to 126 layers and a handful of ids that end a text.
+MAX_LAYERS, MAX_TOKEN_IDS = 1000, 1000
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -85,8 +87,8 @@ def gemma2(c: dict) -> dict:
         "activation": activation(c, "hidden_activation"),
         "post_norm": True,
         "attention_scale": number(c, "query_pre_attn_scalar") ** -0.5,
-        "attention_softcap": c["attn_logit_softcapping"] and number(c, "attn_logit_softcapping"),
-        "final_softcap": c["final_logit_softcapping"] and number(c, "final_logit_softcapping"),
+        "attention_softcap": softcap(c, "attn_logit_softcapping"),
+        "final_softcap": softcap(c, "final_logit_softcapping"),
     }
 
 
@@ -157,7 +159,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     family = supported_family(config)
     given = {key: value for key, value in config.items() if value is not None or key in NULLABLE}
     c = DEFAULTS | family.defaults | given
-    if not flag(c, "use_sliding_window"):
+    if "use_sliding_window" in family.defaults and not flag(c, "use_sliding_window"):  # the others do not read it
         c["sliding_window"] = None
     heads = whole(c, "num_attention_heads")
     kv_heads = heads if c["num_key_value_heads"] is None else whole(c, "num_key_value_heads")
@@ -194,7 +196,8 @@ def supported_family(config: dict[str, Any]) -> Family:
     found = [f"{key} ({why})" for key, why in UNSUPPORTED.items() if config.get(key)]
     if config["model_type"] not in FAMILIES:
         also = f", with {', '.join(found)}," if found else ""
-        raise ValueError(f"model_type {config['model_type']!r}{also} is not supported; expected {one_of(FAMILIES)}")
+        name = shorten(config["model_type"])
+        raise ValueError(f"model_type {name}{also} is not supported; expected {one_of(FAMILIES)}")
     if found:
         raise ValueError(f"config.json: not supported: {', '.join(found)}")
     return FAMILIES[config["model_type"]]
@@ -202,16 +205,17 @@ def supported_family(config: dict[str, Any]) -> Family:
 
 def layer_kinds(c: dict, family: Family, head_dim: int) -> tuple[LayerKind, ...]:
     """Each layer's rotary embedding and window."""
-    layers = whole(c, "num_hidden_layers", most=10_000)
+    layers = whole(c, "num_hidden_layers", most=MAX_LAYERS)
     derived = ["sliding_attention" if family.sliding(c, i) else "full_attention" for i in range(layers)]
-    types = c.get("layer_types") or derived
+    types = derived if c.get("layer_types") is None else c["layer_types"]
     require(isinstance(types, list), "config.json: layer_types", types, "a list")
     require(len(types) == layers, "config.json: number of layer_types", len(types), f"one a layer, {layers}")
     for name in types:
         require(name in LAYER_TYPES, "config.json: layer_types", name, one_of(LAYER_TYPES))
     if types != derived and "layer_types" not in family.defaults:
         raise ValueError(f"config.json: layer_types other than {derived[0]} are not supported for {c['model_type']}")
-    window = None if c["sliding_window"] is None else whole(c, "sliding_window")
+    full_only = c["sliding_window"] is None and "sliding_attention" not in types
+    window = None if full_only else whole(c, "sliding_window")
     full, local = rotaries(c, family, head_dim)
     kinds: dict[str, LayerKind] = dict(
         zip(LAYER_TYPES, (LayerKind(rotary=full), LayerKind(rotary=local, window=window)), strict=True)
@@ -224,12 +228,15 @@ def rotaries(c: dict, family: Family, head_dim: int) -> tuple[RotaryConfig, Rota
     parameters, scaling = mapping(c, "rope_parameters"), mapping(c, "rope_scaling")
     base = {key: c[key] for key in ("rope_theta", "partial_rotary_factor") if key in c}
     if "rope_local_base_freq" not in family.defaults:
+        nested = [name for name in LAYER_TYPES if name in parameters]
+        if nested:
+            raise ValueError(f"config.json: rope_parameters of {nested[0]} are not supported for {c['model_type']}")
         one = rotary(base | parameters | scaling, c, family, head_dim)
         return one, one
     known = set(parameters) <= set(LAYER_TYPES)
     require(known, "config.json: rope_parameters", sorted(parameters), " and ".join(LAYER_TYPES))
     full = rotary(base | mapping(parameters, "full_attention") | scaling, c, family, head_dim)
-    base["rope_theta"] = c["rope_local_base_freq"]
+    base["rope_theta"] = number(c, "rope_local_base_freq")
     return full, rotary(base | mapping(parameters, "sliding_attention"), c, family, head_dim)
 
 
@@ -246,7 +253,7 @@ def rotary(rope: dict, c: dict, family: Family, head_dim: int) -> RotaryConfig:
     if kind == "default":
         return RotaryConfig(**plain)
     if kind not in ("linear", "llama3"):
-        raise ValueError(f"config.json: rope type {kind!r} is not supported; expected default, linear or llama3")
+        raise ValueError(f"config.json: rope type {shorten(kind)} is not supported; expected default, linear or llama3")
     scaled = plain | {"scaling": kind, "factor": float(number(rope, "factor"))}
     if kind == "linear":
         return RotaryConfig(**scaled)
@@ -269,9 +276,14 @@ def whole(c: dict, key: str, least: int = 1, most: int = 2**31 - 1) -> int:
 
 def number(c: dict, key: str) -> float:
     value = present(c, key)
-    fits = type(value) in (int, float) and 0 < value < 1e300
-    require(fits, f"config.json: {key}", value, "a number above 0")
+    fits = type(value) in (int, float) and 1e-30 <= value <= 1e30  # so that float32 holds it, and its inverse
+    require(fits, f"config.json: {key}", value, "a number above 0, from 1e-30 to 1e30")
     return value
+
+
+def softcap(c: dict, key: str) -> float | None:
+    """What the logits are capped at; only null says that they are not. Zero would make all of them NaN."""
+    return None if c[key] is None else number(c, key)
 
 
 def flag(c: dict, key: str) -> bool:
@@ -293,7 +305,8 @@ def activation(c: dict, key: str) -> str:
 def token_ids(c: dict, key: str) -> tuple[int, ...]:
     """Token ids from a number, a list or null; negative ones, with which old configs say "none", are left out."""
     values = c[key] if isinstance(c[key], list) else [] if c[key] is None else [c[key]]
-    require(all(type(i) is int for i in values), f"config.json: {key}", c[key], "token ids")
+    fits = len(values) <= MAX_TOKEN_IDS and all(type(i) is int and i < 2**31 for i in values)
+    require(fits, f"config.json: {key}", c[key], f"a token id, or a list of at most {MAX_TOKEN_IDS}")
     return tuple(i for i in values if i >= 0)
 
 

@@ -3,8 +3,8 @@ abstract_backbone, its shapes alone."""
 
 from __future__ import annotations
 
-import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,12 +15,13 @@ from ..config import ModelConfig, require
 from ..gguf import GgufFile
 from ..hub import resolve_backbone, resolve_config
 from ..sharding import tree_shardings
+from ..untrusted import read_json
 from .families import model_config
 from .known import KNOWN_CONFIGS
 from .quantize import quantised
 from .safetensors import Safetensors
-from .transformer import Transformer
-from .weights import fingerprint, load_parameters
+from .transformer import Layer, Transformer
+from .weights import fingerprint, load_parameters, recipes
 
 
 def load_model_config(source: str | Path) -> ModelConfig:
@@ -42,8 +43,7 @@ def load_backbone(
 
     Args:
         source: a folder with config.json and *.safetensors, a hub id (user/name or user/name@revision), a .gguf file,
-        or
-            the built-in name smollm2-135m.
+            or the built-in name smollm2-135m.
         dtype: of weights and compute; default float32 on a CPU, else bfloat16.
         mesh: lays the weights out over it; default: the first device. Each process of the mesh reads what its own
             devices hold, and must call this function.
@@ -55,6 +55,7 @@ def load_backbone(
     path = resolve_backbone(source)
     config = config_at(path, source)
     weights = GgufFile(path) if path.suffix == ".gguf" else Safetensors(path)
+    recipes(config, weights)  # raises for a config that is not this file's, before it decides how much is traced
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
     if on_cpu and dtype == jnp.bfloat16:
@@ -76,7 +77,7 @@ def abstract_backbone(
     """The Transformer that load_backbone gives, with a jax.ShapeDtypeStruct for each array, which with a mesh says how
     it is laid out. The mesh's devices need not be at hand."""
     require(quantize in (None, "int8"), "quantize", quantize, "int8, or None")
-    model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    model = traced(config)
     model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), model)
     if quantize:
         model = jax.eval_shape(quantised, model)
@@ -87,13 +88,20 @@ def abstract_backbone(
     return jax.tree.map(placed, model, tree_shardings(model, mesh, config))
 
 
+def traced(config: ModelConfig) -> Transformer:
+    """The shapes of a Transformer. Layers of one kind are traced once: JAX's time to trace a module grows with the
+    square of its parameters (80 layers take 4 s)."""
+    model = jax.eval_shape(lambda: Transformer(replace(config, kinds=()), rngs=nnx.Rngs(0)))
+    layers = {kind: jax.eval_shape(lambda kind=kind: Layer(config, kind, rngs=nnx.Rngs(0))) for kind in {*config.kinds}}
+    model.layers = nnx.List([jax.tree.map(lambda leaf: leaf, layers[kind]) for kind in config.kinds])
+    model.config = config
+    return model
+
+
 def config_at(path: Path, source: str | Path) -> ModelConfig:
-    if path.suffix == ".gguf":
-        return model_config(GgufFile(path).config)
+    found = GgufFile(path).config if path.suffix == ".gguf" else read_json(path / "config.json")
     try:
-        return model_config(json.loads((path / "config.json").read_text()))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{source}: config.json is not JSON: {error}") from None
+        return model_config(found)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import FUSED, SITES, ModelConfig
+from ..untrusted import some
 from .blocks import Recipe, Source, load_parameter, needed_blocks, pieces, require_equal
 from .quantize import quantiser
-from .safetensors import some
 
 
 def load_parameters(
@@ -32,7 +32,7 @@ def load_parameters(
     Raises ValueError naming tensors that are missing, unknown, misshapen or not finite (where this process reads them;
     the others, which do not see it, go on).
     """
-    plan = recipes(config, source.shapes)
+    plan = recipes(config, source)
     shapes = parameter_shapes(config)
     placing = shardings or {}
     if config.tied_embeddings and "lm_head.weight" in source.shapes:
@@ -51,7 +51,7 @@ def load_parameters(
         else:
             loaded[name] = array
     if broken:
-        raise ValueError(f"checkpoint: tensors with NaN or infinite values: {some(broken)}")
+        raise ValueError(f"{source.path}: tensors with NaN or infinite values: {some(broken)}")
     return loaded
 
 
@@ -82,8 +82,10 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{name}.weight": (config.width,) for name in names}
 
 
-def recipes(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Recipe]:
-    """How each parameter is made of the tensors of a checkpoint with these shapes; raises ValueError if it can't be."""
+def recipes(config: ModelConfig, source: Source) -> dict[str, Recipe]:
+    """How each parameter is made of the source's tensors. Raises ValueError where their names and shapes do not fit the
+    config; no tensor is read."""
+    shapes = source.shapes
     fused = [joint for joint in FUSED if any(f".{joint}." in name for name in shapes)]
     plan = {name: recipe(config, name, shape, fused) for name, shape in parameter_shapes(config).items()}
     expected = {recipe.source: recipe.shape for recipe in plan.values()}
@@ -100,7 +102,7 @@ def recipes(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str
     }
     if any(problems.values()):
         listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"checkpoint: the tensors do not fit the config (model_type {config.model_type}). {listed}")
+        raise ValueError(f"{source.path}: the tensors do not fit the config (model_type {config.model_type}). {listed}")
     return plan
 
 
@@ -149,7 +151,7 @@ def fingerprint(source: Source) -> str:
     if name not in source.shapes and {f"{prefix}qkv_proj.weight", f"{prefix}o_proj.weight"} <= set(source.shapes):
         name, rows = f"{prefix}qkv_proj.weight", source.shapes[f"{prefix}o_proj.weight"][1]
     if name not in source.shapes:
-        raise ValueError(f"checkpoint: no tensor {name}")
+        raise ValueError(f"{source.path}: no tensor {name}")
     digest = hashlib.sha256()
     for start, stop in pieces(0, rows or source.shapes[name][0], source.shapes[name][1]):
         digest.update(np.ascontiguousarray(source.read(name, start, stop)).view(np.uint8).data)

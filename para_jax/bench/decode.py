@@ -184,7 +184,6 @@ def bank_of(model, config, count: int) -> AdapterBank:
         max_r=getattr(config, "r", 1),
         methods=(adapter_method(config),),
         sites=config.target_modules,
-        dtype=str(model.dtype),
     )
     fresh = init_adapter(config, model.config)
     for i in range(count):

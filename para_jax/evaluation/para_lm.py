@@ -105,7 +105,7 @@ class ParaLM(TokenLM):
         if adapter is not None:
             tenant = str(adapter)
             held = {tenant: load_adapter(adapter, model.config, model=model)}
-            bank = AdapterBank.holding(held, model.config, dtype=str(model.dtype))
+            bank = AdapterBank.holding(held, model.config)
         longest = min(longest, model.config.max_positions)
         engine = Engine(model, bank, load_tokenizer(backbone), slots=rows, max_length=longest)
         return cls(engine, tenant, cache=given.get("cache"), seed=seed)

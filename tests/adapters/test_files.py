@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 from itertools import product
 
 import jax
@@ -14,10 +15,13 @@ import yaml
 from conftest import FIXTURES, backbone, golden, golden_tenants, prompts, strong
 from safetensors.numpy import load_file, save_file
 
-from para_jax import ParaConfig, forward, init_adapter, vectors
+from para_jax import AdapterBank, ParaConfig, forward, init_adapter, vectors
+from para_jax.adapters import files
 from para_jax.adapters.files import load_adapter, read_adapter_config, save_adapter
+from para_jax.adapters.folder import mend_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DEEP, TWICE = b'{"peft_type": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"peft_type": "PARA", "r": 4, "r": 4}'
 LAYER = "base_model.model.model.layers."
 
 
@@ -202,6 +206,87 @@ def test_a_failing_swap_puts_the_previous_adapter_back(folder, monkeypatch):
     assert os.listdir(folder.parent) == ["adapter"]
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_interrupted_swap_puts_the_previous_adapter_back(folder, monkeypatch, failing):
+    rename, calls = os.rename, []
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(trained(2), folder)
+    np.testing.assert_array_equal(load(folder).up["q_proj"][...], trained().up["q_proj"][...])
+    assert os.listdir(folder.parent) == ["adapter"]
+
+
+def test_after_a_kill_between_the_renames_the_previous_adapter_is_loaded(folder, monkeypatch, tmp_path):
+    folder.rename(folder.with_name(".adapter.0123abcd.old"))
+    folder.with_name(".adapter.4567abcd").mkdir()  # the new one: the kill may have come before it was whole
+    monkeypatch.chdir(tmp_path)
+    for source in (folder, "adapter"):
+        with pytest.warns(UserWarning, match=r"adapter: a save to it .*from .*\.adapter\.0123abcd\.old"):
+            loaded = load(source)
+        np.testing.assert_array_equal(loaded.up["q_proj"][...], trained().up["q_proj"][...])
+    bank = AdapterBank(backbone("llama").config)
+    with pytest.warns(UserWarning, match="a save to it"):
+        bank.add("tenant", folder)
+    save_adapter(trained(2), folder)
+    np.testing.assert_array_equal(load(folder).up["q_proj"][...], trained(2).up["q_proj"][...])
+    assert sorted(os.listdir(tmp_path)) == [".adapter.4567abcd", "adapter"]
+    mend_folder(folder)
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_only_what_a_save_left_is_taken_or_removed(folder, tmp_path):
+    for name in (".adapter.backup", ".adapter.0123abcd.older", ".adapter2.0123abcd.old", ".adapter.0123ABCD.old"):
+        shutil.copytree(folder, tmp_path / name)
+    (tmp_path / ".adapter.01234567.old").symlink_to(tmp_path / ".adapter.backup")
+    kept = sorted(os.listdir(tmp_path))
+    mend_folder(folder)
+    save_adapter(trained(2), folder)
+    assert sorted(os.listdir(tmp_path)) == kept
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="adapter: no such file or folder"):
+        load(folder)
+
+
+def test_of_several_old_folders_the_latest_comes_back(folder, tmp_path):
+    for seed, number in ((2, "ffffffff"), (3, "00000000")):
+        save_adapter(trained(seed), folder)
+        folder.rename(tmp_path / f".adapter.{number}.old")
+    with pytest.warns(UserWarning, match="00000000"):
+        load(folder)
+    mend_folder(folder)
+    np.testing.assert_array_equal(load(folder).up["q_proj"][...], trained(3).up["q_proj"][...])
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(folder, monkeypatch, times):
+    """The config of one version is never taken with the weights of another."""
+    read, left = files.read_config, [times]
+
+    def replaced_after(folder):
+        found = read(folder)
+        if left[0]:
+            left[0] -= 1
+            save_adapter(trained(2, activation="relu"), folder)
+        return found
+
+    monkeypatch.setattr(files, "read_config", replaced_after)
+    if times > 10:
+        with pytest.raises(ValueError, match="adapter: replaced each time"):
+            load(folder)
+    else:
+        loaded = load(folder)
+        assert loaded.config.activation == "relu"
+        np.testing.assert_array_equal(loaded.up["q_proj"][...], trained(2).up["q_proj"][...])
+
+
 def test_a_folder_with_other_files_is_not_replaced(folder):
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"holds other files \(thesis.tex\)"):
@@ -273,6 +358,16 @@ SHAPE = {
         ({"backbone": SHAPE | {"depth": 3}}, "unknown keys: backbone.depth"),
         ({"backbone": SHAPE | {"width": "64"}}, "width '64'; expected a whole number"),
         ({"backbone": SHAPE | {"fingerprint": 7}}, "backbone.fingerprint: 7; expected text"),
+        ({"backbone": SHAPE | {"fingerprint": "x"}}, "backbone.fingerprint: 'x'; expected .* 64 digits"),
+        ({"backbone": SHAPE | {"model_type": "\x1b[31m" * 200}}, r"model_type: '\\x1b.*\.\.\.; expected text"),
+        ({"backbone": SHAPE | {"num_layers": 2**31}}, "num_layers 2147483648; expected"),
+        ({"backbone": SHAPE | {"num_layers": 2**31 - 1, "width": 2**31 - 1}}, "num_layers 2147483647, not 3"),
+        ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS'; expected CAUSAL_LM"),
+        ({"task_type": ["CAUSAL_LM"]}, "task_type .'CAUSAL_LM'."),
+        ({"inference_mode": "yes"}, "inference_mode: 'yes'; expected true or false"),
+        ({"para_jax_version": {}}, "para_jax_version: {}; expected text"),
+        ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path: .'x'.; expected text or null"),
+        ({"pooler": [[[["last"]]]] * 10_000}, "pooler: .*[.][.][.]"),
         ({"backbone": SHAPE | {"num_layers": 4}}, "num_layers 4, not 3"),
     ],
 )
@@ -280,7 +375,8 @@ def test_a_config_that_is_wrong_is_refused_by_name(folder, changes, message):
     change_config(folder, **changes)
     with pytest.raises(ValueError, match=message) as error:
         load(folder)
-    assert len(str(error.value)) < 700 and "\n" not in str(error.value)
+    assert len(str(error.value)) < 700 and str(error.value).isprintable()
+    assert str(error.value).startswith(str(folder))
 
 
 def resized(tensors):
@@ -313,11 +409,46 @@ def test_truncated_weights_are_refused(folder, size):
         load(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b" " * 2_000_000, b"1" * 5000])
+def rewritten_header(folder, change):
+    """Puts other text in the place of the header, whose data stay."""
+    data = (folder / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = change(data[8:end])
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda header: header.replace(b"layers.1.", b"layers.0."), "para_down.weight' stands there twice"),
+        (lambda header: header.replace(b"layers.1.", b"layers.\\u001b]0;owned."), r"'\S+\\x1b\]0;owned"),
+        (lambda header: header.replace(b"layers.1.", b"layers." + b"x" * 9000), r"xxx\.\.\."),
+        (lambda header: header.replace(b'"shape":[4,64]', b'"shape":[64,4]'), "misshapen"),
+        (lambda header: header.replace(b"[0,", b"[4,"), "bad header"),
+        (lambda header: b"[" * 100_000, "deeper"),
+    ],
+)
+def test_a_header_that_lies_is_refused_by_name(folder, change, named):
+    rewritten_header(folder, change)
+    with pytest.raises(ValueError, match=named) as error:
+        load(folder)
+    assert str(error.value).startswith(str(folder / WEIGHTS)) and str(error.value).isprintable()
+    assert len(str(error.value)) < 3000
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b" " * 2_000_000, b"1" * 5000, DEEP, TWICE]
+)
 def test_a_config_that_is_not_a_small_mapping_is_refused(folder, content):
     (folder / CONFIG).write_bytes(content)
     with pytest.raises(ValueError, match="adapter_config.json: "):
         load(folder)
+
+
+def test_the_base_model_of_a_folder_is_one_printable_line(folder):
+    change_config(folder, base_model_name_or_path="me/model\x1b]0;owned\x07\n" + "x" * 9000)
+    base_model = read_adapter_config(folder).base_model
+    assert base_model.startswith("me/model ]0;owned xxx") and base_model.isprintable() and len(base_model) <= 500
 
 
 class Bomb:

@@ -51,7 +51,7 @@ def indices(folder: str, sizes, devices):
 def read_for(folder: str, sizes, devices):
     """{parameter: {block: values}} as a process with these devices of the mesh reads them, and the bytes read."""
     config, source = load_model_config(FIXTURES / folder), Counting(Safetensors(FIXTURES / folder))
-    plan, mine, found = recipes(config, source.shapes), {jax.devices()[i] for i in devices}, {}
+    plan, mine, found = recipes(config, source), {jax.devices()[i] for i in devices}, {}
     for name, shape in parameter_shapes(config).items():
         parts = needed_blocks(shape, plan[name].transpose, shardings_of(folder, sizes)[name], mine)
         found[name] = read_blocks(source, plan[name], parts, np.dtype(np.float32))[0]

@@ -90,6 +90,63 @@ def test_missing_keys_mean_what_transformers_takes_for_them():
     assert model_config(minimal("gemma2", attn_logit_softcapping=None)).attention_softcap is None
 
 
+@pytest.mark.parametrize("key", ["attn_logit_softcapping", "final_logit_softcapping"])
+@pytest.mark.parametrize("value", [0, -1.0, False, True, "", "50", [], {}, float("nan"), 1e-40])
+def test_a_soft_cap_is_a_number_above_zero_or_null(key, value):
+    with pytest.raises(ValueError, match=f"{key}: .* is not possible; expected a number above 0"):
+        model_config(minimal("gemma2", **{key: value}))
+
+
+def test_the_fields_of_a_family_alone_are_read():
+    """As transformers does: mistral's config has no use_sliding_window."""
+    assert {k.window for k in model_config(minimal("mistral", use_sliding_window=False)).kinds} == {4096}
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_windowed_layers_need_a_window(model_type):
+    with pytest.raises(ValueError, match="sliding_window is missing"):
+        model_config(minimal(model_type, sliding_window=None))
+    with pytest.raises(ValueError, match="sliding_window is missing"):
+        model_config(minimal("qwen2", layer_types=["sliding_attention"] * 13))
+
+
+ODD = (
+    None,
+    True,
+    0,
+    -1,
+    0.5,
+    1e-40,
+    1e40,
+    2**31,
+    10**400,
+    float("nan"),
+    "",
+    "x\x1b[31m" * 100,
+    [],
+    [[]],
+    ["a"],
+    {},
+    {"a": 1},
+)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("form", ["config.json", "config_legacy.json"])
+def test_any_value_of_any_key_gives_a_model_or_a_short_error(folder, form):
+    config = read(f"{folder}/{form}")
+    changed = [(config, key) for key in config]
+    changed += [(nested, key) for nested in config.values() if isinstance(nested, dict) for key in nested]
+    for holder, key in changed:
+        was = holder[key]
+        for holder[key] in ODD:
+            try:
+                hash(model_config(config))
+            except ValueError as error:
+                assert len(str(error)) < 500 and str(error).isprintable()
+        holder[key] = was
+
+
 def test_token_ids_may_be_a_number_a_list_or_null():
     ids = [model_config(minimal("llama", eos_token_id=value)).eos_token_ids for value in (7, [7, 8], None)]
     assert ids == [(7,), (7, 8), ()]
@@ -112,6 +169,13 @@ def test_a_missing_size_is_named(key):
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
+        ({"layer_types": []}, "number of layer_types: 0"),
+        ({"layer_types": {}}, "layer_types: {}"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "rope_parameters of full_attention"),
+        ({"rms_norm_eps": 1e-40}, "rms_norm_eps: 1e-40"),
+        ({"eos_token_id": 2**31}, "eos_token_id: 2147483648"),
+        ({"eos_token_id": [7] * 1001}, "eos_token_id: .7, 7.*at most 1000"),
+        ({"num_hidden_layers": 10_000}, "num_hidden_layers: 10000.*from 1 to 1000"),
         ({"rope_theta": 10**400}, "rope_theta: 1000.* a number above 0"),
         ({"model_type": "mamba"}, "'mamba'.*expected one of llama"),
         ({"model_type": None}, "no model_type"),

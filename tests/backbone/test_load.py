@@ -1,13 +1,21 @@
-"""abstract_backbone has the shapes, dtypes and layout of what load_backbone gives, and costs nothing."""
+"""abstract_backbone has the shapes, dtypes and layout of what load_backbone gives, and costs nothing. A config that is
+not that of the weights is refused before any work."""
 
+import json
+import shutil
+import time
+import tracemalloc
 from math import prod
+from pathlib import Path
 
 import jax
 import pytest
 from conftest import FIXTURES
+from flax import nnx
 
 from para_jax import load_backbone, load_model_config, make_mesh
-from para_jax.backbone.load import abstract_backbone
+from para_jax.backbone.load import abstract_backbone, traced
+from para_jax.backbone.transformer import Transformer
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
@@ -33,3 +41,77 @@ def test_7b_weights_are_laid_out_without_memory():
             for shape in (lambda leaf: leaf.shape, lambda leaf: leaf.sharding.shard_shape(leaf.shape))
         )
         assert least < whole < most and part < 1.01 * whole / 8
+
+
+def test_layers_are_traced_once_a_kind_and_give_the_same_module():
+    config = load_model_config(FIXTURES / "gemma2")
+    whole = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    assert jax.tree.structure(traced(config)) == jax.tree.structure(whole)
+    assert jax.tree.leaves(traced(config)) == jax.tree.leaves(whole)
+
+
+def folder_of(tmp_path: Path, config: bytes) -> Path:
+    shutil.copy(FIXTURES / "llama" / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_bytes(config)
+    return tmp_path
+
+
+def changed(**keys) -> bytes:
+    return json.dumps(json.loads((FIXTURES / "llama" / "config.json").read_text()) | keys).encode()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_hidden_layers": 1000},
+        {"num_hidden_layers": 2**31},
+        {"hidden_size": 2**31 - 1},
+        {"intermediate_size": 2**31 - 1},
+        {"vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1},
+        {"num_attention_heads": 2**30, "num_key_value_heads": 2**30, "head_dim": 2**30},
+    ],
+)
+def test_sizes_that_are_not_those_of_the_weights_are_refused_before_anything_is_traced(keys, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "eval_shape", None)
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=f"{tmp_path}: ") as error:
+        load_backbone(folder_of(tmp_path, changed(**keys)))
+    assert time.perf_counter() - started < 1 and len(str(error.value)) < 3000
+
+
+def deep(levels: int) -> bytes:
+    return b'{"model_type": "llama", "x": ' + b"[" * levels + b"]" * levels + b"}"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "not JSON"),
+        (b"\xff\xfe{}", "not UTF-8"),
+        (b"[1]", r"\[1\] is not a mapping"),
+        (deep(70), "deeper than 64 levels"),
+        (deep(100_000), "deeper than 64 levels"),
+        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "a number of 5000 digits"),
+        (b'{"vocab_size": 256, "vocab_size": 256}', "'vocab_size' stands there twice"),
+        (b'{"rope_scaling": {"type": "linear", "type": "x"}}', "'type' stands there twice"),
+        (b'{"model_type": "\\u001b[31m' + b"x" * 5000 + b'"}', r"model_type '\\x1b.*xxx\.\.\. is not supported"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_named(content, named, tmp_path):
+    with pytest.raises(ValueError, match=named) as error:
+        load_model_config(folder_of(tmp_path, content))
+    assert str(error.value).startswith(str(tmp_path)) and str(error.value).isprintable()
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_of_a_huge_file_a_bounded_part_is_read(name, tmp_path):
+    folder = folder_of(tmp_path, changed())
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    with (folder / name).open("wb") as file:
+        file.truncate(2**32)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"{name}: larger than"):
+        load_backbone(folder)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import FIXTURES
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from para_jax.backbone.safetensors import Safetensors
@@ -62,6 +63,65 @@ def test_a_bad_header_is_refused(entries, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(header(entries))
     with pytest.raises(ValueError, match="bad header"):
         Safetensors(tmp_path)
+
+
+def tensor(begin: int, end: int) -> dict:
+    return {"dtype": "F32", "shape": [(end - begin) // 4], "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "named"),
+    [
+        ({"a": tensor(0, 8), "b": tensor(0, 8)}, "tensor b begins at byte"),
+        ({"a": tensor(0, 8), "b": tensor(4, 16)}, "tensor b begins at byte"),
+        ({"a": tensor(0, 8), "b": tensor(12, 16)}, "tensor b begins at byte"),
+        ({"a": tensor(4, 16)}, "tensor a begins at byte"),
+        ({"a": tensor(0, 8)}, "8 bytes after its last tensor"),
+        ({}, "16 bytes after its last tensor"),
+        ({"\x1b]0;owned\x07" * 99: tensor(4, 16)}, r"tensor '\\x1b\]0;owned"),
+        ({"a": GOOD | {"shape": [2**62, 2**62]}}, "bad header: tensor a"),
+        ({"a": GOOD | {"shape": [10**400] * 1000}}, "bad header: tensor a"),
+    ],
+)
+def test_every_byte_of_the_data_belongs_to_one_tensor(entries, named, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(header(entries))
+    with pytest.raises(ValueError, match=named) as error:
+        Safetensors(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/model.safetensors: ") and len(str(error.value)) < 700
+    assert str(error.value).isprintable()
+    with pytest.raises(SafetensorError), safe_open(tmp_path / "model.safetensors", framework="numpy"):
+        pass
+
+
+def test_tensors_may_stand_in_any_order_and_be_empty(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(
+        header({"b": tensor(8, 16), "none": tensor(8, 8), "a": tensor(0, 8), "__metadata__": {"format": "pt"}})
+    )
+    assert Safetensors(tmp_path).shapes == {"b": (2,), "none": (0,), "a": (2,)}
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path):
+    entry = json.dumps(GOOD).encode()
+    (tmp_path / "model.safetensors").write_bytes(header(b'{"a": ' + entry + b', "a": ' + entry + b"}"))
+    with pytest.raises(ValueError, match="bad header: 'a' stands there twice"):
+        Safetensors(tmp_path)
+
+
+def test_a_huge_header_is_refused_unread(tmp_path):
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write((2**30).to_bytes(8, "little"))
+        file.truncate(2**31)
+    with pytest.raises(ValueError, match="bad header: 1073741824 bytes"):
+        Safetensors(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_named(tmp_path):
+    def doubled(folder, shards):
+        shutil.copy(folder / "model-00001-of-00004.safetensors", folder / "model-00005.safetensors")
+        shards |= {"model.norm.weight": "model-00005.safetensors"}
+
+    with pytest.raises(ValueError, match="model-00005.safetensors: .* is in model-00001-of-00004.safetensors too"):
+        Safetensors(sharded_copy(tmp_path, doubled))
 
 
 def test_a_file_that_shrinks_after_opening_is_named(tmp_path):
