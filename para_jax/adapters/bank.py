@@ -8,12 +8,14 @@ groups alone: tenants come, go and mix without a new one.
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import hashlib
 import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import ADAPTER_CONFIGS, SITES, LoraConfig, ModelConfig, adapter_method, one_of, require
+from ..config import ADAPTER_CONFIGS, SITES, LoraConfig, ModelConfig, adapter_method, one_of, require, shorten
 from ..sharding import place
 from .adapter import Adapter, AdapterParam, init, is_variable, named_leaves, with_leaves
 from .files import load_adapter, require_finite
@@ -81,7 +83,8 @@ class AdapterBank:
         self.methods = tuple(method for method in ADAPTER_CONFIGS if method in methods)
         self.sites = tuple(site for site in SITES if site in sites)
         self._entries: dict[str, Entry] = {}
-        self._seen: set[Any] = set()
+        self._held: Counter[Any] = Counter()
+        """how many entries each group has"""
         self._templates: dict[Any, Adapter] = {}
         self._versions = 0
         self._lock = threading.Lock()
@@ -114,10 +117,10 @@ class AdapterBank:
 
     def entry(self, name: str) -> Entry:
         """What the bank holds under a name. Raises ValueError, with the nearest names, for an unknown one."""
-        try:
-            return self._entries[name]
-        except (KeyError, TypeError):
-            raise ValueError(unknown(name, self.names)) from None
+        found = self._entries.get(name) if isinstance(name, str) else None
+        if found is None:
+            raise ValueError(unknown(name, self.names))
+        return found
 
     def add(self, name: str, adapter: Adapter | str | Path) -> None:
         """Takes in an adapter, or that of a folder or hub id, under a new name.
@@ -137,14 +140,20 @@ class AdapterBank:
         self.entry(name)
         entry = self._made(name, adapter)
         with self._lock:
-            self.entry(name)
-            self._put(name, entry)
+            held = name in self._entries
+            if held:
+                self._put(name, entry)
+        if not held:
+            self.entry(name)  # removed meanwhile: raises
 
     def remove(self, name: str) -> None:
         """Forgets a tenant. Raises ValueError for an unknown name."""
         with self._lock:
-            self.entry(name)
-            del self._entries[name]
+            entry = self._entries.pop(name, None) if isinstance(name, str) else None
+            if entry is not None:
+                self._forget(entry.group)
+        if entry is None:
+            raise ValueError(unknown(name, self.names))
 
     def rows(self, names: Iterable[str | None]) -> Rows:
         """One tenant a batch row, by name; None is the base model.
@@ -153,14 +162,16 @@ class AdapterBank:
         """
         names = [names] if isinstance(names, str) else list(names)
         require(bool(names), "bank.rows: names", names, "a tenant's name or None for each row")
-        with self._lock:
-            entries = [None if name is None else self.entry(name) for name in names]
+        with self._lock:  # all of one moment; what is missing is looked for after it
+            entries = [self._entries.get(name) if isinstance(name, str) else None for name in names]
+        for name, entry in zip(names, entries, strict=True):
+            if entry is None and name is not None:
+                raise ValueError(unknown(name, self.names))
         return self.rows_of(entries)
 
     def rows_of(self, entries: list[Entry | None]) -> Rows:
         """One tenant a batch row, by what entry() gave, whatever has become of its name; None is the base model."""
-        with self._lock:
-            groups = self._groups()
+        groups = self._groups(entries)
         index = np.full((len(groups), len(entries)), -1, np.int32)
         stacks = []
         for of_rows, group in zip(index, groups, strict=True):
@@ -201,8 +212,18 @@ class AdapterBank:
 
     def _put(self, name: str, entry: Entry) -> None:
         self._versions += 1
-        self._seen.add(entry.group)
+        replaced = self._entries.get(name)
+        self._held[entry.group] += 1
         self._entries[name] = entry._replace(version=self._versions)
+        if replaced is not None:
+            self._forget(replaced.group)
+
+    def _forget(self, group: Any) -> None:
+        """Counts an entry of a group less; a group without any is none."""
+        self._held[group] -= 1
+        if not self._held[group]:
+            del self._held[group]
+            self._templates.pop(group, None)
 
     def _made(self, name: str, adapter: Adapter | str | Path) -> Entry:
         """The entry of an adapter, padded; its version comes later."""
@@ -244,9 +265,12 @@ class AdapterBank:
             self._templates[group] = jax.tree.map(in_dtype, adapter, is_leaf=is_variable)
         return self._templates[group]
 
-    def _groups(self) -> list[Any]:
-        """The groups that Rows hold, always in this order: those seen so far, and at least one a method."""
-        groups = set(self._seen)
+    def _groups(self, entries: list[Entry | None]) -> list[Any]:
+        """The groups that Rows hold, always in this order: those of the bank and of these entries, and at least one
+        per method."""
+        with self._lock:
+            groups = set(self._held)
+        groups |= {entry.group for entry in entries if entry is not None}
         for method in self.methods:
             if all(adapter_method(group) != method for group in groups):
                 inputs = {"feedforward_modules": ()} if method == "ia3" else {}
@@ -254,11 +278,26 @@ class AdapterBank:
         return sorted(groups, key=repr)
 
 
+#: Names that an unknown one is compared with at most, of each kind: a comparison takes about 50 microseconds.
+COMPARED = 50
+
+
 def unknown(name: object, known: tuple[str, ...]) -> str:
-    """The error for a tenant that the bank does not hold."""
-    nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"the nearest are {', '.join(nearest)}" if nearest else f"it holds {', '.join(known[:3]) or 'none'}"
-    return f"no tenant {name!r}; {hint}{' ...' if not nearest and len(known) > 3 else ''}"
+    """The error for a tenant that the bank does not hold, with similar names: of those that begin or end alike."""
+    text = str(name)[:100]
+    near = [one for one in known if one.startswith(text[:3])]
+    at = bisect.bisect(sorted(near), text)  # the closer in this order, the longer the same beginning
+    near = sorted(near)[max(0, at - COMPARED // 2) : at + COMPARED // 2]
+    near += [one for one in known if one.endswith(text[-3:])][:COMPARED] + list(known[:COMPARED])
+    nearest = difflib.get_close_matches(text, [one[:100] for one in dict.fromkeys(near)], n=3, cutoff=0.5)
+    hint = f"the nearest are {', '.join(map(plain, nearest))}" if nearest else ""
+    hint = hint or f"it holds {', '.join(map(plain, known[:3])) or 'none'}{' ...' if len(known) > 3 else ''}"
+    return f"no tenant {shorten(name)}; {hint}"
+
+
+def plain(name: str) -> str:
+    """A name as an error lists it."""
+    return name if name.isprintable() and len(name) <= 80 else shorten(name)
 
 
 def padded(leaf: np.ndarray | None, shape: jax.ShapeDtypeStruct, neutral: float) -> np.ndarray:
@@ -271,15 +310,21 @@ def padded(leaf: np.ndarray | None, shape: jax.ShapeDtypeStruct, neutral: float)
 
 
 def stacked(template: Adapter, entries: list[Entry], places: int) -> Adapter:
-    """The entries' weights, [places, layers, ...] each, in the first places; zeros in the others."""
+    """The entries' weights on the device, [places, layers, ...] each, in the first places; zeros in the others. Only
+    the entries' own bytes are sent, each once: the rest is made on the device."""
+    shapes = named_leaves(template)
+    if len(entries) == places:
+        return with_leaves(template, {k: jnp.asarray(np.stack([e.weights[k] for e in entries])) for k in shapes})
+    made = {name: jnp.zeros((places, *shape.shape), shape.dtype) for name, shape in shapes.items()}
+    for i, entry in enumerate(entries):
+        made = put_entry(made, {name: entry.weights[name] for name in shapes}, i)
+    return with_leaves(template, made)
 
-    def stack(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        out = np.zeros((places, *shape.shape), shape.dtype)
-        for i, entry in enumerate(entries):
-            out[i] = entry.weights[name]
-        return jnp.asarray(out)
 
-    return with_leaves(template, {name: stack(name, shape) for name, shape in named_leaves(template).items()})
+@partial(jax.jit, donate_argnums=0)
+def put_entry(stacks: dict[str, jax.Array], weights: dict[str, jax.Array], place) -> dict[str, jax.Array]:
+    """The stacks with one entry's weights in a place. The given stacks are donated."""
+    return {name: jax.lax.dynamic_update_index_in_dim(stacks[name], weights[name], place, 0) for name in stacks}
 
 
 def content_hash(adapter: Adapter) -> str:
