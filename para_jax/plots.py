@@ -23,6 +23,8 @@ COLOURS = {"base": "black", "PARA": "tab:green", "(IA)^3": "tab:blue"}
 #: Columns of a heat map: the units of a site, sorted by their factor, as so many averages.
 BINS = 48
 FORMATS = (".png", ".pdf", ".svg")
+#: Beyond it matplotlib's axes overflow.
+LARGEST = 1e30
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -115,9 +117,9 @@ def read_run(folder: str | Path) -> list[dict]:
 
 
 def series(rows: list[dict], name: str) -> tuple[list, list]:
-    """The steps and values at which a run logged one thing."""
-    held = [(row["step"], row[name]) for row in rows if name in row]
-    return [step for step, _ in held], [value for _, value in held]
+    """The steps and values at which a run logged one thing; NaN, a gap, for a value beyond what a picture shows."""
+    held = [(row["step"], float(row[name])) for row in rows if name in row]
+    return [step for step, _ in held], [value if abs(value) < LARGEST else np.nan for _, value in held]
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:

@@ -1,4 +1,6 @@
 import json
+from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from para_jax.bench import train as bench_train
 from para_jax.bench.rounds import interleaved, paired, summary
 from para_jax.inference.generate import next_token
 from para_jax.plots import decode_plot
+from para_jax.reports import check_record_file, write_record
 from para_jax.topology import matrix_weights
 
 BACKBONE = str(FIXTURES / "smollm2")
@@ -149,6 +152,56 @@ def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, 
     assert "tokens/s" in lines[0]
 
 
+@contextmanager
+def compilations():
+    """The programs that are compiled while the body lasts."""
+    found = []
+
+    def count(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("train", {}), ("serve", {}), ("evaluate", {}), ("packing", {"data": "train.jsonl"}),
+])  # fmt: skip
+def test_a_list_of_rows_is_refused_by_name_where_one_number_is_measured(name, options, tmp_path):
+    with pytest.raises(ValueError, match="--rows: '1,8' is not possible; expected one number"):
+        bench.run(name, BACKBONE, tmp_path / "record.json", rows=(1, 8), **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("path", "named"), [
+    ("folder", "--output .*folder: a folder"),
+    ("file/record.json", "--output .*file/record.json: Not a directory"),
+    ("record.png", "--output: .*record.png.* expected a .json file"),
+])  # fmt: skip
+def test_a_wrong_place_for_a_record_is_found_before_anything_is_measured(path, named, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setitem(bench.BENCHMARKS, "train", lambda backbone: pytest.fail("measured"))
+    with pytest.raises((ValueError, OSError), match=named):
+        bench.run("train", BACKBONE, tmp_path / path)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_record_goes_through_a_pipe_or_a_link_and_replaces_a_file_whole(tmp_path):
+    write_record(tmp_path / "a" / "record.json", {"a": 1})
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "record.json")
+    write_record(tmp_path / "link", {"a": 2})
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "a" / "record.json").read_text()) == {"a": 2}
+    check_record_file("--output", Path("/dev/null"))
+    write_record(Path("/dev/null"), {"a": 3})
+    assert Path("/dev/null").is_char_device()
+
+
 def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones():
     with pytest.raises(
         ValueError, match="bench: 'speed' is not possible; expected one of load, decode, serve, evaluate, train"
@@ -166,7 +219,16 @@ def test_options_of_decode_are_not_for_others(tmp_path):
 def test_a_mixed_pass_is_measured_beside_a_loop_over_the_adapters(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_evaluate, "PROMPT", 8)
     monkeypatch.setattr(bench_evaluate, "NEW", 4)
-    folder = backbone_folder(tmp_path / "backbone")
+    folder, compiled = backbone_folder(tmp_path / "backbone"), []
+    real = bench_evaluate.timed
+
+    def counting(*arguments):
+        with compilations() as found:
+            seconds = real(*arguments)
+        compiled.append(len(found))
+        return seconds
+
+    monkeypatch.setattr(bench_evaluate, "timed", counting)
     measured = bench.BENCHMARKS["evaluate"](str(folder), rows=(4,), adapters=(6, 2), rounds=1)
     names = [
         f"{work}, {side}"
@@ -175,4 +237,7 @@ def test_a_mixed_pass_is_measured_beside_a_loop_over_the_adapters(tmp_path, monk
     ]
     assert list(measured["medians"]) == list(measured["first_run"]) == names
     assert set(measured["equal_texts"].values()) == {1.0}
+    first = [compiled[0:2], compiled[6:8]]  # of both sides, then an uncounted run and a round of each
+    assert min(first[0]) > 2 and first[0] == first[1]  # the second workload compiles what the first did
+    assert compiled[4:6] == compiled[10:12] == [0, 0]
     assert measured["ratios"]["6 adapters x 2 examples: mixed / loop"] == paired(measured["rounds"], *names[:2])

@@ -13,7 +13,8 @@ from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
 from para_jax import atomic, runs, tenant_runs, train, train_tenants
 from para_jax import run_folder as folders
-from para_jax.config import load_config
+from para_jax.cli import main
+from para_jax.config import load_config, save_config
 from para_jax.run_folder import claim_folder, differences, locked_folder, run_digests
 
 
@@ -77,6 +78,26 @@ def test_a_link_that_somebody_put_there_beforehand_is_not_followed(config, tmp_p
     with pytest.raises(ValueError, match="mine|config"):
         claim_folder(config)
     assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("plot", "--output", "curves.png")])
+@pytest.mark.parametrize("content", [b"5\n", b"\xff\xfe\n", b'{"step": "x"}\n', b'{"loss": 1.0}\n'])
+def test_a_damaged_log_is_an_error_of_the_command_line_by_file_and_line(command, content, config, tmp_path, capsys):
+    claim_folder(config)
+    (Path(config.output_dir) / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n' + content)
+    options = [str(tmp_path / text) if text.endswith("png") else text for text in command[1:]]
+    assert main([command[0], config.output_dir, *options]) == 2
+    said = capsys.readouterr().err
+    assert f"para-jax: error: {config.output_dir}/metrics.jsonl:2: " in said and said.count("\n") == 1
+
+
+def test_a_wrong_place_for_results_is_found_before_a_run_begins(config, tmp_path, capsys):
+    save_config(config, tmp_path / "run.yaml")
+    for place in (tmp_path, tmp_path / "run.yaml" / "results.json"):
+        for command in ("train", "evaluate"):
+            assert main([command, str(tmp_path / "run.yaml"), "--results", str(place)]) == 2
+            assert f"--results {place}: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
 # ------------------------------------------------------------------------------------------------ one process at a time

@@ -18,7 +18,7 @@ from ..model import prefill
 from ..serving.engine import Engine, Sample
 from ..serving.request import Request
 from .decode import METHODS, bank_of
-from .rounds import interleaved, paired, summary
+from .rounds import interleaved, paired, single, summary
 
 COMPARED = ("PARA", "(IA)^3", "LoRA r=8")
 LONGEST = 256  # tokens a row, prompt and answer
@@ -43,7 +43,7 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
     Args:
         rows: the engine's slots; one number.
     """
-    slots = rows[0]
+    slots = single(rows)
     model, tokenizer = load_backbone(backbone), load_tokenizer(backbone)
     work = ragged(requests, model.config.vocab_size)
     banks: dict[str, AdapterBank | None] = {"base": None} | {m: bank_of(model, METHODS[m], requests) for m in COMPARED}
