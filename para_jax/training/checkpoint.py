@@ -72,10 +72,12 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
 
 
 def opened(folder: Path, open_manager: Callable[[], Any]) -> Any:
-    """Orbax's manager of the folder. It reads each checkpoint's times first; a file of them that is damaged is deleted,
-    for nothing depends on it."""
+    """Orbax's manager of the folder. It reads each checkpoint's times first. If these are damaged, they are deleted,
+    because nothing depends on them."""
     try:
         return open_manager()
+    except OSError:
+        raise
     except Exception as error:  # whatever orbax makes of damaged files
         said = reason(error)
     for step in steps_in(folder):
@@ -201,7 +203,8 @@ def read_checkpoint(
     """The arrays and the progress of one checkpoint, whose bytes are those that were saved."""
     import orbax.checkpoint as ocp
 
-    stored = ocp.StandardCheckpointHandler().metadata(Path(checkpoints.directory) / str(step) / "state")
+    handler: Any = ocp.StandardCheckpointHandler()
+    stored = handler.metadata(Path(checkpoints.directory) / str(step) / "state")
     check_shapes({name: tuple(leaf.shape) for name, leaf in stored.items()}, wanted)
     read = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
     restored = checkpoints.restore(step, args=read)

@@ -226,6 +226,12 @@ def test_a_forged_progress_is_refused_by_the_name_of_its_key(change, named, save
         restored_step(folder, state_on(make_mesh(), seed=3))
 
 
+def test_a_checkpoint_of_an_earlier_version_which_does_not_say_what_it_is_of_is_taken(saved_twice, tmp_path):
+    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
+    forged(folder, lambda about: about.pop("run"))
+    assert restored_step(folder, state_on(make_mesh(), seed=3), RUN) == 6
+
+
 @pytest.mark.parametrize("damage", ["5", '["x"]', '{"init_timestamp_nsecs": "x"}', '{"metrics": 7}', "", "{"])
 def test_damaged_times_of_a_checkpoint_cost_nothing(damage, saved_twice, tmp_path):
     folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
