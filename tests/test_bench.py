@@ -1,17 +1,20 @@
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import FIXTURES, backbone, prompts
-from tiny_run import backbone_folder, rows_of_text, write_rows
+from flax import nnx
+from tiny_run import backbone_folder, rows_of_text, tokenizer, write_rows
 
-from para_jax import bench, devices, forward
+from para_jax import Transformer, bench, devices, forward
 from para_jax.bench import decode as bench_decode
 from para_jax.bench import evaluate as bench_evaluate
 from para_jax.bench import load as bench_load
+from para_jax.bench import serve as bench_serve
 from para_jax.bench import tenants as bench_tenants
 from para_jax.bench import train as bench_train
 from para_jax.bench.rounds import interleaved, paired, summary
@@ -152,6 +155,27 @@ def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, 
     assert "tokens/s" in lines[0]
 
 
+def test_the_timed_engine_serves_every_request_to_its_length():
+    model = backbone("llama")
+    work = bench_serve.ragged(6, model.config.vocab_size)
+    work = work._replace(prompts=[ids[:3] for ids in work.prompts], new_tokens=[1, 2, 5, 6, 9, 13])
+    timed = bench_serve.Timed(model, None, tokenizer(), slots=2, max_length=16)
+    assert timed.serve(work) > 0
+    assert sorted(count for _, count in timed.ended) == work.new_tokens
+    assert timed.rounds == sorted(timed.rounds) and timed.open == 0
+    latencies = timed.latencies()
+    assert 0 < latencies["first token p50"] <= latencies["first token p95"] <= 1e3 * timed.rounds[-1]
+    assert latencies["a token p50"] > 0
+
+
+def test_a_first_token_comes_with_the_round_that_takes_its_request(monkeypatch):
+    timed = object.__new__(bench_serve.Timed)
+    timed.rounds = [1.0, 2.0, 4.0, 8.0]
+    timed.ended = [(0, 5), (3, 13), (3, 1)]  # 5, 4 and 4 tokens in the rounds 1 to 3
+    assert timed.latencies()["first token p50"] == 2000.0
+    assert timed.latencies()["a token p50"] == pytest.approx(1000 * 6 / 12)
+
+
 @contextmanager
 def compilations():
     """The programs that are compiled while the body lasts."""
@@ -219,6 +243,9 @@ def test_options_of_decode_are_not_for_others(tmp_path):
 def test_a_mixed_pass_is_measured_beside_a_loop_over_the_adapters(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_evaluate, "PROMPT", 8)
     monkeypatch.setattr(bench_evaluate, "NEW", 4)
+    shape = backbone("llama").config
+    small = Transformer(replace(shape, kinds=shape.kinds[:1]), rngs=nnx.Rngs(0))  # it compiles eight times
+    monkeypatch.setattr(bench_evaluate, "load_backbone", lambda source: small)
     folder, compiled = backbone_folder(tmp_path / "backbone"), []
     real = bench_evaluate.timed
 
@@ -237,7 +264,7 @@ def test_a_mixed_pass_is_measured_beside_a_loop_over_the_adapters(tmp_path, monk
     ]
     assert list(measured["medians"]) == list(measured["first_run"]) == names
     assert set(measured["equal_texts"].values()) == {1.0}
-    first = [compiled[0:2], compiled[6:8]]  # of both sides, then an uncounted run and a round of each
+    first = [compiled[0:2], compiled[5:7]]  # of both sides, then an uncounted run of one, and a round of both
     assert min(first[0]) > 2 and first[0] == first[1]  # the second workload compiles what the first did
-    assert compiled[4:6] == compiled[10:12] == [0, 0]
+    assert compiled[3:5] == compiled[8:10] == [0, 0]
     assert measured["ratios"]["6 adapters x 2 examples: mixed / loop"] == paired(measured["rounds"], *names[:2])
