@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import secrets
@@ -43,6 +44,11 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
         sync_folder(file.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def leftovers(file: Path) -> list[Path]:
+    """The temporary files that killed replacements of the file left next to it."""
+    return sorted(file.parent.glob(f".{glob.escape(file.name)}." + "[0-9a-f]" * 8))
 
 
 def sync_folder(folder: Path) -> None:

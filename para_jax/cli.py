@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import shlex
 import sys
@@ -235,15 +234,17 @@ def run_quickstart(options) -> int:
 def run_train(options) -> int | None:
     from .config import load_config, require
     from .processes import is_first
-    from .reports import dry_run
+    from .reports import check_record_file, dry_run
     from .runs import train
-    from .training.log import read_metrics
+    from .training.metrics_file import read_metrics
 
     config = load_config(options.config, options.overrides)
     require(options.topology is None or options.dry_run, "--topology", options.topology, "to stand beside --dry-run")
     if options.dry_run:
         print(dry_run(config, options.topology))
         return
+    if options.results and config.runtime.coordinator is None:  # of several hosts, one alone writes it
+        check_record_file("--results", options.results)
     if config.many:
         return run_train_tenants(options, config)
     begun = time.monotonic()
@@ -361,10 +362,13 @@ def run_config_task(options) -> None:
     from .config import load_config, require
     from .data.tokenizer import load_tokenizer
     from .evaluation.evaluate import evaluate, task_of_run
+    from .reports import check_record_file
 
     shuffled = "to stand beside --adapter, whose factors are shuffled"
     require(options.adapter or not options.shuffle_prompts, "--shuffle-prompts", True, shuffled)
     config = load_config(options.config, options.overrides)
+    if options.results:
+        check_record_file("--results", options.results)
     devices.start(config.runtime)
     begun = time.monotonic()
     tokenizer = load_tokenizer(config.backbone.source)
@@ -642,11 +646,9 @@ def run_bench(options) -> None:
 
 
 def write_results(options, config, scores: dict, seconds: float) -> None:
-    from .reports import results
+    from .reports import results, write_record
 
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    record = results(options.command_line, config, scores, seconds)
-    options.results.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(options.results, results(options.command_line, config, scores, seconds))
     print(f"wrote {options.results}")
 
 

@@ -14,6 +14,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+from . import atomic
+
 #: The linear layers whose output an adapter may change, named as Hugging Face names them, always in this order.
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -582,8 +584,9 @@ def method_of(given: DictConfig) -> str | None:
 
 
 def save_config(config: RunConfig, file: str | Path) -> None:
-    """Writes a config as YAML that `load_config` reads back to an equal one."""
-    Path(file).write_text(yaml.dump(config_dict(config), Dumper=Quoting, sort_keys=False, allow_unicode=True))
+    """Writes a config as YAML that `load_config` reads back to an equal one; what is there before stays whole."""
+    text = yaml.dump(config_dict(config), Dumper=Quoting, sort_keys=False, allow_unicode=True)
+    atomic.write_text(Path(file), text)
 
 
 class Quoting(yaml.SafeDumper):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from . import atomic
 from .evaluation.factors import Spread, root_mean_square
-from .training.log import read_metrics
+from .training.metrics_file import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +23,8 @@ COLOURS = {"base": "black", "PARA": "tab:green", "(IA)^3": "tab:blue"}
 #: Columns of a heat map: the units of a site, sorted by their factor, as so many averages.
 BINS = 48
 FORMATS = (".png", ".pdf", ".svg")
+#: Beyond it matplotlib's axes overflow.
+LARGEST = 1e30
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -41,8 +44,15 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, file: str | Path) -> None:
-    """Writes the figure; the file's suffix, one of FORMATS, says how."""
-    figure.savefig(file, dpi=120)
+    """Writes the figure; the file's suffix, one of FORMATS, says how. What is there before stays whole."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=Path(file).suffix.removeprefix("."), dpi=120)
+    atomic.write_bytes(Path(file), drawn.getvalue())
+
+
+def plain(text: str) -> str:
+    """A text whose dollars matplotlib draws as dollars, and not as mathematics."""
+    return text.replace("$", r"\$")
 
 
 # ----------------------------------------------------------------------------------------------------- learning curves
@@ -67,7 +77,7 @@ def curves_plot(folders: Sequence[str | Path]) -> Figure:
     for i, (name, rows) in enumerate(runs.items()):
         colour, (steps, losses) = f"C{i % 10}", series(rows, "loss")
         panels[0].plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
-        panels[0].plot(steps, smoothed(losses), color=colour, label=name)
+        panels[0].plot(steps, smoothed(losses), color=colour, label=plain(name))
         panels[0].plot(*series(rows, "validation_loss"), color=colour, marker="o", markersize=4, linestyle="--")
         for axes, metric in zip(panels[1:], metrics, strict=True):
             steps, scores = series(rows, f"validation_{metric}")
@@ -83,7 +93,7 @@ def curves_plot(folders: Sequence[str | Path]) -> Figure:
     panels[0].set_title("Learning curves; bars are one standard error", fontsize=10)
     panels[0].legend(fontsize=8)
     for axes, metric in zip(panels[1:], metrics, strict=True):
-        axes.set_ylabel(f"validation {metric}")
+        axes.set_ylabel(plain(f"validation {metric}"))
     panels[-1].set_xlabel("optimiser step")
     for axes in panels:
         axes.grid(alpha=0.3)
@@ -100,16 +110,16 @@ def read_run(folder: str | Path) -> list[dict]:
     file = Path(folder) / "metrics.jsonl"
     if not file.is_file():
         raise ValueError(f"{folder}: no run is there (metrics.jsonl); expected the output_dir of `para-jax train`")
-    rows = [row for row in read_metrics(file) if isinstance(row, dict) and "step" in row]
+    rows = list(read_metrics(file))
     if not any("loss" in row for row in rows):
         raise ValueError(f"{file}: no training step is there yet")
     return rows
 
 
 def series(rows: list[dict], name: str) -> tuple[list, list]:
-    """The steps and values at which a run logged one thing."""
-    held = [(row["step"], row[name]) for row in rows if name in row]
-    return [step for step, _ in held], [value for _, value in held]
+    """The steps and values at which a run logged one thing; NaN, a gap, for a value beyond what a picture shows."""
+    held = [(row["step"], float(row[name])) for row in rows if name in row]
+    return [step for step, _ in held], [value if abs(value) < LARGEST else np.nan for _, value in held]
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:

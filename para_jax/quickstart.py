@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import devices
+from . import atomic, devices
 from .adapters.files import load_adapter
 from .adapters.rows import pick, stack_adapters
 from .backbone.load import load_backbone
@@ -22,8 +22,8 @@ from .data.sources import Record, read_records
 from .data.tokenizer import load_tokenizer
 from .hub import resolve_backbone
 from .inference.generate import generate
-from .reports import results
-from .runs import claim_folder
+from .reports import results, write_record
+from .run_folder import claim_folder
 from .tenant_runs import train_tenants
 
 TRAIN_EXAMPLES, SCORED_EXAMPLES = 320, 30
@@ -73,7 +73,7 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
         was, now = found.values()
         print(f"{job:<10}{was:>8.3f}{now:>8.3f}{now - was:>8.3f}")
     record = results(shlex.join(["para-jax", "quickstart", *overrides]), config, scores, time.monotonic() - begun)
-    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_record(folder / "results.json", record)
     print(f"\n{time.monotonic() - begun:.0f} s in all; the tenants: para-jax inspect {run}")
     prompt = str(asked[-1].prompt).replace("\n", "\\n")
     print(
@@ -91,7 +91,7 @@ def write_examples(folder: Path, seed: int) -> None:
         (folder / job).mkdir(parents=True, exist_ok=True)
         for split, count in (("train", TRAIN_EXAMPLES), ("test", SCORED_EXAMPLES)):
             lines = [json.dumps(example) + "\n" for example in business_examples(job, split, count, seed)]
-            (folder / job / f"{split}.jsonl").write_text("".join(lines))
+            atomic.write_text(folder / job / f"{split}.jsonl", "".join(lines))
 
 
 def show_mixed_batch(model, tokenizer, adapters, asked: list[Record]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from . import devices
+from . import atomic, devices
 from .adapters.adapter import count_parameters
 from .adapters.files import NAMES, read_adapter_config
 from .backbone.load import abstract_backbone, load_model_config
@@ -26,8 +27,9 @@ from .data.tenants import tenant_sections
 from .data.tokenizer import load_tokenizer
 from .model import init_adapter
 from .topology import topology_report
-from .training.log import read_metrics
+from .training.metrics_file import read_metrics
 from .training.step import init_state
+from .training.tenants_file import read_entries
 
 
 def dry_run(config: RunConfig, topology: str | None = None) -> str:
@@ -158,8 +160,7 @@ def folder_report(folder: Path) -> str:
 def tenants_report(folder: Path, config: RunConfig) -> str:
     """What a run of many tenants holds: those that have ended, with their scores, and how many have not."""
     names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
-    file = folder / "tenants.json"
-    entries = json.loads(file.read_text()) if file.is_file() else {}
+    entries = read_entries(folder)
     what = f"tenants of {config.data.tenants}" if config.data.tenants else f"a sweep on {config.data.train}"
     left = len(names) - len(entries)
     return "\n".join(
@@ -242,3 +243,30 @@ def results(command: str, config: RunConfig, scores: dict, seconds: float) -> di
         "scores": scores,
         "config": config_dict(config),
     }
+
+
+def check_record_file(option: str, file: Path) -> None:
+    """Raises ValueError or OSError, before the work for a record begins, where its file can't be written."""
+    if file.is_dir():
+        raise ValueError(f"{option} {file}: a folder. Give the path of a file in it")
+    if written_in_place(file):
+        return
+    try:
+        tempfile.TemporaryFile(dir=next(folder for folder in file.absolute().parents if folder.exists())).close()
+    except OSError as error:
+        raise OSError(f"{option} {file}: {error.strerror}. Give a path that can be written") from None
+
+
+def write_record(file: Path, record: dict) -> None:
+    """Writes a record as JSON, and the folders of its path. What is there before stays whole."""
+    text = json.dumps(record, indent=2) + "\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if written_in_place(file):
+        file.write_text(text)
+    else:
+        atomic.write_text(file, text)
+
+
+def written_in_place(file: Path) -> bool:
+    """Whether a path names a device, a pipe or a link, such as /dev/stdout, which must not be replaced by a file."""
+    return file.is_symlink() or (file.exists() and not file.is_file())

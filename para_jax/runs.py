@@ -7,10 +7,9 @@ resumes.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,7 +23,7 @@ from .adapters.files import load_adapter, save_adapter
 from .adapters.folder import mend_folder
 from .backbone.kernels import attention_kernel
 from .backbone.load import load_backbone, load_model_config
-from .config import ModelConfig, RunConfig, config_dict, load_config, require, save_config
+from .config import ModelConfig, RunConfig, config_dict, require
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
 from .data.examples import Example
 from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
@@ -35,6 +34,7 @@ from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
 from .hub import resolve_backbone
 from .model import init_adapter
 from .processes import arrays_of_first, by_each, by_first, gathered, is_first, require_same
+from .run_folder import FREE_FIELDS, claim_folder, locked_folder, run_digests
 from .sharding import make_mesh, place, rows_over
 from .topology import peak_rate
 from .training.checkpoint import (
@@ -50,8 +50,6 @@ from .training.profiler import Profiler
 from .training.step import TrainState, init_state, standardise, train_step
 from .training.stop import Interrupted, StopSignal, stop_signals
 
-# A folder holds the same run although these differ.
-FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
 STATISTICS_EXAMPLES = 64
 
 
@@ -94,7 +92,8 @@ def train(config: RunConfig) -> TrainResult:
     """Trains the adapter of a run, or goes on where the same run stopped.
 
     SIGTERM saves and raises Stopped, a SystemExit with code 0; Ctrl-C saves and raises KeyboardInterrupt.
-    Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config.
+    Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config, and
+    for a folder that another run is writing.
     """
     devices.start(config.runtime)
     require(not config.many, "data.tenants or sweep", config.output_dir, "a run of one adapter; use train_tenants")
@@ -102,10 +101,13 @@ def train(config: RunConfig) -> TrainResult:
     mesh = make_mesh(**vars(config.mesh))
     tokenizer, work, validation, test = by_each(lambda: read_inputs(config, mesh))
     require_same("the data", lambda: [part and part.examples for part in (work.data, validation, test)])
-    by_first(lambda: claim_folder(config))
-    model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
-    require_same("the backbone", lambda: model.fingerprint)
-    return fit(config, model, tokenizer, work, mesh, validation=validation, test=test if config.eval.test else None)
+    with ExitStack() as held:
+        by_first(lambda: held.enter_context(locked_folder(config)))
+        by_first(lambda: claim_folder(config))
+        model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+        require_same("the backbone", lambda: model.fingerprint)
+        tested = test if config.eval.test else None
+        return fit(config, model, tokenizer, work, mesh, validation=validation, test=tested)
 
 
 def read_inputs(config: RunConfig, mesh) -> tuple[Any, Work, EvalTask | None, EvalTask | None]:
@@ -177,11 +179,12 @@ def fit(
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
         state = init_state(fresh, config.train, work.total_steps)
-        restored = restore_checkpoint(checkpoints, state)
+        run = run_digests(config, model.fingerprint, [(work.data.examples, validation, test)])
+        restored = restore_checkpoint(checkpoints, state, run=run)
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
             statistics = statistics_batches(work.data.examples, work.buckets[-1], work.rows)
             state = state._replace(adapter=standardise(model, state.adapter, statistics))
-        state, progress = restored or (state, Progress(0, None, 0, 0))
+        state, progress = restored or (state, Progress(0, None, 0, 0, run=run))
         expected = f"at least {progress.step}, the steps that this run has done; or another output_dir"
         require(progress.step <= work.total_steps, "train.max_steps", work.total_steps, expected)
         log = Log(
@@ -406,39 +409,3 @@ def statistics_batches(examples: list[Example], bucket: Bucket, rows: int) -> li
     count = min(STATISTICS_EXAMPLES, len(examples))
     chosen = [examples[i % count]._replace(completion_ids=[]) for i in range(-(-count // rows) * rows)]
     return [collate(chosen[i : i + rows], bucket, rows) for i in range(0, len(chosen), rows)]
-
-
-# ---------------------------------------------------------------------------------------------------------- the folder
-
-
-def claim_folder(config: RunConfig) -> None:
-    """Makes the output folder and writes the resolved config into it; a folder that holds another run is refused."""
-    folder = Path(config.output_dir)
-    file, part = folder / "config.yaml", folder / ".config.yaml"
-    if file.is_file():
-        difference = differences(load_config(file), config)
-        if difference:
-            raise ValueError(
-                f"output_dir {folder} holds another run, which differs in {'; '.join(difference)}; "
-                "choose another output_dir, or the same config to resume"
-            )
-    elif folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {part}):
-        raise ValueError(f"output_dir {folder} holds something else than a run; choose another")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, part)
-    os.replace(part, file)
-
-
-def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
-    """What makes two configs two runs: "train.learning_rate (0.1 there, 0.2 here)". A longer run is the same run."""
-
-    def flat(value, name=""):
-        if not isinstance(value, dict):
-            return {name: value}
-        return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else key).items()}
-
-    there, here = flat(config_dict(held)), flat(config_dict(wanted))
-    longer = () if wanted.many else ("train.max_steps",)  # of many tenants, some have ended
-    free = lambda name: name.split(".")[0] in FREE_FIELDS or name in longer  # noqa: E731
-    names = [name for name in there | here if not free(name) and there.get(name) != here.get(name)]
-    return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]

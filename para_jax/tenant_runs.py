@@ -7,10 +7,9 @@ tenant, output_dir/NAME/{config.yaml, metrics.jsonl, adapter/}. The same command
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -38,10 +37,9 @@ from .evaluation.tenants import Tasks
 from .hub import resolve_backbone
 from .model import init_adapter
 from .processes import by_each, by_first, gathered, is_first, require_same
+from .run_folder import FREE_FIELDS, claim_folder, delete_leftovers, locked_folder, run_digests
 from .runs import (
-    FREE_FIELDS,
     card_lines,
-    claim_folder,
     end_stopped,
     kept_adapter,
     places,
@@ -61,7 +59,8 @@ from .training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from .training.log import Done, Log, kept_lines, read_metrics, replace_file
+from .training.log import Done, Log, drop_rows
+from .training.metrics_file import append_row, read_metrics, write_metrics
 from .training.optimizer import warmup_steps
 from .training.profiler import Profiler
 from .training.step import standardise
@@ -76,6 +75,7 @@ from .training.tenants import (
     tenant_of,
     tenants_step,
 )
+from .training.tenants_file import add_entry, read_entries, write_entries
 
 
 class Tenant(NamedTuple):
@@ -112,6 +112,8 @@ class Standing(NamedTuple):
     """the step of the run at which its loss or gradient was not finite"""
     ended: list[str | None]
     """why: "done", "patience" or "not finite\""""
+    run: dict[str, str] | None = None
+    """as in training.checkpoint.Progress"""
 
     def changed(self, tenant: int, **values) -> Standing:
         """The standing with other values of one tenant."""
@@ -151,7 +153,8 @@ def train_tenants(config: RunConfig) -> TenantsResult:
 
     A tenant's loss, clipping, schedule, validation, best adapter and early stopping are its own; one whose loss is not
     finite is stopped, and the others go on. SIGTERM and Ctrl-C save as in `train`.
-    Raises ValueError, before anything is written, for data, names, a mesh or an output folder that do not fit.
+    Raises ValueError, before anything is written, for data, names, a mesh or an output folder that do not fit, and
+    for a folder that another run is writing.
     """
     devices.start(config.runtime)
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
@@ -159,10 +162,12 @@ def train_tenants(config: RunConfig) -> TenantsResult:
     mesh = make_mesh(**vars(config.mesh))
     tokenizer, tenants, buckets = by_each(lambda: read_tenants(config))
     require_same("the data", lambda: [(t.name, t.data.examples, *(p and p.examples for p in t[-2:])) for t in tenants])
-    by_first(lambda: claim_tenants(config, tenants))
-    model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
-    require_same("the backbone", lambda: model.fingerprint)
-    return fit_tenants(config, model, tokenizer, tenants, buckets, mesh)
+    with ExitStack() as held:
+        by_first(lambda: held.enter_context(locked_folder(config)))
+        by_first(lambda: claim_tenants(config, tenants))
+        model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+        require_same("the backbone", lambda: model.fingerprint)
+        return fit_tenants(config, model, tokenizer, tenants, buckets, mesh)
 
 
 # ------------------------------------------------------------------------------------------------------------- tenants
@@ -248,8 +253,8 @@ def claim_tenants(config: RunConfig, tenants: list[Tenant]) -> None:
     for tenant in tenants:
         folder = Path(tenant.config.output_dir)
         folder.mkdir(exist_ok=True)
-        save_config(tenant.config, folder / ".config.yaml")
-        (folder / ".config.yaml").replace(folder / "config.yaml")
+        delete_leftovers(folder)
+        save_config(tenant.config, folder / "config.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -263,9 +268,11 @@ def fit_tenants(
     say_attention(model, buckets, mesh)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         state = empty_state(config, model, layout.slots, mesh)
-        restored = restore_checkpoint(checkpoints, state, Standing)
-        state, standing = restored or (state, fresh_standing([t.name for t in tenants], layout.slots))
-        require_same_tenants(standing, tenants)
+        run = run_digests(config, model.fingerprint, [(t.data.examples, t.validation, t.test) for t in tenants])
+        restored = restore_checkpoint(checkpoints, state, Standing, run)
+        fresh = fresh_standing([t.name for t in tenants], layout.slots)._replace(run=run)
+        state, standing = restored or (state, fresh)
+        require_same_tenants(standing, tenants, layout.slots)
         start = Progress(standing.step, None, 0, 0, standing.step) if restored else None
         log = Log(config, folder, start, peak_rate=peak_rate(model.config, mesh.devices.flatten()))
         by_first(lambda: mend_tenants(standing, tenants, folder, bool(restored)))
@@ -304,10 +311,15 @@ def empty_state(config: RunConfig, model, slots: int, mesh) -> TenantsState:
     return jax.jit(fresh)()
 
 
-def require_same_tenants(standing: Standing, tenants: list[Tenant]) -> None:
+def require_same_tenants(standing: Standing, tenants: list[Tenant], slots: int) -> None:
     """Raises ValueError where a checkpoint is not of these tenants and their data."""
     names = [tenant.name for tenant in tenants]
     require(standing.names == names, "data.tenants", names, f"the tenants that the run began with, {standing.names}")
+    lengths = {name: len(value) for name, value in standing._asdict().items() if isinstance(value, list)}
+    expected = dict.fromkeys(lengths, len(names)) | {"slots": slots}
+    require(lengths == expected, "the checkpoint's lists", lengths, f"lists of {expected}; choose another output_dir")
+    known = all(-1 <= tenant < len(names) for tenant in standing.slots)
+    require(known, "the checkpoint's slots", standing.slots, "tenants of this run; choose another output_dir")
     short = [t.name for i, t in enumerate(tenants) if standing.steps[i] > t.order.total_steps]
     require(not short, "data.tenants", short, "as many examples as when the run began; choose another output_dir")
 
@@ -317,12 +329,11 @@ def mend_tenants(standing: Standing, tenants: list[Tenant], folder: Path, resume
     for i, tenant in enumerate(tenants):
         own = Path(tenant.config.output_dir)
         mend_folder(own / "adapter")
-        file = own / "metrics.jsonl"
-        if file.exists():
-            where = Progress(standing.steps[i], None, 0, 0, standing.evaluated[i])
-            ended = standing.ended[i] is not None
-            replace_file(file, kept_lines(where, file.read_text(), ended=ended) if resumed else "")
-    entries, ended = read_entries(folder), [t.name for i, t in enumerate(tenants) if standing.ended[i]]
+        where = Progress(standing.steps[i], None, 0, 0, standing.evaluated[i])
+        ended = standing.ended[i] is not None
+        drop_rows(own / "metrics.jsonl", where if resumed else None, ended=ended)
+    ended = [t.name for i, t in enumerate(tenants) if standing.ended[i]]
+    entries = read_entries(folder) if ended else {}
     lost = [name for name in ended if name not in entries]
     require(not lost, str(folder / "tenants.json"), lost, "these tenants, which have ended; choose another output_dir")
     write_entries(folder, {name: entries[name] for name in ended})
@@ -338,7 +349,7 @@ def drop_unsure(standing: Standing, file: Path) -> None:
             for row in read_metrics(file)
             if row["step"] < standing.step or not any(key.rpartition("/")[0] in again for key in row)
         ]
-        replace_file(file, "".join(json.dumps(row) + "\n" for row in kept))
+        write_metrics(file, kept)
 
 
 class TenantsLoop(NamedTuple):
@@ -506,8 +517,7 @@ class TenantsLoop(NamedTuple):
     def write(self, tenant: int, step: int, values: dict[str, float], *, every: int = 1) -> None:
         """Adds values of a tenant's own step to its metrics.jsonl."""
         if is_first() and step % every == 0:
-            with (self.folder(tenant) / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
+            append_row(self.folder(tenant) / "metrics.jsonl", step, values)
 
     def folder(self, tenant: int) -> Path:
         return Path(self.tenants[tenant].config.output_dir)
@@ -628,20 +638,3 @@ class Pending(NamedTuple):
 
     done: Done
     turns: list[Turn]
-
-
-# ------------------------------------------------------------------------------------------------------- tenants.json
-
-
-def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """The tenants of a run that have ended, by name, each with its scores; see TenantsResult."""
-    file = folder / "tenants.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def write_entries(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    replace_file(folder / "tenants.json", json.dumps(entries, indent=1) + "\n")
-
-
-def add_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:
-    write_entries(folder, read_entries(folder) | {name: entry})

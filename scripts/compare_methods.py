@@ -38,7 +38,7 @@ from para_jax.config import Ia3Config, LoraConfig, save_config
 from para_jax.data.tasks import TASKS
 from para_jax.devices import describe_devices, versions
 from para_jax.evaluation.evaluate import evaluate_task, task_of_run
-from para_jax.training.log import read_metrics
+from para_jax.training.metrics_file import read_metrics
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)

@@ -1,20 +1,26 @@
 import json
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import FIXTURES, backbone, prompts
-from tiny_run import backbone_folder, rows_of_text, write_rows
+from flax import nnx
+from tiny_run import backbone_folder, rows_of_text, tokenizer, write_rows
 
-from para_jax import bench, devices, forward
+from para_jax import Transformer, bench, devices, forward
 from para_jax.bench import decode as bench_decode
 from para_jax.bench import evaluate as bench_evaluate
 from para_jax.bench import load as bench_load
+from para_jax.bench import serve as bench_serve
 from para_jax.bench import tenants as bench_tenants
 from para_jax.bench import train as bench_train
 from para_jax.bench.rounds import interleaved, paired, summary
 from para_jax.inference.generate import next_token
 from para_jax.plots import decode_plot
+from para_jax.reports import check_record_file, write_record
 from para_jax.topology import matrix_weights
 
 BACKBONE = str(FIXTURES / "smollm2")
@@ -149,6 +155,77 @@ def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, 
     assert "tokens/s" in lines[0]
 
 
+def test_the_timed_engine_serves_every_request_to_its_length():
+    model = backbone("llama")
+    work = bench_serve.ragged(6, model.config.vocab_size)
+    work = work._replace(prompts=[ids[:3] for ids in work.prompts], new_tokens=[1, 2, 5, 6, 9, 13])
+    timed = bench_serve.Timed(model, None, tokenizer(), slots=2, max_length=16)
+    assert timed.serve(work) > 0
+    assert sorted(count for _, count in timed.ended) == work.new_tokens
+    assert timed.rounds == sorted(timed.rounds) and timed.open == 0
+    latencies = timed.latencies()
+    assert 0 < latencies["first token p50"] <= latencies["first token p95"] <= 1e3 * timed.rounds[-1]
+    assert latencies["a token p50"] > 0
+
+
+def test_a_first_token_comes_with_the_round_that_takes_its_request(monkeypatch):
+    timed = object.__new__(bench_serve.Timed)
+    timed.rounds = [1.0, 2.0, 4.0, 8.0]
+    timed.ended = [(0, 5), (3, 13), (3, 1)]  # 5, 4 and 4 tokens in the rounds 1 to 3
+    assert timed.latencies()["first token p50"] == 2000.0
+    assert timed.latencies()["a token p50"] == pytest.approx(1000 * 6 / 12)
+
+
+@contextmanager
+def compilations():
+    """The programs that are compiled while the body lasts."""
+    found = []
+
+    def count(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("train", {}), ("serve", {}), ("evaluate", {}), ("packing", {"data": "train.jsonl"}),
+])  # fmt: skip
+def test_a_list_of_rows_is_refused_by_name_where_one_number_is_measured(name, options, tmp_path):
+    with pytest.raises(ValueError, match="--rows: '1,8' is not possible; expected one number"):
+        bench.run(name, BACKBONE, tmp_path / "record.json", rows=(1, 8), **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("path", "named"), [
+    ("folder", "--output .*folder: a folder"),
+    ("file/record.json", "--output .*file/record.json: Not a directory"),
+    ("record.png", "--output: .*record.png.* expected a .json file"),
+])  # fmt: skip
+def test_a_wrong_place_for_a_record_is_found_before_anything_is_measured(path, named, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setitem(bench.BENCHMARKS, "train", lambda backbone: pytest.fail("measured"))
+    with pytest.raises((ValueError, OSError), match=named):
+        bench.run("train", BACKBONE, tmp_path / path)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_record_goes_through_a_pipe_or_a_link_and_replaces_a_file_whole(tmp_path):
+    write_record(tmp_path / "a" / "record.json", {"a": 1})
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "record.json")
+    write_record(tmp_path / "link", {"a": 2})
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "a" / "record.json").read_text()) == {"a": 2}
+    check_record_file("--output", Path("/dev/null"))
+    write_record(Path("/dev/null"), {"a": 3})
+    assert Path("/dev/null").is_char_device()
+
+
 def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones():
     with pytest.raises(
         ValueError, match="bench: 'speed' is not possible; expected one of load, decode, serve, evaluate, train"
@@ -166,7 +243,19 @@ def test_options_of_decode_are_not_for_others(tmp_path):
 def test_a_mixed_pass_is_measured_beside_a_loop_over_the_adapters(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_evaluate, "PROMPT", 8)
     monkeypatch.setattr(bench_evaluate, "NEW", 4)
-    folder = backbone_folder(tmp_path / "backbone")
+    shape = backbone("llama").config
+    small = Transformer(replace(shape, kinds=shape.kinds[:1]), rngs=nnx.Rngs(0))  # it compiles eight times
+    monkeypatch.setattr(bench_evaluate, "load_backbone", lambda source: small)
+    folder, compiled = backbone_folder(tmp_path / "backbone"), []
+    real = bench_evaluate.timed
+
+    def counting(*arguments):
+        with compilations() as found:
+            seconds = real(*arguments)
+        compiled.append(len(found))
+        return seconds
+
+    monkeypatch.setattr(bench_evaluate, "timed", counting)
     measured = bench.BENCHMARKS["evaluate"](str(folder), rows=(4,), adapters=(6, 2), rounds=1)
     names = [
         f"{work}, {side}"
@@ -175,4 +264,7 @@ def test_a_mixed_pass_is_measured_beside_a_loop_over_the_adapters(tmp_path, monk
     ]
     assert list(measured["medians"]) == list(measured["first_run"]) == names
     assert set(measured["equal_texts"].values()) == {1.0}
+    first = [compiled[0:2], compiled[5:7]]  # of both sides, then an uncounted run of one, and a round of both
+    assert min(first[0]) > 2 and first[0] == first[1]  # the second workload compiles what the first did
+    assert compiled[3:5] == compiled[8:10] == [0, 0]
     assert measured["ratios"]["6 adapters x 2 examples: mixed / loop"] == paired(measured["rounds"], *names[:2])

@@ -102,7 +102,8 @@ def contents(folder):
 
 
 def test_train_leaves_a_run_folder_and_the_results_of_the_command(folder, config, trained):
-    assert {path.name for path in trained.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "adapter"}
+    held = {".lock", "config.yaml", "metrics.jsonl", "checkpoints", "adapter"}
+    assert {path.name for path in trained.iterdir()} == held
     results = json.loads((folder / "results" / "run.json").read_text())
     assert results["command"] == f"para-jax train {config} --results {folder}/results/run.json"
     assert "cpu" in results["device"] and results["seconds"] > 0
@@ -566,7 +567,8 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_adapter_before_whole(
         said = mistake(capsys, "train", config, f"output_dir={run}", data, "eval.test=false")
     assert_says(said, r"adapter: not saved \(No space left on device\); what was there before is unchanged")
     assert "Trained for 2 steps" in (run / "adapter" / "README.md").read_text()
-    assert sorted(path.name for path in run.iterdir()) == ["adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
+    held = [".lock", "adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == held
     assert command(*generate_line(folder, "--adapter", run / "adapter")) == 0
     assert command("train", config, f"output_dir={run}", data, "eval.test=false") == 0
     assert "Trained for 4 steps" in (run / "adapter" / "README.md").read_text()

@@ -62,6 +62,28 @@ def test_runs_of_different_metrics_have_a_panel_each_and_equal_names_are_told_ap
     assert named == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
 
 
+def test_a_run_that_is_called_by_dollars_is_drawn_with_them(tmp_path):
+    figure = curves_plot([run(tmp_path / "$5 and $\\bad{$", metric="$\\bad{$")])
+    save(figure, tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("ignore:Data has no positive values")
+def test_numbers_that_no_run_measures_are_drawn_or_left_out(tmp_path):
+    for i, value in enumerate(("NaN", "Infinity", "-Infinity", "1e308", "1e29", "-5", "0", "1e-320", "1" + "0" * 300)):
+        folder = run(tmp_path / str(i))
+        rows = [f'{{"step": {step}, "loss": {value}}}\n' for step in (1, 2, 2**62)]
+        (folder / "metrics.jsonl").write_text("".join(rows) + f'{{"step": 1, "validation_accuracy": {value}}}\n')
+        save(curves_plot([folder]), tmp_path / "curves.png")
+
+
+def test_a_log_of_another_form_is_refused_by_file_and_line(tmp_path):
+    folder = run(tmp_path / "a")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n5\n')
+    with pytest.raises(ValueError, match=f"{folder}/metrics.jsonl:2: '5'"):
+        curves_plot([folder])
+
+
 def test_what_is_no_run_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: no run is there"):
         curves_plot([tmp_path])
@@ -123,7 +145,9 @@ def test_an_adapter_has_one_colour_and_one_legend_entry_whichever_sites_it_has()
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_a_figure_is_saved_as_its_suffix_says(tmp_path, suffix, start):
+    (tmp_path / f"f{suffix}").write_text("before")
     save(factors_plot({"A": factors(1)}, "t"), tmp_path / f"f{suffix}")
+    assert [file.name for file in tmp_path.iterdir()] == [f"f{suffix}"]
     assert (tmp_path / f"f{suffix}").read_bytes().startswith(start)
 
 

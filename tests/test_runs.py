@@ -43,7 +43,8 @@ from para_jax.evaluation import evaluate as evaluation
 from para_jax.evaluation.evaluate import Score, task_of_run
 from para_jax.hlo import describe_program
 from para_jax.inference import generate as generation
-from para_jax.runs import claim_folder, differences, places, statistics_batches
+from para_jax.run_folder import claim_folder
+from para_jax.runs import places, statistics_batches
 from para_jax.topology import matrix_weights
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import make_schedule
@@ -128,7 +129,7 @@ def assert_same_arrays(ours, theirs):
 def test_a_run_learns_and_leaves_its_folder(whole):
     config, result = whole
     assert {path.name for path in result.output_dir.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "adapter",
+        ".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "adapter",
     }  # fmt: skip
     assert load_config(result.output_dir / "config.yaml") == config
     rows = metrics(config)
@@ -518,36 +519,40 @@ def test_a_folder_with_another_run_is_refused_and_left_as_it_is(override, shown,
     assert contents(whole[0].output_dir) == before
 
 
-def test_output_dir_logging_runtime_and_the_number_of_steps_are_not_another_run(config, folder, tmp_path):
-    free = ("output_dir=elsewhere", "logging.every=7", "runtime.allow_cpu=false", "train.max_steps=100")
-    assert differences(config, run_config(folder, *free)) == []
-    assert len(differences(config, run_config(folder, "train.num_epochs=2", "eval.limit=3"))) == 2
+def test_a_run_that_goes_on_refuses_a_log_that_it_did_not_write_by_file_and_line(config, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=5)
+        train(config)
+    log = Path(config.output_dir) / "metrics.jsonl"
+    text = log.read_text()
+    log.write_text("5\n" + text)
+    with pytest.raises(ValueError, match=re.escape(f"{log}:1: '5'")):
+        train(config)
+    log.write_text(text)
+    train(config)
+    assert [row["step"] for row in metrics(config) if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_folder_with_other_files_is_refused_and_left_as_it_is(config):
-    folder = Path(config.output_dir)
-    for foreign in (folder, folder / "notes.txt"):
-        shutil.rmtree(folder, ignore_errors=True)
-        foreign.parent.mkdir(exist_ok=True)
-        foreign.write_text("mine")
-        with pytest.raises(ValueError, match="something else than a run; choose another"):
-            claim_folder(config)
-        assert foreign.read_text() == "mine"
-        foreign.unlink()
+def test_a_checkpoint_that_another_run_of_the_same_shape_left_is_refused(whole, config, folder):
+    config = replace(config, eval=whole[0].eval)
+    other = run_config(folder, f"output_dir={config.output_dir}", "eval.test=true", "seed=9")
+    claim_folder(other)
+    shutil.copytree(Path(whole[1].output_dir) / "checkpoints", Path(config.output_dir) / "checkpoints")
+    with pytest.raises(ValueError, match=f"{config.output_dir}/checkpoints/6: it is of another run: another 'config'"):
+        train(other)
 
 
-def test_an_interrupted_claim_is_not_taken_for_a_run_and_can_be_repeated(config, monkeypatch):
-    def full_disk(config, file):
-        Path(file).write_text("backbone:\n  sour")
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
-        patched.setattr(runs, "save_config", full_disk)
-        claim_folder(config)
-    assert not (Path(config.output_dir) / "config.yaml").exists()
-    claim_folder(config)
-    assert load_config(Path(config.output_dir) / "config.yaml") == config
-    assert [path.name for path in Path(config.output_dir).iterdir()] == ["config.yaml"]
+def test_a_run_does_not_go_on_with_other_data_than_it_began_with(config, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "data" / "train.jsonl", rows_of_text(20, seed=1))
+    config = replace(config, data=replace(config.data, train=str(data)))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=5)
+        train(config)
+    write_rows(data, rows_of_text(20, seed=7))
+    with pytest.raises(ValueError, match="checkpoints/3: it is of another run: another 'data'"):
+        train(config)
+    write_rows(data, rows_of_text(20, seed=1))
+    assert train(config).step == 6
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong

@@ -7,7 +7,6 @@ all; what counts is the median over the rounds.
 from __future__ import annotations
 
 import inspect
-import json
 import shlex
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -15,7 +14,8 @@ from pathlib import Path
 
 from .. import devices
 from ..config import RuntimeSection, one_of, require
-from ..plots import decode_plot
+from ..plots import FORMATS, decode_plot
+from ..reports import check_record_file, write_record
 from .decode import bench_decode
 from .evaluate import bench_evaluate
 from .load import bench_load
@@ -48,6 +48,10 @@ def run(name: str, backbone: str = "smollm2-135m", output: str | Path | None = N
     needed = [key for key, one in list(known.items())[1:] if one.default is one.empty and key not in options]
     if needed:
         raise ValueError(f"bench {name}: needs {' and '.join(f'--{key}' for key in needed)}")
+    file = None if output is None else Path(output)
+    if file is not None:
+        check_record_file("--output", file)
+        require(file.suffix not in FORMATS, "--output", str(file), "a .json file; a picture is drawn next to it")
     devices.start(RuntimeSection(compilation_cache=False, allow_cpu=True))
     measured = BENCHMARKS[name](backbone, **options)
     record = {
@@ -57,13 +61,12 @@ def run(name: str, backbone: str = "smollm2-135m", output: str | Path | None = N
         **measured,
     }
     print(table(measured))
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(record, indent=2) + "\n")
-        print(f"wrote {output}")
+    if file is not None:
+        write_record(file, record)
+        print(f"wrote {file}")
         if "sides" in record and find_spec("matplotlib"):
-            decode_plot(record, Path(output).with_suffix(".png"))
-            print(f"wrote {Path(output).with_suffix('.png')}")
+            decode_plot(record, file.with_suffix(".png"))
+            print(f"wrote {file.with_suffix('.png')}")
     return record
 
 

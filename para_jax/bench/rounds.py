@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..config import require
+
 
 def interleaved(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
     """What each side measures, round by round, after one run each that compiles."""
@@ -26,6 +28,13 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
 def paired(rounds: list[dict[str, float]], side: str, base: str) -> float:
     """The median of the rounds' ratios of one side to another: the machine's speed may change between rounds."""
     return statistics.median(measured[side] / measured[base] for measured in rounds)
+
+
+def single(rows: tuple[int, ...]) -> int:
+    """The one number of rows that a benchmark takes. Raises ValueError for a list of them."""
+    shown = ",".join(map(str, rows))
+    require(len(rows) == 1, "--rows", shown, "one number. Run the benchmark once for each of them")
+    return rows[0]
 
 
 def random_tokens(model, rows: int, length: int) -> np.ndarray:

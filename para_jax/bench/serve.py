@@ -15,10 +15,10 @@ from ..backbone.load import load_backbone
 from ..data.tokenizer import load_tokenizer
 from ..inference.generate import generate_tokens
 from ..model import prefill
-from ..serving.engine import Engine, Sample
+from ..serving.engine import STEPS, Engine
 from ..serving.request import Request
 from .decode import METHODS, bank_of
-from .rounds import interleaved, paired, summary
+from .rounds import interleaved, paired, single, summary
 
 COMPARED = ("PARA", "(IA)^3", "LoRA r=8")
 LONGEST = 256  # tokens a row, prompt and answer
@@ -43,7 +43,7 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
     Args:
         rows: the engine's slots; one number.
     """
-    slots = rows[0]
+    slots = single(rows)
     model, tokenizer = load_backbone(backbone), load_tokenizer(backbone)
     work = ragged(requests, model.config.vocab_size)
     banks: dict[str, AdapterBank | None] = {"base": None} | {m: bank_of(model, METHODS[m], requests) for m in COMPARED}
@@ -80,36 +80,34 @@ def ragged(requests: int, vocab_size: int) -> Workload:
 
 
 class Timed(Engine):
-    """An engine that takes token ids, ends no row before its length, and notes when tokens come."""
+    """An engine that serves a workload, and notes when its rounds end."""
+
+    rounds: list[float]
+    """the end of each round, in seconds since the requests came"""
+    ended: list[tuple[int, int]]
+    """of each request: the round in which it ended, and its tokens"""
 
     def serve(self, work: Workload) -> float:
-        """Tokens a second of all requests, submitted at once."""
-        self.begun, self.seen = time.perf_counter(), {}
+        """Tokens a second of all requests, submitted at once. They decode past end tokens, up to their lengths."""
+        begun, self.rounds, self.ended = time.perf_counter(), [], []
         names = [None] * len(work.prompts) if self.bank is None else self.bank.names
-        for i, (ids, new, name) in enumerate(zip(work.prompts, work.new_tokens, names, strict=False)):
-            entry = None if name is None or self.bank is None else self.bank.entry(name)
-            sample = Sample(Request("", name, new), i, 0, ids, entry)
-            self._open[i] = [sample]
-            self._queue.append(sample)
-        self._stops = frozenset()
-        self._kept.clear()
-        made = sum(len(completion.tokens) for completion in self.run())
-        assert made == work.tokens
-        return made / (time.perf_counter() - self.begun)
-
-    def _extend(self, sample: Sample, new: list[int]) -> None:
-        now = time.perf_counter() - self.begun
-        first, _, _ = self.seen.get(sample.id, (now, 0, 0))
-        super()._extend(sample, new)
-        self.seen[sample.id] = first, now, len(sample.tokens)
-
-    def _text(self, tokens: list[int]) -> str:
-        return ""
+        for ids, new, name in zip(work.prompts, work.new_tokens, names, strict=False):
+            self.submit(Request(tuple(ids), name, new, ignore_eos=True))
+        while self.open:
+            answers = self.step()
+            self.rounds.append(time.perf_counter() - begun)
+            self.ended += [(len(self.rounds) - 1, len(answer.tokens)) for answer in answers]
+        assert sum(count for _, count in self.ended) == work.tokens
+        return work.tokens / self.rounds[-1]
 
     def latencies(self) -> dict[str, float]:
         """Milliseconds of the last run: to the first token, from the start of all, and a token after it."""
-        first = [1e3 * first for first, _, _ in self.seen.values()]
-        each = [1e3 * (last - first) / (count - 1) for first, last, count in self.seen.values() if count > 8]
+        first, each = [], []
+        for end, count in self.ended:
+            begin = self.rounds[end - max(1, -(-(count - 1) // STEPS)) + 1]  # a first token, then STEPS a round
+            first.append(1e3 * begin)
+            if count > 8:
+                each.append(1e3 * (self.rounds[end] - begin) / (count - 1))
         quantiles = {"p50": 50, "p95": 95}
         return {f"first token {name}": float(np.percentile(first, q)) for name, q in quantiles.items()} | {
             f"a token {name}": float(np.percentile(each, q)) for name, q in quantiles.items()

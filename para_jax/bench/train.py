@@ -20,7 +20,7 @@ from ..model import init_adapter
 from ..topology import peak_rate
 from ..training.step import init_state, train_step
 from .decode import random_backbone
-from .rounds import interleaved, paired, summary
+from .rounds import interleaved, paired, single, summary
 
 CONFIG = {"total_steps": 1000}
 
@@ -44,8 +44,9 @@ def bench_train(
         packed: examples a row; 1: rows are not packed.
         random: random weights in the shape that `backbone` names.
     """
+    count = single(rows)
     model = random_backbone(backbone).with_layout("stacked") if random else load_backbone(backbone, layout="stacked")
-    batch = random_batch(model.config.vocab_size, rows[0], packed, prompt, completion)
+    batch = random_batch(model.config.vocab_size, count, packed, prompt, completion)
     tokens = batch.tokens.size
     sides = {f"remat {name}": step_time(model, [(completion, batch, tokens)], remat=name) for name in remat}
     found = summary("tokens/s", interleaved(sides, rounds))
@@ -55,7 +56,7 @@ def bench_train(
     peak = peak_rate(model.config, jax.devices()[:1])
     if peak:
         ratios |= {f"{name}: share of the peak": rate / peak for name, rate in found["medians"].items()}
-    sizes = {"rows": rows[0], "examples_a_row": packed, "prompt_tokens": prompt, "completion_tokens": completion}
+    sizes = {"rows": count, "examples_a_row": packed, "prompt_tokens": prompt, "completion_tokens": completion}
     return found | {"ratios": ratios, "dtype": str(model.dtype)} | sizes
 
 
@@ -84,13 +85,14 @@ def bench_packing(
         length: tokens of a packed row.
         rows: packed rows of a step; one number. Padded steps have the rows that hold as many tokens.
     """
+    count = single(rows)
     section = DataSection(train=data, max_seq_length=length, truncate="skip")
     examples = encode_records(load_records(section, "train") or [], load_tokenizer(backbone), section).examples
     require(len(examples) > 0, "data", data, "training examples")
     model = load_backbone(backbone, layout="stacked")
-    steps = {"packed": packed_steps(examples, length, rows[0])}
-    for name, count in (("3 buckets", section.buckets), ("1 bucket", 1)):
-        steps[name] = padded_steps(examples, count, length * rows[0])
+    steps = {"packed": packed_steps(examples, length, count)}
+    for name, buckets in (("3 buckets", section.buckets), ("1 bucket", 1)):
+        steps[name] = padded_steps(examples, buckets, length * count)
     found = summary("tokens/s", interleaved({k: step_time(model, v, remat=remat) for k, v in steps.items()}, rounds))
     full = {
         name: sum(real for *_, real in of) / sum(batch.tokens.size for _, batch, _ in of) for name, of in steps.items()

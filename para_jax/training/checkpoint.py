@@ -9,10 +9,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from .. import devices
+from ..config import require, shorten
 from ..processes import arrays_of_first, by_first, gathered, is_first
 
 
@@ -34,6 +36,9 @@ class Progress(NamedTuple):
     """evaluations without a better score"""
     evaluated: int = 0
     """the last step whose adapter was scored"""
+    run: dict[str, str] | None = None
+    """digests of what the run is made of, by name ("config", "data", ...); None: a checkpoint from before there were
+    any"""
 
 
 @contextmanager
@@ -41,7 +46,8 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
     """The checkpoints under a folder, of which the newest few are kept (None on processes other than the first); an
     interrupted save is never taken for a whole one. At the end, waits for what is still being written.
 
-    Raises ValueError where that could not be written; an error of the body goes before it.
+    Raises ValueError where the folder can't be opened, and where something could not be written; an error of the body
+    goes before the latter.
     """
     if not is_first():
         yield None
@@ -54,7 +60,7 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
         max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=alone
     )
     with quiet_orbax():
-        checkpoints = ocp.CheckpointManager(folder.absolute(), options=options)
+        checkpoints = opened(folder, lambda: ocp.CheckpointManager(folder.absolute(), options=options))
         # The loop alone asks the preemption service, step by step; asked about an older one, it forgets how far we are.
         checkpoints.reached_preemption = lambda step: False
         try:
@@ -63,6 +69,28 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
         finally:
             with suppress(Exception):
                 checkpoints.close()
+
+
+def opened(folder: Path, open_manager: Callable[[], Any]) -> Any:
+    """Orbax's manager of the folder. It reads each checkpoint's times first. If these are damaged, they are deleted,
+    because nothing depends on them."""
+    try:
+        return open_manager()
+    except OSError:
+        raise
+    except Exception as error:  # whatever orbax makes of damaged files
+        said = reason(error)
+    for step in steps_in(folder):
+        (folder / str(step) / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
+    try:
+        checkpoints = open_manager()
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: the checkpoints can't be opened ({reason(error)}); choose another output_dir, or delete that "
+            "folder to start again"
+        ) from None
+    devices.say(f"warning: {folder}: times of the checkpoints could not be read ({said}), and were deleted")
+    return checkpoints
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -114,16 +142,22 @@ def require_saved(checkpoints) -> None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def restore_checkpoint(checkpoints, state: Any, kind: type = Progress) -> tuple[Any, Any] | None:
-    """The newest whole checkpoint, in the shapes and shardings of `state`, and its progress, of this kind; None where
-    there is none. Damaged ones that are newer are set aside, with a warning.
+def restore_checkpoint(
+    checkpoints, state: Any, kind: type = Progress, run: dict[str, str] | None = None
+) -> tuple[Any, Any] | None:
+    """The newest checkpoint of this run, in the shapes and shardings of `state`, and its progress, of this kind; None
+    where there is none. Newer ones that are damaged, or of another run, are set aside with a warning.
 
-    Raises ValueError where there are checkpoints, and none of them can be read.
+    Args:
+        run: what the run is made of; see Progress. A checkpoint that does not say what it is of is taken if its arrays
+            have the same names and shapes.
+
+    Raises ValueError where there are checkpoints, and none of them can be used.
     """
     arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named(state).items()}
 
     def read_first() -> dict[str, Any] | None:
-        found = newest_whole(checkpoints, arrays)
+        found = newest_whole(checkpoints, arrays, kind, run)
         arrays.update(found[0] if found else {})
         return found and found[1]
 
@@ -132,20 +166,24 @@ def restore_checkpoint(checkpoints, state: Any, kind: type = Progress) -> tuple[
         return None
     read = arrays_of_first(arrays)
     leaves = [placed_like(leaf, read[name]) for name, leaf in named(state).items()]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), kind(**progress)
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), kind(**progress | {"run": run})
 
 
-def newest_whole(checkpoints, wanted: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def newest_whole(
+    checkpoints, wanted: dict[str, np.ndarray], kind: type, run: dict[str, str] | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     folder, problems = Path(checkpoints.directory), {}
-    for step in sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True):
+    for step in steps_in(folder):
         try:
             found = read_checkpoint(checkpoints, step, wanted)
+            check_progress(found[1], step, kind)
+            check_run(found[1], run)
         except Exception as error:  # whatever the readers below orbax make of damaged files
             problems[step] = reason(error)
             continue
         for damaged, said in problems.items():
             devices.say(
-                f"warning: {folder / str(damaged)}: the checkpoint can't be read ({said}); it is kept as "
+                f"warning: {folder / str(damaged)}: the checkpoint can't be used ({said}); it is kept as "
                 f"{set_aside(folder / str(damaged)).name}, and the run goes on from step {step}"
             )
         checkpoints.reload()
@@ -153,7 +191,8 @@ def newest_whole(checkpoints, wanted: dict[str, np.ndarray]) -> tuple[dict[str, 
     if problems:
         step, said = next(iter(problems.items()))
         raise ValueError(
-            f"{folder}: none of the checkpoints can be read (step {step}: {said}); delete that folder to start anew"
+            f"{folder}: none of the checkpoints can be used ({folder / str(step)}: {said}); choose another output_dir, "
+            "or delete that folder to start again"
         )
     return None
 
@@ -164,12 +203,67 @@ def read_checkpoint(
     """The arrays and the progress of one checkpoint, whose bytes are those that were saved."""
     import orbax.checkpoint as ocp
 
+    handler: Any = ocp.StandardCheckpointHandler()
+    stored = handler.metadata(Path(checkpoints.directory) / str(step) / "state")
+    check_shapes({name: tuple(leaf.shape) for name, leaf in stored.items()}, wanted)
     read = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
     restored = checkpoints.restore(step, args=read)
-    arrays, about = {name: np.asarray(restored.state[name]) for name in wanted}, dict(restored.progress)
-    if about.pop("sha256") != digest(arrays, about):
+    arrays, about = {name: np.asarray(restored.state[name]) for name in wanted}, restored.progress
+    if not isinstance(about, dict) or about.pop("sha256", None) != digest(arrays, about):
         raise ValueError("its bytes have changed since they were written")
     return arrays, about
+
+
+def check_shapes(stored: dict[str, tuple[int, ...]], wanted: dict[str, np.ndarray]) -> None:
+    """Raises ValueError, naming the first that differs, for arrays of other names or shapes than the run's."""
+    other = [name for name in sorted(stored.keys() | wanted.keys()) if name not in stored or name not in wanted]
+    if other:
+        has = "has" if other[0] in stored else "lacks"
+        raise ValueError(f"it is of another run: it {has} {shorten(other[0])}, one of {len(other)} such arrays")
+    for name, array in wanted.items():
+        if stored[name] != array.shape:
+            raise ValueError(f"it is of another run: {name} has the shape {stored[name]} there, {array.shape} here")
+
+
+def check_progress(about: dict[str, Any], step: int, kind: type) -> None:
+    """Raises ValueError, naming the key, for a progress that is not of this kind and step."""
+    hints = get_type_hints(kind)
+    missing = [name for name in hints if name not in about and name not in kind._field_defaults]
+    unknown = [name for name in about if name not in hints]
+    require(not missing, "progress", sorted(about), f"{', '.join(missing)} too")
+    require(not unknown, "progress", unknown, "no such keys")
+    for name, value in about.items():
+        require(
+            of_type(value, hints[name]), f"progress.{name}", value, str(getattr(hints[name], "__name__", hints[name]))
+        )
+    require(about["step"] == step, "progress.step", about["step"], f"{step}, as the folder is named")
+
+
+def of_type(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a type: int, float, str or None, lists and dicts of them, and unions."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is UnionType:
+        return any(of_type(value, part) for part in parts)
+    if kind is list:
+        return isinstance(value, list) and all(of_type(one, parts[0]) for one in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(of_type(one, parts[1]) for one in value.values())
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def check_run(about: dict[str, Any], run: dict[str, str] | None) -> None:
+    """Raises ValueError, naming what differs, for the progress of another run."""
+    held = about.get("run")
+    if held is not None and run is not None:
+        other = [name for name in sorted(held.keys() | run.keys()) if held.get(name) != run.get(name)]
+        if other:
+            raise ValueError(f"it is of another run: another {' and '.join(map(shorten, other))}")
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, the newest first."""
+    names = (path.name for path in folder.iterdir() if path.name.isdecimal())
+    return sorted((int(name) for name in names if str(int(name)) == name), reverse=True)
 
 
 def set_aside(folder: Path) -> Path:
@@ -207,8 +301,8 @@ def reason(error: Exception) -> str:
     """What the operating system said, where that is the cause; else the error's first line."""
     said = str(error)
     system = (os.strerror(number) for number in errno.errorcode)
-    first_line = (said.splitlines() or [type(error).__name__])[0]
-    return next((text for text in system if text in said), first_line[:200])
+    first_line = (said.splitlines() or [type(error).__name__])[0][:200]
+    return next((text for text in system if text in said), first_line if first_line.isprintable() else repr(first_line))
 
 
 @contextmanager
@@ -227,16 +321,23 @@ def quiet_orbax() -> Iterator[None]:
     """Keeps the tracebacks off the terminal that orbax's threads log beside the error that they raise. They outlive
     that error, so it stays quiet where the body raises."""
     logging.getLogger("absl").addFilter(not_of_orbax)
+    logging.getLogger("asyncio").addFilter(not_unasked)
     if sys.unraisablehook is not only_raisable:
         only_raisable.others = sys.unraisablehook
         sys.unraisablehook = only_raisable
     yield
     logging.getLogger("absl").removeFilter(not_of_orbax)
+    logging.getLogger("asyncio").removeFilter(not_unasked)
     sys.unraisablehook = only_raisable.others
 
 
 def not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
+
+
+def not_unasked(record: logging.LogRecord) -> bool:
+    """No record of an error that nobody asked for: of many reads that fail together, orbax raises one."""
+    return "exception was never retrieved" not in str(record.msg)
 
 
 def only_raisable(unraisable) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +12,9 @@ from tqdm import tqdm
 
 from .. import devices
 from ..config import RunConfig, config_dict
+from ..processes import by_first
 from .checkpoint import Progress
+from .metrics_file import append_row, kept_rows, read_metrics, write_metrics
 
 FLUSH_SECONDS = 10.0
 #: Values of a step that differ from run to run: times, and what is made of them.
@@ -38,7 +37,8 @@ class Done(NamedTuple):
 class Log:
     """metrics.jsonl, TensorBoard and wandb; the first process alone writes.
 
-    What a run that goes on from `progress` will write again is dropped; all of it for None, a run that starts.
+    What a run that goes on from `progress` will write again is dropped; all of it for None, a run that starts. Raises
+    ValueError, on all processes, for a metrics.jsonl that is damaged.
 
     Args:
         peak_rate: tokens a second at which the devices would do nothing but the backbone's matrix products at their
@@ -52,8 +52,7 @@ class Log:
         self.writers = [WRITERS[name](config, folder, step) for name in config.logging.report_to] if self.first else []
         self.file = folder / "metrics.jsonl"
         self.read = 0.0  # when the values of the step before came
-        if self.first and self.file.exists():
-            replace_file(self.file, kept_lines(progress, self.file.read_text()) if progress else "")
+        by_first(lambda: drop_rows(self.file, progress))
 
     def step(self, done: Done, values: dict[str, float], bar: tqdm, advance: int = 1) -> None:
         """Writes a step's values, which have come just now, and moves the bar on."""
@@ -76,8 +75,7 @@ class Log:
             devices.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         try:
             if self.first:
-                with self.file.open("a") as file:
-                    file.write(json.dumps({"step": step} | values) + "\n")
+                append_row(self.file, step, values)
             for writer in self.writers:
                 writer(step, values)
         except OSError as error:
@@ -148,29 +146,7 @@ def step_rates(done: Done, seconds: float, peak_rate: float | None) -> dict[str,
     return {name: float(f"{value:.4g}") for name, value in rates.items()}
 
 
-def kept_lines(progress: Progress, text: str, *, ended: bool = False) -> str:
-    """The lines of metrics.jsonl that a run keeps when it goes on from here: no score that will be measured again (the
-    last test score among them, but for a tenant that has ended), and no line that was cut off when the run was."""
-    kept = []
-    for line in text.splitlines():
-        with suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            again = ("test_after_loss" in row and not ended) or (
-                "validation_loss" in row and row["step"] > progress.evaluated
-            )
-            if row["step"] <= progress.step and not again:
-                kept.append(line + "\n")
-    return "".join(kept)
-
-
-def read_metrics(file: Path) -> Iterator[dict]:
-    """The lines of metrics.jsonl, but for one that was cut off when its run was."""
-    for line in file.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            yield json.loads(line)
-
-
-def replace_file(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}")
-    part.write_text(text)
-    os.replace(part, file)
+def drop_rows(file: Path, progress: Progress | None, *, ended: bool = False) -> None:
+    """Drops what a run that goes on from here will write again out of its log; all of it for None."""
+    if file.exists():
+        write_metrics(file, kept_rows(read_metrics(file), progress, ended=ended) if progress else [])

@@ -1,5 +1,6 @@
 """A checkpoint gives back the very bits, on the devices they came from, and is whole or not there."""
 
+import gc
 import json
 import os
 import resource
@@ -11,14 +12,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import backbone, strong
 from tiny_run import ADAPTER, STEPS, TRAIN
 
-from para_jax import init_adapter
+from para_jax import ParaConfig, init_adapter
 from para_jax.sharding import make_mesh, place
 from para_jax.training.checkpoint import (
     Progress,
+    digest,
     finish_saving,
     named,
     open_checkpoints,
@@ -29,10 +32,10 @@ from para_jax.training.checkpoint import (
 from para_jax.training.step import init_state
 
 
-def state_on(mesh, seed):
+def state_on(mesh, seed, adapter=ADAPTER):
     config = backbone("llama").config
     with jax.set_mesh(mesh):
-        return init_state(place(strong(init_adapter(ADAPTER, config, seed=seed), seed), mesh, config), TRAIN, STEPS)
+        return init_state(place(strong(init_adapter(adapter, config, seed=seed), seed), mesh, config), TRAIN, STEPS)
 
 
 @jax.jit
@@ -126,7 +129,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(dam
         assert progress.step == restored.step == 4
         warned = capsys.readouterr().err
         assert len(warned.splitlines()) == 1
-        assert f"warning: {folder / '6'}: the checkpoint can't be read" in warned and "goes on from step 4" in warned
+        assert f"warning: {folder / '6'}: the checkpoint can't be used" in warned and "goes on from step 4" in warned
         assert sorted(path.name for path in folder.iterdir()) == ["4", "6.damaged"]
         save_checkpoint(checkpoints, restored, progress._replace(step=6))  # its place is free
     assert sorted(path.name for path in folder.iterdir()) == ["4", "6", "6.damaged"]
@@ -146,10 +149,104 @@ def test_where_no_checkpoint_can_be_read_nothing_is_touched(saved_twice, tmp_pat
     folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
     for step in ("4", "6"):
         flip(largest(folder / step))
-    with open_checkpoints(folder) as checkpoints, pytest.raises(ValueError, match="none of the .* anew") as error:
+    with (
+        open_checkpoints(folder) as checkpoints,
+        pytest.raises(ValueError, match="none of the .* start again") as error,
+    ):
         restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3))
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
     assert sorted(path.name for path in folder.iterdir()) == ["4", "6"]
+
+
+# ----------------------------------------------------------------------------------------------- of another run, forged
+
+
+RUN = {"config": "c1", "data": "d1"}
+
+
+def restored_step(folder, state, run=None, kind=Progress):
+    with open_checkpoints(folder) as checkpoints:
+        return restore_checkpoint(checkpoints, state, kind, run)[1].step
+
+
+def forged(folder, change):
+    """A progress that somebody changed who also made the sum anew."""
+    with open_checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore(6, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    file = folder / "6" / "progress" / "metadata"
+    about = json.loads(file.read_text())
+    about.pop("sha256")
+    change(about)
+    about["sha256"] = digest({name: np.asarray(array) for name, array in restored.state.items()}, about)
+    file.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(("adapter", "named"), [
+    (ParaConfig(r=5, summary="standardised"), r"\S+down.value has the shape \(3, 64, 4\) there, \(3, 64, 5\) here"),
+    (ParaConfig(r=4), r"it has '.adapter.mean.value', one of \d+ such arrays"),
+])  # fmt: skip
+def test_a_checkpoint_of_other_arrays_is_refused_with_its_path_and_the_array(adapter, named, saved_twice, tmp_path):
+    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
+    with pytest.raises(ValueError, match=f"{folder / '6'}: it is of another run: {named}") as error:
+        restored_step(folder, state_on(make_mesh(), 3, adapter))
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["4", "6"]
+
+
+def test_a_checkpoint_of_another_run_of_the_same_shape_is_set_aside_by_name(saved_twice, tmp_path, capsys):
+    folder, state = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints")), state_on(make_mesh(), seed=3)
+    with open_checkpoints(folder) as checkpoints:
+        save_checkpoint(checkpoints, moved(state), Progress(8, None, 0, 0, run=RUN))
+    assert restored_step(folder, state, RUN) == 8
+    other = RUN | {"data": "d2"}
+    assert restored_step(folder, state, other) == 6  # which does not say what it is of
+    assert (
+        f"{folder / '8'}: the checkpoint can't be used (it is of another run: another 'data')"
+        in capsys.readouterr().err
+    )
+    with open_checkpoints(folder) as checkpoints:
+        found = restore_checkpoint(checkpoints, state, run=other)[1]
+    assert found.run == other  # and is of this one from now on
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda about: about.pop("best_step"), "progress: .* expected best_step too"),
+    (lambda about: about.update({"further": 1}), r"progress: \['further'\]"),
+    (lambda about: about.update({"best_step": "3"}), "progress.best_step: '3' is not possible; expected int"),
+    (lambda about: about.update({"since_best": True}), "progress.since_best: True"),
+    (lambda about: about.update({"best_score": [1]}), r"progress.best_score: \[1\]"),
+    (lambda about: about.update({"run": {"data": 1}}), "progress.run: {'data': 1}"),
+    (lambda about: about.update({"step": 7}), "progress.step: 7 is not possible; expected 6"),
+])  # fmt: skip
+def test_a_forged_progress_is_refused_by_the_name_of_its_key(change, named, saved_twice, tmp_path):
+    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
+    shutil.rmtree(folder / "4")
+    forged(folder, change)
+    with pytest.raises(ValueError, match=f"{folder / '6'}: {named}"):
+        restored_step(folder, state_on(make_mesh(), seed=3))
+
+
+def test_a_checkpoint_of_an_earlier_version_which_does_not_say_what_it_is_of_is_taken(saved_twice, tmp_path):
+    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
+    forged(folder, lambda about: about.pop("run"))
+    assert restored_step(folder, state_on(make_mesh(), seed=3), RUN) == 6
+
+
+@pytest.mark.parametrize("damage", ["5", '["x"]', '{"init_timestamp_nsecs": "x"}', '{"metrics": 7}', "", "{"])
+def test_damaged_times_of_a_checkpoint_cost_nothing(damage, saved_twice, tmp_path):
+    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
+    (folder / "6" / "_CHECKPOINT_METADATA").write_text(damage)
+    assert restored_step(folder, state_on(make_mesh(), seed=3)) == 6
+
+
+def test_reads_that_fail_together_leave_no_traceback_behind(saved_twice, tmp_path, capfd, caplog):
+    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
+    for manifest in (folder / "6").rglob("manifest.ocdbt"):
+        manifest.write_bytes(b"")
+    with open_checkpoints(folder) as checkpoints:
+        assert restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3))[1].step == 4
+        gc.collect()
+    assert "Traceback" not in capfd.readouterr().err and not [r for r in caplog.records if r.name == "asyncio"]
 
 
 def test_what_is_saved_is_what_the_state_was_although_the_next_step_reuses_its_memory(tmp_path):

@@ -1,5 +1,4 @@
-"""A log line says what a step took, without what came before it; and a run that goes on keeps the lines it won't write
-again."""
+"""A log line says what a step took, without what came before it."""
 
 import json
 import os
@@ -14,7 +13,7 @@ from para_jax.config import SITES, load_config
 from para_jax.topology import CHIP_GIB, matrix_weights, peak_rate
 from para_jax.training import log
 from para_jax.training.checkpoint import Progress
-from para_jax.training.log import TIMES, Done, Log, kept_lines
+from para_jax.training.log import TIMES, Done, Log
 
 VALUES = {"loss": 2.0, "grad_norm": 1.0}
 
@@ -105,33 +104,18 @@ def test_tensorboard_is_told_from_which_step_a_run_goes_on(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- going on
 
 
-def lines(*rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def test_what_will_be_written_again_is_dropped_and_nothing_else():
-    kept = [
-        {"step": 0, "test_before_loss": 3.0},
-        {"step": 1, "loss": 2.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 2, "validation_loss": 2.0},
-        {"step": 3, "loss": 2.0},
-        {"step": 4, "loss": 2.0},
-    ]
-    again = [
-        {"step": 4, "validation_loss": 2.0},  # stopped after step 4, before it was evaluated
-        {"step": 4, "test_after_loss": 2.0},
-        {"step": 5, "loss": 2.0},
-    ]
-    cut = '{"step": 5, "lo'
-    assert kept_lines(Progress(4, None, 0, 0, evaluated=2), lines(*kept, *again) + cut) == lines(*kept)
-    assert kept_lines(Progress(4, None, 0, 0, evaluated=4), lines(*kept, *again)) == lines(*kept, again[0])
-
-
-def test_a_run_that_starts_drops_all_of_it(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(lines({"step": 1, "loss": 2.0}))
+def test_a_run_that_starts_drops_all_of_it_even_what_it_can_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n5\n')
     opened(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_run_that_goes_on_refuses_a_log_that_it_did_not_write_and_leaves_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n5\n')
+    with pytest.raises(ValueError, match="metrics.jsonl:2: '5' .*Delete it"):
+        opened(tmp_path, Progress(1, None, 0, 0))
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n5\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------------------- utilisation

@@ -1,0 +1,142 @@
+"""A run's output folder: which run it holds, and that one process at a time writes there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import atomic, devices
+from .config import RunConfig, config_dict, load_config, save_config
+from .data.examples import Example
+from .evaluation.evaluate import EvalTask
+
+#: A folder holds the same run although these differ.
+FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
+#: Where data and backbone lie; a checkpoint knows them by their content.
+PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.data_dir", "backbone.source")
+#: The file that the process which writes in the folder keeps locked. It stays when that process ends.
+LOCK = ".lock"
+#: What `atomic` replaces in a run's folder, or a tenant's in it.
+REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json")
+#: File systems that can't lock.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+@contextmanager
+def locked_folder(config: RunConfig) -> Iterator[None]:
+    """Keeps every other process out of the output folder, which is made where it is not there. A killed process leaves
+    no lock. What killed writes left there is deleted.
+
+    Raises ValueError for a folder that another process writes, and, with nothing written, for one that holds another
+    run or other files.
+    """
+    check_folder(config)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if not (folder.parent / LOCK).is_file():
+            delete_leftovers(folder)
+            yield
+            return
+        with locked(folder.parent):  # a tenant's folder in that of a run of many
+            delete_leftovers(folder)
+            yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    with open(descriptor, "r+b", buffering=0) as stream:
+        try:
+            atomic.lock(stream, f"output_dir {folder}")
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            devices.say(f"{folder}: this file system can't lock files; let no second run write there")
+        yield
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Deletes the temporary files that killed writes left."""
+    for name in REPLACED:
+        for file in atomic.leftovers(folder / name):
+            file.unlink(missing_ok=True)
+
+
+def check_folder(config: RunConfig) -> None:
+    """Raises ValueError for an output folder that holds another run, or something else than a run."""
+    folder = Path(config.output_dir)
+    file = folder / "config.yaml"
+    if file.is_file():
+        difference = differences(load_config(file), config)
+        if difference:
+            raise ValueError(
+                f"output_dir {folder} holds another run, which differs in {'; '.join(difference)}; "
+                "choose another output_dir, or the same config to resume"
+            )
+    elif folder.exists():
+        own = {folder / LOCK, *atomic.leftovers(file)} if folder.is_dir() else set()
+        if not folder.is_dir() or set(folder.iterdir()) - own:
+            raise ValueError(f"output_dir {folder} holds something else than a run; choose another")
+
+
+def claim_folder(config: RunConfig) -> None:
+    """Makes the output folder and writes the resolved config into it; a folder that holds another run is refused."""
+    check_folder(config)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.yaml")
+
+
+# ---------------------------------------------------------------------------------------------------- which run it is
+
+
+def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
+    """What makes two configs two runs: "train.learning_rate (0.1 there, 0.2 here)". A longer run is the same run."""
+    there, here = fields_of_run(held), fields_of_run(wanted)
+    names = [name for name in there | here if there.get(name) != here.get(name)]
+    return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
+
+
+def fields_of_run(config: RunConfig) -> dict[str, Any]:
+    """The fields that make a config the run that it is, by their dotted names."""
+
+    def flat(value, name=""):
+        if not isinstance(value, dict):
+            return {name: value}
+        return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else key).items()}
+
+    longer = () if config.many else ("train.max_steps",)  # of many tenants, some have ended
+    fields = flat(config_dict(config))
+    return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in longer}
+
+
+def run_digests(
+    config: RunConfig, backbone: str | None, data: Iterable[tuple[list[Example], EvalTask | None, EvalTask | None]]
+) -> dict[str, str]:
+    """What a checkpoint says of the run that it belongs to; see training.checkpoint.Progress.
+
+    Args:
+        backbone: the model's fingerprint.
+        data: training examples, validation and test data, of each tenant.
+    """
+    default = fields_of_run(replace(RunConfig(), adapter=type(config.adapter)()))
+    fields = {k: v for k, v in fields_of_run(config).items() if k not in PLACES}
+    own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
+    found = hashlib.sha256()
+    for examples, *tasks in data:
+        for prompt, completion in examples:
+            found.update(array("q", [len(prompt), len(completion), *prompt, *completion]).tobytes())
+        for task in tasks:
+            rows = None if task is None else [record._replace(place="") for record in task.records]
+            found.update(json.dumps(rows, default=str).encode())
+    config_digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    return {"config": config_digest, "data": found.hexdigest(), "backbone": backbone or ""}

@@ -1,0 +1,72 @@
+"""tenants.json: the tenants of a run that have ended, by name, each with its scores (tenant_runs.TenantsResult)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import atomic
+from ..config import shorten
+from .metrics_file import is_number, is_step
+
+FILE = "tenants.json"
+MAX_BYTES = 2**26
+ENDINGS = ("done", "patience", "not finite")
+
+
+def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """The tenants of a run that have ended; none where the file is not there yet.
+
+    Raises ValueError, naming the file and the tenant, for one that no run wrote.
+    """
+    file = folder / FILE
+    if not file.exists():
+        return {}
+    if not file.is_file() or file.stat().st_size > MAX_BYTES:
+        raise damaged(file, f"not a file of at most {MAX_BYTES} bytes")
+    try:
+        entries = json.loads(file.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise damaged(file, f"not JSON ({shorten(str(error))})") from None
+    if not isinstance(entries, dict):
+        raise damaged(file, f"{shorten(entries)} is no mapping of tenants")
+    for name, entry in entries.items():
+        if not name.isprintable() or not isinstance(entry, dict):
+            raise damaged(file, f"{shorten(name)}: {shorten(entry)} is no tenant's entry")
+        wrong = next((key for key, fits in FIELDS.items() if key not in entry or not fits(entry[key])), None)
+        if wrong:
+            raise damaged(file, f"{shorten(name)}: {wrong} is {shorten(entry.get(wrong))}")
+    return entries
+
+
+def write_entries(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    atomic.write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
+
+
+def add_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:
+    write_entries(folder, read_entries(folder) | {name: entry})
+
+
+def is_score(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+def is_metric(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.isprintable())
+
+
+FIELDS = {
+    "examples": is_step,
+    "steps": is_step,
+    "best_step": is_step,
+    "best_score": is_score,
+    "metric": is_metric,
+    "test_before": is_score,
+    "test_after": is_score,
+    "ended": lambda value: value in ENDINGS,
+}
+
+
+def damaged(file: Path, what: str) -> ValueError:
+    return ValueError(f"{file}: {what}. Restore it from a copy, or train again into another output_dir")

@@ -1,0 +1,182 @@
+"""A run's folder: it holds one run, one process at a time writes there, and a kill leaves nothing that stays."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_run import rows_of_text, run_config, run_folder, write_rows
+
+from para_jax import atomic, runs, tenant_runs, train, train_tenants
+from para_jax import run_folder as folders
+from para_jax.cli import main
+from para_jax.config import load_config, save_config
+from para_jax.run_folder import claim_folder, differences, locked_folder, run_digests
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return run_folder(tmp_path_factory.mktemp("run_folder"))
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    return run_config(folder, f"output_dir={tmp_path / 'run'}")
+
+
+def test_output_dir_logging_runtime_and_the_number_of_steps_are_not_another_run(config, folder):
+    free = ("output_dir=elsewhere", "logging.every=7", "runtime.allow_cpu=false", "train.max_steps=100")
+    assert differences(config, run_config(folder, *free)) == []
+    assert len(differences(config, run_config(folder, "train.num_epochs=2", "eval.limit=3"))) == 2
+
+
+def test_a_folder_with_other_files_is_refused_and_left_as_it_is(config):
+    folder = Path(config.output_dir)
+    for foreign in (folder, folder / "notes.txt"):
+        shutil.rmtree(folder, ignore_errors=True)
+        foreign.parent.mkdir(exist_ok=True)
+        foreign.write_text("mine")
+        for claim in (claim_folder, lambda config: locked_folder(config).__enter__()):
+            with pytest.raises(ValueError, match="something else than a run; choose another"):
+                claim(config)
+        assert foreign.read_text() == "mine" and not (folder / ".lock").exists()
+        foreign.unlink()
+
+
+def test_a_claim_that_was_killed_is_not_taken_for_a_run_and_leaves_nothing_when_repeated(config, monkeypatch):
+    def killed(part, file):
+        os.link(part, f"{part}.kept")  # what a kill leaves, which no `finally` takes away
+        raise OSError("killed")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="killed"):
+        patched.setattr(atomic.os, "replace", killed)
+        claim_folder(config)
+    (left,) = Path(config.output_dir).iterdir()
+    left.rename(left.with_suffix(""))
+    with locked_folder(config):
+        claim_folder(config)
+        assert load_config(Path(config.output_dir) / "config.yaml") == config
+        assert {path.name for path in Path(config.output_dir).iterdir()} == {"config.yaml", ".lock"}
+
+
+def test_a_link_that_somebody_put_there_beforehand_is_not_followed(config, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    with locked_folder(config):
+        pass
+    lock = Path(config.output_dir) / ".lock"
+    lock.unlink()
+    lock.symlink_to(mine)
+    with pytest.raises(OSError, match=".lock"), locked_folder(config):
+        pass
+    lock.unlink()
+    (Path(config.output_dir) / "config.yaml").symlink_to(mine)
+    with pytest.raises(ValueError, match="mine|config"):
+        claim_folder(config)
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("plot", "--output", "curves.png")])
+@pytest.mark.parametrize("content", [b"5\n", b"\xff\xfe\n", b'{"step": "x"}\n', b'{"loss": 1.0}\n'])
+def test_a_damaged_log_is_an_error_of_the_command_line_by_file_and_line(command, content, config, tmp_path, capsys):
+    claim_folder(config)
+    (Path(config.output_dir) / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n' + content)
+    options = [str(tmp_path / text) if text.endswith("png") else text for text in command[1:]]
+    assert main([command[0], config.output_dir, *options]) == 2
+    said = capsys.readouterr().err
+    assert f"para-jax: error: {config.output_dir}/metrics.jsonl:2: " in said and said.count("\n") == 1
+
+
+def test_a_wrong_place_for_results_is_found_before_a_run_begins(config, tmp_path, capsys):
+    save_config(config, tmp_path / "run.yaml")
+    for place in (tmp_path, tmp_path / "run.yaml" / "results.json"):
+        for command in ("train", "evaluate"):
+            assert main([command, str(tmp_path / "run.yaml"), "--results", str(place)]) == 2
+            assert f"--results {place}: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+# ------------------------------------------------------------------------------------------------ one process at a time
+
+
+def test_a_second_run_in_the_folder_is_refused_by_name_while_the_first_one_lasts(config, monkeypatch):
+    refused = []
+
+    def meanwhile(*arguments, **settings):
+        with pytest.raises(ValueError, match=f"output_dir {config.output_dir}: another process is writing") as error:
+            train(config)
+        refused.append(error)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(runs, "fit", meanwhile)
+        train(config)
+    assert len(refused) == 1
+    monkeypatch.setattr(runs, "fit", lambda *arguments, **settings: "ended")
+    assert [train(config), train(config)] == ["ended", "ended"]
+
+
+def test_a_tenant_of_a_run_is_not_trained_alone_while_that_run_lasts(folder, tmp_path, monkeypatch):
+    write_rows(tmp_path / "tenants" / "acme" / "train.jsonl", rows_of_text(8, seed=1))
+    many = run_config(folder, f"data.tenants={tmp_path / 'tenants'}", f"output_dir={tmp_path / 'run'}")
+    refused = []
+
+    def meanwhile(*arguments, **settings):
+        alone = load_config(tmp_path / "run" / "acme" / "config.yaml", ["runtime.allow_cpu=true"])
+        for again in (lambda: train_tenants(many), lambda: train(alone)):
+            with pytest.raises(ValueError, match=f"output_dir {tmp_path / 'run'}: another process is writing"):
+                again()
+            refused.append(again)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tenant_runs, "fit_tenants", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        train_tenants(many)
+    assert len(refused) == 2
+
+
+def test_the_lock_of_a_killed_process_is_gone(config):
+    code = (
+        "import sys, time; from para_jax.config import load_config; from para_jax.run_folder import locked_folder\n"
+        "config = load_config(None, ['output_dir=' + sys.argv[1]])\n"
+        "with locked_folder(config): print('locked', flush=True), time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, config.output_dir], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout and child.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another process is writing"), locked_folder(config):
+            pass
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        with locked_folder(config):
+            pass
+    finally:
+        child.kill()
+
+
+def test_a_file_system_without_locks_is_said_and_does_not_stop_a_run(config, monkeypatch, capsys):
+    def without(stream, name):
+        raise OSError(folders.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(atomic, "lock", without)
+    with locked_folder(config):
+        assert "can't lock files" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- what it is of
+
+
+def test_a_digest_is_of_content_and_not_of_places_or_of_fields_that_are_as_ever(config, folder, tmp_path):
+    examples = [([1, 2], [3]), ([4], [5, 6])]
+    found = run_digests(config, "b", [(examples, None, None)])
+    moved = replace(config, data=replace(config.data, train="elsewhere"), output_dir="other")
+    longer = replace(moved, train=replace(config.train, max_steps=100))
+    assert run_digests(longer, "b", [(examples, None, None)]) == found
+    assert run_digests(replace(config, seed=1), "b", [(examples, None, None)])["config"] != found["config"]
+    shifted = [([1], [2, 3]), ([4], [5, 6])]
+    assert run_digests(config, "b", [(shifted, None, None)])["data"] != found["data"]
+    assert run_digests(config, "c", [(examples, None, None)])["backbone"] != found["backbone"]

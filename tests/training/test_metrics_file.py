@@ -1,0 +1,68 @@
+"""A run's log is read whole, but for a line cut off in a kill; what no run wrote is refused by file and line."""
+
+import json
+
+import pytest
+
+from para_jax.training.checkpoint import Progress
+from para_jax.training.metrics_file import append_row, kept_rows, read_metrics, write_metrics
+
+ROWS = [{"step": 1, "loss": 2.5}, {"step": 2, "validation_loss": 3}]
+TEXT = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def test_what_is_written_is_read_back_and_rows_follow(tmp_path):
+    write_metrics(tmp_path / "metrics.jsonl", ROWS)
+    append_row(tmp_path / "metrics.jsonl", 3, {"loss": 1.0})
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == [*ROWS, {"step": 3, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("length", range(1, len(TEXT.splitlines()[1])))
+def test_a_last_line_that_was_cut_off_in_a_kill_is_left_out(length, tmp_path):
+    first, second = TEXT.splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text(first + second[:length])
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == ROWS[: 1 + (length == len(second) - 1)]
+
+
+@pytest.mark.parametrize("line", [
+    b"5", b"[]", b"null", b'"step"', b"{}", b'{"loss": 1.0}', b'{"step": "1", "loss": 1.0}', b'{"step": true}',
+    b'{"step": -1}', b'{"step": 1.5}', b'{"step": 1, "loss": "x"}', b'{"step": 1, "loss": null}',
+    b'{"step": 1, "loss": [1]}', b'{"step": 1, "loss": 1e', b"\xff\xfe\x00", b'{"step": 1, "\\u001b]0;owned": 1.0}',
+    b"[" * 100_000, b'{"step": 9223372036854775808}', b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", b"", b"x" * 2**21,
+])  # fmt: skip
+def test_another_line_is_refused_by_its_file_and_number(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(TEXT.encode() + line + b"\n" + TEXT.encode())
+    with pytest.raises(ValueError, match=f"{tmp_path}/metrics.jsonl:3: .*Delete it") as error:
+        list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert len(str(error.value)) < 400 and str(error.value).isprintable()
+
+
+def test_a_last_line_without_an_end_that_no_run_began_is_refused_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(TEXT + "notes")
+    with pytest.raises(ValueError, match="metrics.jsonl:3: 'notes'"):
+        list(read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_a_folder_in_the_place_of_the_log_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ValueError, match="metrics.jsonl: not a file"):
+        list(read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_what_will_be_written_again_is_dropped_and_nothing_else():
+    kept = [
+        {"step": 0, "test_before_loss": 3.0},
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "validation_loss": 2.0},
+        {"step": 3, "loss": 2.0},
+        {"step": 4, "loss": 2.0},
+    ]
+    again = [
+        {"step": 4, "validation_loss": 2.0},  # stopped after step 4, before it was evaluated
+        {"step": 4, "test_after_loss": 2.0},
+        {"step": 5, "loss": 2.0},
+    ]
+    assert kept_rows([*kept, *again], Progress(4, None, 0, 0, evaluated=2)) == kept
+    assert kept_rows([*kept, *again], Progress(4, None, 0, 0, evaluated=4)) == [*kept, again[0]]
+    assert kept_rows([*kept, *again], Progress(4, None, 0, 0, evaluated=4), ended=True) == [*kept, *again[:2]]

@@ -1,0 +1,41 @@
+"""tenants.json is what a run wrote, or is refused by its name with what to do."""
+
+import json
+
+import pytest
+
+from para_jax.config import load_config, save_config
+from para_jax.reports import folder_report
+from para_jax.training.tenants_file import add_entry, read_entries
+
+ENTRY = {
+    "examples": 20, "steps": 6, "best_step": 3, "best_score": -0.5, "metric": "loss", "test_before": None,
+    "test_after": 0.25, "ended": "done",
+}  # fmt: skip
+
+
+def test_entries_are_added_one_by_one_and_leave_nothing_else(tmp_path):
+    assert read_entries(tmp_path) == {}
+    add_entry(tmp_path, "acme", ENTRY)
+    add_entry(tmp_path, "globex", ENTRY | {"ended": "not finite", "best_score": float("-inf")})
+    assert list(read_entries(tmp_path)) == ["acme", "globex"] and read_entries(tmp_path)["acme"] == ENTRY
+    assert [path.name for path in tmp_path.iterdir()] == ["tenants.json"]
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    (b"", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[" * 100_000, "not JSON"), (b'{"acme": {', "not JSON"),
+    (b"5", "5 is no mapping"), (b"[1]", "is no mapping"), (b'{"acme": 5}', "'acme': 5 is no tenant's entry"),
+    (b'{"acme": {}}', "'acme': examples is None"), (b'{"\\u001b]0;owned": {}}', "is no tenant's entry"),
+    *((json.dumps({"acme": ENTRY | {key: value}}).encode(), f"'acme': {key} is ") for key, value in (
+        ("examples", "20"), ("steps", -1), ("best_step", 1.5), ("best_score", "x"), ("metric", 5), ("ended", "later"),
+        ("ended", ["done"]), ("test_after", 10**400), ("metric", "\x1b[2J"),
+    )),
+])  # fmt: skip
+def test_what_no_run_wrote_is_refused_with_the_file_and_what_to_do(content, named, tmp_path):
+    (tmp_path / "tenants.json").write_bytes(content)
+    (tmp_path / "acme").mkdir()
+    save_config(load_config(None, [f"data.tenants={tmp_path}"]), tmp_path / "config.yaml")
+    for read in (read_entries, folder_report):
+        with pytest.raises(ValueError, match=f"{tmp_path}/tenants.json: .*{named}.*Restore it from a copy") as error:
+            read(tmp_path)
+        assert len(str(error.value)) < 500 and str(error.value).isprintable()
