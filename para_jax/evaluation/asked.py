@@ -13,6 +13,10 @@ import numpy as np
 from ..adapters.bank import Entry
 from ..backbone.transformer import Transformer
 
+#: The version of para_jax's answers. Raise it with every change after which the same question may have another answer:
+#: what a journal holds is then asked again.
+ANSWERS = 1
+
 
 class Likelihood(NamedTuple):
     """How likely a continuation is after a context, from whose tokens alone an adapter makes its factors."""
@@ -58,9 +62,9 @@ Answer = Scored | Written
 
 
 def key(asked: Asked, entry: Entry | None, backbone: str, writing: str) -> str:
-    """What an answer depends on, hashed: the question, the adapter's content (never its name) and the backbone's; for
-    a Generation also `writing_content`."""
-    parts = [type(asked).__name__, asked, entry.content if entry else None, backbone]
+    """What an answer depends on, hashed: the question, the adapter's content (never its name), the backbone's and the
+    version of our answers; for a Generation also `writing_content`."""
+    parts = [ANSWERS, type(asked).__name__, asked, entry.content if entry else None, backbone]
     parts += [writing] if isinstance(asked, Generation) else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

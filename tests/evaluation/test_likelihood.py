@@ -223,6 +223,9 @@ def test_what_there_is_no_room_for_is_refused_before_anything_is_computed():
     assert answers("llama", [(None, Likelihood((3,) * longest, (4,)))])[0].logprob < 0
     with pytest.raises(ValueError, match="continuation: "):
         answers("llama", [(None, Likelihood((3,), ()))])
+    for one in (Likelihood((3,), (4, 256)), Likelihood((3, -1), (4,)), Generation((256,), 2)):
+        with pytest.raises(ValueError, match=r"token id: \[(256|-1)\] is not possible; expected 0 to 255"):
+            answers("llama", [(None, one)])
     with pytest.raises(ValueError, match="no tenant 'E'"):
         answers("llama", [("E", Likelihood((3,), (4,)))])
 
@@ -251,10 +254,41 @@ def test_a_torn_line_is_cut_off_and_anything_else_is_left_alone(tmp_path):
         b'{"key": "k", "text": "x", "tokens": true}\n',
         b"[" * 100_000 + b"\n",
     ):
-        file.write_bytes(other)
-        with pytest.raises(ValueError, match="answers.jsonl: holds something else than answers; choose another folder"):
-            Journal(file)
-        assert file.read_bytes() == other
+        for before, number in ((b"", 1), (whole, 2)):
+            file.write_bytes(before + other)
+            with pytest.raises(ValueError, match=f"answers.jsonl: line {number} .* choose another folder") as caught:
+                Journal(file)
+            assert file.read_bytes() == before + other and len(str(caught.value)) < len(str(file)) + 300
+
+
+def test_a_line_without_an_end_is_read_within_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr("para_jax.evaluation.journal.LONGEST", 1000)
+    file = tmp_path / "answers.jsonl"
+    file.write_bytes(b'{"key": "k", "text": "' + b"x" * 5000)
+    with pytest.raises(ValueError, match="answers.jsonl: line 1 "):
+        Journal(file)
+    assert file.stat().st_size > 5000
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: no regular file"):
+        Journal(tmp_path / "pipe")
+
+
+def test_every_cut_of_a_journal_keeps_its_whole_lines(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    journal = Journal(file)
+    kept = [Scored(float("nan"), False), Written("é\u2028\n\U0001f600", 3), Scored(float("-inf"), True)]
+    for i, answer in enumerate(kept):
+        journal.add(str(i), answer)
+    del journal
+    whole = file.read_bytes()
+    for cut in range(len(whole) + 1):
+        file.write_bytes(whole[:cut])
+        found = Journal(file)
+        count = whole[:cut].count(b"\n")
+        assert [repr(found[str(i)]) for i in range(len(found))] == [repr(answer) for answer in kept[:count]]
+        found.add("next", kept[1])
+        del found
+        assert Journal(file)["next"] == kept[1]
 
 
 def test_an_answer_of_the_wrong_kind_is_an_error(tmp_path):
@@ -274,7 +308,7 @@ def test_one_process_writes_to_a_journal_and_may_open_it_twice(tmp_path):
     for kept in (2, 1):
         del journals[kept:]
         refused = subprocess.run(child, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True)
-        assert b"answers.jsonl: another process writes there" in refused.stderr.splitlines()[-1]
+        assert b"answers.jsonl: another process" in refused.stderr.splitlines()[-1]
     journals.clear()
     subprocess.run(child, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
 
@@ -294,6 +328,21 @@ def test_an_engine_has_no_request_left_when_a_pass_is_stopped():
 
 def stop(*_):
     raise KeyboardInterrupt
+
+
+def test_an_answer_to_somebody_elses_request_is_an_error_by_its_id():
+    engine = Engine(backbone("llama"), None, tokenizer(), slots=2, max_length=32)
+    asking = Pass(backbone("llama"), None, tokenizer(), "b", Journal())
+    run = engine.run
+    engine.run = lambda: engine.submit(Request("w20", max_new_tokens=1, id="theirs")) and run()
+    with pytest.raises(ValueError, match="engine: .*'theirs'"):
+        asking.answer([(None, Generation((3,), 20))], rows=ROWS, engine=engine)
+
+
+def test_a_changed_version_of_our_answers_asks_again(monkeypatch):
+    before = key(Likelihood((3,), (4,)), None, "b", "w")
+    monkeypatch.setattr("para_jax.evaluation.asked.ANSWERS", -1)
+    assert key(Likelihood((3,), (4,)), None, "b", "w") != before
 
 
 def test_a_resumed_pass_has_an_engine_of_the_same_shapes(monkeypatch):
