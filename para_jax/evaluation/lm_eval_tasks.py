@@ -20,8 +20,9 @@ import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
-from ..config import require
+from ..config import require, shorten
 from .asked import Answer, Asked, Likelihood, Scored, Written
 from .many import SEEDS
 from .token_lm import NO_PROMPT, TokenLM
@@ -50,8 +51,8 @@ class HarnessTask(NamedTuple):
 class Recorder(TokenLM):
     """Collects questions, and answers none of them."""
 
-    def __init__(self, tokenizer, max_length: int, seed: int):
-        super().__init__(tokenizer, max_length, seed)
+    def __init__(self, tokenizer, max_length: int, seed: int, *, room: int | None = None):
+        super().__init__(tokenizer, max_length, seed, room=room)
         self.asked: list[Asked] = []
 
     def answered(self, asked: list[Asked]) -> Sequence[Answer]:
@@ -94,12 +95,13 @@ def load_tasks(
         if name not in manager.all_tasks:
             nearest = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"the nearest are {', '.join(nearest)}" if nearest else "`para-jax lm-eval ls tasks` lists them"
-            raise ValueError(f"task {name}: neither a file or folder nor a task of lm-eval; {hint}")
+            raise ValueError(
+                f"task {name}: neither a file or folder nor a task of lm-eval; {hint}{damaged(include_path)}"
+            )
         try:
             loaded: Any = manager.load([name])
         except Exception as error:  # of many kinds: a task's data come from anywhere, by code of its own
-            said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise ValueError(f"task {name}: can't be loaded: {said}") from error
+            raise ValueError(f"task {name}: can't be loaded: {first_line(error)}") from error
         for task in loaded["tasks"].values():
             prepare(task, fewshot)
         tasks.append(HarnessTask(name, loaded, limit, chat))
@@ -113,6 +115,20 @@ def manager_of(names: Sequence[str], include_path: Path | None) -> TaskManager:
     require(include_path.is_dir(), "--include-path", str(include_path), "a folder of task files")
     local = TaskManager(include_path=str(include_path), include_defaults=False)
     return local if set(names) <= set(local.all_subtasks) else TaskManager(include_path=str(include_path))
+
+
+def damaged(folder: Path | None) -> str:
+    """A sentence that names the first task file of a folder that lm-eval can't read, for it says nothing of it."""
+    for file in sorted(folder.glob("**/*.yaml")) if folder else ():
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:
+            return f". {file} can't be read: {first_line(error)}"
+    return ""
+
+
+def first_line(error: Exception) -> str:
+    return shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300)
 
 
 def prepare(task, fewshot: int | None) -> None:
@@ -133,7 +149,7 @@ def record(task: HarnessTask, tokenizer, max_length: int, *, sampling_seed: int)
     """The questions that a task asks. Raises ValueError, naming the task, for requests that are not computed here."""
     seed(task.loaded)
     recorder = Recorder(tokenizer, max_length, sampling_seed)
-    by_kind: dict[str, list] = {}  # of all tasks of a group together, as lm-eval's evaluate asks them
+    by_kind: dict[str, list] = {}
     for name, instances in built(task, recorder):
         other = sorted({instance.request_type for instance in instances} - set(COMPUTED))
         if other:
