@@ -13,10 +13,6 @@ import numpy as np
 from ..adapters.bank import Entry
 from ..backbone.transformer import Transformer
 
-#: The version of para_jax's answers. Raise it with every change after which the same question may have another answer:
-#: what a journal holds is then asked again.
-ANSWERS = 1
-
 
 class Likelihood(NamedTuple):
     """How likely a continuation is after a context, from whose tokens alone an adapter makes its factors."""
@@ -60,11 +56,14 @@ class Written(NamedTuple):
 
 Answer = Scored | Written
 
+#: Part of every key. Raise it when a change of para_jax changes the answers to the same questions.
+ANSWERS_VERSION = 1
+
 
 def key(asked: Asked, entry: Entry | None, backbone: str, writing: str) -> str:
     """What an answer depends on, hashed: the question, the adapter's content (never its name), the backbone's and the
     version of our answers; for a Generation also `writing_content`."""
-    parts = [ANSWERS, type(asked).__name__, asked, entry.content if entry else None, backbone]
+    parts = [ANSWERS_VERSION, type(asked).__name__, asked, entry.content if entry else None, backbone]
     parts += [writing] if isinstance(asked, Generation) else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -341,7 +341,7 @@ def test_an_answer_to_somebody_elses_request_is_an_error_by_its_id():
 
 def test_a_changed_version_of_our_answers_asks_again(monkeypatch):
     before = key(Likelihood((3,), (4,)), None, "b", "w")
-    monkeypatch.setattr("para_jax.evaluation.asked.ANSWERS", -1)
+    monkeypatch.setattr("para_jax.evaluation.asked.ANSWERS_VERSION", -1)
     assert key(Likelihood((3,), (4,)), None, "b", "w") != before
 
 
