@@ -66,6 +66,11 @@ class Journal:
                 self._stream.flush()
         self._answers[key] = answer
 
+    def sync(self) -> None:
+        """Forces the file to the disk: its answers outlive a power failure too."""
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+
 
 def opened(file: Path) -> TextIO:
     """The file, to add lines to, locked against other processes until it is closed."""

@@ -80,6 +80,7 @@ class Pass:
                 asked_for = [asked for _, asked in questions if isinstance(asked, Generation)]
                 engine = engine or self._engine(asked_for, rows)  # of the same shapes when some are answered already
                 self._write(engine, written, entries, bar)
+        self.journal.sync()
         return [self.journal[k] for k in keys]
 
     def _score(self, ranked: list[tuple[str, Entry | None, Likelihood]], rows: int, bar: tqdm) -> None:
