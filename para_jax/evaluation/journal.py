@@ -61,9 +61,12 @@ class Journal:
         """Keeps an answer; it outlives a kill when this returns."""
         if self._stream is not None:
             line = json.dumps({"key": key, **answer._asdict()}, ensure_ascii=False) + "\n"
-            with LOCK:  # a journal that is being opened would cut off half a line
-                self._stream.write(line)
-                self._stream.flush()
+            try:
+                with LOCK:  # a journal that is being opened would cut off half a line
+                    self._stream.write(line)
+                    self._stream.flush()
+            except OSError as error:  # a full disk; without the file's name
+                raise OSError(error.errno, error.strerror, str(self.file)) from error
         self._answers[key] = answer
 
     def sync(self) -> None:

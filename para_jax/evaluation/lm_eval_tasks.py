@@ -60,6 +60,10 @@ class Recorder(TokenLM):
         return [Scored(0.0, False) if isinstance(one, Likelihood) else Written("", 0) for one in asked]
 
 
+class SecondRound(ValueError):
+    """Requests that were not recorded, for they depend on answers."""
+
+
 class Replay(TokenLM):
     """Answers from a recorded pass."""
 
@@ -70,7 +74,7 @@ class Replay(TokenLM):
     def answered(self, asked: list[Asked]) -> Sequence[Answer]:
         found = [self.answer(one) for one in asked]
         if None in found:
-            raise ValueError(
+            raise SecondRound(
                 f"task {self.task}: asks a second round of requests, which depend on answers, and can't be answered "
                 "for many adapters in one pass; run it with `para-jax lm-eval`"
             )
@@ -128,7 +132,9 @@ def damaged(folder: Path | None) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300)
+    """What foreign code raised, for a line of ours: the type, and what it says first."""
+    said = str(error).strip().splitlines()[:1]
+    return type(error).__name__ + "".join(f": {shorten(line, 300)}" for line in said)
 
 
 def prepare(task, fewshot: int | None) -> None:
@@ -162,6 +168,8 @@ def record(task: HarnessTask, tokenizer, max_length: int, *, sampling_seed: int)
             getattr(recorder, kind)(requests)
     except ValueError as error:
         raise ValueError(f"task {task.name}: {error}") from None
+    except Exception as error:
+        raise ValueError(f"task {task.name}: {first_line(error)}") from error
     return recorder.asked
 
 
@@ -174,7 +182,10 @@ def built(task: HarnessTask, lm: TokenLM) -> Iterator[tuple[str, list]]:
             raise ValueError(f"task {name}: has images or sounds, which the backbones here do not read")
         if getattr(one, "UNSAFE_CODE", False):
             raise ValueError(f"task {name}: runs code that the model writes; `para-jax lm-eval` can, if you confirm it")
-        one.build_all_requests(limit=task.limit, rank=0, world_size=1, **chat)
+        try:
+            one.build_all_requests(limit=task.limit, rank=0, world_size=1, **chat)
+        except Exception as error:  # of many kinds: a task's templates and functions are code of its own
+            raise ValueError(f"task {name}: its requests can't be made: {first_line(error)}") from error
         yield name, one.instances
 
 
@@ -190,5 +201,10 @@ def replay(
     """
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has JAX's threads
     lm = Replay(tokenizer, max_length, sampling_seed, answer, task.name)
-    with redirect_stderr(io.StringIO()):  # the bars of building the same requests again
-        return task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=samples)
+    try:
+        with redirect_stderr(io.StringIO()):  # the bars of building the same requests again
+            return task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=samples)
+    except SecondRound:
+        raise
+    except Exception as error:  # of many kinds: its filters and metrics are code of its own, of packages that may lack
+        raise ValueError(f"task {task.name}: lm-eval can't score its answers: {first_line(error)}") from error

@@ -141,6 +141,7 @@ def evaluate_many(
         sources, about: for the records: where each tenant comes from, and what was asked for.
     """
     tenants = [None, *(bank.names if bank is not None else ())]
+    require(BASE not in tenants, "tenant", BASE, "another name, for this is the base model")
     content, files = backbone_content(model), file_names([tenant or BASE for tenant in tenants])
     check_results(output, list(files.values()), content)
     asking = Pass(model, bank, tokenizer, content, Journal(output / ANSWERS_FILE))

@@ -273,6 +273,14 @@ def test_a_line_without_an_end_is_read_within_bounds(tmp_path, monkeypatch):
         Journal(tmp_path / "pipe")
 
 
+def test_a_full_disk_is_an_error_with_the_files_name(tmp_path):
+    journal = Journal(tmp_path / "answers.jsonl")
+    journal._stream = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left .*answers.jsonl"):
+        journal.add("k", Scored(-1.0, True))
+    assert "k" not in journal
+
+
 def test_every_cut_of_a_journal_keeps_its_whole_lines(tmp_path):
     file = tmp_path / "answers.jsonl"
     journal = Journal(file)

@@ -392,6 +392,22 @@ def test_para_lm_knows_the_adapter_that_its_tenant_has_now(folder):
     assert lm.content == bank.entry("A").content != before
 
 
+def test_a_tasks_own_code_that_fails_is_named_with_the_task(folder, tmp_path, few_files):
+    file, tokenizer = folder / "tasks" / "data.jsonl", load_tokenizer(folder / "backbone")
+    broken = WRITE.replace("{{{{question}}}}", "{{{{ question if label == 0 else 1 / 0 }}}}").replace(
+        "tiny_write", "asks"
+    )
+    unscored = WRITE.replace("metric: exact_match", "metric: exact_match, ignore_case: true, regexes_to_ignore: ['(']")
+    (tmp_path / "asks.yaml").write_text(broken.format(file=file))
+    (tmp_path / "scores.yaml").write_text(unscored.replace("tiny_write", "scores").format(file=file))
+    made = load_tasks(["asks", "scores"], tmp_path, limit=2, fewshot=None, chat=False)
+    with pytest.raises(ValueError, match="task asks: its requests can't be made: ZeroDivisionError"):
+        record(made[0], tokenizer, 100, sampling_seed=0)
+    record(made[1], tokenizer, 100, sampling_seed=0)
+    with pytest.raises(ValueError, match="task scores: lm-eval can't score its answers: .*(error|Error)"):
+        replay(made[1], tokenizer, 100, lambda one: Written("w9", 1), sampling_seed=0)
+
+
 def test_a_task_file_that_lm_eval_can_not_read_is_named(tmp_path, few_files):
     (tmp_path / "odd.yaml").write_text("task: odd\nmetric_list: [\x1b")
     (tmp_path / "fine.yaml").write_text("task: fine\ndataset: !function code.data")
