@@ -106,7 +106,7 @@ class Pass:
             for start in range(0, len(ordered), at_once):
                 for k, tenant, asked in ordered[start : start + at_once]:
                     self._submitted[k] = len(asked.context)
-                    engine.submit(as_request(k, tenant, asked))
+                    engine.submit(as_request(k, tenant, asked), entry=entries[tenant])
                 with closing(engine.run()) as completions:
                     for completion in completions:
                         self._take(completion, bar)

@@ -338,6 +338,49 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_pass_that_is_interrupted_in_a_round_leaves_an_engine_that_goes_on(twice):
+    """Twice: its cleaning up is interrupted as well."""
+    model, bank, words = backbone("llama"), bank_of("llama", "A"), deepcopy(tokenizer())
+    engine = Engine(model, bank, words, slots=2, max_length=32)
+    asking = Pass(model, bank, words, "b", Journal())
+    questions = [("A", Generation(one.context[:9], 4, ("w1 w1",))) for one in asked()[::3][:5]]
+    interrupts, decode = iter([False] * 5 + [True]), words.decode
+    words.decode = lambda *a, **k: stop() if next(interrupts, False) else decode(*a, **k)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if twice:
+            patch.setattr(engine, "cancel", stop)
+        asking.answer(questions, rows=ROWS, engine=engine)
+    assert bool(engine.open) == twice and next(interrupts, None) is None
+    assert asking.answer(questions, rows=ROWS, engine=engine) == answers("llama", questions, "A")
+    assert not engine.open
+
+
+def test_an_adapter_that_is_replaced_meanwhile_changes_no_answer_and_no_key(monkeypatch):
+    """The tenant's adapter is replaced while likelihoods are answered; what is written follows them."""
+    model = backbone("llama")
+    bank = AdapterBank(model.config, max_r=4)
+    old, new = (strong(init_adapter(ParaConfig(r=4), model.config), seed, 0.3) for seed in (1, 2))
+    bank.add("A", old)
+    questions = [("A", asked()[0]), *(("A", Generation(one.context[:9], 4)) for one in asked()[::3][:2])]
+    journal, real = Journal(), mixed.likelihoods
+
+    def replaced(*arguments):
+        yield from real(*arguments)
+        bank.replace("A", new)
+
+    monkeypatch.setattr(mixed, "likelihoods", replaced)
+    asking = Pass(model, bank, tokenizer(), "b", journal)
+    first = bank.entry("A")
+    found = asking.answer(questions, rows=ROWS)
+    assert asking.entries["A"] is first is not bank.entry("A")
+    bank.replace("A", old)
+    monkeypatch.setattr(mixed, "likelihoods", real)
+    assert Pass(model, bank, tokenizer(), "b", Journal()).answer(questions, rows=ROWS) == found
+    bank.replace("A", new)
+    assert Pass(model, bank, tokenizer(), "b", journal).answer(questions, rows=ROWS)[1:] != found[1:]
+
+
 def test_an_answer_to_somebody_elses_request_is_an_error_by_its_id():
     engine = Engine(backbone("llama"), None, tokenizer(), slots=2, max_length=32)
     asking = Pass(backbone("llama"), None, tokenizer(), "b", Journal())
