@@ -32,6 +32,8 @@ class Generation(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    """that end it too, beside the tokenizer's and the model's: a chat's end of a turn"""
 
 
 Asked = Likelihood | Generation

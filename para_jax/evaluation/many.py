@@ -252,7 +252,10 @@ def questions_of(task: EvalTask, examples: list[Example], tokenizer) -> list[Ask
     ranked = rankings([example.prompt_ids for example in examples], task.records, task, tokenizer)
     asked: list[Asked] = [Likelihood(tuple(prompt), tuple(end)) for prompt, end in [*examples, *ranked]]
     if task.writes:
-        asked += [Generation(tuple(example.prompt_ids), task.max_new_tokens) for example in examples]
+        asked += [
+            Generation(tuple(prompt), task.max_new_tokens, stop_ids=(end[-1],))  # the end of a turn, where it is a chat
+            for prompt, end in examples
+        ]
     return asked
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import closing
 
 from tqdm import tqdm
 
@@ -14,7 +13,7 @@ from ..backbone.transformer import Transformer
 from ..config import require, shorten
 from ..data.examples import stop_token_ids
 from ..devices import say
-from ..inference.generate import up_to_multiple
+from ..inference.generate import before_first, before_stop, up_to_multiple
 from ..serving.engine import Engine
 from ..serving.request import Completion, Request
 from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, key, writing_content
@@ -43,7 +42,7 @@ class Pass:
         """by tenant: the adapter that answered last"""
         self._last, self._compiled = 0.0, set()
         self._used: Engine | None = None
-        self._submitted: dict[str, int] = {}  # to it, and not answered yet: the tokens of each prompt
+        self._submitted: dict[str, Generation] = {}  # to it, and not answered yet
         self._writing = writing_content(tokenizer, stop_token_ids(tokenizer, model.config.eos_token_ids))
 
     def answer(self, questions: Sequence[Question], *, rows: int, engine: Engine | None = None) -> list[Answer]:
@@ -105,25 +104,32 @@ class Pass:
         try:
             for start in range(0, len(ordered), at_once):
                 for k, tenant, asked in ordered[start : start + at_once]:
-                    self._submitted[k] = len(asked.context)
+                    self._submitted[k] = asked
                     engine.submit(as_request(k, tenant, asked), entry=entries[tenant])
-                with closing(engine.run()) as completions:
-                    for completion in completions:
-                        self._take(completion, bar)
+                for completion in engine.run():
+                    self._take(completion, bar)
         finally:
             self._withdraw(engine)
 
     def _take(self, completion: Completion, bar: tqdm) -> None:
-        if completion.id not in self._submitted:
+        asked = self._submitted.pop(str(completion.id), None)
+        if asked is None:
             raise ValueError(
                 f"engine: others submitted request {shorten(completion.id)} during an evaluation, and its answer is "
                 "lost. Give the evaluation an engine of its own"
             )
-        prompt = self._submitted.pop(str(completion.id))
         if completion.error is not None:
             raise ValueError(f"a request was not answered: {completion.error}")
-        self.tokens += prompt + len(completion.tokens)
-        self._keep(str(completion.id), Written(completion.text, len(completion.tokens)), bar)
+        self.tokens += len(asked.context) + len(completion.tokens)
+        self._keep(str(completion.id), self._written(completion, asked), bar)
+
+    def _written(self, completion: Completion, asked: Generation) -> Written:
+        """The answer up to the first of the question's own `stop_ids`, of which the engine does not know."""
+        tokens = before_stop(completion.tokens, asked.stop_ids)
+        if len(tokens) == len(completion.tokens):
+            return Written(completion.text, len(tokens))
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Written(before_first(text, asked.stop), len(tokens))
 
     def _withdraw(self, engine: Engine) -> None:
         """Takes back what is not answered. If this is interrupted as well, the next call of `answer` does it."""

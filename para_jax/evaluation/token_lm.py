@@ -10,12 +10,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 
-from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from ..config import shorten
-from ..data.examples import encode, without_added_eos
+from ..data.examples import encode, encode_completion, without_added_eos
 from ..devices import say
 from ..inference.sampling import derived_seed
 from ..serving.request import check_request
@@ -47,6 +46,7 @@ class TokenLM(TemplateLM):
         self.max_gen_toks = min(256, self.room // 2)  # where a task does not say it: 256, as in `hf`
         self._cut = 0
         self._without_system = False
+        self._stop_ids: tuple[int, ...] | None = None
 
     def answered(self, asked: list[Asked]) -> Sequence[Answer]:
         """The questions' answers."""
@@ -116,7 +116,7 @@ class TokenLM(TemplateLM):
         ids = self.tok_encode(context) or [self.prefix_token_id]
         kept = ids[-(self.room - new) :]
         self._cut += len(kept) < len(ids)
-        made = Generation(tuple(kept), new, stop)
+        made = Generation(tuple(kept), new, stop, stop_ids=self._stop_ids or ())
         if sampled:
             made = made._replace(temperature=heat, top_k=int(top_k or 0), top_p=float(1 if top_p is None else top_p))
         check_request(as_request("", None, made))
@@ -152,33 +152,44 @@ class TokenLM(TemplateLM):
         if not self.tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; run the task without one")
         try:
-            try:
-                return self._render(chat_history, add_generation_prompt)
-            except TemplateError as error:
-                rest = [message for message in chat_history if message["role"] != "system"]
-                if not rest or len(rest) == len(chat_history):
-                    raise
-                text = self._render(rest, add_generation_prompt)
-                if not self._without_system:
-                    self._without_system = True
-                    say(f"system messages are left out: the chat template says {shorten(str(error))}")
-                return text
-        except Exception as error:  # of any kind: a template is a program that came with the backbone
-            raise ValueError(
-                f"the tokenizer's chat template refuses {shorten(chat_history)}: {type(error).__name__}: "
-                f"{shorten(str(error))}. Run the task without the chat template"
-            ) from error
+            text = self._render(chat_history, add_generation_prompt)
+        except ValueError as error:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if not rest or len(rest) == len(chat_history):
+                raise
+            text = self._render(rest, add_generation_prompt)
+            if not self._without_system:
+                self._without_system = True
+                say(f"system messages are left out: {error}")
+        self._chats()
+        return text
+
+    def _chats(self) -> None:
+        """From now on, contexts are chats, whose answers end with the turn."""
+        if self._stop_ids is None:
+            self._stop_ids = end_of_turn(self.tokenizer)
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        how = dict(add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
+        except Exception as error:  # of any kind: a template is a program that came with the backbone
+            raise ValueError(
+                f"the tokenizer's chat template refuses {shorten(messages)}: {type(error).__name__}: "
+                f"{shorten(str(error))}"
+            ) from error
 
     @property
     def tokenizer_name(self) -> str:
         """Name and chat template: what requests that lm-eval caches depend on."""
+        self._chats()  # lm-eval asks for the name where they are chats
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:8]
         return f"{self.tokenizer.name_or_path or 'tokenizer'}-{template}".replace("/", "__")
+
+
+def end_of_turn(tokenizer) -> tuple[int, ...]:
+    """The id with which the chat template ends an answer; none where it refuses a chat of two words."""
+    try:
+        return (encode_completion(tokenizer, [{"role": "user", "content": "a"}], "a")[-1],)
+    except ValueError:
+        return ()

@@ -1,6 +1,7 @@
 """Scores in a mixed pass: those of the teacher-forced pass, the same bits alone and mixed, from the context alone."""
 
 import os
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -143,6 +144,17 @@ def test_what_is_written_is_what_generate_writes_alone_and_mixed():
     expected = generate(backbone("llama"), texts, tenants=[tenant for tenant, _ in questions], **options)
     assert [one.text for one in found] == expected and len(set(expected)) > 3
     assert answers("llama", questions[::2], "A") == found[::2]
+
+
+def test_what_is_written_ends_with_the_questions_own_stop_ids():
+    one = Generation(asked()[0].context, 6)
+    ((text, count),) = answers("llama", [("A", one)], "A")
+    found = re.findall("w[0-9]+", text)
+    assert count == len(found) == 6
+    stopped = one._replace(stop_ids=(int(found[3][1:]), 255))
+    first = found.index(found[3])
+    assert answers("llama", [("A", stopped)], "A") == [Written("".join(found[:first]), first)]
+    assert answers("llama", [("A", stopped._replace(stop=(found[1],)))], "A")[0].text == text[: text.index(found[1])]
 
 
 def test_equal_questions_are_asked_once_and_a_journal_answers_for_the_same_content_only(tmp_path, monkeypatch):

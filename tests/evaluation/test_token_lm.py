@@ -1,7 +1,7 @@
 """lm-eval's requests as token ids: which tokens are context and which continuation, and what is refused."""
 
 import pytest
-from data.tiny_tokenizers import own_space
+from data.tiny_tokenizers import own_space, with_bos
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils import postprocess_generated_text
 from tiny_run import tokenizer as word_tokenizer
@@ -165,6 +165,15 @@ def test_a_template_without_a_system_role_gets_the_chat_without_it_as_in_lm_eval
     for messages in ([SYSTEM, USER], [USER], [SYSTEM, USER]):
         assert recorder.apply_chat_template(messages, add_generation_prompt=prompted) == expected
     assert capsys.readouterr().err.count("System role not supported") == 1
+
+
+def test_an_answer_to_a_chat_ends_with_the_turn():
+    recorder = Recorder(with_bos(), 50, 0)
+    recorder.generate_until(instances("generate_until", ("a", {"max_gen_toks": 4})))
+    text = recorder.apply_chat_template([USER])
+    recorder.generate_until(instances("generate_until", (text, {"max_gen_toks": 4})))
+    end = with_bos().convert_tokens_to_ids("<end_of_turn>")
+    assert [one.stop_ids for one in recorder.asked] == [(), (end,)] and end != with_bos().eos_token_id
 
 
 @pytest.mark.parametrize(
