@@ -13,7 +13,7 @@ from ..backbone.transformer import Transformer
 from ..config import require, shorten
 from ..data.examples import stop_token_ids
 from ..devices import say
-from ..inference.generate import before_first, before_stop, up_to_multiple
+from ..inference.generate import before_stop, up_to_multiple
 from ..serving.engine import Engine
 from ..serving.request import Completion, Request
 from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, key, writing_content
@@ -129,7 +129,7 @@ class Pass:
         if len(tokens) == len(completion.tokens):
             return Written(completion.text, len(tokens))
         text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Written(before_first(text, asked.stop), len(tokens))
+        return Written(min(text, completion.text, key=len), len(tokens))  # which ends before a stop text
 
     def _withdraw(self, engine: Engine) -> None:
         """Takes back what is not answered. If this is interrupted as well, the next call of `answer` does it."""
