@@ -29,6 +29,8 @@ class Generation(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    """that end it too, beside the tokenizer's and the model's: a chat's end of a turn"""
 
 
 Asked = Likelihood | Generation
@@ -53,10 +55,13 @@ class Written(NamedTuple):
 
 Answer = Scored | Written
 
+#: Part of every key. Raise it when a change of para_jax changes the answers to the same questions.
+ANSWERS_VERSION = 1
+
 
 def key(asked: Asked, entry: Entry | None, backbone: str, writing: str) -> str:
-    """What an answer depends on, hashed: the question, the adapter's content (never its name) and the backbone's; for
-    a Generation also `writing_content`."""
-    parts = [type(asked).__name__, asked, entry.content if entry else None, backbone]
+    """What an answer depends on, hashed: the question, the adapter's content (never its name), the backbone's and the
+    version of our answers; for a Generation also `writing_content`."""
+    parts = [ANSWERS_VERSION, type(asked).__name__, asked, entry.content if entry else None, backbone]
     parts += [writing] if isinstance(asked, Generation) else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ..config import RunConfig, require
+from ..config import ModelConfig, RunConfig, require
 from ..data.batches import (
     Bucket,
     assign_buckets,
@@ -195,8 +195,12 @@ def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, .
 def evaluate_task(
     model, adapters, task: EvalTask, tokenizer, limit: int | None = None, *, shuffle: int | None = None
 ) -> Score:
-    """One task's score; `shuffle` is the seed by which examples get each other's factors."""
+    """One task's score; `shuffle` is the seed by which examples get each other's factors.
+
+    Raises ValueError for an example that the model has no tokens or too few positions for.
+    """
     task, examples, ranked = encode_task(task, tokenizer, limit)
+    check_room(model.config, task, examples, ranked)
     prompts = [example.prompt_ids for example in examples]
     read = None if shuffle is None else [prompts[i] for i in derangement(task.name, len(prompts), shuffle)]
     of_ranked = read and [*read, *(prompt for prompt in read for _ in task.choices if ranked)]
@@ -207,6 +211,20 @@ def evaluate_task(
     written = range(len(examples)) if task.writes else []
     answers = written_answers(model, of_batch, asked, written, found.greedy, task, tokenizer)
     return score_of(task, found.nll, found.tokens, list(answers.values()))
+
+
+def check_room(model: ModelConfig, task: EvalTask, examples: list[Example], ranked: list[Example]) -> None:
+    """Raises ValueError where an example has a token that the model does not know, or more of them than positions."""
+    known, most = model.vocab_size, model.max_positions
+    new = task.max_new_tokens if task.writes else 0
+    for i, (prompt, completion) in enumerate([*examples, *ranked]):
+        record = task.records[i if i < len(examples) else (i - len(examples)) // len(task.choices)]
+        where, largest, length = record.place or task.name, max(*prompt, *completion), len(prompt) + len(completion)
+        require(largest < known, f"{where}: token id", largest, f"less than {known}, the model's tokens")
+        needed = max(length, len(prompt) + new)
+        require(
+            needed <= most, f"{where}: tokens", needed, f"at most {most}, the model's positions; shorten the prompt"
+        )
 
 
 class Encoded(NamedTuple):

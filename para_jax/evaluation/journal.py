@@ -5,24 +5,25 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 from weakref import WeakValueDictionary
 
-from ..serving.answers import cut_off
+from .. import atomic
+from ..config import shorten
 from .asked import Answer, Scored, Written
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where nothing is locked
-    fcntl = None
 
 #: How each line begins; `Journal.add` and `answers_of` agree on it.
 HEAD = b'{"key": '
+#: The most bytes of a line.
+LONGEST = 1 << 24
 TYPES = {Scored: (float, bool), Written: (str, int)}
 #: This process's open files, by device and inode: journals of one file share it and its lock.
 OPEN: WeakValueDictionary[tuple[int, int], TextIO] = WeakValueDictionary()
+#: One thread at a time opens a journal or adds a line.
+LOCK = threading.Lock()
 
 
 class Journal:
@@ -33,16 +34,19 @@ class Journal:
         Args:
             file: made where it is not there; None: in memory alone.
 
-        Raises ValueError for a file that holds something else, and for one that another process writes. What was being
-        written in a kill is cut off.
+        Cuts off what was being written in a kill. Raises ValueError for a file that another process writes, and for a
+        line that is no answer, by its number.
         """
         self.file = file
         self._answers: dict[str, Answer] = {}
         self._stream = None
         if file is not None:
+            if file.exists() and not file.is_file():
+                raise ValueError(f"{file}: no regular file; choose another folder")
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = opened(file)
-            self._answers |= answers_of(file)
+            with LOCK:
+                self._stream = opened(file)
+                self._answers |= answers_of(file)
 
     def __contains__(self, key: str) -> bool:
         return key in self._answers
@@ -55,10 +59,20 @@ class Journal:
 
     def add(self, key: str, answer: Answer) -> None:
         """Keeps an answer; it outlives a kill when this returns."""
-        self._answers[key] = answer
         if self._stream is not None:
-            self._stream.write(json.dumps({"key": key, **answer._asdict()}, ensure_ascii=False) + "\n")
-            self._stream.flush()
+            line = json.dumps({"key": key, **answer._asdict()}, ensure_ascii=False) + "\n"
+            try:
+                with LOCK:  # a journal that is being opened would cut off half a line
+                    self._stream.write(line)
+                    self._stream.flush()
+            except OSError as error:  # a full disk; without the file's name
+                raise OSError(error.errno, error.strerror, str(self.file)) from error
+        self._answers[key] = answer
+
+    def sync(self) -> None:
+        """Forces the file to the disk: its answers outlive a power failure too."""
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
 
 
 def opened(file: Path) -> TextIO:
@@ -66,28 +80,27 @@ def opened(file: Path) -> TextIO:
     stream = file.open("a", encoding="utf-8")
     found = os.fstat(stream.fileno())
     place = found.st_dev, found.st_ino
-    if place in OPEN:
-        return OPEN[place]
-    try:
-        if fcntl is not None:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{file}: another process writes there; wait for its end or choose another folder") from None
-    OPEN[place] = stream
-    return stream
+    if place not in OPEN:
+        atomic.lock(stream, file)
+        OPEN[place] = stream
+    return OPEN[place]
 
 
 def answers_of(file: Path) -> Iterator[tuple[str, Answer]]:
-    """The answers of a file, after which what follows its last whole line is cut off."""
+    """The answers of a file, after which a last line without an end is cut off. Raises ValueError, and leaves the file
+    as it is, for a line that is no answer."""
     whole = 0
     with file.open("rb") as lines:
-        for line in lines:
+        for number, line in enumerate(iter(lambda: lines.readline(LONGEST), b""), 1):
+            if not line.endswith(b"\n") and (line.startswith(HEAD) or HEAD.startswith(line)) and len(line) < LONGEST:
+                break
             try:
-                if cut_off(line, HEAD):
-                    break
                 yield answer_of(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise ValueError(f"{file}: holds something else than answers; choose another folder") from None
+                raise ValueError(
+                    f"{file}: line {number} is no answer: {shorten(line[:200].decode(errors='replace'))}. Delete that "
+                    "line, and its question is asked again; or choose another folder"
+                ) from None
             whole += len(line)
     if whole < file.stat().st_size:
         os.truncate(file, whole)

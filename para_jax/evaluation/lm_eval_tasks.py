@@ -20,8 +20,9 @@ import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
-from ..config import require
+from ..config import require, shorten
 from .asked import Answer, Asked, Likelihood, Scored, Written
 from .many import SEEDS
 from .token_lm import NO_PROMPT, TokenLM
@@ -50,13 +51,17 @@ class HarnessTask(NamedTuple):
 class Recorder(TokenLM):
     """Collects questions, and answers none of them."""
 
-    def __init__(self, tokenizer, max_length: int, seed: int):
-        super().__init__(tokenizer, max_length, seed)
+    def __init__(self, tokenizer, max_length: int, seed: int, *, room: int | None = None):
+        super().__init__(tokenizer, max_length, seed, room=room)
         self.asked: list[Asked] = []
 
     def answered(self, asked: list[Asked]) -> Sequence[Answer]:
         self.asked += asked
         return [Scored(0.0, False) if isinstance(one, Likelihood) else Written("", 0) for one in asked]
+
+
+class SecondRound(ValueError):
+    """Requests that were not recorded, for they depend on answers."""
 
 
 class Replay(TokenLM):
@@ -69,7 +74,7 @@ class Replay(TokenLM):
     def answered(self, asked: list[Asked]) -> Sequence[Answer]:
         found = [self.answer(one) for one in asked]
         if None in found:
-            raise ValueError(
+            raise SecondRound(
                 f"task {self.task}: asks a second round of requests, which depend on answers, and can't be answered "
                 "for many adapters in one pass; run it with `para-jax lm-eval`"
             )
@@ -94,12 +99,13 @@ def load_tasks(
         if name not in manager.all_tasks:
             nearest = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"the nearest are {', '.join(nearest)}" if nearest else "`para-jax lm-eval ls tasks` lists them"
-            raise ValueError(f"task {name}: neither a file or folder nor a task of lm-eval; {hint}")
+            raise ValueError(
+                f"task {name}: neither a file or folder nor a task of lm-eval; {hint}{damaged(include_path)}"
+            )
         try:
             loaded: Any = manager.load([name])
         except Exception as error:  # of many kinds: a task's data come from anywhere, by code of its own
-            said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise ValueError(f"task {name}: can't be loaded: {said}") from error
+            raise ValueError(f"task {name}: can't be loaded: {first_line(error)}") from error
         for task in loaded["tasks"].values():
             prepare(task, fewshot)
         tasks.append(HarnessTask(name, loaded, limit, chat))
@@ -113,6 +119,22 @@ def manager_of(names: Sequence[str], include_path: Path | None) -> TaskManager:
     require(include_path.is_dir(), "--include-path", str(include_path), "a folder of task files")
     local = TaskManager(include_path=str(include_path), include_defaults=False)
     return local if set(names) <= set(local.all_subtasks) else TaskManager(include_path=str(include_path))
+
+
+def damaged(folder: Path | None) -> str:
+    """A sentence that names the first task file of a folder that lm-eval can't read, for it says nothing of it."""
+    for file in sorted(folder.glob("**/*.yaml")) if folder else ():
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:
+            return f". {file} can't be read: {first_line(error)}"
+    return ""
+
+
+def first_line(error: Exception) -> str:
+    """What foreign code raised, for a line of ours: the type, and what it says first."""
+    said = str(error).strip().splitlines()[:1]
+    return type(error).__name__ + "".join(f": {shorten(line, 300)}" for line in said)
 
 
 def prepare(task, fewshot: int | None) -> None:
@@ -133,7 +155,7 @@ def record(task: HarnessTask, tokenizer, max_length: int, *, sampling_seed: int)
     """The questions that a task asks. Raises ValueError, naming the task, for requests that are not computed here."""
     seed(task.loaded)
     recorder = Recorder(tokenizer, max_length, sampling_seed)
-    by_kind: dict[str, list] = {}  # of all tasks of a group together, as lm-eval's evaluate asks them
+    by_kind: dict[str, list] = {}
     for name, instances in built(task, recorder):
         other = sorted({instance.request_type for instance in instances} - set(COMPUTED))
         if other:
@@ -146,6 +168,8 @@ def record(task: HarnessTask, tokenizer, max_length: int, *, sampling_seed: int)
             getattr(recorder, kind)(requests)
     except ValueError as error:
         raise ValueError(f"task {task.name}: {error}") from None
+    except Exception as error:
+        raise ValueError(f"task {task.name}: {first_line(error)}") from error
     return recorder.asked
 
 
@@ -158,7 +182,10 @@ def built(task: HarnessTask, lm: TokenLM) -> Iterator[tuple[str, list]]:
             raise ValueError(f"task {name}: has images or sounds, which the backbones here do not read")
         if getattr(one, "UNSAFE_CODE", False):
             raise ValueError(f"task {name}: runs code that the model writes; `para-jax lm-eval` can, if you confirm it")
-        one.build_all_requests(limit=task.limit, rank=0, world_size=1, **chat)
+        try:
+            one.build_all_requests(limit=task.limit, rank=0, world_size=1, **chat)
+        except Exception as error:  # of many kinds: a task's templates and functions are code of its own
+            raise ValueError(f"task {name}: its requests can't be made: {first_line(error)}") from error
         yield name, one.instances
 
 
@@ -174,5 +201,10 @@ def replay(
     """
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has JAX's threads
     lm = Replay(tokenizer, max_length, sampling_seed, answer, task.name)
-    with redirect_stderr(io.StringIO()):  # the bars of building the same requests again
-        return task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=samples)
+    try:
+        with redirect_stderr(io.StringIO()):  # the bars of building the same requests again
+            return task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=samples)
+    except SecondRound:
+        raise
+    except Exception as error:  # of many kinds: its filters and metrics are code of its own, of packages that may lack
+        raise ValueError(f"task {task.name}: lm-eval can't score its answers: {first_line(error)}") from error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .. import devices
+from .. import atomic, devices
 from ..adapters.bank import AdapterBank
 from ..config import DataSection, ModelConfig, expanded, require
 from ..data.examples import Example, encode_completion
@@ -38,6 +38,11 @@ BASE = "base"
 SEEDS = {"random_seed": 0, "numpy_seed": 1234, "fewshot_seed": 1234}
 #: Labels that are ranked by their likelihoods; of more than these the answer is written, and compared.
 RANKED = 20
+#: In an output folder: every answer, as it came.
+ANSWERS_FILE = "answers.jsonl"
+#: The most bytes of a results file.
+LARGEST = 1 << 26
+RESULTS = "results of an evaluation. Choose another --output, or remove the file"
 INSTALL = "lm-eval is not installed; its tasks need it: pip install 'para_jax[eval]'"
 
 
@@ -67,6 +72,7 @@ class Own(NamedTuple):
     asked: list[Asked]
     original: int
     """examples that the file holds"""
+    file: Path
 
     def results(self, answer: Callable[[Asked], Answer | None]) -> dict:
         """The task's part of the results, in lm-eval's layout."""
@@ -101,11 +107,12 @@ def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, settings: S
     """The tasks' questions. Nothing of the model is read but its config, so that a wrong name costs no waiting.
 
     Args:
-        tasks: [TASK=]FILE_OR_FOLDER[:METRIC], our own, or names of lm-eval's tasks.
+        tasks: [TASK=]FILE_OR_FOLDER[:METRIC], our own, or names of lm-eval's tasks. Several metrics of one file are
+            tasks of their own, named TASK:METRIC.
     """
     own = [own_task(text, tokenizer, config, settings) for text in tasks]
     names = [text for text, found in zip(tasks, own, strict=True) if found is None]
-    held: list = [found for found in own if found is not None]
+    held: list = with_metrics_in_names([found for found in own if found is not None])
     require_distinct("--tasks", [*names, *(one.task.name for one in held)])
     if names:
         loaded = of_harness(names, tokenizer, config, settings)
@@ -134,9 +141,10 @@ def evaluate_many(
         sources, about: for the records: where each tenant comes from, and what was asked for.
     """
     tenants = [None, *(bank.names if bank is not None else ())]
+    require(BASE not in tenants, "tenant", BASE, "another name, for this is the base model")
     content, files = backbone_content(model), file_names([tenant or BASE for tenant in tenants])
-    require_same_backbone(output / files[BASE], content)
-    asking = Pass(model, bank, tokenizer, content, Journal(output / "answers.jsonl"))
+    check_results(output, list(files.values()), content)
+    asking = Pass(model, bank, tokenizer, content, Journal(output / ANSWERS_FILE))
     questions = [(tenant, asked) for one in tasks for asked in one.asked for tenant in tenants]
     begun = time.time()
     answers = dict(zip(questions, asking.answer(questions, rows=settings.rows), strict=True))
@@ -149,12 +157,12 @@ def evaluate_many(
         made |= records(asking, tenant, settings, about | {"adapter": sources.get(tenant or BASE)}, begun)
         by_tenant[tenant or BASE] = made
     for name, made in by_tenant.items():
-        (output / files[name]).write_text(json.dumps(made, indent=2, default=str) + "\n", encoding="utf-8")
+        atomic.write_text(output / files[name], json.dumps(made, indent=2, default=str) + "\n")
     others = sorted({path.name for path in output.glob("*.json")} - set(files.values()))
     if others:
         devices.say(f"{output} also holds what earlier calls wrote, and table.md does not: {', '.join(others)}")
     text = table(by_tenant, asking, settings)
-    (output / "table.md").write_text(text + "\n", encoding="utf-8")
+    atomic.write_text(output / "table.md", text + "\n")
     return text
 
 
@@ -196,7 +204,20 @@ def own_task(text: str, tokenizer, config: ModelConfig, settings: Settings) -> O
     kept = encode_records(task.records, tokenizer, DataSection(max_seq_length=longest, truncate="left"))
     if kept.cut:
         devices.say(f"--tasks {text}: {kept.cut} of {len(kept.records)} prompts lost their start, to {longest} tokens")
-    return Own(task, questions_of(task, kept.examples, tokenizer), len(records))
+    return Own(task, questions_of(task, kept.examples, tokenizer), len(records), file.resolve())
+
+
+def with_metrics_in_names(held: list[Own]) -> list[Own]:
+    """The tasks; those that score one file by several metrics are named TASK:METRIC."""
+    metrics: dict[tuple, set[str]] = {}
+    for one in held:
+        metrics.setdefault((one.task.name, one.file), set()).add(one.task.metric)
+    return [
+        one._replace(task=one.task._replace(name=f"{one.task.name}:{one.task.metric}"))
+        if len(metrics[one.task.name, one.file]) > 1
+        else one
+        for one in held
+    ]
 
 
 def answer_room(task: EvalTask, tokenizer) -> int:
@@ -231,7 +252,10 @@ def questions_of(task: EvalTask, examples: list[Example], tokenizer) -> list[Ask
     ranked = rankings([example.prompt_ids for example in examples], task.records, task, tokenizer)
     asked: list[Asked] = [Likelihood(tuple(prompt), tuple(end)) for prompt, end in [*examples, *ranked]]
     if task.writes:
-        asked += [Generation(tuple(example.prompt_ids), task.max_new_tokens) for example in examples]
+        asked += [
+            Generation(tuple(prompt), task.max_new_tokens, stop_ids=(end[-1],))  # the end of a turn, where it is a chat
+            for prompt, end in examples
+        ]
     return asked
 
 
@@ -269,7 +293,7 @@ def members(held: list[Harness]) -> list[str]:
 
 def records(asking: Pass, tenant: str | None, settings: Settings, about: dict, begun: float) -> dict:
     """What lm-eval's layout says of a run beside its results, and which adapter answered."""
-    entry = asking.bank.entry(tenant) if tenant is not None and asking.bank is not None else None
+    entry = asking.entries.get(tenant)
     seeds = SEEDS | {"sampling_seed": settings.seed}
     model = {"model": "para_jax", "model_args": about, "model_dtype": str(asking.model.dtype)}
     content = {"adapter_content": entry.content if entry else None, "backbone_content": asking.backbone}
@@ -298,11 +322,11 @@ def table(by_tenant: dict[str, dict], asking: Pass, settings: Settings) -> str:
             for metric in values:
                 if "," in metric and "_stderr," not in metric:
                     columns[task, metric] = None
-    head = ["adapter", *(f"{task} {metric.removesuffix(',none')}" for task, metric in columns)]
+    head = ["adapter", *(cell(f"{task} {metric.removesuffix(',none')}") for task, metric in columns)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, made in by_tenant.items():
         cells = [shown(made["results"].get(task, {}), metric) for task, metric in columns]
-        lines.append("| " + " | ".join([name.replace("|", "\\|"), *cells]) + " |")
+        lines.append("| " + " | ".join([cell(name), *cells]) + " |")
     seeds = f"few-shot {SEEDS['fewshot_seed']}, sampling {settings.seed}"
     named = ", ".join(f"{name} {number}" for name, number in versions().items())
     limit = f"the first {settings.limit} examples of each task" if settings.limit else "all examples"
@@ -321,29 +345,52 @@ def shown(values: dict, metric: str) -> str:
     name, _, kept = metric.partition(",")
     value, error = values.get(metric), values.get(f"{name}_stderr,{kept}")
     if not isinstance(value, (int, float)):
-        return str(value if value is not None else "")
+        return cell(str(value if value is not None else ""))
     return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, (int, float)) else "")
+
+
+def cell(text: str) -> str:
+    """A text in a table: what is not printable, such as a line's end or half a character, is written out."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain.replace("|", "\\|")
 
 
 def file_names(names: Sequence[str]) -> dict[str, str]:
     """Each tenant's file: its name with what file systems mind replaced, and a hash of the name where two would be the
-    same."""
+    same or it is too long."""
     plain = {name: re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_" for name in names}
     times = Counter(text.lower() for text in plain.values())
-    hashed = {name: f"-{hashlib.sha256(name.encode()).hexdigest()[:6]}" for name in names}
-    return {name: text + (hashed[name] if times[text.lower()] > 1 else "") + ".json" for name, text in plain.items()}
+
+    def file_name(name: str, text: str) -> str:
+        long = len(text.encode()) > 200  # of the 255 that file systems allow
+        digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:6]
+        return (text[:50] if long else text) + (f"-{digest}" if long or times[text.lower()] > 1 else "") + ".json"
+
+    return {name: file_name(name, text) for name, text in plain.items()}
 
 
-def require_same_backbone(file: Path, content: str) -> None:
-    """Raises ValueError where the base model's results are there and are another backbone's."""
-    if not file.exists():
-        return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))["config"]["backbone_content"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        found = "not results of an evaluation"
-    if found != content:
-        raise ValueError(f"--output {file.parent}: holds results of another backbone; choose another --output")
+def check_results(folder: Path, files: Sequence[str], content: str) -> None:
+    """Raises ValueError where one of these files holds another backbone's results, or something else. A file that is
+    damaged is named and may be written anew, for all answers are in the journal."""
+    for name in files:
+        file = folder / name
+        if not file.exists():
+            continue
+        require(file.is_file() and file.stat().st_size <= LARGEST, f"--output: {file}", "", RESULTS)
+        data = file.read_bytes()
+        try:
+            found = json.loads(data)
+        except RecursionError:
+            found = None
+        except ValueError:
+            require(not data or (folder / ANSWERS_FILE).exists(), f"--output: {file}", data[:40], RESULTS)
+            devices.say(f"{file} is damaged, and is written anew")
+            continue
+        config = found.get("config") if isinstance(found, dict) else None
+        backbone = config.get("backbone_content") if isinstance(config, dict) else None
+        require(isinstance(backbone, str), f"--output: {file}", data[:40], RESULTS)
+        if backbone != content:
+            raise ValueError(f"--output {folder}: {name} holds results of another backbone; choose another --output")
 
 
 def require_distinct(what: str, names: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from .. import devices
 from ..adapters.bank import AdapterBank
 from ..adapters.files import load_adapter
 from ..backbone.load import load_backbone
-from ..config import RuntimeSection, require
+from ..config import RuntimeSection, require, shorten
 from ..data.tokenizer import load_tokenizer
 from ..serving.engine import Engine
 from .asked import Answer, Asked, backbone_content
@@ -33,14 +33,14 @@ class ParaLM(TokenLM):
                 versions of one, may share it (lm-eval's own cache does not know who answered).
             seed: of sampled answers.
         """
-        super().__init__(engine.tokenizer, engine.model.config.max_positions, seed)
+        super().__init__(engine.tokenizer, engine.model.config.max_positions, seed, room=engine.max_length)
         self.engine, self.tenant = engine, tenant
-        self.max_gen_toks = min(self.max_gen_toks, engine.max_length // 2)
         journal = Journal(Path(cache) / "answers.jsonl" if cache else None)
         content = backbone_content(engine.model)
         self.answers = Pass(engine.model, engine.bank, engine.tokenizer, content, journal)
         require(tenant is None or engine.bank is not None, "tenant", tenant, "None, for the engine has no bank")
         _ = self.content  # raises for an unknown tenant
+        self._theirs: str | None = None  # who answers in lm-eval's own cache
 
     @property
     def content(self) -> str:
@@ -50,7 +50,14 @@ class ParaLM(TokenLM):
 
     def answered(self, asked: list[Asked]) -> Sequence[Answer]:
         questions = [(self.tenant, one) for one in asked]
-        return self.answers.answer(questions, rows=self.engine.slots, engine=self.engine)
+        found = self.answers.answer(questions, rows=self.engine.slots, engine=self.engine)
+        entry = self.answers.entries.get(self.tenant)
+        if self._theirs not in (None, entry.content if entry else "base"):
+            raise ValueError(
+                f"use_cache: tenant {shorten(self.tenant)} has another adapter now, and lm-eval would keep its answers "
+                "as those of the one before. Give the model cache=FOLDER"
+            )
+        return found
 
     def set_cache_hook(self, cache_hook) -> None:
         """Takes lm-eval's own cache (use_cache) only if all its answers are this adapter's."""
@@ -64,6 +71,7 @@ class ParaLM(TokenLM):
                     "this one's; choose another file, or give the model cache=FOLDER"
                 )
             held[mark] = ours
+            self._theirs = self.content
         super().set_cache_hook(cache_hook)
 
     # ------------------------------------------------------------------------------------------- of lm-eval's arguments
@@ -100,15 +108,16 @@ class ParaLM(TokenLM):
             for name, default in (("batch_size", 8), ("max_length", 2048), ("seed", 0))
         )
         devices.start(RuntimeSection(allow_cpu=bool(given.get("allow_cpu", False))))
+        backbone, cache = str(backbone), str(given.get("cache") or "")
         model = load_backbone(backbone, dtype=given.get("dtype"), quantize=given.get("quantize"))
         bank, tenant = None, None
         if adapter is not None:
             tenant = str(adapter)
-            held = {tenant: load_adapter(adapter, model.config, model=model)}
+            held = {tenant: load_adapter(tenant, model.config, model=model)}
             bank = AdapterBank.holding(held, model.config)
         longest = min(longest, model.config.max_positions)
         engine = Engine(model, bank, load_tokenizer(backbone), slots=rows, max_length=longest)
-        return cls(engine, tenant, cache=given.get("cache"), seed=seed)
+        return cls(engine, tenant, cache=cache, seed=seed)
 
     def get_model_info(self) -> dict:
         """What lm-eval's record says of the model."""

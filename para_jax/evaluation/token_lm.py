@@ -13,8 +13,13 @@ from collections.abc import Sequence
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from ..data.examples import encode, without_added_eos
+from ..config import shorten
+from ..data.examples import encode, encode_completion, without_added_eos
+from ..devices import say
+from ..inference.sampling import derived_seed
+from ..serving.request import check_request
 from .asked import Answer, Asked, Generation, Likelihood, Scored, Written
+from .mixed import as_request
 
 #: What a task may say of generation beside what is used here: values that change nothing.
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "use_cache": True}
@@ -27,15 +32,21 @@ NO_PROMPT = (
 class TokenLM(TemplateLM):
     """An LM whose answers come from `answered`, of questions as token ids."""
 
-    def __init__(self, tokenizer, max_length: int, seed: int = 0):
+    def __init__(self, tokenizer, max_length: int, seed: int = 0, *, room: int | None = None):
         """
         Args:
             max_length: tokens that the model has positions for; longer contexts lose their start, as in `hf`.
-            seed: of sampled answers; the i-th repeat of a request is drawn with seed + i.
+            room: the most tokens of a context and what is written after it; default: max_length.
+            seed: of sampled answers. Each document, and each repeat of its request, has a seed of its own, derived
+                from this one and the document: the same in any order and batch.
         """
         super().__init__()
         self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
-        self.max_gen_toks = min(256, max_length // 2)  # where a task does not say it: 256, as in `hf`
+        self.room = min(room or max_length, max_length)
+        self.max_gen_toks = min(256, self.room // 2)  # where a task does not say it: 256, as in `hf`
+        self._cut = 0
+        self._without_system = False
+        self._stop_ids: tuple[int, ...] | None = None
 
     def answered(self, asked: list[Asked]) -> Sequence[Answer]:
         """The questions' answers."""
@@ -45,6 +56,7 @@ class TokenLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         asked = [self.likelihood(*request) for request in requests]
+        self._say_cut(len(asked), self.max_length)
         found = [(answer.logprob, answer.greedy) for answer in self.answered(list(asked)) if isinstance(answer, Scored)]
         for (texts, _, _), answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -52,13 +64,16 @@ class TokenLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         asked: list[Asked] = []
-        times: Counter[Generation] = Counter()
+        times: Counter = Counter()
         for request in requests:
             one = self.generation(*request.args)
-            if one.temperature > 0:  # repeats of a sampled request are different samples
-                times[one] += 1
-                one = one._replace(seed=(one.seed + times[one] - 1) % 2**32)
-            asked.append(one)
+            if one.temperature > 0:
+                place = (str(request.task_name), repr(request.doc), request.idx, request.args[0])
+                asked.append(one._replace(seed=derived_seed(one.seed, *place, times[place, one])))
+                times[place, one] += 1
+            else:
+                asked.append(one)
+        self._say_cut(len(asked), self.room)
         texts = [answer.text for answer in self.answered(asked) if isinstance(answer, Written)]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
@@ -74,7 +89,9 @@ class TokenLM(TemplateLM):
         if not continuation:
             raise ValueError(f"a request's continuation {texts[1]!r:.80} has no token of its own")
         context = context or [self.prefix_token_id]  # of white space alone, which belongs to the continuation
-        kept = (context + continuation)[-(self.max_length + 1) :]  # the last token is predicted, never read
+        whole = context + continuation
+        kept = whole[-(self.max_length + 1) :]  # the last token is predicted, never read
+        self._cut += len(kept) < len(whole)
         if len(continuation) >= len(kept):
             raise ValueError(
                 f"a request's continuation has {len(continuation)} tokens and leaves no room for a context in the "
@@ -93,14 +110,22 @@ class TokenLM(TemplateLM):
         other = [name for name, value in settings.items() if value not in (None, NEUTRAL.get(name))]
         if other:
             raise ValueError(f"generation_kwargs: {', '.join(other)} is not computed here; take it out of the task")
-        if new >= self.max_length:
-            raise ValueError(f"max_gen_toks: {new}; expected less than the model's {self.max_length} positions")
+        if new >= self.room:
+            whose = "the model's positions" if self.room == self.max_length else "the engine's max_length"
+            raise ValueError(f"max_gen_toks: {new} leaves no room for a context in the {self.room} tokens of {whose}")
         ids = self.tok_encode(context) or [self.prefix_token_id]
-        greedy = Generation(tuple(ids[-(self.max_length - new) :]), new, stop)
-        if not sampled:
-            return greedy
-        draw = dict(top_k=int(top_k or 0), top_p=float(1 if top_p is None else top_p), seed=int(seed or self.seed))
-        return greedy._replace(temperature=heat, **draw)
+        kept = ids[-(self.room - new) :]
+        self._cut += len(kept) < len(ids)
+        made = Generation(tuple(kept), new, stop, stop_ids=self._stop_ids or ())
+        if sampled:
+            made = made._replace(temperature=heat, top_k=int(top_k or 0), top_p=float(1 if top_p is None else top_p))
+        check_request(as_request("", None, made))
+        return made._replace(seed=self.seed if seed is None else int(seed)) if sampled else made
+
+    def _say_cut(self, requests: int, room: int) -> None:
+        if self._cut:
+            say(f"{self._cut} of {requests} contexts lost their start, to fit into {room} tokens")
+        self._cut = 0
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Ids of a text, with the tokenizer's own special tokens unless it starts with the BOS text already."""
@@ -122,17 +147,49 @@ class TokenLM(TemplateLM):
     # ----------------------------------------------------------------------------------------------------------- chat
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The chat as text. As in `hf`, a template that refuses it gets it without its system messages. Raises
+        ValueError where it fails then, and for any other error in it."""
         if not self.tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; run the task without one")
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        try:
+            text = self._render(chat_history, add_generation_prompt)
+        except ValueError as error:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if not rest or len(rest) == len(chat_history):
+                raise
+            text = self._render(rest, add_generation_prompt)
+            if not self._without_system:
+                self._without_system = True
+                say(f"system messages are left out: {error}")
+        self._chats()
+        return text
+
+    def _chats(self) -> None:
+        """From now on, contexts are chats, whose answers end with the turn."""
+        if self._stop_ids is None:
+            self._stop_ids = end_of_turn(self.tokenizer)
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        how = dict(add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
+        except Exception as error:  # of any kind: a template is a program that came with the backbone
+            raise ValueError(
+                f"the tokenizer's chat template refuses {shorten(messages)}: {type(error).__name__}: "
+                f"{shorten(str(error))}"
+            ) from error
 
     @property
     def tokenizer_name(self) -> str:
         """Name and chat template: what requests that lm-eval caches depend on."""
+        self._chats()  # lm-eval asks for the name where they are chats
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:8]
         return f"{self.tokenizer.name_or_path or 'tokenizer'}-{template}".replace("/", "__")
+
+
+def end_of_turn(tokenizer) -> tuple[int, ...]:
+    """The id with which the chat template ends an answer; none where it refuses a chat of two words."""
+    try:
+        return (encode_completion(tokenizer, [{"role": "user", "content": "a"}], "a")[-1],)
+    except ValueError:
+        return ()

@@ -235,6 +235,19 @@ def test_accuracy_without_choices_is_refused(records):
         scored(EvalTask("t", records, "accuracy", batch_size=BATCH))
 
 
+def test_an_example_that_the_model_has_no_room_or_no_token_for_is_refused_by_its_place(records):
+    most = model().config.max_positions
+    for wrong, said in (
+        (Example([300], [9]), r"token id: 300 .* less than 256"),
+        (Example([5], [9, 256]), r"token id: 256 .* less than 256"),
+        (Example([5], [9] * most), rf"tokens: {most + 1} .* at most {most}"),
+        (Example([5] * (most - 3), [9]), rf"tokens: {most + 1} .* at most {most}"),
+    ):
+        task = EvalTask("t", records[:2], "exact_match", max_new_tokens=4, examples=[Example([5], [9]), wrong])
+        with pytest.raises(ValueError, match=f"{records[1].place}: {said}"):
+            scored(task)
+
+
 def test_label_metrics_without_choices_are_of_what_is_written(records):
     task = EvalTask("t", records, "macro_f1", max_new_tokens=4, batch_size=BATCH)
     written = scored(task._replace(metric="exact_match", also=("macro_f1",)))

@@ -1,6 +1,7 @@
 """Scores in a mixed pass: those of the teacher-forced pass, the same bits alone and mixed, from the context alone."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -141,6 +142,17 @@ def test_what_is_written_is_what_generate_writes_alone_and_mixed():
     assert answers("llama", questions[::2], "A") == found[::2]
 
 
+def test_what_is_written_ends_with_the_questions_own_stop_ids():
+    one = Generation(asked()[0].context, 6)
+    ((text, count),) = answers("llama", [("A", one)], "A")
+    found = re.findall("w[0-9]+", text)
+    assert count == len(found) == 6
+    stopped = one._replace(stop_ids=(int(found[3][1:]), 255))
+    first = found.index(found[3])
+    assert answers("llama", [("A", stopped)], "A") == [Written("".join(found[:first]), first)]
+    assert answers("llama", [("A", stopped._replace(stop=(found[1],)))], "A")[0].text == text[: text.index(found[1])]
+
+
 def test_equal_questions_are_asked_once_and_a_journal_answers_for_the_same_content_only(tmp_path, monkeypatch):
     model, questions = backbone("llama"), [("A", one) for one in asked()[:4]]
     content = backbone_content(model)
@@ -194,6 +206,9 @@ def test_what_there_is_no_room_for_is_refused_before_anything_is_computed():
     assert answers("llama", [(None, Likelihood((3,) * longest, (4,)))])[0].logprob < 0
     with pytest.raises(ValueError, match="continuation: "):
         answers("llama", [(None, Likelihood((3,), ()))])
+    for one in (Likelihood((3,), (4, 256)), Likelihood((3, -1), (4,)), Generation((256,), 2)):
+        with pytest.raises(ValueError, match=r"token id: \[(256|-1)\] is not possible; expected 0 to 255"):
+            answers("llama", [(None, one)])
     with pytest.raises(ValueError, match="no tenant 'E'"):
         answers("llama", [("E", Likelihood((3,), (4,)))])
 
@@ -222,10 +237,49 @@ def test_a_torn_line_is_cut_off_and_anything_else_is_left_alone(tmp_path):
         b'{"key": "k", "text": "x", "tokens": true}\n',
         b"[" * 100_000 + b"\n",
     ):
-        file.write_bytes(other)
-        with pytest.raises(ValueError, match="answers.jsonl: holds something else than answers; choose another folder"):
-            Journal(file)
-        assert file.read_bytes() == other
+        for before, number in ((b"", 1), (whole, 2)):
+            file.write_bytes(before + other)
+            with pytest.raises(ValueError, match=f"answers.jsonl: line {number} .* choose another folder") as caught:
+                Journal(file)
+            assert file.read_bytes() == before + other and len(str(caught.value)) < len(str(file)) + 300
+
+
+def test_a_line_without_an_end_is_read_within_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr("para_jax.evaluation.journal.LONGEST", 1000)
+    file = tmp_path / "answers.jsonl"
+    file.write_bytes(b'{"key": "k", "text": "' + b"x" * 5000)
+    with pytest.raises(ValueError, match="answers.jsonl: line 1 "):
+        Journal(file)
+    assert file.stat().st_size > 5000
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: no regular file"):
+        Journal(tmp_path / "pipe")
+
+
+def test_a_full_disk_is_an_error_with_the_files_name(tmp_path):
+    journal = Journal(tmp_path / "answers.jsonl")
+    journal._stream = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left .*answers.jsonl"):
+        journal.add("k", Scored(-1.0, True))
+    assert "k" not in journal
+
+
+def test_every_cut_of_a_journal_keeps_its_whole_lines(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    journal = Journal(file)
+    kept = [Scored(float("nan"), False), Written("é\u2028\n\U0001f600", 3), Scored(float("-inf"), True)]
+    for i, answer in enumerate(kept):
+        journal.add(str(i), answer)
+    del journal
+    whole = file.read_bytes()
+    for cut in range(len(whole) + 1):
+        file.write_bytes(whole[:cut])
+        found = Journal(file)
+        count = whole[:cut].count(b"\n")
+        assert [repr(found[str(i)]) for i in range(len(found))] == [repr(answer) for answer in kept[:count]]
+        found.add("next", kept[1])
+        del found
+        assert Journal(file)["next"] == kept[1]
 
 
 def test_an_answer_of_the_wrong_kind_is_an_error(tmp_path):
@@ -245,7 +299,7 @@ def test_one_process_writes_to_a_journal_and_may_open_it_twice(tmp_path):
     for kept in (2, 1):
         del journals[kept:]
         refused = subprocess.run(child, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True)
-        assert b"answers.jsonl: another process writes there" in refused.stderr.splitlines()[-1]
+        assert b"answers.jsonl: another process" in refused.stderr.splitlines()[-1]
     journals.clear()
     subprocess.run(child, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
 
@@ -265,6 +319,64 @@ def test_an_engine_has_no_request_left_when_a_pass_is_stopped():
 
 def stop(*_):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_pass_that_is_interrupted_in_a_round_leaves_an_engine_that_goes_on(twice):
+    """Twice: its cleaning up is interrupted as well."""
+    model, bank, words = backbone("llama"), bank_of("llama", "A"), deepcopy(tokenizer())
+    engine = Engine(model, bank, words, slots=2, max_length=32)
+    asking = Pass(model, bank, words, "b", Journal())
+    questions = [("A", Generation(one.context[:9], 4, ("w1 w1",))) for one in asked()[::3][:5]]
+    interrupts, decode = iter([False] * 5 + [True]), words.decode
+    words.decode = lambda *a, **k: stop() if next(interrupts, False) else decode(*a, **k)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if twice:
+            patch.setattr(engine, "cancel", stop)
+        asking.answer(questions, rows=ROWS, engine=engine)
+    assert bool(engine.open) == twice and next(interrupts, None) is None
+    assert asking.answer(questions, rows=ROWS, engine=engine) == answers("llama", questions, "A")
+    assert not engine.open
+
+
+def test_an_adapter_that_is_replaced_meanwhile_changes_no_answer_and_no_key(monkeypatch):
+    """The tenant's adapter is replaced while likelihoods are answered; what is written follows them."""
+    model = backbone("llama")
+    bank = AdapterBank(model.config, max_r=4)
+    old, new = (strong(init_adapter(ParaConfig(r=4), model.config), seed, 0.3) for seed in (1, 2))
+    bank.add("A", old)
+    questions = [("A", asked()[0]), *(("A", Generation(one.context[:9], 4)) for one in asked()[::3][:2])]
+    journal, real = Journal(), mixed.likelihoods
+
+    def replaced(*arguments):
+        yield from real(*arguments)
+        bank.replace("A", new)
+
+    monkeypatch.setattr(mixed, "likelihoods", replaced)
+    asking = Pass(model, bank, tokenizer(), "b", journal)
+    first = bank.entry("A")
+    found = asking.answer(questions, rows=ROWS)
+    assert asking.entries["A"] is first is not bank.entry("A")
+    bank.replace("A", old)
+    monkeypatch.setattr(mixed, "likelihoods", real)
+    assert Pass(model, bank, tokenizer(), "b", Journal()).answer(questions, rows=ROWS) == found
+    bank.replace("A", new)
+    assert Pass(model, bank, tokenizer(), "b", journal).answer(questions, rows=ROWS)[1:] != found[1:]
+
+
+def test_an_answer_to_somebody_elses_request_is_an_error_by_its_id():
+    engine = Engine(backbone("llama"), None, tokenizer(), slots=2, max_length=32)
+    asking = Pass(backbone("llama"), None, tokenizer(), "b", Journal())
+    run = engine.run
+    engine.run = lambda: engine.submit(Request("w20", max_new_tokens=1, id="theirs")) and run()
+    with pytest.raises(ValueError, match="engine: .*'theirs'"):
+        asking.answer([(None, Generation((3,), 20))], rows=ROWS, engine=engine)
+
+
+def test_a_changed_version_of_our_answers_asks_again(monkeypatch):
+    before = key(Likelihood((3,), (4,)), None, "b", "w")
+    monkeypatch.setattr("para_jax.evaluation.asked.ANSWERS_VERSION", -1)
+    assert key(Likelihood((3,), (4,)), None, "b", "w") != before
 
 
 def test_a_resumed_pass_has_an_engine_of_the_same_shapes(monkeypatch):

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,11 +35,11 @@ from para_jax import (
 )
 from para_jax.cli import main, named_adapters
 from para_jax.data.sources import read_records
-from para_jax.evaluation import many, mixed
-from para_jax.evaluation.asked import Scored
+from para_jax.evaluation import lm_eval_tasks, many, mixed
+from para_jax.evaluation.asked import Scored, Written
 from para_jax.evaluation.evaluate import EvalTask
 from para_jax.evaluation.lm_eval_tasks import load_tasks, record, replay
-from para_jax.evaluation.many import file_names
+from para_jax.evaluation.many import cell, check_results, file_names
 from para_jax.evaluation.mixed import Pass
 
 PICK = """
@@ -138,6 +140,12 @@ def lines(output):
     return sorted((output / "answers.jsonl").read_text().splitlines())
 
 
+@pytest.fixture
+def few_files(monkeypatch):
+    """Without lm-eval's ten thousand task files, which are read in seconds."""
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+
+
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
     """The output of a run that was not disturbed."""
@@ -234,7 +242,9 @@ def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder
         ([], [], "expected the CONFIG of a run, or --backbone with --tasks"),
     ],
 )
-def test_a_mistake_gives_one_line_before_any_weight_is_read(folder, tmp_path, capsys, monkeypatch, tasks, more, said):
+def test_a_mistake_gives_one_line_before_any_weight_is_read(
+    folder, tmp_path, capsys, monkeypatch, few_files, tasks, more, said
+):
     if said:
         monkeypatch.setattr("para_jax.backbone.load.load_backbone", lambda *a, **s: pytest.fail("weights are read"))
     made = command(folder, tmp_path, *more, tasks=tasks)
@@ -261,6 +271,9 @@ def test_names_of_adapters_are_their_folders_and_files_stay_apart(folder):
     files = file_names(names)
     assert len({file.lower() for file in files.values()}) == len(names) and files["x"] == "x.json"
     assert not any("/" in file or file.startswith(".") for file in files.values())
+    long = [letter * 190 + end for letter in "xé" for end in ("1" * 50, "2" * 50)]
+    assert len({*file_names(long).values()}) == 4 and max(len(f.encode()) for f in file_names(long).values()) < 150
+    assert file_names(["a\udcff", "a_"])["a\udcff"].startswith("a_-")
 
 
 def test_ctrl_c_says_where_the_answers_are_and_results_that_the_table_lacks_are_named(
@@ -278,14 +291,86 @@ def test_ctrl_c_says_where_the_answers_are_and_results_that_the_table_lacks_are_
     assert f"the answers so far are in {output}; the same command goes on there" in capsys.readouterr().err
 
 
-def test_an_output_folder_holds_results_of_one_backbone(folder, whole, tmp_path, capsys):
-    shutil.copy(whole / "base.json", tmp_path)
-    assert main(command(folder, tmp_path, tasks=["labels"])) == 0
-    for other in ('{"config": {"backbone_content": "x"}}', "[]", "not JSON"):
-        (tmp_path / "base.json").write_text(other)
-        assert main(command(folder, tmp_path, tasks=["labels"])) == 2
-        assert "holds results of another backbone; choose another --output" in capsys.readouterr().err.splitlines()[-1]
-        assert (tmp_path / "base.json").read_text() == other
+def test_an_output_folder_holds_results_of_one_backbone_and_nothing_elses_files(whole, tmp_path, monkeypatch):
+    output = shutil.copytree(whole, tmp_path / "out")
+    names, content = ["base.json", "A.json"], results(whole)["base"]["config"]["backbone_content"]
+    check_results(output, [*names, "none.json"], content)
+    for name in names:
+        with pytest.raises(ValueError, match=f"--output {output}: {name} holds results of another backbone"):
+            check_results(output, names, "another")
+        (output / name).write_bytes(b'{"results": {')
+    foreign = (b"[]", b"5", b'{"config": 1}', b'{"config": {"backbone_content": 1}}', b"[" * 100_000)
+    for other in foreign:
+        (output / "A.json").write_bytes(other)
+        with pytest.raises(ValueError, match="A.json: .* expected results of an evaluation") as caught:
+            check_results(output, names, content)
+        assert len(str(caught.value)) < len(str(output)) + 300
+    (output / "answers.jsonl").unlink()
+    (output / "base.json").unlink()
+    (output / "A.json").write_bytes(b"not JSON")
+    with pytest.raises(ValueError, match="A.json: .* expected results of an evaluation"):
+        check_results(output, names, content)  # nothing says that this folder is an evaluation's
+    monkeypatch.setattr(many, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="B.json: .* expected results of an evaluation"):
+        check_results(output, ["B.json"], content)
+
+
+def test_results_that_are_damaged_are_written_anew_from_the_answers(folder, whole, tmp_path, capsys, monkeypatch):
+    output = shutil.copytree(whole, tmp_path / "out")
+    data = (whole / "base.json").read_bytes()
+    content, names = results(whole)["base"]["config"]["backbone_content"], ["base.json", "A.json", "B.json"]
+    for cut in (0, 1, 200, len(data) // 2, len(data) - 2):
+        (output / "base.json").write_bytes(data[:cut])
+        check_results(output, names, content)
+        assert f"{output / 'base.json'} is damaged" in capsys.readouterr().err
+    for name in names:
+        (output / name).write_bytes(b"\0" * 100)
+    monkeypatch.setattr(mixed, "likelihoods", lambda *_: iter(()))  # nothing is computed
+    assert main(command(folder, output)) == 0
+    assert {name: made["results"] for name, made in results(output).items()} == {
+        name: made["results"] for name, made in results(whole).items()
+    }
+
+
+def test_a_kill_while_results_are_written_leaves_whole_files_and_the_same_command_goes_on(
+    folder, tmp_path, monkeypatch
+):
+    line = command(folder, tmp_path, tasks=["labels"], adapters="A")
+    real, killing = os.replace, iter([False, True])
+
+    def killed(part, file):
+        if next(killing):
+            raise SystemExit
+        real(part, file)
+
+    assert main(line) == 0
+    before = (tmp_path / "A.json").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "replace", killed)
+        main(line)
+    assert (tmp_path / "A.json").read_bytes() == before
+    assert json.loads((tmp_path / "base.json").read_text())["tokens"] == 0
+    assert main(line) == 0 and (tmp_path / "A.json").read_bytes() != before
+    assert {path.name for path in tmp_path.iterdir()} == {"base.json", "A.json", "answers.jsonl", "table.md"}
+
+
+def test_two_metrics_of_one_file_are_two_tasks_of_distinct_names(folder, whole, tmp_path, capsys):
+    texts = [f"{folder / 'free'}:f1", f"{folder / 'free'}:squad", str(folder / "labels")]
+    assert main(command(folder, tmp_path, tasks=texts, adapters="A")) == 0
+    found = json.loads((tmp_path / "A.json").read_text())["results"]
+    assert set(found) == {"free:f1", "free:squad", "labels"}
+    assert "f1,none" in found["free:f1"] and "squad,none" in found["free:squad"]
+    assert found["free:f1"]["loss,none"] == found["free:squad"]["loss,none"]
+    assert found["labels"] == results(whole)["A"]["results"]["labels"]
+    assert "| adapter | free:f1 f1 | free:f1 loss | free:squad squad |" in (tmp_path / "table.md").read_text()
+    write_rows(tmp_path / "free" / "test.jsonl", rows_of_text(4, 3))
+    for twice in ([texts[0]] * 2, [texts[0], f"{tmp_path / 'free'}:squad"], [texts[2], texts[2] + ":accuracy"]):
+        assert main(command(folder, tmp_path / "twice", tasks=twice)) == 2
+        assert "expected each name once" in capsys.readouterr().err
+
+
+def test_the_table_shows_no_raw_control_character():
+    assert cell("a|b\x1b[0m\n\udcff é") == "a\\|b\\x1b[0m\\n\\udcff é"
 
 
 def test_prompts_that_are_too_long_lose_their_start_and_a_line_says_how_many(folder, tmp_path, capsys):
@@ -305,6 +390,30 @@ def test_para_lm_knows_the_adapter_that_its_tenant_has_now(folder):
     before = lm.content
     bank.replace("A", load_adapter(folder / "B" / "adapter", model.config))
     assert lm.content == bank.entry("A").content != before
+
+
+def test_a_tasks_own_code_that_fails_is_named_with_the_task(folder, tmp_path, few_files):
+    file, tokenizer = folder / "tasks" / "data.jsonl", load_tokenizer(folder / "backbone")
+    broken = WRITE.replace("{{{{question}}}}", "{{{{ question if label == 0 else 1 / 0 }}}}").replace(
+        "tiny_write", "asks"
+    )
+    unscored = WRITE.replace("metric: exact_match", "metric: exact_match, ignore_case: true, regexes_to_ignore: ['(']")
+    (tmp_path / "asks.yaml").write_text(broken.format(file=file))
+    (tmp_path / "scores.yaml").write_text(unscored.replace("tiny_write", "scores").format(file=file))
+    made = load_tasks(["asks", "scores"], tmp_path, limit=2, fewshot=None, chat=False)
+    with pytest.raises(ValueError, match="task asks: its requests can't be made: ZeroDivisionError"):
+        record(made[0], tokenizer, 100, sampling_seed=0)
+    record(made[1], tokenizer, 100, sampling_seed=0)
+    with pytest.raises(ValueError, match="task scores: lm-eval can't score its answers: .*(error|Error)"):
+        replay(made[1], tokenizer, 100, lambda one: Written("w9", 1), sampling_seed=0)
+
+
+def test_a_task_file_that_lm_eval_can_not_read_is_named(tmp_path, few_files):
+    (tmp_path / "odd.yaml").write_text("task: odd\nmetric_list: [\x1b")
+    (tmp_path / "fine.yaml").write_text("task: fine\ndataset: !function code.data")
+    with pytest.raises(ValueError, match="task odd: neither .*odd.yaml can't be read") as caught:
+        load_tasks(["odd"], tmp_path, limit=None, fewshot=None, chat=False)
+    assert "\x1b" not in str(caught.value) and "fine" not in str(caught.value)
 
 
 def test_a_second_round_of_requests_and_unknown_requests_are_refused_by_the_tasks_name(folder, monkeypatch):
@@ -348,7 +457,9 @@ def engine(folder):
 
 
 @pytest.mark.parametrize(("named", "members"), [("tiny_group", ["tiny_pick", "tiny_other"]), ("tiny_tag", ["labels"])])
-def test_groups_and_tags_score_as_lm_eval_scores_them(folder, engine, harness, tmp_path, named, members):
+def test_groups_and_tags_score_as_lm_eval_scores_them(folder, engine, harness, tmp_path, named, members, request):
+    if named == "tiny_tag":
+        request.getfixturevalue("few_files")
     assert main(command(folder, tmp_path, "--limit", "4", tasks=[named])) == 0
     for name, found in results(tmp_path).items():
         theirs = harness(ParaLM(engine, None if name == "base" else name), named, limit=4)
@@ -359,7 +470,7 @@ def test_groups_and_tags_score_as_lm_eval_scores_them(folder, engine, harness, t
 
 
 def test_two_tasks_of_a_group_that_sample_after_the_same_prompts_get_answers_of_their_own(
-    folder, engine, harness, tmp_path
+    folder, engine, harness, tmp_path, few_files
 ):
     assert main(command(folder, tmp_path, "--limit", "4", tasks=["tiny_samples"])) == 0
     drawn = {one["text"] for one in map(json.loads, lines(tmp_path)) if "text" in one}
@@ -398,6 +509,17 @@ def test_para_lm_uses_the_chat_template(engine, harness, monkeypatch):
     assert all(sample["arguments"][0][0].endswith(" w6") for sample in found["samples"]["tiny_write"])
 
 
+def test_para_lm_cuts_contexts_to_the_engines_room(engine, monkeypatch, capsys):
+    lm, asked = ParaLM(engine, "A"), []
+    monkeypatch.setattr(lm, "answered", lambda given: asked.extend(given) or [Written("", 0)] * len(given))
+    requests = [Instance("generate_until", {}, (words(range(20, 120)), {"max_gen_toks": 16}), 0, ("t", 0, 1))]
+    assert lm.generate_until(requests) == [""] and len(asked[0].context) == 64 - 16
+    assert "1 of 1 contexts lost their start, to fit into 64 tokens" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert len(lm.generate_until(requests)) == 1
+    assert lm.max_gen_toks == 32
+
+
 def test_a_cache_knows_the_adapter(engine, harness, tmp_path, monkeypatch):
     def logprobs(lm, **options):
         samples = harness(lm, "tiny_pick", limit=3, **options)["samples"]["tiny_pick"]
@@ -415,6 +537,17 @@ def test_lm_evals_own_cache_is_refused_where_another_adapter_answered(engine, ha
     assert harness(ParaLM(engine, "A"), "tiny_pick", use_cache=cache)["results"] == first
     with pytest.raises(ValueError, match="use_cache: this file holds answers of another adapter or model"):
         harness(ParaLM(engine, "B"), "tiny_pick", use_cache=cache)
+
+
+def test_lm_evals_own_cache_takes_no_answer_of_an_adapter_that_came_meanwhile(engine, folder, tmp_path):
+    model, seen = engine.model, {}
+    bank = AdapterBank.holding({"A": load_adapter(folder / "A" / "adapter", model.config)}, model.config)
+    lm = ParaLM(Engine(model, bank, engine.tokenizer, slots=4, max_length=64), "A")
+    lm.set_cache_hook(SimpleNamespace(dbdict=seen, add_partial=lambda *a: seen.update({a[1]: a[2]})))
+    bank.replace("A", load_adapter(folder / "B" / "adapter", model.config))
+    with pytest.raises(ValueError, match="use_cache: tenant 'A'"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("w20 w21", " w9"), 0, ("t", 0, 1))])
+    assert len(seen) == 1
 
 
 def test_perplexity_is_refused_with_the_reason(engine, harness):

@@ -1,11 +1,16 @@
 """lm-eval's requests as token ids: which tokens are context and which continuation, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
+from data.tiny_tokenizers import own_space, with_bos
 from lm_eval.api.instance import Instance
+from lm_eval.models.utils import postprocess_generated_text
 from tiny_run import tokenizer as word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from para_jax import generate
 from para_jax.evaluation.asked import Generation, Likelihood
 from para_jax.evaluation.lm_eval_tasks import Recorder
 from para_jax.evaluation.para_lm import with_para
@@ -61,8 +66,20 @@ def test_a_context_that_is_too_long_loses_its_start(tokenizer):
     assert written.context == ids(tokenizer, letters)[-5:]
     with pytest.raises(ValueError, match="10 tokens and leaves no room for a context"):
         recorded(tokenizer, "loglikelihood", ("a", letters), max_length=8)
-    with pytest.raises(ValueError, match="max_gen_toks: 8; expected less than the model's 8 positions"):
+    with pytest.raises(ValueError, match="max_gen_toks: 8 .* the model's positions"):
         recorded(tokenizer, "generate_until", ("a", {"max_gen_toks": 8}), max_length=8)
+
+
+def test_what_is_written_fits_into_the_engines_room_and_likelihoods_use_all_positions(tokenizer, capsys):
+    recorder = Recorder(tokenizer, 20, 0, room=8)
+    requests = instances("generate_until", ("abdefghijk", {"max_gen_toks": 3}), ("ab", {}))
+    recorder.generate_until(requests)
+    assert [len(one.context) for one in recorder.asked] == [5, 2] and recorder.asked[1].max_new_tokens == 4
+    assert "1 of 2 contexts lost their start, to fit into 8 tokens" in capsys.readouterr().err
+    recorder.loglikelihood(instances("loglikelihood", ("abdefghijk", "xyz")))
+    assert len(recorder.asked[2].context) == 10 and "lost" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="max_gen_toks: 8 .* the engine's max_length"):
+        recorder.generate_until(instances("generate_until", ("a", {"max_gen_toks": 8})))
 
 
 def test_a_continuation_without_a_token_is_an_error():
@@ -85,11 +102,37 @@ def test_what_is_written_ends_where_the_task_says(tokenizer):
     assert asked[2].temperature == 0 and asked[2].top_p == 1
 
 
+SAMPLED = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "max_gen_toks": 4}
+
+
+def seeds(tokenizer, requests, seed=7):
+    recorder = Recorder(tokenizer, 50, seed)
+    recorder.generate_until(requests)
+    return [one.seed for one in recorder.asked]
+
+
 def test_repeats_of_a_sampled_request_are_different_samples_and_those_of_a_greedy_one_are_not(tokenizer):
-    how = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "max_gen_toks": 4}
-    asked = recorded(tokenizer, "generate_until", ("a", how), ("a", how), ("b", how), seed=7)
-    assert [one.seed for one in asked] == [7, 8, 7] and asked[0][3:6] == (0.5, 5, 0.9)
+    asked = recorded(tokenizer, "generate_until", *[("a", SAMPLED)] * 2, ("b", SAMPLED), seed=7)
+    assert len({one.seed for one in asked}) == 3 and asked[0][3:6] == (0.5, 5, 0.9)
     assert len(set(recorded(tokenizer, "generate_until", *[("a", {"max_gen_toks": 4})] * 3))) == 1
+
+
+def test_a_sampled_documents_seed_is_its_own_and_does_not_depend_on_what_else_is_asked(tokenizer):
+    """Two documents of one prompt, one of another prompt, and the first in another task; each twice."""
+    documents = [("t", {"q": 1}, "a"), ("t", {"q": 2}, "a"), ("t", {"q": 1}, "b"), ("u", {"q": 1}, "a")]
+    requests = [
+        Instance("generate_until", document, (prompt, SAMPLED), 0, (task, i, 2))
+        for i, (task, document, prompt) in enumerate(documents)
+        for _ in range(2)
+    ]
+    found = seeds(tokenizer, requests)
+    assert len(set(found)) == 8 and all(0 <= seed < 2**32 for seed in found)
+    assert seeds(tokenizer, requests[4:]) == found[4:]
+    turned = seeds(tokenizer, [requests[i] for i in (6, 2, 0, 4, 1, 3, 5, 7)])
+    assert turned == [found[i] for i in (6, 2, 0, 4, 1, 3, 5, 7)]
+    assert not set(seeds(tokenizer, requests, seed=8)) & set(found)
+    said = [Instance("generate_until", {}, ("a", SAMPLED | {"seed": 0}), 0, ("t", 0, 1))]
+    assert seeds(tokenizer, said, seed=7) == seeds(tokenizer, said, seed=8)
 
 
 def test_what_is_not_computed_is_refused_by_name(tokenizer):
@@ -100,6 +143,67 @@ def test_what_is_not_computed_is_refused_by_name(tokenizer):
         recorded(tokenizer, "loglikelihood_rolling", ("a",))
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         Recorder(tokenizer, 50, 0).apply_chat_template([{"role": "user", "content": "a"}])
+    for name, value in (("top_p", 2.0), ("top_k", -1), ("until", [str(i) for i in range(17)])):
+        with pytest.raises(ValueError, match=name if name != "until" else "stop"):
+            recorded(tokenizer, "generate_until", ("a", SAMPLED | {name: value}))
+
+
+GEMMA = (  # the first line of Gemma 1's and 2's template, and the turns
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}"
+    "{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] | trim }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+SYSTEM, USER = {"role": "system", "content": "be brief"}, {"role": "user", "content": "ab"}
+
+
+@pytest.mark.parametrize("prompted", [True, False])
+def test_a_template_without_a_system_role_gets_the_chat_without_it_as_in_lm_evals_own_model(
+    tokenizer, prompted, monkeypatch, capsys
+):
+    monkeypatch.setattr(tokenizer, "chat_template", GEMMA)
+    recorder = Recorder(tokenizer, 50, 0)
+    expected = "Ā<start_of_turn>user\nab" + "<start_of_turn>model\n" * prompted
+    for messages in ([SYSTEM, USER], [USER], [SYSTEM, USER]):
+        assert recorder.apply_chat_template(messages, add_generation_prompt=prompted) == expected
+    assert capsys.readouterr().err.count("System role not supported") == 1
+
+
+def test_an_answer_to_a_chat_ends_with_the_turn():
+    recorder = Recorder(with_bos(), 50, 0)
+    recorder.generate_until(instances("generate_until", ("a", {"max_gen_toks": 4})))
+    text = recorder.apply_chat_template([USER])
+    recorder.generate_until(instances("generate_until", (text, {"max_gen_toks": 4})))
+    end = with_bos().convert_tokens_to_ids("<end_of_turn>")
+    assert [one.stop_ids for one in recorder.asked] == [(), (end,)] and end != with_bos().eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "said"),
+    [
+        (GEMMA, [SYSTEM], "System role not supported"),
+        ("{{ raise_exception('never\x1b') }}", [SYSTEM, USER], r"never\\x1b"),
+        ("{{ messages[0]['content'] + 1 }}", [SYSTEM, USER], "TypeError"),
+        ("{{ 1 / 0 }}", [SYSTEM, USER], "ZeroDivisionError"),
+        ("{{ 'another' }}", [USER], "ValueError"),
+        ("{% for %}", [USER], "TemplateSyntaxError"),
+    ],
+)
+def test_a_chat_template_that_fails_is_named_whatever_it_raises(tokenizer, monkeypatch, template, messages, said):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ValueError, match=f"chat template .*({said})") as caught:
+        Recorder(tokenizer, 50, 0).apply_chat_template(messages, add_generation_prompt="another" not in template)
+    assert len(str(caught.value)) < 400 and "\x1b" not in str(caught.value)
+
+
+def test_a_stop_text_that_starts_with_a_space_is_missed_at_an_answers_start_as_in_lm_evals_own_model(monkeypatch):
+    """SentencePiece's tokenizers strip the first space of what they decode, and all decode the answer alone."""
+    tokenizer, model = own_space(), SimpleNamespace(config=SimpleNamespace(eos_token_ids=()))
+    for answer, expected in (("quick brown fox", "quick brown fox"), ("the quick brown fox", "the")):
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]  # as of " " + answer
+        monkeypatch.setattr("para_jax.inference.generate.generate_tokens", lambda *_, ids=ids, **__: [ids])
+        theirs = postprocess_generated_text(tokenizer.decode(ids, skip_special_tokens=True), [" quick"], None)
+        assert generate(model, ["a"], tokenizer=tokenizer, stop=[" quick"]) == [theirs] == [expected]
 
 
 def test_bos_is_not_put_before_a_text_that_has_it(tokenizer):

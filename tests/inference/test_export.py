@@ -97,3 +97,9 @@ def test_what_makes_no_factors_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="export_ia3: Rows is not possible"):
         export_ia3(rows, model, PROMPT, tmp_path / "ia3", tokenizer=tokenizer())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_is_longer_than_the_models_positions_is_refused(tmp_path):
+    model, most = backbone("llama"), backbone("llama").config.max_positions
+    with pytest.raises(ValueError, match=f"export_ia3: tokens of the prompt: {most + 1} .* at most {most}"):
+        export_ia3(golden_tenants("llama")[0], model, "w5 " * (most + 1), tmp_path / "a", tokenizer=tokenizer())
