@@ -17,6 +17,8 @@ from ..config import shorten
 Prompt = str | list[dict]
 #: A prompt of one who tokenises by himself: its ids.
 Ids = tuple[int, ...]
+#: No token is counted as shorter, for some stand for more text than they show: a long unknown word, a run of spaces.
+TOKEN_CHARACTERS = 128
 
 
 class Example(NamedTuple):
@@ -31,16 +33,23 @@ def encode_example(tokenizer, prompt: Prompt, completion: str) -> Example:
     return Example(encode_prompt(tokenizer, prompt), encode_completion(tokenizer, prompt, completion))
 
 
-def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
-    """The prompt's ids: text by the tokenizer's own BOS rules, messages by its chat template up to the answer."""
+def encode_prompt(tokenizer, prompt: Prompt, *, most: int | None = None) -> list[int]:
+    """The prompt's ids: text by the tokenizer's own BOS rules, messages by its chat template up to the answer.
+
+    Args:
+        most: characters of a prompt (`most_characters`); a longer one raises ValueError before it is tokenised.
+    """
     require_filled("prompt", prompt)
     if not isinstance(prompt, str):
         checked_messages("prompt", prompt)
+    require_short(prompt, most)
     require_unicode("prompt", prompt)
     if isinstance(prompt, str):
         ids = without_added_eos(tokenizer, prompt, tokenizer(prompt, verbose=False)["input_ids"])
     else:
-        ids = encode(tokenizer, render(tokenizer, prompt, add_generation_prompt=True))
+        text = render(tokenizer, prompt, add_generation_prompt=True)
+        require_short(text, most)
+        ids = encode(tokenizer, text)
     if not ids:
         raise ValueError(f"prompt {shorten(prompt)}: the tokenizer makes no token of it")
     return ids
@@ -75,6 +84,19 @@ def special_stop_ids(tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
     """The ids of those stop texts that are special tokens, such as <|im_end|>, which no decoded text shows."""
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) if stop else {}
     return tuple(special[text] for text in stop if text in special)
+
+
+def most_characters(tokenizer, tokens: int) -> int:
+    """The characters that a prompt of so many tokens may have: its tokens are as long as the longest that there is."""
+    return tokens * max(TOKEN_CHARACTERS, *map(len, tokenizer.get_vocab()))
+
+
+def require_short(prompt: Prompt, most: int | None) -> None:
+    """Raises ValueError for a prompt of more than `most` characters, those of all messages together; None: no limit."""
+    texts = [prompt] if isinstance(prompt, str) else [text for m in prompt for text in (m["role"], m["content"])]
+    characters = sum(map(len, texts))
+    if most is not None and characters > most:
+        raise ValueError(f"prompt: {characters} characters are more than {most}, which the room for tokens allows")
 
 
 def split_conversation(messages: list[dict]) -> list[tuple[list[dict], dict]]:
