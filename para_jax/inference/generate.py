@@ -19,7 +19,7 @@ from ..adapters.bank import AdapterBank
 from ..adapters.rows import Made, Rows
 from ..backbone.transformer import Transformer
 from ..config import require
-from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids
+from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..model import decode_step, prefill
 from ..processes import gathered
 from .sampling import greedy, row_keys, sample
@@ -79,11 +79,14 @@ def generate(
     def text(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    stop_ids = stop_token_ids(tokenizer, model.config.eos_token_ids) + special_stop_ids(tokenizer, stop)
+    turns = [turn_stop_ids(tokenizer, prompt) for prompt in prompts]
     written = generate_tokens(
         model,
         adapters,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
-        stop_ids=stop_token_ids(tokenizer, model.config.eos_token_ids) + special_stop_ids(tokenizer, stop),
+        ids,
+        stop_ids=stop_ids + (turns[0] if len(set(turns)) == 1 else ()),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -91,6 +94,7 @@ def generate(
         seed=seed,
         ended=(lambda tokens: any(end in text(tokens) for end in stop)) if stop else None,
     )
+    written = [before_stop(tokens, turn) for tokens, turn in zip(written, turns, strict=True)]
     return [before_first(text(tokens), stop) for tokens in written]
 
 

@@ -20,7 +20,7 @@ from ..adapters.bank import AdapterBank, Entry
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
 from ..config import require
-from ..data.examples import Ids, Prompt, encode_prompt, special_stop_ids, stop_token_ids
+from ..data.examples import Ids, Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..devices import say
 from ..inference.generate import before_first, up_to_multiple
 from ..inference.sampling import derived_seed
@@ -149,7 +149,7 @@ class Engine:
             return id
         if self.queue_limit is not None and len(self._queue) + request.n > self.queue_limit:
             raise QueueFull(f"the queue holds {len(self._queue)} of {self.queue_limit} samples; take answers first")
-        stops = special_stop_ids(self.tokenizer, request.stop)
+        stops = special_stop_ids(self.tokenizer, request.stop) + turn_stop_ids(self.tokenizer, request.prompt)
         self._open[id] = [Sample(request, id, index, ids, entry, stops) for index in range(request.n)]
         self._queue.extend(self._open[id])
         return id

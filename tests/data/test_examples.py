@@ -10,6 +10,7 @@ from para_jax.data.examples import (
     show_example,
     split_conversation,
     stop_token_ids,
+    turn_stop_ids,
 )
 
 KINDS = ("plain", "with_bos", "own_space")
@@ -96,7 +97,8 @@ def test_the_end_token_of_a_turn_is_in_the_loss_and_ends_generation(kind, end):
     tokenizer = getattr(tiny_tokenizers, kind)()
     end_id = tokenizer.convert_tokens_to_ids(end)
     assert encode_completion(tokenizer, [USER], "yes")[-1] == end_id
-    assert set(stop_token_ids(tokenizer, (3,))) == {3, end_id, tokenizer.eos_token_id}
+    assert set(stop_token_ids(tokenizer, (3,))) == {3, tokenizer.eos_token_id}
+    assert turn_stop_ids(tokenizer, [USER]) == (end_id,)
 
 
 def test_a_template_without_an_end_token_gets_eos():
