@@ -11,7 +11,7 @@ import para_jax
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ["atomic", "config", "sharding", "gguf", "hub", "devices", "hlo", "processes"],
+    ["atomic", "config", "yaml_text", "sharding", "gguf", "hub", "devices", "hlo", "processes"],
     ["backbone", "adapters", "data"],
     ["model"],
     ["training", "inference"],
@@ -23,6 +23,7 @@ LAYERS = [
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 SIDEWAYS = {
     ("bench", "plots"),
+    ("config", "yaml_text"),
     ("devices", "config"),
     ("devices", "hub"),
     ("hub", "config"),
