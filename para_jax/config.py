@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from . import atomic
+from .yaml_text import MAX_LENGTH, parse_yaml
 
 #: The linear layers whose output an adapter may change, named as Hugging Face names them, always in this order.
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -553,34 +554,47 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
+    given = {} if file is None else read_yaml(Path(file))
+    changes: dict = {}
+    for text in overrides:
+        changes = merged(changes, parse_override(text))
+    if method_of(changes) not in (None, method_of(given) or "para"):
+        given.pop("adapter", None)  # whose fields are another method's
+    run = merged(given, changes)
+    adapter = run.get("adapter", {})
+    require(isinstance(adapter, dict), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
+    method = adapter.get("method", "para")
+    require(method in tuple(ADAPTER_CONFIGS), "adapter.method", method, one_of(ADAPTER_CONFIGS))
+    run["adapter"] = {name: value for name, value in adapter.items() if name != "method"}
+    template = RunConfig(adapter=ADAPTER_CONFIGS[method]())
+    require_readable(run, template)
+    schema = OmegaConf.structured(template)
+    unfreeze(schema)
     try:
-        given = OmegaConf.create({}) if file is None else read_yaml(Path(file))
-        changes: Any = OmegaConf.merge({}, *map(parse_override, overrides))
-        if method_of(changes) not in (None, method_of(given) or "para"):
-            given.pop("adapter", None)  # whose fields are another method's
-        merged: Any = OmegaConf.merge(given, changes)
-        adapter = merged.get("adapter", DictConfig({}))
-        require(isinstance(adapter, DictConfig), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
-        method = str(adapter.get("method", "para"))
-        require(method in ADAPTER_CONFIGS, "adapter.method", method, one_of(ADAPTER_CONFIGS))
-        if "adapter" in merged:
-            merged.adapter.pop("method", None)
-        schema = OmegaConf.structured(RunConfig(adapter=ADAPTER_CONFIGS[method]()))
-        require_readable(OmegaConf.to_container(merged, resolve=False), RunConfig(adapter=ADAPTER_CONFIGS[method]()))
-        with flag_override(schema, "readonly", False):
-            unfreeze(schema)
-            return to_dataclass(OmegaConf.merge(schema, merged), RunConfig(adapter=ADAPTER_CONFIGS[method]()))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        key, mark = getattr(error, "full_key", None), getattr(error, "problem_mark", None)
-        said = f"{getattr(error, 'problem', 'not YAML')}, line {mark.line + 1}" if mark else lines[0]
-        raise ValueError(f"config{f' {file}' if file else ''}: {f'{key}: ' if key else ''}{said}") from None
+        found = OmegaConf.merge(schema, hidden(run))
+    except (OmegaConfBaseException, TypeError, ValueError, IndexError, AssertionError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        key = getattr(error, "full_key", None)
+        place = f"config{f' {file}' if file else ''}: {f'{key}: ' if key else ''}"
+        raise ValueError(place + printable(shown(lines[0]))) from None
+    return to_dataclass(found, template)
 
 
-def method_of(given: DictConfig) -> str | None:
+def merged(below: dict, above: dict) -> dict:
+    """The fields of both; where both have one, `above` wins, and sections are merged."""
+    joined = below | above
+    for name in below.keys() & above.keys():
+        low, high = below[name], above[name]
+        if isinstance(high, dict) and low is not None:
+            require(isinstance(low, dict), name, low, "a mapping of fields")
+            joined[name] = merged(low, high)
+    return joined
+
+
+def method_of(given: dict) -> Any:
     """What a file or overrides say of adapter.method."""
     adapter = given.get("adapter")
-    return adapter.get("method") if isinstance(adapter, DictConfig) else None
+    return adapter.get("method") if isinstance(adapter, dict) else None
 
 
 def save_config(config: RunConfig, file: str | Path) -> None:
@@ -627,6 +641,12 @@ def shorten(value: object, width: int = 80) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+def printable(text: str, width: int = 500) -> str:
+    """A text of others in one line: bounded, and what a terminal could act on written out, as in \\x1b."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: width + 1])
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
 def require_local(name: str, path: str | None) -> None:
     """Raises the ValueError for an address such as gs://bucket/folder where a path is meant."""
     found = re.match(r"\w+://", path or "")
@@ -646,38 +666,59 @@ def one_of(names) -> str:
     return "one of " + ", ".join(names)
 
 
-def read_yaml(file: Path) -> DictConfig:
+def read_yaml(file: Path) -> dict:
     if file.is_dir():
         raise ValueError(f"config {file}: a folder; expected a .yaml file, such as the config.yaml of a run's folder")
     if not file.is_file():
         raise ValueError(f"config {file}: no such file")
     try:
-        read = OmegaConf.create(literal(file.read_text()).strip() or "{}")
+        with file.open("rb") as stream:  # of any size
+            read = parse_yaml(str(stream.read(4 * MAX_LENGTH + 1), "utf-8")) or {}
     except UnicodeDecodeError as error:
         raise ValueError(f"config {file}: not text: {error}") from None
-    if not isinstance(read, DictConfig):
+    except ValueError as error:
+        raise ValueError(f"config {file}: {printable(str(error))}") from None
+    if not isinstance(read, dict):
         raise ValueError(f"config {file}: a run is a mapping of sections (backbone, adapter, data, train, ...)")
     return read
 
 
-def parse_override(text: str) -> DictConfig:
-    text = literal(text)
+def parse_override(text: str) -> dict:
+    """The fields that an override sets, as nested dictionaries."""
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ValueError(f"override {shown(text)!r}: expected section.field=value, such as train.learning_rate=3e-3")
-    if key in TEXT_FIELDS:
-        made = OmegaConf.create({})
-        OmegaConf.update(made, key, value.replace("\\n", "\n"))
-        return made
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise ValueError(f"override {shorten(text)}: expected section.field=value, such as train.learning_rate=3e-3")
     try:
-        return OmegaConf.from_dotlist([text])
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {shown(text)!r}: not YAML: {str(error).splitlines()[0]}") from None
+        found = value.replace("\\n", "\n") if key in TEXT_FIELDS else parse_yaml(value)
+    except ValueError as error:
+        raise ValueError(f"override {shorten(text)}: not YAML: {printable(str(error))}") from None
+    for name in reversed(key.split(".")):
+        found = {name: found}
+    return found
 
 
-def literal(text: str) -> str:
-    """The text with "${" hidden from OmegaConf, which would read it as a reference, to the environment even."""
-    return text.replace("${", "$\ue000{")
+def hidden(value: Any) -> Any:
+    """The values with their texts written so that OmegaConf takes none of them for a reference (`${...}`, to the
+    environment even) or for a missing value (???)."""
+    if isinstance(value, dict):
+        return {name: hidden(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [hidden(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    text = value.replace(MARK, MARK + "m").replace("${", f"${MARK}{{")
+    return MARK + text if text == "???" else text
+
+
+def shown(value: Any) -> Any:
+    """A text as it was before `hidden`."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(f"{MARK}(m?)", lambda found: MARK if found[1] else "", value)
+
+
+#: Of Unicode's private use: no text means it.
+MARK = "\ue000"
 
 
 def require_readable(given: Any, template, section: str = "") -> None:
@@ -687,13 +728,17 @@ def require_readable(given: Any, template, section: str = "") -> None:
         value = given.get(f.name) if isinstance(given, dict) else None
         for kind, wanted in ((int, "whole numbers"), (float, "numbers")):
             if isinstance(value, list) and f.type in (tuple[kind, ...], tuple[kind, ...] | None):
-                wrong = [shown(v) for v in value if not reads_as(kind, v)]
+                wrong = [v for v in value if not reads_as(kind, v)]
                 require(not wrong, section + f.name, wrong, f"a list of {wanted}")
+        if isinstance(value, list):
+            wrong = [v for v in value if isinstance(v, list | dict)]
+            require(not wrong, section + f.name, wrong, "texts or numbers in the list, no lists and mappings")
         if dataclasses.is_dataclass(getattr(template, f.name)):
             require_readable(value, getattr(template, f.name), f"{f.name}.")
         elif f.type is not bool and any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
             raise ValueError(
-                f'{section}{f.name}: {value!r} is a truth value in YAML; quote the text, such as \'["yes", "no"]\''
+                f"{section}{f.name}: {shorten(value)} is a truth value in YAML; "
+                'quote the text, such as \'["yes", "no"]\''
             )
 
 
@@ -727,11 +772,6 @@ def to_dataclass(node, template) -> Any:
             value = tuple(map(shown, value))
         values[f.name] = shown(value)
     return type(template)(**values)
-
-
-def shown(value: Any) -> Any:
-    """A value with what `literal` hid."""
-    return value.replace("$\ue000{", "${") if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Configs are strict: what is unknown, of a wrong type or out of bounds is an error that names it."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -258,3 +259,134 @@ def test_a_combination_of_a_sweep_has_the_batch_of_a_run_and_a_tenant_of_a_folde
     )
     with pytest.raises(ValueError, match=r"train.rows_per_tenant: 5 .*a divisor of train.per_device_batch_size \(12\)"):
         rows("sweep.seed=[0, 1]", "train.rows_per_tenant=5")
+
+
+# ------------------------------------------------------------------------------------------------------ hostile configs
+
+SECRET = "s3cret-of-the-environment"
+REFERENCES = {  # YAML for a text in double quotes, and the text
+    r"$\{oc.env:PARA_SECRET}".replace("\\", ""): "${oc.env:PARA_SECRET}",
+    r"\u0024{oc.env:PARA_SECRET}": "${oc.env:PARA_SECRET}",
+    r"\x24{oc.env:PARA_SECRET}": "${oc.env:PARA_SECRET}",
+    r"\U00000024\x7boc.env:PARA_SECRET}": "${oc.env:PARA_SECRET}",
+    "$\\\n{oc.env:PARA_SECRET}": "${oc.env:PARA_SECRET}",
+    r"me/\u0024{oc.decode:${oc.env:PARA_SECRET}}": "me/${oc.decode:${oc.env:PARA_SECRET}}",
+    r"\u0024{oc.env:PARA_UNSET,${oc.env:PARA_SECRET}}": "${oc.env:PARA_UNSET,${oc.env:PARA_SECRET}}",
+    r"\u0024{seed}": "${seed}",
+    r"\u0024{oc.create:{a: 1}}": "${oc.create:{a: 1}}",
+    r"${": "${",
+    r"\u0024\u0024{x} $ {y} {z}": "$${x} $ {y} {z}",
+    "???": "???",
+    r"\ue000 $\ue000{x} \ue000??? \ue000m": "\ue000 $\ue000{x} \ue000??? \ue000m",
+}
+
+
+@pytest.mark.parametrize(("written_as", "text"), REFERENCES.items())
+def test_no_way_to_write_a_reference_reaches_the_environment(written_as, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARA_SECRET", SECRET)
+    quoted = f'"{written_as}"'
+    file = written(
+        tmp_path, f"backbone: {{source: {quoted}}}\ndata: {{prompt: {quoted}}}\neval: {{choices: [{quoted}]}}\n"
+    )
+    overrides = [f"backbone.source={quoted}", f"data.train={quoted}", f"eval.choices=[{quoted}]", f"data.prompt={text}"]
+    for config in (load_config(file), load_config(None, overrides)):
+        assert (config.backbone.source, config.data.prompt, config.eval.choices) == (text, text, (text,))
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+        assert SECRET not in (tmp_path / "saved.yaml").read_text()
+
+
+@pytest.mark.parametrize("override", [
+    r'seed="\u0024{oc.env:PARA_SECRET}"',
+    r'train.max_steps=["\x24{oc.env:PARA_SECRET}"]',
+    r'"\u0024{oc.env:PARA_SECRET}"=1',
+    'train="${oc.env:PARA_SECRET}"',
+    r'mesh={data: "\u0024{oc.env:PARA_SECRET}"}',
+    "seed=???",
+])  # fmt: skip
+def test_a_reference_where_a_number_is_meant_is_an_error_that_shows_it_as_written(override, monkeypatch):
+    monkeypatch.setenv("PARA_SECRET", SECRET)
+    message = error(override)
+    assert SECRET not in message and ("{oc.env:PARA_SECRET}" in message or "???" in message)
+
+
+PAIRS = tuple(itertools.pairwise("abcdefghijklmnopq"))
+DEEP = {
+    "flow lists": "data: " + "[" * 500 + "]" * 500,
+    "flow lists that are not closed": "data: " + "[" * 5000,
+    "flow mappings": "{a: " * 80 + "}" * 80,
+    "blocks": "".join(" " * i + f"k{i}:\n" for i in range(90)),
+    "a list that holds itself": "data: &a [*a]",
+    "aliases": "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in PAIRS),
+    "merge keys": "a: &a {k: 1}\n" + "".join(f"{b}: &{b} {{<<: [*{a}, *{a}]}}\n" for a, b in PAIRS),
+}
+
+
+@pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)
+def test_yaml_that_nests_or_grows_too_much_is_an_error(text, tmp_path):
+    message = error(file=written(tmp_path, text))
+    assert "run.yaml" in message and ("nested" in message or "values" in message)
+
+
+def test_a_deep_override_is_an_error():
+    assert "override" in error("eval.choices=" + "[" * 500 + "]" * 500)
+    assert len(error("eval.choices=" + "[" * 100000)) < 1000
+
+
+def test_a_file_beyond_the_bound_is_not_read(tmp_path):
+    with (tmp_path / "run.yaml").open("wb") as file:
+        file.truncate(2**33)
+    assert "run.yaml: longer than" in error(file=tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("overrides", [
+    ("data=[1]", "data.train=x"),
+    ("eval.also=[[1]]",),
+    ("eval.choices=[{a: 1}]",),
+    ("sweep.seed=[[1]]",),
+    ("adapter.target_modules=[[q_proj]]",),
+    ("adapter.method=[para]",),
+    ("adapter.method={a: 1}",),
+    ("train.a[0]=1",),
+    ("a..b=1",),
+    ("[=1",),
+    ("train={1: 2}",),
+    ("train={? [a] : 1}",),
+    ("seed=0x" + "f" * 9000,),
+    ("seed=" + "9" * 9000,),
+    ("data.train=!!binary aGFsbG8=",),
+    ("data.train=!!timestamp 2001-01-01",),
+    ("data.train=!!set {a}",),
+    ("train.max_steps=!!int x",),
+    ("eval.test=!!bool x",),
+    ("data.train=!!timestamp x",),
+    ("train.learning_rate=" + "1:" * 400 + "1.0",),
+    ("adapter=",),
+    ("train.learning_rate={a: b}",),
+    ("eval.choices=*a",),
+    ("seed=1: 2: 3",),
+])  # fmt: skip
+def test_values_of_the_wrong_kind_are_errors_whatever_they_are(overrides):
+    assert len(error(*overrides)) < 1000
+
+
+def test_an_error_shows_no_character_that_a_terminal_acts_on(tmp_path):
+    for value in (r'"\x1b]0;owned\x07"', '"' + "x" * 100000 + '"'):
+        for field in ("seed", "backbone.dtype", "data.train.x", "eval.metric", "train"):
+            message = error(f"{field}={value}")
+            assert all(c.isprintable() or c == "\n" for c in message) and len(message) < 1000
+    assert "owned" in error(file=written(tmp_path, r'"\x1b]0;owned": 1'))
+
+
+def test_dates_and_numbers_are_read_as_before(tmp_path):
+    config = load_config(None, ["output_dir=2001-01-01", "train.learning_rate=1e-3", "train.weight_decay=1_0.5e-1"])
+    assert (config.output_dir, config.train.learning_rate, config.train.weight_decay) == ("2001-01-01", 1e-3, 1.05)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_anchors_and_merge_keys_are_read(tmp_path):
+    file = written(tmp_path, "train: &t {max_steps: 3}\neval: {choices: &c [a, b]}\ndata: {prompt: x}\n")
+    assert load_config(file).train.max_steps == 3
+    file = written(tmp_path, "eval: {also: &m [f1]}\nmesh: {<<: {data: 2}, fsdp: 3}\nlogging: {every: 2}\n")
+    assert load_config(file).mesh.fsdp == 3 and load_config(file).mesh.data == 2

@@ -11,7 +11,7 @@ import para_jax
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ["atomic"],
+    ["atomic", "yaml_text"],
     ["config"],
     ["untrusted"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "hlo", "processes"],

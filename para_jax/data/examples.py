@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..config import shorten
+from .chat_template import TemplateError, render_template
 
 #: A prompt: text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
 #: A prompt of one who tokenises by himself: its ids.
 Ids = tuple[int, ...]
+#: No token is counted as shorter, for some stand for more text than they show: a long unknown word, a run of spaces.
+TOKEN_CHARACTERS = 128
 
 
 class Example(NamedTuple):
@@ -31,16 +34,23 @@ def encode_example(tokenizer, prompt: Prompt, completion: str) -> Example:
     return Example(encode_prompt(tokenizer, prompt), encode_completion(tokenizer, prompt, completion))
 
 
-def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
-    """The prompt's ids: text by the tokenizer's own BOS rules, messages by its chat template up to the answer."""
+def encode_prompt(tokenizer, prompt: Prompt, *, most: int | None = None) -> list[int]:
+    """The prompt's ids: text by the tokenizer's own BOS rules, messages by its chat template up to the answer.
+
+    Args:
+        most: characters of a prompt (`most_characters`); a longer one raises ValueError before it is tokenised.
+    """
     require_filled("prompt", prompt)
     if not isinstance(prompt, str):
         checked_messages("prompt", prompt)
+    require_short(prompt, most)
     require_unicode("prompt", prompt)
     if isinstance(prompt, str):
         ids = without_added_eos(tokenizer, prompt, tokenizer(prompt, verbose=False)["input_ids"])
     else:
-        ids = encode(tokenizer, render(tokenizer, prompt, add_generation_prompt=True))
+        text = render(tokenizer, prompt, add_generation_prompt=True)
+        require_short(text, most)
+        ids = encode(tokenizer, text)
     if not ids:
         raise ValueError(f"prompt {shorten(prompt)}: the tokenizer makes no token of it")
     return ids
@@ -61,20 +71,47 @@ def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
 
 
 def stop_token_ids(tokenizer, config_eos: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """The ids that end a completion: the tokenizer's EOS, the model config's, and the chat template's end token."""
-    ids = set(config_eos)
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        with suppress(ValueError):  # a template that refuses this conversation adds nothing
-            ids.add(encode_completion(tokenizer, [{"role": "user", "content": "a"}], "a")[-1])
-    return tuple(sorted(ids))
+    """The ids that end every completion: the tokenizer's EOS and the model config's."""
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return tuple(sorted({*config_eos, *own}))
+
+
+def turn_stop_ids(tokenizer, prompt: Prompt | Ids) -> tuple[int, ...]:
+    """The ids that end the answer to this prompt beside those of `stop_token_ids`: a chat's end token of a turn.
+
+    The chat template is rendered for chats only, once: a text's answer does not depend on it.
+    """
+    if isinstance(prompt, str | tuple):
+        return ()
+    try:
+        return (end_of_turn(tokenizer, str(tokenizer.chat_template)),)
+    except ValueError:  # a template that refuses the conversation of two words adds nothing
+        return ()
+
+
+@lru_cache(8)
+def end_of_turn(tokenizer, template: str) -> int:
+    """The id with which the tokenizer's chat template, given since it may be changed, ends an answer."""
+    return encode_completion(tokenizer, [{"role": "user", "content": "a"}], "a")[-1]
 
 
 def special_stop_ids(tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
     """The ids of those stop texts that are special tokens, such as <|im_end|>, which no decoded text shows."""
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) if stop else {}
     return tuple(special[text] for text in stop if text in special)
+
+
+def most_characters(tokenizer, tokens: int) -> int:
+    """The characters that a prompt of so many tokens may have: its tokens are as long as the longest that there is."""
+    return tokens * max(TOKEN_CHARACTERS, *map(len, tokenizer.get_vocab()))
+
+
+def require_short(prompt: Prompt, most: int | None) -> None:
+    """Raises ValueError for a prompt of more than `most` characters, those of all messages together; None: no limit."""
+    texts = [prompt] if isinstance(prompt, str) else [text for m in prompt for text in (m["role"], m["content"])]
+    characters = sum(map(len, texts))
+    if most is not None and characters > most:
+        raise ValueError(f"prompt: {characters} characters are more than {most}, which the room for tokens allows")
 
 
 def split_conversation(messages: list[dict]) -> list[tuple[list[dict], dict]]:
@@ -113,11 +150,14 @@ def prompt_messages(messages: list[dict]) -> list[dict]:
 
 
 def require_unicode(name: str, value: object) -> None:
-    """Raises ValueError for half a surrogate pair in a text, which no tokenizer and no file takes."""
+    """Raises ValueError for half a surrogate pair in a text, which no tokenizer and no file takes, and for values that
+    are not JSON's or that nest too deep."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name}: {error.object[error.start : error.end]!r} is half a character") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: the value is not JSON ({error})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -156,16 +196,24 @@ def eos_token_id(tokenizer) -> int:
 # ---------------------------------------------------------------------------------------------------------------- chat
 
 
-def render(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> str:
-    """The conversation as the tokenizer's chat template writes it, BOS included where the template has one."""
-    from jinja2 import TemplateError
+def render(tokenizer, messages: list[dict], **options: bool) -> str:
+    """The conversation as the tokenizer's chat template writes it, BOS included where the template has one. All keys of
+    a message reach the template, which may read more than role and content, such as tool_calls.
 
+    Args:
+        options: add_generation_prompt and continue_final_message, as transformers' apply_chat_template has them.
+
+    Raises TemplateError, a ValueError, for everything that goes wrong in the template, and where it takes too much time
+    or memory (chat_template.py).
+    """
     if not tokenizer.chat_template:
         raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; give it as text")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses {shorten(messages)}: {error}") from None
+        text = render_template(tokenizer.get_chat_template(), messages, **tokenizer.special_tokens_map, **options)
+    except ValueError as error:
+        raise TemplateError(f"the tokenizer's chat template refuses {shorten(messages)}: {error}") from None
+    require_unicode("the tokenizer's chat template", text)
+    return text
 
 
 def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:

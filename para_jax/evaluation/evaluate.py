@@ -285,7 +285,8 @@ def written_answers(
         of_batch: from a batch's rows, indices into `examples`, to their adapters.
         greedy: bool [examples], as in Likelihoods: there the completion is what is written, and nothing is decoded.
     """
-    stop = stop_token_ids(tokenizer, model.config.eos_token_ids)
+    ends = {example.completion_ids[-1] for example in examples}  # a chat's end token of a turn
+    stop = (*stop_token_ids(tokenizer, model.config.eos_token_ids), *ends)
     written = {i: before_stop(examples[i].completion_ids[: task.max_new_tokens], stop) for i in asked}
     left = sorted((i for i in asked if not greedy[i]), key=lambda i: len(examples[i].prompt_ids))
     for start in tqdm(range(0, len(left), task.batch_size), desc=f"{task.name}: answers", leave=False, disable=None):

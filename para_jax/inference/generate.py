@@ -19,7 +19,7 @@ from ..adapters.bank import AdapterBank
 from ..adapters.rows import Made, Rows
 from ..backbone.transformer import Transformer
 from ..config import require
-from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids
+from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..model import decode_step, prefill
 from ..processes import gathered
 from .answer_text import AnswerText, text_of
@@ -77,11 +77,13 @@ def generate(
     if not all(isinstance(text, str) and text for text in stop):
         raise ValueError(f"stop: {stop!r} is not possible; expected texts that are not empty")
 
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    turns = [turn_stop_ids(tokenizer, prompt) for prompt in prompts]
     answers = [AnswerText(tokenizer, stop) for _ in prompts]
     over = [False] * len(answers)
 
     def ended(rows: list[list[int]]) -> list[bool]:
-        for i, (answer, row) in enumerate(zip(answers, rows, strict=True)):
+        for i, (answer, row) in enumerate(zip(answers, map(before_stop, rows, turns), strict=True)):
             for token in [] if over[i] else row[len(answer.pieces) :]:
                 over[i] = answer.add(token)
                 if over[i]:
@@ -91,8 +93,10 @@ def generate(
     written = generate_tokens(
         model,
         adapters,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
-        stop_ids=stop_token_ids(tokenizer, model.config.eos_token_ids) + special_stop_ids(tokenizer, stop),
+        ids,
+        stop_ids=stop_token_ids(tokenizer, model.config.eos_token_ids)
+        + special_stop_ids(tokenizer, stop)
+        + (turns[0] if len(set(turns)) == 1 else ()),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -101,7 +105,7 @@ def generate(
         ended=ended if stop else None,
     )
     if not stop:
-        return [text_of(tokenizer, tokens) for tokens in written]
+        return [text_of(tokenizer, before_stop(tokens, turn)) for tokens, turn in zip(written, turns, strict=True)]
     for answer, stopped in zip(answers, ended(written), strict=True):
         if not stopped:
             answer.finish()

@@ -24,7 +24,7 @@ from ..adapters.bank import AdapterBank, Entry
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
 from ..config import require, shorten
-from ..data.examples import Ids, Prompt, encode_prompt, special_stop_ids, stop_token_ids
+from ..data.examples import Ids, Prompt, encode_prompt, most_characters, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..devices import say
 from ..inference.answer_text import AnswerText, text_of
 from ..inference.generate import up_to_multiple
@@ -130,6 +130,7 @@ class Engine:
         self._leaves, self._treedef = jax.tree.flatten(model)
         self._stops = frozenset(stop_token_ids(tokenizer, model.config.eos_token_ids))
         self._buckets = sorted({min(up_to_multiple(-(-max_length // part), 16), max_length) for part in (4, 2, 1)})
+        self._most_characters = most_characters(tokenizer, max_length)
         one, base = np.zeros((1, 1), np.int32), self._adapters(None)
         self._row = jax.eval_shape(lambda: prefill(model, base, one, 1, max_length=max_length)[1])
         say(capacity(bank, self._row, slots, max_length))
@@ -475,7 +476,7 @@ class Engine:
                 f"prompt: {len(ids)} tokens and max_new_tokens {request.max_new_tokens} are more than the engine's "
                 f"max_length {self.max_length}"
             )
-        stops = special_stop_ids(self.tokenizer, stop_texts(request))
+        stops = special_stop_ids(self.tokenizer, stop_texts(request)) + turn_stop_ids(self.tokenizer, request.prompt)
         made = [Sample(ticket, index, ids, entry, stops) for index in range(request.n)]
         for sample in made:
             self._read(sample)
@@ -506,7 +507,11 @@ class Engine:
             )
 
     def _ids(self, prompt: Prompt | Ids) -> list[int]:
-        ids = list(prompt) if isinstance(prompt, tuple) else encode_prompt(self.tokenizer, prompt)
+        ids = (
+            list(prompt)
+            if isinstance(prompt, tuple)
+            else encode_prompt(self.tokenizer, prompt, most=self._most_characters)
+        )
         known = self.model.config.vocab_size
         require(max(ids) < known, "prompt: token id", max(ids), f"less than {known}, the model's tokens")
         return ids

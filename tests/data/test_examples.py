@@ -6,9 +6,11 @@ from para_jax.data.examples import (
     encode_completion,
     encode_example,
     encode_prompt,
+    most_characters,
     show_example,
     split_conversation,
     stop_token_ids,
+    turn_stop_ids,
 )
 
 KINDS = ("plain", "with_bos", "own_space")
@@ -95,7 +97,8 @@ def test_the_end_token_of_a_turn_is_in_the_loss_and_ends_generation(kind, end):
     tokenizer = getattr(tiny_tokenizers, kind)()
     end_id = tokenizer.convert_tokens_to_ids(end)
     assert encode_completion(tokenizer, [USER], "yes")[-1] == end_id
-    assert set(stop_token_ids(tokenizer, (3,))) == {3, end_id, tokenizer.eos_token_id}
+    assert set(stop_token_ids(tokenizer, (3,))) == {3, tokenizer.eos_token_id}
+    assert turn_stop_ids(tokenizer, [USER]) == (end_id,)
 
 
 def test_a_template_without_an_end_token_gets_eos():
@@ -178,3 +181,26 @@ def test_a_shown_example_has_no_character_that_a_terminal_acts_on(tokenizer):
 def test_a_leading_space_is_shown_whatever_the_tokenizer(tokenizer):
     example = encode_example(tokenizer, "Answer:", "yes")
     assert " yes" in show_example(tokenizer, example).splitlines()[-1].replace("][", "")
+
+
+@pytest.mark.parametrize("prompt", ["a" * 5, [{"role": "user", "content": "a"}]])
+def test_a_prompt_of_too_many_characters_is_refused_before_it_is_tokenised(prompt):
+    class Untouched:
+        chat_template = "{{ messages }}"
+
+    with pytest.raises(ValueError, match="prompt: 5 characters are more than 4"):
+        encode_prompt(Untouched(), prompt, most=4)
+
+
+def test_a_rendered_chat_of_too_many_characters_is_refused_before_it_is_tokenised():
+    rendered = tiny_tokenizers.plain().apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    with pytest.raises(ValueError, match=f"prompt: {len(rendered)} characters"):
+        encode_prompt(tiny_tokenizers.plain(), [USER], most=len(rendered) - 1)
+    assert encode_prompt(tiny_tokenizers.plain(), [USER], most=len(rendered))
+
+
+def test_the_most_characters_hold_every_prompt_of_so_many_tokens(tokenizer):
+    longest = max(tokenizer.get_vocab(), key=len)
+    assert most_characters(tokenizer, 7) >= 7 * len(longest)
+    long = tiny_tokenizers.byte_level(["<|" + "x" * 200 + "|>", "</s>"], eos_token="</s>")
+    assert most_characters(long, 7) == 7 * 204

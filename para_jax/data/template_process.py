@@ -1,0 +1,63 @@
+"""The process in which chat_template.py renders: a request a line comes in as JSON, and an answer a line goes out.
+
+It is run as a script, and imports nothing of para_jax.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+#: Bytes that templates may use, beside what Python and transformers need.
+MEMORY = 2**29
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what else is printed is no answer
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    limit_memory()
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(json.loads(line), render_jinja_template)) + "\n")
+        answers.flush()
+
+
+def answer(request: dict, render: Callable) -> dict:
+    """{"text": ...} or {"error": ...}."""
+    seconds, most = request["bounds"]
+    try:
+        limit_time(seconds)
+        (text,), _ = render([request["messages"]], chat_template=request["template"], **request["variables"])
+        if len(text) > most:
+            raise ValueError(f"it writes {len(text)} characters, more than {most}")
+        return {"text": text}
+    except BaseException as error:  # RecursionError and MemoryError too: the template is to blame for each
+        own = type(error) is ValueError or type(error).__module__.startswith("jinja2")
+        said = [str(error)[:1000]] if own else [type(error).__name__, str(error)[:1000]]
+        return {"error": ": ".join(filter(None, said)) or type(error).__name__}
+    finally:
+        limit_time(0)
+
+
+def limit_time(seconds: float) -> None:
+    """Ends the process after so many seconds of processor time; 0: never. Windows has no such limit."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def limit_memory() -> None:
+    with suppress(ImportError, OSError):  # Windows and macOS limit the time alone
+        import resource
+
+        with open("/proc/self/statm") as sizes:
+            now = int(sizes.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
+
+
+if __name__ == "__main__":
+    main()

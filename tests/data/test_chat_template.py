@@ -1,0 +1,161 @@
+"""A chat template is a program of strangers: whatever it does ends in a text or in a ValueError that names it."""
+
+import os
+import threading
+import time
+
+import pytest
+import tiny_tokenizers
+
+from para_jax.data import chat_template, examples
+from para_jax.data.chat_template import TemplateError, render_template, template_process
+from para_jax.data.examples import encode_prompt, render, stop_token_ids, turn_stop_ids
+
+USER = {"role": "user", "content": "where is <my> parcel?"}
+CHAT = [{"role": "system", "content": "é"}, USER, {"role": "assistant", "content": "no"}]
+ECHO = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+
+
+# What templates of published models use beside plain text.
+PUBLISHED = {
+    "tojson": "{{ messages | tojson }} {{ {'a': '<', 'b': 'é'} | tojson(indent=2) }}",
+    "loop controls": "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "date": "{{ strftime_now('%d %b %Y') }}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "macro": "{% macro turn(m) -%}\n  [{{ m['role'] | upper }}]\n{%- endmacro %}\n{{ turn(messages[0]) }}\n",
+    "special tokens": "{{ bos_token }}{{ messages[-1].content | trim }}{{ eos_token }}",
+    "slices": "{{ messages[1:] | map(attribute='role') | join('|') }}{{ messages[::-1][0].content.split('o')[0] }}",
+    "flags": "{% if add_generation_prompt is defined and add_generation_prompt %}>{% endif %}{{ tools is none }}",
+    "other keys": "{{ messages[1].name is defined }}",
+}
+
+
+@pytest.mark.parametrize("template", PUBLISHED.values(), ids=PUBLISHED)
+@pytest.mark.parametrize("more", [{"add_generation_prompt": True}, {"add_generation_prompt": False}])
+def test_a_chat_is_rendered_as_by_transformers(template, more):
+    tokenizer = tiny_tokenizers.byte_level(["<s>", "</s>"], bos_token="<s>", eos_token="</s>", chat_template=template)
+    chat = [{"role": "system", "content": "é", "name": None}, USER | {"name": "Ann"}, CHAT[-1]]
+    assert render(tokenizer, chat, **more) == tokenizer.apply_chat_template(chat, tokenize=False, **more)
+
+
+def test_the_last_message_can_be_continued_as_by_transformers():
+    tokenizer, more = tiny_tokenizers.plain(), {"add_generation_prompt": False, "continue_final_message": True}
+    assert render(tokenizer, CHAT, **more) == tokenizer.apply_chat_template(CHAT, tokenize=False, **more)
+
+
+HOSTILE = {
+    "a loop in a loop": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "seconds"),
+    "doubled lists": (
+        "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "seconds",
+    ),
+    "a long text": ("{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}", "MemoryError|seconds"),
+    "a doubled text": (
+        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "MemoryError|seconds",
+    ),
+    "a wide text": ("{{ 'a'.center(10 ** 11) }}", "MemoryError"),
+    "much text": ("{{ 'a' * 20000000 }}", "writes 20000000 characters"),
+    "a division by zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    "a sum of text and number": ("{{ 'a' + 1 }}", "TypeError"),
+    "a key that is a number": ("{% for call in messages[0].tool_calls %}{% endfor %}", "TypeError"),
+    "endless recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "a break outside": ("{% break %}", "SyntaxError"),
+    "no template": ("{% for %}", "Expected an expression"),
+    "a deep template": ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "RecursionError|ended the process"),
+    "its own refusal": ("{{ raise_exception('no system role') }}", "no system role"),
+    "its own refusal with an escape": ("{{ raise_exception('\x1b]0;owned') }}", r"\\x1b\]0;owned"),
+    "half a character": ("{{ '\ud83d' }}", "half a character"),
+    "an attribute of Python": ("{{ messages.__class__.__mro__ }}", "unsafe|is undefined|has no attribute"),
+}
+
+
+@pytest.mark.parametrize(("template", "said"), HOSTILE.values(), ids=HOSTILE)
+def test_whatever_a_template_does_ends_in_an_error_that_names_it(short, template, said):
+    tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>")
+    tokenizer.chat_template = template
+    begun = time.perf_counter()
+    with pytest.raises(ValueError, match=f"chat template.*({said})") as raised:
+        encode_prompt(tokenizer, [USER | {"tool_calls": 5}])
+    assert time.perf_counter() - begun < 20 and len(str(raised.value)) < 500 and str(raised.value).isprintable()
+    assert render_template(ECHO, [USER]) == "user" + USER["content"]
+
+
+def test_a_late_answer_never_becomes_that_of_the_next_conversation(monkeypatch):
+    process = template_process(os.getpid())
+    render_template(ECHO, [USER])
+
+    class Interrupted:
+        def __init__(self, stream):
+            self.close = stream.close
+
+        def readline(self):
+            raise KeyboardInterrupt
+
+    process.process.stdout = Interrupted(process.process.stdout)
+    with pytest.raises(KeyboardInterrupt):
+        render_template(ECHO, [{"role": "user", "content": "first"}])
+    assert render_template(ECHO, [{"role": "user", "content": "second"}]) == "usersecond"
+
+
+def test_threads_get_their_own_answers():
+    found = {}
+
+    def ask(name):
+        found[name] = [render_template(ECHO, [{"role": name, "content": str(i)}]) for i in range(30)]
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {name: [name + str(i) for i in range(30)] for name in "abcd"}
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object()])
+def test_a_message_that_is_not_json_is_an_error(value):
+    with pytest.raises(ValueError, match="not JSON"):
+        encode_prompt(tiny_tokenizers.plain(), [USER | {"tool_calls": value}])
+
+
+def test_a_message_that_nests_too_deep_is_an_error():
+    value = []
+    for _ in range(5000):
+        value = [value]
+    with pytest.raises(ValueError, match="not JSON"):
+        encode_prompt(tiny_tokenizers.plain(), [USER | {"tool_calls": value}])
+
+
+def test_a_text_is_encoded_and_ended_without_the_template(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("the template was rendered")
+
+    monkeypatch.setattr(examples, "render_template", never)
+    tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template="{{ 1 / 0 }}")
+    assert encode_prompt(tokenizer, "Answer:") and stop_token_ids(tokenizer, (7,)) == (tokenizer.eos_token_id, 7)
+    assert turn_stop_ids(tokenizer, "Answer:") == turn_stop_ids(tokenizer, (3, 4)) == ()
+
+
+def test_the_end_of_a_turn_follows_the_template_and_a_template_that_refuses_has_none():
+    tokenizer = tiny_tokenizers.byte_level(["<a>", "<b>", "</s>"], eos_token="</s>")
+    for end in ("<a>", "<b>"):
+        tokenizer.chat_template = ECHO.replace("m.content", f"m.content + '{end}'")
+        assert turn_stop_ids(tokenizer, [USER]) == (tokenizer.convert_tokens_to_ids(end),)
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    assert turn_stop_ids(tokenizer, [USER]) == ()
+
+
+def test_a_process_that_can_not_be_started_is_no_refusal_of_the_template(monkeypatch):
+    """A chat would else be answered without its end token."""
+    monkeypatch.setattr(chat_template, "template_process", lambda pid: chat_template.TemplateProcess())
+    monkeypatch.setattr(chat_template.sys, "executable", "/nowhere/python")
+    tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template=ECHO)
+    with pytest.raises(OSError):
+        turn_stop_ids(tokenizer, [USER])
+    assert not issubclass(OSError, TemplateError)
