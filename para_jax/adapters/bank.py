@@ -25,6 +25,7 @@ import numpy as np
 
 from ..config import ADAPTER_CONFIGS, SITES, LoraConfig, ModelConfig, adapter_method, one_of, require, shorten
 from ..sharding import place
+from ..untrusted import shown
 from .adapter import Adapter, AdapterParam, init, is_variable, named_leaves, with_leaves
 from .files import load_adapter, require_finite
 from .methods import METHODS
@@ -290,14 +291,9 @@ def unknown(name: object, known: tuple[str, ...]) -> str:
     near = sorted(near)[max(0, at - COMPARED // 2) : at + COMPARED // 2]
     near += [one for one in known if one.endswith(text[-3:])][:COMPARED] + list(known[:COMPARED])
     nearest = difflib.get_close_matches(text, [one[:100] for one in dict.fromkeys(near)], n=3, cutoff=0.5)
-    hint = f"the nearest are {', '.join(map(plain, nearest))}" if nearest else ""
-    hint = hint or f"it holds {', '.join(map(plain, known[:3])) or 'none'}{' ...' if len(known) > 3 else ''}"
+    hint = f"the nearest are {', '.join(map(shown, nearest))}" if nearest else ""
+    hint = hint or f"it holds {', '.join(map(shown, known[:3])) or 'none'}{' ...' if len(known) > 3 else ''}"
     return f"no tenant {shorten(name)}; {hint}"
-
-
-def plain(name: str) -> str:
-    """A name as an error lists it."""
-    return name if name.isprintable() and len(name) <= 80 else shorten(name)
 
 
 def padded(leaf: np.ndarray | None, shape: jax.ShapeDtypeStruct, neutral: float) -> np.ndarray:

@@ -338,8 +338,8 @@ class Engine:
             try:
                 logits, row = self._prefilled(sample)
             except Exception as error:
-                sample.failures += 1
-                if sample.failures == 1:  # the driver hears of it, and the request gets a second try
+                sample.failures += not isinstance(error, SystemError)  # which is what C code makes of an interrupt
+                if sample.failures < 2:  # the driver hears of it, and the request gets a second try
                     raise
                 self._end(sample, "error", f"the prompt could not be prefilled: {shorten(str(error), 200)}")
                 continue

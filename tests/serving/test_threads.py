@@ -1,0 +1,449 @@
+"""Any thread may submit, cancel and stream at any time, and whatever interrupts a round, no answer is lost or wrong."""
+
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import pytest
+from conftest import backbone, strong
+from test_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, engine_of, plain, prompt
+from tiny_run import tokenizer
+
+from para_jax import AdapterBank, Engine, ParaConfig, Request, init_adapter
+from para_jax.serving import engine as engine_module
+from para_jax.serving.engine import QueueFull
+
+NAMES = [*CONFIGS, None]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return backbone("llama")
+
+
+@pytest.fixture(scope="module")
+def tenants(model):
+    return {
+        name: strong(init_adapter(config, model.config), i, 0.3) for i, (name, config) in enumerate(CONFIGS.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def bank(model, tenants):
+    return bank_of(model, tenants)
+
+
+def requests():
+    """Different requests of all kinds: greedy and sampled, with stop texts, of several samples."""
+    made = []
+    for i in range(12):
+        options = dict(temperature=i % 2 * 1.0, top_p=0.9 if i % 3 else 1.0, seed=i, n=1 + i % 2)
+        stop = (f"w{20 + i}", "w9") if i % 4 == 1 else ()
+        made.append(Request(prompt(i, 3 + i), NAMES[i % 4], 3 + i, stop=stop, **options))
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(model, bank):
+    """What each of `requests` gets when nothing else is there: by its number, its samples' answers."""
+    engine, found = engine_of(model, bank), []
+    for request in requests():
+        engine.submit(request)
+        found.append([plain(completion) for _, completion in sorted(answers(engine).items())])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+
+
+def test_four_threads_submit_cancel_and_stream_and_every_answer_is_its_own(model, bank, alone):
+    engine, asked, rounds = engine_of(model, bank), requests(), 30
+    left, wrong, cancelled = threading.Semaphore(0), [], set()
+
+    def client(thread):
+        for i in range(rounds):
+            number = (thread * 5 + i) % len(asked)
+            request = asked[number]
+            if i % 3 == 0:
+                texts, tokens = {}, {}
+                for piece in engine.stream(request):
+                    texts[piece.index] = texts.get(piece.index, "") + piece.text
+                    tokens.setdefault(piece.index, []).extend(piece.tokens)
+                if [(tokens[j], texts[j]) for j in sorted(texts)] != [one[:2] for one in alone[number]]:
+                    wrong.append((number, texts))
+            else:
+                id = (thread, i, number)
+                engine.submit(Request(**{**vars(request), "id": id}))
+                if i % 3 == 1:
+                    time.sleep(0.002 * (i % 4))
+                    if engine.cancel(id):
+                        cancelled.add(id)
+        left.release()
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    found = {}
+    while any(thread.is_alive() for thread in threads) or engine.open:
+        for completion in engine.run():
+            key = completion.id, completion.index
+            assert key not in found, "answered twice"
+            found[key] = completion
+    assert not wrong
+    expected = {
+        ((t, i, n), j) for t in range(4) for i in range(rounds) if i % 3 for n in [(t * 5 + i) % len(asked)]
+        for j in range(asked[n].n)
+    }  # fmt: skip
+    assert set(found) == expected
+    for (id, index), completion in found.items():
+        if completion.finish_reason == "error":
+            assert id in cancelled and completion.error == "cancelled"
+        else:
+            assert plain(completion) == alone[id[2]][index]
+    assert cancelled and any(c.finish_reason == "error" for c in found.values())
+
+
+@pytest.mark.parametrize("victim", range(3))
+def test_a_request_that_is_cancelled_during_its_own_prefill_gives_its_row_to_nobody(
+    model, bank, alone, monkeypatch, victim
+):
+    engine, asked, real, calls = engine_of(model, bank), requests(), engine_module.prefill, []
+
+    def hooked(*arguments, **options):
+        calls.append(1)
+        made = real(*arguments, **options)
+        assert len(calls) != victim + 1 or engine.cancel(victim)
+        return made
+
+    monkeypatch.setattr(engine_module, "prefill", hooked)
+    for i in range(5):
+        engine.submit(Request(**{**vars(asked[i]), "id": i}))
+    found = answers(engine)
+    for (id, index), completion in found.items():
+        if id == victim:
+            assert completion.error == "cancelled"
+        else:
+            assert plain(completion) == alone[id][index]
+    assert len(found) == sum(request.n for request in asked[:5])
+
+
+def test_a_cancel_while_tokens_are_fetched_ends_that_request_alone(model, bank, alone, monkeypatch):
+    engine, asked, real = engine_of(model, bank), requests(), jax.device_get
+    for i in range(3):
+        engine.submit(Request(**{**vars(asked[i]), "id": i}))
+    monkeypatch.setattr(engine_module.jax, "device_get", lambda tree: engine.cancel(1) and None or real(tree))
+    found = answers(engine)
+    assert found[1, 0].error == "cancelled" and not found[1, 0].tokens
+    assert plain(found[0, 0]) == alone[0][0] and plain(found[2, 0]) == alone[2][0]
+
+
+def test_a_second_driver_is_refused_and_the_first_goes_on(model, bank):
+    engine = engine_of(model, bank)
+    for i in range(3):
+        engine.submit(Request(prompt(i), max_new_tokens=1 + 8 * i))
+    running = engine.run()
+    found = [next(running)]
+    with ThreadPoolExecutor(1) as other:
+        with pytest.raises(RuntimeError, match="MainThread"):
+            other.submit(engine.step).result()
+        with pytest.raises(RuntimeError, match="MainThread"):
+            other.submit(lambda: list(engine.run())).result()
+        found += running
+        assert len(found) == 3
+        engine.submit(Request(prompt(0), max_new_tokens=1))
+        assert len(other.submit(lambda: list(engine.run())).result()) == 1  # one after the other is fine
+
+
+def test_streams_in_threads_drive_by_themselves(model, bank, alone):
+    engine, asked = engine_of(model, bank), requests()
+
+    def texts(number):
+        made = {}
+        for piece in engine.stream(asked[number]):
+            made[piece.index] = made.get(piece.index, "") + piece.text
+        return [made[i] for i in sorted(made)]
+
+    with ThreadPoolExecutor(4) as clients:
+        found = list(clients.map(texts, range(len(asked))))
+    assert found == [[text for _, text, _ in one] for one in alone]
+    assert engine.open == 0
+
+
+def test_requests_without_a_seed_are_drawn_apart_and_the_same_in_the_next_engine(model, bank):
+    def drawn(seed):
+        engine = engine_of(model, bank, seed=seed)
+        ids = [engine.submit(Request(prompt(0), max_new_tokens=6, temperature=1.5)) for _ in range(6)]
+        found = answers(engine)
+        return [tuple(found[id, 0].tokens) for id in ids]
+
+    first = drawn(3)
+    assert len(set(first)) == 6 and drawn(3) == first and not set(drawn(4)) & set(first)
+
+
+# ---------------------------------------------------------------------------------------------------------- interrupts
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+@pytest.mark.parametrize("place", ["prefill", "insert", "steps", "device_get", "text"])
+def test_an_exception_anywhere_in_a_round_loses_nothing_and_changes_nothing(
+    model, bank, alone, monkeypatch, place, error
+):
+    engine, asked = engine_of(model, bank), requests()
+    for i, request in enumerate(asked):
+        engine.submit(Request(**{**vars(request), "id": i}))
+    owner = {"device_get": engine_module.jax, "text": engine_module.AnswerText}.get(place, engine_module)
+    name = {"text": "add"}.get(place, place)
+    real, calls = getattr(owner, name), []
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        made = real(*arguments, **options)  # what is donated is gone
+        if len(calls) in (2, 5):
+            raise error("now and then")
+        return made
+
+    monkeypatch.setattr(owner, name, failing)
+    found, raised = {}, 0
+    while engine.open:
+        try:
+            for completion in engine.run():
+                assert (completion.id, completion.index) not in found
+                found[completion.id, completion.index] = completion
+        except error:
+            raised += 1
+    ended = [key for key, completion in found.items() if completion.finish_reason == "error"]
+    of_one_request = place == "text" and error is not KeyboardInterrupt
+    assert (raised, len(ended)) == ((0, 2) if of_one_request else (2, 0))
+    assert len(found) == sum(request.n for request in asked)
+    for key in found.keys() - ended:
+        assert plain(found[key]) == alone[key[0]][key[1]]
+
+
+def test_real_interrupts_lose_nothing(model, bank, alone):
+    engine, asked, found, interrupts = engine_of(model, bank), requests(), {}, 0
+    for i in range(60):
+        engine.submit(Request(**{**vars(asked[i % len(asked)]), "id": i}))
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_):
+        nonlocal interrupts
+        interrupts += 1
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
+    try:
+        while engine.open:
+            running = engine.run()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.07 if interrupts < 25 else 0)
+                for completion in running:
+                    found[completion.id, completion.index] = completion
+            except (KeyboardInterrupt, SystemError):  # the second is what C code makes of an interrupt
+                running.close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, before)
+    assert interrupts > 5
+    for i in range(60):
+        assert [plain(found[i, j]) for j in range(asked[i % 12].n)] == alone[i % 12]
+
+
+def test_a_prompt_that_can_not_be_prefilled_is_an_error_after_a_second_try(model, bank, monkeypatch):
+    engine = engine_of(model, bank)
+    good, bad = (engine.submit(Request(prompt(i, 4 + i), "A", 5)) for i in range(2))
+    real = engine._prefill
+    monkeypatch.setattr(engine, "_prefill", lambda ids, entry: 1 / (len(ids) - 5) and real(ids, entry))
+    with pytest.raises(ZeroDivisionError):
+        list(engine.run())
+    found = answers(engine)
+    assert "division" in found[bad, 0].error and found[good, 0].finish_reason == "length"
+
+
+def test_a_tokenizer_that_fails_is_one_requests_error(model, bank, alone):
+    class PanicException(BaseException):
+        """As the tokenizers library raises it."""
+
+    class Failing:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __len__(self):
+            return len(self.inner)
+
+        def __call__(self, text, **options):
+            if "panic" in text:
+                raise PanicException("index out of range")
+            if "type" in text:
+                raise TypeError("of the tokenizer")
+            return self.inner(text, **options)
+
+        def decode(self, tokens, **options):
+            if len(tokens) == 4:
+                raise PanicException("no such token")
+            return self.inner.decode(tokens, **options)
+
+    engine = Engine(model, bank, Failing(tokenizer()), slots=SLOTS, max_length=LENGTH)
+    panic, kind = engine.submit(Request("w30 panic")), engine.submit(Request("w30 type"))
+    bad, good = engine.submit(Request(prompt(0), "A", 4)), engine.submit(Request(prompt(0, 3), "A", 3))
+    found = answers(engine)
+    assert "index out of range" in found[panic, 0].error and "of the tokenizer" in found[kind, 0].error
+    assert "no such token" in found[bad, 0].error and found[good, 0].error is None
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+
+def test_a_stream_gives_text_and_tokens_as_they_are_made_and_leaves_nothing_behind(model, bank, alone):
+    engine, asked = engine_of(model, bank), requests()
+    streamed, other = engine.submit(asked[11]), engine.submit(asked[0])
+    stream = engine.stream(streamed)
+    pieces = [next(stream)]
+    assert pieces[0].finish_reason is None and 0 < len(pieces[0].tokens) < 14
+    pieces += stream
+    for index, (tokens, text, reason) in enumerate(alone[11]):
+        own = [piece for piece in pieces if piece.index == index]
+        assert "".join(piece.text for piece in own) == text
+        assert [token for piece in own for token in piece.tokens] == tokens
+        assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [reason]
+    found = answers(engine)
+    assert set(found) == {(other, 0)} and plain(found[other, 0]) == alone[0][0] and engine.open == 0
+    for _ in range(20):
+        list(engine.stream(asked[3]))
+    assert engine.open == 0 and not list(engine.run())
+
+
+def test_a_stream_is_looked_up_at_the_call(model, bank, alone):
+    engine, asked = engine_of(model, bank), requests()
+    ids = [engine.submit(Request(**{**vars(asked[i]), "id": f"r{i}"})) for i in (0, 2, 4)]
+    streams = [engine.stream(id) for id in ids]
+    for number, stream in zip((0, 2, 4), streams, strict=True):
+        assert "".join(piece.text for piece in stream) == alone[number][0][1]
+    for wrong in ("r0", "unheard of"):
+        with pytest.raises(ValueError, match=wrong):
+            engine.stream(wrong)
+    refused = engine.submit(Request(prompt(0), "nobody"))
+    with pytest.raises(ValueError, match="nobody"):
+        engine.stream(refused)
+    with pytest.raises(ValueError, match="nobody"):
+        engine.stream(Request(prompt(0), "nobody"))
+    assert engine.open == 0
+    twice = engine.submit(asked[0])
+    first = engine.stream(twice)
+    with pytest.raises(ValueError, match=str(twice)):
+        engine.stream(twice)
+    assert len(list(first)) > 0
+
+
+def test_an_answer_that_ended_before_its_stream_began_is_streamed_whole(model, bank, alone):
+    engine, asked = engine_of(model, bank), requests()
+    id, other = engine.submit(Request(**{**vars(asked[0]), "id": "early"})), engine.submit(asked[11])
+    running = engine.stream(other)
+    while id in engine._open:
+        next(running)
+    (piece,) = engine.stream(id)
+    assert (piece.tokens, piece.text, piece.finish_reason) == alone[0][0]
+    list(running)
+    assert engine.open == 0
+
+
+def test_a_stream_never_shows_a_stop_text_or_its_beginning(model, bank):
+    engine = engine_of(model, bank)
+    free = engine.submit(Request(prompt(1), "A", 12))
+    whole = answers(engine)[free, 0]
+    end = "".join(f"w{token}" for token in whole.tokens[5:8])
+    request = Request(prompt(1), "A", 12, stop=end)
+    shown = ""
+    for piece in engine.stream(request):
+        shown += piece.text
+        assert whole.text[: whole.text.index(end)].startswith(shown)
+    assert shown == whole.text[: whole.text.index(end)] and piece.finish_reason == "stop"
+
+
+def test_a_stream_that_is_closed_cancels_its_request_and_a_cancelled_one_says_so(model, bank):
+    engine = engine_of(model, bank)
+    stream = engine.stream(Request(prompt(1), "A", 20))
+    next(stream)
+    stream.close()
+    assert engine.open == 0 and not list(engine.run())
+    id = engine.submit(Request(prompt(1), "A", 20))
+    stream = engine.stream(id)
+    next(stream)
+    assert engine.cancel(id)
+    *_, last = stream
+    assert (last.finish_reason, last.error) == ("error", "cancelled")
+
+
+# ------------------------------------------------------------------------------------------------------------ fairness
+
+
+def test_one_tenants_flood_costs_another_at_most_one_place_per_free_slot(model, bank, monkeypatch):
+    engine, started = engine_of(model, bank), []
+    taken = engine._prefilled
+    monkeypatch.setattr(engine, "_prefilled", lambda sample: started.append(sample.request.tenant) or taken(sample))
+    for i in range(30):
+        engine.submit(Request(prompt(i), "A", 3))
+    for i in range(4):
+        engine.submit(Request(prompt(i), "B", 3))
+    answers(engine)
+    assert started[:8] == ["A", "B"] * 4
+
+
+def test_a_tenant_has_a_queue_limit_of_its_own_and_refused_requests_count_until_their_errors_are_taken(model, bank):
+    engine = engine_of(model, bank, queue_limit=10, queue_limit_per_tenant=3)
+    for i in range(3):
+        engine.submit(Request(prompt(i), "A", 2))
+    with pytest.raises(QueueFull, match="3 of 3 samples of tenant 'A'"):
+        engine.submit(Request(prompt(4), "A", 2))
+    assert engine.submit(Request(prompt(4), "B", 2)) is not None
+    with pytest.raises(QueueFull):
+        for _ in range(20):
+            engine.submit(Request("", "C"))
+    assert engine.open <= 7
+    found = answers(engine)
+    assert sum(completion.error is None for completion in found.values()) == 4
+    assert "n: 4" in next(iter(answers_of(engine, Request(prompt(0), "A", n=4)))).error
+
+
+def answers_of(engine, request):
+    engine.submit(request)
+    return engine.run()
+
+
+def test_an_id_must_be_hashable(model, bank):
+    with pytest.raises(ValueError, match=r"id: \[1\]"):
+        engine_of(model, bank).submit(Request(prompt(0), id=[1]))
+
+
+def test_a_prompt_of_too_many_characters_is_refused_before_it_is_tokenised(model, bank, monkeypatch):
+    engine = engine_of(model, bank)
+    monkeypatch.setattr(engine_module, "special_stop_ids", lambda *_: 1 / 0)
+    id = engine.submit(Request("w20 " * 10**6))
+    assert "4000000 characters" in answers(engine)[id, 0].error
+
+
+def test_an_entry_answers_whatever_its_name_stands_for_now(model, tenants):
+    bank = bank_of(model, tenants)
+    engine, entry = engine_of(model, bank), bank.entry("A")
+    before = engine.submit(Request(prompt(4), "A", 5))
+    expected = plain(answers(engine)[before, 0])
+    bank.remove("A")
+    after = engine.submit(Request(prompt(4), "A", 5), entry=entry)
+    assert plain(answers(engine)[after, 0]) == expected
+
+
+def test_the_kept_prompts_are_part_of_the_memory_that_the_engine_says_it_needs(model, capsys):
+    bank = AdapterBank(model.config, max_r=4, sites=SITES)
+    bank.add("A", init_adapter(ParaConfig(r=4), model.config))
+    engine = Engine(model, bank, tokenizer(), slots=2, max_length=64)
+    a_row = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(engine._row))
+    assert f"{6 * a_row / 1e9:.2f} GB" in capsys.readouterr().err
+    for i in range(6):
+        list(engine.stream(Request(prompt(i, 40), "A", 2)))
+    kept = sum(leaf.nbytes for _, row in engine._kept.values() for leaf in jax.tree.leaves(row))
+    assert 0 < kept <= 4 * a_row
