@@ -310,7 +310,7 @@ def stacked(template: Adapter, entries: list[Entry], places: int) -> Adapter:
     the entries' own bytes are sent, each once: the rest is made on the device."""
     shapes = named_leaves(template)
     if len(entries) == places:
-        return with_leaves(template, {k: jnp.asarray(np.stack([e.weights[k] for e in entries])) for k in shapes})
+        return with_leaves(template, {k: jax.device_put(np.stack([e.weights[k] for e in entries])) for k in shapes})
     made = {name: jnp.zeros((places, *shape.shape), shape.dtype) for name, shape in shapes.items()}
     for i, entry in enumerate(entries):
         made = put_entry(made, {name: entry.weights[name] for name in shapes}, i)

@@ -7,6 +7,7 @@ import json
 from typing import NamedTuple
 
 from ..adapters.bank import Entry
+from ..inference.content import ANSWERS_VERSION
 from ..inference.content import backbone_content as backbone_content
 from ..inference.content import writing_content as writing_content
 
@@ -30,7 +31,7 @@ class Generation(NamedTuple):
     top_p: float = 1.0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
-    """that end it too, beside the tokenizer's and the model's: a chat's end of a turn"""
+    """that end it too, next to the tokenizer's and the model's: a chat's end of a turn"""
 
 
 Asked = Likelihood | Generation
@@ -54,9 +55,6 @@ class Written(NamedTuple):
 
 
 Answer = Scored | Written
-
-#: Part of every key. Raise it when a change of para_jax changes the answers to the same questions.
-ANSWERS_VERSION = 1
 
 
 def key(asked: Asked, entry: Entry | None, backbone: str, writing: str) -> str:

@@ -13,7 +13,7 @@ from ..backbone.transformer import Transformer
 from ..config import require, shorten
 from ..data.examples import stop_token_ids
 from ..devices import say
-from ..inference.generate import before_stop, up_to_multiple
+from ..inference.generate import up_to_multiple
 from ..serving.engine import Engine
 from ..serving.request import Completion, Request
 from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, key, writing_content
@@ -121,15 +121,7 @@ class Pass:
         if completion.error is not None:
             raise ValueError(f"a request was not answered: {completion.error}")
         self.tokens += len(asked.context) + len(completion.tokens)
-        self._keep(str(completion.id), self._written(completion, asked), bar)
-
-    def _written(self, completion: Completion, asked: Generation) -> Written:
-        """The answer up to the first of the question's own `stop_ids`, of which the engine does not know."""
-        tokens = before_stop(completion.tokens, asked.stop_ids)
-        if len(tokens) == len(completion.tokens):
-            return Written(completion.text, len(tokens))
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Written(min(text, completion.text, key=len), len(tokens))  # which ends before a stop text
+        self._keep(str(completion.id), Written(completion.text, len(completion.tokens)), bar)
 
     def _withdraw(self, engine: Engine) -> None:
         """Takes back what is not answered. If this is interrupted as well, the next call of `answer` does it."""
@@ -161,7 +153,7 @@ class Pass:
 
 def as_request(id: str, tenant: str | None, asked: Generation) -> Request:
     how = (asked.max_new_tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed, asked.stop)
-    return Request(asked.context, tenant, *how, id=id)
+    return Request(asked.context, tenant, *how, id=id, stop_token_ids=asked.stop_ids)
 
 
 def check_room(asked: Asked, model: Transformer, engine: Engine | None) -> None:

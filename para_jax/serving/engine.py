@@ -10,7 +10,6 @@ from there: unfinished answers are decoded once more from their prompts, to the 
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
@@ -26,65 +25,22 @@ from ..backbone.transformer import Transformer
 from ..config import require, shorten
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..devices import say
-from ..inference.answer_text import AnswerText, text_of
 from ..inference.generate import up_to_multiple
 from ..inference.sampling import derived_seed
-from ..model import DecodeState, prefill
+from ..model import prefill
+from .capacity import KEPT, capacity
 from .queue import FairQueue
 from .request import Completion, Piece, Request, check_request, stop_texts
+from .sample import Sample, Ticket, of_the_request
 from .slots import empty_slots, insert, row_sampling, steps
 
 #: Decode steps per dispatch, after which the tokens are looked at, and prompts that are prefilled at most before the
 #: next dispatch while rows decode.
 STEPS, PREFILLS = 4, 2
-#: Prefilled prompts that are kept for the next request with the same adapter and prompt.
-KEPT = 4
 
 
 class QueueFull(ValueError):
     """The engine's queue holds as many requests as it may; take answers first."""
-
-
-class Ticket:
-    """An open request."""
-
-    def __init__(self, request: Request, id: Hashable, streamed: bool):
-        self.request, self.id, self.streamed = request, id, streamed
-        """streamed: the answer goes to a stream, not to run()"""
-        self.samples: list[Sample] = []
-        self.error: str | None = None
-        """why it was refused"""
-
-    @property
-    def ended(self) -> bool:
-        return all(sample.completion is not None for sample in self.samples)
-
-
-class Sample:
-    """One sample of a request: it waits, decodes in a slot, and ends."""
-
-    def __init__(self, ticket: Ticket, index: int, ids: list[int], entry: Entry | None, stops: tuple[int, ...] = ()):
-        """
-        Args:
-            stops: the request's own token ids that end an answer, next to the engine's.
-        """
-        self.ticket, self.index, self.ids, self.entry = ticket, index, ids, entry
-        self.number = -1
-        """the order of arrival, once it waits"""
-        self.stops = frozenset(stops)
-        self.key = (entry.content if entry else None, tuple(ids))
-        """What a prefilled prompt depends on: PARA's factors are made from all of it. A name is not enough, because its
-        adapter may be replaced; a prefix is not enough, because its last token differs."""
-        self.tokens: list[int] = []
-        self.text: AnswerText | None = None
-        """of the tokens so far, where somebody needs it before the end: for stop texts, or for a stream"""
-        self.failures = 0
-        """prefills that raised"""
-        self.completion: Completion | None = None
-
-    @property
-    def request(self) -> Request:
-        return self.ticket.request
 
 
 class Engine:
@@ -229,7 +185,7 @@ class Engine:
             ticket.streamed = True
             for sample in ticket.samples:
                 self._done.pop(sample.number, None)
-                self._read(sample)
+                sample.read(self.tokenizer)
             return self._pieces(ticket)
 
     # ----------------------------------------------------------------------------------------------- the driver's calls
@@ -286,7 +242,7 @@ class Engine:
             first = self._fill()
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
             if active:
-                sampling = row_sampling([how(sample) for sample in self._rows])
+                sampling = row_sampling([sample.sampling if sample else None for sample in self._rows])
                 self._slots, tokens = steps(self._treedef, self._leaves, self._slots, sampling, STEPS)
                 first, tokens = jax.device_get((first, tokens))
                 for slot, sample in active:
@@ -308,8 +264,7 @@ class Engine:
         for ticket in self._open.values():
             for sample in ticket.samples:
                 if sample.completion is None:
-                    sample.tokens, sample.text = [], None
-                    self._read(sample)
+                    sample.restart(self.tokenizer)
                     self._queue.put(sample.request.tenant, sample.number, sample)
         self._torn = False
 
@@ -344,7 +299,7 @@ class Engine:
                 self._end(sample, "error", f"the prompt could not be prefilled: {shorten(str(error), 200)}")
                 continue
             slot = free.pop(0)
-            self._slots, token = insert(self._slots, slot, logits, row, row_sampling([how(sample)]))
+            self._slots, token = insert(self._slots, slot, logits, row, row_sampling([sample.sampling]))
             self._rows[slot], first[slot] = sample, [token]
         return first
 
@@ -393,7 +348,7 @@ class Engine:
                 return
             if error is None and sample.text is not None:
                 reason = "stop" if sample.text.finish() else reason
-            text = self._text(sample, whole=error is None)
+            text = sample.whole_text(self.tokenizer, partial=error is not None)
             completion = Completion(sample.ticket.id, sample.index, text, sample.tokens, reason, error)
             self._torn = True
             self._queue.remove(sample.request.tenant, sample.number)
@@ -403,25 +358,6 @@ class Engine:
             if sample.ticket.ended and self._open.get(sample.ticket.id) is sample.ticket:
                 del self._open[sample.ticket.id]
             self._torn = False
-
-    def _text(self, sample: Sample, whole: bool) -> str:
-        """The text of a sample's tokens, as far as it can be had if not `whole`."""
-        if sample.text is not None:
-            return str(sample.text)
-        try:
-            return text_of(self.tokenizer, sample.tokens)
-        except BaseException as error:
-            if whole or not of_the_request(error):
-                raise
-            return ""
-
-    def _read(self, sample: Sample) -> None:
-        """Makes a sample's text along with its tokens, if it has to be known before the end."""
-        stop = stop_texts(sample.request)
-        if sample.text is None and (stop or sample.ticket.streamed):
-            sample.text = AnswerText(self.tokenizer, tuple(stop))
-            for token in sample.tokens:
-                sample.text.add(token)
 
     # ------------------------------------------------------------------------------------------------------ submission
 
@@ -477,9 +413,10 @@ class Engine:
                 f"max_length {self.max_length}"
             )
         stops = special_stop_ids(self.tokenizer, stop_texts(request)) + turn_stop_ids(self.tokenizer, request.prompt)
+        stops += tuple(request.stop_token_ids)
         made = [Sample(ticket, index, ids, entry, stops) for index in range(request.n)]
         for sample in made:
-            self._read(sample)
+            sample.read(self.tokenizer)
         return made
 
     def _require_new(self, id: Hashable) -> None:
@@ -578,47 +515,3 @@ class Engine:
         """Takes an answer out of those that run() has yet to give."""
         self._refused.pop(number, None)
         return self._done.pop(number)
-
-
-def how(sample: Sample | None) -> tuple[int, float, int, float] | None:
-    """Seed, temperature, top_k and top_p of a sample; None for an empty or ended row, which is not sampled."""
-    if sample is None or sample.completion is not None:
-        return None
-    request = sample.request
-    return ((request.seed or 0) + sample.index) % 2**32, request.temperature, request.top_k, request.top_p
-
-
-def of_the_request(error: BaseException) -> bool:
-    """Whether an error in reading or writing a request's text is that request's own: any Exception, and the panics of
-    the tokenizers library, which are none."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def capacity(bank: AdapterBank | None, row: DecodeState, slots: int, max_length: int) -> str:
-    """What the engine keeps on the device, how many slots like these fit into the memory that is free, and who may
-    join.
-
-    Args:
-        row: the abstract state of one row.
-    """
-    a_row = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
-    text = f"engine: {slots} slots of {max_length} tokens and up to {KEPT} kept prompts, "
-    text += f"{(slots + KEPT) * a_row / 1e9:.2f} GB ({a_row / 1e6:.2f} MB a row)"
-    free = free_memory()
-    if free is not None:
-        fit = max(free // a_row - KEPT, 0)
-        text += f"; {fit} such rows fit into the {free / 1e9:.1f} GB that are free, next to the kept prompts"
-    if bank is not None:
-        text += f"; methods that may join: {', '.join(bank.methods)}"
-    return text
-
-
-def free_memory() -> int | None:
-    """Bytes that are free on the first device, or of a CPU's main memory; None where neither is known."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not on this system
-        return None

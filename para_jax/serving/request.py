@@ -37,6 +37,8 @@ class Request:
     """samples, at most 128; the prompt is prefilled once for all of them"""
     id: Hashable = None
     """default: a number that the engine gives"""
+    stop_token_ids: tuple[int, ...] = ()
+    """ids that end an answer, next to the end tokens of tokenizer and model"""
     ignore_eos: bool = False
     """decode past end tokens, up to max_new_tokens: for benchmarks"""
 
@@ -87,6 +89,8 @@ def check_request(request: Request) -> None:
     known = seed is None or (whole(seed) and 0 <= seed < 2**32)
     require(known, "seed", seed, "a whole number from 0 to 2**32 - 1, or None: one is drawn")
     require(whole(n) and 1 <= n <= MAX_SAMPLES, "n", n, f"a whole number from 1 to {MAX_SAMPLES}")
+    ids = request.stop_token_ids
+    require(isinstance(ids, tuple | list) and all(map(whole, ids)), "stop_token_ids", ids, "a list of token ids")
     stop = stop_texts(request)
     texts = isinstance(stop, (tuple, list)) and all(isinstance(text, str) and text for text in stop)
     require(texts, "stop", request.stop, "a text that is not empty, or a list of them")

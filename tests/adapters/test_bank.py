@@ -1,5 +1,6 @@
 """The bank: tenants by name, of any method, rank and sites, in one batch; what it refuses, and what never disturbs."""
 
+import difflib
 import threading
 
 import jax
@@ -21,6 +22,7 @@ from para_jax import (
     save_adapter,
     vectors,
 )
+from para_jax.adapters import bank as bank_module
 from para_jax.config import SITES
 
 NAMES = ["para", "ia3", None, "wide", "input", "standardised", "last layer"]
@@ -315,3 +317,62 @@ def test_threads_that_add_remove_and_ask_meet_whole_tenants(model, tenants):
     for thread in threads:
         thread.join()
     assert not errors and bank.names == ("para", "wide")
+
+
+def test_a_config_that_nobody_has_any_more_is_forgotten_and_its_rows_still_work(model):
+    bank = AdapterBank(model.config, max_r=4)
+    bank.add("a", strong(init_adapter(ParaConfig(r=4), model.config), 1, 0.3))
+    fresh = len(bank.rows(["a"]).stacks)
+    for i, pooler in enumerate(("mean", "max", "constant")):
+        bank.add(f"t{i}", strong(init_adapter(ParaConfig(r=4, pooler=pooler), model.config), i, 0.3))
+    bank.replace("t0", init_adapter(ParaConfig(r=2), model.config))
+    kept = bank.entry("t1")
+    assert len(bank.rows(["a"]).stacks) == fresh + 2
+    before = forward(model, bank.rows(["t1", "a"]), prompts(model, 2), 8)
+    for name in ("t0", "t1", "t2"):
+        bank.remove(name)
+    assert len(bank.rows(["a"]).stacks) == fresh
+    after = forward(model, bank.rows_of([kept, bank.entry("a")]), prompts(model, 2), 8)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_each_distinct_tenant_is_sent_to_the_device_once_whatever_the_batch(model, monkeypatch):
+    bank, sent = AdapterBank(model.config, max_r=4, methods=("para",)), []
+    for i in range(3):
+        bank.add(f"t{i}", strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3))
+    one = sum(weights.nbytes for weights in bank.entry("t0").weights.values())
+    real = bank_module.put_entry
+
+    def counted(stacks, weights, place):
+        sent.append(sum(np.asarray(value).nbytes for value in weights.values()))
+        return real(stacks, weights, place)
+
+    monkeypatch.setattr(bank_module, "put_entry", counted)
+    for names, distinct in ((["t0"] * 16, 1), (["t0", "t1", None, "t0", "t2", "t1"], 3), ([None] * 4, 0)):
+        sent.clear()
+        assert bank.rows(names).batch == len(names)
+        assert sent == [one] * distinct
+
+
+def test_an_unknown_name_among_ten_thousand_is_answered_quickly_and_not_under_the_lock(model, monkeypatch):
+    bank = AdapterBank(model.config, capacity=10_001, max_r=1, methods=("para",))
+    bank.add("tenant-of-the-shop-00000", init_adapter(ParaConfig(r=1), model.config))
+    entry = bank.entry("tenant-of-the-shop-00000")
+    bank._entries |= {f"tenant-of-the-shop-{i:05}": entry for i in range(10_000)}
+    compared, real = [], difflib.SequenceMatcher.ratio
+
+    def ratio(self):
+        compared.append(bank._lock.locked())
+        return real(self)
+
+    monkeypatch.setattr(difflib.SequenceMatcher, "ratio", ratio)
+    with pytest.raises(ValueError, match="'tenant-of-the-shop-04x21'.*tenant-of-the-shop-04"):
+        bank.rows(["tenant-of-the-shop-04x21"])
+    with pytest.raises(ValueError, match="'xenant-of-the-shop-00007'.*tenant-of-the-shop-"):
+        bank.remove("xenant-of-the-shop-00007")
+    with pytest.raises(ValueError, match="no tenant"):
+        bank.entry("y" * 10**6)
+    assert 0 < len(compared) < 500 and not any(compared)
+    with pytest.raises(ValueError) as error:
+        bank.entry("\x1b]0;owned\x07")
+    assert str(error.value).isprintable()

@@ -12,6 +12,7 @@ from test_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, engine_
 from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, init_adapter
+from para_jax.inference.answer_text import AnswerText
 from para_jax.serving import engine as engine_module
 from para_jax.serving.engine import QueueFull
 
@@ -193,7 +194,7 @@ def test_an_exception_anywhere_in_a_round_loses_nothing_and_changes_nothing(
     engine, asked = engine_of(model, bank), requests()
     for i, request in enumerate(asked):
         engine.submit(Request(**{**vars(request), "id": i}))
-    owner = {"device_get": engine_module.jax, "text": engine_module.AnswerText}.get(place, engine_module)
+    owner = {"device_get": engine_module.jax, "text": AnswerText}.get(place, engine_module)
     name = {"text": "add"}.get(place, place)
     real, calls = getattr(owner, name), []
 
