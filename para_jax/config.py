@@ -635,7 +635,10 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
 
 def shorten(value: object, width: int = 80) -> str:
     """A value as an error shows it: bounded, and without raw control characters."""
-    text = repr(value[: width + 1] if isinstance(value, str) else value)
+    try:
+        text = repr(value[: width + 1] if isinstance(value, str) else value)
+    except (RecursionError, ValueError):  # nested too deep; a number of too many digits
+        text = f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= width else text[: width - 3] + "..."
 
 

@@ -56,7 +56,7 @@ def template_process(pid: int) -> TemplateProcess:
 
 
 class TemplateProcess:
-    """A Python that renders templates. It starts when it is asked, and again after a template's bounds ended it. It stops
+    """A Python that renders templates. It starts when it is asked, also after a template's bounds ended it, and stops
     when the process that asks ends."""
 
     def __init__(self):
