@@ -12,11 +12,11 @@ from typing import Any
 
 from ..config import require, shorten
 from ..gguf import GgufFile
-from ..hub import CONFIG_FILES, TOKENIZER_FILES, resolve_tokenizer
+from ..hub import CONFIG_FILES, MAX_TEXT_BYTES, TOKENIZER_FILES, resolve_tokenizer
 from .examples import failures
 
-#: Bounds of a tokenizer's files in bytes, and of a GGUF file's tokens in characters.
-MAX_FILE_BYTES, MAX_TOKEN = 2**27, 1024
+#: Characters of a token in a GGUF file.
+MAX_TOKEN = 1024
 
 # A GGUF file's token types (llama.cpp's enum llama_token_type).
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -67,8 +67,8 @@ def load_tokenizer(source: str | Path):
 def require_moderate(folder: Path) -> None:
     """Raises ValueError for a file that transformers would read whole and that is too large for a tokenizer's."""
     for file in (file for pattern in CONFIG_FILES + TOKENIZER_FILES for file in folder.glob(pattern)):
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{file}: larger than {MAX_FILE_BYTES} bytes, which no tokenizer needs")
+        if file.stat().st_size > MAX_TEXT_BYTES:
+            raise ValueError(f"{file}: larger than {MAX_TEXT_BYTES} bytes, which no tokenizer needs")
 
 
 def require_working(source: str, tokenizer) -> None:
