@@ -59,7 +59,7 @@ def resolve_backbone(source: str | Path) -> Path:
     path = resolve(source, CONFIG_FILES + TOKENIZER_FILES + WEIGHT_FILES)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         raise ValueError(
-            f"{shown(source)}: no *.safetensors weights there (pickles are not opened; convert them first)"
+            f"{source_name(source)}: no *.safetensors weights there (pickles are not opened; convert them first)"
         )
     return path
 
@@ -85,8 +85,8 @@ def resolve_adapter(source: str | Path) -> Path:
         path = fetch(repository, revision, ADAPTER_FILES, local_dir=folder, most=MAX_ADAPTER_BYTES)
     if not (path / "adapter_config.json").is_file():
         inside = (path / "adapter" / "adapter_config.json").is_file()
-        inside = f"; did you mean {shown(source)}/adapter?" if inside else ""
-        raise ValueError(f"{shown(source)}: no adapter_config.json there, so it is not an adapter{inside}")
+        inside = f"; did you mean {source_name(source)}/adapter?" if inside else ""
+        raise ValueError(f"{source_name(source)}: no adapter_config.json there, so it is not an adapter{inside}")
     return path
 
 
@@ -98,12 +98,12 @@ def resolve(source: str | Path, files: list[str]) -> Path:
         return built_in_backbone()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{shown(source)}: a file, but not a .gguf file; expected {expected}")
+            raise ValueError(f"{source_name(source)}: a file, but not a .gguf file; expected {expected}")
         return path
     if not path.is_dir():
         path = fetch(*parse_hub_id(source, expected), files)
     if not (path / "config.json").is_file():
-        raise ValueError(f"{shown(source)}: no config.json there; expected {expected}")
+        raise ValueError(f"{source_name(source)}: no config.json there; expected {expected}")
     return path
 
 
@@ -117,14 +117,14 @@ def parse_hub_id(source: str | Path, expected: str) -> tuple[str, str | None]:
         return match["repository"], match["revision"]
     if "://" in str(source):
         raise ValueError(
-            f"{shown(source)}: an address, not a path; mount a bucket with gcsfuse and give the folder "
+            f"{source_name(source)}: an address, not a path; mount a bucket with gcsfuse and give the folder "
             "(docs/training.md)"
         )
     missing = "no such file or folder; " if re.search(r"[/\\~]|\.gguf$", str(source)) else ""
-    raise ValueError(f"{shown(source)}: {missing}expected {expected}")
+    raise ValueError(f"{source_name(source)}: {missing}expected {expected}")
 
 
-def shown(source: str | Path) -> str:
+def source_name(source: str | Path) -> str:
     """A source as an error names it."""
     return printable(str(source), 300)
 
