@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import os
+import select
 import shlex
 import sys
 import time
 from pathlib import Path
 
+from .config import printable, shorten
+
+LONGEST_LINE = 4000  # characters of an error or a report
 BASE = "base"  # the tenant that is the base model
 #: Options of evaluate that a CONFIG does not go with.
 MANY_ALONE = (
@@ -23,13 +28,25 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command. Its exit code: 0; 1 if the quickstart fell short, a tenant's loss was not finite, or some lines
-    of a job were answered with errors; 2 for a user's mistake; 130 for Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    of a job were answered with errors; 2 for a user's mistake; 130 for Ctrl-C; 141 if the reader of the output has
+    closed it, as `head` does."""
+    try:
+        try:
+            return run(sys.argv[1:] if arguments is None else arguments)
+        finally:  # of --help too
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left of it goes at the exit
+        return 141
+
+
+def run(arguments: list[str]) -> int:
     options = parse(arguments)
     options.command_line = shlex.join(["para-jax", *arguments])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -37,14 +54,23 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except (ValueError, OSError) as error:
-        if os.environ.get("PARA_JAX_TRACEBACK"):
+        if os.environ.get("PARA_JAX_TRACEBACK") or (isinstance(error, BrokenPipeError) and output_is_closed()):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        print("para-jax: error: " + "\n".join(lines[:2]), file=sys.stderr)
+        print("para-jax: error: " + "\n".join(printable(line, LONGEST_LINE) for line in lines[:2]), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("para-jax: interrupted", file=sys.stderr)
         return 130
+
+
+def output_is_closed() -> bool:
+    """Whether it is standard output, and no other pipe, that nobody reads any more."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    asked = select.poll()
+    asked.register(sys.stdout.fileno(), 0)
+    return bool(asked.poll(0))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -54,16 +80,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options, rest = parser().parse_known_args(arguments)
     overrides = [text for text in rest if hasattr(options, "overrides") and not text.startswith("-")]
     if len(overrides) < len(rest):
-        parser().error(f"unknown argument {next(text for text in rest if text not in overrides)!r}")
+        parser().error(f"unknown argument {shorten(next(text for text in rest if text not in overrides))}")
     if overrides:
         options.overrides = [*options.overrides, *overrides]
     return options
+
+
+def installed_version() -> str:
+    try:
+        return importlib.metadata.version("para_jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a source folder that is not installed"
 
 
 def parser() -> argparse.ArgumentParser:
     top = Parser(
         prog="para-jax", description="Fine-tune and serve one frozen language model for many tenants with PARA."
     )
+    top.add_argument("--version", action="version", version=f"para-jax {installed_version()}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
 
     def command(name: str, run, help: str) -> argparse.ArgumentParser:
@@ -553,9 +587,10 @@ def run_inspect(options) -> None:
     from .config import load_config
     from .reports import data_report, folder_report
 
-    print(
+    found = (
         data_report(load_config(options.target, options.overrides)) if options.data else folder_report(options.target)
     )
+    print("\n".join(printable(line, LONGEST_LINE) for line in found.splitlines()))  # what others wrote is in it
 
 
 def run_convert(options) -> None:

@@ -575,8 +575,8 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     except (OmegaConfBaseException, TypeError, ValueError, IndexError, AssertionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         key = getattr(error, "full_key", None)
-        place = f"config{f' {file}' if file else ''}: {f'{key}: ' if key else ''}"
-        raise ValueError(place + printable(shown(lines[0]))) from None
+        said = f"{key}: {lines[0]}" if key else lines[0]
+        raise ValueError(f"config{f' {file}' if file else ''}: {printable(shown(said))}") from None
     return to_dataclass(found, template)
 
 
@@ -637,7 +637,10 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
 
 def shorten(value: object, width: int = 80) -> str:
     """A value as an error shows it: bounded, and without raw control characters."""
-    text = repr(value[: width + 1] if isinstance(value, str) else value)
+    try:
+        text = repr(value[: width + 1] if isinstance(value, str) else value)
+    except (RecursionError, ValueError):  # nested too deep; a number of too many digits
+        text = f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -701,7 +704,7 @@ def hidden(value: Any) -> Any:
     """The values with their texts written so that OmegaConf takes none of them for a reference (`${...}`, to the
     environment even) or for a missing value (???)."""
     if isinstance(value, dict):
-        return {name: hidden(inner) for name, inner in value.items()}
+        return {hidden(name): hidden(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [hidden(inner) for inner in value]
     if not isinstance(value, str):

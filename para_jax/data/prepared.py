@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import expanded
+from ..config import expanded, printable, shorten
 
 SCHEME = "tfds:"
 CATALOG = "https://www.tensorflow.org/datasets/catalog"
@@ -53,7 +53,7 @@ def parse(source: str) -> tuple[str, str | None]:
     """NAME[/CONFIG] and the split of a source, None where it names none."""
     found = re.fullmatch(SCHEME + r"(\w+(?:/[\w.+-]+)*)(?::(.+))?", source)
     if not found or ".." in found[1].split("/"):
-        raise ValueError(f"{source!r} is not possible; expected tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:SPLIT")
+        raise ValueError(f"{shorten(source)} is not possible; expected tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:SPLIT")
     return found[1], found[2]
 
 
@@ -73,7 +73,7 @@ def find(source: str, split: str, data_dir: str | None) -> Prepared:
     except ValueError:
         there = ", ".join(builder_of(folder).info.splits)
         raise ValueError(
-            f"{SCHEME}{name}: no split {named!r}; expected one of {there}, or a part: train[:90%]"
+            f"{SCHEME}{name}: no split {shorten(named)}; expected one of {there}, or a part: train[:90%]"
         ) from None
     return Prepared(name, folder, named)
 
@@ -198,7 +198,7 @@ def reason(error: BaseException) -> str:
             package = cause.name.partition(".")[0]
             return f"to prepare it, {package} is needed, which is not installed: `pip install {package}`"
         cause = cause.__cause__
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = printable((str(error).strip().splitlines() or [type(error).__name__])[0])
     if "not found" in line:  # such a name or config; what follows lists hundreds
         line = f"{line.partition('. ')[0].rstrip('.')}; {CATALOG} lists them"
     return f"it can't be prepared: {line}"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import DataSection, expanded
+from ..config import DataSection, expanded, printable, shorten
 from .examples import (
     Example,
     Prompt,
@@ -19,8 +19,10 @@ from .examples import (
     split_conversation,
 )
 from .prepared import Prepared, find, find_beside, is_tfds, parse
-from .tasks import TASKS, TFDS_TASKS, field
+from .tasks import TASKS, TFDS_TASKS, field, names_of
 
+#: Bytes of a line of JSON.
+MAX_LINE = 2**26
 SPLITS = ("train", "validation", "test")
 
 
@@ -107,7 +109,7 @@ def read_prompts(path: Path | str) -> list[Prompt]:
         try:
             ready = "prompt" in row or "messages" not in row
             prompts += [column(row, "prompt")] if ready else [found[0] for found in row_fields(row, {})]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
     if not prompts:
         raise ValueError(f"{path}: the data set is empty")
@@ -144,7 +146,7 @@ def records_of(
 ) -> list[Record]:
     """The records of rows with their places, by a task's function or by templates, as in `read_records`."""
     if task is not None and task not in TASKS:
-        raise ValueError(f"data.task: {task!r} is not possible; expected one of {', '.join(TASKS)}")
+        raise ValueError(f"data.task: {shorten(task)} is not possible; expected one of {', '.join(TASKS)}")
     templates = {"prompt": prompt, "completion": completion}
     for name, template in templates.items():
         template_fields(f"data.{name}", template or "")
@@ -157,7 +159,7 @@ def records_of(
             else:
                 found = row_fields(row, templates)
             records += [Record(p, c, refs, None if label is None else str(label), place) for p, c, refs, label in found]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
     if not records:
         raise ValueError(f"{source}: the data set is empty")
@@ -175,11 +177,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Each line's "file:line" and object; empty lines are passed over."""
     if not path.is_file():
         raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a .jsonl file")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+            place = f"{path}:{number}"
+            if len(line) > MAX_LINE:
+                raise ValueError(f"{place}: the line is longer than {MAX_LINE} bytes")
             if not line.strip():
                 continue
-            place = f"{path}:{number}"
             try:
                 row = json.loads(line)
                 require_unicode("a text", row)  # half a surrogate pair is JSON
@@ -212,10 +216,9 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
 def column(row: dict, name: str) -> Prompt:
     """The column `prompt` or `completion`: text, or messages."""
     if name not in row and "messages" not in row:
-        there = ", ".join(row) or "none"
         raise ValueError(
-            f"no field {name!r}; set data.{name} to a template over the fields there are: {there}; or, where no config "
-            "is given, rename the field"
+            f"no field {name!r}; set data.{name} to a template over the fields there are: {names_of(row)}; or, where "
+            "no config is given, rename the field"
         )
     value = field(row, name)
     return value if isinstance(value, str) else checked_messages(name, value)
@@ -225,7 +228,7 @@ def references(row: dict, completion: str) -> tuple[str, ...]:
     """The column `references`, a list of accepted answers; without one, the completion."""
     given = row.get("references") or [completion]
     if not isinstance(given, list) or not all(isinstance(answer, str) for answer in given):
-        raise ValueError(f"references: {given!r:.80} is not possible; expected a list of texts")
+        raise ValueError(f"references: {shorten(given)} is not possible; expected a list of texts")
     return tuple(given)
 
 
@@ -250,10 +253,11 @@ def template_fields(where: str, template: str) -> list[tuple[str, str | None]]:
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"{where}: {template!r}: {error}; a brace itself is written {{{{ or }}}}") from None
+        raise ValueError(f"{where}: {shorten(template)}: {error}; a brace itself is written {{{{ or }}}}") from None
     for _, name, spec, conversion in parsed:
         if name is not None and (not name or spec or conversion or set(name) & set(".[]")):
-            raise ValueError(f"{where}: {template!r}: only plain {{column}} is possible, found {{{name}}}")
+            wrong = printable(f"{{{name}}}", 80)
+            raise ValueError(f"{where}: {shorten(template)}: only plain {{column}} is possible, found {wrong}")
     return [(literal, name) for literal, name, _, _ in parsed]
 
 

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..config import printable, shorten
+
 Fields = tuple[str, str, tuple[str, ...]]
 """prompt, completion, references (every accepted answer)"""
 
@@ -51,7 +53,7 @@ def squad(row: dict) -> Fields:
     answers = field(row, "answers")
     answers = field(answers, "text") if isinstance(answers, dict) else answers
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise ValueError(f'answers: {answers!r} is not possible; expected a list of texts, or {{"text": it}}')
+        raise ValueError(f'answers: {shorten(answers)} is not possible; expected a list of texts, or {{"text": it}}')
     return f"Context:\n{text(row, 'context')}\nQuestion:\n{text(row, 'question')}", answers[0], tuple(answers)
 
 
@@ -77,7 +79,9 @@ def gsm8k(row: dict) -> Fields:
     then "#### " and the number."""
     steps, mark, number = text(row, "answer").rpartition("####")
     if not mark or not number.strip():
-        raise ValueError(f"answer: {row['answer']!r:.80} is not possible; expected the steps, then #### and the number")
+        raise ValueError(
+            f"answer: {shorten(row['answer'])} is not possible; expected the steps, then #### and the number"
+        )
     solution = re.sub(r"<<[^<>]*>>", "", steps).strip()
     prompt = (
         f"Question: {text(row, 'question')}\n"
@@ -102,7 +106,9 @@ def wikisql(row: dict) -> Fields:
         wanted = f"{WIKISQL_AGGREGATES[how]}({header[chosen]})" if how else header[chosen]
         tests = [f"{header[c]} {WIKISQL_OPERATORS[o]} '{str(value).lower()}'" for c, o, value in conditions]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise ValueError(f"sql: {row['sql']!r:.80} is not possible; expected indices into the table's header") from None
+        raise ValueError(
+            f"sql: {shorten(row['sql'])} is not possible; expected indices into the table's header"
+        ) from None
     query = f"SELECT {wanted} FROM table" + (f" WHERE {' AND '.join(tests)}" if tests else "")
     columns = ", ".join(sorted(header))
     return f"Columns: {columns}\nQuestion: {text(row, 'question')}\nSQL:", query, (query,)
@@ -155,22 +161,28 @@ TFDS_TASKS = {
 def field(row: dict, name: str) -> object:
     """A row's field; the error of a missing one lists those there are."""
     if name not in row:
-        raise ValueError(f"no field {name!r}; the fields there are: {', '.join(map(str, row)) or 'none'}")
+        raise ValueError(f"no field {shorten(name)}; the fields there are: {names_of(row)}")
     return row[name]
+
+
+def names_of(row: dict) -> str:
+    """A row's fields as an error lists them: the first twenty."""
+    more = f" ... ({len(row)} in all)" if len(row) > 20 else ""
+    return ", ".join(printable(str(name), 80) for name in list(row)[:20]) + more or "none"
 
 
 def part(row: dict, name: str, inner: str) -> Any:
     """A field of a row's field."""
     held = field(row, name)
     if not isinstance(held, dict) or inner not in held:
-        raise ValueError(f"{name}: {held!r:.80} is not possible; expected an object with {inner}")
+        raise ValueError(f"{name}: {shorten(held)} is not possible; expected an object with {inner}")
     return held[inner]
 
 
 def text(row: dict, name: str) -> str:
     value = field(row, name)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name}: {value!r} is not possible; expected text")
+        raise ValueError(f"{name}: {shorten(value)} is not possible; expected text")
     return value.strip()
 
 
@@ -178,5 +190,5 @@ def choice(row: dict, name: str, names: tuple[str, str]) -> str:
     """The name of a label 0 or 1, or of false or true."""
     value = field(row, name)
     if not isinstance(value, int) or value not in (0, 1):
-        raise ValueError(f"{name}: {value!r} is not possible; expected 0 or 1, or false or true")
+        raise ValueError(f"{name}: {shorten(value)} is not possible; expected 0 or 1, or false or true")
     return names[value]

@@ -10,8 +10,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from ..config import require, shorten
 from ..gguf import GgufFile
-from ..hub import resolve_tokenizer
+from ..hub import CONFIG_FILES, MAX_TEXT_BYTES, TOKENIZER_FILES, resolve_tokenizer
+from .examples import failures
+
+#: Characters of a token in a GGUF file.
+MAX_TOKEN = 1024
 
 # A GGUF file's token types (llama.cpp's enum llama_token_type).
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -43,44 +48,66 @@ IGNORES_MERGES = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 def load_tokenizer(source: str | Path):
-    """The tokenizer of a backbone's source: a folder, a hub id, a .gguf file or a built-in name."""
+    """The tokenizer of a backbone's source: a folder, a hub id, a .gguf file or a built-in name.
+
+    Raises ValueError that names the source for files that are missing, too large, or describe no tokenizer.
+    """
     path = resolve_tokenizer(source)
     if path.is_file():
         return gguf_tokenizer(GgufFile(path))
+    require_moderate(path)
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # of many kinds; tokenizers raises bare Exceptions for a file it can't read
-        lines = str(error).strip().splitlines()
-        raise ValueError(f"{source}: no tokenizer can be loaded from there: {lines[0] if lines else error!r}") from None
+    with failures(f"{source}: no tokenizer can be loaded from there"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    require_working(str(source), tokenizer)
+    return tokenizer
+
+
+def require_moderate(folder: Path) -> None:
+    """Raises ValueError for a file that transformers would read whole and that is too large for a tokenizer's."""
+    for file in (file for pattern in CONFIG_FILES + TOKENIZER_FILES for file in folder.glob(pattern)):
+        if file.stat().st_size > MAX_TEXT_BYTES:
+            raise ValueError(f"{file}: larger than {MAX_TEXT_BYTES} bytes, which no tokenizer needs")
+
+
+def require_working(source: str, tokenizer) -> None:
+    """Raises ValueError for settings that transformers takes as they are, and that fail only when they are used."""
+    longest = tokenizer.model_max_length
+    number = isinstance(longest, int | float) and not isinstance(longest, bool) and longest > 0
+    require(number, f"{source}: model_max_length", longest, "a number of tokens above 0; see tokenizer_config.json")
+    with failures(f"{source}: its tokenizer fails on an empty text"):
+        tokenizer.decode(tokenizer("", verbose=False)["input_ids"], skip_special_tokens=True)
 
 
 def gguf_tokenizer(file: GgufFile):
     """The tokenizer that a GGUF file's metadata describes, as a transformers.PreTrainedTokenizerFast."""
     from transformers import PreTrainedTokenizerFast
 
-    try:
+    with failures(f"{file.path}: the tokenizer can't be built"):  # metadata may have any type
         found = file.tokenizer
         found["tokens"], found["token_type"] = found.get("tokens") or [], found.get("token_type") or []
         if len(found["tokens"]) != len(set(found["tokens"])) or len(found["token_type"]) != len(found["tokens"]):
             raise ValueError("tokens that are missing, doubled, or without a type")
+        longest = max(map(len, found["tokens"]), default=0)
+        if longest > MAX_TOKEN:  # each place where it could be cut is looked at
+            raise ValueError(f"a token of {longest} characters")
         special = {kind: special_token(found, kind) for kind in ("bos", "eos", "unknown", "padding")}
         backend = build(file.architecture, found)
         add_tokens(backend, found)
         add_post_processor(backend, found, special)
-    except (ValueError, TypeError, AttributeError) as error:  # metadata may have any type
-        raise ValueError(f"{file.path}: the tokenizer can't be built: {error}") from None
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=special["bos"],
-        eos_token=special["eos"],
-        unk_token=special["unknown"],
-        pad_token=special["padding"],
-        chat_template=found.get("chat_template"),
-        model_max_length=file.config["max_position_embeddings"],
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            bos_token=special["bos"],
+            eos_token=special["eos"],
+            unk_token=special["unknown"],
+            pad_token=special["padding"],
+            chat_template=found.get("chat_template"),
+            model_max_length=file.config["max_position_embeddings"],
+            clean_up_tokenization_spaces=False,
+        )
+    require_working(str(file.path), tokenizer)
+    return tokenizer
 
 
 def special_token(found: dict[str, Any], kind: str) -> str | None:
@@ -88,7 +115,7 @@ def special_token(found: dict[str, Any], kind: str) -> str | None:
     if index is None:
         return None
     if not isinstance(index, int) or not 0 <= index < len(found["tokens"]):
-        raise ValueError(f"{kind}_token_id {index!r} is not among the {len(found['tokens'])} tokens")
+        raise ValueError(f"{kind}_token_id {shorten(index)} is not among the {len(found['tokens'])} tokens")
     return found["tokens"][index]
 
 
@@ -98,7 +125,7 @@ def build(architecture: str, found: dict[str, Any]):
         return byte_level(found)
     if model == "llama":
         return sentencepiece(found, gemma=architecture == "gemma3")
-    raise ValueError(f"the tokenizer model {model!r} is not supported (gpt2 and llama are)")
+    raise ValueError(f"the tokenizer model {shorten(model)} is not supported (gpt2 and llama are)")
 
 
 def byte_level(found: dict[str, Any]):
@@ -107,7 +134,7 @@ def byte_level(found: dict[str, Any]):
 
     pre = str(found.get("pre", "default"))
     if pre not in SPLITS:
-        raise ValueError(f"the pre-tokenizer {pre!r} is not known (known: {', '.join(SPLITS)})")
+        raise ValueError(f"the pre-tokenizer {shorten(pre)} is not known (known: {', '.join(SPLITS)})")
     merges = [tuple(merge.split(" ")) for merge in found.get("merges", [])]
     tokenizer = Tokenizer(bpe(found["tokens"], merges, ignore_merges=pre in IGNORES_MERGES))
     if SPLITS[pre] in ("", "digits"):
@@ -164,10 +191,7 @@ def score_merges(found: dict[str, Any]) -> list[tuple[str, str]]:
 def bpe(tokens: list[str], merges: list[tuple[str, str]], **options):
     from tokenizers.models import BPE
 
-    try:
-        return BPE({token: index for index, token in enumerate(tokens)}, merges, **options)
-    except Exception as error:  # tokenizers raises bare Exceptions: a merge of tokens that are not in the vocabulary
-        raise ValueError(str(error)) from None
+    return BPE({token: index for index, token in enumerate(tokens)}, merges, **options)
 
 
 def add_tokens(tokenizer, found: dict[str, Any]) -> None:

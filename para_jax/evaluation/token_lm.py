@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from ..config import shorten
-from ..data.examples import encode, encode_completion, without_added_eos
+from ..data.examples import encode, render, turn_stop_ids, without_added_eos
 from ..devices import say
 from ..inference.sampling import derived_seed
 from ..serving.request import check_request
@@ -167,17 +166,11 @@ class TokenLM(TemplateLM):
     def _chats(self) -> None:
         """From now on, contexts are chats, whose answers end with the turn."""
         if self._stop_ids is None:
-            self._stop_ids = end_of_turn(self.tokenizer)
+            self._stop_ids = turn_stop_ids(self.tokenizer, [{"role": "user", "content": "a"}])
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         how = dict(add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
-        except Exception as error:  # of any kind: a template is a program that came with the backbone
-            raise ValueError(
-                f"the tokenizer's chat template refuses {shorten(messages)}: {type(error).__name__}: "
-                f"{shorten(str(error))}"
-            ) from error
+        return render(self.tokenizer, messages, **how)
 
     @property
     def tokenizer_name(self) -> str:
@@ -185,11 +178,3 @@ class TokenLM(TemplateLM):
         self._chats()  # lm-eval asks for the name where they are chats
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:8]
         return f"{self.tokenizer.name_or_path or 'tokenizer'}-{template}".replace("/", "__")
-
-
-def end_of_turn(tokenizer) -> tuple[int, ...]:
-    """The id with which the chat template ends an answer; none where it refuses a chat of two words."""
-    try:
-        return (encode_completion(tokenizer, [{"role": "user", "content": "a"}], "a")[-1],)
-    except ValueError:
-        return ()

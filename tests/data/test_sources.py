@@ -4,6 +4,7 @@ import pytest
 import tiny_tokenizers
 
 from para_jax.config import DataSection
+from para_jax.data import sources
 from para_jax.data.examples import encode_example
 from para_jax.data.sources import SPLITS, Record, encode_records, load_records, read_records, source_of
 
@@ -225,3 +226,48 @@ def test_an_example_that_can_not_be_encoded_names_its_place():
     record = Record([{"role": "system", "content": "yes"}], "no", ("no",), None, "file:4")
     with pytest.raises(ValueError, match="file:4: .*no system role"):
         encode_records([record], tiny_tokenizers.with_bos(), DataSection())
+
+
+# --------------------------------------------------------------------------------------------------------- hostile rows
+
+ESCAPE = "\x1b]0;owned\x07"
+NESTED = "[" * 800 + "]" * 800
+HOSTILE_ROWS = [
+    '{"%s": 1}' % ("x" * 100000),
+    json.dumps({ESCAPE: 1}),
+    json.dumps({f"column {i}": 1 for i in range(5000)}),
+    json.dumps({"prompt": [ESCAPE], "completion": "a"}),
+    json.dumps({"prompt": [{"role": ESCAPE, "content": [ESCAPE]}], "completion": "a"}),
+    json.dumps({"prompt": "a", "completion": {ESCAPE: 1}}),
+    json.dumps({"prompt": "a", "completion": "b", "references": [ESCAPE, [1] * 9999]}),
+    f'{{"prompt": "a", "completion": "b", "references": {NESTED}}}',
+    f'{{"prompt": {NESTED}, "completion": "b"}}',
+    '{"prompt": "a", "completion": "b", "label": %s}' % ("[" * 100000),
+    '{"prompt": %s, "completion": "b"}' % ("9" * 5000),
+    json.dumps({"messages": [{"role": ESCAPE * 9999}]}),
+    "\x1b",
+    '{"prompt": "\\ud83d"}',
+]
+
+
+@pytest.mark.parametrize("row", HOSTILE_ROWS)
+@pytest.mark.parametrize("task", [None, "squad", "wikisql", "boolq", "gsm8k"])
+def test_an_error_of_a_row_names_its_place_is_short_and_has_no_character_that_a_terminal_acts_on(tmp_path, row, task):
+    file = write(tmp_path, {"prompt": "a", "completion": "b"}, row)
+    with pytest.raises(ValueError, match="data.jsonl:2: ") as error:
+        read_records(file, task=task)
+    assert str(error.value).isprintable() and len(str(error.value)) < 2500
+
+
+@pytest.mark.parametrize("form", [dict(prompt="{" + ESCAPE + "!r}"), dict(prompt="{" + ESCAPE), dict(task=ESCAPE)])
+def test_an_error_of_a_template_has_no_character_that_a_terminal_acts_on(tmp_path, form):
+    with pytest.raises(ValueError, match="data.(prompt|task)") as error:
+        read_records(write(tmp_path, {"prompt": "a", "completion": "b"}), **form)
+    assert str(error.value).isprintable()
+
+
+def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_LINE", 100)
+    file = write(tmp_path, {"prompt": "a", "completion": "b"}, {"prompt": "a" * 100, "completion": "b"})
+    with pytest.raises(ValueError, match="data.jsonl:2: the line is longer than 100 bytes"):
+        read_records(file)

@@ -169,6 +169,18 @@ def test_an_answer_keeps_its_spaces(monkeypatch):
     assert seen == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
+def test_a_written_answer_ends_at_a_chats_end_token_too(monkeypatch):
+    """Which ends the completions of its examples, and need not be EOS."""
+    from para_jax.evaluation import evaluate as module
+
+    stops = []
+    monkeypatch.setattr(module, "generate_tokens", lambda *a, stop_ids, **s: stops.append(set(stop_ids)) or [[9]] * 2)
+    examples = [Example([3], [4, 7]), Example([3], [5, 7])]
+    task = EvalTask("t", [], batch_size=2)
+    found = module.written_answers(model(), lambda rows: None, examples, [0, 1], [True, False], task, tokenizer())
+    assert {7, tokenizer().eos_token_id} <= stops[0] and found == {0: "w4", 1: "w9"}
+
+
 def test_the_factors_of_ranked_choices_are_those_of_the_prompt_alone(records, monkeypatch):
     """The vectors never see the continuation: all choices of a prompt are ranked with the same ones."""
     from para_jax.evaluation import evaluate as module

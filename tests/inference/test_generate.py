@@ -184,6 +184,25 @@ def test_text_ends_before_a_stop_text_that_is_a_special_token(model, tokenizer):
     assert (answer.text, answer.finish_reason, len(answer.tokens)) == ("".join(written[:at]), "stop", at)
 
 
+def test_a_chat_ends_before_its_templates_end_token_and_a_text_beside_it_goes_on(model, tokenizer):
+    """The same prompt ids as text and as chat, in one batch."""
+    written = [f"w{i}" for i in write(model, None, PROMPTS[:1], count=20)[0]]
+    special, at = deepcopy(tokenizer), written.index(written[5])
+    special.add_special_tokens({"additional_special_tokens": [written[5]]})
+    answer = "{{ ' ' + m.content + ' " + written[5] + "' }}"
+    special.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}" + answer + "{% endif %}{% endfor %}"
+    )
+    asked = ["w7 w8 w9", [{"role": "user", "content": "w7 w8 w9"}]]
+    expected = ["".join(word for word in written if word != written[5]), "".join(written[:at])]
+    assert generate(model, asked, tokenizer=special, max_new_tokens=20) == expected
+    assert generate(model, asked[1:], tokenizer=special, max_new_tokens=20) == expected[1:]
+    engine = Engine(model, None, special, slots=2, max_length=64)
+    for i, prompt in enumerate(asked):
+        engine.submit(Request(prompt, max_new_tokens=20, id=i))
+    assert [answer.text for answer in sorted(engine.run())] == expected
+
+
 def test_text_ends_before_the_end_token_of_config_or_tokenizer(model, tokenizer):
     expected = golden("llama")
     prompts = [ids[:n].tolist() for ids, n in zip(expected["input_ids"], expected["lengths"], strict=True)]
