@@ -1,0 +1,29 @@
+"""Hostile input is refused by name or answered right; nothing else is possible (docs/reliability.md)."""
+
+import pytest
+
+from .runner import campaign, counts, failures, workers
+from .targets import TARGETS
+
+
+@pytest.fixture(scope="module")
+def team():
+    with workers(2) as made:
+        yield made
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_first_cases_are_refused_by_name_or_answered_right(team, target):
+    outcomes = campaign(team, target, range(TARGETS[target].short))
+    if failed := failures(target, outcomes):
+        pytest.fail(failed, pytrace=False)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("target", TARGETS)
+def test_many_cases_are_refused_by_name_or_answered_right(team, target, request, record_property):
+    cases = round(request.config.getoption("--fuzz-cases") * TARGETS[target].share)
+    outcomes = campaign(team, target, range(cases))
+    record_property("fuzz", {target: counts(outcomes)})
+    if failed := failures(target, outcomes):
+        pytest.fail(failed, pytrace=False)
