@@ -1,7 +1,6 @@
 """Backbone folders: config.json of every family, safetensors in one file and in shards, and the index."""
 
 import json
-import math
 import random
 import shutil
 from functools import cache, partial
@@ -51,6 +50,10 @@ def config(draw: random.Random, folder: Path) -> Trial:
     file.write_bytes(mutate.json_text(draw, said, (*UNSUPPORTED, *SAME, *SOFTCAPS, "rope_scaling", "layer_types")))
     if draw.random() < 0.05:
         mutate.file(draw, file)
+    elif draw.random() < 0.03:  # more layers than there are weights for
+        file.write_text(
+            json.dumps(said | {"num_hidden_layers": draw.choice((40, 1000, 10_000, 2**31)), "layer_types": None})
+        )
 
     def run():
         if draw.random() < 0.5:

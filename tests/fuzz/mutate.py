@@ -72,12 +72,14 @@ def tree(draw: random.Random, original: Any, extra: tuple[str, ...] = ()) -> Any
     """A JSON tree with one to three changes; keys that are added come from `extra` too."""
     made = deepcopy(original)
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
-        node, key = draw.choice(places(made) or [({}, "a")])
+        if not places(made):
+            return value(draw)
+        node, key = draw.choice(places(made))
         change = draw.choice(("value", "near", "near", "remove", "add", "swap"))
         if change == "value":
             node[key] = value(draw)
         elif change == "near":
-            node[key] = near(draw, node.get(key) if isinstance(node, dict) else node[key])
+            node[key] = near(draw, node[key])
         elif change == "remove":
             del node[key]
         elif change == "add" and isinstance(node, dict):
@@ -142,11 +144,14 @@ def data(draw: random.Random, original: bytes) -> bytes:
     return bytes(made)
 
 
-def file(draw: random.Random, path: Path) -> None:
+KINDS = ("missing", "empty", "folder", "link", "loop", "device", "pipe", "elsewhere", "sparse")
+
+
+def file(draw: random.Random, path: Path, kinds: tuple[str, ...] = KINDS) -> None:
     """What stands at a path becomes something else than the file that was there."""
     kept = path.read_bytes() if path.is_file() else b""
     path.unlink()
-    kind = draw.choice(("missing", "empty", "folder", "link", "loop", "device", "pipe", "sparse", "elsewhere"))
+    kind = draw.choice(kinds)
     if kind == "empty":
         path.touch()
     elif kind == "folder":

@@ -73,8 +73,6 @@ def serve(pipe, log: str) -> None:
     stream = open(log, "w")  # noqa: SIM115
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
-    with suppress(ValueError, OSError):  # a system without such a limit
-        resource.setrlimit(resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
     prepare()
 
     def began():
@@ -93,7 +91,10 @@ def serve(pipe, log: str) -> None:
 
 
 def prepare() -> None:
-    """What a process needs before it runs cases: no network, a cache folder of its own, and a secret to be kept."""
+    """What a process needs before it runs cases: a limit of memory, no network, a cache folder of its own, and a secret
+    to be kept."""
+    with suppress(ValueError, OSError):  # a system without such a limit
+        resource.setrlimit(resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
     os.environ |= dict([SECRET]) | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     cache = tempfile.mkdtemp(prefix="fuzz-cache-")
     os.environ |= {"XDG_CACHE_HOME": cache, "HF_HOME": cache}

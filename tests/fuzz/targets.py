@@ -3,7 +3,7 @@
 from functools import partial
 from typing import NamedTuple
 
-from . import adapters, backbones
+from . import adapters, backbones, configs, gguf_files, names, rows, tokenizer_folders
 from .cases import Target
 
 
@@ -22,4 +22,11 @@ TARGETS: dict[str, Aim] = {
     "adapter-bank": Aim(adapters.bank),
     "backbone-config": Aim(backbones.config),
     "backbone-weights": Aim(backbones.weights),
+    "config": Aim(configs.config, share=2.0, short=60),
+    "rows": Aim(rows.rows, share=2.0, short=60),
+    "gguf": Aim(gguf_files.model),
+    "gguf-tokenizer": Aim(gguf_files.tokenizer),
+    "tokenizer": Aim(tokenizer_folders.tokenizer),
+    "chat-template": Aim(tokenizer_folders.template, share=0.5, short=20),
+    "name": Aim(names.name),
 }

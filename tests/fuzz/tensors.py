@@ -112,7 +112,8 @@ def offsets(draw: random.Random, entries: Entries) -> None:
     by = draw.choice((1, 4, -4, 8, stop - start, 2**40, -(2**40)))
     entry["data_offsets"] = draw.choice((
         [start + by, stop + by], [start, stop + by], [start + by, stop], list(other["data_offsets"]), [stop, start],
-        [0, stop - start], [start], [float(start), float(stop)], [str(start), stop], None, [True, stop], mutate.value(draw),
+        [0, stop - start], [start], [float(start), float(stop)], [str(start), stop], None, [True, stop],
+        mutate.value(draw),
     ))  # fmt: skip
     if draw.random() < 0.3:
         other["data_offsets"] = [start, stop]
