@@ -8,8 +8,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from data.test_tokenizer import byte_level_gguf
 from test_gguf import write_gguf
+from test_tokenizer import byte_level_gguf
 
 from para_jax import load_backbone
 from para_jax.data.examples import encode_prompt

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from data.tiny_tokenizers import own_space, plain, with_bos
+from tiny_tokenizers import own_space, plain, with_bos
 
 from para_jax.config import DataSection
 from para_jax.data.sources import encode_records, read_records

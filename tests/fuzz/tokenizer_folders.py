@@ -6,7 +6,7 @@ import random
 from functools import cache
 from pathlib import Path
 
-from data.tiny_tokenizers import CHATML, INST, TURNS, own_space, plain, with_bos
+from tiny_tokenizers import CHATML, INST, TURNS, own_space, plain, with_bos
 from tokenizers import Tokenizer
 
 from para_jax.data.examples import encode_example, encode_prompt, stop_token_ids
@@ -96,8 +96,8 @@ PIECES = (
     "{{ raise_exception('\x1b]0;owned\x07' * 5000) }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
     "{{ '{0.__class__}'.format(1) }}", "{{ strftime_now('%Y') }}", "{{ strftime_now(5) }}", "{{ messages | tojson }}",
     "{{ messages | map(attribute='x') | sort }}", "{{ [1, 'a'] | sort }}", "{{ dict(a=1) | first | int }}", "{{",
-    "{% for %}", "{% if %}", "{{ 'a'.encode() }}", "{{ '\\ud83d' }}", "{{ none + 1 }}", "{{ none.x }}", "{{ [] | first.x }}",
-    "{{ messages.append(messages) }}", "{{ messages[0].update({'content': 5}) }}", "{{ messages.clear() }}", "",
+    "{% for %}", "{% if %}", "{{ 'a'.encode() }}", "{{ '\\ud83d' }}", "{{ none + 1 }}", "{{ none.x }}",
+    "{{ [] | first.x }}", "{{ messages.append(messages) }}", "{{ messages[0].update({'content': 5}) }}", "{{ messages.clear() }}", "",
     "{{ (" + "(" * 300 + "1" + ")" * 300 + ") }}", "{{ self }}", "{{ self.x() }}", "{{ caller() }}", "{{ loop.index }}",
     "{% generation %}a{% endgeneration %}", "{{ config }}", "{{ environ }}", "{{ messages | pprint | wordwrap(1) }}",
     "{{ 'x' | center(999999999) }}", "{{ ('a' * 50000) | replace('', 'b' * 50000) }}", "{{ 'a' | indent(999999999) }}",
