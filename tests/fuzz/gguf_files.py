@@ -52,7 +52,7 @@ def model(draw: random.Random, folder: Path) -> Trial:
             if not any(np.array_equal(np.sort(ours, None), held) for held in theirs if held.size == ours.size):
                 raise Wrong(f"{name} holds other values than any tensor that the gguf library reads")
 
-    return Trial(lambda: load_backbone(file), (str(file),), check)
+    return Trial(lambda: load_backbone(file), (str(file), "model."), check)
 
 
 def tokenizer(draw: random.Random, folder: Path) -> Trial:

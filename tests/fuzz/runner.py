@@ -7,6 +7,7 @@ import queue
 import resource
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,8 +43,8 @@ class Worker:
         except EOFError:
             self.child.join()
             return Outcome("traceback", f"the process died with code {self.child.exitcode}: {self.stop()}")
-        kind, detail, grown = outcome
-        if grown:
+        kind, detail, spent = outcome
+        if spent:
             self.stop()
         return Outcome(kind, detail)
 
@@ -87,7 +88,8 @@ def serve(pipe, log: str) -> None:
         kind, detail = run_case(target, number, began)
         faulthandler.cancel_dump_traceback_later()
         reset_peak()
-        pipe.send((kind, detail, peak_bytes() > GROWN_BYTES))
+        left_over = kind in FAILURES and threading.active_count() > 1
+        pipe.send((kind, detail, left_over or peak_bytes() > GROWN_BYTES))
 
 
 def prepare() -> None:

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import NamedTuple
 
-from . import adapters, backbones, configs, gguf_files, names, rows, tokenizer_folders
+from . import adapters, backbones, configs, gguf_files, job_lines, names, rows, schedules, tokenizer_folders
 from .cases import Target
 
 
@@ -29,4 +29,7 @@ TARGETS: dict[str, Aim] = {
     "tokenizer": Aim(tokenizer_folders.tokenizer),
     "chat-template": Aim(tokenizer_folders.template, share=0.5, short=20),
     "name": Aim(names.name),
+    "job": Aim(job_lines.jobs),
+    "schedule": Aim(schedules.schedule, share=0.25, short=5),
+    "interrupt": Aim(schedules.interrupts, share=0.25, short=5),
 }

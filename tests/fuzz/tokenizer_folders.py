@@ -97,8 +97,8 @@ PIECES = (
     "{{ '{0.__class__}'.format(1) }}", "{{ strftime_now('%Y') }}", "{{ strftime_now(5) }}", "{{ messages | tojson }}",
     "{{ messages | map(attribute='x') | sort }}", "{{ [1, 'a'] | sort }}", "{{ dict(a=1) | first | int }}", "{{",
     "{% for %}", "{% if %}", "{{ 'a'.encode() }}", "{{ '\\ud83d' }}", "{{ none + 1 }}", "{{ none.x }}",
-    "{{ [] | first.x }}", "{{ messages.append(messages) }}", "{{ messages[0].update({'content': 5}) }}", "{{ messages.clear() }}", "",
-    "{{ (" + "(" * 300 + "1" + ")" * 300 + ") }}", "{{ self }}", "{{ self.x() }}", "{{ caller() }}", "{{ loop.index }}",
+    "{{ [] | first.x }}", "{{ messages.append(messages) }}", "{{ messages[0].update({'content': 5}) }}", "{{ messages.clear() }}",
+    "", "{{ (" + "(" * 300 + "1" + ")" * 300 + ") }}", "{{ self }}", "{{ self.x() }}", "{{ caller() }}", "{{ loop.index }}",
     "{% generation %}a{% endgeneration %}", "{{ config }}", "{{ environ }}", "{{ messages | pprint | wordwrap(1) }}",
     "{{ 'x' | center(999999999) }}", "{{ ('a' * 50000) | replace('', 'b' * 50000) }}", "{{ 'a' | indent(999999999) }}",
 )  # fmt: skip
@@ -122,8 +122,4 @@ def template(draw: random.Random, folder: Path) -> Trial:
             raise Wrong("the template changed what a text prompt is, or whether EOS ends an answer")
         return encode_prompt(found, [dict(message) for message in MESSAGES])
 
-    def check(ids):
-        if len(ids) > 100_000:
-            raise Wrong(f"a prompt of {len(ids)} tokens out of one message")
-
-    return Trial(run, (str(made), "chat template", "prompt"), check)
+    return Trial(run, (str(made), "chat template", "prompt"))
