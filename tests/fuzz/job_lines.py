@@ -46,7 +46,7 @@ def hostile(draw: random.Random) -> bytes:
 
 
 def jobs(draw: random.Random, folder: Path) -> Trial:
-    """Each line is answered once, the good ones as alone; damaged answers are repaired or refused by the file's name."""
+    """Each line is answered once, as it is alone; damaged answers are repaired or refused by the file's name."""
     warm()
     source, output = folder / "in.jsonl", folder / "out.jsonl"
     lines = [
@@ -106,7 +106,7 @@ def require_right(lines: list[bytes], output: Path, first: list[bytes], changed:
 def request_of(text: bytes) -> Request | None:
     """The request of a line whose answer depends on nothing else; None for one that is refused or draws its seed."""
     try:
-        found = json.loads(text)
+        found = json.loads(text.decode())
         found.pop("id", None)
         prompt = found.pop("messages") if "messages" in found else found.pop("prompt")
         stop = found.pop("stop", ())

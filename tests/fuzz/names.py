@@ -16,7 +16,8 @@ from .cases import Trial, Wrong
 NAMES = (
     "user/name", "user/name@main", "user/name@../../x", "user/..", "../..", "user/name@\0", "u\0/n", "~", "~root",
     "~x/y", "~nobody-here/a", ".", "..", "/", "//", "", " ", "gs://bucket/x", "http://x/y", "file:///etc",
-    "C:\\x\\y", "a\\b", "/etc/passwd", "/dev/zero", "/dev/stdin", "/proc/self/mem", "x.gguf", "/dev/null.gguf", "user/x.gguf", "a/b/c",
+    "C:\\x\\y", "a\\b", "/etc/passwd", "/dev/zero", "/dev/stdin", "/proc/self/mem", "x.gguf", "/dev/null.gguf",
+    "user/x.gguf", "a/b/c",
     "user/name@x@y", "-", "--help", "user/name ", " user/name", "user/na me", "úser/näme", "user/" + "n" * 5000,
     "a" * 300, "/" + "a" * 300, "a/" * 3000, "user/name@" + "r" * 5000, "\x1b]0;owned\x07", "user/\x1b[31m", "\ud83d/a",
     "%s/%s", "{0}/{1}", "$HOME/x", "`id`/x", "*/x", "smollm2-135m/x", "SMOLLM2-135M", "models--user--name", "a/b\n/c",

@@ -3,7 +3,19 @@
 from functools import partial
 from typing import NamedTuple
 
-from . import adapters, backbones, configs, gguf_files, job_lines, names, rows, schedules, tokenizer_folders
+from . import (
+    adapters,
+    backbones,
+    command_lines,
+    configs,
+    gguf_files,
+    job_lines,
+    names,
+    rows,
+    run_folders,
+    schedules,
+    tokenizer_folders,
+)
 from .cases import Target
 
 
@@ -30,6 +42,9 @@ TARGETS: dict[str, Aim] = {
     "chat-template": Aim(tokenizer_folders.template, share=0.5, short=20),
     "name": Aim(names.name),
     "job": Aim(job_lines.jobs),
+    "run-report": Aim(run_folders.report),
+    "run-resume": Aim(run_folders.resume, share=0.1, short=5),
+    "command": Aim(command_lines.command, share=0.5, short=15),
     "schedule": Aim(schedules.schedule, share=0.25, short=5),
     "interrupt": Aim(schedules.interrupts, share=0.25, short=5),
 }

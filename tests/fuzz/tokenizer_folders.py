@@ -97,8 +97,10 @@ PIECES = (
     "{{ '{0.__class__}'.format(1) }}", "{{ strftime_now('%Y') }}", "{{ strftime_now(5) }}", "{{ messages | tojson }}",
     "{{ messages | map(attribute='x') | sort }}", "{{ [1, 'a'] | sort }}", "{{ dict(a=1) | first | int }}", "{{",
     "{% for %}", "{% if %}", "{{ 'a'.encode() }}", "{{ '\\ud83d' }}", "{{ none + 1 }}", "{{ none.x }}",
-    "{{ [] | first.x }}", "{{ messages.append(messages) }}", "{{ messages[0].update({'content': 5}) }}", "{{ messages.clear() }}",
-    "", "{{ (" + "(" * 300 + "1" + ")" * 300 + ") }}", "{{ self }}", "{{ self.x() }}", "{{ caller() }}", "{{ loop.index }}",
+    "{{ [] | first.x }}", "{{ messages.append(messages) }}", "{{ messages[0].update({'content': 5}) }}",
+    "{{ messages.clear() }}",
+    "", "{{ (" + "(" * 300 + "1" + ")" * 300 + ") }}", "{{ self }}", "{{ self.x() }}", "{{ caller() }}",
+    "{{ loop.index }}",
     "{% generation %}a{% endgeneration %}", "{{ config }}", "{{ environ }}", "{{ messages | pprint | wordwrap(1) }}",
     "{{ 'x' | center(999999999) }}", "{{ ('a' * 50000) | replace('', 'b' * 50000) }}", "{{ 'a' | indent(999999999) }}",
 )  # fmt: skip
