@@ -79,6 +79,7 @@ def strong(adapter, seed: int = 0, scale: float = 0.1):
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz-cases", type=int, default=100, help="cases of each target of tests/fuzz (slow ones: less)")
+    parser.addoption("--stress-requests", type=int, default=2000, help="requests of the engine's stress in tests/fuzz")
 
 
 def pytest_terminal_summary(terminalreporter):

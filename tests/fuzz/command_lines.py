@@ -120,8 +120,8 @@ def called(folder: Path, arguments) -> tuple[int, str, str]:
     """The exit code of a command in a folder, and what it said on stdout and stderr; the pipe there has a reader."""
     out, error = io.StringIO(), io.StringIO()
     done = threading.Event()
-    if (folder / "pipe").is_fifo():
-        threading.Thread(target=drain, args=(folder / "pipe", done), daemon=True).start()
+    reader = threading.Thread(target=drain, args=(folder / "pipe", done), daemon=True)
+    reader.start()
     os.chdir(folder)
     try:
         with redirect_stdout(out), redirect_stderr(error):
@@ -131,11 +131,14 @@ def called(folder: Path, arguments) -> tuple[int, str, str]:
     finally:
         os.chdir("/")
         done.set()
+        reader.join()
     return code, out.getvalue(), error.getvalue()
 
 
 def drain(pipe: Path, done: threading.Event) -> None:
-    """Reads whatever is written into a pipe until the command has ended."""
+    """Reads whatever is written into a pipe, if there is one, until the command has ended."""
+    if not pipe.is_fifo():
+        return
     descriptor = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     while not done.wait(0.01):
         with suppress(BlockingIOError):

@@ -15,7 +15,10 @@ FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_
 DEFAULTS = Request("", max_new_tokens=4)
 STRANGE = (
     lambda draw: (
-        b'{"prompt": "w20", "id": ' + b"[" * (n := draw.choice((60, 300, 900, 970, 987, 1100))) + b"]" * n + b"}"
+        b'{"prompt": "w20", "id": '
+        + b"[" * (n := draw.choice((60, 300, draw.randint(900, 1000), draw.randint(960, 990))))
+        + b"]" * n
+        + b"}"
     ),
     lambda draw: json.dumps(line(draw) | {"n": draw.choice((0, 128, 129, 10**9))}).encode(),
     lambda draw: json.dumps(line(draw) | {"stop": ["w5"] * draw.choice((16, 17, 50_000))}).encode(),

@@ -85,11 +85,12 @@ def serve(pipe, log: str) -> None:
             target, number = pipe.recv()
         except EOFError:
             return
+        before = threading.enumerate()
         kind, detail = run_case(target, number, began)
         faulthandler.cancel_dump_traceback_later()
         reset_peak()
-        left_over = kind in FAILURES and threading.active_count() > 1
-        pipe.send((kind, detail, left_over or peak_bytes() > GROWN_BYTES))
+        left_over = kind in FAILURES and set(threading.enumerate()) - set(before)  # they would disturb the next case
+        pipe.send((kind, detail, bool(left_over) or peak_bytes() > GROWN_BYTES))
 
 
 def prepare() -> None:

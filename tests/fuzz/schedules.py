@@ -187,11 +187,12 @@ def interrupts(draw: random.Random, folder: Path) -> Trial:
         made = engine(slots)
         asked = {made.submit(request): request for request in requests}
         found = []
-        while made.open:
+        while True:
             try:
                 with interrupted_after(waits.pop() if waits else 0):
                     for completion in made.run():
                         found.append(completion)
+                break
             except KeyboardInterrupt:
                 continue
         return asked, found

@@ -3,6 +3,7 @@
 import pytest
 
 from .runner import campaign, counts, failures, workers
+from .schedules import stress
 from .targets import TARGETS
 
 
@@ -27,3 +28,8 @@ def test_many_cases_end_well(team, target, request, record_property):
     record_property("fuzz", {target: counts(outcomes)})
     if failed := failures(target, outcomes):
         pytest.fail(failed, pytrace=False)
+
+
+@pytest.mark.fuzz
+def test_a_stressed_engine_gives_every_answer_as_it_is_alone(request):
+    stress(request.config.getoption("--stress-requests"))
