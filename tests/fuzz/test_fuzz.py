@@ -13,9 +13,9 @@ def team():
         yield made
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [target for target, aim in TARGETS.items() if aim.short])
 def test_a_few_cases_end_well(team, target):
-    outcomes = campaign(team, target, range(TARGETS[target].short))
+    outcomes = campaign(team[:1], target, range(TARGETS[target].short))
     if failed := failures(target, outcomes):
         pytest.fail(failed, pytrace=False)
 
