@@ -14,12 +14,7 @@ from .serving import answer, engine, pool, warm
 FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "n", "id")
 DEFAULTS = Request("", max_new_tokens=4)
 STRANGE = (
-    lambda draw: (
-        b'{"prompt": "w20", "id": '
-        + b"[" * (n := draw.choice((60, 300, draw.randint(900, 1000), draw.randint(960, 990))))
-        + b"]" * n
-        + b"}"
-    ),
+    lambda draw: nested_id(draw.choice((60, draw.randint(900, 1000), draw.randint(980, 990), draw.randint(980, 990)))),
     lambda draw: json.dumps(line(draw) | {"n": draw.choice((0, 128, 129, 10**9))}).encode(),
     lambda draw: json.dumps(line(draw) | {"stop": ["w5"] * draw.choice((16, 17, 50_000))}).encode(),
     lambda draw: json.dumps(line(draw) | {"prompt": "w20 " * draw.choice((31, 32, 100_000))}).encode(),
@@ -32,6 +27,11 @@ STRANGE = (
         (b"\xff\xfe\x00", b"\0", b"{", b"}{", b"NaN", b"[1]", b'"w20"', b"\xef\xbb\xbf{}", b"\x1b[31m")
     ),
 )
+
+
+def nested_id(depth: int) -> bytes:
+    """A line whose id is as deep as JSON can be read, or a little deeper or flatter."""
+    return b'{"prompt": "w20", "id": ' + b"[" * depth + b"]" * depth + b"}"
 
 
 def line(draw: random.Random) -> dict:
@@ -110,7 +110,9 @@ def request_of(text: bytes) -> Request | None:
     """The request of a line whose answer depends on nothing else; None for one that is refused or draws its seed."""
     try:
         found = json.loads(text.decode())
-        found.pop("id", None)
+        name = found.pop("id", None)
+        if not isinstance(name, (str, int, float, type(None))) or len(str(name).encode()) > 200:
+            return None  # it may be refused for its id
         prompt = found.pop("messages") if "messages" in found else found.pop("prompt")
         stop = found.pop("stop", ())
         made = Request(prompt, stop=tuple(stop) if isinstance(stop, list) else stop, **{"max_new_tokens": 4} | found)
