@@ -77,6 +77,23 @@ def strong(adapter, seed: int = 0, scale: float = 0.1):
     return made
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-cases", type=int, default=100, help="cases of each target of tests/fuzz (slow ones: less)")
+    parser.addoption("--stress-requests", type=int, default=2000, help="requests of the engine's stress in tests/fuzz")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Shows how the cases of tests/fuzz ended, by target."""
+    from fuzz.runner import table
+
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    rows = {}
+    for report in reports:
+        rows |= dict(report.user_properties).get("fuzz", {})
+    if rows:
+        terminalreporter.write_line("\n" + table(rows))
+
+
 def unexpected_skips(skipped: list[str], allowed: str) -> list[str]:
     """The node ids that no line of allowed_skips.txt stands for; a line without a reason allows nothing."""
     lines = [line.partition(" # ") for line in allowed.splitlines() if not line.startswith("#")]
