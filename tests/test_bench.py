@@ -192,8 +192,14 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(count)
 
 
+def test_sampling_is_measured_for_greedy_and_sampled_rows():
+    measured = bench.BENCHMARKS["sampling"](BACKBONE, rows=(3,), rounds=2)
+    assert len(measured["medians"]) == 7 and len(measured["ratios"]) == 6 and measured["rows"] == 3
+    assert all(value > 0 for value in measured["medians"].values())
+
+
 @pytest.mark.parametrize(("name", "options"), [
-    ("train", {}), ("serve", {}), ("evaluate", {}), ("packing", {"data": "train.jsonl"}),
+    ("train", {}), ("sampling", {}), ("serve", {}), ("evaluate", {}), ("packing", {"data": "train.jsonl"}),
 ])  # fmt: skip
 def test_a_list_of_rows_is_refused_by_name_where_one_number_is_measured(name, options, tmp_path):
     with pytest.raises(ValueError, match="--rows: '1,8' is not possible; expected one number"):

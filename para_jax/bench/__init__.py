@@ -19,6 +19,7 @@ from ..reports import check_record_file, write_record
 from .decode import bench_decode
 from .evaluate import bench_evaluate
 from .load import bench_load
+from .sampling import bench_sampling
 from .serve import bench_serve
 from .tenants import bench_tenants
 from .train import bench_packing, bench_train
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Callable[..., dict]] = {
     "load": bench_load,
     "decode": bench_decode,
     "serve": bench_serve,
+    "sampling": bench_sampling,
     "evaluate": bench_evaluate,
     "train": bench_train,
     "packing": bench_packing,

@@ -4,21 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from para_jax.inference.sampling import row_keys, sample
+from para_jax.inference.sampling import derived_seed, likeliest, row_keys, sample
 
 VOCAB = 10
+KEPT = jax.jit(likeliest)
 LOGITS = np.random.default_rng(0).normal(size=(4, VOCAB)).astype(np.float32) * 2
 
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, seeds=None, position=0):
     batch = len(logits)
     seeds = jnp.arange(batch, dtype=jnp.uint32) if seeds is None else jnp.asarray(seeds, jnp.uint32)
-    settings = (
+    how = (
         np.broadcast_to(np.asarray(v, d), batch)
         for v, d in ((temperature, np.float32), (top_k, np.int32), (top_p, np.float32))
     )
-    tokens = jax.jit(sample)(jnp.asarray(logits), jax.jit(row_keys)(seeds, position), *settings)
+    tokens = jax.jit(sample)(jnp.asarray(logits), jax.jit(row_keys)(seeds, position), *how)
     assert tokens.dtype == jnp.int32
     return np.asarray(tokens)
 
@@ -100,3 +103,54 @@ def test_a_row_of_bad_logits_harms_no_other(bad):
 
 def test_a_tiny_temperature_and_huge_logits_are_greedy():
     np.testing.assert_array_equal(draw(LOGITS * 1e4, temperature=1e-30), LOGITS.argmax(-1))
+
+
+def by_sorting(distance, top_k, top_p):
+    """The definition, in float64: of tokens ranked by likelihood, then by id, those within the k first that begin below
+    the probability p."""
+    keep = np.zeros(distance.shape, bool)
+    for row, (d, k, p) in enumerate(zip(distance.astype(np.float64), top_k, top_p, strict=True)):
+        ranked = np.argsort(d, kind="stable")[: k or None]
+        probabilities = np.exp(-d[ranked]) / np.exp(-d[ranked]).sum()
+        before = np.cumsum(probabilities) - probabilities
+        keep[row, ranked[(before < p - 1e-12) | (p >= 1)]] = True
+        keep[row, ranked[0]] = True
+    return keep
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 2.0]))
+def test_top_k_and_top_p_keep_what_sorting_would(seed, step):
+    """With a `step`, logits are rounded to its multiples, so that many are equal."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (8, 300)).astype(np.float32)
+    logits = np.round(logits / step) * step if step else logits
+    distance = (logits.max(-1, keepdims=True) - logits) / rng.choice([0.3, 1.0, 2.0], (8, 1))
+    distance = distance.astype(np.float32)
+    top_k = rng.choice([0, 1, 2, 40, 299, 300, 10**9], 8).astype(np.int32)
+    top_p = rng.choice([1e-7, 0.1, 0.503, 0.9, 0.999, 1.0], 8).astype(np.float32)
+    found = np.asarray(KEPT(distance, top_k, top_p))
+    np.testing.assert_array_equal(found, by_sorting(distance, top_k, top_p.astype(np.float64)))
+
+
+def test_greedy_rows_take_part_in_no_draw(monkeypatch):
+    """Rows are drawn in blocks: what is sampled is counted by the random numbers that are made."""
+    made, real = [], jax.random.categorical
+
+    def counted(key, logits, **options):
+        jax.debug.callback(lambda: made.append(1))
+        return real(key, logits, **options)
+
+    monkeypatch.setattr(jax.random, "categorical", counted)
+    logits = np.random.default_rng(0).normal(size=(6, VOCAB)).astype(np.float32)
+    for sampled in (0, 1, 3, 6):
+        made.clear()
+        draw(logits, temperature=[1.0 if i < sampled else 0.0 for i in range(6)])
+        jax.effects_barrier()
+        assert len(made) == -(-sampled // 2)
+
+
+def test_derived_seeds_are_reproducible_and_apart():
+    seeds = [derived_seed(0, i) for i in range(1000)]
+    assert len(set(seeds)) == 1000 and all(0 <= seed < 2**32 for seed in seeds)
+    assert derived_seed(0, 3) == seeds[3] and derived_seed(1, 3) != seeds[3] and derived_seed(0, "3") != seeds[3]

@@ -1,0 +1,51 @@
+"""`para-jax bench sampling`: what the choice of the next tokens costs the engine's step, by the rows' settings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..backbone.load import load_model_config
+from ..inference.sampling import row_keys, sample
+from .rounds import interleaved, paired, single, summary
+
+#: Temperature, top_k and top_p of the rows that sample.
+SETTINGS = {
+    "temperature 0.7": (0.7, 0, 1.0),
+    "temperature 0.7, top_p 0.9": (0.7, 0, 0.9),
+    "temperature 0.7, top_k 50": (0.7, 50, 1.0),
+}
+
+
+def bench_sampling(backbone: str, *, rows: tuple[int, ...] = (8,), rounds: int = 20) -> dict:
+    """Milliseconds to draw one token for each row from random logits of the backbone's vocabulary, whose weights are
+    not loaded: all rows greedy, one row sampled, all rows sampled.
+
+    Args:
+        rows: one number.
+    """
+    count, vocab = single(rows), load_model_config(backbone).vocab_size
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (count, vocab)), jnp.float32)
+    program = jax.jit(lambda logits, seeds, *how: sample(logits, row_keys(seeds, 0), *how))
+
+    def drawn(sampled: int, temperature: float, top_k: int, top_p: float) -> Callable[[], float]:
+        heat = np.where(np.arange(count) < sampled, temperature, 0).astype(np.float32)
+        how = heat, np.full(count, top_k, np.int32), np.full(count, top_p, np.float32)
+
+        def milliseconds() -> float:
+            begun = time.perf_counter()
+            jax.block_until_ready(program(logits, np.arange(count, dtype=np.uint32), *how))
+            return (time.perf_counter() - begun) * 1e3
+
+        return milliseconds
+
+    sides = {"all greedy": drawn(0, 0.0, 0, 1.0)}
+    for name, settings in SETTINGS.items():
+        sides |= {f"one row of {name}": drawn(1, *settings), f"all rows of {name}": drawn(count, *settings)}
+    found = summary("ms", interleaved(sides, rounds))
+    ratios = {f"{name} / all greedy": paired(found["rounds"], name, "all greedy") for name in list(sides)[1:]}
+    return found | {"ratios": ratios, "rows": count, "vocabulary": vocab}
