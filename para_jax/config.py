@@ -657,12 +657,22 @@ def require_local(name: str, path: str | None) -> None:
     require(not found, name, path, expected)
 
 
+#: Characters of a path.
+LONGEST_PATH = 2000
+
+
 def expanded(path: str | Path) -> Path:
-    """The path with ~ and ~user replaced; ValueError for a user who is not known here."""
+    """The path with ~ and ~user replaced. Raises ValueError for a user who is not known here, and for a text that no
+    file system has as a path: of more than LONGEST_PATH characters, with NUL or half a character."""
+    text = str(path)
+    if len(text) > LONGEST_PATH:
+        raise ValueError(f"{shorten(text)}: {len(text)} characters; expected a path, which has {LONGEST_PATH} at most")
+    if "\0" in text or not text.isascii() and any("\ud800" <= c <= "\udbff" for c in text):
+        raise ValueError(f"{shorten(text)}: expected a path, which has neither NUL nor half a character")
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path}: no such home folder; give the path itself") from None
+        raise ValueError(f"{printable(text)}: no such home folder; give the path itself") from None
 
 
 def one_of(names) -> str:

@@ -8,6 +8,7 @@ from conftest import FIXTURES, backbone
 
 from para_jax import load_adapter, load_backbone
 from para_jax.backbone.load import load_model_config
+from para_jax.config import printable
 from para_jax.data.tokenizer import load_tokenizer
 
 from . import mutate
@@ -48,7 +49,16 @@ def name(draw: random.Random, folder: Path) -> Trial:
                 raise Wrong(f"files appeared for {given[:80]!r}")
         raise Wrong(f"accepted {given[:80]!r}")
 
-    return Trial(run, (given[:12].strip() or "expected", repr(given)[1:12], "no home folder", "home folder"))
+    return Trial(
+        run,
+        (
+            given[:12].strip() or "expected",
+            repr(given)[1:-1][:11],
+            printable(given)[:11],
+            "no home folder",
+            "home folder",
+        ),
+    )
 
 
 def surroundings(folder: Path) -> list[str]:
