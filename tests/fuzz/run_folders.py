@@ -16,7 +16,7 @@ from para_jax.config import save_config
 from para_jax.plots import curves_plot
 from para_jax.reports import folder_report
 
-from . import mutate
+from . import configs, mutate
 from .cases import Trial, Wrong, is_control, shared_folder
 
 ENTRY = {
@@ -69,7 +69,8 @@ def report(draw: random.Random, folder: Path) -> Trial:
         if any(is_control(character) for character in text):
             raise Wrong("raw control characters in the report")
 
-    return Trial(run, (str(made), file.name, "config"), check)
+    said = configs.field_names() if file.name == "config.yaml" else ()
+    return Trial(run, (str(made), file.name, *said), check)
 
 
 def damage(draw: random.Random, file: Path) -> None:
@@ -153,4 +154,4 @@ def resume(draw: random.Random, folder: Path) -> Trial:
         if half and losses(made) != losses(original):
             raise Wrong("the resumed run's losses differ from the undisturbed one's")
 
-    return Trial(lambda: arrays(train(config)), (str(made), "config"), check)
+    return Trial(lambda: arrays(train(config)), (str(made), *configs.field_names()), check)
