@@ -41,9 +41,14 @@ def config(draw: random.Random, folder: Path) -> Trial:
     without = draw.random() < 0.2
     if not without and draw.random() < 0.03:
         mutate.file(draw, file)
-    names = ("run.yaml", "config", "override", *SECTIONS, *adapter_fields(), *section_fields())
+    names = ("run.yaml", "override", *field_names())
     run = lambda: load_config(None if without else file, overrides)  # noqa: E731
     return Trial(run, names, lambda found: check(found, None if without else file, overrides, folder))
+
+
+def field_names() -> tuple[str, ...]:
+    """One of these stands in the error of a config."""
+    return ("config", *SECTIONS, *adapter_fields(), *section_fields())
 
 
 def section_fields() -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from para_jax.config import save_config
 from para_jax.plots import curves_plot
 from para_jax.reports import folder_report
 
-from . import mutate
+from . import configs, mutate
 from .cases import Trial, Wrong, is_control, shared_folder
 
 ENTRY = {
@@ -69,7 +69,8 @@ def report(draw: random.Random, folder: Path) -> Trial:
         if any(is_control(character) for character in text):
             raise Wrong("raw control characters in the report")
 
-    return Trial(run, (str(made), file.name, "config"), check)
+    said = configs.field_names() if file.name == "config.yaml" else ()
+    return Trial(run, (str(made), file.name, *said), check)
 
 
 def damage(draw: random.Random, file: Path) -> None:
@@ -111,6 +112,12 @@ def arrays(result) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """The training losses of the steps after the first checkpoint, which a run that stopped there computes again."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row and row["step"] > 3]
+
+
 def resume(draw: random.Random, folder: Path) -> Trial:
     """A damaged run goes on to the very adapter of the run that nothing disturbed, or is refused by name."""
     original, expected = whole()
@@ -119,7 +126,8 @@ def resume(draw: random.Random, folder: Path) -> Trial:
     shutil.copytree(original, made)
     config = tiny_run.run_config(work(), f"output_dir={made}")
     save_config(config, made / "config.yaml")
-    if draw.random() < 0.7:
+    half = draw.random() < 0.7
+    if half:
         shutil.rmtree(made / "checkpoints" / "6")
     steps = sorted(path.name for path in (made / "checkpoints").iterdir())
     change, step = draw.random(), made / "checkpoints" / draw.choice(steps)
@@ -143,5 +151,7 @@ def resume(draw: random.Random, folder: Path) -> Trial:
         for name, array in expected.items():
             if not np.array_equal(found[name], array):
                 raise Wrong(f"the resumed run's {name} differs from the undisturbed one's")
+        if half and losses(made) != losses(original):
+            raise Wrong("the resumed run's losses differ from the undisturbed one's")
 
-    return Trial(lambda: arrays(train(config)), (str(made), "config"), check)
+    return Trial(lambda: arrays(train(config)), (str(made), *configs.field_names()), check)

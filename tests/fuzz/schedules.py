@@ -57,8 +57,8 @@ def schedule(draw: random.Random, folder: Path) -> Trial:
     """A random schedule of 4 threads."""
     warm()
     steps = [[drawn_step(draw) for _ in range(draw.choice((5, 15)))] for _ in range(4)]
-    limit, by_step, slots = draw.choice((None, 8)), draw.random() < 0.5, draw.choice((1, 3, 3))
-    return Trial(lambda: episode(steps, queue_limit=limit, by_step=by_step, slots=slots), ("queue", "cancelled"))
+    limit, by_step = draw.choice((None, 8)), draw.random() < 0.5
+    return Trial(lambda: episode(steps, queue_limit=limit, by_step=by_step), ("queue", "cancelled"))
 
 
 def drawn_step(draw: random.Random) -> Step:
@@ -69,7 +69,7 @@ def drawn_step(draw: random.Random) -> Step:
     return Step(request, bad, kind, draw.choice((0, 0, 0.0005, 0.002, 0.01)))
 
 
-def episode(steps: list[list[Step]], *, queue_limit: int | None, by_step: bool, slots: int) -> int:
+def episode(steps: list[list[Step]], *, queue_limit: int | None, by_step: bool, slots: int = 3) -> int:
     """Every client does its steps while this thread drives; the number of answers, all of which are right."""
     made = engine(slots, queue_limit=queue_limit)
     asked: dict = {}
@@ -181,10 +181,10 @@ def interrupts(draw: random.Random, folder: Path) -> Trial:
     """Ctrl-C at any moment of a round: the driver goes on, and every answer is right."""
     warm()
     requests = [draw.choice(pool()) for _ in range(draw.choice((4, 12)))]
-    slots, waits = draw.choice((1, 3)), [draw.uniform(0.0002, 0.03) for _ in range(draw.choice((1, 5, 20)))]
+    waits = [draw.uniform(0.0002, 0.03) for _ in range(draw.choice((1, 5, 20)))]
 
     def run():
-        made = engine(slots)
+        made = engine()
         asked = {made.submit(request): request for request in requests}
         found = []
         while True:

@@ -69,7 +69,7 @@ def answer(request: Request) -> tuple[Completion, ...]:
     """The request's answers, by sample, of an engine that does nothing else."""
     key = repr(request)
     if key not in ANSWERS:
-        idle = engine(slots=1)
+        idle = engine()
         idle.submit(request)
         ANSWERS[key] = tuple(sorted(idle.run(), key=lambda completion: completion.index))
     return ANSWERS[key]
@@ -81,7 +81,6 @@ ANSWERS: dict[str, tuple[Completion, ...]] = {}
 @cache
 def warm() -> None:
     """Compiles what the cases need, outside their time."""
-    for slots in (1, 3):
-        engine(slots).warm_up()
+    engine().warm_up()
     for request in pool():
         answer(request)
