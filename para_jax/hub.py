@@ -135,7 +135,7 @@ def parse_hub_id(source: str | Path, expected: str) -> tuple[str, str | None]:
 
 def source_name(source: str | Path) -> str:
     """A source as an error names it."""
-    return printable(str(source), 300)
+    return printable(str(source), 300) or "''"
 
 
 def fetch(

@@ -367,5 +367,11 @@ def test_a_cache_folder_that_can_not_be_written_is_named(pip, tmp_path):
 @pytest.mark.parametrize("name", ["user/" + "n" * 5000, "a/" * 3000, "user/name@" + "r" * 5000])
 def test_a_name_that_is_too_long_for_a_path_is_shown_short(name):
     with pytest.raises(ValueError, match=f"{name[:20]}.*{len(name)} characters") as error:
-        hub.resolve_backbone(name)
+        resolve_backbone(name)
     assert len(str(error.value)) < 300
+
+
+def test_an_empty_name_is_seen_in_its_error():
+    for resolve in (resolve_backbone, resolve_adapter):
+        with pytest.raises(ValueError, match="^''"):
+            resolve("")
