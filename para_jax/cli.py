@@ -523,7 +523,7 @@ def run_requests(options, model, tokenizer, bank, tenants, answers) -> int:
         if answers.regular:
             say(f"the answers so far are in {options.output}; the same command goes on there")
         raise
-    (print if answers.regular else say)(f"wrote {options.output}")
+    say(f"wrote {options.output}")
     if errors:
         kinds = ", ".join(f"{count} {kind}" for kind, count in errors.most_common(10))
         say(f"{errors.total()} answers are errors: {kinds}{' ...' if len(errors) > 10 else ''}")

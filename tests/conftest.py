@@ -84,13 +84,13 @@ def pytest_addoption(parser):
 
 def pytest_terminal_summary(terminalreporter):
     """Shows how the cases of tests/fuzz ended, by target."""
-    from fuzz.runner import table
-
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     rows = {}
     for report in reports:
         rows |= dict(report.user_properties).get("fuzz", {})
     if rows:
+        from fuzz.runner import table
+
         terminalreporter.write_line("\n" + table(rows))
 
 

@@ -270,8 +270,8 @@ def test_a_killed_replacement_of_the_adapter_leaves_no_litter(whole, config):
     config = replace(config, eval=whole[0].eval)
     shutil.copytree(whole[1].output_dir, config.output_dir)
     adapter = Path(config.output_dir) / "adapter"
-    adapter.rename(adapter.with_name(".adapter.0123.old"))  # killed between the two renames
-    adapter.with_name(".adapter.0123").mkdir()
+    adapter.rename(adapter.with_name(".adapter.0123abcd.old"))  # killed between the two renames
+    adapter.with_name(".adapter.0123abcd").mkdir()
     train(config)
     assert contents(adapter) == contents(whole[1].output_dir / "adapter")
     assert not list(Path(config.output_dir).glob(".adapter*"))

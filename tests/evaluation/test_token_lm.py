@@ -185,8 +185,8 @@ def test_an_answer_to_a_chat_ends_with_the_turn():
         ("{{ raise_exception('never\x1b') }}", [SYSTEM, USER], r"never\\x1b"),
         ("{{ messages[0]['content'] + 1 }}", [SYSTEM, USER], "TypeError"),
         ("{{ 1 / 0 }}", [SYSTEM, USER], "ZeroDivisionError"),
-        ("{{ 'another' }}", [USER], "ValueError"),
-        ("{% for %}", [USER], "TemplateSyntaxError"),
+        ("{{ 'another' }}", [USER], "continue_final_message"),
+        ("{% for %}", [USER], "Expected an expression"),
     ],
 )
 def test_a_chat_template_that_fails_is_named_whatever_it_raises(tokenizer, monkeypatch, template, messages, said):
