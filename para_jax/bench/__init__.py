@@ -29,11 +29,11 @@ BENCHMARKS: dict[str, Callable[..., dict]] = {
     "load": bench_load,
     "decode": bench_decode,
     "serve": bench_serve,
-    "sampling": bench_sampling,
     "evaluate": bench_evaluate,
     "train": bench_train,
     "packing": bench_packing,
     "tenants": bench_tenants,
+    "sampling": bench_sampling,
 }
 
 

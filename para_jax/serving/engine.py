@@ -22,7 +22,7 @@ import numpy as np
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
-from ..config import require, shorten
+from ..config import printable, require, shorten
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..devices import say
 from ..inference.generate import up_to_multiple
@@ -126,6 +126,7 @@ class Engine:
         before it in more than rank and sites. Raises ValueError while requests are open, whose slots it would use."""
         with self._driving:
             require(not self._open, "warm_up: open requests", len(self._open), "none: take their answers first")
+            self._begin()
             sampling = row_sampling([None])
             for bucket in self._buckets:
                 logits, row = self._prefill([0] * min(bucket, self.max_length - 1), None)
@@ -133,6 +134,7 @@ class Engine:
             every = row_sampling([None] * self.slots)
             self._slots, tokens = steps(self._treedef, self._leaves, self._slots, every, STEPS)
             jax.block_until_ready(tokens)
+            self._broken = False
 
     # ------------------------------------------------------------------------------------------- calls from any thread
 
@@ -235,10 +237,7 @@ class Engine:
     def _round(self) -> None:
         """Fills free slots, makes some decode steps, and takes the tokens."""
         with self._driving:
-            with self._lock:
-                if self._broken or self._torn:
-                    self._restart()
-                self._broken = True
+            self._begin()
             first = self._fill()
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
             if active:
@@ -252,6 +251,13 @@ class Engine:
                 self._broken = False
                 self._rounds += 1
                 self._news.notify_all()
+
+    def _begin(self) -> None:
+        """Notes that the slots are in use, and makes them again if their last use was not ended."""
+        with self._lock:
+            if self._broken or self._torn:
+                self._restart()
+            self._broken = True
 
     def _restart(self) -> None:
         """Makes slots and queue again from the open requests: their samples wait in the order they came, from their
@@ -284,11 +290,11 @@ class Engine:
         busy = len(free) < self.slots
         while free:
             with self._lock:
-                sample = self._queue.head()
-                known = sample is not None and sample.key in self._kept
-                if sample is None or (busy and not known and prefills == PREFILLS):
+                head = self._queue.head()
+                known = head is not None and head.key in self._kept
+                if head is None or (busy and not known and prefills == PREFILLS):
                     break
-                self._queue.take()
+                sample = self._queue.take()
             prefills += not known
             try:
                 logits, row = self._prefilled(sample)
@@ -371,7 +377,8 @@ class Engine:
         except BaseException as raised:
             if not of_the_request(raised):
                 raise
-            error = str(raised) if isinstance(raised, ValueError) else f"{type(raised).__name__}: {raised}"
+            own = isinstance(raised, ValueError)
+            error = str(raised) if own else printable(f"{type(raised).__name__}: {raised}")
         with self._lock:
             if ticket.id is not None:
                 self._require_new(ticket.id)
@@ -461,7 +468,7 @@ class Engine:
     # --------------------------------------------------------------------------------------------------------- streams
 
     def _pieces(self, ticket: Ticket) -> Iterator[Piece]:
-        """What a ticket's samples make, as it comes."""
+        """What a ticket's samples make, as it comes. If a round of ours raises, run() will give the answer."""
         given = [0] * len(ticket.samples)
         left = set(range(len(ticket.samples)))
         try:
@@ -476,9 +483,14 @@ class Engine:
                     yield piece
                 if left and not found:
                     self._advance(rounds)
-        finally:
-            if left:
-                self.cancel(ticket.id)
+        except GeneratorExit:
+            self.cancel(ticket.id)
+            raise
+        except BaseException:
+            with self._lock:
+                ticket.streamed = False
+                self._done |= {s.number: s.completion for s in ticket.samples if s.completion is not None}
+            raise
 
     def _pieces_of_ended(self, id: Hashable) -> list[Piece]:
         """The pieces of an answer that run() has yet to give, one per sample, and takes it. Raises its error."""

@@ -23,7 +23,7 @@ class Aim(NamedTuple):
     make: Target
     share: float = 1.0
     """of --fuzz-cases: less for a target whose cases are slow"""
-    short: int = 30
+    short: int = 20
     """cases in the default tests, which have no time for targets that compile much"""
 
 
@@ -34,12 +34,12 @@ TARGETS: dict[str, Aim] = {
     "adapter-bank": Aim(adapters.bank),
     "backbone-config": Aim(backbones.config),
     "backbone-weights": Aim(backbones.weights),
-    "config": Aim(configs.config, share=2.0, short=60),
-    "rows": Aim(rows.rows, share=2.0, short=60),
+    "config": Aim(configs.config, share=2.0, short=40),
+    "rows": Aim(rows.rows, share=2.0, short=40),
     "gguf": Aim(gguf_files.model),
     "gguf-tokenizer": Aim(gguf_files.tokenizer),
     "tokenizer": Aim(tokenizer_folders.tokenizer),
-    "chat-template": Aim(tokenizer_folders.template, share=0.5, short=20),
+    "chat-template": Aim(tokenizer_folders.template, share=0.5, short=15),
     "name": Aim(names.name),
     "job": Aim(job_lines.jobs),
     "run-report": Aim(run_folders.report),

@@ -380,6 +380,38 @@ def test_a_stream_that_is_closed_cancels_its_request_and_a_cancelled_one_says_so
     assert (last.finish_reason, last.error) == ("error", "cancelled")
 
 
+def test_a_stream_that_a_round_interrupts_leaves_its_request_open(model, bank, alone, monkeypatch):
+    engine, asked, real, calls = engine_of(model, bank), requests(), engine_module.steps, []
+
+    def failing(*arguments):
+        calls.append(1)
+        made = real(*arguments)
+        if len(calls) in (2, 4):
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(engine_module, "steps", failing)
+    id = engine.submit(asked[11])
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.stream(id))
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.stream(id))
+    found = answers(engine)
+    assert [plain(found[id, index]) for index in range(2)] == alone[11] and engine.open == 0
+
+
+def test_warm_up_after_an_interrupt_makes_the_slots_again(model, bank, alone, monkeypatch):
+    engine, asked, real = engine_of(model, bank), requests(), engine_module.steps
+    monkeypatch.setattr(engine_module, "steps", lambda *arguments: real(*arguments) and 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            engine.warm_up()
+    monkeypatch.setattr(engine_module, "steps", real)
+    engine.warm_up()
+    id = engine.submit(asked[0])
+    assert plain(answers(engine)[id, 0]) == alone[0][0]
+
+
 # ------------------------------------------------------------------------------------------------------------ fairness
 
 
