@@ -41,7 +41,7 @@ TARGETS: dict[str, Aim] = {
     "tokenizer": Aim(tokenizer_folders.tokenizer),
     "chat-template": Aim(tokenizer_folders.template, share=0.5, short=15),
     "name": Aim(names.name),
-    "job": Aim(job_lines.jobs),
+    "job": Aim(job_lines.jobs, short=12),
     "run-report": Aim(run_folders.report),
     "run-resume": Aim(run_folders.resume, share=0.1, short=0),
     "command": Aim(command_lines.command, share=0.5, short=0),
