@@ -34,7 +34,7 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     The content is written next to the file under a random name, so that no link put there beforehand is followed, and
     reaches the disk before the name changes.
     """
-    part = beside(file)
+    part = temporary_name(file)
     try:
         with part.open("xb") as stream:
             yield stream
@@ -46,7 +46,7 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def leftovers(file: Path) -> list[Path]:
+def files_left(file: Path) -> list[Path]:
     """The temporary files that killed replacements of the file left next to it."""
     return sorted(file.parent.glob(f".{glob.escape(file.name)}." + "[0-9a-f]" * 8))
 
@@ -61,17 +61,17 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-#: What is added to the name under which the old folder stands while a new one takes its place.
+#: The end of the old folder's name while a new folder takes its place.
 OLD = ".old"
 
 
-def beside(path: Path) -> Path:
-    """A name in the same folder that nobody can foresee, for what will take the path's place."""
+def temporary_name(path: Path) -> Path:
+    """A name in the same folder that nobody can foresee, for what will replace the path."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
-def left_beside(path: Path, ending: str = "") -> list[Path]:
-    """The folders under names that `beside` made for this path, with this ending; the latest first."""
+def folders_left(path: Path, ending: str = "") -> list[Path]:
+    """The folders under names that `temporary_name` made for this path, with this ending; the latest first."""
     form = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{8}" + re.escape(ending))
     found = []
     with suppress(OSError), os.scandir(path.parent) as others:
@@ -83,8 +83,8 @@ def left_beside(path: Path, ending: str = "") -> list[Path]:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """The old folder, where a replacement was killed after it was renamed away and before the new one had its name."""
-    return next(iter(left_beside(folder, OLD)), None)
+    """The old folder, if a replacement was killed after it had been renamed and before the new one got its name."""
+    return next(iter(folders_left(folder, OLD)), None)
 
 
 def lock(stream: IO, name: str | Path) -> None:

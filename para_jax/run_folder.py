@@ -67,7 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
 def delete_leftovers(folder: Path) -> None:
     """Deletes the temporary files that killed writes left."""
     for name in REPLACED:
-        for file in atomic.leftovers(folder / name):
+        for file in atomic.files_left(folder / name):
             file.unlink(missing_ok=True)
 
 
@@ -83,7 +83,7 @@ def check_folder(config: RunConfig) -> None:
                 "choose another output_dir, or the same config to resume"
             )
     elif folder.exists():
-        own = {folder / LOCK, *atomic.leftovers(file)} if folder.is_dir() else set()
+        own = {folder / LOCK, *atomic.files_left(file)} if folder.is_dir() else set()
         if not folder.is_dir() or set(folder.iterdir()) - own:
             raise ValueError(f"output_dir {folder} holds something else than a run; choose another")
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..atomic import OLD, beside, left_beside, set_aside, sync_folder
+from ..atomic import OLD, folders_left, set_aside, sync_folder, temporary_name
 from ..tensor_file import StoredTensor, stored_tensors
 from ..untrusted import some
 
@@ -126,7 +126,7 @@ def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
             raise ValueError(
                 f"{folder}: holds other files ({some(others)}), and would be replaced; choose another folder"
             )
-    new = beside(folder)
+    new = temporary_name(folder)
     try:
         new.mkdir(parents=True)
         for name, data in files.items():
@@ -156,7 +156,7 @@ def swap(new: Path, folder: Path) -> None:
             os.rename(old, folder)
         raise
     sync_folder(folder.parent)
-    for path in left_beside(folder, OLD):
+    for path in folders_left(folder, OLD):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -165,5 +165,5 @@ def mend_folder(folder: Path) -> None:
     old = set_aside(folder)
     if old is not None and not folder.exists():
         os.rename(old, folder)
-    for path in [*left_beside(folder, OLD), *left_beside(folder)]:
+    for path in [*folders_left(folder, OLD), *folders_left(folder)]:
         shutil.rmtree(path, ignore_errors=True)
