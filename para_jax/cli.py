@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .config import printable, shorten
 
-LONGEST_LINE = 4000  # characters of an error or a report
+LONGEST_LINE, LONGEST_ERROR = 4000, 1900  # characters of a report's line, and of an error's, which has two at most
 BASE = "base"  # the tenant that is the base model
 #: Options of evaluate that a CONFIG does not go with.
 MANY_ALONE = (
@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("PARA_JAX_TRACEBACK") or (isinstance(error, BrokenPipeError) and output_is_closed()):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        print("para-jax: error: " + "\n".join(printable(line, LONGEST_LINE) for line in lines[:2]), file=sys.stderr)
+        print("para-jax: error: " + "\n".join(printable(line, LONGEST_ERROR) for line in lines[:2]), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("para-jax: interrupted", file=sys.stderr)

@@ -580,14 +580,14 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     return to_dataclass(found, template)
 
 
-def merged(below: dict, above: dict) -> dict:
+def merged(below: dict, above: dict, section: str = "") -> dict:
     """The fields of both; where both have one, `above` wins, and sections are merged."""
     joined = below | above
     for name in below.keys() & above.keys():
         low, high = below[name], above[name]
         if isinstance(high, dict) and low is not None:
-            require(isinstance(low, dict), name, low, "a mapping of fields")
-            joined[name] = merged(low, high)
+            require(isinstance(low, dict), f"{section}{name}", low, "a mapping of fields")
+            joined[name] = merged(low, high, f"{section}{name}.")
     return joined
 
 
@@ -748,6 +748,8 @@ def require_readable(given: Any, template, section: str = "") -> None:
             require(not wrong, section + f.name, wrong, "texts or numbers in the list, no lists and mappings")
         if dataclasses.is_dataclass(getattr(template, f.name)):
             require_readable(value, getattr(template, f.name), f"{f.name}.")
+        elif f.type is bool and isinstance(value, int | float):
+            require(value in (0, 1), section + f.name, value, "true or false")
         elif f.type is not bool and any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
             raise ValueError(
                 f"{section}{f.name}: {shorten(value)} is a truth value in YAML; "

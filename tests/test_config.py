@@ -393,3 +393,15 @@ def test_anchors_and_merge_keys_are_read(tmp_path):
     assert load_config(file).train.max_steps == 3
     file = written(tmp_path, "eval: {also: &m [f1]}\nmesh: {<<: {data: 2}, fsdp: 3}\nlogging: {every: 2}\n")
     assert load_config(file).mesh.fsdp == 3 and load_config(file).mesh.data == 2
+
+
+def test_a_truth_value_is_no_other_number(tmp_path):
+    assert load_config(None, ["data.packing=1", "data.max_seq_length=8"]).data.packing is True
+    for text in ("31", "-1", "0.5"):
+        with pytest.raises(ValueError, match=f"data.packing: {text} .*true or false"):
+            load_config(None, [f"data.packing={text}"])
+
+
+def test_a_field_that_is_no_section_is_named_with_its_section():
+    with pytest.raises(ValueError, match="train.num_epochs: 10"):
+        load_config(None, ["train.num_epochs=10", "train.num_epochs.x=1"])

@@ -52,7 +52,8 @@ def name(draw: random.Random, folder: Path) -> Trial:
     return Trial(
         run,
         (
-            given[:12].strip() or "expected",
+            given[:12].strip() or "''",
+            "expected",
             repr(given)[1:-1][:11],
             printable(given)[:11],
             "no home folder",

@@ -193,7 +193,7 @@ def interrupts(draw: random.Random, folder: Path) -> Trial:
                     for completion in made.run():
                         found.append(completion)
                 break
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemError):  # the second is what C code makes of an interrupt
                 continue
         return asked, found
 

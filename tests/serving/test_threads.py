@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import numpy as np
 import pytest
 from conftest import backbone, strong
 from test_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, engine_of, plain, prompt
@@ -410,6 +411,22 @@ def test_warm_up_after_an_interrupt_makes_the_slots_again(model, bank, alone, mo
     engine.warm_up()
     id = engine.submit(asked[0])
     assert plain(answers(engine)[id, 0]) == alone[0][0]
+
+
+def test_rows_that_have_ended_are_not_sampled_any_more(model, bank, monkeypatch):
+    engine, real, seen = engine_of(model, bank), engine_module.steps, []
+    for i in range(SLOTS):
+        engine.submit(Request(prompt(i), "A", 3, temperature=0.7, top_p=0.9))
+    answers(engine)
+    monkeypatch.setattr(engine_module, "steps", lambda *a: seen.append(a[3]) or real(*a))
+    engine.submit(Request(prompt(0), "A", 6))
+    answers(engine)
+    assert seen and not any(np.any(sampling.temperature) for sampling in seen)
+    engine.submit(Request(prompt(0), "A", 3, temperature=0.7, id="sampled"))
+    engine.submit(Request(prompt(1), "A", 20, id="greedy"))
+    seen.clear()
+    answers(engine)
+    assert [int(np.sum(sampling.temperature > 0)) for sampling in seen] == [1, *[0] * (len(seen) - 1)] and len(seen) > 2
 
 
 # ------------------------------------------------------------------------------------------------------------ fairness
