@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..config import printable, shorten
+from ..untrusted import require_flat
 from .chat_template import TemplateError, render_template
 
 #: A prompt: text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
@@ -154,6 +155,7 @@ def require_unicode(name: str, value: object) -> None:
     """Raises ValueError for half a surrogate pair in a text, which no tokenizer and no file takes, and for values that
     are not JSON's or that nest too deep."""
     try:
+        require_flat(value)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name}: {error.object[error.start : error.end]!r} is half a character") from None

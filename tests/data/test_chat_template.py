@@ -61,7 +61,7 @@ HOSTILE = {
         "MemoryError|seconds",
     ),
     "a wide text": ("{{ 'a'.center(10 ** 11) }}", "MemoryError"),
-    "much text": ("{{ 'a' * 20000000 }}", "writes 20000000 characters"),
+    "much text": ("{{ 'a' * 20000000 }}", "writes 20000000 characters|took more than"),
     "a division by zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),
     "a sum of text and number": ("{{ 'a' + 1 }}", "TypeError"),
     "a key that is a number": ("{% for call in messages[0].tool_calls %}{% endfor %}", "TypeError"),
@@ -128,7 +128,7 @@ def test_a_message_that_nests_too_deep_is_an_error():
     value = []
     for _ in range(5000):
         value = [value]
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match="nests deeper"):
         encode_prompt(tiny_tokenizers.plain(), [USER | {"tool_calls": value}])
 
 
