@@ -31,7 +31,7 @@ def render_template(template: str, messages: list[dict], **variables: Any) -> st
     """The text that transformers makes of the messages by the template. Several threads may call this at once.
 
     Args:
-        variables: what the template may read beside the messages, and transformers' `continue_final_message`.
+        variables: what the template may read next to the messages, and transformers' `continue_final_message`.
 
     Raises TemplateError, and OSError where the process can't be started.
     """
@@ -89,7 +89,7 @@ class TemplateProcess:
 
 def start() -> subprocess.Popen:
     script = Path(__file__).with_name("template_process.py")
-    command = [sys.executable, "-P", str(script)]  # -P: no module beside it stands in for one of the same name
+    command = [sys.executable, "-P", str(script)]  # -P: modules next to it are not imported
     found = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
     return subprocess.Popen(command, env=os.environ | found, process_group=0, **pipes)  # a group: Ctrl-C is not for it

@@ -79,7 +79,7 @@ def stop_token_ids(tokenizer, config_eos: tuple[int, ...] = ()) -> tuple[int, ..
 
 
 def turn_stop_ids(tokenizer, prompt: Prompt | Ids) -> tuple[int, ...]:
-    """The ids that end the answer to this prompt beside those of `stop_token_ids`: a chat's end token of a turn.
+    """Further ids, after `stop_token_ids`, that end the answer to this prompt: a chat's end-of-turn token.
 
     The chat template is rendered for chats only, once: a text's answer does not depend on it.
     """

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-#: Bytes that templates may use, beside what Python and transformers need.
+#: Bytes that templates may use on top of what Python and transformers need.
 MEMORY = 2**29
 
 

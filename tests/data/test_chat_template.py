@@ -18,7 +18,7 @@ ECHO = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
 
 
 # What templates of published models use beside plain text.
@@ -61,7 +61,7 @@ HOSTILE = {
         "MemoryError|seconds",
     ),
     "a wide text": ("{{ 'a'.center(10 ** 11) }}", "MemoryError"),
-    "much text": ("{{ 'a' * 20000000 }}", "writes 20000000 characters|took more than"),
+    "much text": ("{{ 'a' * 20000000 }}", "writes 20000000 characters"),
     "a division by zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),
     "a sum of text and number": ("{{ 'a' + 1 }}", "TypeError"),
     "a key that is a number": ("{% for call in messages[0].tool_calls %}{% endfor %}", "TypeError"),
