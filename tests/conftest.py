@@ -4,8 +4,9 @@ import os
 
 # Tests compile many small programs and run each once: the compiler's optimisations cost more than they save.
 FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "PARA_JAX_TEST_DEVICES" not in os.environ:  # tests/accelerator: the machine's own devices, and its full optimiser
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from functools import cache
 from pathlib import Path
