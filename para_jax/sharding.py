@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 #: Axis names to mesh axes. Parameters are split by `tensor` along heads, hidden width and vocabulary and by `fsdp`
@@ -42,7 +43,18 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
         raise ValueError(
             f"mesh {asked} does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}"
         )
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:total])
+    arranged = arrange(tuple(sizes.values()), devices[:total])
+    return Mesh(arranged, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange(sizes: tuple[int, ...], devices: list) -> np.ndarray:
+    """The devices in the mesh's shape. On a TPU, neighbours of the mesh are neighbours on the slice, as far as JAX
+    finds such an order; every shape has some order, because an axis of the mesh may take a part of the slice's axis.
+    Devices that are not a whole box of a slice stay in their own order. The order changes the speed, never a result."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError):
+        return np.asarray(devices, dtype=object).reshape(sizes)
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

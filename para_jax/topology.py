@@ -86,9 +86,13 @@ def topology_devices(topology: str, chips: int):
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     small = {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 1)}
-    bounds = {"chips_per_host_bounds": small[chips]} if topology.startswith(("v5e", "v6e")) and chips in small else {}
+    options: dict[str, Any] = {}
+    if topology.startswith(("v5e", "v6e")) and chips in small:
+        options["chips_per_host_bounds"] = small[chips]
+    if topology.startswith("v4"):
+        options["chip_config_name"] = "megacore"  # one device per chip, as on real v4 slices
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
         raise ValueError(f"--topology: the TPU's compiler does not take {topology!r}: {said[:200]}") from None
