@@ -15,8 +15,8 @@ from para_jax.backbone.load import abstract_backbone, load_model_config
 from para_jax.topology import compile_step
 
 SLICES = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4")
-#: A shape for each kind that no slice of it has along its own axes, so that a mesh axis takes a part of one.
-AWKWARD = {"v4:2x2x4": (1, 1, 16), "v5e:4x4": (2, 2, 4), "v5p:2x2x4": (1, 8, 2), "v6e:4x4": (2, 8, 1)}
+#: A shape for each kind, as far as there is one, for which a mesh axis must take a part of an axis of the slice.
+AWKWARD = {"v4:2x2x4": (2, 2, 4), "v5e:4x4": (1, 8, 2), "v5p:2x2x4": (2, 2, 4), "v6e:4x4": (2, 8, 1)}
 
 
 def shapes(chips: int) -> list[tuple[int, int, int]]:
