@@ -23,6 +23,7 @@ from .memory import (
     CHIP_GIB,
     GIB,
     abstract_mesh,
+    abstract_model,
     choose_mesh,
     describe_mesh,
     estimate_memory,
@@ -32,7 +33,7 @@ from .memory import (
     step_arguments,
     tenants_arguments,
 )
-from .sharding import make_mesh, mesh_sizes, tenants_sharding
+from .sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
 from .training.step import train_step
 from .training.tenants import lay_out, tenants_step
 
@@ -151,6 +152,7 @@ def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants:
         f"FLOPs      {flops / 1e12:.1f} T a chip and step: 4 a weight of the matrix products and token, attention not "
         "counted",
         *([tenants_line(config, mesh, tenants)] if tenants else []),
+        *(f"not split  {line}" for line in replicated_lines(abstract_model(config, mesh), mesh, model)),
     ]
 
 
