@@ -16,12 +16,12 @@ from para_jax import init_adapter, load_backbone, make_mesh
 from para_jax.config import load_config
 from para_jax.data.packing import Packed
 from para_jax.hlo import collectives_run
+from para_jax.memory import passes_of, run_mesh
 from para_jax.reports import dry_run
 from para_jax.sharding import place, rows_over
 from para_jax.tenant_runs import empty_state
 from para_jax.topology import (
     TOO_MUCH,
-    batch_rows,
     compile_step,
     header,
     matrix_weights,
@@ -51,12 +51,12 @@ def no_libtpu(monkeypatch):
 
 
 def test_the_abstract_arguments_lie_as_those_of_a_run(config):
-    mesh = make_mesh(**vars(config.mesh))
+    mesh = run_mesh(config)
     state, model, batch = step_arguments(config, mesh)
     loaded = load_backbone(config.backbone.source, mesh=mesh, layout="stacked")
     with jax.set_mesh(mesh):
         real = init_state(place(init_adapter(config.adapter, loaded.config), mesh, loaded.config), config.train, 6)
-        tokens = rows_over(jnp.zeros((1, batch_rows(config, mesh), 16), jnp.int32))
+        tokens = rows_over(jnp.zeros((1, passes_of(config, mesh).rows, 16), jnp.int32))
     for made, abstract in ((real, state), (loaded, model)):
         expected = dict(jax.tree_util.tree_leaves_with_path(abstract))
         for path, leaf in jax.tree_util.tree_leaves_with_path(made):
@@ -68,7 +68,7 @@ def test_the_abstract_arguments_lie_as_those_of_a_run(config):
 
 
 def test_the_abstract_tenants_lie_as_those_of_a_run(config):
-    mesh = make_mesh(**vars(config.mesh))
+    mesh = run_mesh(config)
     state, model, batch, groups, settings = tenants_arguments(config, mesh, 24)
     loaded = load_backbone(config.backbone.source, mesh=mesh, layout="stacked")
     with jax.set_mesh(mesh):
@@ -97,7 +97,7 @@ def test_the_dry_run_of_many_tenants_says_what_each_adds_to_a_chip(tmp_path, no_
 
 
 def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
-    mesh = make_mesh(**vars(config.mesh))
+    mesh = run_mesh(config)
     found = compile_step(config, mesh)
     state, model, batch = step_arguments(config, mesh)
     assert found.program and found.needed == found.program.memory
@@ -109,8 +109,8 @@ def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
 
 def test_packed_rows_are_compiled_with_their_segments(config):
     config = replace(config, data=replace(config.data, packing=True, max_seq_length=128))
-    _, _, batch = step_arguments(config, mesh := make_mesh(**vars(config.mesh)))
-    assert isinstance(batch, Packed) and batch.start.shape == (1, batch_rows(config, mesh), 2)
+    _, _, batch = step_arguments(config, mesh := run_mesh(config))
+    assert isinstance(batch, Packed) and batch.start.shape == (1, passes_of(config, mesh).rows, 2)
     assert compile_step(config, mesh).program
     shown = "\n".join(header(config, "v5e:2x4", mesh))
     assert "rows of 128 tokens" in shown and "packed, 2 examples a row" in shown and "splash (on a TPU)" in shown
@@ -159,6 +159,13 @@ def test_without_libtpu_an_estimate_says_that_it_is_one_and_how_to_get_better(no
     assert f"arguments {weights:.1f}"[:-1] in shown  # the adapter's and optimiser's bytes are few
     assert "it should fit" in shown
     assert "too much" in topology_report(load_config(ON_7B[0], ["mesh.data=1"]), "v5e:1x1")
+
+
+def test_the_dry_run_names_weights_that_the_mesh_can_not_split(no_libtpu):
+    shown = topology_report(load_config("configs/gemma-2b-boolq.yaml", ["mesh.data=2", "mesh.tensor=8"]), "v5e:4x4")
+    whole = 18 * 2 * (2048 * 256) * 2  # the one head of keys and of values of 18 layers, in bfloat16
+    assert f"mesh.tensor=8 does not divide kv_heads 1: {whole:,} of " in shown
+    assert "not split" not in topology_report(load_config("configs/gemma-2b-boolq.yaml"), "v5e:4x4")
 
 
 def test_a_mesh_that_does_not_fill_the_slice_is_named(no_libtpu):
