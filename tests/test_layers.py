@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["atomic", "yaml_text"],
     ["config"],
-    ["untrusted"],
+    ["untrusted", "hlo_text"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "hlo", "processes"],
     ["backbone", "adapters", "data"],
     ["model"],
