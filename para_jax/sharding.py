@@ -67,6 +67,14 @@ def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape)
     return PartitionSpec(*map(mesh_axes, axes, counts))
 
 
+def shard_sizes(axes: tuple[str | None, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
+    """The size that one device of the current mesh holds of an array whose axes have these names and sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return counts
+    return NamedSharding(mesh, partition(axes, counts, mesh.shape)).shard_shape(counts)
+
+
 def tree_shardings(tree, mesh: Mesh | AbstractMesh, config):
     """A tree like `tree` (NNX modules with `axes` on their parameters) with the NamedSharding of every array.
 

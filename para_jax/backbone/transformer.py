@@ -72,12 +72,25 @@ class Transformer(nnx.Module):
         x = self.embedding[...][tokens] * jnp.asarray(self.config.embedding_multiplier, self.dtype)
         return constrain(x, ("batch", None, None))
 
-    def logits(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
-        """Logits float32 [..., vocab] of the residual stream after the final norm, x [..., width]."""
+    def gathered_head(self) -> Float[Array, "a b"]:
+        """The head's weights as `logits` takes them, gathered over the mesh (but for the vocabulary): for a loop, which
+        would else gather them at every turn."""
         if self.head is None:
-            logits = jnp.einsum("...d,vd->...v", x, self.embedding[...], preferred_element_type=jnp.float32)
+            return constrain(self.embedding[...], ("vocab", None))
+        return constrain(self.head[...], (None, "vocab"))
+
+    def logits(self, x: Float[Array, "*rows width"], head: Array | None = None) -> Float[Array, "*rows vocab"]:
+        """Logits float32 [..., vocab] of the residual stream after the final norm, x [..., width].
+
+        Args:
+            head: of gathered_head; default: the weights as they lie.
+        """
+        if self.head is None:
+            head = self.embedding[...] if head is None else head
+            logits = jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
         else:
-            logits = jnp.einsum("...d,dv->...v", x, self.head[...], preferred_element_type=jnp.float32)
+            head = self.head[...] if head is None else head
+            logits = jnp.einsum("...d,dv->...v", x, head, preferred_element_type=jnp.float32)
         return softcap(logits / self.config.logits_divisor, self.config.final_softcap)
 
     def with_layout(self, layout: str) -> Transformer:
