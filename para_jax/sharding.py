@@ -53,6 +53,11 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape))
 
 
+def gathered(weights: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A weight whose axes have these names, gathered from the devices of `fsdp`; it stays split over `tensor`."""
+    return constrain(weights, tuple(None if name and RULES.get(name) == "fsdp" else name for name in axes))
+
+
 def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape) -> PartitionSpec:
     """The PartitionSpec of an array whose axes have these names; an axis is replicated where the mesh does not divide
     its count (of heads, not of their width, for a head axis)."""

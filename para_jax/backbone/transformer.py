@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..config import LayerKind, ModelConfig
-from ..sharding import constrain
+from ..sharding import constrain, gathered
 from .attention import Attention
 from .feedforward import FeedForward
 from .layers import Identity, RMSNorm, normal, softcap
@@ -73,11 +73,9 @@ class Transformer(nnx.Module):
         return constrain(x, ("batch", None, None))
 
     def gathered_head(self) -> Float[Array, "a b"]:
-        """The head's weights as `logits` takes them, gathered over the mesh (but for the vocabulary): for a loop, which
-        would else gather them at every turn."""
-        if self.head is None:
-            return constrain(self.embedding[...], ("vocab", None))
-        return constrain(self.head[...], (None, "vocab"))
+        """The head's weights as `logits` takes them, gathered, so that a loop need not gather them at every turn."""
+        head = self.embedding if self.head is None else self.head
+        return gathered(head[...], head.axes)
 
     def logits(self, x: Float[Array, "*rows width"], head: Array | None = None) -> Float[Array, "*rows vocab"]:
         """Logits float32 [..., vocab] of the residual stream after the final norm, x [..., width].
