@@ -293,12 +293,19 @@ class TrainSection:
     max_steps: int | None = None
     """optimiser steps; default: num_epochs passes over the data"""
     num_epochs: float = 1.0
+    batch_size: int | None = None
+    """rows of one optimiser step over all devices, the same on any number of chips; the number of passes is then
+    derived. Default: per_device_batch_size x gradient_accumulation_steps on each of the mesh's data x fsdp devices, so
+    that the step grows with the chips"""
     per_device_batch_size: int = 8
-    """rows of one forward pass on each of the mesh's data x fsdp devices"""
+    """rows of one forward pass on each of the mesh's data x fsdp devices; with batch_size: at most so many"""
     gradient_accumulation_steps: int = 1
+    """passes of one optimiser step; with batch_size leave it at 1"""
     rows_per_tenant: int | None = None
     """with many tenants (data.tenants, sweep): rows of a pass that each tenant in the batch has; it divides
-    per_device_batch_size; default: 4, and in a sweep per_device_batch_size: the batch that one such run would have"""
+    per_device_batch_size; default: 4, and in a sweep per_device_batch_size: the batch that one such run would have.
+    With batch_size: rows of a step that each tenant in it has; it divides batch_size; default: 4, and in a sweep
+    batch_size"""
     tenants_at_once: int | None = None
     """with many tenants: how many have weights and optimiser state on the devices; one that ends leaves its place to
     the next; default: all"""
@@ -341,6 +348,11 @@ class TrainSection:
             self.gradient_accumulation_steps,
             "at least 1",
         )
+        batch, passes = self.batch_size, self.gradient_accumulation_steps
+        require(batch is None or batch >= 1, "train.batch_size", batch, "at least 1")
+        fits = batch is None or batch % passes == 0
+        expected = f"a divisor of train.batch_size ({batch}), or nothing: the passes are derived from batch_size"
+        require(fits, "train.gradient_accumulation_steps", passes, expected)
         rows = self.rows_per_tenant
         require(rows is None or rows >= 1, "train.rows_per_tenant", rows, "at least 1")
         at_once = self.tenants_at_once
@@ -423,14 +435,17 @@ class EvalSection:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSection:
-    """Devices along each axis; one of them may be -1: all that are left. The default uses every device for data."""
+    """Devices along each axis; one of them may be -1: all that are left. The default uses every device, and gives as
+    many to fsdp as the memory of one asks for."""
 
     data: int = -1
-    fsdp: int = 1
+    fsdp: int | None = None
+    """null: chosen, 1 where the whole run fits one device by its estimate (memory.py), else the smallest size that
+    fits"""
     tensor: int = 1
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, 1 if self.fsdp is None else self.fsdp, self.tensor)
         fits = all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1
         require(fits, "mesh", vars(self), "sizes of 1 or more, at most one of them -1 (all devices that are left)")
 
@@ -530,8 +545,9 @@ class RunConfig:
         if self.many:
             require(not (self.data.tenants and self.sweep), "sweep", vars(self.sweep), "nothing beside data.tenants")
             require(not (self.data.packing and self.sweep), "data.packing", True, "false beside sweep")
-            rows, of = self.rows_per_tenant, self.train.per_device_batch_size
-            require(of % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.per_device_batch_size ({of})")
+            name = "per_device_batch_size" if self.train.batch_size is None else "batch_size"
+            rows, of = self.rows_per_tenant, getattr(self.train, name)
+            require(of % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.{name} ({of})")
 
     @property
     def many(self) -> bool:
@@ -541,7 +557,13 @@ class RunConfig:
     @property
     def rows_per_tenant(self) -> int:
         """train.rows_per_tenant, or its default."""
-        return self.train.rows_per_tenant or (4 if self.data.tenants else self.train.per_device_batch_size)
+        alone = self.train.batch_size or self.train.per_device_batch_size
+        return self.train.rows_per_tenant or (4 if self.data.tenants else alone)
+
+    @property
+    def tenant_batch(self) -> int:
+        """Rows of one optimiser step of one tenant, in a run of many."""
+        return self.rows_per_tenant * (1 if self.train.batch_size else self.train.gradient_accumulation_steps)
 
 
 # Fields whose override is taken as it stands (OmegaConf would read "{output}" as a mapping), with \n for a newline.

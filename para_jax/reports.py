@@ -85,7 +85,8 @@ def tenants_of(config: RunConfig) -> int | None:
 
 
 def step_line(config: RunConfig) -> str:
-    rows = mesh_rows(config) * config.train.per_device_batch_size * config.train.gradient_accumulation_steps
+    train = config.train
+    rows = train.batch_size or mesh_rows(config) * train.per_device_batch_size * train.gradient_accumulation_steps
     longest = config.data.max_seq_length
     return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens"
 
@@ -118,9 +119,9 @@ def tenant_lines(config: RunConfig) -> list[str]:
 
 def mesh_rows(config: RunConfig) -> int:
     """The devices that rows are spread over; where the mesh leaves one size open, those of this machine."""
-    mesh = vars(config.mesh)
-    known = math.prod(size for size in mesh.values() if size > 0)
-    sizes = {name: size if size > 0 else max(1, jax.device_count() // known) for name, size in mesh.items()}
+    asked = vars(config.mesh) | {"fsdp": config.mesh.fsdp or 1}
+    known = math.prod(size for size in asked.values() if size > 0)
+    sizes = {name: size if size > 0 else max(1, jax.device_count() // known) for name, size in asked.items()}
     return sizes["data"] * sizes["fsdp"]
 
 
@@ -129,13 +130,13 @@ def data_report(config: RunConfig, rows: int | None = None) -> str:
     the config)."""
     tokenizer = load_tokenizer(config.backbone.source)
     if config.many:
-        rows = config.rows_per_tenant * config.train.gradient_accumulation_steps
+        rows = config.tenant_batch
     if config.data.tenants:
         first = next(iter(tenant_sections(config.data.tenants, config.data).values()))
         return f"the first tenant, {first.train}\n\n{data_report(replace(config, data=first), rows)}"
     data = encode_records(load_records(config.data, "train") or [], tokenizer, config.data)
     buckets = plan_buckets(data.examples, config.data.buckets)
-    rows = rows or config.train.per_device_batch_size
+    rows = rows or config.train.batch_size or config.train.per_device_batch_size
     order = plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
     shown = [f"{r.place}\n{show_example(tokenizer, e)}" for e, r in zip(data.examples[:3], data.records, strict=False)]
     shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)

@@ -116,6 +116,7 @@ def fields_of_run(config: RunConfig) -> dict[str, Any]:
 
     longer = () if config.many else ("train.max_steps",)  # of many tenants, some have ended
     fields = flat(config_dict(config))
+    fields["mesh.fsdp"] = fields["mesh.fsdp"] or 1  # null: chosen; the default was 1 before, and old runs resume
     return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in longer}
 
 

@@ -32,10 +32,11 @@ from .data.sources import Encoded, encode_records, load_records
 from .data.tokenizer import load_tokenizer
 from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
 from .hub import resolve_backbone
+from .memory import run_mesh
 from .model import init_adapter
 from .processes import arrays_of_first, by_each, by_first, gathered, is_first, require_same
 from .run_folder import FREE_FIELDS, claim_folder, locked_folder, run_digests
-from .sharding import make_mesh, place, rows_over
+from .sharding import place, rows_over
 from .topology import peak_rate
 from .training.checkpoint import (
     Progress,
@@ -46,6 +47,7 @@ from .training.checkpoint import (
     save_checkpoint,
 )
 from .training.log import Done, Log
+from .training.passes import step_passes
 from .training.profiler import Profiler
 from .training.step import TrainState, init_state, standardise, train_step
 from .training.stop import Interrupted, StopSignal, stop_signals
@@ -98,7 +100,7 @@ def train(config: RunConfig) -> TrainResult:
     devices.start(config.runtime)
     require(not config.many, "data.tenants or sweep", config.output_dir, "a run of one adapter; use train_tenants")
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
-    mesh = make_mesh(**vars(config.mesh))
+    mesh = run_mesh(config)
     tokenizer, work, validation, test = by_each(lambda: read_inputs(config, mesh))
     require_same("the data", lambda: [part and part.examples for part in (work.data, validation, test)])
     with ExitStack() as held:
@@ -139,10 +141,7 @@ def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
     records = load_records(config.data, "train")
     data = encode_records(records or [], tokenizer, config.data)
     devices.say(f"training data: {data.report()}")
-    rows, passes = (
-        config.train.per_device_batch_size * mesh.shape["data"] * mesh.shape["fsdp"],
-        config.train.gradient_accumulation_steps,
-    )
+    rows, passes = step_passes(config.train, mesh)
     buckets, order = plan_order(config, data.examples, rows * passes)
     steps = config.train.max_steps or math.ceil(config.train.num_epochs * order.batches_per_epoch)
     return Work(data, buckets, order, rows, passes, steps)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 #: Axis names to mesh axes. Parameters are split by `tensor` along heads, hidden width and vocabulary and by `fsdp`
@@ -30,19 +31,37 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     """
     all_of_them = devices is None and jax.process_count() > 1
     devices = jax.devices() if devices is None else list(devices)
-    sizes = asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    open_axes = [name for name, size in sizes.items() if size == -1]
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(open_axes) > 1 or known < 1 or any(size < -1 or size == 0 for size in sizes.values()):
+    asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    if list(asked.values()).count(-1) > 1 or any(size < -1 or size == 0 for size in asked.values()):
         raise ValueError(f"mesh {asked}: sizes are 1 or more, and at most one is -1 (all devices that are left)")
-    if open_axes:
-        sizes = asked | {open_axes[0]: len(devices) // known}
-    total = int(np.prod(list(sizes.values())))
-    if total == 0 or total > len(devices) or ((open_axes or all_of_them) and total != len(devices)):
+    sizes = mesh_sizes(asked, len(devices), all_of_them)
+    if sizes is None:
         raise ValueError(
             f"mesh {asked} does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}"
         )
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:total])
+    total = math.prod(sizes.values())
+    arranged = arrange(tuple(sizes.values()), devices[:total])
+    return Mesh(arranged, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(asked: dict[str, int], devices: int, all_of_them: bool = True) -> dict[str, int] | None:
+    """The sizes with -1 filled in; None where they do not fit so many devices. With an open size, or `all_of_them`,
+    they must use every device."""
+    known = math.prod(size for size in asked.values() if size != -1)
+    sizes = {name: devices // known if size == -1 else size for name, size in asked.items()}
+    total = math.prod(sizes.values())
+    part = not all_of_them and -1 not in asked.values()
+    return sizes if total == devices or (part and 0 < total < devices) else None
+
+
+def arrange(sizes: tuple[int, ...], devices: list) -> np.ndarray:
+    """The devices in the mesh's shape. On a TPU, neighbours of the mesh are neighbours on the slice, as far as JAX
+    finds such an order; every shape has some order, because an axis of the mesh may take a part of the slice's axis.
+    Devices that are not a whole box of a slice stay in their own order. The order changes the speed, never a result."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError):
+        return np.asarray(devices, dtype=object).reshape(sizes)
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

@@ -26,7 +26,7 @@ from .adapters.folder import mend_folder
 from .adapters.rows import Stack
 from .backbone.load import load_backbone, load_model_config
 from .config import RunConfig, config_dict, require, save_config
-from .data.batches import Bucket, example_lengths, for_mixed_rows, plan, plan_buckets
+from .data.batches import Batch, Bucket, example_lengths, for_mixed_rows, plan, plan_buckets
 from .data.reader import read
 from .data.sources import Encoded, encode_records, load_records
 from .data.tenants import tenant_sections, weights
@@ -35,6 +35,7 @@ from .data.turns import Mixed, Order, Turn, Turns, admitted
 from .evaluation.evaluate import EvalTask, Score, task_of_run
 from .evaluation.tenants import Tasks
 from .hub import resolve_backbone
+from .memory import run_mesh
 from .model import init_adapter
 from .processes import by_each, by_first, gathered, is_first, require_same
 from .run_folder import FREE_FIELDS, claim_folder, delete_leftovers, locked_folder, run_digests
@@ -49,7 +50,7 @@ from .runs import (
     silent,
     statistics_batches,
 )
-from .sharding import make_mesh, rows_over, tenant_axes
+from .sharding import rows_over, tenant_axes
 from .topology import peak_rate
 from .training.checkpoint import (
     Progress,
@@ -159,7 +160,7 @@ def train_tenants(config: RunConfig) -> TenantsResult:
     devices.start(config.runtime)
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
-    mesh = make_mesh(**vars(config.mesh))
+    mesh = run_mesh(config, by_each(lambda: len(tenant_configs(config))))
     tokenizer, tenants, buckets = by_each(lambda: read_tenants(config))
     require_same("the data", lambda: [(t.name, t.data.examples, *(p and p.examples for p in t[-2:])) for t in tenants])
     with ExitStack() as held:
@@ -193,11 +194,10 @@ def read_tenants(config: RunConfig) -> tuple[Any, list[Tenant], tuple[Bucket, ..
     buckets = for_mixed_rows(planned)
     counts = [len(read_once[own.data][0].examples) for own in configs.values()]
     devices.say(f"{len(configs)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
-    rows = config.rows_per_tenant * config.train.gradient_accumulation_steps
     tenants = []
     for name, own in configs.items():
         data, validation, test = read_once[own.data]
-        order = plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=own.seed)
+        order = plan(example_lengths(data.examples), buckets=buckets, rows=config.tenant_batch, seed=own.seed)
         steps = own.train.max_steps or math.ceil(own.train.num_epochs * order.batches_per_epoch)
         tested = test if config.eval.test else None
         tenants.append(Tenant(name, own, data, Order(data.examples, order, steps), validation, tested))
@@ -215,11 +215,12 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
     else:
         made = sweep_configs(config)
     rows = config.rows_per_tenant
+    batch = {"per_device_batch_size": rows} if config.train.batch_size is None else {"batch_size": rows}
     return {
         name: replace(
             own,
             output_dir=str(Path(config.output_dir) / name),
-            train=replace(own.train, per_device_batch_size=rows, rows_per_tenant=rows),
+            train=replace(own.train, rows_per_tenant=rows, **batch),
         )
         for name, own in made.items()
     }
@@ -438,7 +439,7 @@ class TenantsLoop(NamedTuple):
         ended = standing.over
         coming = Turns(
             [t.order for t in self.tenants], self.buckets, shares,
-            groups=self.layout.groups, rows=self.layout.rows, passes=self.layout.passes,
+            groups=self.layout.together, rows=self.layout.rows, passes=self.layout.passes_of_tenant,
             steps=standing.steps, slots=standing.slots, ended=ended,
         )  # fmt: skip
         left = sum(t.order.total_steps - standing.steps[i] for i, t in enumerate(self.tenants) if not ended[i])
@@ -450,10 +451,11 @@ class TenantsLoop(NamedTuple):
         """Dispatches the next step, then logs the one before."""
         begun: float | None = time.monotonic()
         mixed: Mixed = next(batches)
-        batch = jax.tree.map(rows_over, mixed.batch)
+        batch, slots = in_passes(mixed, self.layout)
+        batch = jax.tree.map(rows_over, batch)
         waited, number = time.monotonic() - begun, standing.step + 1
         static = dict(completion=mixed.bucket.completion, config=self.config.train)
-        given = batch, mixed.slots, self.settings(standing)
+        given = batch, slots, self.settings(standing)
         self.profiler.before(number)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             if mixed.bucket in compiled:
@@ -631,6 +633,14 @@ class TenantsLoop(NamedTuple):
     def end_early(self, standing: Standing) -> NoReturn:
         ended = f"{sum(standing.over)} of {len(self.tenants)} tenants ended"
         end_stopped(self.checkpoints, self.stop, self.log.folder, f"step {standing.step}, with {ended}")
+
+
+def in_passes(mixed: Mixed, layout: Layout) -> tuple[Batch, np.ndarray]:
+    """A step's batch [passes, rows, ...], and the slot of each group's tenant, int32 [passes, groups]. Different passes
+    may hold different tenants."""
+    rows = layout.groups * layout.rows
+    batch = Batch(*(array.reshape(layout.passes, rows, *array.shape[2:]) for array in mixed.batch))
+    return batch, mixed.slots.reshape(layout.passes, layout.groups)
 
 
 class Pending(NamedTuple):

@@ -30,7 +30,7 @@ CONFIGS = {
 }
 SLICES = ("v5e:1x1", "v5e:2x4", "v5e:4x4")
 ROWS = "train.per_device_batch_size=4"
-COMMON = ("train.gradient_accumulation_steps=1", "train.remat=block", "data.max_seq_length=512", "mesh.data=1")
+COMMON = ("train.batch_size=null", "train.remat=block", "data.max_seq_length=512", "mesh.data=1")
 EXTRA = [
     ("LLaMA-2 7B", "v5e:1x1", ("backbone.quantize=int8",)),
     ("LLaMA-2 7B", "v5e:4x4", ("data.tenants=data/tenants", "train.tenants_at_once=64")),
@@ -56,7 +56,7 @@ def compiled_entry(model: str, where: str, more: tuple[str, ...]) -> dict:
     _, chips = parsed_topology(where)
     overrides = [*COMMON, ROWS, f"mesh.fsdp={chips}", *more]
     config = load_config(CONFIGS[model], overrides)
-    mesh = make_mesh(**vars(config.mesh), devices=topology_devices(where, chips))
+    mesh = make_mesh(data=1, fsdp=chips, devices=topology_devices(where, chips))
     tenants = config.train.tenants_at_once if config.many else None
     said = compile_step(config, mesh, tenants)
     return {

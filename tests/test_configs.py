@@ -69,7 +69,7 @@ def test_the_papers_backbones_and_tasks_have_the_sibling_papers_settings(backbon
     file = next(file for file in CONFIGS if file.stem == f"{backbone}-{task}")
     config = load_config(file)
     assert {key: getattr(config.train, key) for key in SIBLINGS} == SIBLINGS
-    assert config.train.per_device_batch_size * config.train.gradient_accumulation_steps == BATCH[task]
+    assert config.train.batch_size == BATCH[task]
     assert (config.data.task, config.eval.every, config.eval.patience, config.adapter.r) == (task, 200, 10, 12)
     comment = file.read_text().split("backbone:")[0]
     assert "sibling papers" in comment and f"batch {BATCH[task]}," in comment

@@ -18,7 +18,7 @@ LAYERS = [
     ["backbone", "adapters", "data"],
     ["model"],
     ["training", "inference"],
-    ["serving"],
+    ["serving", "memory"],
     ["evaluation", "topology"],
     ["run_folder"],
     ["runs", "tenant_runs", "bench", "plots", "quickstart", "reports"],

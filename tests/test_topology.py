@@ -16,12 +16,12 @@ from para_jax import init_adapter, load_backbone, make_mesh
 from para_jax.config import load_config
 from para_jax.data.packing import Packed
 from para_jax.hlo import collectives_run
+from para_jax.memory import passes_of, run_mesh
 from para_jax.reports import dry_run
 from para_jax.sharding import place, rows_over
 from para_jax.tenant_runs import empty_state
 from para_jax.topology import (
     TOO_MUCH,
-    batch_rows,
     compile_step,
     header,
     matrix_weights,
@@ -51,12 +51,12 @@ def no_libtpu(monkeypatch):
 
 
 def test_the_abstract_arguments_lie_as_those_of_a_run(config):
-    mesh = make_mesh(**vars(config.mesh))
+    mesh = run_mesh(config)
     state, model, batch = step_arguments(config, mesh)
     loaded = load_backbone(config.backbone.source, mesh=mesh, layout="stacked")
     with jax.set_mesh(mesh):
         real = init_state(place(init_adapter(config.adapter, loaded.config), mesh, loaded.config), config.train, 6)
-        tokens = rows_over(jnp.zeros((1, batch_rows(config, mesh), 16), jnp.int32))
+        tokens = rows_over(jnp.zeros((1, passes_of(config, mesh).rows, 16), jnp.int32))
     for made, abstract in ((real, state), (loaded, model)):
         expected = dict(jax.tree_util.tree_leaves_with_path(abstract))
         for path, leaf in jax.tree_util.tree_leaves_with_path(made):
@@ -68,7 +68,7 @@ def test_the_abstract_arguments_lie_as_those_of_a_run(config):
 
 
 def test_the_abstract_tenants_lie_as_those_of_a_run(config):
-    mesh = make_mesh(**vars(config.mesh))
+    mesh = run_mesh(config)
     state, model, batch, groups, settings = tenants_arguments(config, mesh, 24)
     loaded = load_backbone(config.backbone.source, mesh=mesh, layout="stacked")
     with jax.set_mesh(mesh):
@@ -97,7 +97,7 @@ def test_the_dry_run_of_many_tenants_says_what_each_adds_to_a_chip(tmp_path, no_
 
 
 def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
-    mesh = make_mesh(**vars(config.mesh))
+    mesh = run_mesh(config)
     found = compile_step(config, mesh)
     state, model, batch = step_arguments(config, mesh)
     assert found.program and found.needed == found.program.memory
@@ -109,8 +109,8 @@ def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
 
 def test_packed_rows_are_compiled_with_their_segments(config):
     config = replace(config, data=replace(config.data, packing=True, max_seq_length=128))
-    _, _, batch = step_arguments(config, mesh := make_mesh(**vars(config.mesh)))
-    assert isinstance(batch, Packed) and batch.start.shape == (1, batch_rows(config, mesh), 2)
+    _, _, batch = step_arguments(config, mesh := run_mesh(config))
+    assert isinstance(batch, Packed) and batch.start.shape == (1, passes_of(config, mesh).rows, 2)
     assert compile_step(config, mesh).program
     shown = "\n".join(header(config, "v5e:2x4", mesh))
     assert "rows of 128 tokens" in shown and "packed, 2 examples a row" in shown and "splash (on a TPU)" in shown

@@ -20,6 +20,7 @@ from ..data.batches import Batch
 from ..sharding import everywhere, over_tenants, tenants_sharding
 from .loss import completion_nll
 from .optimizer import learning_rate_at, make_direction
+from .passes import batch_devices, passes_allowed, require_divides
 
 
 class TenantsState(NamedTuple):
@@ -52,18 +53,53 @@ class Layout(NamedTuple):
     slots: int
     """tenants that live on the devices"""
     groups: int
-    """the most tenants of a batch"""
+    """the most tenants of a pass"""
     rows: int
     """a group's rows of a pass"""
     passes: int
+    turns: int = 1
+    """passes of different tenants; the others hold more rows of the same ones"""
+
+    @property
+    def together(self) -> int:
+        """The most tenants of a step."""
+        return self.groups * self.turns
+
+    @property
+    def passes_of_tenant(self) -> int:
+        """The passes that a tenant's rows of a step are cut into."""
+        return self.passes // self.turns
 
 
 def lay_out(config: RunConfig, tenants: int, mesh) -> Layout:
-    """No batch has more groups than tenants can fill, but for the devices that need some rows each."""
-    slots = min(config.train.tenants_at_once or tenants, tenants)
-    rows, over = config.rows_per_tenant, mesh.shape["data"] * mesh.shape["fsdp"]
-    groups = over * min(config.train.per_device_batch_size // rows, math.ceil(slots / over))
-    return Layout(slots, groups, rows, config.train.gradient_accumulation_steps)
+    """No batch has more groups than tenants can fill, but for the devices that need some rows each.
+
+    With train.batch_size, a step has batch_size / rows_per_tenant tenants on any mesh. A pass holds some of them, and
+    all their rows where it can.
+    Raises ValueError as step_passes does.
+    """
+    train, slots = config.train, min(config.train.tenants_at_once or tenants, tenants)
+    rows, over = config.rows_per_tenant, batch_devices(mesh)
+    if train.batch_size is None:
+        groups = over * min(train.per_device_batch_size // rows, math.ceil(slots / over))
+        return Layout(slots, groups, rows, train.gradient_accumulation_steps)
+    require_divides(train, over)
+    most = train.batch_size // rows
+    groups = next(n for n in range(min(slots, most), most + 1) if n * rows % over == 0)
+    cuts = {
+        turns * parts: (turns, parts)
+        for parts in divisors(rows)  # the largest first: of equally many passes, those that part the fewest rows stay
+        for turns in divisors(groups)
+        if groups // turns * (rows // parts) % over == 0
+    }
+    passes = passes_allowed(train, sorted(cuts), groups * rows // over)
+    turns, parts = cuts[passes]
+    return Layout(slots, groups // turns, rows // parts, passes, turns)
+
+
+def divisors(count: int) -> list[int]:
+    """The largest first."""
+    return [n for n in range(count, 0, -1) if count % n == 0]
 
 
 @partial(jax.jit, static_argnames="config")

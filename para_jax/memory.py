@@ -1,0 +1,293 @@
+"""What a training run keeps on each device, by shapes alone: its abstract arguments, an estimate of its memory, and the
+mesh that this memory asks for."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from . import devices
+from .adapters.adapter import Adapter
+from .backbone.kernels import attention_kernel
+from .backbone.load import abstract_backbone, load_model_config
+from .config import SITES, ModelConfig, RunConfig
+from .data.batches import Batch
+from .data.packing import Packed
+from .model import init_adapter
+from .processes import by_first
+from .sharding import RULES, make_mesh, mesh_sizes, tenants_sharding, tree_shardings
+from .training.loss import CHUNK
+from .training.passes import Passes, batch_devices, step_passes
+from .training.step import TrainState, init_state
+from .training.tenants import Settings, TenantsState, init_tenants, lay_out
+
+#: Memory of a chip in GiB (cloud.google.com/tpu/docs, the pages of the versions); the compiler keeps some of it.
+CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+#: The same by device_kind, for a device that does not tell its memory.
+KIND_GIB = {
+    "TPU v4": 32,
+    "TPU v5 lite": 16,
+    "TPU v5e": 16,
+    "TPU v5": 95,
+    "TPU v5p": 95,
+    "TPU v6 lite": 32,
+    "TPU v6e": 32,
+}
+GIB = 2**30
+#: The share of a device's memory that an estimate may take.
+USABLE = 0.9
+#: What the backward pass keeps of a layer by train.remat, in outputs of its linears (none: compiled for v5e).
+KEPT_LINEARS = {"block": 0, "dots": 1, "none": 2.2}
+#: How often an evaluation holds its caches at once: as they come in, stacked for the scan, and as they go out.
+CACHE_COPIES = 3
+#: Packed rows are compiled for as many examples as if each had so many tokens.
+TOKENS_AN_EXAMPLE = 64
+
+
+# ------------------------------------------------------------------------------------------------------------- the mesh
+
+
+class MeshChoice(NamedTuple):
+    sizes: dict[str, int]
+    """data, fsdp and tensor, as make_mesh takes them"""
+    why: str
+    """a sentence; empty where there was nothing to choose"""
+    fits: bool = True
+    """by the estimate; True where the memory is not known"""
+
+
+def run_mesh(config: RunConfig, tenants: int | None = None) -> Mesh:
+    """The mesh of a run on this machine's devices, and says in a line which one it took and why.
+
+    Args:
+        tenants: how many the run trains; None: a run of one adapter.
+
+    Raises ValueError for sizes that do not fit the devices.
+    """
+    several = jax.process_count() > 1
+    room = by_first(lambda: device_memory(jax.local_devices()[0]))
+    found = choose_mesh(config, jax.device_count(), room, tenants, all_of_them=several)
+    mesh = make_mesh(**found.sizes)
+    if mesh.size > 1 or jax.device_count() > 1 or not found.fits:
+        devices.say(f"mesh: {describe_mesh(mesh)}{'. ' if found.why else ''}{found.why}")
+    return mesh
+
+
+def choose_mesh(
+    config: RunConfig, count: int, room: int | None, tenants: int | None = None, *, all_of_them: bool = True
+) -> MeshChoice:
+    """The sizes of a run's mesh over so many devices. Where the config leaves mesh.fsdp open, it is the smallest with
+    which the run fits a device by the estimate. Sizes that the config gives are kept.
+
+    Args:
+        room: bytes of one device's memory; None: not known, which makes fsdp 1.
+        all_of_them: whether the mesh must use every device.
+    """
+    asked = vars(config.mesh)
+    if config.mesh.fsdp is not None:
+        return MeshChoice(asked, "")
+    possible = []
+    for fsdp in (n for n in range(1, count + 1) if count % n == 0):
+        sizes = mesh_sizes(asked | {"fsdp": fsdp}, count, all_of_them)
+        rows = sizes and sizes["data"] * sizes["fsdp"]
+        if sizes and (config.train.batch_size or rows) % rows == 0:
+            possible.append(sizes)
+    if not possible:
+        return MeshChoice(asked | {"fsdp": 1}, "")  # make_mesh or step_passes say what is wrong
+    if room is None:
+        why = "The memory of a device is not known, so mesh.fsdp is 1" if len(possible) > 1 else ""
+        return MeshChoice(possible[0], why)
+    needs: list[int] = []
+    for sizes in possible:
+        needs.append(run_bytes(config, abstract_mesh(sizes), tenants))
+        if needs[-1] <= USABLE * room:
+            break
+    return MeshChoice(possible[len(needs) - 1], reason(possible, needs, room), needs[-1] <= USABLE * room)
+
+
+def reason(possible: list[dict[str, int]], needs: list[int], room: int) -> str:
+    """Why the last of the sizes that were tried is taken."""
+    first, last = (f"about {need / GIB:.1f} GiB" for need in (needs[0], needs[-1]))
+    fsdp, fits = possible[len(needs) - 1]["fsdp"], needs[-1] <= USABLE * room
+    memory = f"{room / GIB:.1f} GiB"
+    if len(needs) == 1 and fits:
+        return f"A device needs {first} of its {memory} (estimate)"
+    if not fits:
+        return f"With mesh.fsdp={fsdp} a device needs {last} of its {memory} (estimate): it may not fit"
+    start = f"With mesh.fsdp={possible[0]['fsdp']} a device would need {first} of its {memory}"
+    return f"{start}; with {fsdp}, the smallest that fits, {last} (estimate)"
+
+
+def describe_mesh(mesh: Mesh | AbstractMesh) -> str:
+    return ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """A mesh over devices that nobody has."""
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def device_memory(device) -> int | None:
+    """Bytes of a device's memory that JAX may use; None for a CPU, and where nobody knows."""
+    if device.platform == "cpu":
+        return None
+    try:
+        stats = device.memory_stats() or {}
+    except (jax.errors.JaxRuntimeError, NotImplementedError):
+        stats = {}
+    return stats.get("bytes_limit") or KIND_GIB.get(device.device_kind, 0) * GIB or None
+
+
+# --------------------------------------------------------------------------------------------------------- the estimate
+
+
+class Estimate(NamedTuple):
+    """Bytes of one device."""
+
+    arguments: int
+    """weights, adapters and optimiser state; exact"""
+    temporaries: int
+    """kept activations, gradients, one layer at work and a chunk of the logits"""
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries
+
+
+def estimate_memory(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> Estimate:
+    """The memory of the training step on each device of a mesh, without a compiler."""
+    made = step_arguments(config, mesh) if tenants is None else tenants_arguments(config, mesh, tenants)
+    state, model = made[:2]
+    temporaries = activation_bytes(config, load_model_config(config.backbone.source), mesh, tenants)
+    # the gradient of all tenants; one adapter's lies whole on each device for a moment
+    temporaries += shard_bytes(state.adapters) if isinstance(state, TenantsState) else tree_size(state.adapter)
+    return Estimate(shard_bytes(state) + shard_bytes(model), temporaries)
+
+
+def run_bytes(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> int:
+    """Bytes that a whole run needs on each device: those of the training step, or of an evaluation's caches beside the
+    weights and the state, whichever is more."""
+    found = estimate_memory(config, mesh, tenants)
+    caches = 0 if config.eval.metric == "loss" else cache_bytes(config, mesh)
+    return found.arguments + max(found.temporaries, CACHE_COPIES * caches)
+
+
+def cache_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes of the keys and values of one evaluation batch on each device."""
+    model = load_model_config(config.backbone.source)
+    rows = math.ceil(config.eval.batch_size / batch_devices(mesh))
+    tokens = min(config.data.max_seq_length + (config.eval.max_new_tokens or 32), model.max_positions)
+    split = mesh.shape["tensor"] if model.num_kv_heads % mesh.shape["tensor"] == 0 else 1
+    heads = model.num_kv_heads // split
+    itemsize = jnp.dtype(config.backbone.dtype or "bfloat16").itemsize
+    return 2 * itemsize * model.num_layers * rows * tokens * heads * model.head_dim
+
+
+def activation_bytes(
+    config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, tenants: int | None = None
+) -> int:
+    """What the backward pass keeps of each layer, one layer's attention and linears, the weights that fsdp has gathered
+    (of a layer, and the head's), and a chunk of the logits."""
+    dtype, tensor = jnp.dtype(config.backbone.dtype or "bfloat16"), mesh.shape["tensor"]
+    tokens, rows = config.data.max_seq_length, passes_of(config, mesh, tenants).rows // batch_devices(mesh)
+    linears = sum(map(model.site_width, SITES)) / tensor
+    kernel, _ = attention_kernel(model, tokens, dtype.name, "tpu")
+    scores = 4 * rows * model.num_heads / tensor * tokens * tokens * (kernel == "plain")
+    kept = dtype.itemsize * rows * tokens * (model.width + KEPT_LINEARS[config.train.remat] * linears)
+    kept += 1.5 * scores * (config.train.remat == "none")
+    at_work = 2 * scores + 3 * rows * tokens * linears * dtype.itemsize + 4 * CHUNK
+    if mesh.shape["fsdp"] > 1:
+        layer = sum(model.site_input_width(site) * model.site_width(site) for site in SITES)
+        at_work += (layer + model.vocab_size * model.width) * dtype.itemsize / tensor
+    return int(kept * model.num_layers + at_work)
+
+
+def shard_bytes(tree) -> int:
+    """Bytes of a tree's arrays on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def tree_size(tree) -> int:
+    """Bytes of a tree's arrays."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# ------------------------------------------------------------------------------------------------- a step's arguments
+
+
+def step_arguments(config: RunConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Any, Batch | Packed]:
+    """The abstract arguments of train_step as a run on this mesh would hand them over, shardings included."""
+    model_config = load_model_config(config.backbone.source)
+    fresh = jax.eval_shape(lambda: init_adapter(config.adapter, model_config))
+    state = jax.eval_shape(lambda adapter: init_state(adapter, config.train, 1000), fresh)
+    adapter_shardings = tree_shardings(fresh, mesh, model_config)
+
+    def placed(node):
+        """An adapter, or moments of its shape, as the adapter lies; counters everywhere."""
+        if isinstance(node, Adapter):
+            return jax.tree.map(with_sharding, node, adapter_shardings)
+        return with_sharding(node, sharded(mesh))
+
+    state = jax.tree.map(placed, state, is_leaf=lambda node: isinstance(node, Adapter))
+    return state, abstract_model(config, mesh), abstract_batch(config, mesh, passes_of(config, mesh))
+
+
+def tenants_arguments(
+    config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int
+) -> tuple[TenantsState, Any, Batch | Packed, jax.ShapeDtypeStruct, Settings]:
+    """The abstract arguments of tenants_step as a run of so many tenants would hand them over, shardings included."""
+    layout = lay_out(config, tenants, mesh)
+    model_config = load_model_config(config.backbone.source)
+    fresh = jax.eval_shape(lambda: init_adapter(config.adapter, model_config))
+    stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layout.slots, *leaf.shape), leaf.dtype), fresh)
+    state = jax.eval_shape(partial(init_tenants, config=config.train), stack)
+    state = jax.tree.map(partial(with_sharding, sharding=tenants_sharding(layout.slots, mesh)), state)
+    batch = abstract_batch(config, mesh, passes_of(config, mesh, tenants))
+
+    def whole(dtype, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharded(mesh))
+
+    settings = Settings(*(whole(dtype, layout.slots) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
+    return state, abstract_model(config, mesh), batch, whole(jnp.int32, layout.passes, layout.groups), settings
+
+
+def passes_of(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> Passes:
+    """How a step's rows are cut into passes, in a run of one adapter or of so many tenants."""
+    if tenants is None:
+        return step_passes(config.train, mesh)
+    layout = lay_out(config, tenants, mesh)
+    return Passes(layout.groups * layout.rows, layout.passes)
+
+
+def abstract_model(config: RunConfig, mesh: Mesh | AbstractMesh) -> Any:
+    dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
+    model_config = load_model_config(config.backbone.source)
+    return abstract_backbone(model_config, dtype, mesh, layout="stacked", quantize=config.backbone.quantize)
+
+
+def abstract_batch(config: RunConfig, mesh: Mesh | AbstractMesh, passes: Passes) -> Batch | Packed:
+    """A step's batch."""
+    lead = (passes.count, passes.rows)
+    whole, one = (config.data.max_seq_length,), (packed_examples(config),) if config.data.packing else ()
+    kind, shapes = (Packed, (whole, whole, one, one, one, whole)) if config.data.packing else (Batch, (whole, one, one))
+    over = sharded(mesh, None, RULES["batch"])
+    arrays: list[Any] = [jax.ShapeDtypeStruct((*lead, *shape), jnp.int32, sharding=over) for shape in shapes]
+    return kind(*arrays)
+
+
+def sharded(mesh: Mesh | AbstractMesh, *axes) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*axes))  # pyright: ignore[reportArgumentType]
+
+
+def packed_examples(config: RunConfig) -> int:
+    """Examples that a packed row is taken to hold, where the data isn't read."""
+    return max(1, config.data.max_seq_length // TOKENS_AN_EXAMPLE)
+
+
+def with_sharding(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

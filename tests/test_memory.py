@@ -1,0 +1,92 @@
+"""The mesh that a run takes by itself: the least fsdp whose estimate fits a device. What the config gives is kept."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import pytest
+from tiny_run import run_config, run_folder
+
+from para_jax.config import load_config
+from para_jax.memory import GIB, abstract_mesh, choose_mesh, device_memory, estimate_memory, run_bytes, run_mesh
+from para_jax.run_folder import differences, run_digests
+
+V5E, H100 = 16 * GIB, int(0.75 * 80e9)
+BOOLQ = "configs/llama2-7b-boolq.yaml"
+
+
+def chosen(config, devices, room, **options):
+    found = choose_mesh(config, devices, room, **options)
+    return tuple(found.sizes.values()), found.fits
+
+
+@pytest.mark.parametrize(("name", "devices", "room", "sizes"), [
+    ("llama2-7b-boolq", 16, V5E, (8, 2, 1)),
+    ("llama2-7b-boolq", 1, H100, (1, 1, 1)),
+    ("llama2-13b-squad", 16, V5E, (4, 4, 1)),
+    ("llama2-13b-squad", 1, H100, (1, 1, 1)),
+    ("gemma-2b-boolq", 16, V5E, (16, 1, 1)),
+])  # fmt: skip
+def test_the_papers_configs_fit_as_they_stand(name, devices, room, sizes):
+    assert chosen(load_config(f"configs/{name}.yaml"), devices, room) == (sizes, True)
+
+
+def test_the_smallest_fsdp_that_fits_is_taken():
+    config = load_config(BOOLQ)
+    for room in range(3 * GIB, 24 * GIB, 3 * GIB):
+        found = choose_mesh(config, 16, room)
+        needs = {}
+        for fsdp in (1, 2, 4, 8, 16):
+            own = replace(config, mesh=replace(config.mesh, fsdp=fsdp))
+            sizes = choose_mesh(own, 16, room).sizes
+            assert sizes == {"data": -1, "fsdp": fsdp, "tensor": 1}  # kept, whatever the memory
+            needs[fsdp] = run_bytes(config, abstract(16 // fsdp, fsdp, 1))
+        fit = [fsdp for fsdp, need in needs.items() if need <= 0.9 * room]
+        assert found.sizes["fsdp"] == min(fit, default=16) and found.fits == bool(fit)
+        assert f"{needs[found.sizes['fsdp']] / GIB:.1f} GiB" in found.why
+
+
+def abstract(*sizes):
+    return abstract_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+
+
+def test_other_sizes_that_are_given_stay_and_all_devices_are_used():
+    config = load_config(BOOLQ, ["mesh.tensor=4"])
+    assert chosen(config, 16, 5 * GIB)[0] == (1, 4, 4)
+    assert chosen(load_config(BOOLQ, ["mesh.data=1"]), 16, V5E)[0] == (1, 16, 1)
+    assert chosen(load_config(BOOLQ, ["mesh.data=1"]), 16, 80 * GIB, all_of_them=False)[0] == (1, 1, 1)
+
+
+def test_a_step_of_many_tenants_counts_all_their_states():
+    own = ["data.tenants=x", "train.rows_per_tenant=4", "train.tenants_at_once=512"]
+    config = load_config(BOOLQ, own)
+    few, many = (estimate_memory(config, abstract(8, 2, 1), tenants).arguments for tenants in (16, 512))
+    assert many - few == pytest.approx(496 * 107.3e6 / 16, rel=0.01)
+    assert choose_mesh(config, 16, V5E, 512).sizes["fsdp"] > choose_mesh(config, 16, V5E, 16).sizes["fsdp"]
+
+
+def test_an_unknown_memory_makes_it_one_and_the_run_says_so(tmp_path, capsys):
+    assert device_memory(jax.devices()[0]) is None
+    config = run_config(run_folder(tmp_path), "mesh.data=-1")
+    assert tuple(run_mesh(config).shape.values()) == (8, 1, 1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("mesh: data 8, fsdp 1, tensor 1. ") and "not known" in said[0]
+    run_mesh(replace(config, mesh=replace(config.mesh, fsdp=2)))
+    assert capsys.readouterr().err == "mesh: data 4, fsdp 2, tensor 1\n"
+
+
+def test_the_memory_is_the_devices_own_or_that_of_its_kind():
+    def device(kind, stats):
+        return SimpleNamespace(platform="tpu", device_kind=kind, memory_stats=lambda: stats)
+
+    assert device_memory(device("TPU v5 lite", {"bytes_limit": 17})) == 17
+    assert device_memory(device("TPU v5 lite", None)) == 16 * GIB
+    assert device_memory(device("TPU v99", {})) is None
+
+
+def test_a_run_from_before_mesh_fsdp_was_chosen_is_the_same_run():
+    config = load_config(BOOLQ)
+    old = replace(config, mesh=replace(config.mesh, fsdp=1))
+    assert differences(old, config) == [] and run_digests(old, "", []) == run_digests(config, "", [])
+    other = replace(config, mesh=replace(config.mesh, fsdp=2))
+    assert differences(other, config) and run_digests(other, "", []) != run_digests(config, "", [])
