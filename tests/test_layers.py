@@ -19,8 +19,9 @@ LAYERS = [
     ["model"],
     ["training", "inference"],
     ["serving", "memory"],
+    ["roofline"],
     ["evaluation", "topology"],
-    ["run_folder"],
+    ["run_folder", "programs"],
     ["runs", "tenant_runs", "bench", "plots", "quickstart", "reports"],
     ["cli"],
 ]
