@@ -5,22 +5,17 @@ This is evidence of programs, memory and collectives on any compiler that JAX re
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from .hlo_text import Computation, Instruction, array_bytes, instructions_run, parsed
+
 #: A matrix product is a dot, a convolution (what the TPU's compiler makes of a dot), or a call of a library's.
 PRODUCTS = ("dot", "convolution")
 LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(gemm|matmul|\$conv)[^"]*"', re.IGNORECASE)
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-
-COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
-ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
-LOOP = re.compile(r' while\(.*?\bbody=%?([\w.\-]+).*?"known_trip_count":\{"n":"(\d+)"')
-CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 
 
 class Program(NamedTuple):
@@ -60,14 +55,14 @@ class Program(NamedTuple):
 def describe_program(compiled) -> Program:
     """The counts of what `jax.jit(f).lower(...).compile()` gave."""
     found = list(executed(compiled.as_text()))
-    fusions = Counter(re.findall(r"kind=(\w+)", rest)[0] for opcode, rest in found if opcode == "fusion")
-    collectives = Counter(opcode.removesuffix("-start") for opcode, _ in found)
+    fusions = Counter(one.attribute("kind") for one in found if one.opcode == "fusion")
+    collectives = Counter(one.opcode.removesuffix("-start") for one in found)
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     return Program(
         fusions=dict(sorted(fusions.items())),
-        products=sum(is_product(opcode, rest) for opcode, rest in found),
+        products=sum(map(is_product, found)),
         collectives={opcode: collectives[opcode] for opcode in COLLECTIVES if collectives[opcode]},
-        copies=sum(opcode == "copy" for opcode, _ in found),
+        copies=sum(one.opcode == "copy" for one in found),
         flops=cost.get("flops", 0.0),
         bytes_accessed=cost.get("bytes accessed", 0.0),
         arguments=memory.argument_size_in_bytes,
@@ -91,80 +86,50 @@ def excess(program: Program, base: Program, *, bytes_share: float) -> list[str]:
     return lines
 
 
-def executed(text: str) -> Iterator[tuple[str, str]]:
-    """(opcode, the rest of its line) of every instruction that a module's text executes, as Program counts them."""
-    computations, entry = parsed(text)
+def executed(text: str) -> Iterator[Instruction]:
+    """Every instruction that a module's text executes, as Program counts them."""
+    module = parsed(text)
 
-    def walk(name: str, fused: bool) -> Iterator[tuple[str, str]]:
-        for opcode, rest, _ in computations[name]:
-            if not (fused and opcode in ("fusion", "copy")):
-                yield opcode, rest
-            if not opcode.endswith(("-update", "-done")):
-                for called in called_by(rest):
-                    yield from walk(called, fused or opcode == "fusion")
+    def walk(name: str, fused: bool) -> Iterator[Instruction]:
+        computation = module.computations[name]
+        for one in computation.values():
+            if not (fused and one.opcode in ("fusion", "copy")) and not goes_on(one, computation):
+                yield one
+            if not one.opcode.endswith(("-update", "-done")):
+                for called in one.called:
+                    yield from walk(called, fused or one.opcode == "fusion")
 
-    return walk(entry, False)
+    return walk(module.entry, False)
 
 
 def collectives_run(text: str) -> dict[str, int]:
-    """How often each collective of a module's text runs: those in a loop's body as often as the compiler says that the
-    loop turns (once where it doesn't say)."""
+    """How often each kind of collective of a module's text runs, those in a loop's body at every turn."""
     runs: Counter[str] = Counter()
-    for opcode, _, times in instructions_run(text):
-        runs[opcode.removesuffix("-start")] += times
+    for one, around, times, _ in instructions_run(parsed(text)):
+        if not goes_on(one, around):
+            runs[one.opcode.removesuffix("-start")] += times
     return {opcode: runs[opcode] for opcode in COLLECTIVES if runs[opcode]}
 
 
 def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes of what each collective of a module's text gives one device, over all its runs: see collectives_run."""
+    """Bytes of one device's array that each kind of collective gathers, reduces or exchanges, over all its runs: of
+    what it gives, and of what a reduce-scatter takes."""
     found: Counter[str] = Counter()
-    for opcode, gives, times in instructions_run(text):
-        found[opcode.removesuffix("-done")] += times * array_bytes(gives)
+    for one, around, times, _ in instructions_run(parsed(text)):
+        if one.opcode.startswith("reduce-scatter"):
+            taken = [] if one.opcode.endswith("-done") else one.operands
+            found["reduce-scatter"] += times * sum(array_bytes(around[name].gives) for name in taken)
+        elif not goes_on(one, around):
+            found[one.opcode.removesuffix("-done")] += times * array_bytes(one.gives)
     return {opcode: found[opcode] for opcode in COLLECTIVES if found[opcode]}
 
 
-def instructions_run(text: str) -> Iterator[tuple[str, str, int]]:
-    """(opcode, what it gives, how often it runs) of every instruction that a module's text executes, loops unrolled."""
-    computations, entry = parsed(text)
-    turns = {body: int(count) for body, count in LOOP.findall(text)}
-
-    def walk(name: str, times: int) -> Iterator[tuple[str, str, int]]:
-        for opcode, rest, gives in computations[name]:
-            yield opcode, gives, times
-            if not opcode.endswith(("-update", "-done")):
-                for called in called_by(rest):
-                    yield from walk(called, times * turns.get(called, 1))
-
-    return walk(entry, 1)
+def goes_on(one: Instruction, around: Computation) -> bool:
+    """Whether this is a collective that another fusion has started: a TPU runs a collective piece by piece beside the
+    products of several fusions, and the text has it in each of them."""
+    return "chain_id=" in one.rest and not any("AsyncCollectiveStart" in other.rest for other in around.values())
 
 
-def array_bytes(gives: str) -> int:
-    """Bytes of the arrays of an instruction's type, such as (f32[8,64]{1,0}, pred[])."""
-    return sum(
-        math.prod(map(int, filter(None, sizes.split(",")))) * max(1, int(bits or 8) // 8)
-        for _, bits, sizes in ARRAY.findall(gives)
-    )
-
-
-def parsed(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """The computations of a module's text, each a list of (opcode, the rest of its line, the type of what it gives),
-    and the entry's name."""
-    computations: dict[str, list[tuple[str, str, str]]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if header := COMPUTATION.match(line):
-            name = header[2]
-            entry = name if header[1] else entry
-            computations[name] = []
-        elif found := INSTRUCTION.match(line):
-            computations[name].append((found[2], found[3].partition(", metadata=")[0], found[1]))
-    return computations, entry
-
-
-def called_by(rest: str) -> list[str]:
-    """The names of the computations that an instruction calls."""
-    return [name for group in CALLED.findall(rest) for name in re.findall(r"[\w.\-]+", group)]
-
-
-def is_product(opcode: str, rest: str) -> bool:
-    return opcode in PRODUCTS or (opcode == "custom-call" and LIBRARY_PRODUCT.search(rest) is not None)
+def is_product(one: Instruction) -> bool:
+    library = one.opcode == "custom-call" and LIBRARY_PRODUCT.search(one.rest) is not None
+    return one.opcode in PRODUCTS or library

@@ -35,9 +35,9 @@ from .hub import resolve_backbone
 from .memory import run_mesh
 from .model import init_adapter
 from .processes import arrays_of_first, by_each, by_first, gathered, is_first, require_same
+from .roofline import peak_rate
 from .run_folder import FREE_FIELDS, claim_folder, locked_folder, run_digests
 from .sharding import place, replicated_lines, rows_over
-from .topology import peak_rate
 from .training.checkpoint import (
     Progress,
     finish_saving,

@@ -72,6 +72,11 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape))
 
 
+def gathered(weights: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A weight whose axes have these names, gathered from the devices of `fsdp`; it stays split over `tensor`."""
+    return constrain(weights, tuple(None if name and RULES.get(name) == "fsdp" else name for name in axes))
+
+
 def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape) -> PartitionSpec:
     """The PartitionSpec of an array whose axes have these names; an axis is replicated where the mesh does not divide
     its count (of heads, not of their width, for a head axis)."""
@@ -84,6 +89,14 @@ def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape)
         return wanted if count % size == 0 else None
 
     return PartitionSpec(*map(mesh_axes, axes, counts))
+
+
+def shard_sizes(axes: tuple[str | None, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
+    """The size that one device of the current mesh holds of an array whose axes have these names and sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return counts
+    return NamedSharding(mesh, partition(axes, counts, mesh.shape)).shard_shape(counts)
 
 
 def tree_shardings(tree, mesh: Mesh | AbstractMesh, config):

@@ -38,6 +38,7 @@ from .hub import resolve_backbone
 from .memory import run_mesh
 from .model import init_adapter
 from .processes import by_each, by_first, gathered, is_first, require_same
+from .roofline import peak_rate
 from .run_folder import FREE_FIELDS, claim_folder, delete_leftovers, locked_folder, run_digests
 from .runs import (
     card_lines,
@@ -52,7 +53,6 @@ from .runs import (
     statistics_batches,
 )
 from .sharding import rows_over, tenant_axes
-from .topology import peak_rate
 from .training.checkpoint import (
     Progress,
     finish_saving,

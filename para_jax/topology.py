@@ -1,5 +1,6 @@
 """`para-jax train CONFIG --dry-run --topology v5e:4x4`: a run's step, compiled by the TPU's compiler for a slice that
-need not be there. It tells memory, programs and collectives, never speed. Without libtpu: an estimate, labelled so."""
+need not be there. It tells memory, programs and collectives; the time of a step is an estimate, and so is everything
+without libtpu, labelled so."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from .backbone.kernels import attention_kernel
 from .backbone.load import load_model_config
-from .config import SITES, ModelConfig, RunConfig, require
-from .devices import PEAK_FLOPS
-from .hlo import Program, collectives_run, describe_program
+from .config import RunConfig, require
+from .hlo import Program, collective_bytes, collectives_run, describe_program
+from .hlo_text import parsed, turns_unknown
 from .memory import (
     CHIP_GIB,
     GIB,
@@ -33,6 +33,7 @@ from .memory import (
     step_arguments,
     tenants_arguments,
 )
+from .roofline import estimate_time, time_lines, training_work
 from .sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
 from .training.step import train_step
 from .training.tenants import lay_out, tenants_step
@@ -41,7 +42,7 @@ TOO_MUCH = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm|\(([\d.]+)([GM])\) 
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of a step for one chip of the mesh."""
+    """What the compiler made of a program for one chip of the mesh."""
 
     program: Program | None
     """None: it does not fit"""
@@ -50,8 +51,13 @@ class Compiled(NamedTuple):
     limit: float | None
     """bytes that the compiler gives a program, as far as it said"""
     collectives: dict[str, int]
-    """how often each runs a step, loops unrolled"""
+    """how often each runs, loops unrolled"""
     seconds: float
+    """that the compiler took"""
+    collective_bytes: dict[str, int] = {}
+    """of each, over all its runs: see hlo.collective_bytes"""
+    loops_once: int = 0
+    """loops whose turns the compiler's text does not tell; what is in them counts once"""
 
 
 def topology_report(config: RunConfig, topology: str, tenants: int | None = None) -> str:
@@ -78,7 +84,10 @@ def topology_report(config: RunConfig, topology: str, tenants: int | None = None
     mesh = make_mesh(**sizes, devices=topology_devices(topology, chips))
     head = header(config, topology, mesh, tenants)
     found = compile_step(config, mesh, tenants)
-    return "\n".join([head[0], *why, *head[1:], *compiled_lines(config, mesh, found, libtpu)])
+    lines = compiled_lines(found, libtpu)
+    if found.program:
+        lines += time_lines(estimate_time(training_work(config, mesh, tenants), found.collective_bytes, kind), kind)
+    return "\n".join([head[0], *why, *head[1:], *lines])
 
 
 def parsed_topology(topology: str) -> tuple[str, int]:
@@ -115,24 +124,27 @@ def topology_devices(topology: str, chips: int):
 def compile_step(config: RunConfig, mesh: Mesh, tenants: int | None = None) -> Compiled:
     """The run's own training step for its longest rows, compiled; that of so many tenants, where they are given."""
     static: dict[str, Any] = dict(completion=config.data.max_seq_length, config=config.train)
-    begun = time.perf_counter()
     with jax.set_mesh(mesh):
         if tenants is None:
-            lowered = train_step.lower(*step_arguments(config, mesh), **static, total_steps=1000)
-        else:
-            lowered = tenants_step.lower(*tenants_arguments(config, mesh, tenants), **static)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            match = TOO_MUCH.search(str(error))
-            if match is None:
-                raise
-            used, unit, limit = match.groups()[:3] if match[1] else match.groups()[3:]
-            needed = float(used) * (GIB if unit == "G" else 2**20)
-            return Compiled(None, int(needed), float(limit) * GIB, {}, time.perf_counter() - begun)
-    seconds = time.perf_counter() - begun
-    program = describe_program(compiled)
-    return Compiled(program, program.memory, None, collectives_run(compiled.as_text() or ""), seconds)
+            return ask_compiler(train_step.lower(*step_arguments(config, mesh), **static, total_steps=1000))[0]
+        return ask_compiler(tenants_step.lower(*tenants_arguments(config, mesh, tenants), **static))[0]
+
+
+def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Compiled | None]:
+    """What the compiler makes of a program, and the compiled program itself where it fits."""
+    begun = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        match = TOO_MUCH.search(str(error))
+        if match is None:
+            raise
+        used, unit, limit = match.groups()[:3] if match[1] else match.groups()[3:]
+        needed = float(used) * (GIB if unit == "G" else 2**20)
+        return Compiled(None, int(needed), float(limit) * GIB, {}, time.perf_counter() - begun), None
+    seconds, text = time.perf_counter() - begun, compiled.as_text() or ""
+    program, runs, sizes = describe_program(compiled), collectives_run(text), collective_bytes(text)
+    return Compiled(program, program.memory, None, runs, seconds, sizes, turns_unknown(parsed(text))), compiled
 
 
 # ------------------------------------------------------------------------------------------------------------ the lines
@@ -141,16 +153,12 @@ def compile_step(config: RunConfig, mesh: Mesh, tenants: int | None = None) -> C
 def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> list[str]:
     (rows, passes), longest = passes_of(config, mesh, tenants), config.data.max_seq_length
     model = load_model_config(config.backbone.source)
-    tokens = rows * passes * longest
-    flops = 4 * matrix_weights(model) * tokens / mesh.size
     kernel, why = attention_kernel(model, longest, config.backbone.dtype or "bfloat16", "tpu")
     return [
         f"slice      {topology}: {mesh.size} chips; mesh {describe_mesh(mesh)}",
         f"a step     {passes} x {rows} rows of {longest} tokens, any of them completion; "
         f"remat {config.train.remat}" + (f"; packed, {packed_examples(config)} examples a row" * config.data.packing),
         f"attention  {kernel} ({why})",
-        f"FLOPs      {flops / 1e12:.1f} T a chip and step: 4 a weight of the matrix products and token, attention not "
-        "counted",
         *([tenants_line(config, mesh, tenants)] if tenants else []),
         *(f"not split  {line}" for line in replicated_lines(abstract_model(config, mesh), mesh, model)),
     ]
@@ -170,7 +178,7 @@ def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> 
     )
 
 
-def compiled_lines(config: RunConfig, mesh: Mesh, found: Compiled, libtpu: str) -> list[str]:
+def compiled_lines(found: Compiled, libtpu: str) -> list[str]:
     by = f"compiled by libtpu {libtpu} in {found.seconds:.0f} s"
     if found.program is None:
         assert found.limit
@@ -180,10 +188,12 @@ def compiled_lines(config: RunConfig, mesh: Mesh, found: Compiled, libtpu: str) 
     program = found.program
     parts = {"arguments": program.arguments, "temporaries": program.temporaries, "outputs": program.outputs}
     shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    run = ", ".join(f"{count} {name}" for name, count in found.collectives.items()) or "none"
+    sizes = found.collective_bytes
+    run = ", ".join(f"{count} {name} {sizes[name] / 1e9:.2f} GB" for name, count in found.collectives.items()) or "none"
+    once = f"; {found.loops_once} loops of unknown length counted once" if found.loops_once else ""
     return [
         f"HBM        a chip needs {program.memory / GIB:.2f} GiB: it fits ({shown}; {by})",
-        f"collectives a step: {run}",
+        f"collectives of a chip and step: {run}{once}",
     ]
 
 
@@ -198,15 +208,3 @@ def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str, tenants: in
         f"{found.arguments / GIB:.2f}, kept activations and one layer at work {found.temporaries / GIB:.2f})",
         "           for the compiler's own numbers: pip install 'para_jax[aot]'",
     ]
-
-
-def matrix_weights(model: ModelConfig) -> int:
-    """Weights that tokens are multiplied by: the linears of all layers; the head works on few positions."""
-    return model.num_layers * sum(model.site_input_width(site) * model.site_width(site) for site in SITES)
-
-
-def peak_rate(model: ModelConfig, used: Sequence[Any]) -> float | None:
-    """Tokens a second if these devices did nothing but the backbone's matrix products, at their peak: 2 FLOPs a weight
-    and token forwards, 2 backwards (to the activations; the weights are frozen). None for an unknown device."""
-    peak = PEAK_FLOPS.get(used[0].device_kind)
-    return peak and peak * len(used) / (4 * matrix_weights(model))

@@ -21,7 +21,7 @@ from para_jax.bench.rounds import interleaved, paired, summary
 from para_jax.inference.generate import next_token
 from para_jax.plots import decode_plot
 from para_jax.reports import check_record_file, write_record
-from para_jax.topology import matrix_weights
+from para_jax.roofline import matrix_weights
 
 BACKBONE = str(FIXTURES / "smollm2")
 DECODE = dict(rows=(2,), context=4, rounds=3, bank=5)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from tpu_compiler import tpu_devices
 
 from para_jax import (
     LayerKind,
@@ -25,7 +26,8 @@ from para_jax import (
 )
 from para_jax.adapters.adapter import Adjustment
 from para_jax.config import Ia3Config, LoraConfig
-from para_jax.hlo import collective_bytes, describe_program, excess
+from para_jax.hlo import collective_bytes, collectives_run, describe_program, excess
+from para_jax.hlo_text import parsed, turns_unknown
 from para_jax.model import decode_step
 from para_jax.sharding import place
 
@@ -258,3 +260,140 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 }
 """
     assert collective_bytes(text) == {"all-reduce": (64 + 3) * 5, "all-gather": 64}
+
+
+# As a TPU's compiler writes it, shortened: no loop says its turns; the layers' counter is added to in a fusion, and the
+# product's, inside, goes up by 2 to a bound that every turn of the layers hands on; an all-gather is in three fusions.
+TPU_MODULE = """HloModule jit_step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  %y = f32[]{:T(128)} parameter(1)
+  ROOT %add.1 = f32[]{:T(128)} add(%x, %y)
+}
+
+%next (i: s32[]) -> s32[] {
+  %one = s32[]{:T(128)} constant(1)
+  %i = s32[]{:T(128)} parameter(0)
+  ROOT %add.2 = s32[]{:T(128)} add(%i, %one)
+}
+
+%fused_start (p: bf16[192,64]) -> (bf16[192,64], bf16[3072,64], u32[]) {
+  %p = bf16[192,64]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %all-gather.1 = bf16[3072,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=53, replica_groups=mesh['axis_0'=16] {'axis_0'}, dimensions={0}, frontend_attributes={chain_id="1"}, metadata={op_name="a/while/body"}
+  ROOT %custom-call.1 = (bf16[192,64]{1,0}, bf16[3072,64]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%fused_step (p: bf16[192,64]) -> bf16[3072,64] {
+  %p = bf16[192,64]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[3072,64]{1,0} all-gather(%p), channel_id=53, dimensions={0}, frontend_attributes={chain_id="1"}
+}
+
+%fused_done (p: bf16[192,64]) -> bf16[3072,64] {
+  %p = bf16[192,64]{1,0} parameter(0)
+  %all-gather.3 = bf16[3072,64]{1,0} all-gather(%p), channel_id=53, dimensions={0}, frontend_attributes={chain_id="1"}
+  ROOT %custom-call.2 = bf16[3072,64]{1,0} custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%product_body (s: (u32[], u32[], bf16[1,192])) -> (u32[], u32[], bf16[1,192]) {
+  %two = u32[]{:T(128)} constant(2)
+  %s = (u32[]{:T(128)}, u32[]{:T(128)}, bf16[1,192]{1,0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%s), index=0
+  %most = u32[]{:T(128)} get-tuple-element(%s), index=1
+  %x = bf16[1,192]{1,0} get-tuple-element(%s), index=2
+  %collective-permute-start = (bf16[1,192]{1,0}, bf16[1,192]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=3, source_target_pairs={{0,15},{1,0}}
+  %collective-permute-done = bf16[1,192]{1,0} collective-permute-done(%collective-permute-start)
+  %again = u32[]{:T(128)} add(%i, %two)
+  ROOT %t = (u32[]{:T(128)}, u32[]{:T(128)}, bf16[1,192]{1,0}) tuple(%again, %most, %collective-permute-done)
+}
+
+%product_cond (s: (u32[], u32[], bf16[1,192])) -> pred[] {
+  %s = (u32[]{:T(128)}, u32[]{:T(128)}, bf16[1,192]{1,0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%s), index=0
+  %most = u32[]{:T(128)} get-tuple-element(%s), index=1
+  ROOT %compare = pred[]{:T(512)} compare(%i, %most), direction=LT
+}
+
+%layer_body (s: (s32[], u32[], bf16[1,192])) -> (s32[], u32[], bf16[1,192]) {
+  %s = (s32[]{:T(128)}, u32[]{:T(128)}, /*index=2*/bf16[1,192]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %copy.1 = s32[]{:T(128)S(6)} copy(%i)
+  %eight = u32[]{:T(128)} get-tuple-element(%s), index=1
+  %x = bf16[1,192]{1,0} get-tuple-element(%s), index=2
+  %zero = u32[]{:T(128)} constant(0)
+  %start = (bf16[192,64]{1,0}, bf16[3072,64]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, calls=%fused_start
+  %between = bf16[3072,64]{1,0} fusion(%x), kind=kOutput, calls=%fused_step
+  %waited = bf16[3072,64]{1,0} fusion(%x), kind=kCustom, calls=%fused_done
+  %given = (u32[]{:T(128)}, u32[]{:T(128)}, bf16[1,192]{1,0}) tuple(%zero, %eight, %x)
+  %while.2 = (u32[]{:T(128)}, u32[]{:T(128)}, bf16[1,192]{1,0}) while(%given), condition=%product_cond, body=%product_body, metadata={op_name="jit(step)/while"}
+  %y = bf16[1,192]{1,0} get-tuple-element(%while.2), index=2
+  %again = s32[]{:T(128)} fusion(%copy.1), kind=kLoop, calls=%next
+  ROOT %t = (s32[]{:T(128)}, u32[]{:T(128)}, bf16[1,192]{1,0}) tuple(%again, %eight, %y)
+}
+
+%layer_cond (s: (s32[], u32[], bf16[1,192])) -> pred[] {
+  %last = s32[]{:T(128)} constant(LAST)
+  %s = (s32[]{:T(128)}, u32[]{:T(128)}, bf16[1,192]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %compare = pred[]{:T(512)} compare(%i, %last), direction=LE
+}
+
+%search_body (s: (s32[], f32[])) -> (s32[], f32[]) {
+  %s = (s32[]{:T(128)}, f32[]{:T(128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %x = f32[]{:T(128)} get-tuple-element(%s), index=1
+  %summed = f32[]{:T(128)} all-reduce(%x), to_apply=%add
+  ROOT %t = (s32[]{:T(128)}, f32[]{:T(128)}) tuple(%i, %summed)
+}
+
+%search_cond (s: (s32[], f32[])) -> pred[] {
+  %s = (s32[]{:T(128)}, f32[]{:T(128)}) parameter(0)
+  %x = f32[]{:T(128)} get-tuple-element(%s), index=1
+  %one = f32[]{:T(128)} constant(1)
+  ROOT %compare = pred[]{:T(512)} compare(%x, %one), direction=LT
+}
+
+ENTRY %main (x: bf16[1,192], w: f32[64,8], z: f32[]) -> f32[4,8] {
+  %x = bf16[1,192]{1,0} parameter(0)
+  %w = f32[64,8]{1,0} parameter(1)
+  %z = f32[]{:T(128)} parameter(2)
+  %one = s32[]{:T(128)} constant(1)
+  %eight = u32[]{:T(128)} constant(8)
+  %given = (s32[]{:T(128)}, u32[]{:T(128)}, bf16[1,192]{1,0}) tuple(%one, %eight, %x)
+  %while.1 = (s32[]{:T(128)}, u32[]{:T(128)}, bf16[1,192]{1,0}) while(%given), condition=%layer_cond, body=%layer_body
+  %found = (s32[]{:T(128)}, f32[]{:T(128)}) tuple(%one, %z)
+  %while.3 = (s32[]{:T(128)}, f32[]{:T(128)}) while(%found), condition=%search_cond, body=%search_body
+  ROOT %reduced = f32[4,8]{1,0} reduce-scatter(%w), dimensions={0}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_loop_turns_as_often_as_its_counter_says_and_what_runs_in_pieces_counts_once(layers):
+    text = TPU_MODULE.replace("LAST", str(layers))  # from 1 to LAST
+    counted = {"all-reduce": 1, "all-gather": layers, "reduce-scatter": 1, "collective-permute": 4 * layers}
+    assert collectives_run(text) == counted
+    assert collective_bytes(text) == {
+        "all-reduce": 4,
+        "all-gather": layers * 3072 * 64 * 2,
+        "reduce-scatter": 64 * 8 * 4,
+        "collective-permute": 4 * layers * 192 * 2,
+    }
+    assert turns_unknown(parsed(text)) == 1  # the search, whose end depends on data
+
+
+def test_on_a_tpu_every_layer_gathers_its_own_weights():
+    mesh = make_mesh(fsdp=4, devices=tpu_devices("v5e:2x2"))
+
+    def program(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    def counted(layers):
+        over = [NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("fsdp",), (None, "fsdp"))]
+        shapes = (64, 256), (layers, 256, 256)
+        given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=s) for shape, s in zip(shapes, over, strict=True)]
+        text = jax.jit(program).lower(*given).compile().as_text()
+        return sum(collectives_run(text).values()), sum(collective_bytes(text).values())
+
+    (runs, size), (more, larger) = counted(6), counted(12)
+    assert size >= 6 * 256 * 256 * 2 * 3 / 4 and (more, larger) == (2 * runs, 2 * size)

@@ -13,14 +13,15 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["atomic", "yaml_text"],
     ["config"],
-    ["untrusted"],
+    ["untrusted", "hlo_text"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "hlo", "processes"],
     ["backbone", "adapters", "data"],
     ["model"],
     ["training", "inference"],
     ["serving", "memory"],
+    ["roofline"],
     ["evaluation", "topology"],
-    ["run_folder"],
+    ["run_folder", "programs"],
     ["runs", "tenant_runs", "bench", "plots", "quickstart", "reports"],
     ["cli"],
 ]

@@ -43,9 +43,9 @@ from para_jax.evaluation import evaluate as evaluation
 from para_jax.evaluation.evaluate import Score, task_of_run
 from para_jax.hlo import describe_program
 from para_jax.inference import generate as generation
+from para_jax.roofline import matrix_weights
 from para_jax.run_folder import claim_folder
 from para_jax.runs import places, statistics_batches
-from para_jax.topology import matrix_weights
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import make_schedule
 from para_jax.training.stop import Stopped

@@ -1,5 +1,5 @@
 """The dry run for a slice compiles the run's own step, with the arguments that the run would hand over. The devices are
-virtual CPU devices here: the TPU's compiler is not among the tests' requirements."""
+virtual CPU devices where the TPU's compiler would add nothing."""
 
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -11,20 +11,22 @@ from conftest import backbone
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_run import run_config, run_folder
+from tpu_compiler import tpu_devices
 
 from para_jax import init_adapter, load_backbone, make_mesh
 from para_jax.config import load_config
 from para_jax.data.packing import Packed
 from para_jax.hlo import collectives_run
 from para_jax.memory import passes_of, run_mesh
+from para_jax.programs import compile_programs
 from para_jax.reports import dry_run
+from para_jax.roofline import matrix_weights
 from para_jax.sharding import place, rows_over
 from para_jax.tenant_runs import empty_state
 from para_jax.topology import (
     TOO_MUCH,
     compile_step,
     header,
-    matrix_weights,
     parsed_topology,
     shard_bytes,
     step_arguments,
@@ -178,3 +180,24 @@ def test_the_weights_of_the_matrix_products_are_all_but_embeddings_head_and_norm
     kernels = [layer.attention for layer in backbone("llama").layers]
     linears = [site for site in jax.tree.leaves(backbone("llama").layers) if site.ndim == 2]
     assert kernels and matrix_weights(config) == sum(leaf.size for leaf in linears)
+
+
+def test_the_programs_of_a_run_are_compiled_for_a_slice_and_so_is_what_evaluates_and_serves_it(config):
+    mesh = make_mesh(fsdp=4, devices=tpu_devices("v5e:2x2"))
+    found = compile_programs(config, mesh)
+    assert list(found) == ["train", "loss", "prefill", "ranking", "decode"]
+    weights = shard_bytes(step_arguments(config, mesh)[1])
+    for compiled in found.values():
+        assert compiled.program and compiled.program.arguments > weights and compiled.loops_once == 0
+        assert set(compiled.collective_bytes) == set(compiled.collectives)
+    gathered = {name: compiled.collective_bytes["all-gather"] for name, compiled in found.items()}
+    layers = step_arguments(config, mesh)[1].layers
+    kernels = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers) if leaf.ndim == 3)
+    assert gathered["decode"] > kernels and gathered["train"] > 1.9 * kernels  # forward and backward
+
+
+def test_the_dry_run_tells_the_bytes_of_collectives_and_an_estimate_of_the_time(tmp_path):
+    config = run_config(run_folder(tmp_path), "mesh.data=1", "mesh.fsdp=4", "data.max_seq_length=16")
+    shown = topology_report(config, "v5e:2x2")
+    assert "it fits" in shown and " all-gather 0.00 GB" in shown
+    assert "ESTIMATE from v5e's published peaks, not measured" in shown and "bound by " in shown

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
+from ..sharding import gathered
 from .layers import Linear
 
 
@@ -29,7 +30,9 @@ class Int8Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         from qwix import QArray, dot
 
-        y = dot(x, QArray(self.kernel[...], self.scale[...].astype(x.dtype)))
+        # Gathered here, as bytes: what they stand for would be twice as many.
+        kernel, scale = (gathered(held[...], held.axes) for held in (self.kernel, self.scale))
+        y = dot(x, QArray(kernel, scale.astype(x.dtype)))
         return y if self.bias is None else y + self.bias[...]
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..config import LayerKind, ModelConfig
-from ..sharding import constrain
+from ..sharding import constrain, gathered
 from .attention import Attention
 from .feedforward import FeedForward
 from .layers import Identity, RMSNorm, normal, softcap
@@ -72,12 +72,23 @@ class Transformer(nnx.Module):
         x = self.embedding[...][tokens] * jnp.asarray(self.config.embedding_multiplier, self.dtype)
         return constrain(x, ("batch", None, None))
 
-    def logits(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
-        """Logits float32 [..., vocab] of the residual stream after the final norm, x [..., width]."""
+    def gathered_head(self) -> Float[Array, "a b"]:
+        """The head's weights as `logits` takes them, gathered, so that a loop need not gather them at every turn."""
+        head = self.embedding if self.head is None else self.head
+        return gathered(head[...], head.axes)
+
+    def logits(self, x: Float[Array, "*rows width"], head: Array | None = None) -> Float[Array, "*rows vocab"]:
+        """Logits float32 [..., vocab] of the residual stream after the final norm, x [..., width].
+
+        Args:
+            head: of gathered_head; default: the weights as they lie.
+        """
         if self.head is None:
-            logits = jnp.einsum("...d,vd->...v", x, self.embedding[...], preferred_element_type=jnp.float32)
+            head = self.embedding[...] if head is None else head
+            logits = jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
         else:
-            logits = jnp.einsum("...d,dv->...v", x, self.head[...], preferred_element_type=jnp.float32)
+            head = self.head[...] if head is None else head
+            logits = jnp.einsum("...d,dv->...v", x, head, preferred_element_type=jnp.float32)
         return softcap(logits / self.config.logits_divisor, self.config.final_softcap)
 
     def with_layout(self, layout: str) -> Transformer:

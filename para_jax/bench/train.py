@@ -17,7 +17,7 @@ from ..data.packing import Packed, RowShape, collate_packed, plan_packing
 from ..data.sources import encode_records, load_records
 from ..data.tokenizer import load_tokenizer
 from ..model import init_adapter
-from ..topology import peak_rate
+from ..roofline import peak_rate
 from ..training.step import init_state, train_step
 from .decode import random_backbone
 from .rounds import interleaved, paired, single, summary

@@ -20,7 +20,7 @@ from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..model import continue_rows, prefill
 from ..processes import gathered
-from ..training.loss import CHUNK, token_scores
+from ..training.loss import of_logits, token_scores
 from .asked import Likelihood, Scored
 
 Question = tuple[Entry | None, Likelihood]
@@ -130,13 +130,8 @@ def continuation_scores(treedef, leaves, logits, state, row, tokens, length):
         return -nats, likeliest
     hidden = continue_rows(model, state, row, tokens[:, :-1])
 
-    def of(hidden_and_targets):
-        hidden, targets = hidden_and_targets
-        return token_scores(model.logits(hidden), targets)
-
     positions = tokens.shape[1] - 1
-    at_once = min(len(tokens), max(1, CHUNK // (positions * model.config.vocab_size)))
-    later, also = jax.lax.map(of, (hidden, tokens[:, 1:]), batch_size=at_once)
+    later, also = of_logits(token_scores, model, hidden, tokens[:, 1:])
     real = 1 + jnp.arange(positions) < length[:, None]
     return -(nats + jnp.where(real, later, 0).sum(axis=1)), likeliest & (also | ~real).all(axis=1)
 

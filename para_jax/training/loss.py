@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from ..data.batches import Batch
 from ..data.packing import Packed
 from ..model import Segments, residual_stream
+from ..sharding import constrain, shard_sizes
 
-# Logits of one chunk, in float32 values: 256 MiB. Larger batches are cut, and each chunk is recomputed in the
-# backward pass.
+# Logits of one chunk on one device, in float32 values: 256 MiB. Larger batches are cut, and each chunk is recomputed in
+# the backward pass.
 CHUNK = 1 << 26
 
 
@@ -66,15 +67,19 @@ def token_scores(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.
 
 
 def of_logits(of: Callable, model, hidden: jax.Array, targets: jax.Array):
-    """of(logits, targets), arrays [rows, C], from hidden states after the final norm [rows, C, width]; CHUNK of the
-    logits at a time."""
+    """of(logits, targets), arrays [rows, C], from hidden states after the final norm [rows, C, width]; CHUNK of a
+    device's logits at a time."""
+
+    head = model.gathered_head()
 
     def at(hidden_and_targets):
         hidden, targets = hidden_and_targets
-        return of(model.logits(hidden), targets)
+        hidden = constrain(hidden, ("batch", None, None))
+        return of(constrain(model.logits(hidden, head), ("batch", None, "vocab")), targets)
 
     rows, positions = targets.shape
-    chunk = max(1, CHUNK // (rows * model.config.vocab_size))
+    rows_held, vocab_held = shard_sizes(("batch", "vocab"), (rows, model.config.vocab_size))
+    chunk = max(1, CHUNK // (rows_held * vocab_held))
     if positions <= chunk:
         return at((hidden, targets))
     cut = [jnp.pad(a, ((0, 0), (0, -positions % chunk), *[(0, 0)] * (a.ndim - 2))) for a in (hidden, targets)]

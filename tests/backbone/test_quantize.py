@@ -11,14 +11,20 @@ import numpy as np
 import optax
 import pytest
 from conftest import FIXTURES, backbone, prompts, strong
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN, run_config, run_folder
+from tpu_compiler import tpu_devices
 
 from para_jax import decode, forward, init_adapter, load_backbone, make_mesh, pick, prefill, runs, stack_adapters, train
 from para_jax.backbone.layers import Linear
+from para_jax.backbone.load import abstract_backbone, load_model_config
 from para_jax.backbone.quantize import Int8Linear, quantise
 from para_jax.data.batches import Batch
+from para_jax.hlo import collective_bytes, goes_on
+from para_jax.hlo_text import instructions_run, parsed
 from para_jax.inference.generate import generate_tokens
 from para_jax.sharding import place, rows_over
+from para_jax.training.loss import completion_nll
 from para_jax.training.step import init_state, train_step
 
 
@@ -245,3 +251,33 @@ def test_another_quantisation_is_named():
         run_config(Path("."), "backbone.quantize=int4")
     with pytest.raises(ValueError, match="quantize: 'int4' is not possible; expected int8"):
         load_backbone(FIXTURES / "llama", quantize="int4")
+
+
+# ----------------------------------------------------------------------------------------------------- over the network
+
+
+def test_over_fsdp_kernels_travel_as_bytes_in_both_passes():
+    mesh = make_mesh(fsdp=4, devices=tpu_devices("v5e:2x2"))
+    config = load_model_config(FIXTURES / "llama")
+    config = replace(config, width=256, hidden_width=512, head_dim=64, kinds=config.kinds[:1] * 2)
+    everywhere, over = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("fsdp",)))
+    adapter = jax.eval_shape(lambda: init_adapter(ADAPTER, config))
+    adapter = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), adapter)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over) for shape in ((8, 32), (8,), (8,))))
+
+    def compiled(quantize):
+        model = abstract_backbone(config, jnp.bfloat16, mesh, quantize=quantize)
+        of = lambda adapter, model, batch: completion_nll(model, adapter, batch, 3, remat="block")[0].sum()  # noqa: E731
+        with jax.set_mesh(mesh):
+            return jax.jit(jax.grad(of)).lower(adapter, model, batch).compile().as_text()
+
+    texts = {quantize: compiled(quantize) for quantize in (None, "int8")}
+    sizes = {quantize: sum(collective_bytes(text).values()) for quantize, text in texts.items()}
+    assert sizes["int8"] < 0.55 * sizes[None]
+    gathered = [
+        run.instruction.gives
+        for run in instructions_run(parsed(texts["int8"]))
+        if run.instruction.opcode == "all-gather" and run.times == 2 and not goes_on(run.instruction, run.around)
+    ]  # in the loops over the layers
+    assert sum(gives.startswith("s8") for gives in gathered) == 2 * 7  # forward and backward
+    assert not any(gives.startswith("bf16") for gives in gathered)

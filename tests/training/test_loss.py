@@ -1,5 +1,6 @@
 """The loss is the completion's alone, is what other software computes, and does not depend on how it is computed."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -7,9 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FIXTURES, backbone, golden, golden_tenants
+from jax.sharding import NamedSharding, PartitionSpec
+from tpu_compiler import tpu_devices
 
-from para_jax import load_backbone, pick, stack_adapters
+from para_jax import load_backbone, load_model_config, make_mesh, pick, stack_adapters
+from para_jax.backbone.load import abstract_backbone
 from para_jax.data.batches import Batch
+from para_jax.hlo import collective_bytes, collectives_run
+from para_jax.sharding import place
 from para_jax.training import loss
 from para_jax.training.loss import completion_nll, token_nll
 
@@ -143,6 +149,40 @@ def test_logits_are_made_at_completion_positions_only_and_a_chunk_at_a_time(chun
     program = jax.make_jaxpr(jax.grad(of))(golden_tenants("llama")[0])
     shapes = [shape for shape in every_shape(program.jaxpr) if shape[-1:] == (256,) and len(shape) == 3]
     assert max(map(np.prod, shapes)) == largest
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_loss_in_chunks_gathers_the_head_once_a_step_and_nothing_of_every_row(tied, monkeypatch):
+    mesh = make_mesh(fsdp=4, devices=tpu_devices("v5e:2x2"))
+    config = replace(load_model_config(FIXTURES / "llama"), width=256, vocab_size=1024, tied_embeddings=tied)
+    model = abstract_backbone(config, jnp.bfloat16, mesh)
+    over = NamedSharding(mesh, PartitionSpec("fsdp"))
+    hidden = jax.ShapeDtypeStruct((8, 32, 256), jnp.bfloat16, sharding=over)
+    targets = jax.ShapeDtypeStruct((8, 32), jnp.int32, sharding=over)
+    monkeypatch.setattr(loss, "CHUNK", 4 * (8 // 4) * 1024)  # 4 positions of a chip's rows
+
+    def of(hidden, model, targets):
+        return token_nll(model, hidden, targets).sum()
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.value_and_grad(of)).lower(hidden, model, targets).compile().as_text()
+    assert collectives_run(text) == {"all-reduce": 1, "all-gather": 1}
+    assert collective_bytes(text) == {"all-reduce": 4, "all-gather": 256 * 1024 * 2}
+
+
+@pytest.mark.parametrize(("sizes", "chunks"), [((2, 2, 1), 4), ((1, 4, 2), 2), ((8, 1, 1), 2)])
+def test_a_chunk_is_counted_by_what_one_device_holds_of_the_logits(sizes, chunks, monkeypatch):
+    model, mesh = backbone("llama"), make_mesh(*sizes)
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, model.config.width)), jnp.float32)
+    targets = jnp.arange(64).reshape(8, 8)
+    at_once = token_nll(model, hidden, targets)
+    monkeypatch.setattr(loss, "CHUNK", 2 * 2 * model.config.vocab_size)
+    with jax.set_mesh(mesh):
+        program = jax.make_jaxpr(lambda hidden: token_nll(model, hidden, targets))(hidden)
+        in_chunks = jax.jit(token_nll)(place(model, mesh, model.config), hidden, targets)
+    scan = next(equation for equation in program.jaxpr.eqns if equation.primitive.name == "scan")
+    assert scan.params["length"] == chunks
+    np.testing.assert_allclose(in_chunks, at_once, rtol=1e-5, atol=1e-5)
 
 
 def every_shape(jaxpr):

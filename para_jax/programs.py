@@ -1,0 +1,61 @@
+"""The programs of a run and of what comes after it, each compiled for a slice by the TPU's compiler: the training step,
+evaluation, prefill and decode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from .config import RunConfig
+from .data.batches import Batch
+from .evaluation.likelihood import continuation_scores, together
+from .inference.generate import next_token
+from .memory import step_arguments
+from .model import _prefill
+from .topology import Compiled, ask_compiler, compile_step
+from .training.passes import batch_devices
+from .training.step import eval_nll
+
+#: Tokens of the answers that are ranked.
+ANSWER = 4
+
+
+def compile_programs(config: RunConfig, mesh: Mesh, tenants: int | None = None) -> dict[str, Compiled]:
+    """What the compiler makes of each program, by name, for the config's longest rows:
+
+    - train: the training step.
+    - loss: the likelihood of an evaluation batch's completions.
+    - prefill, ranking, decode: of the same batch the prompts, the likelihood of short answers to them, one token more.
+
+    ranking and decode are missing where prefill does not fit, whose caches they take.
+    """
+    found = {"train": compile_step(config, mesh, tenants)}
+    state, model, _ = step_arguments(config, mesh)
+    devices = batch_devices(mesh)
+    rows, length = -(-config.eval.batch_size // devices) * devices, config.data.max_seq_length
+    room = length + (config.eval.max_new_tokens or 32)
+
+    def whole(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    with jax.set_mesh(mesh):
+        batch = Batch(whole(rows, length), whole(rows), whole(rows))  # pyright: ignore[reportArgumentType]
+        found["loss"], _ = ask_compiler(eval_nll.lower(model, state.adapter, batch, completion=length))
+        lowered = _prefill.lower(model, state.adapter, whole(rows, length), whole(rows), whole(rows), room)
+        found["prefill"], program = ask_compiler(lowered)
+        if program is None:
+            return found
+        logits, cached = jax.tree.map(placed_as, lowered.out_info, program.output_shardings)
+        leaves, treedef = jax.tree.flatten(model)
+        answers = together(ANSWER, rows)
+        ranked = whole(answers), whole(answers, ANSWER), whole(answers)
+        found["ranking"], _ = ask_compiler(continuation_scores.lower(treedef, leaves, logits, cached, *ranked))
+        found["decode"], _ = ask_compiler(next_token.lower(treedef, leaves, cached, whole(rows), None, 1))
+    return found
+
+
+def placed_as(info, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
