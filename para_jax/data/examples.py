@@ -67,8 +67,7 @@ def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
     require_filled("prompt", prompt)
     require_filled("completion", completion)
     if isinstance(prompt, str):
-        joined = prompt[-1].isspace() or completion[0].isspace()
-        return encode_continuation(tokenizer, completion if joined else " " + completion) + [eos_token_id(tokenizer)]
+        return encode_continuation(tokenizer, joined_completion(prompt, completion)) + [eos_token_id(tokenizer)]
     return up_to_end_token(tokenizer, encode_continuation(tokenizer, assistant_turn(tokenizer, prompt, completion)))
 
 
@@ -201,11 +200,18 @@ def adds_own_space(tokenizer) -> bool:
     return " " in tokenizer.decode(word + word)
 
 
+def joined_completion(prompt: str, completion: str) -> str:
+    """The completion as it follows the prompt: after one space, unless there is white space already."""
+    return completion if prompt[-1].isspace() or completion[0].isspace() else " " + completion
+
+
 def without_added_eos(tokenizer, text: str, ids: list[int]) -> list[int]:
     """The ids without an EOS that the tokenizer's post-processor put at the end: a prompt is to be continued."""
-    if ids[-1:] != [tokenizer.eos_token_id]:
-        return ids
-    plain = encode(tokenizer, text)
+    return drop_added_eos(ids, encode(tokenizer, text)) if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def drop_added_eos(ids: list[int], plain: list[int]) -> list[int]:
+    """As `without_added_eos`, for ids that end in EOS and the ids of the same text without special tokens."""
     return ids[:-1] if ids[:-1][-len(plain) :] == plain else ids
 
 
@@ -238,9 +244,13 @@ def render(tokenizer, messages: list[dict], **options: bool) -> str:
     return text
 
 
-def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:
-    """The answer as the chat template writes it: the conversation with it, less the conversation up to it."""
-    before = render(tokenizer, prompt, add_generation_prompt=True)
+def assistant_turn(tokenizer, prompt: list[dict], completion: str, before: str | None = None) -> str:
+    """The answer as the chat template writes it: the conversation with it, less the conversation up to it.
+
+    Args:
+        before: the prompt as the template writes it, if that is known already.
+    """
+    before = before or render(tokenizer, prompt, add_generation_prompt=True)
     whole = render(tokenizer, [*prompt, {"role": "assistant", "content": completion}], add_generation_prompt=False)
     if not whole.startswith(before) or len(whole) == len(before):
         raise ValueError(
@@ -250,18 +260,29 @@ def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:
     return whole[len(before) :]
 
 
-def up_to_end_token(tokenizer, ids: list[int]) -> list[int]:
-    """A turn's ids up to its end token: the white space that a template writes behind it is not for the model."""
+def up_to_end_token(tokenizer, ids: list[int], seen: dict[int, bool | None] | None = None) -> list[int]:
+    """A turn's ids up to its end token: the white space that a template writes behind it is not for the model.
+
+    Args:
+        seen: what `ends_turn` said of tokens, kept for the next turn.
+    """
+    seen = {} if seen is None else seen
     for i in reversed(range(len(ids))):
-        if is_special(tokenizer, ids[i]):
+        if ids[i] not in seen:
+            seen[ids[i]] = ends_turn(tokenizer, ids[i])
+        if seen[ids[i]]:
             return ids[: i + 1]
-        if tokenizer.decode([ids[i]]).strip():
+        if seen[ids[i]] is False:
             break
     return [*ids, eos_token_id(tokenizer)]
 
 
-def is_special(tokenizer, token: int) -> bool:
-    return tokenizer.decode([token]) != "" and tokenizer.decode([token], skip_special_tokens=True) == ""
+def ends_turn(tokenizer, token: int) -> bool | None:
+    """Whether a token is a special one, which ends a turn; None for white space, which may follow the end."""
+    text = tokenizer.decode([token])
+    if text != "" and tokenizer.decode([token], skip_special_tokens=True) == "":
+        return True
+    return False if text.strip() else None
 
 
 # ----------------------------------------------------------------------------------------------------- checks, display

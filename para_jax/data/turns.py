@@ -16,7 +16,7 @@ from .tenants import next_tenants
 class Order(NamedTuple):
     """One tenant's examples, and which of them each of its own steps holds."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     plan: Plan
     total_steps: int
 
