@@ -8,17 +8,21 @@ from .examples import (
     Example,
     Prompt,
     adds_own_space,
-    assistant_turn,
     checked_messages,
     drop_added_eos,
     eos_token_id,
     failures,
     joined_completion,
-    render,
+    render_all,
     require_filled,
     require_unicode,
+    turn_between,
+    two_parts,
     up_to_end_token,
 )
+
+#: Conversations for one question to the process of the chat template.
+RENDERED_AT_ONCE = 64
 
 
 def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Example]:
@@ -33,15 +37,12 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
             checked_messages("prompt", prompt)
         require_unicode("prompt", prompt)
     chats = [not isinstance(prompt, str) for prompt, _ in pairs]
-    prompts: list[str] = []
-    answers: list[str] = []
+    rendered = iter(render_chats(tokenizer, [pair for pair, chat in zip(pairs, chats, strict=True) if chat]))
+    prompts, answers = [], []
     for (prompt, completion), chat in zip(pairs, chats, strict=True):
-        if chat:
-            prompts.append(render(tokenizer, prompt, add_generation_prompt=True))
-            answers.append(assistant_turn(tokenizer, prompt, completion, before=prompts[-1]))
-        else:
-            prompts.append(prompt)
-            answers.append(joined_completion(prompt, completion))
+        before, answer = next(rendered) if chat else (prompt, joined_completion(prompt, completion))
+        prompts.append(before)
+        answers.append(answer)
     if any(answer.startswith(" ") for answer in answers) and adds_own_space(tokenizer):
         answers = [answer.removeprefix(" ") for answer in answers]
     prompt_ids = encode_prompts(tokenizer, prompts, chats)
@@ -52,6 +53,16 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
         Example(prompt, up_to_end_token(tokenizer, ids, seen) if chat else [*ids, eos])
         for prompt, ids, chat in zip(prompt_ids, completions, chats, strict=True)
     ]
+
+
+def render_chats(tokenizer, pairs: Sequence[tuple[list[dict], str]]) -> list[tuple[str, str]]:
+    """Each conversation up to the answer, and the answer's turn, as the chat template writes them."""
+    found = []
+    for start in range(0, len(pairs), RENDERED_AT_ONCE):
+        parts = [part for pair in pairs[start : start + RENDERED_AT_ONCE] for part in two_parts(*pair)]
+        texts = render_all(tokenizer, parts)
+        found += [(before, turn_between(before, whole)) for before, whole in zip(texts[::2], texts[1::2], strict=True)]
+    return found
 
 
 def encode_prompts(tokenizer, texts: list[str], chats: list[bool]) -> list[list[int]]:

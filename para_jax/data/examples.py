@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..config import printable, shorten
 from ..untrusted import require_flat
-from .chat_template import TemplateError, render_template
+from .chat_template import TemplateError, render_templates
 
 #: A prompt: text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
@@ -234,24 +234,41 @@ def render(tokenizer, messages: list[dict], **options: bool) -> str:
     Raises TemplateError, a ValueError, for everything that goes wrong in the template, and where it takes too much time
     or memory (chat_template.py).
     """
+    return render_all(tokenizer, [(messages, options)])[0]
+
+
+def render_all(tokenizer, conversations: Sequence[tuple[list[dict], dict[str, bool]]]) -> list[str]:
+    """As `render` for each (messages, options); if one fails, all do."""
+    if not conversations:
+        return []
     if not tokenizer.chat_template:
         raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; give it as text")
+    tokens = tokenizer.special_tokens_map
+    given = [(messages, {**tokens, **options}) for messages, options in conversations]
     try:
-        text = render_template(tokenizer.get_chat_template(), messages, **tokenizer.special_tokens_map, **options)
+        texts = render_templates(tokenizer.get_chat_template(), given)
     except ValueError as error:
-        raise TemplateError(f"the tokenizer's chat template refuses {shorten(messages)}: {error}") from None
-    require_unicode("the tokenizer's chat template", text)
-    return text
+        refused = shorten(conversations[0][0])
+        raise TemplateError(f"the tokenizer's chat template refuses {refused}: {error}") from None
+    require_unicode("the tokenizer's chat template", texts)
+    return texts
 
 
-def assistant_turn(tokenizer, prompt: list[dict], completion: str, before: str | None = None) -> str:
-    """The answer as the chat template writes it: the conversation with it, less the conversation up to it.
+def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:
+    """The answer as the chat template writes it: the conversation with it, less the conversation up to it."""
+    return turn_between(
+        *(render(tokenizer, messages, **options) for messages, options in two_parts(prompt, completion))
+    )
 
-    Args:
-        before: the prompt as the template writes it, if that is known already.
-    """
-    before = before or render(tokenizer, prompt, add_generation_prompt=True)
-    whole = render(tokenizer, [*prompt, {"role": "assistant", "content": completion}], add_generation_prompt=False)
+
+def two_parts(prompt: list[dict], completion: str) -> list[tuple[list[dict], dict[str, bool]]]:
+    """The conversation up to an answer, and with it, each with the options for `render`."""
+    answered = [*prompt, {"role": "assistant", "content": completion}]
+    return [(prompt, dict(add_generation_prompt=True)), (answered, dict(add_generation_prompt=False))]
+
+
+def turn_between(before: str, whole: str) -> str:
+    """The assistant turn by which a rendered conversation is longer than the one before it."""
     if not whole.startswith(before) or len(whole) == len(before):
         raise ValueError(
             "the tokenizer's chat template writes an assistant turn that does not start with its generation prompt "

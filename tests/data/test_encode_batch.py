@@ -5,6 +5,7 @@ import random
 import pytest
 import tiny_tokenizers
 
+from para_jax.data import encode_batch
 from para_jax.data.encode_batch import encode_examples
 from para_jax.data.examples import encode_example
 
@@ -54,7 +55,8 @@ def tokenizer(request):
 
 
 @pytest.mark.parametrize("pairs", [TEXTS, CHATS, [*CHATS, *TEXTS, *CHATS], []], ids=["texts", "chats", "both", "none"])
-def test_examples_encoded_together_are_those_encoded_one_at_a_time(tokenizer, pairs):
+def test_examples_encoded_together_are_those_encoded_one_at_a_time(tokenizer, pairs, monkeypatch):
+    monkeypatch.setattr(encode_batch, "RENDERED_AT_ONCE", 3)
     assert encode_examples(tokenizer, pairs) == [encode_example(tokenizer, *pair) for pair in pairs]
 
 
