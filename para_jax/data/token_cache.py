@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import version
@@ -28,6 +29,8 @@ MIN_BYTES = 2**24
 MAX_BYTES = 2**34
 MAX_HEADER = 1000
 ENDING = ".tokens"
+#: A file that is being written is younger.
+ABANDONED_SECONDS = 24 * 3600
 
 
 class Tokens(NamedTuple):
@@ -144,8 +147,13 @@ def parts_digest(parts: list[np.ndarray]) -> str:
 
 
 def delete_oldest(keep: Path) -> None:
-    """Deletes the least recently used files, but this one, while all of them have more than MAX_BYTES."""
+    """Deletes the least recently used files, but this one, while all of them have more than MAX_BYTES; and what killed
+    writes left."""
     found = []
+    for part in keep.parent.glob("." + "?" * 64 + ENDING + ".????????"):
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
+                part.unlink()
     for file in keep.parent.glob("?" * 64 + ENDING):
         with suppress(FileNotFoundError):  # another process deletes too
             found.append((file.stat().st_mtime_ns, file, file.stat().st_size))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_tokenizers
 
+from para_jax.atomic import temporary_name
 from para_jax.config import DataSection
 from para_jax.data import sources, token_cache, training_data
 from para_jax.data.sources import encode_records, load_records
@@ -185,11 +186,16 @@ def test_the_least_recently_used_files_make_room(tmp_path, monkeypatch):
         token_cache.store_tokens("key", str(i), tokens)
         os.utime(token_cache.path_of("key", str(i)), (i, i))
     (token_cache.folder() / "mine.txt").write_text("stays")
+    being_written, abandoned = (temporary_name(token_cache.path_of("key", "4")) for _ in range(2))
+    for part in (being_written, abandoned):
+        part.write_bytes(b"a part")
+    os.utime(abandoned, (0, 0))
     assert token_cache.load_tokens("key", "0")  # used just now
-    monkeypatch.setattr(token_cache, "MAX_BYTES", 3 * cached()[0].stat().st_size)
+    monkeypatch.setattr(token_cache, "MAX_BYTES", 3 * token_cache.path_of("key", "0").stat().st_size)
     token_cache.store_tokens("key", "3", tokens)
     kept = [i for i in range(4) if token_cache.path_of("key", str(i)).exists()]
-    assert kept == [0, 2, 3] and (token_cache.folder() / "mine.txt").exists()
+    assert kept == [0, 2, 3] and being_written.exists() and not abandoned.exists()
+    assert (token_cache.folder() / "mine.txt").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
