@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .examples import (
     Example,
@@ -39,23 +40,26 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
     chats = [not isinstance(prompt, str) for prompt, _ in pairs]
     rendered = iter(render_chats(tokenizer, [pair for pair, chat in zip(pairs, chats, strict=True) if chat]))
     prompts, answers = [], []
-    for (prompt, completion), chat in zip(pairs, chats, strict=True):
-        before, answer = next(rendered) if chat else (prompt, joined_completion(prompt, completion))
+    for prompt, completion in pairs:
+        if isinstance(prompt, str):
+            before, answer = prompt, joined_completion(prompt, completion)
+        else:
+            before, answer = next(rendered)
         prompts.append(before)
         answers.append(answer)
     if any(answer.startswith(" ") for answer in answers) and adds_own_space(tokenizer):
         answers = [answer.removeprefix(" ") for answer in answers]
     prompt_ids = encode_prompts(tokenizer, prompts, chats)
     seen: dict[int, bool | None] = {}
-    eos = None if all(chats) else eos_token_id(tokenizer)
+    end = [] if all(chats) else [eos_token_id(tokenizer)]
     completions = encode_all(tokenizer, answers, add_special_tokens=False)
     return [
-        Example(prompt, up_to_end_token(tokenizer, ids, seen) if chat else [*ids, eos])
+        Example(prompt, up_to_end_token(tokenizer, ids, seen) if chat else [*ids, *end])
         for prompt, ids, chat in zip(prompt_ids, completions, chats, strict=True)
     ]
 
 
-def render_chats(tokenizer, pairs: Sequence[tuple[list[dict], str]]) -> list[tuple[str, str]]:
+def render_chats(tokenizer, pairs: Sequence[tuple[Any, str]]) -> list[tuple[str, str]]:
     """Each conversation up to the answer, and the answer's turn, as the chat template writes them."""
     found = []
     for start in range(0, len(pairs), RENDERED_AT_ONCE):
