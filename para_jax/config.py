@@ -261,6 +261,9 @@ class DataSection:
     completion: str | None = None
     max_seq_length: int = 512
     """tokens of prompt and completion together"""
+    cache: bool = True
+    """keep the token ids of large training data in the user's cache folder, ~/.cache/para_jax/tokens, for the next
+    start"""
     truncate: str = "error"
     """what is done with longer examples: error | skip | left (cut from the prompt's left); each is counted and
     reported"""

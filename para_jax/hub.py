@@ -52,7 +52,7 @@ HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/[\w.-]+)(@(?P<revision>\w[\w./-]*
 
 
 def cache_folder() -> Path:
-    """The folder in the user's cache where para_jax keeps what it fetched or compiled; it may not exist yet."""
+    """The folder in the user's cache for what para_jax fetched, compiled or tokenised; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "para_jax"
 
 

@@ -31,10 +31,11 @@ from .config import (
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
 from .data.prepared import NotPrepared, is_tfds
-from .data.sources import SPLITS, encode_records, load_records
+from .data.sources import SPLITS, load_records
 from .data.tasks import TASKS
 from .data.tenants import tenant_sections
 from .data.tokenizer import load_tokenizer
+from .data.training_data import load_training_data
 from .model import init_adapter
 from .topology import topology_report
 from .training.metrics_file import read_metrics
@@ -134,11 +135,11 @@ def data_report(config: RunConfig, rows: int | None = None) -> str:
     if config.data.tenants:
         first = next(iter(tenant_sections(config.data.tenants, config.data).values()))
         return f"the first tenant, {first.train}\n\n{data_report(replace(config, data=first), rows)}"
-    data = encode_records(load_records(config.data, "train") or [], tokenizer, config.data)
+    data = load_training_data(config.data, tokenizer)
     buckets = plan_buckets(data.examples, config.data.buckets)
     rows = rows or config.train.batch_size or config.train.per_device_batch_size
     order = plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
-    shown = [f"{r.place}\n{show_example(tokenizer, e)}" for e, r in zip(data.examples[:3], data.records, strict=False)]
+    shown = [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
     shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)
     return "\n\n".join([*shown, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches an epoch"])
 

@@ -6,8 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from . import atomic, devices
 from .config import RunConfig, config_dict, load_config, save_config
+from .data.example_arrays import add_to_digest
 from .data.examples import Example
 from .evaluation.evaluate import EvalTask
 
@@ -114,14 +114,14 @@ def fields_of_run(config: RunConfig) -> dict[str, Any]:
             return {name: value}
         return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else key).items()}
 
-    longer = () if config.many else ("train.max_steps",)  # of many tenants, some have ended
+    longer = ("data.cache",) if config.many else ("data.cache", "train.max_steps")  # of many tenants, some have ended
     fields = flat(config_dict(config))
     fields["mesh.fsdp"] = fields["mesh.fsdp"] or 1  # null: chosen; the default was 1 before, and old runs resume
     return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in longer}
 
 
 def run_digests(
-    config: RunConfig, backbone: str | None, data: Iterable[tuple[list[Example], EvalTask | None, EvalTask | None]]
+    config: RunConfig, backbone: str | None, data: Iterable[tuple[Sequence[Example], EvalTask | None, EvalTask | None]]
 ) -> dict[str, str]:
     """What a checkpoint says of the run that it belongs to; see training.checkpoint.Progress.
 
@@ -134,8 +134,7 @@ def run_digests(
     own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
     found = hashlib.sha256()
     for examples, *tasks in data:
-        for prompt, completion in examples:
-            found.update(array("q", [len(prompt), len(completion), *prompt, *completion]).tobytes())
+        add_to_digest(found, examples)
         for task in tasks:
             rows = None if task is None else [record._replace(place="") for record in task.records]
             found.update(json.dumps(rows, default=str).encode())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -25,11 +25,12 @@ from .backbone.kernels import attention_kernel
 from .backbone.load import load_backbone, load_model_config
 from .config import ModelConfig, RunConfig, config_dict, require
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
+from .data.example_arrays import ExampleArrays, digest
 from .data.examples import Example
 from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
 from .data.reader import read
-from .data.sources import Encoded, encode_records, load_records
 from .data.tokenizer import load_tokenizer
+from .data.training_data import TrainingData, load_training_data
 from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
 from .hub import resolve_backbone
 from .memory import run_mesh
@@ -67,7 +68,7 @@ class TrainResult(NamedTuple):
 class Work(NamedTuple):
     """What training needs of the data."""
 
-    data: Encoded
+    data: TrainingData
     buckets: tuple[Bucket, ...]
     plan: Plan | PackingPlan
     rows: int
@@ -102,7 +103,7 @@ def train(config: RunConfig) -> TrainResult:
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
     mesh = run_mesh(config)
     tokenizer, work, validation, test = by_each(lambda: read_inputs(config, mesh))
-    require_same("the data", lambda: [part and part.examples for part in (work.data, validation, test)])
+    require_same("the data", lambda: [part and digest(part.examples or []) for part in (work.data, validation, test)])
     with ExitStack() as held:
         by_first(lambda: held.enter_context(locked_folder(config)))
         by_first(lambda: claim_folder(config))
@@ -122,24 +123,28 @@ def read_inputs(config: RunConfig, mesh) -> tuple[Any, Work, EvalTask | None, Ev
     return tokenizer, work, validation, test
 
 
-def require_room(model: ModelConfig, data: Encoded, tasks: Iterable[EvalTask | None]) -> None:
+def require_room(model: ModelConfig, data: TrainingData, tasks: Iterable[EvalTask | None]) -> None:
     """Raises ValueError, naming its place, for an example that the model has no tokens or too few positions for, the
     answer that is to be written included."""
     known, most = model.vocab_size, model.max_positions
-    asked = [(task.examples or [], task.records, task.max_new_tokens if task.writes else 0) for task in tasks if task]
-    for examples, records, new in [(data.examples, data.records, 0), *asked]:
+    asked: list[tuple[Sequence[Example], Sequence[str], int]] = []
+    if data.examples.ids.max() >= known or data.examples.lengths.max() > most:
+        asked.append((data.examples, data.places, 0))
+    for task in filter(None, tasks):
+        where = [record.place for record in task.records]
+        asked.append((task.examples or [], where, task.max_new_tokens if task.writes else 0))
+    for examples, where, new in asked:
         room = f"at most {most}, the model's positions; data.max_seq_length with data.truncate limits them"
         room += f", beside {new} for eval.max_new_tokens" if new else ""
-        for (prompt, completion), record in zip(examples, records, strict=True):
+        for (prompt, completion), at in zip(examples, where, strict=True):
             largest, length = max(max(prompt), max(completion)), len(prompt) + max(len(completion), new)
-            require(largest < known, f"{record.place}: token id", largest, f"less than {known}, the model's tokens")
-            require(length <= most, f"{record.place}: tokens", length, room)
+            require(largest < known, f"{at}: token id", largest, f"less than {known}, the model's tokens")
+            require(length <= most, f"{at}: tokens", length, room)
 
 
 def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
     """The training examples and which of them each step reads."""
-    records = load_records(config.data, "train")
-    data = encode_records(records or [], tokenizer, config.data)
+    data = load_training_data(config.data, tokenizer)
     devices.say(f"training data: {data.report()}")
     rows, passes = step_passes(config.train, mesh)
     buckets, order = plan_order(config, data.examples, rows * passes)
@@ -147,14 +152,14 @@ def plan_work(config: RunConfig, tokenizer, mesh) -> Work:
     return Work(data, buckets, order, rows, passes, steps)
 
 
-def plan_order(config: RunConfig, examples: list[Example], rows: int) -> tuple[tuple[Bucket, ...], Plan | PackingPlan]:
+def plan_order(config: RunConfig, examples: ExampleArrays, rows: int) -> tuple[tuple[Bucket, ...], Plan | PackingPlan]:
     """The compiled shapes, and which examples a global batch of so many rows holds."""
     if not config.data.packing:
         buckets = plan_buckets(examples, config.data.buckets)
         return buckets, plan(example_lengths(examples), buckets=buckets, rows=rows, seed=config.seed)
     order = plan_packing(examples, length=config.data.max_seq_length, rows=rows, seed=config.seed)
     length, completion, segments = order.shape
-    padding = 1 - sum(example_lengths(examples)) / (len(order.packed) * length)
+    padding = 1 - len(examples.ids) / (len(order.packed) * length)
     devices.say(
         f"packed {len(examples)} examples into {len(order.packed)} rows of {length} tokens, at most {segments} a row; "
         f"{padding:.1%} of the tokens are padding"
@@ -317,7 +322,7 @@ class Loop(NamedTuple):
 
     def examples(self, step: int) -> str:
         """Where the examples of the step with this number (from 1) come from."""
-        return places([self.work.data.records[i].place for i in self.work.chosen(step - 1)])
+        return places([self.work.data.places[i] for i in self.work.chosen(step - 1)])
 
     def due(self, what: str, step: int) -> bool:
         """Whether a step is one after which to evaluate ("eval") or to save ("checkpoint")."""
@@ -409,7 +414,7 @@ def scores(name: str, found: Score) -> dict[str, float]:
     return {f"{name}_{what}": value for what, value in found.values().items()}
 
 
-def statistics_batches(examples: list[Example], bucket: Bucket, rows: int) -> list[Batch]:
+def statistics_batches(examples: Sequence[Example], bucket: Bucket, rows: int) -> list[Batch]:
     """Some training prompts, from which the summaries' mean and spread are measured; a last short batch is filled up
     with the first ones again."""
     count = min(STATISTICS_EXAMPLES, len(examples))

@@ -26,11 +26,12 @@ from .adapters.folder import mend_folder
 from .adapters.rows import Stack
 from .backbone.load import load_backbone, load_model_config
 from .config import RunConfig, config_dict, require, save_config
-from .data.batches import Batch, Bucket, example_lengths, for_mixed_rows, plan, plan_buckets
+from .data.batches import Batch, Bucket, example_lengths, for_mixed_rows, plan, plan_buckets_of_sizes
+from .data.example_arrays import digest
 from .data.reader import read
-from .data.sources import Encoded, encode_records, load_records
 from .data.tenants import tenant_sections, weights
 from .data.tokenizer import load_tokenizer
+from .data.training_data import TrainingData, load_training_data
 from .data.turns import Mixed, Order, Turn, Turns, admitted
 from .evaluation.evaluate import EvalTask, Score, task_of_run
 from .evaluation.tenants import Tasks
@@ -86,7 +87,7 @@ class Tenant(NamedTuple):
     name: str
     config: RunConfig
     """its own: data, output folder, learning rate and seed"""
-    data: Encoded
+    data: TrainingData
     order: Order
     validation: EvalTask | None
     test: EvalTask | None
@@ -163,7 +164,9 @@ def train_tenants(config: RunConfig) -> TenantsResult:
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
     mesh = run_mesh(config, by_each(lambda: len(tenant_configs(config))))
     tokenizer, tenants, buckets = by_each(lambda: read_tenants(config))
-    require_same("the data", lambda: [(t.name, t.data.examples, *(p and p.examples for p in t[-2:])) for t in tenants])
+    require_same(
+        "the data", lambda: [(t.name, *(p and digest(p.examples or []) for p in (t.data, *t[-2:]))) for t in tenants]
+    )
     with ExitStack() as held:
         by_first(lambda: held.enter_context(locked_folder(config)))
         by_first(lambda: claim_tenants(config, tenants))
@@ -184,14 +187,15 @@ def read_tenants(config: RunConfig) -> tuple[Any, list[Tenant], tuple[Bucket, ..
     for name, own in configs.items():
         if own.data not in read_once:
             try:
-                data = encode_records(load_records(own.data, "train") or [], tokenizer, own.data)
+                data = load_training_data(own.data, tokenizer)
                 require(len(data.examples) > 0, "data.tenants", own.data.train, "at least one training example")
                 tasks = [task_of_run(own, split, tokenizer) for split in ("validation", "test")]
                 require_room(model, data, tasks)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             read_once[own.data] = data, *tasks
-    planned = plan_buckets([e for data, *_ in read_once.values() for e in data.examples], config.data.buckets)
+    sizes = np.concatenate([data.examples.sizes for data, *_ in read_once.values()])
+    planned = plan_buckets_of_sizes(sizes, config.data.buckets)
     buckets = for_mixed_rows(planned)
     counts = [len(read_once[own.data][0].examples) for own in configs.values()]
     devices.say(f"{len(configs)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
@@ -509,7 +513,7 @@ class TenantsLoop(NamedTuple):
     def say_failed(self, turn: Turn, loss: float, grad_norm: float) -> None:
         tenant = self.tenants[turn.tenant]
         _, chosen = tenant.order.plan.batch_indices(turn.step)
-        examples = places([tenant.data.records[i].place for i in chosen])
+        examples = places([tenant.data.places[i] for i in chosen])
         what = "new weights are not finite"
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             what = f"gradient's norm is {grad_norm}" if math.isfinite(loss) else f"loss is {loss}"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .example_arrays import ExampleArrays, prompt_and_completion_sizes
 from .examples import Example
 
 MULTIPLE = 8  # padded lengths are multiples of this many tokens
@@ -36,10 +37,14 @@ class Bucket(NamedTuple):
 
 def plan_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...]:
     """At most `count` buckets, shortest first, that hold all examples with the fewest padded tokens altogether."""
-    if not examples:
+    return plan_buckets_of_sizes(prompt_and_completion_sizes(examples), count)
+
+
+def plan_buckets_of_sizes(sizes: np.ndarray, count: int) -> tuple[Bucket, ...]:
+    """As `plan_buckets`, from each example's tokens of prompt and completion, [examples, 2]."""
+    if not len(sizes):
         raise ValueError("no examples to plan buckets for: the data set is empty")
-    needed = np.array([-(-n // MULTIPLE) * MULTIPLE for n in example_lengths(examples)])
-    completions = np.array([len(example.completion_ids) for example in examples])
+    needed, completions = -(-sizes.sum(axis=1) // MULTIPLE) * MULTIPLE, sizes[:, 1]
     lengths = best_lengths(needed, count)
     shorter = [0, *lengths[:-1]]
     return tuple(
@@ -108,8 +113,10 @@ def full_batches(
         yield indices, collate([examples[i] for i in indices], buckets[index], rows)
 
 
-def example_lengths(examples: Sequence[Example]) -> list[int]:
+def example_lengths(examples: Sequence[Example]) -> Sequence[int]:
     """Tokens of each example, prompt and completion together."""
+    if isinstance(examples, ExampleArrays):
+        return examples.lengths.tolist()
     return [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
 
 

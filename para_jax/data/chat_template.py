@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -35,18 +36,26 @@ def render_template(template: str, messages: list[dict], **variables: Any) -> st
 
     Raises TemplateError, and OSError where the process can't be started.
     """
+    return render_templates(template, [(messages, variables)])[0]
+
+
+def render_templates(template: str, conversations: Sequence[tuple[list[dict], dict[str, Any]]]) -> list[str]:
+    """As `render_template` for each (messages, variables), with one question to the process for all of them. Each
+    conversation has the time of one alone; if one fails, all do."""
     if not isinstance(template, str):
         raise TemplateError(f"the template is a {type(template).__name__}, not a text")
-    messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
-    request = {"template": template, "messages": messages, "variables": variables, "bounds": [SECONDS, OUTPUT]}
+    given = [
+        ([{name: value for name, value in message.items() if value is not None} for message in messages], variables)
+        for messages, variables in conversations
+    ]
     try:
-        line = json.dumps(request)
+        line = json.dumps({"template": template, "conversations": given, "bounds": [SECONDS, OUTPUT]})
     except (TypeError, ValueError, RecursionError) as error:
         raise TemplateError(f"the messages are not JSON ({error})") from None
     answer = template_process(os.getpid()).ask(line)
     if "error" in answer:
         raise TemplateError(shorten(answer["error"], 300))
-    return answer["text"]
+    return answer["texts"]
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..config import printable, shorten
 from ..untrusted import require_flat
-from .chat_template import TemplateError, render_template
+from .chat_template import TemplateError, render_templates
 
 #: A prompt: text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
@@ -67,8 +67,7 @@ def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
     require_filled("prompt", prompt)
     require_filled("completion", completion)
     if isinstance(prompt, str):
-        joined = prompt[-1].isspace() or completion[0].isspace()
-        return encode_continuation(tokenizer, completion if joined else " " + completion) + [eos_token_id(tokenizer)]
+        return encode_continuation(tokenizer, joined_completion(prompt, completion)) + [eos_token_id(tokenizer)]
     return up_to_end_token(tokenizer, encode_continuation(tokenizer, assistant_turn(tokenizer, prompt, completion)))
 
 
@@ -201,11 +200,18 @@ def adds_own_space(tokenizer) -> bool:
     return " " in tokenizer.decode(word + word)
 
 
+def joined_completion(prompt: str, completion: str) -> str:
+    """The completion as it follows the prompt: after one space, unless there is white space already."""
+    return completion if prompt[-1].isspace() or completion[0].isspace() else " " + completion
+
+
 def without_added_eos(tokenizer, text: str, ids: list[int]) -> list[int]:
     """The ids without an EOS that the tokenizer's post-processor put at the end: a prompt is to be continued."""
-    if ids[-1:] != [tokenizer.eos_token_id]:
-        return ids
-    plain = encode(tokenizer, text)
+    return drop_added_eos(ids, encode(tokenizer, text)) if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def drop_added_eos(ids: list[int], plain: list[int]) -> list[int]:
+    """As `without_added_eos`, for ids that end in EOS and the ids of the same text without special tokens."""
     return ids[:-1] if ids[:-1][-len(plain) :] == plain else ids
 
 
@@ -228,20 +234,41 @@ def render(tokenizer, messages: list[dict], **options: bool) -> str:
     Raises TemplateError, a ValueError, for everything that goes wrong in the template, and where it takes too much time
     or memory (chat_template.py).
     """
+    return render_all(tokenizer, [(messages, options)])[0]
+
+
+def render_all(tokenizer, conversations: Sequence[tuple[list[dict], dict[str, bool]]]) -> list[str]:
+    """As `render` for each (messages, options); if one fails, all do."""
+    if not conversations:
+        return []
     if not tokenizer.chat_template:
         raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; give it as text")
+    tokens = tokenizer.special_tokens_map
+    given = [(messages, {**tokens, **options}) for messages, options in conversations]
     try:
-        text = render_template(tokenizer.get_chat_template(), messages, **tokenizer.special_tokens_map, **options)
+        texts = render_templates(tokenizer.get_chat_template(), given)
     except ValueError as error:
-        raise TemplateError(f"the tokenizer's chat template refuses {shorten(messages)}: {error}") from None
-    require_unicode("the tokenizer's chat template", text)
-    return text
+        refused = shorten(conversations[0][0])
+        raise TemplateError(f"the tokenizer's chat template refuses {refused}: {error}") from None
+    require_unicode("the tokenizer's chat template", texts)
+    return texts
 
 
 def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:
     """The answer as the chat template writes it: the conversation with it, less the conversation up to it."""
-    before = render(tokenizer, prompt, add_generation_prompt=True)
-    whole = render(tokenizer, [*prompt, {"role": "assistant", "content": completion}], add_generation_prompt=False)
+    return turn_between(
+        *(render(tokenizer, messages, **options) for messages, options in two_parts(prompt, completion))
+    )
+
+
+def two_parts(prompt: list[dict], completion: str) -> list[tuple[list[dict], dict[str, bool]]]:
+    """The conversation up to an answer, and with it, each with the options for `render`."""
+    answered = [*prompt, {"role": "assistant", "content": completion}]
+    return [(prompt, dict(add_generation_prompt=True)), (answered, dict(add_generation_prompt=False))]
+
+
+def turn_between(before: str, whole: str) -> str:
+    """The assistant turn by which a rendered conversation is longer than the one before it."""
     if not whole.startswith(before) or len(whole) == len(before):
         raise ValueError(
             "the tokenizer's chat template writes an assistant turn that does not start with its generation prompt "
@@ -250,18 +277,29 @@ def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:
     return whole[len(before) :]
 
 
-def up_to_end_token(tokenizer, ids: list[int]) -> list[int]:
-    """A turn's ids up to its end token: the white space that a template writes behind it is not for the model."""
+def up_to_end_token(tokenizer, ids: list[int], seen: dict[int, bool | None] | None = None) -> list[int]:
+    """A turn's ids up to its end token: the white space that a template writes behind it is not for the model.
+
+    Args:
+        seen: what `ends_turn` said of tokens, kept for the next turn.
+    """
+    seen = {} if seen is None else seen
     for i in reversed(range(len(ids))):
-        if is_special(tokenizer, ids[i]):
+        if ids[i] not in seen:
+            seen[ids[i]] = ends_turn(tokenizer, ids[i])
+        if seen[ids[i]]:
             return ids[: i + 1]
-        if tokenizer.decode([ids[i]]).strip():
+        if seen[ids[i]] is False:
             break
     return [*ids, eos_token_id(tokenizer)]
 
 
-def is_special(tokenizer, token: int) -> bool:
-    return tokenizer.decode([token]) != "" and tokenizer.decode([token], skip_special_tokens=True) == ""
+def ends_turn(tokenizer, token: int) -> bool | None:
+    """Whether a token is a special one, which ends a turn; None for white space, which may follow the end."""
+    text = tokenizer.decode([token])
+    if text != "" and tokenizer.decode([token], skip_special_tokens=True) == "":
+        return True
+    return False if text.strip() else None
 
 
 # ----------------------------------------------------------------------------------------------------- checks, display

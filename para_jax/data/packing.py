@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .batches import MULTIPLE, epoch_bits, example_lengths, permutation
+from .example_arrays import prompt_and_completion_sizes
 from .examples import Example
 
 # Examples that are packed together: enough that rows come out full, few enough that millions are packed in minutes.
@@ -54,8 +55,9 @@ class PackingPlan:
         self.packed = pack(example_lengths(examples), length, seed)
         self.rows, self.seed = rows, seed
         self.batches_per_epoch = -(-len(self.packed) // rows)
-        completions = [sum(len(examples[i].completion_ids) for i in row) for row in self.packed]
-        self.shape = RowShape(length, max(completions), max(map(len, self.packed)))
+        sizes = prompt_and_completion_sizes(examples)[:, 1].tolist()
+        completions = max(sum(sizes[i] for i in row) for row in self.packed)
+        self.shape = RowShape(length, completions, max(map(len, self.packed)))
         # two epochs, as in Plan
         self.order = lru_cache(2)(lambda epoch: permutation(epoch_bits(seed, epoch), len(self.packed)))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..config import DataSection, expanded, printable, shorten
+from .encode_batch import encode_examples
 from .examples import (
     Example,
     Prompt,
@@ -23,6 +24,8 @@ from .tasks import TASKS, TFDS_TASKS, field, names_of
 
 #: Bytes of a line of JSON.
 MAX_LINE = 2**26
+#: Examples that are tokenised together.
+ENCODED_AT_ONCE = 1024
 SPLITS = ("train", "validation", "test")
 
 
@@ -47,9 +50,13 @@ class Encoded(NamedTuple):
 
     def report(self) -> str:
         """One line for the user: the number of examples, and what became of those too long."""
-        cut = f", {self.cut} of them too long and cut from the left" if self.cut else ""
-        skipped = f", {self.skipped} too long and skipped" if self.skipped else ""
-        return f"{len(self.examples)} examples{cut}{skipped}"
+        return report(len(self.examples), self.cut, self.skipped)
+
+
+def report(count: int, cut: int, skipped: int) -> str:
+    also_cut = f", {cut} of them too long and cut from the left" if cut else ""
+    also_skipped = f", {skipped} too long and skipped" if skipped else ""
+    return f"{count} examples{also_cut}{also_skipped}"
 
 
 def source_of(section: DataSection, split: str) -> Path | Prepared | None:
@@ -78,13 +85,23 @@ def task_of(section: DataSection) -> str | None:
 
 def load_records(section: DataSection, split: str) -> list[Record] | None:
     """A split's records; None where the run has no such data. Training data must be there."""
+    found = split_records(section, split)
+    return None if found is None else list(found)
+
+
+def split_records(section: DataSection, split: str, seen=None) -> Iterator[Record] | None:
+    """As `load_records`, but a record at a time; what is wrong with one is raised when it is reached.
+
+    Args:
+        seen: a hash to which a file's bytes are added as they are read.
+    """
     source = source_of(section, split)
     if source is None and split == "train":
         raise ValueError("data.train is not set; expected a .jsonl file, a folder with train.jsonl, or tfds:NAME")
     form = dict(prompt=section.prompt, completion=section.completion, task=task_of(section))
     if isinstance(source, Prepared):
         return records_of(source.rows(), f"{source.folder}: split {source.split}", **form)
-    return source and read_records(source, **form)
+    return source and records_of(read_rows(source, seen), str(source), **form)
 
 
 def read_records(
@@ -99,7 +116,7 @@ def read_records(
             and `completion` already.
     """
     form = dict(prompt=prompt, completion=completion, task=task)
-    return records_of(read_rows(Path(path)), str(path), **form)
+    return list(records_of(read_rows(Path(path)), str(path), **form))
 
 
 def read_prompts(path: Path | str) -> list[Prompt]:
@@ -121,12 +138,12 @@ def encode_records(records: list[Record], tokenizer, section: DataSection) -> En
 
     A cut takes the prompt's leftmost tokens after its BOS, never its last one and never any of the completion.
     """
-    made = [encode_at_place(tokenizer, record) for record in records]
+    made = encode_all(tokenizer, records)
     long = [i for i, (prompt, completion) in enumerate(made) if len(prompt) + len(completion) > section.max_seq_length]
     if not long:
         return Encoded(made, list(records))
     if section.truncate == "error":
-        raise too_long(made, records, long, section)
+        raise too_long(made[long[0]], records[long[0]].place, len(long), len(made), section)
     if section.truncate == "left":
         for i in long:
             made[i] = cut_left(made[i], section.max_seq_length, tokenizer.bos_token_id, records[i].place)
@@ -143,14 +160,14 @@ def encode_records(records: list[Record], tokenizer, section: DataSection) -> En
 
 def records_of(
     rows: Iterator[tuple[str, dict]], source: str, *, prompt: str | None, completion: str | None, task: str | None
-) -> list[Record]:
+) -> Iterator[Record]:
     """The records of rows with their places, by a task's function or by templates, as in `read_records`."""
     if task is not None and task not in TASKS:
         raise ValueError(f"data.task: {shorten(task)} is not possible; expected one of {', '.join(TASKS)}")
     templates = {"prompt": prompt, "completion": completion}
     for name, template in templates.items():
         template_fields(f"data.{name}", template or "")
-    records = []
+    empty = True
     for place, row in rows:
         try:
             ready = {"prompt", "completion"} <= row.keys()
@@ -158,12 +175,13 @@ def records_of(
                 found = [(*TASKS[task].record(row), row.get("label"))]
             else:
                 found = row_fields(row, templates)
-            records += [Record(p, c, refs, None if label is None else str(label), place) for p, c, refs, label in found]
+            made = [Record(p, c, refs, None if label is None else str(label), place) for p, c, refs, label in found]
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
-    if not records:
+        yield from made
+        empty = empty and not made
+    if empty:
         raise ValueError(f"{source}: the data set is empty")
-    return records
 
 
 def existing(split: str, path: Path) -> Path:
@@ -173,13 +191,19 @@ def existing(split: str, path: Path) -> Path:
     return file
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Each line's "file:line" and object; empty lines are passed over."""
+def read_rows(path: Path, seen=None) -> Iterator[tuple[str, dict]]:
+    """Each line's "file:line" and object; empty lines are passed over.
+
+    Args:
+        seen: a hash to which the lines are added as they are read.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a .jsonl file")
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
             place = f"{path}:{number}"
+            if seen is not None:
+                seen.update(line)
             if len(line) > MAX_LINE:
                 raise ValueError(f"{place}: the line is longer than {MAX_LINE} bytes")
             if not line.strip():
@@ -264,6 +288,18 @@ def template_fields(where: str, template: str) -> list[tuple[str, str | None]]:
 # -------------------------------------------------------------------------------------------------------------- length
 
 
+def encode_all(tokenizer, records: Sequence[Record]) -> list[Example]:
+    """The records' examples; ValueError names the place of the first that can't be encoded."""
+    made: list[Example] = []
+    for start in range(0, len(records), ENCODED_AT_ONCE):
+        part = records[start : start + ENCODED_AT_ONCE]
+        try:
+            made += encode_examples(tokenizer, [(record.prompt, record.completion) for record in part])
+        except ValueError:  # which of them, and why
+            made += [encode_at_place(tokenizer, record) for record in part]
+    return made
+
+
 def encode_at_place(tokenizer, record: Record) -> Example:
     try:
         return encode_example(tokenizer, record.prompt, record.completion)
@@ -271,11 +307,10 @@ def encode_at_place(tokenizer, record: Record) -> Example:
         raise ValueError(f"{record.place}: {error}") from None
 
 
-def too_long(made: list[Example], records: list[Record], long: list[int], section: DataSection) -> ValueError:
-    first = made[long[0]]
+def too_long(first: Example, place: str, long: int, count: int, section: DataSection) -> ValueError:
     return ValueError(
-        f"{records[long[0]].place}: {len(first.prompt_ids) + len(first.completion_ids)} tokens are more than "
-        f"data.max_seq_length {section.max_seq_length} ({len(long)} of {len(made)} examples are too long)\n"
+        f"{place}: {len(first.prompt_ids) + len(first.completion_ids)} tokens are more than "
+        f"data.max_seq_length {section.max_seq_length} ({long} of {count} examples are too long)\n"
         "raise data.max_seq_length, or set data.truncate to skip (leave them out) or left (cut the prompt's start)"
     )
 

@@ -28,14 +28,17 @@ def main() -> None:
 
 
 def answer(request: dict, render: Callable) -> dict:
-    """{"text": ...} or {"error": ...}."""
+    """{"texts": [...]} or {"error": ...}."""
     seconds, most = request["bounds"]
+    texts = []
     try:
-        limit_time(seconds)
-        (text,), _ = render([request["messages"]], chat_template=request["template"], **request["variables"])
-        if len(text) > most:
-            raise ValueError(f"it writes {len(text)} characters, more than {most}")
-        return {"text": text}
+        for messages, variables in request["conversations"]:
+            limit_time(seconds)
+            (text,), _ = render([messages], chat_template=request["template"], **variables)
+            if len(text) > most:
+                raise ValueError(f"it writes {len(text)} characters, more than {most}")
+            texts.append(text)
+        return {"texts": texts}
     except BaseException as error:  # RecursionError and MemoryError too: the template is to blame for each
         own = type(error) is ValueError or type(error).__module__.startswith("jinja2")
         said = [str(error)[:1000]] if own else [type(error).__name__, str(error)[:1000]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from .tenants import next_tenants
 class Order(NamedTuple):
     """One tenant's examples, and which of them each of its own steps holds."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     plan: Plan
     total_steps: int
 
@@ -76,7 +76,10 @@ class Turns:
         """
         self.orders, self.buckets = orders, buckets
         self.groups, self.rows, self.passes = groups, rows, passes
-        self.coming = turns(shares, groups, [o.total_steps for o in orders], list(steps), list(slots), list(ended))
+        lengths = [bucket.length for bucket in self.buckets]
+        next_length = lambda tenant, step: lengths[orders[tenant].plan.batch_indices(step)[0]]  # noqa: E731
+        totals = [order.total_steps for order in orders]
+        self.coming = turns(shares, groups, totals, list(steps), list(slots), list(ended), next_length)
         self.made: dict[int, list[Turn]] = {}
         self.known, self.lock = 0, Lock()
 
@@ -109,18 +112,34 @@ def by_passes(batch: Batch, passes: int, rows: int) -> Batch:
 
 
 def turns(
-    shares: np.ndarray, groups: int, totals: list[int], steps: list[int], slots: list[int], ended: list[bool]
+    shares: np.ndarray,
+    groups: int,
+    totals: list[int],
+    steps: list[int],
+    slots: list[int],
+    ended: list[bool],
+    length: Callable[[int, int], int],
 ) -> Iterator[list[Turn]]:
     """Each step's turns, in the order of their slots. A tenant that has done its last step leaves its slot to the next
-    one that waits, also one that a run which was stopped right then still holds."""
+    one that waits, also one that a run which was stopped right then still holds.
+
+    Args:
+        length: from a tenant and one of its steps to the padded length of that step's rows.
+    """
     ended = [done or step >= total for done, step, total in zip(ended, steps, totals, strict=True)]
+    lengths = [0] * len(steps)  # of each tenant's next rows, where it has a slot
+    held: dict[int, int] = {}
     while True:
         slots = admitted([-1 if t >= 0 and ended[t] else t for t in slots], ended)
         if max(slots) < 0:
             return
-        held = {tenant: slot for slot, tenant in enumerate(slots) if tenant >= 0}
-        chosen = next_tenants(steps, shares, [t in held for t in range(len(steps))], groups)
+        before, held = held, {tenant: slot for slot, tenant in enumerate(slots) if tenant >= 0}
+        for t in held.keys() - before.keys():
+            lengths[t] = length(t, steps[t])
+        chosen = next_tenants(steps, shares, [t in held for t in range(len(steps))], groups, lengths)
         yield sorted((Turn(t, held[t], steps[t]) for t in chosen), key=lambda turn: turn.slot)
         for t in chosen:
             steps[t] += 1
             ended[t] = steps[t] >= totals[t]
+            if not ended[t]:
+                lengths[t] = length(t, steps[t])

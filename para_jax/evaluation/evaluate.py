@@ -26,7 +26,7 @@ from ..data.batches import (
     plan_buckets,
 )
 from ..data.examples import Example, encode_completion, encode_example, stop_token_ids
-from ..data.sources import Record, encode_records, load_records, task_of
+from ..data.sources import Record, encode_records, load_records, split_records, task_of
 from ..data.tasks import TASKS
 from ..devices import say
 from ..inference.generate import before_stop, generate_tokens
@@ -168,7 +168,7 @@ def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
     if known and not choices and {record.completion for record in records} <= set(known.choices):
         choices = known.choices  # rows that have a prompt of their own may have other answers
     if metric == "accuracy":
-        choices = choices or tuple(sorted({record.completion for record in load_records(config.data, "train") or []}))
+        choices = choices or tuple(sorted({record.completion for record in split_records(config.data, "train") or []}))
         require(
             2 <= len(choices) <= 100,
             "eval.choices",

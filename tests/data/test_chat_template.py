@@ -136,7 +136,7 @@ def test_a_text_is_encoded_and_ended_without_the_template(monkeypatch):
     def never(*_, **__):
         raise AssertionError("the template was rendered")
 
-    monkeypatch.setattr(examples, "render_template", never)
+    monkeypatch.setattr(examples, "render_templates", never)
     tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template="{{ 1 / 0 }}")
     assert encode_prompt(tokenizer, "Answer:") and stop_token_ids(tokenizer, (7,)) == (tokenizer.eos_token_id, 7)
     assert turn_stop_ids(tokenizer, "Answer:") == turn_stop_ids(tokenizer, (3, 4)) == ()

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from para_jax.data.batches import Bucket, example_lengths, for_mixed_rows, plan, plan_buckets
+from para_jax.data.batches import Bucket, best_lengths, example_lengths, for_mixed_rows, plan, plan_buckets
 from para_jax.data.examples import Example
-from para_jax.data.tenants import weights
-from para_jax.data.turns import Order, Turns, admitted
+from para_jax.data.tenants import SLACK, weights
+from para_jax.data.turns import Order, Turns, admitted, turns
 
 BUCKETS = (Bucket(8, 4), Bucket(16, 4))
 SIZES = (20, 6, 11, 1, 9)
@@ -33,9 +33,9 @@ def turns_from(steps, slots, ended, sampling="proportional", made=None):
     return Turns(made, BUCKETS, shares, groups=GROUPS, rows=ROWS, passes=PASSES, steps=steps, slots=slots, ended=ended)
 
 
-def all_batches(turns):
+def all_batches(coming):
     found = []
-    while (batch := turns.batch(len(found))) is not None:
+    while (batch := coming.batch(len(found))) is not None:
         found.append(batch)
     return found
 
@@ -124,7 +124,55 @@ def test_rows_of_long_completions_and_of_long_prompts_go_into_one_batch():
     buckets = for_mixed_rows(planned)
     made = [Order(each, plan(example_lengths(each), buckets=buckets, rows=2, seed=0), 2) for each in tenants]
     shares = weights([4, 4], "uniform")
-    turns = Turns(made, buckets, shares, groups=2, rows=2, passes=1, steps=[0, 0], slots=[-1, -1], ended=[False, False])
-    mixed = turns.batch(0)
+    start = dict(steps=[0, 0], slots=[-1, -1], ended=[False, False])
+    mixed = Turns(made, buckets, shares, groups=2, rows=2, passes=1, **start).batch(0)
     assert mixed is not None and mixed.bucket == Bucket(48, 12)
     assert (mixed.batch.length - mixed.batch.prompt_length).tolist() == [[12, 12, 2, 2]]
+
+
+# ---------------------------------------------------------------------------------------------------- varied lengths
+
+TENANTS, EXAMPLES, TENANT_ROWS = 64, 64, 4
+
+
+def of_varied_lengths(sigma, sizes=(EXAMPLES,) * TENANTS):
+    """Tenants whose examples have lengths around 120 tokens, three buckets, and each with an order of its own."""
+    draw = np.random.default_rng(0)
+    lengths = [np.clip(np.rint(draw.lognormal(np.log(120), sigma, size)), 8, 512).astype(int) for size in sizes]
+    padded = np.concatenate(lengths) + 7 & ~7
+    buckets = tuple(Bucket(length, 1) for length in best_lengths(padded, 3))
+    made = []
+    for tenant, own in enumerate(lengths):
+        order = plan(own.tolist(), buckets=buckets, rows=TENANT_ROWS, seed=tenant)
+        made.append(Order([Example([], [])] * len(own), order, order.batches_per_epoch))
+    return made, buckets
+
+
+def all_turns(made, buckets, groups):
+    shares = weights([len(order.examples) for order in made], "proportional")
+    length = lambda tenant, step: buckets[made[tenant].plan.batch_indices(step)[0]].length  # noqa: E731
+    count, totals = len(made), [order.total_steps for order in made]
+    return shares, list(turns(shares, groups, totals, [0] * count, [-1] * count, [False] * count, length)), length
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("groups", [4, 16])
+def test_mixed_batches_cost_little_more_tokens_than_the_tenants_alone(sigma, groups):
+    _, chosen, length = all_turns(*of_varied_lengths(sigma), groups)
+    each = [[length(turn.tenant, turn.step) for turn in batch] for batch in chosen]
+    assert sum(groups * max(lengths) for lengths in each) <= 1.15 * sum(map(sum, each))
+
+
+@pytest.mark.parametrize("groups", [4, 16])
+@pytest.mark.parametrize("sizes", [(EXAMPLES,) * TENANTS, (40, 90, 160, 250) * 16], ids=["equal", "unequal"])
+def test_whatever_the_lengths_each_tenant_stays_near_its_share_in_any_window(sizes, groups):
+    shares, chosen, _ = all_turns(*of_varied_lengths(0.9, sizes), groups)
+    taken = np.zeros((len(chosen) + 1, len(sizes)))
+    for i, batch in enumerate(chosen):
+        taken[i + 1] = taken[i]
+        taken[i + 1, [turn.tenant for turn in batch]] += 1
+    taken = taken[: int((taken < taken[-1]).all(axis=1).sum())]  # while nobody has ended
+    assert len(taken) > 0.7 * len(chosen)
+    ahead = taken - shares * taken.sum(axis=1, keepdims=True)
+    assert np.abs(ahead).max() <= 2 * SLACK + 1
+    assert np.ptp(ahead, axis=0).max() <= 2 * (2 * SLACK + 1)  # from any batch to any other

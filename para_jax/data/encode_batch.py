@@ -1,0 +1,93 @@
+"""Many prompts and completions to token ids at once. The ids are those of `encode_example`, whose rules these are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .examples import (
+    Example,
+    Prompt,
+    adds_own_space,
+    checked_messages,
+    drop_added_eos,
+    eos_token_id,
+    failures,
+    joined_completion,
+    render_all,
+    require_filled,
+    require_unicode,
+    turn_between,
+    two_parts,
+    up_to_end_token,
+)
+
+#: Conversations for one question to the process of the chat template.
+RENDERED_AT_ONCE = 64
+
+
+def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Example]:
+    """The example of each (prompt, completion). A fast tokenizer uses all cores and needs two calls for all of them.
+
+    Raises ValueError if any of them fails; `encode_example` says which.
+    """
+    for prompt, completion in pairs:
+        require_filled("prompt", prompt)
+        require_filled("completion", completion)
+        if not isinstance(prompt, str):
+            checked_messages("prompt", prompt)
+        require_unicode("prompt", prompt)
+    chats = [not isinstance(prompt, str) for prompt, _ in pairs]
+    rendered = iter(render_chats(tokenizer, [pair for pair, chat in zip(pairs, chats, strict=True) if chat]))
+    prompts, answers = [], []
+    for prompt, completion in pairs:
+        if isinstance(prompt, str):
+            before, answer = prompt, joined_completion(prompt, completion)
+        else:
+            before, answer = next(rendered)
+        prompts.append(before)
+        answers.append(answer)
+    if any(answer.startswith(" ") for answer in answers) and adds_own_space(tokenizer):
+        answers = [answer.removeprefix(" ") for answer in answers]
+    prompt_ids = encode_prompts(tokenizer, prompts, chats)
+    seen: dict[int, bool | None] = {}
+    end = [] if all(chats) else [eos_token_id(tokenizer)]
+    completions = encode_all(tokenizer, answers, add_special_tokens=False)
+    return [
+        Example(prompt, up_to_end_token(tokenizer, ids, seen) if chat else [*ids, *end])
+        for prompt, ids, chat in zip(prompt_ids, completions, chats, strict=True)
+    ]
+
+
+def render_chats(tokenizer, pairs: Sequence[tuple[Any, str]]) -> list[tuple[str, str]]:
+    """Each conversation up to the answer, and the answer's turn, as the chat template writes them."""
+    found = []
+    for start in range(0, len(pairs), RENDERED_AT_ONCE):
+        parts = [part for pair in pairs[start : start + RENDERED_AT_ONCE] for part in two_parts(*pair)]
+        texts = render_all(tokenizer, parts)
+        found += [(before, turn_between(before, whole)) for before, whole in zip(texts[::2], texts[1::2], strict=True)]
+    return found
+
+
+def encode_prompts(tokenizer, texts: list[str], chats: list[bool]) -> list[list[int]]:
+    """The ids of prompts; the chats among them are rendered already."""
+    special = iter(encode_all(tokenizer, [text for text, chat in zip(texts, chats, strict=True) if not chat]))
+    rendered = [text for text, chat in zip(texts, chats, strict=True) if chat]
+    plain = iter(encode_all(tokenizer, rendered, add_special_tokens=False))
+    found = [next(plain if chat else special) for chat in chats]
+    ends = [tokenizer.eos_token_id]
+    doubtful = [i for i, ids in enumerate(found) if not chats[i] and ids[-1:] == ends]
+    without = encode_all(tokenizer, [texts[i] for i in doubtful], add_special_tokens=False)
+    for i, ids in zip(doubtful, without, strict=True):
+        found[i] = drop_added_eos(found[i], ids)
+    if not all(found):
+        raise ValueError("prompt: the tokenizer makes no token of it")
+    return found
+
+
+def encode_all(tokenizer, texts: list[str], **options: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    only_ids = dict(return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    with failures(f"the tokenizer fails on one of {len(texts)} texts"):
+        return tokenizer(texts, **only_ids, **options)["input_ids"]

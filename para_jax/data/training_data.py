@@ -1,0 +1,160 @@
+"""A run's training data as token ids: rows are read, tokenised and forgotten, a part at a time.
+
+Reading and tokenising overlap, and the ids are kept for the next start (token_cache.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import devices
+from ..config import DataSection
+from . import token_cache
+from .example_arrays import ExampleArrays, ExampleBuilder
+from .examples import Example
+from .prepared import SCHEME, Prepared
+from .sources import ENCODED_AT_ONCE, Record, cut_left, encode_all, report, source_of, split_records, task_of, too_long
+from .token_cache import Tokens
+
+#: A run says how long tokenising took where it took longer than this.
+SAID_SECONDS = 5.0
+
+
+class Places(Sequence[str]):
+    """Where each example comes from, "file:line" or "tfds:NAME:split[index]", from a number for each."""
+
+    def __init__(self, prefix: str, numbers: Sequence[int] | np.ndarray):
+        """
+        Args:
+            prefix: what stands before the number, the bracket included.
+        """
+        self.prefix, self.numbers = prefix, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return f"{self.prefix}{self.numbers[index]}{']' if self.prefix.endswith('[') else ''}"
+
+
+class TrainingData(NamedTuple):
+    """Examples with their places, in step, and how many were too long for `max_seq_length` and cut or skipped."""
+
+    examples: ExampleArrays
+    places: Places
+    cut: int = 0
+    skipped: int = 0
+
+    def report(self) -> str:
+        """One line for the user: the number of examples, and what became of those too long."""
+        return report(len(self.examples), self.cut, self.skipped)
+
+
+def load_training_data(section: DataSection, tokenizer) -> TrainingData:
+    """The training data of a run, from the cache where it holds this very data (data.cache).
+
+    Raises ValueError, naming the place, as `load_records` and `encode_records` do.
+    """
+    source, key = source_of(section, "train"), None
+    if section.cache and is_large(source):
+        key = token_cache.tokenizer_key(tokenizer, fields_of(source, section))
+    if key and (found := token_cache.load_tokens(key, content_of(source))):
+        devices.say(f"token ids come from {token_cache.folder()}")
+        return training_data(source, found)
+    begun, seen = time.monotonic(), hashlib.sha256() if key else None
+    tokens = tokenised(split_records(section, "train", seen) or [], tokenizer, section)
+    if time.monotonic() - begun > SAID_SECONDS:
+        devices.say(f"tokenised {len(tokens.sizes)} examples in {time.monotonic() - begun:.0f} s")
+    if key and seen:  # under what was read: the file may have changed since it was looked up
+        content = content_of(source) if isinstance(source, Prepared) else seen.hexdigest()
+        token_cache.store_tokens(key, content, tokens)
+    return training_data(source, tokens)
+
+
+def training_data(source: Path | Prepared | None, tokens: Tokens) -> TrainingData:
+    if isinstance(source, Prepared):
+        prefix = f"{SCHEME}{source.name}:{source.split}["
+    else:
+        prefix = f"{source}:"
+    examples = ExampleArrays(tokens.ids, tokens.sizes)
+    return TrainingData(examples, Places(prefix, tokens.numbers), tokens.cut, tokens.skipped)
+
+
+def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tokens:
+    """The records as token ids; what is too long is treated as `encode_records` says."""
+    made, numbers = ExampleBuilder(), array("q")
+    cut = skipped = total = 0
+    too_long_first: tuple[Example, str] | None = None
+    for part, examples in encoded_parts(records, tokenizer):
+        total += len(part)
+        for example, record in zip(examples, part, strict=True):
+            if len(example.prompt_ids) + len(example.completion_ids) > section.max_seq_length:
+                if section.truncate == "left":
+                    example = cut_left(example, section.max_seq_length, tokenizer.bos_token_id, record.place)
+                    cut += 1
+                else:
+                    too_long_first = too_long_first or (example, record.place)
+                    skipped += 1
+                    continue
+            made.add([example])
+            numbers.append(number_of(record.place))
+    if too_long_first and section.truncate == "error":
+        raise too_long(*too_long_first, skipped, total, section)
+    if not len(made):
+        raise ValueError(f"every example is longer than data.max_seq_length {section.max_seq_length}, so none is left")
+    arrays = made.arrays()
+    return Tokens(arrays.sizes, np.frombuffer(numbers, np.int64), arrays.ids, cut, skipped)
+
+
+def encoded_parts(records: Iterable[Record], tokenizer) -> Iterator[tuple[list[Record], list[Example]]]:
+    """The records in parts with their examples. One part is tokenised, outside Python, while the next is read."""
+    rows = iter(records)
+    with ThreadPoolExecutor(1) as pool:
+        waiting: tuple[list[Record], Future] | None = None
+        while True:
+            part = list(islice(rows, ENCODED_AT_ONCE))
+            coming = (part, pool.submit(encode_all, tokenizer, part)) if part else None
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            if coming is None:
+                return
+            waiting = coming
+
+
+def number_of(place: str) -> int:
+    """The line of "file:line", or the index of "tfds:NAME:split[index]"."""
+    return int(place[max(place.rfind(":"), place.rfind("[")) + 1 :].removesuffix("]"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def fields_of(source: Path | Prepared | None, section: DataSection) -> dict[str, Any]:
+    """What the ids depend on next to the data's content and the tokenizer."""
+    fields = {name: getattr(section, name) for name in ("prompt", "completion", "max_seq_length", "truncate")}
+    return fields | dict(task=task_of(section), split=source.split if isinstance(source, Prepared) else None)
+
+
+def is_large(source: Path | Prepared | None) -> bool:
+    return sum(file.stat().st_size for file in files_of(source)) >= token_cache.MIN_BYTES
+
+
+def content_of(source: Path | Prepared | None) -> str:
+    return token_cache.files_digest(files_of(source))
+
+
+def files_of(source: Path | Prepared | None) -> list[Path]:
+    if isinstance(source, Prepared):
+        return sorted(file for file in source.folder.iterdir() if file.is_file())
+    return [] if source is None else [source]

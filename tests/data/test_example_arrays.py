@@ -1,0 +1,60 @@
+import hashlib
+from array import array
+
+import numpy as np
+import pytest
+
+from para_jax.data import example_arrays
+from para_jax.data.batches import example_lengths, plan_buckets
+from para_jax.data.example_arrays import ExampleBuilder, digest, prompt_and_completion_sizes
+from para_jax.data.examples import Example
+from para_jax.data.packing import plan_packing
+
+
+def made(count=50):
+    draw = np.random.default_rng(0)
+    ids = lambda: draw.integers(0, 300_000, draw.integers(1, 30)).tolist()  # noqa: E731
+    return [Example(ids(), ids()) for _ in range(count)]
+
+
+def arrays_of(examples):
+    builder = ExampleBuilder()
+    builder.add(examples)
+    return builder.arrays()
+
+
+def test_arrays_are_a_sequence_of_the_same_examples():
+    examples = made()
+    arrays = arrays_of(examples)
+    assert len(arrays) == 50 and list(arrays) == examples and arrays[-1] == examples[-1] and arrays[7] == examples[7]
+    assert arrays[3:40:5] == examples[3:40:5] and arrays[:3] == examples[:3]
+    with pytest.raises(IndexError):
+        arrays[50]
+    assert all(type(token) is int for token in arrays[0].prompt_ids)
+    assert example_lengths(arrays) == example_lengths(examples)
+    np.testing.assert_array_equal(prompt_and_completion_sizes(arrays), prompt_and_completion_sizes(examples))
+
+
+def test_plans_do_not_depend_on_how_examples_are_held():
+    examples = made()
+    arrays = arrays_of(examples)
+    assert plan_buckets(arrays, 3) == plan_buckets(examples, 3)
+    ours, theirs = (plan_packing(each, length=64, rows=4, seed=0) for each in (arrays, examples))
+    assert ours.packed == theirs.packed and ours.shape == theirs.shape
+
+
+@pytest.mark.parametrize("count", [0, 1, 50])
+@pytest.mark.parametrize("at_once", [1, 7, 4096])
+def test_a_digest_is_that_of_each_example_s_sizes_and_ids_as_int64(monkeypatch, count, at_once):
+    """The value is in the checkpoints of earlier versions."""
+    monkeypatch.setattr(example_arrays, "HASHED_AT_ONCE", at_once)
+    examples, expected = made(count), hashlib.sha256()
+    for prompt, completion in examples:
+        expected.update(array("q", [len(prompt), len(completion), *prompt, *completion]).tobytes())
+    assert digest(arrays_of(examples)) == digest(examples) == expected.hexdigest()
+
+
+def test_a_token_takes_little_more_than_four_bytes():
+    arrays = arrays_of([Example([1] * 150, [2] * 50)] * 100)
+    held = arrays.ids.nbytes + arrays.sizes.nbytes + arrays.lengths.nbytes + arrays.starts.nbytes
+    assert held <= 6 * 200 * 100

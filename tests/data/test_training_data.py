@@ -1,0 +1,233 @@
+"""Training data read in parts, and from the cache, is what `load_records` and `encode_records` make of it."""
+
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+import tiny_tokenizers
+
+from para_jax.atomic import temporary_name
+from para_jax.config import DataSection
+from para_jax.data import sources, token_cache, training_data
+from para_jax.data.sources import encode_records, load_records
+from para_jax.data.training_data import load_training_data
+
+USER, BOT = {"role": "user", "content": "where is my parcel?"}, {"role": "assistant", "content": "shipping"}
+KINDS = ("plain", "with_bos", "own_space")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Small parts, and a cache of this test's own that keeps small data too."""
+    monkeypatch.setattr(training_data, "ENCODED_AT_ONCE", 7)
+    monkeypatch.setattr(sources, "ENCODED_AT_ONCE", 5)
+    monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def rows(count=40):
+    found = [{"prompt": f"Message {i}: " + "the quick brown fox " * (i % 9), "completion": "yes"} for i in range(count)]
+    found[3] = {"prompt": [USER], "completion": [BOT]}
+    found[11] = {"messages": [USER, BOT, USER, BOT]}
+    return found
+
+
+def written(folder, found=None):
+    file = folder / "train.jsonl"
+    lines = [json.dumps(row) for row in (rows() if found is None else found)]
+    file.write_text("\n\n".join(lines) + "\n")  # every second line is empty
+    return file
+
+
+def section_of(file, **fields):
+    return DataSection(train=str(file), **{"max_seq_length": 500, **fields})
+
+
+def cached():
+    return sorted(token_cache.folder().glob("*"))
+
+
+def untouchable(*args, **options):
+    raise AssertionError("tokenised")
+
+
+def same(ours, theirs):
+    assert list(ours.examples) == list(theirs.examples)
+    assert list(ours.places) == list(theirs.places) and ours.report() == theirs.report()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "fields", [{}, dict(max_seq_length=40, truncate="skip"), dict(max_seq_length=40, truncate="left")]
+)
+def test_parts_and_the_cache_change_nothing(tmp_path, monkeypatch, kind, fields):
+    tokenizer, section = getattr(tiny_tokenizers, kind)(), section_of(written(tmp_path), **fields)
+    wanted = encode_records(load_records(section, "train"), tokenizer, section)
+    made = load_training_data(section, tokenizer)
+    assert list(made.examples) == wanted.examples and made.report() == wanted.report()
+    assert list(made.places) == [record.place for record in wanted.records]
+    if fields:
+        assert made.cut + made.skipped > 0
+    monkeypatch.setattr(training_data, "tokenised", untouchable)
+    same(load_training_data(section, tokenizer), made)
+    assert len(cached()) == 1
+
+
+def test_the_cache_can_be_switched_off_and_leaves_small_data_alone(tmp_path, monkeypatch):
+    tokenizer, file = tiny_tokenizers.plain(), written(tmp_path)
+    load_training_data(section_of(file, cache=False), tokenizer)
+    monkeypatch.setattr(token_cache, "MIN_BYTES", file.stat().st_size + 1)
+    load_training_data(section_of(file), tokenizer)
+    assert not cached()
+
+
+def test_whatever_ids_depend_on_makes_another_file(tmp_path, monkeypatch):
+    def ids(section, tokenizer):
+        made, count = load_training_data(section, tokenizer), len(cached())
+        wanted = encode_records(load_records(section, "train"), tokenizer, section)
+        assert list(made.examples) == wanted.examples
+        return count
+
+    file = written(tmp_path)
+    counts = [ids(section_of(file), tiny_tokenizers.plain())]
+    counts.append(ids(section_of(file), tiny_tokenizers.with_bos()))
+    counts.append(ids(section_of(file, max_seq_length=60, truncate="left"), tiny_tokenizers.plain()))
+    counts.append(ids(section_of(file, max_seq_length=60, truncate="skip"), tiny_tokenizers.plain()))
+    special = dict(eos_token="<|im_end|>", chat_template=tiny_tokenizers.CHATML.replace("\n", " "))
+    counts.append(ids(section_of(file), tiny_tokenizers.byte_level(["<|im_start|>", "<|im_end|>"], **special)))
+    written(tmp_path, [{"prompt": "a", "completion": "b"}])
+    counts.append(ids(section_of(file), tiny_tokenizers.plain()))
+    counts.append(ids(section_of(file, prompt="{prompt}?"), tiny_tokenizers.plain()))
+    monkeypatch.setattr(token_cache, "code_digest", lambda: "another version")
+    counts.append(ids(section_of(file), tiny_tokenizers.plain()))
+    assert counts == list(range(1, 9))
+
+
+def test_data_that_moved_is_found_and_named_by_its_new_place(tmp_path, monkeypatch):
+    tokenizer, file = tiny_tokenizers.plain(), written(tmp_path)
+    made = load_training_data(section_of(file), tokenizer)
+    moved = file.rename(tmp_path / "moved.jsonl")
+    monkeypatch.setattr(training_data, "tokenised", untouchable)
+    found = load_training_data(section_of(moved), tokenizer)
+    assert list(found.examples) == list(made.examples)
+    assert found.places[4] == f"{moved}:9" and made.places[4] == f"{file}:9"
+
+
+def test_data_that_changes_while_it_is_read_is_kept_under_what_was_read(tmp_path, monkeypatch):
+    tokenizer, file = tiny_tokenizers.plain(), written(tmp_path)
+    old, hashed = file.read_bytes(), training_data.content_of
+
+    def then_changed(source):
+        found = hashed(source)
+        written(tmp_path, [{"prompt": "new", "completion": "rows"}])
+        return found
+
+    monkeypatch.setattr(training_data, "content_of", then_changed)
+    assert len(load_training_data(section_of(file), tokenizer).examples) == 1
+    monkeypatch.setattr(training_data, "content_of", hashed)
+    file.write_bytes(old)
+    assert len(load_training_data(section_of(file), tokenizer).examples) == 41
+
+
+DAMAGE = {
+    "an id": lambda data: data[:-4] + b"\2\0\0\0",
+    "cut off": lambda data: data[:-1],
+    "longer": lambda data: data + b"\0",
+    "empty": lambda data: b"",
+    "no header": lambda data: b"[]\n" + data,
+    "nested": lambda data: b"[" * 999,
+    "huge": lambda data: data.replace(b'"tokens": ', b'"tokens": 99999999999'),
+    "negative": lambda data: data.replace(b'"cut": 0', b'"cut": -1'),
+    "a true": lambda data: data.replace(b'"cut": 0', b'"cut": true'),
+    "another version": lambda data: data.replace(b'"format": ', b'"format": 9'),
+    "another hash": lambda data: data.replace(b'"sha256": "', b'"sha256": "0'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_named_and_made_again(tmp_path, monkeypatch, capsys, damage):
+    tokenizer, section = tiny_tokenizers.plain(), section_of(written(tmp_path))
+    made = load_training_data(section, tokenizer)
+    (file,) = cached()
+    sound = file.read_bytes()
+    damaged = damage(sound)
+    assert hash(damaged) != hash(sound)
+    file.write_bytes(damaged)
+    same(load_training_data(section, tokenizer), made)
+    assert file.name in capsys.readouterr().err
+    assert hash(file.read_bytes()) == hash(sound)
+    monkeypatch.setattr(training_data, "tokenised", untouchable)
+    same(load_training_data(section, tokenizer), made)
+
+
+def test_a_cache_that_can_not_be_written_costs_a_warning(tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file")
+    made = load_training_data(section_of(written(tmp_path)), tiny_tokenizers.plain())
+    assert len(made.examples) == 41 and "data.cache" in capsys.readouterr().err
+
+
+def test_several_that_write_at_once_leave_one_sound_file(tmp_path, monkeypatch):
+    tokenizer, section = tiny_tokenizers.plain(), section_of(written(tmp_path))
+    threads = [threading.Thread(target=load_training_data, args=(section, tokenizer)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(cached()) == 1
+    monkeypatch.setattr(training_data, "tokenised", untouchable)
+    assert len(load_training_data(section, tokenizer).examples) == 41
+
+
+def test_the_least_recently_used_files_make_room(tmp_path, monkeypatch):
+    tokens = token_cache.Tokens(np.ones((10, 2), np.int32), np.arange(10), np.ones(20, np.int32), 0, 0)
+    for i in range(3):
+        token_cache.store_tokens("key", str(i), tokens)
+        os.utime(token_cache.path_of("key", str(i)), (i, i))
+    (token_cache.folder() / "mine.txt").write_text("stays")
+    being_written, abandoned = (temporary_name(token_cache.path_of("key", "4")) for _ in range(2))
+    for part in (being_written, abandoned):
+        part.write_bytes(b"a part")
+    os.utime(abandoned, (0, 0))
+    assert token_cache.load_tokens("key", "0")  # used just now
+    monkeypatch.setattr(token_cache, "MAX_BYTES", 3 * token_cache.path_of("key", "0").stat().st_size)
+    token_cache.store_tokens("key", "3", tokens)
+    kept = [i for i in range(4) if token_cache.path_of("key", str(i)).exists()]
+    assert kept == [0, 2, 3] and being_written.exists() and not abandoned.exists()
+    assert (token_cache.folder() / "mine.txt").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("at", [0, 6, 7, 39])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, "no field 'completion'"),
+        ({"prompt": [{"role": "system", "content": "yes"}], "completion": "no"}, "no system role"),
+        ({"prompt": "the quick " * 99, "completion": "no"}, r"more than data.max_seq_length 200 \(1 of 41"),
+        ({"prompt": "a", "completion": "日" * 99}, r"more than data.max_seq_length 200"),
+    ],
+)
+def test_an_error_names_the_place_in_whichever_part_it_is(tmp_path, at, row, message):
+    found = rows()
+    found[at] = row
+    file = written(tmp_path, found)
+    section = section_of(file, max_seq_length=200)
+    with pytest.raises(ValueError, match=message) as error:
+        load_training_data(section, tiny_tokenizers.with_bos())
+    assert str(error.value).startswith(f"{file}:{2 * at + 1}: ") and not cached()
+
+
+def test_a_completion_that_leaves_no_room_and_data_that_is_all_too_long_are_errors(tmp_path):
+    file = written(tmp_path)
+    with pytest.raises(ValueError, match=rf"{file}:1: the completion alone has \d+ tokens"):
+        load_training_data(section_of(file, max_seq_length=2, truncate="left"), tiny_tokenizers.plain())
+    with pytest.raises(ValueError, match="every example is longer than data.max_seq_length 2"):
+        load_training_data(section_of(file, max_seq_length=2, truncate="skip"), tiny_tokenizers.plain())
+    with pytest.raises(ValueError, match="the data set is empty"):
+        load_training_data(section_of(written(tmp_path, [])), tiny_tokenizers.plain())
+    with pytest.raises(ValueError, match="data.train is not set"):
+        load_training_data(DataSection(), tiny_tokenizers.plain())
