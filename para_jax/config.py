@@ -403,6 +403,7 @@ class EvalSection:
     limit: int | None = None
     """the most validation examples scored"""
     batch_size: int = 16
+    """rows of an evaluation batch, over all devices together; rounded up to a multiple of mesh.data x mesh.fsdp"""
     max_new_tokens: int | None = None
     """the most tokens of a written answer; default: the task's, else 32"""
     patience: int | None = None

@@ -31,7 +31,8 @@ from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
 from .data.reader import read
 from .data.tokenizer import load_tokenizer
 from .data.training_data import TrainingData, load_training_data
-from .evaluation.evaluate import EvalTask, Score, evaluate_task, task_of_run
+from .evaluation.evaluate import EvalTask, Score, encode_task, evaluate_task, task_of_run
+from .evaluation.shapes import Shapes, plan_shapes, say_evaluation
 from .hub import resolve_backbone
 from .memory import run_mesh
 from .model import init_adapter
@@ -184,6 +185,7 @@ def fit(
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
         state = init_state(fresh, config.train, work.total_steps)
+        shapes = shapes_of_run(config, tokenizer, validation, test)
         run = run_digests(config, model.fingerprint, [(work.data.examples, validation, test)])
         restored = restore_checkpoint(checkpoints, state, run=run)
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
@@ -198,11 +200,11 @@ def fit(
         by_first(lambda: mend_folder(folder / "adapter"))
         profiler = Profiler(config.profiler, folder)
         with closing(log), closing(profiler), stop_signals() as stop:
-            loop = Loop(config, model, tokenizer, work, validation, checkpoints, log, profiler, stop)
+            loop = Loop(config, model, tokenizer, work, validation, checkpoints, log, profiler, stop, shapes)
             try:
                 if test and not restored:
-                    with stop.interrupting():
-                        found = evaluate_task(model, None, test, tokenizer)
+                    with stop.interrupting():  # a fresh adapter is the backbone, in the programs of those to come
+                        found = evaluate_task(model, state.adapter, test, tokenizer, None, shapes)
                     log.write(0, scores("test_before", found), show=True)
                 state, progress = loop.run(state, progress)
                 best = state.adapter
@@ -210,11 +212,21 @@ def fit(
                     best = place(kept_adapter(folder, model, state.adapter), mesh, model.config)
                 if test:
                     with stop.interrupting():
-                        found = evaluate_task(model, best, test, tokenizer)
+                        found = evaluate_task(model, best, test, tokenizer, None, shapes)
                     log.write(progress.step, scores("test_after", found), show=True)
             except Interrupted:
                 loop.end_early(progress)
     return TrainResult(best, progress.best_score, progress.best_step, progress.step, folder)
+
+
+def shapes_of_run(config: RunConfig, tokenizer, validation: EvalTask | None, test: EvalTask | None) -> Shapes | None:
+    """The compiled shapes that a run's evaluations share, which are said; None where nothing is evaluated."""
+    asked = {"validation": (validation, config.eval.limit), "test": (test, None)}
+    encoded = {name: encode_task(task, tokenizer, limit) for name, (task, limit) in asked.items() if task}
+    if not encoded:
+        return None
+    say_evaluation({name: [one] for name, one in encoded.items()}, config.eval.batch_size)
+    return plan_shapes(list(encoded.values()))
 
 
 def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:
@@ -248,6 +260,8 @@ class Loop(NamedTuple):
     log: Log
     profiler: Profiler
     stop: StopSignal
+    shapes: Shapes | None = None
+    """of evaluation"""
 
     def run(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
         """Steps until the last one or until patience ends; each value is read when the next step is under way.
@@ -346,9 +360,8 @@ class Loop(NamedTuple):
         score = found = None
         if self.validation:
             with self.stop.interrupting():
-                found = evaluate_task(
-                    self.model, state.adapter, self.validation, self.tokenizer, self.config.eval.limit
-                )
+                given = self.validation, self.tokenizer, self.config.eval.limit, self.shapes
+                found = evaluate_task(self.model, state.adapter, *given)
             require_finite(progress.step, {"validation loss": found.loss}, self.validation.name)
             self.log.write(progress.step, scores("validation", found), show=True)
             score = found.score

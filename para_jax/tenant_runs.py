@@ -34,7 +34,8 @@ from .data.tokenizer import load_tokenizer
 from .data.training_data import TrainingData, load_training_data
 from .data.turns import Mixed, Order, Turn, Turns, admitted
 from .evaluation.evaluate import EvalTask, Score, task_of_run
-from .evaluation.tenants import Tasks
+from .evaluation.shapes import say_evaluation
+from .evaluation.tenants import Tasks, share_shapes
 from .hub import resolve_backbone
 from .memory import run_mesh
 from .model import init_adapter
@@ -74,6 +75,7 @@ from .training.tenants import (
     TenantsState,
     init_tenants,
     lay_out,
+    put_adapter,
     put_tenant,
     tenant_of,
     tenants_step,
@@ -287,6 +289,10 @@ def fit_tenants(
         with closing(log), closing(profiler), stop_signals() as stop:
             validation = Tasks(model, tokenizer, [t.validation for t in tenants], config.eval.limit)
             test = Tasks(model, tokenizer, [t.test for t in tenants])
+            share_shapes(validation, test)
+            parts = {"validation": validation, "test": test}
+            held = {name: list(tasks.encoded.values()) for name, tasks in parts.items() if tasks.encoded}
+            say_evaluation(held, config.eval.batch_size)
             shared = model, tenants, buckets, layout, validation, test
             loop = TenantsLoop(config, *shared, checkpoints, log, profiler, stop)
             try:
@@ -400,6 +406,7 @@ class TenantsLoop(NamedTuple):
                         unforeseen = False
                         for tenant, why in leaving:
                             unforeseen |= standing.steps[tenant] < self.tenants[tenant].order.total_steps
+                            state = self.with_best(state, standing, tenant)
                             standing = self.finish(state, standing, tenant, why)
                         if unforeseen:
                             batches.close()
@@ -593,8 +600,19 @@ class TenantsLoop(NamedTuple):
         to, source = self.folder(tenant) / "adapter", self.config.backbone.source
         by_first(lambda: save_adapter(adapter, to, base_model=source, model=self.model, card=card))
 
+    def with_best(self, state: TenantsState, standing: Standing, tenant: int) -> TenantsState:
+        """The state with a leaving tenant's best adapter in its slot, where its test scores it in the programs that
+        scored validation. The given state is donated; a stop during the test saves the new one."""
+        best, slot = standing.best_step[tenant], standing.resident[tenant]
+        is_last = standing.best_score[tenant] is None or best == standing.steps[tenant]
+        if is_last or not self.tenants[tenant].test:
+            return state
+        kept = kept_adapter(self.folder(tenant), self.model, tenant_of(state.adapters, jnp.int32(slot)))
+        return put_adapter(state, jnp.int32(slot), kept)
+
     def finish(self, state: TenantsState, standing: Standing, tenant: int, why: str) -> Standing:
-        """Ends a tenant: its adapter and its entry in tenants.json are written, and its slot is free."""
+        """Ends a tenant, whose best adapter is in its slot: its adapter and its entry in tenants.json are written, and
+        the slot is free."""
         own, slot = self.tenants[tenant], standing.resident[tenant]
         steps = int(gathered(state.step)[slot])
         if standing.best_score[tenant] is None:  # no validation data, or none scored: the last one is kept
@@ -603,10 +621,8 @@ class TenantsLoop(NamedTuple):
                 self.keep(state, standing, tenant, None)
         test_after = None
         if own.test and by_first((self.folder(tenant) / "adapter").exists):
-            last = tenant_of(state.adapters, jnp.int32(slot))
-            kept = kept_adapter(self.folder(tenant), self.model, last)
             with self.stop.interrupting():
-                found = self.test.scores(Stack(jax.tree.map(lambda leaf: leaf[None], kept)), {tenant: 0})[tenant]
+                found = self.test.scores(Stack(state.adapters), {tenant: slot})[tenant]
             self.write(tenant, standing.steps[tenant], scores("test_after", found))
             test_after = found.score if math.isfinite(found.score) else None
         entry = {

@@ -65,7 +65,8 @@ def once(of_batch):
 
 def losses(model, adapter, task: EvalTask, tokenizer, limit: int) -> dict[str, float]:
     """The loss, nats a completion token, by part."""
-    task, examples, _ = encode_task(task, tokenizer, limit)
+    encoded = encode_task(task, tokenizer, limit)
+    task, examples, _ = encoded
     prompts = [example.prompt_ids for example in examples]
     followers = derangement(task.name, len(prompts), seed=0)
     own = once(adapters_of_batches(model, adapter, prompts))
@@ -73,7 +74,7 @@ def losses(model, adapter, task: EvalTask, tokenizer, limit: int) -> dict[str, f
     found = {}
     for name, where in parts(model.config.num_layers, adapter.config.target_modules).items():
         of_batch = lambda rows, where=where: swapped(own(rows), other(rows), *where)  # noqa: E731
-        scored = likelihoods(model, of_batch, examples, ROWS, plan_shapes(examples, False), list(followers))
+        scored = likelihoods(model, of_batch, examples, ROWS, plan_shapes([encoded]), list(followers))
         found[name] = score_of(task, scored.nll, scored.tokens, []).loss
     return found
 

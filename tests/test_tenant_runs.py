@@ -2,17 +2,20 @@
 
 import hashlib
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from tiny_run import rows_of_text, run_config, run_folder, write_rows
+from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows
 
-from para_jax import load_adapter, load_model_config, tenant_runs, train, train_tenants
+from para_jax import load_adapter, load_backbone, load_model_config, tenant_runs, train, train_tenants
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
+from para_jax.evaluation.evaluate import evaluate_task, task_of_run
 from para_jax.reports import folder_report
 from para_jax.training.log import TIMES
 from para_jax.training.stop import Stopped
@@ -183,6 +186,46 @@ def test_tenants_that_wait_for_a_place_learn_the_same_also_after_stops(whole, fo
             train_tenants(stopped)
         monkeypatch.undo()
     train_tenants(stopped)
+    assert all_that_stays(tmp_path / "stopped") == all_that_stays(tmp_path / "run")
+
+
+def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_path, monkeypatch):
+    """The best one takes the last one's place in the stack, and a stop saves the stack as it is then."""
+    real, finish = tenant_runs.TenantsLoop.evaluate, tenant_runs.TenantsLoop.finish
+    scores = tenant_runs.Tasks.scores
+
+    def gets_no_better(self, state, standing, due):
+        if max(standing.steps) <= 3:
+            return real(self, state, standing, due)
+        for tenant in due:
+            standing = standing.changed(tenant, evaluated=standing.steps[tenant])
+        return standing
+
+    def run(name):
+        options = "eval.test=true", "train.max_steps=6", "train.sampling=uniform"
+        return train_tenants(tenants_config(folder, tmp_path / name, *options))
+
+    monkeypatch.setattr(tenant_runs.TenantsLoop, "evaluate", gets_no_better)
+    found = run("run")
+    assert [found.tenants[name]["best_step"] for name in SIZES] == [3, 3, 6]
+    task = task_of_run(load_config(tmp_path / "run" / "acme" / "config.yaml"), "test", tokenizer())
+    kept = load_adapter(tmp_path / "run" / "acme" / "adapter", load_model_config(folder / "backbone"))
+    by_itself = evaluate_task(load_backbone(folder / "backbone"), kept, task, tokenizer())
+    assert found.tenants["acme"]["test_after"] == pytest.approx(by_itself.score, rel=1e-5)
+
+    def stopped(tasks, *given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return scores(tasks, *given)
+
+    def ends(self, state, standing, tenant, why):
+        if self.tenants[tenant].name == "acme":
+            patched.setattr(tenant_runs.Tasks, "scores", stopped)
+        return finish(self, state, standing, tenant, why)
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(tenant_runs.TenantsLoop, "finish", ends)
+        run("stopped")
+    run("stopped")
     assert all_that_stays(tmp_path / "stopped") == all_that_stays(tmp_path / "run")
 
 

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from ..config import ModelConfig, RunConfig, require
 from ..data.batches import (
-    Bucket,
     assign_buckets,
     collate,
     cut_by_bucket,
@@ -35,6 +34,7 @@ from ..processes import gathered
 from ..training.step import eval_nll
 from .likelihood import of_contexts
 from .metrics import LABEL_METRICS, measure
+from .shapes import Shapes, batch_rows, padded_to, plan_shapes
 
 
 class EvalTask(NamedTuple):
@@ -48,6 +48,7 @@ class EvalTask(NamedTuple):
     choices: tuple[str, ...] = ()
     max_new_tokens: int = 32
     batch_size: int = 16
+    """rows of a batch, over all devices; rounded up to what the mesh divides"""
     examples: list[Example] | None = None
     """the records as token ids, where they are cut to a length; default: whole"""
     also: tuple[str, ...] = ()
@@ -152,7 +153,13 @@ def evaluate(
     Raises ValueError where prompts are to be shuffled and a task has one example.
     """
     drawn = seed if shuffle_prompts else None
-    return Report(tuple(evaluate_task(model, adapters, task, tokenizer, limit, shuffle=drawn) for task in tasks))
+    encoded = [encode_task(task, tokenizer, limit) for task in tasks]
+    shapes = {
+        ranks: plan_shapes([one for one in encoded if one.task.ranks == ranks])
+        for ranks in {task.ranks for task in tasks}
+    }
+    given = model, adapters, tokenizer
+    return Report(tuple(score_encoded(*given, one, shapes[one.task.ranks], shuffle=drawn) for one in encoded))
 
 
 def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
@@ -193,23 +200,39 @@ def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, .
 
 
 def evaluate_task(
-    model, adapters, task: EvalTask, tokenizer, limit: int | None = None, *, shuffle: int | None = None
+    model,
+    adapters,
+    task: EvalTask,
+    tokenizer,
+    limit: int | None = None,
+    shapes: Shapes | None = None,
+    *,
+    shuffle: int | None = None,
 ) -> Score:
-    """One task's score; `shuffle` is the seed by which examples get each other's factors.
+    """One task's score.
+
+    Args:
+        shapes: planned with this task among others, whose programs it then shares; default: planned for it alone.
+        shuffle: the seed by which examples get each other's factors.
 
     Raises ValueError for an example that the model has no tokens or too few positions for.
     """
-    task, examples, ranked = encode_task(task, tokenizer, limit)
+    encoded = encode_task(task, tokenizer, limit)
+    return score_encoded(model, adapters, tokenizer, encoded, shapes or plan_shapes([encoded]), shuffle=shuffle)
+
+
+def score_encoded(model, adapters, tokenizer, encoded: Encoded, shapes: Shapes, *, shuffle: int | None = None) -> Score:
+    task, examples, ranked = encoded
     check_room(model.config, task, examples, ranked)
     prompts = [example.prompt_ids for example in examples]
     read = None if shuffle is None else [prompts[i] for i in derangement(task.name, len(prompts), shuffle)]
     of_ranked = read and [*read, *(prompt for prompt in read for _ in task.choices if ranked)]
     whose = of_ranked and [tuple(prompt) for prompt in of_ranked]
     of_batch = adapters_of_batches(model, adapters, of_ranked)
-    asked = [*examples, *ranked]
-    found = likelihoods(model, of_batch, asked, task.batch_size, plan_shapes(asked, bool(ranked)), whose)
+    asked, rows = [*examples, *ranked], batch_rows(task.batch_size)
+    found = likelihoods(model, of_batch, asked, rows, shapes, whose)
     written = range(len(examples)) if task.writes else []
-    answers = written_answers(model, of_batch, asked, written, found.greedy, task, tokenizer)
+    answers = written_answers(model, of_batch, asked, written, found.greedy, task, tokenizer, shapes)
     return score_of(task, found.nll, found.tokens, list(answers.values()))
 
 
@@ -276,7 +299,14 @@ def rankings(prompts, records: list[Record], task: EvalTask, tokenizer) -> list[
 
 
 def written_answers(
-    model, of_batch: Callable, examples: list[Example], asked: Sequence[int], greedy, task: EvalTask, tokenizer
+    model,
+    of_batch: Callable,
+    examples: list[Example],
+    asked: Sequence[int],
+    greedy,
+    task: EvalTask,
+    tokenizer,
+    shapes: Shapes,
 ) -> dict[int, str]:
     """What greedy decoding writes after the prompts of the examples that are asked for, by their indices; in batches
     and lengths as the task says.
@@ -289,11 +319,13 @@ def written_answers(
     stop = (*stop_token_ids(tokenizer, model.config.eos_token_ids), *ends)
     written = {i: before_stop(examples[i].completion_ids[: task.max_new_tokens], stop) for i in asked}
     left = sorted((i for i in asked if not greedy[i]), key=lambda i: len(examples[i].prompt_ids))
-    for start in tqdm(range(0, len(left), task.batch_size), desc=f"{task.name}: answers", leave=False, disable=None):
-        rows = np.resize(left[start : start + task.batch_size], task.batch_size)  # one compiled shape, also at the end
-        prompts = [examples[i].prompt_ids for i in rows]
-        tokens = generate_tokens(model, of_batch(rows), prompts, stop_ids=stop, max_new_tokens=task.max_new_tokens)
-        written |= dict(zip(rows.tolist(), tokens, strict=True))
+    rows, new = batch_rows(task.batch_size), task.max_new_tokens
+    for start in tqdm(range(0, len(left), rows), desc=f"{task.name}: answers", leave=False, disable=None):
+        members = np.resize(left[start : start + rows], rows)  # one compiled shape, also at the end
+        prompts = [examples[i].prompt_ids for i in members]
+        room = dict(length=padded_to(max(map(len, prompts)), shapes.prompts), max_length=shapes.cache)
+        tokens = generate_tokens(model, of_batch(members), prompts, stop_ids=stop, max_new_tokens=new, **room)
+        written |= dict(zip(members.tolist(), tokens, strict=True))
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return {i: tokenizer.decode(ids, **options).strip() for i, ids in written.items()}
 
@@ -307,20 +339,6 @@ class Likelihoods(NamedTuple):
     """the number of the completion's tokens"""
     greedy: np.ndarray
     """whether each token of the completion is the likeliest at its place: greedy decoding writes it"""
-
-
-class Shapes(NamedTuple):
-    """The compiled shapes in which likelihoods are computed."""
-
-    buckets: tuple[Bucket, ...]
-    of_prompts: bool
-    """whether the buckets hold prompts alone, each of which is read once for all its completions"""
-
-
-def plan_shapes(examples: Sequence[Example], ranked: bool) -> Shapes:
-    """At most three buckets; of prompts, where completions are ranked."""
-    held = [Example(prompt, []) for prompt, _ in examples] if ranked else examples
-    return Shapes(plan_buckets(held, 3), ranked)
 
 
 def likelihoods(
@@ -341,7 +359,7 @@ def likelihoods(
         contexts: dict[tuple, list[int]] = {}
         for (prompt, _, of), i in chosen.items():
             contexts.setdefault((prompt, of), []).append(i)
-        after_prompts(found, model, of_batch, examples, list(contexts.values()), rows, shapes.buckets)
+        after_prompts(found, model, of_batch, examples, list(contexts.values()), rows, shapes)
     else:
         of_rows(found, model, of_batch, examples, list(chosen.values()), rows, shapes.buckets)
     places = [chosen[key] for key in keys]
@@ -359,19 +377,27 @@ def of_rows(found: Likelihoods, model, of_batch: Callable, examples: list[Exampl
 
 
 def after_prompts(
-    found: Likelihoods, model, of_batch: Callable, examples: list[Example], contexts: list[list[int]], rows, buckets
+    found: Likelihoods,
+    model,
+    of_batch: Callable,
+    examples: list[Example],
+    contexts: list[list[int]],
+    rows,
+    shapes: Shapes,
 ):
     """Fills in the examples of each context, which share their prompt."""
     prompts = [examples[members[0]].prompt_ids for members in contexts]
     lengths = [len(prompt) for prompt in prompts]
     order = np.argsort(lengths, kind="stable")
+    buckets, cache = shapes.buckets, shapes.buckets[-1].length
     batches = list(cut_by_bucket(order, assign_buckets(lengths, buckets), rows))
     for bucket, members in tqdm(batches, desc="likelihoods", leave=False, disable=None):
         adapters = of_batch(np.array([contexts[j][0] for j in np.resize(members, rows)]))
         asked = [(row, i) for row, j in enumerate(members) for i in contexts[j]]
         continuations = [(row, tuple(examples[i].completion_ids)) for row, i in asked]
         of_members = [prompts[j] for j in members]
-        for k, scored in of_contexts(model, adapters, of_members, continuations, buckets[bucket].length, rows):
+        sizes = buckets[bucket].length, rows, cache, shapes.completions
+        for k, scored in of_contexts(model, adapters, of_members, continuations, *sizes):
             found.nll[asked[k][1]], found.greedy[asked[k][1]] = -scored.logprob, scored.greedy
 
 

@@ -22,6 +22,7 @@ from ..model import continue_rows, prefill
 from ..processes import gathered
 from ..training.loss import of_logits, token_scores
 from .asked import Likelihood, Scored
+from .shapes import padded_to
 
 Question = tuple[Entry | None, Likelihood]
 #: A row of a batch of contexts, and the tokens of one of its continuations.
@@ -53,7 +54,8 @@ def likelihoods(
             asked = [(row, i) for row, members in enumerate(batch) for i in members]
             continuations = [(row, questions[i][1].continuation) for row, i in asked]
             prompts = [context.context for _, context in firsts]
-            for j, scored in of_contexts(model, adapters, prompts, continuations, length, rows, compiled):
+            sizes = length, rows, padded_cache(length, model), None
+            for j, scored in of_contexts(model, adapters, prompts, continuations, *sizes, compiled):
                 yield asked[j][1], scored
 
 
@@ -64,6 +66,8 @@ def of_contexts(
     continuations: Sequence[Continuation],
     length: int,
     rows: int,
+    cache: int,
+    sizes: Sequence[int] | None = None,
     compiled: set[str] | None = None,
 ) -> Iterator[tuple[int, Scored]]:
     """(A continuation's index, its answer) for one batch of contexts, which are prefilled once.
@@ -71,6 +75,9 @@ def of_contexts(
     Args:
         adapters: as prefill takes them, for `rows` rows.
         contexts: at most `rows`, of at most `length` tokens.
+        cache: tokens a row that the cache holds; contexts of several lengths that share it share the continuations'
+            programs.
+        sizes: padded tokens of the continuations, in order; default: powers of two.
         compiled: what has been compiled, which is added to; None: nothing is said of compiling.
     """
     tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
@@ -78,10 +85,10 @@ def of_contexts(
         tokens[i, : len(context)], lengths[i] = context, len(context)
     leaves, treedef = jax.tree.flatten(model)
     with shown_once(f"{rows} contexts of {length} tokens", compiled):
-        logits, state = prefill(model, adapters, tokens, lengths, max_length=length)
-    for size, chunk in continuation_batches(continuations, rows):
+        logits, state = prefill(model, adapters, tokens, lengths, max_length=cache)
+    for size, chunk in continuation_batches(continuations, rows, sizes):
         row, tokens, lengths = collated([continuations[i] for i in chunk], size, rows)
-        with shown_once(f"{len(row)} continuations of {size} tokens after {length}", compiled):
+        with shown_once(f"{len(row)} continuations of {size} tokens after {cache}", compiled):
             found = continuation_scores(treedef, leaves, logits, state, row, tokens, lengths)
         nats, greedy = gathered(found)
         for i, total, likeliest in zip(chunk, nats, greedy, strict=False):
@@ -96,12 +103,15 @@ def shown_once(what: str, compiled: set[str] | None) -> AbstractContextManager[N
     return devices.compiling(what)
 
 
-def continuation_batches(continuations: Sequence[Continuation], rows: int) -> Iterator[tuple[int, list[int]]]:
+def continuation_batches(
+    continuations: Sequence[Continuation], rows: int, sizes: Sequence[int] | None
+) -> Iterator[tuple[int, list[int]]]:
     """(Padded tokens, indices) of batches of continuations."""
-    sizes: dict[int, list[int]] = {}
+    of_size: dict[int, list[int]] = {}
     for i, (_, ids) in enumerate(continuations):
-        sizes.setdefault(padded_continuation(len(ids)), []).append(i)
-    for size, members in sorted(sizes.items()):
+        size = padded_to(len(ids), sizes) if sizes else padded_continuation(len(ids))
+        of_size.setdefault(size, []).append(i)
+    for size, members in sorted(of_size.items()):
         count = together(size, rows)
         for start in range(0, len(members), count):
             yield size, members[start : start + count]
@@ -144,6 +154,11 @@ def padded_length(length: int, model: Transformer) -> int:
     size = max(16, 1 << (length - 1).bit_length())
     size = size * 3 // 4 if length <= size * 3 // 4 and size > 16 else size
     return min(size, model.config.max_positions)
+
+
+def padded_cache(length: int, model: Transformer) -> int:
+    """64, 128, 256, ... tokens, at most the model's positions: few programs for continuations."""
+    return min(max(64, 1 << (length - 1).bit_length()), model.config.max_positions)
 
 
 def padded_continuation(length: int) -> int:

@@ -19,6 +19,7 @@ from ..serving.request import Completion, Request
 from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, key, writing_content
 from .journal import Journal
 from .likelihood import likelihoods
+from .shapes import batch_rows
 
 #: A question, and the tenant that it is for; None is the base model.
 Question = tuple[str | None, Asked]
@@ -85,7 +86,7 @@ class Pass:
     def _score(self, ranked: list[tuple[str, Entry | None, Likelihood]], rows: int, bar: tqdm) -> None:
         seen: set[tuple] = set()
         pairs = [(entry, asked) for _, entry, asked in ranked]
-        for i, scored in likelihoods(self.model, self.bank, pairs, rows, self._compiled):
+        for i, scored in likelihoods(self.model, self.bank, pairs, batch_rows(rows), self._compiled):
             k, entry, asked = ranked[i]
             context = (entry and entry.content, asked.context)
             self.tokens += len(asked.continuation) - 1 + (0 if context in seen else len(asked.context))

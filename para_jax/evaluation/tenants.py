@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..adapters.rows import Stack, pick
-from .evaluate import Encoded, EvalTask, Score, Shapes, encode_task, likelihoods, plan_shapes, score_of, written_answers
+from .evaluate import Encoded, EvalTask, Score, encode_task, likelihoods, score_of, written_answers
+from .shapes import Shapes, batch_rows, plan_shapes
 
 
 class Tasks:
@@ -20,7 +21,7 @@ class Tasks:
         """
         self.model, self.tokenizer = model, tokenizer
         self.encoded = {i: encode_task(task, tokenizer, limit) for i, task in enumerate(tasks) if task}
-        self.shapes = shapes_of(list(self.encoded.values()))
+        self.shapes = plan_shapes(list(self.encoded.values())) if self.encoded else None
 
     def scores(self, stack: Stack, slots: dict[int, int]) -> dict[int, Score]:
         """The scores of the tenants, each with the adapter in its slot of the stack (-1: the backbone); tenants without
@@ -33,10 +34,12 @@ class Tasks:
         return dict(zip(asked, found, strict=True))
 
 
-def shapes_of(tasks: Sequence[Encoded]) -> Shapes | None:
-    """The compiled shapes of all tenants' examples: the same whoever is scored."""
-    examples = [example for task in tasks for example in [*task.examples, *task.ranked]]
-    return plan_shapes(examples, any(task.ranked for task in tasks)) if examples else None
+def share_shapes(*parts: Tasks) -> None:
+    """Plans one set of shapes for several Tasks, such as a run's validation and test, which then share programs."""
+    encoded = [one for part in parts for one in part.encoded.values()]
+    shapes = plan_shapes(encoded) if encoded else None
+    for part in parts:
+        part.shapes = shapes
 
 
 def evaluate_tenants(
@@ -46,18 +49,19 @@ def evaluate_tenants(
 
     Args:
         slots: one a task; tasks of one run, which share batch size and most new tokens.
-        shapes: `shapes_of` the tasks that may ever be scored.
+        shapes: planned over all the tasks that may ever be scored.
     """
     examples = [example for task in tasks for example in [*task.examples, *task.ranked]]
     owners = np.repeat(slots, [len(task.examples) + len(task.ranked) for task in tasks])
     of_batch, first = adapters_of(stack, owners), tasks[0].task
-    found = likelihoods(model, of_batch, examples, first.batch_size, shapes, owners.tolist())
+    found = likelihoods(model, of_batch, examples, batch_rows(first.batch_size), shapes, owners.tolist())
     starts = np.cumsum([0, *(len(task.examples) + len(task.ranked) for task in tasks)]).tolist()
     own = [range(start, start + len(task.examples)) for start, task in zip(starts, tasks, strict=False)]
     asked = [(slot, tuple(prompt)) for slot, (prompt, _) in zip(owners.tolist(), examples, strict=True)]
     written = [i for task, of_task in zip(tasks, own, strict=True) if task.task.writes for i in of_task]
     once = {asked[i]: i for i in written}  # a sweep asks the backbone the same for each of its combinations
-    texts = written_answers(model, of_batch, examples, list(once.values()), found.greedy, first, tokenizer)
+    asked_once = list(once.values())
+    texts = written_answers(model, of_batch, examples, asked_once, found.greedy, first, tokenizer, shapes)
     scores = []
     for task, of_task, start, end in zip(tasks, own, starts, starts[1:], strict=False):
         answers = [texts[once[asked[i]]] for i in of_task] if task.task.writes else []

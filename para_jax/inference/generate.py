@@ -124,18 +124,23 @@ def generate_tokens(
     top_p: float = 1.0,
     seed: int = 0,
     ended: Callable[[list[list[int]]], list[bool]] | None = None,
+    length: int | None = None,
+    max_length: int | None = None,
 ) -> list[list[int]]:
     """The token ids that follow each prompt, up to the first of `stop_ids`; the other arguments as in generate.
 
     Args:
         ended: which rows' tokens so far are enough; the loop stops early when all rows have ended.
+        length, max_length: padded tokens of the prompts, and tokens a row that the cache holds; default: the least that
+            is needed, rounded up. Calls that give the same ones share their programs.
     """
     check(model, adapters, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed)
     lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
-    tokens = np.zeros((len(prompt_ids), up_to_multiple(lengths.max(), PROMPT_MULTIPLE)), np.int32)
+    tokens = np.zeros((len(prompt_ids), length or up_to_multiple(lengths.max(), PROMPT_MULTIPLE)), np.int32)
     for row, ids in zip(tokens, prompt_ids, strict=True):
         row[: len(ids)] = ids
-    max_length = max(up_to_multiple(lengths.max() + max_new_tokens, CACHE_MULTIPLE), tokens.shape[1])
+    needed = max(up_to_multiple(lengths.max() + max_new_tokens, CACHE_MULTIPLE), tokens.shape[1])
+    max_length = max_length or needed
     logits, state = prefill(model, adapters, tokens, lengths, max_length=max_length)
     sampling = row_sampling(len(tokens), temperature, top_k, top_p, seed) if temperature > 0 else None
     leaves, treedef = jax.tree.flatten(model)

@@ -238,3 +238,10 @@ def put_tenant(state: TenantsState, slot: jax.Array, adapter: Any, *, config: Tr
     """The state with a fresh adapter in one slot, its moments and steps at zero. The given state is donated."""
     fresh = TenantsState(adapter, make_direction(config).init(adapter), jnp.int32(0), jnp.bool_(True))
     return over_tenants(jax.tree.map(lambda whole, one: whole.at[slot].set(one), state, fresh))
+
+
+@partial(jax.jit, donate_argnames="state")
+def put_adapter(state: TenantsState, slot: jax.Array, adapter: Any) -> TenantsState:
+    """The state with another adapter in one slot, whose moments and steps stay. The given state is donated."""
+    adapters = jax.tree.map(lambda whole, one: whole.at[slot].set(one), state.adapters, adapter)
+    return over_tenants(state._replace(adapters=adapters))

@@ -125,12 +125,14 @@ def test_a_completion_that_is_likeliest_throughout_is_what_is_written_and_is_not
     task = EvalTask("t", [], "exact_match", max_new_tokens=4, batch_size=BATCH)
     examples = [Example(*pair) for pair in zip(prompts, other, strict=True)]
     rest = (lambda rows: adapter()), examples
-    greedy = module.likelihoods(model(), *rest, BATCH, module.plan_shapes(examples, False)).greedy
+    shapes = module.plan_shapes([module.Encoded(task, examples, [])])
+    greedy = module.likelihoods(model(), *rest, BATCH, shapes).greedy
     assert greedy.tolist() == [False] * 3 + [True] * 4
-    answers = module.written_answers(model(), *rest, range(7), np.zeros(7, bool), task, tokenizer())
+    given = task, tokenizer(), shapes
+    answers = module.written_answers(model(), *rest, range(7), np.zeros(7, bool), *given)
     decoded, real = [], module.generate_tokens
     monkeypatch.setattr(module, "generate_tokens", lambda *a, **s: decoded.extend(a[2]) or real(*a, **s))
-    assert module.written_answers(model(), *rest, range(7), greedy, task, tokenizer()) == answers
+    assert module.written_answers(model(), *rest, range(7), greedy, *given) == answers
     assert {tuple(prompt) for prompt in decoded} == {tuple(prompt) for prompt in prompts[:3]}
 
 
@@ -164,8 +166,10 @@ def test_an_answer_keeps_its_spaces(monkeypatch):
             seen.update(options)
             return " w9 w10 "
 
-    asked = [Example([3], [4, 2])], [0], [False], EvalTask("t", [], batch_size=2), Tidy()
-    assert module.written_answers(model(), lambda rows: None, *asked) == {0: "w9 w10"}
+    task, examples = EvalTask("t", [], batch_size=2), [Example([3], [4, 2])]
+    shapes = module.plan_shapes([module.Encoded(task, examples, [])])
+    found = module.written_answers(model(), lambda rows: None, examples, [0], [False], task, Tidy(), shapes)
+    assert found == {0: "w9 w10"}
     assert seen == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
@@ -177,7 +181,8 @@ def test_a_written_answer_ends_at_a_chats_end_token_too(monkeypatch):
     monkeypatch.setattr(module, "generate_tokens", lambda *a, stop_ids, **s: stops.append(set(stop_ids)) or [[9]] * 2)
     examples = [Example([3], [4, 7]), Example([3], [5, 7])]
     task = EvalTask("t", [], batch_size=2)
-    found = module.written_answers(model(), lambda rows: None, examples, [0, 1], [True, False], task, tokenizer())
+    given = task, tokenizer(), module.plan_shapes([module.Encoded(task, examples, [])])
+    found = module.written_answers(model(), lambda rows: None, examples, [0, 1], [True, False], *given)
     assert {7, tokenizer().eos_token_id} <= stops[0] and found == {0: "w4", 1: "w9"}
 
 
@@ -213,7 +218,10 @@ def test_ranking_reads_each_prompt_once_and_gives_what_whole_rows_give(records, 
     task, examples, ranked = module.encode_task(EvalTask("t", records, "accuracy", choices=CHOICES), tokenizer())
     asked = [*examples, *ranked]
     assert len(ranked) == len(CHOICES) * len(records)
-    shapes = [module.plan_shapes(asked, shared) for shared in (True, False)]
+    loss = task._replace(metric="loss")
+    shapes = [
+        module.plan_shapes([e]) for e in (module.Encoded(task, examples, ranked), module.Encoded(loss, asked, []))
+    ]
     once, whole = (module.likelihoods(model(), lambda rows: adapter(), asked, BATCH, chosen) for chosen in shapes)
     np.testing.assert_allclose(once.nll, whole.nll, rtol=1e-5)
     assert once.tokens.tolist() == whole.tokens.tolist()

@@ -129,7 +129,7 @@ def test_each_shape_is_said_once_when_it_is_compiled(capsys):
     one = together(1, ROWS)
     assert said == [
         f"compiling {ROWS} contexts of 16 tokens ...",
-        f"compiling {one} continuations of 1 tokens after 16 ...",
+        f"compiling {one} continuations of 1 tokens after 64 ...",
     ]
 
 

@@ -1,0 +1,103 @@
+"""The compiled shapes of an evaluation: few of them, planned once over all examples that a run may ever score.
+
+A program is compiled per shape, which takes a large model minutes. Scores do not depend on the shapes: padding is
+masked. So validation and test share their lengths, and the cache always has one length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+
+from ..data.batches import MULTIPLE, Bucket, best_lengths, plan_buckets
+from ..data.examples import Example
+from ..devices import say
+from ..inference.generate import CACHE_MULTIPLE, up_to_multiple
+
+if TYPE_CHECKING:
+    from .evaluate import Encoded
+
+#: Padded lengths of the pass for likelihoods, and of prompts after which answers are written.
+SCORED_LENGTHS, WRITTEN_LENGTHS = 3, 2
+#: Completions of at most this many tokens are padded to one length; longer ones to two.
+SHORT_COMPLETION = 8
+
+
+class Shapes(NamedTuple):
+    """The shapes in which examples are scored."""
+
+    buckets: tuple[Bucket, ...]
+    """of the pass for likelihoods: prompts with their completions, or prompts alone"""
+    of_prompts: bool
+    """whether the buckets hold prompts alone, each of which is read once for all its completions"""
+    completions: tuple[int, ...] = ()
+    """padded tokens of the completions that follow such a prompt"""
+    prompts: tuple[int, ...] = ()
+    """padded tokens of the prompts after which answers are written"""
+    cache: int = 0
+    """tokens a row that the cache holds while answers are written"""
+
+
+def plan_shapes(tasks: Sequence[Encoded]) -> Shapes:
+    """At most six programs for all the tasks together: three for likelihoods and two for completions where answers are
+    ranked; three for likelihoods, two for prompts and one for decoding where they are written.
+
+    The lengths are those that pad the fewest tokens altogether. Raises ValueError where the tasks have no examples.
+    """
+    asked = [example for task in tasks for example in [*task.examples, *task.ranked]]
+    writing = [task for task in tasks if task.task.writes]
+    of_prompts = any(task.ranked for task in tasks)
+    held = [Example(prompt, []) for prompt, _ in asked] if of_prompts else asked
+    shapes = Shapes(plan_buckets(held, SCORED_LENGTHS), of_prompts)
+    if of_prompts:
+        lengths = np.array([len(completion) for _, completion in asked])
+        count = 1 if lengths.max() <= SHORT_COMPLETION else 2
+        shapes = shapes._replace(completions=tuple(best_lengths(lengths, count)))
+    if writing:
+        lengths = np.array([len(prompt) for task in writing for prompt, _ in task.examples])
+        prompts = tuple(best_lengths(-(-lengths // MULTIPLE) * MULTIPLE, WRITTEN_LENGTHS))
+        needed = lengths.max() + max(task.task.max_new_tokens for task in writing)
+        cache = max(up_to_multiple(needed, CACHE_MULTIPLE), prompts[-1])
+        shapes = shapes._replace(prompts=prompts, cache=cache)
+    return shapes
+
+
+def padded_to(length: int, lengths: Sequence[int]) -> int:
+    """The shortest of the lengths, which are in order, that holds this one."""
+    return next(padded for padded in lengths if padded >= length)
+
+
+def batch_rows(batch_size: int) -> int:
+    """The rows of a compiled batch: `batch_size`, rounded up to what data x fsdp of the current mesh divides. A batch
+    that they do not divide would be computed whole by every device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return batch_size if mesh.empty else up_to_multiple(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def say_evaluation(parts: dict[str, Sequence[Encoded]], batch_size: int) -> None:
+    """Says what a run's evaluations compute on the current mesh: the rows of a batch, and how many tokens are written.
+
+    Args:
+        parts: the tasks of each split; those of many tenants share their batches.
+    """
+    if not parts:
+        return
+    mesh, rows = jax.sharding.get_abstract_mesh(), batch_rows(batch_size)
+    devices = 1 if mesh.empty else mesh.size
+    counts = {name: sum(len(one.examples) for one in tasks) for name, tasks in parts.items()}
+    given = f"{rows} rows" + (f", all {devices} devices together" if devices > 1 else "")
+    if rows != batch_size:
+        given += f" (eval.batch_size {batch_size}, rounded up to what mesh.data x mesh.fsdp divides)"
+    each = " and ".join(f"{count} {name} examples" for name, count in counts.items())
+    say(f"evaluation: {each}, in batches of {given}")
+    new = max(one.task.max_new_tokens if one.task.writes else 0 for tasks in parts.values() for one in tasks)
+    if not new:
+        return
+    steps = " and ".join(f"{-(-count // rows) * new} for {name}" for name, count in counts.items())
+    advice = "eval.limit scores fewer validation examples"
+    if devices > 1 and mesh.shape["fsdp"] > 1:
+        advice = f"each gathers all weights over mesh.fsdp, so a larger eval.batch_size saves time, and {advice}"
+    say(f"evaluation writes answers of up to {new} tokens: at most {steps} decoding steps; {advice}")

@@ -1,0 +1,203 @@
+"""An evaluation compiles few programs, spreads its rows over all devices, and its padding changes no score."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from conftest import FIXTURES, strong
+from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
+
+from para_jax import (
+    Ia3Config,
+    LoraConfig,
+    ParaConfig,
+    evaluate,
+    init_adapter,
+    load_backbone,
+    make_mesh,
+    train,
+    train_tenants,
+)
+from para_jax.data.sources import Record
+from para_jax.evaluation import evaluate as module
+from para_jax.evaluation import likelihood
+from para_jax.evaluation.evaluate import EvalTask, encode_task, evaluate_task
+from para_jax.evaluation.likelihood import continuation_scores
+from para_jax.evaluation.shapes import batch_rows, plan_shapes
+from para_jax.inference import generate
+from para_jax.inference.generate import generate_tokens, next_token
+from para_jax.model import prefill
+from para_jax.sharding import place
+from para_jax.training.step import eval_nll
+
+PROGRAMS = "_prefill", "continuation_scores", "eval_nll", "next_token"
+CHOICES = ("w9", "w9 w10", "w30 w31 w32 w33")
+#: Prompts that had seven padded lengths, and caches of five.
+LENGTHS = (3, 14, 20, 37, 60, 75, 101, 11)
+
+
+@cache
+def model():
+    return load_backbone(FIXTURES / "llama")
+
+
+@cache
+def adapter():
+    return strong(init_adapter(ParaConfig(r=4), model().config), 1)
+
+
+def rows_of(lengths, seed=0):
+    draw = np.random.default_rng(seed)
+    return [
+        {"prompt": words(draw.integers(20, 256, length)), "completion": CHOICES[i % 3]}
+        for i, length in enumerate(lengths)
+    ]
+
+
+def records_of(lengths, seed=0):
+    return [Record(row["prompt"], row["completion"], (row["completion"],), None, "") for row in rows_of(lengths, seed)]
+
+
+def task_of(metric, lengths, name="t", batch_size=4):
+    choices = CHOICES if metric == "accuracy" else ()
+    return EvalTask(name, records_of(lengths), metric, choices, max_new_tokens=4, batch_size=batch_size)
+
+
+COMPILED = []
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def note_compiled(event, seconds, fun_name="", **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.extend(name for name in PROGRAMS if name in fun_name)
+
+
+@pytest.fixture
+def compiled():
+    """The names of evaluation's programs that XLA has compiled since the test began."""
+    COMPILED.clear()
+    return COMPILED
+
+
+# ------------------------------------------------------------------------------------------------------- few programs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    backbone_folder(folder / "backbone")
+    for to, seed in ((folder / "data", 0), (folder / "tenants" / "a", 1), (folder / "tenants" / "b", 2)):
+        for i, (split, lengths) in enumerate(dict(train=LENGTHS[:2], validation=LENGTHS, test=LENGTHS[::2]).items()):
+            longer = [length + 5 * i + seed for length in lengths]
+            write_rows(to / f"{split}.jsonl", rows_of(longer, seed=10 * seed + i))
+    return folder
+
+
+@pytest.mark.parametrize("tenants", [False, True], ids=["one", "tenants"])
+@pytest.mark.parametrize(("metric", "most"), [("accuracy", 4), ("exact_match", 6)])
+def test_a_run_compiles_few_programs_for_all_its_evaluations(folder, tmp_path, metric, most, tenants, compiled):
+    """Validation, the test before and after, and the best adapter, which is not the last one."""
+    more = [f"data.tenants={folder / 'tenants'}", "data.train=null"] if tenants else []
+    config = run_config(
+        folder, f"output_dir={tmp_path / 'run'}", f"eval.metric={metric}", "eval.test=true", "eval.batch_size=5",
+        "data.max_seq_length=200", "train.max_steps=2", "eval.every=1", "train.learning_rate=0.5",
+        f"eval.choices={list(CHOICES) if metric == 'accuracy' else []}", *more,
+    )  # fmt: skip
+    (train_tenants if tenants else train)(config)
+    assert most // 2 <= len(compiled) <= most, compiled
+
+
+def test_tasks_that_are_evaluated_together_share_their_programs(compiled):
+    tasks = [task_of("exact_match", LENGTHS, "a", 3), task_of("exact_match", [n + 9 for n in LENGTHS], "b", 3)]
+    evaluate(model(), None, tasks, tokenizer=tokenizer())
+    assert 3 <= len(compiled) <= 6, compiled
+
+
+# ------------------------------------------------------------------------------------------------------ the same scores
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy", "exact_match"])
+def test_a_plan_over_more_examples_changes_no_score(metric):
+    task = task_of(metric, LENGTHS[:5])
+    wide = plan_shapes([encode_task(one, tokenizer()) for one in (task, task_of(metric, [7, 33, 90, 130]))])
+    assert wide != plan_shapes([encode_task(task, tokenizer())])
+    alone, among = (evaluate_task(model(), adapter(), task, tokenizer(), None, shapes) for shapes in (None, wide))
+    assert among.score == (pytest.approx(alone.score, rel=1e-5) if metric == "loss" else alone.score)
+    assert among.loss == pytest.approx(alone.loss, rel=1e-5)
+
+
+def test_what_is_written_does_not_depend_on_the_padding():
+    prompts = [[5, 9, 77], [*range(30, 41)]]
+    least = generate_tokens(model(), adapter(), prompts, max_new_tokens=5)
+    assert generate_tokens(model(), adapter(), prompts, max_new_tokens=5, length=40, max_length=96) == least
+    assert len({tuple(tokens) for tokens in least}) == 2
+
+
+@pytest.mark.parametrize(
+    ("metric", "config"),
+    [
+        ("accuracy", ParaConfig(r=4)),
+        ("exact_match", ParaConfig(r=4)),
+        ("exact_match", Ia3Config()),
+        ("exact_match", LoraConfig(r=4)),
+    ],
+)
+def test_a_fresh_adapter_scores_as_the_backbone_to_the_bit(metric, config):
+    """So a run scores the backbone in the adapter's programs."""
+    task, fresh = task_of(metric, LENGTHS[:4]), init_adapter(config, model().config)
+    base, neutral = (evaluate_task(model(), one, task, tokenizer()) for one in (None, fresh))
+    assert neutral == base and neutral.stderr == base.stderr
+    assert evaluate_task(model(), strong(fresh, 1), task, tokenizer()).loss != base.loss
+
+
+# --------------------------------------------------------------------------------------------------- all devices' rows
+
+
+def test_rows_are_rounded_up_to_what_the_mesh_divides():
+    assert [batch_rows(n) for n in (1, 12)] == [1, 12]
+    for sizes, rows in (((8, 1, 1), [8, 16, 16, 56]), ((2, 2, 2), [4, 12, 16, 52]), ((1, 1, 8), [1, 12, 16, 50])):
+        with jax.set_mesh(make_mesh(*sizes)):
+            assert [batch_rows(n) for n in (1, 12, 16, 50)] == rows
+
+
+def on_mesh(monkeypatch, task):
+    """The task's score on a mesh of 8 devices; by program FLOPs a device and a row; and bytes of cache a device and a
+    row."""
+    flops, cache, mesh = {}, {}, make_mesh(8)
+    real = {"eval_nll": eval_nll, "next_token": next_token, "continuation_scores": continuation_scores}
+    rows_of = {"eval_nll": lambda given: given[2][0], "next_token": lambda given: given[3]}
+
+    def noted(name):
+        def call(*given, **static):
+            rows = len(rows_of.get(name, lambda given: given[4])(given))
+            if name not in flops:
+                flops[name] = real[name].lower(*given, **static).compile().cost_analysis()["flops"] / rows
+            return real[name](*given, **static)
+
+        return call
+
+    def prefilled(model, adapters, tokens, *given, **static):
+        logits, state = prefill(model, adapters, tokens, *given, **static)
+        cache["bytes"] = state.cache[0][0].addressable_shards[0].data.nbytes / len(tokens)
+        return logits, state
+
+    with monkeypatch.context() as patched, jax.set_mesh(mesh):
+        for where, name in ((module, "eval_nll"), (generate, "next_token"), (likelihood, "continuation_scores")):
+            patched.setattr(where, name, noted(name))
+        for where in (likelihood, generate):
+            patched.setattr(where, "prefill", prefilled)
+        given = (place(one, mesh, model().config) for one in (model(), adapter()))
+        return evaluate_task(*given, task, tokenizer()), flops, cache
+
+
+@pytest.mark.parametrize(("metric", "batch_size"), [("accuracy", 50), ("exact_match", 12)])
+def test_an_evaluation_batch_of_any_size_is_spread_over_all_devices(monkeypatch, metric, batch_size):
+    task = task_of(metric, [5, 6, 7, 8] * 5, batch_size=16)
+    alone = evaluate_task(model(), adapter(), task, tokenizer())
+    score, flops, cache = on_mesh(monkeypatch, task)
+    assert set(flops) == {"accuracy": {"continuation_scores"}, "exact_match": {"eval_nll", "next_token"}}[metric]
+    found, *costs = on_mesh(monkeypatch, task._replace(batch_size=batch_size))
+    assert costs == [pytest.approx(flops, rel=0.02), pytest.approx(cache)]
+    for one in (score, found):
+        assert (one.score, one.loss) == (alone.score, pytest.approx(alone.loss, rel=1e-5))
