@@ -1,0 +1,204 @@
+"""The first day on a slice, rehearsed without the hardware:
+
+    pip install -e '.[aot,gcs,test]'
+    python scripts/rehearse.py v5e:4x4                                        # all of configs/
+    python scripts/rehearse.py v5e:4x4 configs/llama2-7b-boolq.yaml --processes 4
+    python scripts/rehearse.py h100 --no-runs                                 # one GPU's memory, by an estimate
+
+For each config: (1) the TPU's compiler compiles the training step, evaluation, prefill and decode for the slice, with
+the mesh that the run would choose. (2) The same config trains a tiny backbone on as many virtual CPU devices: once in
+one process, and once in several that are killed, and then resumed on empty disks. Their run folder is in a bucket: an
+emulator on this machine, or the one that --output names. Ends with 1 if something fails or does not fit.
+
+One table tells what fits, the bytes that chips exchange, and the least time of a step from the chip's published peaks,
+which is an estimate. Compiling 7B takes minutes a program on a small machine. With --json, what the file holds already
+is not done again: delete it after a change of the model's code.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import buckets
+import rehearse_run
+
+from para_jax.config import RunConfig, load_config
+from para_jax.memory import CHIP_GIB, GIB, choose_mesh, run_bytes
+from para_jax.memory import abstract_mesh as mesh_of
+from para_jax.programs import compile_programs
+from para_jax.roofline import estimate_time, training_work
+from para_jax.sharding import make_mesh, mesh_sizes
+from para_jax.topology import Compiled, parsed_topology, topology_devices
+from para_jax.training.passes import step_passes
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+#: What JAX gives a program of an H100's 80 GB by default (XLA_PYTHON_CLIENT_MEM_FRACTION).
+H100_BYTES = int(0.75 * 79.6 * GIB)
+#: How many tenants a config of many is compiled for; the real number is that of its data.
+TENANTS = 16
+PROGRAMS = ("train", "loss", "prefill", "ranking", "decode")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("topology", help="a slice such as v5e:4x4 or v6e:2x4, or h100")
+    parser.add_argument("configs", nargs="*", type=Path, help="default: all of configs/")
+    parser.add_argument("--processes", type=int, default=2, help="hosts of the runs (default: 2)")
+    parser.add_argument("--output", help="a gs:// folder for the runs; default: an emulator's bucket on this machine")
+    parser.add_argument("--json", type=Path, help="keep what was found in this file")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiler")
+    parser.add_argument("--no-runs", action="store_true", help="leave out the runs on virtual devices")
+    options = parser.parse_args()
+    chips, room = slice_of(options.topology)
+    if chips % options.processes:
+        parser.error(f"--processes {options.processes} does not divide {chips} devices")
+    files = options.configs or sorted(CONFIGS.glob("*.yaml"))
+    found = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = rehearse_run.make_data(Path(name))
+        output = options.output or (None if options.no_runs else emulated_bucket())
+        for file in files:
+            entry = found.setdefault(file.stem, {})
+            begun = time.monotonic()
+            sizes = chosen_sizes(load_config(file), chips, room)
+            entry["mesh"] = sizes
+            if not options.no_compile and "programs" not in entry:
+                entry["programs"] = attempt(compiled, options.topology, file, sizes, room)
+            if not options.no_runs and "seconds" not in entry.get("run", {}):
+                entry["run"] = attempt(rehearse_run.rehearse, file, sizes, options.processes, folder, output)
+            print(f"{file.stem}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(table({file.stem: found[file.stem] for file in files})))
+    return int(any(map(failed, (found[file.stem] for file in files))))
+
+
+def slice_of(topology: str) -> tuple[int, int]:
+    """How many devices, and the bytes of each."""
+    if topology == "h100":
+        return 1, H100_BYTES
+    kind, chips = parsed_topology(topology)
+    return chips, CHIP_GIB[kind] * GIB
+
+
+def chosen_sizes(config: RunConfig, chips: int, room: int) -> dict[str, int]:
+    sizes = mesh_sizes(choose_mesh(config, chips, room, tenants_of(config)).sizes, chips)
+    if sizes is None:
+        raise SystemExit(f"mesh {vars(config.mesh)} does not fit {chips} devices")
+    return sizes
+
+
+def tenants_of(config: RunConfig) -> int | None:
+    return TENANTS if config.many else None
+
+
+def attempt(work: Callable, *arguments) -> dict[str, Any]:
+    """What the work gives, or its error: one config's fault does not end the rehearsal of the others."""
+    try:
+        return work(*arguments)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[-2000:]}
+
+
+def emulated_bucket() -> str:
+    _, port = buckets.start()
+    os.environ.update(buckets.environment(port))
+    return f"gs://{buckets.BUCKET}/rehearsal"
+
+
+# --------------------------------------------------------------------------------------------------------- the compiler
+
+
+def compiled(topology: str, file: Path, sizes: dict[str, int], room: int) -> dict[str, Any]:
+    """A record of each program by name; of an H100 the estimate of a whole run, for its compiler is not here."""
+    config = load_config(file)
+    tenants = tenants_of(config)
+    passes = step_passes(config.train, mesh_of(sizes)) if tenants is None else None
+    if topology == "h100":
+        return {"estimate": {"needed": run_bytes(config, mesh_of(sizes), tenants), "limit": room}}
+    kind, chips = parsed_topology(topology)
+    mesh = make_mesh(**sizes, devices=topology_devices(topology, chips))
+    found = {name: record(one) for name, one in compile_programs(config, mesh, tenants).items()}
+    if found["train"]["fits"]:
+        least = estimate_time(training_work(config, mesh, tenants), found["train"]["collective_bytes"], kind)
+        found["train"] |= {"seconds_at_least": least.seconds, "bound": least.bound}
+    return found | {"about": {"passes": passes, "libtpu": version("libtpu")}}
+
+
+def record(found: Compiled) -> dict[str, Any]:
+    return {
+        "fits": found.program is not None,
+        "needed": found.needed,
+        "collectives": found.collectives,
+        "collective_bytes": found.collective_bytes,
+        "compile_seconds": round(found.seconds),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def table(found: dict[str, dict]) -> list[str]:
+    columns = ("config", "mesh (data, fsdp, tensor)", *(f"{name}: GiB" for name in PROGRAMS))
+    columns += ("collectives of a step", "a step, at least (estimate)", "tiny run")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, entry in found.items():
+        programs = entry.get("programs", {})
+        train = programs.get("train", {})
+        moved = sum(train.get("collective_bytes", {}).values())
+        least = train.get("seconds_at_least")
+        cells = [
+            name,
+            " x ".join(map(str, entry["mesh"].values())),
+            *(memory(programs, program) for program in PROGRAMS),
+            f"{moved / 1e9:.1f} GB" if train.get("fits") else "",
+            f"{least:.2g} s, by {train['bound']}" if least else "",
+            said_of_run(entry.get("run")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    errors = [f"{name}: {entry[part]['error']}" for name, entry in found.items() for part in ("programs", "run")
+              if "error" in entry.get(part, {})]  # fmt: skip
+    return lines + ["", *errors] * bool(errors)
+
+
+def memory(programs: dict, name: str) -> str:
+    if "error" in programs:
+        return "failed"
+    if name == "train" and "estimate" in programs:
+        one = programs["estimate"]
+        fits = "fits" if one["needed"] <= one["limit"] else "too much"
+        return f"about {one['needed'] / GIB:.1f} of {one['limit'] / GIB:.1f}: {fits} (estimate)"
+    one = programs.get(name)
+    if one is None:
+        return ""
+    return f"{one['needed'] / GIB:.2f}" + ("" if one["fits"] else ": too much")
+
+
+def said_of_run(run: dict | None) -> str:
+    if run is None:
+        return ""
+    if "error" in run:
+        return "failed"
+    return f"killed, resumed; {run['processes']} processes equal one within {max(run['difference'], 1e-9):.0e}"
+
+
+def failed(entry: dict) -> bool:
+    programs = entry.get("programs", {})
+    too_much = any("fits" in one and not one["fits"] for one in programs.values() if isinstance(one, dict))
+    estimate = programs.get("estimate")
+    over = bool(estimate) and estimate["needed"] > estimate["limit"]
+    return too_much or over or "error" in programs or "error" in entry.get("run", {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
