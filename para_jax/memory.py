@@ -19,7 +19,7 @@ from .config import SITES, ModelConfig, RunConfig
 from .data.batches import Batch
 from .data.packing import Packed
 from .model import init_adapter
-from .processes import by_first
+from .processes import by_each, by_first
 from .sharding import RULES, make_mesh, mesh_sizes, tenants_sharding, tree_shardings
 from .training.loss import CHUNK
 from .training.passes import Passes, batch_devices, step_passes
@@ -71,7 +71,7 @@ def run_mesh(config: RunConfig, tenants: int | None = None) -> Mesh:
     """
     several = jax.process_count() > 1
     room = by_first(lambda: device_memory(jax.local_devices()[0]))
-    found = choose_mesh(config, jax.device_count(), room, tenants, all_of_them=several)
+    found = by_each(lambda: choose_mesh(config, jax.device_count(), room, tenants, all_of_them=several))
     mesh = make_mesh(**found.sizes)
     if mesh.size > 1 or jax.device_count() > 1 or not found.fits:
         devices.say(f"mesh: {describe_mesh(mesh)}{'. ' if found.why else ''}{found.why}")
@@ -94,8 +94,7 @@ def choose_mesh(
     possible = []
     for fsdp in (n for n in range(1, count + 1) if count % n == 0):
         sizes = mesh_sizes(asked | {"fsdp": fsdp}, count, all_of_them)
-        rows = sizes and sizes["data"] * sizes["fsdp"]
-        if sizes and (config.train.batch_size or rows) % rows == 0:
+        if sizes and (config.train.batch_size or 0) % (sizes["data"] * sizes["fsdp"]) == 0:
             possible.append(sizes)
     if not possible:
         return MeshChoice(asked | {"fsdp": 1}, "")  # make_mesh or step_passes say what is wrong

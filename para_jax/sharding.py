@@ -118,8 +118,8 @@ def is_variable(node) -> bool:
 def named_axes(variable, config) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
     """The names of a parameter's axes (None for leading ones, which stacking added), and how much of each there is."""
     shape = variable.get_value().shape
-    counts: dict[Any, int] = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
-    names = (None,) * (len(shape) - len(variable.axes)) + tuple(variable.axes)
+    counts: dict[Any, Any] = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    names: tuple[str | None, ...] = (None,) * (len(shape) - len(variable.axes)) + tuple(variable.axes)
     return names, tuple(counts.get(name, size) for name, size in zip(names, shape, strict=True))
 
 
