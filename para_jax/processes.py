@@ -13,6 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
+#: The most bytes that travel between processes at once. Every device holds such a piece twice meanwhile, and no more:
+#: a whole array may be larger than a device.
+PIECE = 1 << 26
+
 
 def is_first() -> bool:
     """Whether this process is the one that logs and writes."""
@@ -27,9 +31,38 @@ def gathered(tree):
             return jax.device_get(leaf)
         from jax.experimental.multihost_utils import process_allgather
 
-        return process_allgather(leaf, tiled=True)
+        return process_allgather(leaf, tiled=True) if leaf.nbytes <= PIECE else by_shards(leaf)
 
     return jax.tree.map(whole, tree)
+
+
+def by_shards(leaf: jax.Array) -> np.ndarray:
+    """The whole of an array that is spread over the processes: each part comes from a process that has it."""
+    made = np.empty(leaf.shape, leaf.dtype)
+    own = {shard.device: shard for shard in leaf.addressable_shards}
+    owners = {str(index): (device, index) for device, index in leaf.sharding.devices_indices_map(leaf.shape).items()}
+    for device, index in owners.values():
+        held = np.asarray(own[device].data) if device in own else np.empty(made[index].shape, made.dtype)
+        made[index] = array_of(held, device.process_index)
+    return made
+
+
+def array_of(array: np.ndarray, process: int) -> np.ndarray:
+    """One process's array, on all of them. The others give an array of the same shape and dtype, whose values do not
+    matter. It travels in pieces of at most PIECE bytes, of few sizes, for each size is a program."""
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    source = jax.process_index() == process
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.size else np.zeros(0, np.uint8)
+    made = np.empty(data.size, np.uint8)
+    size = min(PIECE, 1 << max(0, data.size - 1).bit_length())
+    for start in range(0, data.size, size):
+        piece = np.zeros(size, np.uint8)
+        if source:
+            piece[: data.size - start] = data[start : start + size]
+        got = broadcast_one_to_all(piece, is_source=source)
+        made[start : start + size] = got[: data.size - start]
+    return made.view(array.dtype).reshape(array.shape)
 
 
 def by_first(make: Callable[[], Any]) -> Any:
@@ -93,9 +126,8 @@ def text_of_first(text: str) -> str:
 
 
 def arrays_of_first(tree):
-    """The first process's arrays, as NumPy arrays; the others give a tree of the same shapes and dtypes."""
+    """The first process's arrays, as NumPy arrays; the others give a tree of the same shapes and dtypes. One array
+    after another, in pieces: no device holds a whole one."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    return jax.device_get(broadcast_one_to_all(tree))
+    return jax.tree.map(lambda leaf: array_of(np.asarray(leaf), 0), tree)

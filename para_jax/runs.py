@@ -37,7 +37,7 @@ from .model import init_adapter
 from .processes import arrays_of_first, by_each, by_first, gathered, is_first, require_same
 from .roofline import peak_rate
 from .run_folder import FREE_FIELDS, claim_folder, locked_folder, run_digests
-from .sharding import place, rows_over
+from .sharding import place, replicated_lines, rows_over
 from .training.checkpoint import (
     Progress,
     finish_saving,
@@ -174,6 +174,7 @@ def fit(
 ) -> TrainResult:
     """The training loop, with a backbone that is loaded already. The folder must be claimed."""
     folder = Path(config.output_dir)
+    say_layout(model, mesh)
     say_attention(model, work.buckets, mesh)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
@@ -215,6 +216,12 @@ def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:
     """The run's best adapter, from the folder that the first process alone reads; as arrays of NumPy."""
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), last)
     return arrays_of_first(load_adapter(folder / "adapter", model.config, model=model) if is_first() else empty)
+
+
+def say_layout(model, mesh) -> None:
+    """Says which weights the mesh can't split."""
+    for line in replicated_lines(model, mesh, model.config):
+        devices.say(line)
 
 
 def say_attention(model, buckets: tuple[Bucket, ...], mesh) -> None:

@@ -104,15 +104,50 @@ def tree_shardings(tree, mesh: Mesh | AbstractMesh, config):
 
     Leading axes beyond the names (added by stacking layers or tenants) are replicated.
     """
-    counts: dict[Any, int] = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
 
     def one(variable):
-        array = variable.get_value()
-        names = (None,) * (len(array.shape) - len(variable.axes)) + tuple(variable.axes)
-        sizes = tuple(counts.get(name, size) for name, size in zip(names, array.shape, strict=True))
-        return variable.replace(NamedSharding(mesh, partition(names, sizes, mesh.shape)))  # pyright: ignore[reportArgumentType]
+        return variable.replace(NamedSharding(mesh, partition(*named_axes(variable, config), mesh.shape)))  # pyright: ignore[reportArgumentType]
 
-    return jax.tree.map(one, tree, is_leaf=lambda node: hasattr(node, "get_value"))
+    return jax.tree.map(one, tree, is_leaf=is_variable)
+
+
+def is_variable(node) -> bool:
+    return hasattr(node, "get_value")
+
+
+def named_axes(variable, config) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
+    """The names of a parameter's axes (None for leading ones, which stacking added), and how much of each there is."""
+    shape = variable.get_value().shape
+    counts: dict[Any, int] = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    names = (None,) * (len(shape) - len(variable.axes)) + tuple(variable.axes)
+    return names, tuple(counts.get(name, size) for name, size in zip(names, shape, strict=True))
+
+
+def replicated_lines(tree, mesh: Mesh | AbstractMesh, config) -> list[str]:
+    """A line for each axis of the mesh that does not divide some axes of the parameters: which, and how many bytes that
+    leaves unsplit on each device. Empty where every parameter is split as RULES asks.
+
+    Args:
+        tree: as tree_shardings takes it; its arrays need not be there (jax.ShapeDtypeStruct).
+    """
+    found: dict[str, tuple[set[str], int]] = {}
+    everything = 0
+    for variable in jax.tree.leaves(tree, is_leaf=is_variable):
+        array, (names, counts) = variable.get_value(), named_axes(variable, config)
+        spec = partition(names, counts, mesh.shape)
+        size = math.prod(NamedSharding(mesh, spec).shard_shape(array.shape)) * array.dtype.itemsize  # pyright: ignore[reportArgumentType]
+        everything += size
+        whole = {(str(RULES[name]), f"{name} {count}") for name, count, over in zip(names, counts, spec, strict=True)
+                 if name in RULES and over is None}  # fmt: skip
+        for axis in {axis for axis, _ in whole}:
+            of_axis, bytes_whole = found.get(axis, (set(), 0))
+            found[axis] = of_axis | {text for other, text in whole if other == axis}, bytes_whole + size
+    return [
+        f"mesh.{axis}={mesh.shape[axis]} does not divide {', '.join(sorted(found[axis][0]))}: {found[axis][1]:,} of "
+        f"{everything:,} bytes of weights on each device are not split over it"
+        for axis in mesh.shape
+        if axis in found
+    ]
 
 
 def place(tree, mesh: Mesh, config):

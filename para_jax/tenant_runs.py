@@ -47,6 +47,7 @@ from .runs import (
     places,
     require_room,
     say_attention,
+    say_layout,
     scores,
     silent,
     statistics_batches,
@@ -266,6 +267,7 @@ def fit_tenants(
 ) -> TenantsResult:
     """The training loop, with a backbone that is loaded already. The folders must be claimed."""
     folder, layout = Path(config.output_dir), lay_out(config, len(tenants), mesh)
+    say_layout(model, mesh)
     say_attention(model, buckets, mesh)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         state = empty_state(config, model, layout.slots, mesh)

@@ -23,6 +23,7 @@ from .memory import (
     CHIP_GIB,
     GIB,
     abstract_mesh,
+    abstract_model,
     choose_mesh,
     describe_mesh,
     estimate_memory,
@@ -33,7 +34,7 @@ from .memory import (
     tenants_arguments,
 )
 from .roofline import estimate_time, time_lines, training_work
-from .sharding import make_mesh, mesh_sizes, tenants_sharding
+from .sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
 from .training.step import train_step
 from .training.tenants import lay_out, tenants_step
 
@@ -159,6 +160,7 @@ def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants:
         f"remat {config.train.remat}" + (f"; packed, {packed_examples(config)} examples a row" * config.data.packing),
         f"attention  {kernel} ({why})",
         *([tenants_line(config, mesh, tenants)] if tenants else []),
+        *(f"not split  {line}" for line in replicated_lines(abstract_model(config, mesh), mesh, model)),
     ]
 
 

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # One training run on all hosts of a Cloud TPU slice, from this machine, in this checkout:
 #
-#     scripts/tpu_pod.sh configs/llama2-7b-boolq.yaml mesh.data=1 mesh.fsdp=16 data.train=data/boolq \
-#         train.per_device_batch_size=8 train.gradient_accumulation_steps=1     # 8 rows x 16 chips, a batch of 128
+#     scripts/tpu_pod.sh configs/llama2-7b-boolq.yaml data.train=data/boolq
 #
 # Sends the checkout (what git tracks or would add) to every host, makes a Python 3.12 environment there, and starts
 # `para-jax train` with these arguments on all of them. The same command resumes. HF_TOKEN, where it is set, is sent as a
@@ -23,7 +22,9 @@ cd "$(dirname "$0")/.."
 umask 077
 sent=$(mktemp -d)
 trap 'rm -rf "$sent"' EXIT
-git ls-files -z --cached --others --exclude-standard | tar -czf "$sent/para_jax.tar.gz" --null -T -
+git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+  if [ -e "$file" ] || [ -L "$file" ]; then printf '%s\0' "$file"; fi # git still lists a file that was deleted here
+done | tar -czf "$sent/para_jax.tar.gz" --null -T -
 on_all scp "$sent/para_jax.tar.gz" "$TPU:"
 
 # shellcheck disable=SC2016  # the hosts expand it

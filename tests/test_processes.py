@@ -145,3 +145,69 @@ def test_what_one_process_finds_wrong_is_an_error_on_all_and_none_waits():
         "rows": [[[[2 * i, 2 * i + 1] for i in range(8)]], [0, 1]],
         "mesh": "mesh {'data': 2, 'fsdp': 2, 'tensor': 1} does not fit 8 devices; choose sizes whose product is 8",
     }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ what a device holds at once
+
+STATE = """
+import json, sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec as P
+from para_jax import make_mesh, processes
+from para_jax.training.checkpoint import Progress, open_checkpoints, restore_checkpoint, save_checkpoint
+processes.PIECE = 1 << 14
+mesh = make_mesh(2, 2, 2)
+# tenants over all devices, over some of them, and one array that lies whole everywhere
+specs = {"all": P(("data", "fsdp", "tensor")), "some": P("data"), "inner": P(None, ("fsdp", "tensor")), "whole": P()}
+spread = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+shape = {"all": (64, 5000), "some": (6, 20_001), "inner": (3, 40_000), "whole": (100,)}
+values = {name: np.random.default_rng(len(name)).normal(size=shape[name]).astype(np.float32) for name in specs}
+def placed(values):
+    return {name: jax.make_array_from_callback(array.shape, spread[name], lambda index: array[index])
+            for name, array in values.items()}
+def held():
+    buffers = {}  # by address: an array and its shards are seen as arrays of their own
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            buffers[shard.device.id, shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    found = {}
+    for (device, _), size in buffers.items():
+        found[device] = found.get(device, 0) + size
+    return max(found.values())
+peak = 0
+def measured(real):
+    def call(tree, *args, **options):
+        global peak
+        sizes = [leaf.nbytes for leaf in jax.tree.leaves(tree)]
+        peak = max(peak, held() + 2 * sum(sizes))
+        return real(tree, *args, **options)
+    return call
+for name in ("broadcast_one_to_all", "process_allgather"):
+    setattr(multihost_utils, name, measured(getattr(multihost_utils, name)))
+state = placed(values)
+share = held()
+with open_checkpoints(Path(sys.argv[3]) / "checkpoints") as checkpoints:
+    save_checkpoint(checkpoints, state, Progress(3, None, 0, 0))
+saving, peak = peak, 0
+del state
+fresh = placed({name: 0 * array for name, array in values.items()})
+with open_checkpoints(Path(sys.argv[3]) / "checkpoints") as checkpoints:
+    state, progress = restore_checkpoint(checkpoints, fresh)
+same = all((processes.gathered(state)[name] == array).all() for name, array in values.items())
+print(json.dumps({"share": share, "saving": saving, "restoring": peak, "same": same, "step": progress.step,
+                  "as it lay": all(state[name].sharding == spread[name] for name in spread)}))
+"""
+
+
+def test_saving_and_resuming_take_no_more_of_a_device_than_its_part_and_a_piece(tmp_path):
+    both = run_two("-c", STATE, "{address}", "{process}", (str(tmp_path / "first"), str(tmp_path / "second")))
+    assert [ended.code for ended in both] == [0, 0], both[0].err + both[1].err
+    for ended in both:
+        found = json.loads(ended.out)
+        assert found["same"] and found["as it lay"] and found["step"] == 3
+        room = found["share"] + 2 * (1 << 14)
+        assert found["saving"] <= room + 4096 and found["restoring"] <= room + 4096, found
+    assert not (tmp_path / "second").exists()

@@ -1,6 +1,8 @@
 """One table from axis names to a mesh; what the mesh does not divide is replicated. A step's numbers over meshes are
 compared in training/test_step.py."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from conftest import FIXTURES, backbone, strong
 from jax.sharding import PartitionSpec as P
 
 from para_jax import ParaConfig, init_adapter, load_backbone, make_mesh, stack_adapters
-from para_jax.sharding import constrain, partition, place, rows_over, tree_shardings
+from para_jax.sharding import RULES, constrain, partition, place, replicated_lines, rows_over, tree_shardings
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,39 @@ def test_leading_axes_of_layers_and_tenants_are_replicated(cube):
         assert placed.up["v_proj"].get_value().sharding.spec == P(*[None] * leading, None, "tensor")
         for mine, other in zip(jax.tree.leaves(placed), jax.tree.leaves(tree), strict=True):
             np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize(("sizes", "said"), [
+    ((1, 2, 2), None),
+    ((1, 3, 1), r"^mesh.fsdp=3 does not divide width 64: ([\d,]+) of ([\d,]+) bytes"),
+    ((1, 6, 1), r"^mesh.fsdp=6 does not divide width 64: ([\d,]+) of ([\d,]+) bytes"),
+    ((1, 1, 3), r"^mesh.tensor=3 does not divide heads 4, hidden 128, kv_heads 2, vocab 256: ([\d,]+) of ([\d,]+) b"),
+    ((1, 1, 4), r"^mesh.tensor=4 does not divide kv_heads 2: ([\d,]+) of ([\d,]+) bytes"),
+])  # fmt: skip
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_weights_that_the_mesh_can_not_split_are_named_with_their_bytes(sizes, said, quantize):
+    mesh = make_mesh(*sizes)
+    model = load_backbone(FIXTURES / "llama", mesh=mesh, layout="stacked", quantize=quantize)
+    lines = replicated_lines(model, mesh, model.config)
+    assert len(lines) == (said is not None)
+    if said is None:
+        return
+    whole, everything = (int(text.replace(",", "")) for text in re.search(said, lines[0]).groups())
+    axis = {"fsdp", "tensor"} & {name for name, size in mesh.shape.items() if size > 1}
+    unsplit = [  # what lies on the first device, of parameters that have a name for this axis and are not split by it
+        variable.get_value().addressable_shards[0].data.nbytes
+        for variable in jax.tree.leaves(model, is_leaf=lambda node: hasattr(node, "get_value"))
+        if any(RULES.get(name) in axis and over is None for name, over in named(variable))
+    ]
+    assert whole == sum(unsplit) > 0
+    assert everything == sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model))
+
+
+def named(variable):
+    """Each name of a parameter's axes with the mesh axis that it lies over."""
+    array = variable.get_value()
+    spec = [*array.sharding.spec, *[None] * array.ndim][: array.ndim]
+    return list(zip(variable.axes, spec[-len(variable.axes) :], strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------- activations

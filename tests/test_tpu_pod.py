@@ -100,6 +100,20 @@ def test_the_token_reaches_the_run_and_nothing_else(pod):
     assert [call[3] for call in calls] == ["scp", "ssh", "scp", "ssh"] and not (host / "para_jax.token").exists()
 
 
+def test_a_tracked_file_that_was_deleted_is_not_sent(pod, tmp_path):
+    checkout = tmp_path / "checkout"
+    for name in ("kept file", "gone", "link"):
+        (checkout / name).write_text(name)
+    subprocess.run(["git", "add", "."], cwd=checkout, check=True)
+    (checkout / "gone").unlink()
+    (checkout / "link").unlink()
+    (checkout / "link").symlink_to("nowhere")  # a link is sent as it is, wherever it points
+    done, _, host = pod(*ARGUMENTS)
+    assert done.returncode == 0, done.stderr
+    sent = host / "para_jax"
+    assert (sent / "kept file").exists() and (sent / "link").is_symlink() and not (sent / "gone").exists()
+
+
 def test_a_second_run_keeps_the_environment(pod):
     pod(*ARGUMENTS)
     pod(*ARGUMENTS)

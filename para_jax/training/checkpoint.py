@@ -105,7 +105,11 @@ def save_checkpoint(checkpoints, state: Any, progress: Any) -> None:
 
     Raises ValueError for a state that is not finite, and where the save before could not be written (a full disk).
     """
-    arrays = gathered(named(state))
+    arrays = {}
+    for name, leaf in named(state).items():
+        array = gathered(leaf)
+        if is_first():  # the others keep one array at a time
+            arrays[name] = array
     by_first(lambda: start_saving(checkpoints, arrays, progress))
 
 
@@ -148,6 +152,9 @@ def restore_checkpoint(
     """The newest checkpoint of this run, in the shapes and shardings of `state`, and its progress, of this kind; None
     where there is none. Newer ones that are damaged, or of another run, are set aside with a warning.
 
+    The arrays of `state` are deleted as those of the checkpoint take their places: a device needs memory for its part
+    of one state, and for a piece of an array on its way (processes.PIECE).
+
     Args:
         run: what the run is made of; see Progress. A checkpoint that does not say what it is of is taken if its arrays
             have the same names and shapes.
@@ -164,8 +171,10 @@ def restore_checkpoint(
     progress = by_first(read_first)
     if progress is None:
         return None
-    read = arrays_of_first(arrays)
-    leaves = [placed_like(leaf, read[name]) for name, leaf in named(state).items()]
+    leaves = []
+    for name, leaf in named(state).items():
+        leaves.append(placed_like(leaf, arrays_of_first(arrays.pop(name))))
+        leaf.delete()
     return jax.tree.unflatten(jax.tree.structure(state), leaves), kind(**progress | {"run": run})
 
 
