@@ -20,6 +20,7 @@ import jax
 
 from para_jax import make_mesh
 from para_jax.config import load_config
+from para_jax.roofline import estimate_time, training_work
 from para_jax.topology import compile_step, parsed_topology, topology_devices
 
 RESULTS = Path("results/tpu_train.json")
@@ -28,14 +29,23 @@ CONFIGS = {
     "LLaMA-2 7B": "configs/llama2-7b-boolq.yaml",
     "LLaMA-2 13B": "configs/llama2-13b-boolq.yaml",
 }
-SLICES = ("v5e:1x1", "v5e:2x4", "v5e:4x4")
+CASES = [
+    ("LLaMA-2 7B", "v5e:4x4", ()),
+    ("LLaMA-2 7B", "v5e:4x4", ("backbone.quantize=int8",)),
+    ("LLaMA-2 7B", "v5e:4x4", ("data.tenants=data/tenants", "train.tenants_at_once=64")),
+    ("LLaMA-2 13B", "v5e:4x4", ()),
+    ("LLaMA-2 7B", "v5e:1x1", ()),
+    ("LLaMA-2 7B", "v5e:1x1", ("backbone.quantize=int8",)),
+    ("Gemma 2B", "v5e:1x1", ()),
+    ("Gemma 2B", "v5e:2x4", ()),
+    ("LLaMA-2 7B", "v5e:2x4", ()),
+    ("LLaMA-2 13B", "v5e:2x4", ()),
+    ("LLaMA-2 13B", "v5e:1x1", ()),
+]
 ROWS = "train.per_device_batch_size=4"
 COMMON = ("train.batch_size=null", "train.remat=block", "data.max_seq_length=512", "mesh.data=1")
-EXTRA = [
-    ("LLaMA-2 7B", "v5e:1x1", ("backbone.quantize=int8",)),
-    ("LLaMA-2 7B", "v5e:4x4", ("data.tenants=data/tenants", "train.tenants_at_once=64")),
-]
-COLUMNS = ("model", "slice", "mesh", "rows a chip", "HBM a chip", "arguments", "temporaries", "collectives a step")
+COLUMNS = ("model", "slice", "mesh", "rows a chip", "HBM a chip", "arguments", "temporaries")
+COLUMNS += ("collectives of a chip and step", "estimated time")
 
 
 def main():
@@ -43,7 +53,7 @@ def main():
     parser.add_argument("--print", action="store_true", help="compile nothing")
     args = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for model, where, more in [*((m, s, ()) for m in CONFIGS for s in SLICES), *EXTRA]:
+    for model, where, more in CASES:
         name = " ".join([model, where, *more])
         if name not in found and not args.print:
             found[name] = compiled_entry(model, where, more)
@@ -53,12 +63,13 @@ def main():
 
 
 def compiled_entry(model: str, where: str, more: tuple[str, ...]) -> dict:
-    _, chips = parsed_topology(where)
+    kind, chips = parsed_topology(where)
     overrides = [*COMMON, ROWS, f"mesh.fsdp={chips}", *more]
     config = load_config(CONFIGS[model], overrides)
     mesh = make_mesh(data=1, fsdp=chips, devices=topology_devices(where, chips))
     tenants = config.train.tenants_at_once if config.many else None
     said = compile_step(config, mesh, tenants)
+    time = estimate_time(training_work(config, mesh, tenants), said.collective_bytes, kind)
     return {
         "model": model + (f", {tenants} tenants" if tenants else " int8" if more else ""),
         "slice": where,
@@ -68,6 +79,7 @@ def compiled_entry(model: str, where: str, more: tuple[str, ...]) -> dict:
         "versions": f"jax {jax.__version__}, libtpu {version('libtpu')}",
         **said._asdict(),
         "program": said.program and said.program._asdict(),
+        "time": time._asdict(),
     }
 
 
@@ -77,11 +89,12 @@ def line(entry: dict) -> str:
     place = [entry["model"], entry["slice"], entry["mesh"], str(entry["rows"])]
     if entry["program"] is None:
         over = f"{gib(entry['needed'])} GiB: {gib(entry['needed'] - entry['limit'])} too much"
-        return f"| {' | '.join([*place, over, '', '', ''])} |"
-    program, runs = entry["program"], entry["collectives"]
-    shown = ", ".join(f"{count} {name}" for name, count in runs.items()) or "none"
+        return f"| {' | '.join([*place, over, '', '', '', ''])} |"
+    program, runs, bytes_of, time = (entry[key] for key in ("program", "collectives", "collective_bytes", "time"))
+    shown = ", ".join(f"{count} {name} {bytes_of[name] / 1e9:.2f} GB" for name, count in runs.items()) or "none"
     sizes = [gib(entry["needed"]) + " GiB: fits", gib(program["arguments"]), gib(program["temporaries"])]
-    return f"| {' | '.join([*place, *sizes, shown])} |"
+    least = f"{time['seconds']:.2f} s, by {time['bound']}"
+    return f"| {' | '.join([*place, *sizes, shown, least])} |"
 
 
 if __name__ == "__main__":
