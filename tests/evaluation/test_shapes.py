@@ -22,8 +22,11 @@ from para_jax import (
 from para_jax.data.sources import Record
 from para_jax.evaluation import evaluate as module
 from para_jax.evaluation import likelihood
+from para_jax.evaluation.asked import Likelihood
 from para_jax.evaluation.evaluate import EvalTask, encode_task, evaluate_task
+from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.likelihood import continuation_scores
+from para_jax.evaluation.mixed import Pass
 from para_jax.evaluation.shapes import batch_rows, plan_shapes
 from para_jax.inference import generate
 from para_jax.inference.generate import generate_tokens, next_token
@@ -112,6 +115,12 @@ def test_tasks_that_are_evaluated_together_share_their_programs(compiled):
     tasks = [task_of("exact_match", LENGTHS, "a", 3), task_of("exact_match", [n + 9 for n in LENGTHS], "b", 3)]
     evaluate(model(), None, tasks, tokenizer=tokenizer())
     assert 3 <= len(compiled) <= 6, compiled
+
+
+def test_contexts_of_several_lengths_share_the_programs_of_their_continuations(compiled):
+    questions = [(None, Likelihood((5,) * n, (9,) * count)) for n in (5, 20, 30, 40) for count in (1, 2)]
+    Pass(model(), None, tokenizer(), "b", Journal()).answer(questions, rows=3)
+    assert sorted(compiled) == ["_prefill"] * 4 + ["continuation_scores"] * 2
 
 
 # ------------------------------------------------------------------------------------------------------ the same scores
