@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -100,7 +101,33 @@ class Factors(Adjustment):
     def adjust(
         self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
     ) -> Float[Array, "*rows length out"]:
-        return y + y * self.distance[site] if site in self.distance else y
+        return scaled(y, self.distance[site]) if site in self.distance else y
+
+
+@jax.custom_vjp
+def scaled(y: Float[Array, "*rows length out"], distance: Float[Array, " out"]) -> Float[Array, "*rows length out"]:
+    """y + y * (l - 1). The distance l - 1 is rounded to y's dtype first, because decode carries it so.
+
+    The backward pass sums the distance's gradient over the tokens in float32. What JAX derives would round each product
+    and, on some devices, each partial sum to y's dtype. It keeps y and one distance, not one for each token.
+    """
+    return y + y * distance.astype(y.dtype)
+
+
+def scaled_forwards(y, distance):
+    return scaled(y, distance), (y, distance)
+
+
+def scaled_backwards(kept, gradient):
+    y, distance = kept
+    products = gradient.astype(jnp.float32) * y.astype(jnp.float32)
+    summed = products.sum(axis=tuple(range(y.ndim - 1))).astype(distance.dtype)
+    # Sums first: a TPU's compiler would put them off to the layer's end and keep every site's y and gradient until then.
+    gradient, summed = jax.lax.optimization_barrier((gradient, summed))
+    return scaled(gradient, distance), summed
+
+
+scaled.defvjp(scaled_forwards, scaled_backwards)
 
 
 @jax.tree_util.register_dataclass
