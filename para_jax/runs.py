@@ -24,7 +24,17 @@ from .adapters.folder import mend_folder
 from .backbone.kernels import attention_kernel
 from .backbone.load import load_backbone, load_model_config
 from .config import ModelConfig, RunConfig, config_dict, require
-from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
+from .data.batches import (
+    Batch,
+    Bucket,
+    Plan,
+    collate,
+    epoch_bits,
+    example_lengths,
+    permutation,
+    plan,
+    plan_buckets,
+)
 from .data.examples import Example
 from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
 from .data.reader import read
@@ -182,8 +192,8 @@ def fit(
         run = run_digests(config, model.fingerprint, [(work.data.examples, validation, test)])
         restored = restore_checkpoint(checkpoints, state, run=run)
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
-            statistics = statistics_batches(work.data.examples, work.buckets[-1], work.rows)
-            state = state._replace(adapter=standardise(model, state.adapter, statistics))
+            statistics = statistics_batches(work.data.examples, work.buckets[-1], work.rows, config.seed)
+            state = state._replace(adapter=standardise(model, state.adapter, *statistics))
         state, progress = restored or (state, Progress(0, None, 0, 0, run=run))
         expected = f"at least {progress.step}, the steps that this run has done; or another output_dir"
         require(progress.step <= work.total_steps, "train.max_steps", work.total_steps, expected)
@@ -403,9 +413,11 @@ def scores(name: str, found: Score) -> dict[str, float]:
     return {f"{name}_{what}": value for what, value in found.values().items()}
 
 
-def statistics_batches(examples: list[Example], bucket: Bucket, rows: int) -> list[Batch]:
-    """Some training prompts, from which the summaries' mean and spread are measured; a last short batch is filled up
-    with the first ones again."""
-    count = min(STATISTICS_EXAMPLES, len(examples))
-    chosen = [examples[i % count]._replace(completion_ids=[]) for i in range(-(-count // rows) * rows)]
-    return [collate(chosen[i : i + rows], bucket, rows) for i in range(0, len(chosen), rows)]
+def statistics_batches(examples: list[Example], bucket: Bucket, rows: int, seed: int) -> tuple[list[Batch], int]:
+    """Batches of STATISTICS_EXAMPLES training prompts (or all, if there are fewer), from which the summaries' mean and
+    spread are measured, and how many prompts there are. They are drawn by the seed from the whole file, because a file
+    may be sorted. The rows after them only fill up the last batch."""
+    drawn = permutation(epoch_bits(seed), len(examples))[:STATISTICS_EXAMPLES].tolist()
+    prompts = [examples[i]._replace(completion_ids=[]) for i in drawn]
+    cut = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
+    return [collate(part, bucket, rows) for part in cut], len(prompts)

@@ -428,8 +428,9 @@ class TenantsLoop(NamedTuple):
     def fresh_adapter(self, tenant: Tenant) -> Adapter:
         made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
         if getattr(self.config.adapter, "summary", "raw") == "standardised":
-            batches = statistics_batches(tenant.data.examples, self.buckets[-1], self.layout.rows)
-            made = standardise(self.model, made, batches)
+            seed = tenant.config.seed
+            statistics = statistics_batches(tenant.data.examples, self.buckets[-1], self.layout.rows, seed)
+            made = standardise(self.model, made, *statistics)
         return gathered(made)
 
     def batches(self, standing: Standing):

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import backbone
 from flax import nnx
 from tensorflow_datasets.core.features import Text
 from tiny_run import STEPS, rows_of_text, run_config, run_folder, tokenizer, write_rows
@@ -28,6 +29,7 @@ from para_jax import (
     Transformer,
     devices,
     evaluate,
+    init_adapter,
     load_adapter,
     load_backbone,
     load_model_config,
@@ -36,7 +38,7 @@ from para_jax import (
     train,
 )
 from para_jax.config import CheckpointSection, ProfilerSection, load_config
-from para_jax.data.batches import plan_buckets
+from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.data.sources import load_records
 from para_jax.evaluation import evaluate as evaluation
@@ -48,6 +50,7 @@ from para_jax.runs import places, statistics_batches
 from para_jax.topology import matrix_weights
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import make_schedule
+from para_jax.training.step import standardise
 from para_jax.training.stop import Stopped
 
 
@@ -366,8 +369,31 @@ def test_a_longer_run_goes_on_and_the_config_says_so(config, monkeypatch):
 def test_statistics_are_of_prompts_whatever_the_lengths_of_completions():
     examples = [Example([5] * 2, [6] * 12), Example([5] * 40, [6] * 2)]
     buckets = plan_buckets(examples, 2)
-    (found,) = statistics_batches(examples, buckets[-1], 2)
-    assert found.prompt_length.tolist() == found.length.tolist() == [2, 40]
+    (found,), count = statistics_batches(examples, buckets[-1], 2, seed=0)
+    assert found.prompt_length.tolist() == found.length.tolist() == [40, 2] and count == 2
+
+
+def test_statistics_do_not_depend_on_how_a_batch_is_cut():
+    model = backbone("llama", "stacked")
+    draw = np.random.default_rng(0)
+    examples = [Example(draw.integers(3, 256, 3 + i % 5).tolist(), [6]) for i in range(100)]
+    fresh = init_adapter(ParaConfig(r=4, summary="standardised"), model.config)
+    one, *others = (
+        standardise(model, fresh, *statistics_batches(examples, Bucket(8, 1), rows, seed=3)) for rows in (48, 16, 64)
+    )
+    for other in others:
+        np.testing.assert_allclose(other.mean[...], one.mean[...], atol=1e-6)
+        np.testing.assert_allclose(other.scale[...], one.scale[...], rtol=1e-6)
+
+
+def test_statistics_are_of_prompts_drawn_from_the_whole_file_by_the_seed():
+    examples = [Example([3 + i // 100], [6]) for i in range(10_000)]  # sorted by class
+
+    def drawn(seed):
+        batches, count = statistics_batches(examples, Bucket(8, 1), 48, seed)
+        return np.concatenate([batch.tokens[:, 0] for batch in batches])[:count]
+
+    assert len(drawn(0)) == 64 and len(set(drawn(0).tolist())) > 32 and not np.array_equal(drawn(0), drawn(1))
 
 
 def test_a_token_that_the_backbone_has_not_is_named(config, folder, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
-from para_jax import load_adapter, load_model_config, tenant_runs, train, train_tenants
+from para_jax import load_adapter, load_model_config, runs, tenant_runs, train, train_tenants
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
 from para_jax.reports import folder_report
@@ -43,6 +43,14 @@ def tenants_config(folder, output, *overrides):
         folder, f"data.tenants={folder / 'tenants'}", f"output_dir={output}", "train.rows_per_tenant=4",
         "train.max_steps=null", "train.num_epochs=2", *overrides,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_statistics():
+    """The statistics are of 8 examples, so that it matters which."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runs, "STATISTICS_EXAMPLES", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +154,7 @@ def test_a_tenant_learns_what_a_run_of_it_alone_learns(whole, folder, tmp_path):
     pairs = zip(jax.tree.leaves(adapter_of(config, "acme")), jax.tree.leaves(found.adapter), strict=True)
     for mine, other in pairs:
         np.testing.assert_allclose(mine, other, atol=1e-4)
+    np.testing.assert_allclose(adapter_of(config, "acme").mean[...], found.adapter.mean[...], atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["para", "lora", "ia3"])
