@@ -269,8 +269,12 @@ class DataSection:
     packing: bool = False
     """put several examples into each training row of max_seq_length tokens (`buckets` is not used then); evaluation
     stays one example a row"""
+    changed: str = "refuse"
+    """what a run that resumes does if its data are not those it began with: refuse | accept (go on with the new data,
+    and score the best adapter again if the validation data changed)"""
 
     def __post_init__(self):
+        require(self.changed in ("refuse", "accept"), "data.changed", self.changed, one_of(("refuse", "accept")))
         for name in ("train", "validation", "test", "tenants", "data_dir"):
             require_local(f"data.{name}", getattr(self, name))
         require(self.max_seq_length >= 2, "data.max_seq_length", self.max_seq_length, "at least 2 tokens")

@@ -49,6 +49,8 @@ from .sharding import make_mesh, place, rows_over
 from .topology import peak_rate
 from .training.checkpoint import (
     Progress,
+    changed_data,
+    describe_changes,
     finish_saving,
     open_checkpoints,
     require_saved,
@@ -190,11 +192,12 @@ def fit(
         fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
         state = init_state(fresh, config.train, work.total_steps)
         run = run_digests(config, model.fingerprint, [(work.data.examples, validation, test)])
-        restored = restore_checkpoint(checkpoints, state, run=run)
+        restored = restore_checkpoint(checkpoints, state, run=run, accept_data=config.data.changed == "accept")
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
             statistics = statistics_batches(work.data.examples, work.buckets[-1], work.rows, config.seed)
             state = state._replace(adapter=standardise(model, state.adapter, *statistics))
         state, progress = restored or (state, Progress(0, None, 0, 0, run=run))
+        changed, progress = accepted_changes(progress, run)
         expected = f"at least {progress.step}, the steps that this run has done; or another output_dir"
         require(progress.step <= work.total_steps, "train.max_steps", work.total_steps, expected)
         log = Log(
@@ -205,10 +208,12 @@ def fit(
         with closing(log), closing(profiler), stop_signals() as stop:
             loop = Loop(config, model, tokenizer, work, validation, checkpoints, log, profiler, stop)
             try:
-                if test and not restored:
+                if test and (not restored or {"test data", "data"} & set(changed)):
                     with stop.interrupting():
                         found = evaluate_task(model, None, test, tokenizer)
-                    log.write(0, scores("test_before", found), show=True)
+                    log.write(progress.step, scores("test_before", found), show=True)
+                if {"validation data", "data"} & set(changed):
+                    progress = loop.rescored(state, progress)
                 state, progress = loop.run(state, progress)
                 best = state.adapter
                 if progress.best_step != progress.step:
@@ -220,6 +225,16 @@ def fit(
             except Interrupted:
                 loop.end_early(progress)
     return TrainResult(best, progress.best_score, progress.best_step, progress.step, folder)
+
+
+def accepted_changes(progress: Any, run: dict[str, str]) -> tuple[list[str], Any]:
+    """The parts of the data that changed since a checkpoint was written, which the config accepts, and its progress as
+    one of the new data."""
+    changed = changed_data(progress.run, run)
+    if changed:
+        said = describe_changes(changed, progress.run, run)
+        devices.say(f"data.changed=accept: the checkpoint of step {progress.step} is of {said}; the run goes on from it")
+    return changed, progress._replace(run=run)
 
 
 def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:
@@ -354,11 +369,29 @@ class Loop(NamedTuple):
         progress = progress._replace(evaluated=progress.step)
         if score is not None and progress.best_score is not None and score <= progress.best_score:
             return progress._replace(since_best=progress.since_best + 1)
-        card = card_lines(self.config, progress.step, found)
-        adapter, source = gathered(state.adapter), self.config.backbone.source
-        to = self.log.folder / "adapter"
-        by_first(lambda: save_adapter(adapter, to, base_model=source, model=self.model, card=card))
+        self.keep(state.adapter, progress.step, found)
         return progress._replace(best_score=score, best_step=progress.step, since_best=0)
+
+    def rescored(self, state: TrainState, progress: Progress) -> Progress:
+        """The progress where the validation data changed: the kept adapter is scored on the new ones, because scores of
+        two data sets are never compared."""
+        if progress.best_score is None or self.validation is None:
+            return progress._replace(best_score=None, since_best=0)
+        kept = kept_adapter(self.log.folder, self.model, state.adapter)
+        kept = place(kept, jax.sharding.get_mesh(), self.model.config)
+        with self.stop.interrupting():
+            found = evaluate_task(self.model, kept, self.validation, self.tokenizer, self.config.eval.limit)
+        require_finite(progress.best_step, {"validation loss": found.loss}, self.validation.name)
+        was = f"{progress.best_score:.4f} on the data before"
+        devices.say(f"the best adapter so far, of step {progress.best_step}: {found.metric} {found.score:.4f} ({was})")
+        self.keep(kept, progress.best_step, found)
+        return progress._replace(best_score=found.score, since_best=0)
+
+    def keep(self, adapter: Adapter, step: int, found: Score | None) -> None:
+        """Writes an adapter into the run's folder, with its score."""
+        card, whole = card_lines(self.config, step, found), gathered(adapter)
+        to, source = self.log.folder / "adapter", self.config.backbone.source
+        by_first(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
 
     def out_of_patience(self, progress: Progress) -> bool:
         return self.config.eval.patience is not None and progress.since_best >= self.config.eval.patience

@@ -568,17 +568,52 @@ def test_a_checkpoint_that_another_run_of_the_same_shape_left_is_refused(whole, 
         train(other)
 
 
-def test_a_run_does_not_go_on_with_other_data_than_it_began_with(config, tmp_path, monkeypatch):
-    data = write_rows(tmp_path / "data" / "train.jsonl", rows_of_text(20, seed=1))
-    config = replace(config, data=replace(config.data, train=str(data)))
+def with_data_of_its_own(config, folder, at_step, monkeypatch):
+    """The run on a copy of its data, interrupted at a step."""
+    config = replace(config, data=replace(config.data, train=str(folder / "data")))
+    shutil.copytree(Path(config.backbone.source).parent / "data", folder / "data")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=5)
+        interrupt(patched, at_step=at_step)
         train(config)
-    write_rows(data, rows_of_text(20, seed=7))
-    with pytest.raises(ValueError, match="checkpoints/3: it is of another run: another 'data'"):
+    return config, replace(config, data=replace(config.data, changed="accept"))
+
+
+@pytest.mark.parametrize(("split", "size", "named"), [
+    ("train", 20, "training data .20 examples, not the same"),
+    ("validation", 9, "validation data .8 examples there, 9 here"),
+    ("test", 0, "test data .5 examples there, 0 here"),
+])  # fmt: skip
+def test_a_run_goes_on_with_other_data_than_it_began_with_only_if_told_to(
+    split, size, named, config, tmp_path, monkeypatch, capsys
+):
+    config = replace(config, eval=replace(config.eval, test=split == "test"))
+    config, accepting = with_data_of_its_own(config, tmp_path, 5, monkeypatch)
+    file = tmp_path / "data" / f"{split}.jsonl"
+    held = file.read_text()
+    write_rows(file, rows_of_text(size, seed=7)) if size else file.unlink()
+    with pytest.raises(ValueError, match=f"checkpoints/3: it is of another run: other {named}.*data.changed=accept"):
         train(config)
-    write_rows(data, rows_of_text(20, seed=1))
-    assert train(config).step == 6
+    assert train(accepting).step == 6
+    assert f"step 3 is of other {named.replace('.', '(')}" in capsys.readouterr().err
+    assert train(config).step == 6  # the newest checkpoint is of the new data
+    file.write_text(held)
+    with pytest.raises(ValueError, match=f"checkpoints/6: it is of another run: other {split}"):
+        train(config)
+
+
+@pytest.mark.parametrize(("again", "best"), [(0.2, (0.3, 6)), (0.5, (0.5, 3))])
+def test_scores_of_two_validation_sets_are_never_compared(again, best, config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        scripted(patched, 0.9)
+        _, accepting = with_data_of_its_own(config, tmp_path, 5, monkeypatch)
+    kept = kept_adapter(accepting)
+    write_rows(tmp_path / "data" / "validation.jsonl", rows_of_text(8, seed=7))
+    scored = scripted(monkeypatch, again, 0.3)
+    result = train(accepting)
+    assert (result.best_score, result.best_step) == best
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(scored[0]), jax.tree.leaves(kept))
+    card = (Path(accepting.output_dir) / "adapter" / "README.md").read_text()
+    assert f"Trained for {best[1]} steps" in card and f"exact_match: {best[0]:.4f}" in card
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
