@@ -485,6 +485,9 @@ class RuntimeSection:
     compilation_cache: bool = True
     allow_cpu: bool = False
     """run on the CPU although the machine has an accelerator"""
+    deterministic: bool = False
+    """on GPUs, use only algorithms that give the same bits each time, so that a resumed run ends with the bits of one
+    that was never stopped; slower. CPUs and TPUs do so anyway"""
     coordinator: str | None = None
     """for a run on several hosts, each of which is given the same command: auto (JAX finds the others itself: Cloud
     TPU, Slurm, Open MPI, Kubernetes), or the first host's address and a free port there, host:port; default: one host
