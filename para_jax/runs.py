@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -113,6 +113,7 @@ def train(config: RunConfig) -> TrainResult:
     mesh = make_mesh(**vars(config.mesh))
     tokenizer, work, validation, test = by_each(lambda: read_inputs(config, mesh))
     require_same("the data", lambda: [part and part.examples for part in (work.data, validation, test)])
+    by_first(lambda: require_judge(config, [validation]))
     with ExitStack() as held:
         by_first(lambda: held.enter_context(locked_folder(config)))
         by_first(lambda: claim_folder(config))
@@ -130,6 +131,17 @@ def read_inputs(config: RunConfig, mesh) -> tuple[Any, Work, EvalTask | None, Ev
     validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
     require_room(load_model_config(config.backbone.source), work.data, (validation, test))
     return tokenizer, work, validation, test
+
+
+def require_judge(config: RunConfig, validation: Sequence[EvalTask | None]) -> None:
+    """Raises ValueError for eval.patience where nobody has validation data, which alone could end a run early. A run
+    that an earlier version began so goes on, and a line says that patience ends nothing."""
+    if config.eval.patience is None or any(validation):
+        return
+    missing = "validation data (data.validation, or validation.jsonl beside train.jsonl)"
+    resumes = any(Path(config.output_dir).glob("checkpoints/*"))
+    require(resumes, "eval.patience", config.eval.patience, f"{missing}; without it leave eval.patience out")
+    devices.say(f"warning: eval.patience ends nothing here: there is no {missing}")
 
 
 def require_room(model: ModelConfig, data: Encoded, tasks: Iterable[EvalTask | None]) -> None:
@@ -233,7 +245,9 @@ def accepted_changes(progress: Any, run: dict[str, str]) -> tuple[list[str], Any
     changed = changed_data(progress.run, run)
     if changed:
         said = describe_changes(changed, progress.run, run)
-        devices.say(f"data.changed=accept: the checkpoint of step {progress.step} is of {said}; the run goes on from it")
+        devices.say(
+            f"data.changed=accept: the checkpoint of step {progress.step} is of {said}; the run goes on from it"
+        )
     return changed, progress._replace(run=run)
 
 

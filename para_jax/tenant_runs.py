@@ -44,6 +44,7 @@ from .runs import (
     end_stopped,
     kept_adapter,
     places,
+    require_judge,
     require_room,
     say_attention,
     scores,
@@ -163,6 +164,7 @@ def train_tenants(config: RunConfig) -> TenantsResult:
     mesh = make_mesh(**vars(config.mesh))
     tokenizer, tenants, buckets = by_each(lambda: read_tenants(config))
     require_same("the data", lambda: [(t.name, t.data.examples, *(p and p.examples for p in t[-2:])) for t in tenants])
+    by_first(lambda: require_judge(config, [tenant.validation for tenant in tenants]))
     with ExitStack() as held:
         by_first(lambda: held.enter_context(locked_folder(config)))
         by_first(lambda: claim_tenants(config, tenants))

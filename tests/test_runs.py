@@ -46,7 +46,7 @@ from para_jax.evaluation.evaluate import Score, task_of_run
 from para_jax.hlo import describe_program
 from para_jax.inference import generate as generation
 from para_jax.run_folder import claim_folder
-from para_jax.runs import places, statistics_batches
+from para_jax.runs import places, require_judge, statistics_batches
 from para_jax.topology import matrix_weights
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import make_schedule
@@ -422,6 +422,22 @@ def test_the_best_adapter_is_kept_and_patience_stops_the_run(config, monkeypatch
         load_adapter(Path(config.output_dir) / "adapter", load_backbone(config.backbone.source).config), scored[1]
     )
     assert train(config)[1:4] == (0.5, 2, 4)  # patience has ended for good
+
+
+def test_patience_without_validation_data_is_refused_before_anything_is_written(folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", rows_of_text(8, seed=1))
+    config = run_config(folder, f"data.train={rows}", f"output_dir={tmp_path / 'run'}", "eval.patience=2")
+    with pytest.raises(ValueError, match="eval.patience: 2 is not possible; expected validation data"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_began_with_patience_and_no_validation_data_goes_on(config, tmp_path, capsys):
+    """As earlier versions allowed."""
+    config = replace(config, eval=replace(config.eval, patience=2))
+    (Path(config.output_dir) / "checkpoints" / "3").mkdir(parents=True)
+    require_judge(config, [None])
+    assert "warning: eval.patience ends nothing" in capsys.readouterr().err
 
 
 def test_patience_goes_on_counting_after_an_interruption(config, monkeypatch):

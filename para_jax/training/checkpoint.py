@@ -183,8 +183,8 @@ def newest_whole(
             check_run(found[1], run, accept_data)
         except OtherData as error:  # an older one may be of these data, but the adapter in the folder is not
             raise ValueError(
-                f"{folder / str(step)}: {error}; data.changed=accept goes on with what is there now, another output_dir "
-                "starts again"
+                f"{folder / str(step)}: {error}; data.changed=accept goes on with what is there now, "
+                "another output_dir starts again"
             ) from None
         except Exception as error:  # whatever the readers below orbax make of damaged files
             problems[step] = reason(error)
