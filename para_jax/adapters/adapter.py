@@ -61,7 +61,7 @@ class Adapter(nnx.Module):
     ) -> Float[Array, " width"]:
         """The summary [width] of the prompt that begins at `start`, from the residual stream x [length, width] that
         enters the layer."""
-        return x[start + prompt_length - 1]
+        return token_at(x, start + prompt_length - 1)
 
     def condition(self, summary: Float[Array, " width"]) -> Adjustment:
         """The adjustment of one example, from its summary [width]; runs once a prompt."""
@@ -122,12 +122,30 @@ def scaled_backwards(kept, gradient):
     y, distance = kept
     products = gradient.astype(jnp.float32) * y.astype(jnp.float32)
     summed = products.sum(axis=tuple(range(y.ndim - 1))).astype(distance.dtype)
-    # Sums first: a TPU's compiler would put them off to the layer's end and keep every site's y and gradient until then.
+    # Sums first: a TPU's compiler would put them off to the layer's end, and keep each site's y and gradient till then.
     gradient, summed = jax.lax.optimization_barrier((gradient, summed))
     return scaled(gradient, distance), summed
 
 
 scaled.defvjp(scaled_forwards, scaled_backwards)
+
+
+@jax.custom_vjp
+def token_at(x: Float[Array, "length width"], place: Int[Array, ""]) -> Float[Array, " width"]:
+    """x[place]. Its backward pass selects: indexing has a scatter there, on a TPU a loop over rows in each layer."""
+    return x[place]
+
+
+def token_at_forwards(x, place):
+    return token_at(x, place), (place, jnp.arange(x.shape[0]))
+
+
+def token_at_backwards(kept, gradient):
+    place, places = kept
+    return jnp.where((places == place)[:, None], gradient, jnp.zeros((), gradient.dtype)), None
+
+
+token_at.defvjp(token_at_forwards, token_at_backwards)
 
 
 @jax.tree_util.register_dataclass

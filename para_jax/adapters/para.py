@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..config import ModelConfig, ParaConfig
-from .adapter import Adapter, AdapterParam, Factors, Statistic, describe, is_variable
+from .adapter import Adapter, AdapterParam, Factors, Statistic, describe, is_variable, token_at
 
 
 class Para(Adapter):
@@ -112,7 +112,7 @@ def exact_product(x: Float[Array, " in"], weights: Float[Array, "in out"]) -> Fl
 
 
 def last(x: Float[Array, "length width"], prompt_length, start=0) -> Float[Array, " width"]:
-    return x[start + prompt_length - 1]
+    return token_at(x, start + prompt_length - 1)
 
 
 def mean(x: Float[Array, "length width"], prompt_length, start=0) -> Float[Array, " width"]:

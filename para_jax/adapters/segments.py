@@ -33,8 +33,8 @@ def adjust_segments(adjustment: Adjustment, segment: Int[Array, "rows length"]) 
 def scaled(
     y: Float[Array, "rows length out"], distance: Float[Array, "rows segments out"], segment: Int[Array, "rows length"]
 ) -> Float[Array, "rows length out"]:
-    """y + y * (l - 1) with each token's own l, as adapter.scaled has it for one. For the backward pass y and the factors
-    of each segment are kept, and what is spread to the tokens is recomputed: kept, it would be as large as y itself."""
+    """y + y * (l - 1) with each token's own l, as adapter.scaled has it for one. For the backward pass y and each
+    segment's factors are kept. What is spread to the tokens is recomputed: kept, it would be as large as y itself."""
     return y + y * spread(distance.astype(y.dtype), segment)
 
 
@@ -54,8 +54,8 @@ scaled.defvjp(scaled_forwards, scaled_backwards)
 
 
 def spread(distance: Float[Array, "rows segments out"], segment: Int[Array, "rows length"]):
-    """Each token's row of `distance`, zeros where it has no segment. A product with zeros and ones picks it exactly; so
-    the backward pass is a product too. Indexing would add up token by token there, on a GPU in an order that changes."""
+    """Each token's row of `distance`, zeros where it has no segment. A product with zeros and ones picks it exactly and
+    has a product as its backward pass. Indexing would add up token by token, on a GPU in an order that changes."""
     chosen = chosen_segments(segment, distance.shape[1], distance.dtype)
     return jnp.einsum("bts,bso->bto", chosen, distance, precision=EXACT)
 

@@ -10,7 +10,7 @@ from conftest import FIXTURES, backbone, prompts, strong
 from tpu_compiler import tpu_devices
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, make_mesh, pick, stack_adapters
-from para_jax.adapters.adapter import Factors, scaled
+from para_jax.adapters.adapter import Factors, scaled, token_at
 from para_jax.adapters.groups import grouped, layers_first
 from para_jax.adapters.rows import by_layer
 from para_jax.adapters.segments import adjust_segments
@@ -161,3 +161,22 @@ def tpu_text():
 def test_on_a_tpu_the_generators_weights_are_never_rounded(tpu_text):
     assert re.search(rf"f32\[(\d+,)*{RANK}(,\d+)*\]", tpu_text)
     assert not re.search(rf"bf16\[(\d+,)*{RANK}(,\d+)*\]", tpu_text)
+
+
+def test_on_a_tpu_pooling_is_no_loop_over_the_rows(tpu_text):
+    """The loops of the step: over the layers forwards and backwards; and the loss's own gradient of its positions,
+    which lies outside of them. A scatter of the pooled rows would be one more in the layers' body."""
+    loops = [line for line in tpu_text.splitlines() if re.search(r"= .* while\(", line)]
+    inside = [line for line in loops if "while/body" in line]
+    assert loops and not inside
+
+
+def test_the_pooled_tokens_gradient_is_that_of_indexing_bit_for_bit():
+    x, places = rounded((2, 4, 3), 1), jnp.array([1, 3])
+    ours, plain = (jax.vjp(jax.vmap(f), x, places) for f in (token_at, lambda x, place: x[place]))
+    for gradient in (
+        rounded((2, 3), 2),
+        jnp.full((2, 3), jnp.nan, jnp.bfloat16),
+    ):  # what is not finite stays in its row
+        np.testing.assert_array_equal(ours[1](gradient)[0], plain[1](gradient)[0])
+    np.testing.assert_array_equal(ours[0], plain[0])
