@@ -272,8 +272,12 @@ class DataSection:
     packing: bool = False
     """put several examples into each training row of max_seq_length tokens (`buckets` is not used then); evaluation
     stays one example a row"""
+    changed: str = "refuse"
+    """what a run that resumes does if its data are not those it began with: refuse | accept (go on with the new data,
+    and score the best adapter again if the validation data changed)"""
 
     def __post_init__(self):
+        require(self.changed in ("refuse", "accept"), "data.changed", self.changed, one_of(("refuse", "accept")))
         for name in ("train", "validation", "test", "tenants", "data_dir"):
             require_local(f"data.{name}", getattr(self, name))
         require(self.max_seq_length >= 2, "data.max_seq_length", self.max_seq_length, "at least 2 tokens")
@@ -500,6 +504,9 @@ class RuntimeSection:
     compilation_cache: bool = True
     allow_cpu: bool = False
     """run on the CPU although the machine has an accelerator"""
+    deterministic: bool = False
+    """on GPUs, use only algorithms that give the same bits each time, so that a resumed run ends with the bits of one
+    that was never stopped; slower. CPUs and TPUs do so anyway"""
     coordinator: str | None = None
     """for a run on several hosts, each of which is given the same command: auto (JAX finds the others itself: Cloud
     TPU, Slurm, Open MPI, Kubernetes), or the first host's address and a free port there, host:port; default: one host

@@ -4,6 +4,7 @@ cache."""
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ PEAK_FLOPS = {
     "NVIDIA GB200": 2500e12,
 }
 
+#: XLA's flag for runtime.deterministic.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
 #: How long a process that ends waits for the others of its run. One that stops alone, by an error, waits in vain.
 SHUTDOWN_SECONDS = 30
 
@@ -46,9 +50,11 @@ SHUTDOWN_SECONDS = 30
 def start(runtime: RuntimeSection) -> None:
     """Joins the run's other processes, prints the devices and turns the compilation cache on, as the config says.
 
-    Raises ValueError where the others can't be joined, and on a machine with an accelerator that this JAX can not use,
-    unless runtime.allow_cpu is set.
+    Raises ValueError where the others can't be joined, on a machine with an accelerator that this JAX can not use,
+    unless runtime.allow_cpu is set, and for runtime.deterministic where a GPU is in use already.
     """
+    if runtime.deterministic:
+        make_deterministic()
     join(runtime)
     if runtime.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
@@ -61,6 +67,27 @@ def start(runtime: RuntimeSection) -> None:
             f"this machine has a {kind}, but the installed JAX runs on the CPU only; install its JAX with "
             f"`pip install 'para_jax[{extra}]'`, or set runtime.allow_cpu=true (--allow-cpu where a "
             "command has no config) to run on the CPU"
+        )
+
+
+def make_deterministic() -> None:
+    """Makes XLA use only algorithms that give the same bits each time; it comes before the first use of a device.
+
+    On GPUs the flag replaces sums by atomic additions, turns autotuning off (which may choose other kernels in the next
+    process) and asks cuDNN for the deterministic backward pass of attention (openxla/xla pull requests 12520, 14125).
+    It changes nothing on CPUs and TPUs.
+    """
+    from jax._src.xla_bridge import backends_are_initialized  # no public function says it
+
+    flags = os.environ.get("XLA_FLAGS", "")
+    if DETERMINISTIC in flags.split():
+        return
+    if not backends_are_initialized():
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+    elif jax.default_backend() == "gpu":
+        raise ValueError(
+            "runtime.deterministic: JAX has started its GPU already; set it before the first use of JAX in this "
+            f"process, or start the process with XLA_FLAGS={DETERMINISTIC}"
         )
 
 

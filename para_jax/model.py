@@ -309,7 +309,7 @@ def residual_stream(
 
     def step(x, layer, weights):
         adjustment = make(weights, x, prompt_length, *([segments.start] if segments else []))
-        adjust = batched_adjust(cast(adjustment, x.dtype), segments)
+        adjust = batched_adjust(adjustment, segments)
         out, kept = layer(x, adjust, tables[layer.kind.rotary], attend[layer.kind.window])
         return out, keep(x, kept, adjustment) if keep else None
 
@@ -378,7 +378,8 @@ def batched_adjust(adjustment: Adjustment | None, segments: Segments | None = No
 
 
 def cast(adjustment, dtype):
-    """What decode carries: the adjustment in the compute dtype; the teacher-forced pass rounds at the same place."""
+    """What decode carries: the adjustment in the compute dtype. In the teacher-forced pass, `adjust` rounds to the same
+    dtype, just before it applies them, so that their gradients stay float32."""
     return jax.tree.map(lambda a: a.astype(dtype), adjustment)
 
 

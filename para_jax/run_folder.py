@@ -20,6 +20,8 @@ from .evaluation.evaluate import EvalTask
 
 #: A folder holds the same run although these differ.
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
+#: Fields of other sections that do not make it another run either.
+FREE_NAMES = ("data.changed",)
 #: Where data and backbone lie; a checkpoint knows them by their content.
 PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.data_dir", "backbone.source")
 #: The file that the process which writes in the folder keeps locked. It stays when that process ends.
@@ -117,26 +119,45 @@ def fields_of_run(config: RunConfig) -> dict[str, Any]:
     longer = ("data.cache",) if config.many else ("data.cache", "train.max_steps")  # of many tenants, some have ended
     fields = flat(config_dict(config))
     fields["mesh.fsdp"] = fields["mesh.fsdp"] or 1  # null: chosen; the default was 1 before, and old runs resume
-    return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in longer}
+    free = (*FREE_NAMES, *longer)
+    return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in free}
 
 
 def run_digests(
-    config: RunConfig, backbone: str | None, data: Iterable[tuple[Sequence[Example], EvalTask | None, EvalTask | None]]
+    config: RunConfig,
+    backbone: str | None,
+    data: Iterable[tuple[Sequence[Example], EvalTask | None, EvalTask | None]],
+    tenants: Sequence[str] | None = None,
 ) -> dict[str, str]:
     """What a checkpoint says of the run that it belongs to; see training.checkpoint.Progress.
 
     Args:
         backbone: the model's fingerprint.
         data: training examples, validation and test data, of each tenant.
+        tenants: their names; None for a run of one adapter.
     """
     default = fields_of_run(replace(RunConfig(), adapter=type(config.adapter)()))
     fields = {k: v for k, v in fields_of_run(config).items() if k not in PLACES}
     own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
-    found = hashlib.sha256()
-    for examples, *tasks in data:
-        add_to_digest(found, examples)
-        for task in tasks:
-            rows = None if task is None else [record._replace(place="") for record in task.records]
-            found.update(json.dumps(rows, default=str).encode())
     config_digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    return {"config": config_digest, "data": found.hexdigest(), "backbone": backbone or ""}
+    whole, parts = hashlib.sha256(), {}
+    for tenant, (examples, *tasks) in enumerate(data):
+        of = f" of {tenants[tenant]}" if tenants else ""
+        tokens = hashlib.sha256()
+        for found in (whole, tokens):
+            add_to_digest(found, examples)
+        parts[f"training data{of}"] = part_digest(tokens, len(examples))
+        for name, task in zip(("validation", "test"), tasks, strict=True):
+            rows = None if task is None else [record._replace(place="") for record in task.records]
+            text = json.dumps(rows, default=str).encode()
+            whole.update(text)
+            # How answers are scored may follow from the training data: the choices are its completions by default.
+            scoring = "" if task is None else json.dumps([task.metric, task.choices, task.max_new_tokens])
+            parts[f"{name} data{of}"] = part_digest(hashlib.sha256(text + scoring.encode()), len(rows or ()))
+    joined = {"config": config_digest, "data": whole.hexdigest(), "backbone": backbone or ""}  # all that older ones say
+    return joined | parts
+
+
+def part_digest(content, count: int) -> str:
+    """What a checkpoint says of one part of the data: how many examples it has, and their digest."""
+    return f"{count} {content.hexdigest()}"

@@ -24,7 +24,17 @@ from .adapters.folder import mend_folder
 from .backbone.kernels import attention_kernel
 from .backbone.load import load_backbone, load_model_config
 from .config import ModelConfig, RunConfig, config_dict, require
-from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
+from .data.batches import (
+    Batch,
+    Bucket,
+    Plan,
+    collate,
+    epoch_bits,
+    example_lengths,
+    permutation,
+    plan,
+    plan_buckets,
+)
 from .data.example_arrays import ExampleArrays, digest
 from .data.examples import Example
 from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
@@ -42,6 +52,8 @@ from .run_folder import FREE_FIELDS, claim_folder, locked_folder, run_digests
 from .sharding import place, replicated_lines, rows_over
 from .training.checkpoint import (
     Progress,
+    changed_data,
+    describe_changes,
     finish_saving,
     open_checkpoints,
     require_saved,
@@ -105,6 +117,7 @@ def train(config: RunConfig) -> TrainResult:
     mesh = run_mesh(config)
     tokenizer, work, validation, test = by_each(lambda: read_inputs(config, mesh))
     require_same("the data", lambda: [part and digest(part.examples or []) for part in (work.data, validation, test)])
+    by_first(lambda: require_judge(config, [validation]))
     with ExitStack() as held:
         by_first(lambda: held.enter_context(locked_folder(config)))
         by_first(lambda: claim_folder(config))
@@ -122,6 +135,17 @@ def read_inputs(config: RunConfig, mesh) -> tuple[Any, Work, EvalTask | None, Ev
     validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
     require_room(load_model_config(config.backbone.source), work.data, (validation, test))
     return tokenizer, work, validation, test
+
+
+def require_judge(config: RunConfig, validation: Sequence[EvalTask | None]) -> None:
+    """Raises ValueError for eval.patience where nobody has validation data, which alone could end a run early. A run
+    that an earlier version began so goes on, and a line says that patience ends nothing."""
+    if config.eval.patience is None or any(validation):
+        return
+    missing = "validation data (data.validation, or validation.jsonl beside train.jsonl)"
+    resumes = any(Path(config.output_dir).glob("checkpoints/*"))
+    require(resumes, "eval.patience", config.eval.patience, f"{missing}; without it leave eval.patience out")
+    devices.say(f"warning: eval.patience ends nothing here: there is no {missing}")
 
 
 def require_room(model: ModelConfig, data: TrainingData, tasks: Iterable[EvalTask | None]) -> None:
@@ -187,11 +211,12 @@ def fit(
         state = init_state(fresh, config.train, work.total_steps)
         shapes = shapes_of_run(config, tokenizer, validation, test)
         run = run_digests(config, model.fingerprint, [(work.data.examples, validation, test)])
-        restored = restore_checkpoint(checkpoints, state, run=run)
+        restored = restore_checkpoint(checkpoints, state, run=run, accept_data=config.data.changed == "accept")
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
-            statistics = statistics_batches(work.data.examples, work.buckets[-1], work.rows)
-            state = state._replace(adapter=standardise(model, state.adapter, statistics))
+            statistics = statistics_batches(work.data.examples, work.buckets[-1], work.rows, config.seed)
+            state = state._replace(adapter=standardise(model, state.adapter, *statistics))
         state, progress = restored or (state, Progress(0, None, 0, 0, run=run))
+        changed, progress = accepted_changes(progress, run)
         expected = f"at least {progress.step}, the steps that this run has done; or another output_dir"
         require(progress.step <= work.total_steps, "train.max_steps", work.total_steps, expected)
         log = Log(
@@ -202,10 +227,13 @@ def fit(
         with closing(log), closing(profiler), stop_signals() as stop:
             loop = Loop(config, model, tokenizer, work, validation, checkpoints, log, profiler, stop, shapes)
             try:
-                if test and not restored:
-                    with stop.interrupting():  # a fresh adapter is the backbone, in the programs of those to come
-                        found = evaluate_task(model, state.adapter, test, tokenizer, None, shapes)
-                    log.write(0, scores("test_before", found), show=True)
+                if test and (not restored or {"test data", "data"} & set(changed)):
+                    before = None if restored else state.adapter  # a fresh adapter is the backbone, in shared programs
+                    with stop.interrupting():
+                        found = evaluate_task(model, before, test, tokenizer, None, shapes)
+                    log.write(progress.step, scores("test_before", found), show=True)
+                if {"validation data", "data"} & set(changed):
+                    progress = loop.rescored(state, progress)
                 state, progress = loop.run(state, progress)
                 best = state.adapter
                 if progress.best_step != progress.step:
@@ -227,6 +255,18 @@ def shapes_of_run(config: RunConfig, tokenizer, validation: EvalTask | None, tes
         return None
     say_evaluation({name: [one] for name, one in encoded.items()}, config.eval.batch_size)
     return plan_shapes(list(encoded.values()))
+
+
+def accepted_changes(progress: Any, run: dict[str, str]) -> tuple[list[str], Any]:
+    """The parts of the data that changed since a checkpoint was written, which the config accepts, and its progress as
+    one of the new data."""
+    changed = changed_data(progress.run, run)
+    if changed:
+        said = describe_changes(changed, progress.run, run)
+        devices.say(
+            f"data.changed=accept: the checkpoint of step {progress.step} is of {said}; the run goes on from it"
+        )
+    return changed, progress._replace(run=run)
 
 
 def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:
@@ -368,11 +408,30 @@ class Loop(NamedTuple):
         progress = progress._replace(evaluated=progress.step)
         if score is not None and progress.best_score is not None and score <= progress.best_score:
             return progress._replace(since_best=progress.since_best + 1)
-        card = card_lines(self.config, progress.step, found)
-        adapter, source = gathered(state.adapter), self.config.backbone.source
-        to = self.log.folder / "adapter"
-        by_first(lambda: save_adapter(adapter, to, base_model=source, model=self.model, card=card))
+        self.keep(state.adapter, progress.step, found)
         return progress._replace(best_score=score, best_step=progress.step, since_best=0)
+
+    def rescored(self, state: TrainState, progress: Progress) -> Progress:
+        """The progress where the validation data changed: the kept adapter is scored on the new ones, because scores of
+        two data sets are never compared."""
+        if progress.best_score is None or self.validation is None:
+            return progress._replace(best_score=None, since_best=0)
+        kept = kept_adapter(self.log.folder, self.model, state.adapter)
+        kept = place(kept, jax.sharding.get_mesh(), self.model.config)
+        with self.stop.interrupting():
+            limit = self.config.eval.limit
+            found = evaluate_task(self.model, kept, self.validation, self.tokenizer, limit, self.shapes)
+        require_finite(progress.best_step, {"validation loss": found.loss}, self.validation.name)
+        was = f"{progress.best_score:.4f} on the data before"
+        devices.say(f"the best adapter so far, of step {progress.best_step}: {found.metric} {found.score:.4f} ({was})")
+        self.keep(kept, progress.best_step, found)
+        return progress._replace(best_score=found.score, since_best=0)
+
+    def keep(self, adapter: Adapter, step: int, found: Score | None) -> None:
+        """Writes an adapter into the run's folder, with its score."""
+        card, whole = card_lines(self.config, step, found), gathered(adapter)
+        to, source = self.log.folder / "adapter", self.config.backbone.source
+        by_first(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
 
     def out_of_patience(self, progress: Progress) -> bool:
         return self.config.eval.patience is not None and progress.since_best >= self.config.eval.patience
@@ -427,9 +486,11 @@ def scores(name: str, found: Score) -> dict[str, float]:
     return {f"{name}_{what}": value for what, value in found.values().items()}
 
 
-def statistics_batches(examples: Sequence[Example], bucket: Bucket, rows: int) -> list[Batch]:
-    """Some training prompts, from which the summaries' mean and spread are measured; a last short batch is filled up
-    with the first ones again."""
-    count = min(STATISTICS_EXAMPLES, len(examples))
-    chosen = [examples[i % count]._replace(completion_ids=[]) for i in range(-(-count // rows) * rows)]
-    return [collate(chosen[i : i + rows], bucket, rows) for i in range(0, len(chosen), rows)]
+def statistics_batches(examples: Sequence[Example], bucket: Bucket, rows: int, seed: int) -> tuple[list[Batch], int]:
+    """Batches of STATISTICS_EXAMPLES training prompts (or all, if there are fewer), from which the summaries' mean and
+    spread are measured, and how many prompts there are. They are drawn by the seed from the whole file, because a file
+    may be sorted. The rows after them only fill up the last batch."""
+    drawn = permutation(epoch_bits(seed), len(examples))[:STATISTICS_EXAMPLES].tolist()
+    prompts = [examples[i]._replace(completion_ids=[]) for i in drawn]
+    cut = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
+    return [collate(part, bucket, rows) for part in cut], len(prompts)

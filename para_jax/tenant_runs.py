@@ -43,10 +43,12 @@ from .processes import by_each, by_first, gathered, is_first, require_same
 from .roofline import peak_rate
 from .run_folder import FREE_FIELDS, claim_folder, delete_leftovers, locked_folder, run_digests
 from .runs import (
+    accepted_changes,
     card_lines,
     end_stopped,
     kept_adapter,
     places,
+    require_judge,
     require_room,
     say_attention,
     say_layout,
@@ -169,6 +171,7 @@ def train_tenants(config: RunConfig) -> TenantsResult:
     require_same(
         "the data", lambda: [(t.name, *(p and digest(p.examples or []) for p in (t.data, *t[-2:]))) for t in tenants]
     )
+    by_first(lambda: require_judge(config, [tenant.validation for tenant in tenants]))
     with ExitStack() as held:
         by_first(lambda: held.enter_context(locked_folder(config)))
         by_first(lambda: claim_tenants(config, tenants))
@@ -277,10 +280,12 @@ def fit_tenants(
     say_attention(model, buckets, mesh)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         state = empty_state(config, model, layout.slots, mesh)
-        run = run_digests(config, model.fingerprint, [(t.data.examples, t.validation, t.test) for t in tenants])
-        restored = restore_checkpoint(checkpoints, state, Standing, run)
+        data = [(t.data.examples, t.validation, t.test) for t in tenants]
+        run = run_digests(config, model.fingerprint, data, [t.name for t in tenants])
+        restored = restore_checkpoint(checkpoints, state, Standing, run, config.data.changed == "accept")
         fresh = fresh_standing([t.name for t in tenants], layout.slots)._replace(run=run)
         state, standing = restored or (state, fresh)
+        changed, standing = accepted_changes(standing, run)
         require_same_tenants(standing, tenants, layout.slots)
         start = Progress(standing.step, None, 0, 0, standing.step) if restored else None
         log = Log(config, folder, start, peak_rate=peak_rate(model.config, mesh.devices.flatten()))
@@ -296,8 +301,9 @@ def fit_tenants(
             shared = model, tenants, buckets, layout, validation, test
             loop = TenantsLoop(config, *shared, checkpoints, log, profiler, stop)
             try:
-                if not restored:
-                    standing = loop.test_backbone(state, standing)
+                tested = loop.running(standing, "test", changed) if restored else list(range(len(tenants)))
+                standing = loop.test_backbone(state, standing, tested)
+                standing = loop.rescored(state, standing, loop.running(standing, "validation", changed))
                 loop.run(state, standing)
             except Interrupted:
                 loop.end_early(standing)
@@ -442,8 +448,9 @@ class TenantsLoop(NamedTuple):
     def fresh_adapter(self, tenant: Tenant) -> Adapter:
         made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
         if getattr(self.config.adapter, "summary", "raw") == "standardised":
-            batches = statistics_batches(tenant.data.examples, self.buckets[-1], self.layout.rows)
-            made = standardise(self.model, made, batches)
+            seed = tenant.config.seed
+            statistics = statistics_batches(tenant.data.examples, self.buckets[-1], self.layout.rows, seed)
+            made = standardise(self.model, made, *statistics)
         return gathered(made)
 
     def batches(self, standing: Standing):
@@ -643,13 +650,36 @@ class TenantsLoop(NamedTuple):
         slots = [-1 if held == tenant else held for held in standing.slots]
         return standing.changed(tenant, ended=why)._replace(slots=slots)
 
-    def test_backbone(self, state: TenantsState, standing: Standing) -> Standing:
-        """Scores the backbone alone on each tenant's test data."""
+    def test_backbone(self, state: TenantsState, standing: Standing, asked: list[int]) -> Standing:
+        """Scores the backbone alone on the test data of these tenants."""
         with self.stop.interrupting():
-            found = self.test.scores(Stack(state.adapters), dict.fromkeys(range(len(self.tenants)), -1))
+            found = self.test.scores(Stack(state.adapters), dict.fromkeys(asked, -1))
         for tenant, score in found.items():
-            self.write(tenant, 0, scores("test_before", score))
+            self.write(tenant, standing.steps[tenant], scores("test_before", score))
             standing = standing.changed(tenant, test_before=score.score)
+        return standing
+
+    def running(self, standing: Standing, split: str, changed: list[str]) -> list[int]:
+        """The tenants that have not ended and of whose data this split changed."""
+        names = [tenant.name for tenant in self.tenants]
+        return [
+            i
+            for i, name in enumerate(names)
+            if standing.ended[i] is None and ({f"{split} data of {name}", "data"} & set(changed))
+        ]
+
+    def rescored(self, state: TenantsState, standing: Standing, asked: list[int]) -> Standing:
+        """The standing where these tenants' validation data changed: the adapters that they kept are scored on the new
+        ones, because scores of two data sets are never compared."""
+        for tenant in asked:
+            found = None
+            if standing.best_score[tenant] is not None and self.tenants[tenant].validation:
+                last = tenant_of(state.adapters, jnp.int32(standing.resident[tenant]))
+                kept = Stack(jax.tree.map(lambda leaf: leaf[None], kept_adapter(self.folder(tenant), self.model, last)))
+                with self.stop.interrupting():
+                    score = self.validation.scores(kept, {tenant: 0})[tenant].score
+                found = score if math.isfinite(score) else None
+            standing = standing.changed(tenant, best_score=found, since_best=0)
         return standing
 
     def end_early(self, standing: Standing) -> NoReturn:

@@ -1,11 +1,15 @@
 """What a run says of its devices, and that an accelerator which JAX does not see stops it."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 
 from para_jax import devices
 from para_jax.config import RuntimeSection
-from para_jax.devices import compiling, describe_devices, join, say, start, unused_accelerator
+from para_jax.devices import compiling, describe_devices, join, make_deterministic, say, start, unused_accelerator
 
 
 def machine(root, **files):
@@ -101,3 +105,31 @@ def test_only_the_first_process_speaks(capsys, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     say("two")
     assert capsys.readouterr() == ("", "one\n")
+
+
+# -------------------------------------------------------------------------------------------------- the same bits again
+
+
+def test_a_deterministic_run_sets_the_flag_before_the_devices_start():
+    """In a process of its own, for here they have started. JAX refuses a flag that it does not know."""
+    code = (
+        "import os; from para_jax import devices; from para_jax.config import RuntimeSection\n"
+        "devices.start(RuntimeSection(deterministic=True, allow_cpu=True, compilation_cache=False))\n"
+        "import jax; jax.jit(lambda x: x + 1)(1.0)\n"
+        "devices.start(RuntimeSection(deterministic=True, allow_cpu=True, compilation_cache=False))\n"
+        "print(os.environ['XLA_FLAGS'])"
+    )
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert found.stdout == "--xla_force_host_platform_device_count=2 --xla_gpu_deterministic_ops=true\n", found.stderr
+
+
+def test_it_is_refused_once_a_gpu_has_started_and_not_asked_of_a_cpu(monkeypatch):
+    jax.devices()
+    monkeypatch.setenv("XLA_FLAGS", "")
+    make_deterministic()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="runtime.deterministic: .*XLA_FLAGS=--xla_gpu_deterministic_ops=true"):
+        make_deterministic()
+    monkeypatch.setenv("XLA_FLAGS", "--a=1 --xla_gpu_deterministic_ops=true")
+    make_deterministic()

@@ -15,7 +15,10 @@ from para_jax import atomic, runs, tenant_runs, train, train_tenants
 from para_jax import run_folder as folders
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
+from para_jax.data.sources import Record
+from para_jax.evaluation.evaluate import EvalTask
 from para_jax.run_folder import claim_folder, differences, locked_folder, run_digests
+from para_jax.training.checkpoint import changed_data
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +177,28 @@ def test_a_digest_is_of_content_and_not_of_places_or_of_fields_that_are_as_ever(
     examples = [([1, 2], [3]), ([4], [5, 6])]
     found = run_digests(config, "b", [(examples, None, None)])
     moved = replace(config, data=replace(config.data, train="elsewhere"), output_dir="other")
-    longer = replace(moved, train=replace(config.train, max_steps=100))
+    accepting = replace(moved, data=replace(moved.data, changed="accept"))
+    longer = replace(accepting, train=replace(config.train, max_steps=100))
     assert run_digests(longer, "b", [(examples, None, None)]) == found
     assert run_digests(replace(config, seed=1), "b", [(examples, None, None)])["config"] != found["config"]
     shifted = [([1], [2, 3]), ([4], [5, 6])]
     assert run_digests(config, "b", [(shifted, None, None)])["data"] != found["data"]
     assert run_digests(config, "c", [(examples, None, None)])["backbone"] != found["backbone"]
+
+
+def test_a_digest_says_which_part_of_the_data_is_another(config):
+    task, other = (EvalTask("test", [Record("p", c, (c,), None, "file:1")], "accuracy", ("x", "y")) for c in "xy")
+    examples = [([1, 2], [3]), ([4], [5, 6])]
+    found = run_digests(config, "b", [(examples, task, task)])
+    assert [found[f"{part} data"].split()[0] for part in ("training", "validation", "test")] == ["2", "1", "1"]
+
+    def changed(*data):
+        return changed_data(found, run_digests(config, "b", [data]))
+
+    assert changed(examples, task, task) == []
+    assert changed(examples[:1], task, task) == ["training data"]
+    assert changed(examples, other, task) == ["validation data"]
+    assert changed(examples, task, None) == ["test data"]
+    assert changed(examples, task._replace(choices=("x", "z")), task) == ["validation data"]  # others to choose from
+    two = [run_digests(config, "b", [(examples, t, None)] * 2, ["acme", "globex"]) for t in (task, other)]
+    assert changed_data(*two) == ["validation data of acme", "validation data of globex"]

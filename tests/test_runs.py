@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import backbone
 from flax import nnx
 from tensorflow_datasets.core.features import Text
 from tiny_run import STEPS, rows_of_text, run_config, run_folder, tokenizer, write_rows
@@ -28,6 +29,7 @@ from para_jax import (
     Transformer,
     devices,
     evaluate,
+    init_adapter,
     load_adapter,
     load_backbone,
     load_model_config,
@@ -36,7 +38,7 @@ from para_jax import (
     train,
 )
 from para_jax.config import CheckpointSection, ProfilerSection, load_config
-from para_jax.data.batches import plan_buckets
+from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.data.sources import load_records
 from para_jax.evaluation import evaluate as evaluation
@@ -45,9 +47,10 @@ from para_jax.hlo import describe_program
 from para_jax.inference import generate as generation
 from para_jax.roofline import matrix_weights
 from para_jax.run_folder import claim_folder
-from para_jax.runs import places, statistics_batches
+from para_jax.runs import places, require_judge, statistics_batches
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import make_schedule
+from para_jax.training.step import standardise
 from para_jax.training.stop import Stopped
 
 
@@ -366,8 +369,31 @@ def test_a_longer_run_goes_on_and_the_config_says_so(config, monkeypatch):
 def test_statistics_are_of_prompts_whatever_the_lengths_of_completions():
     examples = [Example([5] * 2, [6] * 12), Example([5] * 40, [6] * 2)]
     buckets = plan_buckets(examples, 2)
-    (found,) = statistics_batches(examples, buckets[-1], 2)
-    assert found.prompt_length.tolist() == found.length.tolist() == [2, 40]
+    (found,), count = statistics_batches(examples, buckets[-1], 2, seed=0)
+    assert found.prompt_length.tolist() == found.length.tolist() == [40, 2] and count == 2
+
+
+def test_statistics_do_not_depend_on_how_a_batch_is_cut():
+    model = backbone("llama", "stacked")
+    draw = np.random.default_rng(0)
+    examples = [Example(draw.integers(3, 256, 3 + i % 5).tolist(), [6]) for i in range(100)]
+    fresh = init_adapter(ParaConfig(r=4, summary="standardised"), model.config)
+    one, *others = (
+        standardise(model, fresh, *statistics_batches(examples, Bucket(8, 1), rows, seed=3)) for rows in (48, 16, 64)
+    )
+    for other in others:
+        np.testing.assert_allclose(other.mean[...], one.mean[...], atol=1e-6)
+        np.testing.assert_allclose(other.scale[...], one.scale[...], rtol=1e-6)
+
+
+def test_statistics_are_of_prompts_drawn_from_the_whole_file_by_the_seed():
+    examples = [Example([3 + i // 100], [6]) for i in range(10_000)]  # sorted by class
+
+    def drawn(seed):
+        batches, count = statistics_batches(examples, Bucket(8, 1), 48, seed)
+        return np.concatenate([batch.tokens[:, 0] for batch in batches])[:count]
+
+    assert len(drawn(0)) == 64 and len(set(drawn(0).tolist())) > 32 and not np.array_equal(drawn(0), drawn(1))
 
 
 def test_a_token_that_the_backbone_has_not_is_named(config, folder, tmp_path):
@@ -396,6 +422,22 @@ def test_the_best_adapter_is_kept_and_patience_stops_the_run(config, monkeypatch
         load_adapter(Path(config.output_dir) / "adapter", load_backbone(config.backbone.source).config), scored[1]
     )
     assert train(config)[1:4] == (0.5, 2, 4)  # patience has ended for good
+
+
+def test_patience_without_validation_data_is_refused_before_anything_is_written(folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", rows_of_text(8, seed=1))
+    config = run_config(folder, f"data.train={rows}", f"output_dir={tmp_path / 'run'}", "eval.patience=2")
+    with pytest.raises(ValueError, match="eval.patience: 2 is not possible; expected validation data"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_began_with_patience_and_no_validation_data_goes_on(config, tmp_path, capsys):
+    """As earlier versions allowed."""
+    config = replace(config, eval=replace(config.eval, patience=2))
+    (Path(config.output_dir) / "checkpoints" / "3").mkdir(parents=True)
+    require_judge(config, [None])
+    assert "warning: eval.patience ends nothing" in capsys.readouterr().err
 
 
 def test_patience_goes_on_counting_after_an_interruption(config, monkeypatch):
@@ -542,17 +584,52 @@ def test_a_checkpoint_that_another_run_of_the_same_shape_left_is_refused(whole, 
         train(other)
 
 
-def test_a_run_does_not_go_on_with_other_data_than_it_began_with(config, tmp_path, monkeypatch):
-    data = write_rows(tmp_path / "data" / "train.jsonl", rows_of_text(20, seed=1))
-    config = replace(config, data=replace(config.data, train=str(data)))
+def with_data_of_its_own(config, folder, at_step, monkeypatch):
+    """The run on a copy of its data, interrupted at a step."""
+    config = replace(config, data=replace(config.data, train=str(folder / "data")))
+    shutil.copytree(Path(config.backbone.source).parent / "data", folder / "data")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=5)
+        interrupt(patched, at_step=at_step)
         train(config)
-    write_rows(data, rows_of_text(20, seed=7))
-    with pytest.raises(ValueError, match="checkpoints/3: it is of another run: another 'data'"):
+    return config, replace(config, data=replace(config.data, changed="accept"))
+
+
+@pytest.mark.parametrize(("split", "size", "named"), [
+    ("train", 20, "training data .20 examples, not the same"),
+    ("validation", 9, "validation data .8 examples there, 9 here"),
+    ("test", 0, "test data .5 examples there, 0 here"),
+])  # fmt: skip
+def test_a_run_goes_on_with_other_data_than_it_began_with_only_if_told_to(
+    split, size, named, config, tmp_path, monkeypatch, capsys
+):
+    config = replace(config, eval=replace(config.eval, test=split == "test"))
+    config, accepting = with_data_of_its_own(config, tmp_path, 5, monkeypatch)
+    file = tmp_path / "data" / f"{split}.jsonl"
+    held = file.read_text()
+    write_rows(file, rows_of_text(size, seed=7)) if size else file.unlink()
+    with pytest.raises(ValueError, match=f"checkpoints/3: it is of another run: other {named}.*data.changed=accept"):
         train(config)
-    write_rows(data, rows_of_text(20, seed=1))
-    assert train(config).step == 6
+    assert train(accepting).step == 6
+    assert f"step 3 is of other {named.replace('.', '(')}" in capsys.readouterr().err
+    assert train(config).step == 6  # the newest checkpoint is of the new data
+    file.write_text(held)
+    with pytest.raises(ValueError, match=f"checkpoints/6: it is of another run: other {split}"):
+        train(config)
+
+
+@pytest.mark.parametrize(("again", "best"), [(0.2, (0.3, 6)), (0.5, (0.5, 3))])
+def test_scores_of_two_validation_sets_are_never_compared(again, best, config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        scripted(patched, 0.9)
+        _, accepting = with_data_of_its_own(config, tmp_path, 5, monkeypatch)
+    kept = kept_adapter(accepting)
+    write_rows(tmp_path / "data" / "validation.jsonl", rows_of_text(8, seed=7))
+    scored = scripted(monkeypatch, again, 0.3)
+    result = train(accepting)
+    assert (result.best_score, result.best_step) == best
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(scored[0]), jax.tree.leaves(kept))
+    card = (Path(accepting.output_dir) / "adapter" / "README.md").read_text()
+    assert f"Trained for {best[1]} steps" in card and f"exact_match: {best[0]:.4f}" in card
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong

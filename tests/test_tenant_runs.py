@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows
 
-from para_jax import load_adapter, load_backbone, load_model_config, tenant_runs, train, train_tenants
+from para_jax import load_adapter, load_backbone, load_model_config, runs, tenant_runs, train, train_tenants
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
 from para_jax.evaluation.evaluate import evaluate_task, task_of_run
@@ -46,6 +47,14 @@ def tenants_config(folder, output, *overrides):
         folder, f"data.tenants={folder / 'tenants'}", f"output_dir={output}", "train.rows_per_tenant=4",
         "train.max_steps=null", "train.num_epochs=2", *overrides,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_statistics():
+    """The statistics are of 8 examples, so that it matters which."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runs, "STATISTICS_EXAMPLES", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +158,7 @@ def test_a_tenant_learns_what_a_run_of_it_alone_learns(whole, folder, tmp_path):
     pairs = zip(jax.tree.leaves(adapter_of(config, "acme")), jax.tree.leaves(found.adapter), strict=True)
     for mine, other in pairs:
         np.testing.assert_allclose(mine, other, atol=1e-4)
+    np.testing.assert_allclose(adapter_of(config, "acme").mean[...], found.adapter.mean[...], atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["para", "lora", "ia3"])
@@ -323,6 +333,35 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(at, whole
     assert all_that_stays(tmp_path / "run") == all_that_stays(whole[1].output_dir)
 
 
+def test_a_run_goes_on_with_one_tenants_other_data_only_if_told_to(whole, folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "tenants", tmp_path / "tenants")
+    options = f"data.tenants={tmp_path / 'tenants'}", "eval.test=true", "checkpoint.every=2"
+    config = tenants_config(folder, tmp_path / "run", *options)
+    real = tenant_runs.StopSignal.reached
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(tenant_runs.StopSignal, "reached", lambda self, step: step == 7 or real(self, step))
+        train_tenants(config)
+    write_rows(tmp_path / "tenants" / "acme" / "validation.jsonl", rows_of_text(4, seed=7))
+    with pytest.raises(ValueError, match="other validation data of acme .6 examples there, 4 here.; data.changed"):
+        train_tenants(config)
+    kept, rescored = adapter_of(config, "acme"), []
+    real_scores = tenant_runs.Tasks.scores
+
+    def scores(self, stack, slots):
+        found = real_scores(self, stack, slots)
+        rescored.append((stack.adapters, slots, found))
+        return found
+
+    monkeypatch.setattr(tenant_runs.Tasks, "scores", scores)
+    result = train_tenants(tenants_config(folder, tmp_path / "run", *options, "data.changed=accept"))
+    asked = [one for one in rescored if one[1]]  # the kept adapter of acme first, and of nobody else
+    assert asked[0][1] == {0: 0} and list(asked[0][2]) == [0]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), asked[0][0], kept)
+    of_new_data = [found[0].score for stack, slots, found in asked if 0 in found and found[0].count == 4]
+    assert result.tenants["acme"]["best_score"] == max(of_new_data)
+    assert result.tenants["globex"] == whole[1].tenants["globex"]
+
+
 def test_a_finished_run_that_is_started_again_changes_nothing(whole):
     config, result = whole
     before = all_that_stays(result.output_dir)
@@ -407,6 +446,14 @@ def test_what_can_not_be_is_refused_in_one_line_before_anything_is_written(overr
     with pytest.raises(ValueError, match=named) as error:
         train_tenants(tenants_config(folder, tmp_path / "run", override.format(folder=folder)))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_patience_is_refused_where_no_tenant_has_validation_data(folder, tmp_path):
+    write_rows(tmp_path / "tenants" / "acme.jsonl", rows_of_text(8, seed=1))
+    given = f"data.tenants={tmp_path / 'tenants'}", "eval.patience=2"
+    with pytest.raises(ValueError, match="eval.patience: 2 is not possible; expected validation data"):
+        train_tenants(tenants_config(folder, tmp_path / "run", *given))
+    assert not (tmp_path / "run").exists()
 
 
 def test_each_of_the_two_ways_to_train_refuses_the_others_config(folder, tmp_path):

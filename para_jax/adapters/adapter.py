@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -60,7 +61,7 @@ class Adapter(nnx.Module):
     ) -> Float[Array, " width"]:
         """The summary [width] of the prompt that begins at `start`, from the residual stream x [length, width] that
         enters the layer."""
-        return x[start + prompt_length - 1]
+        return token_at(x, start + prompt_length - 1)
 
     def condition(self, summary: Float[Array, " width"]) -> Adjustment:
         """The adjustment of one example, from its summary [width]; runs once a prompt."""
@@ -100,7 +101,51 @@ class Factors(Adjustment):
     def adjust(
         self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
     ) -> Float[Array, "*rows length out"]:
-        return y + y * self.distance[site] if site in self.distance else y
+        return scaled(y, self.distance[site]) if site in self.distance else y
+
+
+@jax.custom_vjp
+def scaled(y: Float[Array, "*rows length out"], distance: Float[Array, " out"]) -> Float[Array, "*rows length out"]:
+    """y + y * (l - 1). The distance l - 1 is rounded to y's dtype first, because decode carries it so.
+
+    The backward pass sums the distance's gradient over the tokens in float32. What JAX derives would round each product
+    and, on some devices, each partial sum to y's dtype. It keeps y and one distance, not one for each token.
+    """
+    return y + y * distance.astype(y.dtype)
+
+
+def scaled_forwards(y, distance):
+    return scaled(y, distance), (y, distance)
+
+
+def scaled_backwards(kept, gradient):
+    y, distance = kept
+    products = gradient.astype(jnp.float32) * y.astype(jnp.float32)
+    summed = products.sum(axis=tuple(range(y.ndim - 1))).astype(distance.dtype)
+    # Sums first: a TPU's compiler would put them off to the layer's end, and keep each site's y and gradient till then.
+    gradient, summed = jax.lax.optimization_barrier((gradient, summed))
+    return scaled(gradient, distance), summed
+
+
+scaled.defvjp(scaled_forwards, scaled_backwards)
+
+
+@jax.custom_vjp
+def token_at(x: Float[Array, "length width"], place: Int[Array, ""]) -> Float[Array, " width"]:
+    """x[place]. Its backward pass selects: indexing has a scatter there, on a TPU a loop over rows in each layer."""
+    return x[place]
+
+
+def token_at_forwards(x, place):
+    return token_at(x, place), (place, jnp.arange(x.shape[0]))
+
+
+def token_at_backwards(kept, gradient):
+    place, places = kept
+    return jnp.where((places == place)[:, None], gradient, jnp.zeros((), gradient.dtype)), None
+
+
+token_at.defvjp(token_at_forwards, token_at_backwards)
 
 
 @jax.tree_util.register_dataclass

@@ -65,4 +65,6 @@ class LowRank(Adjustment):
     def adjust(
         self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
     ) -> Float[Array, "*rows length out"]:
-        return y + (x @ self.a[site]) @ self.b[site] if site in self.a else y
+        if site not in self.a:
+            return y
+        return y + (x @ self.a[site].astype(x.dtype)) @ self.b[site].astype(x.dtype)

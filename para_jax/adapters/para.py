@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..config import ModelConfig, ParaConfig
-from .adapter import Adapter, AdapterParam, Factors, Statistic, describe, is_variable
+from .adapter import Adapter, AdapterParam, Factors, Statistic, describe, is_variable, token_at
 
 
 class Para(Adapter):
@@ -63,10 +63,11 @@ class Para(Adapter):
         return POOLERS[self.config.pooler](x, prompt_length, start)
 
     def condition(self, summary: Float[Array, " width"]) -> Factors:
-        """The factors, made in float32."""
+        """The factors, made in float32 on every device. JAX's default precision would round the operands to bfloat16
+        on a TPU and to TF32 on a GPU; it is once per prompt, so the exact product costs nothing that counts."""
         summary = self.constant[...] if self.config.pooler == "constant" else summary.astype(jnp.float32)
-        hidden = self.activate(self.summarise(summary) @ self.down[...])
-        return Factors({site: hidden @ up[...] for site, up in self.up.items()})
+        hidden = self.activate(exact_product(self.summarise(summary), self.down[...]))
+        return Factors({site: exact_product(hidden, up[...]) for site, up in self.up.items()})
 
     def normal(self, model: ModelConfig) -> Para:
         """With a generator in every layer."""
@@ -105,8 +106,13 @@ class Para(Adapter):
         return ACTIVATIONS[self.config.activation](x)
 
 
+def exact_product(x: Float[Array, " in"], weights: Float[Array, "in out"]) -> Float[Array, " out"]:
+    """x @ weights in float32, whatever the device does by default."""
+    return jnp.matmul(x, weights, precision=jax.lax.Precision.HIGHEST)
+
+
 def last(x: Float[Array, "length width"], prompt_length, start=0) -> Float[Array, " width"]:
-    return x[start + prompt_length - 1]
+    return token_at(x, start + prompt_length - 1)
 
 
 def mean(x: Float[Array, "length width"], prompt_length, start=0) -> Float[Array, " width"]:

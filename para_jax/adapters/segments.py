@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from .adapter import Adjustment, Factors
 
+EXACT = jax.lax.Precision.HIGHEST
+
 
 def adjust_segments(adjustment: Adjustment, segment: Int[Array, "rows length"]) -> Callable:
     """adjust(site, x, y) over packed rows.
@@ -27,16 +29,37 @@ def adjust_segments(adjustment: Adjustment, segment: Int[Array, "rows length"]) 
     return adjust
 
 
-@jax.checkpoint
+@jax.custom_vjp
 def scaled(
     y: Float[Array, "rows length out"], distance: Float[Array, "rows segments out"], segment: Int[Array, "rows length"]
 ) -> Float[Array, "rows length out"]:
-    """y + y * (l - 1) with each token's own l. For the backward pass y and the factors a segment are kept, and what is
-    spread to the tokens is made anew: kept, it would be as large as y itself.
+    """y + y * (l - 1) with each token's own l, as adapter.scaled has it for one. For the backward pass y and each
+    segment's factors are kept. What is spread to the tokens is recomputed: kept, it would be as large as y itself."""
+    return y + y * spread(distance.astype(y.dtype), segment)
 
-    The factors are spread by a product with zeros and ones, which picks them exactly: its backward pass is a product
-    too, where that of an indexing adds up token by token, and on a GPU in an order that changes.
-    """
-    chosen = (segment[..., None] == jnp.arange(distance.shape[1])).astype(distance.dtype)
-    spread = jnp.einsum("bts,bso->bto", chosen, distance, precision=jax.lax.Precision.HIGHEST)
-    return y + y * spread
+
+def scaled_forwards(y, distance, segment):
+    return scaled(y, distance, segment), (y, distance, segment)
+
+
+def scaled_backwards(kept, gradient):
+    y, distance, segment = kept
+    chosen = chosen_segments(segment, distance.shape[1], y.dtype)
+    summed = jnp.einsum("bts,bto->bso", chosen, gradient * y, precision=EXACT, preferred_element_type=jnp.float32)
+    gradient, summed = jax.lax.optimization_barrier((gradient, summed))  # as in adapter.scaled
+    return scaled(gradient, distance, segment), summed.astype(distance.dtype), None
+
+
+scaled.defvjp(scaled_forwards, scaled_backwards)
+
+
+def spread(distance: Float[Array, "rows segments out"], segment: Int[Array, "rows length"]):
+    """Each token's row of `distance`, zeros where it has no segment. A product with zeros and ones picks it exactly and
+    has a product as its backward pass. Indexing would add up token by token, on a GPU in an order that changes."""
+    chosen = chosen_segments(segment, distance.shape[1], distance.dtype)
+    return jnp.einsum("bts,bso->bto", chosen, distance, precision=EXACT)
+
+
+def chosen_segments(segment: Int[Array, "rows length"], count: int, dtype) -> Float[Array, "rows length segments"]:
+    """1 where a token is of a segment, else 0."""
+    return (segment[..., None] == jnp.arange(count)).astype(dtype)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from .. import devices
-from ..config import require, shorten
+from ..config import printable, require, shorten
 from ..processes import arrays_of_first, by_first, gathered, is_first
 
 
@@ -37,8 +37,9 @@ class Progress(NamedTuple):
     evaluated: int = 0
     """the last step whose adapter was scored"""
     run: dict[str, str] | None = None
-    """digests of what the run is made of, by name ("config", "data", ...); None: a checkpoint from before there were
-    any"""
+    """digests of what the run is made of, by name: "config", "backbone", "data" (all of it) and its parts ("training
+    data", ...; "training data of NAME"), which say their number of examples too. None, or no parts: a checkpoint of an
+    earlier version"""
 
 
 @contextmanager
@@ -147,7 +148,7 @@ def require_saved(checkpoints) -> None:
 
 
 def restore_checkpoint(
-    checkpoints, state: Any, kind: type = Progress, run: dict[str, str] | None = None
+    checkpoints, state: Any, kind: type = Progress, run: dict[str, str] | None = None, accept_data: bool = False
 ) -> tuple[Any, Any] | None:
     """The newest checkpoint of this run, in the shapes and shardings of `state`, and its progress, of this kind; None
     where there is none. Newer ones that are damaged, or of another run, are set aside with a warning.
@@ -158,13 +159,14 @@ def restore_checkpoint(
     Args:
         run: what the run is made of; see Progress. A checkpoint that does not say what it is of is taken if its arrays
             have the same names and shapes.
+        accept_data: take a checkpoint of other data too. The progress then says what data that was, for `changed_data`.
 
-    Raises ValueError where there are checkpoints, and none of them can be used.
+    Raises ValueError where there are checkpoints, and none of them can be used, or the newest is of other data.
     """
     arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named(state).items()}
 
     def read_first() -> dict[str, Any] | None:
-        found = newest_whole(checkpoints, arrays, kind, run)
+        found = newest_whole(checkpoints, arrays, kind, run, accept_data)
         arrays.update(found[0] if found else {})
         return found and found[1]
 
@@ -175,18 +177,24 @@ def restore_checkpoint(
     for name, leaf in named(state).items():
         leaves.append(placed_like(leaf, arrays_of_first(arrays.pop(name))))
         leaf.delete()
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), kind(**progress | {"run": run})
+    held = progress.get("run") if accept_data else None
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), kind(**progress | {"run": held or run})
 
 
 def newest_whole(
-    checkpoints, wanted: dict[str, np.ndarray], kind: type, run: dict[str, str] | None
+    checkpoints, wanted: dict[str, np.ndarray], kind: type, run: dict[str, str] | None, accept_data: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     folder, problems = Path(checkpoints.directory), {}
     for step in steps_in(folder):
         try:
             found = read_checkpoint(checkpoints, step, wanted)
             check_progress(found[1], step, kind)
-            check_run(found[1], run)
+            check_run(found[1], run, accept_data)
+        except OtherData as error:  # an older one may be of these data, but the adapter in the folder is not
+            raise ValueError(
+                f"{folder / str(step)}: {error}; data.changed=accept goes on with what is there now, "
+                "another output_dir starts again"
+            ) from None
         except Exception as error:  # whatever the readers below orbax make of damaged files
             problems[step] = reason(error)
             continue
@@ -260,13 +268,51 @@ def of_type(value: Any, hint: Any) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def check_run(about: dict[str, Any], run: dict[str, str] | None) -> None:
-    """Raises ValueError, naming what differs, for the progress of another run."""
+class OtherData(ValueError):
+    """A checkpoint is of this run, but its data have changed since."""
+
+
+def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bool = False) -> None:
+    """Raises ValueError, naming what differs, for the progress of another run, and OtherData where the data alone
+    differ and that is not accepted."""
     held = about.get("run")
-    if held is not None and run is not None:
-        other = [name for name in sorted(held.keys() | run.keys()) if held.get(name) != run.get(name)]
-        if other:
-            raise ValueError(f"it is of another run: another {' and '.join(map(shorten, other))}")
+    if not held or not run:
+        return
+    names = (held.keys() | run.keys()) & set(NOT_DATA)
+    other = [f"another {shorten(name)}" for name in sorted(names) if held.get(name) != run.get(name)]
+    changed = [] if accept_data else changed_data(held, run)
+    kind = ValueError if other else OtherData
+    other += [describe_changes(changed, held, run)] if changed else []
+    if other:
+        raise kind(f"it is of another run: {' and '.join(other)}")
+
+
+#: What a run is made of besides its data.
+NOT_DATA = ("config", "backbone")
+
+
+def changed_data(held: dict[str, str] | None, run: dict[str, str] | None) -> list[str]:
+    """The parts of the data that are others in two runs; "data" where a checkpoint of an earlier version does not say
+    which part it is."""
+    if not held or not run:
+        return []
+    parts = [set(names) - {*NOT_DATA, "data"} for names in (held, run)]
+    names = sorted(parts[0] | parts[1]) if all(parts) else ["data"]
+    return [name for name in names if held.get(name) != run.get(name)]
+
+
+def describe_changes(changed: list[str], held: dict[str, str], run: dict[str, str]) -> str:
+    """other training data (20 examples there, 24 here)"""
+
+    def described(name: str) -> str:
+        if name == "data":
+            return "another 'data'"
+        there, here = (digests.get(name, "0").partition(" ")[0] for digests in (held, run))
+        count = f"{there} examples there, {here} here" if there != here else f"{here} examples, not the same"
+        return f"other {printable(name, 150)} ({count})"
+
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return ", ".join(map(described, changed[:3])) + more
 
 
 def steps_in(folder: Path) -> list[int]:

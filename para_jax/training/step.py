@@ -92,13 +92,14 @@ def prompt_summaries(model, batch: Batch, adapter: Adapter) -> jax.Array:
     return jnp.stack(summaries).astype(jnp.float32)
 
 
-def standardise(model, adapter: Adapter, batches: list[Batch]) -> Adapter:
+def standardise(model, adapter: Adapter, batches: list[Batch], count: int) -> Adapter:
     """The adapter with the mean, and the spread around it, of the summaries of some training prompts [our choice].
+    They are the first `count` rows of the batches; the others only fill up the last batch, and do not weigh.
 
     One mean [width] and one scale [1] a layer, measured on the backbone before training and never trained. A layer
     whose summaries differ by rounding alone (prompts that end in the same token have one embedding) has scale 1.
     """
-    summaries = jnp.concatenate([prompt_summaries(model, batch, adapter) for batch in batches], axis=1)
+    summaries = jnp.concatenate([prompt_summaries(model, batch, adapter) for batch in batches], axis=1)[:, :count]
     mean = summaries.mean(axis=1)
     spread = jnp.sqrt(jnp.mean((summaries - mean[:, None]) ** 2, axis=(1, 2)))[:, None]
     filled = jax.tree.map(lambda leaf: leaf, adapter)

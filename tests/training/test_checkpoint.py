@@ -21,6 +21,7 @@ from para_jax import ParaConfig, init_adapter
 from para_jax.sharding import make_mesh, place
 from para_jax.training.checkpoint import (
     Progress,
+    changed_data,
     digest,
     finish_saving,
     named,
@@ -198,15 +199,34 @@ def test_a_checkpoint_of_another_run_of_the_same_shape_is_set_aside_by_name(save
     with open_checkpoints(folder) as checkpoints:
         save_checkpoint(checkpoints, moved(state), Progress(8, None, 0, 0, run=RUN))
     assert restored_step(folder, state, RUN) == 8
-    other = RUN | {"data": "d2"}
+    other = RUN | {"config": "c2"}
     assert restored_step(folder, state, other) == 6  # which does not say what it is of
     assert (
-        f"{folder / '8'}: the checkpoint can't be used (it is of another run: another 'data')"
+        f"{folder / '8'}: the checkpoint can't be used (it is of another run: another 'config')"
         in capsys.readouterr().err
     )
     with open_checkpoints(folder) as checkpoints:
         found = restore_checkpoint(checkpoints, state, run=other)[1]
     assert found.run == other  # and is of this one from now on
+
+
+def test_a_checkpoint_that_says_the_data_in_one_is_compared_by_it(saved_twice, tmp_path):
+    """Checkpoints of earlier versions, and what a run says today."""
+    folder, state = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints")), state_on(make_mesh(), seed=3)
+    for step in ("4", "6"):
+        shutil.rmtree(folder / step)
+    with open_checkpoints(folder) as checkpoints:
+        save_checkpoint(checkpoints, moved(state), Progress(8, None, 0, 0, run=RUN))
+    today = RUN | {"training data": "20 t1", "validation data": "8 v1"}
+    assert restored_step(folder, state, today) == 8
+    other = today | {"data": "d2"}
+    with pytest.raises(ValueError, match="another 'data'; data.changed=accept"):
+        restored_step(folder, state, other)
+    with open_checkpoints(folder) as checkpoints:
+        held = restore_checkpoint(checkpoints, state, run=other, accept_data=True)[1].run
+        assert held == RUN and changed_data(held, other) == ["data"]
+        with pytest.raises(ValueError, match="another 'config'"):
+            restore_checkpoint(checkpoints, state, run=other | {"config": "c2"}, accept_data=True)
 
 
 @pytest.mark.parametrize(("change", "named"), [

@@ -184,7 +184,7 @@ def test_a_bfloat16_backbone_trains_a_float32_adapter():
 
 def test_standardised_summaries_have_mean_zero_and_spread_one():
     fresh, parts = init_adapter(ADAPTER, model_on().config), [batch(), batch()._replace(tokens=batch().tokens[::-1])]
-    filled = standardise(model_on(), fresh, parts)
+    filled = standardise(model_on(), fresh, parts, 2 * ROWS)
     summaries = jnp.concatenate([prompt_summaries(model_on(), part, fresh) for part in parts], axis=1)
     assert abs(summaries.mean(axis=1)).max() > 0.1  # there is something to do
     scaled = (summaries - filled.mean[...][:, None]) / filled.scale[...][:, None]
@@ -196,7 +196,7 @@ def test_standardised_summaries_have_mean_zero_and_spread_one():
 
 def test_one_prompt_alone_has_no_spread_and_divides_by_one():
     alike = Batch(*(np.repeat(a[:1], ROWS, axis=0) for a in batch()))
-    filled = standardise(model_on(), init_adapter(ADAPTER, model_on().config), [alike])
+    filled = standardise(model_on(), init_adapter(ADAPTER, model_on().config), [alike], ROWS)
     np.testing.assert_array_equal(filled.scale[...], 1)
 
 
@@ -205,5 +205,6 @@ def test_summaries_that_differ_by_rounding_alone_have_no_spread():
     given = batch()
     tokens = given.tokens.copy()
     tokens[np.arange(ROWS), given.prompt_length - 1] = 77
-    filled = standardise(model_on(), init_adapter(ADAPTER, model_on().config), [given._replace(tokens=tokens)] * 3)
+    parts = [given._replace(tokens=tokens)] * 3
+    filled = standardise(model_on(), init_adapter(ADAPTER, model_on().config), parts, 3 * ROWS)
     assert filled.scale[...][0] == 1 and (filled.scale[...][1:] != 1).all()
