@@ -19,7 +19,7 @@ from .data.examples import Example
 from .evaluation.evaluate import EvalTask
 
 #: A folder holds the same run although these differ.
-FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
+FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime", "backbone.attention")
 #: Where data and backbone lie; a checkpoint knows them by their content.
 PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.data_dir", "backbone.source")
 #: The file that the process which writes in the folder keeps locked. It stays when that process ends.
@@ -116,7 +116,8 @@ def fields_of_run(config: RunConfig) -> dict[str, Any]:
 
     longer = () if config.many else ("train.max_steps",)  # of many tenants, some have ended
     fields = flat(config_dict(config))
-    return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in longer}
+    free = {*FREE_FIELDS, *longer}
+    return {k: v for k, v in fields.items() if k.split(".")[0] not in free and k not in free}
 
 
 def run_digests(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .adapters.adapter import Adapter
-from .backbone.kernels import attention_kernel
+from .backbone.kernel_choice import asked_for, attention_kernel
 from .backbone.load import abstract_backbone, load_model_config
 from .config import SITES, ModelConfig, RunConfig, require
 from .data.batches import Batch
@@ -168,7 +168,8 @@ def tenants_arguments(
 def abstract_model(config: RunConfig, mesh: Mesh | AbstractMesh) -> Any:
     dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
     model_config = load_model_config(config.backbone.source)
-    return abstract_backbone(model_config, dtype, mesh, layout="stacked", quantize=config.backbone.quantize)
+    quantize, attention = config.backbone.quantize, config.backbone.attention
+    return abstract_backbone(model_config, dtype, mesh, layout="stacked", quantize=quantize, attention=attention)
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh | AbstractMesh, rows: int) -> Batch | Packed:
@@ -210,7 +211,7 @@ def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants:
     rows = layout.groups * layout.rows if layout else batch_rows(config, mesh)
     tokens = rows * passes * longest
     flops = 4 * matrix_weights(model) * tokens / mesh.size
-    kernel, why = attention_kernel(model, longest, config.backbone.dtype or "bfloat16", "tpu")
+    kernel, why = run_kernel(config, model)
     return [
         f"slice      {topology}: {mesh.size} chips; mesh {sizes}",
         f"a step     {passes} x {rows} rows of {longest} tokens, any of them completion; "
@@ -272,6 +273,12 @@ def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str, tenants: in
     ]
 
 
+def run_kernel(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
+    """The attention kernel of a run's longest rows on a TPU, and why it is that one."""
+    dtype, choice = config.backbone.dtype or "bfloat16", asked_for(config.backbone.attention)
+    return attention_kernel(model, config.data.max_seq_length, dtype, "tpu", choice, packed=config.data.packing)
+
+
 def shard_bytes(tree) -> int:
     """Bytes of a tree's arrays on one device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -283,7 +290,7 @@ def activation_bytes(config: RunConfig, model: ModelConfig, mesh: AbstractMesh) 
     size = jnp.dtype(config.backbone.dtype or "bfloat16").itemsize
     linears = sum(map(model.site_width, SITES)) / mesh.shape["tensor"]
     kept = model.width + (0 if config.train.remat == "block" else linears)
-    kernel, _ = attention_kernel(model, tokens, config.backbone.dtype or "bfloat16", "tpu")
+    kernel, _ = run_kernel(config, model)
     scores = 4 * rows * model.num_heads / mesh.shape["tensor"] * tokens * tokens * (kernel == "plain")
     at_work = 2 * scores + 3 * rows * tokens * linears * size + 2**28
     return int(rows * tokens * kept * size * model.num_layers + at_work)
