@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .attention import mixed_values, within
-from .cache_blocks import values_in_blocks
+from .cache_blocks import has_blocks, values_in_blocks
 
 
 def attend_cached(
@@ -18,15 +18,14 @@ def attend_cached(
 ):
     """Attention of one new token a row, at position length[row], to the cache; keeps the cache with that token written.
 
-    A row whose cache is full writes nothing. A TPU reads the cache up to its longest row; other devices read all of it
-    (see cache_blocks).
+    A row whose cache is full writes nothing. A TPU reads a cache of several blocks up to its longest row; other devices
+    read all of it (see cache_blocks).
     """
 
     def attend(q, k, v, scale, cap):
         keys, values = (written(held, new[:, 0], length) for held, new in zip(cache, (k, v), strict=True))
-        blocks, whole = (
-            partial(read, window=window, scale=scale, cap=cap) for read in (values_in_blocks, whole_values)
-        )
+        reads = (values_in_blocks if has_blocks(keys.shape[2]) else whole_values, whole_values)
+        blocks, whole = (partial(read, window=window, scale=scale, cap=cap) for read in reads)
         mixed = jax.lax.platform_dependent(q, keys, values, length, tpu=blocks, default=whole)
         return mixed, (keys, values)
 

@@ -108,11 +108,19 @@ def own_capability() -> tuple[int, int] | None:
 def describe_attention(
     config: ModelConfig, dtype, platform: str, choice: AttentionChoice, lengths: Iterable[int], *, packed: bool = False
 ) -> str:
-    """A line that names the kernels of training's rows and of evaluation's, which are never packed."""
+    """A line that names the kernels of training's rows, of evaluation's, which are never packed, and of decoding."""
 
     def named(lengths: Iterable[int], packed: bool) -> str:
         found = {attention_kernel(config, n, dtype, platform, choice, packed=packed) for n in lengths}
         return "; ".join(f"{kernel} ({why})" for kernel, why in sorted(found))
 
     training, evaluation = named(lengths, packed), named((LANES - 1, LANES), False)
-    return f"attention: {training}" + (f"; evaluation: {evaluation}" if evaluation != training else "")
+    other = f"; evaluation: {evaluation}" if evaluation != training else ""
+    return f"attention: {training}{other}; decode: {describe_decode(platform)}"
+
+
+def describe_decode(platform: str) -> str:
+    """How much of the cache a decode step reads; see cache_blocks."""
+    if platform == "tpu":
+        return "plain, a cache beyond 512 tokens up to the longest row (on a TPU)"
+    return f"plain, all of the cache (on a {platform.upper()})"

@@ -10,7 +10,7 @@ import pytest
 
 from para_jax.backbone import cache_blocks
 from para_jax.backbone.cache import whole_values
-from para_jax.backbone.cache_blocks import block_size, values_in_blocks
+from para_jax.backbone.cache_blocks import block_size, has_blocks, values_in_blocks
 
 # (heads, kv heads, window, soft cap)
 CASES = [
@@ -75,4 +75,5 @@ def test_a_full_row_beside_others_changes_nothing_for_them():
 def test_a_cache_has_at_most_eight_blocks_of_whole_lanes(monkeypatch):
     monkeypatch.undo()
     sizes = {length: block_size(length) for length in (16, 512, 600, 4096, 5000, 32768)}
+    assert [has_blocks(length) for length in sizes] == [False, False, True, True, True, True]
     assert sizes == {16: 16, 512: 512, 600: 512, 4096: 512, 5000: 640, 32768: 4096}

@@ -151,9 +151,10 @@ def test_a_loaded_model_uses_the_kernel_that_it_carries(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- the line
 
 
-def test_a_run_names_the_kernels_of_training_and_of_evaluation():
+def test_a_run_names_the_kernels_of_training_evaluation_and_decoding():
     said = describe_attention(CONFIG, "bfloat16", "tpu", AttentionChoice(), [256, 512])
     assert "attention: splash (on a TPU); evaluation: plain (rows shorter than 128 tokens); splash" in said
+    assert "up to the longest row (on a TPU)" in said
     assert describe_attention(CONFIG, "float32", "cpu", AttentionChoice(), [64]).startswith(
         "attention: plain (on a CPU)"
     )
