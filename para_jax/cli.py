@@ -12,14 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-from .config import printable, shorten
+from .config import ATTENTION, printable, shorten
 
 LONGEST_LINE, LONGEST_ERROR = 4000, 1900  # characters of a report's line, and of an error's, which has two at most
 BASE = "base"  # the tenant that is the base model
 #: Options of evaluate that a CONFIG does not go with.
 MANY_ALONE = (
     *("adapters", "output", "rows", "include_path", "num_fewshot", "chat", "seed"),
-    *("dtype", "quantize", "allow_cpu", "no_compilation_cache"),
+    *("dtype", "quantize", "attention", "allow_cpu", "no_compilation_cache"),
 )
 RUN_FIELDS = "fields of the config, such as train.learning_rate=3e-3 or 'data.prompt={question}\\n' (text is literal)"
 
@@ -154,6 +154,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, help="with --backbone: of sampled answers; default: 0")
     made.add_argument("--dtype", choices=("float32", "bfloat16"))
     made.add_argument("--quantize", choices=("int8",))
+    made.add_argument("--attention", choices=ATTENTION, help="the kernel for whole sequences; default: auto")
     made.add_argument("--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator")
     made.add_argument("--no-compilation-cache", action="store_true")
 
@@ -163,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--backbone", default="smollm2-135m", help="a folder, a hub id, a .gguf file, or smollm2-135m")
     made.add_argument("--dtype", choices=("float32", "bfloat16"))
     made.add_argument("--quantize", choices=("int8",))
+    made.add_argument("--attention", choices=ATTENTION, help="the kernel for whole sequences; default: auto")
     made.add_argument("--adapter", help="an adapter folder or hub id, for every prompt")
     made.add_argument(
         "--adapters",
@@ -364,7 +366,7 @@ def run_many(options) -> None:
     tokenizer = load_tokenizer(options.backbone)
     tasks = read_tasks(options.tasks, tokenizer, load_model_config(options.backbone), settings)
     folders = {name: resolve_adapter(source) for name, source in sources.items()}
-    model = load_backbone(options.backbone, dtype=options.dtype, quantize=options.quantize)
+    model = load_backbone(options.backbone, **model_options(options))
     held = {name: load_adapter(folder, model.config, model=model) for name, folder in folders.items()}
     bank = AdapterBank.holding(held, model.config) if held else None
     about = {"backbone": options.backbone, "quantize": options.quantize, "command": options.command_line}
@@ -474,8 +476,13 @@ def loaded(options, sources: dict[str, str]) -> tuple:
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
     sources = {name: str(resolve_adapter(source)) for name, source in sources.items()}
     options.adapter = options.adapter and str(resolve_adapter(options.adapter))
-    model = load_backbone(options.backbone, dtype=options.dtype, quantize=options.quantize)
+    model = load_backbone(options.backbone, **model_options(options))
     return model, load_tokenizer(options.backbone), adapters_of(options, sources, model)
+
+
+def model_options(options) -> dict:
+    attention = options.attention or "auto"
+    return {"dtype": options.dtype, "quantize": options.quantize, "attention": attention}
 
 
 def adapters_of(options, sources: dict[str, str], model):

@@ -222,6 +222,8 @@ def require_layers(config) -> None:
 
 #: The adapter methods and their configs. A new method is one line here and one file in adapters/.
 ADAPTER_CONFIGS = {"para": ParaConfig, "lora": LoraConfig, "ia3": Ia3Config}
+#: The kernels for attention of whole sequences.
+ATTENTION = ("auto", "plain", "splash", "cudnn")
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
@@ -235,11 +237,15 @@ class BackboneSection:
     """float32 | bfloat16; default: float32 on a CPU, else bfloat16"""
     quantize: str | None = None
     """int8 (the kernels of the linears, a byte a weight); default: as `dtype` says"""
+    attention: str = "auto"
+    """the kernel for whole sequences: auto | plain | splash (TPU) | cudnn (GPU). auto tries the device's kernel at
+    start, and uses plain where it fails"""
 
     def __post_init__(self):
         require_local("backbone.source", self.source)
         require(self.dtype in (None, "float32", "bfloat16"), "backbone.dtype", self.dtype, "float32 or bfloat16")
         require(self.quantize in (None, "int8"), "backbone.quantize", self.quantize, "int8, or null for none")
+        require(self.attention in ATTENTION, "backbone.attention", self.attention, " or ".join(ATTENTION))
 
 
 @dataclass(frozen=True, kw_only=True)

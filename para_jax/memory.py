@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from . import devices
 from .adapters.adapter import Adapter
-from .backbone.kernels import attention_kernel
+from .backbone.kernel_choice import asked_for, attention_kernel
 from .backbone.load import abstract_backbone, load_model_config
 from .config import SITES, ModelConfig, RunConfig
 from .data.batches import Batch
@@ -195,7 +195,7 @@ def activation_bytes(
     dtype, tensor = jnp.dtype(config.backbone.dtype or "bfloat16"), mesh.shape["tensor"]
     tokens, rows = config.data.max_seq_length, passes_of(config, mesh, tenants).rows // batch_devices(mesh)
     linears = sum(map(model.site_width, SITES)) / tensor
-    kernel, _ = attention_kernel(model, tokens, dtype.name, "tpu")
+    kernel, _ = run_kernel(config, model)
     scores = 4 * rows * model.num_heads / tensor * tokens * tokens * (kernel == "plain")
     kept = dtype.itemsize * rows * tokens * (model.width + KEPT_LINEARS[config.train.remat] * linears)
     kept += 1.5 * scores * (config.train.remat == "none")
@@ -266,7 +266,14 @@ def passes_of(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | None 
 def abstract_model(config: RunConfig, mesh: Mesh | AbstractMesh) -> Any:
     dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
     model_config = load_model_config(config.backbone.source)
-    return abstract_backbone(model_config, dtype, mesh, layout="stacked", quantize=config.backbone.quantize)
+    quantize, attention = config.backbone.quantize, config.backbone.attention
+    return abstract_backbone(model_config, dtype, mesh, layout="stacked", quantize=quantize, attention=attention)
+
+
+def run_kernel(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
+    """The attention kernel of a run's longest rows on a TPU, and the reason for it."""
+    dtype, choice = config.backbone.dtype or "bfloat16", asked_for(config.backbone.attention)
+    return attention_kernel(model, config.data.max_seq_length, dtype, "tpu", choice, packed=config.data.packing)
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh | AbstractMesh, passes: Passes) -> Batch | Packed:

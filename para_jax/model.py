@@ -304,7 +304,8 @@ def residual_stream(
     """
     positions = segments.position if segments else jnp.arange(tokens.shape[1])
     tables = tables_of(model.config, positions)
-    attend = self_attention(model.config, model.dtype, tokens.shape[1], segments.segment if segments else None)
+    segment = segments.segment if segments else None
+    attend = self_attention(model.config, model.dtype, tokens.shape[1], segment, model.attention)
     weights, make = (None, lambda *_: None) if adapters is None else by_layer(adapters)
 
     def step(x, layer, weights):

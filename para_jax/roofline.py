@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from .backbone.kernels import attention_kernel
 from .backbone.load import load_model_config
 from .config import SITES, ModelConfig, RunConfig
 from .devices import PEAK_FLOPS
-from .memory import passes_of
+from .memory import passes_of, run_kernel
 from .training.loss import CHUNK
 
 
@@ -86,7 +85,7 @@ def training_work(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | N
     model, passes = load_model_config(config.backbone.source), passes_of(config, mesh, tenants)
     length, remat = config.data.max_seq_length, config.train.remat
     dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
-    kernel, _ = attention_kernel(model, length, dtype, "tpu")
+    kernel, _ = run_kernel(config, model)
     tokens = passes.count * passes.rows * length / mesh.size  # of a chip, as if `tensor` split them too
     rows_held, tensor = passes.rows / (mesh.size / mesh.shape["tensor"]), mesh.shape["tensor"]
     chunks = -(-rows_held * length * model.vocab_size / tensor // CHUNK)

@@ -21,7 +21,7 @@ from .evaluation.evaluate import EvalTask
 #: A folder holds the same run although these differ.
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
 #: Fields of other sections that do not make it another run either.
-FREE_NAMES = ("data.changed",)
+FREE_NAMES = ("backbone.attention", "data.changed")
 #: Where data and backbone lie; a checkpoint knows them by their content.
 PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.data_dir", "backbone.source")
 #: The file that the process which writes in the folder keeps locked. It stays when that process ends.

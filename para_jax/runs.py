@@ -21,7 +21,7 @@ from . import devices
 from .adapters.adapter import Adapter
 from .adapters.files import load_adapter, save_adapter
 from .adapters.folder import mend_folder
-from .backbone.kernels import attention_kernel
+from .backbone.kernel_choice import describe_attention
 from .backbone.load import load_backbone, load_model_config
 from .config import ModelConfig, RunConfig, config_dict, require
 from .data.batches import (
@@ -205,7 +205,7 @@ def fit(
     """The training loop, with a backbone that is loaded already. The folder must be claimed."""
     folder = Path(config.output_dir)
     say_layout(model, mesh)
-    say_attention(model, work.buckets, mesh)
+    say_attention(model, work.buckets, mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
         state = init_state(fresh, config.train, work.total_steps)
@@ -281,11 +281,10 @@ def say_layout(model, mesh) -> None:
         devices.say(line)
 
 
-def say_attention(model, buckets: tuple[Bucket, ...], mesh) -> None:
-    """Names the kernels of training's attention, and why they are used."""
-    on = mesh.devices.flat[0].platform
-    found = {attention_kernel(model.config, bucket.length, model.dtype, on) for bucket in buckets}
-    devices.say("attention: " + "; ".join(f"{kernel} ({why})" for kernel, why in sorted(found)))
+def say_attention(model, buckets: tuple[Bucket, ...], mesh, *, packed: bool = False) -> None:
+    """Names the kernels of training, evaluation and decoding, and why they are used."""
+    platform, lengths = mesh.devices.flat[0].platform, [bucket.length for bucket in buckets]
+    devices.say(describe_attention(model.config, model.dtype, platform, model.attention, lengths, packed=packed))
 
 
 class Loop(NamedTuple):

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from .backbone.kernels import attention_kernel
 from .backbone.load import load_model_config
 from .config import RunConfig, require
 from .hlo import Program, collective_bytes, collectives_run, describe_program
@@ -29,6 +28,7 @@ from .memory import (
     estimate_memory,
     packed_examples,
     passes_of,
+    run_kernel,
     shard_bytes,
     step_arguments,
     tenants_arguments,
@@ -153,7 +153,7 @@ def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Comp
 def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> list[str]:
     (rows, passes), longest = passes_of(config, mesh, tenants), config.data.max_seq_length
     model = load_model_config(config.backbone.source)
-    kernel, why = attention_kernel(model, longest, config.backbone.dtype or "bfloat16", "tpu")
+    kernel, why = run_kernel(config, model)
     return [
         f"slice      {topology}: {mesh.size} chips; mesh {describe_mesh(mesh)}",
         f"a step     {passes} x {rows} rows of {longest} tokens, any of them completion; "

@@ -31,8 +31,9 @@ def config(folder, tmp_path):
     return run_config(folder, f"output_dir={tmp_path / 'run'}")
 
 
-def test_output_dir_logging_runtime_and_the_number_of_steps_are_not_another_run(config, folder):
+def test_output_dir_logging_runtime_attention_and_the_number_of_steps_are_not_another_run(config, folder):
     free = ("output_dir=elsewhere", "logging.every=7", "runtime.allow_cpu=false", "train.max_steps=100")
+    free += ("backbone.attention=plain",)
     assert differences(config, run_config(folder, *free)) == []
     assert len(differences(config, run_config(folder, "train.num_epochs=2", "eval.limit=3"))) == 2
 

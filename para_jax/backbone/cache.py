@@ -3,11 +3,14 @@ over it."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .attention import mixed_values, within
+from .cache_blocks import has_blocks, values_in_blocks
 
 
 def attend_cached(
@@ -15,16 +18,33 @@ def attend_cached(
 ):
     """Attention of one new token a row, at position length[row], to the cache; keeps the cache with that token written.
 
-    A row whose cache is full writes nothing.
+    A row whose cache is full writes nothing. A TPU reads a cache of several blocks up to its longest row; other devices
+    read all of it (see cache_blocks).
     """
-    distance = length[:, None] - jnp.arange(cache[0].shape[2])
-    mask = ((distance >= 0) & within(distance, window))[:, None, :]
 
     def attend(q, k, v, scale, cap):
         keys, values = (written(held, new[:, 0], length) for held, new in zip(cache, (k, v), strict=True))
-        return mixed_values(q, keys, values, mask, scale, cap), (keys, values)
+        reads = (values_in_blocks if has_blocks(keys.shape[2]) else whole_values, whole_values)
+        blocks, whole = (partial(read, window=window, scale=scale, cap=cap) for read in reads)
+        mixed = jax.lax.platform_dependent(q, keys, values, length, tpu=blocks, default=whole)
+        return mixed, (keys, values)
 
     return attend
+
+
+def whole_values(
+    q: Float[Array, "b 1 h e"],
+    keys: Float[Array, "b k max e"],
+    values: Float[Array, "b k max e"],
+    length: Int[Array, " b"],
+    window: int | None,
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "b 1 h e"]:
+    """The mixed values of a new token at position length[row], from all of the cache."""
+    distance = length[:, None] - jnp.arange(keys.shape[2])
+    mask = ((distance >= 0) & within(distance, window))[:, None, :]
+    return mixed_values(q, keys, values, mask, scale, cap)
 
 
 def attend_prefix(

@@ -14,21 +14,26 @@ from jaxtyping import Array, Bool, Float, Int
 from ..config import ModelConfig
 from ..sharding import partition
 from .attention import causal_mask, mixed_values
+from .kernel_choice import AUTO, LANES, AttentionChoice, attention_kernel
 
-LANES = 128  # splash attention takes lengths in multiples of this; others are padded
 BLOCK = 512  # tokens of its blocks, at most
 
 
 def self_attention(
-    config: ModelConfig, dtype, length: int, segment: Int[Array, "batch length"] | None = None
+    config: ModelConfig,
+    dtype,
+    length: int,
+    segment: Int[Array, "batch length"] | None = None,
+    choice: AttentionChoice = AUTO,
 ) -> dict[int | None, Callable]:
     """{window: attend} for the kinds of layers, where attend(q, k, v, scale, cap) gives the mixed values and keeps keys
     and values [batch, kv_heads, length, head_dim].
 
     Args:
         segment: of packed rows; a token sees those of its own segment only.
+        choice: of the model.
     """
-    name, _ = attention_kernel(config, length, dtype, platform())
+    name, _ = attention_kernel(config, length, dtype, platform(), choice, packed=segment is not None)
     windows = dict.fromkeys(kind.window for kind in config.kinds)
     return {window: KERNELS[name](length, window, segment) for window in windows}
 
@@ -37,23 +42,6 @@ def platform() -> str:
     """What is compiled for: the devices of the current mesh (they may be another machine's), else this process's."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty or not mesh.abstract_device else mesh.abstract_device.platform
-
-
-def attention_kernel(config: ModelConfig, length: int, dtype, platform: str) -> tuple[str, str]:
-    """The name of the kernel for sequences of this length, and why it is that one."""
-    if platform == "tpu":
-        if length < LANES:
-            return "plain", f"rows of {length} tokens are shorter than {LANES}"
-        return "splash", "on a TPU"
-    if platform == "gpu":
-        if config.attention_softcap is not None:
-            return "plain", "cuDNN has no soft cap"
-        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-            return "plain", f"cuDNN does not take {jnp.dtype(dtype)}"
-        if config.head_dim % 8 or config.head_dim > 128:
-            return "plain", f"cuDNN takes heads of a multiple of 8 and at most 128, not {config.head_dim}"
-        return "cudnn", "on a GPU"
-    return "plain", f"on a {platform.upper()}"
 
 
 def plain(length: int, window: int | None, segment: Int[Array, "batch length"] | None) -> Callable:

@@ -17,6 +17,8 @@ from ..hub import resolve_backbone, resolve_config
 from ..sharding import tree_shardings
 from ..untrusted import read_json
 from .families import model_config
+from .kernel_choice import asked_for
+from .kernel_trial import choose_attention
 from .known import KNOWN_CONFIGS
 from .quantize import quantised
 from .safetensors import Safetensors
@@ -37,7 +39,13 @@ def load_model_config(source: str | Path) -> ModelConfig:
 
 
 def load_backbone(
-    source: str | Path, *, dtype=None, mesh=None, layout: str = "layers", quantize: str | None = None
+    source: str | Path,
+    *,
+    dtype=None,
+    mesh=None,
+    layout: str = "layers",
+    quantize: str | None = None,
+    attention: str = "auto",
 ) -> Transformer:
     """A frozen backbone with its weights.
 
@@ -49,6 +57,8 @@ def load_backbone(
             devices hold, and must call this function.
         layout: "layers" for decoding, "stacked" for training.
         quantize: "int8" keeps the kernels of the linears in a byte a weight.
+        attention: the kernel for whole sequences: "auto", "plain", "splash" (TPU) or "cudnn" (GPU). On an accelerator
+            the kernel is tried on small rows first; "auto" uses plain attention where it fails, and says so on stderr.
 
     Raises ValueError, in a line or two, for what can't be found, is not supported, or is not whole.
     """
@@ -62,22 +72,29 @@ def load_backbone(
         warnings.warn(
             "a bfloat16 backbone on a CPU is slower than a float32 one, and XLA widens its weights", stacklevel=2
         )
+    choice = choose_attention(attention, config, dtype, mesh)
     paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_backbone(config, dtype, mesh, "layers", quantize))
     wanted = {parameter_name(path): leaf for path, leaf in paths}
     shardings = None if mesh is None else {name: leaf.sharding for name, leaf in wanted.items()}
     loaded = load_parameters(config, weights, dtype, shardings, quantize)
     model = jax.tree.unflatten(treedef, [loaded.pop(name) for name in wanted])
-    model.fingerprint = fingerprint(weights)
+    model.fingerprint, model.attention = fingerprint(weights), choice
     return model.with_layout(layout)
 
 
 def abstract_backbone(
-    config: ModelConfig, dtype, mesh=None, layout: str = "stacked", quantize: str | None = None
+    config: ModelConfig,
+    dtype,
+    mesh=None,
+    layout: str = "stacked",
+    quantize: str | None = None,
+    attention: str = "auto",
 ) -> Transformer:
     """The Transformer that load_backbone gives, with a jax.ShapeDtypeStruct for each array, which with a mesh says how
     it is laid out. The mesh's devices need not be at hand."""
     require(quantize in (None, "int8"), "quantize", quantize, "int8, or None")
     model = traced(config)
+    model.attention = asked_for(attention)
     model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), model)
     if quantize:
         model = jax.eval_shape(quantised, model)

@@ -14,6 +14,7 @@ from ..config import LayerKind, ModelConfig
 from ..sharding import constrain, gathered
 from .attention import Attention
 from .feedforward import FeedForward
+from .kernel_choice import AttentionChoice
 from .layers import Identity, RMSNorm, normal, softcap
 
 
@@ -61,6 +62,7 @@ class Transformer(nnx.Module):
         )
         self.config = config
         self.layout = "layers"
+        self.attention = AttentionChoice()
         self.fingerprint: str | None = None
 
     @property

@@ -94,10 +94,10 @@ class ParaLM(TokenLM):
         Args:
             backbone, adapter: as para-jax generate takes them, adapter None is the base model; `hf`'s names, pretrained
                 and peft, are taken too.
-            options: dtype, quantize, batch_size (rows, default 8), max_length (tokens a row where something is written,
-                default 2048), cache, seed, allow_cpu.
+            options: dtype, quantize, attention, batch_size (rows, default 8), max_length (tokens a row where something
+                is written, default 2048), cache, seed, allow_cpu.
         """
-        known = "dtype quantize batch_size max_batch_size device max_length cache seed allow_cpu".split()
+        known = "dtype quantize attention batch_size max_batch_size device max_length cache seed allow_cpu".split()
         backbone, adapter = options.pop("pretrained", backbone), options.pop("peft", adapter)
         given = {name: value for name, value in options.items() if value is not None}
         other = [name for name in given if name not in known]
@@ -109,7 +109,8 @@ class ParaLM(TokenLM):
         )
         devices.start(RuntimeSection(allow_cpu=bool(given.get("allow_cpu", False))))
         backbone, cache = str(backbone), str(given.get("cache") or "")
-        model = load_backbone(backbone, dtype=given.get("dtype"), quantize=given.get("quantize"))
+        attention = str(given.get("attention", "auto"))
+        model = load_backbone(backbone, dtype=given.get("dtype"), quantize=given.get("quantize"), attention=attention)
         bank, tenant = None, None
         if adapter is not None:
             tenant = str(adapter)

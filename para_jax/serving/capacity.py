@@ -7,6 +7,7 @@ import os
 import jax
 
 from ..adapters.bank import AdapterBank
+from ..backbone.kernel_choice import describe_decode
 from ..model import DecodeState
 
 #: Prefilled prompts that are kept for the next request with the same adapter and prompt.
@@ -27,6 +28,7 @@ def capacity(bank: AdapterBank | None, row: DecodeState, slots: int, max_length:
     if free is not None:
         fit = max(free // a_row - KEPT, 0)
         text += f"; {fit} such rows fit into the {free / 1e9:.1f} GB that are free, next to the kept prompts"
+    text += f"; decode attention: {describe_decode(jax.default_backend())}"
     if bank is not None:
         text += f"; methods that may join: {', '.join(bank.methods)}"
     return text

@@ -131,8 +131,7 @@ class Engine:
             for bucket in self._buckets:
                 logits, row = self._prefill([0] * min(bucket, self.max_length - 1), None)
                 self._slots, _ = insert(self._slots, 0, logits, row, sampling)
-            every = row_sampling([None] * self.slots)
-            self._slots, tokens = steps(self._treedef, self._leaves, self._slots, every, STEPS)
+            tokens = self._decode([None] * self.slots)
             jax.block_until_ready(tokens)
             self._broken = False
 
@@ -241,8 +240,7 @@ class Engine:
             first = self._fill()
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
             if active:
-                sampling = row_sampling([sample.sampling if sample else None for sample in self._rows])
-                self._slots, tokens = steps(self._treedef, self._leaves, self._slots, sampling, STEPS)
+                tokens = self._decode([sample.sampling if sample else None for sample in self._rows])
                 first, tokens = jax.device_get((first, tokens))
                 for slot, sample in active:
                     self._extend(sample, [*(int(token[0]) for token in first.get(slot, [])), *tokens[:, slot].tolist()])
@@ -251,6 +249,12 @@ class Engine:
                 self._broken = False
                 self._rounds += 1
                 self._news.notify_all()
+
+    def _decode(self, rows: list[tuple | None]) -> jax.Array:
+        """The next tokens of all slots, from how each row is sampled; None is a row without a sample."""
+        live = np.array([row is not None for row in rows])
+        self._slots, tokens = steps(self._treedef, self._leaves, self._slots, row_sampling(rows), live, STEPS)
+        return tokens
 
     def _begin(self) -> None:
         """Notes that the slots are in use, and makes them again if their last use was not ended."""

@@ -57,10 +57,15 @@ def insert(slots: Slots, slot, logits, row: DecodeState, sampling: Sampling) -> 
     return jax.tree.map(put, slots, Slots(row, token, jnp.ones(1, jnp.int32))), token
 
 
-@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def steps(treedef, leaves, slots: Slots, sampling: Sampling, count: int) -> tuple[Slots, jax.Array]:
+@partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
+def steps(treedef, leaves, slots: Slots, sampling: Sampling, live, count: int) -> tuple[Slots, jax.Array]:
     """Every slot `count` tokens further, in one dispatch, and the tokens [count, slots]; the model is passed flat, the
-    given slots are donated."""
+    given slots are donated.
+
+    Args:
+        live: bool [slots]. The others begin again at length 0, so that the cache is read up to the longest live row.
+    """
+    slots = slots._replace(state=slots.state._replace(length=jnp.where(live, slots.state.length, 0)))
 
     def one(slots: Slots, _):
         logits, state = decode_step(jax.tree.unflatten(treedef, leaves), slots.state, slots.token)

@@ -198,6 +198,14 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(tenants, lab, schedu
         assert plain(found[id]) == plain(known[key])
 
 
+def test_a_row_without_a_sample_does_not_make_the_cache_look_longer(model, bank):
+    engine = engine_of(model, bank)
+    engine.submit(Request(prompt(0, 25), "A", 3))
+    engine.submit(Request(prompt(1, 4), "B", 12))
+    answers(engine)
+    assert int(engine._slots.state.length.max()) <= 4 + 12 + STEPS
+
+
 def lab_content(bank, tenants, name):
     bank.replace("A", tenants[name])
     return bank.entry("A").content

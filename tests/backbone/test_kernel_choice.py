@@ -1,0 +1,160 @@
+"""The rules by which an attention kernel is chosen, the trial at start, and what a run says of both. No GPU is needed:
+platform and compute capability are given, and a kernel is put in cuDNN's place."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FIXTURES, backbone
+
+from para_jax import forward, load_backbone, make_mesh
+from para_jax.backbone import kernels
+from para_jax.backbone.kernel_choice import AttentionChoice, asked_for, attention_kernel, describe_attention
+from para_jax.backbone.kernel_trial import choose_attention
+
+H100, A100, T4 = (9, 0), (8, 0), (7, 5)
+CONFIG = backbone("gemma3_text").config  # windows in some layers
+
+
+@pytest.mark.parametrize(("family", "length", "dtype", "on", "capability", "name", "why"), [
+    ("llama", 128, "float32", "cpu", None, "plain", "on a CPU"),
+    ("llama", 128, "bfloat16", "tpu", None, "splash", "on a TPU"),
+    ("gemma2", 256, "bfloat16", "tpu", None, "splash", "on a TPU"),
+    ("llama", 120, "bfloat16", "tpu", None, "plain", "rows shorter than 128 tokens"),
+    ("llama", 120, "bfloat16", "gpu", A100, "cudnn", "on a GPU"),
+    ("llama", 120, "bfloat16", "gpu", T4, "plain", "compute capability 8.0, and this GPU has 7.5"),
+    ("llama", 120, "bfloat16", "gpu", None, "plain", "compute capability is known"),
+    ("gemma2", 128, "bfloat16", "gpu", H100, "plain", "cuDNN has no soft cap"),
+    ("llama", 128, "float32", "gpu", H100, "plain", "cuDNN does not take float32"),
+])  # fmt: skip
+def test_auto_chooses_by_device_capability_family_and_length(family, length, dtype, on, capability, name, why):
+    found = attention_kernel(backbone(family).config, length, dtype, on, capability=capability)
+    assert found[0] == name and found[1].endswith(why)
+
+
+@pytest.mark.parametrize(("head_dim", "capability", "name"), [
+    (128, A100, "cudnn"), (136, A100, "plain"), (256, A100, "plain"), (256, H100, "cudnn"), (264, H100, "plain"),
+    (100, H100, "plain"),
+])  # fmt: skip
+def test_cudnn_takes_the_heads_that_the_card_allows(head_dim, capability, name):
+    config = replace(backbone("llama").config, head_dim=head_dim)
+    assert attention_kernel(config, 128, "bfloat16", "gpu", capability=capability)[0] == name
+
+
+def test_cudnn_takes_packed_rows_of_even_length_only():
+    chosen = partial(attention_kernel, CONFIG, dtype="bfloat16", platform="gpu", capability=H100)
+    assert [chosen(length=length, packed=True)[0] for length in (128, 127)] == ["cudnn", "plain"]
+    assert chosen(length=127)[0] == "cudnn"
+
+
+@pytest.mark.parametrize(("name", "on", "capability", "says"), [
+    ("cudnn", "cpu", None, "cudnn.*CPU"), ("cudnn", "gpu", T4, "cudnn.*7.5"), ("splash", "cpu", None, "splash.*CPU"),
+    ("splash", "gpu", H100, "splash.*GPU"),
+])  # fmt: skip
+def test_a_kernel_that_was_asked_for_and_can_not_work_is_an_error(name, on, capability, says):
+    with pytest.raises(ValueError, match=f"backbone.attention={says}.*auto or plain"):
+        attention_kernel(CONFIG, 128, "bfloat16", on, asked_for(name), capability=capability)
+
+
+def test_what_was_asked_for_is_used_for_rows_of_any_length():
+    assert attention_kernel(CONFIG, 16, "bfloat16", "tpu", asked_for("splash"))[0] == "splash"
+    assert attention_kernel(CONFIG, 4096, "bfloat16", "tpu", asked_for("plain"))[0] == "plain"
+    with pytest.raises(ValueError, match="backbone.attention.*'flash'.*auto or plain or splash or cudnn"):
+        asked_for("flash")
+
+
+# ------------------------------------------------------------------------------------------------------------ the trial
+
+
+def fails_always(length, window, segment):
+    raise RuntimeError("No valid engine configs for Matmul_MUL_\nin cuda_dnn.cc(8382)")
+
+
+def fails_packed(length, window, segment):
+    return kernels.cudnn(length, window, segment, implementation="xla") if segment is None else fails_always(0, 0, 0)
+
+
+def fails_backward(length, window, segment):
+    @jax.custom_vjp
+    def mixed(q, k, v):
+        return kernels.plain(length, window, segment)(q, k, v, CONFIG.attention_scale, None)[0]
+
+    def backward(kept, gradient):
+        raise NotImplementedError("no backward pass for this head")
+
+    mixed.defvjp(lambda q, k, v: (mixed(q, k, v), None), backward)
+    return lambda q, k, v, scale, cap: (mixed(q, k, v), None)
+
+
+def sees_too_much(length, window, segment):
+    return kernels.plain(length, None, segment)
+
+
+def not_a_number(length, window, segment):
+    attend = kernels.plain(length, window, segment)
+    return lambda *given: (attend(*given)[0] * jnp.nan, None)
+
+
+def tried(monkeypatch, kernel, name="auto", mesh=None):
+    monkeypatch.setitem(kernels.KERNELS, "cudnn", kernel)
+    return choose_attention(name, CONFIG, jnp.bfloat16, mesh, platform="gpu", capability=H100)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+def test_a_kernel_that_passes_the_trial_stays(sizes, monkeypatch, capsys):
+    mesh = sizes and make_mesh(*sizes)
+    choice = tried(monkeypatch, partial(kernels.cudnn, implementation="xla"), mesh=mesh)
+    assert choice == AttentionChoice("auto") and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("kernel", "says"), [
+    (fails_always, "RuntimeError: No valid engine configs for Matmul_MUL_"),
+    (fails_backward, "NotImplementedError: no backward pass"),
+    (sees_too_much, "differ from plain"),
+    (not_a_number, "differ from plain attention's by nan"),
+])  # fmt: skip
+def test_a_kernel_that_fails_is_replaced_by_plain_with_one_line_that_says_why(kernel, says, monkeypatch, capsys):
+    choice = tried(monkeypatch, kernel)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cudnn" in said and says in said
+    found = attention_kernel(CONFIG, 128, "bfloat16", "gpu", choice, capability=H100)
+    assert found == ("plain", "cudnn failed a trial")
+    with pytest.raises(ValueError, match="backbone.attention=cudnn.*auto or plain"):
+        tried(monkeypatch, kernel, name="cudnn")
+
+
+def test_a_kernel_that_fails_with_packed_rows_alone_is_kept_for_the_others(monkeypatch, capsys):
+    choice = tried(monkeypatch, fails_packed)
+    assert capsys.readouterr().err.count("\n") == 1
+    chosen = partial(attention_kernel, CONFIG, 128, "bfloat16", "gpu", choice, capability=H100)
+    assert [chosen(packed=packed)[0] for packed in (False, True)] == ["cudnn", "plain"]
+
+
+def test_a_loaded_model_uses_the_kernel_that_it_carries(monkeypatch):
+    tokens = np.random.default_rng(0).integers(3, 200, (2, 24)).astype(np.int32)
+    model = load_backbone(FIXTURES / "llama", attention="plain")
+    assert model.attention == asked_for("plain") == model.with_layout("stacked").attention
+    model = load_backbone(FIXTURES / "llama")
+    expected = forward(model, None, tokens, None)
+    monkeypatch.setitem(kernels.KERNELS, "plain", fails_always)  # not traced again for the same choice
+    np.testing.assert_array_equal(forward(model, None, tokens, None), expected)
+    model.attention = asked_for("plain")
+    with pytest.raises(RuntimeError, match="No valid engine"):
+        forward(model, None, tokens, None)
+    with pytest.raises(ValueError, match="backbone.attention=splash"):
+        load_backbone(FIXTURES / "llama", attention="splash")
+
+
+# ------------------------------------------------------------------------------------------------------------- the line
+
+
+def test_a_run_names_the_kernels_of_training_evaluation_and_decoding():
+    said = describe_attention(CONFIG, "bfloat16", "tpu", AttentionChoice(), [256, 512])
+    assert "attention: splash (on a TPU); evaluation: plain (rows shorter than 128 tokens); splash" in said
+    assert "up to the longest row (on a TPU)" in said
+    assert describe_attention(CONFIG, "float32", "cpu", AttentionChoice(), [64]).startswith(
+        "attention: plain (on a CPU)"
+    )
