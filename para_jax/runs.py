@@ -23,7 +23,7 @@ from .adapters.files import load_adapter, save_adapter
 from .adapters.folder import mend_folder
 from .backbone.kernels import attention_kernel
 from .backbone.load import load_backbone, load_model_config
-from .config import ModelConfig, RunConfig, config_dict, require
+from .config import ModelConfig, RunConfig, config_dict, expanded, require
 from .data.batches import Batch, Bucket, Plan, collate, example_lengths, plan, plan_buckets
 from .data.examples import Example
 from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
@@ -36,6 +36,7 @@ from .model import init_adapter
 from .processes import arrays_of_first, by_each, by_first, gathered, is_first, require_same
 from .run_folder import FREE_FIELDS, claim_folder, locked_folder, run_digests
 from .sharding import make_mesh, place, rows_over
+from .storage import BucketPath
 from .topology import peak_rate
 from .training.checkpoint import (
     Progress,
@@ -59,7 +60,7 @@ class TrainResult(NamedTuple):
     best_score: float | None
     best_step: int
     step: int
-    output_dir: Path
+    output_dir: Path | BucketPath
 
 
 class Work(NamedTuple):
@@ -174,7 +175,7 @@ def fit(
     test: EvalTask | None = None,
 ) -> TrainResult:
     """The training loop, with a backbone that is loaded already. The folder must be claimed."""
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     say_attention(model, work.buckets, mesh)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         fresh = place(init_adapter(config.adapter, model.config, seed=config.seed), mesh, model.config)
@@ -212,7 +213,7 @@ def fit(
     return TrainResult(best, progress.best_score, progress.best_step, progress.step, folder)
 
 
-def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:
+def kept_adapter(folder: Path | BucketPath, model, last: Adapter) -> Adapter:
     """The run's best adapter, from the folder that the first process alone reads; as arrays of NumPy."""
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), last)
     return arrays_of_first(load_adapter(folder / "adapter", model.config, model=model) if is_first() else empty)
@@ -263,11 +264,13 @@ class Loop(NamedTuple):
                 last = last or self.out_of_patience(progress)
                 if saved < progress.step and (stopping or last or self.due("checkpoint", progress.step)):
                     done = self.log_values(done, bar)
+                    self.log.flush()
                     save_checkpoint(self.checkpoints, state, progress)
                     saved = progress.step
                 if stopping:
                     self.end_early(progress)
                 if last:
+                    self.log.flush()
                     by_first(lambda: finish_saving(self.checkpoints))
                     return state, progress
                 state, done = self.step(state, batches, progress.step + 1, done, compiled, bar)
@@ -319,6 +322,7 @@ class Loop(NamedTuple):
         return step > 0 and step % every[what] == 0
 
     def end_early(self, progress: Progress) -> NoReturn:
+        self.log.flush()
         stopped_at = f"step {progress.step} of {self.work.total_steps}"
         end_stopped(self.checkpoints, self.stop, self.log.folder, stopped_at)
 
@@ -354,7 +358,7 @@ class Loop(NamedTuple):
         return self.config.eval.patience is not None and progress.since_best >= self.config.eval.patience
 
 
-def end_stopped(checkpoints, stop: StopSignal, folder: Path, where: str) -> NoReturn:
+def end_stopped(checkpoints, stop: StopSignal, folder: Path | BucketPath, where: str) -> NoReturn:
     """Ends a run that was told to stop, when everything is written, and says where it stands and how to go on."""
     by_first(lambda: finish_saving(checkpoints))
     devices.say(
@@ -365,7 +369,7 @@ def end_stopped(checkpoints, stop: StopSignal, folder: Path, where: str) -> NoRe
 
 def card_lines(config: RunConfig, steps: int, found: Score | None) -> list[str]:
     """What an adapter's model card says of its training and its validation score."""
-    card = [f"Trained for {steps} steps on {Path(config.data.train or '').name}."]
+    card = [f"Trained for {steps} steps on {expanded(config.data.train or '').name}."]
     if config.backbone.quantize:
         card.append(f"The backbone's weights were {config.backbone.quantize} during training.")
     if found:

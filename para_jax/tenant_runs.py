@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from .adapters.files import save_adapter
 from .adapters.folder import mend_folder
 from .adapters.rows import Stack
 from .backbone.load import load_backbone, load_model_config
-from .config import RunConfig, config_dict, require, save_config
+from .config import RunConfig, config_dict, expanded, require, save_config
 from .data.batches import Bucket, example_lengths, for_mixed_rows, plan, plan_buckets
 from .data.reader import read
 from .data.sources import Encoded, encode_records, load_records
@@ -50,6 +51,7 @@ from .runs import (
     statistics_batches,
 )
 from .sharding import make_mesh, rows_over, tenant_axes
+from .storage import BucketPath
 from .topology import peak_rate
 from .training.checkpoint import (
     Progress,
@@ -60,7 +62,7 @@ from .training.checkpoint import (
     save_checkpoint,
 )
 from .training.log import Done, Log, drop_rows
-from .training.metrics_file import append_row, read_metrics, write_metrics
+from .training.metrics_file import Rows, is_log, read_metrics, write_metrics
 from .training.optimizer import warmup_steps
 from .training.profiler import Profiler
 from .training.step import standardise
@@ -76,6 +78,9 @@ from .training.tenants import (
     tenants_step,
 )
 from .training.tenants_file import add_entry, read_entries, write_entries
+
+#: Tenants' files that are written at once.
+AT_ONCE = 16
 
 
 class Tenant(NamedTuple):
@@ -218,7 +223,7 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
     return {
         name: replace(
             own,
-            output_dir=str(Path(config.output_dir) / name),
+            output_dir=str(expanded(config.output_dir) / name),
             train=replace(own.train, per_device_batch_size=rows, rows_per_tenant=rows),
         )
         for name, own in made.items()
@@ -241,7 +246,7 @@ def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
 def claim_tenants(config: RunConfig, tenants: list[Tenant]) -> None:
     """Makes the output folder and each tenant's in it; a folder that holds another run, or one of other tenants, is
     refused."""
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     held = {path.parent.name for path in folder.glob("*/config.yaml")}
     others = sorted(held ^ {tenant.name for tenant in tenants})
     if held - {tenant.name for tenant in tenants} or (others and any(folder.glob("checkpoints/*"))):
@@ -251,7 +256,7 @@ def claim_tenants(config: RunConfig, tenants: list[Tenant]) -> None:
         )
     claim_folder(config)
     for tenant in tenants:
-        folder = Path(tenant.config.output_dir)
+        folder = expanded(tenant.config.output_dir)
         folder.mkdir(exist_ok=True)
         delete_leftovers(folder)
         save_config(tenant.config, folder / "config.yaml")
@@ -264,7 +269,7 @@ def fit_tenants(
     config: RunConfig, model, tokenizer, tenants: list[Tenant], buckets: tuple[Bucket, ...], mesh
 ) -> TenantsResult:
     """The training loop, with a backbone that is loaded already. The folders must be claimed."""
-    folder, layout = Path(config.output_dir), lay_out(config, len(tenants), mesh)
+    folder, layout = expanded(config.output_dir), lay_out(config, len(tenants), mesh)
     say_attention(model, buckets, mesh)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         state = empty_state(config, model, layout.slots, mesh)
@@ -280,8 +285,9 @@ def fit_tenants(
         with closing(log), closing(profiler), stop_signals() as stop:
             validation = Tasks(model, tokenizer, [t.validation for t in tenants], config.eval.limit)
             test = Tasks(model, tokenizer, [t.test for t in tenants])
+            logs = [tenant_rows(t) for t in tenants]
             shared = model, tenants, buckets, layout, validation, test
-            loop = TenantsLoop(config, *shared, checkpoints, log, profiler, stop)
+            loop = TenantsLoop(config, *shared, checkpoints, log, profiler, stop, logs)
             try:
                 if not restored:
                     standing = loop.test_backbone(state, standing)
@@ -290,6 +296,12 @@ def fit_tenants(
                 loop.end_early(standing)
         entries = by_first(lambda: read_entries(folder))
     return TenantsResult({t.name: entries[t.name] for t in tenants}, folder)
+
+
+def tenant_rows(tenant: Tenant) -> Rows:
+    """Adds to a tenant's metrics.jsonl. In a bucket only with each checkpoint: there each write takes a while."""
+    file = expanded(tenant.config.output_dir) / "metrics.jsonl"
+    return Rows(file, math.inf if isinstance(file, BucketPath) else None)
 
 
 def empty_state(config: RunConfig, model, slots: int, mesh) -> TenantsState:
@@ -327,7 +339,7 @@ def require_same_tenants(standing: Standing, tenants: list[Tenant], slots: int) 
 def mend_tenants(standing: Standing, tenants: list[Tenant], folder: Path, resumed: bool) -> None:
     """Puts the tenants' folders into the state of the checkpoint that the run goes on from."""
     for i, tenant in enumerate(tenants):
-        own = Path(tenant.config.output_dir)
+        own = expanded(tenant.config.output_dir)
         mend_folder(own / "adapter")
         where = Progress(standing.steps[i], None, 0, 0, standing.evaluated[i])
         ended = standing.ended[i] is not None
@@ -343,7 +355,7 @@ def mend_tenants(standing: Standing, tenants: list[Tenant], folder: Path, resume
 def drop_unsure(standing: Standing, file: Path) -> None:
     """Takes the scores of the last step out of the run's log that will be measured again."""
     again = {name for i, name in enumerate(standing.names) if standing.evaluated[i] < standing.steps[i]}
-    if again and file.exists():
+    if again and is_log(file):
         kept = [
             row
             for row in read_metrics(file)
@@ -366,6 +378,8 @@ class TenantsLoop(NamedTuple):
     log: Log
     profiler: Profiler
     stop: StopSignal
+    rows: list[Rows]
+    """each tenant's metrics.jsonl"""
 
     def run(self, state: TenantsState, standing: Standing) -> None:
         """Steps until every tenant has ended; each step's values are read when the next step is under way.
@@ -403,11 +417,13 @@ class TenantsLoop(NamedTuple):
                     every = self.config.checkpoint.every or self.config.eval.every
                     if saved < standing.step and (stopping or last or standing.step % every == 0):
                         standing, pending = self.read(pending, standing, bar), None
+                        self.flush()
                         save_checkpoint(self.checkpoints, state, standing)
                         saved = standing.step
                     if stopping:
                         self.end_early(standing)
                     if last:
+                        self.flush()
                         by_first(lambda: finish_saving(self.checkpoints))
                         return
                     state, standing = self.admit(state, standing)
@@ -517,10 +533,17 @@ class TenantsLoop(NamedTuple):
     def write(self, tenant: int, step: int, values: dict[str, float], *, every: int = 1) -> None:
         """Adds values of a tenant's own step to its metrics.jsonl."""
         if is_first() and step % every == 0:
-            append_row(self.folder(tenant) / "metrics.jsonl", step, values)
+            self.rows[tenant].add(step, values)
+
+    def flush(self) -> None:
+        """Writes the rows that the logs keep back; see `Log.flush`."""
+        self.log.flush()
+        if is_first():
+            with self.log.errors_named(), ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(Rows.flush, self.rows))
 
     def folder(self, tenant: int) -> Path:
-        return Path(self.tenants[tenant].config.output_dir)
+        return expanded(self.tenants[tenant].config.output_dir)
 
     # ---------------------------------------------------------------------------------------------- scores and endings
 
@@ -616,6 +639,9 @@ class TenantsLoop(NamedTuple):
         best = standing.best_score[tenant]
         said = "" if best is None else f", best validation score {best:.4f} at step {standing.best_step[tenant]}"
         devices.say(f"{own.name}: {steps} steps{said} ({why}; {ended} of {len(self.tenants)} tenants have ended)")
+        if is_first():
+            with self.log.errors_named():
+                self.rows[tenant].flush()
         slots = [-1 if held == tenant else held for held in standing.slots]
         return standing.changed(tenant, ended=why)._replace(slots=slots)
 
@@ -626,9 +652,11 @@ class TenantsLoop(NamedTuple):
         for tenant, score in found.items():
             self.write(tenant, 0, scores("test_before", score))
             standing = standing.changed(tenant, test_before=score.score)
+        self.flush()
         return standing
 
     def end_early(self, standing: Standing) -> NoReturn:
+        self.flush()
         ended = f"{sum(standing.over)} of {len(self.tenants)} tenants ended"
         end_stopped(self.checkpoints, self.stop, self.log.folder, f"step {standing.step}, with {ended}")
 

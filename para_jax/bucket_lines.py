@@ -1,0 +1,40 @@
+"""A file of lines in a bucket that one process adds to, a piece every few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from .bucket_lock import held
+from .pieces import Appender
+from .storage import BucketPath
+
+#: The longest that lines are kept back, in seconds, if others follow, and the most bytes of them.
+SECONDS, MOST = 10.0, 2**20
+
+
+class BucketLines:
+    """The file, locked until `close`. A kill loses the lines since the last `flush`."""
+
+    def __init__(self, file: BucketPath, say: Callable[[str], None]):
+        """Raises ValueError if another process writes the file."""
+        self.held = ExitStack()
+        self.held.enter_context(held(file / ".lock", say))
+        self.appender, self.waiting, self.flushed = Appender(file), bytearray(), time.monotonic()
+
+    def add(self, data: bytes) -> None:
+        """Adds whole lines."""
+        self.waiting += data
+        if len(self.waiting) > MOST or time.monotonic() > self.flushed + SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was added; it outlives a kill when this returns."""
+        if self.waiting:
+            self.appender.add(bytes(self.waiting))
+        self.waiting, self.flushed = bytearray(), time.monotonic()
+
+    def close(self) -> None:
+        with self.held:
+            self.flush()
