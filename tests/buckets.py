@@ -3,9 +3,13 @@
 `start()` runs it in this process; processes that are started here find it by `environment(port)`.
 """
 
+import http.server
 import logging
-import socket
+import sys
+import threading
+import time
 from http import HTTPStatus
+from types import SimpleNamespace
 
 BUCKET = "para-jax"
 
@@ -18,13 +22,23 @@ def start():
     server.Router.handle = with_preconditions(server.Router.handle)
     read = server._read_data
     server._read_data = lambda handler, query: b"" if (data := read(handler, query)) is None else data  # empty objects
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = server.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
+    server.server = SimpleNamespace(HTTPServer=Threads, BaseHTTPRequestHandler=http.server.BaseHTTPRequestHandler)
+    running = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET)
     running.start()
-    running._api._httpd.handle_error = lambda *_: None  # of a client that was killed
-    return running, port
+    while running._api._httpd is None:
+        time.sleep(0.001)
+    return running, running._api._httpd.server_address[1]
+
+
+class Threads(http.server.ThreadingHTTPServer):
+    """A thread a connection: the emulator's own server waits for one that says nothing, while the others wait for it."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):  # of a client that was killed
+            super().handle_error(request, client_address)
 
 
 def environment(port: int) -> dict[str, str]:
@@ -39,8 +53,9 @@ def environment(port: int) -> dict[str, str]:
 
 
 def with_preconditions(handle):
-    """The service's ifGenerationMatch, for writes and deletes, and `generation` of reads. The server has one thread, so
+    """The service's ifGenerationMatch, for writes and deletes, and `generation` of reads; one request at a time, so that
     nothing comes between."""
+    alone = threading.RLock()
 
     def handling(router, method):
         from gcp_storage_emulator.server import Request, Response
@@ -57,7 +72,11 @@ def with_preconditions(handle):
             return response.close()
         return handle(router, method)
 
-    return handling
+    def one_at_a_time(router, method):
+        with alone:
+            return handling(router, method)
+
+    return one_at_a_time
 
 
 def generation(storage, request) -> str:

@@ -107,7 +107,7 @@ def test_what_lies_in_a_bucket_is_evaluated_described_plotted_and_answers_a_job(
     run, model = there / "done", ["--backbone", f"{there}/backbone", "--allow-cpu", "--no-compilation-cache"]
     train(load_config(there / "one.yaml", [f"output_dir={run}", "train.max_steps=2", "logging.report_to=[]"]))
     (there / "in.jsonl").write_bytes(b"".join(b'{"prompt": "w20 w3%d"}\n' % i for i in range(3)))
-    job = ["--input", f"{there}/in.jsonl", "--output", f"{there}/out.jsonl", "--max-new-tokens", "3"]
+    job = ["--input", f"{there}/in.jsonl", "--output", f"{there}/out.jsonl", "--max-new-tokens", "3", "--max-length", "64"]
     many = ["--tasks", f"{there}/data:loss", "--output", f"{there}/scores", "--limit", "4", "--rows", "8"]
     for _ in range(2):  # the second time all is answered already
         assert cli.main(["evaluate", str(run / "config.yaml"), "--adapter", f"{run}/adapter", "--limit", "4"]) == 0
