@@ -1,7 +1,7 @@
 """A folder of a few files in a bucket that is replaced whole, although each object is replaced for itself.
 
 FOLDER/{the files, para_jax_manifest.json}. The manifest names the files' sha256. A new version is written next to them
-first, as FOLDER/versions/DIGEST/*; then the manifest, with which it is in force; then each file under its own name; then
+first, as FOLDER/versions/DIGEST/*; then the manifest, which puts it in force; then each file under its own name, and
 versions/ is deleted. A reader takes the files that the manifest names, wherever they lie at that moment, and never some
 of one version and some of another. A folder without a manifest, copied there by other means, is read as it is.
 """
@@ -69,7 +69,7 @@ def read_folder(folder: BucketPath, names: list[str], most: int) -> dict[str, by
         if all(data is not None for data in found.values()):
             return found  # pyright: ignore[reportReturnType]
     raise ValueError(
-        f"{folder}: its files are not those that {MANIFEST} names. It is being replaced, or was changed by other means: "
+        f"{folder}: its files are not those that {MANIFEST} names. It is being replaced, or was changed otherwise; "
         f"save it again, or delete {MANIFEST} if the files belong together"
     )
 
@@ -124,8 +124,8 @@ def require_whole(folder: Path) -> None:
                 if hashlib.file_digest(stream, "sha256").hexdigest() == expected:
                     continue
             raise ValueError(
-                f"{folder / name}: not the file that {MANIFEST} names: it was copied while the adapter was being saved, "
-                f"or changed. Copy the folder again, or delete {MANIFEST} if the files belong together"
+                f"{folder / name}: not the file that {MANIFEST} names: it was copied while the adapter was saved, or "
+                f"changed. Copy the folder again, or delete {MANIFEST} if the files belong together"
             )
 
 

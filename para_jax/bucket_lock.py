@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from .storage import LOST, BucketPath
+from .storage import DEADLINES, BucketPath
 
 #: Seconds after which a lock that was not renewed is dead, and between two renewals.
 LEASE, RENEW = 60.0, 15.0
@@ -32,26 +32,29 @@ def held(file: BucketPath, say: Callable[[str], None]) -> Iterator[None]:
     in it, raises OSError.
     """
     content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}).encode()
-    generation = acquired(file, content, say)
+    generation, DEADLINES[file.parent] = acquired(file, content, say)
     ended = threading.Event()
     renewal = Renewal(file, content, generation, ended)
     thread = threading.Thread(target=renewal.run, daemon=True, name="bucket lock")
     thread.start()
     try:
         yield
-        file._require_held()
+        file.require_held()
     finally:
         ended.set()
         thread.join()
-        if file.parent in LOST:
-            LOST.discard(file.parent)
-        else:
-            with suppress(OSError):  # it dies by itself
-                file.unlink(generation=renewal.generation)
+        del DEADLINES[file.parent]
+        with suppress(OSError):  # of another owner by now; or it dies by itself
+            file.unlink(generation=renewal.generation)
 
 
-def acquired(file: BucketPath, content: bytes, say: Callable[[str], None]) -> int:
-    """The generation of the lock that this process now has."""
+def deadline() -> float:
+    """Until when a lock that is written now is good, on this host's clock: less than LEASE, for it must be sure."""
+    return time.monotonic() + LEASE - RENEW
+
+
+def acquired(file: BucketPath, content: bytes, say: Callable[[str], None]) -> tuple[int, float]:
+    """The generation of the lock that this process now has, and its deadline."""
     before: int | None = None
     while True:
         try:
@@ -59,20 +62,25 @@ def acquired(file: BucketPath, content: bytes, say: Callable[[str], None]) -> in
         except FileNotFoundError:
             found = None
         if found and before not in (None, found.generation):  # somebody renews it, or was faster
-            raise ValueError(f"{file.parent}: another process is writing it ({owner(file)}); wait until it ends, or "
-                             "choose another one")
+            raise ValueError(
+                f"{file.parent}: another process is writing it ({owner(file)}); wait until it ends, or "
+                "choose another one"
+            )
         if found and found.age < LEASE:
             if before is None:
-                say(f"{file.parent}: locked by {owner(file)}, {found.age:.0f} s ago. Waiting up to "
-                    f"{LEASE - found.age:.0f} s, in case it was killed")
+                say(
+                    f"{file.parent}: locked by {owner(file)}, {found.age:.0f} s ago. Waiting up to "
+                    f"{LEASE - found.age:.0f} s, in case it was killed"
+                )
             before = found.generation
             time.sleep(min(1.0, LEASE / 10))
             continue
+        until = deadline()
         with suppress(FileExistsError):
-            return file.write_bytes(content, generation=found.generation if found else 0)
+            return file.write_bytes(content, generation=found.generation if found else 0), until
         with suppress(OSError):  # a request that was sent twice, of which the first got through
             if file.read_bytes() == content:
-                return file.stat().generation
+                return file.stat().generation, until
         before = -1  # whoever was faster holds it now
 
 
@@ -87,28 +95,23 @@ def owner(file: BucketPath) -> str:
 
 
 class Renewal:
-    """Writes the lock again until `ended`; where it can't for LEASE seconds, or it is somebody else's, the folder is
-    lost."""
+    """Writes the lock again until `ended`, or until it is somebody else's."""
 
     def __init__(self, file: BucketPath, content: bytes, generation: int, ended: threading.Event):
         self.file, self.content, self.generation, self.ended = file, content, generation, ended
 
     def run(self) -> None:
-        renewed = time.monotonic()
         while not self.ended.wait(RENEW):
-            begun = time.monotonic()
+            until = deadline()
             try:
                 self.generation = self.file.write_bytes(self.content, generation=self.generation)
-                renewed = begun
             except FileExistsError:
                 if not self.still_mine():
-                    LOST.add(self.file.parent)
+                    DEADLINES[self.file.parent] = 0.0
                     return
-                renewed = begun
-            except OSError:
-                if time.monotonic() - renewed > LEASE - RENEW:
-                    LOST.add(self.file.parent)
-                    return
+            except OSError:  # it is tried again, until the deadline
+                continue
+            DEADLINES[self.file.parent] = until
 
     def still_mine(self) -> bool:
         """Whether the object is what this process wrote, in a request that was sent twice."""

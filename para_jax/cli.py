@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from .config import printable, shorten
-from .storage import BucketPath, address
+from .storage import BucketPath, Place, address
 
 LONGEST_LINE, LONGEST_ERROR = 4000, 1900  # characters of a report's line, and of an error's, which has two at most
 BASE = "base"  # the tenant that is the base model
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
 
-def place(text: str) -> Path | BucketPath:
+def place(text: str) -> Place:
     """A path, also one in a bucket, of an argument."""
     try:
         return address(text) or Path(text)
@@ -467,7 +467,7 @@ def run_generate(options) -> int | None:
         return run_requests(options, *loaded(options, sources), tenants=tenants, answers=answers)
 
 
-def check_input(source: Path | BucketPath) -> None:
+def check_input(source: Place) -> None:
     """Raises ValueError, before anything is loaded, if there is nothing to answer. A pipe is not touched."""
     from .serving.answers import MAX_LINE, bounded_lines
 

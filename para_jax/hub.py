@@ -20,7 +20,7 @@ from pathlib import Path
 from .atomic import set_aside
 from .bucket_cache import fetched_adapter, fetched_file, fetched_files
 from .config import expanded, printable
-from .storage import BucketPath
+from .storage import BucketPath, Place
 
 CONFIG_FILES = ["config.json", "generation_config.json"]
 TOKENIZER_FILES = [
@@ -78,7 +78,7 @@ def resolve_tokenizer(source: str | Path) -> Path:
     return resolve(source, CONFIG_FILES + TOKENIZER_FILES)
 
 
-def resolve_adapter(source: str | Path) -> Path:
+def resolve_adapter(source: str | Place) -> Path:
     """A local folder with adapter_config.json; fetches it where `source` is a hub id or lies in a bucket."""
     path = expanded(source)
     if isinstance(path, BucketPath):

@@ -1,7 +1,7 @@
 """A file of lines in a bucket. An object can't be added to, so the lines lie in pieces: FILE/0001-000000.jsonl, ...
 
-The first number counts how often the file was written anew: only the pieces with the highest one count, so that one
-write replaces them all. The second is the place of the piece in the file. An object of the file's own name is read where
+The first number counts how often the file was replaced. Only the pieces with the highest one count, so that one write
+replaces them all. The second is the place of the piece in the file. An object of the file's own name is read if
 there are no pieces.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .storage import BLOCK, BucketPath
 
@@ -44,7 +44,7 @@ class Chain(io.RawIOBase):
     """The bytes of several objects, one after the other."""
 
     def __init__(self, paths: list[BucketPath]):
-        self.streams: Iterator[BinaryIO] = (path.open("rb") for path in paths)
+        self.streams: Iterator[Any] = (path.open("rb") for path in paths)
         self.stream = next(self.streams, None)
 
     def readable(self) -> bool:

@@ -19,7 +19,7 @@ from .bucket_lock import held
 from .config import RunConfig, config_dict, expanded, load_config, save_config
 from .data.examples import Example
 from .evaluation.evaluate import EvalTask
-from .storage import BucketPath
+from .storage import BucketPath, Place
 
 #: A folder holds the same run although these differ.
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
@@ -58,7 +58,7 @@ def locked_folder(config: RunConfig) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path | BucketPath) -> Iterator[None]:
+def locked(folder: Place) -> Iterator[None]:
     if isinstance(folder, BucketPath):
         with held(folder / LOCK, devices.say):
             yield
@@ -74,9 +74,9 @@ def locked(folder: Path | BucketPath) -> Iterator[None]:
         yield
 
 
-def require_renames(folder: Path | BucketPath) -> None:
-    """Raises ValueError for a folder in which no folder can be renamed. Checkpoints and adapters get their names so, and
-    a run would first hear of it when it has something to save. In a bucket nothing is renamed."""
+def require_renames(folder: Place) -> None:
+    """Raises ValueError for a folder in which no folder can be renamed. Checkpoints and adapters get their names so. A
+    run would fail only when it has something to save. In a bucket nothing is renamed."""
     if isinstance(folder, BucketPath):
         return
     before = atomic.temporary_name(folder / TRIAL)
@@ -96,12 +96,12 @@ def require_renames(folder: Path | BucketPath) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def trials_left(folder: Path | BucketPath) -> list[Path]:
+def trials_left(folder: Place) -> list[Path]:
     """What a kill left of `require_renames`."""
     return [*atomic.folders_left(folder / TRIAL), *atomic.folders_left(folder / TRIAL, RENAMED)]
 
 
-def delete_leftovers(folder: Path | BucketPath) -> None:
+def delete_leftovers(folder: Place) -> None:
     """Deletes the temporary files that killed writes left."""
     for left in trials_left(folder):
         shutil.rmtree(left, ignore_errors=True)

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -36,7 +35,7 @@ from .model import init_adapter
 from .processes import arrays_of_first, by_each, by_first, gathered, is_first, require_same
 from .run_folder import FREE_FIELDS, claim_folder, locked_folder, run_digests
 from .sharding import make_mesh, place, rows_over
-from .storage import BucketPath
+from .storage import Place
 from .topology import peak_rate
 from .training.checkpoint import (
     Progress,
@@ -60,7 +59,7 @@ class TrainResult(NamedTuple):
     best_score: float | None
     best_step: int
     step: int
-    output_dir: Path | BucketPath
+    output_dir: Place
 
 
 class Work(NamedTuple):
@@ -213,7 +212,7 @@ def fit(
     return TrainResult(best, progress.best_score, progress.best_step, progress.step, folder)
 
 
-def kept_adapter(folder: Path | BucketPath, model, last: Adapter) -> Adapter:
+def kept_adapter(folder: Place, model, last: Adapter) -> Adapter:
     """The run's best adapter, from the folder that the first process alone reads; as arrays of NumPy."""
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), last)
     return arrays_of_first(load_adapter(folder / "adapter", model.config, model=model) if is_first() else empty)
@@ -358,7 +357,7 @@ class Loop(NamedTuple):
         return self.config.eval.patience is not None and progress.since_best >= self.config.eval.patience
 
 
-def end_stopped(checkpoints, stop: StopSignal, folder: Path | BucketPath, where: str) -> NoReturn:
+def end_stopped(checkpoints, stop: StopSignal, folder: Place, where: str) -> NoReturn:
     """Ends a run that was told to stop, when everything is written, and says where it stands and how to go on."""
     by_first(lambda: finish_saving(checkpoints))
     devices.say(

@@ -1,4 +1,4 @@
-"""Paths in a Google Cloud Storage bucket, gs://bucket/folder/file, with the methods of `pathlib.Path` that para_jax uses.
+"""Paths in a Google Cloud Storage bucket, gs://bucket/folder/file, with those methods of `pathlib.Path` that are used.
 
 A bucket holds objects under names, and no folders: a folder is there as long as an object's name begins with it. An
 object appears whole or not at all. Nothing is renamed. gcsfs (`pip install 'para_jax[gcs]'`) talks to the service.
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -28,8 +29,8 @@ BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 LONGEST_NAME = 1024
 SUPPORTED = "a path, or gs://bucket/folder for a Google Cloud Storage bucket"
 INSTALL = "gcsfs is not installed, which gs:// needs; `pip install 'para_jax[gcs]'`"
-#: Folders in which another process writes although this one had locked them (bucket_lock.py); nothing is written there.
-LOST: set[BucketPath] = set()
+#: Until when (time.monotonic) this process may write in the folders that it has locked; see bucket_lock.py.
+DEADLINES: dict[BucketPath, float] = {}
 
 
 def address(text: str | Path | BucketPath) -> BucketPath | None:
@@ -98,7 +99,7 @@ class Stat(NamedTuple):
 
 
 class BucketPath:
-    """gs://bucket/key. Has what para_jax uses of pathlib.Path; `resolve`, `absolute` and `expanduser` change nothing."""
+    """gs://bucket/key, with the methods of pathlib.Path. `resolve`, `absolute` and `expanduser` change nothing."""
 
     __slots__ = ("bucket", "key", "_folder")
 
@@ -203,7 +204,9 @@ class BucketPath:
             for prefix in page.get("prefixes", []):
                 found.setdefault(prefix[len(start) :].rstrip("/"), True)
             if not page.get("nextPageToken"):
-                return [BucketPath(self.bucket, start + name, folder) for name, folder in found.items() if is_name(name)]
+                return [
+                    BucketPath(self.bucket, start + name, folder) for name, folder in found.items() if is_name(name)
+                ]
             token = {"pageToken": page["nextPageToken"]}
 
     def _page(self, **settings) -> dict[str, Any]:
@@ -266,7 +269,7 @@ class BucketPath:
         Args:
             generation: only in the place of this one (0: only where none is); else FileExistsError.
         """
-        self._require_held()
+        self.require_held()
         files = file_system()
         if len(data) > SINGLE and generation is None:
             files.pipe_file(f"{self.bucket}/{self.key}", data)
@@ -289,7 +292,7 @@ class BucketPath:
 
     @described
     def copy_to(self, other: BucketPath) -> None:
-        other._require_held()
+        other.require_held()
         file_system().cp_file(f"{self.bucket}/{self.key}", f"{other.bucket}/{other.key}")
 
     @described
@@ -306,10 +309,17 @@ class BucketPath:
         for file in self.all_files():
             file.unlink(missing_ok=True)
 
-    def _require_held(self) -> None:
-        for folder in LOST:
-            if folder == self or folder in self.parents:
-                raise OSError(16, "another process took the folder over while this one could not reach it", str(folder))
+    def require_held(self) -> None:
+        """Raises OSError in a folder that this process had locked, where another may have taken over meanwhile."""
+        for folder, deadline in list(DEADLINES.items()):
+            if time.monotonic() > deadline and (folder == self or folder in self.parents):
+                raise OSError(
+                    16, "its lock could not be renewed, and another process may have taken over there", str(folder)
+                )
+
+
+#: A Path or a BucketPath, which have the same methods.
+Place = Any
 
 
 class ObjectReader(io.RawIOBase):
@@ -352,7 +362,7 @@ def file_system() -> Any:
 
 @functools.cache
 def _file_system(process: int) -> Any:
-    import fsspec
+    import fsspec.config
     from gcsfs.core import GCSFileSystem
 
     if logging.getLogger("gcsfs").level == logging.NOTSET:
@@ -360,5 +370,3 @@ def _file_system(process: int) -> Any:
     # orbax makes its own, which must see what this one writes
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return GCSFileSystem(use_listings_cache=False, requests_timeout=TIMEOUT, skip_instance_cache=True)
-
-

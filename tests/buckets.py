@@ -31,7 +31,7 @@ def start():
 
 
 class Threads(http.server.ThreadingHTTPServer):
-    """A thread a connection: the emulator's own server waits for one that says nothing, while the others wait for it."""
+    """A thread a connection: the emulator's own server waits for a silent one, and all others wait for it."""
 
     request_queue_size = 128
     daemon_threads = True
@@ -53,8 +53,8 @@ def environment(port: int) -> dict[str, str]:
 
 
 def with_preconditions(handle):
-    """The service's ifGenerationMatch, for writes and deletes, and `generation` of reads; one request at a time, so that
-    nothing comes between."""
+    """The service's ifGenerationMatch, for writes and deletes, and `generation` of reads. One request at a time, so
+    that nothing comes between."""
     alone = threading.RLock()
 
     def handling(router, method):

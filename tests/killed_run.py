@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from para_jax import bucket_lock, cli, runs, tenant_runs
+from para_jax import cli, runs, tenant_runs
 from para_jax.evaluation.tenants import Tasks
 
 LINGER = 0.04  # seconds before and after the work of a phase
@@ -51,7 +51,6 @@ if __name__ == "__main__":
     spoken(runs, "evaluate_task", "evaluation")
     spoken(tenant_runs, "tenants_step", "step")
     spoken(Tasks, "scores", "evaluation")
-    bucket_lock.LEASE = float(os.environ.get("TEST_LEASE", bucket_lock.LEASE))
     for module in (runs, tenant_runs):
         spoken(module, "save_checkpoint", "save", when_written)
     sys.exit(cli.main(sys.argv[1:]))

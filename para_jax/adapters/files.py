@@ -129,11 +129,12 @@ def read_adapter_config(folder: str | Path | BucketPath) -> Described:
     """What an adapter folder says of itself. A PARA folder's weights need not be there."""
     from ..hub import resolve_adapter
 
-    folder = resolve_adapter(folder) if isinstance(expanded(folder), BucketPath) else Path(folder)
-    config, backbone, base_model = read_config(folder)
+    place = expanded(folder)
+    local = resolve_adapter(place) if isinstance(place, BucketPath) else place
+    config, backbone, base_model = read_config(local)
     if isinstance(config, ParaConfig):
         return Described(config, backbone, base_model, *para_values(config, backbone))
-    shapes = tensor_shapes(folder)
+    shapes = tensor_shapes(local)
     layers = 1 + max((layer for _, _, layer in named(shapes)), default=-1)
     held, carried = peft_values(config, shapes)
     matrices, vectors = (held, 0) if isinstance(config, LoraConfig) else (0, held)

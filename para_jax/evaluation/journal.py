@@ -17,7 +17,7 @@ from ..bucket_lines import BucketLines
 from ..config import shorten
 from ..devices import say
 from ..pieces import open_pieces, pieces
-from ..storage import BucketPath
+from ..storage import BucketPath, Place
 from .asked import Answer, Scored, Written
 
 #: How each line begins; `Journal.add` and `answers_of` agree on it.
@@ -34,7 +34,7 @@ LOCK = threading.Lock()
 class Journal:
     """Answers by key, in memory and in a JSON-lines file, which one process at a time may write."""
 
-    def __init__(self, file: Path | BucketPath | None = None):
+    def __init__(self, file: Place | None = None):
         """
         Args:
             file: made where it is not there; None: in memory alone.
@@ -102,7 +102,7 @@ def opened(file: Path) -> TextIO:
     return OPEN[place]
 
 
-def answers_of(file: Path | BucketPath) -> Iterator[tuple[str, Answer]]:
+def answers_of(file: Place) -> Iterator[tuple[str, Answer]]:
     """The answers of a file, after which a last line without an end is cut off. Raises ValueError, and leaves the file
     as it is, for a line that is no answer."""
     whole = 0

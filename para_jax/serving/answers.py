@@ -17,7 +17,7 @@ from ..bucket_lines import BucketLines
 from ..config import shorten
 from ..devices import say
 from ..pieces import join_pieces, open_pieces, pieces
-from ..storage import BucketPath
+from ..storage import BucketPath, Place
 from .request import MAX_SAMPLES
 
 #: How each answer begins.
@@ -39,7 +39,7 @@ class Kept(NamedTuple):
 class Answers:
     """An open file of answers, locked until it is closed."""
 
-    def __init__(self, file: Path | BucketPath):
+    def __init__(self, file: Place):
         """Opens the file, or makes it. A pipe or a device is only written to: it is neither read back nor locked.
 
         Raises ValueError, and leaves the file as it is, if another process is writing it or if it holds something else.
@@ -52,7 +52,8 @@ class Answers:
         self.rows = 0
         self._made = not file.exists()
         self.regular = self._made or file.is_file()
-        self._stream = self._lines = None
+        self._stream: Any = None
+        self._lines: BucketLines | None = None
         if isinstance(file, BucketPath):
             self._lines = BucketLines(file, say)
         else:
@@ -61,7 +62,7 @@ class Answers:
             if self.regular or self._lines:
                 self._read()
         except BaseException:
-            (self._stream or self._lines).close()
+            (self._lines or self._stream).close()
             raise
 
     def __enter__(self) -> Answers:
@@ -71,8 +72,8 @@ class Answers:
         self.close()
 
     def add(self, record: dict) -> None:
-        """Writes an answer, which outlives a kill when this returns (in a bucket some seconds later). Raises OSError that names the file if it can't be
-        written whole; the file then ends with the answer before."""
+        """Writes an answer, which outlives a kill when this returns (in a bucket some seconds later). Raises OSError
+        that names the file if it can't be written whole; the file then ends with the answer before."""
         text = json.dumps(record, ensure_ascii=False) + "\n"
         data, written = text.encode("utf-8", "backslashreplace"), 0  # half a character becomes its JSON escape
         if self._lines:
@@ -90,7 +91,7 @@ class Answers:
         self.rows += 1
 
     def finish(self) -> None:
-        """Takes out stale rows, and waits until the answers are on the disk. In a bucket the pieces become one object."""
+        """Takes out stale rows, and waits until the answers are on the disk. Pieces in a bucket become one object."""
         if self._lines:
             self._lines.flush()
             if pieces(self.file):

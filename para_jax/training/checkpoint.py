@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -23,7 +22,7 @@ from jax.sharding import NamedSharding
 from .. import atomic, devices, storage
 from ..config import expanded, require, shorten
 from ..processes import arrays_of_first, by_first, gathered, is_first
-from ..storage import BucketPath
+from ..storage import BucketPath, Place
 
 
 class Progress(NamedTuple):
@@ -43,7 +42,7 @@ class Progress(NamedTuple):
 
 
 @contextmanager
-def open_checkpoints(folder: Path | BucketPath, *, keep: int = 2) -> Iterator[Any]:
+def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
     """The checkpoints under a folder, of which the newest few are kept (None on processes other than the first); an
     interrupted save is never taken for a whole one. At the end, waits for what is still being written.
 
@@ -76,7 +75,7 @@ def open_checkpoints(folder: Path | BucketPath, *, keep: int = 2) -> Iterator[An
                 checkpoints.close()
 
 
-def opened(folder: Path, open_manager: Callable[[], Any]) -> Any:
+def opened(folder: Place, open_manager: Callable[[], Any]) -> Any:
     """Orbax's manager of the folder. It reads each checkpoint's times first. If these are damaged, they are deleted,
     because nothing depends on them."""
     try:
@@ -118,6 +117,9 @@ def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
     import orbax.checkpoint as ocp
 
     finish_saving(checkpoints)
+    folder = expanded(str(checkpoints.directory))
+    if isinstance(folder, BucketPath):
+        folder.require_held()
     arrays = {
         name: np.array(array) for name, array in arrays.items()
     }  # copies: the next step reuses the state's memory
@@ -265,13 +267,13 @@ def check_run(about: dict[str, Any], run: dict[str, str] | None) -> None:
             raise ValueError(f"it is of another run: another {' and '.join(map(shorten, other))}")
 
 
-def steps_in(folder: Path | BucketPath) -> list[int]:
+def steps_in(folder: Place) -> list[int]:
     """The steps of the checkpoints in a folder, the newest first."""
     names = (path.name for path in folder.iterdir() if path.name.isdecimal())
     return sorted((int(name) for name in names if str(int(name)) == name), reverse=True)
 
 
-def set_aside(folder: Path | BucketPath) -> Path | BucketPath:
+def set_aside(folder: Place) -> Place:
     """Renames a damaged checkpoint, so that it is kept and not read again. In a bucket its objects are copied."""
     names = (folder.with_name(f"{folder.name}.damaged{i or ''}") for i in range(1000))
     aside = next(path for path in names if not path.exists())
@@ -323,8 +325,8 @@ def errors_in_one_line(checkpoints) -> Iterator[None]:
         said = reason(error)
         what = atomic.remedy(next((number for number in atomic.FULL if os.strerror(number) == said), None))
         raise ValueError(
-            f"{checkpoints.directory}: a checkpoint could not be saved ({said}); what was saved before is kept: {what}, "
-            "and the same command resumes"
+            f"{checkpoints.directory}: a checkpoint could not be saved ({said}); what was saved before is kept: {what}, and "
+            "the same command resumes"
         ) from None
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .. import atomic, devices
 from ..config import RunConfig, config_dict
 from ..processes import by_first
-from ..storage import BucketPath
+from ..storage import BucketPath, Place
 from .checkpoint import Progress
 from .metrics_file import Rows, is_log, kept_rows, read_metrics, write_metrics
 
@@ -50,7 +50,7 @@ class Log:
             peak, for the utilisation; None where the peak is not known.
     """
 
-    def __init__(self, config: RunConfig, folder: Path | BucketPath, progress: Progress | None, *, peak_rate: float | None = None):
+    def __init__(self, config: RunConfig, folder: Place, progress: Progress | None, *, peak_rate: float | None = None):
         self.folder, self.every, self.peak_rate = folder, config.logging.every, peak_rate
         self.first = jax.process_index() == 0
         step = progress.step if progress else None
@@ -114,12 +114,13 @@ class TensorBoard:
     """An event file, by tensorboardX's record writer: its SummaryWriter has a thread, which a full disk ends, and whose
     queue then holds the run up for ever. In a bucket it is several files: each is written here first."""
 
-    def __init__(self, config: RunConfig, folder: Path | BucketPath, step: int | None):
+    def __init__(self, config: RunConfig, folder: Place, step: int | None):
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.summary import scalar
 
         self.event, self.scalar = Event, scalar
-        self.to, self.here, self.step, self.count = folder / "tensorboard", None, step or 0, 0
+        self.to, self.step, self.count = folder / "tensorboard", step or 0, 0
+        self.here: Any = None
         if isinstance(folder, BucketPath):
             self.here = tempfile.TemporaryDirectory(prefix="para_jax-")
         self.to.mkdir(exist_ok=True)
@@ -132,7 +133,9 @@ class TensorBoard:
         from tensorboardX.event_file_writer import EventsWriter
 
         place = self.here.name if self.here else self.to
-        self.events = EventsWriter(str(Path(str(place)) / "events"), f".{self.step}" + f".{self.count:06d}" * bool(self.here))
+        self.events = EventsWriter(
+            str(Path(str(place)) / "events"), f".{self.step}" + f".{self.count:06d}" * bool(self.here)
+        )
         self.flushed, self.count = time.monotonic(), self.count + 1
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
@@ -163,7 +166,7 @@ class TensorBoard:
 
 
 class Wandb:
-    def __init__(self, config: RunConfig, folder: Path | BucketPath, step: int | None):
+    def __init__(self, config: RunConfig, folder: Place, step: int | None):
         try:
             import wandb
         except ImportError:
@@ -190,7 +193,7 @@ def step_rates(done: Done, seconds: float, peak_rate: float | None) -> dict[str,
     return {name: float(f"{value:.4g}") for name, value in rates.items()}
 
 
-def drop_rows(file: Path | BucketPath, progress: Progress | None, *, ended: bool = False) -> None:
+def drop_rows(file: Place, progress: Progress | None, *, ended: bool = False) -> None:
     """Drops what a run that goes on from here will write again out of its log; all of it for None."""
     if is_log(file):
         write_metrics(file, kept_rows(read_metrics(file), progress, ended=ended) if progress else [])

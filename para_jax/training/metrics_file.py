@@ -11,7 +11,7 @@ from typing import Any
 from .. import atomic
 from ..config import shorten
 from ..pieces import Appender, open_pieces, pieces, replace_pieces
-from ..storage import BucketPath
+from ..storage import BucketPath, Place
 from .checkpoint import Progress
 
 HEAD = b'{"step": '
@@ -41,7 +41,7 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
                 )
 
 
-def is_log(file: Path | BucketPath) -> bool:
+def is_log(file: Place) -> bool:
     """Whether a run's log is there."""
     return bool(pieces(file)) if isinstance(file, BucketPath) else file.is_file()
 
@@ -65,7 +65,7 @@ def is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < 2**1023)
 
 
-def write_metrics(file: Path | BucketPath, rows: Iterable[dict[str, float]]) -> None:
+def write_metrics(file: Place, rows: Iterable[dict[str, float]]) -> None:
     """Replaces the log by these rows, whole or not at all."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if isinstance(file, BucketPath):
@@ -77,7 +77,7 @@ def write_metrics(file: Path | BucketPath, rows: Iterable[dict[str, float]]) -> 
 class Rows:
     """Adds rows to a log, several at once. A kill loses those since the last `flush`."""
 
-    def __init__(self, file: Path | BucketPath, seconds: float | None = None):
+    def __init__(self, file: Place, seconds: float | None = None):
         """
         Args:
             seconds: the longest that a row waits, if others follow; default: FLUSH_SECONDS.

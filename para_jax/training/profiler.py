@@ -10,7 +10,7 @@ import jax
 from .. import devices
 from ..config import ProfilerSection
 from ..processes import is_first
-from ..storage import BucketPath
+from ..storage import BucketPath, Place
 
 
 class Profiler:
@@ -18,7 +18,7 @@ class Profiler:
     writes them here first. A run that resumes
     among them, or ends there, has a trace of those it made."""
 
-    def __init__(self, section: ProfilerSection, folder: Path | BucketPath):
+    def __init__(self, section: ProfilerSection, folder: Place):
         start = section.start_step
         self.steps = range(start, start + section.steps) if start is not None and is_first() else range(0)
         self.folder, self.on = folder / "profile", False
