@@ -44,7 +44,8 @@ def fetched_file(file: BucketPath, cache: Path) -> Path:
 
 
 def copied(folder: BucketPath, cache: Path, files: list[BucketPath], most_of_text: int) -> Path:
-    found = {file: file.stat() for file in files}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = dict(zip(files, pool.map(BucketPath.stat, files), strict=True))
     for file, about in found.items():
         if about.st_size > most_of_text and file.suffix not in (".safetensors", ".gguf"):
             raise ValueError(f"{file}: {about.st_size} bytes; expected {most_of_text} at most")

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from .bucket_lock import held
-from .pieces import Appender
+from .pieces import NAME, Appender
 from .storage import BucketPath
 
+LOCK = ".lock"
 #: The longest that lines are kept back, in seconds, if others follow, and the most bytes of them.
 SECONDS, MOST = 10.0, 2**20
 
@@ -18,9 +19,12 @@ class BucketLines:
     """The file, locked until `close`. A kill loses the lines since the last `flush`."""
 
     def __init__(self, file: BucketPath, say: Callable[[str], None]):
-        """Raises ValueError if another process writes the file."""
+        """Raises ValueError if another process writes the file, and for a folder of other things."""
+        others = [path.name for path in file.iterdir() if path.name != LOCK and not NAME.fullmatch(path.name)]
+        if others:
+            raise ValueError(f"{file}: a folder, with {others[0]!r} in it; give the path of a file")
         self.held = ExitStack()
-        self.held.enter_context(held(file / ".lock", say))
+        self.held.enter_context(held(file / LOCK, say))
         self.appender, self.waiting, self.flushed = Appender(file), bytearray(), time.monotonic()
 
     def add(self, data: bytes) -> None:

@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 
 #: Bytes that are read ahead of a stream, and of the largest object that is written in one request.
 BLOCK, SINGLE = 2**22, 2**23
+#: Requests at once.
+AT_ONCE = 16
 #: Seconds until a request that gets no answer fails. It is tried again a few times.
 TIMEOUT = 60
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
@@ -220,11 +223,13 @@ class BucketPath:
             below = [self / first] if rest or (self / first).exists() else []
         else:
             below = [path for path in self.iterdir() if fnmatchcase(path.name, first)]
-        for path in below:
-            if rest and path._folder is not False:
-                yield from path.glob(rest)
-            elif not rest:
-                yield path
+        if not rest:
+            yield from below
+            return
+        folders = [path for path in below if path._folder is not False]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for found in pool.map(lambda path: list(path.glob(rest)), folders):
+                yield from found
 
     @described
     def all_files(self) -> list[BucketPath]:
@@ -255,7 +260,8 @@ class BucketPath:
 
     @described
     def read_range(self, start: int, end: int, generation: int) -> bytes:
-        return file_system().cat_file(f"{self.bucket}/{self.key}", start, end, generation=str(generation))
+        part = {"alt": "media", "generation": str(generation), "headers": {"Range": f"bytes={start}-{end - 1}"}}
+        return file_system().call("GET", "b/{}/o/{}", self.bucket, self.key, **part)[1]
 
     # ---------------------------------------------------------------------------------------------------------- writing
 

@@ -255,11 +255,15 @@ def claim_tenants(config: RunConfig, tenants: list[Tenant]) -> None:
             "choose another output_dir, or the same tenants to resume"
         )
     claim_folder(config)
-    for tenant in tenants:
-        folder = expanded(tenant.config.output_dir)
-        folder.mkdir(exist_ok=True)
-        delete_leftovers(folder)
-        save_config(tenant.config, folder / "config.yaml")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(claim_tenant, tenants))
+
+
+def claim_tenant(tenant: Tenant) -> None:
+    folder = expanded(tenant.config.output_dir)
+    folder.mkdir(exist_ok=True)
+    delete_leftovers(folder)
+    save_config(tenant.config, folder / "config.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -338,12 +342,16 @@ def require_same_tenants(standing: Standing, tenants: list[Tenant], slots: int) 
 
 def mend_tenants(standing: Standing, tenants: list[Tenant], folder: Path, resumed: bool) -> None:
     """Puts the tenants' folders into the state of the checkpoint that the run goes on from."""
-    for i, tenant in enumerate(tenants):
-        own = expanded(tenant.config.output_dir)
+
+    def mend(i: int) -> None:
+        own = expanded(tenants[i].config.output_dir)
         mend_folder(own / "adapter")
         where = Progress(standing.steps[i], None, 0, 0, standing.evaluated[i])
         ended = standing.ended[i] is not None
         drop_rows(own / "metrics.jsonl", where if resumed else None, ended=ended)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(mend, range(len(tenants))))
     ended = [t.name for i, t in enumerate(tenants) if standing.ended[i]]
     entries = read_entries(folder) if ended else {}
     lost = [name for name in ended if name not in entries]

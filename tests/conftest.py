@@ -75,11 +75,10 @@ def bucket():
     from para_jax.storage import address
 
     server, port = buckets.start()
-    before = dict(os.environ)
-    os.environ.update(buckets.environment(port))
-    yield address(f"gs://{buckets.BUCKET}")
-    os.environ.clear()
-    os.environ.update(before)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in buckets.environment(port).items():
+            patch.setenv(name, value)
+        yield address(f"gs://{buckets.BUCKET}")
     server.stop()
 
 

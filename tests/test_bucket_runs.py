@@ -46,12 +46,13 @@ def there(bucket, tmp_path_factory):
 
 
 class Host:
-    """A process of para-jax on a host with nothing on its disk."""
+    """A process of para-jax on a host with nothing on its disk. (Compiled programs are shared, to save the time.)"""
 
     def __init__(self, disk: Path, *arguments):
         disk.mkdir()
         environment = os.environ | {
             "HOME": str(disk), "XDG_CACHE_HOME": str(disk / "cache"), "PYTHONUNBUFFERED": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(disk.parent / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         }  # fmt: skip
@@ -92,7 +93,7 @@ def result(folder):
 def test_a_run_killed_and_resumed_on_another_host_ends_with_the_same_bits(kind, there, tmp_path):
     unkilled, killed = there / f"{kind}-unkilled", there / f"{kind}-killed"
     whole = Host(tmp_path / "a", "train", there / f"{kind}.yaml", f"output_dir={unkilled}")
-    for disk, word, times in (("b", "written", 2), ("c", "save", 1)):
+    for disk, word, times in (("b", "written", 2), ("c", "save", 1))[: 2 if kind == "one" else 1]:
         Host(tmp_path / disk, "train", there / f"{kind}.yaml", f"output_dir={killed}").kill_after(word, times)
         assert (killed / ".lock").exists()
         (killed / ".lock").unlink()  # as if a minute had passed; test_buckets.py has locks that die

@@ -15,6 +15,7 @@ from conftest import backbone, strong
 from para_jax import LoraConfig, ParaConfig, bucket_lock, init_adapter, load_adapter, storage
 from para_jax.adapters.files import read_adapter_config, save_adapter
 from para_jax.bucket_folder import MANIFEST
+from para_jax.bucket_lines import BucketLines
 from para_jax.pieces import Appender, join_pieces, open_pieces, pieces, replace_pieces
 from para_jax.storage import BucketPath, address
 from para_jax.training.metrics_file import Rows, read_metrics, write_metrics
@@ -263,6 +264,17 @@ def test_a_manifest_that_nobody_here_wrote_is_refused(text, folder):
     save_adapter(first, folder / "adapter")
     (folder / "adapter" / MANIFEST).write_bytes(text)
     with pytest.raises(ValueError, match=MANIFEST):
+        load_adapter(str(folder / "adapter"), model)
+
+
+def test_a_folder_is_no_file_of_lines_and_an_error_names_the_adapters_address(folder):
+    model, (first, *_) = adapters()
+    save_adapter(first, folder / "adapter")
+    with pytest.raises(ValueError, match=f"{folder}/adapter: a folder"):
+        BucketLines(folder / "adapter", print)
+    (folder / "adapter" / MANIFEST).unlink()
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=f"{folder}/adapter.*truncated"):
         load_adapter(str(folder / "adapter"), model)
 
 

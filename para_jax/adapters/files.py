@@ -102,7 +102,12 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
     """
     from ..hub import resolve_adapter
 
-    return read_whole(lambda: resolve_adapter(source), lambda folder: read_adapter(folder, source, model_config, model))
+    try:
+        return read_whole(lambda: resolve_adapter(source), lambda path: read_adapter(path, source, model_config, model))
+    except ValueError as error:
+        if "://" in str(source) and str(source) not in str(error):  # it names the local copy
+            raise ValueError(f"{source}: {error}") from None
+        raise
 
 
 def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: ModelConfig, model) -> Adapter:

@@ -325,8 +325,8 @@ def errors_in_one_line(checkpoints) -> Iterator[None]:
         said = reason(error)
         what = atomic.remedy(next((number for number in atomic.FULL if os.strerror(number) == said), None))
         raise ValueError(
-            f"{checkpoints.directory}: a checkpoint could not be saved ({said}); what was saved before is kept: {what}, and "
-            "the same command resumes"
+            f"{checkpoints.directory}: a checkpoint could not be saved ({said}); what was saved before is kept: "
+            f"{what}, and the same command resumes"
         ) from None
 
 
