@@ -45,6 +45,12 @@ def replace_folder(folder: BucketPath, files: dict[str, bytes]) -> None:
     (folder / VERSIONS).delete_all()
 
 
+def mend_folder(folder: BucketPath) -> None:
+    """Deletes what a kill left of the folder's first version, before it was in force."""
+    if not (folder / MANIFEST).is_file():
+        (folder / VERSIONS).delete_all()
+
+
 def written_version(folder: BucketPath, files: dict[str, bytes]) -> BucketPath:
     """The folder in `versions` with these files, under a name made of their content."""
     name = sha256(b"".join(sha256(data).encode() for data in files.values()))[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -16,16 +17,18 @@ SECONDS, MOST = 10.0, 2**20
 
 
 class BucketLines:
-    """The file, locked until `close`. A kill loses the lines since the last `flush`."""
+    """The file, locked until `close`, or until nobody uses this any more. A kill loses the lines since the last
+    `flush`."""
 
     def __init__(self, file: BucketPath, say: Callable[[str], None]):
         """Raises ValueError if another process writes the file, and for a folder of other things."""
         others = [path.name for path in file.iterdir() if path.name != LOCK and not NAME.fullmatch(path.name)]
         if others:
             raise ValueError(f"{file}: a folder, with {others[0]!r} in it; give the path of a file")
-        self.held = ExitStack()
-        self.held.enter_context(held(file / LOCK, say))
+        lock = ExitStack()
+        lock.enter_context(held(file / LOCK, say))
         self.appender, self.waiting, self.flushed = Appender(file), bytearray(), time.monotonic()
+        self.close = weakref.finalize(self, ended, lock, self.appender, self.waiting)
 
     def add(self, data: bytes) -> None:
         """Adds whole lines."""
@@ -37,8 +40,12 @@ class BucketLines:
         """Writes what was added; it outlives a kill when this returns."""
         if self.waiting:
             self.appender.add(bytes(self.waiting))
-        self.waiting, self.flushed = bytearray(), time.monotonic()
+        self.waiting.clear()
+        self.flushed = time.monotonic()
 
-    def close(self) -> None:
-        with self.held:
-            self.flush()
+
+def ended(lock: ExitStack, appender: Appender, waiting: bytearray) -> None:
+    """Writes the lines that wait, and gives the lock back."""
+    with lock:
+        if waiting:
+            appender.add(bytes(waiting))

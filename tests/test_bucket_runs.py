@@ -52,7 +52,8 @@ class Host:
         disk.mkdir()
         environment = os.environ | {
             "HOME": str(disk), "XDG_CACHE_HOME": str(disk / "cache"), "PYTHONUNBUFFERED": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(disk.parent / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_COMPILATION_CACHE_DIR": str(disk.parent / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         }  # fmt: skip

@@ -14,10 +14,14 @@ from conftest import backbone, strong
 
 from para_jax import LoraConfig, ParaConfig, bucket_lock, init_adapter, load_adapter, storage
 from para_jax.adapters.files import read_adapter_config, save_adapter
+from para_jax.adapters.folder import mend_folder
 from para_jax.bucket_folder import MANIFEST
 from para_jax.bucket_lines import BucketLines
+from para_jax.evaluation.asked import Scored
+from para_jax.evaluation.journal import Journal
 from para_jax.pieces import Appender, join_pieces, open_pieces, pieces, replace_pieces
 from para_jax.storage import BucketPath, address
+from para_jax.training.checkpoint import open_checkpoints, set_aside, steps_in
 from para_jax.training.metrics_file import Rows, read_metrics, write_metrics
 
 
@@ -85,6 +89,17 @@ def test_only_one_of_several_creates_an_object(folder):
     with pytest.raises(FileExistsError):
         (folder / "one").create(b"theirs")
     assert (folder / "one").read_bytes() == b"mine"
+
+
+def test_an_unfinished_checkpoint_is_deleted_and_a_damaged_one_is_kept_under_another_name(folder):
+    for name in ("5/commit_success.txt", "5/state/x", "6/commit_success.txt", "6/state/x", "7/state/x"):
+        (folder / name).write_bytes(name.encode())
+    with open_checkpoints(folder):
+        assert steps_in(folder) == [6, 5]
+        assert set_aside(folder / "6") == folder / "6.damaged"
+        assert steps_in(folder) == [5] and (folder / "6.damaged" / "state" / "x").read_bytes() == b"6/state/x"
+    with open_checkpoints(folder):
+        assert sorted(path.name for path in folder.iterdir()) == ["5", "6.damaged"]
 
 
 # --------------------------------------------------------------------------------------------------------------- locks
@@ -265,6 +280,29 @@ def test_a_manifest_that_nobody_here_wrote_is_refused(text, folder):
     (folder / "adapter" / MANIFEST).write_bytes(text)
     with pytest.raises(ValueError, match=MANIFEST):
         load_adapter(str(folder / "adapter"), model)
+
+
+def test_a_first_save_that_was_killed_is_no_adapter_and_leaves_nothing(folder, monkeypatch):
+    model, (first, *_) = adapters()
+    with killed_after(2, monkeypatch):
+        save_adapter(first, folder)
+    with pytest.raises(ValueError, match="no adapter_config.json"):
+        load_adapter(str(folder), model)
+    mend_folder(folder)
+    assert not folder.exists()
+
+
+def test_a_journal_in_a_bucket_is_shared_in_a_process_and_keeps_what_was_not_synced(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "RENEW", 0.1)
+    file, answer = folder / "answers.jsonl", Scored(-1.5, True)
+    first, second = Journal(file), Journal(file)
+    first.add("a", answer)
+    second.add("b", answer)
+    with pytest.raises(ValueError, match="another process"):
+        BucketLines(file, print)
+    del first, second
+    again = Journal(file)
+    assert again["a"] == again["b"] == answer
 
 
 def test_a_folder_is_no_file_of_lines_and_an_error_names_the_adapters_address(folder):

@@ -168,6 +168,7 @@ def swap(new: Path, folder: Path) -> None:
 def mend_folder(folder: Place) -> None:
     """Tidies up after a replacement of the folder that was killed; where none was in place, the old one comes back."""
     if isinstance(folder, BucketPath):
+        bucket_folder.mend_folder(folder)
         return
     old = set_aside(folder)
     if old is not None and not folder.exists():

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -27,6 +26,8 @@ LONGEST = 1 << 24
 TYPES = {Scored: (float, bool), Written: (str, int)}
 #: This process's open files, by device and inode: journals of one file share it and its lock.
 OPEN: WeakValueDictionary[tuple[int, int], TextIO] = WeakValueDictionary()
+#: The same of files in a bucket.
+OPEN_LINES: WeakValueDictionary[BucketPath, BucketLines] = WeakValueDictionary()
 #: One thread at a time opens a journal or adds a line.
 LOCK = threading.Lock()
 
@@ -47,9 +48,11 @@ class Journal:
         self._stream = self._lines = None
         if file is not None:
             if isinstance(file, BucketPath):
-                self._lines = BucketLines(file, say)
-                weakref.finalize(self, self._lines.close)
-                self._answers |= answers_of(file)
+                with LOCK:
+                    self._lines = OPEN_LINES.get(file) or BucketLines(file, say)
+                    OPEN_LINES[file] = self._lines
+                    self._lines.flush()
+                    self._answers |= answers_of(file)
                 return
             if file.exists() and not file.is_file():
                 raise ValueError(f"{file}: no regular file; choose another folder")
