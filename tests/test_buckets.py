@@ -10,15 +10,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import backbone, strong
+from conftest import FIXTURES, backbone, strong
 
 from para_jax import LoraConfig, ParaConfig, bucket_lock, init_adapter, load_adapter, storage
 from para_jax.adapters.files import read_adapter_config, save_adapter
 from para_jax.adapters.folder import mend_folder
+from para_jax.backbone.load import load_model_config
 from para_jax.bucket_folder import MANIFEST
 from para_jax.bucket_lines import BucketLines
 from para_jax.evaluation.asked import Scored
 from para_jax.evaluation.journal import Journal
+from para_jax.hub import resolve_backbone
 from para_jax.pieces import Appender, join_pieces, open_pieces, pieces, replace_pieces
 from para_jax.storage import BucketPath, address
 from para_jax.training.checkpoint import open_checkpoints, set_aside, steps_in
@@ -332,3 +334,29 @@ def test_readers_beside_a_writer_get_one_version_or_the_other(folder):
         found = load_adapter(str(folder / "adapter"), model)
         assert any(same(found, adapter) for adapter in made)
     thread.join()
+
+
+# ----------------------------------------------------------------------------------------------------------- backbones
+
+
+def test_a_backbone_is_fetched_once_for_each_content_without_what_is_no_part_of_it(folder, monkeypatch):
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((FIXTURES / "llama" / name).read_bytes())
+    for name in ("pickle.bin", "code.py", "other/model.safetensors"):
+        (folder / name).write_bytes(b"not this")
+    place = resolve_backbone(str(folder))
+    assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
+    assert load_model_config(str(folder)) == backbone("llama").config
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketPath, "open", None)
+        assert resolve_backbone(str(folder)) == place
+    (folder / "model.safetensors").write_bytes(b"new")
+    assert (resolve_backbone(str(folder)) / "model.safetensors").read_bytes() == b"new"
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    assert resolve_backbone(f"{folder}/model.gguf").read_bytes() == b"GGUF"
+    monkeypatch.setattr("para_jax.hub.MAX_TEXT_BYTES", 10)
+    with pytest.raises(ValueError, match=f"{folder}/config.json: .* bytes; expected 10 at most"):
+        resolve_backbone(str(folder))
+    for missing in ("none", "none.gguf"):
+        with pytest.raises(ValueError, match=f"{folder}/{missing}: "):
+            resolve_backbone(f"{folder}/{missing}")
