@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import IO, BinaryIO
+
+from .storage import BucketPath
 
 try:
     import fcntl
@@ -32,8 +36,13 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     """A stream whose content replaces the file when the block ends; if the block raises, the file stays as it was.
 
     The content is written next to the file under a random name, so that no link put there beforehand is followed, and
-    reaches the disk before the name changes.
+    reaches the disk before the name changes. In a bucket an object appears whole anyway.
     """
+    if isinstance(file, BucketPath):
+        data = BytesIO()
+        yield data
+        file.write_bytes(data.getvalue())
+        return
     part = temporary_name(file)
     try:
         with part.open("xb") as stream:
@@ -47,7 +56,9 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
 
 
 def files_left(file: Path) -> list[Path]:
-    """The temporary files that killed replacements of the file left next to it."""
+    """The temporary files that killed replacements of the file left next to it; none in a bucket."""
+    if isinstance(file, BucketPath):
+        return []
     return sorted(file.parent.glob(f".{glob.escape(file.name)}." + "[0-9a-f]" * 8))
 
 
@@ -61,6 +72,15 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+#: Errors of a disk, or of a share of it, that is full.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def remedy(number: int | None) -> str:
+    """What to do about an error of writing."""
+    return "make room there" if number in FULL else "see to it that the folder can be written and renamed in"
+
+
 #: The end of the old folder's name while a new folder takes its place.
 OLD = ".old"
 
@@ -72,6 +92,8 @@ def temporary_name(path: Path) -> Path:
 
 def folders_left(path: Path, ending: str = "") -> list[Path]:
     """The folders under names that `temporary_name` made for this path, with this ending; the latest first."""
+    if isinstance(path, BucketPath):
+        return []
     form = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{8}" + re.escape(ending))
     found = []
     with suppress(OSError), os.scandir(path.parent) as others:

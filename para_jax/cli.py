@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from .config import ATTENTION, printable, shorten
+from .storage import BucketPath, Place, address
 
 LONGEST_LINE, LONGEST_ERROR = 4000, 1900  # characters of a report's line, and of an error's, which has two at most
 BASE = "base"  # the tenant that is the base model
@@ -29,6 +30,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+
+
+def place(text: str) -> Place:
+    """A path, also one in a bucket, of an argument."""
+    try:
+        return address(text) or Path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local(text: str) -> Path:
+    """A path of this host, of an argument."""
+    if isinstance(place(text), BucketPath):
+        raise argparse.ArgumentTypeError(f"{text}: expected a path on this host")
+    return Path(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
 
     made = command("train", run_train, "train the adapter of a config; the same command resumes")
-    made.add_argument("config", type=Path)
+    made.add_argument("config", type=place)
     made.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
     made.add_argument(
         "--dry-run",
@@ -119,12 +135,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--topology", help="with --dry-run: compile the step for a TPU slice such as v5e:4x4, without the slice"
     )
-    made.add_argument("--results", type=Path, help="write config, device and scores to this JSON file")
+    made.add_argument("--results", type=place, help="write config, device and scores to this JSON file")
 
     made = command(
         "evaluate", run_evaluate, "score an adapter on a config's test data, or with --backbone many on many tasks"
     )
-    made.add_argument("config", type=Path, nargs="?", help="of a run; or --backbone, --adapters and --tasks")
+    made.add_argument("config", type=place, nargs="?", help="of a run; or --backbone, --adapters and --tasks")
     made.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
     made.add_argument("--adapter", help="with CONFIG: an adapter folder or hub id; default: the backbone alone")
     made.add_argument("--split", default="test", choices=("validation", "test"))
@@ -134,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with CONFIG: give each example the factors of another example's prompt",
     )
-    made.add_argument("--results", type=Path, help="with CONFIG: write config, device and scores to this JSON file")
+    made.add_argument("--results", type=place, help="with CONFIG: write config, device and scores to this JSON file")
     made.add_argument(
         "--backbone", help="a folder, a hub id, a .gguf file, or smollm2-135m; it is scored beside --adapters"
     )
@@ -146,9 +162,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help="our own: [TASK=]FILE_OR_FOLDER[:METRIC] of JSON lines; or the names of lm-eval's tasks",
     )
-    made.add_argument("--output", type=Path, help="folder of answers and results; the same command goes on there")
+    made.add_argument("--output", type=place, help="folder of answers and results; the same command goes on there")
     made.add_argument("--rows", type=int, help="with --backbone: rows of a batch; default: 16")
-    made.add_argument("--include-path", type=Path, help="a folder of further task files for lm-eval")
+    made.add_argument("--include-path", type=local, help="a folder of further task files for lm-eval")
     made.add_argument("--num-fewshot", type=int, help="examples in each context of lm-eval's tasks")
     made.add_argument("--chat", action="store_true", help="put lm-eval's contexts into the chat template")
     made.add_argument("--seed", type=int, help="with --backbone: of sampled answers; default: 0")
@@ -180,12 +196,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompt", action="append", default=[], help="\\n is a newline; may be given several times")
     made.add_argument(
         "--input",
-        type=Path,
+        type=place,
         help="requests, one JSON object per line: prompt or messages, tenant, sampling, n, id; a file or a pipe",
     )
     made.add_argument(
         "--output",
-        type=Path,
+        type=place,
         help="answers to --input, where the same command goes on after a stop; or a pipe, which holds nothing to go on "
         "from. Exit code: 0 if all lines were answered, 1 if some answers are errors, 2 if the job was not run to its "
         "end",
@@ -211,22 +227,22 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no-compilation-cache", action="store_true")
 
     made = command("inspect", run_inspect, "show an adapter folder, a run folder, or a config's data as tokens")
-    made.add_argument("target", type=Path, help="a folder, or with --data a config")
+    made.add_argument("target", type=place, help="a folder, or with --data a config")
     made.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
     made.add_argument(
         "--data", action="store_true", help="print three examples as tokens: prompt, loss, last prompt token"
     )
 
     made = command("convert", run_convert, "write a .gguf file as a Hugging Face folder")
-    made.add_argument("gguf", type=Path)
-    made.add_argument("folder", type=Path)
+    made.add_argument("gguf", type=local)
+    made.add_argument("folder", type=local)
 
     made = command("prepare", run_prepare, "download a public data set for data.train=tfds:NAME")
     made.add_argument("source", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets")
     made.add_argument("--data-dir", help="where to; default: tensorflow_datasets' own folder")
 
     made = command("plot", run_plot, "draw runs' learning curves, the factors of prompts, or how much they differ")
-    made.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders: their learning curves")
+    made.add_argument("runs", nargs="*", type=place, metavar="RUN", help="run folders: their learning curves")
     made.add_argument(
         "--adapter", action="append", default=[], help="an adapter folder or hub id; with --data one or more"
     )
@@ -235,9 +251,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--prompt", action="append", default=[], help="whose factors are drawn; of two also the difference"
     )
-    made.add_argument("--data", type=Path, help="a .jsonl file with prompts: how much the factors differ over them")
+    made.add_argument("--data", type=place, help="a .jsonl file with prompts: how much the factors differ over them")
     made.add_argument("--limit", type=int, default=100, help="the most prompts of --data")
-    made.add_argument("--output", type=Path, required=True, help="the picture: .png, .pdf or .svg")
+    made.add_argument("--output", type=place, required=True, help="the picture: .png, .pdf or .svg")
     made.add_argument("--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator")
     made.add_argument("--no-compilation-cache", action="store_true")
 
@@ -245,7 +261,7 @@ def parser() -> argparse.ArgumentParser:
     made = command("bench", run_bench, f"measure on this machine: {measured}")
     made.add_argument("name")
     made.add_argument("--backbone", default="smollm2-135m")
-    made.add_argument("--output", type=Path, help="write the measurement to this JSON file")
+    made.add_argument("--output", type=local, help="write the measurement to this JSON file")
     made.add_argument("--rows", help="rows of a batch; decode: sizes such as 1,8,32; tenants: of each tenant")
     made.add_argument("--context", type=int, help="decode: tokens that each row holds")
     made.add_argument("--rounds", type=int, help="how often each side is measured")
@@ -453,7 +469,7 @@ def run_generate(options) -> int | None:
         return run_requests(options, *loaded(options, sources), tenants=tenants, answers=answers)
 
 
-def check_input(source: Path) -> None:
+def check_input(source: Place) -> None:
     """Raises ValueError, before anything is loaded, if there is nothing to answer. A pipe is not touched."""
     from .serving.answers import MAX_LINE, bounded_lines
 

@@ -14,7 +14,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from . import atomic
+from . import atomic, storage
+from .storage import BucketPath
 from .yaml_text import MAX_LENGTH, parse_yaml
 
 #: The linear layers whose output an adapter may change, named as Hugging Face names them, always in this order.
@@ -242,7 +243,7 @@ class BackboneSection:
     start, and uses plain where it fails"""
 
     def __post_init__(self):
-        require_local("backbone.source", self.source)
+        require_place("backbone.source", self.source)
         require(self.dtype in (None, "float32", "bfloat16"), "backbone.dtype", self.dtype, "float32 or bfloat16")
         require(self.quantize in (None, "int8"), "backbone.quantize", self.quantize, "int8, or null for none")
         require(self.attention in ATTENTION, "backbone.attention", self.attention, " or ".join(ATTENTION))
@@ -284,8 +285,10 @@ class DataSection:
 
     def __post_init__(self):
         require(self.changed in ("refuse", "accept"), "data.changed", self.changed, one_of(("refuse", "accept")))
-        for name in ("train", "validation", "test", "tenants", "data_dir"):
-            require_local(f"data.{name}", getattr(self, name))
+        for name in ("train", "validation", "test", "tenants"):
+            require_place(f"data.{name}", getattr(self, name))
+        expected = "a folder on this host: tfds data is not read from a bucket"
+        require("://" not in (self.data_dir or ""), "data.data_dir", self.data_dir, expected)
         require(self.max_seq_length >= 2, "data.max_seq_length", self.max_seq_length, "at least 2 tokens")
         require(
             self.truncate in ("error", "skip", "left"),
@@ -555,7 +558,7 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self):
-        require_local("output_dir", self.output_dir)
+        require_place("output_dir", self.output_dir)
         if self.output_dir.startswith("~"):
             object.__setattr__(self, "output_dir", str(expanded(self.output_dir)))
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
@@ -593,7 +596,7 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
-    given = {} if file is None else read_yaml(Path(file))
+    given = {} if file is None else read_yaml(expanded(file))
     changes: dict = {}
     for text in overrides:
         changes = merged(changes, parse_override(text))
@@ -639,7 +642,7 @@ def method_of(given: dict) -> Any:
 def save_config(config: RunConfig, file: str | Path) -> None:
     """Writes a config as YAML that `load_config` reads back to an equal one; what is there before stays whole."""
     text = yaml.dump(config_dict(config), Dumper=Quoting, sort_keys=False, allow_unicode=True)
-    atomic.write_text(Path(file), text)
+    atomic.write_text(expanded(file), text)
 
 
 class Quoting(yaml.SafeDumper):
@@ -689,27 +692,33 @@ def printable(text: str, width: int = 500) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def require_local(name: str, path: str | None) -> None:
-    """Raises the ValueError for an address such as gs://bucket/folder where a path is meant."""
-    found = re.match(r"\w+://", path or "")
-    expected = "a path; mount the bucket with gcsfuse and give the mounted folder (docs/training.md)"
-    require(not found, name, path, expected)
+def require_place(name: str, path: str | None) -> None:
+    """Raises the ValueError for an address that is neither a path nor gs://bucket/folder."""
+    try:
+        storage.address(path or "")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 #: Characters of a path.
 LONGEST_PATH = 2000
 
 
-def expanded(path: str | Path) -> Path:
-    """The path with ~ and ~user replaced. Raises ValueError for a user who is not known here, and for a text that no
-    file system has as a path: of more than LONGEST_PATH characters, with NUL or half a character."""
+def expanded(path: str | Path | BucketPath) -> Any:
+    """The path with ~ and ~user replaced; a storage.BucketPath for gs://bucket/folder.
+
+    Raises ValueError for a user who is not known here, for another address, and for a text that no file system has as a
+    path: of more than LONGEST_PATH characters, with NUL or half a character.
+    """
     text = str(path)
     if len(text) > LONGEST_PATH:
         raise ValueError(f"{shorten(text)}: {len(text)} characters; expected a path, which has {LONGEST_PATH} at most")
     if "\0" in text or not text.isascii() and any("\ud800" <= c <= "\udbff" for c in text):
         raise ValueError(f"{shorten(text)}: expected a path, which has neither NUL nor half a character")
+    if (found := storage.address(path)) is not None:
+        return found
     try:
-        return Path(path).expanduser()
+        return Path(text).expanduser()
     except RuntimeError:
         raise ValueError(f"{printable(text)}: no such home folder; give the path itself") from None
 

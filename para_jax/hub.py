@@ -18,7 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from .atomic import set_aside
+from .bucket_cache import fetched_adapter, fetched_file, fetched_files
 from .config import expanded, printable
+from .storage import BucketPath, Place
 
 CONFIG_FILES = ["config.json", "generation_config.json"]
 TOKENIZER_FILES = [
@@ -76,9 +78,11 @@ def resolve_tokenizer(source: str | Path) -> Path:
     return resolve(source, CONFIG_FILES + TOKENIZER_FILES)
 
 
-def resolve_adapter(source: str | Path) -> Path:
-    """A local folder with adapter_config.json; fetches it where `source` is a hub id."""
+def resolve_adapter(source: str | Place) -> Path:
+    """A local folder with adapter_config.json; fetches it where `source` is a hub id or lies in a bucket."""
     path = expanded(source)
+    if isinstance(path, BucketPath):
+        path = fetched_adapter(path, cache_folder(), ADAPTER_FILES, MAX_ADAPTER_BYTES)
     if not path.is_dir() and (old := set_aside(path.resolve())):
         warnings.warn(
             f"{source}: a save to it was interrupted or is under way; the adapter from before is taken, from {old}. "
@@ -93,7 +97,7 @@ def resolve_adapter(source: str | Path) -> Path:
         folder = cache_folder() / "adapters" / name
         path = fetch(repository, revision, ADAPTER_FILES, local_dir=folder, most=MAX_ADAPTER_BYTES)
     if not (path / "adapter_config.json").is_file():
-        inside = (path / "adapter" / "adapter_config.json").is_file()
+        inside = (expanded(source) / "adapter" / "adapter_config.json").is_file()
         inside = f"; did you mean {source_name(source)}/adapter?" if inside else ""
         raise ValueError(f"{source_name(source)}: no adapter_config.json there, so it is not an adapter{inside}")
     return path
@@ -101,10 +105,15 @@ def resolve_adapter(source: str | Path) -> Path:
 
 def resolve(source: str | Path, files: list[str]) -> Path:
     """A backbone's local folder or .gguf file; of a hub repository only `files` (patterns) are fetched."""
-    expected = f"a folder with config.json, a .gguf file, a hub id (user/name or user/name@revision), or {BUILT_IN}"
+    expected = (
+        f"a folder with config.json, a .gguf file (both also as gs://...), a hub id (user/name or user/name@revision), "
+        f"or {BUILT_IN}"
+    )
     path = expanded(source)
     if str(source) == BUILT_IN:
         return built_in_backbone()
+    if isinstance(path, BucketPath):
+        path = fetched(path, files)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{source_name(source)}: a file, but not a .gguf file; expected {expected}")
@@ -124,13 +133,19 @@ def parse_hub_id(source: str | Path, expected: str) -> tuple[str, str | None]:
     match = HUB_ID.fullmatch(str(source))
     if match and not str(source).endswith(".gguf"):
         return match["repository"], match["revision"]
-    if "://" in str(source):
-        raise ValueError(
-            f"{source_name(source)}: an address, not a path; mount a bucket with gcsfuse and give the folder "
-            "(docs/training.md)"
-        )
     missing = "no such file or folder; " if re.search(r"[/\\~]|\.gguf$", str(source)) else ""
     raise ValueError(f"{source_name(source)}: {missing}expected {expected}")
+
+
+def fetched(path: BucketPath, files: list[str]) -> Path:
+    """The local copy of a backbone in a bucket: its .gguf file, or of its folder what the patterns name."""
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{path}: no such object in the bucket")
+        return fetched_file(path, cache_folder())
+    if not path.is_dir():
+        raise ValueError(f"{path}: nothing there in the bucket; expected a folder with config.json, or a .gguf file")
+    return fetched_files(path, cache_folder(), files, MAX_TEXT_BYTES)
 
 
 def source_name(source: str | Path) -> str:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import atomic
+from .config import expanded
 from .evaluation.factors import Spread, root_mean_square
-from .training.metrics_file import read_metrics
+from .training.metrics_file import is_log, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,8 +47,8 @@ def new_figure(width: float, height: float) -> Figure:
 def save(figure: Figure, file: str | Path) -> None:
     """Writes the figure; the file's suffix, one of FORMATS, says how. What is there before stays whole."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, format=Path(file).suffix.removeprefix("."), dpi=120)
-    atomic.write_bytes(Path(file), drawn.getvalue())
+    figure.savefig(drawn, format=expanded(file).suffix.removeprefix("."), dpi=120)
+    atomic.write_bytes(expanded(file), drawn.getvalue())
 
 
 def plain(text: str) -> str:
@@ -102,13 +103,13 @@ def curves_plot(folders: Sequence[str | Path]) -> Figure:
 
 def run_names(folders: Sequence[str | Path]) -> list[str]:
     """The folders' own names, or their whole paths where two would be the same."""
-    names = [Path(folder).resolve().name for folder in folders]
+    names = [expanded(folder).resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def read_run(folder: str | Path) -> list[dict]:
-    file = Path(folder) / "metrics.jsonl"
-    if not file.is_file():
+    file = expanded(folder) / "metrics.jsonl"
+    if not is_log(file):
         raise ValueError(f"{folder}: no run is there (metrics.jsonl); expected the output_dir of `para-jax train`")
     rows = list(read_metrics(file))
     if not any("loss" in row for row in rows):

@@ -16,7 +16,7 @@ from . import atomic, devices
 from .adapters.files import load_adapter
 from .adapters.rows import pick, stack_adapters
 from .backbone.load import load_backbone
-from .config import load_config
+from .config import load_config, require
 from .data.business import JOBS, business_examples
 from .data.sources import Record, read_records
 from .data.tokenizer import load_tokenizer
@@ -51,7 +51,9 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
         overrides: of the run config, such as "train.max_steps=20" or "output_dir=runs/mine".
     """
     begun = time.monotonic()
-    folder = Path(load_config(None, [f"output_dir={next_folder()}", *overrides]).output_dir)
+    given = load_config(None, [f"output_dir={next_folder()}", *overrides]).output_dir
+    require("://" not in given, "output_dir", given, "a folder on this host; `para-jax train` writes into a bucket")
+    folder = Path(given)
     run = folder / "tenants"
     own = f"data.tenants={folder / 'data'}", f"output_dir={run}", "eval.test=true"
     config = load_config(None, [*DEFAULTS, *overrides, *own])

@@ -37,8 +37,9 @@ from .data.tenants import tenant_sections
 from .data.tokenizer import load_tokenizer
 from .data.training_data import load_training_data
 from .model import init_adapter
+from .storage import BucketPath
 from .topology import topology_report
-from .training.metrics_file import read_metrics
+from .training.metrics_file import is_log, read_metrics
 from .training.step import init_state
 from .training.tenants_file import read_entries
 
@@ -154,7 +155,7 @@ def folder_report(folder: Path) -> str:
         if config.many:
             return tenants_report(folder, config)
         lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {config.data.train}"]
-        if (folder / "metrics.jsonl").is_file():
+        if is_log(folder / "metrics.jsonl"):
             scored = [
                 row
                 for row in read_metrics(folder / "metrics.jsonl")
@@ -263,6 +264,8 @@ def check_record_file(option: str, file: Path) -> None:
     """Raises ValueError or OSError, before the work for a record begins, where its file can't be written."""
     if file.is_dir():
         raise ValueError(f"{option} {file}: a folder. Give the path of a file in it")
+    if isinstance(file, BucketPath):
+        return
     if written_in_place(file):
         return
     try:

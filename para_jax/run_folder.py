@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from . import atomic, devices
-from .config import RunConfig, config_dict, load_config, save_config
+from .bucket_lock import held
+from .config import RunConfig, config_dict, expanded, load_config, save_config
 from .data.example_arrays import add_to_digest
 from .data.examples import Example
 from .evaluation.evaluate import EvalTask
+from .storage import BucketPath, Place
 
 #: A folder holds the same run although these differ.
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
@@ -28,6 +31,8 @@ PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.da
 LOCK = ".lock"
 #: What `atomic` replaces in a run's folder, or a tenant's in it.
 REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json")
+#: The folder that is renamed to see whether that is possible (under a temporary name), and the end of its new name.
+TRIAL, RENAMED = "rename", "-renamed"
 #: File systems that can't lock.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -41,9 +46,10 @@ def locked_folder(config: RunConfig) -> Iterator[None]:
     run or other files.
     """
     check_folder(config)
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        require_renames(folder)
         if not (folder.parent / LOCK).is_file():
             delete_leftovers(folder)
             yield
@@ -54,7 +60,11 @@ def locked_folder(config: RunConfig) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Place) -> Iterator[None]:
+    if isinstance(folder, BucketPath):
+        with held(folder / LOCK, devices.say):
+            yield
+        return
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     with open(descriptor, "r+b", buffering=0) as stream:
         try:
@@ -66,8 +76,37 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def delete_leftovers(folder: Path) -> None:
+def require_renames(folder: Place) -> None:
+    """Raises ValueError for a folder in which no folder can be renamed. Checkpoints and adapters get their names so. A
+    run would fail only when it has something to save. In a bucket nothing is renamed."""
+    if isinstance(folder, BucketPath):
+        return
+    before = atomic.temporary_name(folder / TRIAL)
+    after = before.with_name(before.name + RENAMED)
+    try:
+        before.mkdir()
+        (before / "file").touch()
+        os.rename(before, after)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {folder}: a folder can't be renamed there ({error.strerror}), which saving needs. If gcsfuse "
+            "mounted it, mount it with --rename-dir-limit=1000, or give output_dir=gs://bucket/folder instead "
+            "(docs/training.md, section 5)"
+        ) from None
+    finally:
+        for left in (before, after):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def trials_left(folder: Place) -> list[Path]:
+    """What a kill left of `require_renames`."""
+    return [*atomic.folders_left(folder / TRIAL), *atomic.folders_left(folder / TRIAL, RENAMED)]
+
+
+def delete_leftovers(folder: Place) -> None:
     """Deletes the temporary files that killed writes left."""
+    for left in trials_left(folder):
+        shutil.rmtree(left, ignore_errors=True)
     for name in REPLACED:
         for file in atomic.files_left(folder / name):
             file.unlink(missing_ok=True)
@@ -75,7 +114,7 @@ def delete_leftovers(folder: Path) -> None:
 
 def check_folder(config: RunConfig) -> None:
     """Raises ValueError for an output folder that holds another run, or something else than a run."""
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     file = folder / "config.yaml"
     if file.is_file():
         difference = differences(load_config(file), config)
@@ -85,7 +124,7 @@ def check_folder(config: RunConfig) -> None:
                 "choose another output_dir, or the same config to resume"
             )
     elif folder.exists():
-        own = {folder / LOCK, *atomic.files_left(file)} if folder.is_dir() else set()
+        own = {folder / LOCK, *atomic.files_left(file), *trials_left(folder)} if folder.is_dir() else set()
         if not folder.is_dir() or set(folder.iterdir()) - own:
             raise ValueError(f"output_dir {folder} holds something else than a run; choose another")
 
@@ -93,7 +132,7 @@ def check_folder(config: RunConfig) -> None:
 def claim_folder(config: RunConfig) -> None:
     """Makes the output folder and writes the resolved config into it; a folder that holds another run is refused."""
     check_folder(config)
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
 

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -23,7 +22,7 @@ from .adapters.files import load_adapter, save_adapter
 from .adapters.folder import mend_folder
 from .backbone.kernel_choice import describe_attention
 from .backbone.load import load_backbone, load_model_config
-from .config import ModelConfig, RunConfig, config_dict, require
+from .config import ModelConfig, RunConfig, config_dict, expanded, require
 from .data.batches import (
     Batch,
     Bucket,
@@ -50,6 +49,7 @@ from .processes import arrays_of_first, by_each, by_first, gathered, is_first, r
 from .roofline import peak_rate
 from .run_folder import FREE_FIELDS, claim_folder, locked_folder, run_digests
 from .sharding import place, replicated_lines, rows_over
+from .storage import Place
 from .training.checkpoint import (
     Progress,
     changed_data,
@@ -59,6 +59,7 @@ from .training.checkpoint import (
     require_saved,
     restore_checkpoint,
     save_checkpoint,
+    steps_in,
 )
 from .training.log import Done, Log
 from .training.passes import step_passes
@@ -75,7 +76,7 @@ class TrainResult(NamedTuple):
     best_score: float | None
     best_step: int
     step: int
-    output_dir: Path
+    output_dir: Place
 
 
 class Work(NamedTuple):
@@ -143,7 +144,8 @@ def require_judge(config: RunConfig, validation: Sequence[EvalTask | None]) -> N
     if config.eval.patience is None or any(validation):
         return
     missing = "validation data (data.validation, or validation.jsonl beside train.jsonl)"
-    resumes = any(Path(config.output_dir).glob("checkpoints/*"))
+    checkpoints = expanded(config.output_dir) / "checkpoints"
+    resumes = checkpoints.is_dir() and bool(steps_in(checkpoints))
     require(resumes, "eval.patience", config.eval.patience, f"{missing}; without it leave eval.patience out")
     devices.say(f"warning: eval.patience ends nothing here: there is no {missing}")
 
@@ -203,7 +205,7 @@ def fit(
     test: EvalTask | None = None,
 ) -> TrainResult:
     """The training loop, with a backbone that is loaded already. The folder must be claimed."""
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     say_layout(model, mesh)
     say_attention(model, work.buckets, mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
@@ -269,7 +271,7 @@ def accepted_changes(progress: Any, run: dict[str, str]) -> tuple[list[str], Any
     return changed, progress._replace(run=run)
 
 
-def kept_adapter(folder: Path, model, last: Adapter) -> Adapter:
+def kept_adapter(folder: Place, model, last: Adapter) -> Adapter:
     """The run's best adapter, from the folder that the first process alone reads; as arrays of NumPy."""
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), last)
     return arrays_of_first(load_adapter(folder / "adapter", model.config, model=model) if is_first() else empty)
@@ -327,11 +329,13 @@ class Loop(NamedTuple):
                 last = last or self.out_of_patience(progress)
                 if saved < progress.step and (stopping or last or self.due("checkpoint", progress.step)):
                     done = self.log_values(done, bar)
+                    self.log.flush()
                     save_checkpoint(self.checkpoints, state, progress)
                     saved = progress.step
                 if stopping:
                     self.end_early(progress)
                 if last:
+                    self.log.flush()
                     by_first(lambda: finish_saving(self.checkpoints))
                     return state, progress
                 state, done = self.step(state, batches, progress.step + 1, done, compiled, bar)
@@ -383,6 +387,7 @@ class Loop(NamedTuple):
         return step > 0 and step % every[what] == 0
 
     def end_early(self, progress: Progress) -> NoReturn:
+        self.log.flush()
         stopped_at = f"step {progress.step} of {self.work.total_steps}"
         end_stopped(self.checkpoints, self.stop, self.log.folder, stopped_at)
 
@@ -436,7 +441,7 @@ class Loop(NamedTuple):
         return self.config.eval.patience is not None and progress.since_best >= self.config.eval.patience
 
 
-def end_stopped(checkpoints, stop: StopSignal, folder: Path, where: str) -> NoReturn:
+def end_stopped(checkpoints, stop: StopSignal, folder: Place, where: str) -> NoReturn:
     """Ends a run that was told to stop, when everything is written, and says where it stands and how to go on."""
     by_first(lambda: finish_saving(checkpoints))
     devices.say(
@@ -447,7 +452,7 @@ def end_stopped(checkpoints, stop: StopSignal, folder: Path, where: str) -> NoRe
 
 def card_lines(config: RunConfig, steps: int, found: Score | None) -> list[str]:
     """What an adapter's model card says of its training and its validation score."""
-    card = [f"Trained for {steps} steps on {Path(config.data.train or '').name}."]
+    card = [f"Trained for {steps} steps on {expanded(config.data.train or '').name}."]
     if config.backbone.quantize:
         card.append(f"The backbone's weights were {config.backbone.quantize} during training.")
     if found:

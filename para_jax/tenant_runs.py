@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from .adapters.files import save_adapter
 from .adapters.folder import mend_folder
 from .adapters.rows import Stack
 from .backbone.load import load_backbone, load_model_config
-from .config import RunConfig, config_dict, require, save_config
+from .config import RunConfig, config_dict, expanded, require, save_config
 from .data.batches import Batch, Bucket, example_lengths, for_mixed_rows, plan, plan_buckets_of_sizes
 from .data.example_arrays import digest
 from .data.reader import read
@@ -57,6 +58,7 @@ from .runs import (
     statistics_batches,
 )
 from .sharding import rows_over, tenant_axes
+from .storage import BucketPath
 from .training.checkpoint import (
     Progress,
     finish_saving,
@@ -66,7 +68,7 @@ from .training.checkpoint import (
     save_checkpoint,
 )
 from .training.log import Done, Log, drop_rows
-from .training.metrics_file import append_row, read_metrics, write_metrics
+from .training.metrics_file import Rows, is_log, read_metrics, write_metrics
 from .training.optimizer import warmup_steps
 from .training.profiler import Profiler
 from .training.step import standardise
@@ -83,6 +85,9 @@ from .training.tenants import (
     tenants_step,
 )
 from .training.tenants_file import add_entry, read_entries, write_entries
+
+#: Tenants' files that are written at once.
+AT_ONCE = 16
 
 
 class Tenant(NamedTuple):
@@ -229,7 +234,7 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
     return {
         name: replace(
             own,
-            output_dir=str(Path(config.output_dir) / name),
+            output_dir=str(expanded(config.output_dir) / name),
             train=replace(own.train, rows_per_tenant=rows, **batch),
         )
         for name, own in made.items()
@@ -252,7 +257,7 @@ def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
 def claim_tenants(config: RunConfig, tenants: list[Tenant]) -> None:
     """Makes the output folder and each tenant's in it; a folder that holds another run, or one of other tenants, is
     refused."""
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir)
     held = {path.parent.name for path in folder.glob("*/config.yaml")}
     others = sorted(held ^ {tenant.name for tenant in tenants})
     if held - {tenant.name for tenant in tenants} or (others and any(folder.glob("checkpoints/*"))):
@@ -261,11 +266,15 @@ def claim_tenants(config: RunConfig, tenants: list[Tenant]) -> None:
             "choose another output_dir, or the same tenants to resume"
         )
     claim_folder(config)
-    for tenant in tenants:
-        folder = Path(tenant.config.output_dir)
-        folder.mkdir(exist_ok=True)
-        delete_leftovers(folder)
-        save_config(tenant.config, folder / "config.yaml")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(claim_tenant, tenants))
+
+
+def claim_tenant(tenant: Tenant) -> None:
+    folder = expanded(tenant.config.output_dir)
+    folder.mkdir(exist_ok=True)
+    delete_leftovers(folder)
+    save_config(tenant.config, folder / "config.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -275,7 +284,7 @@ def fit_tenants(
     config: RunConfig, model, tokenizer, tenants: list[Tenant], buckets: tuple[Bucket, ...], mesh
 ) -> TenantsResult:
     """The training loop, with a backbone that is loaded already. The folders must be claimed."""
-    folder, layout = Path(config.output_dir), lay_out(config, len(tenants), mesh)
+    folder, layout = expanded(config.output_dir), lay_out(config, len(tenants), mesh)
     say_layout(model, mesh)
     say_attention(model, buckets, mesh)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
@@ -298,8 +307,9 @@ def fit_tenants(
             parts = {"validation": validation, "test": test}
             held = {name: list(tasks.encoded.values()) for name, tasks in parts.items() if tasks.encoded}
             say_evaluation(held, config.eval.batch_size)
+            logs = [tenant_rows(t) for t in tenants]
             shared = model, tenants, buckets, layout, validation, test
-            loop = TenantsLoop(config, *shared, checkpoints, log, profiler, stop)
+            loop = TenantsLoop(config, *shared, checkpoints, log, profiler, stop, logs)
             try:
                 tested = loop.running(standing, "test", changed) if restored else list(range(len(tenants)))
                 standing = loop.test_backbone(state, standing, tested)
@@ -309,6 +319,12 @@ def fit_tenants(
                 loop.end_early(standing)
         entries = by_first(lambda: read_entries(folder))
     return TenantsResult({t.name: entries[t.name] for t in tenants}, folder)
+
+
+def tenant_rows(tenant: Tenant) -> Rows:
+    """Adds to a tenant's metrics.jsonl. In a bucket only with each checkpoint: there each write takes a while."""
+    file = expanded(tenant.config.output_dir) / "metrics.jsonl"
+    return Rows(file, math.inf if isinstance(file, BucketPath) else None)
 
 
 def empty_state(config: RunConfig, model, slots: int, mesh) -> TenantsState:
@@ -345,12 +361,16 @@ def require_same_tenants(standing: Standing, tenants: list[Tenant], slots: int) 
 
 def mend_tenants(standing: Standing, tenants: list[Tenant], folder: Path, resumed: bool) -> None:
     """Puts the tenants' folders into the state of the checkpoint that the run goes on from."""
-    for i, tenant in enumerate(tenants):
-        own = Path(tenant.config.output_dir)
+
+    def mend(i: int) -> None:
+        own = expanded(tenants[i].config.output_dir)
         mend_folder(own / "adapter")
         where = Progress(standing.steps[i], None, 0, 0, standing.evaluated[i])
         ended = standing.ended[i] is not None
         drop_rows(own / "metrics.jsonl", where if resumed else None, ended=ended)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(mend, range(len(tenants))))
     ended = [t.name for i, t in enumerate(tenants) if standing.ended[i]]
     entries = read_entries(folder) if ended else {}
     lost = [name for name in ended if name not in entries]
@@ -362,7 +382,7 @@ def mend_tenants(standing: Standing, tenants: list[Tenant], folder: Path, resume
 def drop_unsure(standing: Standing, file: Path) -> None:
     """Takes the scores of the last step out of the run's log that will be measured again."""
     again = {name for i, name in enumerate(standing.names) if standing.evaluated[i] < standing.steps[i]}
-    if again and file.exists():
+    if again and is_log(file):
         kept = [
             row
             for row in read_metrics(file)
@@ -385,6 +405,8 @@ class TenantsLoop(NamedTuple):
     log: Log
     profiler: Profiler
     stop: StopSignal
+    rows: list[Rows]
+    """each tenant's metrics.jsonl"""
 
     def run(self, state: TenantsState, standing: Standing) -> None:
         """Steps until every tenant has ended; each step's values are read when the next step is under way.
@@ -423,11 +445,13 @@ class TenantsLoop(NamedTuple):
                     every = self.config.checkpoint.every or self.config.eval.every
                     if saved < standing.step and (stopping or last or standing.step % every == 0):
                         standing, pending = self.read(pending, standing, bar), None
+                        self.flush()
                         save_checkpoint(self.checkpoints, state, standing)
                         saved = standing.step
                     if stopping:
                         self.end_early(standing)
                     if last:
+                        self.flush()
                         by_first(lambda: finish_saving(self.checkpoints))
                         return
                     state, standing = self.admit(state, standing)
@@ -539,10 +563,17 @@ class TenantsLoop(NamedTuple):
     def write(self, tenant: int, step: int, values: dict[str, float], *, every: int = 1) -> None:
         """Adds values of a tenant's own step to its metrics.jsonl."""
         if is_first() and step % every == 0:
-            append_row(self.folder(tenant) / "metrics.jsonl", step, values)
+            self.rows[tenant].add(step, values)
+
+    def flush(self) -> None:
+        """Writes the rows that the logs keep back; see `Log.flush`."""
+        self.log.flush()
+        if is_first():
+            with self.log.errors_named(), ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(Rows.flush, self.rows))
 
     def folder(self, tenant: int) -> Path:
-        return Path(self.tenants[tenant].config.output_dir)
+        return expanded(self.tenants[tenant].config.output_dir)
 
     # ---------------------------------------------------------------------------------------------- scores and endings
 
@@ -647,6 +678,9 @@ class TenantsLoop(NamedTuple):
         best = standing.best_score[tenant]
         said = "" if best is None else f", best validation score {best:.4f} at step {standing.best_step[tenant]}"
         devices.say(f"{own.name}: {steps} steps{said} ({why}; {ended} of {len(self.tenants)} tenants have ended)")
+        if is_first():
+            with self.log.errors_named():
+                self.rows[tenant].flush()
         slots = [-1 if held == tenant else held for held in standing.slots]
         return standing.changed(tenant, ended=why)._replace(slots=slots)
 
@@ -657,6 +691,7 @@ class TenantsLoop(NamedTuple):
         for tenant, score in found.items():
             self.write(tenant, standing.steps[tenant], scores("test_before", score))
             standing = standing.changed(tenant, test_before=score.score)
+        self.flush()
         return standing
 
     def running(self, standing: Standing, split: str, changed: list[str]) -> list[int]:
@@ -683,6 +718,7 @@ class TenantsLoop(NamedTuple):
         return standing
 
     def end_early(self, standing: Standing) -> NoReturn:
+        self.flush()
         ended = f"{sum(standing.over)} of {len(self.tenants)} tenants ended"
         end_stopped(self.checkpoints, self.stop, self.log.folder, f"step {standing.step}, with {ended}")
 

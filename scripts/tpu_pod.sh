@@ -33,7 +33,7 @@ export PATH="$HOME/.local/bin:$PATH"
 mkdir -p para_jax && tar -xzf para_jax.tar.gz -C para_jax && cd para_jax
 command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 [ -d .venv ] || uv venv --quiet --seed --python 3.12
-uv pip install --quiet -e ".[tpu]"'
+uv pip install --quiet -e ".[tpu,gcs]"'
 
 if [ -n "${HF_TOKEN:-}" ]; then
   printf '%s' "$HF_TOKEN" > "$sent/para_jax.token" # printf is the shell's own: the token is in no list of processes

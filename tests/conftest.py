@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -65,6 +66,21 @@ def golden_tenants(family: str, activation: str = "gelu") -> list:
             adapter.up[site][...] = jnp.asarray(part)
         adapters.append(adapter)
     return adapters
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """gs://para-jax: an empty bucket of an emulator on loopback, which processes started from here find too."""
+    import buckets
+
+    from para_jax.storage import address
+
+    server, port = buckets.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in buckets.environment(port).items():
+            patch.setenv(name, value)
+        yield address(f"gs://{buckets.BUCKET}")
+    server.stop()
 
 
 def strong(adapter, seed: int = 0, scale: float = 0.1):

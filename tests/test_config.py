@@ -206,10 +206,16 @@ def test_a_truth_value_where_a_text_is_meant_is_refused(override):
     assert load_config(None, ["eval.choices=['yes', 'no']"]).eval.choices == ("yes", "no")
 
 
-@pytest.mark.parametrize("field", ["output_dir", "data.train", "data.test", "data.data_dir", "backbone.source"])
-def test_a_buckets_address_is_refused_and_points_to_gcsfuse(field):
-    said = error(f"{field}=gs://bucket/folder")
-    assert field in said and "gs://bucket/folder" in said and "gcsfuse" in said and "docs/training.md" in said
+@pytest.mark.parametrize("field", ["output_dir", "data.train", "data.tenants", "data.test", "backbone.source"])
+def test_another_address_than_a_buckets_is_refused_with_what_may_stand_there(field):
+    load_config(None, [f"{field}=gs://bucket/folder"])
+    for address in ("s3://bucket/folder", "http://host/folder", "gs://", "gs://bucket/a/../b", "gs://bucket/a//b"):
+        said = error(f"{field}={address}")
+        assert field in said and repr(address) in said
+
+
+def test_tfds_data_is_not_read_from_a_bucket():
+    assert "data.data_dir" in error("data.data_dir=gs://bucket/folder")
 
 
 @pytest.mark.parametrize(("overrides", "expected"), [

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 
-from para_jax import hub
+from para_jax import hub, storage
 from para_jax.hub import cache_folder, resolve_adapter, resolve_backbone, resolve_config, resolve_tokenizer
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
@@ -237,9 +237,17 @@ def test_what_can_not_be_a_source_is_named_with_what_may_be(source, said):
         resolve_adapter(source)
 
 
-def test_a_buckets_address_points_to_gcsfuse():
+def test_another_address_than_a_buckets_is_refused():
     for resolve in (resolve_backbone, resolve_config, resolve_tokenizer, resolve_adapter):
-        with pytest.raises(ValueError, match="gs://bucket/model: .*gcsfuse"):
+        with pytest.raises(ValueError, match="s3://bucket/model.*gs://bucket/folder"):
+            resolve("s3://bucket/model")
+
+
+def test_a_bucket_without_gcsfs_is_an_error_that_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs.core", None)
+    storage._file_system.cache_clear()
+    for resolve in (resolve_backbone, resolve_config, resolve_tokenizer, resolve_adapter):
+        with pytest.raises(ValueError, match=r"gs://bucket/model.*para_jax\[gcs\]"):
             resolve("gs://bucket/model")
 
 

@@ -11,7 +11,9 @@ import para_jax
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ["atomic", "yaml_text"],
+    ["storage"],
+    ["atomic", "yaml_text", "bucket_folder", "bucket_lock", "pieces"],
+    ["bucket_cache", "bucket_lines"],
     ["config"],
     ["untrusted", "hlo_text"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "hlo", "processes"],

@@ -88,7 +88,7 @@ def test_every_host_gets_the_checkout_an_environment_and_the_same_command(pod, t
     assert (host / "para_jax" / "configs" / "run.yaml").exists() and not (host / "para_jax" / "runs").exists()
     assert (host / "uv_calls").read_text().splitlines() == [
         f"{host / 'para_jax'} venv --quiet --seed --python 3.12",
-        f"{host / 'para_jax'} pip install --quiet -e .[tpu]",
+        f"{host / 'para_jax'} pip install --quiet -e .[tpu,gcs]",
     ]
     assert not list(tmp_path.glob("tmp.*"))  # what was sent is not left here
 

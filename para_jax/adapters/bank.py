@@ -25,6 +25,7 @@ import numpy as np
 
 from ..config import ADAPTER_CONFIGS, SITES, LoraConfig, ModelConfig, adapter_method, one_of, require, shorten
 from ..sharding import place
+from ..storage import BucketPath
 from ..untrusted import shown
 from .adapter import Adapter, AdapterParam, init, is_variable, named_leaves, with_leaves
 from .files import load_adapter, require_finite
@@ -123,7 +124,7 @@ class AdapterBank:
             raise ValueError(unknown(name, self.names))
         return found
 
-    def add(self, name: str, adapter: Adapter | str | Path) -> None:
+    def add(self, name: str, adapter: Adapter | str | Path | BucketPath) -> None:
         """Takes in an adapter, or that of a folder or hub id, under a new name.
 
         Raises ValueError, and keeps what it holds, for a name that is taken, a full bank, and an adapter of another
@@ -136,7 +137,7 @@ class AdapterBank:
             self._check_room(name)
             self._put(name, entry)
 
-    def replace(self, name: str, adapter: Adapter | str | Path) -> None:
+    def replace(self, name: str, adapter: Adapter | str | Path | BucketPath) -> None:
         """Puts another adapter under a name that is held; errors as in add."""
         self.entry(name)
         entry = self._made(name, adapter)
@@ -226,7 +227,7 @@ class AdapterBank:
             del self._held[group]
             self._templates.pop(group, None)
 
-    def _made(self, name: str, adapter: Adapter | str | Path) -> Entry:
+    def _made(self, name: str, adapter: Adapter | str | Path | BucketPath) -> Entry:
         """The entry of an adapter, padded; its version comes later."""
         if not isinstance(adapter, Adapter):
             adapter = load_adapter(adapter, self.model_config)

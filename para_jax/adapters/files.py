@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from ..bucket_folder import require_whole
 from ..config import Ia3Config, LoraConfig, ModelConfig, ParaConfig, expanded, shorten
+from ..storage import BucketPath
 from ..untrusted import one_line, read_json
 from .adapter import Adapter
 from .folder import (
@@ -56,7 +58,7 @@ class Described(NamedTuple):
 
 
 def save_adapter(
-    adapter: Adapter, folder: str | Path, *, base_model: str = "", model=None, card: Iterable[str] = ()
+    adapter: Adapter, folder: str | Path | BucketPath, *, base_model: str = "", model=None, card: Iterable[str] = ()
 ) -> None:
     """Writes an adapter folder. It appears whole, in the place of an older one, or not at all.
 
@@ -90,7 +92,7 @@ def save_adapter(
     replace_folder(expanded(folder).resolve(), files)
 
 
-def load_adapter(source: str | Path, model_config: ModelConfig, *, model=None) -> Adapter:
+def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, model=None) -> Adapter:
     """The adapter of a folder or a hub id (user/name or user/name@revision), for the backbone of `model_config`.
 
     Args:
@@ -100,11 +102,17 @@ def load_adapter(source: str | Path, model_config: ModelConfig, *, model=None) -
     """
     from ..hub import resolve_adapter
 
-    return read_whole(lambda: resolve_adapter(source), lambda folder: read_adapter(folder, source, model_config, model))
+    try:
+        return read_whole(lambda: resolve_adapter(source), lambda path: read_adapter(path, source, model_config, model))
+    except ValueError as error:
+        if "://" in str(source) and str(source) not in str(error):  # it names the local copy
+            raise ValueError(f"{source}: {error}") from None
+        raise
 
 
-def read_adapter(folder: Path, source: str | Path, model_config: ModelConfig, model) -> Adapter:
+def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: ModelConfig, model) -> Adapter:
     """The adapter of a folder; `source` is the name that the user gave it."""
+    require_whole(folder)
     config, backbone, _ = read_config(folder)
     if not isinstance(config, ParaConfig):
         return load_peft(folder, config, model_config)
@@ -122,12 +130,16 @@ def read_adapter(folder: Path, source: str | Path, model_config: ModelConfig, mo
     return load_para(folder, config, model_config)
 
 
-def read_adapter_config(folder: str | Path) -> Described:
+def read_adapter_config(folder: str | Path | BucketPath) -> Described:
     """What an adapter folder says of itself. A PARA folder's weights need not be there."""
-    config, backbone, base_model = read_config(Path(folder))
+    from ..hub import resolve_adapter
+
+    place = expanded(folder)
+    local = resolve_adapter(place) if isinstance(place, BucketPath) else place
+    config, backbone, base_model = read_config(local)
     if isinstance(config, ParaConfig):
         return Described(config, backbone, base_model, *para_values(config, backbone))
-    shapes = tensor_shapes(Path(folder))
+    shapes = tensor_shapes(local)
     layers = 1 + max((layer for _, _, layer in named(shapes)), default=-1)
     held, carried = peft_values(config, shapes)
     matrices, vectors = (held, 0) if isinstance(config, LoraConfig) else (0, held)

@@ -13,7 +13,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from .. import bucket_folder
 from ..atomic import OLD, folders_left, set_aside, sync_folder, temporary_name
+from ..storage import BucketPath, Place
 from ..tensor_file import StoredTensor, stored_tensors
 from ..untrusted import some
 
@@ -118,8 +120,11 @@ def safetensors_bytes(tensors: dict[str, np.ndarray]) -> bytes:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
+def replace_folder(folder: Place, files: dict[str, bytes]) -> None:
     """Puts a folder of these files in the place of what is at `folder`; where that fails, what was there stays."""
+    if isinstance(folder, BucketPath):
+        bucket_folder.replace_folder(folder, files)
+        return
     if folder.exists():
         others = sorted({path.name for path in folder.iterdir()} - set(files)) if folder.is_dir() else [folder.name]
         if others:
@@ -160,8 +165,11 @@ def swap(new: Path, folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def mend_folder(folder: Path) -> None:
+def mend_folder(folder: Place) -> None:
     """Tidies up after a replacement of the folder that was killed; where none was in place, the old one comes back."""
+    if isinstance(folder, BucketPath):
+        bucket_folder.mend_folder(folder)
+        return
     old = set_aside(folder)
     if old is not None and not folder.exists():
         os.rename(old, folder)

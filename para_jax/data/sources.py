@@ -6,9 +6,10 @@ import json
 import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..config import DataSection, expanded, printable, shorten
+from ..storage import BucketPath
 from .encode_batch import encode_examples
 from .examples import (
     Example,
@@ -59,7 +60,7 @@ def report(count: int, cut: int, skipped: int) -> str:
     return f"{count} examples{also_cut}{also_skipped}"
 
 
-def source_of(section: DataSection, split: str) -> Path | Prepared | None:
+def source_of(section: DataSection, split: str) -> Path | BucketPath | Prepared | None:
     """Where a split's rows lie: the file or prepared data of its own field, else those that belong to data.train (the
     folder's other files, the tfds: source's other splits). None where there are none."""
     own, train = getattr(section, split), section.train
@@ -105,7 +106,7 @@ def split_records(section: DataSection, split: str, seen=None) -> Iterator[Recor
 
 
 def read_records(
-    path: Path | str, *, prompt: str | None = None, completion: str | None = None, task: str | None = None
+    path: Path | BucketPath | str, *, prompt: str | None = None, completion: str | None = None, task: str | None = None
 ) -> list[Record]:
     """The records of one JSON-lines file; ValueError names the file and line of the first row that is wrong.
 
@@ -116,13 +117,13 @@ def read_records(
             and `completion` already.
     """
     form = dict(prompt=prompt, completion=completion, task=task)
-    return list(records_of(read_rows(Path(path)), str(path), **form))
+    return list(records_of(read_rows(expanded(path)), str(path), **form))
 
 
-def read_prompts(path: Path | str) -> list[Prompt]:
+def read_prompts(path: Path | BucketPath | str) -> list[Prompt]:
     """The prompts of a JSON-lines file: its column `prompt`, beside which nothing is needed, or those of `messages`."""
     prompts: list[Prompt] = []
-    for place, row in read_rows(Path(path)):
+    for place, row in read_rows(expanded(path)):
         try:
             ready = "prompt" in row or "messages" not in row
             prompts += [column(row, "prompt")] if ready else [found[0] for found in row_fields(row, {})]
@@ -184,14 +185,14 @@ def records_of(
         raise ValueError(f"{source}: the data set is empty")
 
 
-def existing(split: str, path: Path) -> Path:
+def existing(split: str, path: Any) -> Any:
     file = path / f"{split}.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"data.{split}: {file}: no such file; expected a .jsonl file, or a folder with {split}.jsonl")
     return file
 
 
-def read_rows(path: Path, seen=None) -> Iterator[tuple[str, dict]]:
+def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
     """Each line's "file:line" and object; empty lines are passed over.
 
     Args:

@@ -12,7 +12,11 @@ from typing import TextIO
 from weakref import WeakValueDictionary
 
 from .. import atomic
+from ..bucket_lines import BucketLines
 from ..config import shorten
+from ..devices import say
+from ..pieces import open_pieces, pieces
+from ..storage import BucketPath, Place
 from .asked import Answer, Scored, Written
 
 #: How each line begins; `Journal.add` and `answers_of` agree on it.
@@ -22,6 +26,8 @@ LONGEST = 1 << 24
 TYPES = {Scored: (float, bool), Written: (str, int)}
 #: This process's open files, by device and inode: journals of one file share it and its lock.
 OPEN: WeakValueDictionary[tuple[int, int], TextIO] = WeakValueDictionary()
+#: The same of files in a bucket.
+OPEN_LINES: WeakValueDictionary[BucketPath, BucketLines] = WeakValueDictionary()
 #: One thread at a time opens a journal or adds a line.
 LOCK = threading.Lock()
 
@@ -29,7 +35,7 @@ LOCK = threading.Lock()
 class Journal:
     """Answers by key, in memory and in a JSON-lines file, which one process at a time may write."""
 
-    def __init__(self, file: Path | None = None):
+    def __init__(self, file: Place | None = None):
         """
         Args:
             file: made where it is not there; None: in memory alone.
@@ -39,8 +45,15 @@ class Journal:
         """
         self.file = file
         self._answers: dict[str, Answer] = {}
-        self._stream = None
+        self._stream = self._lines = None
         if file is not None:
+            if isinstance(file, BucketPath):
+                with LOCK:
+                    self._lines = OPEN_LINES.get(file) or BucketLines(file, say)
+                    OPEN_LINES[file] = self._lines
+                    self._lines.flush()
+                    self._answers |= answers_of(file)
+                return
             if file.exists() and not file.is_file():
                 raise ValueError(f"{file}: no regular file; choose another folder")
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -58,9 +71,12 @@ class Journal:
         return len(self._answers)
 
     def add(self, key: str, answer: Answer) -> None:
-        """Keeps an answer; it outlives a kill when this returns."""
+        """Keeps an answer; it outlives a kill when this returns, in a bucket after `sync` or some seconds."""
+        line = json.dumps({"key": key, **answer._asdict()}, ensure_ascii=False) + "\n"
+        if self._lines is not None:
+            with LOCK:
+                self._lines.add(line.encode())
         if self._stream is not None:
-            line = json.dumps({"key": key, **answer._asdict()}, ensure_ascii=False) + "\n"
             try:
                 with LOCK:  # a journal that is being opened would cut off half a line
                     self._stream.write(line)
@@ -71,6 +87,9 @@ class Journal:
 
     def sync(self) -> None:
         """Forces the file to the disk: its answers outlive a power failure too."""
+        if self._lines is not None:
+            with LOCK:
+                self._lines.flush()
         if self._stream is not None:
             os.fsync(self._stream.fileno())
 
@@ -86,11 +105,13 @@ def opened(file: Path) -> TextIO:
     return OPEN[place]
 
 
-def answers_of(file: Path) -> Iterator[tuple[str, Answer]]:
+def answers_of(file: Place) -> Iterator[tuple[str, Answer]]:
     """The answers of a file, after which a last line without an end is cut off. Raises ValueError, and leaves the file
     as it is, for a line that is no answer."""
     whole = 0
-    with file.open("rb") as lines:
+    if isinstance(file, BucketPath) and not pieces(file):
+        return
+    with open_pieces(file) if isinstance(file, BucketPath) else file.open("rb") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(LONGEST), b""), 1):
             if not line.endswith(b"\n") and (line.startswith(HEAD) or HEAD.startswith(line)) and len(line) < LONGEST:
                 break
@@ -102,7 +123,7 @@ def answers_of(file: Path) -> Iterator[tuple[str, Answer]]:
                     "line, and its question is asked again; or choose another folder"
                 ) from None
             whole += len(line)
-    if whole < file.stat().st_size:
+    if not isinstance(file, BucketPath) and whole < file.stat().st_size:
         os.truncate(file, whole)
 
 

@@ -12,7 +12,7 @@ from .. import devices
 from ..adapters.bank import AdapterBank
 from ..adapters.files import load_adapter
 from ..backbone.load import load_backbone
-from ..config import RuntimeSection, require, shorten
+from ..config import RuntimeSection, expanded, require, shorten
 from ..data.tokenizer import load_tokenizer
 from ..serving.engine import Engine
 from .asked import Answer, Asked, backbone_content
@@ -35,7 +35,7 @@ class ParaLM(TokenLM):
         """
         super().__init__(engine.tokenizer, engine.model.config.max_positions, seed, room=engine.max_length)
         self.engine, self.tenant = engine, tenant
-        journal = Journal(Path(cache) / "answers.jsonl" if cache else None)
+        journal = Journal(expanded(cache) / "answers.jsonl" if cache else None)
         content = backbone_content(engine.model)
         self.answers = Pass(engine.model, engine.bank, engine.tokenizer, content, journal)
         require(tenant is None or engine.bank is not None, "tenant", tenant, "None, for the engine has no bank")

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..atomic import lock, replacing
+from ..bucket_lines import BucketLines
 from ..config import shorten
+from ..devices import say
+from ..pieces import join_pieces, open_pieces, pieces
+from ..storage import BucketPath, Place
 from .request import MAX_SAMPLES
 
 #: How each answer begins.
@@ -35,7 +39,7 @@ class Kept(NamedTuple):
 class Answers:
     """An open file of answers, locked until it is closed."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Place):
         """Opens the file, or makes it. A pipe or a device is only written to: it is neither read back nor locked.
 
         Raises ValueError, and leaves the file as it is, if another process is writing it or if it holds something else.
@@ -48,12 +52,17 @@ class Answers:
         self.rows = 0
         self._made = not file.exists()
         self.regular = self._made or file.is_file()
-        self._stream = locked(file) if self.regular else file.open("wb", buffering=0)
+        self._stream: Any = None
+        self._lines: BucketLines | None = None
+        if isinstance(file, BucketPath):
+            self._lines = BucketLines(file, say)
+        else:
+            self._stream = locked(file) if self.regular else file.open("wb", buffering=0)
         try:
-            if self.regular:
+            if self.regular or self._lines:
                 self._read()
         except BaseException:
-            self._stream.close()
+            (self._lines or self._stream).close()
             raise
 
     def __enter__(self) -> Answers:
@@ -63,10 +72,14 @@ class Answers:
         self.close()
 
     def add(self, record: dict) -> None:
-        """Writes an answer, which outlives a kill when this returns. Raises OSError that names the file if it can't be
-        written whole; the file then ends with the answer before."""
+        """Writes an answer, which outlives a kill when this returns (in a bucket some seconds later). Raises OSError
+        that names the file if it can't be written whole; the file then ends with the answer before."""
         text = json.dumps(record, ensure_ascii=False) + "\n"
         data, written = text.encode("utf-8", "backslashreplace"), 0  # half a character becomes its JSON escape
+        if self._lines:
+            self._lines.add(data)
+            self.rows += 1
+            return
         try:
             while written < len(data):
                 written += self._stream.write(data[written:])
@@ -78,7 +91,12 @@ class Answers:
         self.rows += 1
 
     def finish(self) -> None:
-        """Takes out stale rows, and waits until the answers are on the disk."""
+        """Takes out stale rows, and waits until the answers are on the disk. Pieces in a bucket become one object."""
+        if self._lines:
+            self._lines.flush()
+            if pieces(self.file):
+                join_pieces(self.file, self.stale)
+            return
         if self.regular and self.stale:
             target = Path(os.path.realpath(self.file))
             with replacing(target) as part, target.open("rb") as lines:
@@ -89,13 +107,18 @@ class Answers:
 
     def close(self) -> None:
         """Gives the lock back. A file that was made here and got no answer is removed."""
+        if self._lines:
+            self._lines.close()
+            return
         if not self._stream.closed and self._made and not os.fstat(self._stream.fileno()).st_size:
             self.file.unlink(missing_ok=True)
         self._stream.close()
 
     def _read(self) -> None:
         whole = 0
-        with self.file.open("rb") as lines:
+        if self._lines and not pieces(self.file):
+            return
+        with open_pieces(self.file) if self._lines else self.file.open("rb") as lines:
             for row, line in enumerate(bounded_lines(lines, MAX_ANSWER), 1):
                 try:
                     if line is not None and cut_off(line, HEAD):
@@ -103,8 +126,9 @@ class Answers:
                     self._keep(*answer_of(line, row))
                 except ValueError as error:
                     raise ValueError(f"{self.file}: line {row} {error}") from None
-                whole, self.rows = lines.tell(), row
-        if whole < os.fstat(self._stream.fileno()).st_size:
+                self.rows = row
+                whole += 0 if line is None else len(line)
+        if self._stream and whole < os.fstat(self._stream.fileno()).st_size:
             self._stream.truncate(whole)
 
     def _keep(self, place: tuple[int, int], kept: Kept) -> None:

@@ -7,12 +7,12 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from tqdm import tqdm
 
 from ..config import require, shorten
 from ..devices import say
+from ..storage import Place
 from .answers import MAX_LINE, Answers, Kept, bounded_lines
 from .engine import Engine, QueueFull
 from .job_lines import MAX_ERROR, Answerer, LineSample, answerer, error_text, samples
@@ -22,7 +22,7 @@ from .request import Completion, Request, check_request
 AHEAD = 2
 
 
-def run_job(engine: Engine, source: Path, output: Path, defaults: Request) -> Counter[str]:
+def run_job(engine: Engine, source: Place, output: Place, defaults: Request) -> Counter[str]:
     """Answers each line of `source` that `output` does not answer yet; the errors, counted by kind.
 
     Lines that an earlier run answered with an error are asked again. Both files may be pipes; an output that is one
@@ -40,7 +40,7 @@ def run_job(engine: Engine, source: Path, output: Path, defaults: Request) -> Co
         return answer_lines(engine, source, answers, defaults)
 
 
-def answer_lines(engine: Engine, source: Path, answers: Answers, defaults: Request) -> Counter[str]:
+def answer_lines(engine: Engine, source: Place, answers: Answers, defaults: Request) -> Counter[str]:
     """As `run_job`, with an output that is open already."""
     check_request(replace(defaults, prompt="a"))
     require(not engine.open, "engine: open requests", engine.open, "none: take their answers first")
@@ -127,7 +127,7 @@ def step(engine: Engine) -> list[Completion]:
 
 
 def unanswered(
-    source: Path, answers: Answers, defaults: Request, by: Answerer
+    source: Place, answers: Answers, defaults: Request, by: Answerer
 ) -> Iterator[tuple[LineSample, Kept | None]]:
     """The samples that are left to answer, each with the error that an earlier run answered. What the file says of a
     sample is taken out of `answers.kept`."""
@@ -138,7 +138,7 @@ def unanswered(
             yield sample, before
 
 
-def checked_lines(source: Path, answers: Answers, defaults: Request, by: Answerer) -> int:
+def checked_lines(source: Place, answers: Answers, defaults: Request, by: Answerer) -> int:
     """How many lines `source` has. Raises ValueError, before anything is answered, if one was answered as another
     request."""
     if answers.kept:
@@ -148,7 +148,7 @@ def checked_lines(source: Path, answers: Answers, defaults: Request, by: Answere
         return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b""))
 
 
-def asked(source: Path, defaults: Request, by: Answerer) -> Iterator[LineSample]:
+def asked(source: Place, defaults: Request, by: Answerer) -> Iterator[LineSample]:
     """All samples of all lines, in order; those of a line follow each other, so that they share its prefill."""
     empty = True
     with source.open("rb") as stream:
@@ -160,7 +160,7 @@ def asked(source: Path, defaults: Request, by: Answerer) -> Iterator[LineSample]
         raise ValueError(f"{source}: no line there; expected a request per line")
 
 
-def require_same(sample: LineSample, before: Kept | None, output: Path) -> None:
+def require_same(sample: LineSample, before: Kept | None, output: Place) -> None:
     if before is not None and before.error is None and before.key != sample.key:
         raise ValueError(
             f"{output}: line {sample.line} of the input was answered as another request: the line, an option, its "

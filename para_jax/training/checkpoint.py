@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -20,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from .. import devices
-from ..config import printable, require, shorten
+from .. import atomic, devices, storage
+from ..config import expanded, printable, require, shorten
 from ..processes import arrays_of_first, by_first, gathered, is_first
+from ..storage import BucketPath, Place
 
 
 class Progress(NamedTuple):
@@ -43,7 +43,7 @@ class Progress(NamedTuple):
 
 
 @contextmanager
-def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
+def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
     """The checkpoints under a folder, of which the newest few are kept (None on processes other than the first); an
     interrupted save is never taken for a whole one. At the end, waits for what is still being written.
 
@@ -54,14 +54,18 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
         yield None
         return
     import orbax.checkpoint as ocp
+    from etils import epath
 
     folder.mkdir(parents=True, exist_ok=True)
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=alone
     )
+    directory = epath.Path(str(folder.absolute()))
+    if isinstance(folder, BucketPath):
+        storage.file_system()  # raises where gcsfs is not installed, and sets up orbax's
     with quiet_orbax():
-        checkpoints = opened(folder, lambda: ocp.CheckpointManager(folder.absolute(), options=options))
+        checkpoints = opened(folder, lambda: ocp.CheckpointManager(directory, options=options))
         # The loop alone asks the preemption service, step by step; asked about an older one, it forgets how far we are.
         checkpoints.reached_preemption = lambda step: False
         try:
@@ -72,7 +76,7 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
                 checkpoints.close()
 
 
-def opened(folder: Path, open_manager: Callable[[], Any]) -> Any:
+def opened(folder: Place, open_manager: Callable[[], Any]) -> Any:
     """Orbax's manager of the folder. It reads each checkpoint's times first. If these are damaged, they are deleted,
     because nothing depends on them."""
     try:
@@ -118,6 +122,9 @@ def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
     import orbax.checkpoint as ocp
 
     finish_saving(checkpoints)
+    folder = expanded(str(checkpoints.directory))
+    if isinstance(folder, BucketPath):
+        folder.require_held()
     arrays = {
         name: np.array(array) for name, array in arrays.items()
     }  # copies: the next step reuses the state's memory
@@ -184,7 +191,7 @@ def restore_checkpoint(
 def newest_whole(
     checkpoints, wanted: dict[str, np.ndarray], kind: type, run: dict[str, str] | None, accept_data: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    folder, problems = Path(checkpoints.directory), {}
+    folder, problems = expanded(str(checkpoints.directory)), {}
     for step in steps_in(folder):
         try:
             found = read_checkpoint(checkpoints, step, wanted)
@@ -221,7 +228,7 @@ def read_checkpoint(
     import orbax.checkpoint as ocp
 
     handler: Any = ocp.StandardCheckpointHandler()
-    stored = handler.metadata(Path(checkpoints.directory) / str(step) / "state")
+    stored = handler.metadata(checkpoints.directory / str(step) / "state")
     check_shapes({name: tuple(leaf.shape) for name, leaf in stored.items()}, wanted)
     read = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
     restored = checkpoints.restore(step, args=read)
@@ -315,17 +322,22 @@ def describe_changes(changed: list[str], held: dict[str, str], run: dict[str, st
     return ", ".join(map(described, changed[:3])) + more
 
 
-def steps_in(folder: Path) -> list[int]:
+def steps_in(folder: Place) -> list[int]:
     """The steps of the checkpoints in a folder, the newest first."""
     names = (path.name for path in folder.iterdir() if path.name.isdecimal())
     return sorted((int(name) for name in names if str(int(name)) == name), reverse=True)
 
 
-def set_aside(folder: Path) -> Path:
-    """Renames a damaged checkpoint, so that it is kept and not read again."""
+def set_aside(folder: Place) -> Place:
+    """Renames a damaged checkpoint, so that it is kept and not read again. In a bucket its objects are copied."""
     names = (folder.with_name(f"{folder.name}.damaged{i or ''}") for i in range(1000))
     aside = next(path for path in names if not path.exists())
-    os.rename(folder, aside)
+    if isinstance(folder, BucketPath):
+        for file in folder.all_files():
+            file.copy_to(BucketPath(file.bucket, aside.key + file.key.removeprefix(folder.key)))
+        folder.delete_all()
+    else:
+        os.rename(folder, aside)
     return aside
 
 
@@ -365,9 +377,11 @@ def errors_in_one_line(checkpoints) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # orbax raises what the file system or its threads raise
+        said = reason(error)
+        what = atomic.remedy(next((number for number in atomic.FULL if os.strerror(number) == said), None))
         raise ValueError(
-            f"{checkpoints.directory}: a checkpoint could not be saved ({reason(error)}); what was saved before is "
-            "kept: make room there, and the same command resumes"
+            f"{checkpoints.directory}: a checkpoint could not be saved ({said}); what was saved before is kept: "
+            f"{what}, and the same command resumes"
         ) from None
 
 

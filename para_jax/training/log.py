@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
 
-from .. import devices
+from .. import atomic, devices
 from ..config import RunConfig, config_dict
 from ..processes import by_first
+from ..storage import BucketPath, Place
 from .checkpoint import Progress
-from .metrics_file import append_row, kept_rows, read_metrics, write_metrics
+from .metrics_file import Rows, is_log, kept_rows, read_metrics, write_metrics
 
 FLUSH_SECONDS = 10.0
+#: Seconds that TensorBoard's values are kept back from a bucket.
+UPLOAD_SECONDS = 60.0
 #: Values of a step that differ from run to run: times, and what is made of them.
 TIMES = ("step_seconds", "input_wait_seconds", "tokens_per_second", "model_flops_utilisation")
 
@@ -45,14 +50,14 @@ class Log:
             peak, for the utilisation; None where the peak is not known.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, progress: Progress | None, *, peak_rate: float | None = None):
+    def __init__(self, config: RunConfig, folder: Place, progress: Progress | None, *, peak_rate: float | None = None):
         self.folder, self.every, self.peak_rate = folder, config.logging.every, peak_rate
         self.first = jax.process_index() == 0
         step = progress.step if progress else None
         self.writers = [WRITERS[name](config, folder, step) for name in config.logging.report_to] if self.first else []
-        self.file = folder / "metrics.jsonl"
+        self.rows = Rows(folder / "metrics.jsonl")
         self.read = 0.0  # when the values of the step before came
-        by_first(lambda: drop_rows(self.file, progress))
+        by_first(lambda: drop_rows(self.rows.file, progress))
 
     def step(self, done: Done, values: dict[str, float], bar: tqdm, advance: int = 1) -> None:
         """Writes a step's values, which have come just now, and moves the bar on."""
@@ -73,59 +78,101 @@ class Log:
         """Adds values of a step, for the user to see too with `show`; OSError names the folder where it can't."""
         if show:
             devices.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        try:
+        with self.errors_named():
             if self.first:
-                append_row(self.file, step, values)
+                self.rows.add(step, values)
             for writer in self.writers:
                 writer(step, values)
+        if show:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the rows that were kept back. Before a checkpoint: a resumed run does not make earlier ones again."""
+        with self.errors_named():
+            if self.first:
+                self.rows.flush()
+
+    @contextmanager
+    def errors_named(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
+            said = error.strerror or str(error)
             raise OSError(
-                f"{self.folder}: the log can't be written ({error.strerror}); what was saved before is kept: make room "
-                "there, and the same command resumes"
+                f"{self.folder}: the log can't be written ({said}); what was saved before is kept: "
+                f"{atomic.remedy(error.errno)}, and the same command resumes"
             ) from None
 
     def close(self) -> None:
+        with suppress(OSError):  # of a run that ends with an error; one that does not has flushed
+            self.flush()
         for writer in self.writers:
             writer.close()
 
 
 class TensorBoard:
     """An event file, by tensorboardX's record writer: its SummaryWriter has a thread, which a full disk ends, and whose
-    queue then holds the run up for ever."""
+    queue then holds the run up for ever. In a bucket it is several files: each is written here first."""
 
-    def __init__(self, config: RunConfig, folder: Path, step: int | None):
-        from tensorboardX.event_file_writer import EventsWriter
+    def __init__(self, config: RunConfig, folder: Place, step: int | None):
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.summary import scalar
 
         self.event, self.scalar = Event, scalar
-        (folder / "tensorboard").mkdir(exist_ok=True)
-        self.events = EventsWriter(str(folder / "tensorboard" / "events"), f".{step or 0}")
-        self.flushed = time.monotonic()
+        self.to, self.step, self.count = folder / "tensorboard", step or 0, 0
+        self.here: Any = None
+        if isinstance(folder, BucketPath):
+            self.here = tempfile.TemporaryDirectory(prefix="para_jax-")
+        self.to.mkdir(exist_ok=True)
+        self.open()
         # TensorBoard drops what it has seen from this step on
         begin = SessionLog(status=SessionLog.START)
         self.events.write_event(Event(wall_time=time.time(), step=(step or 0) + 1, session_log=begin))
+
+    def open(self) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+
+        place = self.here.name if self.here else self.to
+        self.events = EventsWriter(
+            str(Path(str(place)) / "events"), f".{self.step}" + f".{self.count:06d}" * bool(self.here)
+        )
+        self.flushed, self.count = time.monotonic(), self.count + 1
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             event = self.event(wall_time=time.time(), step=step, summary=self.scalar(name, value))
             self.events.write_event(event)
-        if time.monotonic() > self.flushed + FLUSH_SECONDS:
+        if self.here and time.monotonic() > self.flushed + UPLOAD_SECONDS:
+            self.upload()
+            self.open()
+        elif not self.here and time.monotonic() > self.flushed + FLUSH_SECONDS:
             self.events.flush()
             self.flushed = time.monotonic()
 
+    def upload(self) -> None:
+        """Moves the event file into the bucket."""
+        self.events.close()
+        for file in sorted(Path(self.here.name).iterdir()):
+            (self.to / file.name).write_bytes(file.read_bytes())
+            file.unlink()
+
     def close(self) -> None:
         with suppress(OSError):  # metrics.jsonl has it all; an error that ends the run shall not be hidden by this one
-            self.events.close()
+            if self.here:
+                self.upload()
+                self.here.cleanup()
+            else:
+                self.events.close()
 
 
 class Wandb:
-    def __init__(self, config: RunConfig, folder: Path, step: int | None):
+    def __init__(self, config: RunConfig, folder: Place, step: int | None):
         try:
             import wandb
         except ImportError:
             raise ValueError("logging.report_to: wandb is not installed; `pip install 'para_jax[wandb]'`") from None
-        self.run = wandb.init(dir=str(folder), config=config_dict(config), name=folder.name)
+        here = tempfile.mkdtemp(prefix="para_jax-") if isinstance(folder, BucketPath) else str(folder)
+        self.run = wandb.init(dir=here, config=config_dict(config), name=folder.name)
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -146,7 +193,7 @@ def step_rates(done: Done, seconds: float, peak_rate: float | None) -> dict[str,
     return {name: float(f"{value:.4g}") for name, value in rates.items()}
 
 
-def drop_rows(file: Path, progress: Progress | None, *, ended: bool = False) -> None:
+def drop_rows(file: Place, progress: Progress | None, *, ended: bool = False) -> None:
     """Drops what a run that goes on from here will write again out of its log; all of it for None."""
-    if file.exists():
+    if is_log(file):
         write_metrics(file, kept_rows(read_metrics(file), progress, ended=ended) if progress else [])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import atomic
 from ..config import shorten
+from ..pieces import Appender, open_pieces, pieces, replace_pieces
+from ..storage import BucketPath, Place
 from .checkpoint import Progress
 
 HEAD = b'{"step": '
 MAX_LINE_BYTES = 2**20
+#: Seconds that rows are kept back, so that not each is a write of its own: in a bucket (True) and elsewhere.
+FLUSH_SECONDS = {True: 60.0, False: 10.0}
 
 
 def read_metrics(file: Path) -> Iterator[dict[str, float]]:
@@ -20,9 +25,9 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
 
     Raises ValueError, naming the file and the line, for another line that is no row.
     """
-    if not file.is_file():
+    if not is_log(file):
         raise ValueError(f"{file}: not a file; a run writes its log there")
-    with file.open("rb") as stream:
+    with open_pieces(file) if isinstance(file, BucketPath) else file.open("rb") as stream:
         number = 0
         while line := stream.readline(MAX_LINE_BYTES):
             number += 1
@@ -34,6 +39,11 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
                 raise ValueError(
                     f"{file}:{number}: {shown} is no line of a run's log. Delete it; the log alone loses it"
                 )
+
+
+def is_log(file: Place) -> bool:
+    """Whether a run's log is there."""
+    return bool(pieces(file)) if isinstance(file, BucketPath) else file.is_file()
 
 
 def row_of(line: bytes) -> dict[str, float] | None:
@@ -55,14 +65,45 @@ def is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < 2**1023)
 
 
-def write_metrics(file: Path, rows: Iterable[dict[str, float]]) -> None:
+def write_metrics(file: Place, rows: Iterable[dict[str, float]]) -> None:
     """Replaces the log by these rows, whole or not at all."""
-    atomic.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if isinstance(file, BucketPath):
+        replace_pieces(file, text.encode())
+    else:
+        atomic.write_text(file, text)
 
 
-def append_row(file: Path, step: int, values: dict[str, float]) -> None:
-    with file.open("a") as stream:
-        stream.write(json.dumps({"step": step} | values) + "\n")
+class Rows:
+    """Adds rows to a log, several at once. A kill loses those since the last `flush`."""
+
+    def __init__(self, file: Place, seconds: float | None = None):
+        """
+        Args:
+            seconds: the longest that a row waits, if others follow; default: FLUSH_SECONDS.
+        """
+        bucket = isinstance(file, BucketPath)
+        self.file, self.waiting = file, ""
+        self.seconds = FLUSH_SECONDS[bucket] if seconds is None else seconds
+        self.pieces: Appender | None = None
+        self.flushed = time.perf_counter()
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        self.waiting += json.dumps({"step": step} | values) + "\n"
+        if time.perf_counter() > self.flushed + self.seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was added. Raises OSError where it can't; what waits is then dropped or stands there whole."""
+        text, self.waiting, self.flushed = self.waiting, "", time.perf_counter()
+        if not text:
+            return
+        if isinstance(self.file, BucketPath):
+            self.pieces = self.pieces or Appender(self.file)
+            self.pieces.add(text.encode())
+            return
+        with self.file.open("a") as stream:
+            stream.write(text)
 
 
 def kept_rows(rows: Iterable[dict[str, float]], progress: Progress, *, ended: bool = False) -> list[dict[str, float]]:

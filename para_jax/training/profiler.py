@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import jax
@@ -9,20 +10,23 @@ import jax
 from .. import devices
 from ..config import ProfilerSection
 from ..processes import is_first
+from ..storage import BucketPath, Place
 
 
 class Profiler:
-    """Traces the steps from `start_step` on, into output_dir/profile; the first process alone does. A run that resumes
+    """Traces the steps from `start_step` on, into output_dir/profile; the first process alone does. For a bucket it
+    writes them here first. A run that resumes
     among them, or ends there, has a trace of those it made."""
 
-    def __init__(self, section: ProfilerSection, folder: Path):
+    def __init__(self, section: ProfilerSection, folder: Place):
         start = section.start_step
         self.steps = range(start, start + section.steps) if start is not None and is_first() else range(0)
         self.folder, self.on = folder / "profile", False
+        self.here = tempfile.TemporaryDirectory(prefix="para_jax-") if isinstance(folder, BucketPath) else None
 
     def before(self, step: int) -> None:
         if step in self.steps and not self.on:
-            jax.profiler.start_trace(self.folder)
+            jax.profiler.start_trace(self.here.name if self.here else self.folder)
             self.on = True
 
     def after(self, step: int, values) -> None:
@@ -35,4 +39,13 @@ class Profiler:
         if self.on:
             self.on = False
             jax.profiler.stop_trace()
+            if self.here:
+                upload(Path(self.here.name), self.folder)
             devices.say(f"wrote a profile to {self.folder}; look at it with `tensorboard --logdir {self.folder}`")
+
+
+def upload(folder: Path, to: BucketPath) -> None:
+    """Writes a folder's files into a bucket."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            (to / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())

@@ -31,6 +31,7 @@ def written(folder, steps, clock, monkeypatch, **options):
     with tqdm(disable=True) as bar:
         for done in steps:
             made.step(done, VALUES, bar)
+    made.flush()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -66,9 +67,9 @@ def test_every_nth_step_is_written(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_one_line_and_does_not_hang():
     made = opened(Path("/nowhere"))
-    made.file = Path("/dev/full")
+    made.rows.file = Path("/dev/full")
     with pytest.raises(OSError, match="/nowhere: the log can't be written .No space left on device.*command resumes"):
-        made.write(1, VALUES)
+        made.write(1, VALUES, show=True)
 
 
 def test_tensorboard_on_a_full_disk_raises_in_the_run_and_closes_quietly(tmp_path, monkeypatch, capfd):

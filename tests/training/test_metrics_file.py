@@ -5,7 +5,7 @@ import json
 import pytest
 
 from para_jax.training.checkpoint import Progress
-from para_jax.training.metrics_file import append_row, kept_rows, read_metrics, write_metrics
+from para_jax.training.metrics_file import Rows, kept_rows, read_metrics, write_metrics
 
 ROWS = [{"step": 1, "loss": 2.5}, {"step": 2, "validation_loss": 3}]
 TEXT = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -13,7 +13,10 @@ TEXT = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 def test_what_is_written_is_read_back_and_rows_follow(tmp_path):
     write_metrics(tmp_path / "metrics.jsonl", ROWS)
-    append_row(tmp_path / "metrics.jsonl", 3, {"loss": 1.0})
+    rows = Rows(tmp_path / "metrics.jsonl")
+    rows.add(3, {"loss": 1.0})
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == ROWS  # kept back, so that not each is a write of its own
+    rows.flush()
     assert list(read_metrics(tmp_path / "metrics.jsonl")) == [*ROWS, {"step": 3, "loss": 1.0}]
 
 
