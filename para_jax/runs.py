@@ -140,7 +140,7 @@ def require_judge(config: RunConfig, validation: Sequence[EvalTask | None]) -> N
         return
     missing = "validation data (data.validation, or validation.jsonl beside train.jsonl)"
     resumes = any(Path(config.output_dir).glob("checkpoints/*"))
-    require(resumes, "eval.patience", config.eval.patience, f"{missing}; without it leave eval.patience out")
+    require(resumes, "eval.patience", config.eval.patience, f"{missing}; or eval.patience=null")
     devices.say(f"warning: eval.patience ends nothing here: there is no {missing}")
 
 
