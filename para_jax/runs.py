@@ -146,7 +146,7 @@ def require_judge(config: RunConfig, validation: Sequence[EvalTask | None]) -> N
     missing = "validation data (data.validation, or validation.jsonl beside train.jsonl)"
     checkpoints = expanded(config.output_dir) / "checkpoints"
     resumes = checkpoints.is_dir() and bool(steps_in(checkpoints))
-    require(resumes, "eval.patience", config.eval.patience, f"{missing}; without it leave eval.patience out")
+    require(resumes, "eval.patience", config.eval.patience, f"{missing}; or eval.patience=null")
     devices.say(f"warning: eval.patience ends nothing here: there is no {missing}")
 
 
