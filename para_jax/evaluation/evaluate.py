@@ -323,8 +323,15 @@ def written_answers(
     for start in tqdm(range(0, len(left), rows), desc=f"{task.name}: answers", leave=False, disable=None):
         members = np.resize(left[start : start + rows], rows)  # one compiled shape, also at the end
         prompts = [examples[i].prompt_ids for i in members]
-        room = dict(length=padded_to(max(map(len, prompts)), shapes.prompts), max_length=shapes.cache)
-        tokens = generate_tokens(model, of_batch(members), prompts, stop_ids=stop, max_new_tokens=new, **room)
+        tokens = generate_tokens(
+            model,
+            of_batch(members),
+            prompts,
+            stop_ids=stop,
+            max_new_tokens=new,
+            length=padded_to(max(map(len, prompts)), shapes.prompts),
+            max_length=shapes.cache,
+        )
         written |= dict(zip(members.tolist(), tokens, strict=True))
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return {i: tokenizer.decode(ids, **options).strip() for i, ids in written.items()}

@@ -6,7 +6,7 @@ masked. So validation and test share their lengths, and the cache always has one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -77,7 +77,7 @@ def batch_rows(batch_size: int) -> int:
     return batch_size if mesh.empty else up_to_multiple(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
 
 
-def say_evaluation(parts: dict[str, Sequence[Encoded]], batch_size: int) -> None:
+def say_evaluation(parts: Mapping[str, Sequence[Encoded]], batch_size: int) -> None:
     """Says what a run's evaluations compute on the current mesh: the rows of a batch, and how many tokens are written.
 
     Args:
