@@ -60,13 +60,14 @@ def main() -> int:
     parser.add_argument("--no-runs", action="store_true", help="leave out the runs on virtual devices")
     options = parser.parse_args()
     chips, room = slice_of(options.topology)
-    if chips % options.processes:
+    if not options.no_runs and chips % options.processes:
         parser.error(f"--processes {options.processes} does not divide {chips} devices")
     files = options.configs or sorted(CONFIGS.glob("*.yaml"))
     found = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = rehearse_run.make_data(Path(name))
-        output = options.output or (None if options.no_runs else emulated_bucket())
+        server, emulated = (None, None) if options.no_runs or options.output else emulated_bucket()
+        output = options.output or emulated
         for file in files:
             entry = found.setdefault(file.stem, {})
             begun = time.monotonic()
@@ -79,6 +80,8 @@ def main() -> int:
             print(f"{file.stem}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
+        if server:
+            server.stop()
     print("\n".join(table({file.stem: found[file.stem] for file in files})))
     return int(any(map(failed, (found[file.stem] for file in files))))
 
@@ -110,10 +113,11 @@ def attempt(work: Callable, *arguments) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[-2000:]}
 
 
-def emulated_bucket() -> str:
-    _, port = buckets.start()
+def emulated_bucket() -> tuple[Any, str]:
+    """The emulator's server, and a folder in its bucket."""
+    server, port = buckets.start()
     os.environ.update(buckets.environment(port))
-    return f"gs://{buckets.BUCKET}/rehearsal"
+    return server, f"gs://{buckets.BUCKET}/rehearsal"
 
 
 # --------------------------------------------------------------------------------------------------------- the compiler

@@ -33,10 +33,12 @@ TOLERANCE = 1e-4  # of losses and scores, between one process and several
 def tiny_overrides(config: RunConfig, folder: Path, sizes: dict[str, int]) -> list[str]:
     """The overrides that keep a config's method, mesh and settings, and replace its backbone, data and lengths."""
     replicas = sizes["data"] * sizes["fsdp"]
-    data = ("train", "validation", "test", "tenants", "data_dir", "task", "prompt", "completion")
+    data = ("train", "validation", "test", "tenants", "data_dir", "task")
+    templates = ("prompt", "completion")
     metric = "accuracy" if ranks(config) else "exact_match"
     return [
         *(f"data.{name}=null" for name in data),
+        *(f"data.{name}={{{name}}}" for name in templates if getattr(config.data, name)),
         f"data.tenants={folder / 'tenants'}" if config.data.tenants else f"data.train={folder / 'data'}",
         f"backbone.source={folder / 'backbone'}", "backbone.dtype=float32",
         "data.max_seq_length=16", "data.truncate=error", "data.buckets=1",
@@ -44,7 +46,8 @@ def tiny_overrides(config: RunConfig, folder: Path, sizes: dict[str, int]) -> li
         "train.batch_size=null", "train.per_device_batch_size=2", "train.gradient_accumulation_steps=2",
         "train.rows_per_tenant=2", f"train.max_steps={STEPS}", "train.learning_rate=0.01", "train.warmup_ratio=0",
         "train.schedule=constant",
-        "eval.every=2", "checkpoint.every=1", f"eval.metric={metric}", "eval.also=[]", "eval.choices=[]",
+        "eval.every=2", "checkpoint.every=1", f"eval.metric={metric}", "eval.also=[]",
+        "eval.choices=[w9, w9 w10]" if metric == "accuracy" else "eval.choices=[]",
         "eval.limit=8", f"eval.batch_size={replicas}", "eval.max_new_tokens=4", "eval.patience=null",
         "logging.report_to=[]", "runtime.allow_cpu=true",
     ]  # fmt: skip
