@@ -153,26 +153,34 @@ def record(found: Compiled) -> dict[str, Any]:
 
 
 def table(found: dict[str, dict]) -> list[str]:
-    columns = ("config", "mesh (data, fsdp, tensor)", *(f"{name}: GiB" for name in PROGRAMS))
-    columns += ("collectives of a step", "a step, at least (estimate)", "tiny run")
+    """The results as Markdown, without columns that nobody filled, and the errors below it."""
+    rows = [cells(name, entry) for name, entry in found.items()]
+    columns = [column for column in rows[0] if any(row[column] for row in rows)]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for name, entry in found.items():
-        programs = entry.get("programs", {})
-        train = programs.get("train", {})
-        moved = sum(train.get("collective_bytes", {}).values())
-        least = train.get("seconds_at_least")
-        cells = [
-            name,
-            " x ".join(map(str, entry["mesh"].values())),
-            *(memory(programs, program) for program in PROGRAMS),
-            f"{moved / 1e9:.1f} GB" if train.get("fits") else "",
-            f"{least:.2g} s, by {train['bound']}" if least else "",
-            said_of_run(entry.get("run")),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    errors = [f"{name}: {entry[part]['error']}" for name, entry in found.items() for part in ("programs", "run")
-              if "error" in entry.get(part, {})]  # fmt: skip
+    lines += ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]
+    errors = [
+        f"{name}: {entry[part]['error']}"
+        for name, entry in found.items()
+        for part in ("programs", "run")
+        if "error" in entry.get(part, {})
+    ]
     return lines + ["", *errors] * bool(errors)
+
+
+def cells(name: str, entry: dict) -> dict[str, str]:
+    """One row of the table, by column."""
+    programs = entry.get("programs", {})
+    train = programs.get("train", {})
+    moved = sum(train.get("collective_bytes", {}).values())
+    least = train.get("seconds_at_least")
+    return {
+        "config": name,
+        "data x fsdp x tensor": " x ".join(map(str, entry["mesh"].values())),
+        **{f"{program}: GiB": memory(programs, program) for program in PROGRAMS},
+        "collectives of a step": f"{moved / 1e9:.1f} GB" if train.get("fits") else "",
+        "a step, at least (estimate)": f"{least:.2g} s, by {train['bound']}" if least else "",
+        "tiny run": said_of_run(entry.get("run")),
+    }
 
 
 def memory(programs: dict, name: str) -> str:

@@ -46,8 +46,7 @@ def tiny_overrides(config: RunConfig, folder: Path, sizes: dict[str, int]) -> li
         "train.batch_size=null", "train.per_device_batch_size=2", "train.gradient_accumulation_steps=2",
         "train.rows_per_tenant=2", f"train.max_steps={STEPS}", "train.learning_rate=0.01", "train.warmup_ratio=0",
         "train.schedule=constant",
-        "eval.every=2", "checkpoint.every=1", f"eval.metric={metric}", "eval.also=[]",
-        "eval.choices=[w9, w9 w10]" if metric == "accuracy" else "eval.choices=[]",
+        "eval.every=2", "checkpoint.every=1", f"eval.metric={metric}", "eval.also=[]", "eval.choices=[]",
         "eval.limit=8", f"eval.batch_size={replicas}", "eval.max_new_tokens=4", "eval.patience=null",
         "logging.report_to=[]", "runtime.allow_cpu=true",
     ]  # fmt: skip
