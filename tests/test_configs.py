@@ -85,7 +85,7 @@ def test_the_run_beside_pefts_method_comparison_has_its_settings(tmp_path):
     config = load_config(file, [f"data.train={tmp_path}"])
     theirs = {"schedule": "cosine", "warmup_ratio": 0.1, "max_steps": 5000, "max_grad_norm": 1, "weight_decay": 0}
     assert {name: getattr(config.train, name) for name in theirs} == theirs
-    assert config.train.per_device_batch_size * config.train.gradient_accumulation_steps * config.mesh.data == 4
+    assert config.train.batch_size == 4
     assert (config.data.max_seq_length, config.eval.every, config.eval.max_new_tokens) == (768, 250, 300)
     assert (config.backbone.dtype, config.seed, config.eval.metric) == ("bfloat16", 0, "final_number")
     row = '{"query": "Two and {three}?", "response": "2+3=5\\n#### 5", "type": "GSM_AnsAug"}\n'
