@@ -169,6 +169,20 @@ def test_a_kill_while_the_pieces_are_replaced_leaves_the_old_lines_or_the_new(fo
         assert open_pieces(file).read() == (b"1\n2\n" if writes == 0 else new)
 
 
+def test_a_kill_while_the_pieces_are_joined_loses_no_line_and_more_can_be_added(folder, monkeypatch):
+    for writes in range(5):
+        file = folder / f"{writes}.jsonl"
+        for line in (b"1\n", b"2\n", b"3\n"):
+            Appender(file).add(line)
+        with killed_after(writes, monkeypatch):
+            join_pieces(file)
+        assert open_pieces(file).read() == b"1\n2\n3\n", writes
+        Appender(file).add(b"4\n")
+        assert open_pieces(file).read() == b"1\n2\n3\n4\n", writes
+        join_pieces(file)
+        assert file.read_bytes() == b"1\n2\n3\n4\n" and len(pieces(file)) == 1
+
+
 class Killed(BaseException):
     pass
 
