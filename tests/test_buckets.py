@@ -136,6 +136,28 @@ def test_who_lost_the_lock_writes_nothing_more_in_the_folder(folder, monkeypatch
     (folder / "free").write_bytes(b"")
 
 
+def test_a_lock_that_nobody_took_is_renewed_after_the_service_was_away_for_long(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "LEASE", 0.3)
+    monkeypatch.setattr(bucket_lock, "RENEW", 0.05)
+
+    def no_answer():
+        raise OSError("no answer")
+
+    with bucket_lock.held(folder / ".lock", print):
+        with monkeypatch.context() as away:
+            away.setattr(storage, "file_system", no_answer)
+            while storage.DEADLINES[folder] > time.monotonic():
+                time.sleep(0.01)
+            for change in (lambda: (folder / "file").write_bytes(b""), lambda: (folder / "file").unlink()):
+                with pytest.raises(OSError, match="may have taken over"):
+                    change()
+        limit = time.monotonic() + 10
+        while storage.DEADLINES[folder] < time.monotonic() < limit:
+            time.sleep(0.01)
+        (folder / "file").write_bytes(b"")
+    assert not (folder / ".lock").exists()
+
+
 # -------------------------------------------------------------------------------------------------------------- pieces
 
 
