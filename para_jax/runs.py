@@ -273,8 +273,10 @@ def accepted_changes(progress: Any, run: dict[str, str]) -> tuple[list[str], Any
 
 def kept_adapter(folder: Place, model, last: Adapter) -> Adapter:
     """The run's best adapter, from the folder that the first process alone reads; as arrays of NumPy."""
+    found: list[Adapter] = []
+    by_first(lambda: found.append(load_adapter(folder / "adapter", model.config, model=model)))
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), last)
-    return arrays_of_first(load_adapter(folder / "adapter", model.config, model=model) if is_first() else empty)
+    return arrays_of_first(found[0] if is_first() else empty)
 
 
 def say_layout(model, mesh) -> None:

@@ -211,3 +211,24 @@ def test_saving_and_resuming_take_no_more_of_a_device_than_its_part_and_a_piece(
         room = found["share"] + 2 * (1 << 14)
         assert found["saving"] <= room + 4096 and found["restoring"] <= room + 4096, found
     assert not (tmp_path / "second").exists()
+
+
+KEPT = """
+import sys, time
+from pathlib import Path
+import jax
+from para_jax import ParaConfig, init_adapter, load_model_config
+from para_jax.runs import kept_adapter
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+model = type("Model", (), {"config": load_model_config(sys.argv[3])})
+try:
+    kept_adapter(Path(sys.argv[3]), model, init_adapter(ParaConfig(r=4), model.config, seed=0))
+except ValueError as error:
+    print("ValueError", error)
+"""
+
+
+def test_a_best_adapter_that_is_gone_ends_all_processes_with_the_same_error(folder):
+    both = run_two("-c", KEPT, "{address}", "{process}", str(folder / "backbone"))
+    assert [ended.code for ended in both] == [0, 0], both[1].err
+    assert both[0].out == both[1].out and both[0].out.startswith("ValueError"), both
