@@ -396,3 +396,18 @@ def test_a_backbone_is_fetched_once_for_each_content_without_what_is_no_part_of_
     for missing in ("none", "none.gguf"):
         with pytest.raises(ValueError, match=f"{folder}/{missing}: "):
             resolve_backbone(f"{folder}/{missing}")
+
+
+def test_a_backbone_that_is_replaced_while_it_is_fetched_is_not_kept_as_the_old_one(folder, monkeypatch):
+    file, real = folder / "model.gguf", BucketPath.open
+    file.write_bytes(b"GGUF old")
+
+    def replaced_first(path, mode):
+        file.write_bytes(b"GGUF new")
+        return real(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketPath, "open", replaced_first)
+        with pytest.raises(ValueError, match="replaced while it was fetched"):
+            resolve_backbone(str(file))
+    assert resolve_backbone(str(file)).read_bytes() == b"GGUF new"
