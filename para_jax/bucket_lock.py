@@ -69,7 +69,7 @@ def acquired(file: BucketPath, content: bytes, say: Callable[[str], None]) -> tu
         if found and found.age < LEASE:
             if before is None:
                 say(
-                    f"{file.parent}: locked by {owner(file)}, {found.age:.0f} s ago. Waiting up to "
+                    f"{file.parent}: locked by {owner(file)}, {max(0, found.age):.0f} s ago. Waiting up to "
                     f"{LEASE - found.age:.0f} s, in case it was killed"
                 )
             before = found.generation

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, backbone, strong
 
-from para_jax import LoraConfig, ParaConfig, bucket_lock, init_adapter, load_adapter, storage
+from para_jax import LoraConfig, ParaConfig, bucket_lock, init_adapter, load_adapter, run_folder, storage
 from para_jax.adapters.files import read_adapter_config, save_adapter
 from para_jax.adapters.folder import mend_folder
 from para_jax.backbone.load import load_model_config
 from para_jax.bucket_folder import MANIFEST
 from para_jax.bucket_lines import BucketLines
+from para_jax.config import RunConfig
 from para_jax.evaluation.asked import Scored
 from para_jax.evaluation.journal import Journal
 from para_jax.hub import resolve_backbone
@@ -134,6 +135,14 @@ def test_who_lost_the_lock_writes_nothing_more_in_the_folder(folder, monkeypatch
     assert (folder / "before").exists() and not (folder / "after").exists()
     assert (folder / ".lock").read_bytes() == b"another's"
     (folder / "free").write_bytes(b"")
+
+
+def test_a_run_does_not_wait_for_its_own_lock_where_its_folder_is_the_whole_bucket(bucket, monkeypatch):
+    monkeypatch.setattr(run_folder, "check_folder", lambda config: None)  # other tests' folders are there
+    whole = BucketPath(bucket.bucket, "")
+    with run_folder.locked_folder(RunConfig(output_dir=str(whole))):
+        assert (whole / run_folder.LOCK).is_file()
+    assert not (whole / run_folder.LOCK).exists()
 
 
 def test_a_lock_that_nobody_took_is_renewed_after_the_service_was_away_for_long(folder, monkeypatch):
