@@ -213,6 +213,7 @@ def fit(
         state = init_state(fresh, config.train, work.total_steps)
         shapes = shapes_of_run(config, tokenizer, validation, test)
         run = run_digests(config, model.fingerprint, [(work.data.examples, validation, test)])
+        require_same("the data", lambda: run)  # also what the ids don't show, such as references
         restored = restore_checkpoint(checkpoints, state, run=run, accept_data=config.data.changed == "accept")
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
             statistics = statistics_batches(work.data.examples, work.buckets[-1], work.rows, config.seed)
