@@ -107,7 +107,8 @@ def test_whatever_ids_depend_on_makes_another_file(tmp_path, monkeypatch):
 
 def test_a_chat_template_that_writes_the_date_is_not_read_from_the_cache_on_another_day(tmp_path, monkeypatch):
     special = dict(eos_token="<|im_end|>", chat_template="{{ strftime_now('%d %b %Y') }}" + tiny_tokenizers.CHATML)
-    dated, section = tiny_tokenizers.byte_level(["<|im_start|>", "<|im_end|>"], **special), section_of(written(tmp_path))
+    dated = tiny_tokenizers.byte_level(["<|im_start|>", "<|im_end|>"], **special)
+    section = section_of(written(tmp_path))
     for count, (tokenizer, day) in enumerate([(dated, "1"), (dated, "2"), (tiny_tokenizers.plain(), "3")], 1):
         monkeypatch.setattr(token_cache, "today", lambda day=day: day, raising=False)
         load_training_data(section, tokenizer)
