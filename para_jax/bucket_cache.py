@@ -58,12 +58,15 @@ def copied(folder: BucketPath, cache: Path, files: list[BucketPath], most_of_tex
             if need > free:
                 raise ValueError(f"{folder}: {need} bytes, and {place.parent} has {free}; XDG_CACHE_HOME names another")
             with appearing(place) as part, ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(lambda file: fetch(file, part / file.name), files))
+                list(pool.map(lambda file: fetch(file, part / file.name, found[file].generation), files))
     return place
 
 
-def fetch(file: BucketPath, to: Path) -> None:
+def fetch(file: BucketPath, to: Path, generation: int) -> None:
+    """Copies the object. Raises ValueError if another content has taken its place since it had this generation."""
     with file.open("rb") as stream, to.open("xb") as out:
+        if stream.raw.generation != generation:
+            raise ValueError(f"{file}: replaced while it was fetched; the same command fetches the new one")
         shutil.copyfileobj(stream, out, PART)
 
 

@@ -69,7 +69,7 @@ def acquired(file: BucketPath, content: bytes, say: Callable[[str], None]) -> tu
         if found and found.age < LEASE:
             if before is None:
                 say(
-                    f"{file.parent}: locked by {owner(file)}, {found.age:.0f} s ago. Waiting up to "
+                    f"{file.parent}: locked by {owner(file)}, {max(0, found.age):.0f} s ago. Waiting up to "
                     f"{LEASE - found.age:.0f} s, in case it was killed"
                 )
             before = found.generation
@@ -104,12 +104,13 @@ class Renewal:
         while not self.ended.wait(RENEW):
             until = deadline()
             try:
-                self.generation = self.file.write_bytes(self.content, generation=self.generation)
+                # Also after the deadline: as long as the generation is ours, nobody has taken over.
+                self.generation = self.file.write_bytes(self.content, generation=self.generation, is_lock=True)
             except FileExistsError:
                 if not self.still_mine():
                     DEADLINES[self.file.parent] = 0.0
                     return
-            except OSError:  # it is tried again, until the deadline
+            except OSError:  # it is tried again; after the deadline nothing else is written meanwhile
                 continue
             DEADLINES[self.file.parent] = until
 

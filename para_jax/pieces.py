@@ -1,8 +1,8 @@
 """A file of lines in a bucket. An object can't be added to, so the lines lie in pieces: FILE/0001-000000.jsonl, ...
 
 The first number counts how often the file was replaced. Only the pieces with the highest one count, so that one write
-replaces them all. The second is the place of the piece in the file. An object of the file's own name is read if
-there are no pieces.
+replaces them all. The second is the place of the piece in the file. An object of the file's own name is read if there
+are no pieces, or if the first of them is gone: a kill left the others when they had been joined into that object.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ def pieces(file: BucketPath) -> list[BucketPath]:
     if not found:
         return [file] if BucketPath(file.bucket, file.key).is_file() else []
     newest = max(version for version, _ in found)
+    if (newest, 0) not in found and (plain := BucketPath(file.bucket, file.key)).is_file():
+        return [plain]
     return [path for (version, _), path in sorted(found.items()) if version == newest]
 
 
@@ -79,11 +81,11 @@ class Appender:
         self.file = file
         old = numbered(file)
         plain = BucketPath(file.bucket, file.key)
-        if not old and plain.is_file():
-            plain.copy_to(piece(file, 1, 0))
-            plain.unlink()
-            old = {(1, 0): plain}
         self.version, last = max(old, default=(1, -1))
+        if (self.version, 0) not in old and plain.is_file():
+            self.version, last = (self.version + 1, 0) if old else (1, 0)
+            plain.copy_to(piece(file, self.version, 0))
+            plain.unlink()
         self.number = last + 1
 
     def add(self, data: bytes) -> None:
@@ -98,5 +100,5 @@ def join_pieces(file: BucketPath, without: set[int] | frozenset[int] = frozenset
     with open_pieces(file) as stream:
         data = b"".join(line for number, line in enumerate(stream, 1) if number not in without)
     BucketPath(file.bucket, file.key).write_bytes(data)
-    for path in old.values():
+    for _, path in sorted(old.items()):  # each version's first piece first; without it the others don't count
         path.unlink(missing_ok=True)

@@ -50,7 +50,7 @@ def locked_folder(config: RunConfig) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         require_renames(folder)
-        if not (folder.parent / LOCK).is_file():
+        if folder.parent == folder or not (folder.parent / LOCK).is_file():  # a bucket is its own parent
             delete_leftovers(folder)
             yield
             return

@@ -213,6 +213,7 @@ def fit(
         state = init_state(fresh, config.train, work.total_steps)
         shapes = shapes_of_run(config, tokenizer, validation, test)
         run = run_digests(config, model.fingerprint, [(work.data.examples, validation, test)])
+        require_same("the data", lambda: run)  # also what the ids don't show, such as references
         restored = restore_checkpoint(checkpoints, state, run=run, accept_data=config.data.changed == "accept")
         if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
             statistics = statistics_batches(work.data.examples, work.buckets[-1], work.rows, config.seed)
@@ -273,8 +274,10 @@ def accepted_changes(progress: Any, run: dict[str, str]) -> tuple[list[str], Any
 
 def kept_adapter(folder: Place, model, last: Adapter) -> Adapter:
     """The run's best adapter, from the folder that the first process alone reads; as arrays of NumPy."""
+    found: list[Adapter] = []
+    by_first(lambda: found.append(load_adapter(folder / "adapter", model.config, model=model)))
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), last)
-    return arrays_of_first(load_adapter(folder / "adapter", model.config, model=model) if is_first() else empty)
+    return arrays_of_first(found[0] if is_first() else empty)
 
 
 def say_layout(model, mesh) -> None:

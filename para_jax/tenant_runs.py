@@ -291,6 +291,7 @@ def fit_tenants(
         state = empty_state(config, model, layout.slots, mesh)
         data = [(t.data.examples, t.validation, t.test) for t in tenants]
         run = run_digests(config, model.fingerprint, data, [t.name for t in tenants])
+        require_same("the data", lambda: run)  # also what the ids don't show, such as references
         restored = restore_checkpoint(checkpoints, state, Standing, run, config.data.changed == "accept")
         fresh = fresh_standing([t.name for t in tenants], layout.slots)._replace(run=run)
         state, standing = restored or (state, fresh)

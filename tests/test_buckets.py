@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, backbone, strong
 
-from para_jax import LoraConfig, ParaConfig, bucket_lock, init_adapter, load_adapter, storage
+from para_jax import LoraConfig, ParaConfig, bucket_lock, init_adapter, load_adapter, run_folder, storage
 from para_jax.adapters.files import read_adapter_config, save_adapter
 from para_jax.adapters.folder import mend_folder
 from para_jax.backbone.load import load_model_config
 from para_jax.bucket_folder import MANIFEST
 from para_jax.bucket_lines import BucketLines
+from para_jax.config import RunConfig
 from para_jax.evaluation.asked import Scored
 from para_jax.evaluation.journal import Journal
 from para_jax.hub import resolve_backbone
@@ -136,6 +137,36 @@ def test_who_lost_the_lock_writes_nothing_more_in_the_folder(folder, monkeypatch
     (folder / "free").write_bytes(b"")
 
 
+def test_a_run_does_not_wait_for_its_own_lock_where_its_folder_is_the_whole_bucket(bucket, monkeypatch):
+    monkeypatch.setattr(run_folder, "check_folder", lambda config: None)  # other tests' folders are there
+    whole = BucketPath(bucket.bucket, "")
+    with run_folder.locked_folder(RunConfig(output_dir=str(whole))):
+        assert (whole / run_folder.LOCK).is_file()
+    assert not (whole / run_folder.LOCK).exists()
+
+
+def test_a_lock_that_nobody_took_is_renewed_after_the_service_was_away_for_long(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "LEASE", 0.3)
+    monkeypatch.setattr(bucket_lock, "RENEW", 0.05)
+
+    def no_answer():
+        raise OSError("no answer")
+
+    with bucket_lock.held(folder / ".lock", print):
+        with monkeypatch.context() as away:
+            away.setattr(storage, "file_system", no_answer)
+            while storage.DEADLINES[folder] > time.monotonic():
+                time.sleep(0.01)
+            for change in (lambda: (folder / "file").write_bytes(b""), lambda: (folder / "file").unlink()):
+                with pytest.raises(OSError, match="may have taken over"):
+                    change()
+        limit = time.monotonic() + 10
+        while storage.DEADLINES[folder] < time.monotonic() < limit:
+            time.sleep(0.01)
+        (folder / "file").write_bytes(b"")
+    assert not (folder / ".lock").exists()
+
+
 # -------------------------------------------------------------------------------------------------------------- pieces
 
 
@@ -167,6 +198,20 @@ def test_a_kill_while_the_pieces_are_replaced_leaves_the_old_lines_or_the_new(fo
         with killed_after(writes, monkeypatch):
             replace_pieces(file, new)
         assert open_pieces(file).read() == (b"1\n2\n" if writes == 0 else new)
+
+
+def test_a_kill_while_the_pieces_are_joined_loses_no_line_and_more_can_be_added(folder, monkeypatch):
+    for writes in range(5):
+        file = folder / f"{writes}.jsonl"
+        for line in (b"1\n", b"2\n", b"3\n"):
+            Appender(file).add(line)
+        with killed_after(writes, monkeypatch):
+            join_pieces(file)
+        assert open_pieces(file).read() == b"1\n2\n3\n", writes
+        Appender(file).add(b"4\n")
+        assert open_pieces(file).read() == b"1\n2\n3\n4\n", writes
+        join_pieces(file)
+        assert file.read_bytes() == b"1\n2\n3\n4\n" and len(pieces(file)) == 1
 
 
 class Killed(BaseException):
@@ -360,3 +405,18 @@ def test_a_backbone_is_fetched_once_for_each_content_without_what_is_no_part_of_
     for missing in ("none", "none.gguf"):
         with pytest.raises(ValueError, match=f"{folder}/{missing}: "):
             resolve_backbone(f"{folder}/{missing}")
+
+
+def test_a_backbone_that_is_replaced_while_it_is_fetched_is_not_kept_as_the_old_one(folder, monkeypatch):
+    file, real = folder / "model.gguf", BucketPath.open
+    file.write_bytes(b"GGUF old")
+
+    def replaced_first(path, mode):
+        file.write_bytes(b"GGUF new")
+        return real(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketPath, "open", replaced_first)
+        with pytest.raises(ValueError, match="replaced while it was fetched"):
+            resolve_backbone(str(file))
+    assert resolve_backbone(str(file)).read_bytes() == b"GGUF new"

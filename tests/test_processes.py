@@ -3,6 +3,7 @@ devices, and the first process alone logs, reads and writes the run's folder."""
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,3 +212,44 @@ def test_saving_and_resuming_take_no_more_of_a_device_than_its_part_and_a_piece(
         room = found["share"] + 2 * (1 << 14)
         assert found["saving"] <= room + 4096 and found["restoring"] <= room + 4096, found
     assert not (tmp_path / "second").exists()
+
+
+ELSEWHERE = """
+import os, sys
+os.chdir(sys.argv[1])
+from para_jax.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_validation_data_that_differ_in_their_references_alone_are_refused_on_all_processes(folder):
+    rows, places = rows_of_text(8, seed=2), (str(folder / "host0"), str(folder / "host1"))
+    for place, references in zip(places, (["w5"], ["w6"]), strict=True):
+        write_rows(Path(place) / "validation.jsonl", [row | {"references": references} for row in rows])
+    save_config(run_config(folder, *OVERRIDES), folder / "references.yaml")
+    among = ("runtime.coordinator={address}", "runtime.num_processes=2", "runtime.process_id={process}")
+    own = ("data.validation=validation.jsonl", f"output_dir={folder}/references", "train.max_steps=3")
+    both = run_two("-c", ELSEWHERE, places, "train", str(folder / "references.yaml"), *among, *own)
+    assert [ended.code for ended in both] == [2, 2], both[1].err
+    assert all("the data: not the same on process 1" in ended.err for ended in both), both[1].err
+
+
+KEPT = """
+import sys, time
+from pathlib import Path
+import jax
+from para_jax import ParaConfig, init_adapter, load_model_config
+from para_jax.runs import kept_adapter
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+model = type("Model", (), {"config": load_model_config(sys.argv[3])})
+try:
+    kept_adapter(Path(sys.argv[3]), model, init_adapter(ParaConfig(r=4), model.config, seed=0))
+except ValueError as error:
+    print("ValueError", error)
+"""
+
+
+def test_a_best_adapter_that_is_gone_ends_all_processes_with_the_same_error(folder):
+    both = run_two("-c", KEPT, "{address}", "{process}", str(folder / "backbone"))
+    assert [ended.code for ended in both] == [0, 0], both[1].err
+    assert both[0].out == both[1].out and both[0].out.startswith("ValueError"), both

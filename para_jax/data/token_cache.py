@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,9 +63,15 @@ def tokenizer_key(tokenizer, fields: dict[str, Any]) -> str | None:
     }
     named = [type(tokenizer).__name__, simple, tokenizer.special_tokens_map, tokenizer.all_special_ids]
     named += [tokenizer.chat_template, tokenizer.split_special_tokens]
-    used = [version("tokenizers"), version("transformers"), code_digest(), FORMAT, np.little_endian]
+    if "strftime" in str(tokenizer.chat_template):  # it writes the day, as Llama 3.2's does
+        named.append(today())
+    used = [*map(version, ("tokenizers", "transformers", "jinja2")), code_digest(), FORMAT, np.little_endian]
     text = json.dumps([fields, named, used], sort_keys=True, default=str)
     return hashlib.sha256(text.encode() + content().encode()).hexdigest()
+
+
+def today() -> str:
+    return date.today().isoformat()
 
 
 def code_digest() -> str:

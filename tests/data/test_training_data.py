@@ -105,6 +105,20 @@ def test_whatever_ids_depend_on_makes_another_file(tmp_path, monkeypatch):
     assert counts == list(range(1, 9))
 
 
+def test_a_chat_template_that_writes_the_date_is_not_read_from_the_cache_on_another_day(tmp_path, monkeypatch):
+    special = dict(eos_token="<|im_end|>", chat_template="{{ strftime_now('%d %b %Y') }}" + tiny_tokenizers.CHATML)
+    dated = tiny_tokenizers.byte_level(["<|im_start|>", "<|im_end|>"], **special)
+    section = section_of(written(tmp_path))
+    for count, (tokenizer, day) in enumerate([(dated, "1"), (dated, "2"), (tiny_tokenizers.plain(), "3")], 1):
+        monkeypatch.setattr(token_cache, "today", lambda day=day: day, raising=False)
+        load_training_data(section, tokenizer)
+        assert len(cached()) == count
+    monkeypatch.setattr(training_data, "tokenised", untouchable)
+    monkeypatch.setattr(token_cache, "today", lambda: "1")
+    load_training_data(section, dated)
+    load_training_data(section, tiny_tokenizers.plain())
+
+
 def test_data_that_moved_is_found_and_named_by_its_new_place(tmp_path, monkeypatch):
     tokenizer, file = tiny_tokenizers.plain(), written(tmp_path)
     made = load_training_data(section_of(file), tokenizer)
