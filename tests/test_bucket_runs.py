@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import quick_compiler
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
 from para_jax import cli, train
@@ -54,7 +55,7 @@ class Host:
             "HOME": str(disk), "XDG_CACHE_HOME": str(disk / "cache"), "PYTHONUNBUFFERED": "1",
             "JAX_COMPILATION_CACHE_DIR": str(disk.parent / "programs"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": quick_compiler.FLAGS + quick_compiler.OLD_EMITTERS,
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         }  # fmt: skip
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=disk)

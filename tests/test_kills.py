@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import quick_compiler
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
 from para_jax.config import save_config
@@ -28,7 +29,7 @@ def folder(tmp_path_factory, request):
     """A run of 24 steps that saves every second one and evaluates every fourth; or of three tenants with places for
     two, of whom the first ends in the middle."""
     folder = run_folder(tmp_path_factory.mktemp("kills"))
-    shared = ("eval.every=4", "checkpoint.every=2", "runtime.compilation_cache=true")
+    shared = ("eval.every=4", "checkpoint.every=2")
     if request.param == "one adapter":
         config = run_config(folder, "train.max_steps=24", *shared)
     else:
@@ -74,8 +75,9 @@ def result(output: Path) -> Result:
 
 def start(folder: Path, output: str) -> subprocess.Popen:
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "XDG_CACHE_HOME": str(folder / "cache"),
+        "XLA_FLAGS": quick_compiler.FLAGS + quick_compiler.OLD_EMITTERS,
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"),  # shared: what one compiles, the next reads
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONUNBUFFERED": "1",
     }
     command = [sys.executable, str(CHILD), "train", str(folder / "run.yaml"), f"output_dir={folder / output}"]
