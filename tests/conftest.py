@@ -116,6 +116,17 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("\n" + table(rows))
 
 
+#: Files of few but long tests. They start first: a worker that began one last would keep the others waiting.
+LONG_FILES = (
+    "test_kills.py", "test_bucket_runs.py", "test_tenant_runs.py", "test_processes.py", "test_packing.py",
+    "test_quickstart.py", "test_packed_runs.py", "test_cli.py", "test_runs.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 def unexpected_skips(skipped: list[str], allowed: str) -> list[str]:
     """The node ids that no line of allowed_skips.txt stands for; a line without a reason allows nothing."""
     lines = [line.partition(" # ") for line in allowed.splitlines() if not line.startswith("#")]
