@@ -2,10 +2,11 @@
 
 import os
 
-# Tests compile many small programs and run each once: the compiler's optimisations cost more than they save.
-FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+import quick_compiler
+
 if "PARA_JAX_TEST_DEVICES" not in os.environ:  # tests/accelerator: the machine's own devices, and its full optimiser
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
+    flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick_compiler.FLAGS
+    os.environ["XLA_FLAGS"] = " ".join(flags) + quick_compiler.OLD_EMITTERS
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from functools import cache
@@ -16,6 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+if "PARA_JAX_TEST_DEVICES" not in os.environ:
+    jax.devices()  # XLA has now read its flags; libtpu, which a test may load, reads the same variable
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(quick_compiler.OLD_EMITTERS)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = tuple("llama llama3 mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 smollm2 olmo2 granite".split())
@@ -109,6 +114,17 @@ def pytest_terminal_summary(terminalreporter):
         from fuzz.runner import table
 
         terminalreporter.write_line("\n" + table(rows))
+
+
+#: Files of few but long tests. They start first: a worker that began one last would keep the others waiting.
+LONG_FILES = (
+    "test_kills.py", "test_bucket_runs.py", "test_tenant_runs.py", "test_processes.py", "test_packing.py",
+    "test_quickstart.py", "test_packed_runs.py", "test_cli.py", "test_runs.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 def unexpected_skips(skipped: list[str], allowed: str) -> list[str]:

@@ -1,6 +1,6 @@
 """`python killed_run.py ARGUMENTS`: `para-jax ARGUMENTS`, which says on stdout what it is doing, for test_kills.py.
 
-It lingers a little in each phase, so that a kill can hit it, and does nothing else than `para-jax`.
+It lingers LINGER seconds in each phase, so that a kill can hit it, and does nothing else than `para-jax`.
 """
 
 import os
@@ -11,7 +11,7 @@ import time
 from para_jax import cli, runs, tenant_runs
 from para_jax.evaluation.tenants import Tasks
 
-LINGER = 0.04  # seconds before and after the work of a phase
+LINGER = float(os.environ.get("LINGER", 0))  # seconds before and after the work of a phase
 
 
 def say(line):

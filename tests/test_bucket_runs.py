@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import quick_compiler
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
 from para_jax import cli, train
@@ -31,14 +32,14 @@ def uploaded(folder: Path, to):
 def there(bucket, tmp_path_factory):
     """The folder in the bucket with backbone/ and data/, tenants/ and run.yaml files."""
     here = run_folder(tmp_path_factory.mktemp("bucket"))
-    for seed, (name, size) in enumerate({"acme": 8, "globex": 20}.items()):
+    for seed, (name, size) in enumerate({"acme": 8, "globex": 12}.items()):
         write_rows(here / "tenants" / name / "train.jsonl", rows_of_text(size, seed=seed))
         write_rows(here / "tenants" / name / "validation.jsonl", rows_of_text(8, seed=seed + 10))
     there = uploaded(here, bucket / "runs")
     places = [f"backbone.source={there}/backbone", f"output_dir={there}/run", "eval.every=4", "checkpoint.every=2"]
     places += ["logging.report_to=[tensorboard]"]
-    save_config(run_config(here, *places, f"data.train={there}/data", "train.max_steps=12"), there / "one.yaml")
-    own = ["train.rows_per_tenant=4", "train.num_epochs=3", "train.max_steps=null", "train.tenants_at_once=1"]
+    save_config(run_config(here, *places, f"data.train={there}/data", "train.max_steps=8"), there / "one.yaml")
+    own = ["train.rows_per_tenant=4", "train.num_epochs=2", "train.max_steps=null", "train.tenants_at_once=1"]
     save_config(
         run_config(here, *places, *own, "data.train=null", f"data.tenants={there}/tenants"), there / "many.yaml"
     )
@@ -48,13 +49,13 @@ def there(bucket, tmp_path_factory):
 class Host:
     """A process of para-jax on a host with nothing on its disk. (Compiled programs are shared, to save the time.)"""
 
-    def __init__(self, disk: Path, *arguments):
+    def __init__(self, disk: Path, *arguments, linger="0"):
         disk.mkdir()
         environment = os.environ | {
             "HOME": str(disk), "XDG_CACHE_HOME": str(disk / "cache"), "PYTHONUNBUFFERED": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(disk.parent / "programs"),
+            "LINGER": linger, "JAX_COMPILATION_CACHE_DIR": str(disk.parent / "programs"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": quick_compiler.FLAGS + quick_compiler.OLD_EMITTERS,
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         }  # fmt: skip
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=disk)
@@ -95,7 +96,8 @@ def test_a_run_killed_and_resumed_on_another_host_ends_with_the_same_bits(kind, 
     unkilled, killed = there / f"{kind}-unkilled", there / f"{kind}-killed"
     whole = Host(tmp_path / "a", "train", there / f"{kind}.yaml", f"output_dir={unkilled}")
     for disk, word, times in (("b", "written", 2), ("c", "save", 1))[: 2 if kind == "one" else 1]:
-        Host(tmp_path / disk, "train", there / f"{kind}.yaml", f"output_dir={killed}").kill_after(word, times)
+        host = Host(tmp_path / disk, "train", there / f"{kind}.yaml", f"output_dir={killed}", linger="0.04")
+        host.kill_after(word, times)
         assert (killed / ".lock").exists()
         (killed / ".lock").unlink()  # as if a minute had passed; test_buckets.py has locks that die
     whole.ended()

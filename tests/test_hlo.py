@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from quick_compiler import USERS_EMITTERS
 from tpu_compiler import tpu_devices
 
 from para_jax import (
@@ -54,7 +55,8 @@ def prefilled(model, adapter_config):
 
 def program(model, state):
     decode = jax.jit(decode_step, donate_argnums=1)
-    return describe_program(decode.lower(model, state, jnp.zeros(ROWS, jnp.int32)).compile())
+    lowered = decode.lower(model, state, jnp.zeros(ROWS, jnp.int32))
+    return describe_program(lowered.compile(compiler_options=USERS_EMITTERS))
 
 
 def bytes_of(tree):

@@ -131,12 +131,12 @@ def test_inspect_lists_the_tenants_with_their_scores(whole, folder, tmp_path):
 
 
 def test_the_command_trains_them_and_prints_one_table(folder, tmp_path, capsys):
-    save_config(tenants_config(folder, tmp_path / "run", "train.max_steps=2", "eval.every=2"), tmp_path / "run.yaml")
+    save_config(tenants_config(folder, tmp_path / "run"), tmp_path / "run.yaml")
     assert main(["train", str(tmp_path / "run.yaml"), "--results", str(tmp_path / "results.json")]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"tenant +examples +steps +best step +validation", said) and "initech        12      2" in said
+    assert re.search(r"tenant +examples +steps +best step +validation", said) and "initech        12      6" in said
     scores = json.loads((tmp_path / "results.json").read_text())["scores"]
-    assert {name: entry["steps"] for name, entry in scores.items()} == dict.fromkeys(SIZES, 2)
+    assert {name: entry["steps"] for name, entry in scores.items()} == {"acme": 10, "globex": 6, "initech": 6}
 
 
 # ------------------------------------------------------------------------------------------------------- as if it alone
@@ -161,7 +161,7 @@ def test_a_tenant_learns_what_a_run_of_it_alone_learns(whole, folder, tmp_path):
     np.testing.assert_allclose(adapter_of(config, "acme").mean[...], found.adapter.mean[...], atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["para", "lora", "ia3"])
+@pytest.mark.parametrize("method", ["para", "lora", pytest.param("ia3", marks=pytest.mark.slow)])
 def test_a_tenants_bits_do_not_depend_on_the_other_tenants(method, folder, tmp_path):
     options = [f"adapter.method={method}", "adapter.r=4", "adapter.summary=raw", "train.max_steps=4"]
     if method != "para":
@@ -212,12 +212,12 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
         return standing
 
     def run(name):
-        options = "eval.test=true", "train.max_steps=6", "train.sampling=uniform"
+        options = "eval.test=true", "train.max_steps=9", "train.sampling=uniform"
         return train_tenants(tenants_config(folder, tmp_path / name, *options))
 
     monkeypatch.setattr(tenant_runs.TenantsLoop, "evaluate", gets_no_better)
     found = run("run")
-    assert [found.tenants[name]["best_step"] for name in SIZES] == [3, 3, 6]
+    assert [found.tenants[name]["best_step"] for name in SIZES] == [3, 3, 9]
     task = task_of_run(load_config(tmp_path / "run" / "acme" / "config.yaml"), "test", tokenizer())
     kept = load_adapter(tmp_path / "run" / "acme" / "adapter", load_model_config(folder / "backbone"))
     by_itself = evaluate_task(load_backbone(folder / "backbone"), kept, task, tokenizer())
@@ -382,7 +382,7 @@ def test_a_run_stopped_at_its_very_end_logs_nothing_twice_when_started_again(who
         assert all_that_stays(tmp_path / "run") == all_that_stays(whole[1].output_dir)
 
 
-@pytest.mark.parametrize("rates", ["1e30, 0.03, 0.01", "1e30, 0.03"])
+@pytest.mark.parametrize("rates", ["1e30, 0.03, 0.01, 0.02", "1e30, 0.03"])
 def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folder, tmp_path, monkeypatch):
     ends = []
     for at in (None, 2, 3):

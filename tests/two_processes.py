@@ -8,6 +8,8 @@ import sys
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
+import quick_compiler
+
 #: A line of Gloo, "[Gloo] Rank 1 is connected to 7 peer ranks. Expected number of connected peer ranks is : 7", or a
 #: piece of it.
 GLOO = re.compile(r"\[Gloo\]|is connected to|peer ranks|^\s*\d?\s*$")
@@ -27,7 +29,7 @@ def run_two(*arguments, **variables: str) -> list[Ended]:
     {address}, {process} in an argument are the coordinator's address and the process. Variables: of the environment.
     """
     at = address()
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=4 {quick_compiler.FLAGS}{quick_compiler.OLD_EMITTERS}"
     started = []
     for process in range(2):
         own = [argument[process] if isinstance(argument, tuple) else argument for argument in arguments]
