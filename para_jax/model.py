@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,17 @@ class DecodeState(NamedTuple):
     """a layer: (keys after rotary, values), each [batch, kv_heads, max_length, head_dim]"""
     adjustments: tuple
     """a layer: an Adjustment whose arrays lead with the batch, or that is Shared; () without adapters"""
+    length: jax.Array
+    """int32 [batch], tokens held"""
+
+
+class StackedState(NamedTuple):
+    """A DecodeState of a model in the stacked layout, whose caches and adjustments are one array for all layers and
+    lead with them. Each step of decode_step writes into these caches; those of a DecodeState it would have to stack."""
+
+    cache: tuple
+    """(keys after rotary, values), each [layers, batch, kv_heads, max_length, head_dim]"""
+    adjustments: Adjustment | None
     length: jax.Array
     """int32 [batch], tokens held"""
 
@@ -241,26 +252,45 @@ def _decode(model, state, tokens):
     return decode_step(model, state, tokens)
 
 
+@jax.jit
+def stacked_state(state: DecodeState) -> StackedState:
+    return StackedState(stacked(state.cache), stacked(state.adjustments) if state.adjustments else None, state.length)
+
+
 def decode_step(
-    model: Transformer, state: DecodeState, tokens: Int[Array, " batch"]
-) -> tuple[Float[Array, "batch vocab"], DecodeState]:
-    """decode, to be used inside a larger compiled program."""
-    max_length = state.cache[0][0].shape[2]
+    model: Transformer, state: DecodeState | StackedState, tokens: Int[Array, " batch"]
+) -> tuple[Float[Array, "batch vocab"], DecodeState | StackedState]:
+    """decode, to be used inside a larger compiled program; in the stacked layout, of a StackedState too."""
+    if model.layout == "stacked" and isinstance(state, DecodeState):
+        logits, after = decode_step(model, stacked_state(state), tokens)
+        cache = tuple(jax.tree.map(lambda a, i=i: a[i], after.cache) for i in range(model.config.num_layers))
+        return logits, DecodeState(cache, state.adjustments, after.length)
+    max_length = jax.tree.leaves(state.cache)[0].shape[-2]
     tables = tables_of(model.config, state.length[:, None])
 
-    def step(x, layer, inputs):
-        cache, adjustment = inputs
-        attend = attend_cached(cache, state.length, layer.kind.window)
+    def through(x, layer, cache, adjustment, index=None):
+        attend = attend_cached(cache, state.length, layer.kind.window, index)
         return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
 
-    adjustments = state.adjustments or (None,) * model.config.num_layers
-    x, cache = through_layers(
-        model, step, model.embed(tokens[:, None]), list(zip(state.cache, adjustments, strict=True))
-    )
+    x = model.embed(tokens[:, None])
+    if isinstance(state, StackedState):
+
+        def step(x_and_cache, layer, inputs):
+            x, cache = x_and_cache
+            index, adjustment = inputs
+            return through(x, layer, cache, adjustment, index), None
+
+        inputs = jnp.arange(model.config.num_layers), state.adjustments
+        (x, cache), _ = through_layers(model, step, (x, state.cache), inputs)
+    else:
+        adjustments = state.adjustments or (None,) * model.config.num_layers
+        inputs = list(zip(state.cache, adjustments, strict=True))
+        x, cache = through_layers(model, lambda x, layer, inputs: through(x, layer, *inputs), x, inputs)
+        cache = tuple(cache)
     logits = model.logits(model.final_norm(x[:, 0]))
     full = state.length >= max_length
     logits = jnp.where(full[:, None], jnp.nan, logits)
-    return logits, DecodeState(tuple(cache), state.adjustments, jnp.where(full, state.length, state.length + 1))
+    return logits, state._replace(cache=cache, length=jnp.where(full, state.length, state.length + 1))
 
 
 def continue_rows(
@@ -323,8 +353,9 @@ def tables_of(config: ModelConfig, positions: jax.Array) -> dict:
     return {rotary: rotary_tables(rotary, positions) for rotary in rotaries}
 
 
-def through_layers(model: Transformer, step: Callable, x: jax.Array, inputs) -> tuple[jax.Array, list]:
-    """x after step(x, layer, a layer's inputs) -> (x, output) of every layer in order, and the outputs as a list.
+def through_layers(model: Transformer, step: Callable, x, inputs) -> tuple[Any, list]:
+    """x after step(x, layer, a layer's inputs) -> (x, output) of every layer in order, and the outputs as a list; x may
+    be any tree.
 
     Args:
         inputs: a list over layers, or a tree whose arrays lead with the layers.
@@ -343,7 +374,7 @@ def one_by_one(model, step, x, inputs):
 
 def by_scan(model, step, x, inputs):
     if isinstance(inputs, list):
-        inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
+        inputs = stacked(inputs)
     outputs: list = [None] * model.config.num_layers
     for (start, period, repeats), group in zip(periods(model.config.kinds), model.layers, strict=True):
         stop = start + period * repeats
@@ -353,6 +384,10 @@ def by_scan(model, step, x, inputs):
             for i in range(repeats):
                 outputs[start + i * period + j] = jax.tree.map(lambda a, i=i: a[i], kept[j])
     return x, outputs
+
+
+def stacked(layers):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 def strided(inputs, start: int, stop: int, period: int):

@@ -3,11 +3,17 @@
 
     pip install -e '.[aot]'
     python scripts/tpu_decode_cache.py
+    python scripts/tpu_decode_cache.py --layouts [--chips 4]
 
 The compiler counts the body of a loop once, that is one block of the cache in each layer. The script adds the bytes of
 the further blocks that longer rows need, and counts the cache's part by the shapes in the compiled text.
+
+With --layouts it says what the step of each layout reads, writes and needs beside its arguments, of 2 and of 4 layers,
+on one chip or with fsdp over 4. "stacked" is the step of evaluation, whose caches stay stacked; its loop over layers
+is counted once too. "stacked, a cache a layer" is that of the public decode.
 """
 
+import argparse
 import os
 from dataclasses import replace
 
@@ -20,24 +26,23 @@ from jax.sharding import NamedSharding, PartitionSpec
 from para_jax import load_model_config, make_mesh, prefill
 from para_jax.backbone.cache_blocks import block_size
 from para_jax.backbone.load import abstract_backbone
-from para_jax.model import decode_step
+from para_jax.hlo import describe_program
+from para_jax.model import decode_step, stacked_state
 from para_jax.topology import topology_devices
 
+SOURCE = "meta-llama/Llama-2-7b-hf"
 ROWS, LENGTH, LAYERS = 8, 4096, 2
 
 
 def main():
-    config = load_model_config("meta-llama/Llama-2-7b-hf")
-    config = replace(config, kinds=config.kinds[:LAYERS])
-    mesh = make_mesh(devices=topology_devices("v5e:1x1", 1))
-    model = abstract_backbone(config, jnp.bfloat16, mesh, layout="layers")
-    prompt = jax.ShapeDtypeStruct((ROWS, 16), jnp.int32)
-    state = jax.eval_shape(lambda model, prompt: prefill(model, None, prompt, 16, max_length=LENGTH)[1], model, prompt)
-    whole = NamedSharding(mesh, PartitionSpec())
-    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state)
-    tokens = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=whole)
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(decode_step, donate_argnums=1).lower(model, state, tokens).compile()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", action="store_true")
+    parser.add_argument("--chips", type=int, default=1, choices=(1, 4))
+    args = parser.parse_args()
+    if args.layouts:
+        return compare_layouts(args.chips)
+    config = load_model_config(SOURCE)
+    compiled = compile_step("layers", LAYERS)
     size = block_size(LENGTH)
     shape = f"bf16[{ROWS},{config.num_kv_heads},{size},{config.head_dim}]"
     blocks = sum(f"= {shape}" in line and " dynamic-slice(" in line for line in compiled.as_text().splitlines())
@@ -45,6 +50,34 @@ def main():
     print(f"bytes accessed, one block a layer: {compiled.cost_analysis()['bytes accessed'] / 1e9:.3f} GB")
     for tokens in (512, 1024, 2048, 4096):
         print(f"longest row {tokens} tokens: {blocks * a_block * (tokens // size) / 1e9:.3f} GB of the cache")
+
+
+def compare_layouts(chips: int):
+    for layers in (2, 4):
+        for name, of in (("layers", ()), ("stacked, a cache a layer", ()), ("stacked", (stacked_state,))):
+            program = describe_program(compile_step(name.split(",")[0], layers, *of, chips=chips))
+            sizes = f"{program.bytes_accessed / 1e9:.3f} GB accessed, {program.temporaries / 1e9:.3f} GB of temporaries"
+            print(f"{layers} layers, {name}: {sizes}")
+
+
+def compile_step(layout: str, layers: int, *of, chips: int = 1):
+    """The compiled decode step of the state that a prefill gives, or of what of(state) makes of it."""
+    config = load_model_config(SOURCE)
+    config = replace(config, kinds=config.kinds[:layers])
+    mesh = make_mesh(fsdp=chips, devices=topology_devices({1: "v5e:1x1", 4: "v5e:2x2"}[chips], chips))
+    model = abstract_backbone(config, jnp.bfloat16, mesh, layout=layout)
+    prompt = jax.ShapeDtypeStruct((ROWS, 16), jnp.int32)
+    state = jax.eval_shape(lambda model, prompt: prefill(model, None, prompt, 16, max_length=LENGTH)[1], model, prompt)
+    for change in of:
+        state = jax.eval_shape(change, state)
+
+    def by_rows(leaf):  # a stack leads with the layers
+        spec = (None, "fsdp") if leaf.ndim == 5 else ("fsdp",)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    tokens = by_rows(jax.ShapeDtypeStruct((ROWS,), jnp.int32))
+    with jax.set_mesh(mesh):
+        return jax.jit(decode_step, donate_argnums=1).lower(model, jax.tree.map(by_rows, state), tokens).compile()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from para_jax import (
     vectors,
 )
 from para_jax.adapters.rows import check_fits
+from para_jax.model import decode_step, stacked_state
 
 PARA_FAMILIES = ("llama", "gemma", "qwen3", "phi3", "qwen2")
 VARIANTS = [(file.parent.parent.name, file.stem) for file in sorted(FIXTURES.glob("*/variants/*.json"))]
@@ -89,6 +90,36 @@ def test_the_stacked_layout_equals_the_layers(family):
     tokens = prompts(layers)
     np.testing.assert_allclose(forward(scanned, tenant, tokens, 7), forward(layers, tenant, tokens, 7), atol=2e-5)
     np.testing.assert_array_equal(greedy(scanned, tenant, tokens, 7, 9), greedy(layers, tenant, tokens, 7, 9))
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma3_text"))
+def test_a_stacked_state_decodes_as_the_caches_of_each_layer(family):
+    """In the stacked layout, with a row that is full at the second step."""
+    model = backbone(family, "stacked")
+    tenants = pick(stack_adapters(two_tenants(backbone(family))), [0, 1])
+    tokens = prompts(model)[:2]
+    total = tokens.shape[1]
+    _, state = prefill(model, tenants, tokens, 7, np.array([total, total - 3]), max_length=total + 1)
+    held, of_layers = stacked_state(state), jax.tree.map(jnp.copy, state)
+    step = jax.jit(decode_step)
+    for token in (3, 4, 5):
+        mine, held = step(model, held, jnp.full(2, token))
+        theirs, of_layers = decode(model, of_layers, np.full(2, token))
+        np.testing.assert_array_equal(mine, theirs)
+    assert np.isnan(mine[0]).all() and np.isfinite(mine[1]).all()
+    for i, cache in enumerate(of_layers.cache):
+        for whole, one in zip(held.cache, cache, strict=True):
+            np.testing.assert_array_equal(whole[i], one)
+
+
+def test_a_step_of_a_stacked_state_copies_no_cache():
+    """On a CPU it holds a copy of the one layer that it reads."""
+    model = backbone("llama", "stacked")
+    _, state = prefill(model, None, prompts(model), None, max_length=4096)
+    state = stacked_state(state)
+    step = jax.jit(decode_step, donate_argnums=1).lower(model, state, jnp.zeros(len(state.length), jnp.int32))
+    cache = sum(leaf.nbytes for leaf in state.cache)
+    assert step.compile().memory_analysis().temp_size_in_bytes < 1.2 * cache / model.config.num_layers + 2**20
 
 
 def test_both_layouts_hold_the_same_arrays():

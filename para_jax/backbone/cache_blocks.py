@@ -38,16 +38,17 @@ def has_blocks(max_length: int) -> bool:
 
 def values_in_blocks(
     q: Float[Array, "b 1 h e"],
-    keys: Float[Array, "b k max e"],
-    values: Float[Array, "b k max e"],
+    keys: Float[Array, "*layers b k max e"],
+    values: Float[Array, "*layers b k max e"],
     length: Int[Array, " b"],
     window: int | None,
     scale: float,
     cap: float | None,
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "b 1 h e"]:
     """The mixed values of a new token at position length[row], as cache.whole_values gives them."""
     batch, _, heads, width = q.shape
-    kv_heads, max_length = keys.shape[1:3]
+    kv_heads, max_length = keys.shape[-3:-1]
     size = block_size(max_length)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
 
@@ -58,7 +59,7 @@ def values_in_blocks(
         distance = length[:, None] - position
         seen = (distance >= 0) & within(distance, window) & (position >= block * size)
         seen = seen[:, None, None, :]
-        k, v = (jax.lax.dynamic_slice_in_dim(held, start, size, axis=2) for held in (keys, values))
+        k, v = (block_of(held, layer, start, size) for held in (keys, values))
         scores = jnp.einsum("bkge,bkse->bkgs", grouped, k, preferred_element_type=jnp.float32)
         scores = jnp.where(seen, softcap(scores * scale, cap), LOWEST)
         higher = jnp.maximum(highest, scores.max(axis=-1))
@@ -74,3 +75,11 @@ def values_in_blocks(
     start = (nothing + LOWEST, nothing, jnp.zeros(grouped.shape, jnp.float32))
     _, weight, mixed = jax.lax.fori_loop(first, stop, step, start)
     return (mixed / weight[..., None]).astype(values.dtype).reshape(batch, 1, heads, width)
+
+
+def block_of(held: jax.Array, layer: jax.Array | None, start: jax.Array, size: int) -> Float[Array, "b k size e"]:
+    """The tokens start ... start + size of a layer's cache."""
+    if layer is None:
+        return jax.lax.dynamic_slice_in_dim(held, start, size, axis=2)
+    shape = (1, *held.shape[1:3], size, held.shape[4])  # one slice: of two, the first would be a copy of the layer
+    return jax.lax.dynamic_slice(held, (layer, 0, 0, start, 0), shape)[0]

@@ -20,7 +20,7 @@ from ..adapters.rows import Made, Rows
 from ..backbone.transformer import Transformer
 from ..config import require
 from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
-from ..model import decode_step, prefill
+from ..model import decode_step, prefill, stacked_state
 from ..processes import gathered
 from .answer_text import AnswerText, text_of
 from .sampling import draw, greedy, row_keys
@@ -142,6 +142,7 @@ def generate_tokens(
     needed = max(up_to_multiple(lengths.max() + max_new_tokens, CACHE_MULTIPLE), tokens.shape[1])
     max_length = max_length or needed
     logits, state = prefill(model, adapters, tokens, lengths, max_length=max_length)
+    state = stacked_state(state) if model.layout == "stacked" else state
     sampling = row_sampling(len(tokens), temperature, top_k, top_p, seed) if temperature > 0 else None
     leaves, treedef = jax.tree.flatten(model)
     token = choose(logits, sampling, 0)
