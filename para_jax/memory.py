@@ -43,7 +43,7 @@ GIB = 2**30
 USABLE = 0.9
 #: What the backward pass keeps of a layer by train.remat, in outputs of its linears (none: compiled for v5e).
 KEPT_LINEARS = {"block": 0, "dots": 1, "none": 2.2}
-#: How often an evaluation holds its caches at once: as they come in, stacked for the scan, and as they go out.
+#: How often an evaluation holds its caches at once: the prefill makes them layer by layer, and decoding stacks them.
 CACHE_COPIES = 3
 #: Packed rows are compiled for as many examples as if each had so many tokens.
 TOKENS_AN_EXAMPLE = 64

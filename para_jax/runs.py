@@ -296,7 +296,7 @@ class Loop(NamedTuple):
     """The steps of a run. A NamedTuple, for its parts are handed on and never change."""
 
     config: RunConfig
-    model: object
+    model: Any
     tokenizer: object
     work: Work
     validation: EvalTask | None

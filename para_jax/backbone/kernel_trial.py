@@ -40,7 +40,7 @@ def choose_attention(
     Raises ValueError for a name that is unknown, or whose kernel can't work here or fails the trial.
     """
     choice = asked_for(name)
-    platform = platform or (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
+    platform = platform or (jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform))
     found = [
         attention_kernel(config, LENGTH, dtype, platform, choice, packed=packed, capability=capability)[0]
         for packed in (False, True)

@@ -11,13 +11,13 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import devices
 from ..config import DataSection
+from ..storage import Place
 from . import token_cache
 from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
@@ -82,7 +82,7 @@ def load_training_data(section: DataSection, tokenizer) -> TrainingData:
     return training_data(source, tokens)
 
 
-def training_data(source: Path | Prepared | None, tokens: Tokens) -> TrainingData:
+def training_data(source: Place | Prepared | None, tokens: Tokens) -> TrainingData:
     if isinstance(source, Prepared):
         prefix = f"{SCHEME}{source.name}:{source.split}["
     else:
@@ -140,21 +140,21 @@ def number_of(place: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-def fields_of(source: Path | Prepared | None, section: DataSection) -> dict[str, Any]:
+def fields_of(source: Place | Prepared | None, section: DataSection) -> dict[str, Any]:
     """What the ids depend on next to the data's content and the tokenizer."""
     fields = {name: getattr(section, name) for name in ("prompt", "completion", "max_seq_length", "truncate")}
     return fields | dict(task=task_of(section), split=source.split if isinstance(source, Prepared) else None)
 
 
-def is_large(source: Path | Prepared | None) -> bool:
+def is_large(source: Place | Prepared | None) -> bool:
     return sum(file.stat().st_size for file in files_of(source)) >= token_cache.MIN_BYTES
 
 
-def content_of(source: Path | Prepared | None) -> str:
+def content_of(source: Place | Prepared | None) -> str:
     return token_cache.files_digest(files_of(source))
 
 
-def files_of(source: Path | Prepared | None) -> list[Path]:
+def files_of(source: Place | Prepared | None) -> list[Place]:
     if isinstance(source, Prepared):
         return sorted(file for file in source.folder.iterdir() if file.is_file())
     return [] if source is None else [source]

@@ -70,7 +70,7 @@ def steps(treedef, leaves, slots: Slots, sampling: Sampling, live, count: int) -
     def one(slots: Slots, _):
         logits, state = decode_step(jax.tree.unflatten(treedef, leaves), slots.state, slots.token)
         token = drawn(logits, sampling, slots.position)
-        return Slots(state, token, slots.position + 1), token
+        return Slots(state, token, slots.position + 1), token  # pyright: ignore[reportArgumentType]
 
     return jax.lax.scan(one, slots, length=count)
 
