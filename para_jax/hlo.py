@@ -72,6 +72,13 @@ def describe_program(compiled) -> Program:
     )
 
 
+def program_bytes(compiled) -> int:
+    """Program.memory of what `jax.jit(f).lower(...).compile()` gave, without a look at its text."""
+    memory = compiled.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
 def excess(program: Program, base: Program, *, bytes_share: float) -> list[str]:
     """What `program` has more of than `base`, a line each: fusions, matrix products, collectives, or bytes accessed
     beyond a share of the base's (0.005: half a percent). Empty where it costs nothing."""

@@ -15,8 +15,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from .backbone.load import load_model_config
-from .config import RunConfig, require
-from .hlo import Program, collective_bytes, collectives_run, describe_program
+from .config import RunConfig, printable, require
+from .hlo import Program, collective_bytes, collectives_run, describe_program, program_bytes
 from .hlo_text import parsed, turns_unknown
 from .memory import (
     CHIP_GIB,
@@ -45,7 +45,7 @@ class Compiled(NamedTuple):
     """What the compiler made of a program for one chip of the mesh."""
 
     program: Program | None
-    """None: it does not fit"""
+    """None: it does not fit, or this JAX can't read it (`unread`)"""
     needed: int
     """bytes"""
     limit: float | None
@@ -58,6 +58,12 @@ class Compiled(NamedTuple):
     """of each, over all its runs: see hlo.collective_bytes"""
     loops_once: int = 0
     """loops whose turns the compiler's text does not tell; what is in them counts once"""
+    unread: str = ""
+    """the error of a JAX that is older than the compiler and can't read its program; only the memory is known then"""
+
+    @property
+    def fits(self) -> bool:
+        return self.program is not None or bool(self.unread)
 
 
 def topology_report(config: RunConfig, topology: str, tenants: int | None = None) -> str:
@@ -142,7 +148,12 @@ def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Comp
         used, unit, limit = match.groups()[:3] if match[1] else match.groups()[3:]
         needed = float(used) * (GIB if unit == "G" else 2**20)
         return Compiled(None, int(needed), float(limit) * GIB, {}, time.perf_counter() - begun), None
-    seconds, text = time.perf_counter() - begun, compiled.as_text() or ""
+    seconds = time.perf_counter() - begun
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        unread = str(error).strip().partition("\n")[0] or type(error).__name__
+        return Compiled(None, program_bytes(compiled), None, {}, seconds, unread=unread), compiled
     program, runs, sizes = describe_program(compiled), collectives_run(text), collective_bytes(text)
     return Compiled(program, program.memory, None, runs, seconds, sizes, turns_unknown(parsed(text))), compiled
 
@@ -180,6 +191,12 @@ def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> 
 
 def compiled_lines(found: Compiled, libtpu: str) -> list[str]:
     by = f"compiled by libtpu {libtpu} in {found.seconds:.0f} s"
+    if found.unread:
+        return [
+            f"HBM        a chip needs {found.needed / GIB:.2f} GiB: it fits ({by})",
+            f"collectives not known: JAX {jax.__version__} can't read this compiler's program; install the libtpu that "
+            f"belongs to it, pip install 'jax[tpu]=={jax.__version__}' ({printable(found.unread, 120)})",
+        ]
     if found.program is None:
         assert found.limit
         over = (found.needed - found.limit) / GIB

@@ -133,7 +133,7 @@ def compiled(topology: str, file: Path, sizes: dict[str, int], room: int) -> dic
     kind, chips = parsed_topology(topology)
     mesh = make_mesh(**sizes, devices=topology_devices(topology, chips))
     found = {name: record(one) for name, one in compile_programs(config, mesh, tenants).items()}
-    if found["train"]["fits"]:
+    if found["train"]["collectives_known"]:
         least = estimate_time(training_work(config, mesh, tenants), found["train"]["collective_bytes"], kind)
         found["train"] |= {"seconds_at_least": least.seconds, "bound": least.bound}
     return found | {"about": {"passes": passes, "libtpu": version("libtpu")}}
@@ -141,8 +141,9 @@ def compiled(topology: str, file: Path, sizes: dict[str, int], room: int) -> dic
 
 def record(found: Compiled) -> dict[str, Any]:
     return {
-        "fits": found.program is not None,
+        "fits": found.fits,
         "needed": found.needed,
+        "collectives_known": not found.unread,
         "collectives": found.collectives,
         "collective_bytes": found.collective_bytes,
         "compile_seconds": round(found.seconds),
@@ -177,7 +178,7 @@ def cells(name: str, entry: dict) -> dict[str, str]:
         "config": name,
         "data x fsdp x tensor": " x ".join(map(str, entry["mesh"].values())),
         **{f"{program}: GiB": memory(programs, program) for program in PROGRAMS},
-        "collectives of a step": f"{moved / 1e9:.1f} GB" if train.get("fits") else "",
+        "collectives of a step": f"{moved / 1e9:.1f} GB" if least else "",
         "a step, at least (estimate)": f"{least:.2g} s, by {train['bound']}" if least else "",
         "tiny run": said_of_run(entry.get("run")),
     }

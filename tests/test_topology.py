@@ -26,6 +26,7 @@ from para_jax.tenant_runs import empty_state
 from para_jax.topology import (
     TOO_MUCH,
     compile_step,
+    compiled_lines,
     header,
     parsed_topology,
     shard_bytes,
@@ -201,3 +202,19 @@ def test_the_dry_run_tells_the_bytes_of_collectives_and_an_estimate_of_the_time(
     shown = topology_report(config, "v5e:2x2")
     assert "it fits" in shown and " all-gather 0.00 GB" in shown
     assert "ESTIMATE from v5e's published peaks, not measured" in shown and "bound by " in shown
+
+
+def test_a_program_that_this_jax_can_not_read_tells_its_memory_and_what_to_install(config, monkeypatch):
+    """jaxlib 0.10.2 can't read what libtpu 0.0.52 makes for a v6e: an older JAX than the compiler's."""
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (hlo_instruction.cc:390)\nmore")
+
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    read = compile_step(config, mesh)
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    found = compile_step(config, mesh)
+    assert read.program and found.fits and found.program is None
+    assert found.needed == read.program.memory > 0
+    said = "\n".join(compiled_lines(found, "0.0.52"))
+    assert "it fits" in said and f"jax[tpu]=={jax.__version__}" in said and "hlo_instruction.cc:390" in said
