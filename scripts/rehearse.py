@@ -133,7 +133,7 @@ def compiled(topology: str, file: Path, sizes: dict[str, int], room: int) -> dic
     kind, chips = parsed_topology(topology)
     mesh = make_mesh(**sizes, devices=topology_devices(topology, chips))
     found = {name: record(one) for name, one in compile_programs(config, mesh, tenants).items()}
-    if found["train"]["collectives_known"]:
+    if found["train"]["fits"] and found["train"]["collectives_known"]:
         least = estimate_time(training_work(config, mesh, tenants), found["train"]["collective_bytes"], kind)
         found["train"] |= {"seconds_at_least": least.seconds, "bound": least.bound}
     return found | {"about": {"passes": passes, "libtpu": version("libtpu")}}

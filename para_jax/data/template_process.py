@@ -22,6 +22,7 @@ def main() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     limit_memory()
+    heed_time()
     for line in sys.stdin:
         answers.write(json.dumps(answer(json.loads(line), render_jinja_template)) + "\n")
         answers.flush()
@@ -51,6 +52,14 @@ def limit_time(seconds: float) -> None:
     """Ends the process after so many seconds of processor time; 0: never. Windows has no such limit."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def heed_time() -> None:
+    """Lets the signal of limit_time end this process, whatever the one that started it does with it: libtpu ignores or
+    blocks it, and a new process inherits that."""
+    if hasattr(signal, "SIGPROF"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
 
 
 def limit_memory() -> None:

@@ -1,6 +1,7 @@
 """A chat template is a program of strangers: whatever it does ends in a text or in a ValueError that names it."""
 
 import os
+import signal
 import threading
 import time
 
@@ -85,6 +86,24 @@ def test_whatever_a_template_does_ends_in_an_error_that_names_it(short, template
         encode_prompt(tokenizer, [USER | {"tool_calls": 5}])
     assert time.perf_counter() - begun < 20 and len(str(raised.value)) < 500 and str(raised.value).isprintable()
     assert render_template(ECHO, [USER]) == "user" + USER["content"]
+
+
+@pytest.mark.parametrize("how", ["ignored", "blocked"])
+def test_the_time_is_bounded_in_a_process_that_heeds_no_such_signal(short, how):
+    """As one is in which libtpu is loaded."""
+    template_process(os.getpid()).stop()
+    handler, mask = signal.getsignal(signal.SIGPROF), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        if how == "ignored":
+            signal.signal(signal.SIGPROF, signal.SIG_IGN)
+        else:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+        with pytest.raises(TemplateError, match="seconds"):
+            render_template("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", [USER])
+    finally:
+        signal.signal(signal.SIGPROF, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        template_process(os.getpid()).stop()
 
 
 def test_a_late_answer_never_becomes_that_of_the_next_conversation(monkeypatch):

@@ -18,6 +18,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from quick_compiler import own_flags
 from tiny_run import backbone_folder, rows_of_text, words, write_rows
 
 import para_jax
@@ -197,7 +198,7 @@ def test_an_adapter_alone_has_the_same_answers_and_scores(folder, whole, tmp_pat
 def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder, whole, tmp_path, capsys):
     """A child process is killed when it has written some answers; a line is torn; the same command goes on."""
     output, goal = tmp_path / "out", len(lines(whole)) // 3
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | own_flags() | {"PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.Popen(
         [sys.executable, "-m", "para_jax.cli", *command(folder, output)],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

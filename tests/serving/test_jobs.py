@@ -13,6 +13,7 @@ from functools import partial
 
 import jax
 import pytest
+from quick_compiler import own_flags
 from tiny_run import backbone_folder, words
 
 from para_jax import (
@@ -71,7 +72,7 @@ def command(folder, output, source="in.jsonl"):
 
 def start(arguments, room=2**40, **options):
     """A child process, no file of which may have more than `room` bytes."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | own_flags() | {"PYTHONPATH": os.pathsep.join(sys.path)}
     limited = "import resource as r, sys; r.setrlimit(r.RLIMIT_FSIZE, [int(sys.argv[1])] * 2)"
     code = f"{limited}; from para_jax.cli import main; sys.exit(main(sys.argv[2:]))"
     line = [sys.executable, "-c", code, str(room), *arguments]
