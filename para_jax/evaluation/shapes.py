@@ -96,8 +96,8 @@ def say_evaluation(parts: Mapping[str, Sequence[Encoded]], batch_size: int) -> N
     new = max(one.task.max_new_tokens if one.task.writes else 0 for tasks in parts.values() for one in tasks)
     if not new:
         return
-    steps = " and ".join(f"{-(-count // rows) * new} for {name}" for name, count in counts.items())
+    steps = " and ".join(f"{-(-count // rows) * new} decoding steps for {name}" for name, count in counts.items())
     advice = "eval.limit scores fewer validation examples"
     if devices > 1 and mesh.shape["fsdp"] > 1:
         advice = f"each gathers all weights over mesh.fsdp, so a larger eval.batch_size saves time, and {advice}"
-    say(f"evaluation writes answers of up to {new} tokens: at most {steps} decoding steps; {advice}")
+    say(f"evaluation writes answers of up to {new} tokens: at most {steps}; {advice}")
