@@ -77,7 +77,7 @@ def topology_report(config: RunConfig, topology: str, tenants: int | None = None
     kind, chips = parsed_topology(topology)
     chosen = choose_mesh(config, chips, CHIP_GIB[kind] * GIB, tenants)
     sizes = mesh_sizes(chosen.sizes, chips)
-    expected = f"sizes whose product is the topology's {chips} chips"
+    expected = f"sizes whose product is the topology's {chips} chips, such as data={chips}, or data=1 and fsdp={chips}"
     require(sizes is not None, "mesh", chosen.sizes, expected)
     assert sizes
     why = [f"mesh       {chosen.why}"] if chosen.why else []
