@@ -81,7 +81,7 @@ def cudnn_problem(
         return f"it runs on an NVIDIA GPU, and this is a {platform.upper()}"
     capability = capability or own_capability()
     if capability is None:
-        return "cuDNN needs an NVIDIA GPU whose compute capability is known"
+        return "cuDNN needs an NVIDIA GPU, and JAX does not tell this device's compute capability"
     widest = next((width for least, width in CUDNN_HEADS.items() if capability >= least), None)
     shown = ".".join(map(str, capability))
     if widest is None:

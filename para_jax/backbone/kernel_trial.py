@@ -62,8 +62,8 @@ def choose_attention(
 
 
 def trial_problem(kernel: str, config: ModelConfig, dtype, mesh: Mesh | None, *, packed: bool) -> str | None:
-    """What went wrong in a trial, in one line; None if nothing did. Devices send nothing to each other, so that no
-    process waits for one whose trial failed."""
+    """What went wrong in a trial, in one line; None if nothing did. Devices send nothing to each other: if a trial
+    fails on one process, no other waits for it."""
     try:
         theirs, ours = (run(name, config, dtype, mesh, packed) for name in ("plain", kernel))
     except Exception as error:  # whatever a compiler, a driver or a library raises

@@ -26,7 +26,7 @@ CONFIG = backbone("gemma3_text").config  # windows in some layers
     ("llama", 120, "bfloat16", "tpu", None, "plain", "rows shorter than 128 tokens"),
     ("llama", 120, "bfloat16", "gpu", A100, "cudnn", "on a GPU"),
     ("llama", 120, "bfloat16", "gpu", T4, "plain", "compute capability 8.0, and this GPU has 7.5"),
-    ("llama", 120, "bfloat16", "gpu", None, "plain", "compute capability is known"),
+    ("llama", 120, "bfloat16", "gpu", None, "plain", "does not tell this device's compute capability"),
     ("gemma2", 128, "bfloat16", "gpu", H100, "plain", "cuDNN has no soft cap"),
     ("llama", 128, "float32", "gpu", H100, "plain", "cuDNN does not take float32"),
 ])  # fmt: skip
