@@ -53,15 +53,15 @@ _LATER = {
     "Engine": "serving.engine",
     "Request": "serving.request",
     "Completion": "serving.request",
-    "train": "runs",
-    "TrainResult": "runs",
-    "train_tenants": "tenant_runs",
-    "TenantsResult": "tenant_runs",
+    "train": "runs.train",
+    "TrainResult": "runs.train",
+    "train_tenants": "runs.tenants",
+    "TenantsResult": "runs.tenants",
     "curves_plot": "plots",
     "factors_plot": "plots",
     "evaluate": "evaluation.evaluate",
     "Report": "evaluation.evaluate",
-    "ParaLM": "evaluation.para_lm",
+    "ParaLM": "evaluation.harness.lm",
 }
 
 

@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from .storage import BucketPath
+from .storage.bucket import BucketPath
 
 try:
     import fcntl

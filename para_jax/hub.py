@@ -18,9 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from .atomic import set_aside
-from .bucket_cache import fetched_adapter, fetched_file, fetched_files
 from .config import expanded, printable
-from .storage import BucketPath, Place
+from .storage.bucket import BucketPath, Place
+from .storage.cache import fetched_adapter, fetched_file, fetched_files
 
 CONFIG_FILES = ["config.json", "generation_config.json"]
 TOKENIZER_FILES = [

@@ -51,8 +51,10 @@ def overrides(output: Path, backbone: str) -> list[str]:
 
 def child(begun: float, result: Path, sections: list[list[str]]) -> None:
     """Trains by each list of overrides, with the backbone loaded once, and writes how long which part took."""
-    from para_jax import devices, runs, tenant_runs
+    from para_jax import devices
     from para_jax.config import load_config
+    from para_jax.runs import tenants as tenant_runs
+    from para_jax.runs import train as runs
 
     spent = {"start": time.time() - begun, "load": 0.0, "compile": 0.0, "steps": 0.0}
 

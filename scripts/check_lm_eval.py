@@ -23,11 +23,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from para_jax import AdapterBank, LoraConfig, init_adapter, load_adapter, load_backbone, load_tokenizer, save_adapter
 from para_jax.devices import describe_devices, versions
-from para_jax.evaluation.asked import backbone_content
+from para_jax.evaluation.answers import Pass
+from para_jax.evaluation.harness.tasks import load_tasks, record, replay
 from para_jax.evaluation.journal import Journal
-from para_jax.evaluation.lm_eval_tasks import load_tasks, record, replay
-from para_jax.evaluation.mixed import Pass
-from para_jax.gguf import convert_gguf
+from para_jax.evaluation.questions import backbone_content
+from para_jax.gguf.file import convert_gguf
 from para_jax.hub import resolve_backbone
 
 LIMIT, MOVED = 1e-3, 0.1

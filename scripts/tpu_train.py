@@ -20,8 +20,8 @@ import jax
 
 from para_jax import make_mesh
 from para_jax.config import load_config
+from para_jax.dry_run.topology import compile_step, parsed_topology, topology_devices
 from para_jax.roofline import estimate_time, training_work
-from para_jax.topology import compile_step, parsed_topology, topology_devices
 
 RESULTS = Path("results/tpu_train.json")
 CONFIGS = {

@@ -16,7 +16,7 @@ import numpy as np
 
 from para_jax import load_adapter, load_backbone, load_config, load_tokenizer
 from para_jax.adapters.adapter import Factors
-from para_jax.data.sources import load_records
+from para_jax.data.records import load_records
 from para_jax.devices import describe_devices, versions
 from para_jax.evaluation.evaluate import (
     EvalTask,

@@ -78,7 +78,7 @@ def bucket():
     """gs://para-jax: an empty bucket of an emulator on loopback, which processes started from here find too."""
     import buckets
 
-    from para_jax.storage import address
+    from para_jax.storage.bucket import address
 
     server, port = buckets.start()
     with pytest.MonkeyPatch.context() as patch:

@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 
-from para_jax import cli, runs, tenant_runs
+from para_jax import cli
 from para_jax.evaluation.tenants import Tasks
+from para_jax.runs import tenants as tenant_runs
+from para_jax.runs import train as runs
 
 LINGER = float(os.environ.get("LINGER", 0))  # seconds before and after the work of a phase
 

@@ -10,7 +10,7 @@ from tiny_run import run_config, run_folder, tokenizer
 
 from para_jax import make_mesh, train, train_tenants
 from para_jax.config import RunConfig, TrainSection, load_config
-from para_jax.runs import plan_work
+from para_jax.runs.train import plan_work
 from para_jax.training.passes import step_passes
 from para_jax.training.tenants import lay_out
 

@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, backbone, strong
 
-from para_jax import LoraConfig, ParaConfig, bucket_lock, init_adapter, load_adapter, run_folder, storage
+from para_jax import LoraConfig, ParaConfig, init_adapter, load_adapter
 from para_jax.adapters.files import read_adapter_config, save_adapter
 from para_jax.adapters.folder import mend_folder
 from para_jax.backbone.load import load_model_config
-from para_jax.bucket_folder import MANIFEST
-from para_jax.bucket_lines import BucketLines
 from para_jax.config import RunConfig
-from para_jax.evaluation.asked import Scored
 from para_jax.evaluation.journal import Journal
+from para_jax.evaluation.questions import Scored
 from para_jax.hub import resolve_backbone
-from para_jax.pieces import Appender, join_pieces, open_pieces, pieces, replace_pieces
-from para_jax.storage import BucketPath, address
+from para_jax.runs import folder as run_folder
+from para_jax.storage import bucket as storage
+from para_jax.storage import lock as bucket_lock
+from para_jax.storage.bucket import BucketPath, address
+from para_jax.storage.folder import MANIFEST
+from para_jax.storage.lines import BucketLines
+from para_jax.storage.pieces import Appender, join_pieces, open_pieces, pieces, replace_pieces
 from para_jax.training.checkpoint import open_checkpoints, set_aside, steps_in
 from para_jax.training.metrics_file import Rows, read_metrics, write_metrics
 
@@ -78,7 +81,7 @@ def test_a_listing_leaves_out_names_that_no_file_has(folder, monkeypatch):
 def test_a_stream_never_mixes_an_object_with_the_one_that_replaces_it(folder, monkeypatch):
     file = folder / "data.jsonl"
     file.write_bytes(b"old\n" * 100)
-    monkeypatch.setattr("para_jax.storage.BLOCK", 16)
+    monkeypatch.setattr("para_jax.storage.bucket.BLOCK", 16)
     with file.open("rb") as stream:
         assert stream.readline() == b"old\n"
         file.write_bytes(b"new\n" * 100)

@@ -78,7 +78,7 @@ def test_the_papers_backbones_and_tasks_have_the_sibling_papers_settings(backbon
 
 def test_the_run_beside_pefts_method_comparison_has_its_settings(tmp_path):
     """The defaults of huggingface/peft, method_comparison/MetaMathQA: default_training_params.json and utils.py."""
-    from para_jax.data.sources import load_records
+    from para_jax.data.records import load_records
     from para_jax.evaluation.metrics import score
 
     file = next(file for file in CONFIGS if file.stem == "llama3.2-3b-metamathqa")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import para_jax.gguf
-from para_jax.gguf import GgufFile, convert_gguf
+import para_jax.gguf.file
+from para_jax.gguf.file import GgufFile, convert_gguf
 
 FIXTURES = Path(__file__).parent / "fixtures"
 Q8 = gguf.GGMLQuantizationType.Q8_0
@@ -302,7 +302,7 @@ def test_a_wide_head_with_few_rotary_factors_allocates_nothing(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_converted_folder_holds_the_model_for_transformers(tmp_path, monkeypatch, family):
-    monkeypatch.setattr(para_jax.gguf, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(para_jax.gguf.file, "PIECE_BYTES", 4096)
     config, weights = hugging_face(family)
     saved = []
     convert_gguf(

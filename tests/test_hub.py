@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 
-from para_jax import hub, storage
+from para_jax import hub
 from para_jax.hub import cache_folder, resolve_adapter, resolve_backbone, resolve_config, resolve_tokenizer
+from para_jax.storage import bucket as storage
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 REPOSITORIES = {

@@ -12,8 +12,7 @@ import para_jax
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["storage"],
-    ["atomic", "yaml_text", "bucket_folder", "bucket_lock", "pieces"],
-    ["bucket_cache", "bucket_lines"],
+    ["atomic", "yaml_text"],
     ["config"],
     ["untrusted", "hlo_text"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "hlo", "processes"],
@@ -22,20 +21,15 @@ LAYERS = [
     ["training", "inference"],
     ["serving", "memory"],
     ["roofline"],
-    ["evaluation", "topology"],
-    ["run_folder", "programs"],
-    ["runs", "tenant_runs", "bench", "plots", "quickstart", "reports"],
+    ["evaluation"],
+    ["dry_run"],
+    ["runs"],
+    ["plots", "inspect"],
+    ["bench", "quickstart"],
     ["cli"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-SIDEWAYS = {
-    ("bench", "plots"),
-    ("bench", "reports"),
-    ("devices", "hub"),
-    ("quickstart", "tenant_runs"),
-    ("quickstart", "reports"),
-    ("tenant_runs", "runs"),
-}
+SIDEWAYS = {("devices", "hub")}
 HEAVY = "orbax grain qwix tensorflow_datasets tensorflow transformers tokenizers lm_eval matplotlib torch".split()
 
 
@@ -100,11 +94,11 @@ def test_every_import_names_a_file_that_is_there():
         ("adapters/para.py", "import para_jax.model", True),
         ("adapters/para.py", "from para_jax.model import forward", True),
         ("adapters/para.py", "from para_jax import forward", True),
-        ("config.py", "from .hub import fetch", True),
-        ("runs.py", "from .quickstart import quickstart", True),
+        ("config/file.py", "from ..hub import fetch", True),
+        ("runs/train.py", "from ..quickstart import quickstart", True),
         ("data/examples.py", "from ..unheard_of import x", True),
         ("data/examples.py", "from .tasks import TASKS\nfrom ..hub import fetch\nimport json", False),
-        ("quickstart.py", "from . import devices\nfrom .tenant_runs import train_tenants", False),
+        ("quickstart/__init__.py", "from .. import devices\nfrom ..runs.tenants import train_tenants", False),
     ],
 )
 def test_the_reader_of_imports_tells_up_and_sideways_from_down(file, text, wrong):

@@ -9,7 +9,7 @@ from tiny_run import run_config, run_folder
 
 from para_jax.config import load_config
 from para_jax.memory import GIB, abstract_mesh, choose_mesh, device_memory, estimate_memory, run_bytes, run_mesh
-from para_jax.run_folder import differences, run_digests
+from para_jax.runs.folder import differences, run_digests
 
 V5E, H100 = 16 * GIB, int(0.75 * 80e9)
 BOOLQ = "configs/llama2-7b-boolq.yaml"

@@ -184,7 +184,7 @@ def test_a_fresh_adapter_is_the_backbone_bit_for_bit():
 def test_parameters_are_as_many_as_the_paper_says():
     from para_jax.adapters.adapter import count_parameters
     from para_jax.backbone.families import model_config
-    from para_jax.backbone.known import KNOWN_CONFIGS
+    from para_jax.backbone.known_configs import KNOWN_CONFIGS
 
     counts = {
         "meta-llama/Llama-2-7b-hf": 8_945_664,

@@ -11,7 +11,7 @@ from tiny_run import run_config, run_folder, tokenizer
 
 from para_jax import init_adapter, load_backbone, make_mesh, train
 from para_jax.data.batches import Bucket, collate
-from para_jax.runs import plan_work
+from para_jax.runs.train import plan_work
 from para_jax.training.step import eval_nll
 
 PACKED = ("data.packing=true", "data.max_seq_length=32", "train.per_device_batch_size=4", "adapter.summary=raw")

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from para_jax import TenantsResult, quickstart
 from para_jax.cli import main
-from para_jax.data.business import JOBS, business_examples
+from para_jax.quickstart.examples import JOBS, business_examples
 
 # The tiny tokenizer makes more tokens of some prompts than the 48 that SmolLM2's always stays below.
 TINY = ["data.truncate=left", "train.max_steps=1", "runtime.compilation_cache=false", "runtime.allow_cpu=true"]

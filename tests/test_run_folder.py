@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
-from para_jax import atomic, runs, tenant_runs, train, train_tenants
-from para_jax import run_folder as folders
+from para_jax import atomic, train, train_tenants
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
-from para_jax.data.sources import Record
+from para_jax.data.records import Record
 from para_jax.evaluation.evaluate import EvalTask
-from para_jax.run_folder import claim_folder, differences, locked_folder, run_digests
+from para_jax.runs import folder as folders
+from para_jax.runs import tenants as tenant_runs
+from para_jax.runs import train as runs
+from para_jax.runs.folder import claim_folder, differences, locked_folder, run_digests
 from para_jax.training.checkpoint import changed_data
 
 

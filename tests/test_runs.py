@@ -34,20 +34,20 @@ from para_jax import (
     load_backbone,
     load_model_config,
     make_mesh,
-    runs,
     train,
 )
 from para_jax.config import CheckpointSection, ProfilerSection, load_config
 from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
-from para_jax.data.sources import load_records
+from para_jax.data.records import load_records
 from para_jax.evaluation import evaluate as evaluation
 from para_jax.evaluation.evaluate import Score, task_of_run
 from para_jax.hlo import describe_program
 from para_jax.inference import generate as generation
 from para_jax.roofline import matrix_weights
-from para_jax.run_folder import claim_folder
-from para_jax.runs import places, require_judge, statistics_batches
+from para_jax.runs import train as runs
+from para_jax.runs.folder import claim_folder
+from para_jax.runs.train import places, require_judge, statistics_batches
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import make_schedule
 from para_jax.training.step import standardise

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows
 
-from para_jax import load_adapter, load_backbone, load_model_config, runs, tenant_runs, train, train_tenants
+from para_jax import load_adapter, load_backbone, load_model_config, train, train_tenants
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
 from para_jax.evaluation.evaluate import evaluate_task, task_of_run
-from para_jax.reports import folder_report
+from para_jax.inspect import folder_report
+from para_jax.runs import tenants as tenant_runs
+from para_jax.runs import train as runs
 from para_jax.training.log import TIMES
 from para_jax.training.stop import Stopped
 from para_jax.training.tenants import tenants_step

@@ -16,14 +16,8 @@ from tpu_compiler import tpu_devices
 from para_jax import init_adapter, load_backbone, make_mesh
 from para_jax.config import load_config
 from para_jax.data.packing import Packed
-from para_jax.hlo import collectives_run
-from para_jax.memory import passes_of, run_mesh
-from para_jax.programs import compile_programs
-from para_jax.reports import dry_run
-from para_jax.roofline import matrix_weights
-from para_jax.sharding import place, rows_over
-from para_jax.tenant_runs import empty_state
-from para_jax.topology import (
+from para_jax.dry_run.programs import compile_programs
+from para_jax.dry_run.topology import (
     TOO_MUCH,
     compile_step,
     compiled_lines,
@@ -34,6 +28,12 @@ from para_jax.topology import (
     tenants_arguments,
     topology_report,
 )
+from para_jax.hlo import collectives_run
+from para_jax.inspect import dry_run
+from para_jax.memory import passes_of, run_mesh
+from para_jax.roofline import matrix_weights
+from para_jax.runs.tenants import empty_state
+from para_jax.sharding import place, rows_over
 from para_jax.training.step import init_state
 from para_jax.training.tenants import lay_out
 
@@ -50,7 +50,7 @@ def no_libtpu(monkeypatch):
     def version(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("para_jax.topology.version", version)
+    monkeypatch.setattr("para_jax.dry_run.topology.version", version)
 
 
 def test_the_abstract_arguments_lie_as_those_of_a_run(config):

@@ -12,7 +12,7 @@ from tpu_compiler import tpu_devices
 
 from para_jax import decode, init_adapter, make_mesh, pick, prefill, stack_adapters
 from para_jax.backbone.load import abstract_backbone, load_model_config
-from para_jax.topology import compile_step
+from para_jax.dry_run.topology import compile_step
 
 SLICES = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4")
 #: A shape for each kind, as far as there is one, for which a mesh axis must take a part of an axis of the slice.

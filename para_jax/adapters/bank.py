@@ -25,7 +25,7 @@ import numpy as np
 
 from ..config import ADAPTER_CONFIGS, SITES, LoraConfig, ModelConfig, adapter_method, one_of, require, shorten
 from ..sharding import place
-from ..storage import BucketPath
+from ..storage.bucket import BucketPath
 from ..untrusted import shown
 from .adapter import Adapter, AdapterParam, init, is_variable, named_leaves, with_leaves
 from .files import load_adapter, require_finite

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from ..bucket_folder import require_whole
 from ..config import Ia3Config, LoraConfig, ModelConfig, ParaConfig, expanded, shorten
-from ..storage import BucketPath
+from ..storage.bucket import BucketPath
+from ..storage.folder import require_whole
 from ..untrusted import one_line, read_json
 from .adapter import Adapter
 from .folder import (
@@ -35,9 +35,9 @@ from .folder import (
 from .ia3 import Ia3
 from .lora import Lora
 from .para import Para
-from .para_file import load_para, para_json, para_tensors, para_values, read_para_config, require_same_backbone
+from .para_format import load_para, para_json, para_tensors, para_values, read_para_config, require_same_backbone
 from .peft_config import named, peft_values, read_peft_config
-from .peft_file import load_peft, peft_json, peft_tensors
+from .peft_format import load_peft, peft_json, peft_tensors
 from .rows import check_fits
 
 

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from .. import bucket_folder
 from ..atomic import OLD, folders_left, set_aside, sync_folder, temporary_name
-from ..storage import BucketPath, Place
+from ..storage import folder as bucket_folder
+from ..storage.bucket import BucketPath, Place
 from ..tensor_file import StoredTensor, stored_tensors
 from ..untrusted import some
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from ..config import FUSED, SITES, Ia3Config, LoraConfig, one_of, shorten
 from ..untrusted import some
-from .para_file import checked_rank
+from .para_format import checked_rank
 
 PREFIX = "base_model.model.model.layers."
 NAME = re.compile(re.escape(PREFIX) + r"(\d{1,6})\.(?:self_attn|mlp)\.(\w+)\.(lora_A\.weight|lora_B\.weight|ia3_l)")

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..config import ModelConfig, require
-from ..gguf import GgufFile
+from ..gguf.file import GgufFile
 from ..hub import resolve_backbone, resolve_config
 from ..sharding import tree_shardings
 from ..untrusted import read_json
 from .families import model_config
 from .kernel_choice import asked_for
 from .kernel_trial import choose_attention
-from .known import KNOWN_CONFIGS
+from .known_configs import KNOWN_CONFIGS
 from .quantize import quantised
 from .safetensors import Safetensors
 from .transformer import Layer, Transformer

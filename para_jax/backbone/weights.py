@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import FUSED, SITES, ModelConfig
 from ..untrusted import some
-from .blocks import Recipe, Source, load_parameter, needed_blocks, pieces, require_equal
+from .parts import Recipe, Source, load_parameter, needed_blocks, pieces, require_equal
 from .quantize import quantiser
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from .. import devices
 from ..config import RuntimeSection, one_of, require
+from ..inspect import check_record_file, write_record
 from ..plots import FORMATS, decode_plot
-from ..reports import check_record_file, write_record
 from .decode import bench_decode
 from .evaluate import bench_evaluate
 from .load import bench_load

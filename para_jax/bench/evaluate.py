@@ -14,9 +14,9 @@ import numpy as np
 
 from ..backbone.load import load_backbone
 from ..data.tokenizer import load_tokenizer
-from ..evaluation.asked import Generation, Written
+from ..evaluation.answers import Pass
 from ..evaluation.journal import Journal
-from ..evaluation.mixed import Pass
+from ..evaluation.questions import Generation, Written
 from ..inference.generate import generate_tokens, up_to_multiple
 from ..serving.engine import Engine
 from ..serving.request import Request

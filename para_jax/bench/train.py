@@ -14,7 +14,7 @@ from ..config import DataSection, ParaConfig, TrainSection, require
 from ..data.batches import Batch, Bucket, collate, example_lengths, plan, plan_buckets
 from ..data.examples import Example
 from ..data.packing import Packed, RowShape, collate_packed, plan_packing
-from ..data.sources import encode_records, load_records
+from ..data.records import encode_records, load_records
 from ..data.tokenizer import load_tokenizer
 from ..model import init_adapter
 from ..roofline import peak_rate

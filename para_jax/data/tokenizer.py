@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import require, shorten
-from ..gguf import GgufFile
+from ..gguf.file import GgufFile
 from ..hub import CONFIG_FILES, MAX_TEXT_BYTES, TOKENIZER_FILES, resolve_tokenizer
 from .examples import failures
 

@@ -17,12 +17,12 @@ import numpy as np
 
 from .. import devices
 from ..config import DataSection
-from ..storage import Place
+from ..storage.bucket import Place
 from . import token_cache
 from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
-from .prepared import SCHEME, Prepared
-from .sources import ENCODED_AT_ONCE, Record, cut_left, encode_all, report, source_of, split_records, task_of, too_long
+from .records import ENCODED_AT_ONCE, Record, cut_left, encode_all, report, source_of, split_records, task_of, too_long
+from .tfds import SCHEME, Prepared
 from .token_cache import Tokens
 
 #: A run says how long tokenising took where it took longer than this.

@@ -25,7 +25,7 @@ from ..data.batches import (
     plan_buckets,
 )
 from ..data.examples import Example, encode_completion, encode_example, stop_token_ids
-from ..data.sources import Record, encode_records, load_records, split_records, task_of
+from ..data.records import Record, encode_records, load_records, split_records, task_of
 from ..data.tasks import TASKS
 from ..devices import say
 from ..inference.generate import before_stop, generate_tokens

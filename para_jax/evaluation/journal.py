@@ -12,12 +12,12 @@ from typing import TextIO
 from weakref import WeakValueDictionary
 
 from .. import atomic
-from ..bucket_lines import BucketLines
 from ..config import shorten
 from ..devices import say
-from ..pieces import open_pieces, pieces
-from ..storage import BucketPath, Place
-from .asked import Answer, Scored, Written
+from ..storage.bucket import BucketPath, Place
+from ..storage.lines import BucketLines
+from ..storage.pieces import open_pieces, pieces
+from .questions import Answer, Scored, Written
 
 #: How each line begins; `Journal.add` and `answers_of` agree on it.
 HEAD = b'{"key": '

@@ -21,7 +21,7 @@ from ..backbone.transformer import Transformer
 from ..model import continue_rows, prefill
 from ..processes import gathered
 from ..training.loss import of_logits, token_scores
-from .asked import Likelihood, Scored
+from .questions import Likelihood, Scored
 from .shapes import padded_to
 
 Question = tuple[Entry | None, Likelihood]

@@ -22,16 +22,16 @@ from .. import atomic, devices
 from ..adapters.bank import AdapterBank
 from ..config import DataSection, ModelConfig, expanded, require
 from ..data.examples import Example, encode_completion
-from ..data.sources import Record, encode_records, read_records
+from ..data.records import Record, encode_records, read_records
 from ..data.tasks import TASKS, Task
-from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, backbone_content
+from .answers import Pass
 from .evaluate import EvalTask, error_of_ratio, rankings, score_of
 from .journal import Journal
 from .metrics import LABEL_METRICS, METRICS
-from .mixed import Pass
+from .questions import Answer, Asked, Generation, Likelihood, Scored, Written, backbone_content
 
 if TYPE_CHECKING:
-    from .lm_eval_tasks import HarnessTask
+    from .harness.tasks import HarnessTask
 
 BASE = "base"
 #: Those of lm-eval's command line, with which its tasks draw few-shot examples.
@@ -270,7 +270,7 @@ class Harness(NamedTuple):
 def of_harness(names: list[str], tokenizer, config: ModelConfig, settings: Settings) -> list[Harness]:
     if find_spec("lm_eval") is None:
         raise ValueError(f"task {names[0]}: neither a file or folder, nor can it be looked up: {INSTALL}")
-    from .lm_eval_tasks import load_tasks, record, replay
+    from .harness.tasks import load_tasks, record, replay
 
     options = tokenizer, config.max_positions
     made = []

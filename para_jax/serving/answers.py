@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..atomic import lock, replacing
-from ..bucket_lines import BucketLines
 from ..config import shorten
 from ..devices import say
-from ..pieces import join_pieces, open_pieces, pieces
-from ..storage import BucketPath, Place
+from ..storage.bucket import BucketPath, Place
+from ..storage.lines import BucketLines
+from ..storage.pieces import join_pieces, open_pieces, pieces
 from .request import MAX_SAMPLES
 
 #: How each answer begins.

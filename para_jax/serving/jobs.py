@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..config import require, shorten
 from ..devices import say
-from ..storage import Place
+from ..storage.bucket import Place
 from .answers import MAX_LINE, Answers, Kept, bounded_lines
 from .engine import Engine, QueueFull
 from .job_lines import MAX_ERROR, Answerer, LineSample, answerer, error_text, samples

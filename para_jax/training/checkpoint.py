@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from .. import atomic, devices, storage
+from .. import atomic, devices
 from ..config import expanded, printable, require, shorten
 from ..processes import arrays_of_first, by_first, gathered, is_first
-from ..storage import BucketPath, Place
+from ..storage import bucket as storage
+from ..storage.bucket import BucketPath, Place
 
 
 class Progress(NamedTuple):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .. import atomic, devices
 from ..config import RunConfig, config_dict
 from ..processes import by_first
-from ..storage import BucketPath, Place
+from ..storage.bucket import BucketPath, Place
 from .checkpoint import Progress
 from .metrics_file import Rows, is_log, kept_rows, read_metrics, write_metrics
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from .. import atomic
 from ..config import shorten
-from ..pieces import Appender, open_pieces, pieces, replace_pieces
-from ..storage import BucketPath, Place
+from ..storage.bucket import BucketPath, Place
+from ..storage.pieces import Appender, open_pieces, pieces, replace_pieces
 from .checkpoint import Progress
 
 HEAD = b'{"step": '

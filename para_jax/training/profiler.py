@@ -10,7 +10,7 @@ import jax
 from .. import devices
 from ..config import ProfilerSection
 from ..processes import is_first
-from ..storage import BucketPath, Place
+from ..storage.bucket import BucketPath, Place
 
 
 class Profiler:

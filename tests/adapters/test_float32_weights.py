@@ -8,7 +8,7 @@ from tiny_run import tokenizer
 
 from para_jax import AdapterBank, ParaConfig, forward, init_adapter, load_adapter, load_backbone, save_adapter
 from para_jax.cli import adapters_of
-from para_jax.evaluation import para_lm
+from para_jax.evaluation.harness import lm as para_lm
 
 LLAMA = str(FIXTURES / "llama")
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from para_jax import Adapter, Ia3Config, LoraConfig, forward, init_adapter, load_adapter, save_adapter
 from para_jax.adapters.files import read_adapter_config
 from para_jax.config import SITES
-from para_jax.reports import folder_report
+from para_jax.inspect import folder_report
 
 CONFIG, WEIGHTS, PEFT = "adapter_config.json", "adapter_model.safetensors", FIXTURES / "peft"
 LAYER = "base_model.model.model.layers."

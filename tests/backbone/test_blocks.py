@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from two_processes import run_two
 
 from para_jax import load_backbone, load_model_config, make_mesh
-from para_jax.backbone.blocks import Block, needed_blocks, read_blocks, side_by_side, stored_block
 from para_jax.backbone.load import abstract_backbone, parameter_name
+from para_jax.backbone.parts import Block, needed_blocks, read_blocks, side_by_side, stored_block
 from para_jax.backbone.safetensors import Safetensors
 from para_jax.backbone.weights import load_parameters, parameter_shapes, recipes
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN, run_config, run_folder
 from tpu_compiler import tpu_devices
 
-from para_jax import decode, forward, init_adapter, load_backbone, make_mesh, pick, prefill, runs, stack_adapters, train
+from para_jax import decode, forward, init_adapter, load_backbone, make_mesh, pick, prefill, stack_adapters, train
 from para_jax.backbone.layers import Linear
 from para_jax.backbone.load import abstract_backbone, load_model_config
 from para_jax.backbone.quantize import Int8Linear, quantise
@@ -23,6 +23,7 @@ from para_jax.data.batches import Batch
 from para_jax.hlo import collective_bytes, goes_on
 from para_jax.hlo_text import instructions_run, parsed
 from para_jax.inference.generate import generate_tokens
+from para_jax.runs import train as runs
 from para_jax.sharding import place, rows_over
 from para_jax.training.loss import completion_nll
 from para_jax.training.step import init_state, train_step

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from para_jax.backbone import blocks
+from para_jax.backbone import parts as blocks
 from para_jax.backbone.families import model_config
 from para_jax.backbone.safetensors import Safetensors
 from para_jax.backbone.transformer import Transformer

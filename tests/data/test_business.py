@@ -4,8 +4,8 @@ from datetime import datetime
 
 import pytest
 
-from para_jax.data import business
-from para_jax.data.business import JOBS, business_examples
+from para_jax.quickstart import examples as business
+from para_jax.quickstart.examples import JOBS, business_examples
 
 
 def words(text):

@@ -15,9 +15,9 @@ from tiny_tfds import Written, built
 
 from para_jax import cli
 from para_jax.config import DataSection
-from para_jax.data import prepared
-from para_jax.data.prepared import plain, prepare
-from para_jax.data.sources import load_records, read_records, source_of, task_of
+from para_jax.data import tfds as prepared
+from para_jax.data.records import load_records, read_records, source_of, task_of
+from para_jax.data.tfds import plain, prepare
 from para_jax.evaluation.evaluate import task_of_run
 
 TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "

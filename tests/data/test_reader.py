@@ -9,7 +9,7 @@ import pytest
 
 from para_jax.data.batches import collate, example_lengths, plan, plan_buckets
 from para_jax.data.examples import Example
-from para_jax.data.reader import AHEAD, read
+from para_jax.data.prefetch import AHEAD, read
 
 
 def maker(count=30, rows=4):

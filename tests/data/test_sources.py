@@ -4,9 +4,9 @@ import pytest
 import tiny_tokenizers
 
 from para_jax.config import DataSection
-from para_jax.data import sources
+from para_jax.data import records as sources
 from para_jax.data.examples import encode_example
-from para_jax.data.sources import SPLITS, Record, encode_records, load_records, read_records, source_of
+from para_jax.data.records import SPLITS, Record, encode_records, load_records, read_records, source_of
 
 USER, BOT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
 

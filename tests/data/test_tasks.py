@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from para_jax.data.sources import read_records
+from para_jax.data.records import read_records
 from para_jax.data.tasks import TASKS
 from para_jax.evaluation.metrics import METRICS, score
 

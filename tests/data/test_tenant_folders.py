@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from para_jax.config import DataSection
-from para_jax.data.sources import load_records
+from para_jax.data.records import load_records
 from para_jax.data.tenants import SAMPLING, next_tenants, tenant_sections, weights
 
 ROW = '{"prompt": "a", "completion": "b"}\n'

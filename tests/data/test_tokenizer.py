@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from para_jax.data.examples import encode_prompt
 from para_jax.data.tokenizer import load_tokenizer
-from para_jax.gguf import convert_gguf
+from para_jax.gguf.file import convert_gguf
 
 TEXTS = [
     "Message: where is my parcel?\nTeam: shipping",
@@ -139,7 +139,7 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path, metadata, begins, ends
 )
 def test_damaged_tokenizer_metadata_is_a_value_error_that_names_the_file(tmp_path, monkeypatch, metadata, said):
     found = {}
-    monkeypatch.setattr("para_jax.gguf.GgufFile.tokenizer", found)
+    monkeypatch.setattr("para_jax.gguf.file.GgufFile.tokenizer", found)
     path = byte_level_gguf(tmp_path / "m.gguf")
     state = json.loads(plain().backend_tokenizer.to_str())["model"]
     tokens = list(state["vocab"])

@@ -10,8 +10,9 @@ import tiny_tokenizers
 
 from para_jax.atomic import temporary_name
 from para_jax.config import DataSection
-from para_jax.data import sources, token_cache, training_data
-from para_jax.data.sources import encode_records, load_records
+from para_jax.data import records as sources
+from para_jax.data import token_cache, training_data
+from para_jax.data.records import encode_records, load_records
 from para_jax.data.training_data import load_training_data
 
 USER, BOT = {"role": "user", "content": "where is my parcel?"}, {"role": "assistant", "content": "shipping"}

@@ -7,8 +7,8 @@ import pytest
 
 from para_jax.data.batches import Bucket, best_lengths, example_lengths, for_mixed_rows, plan, plan_buckets
 from para_jax.data.examples import Example
+from para_jax.data.schedule import Order, Turns, admitted, turns
 from para_jax.data.tenants import SLACK, weights
-from para_jax.data.turns import Order, Turns, admitted, turns
 
 BUCKETS = (Bucket(8, 4), Bucket(16, 4))
 SIZES = (20, 6, 11, 1, 9)

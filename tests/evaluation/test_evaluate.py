@@ -21,7 +21,7 @@ from para_jax import (
     vectors,
 )
 from para_jax.data.examples import Example, encode_completion, encode_example, encode_prompt
-from para_jax.data.sources import Record, read_records
+from para_jax.data.records import Record, read_records
 from para_jax.data.tokenizer import load_tokenizer
 from para_jax.evaluation.evaluate import (
     EvalTask,

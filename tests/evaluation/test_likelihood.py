@@ -15,18 +15,12 @@ from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, forward, generate, init_adapter
 from para_jax.config import SITES
-from para_jax.evaluation import likelihood, mixed
-from para_jax.evaluation.asked import (
-    Generation,
-    Likelihood,
-    Scored,
-    Written,
-    backbone_content,
-    key,
-)
+from para_jax.evaluation import answers as mixed
+from para_jax.evaluation import likelihood
+from para_jax.evaluation.answers import Pass
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.likelihood import padded_length, together
-from para_jax.evaluation.mixed import Pass
+from para_jax.evaluation.questions import Generation, Likelihood, Scored, Written, backbone_content, key
 
 CONFIGS = {"A": ParaConfig(r=4), "B": ParaConfig(r=4, pooler="mean"), "C": Ia3Config(), "D": LoraConfig(r=4)}
 ROWS = 4
@@ -376,7 +370,7 @@ def test_an_answer_to_somebody_elses_request_is_an_error_by_its_id():
 
 def test_a_changed_version_of_our_answers_asks_again(monkeypatch):
     before = key(Likelihood((3,), (4,)), None, "b", "w")
-    monkeypatch.setattr("para_jax.evaluation.asked.ANSWERS_VERSION", -1)
+    monkeypatch.setattr("para_jax.evaluation.questions.ANSWERS_VERSION", -1)
     assert key(Likelihood((3,), (4,)), None, "b", "w") != before
 
 

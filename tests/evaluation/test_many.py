@@ -35,13 +35,15 @@ from para_jax import (
     save_adapter,
 )
 from para_jax.cli import main, named_adapters
-from para_jax.data.sources import read_records
-from para_jax.evaluation import lm_eval_tasks, many, mixed
-from para_jax.evaluation.asked import Scored, Written
+from para_jax.data.records import read_records
+from para_jax.evaluation import answers as mixed
+from para_jax.evaluation import many
+from para_jax.evaluation.answers import Pass
 from para_jax.evaluation.evaluate import EvalTask
-from para_jax.evaluation.lm_eval_tasks import load_tasks, record, replay
+from para_jax.evaluation.harness import tasks as lm_eval_tasks
+from para_jax.evaluation.harness.tasks import load_tasks, record, replay
 from para_jax.evaluation.many import cell, check_results, file_names
-from para_jax.evaluation.mixed import Pass
+from para_jax.evaluation.questions import Scored, Written
 
 PICK = """
 task: tiny_pick

@@ -8,7 +8,7 @@ from conftest import FIXTURES, strong
 from tiny_run import rows_of_text, tokenizer, words, write_rows
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, stack_adapters
-from para_jax.data.sources import read_records
+from para_jax.data.records import read_records
 from para_jax.evaluation import evaluate as evaluation
 from para_jax.evaluation.evaluate import EvalTask, evaluate_task
 from para_jax.evaluation.tenants import Tasks

@@ -19,14 +19,14 @@ from para_jax import (
     train,
     train_tenants,
 )
-from para_jax.data.sources import Record
+from para_jax.data.records import Record
 from para_jax.evaluation import evaluate as module
 from para_jax.evaluation import likelihood
-from para_jax.evaluation.asked import Likelihood
+from para_jax.evaluation.answers import Pass
 from para_jax.evaluation.evaluate import EvalTask, encode_task, evaluate_task
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.likelihood import continuation_scores
-from para_jax.evaluation.mixed import Pass
+from para_jax.evaluation.questions import Likelihood
 from para_jax.evaluation.shapes import batch_rows, plan_shapes
 from para_jax.inference import generate
 from para_jax.inference.generate import generate_tokens, next_token

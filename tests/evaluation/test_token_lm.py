@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from para_jax import generate
-from para_jax.evaluation.asked import Generation, Likelihood
-from para_jax.evaluation.lm_eval_tasks import Recorder
-from para_jax.evaluation.para_lm import with_para
+from para_jax.evaluation.harness.lm import with_para
+from para_jax.evaluation.harness.tasks import Recorder
+from para_jax.evaluation.questions import Generation, Likelihood
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 

@@ -14,7 +14,7 @@ from test_tokenizer import byte_level_gguf
 from para_jax import load_backbone
 from para_jax.data.examples import encode_prompt
 from para_jax.data.tokenizer import load_tokenizer
-from para_jax.gguf import GgufFile
+from para_jax.gguf.file import GgufFile
 
 from . import mutate
 from .cases import Trial, Wrong, shared_folder

@@ -13,8 +13,8 @@ import tiny_run
 
 from para_jax import train
 from para_jax.config import save_config
+from para_jax.inspect import folder_report
 from para_jax.plots import curves_plot
-from para_jax.reports import folder_report
 
 from . import configs, mutate
 from .cases import Trial, Wrong, is_control, shared_folder

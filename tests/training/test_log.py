@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from para_jax import devices, make_mesh
 from para_jax.config import SITES, load_config
+from para_jax.dry_run.topology import CHIP_GIB
 from para_jax.roofline import matrix_weights, peak_rate
-from para_jax.topology import CHIP_GIB
 from para_jax.training import log
 from para_jax.training.checkpoint import Progress
 from para_jax.training.log import TIMES, Done, Log

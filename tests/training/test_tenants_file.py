@@ -5,7 +5,7 @@ import json
 import pytest
 
 from para_jax.config import load_config, save_config
-from para_jax.reports import folder_report
+from para_jax.inspect import folder_report
 from para_jax.training.tenants_file import add_entry, read_entries
 
 ENTRY = {

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from ..data.examples import encode, render, turn_stop_ids, without_added_eos
-from ..devices import say
-from ..inference.sampling import derived_seed
-from ..serving.request import check_request
-from .asked import Answer, Asked, Generation, Likelihood, Scored, Written
-from .mixed import as_request
+from ...data.examples import encode, render, turn_stop_ids, without_added_eos
+from ...devices import say
+from ...inference.sampling import derived_seed
+from ...serving.request import check_request
+from ..answers import as_request
+from ..questions import Answer, Asked, Generation, Likelihood, Scored, Written
 
 #: What a task may say of generation beside what is used here: values that change nothing.
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "use_cache": True}

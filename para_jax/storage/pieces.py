@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from .storage import BLOCK, BucketPath
+from .bucket import BLOCK, BucketPath
 
 NAME = re.compile(r"(\d{4,9})-(\d{6,9})\.jsonl")
 

@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from .config import ATTENTION, printable, shorten
-from .storage import BucketPath, Place, address
+from ..config import ATTENTION, printable, shorten
+from ..storage.bucket import BucketPath, Place, address
 
 LONGEST_LINE, LONGEST_ERROR = 4000, 1900  # characters of a report's line, and of an error's, which has two at most
 BASE = "base"  # the tenant that is the base model
@@ -278,17 +278,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_quickstart(options) -> int:
-    from .quickstart import quickstart
+    from ..quickstart import quickstart
 
     return 0 if quickstart(options.overrides) else 1
 
 
 def run_train(options) -> int | None:
-    from .config import load_config, require
-    from .processes import is_first
-    from .reports import check_record_file, dry_run
-    from .runs import train
-    from .training.metrics_file import read_metrics
+    from ..config import load_config, require
+    from ..inspect import check_record_file, dry_run
+    from ..processes import is_first
+    from ..runs.train import train
+    from ..training.metrics_file import read_metrics
 
     config = load_config(options.config, options.overrides)
     require(options.topology is None or options.dry_run, "--topology", options.topology, "to stand beside --dry-run")
@@ -316,9 +316,9 @@ def run_train(options) -> int | None:
 
 
 def run_train_tenants(options, config) -> int | None:
-    from .processes import is_first
-    from .reports import tenants_table
-    from .tenant_runs import train_tenants
+    from ..inspect import tenants_table
+    from ..processes import is_first
+    from ..runs.tenants import train_tenants
 
     begun = time.monotonic()
     result = train_tenants(config)
@@ -327,7 +327,7 @@ def run_train_tenants(options, config) -> int | None:
         return code
     print(f"{tenants_table(result.tenants)}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
     if config.sweep:
-        from .plots import curves_plot, save
+        from ..plots import curves_plot, save
 
         try:
             drawn = [result.output_dir / name for name, entry in result.tenants.items() if entry["steps"] > 0]
@@ -341,7 +341,7 @@ def run_train_tenants(options, config) -> int | None:
 
 
 def run_evaluate(options) -> None:
-    from .config import require
+    from ..config import require
 
     require(options.limit is None or options.limit >= 1, "--limit", options.limit, "at least 1 example")
     if (options.config is None) == (options.backbone is None) or bool(options.backbone) != bool(options.tasks):
@@ -358,14 +358,14 @@ def is_given(value: object) -> bool:
 
 
 def run_many(options) -> None:
-    from . import devices
-    from .adapters.bank import AdapterBank
-    from .adapters.files import load_adapter
-    from .backbone.load import load_backbone, load_model_config
-    from .config import RuntimeSection, require
-    from .data.tokenizer import load_tokenizer
-    from .evaluation.many import Settings, evaluate_many, read_tasks
-    from .hub import resolve_adapter
+    from .. import devices
+    from ..adapters.bank import AdapterBank
+    from ..adapters.files import load_adapter
+    from ..backbone.load import load_backbone, load_model_config
+    from ..config import RuntimeSection, require
+    from ..data.tokenizer import load_tokenizer
+    from ..evaluation.many import Settings, evaluate_many, read_tasks
+    from ..hub import resolve_adapter
 
     rows, seed = 16 if options.rows is None else options.rows, options.seed or 0
     require(rows >= 1, "--rows", rows, "at least 1")
@@ -398,23 +398,23 @@ def run_many(options) -> None:
 def run_lm_eval(options) -> None:
     from importlib.util import find_spec
 
-    from .evaluation.many import INSTALL
+    from ..evaluation.many import INSTALL
 
     if find_spec("lm_eval") is None:
         raise ValueError(INSTALL)
-    from .evaluation.para_lm import harness_command
+    from ..evaluation.harness.lm import harness_command
 
     harness_command(options.arguments)
 
 
 def run_config_task(options) -> None:
-    from . import devices
-    from .adapters.files import load_adapter
-    from .backbone.load import load_backbone
-    from .config import load_config, require
-    from .data.tokenizer import load_tokenizer
-    from .evaluation.evaluate import evaluate, task_of_run
-    from .reports import check_record_file
+    from .. import devices
+    from ..adapters.files import load_adapter
+    from ..backbone.load import load_backbone
+    from ..config import load_config, require
+    from ..data.tokenizer import load_tokenizer
+    from ..evaluation.evaluate import evaluate, task_of_run
+    from ..inspect import check_record_file
 
     shuffled = "to stand beside --adapter, whose factors are shuffled"
     require(options.adapter or not options.shuffle_prompts, "--shuffle-prompts", True, shuffled)
@@ -442,9 +442,9 @@ def run_config_task(options) -> None:
 
 
 def run_generate(options) -> int | None:
-    from .config import require
-    from .serving.answers import Answers
-    from .serving.request import Request, check_request
+    from ..config import require
+    from ..serving.answers import Answers
+    from ..serving.request import Request, check_request
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
         raise ValueError("generate: expected --prompt, once or more, or --input FILE with --output FILE")
@@ -471,7 +471,7 @@ def run_generate(options) -> int | None:
 
 def check_input(source: Place) -> None:
     """Raises ValueError, before anything is loaded, if there is nothing to answer. A pipe is not touched."""
-    from .serving.answers import MAX_LINE, bounded_lines
+    from ..serving.answers import MAX_LINE, bounded_lines
 
     if source.is_dir() or not source.exists():
         raise ValueError(f"--input {source}: {'a folder' if source.is_dir() else 'no such file'}")
@@ -483,11 +483,11 @@ def check_input(source: Place) -> None:
 
 def loaded(options, sources: dict[str, str]) -> tuple:
     """The model, the tokenizer, and the adapters (see adapters_of)."""
-    from . import devices
-    from .backbone.load import load_backbone
-    from .config import RuntimeSection
-    from .data.tokenizer import load_tokenizer
-    from .hub import resolve_adapter
+    from .. import devices
+    from ..backbone.load import load_backbone
+    from ..config import RuntimeSection
+    from ..data.tokenizer import load_tokenizer
+    from ..hub import resolve_adapter
 
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
     sources = {name: str(resolve_adapter(source)) for name, source in sources.items()}
@@ -503,9 +503,9 @@ def model_options(options) -> dict:
 
 def adapters_of(options, sources: dict[str, str], model):
     """None, one adapter, or the bank of --adapters."""
-    from . import devices
-    from .adapters.bank import AdapterBank
-    from .adapters.files import load_adapter
+    from .. import devices
+    from ..adapters.bank import AdapterBank
+    from ..adapters.files import load_adapter
 
     if not sources:
         return load_adapter(options.adapter, model.config, model=model) if options.adapter else None
@@ -522,7 +522,7 @@ def sampling_of(options) -> dict:
 
 
 def run_prompts(options, model, tokenizer, adapters, tenants) -> None:
-    from .inference.generate import generate
+    from ..inference.generate import generate
 
     prompts = [prompt.replace("\\n", "\n") for prompt in options.prompt]
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts] if options.chat else prompts
@@ -533,10 +533,10 @@ def run_prompts(options, model, tokenizer, adapters, tenants) -> None:
 
 
 def run_requests(options, model, tokenizer, bank, tenants, answers) -> int:
-    from .devices import say
-    from .serving.engine import Engine
-    from .serving.jobs import answer_lines
-    from .serving.request import Request
+    from ..devices import say
+    from ..serving.engine import Engine
+    from ..serving.jobs import answer_lines
+    from ..serving.request import Request
 
     engine = Engine(model, bank, tokenizer, slots=options.slots, max_length=options.max_length)
     default = Request("", tenants[0] if tenants else None, **sampling_of(options))
@@ -556,7 +556,7 @@ def run_requests(options, model, tokenizer, bank, tenants, answers) -> int:
 def named_adapters(given: list[str]) -> dict[str, str]:
     """{name: folder or hub id} of --adapters DIR or NAME=DIR; a folder is called by its own name, that of a run
     (RUN/adapter) by the run's, and a run of many tenants stands for all of them."""
-    from .config import expanded
+    from ..config import expanded
 
     sources: dict[str, str] = {}
     for text in itertools.chain.from_iterable(tenants_of_run(one) or [one] for one in given):
@@ -575,7 +575,7 @@ def named_adapters(given: list[str]) -> dict[str, str]:
 
 def tenants_of_run(folder: str) -> list[str]:
     """NAME=DIR for each tenant of a run of many; none for another text."""
-    from .config import expanded
+    from ..config import expanded
 
     if "=" in folder or not (expanded(folder) / "tenants.json").is_file():
         return []
@@ -587,7 +587,7 @@ def tenants_of_run(folder: str) -> list[str]:
 
 def tenants_of(options, sources: dict[str, str]) -> list[str | None] | None:
     """A tenant's name, or None for the base model, for each prompt; with --input one for the lines that name none."""
-    from .adapters.bank import unknown
+    from ..adapters.bank import unknown
 
     names, prompts = options.tenant, len(options.prompt) or 1
     if not names and (options.input or not sources):
@@ -607,8 +607,8 @@ def tenants_of(options, sources: dict[str, str]) -> list[str | None] | None:
 
 
 def run_inspect(options) -> None:
-    from .config import load_config
-    from .reports import data_report, folder_report
+    from ..config import load_config
+    from ..inspect import data_report, folder_report
 
     found = (
         data_report(load_config(options.target, options.overrides)) if options.data else folder_report(options.target)
@@ -617,15 +617,15 @@ def run_inspect(options) -> None:
 
 
 def run_convert(options) -> None:
-    from .data.tokenizer import load_tokenizer
-    from .gguf import convert_gguf
+    from ..data.tokenizer import load_tokenizer
+    from ..gguf.file import convert_gguf
 
     convert_gguf(options.gguf, options.folder, load_tokenizer(options.gguf))
     print(f"wrote {options.folder}")
 
 
 def run_prepare(options) -> None:
-    from .data.prepared import describe, prepare
+    from ..data.tfds import describe, prepare
 
     folder = prepare(options.source, options.data_dir)
     use = f"data.train={options.source}" + (f" data.data_dir={options.data_dir}" if options.data_dir else "")
@@ -633,7 +633,7 @@ def run_prepare(options) -> None:
 
 
 def run_plot(options) -> None:
-    from .plots import FORMATS, curves_plot, save
+    from ..plots import FORMATS, curves_plot, save
 
     if options.output.suffix not in FORMATS:
         raise ValueError(f"--output {options.output}: expected a file that ends in {' or '.join(FORMATS)}")
@@ -656,14 +656,14 @@ def run_plot(options) -> None:
 
 def factors_figure(options):
     """The factors of --prompt, or the spread over --data, which is printed too."""
-    from . import devices
-    from .adapters.files import load_adapter
-    from .backbone.load import load_backbone
-    from .config import RuntimeSection
-    from .data.sources import read_prompts
-    from .data.tokenizer import load_tokenizer
-    from .evaluation.factors import factor_spread, factors_of
-    from .plots import factors_plot, run_names, spread_plot
+    from .. import devices
+    from ..adapters.files import load_adapter
+    from ..backbone.load import load_backbone
+    from ..config import RuntimeSection
+    from ..data.records import read_prompts
+    from ..data.tokenizer import load_tokenizer
+    from ..evaluation.factors import factor_spread, factors_of
+    from ..plots import factors_plot, run_names, spread_plot
 
     given = read_prompts(options.data)[: options.limit] if options.data else []
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
@@ -687,8 +687,8 @@ def factors_figure(options):
 
 
 def run_bench(options) -> None:
-    from .bench import run
-    from .config import require
+    from ..bench import run
+    from ..config import require
 
     numbers = ("context", "rounds", "packed", "length")
     given = {name: getattr(options, name) for name in (*numbers, "data") if getattr(options, name) is not None}
@@ -704,11 +704,7 @@ def run_bench(options) -> None:
 
 
 def write_results(options, config, scores: dict, seconds: float) -> None:
-    from .reports import results, write_record
+    from ..inspect import results, write_record
 
     write_record(options.results, results(options.command_line, config, scores, seconds))
     print(f"wrote {options.results}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

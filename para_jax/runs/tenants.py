@@ -20,30 +20,58 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from . import devices
-from .adapters.adapter import Adapter
-from .adapters.files import save_adapter
-from .adapters.folder import mend_folder
-from .adapters.rows import Stack
-from .backbone.load import load_backbone, load_model_config
-from .config import RunConfig, config_dict, expanded, require, save_config
-from .data.batches import Batch, Bucket, example_lengths, for_mixed_rows, plan, plan_buckets_of_sizes
-from .data.example_arrays import digest
-from .data.reader import read
-from .data.tenants import tenant_sections, weights
-from .data.tokenizer import load_tokenizer
-from .data.training_data import TrainingData, load_training_data
-from .data.turns import Mixed, Order, Turn, Turns, admitted
-from .evaluation.evaluate import EvalTask, Score, task_of_run
-from .evaluation.shapes import say_evaluation
-from .evaluation.tenants import Tasks, share_shapes
-from .hub import resolve_backbone
-from .memory import run_mesh
-from .model import init_adapter
-from .processes import by_each, by_first, gathered, is_first, require_same
-from .roofline import peak_rate
-from .run_folder import FREE_FIELDS, claim_folder, delete_leftovers, locked_folder, run_digests
-from .runs import (
+from .. import devices
+from ..adapters.adapter import Adapter
+from ..adapters.files import save_adapter
+from ..adapters.folder import mend_folder
+from ..adapters.rows import Stack
+from ..backbone.load import load_backbone, load_model_config
+from ..config import RunConfig, config_dict, expanded, require, save_config
+from ..data.batches import Batch, Bucket, example_lengths, for_mixed_rows, plan, plan_buckets_of_sizes
+from ..data.example_arrays import digest
+from ..data.prefetch import read
+from ..data.schedule import Mixed, Order, Turn, Turns, admitted
+from ..data.tenants import tenant_sections, weights
+from ..data.tokenizer import load_tokenizer
+from ..data.training_data import TrainingData, load_training_data
+from ..evaluation.evaluate import EvalTask, Score, task_of_run
+from ..evaluation.shapes import say_evaluation
+from ..evaluation.tenants import Tasks, share_shapes
+from ..hub import resolve_backbone
+from ..memory import run_mesh
+from ..model import init_adapter
+from ..processes import by_each, by_first, gathered, is_first, require_same
+from ..roofline import peak_rate
+from ..sharding import rows_over, tenant_axes
+from ..storage.bucket import BucketPath
+from ..training.checkpoint import (
+    Progress,
+    finish_saving,
+    open_checkpoints,
+    require_saved,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from ..training.log import Done, Log, drop_rows
+from ..training.metrics_file import Rows, is_log, read_metrics, write_metrics
+from ..training.optimizer import warmup_steps
+from ..training.profiler import Profiler
+from ..training.step import standardise
+from ..training.stop import Interrupted, StopSignal, stop_signals
+from ..training.tenants import (
+    Layout,
+    Settings,
+    TenantsState,
+    init_tenants,
+    lay_out,
+    put_adapter,
+    put_tenant,
+    tenant_of,
+    tenants_step,
+)
+from ..training.tenants_file import add_entry, read_entries, write_entries
+from .folder import FREE_FIELDS, claim_folder, delete_leftovers, locked_folder, run_digests
+from .train import (
     accepted_changes,
     card_lines,
     end_stopped,
@@ -57,34 +85,6 @@ from .runs import (
     silent,
     statistics_batches,
 )
-from .sharding import rows_over, tenant_axes
-from .storage import BucketPath
-from .training.checkpoint import (
-    Progress,
-    finish_saving,
-    open_checkpoints,
-    require_saved,
-    restore_checkpoint,
-    save_checkpoint,
-)
-from .training.log import Done, Log, drop_rows
-from .training.metrics_file import Rows, is_log, read_metrics, write_metrics
-from .training.optimizer import warmup_steps
-from .training.profiler import Profiler
-from .training.step import standardise
-from .training.stop import Interrupted, StopSignal, stop_signals
-from .training.tenants import (
-    Layout,
-    Settings,
-    TenantsState,
-    init_tenants,
-    lay_out,
-    put_adapter,
-    put_tenant,
-    tenant_of,
-    tenants_step,
-)
-from .training.tenants_file import add_entry, read_entries, write_entries
 
 #: Tenants' files that are written at once.
 AT_ONCE = 16

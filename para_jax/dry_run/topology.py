@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from .backbone.load import load_model_config
-from .config import RunConfig, printable, require
-from .hlo import Program, collective_bytes, collectives_run, describe_program, program_bytes
-from .hlo_text import parsed, turns_unknown
-from .memory import (
+from ..backbone.load import load_model_config
+from ..config import RunConfig, printable, require
+from ..hlo import Program, collective_bytes, collectives_run, describe_program, program_bytes
+from ..hlo_text import parsed, turns_unknown
+from ..memory import (
     CHIP_GIB,
     GIB,
     abstract_mesh,
@@ -33,10 +33,10 @@ from .memory import (
     step_arguments,
     tenants_arguments,
 )
-from .roofline import estimate_time, time_lines, training_work
-from .sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
-from .training.step import train_step
-from .training.tenants import lay_out, tenants_step
+from ..roofline import estimate_time, time_lines, training_work
+from ..sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
+from ..training.step import train_step
+from ..training.tenants import lay_out, tenants_step
 
 TOO_MUCH = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm|\(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)G\)")
 

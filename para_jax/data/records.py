@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import DataSection, expanded, printable, shorten
-from ..storage import BucketPath
+from ..storage.bucket import BucketPath
 from .encode_batch import encode_examples
 from .examples import (
     Example,
@@ -20,8 +20,8 @@ from .examples import (
     require_unicode,
     split_conversation,
 )
-from .prepared import Prepared, find, find_beside, is_tfds, parse
 from .tasks import TASKS, TFDS_TASKS, field, names_of
+from .tfds import Prepared, find, find_beside, is_tfds, parse
 
 #: Bytes of a line of JSON.
 MAX_LINE = 2**26

@@ -16,41 +16,30 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from . import devices
-from .adapters.adapter import Adapter
-from .adapters.files import load_adapter, save_adapter
-from .adapters.folder import mend_folder
-from .backbone.kernel_choice import describe_attention
-from .backbone.load import load_backbone, load_model_config
-from .config import ModelConfig, RunConfig, config_dict, expanded, require
-from .data.batches import (
-    Batch,
-    Bucket,
-    Plan,
-    collate,
-    epoch_bits,
-    example_lengths,
-    permutation,
-    plan,
-    plan_buckets,
-)
-from .data.example_arrays import ExampleArrays, digest
-from .data.examples import Example
-from .data.packing import Packed, PackingPlan, collate_packed, plan_packing
-from .data.reader import read
-from .data.tokenizer import load_tokenizer
-from .data.training_data import TrainingData, load_training_data
-from .evaluation.evaluate import EvalTask, Score, encode_task, evaluate_task, task_of_run
-from .evaluation.shapes import Shapes, plan_shapes, say_evaluation
-from .hub import resolve_backbone
-from .memory import run_mesh
-from .model import init_adapter
-from .processes import arrays_of_first, by_each, by_first, gathered, is_first, require_same
-from .roofline import peak_rate
-from .run_folder import FREE_FIELDS, claim_folder, locked_folder, run_digests
-from .sharding import place, replicated_lines, rows_over
-from .storage import Place
-from .training.checkpoint import (
+from .. import devices
+from ..adapters.adapter import Adapter
+from ..adapters.files import load_adapter, save_adapter
+from ..adapters.folder import mend_folder
+from ..backbone.kernel_choice import describe_attention
+from ..backbone.load import load_backbone, load_model_config
+from ..config import ModelConfig, RunConfig, config_dict, expanded, require
+from ..data.batches import Batch, Bucket, Plan, collate, epoch_bits, example_lengths, permutation, plan, plan_buckets
+from ..data.example_arrays import ExampleArrays, digest
+from ..data.examples import Example
+from ..data.packing import Packed, PackingPlan, collate_packed, plan_packing
+from ..data.prefetch import read
+from ..data.tokenizer import load_tokenizer
+from ..data.training_data import TrainingData, load_training_data
+from ..evaluation.evaluate import EvalTask, Score, encode_task, evaluate_task, task_of_run
+from ..evaluation.shapes import Shapes, plan_shapes, say_evaluation
+from ..hub import resolve_backbone
+from ..memory import run_mesh
+from ..model import init_adapter
+from ..processes import arrays_of_first, by_each, by_first, gathered, is_first, require_same
+from ..roofline import peak_rate
+from ..sharding import place, replicated_lines, rows_over
+from ..storage.bucket import Place
+from ..training.checkpoint import (
     Progress,
     changed_data,
     describe_changes,
@@ -61,11 +50,12 @@ from .training.checkpoint import (
     save_checkpoint,
     steps_in,
 )
-from .training.log import Done, Log
-from .training.passes import step_passes
-from .training.profiler import Profiler
-from .training.step import TrainState, init_state, standardise, train_step
-from .training.stop import Interrupted, StopSignal, stop_signals
+from ..training.log import Done, Log
+from ..training.passes import step_passes
+from ..training.profiler import Profiler
+from ..training.step import TrainState, init_state, standardise, train_step
+from ..training.stop import Interrupted, StopSignal, stop_signals
+from .folder import FREE_FIELDS, claim_folder, locked_folder, run_digests
 
 STATISTICS_EXAMPLES = 64
 

@@ -7,9 +7,9 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from .bucket_lock import held
+from .bucket import BucketPath
+from .lock import held
 from .pieces import NAME, Appender
-from .storage import BucketPath
 
 LOCK = ".lock"
 #: The longest that lines are kept back, in seconds, if others follow, and the most bytes of them.

@@ -13,7 +13,7 @@ import json
 import re
 from pathlib import Path
 
-from .storage import BucketPath
+from .bucket import BucketPath
 
 MANIFEST, VERSIONS = "para_jax_manifest.json", "versions"
 #: The most bytes that are read of a manifest.

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .bucket_folder import read_folder
-from .storage import BLOCK, BucketPath
+from .bucket import BLOCK, BucketPath
+from .folder import read_folder
 
 try:
     import fcntl

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from .storage import DEADLINES, BucketPath
+from .bucket import DEADLINES, BucketPath
 
 #: Seconds after which a lock that was not renewed is dead, and between two renewals.
 LEASE, RENEW = 60.0, 15.0

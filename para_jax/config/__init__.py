@@ -14,9 +14,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from . import atomic, storage
-from .storage import BucketPath
-from .yaml_text import MAX_LENGTH, parse_yaml
+from .. import atomic
+from ..storage import bucket as storage
+from ..storage.bucket import BucketPath
+from ..yaml_text import MAX_LENGTH, parse_yaml
 
 #: The linear layers whose output an adapter may change, named as Hugging Face names them, always in this order.
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -16,9 +16,9 @@ from ..devices import say
 from ..inference.generate import up_to_multiple
 from ..serving.engine import Engine
 from ..serving.request import Completion, Request
-from .asked import Answer, Asked, Generation, Likelihood, Scored, Written, key, writing_content
 from .journal import Journal
 from .likelihood import likelihoods
+from .questions import Answer, Asked, Generation, Likelihood, Scored, Written, key, writing_content
 from .shapes import batch_rows
 
 #: A question, and the tenant that it is for; None is the base model.

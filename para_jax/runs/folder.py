@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import atomic, devices
-from .bucket_lock import held
-from .config import RunConfig, config_dict, expanded, load_config, save_config
-from .data.example_arrays import add_to_digest
-from .data.examples import Example
-from .evaluation.evaluate import EvalTask
-from .storage import BucketPath, Place
+from .. import atomic, devices
+from ..config import RunConfig, config_dict, expanded, load_config, save_config
+from ..data.example_arrays import add_to_digest
+from ..data.examples import Example
+from ..evaluation.evaluate import EvalTask
+from ..storage.bucket import BucketPath, Place
+from ..storage.lock import held
 
 #: A folder holds the same run although these differ.
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")

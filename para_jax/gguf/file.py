@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .atomic import sync_folder
-from .config import shorten
-from .untrusted import shown
+from ..atomic import sync_folder
+from ..config import shorten
+from ..untrusted import shown
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9

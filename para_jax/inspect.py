@@ -30,15 +30,15 @@ from .config import (
 )
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
-from .data.prepared import NotPrepared, is_tfds
-from .data.sources import SPLITS, load_records
+from .data.records import SPLITS, load_records
 from .data.tasks import TASKS
 from .data.tenants import tenant_sections
+from .data.tfds import NotPrepared, is_tfds
 from .data.tokenizer import load_tokenizer
 from .data.training_data import load_training_data
+from .dry_run.topology import topology_report
 from .model import init_adapter
-from .storage import BucketPath
-from .topology import topology_report
+from .storage.bucket import BucketPath
 from .training.metrics_file import is_log, read_metrics
 from .training.step import init_state
 from .training.tenants_file import read_entries

@@ -22,10 +22,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from ..config import require, shorten
-from .asked import Answer, Asked, Likelihood, Scored, Written
-from .many import SEEDS
-from .token_lm import NO_PROMPT, TokenLM
+from ...config import require, shorten
+from ..many import SEEDS
+from ..questions import Answer, Asked, Likelihood, Scored, Written
+from .requests import NO_PROMPT, TokenLM
 
 #: Draws of a standard error that is bootstrapped; means have a closed form.
 BOOTSTRAP = 1000

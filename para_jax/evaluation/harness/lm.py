@@ -8,17 +8,17 @@ from pathlib import Path
 
 from lm_eval.api.registry import register_model
 
-from .. import devices
-from ..adapters.bank import AdapterBank
-from ..adapters.files import load_adapter
-from ..backbone.load import load_backbone
-from ..config import RuntimeSection, expanded, require, shorten
-from ..data.tokenizer import load_tokenizer
-from ..serving.engine import Engine
-from .asked import Answer, Asked, backbone_content
-from .journal import Journal
-from .mixed import Pass
-from .token_lm import TokenLM
+from ... import devices
+from ...adapters.bank import AdapterBank
+from ...adapters.files import load_adapter
+from ...backbone.load import load_backbone
+from ...config import RuntimeSection, expanded, require, shorten
+from ...data.tokenizer import load_tokenizer
+from ...serving.engine import Engine
+from ..answers import Pass
+from ..journal import Journal
+from ..questions import Answer, Asked, backbone_content
+from .requests import TokenLM
 
 
 @register_model("para")

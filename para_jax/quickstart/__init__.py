@@ -12,19 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from . import atomic, devices
-from .adapters.files import load_adapter
-from .adapters.rows import pick, stack_adapters
-from .backbone.load import load_backbone
-from .config import load_config, require
-from .data.business import JOBS, business_examples
-from .data.sources import Record, read_records
-from .data.tokenizer import load_tokenizer
-from .hub import resolve_backbone
-from .inference.generate import generate
-from .reports import results, write_record
-from .run_folder import claim_folder
-from .tenant_runs import train_tenants
+from .. import atomic, devices
+from ..adapters.files import load_adapter
+from ..adapters.rows import pick, stack_adapters
+from ..backbone.load import load_backbone
+from ..config import load_config, require
+from ..data.records import Record, read_records
+from ..data.tokenizer import load_tokenizer
+from ..hub import resolve_backbone
+from ..inference.generate import generate
+from ..inspect import results, write_record
+from ..runs.folder import claim_folder
+from ..runs.tenants import train_tenants
+from .examples import JOBS, business_examples
 
 TRAIN_EXAMPLES, SCORED_EXAMPLES = 320, 30
 NEW_TOKENS = 28

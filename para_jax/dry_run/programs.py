@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .config import RunConfig
-from .data.batches import Batch
-from .evaluation.likelihood import continuation_scores, together
-from .inference.generate import next_token
-from .memory import step_arguments
-from .model import _prefill
+from ..config import RunConfig
+from ..data.batches import Batch
+from ..evaluation.likelihood import continuation_scores, together
+from ..inference.generate import next_token
+from ..memory import step_arguments
+from ..model import _prefill
+from ..training.passes import batch_devices
+from ..training.step import eval_nll
 from .topology import Compiled, ask_compiler, compile_step
-from .training.passes import batch_devices
-from .training.step import eval_nll
 
 #: Tokens of the answers that are ranked.
 ANSWER = 4

@@ -1,0 +1,1 @@
+"""What a run would compile and need, without running it."""

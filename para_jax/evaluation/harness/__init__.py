@@ -1,0 +1,1 @@
+"""lm-eval: its requests, tasks and model interface."""

@@ -1,0 +1,1 @@
+"""Buckets: paths, folders, locks and a cache of gs://."""
