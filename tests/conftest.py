@@ -1,8 +1,11 @@
 """Eight virtual CPU devices, backbones of the golden fixtures, and adapters strong enough that a law can fail."""
 
 import os
+import sys
 
 import quick_compiler
+
+sys.modules["conftest"] = sys.modules[__name__]  # else `from conftest import` would load this file again
 
 if "PARA_JAX_TEST_DEVICES" not in os.environ:  # tests/accelerator: the machine's own devices, and its full optimiser
     flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick_compiler.FLAGS

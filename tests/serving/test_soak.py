@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import backbone, strong
-from test_engine import plain, prompt
+from tiny_engine import plain, prompt
 from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, Ia3Config, ParaConfig, Request, init_adapter

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import strong
-from test_meshes import COMPLETION, CONFIG, LENGTH, ROWS, model
+from tiny_mesh import COMPLETION, CONFIG, LENGTH, ROWS, model
 
 from para_jax import LoraConfig, ParaConfig, init_adapter, make_mesh, stack_adapters
 from para_jax.config import TrainSection

@@ -19,7 +19,7 @@ from tiny_run import rows_of_text, run_config, run_folder, write_rows
 from para_jax.config import save_config
 from para_jax.training.log import TIMES
 
-CHILD = Path(__file__).parent / "killed_run.py"
+CHILD = Path(__file__).parents[1] / "helpers" / "killed_run.py"
 PHASES = ("before the first save", "save", "evaluation", "step")
 LIMIT = 120  # seconds, for a child that hangs
 LINGER = "0.04"  # seconds before and after the work of a phase, in a child that is to be killed

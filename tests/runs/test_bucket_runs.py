@@ -17,7 +17,7 @@ from para_jax.config import load_config, save_config
 from para_jax.training.log import TIMES
 from para_jax.training.metrics_file import read_metrics
 
-CHILD = Path(__file__).parent / "killed_run.py"
+CHILD = Path(__file__).parents[1] / "helpers" / "killed_run.py"
 LIMIT = 120  # seconds, for a child that hangs
 
 
