@@ -121,13 +121,14 @@ def pytest_terminal_summary(terminalreporter):
 
 #: Files of few but long tests. They start first: a worker that began one last would keep the others waiting.
 LONG_FILES = (
-    "test_kills.py", "test_bucket_runs.py", "test_tenant_runs.py", "test_processes.py", "test_packing.py",
-    "test_quickstart.py", "test_packed_runs.py", "test_cli.py", "test_runs.py",
+    "runs/test_kills.py", "runs/test_bucket_runs.py", "runs/test_tenants.py", "test_processes.py",
+    "training/test_packing.py", "quickstart/test_quickstart.py", "runs/test_packed_runs.py", "cli/test_cli.py",
+    "runs/test_train.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG_FILES))
 
 
 def unexpected_skips(skipped: list[str], allowed: str) -> list[str]:

@@ -40,6 +40,7 @@ def backbone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_a_quickstart_that_learns_nothing_fails_and_leaves_its_run_folders(backbone, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "SCORED_EXAMPLES", 2)  # fewer lengths, so fewer programs

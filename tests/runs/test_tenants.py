@@ -154,7 +154,7 @@ def test_a_tenant_learns_what_a_run_of_it_alone_learns(whole, folder, tmp_path):
     np.testing.assert_allclose(adapter_of(config, "acme").mean[...], found.adapter.mean[...], atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["para", "lora", pytest.param("ia3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["para", "lora", pytest.param("ia3", marks=pytest.mark.long)])
 def test_a_tenants_bits_do_not_depend_on_the_other_tenants(method, folder, tmp_path):
     options = [f"adapter.method={method}", "adapter.r=4", "adapter.summary=raw", "train.max_steps=4"]
     if method != "para":
