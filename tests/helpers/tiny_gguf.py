@@ -4,7 +4,7 @@ import json
 
 import gguf
 import numpy as np
-from conftest import FIXTURES
+from golden_models import FIXTURES
 from safetensors.numpy import load_file
 from tiny_tokenizers import CHATML, plain
 
