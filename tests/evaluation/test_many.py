@@ -34,7 +34,8 @@ from para_jax import (
     load_tokenizer,
     save_adapter,
 )
-from para_jax.cli import main, named_adapters
+from para_jax.cli import main
+from para_jax.cli.names import named_adapters
 from para_jax.data.records import read_records
 from para_jax.evaluation import answers as mixed
 from para_jax.evaluation import many
