@@ -618,7 +618,7 @@ def run_inspect(options) -> None:
 
 def run_convert(options) -> None:
     from ..data.tokenizer import load_tokenizer
-    from ..gguf.file import convert_gguf
+    from ..gguf.convert import convert_gguf
 
     convert_gguf(options.gguf, options.folder, load_tokenizer(options.gguf))
     print(f"wrote {options.folder}")
