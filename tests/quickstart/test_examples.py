@@ -87,7 +87,7 @@ def test_an_example_is_short(job, split):
 
 def test_a_wrong_job_split_or_count_is_an_error():
     for job, split in (("poems", "train"), ("dates", "dev")):
-        with pytest.raises(ValueError, match="expected one of routing, orders, dates; one of train, test"):
+        with pytest.raises(ValueError, match=f"{job}.*{split}.*routing, orders, dates.*train, test"):
             business_examples(job, split, 1, seed=0)
-    with pytest.raises(ValueError, match="count: 700 different examples are more than job 'routing' has"):
+    with pytest.raises(ValueError, match="count.* 700 .*routing"):
         business_examples("routing", "test", 700, seed=0)

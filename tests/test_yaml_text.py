@@ -1,0 +1,53 @@
+"""YAML files hold plain values only, within bounds, and each key once."""
+
+import pytest
+
+from para_jax.yaml_text import MAX_LENGTH, MAX_LEVELS, MAX_VALUES, parse_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", None),
+        ("a: 1\nb: [x, 2.5, true, null]", {"a": 1, "b": ["x", 2.5, True, None]}),
+        ("rate: 1e-3", {"rate": 1e-3}),
+        ("day: 2024-02-03", {"day": "2024-02-03"}),
+        ("a: &one {b: 1}\nc:\n  <<: *one\n  d: 2", {"a": {"b": 1}, "c": {"b": 1, "d": 2}}),
+    ],
+)
+def test_plain_values_are_read(text, value):
+    assert parse_yaml(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("a: 1\na: 2", "duplicate key a.*line 2"),
+        ("a: [1", "line 1"),
+        ("1: a", "key 1"),
+        ("a: !!python/object/apply:os.getcwd []", "os.getcwd.*line 1"),
+        ("a: !!set {b}", "set"),
+        ("a: 9223372036854775808", "64 bits"),
+        ("a: " + "x" * MAX_LENGTH, str(MAX_LENGTH)),
+        ("[" * 40 + "]" * 40, str(MAX_LEVELS)),
+        ("[" * 5000 + "]" * 5000, str(MAX_LEVELS)),
+        ("[" + "1, " * MAX_VALUES + "1]", str(MAX_VALUES)),
+        ("a: &a [*a]", str(MAX_LEVELS)),
+    ],
+)
+def test_anything_else_is_named(text, named):
+    with pytest.raises(ValueError, match=named):
+        parse_yaml(text)
+
+
+def test_aliases_count_as_the_values_they_repeat():
+    lines = ["a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 5)]
+    with pytest.raises(ValueError, match=str(MAX_VALUES)):
+        parse_yaml("\n".join(lines))
+
+
+def test_an_alias_gives_a_copy():
+    read = parse_yaml("a: &one [1]\nb: *one")
+    read["a"].append(2)
+    assert read["b"] == [1]
