@@ -1,11 +1,11 @@
 """The layers of the code: imports point down only. A layer is a list of packages and modules of para_jax/."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from import_reader import circles, imported, module, sources
 
 import para_jax
 
@@ -31,24 +31,6 @@ LAYERS = [
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 SIDEWAYS = {("devices", "hub")}
 HEAVY = "orbax grain qwix tensorflow_datasets tensorflow transformers tokenizers lm_eval matplotlib torch".split()
-
-
-def sources():
-    files = sorted((ROOT / "para_jax").rglob("*.py"))
-    return {file.relative_to(ROOT / "para_jax").as_posix(): file.read_text() for file in files}
-
-
-def imported(file, text):
-    """The dotted names inside para_jax that a file imports, wherever in it: "config.load_config", "devices"."""
-    package = file.split("/")[:-1]
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) + 1 - node.level] + (node.module or "").split(".")
-            yield from (".".join([part for part in base if part] + [name.name]) for name in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "para_jax":
-            yield from (".".join([*node.module.split(".")[1:], name.name]) for name in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (name.name[9:] for name in node.names if name.name.startswith("para_jax"))
 
 
 def wrong_imports(file, text):
@@ -82,27 +64,6 @@ def test_every_import_names_a_file_that_is_there():
     for file, text in files.items():
         for name in imported(file, text):
             assert name in modules or name.rpartition(".")[0] in modules, f"{file} imports {name}, which is not there"
-
-
-def module(file):
-    """The dotted name of a file inside para_jax: "config", "config.file"."""
-    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-
-
-def circles(files):
-    """The groups of modules that import each other, directly or through others, wherever in a file the import is."""
-    modules = {module(file): file for file in files if file != "__init__.py"}
-    reached = {name: set() for name in modules}
-    for name, file in modules.items():
-        for other in imported(file, files[file]):
-            other = other if other in modules else other.rpartition(".")[0]
-            reached[name] |= {other} & modules.keys()
-    for _ in modules:
-        before = sum(map(len, reached.values()))
-        reached = {name: others.union(*(reached[other] for other in others)) for name, others in reached.items()}
-        if sum(map(len, reached.values())) == before:
-            break
-    return {frozenset({other for other in reached[name] if name in reached[other]}) for name in modules} - {frozenset()}
 
 
 def test_no_module_imports_itself_through_others():

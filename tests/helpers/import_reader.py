@@ -1,0 +1,47 @@
+"""Reads which modules of para_jax a file imports, without importing it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "para_jax"
+
+
+def sources() -> dict[str, str]:
+    """The text of each file, by its path inside para_jax."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return {file.relative_to(PACKAGE).as_posix(): file.read_text() for file in files}
+
+
+def imported(file: str, text: str) -> Iterator[str]:
+    """The dotted names inside para_jax that a file imports, wherever in it: "config.load_config", "devices"."""
+    package = file.split("/")[:-1]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) + 1 - node.level] + (node.module or "").split(".")
+            yield from (".".join([part for part in base if part] + [name.name]) for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "para_jax":
+            yield from (".".join([*node.module.split(".")[1:], name.name]) for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name[9:] for name in node.names if name.name.startswith("para_jax"))
+
+
+def module(file: str) -> str:
+    """The dotted name of a file inside para_jax: "config", "config.file"."""
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def circles(files: dict[str, str]) -> set[frozenset[str]]:
+    """The groups of modules that import each other, directly or through others, wherever in a file the import is."""
+    modules = {module(file): file for file in files if file != "__init__.py"}
+    reached = {name: set() for name in modules}
+    for name, file in modules.items():
+        for other in imported(file, files[file]):
+            other = other if other in modules else other.rpartition(".")[0]
+            reached[name] |= {other} & modules.keys()
+    for _ in modules:
+        before = sum(map(len, reached.values()))
+        reached = {name: others.union(*(reached[other] for other in others)) for name, others in reached.items()}
+        if sum(map(len, reached.values())) == before:
+            break
+    return {frozenset({other for other in reached[name] if name in reached[other]}) for name in modules} - {frozenset()}
