@@ -55,11 +55,10 @@ def describe(root: Path, folder: str) -> None:
         for file, tree in trees.items():
             *package, _ = file.relative_to(root / folder).parts
             own = package[0] if package else file.stem
-            if own != "__init__":  # the public names are no part of the layers
+            if own != "__init__":  # the public names import every layer
                 arrows |= {(own, unit) for unit in imported_units(tree, package) - {own}}
-        print(
-            f"  packages and top-level modules {len({unit for arrow in arrows for unit in arrow})}; {len(arrows)} arrows"
-        )
+        units = {unit for arrow in arrows for unit in arrow}
+        print(f"  packages and top-level modules {len(units)}; {len(arrows)} arrows")
 
 
 if __name__ == "__main__":

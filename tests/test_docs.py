@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 CODE = sorted(file for folder in ("para_jax", "scripts") for file in (ROOT / folder).rglob("*.py"))
 CONFIGS, NOTEBOOKS = sorted((ROOT / "configs").glob("*.yaml")), sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-#: Words that a reader has to read twice, and what to write instead. Where the letter's case matters, it is in the pattern.
+#: Words that a reader has to read twice, and what to write instead.
 BANNED = {
     r"\b[Aa]new\b": "again",
     r"\b[Bb]eside\b": "next to, with, or compared with",
