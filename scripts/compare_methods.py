@@ -7,8 +7,8 @@ validation data after half the steps, with seed 0 (by accuracy, ties by the loss
 lowest rate tried, the grid's next rate is tried too. Seeds 0, 1 and 2 are then trained with it for all steps. All
 rates, and then all seeds, are tenants of one run (`sweep`). Scores are medians over the seeds on whole test files, with
 their range. PARA is also scored with every row reading another row's prompt. `--also` names further forms of PARA and
-LoRA, which are not timed. The time of a step and the peak memory are those of a run of one adapter in a process of its own.
-Stages: `train`, `test`, `alone`. Finished work is kept in the output folder, and the same command continues.
+LoRA, which are not timed. The time of a step and the peak memory are those of a run of one adapter in a process of its
+own. Stages: `train`, `test`, `alone`. Finished work is kept in the output folder, and the same command continues.
 """
 
 import argparse
