@@ -5,10 +5,12 @@ import io
 import json
 import re
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from para_jax import load_config
 from para_jax.cli import parser
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +89,21 @@ def test_commands_name_subcommands_options_and_configs_that_exist(page):
         if name in known and name != "lm-eval":
             for option in re.findall(r"\s(--[\w-]+)", line):
                 assert option in known[name]._option_string_actions, line
+
+
+@each_page
+def test_config_fields_exist(page):
+    config = load_config(None, [])
+    for section, field in re.findall(r"\b([a-z]+)\.([a-z_]+)=", page.read_text()):
+        if hasattr(config, section):
+            assert hasattr(getattr(config, section), field), f"{section}.{field}"
+
+
+@each_page
+def test_extras_exist(page):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for named in re.findall(r"(?:\.|para_jax)\[([\w,-]+)\]", page.read_text()):
+        assert set(named.split(",")) <= set(extras), named
 
 
 def mapped_files():
