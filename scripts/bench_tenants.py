@@ -1,10 +1,10 @@
-"""16 tenants of 128 short examples, one epoch: one run of `para-jax train data.tenants=DIR`, beside 16 runs of the
-command and beside a loop over the tenants in one process that loads the backbone once.
+"""16 tenants of 128 short examples, one epoch, trained in three ways: one run of `para-jax train data.tenants=DIR`, 16
+runs of the command, and a loop over the tenants in one process that loads the backbone once.
 
     python scripts/bench_tenants.py --output results/bench_tenants.json
 
-The compilation cache is on everywhere, and empty before each side's first run. The 16 runs come half before and half
-after the others. Each process says how long it started (Python and imports), loaded, compiled and stepped.
+The compilation cache is on, and empty before each side's first run. Half of the 16 runs come before the other sides and
+half after. Each process reports the time of its start (Python and imports), loading, compiling and steps.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def overrides(output: Path, backbone: str) -> list[str]:
 
 
 def child(begun: float, result: Path, sections: list[list[str]]) -> None:
-    """Trains by each list of overrides, with the backbone loaded once, and writes how long which part took."""
+    """Trains with each list of overrides, loading the backbone once, and writes the time of each part."""
     from para_jax import devices
     from para_jax.config import load_config
     from para_jax.runs import tenants as tenant_runs

@@ -1,12 +1,12 @@
-"""What para_jax writes, Hugging Face PEFT loads, and the other way round: with the same logits, float32 on a CPU.
+"""Checks that PEFT loads what para_jax writes, and the other way round, with the same logits, float32 on a CPU.
 
     python scripts/check_peft.py --torch-python /path/to/python-with-torch-peft-and-transformers
 
-On tiny random Llama and Phi-3 backbones made by transformers (Phi-3 joins q, k and v, and gate and up, in one linear
-each) and on --backbone: LoRA, rank-stabilised LoRA and (IA)^3 that para_jax made, `export_ia3` of a strong PARA
-adapter, and LoRA and (IA)^3 that PEFT made. Fails where logits differ by more than 2e-4, or where an adapter moves the
-backbone's by less than 0.1. Stronger adapters than these, which move them by 45, amplify float32's rounding beyond that
-limit on either side. The torch side (check_peft_worker.py) needs the extra [bench-peft].
+Backbones: tiny random Llama and Phi-3 models made by transformers (Phi-3 joins q, k and v, and gate and up, in one
+linear layer each), and --backbone. Adapters: LoRA, rank-stabilised LoRA and (IA)^3 made by para_jax, `export_ia3` of a
+strong PARA adapter, and LoRA and (IA)^3 made by PEFT. Fails if logits differ by more than 2e-4, or if an adapter moves
+the backbone's logits by less than 0.1. Much stronger adapters, which move them by 45, amplify float32 rounding beyond
+that limit on either side. The torch side (check_peft_worker.py) needs the extra [bench-peft].
 """
 
 import argparse
@@ -110,7 +110,7 @@ def check(folder: Path, torch_python: str, tokenizer) -> tuple[dict, dict]:
 
 
 def strong(adapter, seed: int):
-    """The adapter with what a fresh one has at zero (at one in (IA)^3) drawn from N(0, 0.1) around it."""
+    """A strong adapter: weights that start at zero (at one in (IA)^3) get noise from N(0, 0.1)."""
     weights = next(getattr(adapter, name) for name in ("up", "b", "scale") if hasattr(adapter, name))
     for i, site in enumerate(adapter.config.target_modules):
         drawn = np.random.default_rng([seed, i]).normal(0, 0.1, weights[site].shape)
@@ -119,7 +119,7 @@ def strong(adapter, seed: int):
 
 
 def torch_side(python: str, *arguments) -> dict:
-    """Runs check_peft_worker.py; the versions that it prints."""
+    """Runs check_peft_worker.py and returns the versions that it prints."""
     said = subprocess.run([python, str(WORKER), *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     return json.loads(said.stdout.splitlines()[-1]) if said.returncode == 0 else sys.exit("check_peft: see above")
 

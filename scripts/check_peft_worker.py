@@ -4,8 +4,8 @@
     python scripts/check_peft_worker.py logits FOLDER
 
 `make` writes a tiny random backbone. `logits` loads each adapter of FOLDER/ours with PEFT on FOLDER/backbone, makes
-some of PEFT's own in FOLDER/theirs, and writes the logits of FOLDER/tokens.npy under all of them to FOLDER/logits.npz.
-Each prints the versions.
+some of PEFT's own in FOLDER/theirs, and writes the logits of FOLDER/tokens.npy for all of them to FOLDER/logits.npz.
+Both print the versions.
 """
 
 import json

@@ -1,15 +1,14 @@
-"""Does prompt awareness help? Base, (IA)^3, PARA, PARA with a constant pooler, and LoRA of PARA's size.
+"""Does prompt awareness help? Compares base, (IA)^3, PARA, PARA with a constant pooler, and LoRA of PARA's size.
 
     python scripts/compare_methods.py --tasks sst2 banking77 rte --output results/compare_methods
 
-Each method gets four neighbouring learning rates of one grid, 1e-4 to 1e-1: which ones, says rates_of. The rate is
-chosen on validation data after half the steps, with seed 0 (by accuracy, ties by the loss), and while it is the
-highest or lowest that was tried, the grid's next is tried too; seeds 0, 1 and 2 are then trained with it for all
-steps. All rates, and then all seeds, are tenants of one run (`sweep`). Scores are of whole test files, medians over
-the seeds with their range; PARA also with every row reading another row's prompt. `--also` names further forms of
-PARA and LoRA, which are not timed. The time of a step and the peak memory are those of a run of one adapter in a
-process of its own; what a decode step costs stands in docs/results.md. Stages: `train`, `test`, `alone`; what is done
-is kept in the output folder, and the same command goes on.
+Each method gets four neighbouring learning rates of one grid, 1e-4 to 1e-1 (`rates_of`). The rate is chosen on
+validation data after half the steps, with seed 0 (by accuracy, ties by the loss). While the best is the highest or
+lowest rate tried, the grid's next rate is tried too. Seeds 0, 1 and 2 are then trained with it for all steps. All
+rates, and then all seeds, are tenants of one run (`sweep`). Scores are medians over the seeds on whole test files, with
+their range. PARA is also scored with every row reading another row's prompt. `--also` names further forms of PARA and
+LoRA, which are not timed. The time of a step and the peak memory are those of a run of one adapter in a process of its
+own. Stages: `train`, `test`, `alone`. Finished work is kept in the output folder, and the same command continues.
 """
 
 import argparse
@@ -45,7 +44,7 @@ SEEDS = (0, 1, 2)
 PARA = ParaConfig(r=12)
 LENGTHS = {"sst2": 80, "rte": 128, "banking77": 96, "boolq": 320, "copa": 64, "wikisql": 240, "sms_spam": 160}
 TIMED_STEPS = 20
-#: Runs `para-jax` and then prints the peak of its own memory, in kB; a child's rusage would hold its parent's.
+#: Runs `para-jax`, then prints its own peak memory in kB. A child's rusage would include its parent's.
 COMMAND = """
 import sys
 from para_jax.cli import main
@@ -56,7 +55,7 @@ sys.exit(code)
 
 
 def methods(model_config) -> dict:
-    """Name to adapter config: LoRA on PARA's sites has the rank whose number of parameters is nearest to PARA's."""
+    """Adapter config by name. LoRA on PARA's sites has the rank closest to PARA's number of parameters."""
     size = lambda config: count_parameters(init_adapter(config, model_config))  # noqa: E731
     wanted = size(PARA)
     rank = min(range(1, 33), key=lambda r: abs(size(LoraConfig(r=r, target_modules=PARA.target_modules)) - wanted))
@@ -118,7 +117,7 @@ def config_of(args, task: str, adapter, output: Path, *overrides: str):
 
 
 def trained(args, task: str, adapter, folder: Path, rates: tuple[float, ...], overrides: tuple[str, ...]) -> dict:
-    """The best of these learning rates, and every rate's and then every seed's score and loss on validation data."""
+    """The best of these learning rates, and the validation score and loss of every rate, then of every seed."""
     steps = args.steps // 2
     half = f"train.max_steps={steps}", f"eval.every={steps}", *overrides
 
@@ -170,7 +169,7 @@ def beyond(best: float, tried) -> float | None:
 
 
 def last_validation(task: str, folder: Path) -> dict:
-    """A run's last score and loss on validation data; -1 and 1e9 of a run that ended, not finite, before it had one."""
+    """A run's last score and loss on validation data; -1 and 1e9 if it diverged before its first."""
     file = folder / "metrics.jsonl"
     rows = [row for row in read_metrics(file) if "validation_loss" in row] if file.exists() else []
     if not rows:
@@ -179,7 +178,7 @@ def last_validation(task: str, folder: Path) -> dict:
 
 
 def alone(args, task: str, adapter, folder: Path, rate: float) -> dict:
-    """Seconds a step (median, without the first) and peak memory of a run of one adapter in its own process."""
+    """Seconds per step (median, without the first) and peak memory of a run of one adapter in its own process."""
     fields = {"train.learning_rate": rate, "train.max_steps": TIMED_STEPS, "train.per_device_batch_size": args.rows}
     fields |= {"eval.limit": 1, "data.buckets": 1}
     overrides = [f"{name}={value}" for name, value in fields.items()]
@@ -208,7 +207,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--tasks", nargs="+", default=["sst2", "banking77", "rte"])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=8, help="examples a step")
+    parser.add_argument("--rows", type=int, default=8, help="examples per step")
     parser.add_argument("--limit", type=int, default=200, help="validation examples")
     parser.add_argument("--test-limit", type=int, help="test examples; default: the whole file")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME:FIELD=VALUE,...", help="further forms")
@@ -234,7 +233,7 @@ def train(args, task: str, main: dict, also: dict, model_config) -> None:
             parameters = count_parameters(init_adapter(adapter, model_config))
             return {"name": name, "parameters": parameters} | trained(args, task, adapter, folder, rates, overrides)
 
-        form = repr(adapter).replace(", layers_to_transform=None", "")  # as files say that were written before it
+        form = repr(adapter).replace(", layers_to_transform=None", "")  # as in files written before that field existed
         about = settings(args) | {"adapter": form, "rates": list(rates)}
         about |= {"overrides": list(overrides)} if overrides else {}
         done(args.output / f"{task}-{label(name)}-trained.json", made, about)
@@ -242,8 +241,8 @@ def train(args, task: str, main: dict, also: dict, model_config) -> None:
 
 
 def test(args, task: str, main: dict, also: dict, model_config) -> None:
-    """All methods' first seeds before all second ones, so that what is done can be compared."""
-    tokenizer, held = load_tokenizer(args.backbone), {}  # the backbone, loaded where something is left to score
+    """Scores the first seed of every method before the second ones, so that a partial run can be compared."""
+    tokenizer, held = load_tokenizer(args.backbone), {}  # the backbone, loaded only if something is left to score
 
     def score(folder: str | None, shuffle=None) -> dict:
         held["model"] = held.get("model") or load_backbone(args.backbone, dtype="float32")
@@ -265,7 +264,7 @@ def test(args, task: str, main: dict, also: dict, model_config) -> None:
 
 
 def folder_of(args, task: str, adapter, name: str, seed: int, *overrides: str) -> str:
-    """The folder of a seed's run; where it is gone (only the scores are kept in git), all seeds are trained again."""
+    """The folder of a seed's run. If it is gone (git keeps only the scores), all seeds are trained again."""
     found = read(args.output / f"{task}-{label(name)}-trained.json")
     rate, runs = found["learning_rate"], args.output / "runs" / task / label(name)
     folders = seed_folders(runs, rate)
@@ -290,7 +289,7 @@ def label(name: str) -> str:
 
 
 def settings(args) -> dict:
-    """What scores depend on beside task and method."""
+    """What scores depend on besides task and method."""
     names = ("backbone", "data", "steps", "rows", "limit")
     return {name: str(getattr(args, name)) for name in names}
 
@@ -364,14 +363,14 @@ def read(file: Path) -> dict:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """median (least to most; how many), or the only one"""
+    """median (lowest to highest; number), or the only value"""
     low, high = min(values), max(values)
     within = f" ({low:.{digits}f} to {high:.{digits}f}; {len(values)})" if len(values) > 1 else ""
     return f"{median(values):.{digits}f}{within}"
 
 
 def plot(drawn: dict[str, dict[str, list[float]]], file: Path) -> None:
-    """Each task's scores: a dot a seed, a line at the median."""
+    """Each task's scores: a dot per seed, a line at the median."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 + 4 * len(drawn), 3.6), layout="constrained")

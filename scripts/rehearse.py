@@ -1,4 +1,4 @@
-"""The first day on a slice, rehearsed without the hardware:
+"""Rehearses a run on a TPU slice or a GPU without the hardware.
 
     pip install -e '.[aot,gcs,test]'
     python scripts/rehearse.py v5e:4x4                                        # all of configs/
@@ -7,12 +7,12 @@
 
 For each config: (1) the TPU's compiler compiles the training step, evaluation, prefill and decode for the slice, with
 the mesh that the run would choose. (2) The same config trains a tiny backbone on as many virtual CPU devices: once in
-one process, and once in several that are killed, and then resumed on empty disks. Their run folder is in a bucket: an
-emulator on this machine, or the one that --output names. Ends with 1 if something fails or does not fit.
+one process, and once in several that are killed and then resumed on empty disks. Their run folder is in a bucket: an
+emulator on this machine, or the one given by --output. Exits with 1 if something fails or does not fit.
 
-One table tells what fits, the bytes that chips exchange, and the least time of a step from the chip's published peaks,
-which is an estimate. Compiling 7B takes minutes a program on a small machine. With --json, what the file holds already
-is not done again: delete it after a change of the model's code.
+The table shows what fits, the bytes that chips exchange, and the least time of a step from the chip's published peaks,
+which is an estimate. Compiling 7B takes minutes per program on a small machine. Results in the --json file are not
+computed again: delete the file after a change of the model's code.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from para_jax.training.passes import step_passes
 CONFIGS = Path(__file__).parents[1] / "configs"
 #: What JAX gives a program of an H100's 80 GB by default (XLA_PYTHON_CLIENT_MEM_FRACTION).
 H100_BYTES = int(0.75 * 79.6 * GIB)
-#: How many tenants a config of many is compiled for; the real number is that of its data.
+#: The number of tenants that a many-tenant config is compiled for; a real run has that of its data.
 TENANTS = 16
 PROGRAMS = ("train", "loss", "prefill", "ranking", "decode")
 
@@ -55,9 +55,9 @@ def main() -> int:
     parser.add_argument("configs", nargs="*", type=Path, help="default: all of configs/")
     parser.add_argument("--processes", type=int, default=2, help="hosts of the runs (default: 2)")
     parser.add_argument("--output", help="a gs:// folder for the runs; default: an emulator's bucket on this machine")
-    parser.add_argument("--json", type=Path, help="keep what was found in this file")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiler")
-    parser.add_argument("--no-runs", action="store_true", help="leave out the runs on virtual devices")
+    parser.add_argument("--json", type=Path, help="keep results in this file")
+    parser.add_argument("--no-compile", action="store_true", help="skip the compiler")
+    parser.add_argument("--no-runs", action="store_true", help="skip the runs on virtual devices")
     options = parser.parse_args()
     chips, room = slice_of(options.topology)
     if not options.no_runs and chips % options.processes:
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def slice_of(topology: str) -> tuple[int, int]:
-    """How many devices, and the bytes of each."""
+    """The number of devices, and the bytes of each."""
     if topology == "h100":
         return 1, H100_BYTES
     kind, chips = parsed_topology(topology)
@@ -106,7 +106,7 @@ def tenants_of(config: RunConfig) -> int | None:
 
 
 def attempt(work: Callable, *arguments) -> dict[str, Any]:
-    """What the work gives, or its error: one config's fault does not end the rehearsal of the others."""
+    """The result, or its error: a failing config does not end the rehearsal of the others."""
     try:
         return work(*arguments)
     except Exception as error:
@@ -124,7 +124,7 @@ def emulated_bucket() -> tuple[Any, str]:
 
 
 def compiled(topology: str, file: Path, sizes: dict[str, int], room: int) -> dict[str, Any]:
-    """A record of each program by name; of an H100 the estimate of a whole run, for its compiler is not here."""
+    """A record of each program by name. For an H100, which has no compiler here, the estimate of a whole run."""
     config = load_config(file)
     tenants = tenants_of(config)
     passes = step_passes(config.train, mesh_of(sizes)) if tenants is None else None
@@ -154,7 +154,7 @@ def record(found: Compiled) -> dict[str, Any]:
 
 
 def table(found: dict[str, dict]) -> list[str]:
-    """The results as Markdown, without columns that nobody filled, and the errors below it."""
+    """The results as Markdown, without empty columns, and the errors below it."""
     rows = [cells(name, entry) for name, entry in found.items()]
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -179,7 +179,7 @@ def cells(name: str, entry: dict) -> dict[str, str]:
         "data x fsdp x tensor": " x ".join(map(str, entry["mesh"].values())),
         **{f"{program}: GiB": memory(programs, program) for program in PROGRAMS},
         "collectives of a step": f"{moved / 1e9:.1f} GB" if least else "",
-        "a step, at least (estimate)": f"{least:.2g} s, by {train['bound']}" if least else "",
+        "least time of a step (estimate)": f"{least:.2g} s, by {train['bound']}" if least else "",
         "tiny run": said_of_run(entry.get("run")),
     }
 

@@ -1,5 +1,7 @@
-"""A run of a config on virtual CPU devices with a tiny backbone, killed and resumed: what `scripts/rehearse.py` does
-instead of the real run. `rehearse_run.rehearse(...)` is one config."""
+"""A run of a config on virtual CPU devices with a tiny backbone, killed and resumed: part (2) of rehearse.py.
+
+Command: `python scripts/rehearse.py v5e:4x4 configs/llama2-7b-boolq.yaml --no-compile`.
+"""
 
 from __future__ import annotations
 
@@ -68,14 +70,14 @@ def make_data(folder: Path) -> Path:
 
 
 def rehearse(config_file: Path, sizes: dict[str, int], processes: int, folder: Path, output: str) -> dict[str, Any]:
-    """Runs a config three times: on one process, and on several that are killed after two steps and then resumed on
-    empty disks. All have as many virtual devices together as the mesh.
+    """Runs a config three times: in one process, and in several that are killed after two steps and then resumed on
+    empty disks. Each run has as many virtual devices as the mesh.
 
     Args:
         folder: of make_data.
         output: where run folders go, a path or gs:// address.
 
-    Raises RuntimeError with what a process said where one fails, and where the numbers differ.
+    Raises RuntimeError with a process's output if one fails, and if the numbers differ.
     """
     config = load_config(config_file)
     overrides = tiny_overrides(config, folder, sizes)
@@ -113,7 +115,7 @@ def logged(output, config: RunConfig) -> dict[tuple[str, int, str], float]:
 
 
 class Started:
-    """`para-jax train` in a process with virtual devices, and a home folder of its own."""
+    """`para-jax train` in a process with virtual devices and its own home folder."""
 
     def __init__(self, config_file: Path, overrides: list[str], devices: int, home: Path):
         home.mkdir(parents=True, exist_ok=True)
@@ -158,7 +160,7 @@ def finish(started: list[Started]) -> None:
 
 
 def wait_for_checkpoint(started: list[Started], output, step: int) -> None:
-    """Until the first process has a checkpoint of this step or of a later one."""
+    """Waits until the first process has a checkpoint of this step or a later one."""
     end, folder = time.monotonic() + LIMIT, output / "checkpoints"
     while not any(path.name.isdecimal() and int(path.name) >= step for path in entries(folder)):
         if started[0].process.poll() is not None or time.monotonic() > end:

@@ -1,12 +1,12 @@
-"""What the TPU's compiler makes of a decode step: programs, memory and collectives of real models, without a TPU.
+"""Compiles the decode step of real models for a TPU, without a TPU: programs, memory and collectives.
 
     pip install -e '.[aot]'
     python scripts/tpu_compile.py --largest [--only 'Gemma 2B'] [--print]
 
 Nothing runs and no weights are made: abstract bfloat16 arguments go through `para_jax.model.decode_step`, with the
-state donated, to the compiler in libtpu. Every row is a tenant of its own, with 512 tokens of cache. The results go to
-results/tpu_compile.json, and what is already there is not compiled again: delete the file after a change of the
-model's code. The table is printed from the file.
+state donated, to the compiler in libtpu. Every row is a tenant of its own, with 512 tokens of cache. Results in
+results/tpu_compile.json are not compiled again: delete the file after a change of the model's code. The table is
+printed from the file.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from para_jax.sharding import partition, tree_shardings
 RESULTS = Path("results/tpu_compile.json")
 ROWS = (8, 32)
 TOKENS = 512
-HBM = int(15.75 * 2**30)  # bytes that the compiler gives to a program on a v5e, of 16 GiB
+HBM = int(15.75 * 2**30)  # bytes available to a program on a v5e with 16 GiB
 PLACES = {
     "Gemma 2B on one v5e": ("google/gemma-2b", 1),
     "LLaMA-2 7B on one v5e": ("meta-llama/Llama-2-7b-hf", 1),
@@ -68,8 +68,8 @@ OUT_OF_MEMORY = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(15.75G\)|Used
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="compile only where 'place: method' holds this text")
-    parser.add_argument("--largest", action="store_true", help="look for the largest batch that fits, too")
+    parser.add_argument("--only", default="", help="compile only where 'place: method' contains this text")
+    parser.add_argument("--largest", action="store_true", help="also look for the largest batch that fits")
     parser.add_argument("--print", action="store_true", help="compile nothing")
     args = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -83,7 +83,7 @@ def main():
 
 
 def compile_once(found: dict, place: str, method: str, rows: int) -> None:
-    """Adds what the compiler says of one program to `found` and to the file, unless it is there."""
+    """Compiles one program and adds the result to `found` and the file, unless it is there."""
     programs = found.setdefault(place, {}).setdefault(method, {})
     if str(rows) in programs:
         return
@@ -95,7 +95,7 @@ def compile_once(found: dict, place: str, method: str, rows: int) -> None:
 
 
 def compiled_entry(place: str, method: str, rows: int) -> dict:
-    """A Program as a dict, with whether it fits and its bytes of memory in all; no more than these where it doesn't."""
+    """A Program as a dict, with whether it fits and its total memory. If it does not fit, only these two."""
     try:
         program = describe_program(compile_decode(*PLACES[place], METHODS[method], rows))
     except jax.errors.JaxRuntimeError as error:
@@ -122,12 +122,12 @@ def find_largest(found: dict, place: str, method: str) -> None:
 
 
 def largest(programs: dict) -> int:
-    """The most rows that were found to fit."""
+    """The largest number of rows found to fit."""
     return max((int(rows) for rows, said in programs.items() if said["fits"]), default=0)
 
 
 def table(found: dict) -> Iterator[str]:
-    """The results as Markdown: a table a place, and under it what each method costs beyond the base."""
+    """The results as Markdown: a table per place, and below it what each method costs beyond the base."""
     for place, methods in found.items():
         base = methods["base"]
         cases = [(method, rows) for rows in map(str, ROWS) for method in methods if rows in methods[method]]
@@ -171,7 +171,7 @@ def program_of(said: dict) -> Program:
 
 
 def compile_decode(source: str, chips: int, adapter, rows: int):
-    """The compiled decode step of one backbone on so many chips, with tensor parallelism over all of them."""
+    """The compiled decode step of one backbone on this many chips, with tensor parallelism over all of them."""
     name, bounds = TOPOLOGIES[chips]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=bounds).devices
     mesh, config = make_mesh(tensor=chips, devices=devices), load_model_config(source)

@@ -1,16 +1,16 @@
-"""What a decode step reads on a TPU, by its own compiler, without a TPU: two layers of LLaMA-2 7B, 8 rows, a cache of
-4096 tokens on one v5e.
+"""Counts what a decode step reads on a TPU, by the TPU's compiler, without a TPU: two layers of LLaMA-2 7B, 8 rows, a
+cache of 4096 tokens on one v5e.
 
     pip install -e '.[aot]'
     python scripts/tpu_decode_cache.py
     python scripts/tpu_decode_cache.py --layouts [--chips 4]
 
-The compiler counts the body of a loop once, that is one block of the cache in each layer. The script adds the bytes of
+The compiler counts the body of a loop once, that is, one block of the cache in each layer. The script adds the bytes of
 the further blocks that longer rows need, and counts the cache's part by the shapes in the compiled text.
 
-With --layouts it says what the step of each layout reads, writes and needs beside its arguments, of 2 and of 4 layers,
-on one chip or with fsdp over 4. "stacked" is the step of evaluation, whose caches stay stacked; its loop over layers
-is counted once too. "stacked, a cache a layer" is that of the public decode.
+--layouts prints what the step of each layout reads, writes and needs in addition to its arguments, for 2 and for 4
+layers, on one chip or with fsdp over 4. "stacked" is the step of evaluation, whose caches stay stacked; its loop over
+layers is counted once too. "stacked, a cache per layer" is that of the public decode.
 """
 
 import argparse
@@ -47,21 +47,21 @@ def main():
     shape = f"bf16[{ROWS},{config.num_kv_heads},{size},{config.head_dim}]"
     blocks = sum(f"= {shape}" in line and " dynamic-slice(" in line for line in compiled.as_text().splitlines())
     a_block = ROWS * config.num_kv_heads * size * config.head_dim * 2
-    print(f"bytes accessed, one block a layer: {compiled.cost_analysis()['bytes accessed'] / 1e9:.3f} GB")
+    print(f"bytes accessed, one block per layer: {compiled.cost_analysis()['bytes accessed'] / 1e9:.3f} GB")
     for tokens in (512, 1024, 2048, 4096):
         print(f"longest row {tokens} tokens: {blocks * a_block * (tokens // size) / 1e9:.3f} GB of the cache")
 
 
 def compare_layouts(chips: int):
     for layers in (2, 4):
-        for name, of in (("layers", ()), ("stacked, a cache a layer", ()), ("stacked", (stacked_state,))):
+        for name, of in (("layers", ()), ("stacked, a cache per layer", ()), ("stacked", (stacked_state,))):
             program = describe_program(compile_step(name.split(",")[0], layers, *of, chips=chips))
             sizes = f"{program.bytes_accessed / 1e9:.3f} GB accessed, {program.temporaries / 1e9:.3f} GB of temporaries"
             print(f"{layers} layers, {name}: {sizes}")
 
 
 def compile_step(layout: str, layers: int, *of, chips: int = 1):
-    """The compiled decode step of the state that a prefill gives, or of what of(state) makes of it."""
+    """The compiled decode step of a prefill's state, or of of(state)."""
     config = load_model_config(SOURCE)
     config = replace(config, kinds=config.kinds[:layers])
     mesh = make_mesh(fsdp=chips, devices=topology_devices({1: "v5e:1x1", 4: "v5e:2x2"}[chips], chips))

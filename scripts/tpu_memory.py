@@ -1,11 +1,11 @@
-"""Memory of a training step by attention kernel and train.remat, by the TPU's own compiler, without a TPU.
+"""Memory of a training step by attention kernel and train.remat, by the TPU's compiler, without a TPU.
 
     pip install -e '.[aot]'
     python scripts/tpu_memory.py [--print]
 
-LLaMA-2 7B, 2 rows of 4096 tokens a chip, fully sharded over 16 chips; and packed rows. What results/tpu_memory.json
-holds already is not compiled again: delete the file after a change of the model's code. The table is printed from the
-file.
+LLaMA-2 7B, 2 rows of 4096 tokens per chip, fully sharded over 16 chips; and packed rows. Results in
+results/tpu_memory.json are not compiled again: delete the file after a change of the model's code. The table is printed
+from the file.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CASES = [
     *(("2 x 4096", kernel, remat) for remat in ("block", "dots", "none") for kernel in ("plain", "splash")),
     *(("4 x 2048, packed", "splash", remat) for remat in ("block", "dots")),
 ]
-COLUMNS = ("rows a chip", "attention", "train.remat", "arguments", "temporaries", "HBM a chip", "compiled in")
+COLUMNS = ("rows per chip", "attention", "train.remat", "arguments", "temporaries", "HBM per chip", "compiled in")
 
 
 def main():
@@ -69,7 +69,7 @@ def compiled_entry(overrides: tuple[str, ...], kernel: str, remat: str) -> dict:
 
 
 def line(entry: dict) -> str:
-    """One row of the table; the temporaries of what does not fit are what it needs beyond its arguments."""
+    """One row of the table. If it does not fit, the temporaries are its need beyond the arguments."""
     gib = lambda size: f"{size / 2**30:.2f}"  # noqa: E731
     program, needed = entry["program"], entry["needed"]
     temporaries = program["temporaries"] if program else needed - entry["arguments"]

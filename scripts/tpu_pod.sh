@@ -3,9 +3,9 @@
 #
 #     scripts/tpu_pod.sh configs/llama2-7b-boolq.yaml data.train=data/boolq
 #
-# Sends the checkout (what git tracks or would add) to every host, makes a Python 3.12 environment there, and starts
-# `para-jax train` with these arguments on all of them. The same command resumes. HF_TOKEN, where it is set, is sent as a
-# file that each host deletes when the run has read it. See docs/training.md. Not run on a TPU yet.
+# Sends the checkout (tracked files and untracked ones that git does not ignore) to every host, makes a Python 3.12
+# environment there, and starts `para-jax train` with these arguments on all hosts. The same command resumes. If HF_TOKEN
+# is set, it is sent as a file that each host deletes when the run has read it. See docs/scaling.md. Not run on a TPU yet.
 set -euo pipefail
 
 TPU=${TPU:-my-slice}          # the slice's name

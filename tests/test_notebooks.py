@@ -1,4 +1,4 @@
-"""The notebooks' cells run as they stand, but for what a user edits: on a tiny backbone, with few steps."""
+"""Runs every cell of the notebooks on a tiny backbone with few steps. Only what a user edits is changed."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def test_every_cell_of_a_notebook_runs(name, folder, capsys):
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_notebook_uses_public_names_alone_and_keeps_no_output(name):
+def test_a_notebook_uses_only_public_names_and_keeps_no_output(name):
     for source, tags in cells(name):
         for names in re.findall(r"from para_jax import ([\w, ]+)", source):
             assert {each.strip() for each in names.split(",")} <= set(dir(para_jax))

@@ -1,10 +1,10 @@
 """The torch side of bench_decode_peer.py: decode steps on request, in a process of its own.
 
-    python scripts/decode_worker.py FOLDER '{"tokens": [[...]], "tenants": 8}'
+    python scripts/bench_decode_peer_worker.py FOLDER '{"tokens": [[...]], "tenants": 8}'
 
-Each line it reads is "THREADS ROWS base|mixed"; it answers with the seconds of one decode step of so many of the rows
-and the next tokens, as JSON. `base` is transformers' model alone; in `mixed` row i has LoRA adapter i mod 8 (r=8 on all
-linears, random weights) by PEFT's `adapter_names`. The cache is cropped after each step, so that the context stays.
+Each input line is "THREADS ROWS base|mixed". The answer, as JSON, is the seconds of one decode step of that many rows,
+and the next tokens. `base` is transformers' model alone. In `mixed`, row i has LoRA adapter i mod 8 (r=8 on all linear
+layers, random weights) through PEFT's `adapter_names`. The cache is cropped after each step, so the context stays.
 """
 
 import json
