@@ -14,12 +14,10 @@ import jax.numpy as jnp
 
 from . import atomic, devices
 from .adapters.adapter import count_parameters
-from .adapters.files import NAMES, read_adapter_config
+from .adapters.files import read_adapter_config
 from .backbone.load import abstract_backbone, load_model_config
 from .backbone.weights import parameter_shapes
 from .config import (
-    LoraConfig,
-    ParaConfig,
     RunConfig,
     adapter_method,
     config_dict,
@@ -216,21 +214,21 @@ def adapter_report(folder: Path) -> str:
         if v is not None  # layers_to_transform: all
     }
     shape = f"{found.backbone['num_layers']} layers"
-    if isinstance(found.config, ParaConfig):
+    if not found.method.in_peft:
         widths = ", ".join(f"{site} {width}" for site, width in found.backbone["site_widths"].items())
         shape = (
             f"{printable(str(found.backbone['model_type']), 80)}, {shape}, width {found.backbone['width']}; {widths}"
         )
     single, half = (n * found.matrices + 4 * found.vectors for n in (4, 2))  # a bank's vectors stay float32
-    matrices = isinstance(found.config, LoraConfig)
     return "\n".join(
         [
-            f"adapter    {NAMES[type(found.config)][0]}, " + ", ".join(f"{k} {v}" for k, v in fields.items()),
+            f"adapter    {found.method.label}, " + ", ".join(f"{k} {v}" for k, v in fields.items()),
             f"backbone   {printable(found.base_model or 'not named')}: {shape}",
             f"memory     {found.matrices + found.vectors:,} values; 1000 such tenants in a bank: "
             f"{size(1000 * single)} of host memory in float32, {size(1000 * half)} in bfloat16",
             f"decode     {size(4 * found.carried)} a row in float32, {size(2 * found.carried)} in bfloat16: "
-            + ("its matrices" if matrices else "its factors, whatever the number of tenants"),
+            + f"its {found.method.carries}"
+            + (", whatever the number of tenants" if found.method.carries == "factors" else ""),
         ]
     )
 

@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
-from .adapters.methods import METHODS
+from .adapters.methods import is_adapter_config, method_of
 from .adapters.rows import Made, Rows, Stack, by_layer, check_fits, gather
 from .adapters.segments import adjust_segments
 from .backbone.cache import attend_cached, attend_prefix, padded
@@ -88,12 +88,12 @@ class AdaptedTransformer(nnx.Module):
 
 def init_adapter(adapter_config, model_config: ModelConfig, *, seed: int = 0) -> Adapter:
     """A fresh adapter: exactly the backbone until it is trained. Its arrays lead with the layers."""
-    return init(METHODS[type(adapter_config)], adapter_config, model_config, seed)
+    return init(method_of(adapter_config).adapter, adapter_config, model_config, seed)
 
 
 def adapt(model: Transformer, adapter) -> AdaptedTransformer:
     """The transform: `model` with an adapter (or a fresh one of an adapter config) at every layer."""
-    if type(adapter) in METHODS:
+    if is_adapter_config(adapter):
         adapter = init_adapter(adapter, model.config)
     check_fits(adapter, model.config)
     return AdaptedTransformer(model, adapter)

@@ -1,14 +1,13 @@
-"""The interface of adapter methods. An Adapter makes an Adjustment once a prompt; the Adjustment is what decode
-carries.
+"""The interface of adapter methods. An Adapter makes an Adjustment once per prompt, and decode carries the Adjustment.
 
-Both are written for one layer and one example; `jax.vmap` batches them. A whole adapter, for all layers, is the same
-class with a leading layer axis on every array.
+Both are written for one layer and one example; `jax.vmap` batches them. An adapter for all layers is the same class
+with a leading layer axis on every array.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,19 +17,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..config import SITES, ModelConfig, require
+from ..config import SITES, ModelConfig
 
 
 class AdapterParam(nnx.LoRAParam):
-    """A trained adapter weight: the type by which trainers that know Flax's LoRAParam select what they train."""
+    """A trained adapter weight. Trainers that know Flax's LoRAParam select it by this type."""
 
 
 class Statistic(nnx.Variable):
-    """A number measured once and stored with the adapter, never trained."""
+    """A value that is measured before training and stored with the adapter. It is never trained."""
 
 
 class Backbone(NamedTuple):
-    """What an adapter must know of the backbone it belongs to."""
+    """The shape of the backbone that an adapter was made for."""
 
     model_type: str
     num_layers: int
@@ -50,42 +49,60 @@ class Adapter(nnx.Module):
 
     config: Any
     backbone: Backbone
-    #: Whether rows that all use one adapter share its adjustment as it is, instead of each carrying a copy. For
-    #: adjustments that are matrices; only where the prompt is not read.
+    #: Whether rows with the same adapter share one adjustment instead of each carrying a copy. For adjustments that are
+    #: matrices and do not depend on the prompt.
     shared = False
-    #: The weight of a site that changes nothing.
+    #: The weight that leaves a site unchanged.
     neutral = 0.0
+
+    def __init__(self, config: Any, model: ModelConfig, *, rngs: nnx.Rngs):
+        """Fresh weights, which change nothing. Sets `config` and `backbone`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def layers(config: Any, num_layers: int) -> Sequence[int]:
+        """The layers that have weights under this config."""
+        return range(num_layers)
 
     def pool(
         self, x: Float[Array, "length width"], prompt_length: Int[Array, ""], start: Int[Array, ""] | int = 0
     ) -> Float[Array, " width"]:
-        """The summary [width] of the prompt that begins at `start`, from the residual stream x [length, width] that
-        enters the layer."""
+        """The prompt's summary [width], from the residual stream x [length, width] that enters the layer. The prompt
+        begins at `start`."""
         return token_at(x, start + prompt_length - 1)
 
     def condition(self, summary: Float[Array, " width"]) -> Adjustment:
-        """The adjustment of one example, from its summary [width]; runs once a prompt."""
+        """The adjustment of one example, from its summary [width]. Runs once per prompt."""
         raise NotImplementedError
 
     def normal(self, model: ModelConfig) -> Adapter:
-        """An adapter of the same function whose config differs from others of its kind in sites and rank alone, so that
-        they stack once these are padded with `neutral`."""
+        """An adapter that computes the same, in the form that an AdapterBank can stack: its config may differ from that
+        of other adapters in the same stack in sites and rank only."""
         return self
 
     def in_all_layers(self: Kind) -> Kind:
-        """The weights of every layer of the backbone, from a whole adapter's that may have only some. They lead with
-        the layers, whatever axes follow."""
+        """The adapter with weights for every layer of the backbone, where it has them for some only. The layer axis
+        comes first, whatever axes follow."""
+        return self
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether statistics of prompt summaries must be measured before training."""
+        return False
+
+    def with_statistics(self: Kind, summaries: Float[Array, "layers prompts width"]) -> Kind:
+        """The adapter with the statistics of these summaries, which the backbone alone gives for training prompts."""
         return self
 
 
 class Adjustment:
-    """What an adapter carries from prefill into decode, for one layer. All zeros change nothing: so do rows of the base
-    model."""
+    """What one layer of an adapter carries from prefill into decode. All zeros must change nothing: rows of the base
+    model carry zeros."""
 
     def adjust(
         self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
     ) -> Float[Array, "*rows length out"]:
-        """y [length, out] of the linear at `site`, adjusted; x [length, in] is the linear's input. Runs at every
+        """Adjusts y [length, out], the output of the linear at `site` for its input x [length, in]. Runs at every
         token."""
         raise NotImplementedError
 
@@ -93,10 +110,10 @@ class Adjustment:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Factors(Adjustment):
-    """Elementwise factors l on sites' outputs, held as their distance from one: y + y * (l - 1)."""
+    """Elementwise factors l on the outputs of sites, held as their distance from one: y + y * (l - 1)."""
 
     distance: dict[str, Any]
-    """l - 1 of each site, [out]"""
+    """l - 1 [out] by site"""
 
     def adjust(
         self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
@@ -106,10 +123,10 @@ class Factors(Adjustment):
 
 @jax.custom_vjp
 def scaled(y: Float[Array, "*rows length out"], distance: Float[Array, " out"]) -> Float[Array, "*rows length out"]:
-    """y + y * (l - 1). The distance l - 1 is rounded to y's dtype first, because decode carries it so.
+    """y + y * (l - 1). The distance l - 1 is rounded to y's dtype first, as decode carries it.
 
-    The backward pass sums the distance's gradient over the tokens in float32. What JAX derives would round each product
-    and, on some devices, each partial sum to y's dtype. It keeps y and one distance, not one for each token.
+    The backward pass sums the gradient of the distance over the tokens in float32. JAX's own would round each product
+    and, on some devices, each partial sum to y's dtype. Only y and one distance are kept, not one distance per token.
     """
     return y + y * distance.astype(y.dtype)
 
@@ -122,7 +139,7 @@ def scaled_backwards(kept, gradient):
     y, distance = kept
     products = gradient.astype(jnp.float32) * y.astype(jnp.float32)
     summed = products.sum(axis=tuple(range(y.ndim - 1))).astype(distance.dtype)
-    # Sums first: a TPU's compiler would put them off to the layer's end, and keep each site's y and gradient till then.
+    # Sum now: a TPU's compiler would delay the sums to the end of the layer and keep every y and gradient until then.
     gradient, summed = jax.lax.optimization_barrier((gradient, summed))
     return scaled(gradient, distance), summed
 
@@ -132,7 +149,8 @@ scaled.defvjp(scaled_forwards, scaled_backwards)
 
 @jax.custom_vjp
 def token_at(x: Float[Array, "length width"], place: Int[Array, ""]) -> Float[Array, " width"]:
-    """x[place]. Its backward pass selects: indexing has a scatter there, on a TPU a loop over rows in each layer."""
+    """x[place]. The backward pass uses a select; that of plain indexing is a scatter, which a TPU runs as a loop over
+    rows in every layer."""
     return x[place]
 
 
@@ -151,7 +169,7 @@ token_at.defvjp(token_at_forwards, token_at_backwards)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Shared(Adjustment):
-    """One adjustment for all rows of a batch: its arrays do not lead with the batch."""
+    """One adjustment for all rows of a batch: its arrays have no batch axis."""
 
     adjustment: Adjustment
 
@@ -166,21 +184,16 @@ def make_adjustment(layer: Adapter, x: jax.Array, prompt_length: jax.Array, star
     return layer.condition(layer.pool(x, prompt_length, start))
 
 
-def init(kind: Callable[..., Adapter], config, model: ModelConfig, seed: int) -> Adapter:
-    """A fresh adapter of a method, with a leading axis on its arrays: the layers that it has."""
-    keys = jax.random.split(jax.random.key(seed), model.num_layers)[np.array(layers_of(config, model.num_layers))]
+def init(kind: type[Kind], config, model: ModelConfig, seed: int) -> Kind:
+    """A fresh adapter of a method. The leading axis of its arrays is the layers that have weights."""
+    layers = np.array(kind.layers(config, model.num_layers))
+    keys = jax.random.split(jax.random.key(seed), model.num_layers)[layers]
     return jax.vmap(lambda key: kind(config, model, rngs=nnx.Rngs(params=key)))(keys)
 
 
-def layers_of(config, num_layers: int) -> Sequence[int]:
-    """The layers of the backbone in which an adapter of this config has weights. Raises ValueError for one that the
-    backbone does not have."""
-    chosen = getattr(config, "layers_to_transform", None)
-    if chosen is None:
-        return range(num_layers)
-    expected = f"layers of the backbone, 0 to {num_layers - 1}"
-    require(chosen[-1] < num_layers, "layers_to_transform", chosen, expected)
-    return chosen
+def abstract(kind: type[Kind], config, model: ModelConfig) -> Kind:
+    """An adapter with shapes and dtypes in place of arrays."""
+    return jax.eval_shape(lambda: init(kind, config, model, 0))
 
 
 def count_parameters(adapter: Adapter) -> int:
@@ -190,13 +203,13 @@ def count_parameters(adapter: Adapter) -> int:
 
 
 def named_leaves(adapter: Adapter) -> dict[str, Any]:
-    """The arrays of an adapter by name, such as "up.q_proj"."""
+    """The adapter's arrays by name, such as "up.q_proj"."""
     paths = jax.tree_util.tree_flatten_with_path(adapter)[0]
     return {".".join(key.name for key in path[:-1]): leaf for path, leaf in paths}
 
 
 def with_leaves(adapter: Kind, leaves: dict[str, Any]) -> Kind:
-    """The adapter (it may be abstract) with these arrays, by name, in the place of its own."""
+    """The adapter, which may be abstract, with its arrays replaced by these, given by name."""
     return jax.tree.unflatten(jax.tree.structure(adapter), [leaves[name] for name in named_leaves(adapter)])
 
 

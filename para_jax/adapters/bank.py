@@ -1,9 +1,9 @@
-"""AdapterBank: the named store of all tenants' adapters. It lives in host memory; at prefill the adapters of a batch's
-rows go to the device, and nothing else.
+"""AdapterBank: the named store of all tenants' adapters. It lives in host memory. At prefill only the adapters of a
+batch's rows go to the device.
 
-Adapters that differ in rank and sites only are padded to one shape, a group. Rows hold a stack for every group with as
-many places as the batch has rows, whoever is in it, so that the compiled programs depend on the batch's size and the
-groups alone: tenants come, go and mix without a new one.
+Adapters that differ in rank and sites only are padded to one shape and form a group (padding.py). Rows hold one stack
+per group, each with as many places as the batch has rows. The compiled programs therefore depend on the size of the
+batch and the groups alone: tenants come, go and mix without a new one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import ADAPTER_CONFIGS, SITES, LoraConfig, ModelConfig, adapter_method, one_of, require, shorten
+from ..config import SITES, ModelConfig, shorten
 from ..sharding import place
 from ..storage.bucket import BucketPath
 from ..untrusted import shown
-from .adapter import Adapter, AdapterParam, init, is_variable, named_leaves, with_leaves
-from .files import load_adapter, require_finite
-from .methods import METHODS
+from .adapter import Adapter
+from .files import load_adapter
+from .folder import require_finite
+from .methods import METHODS, method_of
+from .padding import group_template, host_leaves, padded_leaves, stacked_on_device
 from .rows import Rows, Stack, check_fits
 
 
@@ -37,21 +37,21 @@ class Entry(NamedTuple):
     """A tenant of the bank."""
 
     method: str
-    """para | ia3 | lora"""
+    """the name of its method, such as para"""
     config: Any
     """the adapter's own config"""
     version: int
     """a number that no other adapter of this bank ever had"""
     content: str
-    """sha256 of the config and the weights: equal for equal adapters only"""
+    """sha256 of the config and the weights, the same for equal adapters only"""
     group: Any
-    """the config to which it is padded"""
+    """the config that it is padded to"""
     weights: dict[str, np.ndarray]
-    """by name, [layers, ...], padded; never changed"""
+    """by name, [layers, ...], padded; never changed in place"""
 
 
 class AdapterBank:
-    """Adapters by name. All methods may be called from several threads; Rows that were handed out keep their adapters
+    """Adapters by name. All methods may be called from several threads. Rows that were handed out keep their adapters,
     whatever happens to the names."""
 
     def __init__(
@@ -67,22 +67,25 @@ class AdapterBank:
         """An empty bank.
 
         Args:
-            capacity: the most tenants.
+            capacity: the largest number of tenants.
             max_r: the largest rank; smaller ones are padded to it with zeros.
-            methods: which methods may join. With lora, every row carries matrices of rank max_r into decode and pays
-                two small matrix products a site and token, whatever its own method.
-            sites: whose outputs an adapter may change. An (IA)^3 factor on down_proj's input counts as up_proj.
-            dtype: of the matrices, here and on the device: float32 or bfloat16. Vectors stay float32, for those of
-                (IA)^3 lie close to one.
+            methods: the methods that may join. With lora, every row carries matrices of rank max_r into decode and pays
+                two small matrix products per site and token, whatever its own method.
+            sites: the sites that an adapter may change. An (IA)^3 factor on down_proj's input counts as up_proj.
+            dtype: of the matrices, here and on the device: float32 or bfloat16. Vectors stay float32, because those of
+                (IA)^3 are close to one.
         """
         for name, value in (("capacity", capacity), ("max_r", max_r)):
-            require(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
-        known = bool(methods) and set(methods) <= set(ADAPTER_CONFIGS)
-        require(known, "methods", methods, "some of " + ", ".join(ADAPTER_CONFIGS))
-        require(bool(sites) and set(sites) <= set(SITES), "sites", sites, "a non-empty part of " + ", ".join(SITES))
-        require(dtype in ("float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"AdapterBank: {name} must be a whole number of at least 1; got {shorten(value)}")
+        known = tuple(method.name for method in METHODS)
+        for name, values, choices in (("methods", methods, known), ("sites", sites, SITES)):
+            if not values or not set(values) <= set(choices):
+                raise ValueError(f"AdapterBank: {name} must be some of {', '.join(choices)}; got {shorten(values)}")
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"AdapterBank: dtype must be float32 or bfloat16; got {shorten(dtype)}")
         self.model_config, self.capacity, self.max_r, self.dtype = model_config, capacity, max_r, dtype
-        self.methods = tuple(method for method in ADAPTER_CONFIGS if method in methods)
+        self.methods = tuple(name for name in known if name in methods)
         self.sites = tuple(site for site in SITES if site in sites)
         self._entries: dict[str, Entry] = {}
         self._held: Counter[Any] = Counter()
@@ -93,14 +96,15 @@ class AdapterBank:
 
     @classmethod
     def holding(cls, adapters: dict[str, Adapter], model_config: ModelConfig, *, dtype: str = "float32") -> AdapterBank:
-        """A bank of these adapters, made for their methods, sites and largest rank and no more."""
-        require(bool(adapters), "bank: adapters", adapters, "at least one")
+        """A bank of these adapters, made for their methods, sites and largest rank only."""
+        if not adapters:
+            raise ValueError("AdapterBank.holding needs at least one adapter; got none")
         normal = [adapter.normal(model_config).config for adapter in adapters.values()]
         bank = cls(
             model_config,
             capacity=len(adapters),
-            max_r=max(getattr(config, "r", 1) for config in normal),
-            methods=tuple({adapter_method(config) for config in normal}),
+            max_r=max(method_of(config).rank(config) for config in normal),
+            methods=tuple({method_of(config).name for config in normal}),
             sites=tuple({site for config in normal for site in config.target_modules}),
             dtype=dtype,
         )
@@ -118,38 +122,39 @@ class AdapterBank:
         return sum(weights.nbytes for entry in list(self._entries.values()) for weights in entry.weights.values())
 
     def entry(self, name: str) -> Entry:
-        """What the bank holds under a name. Raises ValueError, with the nearest names, for an unknown one."""
+        """The tenant of a name. Raises ValueError, with the nearest names, for an unknown one."""
         found = self._entries.get(name) if isinstance(name, str) else None
         if found is None:
             raise ValueError(unknown(name, self.names))
         return found
 
     def add(self, name: str, adapter: Adapter | str | Path | BucketPath) -> None:
-        """Takes in an adapter, or that of a folder or hub id, under a new name.
+        """Adds an adapter, or that of a folder or hub id, under a new name.
 
-        Raises ValueError, and keeps what it holds, for a name that is taken, a full bank, and an adapter of another
-        backbone, method, site or rank than the bank was made for.
+        Raises ValueError, and changes nothing, for a name that is taken, a full bank, and an adapter of a backbone,
+        method, site or rank that the bank was not made for.
         """
-        require(isinstance(name, str) and bool(name), "bank: name", name, "a text that is not empty")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"bank: a name must be a text that is not empty; got {shorten(name)}")
         self._check_room(name)
-        entry = self._made(name, adapter)
+        entry = self._new_entry(name, adapter)
         with self._lock:
             self._check_room(name)
             self._put(name, entry)
 
     def replace(self, name: str, adapter: Adapter | str | Path | BucketPath) -> None:
-        """Puts another adapter under a name that is held; errors as in add."""
+        """Replaces the adapter of a name that is held. Errors as in add."""
         self.entry(name)
-        entry = self._made(name, adapter)
+        entry = self._new_entry(name, adapter)
         with self._lock:
             held = name in self._entries
             if held:
                 self._put(name, entry)
         if not held:
-            self.entry(name)  # removed meanwhile: raises
+            self.entry(name)  # raises: another thread removed it
 
     def remove(self, name: str) -> None:
-        """Forgets a tenant. Raises ValueError for an unknown name."""
+        """Removes a tenant. Raises ValueError for an unknown name."""
         with self._lock:
             entry = self._entries.pop(name, None) if isinstance(name, str) else None
             if entry is not None:
@@ -158,13 +163,14 @@ class AdapterBank:
             raise ValueError(unknown(name, self.names))
 
     def rows(self, names: Iterable[str | None]) -> Rows:
-        """One tenant a batch row, by name; None is the base model.
+        """One tenant per batch row, by name; None is the base model.
 
-        Raises ValueError, before anything is copied, for an unknown name, with the nearest known ones.
+        Raises ValueError for an unknown name, with the nearest known ones, before anything is copied.
         """
         names = [names] if isinstance(names, str) else list(names)
-        require(bool(names), "bank.rows: names", names, "a tenant's name or None for each row")
-        with self._lock:  # all of one moment; what is missing is looked for after it
+        if not names:
+            raise ValueError("bank.rows: names is empty; give a tenant's name or None for each row")
+        with self._lock:  # the tenants of one moment; the slow search for similar names comes later
             entries = [self._entries.get(name) if isinstance(name, str) else None for name in names]
         for name, entry in zip(names, entries, strict=True):
             if entry is None and name is not None:
@@ -172,7 +178,7 @@ class AdapterBank:
         return self.rows_of(entries)
 
     def rows_of(self, entries: list[Entry | None]) -> Rows:
-        """One tenant a batch row, by what entry() gave, whatever has become of its name; None is the base model."""
+        """One tenant per batch row, as entry() gave it, even if its name is now another's; None is the base model."""
         groups = self._groups(entries)
         index = np.full((len(groups), len(entries)), -1, np.int32)
         stacks = []
@@ -181,7 +187,8 @@ class AdapterBank:
             distinct = list({entry.version: entry for entry in members}.values())
             place_of = {entry.version: i for i, entry in enumerate(distinct)}
             of_rows[:] = [-1 if entry is None else place_of.get(entry.version, -1) for entry in entries]
-            stacks.append(Stack(stacked(self._template(group), distinct, len(entries))))
+            weights = [entry.weights for entry in distinct]
+            stacks.append(Stack(stacked_on_device(self._template(group), weights, len(entries))))
         mesh = jax.sharding.get_mesh()
         if not mesh.empty:
             stacks = place(stacks, mesh, self.model_config)
@@ -197,18 +204,20 @@ class AdapterBank:
         held = Counter(entry.method for entry in list(self._entries.values()))
         counted = ", ".join(f"{count} {method}" for method, count in held.items()) or "none yet"
         text = f"{len(self)} of {self.capacity} tenants ({counted}), {self.nbytes / 1e6:.1f} MB of host memory"
-        if "lora" in self.methods:
-            text += f"; every row decodes with LoRA matrices of rank {self.max_r} on {', '.join(self.sites)}"
+        for method in METHODS:
+            if method.name in self.methods and method.carries == "matrices":
+                text += f"; every row decodes with {method.label} matrices of rank {self.max_r} on "
+                text += ", ".join(self.sites)
         return text
 
-    # ---------------------------------------------------------------------------------------------------- within
+    # --------------------------------------------------------------------------------------------------- private
 
     def _check_room(self, name: str) -> None:
         if name in self._entries:
             raise ValueError(f"bank: {name!r} is held already; replace it, or choose another name")
         if len(self._entries) >= self.capacity:
             raise ValueError(
-                f"bank: full with {self.capacity} tenants, {name!r} was not added; remove one, or make the bank "
+                f"bank: full with {self.capacity} tenants, {name!r} was not added; remove a tenant, or make the bank "
                 "with a larger capacity"
             )
 
@@ -221,50 +230,41 @@ class AdapterBank:
             self._forget(replaced.group)
 
     def _forget(self, group: Any) -> None:
-        """Counts an entry of a group less; a group without any is none."""
+        """Counts one entry less in a group. A group without entries is dropped."""
         self._held[group] -= 1
         if not self._held[group]:
             del self._held[group]
             self._templates.pop(group, None)
 
-    def _made(self, name: str, adapter: Adapter | str | Path | BucketPath) -> Entry:
-        """The entry of an adapter, padded; its version comes later."""
+    def _new_entry(self, name: str, adapter: Adapter | str | Path | BucketPath) -> Entry:
+        """The entry of an adapter, padded and not yet numbered."""
         if not isinstance(adapter, Adapter):
             adapter = load_adapter(adapter, self.model_config)
         check_fits(adapter, self.model_config)
-        config, method = adapter.config, adapter_method(adapter.config)
-        require(
-            method in self.methods, f"bank: {name}: method", method, one_of(self.methods) + " (AdapterBank methods)"
-        )
+        method = method_of(adapter.config)
+        if method.name not in self.methods:
+            raise ValueError(
+                f"bank: {name}: method {method.name!r} may not join; this bank was made with methods="
+                f"{', '.join(self.methods)}"
+            )
         normal = adapter.normal(self.model_config)
         other = [site for site in normal.config.target_modules if site not in self.sites]
-        expected = "some of " + ", ".join(self.sites) + " (AdapterBank sites; .holding takes its adapters')"
-        require(not other, f"bank: {name}: sites", other, expected)
-        r = getattr(config, "r", 1)
-        require(r <= self.max_r, f"bank: {name}: r", r, f"at most {self.max_r} (AdapterBank max_r)")
-        leaves = host_leaves(normal)
-        require_finite(f"bank: {name}", leaves)
-        group = self._group(normal.config)
-        template = named_leaves(self._template(group))
-        weights = {key: padded(leaves.get(key), shape, adapter.neutral) for key, shape in template.items()}
-        return Entry(method, config, 0, content_hash(adapter), group, weights)
+        if other:
+            raise ValueError(
+                f"bank: {name}: sites {other} are not among the bank's, which are {', '.join(self.sites)}; "
+                "AdapterBank.holding takes those of its adapters"
+            )
+        r = method.rank(normal.config)
+        if r > self.max_r:
+            raise ValueError(f"bank: {name}: r {r} is too large; this bank was made with max_r={self.max_r}")
+        require_finite(f"bank: {name}", host_leaves(normal))
+        group = method.group_config(normal.config, self.sites, self.max_r)
+        weights = padded_leaves(normal, self._template(group))
+        return Entry(method.name, adapter.config, 0, content_hash(adapter), group, weights)
 
-    def _group(self, config) -> Any:
-        """The config of all adapters that stack with one of this normal config."""
-        rank = {"r": self.max_r} if hasattr(config, "r") else {}
-        scale = {"lora_alpha": float(self.max_r)} if isinstance(config, LoraConfig) else {}
-        return replace(config, target_modules=self.sites, **rank, **scale)
-
-    def _template(self, group) -> Adapter:
-        """An abstract adapter of a group, its matrices in the bank's dtype."""
-
-        def in_dtype(variable):
-            matrix = isinstance(variable, AdapterParam) and len(variable.shape) == 3  # [layers, in, out]
-            return variable.replace(jax.ShapeDtypeStruct(variable.shape, self.dtype)) if matrix else variable
-
+    def _template(self, group: Any) -> Adapter:
         if group not in self._templates:
-            adapter = jax.eval_shape(lambda: init(METHODS[type(group)], group, self.model_config, 0))
-            self._templates[group] = jax.tree.map(in_dtype, adapter, is_leaf=is_variable)
+            self._templates[group] = group_template(group, self.model_config, self.dtype)
         return self._templates[group]
 
     def _groups(self, entries: list[Entry | None]) -> list[Any]:
@@ -273,55 +273,28 @@ class AdapterBank:
         with self._lock:
             groups = set(self._held)
         groups |= {entry.group for entry in entries if entry is not None}
-        for method in self.methods:
-            if all(adapter_method(group) != method for group in groups):
-                inputs = {"feedforward_modules": ()} if method == "ia3" else {}
-                groups.add(self._group(ADAPTER_CONFIGS[method](**inputs)))
+        for method in METHODS:
+            if method.name in self.methods and all(type(group) is not method.config for group in groups):
+                groups.add(method.group_config(method.config(), self.sites, self.max_r))
         return sorted(groups, key=repr)
 
 
-#: Names that an unknown one is compared with at most, of each kind: a comparison takes about 50 microseconds.
+#: How many known names of each kind an unknown one is compared with; a comparison takes about 50 microseconds.
 COMPARED = 50
 
 
 def unknown(name: object, known: tuple[str, ...]) -> str:
-    """The error for a tenant that the bank does not hold, with similar names: of those that begin or end alike."""
+    """The error for a tenant that the bank does not hold, with names that are similar at the beginning or the end."""
     text = str(name)[:100]
-    near = [one for one in known if one.startswith(text[:3])]
-    at = bisect.bisect(sorted(near), text)  # the closer in this order, the longer the same beginning
-    near = sorted(near)[max(0, at - COMPARED // 2) : at + COMPARED // 2]
+    near = sorted(one for one in known if one.startswith(text[:3]))
+    at = bisect.bisect(near, text)  # neighbours in this order share the longest beginnings
+    near = near[max(0, at - COMPARED // 2) : at + COMPARED // 2]
     near += [one for one in known if one.endswith(text[-3:])][:COMPARED] + list(known[:COMPARED])
     nearest = difflib.get_close_matches(text, [one[:100] for one in dict.fromkeys(near)], n=3, cutoff=0.5)
-    hint = f"the nearest are {', '.join(map(shown, nearest))}" if nearest else ""
-    hint = hint or f"it holds {', '.join(map(shown, known[:3])) or 'none'}{' ...' if len(known) > 3 else ''}"
-    return f"no tenant {shorten(name)}; {hint}"
-
-
-def padded(leaf: np.ndarray | None, shape: jax.ShapeDtypeStruct, neutral: float) -> np.ndarray:
-    """The array with a larger shape, filled up with zeros; with `neutral` where there is none."""
-    if leaf is None:
-        return np.full(shape.shape, neutral, shape.dtype)
-    out = np.zeros(shape.shape, shape.dtype)
-    out[tuple(map(slice, leaf.shape))] = leaf
-    return out
-
-
-def stacked(template: Adapter, entries: list[Entry], places: int) -> Adapter:
-    """The entries' weights on the device, [places, layers, ...] each, in the first places; zeros in the others. Only
-    the entries' own bytes are sent, each once: the rest is made on the device."""
-    shapes = named_leaves(template)
-    if len(entries) == places:
-        return with_leaves(template, {k: jax.device_put(np.stack([e.weights[k] for e in entries])) for k in shapes})
-    made = {name: jnp.zeros((places, *shape.shape), shape.dtype) for name, shape in shapes.items()}
-    for i, entry in enumerate(entries):
-        made = put_entry(made, {name: entry.weights[name] for name in shapes}, i)
-    return with_leaves(template, made)
-
-
-@partial(jax.jit, donate_argnums=0)
-def put_entry(stacks: dict[str, jax.Array], weights: dict[str, jax.Array], place) -> dict[str, jax.Array]:
-    """The stacks with one entry's weights in a place. The given stacks are donated."""
-    return {name: jax.lax.dynamic_update_index_in_dim(stacks[name], weights[name], place, 0) for name in stacks}
+    if nearest:
+        return f"no tenant {shorten(name)}; the nearest are {', '.join(map(shown, nearest))}"
+    held = ", ".join(map(shown, known[:3])) or "none"
+    return f"no tenant {shorten(name)}; it holds {held}{' ...' if len(known) > 3 else ''}"
 
 
 def content_hash(adapter: Adapter) -> str:
@@ -330,7 +303,3 @@ def content_hash(adapter: Adapter) -> str:
         digest.update(name.encode())
         digest.update(leaf.tobytes())
     return digest.hexdigest()
-
-
-def host_leaves(adapter: Adapter) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf, np.float32) for name, leaf in named_leaves(adapter).items()}

@@ -1,7 +1,7 @@
-"""The adapter folder, in Hugging Face PEFT's layout: adapter_config.json, adapter_model.safetensors, a model card.
+"""The adapter folder: adapter_config.json, adapter_model.safetensors and a model card, as in Hugging Face PEFT.
 
-LoRA and (IA)^3 are written and read as PEFT does it (peft_config.py, peft_file.py), PARA in a layout of its own
-(para_file.py). Only the two files are opened.
+Methods that PEFT knows are read and written in its format (peft_config.py), the others in our own (own_config.py). Only
+the first two files are ever opened.
 """
 
 from __future__ import annotations
@@ -13,83 +13,98 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-import yaml
 
-from ..config import Ia3Config, LoraConfig, ModelConfig, ParaConfig, expanded, shorten
+from ..config import ModelConfig, expanded, one_of, shorten
 from ..storage.bucket import BucketPath
 from ..storage.folder import require_whole
 from ..untrusted import one_line, read_json
-from .adapter import Adapter
+from .adapter import Adapter, abstract, with_leaves
+from .card import model_card
 from .folder import (
     CARD,
     CONFIG,
     WEIGHTS,
     own_file,
+    read_tensors,
     read_whole,
     replace_folder,
     require_finite,
     safetensors_bytes,
     tensor_shapes,
 )
-from .ia3 import Ia3
-from .lora import Lora
-from .para import Para
-from .para_format import load_para, para_json, para_tensors, para_values, read_para_config, require_same_backbone
-from .peft_config import named, peft_values, read_peft_config
-from .peft_format import load_peft, peft_json, peft_tensors
+from .method import Method
+from .methods import METHODS, method_of
+from .own_config import own_config, read_own_config, require_same_backbone
+from .peft_config import named, peft_config
 from .rows import check_fits
+
+#: The largest rank of a folder's adapter; a larger one is taken for damage.
+MAX_RANK = 2**16
 
 
 class Described(NamedTuple):
-    """What an adapter folder says of itself; its weights are not read."""
+    """What an adapter folder says about itself, without its weights."""
 
-    config: ParaConfig | LoraConfig | Ia3Config
+    method: Method
+    config: Any
     backbone: dict
-    """of a PARA adapter model_type, num_layers, width, site_widths, perhaps fingerprint; of the others num_layers"""
+    """num_layers; in our own format also model_type, width, site_widths and perhaps fingerprint"""
     base_model: str
-    """where the backbone comes from; "" where it is not named"""
+    """where the backbone comes from; "" if it is not named"""
     matrices: int
-    """values of one tenant's matrices"""
+    """how many numbers are in the adapter's matrices"""
     vectors: int
-    """values of its vectors"""
+    """how many are in its vectors"""
     carried: int
-    """values that decode carries a row"""
+    """how many decode carries for each row"""
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
 
 
 def save_adapter(
     adapter: Adapter, folder: str | Path | BucketPath, *, base_model: str = "", model=None, card: Iterable[str] = ()
 ) -> None:
-    """Writes an adapter folder. It appears whole, in the place of an older one, or not at all.
+    """Writes an adapter folder. It replaces an older one as a whole, or leaves it untouched.
 
     Args:
         base_model: where the backbone comes from, for the model card and adapter_config.json.
-        model: the backbone itself. A PARA folder keeps its fingerprint, so that loading on another one warns.
+        model: the backbone itself. A folder in our own format keeps its fingerprint, so that loading the adapter on
+            another backbone of the same shape gives a warning.
         card: further Markdown lines of the model card: data, scores, licences.
 
     Raises ValueError for weights that are not finite and for a folder that holds other files, OSError where it can't be
     written (a full disk).
     """
     base_model = one_line(base_model)
+    if not isinstance(adapter, Adapter):
+        raise ValueError(f"save_adapter takes one adapter; got {type(adapter).__name__}")
+    method = method_of(adapter.config)
     if model is not None:
         check_fits(adapter, model.config)
-    if isinstance(adapter, Para):
-        config: dict = para_json(adapter, base_model, getattr(model, "fingerprint", None))
-        tensors: dict[str, Any] = para_tensors(adapter)
-    elif isinstance(adapter, (Lora, Ia3)):
-        config, tensors = peft_json(adapter, base_model), peft_tensors(adapter)
-    else:
-        raise ValueError(
-            f"save_adapter: {type(adapter).__name__} is not possible; expected a Para, Lora or Ia3 adapter"
-        )
-    tensors = {name: np.asarray(array, np.float32) for name, array in tensors.items()}
+    config = config_json(method, adapter, base_model, getattr(model, "fingerprint", None))
+    tensors = {name: np.asarray(array, np.float32) for name, array in method.to_tensors(adapter).items()}
     require_finite("save_adapter", tensors)
     files = {
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
         WEIGHTS: safetensors_bytes(tensors),
-        CARD: model_card(adapter.config, base_model, card).encode(),
+        CARD: model_card(method, adapter.config, base_model, card).encode(),
     }
     replace_folder(expanded(folder).resolve(), files)
+
+
+def config_json(method: Method, adapter: Adapter, base_model: str, fingerprint: str | None) -> dict:
+    """The content of adapter_config.json."""
+    if method.to_peft_config is not None:
+        shared = peft_config(method.peft_type, adapter.config, adapter.backbone, base_model)
+        return shared | method.to_peft_config(adapter.config, adapter.backbone)
+    return own_config(method.peft_type, adapter.config, adapter.backbone, base_model, fingerprint)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
 
 
 def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, model=None) -> Adapter:
@@ -98,7 +113,7 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
     Args:
         model: the backbone itself; a fingerprint that differs from the adapter's gives a warning.
 
-    Raises ValueError, naming what is wrong, for an adapter that is not whole, not supported or for another backbone.
+    Raises ValueError, naming the problem, for an adapter that is damaged, not supported or made for another backbone.
     """
     from ..hub import resolve_adapter
 
@@ -113,103 +128,65 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
 def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: ModelConfig, model) -> Adapter:
     """The adapter of a folder; `source` is the name that the user gave it."""
     require_whole(folder)
-    config, backbone, _ = read_config(folder)
-    if not isinstance(config, ParaConfig):
-        return load_peft(folder, config, model_config)
-    try:
-        require_same_backbone(backbone, model_config)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+    method, config, backbone, _ = read_config(folder)
+    if not method.in_peft:
+        try:
+            require_same_backbone(backbone, model_config)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
     theirs, ours = backbone.get("fingerprint"), getattr(model, "fingerprint", None)
     if theirs and ours and theirs != ours:
         warnings.warn(
-            f"{source}: the adapter was trained on other weights of this shape (fingerprint {shorten(theirs, 16)}, "
-            f"this backbone's {shorten(ours, 16)})",
+            f"{source}: the adapter was trained on other weights of this shape (its backbone's fingerprint is "
+            f"{shorten(theirs, 16)}, this one's {shorten(ours, 16)})",
             stacklevel=5,
         )
-    return load_para(folder, config, model_config)
+    tensors = read_tensors(folder, expected_shapes(method, config, model_config))
+    config, leaves = method.from_tensors(config, model_config, tensors)
+    adapter = abstract(method.adapter, config, model_config)
+    return with_leaves(adapter, {name: jnp.array(leaf) for name, leaf in leaves.items()})
+
+
+def expected_shapes(method: Method, config: Any, model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a folder's tensors, by name."""
+    if method.tensor_shapes is not None:
+        return method.tensor_shapes(config, model_config)
+    tensors = jax.eval_shape(method.to_tensors, abstract(method.adapter, config, model_config))
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def read_adapter_config(folder: str | Path | BucketPath) -> Described:
-    """What an adapter folder says of itself. A PARA folder's weights need not be there."""
+    """What an adapter folder says about itself. PARA's needs no weights for it."""
     from ..hub import resolve_adapter
 
     place = expanded(folder)
     local = resolve_adapter(place) if isinstance(place, BucketPath) else place
-    config, backbone, base_model = read_config(local)
-    if isinstance(config, ParaConfig):
-        return Described(config, backbone, base_model, *para_values(config, backbone))
-    shapes = tensor_shapes(local)
-    layers = 1 + max((layer for _, _, layer in named(shapes)), default=-1)
-    held, carried = peft_values(config, shapes)
-    matrices, vectors = (held, 0) if isinstance(config, LoraConfig) else (0, held)
-    return Described(config, {"num_layers": layers}, base_model, matrices, vectors, carried)
+    method, config, backbone, base_model = read_config(local)
+    counts = method.count_values(config, backbone, lambda: tensor_shapes(local))
+    return Described(method, config, backbone, base_model, *counts)
 
 
-def read_config(folder: Path) -> tuple[Any, dict, str]:
-    """adapter_config.json, checked: the method's config, what it says of the backbone, and the base model's name."""
+def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
+    """adapter_config.json, checked: the method, its config, the backbone, and the name of the base model."""
     file = own_file(folder, CONFIG)
     found = read_json(file)
     kind, base_model = found.get("peft_type"), found.get("base_model_name_or_path")
-    if kind not in ("PARA", "LORA", "IA3"):
-        raise ValueError(f"{file}: peft_type {shorten(kind)} is not supported; expected PARA, LORA or IA3")
-    shapes = {} if kind == "PARA" else tensor_shapes(folder)
+    method = next((method for method in METHODS if method.peft_type == kind), None)
+    if method is None:
+        known = one_of(method.peft_type for method in METHODS)
+        raise ValueError(f"{file}: peft_type {shorten(kind)} is not supported; expected {known}")
+    shapes = tensor_shapes(folder) if method.in_peft else {}
     try:
-        config, backbone = read_para_config(found) if kind == "PARA" else (read_peft_config(found, shapes), {})
+        if method.from_peft_config is not None:
+            config = method.from_peft_config(found, shapes)
+            backbone = {"num_layers": 1 + max((layer for _, _, layer in named(shapes)), default=-1)}
+        else:
+            config, backbone = read_own_config(method.config, found)
+            method.adapter.layers(config, backbone["num_layers"])  # raises for a layer that the backbone lacks
+        if method.rank(config) > MAX_RANK:
+            raise ValueError(f"r {shorten(method.rank(config))} is too large; a rank is at most {MAX_RANK}")
     except ValueError as error:
         raise ValueError(f"{file}: {str(error)[:500]}") from None
     if not isinstance(base_model, (str, NoneType)):
-        raise ValueError(f"{file}: base_model_name_or_path: {shorten(base_model)}; expected text or null")
-    return config, backbone, one_line(base_model or "")
-
-
-# ------------------------------------------------------------------------------------------------------ the model card
-
-
-def model_card(config, base_model: str, lines: Iterable[str]) -> str:
-    """README.md. PEFT is named as the library of what it can load: not of PARA."""
-    library = "para_jax" if isinstance(config, ParaConfig) else "peft"
-    base = {"base_model": base_model} if base_model else {}
-    front = {"library_name": library, **base, "tags": [NAMES[type(config)][1], "adapter"]}
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-            "---",
-            "",
-            f"# {NAMES[type(config)][0]} adapter",
-            "",
-            f"Base model: {base_model or 'not stated'}. {summary(config)}.",
-            "",
-            *lines,
-            "",
-            "## How to load it",
-            "",
-            "```python",
-            "from para_jax import generate, load_adapter, load_backbone, load_tokenizer",
-            "",
-            f"base = {json.dumps(base_model or 'the base model')}",
-            "model, tokenizer = load_backbone(base), load_tokenizer(base)",
-            'adapter = load_adapter("this folder, or its hub id", model.config, model=model)',
-            'print(generate(model, ["a prompt"], tokenizer=tokenizer, adapters=adapter)[0])',
-            "```",
-            "",
-            *([] if library == "para_jax" else ["It is in the format of Hugging Face PEFT, which loads it too.", ""]),
-        ]
-    )
-
-
-#: What a method is called, and its tag.
-NAMES = {ParaConfig: ("PARA", "para"), LoraConfig: ("LoRA", "lora"), Ia3Config: ("(IA)^3", "ia3")}
-
-
-def summary(config) -> str:
-    """A method's config in a line."""
-    sites = ", ".join(config.target_modules)
-    if isinstance(config, ParaConfig):
-        chosen = f"pooler {config.pooler}, summary {config.summary}, activation {config.activation}"
-        layers = config.layers_to_transform
-        return f"Rank {config.r} on {sites}; {chosen}" + (f"; layers {', '.join(map(str, layers))}" if layers else "")
-    if isinstance(config, LoraConfig):
-        return f"Rank {config.r} on {sites}; scale {config.scale:.6g}"
-    return f"Vectors on {sites}" + ("; down_proj's input is scaled" if config.feedforward_modules else "")
+        raise ValueError(f"{file}: base_model_name_or_path must be text or null; got {shorten(base_model)}")
+    return method, config, backbone, one_line(base_model or "")

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import jax
+from dataclasses import replace
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ..config import Ia3Config, ModelConfig
-from .adapter import Adapter, AdapterParam, Factors, describe, init, with_leaves
+from .adapter import Adapter, AdapterParam, Factors, abstract, describe, with_leaves
+from .ia3_format import (
+    ia3_leaves,
+    ia3_outline,
+    ia3_peft_config,
+    ia3_shapes,
+    ia3_tensors,
+    ia3_values,
+    read_ia3_config,
+)
+from .method import Method
 
 
 class Ia3(Adapter):
-    """One layer's vectors l, started from one: l k, l v and l (activation(gate) up) (section 3.3, equation 1).
+    """One layer's vectors l, which start at one: l k, l v and l (activation(gate) up) (section 3.3, equation 1).
 
-    A factor on down_proj's input is carried on up_proj's output, with which it commutes:
-    activation(g) (l u) = l (activation(g) u) [D].
+    A factor on down_proj's input is applied to up_proj's output, because activation(g) (l u) = l (activation(g) u) [D].
     """
 
     neutral = 1.0
@@ -33,15 +43,15 @@ class Ia3(Adapter):
         self.backbone = describe(model)
 
     def condition(self, summary: Float[Array, " width"]) -> Factors:
-        """The vectors as their distance from one; the prompt is not read."""
+        """The vectors as their distance from one. The prompt is not read."""
         return Factors({site: factors - 1 for site, factors in self.on_outputs().items()})
 
     def normal(self, model: ModelConfig) -> Ia3:
-        """With all its factors on outputs."""
+        """The same adapter with all factors on outputs."""
         return from_factors(self.on_outputs(), model)
 
     def on_outputs(self) -> dict[str, Array]:
-        """l of each site's output, [..., out]."""
+        """l [..., out] by site, all on outputs."""
         factors = {site: scale[...] for site, scale in self.scale.items()}
         for site in self.config.feedforward_modules:
             factors["up_proj"] = factors.pop(site) * factors.get("up_proj", 1.0)
@@ -49,7 +59,24 @@ class Ia3(Adapter):
 
 
 def from_factors(factors: dict[str, Array], model: ModelConfig) -> Ia3:
-    """The adapter that scales sites' outputs by these l, {site: [layers, out]}."""
+    """The adapter that scales the outputs of sites by these l, {site: [layers, out]}."""
     config = Ia3Config(target_modules=tuple(factors), feedforward_modules=())
-    empty = jax.eval_shape(lambda: init(Ia3, config, model, 0))
-    return with_leaves(empty, {f"scale.{site}": factor for site, factor in factors.items()})
+    leaves = {f"scale.{site}": factor for site, factor in factors.items()}
+    return with_leaves(abstract(Ia3, config, model), leaves)
+
+
+IA3 = Method(
+    name="ia3",
+    label="(IA)^3",
+    peft_type="IA3",
+    config=Ia3Config,
+    adapter=Ia3,
+    group_config=lambda config, sites, max_r: replace(config, target_modules=sites, feedforward_modules=()),
+    outline=ia3_outline,
+    to_tensors=ia3_tensors,
+    from_tensors=ia3_leaves,
+    tensor_shapes=ia3_shapes,
+    count_values=ia3_values,
+    to_peft_config=ia3_peft_config,
+    from_peft_config=read_ia3_config,
+)

@@ -1,7 +1,7 @@
 """LoRA (Low-Rank Adaptation, arXiv:2106.09685): y + scale * (x A) B at each site.
 
-Its matrices are its adjustment. Rows with adapters of their own carry them into decode and pay two small matrix
-products a site and row at every token, which is what PARA avoids.
+The matrices are the adjustment. In a batch of several adapters, each row carries its matrices into decode and pays two
+small matrix products per site at every token. PARA avoids this cost.
 """
 
 from __future__ import annotations
@@ -16,10 +16,20 @@ from jaxtyping import Array, Float
 
 from ..config import LoraConfig, ModelConfig
 from .adapter import Adapter, AdapterParam, Adjustment, describe, named_leaves, with_leaves
+from .lora_format import (
+    lora_leaves,
+    lora_outline,
+    lora_peft_config,
+    lora_shapes,
+    lora_tensors,
+    lora_values,
+    read_lora_config,
+)
+from .method import Method
 
 
 class Lora(Adapter):
-    """One layer's matrices: A [in, r] from the uniform distribution that PEFT uses, B [r, out] from zero."""
+    """One layer's matrices: A [in, r], drawn from the uniform distribution that PEFT uses, and B [r, out] of zeros."""
 
     shared = True
 
@@ -39,12 +49,12 @@ class Lora(Adapter):
         self.backbone = describe(model)
 
     def condition(self, summary: Float[Array, " width"]) -> LowRank:
-        """The matrices, the scale (lora_alpha / r, section 4.1) in B; the prompt is not read."""
+        """The matrices, with the scale (lora_alpha / r, section 4.1) in B. The prompt is not read."""
         scaled = {site: b[...] * self.config.scale for site, b in self.b.items()}
         return LowRank({site: a[...] for site, a in self.a.items()}, scaled)
 
     def normal(self, model: ModelConfig) -> Lora:
-        """With the scale in B, so that it is 1 at any rank."""
+        """The same adapter with the scale in B, so that the scale is 1 at any rank."""
         leaves = named_leaves(self)
         leaves |= {name: leaf * self.config.scale for name, leaf in leaves.items() if name.startswith("b.")}
         made = with_leaves(self, leaves)
@@ -55,12 +65,12 @@ class Lora(Adapter):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank(Adjustment):
-    """A change of sites' outputs that is linear in their inputs: y + (x a) b."""
+    """Adds (x a) b to the outputs of sites."""
 
     a: dict[str, Any]
-    """[in, r] of each site"""
+    """[in, r] by site"""
     b: dict[str, Any]
-    """[r, out] of each site"""
+    """[r, out] by site"""
 
     def adjust(
         self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
@@ -68,3 +78,26 @@ class LowRank(Adjustment):
         if site not in self.a:
             return y
         return y + (x @ self.a[site].astype(x.dtype)) @ self.b[site].astype(x.dtype)
+
+
+def padded_config(config: LoraConfig, sites: tuple[str, ...], max_r: int) -> LoraConfig:
+    return replace(config, target_modules=sites, r=max_r, lora_alpha=float(max_r))
+
+
+LORA = Method(
+    name="lora",
+    label="LoRA",
+    peft_type="LORA",
+    config=LoraConfig,
+    adapter=Lora,
+    carries="matrices",
+    rank=lambda config: config.r,
+    group_config=padded_config,
+    outline=lora_outline,
+    to_tensors=lora_tensors,
+    from_tensors=lora_leaves,
+    tensor_shapes=lora_shapes,
+    count_values=lora_values,
+    to_peft_config=lora_peft_config,
+    from_peft_config=read_lora_config,
+)

@@ -1,11 +1,32 @@
-"""The adapter methods: which class makes an adapter of which config."""
+"""The adapter methods. A new method is one file in this folder, and an import and an entry here."""
 
 from __future__ import annotations
 
-from ..config import Ia3Config, LoraConfig, ParaConfig
-from .adapter import Adapter
-from .ia3 import Ia3
-from .lora import Lora
-from .para import Para
+from typing import Any
 
-METHODS: dict[type, type[Adapter]] = {ParaConfig: Para, LoraConfig: Lora, Ia3Config: Ia3}
+from ..config import ADAPTER_CONFIGS
+from .ia3 import IA3
+from .lora import LORA
+from .method import Method
+from .para import PARA
+
+METHODS: tuple[Method, ...] = (
+    PARA,
+    LORA,
+    IA3,
+)
+
+ADAPTER_CONFIGS.update({method.name: method.config for method in METHODS})  # so that a run's config may name them
+
+
+def method_of(config: Any) -> Method:
+    """The method of an adapter config. Raises ValueError for anything else."""
+    for method in METHODS:
+        if type(config) is method.config:
+            return method
+    known = ", ".join(method.config.__name__ for method in METHODS)
+    raise ValueError(f"{type(config).__name__} is not the config of an adapter method; the methods have {known}")
+
+
+def is_adapter_config(value: Any) -> bool:
+    return any(type(value) is method.config for method in METHODS)

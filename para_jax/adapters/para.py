@@ -1,11 +1,11 @@
-"""PARA's vector generator (arXiv:2502.01033): a prompt's hidden state to the factors on Q, V and Up, once a prompt.
+"""PARA's vector generator (arXiv:2502.01033): it makes the factors on Q, V and Up from a hidden state, once per prompt.
 
-[S] seen in a source, [D] derived, [C] our choice, made because no source that could be read says it.
+[S] seen in a source, [D] derived, [C] our choice, because no source that could be read says it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..config import ModelConfig, ParaConfig
 from .adapter import Adapter, AdapterParam, Factors, Statistic, describe, is_variable, token_at
+from .method import Method
+from .para_format import para_leaves, para_outline, para_tensors, para_values
 
 
 class Para(Adapter):
@@ -29,10 +31,9 @@ class Para(Adapter):
 
     A fresh adapter is exactly the backbone. Without biases r = 12 gives the paper's 8.9M on LLaMA-2 7B [D].
 
-    With the pooler `constant` [C], s is one learned vector a layer, started from N(0, 1), in the place of the prompt's
-    state, and everything else is the same: the control for the question what reading the prompt is worth, for PARA's
-    score minus the control's is due to the prompt alone. Its factors are the same for all prompts, so a trained one is
-    an (IA)^3 adapter (`export_ia3`).
+    With the pooler `constant` [C], s is a learned vector per layer instead of the prompt's state. It starts from
+    N(0, 1). Everything else is the same, so PARA's score minus that of this control is what reading the prompt is
+    worth. Its factors do not depend on the prompt: a trained one is an (IA)^3 adapter (`export_ia3`).
 
     With `layers_to_transform` [C] only those layers have a generator; in the others l = 1.
     """
@@ -57,20 +58,32 @@ class Para(Adapter):
         self.config = config
         self.backbone = describe(model)
 
+    @staticmethod
+    def layers(config: ParaConfig, num_layers: int) -> Sequence[int]:
+        """The layers that have a generator. Raises ValueError for one that the backbone lacks."""
+        chosen = config.layers_to_transform
+        if chosen is None:
+            return range(num_layers)
+        if chosen[-1] >= num_layers:
+            raise ValueError(
+                f"layers_to_transform {chosen} names layer {chosen[-1]}; the backbone has layers 0 to {num_layers - 1}"
+            )
+        return chosen
+
     def pool(
         self, x: Float[Array, "length width"], prompt_length: Int[Array, ""], start: Int[Array, ""] | int = 0
     ) -> Float[Array, " width"]:
         return POOLERS[self.config.pooler](x, prompt_length, start)
 
     def condition(self, summary: Float[Array, " width"]) -> Factors:
-        """The factors, made in float32 on every device. JAX's default precision would round the operands to bfloat16
-        on a TPU and to TF32 on a GPU; it is once per prompt, so the exact product costs nothing that counts."""
+        """The factors, made in float32 on every device. JAX's default precision rounds the operands of a product to
+        bfloat16 on a TPU and to TF32 on a GPU. This runs once per prompt, so full precision costs next to nothing."""
         summary = self.constant[...] if self.config.pooler == "constant" else summary.astype(jnp.float32)
         hidden = self.activate(exact_product(self.summarise(summary), self.down[...]))
         return Factors({site: exact_product(hidden, up[...]) for site, up in self.up.items()})
 
     def normal(self, model: ModelConfig) -> Para:
-        """With a generator in every layer."""
+        """The same adapter with a generator in every layer."""
         if self.config.layers_to_transform is None:
             return self
         whole = self.in_all_layers()
@@ -78,7 +91,7 @@ class Para(Adapter):
         return whole
 
     def in_all_layers(self) -> Para:
-        """With zeros, and statistics of one, in the layers that it doesn't have: their factors are one."""
+        """The adapter with zeros, and statistics of one, in the layers without a generator: their factors are one."""
         layers = self.config.layers_to_transform
         if layers is None:
             return self
@@ -91,9 +104,28 @@ class Para(Adapter):
 
         return jax.tree.map(spread, self, is_leaf=is_variable)
 
+    @property
+    def needs_statistics(self) -> bool:
+        return self.config.summary == "standardised"
+
+    def with_statistics(self, summaries: Float[Array, "layers prompts width"]) -> Para:
+        """The adapter with one mean [width] and one scale [1] per layer, from the summaries of training prompts [C].
+
+        Summaries that differ by rounding only (the prompts end in the same token, so the first layer sees one
+        embedding) get the scale 1.
+        """
+        mean = summaries.mean(axis=1)
+        spread = jnp.sqrt(jnp.mean((summaries - mean[:, None]) ** 2, axis=(1, 2)))[:, None]
+        size = jnp.sqrt(jnp.mean(mean**2, axis=1))[:, None]
+        layers = np.array(self.layers(self.config, len(mean)))
+        filled = jax.tree.map(lambda leaf: leaf, self)
+        filled.mean[...] = mean[layers]
+        filled.scale[...] = jnp.where(spread > 1e-5 * size, spread, 1.0)[layers]
+        return filled
+
     def summarise(self, summary: Float[Array, " width"]) -> Float[Array, " width"]:
-        """The summary at a scale that suits one learning rate in all layers [C]: its RMS runs from 0.1 to 29 over the
-        layers."""
+        """The summary at a scale that suits one learning rate in all layers [C]: its RMS goes from 0.1 in the first
+        layer to 29 in the last."""
         if self.config.summary == "rms":
             return summary * jax.lax.rsqrt(jnp.mean(summary * summary) + 1e-6)
         if self.config.summary == "standardised":
@@ -128,8 +160,8 @@ def in_prompt(x: Float[Array, "length width"], prompt_length, start) -> Bool[Arr
     return ((after >= 0) & (after < prompt_length))[:, None]
 
 
-#: Poolers over one prompt: x [length, width], the prompt's tokens and its first one's place to [width]. `constant`
-#: replaces what `last` gives.
+#: Poolers: (x [length, width], length of the prompt, position of its first token) -> [width]. For `constant` the result
+#: is not used.
 POOLERS: dict[str, Callable] = {"last": last, "mean": mean, "max": maximum, "constant": last}
 
 ACTIVATIONS = {
@@ -150,5 +182,20 @@ def rational(
     x: Float[Array, " rank"], numerator: Float[Array, " 7"], denominator: Float[Array, " 5"]
 ) -> Float[Array, " rank"]:
     """The learned rational function of PEDRO (arXiv:2409.17834) and MiLoRA (arXiv:2410.18035), m = 6 and n = 5:
-    (a_0 + ... + a_6 x^6) / (1 + |b_1 x + ... + b_5 x^5|); the absolute value, which keeps it free of poles, is [C]."""
+    (a_0 + ... + a_6 x^6) / (1 + |b_1 x + ... + b_5 x^5|). The absolute value, which avoids poles, is [C]."""
     return jnp.polyval(numerator[::-1], x) / (1 + jnp.abs(x * jnp.polyval(denominator[::-1], x)))
+
+
+PARA = Method(
+    name="para",
+    label="PARA",
+    peft_type="PARA",
+    config=ParaConfig,
+    adapter=Para,
+    rank=lambda config: config.r,
+    group_config=lambda config, sites, max_r: replace(config, target_modules=sites, r=max_r),
+    outline=para_outline,
+    to_tensors=para_tensors,
+    from_tensors=para_leaves,
+    count_values=para_values,
+)

@@ -19,10 +19,11 @@ from flax import nnx
 
 from ..adapters.adapter import Adapter
 from ..adapters.bank import AdapterBank
+from ..adapters.methods import method_of
 from ..adapters.rows import Rows
 from ..backbone.load import load_backbone, load_model_config
 from ..backbone.transformer import Transformer
-from ..config import SITES, Ia3Config, LoraConfig, ParaConfig, adapter_method
+from ..config import SITES, Ia3Config, LoraConfig, ParaConfig
 from ..inference.generate import CACHE_MULTIPLE, next_token, up_to_multiple
 from ..model import DecodeState, decode, init_adapter, prefill
 from .rounds import medians, paired, random_tokens, summary
@@ -181,8 +182,8 @@ def bank_of(model, config, count: int) -> AdapterBank:
     bank = AdapterBank(
         model.config,
         capacity=count,
-        max_r=getattr(config, "r", 1),
-        methods=(adapter_method(config),),
+        max_r=method_of(config).rank(config),
+        methods=(method_of(config).name,),
         sites=config.target_modules,
     )
     fresh = init_adapter(config, model.config)

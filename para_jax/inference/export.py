@@ -1,4 +1,4 @@
-"""export_ia3: PARA's factors for one fixed prompt, which are constants, as an (IA)^3 adapter that PEFT loads."""
+"""export_ia3: the factors that PARA makes of one prompt, saved as an (IA)^3 adapter, which PEFT can load."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.files import NAMES, save_adapter
+from ..adapters.files import save_adapter
 from ..adapters.ia3 import from_factors
-from ..adapters.lora import Lora
+from ..adapters.methods import method_of
 from ..backbone.transformer import Transformer
-from ..config import require
 from ..data.examples import Prompt, encode_prompt
 from ..model import vectors
 
@@ -19,27 +18,32 @@ from ..model import vectors
 def export_ia3(
     adapter: Adapter, model: Transformer, prompt: Prompt, folder: str | Path, *, tokenizer, base_model: str = ""
 ) -> None:
-    """Writes an (IA)^3 adapter folder that computes what `adapter` computes after this one prompt: on the prompt itself
-    and on every token that follows it. After another prompt PARA would make other factors.
+    """Writes an (IA)^3 adapter folder that computes what `adapter` computes after this prompt: on the prompt itself and
+    on every token that follows it. PARA would make other factors of another prompt.
 
     Args:
         prompt: a text, or chat messages for the tokenizer's template.
         base_model: where the backbone comes from, for the model card.
 
-    Raises ValueError for a LoRA adapter, which has no factors, for a prompt that is longer than the model's positions,
+    Raises ValueError for an adapter that makes no factors (LoRA) and for a prompt longer than the model's positions,
     and as save_adapter does.
     """
-    if not isinstance(adapter, Adapter) or isinstance(adapter, Lora):
+    if not isinstance(adapter, Adapter):
+        raise ValueError(f"export_ia3 takes one adapter; got {type(adapter).__name__}")
+    method = method_of(adapter.config)
+    if method.carries != "factors":
         raise ValueError(
-            f"export_ia3: {type(adapter).__name__} is not possible; expected one adapter that makes factors "
-            "(PARA, (IA)^3); save_adapter writes LoRA in PEFT's own format"
+            f"export_ia3: a {method.label} adapter makes {method.carries}, no factors; use save_adapter instead"
         )
     ids, longest = encode_prompt(tokenizer, prompt), model.config.max_positions
-    require(
-        len(ids) <= longest, "export_ia3: tokens of the prompt", len(ids), f"at most {longest}, the model's positions"
-    )
-    made = vectors(model, adapter, np.array([ids], np.int32), len(ids))
-    exported = from_factors({site: factors[:, 0] for site, factors in made.items()}, model.config)
-    name = NAMES[type(adapter.config)][0] if type(adapter.config) in NAMES else type(adapter).__name__
-    card = [f"The factors that a {name} adapter makes of one prompt of {len(ids)} tokens. They hold after that alone."]
+    if len(ids) > longest:
+        raise ValueError(
+            f"export_ia3: the prompt has {len(ids)} tokens; this model has positions for at most {longest}"
+        )
+    factors_of = vectors(model, adapter, np.array([ids], np.int32), len(ids))
+    exported = from_factors({site: factors[:, 0] for site, factors in factors_of.items()}, model.config)
+    card = [
+        f"The factors that a {method.label} adapter makes of one prompt of {len(ids)} tokens. They are valid only "
+        "after this prompt."
+    ]
     save_adapter(exported, folder, base_model=base_model, card=card)

@@ -472,7 +472,7 @@ class TenantsLoop(NamedTuple):
 
     def fresh_adapter(self, tenant: Tenant) -> Adapter:
         made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
-        if getattr(self.config.adapter, "summary", "raw") == "standardised":
+        if made.needs_statistics:
             seed = tenant.config.seed
             statistics = statistics_batches(tenant.data.examples, self.buckets[-1], self.layout.rows, seed)
             made = standardise(self.model, made, *statistics)

@@ -205,7 +205,7 @@ def fit(
         run = run_digests(config, model.fingerprint, [(work.data.examples, validation, test)])
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
         restored = restore_checkpoint(checkpoints, state, run=run, accept_data=config.data.changed == "accept")
-        if restored is None and getattr(config.adapter, "summary", "raw") == "standardised":
+        if restored is None and fresh.needs_statistics:
             statistics = statistics_batches(work.data.examples, work.buckets[-1], work.rows, config.seed)
             state = state._replace(adapter=standardise(model, state.adapter, *statistics))
         state, progress = restored or (state, Progress(0, None, 0, 0, run=run))

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from ..adapters.adapter import Adapter, layers_of
+from ..adapters.adapter import Adapter
 from ..config import TrainSection
 from ..data.batches import Batch
 from ..data.packing import Packed
@@ -93,18 +92,7 @@ def prompt_summaries(model, batch: Batch, adapter: Adapter) -> jax.Array:
 
 
 def standardise(model, adapter: Adapter, batches: list[Batch], count: int) -> Adapter:
-    """The adapter with the mean, and the spread around it, of the summaries of some training prompts [our choice].
-    They are the first `count` rows of the batches; the others only fill up the last batch, and do not weigh.
-
-    One mean [width] and one scale [1] a layer, measured on the backbone before training and never trained. A layer
-    whose summaries differ by rounding alone (prompts that end in the same token have one embedding) has scale 1.
-    """
+    """The adapter with the statistics of training prompts: the first `count` rows of the batches. The other rows only
+    fill up the last batch."""
     summaries = jnp.concatenate([prompt_summaries(model, batch, adapter) for batch in batches], axis=1)[:, :count]
-    mean = summaries.mean(axis=1)
-    spread = jnp.sqrt(jnp.mean((summaries - mean[:, None]) ** 2, axis=(1, 2)))[:, None]
-    filled = jax.tree.map(lambda leaf: leaf, adapter)
-    size = jnp.sqrt(jnp.mean(mean**2, axis=1))[:, None]
-    layers = np.array(layers_of(adapter.config, len(mean)))
-    filled.mean[...] = mean[layers]
-    filled.scale[...] = jnp.where(spread > 1e-5 * size, spread, 1.0)[layers]
-    return filled
+    return adapter.with_statistics(summaries)

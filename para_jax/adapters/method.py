@@ -1,0 +1,73 @@
+"""The record of an adapter method: its names, how an AdapterBank pads it, and how its folder is written and read.
+
+What a method computes is its Adapter class. The rest of the package asks the record and never which method it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jax.typing import ArrayLike
+
+from ..config import ModelConfig
+from .adapter import Adapter, Backbone
+from .own_tensors import count_by_shape, leaves_of_tensors, tensors_of_leaves
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def at_sites(config: Any, sites: tuple[str, ...], max_r: int) -> Any:
+    return replace(config, target_modules=sites)
+
+
+def vectors_on_sites(config: Any) -> str:
+    return f"Vectors on {', '.join(config.target_modules)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """An adapter method. The fields without a default are needed; the defaults suit a method whose adapters hold one
+    vector for each site, in a folder of para_jax's own format."""
+
+    name: str
+    """the value of `adapter.method` in a run's config, and of AdapterBank's `methods`"""
+    label: str
+    """the name in text, such as (IA)^3"""
+    peft_type: str
+    """the value of `peft_type` in adapter_config.json"""
+    config: type
+    """a frozen dataclass; every field has a default, and `target_modules` names the sites"""
+    adapter: type[Adapter]
+    carries: str = "factors"
+    """what decode carries for each row: "factors" if condition() returns Factors, else any noun, such as "matrices" """
+
+    # In an AdapterBank, adapters are padded to the bank's rank and sites, so that they stack.
+    rank: Callable[[Any], int] = lambda config: 1
+    """(config) -> the rank; 1 for a method without one"""
+    group_config: Callable[[Any, tuple[str, ...], int], Any] = at_sites
+    """(config of a `normal` adapter, the bank's sites, the bank's largest rank) -> the config after padding"""
+
+    # In an adapter folder.
+    outline: Callable[[Any], str] = vectors_on_sites
+    """(config) -> a sentence without its full stop, for the model card"""
+    to_tensors: Callable[[Adapter], Mapping[str, ArrayLike]] = tensors_of_leaves
+    """(adapter) -> the file's tensors by name"""
+    from_tensors: Callable[[Any, ModelConfig, dict], tuple[Any, dict]] = leaves_of_tensors
+    """(config, backbone, tensors) -> the config and the arrays of the adapter, by the names of `named_leaves`"""
+    tensor_shapes: Callable[[Any, ModelConfig], Shapes] | None = None
+    """(config in the file, backbone) -> the expected shapes; None: those that `to_tensors` gives"""
+    count_values: Callable[[Any, dict, Callable[[], Shapes]], tuple[int, int, int]] = count_by_shape
+    """(config, backbone in the file, a function that reads the shapes of the file's tensors) -> how many numbers are in
+    matrices, how many in vectors, and how many decode carries for each row"""
+    to_peft_config: Callable[[Any, Backbone], dict] | None = None
+    """(config, backbone) -> the method's own keys in adapter_config.json, for a method that PEFT knows. None: the
+    config's fields are the keys, next to a description of the backbone."""
+    from_peft_config: Callable[[dict, Shapes], Any] | None = None
+    """(adapter_config.json, shapes of the file's tensors) -> config, for a method that PEFT knows"""
+
+    @property
+    def in_peft(self) -> bool:
+        """Whether Hugging Face PEFT defines the folder's format, and so can load it."""
+        return self.to_peft_config is not None

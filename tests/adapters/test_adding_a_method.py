@@ -1,0 +1,60 @@
+"""docs/adding_a_method.md holds: its file and its entry, in a copy of the package, make a method that works."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from para_jax.adapters.methods import METHODS, method_of
+from para_jax.config import ADAPTER_CONFIGS
+
+ROOT = Path(__file__).parents[2]
+
+
+def code_blocks() -> list[str]:
+    text = (ROOT / "docs" / "adding_a_method.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_documented_method_works_after_one_file_and_one_entry(tmp_path):
+    file, entry = code_blocks()
+    shutil.copytree(ROOT / "para_jax", tmp_path / "para_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    adapters = tmp_path / "para_jax" / "adapters"
+    (adapters / "bias.py").write_text(file)
+    before = (adapters / "methods.py").read_text()
+    after, count = re.subn(r"^METHODS\b.*?^\)\n", lambda _: entry, before, flags=re.MULTILINE | re.DOTALL)
+    assert count == 1
+    added = [line for line in after.splitlines() if line.strip() and line not in before.splitlines()]
+    assert added == ["from .bias import BIAS", "    BIAS,"]
+    (adapters / "methods.py").write_text(after)
+
+    options = ["-c", str(ROOT / "pyproject.toml"), "-n", "0", "-p", "no:cacheprovider"]
+    laws = str(Path(__file__).with_name("added_method.py"))
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, laws],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert "6 passed" in run.stdout
+
+
+def test_names_classes_and_peft_types_are_all_different():
+    for field in ("name", "label", "peft_type", "config", "adapter"):
+        values = [getattr(method, field) for method in METHODS]
+        assert len(set(values)) == len(values), field
+
+
+def test_a_run_may_name_every_method():
+    assert {method.name: method.config for method in METHODS} == ADAPTER_CONFIGS
+
+
+def test_what_is_no_adapter_config_has_no_method():
+    with pytest.raises(ValueError, match="int .*ParaConfig, LoraConfig, Ia3Config"):
+        method_of(5)
