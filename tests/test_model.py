@@ -369,7 +369,7 @@ def test_an_adapter_of_another_backbone_is_refused():
     other = init_adapter(ParaConfig(), backbone("qwen3").config)
     with pytest.raises(ValueError, match="another backbone"):
         forward(backbone("llama"), other, prompts(backbone("llama")), 5)
-    with pytest.raises(ValueError, match="expected None, an adapter or Rows"):
+    with pytest.raises(ValueError, match="adapters.*list"):
         check_fits([other], backbone("llama").config)
 
 
@@ -378,7 +378,7 @@ def test_wrong_stacks_and_picks_are_named():
     one, other = init_adapter(ParaConfig(r=4), config), init_adapter(ParaConfig(r=5), config)
     with pytest.raises(ValueError, match="adapter 1 .*differs from adapter 0"):
         stack_adapters([one, other])
-    with pytest.raises(ValueError, match="the list is empty"):
+    with pytest.raises(ValueError, match="stack_adapters"):
         stack_adapters([])
-    with pytest.raises(ValueError, match="expected -1 .* to 1"):
+    with pytest.raises(ValueError, match=r"pick.*\[0, 2\]"):
         pick(stack_adapters([one, one]), [0, 2])
