@@ -1,8 +1,8 @@
 """Public tasks: how a row of a published data set becomes a prompt, a completion and the accepted answers.
 
-Rows have the data set's published field names. BoolQ, COPA, SQuAD and SST-2 use the templates of ALoRA, a paper
-by PARA's authors; the other templates are ours. PARA's own are not published. Rows with `prompt` and `completion` are used
-unchanged (records.py), and the task only decides how answers are scored.
+Rows have the data set's published field names. BoolQ, COPA, SQuAD and SST-2 use the templates of ALoRA, a paper by the
+same group; the other templates are ours, since PARA's own are not published. Rows with `prompt` and `completion` are
+used unchanged (records.py), and the task only decides how answers are scored.
 """
 
 from __future__ import annotations

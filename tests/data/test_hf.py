@@ -120,7 +120,7 @@ def test_a_source_is_a_name_a_config_and_a_split(source, parts):
     assert parse_hf(source) == parts
 
 
-# --------------------------------------------------------------------------------------------------------- training data
+# -------------------------------------------------------------------------------------------------------- training data
 
 
 def test_training_data_is_cached_and_named_like_other_sources(tmp_path, monkeypatch):
@@ -145,7 +145,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert len(load_records(DataSection(train=source), "train")) == 3
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_without_datasets_the_error_names_the_extra(tmp_path, monkeypatch):
