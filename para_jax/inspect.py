@@ -28,6 +28,7 @@ from .config import (
 )
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
+from .data.hf import is_hf
 from .data.records import SPLITS, load_records
 from .data.tasks import TASKS
 from .data.tenants import tenant_sections
@@ -99,6 +100,8 @@ def data_lines(config: RunConfig) -> list[str]:
         return tenant_lines(config)
     if config.data.train is None:
         return ["data       data.train is not set"]
+    if is_hf(config.data.train):
+        return [f"data       {config.data.train}: loaded from the hub's cache when the run starts"]
     if not is_tfds(config.data.train) and not expanded(config.data.train).exists():
         return [f"data       {config.data.train}: not there yet"]
     try:

@@ -1,35 +1,36 @@
 """Where backbone and adapters meet: adapt, forward, prefill, decode.
 
-A layer's adjustments are made from the residual stream that enters it, at the prompt, once; the same adjustments
-serve the teacher-forced pass and every decoded token. `decode` takes adjustments and no adapter: neither its cost nor
-its compiled program can depend on the number of tenants.
+Each layer computes its adjustments once, from the residual stream that enters it at the prompt. The same adjustments
+apply to the teacher-forced pass and to every decoded token. `decode` takes adjustments and no adapter, so neither its
+cost nor its compiled program can depend on the number of tenants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from .adapters.methods import is_adapter_config, method_of
-from .adapters.rows import Made, Rows, Stack, by_layer, check_fits, gather
+from .adapters.rows import Adjustments, Rows, Stack, by_layer, check_fits, gather
 from .adapters.segments import adjust_segments
 from .backbone.cache import attend_cached, attend_prefix, padded
 from .backbone.kernels import self_attention
+from .backbone.layout import stack_trees, through_layers
 from .backbone.rotary import rotary_tables
-from .backbone.transformer import Transformer, periods
+from .backbone.sequences import checked_sequences
+from .backbone.transformer import Transformer
 from .config import SITES, ModelConfig
 
-#: What the backward pass keeps of a layer, beside its input: everything; the outputs of its linears (attention weights
-#: and everything elementwise are made anew, which costs less than storing them); nothing.
+#: What the forward pass saves of a layer for the backward pass, besides its input: everything; the outputs of its
+#: linears (recomputing attention weights and elementwise operations is cheaper than storing them); nothing.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda step: step,
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
@@ -38,44 +39,46 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 
 class Segments(NamedTuple):
-    """Where the examples of packed rows stand."""
+    """Where the examples lie in packed rows."""
 
     segment: jax.Array
     """int32 [rows, T]: each token's segment; -1 is padding"""
     start: jax.Array
-    """int32 [rows, segments]: where a segment's first token stands"""
+    """int32 [rows, segments]: the index of each segment's first token"""
 
     @property
     def position(self) -> Int[Array, "rows T"]:
-        """Each token's place in its segment."""
+        """Each token's position within its segment."""
         start = jnp.take_along_axis(self.start, jnp.maximum(self.segment, 0), axis=1)
         return jnp.arange(self.segment.shape[1]) - jnp.where(self.segment < 0, 0, start)
 
 
 class DecodeState(NamedTuple):
-    """What decode needs of the tokens so far. Donated at each step."""
+    """What decode needs to know about the tokens so far. Each step donates it."""
 
     cache: tuple
-    """a layer: (keys after rotary, values), each [batch, kv_heads, max_length, head_dim]"""
+    """per layer: (keys after rotary, values), each [batch, kv_heads, max_length, head_dim]"""
     adjustments: tuple
-    """a layer: an Adjustment whose arrays lead with the batch, or that is Shared; () without adapters"""
+    """per layer: an Adjustment whose arrays have a leading batch axis, or a Shared one; () without adapters"""
     length: jax.Array
-    """int32 [batch], tokens held"""
+    """int32 [batch]: tokens in the cache"""
 
 
 class StackedState(NamedTuple):
-    """A DecodeState of a model in the stacked layout, whose caches and adjustments are one array for all layers and
-    lead with them. Each step of decode_step writes into these caches; those of a DecodeState it would have to stack."""
+    """A DecodeState for the stacked layout: its arrays have a leading layer axis.
+
+    decode_step updates these caches in place. It would have to stack the caches of a DecodeState at every step.
+    """
 
     cache: tuple
     """(keys after rotary, values), each [layers, batch, kv_heads, max_length, head_dim]"""
     adjustments: Adjustment | None
     length: jax.Array
-    """int32 [batch], tokens held"""
+    """int32 [batch]: tokens in the cache"""
 
 
 class AdaptedTransformer(nnx.Module):
-    """The same Transformer, its arrays shared, with an adapter at every layer."""
+    """A Transformer with an adapter at every layer. It shares the Transformer's arrays."""
 
     def __init__(self, backbone: Transformer, adapter: Adapter):
         self.backbone = backbone
@@ -87,12 +90,12 @@ class AdaptedTransformer(nnx.Module):
 
 
 def init_adapter(adapter_config, model_config: ModelConfig, *, seed: int = 0) -> Adapter:
-    """A fresh adapter: exactly the backbone until it is trained. Its arrays lead with the layers."""
+    """A new adapter, which changes nothing until it is trained. Its arrays have a leading layer axis."""
     return init(method_of(adapter_config).adapter, adapter_config, model_config, seed)
 
 
 def adapt(model: Transformer, adapter) -> AdaptedTransformer:
-    """The transform: `model` with an adapter (or a fresh one of an adapter config) at every layer."""
+    """`model` with an adapter at every layer; an adapter config gives a new adapter."""
     if is_adapter_config(adapter):
         adapter = init_adapter(adapter, model.config)
     check_fits(adapter, model.config)
@@ -103,17 +106,20 @@ def adapt(model: Transformer, adapter) -> AdaptedTransformer:
 
 
 def forward(
-    model: Transformer, adapters: Adapter | Rows | Made | None, tokens, prompt_length, length=None
+    model: Transformer, adapters: Adapter | Rows | Adjustments | None, tokens, prompt_length, length=None
 ) -> Float[Array, "batch T vocab"]:
     """Logits float32 [batch, T, vocab] of the teacher-forced pass.
 
     Args:
-        adapters: None (prompt_length is ignored), one adapter for every row, or Rows.
+        adapters: None, one adapter for all rows, Rows, or Adjustments. With None, prompt_length is ignored.
         tokens: int32 [batch, T], padded on the right.
-        prompt_length: int or int32 [batch]; the summary is taken at prompt_length - 1 (mean, max: over the prompt).
-        length: int or int32 [batch], a row's real tokens; default T. Logits at padding are finite, no more.
+        prompt_length: int or int32 [batch]. The prompt's last token, prompt_length - 1, gives the summary; the mean and
+            max poolers read the whole prompt.
+        length: int or int32 [batch]: each row's tokens without padding; default T. Logits at padding are finite but
+            mean nothing.
 
-    Raises ValueError unless 1 <= prompt_length <= length <= T, where they are concrete, or for a foreign adapter.
+    Raises ValueError for an adapter of another backbone, and unless 1 <= prompt_length <= length <= T (checked only if
+    they are concrete).
     """
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, length)
     return _forward(model, adapters, tokens, prompt_length)
@@ -121,16 +127,18 @@ def forward(
 
 def hidden_states(
     model: Transformer,
-    adapters: Adapter | Rows | Made | None,
+    adapters: Adapter | Rows | Adjustments | None,
     tokens,
     prompt_length,
     length=None,
     *,
     all_layers: bool = False,
 ) -> Float[Array, "*layers batch T width"]:
-    """The hidden states after the final norm [batch, T, width]; all_layers: the residual stream that enters each
-    layer, and the last layer's output before the final norm, [layers + 1, batch, T, width]. Arguments and errors as
-    in forward."""
+    """The hidden states after the final norm, [batch, T, width]. Arguments and errors are those of forward.
+
+    With all_layers: the residual stream that enters each layer, and the last layer's output before the final norm,
+    [layers + 1, batch, T, width].
+    """
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, length)
     return _hidden_states(model, adapters, tokens, prompt_length, all_layers)
 
@@ -138,34 +146,43 @@ def hidden_states(
 def vectors(
     model: Transformer, adapters: Adapter | Rows, tokens, prompt_length
 ) -> dict[str, Float[Array, "layers batch out"]]:
-    """The factors l themselves, {site: float32 [layers, batch, site width]}, for looking and for tests."""
+    """The factors l as PARA defines them, {site: float32 [layers, batch, site width]}, for inspection and tests."""
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
     adjustments = _adjustments(model, adapters, tokens, prompt_length)
     if not isinstance(adjustments[0], Factors):
-        raise ValueError(f"vectors: {type(adjustments[0]).__name__} adjustments are not factors")
+        raise ValueError(
+            f"vectors needs a method that makes factors, such as PARA; got {type(adjustments[0]).__name__}"
+        )
     sites = [site for site in SITES if site in adjustments[0].distance]
     return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in sites}
 
 
-def made_for(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length) -> Made | None:
-    """The adjustments that the adapters make of prompts, one a row, to be given to forward, prefill and others in the
-    place of the adapters, whatever tokens these then read. None without adapters."""
+def adjustments_for(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length) -> Adjustments | None:
+    """The adjustments that the adapters compute from the prompts, one per row. None without adapters.
+
+    forward, prefill and the others take them instead of adapters, with any tokens: also those of another prompt.
+    """
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
-    return None if adapters is None else Made(tuple(_adjustments(model, adapters, tokens, prompt_length)))
+    return None if adapters is None else Adjustments(tuple(_adjustments(model, adapters, tokens, prompt_length)))
 
 
 def multi_tenant_forward(
     model: Transformer, rows: Rows, tokens, prompt_length, length=None
 ) -> Float[Array, "batch T vocab"]:
-    """forward, written the plain way, as the reference: `jax.vmap` over single examples and their adapter weights,
-    with the backbone unmapped. It gathers every row's whole adapter."""
+    """The reference for forward with Rows: `jax.vmap` over single examples and their adapters, the backbone unmapped.
+
+    It gathers the whole adapter of every row, so it is slow.
+    """
     tokens, prompt_length, _ = checked(model, rows, tokens, prompt_length, length)
     return _multi_tenant_forward(model, rows, tokens, prompt_length)
 
 
 def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array, " batch"]]:
-    """(tokens, length) with every row's real tokens moved to the left: tokens and mask [batch, T], padded on any
-    side."""
+    """Moves each row's real tokens to the left; returns (tokens, length).
+
+    Args:
+        tokens, attention_mask: [batch, T], padded on either side.
+    """
     mask = jnp.asarray(attention_mask) != 0
     order = jnp.argsort(~mask, axis=1, stable=True)
     kept = jnp.take_along_axis(jnp.where(mask, jnp.asarray(tokens), 0), order, axis=1)
@@ -176,30 +193,35 @@ def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array,
 
 
 def prefill(
-    model: Transformer, adapters: Adapter | Rows | Made | None, tokens, prompt_length, length=None, *, max_length: int
+    model: Transformer,
+    adapters: Adapter | Rows | Adjustments | None,
+    tokens,
+    prompt_length,
+    length=None,
+    *,
+    max_length: int,
 ) -> tuple[Float[Array, "batch vocab"], DecodeState]:
-    """Logits float32 [batch, vocab] at each row's last token, and the state from which decode goes on.
+    """Logits float32 [batch, vocab] at each row's last token, and the state from which decode continues.
 
     Args:
-        length: a row's real tokens; default prompt_length. A larger one continues a started completion with the
-        factors of
-            its prompt.
-        max_length: tokens a row that the cache holds.
+        length: each row's tokens without padding; default prompt_length. A larger length continues a completion that
+            has begun, with the factors of its prompt.
+        max_length: tokens per row that the cache has room for.
 
-    Raises ValueError as forward does, and where the tokens do not fit max_length.
+    Raises ValueError as forward does, and if the tokens exceed max_length.
     """
     tokens, prompt_length, length = checked(
         model, adapters, tokens, prompt_length, prompt_length if length is None else length
     )
     if tokens.shape[1] > max_length:
-        raise ValueError(f"max_length: {max_length} is less than the {tokens.shape[1]} tokens given")
+        raise ValueError(f"max_length {max_length} is less than the {tokens.shape[1]} tokens of a row; raise it")
     return _prefill(model, adapters, tokens, prompt_length, length, max_length)
 
 
 def decode(model: Transformer, state: DecodeState, tokens) -> tuple[Float[Array, "batch vocab"], DecodeState]:
-    """Logits float32 [batch, vocab] after one more token a row, int32 [batch], and the next state.
+    """Logits float32 [batch, vocab] after one more token per row, int32 [batch], and the next state.
 
-    The state that is given is donated. A row that holds max_length tokens writes nothing and gives NaN logits.
+    The given state is donated. A row that already has max_length tokens stays unchanged and gets NaN logits.
     """
     return _decode(model, state, jnp.asarray(tokens, jnp.int32))
 
@@ -254,21 +276,22 @@ def _decode(model, state, tokens):
 
 @jax.jit
 def stacked_state(state: DecodeState) -> StackedState:
-    return StackedState(stacked(state.cache), stacked(state.adjustments) if state.adjustments else None, state.length)
+    adjustments = stack_trees(state.adjustments) if state.adjustments else None
+    return StackedState(stack_trees(state.cache), adjustments, state.length)
 
 
 def decode_step(
     model: Transformer, state: DecodeState | StackedState, tokens: Int[Array, " batch"]
 ) -> tuple[Float[Array, "batch vocab"], DecodeState | StackedState]:
-    """decode, to be used inside a larger compiled program; in the stacked layout, of a StackedState too."""
+    """decode, for use inside a larger compiled program. A model in the stacked layout also takes a StackedState."""
     if model.layout == "stacked" and isinstance(state, DecodeState):
         logits, after = decode_step(model, stacked_state(state), tokens)
         cache = tuple(jax.tree.map(lambda a, i=i: a[i], after.cache) for i in range(model.config.num_layers))
         return logits, DecodeState(cache, state.adjustments, after.length)
     max_length = jax.tree.leaves(state.cache)[0].shape[-2]
-    tables = tables_of(model.config, state.length[:, None])
+    tables = rotary_tables_by_kind(model.config, state.length[:, None])
 
-    def through(x, layer, cache, adjustment, index=None):
+    def apply_layer(x, layer, cache, adjustment, index=None):
         attend = attend_cached(cache, state.length, layer.kind.window, index)
         return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
 
@@ -278,14 +301,14 @@ def decode_step(
         def step(x_and_cache, layer, inputs):
             x, cache = x_and_cache
             index, adjustment = inputs
-            return through(x, layer, cache, adjustment, index), None
+            return apply_layer(x, layer, cache, adjustment, index), None
 
         inputs = jnp.arange(model.config.num_layers), state.adjustments
         (x, cache), _ = through_layers(model, step, (x, state.cache), inputs)
     else:
         adjustments = state.adjustments or (None,) * model.config.num_layers
         inputs = list(zip(state.cache, adjustments, strict=True))
-        x, cache = through_layers(model, lambda x, layer, inputs: through(x, layer, *inputs), x, inputs)
+        x, cache = through_layers(model, lambda x, layer, inputs: apply_layer(x, layer, *inputs), x, inputs)
         cache = tuple(cache)
     logits = model.logits(model.final_norm(x[:, 0]))
     full = state.length >= max_length
@@ -296,10 +319,10 @@ def decode_step(
 def continue_rows(
     model: Transformer, state: DecodeState, row: Int[Array, " n"], tokens: Int[Array, "n C"]
 ) -> Float[Array, "n C width"]:
-    """The hidden states, after the final norm, of tokens that continue rows of a state: tokens[i] goes on after what
-    row[i] of it holds, with that row's adjustments. The state stays as it is. For use inside a compiled program."""
+    """The hidden states, after the final norm, of tokens that continue rows of a state: tokens[i] follows the tokens of
+    row[i], with that row's adjustments. The state is unchanged. For use inside a compiled program."""
     length = state.length[row]
-    tables = tables_of(model.config, length[:, None] + jnp.arange(tokens.shape[1]))
+    tables = rotary_tables_by_kind(model.config, length[:, None] + jnp.arange(tokens.shape[1]))
 
     def step(x, layer, inputs):
         cache, adjustment = inputs
@@ -324,16 +347,16 @@ def residual_stream(
     keep: Callable | None = None,
     remat: str = "dots",
 ):
-    """The residual stream [batch, T, width] before the final norm, and a list over layers of what
-    keep(x that entered, (keys, values), float32 adjustment) gives; [None, ...] without `keep`.
+    """The residual stream [batch, T, width] before the final norm, and a list with keep's result for each layer.
 
     Args:
-        prompt_length: int32 [batch]; of packed rows [batch, segments].
-        segments: of packed rows; adjustments then lead with [batch, segments].
-        remat: a name of REMAT.
+        prompt_length: int32 [batch]; for packed rows [batch, segments].
+        segments: for packed rows; adjustments then have leading axes [batch, segments].
+        keep: keep(x that entered the layer, (keys, values), float32 adjustment); default: keeps nothing.
+        remat: a key of REMAT.
     """
     positions = segments.position if segments else jnp.arange(tokens.shape[1])
-    tables = tables_of(model.config, positions)
+    tables = rotary_tables_by_kind(model.config, positions)
     segment = segments.segment if segments else None
     attend = self_attention(model.config, model.dtype, tokens.shape[1], segment, model.attention)
     weights, make = (None, lambda *_: None) if adapters is None else by_layer(adapters)
@@ -347,63 +370,14 @@ def residual_stream(
     return through_layers(model, REMAT[remat](step), model.embed(tokens), weights)
 
 
-def tables_of(config: ModelConfig, positions: jax.Array) -> dict:
-    """The rotary tables of every kind of layer, each made once."""
+def rotary_tables_by_kind(config: ModelConfig, positions: jax.Array) -> dict:
+    """The rotary tables of every kind of layer, each computed once."""
     rotaries = dict.fromkeys(kind.rotary for kind in config.kinds)
     return {rotary: rotary_tables(rotary, positions) for rotary in rotaries}
 
 
-def through_layers(model: Transformer, step: Callable, x, inputs) -> tuple[Any, list]:
-    """x after step(x, layer, a layer's inputs) -> (x, output) of every layer in order, and the outputs as a list; x may
-    be any tree.
-
-    Args:
-        inputs: a list over layers, or a tree whose arrays lead with the layers.
-    """
-    run = {"layers": one_by_one, "stacked": by_scan}[model.layout]
-    return run(model, step, x, inputs)
-
-
-def one_by_one(model, step, x, inputs):
-    outputs = []
-    for i, layer in enumerate(model.layers):
-        x, output = step(x, layer, inputs[i] if isinstance(inputs, list) else jax.tree.map(lambda a, i=i: a[i], inputs))
-        outputs.append(output)
-    return x, outputs
-
-
-def by_scan(model, step, x, inputs):
-    if isinstance(inputs, list):
-        inputs = stacked(inputs)
-    outputs: list = [None] * model.config.num_layers
-    for (start, period, repeats), group in zip(periods(model.config.kinds), model.layers, strict=True):
-        stop = start + period * repeats
-        of_position = [strided(inputs, start + j, stop, period) for j in range(period)]
-        x, kept = jax.lax.scan(partial(one_period, step), x, (list(group), of_position))
-        for j in range(period):
-            for i in range(repeats):
-                outputs[start + i * period + j] = jax.tree.map(lambda a, i=i: a[i], kept[j])
-    return x, outputs
-
-
-def stacked(layers):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-
-
-def strided(inputs, start: int, stop: int, period: int):
-    return jax.tree.map(lambda a: a[start:stop:period], inputs)
-
-
-def one_period(step, x, layers_and_inputs):
-    outputs = []
-    for layer, inputs in zip(*layers_and_inputs, strict=True):
-        x, output = step(x, layer, inputs)
-        outputs.append(output)
-    return x, outputs
-
-
 def batched_adjust(adjustment: Adjustment | None, segments: Segments | None = None) -> Callable:
-    """adjust(site, x, y) over a batch, from an adjustment whose arrays lead with the batch, or that is Shared."""
+    """adjust(site, x, y) over a batch, from an adjustment whose arrays have a leading batch axis, or a Shared one."""
     if adjustment is None:
         return lambda site, x, y: y
     if isinstance(adjustment, Shared):
@@ -414,41 +388,14 @@ def batched_adjust(adjustment: Adjustment | None, segments: Segments | None = No
 
 
 def cast(adjustment, dtype):
-    """What decode carries: the adjustment in the compute dtype. In the teacher-forced pass, `adjust` rounds to the same
-    dtype, just before it applies them, so that their gradients stay float32."""
+    """The adjustment in the compute dtype, as decode carries it. In the teacher-forced pass `adjust` rounds to the same
+    dtype just before it applies them, so that their gradients stay float32."""
     return jax.tree.map(lambda a: a.astype(dtype), adjustment)
 
 
 def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens and lengths as int32 arrays, checked where they are concrete."""
+    """Tokens and lengths as int32 arrays. Raises ValueError for wrong ones, and for adapters of another backbone."""
     check_fits(adapters, model.config)
-    if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-        raise ValueError(
-            f"tokens: shape {np.shape(tokens)}; expected whole numbers [batch, length], padded on the right"
-        )
-    batch, total = np.shape(tokens)
-    prompt_length = total if adapters is None and prompt_length is None else prompt_length
-    length = total if length is None else length
-    lengths = []
-    for name, value in (("prompt_length", prompt_length), ("length", length)):
-        if np.ndim(value) > 1 or (np.ndim(value) == 1 and np.shape(value) != (batch,)):
-            raise ValueError(
-                f"{name}: shape {np.shape(value)}; expected one whole number, or one for each of the {batch} rows"
-            )
-        lengths.append(value)
-    concrete = [value for value in lengths if not isinstance(value, Tracer)]
-    if len(concrete) == 2:
-        shortest, longest = np.broadcast_arrays(*map(np.asarray, lengths))
-        if (shortest < 1).any() or (shortest > longest).any() or (longest > total).any():
-            raise ValueError(
-                f"prompt_length {np.asarray(prompt_length).tolist()}, length {np.asarray(length).tolist()}: "
-                f"expected 1 <= prompt_length <= length <= {total}, the tokens given"
-            )
-    if (
-        isinstance(tokens, np.ndarray)
-        and tokens.size
-        and not (0 <= tokens.min() and tokens.max() < model.config.vocab_size)
-    ):
-        raise ValueError(f"tokens: ids {tokens.min()} to {tokens.max()}; expected 0 to {model.config.vocab_size - 1}")
-    prompt_length, length = (jnp.broadcast_to(jnp.asarray(value, jnp.int32), (batch,)) for value in lengths)
-    return jnp.asarray(tokens, jnp.int32), prompt_length, length
+    if adapters is None and prompt_length is None:
+        prompt_length = np.shape(tokens)[-1]
+    return checked_sequences(tokens, prompt_length, length, model.config.vocab_size)

@@ -27,7 +27,7 @@ from para_jax.evaluation.evaluate import (
     plan_shapes,
     score_of,
 )
-from para_jax.model import Made
+from para_jax.model import Adjustments
 
 ROWS = 16
 
@@ -40,21 +40,21 @@ def parts(layers: int, sites: tuple[str, ...]) -> dict:
     return {"none": (set(), set()), "all": (set(everywhere), set(sites)), **of_sites, **named}
 
 
-def swapped(own: Made, other: Made, layers: set[int], sites: set[str]) -> Made:
-    """The factors `own`, replaced by `other` at these layers and sites."""
+def swapped(own: Adjustments, other: Adjustments, layers: set[int], sites: set[str]) -> Adjustments:
+    """The factors `own`, but at these layers and sites `other`."""
     mixed = []
     for layer, (mine, theirs) in enumerate(zip(own.layers, other.layers, strict=True)):
         chosen = sites if layer in layers else set()
         distance = {site: (theirs if site in chosen else mine).distance[site] for site in mine.distance}
         mixed.append(Factors(distance))
-    return Made(tuple(mixed))
+    return Adjustments(tuple(mixed))
 
 
 def once(of_batch):
     """The function, with the result for the last rows remembered."""
     made = {}
 
-    def of(rows) -> Made:
+    def of(rows) -> Adjustments:
         key = tuple(rows.tolist())
         if key not in made:
             made[key] = of_batch(rows)

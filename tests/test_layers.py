@@ -30,7 +30,8 @@ LAYERS = [
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 SIDEWAYS = {("devices", "hub")}
-HEAVY = "orbax grain qwix tensorflow_datasets tensorflow transformers tokenizers lm_eval matplotlib torch".split()
+HEAVY = "orbax grain qwix tensorflow_datasets datasets tensorflow transformers tokenizers lm_eval matplotlib".split()
+HEAVY += ["torch"]
 
 
 def wrong_imports(file, text):

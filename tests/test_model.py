@@ -128,7 +128,7 @@ def test_both_layouts_hold_the_same_arrays():
     there_and_back = load_backbone(FIXTURES / "gemma3_text", layout="stacked").with_layout("layers")
     for mine, theirs in zip(jax.tree.leaves(there_and_back), jax.tree.leaves(backbone("gemma3_text")), strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    with pytest.raises(ValueError, match="layout: 'rows'.*layers or stacked"):
+    with pytest.raises(ValueError, match="layout 'rows'.*layers or stacked"):
         there_and_back.with_layout("rows")
 
 
@@ -357,11 +357,11 @@ def test_wrong_lengths_and_tokens_are_named():
     for prompt_length, length in ((0, None), (13, None), (5, 4), (5, 13), ([5, 5], None), ([5, 0, 5], None)):
         with pytest.raises(ValueError, match="prompt_length"):
             forward(model, tenant, tokens, prompt_length, length)
-    with pytest.raises(ValueError, match="tokens: ids .* expected 0 to 255"):
+    with pytest.raises(ValueError, match="token ids .* 0 to 255"):
         forward(model, tenant, tokens + 256, 5)
-    with pytest.raises(ValueError, match="tokens: shape"):
+    with pytest.raises(ValueError, match="tokens of shape"):
         forward(model, tenant, tokens[0], 5)
-    with pytest.raises(ValueError, match="max_length: 8"):
+    with pytest.raises(ValueError, match="max_length 8"):
         prefill(model, tenant, tokens, 5, max_length=8)
 
 
@@ -369,7 +369,7 @@ def test_an_adapter_of_another_backbone_is_refused():
     other = init_adapter(ParaConfig(), backbone("qwen3").config)
     with pytest.raises(ValueError, match="another backbone"):
         forward(backbone("llama"), other, prompts(backbone("llama")), 5)
-    with pytest.raises(ValueError, match="expected None, an adapter or Rows"):
+    with pytest.raises(ValueError, match="adapters.*list"):
         check_fits([other], backbone("llama").config)
 
 
@@ -378,7 +378,7 @@ def test_wrong_stacks_and_picks_are_named():
     one, other = init_adapter(ParaConfig(r=4), config), init_adapter(ParaConfig(r=5), config)
     with pytest.raises(ValueError, match="adapter 1 .*differs from adapter 0"):
         stack_adapters([one, other])
-    with pytest.raises(ValueError, match="the list is empty"):
+    with pytest.raises(ValueError, match="stack_adapters"):
         stack_adapters([])
-    with pytest.raises(ValueError, match="expected -1 .* to 1"):
+    with pytest.raises(ValueError, match=r"pick.*\[0, 2\]"):
         pick(stack_adapters([one, one]), [0, 2])

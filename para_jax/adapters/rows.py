@@ -71,7 +71,7 @@ def pick(stack: Stack, indices) -> Rows:
     return Rows((stack,), jnp.asarray(indices, jnp.int32)[None])
 
 
-def by_layer(adapters: Adapter | Rows | Groups | Made) -> tuple[object, Callable]:
+def by_layer(adapters: Adapter | Rows | Groups | Adjustments) -> tuple[object, Callable]:
     """The adapters' weights with a leading layer axis, and the function that makes one layer's adjustments.
 
     The function takes (one layer's weights, x [batch, length, width], prompt_length [batch]) and gives an Adjustment
@@ -91,7 +91,7 @@ def by_layer(adapters: Adapter | Rows | Groups | Made) -> tuple[object, Callable
             return merged(made)
 
         return stacks, make
-    if isinstance(adapters, Made):
+    if isinstance(adapters, Adjustments):
         return list(adapters.layers), lambda made, x, prompt_length: made
     if isinstance(adapters, Groups):
         return adapters.adapters.in_all_layers(), lambda layer, x, length: of_groups(layer, adapters, x, length)
@@ -146,7 +146,7 @@ class Several(Adjustment):
         return y
 
 
-class Made(NamedTuple):
+class Adjustments(NamedTuple):
     """Adjustments that were made already, of whatever prompts; they serve in the place of the adapters that made them,
     one a batch row."""
 
@@ -156,7 +156,7 @@ class Made(NamedTuple):
 
 def check_fits(adapters, model: ModelConfig) -> None:
     """Raises ValueError where adapters were made for a backbone of another shape."""
-    if adapters is None or isinstance(adapters, Made):
+    if adapters is None or isinstance(adapters, Adjustments):
         return
     if not isinstance(adapters, (Adapter, Rows)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Grouped-query attention: projections, rotary, and softmax over keys that a mask allows."""
+"""Grouped-query attention: projections, rotary embedding, and softmax over the keys that a mask allows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rotary import rotate
 
 
 class Attention(nnx.Module):
-    """One layer's attention. Where the keys and values come from is decided by the `attend` that is handed in."""
+    """One layer's attention. The caller's `attend` decides where keys and values come from."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         q, kv = ("width", "heads"), ("width", "kv_heads")
@@ -33,11 +33,12 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch length width"], adjust: Callable, rotary: tuple[Array, Array], attend: Callable
     ):
-        """x [batch, length, width] to (output [batch, length, width], what `attend` keeps).
+        """(output [batch, length, width], what `attend` kept) for x [batch, length, width].
 
         Args:
-            adjust: adjust(site, input, output) -> output, straight after each linear.
-            attend: attend(q, k, v) -> (mixed values, kept); q [batch, length, heads, head_dim], k after rotary.
+            adjust: adjust(site, input, output) -> output, applied directly after each linear layer.
+            attend: attend(q, k, v, scale, cap) -> (mixed values, kept). q is [batch, length, heads, head_dim]; q and k
+                are rotated.
         """
         q = self.heads(self.q_norm(adjust("q_proj", x, self.q_proj(x))), "heads")
         k = self.heads(self.k_norm(adjust("k_proj", x, self.k_proj(x))), "kv_heads")
@@ -48,7 +49,7 @@ class Attention(nnx.Module):
         return adjust("o_proj", mixed, self.o_proj(mixed)), kept
 
     def heads(self, projected: Float[Array, "batch length width"], axis: str) -> Float[Array, "batch length heads e"]:
-        if projected.shape[1] == 1:  # a decode step: else a TPU turns q's, k's and v's weights round at every one
+        if projected.shape[1] == 1:  # a decode step; without this, a TPU transposes the weights of q, k and v in each
             fence = jax.lax.optimization_barrier
             projected = jax.lax.platform_dependent(projected, cpu=lambda same: same, default=fence)
         split = projected.reshape(*projected.shape[:-1], -1, self.head_dim)
@@ -56,7 +57,7 @@ class Attention(nnx.Module):
 
 
 def query_key_norm(config: ModelConfig, size: int, axis: str) -> nnx.Module:
-    """The norm on queries or keys: none, over each head (Qwen3, Gemma 3) or over the whole projection (OLMo 2)."""
+    """The norm of queries or keys: none, per head (Qwen3, Gemma 3), or over the whole projection (OLMo 2)."""
     if config.qk_norm == "head":
         return HeadNorm(config.head_dim, eps=config.norm_eps, offset=config.norm_offset)
     if config.qk_norm == "projection":
@@ -72,9 +73,10 @@ def mixed_values(
     scale: float,
     cap: float | None,
 ) -> Float[Array, "b t h e"]:
-    """softmax(q k^T) v: q [b, t, h, e]; k, v [b, k, s, e]; mask bool, broadcast to [b, t, s]; to [b, t, h, e].
+    """softmax(q k^T) v. Scores and softmax are float32. Query head h uses kv head h // (heads / kv_heads).
 
-    Scores and softmax are float32. Query head h reads kv head h // (heads / kv_heads).
+    Args:
+        mask: broadcasts to [b, t, s].
     """
     b, t, h, e = q.shape
     grouped = q.reshape(b, t, k.shape[1], -1, e)
@@ -82,12 +84,12 @@ def mixed_values(
     scores = softcap(scores * scale, cap)
     scores = jnp.where(mask[..., None, None, :, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bkgts,bkse->bkgte", weights, v)  # "btkge" would turn v round: 3x the time on a CPU
+    mixed = jnp.einsum("bkgts,bkse->bkgte", weights, v)  # "btkge" would transpose v: 3x the time on a CPU
     return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, h, e)
 
 
 def causal_mask(length: int, window: int | None) -> Bool[Array, "length length"]:
-    """bool [length, length]: a query at t sees keys t - window < s <= t."""
+    """bool [length, length]: the query at t sees the keys t - window < s <= t."""
     distance = jnp.arange(length)[:, None] - jnp.arange(length)
     return (distance >= 0) & within(distance, window)
 

@@ -1,5 +1,5 @@
-"""The KV cache: keys (after rotary) and values of one layer, [batch, kv_heads, max_length, head_dim], and attention
-over it."""
+"""The KV cache of one layer, and attention to it. It holds keys (after rotary) and values,
+[batch, kv_heads, max_length, head_dim]."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def attend_cached(
     window: int | None,
     layer: Int[Array, ""] | None = None,
 ):
-    """Attention of one new token a row, at position length[row], to the cache; keeps the cache with that token written.
+    """Attention of one new token per row, at position length[row], to the cache. Keeps the cache with that token added.
 
-    A row whose cache is full writes nothing. A TPU reads a cache of several blocks up to its longest row; other devices
-    read all of it (see cache_blocks).
+    A row whose cache is full adds nothing. A TPU reads a cache of several blocks only up to its longest row; other
+    devices read all of it (see cache_blocks.py).
 
     Args:
-        layer: which layer this is, where the cache leads with the layers; all of it is kept then.
+        layer: the layer's index, if the cache has a leading layer axis. The whole cache is then kept.
     """
 
     def attend(q, k, v, scale, cap):
-        keys, values = (written(held, new[:, 0], length, layer) for held, new in zip(cache, (k, v), strict=True))
+        keys, values = (with_token(held, new[:, 0], length, layer) for held, new in zip(cache, (k, v), strict=True))
         reads = (values_in_blocks if has_blocks(keys.shape[-2]) else whole_values, whole_values)
         blocks, whole = (partial(read, window=window, scale=scale, cap=cap, layer=layer) for read in reads)
         mixed = jax.lax.platform_dependent(q, keys, values, length, tpu=blocks, default=whole)
@@ -48,7 +48,7 @@ def whole_values(
     cap: float | None,
     layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "b 1 h e"]:
-    """The mixed values of a new token at position length[row], from all of the cache."""
+    """The mixed values of a new token at position length[row], read from the whole cache."""
     if layer is not None:
         keys, values = keys[layer], values[layer]
     distance = length[:, None] - jnp.arange(keys.shape[2])
@@ -59,7 +59,7 @@ def whole_values(
 def attend_prefix(
     cache: tuple[Float[Array, "b k max e"], Float[Array, "b k max e"]], length: Int[Array, " b"], window: int | None
 ):
-    """Attention of several new tokens a row, from position length[row] on, to the cache and to those before them; keeps
+    """Attention of several new tokens per row, from position length[row] on, to the cache and to each other. Keeps
     nothing."""
 
     def attend(q, k, v, scale, cap):
@@ -77,33 +77,33 @@ def attend_prefix(
     return attend
 
 
-def written(
-    held: Float[Array, "*layers b k max e"],
+def with_token(
+    cache: Float[Array, "*layers b k max e"],
     new: Float[Array, "b k e"],
     length: Int[Array, " b"],
     layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "*layers b k max e"]:
-    """`held` with a row's new token at position length[row]; nothing is written beyond max_length.
+    """The cache with each row's new token written at position length[row]. Nothing is written beyond max_length.
 
-    The platform that is compiled for decides, so that a program for a TPU may be compiled on a CPU.
+    The choice depends on the platform that is compiled for, so that a CPU can compile a program for a TPU.
     """
-    if layer is not None:  # by row, a TPU would bring the whole cache into another layout and back, at every layer
-        return written_by_head(held, new, length, layer)
-    return jax.lax.platform_dependent(held, new, length, cpu=written_by_head, default=written_by_row)
+    if layer is not None:  # written by row, a TPU would change the layout of the whole cache and back in every layer
+        return write_by_head(cache, new, length, layer)
+    return jax.lax.platform_dependent(cache, new, length, cpu=write_by_head, default=write_by_row)
 
 
-def written_by_row(held, new, length):
-    """One update a row. A lone row's becomes a slice update, for which XLA copies the cache four times on a CPU."""
-    return held.at[jnp.arange(len(held)), :, length].set(new, mode="drop")
+def write_by_row(cache, new, length):
+    """One update per row. On a CPU, XLA turns a single row into a slice update, which copies the cache four times."""
+    return cache.at[jnp.arange(len(cache)), :, length].set(new, mode="drop")
 
 
-def written_by_head(held, new, length, *layer):
-    """One update a row and kv head, which on a TPU are as many times the writes."""
+def write_by_head(cache, new, length, *layer):
+    """One update per row and kv head. On a TPU, that multiplies the writes by the number of kv heads."""
     rows, heads = jnp.arange(len(new))[:, None], jnp.arange(new.shape[1])
-    return held.at[(*layer, rows, heads, length[:, None])].set(new, mode="drop")
+    return cache.at[(*layer, rows, heads, length[:, None])].set(new, mode="drop")
 
 
 def padded(kept: tuple[jax.Array, jax.Array], max_length: int) -> tuple[jax.Array, jax.Array]:
-    """A sequence's keys and values with room for max_length tokens."""
+    """Keys and values, padded to max_length tokens."""
     keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, max_length - x.shape[2]), (0, 0))) for x in kept)
     return keys, values

@@ -1,13 +1,13 @@
-"""Attention of one new token to as many blocks of the cache as its longest row has filled.
+"""Attention of one new token per row to the cache, which reads only the blocks up to the longest row.
 
-The number of blocks is a value at run time: one program serves every length. It is the online softmax of FlashAttention
-(arXiv:2205.14135, algorithm 1) over blocks of keys. A block in which a row has no key leaves that row as it was, bit
-for bit: its maximum stays, its sums are multiplied by one and get a zero. So a row's values do not depend on how long
-its neighbours are. With one program for each of several lengths they did: sums of 256 and of 512 weights round
-differently.
+The number of blocks is known at run time, so one program serves all lengths. It is FlashAttention's online softmax
+(arXiv:2205.14135, algorithm 1) over blocks of keys. A block without keys of a row leaves that row's values the same,
+bit for bit: the maximum stays, and the sums are multiplied by one and increased by zero. A row's values therefore do
+not depend on the length of other rows. Separate programs for several lengths would break this, because sums of 256 and
+of 512 weights round differently.
 
-Only a TPU uses this. A CPU copies each block before it multiplies it (2.4 times as slow where the cache is full), and a
-GPU would ask the host before each block whether there is another.
+Only TPUs use this. A CPU copies each block before multiplying it (2.4 times as slow when the cache is full), and a GPU
+would ask the host before each block whether another follows.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from jaxtyping import Array, Float, Int
 from .attention import within
 from .layers import softcap
 
-#: A cache is read in this many blocks at most, none smaller than the second number of tokens.
+#: The maximum number of blocks of a cache, and the minimum size of a block in tokens.
 BLOCKS, SMALLEST = 8, 512
 LANES = 128  # a block is a multiple of this
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def block_size(max_length: int) -> int:
-    """Tokens of a block of a cache."""
+    """Tokens per block of a cache."""
     wanted = max(-(-max_length // BLOCKS), SMALLEST)
     return min(-(-wanted // LANES) * LANES, max_length)
 
 
 def has_blocks(max_length: int) -> bool:
-    """Whether a cache is longer than one block."""
+    """Whether a cache has more than one block."""
     return block_size(max_length) < max_length
 
 
@@ -46,7 +46,7 @@ def values_in_blocks(
     cap: float | None,
     layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "b 1 h e"]:
-    """The mixed values of a new token at position length[row], as cache.whole_values gives them."""
+    """The mixed values of a new token at position length[row], like cache.whole_values."""
     batch, _, heads, width = q.shape
     kv_heads, max_length = keys.shape[-3:-1]
     size = block_size(max_length)
@@ -54,7 +54,7 @@ def values_in_blocks(
 
     def step(block, so_far):
         highest, weight, mixed = so_far
-        start = jnp.minimum(block * size, max_length - size)  # the last block may begin within the one before
+        start = jnp.minimum(block * size, max_length - size)  # the last block may overlap the one before it
         position = start + jnp.arange(size)
         distance = length[:, None] - position
         seen = (distance >= 0) & within(distance, window) & (position >= block * size)
@@ -68,18 +68,18 @@ def values_in_blocks(
         added = jnp.einsum("bkgs,bkse->bkge", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return higher, weight * shrink + weights.sum(axis=-1), mixed * shrink[..., None] + added
 
-    nothing = jnp.zeros(grouped.shape[:3], jnp.float32)
+    zeros = jnp.zeros(grouped.shape[:3], jnp.float32)
     first = (length.min() + 1 - window) // size if window is not None else 0
     stop = length.max() // size + 1  # the new token is in the last block
     first, stop = jnp.clip(jnp.stack([first, stop]), 0, -(-max_length // size))
-    start = (nothing + LOWEST, nothing, jnp.zeros(grouped.shape, jnp.float32))
+    start = (zeros + LOWEST, zeros, jnp.zeros(grouped.shape, jnp.float32))
     _, weight, mixed = jax.lax.fori_loop(first, stop, step, start)
     return (mixed / weight[..., None]).astype(values.dtype).reshape(batch, 1, heads, width)
 
 
 def block_of(held: jax.Array, layer: jax.Array | None, start: jax.Array, size: int) -> Float[Array, "b k size e"]:
-    """The tokens start ... start + size of a layer's cache."""
+    """The tokens [start:start + size] of a layer's cache."""
     if layer is None:
         return jax.lax.dynamic_slice_in_dim(held, start, size, axis=2)
-    shape = (1, *held.shape[1:3], size, held.shape[4])  # one slice: of two, the first would be a copy of the layer
+    shape = (1, *held.shape[1:3], size, held.shape[4])  # one slice, because the first of two would copy the layer
     return jax.lax.dynamic_slice(held, (layer, 0, 0, start, 0), shape)[0]

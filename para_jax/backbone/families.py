@@ -1,7 +1,7 @@
-"""The model families: `model_config` makes a ModelConfig of a config.json, in its published or its transformers 5 form.
+"""The supported model families, and `model_config`, which reads a config.json as published or saved by transformers 5.
 
-A family is a row of a table: what transformers assumes where a key is missing, the ModelConfig values that it sets, and
-which of its layers have a window. Anything that the backbone does not compute is refused by name.
+A family is a row of a table: the defaults of missing keys, the ModelConfig values it sets, and which layers have a
+window. Whatever the backbone cannot compute is refused by name.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..config import LayerKind, ModelConfig, RotaryConfig, one_of, require, shorten
+from ..config import LayerKind, ModelConfig, RotaryConfig, shorten
 
-#: What a Llama config assumes for keys that are missing; the families name only what differs.
+#: The values of missing keys in a Llama config. The families list only their differences.
 DEFAULTS = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -27,13 +27,13 @@ DEFAULTS = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-#: Keys whose null is a value of its own; every other null stands for a missing key.
+#: Keys for which null is a value. For all others, null means the key is missing.
 NULLABLE = {
     "num_key_value_heads", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
     "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
 
-#: Bounds on what a config may ask for. Published models have up to 126 layers and a handful of ids that end a text.
+#: Limits on a config. Published models have at most 126 layers and a handful of ids that end a text.
 MAX_LAYERS, MAX_TOKEN_IDS = 1000, 1000
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -60,7 +60,7 @@ UNSUPPORTED = {
     "no_rope_layers": "layers without rotary embedding",
     "clip_qkv": "clipped projections",
     "per_layer_config": "layers of different sizes",
-    "quantization_config": "a checkpoint that is stored quantised",
+    "quantization_config": "a quantised checkpoint",
 }
 
 
@@ -69,26 +69,26 @@ class Family(NamedTuple):
 
     defaults: dict[str, Any] = {}
     values: Callable[[dict], dict] = lambda c: {}
-    """ModelConfig fields, from the completed config"""
+    """ModelConfig fields, computed from the config with its defaults"""
     sliding: Callable[[dict, int], bool] = lambda c, layer: False
-    """whether a layer has the window, where `layer_types` does not say it"""
+    """whether a layer has a window, if `layer_types` is missing"""
 
 
 def gemma(c: dict) -> dict:
-    # The first Gemma checkpoints say "gelu" and mean its tanh form (transformers issue 29402).
+    # The first Gemma checkpoints say "gelu" but use its tanh form (transformers issue 29402).
     tanh = {"activation": "gelu_tanh"} if c["hidden_act"] == "gelu" else {}
-    return {"norm_offset": 1.0, "embedding_multiplier": whole(c, "hidden_size") ** 0.5} | tanh
+    return {"norm_offset": 1.0, "embedding_multiplier": config_int(c, "hidden_size") ** 0.5} | tanh
 
 
 def gemma2(c: dict) -> dict:
     return {
         "norm_offset": 1.0,
-        "embedding_multiplier": whole(c, "hidden_size") ** 0.5,
-        "activation": activation(c, "hidden_activation"),
+        "embedding_multiplier": config_int(c, "hidden_size") ** 0.5,
+        "activation": config_activation(c, "hidden_activation"),
         "post_norm": True,
-        "attention_scale": number(c, "query_pre_attn_scalar") ** -0.5,
-        "attention_softcap": softcap(c, "attn_logit_softcapping"),
-        "final_softcap": softcap(c, "final_logit_softcapping"),
+        "attention_scale": config_number(c, "query_pre_attn_scalar") ** -0.5,
+        "attention_softcap": config_softcap(c, "attn_logit_softcapping"),
+        "final_softcap": config_softcap(c, "final_logit_softcapping"),
     }
 
 
@@ -98,10 +98,10 @@ def gemma3(c: dict) -> dict:
 
 def granite(c: dict) -> dict:
     return {
-        "attention_scale": number(c, "attention_multiplier"),
-        "embedding_multiplier": number(c, "embedding_multiplier"),
-        "residual_multiplier": number(c, "residual_multiplier"),
-        "logits_divisor": number(c, "logits_scaling"),
+        "attention_scale": config_number(c, "attention_multiplier"),
+        "embedding_multiplier": config_number(c, "embedding_multiplier"),
+        "residual_multiplier": config_number(c, "residual_multiplier"),
+        "logits_divisor": config_number(c, "logits_scaling"),
     }
 
 
@@ -110,7 +110,7 @@ def windowed(c: dict, layer: int) -> bool:
 
 
 def qwen_windowed(c: dict, layer: int) -> bool:
-    return c["sliding_window"] is not None and layer >= whole(c, "max_window_layers", least=0)
+    return c["sliding_window"] is not None and layer >= config_int(c, "max_window_layers", least=0)
 
 
 QWEN = {
@@ -147,7 +147,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(QWEN | {"head_dim": 128}, lambda c: {"qk_norm": "head"}, qwen_windowed),
     "gemma": Family(GEMMA | {"num_key_value_heads": 16}, gemma),
     "gemma2": Family(GEMMA2, gemma2, lambda c, layer: layer % 2 == 0),
-    "gemma3_text": Family(GEMMA3, gemma3, lambda c, layer: (layer + 1) % whole(c, "sliding_window_pattern") != 0),
+    "gemma3_text": Family(GEMMA3, gemma3, lambda c, layer: (layer + 1) % config_int(c, "sliding_window_pattern") != 0),
     "phi3": Family(PHI3, sliding=windowed),
     "olmo2": Family(OLMO2, lambda c: {"pre_norm": False, "post_norm": True, "qk_norm": "projection"}),
     "granite": Family(GRANITE, granite),
@@ -155,67 +155,69 @@ FAMILIES: dict[str, Family] = {
 
 
 def model_config(config: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig of a config.json; raises ValueError naming what is missing, wrong or not supported."""
+    """The ModelConfig of a config.json. ValueError names what is missing, wrong or not supported."""
     family = supported_family(config)
     given = {key: value for key, value in config.items() if value is not None or key in NULLABLE}
     c = DEFAULTS | family.defaults | given
-    if "use_sliding_window" in family.defaults and not flag(c, "use_sliding_window"):  # the others do not read it
+    if "use_sliding_window" in family.defaults and not config_bool(
+        c, "use_sliding_window"
+    ):  # other families ignore the key
         c["sliding_window"] = None
-    heads = whole(c, "num_attention_heads")
-    kv_heads = heads if c["num_key_value_heads"] is None else whole(c, "num_key_value_heads")
-    require(heads % kv_heads == 0, "config.json: num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
-    head_dim = whole(c, "hidden_size") // heads if c["head_dim"] is None else whole(c, "head_dim")
+    heads = config_int(c, "num_attention_heads")
+    kv_heads = heads if c["num_key_value_heads"] is None else config_int(c, "num_key_value_heads")
+    check(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
+    head_dim = config_int(c, "hidden_size") // heads if c["head_dim"] is None else config_int(c, "head_dim")
     values = {
         "model_type": c["model_type"],
-        "vocab_size": whole(c, "vocab_size"),
-        "width": whole(c, "hidden_size"),
-        "hidden_width": whole(c, "intermediate_size"),
+        "vocab_size": config_int(c, "vocab_size"),
+        "width": config_int(c, "hidden_size"),
+        "hidden_width": config_int(c, "intermediate_size"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "kinds": layer_kinds(c, family, head_dim),
-        "max_positions": whole(c, "max_position_embeddings"),
-        "activation": activation(c, "hidden_act"),
-        "norm_eps": float(number(c, "rms_norm_eps")),
-        "qkv_bias": flag(c, "attention_bias"),
-        "output_bias": flag(c, "attention_bias"),
-        "mlp_bias": flag(c, "mlp_bias"),
+        "max_positions": config_int(c, "max_position_embeddings"),
+        "activation": config_activation(c, "hidden_act"),
+        "norm_eps": float(config_number(c, "rms_norm_eps")),
+        "qkv_bias": config_bool(c, "attention_bias"),
+        "output_bias": config_bool(c, "attention_bias"),
+        "mlp_bias": config_bool(c, "mlp_bias"),
         "attention_scale": head_dim**-0.5,
-        "tied_embeddings": flag(c, "tie_word_embeddings"),
-        "eos_token_ids": token_ids(c, "eos_token_id"),
-        "bos_token_id": next(iter(token_ids(c, "bos_token_id")), None),
-        "pad_token_id": next(iter(token_ids(c, "pad_token_id")), None),
+        "tied_embeddings": config_bool(c, "tie_word_embeddings"),
+        "eos_token_ids": config_token_ids(c, "eos_token_id"),
+        "bos_token_id": next(iter(config_token_ids(c, "bos_token_id")), None),
+        "pad_token_id": next(iter(config_token_ids(c, "pad_token_id")), None),
     }
     return ModelConfig(**values | family.values(c))
 
 
 def supported_family(config: dict[str, Any]) -> Family:
-    """The family of a config's model_type, if nothing in the config is beyond it."""
+    """The family of a config's model_type. Raises ValueError if the config uses something that is not supported."""
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"config.json: no model_type; expected {one_of(FAMILIES)}")
+        raise ValueError(f"config.json has no model_type; supported are {', '.join(FAMILIES)}")
     found = [f"{key} ({why})" for key, why in UNSUPPORTED.items() if config.get(key)]
     if config["model_type"] not in FAMILIES:
         also = f", with {', '.join(found)}," if found else ""
         name = shorten(config["model_type"])
-        raise ValueError(f"model_type {name}{also} is not supported; expected {one_of(FAMILIES)}")
+        raise ValueError(f"model_type {name}{also} is not supported; supported are {', '.join(FAMILIES)}")
     if found:
-        raise ValueError(f"config.json: not supported: {', '.join(found)}")
+        raise ValueError(f"config.json is not supported: it has {', '.join(found)}")
     return FAMILIES[config["model_type"]]
 
 
 def layer_kinds(c: dict, family: Family, head_dim: int) -> tuple[LayerKind, ...]:
     """Each layer's rotary embedding and window."""
-    layers = whole(c, "num_hidden_layers", most=MAX_LAYERS)
+    layers = config_int(c, "num_hidden_layers", most=MAX_LAYERS)
     derived = ["sliding_attention" if family.sliding(c, i) else "full_attention" for i in range(layers)]
     types = derived if c.get("layer_types") is None else c["layer_types"]
-    require(isinstance(types, list), "config.json: layer_types", types, "a list")
-    require(len(types) == layers, "config.json: number of layer_types", len(types), f"one a layer, {layers}")
+    check(isinstance(types, list), "layer_types", types, "a list")
+    check(len(types) == layers, "the length of layer_types", len(types), f"the number of layers, {layers}")
     for name in types:
-        require(name in LAYER_TYPES, "config.json: layer_types", name, one_of(LAYER_TYPES))
+        check(name in LAYER_TYPES, "layer_types", name, "one of " + ", ".join(LAYER_TYPES))
     if types != derived and "layer_types" not in family.defaults:
-        raise ValueError(f"config.json: layer_types other than {derived[0]} are not supported for {c['model_type']}")
+        raise ValueError(f"config.json: {c['model_type']} supports no layer_types except {derived[0]}")
     full_only = c["sliding_window"] is None and "sliding_attention" not in types
-    window = None if full_only else whole(c, "sliding_window")
+    window = None if full_only else config_int(c, "sliding_window")
     full, local = rotaries(c, family, head_dim)
     kinds: dict[str, LayerKind] = dict(
         zip(LAYER_TYPES, (LayerKind(rotary=full), LayerKind(rotary=local, window=window)), strict=True)
@@ -224,93 +226,100 @@ def layer_kinds(c: dict, family: Family, head_dim: int) -> tuple[LayerKind, ...]
 
 
 def rotaries(c: dict, family: Family, head_dim: int) -> tuple[RotaryConfig, RotaryConfig]:
-    """The rotary embeddings of layers with full and with windowed attention; only Gemma 3 tells them apart."""
-    parameters, scaling = mapping(c, "rope_parameters"), mapping(c, "rope_scaling")
+    """The rotary embeddings of layers with full attention and with a window. They differ only in Gemma 3."""
+    parameters, scaling = config_mapping(c, "rope_parameters"), config_mapping(c, "rope_scaling")
     base = {key: c[key] for key in ("rope_theta", "partial_rotary_factor") if key in c}
     if "rope_local_base_freq" not in family.defaults:
         nested = [name for name in LAYER_TYPES if name in parameters]
         if nested:
-            raise ValueError(f"config.json: rope_parameters of {nested[0]} are not supported for {c['model_type']}")
+            raise ValueError(f"config.json: {c['model_type']} supports no rope_parameters for {nested[0]}")
         one = rotary(base | parameters | scaling, c, family, head_dim)
         return one, one
     known = set(parameters) <= set(LAYER_TYPES)
-    require(known, "config.json: rope_parameters", sorted(parameters), " and ".join(LAYER_TYPES))
-    full = rotary(base | mapping(parameters, "full_attention") | scaling, c, family, head_dim)
-    base["rope_theta"] = number(c, "rope_local_base_freq")
-    return full, rotary(base | mapping(parameters, "sliding_attention"), c, family, head_dim)
+    check(known, "rope_parameters", sorted(parameters), "a mapping with " + " and ".join(LAYER_TYPES))
+    full = rotary(base | config_mapping(parameters, "full_attention") | scaling, c, family, head_dim)
+    base["rope_theta"] = config_number(c, "rope_local_base_freq")
+    return full, rotary(base | config_mapping(parameters, "sliding_attention"), c, family, head_dim)
 
 
 def rotary(rope: dict, c: dict, family: Family, head_dim: int) -> RotaryConfig:
-    """A rotary embedding from its parameters, `rope`, in a config."""
-    share = number(rope, "partial_rotary_factor") if "partial_rotary_factor" in rope else 1.0
+    """A rotary embedding from its parameters in a config, `rope`."""
+    share = config_number(rope, "partial_rotary_factor") if "partial_rotary_factor" in rope else 1.0
     if share != 1.0 and "partial_rotary_factor" not in family.defaults:
-        raise ValueError(f"config.json: partial_rotary_factor {share} is not supported for {c['model_type']}")
+        raise ValueError(f"config.json: {c['model_type']} does not support partial_rotary_factor {share}")
     dims = int(head_dim * share)
     fits = dims % 2 == 0 and 2 <= dims <= head_dim
-    require(fits, "config.json: rotary dimensions of a head", dims, f"an even number up to head_dim {head_dim}")
-    plain = {"dims": dims, "theta": float(number(rope, "rope_theta"))}
+    check(fits, "the number of rotary dimensions", dims, f"even, and at most head_dim {head_dim}")
+    plain = {"dims": dims, "theta": float(config_number(rope, "rope_theta"))}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return RotaryConfig(**plain)
     if kind not in ("linear", "llama3"):
-        raise ValueError(f"config.json: rope type {shorten(kind)} is not supported; expected default, linear or llama3")
-    scaled = plain | {"scaling": kind, "factor": float(number(rope, "factor"))}
+        raise ValueError(
+            f"config.json: rope_type {shorten(kind)} is not supported; only default, linear and llama3 are"
+        )
+    scaled = plain | {"scaling": kind, "factor": float(config_number(rope, "factor"))}
     if kind == "linear":
         return RotaryConfig(**scaled)
-    low, high = float(number(rope, "low_freq_factor")), float(number(rope, "high_freq_factor"))
-    require(low < high, "config.json: low_freq_factor", low, f"less than high_freq_factor {high}")
+    low, high = float(config_number(rope, "low_freq_factor")), float(config_number(rope, "high_freq_factor"))
+    check(low < high, "low_freq_factor", low, f"less than high_freq_factor {high}")
     original = {"original_max_position_embeddings": c["max_position_embeddings"]} | rope
-    original_max = whole(original, "original_max_position_embeddings")
+    original_max = config_int(original, "original_max_position_embeddings")
     return RotaryConfig(**scaled, low_freq_factor=low, high_freq_factor=high, original_max_positions=original_max)
 
 
 # ------------------------------------------------------------------------------------------- one value of a config.json
 
 
-def whole(c: dict, key: str, least: int = 1, most: int = 2**31 - 1) -> int:
-    value = present(c, key)
+def config_int(c: dict, key: str, least: int = 1, most: int = 2**31 - 1) -> int:
+    value = required(c, key)
     fits = type(value) is int and least <= value <= most
-    require(fits, f"config.json: {key}", value, f"a whole number from {least} to {most}")
+    check(fits, key, value, f"an integer from {least} to {most}")
     return value
 
 
-def number(c: dict, key: str) -> float:
-    value = present(c, key)
-    fits = type(value) in (int, float) and 1e-30 <= value <= 1e30  # so that float32 holds it, and its inverse
-    require(fits, f"config.json: {key}", value, "a number above 0, from 1e-30 to 1e30")
+def config_number(c: dict, key: str) -> float:
+    value = required(c, key)
+    fits = type(value) in (int, float) and 1e-30 <= value <= 1e30  # float32 can hold it and its inverse
+    check(fits, key, value, "a number from 1e-30 to 1e30")
     return value
 
 
-def softcap(c: dict, key: str) -> float | None:
-    """What the logits are capped at; only null says that they are not. Zero would make all of them NaN."""
-    return None if c[key] is None else number(c, key)
+def config_softcap(c: dict, key: str) -> float | None:
+    """The soft cap of logits; null means none. Zero is refused, because it would make all of them NaN."""
+    return None if c[key] is None else config_number(c, key)
 
 
-def flag(c: dict, key: str) -> bool:
-    require(type(c[key]) is bool, f"config.json: {key}", c[key], "true or false")
+def config_bool(c: dict, key: str) -> bool:
+    check(type(c[key]) is bool, key, c[key], "true or false")
     return c[key]
 
 
-def mapping(c: dict, key: str) -> dict:
+def config_mapping(c: dict, key: str) -> dict:
     value = {} if c.get(key) is None else c[key]
-    require(isinstance(value, dict), f"config.json: {key}", value, "a mapping")
+    check(isinstance(value, dict), key, value, "a mapping")
     return value
 
 
-def activation(c: dict, key: str) -> str:
-    require(c[key] in tuple(ACTIVATIONS), f"config.json: {key}", c[key], one_of(ACTIVATIONS))
+def config_activation(c: dict, key: str) -> str:
+    check(c[key] in tuple(ACTIVATIONS), key, c[key], "one of " + ", ".join(ACTIVATIONS))
     return ACTIVATIONS[c[key]]
 
 
-def token_ids(c: dict, key: str) -> tuple[int, ...]:
-    """Token ids from a number, a list or null; negative ones, with which old configs say "none", are left out."""
+def config_token_ids(c: dict, key: str) -> tuple[int, ...]:
+    """Token ids from a number, a list or null. Negative ones are dropped: old configs use them for "none"."""
     values = c[key] if isinstance(c[key], list) else [] if c[key] is None else [c[key]]
     fits = len(values) <= MAX_TOKEN_IDS and all(type(i) is int and i < 2**31 for i in values)
-    require(fits, f"config.json: {key}", c[key], f"a token id, or a list of at most {MAX_TOKEN_IDS}")
+    check(fits, key, c[key], f"a token id, or a list of at most {MAX_TOKEN_IDS}")
     return tuple(i for i in values if i >= 0)
 
 
-def present(c: dict, key: str) -> Any:
+def check(holds: bool, key: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"config.json: {key} is {shorten(value)}; it must be {rule}")
+
+
+def required(c: dict, key: str) -> Any:
     if c.get(key) is None:
-        raise ValueError(f"config.json: {key} is missing")
+        raise ValueError(f"config.json has no {key}")
     return c[key]

@@ -21,7 +21,7 @@ class FeedForward(nnx.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def __call__(self, x: Float[Array, "b t d"], adjust: Callable) -> Float[Array, "b t d"]:
-        """x [batch, length, width]; adjust(site, input, output) -> output is applied straight after each linear."""
+        """x [batch, length, width]; adjust(site, input, output) -> output runs directly after each linear layer."""
         gate = adjust("gate_proj", x, self.gate_proj(x))
         up = adjust("up_proj", x, self.up_proj(x))
         hidden = constrain(self.activation(gate) * up, ("batch", None, "hidden"))

@@ -1,4 +1,4 @@
-"""Which attention kernel a model uses: what was asked for, what a trial at start found, and the rules of `auto`."""
+"""Which attention kernel a model uses: the user's setting, the result of a trial at start, and the rules of `auto`."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ..config import ATTENTION, ModelConfig, require
+from ..config import ATTENTION, ModelConfig, shorten
 
 LANES = 128  # splash attention takes lengths in multiples of this; others are padded
-#: Head widths that cuDNN's flash attention takes, by the least compute capability (jax._src.cudnn.
-#: fused_attention_stablehlo, check_is_flash_attention). JAX itself checks nothing below 8.0, where no kernel exists.
+#: The largest head width of cuDNN's flash attention, by minimum compute capability (jax._src.cudnn.
+#: fused_attention_stablehlo, check_is_flash_attention). Below 8.0 there is no kernel, but JAX does not check that.
 CUDNN_HEADS = {(9, 0): 256, (8, 0): 128}
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """What a model carries: `backbone.attention`, or plain where a trial of the kernel failed."""
+    """A model's attention setting: `backbone.attention`, or plain if a trial of the kernel failed."""
 
     name: str = "auto"
     why: str = ""
-    """why it is plain, where that was not asked for"""
+    """why it is plain, if the user did not ask for that"""
     packed_why: str = ""
-    """why packed rows alone use plain attention"""
+    """why packed rows, and only they, use plain attention"""
 
 
 AUTO = AttentionChoice()
 
 
-def asked_for(name: str) -> AttentionChoice:
-    """The choice of a name. Raises ValueError for an unknown one."""
-    require(name in ATTENTION, "backbone.attention", name, " or ".join(ATTENTION))
+def choice_named(name: str) -> AttentionChoice:
+    """The choice for a value of backbone.attention. Raises ValueError for an unknown one."""
+    if name not in ATTENTION:
+        raise ValueError(f"backbone.attention {shorten(name)} is unknown; choose {' or '.join(ATTENTION)}")
     return AttentionChoice(name)
 
 
@@ -47,27 +48,27 @@ def attention_kernel(
     packed: bool = False,
     capability: tuple[int, int] | None = None,
 ) -> tuple[str, str]:
-    """The name of the kernel for sequences of this length, and why it is that one.
+    """(kernel, reason) for sequences of this length.
 
     Args:
         packed: whether rows hold several examples.
-        capability: a GPU's compute capability; default: that of this process's first GPU.
+        capability: the GPU's compute capability; default: that of this process's first GPU.
 
-    Raises ValueError where the choice names a kernel that can't work here.
+    Raises ValueError if the choice names a kernel that cannot run here.
     """
     if choice.name == "plain":
         return "plain", choice.why or "backbone.attention=plain"
-    problems = {"splash": None if platform == "tpu" else f"it runs on a TPU, and this is a {platform.upper()}"}
+    problems = {"splash": None if platform == "tpu" else f"it needs a TPU, and this is a {platform.upper()}"}
     problems["cudnn"] = cudnn_problem(config, length, dtype, platform, packed, capability)
     if choice.name != "auto":
         problem = problems[choice.name]
         if problem:
-            raise ValueError(f"backbone.attention={choice.name} can't work: {problem}. Use auto or plain.")
+            raise ValueError(f"backbone.attention={choice.name} cannot run: {problem}. Use auto or plain.")
         return choice.name, f"backbone.attention={choice.name}"
     if packed and choice.packed_why:
         return "plain", choice.packed_why
     if platform == "tpu":
-        return ("splash", "on a TPU") if length >= LANES else ("plain", f"rows shorter than {LANES} tokens")
+        return ("splash", "on a TPU") if length >= LANES else ("plain", f"rows have fewer than {LANES} tokens")
     if platform == "gpu":
         return ("plain", problems["cudnn"]) if problems["cudnn"] else ("cudnn", "on a GPU")
     return "plain", f"on a {platform.upper()}"
@@ -76,24 +77,26 @@ def attention_kernel(
 def cudnn_problem(
     config: ModelConfig, length: int, dtype, platform: str, packed: bool, capability: tuple[int, int] | None
 ) -> str | None:
-    """Why cuDNN can't compute a model's attention, if it can't."""
+    """Why cuDNN cannot compute a model's attention. None if it can."""
     if platform != "gpu":
-        return f"it runs on an NVIDIA GPU, and this is a {platform.upper()}"
+        return f"it needs an NVIDIA GPU, and this is a {platform.upper()}"
     capability = capability or own_capability()
     if capability is None:
-        return "cuDNN needs an NVIDIA GPU, and JAX does not tell this device's compute capability"
+        return "cuDNN needs an NVIDIA GPU, and JAX does not report this device's compute capability"
     widest = next((width for least, width in CUDNN_HEADS.items() if capability >= least), None)
-    shown = ".".join(map(str, capability))
+    version = ".".join(map(str, capability))
     if widest is None:
-        return f"cuDNN's flash attention needs compute capability 8.0, and this GPU has {shown}"
+        return f"cuDNN's flash attention needs compute capability 8.0, and this GPU has {version}"
     if config.attention_softcap is not None:
-        return "cuDNN has no soft cap"
+        return "cuDNN does not support a soft cap"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"cuDNN does not take {jnp.dtype(dtype)}"
+        return f"cuDNN does not support {jnp.dtype(dtype)}"
     if config.head_dim % 8 or config.head_dim > widest:
-        return f"cuDNN takes heads of a multiple of 8, at most {widest} wide on this GPU, not {config.head_dim}"
+        return (
+            f"cuDNN needs a head width that is a multiple of 8 and at most {widest} on this GPU, not {config.head_dim}"
+        )
     if packed and length % 2:
-        return f"cuDNN takes packed rows of even length, not {length}"
+        return f"cuDNN needs packed rows of even length, not {length}"
     return None
 
 
@@ -108,7 +111,7 @@ def own_capability() -> tuple[int, int] | None:
 def describe_attention(
     config: ModelConfig, dtype, platform: str, choice: AttentionChoice, lengths: Iterable[int], *, packed: bool = False
 ) -> str:
-    """A line that names the kernels of training's rows, of evaluation's, which are never packed, and of decoding."""
+    """One line with the kernels for training, for evaluation (which never packs rows), and for decoding."""
 
     def named(lengths: Iterable[int], packed: bool) -> str:
         found = {attention_kernel(config, n, dtype, platform, choice, packed=packed) for n in lengths}
@@ -120,7 +123,7 @@ def describe_attention(
 
 
 def describe_decode(platform: str) -> str:
-    """How much of the cache a decode step reads; see cache_blocks."""
+    """How much of the cache a decode step reads (see cache_blocks.py)."""
     if platform == "tpu":
-        return "plain, a cache beyond 512 tokens up to the longest row (on a TPU)"
-    return f"plain, all of the cache (on a {platform.upper()})"
+        return "plain, reads a cache beyond 512 tokens up to the longest row (on a TPU)"
+    return f"plain, reads the whole cache (on a {platform.upper()})"

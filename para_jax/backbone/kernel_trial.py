@@ -1,5 +1,5 @@
-"""The trial of an attention kernel when a model is loaded, so that a kernel that fails on this machine is found before
-anything else runs: forward and backward, against plain attention, on rows as small as they can be."""
+"""Tries an attention kernel when a model is loaded: forward and backward on short rows, compared with plain attention.
+A kernel that fails on this machine is thus found before anything else runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..config import ModelConfig
 from ..devices import say
 from ..processes import texts_of_all
 from ..sharding import partition
-from .kernel_choice import AttentionChoice, asked_for, attention_kernel
+from .kernel_choice import AttentionChoice, attention_kernel, choice_named
 from .kernels import KERNELS
 
-#: Tokens of the trial's rows.
+#: Tokens per row of the trial.
 LENGTH = 256
-#: The largest difference from plain attention that is rounding, as a part of the largest value.
+#: The largest difference from plain attention that counts as rounding, relative to the largest value.
 TOLERANCE = 0.05
 
 
@@ -30,16 +30,16 @@ def choose_attention(
     platform: str | None = None,
     capability: tuple[int, int] | None = None,
 ) -> AttentionChoice:
-    """The choice of a model that is loaded. Where `auto` would use a kernel that fails a trial, it is plain, and a line
-    says why.
+    """The attention choice for a model that is being loaded. If `auto` would use a kernel that fails its trial, the
+    choice is plain, and a line says why.
 
     Args:
-        name: of backbone.attention.
-        platform, capability: as attention_kernel takes them; default: those of the mesh's devices, or this process's.
+        name: the value of backbone.attention.
+        platform, capability: as for attention_kernel; default: those of the mesh's devices, or of this process.
 
-    Raises ValueError for a name that is unknown, or whose kernel can't work here or fails the trial.
+    Raises ValueError for an unknown name, and for a named kernel that cannot run here or fails the trial.
     """
-    choice = asked_for(name)
+    choice = choice_named(name)
     platform = platform or (jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform))
     found = [
         attention_kernel(config, LENGTH, dtype, platform, choice, packed=packed, capability=capability)[0]
@@ -48,13 +48,13 @@ def choose_attention(
     kernel = found[0]
     if kernel == "plain":
         return choice
-    problem = agreed(trial_problem(kernel, config, dtype, mesh, packed=False))
+    problem = first_on_any_process(trial_problem(kernel, config, dtype, mesh, packed=False))
     if problem and name != "auto":
         raise ValueError(f"backbone.attention={name} failed a trial on this machine: {problem}. Use auto or plain.")
     if problem:
         say(f"attention: plain, because {kernel} failed a trial: {problem}")
         return AttentionChoice("plain", f"{kernel} failed a trial")
-    problem = agreed(trial_problem(kernel, config, dtype, mesh, packed=True))
+    problem = first_on_any_process(trial_problem(kernel, config, dtype, mesh, packed=True))
     if problem and name == "auto":
         say(f"attention: plain in packed rows, because {kernel} failed a trial with them: {problem}")
         return AttentionChoice(name, packed_why=f"{kernel} failed a trial with packed rows")
@@ -62,24 +62,24 @@ def choose_attention(
 
 
 def trial_problem(kernel: str, config: ModelConfig, dtype, mesh: Mesh | None, *, packed: bool) -> str | None:
-    """What went wrong in a trial, in one line; None if nothing did. Devices send nothing to each other: if a trial
-    fails on one process, no other waits for it."""
+    """What went wrong in a trial, in one line; None if it passed. The trial uses no communication, so a process whose
+    trial fails keeps no other waiting."""
     try:
-        theirs, ours = (run(name, config, dtype, mesh, packed) for name in ("plain", kernel))
-    except Exception as error:  # whatever a compiler, a driver or a library raises
+        theirs, ours = (run_kernel(name, config, dtype, mesh, packed) for name in ("plain", kernel))
+    except Exception as error:  # compilers, drivers and libraries raise errors of any kind
         said = (str(error).strip().splitlines() or [""])[0].strip()[:200]
         return f"{type(error).__name__}: {said}" if said else type(error).__name__
     for name, mine, other in zip(("values", "dq", "dk", "dv"), ours, theirs, strict=True):
         for a, b in zip(own_parts(mine), own_parts(other), strict=True):
             error, largest = float(abs(a - b).max()), float(abs(b).max())
-            if not error <= TOLERANCE * largest:  # also where it is not a number
-                return f"its {name} differ from plain attention's by {error:.2g} of {largest:.2g}"
+            if not error <= TOLERANCE * largest:  # true for NaN as well
+                return f"its {name} differ from plain attention's by {error:.2g}, where the largest is {largest:.2g}"
     return None
 
 
-def run(kernel: str, config: ModelConfig, dtype, mesh: Mesh | None, packed: bool) -> tuple[jax.Array, ...]:
-    """The mixed values of a row for each part of the mesh's rows, summed over the kinds of layers, and their gradients
-    to queries, keys and values."""
+def run_kernel(kernel: str, config: ModelConfig, dtype, mesh: Mesh | None, packed: bool) -> tuple[jax.Array, ...]:
+    """Attention's output, summed over the kinds of layers, and its gradients with respect to queries, keys and values.
+    Each device that holds different rows gets one row."""
     arguments = trial_arguments(config, dtype, mesh)
     if mesh is None:
         return jax.block_until_ready(jax.jit(trial_program(kernel, config, packed))(*arguments))
@@ -90,7 +90,7 @@ def run(kernel: str, config: ModelConfig, dtype, mesh: Mesh | None, packed: bool
 
 
 def trial_program(kernel: str, config: ModelConfig, packed: bool):
-    def both_ways(q, k, v, weights):
+    def forward_and_backward(q, k, v, weights):
         def mixed(q, k, v):
             rows = jnp.broadcast_to(jnp.arange(LENGTH) // (LENGTH // 2), (q.shape[0], LENGTH)) if packed else None
             windows = dict.fromkeys(kind.window for kind in config.kinds)
@@ -98,34 +98,34 @@ def trial_program(kernel: str, config: ModelConfig, packed: bool):
             found = [attend(q, k, v, config.attention_scale, config.attention_softcap)[0] for attend in attends]
             return sum(found[1:], start=found[0])
 
-        made, back = jax.vjp(mixed, q, k, v)
-        return made, *back(weights)
+        values, backward = jax.vjp(mixed, q, k, v)
+        return values, *backward(weights)
 
-    return both_ways
+    return forward_and_backward
 
 
 def trial_arguments(config: ModelConfig, dtype, mesh: Mesh | None) -> list[jax.Array]:
-    """Queries, keys, values and what the gradient starts from, laid out as the kernels take them: nothing is sent."""
+    """Queries, keys, values and output gradients, sharded as the kernels expect, so that nothing is communicated."""
     rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    made = []
+    arrays = []
     for seed, heads in enumerate((config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads)):
         drawn = np.random.default_rng(seed).normal(size=(1, LENGTH, heads, config.head_dim))
-        whole = np.broadcast_to(drawn, (rows, *drawn.shape[1:])).astype(jnp.dtype(dtype))
+        values = np.broadcast_to(drawn, (rows, *drawn.shape[1:])).astype(jnp.dtype(dtype))
         if mesh is None:
-            made.append(jnp.asarray(whole))
+            arrays.append(jnp.asarray(values))
             continue
         counts = (rows, LENGTH, config.num_kv_heads, config.head_dim)
         sharding = NamedSharding(mesh, partition(("batch", None, "kv_heads", None), counts, mesh.shape))
-        made.append(jax.make_array_from_callback(whole.shape, sharding, lambda index, whole=whole: whole[index]))
-    return made
+        arrays.append(jax.make_array_from_callback(values.shape, sharding, lambda index, values=values: values[index]))
+    return arrays
 
 
 def own_parts(array: jax.Array) -> list[np.ndarray]:
     return [np.asarray(shard.data).astype(np.float32) for shard in array.addressable_shards]
 
 
-def agreed(problem: str | None) -> str | None:
-    """The first problem that any process met: all of them must run the same program."""
+def first_on_any_process(problem: str | None) -> str | None:
+    """The first problem on any process, on all of them: they must all run the same program."""
     if jax.process_count() == 1:
         return problem
     return next((text for text in texts_of_all(problem or "") if text), None)

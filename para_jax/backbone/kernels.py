@@ -1,5 +1,5 @@
-"""Attention of whole sequences to themselves, by the kernel that suits the device: plain products on a CPU, cuDNN on a
-GPU, Pallas' splash attention on a TPU. Plain alone holds scores [heads, length, length] in memory."""
+"""Self-attention over whole sequences, with the kernel for the device: plain matrix products on a CPU, cuDNN on a GPU,
+Pallas' splash attention on a TPU. Only plain attention stores scores [heads, length, length]."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..sharding import partition
 from .attention import causal_mask, mixed_values
 from .kernel_choice import AUTO, LANES, AttentionChoice, attention_kernel
 
-BLOCK = 512  # tokens of its blocks, at most
+BLOCK = 512  # largest block of splash attention, in tokens
 
 
 def self_attention(
@@ -26,12 +26,12 @@ def self_attention(
     segment: Int[Array, "batch length"] | None = None,
     choice: AttentionChoice = AUTO,
 ) -> dict[int | None, Callable]:
-    """{window: attend} for the kinds of layers, where attend(q, k, v, scale, cap) gives the mixed values and keeps keys
+    """{window: attend} for the kinds of layers. attend(q, k, v, scale, cap) returns the mixed values, and keeps keys
     and values [batch, kv_heads, length, head_dim].
 
     Args:
-        segment: of packed rows; a token sees those of its own segment only.
-        choice: of the model.
+        segment: each token's segment, for packed rows. A token sees only its own segment.
+        choice: the model's.
     """
     name, _ = attention_kernel(config, length, dtype, platform(), choice, packed=segment is not None)
     windows = dict.fromkeys(kind.window for kind in config.kinds)
@@ -39,13 +39,13 @@ def self_attention(
 
 
 def platform() -> str:
-    """What is compiled for: the devices of the current mesh (they may be another machine's), else this process's."""
+    """The platform to compile for: that of the current mesh, which may be another machine's, else this process's."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty or not mesh.abstract_device else mesh.abstract_device.platform
 
 
 def plain(length: int, window: int | None, segment: Int[Array, "batch length"] | None) -> Callable:
-    mask = causal_mask(length, window)[None] if segment is None else causal_mask(length, window) & same(segment)
+    mask = causal_mask(length, window)[None] if segment is None else causal_mask(length, window) & same_segment(segment)
     return attend_within(mask)
 
 
@@ -62,12 +62,12 @@ def attend_within(mask: Bool[Array, "#batch length length"]) -> Callable:
 def cudnn(
     length: int, window: int | None, segment: Int[Array, "batch length"] | None, *, implementation: Any = "cudnn"
 ) -> Callable:
-    """By jax.nn.dot_product_attention; packed rows by a mask [batch, length, length]. Not run on a GPU yet."""
+    """Attention by jax.nn.dot_product_attention. Packed rows use a mask [batch, length, length]. Never run on a GPU."""
 
     def rows(q, k, v, segment, scale):
         reach: dict[str, Any] = dict(is_causal=True, local_window_size=None if window is None else (window - 1, 0))
         if segment is not None:
-            reach = dict(mask=(causal_mask(length, window) & same(segment))[:, None])
+            reach = dict(mask=(causal_mask(length, window) & same_segment(segment))[:, None])
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation, **reach)
 
     def attend(q, k, v, scale, cap):
@@ -79,9 +79,9 @@ def cudnn(
 
 
 def splash(length: int, window: int | None, segment: Int[Array, "batch length"] | None) -> Callable:
-    """By jax.experimental.pallas.ops.tpu.splash_attention; interpreted, slowly, where there is no TPU."""
+    """Attention by jax.experimental.pallas.ops.tpu.splash_attention. Without a TPU it is interpreted, which is slow."""
 
-    missing = -length % LANES  # what is padded stands behind every token, so that none sees it
+    missing = -length % LANES  # padding comes last, where no token sees it
 
     def attend(q, k, v, scale, cap):
         q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
@@ -120,8 +120,8 @@ def splash_rows(
 
 
 def over_mesh(rows: Callable, heads_axis: int) -> Callable:
-    """rows(q, k, v, segment), run by each device of the mesh on its own rows and heads: a kernel is not split by the
-    compiler. Heads stay whole where the mesh does not divide those of the keys."""
+    """rows(q, k, v, segment), run on each device of the mesh for its own rows and heads: the compiler cannot split a
+    kernel. Heads are not split if the number of kv heads does not divide by the mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return rows
@@ -136,7 +136,7 @@ def over_mesh(rows: Callable, heads_axis: int) -> Callable:
     return run
 
 
-def same(segment: Int[Array, "batch length"]) -> Bool[Array, "batch length length"]:
+def same_segment(segment: Int[Array, "batch length"]) -> Bool[Array, "batch length length"]:
     return segment[:, :, None] == segment[:, None]
 
 

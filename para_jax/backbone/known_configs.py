@@ -1,5 +1,5 @@
-"""The published config.json of backbones that this project's configs name, so that a dry run needs neither network
-nor access to a gated repository. Weights always come with their own config.json."""
+"""The published config.json of the backbones in this project's configs/, so that a dry run needs neither network access
+nor permission for a gated repository. Loading weights always uses the config.json next to them."""
 
 LLAMA_2 = {
     "model_type": "llama",

@@ -1,5 +1,4 @@
-"""The small layers that attention and feed-forward are made of: linear, norms, and the identity that stands where a
-family has no norm."""
+"""The building blocks of attention and feed-forward layers: linear layers, norms, activations and the soft cap."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * (offset + weight) over the last axis, in float32 (arXiv:1910.07467; offset 1 in the Gemma
-    families)."""
+    """x / rms(x) * (offset + weight) over the last axis, in float32 (arXiv:1910.07467). Gemma's offset is 1."""
 
     def __init__(self, size: int, *, eps: float, offset: float, axis: str | None = None):
         self.weight = nnx.Param(jnp.full(size, 1.0 - offset), axes=(axis,))
@@ -37,15 +35,14 @@ class RMSNorm(nnx.Module):
 
 
 class HeadNorm(RMSNorm):
-    """The RMS norm of each head by itself, on a projection [..., heads * head_dim]; one weight [head_dim] for all
-    heads."""
+    """The RMS norm of each head of a projection [..., heads * head_dim]. All heads share one weight [head_dim]."""
 
     def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
         return super().__call__(x.reshape(*x.shape[:-1], -1, self.weight.shape[-1])).reshape(x.shape)
 
 
 class Identity(nnx.Module):
-    """Stands where a family has no norm."""
+    """Replaces a norm that a family lacks."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x
@@ -67,10 +64,10 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-#: The activations of ModelConfig.activation.
+#: The values of ModelConfig.activation.
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap), which keeps x within ±cap (Gemma 2, arXiv:2408.00118); x itself where there is no cap."""
+    """cap * tanh(x / cap), which keeps x within ±cap (Gemma 2, arXiv:2408.00118). None leaves x unchanged."""
     return x if cap is None else cap * jnp.tanh(x / cap)

@@ -1,7 +1,7 @@
-"""The parts of stored tensors that a process's devices hold of a parameter, read piece by piece to spare memory.
+"""Reads the part of a parameter that this process's devices hold, piece by piece to save memory.
 
-A source of weights is anything with `shapes` (tensor shapes by name) and `read(name, start, stop, columns)` (a part of
-a tensor as a NumPy array): safetensors files and GGUF files.
+Weights come from any source with `shapes` (tensor shapes by name) and `read(name, start, stop, columns)` (part of a
+tensor as a NumPy array): safetensors files and GGUF files.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-#: The values read at a time: 64 MB of float64, 32 MB of float32, 16 MB of bfloat16.
+#: Values per read: 64 MB of float64, 32 MB of float32, 16 MB of bfloat16.
 PIECE_VALUES = 8 * 2**20
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where weights come from."""
+    """Where weights are read from."""
 
     @property
     def path(self) -> Path: ...
@@ -32,16 +32,19 @@ class Source(Protocol):
 
 
 class Recipe(NamedTuple):
-    """How a parameter is made: rows `start`... of the tensor `source`, which has `shape`, perhaps transposed."""
+    """How to make a parameter from a stored tensor."""
 
     source: str
+    """the tensor's name"""
     shape: tuple[int, ...]
+    """the tensor's shape"""
     start: int = 0
+    """its first row that belongs to the parameter"""
     transpose: bool = False
 
 
 class Block(NamedTuple):
-    """Rows start...stop and columns left...right of a tensor as it is stored; a vector is one column."""
+    """Rows [start:stop] and columns [left:right] of a stored tensor. A vector is one column."""
 
     start: int
     stop: int
@@ -52,7 +55,7 @@ class Block(NamedTuple):
 def load_parameter(
     source: Source, recipe: Recipe, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None
 ) -> tuple[jax.Array, bool]:
-    """A parameter, of which this process's parts are read, and whether all of them are finite."""
+    """A parameter, of which this process reads its own parts, and whether those are all finite."""
     blocks = needed_blocks(shape, recipe.transpose, sharding)
     values, finite = read_blocks(source, recipe, blocks, dtype)
 
@@ -73,7 +76,11 @@ def needed_blocks(
     sharding: jax.sharding.Sharding | None,
     devices: Collection[Any] | None = None,
 ) -> list[Block]:
-    """The different parts of a stored tensor that the devices (default: this process's) hold of a parameter."""
+    """The distinct blocks of a stored tensor that devices hold of a parameter.
+
+    Args:
+        devices: default: this process's.
+    """
     if sharding is None:
         return [stored_block((slice(None),) * len(shape), shape, transpose)]
     devices = sharding.addressable_devices if devices is None else devices
@@ -93,15 +100,15 @@ def spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[tuple[int, i
 def read_blocks(
     source: Source, recipe: Recipe, blocks: list[Block], dtype: np.dtype
 ) -> tuple[dict[Block, np.ndarray], bool]:
-    """The values of the blocks [rows, columns] (turned: [columns, rows]), and whether all of them are finite.
+    """The values of each block, [rows, columns] or transposed, and whether all are finite.
 
-    Columns that several blocks need of the same rows are read at once where they lie side by side.
+    Adjacent blocks of the same rows are read together.
     """
     values, finite = {}, True
     for block in blocks:
         rows, columns = block.stop - block.start, block.right - block.left
         values[block] = aligned_empty((columns, rows) if recipe.transpose else (rows, columns), dtype)
-    for whole in side_by_side(blocks):
+    for whole in joined_blocks(blocks):
         within = [block for block in blocks if block[:2] == whole[:2] and whole.left <= block.left < whole.right]
         for start, piece in read_pieces(source, recipe.source, whole, recipe.start):
             piece = piece.astype(dtype, copy=False)
@@ -112,7 +119,8 @@ def read_blocks(
     return values, finite
 
 
-def side_by_side(blocks: list[Block]) -> list[Block]:
+def joined_blocks(blocks: list[Block]) -> list[Block]:
+    """The blocks, with adjacent columns of the same rows joined."""
     joined: list[Block] = []
     for block in sorted(blocks):
         if joined and joined[-1][:2] == block[:2] and joined[-1].right == block.left:
@@ -123,37 +131,44 @@ def side_by_side(blocks: list[Block]) -> list[Block]:
 
 
 def read_pieces(source: Source, name: str, block: Block, offset: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-    """(the first row, the rows [rows, columns]) of a block that begins `offset` rows further down."""
+    """(first row, rows [rows, columns]) for each piece of a block.
+
+    Args:
+        offset: where the block's row 0 is in the tensor.
+    """
     for start, stop in pieces(block.start, block.stop, block.right - block.left):
         piece = source.read(name, offset + start, offset + stop, columns=slice(block.left, block.right))
         yield start, piece.reshape(stop - start, -1)
 
 
 def pieces(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
-    """The ranges in which rows of so many values are read."""
+    """The ranges of rows to read at once, for rows of `width` values."""
     step = max(1, PIECE_VALUES // max(1, width))
     return ((first, min(first + step, stop)) for first in range(start, stop, step))
 
 
 def write_rows(values: np.ndarray, start: int, rows: np.ndarray, transpose: bool) -> None:
-    """Writes rows start... of a stored tensor, perhaps as columns."""
+    """Writes rows of a stored tensor to rows, or columns, start... of the values."""
     if not transpose:
         values[start : start + len(rows)] = rows
         return
-    for i in range(0, len(rows), 64):  # strips that stay in the processor's cache: 5 times as fast as at once
+    for i in range(0, len(rows), 64):  # strips fit the processor's cache: 5 times as fast as all at once
         strip = rows[i : i + 64]
         values[:, start + i : start + i + len(strip)] = strip.T
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that jax.device_put takes over on a CPU without a copy, which it does from an alignment of 64 bytes on."""
+    """An uninitialised array, aligned to 64 bytes: jax.device_put on a CPU then uses its memory without a copy."""
     memory = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
     offset = -memory.ctypes.data % 64
     return memory[offset : offset + memory.size - 64].view(dtype).reshape(shape)
 
 
 def require_equal(source: Source, name: str, other: str, blocks: list[Block]) -> None:
-    for block in side_by_side(blocks):
+    """Raises ValueError unless two tensors have the same values in these blocks."""
+    for block in joined_blocks(blocks):
         both = zip(read_pieces(source, name, block), read_pieces(source, other, block), strict=True)
         if not all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in both):
-            raise ValueError(f"{source.path}: {name} differs from {other}, but config.json says tie_word_embeddings")
+            raise ValueError(
+                f"{source.path}: {name} differs from {other}, although config.json sets tie_word_embeddings"
+            )

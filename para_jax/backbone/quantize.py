@@ -1,7 +1,7 @@
-"""A backbone with int8 kernels: qwix's arrays, int8 values with one float32 scale for each output of a linear.
+"""int8 kernels for the backbone, in qwix's arrays: int8 values, and one float32 scale per output of a linear layer.
 
-Kernels alone are quantised: norms, biases, the embedding and the head stay, and so do the activations. Nothing is
-trained through the rounding, for the backbone is frozen.
+Only kernels are quantised. Norms, biases, the embedding, the head and activations are not. The backbone is frozen, so
+no gradient passes through the rounding to a kernel.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Int8Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         from qwix import QArray, dot
 
-        # Gathered here, as bytes: what they stand for would be twice as many.
+        # gathered here as int8: half the bytes of the dequantised weights
         kernel, scale = (gathered(held[...], held.axes) for held in (self.kernel, self.scale))
         y = dot(x, QArray(kernel, scale.astype(x.dtype)))
         return y if self.bias is None else y + self.bias[...]
 
 
 def quantised(model):
-    """The model, in the layout "layers", with an Int8Linear for each Linear."""
+    """The model, in the layout "layers", with an Int8Linear in place of each Linear."""
     return jax.tree.map(
         lambda node: Int8Linear(node) if isinstance(node, Linear) else node,
         model,
@@ -46,16 +46,16 @@ def quantised(model):
 
 
 def quantise(kernel: Float[Array, "in out"]) -> tuple[Int8[Array, "in out"], Float[Array, "1 out"]]:
-    """The int8 values nearest to kernel / scale, within 127, and the scale: an output's largest weight over 127.5,
-    so that no weight is off by more than half a step."""
+    """(int8 values, scale): kernel / scale rounded and clipped to 127. The scale is the largest weight of an output
+    divided by 127.5, so that no error exceeds half a step."""
     from qwix import quantize
 
-    made = quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=(1,))
-    # The largest weight lies at 127.5, as near to 127 as to 128: which one it becomes is left to no machine's rounding.
-    return jnp.clip(made.qvalue, -127, 127), made.scale
+    quantised_kernel = quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=(1,))
+    # The largest weight is 127.5 steps. Without the clip, the machine's rounding would choose between 127 and 128.
+    return jnp.clip(quantised_kernel.qvalue, -127, 127), quantised_kernel.scale
 
 
 @cache
 def quantiser(kernel: jax.sharding.Sharding | None, scale: jax.sharding.Sharding | None) -> Callable:
-    """`quantise`, compiled, whose results are laid out so. Every process of a mesh must call it."""
+    """`quantise`, compiled for results with these shardings. Every process of a mesh must call it."""
     return jax.jit(quantise, out_shardings=None if kernel is None else (kernel, scale))

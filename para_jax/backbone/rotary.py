@@ -1,5 +1,4 @@
-"""Rotary position embeddings in the rotate-half form (arXiv:2104.09864), with the scalings that published models
-use."""
+"""Rotary position embeddings in the rotate-half form (arXiv:2104.09864), with the scalings of published models."""
 
 from __future__ import annotations
 
@@ -23,8 +22,11 @@ def rotate(
     cos: Float[Array, "*axes length half"],
     sin: Float[Array, "*axes length half"],
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Turns the first dims of every head of x [batch, length, heads, head_dim] by tables [(batch,) length, dims /
-    2]."""
+    """Rotates the first dims of every head of x [batch, length, heads, head_dim].
+
+    Args:
+        cos, sin: [(batch,) length, dims / 2], from rotary_tables.
+    """
     half = cos.shape[-1]
     cos, sin = cos[..., None, :], sin[..., None, :]
     first, second, rest = (
@@ -32,12 +34,12 @@ def rotate(
         x[..., half : 2 * half].astype(jnp.float32),
         x[..., 2 * half :],
     )
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([part.astype(x.dtype) for part in turned] + [rest], axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([part.astype(x.dtype) for part in rotated] + [rest], axis=-1)
 
 
 def inverse_frequencies(config: RotaryConfig) -> np.ndarray:
-    """Radians a position, float32 [dims / 2]."""
+    """Radians per position, float32 [dims / 2]."""
     frequencies = config.theta ** -(np.arange(0, config.dims, 2, dtype=np.float64) / config.dims)
     if config.scaling == "linear":
         frequencies = frequencies / config.factor
@@ -47,9 +49,9 @@ def inverse_frequencies(config: RotaryConfig) -> np.ndarray:
 
 
 def llama3_scaled(frequencies: np.ndarray, config: RotaryConfig) -> np.ndarray:
-    """Llama 3.1's rule: wave lengths (in positions) beyond original / low_freq_factor are slowed by the factor, those
-    below original / high_freq_factor stay, and between them the two are blended."""
-    wave_lengths = 2 * np.pi / frequencies
-    turns = config.original_max_positions / wave_lengths
-    blend = np.clip((turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor), 0, 1)
+    """Llama 3.1's rule: frequencies with wavelengths (in positions) above original / low_freq_factor are divided by the
+    factor, those below original / high_freq_factor stay, and those in between are interpolated."""
+    wavelengths = 2 * np.pi / frequencies
+    rotations = config.original_max_positions / wavelengths
+    blend = np.clip((rotations - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor), 0, 1)
     return (1 - blend) * frequencies / config.factor + blend * frequencies

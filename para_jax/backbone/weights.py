@@ -1,6 +1,6 @@
-"""Weights: from a checkpoint in Hugging Face's names to the Transformer's parameters, one after another.
+"""Loads the Transformer's parameters, one by one, from a checkpoint with Hugging Face's tensor names.
 
-Linear weights come as [out, in] and leave as [in, out].
+Checkpoints store linear weights as [out, in]; the parameters are [in, out].
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ def load_parameters(
     shardings: dict[str, jax.sharding.Sharding] | None = None,
     quantize: str | None = None,
 ) -> dict[str, jax.Array]:
-    """The Transformer's parameters by path ("layers.0.attention.q_proj.kernel"), each as `parameter_shapes` has it.
+    """The Transformer's parameters by path, such as "layers.0.attention.q_proj.kernel".
 
-    With `quantize`, kernels are int8 values with a "....scale" beside them. The peak is the loaded weights and about
-    100 MB; on accelerators, and with `quantize`, one tensor and that.
-    Raises ValueError naming tensors that are missing, unknown, misshapen or not finite (where this process reads them;
-    the others, which do not see it, go on).
+    With `quantize`, kernels are int8, and each has a "....scale". The peak of host memory is the loaded weights and
+    about 100 MB; on accelerators, and with `quantize`, one tensor and about 100 MB.
+
+    Raises ValueError naming tensors that are missing, unknown, misshapen or not finite. Only processes that read the
+    values that are not finite raise; the others continue.
     """
     plan = recipes(config, source)
     shapes = parameter_shapes(config)
@@ -56,7 +57,7 @@ def load_parameters(
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of the Transformer, by path."""
+    """The shapes of the Transformer's parameters, by path."""
     layer = layer_shapes(config)
     shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, config.width)}
     for i in range(config.num_layers):
@@ -83,8 +84,8 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def recipes(config: ModelConfig, source: Source) -> dict[str, Recipe]:
-    """How each parameter is made of the source's tensors. Raises ValueError where their names and shapes do not fit the
-    config; no tensor is read."""
+    """How to make each parameter from the source's tensors. No tensor is read. Raises ValueError if their names and
+    shapes do not match the config."""
     shapes = source.shapes
     fused = [joint for joint in FUSED if any(f".{joint}." in name for name in shapes)]
     plan = {name: recipe(config, name, shape, fused) for name, shape in parameter_shapes(config).items()}
@@ -95,19 +96,25 @@ def recipes(config: ModelConfig, source: Source) -> dict[str, Recipe]:
         "missing": [name for name in expected if name not in shapes],
         "unknown": [name for name in shapes if name not in known and not name.endswith("rotary_emb.inv_freq")],
         "misshapen": [
-            f"{name} {list(shapes[name])} (expected {list(shape)})"
+            f"{name} {list(shapes[name])} instead of {list(shape)}"
             for name, shape in known.items()
             if name in shapes and tuple(shapes[name]) != shape
         ],
     }
     if any(problems.values()):
         listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"{source.path}: the tensors do not fit the config (model_type {config.model_type}). {listed}")
+        raise ValueError(
+            f"{source.path}: the tensors do not match the config (model_type {config.model_type}). {listed}"
+        )
     return plan
 
 
 def recipe(config: ModelConfig, name: str, shape: tuple[int, ...], fused: list[str]) -> Recipe:
-    """The recipe of one parameter, which may be a part of one of the `fused` tensors."""
+    """The recipe of one parameter.
+
+    Args:
+        fused: the source's tensors that hold several linear layers, as in Phi-3.
+    """
     source = source_name(config, name)
     rows, start = shape[-1], 0
     for joint in fused:
@@ -127,7 +134,7 @@ def source_name(config: ModelConfig, name: str) -> str:
     """Hugging Face's name of a parameter."""
     if name == "head":
         return "lm_head.weight"
-    # What Llama calls post_attention_layernorm is the norm before the feed-forward.
+    # Llama's post_attention_layernorm is the norm before the feed-forward layer.
     before_feedforward = "pre_feedforward_layernorm" if config.post_norm else "post_attention_layernorm"
     for ours, theirs in (
         ("embedding", "embed_tokens.weight"),
@@ -145,13 +152,13 @@ def source_name(config: ModelConfig, name: str) -> str:
 
 
 def fingerprint(source: Source) -> str:
-    """The sha256 of the first q_proj's bytes as stored (GGUF: of its float32 values), which tells backbones apart."""
+    """Identifies a backbone: the sha256 of its first q_proj's stored bytes (for GGUF, of its float32 values)."""
     prefix = "model.layers.0.self_attn."
     name, rows = f"{prefix}q_proj.weight", None
     if name not in source.shapes and {f"{prefix}qkv_proj.weight", f"{prefix}o_proj.weight"} <= set(source.shapes):
         name, rows = f"{prefix}qkv_proj.weight", source.shapes[f"{prefix}o_proj.weight"][1]
     if name not in source.shapes:
-        raise ValueError(f"{source.path}: no tensor {name}")
+        raise ValueError(f"{source.path} has no tensor {name}")
     digest = hashlib.sha256()
     for start, stop in pieces(0, rows or source.shapes[name][0], source.shapes[name][1]):
         digest.update(np.ascontiguousarray(source.read(name, start, stop)).view(np.uint8).data)

@@ -1,1 +1,1 @@
-"""Data: the tokenizer, the token boundary, sources, tasks and batches."""
+"""Data: tokenizer, sources, tasks, records, examples (the token boundary between prompt and completion) and batches."""

@@ -1,4 +1,4 @@
-"""Examples to padded batches of few shapes, in an order that is a pure function of (seed, batch number, lengths)."""
+"""Padded batches of examples in a few shapes, in an order that is a pure function of (seed, batch number, lengths)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MULTIPLE = 8  # padded lengths are multiples of this many tokens
 
 
 class Batch(NamedTuple):
-    """Rows of prompt and completion, right-padded with token 0.
+    """Rows of prompt and completion, padded on the right with token 0.
 
-    A row that only fills up the batch has length 1 and prompt_length 1: no completion token, hence no loss.
+    A padding row has length 1 and prompt_length 1: no completion token, and so no loss.
     """
 
     tokens: np.ndarray
@@ -29,21 +29,21 @@ class Batch(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """One compiled shape: padded tokens a row (T), and the most completion tokens of a row."""
+    """One compiled shape: tokens per row with padding (T), and the largest number of completion tokens in a row."""
 
     length: int
     completion: int
 
 
 def plan_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...]:
-    """At most `count` buckets, shortest first, that hold all examples with the fewest padded tokens altogether."""
+    """At most `count` buckets, shortest first, that hold all examples with the least padding in total."""
     return plan_buckets_of_sizes(prompt_and_completion_sizes(examples), count)
 
 
 def plan_buckets_of_sizes(sizes: np.ndarray, count: int) -> tuple[Bucket, ...]:
-    """As `plan_buckets`, from each example's tokens of prompt and completion, [examples, 2]."""
+    """`plan_buckets` from the tokens of each prompt and completion, [examples, 2]."""
     if not len(sizes):
-        raise ValueError("no examples to plan buckets for: the data set is empty")
+        raise ValueError("cannot plan buckets: the data set is empty")
     needed, completions = -(-sizes.sum(axis=1) // MULTIPLE) * MULTIPLE, sizes[:, 1]
     lengths = best_lengths(needed, count)
     shorter = [0, *lengths[:-1]]
@@ -53,13 +53,15 @@ def plan_buckets_of_sizes(sizes: np.ndarray, count: int) -> tuple[Bucket, ...]:
 
 
 def for_mixed_rows(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
-    """The buckets, each with room for the completions of the shorter ones too, for batches whose rows were put to
-    buckets apart: all of them go into the longest."""
+    """The buckets, each with room for the completions of all shorter ones.
+
+    For batches that mix rows of several buckets: all rows then use the longest of these buckets.
+    """
     return tuple(Bucket(b.length, max(one.completion for one in buckets[: i + 1])) for i, b in enumerate(buckets))
 
 
 def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:
-    """The examples as one batch of the bucket's shape, filled up to `rows` rows."""
+    """The examples as one batch in the bucket's shape, padded to `rows` rows."""
     assert len(examples) <= rows, (len(examples), rows)
     batch = Batch(np.zeros((rows, bucket.length), np.int32), np.ones(rows, np.int32), np.ones(rows, np.int32))
     for row, (prompt, completion) in enumerate(examples):
@@ -74,21 +76,21 @@ def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:
 
 
 class Plan:
-    """Which examples batch i holds, for every i from 0 on. Every process that asks gets the same answer.
+    """Which examples are in batch i, for every i from 0. Every process computes the same plan.
 
-    An epoch holds every example once: they are permuted, put to their buckets, cut into batches of `rows` (the last of
-    a bucket may be short), and the batches are permuted. To resume, one integer is enough.
+    An epoch holds every example once: examples are permuted and assigned to buckets, each bucket is cut into batches of
+    `rows` (the last may be shorter), and the batches are permuted. Resuming needs only the batch number.
     """
 
     def __init__(self, lengths: Sequence[int], *, buckets: Sequence[Bucket], rows: int, seed: int):
         self.bucket_of = assign_buckets(lengths, buckets)
         self.rows, self.seed = rows, seed
         self.batches_per_epoch = int(sum(-(-n // rows) for n in np.bincount(self.bucket_of)))
-        # two epochs, for threads read ahead over an epoch's end; lru_cache may be called by several at once
+        # two epochs, because threads prefetch past the end of one; lru_cache is safe to call from several threads
         self.epoch = lru_cache(2)(lambda epoch: epoch_batches(self.bucket_of, rows, seed, epoch))
 
     def batch_indices(self, i: int) -> tuple[int, list[int]]:
-        """Global batch i: the index of its bucket, and of its examples (1 to `rows`)."""
+        """Global batch i: the index of its bucket, and the indices of its examples (1 to `rows`)."""
         epoch, position = divmod(i, self.batches_per_epoch)
         return self.epoch(epoch)[position]
 
@@ -97,8 +99,8 @@ def plan(lengths: Sequence[int], *, buckets: Sequence[Bucket], rows: int, seed: 
     """The order of training.
 
     Args:
-        lengths: tokens of each example, prompt and completion (`example_lengths`)
-        rows: examples of a global batch, over all devices
+        lengths: tokens of each example, prompt and completion together (`example_lengths`).
+        rows: examples in a global batch, over all devices.
     """
     return Plan(lengths, buckets=buckets, rows=rows, seed=seed)
 
@@ -106,7 +108,7 @@ def plan(lengths: Sequence[int], *, buckets: Sequence[Bucket], rows: int, seed: 
 def full_batches(
     examples: Sequence[Example], rows: int, buckets: Sequence[Bucket]
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Every example once, shortest first, for evaluation: (the examples' indices, their batch)."""
+    """(indices, batch) for every example once, shortest first; for evaluation."""
     lengths = example_lengths(examples)
     order = np.argsort(lengths, kind="stable")
     for index, indices in cut_by_bucket(order, assign_buckets(lengths, buckets), rows):
@@ -135,7 +137,7 @@ def epoch_batches(bucket_of: np.ndarray, rows: int, seed: int, epoch: int) -> li
 
 
 def epoch_bits(*seed: int) -> np.random.PCG64:
-    """Raw bits, since NumPy promises their stream for all its versions, and that of `permutation` for none."""
+    """A source of raw bits. NumPy keeps their stream the same in all versions, unlike that of its permutations."""
     return np.random.PCG64(np.random.SeedSequence(seed))
 
 
@@ -144,7 +146,7 @@ def permutation(bits: np.random.PCG64, size: int) -> np.ndarray:
 
 
 def cut_by_bucket(order: np.ndarray, bucket_of: np.ndarray, rows: int) -> Iterator[tuple[int, list[int]]]:
-    """Batches of at most `rows` examples of one bucket, each bucket's in the given order."""
+    """(bucket, examples) of batches of at most `rows` examples of one bucket. Each bucket keeps the given order."""
     for index in range(int(bucket_of.max(initial=-1)) + 1):
         members = order[bucket_of[order] == index].tolist()
         for start in range(0, len(members), rows):
@@ -152,15 +154,15 @@ def cut_by_bucket(order: np.ndarray, bucket_of: np.ndarray, rows: int) -> Iterat
 
 
 def best_lengths(needed: np.ndarray, count: int) -> list[int]:
-    """At most `count` of the lengths, the longest among them, with the smallest sum of each length rounded up to one.
+    """At most `count` of the lengths, such that rounding each length up to one of them adds the least padding.
 
-    Exact, by dynamic programming: `cost[j]` is the least for the j shortest lengths with the buckets so far.
+    Exact, by dynamic programming: `cost[j]` is the minimum for the j shortest lengths with the buckets so far.
     """
     lengths, repeats = np.unique(needed, return_counts=True)
     below = np.concatenate([[0], np.cumsum(repeats)])  # examples among the j shortest lengths
     cost, cuts = np.array([0.0] + [np.inf] * len(lengths)), []
     for _ in range(min(count, len(lengths))):
-        # entry [i, j]: one bucket more, of length lengths[j - 1], for the lengths from i up to j
+        # entry [i, j]: another bucket, of length lengths[j - 1], for the lengths from i to j
         step = cost[:, None] + (below[None, :] - below[:, None]) * np.concatenate([[0], lengths])[None, :]
         step[np.tril_indices(len(cost))] = np.inf
         cuts.append(step.argmin(axis=0))

@@ -1,5 +1,5 @@
-"""Renders chats by a tokenizer's chat template, which is a program that came with the backbone: it runs in a process of
-its own (template_process.py), with bounds on time, memory and output.
+"""Renders chats with a tokenizer's chat template. A template is a program that came with the backbone, so it runs in a
+separate process (template_process.py) with limits on time, memory and output.
 
 A sandbox alone is not enough: a template of one line can build a list that takes hours, or all memory, to print.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..config import shorten
 
-#: Bounds of one conversation: seconds of processor time, and characters of the text.
+#: Limits for one conversation: seconds of processor time, and characters of output.
 SECONDS, OUTPUT = 2.0, 2**24
 
 
@@ -29,21 +29,21 @@ class TemplateError(ValueError):
 
 
 def render_template(template: str, messages: list[dict], **variables: Any) -> str:
-    """The text that transformers makes of the messages by the template. Several threads may call this at once.
+    """The messages as transformers renders them with the template. Several threads may call this at once.
 
     Args:
-        variables: what the template may read next to the messages, and transformers' `continue_final_message`.
+        variables: what else the template may read, and transformers' `continue_final_message`.
 
-    Raises TemplateError, and OSError where the process can't be started.
+    Raises TemplateError, and OSError if the process cannot be started.
     """
     return render_templates(template, [(messages, variables)])[0]
 
 
 def render_templates(template: str, conversations: Sequence[tuple[list[dict], dict[str, Any]]]) -> list[str]:
-    """As `render_template` for each (messages, variables), with one question to the process for all of them. Each
-    conversation has the time of one alone; if one fails, all do."""
+    """`render_template` for each (messages, variables), in one request to the process. Each conversation has its own
+    time limit. If one fails, all do."""
     if not isinstance(template, str):
-        raise TemplateError(f"the template is a {type(template).__name__}, not a text")
+        raise TemplateError(f"the template is a {type(template).__name__}, not text")
     given = [
         ([{name: value for name, value in message.items() if value is not None} for message in messages], variables)
         for messages, variables in conversations
@@ -60,13 +60,13 @@ def render_templates(template: str, conversations: Sequence[tuple[list[dict], di
 
 @cache
 def template_process(pid: int) -> TemplateProcess:
-    """The one of this process; those forked from it have their own."""
+    """The process that renders templates for the process `pid`: a fork needs its own."""
     return TemplateProcess()
 
 
 class TemplateProcess:
-    """A Python that renders templates. It starts when asked, and again after a template has been stopped. It stops
-    when the process that asks ends."""
+    """A Python process that renders templates. It starts with the first request, restarts after a template had to be
+    stopped, and ends with the process that asks."""
 
     def __init__(self):
         self.lock, self.process = Lock(), None
@@ -76,14 +76,14 @@ class TemplateProcess:
         with self.lock:
             try:
                 self.process = self.process or start()
-                with suppress(BrokenPipeError):  # it ended; the code says why
+                with suppress(BrokenPipeError):  # it ended; its exit code says why
                     self.process.stdin.write(request + "\n")
                     self.process.stdin.flush()
                 answer = self.process.stdout.readline()
-            finally:  # after Ctrl-C too: a late answer must not become that of the next conversation
+            finally:  # also after Ctrl-C: a late answer must not be taken for the next conversation's
                 if not answer.endswith("\n"):
                     code = self.stop()
-        return json.loads(answer) if code is None else {"error": reason(code)}
+        return json.loads(answer) if code is None else {"error": exit_reason(code)}
 
     def stop(self) -> int | None:
         process, self.process = self.process, None
@@ -98,14 +98,15 @@ class TemplateProcess:
 
 def start() -> subprocess.Popen:
     script = Path(__file__).with_name("template_process.py")
-    command = [sys.executable, "-P", str(script)]  # -P: modules next to it are not imported
-    found = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", str(script)]  # -P: never imports the modules next to the script
+    python_path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
-    return subprocess.Popen(command, env=os.environ | found, process_group=0, **pipes)  # a group: Ctrl-C is not for it
+    # its own process group, so that Ctrl-C does not reach it
+    return subprocess.Popen(command, env=os.environ | python_path, process_group=0, **pipes)
 
 
-def reason(code: int) -> str:
-    """Why the process ended instead of answering."""
+def exit_reason(code: int) -> str:
+    """Why the process ended without an answer."""
     if code == -getattr(signal, "SIGPROF", 0):
-        return f"it took more than {SECONDS:g} seconds"
-    return f"it ended the process that renders it (exit code {code})"
+        return f"it took longer than {SECONDS:g} seconds"
+    return f"it crashed the process that renders it (exit code {code})"

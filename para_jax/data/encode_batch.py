@@ -1,4 +1,4 @@
-"""Many prompts and completions to token ids at once. The ids are those of `encode_example`, whose rules these are."""
+"""Encodes many prompts and completions at once, with the same ids as `encode_example`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .examples import (
     up_to_end_token,
 )
 
-#: Conversations for one question to the process of the chat template.
+#: Conversations per request to the chat template's process.
 RENDERED_AT_ONCE = 64
 
 
 def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Example]:
-    """The example of each (prompt, completion). A fast tokenizer uses all cores and needs two calls for all of them.
+    """The example of each (prompt, completion). A fast tokenizer uses all cores, in two calls for all of them.
 
-    Raises ValueError if any of them fails; `encode_example` says which.
+    Raises ValueError if one of them fails; `encode_example` shows which.
     """
     for prompt, completion in pairs:
         require_filled("prompt", prompt)
@@ -60,7 +60,7 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
 
 
 def render_chats(tokenizer, pairs: Sequence[tuple[Any, str]]) -> list[tuple[str, str]]:
-    """Each conversation up to the answer, and the answer's turn, as the chat template writes them."""
+    """Each conversation up to the answer, and the answer's turn, as the chat template renders them."""
     found = []
     for start in range(0, len(pairs), RENDERED_AT_ONCE):
         parts = [part for pair in pairs[start : start + RENDERED_AT_ONCE] for part in two_parts(*pair)]
@@ -70,18 +70,22 @@ def render_chats(tokenizer, pairs: Sequence[tuple[Any, str]]) -> list[tuple[str,
 
 
 def encode_prompts(tokenizer, texts: list[str], chats: list[bool]) -> list[list[int]]:
-    """The ids of prompts; the chats among them are rendered already."""
+    """The ids of prompts. Chats among them are already rendered.
+
+    Args:
+        chats: which of the texts are chats.
+    """
     special = iter(encode_all(tokenizer, [text for text, chat in zip(texts, chats, strict=True) if not chat]))
     rendered = [text for text, chat in zip(texts, chats, strict=True) if chat]
     plain = iter(encode_all(tokenizer, rendered, add_special_tokens=False))
     found = [next(plain if chat else special) for chat in chats]
     ends = [tokenizer.eos_token_id]
-    doubtful = [i for i, ids in enumerate(found) if not chats[i] and ids[-1:] == ends]
-    without = encode_all(tokenizer, [texts[i] for i in doubtful], add_special_tokens=False)
-    for i, ids in zip(doubtful, without, strict=True):
+    maybe_eos = [i for i, ids in enumerate(found) if not chats[i] and ids[-1:] == ends]
+    without = encode_all(tokenizer, [texts[i] for i in maybe_eos], add_special_tokens=False)
+    for i, ids in zip(maybe_eos, without, strict=True):
         found[i] = drop_added_eos(found[i], ids)
     if not all(found):
-        raise ValueError("prompt: the tokenizer makes no token of it")
+        raise ValueError("a prompt becomes no tokens")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Examples in a few arrays, 4 bytes a token, where Python lists need ten times as much."""
+"""Examples in a few arrays, at 4 bytes per token. Python lists need ten times as much."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ HASHED_AT_ONCE = 4096  # examples
 
 
 class ExampleArrays(Sequence[Example]):
-    """A sequence of examples, each made when it is asked for."""
+    """A sequence of examples, each created when it is indexed."""
 
     def __init__(self, ids: np.ndarray, sizes: np.ndarray):
         """
         Args:
-            ids: int32 [tokens], each example's prompt and completion, one after another.
-            sizes: int32 [examples, 2], tokens of prompt and completion.
+            ids: int32 [tokens]: each example's prompt and completion, concatenated.
+            sizes: int32 [examples, 2]: tokens in prompt and completion.
         """
         self.ids, self.sizes = ids, sizes
         self.lengths = sizes.sum(axis=1, dtype=np.int64)
@@ -55,12 +55,12 @@ class ExampleBuilder:
         return len(self.sizes) // 2
 
     def arrays(self) -> ExampleArrays:
-        """What was added, without a copy; nothing can be added afterwards."""
+        """The added examples, without a copy. No more can be added afterwards."""
         return ExampleArrays(np.frombuffer(self.ids, np.int32), np.frombuffer(self.sizes, np.int32).reshape(-1, 2))
 
 
 def prompt_and_completion_sizes(examples: Sequence[Example]) -> np.ndarray:
-    """Tokens of each example's prompt and completion, [examples, 2]."""
+    """Tokens in each example's prompt and completion, int32 [examples, 2]."""
     if isinstance(examples, ExampleArrays):
         return examples.sizes
     return np.array([(len(prompt), len(completion)) for prompt, completion in examples], np.int32).reshape(-1, 2)
@@ -74,7 +74,7 @@ def digest(examples: Sequence[Example]) -> str:
 
 
 def add_to_digest(found, examples: Sequence[Example]) -> None:
-    """Adds each example to a hash as int64: the two sizes, then the ids. Checkpoints hold these digests."""
+    """Updates a hash with each example as int64: the two sizes, then the ids. Checkpoints store these digests."""
     if not isinstance(examples, ExampleArrays):
         for prompt, completion in examples:
             found.update(array("q", [len(prompt), len(completion), *prompt, *completion]).tobytes())

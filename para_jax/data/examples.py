@@ -1,7 +1,8 @@
-"""The token boundary: prompt and completion to token ids. Training, generate, evaluation and the engine all call this.
+"""Token ids of prompts and completions: the one place that decides where a prompt ends. Training, generate, evaluation
+and the engine all use it.
 
-Prompt and completion are encoded apart, so training sees the very prompt ids that serving sees, and every token from
-the first completion id on is one that the model must produce, the end of sequence included.
+Prompt and completion are encoded separately. Training therefore sees the same prompt ids as serving, and the model must
+produce every token from the first completion id on, including the end of sequence.
 """
 
 from __future__ import annotations
@@ -16,31 +17,33 @@ from ..config import printable, shorten
 from ..untrusted import require_flat
 from .chat_template import TemplateError, render_templates
 
-#: A prompt: text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
+#: Text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
-#: A prompt of one who tokenises by himself: its ids.
+#: A prompt that the caller has tokenised.
 Ids = tuple[int, ...]
-#: No token is counted as shorter, for some stand for more text than they show: a long unknown word, a run of spaces.
+#: The characters a token may cover, at least. Some cover more text than they show: an unknown word, a run of spaces.
 TOKEN_CHARACTERS = 128
 
 
 class Example(NamedTuple):
-    """One example as token ids. The prompt's summary is taken at its last id; the loss is on the completion's ids."""
+    """One example as token ids. The prompt's last id gives the summary; the loss is on the completion's ids."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
 
 
 def encode_example(tokenizer, prompt: Prompt, completion: str) -> Example:
-    """The example that training and evaluation use; its prompt ids are those of `encode_prompt`."""
+    """The example that training and evaluation use, with the prompt ids of `encode_prompt`."""
     return Example(encode_prompt(tokenizer, prompt), encode_completion(tokenizer, prompt, completion))
 
 
 def encode_prompt(tokenizer, prompt: Prompt, *, most: int | None = None) -> list[int]:
-    """The prompt's ids: text by the tokenizer's own BOS rules, messages by its chat template up to the answer.
+    """The prompt's ids. Text follows the tokenizer's BOS rules; messages are rendered by its chat template, up to the
+    answer.
 
     Args:
-        most: characters of a prompt (`most_characters`); a longer one raises ValueError before it is tokenised.
+        most: the maximum number of characters (`most_characters`). A longer prompt raises ValueError without being
+            tokenised.
     """
     require_filled("prompt", prompt)
     if not isinstance(prompt, str):
@@ -54,15 +57,16 @@ def encode_prompt(tokenizer, prompt: Prompt, *, most: int | None = None) -> list
         require_short(text, most)
         ids = encode(tokenizer, text)
     if not ids:
-        raise ValueError(f"prompt {shorten(prompt)}: the tokenizer makes no token of it")
+        raise ValueError(f"prompt {shorten(prompt)} becomes no tokens")
     return ids
 
 
 def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
-    """The ids that the model must produce after the prompt, up to and with the token that ends them.
+    """The ids that the model must produce after the prompt, including the token that ends them.
 
-    Text: one space joins it to the prompt, unless the prompt ends or the completion starts with white space; EOS ends
-    it. Messages: the assistant turn as the chat template writes it, with the template's end token (else EOS).
+    Text follows the prompt after one space, unless the prompt ends or the completion starts with white space, and ends
+    with EOS. After messages, it is the assistant turn as the chat template renders it, up to the template's end token
+    (EOS if it has none).
     """
     require_filled("prompt", prompt)
     require_filled("completion", completion)
@@ -72,47 +76,51 @@ def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
 
 
 def stop_token_ids(tokenizer, config_eos: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """The ids that end every completion: the tokenizer's EOS and the model config's."""
+    """The ids that end every completion: EOS of the tokenizer and of the model config."""
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return tuple(sorted({*config_eos, *own}))
 
 
 def turn_stop_ids(tokenizer, prompt: Prompt | Ids) -> tuple[int, ...]:
-    """Further ids, after `stop_token_ids`, that end the answer to this prompt: a chat's end-of-turn token.
+    """The ids, besides `stop_token_ids`, that end the answer to this prompt: the end-of-turn token of a chat.
 
-    The chat template is rendered for chats only, once: a text's answer does not depend on it.
+    The chat template is rendered once, and only if the prompt is a chat.
     """
     if isinstance(prompt, str | tuple):
         return ()
     try:
         return (end_of_turn(tokenizer, str(tokenizer.chat_template)),)
-    except ValueError:  # a template that refuses the conversation of two words adds nothing
+    except ValueError:  # the template refuses the short conversation
         return ()
 
 
 @lru_cache(8)
 def end_of_turn(tokenizer, template: str) -> int:
-    """The id with which the tokenizer's chat template, given since it may be changed, ends an answer."""
+    """The id that ends an answer in the tokenizer's chat template.
+
+    Args:
+        template: the tokenizer's current template, part of the cache key because users may replace it.
+    """
     return encode_completion(tokenizer, [{"role": "user", "content": "a"}], "a")[-1]
 
 
 def special_stop_ids(tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
-    """The ids of those stop texts that are special tokens, such as <|im_end|>, which no decoded text shows."""
+    """The ids of the stop texts that are special tokens, such as <|im_end|>: they do not appear in decoded text."""
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) if stop else {}
     return tuple(special[text] for text in stop if text in special)
 
 
 def most_characters(tokenizer, tokens: int) -> int:
-    """The characters that a prompt of so many tokens may have: its tokens are as long as the longest that there is."""
+    """The maximum number of characters of a prompt with this many tokens, if all were as long as the longest token."""
     return tokens * max(TOKEN_CHARACTERS, *map(len, tokenizer.get_vocab()))
 
 
 def require_short(prompt: Prompt, most: int | None) -> None:
-    """Raises ValueError for a prompt of more than `most` characters, those of all messages together; None: no limit."""
+    """Raises ValueError for a prompt of more than `most` characters in all its messages; None means no limit."""
     texts = [prompt] if isinstance(prompt, str) else [text for m in prompt for text in (m["role"], m["content"])]
     characters = sum(map(len, texts))
     if most is not None and characters > most:
-        raise ValueError(f"prompt: {characters} characters are more than {most}, which the room for tokens allows")
+        raise ValueError(f"prompt has {characters} characters; at most {most} fit the maximum number of tokens")
 
 
 def split_conversation(messages: list[dict]) -> list[tuple[list[dict], dict]]:
@@ -121,12 +129,13 @@ def split_conversation(messages: list[dict]) -> list[tuple[list[dict], dict]]:
 
 
 def show_example(tokenizer, example: Example) -> str:
-    """The example for a plain terminal: each token in brackets, prompt and loss apart, the summary's marked."""
+    """The example for a terminal: each token in brackets, prompt and completion separately, the prompt's last token
+    marked."""
     prompt = [f"[{show_token(tokenizer, i)}]" for i in example.prompt_ids]
     completion = [f"[{show_token(tokenizer, i)}]" for i in example.completion_ids]
     prompt[-1] = f">>{prompt[-1]}<<"
     return "\n".join(
-        [f"prompt: {len(prompt)} tokens, no loss; the summary is taken at the last one, between >> and <<"]
+        [f"prompt: {len(prompt)} tokens, no loss; the last one, between >> and <<, gives the summary"]
         + wrap(prompt)
         + [f"completion: {len(completion)} tokens, each in the loss"]
         + wrap(completion)
@@ -135,51 +144,51 @@ def show_example(tokenizer, example: Example) -> str:
 
 def checked_messages(name: str, value: object) -> list[dict]:
     if not isinstance(value, list):
-        raise ValueError(f"{name}: expected text or a list of messages, found {type(value).__name__}")
+        raise ValueError(f"{name} must be text or a list of messages, not {type(value).__name__}")
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f'{name}: {shorten(message)} is no message; expected {{"role": text, "content": text}}')
+            raise ValueError(f'{name}: {shorten(message)} is not a message; write {{"role": text, "content": text}}')
         if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(f"{name}: an assistant message is empty")
+            raise ValueError(f"{name} has an empty assistant message")
     return prompt_messages(value) if name == "prompt" else value
 
 
 def prompt_messages(messages: list[dict]) -> list[dict]:
     if not messages:
-        raise ValueError("prompt is empty: no message stands before the assistant's")
+        raise ValueError("prompt is empty: there is no message before the assistant's")
     return messages
 
 
 def require_unicode(name: str, value: object) -> None:
-    """Raises ValueError for half a surrogate pair in a text, which no tokenizer and no file takes, and for values that
-    are not JSON's or that nest too deep."""
+    """Raises ValueError for half a surrogate pair, which cannot be tokenised or written to a file, and for a value that
+    is not JSON or is nested too deeply."""
     try:
         require_flat(value)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: {error.object[error.start : error.end]!r} is half a character") from None
+        raise ValueError(f"{name}: {error.object[error.start : error.end]!r} is half a surrogate pair") from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: the value is not JSON ({error})") from None
+        raise ValueError(f"{name} is not JSON: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """The ids of a text to which no special token is added; those written in it are found."""
+    """The ids of a text, without added special tokens. Special tokens written in the text are recognised."""
     return tokenise(tokenizer, text, add_special_tokens=False)
 
 
 def tokenise(tokenizer, text: str, **options: bool) -> list[int]:
-    """The ids of a text, by the tokenizer's own rules; ValueError where its files make it fail."""
+    """The ids of a text by the tokenizer's own rules. ValueError if the tokenizer fails."""
     with failures(f"the tokenizer fails on {shorten(text)}"):
         return tokenizer(text, verbose=False, **options)["input_ids"]
 
 
 @contextmanager
 def failures(what: str) -> Iterator[None]:
-    """Turns what a tokenizer raises into ValueErrors that begin with `what`: errors of many kinds, bare Exceptions, and
-    PanicException of its Rust code, which is no Exception."""
+    """Turns errors of a tokenizer into a ValueError that begins with `what`. Tokenizers raise errors of any kind, and
+    their Rust code raises PanicException, which is not an Exception."""
     try:
         yield
     except BaseException as error:
@@ -190,34 +199,38 @@ def failures(what: str) -> Iterator[None]:
 
 
 def encode_continuation(tokenizer, text: str) -> list[int]:
-    """The ids of a text that goes on after a prompt; its leading space is left to tokenizers that add their own."""
+    """The ids of a text that follows a prompt. A leading space is left out for tokenizers that add one themselves."""
     return encode(tokenizer, text[1:] if text.startswith(" ") and adds_own_space(tokenizer) else text)
 
 
 def adds_own_space(tokenizer) -> bool:
-    """Whether a text that is encoded apart gets a leading space, as SentencePiece's tokenizers do."""
+    """Whether the tokenizer adds a space before each text, as SentencePiece's do."""
     word = encode(tokenizer, "a")
     return " " in tokenizer.decode(word + word)
 
 
 def joined_completion(prompt: str, completion: str) -> str:
-    """The completion as it follows the prompt: after one space, unless there is white space already."""
+    """The completion as it follows the prompt: after one space, unless there already is white space."""
     return completion if prompt[-1].isspace() or completion[0].isspace() else " " + completion
 
 
 def without_added_eos(tokenizer, text: str, ids: list[int]) -> list[int]:
-    """The ids without an EOS that the tokenizer's post-processor put at the end: a prompt is to be continued."""
+    """The ids without the EOS that some tokenizers append: the prompt continues."""
     return drop_added_eos(ids, encode(tokenizer, text)) if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def drop_added_eos(ids: list[int], plain: list[int]) -> list[int]:
-    """As `without_added_eos`, for ids that end in EOS and the ids of the same text without special tokens."""
+    """`without_added_eos` for ids that end with EOS.
+
+    Args:
+        plain: the ids of the same text without special tokens.
+    """
     return ids[:-1] if ids[:-1][-len(plain) :] == plain else ids
 
 
 def eos_token_id(tokenizer) -> int:
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, so a completion could not end; set its eos_token")
+        raise ValueError("the tokenizer has no EOS token, so completions would never end; set its eos_token")
     return tokenizer.eos_token_id
 
 
@@ -225,63 +238,63 @@ def eos_token_id(tokenizer) -> int:
 
 
 def render(tokenizer, messages: list[dict], **options: bool) -> str:
-    """The conversation as the tokenizer's chat template writes it, BOS included where the template has one. All keys of
-    a message reach the template, which may read more than role and content, such as tool_calls.
+    """The conversation as the tokenizer's chat template renders it, including its BOS. The template gets all keys of a
+    message: it may read more than role and content, such as tool_calls.
 
     Args:
-        options: add_generation_prompt and continue_final_message, as transformers' apply_chat_template has them.
+        options: add_generation_prompt and continue_final_message, as in transformers' apply_chat_template.
 
-    Raises TemplateError, a ValueError, for everything that goes wrong in the template, and where it takes too much time
-    or memory (chat_template.py).
+    Raises TemplateError, a ValueError, if the template fails, or takes too much time or memory (chat_template.py).
     """
     return render_all(tokenizer, [(messages, options)])[0]
 
 
 def render_all(tokenizer, conversations: Sequence[tuple[list[dict], dict[str, bool]]]) -> list[str]:
-    """As `render` for each (messages, options); if one fails, all do."""
+    """`render` for each (messages, options). If one fails, all do."""
     if not conversations:
         return []
     if not tokenizer.chat_template:
-        raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; give it as text")
+        raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; pass text instead")
     tokens = tokenizer.special_tokens_map
     given = [(messages, {**tokens, **options}) for messages, options in conversations]
     try:
         texts = render_templates(tokenizer.get_chat_template(), given)
     except ValueError as error:
-        refused = shorten(conversations[0][0])
-        raise TemplateError(f"the tokenizer's chat template refuses {refused}: {error}") from None
+        first = shorten(conversations[0][0])
+        raise TemplateError(f"the tokenizer's chat template fails on {first}: {error}") from None
     require_unicode("the tokenizer's chat template", texts)
     return texts
 
 
 def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:
-    """The answer as the chat template writes it: the conversation with it, less the conversation up to it."""
+    """The answer as the chat template renders it: the conversation with it, minus the conversation before it."""
     return turn_between(
         *(render(tokenizer, messages, **options) for messages, options in two_parts(prompt, completion))
     )
 
 
 def two_parts(prompt: list[dict], completion: str) -> list[tuple[list[dict], dict[str, bool]]]:
-    """The conversation up to an answer, and with it, each with the options for `render`."""
+    """The conversation before an answer, and with it, each with its options for `render`."""
     answered = [*prompt, {"role": "assistant", "content": completion}]
     return [(prompt, dict(add_generation_prompt=True)), (answered, dict(add_generation_prompt=False))]
 
 
 def turn_between(before: str, whole: str) -> str:
-    """The assistant turn by which a rendered conversation is longer than the one before it."""
+    """The assistant turn: what the rendered conversation adds to the one before it."""
     if not whole.startswith(before) or len(whole) == len(before):
         raise ValueError(
-            "the tokenizer's chat template writes an assistant turn that does not start with its generation prompt "
+            "the tokenizer's chat template renders an assistant turn that does not start with its generation prompt "
             f"({shorten(before[-40:])} is not in {shorten(whole[len(before) - 40 :])}); use another template"
         )
     return whole[len(before) :]
 
 
 def up_to_end_token(tokenizer, ids: list[int], seen: dict[int, bool | None] | None = None) -> list[int]:
-    """A turn's ids up to its end token: the white space that a template writes behind it is not for the model.
+    """A turn's ids up to its end token, without the white space that templates write after it. EOS is added if the turn
+    has no end token.
 
     Args:
-        seen: what `ends_turn` said of tokens, kept for the next turn.
+        seen: results of `ends_turn` by token, kept for the next turn.
     """
     seen = {} if seen is None else seen
     for i in reversed(range(len(ids))):
@@ -295,7 +308,7 @@ def up_to_end_token(tokenizer, ids: list[int], seen: dict[int, bool | None] | No
 
 
 def ends_turn(tokenizer, token: int) -> bool | None:
-    """Whether a token is a special one, which ends a turn; None for white space, which may follow the end."""
+    """True for a special token, which ends a turn; None for white space, which may follow the end; else False."""
     text = tokenizer.decode([token])
     if text != "" and tokenizer.decode([token], skip_special_tokens=True) == "":
         return True
@@ -307,19 +320,19 @@ def ends_turn(tokenizer, token: int) -> bool | None:
 
 def require_filled(name: str, value: object) -> None:
     if not value or (isinstance(value, str) and not value.strip()):
-        raise ValueError(f"{name} is missing or empty; expected text{' or messages' if name == 'prompt' else ''}")
+        raise ValueError(f"{name} is missing or empty; pass text{' or messages' if name == 'prompt' else ''}")
 
 
 def show_token(tokenizer, token: int) -> str:
-    """A token's text with its leading space; what a terminal could act on (newlines, escapes) is written out."""
+    """A token's text with its leading space. Newlines, escapes and other control characters are written out."""
     piece, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
-    if piece.startswith("▁") or "\N{REPLACEMENT CHARACTER}" in text:  # SentencePiece's space; a part of a character
+    if piece.startswith("▁") or "\N{REPLACEMENT CHARACTER}" in text:  # SentencePiece's space; part of a character
         text = piece.replace("▁", " ")
     return printable(text)
 
 
 def wrap(pieces: list[str], width: int = 100) -> list[str]:
-    """The pieces side by side in indented lines of at most `width` characters, none cut."""
+    """The pieces in indented lines of at most `width` characters. No piece is cut."""
     lines = [""]
     for piece in pieces:
         if lines[-1] and len(lines[-1]) + len(piece) > width:

@@ -1,30 +1,30 @@
-"""Batches ahead of the step that needs them, made by grain's background threads, in the order of their numbers."""
+"""Prepares batches in background threads (grain's), ahead of the step that needs them and in order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
-Made = TypeVar("Made")
+Item = TypeVar("Item")
 
 THREADS = 2
-AHEAD = 4  # batches that are ready or in the making
+AHEAD = 4  # batches that are ready or being prepared
 
 
-def read(batch: Callable[[int], Made], start: int, total: int) -> Generator[Made, None, None]:
-    """Yields batch(start), ..., batch(total - 1), each made before it is asked for; to go on at `start` costs nothing.
+def prefetch(batch: Callable[[int], Item], start: int, total: int) -> Generator[Item, None, None]:
+    """Yields batch(start), ..., batch(total - 1), each prepared before it is needed. Any start costs the same.
 
-    What `batch` raises is raised where the batch is asked for. Close the iterator to stop the threads early
+    An error in `batch` is raised when its result is due. Close the iterator to stop the threads early
     (`contextlib.closing`).
 
     Args:
-        batch: a pure function of the batch's number; several threads call it at once.
+        batch: a pure function of the batch's number. Several threads call it at once.
     """
     import grain
 
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
-    made = iter(grain.MapDataset.range(start, total).map(batch).to_iter_dataset(options))
+    batches = iter(grain.MapDataset.range(start, total).map(batch).to_iter_dataset(options))
     try:
-        yield from made
+        yield from batches
     finally:
-        made.close()
+        batches.close()

@@ -1,8 +1,8 @@
-"""Public tasks: a published data row in, the prompt, the completion and the accepted answers out.
+"""Public tasks: how a row of a published data set becomes a prompt, a completion and the accepted answers.
 
-The templates of BoolQ, COPA, SQuAD and SST-2 are those of the sibling paper ALoRA (same group as PARA), the others are
-ours; PARA's own are not known. Rows have the field names under which the data sets are published. Rows that hold
-`prompt` and `completion` are taken as they are (sources.py): a task then only says how they are scored.
+Rows have the data set's published field names. BoolQ, COPA, SQuAD and SST-2 use the templates of ALoRA, a paper by the
+same group; the other templates are ours, since PARA's own are not published. Rows with `prompt` and `completion` are
+used unchanged (records.py), and the task only decides how answers are scored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..config import printable, shorten
 
 Fields = tuple[str, str, tuple[str, ...]]
-"""prompt, completion, references (every accepted answer)"""
+"""prompt, completion, every accepted answer"""
 
 
 class Task(NamedTuple):
@@ -26,9 +26,9 @@ class Task(NamedTuple):
     choices: tuple[str, ...] = ()
     """the answers that `accuracy` ranks"""
     also: tuple[str, ...] = ()
-    """more metrics of the same answers"""
+    """further metrics of the same answers"""
     max_new_tokens: int = 32
-    """the most tokens of an answer that is written"""
+    """maximum tokens of a generated answer"""
 
 
 def boolq(row: dict) -> Fields:
@@ -53,7 +53,7 @@ def squad(row: dict) -> Fields:
     answers = field(row, "answers")
     answers = field(answers, "text") if isinstance(answers, dict) else answers
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise ValueError(f'answers: {shorten(answers)} is not possible; expected a list of texts, or {{"text": it}}')
+        raise ValueError(f'answers must be a list of texts, or {{"text": [...]}}, not {shorten(answers)}')
     return f"Context:\n{text(row, 'context')}\nQuestion:\n{text(row, 'question')}", answers[0], tuple(answers)
 
 
@@ -75,13 +75,11 @@ def rte(row: dict) -> Fields:
 
 
 def gsm8k(row: dict) -> Fields:
-    """GSM8K (arXiv:2110.14168), fields question and answer: the steps, with calculations in <<...>> that are left out,
-    then "#### " and the number."""
+    """GSM8K (arXiv:2110.14168), fields question and answer: the steps, "#### " and the number. Calculations in <<...>>
+    are removed."""
     steps, mark, number = text(row, "answer").rpartition("####")
     if not mark or not number.strip():
-        raise ValueError(
-            f"answer: {shorten(row['answer'])} is not possible; expected the steps, then #### and the number"
-        )
+        raise ValueError(f"answer must be steps followed by #### and a number, not {shorten(row['answer'])}")
     solution = re.sub(r"<<[^<>]*>>", "", steps).strip()
     prompt = (
         f"Question: {text(row, 'question')}\n"
@@ -92,8 +90,8 @@ def gsm8k(row: dict) -> Fields:
 
 
 def wikisql(row: dict) -> Fields:
-    """WikiSQL (arXiv:1709.00103), fields question, table (header) and sql (sel, agg, conds), the conditions as triples
-    or as three lists; columns are written in lower case, with _ for spaces."""
+    """WikiSQL (arXiv:1709.00103), fields question, table (header) and sql (sel, agg, conds). The conditions are triples
+    or three lists. Column names become lower case, with _ for spaces."""
     header = part(row, "table", "header")
     chosen, how, conditions = (part(row, "sql", name) for name in ("sel", "agg", "conds"))
     try:
@@ -106,9 +104,7 @@ def wikisql(row: dict) -> Fields:
         wanted = f"{WIKISQL_AGGREGATES[how]}({header[chosen]})" if how else header[chosen]
         tests = [f"{header[c]} {WIKISQL_OPERATORS[o]} '{str(value).lower()}'" for c, o, value in conditions]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise ValueError(
-            f"sql: {shorten(row['sql'])} is not possible; expected indices into the table's header"
-        ) from None
+        raise ValueError(f"sql must hold indices into the table's header, not {shorten(row['sql'])}") from None
     query = f"SELECT {wanted} FROM table" + (f" WHERE {' AND '.join(tests)}" if tests else "")
     columns = ", ".join(sorted(header))
     return f"Columns: {columns}\nQuestion: {text(row, 'question')}\nSQL:", query, (query,)
@@ -140,11 +136,11 @@ TASKS: dict[str, Task] = {
         Task("rte", rte, "accuracy", ("yes", "no")),
         Task("gsm8k", gsm8k, "final_number", max_new_tokens=320),
         Task("wikisql", wikisql, "sql_match", max_new_tokens=96),
-        Task("banking77", banking77, "exact_match", also=("macro_f1",)),  # 77 labels: written, not ranked
+        Task("banking77", banking77, "exact_match", also=("macro_f1",)),  # generated, not ranked: there are 77 labels
         Task("sms_spam", sms_spam, "accuracy", ("yes", "no"), also=("macro_f1", "matthews")),
     )
 }
-#: The tasks of tensorflow_datasets' names; other names are read by templates.
+#: The task of each known tfds: data set. Others need templates.
 TFDS_TASKS = {
     "bool_q": "boolq",
     "super_glue/boolq": "boolq",
@@ -159,36 +155,36 @@ TFDS_TASKS = {
 
 
 def field(row: dict, name: str) -> object:
-    """A row's field; the error of a missing one lists those there are."""
+    """A field of a row. The error for a missing field lists the others."""
     if name not in row:
-        raise ValueError(f"no field {shorten(name)}; the fields there are: {names_of(row)}")
+        raise ValueError(f"no field {shorten(name)}; the row has {names_of(row)}")
     return row[name]
 
 
 def names_of(row: dict) -> str:
-    """A row's fields as an error lists them: the first twenty."""
+    """The names of a row's first twenty fields, for an error."""
     more = f" ... ({len(row)} in all)" if len(row) > 20 else ""
     return ", ".join(printable(str(name), 80) for name in list(row)[:20]) + more or "none"
 
 
 def part(row: dict, name: str, inner: str) -> Any:
-    """A field of a row's field."""
+    """A field of an object in a row."""
     held = field(row, name)
     if not isinstance(held, dict) or inner not in held:
-        raise ValueError(f"{name}: {shorten(held)} is not possible; expected an object with {inner}")
+        raise ValueError(f"{name} must be an object with {inner}, not {shorten(held)}")
     return held[inner]
 
 
 def text(row: dict, name: str) -> str:
     value = field(row, name)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name}: {shorten(value)} is not possible; expected text")
+        raise ValueError(f"{name} must be text, not {shorten(value)}")
     return value.strip()
 
 
 def choice(row: dict, name: str, names: tuple[str, str]) -> str:
-    """The name of a label 0 or 1, or of false or true."""
+    """The name of a label: 0 or 1, or false or true."""
     value = field(row, name)
     if not isinstance(value, int) or value not in (0, 1):
-        raise ValueError(f"{name}: {shorten(value)} is not possible; expected 0 or 1, or false or true")
+        raise ValueError(f"{name} must be 0 or 1, or false or true, not {shorten(value)}")
     return names[value]

@@ -1,6 +1,7 @@
-"""The process in which chat_template.py renders: a request a line comes in as JSON, and an answer a line goes out.
+"""The process that renders chat templates for chat_template.py. It reads one JSON request per line, and writes one JSON
+answer per line.
 
-It is run as a script, and imports nothing of para_jax.
+It runs as a script and imports nothing from para_jax.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-#: Bytes that templates may use on top of what Python and transformers need.
+#: Bytes that templates may use, besides what Python and transformers use.
 MEMORY = 2**29
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what else is printed is no answer
+    os.dup2(2, 1)  # nothing else that is printed may look like an answer
     from transformers.utils.chat_template_utils import render_jinja_template
 
     limit_memory()
-    heed_time()
+    unblock_time_limit()
     for line in sys.stdin:
         answers.write(json.dumps(answer(json.loads(line), render_jinja_template)) + "\n")
         answers.flush()
@@ -40,7 +41,7 @@ def answer(request: dict, render: Callable) -> dict:
                 raise ValueError(f"it writes {len(text)} characters, more than {most}")
             texts.append(text)
         return {"texts": texts}
-    except BaseException as error:  # RecursionError and MemoryError too: the template is to blame for each
+    except BaseException as error:  # RecursionError and MemoryError too: the template caused it
         own = type(error) is ValueError or type(error).__module__.startswith("jinja2")
         said = [str(error)[:1000]] if own else [type(error).__name__, str(error)[:1000]]
         return {"error": ": ".join(filter(None, said)) or type(error).__name__}
@@ -49,21 +50,21 @@ def answer(request: dict, render: Callable) -> dict:
 
 
 def limit_time(seconds: float) -> None:
-    """Ends the process after so many seconds of processor time; 0: never. Windows has no such limit."""
+    """Ends the process after this many seconds of processor time; 0 means never. Windows has no such limit."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def heed_time() -> None:
-    """Lets the signal of limit_time end this process, whatever the one that started it does with it: libtpu ignores or
-    blocks it, and a new process inherits that."""
+def unblock_time_limit() -> None:
+    """Lets the signal from limit_time end this process. A parent that loaded libtpu ignores or blocks the signal, and a
+    new process inherits that."""
     if hasattr(signal, "SIGPROF"):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
 
 
 def limit_memory() -> None:
-    with suppress(ImportError, OSError):  # Windows and macOS limit the time alone
+    with suppress(ImportError, OSError):  # Windows and macOS limit only the time
         import resource
 
         with open("/proc/self/statm") as sizes:

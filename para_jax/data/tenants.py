@@ -1,4 +1,4 @@
-"""Many tenants' data: a folder of them, and which of them each batch of a mixed run holds."""
+"""The data of many tenants: a folder with their files, and which tenants share each batch."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import DataSection, expanded, one_of, require
+from ..config import DataSection, expanded
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-#: What a run's own folder holds, and the name of the base model.
-TAKEN = ("adapter", "base", "checkpoints", "config.yaml", "metrics.jsonl", "profile", "tensorboard", "tenants.json")
+#: Names that a run's folder uses itself, and the name of the base model.
+RESERVED = ("adapter", "base", "checkpoints", "config.yaml", "metrics.jsonl", "profile", "tensorboard", "tenants.json")
 #: How a tenant's share of the batches grows with its number of examples.
 SAMPLING = {"proportional": 1.0, "sqrt": 0.5, "uniform": 0.0}
-#: How many of its own turns a tenant may be early or late, so that rows of one padded length share a batch. With 2, 64
-#: tenants of varied lengths in 16 groups cost at most 5 % more tokens than alone; with lengths ignored, 90 to 120 %.
+#: How many of its own steps a tenant may be early or late, so that rows of one padded length can share a batch. With 2,
+#: 64 tenants of different lengths in 16 groups cost at most 5 % more tokens than alone. Ignoring lengths costs 90 to
+#: 120 % more.
 SLACK = 2
 
 
 def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataSection]:
-    """The data section of each tenant of a folder, by name in order: a sub-folder (train.jsonl, perhaps
-    validation.jsonl and test.jsonl) or a file NAME.jsonl; other files and hidden ones are left out.
+    """The data section of each tenant in a folder, sorted by name. A tenant is a subfolder with train.jsonl (optionally
+    validation.jsonl and test.jsonl) or a file NAME.jsonl. Other files and hidden files are ignored.
 
-    Raises ValueError for a folder without tenants, a name that could lead out of a run's folder, two tenants of one
-    name, and a link.
+    Raises ValueError for a folder without tenants, a name that is unsafe as a folder name, two tenants with one name,
+    and a link.
     """
     root = expanded(folder)
     if not root.is_dir():
-        there = "a file" if root.exists() else "no such folder"
-        raise ValueError(
-            f"data.tenants: {folder}: {there}; expected a folder with a sub-folder or a .jsonl file a tenant"
-        )
+        problem = "is a file" if root.exists() else "does not exist"
+        raise ValueError(f"data.tenants: {folder} {problem}; name a folder with a subfolder or .jsonl file per tenant")
     found: dict[str, DataSection] = {}
     for path in sorted(root.iterdir()):
         if path.name.startswith(".") or not (path.is_dir() or path.suffix == ".jsonl"):
@@ -41,29 +40,33 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
         name = path.name if path.is_dir() else path.stem
         require_name(path, name)
         if name.lower() in {other.lower() for other in found}:
-            raise ValueError(f"data.tenants: {path}: a second tenant of the name {name!r}; rename one of them")
+            raise ValueError(f"data.tenants: {path} is a second tenant named {name!r}; rename one of them")
         for file in [path, *(path.glob("*.jsonl") if path.is_dir() else [])]:
-            if file.is_symlink():  # it could lead to another tenant's data, or out of the folder
-                raise ValueError(f"data.tenants: {file}: a link, which is not followed; copy the file")
+            if file.is_symlink():  # it could point to another tenant's data, or out of the folder
+                raise ValueError(f"data.tenants: {file} is a link, and links are not followed; copy the file")
         if path.is_dir() and not (path / "train.jsonl").is_file():
-            raise ValueError(f"data.tenants: {path}: no train.jsonl there; add it, or take the folder away")
+            raise ValueError(f"data.tenants: {path} has no train.jsonl; add it, or remove the folder")
         found[name] = replace(section, train=str(path), validation=None, test=None, tenants=None)
-    require(bool(found), "data.tenants", str(folder), "a folder with a sub-folder or a .jsonl file for each tenant")
+    if not found:
+        raise ValueError(f"data.tenants: {folder} is empty; add a subfolder or .jsonl file per tenant")
     return dict(sorted(found.items()))
 
 
 def require_name(path: Path, name: str) -> None:
-    """Raises ValueError unless a tenant's name can be that of a folder in a run's own."""
-    if not NAME.fullmatch(name) or name.lower() in TAKEN:
+    """Raises ValueError unless a tenant's name can be the name of a folder inside a run's folder."""
+    if not NAME.fullmatch(name) or name.lower() in RESERVED:
         raise ValueError(
-            f"data.tenants: {str(path)!r}: {name!r} can't be a tenant's name; expected letters, digits, '.', '_' and "
-            f"'-', the first a letter or digit, and none of {', '.join(TAKEN)}"
+            f"data.tenants: {str(path)!r}: {name!r} cannot be a tenant's name; use letters, digits, '.', '_' and '-', "
+            f"starting with a letter or digit, and none of {', '.join(RESERVED)}"
         )
 
 
 def weights(examples: Sequence[int], sampling: str) -> np.ndarray:
-    """Each tenant's share of the batches, float64 [tenants], from its number of examples."""
-    require(sampling in SAMPLING, "train.sampling", sampling, one_of(SAMPLING))
+    """Each tenant's share of the batches, float64 [tenants], from its number of examples.
+
+    Args:
+        sampling: a key of SAMPLING.
+    """
     raised = np.asarray(examples, np.float64) ** SAMPLING[sampling]
     return raised / raised.sum()
 
@@ -71,36 +74,36 @@ def weights(examples: Sequence[int], sampling: str) -> np.ndarray:
 def next_tenants(
     steps: Sequence[int], shares: np.ndarray, running: Sequence[bool], groups: int, lengths: Sequence[int] | None = None
 ) -> list[int]:
-    """The tenants of the next batch, at most `groups` and each once: those furthest behind their share, except that
-    tenants whose next rows have the same padded length go together where that saves padding.
+    """The tenants in the next batch, each at most once and at most `groups` of them: those furthest behind their share,
+    but tenants whose next rows have the same padded length go together if that saves padding.
 
-    A tenant gets at most SLACK turns ahead of the reference, which is the tenant in the last group if lengths did not
-    count. One that is SLACK turns behind it is always in the batch. So each tenant stays within 2 * SLACK + 1 turns of
-    its share, unless its share is larger than one group of every batch.
+    The reference is the tenant that would get the last group if lengths were ignored. A tenant runs at most SLACK steps
+    ahead of it, and one that is SLACK steps behind it is always in the batch. Each tenant therefore stays within
+    2 * SLACK + 1 steps of its share, unless its share exceeds one group of every batch.
 
-    A pure function of where the run stands, so that a run which resumes goes on as it would have. Tenants that have
-    ended leave their groups to the others.
+    The result depends only on the arguments, so a resumed run continues as it would have. Tenants that have finished
+    leave their groups to the others.
 
     Args:
-        steps: optimiser steps that each tenant has done.
-        running: which of them have not ended.
-        lengths: the padded length of each tenant's next rows; None: all the same.
+        steps: optimiser steps of each tenant so far.
+        running: which tenants have not finished.
+        lengths: the padded length of each tenant's next rows; None if all are equal.
     """
     behind = (np.asarray(steps) + 0.5) / shares  # Webster's method; ties go to the first
     order = np.argsort(np.where(running, behind, np.inf), kind="stable")[: np.count_nonzero(running)]
     if lengths is None or len(order) <= groups:
         return order[:groups].tolist()
-    late = (behind[order[groups - 1]] - behind[order]) * shares[order]  # each tenant's own turns behind the reference
+    late = (behind[order[groups - 1]] - behind[order]) * shares[order]  # in each tenant's own steps
     due, free = order[late >= SLACK], order[(-SLACK <= late) & (late < SLACK)]
     return cheapest(due, free, np.asarray(lengths), groups)
 
 
 def cheapest(due: np.ndarray, free: np.ndarray, lengths: np.ndarray, groups: int) -> list[int]:
-    """All tenants that are due and some that are free, in the batch whose rows have the least padding for their number.
+    """All tenants that are due and some that are free, chosen for the batch with the smallest share of padding.
 
     Args:
-        due, free: tenants, the furthest behind first; together at least `groups`, and those due fewer.
-        lengths: of each tenant's next rows; a batch is as long as the longest.
+        due, free: tenants, furthest behind first. There are fewer than `groups` due, and at least `groups` in total.
+        lengths: of each tenant's next rows. A batch is as long as its longest rows.
     """
     most_filled, best = -1.0, due
     shortest = lengths[due].max(initial=0)

@@ -1,6 +1,6 @@
-"""tfds: sources, data sets that tensorflow_datasets wrote into its folder: prepared once, then read without TensorFlow.
+"""tfds: sources: data sets of tensorflow_datasets, prepared once in its folder and then read without TensorFlow.
 
-A source is tfds:NAME[/CONFIG][:SPLIT], with splits as tensorflow_datasets writes them: tfds:glue/sst2:train[:90%].
+A source is tfds:NAME[/CONFIG][:SPLIT]. SPLIT follows tensorflow_datasets' syntax: tfds:glue/sst2:train[:90%].
 """
 
 from __future__ import annotations
@@ -23,25 +23,29 @@ READ_AT_ONCE = 1000  # examples
 
 
 class NotPrepared(ValueError):
-    """The data set is not on disk; the message names the folder and the command that prepares it."""
+    """The data set is not on disk. The message names the folder, and the command that prepares the data set."""
 
 
-class Prepared(NamedTuple):
+class TfdsSplit(NamedTuple):
     """One split of a data set on disk."""
 
-    name: str
-    """NAME or NAME/CONFIG"""
-    folder: Path
-    """of its newest version"""
+    label: str
+    """the source with its split: tfds:NAME/CONFIG:SPLIT"""
     split: str
+    folder: Path
+    """the folder of the newest version"""
+
+    def files(self) -> list[Path]:
+        """The files of the data set, those of its other splits included."""
+        return sorted(file for file in self.folder.iterdir() if file.is_file())
 
     def rows(self) -> Iterator[tuple[str, dict]]:
-        """Each example's "tfds:NAME:split[index]" and its fields: text, numbers, lists and dicts of them."""
-        source = builder_of(self.folder).as_data_source(split=self.split)
+        """Each example's place, "tfds:NAME:SPLIT[index]", and its fields: text, numbers, lists and dicts of them."""
+        source = builder_at(self.folder).as_data_source(split=self.split)
         for start in range(0, len(source), READ_AT_ONCE):
             indices = range(len(source))[start : start + READ_AT_ONCE]
             for index, example in zip(indices, source.__getitems__(indices), strict=True):
-                place = f"{SCHEME}{self.name}:{self.split}[{index}]"
+                place = f"{self.label}[{index}]"
                 yield place, {name: plain(value, f"{place}: {name}") for name, value in example.items()}
 
 
@@ -49,70 +53,74 @@ def is_tfds(source: str | None) -> bool:
     return source is not None and source.startswith(SCHEME)
 
 
-def parse(source: str) -> tuple[str, str | None]:
-    """NAME[/CONFIG] and the split of a source, None where it names none."""
+def parse_tfds(source: str) -> tuple[str, str | None]:
+    """NAME[/CONFIG] and the split of a source; None if it names no split."""
     found = re.fullmatch(SCHEME + r"(\w+(?:/[\w.+-]+)*)(?::(.+))?", source)
     if not found or ".." in found[1].split("/"):
-        raise ValueError(f"{shorten(source)} is not possible; expected tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:SPLIT")
+        raise ValueError(f"{shorten(source)} is not a data set; write tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:SPLIT")
     return found[1], found[2]
 
 
-def find(source: str, split: str, data_dir: str | None) -> Prepared:
-    """The prepared data of data.train, data.validation or data.test (`split`), a tfds: source.
+def find_split(source: str, split: str, data_dir: str | None) -> TfdsSplit:
+    """The prepared data of a tfds: source. Nothing is downloaded.
 
-    Where the source names no split, that of the field; for the test data "validation" where a test split is not there
-    or hides its labels, as those of GLUE and SuperGLUE do. Nothing is downloaded.
+    Args:
+        split: the split to read if the source names none. "test" becomes "validation" if there is no test split, or
+            its labels are hidden, as in GLUE and SuperGLUE.
     """
-    name, named = parse(source)
+    name, named = parse_tfds(source)
     folder = newest(name, data_dir)
     if named is None:
         options = (split, "validation") if split == "test" else (split,)
-        named = next((option for option in options if has_answers(folder, option)), split)
+        named = next((option for option in options if has_labels(folder, option)), split)
     try:
-        builder_of(folder).as_data_source(split=named)
+        builder_at(folder).as_data_source(split=named)
     except ValueError:
-        there = ", ".join(builder_of(folder).info.splits)
+        there = ", ".join(builder_at(folder).info.splits)
         raise ValueError(
-            f"{SCHEME}{name}: no split {shorten(named)}; expected one of {there}, or a part: train[:90%]"
+            f"{SCHEME}{name}: no split {shorten(named)}; choose one of {there}, or a part of one, such as train[:90%]"
         ) from None
-    return Prepared(name, folder, named)
+    return TfdsSplit(f"{SCHEME}{name}:{named}", named, folder)
 
 
-def find_beside(source: str, split: str, data_dir: str | None) -> Prepared | None:
-    """The validation or test data of data.train, a tfds: source that names no split; None where it has no such data."""
-    name, named = parse(source)
+def sibling_split(source: str, split: str, data_dir: str | None) -> TfdsSplit | None:
+    """The validation or test split next to the training data, a tfds: source. None if the source names its split, or
+    the data set has no such split with labels."""
+    name, named = parse_tfds(source)
     folder = newest(name, data_dir)
-    return Prepared(name, folder, split) if named is None and has_answers(folder, split) else None
+    if named is not None or not has_labels(folder, split):
+        return None
+    return TfdsSplit(f"{SCHEME}{name}:{split}", split, folder)
 
 
 def prepare(source: str, data_dir: str | None = None) -> Path:
-    """Downloads a data set, writes it as array_record and gives back its folder; one that is there is left as it is.
+    """Downloads a data set, writes it as array_record, and returns its folder. Data that is there already stays.
 
-    ValueError, of one line, says what failed: a package that is missing, the download, or data there as TFRecord.
+    Raises ValueError, in one line, if a package is missing, the download fails, or the data is there as TFRecord.
     """
-    name, split = parse(source)
+    name, split = parse_tfds(source)
     if split is not None:
-        raise ValueError(f"{source}: a data set is prepared with all of its splits; expected {SCHEME}{name}")
+        raise ValueError(f"{source} names a split, but data sets are prepared with all splits; write {SCHEME}{name}")
     try:
-        with redirect_stdout(StringIO()):  # the progress bars go elsewhere
+        with redirect_stdout(StringIO()):  # the progress bars go to stderr
             import tensorflow_datasets as tfds
 
-            # registered by themselves only where every optional package of all data sets is installed
+            # otherwise registered only if the optional packages of all data sets are installed
             import tensorflow_datasets.question_answering
             import tensorflow_datasets.text
 
             builder = tfds.builder(name, data_dir=data_dir and str(expanded(data_dir)))
             builder.download_and_prepare(file_format="array_record")
-    except Exception as error:  # of many kinds: a builder raises what it likes
-        raise ValueError(f"{SCHEME}{name}: {reason(error)}") from None
+    except Exception as error:  # builders raise errors of any kind
+        raise ValueError(f"{SCHEME}{name}: {prepare_failure(error)}") from None
     folder = Path(builder.data_path)
     require_array_record(name, folder)
     return folder
 
 
 def describe(folder: Path) -> str:
-    """The splits of a prepared data set: "train 9427, validation 3270 examples"."""
-    splits = builder_of(folder).info.splits
+    """The splits of a prepared data set, such as "train 9427, validation 3270 examples"."""
+    splits = builder_at(folder).info.splits
     return ", ".join(f"{name} {split.num_examples}" for name, split in splits.items()) + " examples"
 
 
@@ -120,50 +128,50 @@ def describe(folder: Path) -> str:
 
 
 def newest(name: str, data_dir: str | None) -> Path:
-    """The folder of the newest version that is prepared: DATA_DIR/NAME[/CONFIG]/VERSION."""
+    """The folder of the newest prepared version: DATA_DIR/NAME[/CONFIG]/VERSION."""
     from tensorflow_datasets.core.constants import DATA_DIR
 
     folder = expanded(data_dir or DATA_DIR) / name
-    configs = [path for path in sorted(folder.glob("*")) if versions(path)]
-    if not versions(folder) and len(configs) > 1:
+    configs = [path for path in sorted(folder.glob("*")) if prepared_versions(path)]
+    if not prepared_versions(folder) and len(configs) > 1:
         there = ", ".join(f"{SCHEME}{name}/{path.name}" for path in configs)
-        raise ValueError(f"{SCHEME}{name}: several configs are prepared in {folder}; expected one of {there}")
-    found = versions(folder) or [version for path in configs for version in versions(path)]
+        raise ValueError(f"{SCHEME}{name}: several configs are prepared in {folder}; choose one of {there}")
+    found = prepared_versions(folder) or [version for path in configs for version in prepared_versions(path)]
     if not found:
         raise NotPrepared(
-            f"{SCHEME}{name}: nothing is prepared in {folder}; prepare it first: "
+            f"{SCHEME}{name} is not prepared in {folder}; prepare it first: "
             f"`para-jax prepare {SCHEME}{name}{f' --data-dir {shlex.quote(data_dir)}' if data_dir else ''}`"
         )
     require_array_record(name, found[-1])
     return found[-1]
 
 
-def versions(folder: Path) -> list[Path]:
-    """The prepared versions in a folder, the newest last."""
+def prepared_versions(folder: Path) -> list[Path]:
+    """The folders of the prepared versions, newest last."""
     found = [path.parent for path in folder.glob("*/features.json") if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)]
     return sorted(found, key=lambda path: [int(part) for part in path.name.split(".")])
 
 
 def require_array_record(name: str, folder: Path) -> None:
-    held = builder_of(folder).info.file_format.value
+    held = builder_at(folder).info.file_format.value
     if held != "array_record":
         raise ValueError(
-            f"{SCHEME}{name}: {folder} holds {held} files, but only array_record is read without TensorFlow; prepare "
-            f"it in another folder: `para-jax prepare {SCHEME}{name} --data-dir DIR`, and set data.data_dir to that"
+            f"{SCHEME}{name}: {folder} holds {held} files, but only array_record can be read without TensorFlow. "
+            f"Run `para-jax prepare {SCHEME}{name} --data-dir DIR` with another folder, and set data.data_dir to it"
         )
 
 
-def builder_of(folder: Path) -> Any:
+def builder_at(folder: Path) -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.builder_from_directory(str(folder))
 
 
-def has_answers(folder: Path, split: str) -> bool:
-    """Whether the split is there and its labels are known: tensorflow_datasets writes -1 for a hidden one."""
+def has_labels(folder: Path, split: str) -> bool:
+    """Whether the split exists and its labels are known: -1 means a hidden label."""
     from tensorflow_datasets.core.features import ClassLabel
 
-    builder = builder_of(folder)
+    builder = builder_at(folder)
     if split not in builder.info.splits:
         return False
     labels = [name for name, feature in builder.info.features.items() if isinstance(feature, ClassLabel)]
@@ -175,7 +183,11 @@ def has_answers(folder: Path, split: str) -> bool:
 
 
 def plain(value, place: str):
-    """A field without bytes and NumPy types; `place` is what an error names."""
+    """A field's value without bytes and NumPy types.
+
+    Args:
+        place: the field, as an error names it.
+    """
     if isinstance(value, dict):
         return {name: plain(part, place) for name, part in value.items()}
     if isinstance(value, np.ndarray | np.generic):
@@ -187,18 +199,18 @@ def plain(value, place: str):
     try:
         return value.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is no UTF-8 text: {error}") from None
+        raise ValueError(f"{place} is not UTF-8 text: {error}") from None
 
 
-def reason(error: BaseException) -> str:
-    """Why preparing failed, in one line."""
+def prepare_failure(error: BaseException) -> str:
+    """One line on why `prepare` failed."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ImportError) and cause.name:
             package = cause.name.partition(".")[0]
-            return f"to prepare it, {package} is needed, which is not installed: `pip install {package}`"
+            return f"preparing it needs the package {package}: pip install {package}"
         cause = cause.__cause__
     line = printable((str(error).strip().splitlines() or [type(error).__name__])[0])
-    if "not found" in line:  # such a name or config; what follows lists hundreds
-        line = f"{line.partition('. ')[0].rstrip('.')}; {CATALOG} lists them"
-    return f"it can't be prepared: {line}"
+    if "not found" in line:  # the rest of the line lists hundreds of names
+        line = f"{line.partition('. ')[0].rstrip('.')}; {CATALOG} lists the data sets"
+    return f"cannot prepare it: {line}"

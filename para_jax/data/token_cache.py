@@ -1,8 +1,8 @@
-"""Token ids of training data in the user's cache folder, so that a second start need not tokenise again.
+"""Caches the token ids of training data in the user's cache folder, so that the next start need not tokenise again.
 
-A file's name is a hash of everything that its ids depend on: the data's content, the tokenizer, the fields of `data`
-that matter, and the code and libraries that make ids. So a file is never out of date, only unused: the least recently
-used ones are deleted when the folder holds more than MAX_BYTES.
+A file's name is a hash of everything that its ids depend on: the content of the data, the tokenizer, some fields of
+`data`, and the code and libraries that tokenise. A file is therefore never outdated. The least recently used files are
+deleted when the folder exceeds MAX_BYTES.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from ..config import printable
 from ..hub import cache_folder
 
 FORMAT = 1
-#: Smaller data is tokenised about as fast as it is looked up.
+#: Tokenising smaller data is about as fast as looking it up.
 MIN_BYTES = 2**24
 MAX_BYTES = 2**34
 MAX_HEADER = 1000
 ENDING = ".tokens"
-#: A file that is being written is younger.
+#: Temporary files older than this were left by a killed process.
 ABANDONED_SECONDS = 24 * 3600
 
 
 class Tokens(NamedTuple):
-    """Tokenised examples, as the cache keeps them."""
+    """Tokenised examples, as stored in the cache."""
 
     sizes: np.ndarray
-    """int32 [examples, 2], tokens of prompt and completion"""
+    """int32 [examples, 2]: tokens in prompt and completion"""
     numbers: np.ndarray
-    """int64 [examples], the line or index that each comes from"""
+    """int64 [examples]: the line or index of each in its source"""
     ids: np.ndarray
     """int32 [tokens]"""
     cut: int
@@ -48,10 +48,10 @@ class Tokens(NamedTuple):
 
 
 def tokenizer_key(tokenizer, fields: dict[str, Any]) -> str | None:
-    """A hash of all that ids depend on, except the data; None for a tokenizer whose content can't be read.
+    """A hash of everything that ids depend on except the data. None for a tokenizer without readable content.
 
     Args:
-        fields: the config's fields that matter, as JSON values.
+        fields: the config fields that ids depend on, as JSON values.
     """
     content = getattr(getattr(tokenizer, "backend_tokenizer", None), "to_str", None)
     if content is None:  # a tokenizer written in Python
@@ -63,7 +63,7 @@ def tokenizer_key(tokenizer, fields: dict[str, Any]) -> str | None:
     }
     named = [type(tokenizer).__name__, simple, tokenizer.special_tokens_map, tokenizer.all_special_ids]
     named += [tokenizer.chat_template, tokenizer.split_special_tokens]
-    if "strftime" in str(tokenizer.chat_template):  # it writes the day, as Llama 3.2's does
+    if "strftime" in str(tokenizer.chat_template):  # it writes the date, as Llama 3.2's does
         named.append(today())
     used = [*map(version, ("tokenizers", "transformers", "jinja2")), code_digest(), FORMAT, np.little_endian]
     text = json.dumps([fields, named, used], sort_keys=True, default=str)
@@ -75,12 +75,12 @@ def today() -> str:
 
 
 def code_digest() -> str:
-    """The sha256 of the code of data/, where ids are made."""
+    """The sha256 of the code in this package, which makes the ids."""
     return files_digest(sorted(Path(__file__).parent.glob("*.py")))
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """The sha256 of the files' content; that of one file alone is the usual one."""
+    """The sha256 of the files' concatenated content."""
     found = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -90,28 +90,28 @@ def files_digest(files: Iterable[Path]) -> str:
 
 
 def load_tokens(key: str, content: str) -> Tokens | None:
-    """The ids that the cache holds; None where it holds none, or a damaged file.
+    """The cached ids. None if there are none, or the file is damaged.
 
     Args:
-        key: of `tokenizer_key`.
-        content: the data's sha256.
+        key: from `tokenizer_key`.
+        content: the sha256 of the data.
     """
     file = path_of(key, content)
     try:
         with file.open("rb") as stream:
             found = read_tokens(stream, file.stat().st_size)
-        with suppress(OSError):  # a cache that can't be written is still of use
+        with suppress(OSError):  # a read-only cache is still useful
             file.touch()
         return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        devices.say(f"warning: {file} is damaged and not used: {printable(str(error), 200)}")
+        devices.say(f"warning: ignoring the damaged cache file {file}: {printable(str(error), 200)}")
         return None
 
 
 def store_tokens(key: str, content: str, tokens: Tokens) -> None:
-    """Keeps the ids for the next start, and makes room for them. A cache that can't be written costs a warning."""
+    """Stores the ids for the next start, and deletes old files if needed. Warns if the cache cannot be written."""
     parts = [np.ascontiguousarray(part) for part in tokens[:3]]
     header = dict(format=FORMAT, examples=len(tokens.sizes), tokens=len(tokens.ids), cut=tokens.cut)
     header |= dict(skipped=tokens.skipped, sha256=parts_digest(parts))
@@ -125,7 +125,7 @@ def store_tokens(key: str, content: str, tokens: Tokens) -> None:
         delete_oldest(file)
     except OSError as error:
         devices.say(
-            f"warning: the token ids can't be kept in {file.parent} ({error.strerror}); data.cache=false skips it"
+            f"warning: cannot cache token ids in {file.parent} ({error.strerror}); data.cache=false turns this off"
         )
 
 
@@ -134,15 +134,15 @@ def read_tokens(stream, size: int) -> Tokens:
     header = json.loads(line)
     examples, tokens, cut, skipped = (header[name] for name in ("examples", "tokens", "cut", "skipped"))
     if header["format"] != FORMAT or any(type(n) is not int or n < 0 for n in (examples, tokens, cut, skipped)):
-        raise ValueError("its header is not of this version")
+        raise ValueError("its header is of another version")
     if size != len(line) + 16 * examples + 4 * tokens:
-        raise ValueError(f"it has {size} bytes, not those of {examples} examples with {tokens} tokens")
+        raise ValueError(f"its {size} bytes do not match {examples} examples with {tokens} tokens")
     sizes = np.fromfile(stream, np.int32, 2 * examples).reshape(-1, 2)
     numbers, ids = np.fromfile(stream, np.int64, examples), np.fromfile(stream, np.int32, tokens)
     if parts_digest([sizes, numbers, ids]) != header["sha256"]:
-        raise ValueError("its sha256 is another one")
+        raise ValueError("its sha256 does not match")
     if sizes.min(initial=1) < 1 or sizes.sum(dtype=np.int64) != tokens or ids.min(initial=0) < 0:
-        raise ValueError("its sizes and ids don't fit")
+        raise ValueError("its sizes and ids do not match")
     return Tokens(sizes, numbers, ids, cut, skipped)
 
 
@@ -154,15 +154,15 @@ def parts_digest(parts: list[np.ndarray]) -> str:
 
 
 def delete_oldest(keep: Path) -> None:
-    """Deletes the least recently used files, but this one, while all of them have more than MAX_BYTES; and what killed
-    writes left."""
+    """Deletes temporary files that killed processes left, and the least recently used files, except `keep`, while all
+    together exceed MAX_BYTES."""
     found = []
     for part in keep.parent.glob("." + "?" * 64 + ENDING + ".????????"):
         with suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
                 part.unlink()
     for file in keep.parent.glob("?" * 64 + ENDING):
-        with suppress(FileNotFoundError):  # another process deletes too
+        with suppress(FileNotFoundError):  # another process may delete it first
             found.append((file.stat().st_mtime_ns, file, file.stat().st_size))
     total = sum(size for *_, size in found)
     for _, file, size in sorted(found):

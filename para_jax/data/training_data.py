@@ -1,6 +1,6 @@
-"""A run's training data as token ids: rows are read, tokenised and forgotten, a part at a time.
+"""A run's training data as token ids. Rows are read and tokenised a part at a time, so that only ids stay in memory.
 
-Reading and tokenising overlap, and the ids are kept for the next start (token_cache.py).
+Reading and tokenising overlap. The ids are cached for the next start (token_cache.py).
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ import numpy as np
 
 from .. import devices
 from ..config import DataSection
-from ..storage.bucket import Place
 from . import token_cache
 from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
-from .records import ENCODED_AT_ONCE, Record, cut_left, encode_all, report, source_of, split_records, task_of, too_long
-from .tfds import SCHEME, Prepared
+from .hf import HfSplit
+from .records import ENCODED_AT_ONCE, Record, cut_left, encode_all, report, split_records, too_long
+from .sources import Source, files_of, source_of, task_of
+from .tfds import TfdsSplit
 from .token_cache import Tokens
 
-#: A run says how long tokenising took where it took longer than this.
-SAID_SECONDS = 5.0
+#: Tokenising that takes longer than this is reported.
+REPORTED_SECONDS = 5.0
 
 
 class Places(Sequence[str]):
-    """Where each example comes from, "file:line" or "tfds:NAME:split[index]", from a number for each."""
+    """The place of each example, such as "file:line" or "tfds:NAME:SPLIT[index]", stored as a number."""
 
     def __init__(self, prefix: str, numbers: Sequence[int] | np.ndarray):
         """
         Args:
-            prefix: what stands before the number, the bracket included.
+            prefix: the text before the number, including the bracket.
+            numbers: each example's line or index.
         """
         self.prefix, self.numbers = prefix, numbers
 
@@ -49,7 +51,7 @@ class Places(Sequence[str]):
 
 
 class TrainingData(NamedTuple):
-    """Examples with their places, in step, and how many were too long for `max_seq_length` and cut or skipped."""
+    """Examples, the place of each, and how many were longer than `max_seq_length` and so cut or skipped."""
 
     examples: ExampleArrays
     places: Places
@@ -57,42 +59,39 @@ class TrainingData(NamedTuple):
     skipped: int = 0
 
     def report(self) -> str:
-        """One line for the user: the number of examples, and what became of those too long."""
+        """One line for the user: the number of examples, and how many were cut or skipped."""
         return report(len(self.examples), self.cut, self.skipped)
 
 
 def load_training_data(section: DataSection, tokenizer) -> TrainingData:
-    """The training data of a run, from the cache where it holds this very data (data.cache).
+    """The training data of a run, from the cache of token ids if it holds this data (data.cache).
 
-    Raises ValueError, naming the place, as `load_records` and `encode_records` do.
+    Raises ValueError as `load_records` and `encode_records` do, naming the place.
     """
     source, key = source_of(section, "train"), None
     if section.cache and is_large(source):
         key = token_cache.tokenizer_key(tokenizer, fields_of(source, section))
     if key and (found := token_cache.load_tokens(key, content_of(source))):
-        devices.say(f"token ids come from {token_cache.folder()}")
+        devices.say(f"using cached token ids from {token_cache.folder()}")
         return training_data(source, found)
     begun, seen = time.monotonic(), hashlib.sha256() if key else None
     tokens = tokenised(split_records(section, "train", seen) or [], tokenizer, section)
-    if time.monotonic() - begun > SAID_SECONDS:
+    if time.monotonic() - begun > REPORTED_SECONDS:
         devices.say(f"tokenised {len(tokens.sizes)} examples in {time.monotonic() - begun:.0f} s")
-    if key and seen:  # under what was read: the file may have changed since it was looked up
-        content = content_of(source) if isinstance(source, Prepared) else seen.hexdigest()
+    if key and seen:  # a file may have changed since it was looked up, so its digest is of the bytes that were read
+        content = content_of(source) if isinstance(source, TfdsSplit | HfSplit) else seen.hexdigest()
         token_cache.store_tokens(key, content, tokens)
     return training_data(source, tokens)
 
 
-def training_data(source: Place | Prepared | None, tokens: Tokens) -> TrainingData:
-    if isinstance(source, Prepared):
-        prefix = f"{SCHEME}{source.name}:{source.split}["
-    else:
-        prefix = f"{source}:"
+def training_data(source: Source | None, tokens: Tokens) -> TrainingData:
+    prefix = f"{source.label}[" if isinstance(source, TfdsSplit | HfSplit) else f"{source}:"
     examples = ExampleArrays(tokens.ids, tokens.sizes)
     return TrainingData(examples, Places(prefix, tokens.numbers), tokens.cut, tokens.skipped)
 
 
 def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tokens:
-    """The records as token ids; what is too long is treated as `encode_records` says."""
+    """The records as token ids. Long ones are treated as in `encode_records`."""
     made, numbers = ExampleBuilder(), array("q")
     cut = skipped = total = 0
     too_long_first: tuple[Example, str] | None = None
@@ -112,13 +111,13 @@ def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tok
     if too_long_first and section.truncate == "error":
         raise too_long(*too_long_first, skipped, total, section)
     if not len(made):
-        raise ValueError(f"every example is longer than data.max_seq_length {section.max_seq_length}, so none is left")
+        raise ValueError(f"every example is longer than data.max_seq_length {section.max_seq_length}; raise it")
     arrays = made.arrays()
     return Tokens(arrays.sizes, np.frombuffer(numbers, np.int64), arrays.ids, cut, skipped)
 
 
 def encoded_parts(records: Iterable[Record], tokenizer) -> Iterator[tuple[list[Record], list[Example]]]:
-    """The records in parts with their examples. One part is tokenised, outside Python, while the next is read."""
+    """The records in parts, with their examples. One part is tokenised, outside Python, while the next is read."""
     rows = iter(records)
     with ThreadPoolExecutor(1) as pool:
         waiting: tuple[list[Record], Future] | None = None
@@ -133,28 +132,23 @@ def encoded_parts(records: Iterable[Record], tokenizer) -> Iterator[tuple[list[R
 
 
 def number_of(place: str) -> int:
-    """The line of "file:line", or the index of "tfds:NAME:split[index]"."""
+    """The line in "file:line", or the index in "tfds:NAME:SPLIT[index]"."""
     return int(place[max(place.rfind(":"), place.rfind("[")) + 1 :].removesuffix("]"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-def fields_of(source: Place | Prepared | None, section: DataSection) -> dict[str, Any]:
-    """What the ids depend on next to the data's content and the tokenizer."""
+def fields_of(source: Source | None, section: DataSection) -> dict[str, Any]:
+    """Everything that the ids depend on besides the data's content and the tokenizer."""
     fields = {name: getattr(section, name) for name in ("prompt", "completion", "max_seq_length", "truncate")}
-    return fields | dict(task=task_of(section), split=source.split if isinstance(source, Prepared) else None)
+    split = source.split if isinstance(source, TfdsSplit | HfSplit) else None
+    return fields | dict(task=task_of(section), split=split)
 
 
-def is_large(source: Place | Prepared | None) -> bool:
+def is_large(source: Source | None) -> bool:
     return sum(file.stat().st_size for file in files_of(source)) >= token_cache.MIN_BYTES
 
 
-def content_of(source: Place | Prepared | None) -> str:
+def content_of(source: Source | None) -> str:
     return token_cache.files_digest(files_of(source))
-
-
-def files_of(source: Place | Prepared | None) -> list[Place]:
-    if isinstance(source, Prepared):
-        return sorted(file for file in source.folder.iterdir() if file.is_file())
-    return [] if source is None else [source]

@@ -29,7 +29,7 @@ from ..data.records import Record, encode_records, load_records, split_records, 
 from ..data.tasks import TASKS
 from ..devices import say
 from ..inference.generate import before_stop, generate_tokens
-from ..model import made_for
+from ..model import adjustments_for
 from ..processes import gathered
 from ..training.step import eval_nll
 from .likelihood import of_contexts
@@ -441,6 +441,6 @@ def adapters_of_batches(model, adapters, read: Sequence[list[int]] | None) -> Ca
         chosen = [asked[i] for i in rows]
         bucket = buckets[assign_buckets(example_lengths(chosen), buckets).max()]
         batch = collate(chosen, bucket, len(chosen))
-        return made_for(model, adapters, batch.tokens, batch.prompt_length)
+        return adjustments_for(model, adapters, batch.tokens, batch.prompt_length)
 
     return made

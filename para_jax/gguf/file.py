@@ -80,8 +80,8 @@ class GgufFile:
         return {prefix.sub("", key, count=1): value for key, value in self.metadata.items() if prefix.match(key)}
 
     def read(self, name: str, start: int = 0, stop: int | None = None, columns: slice = slice(None)) -> np.ndarray:
-        """Rows [start:stop] of a tensor, or some columns of them, as float32. Only these rows of a matrix are dequantised
-        and copied."""
+        """Rows [start:stop] of a tensor, or some columns of them, as float32. Only these rows of a matrix are
+        dequantised and copied."""
         tensor = self.tensors[name]
         rows = np.arange(tensor.shape[0])[start:stop]
         if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj\.", name):
@@ -141,8 +141,9 @@ class Cursor:
             return np.frombuffer(
                 self.bytes(count * np.dtype(struct_code(kind)).itemsize), "<" + struct_code(kind)
             ).tolist()
-        value = self.number(struct_code(kind))
-        return float(str(np.float32(value))) if struct_code(kind) == "f" else value  # 1e-05, not 9.999999747378752e-06
+        code = struct_code(kind)
+        value = self.number(code)
+        return float(str(np.float32(value))) if code == "f" else value  # 1e-05, not 9.999999747378752e-06
 
 
 def struct_code(kind: int) -> str:
@@ -207,7 +208,7 @@ def map_tensor(data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], s
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if shape[-1] % block or 0 in shape:
         raise ValueError(
-            f"tensor {shown(name)} has shape {shape}, which does not divide into its type's blocks of {block}"
+            f"tensor {shown(name)} has shape {shape}, which its type's blocks of {block} do not divide"
         )
     row_bytes = shape[-1] // block * block_bytes
     size = row_bytes * math.prod(shape[:-1])

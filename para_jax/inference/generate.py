@@ -16,7 +16,7 @@ import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.bank import AdapterBank
-from ..adapters.rows import Made, Rows
+from ..adapters.rows import Adjustments, Rows
 from ..backbone.transformer import Transformer
 from ..config import require
 from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
@@ -114,7 +114,7 @@ def generate(
 
 def generate_tokens(
     model: Transformer,
-    adapters: Adapter | Rows | Made | None,
+    adapters: Adapter | Rows | Adjustments | None,
     prompt_ids: Sequence[list[int]],
     *,
     stop_ids: Sequence[int] = (),

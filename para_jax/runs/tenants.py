@@ -29,7 +29,7 @@ from ..backbone.load import load_backbone, load_model_config
 from ..config import RunConfig, config_dict, expanded, require, save_config
 from ..data.batches import Batch, Bucket, example_lengths, for_mixed_rows, plan, plan_buckets_of_sizes
 from ..data.example_arrays import digest
-from ..data.prefetch import read
+from ..data.prefetch import prefetch
 from ..data.schedule import Mixed, Order, Turn, Turns, admitted
 from ..data.tenants import tenant_sections, weights
 from ..data.tokenizer import load_tokenizer
@@ -488,7 +488,7 @@ class TenantsLoop(NamedTuple):
             steps=standing.steps, slots=standing.slots, ended=ended,
         )  # fmt: skip
         left = sum(t.order.total_steps - standing.steps[i] for i, t in enumerate(self.tenants) if not ended[i])
-        return read(coming.batch, 0, left)
+        return prefetch(coming.batch, 0, left)
 
     def step(
         self, state: TenantsState, standing: Standing, batches, pending: Pending | None, compiled: set[Bucket], bar

@@ -27,7 +27,7 @@ from ..data.batches import Batch, Bucket, Plan, collate, epoch_bits, example_len
 from ..data.example_arrays import ExampleArrays, digest
 from ..data.examples import Example
 from ..data.packing import Packed, PackingPlan, collate_packed, plan_packing
-from ..data.prefetch import read
+from ..data.prefetch import prefetch
 from ..data.tokenizer import load_tokenizer
 from ..data.training_data import TrainingData, load_training_data
 from ..evaluation.evaluate import EvalTask, Score, encode_task, evaluate_task, task_of_run
@@ -307,7 +307,7 @@ class Loop(NamedTuple):
         saved = progress.step
         total = self.work.total_steps
         with (
-            closing(read(self.work.batch, saved, total)) as batches,
+            closing(prefetch(self.work.batch, saved, total)) as batches,
             tqdm(total=total, initial=saved, desc="training", unit="step", disable=silent()) as bar,
         ):
             while True:

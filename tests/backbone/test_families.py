@@ -93,7 +93,7 @@ def test_missing_keys_mean_what_transformers_takes_for_them():
 @pytest.mark.parametrize("key", ["attn_logit_softcapping", "final_logit_softcapping"])
 @pytest.mark.parametrize("value", [0, -1.0, False, True, "", "50", [], {}, float("nan"), 1e-40])
 def test_a_soft_cap_is_a_number_above_zero_or_null(key, value):
-    with pytest.raises(ValueError, match=f"{key}: .* is not possible; expected a number above 0"):
+    with pytest.raises(ValueError, match=f"{key} is .*a number"):
         model_config(minimal("gemma2", **{key: value}))
 
 
@@ -104,9 +104,9 @@ def test_the_fields_of_a_family_alone_are_read():
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
 def test_windowed_layers_need_a_window(model_type):
-    with pytest.raises(ValueError, match="sliding_window is missing"):
+    with pytest.raises(ValueError, match="no sliding_window"):
         model_config(minimal(model_type, sliding_window=None))
-    with pytest.raises(ValueError, match="sliding_window is missing"):
+    with pytest.raises(ValueError, match="no sliding_window"):
         model_config(minimal("qwen2", layer_types=["sliding_attention"] * 13))
 
 
@@ -162,22 +162,22 @@ def test_biases_are_read(keys):
 
 @pytest.mark.parametrize("key", SIZES)
 def test_a_missing_size_is_named(key):
-    with pytest.raises(ValueError, match=f"{key} is missing"):
+    with pytest.raises(ValueError, match=f"no {key}"):
         model_config({k: v for k, v in minimal("llama").items() if k != key})
 
 
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"layer_types": []}, "number of layer_types: 0"),
-        ({"layer_types": {}}, "layer_types: {}"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "rope_parameters of full_attention"),
-        ({"rms_norm_eps": 1e-40}, "rms_norm_eps: 1e-40"),
-        ({"eos_token_id": 2**31}, "eos_token_id: 2147483648"),
-        ({"eos_token_id": [7] * 1001}, "eos_token_id: .7, 7.*at most 1000"),
-        ({"num_hidden_layers": 10_000}, "num_hidden_layers: 10000.*from 1 to 1000"),
-        ({"rope_theta": 10**400}, "rope_theta: 1000.* a number above 0"),
-        ({"model_type": "mamba"}, "'mamba'.*expected one of llama"),
+        ({"layer_types": []}, "layer_types is 0"),
+        ({"layer_types": {}}, "layer_types is {}"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "rope_parameters for full_attention"),
+        ({"rms_norm_eps": 1e-40}, "rms_norm_eps is 1e-40"),
+        ({"eos_token_id": 2**31}, "eos_token_id is 2147483648"),
+        ({"eos_token_id": [7] * 1001}, "eos_token_id is .7, 7.*at most 1000"),
+        ({"num_hidden_layers": 10_000}, "num_hidden_layers is 10000.*from 1 to 1000"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000.* a number"),
+        ({"model_type": "mamba"}, "'mamba'.*llama"),
         ({"model_type": None}, "no model_type"),
         ({"model_type": "gemma3", "text_config": {}, "vision_config": {"a": 1}}, "'gemma3', with vision_config"),
         ({"text_config": {"a": 1}}, "multimodal"),
@@ -186,24 +186,24 @@ def test_a_missing_size_is_named(key):
         ({"attention_chunk_size": 8}, "attention_chunk_size"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
-        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope type 'longrope'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
-        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
-        ({"rope_scaling": "linear"}, "rope_scaling: 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_type 'longrope'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "no factor"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"layer_types": ["chunked_attention"] * 13}, "'chunked_attention'"),
-        ({"layer_types": ["full_attention"]}, "number of layer_types: 1"),
-        ({"layer_types": ["sliding_attention"] * 13}, "layer_types other than full_attention"),
-        ({"hidden_act": "tanh"}, "hidden_act: 'tanh'"),
+        ({"layer_types": ["full_attention"]}, "layer_types is 1"),
+        ({"layer_types": ["sliding_attention"] * 13}, "layer_types except full_attention"),
+        ({"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
         ({"hidden_act": ["silu"]}, "hidden_act"),
-        ({"hidden_size": "64"}, "hidden_size: '64'"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-        ({"num_hidden_layers": True}, "num_hidden_layers: True"),
-        ({"num_key_value_heads": 5}, "num_key_value_heads: 5"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads is 5"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"head_dim": 3}, "rotary dimensions"),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: 'no'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id"),
     ],
 )

@@ -13,7 +13,7 @@ from two_processes import run_two
 
 from para_jax import load_backbone, load_model_config, make_mesh
 from para_jax.backbone.load import abstract_backbone, parameter_name
-from para_jax.backbone.parts import Block, needed_blocks, read_blocks, side_by_side, stored_block
+from para_jax.backbone.parts import Block, needed_blocks, read_blocks, joined_blocks, stored_block
 from para_jax.backbone.safetensors import Safetensors
 from para_jax.backbone.weights import load_parameters, parameter_shapes, recipes
 
@@ -87,7 +87,7 @@ def test_the_parts_are_those_of_the_whole_parameters(folder, sizes):
 
 def test_neighbouring_columns_of_the_same_rows_are_read_at_once():
     cut = [Block(0, 8, 4, 6), Block(0, 8, 0, 4), Block(8, 16, 0, 4), Block(0, 8, 8, 9)]
-    assert side_by_side(cut) == [Block(0, 8, 0, 6), Block(0, 8, 8, 9), Block(8, 16, 0, 4)]
+    assert joined_blocks(cut) == [Block(0, 8, 0, 6), Block(0, 8, 8, 9), Block(8, 16, 0, 4)]
 
 
 def test_a_stored_head_is_compared_where_it_is_needed(tmp_path):

@@ -170,7 +170,7 @@ ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
         ({Q_PROJ: None}, f"missing: {Q_PROJ}"),
         ({"lm_head.weight": None}, "missing: lm_head.weight"),
         ({"model.layers.3.mlp.up_proj.weight": np.ones(2)}, "unknown: model.layers.3.mlp.up_proj.weight"),
-        ({NORM: np.ones(65, np.float32)}, rf"misshapen: {NORM} \[65\] \(expected \[64\]\)"),
+        ({NORM: np.ones(65, np.float32)}, rf"misshapen: {NORM} \[65\] instead of \[64\]"),
         ({NORM: np.full(64, np.nan, np.float32)}, f"NaN or infinite values: {NORM}"),
         ({NORM: np.full(64, 1e300)}, f"NaN or infinite values: {NORM}"),
         ({NORM: np.ones(64, np.int8)}, f"{NORM} is stored as I8"),
@@ -195,5 +195,5 @@ def test_stored_rotary_frequencies_are_harmless(tmp_path):
 
 
 def test_another_backbones_config_does_not_fit():
-    with pytest.raises(ValueError, match="do not fit the config .model_type qwen3.*missing:.*misshapen:"):
+    with pytest.raises(ValueError, match="do not match the config .model_type qwen3.*missing:.*misshapen:"):
         load_parameters(config_of("qwen3"), Safetensors(FIXTURES / "llama"), "float32")

@@ -69,10 +69,10 @@ HOSTILE = {
     "endless recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     "a break outside": ("{% break %}", "SyntaxError"),
     "no template": ("{% for %}", "Expected an expression"),
-    "a deep template": ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "RecursionError|ended the process"),
+    "a deep template": ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "RecursionError|crashed"),
     "its own refusal": ("{{ raise_exception('no system role') }}", "no system role"),
     "its own refusal with an escape": ("{{ raise_exception('\x1b]0;owned') }}", r"\\x1b\]0;owned"),
-    "half a character": ("{{ '\ud83d' }}", "half a character"),
+    "half a surrogate pair": ("{{ '\ud83d' }}", "half a surrogate pair"),
     "an attribute of Python": ("{{ messages.__class__.__mro__ }}", "unsafe|is undefined|has no attribute"),
 }
 

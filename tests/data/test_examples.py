@@ -120,11 +120,11 @@ def test_an_empty_prompt_is_an_error(prompt):
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ([{"role": "user", "text": "a"}], "is no message"),
-        ([[USER]], "is no message"),
-        (5, "expected text or a list of messages, found int"),
-        ("a \ud83d", "half a character"),
-        ([{"role": "user", "content": "\ud83d"}], "half a character"),
+        ([{"role": "user", "text": "a"}], "not a message"),
+        ([[USER]], "not a message"),
+        (5, "text or a list of messages.*int"),
+        ("a \ud83d", "half a surrogate pair"),
+        ([{"role": "user", "content": "\ud83d"}], "half a surrogate pair"),
     ],
 )
 def test_what_is_no_prompt_is_an_error(prompt, said):
@@ -188,13 +188,13 @@ def test_a_prompt_of_too_many_characters_is_refused_before_it_is_tokenised(promp
     class Untouched:
         chat_template = "{{ messages }}"
 
-    with pytest.raises(ValueError, match="prompt: 5 characters are more than 4"):
+    with pytest.raises(ValueError, match="prompt .*5 characters.* 4 "):
         encode_prompt(Untouched(), prompt, most=4)
 
 
 def test_a_rendered_chat_of_too_many_characters_is_refused_before_it_is_tokenised():
     rendered = tiny_tokenizers.plain().apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
-    with pytest.raises(ValueError, match=f"prompt: {len(rendered)} characters"):
+    with pytest.raises(ValueError, match=f"prompt .*{len(rendered)} characters"):
         encode_prompt(tiny_tokenizers.plain(), [USER], most=len(rendered) - 1)
     assert encode_prompt(tiny_tokenizers.plain(), [USER], most=len(rendered))
 

@@ -1,4 +1,4 @@
-"""Batches that are made ahead: the same ones in the same order, from any step on, and no thread is left behind."""
+"""Prefetched batches: the same ones in the same order, from any step, and no thread is left behind."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ import pytest
 
 from para_jax.data.batches import collate, example_lengths, plan, plan_buckets
 from para_jax.data.examples import Example
-from para_jax.data.prefetch import AHEAD, read
+from para_jax.data.prefetch import AHEAD, prefetch
 
 
 def maker(count=30, rows=4):
@@ -45,33 +45,33 @@ def wait_until(holds):
     assert holds()
 
 
-def test_the_reader_gives_the_same_batches_in_the_same_order():
+def test_prefetching_keeps_batches_and_order():
     make, epoch = maker()
     total = 3 * epoch  # the threads read over the ends of epochs
-    assert_same(read(make, 0, total), [maker()[0](i) for i in range(total)])
+    assert_same(prefetch(make, 0, total), [maker()[0](i) for i in range(total)])
 
 
 @pytest.mark.parametrize("start", [1, 7, 19, 20])
-def test_a_reader_that_starts_at_a_step_gives_the_tail_and_makes_nothing_before_it(start):
+def test_starting_at_a_step_prepares_nothing_before_it(start):
     make, _ = maker()
-    whole, asked = list(read(make, 0, 20)), []
+    whole, asked = list(prefetch(make, 0, 20)), []
 
     def noted(step):
         asked.append(step)
         return make(step)
 
-    assert_same(read(noted, start, 20), whole[start:])
+    assert_same(prefetch(noted, start, 20), whole[start:])
     assert sorted(asked) == list(range(start, 20))
 
 
 def test_an_epoch_covers_every_example_once():
     make, epoch = maker()
-    assert sorted(i for chosen, _ in read(make, epoch, 2 * epoch) for i in chosen) == list(range(30))
+    assert sorted(i for chosen, _ in prefetch(make, epoch, 2 * epoch) for i in chosen) == list(range(30))
 
 
 def test_batches_are_made_before_they_are_asked_for_and_not_all_at_once():
     made = []
-    with closing(read(lambda step: made.append(step) or step, 0, 100)) as batches:
+    with closing(prefetch(lambda step: made.append(step) or step, 0, 100)) as batches:
         for step in range(3):
             assert next(batches) == step
             wait_until(lambda step=step: len(made) == step + 1 + AHEAD)  # while the step runs
@@ -87,7 +87,7 @@ def test_an_error_in_the_making_is_raised_where_its_batch_is_asked_for(bad):
 
     seen = []
     with pytest.raises(ValueError) as error:
-        for step in read(make, 0, 9):
+        for step in prefetch(make, 0, 9):
             seen.append(step)
     assert str(error.value) == f"data.jsonl:{bad}: wrong"
     assert seen == list(range(bad))
@@ -95,7 +95,7 @@ def test_an_error_in_the_making_is_raised_where_its_batch_is_asked_for(bad):
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
-def test_a_reader_closed_early_stops_its_threads(taken):
+def test_closing_early_stops_the_threads(taken):
     made = []
 
     def slow(step):
@@ -103,7 +103,7 @@ def test_a_reader_closed_early_stops_its_threads(taken):
         made.append(step)
         return step
 
-    with closing(read(slow, 0, 1000)) as batches:
+    with closing(prefetch(slow, 0, 1000)) as batches:
         assert [next(batches) for _ in range(taken)] == list(range(taken))
         assert bool(grain_threads()) == (taken > 0)
     wait_until(lambda: not grain_threads())

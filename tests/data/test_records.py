@@ -6,7 +6,8 @@ import tiny_tokenizers
 from para_jax.config import DataSection
 from para_jax.data import records as sources
 from para_jax.data.examples import encode_example
-from para_jax.data.records import SPLITS, Record, encode_records, load_records, read_records, source_of
+from para_jax.data.records import SPLITS, Record, encode_records, load_records, read_records
+from para_jax.data.sources import source_of
 
 USER, BOT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
 
@@ -72,24 +73,24 @@ def test_a_task_reads_its_published_rows(tmp_path):
         ('{"prompt": "a", "completion": "b"', "not JSON"),
         ('{"prompt": "\\ud800", "completion": "b"}', "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("[1]", "expected a JSON object, found list"),
-        ({"completion": "b"}, "no field 'prompt'; .* fields there are: completion"),
-        ({"prompt": "a", "output": "b"}, "no field 'completion'; .* fields there are: prompt, output"),
+        ("[1]", "list, not a JSON object"),
+        ({"completion": "b"}, "'prompt'.*completion"),
+        ({"prompt": "a", "output": "b"}, "'completion'.*prompt, output"),
         ({"prompt": " ", "completion": "b"}, "prompt is empty"),
         ({"prompt": "a", "completion": ""}, "completion is empty"),
-        ({"prompt": 3, "completion": "b"}, "prompt: expected text or a list of messages, found int"),
-        ({"prompt": "a", "completion": None}, "completion: expected text or a list of messages, found NoneType"),
+        ({"prompt": 3, "completion": "b"}, "prompt .*int"),
+        ({"prompt": "a", "completion": None}, "completion .*NoneType"),
         ({"prompt": [], "completion": "b"}, "prompt is empty"),
-        ({"prompt": [{"role": "user"}], "completion": "b"}, "is no message"),
-        ({"prompt": ["a"], "completion": "b"}, "is no message"),
+        ({"prompt": [{"role": "user"}], "completion": "b"}, "not a message"),
+        ({"prompt": ["a"], "completion": "b"}, "not a message"),
         ({"prompt": [USER], "completion": [USER]}, "one assistant message"),
         ({"prompt": [USER], "completion": [BOT, BOT]}, "one assistant message"),
-        ({"prompt": "a", "completion": "b", "references": "b"}, "references: .* expected a list of texts"),
+        ({"prompt": "a", "completion": "b", "references": "b"}, "references .*list of texts"),
         ({"messages": [USER]}, "nothing to learn"),
         ({"messages": []}, "nothing to learn"),
         ({"messages": [BOT]}, "prompt is empty"),
-        ({"messages": "hello"}, "messages: expected text or a list of messages, found str"),
-        ({"messages": [USER, BOT | {"content": ""}]}, "an assistant message is empty"),
+        ({"messages": "hello"}, "messages .*str"),
+        ({"messages": [USER, BOT | {"content": ""}]}, "empty assistant message"),
     ],
 )
 def test_a_wrong_row_is_an_error_that_names_file_and_line(tmp_path, row, message):
@@ -102,36 +103,35 @@ def test_a_wrong_row_is_an_error_that_names_file_and_line(tmp_path, row, message
 def test_bytes_that_are_no_text_are_an_error_that_names_file_and_line(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b'{"prompt": "a\xff", "completion": "b"}\n')
-    with pytest.raises(ValueError, match="data.jsonl:1: the line is not JSON"):
+    with pytest.raises(ValueError, match="data.jsonl:1: not JSON"):
         read_records(file)
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{missing}", "data.jsonl:1: no field 'missing'; the fields there are: a, b"),
-        ("{b}", "data.jsonl:1: b: expected text or a number, found list"),
-        ("{a.__class__}", "only plain {column} is possible"),
-        ("{a[0]}", "only plain {column} is possible"),
-        ("{a!r}", "only plain {column} is possible"),
-        ("{a:>9999999999}", "only plain {column} is possible"),
-        ("{}", "only plain {column} is possible"),
-        ("{a", "a brace itself is written {{ or }}"),
+        ("{missing}", r"data.jsonl:1: .*'missing'.*a, b"),
+        ("{b}", "data.jsonl:1: b .*list"),
+        ("{a.__class__}", r"not a plain \{column\}"),
+        ("{a[0]}", r"not a plain \{column\}"),
+        ("{a!r}", r"not a plain \{column\}"),
+        ("{a:>9999999999}", r"not a plain \{column\}"),
+        ("{}", r"not a plain \{column\}"),
+        ("{a", r"\{\{ or \}\}"),
     ],
 )
 def test_a_template_can_name_a_column_and_do_nothing_else(tmp_path, template, message):
     file = write(tmp_path, {"a": "x", "b": []})
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=message):
         read_records(file, prompt=template, completion="{a}")
-    assert message in str(error.value)
 
 
 def test_missing_empty_and_unknown_are_errors_that_name_what_was_asked(tmp_path):
-    with pytest.raises(ValueError, match="nothing.jsonl: no such file"):
+    with pytest.raises(ValueError, match="nothing.jsonl does not exist"):
         read_records(tmp_path / "nothing.jsonl")
-    with pytest.raises(ValueError, match="data.jsonl: the data set is empty"):
+    with pytest.raises(ValueError, match="data.jsonl has no rows"):
         read_records(write(tmp_path, "", " "))
-    with pytest.raises(ValueError, match="data.task: 'mnli' is not possible; expected one of boolq, copa, squad, sst2"):
+    with pytest.raises(ValueError, match="data.task 'mnli'.*boolq, copa, squad, sst2"):
         read_records(write(tmp_path, "{}"), task="mnli")
 
 
@@ -157,9 +157,9 @@ def test_a_folder_gives_the_splits_it_has_and_a_named_file_comes_first(tmp_path)
 def test_training_data_must_be_there(tmp_path):
     with pytest.raises(ValueError, match="data.train is not set"):
         load_records(DataSection(), "train")
-    with pytest.raises(ValueError, match=r"data.train: .*train.jsonl: no such file"):
+    with pytest.raises(ValueError, match=r"data.train: .*train.jsonl does not exist"):
         load_records(DataSection(train=str(tmp_path)), "train")
-    with pytest.raises(ValueError, match=r"data.test: .*gone.jsonl: no such file"):
+    with pytest.raises(ValueError, match=r"data.test: .*gone.jsonl does not exist"):
         load_records(DataSection(test=str(tmp_path / "gone.jsonl")), "test")
 
 
@@ -183,7 +183,7 @@ def test_a_too_long_example_is_an_error_that_names_it_and_the_ways_out():
         encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=20))
     tokens = sum(map(len, encode_example(tiny_tokenizers.plain(), *long_and_short()[1][:2])))
     message = str(error.value)
-    assert message.startswith(f"file:2: {tokens} tokens are more than data.max_seq_length 20 (2 of 4 examples")
+    assert message.startswith(f"file:2: {tokens} tokens exceed data.max_seq_length 20 (2 of 4 examples")
     assert "data.truncate to skip" in message and "left" in message
 
 
@@ -218,7 +218,7 @@ def test_left_never_cuts_a_completion_and_leaves_a_prompt_token():
     size = len(encode_example(tokenizer, record.prompt, record.completion).completion_ids)
     made = encode_records([record], tokenizer, DataSection(max_seq_length=size + 1, truncate="left"))
     assert made.examples[0].prompt_ids == encode_example(tokenizer, record.prompt, "yes").prompt_ids[-1:]
-    with pytest.raises(ValueError, match=f"file:9: the completion alone has {size} tokens and leaves no room"):
+    with pytest.raises(ValueError, match=f"file:9: .*{size} tokens.* no room"):
         encode_records([record], tokenizer, DataSection(max_seq_length=size, truncate="left"))
 
 

@@ -98,7 +98,7 @@ def test_rows_that_have_a_prompt_keep_it_under_every_task(tmp_path):
 def test_a_missing_field_is_an_error_that_lists_those_there_are(task):
     for name in ROWS[task]:
         row = {k: v for k, v in ROWS[task].items() if k != name}
-        with pytest.raises(ValueError, match="no field .*; the fields there are: " + ", ".join(row)):
+        with pytest.raises(ValueError, match="no field .*" + ", ".join(row)):
             TASKS[task].record(row)
 
 
@@ -125,5 +125,5 @@ def test_a_missing_field_is_an_error_that_lists_those_there_are(task):
     ],
 )
 def test_a_wrong_value_is_an_error_that_names_field_and_value(task, change):
-    with pytest.raises(ValueError, match=f"{next(iter(change))}: .* is not possible; expected"):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} must "):
         TASKS[task].record(ROWS[task] | change)

@@ -35,7 +35,7 @@ def test_sub_folders_and_files_are_tenants_and_other_files_are_not(tmp_path):
 def test_a_name_that_could_lead_elsewhere_is_refused_by_name(tmp_path, name, kind):
     write(tmp_path / "good.jsonl")
     write(tmp_path / name / "train.jsonl" if kind == "folder" else tmp_path / f"{name}.jsonl")
-    with pytest.raises(ValueError, match="can't be a tenant's name") as error:
+    with pytest.raises(ValueError, match="cannot be a tenant's name") as error:
         tenant_sections(tmp_path, DataSection())
     assert repr(name) in str(error.value) and "\n" not in str(error.value)
 
@@ -54,22 +54,22 @@ def test_links_are_refused_also_those_to_another_tenants_data(tmp_path, kind):
         "file in a folder": (root / "bad" / "train.jsonl", outside / "train.jsonl"),
     }[kind]
     link.symlink_to(root / "good" / "train.jsonl" if kind != "folder" else root / "good")
-    with pytest.raises(ValueError, match="a link, which is not followed"):
+    with pytest.raises(ValueError, match="a link"):
         tenant_sections(root, DataSection())
     link.unlink()
     link.symlink_to(to)
-    with pytest.raises(ValueError, match="a link, which"):
+    with pytest.raises(ValueError, match="a link"):
         tenant_sections(root, DataSection())
 
 
 def test_no_tenants_two_of_one_name_and_no_training_data_are_named(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
-        said = "is not possible" if folder == tmp_path else "no such folder"
-        with pytest.raises(ValueError, match=rf"data\.tenants: .*{said}; expected a folder"):
+        said = "is empty" if folder == tmp_path else "does not exist"
+        with pytest.raises(ValueError, match=rf"data\.tenants: {folder} {said}"):
             tenant_sections(folder, DataSection())
     write(tmp_path / "acme.jsonl")
     write(tmp_path / "acme" / "train.jsonl")
-    with pytest.raises(ValueError, match="a second tenant of the name 'acme'"):
+    with pytest.raises(ValueError, match="second tenant .*'acme'"):
         tenant_sections(tmp_path, DataSection())
     (tmp_path / "acme.jsonl").unlink()
     (tmp_path / "acme" / "train.jsonl").rename(tmp_path / "acme" / "test.jsonl")

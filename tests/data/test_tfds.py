@@ -16,7 +16,8 @@ from tiny_tfds import Written, built
 from para_jax import cli
 from para_jax.config import DataSection
 from para_jax.data import tfds as prepared
-from para_jax.data.records import load_records, read_records, source_of, task_of
+from para_jax.data.records import load_records, read_records
+from para_jax.data.sources import source_of, task_of
 from para_jax.data.tfds import plain, prepare
 from para_jax.evaluation.evaluate import task_of_run
 
@@ -127,9 +128,7 @@ def test_other_data_sets_are_read_by_the_user_s_templates(tmp_path):
     built("news", texts("title", "body") | {"n": np.int64}, {"train": rows}, tmp_path)
     found = load_records(section(tmp_path, "tfds:news", prompt="{n}. {title}\n", completion="{body}"), "train")
     assert sorted(r[:2] for r in found) == [(f"{i}. t{i} ä\n", f"b{i}") for i in range(4)]
-    with pytest.raises(
-        ValueError, match=r"tfds:news:train\[0\]: no field 'prompt'; set data.prompt to a template over"
-    ):
+    with pytest.raises(ValueError, match=r"tfds:news:train\[0\]: .*'prompt'.*data.prompt"):
         load_records(section(tmp_path, "tfds:news"), "train")
 
 
@@ -159,7 +158,7 @@ def test_a_test_split_that_hides_its_labels_is_left_out_and_asked_for_is_the_val
     for name in ("glue/sst2", "squad"):  # one hides its labels, one has no test split
         asked = section(data_dir, f"tfds:{name}", test=f"tfds:{name}")
         assert load_records(asked, "test") == load_records(asked, "validation")
-    with pytest.raises(ValueError, match=r"tfds:glue/sst2:test\[0\]: label: -1 is not possible; expected 0 or 1"):
+    with pytest.raises(ValueError, match=r"tfds:glue/sst2:test\[0\]: label .*-1"):
         load_records(section(data_dir, None, test="tfds:glue/sst2:test", task="sst2"), "test")
 
 
@@ -207,13 +206,13 @@ def test_no_tensorflow_is_imported_to_show_the_data_even_where_it_is_installed(d
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("tfds:", "'tfds:' is not possible; expected tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:SPLIT"),
-        ("tfds:squad/../../x", "is not possible; expected tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:SPLIT"),
-        ("tfds:squad:nothing", "tfds:squad: no split 'nothing'; expected one of train, validation, or a part"),
+        ("tfds:", "'tfds:'.*tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:SPLIT"),
+        ("tfds:squad/../../x", r"squad/\.\./\.\./x.*tfds:NAME"),
+        ("tfds:squad:nothing", "tfds:squad: no split 'nothing'.*train, validation"),
         ("tfds:squad:train[:x]", r"no split 'train\[:x\]'"),
         (
             "tfds:super_glue",
-            "several configs are prepared in .*super_glue; expected one of tfds:super_glue/boolq, tfds:",
+            "several configs .*super_glue; .*tfds:super_glue/boolq, tfds:",
         ),
     ],
 )
@@ -228,7 +227,7 @@ def test_nothing_prepared_is_one_line_that_names_the_folder_and_the_command(tmp_
     train += [f"output_dir={tmp_path / 'out'}", "runtime.allow_cpu=true", "runtime.compilation_cache=false"]
     assert cli.main([*train, f"data.data_dir={tmp_path}/my data"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"para-jax: error: tfds:super_glue/boolq: nothing is prepared in {tmp_path}/my data/super_glue/boolq; "
+        f"para-jax: error: tfds:super_glue/boolq is not prepared in {tmp_path}/my data/super_glue/boolq; "
         f"prepare it first: `para-jax prepare tfds:super_glue/boolq --data-dir '{tmp_path}/my data'`"
     )
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "default"))
@@ -237,7 +236,7 @@ def test_nothing_prepared_is_one_line_that_names_the_folder_and_the_command(tmp_
         capsys.readouterr().err
     )
     assert cli.main([*train, "--dry-run"]) == 0  # which needs no data
-    assert "data       tfds:super_glue/boolq: nothing is prepared in" in capsys.readouterr().out
+    assert "data       tfds:super_glue/boolq is not prepared in" in capsys.readouterr().out
     assert not (tmp_path / "out").exists() and not (tmp_path / "default").exists()
 
 
@@ -255,8 +254,8 @@ def test_data_prepared_as_tfrecord_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(ValueError) as error:
         load_records(section(tmp_path, "tfds:bool_q"), "train")
     assert str(error.value) == (
-        f"tfds:bool_q: {folder} holds tfrecord files, but only array_record is read without TensorFlow; prepare it "
-        "in another folder: `para-jax prepare tfds:bool_q --data-dir DIR`, and set data.data_dir to that"
+        f"tfds:bool_q: {folder} holds tfrecord files, but only array_record can be read without TensorFlow. "
+        "Run `para-jax prepare tfds:bool_q --data-dir DIR` with another folder, and set data.data_dir to it"
     )
 
 
@@ -264,7 +263,7 @@ def test_a_field_that_is_no_text_is_named(tmp_path):
     built(
         "raw", {"prompt": np.str_, "completion": Text()}, {"train": [{"prompt": b"\xff", "completion": "a"}]}, tmp_path
     )
-    with pytest.raises(ValueError, match=r"tfds:raw:train\[0\]: prompt is no UTF-8 text"):
+    with pytest.raises(ValueError, match=r"tfds:raw:train\[0\]: prompt is not UTF-8 text"):
         load_records(section(tmp_path, "tfds:raw"), "train")
 
 
@@ -319,14 +318,14 @@ def test_prepare_writes_what_a_run_reads_and_leaves_what_is_there(tmp_path, caps
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("tfds:para_jax_needs_tensorflow", "to prepare it, tensorflow is needed, which is not installed: `pip install"),
+        ("tfds:para_jax_needs_tensorflow", "preparing it needs the package tensorflow: pip install tensorflow"),
         (
             "tfds:para_jax_needs_a_package",
-            "to prepare it, a_parser is needed, which is not installed: `pip install a_par",
+            "preparing it needs the package a_parser: pip install a_parser",
         ),
-        ("tfds:para_jax_downloads", "it can't be prepared: Failed to get https://nowhere.test/reviews.zip"),
-        ("tfds:para_jax_unheard_of", "it can't be prepared: Dataset para_jax_unheard_of not found; https://www"),
-        ("tfds:glue/sst3", 'it can\'t be prepared: Failed to construct dataset "glue"'),
+        ("tfds:para_jax_downloads", "cannot prepare it: Failed to get https://nowhere.test/reviews.zip"),
+        ("tfds:para_jax_unheard_of", "cannot prepare it: Dataset para_jax_unheard_of not found; https://www"),
+        ("tfds:glue/sst3", 'cannot prepare it: Failed to construct dataset "glue"'),
     ],
 )
 def test_what_stops_prepare_is_one_line(tmp_path, capsys, monkeypatch, source, message):
@@ -339,6 +338,6 @@ def test_what_stops_prepare_is_one_line(tmp_path, capsys, monkeypatch, source, m
 
 def test_prepare_takes_a_data_set_and_no_split_of_it(tmp_path):
     for source in ("tfds:squad:train", "squad"):
-        with pytest.raises(ValueError, match="expected tfds:"):
+        with pytest.raises(ValueError, match="tfds:"):
             prepare(source, str(tmp_path))
     assert not prepared.is_tfds("squad") and not prepared.is_tfds(None)

@@ -220,7 +220,7 @@ def test_the_least_recently_used_files_make_room(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a"}, "no field 'completion'"),
+        ({"prompt": "a"}, "'completion'"),
         ({"prompt": [{"role": "system", "content": "yes"}], "completion": "no"}, "no system role"),
         ({"prompt": "the quick " * 99, "completion": "no"}, r"more than data.max_seq_length 200 \(1 of 41"),
         ({"prompt": "a", "completion": "日" * 99}, r"more than data.max_seq_length 200"),
@@ -238,11 +238,11 @@ def test_an_error_names_the_place_in_whichever_part_it_is(tmp_path, at, row, mes
 
 def test_a_completion_that_leaves_no_room_and_data_that_is_all_too_long_are_errors(tmp_path):
     file = written(tmp_path)
-    with pytest.raises(ValueError, match=rf"{file}:1: the completion alone has \d+ tokens"):
+    with pytest.raises(ValueError, match=rf"{file}:1: the completion has \d+ tokens"):
         load_training_data(section_of(file, max_seq_length=2, truncate="left"), tiny_tokenizers.plain())
     with pytest.raises(ValueError, match="every example is longer than data.max_seq_length 2"):
         load_training_data(section_of(file, max_seq_length=2, truncate="skip"), tiny_tokenizers.plain())
-    with pytest.raises(ValueError, match="the data set is empty"):
+    with pytest.raises(ValueError, match="has no rows"):
         load_training_data(section_of(written(tmp_path, [])), tiny_tokenizers.plain())
     with pytest.raises(ValueError, match="data.train is not set"):
         load_training_data(DataSection(), tiny_tokenizers.plain())

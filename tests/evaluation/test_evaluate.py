@@ -468,5 +468,5 @@ def test_examples_that_are_too_long_are_skipped_cut_or_an_error_as_in_training(f
     cut_before = cut._replace(records=[*cut.records[:3], short], examples=None)
     ours, theirs = (evaluate_task(model(), adapter(), task, tokenizer()) for task in (cut, cut_before))
     assert ours.loss == theirs.loss
-    with pytest.raises(ValueError, match=r"test.jsonl:4: 22 tokens are more than data.max_seq_length 16"):
+    with pytest.raises(ValueError, match=r"test.jsonl:4: 22 tokens .*data.max_seq_length 16"):
         of("error")

@@ -664,7 +664,7 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, m
 
 
 @pytest.mark.parametrize(("override", "message"), [
-    ("data.train=nowhere", "data.train: nowhere.*no such file"),
+    ("data.train=nowhere", "data.train: nowhere.*does not exist"),
     ("data.task=other", "data.task: 'other' is not possible"),
     ("data.max_seq_length=9", "more than data.max_seq_length 9"),
     ("mesh.data=16", "16.* 8 devices"),
@@ -682,7 +682,7 @@ def test_a_config_that_does_not_fit_is_an_error_before_anything_is_written(overr
 
 def test_empty_training_data_is_an_error(folder, tmp_path):
     empty = write_rows(tmp_path / "empty.jsonl", [])
-    with pytest.raises(ValueError, match="the data set is empty"):
+    with pytest.raises(ValueError, match="has no rows"):
         train(run_config(folder, f"output_dir={tmp_path / 'run'}", f"data.train={empty}"))
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,39 @@
+"""Checks what users pass to the model: a batch of token sequences, padded on the right, and their lengths."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def checked_sequences(tokens, prompt_length, length, vocab_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(tokens [batch, T], prompt_length [batch], length [batch]), all int32.
+
+    Raises ValueError unless 1 <= prompt_length <= length <= T and every id is in the vocabulary. Values that are
+    traced cannot be checked.
+
+    Args:
+        length: None means T.
+    """
+    if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+        raise ValueError(f"tokens of shape {np.shape(tokens)}: pass integers [batch, length], padded on the right")
+    batch, total = np.shape(tokens)
+    lengths = {"prompt_length": prompt_length, "length": total if length is None else length}
+    for name, value in lengths.items():
+        if np.ndim(value) > 1 or (np.ndim(value) == 1 and np.shape(value) != (batch,)):
+            raise ValueError(
+                f"{name} of shape {np.shape(value)}: pass one integer, or one for each of the {batch} rows"
+            )
+    if not any(isinstance(value, Tracer) for value in lengths.values()):
+        prompt, whole = np.broadcast_arrays(*map(np.asarray, lengths.values()))
+        if (prompt < 1).any() or (prompt > whole).any() or (whole > total).any():
+            given = ", ".join(f"{name} {np.asarray(value).tolist()}" for name, value in lengths.items())
+            raise ValueError(f"{given}: need 1 <= prompt_length <= length <= {total}, the tokens per row")
+    if isinstance(tokens, np.ndarray) and tokens.size:
+        lowest, highest = tokens.min(), tokens.max()
+        if lowest < 0 or highest >= vocab_size:
+            raise ValueError(f"token ids {lowest} to {highest}: the vocabulary has ids 0 to {vocab_size - 1}")
+    prompt_length, length = (jnp.broadcast_to(jnp.asarray(n, jnp.int32), (batch,)) for n in lengths.values())
+    return jnp.asarray(tokens, jnp.int32), prompt_length, length

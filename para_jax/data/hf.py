@@ -1,0 +1,143 @@
+"""hf: sources: data sets of the Hugging Face hub, which the `datasets` library downloads into its cache and reads.
+
+A source is hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT. NAME is a hub id (user/name, or user/name@revision) or a
+local folder. CONFIG may be empty: hf:NAME::train[:90%]. Only JSON and Parquet files are read, and no code of a data set
+is ever run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import expanded, printable, shorten
+from .tfds import plain
+
+SCHEME = "hf:"
+FORMATS = ("json", "parquet")
+SOURCE = re.compile(r"hf:(?P<name>[^:]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
+HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
+READ_AT_ONCE = 1000  # rows
+
+
+class HfSplit(NamedTuple):
+    """One split of a data set in the cache of `datasets`."""
+
+    label: str
+    """the source with its config and split: hf:NAME:CONFIG:SPLIT"""
+    split: str
+    dataset: Any
+    """a datasets.Dataset"""
+
+    def files(self) -> list[Path]:
+        """The Arrow files in the cache that hold the rows."""
+        return sorted(Path(file["filename"]) for file in self.dataset.cache_files)
+
+    def rows(self) -> Iterator[tuple[str, dict]]:
+        """Each row's place, "hf:NAME:CONFIG:SPLIT[index]", and its columns. A null counts as a missing column."""
+        tables = self.dataset.with_format("arrow").iter(batch_size=READ_AT_ONCE)
+        rows = (row for table in tables for row in table.to_pylist())
+        for index, row in enumerate(rows):
+            place = f"{self.label}[{index}]"
+            yield place, {name: plain(value, f"{place}: {name}") for name, value in row.items() if value is not None}
+
+
+def is_hf(source: str | None) -> bool:
+    return source is not None and source.startswith(SCHEME)
+
+
+def find_split(source: str, split: str) -> HfSplit:
+    """The data of an hf: source, downloaded into the cache if it is not there.
+
+    Args:
+        split: the split to read if the source names none. "test" becomes "validation" if there is no test split, or
+            its labels are hidden, as in GLUE.
+    """
+    name, config, named = parse_hf(source)
+    builder = prepared_builder(name, config)
+    if named is None:
+        options = (split, "validation") if split == "test" else (split,)
+        named = next((option for option in options if has_labels(builder, option)), split)
+    return read_split(builder, name, config, named)
+
+
+def sibling_split(source: str, split: str) -> HfSplit | None:
+    """The validation or test split next to the training data, an hf: source. None if the source names its split, or the
+    data set has no such split with labels."""
+    name, config, named = parse_hf(source)
+    if named is not None:
+        return None
+    builder = prepared_builder(name, config)
+    return read_split(builder, name, config, split) if has_labels(builder, split) else None
+
+
+def parse_hf(source: str) -> tuple[str, str | None, str | None]:
+    """(name, config, split) of a source; None for what it leaves out."""
+    found = SOURCE.fullmatch(source)
+    if found is None:
+        raise ValueError(f"{shorten(source)} is not a data set; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+    return found["name"], found["config"] or None, found["split"]
+
+
+def prepared_builder(name: str, config: str | None) -> Any:
+    """A datasets.DatasetBuilder, all of whose splits are in the cache."""
+    source = SCHEME + name + (f":{config}" if config else "")
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{source} needs the package datasets: pip install 'para_jax[hf]'") from None
+    folder, revision = expanded(name), None
+    if folder.is_dir():
+        path = str(folder.absolute())
+    else:
+        hub_id = HUB_ID.fullmatch(name)
+        if hub_id is None:
+            raise ValueError(f"{source}: no such folder, and {shorten(name)} is not a hub id such as user/name")
+        path, revision = hub_id["repository"], hub_id["revision"]
+    try:
+        builder = datasets.load_dataset_builder(path, name=config, revision=revision)
+    except Exception as error:  # of many kinds: the hub's, the network's and the library's
+        raise ValueError(f"{source}: {load_failure(error)}") from None
+    if builder.info.builder_name not in FORMATS:
+        raise ValueError(
+            f"{source} holds {builder.info.builder_name} files; only JSON and Parquet are read. "
+            f"The hub may have a Parquet copy: {SCHEME}{path}@refs/convert/parquet"
+        )
+    try:
+        builder.download_and_prepare()
+    except Exception as error:
+        raise ValueError(f"{source}: {load_failure(error)}") from None
+    return builder
+
+
+def load_failure(error: Exception) -> str:
+    """One line on why `datasets` failed. The cause says more than the error that wraps it."""
+    lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+    text = printable(lines[0], 300)
+    if text.startswith("BuilderConfig"):  # a split in the place of the config is an easy mistake
+        return f"{text}. A split is written after the config: hf:NAME:CONFIG:SPLIT, or hf:NAME::SPLIT"
+    return text
+
+
+def read_split(builder: Any, name: str, config: str | None, split: str) -> HfSplit:
+    try:
+        dataset = builder.as_dataset(split=split)
+    except ValueError:
+        raise ValueError(
+            f"{SCHEME}{name}: no split {shorten(split)}; choose one of {', '.join(builder.info.splits)}, or a part of "
+            "one, such as train[:90%]"
+        ) from None
+    return HfSplit(f"{SCHEME}{name}:{config or ''}:{split}", split, dataset)
+
+
+def has_labels(builder: Any, split: str) -> bool:
+    """Whether the split exists and its labels are known: -1 means a hidden label."""
+    from datasets import ClassLabel
+
+    if split not in builder.info.splits:
+        return False
+    dataset = builder.as_dataset(split=split).with_format("arrow")
+    labels = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    return all(row[name] != -1 for row in dataset[:1].to_pylist() for name in labels)

@@ -1,0 +1,211 @@
+"""hf: sources, read by the real `datasets` library from local folders of JSON and Parquet."""
+
+import json
+import sys
+
+import datasets
+import pytest
+import tiny_tokenizers
+from tiny_run import write_rows
+
+from para_jax.config import DataSection
+from para_jax.data import token_cache
+from para_jax.data.hf import find_split, parse_hf
+from para_jax.data.records import encode_records, load_records, read_records
+from para_jax.data.sources import files_of, source_of
+from para_jax.data.training_data import load_training_data
+
+TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "
+ROWS = [{"prompt": f"{TEXT}{i}", "completion": f"w{i}"} for i in range(7)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf cache"))
+    datasets.disable_progress_bars()
+
+
+def folder_of(path, kind="jsonl", **splits):
+    """A folder with a JSON-lines or Parquet file per split; returns it as an hf: source."""
+    path.mkdir()
+    for split, rows in splits.items():
+        if kind == "jsonl":
+            write_rows(path / f"{split}.jsonl", rows)
+        else:
+            datasets.Dataset.from_list(rows).to_parquet(path / f"{split}.parquet")
+    return f"hf:{path}"
+
+
+def without_places(records):
+    return [record[:4] for record in records]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_columns_give_the_records_of_the_same_json_lines(tmp_path, kind):
+    rows = [row | {"references": [row["completion"], "w"], "label": i} for i, row in enumerate(ROWS)]
+    source = folder_of(tmp_path / "rows", kind, train=rows)
+    found = load_records(DataSection(train=source), "train")
+    assert without_places(found) == without_places(read_records(write_rows(tmp_path / "same.jsonl", rows)))
+    assert [record.place for record in found] == [f"{source}::train[{i}]" for i in range(7)]
+
+
+def test_templates_read_the_columns(tmp_path):
+    source = folder_of(tmp_path / "rows", "parquet", train=[{"n": i, "title": f"t{i}", "body": "b"} for i in range(3)])
+    section = DataSection(train=source, prompt="{n}. {title}", completion="{body}")
+    assert [record.prompt for record in load_records(section, "train")] == ["0. t0", "1. t1", "2. t2"]
+    with pytest.raises(ValueError, match=r"rows::train\[0\]: .*'prompt'.*data.prompt.*n, title, body"):
+        load_records(DataSection(train=source), "train")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_each_assistant_turn_of_messages_is_a_record(tmp_path, kind):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    longer = [*chat, {"role": "user", "content": "c", "name": "Ann"}, {"role": "assistant", "content": "d"}]
+    source = folder_of(tmp_path / "rows", kind, train=[{"messages": chat}, {"messages": longer}])
+    found = load_records(DataSection(train=source), "train")
+    assert [record.completion for record in found] == ["b", "b", "d"]
+    encoded = encode_records(found, tiny_tokenizers.plain(), DataSection(train=source))
+    assert len(encoded.examples) == 3
+
+
+def test_a_null_counts_as_a_missing_column(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "references": ["c"]}, {"prompt": "a", "completion": None}]
+    source = folder_of(tmp_path / "rows", "parquet", train=rows)
+    with pytest.raises(ValueError, match=r"train\[1\]: .*'completion'"):
+        load_records(DataSection(train=source), "train")
+
+
+def test_the_field_gives_the_split_unless_the_source_names_one(tmp_path):
+    source = folder_of(tmp_path / "rows", train=ROWS, validation=ROWS[:2], test=ROWS[:3])
+    section = DataSection(train=source)
+    assert [len(load_records(section, split)) for split in ("train", "validation", "test")] == [7, 2, 3]
+    parts = DataSection(train=f"{source}::train[:5]", validation=f"{source}:default:train[5:]")
+    assert [len(load_records(parts, split)) for split in ("train", "validation")] == [5, 2]
+    assert source_of(parts, "test") is None
+
+
+def test_a_test_split_with_hidden_labels_is_replaced_by_validation(tmp_path):
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["n", "p"])})
+    folder = tmp_path / "sst2"
+    folder.mkdir()
+    for split, label in (("train", 1), ("validation", 0), ("test", -1)):
+        rows = [{"sentence": split, "label": label}]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    section = DataSection(train=f"hf:{folder}", test=f"hf:{folder}", task="sst2")
+    assert load_records(section, "test")[0].prompt.startswith("validation")
+    assert source_of(DataSection(train=f"hf:{folder}"), "test") is None
+
+
+def test_a_config_of_a_data_set_is_chosen_by_name(tmp_path):
+    folder = tmp_path / "rows"
+    folder_of(folder, train=ROWS, other=ROWS[:1])
+    configs = [{"config_name": name, "data_files": f"{file}.jsonl"} for name, file in (("a", "train"), ("b", "other"))]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    found = load_records(DataSection(train=f"hf:{folder}:b"), "train")
+    assert [record.place for record in found] == [f"hf:{folder}:b:train[0]"]
+    with pytest.raises(ValueError, match=r"hf:.*rows:c: .*'c' not found.*\['a', 'b'\].*hf:NAME::SPLIT"):
+        load_records(DataSection(train=f"hf:{folder}:c"), "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("hf:squad", ("squad", None, None)),
+        ("hf:user/name@v1.0:main", ("user/name@v1.0", "main", None)),
+        ("hf:user/name::train[:90%]", ("user/name", None, "train[:90%]")),
+        ("hf:./rows:main:train", ("./rows", "main", "train")),
+    ],
+)
+def test_a_source_is_a_name_a_config_and_a_split(source, parts):
+    assert parse_hf(source) == parts
+
+
+# -------------------------------------------------------------------------------------------------------- training data
+
+
+def test_training_data_is_cached_and_named_like_other_sources(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
+    source, tokenizer = folder_of(tmp_path / "rows", train=ROWS, test=ROWS[:2]), tiny_tokenizers.plain()
+    plain = load_training_data(DataSection(train=str(tmp_path / "rows" / "train.jsonl")), tokenizer)
+    before = len(list(token_cache.folder().iterdir()))
+    first, again = (load_training_data(DataSection(train=source), tokenizer) for _ in range(2))
+    assert list(first.examples) == list(again.examples) == list(plain.examples)
+    assert first.places[6] == again.places[6] == f"{source}::train[6]"
+    assert len(list(token_cache.folder().iterdir())) == before + 1
+    part = load_training_data(DataSection(train=f"{source}::train[:5]"), tokenizer)
+    assert list(part.examples) == list(plain.examples[:5])
+    assert all(file.suffix == ".arrow" for file in files_of(source_of(DataSection(train=source), "train")))
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    source = folder_of(tmp_path / "rows", train=ROWS)
+    assert len(load_records(DataSection(train=source), "train")) == 7
+    write_rows(tmp_path / "rows" / "train.jsonl", ROWS[:3])
+    assert len(load_records(DataSection(train=source), "train")) == 3
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_without_datasets_the_error_names_the_extra(tmp_path, monkeypatch):
+    source = folder_of(tmp_path / "rows", train=ROWS)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"hf:.*rows .*datasets.*pip install 'para_jax\[hf\]'"):
+        load_records(DataSection(train=source), "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("hf:", "'hf:'.*hf:NAME"),
+        ("hf:{folder}::nothing", r"rows: no split 'nothing'.*train, validation"),
+        ("hf:{folder}::train[:x]", r"no split 'train\[:x\]'"),
+        ("hf:{folder}/absent", "no such folder.*absent"),
+        ("hf:{folder}/empty", "empty.*data files"),
+    ],
+)
+def test_a_wrong_source_is_an_error_that_names_it(tmp_path, source, named):
+    folder = tmp_path / "rows"
+    folder_of(folder, train=ROWS, validation=ROWS)
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match=named) as error:
+        load_records(DataSection(train=source.format(folder=folder)), "train")
+    assert "\n" not in str(error.value)
+
+
+def test_other_file_formats_are_refused(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.csv").write_text("prompt,completion\na,b\n")
+    with pytest.raises(ValueError, match="rows holds csv files.*refs/convert/parquet"):
+        load_records(DataSection(train=f"hf:{tmp_path / 'rows'}"), "train")
+
+
+def test_code_in_a_data_set_is_never_run(tmp_path):
+    folder = tmp_path / "rows"
+    source = folder_of(folder, train=ROWS)
+    (folder / "rows.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="hf:.*rows: .*rows.py"):
+        load_records(DataSection(train=source), "train")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_file_is_one_line_that_names_the_source(tmp_path):
+    source = folder_of(tmp_path / "rows", train=ROWS)
+    (tmp_path / "rows" / "train.jsonl").write_text('{"prompt": "a"}\n{"prom')
+    with pytest.raises(ValueError, match="hf:.*rows: ") as error:
+        load_records(DataSection(train=source), "train")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreachable_hub_is_one_line_and_a_revision_is_passed_on(monkeypatch):
+    asked = []
+
+    def unreachable(path, name=None, revision=None):
+        asked.append((path, name, revision))
+        raise ConnectionError("Couldn't reach the hub\nafter 5 tries")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    with pytest.raises(ValueError, match=r"hf:user/name@v1:main: Couldn't reach the hub$"):
+        find_split("hf:user/name@v1:main", "train")
+    assert asked == [("user/name", "main", "v1")]
