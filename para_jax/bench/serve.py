@@ -15,7 +15,8 @@ from ..backbone.load import load_backbone
 from ..data.tokenizer import load_tokenizer
 from ..inference.generate import generate_tokens
 from ..model import prefill
-from ..serving.engine import STEPS, Engine
+from ..serving.decoder import STEPS
+from ..serving.engine import Engine
 from ..serving.request import Request
 from .decode import METHODS, bank_of
 from .rounds import interleaved, paired, single, summary
