@@ -15,7 +15,7 @@ def add(commands) -> None:
 
 def run(options) -> None:
     from ..data.tokenizer import load_tokenizer
-    from ..gguf.file import convert_gguf
+    from ..gguf.convert import convert_gguf
 
     convert_gguf(options.gguf, options.folder, load_tokenizer(options.gguf))
     print(f"wrote {options.folder}")
