@@ -12,7 +12,7 @@ import para_jax
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["storage"],
-    ["atomic", "yaml_text"],
+    ["atomic", "yaml_text", "table"],
     ["config"],
     ["untrusted", "hlo_text"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "hlo", "processes"],

@@ -9,6 +9,7 @@ from conftest import FIXTURES
 from para_jax import forward, generate, load_backbone, load_tokenizer
 from para_jax.data.examples import encode_prompt, stop_token_ids
 from para_jax.inference.generate import generate_tokens
+from para_jax.inference.sampling import Sampling
 
 pytestmark = pytest.mark.slow
 REAL = json.loads((FIXTURES / "smollm2_135m_real.json").read_text())
@@ -29,7 +30,7 @@ def test_greedy_tokens_are_those_of_transformers(model, tokenizer):
     prompt = encode_prompt(tokenizer, REAL["prompt"])
     assert prompt == REAL["prompt_ids"]
     stop = stop_token_ids(tokenizer, model.config.eos_token_ids)
-    (written,) = generate_tokens(model, None, [prompt], stop_ids=stop, max_new_tokens=REAL["completion"]["new_tokens"])
+    (written,) = generate_tokens(model, None, [prompt], Sampling(REAL["completion"]["new_tokens"]), stop_ids=stop)
     assert prompt + written + [tokenizer.eos_token_id] == REAL["completion"]["ids"]
     assert tokenizer.decode(written) + tokenizer.eos_token == REAL["completion"]["text"]
 

@@ -4,8 +4,7 @@ own batches, inside one process."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,8 +17,8 @@ from ..evaluation.answers import Pass
 from ..evaluation.journal import Journal
 from ..evaluation.questions import Generation, Written
 from ..inference.generate import generate_tokens, up_to_multiple
+from ..inference.sampling import Sampling
 from ..serving.engine import Engine
-from ..serving.request import Request
 from .decode import METHODS, bank_of
 from .rounds import paired, single, summary
 
@@ -90,17 +89,11 @@ def mixed(asking: Pass, work: Workload, rows: int) -> list[str]:
     """All adapters' answers in one pass."""
     asking.journal = Journal()
     longest = up_to_multiple(PROMPT + NEW, 32)
-    engine = Endless(asking.model, asking.bank, asking.tokenizer, slots=rows, max_length=longest)
+    # As in the loop, no token ends an answer before its length.
+    engine = Engine(asking.model, asking.bank, asking.tokenizer, slots=rows, max_length=longest, stop_ids=())
     names = asking.bank.names[: work.adapters] if asking.bank else ()
     questions = [(name, Generation(tuple(prompt), NEW)) for name in names for prompt in work.prompts]
     return [answer.text for answer in asking.answer(questions, rows=rows, engine=engine) if isinstance(answer, Written)]
-
-
-class Endless(Engine):
-    """An engine in which no answer ends before its length, as in the loop."""
-
-    def submit(self, request: Request, **how) -> Hashable:
-        return super().submit(replace(request, ignore_eos=True), **how)
 
 
 def loop(asking: Pass, work: Workload) -> list[str]:
@@ -108,7 +101,7 @@ def loop(asking: Pass, work: Workload) -> list[str]:
     texts = []
     for name in asking.bank.names[: work.adapters] if asking.bank else ():
         adapters = asking.bank.rows([name] * len(work.prompts)) if asking.bank else None
-        tokens = generate_tokens(asking.model, adapters, work.prompts, max_new_tokens=NEW)
+        tokens = generate_tokens(asking.model, adapters, work.prompts, Sampling(NEW))
         texts += [
             asking.tokenizer.decode(one, skip_special_tokens=True, clean_up_tokenization_spaces=False) for one in tokens
         ]

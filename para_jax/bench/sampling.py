@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..backbone.load import load_model_config
-from ..inference.sampling import row_keys, sample
+from ..inference.draw import sample
+from ..inference.sampling import row_keys
 from .rounds import interleaved, paired, single, summary
 
 #: Temperature, top_k and top_p of the rows that sample.

@@ -1,5 +1,5 @@
-"""`para-jax bench serve`: the engine against static batches, on a ragged workload of many tenants; and the workloads in
-which PARA's factors, made of the whole prompt, cost more than a shared adapter or a shared prefix would."""
+"""`para-jax bench serve`: the engine against static batches, on a ragged workload of many tenants. Also the prefills
+that cost PARA more than others: its factors come from the whole prompt, so it cannot reuse a shared prefix."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from ..adapters.bank import AdapterBank
 from ..backbone.load import load_backbone
 from ..data.tokenizer import load_tokenizer
 from ..inference.generate import generate_tokens
+from ..inference.sampling import Sampling
 from ..model import prefill
-from ..serving.engine import STEPS, Engine
+from ..serving.decoder import STEPS
+from ..serving.engine import Engine
 from ..serving.request import Request
 from .decode import METHODS, bank_of
 from .rounds import interleaved, paired, single, summary
 
 COMPARED = ("PARA", "(IA)^3", "LoRA r=8")
-LONGEST = 256  # tokens a row, prompt and answer
+LONGEST = 256  # tokens per row, prompt and answer
 PREFIX, QUESTION, TURNS = 192, 16, 6  # tokens of a shared prefix and of a question on it; turns of a chat
 
 
 class Workload(NamedTuple):
-    """Requests as token ids, each for a tenant of its own."""
+    """Requests as token ids, each for its own tenant."""
 
     prompts: list[list[int]]
     new_tokens: list[int]
@@ -36,9 +38,35 @@ class Workload(NamedTuple):
         return sum(self.new_tokens)
 
 
+class Served(NamedTuple):
+    """When an engine ended the rounds and the requests of a workload."""
+
+    rounds: list[float]
+    """the end of each round, in seconds since the requests came"""
+    ended: list[tuple[int, int]]
+    """per request: the round in which it ended, and its tokens"""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(count for _, count in self.ended) / self.rounds[-1]
+
+    def latencies(self) -> dict[str, float]:
+        """Milliseconds to the first token, since the requests came, and per token after it."""
+        first, each = [], []
+        for end, count in self.ended:
+            begin = self.rounds[end - max(1, -(-(count - 1) // STEPS)) + 1]  # a first token, then STEPS per round
+            first.append(1e3 * begin)
+            if count > 8:
+                each.append(1e3 * (self.rounds[end] - begin) / (count - 1))
+        found = {}
+        for name, values in (("first token", first), ("a token", each)):
+            found |= {f"{name} p{q}": float(np.percentile(values, q)) for q in (50, 95)}
+        return found
+
+
 def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 96, rounds: int = 2) -> dict:
-    """Tokens a second of the engine and of static batches of as many rows, by method, all tenants different; time to
-    the first token and time a token in the engine; and the prefill that a shared prefix and a chat cost.
+    """Tokens per second of the engine and of static batches with as many rows, by method, all tenants different; time
+    to the first token and time per token in the engine; and the prefill that a shared prefix and a chat cost.
 
     Args:
         rows: the engine's slots; one number.
@@ -48,22 +76,26 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
     work = ragged(requests, model.config.vocab_size)
     banks: dict[str, AdapterBank | None] = {"base": None} | {m: bank_of(model, METHODS[m], requests) for m in COMPARED}
     sides: dict[str, Callable[[], float]] = {}
-    engines = {}
+    served: dict[str, Served] = {}
+
+    def by_engine(method: str, engine: Engine) -> float:
+        served[method] = serve(engine, work)
+        return served[method].tokens_per_second
+
     for method, bank in banks.items():
-        engines[method] = Timed(model, bank, tokenizer, slots=slots, max_length=LONGEST)
-        engines[method].warm_up()
+        engine = Engine(model, bank, tokenizer, slots=slots, max_length=LONGEST)
+        engine.warm_up()
         static(model, bank, work, slots, ended=lambda rows: [True] * len(rows))  # compiles
-        sides[f"{method}, engine"] = lambda m=method: engines[m].serve(work)
+        sides[f"{method}, engine"] = lambda m=method, e=engine: by_engine(m, e)
         sides[f"{method}, static batches"] = lambda b=bank: static(model, b, work, slots)
     found = summary("tokens/s", [{name: measure() for name, measure in sides.items()} for _ in range(rounds)])
     ratios = {f"{m}: engine / static": paired(found["rounds"], f"{m}, engine", f"{m}, static batches") for m in banks}
     ratios |= {f"{m} / base, engine": paired(found["rounds"], f"{m}, engine", "base, engine") for m in COMPARED}
-    latencies = {m: engine.latencies() for m, engine in engines.items()}
-    losing = summary("ms", interleaved(losing_sides(model, banks["PARA"]), 5 * rounds))
+    prefills = summary("ms", interleaved(prefill_sides(model, banks["PARA"]), 5 * rounds))
     return found | {
         "ratios": ratios,
-        "latencies_ms": latencies,
-        "prefill": losing,
+        "latencies_ms": {method: served[method].latencies() for method in banks},
+        "prefill": prefills,
         "slots": slots,
         "requests": requests,
     }
@@ -79,55 +111,34 @@ def ragged(requests: int, vocab_size: int) -> Workload:
     return Workload(ids, (totals - prompts).tolist())
 
 
-class Timed(Engine):
-    """An engine that serves a workload, and notes when its rounds end."""
-
-    rounds: list[float]
-    """the end of each round, in seconds since the requests came"""
-    ended: list[tuple[int, int]]
-    """of each request: the round in which it ended, and its tokens"""
-
-    def serve(self, work: Workload) -> float:
-        """Tokens a second of all requests, submitted at once. They decode past end tokens, up to their lengths."""
-        begun, self.rounds, self.ended = time.perf_counter(), [], []
-        names = [None] * len(work.prompts) if self.bank is None else self.bank.names
-        for ids, new, name in zip(work.prompts, work.new_tokens, names, strict=False):
-            self.submit(Request(tuple(ids), name, new, ignore_eos=True))
-        while self.open:
-            answers = self.step()
-            self.rounds.append(time.perf_counter() - begun)
-            self.ended += [(len(self.rounds) - 1, len(answer.tokens)) for answer in answers]
-        assert sum(count for _, count in self.ended) == work.tokens
-        return work.tokens / self.rounds[-1]
-
-    def latencies(self) -> dict[str, float]:
-        """Milliseconds of the last run: to the first token, from the start of all, and a token after it."""
-        first, each = [], []
-        for end, count in self.ended:
-            begin = self.rounds[end - max(1, -(-(count - 1) // STEPS)) + 1]  # a first token, then STEPS a round
-            first.append(1e3 * begin)
-            if count > 8:
-                each.append(1e3 * (self.rounds[end] - begin) / (count - 1))
-        quantiles = {"p50": 50, "p95": 95}
-        return {f"first token {name}": float(np.percentile(first, q)) for name, q in quantiles.items()} | {
-            f"a token {name}": float(np.percentile(each, q)) for name, q in quantiles.items()
-        }
+def serve(engine: Engine, work: Workload) -> Served:
+    """Serves all requests, submitted at once. They decode past end tokens, up to their lengths."""
+    begun, served = time.perf_counter(), Served([], [])
+    names = [None] * len(work.prompts) if engine.bank is None else engine.bank.names
+    for ids, new, name in zip(work.prompts, work.new_tokens, names, strict=False):
+        engine.submit(Request(tuple(ids), name, new, ignore_eos=True))
+    while engine.open:
+        answers = engine.step()
+        served.rounds.append(time.perf_counter() - begun)
+        served.ended.extend((len(served.rounds) - 1, len(answer.tokens)) for answer in answers)
+    assert sum(count for _, count in served.ended) == work.tokens
+    return served
 
 
 def static(model, bank: AdapterBank | None, work: Workload, rows: int, ended: Callable | None = None) -> float:
-    """Tokens a second of batches in the order of arrival, each decoding until its longest answer is whole."""
+    """Tokens per second of batches in the order of arrival, each decoding until its longest answer is complete."""
     begun = time.perf_counter()
     for start in range(0, len(work.prompts), rows):
         chosen = slice(start, start + rows)
         adapters = None if bank is None else bank.rows(bank.names[chosen])
-        generate_tokens(model, adapters, work.prompts[chosen], max_new_tokens=max(work.new_tokens[chosen]), ended=ended)
+        generate_tokens(model, adapters, work.prompts[chosen], Sampling(max(work.new_tokens[chosen])), ended=ended)
     return work.tokens / (time.perf_counter() - begun)
 
 
-def losing_sides(model, bank) -> dict[str, Callable[[], float]]:
-    """Milliseconds of prefill for one request. PARA reads its whole prompt anew; a server with a cache of prefixes,
-    which LoRA and the base model allow, reads what is new alone (the least it can cost: its attention to the prefix is
-    left out)."""
+def prefill_sides(model, bank) -> dict[str, Callable[[], float]]:
+    """Milliseconds of prefill for one request. PARA reads its whole prompt again. With LoRA or the base model a server
+    can cache prefixes and read only the new tokens; here that costs the least it could, without attention to the
+    prefix."""
 
     def prefilled(adapters, lengths: list[int]) -> Callable[[], float]:
         tokens = [np.ones((1, length), np.int32) for length in lengths]

@@ -29,6 +29,7 @@ from ..data.records import Record, encode_records, load_records, split_records, 
 from ..data.tasks import TASKS
 from ..devices import say
 from ..inference.generate import before_stop, generate_tokens
+from ..inference.sampling import Sampling
 from ..model import adjustments_for
 from ..processes import gathered
 from ..training.step import eval_nll
@@ -327,8 +328,8 @@ def written_answers(
             model,
             of_batch(members),
             prompts,
+            Sampling(new),
             stop_ids=stop,
-            max_new_tokens=new,
             length=padded_to(max(map(len, prompts)), shapes.prompts),
             max_length=shapes.cache,
         )

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from ..adapters.bank import AdapterBank, Entry
 from ..config import require
-from ..data.examples import require_unicode, stop_token_ids
+from ..data.examples import require_unicode
 from ..inference.content import ANSWERS_VERSION, backbone_content, writing_content
 from ..inference.sampling import derived_seed
 from .answers import MAX_LINE
 from .engine import Engine
-from .request import Request, check_request, stop_texts
+from .request import Request, check_request
 
 FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "n", "id")
 #: The tenant that is the base model, as on the command line; null is too.
@@ -57,7 +57,7 @@ def answerer(engine: Engine) -> Answerer:
     """Raises ValueError if the bank has a tenant called `base`, whom no line could name."""
     taken = engine.bank is not None and BASE in engine.bank
     require(not taken, "bank: tenant", BASE, "another name: in a job's lines this one is the base model")
-    tokenizer, stops = engine.tokenizer, stop_token_ids(engine.tokenizer, engine.model.config.eos_token_ids)
+    tokenizer, stops = engine.tokenizer, engine.stop_ids
     text = hashed([ANSWERS_VERSION, backbone_content(engine.model), writing_content(tokenizer, stops)])
     return Answerer(engine.bank, text, hashed([text, tokenizer.chat_template]))
 
@@ -93,7 +93,7 @@ def line_key(by: Answerer, id: object, request: Request, entry: Entry | None) ->
     """A hash of all that the answers to a request depend on, apart from the seeds of what is drawn, and of what they
     repeat (id and tenant). None of them depends on the engine's max_length."""
     asked = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in ("n", "seed")}
-    asked |= {"id": id, "stop": sorted(set(stop_texts(request)))}
+    asked |= {"id": id, "stop": sorted(set(request.stop_texts))}
     asked |= {"temperature": float(request.temperature), "top_p": float(request.top_p)}
     if request.temperature == 0:
         asked |= {"top_k": None, "top_p": None}
@@ -140,7 +140,7 @@ def request_of(number: int, found: dict, defaults: Request) -> Request:
         found["seed"] = derived_seed(defaults.seed or 0, number)
     request = replace(defaults, prompt=prompt, **found)
     check_request(request)
-    return replace(request, stop=stop_texts(request))
+    return replace(request, stop=request.stop_texts)
 
 
 def entry_of(bank: AdapterBank | None, tenant: str | None) -> Entry | None:

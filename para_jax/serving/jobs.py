@@ -14,8 +14,9 @@ from ..config import require, shorten
 from ..devices import say
 from ..storage.bucket import Place
 from .answers import MAX_LINE, Answers, Kept, bounded_lines
-from .engine import Engine, QueueFull
+from .engine import Engine
 from .job_lines import MAX_ERROR, Answerer, LineSample, answerer, error_text, samples
+from .open_requests import QueueFull
 from .request import Completion, Request, check_request
 
 #: Requests that wait in the engine's queue, in slots' worth: enough to refill each at once.

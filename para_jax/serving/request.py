@@ -1,15 +1,14 @@
-"""What the engine is asked, and what it answers."""
+"""A request to the engine, and its answers."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from numbers import Real
 from typing import NamedTuple
 
-from ..config import require
+from ..config import shorten
 from ..data.examples import Ids, Prompt, checked_messages
-from ..inference.generate import whole
+from ..inference.sampling import Sampling, is_whole
 
 #: Limits of a request: samples, stop texts, and characters of a stop text.
 MAX_SAMPLES, MAX_STOPS, MAX_STOP_LENGTH = 128, 16, 1024
@@ -17,7 +16,7 @@ MAX_SAMPLES, MAX_STOPS, MAX_STOP_LENGTH = 128, 16, 1024
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt for one tenant. Nothing is checked here: the engine answers a bad request with an error."""
+    """One prompt for one tenant. Nothing is checked here: the engine answers a wrong request with an error."""
 
     prompt: Prompt | Ids
     """a text, chat messages, or a tuple of token ids"""
@@ -29,76 +28,75 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    """sample i is drawn with seed + i, whatever else runs. None: the engine draws a seed from its own and the request's
-    number"""
+    """sample i is drawn with seed + i, so it does not depend on other requests. None: the engine derives a seed from
+    its own and the request's number"""
     stop: str | tuple[str, ...] = ()
     """texts that end an answer, at most 16; special tokens too"""
     n: int = 1
     """samples, at most 128; the prompt is prefilled once for all of them"""
     id: Hashable = None
-    """default: a number that the engine gives"""
+    """None: the engine gives a number"""
     stop_token_ids: tuple[int, ...] = ()
-    """ids that end an answer, next to the end tokens of tokenizer and model"""
+    """ids that end an answer, in addition to the engine's"""
     ignore_eos: bool = False
     """decode past end tokens, up to max_new_tokens: for benchmarks"""
 
+    @property
+    def sampling(self) -> Sampling:
+        """The fields that say how answers are sampled. Raises ValueError for a wrong one."""
+        seed = 0 if self.seed is None else self.seed
+        return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, seed, self.stop)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """`stop`, as a tuple also where it is one text."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
 
 class Completion(NamedTuple):
-    """One answer: of sample `index` of request `id`."""
+    """The answer to sample `index` of request `id`."""
 
     id: Hashable
     index: int
     text: str
     tokens: list[int]
-    """without the one that ended it"""
+    """without the token that ended it"""
     finish_reason: str
     """stop | length | error"""
     error: str | None = None
 
 
 class Piece(NamedTuple):
-    """A part of an answer that `Engine.stream` gives: of sample `index`, what has become certain since the last one.
-    The texts of a sample's pieces joined are its Completion's text, and so are the tokens."""
+    """A part of an answer from `Engine.stream`: what has become certain of sample `index` since its last piece. The
+    texts of a sample's pieces, joined, are its Completion's text, and so are the tokens."""
 
     index: int
     text: str
-    """perhaps empty: half a character, and what may be the beginning of a stop text, come with a later piece"""
+    """perhaps empty: half a character, and what may begin a stop text, come with a later piece"""
     tokens: list[int]
     finish_reason: str | None = None
-    """of the sample's last piece: stop | length | error"""
+    """stop | length | error, in the sample's last piece; before that None"""
     error: str | None = None
 
 
 def check_request(request: Request) -> None:
-    """Raises ValueError that names the field of a bad request, and says what was expected."""
-    if isinstance(request.prompt, tuple):
-        ids = bool(request.prompt) and all(whole(token) and token >= 0 for token in request.prompt)
-        require(ids, "prompt", request.prompt[:8], "token ids, at least one")
-    elif not isinstance(request.prompt, str):
-        checked_messages("prompt", request.prompt)
-    named = request.tenant is None or isinstance(request.tenant, str)
-    require(named, "tenant", request.tenant, "a name of the bank, or None: the base model")
-    new = request.max_new_tokens
-    require(whole(new) and new >= 1, "max_new_tokens", new, "a whole number of at least 1")
-    heat = request.temperature
-    good = isinstance(heat, Real) and 0 <= heat < 1e38
-    require(good, "temperature", heat, "a number of at least 0, within float32")
-    k, p, seed, n = request.top_k, request.top_p, request.seed, request.n
-    require(whole(k) and 0 <= k < 2**31, "top_k", k, "a whole number of at least 1, or 0: all tokens")
-    require(isinstance(p, Real) and 0 < p <= 1, "top_p", p, "a probability above 0, at most 1")
-    known = seed is None or (whole(seed) and 0 <= seed < 2**32)
-    require(known, "seed", seed, "a whole number from 0 to 2**32 - 1, or None: one is drawn")
-    require(whole(n) and 1 <= n <= MAX_SAMPLES, "n", n, f"a whole number from 1 to {MAX_SAMPLES}")
-    ids = request.stop_token_ids
-    require(isinstance(ids, tuple | list) and all(map(whole, ids)), "stop_token_ids", ids, "a list of token ids")
-    stop = stop_texts(request)
-    texts = isinstance(stop, (tuple, list)) and all(isinstance(text, str) and text for text in stop)
-    require(texts, "stop", request.stop, "a text that is not empty, or a list of them")
-    require(len(stop) <= MAX_STOPS, "stop: number of texts", len(stop), f"at most {MAX_STOPS}")
+    """Raises ValueError that names a wrong field and says what to give."""
+    prompt, n = request.prompt, request.n
+    if isinstance(prompt, tuple):
+        if not prompt or not all(is_whole(token) and token >= 0 for token in prompt):
+            raise ValueError(f"prompt: {shorten(prompt[:8])} is not a tuple of token ids; give at least one id")
+    elif not isinstance(prompt, str):
+        checked_messages("prompt", prompt)
+    if request.tenant is not None and not isinstance(request.tenant, str):
+        raise ValueError(f"tenant: {shorten(request.tenant)} is not a name; give a tenant, or None for the base model")
+    stop = request.sampling.stop
+    if len(stop) > MAX_STOPS:
+        raise ValueError(f"stop: {len(stop)} texts are too many; give at most {MAX_STOPS}")
     longest = max(map(len, stop), default=0)
-    require(longest <= MAX_STOP_LENGTH, "stop: characters of a text", longest, f"at most {MAX_STOP_LENGTH}")
-
-
-def stop_texts(request: Request) -> tuple[str, ...]:
-    """The request's stop texts, also where it gives one as it is."""
-    return (request.stop,) if isinstance(request.stop, str) else request.stop
+    if longest > MAX_STOP_LENGTH:
+        raise ValueError(f"stop: a text of {longest} characters is too long; give at most {MAX_STOP_LENGTH}")
+    if not is_whole(n) or not 1 <= n <= MAX_SAMPLES:
+        raise ValueError(f"n is {shorten(n)}; give a whole number from 1 to {MAX_SAMPLES}")
+    ids = request.stop_token_ids
+    if not isinstance(ids, tuple | list) or not all(map(is_whole, ids)):
+        raise ValueError(f"stop_token_ids is {shorten(ids)}; give a list of token ids")

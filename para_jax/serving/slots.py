@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ..inference.generate import Sampling
-from ..inference.sampling import row_keys, sample
+from ..inference.draw import sample
+from ..inference.sampling import RowSampling, row_keys
 from ..model import DecodeState, decode_step
 
 
@@ -35,17 +34,8 @@ def empty_slots(row: DecodeState, slots: int) -> Slots:
     return Slots(state, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.int32))
 
 
-def row_sampling(rows: list[tuple[int, float, int, float] | None]) -> Sampling:
-    """How rows are sampled, from each row's seed, temperature, top_k and top_p; None is an empty row."""
-    seeds, *others = zip(*((0, 0.0, 0, 1.0) if row is None else row for row in rows), strict=True)
-    kinds = (np.float32, np.int32, np.float32)
-    return Sampling(
-        np.array(seeds).astype(np.uint32), *(np.array(v, kind) for v, kind in zip(others, kinds, strict=True))
-    )
-
-
 @partial(jax.jit, donate_argnums=0)
-def insert(slots: Slots, slot, logits, row: DecodeState, sampling: Sampling) -> tuple[Slots, jax.Array]:
+def insert(slots: Slots, slot, logits, row: DecodeState, sampling: RowSampling) -> tuple[Slots, jax.Array]:
     """The slots with a prefilled row in place of what `slot` held, and its first token [1]. The given slots are
     donated; the row is not, and may be inserted again."""
 
@@ -58,7 +48,7 @@ def insert(slots: Slots, slot, logits, row: DecodeState, sampling: Sampling) -> 
 
 
 @partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
-def steps(treedef, leaves, slots: Slots, sampling: Sampling, live, count: int) -> tuple[Slots, jax.Array]:
+def steps(treedef, leaves, slots: Slots, sampling: RowSampling, live, count: int) -> tuple[Slots, jax.Array]:
     """Every slot `count` tokens further, in one dispatch, and the tokens [count, slots]; the model is passed flat, the
     given slots are donated.
 
@@ -75,7 +65,7 @@ def steps(treedef, leaves, slots: Slots, sampling: Sampling, live, count: int) -
     return jax.lax.scan(one, slots, length=count)
 
 
-def drawn(logits, sampling: Sampling, position) -> jax.Array:
+def drawn(logits, sampling: RowSampling, position) -> jax.Array:
     """Each row's token at `position` of its completion, int32 [rows]."""
     keys = row_keys(jnp.asarray(sampling.seeds), position)
     return sample(logits, keys, sampling.temperature, sampling.top_k, sampling.top_p)

@@ -23,6 +23,7 @@ from para_jax.data.batches import Batch
 from para_jax.hlo import collective_bytes, goes_on
 from para_jax.hlo_text import instructions_run, parsed
 from para_jax.inference.generate import generate_tokens
+from para_jax.inference.sampling import Sampling
 from para_jax.runs import train as runs
 from para_jax.sharding import place, rows_over
 from para_jax.training.loss import completion_nll
@@ -130,7 +131,7 @@ def test_decode_on_int8_equals_the_teacher_forced_pass():
 
 def test_generation_on_int8_writes_what_the_rounded_weights_write():
     given = [[7, 8, 9], [20, 21, 22, 23, 24]]
-    mine, exact = (generate_tokens(model, tenants()[0], given, max_new_tokens=8) for model in (int8(), rounded()))
+    mine, exact = (generate_tokens(model, tenants()[0], given, Sampling(8)) for model in (int8(), rounded()))
     assert mine == exact
 
 

@@ -10,7 +10,7 @@ from conftest import FIXTURES, backbone, prompts
 from flax import nnx
 from tiny_run import backbone_folder, rows_of_text, tokenizer, write_rows
 
-from para_jax import Transformer, bench, devices, forward
+from para_jax import Engine, Transformer, bench, devices, forward
 from para_jax.bench import decode as bench_decode
 from para_jax.bench import evaluate as bench_evaluate
 from para_jax.bench import load as bench_load
@@ -155,25 +155,24 @@ def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, 
     assert "tokens/s" in lines[0]
 
 
-def test_the_timed_engine_serves_every_request_to_its_length():
+def test_every_request_is_served_to_its_length():
     model = backbone("llama")
     work = bench_serve.ragged(6, model.config.vocab_size)
     work = work._replace(prompts=[ids[:3] for ids in work.prompts], new_tokens=[1, 2, 5, 6, 9, 13])
-    timed = bench_serve.Timed(model, None, tokenizer(), slots=2, max_length=16)
-    assert timed.serve(work) > 0
-    assert sorted(count for _, count in timed.ended) == work.new_tokens
-    assert timed.rounds == sorted(timed.rounds) and timed.open == 0
-    latencies = timed.latencies()
-    assert 0 < latencies["first token p50"] <= latencies["first token p95"] <= 1e3 * timed.rounds[-1]
+    served = bench_serve.serve(Engine(model, None, tokenizer(), slots=2, max_length=16), work)
+    assert sorted(count for _, count in served.ended) == work.new_tokens
+    assert served.rounds == sorted(served.rounds)
+    assert served.tokens_per_second == work.tokens / served.rounds[-1]
+    latencies = served.latencies()
+    assert 0 < latencies["first token p50"] <= latencies["first token p95"] <= 1e3 * served.rounds[-1]
     assert latencies["a token p50"] > 0
 
 
-def test_a_first_token_comes_with_the_round_that_takes_its_request(monkeypatch):
-    timed = object.__new__(bench_serve.Timed)
-    timed.rounds = [1.0, 2.0, 4.0, 8.0]
-    timed.ended = [(0, 5), (3, 13), (3, 1)]  # 5, 4 and 4 tokens in the rounds 1 to 3
-    assert timed.latencies()["first token p50"] == 2000.0
-    assert timed.latencies()["a token p50"] == pytest.approx(1000 * 6 / 12)
+def test_a_first_token_comes_with_the_round_that_takes_its_request():
+    ended = [(0, 5), (3, 13), (3, 1)]  # the second has 5, 4 and 4 tokens in the rounds 1 to 3
+    latencies = bench_serve.Served([1.0, 2.0, 4.0, 8.0], ended).latencies()
+    assert latencies["first token p50"] == 2000.0
+    assert latencies["a token p50"] == pytest.approx(1000 * 6 / 12)
 
 
 @contextmanager
@@ -210,7 +209,7 @@ def test_a_list_of_rows_is_refused_by_name_where_one_number_is_measured(name, op
 @pytest.mark.parametrize(("path", "named"), [
     ("folder", "--output .*folder: a folder"),
     ("file/record.json", "--output .*file/record.json: Not a directory"),
-    ("record.png", "--output: .*record.png.* expected a .json file"),
+    ("record.png", "--output .*record.png.* .json"),
 ])  # fmt: skip
 def test_a_wrong_place_for_a_record_is_found_before_anything_is_measured(path, named, tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
@@ -233,16 +232,12 @@ def test_a_record_goes_through_a_pipe_or_a_link_and_replaces_a_file_whole(tmp_pa
 
 
 def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones():
-    with pytest.raises(
-        ValueError, match="bench: 'speed' is not possible; expected one of load, decode, serve, evaluate, train"
-    ):
+    with pytest.raises(ValueError, match="bench: 'speed'.* load, decode, serve, evaluate, train"):
         bench.run("speed", BACKBONE)
 
 
 def test_options_of_decode_are_not_for_others(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"bench load: options: {'context': 3} is not possible; expected some of rounds"
-    ):
+    with pytest.raises(ValueError, match="bench load has no option context; it has rounds"):
         bench.run("load", BACKBONE, context=3)
 
 

@@ -33,6 +33,7 @@ from para_jax.evaluation.evaluate import (
     score_of,
     task_of_run,
 )
+from para_jax.inference.sampling import Sampling
 
 CHOICES = ("w9", "w9 w10", "w30 w31 w32 w33", "w77")
 BATCH = 4  # of 7 records: the last batch is filled up
@@ -120,7 +121,7 @@ def test_a_completion_that_is_likeliest_throughout_is_what_is_written_and_is_not
     from para_jax.evaluation import evaluate as module
 
     prompts = [encode_prompt(tokenizer(), record.prompt) for record in records]
-    tokens = module.generate_tokens(model(), adapter(), prompts, max_new_tokens=4)
+    tokens = module.generate_tokens(model(), adapter(), prompts, Sampling(4))
     other = [[*ids[:-1], ids[-1] + 1] if i < 3 else ids for i, ids in enumerate(tokens)]
     task = EvalTask("t", [], "exact_match", max_new_tokens=4, batch_size=BATCH)
     examples = [Example(*pair) for pair in zip(prompts, other, strict=True)]

@@ -30,6 +30,7 @@ from para_jax.evaluation.questions import Likelihood
 from para_jax.evaluation.shapes import batch_rows, plan_shapes
 from para_jax.inference import generate
 from para_jax.inference.generate import generate_tokens, next_token
+from para_jax.inference.sampling import Sampling
 from para_jax.model import prefill
 from para_jax.sharding import place
 from para_jax.training.step import eval_nll
@@ -138,8 +139,8 @@ def test_a_plan_over_more_examples_changes_no_score(metric):
 
 def test_what_is_written_does_not_depend_on_the_padding():
     prompts = [[5, 9, 77], [*range(30, 41)]]
-    least = generate_tokens(model(), adapter(), prompts, max_new_tokens=5)
-    assert generate_tokens(model(), adapter(), prompts, max_new_tokens=5, length=40, max_length=96) == least
+    least = generate_tokens(model(), adapter(), prompts, Sampling(5))
+    assert generate_tokens(model(), adapter(), prompts, Sampling(5), length=40, max_length=96) == least
     assert len({tuple(tokens) for tokens in least}) == 2
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from para_jax import Request
-from para_jax.serving.engine import QueueFull
+from para_jax.serving.open_requests import QueueFull
 
 from .cases import Trial, Wrong
 from .serving import answer, engine, pool, warm

@@ -32,9 +32,9 @@ from para_jax.cli import main
 from para_jax.inference.sampling import derived_seed
 from para_jax.serving import job_lines
 from para_jax.serving.answers import HEAD, Answers, bounded_lines
-from para_jax.serving.engine import QueueFull
 from para_jax.serving.job_lines import Answerer, samples
 from para_jax.serving.jobs import run_job
+from para_jax.serving.open_requests import QueueFull
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
 """Any thread may submit, cancel and stream at any time, and whatever interrupts a round, no answer is lost or wrong."""
 
+import gc
 import signal
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -14,8 +16,10 @@ from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, init_adapter
 from para_jax.inference.answer_text import AnswerText
+from para_jax.serving import decoder
 from para_jax.serving import engine as engine_module
-from para_jax.serving.engine import QueueFull
+from para_jax.serving.capacity import KEPT
+from para_jax.serving.open_requests import QueueFull
 
 NAMES = [*CONFIGS, None]
 
@@ -111,7 +115,7 @@ def test_four_threads_submit_cancel_and_stream_and_every_answer_is_its_own(model
 def test_a_request_that_is_cancelled_during_its_own_prefill_gives_its_row_to_nobody(
     model, bank, alone, monkeypatch, victim
 ):
-    engine, asked, real, calls = engine_of(model, bank), requests(), engine_module.prefill, []
+    engine, asked, real, calls = engine_of(model, bank), requests(), decoder.prefill, []
 
     def hooked(*arguments, **options):
         calls.append(1)
@@ -119,7 +123,7 @@ def test_a_request_that_is_cancelled_during_its_own_prefill_gives_its_row_to_nob
         assert len(calls) != victim + 1 or engine.cancel(victim)
         return made
 
-    monkeypatch.setattr(engine_module, "prefill", hooked)
+    monkeypatch.setattr(decoder, "prefill", hooked)
     for i in range(5):
         engine.submit(Request(**{**vars(asked[i]), "id": i}))
     found = answers(engine)
@@ -135,7 +139,7 @@ def test_a_cancel_while_tokens_are_fetched_ends_that_request_alone(model, bank, 
     engine, asked, real = engine_of(model, bank), requests(), jax.device_get
     for i in range(3):
         engine.submit(Request(**{**vars(asked[i]), "id": i}))
-    monkeypatch.setattr(engine_module.jax, "device_get", lambda tree: engine.cancel(1) and None or real(tree))
+    monkeypatch.setattr(jax, "device_get", lambda tree: engine.cancel(1) and None or real(tree))
     found = answers(engine)
     assert found[1, 0].error == "cancelled" and not found[1, 0].tokens
     assert plain(found[0, 0]) == alone[0][0] and plain(found[2, 0]) == alone[2][0]
@@ -195,7 +199,7 @@ def test_an_exception_anywhere_in_a_round_loses_nothing_and_changes_nothing(
     engine, asked = engine_of(model, bank), requests()
     for i, request in enumerate(asked):
         engine.submit(Request(**{**vars(request), "id": i}))
-    owner = {"device_get": engine_module.jax, "text": AnswerText}.get(place, engine_module)
+    owner = {"device_get": jax, "text": AnswerText}.get(place, decoder)
     name = {"text": "add"}.get(place, place)
     real, calls = getattr(owner, name), []
 
@@ -261,8 +265,14 @@ def test_real_interrupts_lose_nothing(model, bank, alone):
 def test_a_prompt_that_can_not_be_prefilled_is_an_error_after_a_second_try(model, bank, monkeypatch):
     engine = engine_of(model, bank)
     good, bad = (engine.submit(Request(prompt(i, 4 + i), "A", 5)) for i in range(2))
-    real = engine._prefill
-    monkeypatch.setattr(engine, "_prefill", lambda ids, entry: 1 / (len(ids) - 5) and real(ids, entry))
+    real = decoder.prefill
+
+    def failing(model, rows, tokens, lengths, **options):
+        if lengths[0] == 5:
+            raise ZeroDivisionError("a division")
+        return real(model, rows, tokens, lengths, **options)
+
+    monkeypatch.setattr(decoder, "prefill", failing)
     with pytest.raises(ZeroDivisionError):
         list(engine.run())
     found = answers(engine)
@@ -351,8 +361,7 @@ def test_an_answer_that_ended_before_its_stream_began_is_streamed_whole(model, b
     engine, asked = engine_of(model, bank), requests()
     id, other = engine.submit(Request(**{**vars(asked[0]), "id": "early"})), engine.submit(asked[11])
     running = engine.stream(other)
-    while id in engine._open:
-        next(running)
+    next(running)  # a round, in which the short answer ends
     (piece,) = engine.stream(id)
     assert (piece.tokens, piece.text, piece.finish_reason) == alone[0][0]
     list(running)
@@ -387,7 +396,7 @@ def test_a_stream_that_is_closed_cancels_its_request_and_a_cancelled_one_says_so
 
 
 def test_a_stream_that_a_round_interrupts_leaves_its_request_open(model, bank, alone, monkeypatch):
-    engine, asked, real, calls = engine_of(model, bank), requests(), engine_module.steps, []
+    engine, asked, real, calls = engine_of(model, bank), requests(), decoder.steps, []
 
     def failing(*arguments):
         calls.append(1)
@@ -396,7 +405,7 @@ def test_a_stream_that_a_round_interrupts_leaves_its_request_open(model, bank, a
             raise KeyboardInterrupt
         return made
 
-    monkeypatch.setattr(engine_module, "steps", failing)
+    monkeypatch.setattr(decoder, "steps", failing)
     id = engine.submit(asked[11])
     with pytest.raises(KeyboardInterrupt):
         list(engine.stream(id))
@@ -407,23 +416,23 @@ def test_a_stream_that_a_round_interrupts_leaves_its_request_open(model, bank, a
 
 
 def test_warm_up_after_an_interrupt_makes_the_slots_again(model, bank, alone, monkeypatch):
-    engine, asked, real = engine_of(model, bank), requests(), engine_module.steps
-    monkeypatch.setattr(engine_module, "steps", lambda *arguments: real(*arguments) and 1 / 0)
+    engine, asked, real = engine_of(model, bank), requests(), decoder.steps
+    monkeypatch.setattr(decoder, "steps", lambda *arguments: real(*arguments) and 1 / 0)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             engine.warm_up()
-    monkeypatch.setattr(engine_module, "steps", real)
+    monkeypatch.setattr(decoder, "steps", real)
     engine.warm_up()
     id = engine.submit(asked[0])
     assert plain(answers(engine)[id, 0]) == alone[0][0]
 
 
 def test_rows_that_have_ended_are_not_sampled_any_more(model, bank, monkeypatch):
-    engine, real, seen = engine_of(model, bank), engine_module.steps, []
+    engine, real, seen = engine_of(model, bank), decoder.steps, []
     for i in range(SLOTS):
         engine.submit(Request(prompt(i), "A", 3, temperature=0.7, top_p=0.9))
     answers(engine)
-    monkeypatch.setattr(engine_module, "steps", lambda *a: seen.append(a[3]) or real(*a))
+    monkeypatch.setattr(decoder, "steps", lambda *a: seen.append(a[3]) or real(*a))
     engine.submit(Request(prompt(0), "A", 6))
     answers(engine)
     assert seen and not any(np.any(sampling.temperature) for sampling in seen)
@@ -437,16 +446,14 @@ def test_rows_that_have_ended_are_not_sampled_any_more(model, bank, monkeypatch)
 # ------------------------------------------------------------------------------------------------------------ fairness
 
 
-def test_one_tenants_flood_costs_another_at_most_one_place_per_free_slot(model, bank, monkeypatch):
-    engine, started = engine_of(model, bank), []
-    taken = engine._prefilled
-    monkeypatch.setattr(engine, "_prefilled", lambda sample: started.append(sample.request.tenant) or taken(sample))
+def test_one_tenants_flood_costs_another_at_most_one_place_per_free_slot(model, bank):
+    engine = engine_of(model, bank)
     for i in range(30):
-        engine.submit(Request(prompt(i), "A", 3))
+        engine.submit(Request(prompt(i), "A", 3, id=("A", i)))
     for i in range(4):
-        engine.submit(Request(prompt(i), "B", 3))
-    answers(engine)
-    assert started[:8] == ["A", "B"] * 4
+        engine.submit(Request(prompt(i), "B", 3, id=("B", i)))
+    started = [completion.id for completion in engine.run()]  # short answers end in the order they start
+    assert started[:8] == [(tenant, i) for i in range(4) for tenant in "AB"]
 
 
 def test_a_tenant_has_a_queue_limit_of_its_own_and_refused_requests_count_until_their_errors_are_taken(model, bank):
@@ -492,13 +499,25 @@ def test_an_entry_answers_whatever_its_name_stands_for_now(model, tenants):
     assert plain(answers(engine)[after, 0]) == expected
 
 
-def test_the_kept_prompts_are_part_of_the_memory_that_the_engine_says_it_needs(model, capsys):
+def test_kept_prompts_are_part_of_the_memory_that_the_engine_reports(model, capsys, monkeypatch):
     bank = AdapterBank(model.config, max_r=4, sites=SITES)
     bank.add("A", init_adapter(ParaConfig(r=4), model.config))
+    real, rows = decoder.prefill, []
+
+    def watched(*arguments, **options):
+        logits, row = real(*arguments, **options)
+        if isinstance(logits, jax.Array) and not isinstance(logits, jax.core.Tracer):
+            rows.append([weakref.ref(leaf) for leaf in jax.tree.leaves(row)])
+        return logits, row
+
+    monkeypatch.setattr(decoder, "prefill", watched)
     engine = Engine(model, bank, tokenizer(), slots=2, max_length=64)
-    a_row = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(engine._row))
-    assert f"{6 * a_row / 1e9:.2f} GB" in capsys.readouterr().err
+    whole = real(model, bank.rows(["A"]), np.zeros((1, 1), np.int32), 1, max_length=64)[1]
+    row_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
+    assert f"{(2 + KEPT) * row_bytes / 1e9:.2f} GB ({row_bytes / 1e6:.2f} MB" in capsys.readouterr().err
     for i in range(6):
         list(engine.stream(Request(prompt(i, 40), "A", 2)))
-    kept = sum(leaf.nbytes for _, row in engine._kept.values() for leaf in jax.tree.leaves(row))
-    assert 0 < kept <= 4 * a_row
+    gc.collect()
+    held = [[leaf() for leaf in row if leaf() is not None] for row in rows]
+    assert len(rows) == 6 and sum(bool(row) for row in held) == KEPT
+    assert sum(leaf.nbytes for row in held for leaf in row) <= KEPT * row_bytes

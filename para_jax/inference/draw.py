@@ -1,0 +1,104 @@
+"""The next token of each row from its logits: greedy, or drawn at a temperature from the top-k, top-p tokens.
+
+Every row has its own settings and its own random key, so its draw does not depend on the other rows. Nothing is
+sorted: the least likely token that top-k or top-p keeps is found by bisection over the 2**31 possible logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+#: Rows that are sampled at once. More of them fill an accelerator; fewer waste less on greedy rows.
+TOGETHER = {"cpu": 2}
+TOGETHER_ELSEWHERE = 8
+
+
+def sample(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax.Array:
+    """One token per row, int32 [batch], from logits float32 [batch, vocab]. Greedy rows cost no sampling.
+
+    Args:
+        keys: a random key per row, [batch] (sampling.row_keys).
+        temperature: [batch]; 0 is greedy: the first of the largest logits.
+        top_k: [batch]; only the k likeliest tokens can be drawn; 0: all of them.
+        top_p: [batch]; only the likeliest tokens that together reach this probability can be drawn; 1: all of them.
+            Its probabilities are those at the temperature, among the top k.
+    """
+    temperature, top_k, top_p = map(jnp.asarray, (temperature, top_k, top_p))
+    together = min(TOGETHER.get(jax.default_backend(), TOGETHER_ELSEWHERE), len(logits))
+    sampled = temperature > 0
+    first_sampled = jnp.argsort(~sampled, stable=True)
+
+    def block(i, tokens):
+        rows = jax.lax.dynamic_slice_in_dim(first_sampled, i * together, together)
+        drawn = draw(logits[rows], keys[rows], temperature[rows], top_k[rows], top_p[rows])
+        return tokens.at[rows].set(jnp.where(sampled[rows], drawn, tokens[rows]))
+
+    return jax.lax.fori_loop(0, -(-jnp.sum(sampled) // together), block, greedy(logits))
+
+
+def draw(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax.Array:
+    """A drawn token per row, int32 [batch]; arguments as in `sample`, every temperature above 0."""
+    distance = (logits.max(axis=-1, keepdims=True) - logits) / jnp.where(temperature > 0, temperature, 1)[:, None]
+    filtered = jnp.any((top_k > 0) | (top_p < 1))
+    keep = jax.lax.cond(filtered, likeliest, lambda distance, *_: jnp.ones_like(distance, bool), distance, top_k, top_p)
+    return jax.vmap(jax.random.categorical)(keys, jnp.where(keep, -distance, -jnp.inf)).astype(jnp.int32)
+
+
+def greedy(logits: jax.Array) -> jax.Array:
+    """The first of each row's largest logits, int32 [batch]; 0 for a row with NaN. Two plain reductions, which a CPU
+    does several times faster than an argmax."""
+    vocab = logits.shape[-1]
+    largest = logits == logits.max(axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(largest, jnp.arange(vocab, dtype=jnp.int32), vocab), axis=-1)
+    return jnp.where(first == vocab, 0, first)
+
+
+def likeliest(distance: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Which tokens top_k and top_p keep, bool [batch, vocab]; of equally likely ones the lower ids come first.
+
+    Args:
+        distance: float32 [batch, vocab], how far each scaled logit is below its row's largest, at least 0.
+    """
+    weight = jnp.exp(-distance)  # the probability, times a constant of the row
+    most = jnp.where(top_k > 0, jnp.minimum(top_k, distance.shape[-1]), distance.shape[-1])
+    last = jax.lax.cond(
+        jnp.any(top_k > 0),
+        lambda: least_bound(distance, lambda inside: jnp.sum(inside, axis=-1) >= most),
+        lambda: jnp.full_like(distance[:, 0], jnp.inf),
+    )
+    closer = distance < last[:, None]
+    above = jnp.sum(jnp.where(closer, weight, 0), axis=-1)
+    reached = top_p * jnp.where(jnp.isinf(last), above, above + (most - jnp.sum(closer, axis=-1)) * jnp.exp(-last))
+    by_probability = jax.lax.cond(
+        jnp.any(top_p < 1),
+        lambda: least_bound(distance, lambda inside: jnp.sum(jnp.where(inside, weight, 0), axis=-1) >= reached),
+        lambda: jnp.full_like(last, jnp.inf),
+    )
+    last = jnp.minimum(last, jnp.where(top_p < 1, by_probability, jnp.inf))
+    closer, equal = distance < last[:, None], distance == last[:, None]
+    missing = (reached - jnp.sum(jnp.where(closer, weight, 0), axis=-1)) / jnp.exp(-last)
+    room = most - jnp.sum(closer, axis=-1)
+    room = jnp.where(top_p < 1, jnp.minimum(room, jnp.maximum(jnp.ceil(missing), 1)), room)
+    tied = jnp.any(jnp.sum(equal, axis=-1) > room)
+    within = jax.lax.cond(tied, lambda: jnp.cumsum(equal, axis=-1) <= room[:, None], lambda: jnp.ones_like(equal))
+    return closer | (equal & within)
+
+
+def least_bound(distance: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The smallest distance per row, float32 [batch], such that the tokens up to it are `enough` (bool [batch, vocab]
+    to bool [batch]); infinite where they never are. Floats of at least 0 have the order of their bits."""
+    bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
+    infinite = int(np.float32(np.inf).view(np.int32))
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        reached = enough(bits <= middle[:, None])
+        return jnp.where(reached, low, middle + 1), jnp.where(reached, middle, high)
+
+    start = jnp.zeros(len(bits), jnp.int32), jnp.full(len(bits), infinite, jnp.int32)
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, start)[1], jnp.float32)

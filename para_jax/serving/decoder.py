@@ -1,0 +1,90 @@
+"""The engine's work on the device: prefilled prompts, and a fixed number of rows that decode together. One thread at a
+time may use it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import jax
+import numpy as np
+
+from ..adapters.bank import AdapterBank, Entry
+from ..adapters.rows import Rows
+from ..backbone.transformer import Transformer
+from ..inference.generate import up_to_multiple
+from ..inference.sampling import Sampling, row_sampling
+from ..model import prefill
+from .capacity import KEPT
+from .slots import empty_slots, insert, steps
+from .ticket import Sample
+
+#: Decode steps per dispatch, after which the tokens are fetched.
+STEPS = 4
+
+
+class Decoder:
+    """A model with its rows on the device."""
+
+    def __init__(self, model: Transformer, bank: AdapterBank | None, slots: int, max_length: int):
+        """
+        Args:
+            slots: rows that decode together.
+            max_length: tokens per row, prompt and answer.
+        """
+        self.model, self.bank, self.slots, self.max_length = model, bank, slots, max_length
+        self._leaves, self._treedef = jax.tree.flatten(model)
+        self._buckets = sorted({min(up_to_multiple(-(-max_length // part), 16), max_length) for part in (4, 2, 1)})
+        """padded lengths of prompts: at most three, each its own program"""
+        one, base = np.zeros((1, 1), np.int32), self._adapters(None)
+        self.row = jax.eval_shape(lambda: prefill(model, base, one, 1, max_length=max_length)[1])
+        """the abstract state of one row"""
+        self._state = empty_slots(self.row, slots)
+        self._kept: OrderedDict[tuple, tuple] = OrderedDict()
+        """(logits, row) of the last prefilled prompts, by Sample.key"""
+
+    def reset(self) -> None:
+        """Empties all slots and forgets the kept prompts. Works after an interrupt, when the state may be lost: each
+        program donates it."""
+        self._state = None
+        self._kept.clear()
+        self._state = empty_slots(self.row, self.slots)
+
+    def warm_up(self) -> None:
+        """Compiles everything."""
+        for bucket in self._buckets:
+            prefilled = self._prefill([0] * min(bucket, self.max_length - 1), None)
+            self.insert(0, prefilled, None)
+        jax.block_until_ready(self.decode([None] * self.slots))
+
+    def keeps(self, sample: Sample) -> bool:
+        """Whether the sample's prompt is prefilled already."""
+        return sample.key in self._kept
+
+    def prefilled(self, sample: Sample) -> tuple:
+        """(logits, row) of a sample's prompt, kept for samples with the same adapter and the same whole prompt."""
+        if sample.key not in self._kept:
+            self._kept[sample.key] = self._prefill(sample.ids, sample.entry)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(sample.key)
+        return self._kept[sample.key]
+
+    def insert(self, slot: int, prefilled: tuple, sampling: Sampling | None) -> jax.Array:
+        """Puts a prefilled prompt into a slot, and returns its first token [1]."""
+        self._state, token = insert(self._state, slot, *prefilled, row_sampling([sampling]))
+        return token
+
+    def decode(self, rows: list[Sampling | None]) -> jax.Array:
+        """The next STEPS tokens of all slots, [STEPS, slots]. None is a slot without a sample."""
+        live = np.array([row is not None for row in rows])
+        self._state, tokens = steps(self._treedef, self._leaves, self._state, row_sampling(rows), live, STEPS)
+        return tokens
+
+    def _prefill(self, ids: list[int], entry: Entry | None) -> tuple:
+        bucket = next(length for length in self._buckets if length >= len(ids))
+        tokens = np.zeros((1, bucket), np.int32)
+        tokens[0, : len(ids)] = ids
+        return prefill(self.model, self._adapters(entry), tokens, np.array([len(ids)]), max_length=bucket)
+
+    def _adapters(self, entry: Entry | None) -> Rows | None:
+        return None if self.bank is None else self.bank.rows_of([entry])

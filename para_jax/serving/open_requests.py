@@ -1,0 +1,144 @@
+"""Which of an engine's requests are open, which samples wait for a slot, and which answers run() has yet to give.
+
+An interrupt may end any method halfway. The open tickets and the answers are always right; `settle` and `requeue`
+rebuild the rest from them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import replace
+
+from ..config import shorten
+from ..inference.sampling import derived_seed
+from .queue import FairQueue
+from .request import Completion
+from .ticket import Sample, Ticket
+
+
+class QueueFull(ValueError):
+    """The engine's queue is full; take answers first."""
+
+
+class OpenRequests:
+    """All tickets, samples and answers of one engine. Methods other than `require_new`, `add` and `end` are called with
+    the lock held."""
+
+    def __init__(self, tokenizer, seed: int, limit: int | None, limit_per_tenant: int | None):
+        """
+        Args:
+            seed: requests without a seed get one derived from this and their number, the order of submission.
+            limit, limit_per_tenant: samples that may wait at most; None: no limit.
+        """
+        self.tokenizer, self.seed, self.limit, self.limit_per_tenant = tokenizer, seed, limit, limit_per_tenant
+        self.lock = threading.RLock()
+        """held while anything here is read or changed; a plain `with` on it is safe against interrupts"""
+        self.tickets: OrderedDict[Hashable, Ticket] = OrderedDict()
+        self.queue: FairQueue[Sample] = FairQueue()
+        self.done: OrderedDict[int, Completion] = OrderedDict()
+        """answers that run() has yet to give, by the sample's number"""
+        self.torn = False
+        """whether the queue is being changed; still True after an interrupt that left it halfway"""
+        self._refused: dict[int, str | None] = {}
+        """the tenants of refused requests in `done`: these count as waiting, so that their number is bounded too"""
+        self._request_numbers, self._sample_numbers = itertools.count(), itertools.count()
+        """in the order of submission"""
+
+    def require_new(self, id: Hashable) -> None:
+        """Raises ValueError for an id that an open request has, or that cannot be one."""
+        try:
+            taken = id in self.tickets
+        except TypeError:
+            raise ValueError(f"id: {shorten(id)} is not hashable; give a text or a number") from None
+        if taken:
+            raise ValueError(f"id: {shorten(id)} belongs to an open request; choose another")
+
+    def add(self, ticket: Ticket, samples: list[Sample], error: str | None) -> None:
+        """Takes in a new ticket and queues its samples; with an `error`, answers it at once. Raises QueueFull."""
+        with self.lock:
+            if ticket.id is not None:
+                self.require_new(ticket.id)
+            tenant = ticket.request.tenant if isinstance(ticket.request.tenant, str) else None
+            self._require_room(tenant, len(samples) or 1)
+            number, first = next(self._request_numbers), next(self._sample_numbers)
+            if ticket.id is None:
+                numbers = itertools.chain([number], self._request_numbers)
+                ticket.id = next(n for n in numbers if n not in self.tickets)
+            if ticket.request.seed is None:
+                ticket.request = replace(ticket.request, seed=derived_seed(self.seed, number))
+            if error is not None:
+                ticket.error = error
+                if not ticket.streamed:
+                    self.done[first] = Completion(ticket.id, 0, "", [], "error", error)
+                    self._refused[first] = tenant
+                return
+            self.torn = True
+            for sample in samples:
+                sample.number = first if sample is samples[0] else next(self._sample_numbers)
+                self.queue.put(tenant, sample.number, sample)
+            ticket.samples = samples
+            self.tickets[ticket.id] = ticket
+            self.torn = False
+
+    def end(self, sample: Sample, reason: str, error: str | None = None) -> None:
+        """Gives a sample its answer, unless it has one."""
+        with self.lock:
+            if sample.completion is not None:
+                return
+            if error is None and sample.text is not None and sample.text.finish():
+                reason = "stop"
+            text = sample.whole_text(self.tokenizer, partial=error is not None)
+            completion = Completion(sample.ticket.id, sample.index, text, sample.tokens, reason, error)
+            self.torn = True
+            self.queue.remove(sample.request.tenant, sample.number)
+            if not sample.ticket.streamed:
+                self.done[sample.number] = completion
+            sample.completion = completion
+            if sample.ticket.ended and self.tickets.get(sample.ticket.id) is sample.ticket:
+                del self.tickets[sample.ticket.id]
+            self.torn = False
+
+    def take(self, number: int) -> Completion:
+        """Takes an answer out of those that run() has yet to give."""
+        self._refused.pop(number, None)
+        return self.done.pop(number)
+
+    def settle(self) -> None:
+        """Completes an `end` that was interrupted: an answer in `done` has been given."""
+        for id, ticket in list(self.tickets.items()):
+            for sample in ticket.samples:
+                sample.completion = sample.completion or self.done.get(sample.number)
+            if ticket.ended:
+                del self.tickets[id]
+
+    def requeue(self) -> None:
+        """Queues all samples without an answer again, in the order they came. They start from their prompts; sampling
+        depends on seed and position only, so their tokens will be the same."""
+        self.queue = FairQueue()
+        self.settle()
+        for ticket in self.tickets.values():
+            for sample in ticket.samples:
+                if sample.completion is None:
+                    sample.restart(self.tokenizer)
+                    self.queue.put(sample.request.tenant, sample.number, sample)
+        self.torn = False
+
+    def _require_room(self, tenant: str | None, new: int) -> None:
+        """Raises QueueFull if the queue has no room for new samples of a tenant. Refused requests count until their
+        errors are taken."""
+        if self.limit is None and self.limit_per_tenant is None:
+            self._refused.clear()
+            return
+        self._refused = {number: name for number, name in self._refused.items() if number in self.done}
+        waiting = len(self.queue) + len(self._refused)
+        if self.limit is not None and waiting + new > self.limit:
+            raise QueueFull(f"the queue holds {waiting} of {self.limit} samples; take answers first")
+        own = self.queue.waiting(tenant) + sum(name == tenant for name in self._refused.values())
+        if self.limit_per_tenant is not None and own + new > self.limit_per_tenant:
+            raise QueueFull(
+                f"the queue holds {own} of {self.limit_per_tenant} samples of tenant {shorten(tenant)}; take answers "
+                "first"
+            )

@@ -1,0 +1,97 @@
+"""What an engine remembers of an open request: a ticket, and the samples that it asks for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from ..adapters.bank import Entry
+from ..inference.answer_text import AnswerText, text_of
+from ..inference.sampling import Sampling
+from .request import Completion, Piece, Request
+
+
+class Ticket:
+    """An open request."""
+
+    def __init__(self, request: Request, streamed: bool):
+        self.request, self.id, self.streamed = request, request.id, streamed
+        """streamed: the answer goes to a stream, not to run()"""
+        self.samples: list[Sample] = []
+        self.error: str | None = None
+        """why the request was refused"""
+
+    @property
+    def ended(self) -> bool:
+        return all(sample.completion is not None for sample in self.samples)
+
+
+class Sample:
+    """One sample of a request: it waits, decodes in a slot, and ends."""
+
+    def __init__(self, ticket: Ticket, index: int, ids: list[int], entry: Entry | None, stops: tuple[int, ...] = ()):
+        """
+        Args:
+            stops: the request's own token ids that end an answer, in addition to the engine's.
+        """
+        self.ticket, self.index, self.ids, self.entry = ticket, index, ids, entry
+        self.number = -1
+        """the order of arrival, set when it is queued"""
+        self.stops = frozenset(stops)
+        self.key = (entry.content if entry else None, tuple(ids))
+        """What a prefilled prompt depends on: PARA's factors come from all of it. A name is not enough, because its
+        adapter may be replaced. A prefix is not enough, because its last token differs."""
+        self.tokens: list[int] = []
+        self.text: AnswerText | None = None
+        """the text of the tokens so far, kept only where it is needed before the end: for stop texts and streams"""
+        self.failures = 0
+        """prefills that raised"""
+        self.completion: Completion | None = None
+
+    @property
+    def request(self) -> Request:
+        return self.ticket.request
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How its tokens are drawn. The request has its seed once it is queued."""
+        return self.request.sampling.for_index(self.index)
+
+    def restart(self, tokenizer) -> None:
+        """Forgets the tokens, which will be decoded again."""
+        self.tokens, self.text = [], None
+        self.follow_text(tokenizer)
+
+    def follow_text(self, tokenizer) -> None:
+        """Decodes the text along with the tokens, if it is needed before the end."""
+        stop = self.request.stop_texts
+        if self.text is None and (stop or self.ticket.streamed):
+            self.text = AnswerText(tokenizer, stop)
+            for token in self.tokens:
+                self.text.add(token)
+
+    def whole_text(self, tokenizer, partial: bool) -> str:
+        """The text of the tokens. Where they have none, raises the error, or gives "" if `partial`."""
+        if self.text is not None:
+            return str(self.text)
+        try:
+            return text_of(tokenizer, self.tokens)
+        except BaseException as error:
+            if not (partial and is_request_error(error)):
+                raise
+            return ""
+
+    def piece(self, given: int) -> Piece | None:
+        """What has become certain after the first `given` tokens; None for nothing."""
+        ended, count = self.completion, len(self.tokens)
+        if ended is None and count <= given:  # fewer after an interrupt: the same tokens come again
+            return None
+        texts = [] if self.text is None else self.text.pieces
+        if ended is None:
+            return Piece(self.index, "".join(texts[given:count]), self.tokens[given:])
+        return Piece(self.index, "".join(texts[given:]), self.tokens[given:], ended.finish_reason, ended.error)
+
+
+def is_request_error(error: BaseException) -> bool:
+    """Whether an error while a request's text is read or written concerns that request alone: any Exception, and the
+    panics of the tokenizers library, which are not Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
