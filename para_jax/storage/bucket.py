@@ -36,7 +36,7 @@ INSTALL = "gcsfs is not installed, which gs:// needs; `pip install 'para_jax[gcs
 DEADLINES: dict[BucketPath, float] = {}
 
 
-def address(text: str | Path | BucketPath) -> BucketPath | None:
+def bucket_path(text: str | Path | BucketPath) -> BucketPath | None:
     """The path of a gs:// address; None for a path of the file system. ValueError for any other address."""
     if isinstance(text, BucketPath):
         return text
@@ -54,6 +54,9 @@ def address(text: str | Path | BucketPath) -> BucketPath | None:
     if len(key.encode()) > LONGEST_NAME:
         raise ValueError(f"{str(text)[:80]!r}...: longer than {LONGEST_NAME} bytes, which no object's name is")
     return BucketPath(bucket, key)
+
+
+address = bucket_path  # the old name
 
 
 def is_name(part: str) -> bool:
