@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from ..config import ATTENTION, printable, shorten
+from ..messages import log_to_stderr
 from ..storage.bucket import BucketPath, Place, address
 
 LONGEST_LINE, LONGEST_ERROR = 4000, 1900  # characters of a report's line, and of an error's, which has two at most
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(arguments: list[str]) -> int:
     options = parse(arguments)
     options.command_line = shlex.join(["para-jax", *arguments])
+    log_to_stderr()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
