@@ -13,7 +13,7 @@ import pytest
 
 from para_jax import hub
 from para_jax.hub import cache_folder, resolve_adapter, resolve_backbone, resolve_config, resolve_tokenizer
-from para_jax.storage import bucket as storage
+from para_jax.storage import service
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 REPOSITORIES = {
@@ -246,7 +246,7 @@ def test_another_address_than_a_buckets_is_refused():
 
 def test_a_bucket_without_gcsfs_is_an_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs.core", None)
-    storage._file_system.cache_clear()
+    service.file_system_of.cache_clear()
     for resolve in (resolve_backbone, resolve_config, resolve_tokenizer, resolve_adapter):
         with pytest.raises(ValueError, match=r"gs://bucket/model.*para_jax\[gcs\]"):
             resolve("gs://bucket/model")

@@ -106,7 +106,7 @@ import jax, numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from para_jax import make_mesh
 from para_jax.processes import full_arrays, on_every_process, on_first_process, require_same
-from para_jax.sharding import rows_over
+from para_jax.sharding import shard_rows
 own = int(sys.argv[2])
 def said(call):
     try:
@@ -118,7 +118,7 @@ def fails_on(process, kind):
         raise kind("wrong here")
     return own
 with jax.set_mesh(make_mesh(2, 2, 2)):
-    rows = rows_over(np.arange(16).reshape(1, 8, 2))
+    rows = shard_rows(np.arange(16).reshape(1, 8, 2))
 print(json.dumps({
     "each": said(lambda: on_every_process(lambda: own)),
     "each fails": said(lambda: on_every_process(lambda: fails_on(1, OSError))),
@@ -142,7 +142,7 @@ def test_an_error_on_one_process_is_raised_on_all_and_none_waits():
         "first": 0,
         "first fails": "wrong here",
         "same": None,
-        "other": "the data: not the same on process 1 as on process 0; give every host the same",
+        "other": "the data differs between process 0 and process 1; give every host the same",
         "rows": [[[[2 * i, 2 * i + 1] for i in range(8)]], [0, 1]],
         "mesh": "mesh {'data': 2, 'fsdp': 2, 'tensor': 1} does not fit 8 devices; choose sizes whose product is 8",
     }  # fmt: skip
