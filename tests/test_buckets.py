@@ -403,7 +403,7 @@ def test_a_backbone_is_fetched_once_per_content_without_other_files(folder, monk
     (folder / "model.gguf").write_bytes(b"GGUF")
     assert resolve_backbone(f"{folder}/model.gguf").read_bytes() == b"GGUF"
     monkeypatch.setattr("para_jax.hub.MAX_TEXT_BYTES", 10)
-    with pytest.raises(ValueError, match=f"{folder}/config.json .* 10"):
+    with pytest.raises(ValueError, match=f"{folder}/config.json: .* 10"):
         resolve_backbone(str(folder))
     for missing in ("none", "none.gguf"):
         with pytest.raises(ValueError, match=f"{folder}/{missing}: "):

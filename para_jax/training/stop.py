@@ -79,7 +79,7 @@ def stop_signals() -> Iterator[StopSignal]:
     def handle(number: int, frame) -> None:
         restore()
         if is_first():
-            os.write(2, b"\npara-jax: saving after this step, then stopping; a second signal stops at once\n")
+            os.write(2, b"\npara-jax: stopping after this step, to save; a second signal stops at once\n")
         stop.handle(number, frame)
 
     for number in before:
