@@ -47,6 +47,7 @@ from .model import vectors as vectors
 # runs
 from .config import RunConfig as RunConfig
 from .config import load_config as load_config
+from .messages import log_to_stderr as log_to_stderr
 from .sharding import make_mesh as make_mesh
 
 # What follows is imported when it is first used, so that importing para_jax stays quick. Type checkers and editors read

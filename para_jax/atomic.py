@@ -1,4 +1,4 @@
-"""Files that a kill never leaves half-written, and files that only one process writes."""
+"""Files and folders that a kill never leaves half-written, and locks for files that one process writes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .storage.bucket import BucketPath
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there
+except ImportError:  # Windows: no locks
     fcntl = None
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replaces a file by this text (UTF-8). Readers see the old file or the new one, never a part."""
+    """Replaces a file with this text (UTF-8). Readers see the old file or the new one, never a part."""
     write_bytes(file, text.encode())
 
 
@@ -33,10 +33,10 @@ def write_bytes(file: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[BinaryIO]:
-    """A stream whose content replaces the file when the block ends; if the block raises, the file stays as it was.
+    """Yields a stream whose content replaces the file when the block ends. If the block raises, the file is unchanged.
 
-    The content is written next to the file under a random name, so that no link put there beforehand is followed, and
-    reaches the disk before the name changes. In a bucket an object appears whole anyway.
+    The content is written next to the file under a random name, so that no link placed there in advance is followed,
+    and reaches the disk before the name changes. An object in a bucket is written atomically anyway.
     """
     if isinstance(file, BucketPath):
         data = BytesIO()
@@ -56,14 +56,14 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
 
 
 def files_left(file: Path) -> list[Path]:
-    """The temporary files that killed replacements of the file left next to it; none in a bucket."""
+    """Temporary files that killed replacements of the file left next to it; none in a bucket."""
     if isinstance(file, BucketPath):
         return []
     return sorted(file.parent.glob(f".{glob.escape(file.name)}." + "[0-9a-f]" * 8))
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the folder's renames reach the disk, where the file system can."""
+    """Makes renames in the folder reach the disk, if the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -72,26 +72,26 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-#: Errors of a disk, or of a share of it, that is full.
+#: Errors of a full disk or quota.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def remedy(number: int | None) -> str:
-    """What to do about an error of writing."""
-    return "make room there" if number in FULL else "see to it that the folder can be written and renamed in"
+    """Advice on an error when writing, as an imperative."""
+    return "make room there" if number in FULL else "make sure that the folder can be written and renamed in"
 
 
-#: The end of the old folder's name while a new folder takes its place.
+#: The suffix of the old folder while a new folder replaces it.
 OLD = ".old"
 
 
 def temporary_name(path: Path) -> Path:
-    """A name in the same folder that nobody can foresee, for what will replace the path."""
+    """An unpredictable name in the same folder, for the file or folder that will replace the path."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def folders_left(path: Path, ending: str = "") -> list[Path]:
-    """The folders under names that `temporary_name` made for this path, with this ending; the latest first."""
+    """Folders with names from `temporary_name` for this path, with this ending; the latest first."""
     if isinstance(path, BucketPath):
         return []
     form = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{8}" + re.escape(ending))
@@ -99,23 +99,23 @@ def folders_left(path: Path, ending: str = "") -> list[Path]:
     with suppress(OSError), os.scandir(path.parent) as others:
         for other in others:
             if form.fullmatch(other.name) and other.is_dir(follow_symlinks=False):
-                with suppress(OSError):  # gone meanwhile
+                with suppress(OSError):  # deleted meanwhile
                     found.append((other.stat().st_ctime_ns, path.with_name(other.name)))
     return [other for _, other in sorted(found, reverse=True)]
 
 
 def set_aside(folder: Path) -> Path | None:
-    """The old folder, if a replacement was killed after it had been renamed and before the new one got its name."""
+    """The old folder, if a replacement was killed between renaming the old one and renaming the new one."""
     return next(iter(folders_left(folder, OLD)), None)
 
 
 def lock(stream: IO, name: str | Path) -> None:
-    """Locks an open file against other processes (and other openings of it) until the stream is closed.
+    """Locks an open file against other processes (and against opening it twice) until the stream is closed.
 
-    Raises ValueError that names the file if somebody else holds the lock.
+    Raises ValueError, naming the file, if it is already locked.
     """
     try:
         if fcntl is not None:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{name}: another process is writing it; wait until it ends, or choose another one") from None
+        raise ValueError(f"{name}: another process is writing it; wait until it ends, or choose another") from None

@@ -1,11 +1,9 @@
-"""The machine's devices: what a run prints first, a check for accelerators that JAX does not see, the compilation
-cache."""
+"""The devices of this machine: how a process starts to use them, and their peak rates."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ import jax
 
 from .config import RuntimeSection
 from .hub import cache_folder
+from .messages import say as say  # callers also import it from here
 
 #: Peak bfloat16 FLOP/s of one device, dense, by its device_kind. TPUs: the versions' pages at cloud.google.com/tpu/docs
 #: ("Peak compute per chip (bf16)"). GPUs: the data sheets at nvidia.com, half of what they state "with sparsity".
@@ -43,15 +42,15 @@ PEAK_FLOPS = {
 #: XLA's flag for runtime.deterministic.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
-#: How long a process that ends waits for the others of its run. One that stops alone, by an error, waits in vain.
+#: How long a process that ends waits for the others of its run. After an error on one process, they never come.
 SHUTDOWN_SECONDS = 30
 
 
 def start(runtime: RuntimeSection) -> None:
-    """Joins the run's other processes, prints the devices and turns the compilation cache on, as the config says.
+    """Joins the other processes of the run, logs the devices and turns on the compilation cache, as configured.
 
-    Raises ValueError where the others can't be joined, on a machine with an accelerator that this JAX can not use,
-    unless runtime.allow_cpu is set, and for runtime.deterministic where a GPU is in use already.
+    Raises ValueError if the other processes can't be joined, if JAX can't use the accelerator of this machine (unless
+    runtime.allow_cpu is set), and for runtime.deterministic if a GPU is already in use.
     """
     if runtime.deterministic:
         make_deterministic()
@@ -64,20 +63,20 @@ def start(runtime: RuntimeSection) -> None:
     if unused and not runtime.allow_cpu:
         kind, extra = unused
         raise ValueError(
-            f"this machine has a {kind}, but the installed JAX runs on the CPU only; install its JAX with "
-            f"`pip install 'para_jax[{extra}]'`, or set runtime.allow_cpu=true (--allow-cpu where a "
-            "command has no config) to run on the CPU"
+            f"this machine has a {kind}, but the installed JAX runs on the CPU only; run "
+            f"`pip install 'para_jax[{extra}]'`, or set runtime.allow_cpu=true (--allow-cpu for a command without a "
+            "config) to use the CPU"
         )
 
 
 def make_deterministic() -> None:
-    """Makes XLA use only algorithms that give the same bits each time; it comes before the first use of a device.
+    """Makes XLA use only algorithms that give the same bits each time. Call it before the first use of a device.
 
     On GPUs the flag replaces sums by atomic additions, turns autotuning off (which may choose other kernels in the next
     process) and asks cuDNN for the deterministic backward pass of attention (openxla/xla pull requests 12520, 14125).
     It changes nothing on CPUs and TPUs.
     """
-    from jax._src.xla_bridge import backends_are_initialized  # no public function says it
+    from jax._src.xla_bridge import backends_are_initialized  # there is no public function for it
 
     flags = os.environ.get("XLA_FLAGS", "")
     if DETERMINISTIC in flags.split():
@@ -86,15 +85,15 @@ def make_deterministic() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
     elif jax.default_backend() == "gpu":
         raise ValueError(
-            "runtime.deterministic: JAX has started its GPU already; set it before the first use of JAX in this "
-            f"process, or start the process with XLA_FLAGS={DETERMINISTIC}"
+            "runtime.deterministic: this process already uses a GPU; set it before the first use of JAX, or start the "
+            f"process with XLA_FLAGS={DETERMINISTIC}"
         )
 
 
 def join(runtime: RuntimeSection) -> None:
-    """Joins the processes of a run that is started on several hosts; it comes before the first use of a device.
+    """Joins the processes of a run on several hosts. Call it before the first use of a device.
 
-    Does nothing for a run on one host, and where a program has called jax.distributed.initialize by itself.
+    Does nothing for a run on one host, and if the program has already called jax.distributed.initialize.
     """
     if runtime.coordinator is None or jax.distributed.is_initialized():
         return
@@ -105,8 +104,8 @@ def join(runtime: RuntimeSection) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
-            f"runtime.coordinator {runtime.coordinator}: the other processes can't be joined ({said}); on hosts that "
-            "JAX does not know give host:port, runtime.num_processes and runtime.process_id"
+            f"runtime.coordinator {runtime.coordinator}: can't join the other processes ({said}); if JAX can't detect "
+            "the hosts, give host:port, runtime.num_processes and runtime.process_id"
         ) from None
 
 
@@ -115,15 +114,15 @@ def describe_devices() -> str:
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), JAX {jax.__version__}"
 
 
-def versions() -> dict[str, str]:
-    """The versions that a record of a measurement names."""
+def library_versions() -> dict[str, str]:
+    """The versions that a record of a measurement contains."""
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
 
 
 def unused_accelerator(root: Path = Path("/")) -> tuple[str, str] | None:
-    """The machine's accelerator and the extra that brings its JAX, where JAX sees a CPU only; else None.
+    """The accelerator of this machine and the extra that installs its JAX, if JAX sees only a CPU; else None.
 
-    It looks for the device files of the drivers: /dev/accel* or /dev/vfio/* beside a Google PCI device, /dev/nvidia0.
+    Looks for the device files of the drivers: /dev/accel*, /dev/vfio/* together with a Google PCI device, /dev/nvidia0.
     """
     if jax.default_backend() != "cpu":
         return None
@@ -139,18 +138,13 @@ def google_pci_device(root: Path) -> bool:
     return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
 
 
+versions = library_versions  # the old name
+
+
 @contextmanager
 def compiling(what: str) -> Iterator[None]:
-    """Shows "compiling ..." while the body, the first call of a compiled function, lasts."""
+    """Logs "compiling ..." before the body, the first call of a compiled function, and how long it took."""
     begun = time.monotonic()
     say(f"compiling {what} ...")
     yield
     say(f"compiling {what} took {time.monotonic() - begun:.1f} s")
-
-
-def say(text: str) -> None:
-    """A line for the user, on stderr of the first process, beside a progress bar if there is one."""
-    if jax.process_index() == 0:
-        from tqdm import tqdm
-
-        tqdm.write(text, file=sys.stderr)

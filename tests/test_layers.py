@@ -12,7 +12,7 @@ import para_jax
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["storage"],
-    ["atomic", "yaml_text", "table"],
+    ["atomic", "yaml_text", "table", "messages"],
     ["config"],
     ["untrusted", "hlo_text"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "hlo", "processes"],
@@ -126,7 +126,7 @@ def test_importing_para_jax_brings_layers_0_to_2_and_no_slow_package():
 
 
 def test_the_public_names_are_all_there_and_no_other_answers():
-    names = """Completion Engine Request Adapter AdapterBank AdapterParam Adjustment Ia3Config LoraConfig
+    names = """log_to_stderr Completion Engine Request Adapter AdapterBank AdapterParam Adjustment Ia3Config LoraConfig
     export_ia3 ParaLM load_adapter save_adapter Rows Stack pick stack_adapters load_backbone load_model_config
     Transformer LayerKind ModelConfig ParaConfig RotaryConfig RunConfig load_config load_tokenizer
     AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter multi_tenant_forward prefill

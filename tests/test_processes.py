@@ -1,5 +1,5 @@
-"""Two processes of four devices, joined over loopback, are one run: its numbers are those of one process of eight
-devices, and the first process alone logs, reads and writes the run's folder."""
+"""Two processes with four devices each, joined over loopback, train like one process with eight devices. Only the first
+process logs, and only it reads and writes the run's folder."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def test_two_processes_that_stop_and_resume_have_the_numbers_of_one(pair, alone,
         np.testing.assert_allclose(up[...], other.up[site][...], atol=1e-5)
 
 
-def test_the_first_process_alone_speaks_and_has_a_folder(pair, folder):
+def test_only_the_first_process_speaks_and_writes(pair, folder):
     for first, second in pair:
         assert "devices: 8 x cpu" in first.err and "step 3: valid" in pair[0][0].err and "steps" in first.out
         assert second.out == "" and "step 3" not in second.err and "devices" not in second.err
@@ -106,8 +106,8 @@ import json, sys
 import jax, numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from para_jax import make_mesh
-from para_jax.processes import by_each, by_first, gathered, require_same
-from para_jax.sharding import rows_over
+from para_jax.processes import full_arrays, on_every_process, on_first_process, require_same
+from para_jax.sharding import shard_rows
 own = int(sys.argv[2])
 def said(call):
     try:
@@ -119,22 +119,22 @@ def fails_on(process, kind):
         raise kind("wrong here")
     return own
 with jax.set_mesh(make_mesh(2, 2, 2)):
-    rows = rows_over(np.arange(16).reshape(1, 8, 2))
+    rows = shard_rows(np.arange(16).reshape(1, 8, 2))
 print(json.dumps({
-    "each": said(lambda: by_each(lambda: own)),
-    "each fails": said(lambda: by_each(lambda: fails_on(1, OSError))),
-    "first": said(lambda: by_first(lambda: fails_on(1, ValueError))),
-    "first fails": said(lambda: by_first(lambda: fails_on(0, OSError))),
+    "each": said(lambda: on_every_process(lambda: own)),
+    "each fails": said(lambda: on_every_process(lambda: fails_on(1, OSError))),
+    "first": said(lambda: on_first_process(lambda: fails_on(1, ValueError))),
+    "first fails": said(lambda: on_first_process(lambda: fails_on(0, OSError))),
     "same": said(lambda: require_same("the data", lambda: [1, 2])),
     "other": said(lambda: require_same("the data", lambda: [1, own])),
-    "rows": [gathered(rows).tolist(), gathered({"a": np.arange(2), "b": jax.numpy.arange(2)})["b"].tolist()],
+    "rows": [full_arrays(rows).tolist(), full_arrays({"a": np.arange(2), "b": jax.numpy.arange(2)})["b"].tolist()],
     "own rows": sorted({shard.index[1].start for shard in rows.addressable_shards}),
     "mesh": said(lambda: str(make_mesh(2, 2, 1))),
 }))
 """
 
 
-def test_what_one_process_finds_wrong_is_an_error_on_all_and_none_waits():
+def test_an_error_on_one_process_is_raised_on_all_and_none_waits():
     first, second = (json.loads(ended.out) for ended in run_two("-c", CODE, "{address}", "{process}"))
     assert (first.pop("each"), second.pop("each")) == (0, 1)
     assert (first.pop("own rows"), second.pop("own rows")) == ([0, 2], [4, 6])  # each holds its own rows
@@ -143,7 +143,7 @@ def test_what_one_process_finds_wrong_is_an_error_on_all_and_none_waits():
         "first": 0,
         "first fails": "wrong here",
         "same": None,
-        "other": "the data: not the same on process 1 as on process 0; give every host the same",
+        "other": "the data differs between process 0 and process 1; give every host the same",
         "rows": [[[[2 * i, 2 * i + 1] for i in range(8)]], [0, 1]],
         "mesh": "mesh {'data': 2, 'fsdp': 2, 'tensor': 1} does not fit 8 devices; choose sizes whose product is 8",
     }  # fmt: skip
@@ -198,13 +198,13 @@ del state
 fresh = placed({name: 0 * array for name, array in values.items()})
 with open_checkpoints(Path(sys.argv[3]) / "checkpoints") as checkpoints:
     state, progress = restore_checkpoint(checkpoints, fresh)
-same = all((processes.gathered(state)[name] == array).all() for name, array in values.items())
+same = all((processes.full_arrays(state)[name] == array).all() for name, array in values.items())
 print(json.dumps({"share": share, "saving": saving, "restoring": peak, "same": same, "step": progress.step,
                   "as it lay": all(state[name].sharding == spread[name] for name in spread)}))
 """
 
 
-def test_saving_and_resuming_take_no_more_of_a_device_than_its_part_and_a_piece(tmp_path):
+def test_saving_and_resuming_need_no_full_array_on_a_device(tmp_path):
     both = run_two("-c", STATE, "{address}", "{process}", (str(tmp_path / "first"), str(tmp_path / "second")))
     assert [ended.code for ended in both] == [0, 0], both[0].err + both[1].err
     for ended in both:
@@ -223,7 +223,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_validation_data_that_differ_in_their_references_alone_are_refused_on_all_processes(folder):
+def test_validation_data_that_differ_only_in_references_are_refused(folder):
     rows, places = rows_of_text(8, seed=2), (str(folder / "host0"), str(folder / "host1"))
     for place, references in zip(places, (["w5"], ["w6"]), strict=True):
         write_rows(Path(place) / "validation.jsonl", [row | {"references": references} for row in rows])
@@ -232,7 +232,7 @@ def test_validation_data_that_differ_in_their_references_alone_are_refused_on_al
     own = ("data.validation=validation.jsonl", f"output_dir={folder}/references", "train.max_steps=3")
     both = run_two("-c", ELSEWHERE, places, "train", str(folder / "references.yaml"), *among, *own)
     assert [ended.code for ended in both] == [2, 2], both[1].err
-    assert all("the data: not the same on process 1" in ended.err for ended in both), both[1].err
+    assert all("the data" in ended.err and "process 1" in ended.err for ended in both), both[1].err
 
 
 KEPT = """
@@ -240,7 +240,7 @@ import sys, time
 from pathlib import Path
 import jax
 from para_jax import ParaConfig, init_adapter, load_model_config
-from para_jax.runs import kept_adapter
+from para_jax.runs.train import kept_adapter
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 model = type("Model", (), {"config": load_model_config(sys.argv[3])})
 try:
@@ -250,7 +250,7 @@ except ValueError as error:
 """
 
 
-def test_a_best_adapter_that_is_gone_ends_all_processes_with_the_same_error(folder):
+def test_a_missing_best_adapter_is_the_same_error_on_all_processes(folder):
     both = run_two("-c", KEPT, "{address}", "{process}", str(folder / "backbone"))
     assert [ended.code for ended in both] == [0, 0], both[1].err
     assert both[0].out == both[1].out and both[0].out.startswith("ValueError"), both

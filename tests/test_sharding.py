@@ -11,7 +11,7 @@ from conftest import FIXTURES, backbone, strong
 from jax.sharding import PartitionSpec as P
 
 from para_jax import ParaConfig, init_adapter, load_backbone, make_mesh, stack_adapters
-from para_jax.sharding import RULES, constrain, partition, place, replicated_lines, rows_over, tree_shardings
+from para_jax.sharding import RULES, constrain, partition, place, replicated_lines, shard_rows, tree_shardings
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def cube():
     ({"fsdp": -1, "data": 8}, (8, 1, 1)),
     ({"data": 2, "fsdp": 3}, (2, 3, 1)),  # a part of the devices, when it is asked for
 ])  # fmt: skip
-def test_a_mesh_has_the_sizes_asked_for_and_fills_the_open_one(asked, made):
+def test_a_mesh_has_the_requested_sizes_and_fills_the_open_one(asked, made):
     assert tuple(make_mesh(**asked).shape.values()) == made and make_mesh().axis_names == ("data", "fsdp", "tensor")
 
 
@@ -38,14 +38,14 @@ def test_the_axes_are_left_to_the_compiler():
 
 
 @pytest.mark.parametrize(("asked", "message"), [
-    ({"data": 9}, "mesh {'data': 9, 'fsdp': 1, 'tensor': 1} does not fit 8 devices; choose sizes whose product is 8"),
+    ({"data": 9}, "mesh {'data': 9, 'fsdp': 1, 'tensor': 1} does not fit 8 devices"),
     ({"data": -1, "fsdp": 3}, "mesh {'data': -1, 'fsdp': 3, 'tensor': 1} does not fit 8 devices"),
     ({"data": -1, "fsdp": 16}, "'fsdp': 16"),
-    ({"data": -1, "fsdp": -1}, "at most one is -1"),
-    ({"data": 0}, "sizes are 1 or more"),
-    ({"tensor": -2}, "sizes are 1 or more"),
+    ({"data": -1, "fsdp": -1}, "'fsdp': -1"),
+    ({"data": 0}, "'data': 0"),
+    ({"tensor": -2}, "'tensor': -2"),
 ])  # fmt: skip
-def test_sizes_that_do_not_fit_are_named_as_they_were_asked_for(asked, message):
+def test_sizes_that_do_not_fit_are_named_as_requested(asked, message):
     with pytest.raises(ValueError) as error:
         make_mesh(**asked)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -67,7 +67,7 @@ def test_names_become_mesh_axes_where_the_mesh_divides_the_count(names, counts, 
     assert partition(names, counts, cube.shape) == expected
 
 
-def test_tensor_parallelism_goes_by_heads_and_not_by_their_width():
+def test_tensor_parallelism_splits_heads_and_not_their_width():
     mesh = make_mesh(tensor=4)
     attention = tree_shardings(backbone("llama"), mesh, backbone("llama").config).layers[0].attention
     spec = lambda linear: linear.kernel.get_value().spec  # noqa: E731
@@ -76,7 +76,7 @@ def test_tensor_parallelism_goes_by_heads_and_not_by_their_width():
 
 
 @pytest.mark.parametrize("layout", ["layers", "stacked"])
-def test_a_loaded_backbone_lies_over_the_mesh_and_is_the_same(layout, cube):
+def test_a_loaded_backbone_is_sharded_and_unchanged(layout, cube):
     placed = load_backbone(FIXTURES / "llama", mesh=cube, layout=layout)
     alone = backbone("llama") if layout == "layers" else load_backbone(FIXTURES / "llama", layout=layout)
     for mine, other in zip(jax.tree.leaves(placed), jax.tree.leaves(alone), strict=True):
@@ -105,7 +105,7 @@ def test_leading_axes_of_layers_and_tenants_are_replicated(cube):
     ((1, 1, 4), r"^mesh.tensor=4 does not divide kv_heads 2: ([\d,]+) of ([\d,]+) bytes"),
 ])  # fmt: skip
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_weights_that_the_mesh_can_not_split_are_named_with_their_bytes(sizes, said, quantize):
+def test_weights_that_the_mesh_does_not_split_are_reported_in_bytes(sizes, said, quantize):
     mesh = make_mesh(*sizes)
     model = load_backbone(FIXTURES / "llama", mesh=mesh, layout="stacked", quantize=quantize)
     lines = replicated_lines(model, mesh, model.config)
@@ -138,16 +138,16 @@ def test_constrain_is_the_identity_without_a_mesh():
     assert constrain(x, ("batch", None)) is x
 
 
-def test_constrain_lays_out_over_the_current_mesh(cube):
+def test_constrain_shards_over_the_current_mesh(cube):
     with jax.set_mesh(cube):
         x = jax.jit(lambda x: constrain(x, ("batch", None, "hidden")))(jnp.ones((8, 3, 4)))
     assert x.addressable_shards[0].data.shape == (2, 3, 2)
 
 
-def test_rows_of_each_pass_are_spread_over_data_and_fsdp(cube):
+def test_rows_of_each_pass_are_sharded_over_data_and_fsdp(cube):
     array = np.arange(2 * 8 * 3).reshape(2, 8, 3)
     with jax.set_mesh(cube):
-        spread = rows_over(array)
+        spread = shard_rows(array)
     np.testing.assert_array_equal(spread, array)
     assert spread.sharding.spec == P(None, ("data", "fsdp")) and spread.addressable_shards[0].data.shape == (2, 2, 3)
 
@@ -155,7 +155,7 @@ def test_rows_of_each_pass_are_spread_over_data_and_fsdp(cube):
 def test_rows_that_the_mesh_does_not_divide_are_an_error_of_one_line(cube):
     with (
         jax.set_mesh(cube),
-        pytest.raises(ValueError, match="a batch of 6 rows can't be spread .* = 4 devices") as error,
+        pytest.raises(ValueError, match="6 rows .* 4 devices") as error,
     ):
-        rows_over(np.zeros((1, 6, 3)))
+        shard_rows(np.zeros((1, 6, 3)))
     assert "\n" not in str(error.value)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ..backbone.load import load_backbone
-from ..config import DataSection, ParaConfig, TrainSection, require
+from ..config import DataSection, ParaConfig, TrainSection, allowed_values, require
 from ..data.batches import Batch, Bucket, collate, example_lengths, plan, plan_buckets
 from ..data.examples import Example
 from ..data.packing import Packed, RowShape, collate_packed, plan_packing
@@ -33,7 +33,7 @@ def bench_train(
     completion: int = 16,
     packed: int = 1,
     random: bool = False,
-    remat: tuple[str, ...] = TrainSection.REMATS,
+    remat: tuple[str, ...] = allowed_values(TrainSection, "remat"),
     rounds: int = 5,
 ) -> dict:
     """Tokens a second of PARA's whole training step, by train.remat; where the device's peak is known, also the share
@@ -137,7 +137,7 @@ def padded_steps(examples: list[Example], count: int, tokens: int) -> list:
 
 def step_time(model, steps: list, *, remat: str) -> Callable[[], float]:
     """Real tokens a second of some steps, (completion, batch, real tokens), one after another."""
-    config = TrainSection(remat=remat)
+    config = TrainSection(remat=remat)  # pyright: ignore[reportArgumentType]
     state = init_state(init_adapter(ParaConfig(), model.config), config, CONFIG["total_steps"])
 
     def tokens_a_second() -> float:

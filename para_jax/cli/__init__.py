@@ -14,6 +14,7 @@ import shlex
 import sys
 
 from ..config import printable, shorten
+from ..messages import log_to_stderr
 from . import bench, convert, evaluate, generate, inspect, lm_eval, plot, prepare, quickstart, train
 from .options import Parser
 
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(arguments: list[str]) -> int:
     options = parse(arguments)
     options.command_line = shlex.join(["para-jax", *arguments])
+    log_to_stderr()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:

@@ -5,54 +5,43 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from .. import atomic
-from ..yaml_text import MAX_LENGTH, parse_yaml
+from ..yaml_text import MAX_LENGTH, dump_yaml, parse_yaml
 from .adapter import ADAPTER_CONFIGS
 from .check import expanded, one_of, printable, require, shorten
+from .fields import typed_fields
 from .run import RunConfig
 
-# Fields whose override is taken as it stands (OmegaConf would read "{output}" as a mapping), with \n for a newline.
+#: Fields whose overrides are taken literally, not as YAML, which would read "{output}" as a mapping. \n is a newline.
 TEXT_FIELDS = ("data.prompt", "data.completion")
 
 
 def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """A RunConfig from a YAML file (None: the defaults) and overrides such as "train.learning_rate=3e-3". An override
-    of adapter.method drops what the file says of the other method's fields.
+    that changes adapter.method drops the adapter fields of the file.
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
-    given = {} if file is None else read_yaml(expanded(file))
-    changes: dict = {}
+    in_file = {} if file is None else read_yaml(expanded(file))
+    changes: dict[str, Any] = {}
     for text in overrides:
         changes = merged(changes, parse_override(text))
-    if method_of(changes) not in (None, method_of(given) or "para"):
-        given.pop("adapter", None)  # whose fields are another method's
-    run = merged(given, changes)
-    adapter = run.get("adapter", {})
-    require(isinstance(adapter, dict), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
-    method = adapter.get("method", "para")
+    file_method, method = method_of(in_file, "para"), method_of(changes, None)
+    if method is None:
+        method = file_method
+    elif method != file_method:
+        in_file.pop("adapter", None)
     require(method in tuple(ADAPTER_CONFIGS), "adapter.method", method, one_of(ADAPTER_CONFIGS))
-    run["adapter"] = {name: value for name, value in adapter.items() if name != "method"}
     template = RunConfig(adapter=ADAPTER_CONFIGS[method]())
-    require_readable(run, template)
-    schema = OmegaConf.structured(template)
-    unfreeze(schema)
     try:
-        found = OmegaConf.merge(schema, hidden(run))
-    except (OmegaConfBaseException, TypeError, ValueError, IndexError, AssertionError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        key = getattr(error, "full_key", None)
-        said = f"{key}: {lines[0]}" if key else lines[0]
-        raise ValueError(f"config{f' {file}' if file else ''}: {printable(shown(said))}") from None
-    return to_dataclass(found, template)
+        values = typed_fields(without_method(in_file), template)
+    except ValueError as error:
+        raise ValueError(f"config {file}: {error}") from None
+    return replaced(template, merged(values, typed_fields(without_method(changes), template)))
 
 
-def merged(below: dict, above: dict, section: str = "") -> dict:
-    """The fields of both; where both have one, `above` wins, and sections are merged."""
+def merged(below: dict[str, Any], above: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """The fields of both. Where both have a field, `above` wins; sections are merged."""
     joined = below | above
     for name in below.keys() & above.keys():
         low, high = below[name], above[name]
@@ -62,157 +51,82 @@ def merged(below: dict, above: dict, section: str = "") -> dict:
     return joined
 
 
-def method_of(given: dict) -> Any:
-    """What a file or overrides say of adapter.method."""
-    adapter = given.get("adapter")
-    return adapter.get("method") if isinstance(adapter, dict) else None
+def method_of(run: dict[str, Any], default: str | None) -> Any:
+    """The value of adapter.method in a mapping of sections."""
+    adapter = run.get("adapter", {})
+    require(isinstance(adapter, dict), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
+    return adapter.get("method", default)
+
+
+def without_method(run: dict[str, Any]) -> dict[str, Any]:
+    """The sections without adapter.method, which is no field of an adapter's config."""
+    if "adapter" not in run:
+        return run
+    return run | {"adapter": {name: value for name, value in run["adapter"].items() if name != "method"}}
+
+
+def replaced(config: Any, values: dict[str, Any]) -> Any:
+    """The dataclass with these values replaced, in its sections too. Each __post_init__ checks its fields."""
+    changes = {
+        name: replaced(getattr(config, name), value) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    return dataclasses.replace(config, **changes)
 
 
 def save_config(config: RunConfig, file: str | Path) -> None:
-    """Writes a config as YAML that `load_config` reads back to an equal one; what is there before stays whole."""
-    text = yaml.dump(config_dict(config), Dumper=Quoting, sort_keys=False, allow_unicode=True)
-    atomic.write_text(expanded(file), text)
-
-
-class Quoting(yaml.SafeDumper):
-    """Quotes texts such as 1e3 too, which OmegaConf reads as numbers, unlike PyYAML."""
-
-
-def quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    try:
-        float(text)
-    except ValueError:
-        return dumper.represent_str(text)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
-
-
-Quoting.add_representer(str, quoted)
+    """Writes a config as YAML that `load_config` reads back to an equal one. A kill leaves the old file or the new."""
+    atomic.write_text(expanded(file), dump_yaml(config_dict(config)))
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
     """A config as plain dictionaries, lists and scalars, with `adapter.method`."""
-    plain = _plain(dataclasses.asdict(config))
+    plain = lists_for_tuples(dataclasses.asdict(config))
     return plain | {"adapter": {"method": adapter_method(config.adapter)} | plain["adapter"]}
 
 
-def adapter_method(config) -> str:
-    """The name under which an adapter config stands in ADAPTER_CONFIGS."""
+def lists_for_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: lists_for_tuples(inner) for name, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def adapter_method(config: Any) -> str:
+    """The method of an adapter's config, as in ADAPTER_CONFIGS."""
     return next(name for name, kind in ADAPTER_CONFIGS.items() if kind is type(config))
 
 
-def read_yaml(file: Path) -> dict:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping of sections in a YAML file. Raises ValueError, naming the file, for anything else."""
     if file.is_dir():
-        raise ValueError(f"config {file}: a folder; expected a .yaml file, such as the config.yaml of a run's folder")
+        raise ValueError(f"config {file} is a folder; give a .yaml file, such as the config.yaml in a run's folder")
     if not file.is_file():
         raise ValueError(f"config {file}: no such file")
     try:
-        with file.open("rb") as stream:  # of any size
+        with file.open("rb") as stream:  # the file may have any size
             read = parse_yaml(str(stream.read(4 * MAX_LENGTH + 1), "utf-8")) or {}
     except UnicodeDecodeError as error:
-        raise ValueError(f"config {file}: not text: {error}") from None
+        raise ValueError(f"config {file} is not text: {error}") from None
     except ValueError as error:
         raise ValueError(f"config {file}: {printable(str(error))}") from None
     if not isinstance(read, dict):
         raise ValueError(f"config {file}: a run is a mapping of sections (backbone, adapter, data, train, ...)")
-    return read
+    return {name: value for name, value in read.items() if value is not None}  # "train:" with no fields below it
 
 
-def parse_override(text: str) -> dict:
-    """The fields that an override sets, as nested dictionaries."""
+def parse_override(text: str) -> dict[str, Any]:
+    """The field that an override sets, as nested dictionaries."""
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-        raise ValueError(f"override {shorten(text)}: expected section.field=value, such as train.learning_rate=3e-3")
+        raise ValueError(
+            f"override {shorten(text)} is not of the form section.field=value, such as train.learning_rate=3e-3"
+        )
     try:
-        found = value.replace("\\n", "\n") if key in TEXT_FIELDS else parse_yaml(value)
+        inner: Any = value.replace("\\n", "\n") if key in TEXT_FIELDS else parse_yaml(value)
     except ValueError as error:
-        raise ValueError(f"override {shorten(text)}: not YAML: {printable(str(error))}") from None
-    for name in reversed(key.split(".")):
-        found = {name: found}
-    return found
-
-
-def hidden(value: Any) -> Any:
-    """The values with their texts written so that OmegaConf takes none of them for a reference (`${...}`, to the
-    environment even) or for a missing value (???)."""
-    if isinstance(value, dict):
-        return {hidden(name): hidden(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [hidden(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    text = value.replace(MARK, MARK + "m").replace("${", f"${MARK}{{")
-    return MARK + text if text == "???" else text
-
-
-def shown(value: Any) -> Any:
-    """A text as it was before `hidden`."""
-    if not isinstance(value, str):
-        return value
-    return re.sub(f"{MARK}(m?)", lambda found: MARK if found[1] else "", value)
-
-
-#: Of Unicode's private use: no text means it.
-MARK = "\ue000"
-
-
-def require_readable(given: Any, template, section: str = "") -> None:
-    """Refuses a YAML boolean (yes, no, true ...) where a text is meant, which would become "True", and what is not a
-    number in a list of numbers, which OmegaConf's error would not name."""
-    for f in dataclasses.fields(template):
-        value = given.get(f.name) if isinstance(given, dict) else None
-        for kind, wanted in ((int, "whole numbers"), (float, "numbers")):
-            if isinstance(value, list) and f.type in (tuple[kind, ...], tuple[kind, ...] | None):
-                wrong = [v for v in value if not reads_as(kind, v)]
-                require(not wrong, section + f.name, wrong, f"a list of {wanted}")
-        if isinstance(value, list):
-            wrong = [v for v in value if isinstance(v, list | dict)]
-            require(not wrong, section + f.name, wrong, "texts or numbers in the list, no lists and mappings")
-        if dataclasses.is_dataclass(getattr(template, f.name)):
-            require_readable(value, getattr(template, f.name), f"{f.name}.")
-        elif f.type is bool and isinstance(value, int | float):
-            require(value in (0, 1), section + f.name, value, "true or false")
-        elif f.type is not bool and any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
-            raise ValueError(
-                f"{section}{f.name}: {shorten(value)} is a truth value in YAML; "
-                'quote the text, such as \'["yes", "no"]\''
-            )
-
-
-def reads_as(kind: type[int] | type[float], value: Any) -> bool:
-    """Whether OmegaConf takes the value for such a number."""
-    if not isinstance(value, (str, int, kind)):
-        return False
-    try:
-        kind(value)
-    except ValueError:
-        return False
-    return True
-
-
-def unfreeze(node: DictConfig) -> None:
-    """Lets a merge write into the nodes of frozen dataclasses, which OmegaConf marks read-only."""
-    OmegaConf.set_readonly(node, False)
-    for key in node:
-        if OmegaConf.is_dict(node[key]):
-            unfreeze(node[key])
-
-
-def to_dataclass(node, template) -> Any:
-    """The frozen dataclass with a node's values, lists as tuples; __post_init__ checks each section."""
-    values = {}
-    for f in dataclasses.fields(template):
-        value = node[f.name]
-        if isinstance(value, DictConfig):
-            value = to_dataclass(value, getattr(template, f.name))
-        elif OmegaConf.is_config(value):
-            value = tuple(map(shown, value))
-        values[f.name] = shown(value)
-    return type(template)(**values)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
+        raise ValueError(f"override {shorten(text)} is not YAML: {printable(str(error))}") from None
+    *sections, name = key.split(".")
+    nested: dict[str, Any] = {name: inner}
+    for section in reversed(sections):
+        nested = {section: nested}
+    return nested

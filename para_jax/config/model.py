@@ -1,22 +1,23 @@
 """The shape of a backbone: `ModelConfig`, and the layers whose output an adapter may change (SITES)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-#: The linear layers whose output an adapter may change, named as Hugging Face names them, always in this order.
+#: The linear layers whose output an adapter may change, by their Hugging Face names, always in this order.
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-#: Linears of Phi-3 that hold several sites, in the order of their rows.
+#: Phi-3's fused linear layers and the sites that they hold, in the order of their rows.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryConfig:
-    """One rotary embedding (arXiv:2104.09864, rotate-half form): how fast each of the first `dims` of a head turns."""
+    """A rotary embedding (arXiv:2104.09864, rotate-half form) of the first `dims` dimensions of each head."""
 
     dims: int
     theta: float = 10000.0
-    scaling: str = "none"
-    """none | linear (all frequencies / factor) | llama3 (only the low ones)"""
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    """linear divides all frequencies by `factor`, llama3 only the low ones"""
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -25,7 +26,7 @@ class RotaryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """What may differ from layer to layer: the rotary embedding, and the window in tokens (None: full attention)."""
+    """What may differ between layers: the rotary embedding, and the attention window in tokens (None: no limit)."""
 
     rotary: RotaryConfig
     window: int | None = None
@@ -33,7 +34,7 @@ class LayerKind:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only Transformer. The families of backbone/families.py differ only by these values."""
+    """A decoder-only Transformer. The families in backbone/families.py differ only in these values."""
 
     model_type: str
     vocab_size: int
@@ -43,23 +44,23 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     kinds: tuple[LayerKind, ...]
-    """one a layer"""
+    """one per layer"""
     max_positions: int = 4096
-    activation: str = "silu"
-    """silu | gelu (erf) | gelu_tanh | relu"""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    """gelu is the exact form, with erf"""
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
     """norms multiply by (norm_offset + weight); 1 in the Gemma families"""
     pre_norm: bool = True
     post_norm: bool = False
-    """norms on the outputs of attention and feed-forward, before they join the residual stream"""
-    qk_norm: str = "none"
-    """none | head (over each head) | projection (over all heads at once)"""
+    """normalise the outputs of attention and feed-forward before they are added to the residual stream"""
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    """head: over each head; projection: over all heads at once"""
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     attention_scale: float = 1.0
-    """query times key times this"""
+    """attention scores are query times key times this"""
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embedding_multiplier: float = 1.0
@@ -83,7 +84,7 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     def site_width(self, site: str) -> int:
-        """The width of a site's output."""
+        """The width of the output of a site."""
         return {
             "q_proj": self.q_width,
             "k_proj": self.kv_width,
@@ -95,7 +96,7 @@ class ModelConfig:
         }[site]
 
     def site_axis(self, site: str) -> str:
-        """The name of the axis of a site's output, for sharding.py."""
+        """The name of the output axis of a site; sharding.py maps names to mesh axes."""
         return {
             "q_proj": "heads",
             "k_proj": "kv_heads",
@@ -105,9 +106,9 @@ class ModelConfig:
         }.get(site, "hidden")
 
     def site_input_width(self, site: str) -> int:
-        """The width of a site's input."""
+        """The width of the input of a site."""
         return {"o_proj": self.q_width, "down_proj": self.hidden_width}.get(site, self.width)
 
     def site_input_axis(self, site: str) -> str:
-        """The name of the axis of a site's input."""
+        """The name of the input axis of a site."""
         return {"o_proj": "heads", "down_proj": "hidden"}.get(site, "width")

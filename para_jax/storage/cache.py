@@ -1,7 +1,7 @@
-"""What is fetched from a bucket into the user's cache: backbones, file by file, and adapters, whole.
+"""Local copies of backbones and adapters from a bucket, in the user's cache.
 
-A copy lies in a folder named by address and content (the objects' generations; an adapter's bytes), so an object that
-was replaced is fetched again, and a copy never changes. It appears there whole.
+The folder of a copy is named by its address and content (the generations of the objects, or the bytes of an adapter).
+So a copy never changes, and a replaced object is fetched again. A kill leaves no partial copy.
 """
 
 from __future__ import annotations
@@ -21,75 +21,82 @@ from .folder import read_folder
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes fetch the same twice
+except ImportError:  # Windows: two processes may both fetch the same files
     fcntl = None
 
-#: Files that are fetched at once, bytes of one request, and versions of an adapter that are kept.
-AT_ONCE, PART, VERSIONS = 8, 4 * BLOCK, 3
+#: Files that are fetched at the same time.
+CONCURRENCY = 8
+#: Bytes per request.
+REQUEST_BYTES = 4 * BLOCK
+#: How many versions of an adapter are kept.
+KEPT_VERSIONS = 3
 
 
-def fetched_files(folder: BucketPath, cache: Path, patterns: list[str], most_of_text: int) -> Path:
-    """A local folder with those files of a bucket's folder whose names match; those below it are left out.
+def fetched_files(folder: BucketPath, cache: Path, patterns: list[str], max_text_bytes: int) -> Path:
+    """A local folder with the files of a bucket's folder that match a pattern, without sub-folders.
 
-    Raises ValueError for a file that is no safetensors file and has more than `most_of_text` bytes.
+    Raises ValueError for a file of more than `max_text_bytes` bytes that is not a safetensors file.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     chosen = [folder / name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    return copied(folder, cache, chosen, most_of_text)
+    return local_copy(folder, cache, chosen, max_text_bytes)
 
 
 def fetched_file(file: BucketPath, cache: Path) -> Path:
     """A local copy of one file."""
-    return copied(file.parent, cache, [file], 0) / file.name
+    return local_copy(file.parent, cache, [file], 0) / file.name
 
 
-def copied(folder: BucketPath, cache: Path, files: list[BucketPath], most_of_text: int) -> Path:
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+def local_copy(folder: BucketPath, cache: Path, files: list[BucketPath], max_text_bytes: int) -> Path:
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
         found = dict(zip(files, pool.map(BucketPath.stat, files), strict=True))
     for file, about in found.items():
-        if about.st_size > most_of_text and file.suffix not in (".safetensors", ".gguf"):
-            raise ValueError(f"{file}: {about.st_size} bytes; expected {most_of_text} at most")
+        if about.st_size > max_text_bytes and file.suffix not in (".safetensors", ".gguf"):
+            raise ValueError(f"{file}: {about.st_size} bytes, more than the allowed {max_text_bytes}")
     key = digest(*(f"{file.name} {about.generation} {about.st_size}" for file, about in found.items()))
     place = cache / "buckets" / digest(str(folder)) / key
-    with alone(place) as missing:
+    with locked_copy(place) as missing:
         if missing:
             need = sum(about.st_size for about in found.values())
             free = shutil.disk_usage(place.parent).free
             if need > free:
-                raise ValueError(f"{folder}: {need} bytes, and {place.parent} has {free}; XDG_CACHE_HOME names another")
-            with appearing(place) as part, ThreadPoolExecutor(AT_ONCE) as pool:
+                raise ValueError(
+                    f"{folder} has {need} bytes, but {place.parent} has only {free} free; make room, or set "
+                    "XDG_CACHE_HOME to another folder"
+                )
+            with new_folder(place) as part, ThreadPoolExecutor(CONCURRENCY) as pool:
                 list(pool.map(lambda file: fetch(file, part / file.name, found[file].generation), files))
     return place
 
 
 def fetch(file: BucketPath, to: Path, generation: int) -> None:
-    """Copies the object. Raises ValueError if another content has taken its place since it had this generation."""
+    """Copies the object. Raises ValueError if it no longer has this generation."""
     with file.open("rb") as stream, to.open("xb") as out:
         if stream.raw.generation != generation:
-            raise ValueError(f"{file}: replaced while it was fetched; the same command fetches the new one")
-        shutil.copyfileobj(stream, out, PART)
+            raise ValueError(f"{file} was replaced while it was fetched; run the same command to fetch the new one")
+        shutil.copyfileobj(stream, out, REQUEST_BYTES)
 
 
-def fetched_adapter(folder: BucketPath, cache: Path, names: list[str], most: int) -> Path:
-    """A local folder with an adapter's files, all of one version; see `bucket_folder.read_folder`."""
-    files = read_folder(folder, names, most)
+def fetched_adapter(folder: BucketPath, cache: Path, names: list[str], max_bytes: int) -> Path:
+    """A local folder with the files of an adapter, all of one version; see `read_folder`."""
+    files = read_folder(folder, names, max_bytes)
     key = digest(*(f"{name} {hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items())))
     place = cache / "buckets" / digest(str(folder)) / key
-    with alone(place):
+    with locked_copy(place):
         if not (place.is_dir() and all((place / name).read_bytes() == data for name, data in files.items())):
             shutil.rmtree(place, ignore_errors=True)
-            with appearing(place) as part:
+            with new_folder(place) as part:
                 for name, data in files.items():
                     (part / name).write_bytes(data)
             others = sorted((path for path in place.parent.iterdir() if path.is_dir()), key=lambda p: p.stat().st_mtime)
-            for old in others[:-VERSIONS]:
+            for old in others[:-KEPT_VERSIONS]:
                 shutil.rmtree(old, ignore_errors=True)
     return place
 
 
 @contextmanager
-def alone(place: Path) -> Iterator[bool]:
-    """Keeps other processes of this host from making the same copy meanwhile; whether it is missing."""
+def locked_copy(place: Path) -> Iterator[bool]:
+    """Locks a copy against other processes on this host. Yields whether the copy is missing."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with (place.parent / ".lock").open("a") as stream:
         if fcntl is not None:
@@ -98,8 +105,8 @@ def alone(place: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def appearing(place: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the block ends."""
+def new_folder(place: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which gets the name `place` when the block ends."""
     part = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     part.mkdir()
     try:

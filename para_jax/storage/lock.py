@@ -1,8 +1,8 @@
-"""The lock of a folder in a bucket: an object that its owner writes again every few seconds, as long as it lives.
+"""The lock of a folder in a bucket: an object that its owner writes again every few seconds while it runs.
 
-A killed owner stops doing so. Its lock is dead LEASE seconds after it was last written, by the service's clock, and
-whoever comes then takes it over. An owner that could not reach the service for so long stops writing in the folder: it
-may have been taken over.
+A lock expires LEASE seconds after it was last written, by the clock of the service, so the lock of a killed process can
+be taken over. An owner that could not reach the service for that long stops writing in the folder, because another
+process may have taken over.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from contextlib import contextmanager, suppress
 
 from .bucket import DEADLINES, BucketPath
 
-#: Seconds after which a lock that was not renewed is dead, and between two renewals.
+#: Seconds until a lock that is not renewed expires, and between two renewals.
 LEASE, RENEW = 60.0, 15.0
 #: The most bytes that are read of a lock.
-MOST = 2**12
+MAX_LOCK_BYTES = 2**12
 
 
 @contextmanager
-def held(file: BucketPath, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds the lock `file` of its folder. One whose owner may have been killed is waited for, for LEASE at most.
+def locked(file: BucketPath, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock `file` of its folder during the block. Waits up to LEASE for a lock whose owner may be dead.
 
-    Raises ValueError that names the folder if another process holds it. When the block has ended and the lock was lost
-    in it, raises OSError.
+    Raises ValueError, naming the folder, if another process holds the lock, and OSError after the block if the lock was
+    lost in it.
     """
     content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}).encode()
-    generation, DEADLINES[file.parent] = acquired(file, content, say)
+    generation, DEADLINES[file.parent] = acquire(file, content, say)
     ended = threading.Event()
     renewal = Renewal(file, content, generation, ended)
     thread = threading.Thread(target=renewal.run, daemon=True, name="bucket lock")
@@ -44,33 +44,33 @@ def held(file: BucketPath, say: Callable[[str], None]) -> Iterator[None]:
         ended.set()
         thread.join()
         del DEADLINES[file.parent]
-        with suppress(OSError):  # of another owner by now; or it dies by itself
+        with suppress(OSError):  # another owner has it by now, or else it expires
             file.unlink(generation=renewal.generation)
 
 
 def deadline() -> float:
-    """Until when a lock that is written now is good, on this host's clock: less than LEASE, for it must be sure."""
+    """Until when a lock that is written now is surely valid, in time.monotonic: RENEW earlier than it expires."""
     return time.monotonic() + LEASE - RENEW
 
 
-def acquired(file: BucketPath, content: bytes, say: Callable[[str], None]) -> tuple[int, float]:
-    """The generation of the lock that this process now has, and its deadline."""
+def acquire(file: BucketPath, content: bytes, say: Callable[[str], None]) -> tuple[int, float]:
+    """Takes the lock. Returns its generation and its deadline."""
     before: int | None = None
     while True:
         try:
             found = file.stat()
         except FileNotFoundError:
             found = None
-        if found and before not in (None, found.generation):  # somebody renews it, or was faster
+        if found and before not in (None, found.generation):  # another process renews it, or was faster
             raise ValueError(
-                f"{file.parent}: another process is writing it ({owner(file)}); wait until it ends, or "
-                "choose another one"
+                f"{file.parent}: another process is writing it ({owner(file)}); wait until it ends, or choose another "
+                "folder"
             )
         if found and found.age < LEASE:
             if before is None:
                 say(
-                    f"{file.parent}: locked by {owner(file)}, {max(0, found.age):.0f} s ago. Waiting up to "
-                    f"{LEASE - found.age:.0f} s, in case it was killed"
+                    f"{file.parent}: locked by {owner(file)} {max(0, found.age):.0f} s ago; waiting up to "
+                    f"{LEASE - found.age:.0f} s in case that process was killed"
                 )
             before = found.generation
             time.sleep(min(1.0, LEASE / 10))
@@ -78,24 +78,24 @@ def acquired(file: BucketPath, content: bytes, say: Callable[[str], None]) -> tu
         until = deadline()
         with suppress(FileExistsError):
             return file.write_bytes(content, generation=found.generation if found else 0), until
-        with suppress(OSError):  # a request that was sent twice, of which the first got through
+        with suppress(OSError):  # gcsfs sent the request twice, and the first one succeeded
             if file.read_bytes() == content:
                 return file.stat().generation, until
-        before = -1  # whoever was faster holds it now
+        before = -1  # another process was faster and has the lock
 
 
 def owner(file: BucketPath) -> str:
-    """Who holds a lock, as far as it says."""
+    """The owner of a lock, as its content says."""
     try:
         with file.open("rb") as stream:
-            found = json.loads(stream.read(MOST))
+            found = json.loads(stream.read(MAX_LOCK_BYTES))
         return f"{str(found['host'])[:100]!r}, process {int(found['pid'])}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "somebody else"
+        return "an unknown process"
 
 
 class Renewal:
-    """Writes the lock again until `ended`, or until it is somebody else's."""
+    """Writes the lock again until `ended`, or until another process has taken it over."""
 
     def __init__(self, file: BucketPath, content: bytes, generation: int, ended: threading.Event):
         self.file, self.content, self.generation, self.ended = file, content, generation, ended
@@ -104,18 +104,18 @@ class Renewal:
         while not self.ended.wait(RENEW):
             until = deadline()
             try:
-                # Also after the deadline: as long as the generation is ours, nobody has taken over.
+                # Also after the deadline: while the generation is ours, no other process has taken over.
                 self.generation = self.file.write_bytes(self.content, generation=self.generation, is_lock=True)
             except FileExistsError:
                 if not self.still_mine():
                     DEADLINES[self.file.parent] = 0.0
                     return
-            except OSError:  # it is tried again; after the deadline nothing else is written meanwhile
+            except OSError:  # try again; after the deadline nothing else is written
                 continue
             DEADLINES[self.file.parent] = until
 
     def still_mine(self) -> bool:
-        """Whether the object is what this process wrote, in a request that was sent twice."""
+        """Whether this process wrote the object, in a request that gcsfs sent twice."""
         try:
             if self.file.read_bytes() != self.content:
                 return False
@@ -123,3 +123,6 @@ class Renewal:
             return True
         except OSError:
             return False
+
+
+held = locked  # the old name

@@ -1,8 +1,9 @@
-"""A file of lines in a bucket. An object can't be added to, so the lines lie in pieces: FILE/0001-000000.jsonl, ...
+"""A file of lines in a bucket. Objects can't grow, so the lines are in pieces: FILE/0001-000000.jsonl, ...
 
-The first number counts how often the file was replaced. Only the pieces with the highest one count, so that one write
-replaces them all. The second is the place of the piece in the file. An object of the file's own name is read if there
-are no pieces, or if the first of them is gone: a kill left the others when they had been joined into that object.
+The first number is the version: it counts how often the file was replaced. Only the pieces of the newest version count,
+so one write replaces them all. The second number is the position of the piece in the file. An object with the file's
+own name is read if there are no pieces, or if the first piece is gone: then the pieces had been joined into that object
+before a kill left the others.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ NAME = re.compile(r"(\d{4,9})-(\d{6,9})\.jsonl")
 
 
 def pieces(file: BucketPath) -> list[BucketPath]:
-    """The objects that together are the file, in order; none where it is not there."""
+    """The objects that make up the file, in order; none if it does not exist."""
     found = numbered(file)
     if not found:
         return [file] if BucketPath(file.bucket, file.key).is_file() else []
@@ -29,21 +30,21 @@ def pieces(file: BucketPath) -> list[BucketPath]:
 
 
 def numbered(file: BucketPath) -> dict[tuple[int, int], BucketPath]:
-    """All pieces of the file by their numbers, older versions' too."""
+    """All pieces of the file by version and position, also of older versions."""
     matches = ((NAME.fullmatch(path.name), path) for path in BucketPath(file.bucket, file.key).iterdir())
     return {(int(match[1]), int(match[2])): path for match, path in matches if match}
 
 
 def open_pieces(file: BucketPath) -> BinaryIO:
-    """A stream of the whole file's bytes. FileNotFoundError where it is not there."""
+    """A stream of the complete file. Raises FileNotFoundError if it does not exist."""
     found = pieces(file)
     if not found:
         raise FileNotFoundError(2, "no such file", str(file))
-    return io.BufferedReader(Chain(found), BLOCK)
+    return io.BufferedReader(ChainReader(found), BLOCK)
 
 
-class Chain(io.RawIOBase):
-    """The bytes of several objects, one after the other."""
+class ChainReader(io.RawIOBase):
+    """Reads several objects, one after another."""
 
     def __init__(self, paths: list[BucketPath]):
         self.streams: Iterator[Any] = (path.open("rb") for path in paths)
@@ -61,7 +62,7 @@ class Chain(io.RawIOBase):
 
 
 def replace_pieces(file: BucketPath, data: bytes) -> None:
-    """Makes the file hold this, in the place of what it held before."""
+    """Replaces the content of the file. A kill leaves the old content or the new."""
     old = numbered(file)
     version = 1 + max((version for version, _ in old), default=0)
     piece(file, version, 0).create(data)
@@ -75,7 +76,7 @@ def piece(file: BucketPath, version: int, number: int) -> BucketPath:
 
 
 class Appender:
-    """Adds pieces to a file. One process at a time may do so."""
+    """Adds pieces to a file, which only one process at a time may do."""
 
     def __init__(self, file: BucketPath):
         self.file = file
@@ -89,16 +90,16 @@ class Appender:
         self.number = last + 1
 
     def add(self, data: bytes) -> None:
-        """Adds whole lines; they are in the bucket when this returns."""
+        """Adds complete lines. They are in the bucket when this returns."""
         piece(self.file, self.version, self.number).create(data)
         self.number += 1
 
 
 def join_pieces(file: BucketPath, without: set[int] | frozenset[int] = frozenset()) -> None:
-    """Makes one object of the pieces, under the file's own name, without the lines of these numbers (from 1)."""
+    """Joins the pieces into one object with the file's own name, without the lines of these numbers (from 1)."""
     old = numbered(file)
     with open_pieces(file) as stream:
         data = b"".join(line for number, line in enumerate(stream, 1) if number not in without)
     BucketPath(file.bucket, file.key).write_bytes(data)
-    for _, path in sorted(old.items()):  # each version's first piece first; without it the others don't count
+    for _, path in sorted(old.items()):  # first the first piece of a version: without it the others don't count
         path.unlink(missing_ok=True)

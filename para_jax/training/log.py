@@ -1,4 +1,5 @@
-"""A run's log: metrics.jsonl, TensorBoard and wandb. Values are written one step late: no step waits for them."""
+"""The log of a run: metrics.jsonl, TensorBoard and wandb. Values are written one step late, so no step waits for
+them."""
 
 from __future__ import annotations
 
@@ -9,75 +10,76 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from tqdm import tqdm
 
-from .. import atomic, devices
+from .. import atomic
 from ..config import RunConfig, config_dict
-from ..processes import by_first
+from ..messages import say
+from ..processes import is_first, on_first_process
 from ..storage.bucket import BucketPath, Place
 from .checkpoint import Progress
 from .metrics_file import Rows, is_log, kept_rows, read_metrics, write_metrics
 
 FLUSH_SECONDS = 10.0
-#: Seconds that TensorBoard's values are kept back from a bucket.
+#: Seconds between two uploads of TensorBoard's values to a bucket.
 UPLOAD_SECONDS = 60.0
-#: Values of a step that differ from run to run: times, and what is made of them.
+#: Values of a step that differ between runs: times, and rates derived from them.
 TIMES = ("step_seconds", "input_wait_seconds", "tokens_per_second", "model_flops_utilisation")
 
 
 class Done(NamedTuple):
-    """A step that is dispatched; its values may still be on their way."""
+    """A dispatched step. Its values may still be being computed."""
 
     step: int
     values: dict[str, Any]
     tokens: int
-    """of the batch, without padding"""
+    """in the batch, without padding"""
     begun: float | None
-    """when its batch was asked for, in seconds of time.monotonic; None where the time is not that of a step"""
+    """when its batch was requested, in seconds of time.monotonic; None if this step is not to be timed"""
     waited: float
-    """seconds until the batch was there"""
+    """seconds until the batch arrived"""
 
 
 class Log:
-    """metrics.jsonl, TensorBoard and wandb; the first process alone writes.
+    """metrics.jsonl, TensorBoard and wandb. Only the first process writes.
 
-    What a run that goes on from `progress` will write again is dropped; all of it for None, a run that starts. Raises
-    ValueError, on all processes, for a metrics.jsonl that is damaged.
+    A run that resumes from `progress` drops the rows that it will write again; a new run (None) drops all rows. Raises
+    ValueError on all processes if metrics.jsonl is damaged.
 
     Args:
-        peak_rate: tokens a second at which the devices would do nothing but the backbone's matrix products at their
-            peak, for the utilisation; None where the peak is not known.
+        peak_rate: tokens per second if the devices computed only the backbone's matrix products, at their peak. The
+            utilisation is relative to it; None if the peak is unknown.
     """
 
     def __init__(self, config: RunConfig, folder: Place, progress: Progress | None, *, peak_rate: float | None = None):
         self.folder, self.every, self.peak_rate = folder, config.logging.every, peak_rate
-        self.first = jax.process_index() == 0
+        self.first = is_first()
         step = progress.step if progress else None
         self.writers = [WRITERS[name](config, folder, step) for name in config.logging.report_to] if self.first else []
         self.rows = Rows(folder / "metrics.jsonl")
-        self.read = 0.0  # when the values of the step before came
-        by_first(lambda: drop_rows(self.rows.file, progress))
+        self.last_values_at = 0.0  # in time.monotonic
+        on_first_process(lambda: drop_rows(self.rows.file, progress))
 
     def step(self, done: Done, values: dict[str, float], bar: tqdm, advance: int = 1) -> None:
-        """Writes a step's values, which have come just now, and moves the bar on."""
+        """Writes the values of a step, which must have just arrived, and advances the progress bar."""
         now = time.monotonic()
-        rates = {} if done.begun is None else step_rates(done, now - max(done.begun, self.read), self.peak_rate)
-        self.read = now
-        shown = {"loss": f"{values['loss']:.4f}"}
+        begun = None if done.begun is None else max(done.begun, self.last_values_at)
+        rates = {} if begun is None else step_rates(done, now - begun, self.peak_rate)
+        self.last_values_at = now
+        postfix = {"loss": f"{values['loss']:.4f}"}
         if rates:
-            shown["tokens/s"] = f"{rates['tokens_per_second']:.0f}"
+            postfix["tokens/s"] = f"{rates['tokens_per_second']:.0f}"
         if "model_flops_utilisation" in rates:
-            shown["utilisation"] = f"{rates['model_flops_utilisation']:.1%}"
-        bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in shown.items()))
+            postfix["utilisation"] = f"{rates['model_flops_utilisation']:.1%}"
+        bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in postfix.items()))
         bar.update(advance)
         if done.step % self.every == 0:
             self.write(done.step, values | rates)
 
     def write(self, step: int, values: dict[str, float], *, show: bool = False) -> None:
-        """Adds values of a step, for the user to see too with `show`; OSError names the folder where it can't."""
+        """Adds values of a step, and logs them as a message with `show`. An OSError names the folder."""
         if show:
-            devices.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+            say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         with self.errors_named():
             if self.first:
                 self.rows.add(step, values)
@@ -87,7 +89,7 @@ class Log:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the rows that were kept back. Before a checkpoint: a resumed run does not make earlier ones again."""
+        """Writes the rows that were held back. A resumed run does not repeat rows from before its checkpoint."""
         with self.errors_named():
             if self.first:
                 self.rows.flush()
@@ -99,20 +101,21 @@ class Log:
         except OSError as error:
             said = error.strerror or str(error)
             raise OSError(
-                f"{self.folder}: the log can't be written ({said}); what was saved before is kept: "
-                f"{atomic.remedy(error.errno)}, and the same command resumes"
+                f"{self.folder}: can't write the log ({said}). What was saved before is kept. "
+                f"To resume, {atomic.remedy(error.errno)} and run the same command"
             ) from None
 
     def close(self) -> None:
-        with suppress(OSError):  # of a run that ends with an error; one that does not has flushed
+        with suppress(OSError):  # a run that ends without an error has flushed already
             self.flush()
         for writer in self.writers:
             writer.close()
 
 
 class TensorBoard:
-    """An event file, by tensorboardX's record writer: its SummaryWriter has a thread, which a full disk ends, and whose
-    queue then holds the run up for ever. In a bucket it is several files: each is written here first."""
+    """An event file, written by tensorboardX's record writer. Its SummaryWriter has a thread that dies when the disk is
+    full, and whose queue then blocks the run forever. In a bucket there are several files, each written locally first.
+    """
 
     def __init__(self, config: RunConfig, folder: Place, step: int | None):
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
@@ -157,7 +160,7 @@ class TensorBoard:
             file.unlink()
 
     def close(self) -> None:
-        with suppress(OSError):  # metrics.jsonl has it all; an error that ends the run shall not be hidden by this one
+        with suppress(OSError):  # metrics.jsonl has everything, and this must not hide an error that ends the run
             if self.here:
                 self.upload()
                 self.here.cleanup()
@@ -170,7 +173,7 @@ class Wandb:
         try:
             import wandb
         except ImportError:
-            raise ValueError("logging.report_to: wandb is not installed; `pip install 'para_jax[wandb]'`") from None
+            raise ValueError("logging.report_to: wandb is not installed; run `pip install 'para_jax[wandb]'`") from None
         here = tempfile.mkdtemp(prefix="para_jax-") if isinstance(folder, BucketPath) else str(folder)
         self.run = wandb.init(dir=here, config=config_dict(config), name=folder.name)
 
@@ -185,7 +188,7 @@ WRITERS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def step_rates(done: Done, seconds: float, peak_rate: float | None) -> dict[str, float]:
-    """What a step's time says; the names of TIMES."""
+    """The values named in TIMES, for a step that took this long."""
     rate = done.tokens / seconds
     rates = {"step_seconds": seconds, "input_wait_seconds": done.waited, "tokens_per_second": rate}
     if peak_rate is not None:
@@ -194,6 +197,6 @@ def step_rates(done: Done, seconds: float, peak_rate: float | None) -> dict[str,
 
 
 def drop_rows(file: Place, progress: Progress | None, *, ended: bool = False) -> None:
-    """Drops what a run that goes on from here will write again out of its log; all of it for None."""
+    """Removes the rows that a run resumed from here will write again; all rows for None."""
     if is_log(file):
         write_metrics(file, kept_rows(read_metrics(file), progress, ended=ended) if progress else [])

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a run logged, a line of JSON for each step and kind of value, {"step": 3, "loss": 1.5, ...}."""
+"""metrics.jsonl: the logged values of a run, as JSON lines such as {"step": 3, "loss": 1.5, ...}."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .checkpoint import Progress
 
 HEAD = b'{"step": '
 MAX_LINE_BYTES = 2**20
-#: Seconds that rows are kept back, so that not each is a write of its own: in a bucket (True) and elsewhere.
+#: Seconds between two writes of rows, in a bucket (True) and elsewhere.
 FLUSH_SECONDS = {True: 60.0, False: 10.0}
 
 
 def read_metrics(file: Path) -> Iterator[dict[str, float]]:
-    """The rows of a run's log. A last line that was cut off when the run was killed is left out.
+    """The rows of a run's log. A last line that was cut off by a kill is skipped.
 
-    Raises ValueError, naming the file and the line, for another line that is no row.
+    Raises ValueError, naming the file and the line, for any other line that is not a row.
     """
     if not is_log(file):
-        raise ValueError(f"{file}: not a file; a run writes its log there")
+        raise ValueError(f"{file} is not a file; a run writes its log there")
     with open_pieces(file) if isinstance(file, BucketPath) else file.open("rb") as stream:
         number = 0
         while line := stream.readline(MAX_LINE_BYTES):
@@ -35,19 +35,17 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
             if row is not None:
                 yield row
             elif line.endswith(b"\n") or not (line.startswith(HEAD) or HEAD.startswith(line)):
-                shown = shorten(line[:200].decode(errors="replace").rstrip("\n"))
-                raise ValueError(
-                    f"{file}:{number}: {shown} is no line of a run's log. Delete it; the log alone loses it"
-                )
+                text = shorten(line[:200].decode(errors="replace").rstrip("\n"))
+                raise ValueError(f"{file}:{number}: {text} is not a line of a run's log; delete the line")
 
 
 def is_log(file: Place) -> bool:
-    """Whether a run's log is there."""
+    """Whether the file is there, in a bucket as pieces."""
     return bool(pieces(file)) if isinstance(file, BucketPath) else file.is_file()
 
 
 def row_of(line: bytes) -> dict[str, float] | None:
-    """A line's row: a step and numbers by name; None for anything else."""
+    """The row in a line: a step, and numbers by name. None for anything else."""
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -61,12 +59,12 @@ def is_step(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that a float holds; NaN and infinity are."""
+    """Whether a JSON value is a number that fits a float. NaN and infinity do."""
     return type(value) is float or (type(value) is int and abs(value) < 2**1023)
 
 
 def write_metrics(file: Place, rows: Iterable[dict[str, float]]) -> None:
-    """Replaces the log by these rows, whole or not at all."""
+    """Replaces the log with these rows. A kill leaves the old log or the new one."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if isinstance(file, BucketPath):
         replace_pieces(file, text.encode())
@@ -75,12 +73,12 @@ def write_metrics(file: Place, rows: Iterable[dict[str, float]]) -> None:
 
 
 class Rows:
-    """Adds rows to a log, several at once. A kill loses those since the last `flush`."""
+    """Adds rows to a log, several per write. A kill loses the rows since the last `flush`."""
 
     def __init__(self, file: Place, seconds: float | None = None):
         """
         Args:
-            seconds: the longest that a row waits, if others follow; default: FLUSH_SECONDS.
+            seconds: the longest time between two writes while rows arrive; default: FLUSH_SECONDS.
         """
         bucket = isinstance(file, BucketPath)
         self.file, self.waiting = file, ""
@@ -94,7 +92,7 @@ class Rows:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added. Raises OSError where it can't; what waits is then dropped or stands there whole."""
+        """Writes the rows that were added. If it raises OSError, they are either all written or all dropped."""
         text, self.waiting, self.flushed = self.waiting, "", time.perf_counter()
         if not text:
             return
@@ -107,12 +105,12 @@ class Rows:
 
 
 def kept_rows(rows: Iterable[dict[str, float]], progress: Progress, *, ended: bool = False) -> list[dict[str, float]]:
-    """The rows that a run keeps when it goes on from here: no score that will be measured again. The last test score is
-    among these, but for a tenant that has ended."""
+    """The rows that a resumed run keeps: those up to its step, without scores that it will measure again. It measures
+    the last test score again, unless it has `ended`."""
 
-    def again(row: dict[str, float]) -> bool:
+    def measured_again(row: dict[str, float]) -> bool:
         return ("test_after_loss" in row and not ended) or (
             "validation_loss" in row and row["step"] > progress.evaluated
         )
 
-    return [row for row in rows if row["step"] <= progress.step and not again(row)]
+    return [row for row in rows if row["step"] <= progress.step and not measured_again(row)]

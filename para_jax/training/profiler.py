@@ -1,4 +1,4 @@
-"""`profiler: {start_step, steps}`: a trace of some steps by jax.profiler, for TensorBoard, XProf or Perfetto."""
+"""A trace of some training steps by jax.profiler, for TensorBoard, XProf or Perfetto."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from pathlib import Path
 
 import jax
 
-from .. import devices
 from ..config import ProfilerSection
+from ..messages import say
 from ..processes import is_first
 from ..storage.bucket import BucketPath, Place
 
 
 class Profiler:
-    """Traces the steps from `start_step` on, into output_dir/profile; the first process alone does. For a bucket it
-    writes them here first. A run that resumes
-    among them, or ends there, has a trace of those it made."""
+    """Traces `steps` steps from `start_step` into output_dir/profile, on the first process only. For a bucket the trace
+    is written locally first. A run that starts or ends within these steps traces the part that it runs."""
 
     def __init__(self, section: ProfilerSection, folder: Place):
         start = section.start_step
@@ -30,7 +29,7 @@ class Profiler:
             self.on = True
 
     def after(self, step: int, values) -> None:
-        """Ends the trace with the last of its steps, when the device has done it."""
+        """Ends the trace after its last step, once the device has finished it."""
         if self.on and step + 1 not in self.steps:
             jax.block_until_ready(values)
             self.close()
@@ -41,11 +40,11 @@ class Profiler:
             jax.profiler.stop_trace()
             if self.here:
                 upload(Path(self.here.name), self.folder)
-            devices.say(f"wrote a profile to {self.folder}; look at it with `tensorboard --logdir {self.folder}`")
+            say(f"wrote a profile to {self.folder}; to see it, run `tensorboard --logdir {self.folder}`")
 
 
 def upload(folder: Path, to: BucketPath) -> None:
-    """Writes a folder's files into a bucket."""
+    """Copies the files of a folder into a bucket."""
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             (to / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())

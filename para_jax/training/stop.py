@@ -1,6 +1,7 @@
-"""Being told to stop: SIGTERM, or the first Ctrl-C, lets a run finish its step and save; a second one ends it at once.
+"""Graceful shutdown: on SIGTERM or the first Ctrl-C, a run finishes its current step and saves. A second one ends it at
+once.
 
-Hosts of one run must stop after the same step: there JAX's preemption service receives SIGTERM and agrees on the step.
+The hosts of one run must stop after the same step. There, JAX's preemption service receives SIGTERM and agrees on it.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from ..processes import is_first
 
 
 class Stopped(SystemExit):
-    """A run was told to stop, and has saved where it stood; where nobody catches this, the program exits with 0."""
+    """A run was told to stop and has saved its state. If this is not caught, the program exits with code 0."""
 
     def __init__(self):
         super().__init__(0)
 
 
 class Interrupted(BaseException):
-    """A signal came while the run did something that can be repeated."""
+    """A signal arrived during work that can be repeated."""
 
 
 class StopSignal:
-    """What has been received. Its `handle` is installed by `stop_signals`."""
+    """The signal received, if any. `stop_signals` installs its `handle`."""
 
     received: int | None = None
     repeatable = False
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step, on all processes alike; each calls it after every step."""
+        """Whether to stop after this step. All processes call it after every step and get the same answer."""
         if jax.process_count() == 1:
             return self.received is not None
         from jax.experimental.multihost_utils import reached_preemption_sync_point
@@ -44,7 +45,7 @@ class StopSignal:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """For a body that is only computing: a signal ends it at once, with Interrupted."""
+        """Lets a signal end the body at once, by Interrupted. The body must only compute."""
         self.repeatable = True
         try:
             if self.received is not None:
@@ -60,13 +61,13 @@ class StopSignal:
             raise Interrupted
 
     def end(self) -> NoReturn:
-        """Ends a run that has saved: KeyboardInterrupt after Ctrl-C, else Stopped."""
+        """Ends a run that has saved, by KeyboardInterrupt after Ctrl-C, else by Stopped."""
         raise KeyboardInterrupt if self.received == signal.SIGINT else Stopped
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Receives SIGTERM and Ctrl-C while the body lasts (in the main thread; elsewhere nothing can be received)."""
+    """Receives SIGTERM and Ctrl-C during the body. Only the main thread can receive signals."""
     stop = StopSignal()
     here = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if here else {}

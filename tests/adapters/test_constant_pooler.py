@@ -10,11 +10,12 @@ from tiny_run import TRAIN
 from para_jax import ParaConfig, forward, hidden_states, init_adapter, load_adapter, save_adapter, vectors
 from para_jax.adapters.adapter import count_parameters
 from para_jax.adapters.ia3 import from_factors
+from para_jax.config import allowed_values
 from para_jax.data.batches import Bucket, collate
 from para_jax.data.examples import Example
 from para_jax.training.step import init_state, train_step
 
-SUMMARIES = pytest.mark.parametrize("summary", ParaConfig.SUMMARIES)
+SUMMARIES = pytest.mark.parametrize("summary", allowed_values(ParaConfig, "summary"))
 
 
 def control(seed=1, **options):

@@ -1,12 +1,15 @@
-"""Configs are strict: what is unknown, of a wrong type or out of bounds is an error that names it."""
+"""Configs are strict: an unknown field, a wrong type or a value out of bounds is an error that names it."""
 
 import dataclasses
 import itertools
+from typing import Annotated, Literal
 
 import pytest
 
-from para_jax import ParaConfig, RunConfig, load_config
-from para_jax.config import ADAPTER_CONFIGS, SITES, config_dict, save_config
+from para_jax import Ia3Config, LoraConfig, ParaConfig, RunConfig, load_config
+from para_jax.config import ADAPTER_CONFIGS, SITES, TrainSection, allowed_values, config_dict, save_config
+from para_jax.config.check import Bounds, check_fields, require
+from para_jax.config.fields import typed_value
 
 
 def error(*overrides, file=None):
@@ -25,11 +28,12 @@ def written(tmp_path, text):
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def test_nothing_given_is_the_defaults(tmp_path):
+def test_an_empty_file_or_section_means_the_defaults(tmp_path):
     assert (
         load_config()
         == load_config(written(tmp_path, ""))
         == load_config(written(tmp_path, "# nothing\n"))
+        == load_config(written(tmp_path, "train:\nadapter:\nseed:\n"))
         == RunConfig()
     )
 
@@ -42,7 +46,7 @@ def test_overrides_come_after_the_file_and_the_file_after_the_defaults(tmp_path)
     assert config.train.per_device_batch_size == RunConfig().train.per_device_batch_size
 
 
-def test_a_config_can_not_be_changed_and_can_be_hashed():
+def test_a_config_is_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_config().seed = 1
     assert hash(load_config().train) == hash(load_config(None, ["train.max_grad_norm=1"]).train)
@@ -83,7 +87,7 @@ def test_other_overrides_are_yaml():
     assert (config.train.max_steps, config.eval.test, config.train.learning_rate) == (None, True, 1.0)
 
 
-def test_target_modules_stand_in_the_order_of_the_sites():
+def test_target_modules_are_sorted_in_the_order_of_the_sites():
     assert ParaConfig(target_modules=("up_proj", "q_proj")).target_modules == ("q_proj", "up_proj")
     assert ParaConfig(target_modules=reversed(SITES)).target_modules == SITES
 
@@ -123,51 +127,107 @@ def test_a_wrong_type_names_the_field(override):
 
 
 def test_a_value_in_the_place_of_a_section_names_it():
-    assert "TrainSection" in error("train=3") and "adapter" in error("adapter=lora")
+    assert "train must" in error("train=3") and "adapter" in error("adapter=lora")
 
 
-@pytest.mark.parametrize(("override", "expected"), [
-    ("backbone.dtype=float16", "float32 or bfloat16"),
-    ("adapter.method=lora9", "one of para"),
-    ("adapter.r=0", "at least 1"),
-    ("adapter.pooler=first", "one of last, mean, max, constant"),
-    ("adapter.summary=norm", "one of raw, rms, standardised"),
-    ("adapter.activation=tanh", "one of gelu"),
-    ("adapter.target_modules=[]", "a non-empty part of q_proj"),
-    ("adapter.target_modules=[q_proj, lm_head]", "a non-empty part of q_proj"),
-    ("data.max_seq_length=1", "at least 2 tokens"),
-    ("data.truncate=right", "one of error, skip, left"),
-    ("data.buckets=0", "at least 1"),
-    ("train.learning_rate=-1", "at least 0"),
-    ("train.learning_rate=nan", "at least 0"),
-    ("train.schedule=step", "one of constant, linear, cosine"),
-    ("train.warmup_ratio=1", "below 1"),
-    ("train.warmup_ratio=-0.1", "0 or more"),
-    ("train.max_steps=0", "at least 1"),
+@pytest.mark.parametrize(("override", "allowed"), [
+    ("backbone.dtype=float16", "float32, bfloat16"),
+    ("adapter.method=lora9", "para"),
+    ("adapter.r=0", "1"),
+    ("adapter.pooler=first", "last, mean, max, constant"),
+    ("adapter.summary=norm", "raw, rms, standardised"),
+    ("adapter.activation=tanh", "gelu"),
+    ("adapter.target_modules=[]", "q_proj"),
+    ("adapter.target_modules=[q_proj, lm_head]", "q_proj"),
+    ("data.max_seq_length=1", "2"),
+    ("data.truncate=right", "error, skip, left"),
+    ("data.buckets=0", "1"),
+    ("train.learning_rate=-1", "0"),
+    ("train.learning_rate=nan", "0"),
+    ("train.schedule=step", "constant, linear, cosine"),
+    ("train.warmup_ratio=1", "less than 1"),
+    ("train.warmup_ratio=-0.1", "0"),
+    ("train.max_steps=0", "1"),
     ("train.num_epochs=0", "more than 0"),
-    ("train.per_device_batch_size=0", "at least 1"),
-    ("train.gradient_accumulation_steps=0", "at least 1"),
+    ("train.per_device_batch_size=0", "1"),
+    ("train.gradient_accumulation_steps=0", "1"),
     ("train.max_grad_norm=0", "more than 0"),
-    ("train.remat=all", "one of none, dots, block"),
-    ("eval.every=0", "at least 1 step"),
-    ("eval.metric=bleu", "one of loss, exact_match"),
-    ("eval.limit=0", "at least 1 example"),
-    ("eval.batch_size=0", "at least 1"),
-    ("eval.max_new_tokens=0", "at least 1"),
-    ("eval.patience=0", "at least 1 evaluation"),
-    ("logging.report_to=[mlflow]", "any of tensorboard, wandb"),
-    ("logging.every=0", "at least 1 step"),
-    ("sweep.seed=[a]", "a list of whole numbers"),
-    ("sweep.seed=[1.5]", "a list of whole numbers"),
-    ("sweep.learning_rate=[fast]", "a list of numbers"),
-    ("adapter.layers_to_transform=[last]", "a list of whole numbers"),
-    ("adapter.layers_to_transform=[-1]", "whole numbers of at least 0"),
+    ("train.remat=all", "none, dots, block"),
+    ("eval.every=0", "1"),
+    ("eval.metric=bleu", "loss"),
+    ("eval.also=[loss]", "exact_match"),
+    ("eval.limit=0", "1"),
+    ("eval.batch_size=0", "1"),
+    ("eval.max_new_tokens=0", "1"),
+    ("eval.patience=0", "1"),
+    ("logging.report_to=[mlflow]", "tensorboard, wandb"),
+    ("logging.every=0", "1"),
+    ("sweep.seed=[a]", "whole number"),
+    ("sweep.seed=[1.5]", "whole number"),
+    ("sweep.seed=[-1]", "0"),
+    ("sweep.learning_rate=[fast]", "number"),
+    ("sweep.learning_rate=[-2]", "0"),
+    ("seed=-1", "0"),
+    ("adapter.layers_to_transform=[last]", "whole number"),
+    ("adapter.layers_to_transform=[-1]", "0"),
 ])  # fmt: skip
-def test_a_value_out_of_bounds_names_the_field_the_value_and_what_is_possible(override, expected):
+def test_a_value_out_of_bounds_names_the_field_the_value_and_what_is_allowed(override, allowed):
     key, _, value = override.partition("=")
     message = error(override)
-    assert key.split(".")[-1] in message and expected in message and "is not possible" in message
+    assert key.split(".")[-1] in message and allowed in message
     assert value.strip("[]").split(", ")[-1] in message
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    size: Annotated[int, Bounds(at_least=1, at_most=8)] = 1
+    share: Annotated[float, Bounds(above=0, below=1)] | None = None
+    kind: Literal["a", "b"] | None = None
+    kinds: tuple[Literal["a", "b"], ...] = ()
+
+
+@pytest.mark.parametrize("fields", [
+    {"size": 8}, {"share": 0.5}, {"share": None}, {"kind": None}, {"kind": "b"}, {"kinds": ("b", "a")},
+])  # fmt: skip
+def test_a_value_within_bounds_passes(fields):
+    check_fields(Example(**fields), "part.")
+
+
+@pytest.mark.parametrize(("fields", "named"), [
+    ({"size": 0}, "size.*1.*8.* 0"),
+    ({"size": 9}, "size.*1.*8.* 9"),
+    ({"size": 1.5}, "size.*whole.* 1.5"),
+    ({"size": True}, "size.*True"),
+    ({"size": "3"}, "size.*'3'"),
+    ({"size": None}, "size.*None"),
+    ({"share": 0}, "share.*more than 0.* 0"),
+    ({"share": float("nan")}, "share.*nan"),
+    ({"kind": "c"}, "kind.*a, b.*'c'"),
+    ({"kinds": ("a", "c")}, "kinds.*a, b.*'c'"),
+])  # fmt: skip
+def test_a_field_is_checked_against_its_literal_or_bounds(fields, named):
+    with pytest.raises(ValueError, match=f"part.{named}"):
+        check_fields(Example(**fields), "part.")
+
+
+def test_the_allowed_values_of_a_field_are_those_of_its_literal():
+    assert allowed_values(Example, "kind") == ("a", "b")
+    assert allowed_values(TrainSection, "remat") == ("none", "dots", "block")
+
+
+def test_require_names_the_field_the_value_and_the_expectation():
+    require(True, "size", 3, "even")
+    with pytest.raises(ValueError, match="size must be even; got 3"):
+        require(False, "size", 3, "even")
+
+
+@pytest.mark.parametrize("adapter", [ParaConfig(), LoraConfig(), Ia3Config()], ids=ADAPTER_CONFIGS)
+def test_every_field_of_a_run_has_a_type_that_is_read_from_yaml(adapter):
+    config = RunConfig(adapter=adapter)
+    for section in [config, *vars(config).values()]:
+        for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
+            if not dataclasses.is_dataclass(getattr(section, field.name)):
+                typed_value(field.name, ["1"] if "tuple" in str(field.type) else 1, field.type)
 
 
 @pytest.mark.parametrize("override", ["sweep.seed=['${seed}']", "sweep.seed=[${seed}]", "${seed}"])
@@ -177,7 +237,7 @@ def test_an_error_shows_a_reference_as_it_was_written(override):
 
 @pytest.mark.parametrize("override", ["train.max_steps", "=3", "--fast"])
 def test_an_override_without_a_value_says_how_one_looks(override):
-    assert "expected section.field=value" in error(override)
+    assert "section.field=value" in error(override)
 
 
 def test_files_that_are_no_config_are_named(tmp_path):
@@ -191,7 +251,7 @@ def test_yaml_can_not_make_objects(tmp_path):
     assert "run.yaml" in error(file=written(tmp_path, "output_dir: !!python/object/apply:os.getcwd []\n"))
 
 
-def test_text_is_literal_also_where_omegaconf_would_read_a_reference(tmp_path):
+def test_text_that_looks_like_a_reference_is_literal(tmp_path):
     prompt = "cost ${price} of ${oc.env:HOME}"
     config = load_config(None, [f"data.prompt={prompt}", "output_dir=runs/${x}"])
     assert (config.data.prompt, config.output_dir) == (prompt, "runs/${x}")
@@ -200,14 +260,14 @@ def test_text_is_literal_also_where_omegaconf_would_read_a_reference(tmp_path):
 
 
 @pytest.mark.parametrize("override", ("eval.choices=[yes, no]", "output_dir=yes", "data.train=off"))
-def test_a_truth_value_where_a_text_is_meant_is_refused(override):
+def test_a_truth_value_in_place_of_text_is_refused(override):
     with pytest.raises(ValueError, match=r"quote the text"):
         load_config(None, [override])
     assert load_config(None, ["eval.choices=['yes', 'no']"]).eval.choices == ("yes", "no")
 
 
 @pytest.mark.parametrize("field", ["output_dir", "data.train", "data.tenants", "data.test", "backbone.source"])
-def test_another_address_than_a_buckets_is_refused_with_what_may_stand_there(field):
+def test_an_address_other_than_a_buckets_is_refused(field):
     load_config(None, [f"{field}=gs://bucket/folder"])
     for address in ("s3://bucket/folder", "http://host/folder", "gs://", "gs://bucket/a/../b", "gs://bucket/a//b"):
         said = error(f"{field}={address}")
@@ -218,25 +278,35 @@ def test_tfds_data_is_not_read_from_a_bucket():
     assert "data.data_dir" in error("data.data_dir=gs://bucket/folder")
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [
-    (["runtime.coordinator=10.0.0.2"], "host:port"),
-    (["runtime.coordinator=10.0.0.2:80"], "beside runtime.coordinator"),
-    (["runtime.coordinator=10.0.0.2:80", "runtime.num_processes=2", "runtime.process_id=2"], "from 0 up to it"),
-    (["runtime.num_processes=2", "runtime.process_id=0"], "a coordinator host:port"),
+@pytest.mark.parametrize(("overrides", "named"), [
+    (["runtime.coordinator=10.0.0.2"], "runtime.coordinator.*host:port.*'10.0.0.2'"),
+    (["runtime.coordinator=10.0.0.2:80"], "10.0.0.2:80.*runtime.num_processes.*runtime.process_id"),
+    (["runtime.coordinator=10.0.0.2:80", "runtime.num_processes=2", "runtime.process_id=2"], "runtime.process_id.* 2"),
+    (["runtime.num_processes=2", "runtime.process_id=0"], "runtime.coordinator=host:port"),
 ])  # fmt: skip
-def test_hosts_are_named_whole_or_found_by_jax(overrides, expected):
-    with pytest.raises(ValueError, match=expected):
+def test_a_coordinator_and_the_processes_belong_together(overrides, named):
+    with pytest.raises(ValueError, match=named):
         load_config(None, overrides)
 
 
-def test_a_coordinator_is_given_with_the_processes_or_is_auto():
+@pytest.mark.parametrize("other", ["data.packing=true", "sweep.seed=[1, 2]"])
+def test_fields_that_exclude_each_other_are_both_named(other):
+    message = error("data.tenants=somewhere", other)
+    assert "data.tenants" in message and other.split(".")[0] in message
+    message = error("data.packing=true", "sweep.seed=[1]")
+    assert "data.packing" in message and "sweep" in message
+    message = error("eval.metric=loss", "eval.also=[f1]")
+    assert "eval.metric" in message and "eval.also" in message
+
+
+def test_a_coordinator_is_auto_or_an_address():
     assert load_config(None, ["runtime.coordinator=auto"]).runtime.coordinator == "auto"
     among = ["runtime.num_processes=2", "runtime.process_id=1"]
     assert load_config(None, ["runtime.coordinator=10.0.0.2:80", *among]).runtime.process_id == 1
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])
-def test_another_method_drops_what_the_file_says_of_the_files_own(method, tmp_path):
+def test_another_method_drops_the_adapter_fields_of_the_file(method, tmp_path):
     (tmp_path / "run.yaml").write_text("adapter: {method: para, r: 12, summary: rms}\nseed: 3\n")
     found = load_config(
         tmp_path / "run.yaml", [f"adapter.method={method}", "adapter.target_modules=[v_proj, down_proj]"]
@@ -248,14 +318,14 @@ def test_another_method_drops_what_the_file_says_of_the_files_own(method, tmp_pa
     )
 
 
-def test_a_home_folder_is_that_of_the_user(monkeypatch):
+def test_a_home_folder_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert load_config(None, ["output_dir=~/runs/a"]).output_dir == "/home/me/runs/a"
-    with pytest.raises(ValueError, match="~nobody-here/a: no such home folder"):
+    with pytest.raises(ValueError, match="~nobody-here/a"):
         load_config(None, ["output_dir=~nobody-here/a"])
 
 
-def test_a_combination_of_a_sweep_has_the_batch_of_a_run_and_a_tenant_of_a_folder_four_rows():
+def test_default_rows_are_the_batch_in_a_sweep_and_four_per_tenant_of_a_folder():
     def rows(*overrides):
         return load_config(None, ["train.per_device_batch_size=12", *overrides]).rows_per_tenant
 
@@ -263,7 +333,7 @@ def test_a_combination_of_a_sweep_has_the_batch_of_a_run_and_a_tenant_of_a_folde
     assert (
         rows("sweep.seed=[0, 1]", "train.rows_per_tenant=3") == rows("data.tenants=x", "train.rows_per_tenant=3") == 3
     )
-    with pytest.raises(ValueError, match=r"train.rows_per_tenant: 5 .*a divisor of train.per_device_batch_size \(12\)"):
+    with pytest.raises(ValueError, match=r"train.rows_per_tenant.*train.per_device_batch_size \(12\).* 5"):
         rows("sweep.seed=[0, 1]", "train.rows_per_tenant=5")
 
 
@@ -310,7 +380,7 @@ def test_no_way_to_write_a_reference_reaches_the_environment(written_as, text, t
     r'mesh={data: "\u0024{oc.env:PARA_SECRET}"}',
     "seed=???",
 ])  # fmt: skip
-def test_a_reference_where_a_number_is_meant_is_an_error_that_shows_it_as_written(override, monkeypatch):
+def test_a_reference_in_place_of_a_number_is_shown_as_written(override, monkeypatch):
     monkeypatch.setenv("PARA_SECRET", SECRET)
     message = error(override)
     assert SECRET not in message and ("{oc.env:PARA_SECRET}" in message or "???" in message)
@@ -372,7 +442,7 @@ def test_a_file_beyond_the_bound_is_not_read(tmp_path):
     ("eval.choices=*a",),
     ("seed=1: 2: 3",),
 ])  # fmt: skip
-def test_values_of_the_wrong_kind_are_errors_whatever_they_are(overrides):
+def test_values_of_any_wrong_kind_are_errors(overrides):
     assert len(error(*overrides)) < 1000
 
 
@@ -387,7 +457,7 @@ def test_an_error_shows_no_character_that_a_terminal_acts_on(tmp_path):
         assert message.isprintable()
 
 
-def test_dates_and_numbers_are_read_as_before(tmp_path):
+def test_dates_are_text_and_numbers_may_have_underscores(tmp_path):
     config = load_config(None, ["output_dir=2001-01-01", "train.learning_rate=1e-3", "train.weight_decay=1_0.5e-1"])
     assert (config.output_dir, config.train.learning_rate, config.train.weight_decay) == ("2001-01-01", 1e-3, 1.05)
     save_config(config, tmp_path / "saved.yaml")
@@ -401,13 +471,13 @@ def test_anchors_and_merge_keys_are_read(tmp_path):
     assert load_config(file).mesh.fsdp == 3 and load_config(file).mesh.data == 2
 
 
-def test_a_truth_value_is_no_other_number(tmp_path):
+def test_a_truth_value_is_0_or_1_but_no_other_number(tmp_path):
     assert load_config(None, ["data.packing=1", "data.max_seq_length=8"]).data.packing is True
     for text in ("31", "-1", "0.5"):
-        with pytest.raises(ValueError, match=f"data.packing: {text} .*true or false"):
+        with pytest.raises(ValueError, match=f"data.packing.*true or false.* {text}"):
             load_config(None, [f"data.packing={text}"])
 
 
-def test_a_field_that_is_no_section_is_named_with_its_section():
-    with pytest.raises(ValueError, match="train.num_epochs: 10"):
+def test_a_field_used_as_a_section_is_named():
+    with pytest.raises(ValueError, match="train.num_epochs .* 10"):
         load_config(None, ["train.num_epochs=10", "train.num_epochs.x=1"])

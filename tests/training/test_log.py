@@ -1,4 +1,4 @@
-"""A log line says what a step took, without what came before it."""
+"""The log times each step without the work before it."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def written(folder, steps, clock, monkeypatch, **options):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_steps_time_runs_from_its_start_or_from_the_end_of_the_step_before(tmp_path, monkeypatch):
+def test_a_step_is_timed_from_its_start_or_the_end_of_the_step_before(tmp_path, monkeypatch):
     steps = [
         Done(1, {}, 100, begun=10.0, waited=0.5),  # the device was idle
         Done(2, {}, 60, begun=10.6, waited=0.1),  # dispatched while step 1 ran until 12
@@ -53,7 +53,7 @@ def test_a_step_that_compiled_has_no_rate(tmp_path, monkeypatch):
     assert rows == [{"step": 1} | VALUES]
 
 
-def test_utilisation_is_the_rate_over_that_at_the_devices_peak(tmp_path, monkeypatch):
+def test_utilisation_is_the_rate_over_the_peak_rate(tmp_path, monkeypatch):
     rows = written(tmp_path, [Done(1, {}, 100, begun=10.0, waited=0.0)], [12.0], monkeypatch, peak_rate=200.0)
     assert rows[0]["model_flops_utilisation"] == 0.25
     assert set(TIMES) <= set(rows[0])
@@ -68,7 +68,7 @@ def test_every_nth_step_is_written(tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line_and_does_not_hang():
     made = opened(Path("/nowhere"))
     made.rows.file = Path("/dev/full")
-    with pytest.raises(OSError, match="/nowhere: the log can't be written .No space left on device.*command resumes"):
+    with pytest.raises(OSError, match="/nowhere.*No space left on device"):
         made.write(1, VALUES, show=True)
 
 
@@ -86,7 +86,7 @@ def test_tensorboard_on_a_full_disk_raises_in_the_run_and_closes_quietly(tmp_pat
     full.close()
 
 
-def test_tensorboard_is_told_from_which_step_a_run_goes_on(tmp_path):
+def test_tensorboard_knows_from_which_step_a_run_resumes(tmp_path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     board = log.TensorBoard(load_config(None), tmp_path, 4)
@@ -106,15 +106,15 @@ def test_tensorboard_is_told_from_which_step_a_run_goes_on(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- going on
 
 
-def test_a_run_that_starts_drops_all_of_it_even_what_it_can_not_read(tmp_path):
+def test_a_new_run_drops_the_log_even_if_it_is_unreadable(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n5\n')
     opened(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_a_run_that_goes_on_refuses_a_log_that_it_did_not_write_and_leaves_it(tmp_path):
+def test_a_resumed_run_refuses_a_foreign_log_and_leaves_it_unchanged(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n5\n')
-    with pytest.raises(ValueError, match="metrics.jsonl:2: '5' .*Delete it"):
+    with pytest.raises(ValueError, match="metrics.jsonl:2: '5'"):
         opened(tmp_path, Progress(1, None, 0, 0))
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n5\n'
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -123,7 +123,7 @@ def test_a_run_that_goes_on_refuses_a_log_that_it_did_not_write_and_leaves_it(tm
 # ---------------------------------------------------------------------------------------------------------- utilisation
 
 
-def test_the_peaks_are_those_of_the_names_that_devices_give_themselves():
+def test_the_peaks_are_found_by_the_device_kind():
     # the device_kind that libtpu 0.0.3x gives each slice, and the peaks' order by generation
     kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
     assert set(kinds) == set(CHIP_GIB)
@@ -138,7 +138,7 @@ def test_the_peaks_are_those_of_the_names_that_devices_give_themselves():
     assert all(1e14 < peak < 1e16 for peak in devices.PEAK_FLOPS.values())
 
 
-def test_the_peak_rate_is_four_flops_a_weight_of_the_linears_on_every_device_of_the_mesh(monkeypatch):
+def test_the_peak_rate_is_four_flops_per_weight_on_every_device(monkeypatch):
     model = backbone("llama")
     weights = sum(
         getattr(part, site).kernel[...].size

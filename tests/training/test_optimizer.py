@@ -11,7 +11,7 @@ from conftest import backbone, strong
 
 from para_jax import LoraConfig, ParaConfig, init_adapter
 from para_jax.adapters.adapter import AdapterParam, Statistic, is_variable, named_leaves
-from para_jax.config import TrainSection
+from para_jax.config import TrainSection, allowed_values
 from para_jax.training.optimizer import make_optimizer, make_schedule, trained
 
 TRAIN = TrainSection(learning_rate=0.1, schedule="constant", warmup_ratio=0.0)
@@ -36,7 +36,7 @@ def variables(tree):
 # ------------------------------------------------------------------------------------------------------------- schedule
 
 
-@pytest.mark.parametrize("schedule", TrainSection.SCHEDULES)
+@pytest.mark.parametrize("schedule", allowed_values(TrainSection, "schedule"))
 def test_the_warm_up_rises_in_equal_parts_and_its_first_step_is_a_step(schedule):
     made = rates(100, schedule=schedule, warmup_ratio=0.06)
     np.testing.assert_allclose(made[:6], 0.1 * np.arange(1, 7) / 6, rtol=1e-5)
@@ -61,7 +61,7 @@ def test_the_cosine_schedule_is_half_way_down_in_the_middle():
     )
 
 
-@pytest.mark.parametrize("schedule", TrainSection.SCHEDULES)
+@pytest.mark.parametrize("schedule", allowed_values(TrainSection, "schedule"))
 @pytest.mark.parametrize("warmup", [0.0, 0.06, 0.5, 0.99])
 def test_runs_of_one_and_two_steps_have_finite_rates_above_zero(schedule, warmup):
     for total in (1, 2):

@@ -1,4 +1,4 @@
-"""A trace holds the steps that were asked for, also where the run ends or resumes among them."""
+"""A trace contains the requested steps, also if the run ends or resumes within them."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from para_jax.training.profiler import Profiler
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What jax.profiler is told, without its work."""
+    """The calls of jax.profiler, which does nothing here."""
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(f"start {folder.name}"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
@@ -35,11 +35,11 @@ def run(section, folder, calls, steps):
         (range(5, 7), [5, 6]),  # or behind them
     ],
 )
-def test_the_steps_asked_for_are_traced(steps, expected, tmp_path, calls):
+def test_the_requested_steps_are_traced(steps, expected, tmp_path, calls):
     run(ProfilerSection(start_step=3, steps=2), tmp_path, calls, steps)
     assert calls == expected
 
 
-def test_nothing_is_traced_unless_asked(tmp_path, calls):
+def test_nothing_is_traced_by_default(tmp_path, calls):
     run(ProfilerSection(), tmp_path, calls, range(1, 4))
     assert calls == [1, 2, 3]

@@ -18,7 +18,7 @@ def send(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_only_noted_and_the_second_one_acts_as_ever(number, capfd):
+def test_the_first_signal_is_noted_and_the_second_acts_as_usual(number, capfd):
     before = signal.signal(number, lambda number, frame: outside.append(number))
     outside = []
     try:
@@ -35,7 +35,7 @@ def test_a_signal_is_only_noted_and_the_second_one_acts_as_ever(number, capfd):
     assert "stopping after this step, to save" in capfd.readouterr().err
 
 
-def test_a_signal_breaks_into_what_can_be_repeated_whether_it_comes_before_or_while():
+def test_a_signal_before_or_during_repeatable_work_interrupts_it():
     for while_inside in (True, False):
         done = []
         with stop_signals() as stop, pytest.raises(Interrupted):
@@ -47,7 +47,7 @@ def test_a_signal_breaks_into_what_can_be_repeated_whether_it_comes_before_or_wh
         assert done == [] and stop.reached(1)
 
 
-def test_sigterm_ends_with_code_0_and_ctrl_c_as_ever():
+def test_sigterm_exits_with_code_0_and_ctrl_c_as_usual():
     for number, raised in ((signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)):
         with stop_signals() as stop:
             send(number)
@@ -56,7 +56,7 @@ def test_sigterm_ends_with_code_0_and_ctrl_c_as_ever():
     assert Stopped().code == 0 and error.type is KeyboardInterrupt
 
 
-def test_outside_the_main_thread_no_signal_is_taken():
+def test_other_threads_receive_no_signal():
     found = []
 
     def body():
@@ -86,7 +86,7 @@ with stop_signals() as stop:
 """
 
 
-def test_two_hosts_stop_after_the_same_step_when_one_of_them_is_told_to():
+def test_two_hosts_stop_after_the_same_step_when_one_gets_a_signal():
     environment, at = os.environ | {"JAX_PLATFORMS": "cpu"}, address()
     hosts = [
         subprocess.Popen([sys.executable, "-c", HOST, at, str(i)], env=environment, text=True, stdout=subprocess.PIPE)

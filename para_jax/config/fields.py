@@ -1,0 +1,68 @@
+"""Values of a YAML file as the types of a dataclass's fields."""
+
+import dataclasses
+import difflib
+import typing
+from typing import Annotated, Any, Literal
+
+from .check import printable, require, shorten, without_none
+
+
+def typed_fields(values: Any, template: Any, section: str = "") -> dict[str, Any]:
+    """The mapping with each value as the type of its field: texts, numbers, tuples, and the same for sections.
+
+    Raises ValueError that names the field: for one that the dataclass lacks, with the nearest that it has, and for a
+    value of another type. Bounds are not checked here.
+
+    Args:
+        template: a dataclass instance. Its values are not used, but for the classes of its sections.
+    """
+    require(isinstance(values, dict), section.rstrip("."), values, "a mapping of fields")
+    known = {field.name: field.type for field in dataclasses.fields(template)}
+    typed = {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            advice = f"did you mean {section}{near[0]}?" if near else f"the fields are {', '.join(known)}"
+            raise ValueError(f"{section}{printable(name, 100)} is not a field; {advice}")
+        current = getattr(template, name)
+        if dataclasses.is_dataclass(current):
+            typed[name] = typed_fields(value, current, f"{section}{name}.")
+        else:
+            typed[name] = typed_value(section + name, value, known[name])
+    return typed
+
+
+def typed_value(name: str, value: Any, kind: Any) -> Any:
+    """A value of YAML as a field's type: bool, int, float, str, Literal, or a tuple of these; each perhaps `| None`."""
+    kind, optional = without_none(kind)
+    if value is None and optional:
+        return None
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, list) else None
+        require(items is not None, name, value, "a list, such as [a, b]")
+        return tuple(typed_value(name, item, typing.get_args(kind)[0]) for item in items or ())
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    if kind is bool:
+        require(isinstance(value, bool | int) and value in (0, 1), name, value, "true or false")
+        return bool(value)
+    if isinstance(value, bool):  # YAML 1.1 reads yes, no, on and off as booleans
+        raise ValueError(f'{name}: {value} is a truth value in YAML; quote the text, such as \'["yes", "no"]\'')
+    if kind is int:
+        return parsed_number(name, value, int, "a whole number")
+    if kind is float:
+        return parsed_number(name, value, float, "a number")
+    assert kind is str or typing.get_origin(kind) is Literal, f"{name}: fields of type {kind} are not read"
+    require(isinstance(value, str | int | float), name, value, "text")
+    return str(value)
+
+
+def parsed_number(name: str, value: Any, kind: type, expected: str) -> Any:
+    """The number in a number or text, such as 3 or "3"."""
+    fits = isinstance(value, (int, str, kind))
+    require(fits, name, value, expected)
+    try:
+        return kind(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} must be {expected}; got {shorten(value, 200)}") from None

@@ -1,0 +1,47 @@
+"""Messages for the user, through `logging.getLogger("para_jax")`. Only the first process of a run speaks.
+
+Python shows warnings and hides the rest by default. The command line shows all of them; `log_to_stderr` does so too.
+"""
+
+import logging
+import sys
+
+import jax
+
+LOGGER = logging.getLogger("para_jax")
+
+
+def say(text: str) -> None:
+    """Logs what the program does, such as its devices or that it compiles."""
+    if jax.process_index() == 0:
+        LOGGER.info(text)
+
+
+def warn(text: str) -> None:
+    """Logs what the user may want to act on."""
+    if jax.process_index() == 0:
+        LOGGER.warning(text)
+
+
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Shows para_jax's messages on stderr, above a progress bar if there is one.
+
+    They then no longer reach the handlers of the root logger, so none appears twice.
+    """
+    if not any(isinstance(handler, StderrHandler) for handler in LOGGER.handlers):
+        LOGGER.addHandler(StderrHandler())
+    LOGGER.setLevel(level)
+    LOGGER.propagate = False
+
+
+class StderrHandler(logging.Handler):
+    """Writes each message as a line of its own, without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        try:
+            text = self.format(record)
+            tqdm.write(f"warning: {text}" if record.levelno >= logging.WARNING else text, file=sys.stderr)
+        except Exception:
+            self.handleError(record)
