@@ -364,7 +364,7 @@ def run_many(options) -> None:
     from ..backbone.load import load_backbone, load_model_config
     from ..config import RuntimeSection, require
     from ..data.tokenizer import load_tokenizer
-    from ..evaluation.many import Settings, evaluate_many, read_tasks
+    from ..evaluation.folder import Options, evaluate_to_folder, read_tasks
     from ..hub import resolve_adapter
 
     rows, seed = 16 if options.rows is None else options.rows, options.seed or 0
@@ -378,7 +378,7 @@ def run_many(options) -> None:
     )
     sources = named_adapters(options.adapters)
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
-    settings = Settings(options.limit, rows, seed, options.include_path, shots, options.chat, options.split)
+    settings = Options(options.limit, rows, seed, options.include_path, shots, options.chat, options.split)
     tokenizer = load_tokenizer(options.backbone)
     tasks = read_tasks(options.tasks, tokenizer, load_model_config(options.backbone), settings)
     folders = {name: resolve_adapter(source) for name, source in sources.items()}
@@ -388,7 +388,7 @@ def run_many(options) -> None:
     about = {"backbone": options.backbone, "quantize": options.quantize, "command": options.command_line}
     output = options.output or Path("runs/evaluation")
     try:
-        print(evaluate_many(model, bank, tokenizer, tasks, output, settings, sources, about))
+        print(evaluate_to_folder(model, bank, tokenizer, tasks, output, settings, sources, about)[0])
     except KeyboardInterrupt:
         devices.say(f"the answers so far are in {output}; the same command goes on there")
         raise
@@ -398,11 +398,11 @@ def run_many(options) -> None:
 def run_lm_eval(options) -> None:
     from importlib.util import find_spec
 
-    from ..evaluation.many import INSTALL
+    from ..evaluation.folder import INSTALL
 
     if find_spec("lm_eval") is None:
         raise ValueError(INSTALL)
-    from ..evaluation.harness.lm import harness_command
+    from ..evaluation.harness.command import harness_command
 
     harness_command(options.arguments)
 
@@ -413,7 +413,8 @@ def run_config_task(options) -> None:
     from ..backbone.load import load_backbone
     from ..config import load_config, require
     from ..data.tokenizer import load_tokenizer
-    from ..evaluation.evaluate import evaluate, task_of_run
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.tasks import task_of_run
     from ..inspect import check_record_file
 
     shuffled = "to stand beside --adapter, whose factors are shuffled"
