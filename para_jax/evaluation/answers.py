@@ -108,7 +108,7 @@ class Answerer:
         return [journal[one.key] for one in asked]
 
     def _answers(self, left: list[Pending], distinct: list[Pending], journal: Journal) -> Answers:
-        """The answers to the questions that are left, likelihoods first: they are in the journal before texts follow."""
+        """The answers to the questions that are left, likelihoods first: the journal has them before texts follow."""
         yield from self._scored([one for one in left if isinstance(one.question, Likelihood)])
         greedy: dict[tuple, tuple[int, ...]] = {}  # the longest first tokens that greedy decoding is known to write
         for one in distinct:

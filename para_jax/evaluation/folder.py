@@ -149,7 +149,7 @@ def evaluate_to_folder(
         sources, about: for the records: where each tenant comes from, and what was asked for.
         base: whether to evaluate the base model too.
     """
-    tenants = [*([None] if base else []), *(bank.names if bank is not None else ())]
+    tenants = [*([None] if base or bank is None else []), *(bank.names if bank is not None else ())]
     if BASE in tenants:
         raise ValueError(f"tenant {BASE!r}: this is the name of the base model; choose another name")
     content, files = backbone_content(model), file_names([tenant or BASE for tenant in tenants])

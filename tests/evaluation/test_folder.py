@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import strong
+from golden_models import strong
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -34,16 +34,18 @@ from para_jax import (
     load_tokenizer,
     save_adapter,
 )
-from para_jax.cli import main, named_adapters
+from para_jax.cli import main
+from para_jax.cli.names import named_adapters
 from para_jax.data.records import read_records
-from para_jax.evaluation import answers as mixed
-from para_jax.evaluation import many
-from para_jax.evaluation.answers import Pass
-from para_jax.evaluation.evaluate import EvalTask
+from para_jax.evaluation import answers as answering
+from para_jax.evaluation import folder as folders
+from para_jax.evaluation import results as result_files
+from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.harness import tasks as lm_eval_tasks
 from para_jax.evaluation.harness.tasks import load_tasks, record, replay
-from para_jax.evaluation.many import cell, check_results, file_names
 from para_jax.evaluation.questions import Scored, Written
+from para_jax.evaluation.results import cell, check_results, file_names
+from para_jax.evaluation.tasks import EvalTask
 
 PICK = """
 task: tiny_pick
@@ -235,14 +237,14 @@ def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder
             [],
             "task tiny_rolling: loglikelihood_rolling is refused: it scores a whole text, which has no",
         ),
-        (["labels:bleu"], [], "--tasks: metric: 'bleu' is not possible; expected one of loss, exact_match"),
+        (["labels:bleu"], [], "--tasks: metric 'bleu'"),
         (["no/such.jsonl"], [], "--tasks 'no/such.jsonl': no such file or folder"),
-        (["labels", "labels"], [], "--tasks: ['labels'] is not possible; expected each name once"),
-        (["labels", "tiny_tag"], [], "--tasks: ['labels'] is not possible; expected each name once"),
+        (["labels", "labels"], [], "--tasks: labels is given more than once"),
+        (["labels", "tiny_tag"], [], "--tasks: labels is given more than once"),
         (["labels"], ["--include-path", "none"], None),
-        (["labels"], ["--limit", "0"], "--limit: 0 is not possible"),
+        (["labels"], ["--limit", "0"], "--limit 0"),
         (["labels"], ["--adapters", "/nowhere/adapter"], "/nowhere/adapter: no such file or folder"),
-        ([], [], "expected the CONFIG of a run, or --backbone with --tasks"),
+        ([], [], "give the CONFIG of a run, or --backbone with --tasks"),
     ],
 )
 def test_a_mistake_gives_one_line_before_any_weight_is_read(
@@ -284,12 +286,12 @@ def test_ctrl_c_says_where_the_answers_are_and_results_that_the_table_lacks_are_
 ):
     output = shutil.copytree(whole, tmp_path / "out")
     assert main(command(folder, output, adapters="B")) == 0
-    assert f"{output} also holds what earlier calls wrote, and table.md does not: A.json\n" in capsys.readouterr().err
+    assert "which are not in table.md: A.json\n" in capsys.readouterr().err
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Pass, "answer", interrupted)
+    monkeypatch.setattr(Answerer, "answer", interrupted)
     assert main(command(folder, output)) == 130
     assert f"the answers so far are in {output}; the same command goes on there" in capsys.readouterr().err
 
@@ -305,16 +307,16 @@ def test_an_output_folder_holds_results_of_one_backbone_and_nothing_elses_files(
     foreign = (b"[]", b"5", b'{"config": 1}', b'{"config": {"backbone_content": 1}}', b"[" * 100_000)
     for other in foreign:
         (output / "A.json").write_bytes(other)
-        with pytest.raises(ValueError, match="A.json: .* expected results of an evaluation") as caught:
+        with pytest.raises(ValueError, match="A.json does not hold results of an evaluation") as caught:
             check_results(output, names, content)
         assert len(str(caught.value)) < len(str(output)) + 300
     (output / "answers.jsonl").unlink()
     (output / "base.json").unlink()
     (output / "A.json").write_bytes(b"not JSON")
-    with pytest.raises(ValueError, match="A.json: .* expected results of an evaluation"):
+    with pytest.raises(ValueError, match="A.json does not hold results of an evaluation"):
         check_results(output, names, content)  # nothing says that this folder is an evaluation's
-    monkeypatch.setattr(many, "LARGEST", 1000)
-    with pytest.raises(ValueError, match="B.json: .* expected results of an evaluation"):
+    monkeypatch.setattr(result_files, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="B.json does not hold results of an evaluation"):
         check_results(output, ["B.json"], content)
 
 
@@ -328,7 +330,7 @@ def test_results_that_are_damaged_are_written_anew_from_the_answers(folder, whol
         assert f"{output / 'base.json'} is damaged" in capsys.readouterr().err
     for name in names:
         (output / name).write_bytes(b"\0" * 100)
-    monkeypatch.setattr(mixed, "likelihoods", lambda *_: iter(()))  # nothing is computed
+    monkeypatch.setattr(answering, "likelihoods", lambda *_: iter(()))  # nothing is computed
     assert main(command(folder, output)) == 0
     assert {name: made["results"] for name, made in results(output).items()} == {
         name: made["results"] for name, made in results(whole).items()
@@ -369,7 +371,7 @@ def test_two_metrics_of_one_file_are_two_tasks_of_distinct_names(folder, whole, 
     write_rows(tmp_path / "free" / "test.jsonl", rows_of_text(4, 3))
     for twice in ([texts[0]] * 2, [texts[0], f"{tmp_path / 'free'}:squad"], [texts[2], texts[2] + ":accuracy"]):
         assert main(command(folder, tmp_path / "twice", tasks=twice)) == 2
-        assert "expected each name once" in capsys.readouterr().err
+        assert "is given more than once" in capsys.readouterr().err
 
 
 def test_the_table_shows_no_raw_control_character():
@@ -414,7 +416,7 @@ def test_a_tasks_own_code_that_fails_is_named_with_the_task(folder, tmp_path, fe
 def test_a_task_file_that_lm_eval_can_not_read_is_named(tmp_path, few_files):
     (tmp_path / "odd.yaml").write_text("task: odd\nmetric_list: [\x1b")
     (tmp_path / "fine.yaml").write_text("task: fine\ndataset: !function code.data")
-    with pytest.raises(ValueError, match="task odd: neither .*odd.yaml can't be read") as caught:
+    with pytest.raises(ValueError, match="task odd: .*odd.yaml can't be read") as caught:
         load_tasks(["odd"], tmp_path, limit=None, fewshot=None, chat=False)
     assert "\x1b" not in str(caught.value) and "fine" not in str(caught.value)
 
@@ -431,7 +433,7 @@ def test_a_second_round_of_requests_and_unknown_requests_are_refused_by_the_task
     found = replay(task, tokenizer, 100, known.get, sampling_seed=0, samples=True)
     assert found["samples"]["tiny_pick"][0]["resps"] == [[(-9.0, False)], [(-1.0, False)], [(-1.0, False)]]
     monkeypatch.setattr(Instance, "__post_init__", lambda self: setattr(self, "request_type", "generate_rounds"))
-    with pytest.raises(ValueError, match="task tiny_pick: requests of type generate_rounds, .* are refused"):
+    with pytest.raises(ValueError, match="task tiny_pick: requests of type generate_rounds"):
         record(task, tokenizer, 100, sampling_seed=0)
 
 
@@ -530,7 +532,7 @@ def test_a_cache_knows_the_adapter(engine, harness, tmp_path, monkeypatch):
 
     first, other = (logprobs(ParaLM(engine, tenant, cache=tmp_path / "cache")) for tenant in "AB")
     assert first != other
-    monkeypatch.setattr(mixed, "likelihoods", lambda *_: iter(()))  # nothing is computed
+    monkeypatch.setattr(answering, "likelihoods", lambda *_: iter(()))  # nothing is computed
     assert [logprobs(ParaLM(engine, tenant, cache=tmp_path / "cache")) for tenant in "AB"] == [first, other]
 
 
@@ -554,7 +556,7 @@ def test_lm_evals_own_cache_takes_no_answer_of_an_adapter_that_came_meanwhile(en
 
 
 def test_perplexity_is_refused_with_the_reason(engine, harness):
-    with pytest.raises(ValueError, match="loglikelihood_rolling is refused: .* no prompt, and PARA makes its vectors"):
+    with pytest.raises(ValueError, match="loglikelihood_rolling"):
         harness(ParaLM(engine, "A"), "tiny_rolling")
 
 
@@ -566,15 +568,13 @@ def test_para_lm_is_made_of_lm_evals_arguments(folder, tmp_path):
     )
     assert isinstance(made, ParaLM) and (made.engine.slots, made.engine.max_length) == (3, 48)
     assert made.tenant == str(folder / "A" / "adapter") and (tmp_path / "answers.jsonl").exists()
-    with pytest.raises(
-        ValueError, match=r"model_args: \['bakbone'\] is not possible; expected backbone, adapter, dtype"
-    ):
+    with pytest.raises(ValueError, match="model_args: bakbone .* backbone, adapter, dtype"):
         get_model("para").create_from_arg_obj({"bakbone": "x"})
-    with pytest.raises(ValueError, match="model_args: max_length: 'long' is not possible; expected a whole number"):
+    with pytest.raises(ValueError, match="model_args: max_length=long"):
         get_model("para").create_from_arg_obj({"backbone": "x", "max_length": "long"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lm_evals_command_line_runs_para(folder, whole, tmp_path, monkeypatch):
     """Slow: lm-eval reads its ten thousand task files."""
     monkeypatch.setattr(sys, "argv", sys.argv)
@@ -587,7 +587,7 @@ def test_lm_evals_command_line_runs_para(folder, whole, tmp_path, monkeypatch):
 
 
 def test_without_lm_eval_a_line_says_how_to_install_it(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(many, "find_spec", lambda name: None)
+    monkeypatch.setattr(folders, "find_spec", lambda name: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for line in (command(folder, tmp_path, tasks=["tiny_pick"]), ["lm-eval", "--tasks", "x"]):
         assert main(line) == 2

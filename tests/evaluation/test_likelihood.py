@@ -10,7 +10,7 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from conftest import backbone, strong
+from golden_models import backbone, strong
 from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, forward, generate, init_adapter

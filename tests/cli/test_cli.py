@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, strong
 from safetensors.numpy import load_file, save_file
-from test_gguf import write_gguf
+from tiny_gguf import write_gguf
 from tiny_run import backbone_folder, write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 
