@@ -43,7 +43,7 @@ def test_greedy_tokens_are_an_answer_if_it_ends_within_them():
     question = Generation((3,), 4, stop_ids=(7,))
     assert known_answer(tokenizer(), question, (9, 10), (2,)) is None  # it may go on
     for end in (2, 7):
-        assert known_answer(tokenizer(), question, (9, 10, end), (2,)) == Written("w9 w10", 2)
+        assert known_answer(tokenizer(), question, (9, 10, end), (2,)) == Written("w9w10", 2)
     assert known_answer(tokenizer(), question, (9, 10, 11, 12, 2), (2,)).tokens == 4
     for other in (question._replace(temperature=1.0), question._replace(stop=("x",))):
         assert known_answer(tokenizer(), other, (9, 10, 2), (2,)) is None
