@@ -24,10 +24,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from para_jax import AdapterBank, LoraConfig, init_adapter, load_adapter, load_backbone, load_tokenizer, save_adapter
 from para_jax.devices import describe_devices, versions
-from para_jax.evaluation.answers import Pass
+from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.harness.tasks import load_tasks, record, replay
-from para_jax.evaluation.journal import Journal
-from para_jax.evaluation.questions import backbone_content
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 
@@ -151,8 +149,8 @@ def our_samples(folder: Path, names: list[str], model) -> dict:
     questions = [
         (who, one) for task in tasks for one in record(task, *options, sampling_seed=0) for who in (None, "lora")
     ]
-    asking = Pass(model, bank, tokenizer, backbone_content(model), Journal())
-    answers = dict(zip(questions, asking.answer(questions, rows=16), strict=True))
+    answerer = Answerer(model, bank, tokenizer, rows=16)
+    answers = dict(zip(questions, answerer.answer(questions), strict=True))
     made = {}
     for who in (None, "lora"):
         each = {

@@ -1,5 +1,5 @@
-"""`para-jax bench evaluate`: answers of many adapters in one mixed pass against a loop over the adapters, each with its
-own batches, inside one process."""
+"""`para-jax bench evaluate`: answers of many adapters in one mixed pass, compared with a loop over the adapters with
+batches of their own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from ..adapters.bank import AdapterBank
 from ..backbone.load import load_backbone
+from ..backbone.transformer import Transformer
 from ..data.tokenizer import load_tokenizer
-from ..evaluation.answers import Pass
-from ..evaluation.journal import Journal
+from ..evaluation.answers import Answerer
 from ..evaluation.questions import Generation, Written
+from ..inference.answer_text import text_of
 from ..inference.generate import generate_tokens, up_to_multiple
 from ..inference.sampling import Sampling
 from ..serving.engine import Engine
@@ -26,11 +28,11 @@ PROMPT, NEW = 48, 32  # tokens of a prompt, and of its answer
 
 
 class Workload(NamedTuple):
-    """So many examples for each of so many adapters."""
+    """How many adapters answer how many examples."""
 
     adapters: int
     prompts: list[list[int]]
-    """of each adapter, all of PROMPT tokens"""
+    """each adapter's, all of PROMPT tokens"""
 
     @property
     def name(self) -> str:
@@ -40,14 +42,15 @@ class Workload(NamedTuple):
 def bench_evaluate(
     backbone: str, *, rows: tuple[int, ...] = (32,), adapters: tuple[int, ...] = (64, 8), rounds: int = 2
 ) -> dict:
-    """Seconds in which PARA adapters write NEW tokens for each of their examples: in one pass that mixes them, and one
-    adapter after the other. The first workload has two examples an adapter; the second fills whole batches with each.
+    """The seconds that PARA adapters take to write NEW tokens for each of their examples: mixed in one pass, and one
+    adapter after the other. The first workload has two examples per adapter; in the second, each adapter's examples
+    fill a whole batch.
 
-    The first run of each side of each workload begins without any compiled program, and is reported by itself.
+    The first run of each side of each workload starts without compiled programs, and is reported separately.
 
     Args:
         rows: of a batch; one number.
-        adapters: of the two workloads.
+        adapters: how many, in each workload.
     """
     batch = single(rows)
     model, tokenizer = load_backbone(backbone), load_tokenizer(backbone)
@@ -61,9 +64,9 @@ def bench_evaluate(
         for count, examples in zip(adapters, (2, batch), strict=True)
     ]
     for work in workloads:
-        asking = Pass(model, bank, tokenizer, "", Journal())
         one, other = f"{work.name}, mixed", f"{work.name}, loop"
-        runs = {one: partial(mixed, asking, work, batch), other: partial(loop, asking, work)}
+        given = model, bank, tokenizer, work
+        runs = {one: partial(mixed, *given, batch), other: partial(loop, *given)}
         sides = {name: partial(timed, run, name, written) for name, run in runs.items()}
         for name, measure in sides.items():
             jax.clear_caches()  # the sides and the workloads have programs in common
@@ -79,30 +82,28 @@ def bench_evaluate(
 
 
 def timed(run: Callable[[], list[str]], name: str, written: dict[str, list[str]]) -> float:
-    """Seconds of a side; what it wrote is kept under its name."""
+    """The seconds of a side; its texts are kept under its name."""
     begun = time.perf_counter()
     written[name] = run()
     return time.perf_counter() - begun
 
 
-def mixed(asking: Pass, work: Workload, rows: int) -> list[str]:
+def mixed(model: Transformer, bank: AdapterBank, tokenizer, work: Workload, rows: int) -> list[str]:
     """All adapters' answers in one pass."""
-    asking.journal = Journal()
     longest = up_to_multiple(PROMPT + NEW, 32)
     # As in the loop, no token ends an answer before its length.
-    engine = Engine(asking.model, asking.bank, asking.tokenizer, slots=rows, max_length=longest, stop_ids=())
-    names = asking.bank.names[: work.adapters] if asking.bank else ()
+    engine = Engine(model, bank, tokenizer, slots=rows, max_length=longest, stop_ids=())
+    answerer = Answerer(model, bank, tokenizer, rows=rows, engine=engine)
+    names = bank.names[: work.adapters]
     questions = [(name, Generation(tuple(prompt), NEW)) for name in names for prompt in work.prompts]
-    return [answer.text for answer in asking.answer(questions, rows=rows, engine=engine) if isinstance(answer, Written)]
+    return [answer.text for answer in answerer.answer(questions) if isinstance(answer, Written)]
 
 
-def loop(asking: Pass, work: Workload) -> list[str]:
-    """One adapter after the other, its examples as one batch."""
+def loop(model: Transformer, bank: AdapterBank, tokenizer, work: Workload) -> list[str]:
+    """One adapter after the other, each with its examples as one batch."""
     texts = []
-    for name in asking.bank.names[: work.adapters] if asking.bank else ():
-        adapters = asking.bank.rows([name] * len(work.prompts)) if asking.bank else None
-        tokens = generate_tokens(asking.model, adapters, work.prompts, Sampling(NEW))
-        texts += [
-            asking.tokenizer.decode(one, skip_special_tokens=True, clean_up_tokenization_spaces=False) for one in tokens
-        ]
+    for name in bank.names[: work.adapters]:
+        adapters = bank.rows([name] * len(work.prompts))
+        tokens = generate_tokens(model, adapters, work.prompts, Sampling(NEW))
+        texts += [text_of(tokenizer, one) for one in tokens]
     return texts

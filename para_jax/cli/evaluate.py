@@ -1,145 +1,215 @@
-"""`para-jax evaluate`: an adapter on a config's test data, or many adapters on many tasks."""
+"""`para-jax evaluate`: one adapter or many on a config's data, on files, or on lm-eval's tasks."""
 
 from __future__ import annotations
 
+import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from . import options as shared
 from .names import named_adapters
 from .results import write_results
 
-#: Options that a CONFIG does not go with.
-MANY_ALONE = (
-    *("adapters", "output", "rows", "include_path", "num_fewshot", "chat", "seed"),
-    *("dtype", "quantize", "attention", "allow_cpu", "no_compilation_cache"),
-)
+EXAMPLES = """
+examples:
+  para-jax evaluate configs/sst2.yaml --adapter runs/sst2/adapter
+  para-jax evaluate --backbone smollm2-135m --adapters runs/a runs/b --tasks data/a data/b hellaswag
+
+The first prints a line with the score. With --adapters, --tasks or --output, answers and results go to a folder, and a
+table is printed. The same command goes on there after a stop.
+"""
 
 
 def add(commands) -> None:
-    text = "score an adapter on a config's test data, or with --backbone many on many tasks"
     parser = commands.add_parser(
-        "evaluate", help=text, description=text, parents=[shared.precision(), shared.runtime()]
+        "evaluate",
+        help="score adapters on a config's data, on files, or on lm-eval's tasks",
+        description="Scores adapters and the base model on held-out data.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[shared.precision(), shared.runtime()],
     )
-    parser.add_argument("config", type=shared.place, nargs="?", help="of a run; or --backbone, --adapters and --tasks")
-    parser.add_argument("overrides", nargs="*", default=[], help=shared.RUN_FIELDS)
-    parser.add_argument("--adapter", help="with CONFIG: an adapter folder or hub id; default: the backbone alone")
-    parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--limit", type=int, help="the most examples scored, of each task")
-    parser.add_argument(
-        "--shuffle-prompts",
-        action="store_true",
-        help="with CONFIG: give each example the factors of another example's prompt",
+    model = parser.add_argument_group("the model")
+    model.add_argument(
+        "config", type=shared.place, nargs="?", help="a run's config: its backbone, and its data as the task"
     )
-    parser.add_argument(
-        "--results", type=shared.place, help="with CONFIG: write config, device and scores to this JSON file"
+    model.add_argument("overrides", nargs="*", default=[], help=shared.RUN_FIELDS)
+    model.add_argument("--backbone", help="instead of CONFIG: a folder, a hub id, a .gguf file, or smollm2-135m")
+    model.add_argument(
+        "--adapter", metavar="DIR", help="score this adapter: a folder or hub id; default: the base model"
     )
-    parser.add_argument(
-        "--backbone", help="a folder, a hub id, a .gguf file, or smollm2-135m; it is scored beside --adapters"
+    model.add_argument(
+        "--adapters",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="score each of these adapters, and the base model: folders or hub ids, or NAME=DIR",
     )
-    parser.add_argument("--adapters", nargs="+", default=[], metavar="DIR", help="folders or hub ids, or NAME=DIR")
-    parser.add_argument(
+    data = parser.add_argument_group("the tasks")
+    data.add_argument(
         "--tasks",
         nargs="+",
         default=[],
         metavar="TASK",
-        help="our own: [TASK=]FILE_OR_FOLDER[:METRIC] of JSON lines; or the names of lm-eval's tasks",
+        help="[TASK=]FILE_OR_FOLDER[:METRIC] of JSON lines, or names of lm-eval's tasks; default: the data of CONFIG",
     )
-    parser.add_argument(
-        "--output", type=shared.place, help="folder of answers and results; the same command goes on there"
+    data.add_argument(
+        "--split", default="test", choices=("validation", "test"), help="of CONFIG and of folders; default: test"
     )
-    parser.add_argument("--rows", type=int, help="with --backbone: rows of a batch; default: 16")
-    parser.add_argument("--include-path", type=shared.local, help="a folder of further task files for lm-eval")
-    parser.add_argument("--num-fewshot", type=int, help="examples in each context of lm-eval's tasks")
-    parser.add_argument("--chat", action="store_true", help="put lm-eval's contexts into the chat template")
-    parser.add_argument("--seed", type=int, help="with --backbone: of sampled answers; default: 0")
+    data.add_argument("--limit", type=int, help="score at most this many examples of each task; default: all")
+    data.add_argument("--rows", type=int, help="rows of a batch; default: eval.batch_size of CONFIG, or 16")
+    data.add_argument(
+        "--seed", type=int, help="of sampled answers and shuffled prompts; default: the seed of CONFIG, or 0"
+    )
+    data.add_argument(
+        "--shuffle-prompts",
+        action="store_true",
+        help="give each example the factors of another example's prompt (not for lm-eval's tasks)",
+    )
+    harness = parser.add_argument_group("lm-eval's tasks")
+    harness.add_argument("--include-path", type=shared.local, help="a folder of further task files")
+    harness.add_argument("--num-fewshot", type=int, help="examples in each context; default: the task's own number")
+    harness.add_argument("--chat", action="store_true", help="put contexts into the chat template")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=shared.place, help="folder of answers, results and the table; default: runs/evaluation"
+    )
+    output.add_argument("--results", type=shared.place, help="write config, device and scores to this JSON file")
     parser.set_defaults(run=run)
 
 
 def run(options) -> None:
-    from ..config import require
-
-    require(options.limit is None or options.limit >= 1, "--limit", options.limit, "at least 1 example")
-    if (options.config is None) == (options.backbone is None) or bool(options.backbone) != bool(options.tasks):
-        raise ValueError("evaluate: expected the CONFIG of a run, or --backbone with --tasks (and --adapters)")
-    stray = ["--" + name.replace("_", "-") for name in MANY_ALONE if is_given(getattr(options, name))]
-    beside = "them beside --backbone and --tasks only; with CONFIG fields of the run, such as backbone.dtype=bfloat16"
-    require(not (options.config and stray), "evaluate CONFIG", ", ".join(stray), beside)
-    (run_many if options.backbone else run_config_task)(options)
-
-
-def is_given(value: object) -> bool:
-    """Whether an option stands on the command line, 0 too."""
-    return value not in ([], None) and value is not False
-
-
-def run_config_task(options) -> None:
-    from .. import devices
-    from ..adapters.files import load_adapter
-    from ..backbone.load import load_backbone
-    from ..config import load_config, require
-    from ..data.tokenizer import load_tokenizer
-    from ..evaluation.evaluate import evaluate, task_of_run
-    from ..inspect import check_record_file
-
-    shuffled = "to stand beside --adapter, whose factors are shuffled"
-    require(options.adapter or not options.shuffle_prompts, "--shuffle-prompts", True, shuffled)
-    config = load_config(options.config, options.overrides)
+    check_options(options)
+    config = config_of(options)
     if options.results:
+        from ..inspect import check_record_file
+
         check_record_file("--results", options.results)
-    devices.start(config.runtime)
-    begun = time.monotonic()
-    tokenizer = load_tokenizer(config.backbone.source)
+    if options.adapters or options.tasks or options.output:
+        into_folder(options, config)
+    else:
+        one_score(options, config)
+
+
+def check_options(options) -> None:
+    """Raises ValueError for options that are missing, out of range or do not go together."""
+    if options.config is not None and options.backbone is not None:
+        raise ValueError("evaluate: CONFIG and --backbone are both given; give one of them")
+    if options.config is None and not (options.backbone and options.tasks):
+        raise ValueError("evaluate: no model or task is given; give the CONFIG of a run, or --backbone with --tasks")
+    if options.adapter and options.adapters:
+        raise ValueError("evaluate: --adapter and --adapters are both given; put all adapters into --adapters")
+    if options.shuffle_prompts and not (options.adapter or options.adapters):
+        raise ValueError("--shuffle-prompts requires --adapter or --adapters: the base model makes no factors")
+    for name, least in (("limit", 1), ("rows", 1), ("num_fewshot", 0), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give a whole number of at least {least}")
+    if options.seed is not None and options.seed >= 2**32:
+        raise ValueError(f"--seed {options.seed}: give a whole number below 2**32")
+
+
+def config_of(options):
+    """The config with what the options change: backbone, precision, runtime, rows and seed."""
+    from ..config import load_config
+
+    config = load_config(options.config, options.overrides)
+    backbone = {"source": options.backbone, **{name: getattr(options, name) for name in ("dtype", "quantize")}}
+    backbone |= {"attention": options.attention}
+    runtime = {"allow_cpu": options.allow_cpu or config.runtime.allow_cpu}
+    runtime |= {"compilation_cache": config.runtime.compilation_cache and not options.no_compilation_cache}
+    return replace(
+        config,
+        backbone=replace(config.backbone, **given(backbone)),
+        runtime=replace(config.runtime, **runtime),
+        eval=replace(config.eval, **given({"batch_size": options.rows})),
+        **given({"seed": options.seed}),
+    )
+
+
+def given(values: dict) -> dict:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def run_task(options, config, tokenizer):
+    """The config's own data as a task."""
+    from ..evaluation.tasks import task_of_run
+
     task = task_of_run(config, options.split, tokenizer)
     if task is None:
         raise ValueError(
-            f"data.{options.split} is not set; expected a .jsonl file, {options.split}.jsonl in data.train's folder, "
-            "or tfds:NAME" + ("; a tenant's own config is in its folder of the run's" if config.data.tenants else "")
+            f"data.{options.split} is not set: give a .jsonl file, {options.split}.jsonl in data.train's folder, or "
+            "tfds:NAME" + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
         )
+    return task
+
+
+def one_score(options, config) -> None:
+    """Prints the score of one adapter, or of the base model, on the config's data."""
+    from .. import devices
+    from ..adapters.files import load_adapter
+    from ..backbone.load import load_backbone
+    from ..data.tokenizer import load_tokenizer
+    from ..evaluation.evaluate import evaluate
+
+    devices.start(config.runtime)
+    begun = time.monotonic()
+    tokenizer = load_tokenizer(config.backbone.source)
+    task = run_task(options, config, tokenizer)
     model = load_backbone(**vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
-    shuffle, seed = options.shuffle_prompts, config.seed
-    report = evaluate(
-        model, adapter, [task], tokenizer=tokenizer, limit=options.limit, shuffle_prompts=shuffle, seed=seed
-    )
+    how = dict(limit=options.limit, shuffle_prompts=options.shuffle_prompts, seed=config.seed)
+    report = evaluate(model, adapter, [task], tokenizer=tokenizer, **how)
     print(report)
     if options.results:
-        write_results(options, config, {s.name: s.record() for s in report.scores}, time.monotonic() - begun)
+        scores = {score.name: score.record() for score in report.scores}
+        write_results(options, config, scores, time.monotonic() - begun)
 
 
-def run_many(options) -> None:
+def into_folder(options, config) -> None:
+    """Scores adapters on tasks, with answers and results in a folder, and prints the table."""
     from .. import devices
     from ..adapters.bank import AdapterBank
     from ..adapters.files import load_adapter
     from ..backbone.load import load_backbone, load_model_config
-    from ..config import require
     from ..data.tokenizer import load_tokenizer
-    from ..evaluation.many import Settings, evaluate_many, read_tasks
+    from ..evaluation.folder import Options, ask_task, evaluate_to_folder, read_tasks
     from ..hub import resolve_adapter
 
-    rows, seed = 16 if options.rows is None else options.rows, options.seed or 0
-    require(rows >= 1, "--rows", rows, "at least 1")
-    require(0 <= seed < 2**32, "--seed", seed, "a whole number from 0 to 2**32 - 1")
-    shots = options.num_fewshot
-    require(shots is None or shots >= 0, "--num-fewshot", shots, "at least 0 examples")
-    given = options.adapter or options.results or options.overrides or options.shuffle_prompts
-    require(
-        not given, "evaluate --backbone", given, "--adapters, and --output in place of --results; no fields of a run"
+    sources = named_adapters(options.adapters or ([options.adapter] if options.adapter else []))
+    devices.start(config.runtime)
+    begun = time.monotonic()
+    how = Options(
+        limit=options.limit,
+        rows=config.eval.batch_size,
+        seed=config.seed,
+        include_path=options.include_path,
+        fewshot=options.num_fewshot,
+        chat=options.chat,
+        split=options.split,
+        shuffle_prompts=options.shuffle_prompts,
     )
-    sources = named_adapters(options.adapters)
-    shared.start_devices(options)
-    settings = Settings(options.limit, rows, seed, options.include_path, shots, options.chat, options.split)
-    tokenizer = load_tokenizer(options.backbone)
-    tasks = read_tasks(options.tasks, tokenizer, load_model_config(options.backbone), settings)
+    tokenizer, model_config = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
+    if options.tasks:
+        tasks = read_tasks(options.tasks, tokenizer, model_config, how)
+    else:
+        tasks = [ask_task(run_task(options, config, tokenizer), tokenizer, model_config, how)]
     folders = {name: resolve_adapter(source) for name, source in sources.items()}
-    model = load_backbone(options.backbone, **shared.model_options(options))
+    model = load_backbone(**vars(config.backbone))
     held = {name: load_adapter(folder, model.config, model=model) for name, folder in folders.items()}
     bank = AdapterBank.holding(held, model.config) if held else None
-    about = {"backbone": options.backbone, "quantize": options.quantize, "command": options.command_line}
+    about = {"backbone": config.backbone.source, "quantize": config.backbone.quantize, "command": options.command_line}
     output = options.output or Path("runs/evaluation")
     try:
-        print(evaluate_many(model, bank, tokenizer, tasks, output, settings, sources, about))
+        table, records = evaluate_to_folder(
+            model, bank, tokenizer, tasks, output, how, sources, about, base=not options.adapter
+        )
     except KeyboardInterrupt:
         devices.say(f"the answers so far are in {output}; the same command goes on there")
         raise
+    print(table)
     devices.say(f"wrote {output}")
+    if options.results:
+        scores = {name: record["results"] for name, record in records.items()}
+        write_results(options, config, scores, time.monotonic() - begun)

@@ -11,10 +11,10 @@ def add(commands) -> None:
 def run(options) -> None:
     from importlib.util import find_spec
 
-    from ..evaluation.many import INSTALL
+    from ..evaluation.folder import INSTALL
 
     if find_spec("lm_eval") is None:
         raise ValueError(INSTALL)
-    from ..evaluation.harness.lm import harness_command
+    from ..evaluation.harness.command import harness_command
 
     harness_command(options.arguments)

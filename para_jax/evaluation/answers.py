@@ -1,175 +1,204 @@
-"""One pass over questions of many adapters: likelihoods in batches that mix them, then what has to be written, by the
-engine. What a journal holds is not asked again."""
+"""Answerer: the one path from questions to answers, for one adapter and for many.
+
+First come the likelihoods, in batches that mix adapters, then the text to write. A question that a journal has answered
+is not asked again.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any
 
 from tqdm import tqdm
 
-from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
-from ..config import require, shorten
 from ..data.examples import stop_token_ids
 from ..devices import say
 from ..inference.generate import up_to_multiple
 from ..serving.engine import Engine
-from ..serving.request import Completion, Request
+from .adapters import Bank, version
 from .journal import Journal
 from .likelihood import likelihoods
-from .questions import Answer, Asked, Generation, Likelihood, Scored, Written, key, writing_content
-from .shapes import batch_rows
+from .questions import Answer, Generation, Likelihood, Pending, Question, Scored, Written, key, writing_content
+from .shapes import OpenShapes, PlannedShapes, batch_rows
+from .writing import EngineWriter, known_answer, write_in_batches
 
-#: A question, and the tenant that it is for; None is the base model.
-Question = tuple[str | None, Asked]
+#: Questions with their answers, and the tokens that were computed for each.
+Answers = Generator[tuple[Pending, Answer, int]]
 
 
-class Pass:
-    """A model with a bank's tenants, and the answers that they have given."""
+class Answerer:
+    """A model with a bank's tenants, and the answers they have given."""
 
-    def __init__(self, model: Transformer, bank: AdapterBank | None, tokenizer, backbone: str, journal: Journal):
+    def __init__(
+        self,
+        model: Transformer,
+        bank: Bank | None,
+        tokenizer,
+        *,
+        rows: int = 16,
+        shapes: PlannedShapes | None = None,
+        engine: Engine | None = None,
+        journal: Journal | None = None,
+        backbone: str = "",
+    ):
         """
         Args:
-            backbone: `backbone_content` of the model.
+            bank: an AdapterBank, or a StackBank; None: the base model alone.
+            rows: of a batch, and the slots of the engine that this makes when there is something to write.
+            shapes: planned for the questions, which are then written in batches. This works in both layouts and on
+                several hosts. None: the shapes depend on each question's length alone, and an engine writes.
+            engine: used instead of an engine of our own. It must have room for the questions, and serves nobody else
+                meanwhile.
+            journal: where answers are kept; None: they are forgotten after each call.
+            backbone: `backbone_content` of the model, needed for a journal on disk.
         """
-        self.model, self.bank, self.tokenizer = model, bank, tokenizer
-        self.backbone, self.journal = backbone, journal
+        self.model, self.bank, self.tokenizer, self.rows = model, bank, tokenizer, rows
+        self.engine, self.journal, self.backbone = engine, journal, backbone
+        self.shapes = shapes or OpenShapes(model.config.max_positions)
         self.tokens = 0
-        """tokens computed so far: each context once for its adapter, each continuation, and each token written"""
+        """tokens computed so far: each context once per adapter, each continuation, and each token written"""
         self.seconds = 0.0
-        """that took"""
-        self.entries: dict[str | None, Entry | None] = {}
-        """by tenant: the adapter that answered last"""
-        self._last, self._compiled = 0.0, set()
-        self._used: Engine | None = None
-        self._submitted: dict[str, Generation] = {}  # to it, and not answered yet
-        self._writing = writing_content(tokenizer, stop_token_ids(tokenizer, model.config.eos_token_ids))
+        """the time that took"""
+        self.entries: dict[Any, Any] = {}
+        """each tenant's adapter that answered last"""
+        self._planned = shapes is not None
+        self._compiled: set[str] | None = None if self._planned else set()
+        self._writer: EngineWriter | None = None
+        self._stop_ids = stop_token_ids(tokenizer, model.config.eos_token_ids)
+        self._writing: str | None = None
 
-    def answer(self, questions: Sequence[Question], *, rows: int, engine: Engine | None = None) -> list[Answer]:
-        """The questions' answers; equal questions are asked once.
+    def answer(self, questions: Sequence[tuple[Any, Question]]) -> list[Answer]:
+        """The answers to questions, each for a tenant of the bank or None, the base model. Equal questions are asked
+        once.
 
-        Args:
-            rows: of a batch, and slots of the engine that is made for what has to be written.
-            engine: is used in place of that. It must have room for the questions, and serves nobody else meanwhile.
+        A tenant's answers all come from the adapter that its name has at the call, even if it is replaced meanwhile.
 
-        A tenant's answers all come from the adapter that its name has at the call, whatever replaces it meanwhile.
-
-        Raises ValueError, before anything is computed, for an unknown tenant, for what the model has no room for, and
-        for a journal's answer of the wrong kind.
+        Raises ValueError, before anything is computed, for an unknown tenant, for a question that the model has no room
+        for, and for an answer of the wrong kind in the journal.
         """
+        journal = Journal() if self.journal is None else self.journal
         entries = {tenant: self._entry(tenant) for tenant in dict.fromkeys(tenant for tenant, _ in questions)}
         self.entries |= entries
-        keys = [key(asked, entries[tenant], self.backbone, self._writing) for tenant, asked in questions]
-        left = {k: question for k, question in zip(keys, questions, strict=True) if k not in self.journal}
-        for k, (_, asked) in zip(keys, questions, strict=True):
-            kind = Scored if isinstance(asked, Likelihood) else Written
-            if k in self.journal and not isinstance(self.journal[k], kind):
-                raise ValueError(f"{self.journal.file}: answers {k} as another question; choose another folder")
-        for _, asked in left.values():
-            check_room(asked, self.model, engine)
-        distinct = len(set(keys))
-        if self.journal.file and len(left) < distinct:
-            say(f"{distinct - len(left)} of {distinct} answers are in {self.journal.file} already")
-        ranked = [(k, entries[tenant], asked) for k, (tenant, asked) in left.items() if isinstance(asked, Likelihood)]
-        written = [(k, tenant, asked) for k, (tenant, asked) in left.items() if isinstance(asked, Generation)]
-        with tqdm(total=distinct, initial=distinct - len(left), desc="answers", disable=None) as bar:
-            self._last = time.perf_counter()
-            self._score(ranked, rows, bar)
-            if written:
-                asked_for = [asked for _, asked in questions if isinstance(asked, Generation)]
-                engine = engine or self._engine(asked_for, rows)  # of the same shapes when some are answered already
-                self._write(engine, written, entries, bar)
-        self.journal.sync()
-        return [self.journal[k] for k in keys]
+        asked = [self._pending(tenant, entries[tenant], question, journal) for tenant, question in questions]
+        distinct = {one.key: one for one in asked}
+        for one in distinct.values():
+            kind = Scored if isinstance(one.question, Likelihood) else Written
+            if one.key in journal and not isinstance(journal[one.key], kind):
+                raise ValueError(f"{journal.file}: answers {one.key} as another question; choose another folder")
+        left = [one for one in distinct.values() if one.key not in journal]
+        for one in left:
+            check_room(one.question, self.model, self.engine)
+        known = len(distinct) - len(left)
+        if journal.file and known:
+            say(f"{known} of {len(distinct)} answers are in {journal.file} already")
+        with tqdm(total=len(distinct), initial=known, desc="answers", leave=False, disable=None) as bar:
+            last = time.perf_counter()
+            with closing(self._answers(left, list(distinct.values()), journal)) as found:
+                for one, answer, tokens in found:
+                    journal.add(one.key, answer)
+                    self.tokens += tokens
+                    now = time.perf_counter()
+                    self.seconds, last = self.seconds + now - last, now
+                    bar.update()
+                    bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)
+        journal.sync()
+        return [journal[one.key] for one in asked]
 
-    def _score(self, ranked: list[tuple[str, Entry | None, Likelihood]], rows: int, bar: tqdm) -> None:
+    def _answers(self, left: list[Pending], distinct: list[Pending], journal: Journal) -> Answers:
+        """The answers to the questions that are left, likelihoods first: the journal has them before texts follow."""
+        yield from self._scored([one for one in left if isinstance(one.question, Likelihood)])
+        greedy: dict[tuple, tuple[int, ...]] = {}  # the longest first tokens that greedy decoding is known to write
+        for one in distinct:
+            answer = journal[one.key] if isinstance(one.question, Likelihood) else None
+            if isinstance(answer, Scored) and answer.greedy:
+                greedy[context(one)] = max(greedy.get(context(one), ()), one.question.continuation, key=len)
+        in_batches: list[Pending] = []
+        by_engine: list[Pending] = []
+        for one in left:
+            if isinstance(one.question, Likelihood):
+                continue
+            known = known_answer(self.tokenizer, one.question, greedy.get(context(one), ()), self._stop_ids)
+            if known is not None:
+                yield one, known, 0
+            elif self._planned or one.question.reads is not None:
+                in_batches.append(one)
+            else:
+                by_engine.append(one)
+        yield from self._in_batches(in_batches)
+        if by_engine:
+            yield from self._by_engine(by_engine, distinct)
+
+    def _scored(self, pending: list[Pending]) -> Answers:
         seen: set[tuple] = set()
-        pairs = [(entry, asked) for _, entry, asked in ranked]
-        for i, scored in likelihoods(self.model, self.bank, pairs, batch_rows(rows), self._compiled):
-            k, entry, asked = ranked[i]
-            context = (entry and entry.content, asked.context)
-            self.tokens += len(asked.continuation) - 1 + (0 if context in seen else len(asked.context))
-            seen.add(context)
-            self._keep(k, scored, bar)
+        asked = [(one.entry, one.question) for one in pending]
+        rows = batch_rows(self.rows)
+        for i, scored in likelihoods(self.model, self.bank, asked, rows, self.shapes, self._compiled):
+            one = pending[i]
+            new = 0 if context(one) in seen else len(one.question.context)
+            seen.add(context(one))
+            yield one, scored, new + len(one.question.continuation) - 1
 
-    def _write(self, engine: Engine, written: list[tuple[str, str | None, Generation]], entries: dict, bar: tqdm):
-        """Keeps what the engine writes. Whatever ends this, Ctrl-C too, the engine has no request of ours then."""
-        if engine is self._used:
-            self._withdraw(engine)  # where that was interrupted, too
-        expected = "none, for their answers would come here; take them with run()"
-        require(not engine.open, "engine: open requests", engine.open, expected)
-        self._used, self._submitted = engine, {}
-        ordered = sorted(written, key=lambda item: (len(item[2].context), item[2].context))
-        at_once = engine.queue_limit or len(ordered)
-        try:
-            for start in range(0, len(ordered), at_once):
-                for k, tenant, asked in ordered[start : start + at_once]:
-                    self._submitted[k] = asked
-                    engine.submit(as_request(k, tenant, asked), entry=entries[tenant])
-                for completion in engine.run():
-                    self._take(completion, bar)
-        finally:
-            self._withdraw(engine)
+    def _in_batches(self, pending: list[Pending]) -> Answers:
+        asked = [(one.entry, one.question) for one in pending]
+        given = batch_rows(self.rows), self.shapes, self._stop_ids
+        for i, written in write_in_batches(self.model, self.bank, self.tokenizer, asked, *given):
+            yield pending[i], written, len(pending[i].question.context) + written.tokens
 
-    def _take(self, completion: Completion, bar: tqdm) -> None:
-        asked = self._submitted.pop(str(completion.id), None)
-        if asked is None:
-            raise ValueError(
-                f"engine: others submitted request {shorten(completion.id)} during an evaluation, and its answer is "
-                "lost. Give the evaluation an engine of its own"
-            )
-        if completion.error is not None:
-            raise ValueError(f"a request was not answered: {completion.error}")
-        self.tokens += len(asked.context) + len(completion.tokens)
-        self._keep(str(completion.id), Written(completion.text, len(completion.tokens)), bar)
+    def _by_engine(self, pending: list[Pending], distinct: list[Pending]) -> Answers:
+        if self._writer is None or self.engine is None:
+            asked = [one.question for one in distinct if isinstance(one.question, Generation)]
+            self._writer = EngineWriter(self.engine or self._own_engine(asked))  # of the same shapes after a resume
+        with closing(self._writer.write(pending)) as answers:
+            for one, written in answers:
+                yield one, written, len(one.question.context) + written.tokens
 
-    def _withdraw(self, engine: Engine) -> None:
-        """Takes back what is not answered. If this is interrupted as well, the next call of `answer` does it."""
-        for k in self._submitted:
-            engine.cancel(k)
-        if self._submitted:
-            for _ in engine.run():
-                pass
-        self._used, self._submitted = None, {}
-
-    def _keep(self, k: str, answer: Answer, bar: tqdm) -> None:
-        self.journal.add(k, answer)
-        bar.update()
-        self.seconds += time.perf_counter() - self._last
-        self._last = time.perf_counter()
-        bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)
-
-    def _engine(self, asked: list[Generation], rows: int) -> Engine:
-        longest = up_to_multiple(max(len(one.context) + one.max_new_tokens for one in asked), 32)
+    def _own_engine(self, questions: list[Generation]) -> Engine:
+        longest = up_to_multiple(max(len(one.context) + one.max_new_tokens for one in questions), 32)
         longest = min(longest, self.model.config.max_positions)
-        return Engine(self.model, self.bank, self.tokenizer, slots=rows, max_length=longest)
+        return Engine(self.model, self.bank, self.tokenizer, slots=self.rows, max_length=longest)  # pyright: ignore
 
-    def _entry(self, tenant: str | None) -> Entry | None:
+    def _entry(self, tenant: Any) -> Any:
         if tenant is None:
             return None
-        require(self.bank is not None, "tenant", tenant, "None, for there is no bank")
-        return self.bank.entry(tenant)  # pyright: ignore[reportOptionalMemberAccess]
+        if self.bank is None:
+            raise ValueError(f"tenant {tenant!r}: there is no bank; only None, the base model, can be asked")
+        return self.bank.entry(tenant)
+
+    def _pending(self, tenant: Any, entry: Any, question: Question, journal: Journal) -> Pending:
+        question = question if entry else question._replace(reads=None)  # the base model makes no factors
+        if journal.file is None:
+            return Pending((version(entry), question), tenant, entry, question)
+        if self._writing is None:
+            self._writing = writing_content(self.tokenizer, self._stop_ids)
+        return Pending(key(question, entry, self.backbone, self._writing), tenant, entry, question)
 
 
-def as_request(id: str, tenant: str | None, asked: Generation) -> Request:
-    how = (asked.max_new_tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed, asked.stop)
-    return Request(asked.context, tenant, *how, id=id, stop_token_ids=asked.stop_ids)
+def context(one: Pending) -> tuple:
+    """The adapter, the context, and the tokens that the factors are made from."""
+    return version(one.entry), one.question.context, one.question.reads
 
 
-def check_room(asked: Asked, model: Transformer, engine: Engine | None) -> None:
-    """Raises ValueError where a question has no token, one that the model does not know, or more than there is room
+def check_room(question: Question, model: Transformer, engine: Engine | None) -> None:
+    """Raises ValueError if a question has no token, a token that the model does not know, or more than there is room
     for."""
-    longest, known = model.config.max_positions, model.config.vocab_size
-    require(len(asked.context) >= 1, "context", asked.context, "at least one token")
-    ids = asked.context
-    if isinstance(asked, Likelihood):
-        require(len(asked.continuation) >= 1, "continuation", asked.continuation, "at least one token")
-        ids = (*ids, *asked.continuation)
-        room, needed = longest, len(ids) - 1
+    ids, room, whose = question.context, model.config.max_positions, "the model's positions"
+    if not question.context:
+        raise ValueError("context: it has no token")
+    if isinstance(question, Likelihood):
+        if not question.continuation:
+            raise ValueError("continuation: it has no token")
+        ids = (*ids, *question.continuation)
+        needed = len(ids) - 1
     else:
-        room, needed = engine.max_length if engine else longest, len(ids) + asked.max_new_tokens
-    outside = [token for token in ids if not 0 <= token < known]
-    require(not outside, "token id", outside[:1], f"0 to {known - 1}, the model's tokens")
-    whose = "the engine's max_length" if engine and room == engine.max_length else "the model's positions"
-    require(needed <= room, "tokens of a request", needed, f"at most {room}, {whose}")
+        needed = len(ids) + question.max_new_tokens
+        if engine is not None:
+            room, whose = engine.max_length, "the engine's max_length"
+    known = model.config.vocab_size
+    outside = [token for token in (min(ids), max(ids)) if not 0 <= token < known]
+    if outside:
+        raise ValueError(f"token id {outside[0]}: the model's tokens are 0 to {known - 1}")
+    if needed > room:
+        raise ValueError(f"a request of {needed} tokens does not fit {whose}, {room}; shorten its context")

@@ -1,12 +1,14 @@
-"""Answers, kept on disk as they come: a run that is killed loses none of them, and the same questions are not asked
-again. A line has the answer's key (asked.py), which knows the adapter that answered by its content."""
+"""Answers, kept on disk as they come. A killed evaluation loses none of them, and asks none of their questions again.
+
+Each line has the answer's key (questions.py), which identifies the adapter by its content.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import TextIO
 from weakref import WeakValueDictionary
@@ -19,32 +21,32 @@ from ..storage.lines import BucketLines
 from ..storage.pieces import open_pieces, pieces
 from .questions import Answer, Scored, Written
 
-#: How each line begins; `Journal.add` and `answers_of` agree on it.
+#: The start of each line; `Journal.add` and `answers_of` agree on it.
 HEAD = b'{"key": '
-#: The most bytes of a line.
+#: A line has at most this many bytes.
 LONGEST = 1 << 24
 TYPES = {Scored: (float, bool), Written: (str, int)}
 #: This process's open files, by device and inode: journals of one file share it and its lock.
 OPEN: WeakValueDictionary[tuple[int, int], TextIO] = WeakValueDictionary()
-#: The same of files in a bucket.
+#: The same for files in a bucket.
 OPEN_LINES: WeakValueDictionary[BucketPath, BucketLines] = WeakValueDictionary()
-#: One thread at a time opens a journal or adds a line.
+#: Held by the thread that opens a journal or adds a line.
 LOCK = threading.Lock()
 
 
 class Journal:
-    """Answers by key, in memory and in a JSON-lines file, which one process at a time may write."""
+    """Answers by key, in memory and in a JSON-lines file that one process at a time may write."""
 
     def __init__(self, file: Place | None = None):
         """
         Args:
-            file: made where it is not there; None: in memory alone.
+            file: created if it is missing; None: answers stay in memory.
 
-        Cuts off what was being written in a kill. Raises ValueError for a file that another process writes, and for a
-        line that is no answer, by its number.
+        Cuts off an unfinished last line, which a kill leaves. Raises ValueError for a file that another process writes,
+        and for a line that is not an answer, by its number.
         """
         self.file = file
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[Hashable, Answer] = {}
         self._stream = self._lines = None
         if file is not None:
             if isinstance(file, BucketPath):
@@ -55,30 +57,33 @@ class Journal:
                     self._answers |= answers_of(file)
                 return
             if file.exists() and not file.is_file():
-                raise ValueError(f"{file}: no regular file; choose another folder")
+                raise ValueError(f"{file}: not a regular file; choose another folder")
             file.parent.mkdir(parents=True, exist_ok=True)
             with LOCK:
                 self._stream = opened(file)
                 self._answers |= answers_of(file)
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: Hashable) -> bool:
         return key in self._answers
 
-    def __getitem__(self, key: str) -> Answer:
+    def __getitem__(self, key: Hashable) -> Answer:
         return self._answers[key]
 
     def __len__(self) -> int:
         return len(self._answers)
 
-    def add(self, key: str, answer: Answer) -> None:
-        """Keeps an answer; it outlives a kill when this returns, in a bucket after `sync` or some seconds."""
+    def add(self, key: Hashable, answer: Answer) -> None:
+        """Keeps an answer. It survives a kill when this returns; in a bucket after `sync` or some seconds."""
+        if self.file is None:
+            self._answers[key] = answer
+            return
         line = json.dumps({"key": key, **answer._asdict()}, ensure_ascii=False) + "\n"
         if self._lines is not None:
             with LOCK:
                 self._lines.add(line.encode())
         if self._stream is not None:
             try:
-                with LOCK:  # a journal that is being opened would cut off half a line
+                with LOCK:  # opening the journal in another thread would cut off half a line
                     self._stream.write(line)
                     self._stream.flush()
             except OSError as error:  # a full disk; without the file's name
@@ -86,7 +91,7 @@ class Journal:
         self._answers[key] = answer
 
     def sync(self) -> None:
-        """Forces the file to the disk: its answers outlive a power failure too."""
+        """Forces the file to the disk, so that its answers survive a power failure too."""
         if self._lines is not None:
             with LOCK:
                 self._lines.flush()
@@ -95,7 +100,7 @@ class Journal:
 
 
 def opened(file: Path) -> TextIO:
-    """The file, to add lines to, locked against other processes until it is closed."""
+    """The file, open for adding lines and locked against other processes until it is closed."""
     stream = file.open("a", encoding="utf-8")
     found = os.fstat(stream.fileno())
     place = found.st_dev, found.st_ino
@@ -106,9 +111,9 @@ def opened(file: Path) -> TextIO:
 
 
 def answers_of(file: Place) -> Iterator[tuple[str, Answer]]:
-    """The answers of a file, after which a last line without an end is cut off. Raises ValueError, and leaves the file
-    as it is, for a line that is no answer."""
-    whole = 0
+    """The answers of a file. Afterwards, a last line without an end is cut off. Raises ValueError for a line that is
+    not an answer, and then leaves the file as it is."""
+    complete = 0  # bytes
     if isinstance(file, BucketPath) and not pieces(file):
         return
     with open_pieces(file) if isinstance(file, BucketPath) else file.open("rb") as lines:
@@ -119,16 +124,16 @@ def answers_of(file: Place) -> Iterator[tuple[str, Answer]]:
                 yield answer_of(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ValueError(
-                    f"{file}: line {number} is no answer: {shorten(line[:200].decode(errors='replace'))}. Delete that "
-                    "line, and its question is asked again; or choose another folder"
+                    f"{file}: line {number} is not an answer: {shorten(line[:200].decode(errors='replace'))}. Delete "
+                    "the line, and its question is asked again; or choose another folder"
                 ) from None
-            whole += len(line)
-    if not isinstance(file, BucketPath) and whole < file.stat().st_size:
-        os.truncate(file, whole)
+            complete += len(line)
+    if not isinstance(file, BucketPath) and complete < file.stat().st_size:
+        os.truncate(file, complete)
 
 
 def answer_of(line: dict) -> tuple[str, Answer]:
-    """A line's key and answer. Raises an error of Python's where it is not as `Journal.add` writes it."""
+    """A line's key and answer. Raises a Python error for a line that `Journal.add` would not write."""
     key = line.pop("key")
     answer = (Scored if "logprob" in line else Written)(**line)
     if (type(key), *map(type, answer)) != (str, *TYPES[type(answer)]):

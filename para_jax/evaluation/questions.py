@@ -1,26 +1,32 @@
-"""What evaluation asks of a model, as token ids and so without an adapter: the same question goes to many of them."""
+"""Questions that evaluation asks a model, as token ids. They name no adapter, so all adapters are asked the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 from ..adapters.bank import Entry
 from ..inference.content import ANSWERS_VERSION
 from ..inference.content import backbone_content as backbone_content
 from ..inference.content import writing_content as writing_content
 
+#: The seeds of lm-eval's command line, by which its tasks draw few-shot examples.
+SEEDS = {"random_seed": 0, "numpy_seed": 1234, "fewshot_seed": 1234}
+
 
 class Likelihood(NamedTuple):
-    """How likely a continuation is after a context, from whose tokens alone an adapter makes its factors."""
+    """Asks for the log-likelihood of a continuation given a context. The adapter sees the context only."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
+    reads: tuple[int, ...] | None = None
+    """the tokens that the adapter makes its factors from; None: the context"""
 
 
 class Generation(NamedTuple):
-    """What is written after a context, up to an end token or a stop text."""
+    """Asks for the text after a context, up to an end token or a stop text."""
 
     context: tuple[int, ...]
     max_new_tokens: int
@@ -31,10 +37,12 @@ class Generation(NamedTuple):
     top_p: float = 1.0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
-    """that end it too, next to the tokenizer's and the model's: a chat's end of a turn"""
+    """tokens that end this answer, in addition to the tokenizer's and the model's: the end of a turn in a chat"""
+    reads: tuple[int, ...] | None = None
+    """as in Likelihood"""
 
 
-Asked = Likelihood | Generation
+Question = Likelihood | Generation
 
 
 class Scored(NamedTuple):
@@ -51,15 +59,28 @@ class Written(NamedTuple):
 
     text: str
     tokens: int
-    """that were made"""
+    """how many were written"""
 
 
 Answer = Scored | Written
 
 
-def key(asked: Asked, entry: Entry | None, backbone: str, writing: str) -> str:
-    """What an answer depends on, hashed: the question, the adapter's content (never its name), the backbone's and the
-    version of our answers; for a Generation also `writing_content`."""
-    parts = [ANSWERS_VERSION, type(asked).__name__, asked, entry.content if entry else None, backbone]
-    parts += [writing] if isinstance(asked, Generation) else []
+class Pending(NamedTuple):
+    """A question that waits for its answer."""
+
+    key: Hashable
+    """equal for questions with the same answer only"""
+    tenant: Any
+    entry: Any
+    """the tenant's entry in the bank; None: the base model"""
+    question: Any
+    """a Question; in a list of one kind, a Likelihood or a Generation"""
+
+
+def key(question: Question, entry: Entry | None, backbone: str, writing: str) -> str:
+    """A hash of everything that an answer depends on: the question, the adapter's content (never its name), the
+    backbone's content and ANSWERS_VERSION; for a Generation also `writing_content`."""
+    asked = list(question) if question.reads is not None else list(question)[:-1]  # so that older journals still count
+    parts = [ANSWERS_VERSION, type(question).__name__, asked, entry.content if entry else None, backbone]
+    parts += [writing] if isinstance(question, Generation) else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -1,13 +1,14 @@
-"""The compiled shapes of an evaluation: few of them, planned once over all examples that a run may ever score.
+"""The compiled shapes of an evaluation. Each shape is a program, which takes minutes to compile for a large model.
 
-A program is compiled per shape, which takes a large model minutes. Scores do not depend on the shapes: padding is
-masked. So validation and test share their lengths, and the cache always has one length.
+PlannedShapes are chosen once over all examples that a run may ever score, so there are few of them. OpenShapes depend
+on the length of a question alone, so its answer has the same bits whatever else is asked. Padding is masked: no score
+depends on the shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,9 +17,7 @@ from ..data.batches import MULTIPLE, Bucket, best_lengths, plan_buckets
 from ..data.examples import Example
 from ..devices import say
 from ..inference.generate import CACHE_MULTIPLE, up_to_multiple
-
-if TYPE_CHECKING:
-    from .evaluate import Encoded
+from .tasks import EncodedTask
 
 #: Padded lengths of the pass for likelihoods, and of prompts after which answers are written.
 SCORED_LENGTHS, WRITTEN_LENGTHS = 3, 2
@@ -26,8 +25,8 @@ SCORED_LENGTHS, WRITTEN_LENGTHS = 3, 2
 SHORT_COMPLETION = 8
 
 
-class Shapes(NamedTuple):
-    """The shapes in which examples are scored."""
+class PlannedShapes(NamedTuple):
+    """The few shapes in which known examples are scored."""
 
     buckets: tuple[Bucket, ...]
     """of the pass for likelihoods: prompts with their completions, or prompts alone"""
@@ -38,20 +37,78 @@ class Shapes(NamedTuple):
     prompts: tuple[int, ...] = ()
     """padded tokens of the prompts after which answers are written"""
     cache: int = 0
-    """tokens a row that the cache holds while answers are written"""
+    """tokens per row that the cache holds while answers are written"""
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a likelihood is one teacher-forced pass over prompt and completion."""
+        return not self.of_prompts
+
+    def context(self, length: int) -> int:
+        """Padded tokens of a context."""
+        return padded_to(length, [bucket.length for bucket in self.buckets])
+
+    def context_cache(self, length: int) -> int:
+        """Tokens per row that the cache holds behind a context; contexts that share it share the continuations'
+        programs."""
+        return self.buckets[-1].length
+
+    def continuation(self, length: int) -> int:
+        """Padded tokens of a continuation."""
+        return padded_to(length, self.completions)
+
+    def prompt(self, length: int) -> int:
+        """Padded tokens of a prompt after which an answer is written."""
+        return padded_to(length, self.prompts)
+
+    def writing_cache(self, length: int) -> int:
+        """Tokens per row that the cache holds for a prompt and what is written after it."""
+        return self.cache
 
 
-def plan_shapes(tasks: Sequence[Encoded]) -> Shapes:
-    """At most six programs for all the tasks together: three for likelihoods and two for completions where answers are
-    ranked; three for likelihoods, two for prompts and one for decoding where they are written.
+class OpenShapes(NamedTuple):
+    """Shapes for any question. The methods are those of PlannedShapes."""
 
-    The lengths are those that pad the fewest tokens altogether. Raises ValueError where the tasks have no examples.
+    longest: int
+    """the model's positions"""
+
+    whole_rows = False
+
+    def context(self, length: int) -> int:
+        """16, 24, 32, 48, 64, 96, 128, 192, ... tokens: few sizes, little padding."""
+        size = max(16, 1 << (length - 1).bit_length())
+        size = size * 3 // 4 if length <= size * 3 // 4 and size > 16 else size
+        return min(size, self.longest)
+
+    def context_cache(self, length: int) -> int:
+        """64, 128, 256, ... tokens."""
+        return min(max(64, 1 << (length - 1).bit_length()), self.longest)
+
+    def continuation(self, length: int) -> int:
+        """1, 2, 4, 8, ... tokens."""
+        return 1 << (length - 1).bit_length()
+
+    def prompt(self, length: int) -> int:
+        return self.context(length)
+
+    def writing_cache(self, length: int) -> int:
+        return self.context_cache(length)
+
+
+Shapes = PlannedShapes | OpenShapes
+
+
+def plan_shapes(tasks: Sequence[EncodedTask]) -> PlannedShapes:
+    """At most six programs for all the tasks together. Where answers are ranked: three for likelihoods and two for
+    completions. Where they are written: three for likelihoods, two for prompts and one for decoding.
+
+    The lengths are those that pad the fewest tokens altogether. Raises ValueError if the tasks have no examples.
     """
     asked = [example for task in tasks for example in [*task.examples, *task.ranked]]
     writing = [task for task in tasks if task.task.writes]
     of_prompts = any(task.ranked for task in tasks)
     held = [Example(prompt, []) for prompt, _ in asked] if of_prompts else asked
-    shapes = Shapes(plan_buckets(held, SCORED_LENGTHS), of_prompts)
+    shapes = PlannedShapes(plan_buckets(held, SCORED_LENGTHS), of_prompts)
     if of_prompts:
         lengths = np.array([len(completion) for _, completion in asked])
         count = 1 if lengths.max() <= SHORT_COMPLETION else 2
@@ -66,22 +123,22 @@ def plan_shapes(tasks: Sequence[Encoded]) -> Shapes:
 
 
 def padded_to(length: int, lengths: Sequence[int]) -> int:
-    """The shortest of the lengths, which are in order, that holds this one."""
+    """The shortest of the lengths, which are in order, that is at least this one."""
     return next(padded for padded in lengths if padded >= length)
 
 
 def batch_rows(batch_size: int) -> int:
-    """The rows of a compiled batch: `batch_size`, rounded up to what data x fsdp of the current mesh divides. A batch
-    that they do not divide would be computed whole by every device."""
+    """The rows of a compiled batch: `batch_size`, rounded up to a multiple of data x fsdp of the current mesh. Every
+    device would compute the whole of any other batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return batch_size if mesh.empty else up_to_multiple(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
 
 
-def say_evaluation(parts: Mapping[str, Sequence[Encoded]], batch_size: int) -> None:
-    """Says what a run's evaluations compute on the current mesh: the rows of a batch, and how many tokens are written.
+def say_evaluation(parts: Mapping[str, Sequence[EncodedTask]], batch_size: int) -> None:
+    """Reports what a run's evaluations compute on the current mesh: the rows of a batch, and the tokens to write.
 
     Args:
-        parts: the tasks of each split; those of many tenants share their batches.
+        parts: the tasks of each split. Many tenants' tasks share their batches.
     """
     if not parts:
         return

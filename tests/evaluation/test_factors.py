@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import backbone, strong
+from golden_models import backbone, strong
 from tiny_run import tokenizer, words
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, vectors

@@ -5,7 +5,7 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from conftest import FIXTURES, strong
+from golden_models import FIXTURES, strong
 from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
 
 from para_jax import (
@@ -20,14 +20,13 @@ from para_jax import (
     train_tenants,
 )
 from para_jax.data.records import Record
-from para_jax.evaluation import evaluate as module
 from para_jax.evaluation import likelihood
-from para_jax.evaluation.answers import Pass
-from para_jax.evaluation.evaluate import EvalTask, encode_task, evaluate_task
-from para_jax.evaluation.journal import Journal
+from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.evaluate import evaluate_task
 from para_jax.evaluation.likelihood import continuation_scores
 from para_jax.evaluation.questions import Likelihood
-from para_jax.evaluation.shapes import batch_rows, plan_shapes
+from para_jax.evaluation.shapes import OpenShapes, batch_rows, plan_shapes
+from para_jax.evaluation.tasks import EvalTask, encode_task
 from para_jax.inference import generate
 from para_jax.inference.generate import generate_tokens, next_token
 from para_jax.inference.sampling import Sampling
@@ -120,8 +119,16 @@ def test_tasks_that_are_evaluated_together_share_their_programs(compiled):
 
 def test_contexts_of_several_lengths_share_the_programs_of_their_continuations(compiled):
     questions = [(None, Likelihood((5,) * n, (9,) * count)) for n in (5, 20, 30, 40) for count in (1, 2)]
-    Pass(model(), None, tokenizer(), "b", Journal()).answer(questions, rows=3)
+    Answerer(model(), None, tokenizer(), rows=3).answer(questions)
     assert sorted(compiled) == ["_prefill"] * 4 + ["continuation_scores"] * 2
+
+
+def test_padded_lengths_hold_what_they_pad_and_waste_at_most_a_third():
+    shapes = OpenShapes(longest=300)
+    sizes = {shapes.context(n): n for n in range(1, 301)}
+    assert list(sizes)[:6] == [16, 24, 32, 48, 64, 96]
+    assert all(size >= n for size, n in sizes.items()) and max(sizes) == 300
+    assert all(shapes.context(n) <= 1.5 * n + 1 for n in range(16, 300))
 
 
 # ------------------------------------------------------------------------------------------------------ the same scores
@@ -193,7 +200,7 @@ def on_mesh(monkeypatch, task):
         return logits, state
 
     with monkeypatch.context() as patched, jax.set_mesh(mesh):
-        for where, name in ((module, "eval_nll"), (generate, "next_token"), (likelihood, "continuation_scores")):
+        for where, name in ((likelihood, "eval_nll"), (generate, "next_token"), (likelihood, "continuation_scores")):
             patched.setattr(where, name, noted(name))
         for where in (likelihood, generate):
             patched.setattr(where, "prefill", prefilled)

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES, strong
+from golden_models import FIXTURES, strong
 from tiny_run import rows_of_text, tokenizer, words, write_rows
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, stack_adapters
 from para_jax.data.records import read_records
-from para_jax.evaluation import evaluate as evaluation
-from para_jax.evaluation.evaluate import EvalTask, evaluate_task
-from para_jax.evaluation.tenants import Tasks
+from para_jax.evaluation import writing
+from para_jax.evaluation.evaluate import Tasks, evaluate_task
+from para_jax.evaluation.tasks import EvalTask
 
 CHOICES = ("w9", "w9 w10", "w30 w31 w32 w33")
 
@@ -46,7 +46,8 @@ def test_a_tenants_score_in_a_mixed_pass_is_its_score_alone(tasks, metric):
     assert sorted(found) == [0, 1, 3]  # tenant 2 has no task
     for tenant, adapter in alone.items():
         theirs = evaluate_task(model, adapter, of(tasks, metric)[tenant], tokenizer())
-        assert (found[tenant].name, found[tenant].metric, found[tenant].count) == theirs[0:2] + theirs[4:]
+        named = found[tenant].name, found[tenant].metric, found[tenant].count
+        assert named == (theirs.name, theirs.metric, theirs.count)
         np.testing.assert_allclose(found[tenant].loss, theirs.loss, rtol=1e-5)
         np.testing.assert_allclose(found[tenant].score, theirs.score, rtol=1e-5)
         np.testing.assert_allclose(found[tenant].stderr, theirs.stderr, rtol=1e-5)
@@ -89,14 +90,15 @@ def test_no_tenant_with_a_task_gives_no_score(tasks):
 def test_what_two_tenants_ask_one_adapter_is_written_once(tasks, monkeypatch):
     """So a sweep's combinations, which share their data, score the backbone once before they are trained."""
     model, rows = load_backbone(FIXTURES / "llama"), []
-    real = evaluation.generate_tokens
-    monkeypatch.setattr(evaluation, "generate_tokens", lambda *a, **k: rows.append(len(a[2])) or real(*a, **k))
+    real = writing.generate_tokens
+    monkeypatch.setattr(writing, "generate_tokens", lambda *a, **k: rows.append(len(a[2])) or real(*a, **k))
     shared = of([tasks[0]] * 3, "f1")
     stack = stack_adapters([strong(init_adapter(ParaConfig(r=4), model.config))])
     made = Tasks(model, tokenizer(), shared)
     once = made.scores(stack, {0: -1})
     alone = len(rows)
     thrice = made.scores(stack, {0: -1, 1: -1, 3: -1})
-    assert len(rows) == 2 * alone and {score[2:] for score in thrice.values()} == {once[0][2:]}
+    assert len(rows) == 2 * alone
+    assert {(score.score, score.loss) for score in thrice.values()} == {(once[0].score, once[0].loss)}
     mixed = made.scores(stack, {0: -1, 1: 0})
     assert len(rows) > 3 * alone and mixed[1].loss != mixed[0].loss

@@ -1,1 +1,1 @@
-"""lm-eval: its requests, tasks and model interface."""
+"""lm-eval: its requests, tasks, model interface and command line."""

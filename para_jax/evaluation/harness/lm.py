@@ -1,8 +1,7 @@
-"""ParaLM: one tenant of an engine as a model of lm-eval, and lm-eval's own command line with it. Needs lm-eval."""
+"""ParaLM: one tenant of an engine as a model of lm-eval. This module needs lm-eval."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,35 +11,43 @@ from ... import devices
 from ...adapters.bank import AdapterBank
 from ...adapters.files import load_adapter
 from ...backbone.load import load_backbone
-from ...config import RuntimeSection, expanded, require, shorten
+from ...config import RuntimeSection, expanded, shorten
 from ...data.tokenizer import load_tokenizer
 from ...serving.engine import Engine
-from ..answers import Pass
+from ..answers import Answerer
 from ..journal import Journal
-from ..questions import Answer, Asked, backbone_content
+from ..questions import Answer, Question, backbone_content
 from .requests import TokenLM
 
 
 @register_model("para")
 class ParaLM(TokenLM):
-    """One tenant of an engine, whose slots and room it uses. Vectors are made of a request's context alone."""
+    """One tenant of an engine. It uses the engine's slots and room; vectors are made from a request's context alone."""
 
     def __init__(self, engine: Engine, tenant: str | None = None, *, cache: str | Path | None = None, seed: int = 0):
         """
         Args:
             tenant: a name of the engine's bank; None: the base model.
-            cache: a folder of answers. They are kept by the adapter's content, so that several adapters, and later
-                versions of one, may share it (lm-eval's own cache does not know who answered).
+            cache: a folder of answers. They are kept by the adapter's content, so several adapters, and later versions
+                of one, may share it (lm-eval's own cache does not know which adapter answered).
             seed: of sampled answers.
         """
         super().__init__(engine.tokenizer, engine.model.config.max_positions, seed, room=engine.max_length)
         self.engine, self.tenant = engine, tenant
         journal = Journal(expanded(cache) / "answers.jsonl" if cache else None)
-        content = backbone_content(engine.model)
-        self.answers = Pass(engine.model, engine.bank, engine.tokenizer, content, journal)
-        require(tenant is None or engine.bank is not None, "tenant", tenant, "None, for the engine has no bank")
+        self.answerer = Answerer(
+            engine.model,
+            engine.bank,
+            engine.tokenizer,
+            rows=engine.slots,
+            engine=engine,
+            journal=journal,
+            backbone=backbone_content(engine.model),
+        )
+        if tenant is not None and engine.bank is None:
+            raise ValueError(f"tenant {shorten(tenant)}: the engine has no bank; give None, the base model")
         _ = self.content  # raises for an unknown tenant
-        self._theirs: str | None = None  # who answers in lm-eval's own cache
+        self._cached: str | None = None  # the adapter that answers in lm-eval's own cache
 
     @property
     def content(self) -> str:
@@ -48,14 +55,13 @@ class ParaLM(TokenLM):
         bank = self.engine.bank
         return bank.entry(self.tenant).content if self.tenant is not None and bank is not None else "base"
 
-    def answered(self, asked: list[Asked]) -> Sequence[Answer]:
-        questions = [(self.tenant, one) for one in asked]
-        found = self.answers.answer(questions, rows=self.engine.slots, engine=self.engine)
-        entry = self.answers.entries.get(self.tenant)
-        if self._theirs not in (None, entry.content if entry else "base"):
+    def answered(self, questions: list[Question]) -> Sequence[Answer]:
+        found = self.answerer.answer([(self.tenant, one) for one in questions])
+        entry = self.answerer.entries.get(self.tenant)
+        if self._cached not in (None, entry.content if entry else "base"):
             raise ValueError(
                 f"use_cache: tenant {shorten(self.tenant)} has another adapter now, and lm-eval would keep its answers "
-                "as those of the one before. Give the model cache=FOLDER"
+                "as those of the earlier one. Give the model cache=FOLDER instead"
             )
         return found
 
@@ -63,22 +69,21 @@ class ParaLM(TokenLM):
         """Takes lm-eval's own cache (use_cache) only if all its answers are this adapter's."""
         held = getattr(cache_hook, "dbdict", None)
         if held is not None:
-            mark, ours = "para_jax: who answered", f"{self.answers.backbone} {self.content}"
-            whose = held.get(mark)
-            if whose != ours and len(held):
+            mark, ours = "para_jax: who answered", f"{self.answerer.backbone} {self.content}"
+            if held.get(mark) != ours and len(held):
                 raise ValueError(
-                    "use_cache: this file holds answers of another adapter or model, and lm-eval would take them for "
-                    "this one's; choose another file, or give the model cache=FOLDER"
+                    "use_cache: this file holds answers of another adapter or model, and lm-eval would use them for "
+                    "this one; choose another file, or give the model cache=FOLDER"
                 )
             held[mark] = ours
-            self._theirs = self.content
+            self._cached = self.content
         super().set_cache_hook(cache_hook)
 
-    # ------------------------------------------------------------------------------------------- of lm-eval's arguments
+    # --------------------------------------------------------------------------------------- from lm-eval's arguments
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> ParaLM:
-        """ParaLM of lm-eval's --model_args: those of `from_source`."""
+        """A ParaLM from lm-eval's --model_args, which are those of `from_source`."""
         return cls.from_source(**(additional_config or {}) | arg_dict)
 
     @classmethod
@@ -89,22 +94,24 @@ class ParaLM(TokenLM):
 
     @classmethod
     def from_source(cls, backbone: str = "smollm2-135m", adapter: str | None = None, **options) -> ParaLM:
-        """A ParaLM with an engine of its own.
+        """A ParaLM with its own engine.
 
         Args:
-            backbone, adapter: as para-jax generate takes them, adapter None is the base model; `hf`'s names, pretrained
-                and peft, are taken too.
-            options: dtype, quantize, attention, batch_size (rows, default 8), max_length (tokens a row where something
-                is written, default 2048), cache, seed, allow_cpu.
+            backbone, adapter: as for `para-jax generate`; adapter None is the base model. The names that `hf` uses,
+                pretrained and peft, work too.
+            options: dtype, quantize, attention, batch_size (rows, default 8), max_length (tokens per row for answers to
+                write, default 2048), cache, seed, allow_cpu.
         """
         known = "dtype quantize attention batch_size max_batch_size device max_length cache seed allow_cpu".split()
         backbone, adapter = options.pop("pretrained", backbone), options.pop("peft", adapter)
         given = {name: value for name, value in options.items() if value is not None}
         other = [name for name in given if name not in known]
-        require(not other, "model_args", other, "backbone, adapter, " + ", ".join(known))
+        if other:
+            names = ", ".join(["backbone", "adapter", *known])
+            raise ValueError(f"model_args: {', '.join(other)} is unknown; known are {names}")
         given |= {"batch_size": 8} if str(given.get("batch_size")).startswith("auto") else {}
         rows, longest, seed = (
-            whole(name, given.get(name, default))
+            whole_number(name, given.get(name, default))
             for name, default in (("batch_size", 8), ("max_length", 2048), ("seed", 0))
         )
         devices.start(RuntimeSection(allow_cpu=bool(given.get("allow_cpu", False))))
@@ -121,59 +128,17 @@ class ParaLM(TokenLM):
         return cls(engine, tenant, cache=cache, seed=seed)
 
     def get_model_info(self) -> dict:
-        """What lm-eval's record says of the model."""
+        """What lm-eval's record says about the model."""
         return {
             "model_dtype": str(self.engine.model.dtype),
-            "model_sha": self.answers.backbone[:16],
+            "model_sha": self.answerer.backbone[:16],
             "adapter": self.content,
         }
 
 
-def whole(name: str, value: object) -> int:
-    """A number of --model_args; ValueError, naming it, for another text."""
+def whole_number(name: str, value: object) -> int:
+    """A number of --model_args. Raises ValueError, with its name, for another text."""
     try:
         return int(str(value))
     except ValueError:
-        raise ValueError(f"model_args: {name}: {value!r} is not possible; expected a whole number") from None
-
-
-def harness_command(arguments: list[str]) -> None:
-    """lm-eval's own command line, in which the model `para` is known and is the default; `--use_cache` becomes ParaLM's
-    cache, which knows the adapter."""
-    from lm_eval.__main__ import cli_evaluate
-
-    sys.argv = ["lm-eval", *with_para(arguments)]
-    cli_evaluate()
-
-
-def with_para(arguments: list[str]) -> list[str]:
-    """The arguments of `lm-eval run` with the model `para`, unless they name another or a config file that may."""
-    if arguments[:1] in (["ls"], ["validate"], []) or {"-h", "--help"} & set(arguments):
-        return arguments
-    if value_of(arguments, "--config", "-C") or value_of(arguments, "--model", "-M") not in (None, "para"):
-        return arguments
-    folder = value_of(arguments, "--use_cache", "-c")
-    made = without(without(arguments, "--use_cache", "-c"), "--model", "-M") + ["--model", "para"]
-    made += [] if value_of(made, "--batch_size", "-b") else ["--batch_size", "8"]
-    return made + ([] if folder is None else ["--model_args", f"cache={folder}"])
-
-
-def value_of(arguments: list[str], *names: str) -> str | None:
-    """The value of an option, given as `--name value` or `--name=value`."""
-    for i, text in enumerate(arguments):
-        name, equals, value = text.partition("=")
-        if name in names:
-            return value if equals else next(iter(arguments[i + 1 : i + 2]), None)
-    return None
-
-
-def without(arguments: list[str], *names: str) -> list[str]:
-    """The arguments without an option and its value."""
-    made, skip = [], False
-    for text in arguments:
-        name, equals, _ = text.partition("=")
-        if skip or name in names:
-            skip = name in names and not equals
-            continue
-        made.append(text)
-    return made
+        raise ValueError(f"model_args: {name}={value} is not a whole number") from None

@@ -1,7 +1,7 @@
-"""What lm-eval's tasks ask, as token ids: tokenised as lm-eval's own `hf` model does it, so that scores compare.
+"""TokenLM: lm-eval's requests as questions, tokenised as lm-eval's own `hf` model does, so that scores are comparable.
 
-Three LMs stand on this one: one that records questions and one that replays answers (lm_eval_tasks.py), and ParaLM,
-which computes them. This module needs lm-eval.
+Three LMs build on it: one that records questions and one that replays answers (tasks.py), and ParaLM (lm.py), which
+computes them. This module needs lm-eval.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from ...data.examples import encode, render, turn_stop_ids, without_added_eos
 from ...devices import say
 from ...inference.sampling import derived_seed
 from ...serving.request import check_request
-from ..answers import as_request
-from ..questions import Answer, Asked, Generation, Likelihood, Scored, Written
+from ..questions import Answer, Generation, Likelihood, Question, Scored, Written
+from ..writing import as_request
 
-#: What a task may say of generation beside what is used here: values that change nothing.
+#: Generation settings that are not used here, with the values that change nothing.
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "use_cache": True}
 NO_PROMPT = (
-    "loglikelihood_rolling is refused: it scores a whole text, which has no prompt, and PARA makes its vectors of the "
-    "prompt; take a task of contexts and continuations, or of answers to be written"
+    "loglikelihood_rolling is refused: it scores a whole text, which has no prompt, and PARA makes its vectors from "
+    "the prompt. Choose a task with contexts and continuations, or with answers to write"
 )
 
 
 class TokenLM(TemplateLM):
-    """An LM whose answers come from `answered`, of questions as token ids."""
+    """An LM that turns requests into questions, and takes their answers from `answered`."""
 
     def __init__(self, tokenizer, max_length: int, seed: int = 0, *, room: int | None = None):
         """
         Args:
-            max_length: tokens that the model has positions for; longer contexts lose their start, as in `hf`.
-            room: the most tokens of a context and what is written after it; default: max_length.
-            seed: of sampled answers. Each document, and each repeat of its request, has a seed of its own, derived
-                from this one and the document: the same in any order and batch.
+            max_length: the model's positions; longer contexts lose their start, as in `hf`.
+            room: a context and the answer to write after it have at most this many tokens; default: max_length.
+            seed: of sampled answers. Each document, and each repeat of its request, has its own seed, derived from this
+                one and the document: the same in any order and batch.
         """
         super().__init__()
         self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
         self.room = min(room or max_length, max_length)
-        self.max_gen_toks = min(256, self.room // 2)  # where a task does not say it: 256, as in `hf`
+        self.max_gen_toks = min(256, self.room // 2)  # if a task does not say: 256, as in `hf`
         self._cut = 0
         self._without_system = False
         self._stop_ids: tuple[int, ...] | None = None
 
-    def answered(self, asked: list[Asked]) -> Sequence[Answer]:
+    def answered(self, questions: list[Question]) -> Sequence[Answer]:
         """The questions' answers."""
         raise NotImplementedError
 
@@ -62,7 +62,7 @@ class TokenLM(TemplateLM):
         return found
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        asked: list[Asked] = []
+        asked: list[Question] = []
         times: Counter = Counter()
         for request in requests:
             one = self.generation(*request.args)
@@ -84,13 +84,13 @@ class TokenLM(TemplateLM):
     # ------------------------------------------------------------------------------------------------ texts to tokens
 
     def likelihood(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> Likelihood:
-        """The question of a request, whose context is cut at its start to what the model has positions for."""
+        """The question of a request. Its context loses its start if the model has too few positions."""
         if not continuation:
             raise ValueError(f"a request's continuation {texts[1]!r:.80} has no token of its own")
-        context = context or [self.prefix_token_id]  # of white space alone, which belongs to the continuation
-        whole = context + continuation
-        kept = whole[-(self.max_length + 1) :]  # the last token is predicted, never read
-        self._cut += len(kept) < len(whole)
+        context = context or [self.prefix_token_id]  # a context of white space belongs to the continuation
+        ids = context + continuation
+        kept = ids[-(self.max_length + 1) :]  # the last token is predicted, never read
+        self._cut += len(kept) < len(ids)
         if len(continuation) >= len(kept):
             raise ValueError(
                 f"a request's continuation has {len(continuation)} tokens and leaves no room for a context in the "
@@ -99,7 +99,7 @@ class TokenLM(TemplateLM):
         return Likelihood(tuple(kept[: -len(continuation)]), tuple(continuation))
 
     def generation(self, context: str, how: dict) -> Generation:
-        """The question of a request; raises ValueError for what is not computed here, by name."""
+        """The question of a request. Raises ValueError for a setting that is not supported, by name."""
         settings: dict = dict(normalize_gen_kwargs(how, self.max_gen_toks))
         until = settings.pop("until", None) or []
         stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
@@ -108,7 +108,7 @@ class TokenLM(TemplateLM):
         top_k, top_p, seed = (settings.pop(name, None) for name in ("top_k", "top_p", "seed"))
         other = [name for name, value in settings.items() if value not in (None, NEUTRAL.get(name))]
         if other:
-            raise ValueError(f"generation_kwargs: {', '.join(other)} is not computed here; take it out of the task")
+            raise ValueError(f"generation_kwargs: {', '.join(other)} is not supported; remove it from the task")
         if new >= self.room:
             whose = "the model's positions" if self.room == self.max_length else "the engine's max_length"
             raise ValueError(f"max_gen_toks: {new} leaves no room for a context in the {self.room} tokens of {whose}")
@@ -127,7 +127,7 @@ class TokenLM(TemplateLM):
         self._cut = 0
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Ids of a text, with the tokenizer's own special tokens unless it starts with the BOS text already."""
+        """Ids of a text, with the tokenizer's own special tokens unless the text already starts with BOS."""
         bos = self.tokenizer.decode([self.prefix_token_id])
         if add_special_tokens is False or (add_special_tokens is None and string.startswith(bos)):
             return encode(self.tokenizer, string)
@@ -139,7 +139,7 @@ class TokenLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in the place of an empty context: BOS, or EOS where there is none."""
+        """The token that replaces an empty context: BOS, or EOS if there is none."""
         bos = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if bos is None else bos
 
@@ -147,7 +147,7 @@ class TokenLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as text. As in `hf`, a template that refuses it gets it without its system messages. Raises
-        ValueError where it fails then, and for any other error in it."""
+        ValueError if it still fails, and for any other error in the template."""
         if not self.tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; run the task without one")
         try:
@@ -164,7 +164,7 @@ class TokenLM(TemplateLM):
         return text
 
     def _chats(self) -> None:
-        """From now on, contexts are chats, whose answers end with the turn."""
+        """From now on, contexts are chats, so answers end with the turn."""
         if self._stop_ids is None:
             self._stop_ids = turn_stop_ids(self.tokenizer, [{"role": "user", "content": "a"}])
 
@@ -174,7 +174,7 @@ class TokenLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Name and chat template: what requests that lm-eval caches depend on."""
-        self._chats()  # lm-eval asks for the name where they are chats
+        """Name and chat template, on which the requests that lm-eval caches depend."""
+        self._chats()  # lm-eval asks for the name only if contexts are chats
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:8]
         return f"{self.tokenizer.name_or_path or 'tokenizer'}-{template}".replace("/", "__")

@@ -1,7 +1,7 @@
-"""lm-eval's tasks for many adapters: record, run, replay. A recording LM collects a task's requests once; they are
-answered for all adapters in one pass (mixed.py); a replaying LM hands each adapter's answers to lm-eval's own scorer.
+"""lm-eval's tasks for many adapters: record, answer, replay.
 
-This module needs lm-eval.
+A recording LM collects a task's requests once. They are answered for all adapters in one pass. Then a replaying LM
+hands each adapter's answers to lm-eval's own scorer. This module needs lm-eval.
 """
 
 from __future__ import annotations
@@ -22,61 +22,68 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from ...config import require, shorten
-from ..many import SEEDS
-from ..questions import Answer, Asked, Likelihood, Scored, Written
+from ...config import shorten
+from ..questions import SEEDS, Answer, Likelihood, Question, Scored, Written
 from .requests import NO_PROMPT, TokenLM
 
-#: Draws of a standard error that is bootstrapped; means have a closed form.
+#: Draws of a bootstrapped standard error; that of a mean has a closed form.
 BOOTSTRAP = 1000
+#: The types of requests that are computed here.
 COMPUTED = ("loglikelihood", "generate_until")
 
 
 class HarnessTask(NamedTuple):
-    """A task, group or tag of lm-eval, with how its requests are made."""
+    """A task, group or tag of lm-eval, and how its requests are made."""
 
     name: str
     loaded: Any
     """what TaskManager.load gives"""
     limit: int | None
+    """ask at most this many documents"""
     chat: bool
+    """whether contexts are put into the tokenizer's chat template"""
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        """The names of tasks and groups under which lm-eval gives results."""
+        return tuple(name for part in ("tasks", "groups") for name in self.loaded.get(part, ()))
 
     def run(self, lm: LM, **options) -> dict:
-        """lm-eval's results of an LM; the requests are the same every time."""
+        """lm-eval's results for an LM; the requests are the same every time."""
         seed(self.loaded)
         chat = dict(apply_chat_template=self.chat, fewshot_as_multiturn=self.chat)
         return dict(evaluate(lm, self.loaded, limit=self.limit, **chat, **options) or {})
 
 
 class Recorder(TokenLM):
-    """Collects questions, and answers none of them."""
+    """Collects questions. Its answers are placeholders."""
 
     def __init__(self, tokenizer, max_length: int, seed: int, *, room: int | None = None):
         super().__init__(tokenizer, max_length, seed, room=room)
-        self.asked: list[Asked] = []
+        self.questions: list[Question] = []
 
-    def answered(self, asked: list[Asked]) -> Sequence[Answer]:
-        self.asked += asked
-        return [Scored(0.0, False) if isinstance(one, Likelihood) else Written("", 0) for one in asked]
+    def answered(self, questions: list[Question]) -> Sequence[Answer]:
+        self.questions += questions
+        return [Scored(0.0, False) if isinstance(one, Likelihood) else Written("", 0) for one in questions]
 
 
 class SecondRound(ValueError):
-    """Requests that were not recorded, for they depend on answers."""
+    """Requests that were not recorded, because they depend on answers."""
 
 
 class Replay(TokenLM):
     """Answers from a recorded pass."""
 
-    def __init__(self, tokenizer, max_length: int, seed: int, answer: Callable[[Asked], Answer | None], task: str):
+    def __init__(self, tokenizer, max_length: int, seed: int, answer: Callable[[Question], Answer | None], task: str):
         super().__init__(tokenizer, max_length, seed)
         self.answer, self.task = answer, task
 
-    def answered(self, asked: list[Asked]) -> Sequence[Answer]:
-        found = [self.answer(one) for one in asked]
+    def answered(self, questions: list[Question]) -> Sequence[Answer]:
+        found = [self.answer(one) for one in questions]
         if None in found:
             raise SecondRound(
-                f"task {self.task}: asks a second round of requests, which depend on answers, and can't be answered "
-                "for many adapters in one pass; run it with `para-jax lm-eval`"
+                f"task {self.task}: asks a second round of requests, which depend on earlier answers. They can't be "
+                "answered for many adapters in one pass; run the task with `para-jax lm-eval`"
             )
         return [answer for answer in found if answer is not None]
 
@@ -88,9 +95,9 @@ def load_tasks(
 
     Args:
         include_path: a folder of further task files.
-        fewshot: examples in each context, in place of the tasks' own number.
+        fewshot: examples in each context, instead of each task's own number.
 
-    Raises ValueError for an unknown name, with the nearest, and for a task whose data can't be had.
+    Raises ValueError for an unknown name, with the nearest ones, and for a task that can't be loaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = manager_of(names, include_path)
@@ -99,12 +106,10 @@ def load_tasks(
         if name not in manager.all_tasks:
             nearest = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"the nearest are {', '.join(nearest)}" if nearest else "`para-jax lm-eval ls tasks` lists them"
-            raise ValueError(
-                f"task {name}: neither a file or folder nor a task of lm-eval; {hint}{damaged(include_path)}"
-            )
+            raise ValueError(f"task {name}: not a file, a folder or a task of lm-eval; {hint}{damaged(include_path)}")
         try:
             loaded: Any = manager.load([name])
-        except Exception as error:  # of many kinds: a task's data come from anywhere, by code of its own
+        except Exception as error:  # a task brings its own code to load its data, which may raise anything
             raise ValueError(f"task {name}: can't be loaded: {first_line(error)}") from error
         for task in loaded["tasks"].values():
             prepare(task, fewshot)
@@ -113,16 +118,17 @@ def load_tasks(
 
 
 def manager_of(names: Sequence[str], include_path: Path | None) -> TaskManager:
-    """lm-eval's index of tasks; of its own ten thousand files, read in seconds, only where they are needed."""
+    """lm-eval's index of tasks. Its own ten thousand files take seconds to read, so they are read only if needed."""
     if include_path is None:
         return TaskManager()
-    require(include_path.is_dir(), "--include-path", str(include_path), "a folder of task files")
+    if not include_path.is_dir():
+        raise ValueError(f"--include-path {include_path}: no such folder; give a folder of task files")
     local = TaskManager(include_path=str(include_path), include_defaults=False)
     return local if set(names) <= set(local.all_subtasks) else TaskManager(include_path=str(include_path))
 
 
 def damaged(folder: Path | None) -> str:
-    """A sentence that names the first task file of a folder that lm-eval can't read, for it says nothing of it."""
+    """A sentence that names the first task file of a folder that lm-eval can't read, which lm-eval itself does not."""
     for file in sorted(folder.glob("**/*.yaml")) if folder else ():
         try:
             load_yaml(file, resolve_func=False)
@@ -132,34 +138,35 @@ def damaged(folder: Path | None) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What foreign code raised, for a line of ours: the type, and what it says first."""
+    """An error of someone else's code in one line: its type, and the first line of its message."""
     said = str(error).strip().splitlines()[:1]
     return type(error).__name__ + "".join(f": {shorten(line, 300)}" for line in said)
 
 
 def prepare(task, fewshot: int | None) -> None:
-    """Sets the number of few-shot examples, as lm-eval's simple_evaluate does: a task that says 0 keeps it."""
+    """Sets the number of few-shot examples as lm-eval's simple_evaluate does: a task with 0 keeps it."""
     own = task.get_config("num_fewshot")
     task.set_config(key="num_fewshot", value=own or 0 if fewshot is None or own == 0 else fewshot)
 
 
 def seed(loaded) -> None:
-    """The seeds of lm-eval's command line, set anew, so that each round has the same few-shot examples."""
+    """Sets the seeds of lm-eval's command line again, so that each round has the same few-shot examples."""
     random.seed(SEEDS["random_seed"])
     np.random.seed(SEEDS["numpy_seed"])
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=SEEDS["fewshot_seed"])
 
 
-def record(task: HarnessTask, tokenizer, max_length: int, *, sampling_seed: int) -> list[Asked]:
-    """The questions that a task asks. Raises ValueError, naming the task, for requests that are not computed here."""
+def record(task: HarnessTask, tokenizer, max_length: int, *, sampling_seed: int) -> list[Question]:
+    """The questions that a task asks. Raises ValueError, with the task's name, for requests that are not computed
+    here."""
     seed(task.loaded)
     recorder = Recorder(tokenizer, max_length, sampling_seed)
     by_kind: dict[str, list] = {}
     for name, instances in built(task, recorder):
         other = sorted({instance.request_type for instance in instances} - set(COMPUTED))
         if other:
-            why = f"requests of type {', '.join(other)}, of which a second may follow from an answer, are refused"
+            why = f"requests of type {', '.join(other)} are refused, because later ones may depend on answers"
             raise ValueError(f"task {name}: {NO_PROMPT if other == ['loglikelihood_rolling'] else why}")
         for one in instances:
             by_kind.setdefault(one.request_type, []).extend([one] * one.repeats)
@@ -170,7 +177,7 @@ def record(task: HarnessTask, tokenizer, max_length: int, *, sampling_seed: int)
         raise ValueError(f"task {task.name}: {error}") from None
     except Exception as error:
         raise ValueError(f"task {task.name}: {first_line(error)}") from error
-    return recorder.asked
+    return recorder.questions
 
 
 def built(task: HarnessTask, lm: TokenLM) -> Iterator[tuple[str, list]]:
@@ -179,32 +186,32 @@ def built(task: HarnessTask, lm: TokenLM) -> Iterator[tuple[str, list]]:
     chat |= dict(chat_template=lm.apply_chat_template, tokenizer_name=lm.tokenizer_name) if task.chat else {}
     for name, one in task.loaded["tasks"].items():
         if getattr(one, "MULTIMODAL", False):
-            raise ValueError(f"task {name}: has images or sounds, which the backbones here do not read")
+            raise ValueError(f"task {name}: has images or sounds, which these backbones can't read")
         if getattr(one, "UNSAFE_CODE", False):
             raise ValueError(f"task {name}: runs code that the model writes; `para-jax lm-eval` can, if you confirm it")
         try:
             one.build_all_requests(limit=task.limit, rank=0, world_size=1, **chat)
-        except Exception as error:  # of many kinds: a task's templates and functions are code of its own
+        except Exception as error:  # a task's templates and functions may raise anything
             raise ValueError(f"task {name}: its requests can't be made: {first_line(error)}") from error
         yield name, one.instances
 
 
 def replay(
-    task: HarnessTask, tokenizer, max_length: int, answer: Callable[[Asked], Answer | None], *, sampling_seed: int,
+    task: HarnessTask, tokenizer, max_length: int, answer: Callable[[Question], Answer | None], *, sampling_seed: int,
     samples: bool = False,
 ) -> dict:  # fmt: skip
     """lm-eval's results of a task from recorded answers, in its layout.
 
     Args:
-        answer: the answer to a question; None where it was not recorded.
-        samples: with every document, its requests and their answers.
+        answer: gives the answer to a question; None if it was not recorded.
+        samples: whether to include every document with its requests and their answers.
     """
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has JAX's threads
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork this process, which has JAX's threads
     lm = Replay(tokenizer, max_length, sampling_seed, answer, task.name)
     try:
-        with redirect_stderr(io.StringIO()):  # the bars of building the same requests again
+        with redirect_stderr(io.StringIO()):  # the progress bars of building the same requests again
             return task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=samples)
     except SecondRound:
         raise
-    except Exception as error:  # of many kinds: its filters and metrics are code of its own, of packages that may lack
+    except Exception as error:  # its filters and metrics may raise anything, or need a package that is missing
         raise ValueError(f"task {task.name}: lm-eval can't score its answers: {first_line(error)}") from error

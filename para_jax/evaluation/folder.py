@@ -1,0 +1,182 @@
+"""Many adapters and the base model on many tasks in one pass, into a folder of answers, results and a table.
+
+The questions of all tasks are collected once and answered for all adapters. Our own tasks are scored here, lm-eval's by
+lm-eval. Each answer is in the folder's journal as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import atomic, devices
+from ..adapters.bank import AdapterBank
+from ..config import ModelConfig
+from .answers import Answerer
+from .evaluate import other_prompts
+from .journal import Journal
+from .questions import Answer, Question, backbone_content
+from .results import ANSWERS_FILE, check_results, file_names, run_record, table, task_record
+from .tasks import EvalTask, FileTask, check_room, encode_task, file_task, with_metrics_in_names
+
+#: The name of the base model among the tenants.
+BASE = "base"
+INSTALL = "lm-eval is not installed; its tasks need it: pip install 'para_jax[eval]'"
+
+
+class Options(NamedTuple):
+    """How tasks are asked."""
+
+    limit: int | None = None
+    """ask at most this many examples of each task, from its start"""
+    rows: int = 16
+    """of a batch"""
+    seed: int = 0
+    """of sampled answers, and of shuffled prompts"""
+    include_path: Path | None = None
+    """a folder of further task files for lm-eval"""
+    fewshot: int | None = None
+    """examples in each context of lm-eval's tasks; default: each task's own number"""
+    chat: bool = False
+    """put lm-eval's contexts into the tokenizer's chat template"""
+    split: str = "test"
+    """of our own tasks: the file of a folder"""
+    shuffle_prompts: bool = False
+    """make the factors of each example of our own tasks from another example's prompt"""
+
+
+#: Gives the recorded answer to a question; None if it was not recorded.
+Lookup = Callable[[Question], Answer | None]
+
+
+class AskedTask(NamedTuple):
+    """A task, ours or lm-eval's, as questions for any adapter."""
+
+    names: tuple[str, ...]
+    """under which it gives results: an lm-eval group has several"""
+    questions: list[Question]
+    results: Callable[[Lookup], dict]
+    """the task's part of an adapter's record, from that adapter's answers"""
+
+
+def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, options: Options) -> list[AskedTask]:
+    """The tasks' questions. This needs only the model's config, so a wrong name is found before weights are loaded.
+
+    Args:
+        tasks: [TASK=]FILE_OR_FOLDER[:METRIC], our own, or names of lm-eval's tasks. Several metrics of one file are
+            separate tasks, named TASK:METRIC.
+    """
+    found = [file_task(text, tokenizer, config, split=options.split, limit=options.limit) for text in tasks]
+    names = [text for text, one in zip(tasks, found, strict=True) if one is None]
+    own = [ask_file(one, options) for one in with_metrics_in_names([one for one in found if one is not None])]
+    own_names = [name for one in own for name in one.names]
+    require_distinct([*names, *own_names])
+    if not names:
+        return own
+    loaded = ask_harness(names, tokenizer, config, options)
+    theirs = dict.fromkeys([*names, *(name for one in loaded for name in one.names)])
+    require_distinct([*theirs, *own_names])
+    return [*own, *loaded]
+
+
+def ask_task(task: EvalTask, tokenizer, config: ModelConfig, options: Options) -> AskedTask:
+    """A run's task as questions."""
+    encoded = encode_task(task, tokenizer, options.limit)
+    check_room(config, encoded)
+    return ask_file(FileTask(encoded, len(task.records), Path(task.name)), options)
+
+
+def ask_file(task: FileTask, options: Options) -> AskedTask:
+    encoded = task.encoded
+    questions = encoded.questions(other_prompts(encoded, options.seed if options.shuffle_prompts else None))
+
+    def results(answer: Lookup) -> dict:
+        answers = [found for found in map(answer, questions) if found is not None]
+        return task_record(encoded, task.original, answers)
+
+    return AskedTask((encoded.task.name,), questions, results)
+
+
+def ask_harness(names: list[str], tokenizer, config: ModelConfig, options: Options) -> list[AskedTask]:
+    """lm-eval's tasks of these names."""
+    if options.shuffle_prompts:
+        raise ValueError(f"--shuffle-prompts: {names[0]} is a task of lm-eval; only our own tasks can be shuffled")
+    if find_spec("lm_eval") is None:
+        raise ValueError(f"task {names[0]}: there is no such file or folder, and {INSTALL}")
+    from .harness.tasks import load_tasks, record, replay
+
+    loaded = load_tasks(names, options.include_path, limit=options.limit, fewshot=options.fewshot, chat=options.chat)
+    asked = []
+    for task in loaded:
+        given = task, tokenizer, config.max_positions
+        questions = record(*given, sampling_seed=options.seed)
+        results = partial(replay, *given, sampling_seed=options.seed)
+        asked.append(AskedTask(task.result_names, questions, results))
+    return asked
+
+
+def require_distinct(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(f"--tasks: {', '.join(twice)} is given more than once; give each name once")
+
+
+def evaluate_to_folder(
+    model,
+    bank: AdapterBank | None,
+    tokenizer,
+    tasks: Sequence[AskedTask],
+    output: Path,
+    options: Options,
+    sources: dict[str, str],
+    about: dict,
+    *,
+    base: bool = True,
+) -> tuple[str, dict[str, dict]]:
+    """Evaluates every tenant of the bank, and the base model, on tasks. Returns the Markdown table and each tenant's
+    record.
+
+    The folder `output` gets answers.jsonl as they come, and at the end a JSON file per tenant, in lm-eval's layout, and
+    table.md. The same call on the same folder goes on where a killed one stopped.
+
+    Args:
+        tasks: as read_tasks gives them, with the same options.
+        sources, about: for the records: where each tenant comes from, and what was asked for.
+        base: whether to evaluate the base model too.
+    """
+    tenants = [*([None] if base or bank is None else []), *(bank.names if bank is not None else ())]
+    if BASE in tenants:
+        raise ValueError(f"tenant {BASE!r}: this is the name of the base model; choose another name")
+    content, files = backbone_content(model), file_names([tenant or BASE for tenant in tenants])
+    check_results(output, list(files.values()), content)
+    journal = Journal(output / ANSWERS_FILE)
+    answerer = Answerer(model, bank, tokenizer, rows=options.rows, journal=journal, backbone=content)
+    asked = [(tenant, question) for one in tasks for question in one.questions for tenant in tenants]
+    begun = time.time()
+    answers = dict(zip(asked, answerer.answer(asked), strict=True))
+    by_tenant: dict[str, dict] = {}
+    limits = {"limit": options.limit, "rows": options.rows, "seed": options.seed}
+    for tenant in tenants:
+        made: dict = {}
+        for one in tasks:
+            for part, values in one.results(partial(answer_of, answers, tenant)).items():
+                made.setdefault(part, {}).update(values)
+        made |= run_record(answerer, tenant, about | {"adapter": sources.get(tenant or BASE)}, limits, begun)
+        by_tenant[tenant or BASE] = made
+    for name, made in by_tenant.items():
+        atomic.write_text(output / files[name], json.dumps(made, indent=2, default=str) + "\n")
+    others = sorted({path.name for path in output.glob("*.json")} - set(files.values()))
+    if others:
+        devices.say(f"{output} also holds results of earlier calls, which are not in table.md: {', '.join(others)}")
+    text = table(by_tenant, answerer, **limits)
+    atomic.write_text(output / "table.md", text + "\n")
+    return text, by_tenant
+
+
+def answer_of(answers: dict, tenant: str | None, question: Question) -> Answer | None:
+    return answers.get((tenant, question))

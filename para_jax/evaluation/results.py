@@ -1,0 +1,180 @@
+"""The results of an evaluation as files: a JSON record per adapter in lm-eval's layout, and table.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from .. import devices
+from ..config import shorten
+from .answers import Answerer
+from .questions import SEEDS, Answer
+from .score import error_of_ratio, likelihoods_of, score_answers
+from .tasks import EncodedTask
+
+#: In an output folder: every answer, as it came.
+ANSWERS_FILE = "answers.jsonl"
+#: A results file has at most this many bytes.
+LARGEST = 1 << 26
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def task_record(encoded: EncodedTask, original: int, answers: Sequence[Answer]) -> dict:
+    """One of our own tasks in lm-eval's layout.
+
+    Args:
+        original: how many examples the file has.
+        answers: to the task's `questions`, in their order.
+    """
+    task, values = encoded.task, metric_values(encoded, answers)
+    found: dict = {"alias": task.name, "sample_len": len(task.records)}
+    for metric, (value, error) in values.items():
+        found |= {f"{metric},none": value, f"{metric}_stderr,none": "N/A" if error is None else error}
+    return {
+        "results": {task.name: found},
+        "group_subtasks": {task.name: []},
+        "configs": {task.name: {"task": task.name, "metric": task.metric, "choices": list(task.choices)}},
+        "versions": {task.name: None},
+        "n-shot": {task.name: 0},
+        "higher_is_better": {task.name: {metric: metric != "loss" for metric in values}},
+        "n-samples": {task.name: {"original": original, "effective": len(task.records)}},
+    }
+
+
+def metric_values(encoded: EncodedTask, answers: Sequence[Answer]) -> dict[str, tuple[float, float | None]]:
+    """{metric: (value, standard error)}; the loss is in nats per completion token."""
+    score = score_answers(encoded, answers)
+    values = {} if score.metric == "loss" else {score.metric: (score.score, score.stderr)}
+    values |= {metric: (value, error) for metric, value, error in score.also}
+    nats, tokens = (values_of[: score.count] for values_of in likelihoods_of(encoded, answers))
+    return values | {"loss": (score.loss, error_of_ratio(nats, tokens))}
+
+
+def run_record(answerer: Answerer, tenant: str | None, about: Mapping, limits: Mapping, begun: float) -> dict:
+    """The rest of lm-eval's layout: the run, and the adapter that answered.
+
+    Args:
+        about: what was asked for, as the model's arguments.
+        limits: the limit, the rows and the sampling seed.
+    """
+    entry = answerer.entries.get(tenant)
+    model = {"model": "para_jax", "model_args": dict(about), "model_dtype": str(answerer.model.dtype)}
+    content = {"adapter_content": entry.content if entry else None, "backbone_content": answerer.backbone}
+    asked = {"limit": limits["limit"], "batch_size": limits["rows"]}
+    return {
+        "config": model | content | asked | SEEDS | {"sampling_seed": limits["seed"]},
+        "date": begun,
+        "versions_of": versions(),
+        "device": devices.describe_devices(),
+        "tokens": answerer.tokens,
+        "tokens_per_second": tokens_per_second(answerer),
+    }
+
+
+def versions() -> dict[str, str]:
+    return devices.versions() | {name: version(name) for name in ("para_jax", "lm_eval") if find_spec(name)}
+
+
+def tokens_per_second(answerer: Answerer) -> float:
+    return answerer.tokens / max(answerer.seconds, 1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def table(by_tenant: dict[str, dict], answerer: Answerer, *, limit: int | None, rows: int, seed: int) -> str:
+    """The Markdown table, adapters by tasks, and what a reader needs to know about it."""
+    columns: dict[tuple[str, str], None] = {}
+    for made in by_tenant.values():
+        for task, values in made["results"].items():
+            for metric in values:
+                if "," in metric and "_stderr," not in metric:
+                    columns[task, metric] = None
+    head = ["adapter", *(cell(f"{task} {metric.removesuffix(',none')}") for task, metric in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, made in by_tenant.items():
+        cells = [value_cell(made["results"].get(task, {}), metric) for task, metric in columns]
+        lines.append("| " + " | ".join([cell(name), *cells]) + " |")
+    seeds = f"few-shot {SEEDS['fewshot_seed']}, sampling {seed}"
+    named = ", ".join(f"{name} {number}" for name, number in versions().items())
+    which = f"the first {limit} examples of each task" if limit else "all examples"
+    speed = f"{answerer.tokens} tokens in {answerer.seconds:.1f} s, {tokens_per_second(answerer):.0f} tokens/s"
+    return "\n".join([
+        *lines,
+        "",
+        f"± is the standard error over the examples; {which}. Seeds: {seeds}.",
+        f"{speed} (without what was answered earlier), {rows} rows; {devices.describe_devices()}; {named}.",
+    ])  # fmt: skip
+
+
+def value_cell(values: dict, metric: str) -> str:
+    name, _, kept = metric.partition(",")
+    value, error = values.get(metric), values.get(f"{name}_stderr,{kept}")
+    if not isinstance(value, (int, float)):
+        return cell(str(value if value is not None else ""))
+    return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, (int, float)) else "")
+
+
+def cell(text: str) -> str:
+    """A text for a table, with whatever is not printable escaped, such as the end of a line or half a character."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain.replace("|", "\\|")
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def file_names(names: Sequence[str]) -> dict[str, str]:
+    """Each tenant's file: its name without characters that file systems reject. A hash of the name is added if two
+    files would have the same name, or the name is too long."""
+    plain = {name: re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_" for name in names}
+    times = Counter(text.lower() for text in plain.values())
+
+    def file_name(name: str, text: str) -> str:
+        long = len(text.encode()) > 200  # of the 255 that file systems allow
+        digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:6]
+        return (text[:50] if long else text) + (f"-{digest}" if long or times[text.lower()] > 1 else "") + ".json"
+
+    return {name: file_name(name, text) for name, text in plain.items()}
+
+
+def check_results(folder: Path, files: Sequence[str], content: str) -> None:
+    """Raises ValueError if one of these files holds another backbone's results, or something else. A damaged file is
+    named and may be written again, since all answers are in the journal."""
+    for name in files:
+        file = folder / name
+        if not file.exists():
+            continue
+        if not file.is_file() or file.stat().st_size > LARGEST:
+            raise foreign(file, b"")
+        data = file.read_bytes()
+        try:
+            found = json.loads(data)
+        except RecursionError:
+            found = None
+        except ValueError:
+            if data and not (folder / ANSWERS_FILE).exists():
+                raise foreign(file, data) from None
+            devices.say(f"{file} is damaged, and is written again")
+            continue
+        config = found.get("config") if isinstance(found, dict) else None
+        backbone = config.get("backbone_content") if isinstance(config, dict) else None
+        if not isinstance(backbone, str):
+            raise foreign(file, data)
+        if backbone != content:
+            raise ValueError(f"--output {folder}: {name} holds results of another backbone; choose another --output")
+
+
+def foreign(file: Path, data: bytes) -> ValueError:
+    held = f" ({shorten(data[:40])})" if data else ""
+    return ValueError(
+        f"--output: {file} does not hold results of an evaluation{held}. Choose another --output, or remove the file"
+    )

@@ -1,0 +1,250 @@
+"""EvalTask: held-out records with the metric that scores them. Tasks come from a run's config, a file or a folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import DataSection, ModelConfig, RunConfig, expanded
+from ..data.examples import Example, encode_completion, encode_example
+from ..data.records import Record, encode_records, load_records, read_records, split_records, task_of
+from ..data.tasks import TASKS, Task
+from ..devices import say
+from .metrics import LABEL_METRICS, METRICS
+from .questions import Generation, Likelihood, Question
+
+#: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
+RANKED = 20
+
+
+class EvalTask(NamedTuple):
+    """Examples, and how answers to them are scored."""
+
+    name: str
+    records: list[Record]
+    metric: str = "exact_match"
+    """loss, or a name of metrics.py. accuracy takes the likeliest of `choices` as the answer, and so do macro_f1 and
+    matthews if there are choices. All other metrics score what greedy decoding writes."""
+    choices: tuple[str, ...] = ()
+    max_new_tokens: int = 32
+    batch_size: int = 16
+    """rows of a batch, over all devices; rounded up to what the mesh divides"""
+    examples: list[Example] | None = None
+    """the records as token ids, if they are cut to a length; default: whole"""
+    also: tuple[str, ...] = ()
+    """more metrics of the same answers"""
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the answers are the likeliest of the choices, and not written."""
+        return self.metric == "accuracy" or (self.metric in LABEL_METRICS and bool(self.choices))
+
+    @property
+    def writes(self) -> bool:
+        """Whether the answers are what greedy decoding writes."""
+        return self.metric != "loss" and not self.ranks
+
+
+class EncodedTask(NamedTuple):
+    """A task as token ids."""
+
+    task: EvalTask
+    examples: list[Example]
+    ranked: list[Example]
+    """each prompt with each choice, if choices are ranked"""
+
+    def questions(self, reads: Sequence[Sequence[int]] | None = None) -> list[Question]:
+        """The likelihood of each record's completion; then of each of its choices, or the text after its prompt.
+
+        Args:
+            reads: for each example, the tokens that an adapter makes its factors from; None: its own prompt.
+        """
+        own = [None] * len(self.examples) if reads is None else [tuple(ids) for ids in reads]
+        choices = len(self.ranked) // max(len(self.examples), 1)
+        read = [*own, *(ids for ids in own for _ in range(choices))]
+        asked: list[Question] = [
+            Likelihood(tuple(prompt), tuple(end), ids)
+            for (prompt, end), ids in zip([*self.examples, *self.ranked], read, strict=True)
+        ]
+        if self.task.writes:
+            new = self.task.max_new_tokens
+            asked += [
+                Generation(tuple(prompt), new, stop_ids=(end[-1],), reads=ids)  # in a chat the end of a turn
+                for (prompt, end), ids in zip(self.examples, own, strict=True)
+            ]
+        return asked
+
+
+def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> EncodedTask:
+    """The task's first `limit` examples (None: all)."""
+    records = task.records[:limit]
+    examples = task.examples or [encode_example(tokenizer, record.prompt, record.completion) for record in records]
+    examples = examples[:limit]
+    return EncodedTask(task._replace(records=records), examples, ranked_examples(examples, records, task, tokenizer))
+
+
+def ranked_examples(examples: Sequence[Example], records: Sequence[Record], task: EvalTask, tokenizer) -> list[Example]:
+    """Each prompt with each choice as its whole completion, end token included; none if the task's answers are
+    written."""
+    if not task.ranks:
+        return []
+    if len(task.choices) < 2:
+        raise ValueError(f"{task.name}: choices {task.choices}: {task.metric} needs at least 2 answers to rank")
+    return [
+        Example(example.prompt_ids, encode_completion(tokenizer, record.prompt, choice))
+        for example, record in zip(examples, records, strict=True)
+        for choice in task.choices
+    ]
+
+
+def check_room(model: ModelConfig, encoded: EncodedTask) -> None:
+    """Raises ValueError if an example has a token that the model does not know, or more tokens than positions."""
+    task, examples, ranked = encoded
+    known, most = model.vocab_size, model.max_positions
+    new = task.max_new_tokens if task.writes else 0
+    for i, (prompt, completion) in enumerate([*examples, *ranked]):
+        record = task.records[i if i < len(examples) else (i - len(examples)) // len(task.choices)]
+        where, largest = record.place or task.name, max(*prompt, *completion)
+        if largest >= known:
+            raise ValueError(f"{where}: token id {largest}: the model's tokens are 0 to {known - 1}")
+        needed = max(len(prompt) + len(completion), len(prompt) + new)
+        if needed > most:
+            raise ValueError(f"{where}: {needed} tokens do not fit the model's {most} positions; shorten the prompt")
+
+
+# ---------------------------------------------------------------------------------------------------- of a run's config
+
+
+def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
+    """A run's validation or test data with its metric; None if the run has no such data. Examples that are too long are
+    cut or left out as data.truncate says, so that every score is over the same examples."""
+    records = load_records(config.data, split)
+    if records is None:
+        return None
+    known = TASKS.get(task_of(config.data) or "")
+    metric = config.eval.metric or (known.metric if known else "exact_match")
+    also = config.eval.also or (known.also if known and metric == known.metric else ())
+    choices = config.eval.choices
+    if known and not choices and {record.completion for record in records} <= set(known.choices):
+        choices = known.choices  # rows with a prompt of their own may have other answers
+    if metric == "accuracy":
+        choices = choices or tuple(sorted({record.completion for record in split_records(config.data, "train") or []}))
+        if not 2 <= len(choices) <= 100:
+            raise ValueError(
+                f"eval.choices: {len(choices)} answers; accuracy ranks 2 to 100. Use eval.metric=exact_match instead"
+            )
+        warn_of_unreachable(split, records, choices)
+    kept = encode_records(records, tokenizer, config.data)
+    new = config.eval.max_new_tokens or (known.max_new_tokens if known else 32)
+    return EvalTask(split, kept.records, metric, choices, new, config.eval.batch_size, kept.examples, also)
+
+
+def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, ...]) -> None:
+    """Warns of examples whose answers are not among the choices: they count as wrong whatever is answered."""
+    missed = [record for record in records if not set(record.references) & set(choices)]
+    if missed:
+        count, first = f"{len(missed)} of {len(records)} answers", f"{missed[0].completion!r} ({missed[0].place})"
+        say(
+            f"warning: {split}: {count} are not among the choices ({', '.join(choices)}) and count as wrong, the first "
+            f"is {first}; eval.choices names others, eval.metric=exact_match scores free text"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ of a file or a folder
+
+
+class FileTask(NamedTuple):
+    """A task of a file, as token ids."""
+
+    encoded: EncodedTask
+    original: int
+    """how many examples the file has"""
+    file: Path
+
+
+def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: int | None) -> FileTask | None:
+    """The task that [TASK=]FILE_OR_FOLDER[:METRIC] names; None if there is no such file or folder.
+
+    TASK is a name of data/tasks.py; its columns, metric and choices then apply. Without TASK and METRIC, rows that all
+    have a label are scored by accuracy over the labels' completions if there are at most RANKED; other rows by exact
+    match.
+    """
+    name, path, metric = parsed(text)
+    if path is None:
+        if re.search(r"[/\\~]|\.jsonl", text):
+            raise ValueError(f"--tasks {text!r}: no such file or folder")
+        return None
+    if name is not None and name not in TASKS:
+        raise ValueError(f"--tasks {text!r}: unknown task {name!r} before the =; known are {', '.join(TASKS)}")
+    file = path / f"{split}.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"--tasks {text!r}: {file} is not a file; give a .jsonl file, or a folder with {split}.jsonl")
+    records, known = read_records(file, task=name), TASKS[name] if name else None
+    metric = metric or (known.metric if known else None)
+    choices = choices_of(file, records, known) if metric in (None, "accuracy", *LABEL_METRICS) else ()
+    if metric is None:
+        labelled = all(record.label is not None for record in records)
+        metric = "accuracy" if labelled and 2 <= len(choices) <= RANKED else "exact_match"
+    if metric not in ("loss", *METRICS, *LABEL_METRICS):
+        names = ", ".join(["loss", *METRICS, *LABEL_METRICS])
+        raise ValueError(f"--tasks: metric {metric!r} is unknown; choose one of {names}")
+    if metric == "accuracy" and not 2 <= len(choices) <= 100:
+        raise ValueError(f"--tasks {text!r}: {len(choices)} answers; accuracy ranks 2 to 100. Choose another metric")
+    ranked = metric == "accuracy" or (metric in LABEL_METRICS and len(choices) <= RANKED)
+    task = EvalTask(
+        name or (path.stem if path.is_file() else path.resolve().name),
+        records[:limit],
+        metric,
+        choices if ranked else (),
+        max_new_tokens=known.max_new_tokens if known else 32,
+        also=known.also if known and metric == known.metric else (),
+    )
+    longest = config.max_positions - answer_room(task, tokenizer)
+    kept = encode_records(task.records, tokenizer, DataSection(max_seq_length=longest, truncate="left"))
+    if kept.cut:
+        say(f"--tasks {text}: {kept.cut} of {len(kept.records)} prompts lost their start, to {longest} tokens")
+    encoded = encode_task(task._replace(examples=kept.examples), tokenizer)
+    return FileTask(encoded, len(records), file.resolve())
+
+
+def with_metrics_in_names(tasks: Sequence[FileTask]) -> list[FileTask]:
+    """The tasks; those that score one file by several metrics are named TASK:METRIC."""
+    metrics: dict[tuple, set[str]] = {}
+    for one in tasks:
+        metrics.setdefault((one.encoded.task.name, one.file), set()).add(one.encoded.task.metric)
+    renamed = []
+    for one in tasks:
+        task = one.encoded.task
+        if len(metrics[task.name, one.file]) > 1:
+            one = one._replace(encoded=one.encoded._replace(task=task._replace(name=f"{task.name}:{task.metric}")))
+        renamed.append(one)
+    return renamed
+
+
+def answer_room(task: EvalTask, tokenizer) -> int:
+    """Tokens to leave free behind a prompt, in addition to its own completion: for the text or the longest choice."""
+    if task.metric == "loss":
+        return 0
+    ends = (encode_completion(tokenizer, task.records[0].prompt, choice) for choice in task.choices)
+    return max(map(len, ends)) if task.ranks else task.max_new_tokens
+
+
+def choices_of(file: Path, records: list[Record], known: Task | None) -> tuple[str, ...]:
+    """The answers that may be ranked: the task's, if the data has no other; else the different completions of the
+    train.jsonl next to the file, or of the file itself."""
+    if known and known.choices and {record.completion for record in records} <= set(known.choices):
+        return known.choices
+    train = file.with_name("train.jsonl")
+    held = read_records(train, task=known.name if known else None) if train.is_file() else records
+    return tuple(sorted({record.completion for record in held}))
+
+
+def parsed(text: str) -> tuple[str | None, Path | None, str | None]:
+    """TASK, path and METRIC of [TASK=]PATH[:METRIC]; the path is None if there is no such file or folder."""
+    for name, rest in ((None, text), text.split("=", 1) if "=" in text else (None, text)):
+        for path, metric in ((rest, None), rest.rsplit(":", 1) if ":" in rest else (rest, None)):
+            if expanded(path).exists():
+                return name, expanded(path), metric
+    return None, None, None

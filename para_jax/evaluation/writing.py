@@ -1,0 +1,138 @@
+"""Answers that are written: greedily in padded batches, or by an Engine."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..backbone.transformer import Transformer
+from ..config import shorten
+from ..inference.answer_text import text_of
+from ..inference.generate import before_stop, generate_tokens
+from ..inference.sampling import Sampling
+from ..serving.engine import Engine
+from ..serving.request import Completion, Request
+from .adapters import Bank, adapters_of
+from .questions import Generation, Pending, Written
+from .shapes import Shapes
+
+
+def write_in_batches(
+    model: Transformer,
+    bank: Bank | None,
+    tokenizer,
+    asked: Sequence[tuple[Any, Generation]],
+    rows: int,
+    shapes: Shapes,
+    stop_ids: Sequence[int],
+) -> Iterator[tuple[int, Written]]:
+    """(A question's index, its answer) by greedy decoding, shortest contexts first. This works in both layouts and on
+    several hosts, and takes questions that name the tokens to read.
+
+    Args:
+        rows: of a batch; the last batch is padded with repeated questions.
+        stop_ids: tokens that end every answer, in addition to its own.
+
+    Raises ValueError for questions that are sampled or have stop texts, which need an Engine.
+    """
+    alike: dict[tuple, list[int]] = {}
+    for i, (_, question) in enumerate(asked):
+        if question.temperature > 0 or question.stop:
+            raise ValueError(
+                f"temperature {question.temperature}, stop {question.stop}: only an engine can sample answers or end "
+                "them at a text"
+            )
+        alike.setdefault((question.reads is not None, question.stop_ids), []).append(i)
+    for (_, own), members in alike.items():
+        members.sort(key=lambda i: len(asked[i][1].context))
+        for start in range(0, len(members), rows):
+            chosen = members[start : start + rows]
+            batch = [asked[i] for i in np.resize(chosen, rows)]  # one compiled shape, also at the end
+            prompts = [list(question.context) for _, question in batch]
+            new, longest = max(question.max_new_tokens for _, question in batch), max(map(len, prompts))
+            written = generate_tokens(
+                model,
+                adapters_of(model, bank, batch, shapes),
+                prompts,
+                Sampling(new),
+                stop_ids=(*stop_ids, *own),
+                length=shapes.prompt(longest),
+                max_length=shapes.writing_cache(longest + new),
+            )
+            for i, tokens in zip(chosen, written, strict=False):
+                kept = tokens[: asked[i][1].max_new_tokens]
+                yield i, Written(text_of(tokenizer, kept), len(kept))
+
+
+def known_answer(tokenizer, question: Generation, greedy: Sequence[int], stop_ids: Sequence[int]) -> Written | None:
+    """The answer of greedy decoding if its first tokens are known to be `greedy`; None if it may go on after them."""
+    if question.temperature > 0 or question.stop:
+        return None
+    made = list(greedy[: question.max_new_tokens])
+    kept = before_stop(made, (*stop_ids, *question.stop_ids))
+    if len(kept) == len(made) < question.max_new_tokens:
+        return None
+    return Written(text_of(tokenizer, kept), len(kept))
+
+
+class EngineWriter:
+    """Has an Engine write answers. Whatever ends that, even Ctrl-C, the engine then holds none of our requests."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._submitted: dict[Hashable, Pending] = {}  # and not answered yet
+
+    def write(self, pending: Sequence[Pending]) -> Generator[tuple[Pending, Written]]:
+        """The questions with their answers. The engine must have no open request, and serves nobody else meanwhile."""
+        self.withdraw()  # in case this was interrupted last time
+        if self.engine.open:
+            raise ValueError(f"engine: it has {self.engine.open} open requests; take their answers first with run()")
+        ordered = sorted(pending, key=lambda one: (len(one.question.context), one.question.context))
+        at_once = self.engine.queue_limit or len(ordered)
+        try:
+            for start in range(0, len(ordered), at_once):
+                for one in ordered[start : start + at_once]:
+                    self._submitted[one.key] = one
+                    self.engine.submit(as_request(one.key, one.tenant, one.question), entry=one.entry)
+                for completion in self.engine.run():
+                    yield self._taken(completion)
+        finally:
+            self.withdraw()
+
+    def withdraw(self) -> None:
+        """Cancels the requests without an answer. If this is interrupted too, the next call of `write` does it."""
+        for key in self._submitted:
+            self.engine.cancel(key)
+        if self._submitted:
+            for _ in self.engine.run():
+                pass
+        self._submitted = {}
+
+    def _taken(self, completion: Completion) -> tuple[Pending, Written]:
+        pending = self._submitted.pop(completion.id, None)
+        if pending is None:
+            raise ValueError(
+                f"engine: someone else submitted request {shorten(completion.id)} during an evaluation, and its answer "
+                "is lost. Give the evaluation an engine of its own"
+            )
+        if completion.error is not None:
+            raise ValueError(f"request {shorten(completion.id)} was not answered: {completion.error}")
+        return pending, Written(completion.text, len(completion.tokens))
+
+
+def as_request(id: Hashable, tenant: str | None, question: Generation) -> Request:
+    """The question as a request to an Engine."""
+    return Request(
+        question.context,
+        tenant,
+        max_new_tokens=question.max_new_tokens,
+        temperature=question.temperature,
+        top_k=question.top_k,
+        top_p=question.top_p,
+        seed=question.seed,
+        stop=question.stop,
+        id=id,
+        stop_token_ids=question.stop_ids,
+    )

@@ -1,0 +1,79 @@
+"""lm-eval's tasks: recorded, answered and scored as lm-eval scores them."""
+
+import json
+
+import pytest
+from lm_eval.api.instance import Instance
+from tiny_harness import WRITE, command, lines, results
+
+from para_jax import (
+    ParaLM,
+    load_tokenizer,
+)
+from para_jax.cli import main
+from para_jax.evaluation.harness.tasks import load_tasks, record, replay
+from para_jax.evaluation.questions import Scored, Written
+
+
+def test_a_tasks_own_code_that_fails_is_named_with_the_task(folder, tmp_path, few_files):
+    file, tokenizer = folder / "tasks" / "data.jsonl", load_tokenizer(folder / "backbone")
+    broken = WRITE.replace("{{{{question}}}}", "{{{{ question if label == 0 else 1 / 0 }}}}").replace(
+        "tiny_write", "asks"
+    )
+    unscored = WRITE.replace("metric: exact_match", "metric: exact_match, ignore_case: true, regexes_to_ignore: ['(']")
+    (tmp_path / "asks.yaml").write_text(broken.format(file=file))
+    (tmp_path / "scores.yaml").write_text(unscored.replace("tiny_write", "scores").format(file=file))
+    made = load_tasks(["asks", "scores"], tmp_path, limit=2, fewshot=None, chat=False)
+    with pytest.raises(ValueError, match="task asks: its requests can't be made: ZeroDivisionError"):
+        record(made[0], tokenizer, 100, sampling_seed=0)
+    record(made[1], tokenizer, 100, sampling_seed=0)
+    with pytest.raises(ValueError, match="task scores: lm-eval can't score its answers: .*(error|Error)"):
+        replay(made[1], tokenizer, 100, lambda one: Written("w9", 1), sampling_seed=0)
+
+
+def test_a_task_file_that_lm_eval_can_not_read_is_named(tmp_path, few_files):
+    (tmp_path / "odd.yaml").write_text("task: odd\nmetric_list: [\x1b")
+    (tmp_path / "fine.yaml").write_text("task: fine\ndataset: !function code.data")
+    with pytest.raises(ValueError, match="task odd: .*odd.yaml can't be read") as caught:
+        load_tasks(["odd"], tmp_path, limit=None, fewshot=None, chat=False)
+    assert "\x1b" not in str(caught.value) and "fine" not in str(caught.value)
+
+
+def test_a_second_round_of_requests_and_unknown_requests_are_refused_by_the_tasks_name(folder, monkeypatch):
+    (task,) = load_tasks(["tiny_pick"], folder / "tasks", limit=2, fewshot=None, chat=False)
+    tokenizer = load_tokenizer(folder / "backbone")
+    asked = record(task, tokenizer, 100, sampling_seed=0)
+    assert len(asked) == 6 and len({one.context for one in asked}) == 2
+    known = dict.fromkeys(asked[1:], Scored(-1.0, False))
+    with pytest.raises(ValueError, match="task tiny_pick: asks a second round of requests"):
+        replay(task, tokenizer, 100, known.get, sampling_seed=0)
+    known[asked[0]] = Scored(-9.0, False)
+    found = replay(task, tokenizer, 100, known.get, sampling_seed=0, samples=True)
+    assert found["samples"]["tiny_pick"][0]["resps"] == [[(-9.0, False)], [(-1.0, False)], [(-1.0, False)]]
+    monkeypatch.setattr(Instance, "__post_init__", lambda self: setattr(self, "request_type", "generate_rounds"))
+    with pytest.raises(ValueError, match="task tiny_pick: requests of type generate_rounds"):
+        record(task, tokenizer, 100, sampling_seed=0)
+
+
+@pytest.mark.parametrize(("named", "members"), [("tiny_group", ["tiny_pick", "tiny_other"]), ("tiny_tag", ["labels"])])
+def test_groups_and_tags_score_as_lm_eval_scores_them(folder, engine, harness, tmp_path, named, members, request):
+    if named == "tiny_tag":
+        request.getfixturevalue("few_files")
+    assert main(command(folder, tmp_path, "--limit", "4", tasks=[named])) == 0
+    for name, found in results(tmp_path).items():
+        theirs = harness(ParaLM(engine, None if name == "base" else name), named, limit=4)
+        assert set(found["results"]) == {*members, *(["tiny_group"] if named == "tiny_group" else [])}
+        for task, values in found["results"].items():
+            assert values["acc,none"] == theirs["results"][task]["acc,none"]
+    assert all(f" {task} acc |" in (tmp_path / "table.md").read_text() for task in found["results"])
+
+
+def test_two_tasks_of_a_group_that_sample_after_the_same_prompts_get_answers_of_their_own(
+    folder, engine, harness, tmp_path, few_files
+):
+    assert main(command(folder, tmp_path, "--limit", "4", tasks=["tiny_samples"])) == 0
+    drawn = {one["text"] for one in map(json.loads, lines(tmp_path)) if "text" in one}
+    samples = harness(ParaLM(engine, "A"), "tiny_samples", limit=4)["samples"]
+    first, second = ([one["resps"][0][0] for one in samples[task]] for task in ("tiny_draw", "tiny_redraw"))
+    assert len(first) == 4 and all(a != b for a, b in zip(first, second, strict=True))
+    assert {*first, *second} <= drawn

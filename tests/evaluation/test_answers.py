@@ -1,0 +1,193 @@
+"""The answerer: what is asked once, refused, kept, and left behind after an interrupt."""
+
+import re
+from copy import deepcopy
+
+import pytest
+from golden_models import backbone, strong
+from tiny_questions import ROWS, answers, asked, bank_of
+from tiny_run import tokenizer
+
+from para_jax import AdapterBank, Engine, ParaConfig, Request, generate, init_adapter
+from para_jax.data.examples import stop_token_ids
+from para_jax.evaluation import answers as answering
+from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.journal import Journal
+from para_jax.evaluation.questions import (
+    Generation,
+    Likelihood,
+    Scored,
+    Written,
+    backbone_content,
+    key,
+    writing_content,
+)
+
+
+def test_what_is_written_is_what_generate_writes_alone_and_mixed():
+    questions = [(tenant, Generation(one.context[:9], 4)) for one in asked()[::3][:3] for tenant in ("A", None)]
+    found = answers("llama", questions, "A")
+    texts = [" ".join(f"w{i}" for i in one.context) for _, one in questions]
+    options = dict(tokenizer=tokenizer(), adapters=bank_of("llama", "A"), max_new_tokens=4)
+    expected = generate(backbone("llama"), texts, tenants=[tenant for tenant, _ in questions], **options)
+    assert [one.text for one in found] == expected and len(set(expected)) > 3
+    assert answers("llama", questions[::2], "A") == found[::2]
+
+
+def test_what_is_written_ends_with_the_questions_own_stop_ids():
+    one = Generation(asked()[0].context, 6)
+    ((text, count),) = answers("llama", [("A", one)], "A")
+    found = re.findall("w[0-9]+", text)
+    assert count == len(found) == 6
+    stopped = one._replace(stop_ids=(int(found[3][1:]), 255))
+    first = found.index(found[3])
+    assert answers("llama", [("A", stopped)], "A") == [Written("".join(found[:first]), first)]
+    assert answers("llama", [("A", stopped._replace(stop=(found[1],)))], "A")[0].text == text[: text.index(found[1])]
+
+
+def test_equal_questions_are_asked_once_and_a_journal_answers_for_the_same_content_only(tmp_path, monkeypatch):
+    model, questions = backbone("llama"), [("A", one) for one in asked()[:4]]
+    content = backbone_content(model)
+
+    def answered(names, tenant, backbone=content):
+        journal = Journal(tmp_path / "a" / "answers.jsonl")
+        answerer = Answerer(model, bank_of("llama", names), tokenizer(), rows=ROWS, journal=journal, backbone=backbone)
+        found = answerer.answer([(tenant, one) for _, one in questions] * 2)
+        return found[: len(questions)], answerer.tokens
+
+    first, tokens = answered("ABCD", "A")
+    contexts = {one.context for _, one in questions}
+    assert len(contexts) == 2 and len(questions) == 4  # each is computed once
+    assert tokens == sum(map(len, contexts)) + sum(len(one.continuation) - 1 for _, one in questions)
+    other, computed = answered("ABCD", "B")
+    assert computed and other != first
+
+    def never(model, bank, questions, *_):
+        assert not questions, "asked again"
+        return iter(())
+
+    monkeypatch.setattr(answering, "likelihoods", never)
+    assert answered("BACD", "A") == (first, 0)  # under another version, in another bank
+    with pytest.raises(AssertionError, match="asked again"):
+        answered("ABCD", "A", "another backbone")
+
+
+def test_what_there_is_no_room_for_is_refused_before_anything_is_computed():
+    longest = backbone("llama").config.max_positions
+    for one, needed in (
+        (Likelihood((3,) * longest, (4, 5)), longest + 1),
+        (Generation((3,) * 8, longest), longest + 8),
+    ):
+        with pytest.raises(ValueError, match=f"request of {needed} tokens .* {longest}"):
+            answers("llama", [(None, one)])
+    assert answers("llama", [(None, Likelihood((3,) * longest, (4,)))])[0].logprob < 0
+    with pytest.raises(ValueError, match="continuation: "):
+        answers("llama", [(None, Likelihood((3,), ()))])
+    for one in (Likelihood((3,), (4, 256)), Likelihood((3, -1), (4,)), Generation((256,), 2)):
+        with pytest.raises(ValueError, match="token id (256|-1): .* 0 to 255"):
+            answers("llama", [(None, one)])
+    with pytest.raises(ValueError, match="no tenant 'E'"):
+        answers("llama", [("E", Likelihood((3,), (4,)))])
+
+
+def test_an_answer_of_the_wrong_kind_is_an_error(tmp_path):
+    model, journal = backbone("llama"), Journal(tmp_path / "answers.jsonl")
+    answerer = Answerer(model, None, tokenizer(), rows=ROWS, journal=journal, backbone="b")
+    writing = writing_content(tokenizer(), stop_token_ids(tokenizer(), model.config.eos_token_ids))
+    for one, other in ((Likelihood((3,), (4,)), Written("x", 1)), (Generation((3,), 4), Scored(-1.0, True))):
+        journal.add(key(one, None, "b", writing), other)
+        with pytest.raises(ValueError, match="answers.jsonl: answers .* as another question"):
+            answerer.answer([(None, one)])
+
+
+def test_an_engine_has_no_request_left_when_a_pass_is_stopped():
+    model, bank = backbone("llama"), bank_of("llama", "A")
+    engine = Engine(model, bank, tokenizer(), slots=2, max_length=32)
+    answerer = Answerer(model, bank, tokenizer(), rows=ROWS, engine=engine)
+    questions = [("A", Generation(one.context[:9], 4)) for one in asked()[::3][:5]]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "add", stop)
+        answerer.answer(questions)
+    assert not engine.open
+    assert answerer.answer(questions) == answers("llama", questions, "A")
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_pass_that_is_interrupted_in_a_round_leaves_an_engine_that_goes_on(twice):
+    """Twice: its cleaning up is interrupted as well."""
+    model, bank, words = backbone("llama"), bank_of("llama", "A"), deepcopy(tokenizer())
+    engine = Engine(model, bank, words, slots=2, max_length=32)
+    answerer = Answerer(model, bank, words, rows=ROWS, engine=engine)
+    questions = [("A", Generation(one.context[:9], 4, ("w1 w1",))) for one in asked()[::3][:5]]
+    interrupts, decode = iter([False] * 5 + [True]), words.decode
+    words.decode = lambda *a, **k: stop() if next(interrupts, False) else decode(*a, **k)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if twice:
+            patch.setattr(engine, "cancel", stop)
+        answerer.answer(questions)
+    assert bool(engine.open) == twice and next(interrupts, None) is None
+    assert answerer.answer(questions) == answers("llama", questions, "A")
+    assert not engine.open
+
+
+def test_an_adapter_that_is_replaced_meanwhile_changes_no_answer_and_no_key(monkeypatch):
+    """The tenant's adapter is replaced while likelihoods are answered; what is written follows them."""
+    model = backbone("llama")
+    bank = AdapterBank(model.config, max_r=4)
+    old, new = (strong(init_adapter(ParaConfig(r=4), model.config), seed, 0.3) for seed in (1, 2))
+    bank.add("A", old)
+    questions = [("A", asked()[0]), *(("A", Generation(one.context[:9], 4)) for one in asked()[::3][:2])]
+    journal, real = Journal(), answering.likelihoods
+
+    def replaced(*arguments):
+        yield from real(*arguments)
+        bank.replace("A", new)
+
+    monkeypatch.setattr(answering, "likelihoods", replaced)
+    answerer = Answerer(model, bank, tokenizer(), rows=ROWS, journal=journal)
+    first = bank.entry("A")
+    found = answerer.answer(questions)
+    assert answerer.entries["A"] is first is not bank.entry("A")
+    bank.replace("A", old)
+    monkeypatch.setattr(answering, "likelihoods", real)
+    assert Answerer(model, bank, tokenizer(), rows=ROWS).answer(questions) == found
+    bank.replace("A", new)
+    assert Answerer(model, bank, tokenizer(), rows=ROWS, journal=journal).answer(questions)[1:] != found[1:]
+
+
+def test_an_answer_to_somebody_elses_request_is_an_error_by_its_id():
+    engine = Engine(backbone("llama"), None, tokenizer(), slots=2, max_length=32)
+    answerer = Answerer(backbone("llama"), None, tokenizer(), rows=ROWS, engine=engine)
+    run = engine.run
+    engine.run = lambda: engine.submit(Request("w20", max_new_tokens=1, id="theirs")) and run()
+    with pytest.raises(ValueError, match="engine: .*'theirs'"):
+        answerer.answer([(None, Generation((3,), 20))])
+
+
+def test_a_resumed_pass_has_an_engine_of_the_same_shapes(monkeypatch):
+    journal, sizes, model = Journal(), [], backbone("llama")
+    long, short = ((None, Generation((3,) * length, 4)) for length in (40, 5))
+    Answerer(model, None, tokenizer(), rows=ROWS, journal=journal).answer([long])
+    monkeypatch.setattr(answering, "Engine", lambda *a, max_length, **k: sizes.append(max_length) or stop())
+    for answered in (Journal(), journal):
+        with pytest.raises(KeyboardInterrupt):
+            Answerer(model, None, tokenizer(), rows=ROWS, journal=answered).answer([long, short])
+    assert sizes == [64, 64]
+
+
+def test_a_small_queue_is_enough_and_an_engine_with_open_requests_is_refused():
+    model, bank = backbone("llama"), bank_of("llama", "A")
+    engine = Engine(model, bank, tokenizer(), slots=ROWS, max_length=32, queue_limit=2)
+    answerer = Answerer(model, bank, tokenizer(), rows=ROWS, engine=engine)
+    questions = [("A", Generation(one.context[:9], 4)) for one in asked()[::3][:5]]
+    assert answerer.answer(questions)[:3] == answers("llama", questions[:3], "A")
+    engine.submit(Request("w20", "A", 4))
+    with pytest.raises(ValueError, match="1 open requests"):
+        answerer.answer([("A", Generation((3,), 4))])
+    assert [one.error for one in engine.run()] == [None]
+    with pytest.raises(ValueError, match="38 tokens .* 32"):
+        answerer.answer([("A", Generation((3,) * 6, 32))])

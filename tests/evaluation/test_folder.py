@@ -1,0 +1,170 @@
+"""`para-jax evaluate` into a folder: our own tasks and lm-eval's, from the command to the table."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from quick_compiler import own_flags
+from tiny_harness import command, lines, results
+from tiny_run import rows_of_text, words, write_rows
+
+from para_jax import (
+    evaluate,
+    load_adapter,
+    load_backbone,
+    load_tokenizer,
+)
+from para_jax.cli import main
+from para_jax.data.records import read_records
+from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.tasks import EvalTask
+
+
+def test_a_run_leaves_lm_evals_layout_for_each_adapter_and_a_table(whole):
+    found = results(whole)
+    for name, made in found.items():
+        assert set(made["results"]) == {"labels", "free", "tiny_pick", "tiny_write"}
+        assert made["results"]["tiny_pick"]["acc_stderr,none"] >= 0 and made["n-shot"]["tiny_pick"] == 1
+        assert made["n-samples"]["labels"] == {"original": 6, "effective": 6}
+        assert (made["config"]["adapter_content"] is None) == (name == "base")
+        assert {"results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better"} <= set(made)
+    table = (whole / "table.md").read_text().splitlines()
+    assert table[0].startswith(
+        "| adapter | labels accuracy | labels loss | free exact_match | free loss | tiny_pick acc |"
+    )
+    assert [line.split(" | ")[0] for line in table[2:5]] == ["| base", "| A", "| B"]
+    row = found["A"]["results"]["labels"]
+    assert f" {row['accuracy,none']:.4f} ± {row['accuracy_stderr,none']:.4f} |" in table[3]
+    assert "Seeds: few-shot 1234, sampling 0." in table[6] and "tokens/s" in table[7] and "lm_eval 0.4" in table[7]
+    losses = [made["results"]["labels"]["loss,none"] for made in found.values()]
+    assert len(set(losses)) == 3
+
+
+def test_our_own_tasks_score_as_evaluate_does(folder, whole):
+    model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
+    tasks = [
+        EvalTask("labels", read_records(folder / "labels" / "test.jsonl"), "accuracy", ("w10 w11", "w9")),
+        EvalTask("free", read_records(folder / "free" / "test.jsonl"), "exact_match"),
+    ]
+    adapter = load_adapter(folder / "A" / "adapter", model.config)
+    for score in evaluate(model, adapter, tasks, tokenizer=tokenizer).scores:
+        found = results(whole)["A"]["results"][score.name]
+        assert found[f"{score.metric},none"] == score.score
+        assert found["loss,none"] == pytest.approx(score.loss, rel=1e-5)
+
+
+def test_an_adapter_alone_has_the_same_answers_and_scores(folder, whole, tmp_path):
+    assert main(command(folder, tmp_path, adapters="B")) == 0
+    assert set(lines(tmp_path)) < set(lines(whole))
+    alone, mixed = (json.loads((output / "B.json").read_text()) for output in (tmp_path, whole))
+    assert alone["results"] == mixed["results"]
+
+
+def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder, whole, tmp_path, capsys):
+    """A child process is killed when it has written some answers; a line is torn; the same command goes on."""
+    output, goal = tmp_path / "out", len(lines(whole)) // 3
+    environment = os.environ | own_flags() | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "para_jax.cli", *command(folder, output)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    file = output / "answers.jsonl"
+    while child.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < goal):
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    kept = file.read_bytes()
+    assert goal <= kept.count(b"\n") < len(lines(whole)) and not (output / "A.json").exists()
+    with file.open("ab") as torn:
+        torn.write(b'{"key": "1234", "logp')
+    assert main(command(folder, output)) == 0
+    assert file.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1]) and lines(output) == lines(whole)
+    assert {name: made["results"] for name, made in results(output).items()} == {
+        name: made["results"] for name, made in results(whole).items()
+    }
+    before, count = file.read_bytes(), len(lines(whole))
+    capsys.readouterr()
+    assert main(command(folder, output)) == 0  # nothing is left to ask
+    said = capsys.readouterr().err
+    assert f"{count} of {count} answers are in {file} already" in said and "earlier calls" not in said
+    assert file.read_bytes() == before and json.loads((output / "A.json").read_text())["tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("tasks", "more", "said"),
+    [
+        (
+            ["tiny_rolling"],
+            [],
+            "task tiny_rolling: loglikelihood_rolling is refused: it scores a whole text, which has no",
+        ),
+        (["labels:bleu"], [], "--tasks: metric 'bleu'"),
+        (["no/such.jsonl"], [], "--tasks 'no/such.jsonl': no such file or folder"),
+        (["labels", "labels"], [], "--tasks: labels is given more than once"),
+        (["labels", "tiny_tag"], [], "--tasks: labels is given more than once"),
+        (["labels"], ["--include-path", "none"], None),
+        (["labels"], ["--limit", "0"], "--limit 0"),
+        (["labels"], ["--adapters", "/nowhere/adapter"], "/nowhere/adapter: no such file or folder"),
+        ([], [], "give the CONFIG of a run, or --backbone with --tasks"),
+    ],
+)
+def test_a_mistake_gives_one_line_before_any_weight_is_read(
+    folder, tmp_path, capsys, monkeypatch, few_files, tasks, more, said
+):
+    if said:
+        monkeypatch.setattr("para_jax.backbone.load.load_backbone", lambda *a, **s: pytest.fail("weights are read"))
+    made = command(folder, tmp_path, *more, tasks=tasks)
+    if ":" in str(tasks):
+        made = [text.replace("labels:bleu", f"{folder / 'labels'}:bleu") for text in made]
+    if not tasks:
+        made.remove("--tasks")
+    assert main(made) == (2 if said else 0)
+    if said:
+        error = capsys.readouterr().err
+        last = error[error.index("para-jax: error") :].splitlines()
+        assert said in last[0] and len(last) <= 2 and "Traceback" not in error
+
+
+def test_ctrl_c_says_where_the_answers_are_and_results_that_the_table_lacks_are_named(
+    folder, whole, tmp_path, capsys, monkeypatch
+):
+    output = shutil.copytree(whole, tmp_path / "out")
+    assert main(command(folder, output, adapters="B")) == 0
+    assert "which are not in table.md: A.json\n" in capsys.readouterr().err
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answerer, "answer", interrupted)
+    assert main(command(folder, output)) == 130
+    assert f"the answers so far are in {output}; the same command goes on there" in capsys.readouterr().err
+
+
+def test_two_metrics_of_one_file_are_two_tasks_of_distinct_names(folder, whole, tmp_path, capsys):
+    texts = [f"{folder / 'free'}:f1", f"{folder / 'free'}:squad", str(folder / "labels")]
+    assert main(command(folder, tmp_path, tasks=texts, adapters="A")) == 0
+    found = json.loads((tmp_path / "A.json").read_text())["results"]
+    assert set(found) == {"free:f1", "free:squad", "labels"}
+    assert "f1,none" in found["free:f1"] and "squad,none" in found["free:squad"]
+    assert found["free:f1"]["loss,none"] == found["free:squad"]["loss,none"]
+    assert found["labels"] == results(whole)["A"]["results"]["labels"]
+    assert "| adapter | free:f1 f1 | free:f1 loss | free:squad squad |" in (tmp_path / "table.md").read_text()
+    write_rows(tmp_path / "free" / "test.jsonl", rows_of_text(4, 3))
+    for twice in ([texts[0]] * 2, [texts[0], f"{tmp_path / 'free'}:squad"], [texts[2], texts[2] + ":accuracy"]):
+        assert main(command(folder, tmp_path / "twice", tasks=twice)) == 2
+        assert "is given more than once" in capsys.readouterr().err
+
+
+def test_prompts_that_are_too_long_lose_their_start_and_a_line_says_how_many(folder, tmp_path, capsys):
+    long = {"prompt": words([*range(20, 200)] * 4), "completion": "w9"}
+    for completions in (["w9", "w10 w11"], ["w9"]):
+        rows = [row | {"completion": text, "label": text} for text in completions for row in (long, {"prompt": "w8"})]
+        write_rows(tmp_path / "long.jsonl", rows)
+        assert main(command(folder, tmp_path / str(len(completions)), tasks=[tmp_path / "long.jsonl"])) == 0
+        said = f"{len(completions)} of {len(rows)} prompts lost their start, to "
+        assert said in capsys.readouterr().err

@@ -1,0 +1,30 @@
+"""The key of a question's answer: what it depends on, and what not."""
+
+from golden_models import backbone
+from tiny_questions import bank_of
+
+from para_jax.evaluation.questions import Generation, Likelihood, backbone_content, key
+
+
+def test_a_key_knows_the_question_the_adapters_content_and_the_backbone():
+    a, b = (bank_of("llama").entry(name) for name in "AB")
+    one = Likelihood((3, 4), (5,))
+    keys = [key(one, *who, "w") for who in ((a, "x"), (b, "x"), (None, "x"), (a, "y"))]
+    others = one._replace(context=(3,)), Generation((3, 4), 5), Generation((3, 4), 5, seed=1)
+    keys += [key(other, a, "x", "w") for other in others] + [key(others[1], a, "x", "v")]
+    assert len(set(keys)) == len(keys)
+    assert key(one, a._replace(version=99), "x", "v") == keys[0]
+    assert backbone_content(backbone("llama")) != backbone_content(backbone("qwen2"))
+
+
+def test_a_changed_version_of_our_answers_asks_again(monkeypatch):
+    before = key(Likelihood((3,), (4,)), None, "b", "w")
+    monkeypatch.setattr("para_jax.evaluation.questions.ANSWERS_VERSION", -1)
+    assert key(Likelihood((3,), (4,)), None, "b", "w") != before
+
+
+def test_the_keys_of_older_journals_still_count():
+    """They were made before a question could name the tokens that an adapter reads."""
+    assert key(Likelihood((3, 4), (5,)), None, "b", "w") == "5d4b34f191eab3fd81ad1da23fdca3bd"
+    assert key(Generation((3, 4), 5, ("x",), stop_ids=(7,)), None, "b", "w") == "778fc8ad375060c030dc073799ca159e"
+    assert key(Likelihood((3, 4), (5,), reads=(6,)), None, "b", "w") != key(Likelihood((3, 4), (5,)), None, "b", "w")

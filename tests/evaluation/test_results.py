@@ -1,0 +1,98 @@
+"""The files of an output folder: records, the table, and what is not overwritten."""
+
+import json
+import os
+import shutil
+
+import pytest
+from tiny_harness import command, results
+
+from para_jax.cli import main
+from para_jax.cli.names import named_adapters
+from para_jax.evaluation import answers as answering
+from para_jax.evaluation import results as result_files
+from para_jax.evaluation.results import cell, check_results, file_names
+
+
+def test_an_output_folder_holds_results_of_one_backbone_and_nothing_elses_files(whole, tmp_path, monkeypatch):
+    output = shutil.copytree(whole, tmp_path / "out")
+    names, content = ["base.json", "A.json"], results(whole)["base"]["config"]["backbone_content"]
+    check_results(output, [*names, "none.json"], content)
+    for name in names:
+        with pytest.raises(ValueError, match=f"--output {output}: {name} holds results of another backbone"):
+            check_results(output, names, "another")
+        (output / name).write_bytes(b'{"results": {')
+    foreign = (b"[]", b"5", b'{"config": 1}', b'{"config": {"backbone_content": 1}}', b"[" * 100_000)
+    for other in foreign:
+        (output / "A.json").write_bytes(other)
+        with pytest.raises(ValueError, match="A.json does not hold results of an evaluation") as caught:
+            check_results(output, names, content)
+        assert len(str(caught.value)) < len(str(output)) + 300
+    (output / "answers.jsonl").unlink()
+    (output / "base.json").unlink()
+    (output / "A.json").write_bytes(b"not JSON")
+    with pytest.raises(ValueError, match="A.json does not hold results of an evaluation"):
+        check_results(output, names, content)  # nothing says that this folder is an evaluation's
+    monkeypatch.setattr(result_files, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="B.json does not hold results of an evaluation"):
+        check_results(output, ["B.json"], content)
+
+
+def test_results_that_are_damaged_are_written_anew_from_the_answers(folder, whole, tmp_path, capsys, monkeypatch):
+    output = shutil.copytree(whole, tmp_path / "out")
+    data = (whole / "base.json").read_bytes()
+    content, names = results(whole)["base"]["config"]["backbone_content"], ["base.json", "A.json", "B.json"]
+    for cut in (0, 1, 200, len(data) // 2, len(data) - 2):
+        (output / "base.json").write_bytes(data[:cut])
+        check_results(output, names, content)
+        assert f"{output / 'base.json'} is damaged" in capsys.readouterr().err
+    for name in names:
+        (output / name).write_bytes(b"\0" * 100)
+    monkeypatch.setattr(answering, "likelihoods", lambda *_: iter(()))  # nothing is computed
+    assert main(command(folder, output)) == 0
+    assert {name: made["results"] for name, made in results(output).items()} == {
+        name: made["results"] for name, made in results(whole).items()
+    }
+
+
+def test_a_kill_while_results_are_written_leaves_whole_files_and_the_same_command_goes_on(
+    folder, tmp_path, monkeypatch
+):
+    line = command(folder, tmp_path, tasks=["labels"], adapters="A")
+    real, killing = os.replace, iter([False, True])
+
+    def killed(part, file):
+        if next(killing):
+            raise SystemExit
+        real(part, file)
+
+    assert main(line) == 0
+    before = (tmp_path / "A.json").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "replace", killed)
+        main(line)
+    assert (tmp_path / "A.json").read_bytes() == before
+    assert json.loads((tmp_path / "base.json").read_text())["tokens"] == 0
+    assert main(line) == 0 and (tmp_path / "A.json").read_bytes() != before
+    assert {path.name for path in tmp_path.iterdir()} == {"base.json", "A.json", "answers.jsonl", "table.md"}
+
+
+def test_the_table_shows_no_raw_control_character():
+    assert cell("a|b\x1b[0m\n\udcff é") == "a\\|b\\x1b[0m\\n\\udcff é"
+
+
+def test_names_of_adapters_are_their_folders_and_files_stay_apart(folder):
+    folders = [str(folder / name / "adapter") for name in "AB"]
+    assert named_adapters([*folders, "mine=" + folders[0], "user/name@v1"]) == {
+        "A": folders[0], "B": folders[1], "mine": folders[0], "user/name@v1": "user/name@v1"
+    }  # fmt: skip
+    for wrong in ([folders[0]] * 2, ["base=x"], ["=x"], ["x="]):
+        with pytest.raises(ValueError, match="give NAME=DIR"):
+            named_adapters(wrong)
+    names = ["a/b", "a_b", "A_B", "..", "x", "x y", "x_y", "x_y-0", "x_y-1"]
+    files = file_names(names)
+    assert len({file.lower() for file in files.values()}) == len(names) and files["x"] == "x.json"
+    assert not any("/" in file or file.startswith(".") for file in files.values())
+    long = [letter * 190 + end for letter in "xé" for end in ("1" * 50, "2" * 50)]
+    assert len({*file_names(long).values()}) == 4 and max(len(f.encode()) for f in file_names(long).values()) < 150
+    assert file_names(["a\udcff", "a_"])["a\udcff"].startswith("a_-")

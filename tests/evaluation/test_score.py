@@ -1,0 +1,33 @@
+"""Scores: what is compared, printed and written of them."""
+
+import numpy as np
+import pytest
+
+from para_jax.data.records import Record
+from para_jax.evaluation.evaluate import Report
+from para_jax.evaluation.score import Measured, Score, score_of
+from para_jax.evaluation.tasks import EvalTask
+
+
+def test_a_score_is_frozen_and_compares_its_main_values_only():
+    score = Score("t", "accuracy", 0.5, 0.25, 8, stderr=0.1, also=(Measured("f1", 0.3, None),))
+    assert score == Score("t", "accuracy", 0.5, 0.25, 8) != Score("t", "accuracy", 0.5, 0.25, 9)
+    with pytest.raises(AttributeError):
+        score.loss = 0.0  # pyright: ignore
+    assert list(score.record()) == ["name", "metric", "score", "loss", "count", "stderr", "also"]
+
+
+def test_a_choice_that_is_not_a_number_is_not_chosen():
+    task, some = EvalTask("t", [], "accuracy", ("a", "b")), [Record("p", "b", ("b",), None, "here")] * 2
+    nats = np.array([1.0, 1.0, np.nan, 2.0, np.inf, 2.0])
+    assert score_of(task._replace(records=some), nats, np.ones(6), []).score == 1
+
+
+def test_a_report_prints_a_line_per_task():
+    report = Report((Score("sst2", "accuracy", 0.885, 0.25, 200), Score("own", "loss", -1.5, 1.5, 3)))
+    assert str(report).splitlines() == [
+        "sst2: accuracy 0.8850, loss 0.2500 on 200 examples",
+        "own: loss -1.5000, loss 1.5000 on 3 examples",
+    ]
+    also = Score("s", "accuracy", 0.5, 0.25, 200, stderr=0.035, also=(Measured("matthews", -0.25, None),))
+    assert str(Report((also,))) == "s: accuracy 0.5000 ± 0.0350, matthews -0.2500, loss 0.2500 on 200 examples"

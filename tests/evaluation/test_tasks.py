@@ -1,0 +1,88 @@
+"""The tasks of a run's config: its data, choices, metrics and lengths."""
+
+import pytest
+from golden_models import FIXTURES, strong
+from tiny_run import backbone_folder, rows_of_text, run_config, tokenizer, words, write_rows
+
+from para_jax import ParaConfig, evaluate, init_adapter, load_backbone
+from para_jax.data.records import Record
+from para_jax.data.tokenizer import load_tokenizer
+from para_jax.evaluation.tasks import task_of_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    backbone_folder(folder / "backbone")
+    write_rows(folder / "data" / "train.jsonl", rows_of_text(4, seed=1))
+    write_rows(
+        folder / "data" / "test.jsonl", [*rows_of_text(3, seed=2), {"prompt": words(range(30, 50)), "completion": "w9"}]
+    )
+    return folder
+
+
+def test_a_run_without_a_split_has_no_task(folder):
+    assert task_of_run(run_config(folder), "validation", tokenizer()) is None
+
+
+def test_the_choices_of_a_run_are_its_training_completions(folder):
+    task = task_of_run(run_config(folder, "eval.metric=accuracy"), "test", load_tokenizer(folder / "backbone"))
+    assert task.choices == ("w9", "w9 w10", "w9 w10 w11", "w9 w10 w11 w12")
+    assert (task.metric, task.max_new_tokens, task.batch_size, len(task.records)) == ("accuracy", 4, 8, 4)
+
+
+def test_a_run_overrides_the_choices_and_metric_of_its_task(folder, tmp_path, capsys):
+    data = write_rows(tmp_path / "test.jsonl", [{"sentence": "w3", "label": 1}])
+
+    def of(*more):
+        return task_of_run(run_config(folder, f"data.test={data}", "data.task=sst2", *more), "test", tokenizer())
+
+    assert of("eval.metric=null")[2:4] == ("accuracy", ("negative", "positive"))
+    assert "warning" not in capsys.readouterr().err
+    assert of("eval.metric=accuracy", "eval.choices=['no','yes']")[2:4] == ("accuracy", ("no", "yes"))
+    told = "test: 1 of 1 answers are not among the choices (no, yes) and count as wrong, the first is 'positive' ("
+    assert told in capsys.readouterr().err
+    assert of("eval.metric=f1").metric == "f1"
+
+
+def test_a_task_sets_metrics_choices_and_answer_length(folder, tmp_path):
+    def of(task, *rows, more=()):
+        data = write_rows(tmp_path / f"{task}.jsonl", rows)
+        none = "eval.metric=null", "eval.max_new_tokens=null"
+        return task_of_run(
+            run_config(folder, f"data.test={data}", f"data.task={task}", *none, *more), "test", tokenizer()
+        )
+
+    spam = of("sms_spam", {"sms": "w3", "label": 1})
+    assert (spam.metric, spam.choices, spam.also) == ("accuracy", ("yes", "no"), ("macro_f1", "matthews"))
+    own = of("sms_spam", {"sms": "w3", "label": 1}, more=["eval.also=[f1]"])
+    assert (own.metric, own.also) == ("accuracy", ("f1",))
+    other = of("sms_spam", {"sms": "w3", "label": 1}, more=["eval.metric=exact_match"])
+    assert (other.metric, other.also, other.ranks) == ("exact_match", (), False)
+    sums = of("gsm8k", {"question": "w3", "answer": "w4 #### 5"})
+    assert (sums.metric, sums.max_new_tokens, sums.ranks) == ("final_number", 320, False)
+    ready = of("copa", {"prompt": "w3", "completion": "w9"})  # other answers than the task's own templates give
+    assert ready.choices == ("w9", "w9 w10", "w9 w10 w11", "w9 w10 w11 w12")
+
+
+def test_one_choice_can_not_be_ranked(folder):
+    with pytest.raises(ValueError, match="eval.choices: 1 answers"):
+        task_of_run(run_config(folder, "eval.metric=accuracy", "eval.choices=[w9]"), "test", tokenizer())
+
+
+def test_long_examples_are_skipped_cut_or_refused_as_in_training(folder):
+    def of(how):
+        config = run_config(folder, "data.max_seq_length=16", f"data.truncate={how}")
+        return task_of_run(config, "test", tokenizer())
+
+    assert len(of("skip").records) == len(of("skip").examples) == 3
+    cut = of("left")
+    assert len(cut.records) == 4 and cut.examples[3].prompt_ids == [*range(36, 50)]
+    short = Record(words(range(36, 50)), "w9", ("w9",), None, "")
+    cut_before = cut._replace(records=[*cut.records[:3], short], examples=None)
+    model = load_backbone(FIXTURES / "llama")
+    adapter = strong(init_adapter(ParaConfig(r=4), model.config))
+    ours, theirs = (evaluate(model, adapter, [task], tokenizer=tokenizer()).scores[0] for task in (cut, cut_before))
+    assert ours.loss == theirs.loss
+    with pytest.raises(ValueError, match="test.jsonl:4: 22 tokens .* 16"):
+        of("error")
