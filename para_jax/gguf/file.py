@@ -207,9 +207,7 @@ def map_tensor(data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], s
         raise ValueError(f"tensor {shown(name)} has unknown type {kind}")
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if shape[-1] % block or 0 in shape:
-        raise ValueError(
-            f"tensor {shown(name)} has shape {shape}, which its type's blocks of {block} do not divide"
-        )
+        raise ValueError(f"tensor {shown(name)} has shape {shape}, which its type's blocks of {block} do not divide")
     row_bytes = shape[-1] // block * block_bytes
     size = row_bytes * math.prod(shape[:-1])
     if start + size > len(data):

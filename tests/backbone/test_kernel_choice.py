@@ -54,12 +54,12 @@ def test_cudnn_takes_packed_rows_of_even_length_only():
     ("cudnn", "cpu", None, "cudnn.*CPU"), ("cudnn", "gpu", T4, "cudnn.*7.5"), ("splash", "cpu", None, "splash.*CPU"),
     ("splash", "gpu", H100, "splash.*GPU"),
 ])  # fmt: skip
-def test_a_kernel_that_was_asked_for_and_can_not_work_is_an_error(name, on, capability, says):
+def test_a_named_kernel_that_cannot_run_is_an_error(name, on, capability, says):
     with pytest.raises(ValueError, match=f"backbone.attention={says}.*auto or plain"):
         attention_kernel(CONFIG, 128, "bfloat16", on, asked_for(name), capability=capability)
 
 
-def test_what_was_asked_for_is_used_for_rows_of_any_length():
+def test_a_named_kernel_is_used_for_any_length():
     assert attention_kernel(CONFIG, 16, "bfloat16", "tpu", asked_for("splash"))[0] == "splash"
     assert attention_kernel(CONFIG, 4096, "bfloat16", "tpu", asked_for("plain"))[0] == "plain"
     with pytest.raises(ValueError, match="backbone.attention.*'flash'.*auto or plain or splash or cudnn"):
@@ -116,7 +116,7 @@ def test_a_kernel_that_passes_the_trial_stays(sizes, monkeypatch, capsys):
     (sees_too_much, "differ from plain"),
     (not_a_number, "differ from plain attention's by nan"),
 ])  # fmt: skip
-def test_a_kernel_that_fails_is_replaced_by_plain_with_one_line_that_says_why(kernel, says, monkeypatch, capsys):
+def test_a_failing_kernel_is_replaced_by_plain_with_a_reason(kernel, says, monkeypatch, capsys):
     choice = tried(monkeypatch, kernel)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "cudnn" in said and says in said
@@ -126,7 +126,7 @@ def test_a_kernel_that_fails_is_replaced_by_plain_with_one_line_that_says_why(ke
         tried(monkeypatch, kernel, name="cudnn")
 
 
-def test_a_kernel_that_fails_with_packed_rows_alone_is_kept_for_the_others(monkeypatch, capsys):
+def test_a_kernel_that_fails_only_with_packed_rows_stays_in_use(monkeypatch, capsys):
     choice = tried(monkeypatch, fails_packed)
     assert capsys.readouterr().err.count("\n") == 1
     chosen = partial(attention_kernel, CONFIG, 128, "bfloat16", "gpu", choice, capability=H100)

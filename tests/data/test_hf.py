@@ -9,7 +9,7 @@ import tiny_tokenizers
 from tiny_run import write_rows
 
 from para_jax.config import DataSection
-from para_jax.data import token_cache
+from para_jax.data import hf, token_cache
 from para_jax.data.hf import find_split, parse_hf
 from para_jax.data.records import encode_records, load_records, read_records
 from para_jax.data.sources import files_of, source_of
@@ -73,6 +73,21 @@ def test_a_null_counts_as_a_missing_column(tmp_path):
     source = folder_of(tmp_path / "rows", "parquet", train=rows)
     with pytest.raises(ValueError, match=r"train\[1\]: .*'completion'"):
         load_records(DataSection(train=source), "train")
+
+
+def test_rows_are_the_same_however_many_are_read_at_once(tmp_path, monkeypatch):
+    source = folder_of(tmp_path / "rows", "parquet", train=ROWS)
+    whole = load_records(DataSection(train=source), "train")
+    monkeypatch.setattr(hf, "READ_AT_ONCE", 3)
+    assert load_records(DataSection(train=source), "train") == whole
+
+
+def test_columns_of_images_are_left_out(tmp_path):
+    features = datasets.Features({name: datasets.Value("string") for name in ROWS[0]} | {"picture": datasets.Image()})
+    rows = [row | {"picture": {"bytes": b"\xff", "path": None}} for row in ROWS]
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows" / "train.parquet")
+    assert len(load_records(DataSection(train=f"hf:{tmp_path / 'rows'}"), "train")) == 7
 
 
 def test_the_field_gives_the_split_unless_the_source_names_one(tmp_path):
@@ -177,7 +192,7 @@ def test_a_wrong_source_is_an_error_that_names_it(tmp_path, source, named):
 def test_other_file_formats_are_refused(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "train.csv").write_text("prompt,completion\na,b\n")
-    with pytest.raises(ValueError, match="rows holds csv files.*refs/convert/parquet"):
+    with pytest.raises(ValueError, match="rows holds csv files"):
         load_records(DataSection(train=f"hf:{tmp_path / 'rows'}"), "train")
 
 

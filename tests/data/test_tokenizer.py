@@ -66,7 +66,7 @@ def byte_level_gguf(path, **metadata):
     return write_gguf(path, tokens, types, **(settings | {"padding_token_id": 1, "chat_template": CHATML} | metadata))
 
 
-def test_a_gguf_files_tokenizer_is_the_one_it_was_written_from(tmp_path):
+def test_a_gguf_tokenizer_equals_its_original(tmp_path):
     made, original = load_tokenizer(byte_level_gguf(tmp_path / "m.gguf")), plain()
     for text in TEXTS:
         assert made(text).input_ids == original(text).input_ids
@@ -100,7 +100,7 @@ def test_text_is_cut_as_the_pre_tokenizer_says(tmp_path, pre):
     assert [piece for piece, _ in cuts] == PIECES[pre]
 
 
-def test_an_unknown_pre_tokenizer_or_model_is_refused_by_name(tmp_path):
+def test_an_unknown_pre_tokenizer_or_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"m\.gguf: .*pre-tokenizer 'jais-2'.*smollm"):
         load_tokenizer(byte_level_gguf(tmp_path / "m.gguf", pre="jais-2"))
     with pytest.raises(ValueError, match="model 'bert'"):
@@ -137,7 +137,7 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path, metadata, begins, ends
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, "twice"),
     ],
 )
-def test_damaged_tokenizer_metadata_is_a_value_error_that_names_the_file(tmp_path, monkeypatch, metadata, said):
+def test_damaged_tokenizer_metadata_names_the_file(tmp_path, monkeypatch, metadata, said):
     found = {}
     monkeypatch.setattr("para_jax.gguf.file.GgufFile.tokenizer", found)
     path = byte_level_gguf(tmp_path / "m.gguf")
@@ -186,7 +186,7 @@ def random_texts():
     return ["".join(rng.choice(list("abcd  é"), 12)) for _ in range(60)]
 
 
-def test_a_llama_vocabulary_is_joined_by_score_with_a_leading_space_and_byte_fallback(tmp_path):
+def test_a_llama_vocabulary_merges_by_score_with_byte_fallback(tmp_path):
     path, scores = sentencepiece_gguf(tmp_path / "m.gguf", control=["<unk>", "<s>", "</s>"], spaces=[])
     made = load_tokenizer(path)
     assert made("abc").input_ids[0] == 1  # unsaid: <s> comes first
@@ -197,7 +197,7 @@ def test_a_llama_vocabulary_is_joined_by_score_with_a_leading_space_and_byte_fal
     assert made("dab<table>\n").tokens() == ["<s>", "▁", "dab", "<table>", "▁", "<0x0A>"]
 
 
-def test_a_gemma_vocabulary_has_no_leading_space_and_whole_runs_of_spaces(tmp_path):
+def test_a_gemma_vocabulary_has_tokens_for_runs_of_spaces(tmp_path):
     path, scores = sentencepiece_gguf(
         tmp_path / "m.gguf",
         control=["<pad>", "<bos>", "<eos>", "<unk>"],
@@ -239,7 +239,7 @@ def test_a_converted_folder_has_the_same_tokenizer(tmp_path, kind):
         assert loaded.chat_template == made.chat_template and loaded.model_max_length == 64
 
 
-def test_a_folder_without_a_whole_tokenizer_is_a_value_error_of_one_line(tmp_path):
+def test_a_damaged_tokenizer_folder_is_a_one_line_error(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer.json").write_text('{"cut off')
     with pytest.raises(ValueError, match=r"cannot load a tokenizer[^\n]*$"):
@@ -275,7 +275,7 @@ def spoiled(tmp_path, settings=None, **parts):
 
 
 @pytest.mark.parametrize("longest", ["x", -1, 0, [1], {}, True])
-def test_a_length_that_is_no_number_of_tokens_is_named(tmp_path, longest):
+def test_a_wrong_model_max_length_is_named(tmp_path, longest):
     with pytest.raises(ValueError, match="model_max_length"):
         load_tokenizer(spoiled(tmp_path, {"model_max_length": longest}))
 
@@ -283,7 +283,7 @@ def test_a_length_that_is_no_number_of_tokens_is_named(tmp_path, longest):
 TEMPLATE = {"type": "TemplateProcessing", "pair": [], "single": [{"SpecialToken": {"id": "<gone>", "type_id": 0}}]}
 
 
-def test_a_panic_of_the_tokenizers_library_is_an_error_that_names_the_folder(tmp_path, capfd):
+def test_a_panic_of_the_tokenizers_library_is_a_value_error(tmp_path, capfd):
     with pytest.raises(ValueError, match=f"{tmp_path}.*tokenizer"):
         load_tokenizer(spoiled(tmp_path, post_processor=TEMPLATE | {"special_tokens": {}}))
     tokenizer = plain_with(TEMPLATE | {"special_tokens": {}}, tmp_path)
@@ -296,7 +296,7 @@ def plain_with(processor, folder):
     return AutoTokenizer.from_pretrained(spoiled(folder, post_processor=processor))
 
 
-def test_a_text_that_a_tokenizer_has_no_tokens_for_is_an_error_and_ctrl_c_is_not():
+def test_a_text_without_tokens_is_an_error_and_ctrl_c_is_not():
     made = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
     with pytest.raises(ValueError, match="the tokenizer fails on 'b'.*UNK"):
         encode_prompt(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="a"), "b")
@@ -316,7 +316,7 @@ def test_a_file_that_is_too_large_for_a_tokenizer_is_not_read(tmp_path, name):
         load_tokenizer(tmp_path)
 
 
-def test_a_gguf_token_that_is_too_long_to_be_cut_everywhere_is_refused(tmp_path):
+def test_a_very_long_gguf_token_is_refused(tmp_path):
     file, _ = sentencepiece_gguf(tmp_path / "m.gguf", control=["<unk>", "<s>", "</s>"], spaces=[" " * 5000])
     with pytest.raises(ValueError, match="m.gguf: .*5000 characters"):
         load_tokenizer(file)
