@@ -13,7 +13,7 @@ from two_processes import run_two
 
 from para_jax import load_backbone, load_model_config, make_mesh
 from para_jax.backbone.load import abstract_backbone, parameter_name
-from para_jax.backbone.parts import Block, needed_blocks, read_blocks, joined_blocks, stored_block
+from para_jax.backbone.parts import Block, joined_blocks, needed_blocks, read_blocks, stored_block
 from para_jax.backbone.safetensors import Safetensors
 from para_jax.backbone.weights import load_parameters, parameter_shapes, recipes
 
