@@ -114,9 +114,9 @@ def prepared_builder(name: str, config: str | None) -> Any:
 
 def load_failure(error: Exception) -> str:
     """One line on why `datasets` failed. The cause says more than the error that wraps it."""
-    lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    text = printable(lines[0], 300)
-    if text.startswith("BuilderConfig"):  # a split in the place of the config is an easy mistake
+    words = str(error.__cause__ or error).split() or [type(error).__name__]
+    text = printable(" ".join(words), 300)
+    if text.startswith("BuilderConfig"):  # the user may have meant a split
         return f"{text}. A split is written after the config: hf:NAME:CONFIG:SPLIT, or hf:NAME::SPLIT"
     return text
 

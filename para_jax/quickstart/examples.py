@@ -138,7 +138,7 @@ DATES = {
 
 
 def business_examples(job: str, split: str, count: int, seed: int) -> list[dict[str, str]]:
-    """`count` different examples of a job, {"prompt": ..., "completion": ...}, always the same for the same arguments."""
+    """`count` different examples of a job, {"prompt": ..., "completion": ...}; the same for the same arguments."""
     if job not in JOBS or split not in SPLITS:
         raise ValueError(
             f"job {job!r}, split {split!r}: the jobs are {', '.join(JOBS)}, and the splits {', '.join(SPLITS)}"

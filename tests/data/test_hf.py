@@ -118,6 +118,8 @@ def test_a_config_of_a_data_set_is_chosen_by_name(tmp_path):
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
     found = load_records(DataSection(train=f"hf:{folder}:b"), "train")
     assert [record.place for record in found] == [f"hf:{folder}:b:train[0]"]
+    with pytest.raises(ValueError, match=r"hf:.*rows: .*\['a', 'b'\]"):
+        load_records(DataSection(train=f"hf:{folder}"), "train")
     with pytest.raises(ValueError, match=r"hf:.*rows:c: .*'c' not found.*\['a', 'b'\].*hf:NAME::SPLIT"):
         load_records(DataSection(train=f"hf:{folder}:c"), "train")
 
@@ -221,6 +223,6 @@ def test_an_unreachable_hub_is_one_line_and_a_revision_is_passed_on(monkeypatch)
         raise ConnectionError("Couldn't reach the hub\nafter 5 tries")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
-    with pytest.raises(ValueError, match=r"hf:user/name@v1:main: Couldn't reach the hub$"):
+    with pytest.raises(ValueError, match=r"hf:user/name@v1:main: Couldn't reach the hub after 5 tries$"):
         find_split("hf:user/name@v1:main", "train")
     assert asked == [("user/name", "main", "v1")]
