@@ -1,9 +1,9 @@
 import json
 
-import gguf
 import numpy as np
 import pytest
-from tiny_tokenizers import CHATML, plain
+from tiny_gguf import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, byte_level_gguf, write_vocabulary
+from tiny_tokenizers import plain
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -18,52 +18,9 @@ TEXTS = [
     "<|im_start|>user\nhello<|im_end|>\n",
     "",
 ]
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-
-
-def write_gguf(path, tokens, types, *, arch="llama", **metadata):
-    """A GGUF file with one layer of zeros and this vocabulary; metadata by its name after tokenizer.ggml."""
-    writer = gguf.GGUFWriter(path, arch)
-    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 8, "feed_forward_length": 8}
-    sizes |= {"attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 4}
-    for key, value in (sizes | {"attention.sliding_window": 8}).items():
-        writer.add_uint32(f"{arch}.{key}", value)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    for key, value in metadata.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[
-            type(value)
-        ]
-        add(f"tokenizer.{key}" if key == "chat_template" else f"tokenizer.ggml.{key}", value)
-    linear = {"attn_q": 8, "attn_k": 4, "attn_v": 4, "attn_output": 8, "ffn_gate": 8, "ffn_up": 8, "ffn_down": 8}
-    norms = {"attn_norm": 8, "ffn_norm": 8}
-    if arch == "gemma3":
-        norms |= {"attn_q_norm": 4, "attn_k_norm": 4, "post_attention_norm": 8, "post_ffw_norm": 8}
-    for name, size in linear.items():
-        writer.add_tensor(f"blk.0.{name}.weight", np.zeros((size, 8), np.float32))
-    for name, size in norms.items():
-        writer.add_tensor(f"blk.0.{name}.weight", np.zeros(size, np.float32))
-    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 8), np.float32))
-    writer.add_tensor("output_norm.weight", np.zeros(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------- byte level
-
-
-def byte_level_gguf(path, **metadata):
-    """The vocabulary of tiny_tokenizers.plain(), <|im_start|> and <|im_end|> as control tokens."""
-    state = json.loads(plain().backend_tokenizer.to_str())["model"]
-    tokens = sorted(state["vocab"], key=state["vocab"].get)
-    types = [CONTROL if token.startswith("<|") else NORMAL for token in tokens]
-    merges = [" ".join(merge) for merge in state["merges"]]
-    settings = {"model": "gpt2", "pre": "default", "merges": merges, "bos_token_id": 0, "eos_token_id": 1}
-    return write_gguf(path, tokens, types, **(settings | {"padding_token_id": 1, "chat_template": CHATML} | metadata))
 
 
 def test_a_gguf_tokenizer_equals_its_original(tmp_path):
@@ -163,7 +120,7 @@ def sentencepiece_gguf(path, *, control, spaces, **metadata):
     scores = [0.0] * (len(tokens) - len(words)) + [-1e9 if word == "▁▁" else -float(i) for i, word in enumerate(words)]
     ids = {"unknown_token_id": control.index("<unk>"), "bos_token_id": 1, "eos_token_id": 2}
     settings = {"model": "llama", "pre": "default", "scores": scores} | ids
-    return write_gguf(path, tokens, types, **(settings | metadata)), dict(zip(tokens, scores, strict=True))
+    return write_vocabulary(path, tokens, types, **(settings | metadata)), dict(zip(tokens, scores, strict=True))
 
 
 def reference_pieces(text, scores):
