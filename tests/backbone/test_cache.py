@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from para_jax.backbone.attention import causal_mask
-from para_jax.backbone.cache import attend_cached, padded, written, written_by_head, written_by_row
+from para_jax.backbone.cache import attend_cached, padded, with_token, write_by_head, write_by_row
 from para_jax.backbone.kernels import attend_within
 
 LENGTHS = np.array([5, 0, 8, 7, 12], np.int32)  # of 8: the third row is full, the last one beyond it
@@ -26,7 +26,7 @@ def one_token(batch: int, max_length: int = 8):
     return cache, (drawn(batch, 1, 4, 16), drawn(batch, 1, 2, 16), drawn(batch, 1, 2, 16, seed=1))
 
 
-@pytest.mark.parametrize("write", (written, written_by_head, written_by_row))
+@pytest.mark.parametrize("write", (with_token, write_by_head, write_by_row))
 def test_a_token_is_written_at_its_row_length_unless_full(write):
     held, new = drawn(5, 2, 8, 16), drawn(5, 2, 16)
     expected = np.array(held)

@@ -8,12 +8,13 @@ import pytest
 import tiny_tokenizers
 from tiny_run import write_rows
 
-from para_jax.config import DataSection
+from para_jax.config import DataSection, load_config
 from para_jax.data import hf, token_cache
 from para_jax.data.hf import find_split, parse_hf
 from para_jax.data.records import encode_records, load_records, read_records
 from para_jax.data.sources import files_of, source_of
 from para_jax.data.training_data import load_training_data
+from para_jax.inspect import data_lines
 
 TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "
 ROWS = [{"prompt": f"{TEXT}{i}", "completion": f"w{i}"} for i in range(7)]
@@ -226,3 +227,9 @@ def test_an_unreachable_hub_is_one_line_and_a_revision_is_passed_on(monkeypatch)
     with pytest.raises(ValueError, match=r"hf:user/name@v1:main: Couldn't reach the hub after 5 tries$"):
         find_split("hf:user/name@v1:main", "train")
     assert asked == [("user/name", "main", "v1")]
+
+
+def test_a_dry_run_downloads_nothing(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset_builder", None)
+    config = load_config(None, ["data.train=hf:user/name"])
+    assert "hf:user/name" in data_lines(config)[0]
