@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from . import devices
 from .adapters.adapter import Adapter
-from .backbone.kernel_choice import asked_for, attention_kernel
+from .backbone.kernel_choice import attention_kernel, choice_named
 from .backbone.load import abstract_backbone, load_model_config
 from .config import SITES, ModelConfig, RunConfig
 from .data.batches import Batch
@@ -272,7 +272,7 @@ def abstract_model(config: RunConfig, mesh: Mesh | AbstractMesh) -> Any:
 
 def run_kernel(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
     """The attention kernel of a run's longest rows on a TPU, and the reason for it."""
-    dtype, choice = config.backbone.dtype or "bfloat16", asked_for(config.backbone.attention)
+    dtype, choice = config.backbone.dtype or "bfloat16", choice_named(config.backbone.attention)
     return attention_kernel(model, config.data.max_seq_length, dtype, "tpu", choice, packed=config.data.packing)
 
 

@@ -181,7 +181,7 @@ def test_a_fresh_adapter_is_the_backbone_bit_for_bit():
         np.testing.assert_array_equal(adapt(model, config)(tokens, 5), base)
 
 
-def test_parameters_are_as_many_as_the_paper_says():
+def test_the_parameter_count_equals_the_papers():
     from para_jax.adapters.adapter import count_parameters
     from para_jax.backbone.families import model_config
     from para_jax.backbone.known_configs import KNOWN_CONFIGS
@@ -290,7 +290,7 @@ def test_permuting_the_rows_permutes_the_outputs_bit_for_bit():
     np.testing.assert_array_equal(permuted, np.asarray(outputs)[order])
 
 
-def test_a_tenant_of_infinite_weights_leaves_its_neighbours_alone():
+def test_a_tenant_with_infinite_weights_affects_no_other():
     model, tokens = backbone("llama"), prompts(backbone("llama"))
     good, bad = two_tenants(model)
     broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), bad)
@@ -300,7 +300,7 @@ def test_a_tenant_of_infinite_weights_leaves_its_neighbours_alone():
     np.testing.assert_array_equal(mixed[jnp.array([0, 2])], same[jnp.array([0, 2])])
 
 
-def test_gradients_come_back_a_tenant_and_are_zero_for_the_absent():
+def test_gradients_are_per_tenant_and_zero_for_absent_ones():
     model, tokens = backbone("llama"), prompts(backbone("llama"))
     stack = stack_adapters(two_tenants(model) + two_tenants(model)[:1])
     gradient = jax.grad(lambda stack: forward(model, pick(stack, [2, -1, 0]), tokens, 7).var())(stack)

@@ -68,7 +68,7 @@ def attention_kernel(
     if packed and choice.packed_why:
         return "plain", choice.packed_why
     if platform == "tpu":
-        return ("splash", "on a TPU") if length >= LANES else ("plain", f"rows have fewer than {LANES} tokens")
+        return ("splash", "on a TPU") if length >= LANES else ("plain", f"rows shorter than {LANES} tokens")
     if platform == "gpu":
         return ("plain", problems["cudnn"]) if problems["cudnn"] else ("cudnn", "on a GPU")
     return "plain", f"on a {platform.upper()}"

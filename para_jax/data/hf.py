@@ -37,11 +37,13 @@ class HfSplit(NamedTuple):
 
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each row's place, "hf:NAME:CONFIG:SPLIT[index]", and its columns. A null counts as a missing column."""
-        tables = self.dataset.with_format("arrow").iter(batch_size=READ_AT_ONCE)
-        rows = (row for table in tables for row in table.to_pylist())
-        for index, row in enumerate(rows):
-            place = f"{self.label}[{index}]"
-            yield place, {name: plain(value, f"{place}: {name}") for name, value in row.items() if value is not None}
+        index = 0
+        for columns in without_media(self.dataset).iter(batch_size=READ_AT_ONCE):
+            for values in zip(*columns.values(), strict=True):
+                place = f"{self.label}[{index}]"
+                row = {name: value for name, value in zip(columns, values, strict=True) if value is not None}
+                yield place, {name: plain(value, f"{place}: {name}") for name, value in row.items()}
+                index += 1
 
 
 def is_hf(source: str | None) -> bool:
@@ -88,7 +90,7 @@ def prepared_builder(name: str, config: str | None) -> Any:
         import datasets
     except ImportError:
         raise ValueError(f"{source} needs the package datasets: pip install 'para_jax[hf]'") from None
-    folder, revision = expanded(name), None
+    folder, revision, hint = expanded(name), None, ""
     if folder.is_dir():
         path = str(folder.absolute())
     else:
@@ -96,15 +98,13 @@ def prepared_builder(name: str, config: str | None) -> Any:
         if hub_id is None:
             raise ValueError(f"{source}: no such folder, and {shorten(name)} is not a hub id such as user/name")
         path, revision = hub_id["repository"], hub_id["revision"]
+        hint = f". The hub may have a Parquet copy: {SCHEME}{path}@refs/convert/parquet"
     try:
         builder = datasets.load_dataset_builder(path, name=config, revision=revision)
     except Exception as error:  # of many kinds: the hub's, the network's and the library's
         raise ValueError(f"{source}: {load_failure(error)}") from None
     if builder.info.builder_name not in FORMATS:
-        raise ValueError(
-            f"{source} holds {builder.info.builder_name} files; only JSON and Parquet are read. "
-            f"The hub may have a Parquet copy: {SCHEME}{path}@refs/convert/parquet"
-        )
+        raise ValueError(f"{source} holds {builder.info.builder_name} files, but only JSON and Parquet are read{hint}")
     try:
         builder.download_and_prepare()
     except Exception as error:
@@ -114,9 +114,9 @@ def prepared_builder(name: str, config: str | None) -> Any:
 
 def load_failure(error: Exception) -> str:
     """One line on why `datasets` failed. The cause says more than the error that wraps it."""
-    lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    text = printable(lines[0], 300)
-    if text.startswith("BuilderConfig"):  # a split in the place of the config is an easy mistake
+    words = str(error.__cause__ or error).split() or [type(error).__name__]
+    text = printable(" ".join(words), 300)
+    if text.startswith("BuilderConfig"):  # the user may have meant a split
         return f"{text}. A split is written after the config: hf:NAME:CONFIG:SPLIT, or hf:NAME::SPLIT"
     return text
 
@@ -130,6 +130,14 @@ def read_split(builder: Any, name: str, config: str | None, split: str) -> HfSpl
             "one, such as train[:90%]"
         ) from None
     return HfSplit(f"{SCHEME}{name}:{config or ''}:{split}", split, dataset)
+
+
+def without_media(dataset: Any) -> Any:
+    """The data set without images, audio and video, which `datasets` would decode."""
+    from datasets import Audio, Image, Video
+
+    media = [name for name, feature in dataset.features.items() if isinstance(feature, Audio | Image | Video)]
+    return dataset.remove_columns(media)
 
 
 def has_labels(builder: Any, split: str) -> bool:

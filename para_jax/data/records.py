@@ -59,7 +59,7 @@ class EncodedRecords(NamedTuple):
 
 
 def report(count: int, cut: int, skipped: int) -> str:
-    also_cut = f", {cut} of them too long and cut on the left" if cut else ""
+    also_cut = f", {cut} of them too long and cut from the left" if cut else ""
     also_skipped = f", {skipped} too long and skipped" if skipped else ""
     return f"{count} examples{also_cut}{also_skipped}"
 
@@ -122,21 +122,22 @@ def encode_records(records: list[Record], tokenizer, section: DataSection) -> En
 
     A cut removes the prompt's first tokens after BOS. The prompt's last token and the completion always stay.
     """
-    made = encode_all(tokenizer, records)
-    long = [i for i, (prompt, completion) in enumerate(made) if len(prompt) + len(completion) > section.max_seq_length]
+    examples = encode_all(tokenizer, records)
+    lengths = [len(prompt) + len(completion) for prompt, completion in examples]
+    long = [i for i, length in enumerate(lengths) if length > section.max_seq_length]
     if not long:
-        return EncodedRecords(made, list(records))
+        return EncodedRecords(examples, list(records))
     if section.truncate == "error":
-        raise too_long(made[long[0]], records[long[0]].place, len(long), len(made), section)
+        raise too_long(examples[long[0]], records[long[0]].place, len(long), len(examples), section)
     if section.truncate == "left":
         for i in long:
-            made[i] = cut_left(made[i], section.max_seq_length, tokenizer.bos_token_id, records[i].place)
-        return EncodedRecords(made, list(records), cut=len(long))
+            examples[i] = cut_left(examples[i], section.max_seq_length, tokenizer.bos_token_id, records[i].place)
+        return EncodedRecords(examples, list(records), cut=len(long))
     dropped = set(long)
-    kept = [i for i in range(len(made)) if i not in dropped]
+    kept = [i for i in range(len(examples)) if i not in dropped]
     if not kept:
         raise ValueError(f"every example is longer than data.max_seq_length {section.max_seq_length}; raise it")
-    return EncodedRecords([made[i] for i in kept], [records[i] for i in kept], skipped=len(long))
+    return EncodedRecords([examples[i] for i in kept], [records[i] for i in kept], skipped=len(long))
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -156,14 +157,14 @@ def records_of(
         try:
             ready = {"prompt", "completion"} <= row.keys()
             if task is not None and prompt is None and completion is None and not ready:
-                found = [(*TASKS[task].record(row), row.get("label"))]
+                parts = [(*TASKS[task].record(row), row.get("label"))]
             else:
-                found = row_fields(row, templates)
-            made = [Record(p, c, refs, None if label is None else str(label), place) for p, c, refs, label in found]
+                parts = row_fields(row, templates)
+            records = [Record(p, c, refs, None if label is None else str(label), place) for p, c, refs, label in parts]
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
-        yield from made
-        empty = empty and not made
+        yield from records
+        empty = empty and not records
     if empty:
         raise ValueError(f"{source} has no rows")
 
@@ -267,14 +268,14 @@ def template_fields(where: str, template: str) -> list[tuple[str, str | None]]:
 
 def encode_all(tokenizer, records: Sequence[Record]) -> list[Example]:
     """The records' examples. ValueError names the place of the first that cannot be encoded."""
-    made: list[Example] = []
+    examples: list[Example] = []
     for start in range(0, len(records), ENCODED_AT_ONCE):
         part = records[start : start + ENCODED_AT_ONCE]
         try:
-            made += encode_examples(tokenizer, [(record.prompt, record.completion) for record in part])
+            examples += encode_examples(tokenizer, [(record.prompt, record.completion) for record in part])
         except ValueError:  # one by one, to name the record
-            made += [encode_at_place(tokenizer, record) for record in part]
-    return made
+            examples += [encode_at_place(tokenizer, record) for record in part]
+    return examples
 
 
 def encode_at_place(tokenizer, record: Record) -> Example:

@@ -92,7 +92,7 @@ def training_data(source: Source | None, tokens: Tokens) -> TrainingData:
 
 def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tokens:
     """The records as token ids. Long ones are treated as in `encode_records`."""
-    made, numbers = ExampleBuilder(), array("q")
+    builder, numbers = ExampleBuilder(), array("q")
     cut = skipped = total = 0
     too_long_first: tuple[Example, str] | None = None
     for part, examples in encoded_parts(records, tokenizer):
@@ -106,13 +106,13 @@ def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tok
                     too_long_first = too_long_first or (example, record.place)
                     skipped += 1
                     continue
-            made.add([example])
+            builder.add([example])
             numbers.append(number_of(record.place))
     if too_long_first and section.truncate == "error":
         raise too_long(*too_long_first, skipped, total, section)
-    if not len(made):
+    if not len(builder):
         raise ValueError(f"every example is longer than data.max_seq_length {section.max_seq_length}; raise it")
-    arrays = made.arrays()
+    arrays = builder.arrays()
     return Tokens(arrays.sizes, np.frombuffer(numbers, np.int64), arrays.ids, cut, skipped)
 
 

@@ -1,8 +1,8 @@
-"""The quickstart's examples: three small business jobs, drawn from the word lists below by a seed.
+"""The quickstart's data: examples of three small business jobs, drawn at random from the word lists below.
 
-"routing" sends a support message to a team's code, "orders" pulls an order's fields into JSON, "dates" writes a date as
-ISO 8601 has it. Held-out examples (split "test") share no sentence frame, name, thing, place, number, day or year with
-training: each list stands twice, once a split, and no entry stands in both. A frame ends in the cue of its job.
+"routing" maps a support message to a team's code, "orders" extracts the fields of an order as JSON, "dates" converts a
+date to ISO 8601. The held-out examples (split "test") share no sentence, name, item, city, number, day or year with the
+training examples: every list below has separate entries for each split. Each prompt ends with a cue for its job.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DAYS = {
 }
 YEARS = {"train": (2010, 2011, 2012, 2014, 2015, 2017, 2018, 2020, 2021, 2023), "test": (2013, 2016, 2019, 2022, 2024)}
 
-#: What the support team's house codes stand for, as messages about an {item}.
+#: Messages about an {item} for each code of a support team.
 ROUTING = {
     "train": {
         "BILL-1": (
@@ -140,16 +140,19 @@ DATES = {
 def business_examples(job: str, split: str, count: int, seed: int) -> list[dict[str, str]]:
     """`count` different examples of a job, {"prompt": ..., "completion": ...}; the same for the same arguments."""
     if job not in JOBS or split not in SPLITS:
-        raise ValueError(f"job {job!r}, split {split!r}: expected one of {', '.join(JOBS)}; one of {', '.join(SPLITS)}")
-    draw, rng = {"routing": routing, "orders": orders, "dates": dates}[job], random.Random(f"{job}/{split}/{seed}")
+        raise ValueError(
+            f"job {job!r}, split {split!r}: the jobs are {', '.join(JOBS)}, and the splits {', '.join(SPLITS)}"
+        )
+    draw = {"routing": routing, "orders": orders, "dates": dates}[job]
+    rng = random.Random(f"{job}/{split}/{seed}")
     examples: dict[str, str] = {}
-    for _ in range(100 * count):  # repeated draws are passed over
+    for _ in range(100 * count):  # repeated draws do not count
         if len(examples) == count:
             break
         prompt, completion = draw(split, rng)
         examples[prompt] = completion
     if len(examples) < count:
-        raise ValueError(f"count: {count} different examples are more than job {job!r} has for split {split!r}")
+        raise ValueError(f"count {count} is too large: job {job!r} has fewer different examples in split {split!r}")
     return [{"prompt": prompt, "completion": completion} for prompt, completion in examples.items()]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from para_jax.backbone.attention import causal_mask
-from para_jax.backbone.cache import attend_cached, padded, written, written_by_head, written_by_row
+from para_jax.backbone.cache import attend_cached, padded, with_token, write_by_head, write_by_row
 from para_jax.backbone.kernels import attend_within
 
 LENGTHS = np.array([5, 0, 8, 7, 12], np.int32)  # of 8: the third row is full, the last one beyond it
@@ -26,8 +26,8 @@ def one_token(batch: int, max_length: int = 8):
     return cache, (drawn(batch, 1, 4, 16), drawn(batch, 1, 2, 16), drawn(batch, 1, 2, 16, seed=1))
 
 
-@pytest.mark.parametrize("write", (written, written_by_head, written_by_row))
-def test_a_token_is_written_at_its_rows_length_and_a_full_row_writes_nothing(write):
+@pytest.mark.parametrize("write", (with_token, write_by_head, write_by_row))
+def test_a_token_is_written_at_its_row_length_unless_full(write):
     held, new = drawn(5, 2, 8, 16), drawn(5, 2, 16)
     expected = np.array(held)
     for row in (0, 1, 3):
@@ -35,7 +35,7 @@ def test_a_token_is_written_at_its_rows_length_and_a_full_row_writes_nothing(wri
     np.testing.assert_array_equal(write(held, new, jnp.asarray(LENGTHS)), expected)
 
 
-def test_attention_of_one_more_token_equals_that_of_the_whole_sequence():
+def test_attention_of_one_more_token_equals_the_whole_sequence():
     q, k, v = (drawn(3, 9, heads, 16) for heads in (4, 2, 2))
     whole, kept = attend_within(causal_mask(9, 4)[None])(q, k, v, 0.5, None)
     cache = padded((kept[0][:, :, :8], kept[1][:, :, :8]), 12)
@@ -43,7 +43,7 @@ def test_attention_of_one_more_token_equals_that_of_the_whole_sequence():
     np.testing.assert_allclose(last[:, 0], whole[:, 8], atol=2e-6)
 
 
-def test_a_rows_attention_does_not_depend_on_its_neighbours_bit_for_bit():
+def test_attention_of_a_row_never_depends_on_other_rows():
     cache, new = one_token(3)
     length = jnp.array([5, 2, 7])
     mixed, kept = jax.jit(attend)(cache, length, *new)

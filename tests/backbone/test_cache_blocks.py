@@ -46,7 +46,7 @@ def test_blocks_give_what_the_whole_cache_gives(heads, kv_heads, window, cap, ma
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "window", "cap"), CASES)
-def test_a_row_has_the_same_bits_whatever_the_length_of_its_neighbours(heads, kv_heads, window, cap):
+def test_a_row_has_the_same_bits_next_to_any_other_rows(heads, kv_heads, window, cap):
     q, keys, values = given(heads, kv_heads, 6, 384)
     read = jax.jit(partial(values_in_blocks, window=window, scale=0.5, cap=cap))
     alike = [read(q, keys, values, jnp.full(6, n, jnp.int32)) for n in LENGTHS]
@@ -55,7 +55,7 @@ def test_a_row_has_the_same_bits_whatever_the_length_of_its_neighbours(heads, kv
         np.testing.assert_array_equal(beside[row], alone[row])
 
 
-def test_blocks_beyond_the_longest_row_and_before_every_window_are_not_read():
+def test_blocks_outside_every_row_and_window_are_not_read():
     q, keys, values = given(2, 2, 2, 384)
     poisoned = jnp.full((2, 2, 128, 16), jnp.nan)
     length = jnp.array([255, 200], jnp.int32)
@@ -65,7 +65,7 @@ def test_blocks_beyond_the_longest_row_and_before_every_window_are_not_read():
         np.testing.assert_array_equal(read(q, *hidden), read(q, keys, values))
 
 
-def test_a_full_row_beside_others_changes_nothing_for_them():
+def test_a_full_row_changes_nothing_for_other_rows():
     q, keys, values = given(2, 2, 2, 384)
     read = jax.jit(partial(values_in_blocks, window=None, scale=0.5, cap=None))
     beside, alone = (read(q, keys, values, jnp.array([5, n], jnp.int32)) for n in (384, 5))

@@ -67,7 +67,7 @@ def computations(text: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("sizes", [{"data": 4}, {"fsdp": 2, "tensor": 2}], ids=["data=4", "fsdp=2, tensor=2"])
-def test_a_tpu_reads_a_block_of_the_cache_at_a_time_and_sends_one_number_for_it(sizes):
+def test_a_tpu_reads_the_cache_block_by_block(sizes):
     text = compiled_for_a_tpu(**sizes)
     kept, block = (rf"bf16\[\d,\d,{size},128\]" for size in (LENGTH, BLOCK))
     readers = []
@@ -112,7 +112,7 @@ def written(model, adapters, tokens, lengths, steps=6):
 
 
 @pytest.mark.parametrize(("family", "layout"), [("gemma3_text", "layers"), ("gemma2", "layers"), ("llama", "stacked")])
-def test_a_row_decodes_to_the_same_bits_beside_longer_rows(family, layout, small_blocks):
+def test_a_row_decodes_to_the_same_bits_next_to_longer_rows(family, layout, small_blocks):
     model = backbone(family, layout)
     tenants = tenants_of(model)
     tokens = np.random.default_rng(0).integers(3, 200, (3, 48)).astype(np.int32)

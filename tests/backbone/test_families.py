@@ -31,12 +31,12 @@ def test_both_forms_of_a_config_give_the_same_model(folder):
 
 
 @pytest.mark.parametrize("file", VARIANTS)
-def test_a_variant_parses_and_differs_from_its_family_unless_it_means_the_same(file):
+def test_a_variant_differs_from_its_family_unless_equivalent(file):
     same = model_config(read(file)) == model_config(read(f"{file.split('/')[0]}/config.json"))
     assert same == (file == "gemma/variants/legacy_act.json")
 
 
-def test_each_family_has_the_values_that_tell_it_from_llama():
+def test_each_family_sets_its_own_values():
     config = {folder: model_config(read(f"{folder}/config.json")) for folder in FOLDERS}
     assert config["gemma"].norm_offset == config["gemma2"].norm_offset == config["gemma3_text"].norm_offset == 1.0
     assert config["gemma"].embedding_multiplier == 8.0 and config["gemma"].activation == "gelu_tanh"
@@ -53,7 +53,7 @@ def test_each_family_has_the_values_that_tell_it_from_llama():
     assert config["smollm2"].tied_embeddings and config["smollm2"].kinds[0].rotary.theta == 100000.0
 
 
-def test_windows_stand_in_the_layers_that_have_them():
+def test_windows_are_in_the_right_layers():
     def windows(name):
         return [kind.window for kind in model_config(read(name)).kinds]
 
@@ -76,7 +76,7 @@ def test_rotary_scalings_and_partial_rotary_are_read():
     assert [(kind.rotary.theta, kind.rotary.scaling) for kind in gemma3[1:]] == [(100.0, "none"), (1e6, "linear")]
 
 
-def test_missing_keys_mean_what_transformers_takes_for_them():
+def test_missing_keys_have_transformers_defaults():
     heads = [model_config(minimal(name, head_dim=None)).head_dim for name in ("llama", "qwen3", "gemma")]
     assert heads == [2, 128, 256]
     assert [model_config(minimal(name)).num_kv_heads for name in ("llama", "mistral", "gemma2")] == [32, 8, 4]
@@ -207,6 +207,6 @@ def test_a_missing_size_is_named(key):
         ({"eos_token_id": ["</s>"]}, "eos_token_id"),
     ],
 )
-def test_what_is_not_supported_is_named(keys, named):
+def test_unsupported_config_values_are_named(keys, named):
     with pytest.raises(ValueError, match=named):
         model_config(minimal("llama") | keys)

@@ -12,7 +12,7 @@ from conftest import FIXTURES, backbone
 
 from para_jax import forward, load_backbone, make_mesh
 from para_jax.backbone import kernels
-from para_jax.backbone.kernel_choice import AttentionChoice, asked_for, attention_kernel, describe_attention
+from para_jax.backbone.kernel_choice import AttentionChoice, attention_kernel, choice_named, describe_attention
 from para_jax.backbone.kernel_trial import choose_attention
 
 H100, A100, T4 = (9, 0), (8, 0), (7, 5)
@@ -26,9 +26,9 @@ CONFIG = backbone("gemma3_text").config  # windows in some layers
     ("llama", 120, "bfloat16", "tpu", None, "plain", "rows shorter than 128 tokens"),
     ("llama", 120, "bfloat16", "gpu", A100, "cudnn", "on a GPU"),
     ("llama", 120, "bfloat16", "gpu", T4, "plain", "compute capability 8.0, and this GPU has 7.5"),
-    ("llama", 120, "bfloat16", "gpu", None, "plain", "does not tell this device's compute capability"),
-    ("gemma2", 128, "bfloat16", "gpu", H100, "plain", "cuDNN has no soft cap"),
-    ("llama", 128, "float32", "gpu", H100, "plain", "cuDNN does not take float32"),
+    ("llama", 120, "bfloat16", "gpu", None, "plain", "compute capability"),
+    ("gemma2", 128, "bfloat16", "gpu", H100, "plain", "soft cap"),
+    ("llama", 128, "float32", "gpu", H100, "plain", "float32"),
 ])  # fmt: skip
 def test_auto_chooses_by_device_capability_family_and_length(family, length, dtype, on, capability, name, why):
     found = attention_kernel(backbone(family).config, length, dtype, on, capability=capability)
@@ -54,16 +54,16 @@ def test_cudnn_takes_packed_rows_of_even_length_only():
     ("cudnn", "cpu", None, "cudnn.*CPU"), ("cudnn", "gpu", T4, "cudnn.*7.5"), ("splash", "cpu", None, "splash.*CPU"),
     ("splash", "gpu", H100, "splash.*GPU"),
 ])  # fmt: skip
-def test_a_kernel_that_was_asked_for_and_can_not_work_is_an_error(name, on, capability, says):
+def test_a_named_kernel_that_cannot_run_is_an_error(name, on, capability, says):
     with pytest.raises(ValueError, match=f"backbone.attention={says}.*auto or plain"):
-        attention_kernel(CONFIG, 128, "bfloat16", on, asked_for(name), capability=capability)
+        attention_kernel(CONFIG, 128, "bfloat16", on, choice_named(name), capability=capability)
 
 
-def test_what_was_asked_for_is_used_for_rows_of_any_length():
-    assert attention_kernel(CONFIG, 16, "bfloat16", "tpu", asked_for("splash"))[0] == "splash"
-    assert attention_kernel(CONFIG, 4096, "bfloat16", "tpu", asked_for("plain"))[0] == "plain"
+def test_a_named_kernel_is_used_for_any_length():
+    assert attention_kernel(CONFIG, 16, "bfloat16", "tpu", choice_named("splash"))[0] == "splash"
+    assert attention_kernel(CONFIG, 4096, "bfloat16", "tpu", choice_named("plain"))[0] == "plain"
     with pytest.raises(ValueError, match="backbone.attention.*'flash'.*auto or plain or splash or cudnn"):
-        asked_for("flash")
+        choice_named("flash")
 
 
 # ------------------------------------------------------------------------------------------------------------ the trial
@@ -116,7 +116,7 @@ def test_a_kernel_that_passes_the_trial_stays(sizes, monkeypatch, capsys):
     (sees_too_much, "differ from plain"),
     (not_a_number, "differ from plain attention's by nan"),
 ])  # fmt: skip
-def test_a_kernel_that_fails_is_replaced_by_plain_with_one_line_that_says_why(kernel, says, monkeypatch, capsys):
+def test_a_failing_kernel_is_replaced_by_plain_with_a_reason(kernel, says, monkeypatch, capsys):
     choice = tried(monkeypatch, kernel)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "cudnn" in said and says in said
@@ -126,7 +126,7 @@ def test_a_kernel_that_fails_is_replaced_by_plain_with_one_line_that_says_why(ke
         tried(monkeypatch, kernel, name="cudnn")
 
 
-def test_a_kernel_that_fails_with_packed_rows_alone_is_kept_for_the_others(monkeypatch, capsys):
+def test_a_kernel_that_fails_only_with_packed_rows_stays_in_use(monkeypatch, capsys):
     choice = tried(monkeypatch, fails_packed)
     assert capsys.readouterr().err.count("\n") == 1
     chosen = partial(attention_kernel, CONFIG, 128, "bfloat16", "gpu", choice, capability=H100)
@@ -136,12 +136,12 @@ def test_a_kernel_that_fails_with_packed_rows_alone_is_kept_for_the_others(monke
 def test_a_loaded_model_uses_the_kernel_that_it_carries(monkeypatch):
     tokens = np.random.default_rng(0).integers(3, 200, (2, 24)).astype(np.int32)
     model = load_backbone(FIXTURES / "llama", attention="plain")
-    assert model.attention == asked_for("plain") == model.with_layout("stacked").attention
+    assert model.attention == choice_named("plain") == model.with_layout("stacked").attention
     model = load_backbone(FIXTURES / "llama")
     expected = forward(model, None, tokens, None)
     monkeypatch.setitem(kernels.KERNELS, "plain", fails_always)  # not traced again for the same choice
     np.testing.assert_array_equal(forward(model, None, tokens, None), expected)
-    model.attention = asked_for("plain")
+    model.attention = choice_named("plain")
     with pytest.raises(RuntimeError, match="No valid engine"):
         forward(model, None, tokens, None)
     with pytest.raises(ValueError, match="backbone.attention=splash"):

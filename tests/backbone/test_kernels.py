@@ -87,7 +87,7 @@ def test_a_model_computes_the_same_by_splash(monkeypatch):
     assert not np.array_equal(found, expected)  # it was another kernel
 
 
-def test_the_devices_of_the_mesh_decide_and_not_those_of_the_process():
+def test_the_mesh_decides_and_not_the_process_devices():
     assert platform() == jax.default_backend()
     mesh = make_mesh()
     with jax.set_mesh(mesh):

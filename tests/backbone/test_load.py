@@ -43,7 +43,7 @@ def test_7b_weights_are_laid_out_without_memory():
         assert least < whole < most and part < 1.01 * whole / 8
 
 
-def test_layers_are_traced_once_a_kind_and_give_the_same_module():
+def test_each_kind_of_layer_is_traced_once():
     config = load_model_config(FIXTURES / "gemma2")
     whole = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     assert jax.tree.structure(traced(config)) == jax.tree.structure(whole)
@@ -71,7 +71,7 @@ def changed(**keys) -> bytes:
         {"num_attention_heads": 2**30, "num_key_value_heads": 2**30, "head_dim": 2**30},
     ],
 )
-def test_sizes_that_are_not_those_of_the_weights_are_refused_before_anything_is_traced(keys, tmp_path, monkeypatch):
+def test_wrong_sizes_are_refused_before_anything_is_traced(keys, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "eval_shape", None)
     started = time.perf_counter()
     with pytest.raises(ValueError, match=f"{tmp_path}: ") as error:
@@ -105,7 +105,7 @@ def test_a_config_that_cannot_be_read_is_named(content, named, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_of_a_huge_file_a_bounded_part_is_read(name, tmp_path):
+def test_only_a_bounded_part_of_a_huge_file_is_read(name, tmp_path):
     folder = folder_of(tmp_path, changed())
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     with (folder / name).open("wb") as file:

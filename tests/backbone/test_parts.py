@@ -60,7 +60,7 @@ def read_for(folder: str, sizes, devices):
 
 @pytest.mark.parametrize("devices", [(0,), (5,), (0, 1), (2, 7), (0, 3, 5, 6), tuple(range(8))])
 @pytest.mark.parametrize("sizes", MESHES)
-def test_what_the_devices_hold_is_read_once_and_nothing_else(sizes, devices):
+def test_only_what_the_devices_hold_is_read(sizes, devices):
     held = {name: np.zeros(shape, bool) for name, shape, _ in indices("llama", sizes, devices)}
     for name, _, index in indices("llama", sizes, devices):
         held[name][index] = True
@@ -85,7 +85,7 @@ def test_the_parts_are_those_of_the_whole_parameters(folder, sizes):
         np.testing.assert_array_equal(part.reshape(whole[name][index].shape), whole[name][index])
 
 
-def test_neighbouring_columns_of_the_same_rows_are_read_at_once():
+def test_adjacent_columns_of_the_same_rows_are_read_together():
     cut = [Block(0, 8, 4, 6), Block(0, 8, 0, 4), Block(8, 16, 0, 4), Block(0, 8, 8, 9)]
     assert joined_blocks(cut) == [Block(0, 8, 0, 6), Block(0, 8, 8, 9), Block(8, 16, 0, 4)]
 
@@ -125,7 +125,7 @@ print(json.dumps(found))
 """
 
 
-def test_two_processes_read_a_half_each_and_hold_the_parts_of_one():
+def test_two_processes_read_half_of_the_weights_each():
     ended = run_two("-c", CODE, "{address}", "{process}", str(FIXTURES / "llama"))
     assert [process.code for process in ended] == [0, 0], ended[0].err
     found = [json.loads(process.out) for process in ended]

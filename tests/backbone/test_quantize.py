@@ -106,7 +106,7 @@ def test_the_kernels_take_three_tenths_of_the_memory_at_most():
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
-def test_logits_are_those_of_the_rounded_weights_and_near_the_float_ones(family):
+def test_logits_match_the_rounded_weights(family):
     tokens = prompts(backbone(family))
     mine, exact, plain = (
         forward(model, None, tokens, 1) for model in (int8(family), rounded(family), backbone(family))
@@ -129,7 +129,7 @@ def test_decode_on_int8_equals_the_teacher_forced_pass():
     np.testing.assert_allclose(logits, whole[:, -1], atol=1e-4)
 
 
-def test_generation_on_int8_writes_what_the_rounded_weights_write():
+def test_int8_generation_matches_the_rounded_weights():
     given = [[7, 8, 9], [20, 21, 22, 23, 24]]
     mine, exact = (generate_tokens(model, tenants()[0], given, Sampling(8)) for model in (int8(), rounded()))
     assert mine == exact
@@ -179,7 +179,7 @@ def int8_step():
     return step(load_backbone(FIXTURES / "llama", layout="stacked", mesh=make_mesh(), quantize="int8"))
 
 
-def test_gradients_are_those_of_the_rounded_weights_and_near_the_float_ones():
+def test_gradients_match_the_rounded_weights():
     exact = step(place(rounded(layout="stacked"), make_mesh(), backbone("llama").config))
     plain = step(load_backbone(FIXTURES / "llama", layout="stacked", mesh=make_mesh()))
     random = step(place(noisy(0, layout="stacked"), make_mesh(), backbone("llama").config))
@@ -201,7 +201,7 @@ def test_only_the_adapter_has_gradients_and_moments():
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_a_mesh_holds_the_same_int8_weights_and_makes_the_same_step(sizes):
+def test_a_mesh_has_the_same_int8_weights_and_step(sizes):
     alone = load_backbone(FIXTURES / "llama", layout="stacked", quantize="int8")
     model = int8("llama", "stacked", sizes)
     for mine, other in zip(jax.tree.leaves(model), jax.tree.leaves(alone), strict=True):
@@ -258,7 +258,7 @@ def test_another_quantisation_is_named():
 # ----------------------------------------------------------------------------------------------------- over the network
 
 
-def test_over_fsdp_kernels_travel_as_bytes_in_both_passes():
+def test_fsdp_gathers_int8_kernels_as_bytes():
     mesh = make_mesh(fsdp=4, devices=tpu_devices("v5e:2x2"))
     config = load_model_config(FIXTURES / "llama")
     config = replace(config, width=256, hidden_width=512, head_dim=64, kinds=config.kinds[:1] * 2)

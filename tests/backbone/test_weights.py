@@ -78,7 +78,7 @@ def test_linear_weights_are_transposed_and_the_rest_is_kept():
         ("olmo2", {"post_attention": "post_attention", "post_feedforward": "post_feedforward"}),
     ],
 )
-def test_norms_find_their_place_whatever_the_family_calls_them(folder, norms):
+def test_norms_are_mapped_by_family(folder, norms):
     tensors, loaded = tensors_of(folder), load(folder)
     for ours, theirs in norms.items():
         expected = tensors[f"model.layers.1.{theirs}_layernorm.weight"]
@@ -108,7 +108,7 @@ def test_shards_equal_the_single_file():
     assert all(np.array_equal(whole[name], shards[name]) for name in whole)
 
 
-def test_weights_are_cast_once_and_stored_bfloat16_is_read_as_it_is(tmp_path):
+def test_weights_are_cast_once(tmp_path):
     tensors, cast = tensors_of("llama"), load("llama", "bfloat16")
     stored = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
     save_file(stored, tmp_path / "model.safetensors")

@@ -46,7 +46,7 @@ def test_a_batch_holds_prompt_then_completion_and_pads_right():
     assert all(array.dtype == np.int32 for array in batch)
 
 
-def test_a_row_that_fills_up_has_no_completion_token():
+def test_a_padding_row_has_no_completion_token():
     batch = collate([Example([5], [6])], Bucket(8, 1), rows=4)
     assert (batch.length - batch.prompt_length).tolist() == [1, 0, 0, 0] and (batch.prompt_length >= 1).all()
 
@@ -73,7 +73,7 @@ def test_an_epoch_holds_every_example_once_in_its_bucket(rows):
             collate([made[i] for i in indices], buckets[bucket], rows)
 
 
-def test_a_batch_depends_on_seed_and_number_alone_so_resuming_needs_one_integer():
+def test_a_batch_depends_only_on_seed_and_number():
     lengths, buckets = example_lengths(examples()), plan_buckets(examples(), 3)
     new = lambda seed=1: plan(lengths, buckets=buckets, rows=8, seed=seed)  # noqa: E731
     order = new()
@@ -88,7 +88,7 @@ def test_every_epoch_has_another_order():
     assert all(a != b for a, b in combinations(epochs, 2))
 
 
-def test_the_order_of_a_seed_stays_what_it_was_in_earlier_versions():
+def test_the_order_of_a_seed_never_changes():
     order = plan([4] * 8, buckets=[Bucket(8, 1)], rows=3, seed=7)
     assert [order.batch_indices(i)[1] for i in range(3)] == [[5, 1], [0, 2, 7], [6, 3, 4]]
 

@@ -78,7 +78,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("template", "said"), HOSTILE.values(), ids=HOSTILE)
-def test_whatever_a_template_does_ends_in_an_error_that_names_it(short, template, said):
+def test_a_hostile_template_ends_in_an_error(short, template, said):
     tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>")
     tokenizer.chat_template = template
     begun = time.perf_counter()
@@ -89,7 +89,7 @@ def test_whatever_a_template_does_ends_in_an_error_that_names_it(short, template
 
 
 @pytest.mark.parametrize("how", ["ignored", "blocked"])
-def test_the_time_is_bounded_in_a_process_that_heeds_no_such_signal(short, how):
+def test_the_time_limit_works_when_the_parent_blocks_the_signal(short, how):
     """As one is in which libtpu is loaded."""
     template_process(os.getpid()).stop()
     handler, mask = signal.getsignal(signal.SIGPROF), signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -106,7 +106,7 @@ def test_the_time_is_bounded_in_a_process_that_heeds_no_such_signal(short, how):
         template_process(os.getpid()).stop()
 
 
-def test_a_late_answer_never_becomes_that_of_the_next_conversation(monkeypatch):
+def test_a_late_answer_is_never_taken_for_the_next(monkeypatch):
     process = template_process(os.getpid())
     render_template(ECHO, [USER])
 
@@ -161,7 +161,7 @@ def test_a_text_is_encoded_and_ended_without_the_template(monkeypatch):
     assert turn_stop_ids(tokenizer, "Answer:") == turn_stop_ids(tokenizer, (3, 4)) == ()
 
 
-def test_the_end_of_a_turn_follows_the_template_and_a_template_that_refuses_has_none():
+def test_the_end_of_turn_follows_the_template():
     tokenizer = tiny_tokenizers.byte_level(["<a>", "<b>", "</s>"], eos_token="</s>")
     for end in ("<a>", "<b>"):
         tokenizer.chat_template = ECHO.replace("m.content", f"m.content + '{end}'")
@@ -170,7 +170,7 @@ def test_the_end_of_a_turn_follows_the_template_and_a_template_that_refuses_has_
     assert turn_stop_ids(tokenizer, [USER]) == ()
 
 
-def test_a_process_that_can_not_be_started_is_no_refusal_of_the_template(monkeypatch):
+def test_a_process_that_cannot_start_is_not_a_template_error(monkeypatch):
     """A chat would else be answered without its end token."""
     monkeypatch.setattr(chat_template, "template_process", lambda pid: chat_template.TemplateProcess())
     monkeypatch.setattr(chat_template.sys, "executable", "/nowhere/python")

@@ -55,7 +55,7 @@ def tokenizer(request):
 
 
 @pytest.mark.parametrize("pairs", [TEXTS, CHATS, [*CHATS, *TEXTS, *CHATS], []], ids=["texts", "chats", "both", "none"])
-def test_examples_encoded_together_are_those_encoded_one_at_a_time(tokenizer, pairs, monkeypatch):
+def test_batch_encoding_equals_encoding_one_by_one(tokenizer, pairs, monkeypatch):
     monkeypatch.setattr(encode_batch, "RENDERED_AT_ONCE", 3)
     assert encode_examples(tokenizer, pairs) == [encode_example(tokenizer, *pair) for pair in pairs]
 
@@ -88,12 +88,12 @@ def test_one_that_fails_alone_fails_among_others(tokenizer, wrong):
         encode_examples(tokenizer, [*TEXTS[:2], wrong, *TEXTS[:2]])
 
 
-def test_a_tokenizer_without_eos_can_not_end_a_text():
+def test_a_tokenizer_without_eos_cannot_end_a_text():
     with pytest.raises(ValueError, match="no EOS token"):
         encode_examples(tiny_tokenizers.byte_level(["</s>"]), TEXTS[:2])
 
 
-def test_the_tokenizer_is_called_a_few_times_however_many_examples_there_are():
+def test_the_number_of_tokenizer_calls_is_small_and_constant():
     class Counting:
         def __init__(self, inner):
             self.inner, self.calls = inner, 0

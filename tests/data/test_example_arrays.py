@@ -45,7 +45,7 @@ def test_plans_do_not_depend_on_how_examples_are_held():
 
 @pytest.mark.parametrize("count", [0, 1, 50])
 @pytest.mark.parametrize("at_once", [1, 7, 4096])
-def test_a_digest_is_that_of_each_example_s_sizes_and_ids_as_int64(monkeypatch, count, at_once):
+def test_a_digest_covers_sizes_and_ids_as_int64(monkeypatch, count, at_once):
     """The value is in the checkpoints of earlier versions."""
     monkeypatch.setattr(example_arrays, "HASHED_AT_ONCE", at_once)
     examples, expected = made(count), hashlib.sha256()

@@ -60,7 +60,7 @@ def test_a_text_completion_ends_in_one_eos(tokenizer):
     assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_a_prompt_has_the_bos_that_the_tokenizer_adds_and_never_two():
+def test_a_prompt_has_the_tokenizers_bos_once():
     for kind, count in (("plain", 0), ("with_bos", 1), ("own_space", 1)):
         tokenizer = getattr(tiny_tokenizers, kind)()
         for prompt in ("Answer:", [USER]):
@@ -80,7 +80,7 @@ def test_a_prompt_never_ends_in_an_eos_that_the_tokenizer_adds():
     assert tokenizer.decode(encode_prompt(tokenizer, "Answer:</s>")) == "Answer:</s>"
 
 
-def test_a_chat_example_is_the_template_s_own_text_up_to_the_end_token(tokenizer):
+def test_a_chat_example_is_the_rendered_text_up_to_the_end_token(tokenizer):
     turn = {"role": "assistant", "content": "shipping"}
     rendered = tokenizer.apply_chat_template([USER, turn], tokenize=False)
     example = encode_example(tokenizer, [USER], "shipping")
@@ -127,7 +127,7 @@ def test_an_empty_prompt_is_an_error(prompt):
         ([{"role": "user", "content": "\ud83d"}], "half a surrogate pair"),
     ],
 )
-def test_what_is_no_prompt_is_an_error(prompt, said):
+def test_a_wrong_prompt_is_an_error(prompt, said):
     with pytest.raises(ValueError, match=said):
         encode_prompt(tiny_tokenizers.plain(), prompt)
 
@@ -139,7 +139,7 @@ def test_an_empty_completion_is_an_error(prompt, completion):
         encode_example(tiny_tokenizers.plain(), prompt, completion)
 
 
-def test_what_a_tokenizer_can_not_do_is_an_error_that_names_it():
+def test_a_tokenizer_that_cannot_encode_is_an_error():
     no_template = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>")
     with pytest.raises(ValueError, match="no chat template"):
         encode_prompt(no_template, [USER])
@@ -159,7 +159,7 @@ def test_a_conversation_with_k_assistant_turns_is_k_examples():
     assert split_conversation([USER]) == []
 
 
-def test_a_shown_example_holds_every_token_and_marks_prompt_loss_and_summary():
+def test_a_shown_example_has_every_token_and_marks_its_parts():
     tokenizer = tiny_tokenizers.plain()
     example = encode_example(tokenizer, "Answer:\nAnswer:", "yes")
     shown = show_example(tokenizer, example).splitlines()
@@ -172,7 +172,7 @@ def test_a_shown_example_holds_every_token_and_marks_prompt_loss_and_summary():
     assert "[\\n]" in prompt and " yes" in completion.replace("][", "")
 
 
-def test_a_shown_example_has_no_character_that_a_terminal_acts_on(tokenizer):
+def test_a_shown_example_is_printable(tokenizer):
     ids = encode_prompt(tokenizer, "yes\x1b[31m no\r\u202e日本" * 20)
     shown = show_example(tokenizer, Example(ids, ids))
     assert all(c.isprintable() or c == "\n" for c in shown) and max(map(len, shown.splitlines())) <= 110
@@ -184,7 +184,7 @@ def test_a_leading_space_is_shown_whatever_the_tokenizer(tokenizer):
 
 
 @pytest.mark.parametrize("prompt", ["a" * 5, [{"role": "user", "content": "a"}]])
-def test_a_prompt_of_too_many_characters_is_refused_before_it_is_tokenised(prompt):
+def test_a_long_prompt_is_refused_before_tokenising(prompt):
     class Untouched:
         chat_template = "{{ messages }}"
 
@@ -192,14 +192,14 @@ def test_a_prompt_of_too_many_characters_is_refused_before_it_is_tokenised(promp
         encode_prompt(Untouched(), prompt, most=4)
 
 
-def test_a_rendered_chat_of_too_many_characters_is_refused_before_it_is_tokenised():
+def test_a_long_rendered_chat_is_refused_before_tokenising():
     rendered = tiny_tokenizers.plain().apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
     with pytest.raises(ValueError, match=f"prompt .*{len(rendered)} characters"):
         encode_prompt(tiny_tokenizers.plain(), [USER], most=len(rendered) - 1)
     assert encode_prompt(tiny_tokenizers.plain(), [USER], most=len(rendered))
 
 
-def test_the_most_characters_hold_every_prompt_of_so_many_tokens(tokenizer):
+def test_the_character_limit_admits_every_prompt_that_fits(tokenizer):
     longest = max(tokenizer.get_vocab(), key=len)
     assert most_characters(tokenizer, 7) >= 7 * len(longest)
     long = tiny_tokenizers.byte_level(["<|" + "x" * 200 + "|>", "</s>"], eos_token="</s>")

@@ -8,12 +8,13 @@ import pytest
 import tiny_tokenizers
 from tiny_run import write_rows
 
-from para_jax.config import DataSection
-from para_jax.data import token_cache
+from para_jax.config import DataSection, load_config
+from para_jax.data import hf, token_cache
 from para_jax.data.hf import find_split, parse_hf
 from para_jax.data.records import encode_records, load_records, read_records
 from para_jax.data.sources import files_of, source_of
 from para_jax.data.training_data import load_training_data
+from para_jax.inspect import data_lines
 
 TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "
 ROWS = [{"prompt": f"{TEXT}{i}", "completion": f"w{i}"} for i in range(7)]
@@ -75,6 +76,21 @@ def test_a_null_counts_as_a_missing_column(tmp_path):
         load_records(DataSection(train=source), "train")
 
 
+def test_rows_are_the_same_however_many_are_read_at_once(tmp_path, monkeypatch):
+    source = folder_of(tmp_path / "rows", "parquet", train=ROWS)
+    whole = load_records(DataSection(train=source), "train")
+    monkeypatch.setattr(hf, "READ_AT_ONCE", 3)
+    assert load_records(DataSection(train=source), "train") == whole
+
+
+def test_columns_of_images_are_left_out(tmp_path):
+    features = datasets.Features({name: datasets.Value("string") for name in ROWS[0]} | {"picture": datasets.Image()})
+    rows = [row | {"picture": {"bytes": b"\xff", "path": None}} for row in ROWS]
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows" / "train.parquet")
+    assert len(load_records(DataSection(train=f"hf:{tmp_path / 'rows'}"), "train")) == 7
+
+
 def test_the_field_gives_the_split_unless_the_source_names_one(tmp_path):
     source = folder_of(tmp_path / "rows", train=ROWS, validation=ROWS[:2], test=ROWS[:3])
     section = DataSection(train=source)
@@ -103,6 +119,8 @@ def test_a_config_of_a_data_set_is_chosen_by_name(tmp_path):
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
     found = load_records(DataSection(train=f"hf:{folder}:b"), "train")
     assert [record.place for record in found] == [f"hf:{folder}:b:train[0]"]
+    with pytest.raises(ValueError, match=r"hf:.*rows: .*\['a', 'b'\]"):
+        load_records(DataSection(train=f"hf:{folder}"), "train")
     with pytest.raises(ValueError, match=r"hf:.*rows:c: .*'c' not found.*\['a', 'b'\].*hf:NAME::SPLIT"):
         load_records(DataSection(train=f"hf:{folder}:c"), "train")
 
@@ -177,7 +195,7 @@ def test_a_wrong_source_is_an_error_that_names_it(tmp_path, source, named):
 def test_other_file_formats_are_refused(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "train.csv").write_text("prompt,completion\na,b\n")
-    with pytest.raises(ValueError, match="rows holds csv files.*refs/convert/parquet"):
+    with pytest.raises(ValueError, match="rows holds csv files"):
         load_records(DataSection(train=f"hf:{tmp_path / 'rows'}"), "train")
 
 
@@ -206,6 +224,12 @@ def test_an_unreachable_hub_is_one_line_and_a_revision_is_passed_on(monkeypatch)
         raise ConnectionError("Couldn't reach the hub\nafter 5 tries")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
-    with pytest.raises(ValueError, match=r"hf:user/name@v1:main: Couldn't reach the hub$"):
+    with pytest.raises(ValueError, match=r"hf:user/name@v1:main: Couldn't reach the hub after 5 tries$"):
         find_split("hf:user/name@v1:main", "train")
     assert asked == [("user/name", "main", "v1")]
+
+
+def test_a_dry_run_downloads_nothing(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset_builder", None)
+    config = load_config(None, ["data.train=hf:user/name"])
+    assert "hf:user/name" in data_lines(config)[0]

@@ -69,7 +69,7 @@ def test_an_epoch_covers_every_example_once():
     assert sorted(i for chosen, _ in prefetch(make, epoch, 2 * epoch) for i in chosen) == list(range(30))
 
 
-def test_batches_are_made_before_they_are_asked_for_and_not_all_at_once():
+def test_batches_are_prepared_ahead_but_not_all_at_once():
     made = []
     with closing(prefetch(lambda step: made.append(step) or step, 0, 100)) as batches:
         for step in range(3):
@@ -79,7 +79,7 @@ def test_batches_are_made_before_they_are_asked_for_and_not_all_at_once():
 
 
 @pytest.mark.parametrize("bad", [0, 5])
-def test_an_error_in_the_making_is_raised_where_its_batch_is_asked_for(bad):
+def test_an_error_is_raised_when_its_batch_is_due(bad):
     def make(step):
         if step == bad:
             raise ValueError(f"data.jsonl:{step}: wrong")

@@ -100,7 +100,7 @@ def test_a_wrong_row_is_an_error_that_names_file_and_line(tmp_path, row, message
     assert str(error.value).startswith(f"{file}:3: ") and len(str(error.value).splitlines()) <= 2
 
 
-def test_bytes_that_are_no_text_are_an_error_that_names_file_and_line(tmp_path):
+def test_bytes_that_are_not_text_name_file_and_line(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b'{"prompt": "a\xff", "completion": "b"}\n')
     with pytest.raises(ValueError, match="data.jsonl:1: not JSON"):
@@ -120,13 +120,13 @@ def test_bytes_that_are_no_text_are_an_error_that_names_file_and_line(tmp_path):
         ("{a", r"\{\{ or \}\}"),
     ],
 )
-def test_a_template_can_name_a_column_and_do_nothing_else(tmp_path, template, message):
+def test_a_template_can_only_name_columns(tmp_path, template, message):
     file = write(tmp_path, {"a": "x", "b": []})
     with pytest.raises(ValueError, match=message):
         read_records(file, prompt=template, completion="{a}")
 
 
-def test_missing_empty_and_unknown_are_errors_that_name_what_was_asked(tmp_path):
+def test_missing_or_empty_files_and_unknown_tasks_are_named(tmp_path):
     with pytest.raises(ValueError, match="nothing.jsonl does not exist"):
         read_records(tmp_path / "nothing.jsonl")
     with pytest.raises(ValueError, match="data.jsonl has no rows"):
@@ -138,7 +138,7 @@ def test_missing_empty_and_unknown_are_errors_that_name_what_was_asked(tmp_path)
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
-def test_a_folder_gives_the_splits_it_has_and_a_named_file_comes_first(tmp_path):
+def test_a_named_file_overrides_the_folder_of_data_train(tmp_path):
     for name in ("train", "validation", "other"):
         write(tmp_path, {"prompt": name, "completion": "b"}, name=f"{name}.jsonl")
     folder = DataSection(train=str(tmp_path))
@@ -178,7 +178,7 @@ def test_examples_that_fit_are_encoded_as_everywhere():
     assert made.records == records and (made.cut, made.skipped) == (0, 0) and made.report() == "4 examples"
 
 
-def test_a_too_long_example_is_an_error_that_names_it_and_the_ways_out():
+def test_a_long_example_is_an_error_that_says_what_to_do():
     with pytest.raises(ValueError) as error:
         encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=20))
     tokens = sum(map(len, encode_example(tiny_tokenizers.plain(), *long_and_short()[1][:2])))
@@ -222,7 +222,7 @@ def test_left_never_cuts_a_completion_and_leaves_a_prompt_token():
         encode_records([record], tokenizer, DataSection(max_seq_length=size, truncate="left"))
 
 
-def test_an_example_that_can_not_be_encoded_names_its_place():
+def test_an_example_that_cannot_be_encoded_names_its_place():
     record = Record([{"role": "system", "content": "yes"}], "no", ("no",), None, "file:4")
     with pytest.raises(ValueError, match="file:4: .*no system role"):
         encode_records([record], tiny_tokenizers.with_bos(), DataSection())
@@ -252,7 +252,7 @@ HOSTILE_ROWS = [
 
 @pytest.mark.parametrize("row", HOSTILE_ROWS)
 @pytest.mark.parametrize("task", [None, "squad", "wikisql", "boolq", "gsm8k"])
-def test_an_error_of_a_row_names_its_place_is_short_and_has_no_character_that_a_terminal_acts_on(tmp_path, row, task):
+def test_a_row_error_names_its_place_and_is_printable(tmp_path, row, task):
     file = write(tmp_path, {"prompt": "a", "completion": "b"}, row)
     with pytest.raises(ValueError, match="data.jsonl:2: ") as error:
         read_records(file, task=task)
@@ -260,7 +260,7 @@ def test_an_error_of_a_row_names_its_place_is_short_and_has_no_character_that_a_
 
 
 @pytest.mark.parametrize("form", [dict(prompt="{" + ESCAPE + "!r}"), dict(prompt="{" + ESCAPE), dict(task=ESCAPE)])
-def test_an_error_of_a_template_has_no_character_that_a_terminal_acts_on(tmp_path, form):
+def test_a_template_error_is_printable(tmp_path, form):
     with pytest.raises(ValueError, match="data.(prompt|task)") as error:
         read_records(write(tmp_path, {"prompt": "a", "completion": "b"}), **form)
     assert str(error.value).isprintable()

@@ -72,7 +72,7 @@ def test_the_other_published_forms_of_a_label_are_read():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_answer_is_among_the_choices_that_accuracy_ranks(task):
+def test_every_answer_is_one_of_the_task_choices(task):
     answer = TASKS[task].record(ROWS[task])[1]
     assert (TASKS[task].metric == "accuracy") == bool(TASKS[task].choices)
     assert not TASKS[task].choices or answer in TASKS[task].choices
@@ -86,7 +86,7 @@ def test_every_answer_is_right_by_its_task_s_own_metrics(task):
     assert TASKS[task].metric in METRICS
 
 
-def test_rows_that_have_a_prompt_keep_it_under_every_task(tmp_path):
+def test_rows_with_a_prompt_keep_it_under_every_task(tmp_path):
     row = {"prompt": "Is ice cold?", "completion": "of course", "label": "yes", "references": ["of course", "yes"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     for task in TASKS:
@@ -95,7 +95,7 @@ def test_rows_that_have_a_prompt_keep_it_under_every_task(tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_missing_field_is_an_error_that_lists_those_there_are(task):
+def test_a_missing_field_is_an_error_that_lists_the_fields(task):
     for name in ROWS[task]:
         row = {k: v for k, v in ROWS[task].items() if k != name}
         with pytest.raises(ValueError, match="no field .*" + ", ".join(row)):
@@ -124,6 +124,6 @@ def test_a_missing_field_is_an_error_that_lists_those_there_are(task):
         ("sms_spam", {"label": "spam"}),
     ],
 )
-def test_a_wrong_value_is_an_error_that_names_field_and_value(task, change):
+def test_a_wrong_value_names_field_and_value(task, change):
     with pytest.raises(ValueError, match=f"{next(iter(change))} must "):
         TASKS[task].record(ROWS[task] | change)

@@ -15,7 +15,7 @@ def write(file, rows=1):
     file.write_text(ROW * rows)
 
 
-def test_sub_folders_and_files_are_tenants_and_other_files_are_not(tmp_path):
+def test_subfolders_and_jsonl_files_are_tenants(tmp_path):
     write(tmp_path / "acme" / "train.jsonl", 2)
     write(tmp_path / "acme" / "validation.jsonl", 3)
     write(tmp_path / "Globex-2.1_x.jsonl")
@@ -32,7 +32,7 @@ def test_sub_folders_and_files_are_tenants_and_other_files_are_not(tmp_path):
     "name", ["a b", "-a", "_a", "ä", "a\nb", "a:b", "a\\..\\b", "$(x)", "x" * 101, "checkpoints", "Base", "tensorboard"]
 )
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_name_that_could_lead_elsewhere_is_refused_by_name(tmp_path, name, kind):
+def test_an_unsafe_tenant_name_is_refused(tmp_path, name, kind):
     write(tmp_path / "good.jsonl")
     write(tmp_path / name / "train.jsonl" if kind == "folder" else tmp_path / f"{name}.jsonl")
     with pytest.raises(ValueError, match="cannot be a tenant's name") as error:
@@ -41,7 +41,7 @@ def test_a_name_that_could_lead_elsewhere_is_refused_by_name(tmp_path, name, kin
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "file in a folder"])
-def test_links_are_refused_also_those_to_another_tenants_data(tmp_path, kind):
+def test_links_in_a_tenant_folder_are_refused(tmp_path, kind):
     outside = tmp_path / "outside"
     write(outside / "train.jsonl")
     root = tmp_path / "tenants"
@@ -62,7 +62,7 @@ def test_links_are_refused_also_those_to_another_tenants_data(tmp_path, kind):
         tenant_sections(root, DataSection())
 
 
-def test_no_tenants_two_of_one_name_and_no_training_data_are_named(tmp_path):
+def test_wrong_tenant_folders_are_named(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         said = "is empty" if folder == tmp_path else "does not exist"
         with pytest.raises(ValueError, match=rf"data\.tenants: {folder} {said}"):
@@ -98,7 +98,7 @@ def test_every_tenant_has_its_share_of_the_batches_at_any_time(sampling, groups)
         assert np.abs(found - groups * batches * shares / shares.sum()).max() <= 1.5
 
 
-def test_a_batch_holds_a_tenant_once_and_one_that_ended_leaves_its_rows_to_the_others():
+def test_a_finished_tenant_leaves_its_rows_to_the_others():
     shares = weights([10, 10, 1000], "proportional")
     assert sorted(next_tenants([5, 5, 5], shares, [True] * 3, 8)) == [0, 1, 2]
     assert drawn([10, 10, 1000], "proportional", 2, 50, running=[True, True, False]).tolist() == [50, 50, 0]

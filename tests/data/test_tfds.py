@@ -88,7 +88,7 @@ def without_places(records):
 
 @pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_prepared_public_data_set_is_read_as_its_rows_as_json_lines(data_dir, tmp_path, name, split):
+def test_a_prepared_data_set_reads_like_its_json_lines(data_dir, tmp_path, name, split):
     ours = section(data_dir, f"tfds:{name}")
     file = write_rows(tmp_path / "data.jsonl", public_splits(name)[split])
     found = load_records(ours, split)
@@ -132,7 +132,7 @@ def test_other_data_sets_are_read_by_the_user_s_templates(tmp_path):
         load_records(section(tmp_path, "tfds:news"), "train")
 
 
-def test_templates_and_a_named_task_come_before_the_task_that_a_name_stands_for(data_dir):
+def test_templates_and_data_task_override_the_task_of_a_name(data_dir):
     own = section(data_dir, "tfds:glue/sst2", prompt="{sentence}", completion="{label}")
     assert {record.completion for record in load_records(own, "train")} == {"0", "1"} and task_of(own) is None
     assert task_of(section(data_dir, "tfds:glue/rte", task="sst2")) == "sst2"
@@ -145,7 +145,7 @@ def test_a_public_name_brings_its_metric_and_choices(data_dir, tmp_path):
     assert (task.metric, task.choices, len(task.records)) == ("accuracy", ("yes", "no"), 5)
 
 
-def test_a_part_of_a_split_can_be_named_and_brings_no_other_split_along(data_dir):
+def test_a_named_part_of_a_split_implies_no_other_split(data_dir):
     parts = section(data_dir, "tfds:squad:train[:15]", validation="tfds:squad:train[15:]")
     train, validation = load_records(parts, "train"), load_records(parts, "validation")
     assert (len(train), len(validation)) == (15, 8)
@@ -153,7 +153,7 @@ def test_a_part_of_a_split_can_be_named_and_brings_no_other_split_along(data_dir
     assert source_of(section(data_dir, "tfds:squad:train[:15]"), "validation") is None
 
 
-def test_a_test_split_that_hides_its_labels_is_left_out_and_asked_for_is_the_validation_split(data_dir):
+def test_a_test_split_with_hidden_labels_becomes_validation(data_dir):
     assert source_of(section(data_dir, "tfds:glue/sst2"), "test") is None
     for name in ("glue/sst2", "squad"):  # one hides its labels, one has no test split
         asked = section(data_dir, f"tfds:{name}", test=f"tfds:{name}")
@@ -180,7 +180,7 @@ def test_the_newest_version_is_read(tmp_path):
     assert len(load_records(section(tmp_path, "tfds:bool_q"), "train")) == 2
 
 
-def test_no_tensorflow_is_imported_to_show_the_data_even_where_it_is_installed(data_dir, tmp_path):
+def test_showing_data_never_imports_tensorflow(data_dir, tmp_path):
     stub = tmp_path / "site" / "tensorflow" / "__init__.py"
     stub.parent.mkdir(parents=True)
     stub.write_text("__version__ = '2.99.0'\n")
@@ -216,12 +216,12 @@ def test_no_tensorflow_is_imported_to_show_the_data_even_where_it_is_installed(d
         ),
     ],
 )
-def test_a_source_that_is_wrong_is_an_error_that_says_what_is_there(data_dir, source, message):
+def test_a_wrong_tfds_source_is_an_error_that_lists_the_choices(data_dir, source, message):
     with pytest.raises(ValueError, match=message):
         load_records(section(data_dir, source), "train")
 
 
-def test_nothing_prepared_is_one_line_that_names_the_folder_and_the_command(tmp_path, capsys, monkeypatch):
+def test_unprepared_data_is_one_line_with_folder_and_command(tmp_path, capsys, monkeypatch):
     (tmp_path / "run.yaml").write_text("backbone: {source: " + str(run_folder(tmp_path / "made") / "backbone") + "}\n")
     train = ["train", str(tmp_path / "run.yaml"), "data.train=tfds:super_glue/boolq"]
     train += [f"output_dir={tmp_path / 'out'}", "runtime.allow_cpu=true", "runtime.compilation_cache=false"]
@@ -248,7 +248,7 @@ def as_tfrecord(folder):
         file.rename(file.with_name(file.name.replace("array_record", "tfrecord")))
 
 
-def test_data_prepared_as_tfrecord_is_an_error_that_says_what_to_do(tmp_path):
+def test_tfrecord_data_is_an_error_that_says_what_to_do(tmp_path):
     folder = built("bool_q", PUBLIC["bool_q"], {"train": public_rows("bool_q", 2)}, tmp_path)
     as_tfrecord(folder)
     with pytest.raises(ValueError) as error:
@@ -299,7 +299,7 @@ class ParaJaxDownloads(ParaJaxReviews):
         raise ConnectionError("Failed to get https://nowhere.test/reviews.zip\nCaused by: the name is not known")
 
 
-def test_prepare_writes_what_a_run_reads_and_leaves_what_is_there(tmp_path, capsys):
+def test_prepare_writes_what_a_run_reads_and_overwrites_nothing(tmp_path, capsys):
     command = ["prepare", "tfds:para_jax_reviews", "--data-dir", str(tmp_path)]
     assert cli.main(command) == 0
     folder = tmp_path / "para_jax_reviews" / "2.0.0"

@@ -76,7 +76,7 @@ def test_parts_and_the_cache_change_nothing(tmp_path, monkeypatch, kind, fields)
     assert len(cached()) == 1
 
 
-def test_the_cache_can_be_switched_off_and_leaves_small_data_alone(tmp_path, monkeypatch):
+def test_small_data_and_cache_false_are_not_cached(tmp_path, monkeypatch):
     tokenizer, file = tiny_tokenizers.plain(), written(tmp_path)
     load_training_data(section_of(file, cache=False), tokenizer)
     monkeypatch.setattr(token_cache, "MIN_BYTES", file.stat().st_size + 1)
@@ -84,7 +84,7 @@ def test_the_cache_can_be_switched_off_and_leaves_small_data_alone(tmp_path, mon
     assert not cached()
 
 
-def test_whatever_ids_depend_on_makes_another_file(tmp_path, monkeypatch):
+def test_everything_that_ids_depend_on_changes_the_cache_file(tmp_path, monkeypatch):
     def ids(section, tokenizer):
         made, count = load_training_data(section, tokenizer), len(cached())
         wanted = encode_records(load_records(section, "train"), tokenizer, section)
@@ -106,7 +106,7 @@ def test_whatever_ids_depend_on_makes_another_file(tmp_path, monkeypatch):
     assert counts == list(range(1, 9))
 
 
-def test_a_chat_template_that_writes_the_date_is_not_read_from_the_cache_on_another_day(tmp_path, monkeypatch):
+def test_a_template_that_writes_the_date_is_cached_per_day(tmp_path, monkeypatch):
     special = dict(eos_token="<|im_end|>", chat_template="{{ strftime_now('%d %b %Y') }}" + tiny_tokenizers.CHATML)
     dated = tiny_tokenizers.byte_level(["<|im_start|>", "<|im_end|>"], **special)
     section = section_of(written(tmp_path))
@@ -130,7 +130,7 @@ def test_data_that_moved_is_found_and_named_by_its_new_place(tmp_path, monkeypat
     assert found.places[4] == f"{moved}:9" and made.places[4] == f"{file}:9"
 
 
-def test_data_that_changes_while_it_is_read_is_kept_under_what_was_read(tmp_path, monkeypatch):
+def test_data_that_changes_while_read_is_cached_by_what_was_read(tmp_path, monkeypatch):
     tokenizer, file = tiny_tokenizers.plain(), written(tmp_path)
     old, hashed = file.read_bytes(), training_data.content_of
 
@@ -177,13 +177,13 @@ def test_a_damaged_file_is_named_and_made_again(tmp_path, monkeypatch, capsys, d
     same(load_training_data(section, tokenizer), made)
 
 
-def test_a_cache_that_can_not_be_written_costs_a_warning(tmp_path, capsys):
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     (tmp_path / "cache").write_text("a file")
     made = load_training_data(section_of(written(tmp_path)), tiny_tokenizers.plain())
     assert len(made.examples) == 41 and "data.cache" in capsys.readouterr().err
 
 
-def test_several_that_write_at_once_leave_one_sound_file(tmp_path, monkeypatch):
+def test_concurrent_writers_leave_one_complete_file(tmp_path, monkeypatch):
     tokenizer, section = tiny_tokenizers.plain(), section_of(written(tmp_path))
     threads = [threading.Thread(target=load_training_data, args=(section, tokenizer)) for _ in range(4)]
     for thread in threads:
@@ -226,7 +226,7 @@ def test_the_least_recently_used_files_make_room(tmp_path, monkeypatch):
         ({"prompt": "a", "completion": "日" * 99}, r"more than data.max_seq_length 200"),
     ],
 )
-def test_an_error_names_the_place_in_whichever_part_it_is(tmp_path, at, row, message):
+def test_an_error_names_its_place_in_any_part(tmp_path, at, row, message):
     found = rows()
     found[at] = row
     file = written(tmp_path, found)
@@ -236,7 +236,7 @@ def test_an_error_names_the_place_in_whichever_part_it_is(tmp_path, at, row, mes
     assert str(error.value).startswith(f"{file}:{2 * at + 1}: ") and not cached()
 
 
-def test_a_completion_that_leaves_no_room_and_data_that_is_all_too_long_are_errors(tmp_path):
+def test_no_room_for_a_prompt_is_an_error(tmp_path):
     file = written(tmp_path)
     with pytest.raises(ValueError, match=rf"{file}:1: the completion has \d+ tokens"):
         load_training_data(section_of(file, max_seq_length=2, truncate="left"), tiny_tokenizers.plain())

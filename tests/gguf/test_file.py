@@ -1,21 +1,17 @@
 import struct
-from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from tiny_gguf import hugging_face, write_gguf
 
-import para_jax.gguf.convert
-from para_jax.gguf.convert import convert_gguf
 from para_jax.gguf.file import GgufFile
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
 @pytest.mark.parametrize("family", ["llama", "smollm2", "gemma3_text"])
-def test_a_model_written_as_gguf_reads_back_as_the_same_hugging_face_model(tmp_path, family):
+def test_a_gguf_model_reads_back_as_the_same_hugging_face_model(tmp_path, family):
     config, weights = hugging_face(family)
     change = {"attention.sliding_window_pattern": 3, "rope.freq_base_swa": 100.0} if family == "gemma3_text" else {}
     file = GgufFile(write_gguf(tmp_path / "m.gguf", family, change=change))
@@ -36,7 +32,7 @@ def test_a_model_written_as_gguf_reads_back_as_the_same_hugging_face_model(tmp_p
     assert {key: file.config[key] for key in expected} == expected
 
 
-def test_rows_of_quantised_tensors_are_those_of_the_whole_and_only_they_are_dequantised(tmp_path, monkeypatch):
+def test_reading_rows_dequantises_only_those_rows(tmp_path, monkeypatch):
     file = GgufFile(write_gguf(tmp_path / "m.gguf", kind=Q8))
     whole = {name: file.read(name) for name in file.shapes}
     for name, weight in hugging_face("llama")[1].items():
@@ -80,7 +76,7 @@ def llama3_factors(config, positions):
     return np.array(made, np.float32)
 
 
-def test_llama3_rope_scaling_is_recovered_from_its_factors_and_another_one_is_refused(tmp_path):
+def test_llama3_rope_scaling_is_recovered_from_its_factors(tmp_path):
     config, _ = hugging_face("llama3")
     factors = {"raw.rope_freqs.weight": llama3_factors(config, 8192)}
     assert not np.isin(factors["raw.rope_freqs.weight"], [1, 8]).all()
@@ -97,7 +93,7 @@ def test_llama3_rope_scaling_is_recovered_from_its_factors_and_another_one_is_re
         GgufFile(write_gguf(tmp_path / "b.gguf", "llama3", tensors=factors))
 
 
-def test_linear_rope_scaling_and_a_second_end_token_come_into_the_config(tmp_path):
+def test_linear_rope_scaling_and_a_second_end_token_are_read(tmp_path):
     change = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "tokenizer.ggml.eot_token_id": 7}
     config = GgufFile(write_gguf(tmp_path / "m.gguf", change=change)).config
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
@@ -122,14 +118,14 @@ def test_linear_rope_scaling_and_a_second_end_token_come_into_the_config(tmp_pat
         ({"tensors": {"raw.blk.0.ffn_gate_exps.weight": np.ones((2, 2), np.float32)}}, "ffn_gate_exps"),
     ],
 )
-def test_what_is_not_supported_or_not_there_is_refused_by_name(tmp_path, change, said):
+def test_unsupported_or_missing_metadata_is_named(tmp_path, change, said):
     path = write_gguf(tmp_path / "m.gguf", **change)
     with pytest.raises(ValueError, match=said) as error:
         GgufFile(path)
     assert str(path) in str(error.value)
 
 
-def test_a_file_that_is_no_gguf_or_is_cut_off_anywhere_is_refused(tmp_path):
+def test_a_truncated_or_foreign_file_is_refused(tmp_path):
     whole = write_gguf(tmp_path / "m.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"
     for size in [0, 3, 4, 23, *range(24, len(whole), len(whole) // 60), len(whole) - 33]:
@@ -143,7 +139,7 @@ def test_a_file_that_is_no_gguf_or_is_cut_off_anywhere_is_refused(tmp_path):
         GgufFile(tmp_path / "none.gguf")
 
 
-def test_a_damaged_header_gives_a_value_error_or_a_model_and_nothing_else(tmp_path):
+def test_a_damaged_header_never_raises_another_error(tmp_path):
     whole = write_gguf(tmp_path / "m.gguf").read_bytes()
     damaged, rng = tmp_path / "damaged.gguf", np.random.default_rng(0)
     refused = 0
@@ -197,7 +193,7 @@ BYTES = struct.pack("<IIQ", 9, 0, 3 * 2**20)  # the head of an array of 3 Mi byt
         (made([text(key) + BYTES + bytes(3 * 2**20) for key in "ab"]), "6291456 values"),
     ],
 )
-def test_a_header_that_lies_or_is_huge_is_refused_by_name(tmp_path, content, said):
+def test_a_wrong_or_huge_header_is_refused(tmp_path, content, said):
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(ValueError, match=said) as error:
         GgufFile(tmp_path / "m.gguf")
@@ -205,7 +201,7 @@ def test_a_header_that_lies_or_is_huge_is_refused_by_name(tmp_path, content, sai
     assert len(str(error.value)) < 500
 
 
-def test_heads_that_do_not_divide_the_rows_are_refused_before_a_conversion(tmp_path):
+def test_wrong_head_counts_are_refused_before_a_conversion(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", change={"attention.head_count": 8})
     with pytest.raises(ValueError, match="m.gguf: .*k_proj.weight has 32 rows.*16"):
         GgufFile(path)
@@ -216,45 +212,3 @@ def test_a_wide_head_with_few_rotary_factors_allocates_nothing(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", change={"attention.key_length": 2**32 - 2}, tensors=tensors)
     with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
         GgufFile(path)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_a_converted_folder_holds_the_model_for_transformers(tmp_path, monkeypatch, family):
-    monkeypatch.setattr(para_jax.gguf.convert, "PIECE_BYTES", 4096)
-    config, weights = hugging_face(family)
-    saved = []
-    convert_gguf(
-        write_gguf(tmp_path / "m.gguf", family), tmp_path / "new" / "hf", SimpleNamespace(save_pretrained=saved.append)
-    )
-    folder = tmp_path / "new" / "hf"
-    assert len(saved) == 1 and sorted(file.name for file in folder.iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    ]
-    read = load_file(folder / "model.safetensors")
-    assert read.keys() == weights.keys()
-    for name, weight in weights.items():
-        np.testing.assert_allclose(read[name], weight, atol=1e-6)
-
-    from transformers import AutoConfig
-
-    made = AutoConfig.from_pretrained(folder)
-    assert (made.model_type, made.hidden_size, made.num_key_value_heads) == (config["model_type"], 64, 2)
-    assert made.eos_token_id == 2
-
-
-def test_a_conversion_that_fails_leaves_nothing_and_a_full_folder_is_refused(tmp_path):
-    file, folder = write_gguf(tmp_path / "m.gguf"), tmp_path / "hf"
-
-    def full_disk(path):
-        raise OSError("No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        convert_gguf(file, folder, SimpleNamespace(save_pretrained=full_disk))
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
-    folder.mkdir()
-    (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="hf .*not an empty folder"):
-        convert_gguf(file, folder, SimpleNamespace(save_pretrained=lambda path: None))
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]

@@ -55,7 +55,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_no_held_out_sentence_is_a_training_frame_with_other_words(job):
+def test_no_held_out_sentence_reuses_a_training_frame(job):
     frames = {"routing": business.ROUTING, "orders": business.ORDERS, "dates": business.DATES}[job]["train"]
     frames = [f for team in frames.values() for f in team] if job == "routing" else frames
     patterns = [re.compile(re.sub(r"\\\{\w+\\\}", r"\\w+", re.escape(frame))) for frame in frames]
@@ -87,7 +87,7 @@ def test_an_example_is_short(job, split):
 
 def test_a_wrong_job_split_or_count_is_an_error():
     for job, split in (("poems", "train"), ("dates", "dev")):
-        with pytest.raises(ValueError, match=f"{job}.*{split}.*routing, orders, dates.*train, test"):
+        with pytest.raises(ValueError, match="routing, orders, dates.*train, test"):
             business_examples(job, split, 1, seed=0)
-    with pytest.raises(ValueError, match="count.* 700 .*routing"):
+    with pytest.raises(ValueError, match="count 700 .*'routing'"):
         business_examples("routing", "test", 700, seed=0)

@@ -1,0 +1,35 @@
+import jax
+import numpy as np
+import pytest
+
+from para_jax.backbone.sequences import checked_sequences
+
+TOKENS = np.arange(12, dtype=np.int64).reshape(3, 4)
+
+
+def test_lengths_become_one_int32_per_row():
+    tokens, prompt_length, length = checked_sequences(TOKENS, 2, None, 12)
+    assert tokens.dtype == prompt_length.dtype == length.dtype == np.int32
+    assert prompt_length.tolist() == [2, 2, 2] and length.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompt_length", "length", "named"),
+    [
+        (TOKENS[0], 2, None, r"tokens of shape \(4,\)"),
+        (TOKENS.astype(float), 2, None, "tokens of shape"),
+        (TOKENS, [1, 2], None, r"prompt_length of shape \(2,\)"),
+        (TOKENS, 0, None, "prompt_length 0"),
+        (TOKENS, 3, [4, 2, 4], r"length \[4, 2, 4\]"),
+        (TOKENS, 2, 5, "length 5"),
+        (TOKENS + 1, 2, None, "token ids 1 to 12"),
+    ],
+)
+def test_wrong_sequences_are_named(tokens, prompt_length, length, named):
+    with pytest.raises(ValueError, match=named):
+        checked_sequences(tokens, prompt_length, length, 12)
+
+
+def test_traced_lengths_are_not_checked():
+    checked = jax.jit(lambda n: checked_sequences(TOKENS, n, None, 12)[1])(9)
+    assert checked.tolist() == [9, 9, 9]

@@ -1,0 +1,51 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_gguf import hugging_face, write_gguf
+
+import para_jax.gguf.convert
+from para_jax.gguf.convert import convert_gguf
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_converted_folder_holds_the_model_for_transformers(tmp_path, monkeypatch, family):
+    monkeypatch.setattr(para_jax.gguf.convert, "PIECE_BYTES", 4096)
+    config, weights = hugging_face(family)
+    saved = []
+    convert_gguf(
+        write_gguf(tmp_path / "m.gguf", family), tmp_path / "new" / "hf", SimpleNamespace(save_pretrained=saved.append)
+    )
+    folder = tmp_path / "new" / "hf"
+    assert len(saved) == 1 and sorted(file.name for file in folder.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    read = load_file(folder / "model.safetensors")
+    assert read.keys() == weights.keys()
+    for name, weight in weights.items():
+        np.testing.assert_allclose(read[name], weight, atol=1e-6)
+
+    from transformers import AutoConfig
+
+    made = AutoConfig.from_pretrained(folder)
+    assert (made.model_type, made.hidden_size, made.num_key_value_heads) == (config["model_type"], 64, 2)
+    assert made.eos_token_id == 2
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path):
+    file, folder = write_gguf(tmp_path / "m.gguf"), tmp_path / "hf"
+
+    def full_disk(path):
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        convert_gguf(file, folder, SimpleNamespace(save_pretrained=full_disk))
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="hf .*not an empty folder"):
+        convert_gguf(file, folder, SimpleNamespace(save_pretrained=lambda path: None))
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
