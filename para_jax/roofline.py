@@ -141,6 +141,7 @@ def matrix_weights(model: ModelConfig) -> int:
 
 def peak_rate(model: ModelConfig, used: Sequence[Any]) -> float | None:
     """Tokens per second if these devices computed only the backbone's matrix products, at their peak: 2 FLOPs per
-    weight and token forward, and 2 backward (to the activations; the weights are frozen). None for an unknown device."""
+    weight and token forward, and 2 backward to the activations (the weights are frozen). None if the peak is unknown.
+    """
     peak = PEAK_FLOPS.get(used[0].device_kind)
     return peak and peak * len(used) / (4 * matrix_weights(model))
