@@ -1,5 +1,5 @@
-"""What a training step has to compute and to move on each chip, and the least time that it could take: an estimate from
-the chip's published peaks, never a measurement."""
+"""The work of a training step on each chip, and the minimum time for it: an estimate from the chip's published peaks,
+never a measurement."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from .training.loss import CHUNK
 
 
 class Chip(NamedTuple):
-    """What one chip can do in a second, at most."""
+    """The peak rates of one chip, per second."""
 
     flops: float
     """bfloat16"""
     hbm: float
-    """bytes read or written in main memory"""
+    """bytes read from or written to main memory"""
     ici: float
     """bytes received from other chips, over all links together"""
 
 
 #: From cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e: "Peak compute per chip (bf16)", "HBM bandwidth per chip", and
-#: half of "Bidirectional inter-chip interconnect (ICI) bandwidth (per chip)", for bytes come in on half of it. The v4
-#: page has no such line: its "All-reduce bandwidth per Pod" over the pod's chips, which on v5e and v6e is that half.
+#: half of "Bidirectional inter-chip interconnect (ICI) bandwidth (per chip)", as bytes arrive on half of it. The v4
+#: page lacks this line: its "All-reduce bandwidth per Pod" divided by the chips, which on v5e and v6e equals that half.
 CHIPS = {
     "v4": Chip(275e12, 1200e9, 1.1e15 / 4096),
     "v5e": Chip(197e12, 819e9, 400e9 / 2),
     "v5p": Chip(459e12, 2765e9, 1200e9 / 2),
     "v6e": Chip(918e12, 1638e9, 800e9 / 2),
 }
-#: How often a device receives the bytes that hlo.collective_bytes counts: an all-reduce scatters sums, then gathers.
+#: How often a device receives the bytes in hlo_counts.collective_bytes: an all-reduce scatters sums, then gathers.
 RECEIVED = {"all-reduce": 2}
 
 
 class Work(NamedTuple):
-    """What a step has to do on each chip."""
+    """The work of a step on each chip."""
 
     flops: float
     hbm_bytes: float
 
 
 class TimeEstimate(NamedTuple):
-    """The work of a step on each chip, and the least time for it: that of its slowest part, as if the chip did the
-    parts side by side, each at its published peak. A real step takes longer."""
+    """The work of a step on each chip, and the minimum time for it: the time of the slowest part, as if the chip did
+    all parts in parallel at their published peaks. A real step takes longer."""
 
     flops: float
     hbm_bytes: float
@@ -65,7 +65,7 @@ def estimate_time(work: Work, collectives: Mapping[str, int], kind: str) -> Time
     """The estimate for a kind of chip ("v5e").
 
     Args:
-        collectives: bytes by kind of collective, as hlo.collective_bytes counts them.
+        collectives: bytes by kind of collective, from hlo_counts.collective_bytes.
     """
     chip = CHIPS[kind]
     ici = float(sum(RECEIVED.get(name, 1) * size for name, size in collectives.items()))
@@ -75,21 +75,21 @@ def estimate_time(work: Work, collectives: Mapping[str, int], kind: str) -> Time
 
 
 def training_work(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> Work:
-    """The work of a training step whose rows are all as long as can be, every token a completion's (or, packed, one
-    example): the backbone's products, attention and the head, forward, made again where train.remat says so, and
-    backward to the activations, for the weights are frozen.
+    """The work of a training step whose rows have the maximum length and only completion tokens (or, packed, one
+    example): the matrix products of the backbone, attention and the head, in the forward pass, in its recomputation by
+    train.remat, and in the backward pass to the activations (the weights are frozen).
 
-    HBM: the weights of those products, their inputs and outputs, logits, and the scores of plain attention. Adapters,
-    optimiser, norms and everything elementwise are not counted.
+    HBM counts the weights of these products, their inputs and outputs, logits, and the scores of plain attention.
+    Adapters, optimiser, norms and elementwise operations are not counted.
     """
     model, passes = load_model_config(config.backbone.source), passes_of(config, mesh, tenants)
     length, remat = config.data.max_seq_length, config.train.remat
     dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
     kernel, _ = run_kernel(config, model)
-    tokens = passes.count * passes.rows * length / mesh.size  # of a chip, as if `tensor` split them too
+    tokens = passes.count * passes.rows * length / mesh.size  # per chip, as if `tensor` split them too
     rows_held, tensor = passes.rows / (mesh.size / mesh.shape["tensor"]), mesh.shape["tensor"]
     chunks = -(-rows_held * length * model.vocab_size / tensor // CHUNK)
-    linear_runs = 2 + (share_made_again(config, model) if remat == "block" else 0)
+    linear_runs = 2 + (recomputed_share(config, model) if remat == "block" else 0)
     attention_runs = 3 + (remat != "none") + (0.5 if kernel == "splash" else 0)  # backward: 2, and splash's scores
     head_runs = 3 if chunks > 1 else 2
 
@@ -106,16 +106,16 @@ def training_work(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | N
     return Work(flops, hbm)
 
 
-def share_made_again(config: RunConfig, model: ModelConfig) -> float:
-    """The part of a layer's matrix products that its backward pass needs again: all but the last, whose output only an
-    adapter on it reads."""
+def recomputed_share(config: RunConfig, model: ModelConfig) -> float:
+    """The share of a layer's matrix products that the backward pass recomputes: all but the last one, whose output only
+    an adapter on it needs."""
     last = model.num_layers * model.site_input_width("down_proj") * model.site_width("down_proj")
     adapted = "down_proj" in config.adapter.target_modules
     return 1 - (0 if adapted else last / matrix_weights(model))
 
 
 def keys_seen(length: int, window: int | None, kernel: str) -> float:
-    """The keys that a kernel works on for each token of a row: plain attention on all, splash on those in sight."""
+    """The mean number of keys per token that a kernel computes: all for plain attention, visible ones for splash."""
     if kernel == "plain":
         return length
     reach = min(length, window or length)
@@ -123,10 +123,10 @@ def keys_seen(length: int, window: int | None, kernel: str) -> float:
 
 
 def time_lines(found: TimeEstimate, kind: str) -> list[str]:
-    """The estimate, as the dry run prints it."""
+    """The estimate as printed by the dry run."""
     chip, parts = CHIPS[kind], found.parts
     return [
-        f"time       ESTIMATE from {kind}'s published peaks, not measured: at least {found.seconds:.3g} s a step, "
+        f"time       ESTIMATE from {kind}'s published peaks, not measured: at least {found.seconds:.3g} s per step, "
         f"bound by {found.bound}; a real step takes longer",
         f"           FLOPs {parts['FLOPs']:.3g} s ({found.flops / 1e12:.1f} T at {chip.flops / 1e12:.0f} T/s), "
         f"HBM {parts['HBM']:.3g} s ({found.hbm_bytes / 1e9:.1f} GB at {chip.hbm / 1e9:.0f} GB/s), "
@@ -135,12 +135,13 @@ def time_lines(found: TimeEstimate, kind: str) -> list[str]:
 
 
 def matrix_weights(model: ModelConfig) -> int:
-    """Weights that tokens are multiplied by: the linears of all layers; the head works on few positions."""
+    """The weights of the linear layers. The head is left out, because it is applied to few positions."""
     return model.num_layers * sum(model.site_input_width(site) * model.site_width(site) for site in SITES)
 
 
 def peak_rate(model: ModelConfig, used: Sequence[Any]) -> float | None:
-    """Tokens a second if these devices did nothing but the backbone's matrix products, at their peak: 2 FLOPs a weight
-    and token forwards, 2 backwards (to the activations; the weights are frozen). None for an unknown device."""
+    """Tokens per second if these devices computed only the backbone's matrix products, at their peak: 2 FLOPs per
+    weight and token forward, and 2 backward to the activations (the weights are frozen). None if the peak is unknown.
+    """
     peak = PEAK_FLOPS.get(used[0].device_kind)
     return peak and peak * len(used) / (4 * matrix_weights(model))

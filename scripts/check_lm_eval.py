@@ -22,7 +22,16 @@ import numpy as np
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from para_jax import AdapterBank, LoraConfig, init_adapter, load_adapter, load_backbone, load_tokenizer, save_adapter
+from para_jax import (
+    AdapterBank,
+    LoraConfig,
+    init_adapter,
+    load_adapter,
+    load_backbone,
+    load_tokenizer,
+    log_to_stderr,
+    save_adapter,
+)
 from para_jax.devices import describe_devices, versions
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.harness.tasks import load_tasks, record, replay
@@ -68,6 +77,7 @@ def main():
     parser.add_argument("--documents", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path("results/check_lm_eval.json"))
     args = parser.parse_args()
+    log_to_stderr()
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -30,6 +30,7 @@ from para_jax import (
     load_config,
     load_model_config,
     load_tokenizer,
+    log_to_stderr,
     train_tenants,
 )
 from para_jax.adapters.adapter import count_parameters
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/compare_methods"))
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     args = parser.parse_args()
+    log_to_stderr()
     args.output.mkdir(parents=True, exist_ok=True)
     model_config = load_model_config(args.backbone)
     main, also = methods(model_config), forms(args.also)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
+from program_excess import excess
 
 from para_jax import (
     ParaConfig,
@@ -40,7 +41,7 @@ from para_jax import (
 )
 from para_jax.adapters.adapter import Factors
 from para_jax.config import SITES, Ia3Config, LoraConfig
-from para_jax.hlo import Program, describe_program, excess
+from para_jax.dry_run.hlo_counts import Program, describe_program
 from para_jax.model import decode_step
 from para_jax.sharding import partition, tree_shardings
 

@@ -14,7 +14,7 @@ from statistics import median
 
 import numpy as np
 
-from para_jax import load_adapter, load_backbone, load_config, load_tokenizer
+from para_jax import load_adapter, load_backbone, load_config, load_tokenizer, log_to_stderr
 from para_jax.adapters.adapter import Factors
 from para_jax.data.batches import collate, full_batches, plan_buckets
 from para_jax.data.examples import Example
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="+", required=True)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    log_to_stderr()
     model = load_backbone(args.backbone, dtype="float32", layout="layers")
     tokenizer = load_tokenizer(args.backbone)
     records = load_records(load_config(None, [f"data.test={args.data}"]).data, "test")

@@ -1,7 +1,9 @@
-"""A compiled program is counted as it is executed, and a decode step with PARA or (IA)^3 costs no more than one without
-adapters: no more fusions, matrix products, collectives, or bytes beyond the factors."""
+"""Counts of compiled programs. A decode step with PARA or (IA)^3 costs no more than one without adapters: no more
+fusions, matrix products, collectives, or bytes beyond the factors."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +29,15 @@ from para_jax import (
 )
 from para_jax.adapters.adapter import Adjustment
 from para_jax.config import Ia3Config, LoraConfig
-from para_jax.hlo import collective_bytes, collectives_run, describe_program, excess
-from para_jax.hlo_text import parsed, turns_unknown
+from para_jax.dry_run.hlo_counts import collective_bytes, collectives_run, describe_program
+from para_jax.dry_run.hlo_loops import unknown_loops
+from para_jax.dry_run.hlo_parser import parse_hlo
 from para_jax.model import decode_step
 from para_jax.sharding import place
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from program_excess import excess  # noqa: E402
 
 ROWS = 4
 SIZES = {"width": 256, "hidden_width": 768, "num_heads": 8, "num_kv_heads": 8, "head_dim": 32, "vocab_size": 512}
@@ -76,7 +83,7 @@ def check_costs_nothing(model, adapter_config):
 
 
 @pytest.mark.parametrize("config", [ParaConfig(), IA3], ids=["para", "ia3"])
-def test_decode_with_factors_of_a_tenant_a_row_costs_no_more_than_without_adapters(model, config):
+def test_decode_with_one_tenant_per_row_costs_no_more_than_the_base(model, config):
     base, adapted = check_costs_nothing(model, config)
     factors = bytes_of(prefilled(model, config).adjustments)
     assert base.products == 2 * 9 + 1 and sum(base.fusions.values()) > 10
@@ -121,7 +128,7 @@ def test_the_same_check_fails_for_factors_in_one_array_over_the_mesh(model):
     assert any("collectives" in line for line in more), more
 
 
-def test_llama_2_7b_carries_1228800_bytes_of_live_adapter_state_a_row():
+def test_llama_2_7b_carries_1228800_bytes_of_adapter_state_per_row():
     config = load_model_config("meta-llama/Llama-2-7b-hf")
     model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), model)
@@ -206,7 +213,7 @@ class Compiled:
         return jax.jit(jnp.sin).lower(1.0).compile().memory_analysis()
 
 
-def test_what_is_executed_is_counted_once_for_each_place_that_calls():
+def test_executed_instructions_are_counted_once_per_call():
     counted = describe_program(Compiled())
     assert counted.fusions == {"kLoop": 2, "kOutput": 1}  # %called twice; %nested is a part of the kernel around it
     assert counted.products == 2  # the convolution in a fusion, the library's; not the dot in what nobody calls
@@ -222,7 +229,7 @@ def test_what_is_executed_is_counted_once_for_each_place_that_calls():
     ({"bytes_accessed": 2.02}, ["2.02 bytes accessed, base 2"]),
     ({"bytes_accessed": 2.009, "fusions": {"kCustom": 3}, "temporaries": 10**9}, []),
 ])  # fmt: skip
-def test_what_a_program_has_more_of_is_named_beside_the_base(change, line):
+def test_every_count_that_exceeds_the_base_is_named(change, line):
     base = describe_program(Compiled())
     assert excess(base._replace(**change), base, bytes_share=0.005) == line
 
@@ -235,7 +242,7 @@ def test_a_donated_argument_is_not_counted_again_as_an_output():
     assert kept.memory - donated.memory == 4000
 
 
-def test_what_collectives_give_is_counted_in_bytes_over_all_turns_of_a_loop():
+def test_bytes_of_collectives_are_counted_over_all_iterations():
     text = """
 HloModule m
 
@@ -371,7 +378,7 @@ ENTRY %main (x: bf16[1,192], w: f32[64,8], z: f32[]) -> f32[4,8] {
 
 
 @pytest.mark.parametrize("layers", [2, 4])
-def test_a_loop_turns_as_often_as_its_counter_says_and_what_runs_in_pieces_counts_once(layers):
+def test_loops_run_as_often_as_their_counters_say(layers):
     text = TPU_MODULE.replace("LAST", str(layers))  # from 1 to LAST
     counted = {"all-reduce": 1, "all-gather": layers, "reduce-scatter": 1, "collective-permute": 4 * layers}
     assert collectives_run(text) == counted
@@ -381,7 +388,7 @@ def test_a_loop_turns_as_often_as_its_counter_says_and_what_runs_in_pieces_count
         "reduce-scatter": 64 * 8 * 4,
         "collective-permute": 4 * layers * 192 * 2,
     }
-    assert turns_unknown(parsed(text)) == 1  # the search, whose end depends on data
+    assert unknown_loops(parse_hlo(text)) == 1  # the search, whose end depends on data
 
 
 def test_on_a_tpu_every_layer_gathers_its_own_weights():

@@ -194,7 +194,7 @@ def test_backbone_weights_may_have_any_size(server):
 @pytest.mark.parametrize("source", ["a\0b", "user/mo\0del", "user/model@\x1b]0;owned\x07", "\x1b[31m", "a/\nb"])
 def test_a_name_is_shown_without_control_characters(source):
     for resolve in (resolve_backbone, resolve_config, resolve_tokenizer, resolve_adapter):
-        with pytest.raises(ValueError, match="hub id") as error:
+        with pytest.raises(ValueError, match="hub id|no path") as error:
             resolve(source)
         assert str(error.value).isprintable() and len(str(error.value)) < 1000
 

@@ -16,8 +16,6 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ..backbone.load import load_model_config
 from ..config import RunConfig, printable, require
-from ..hlo import Program, collective_bytes, collectives_run, describe_program, program_bytes
-from ..hlo_text import parsed, turns_unknown
 from ..memory import (
     CHIP_GIB,
     GIB,
@@ -37,6 +35,9 @@ from ..roofline import estimate_time, time_lines, training_work
 from ..sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
 from ..training.step import train_step
 from ..training.tenants import lay_out, tenants_step
+from .hlo_counts import Program, collective_bytes, collectives_run, describe_program, program_bytes
+from .hlo_loops import unknown_loops
+from .hlo_parser import parse_hlo
 
 TOO_MUCH = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm|\(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)G\)")
 
@@ -55,9 +56,9 @@ class Compiled(NamedTuple):
     seconds: float
     """that the compiler took"""
     collective_bytes: dict[str, int] = {}
-    """of each, over all its runs: see hlo.collective_bytes"""
+    """of each, over all its runs: see hlo_counts.collective_bytes"""
     loops_once: int = 0
-    """loops whose turns the compiler's text does not tell; what is in them counts once"""
+    """loops with an unknown number of iterations; their content counts once"""
     unread: str = ""
     """the error of a JAX that is older than the compiler and can't read its program; only the memory is known then"""
 
@@ -155,7 +156,7 @@ def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Comp
         unread = str(error).strip().partition("\n")[0] or type(error).__name__
         return Compiled(None, program_bytes(compiled), None, {}, seconds, unread=unread), compiled
     program, runs, sizes = describe_program(compiled), collectives_run(text), collective_bytes(text)
-    return Compiled(program, program.memory, None, runs, seconds, sizes, turns_unknown(parsed(text))), compiled
+    return Compiled(program, program.memory, None, runs, seconds, sizes, unknown_loops(parse_hlo(text))), compiled
 
 
 # ------------------------------------------------------------------------------------------------------------ the lines

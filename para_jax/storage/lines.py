@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from .bucket import BucketPath
-from .lock import locked
+from .lock import bucket_lock
 from .pieces import NAME, Appender
 
 LOCK = ".lock"
@@ -26,7 +26,7 @@ class BucketLines:
         if others:
             raise ValueError(f"{file} is a folder, with {others[0]!r} in it; give the path of a file")
         lock = ExitStack()
-        lock.enter_context(locked(file / LOCK, say))
+        lock.enter_context(bucket_lock(file / LOCK, say))
         self.appender, self.waiting, self.flushed = Appender(file), bytearray(), time.monotonic()
         self.close = weakref.finalize(self, write_and_unlock, lock, self.appender, self.waiting)
 

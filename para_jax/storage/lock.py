@@ -25,7 +25,7 @@ MAX_LOCK_BYTES = 2**12
 
 
 @contextmanager
-def locked(file: BucketPath, say: Callable[[str], None]) -> Iterator[None]:
+def bucket_lock(file: BucketPath, say: Callable[[str], None]) -> Iterator[None]:
     """Holds the lock `file` of its folder during the block. Waits up to LEASE for a lock whose owner may be dead.
 
     Raises ValueError, naming the folder, if another process holds the lock, and OSError after the block if the lock was
@@ -125,4 +125,4 @@ class Renewal:
             return False
 
 
-held = locked  # the old name
+held = bucket_lock  # the old name

@@ -20,8 +20,9 @@ from para_jax.backbone.layers import Linear
 from para_jax.backbone.load import abstract_backbone, load_model_config
 from para_jax.backbone.quantize import Int8Linear, quantise
 from para_jax.data.batches import Batch
-from para_jax.hlo import collective_bytes, goes_on
-from para_jax.hlo_text import instructions_run, parsed
+from para_jax.dry_run.hlo_counts import collective_bytes, continues_collective
+from para_jax.dry_run.hlo_loops import instructions_run
+from para_jax.dry_run.hlo_parser import parse_hlo
 from para_jax.inference.generate import generate_tokens
 from para_jax.inference.sampling import Sampling
 from para_jax.runs import train as runs
@@ -278,8 +279,10 @@ def test_fsdp_gathers_int8_kernels_as_bytes():
     assert sizes["int8"] < 0.55 * sizes[None]
     gathered = [
         run.instruction.gives
-        for run in instructions_run(parsed(texts["int8"]))
-        if run.instruction.opcode == "all-gather" and run.times == 2 and not goes_on(run.instruction, run.around)
+        for run in instructions_run(parse_hlo(texts["int8"]))
+        if run.instruction.opcode == "all-gather"
+        and run.times == 2
+        and not continues_collective(run.instruction, run.computation)
     ]  # in the loops over the layers
     assert sum(gives.startswith("s8") for gives in gathered) == 2 * 7  # forward and backward
     assert not any(gives.startswith("bf16") for gives in gathered)

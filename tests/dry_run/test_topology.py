@@ -16,6 +16,7 @@ from tpu_compiler import tpu_devices
 from para_jax import init_adapter, load_backbone, make_mesh
 from para_jax.config import load_config
 from para_jax.data.packing import Packed
+from para_jax.dry_run.hlo_counts import collectives_run
 from para_jax.dry_run.programs import compile_programs
 from para_jax.dry_run.topology import (
     TOO_MUCH,
@@ -28,7 +29,6 @@ from para_jax.dry_run.topology import (
     tenants_arguments,
     topology_report,
 )
-from para_jax.hlo import collectives_run
 from para_jax.inspect import dry_run
 from para_jax.memory import passes_of, run_mesh
 from para_jax.roofline import matrix_weights

@@ -41,9 +41,9 @@ from para_jax.config import CheckpointSection, ProfilerSection, load_config
 from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.data.records import load_records
+from para_jax.dry_run.hlo_counts import describe_program
 from para_jax.evaluation import likelihood as evaluation
 from para_jax.evaluation.evaluate import Score, task_of_run
-from para_jax.hlo import describe_program
 from para_jax.inference import generate as generation
 from para_jax.roofline import matrix_weights
 from para_jax.runs import train as runs

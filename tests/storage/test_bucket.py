@@ -115,13 +115,13 @@ def test_a_lock_lasts_while_its_owner_lives_and_one_lease_longer(folder, monkeyp
     monkeypatch.setattr(lock, "LEASE", 2.0)
     monkeypatch.setattr(lock, "RENEW", 0.1)
     said = []
-    with lock.locked(folder / ".lock", said.append):
+    with lock.bucket_lock(folder / ".lock", said.append):
         with pytest.raises(ValueError, match=f"{folder}: another process"):
-            with lock.locked(folder / ".lock", said.append):
+            with lock.bucket_lock(folder / ".lock", said.append):
                 pass
     assert said and not (folder / ".lock").exists()
     (folder / ".lock").write_bytes(json.dumps({"host": "gone", "pid": 7}).encode())  # of a host that is no more
-    with lock.locked(folder / ".lock", said.append):
+    with lock.bucket_lock(folder / ".lock", said.append):
         assert b"gone" not in (folder / ".lock").read_bytes()
     assert "'gone', process 7" in said[-1]
 
@@ -129,7 +129,7 @@ def test_a_lock_lasts_while_its_owner_lives_and_one_lease_longer(folder, monkeyp
 def test_a_process_that_lost_the_lock_writes_nothing_more(folder, monkeypatch):
     monkeypatch.setattr(lock, "RENEW", 0.05)
     with pytest.raises(OSError, match="taken over"):
-        with lock.locked(folder / ".lock", print):
+        with lock.bucket_lock(folder / ".lock", print):
             (folder / "before").write_bytes(b"")
             (folder / ".lock").write_bytes(b"another's")
             while buckets.DEADLINES[folder]:
@@ -155,7 +155,7 @@ def test_a_lock_is_renewed_after_a_long_outage_of_the_service(folder, monkeypatc
     def no_answer():
         raise OSError("no answer")
 
-    with lock.locked(folder / ".lock", print):
+    with lock.bucket_lock(folder / ".lock", print):
         with monkeypatch.context() as away:
             away.setattr(buckets, "file_system", no_answer)
             while buckets.DEADLINES[folder] > time.monotonic():

@@ -14,7 +14,7 @@ from tiny_mesh import COMPLETION, CONFIG, LENGTH, ROWS, model
 from para_jax import LoraConfig, ParaConfig, init_adapter, make_mesh, stack_adapters
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
-from para_jax.hlo import collective_bytes
+from para_jax.dry_run.hlo_counts import collective_bytes
 from para_jax.sharding import place, place_tenants, rows_over, tenant_axes
 from para_jax.training.tenants import Settings, init_tenants, put_tenant, tenants_step
 
