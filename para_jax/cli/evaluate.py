@@ -174,7 +174,7 @@ def into_folder(options, config) -> None:
     from ..adapters.files import load_adapter
     from ..backbone.load import load_backbone, load_model_config
     from ..data.tokenizer import load_tokenizer
-    from ..evaluation.folder import Options, ask_task, evaluate_to_folder, read_tasks
+    from ..evaluation.folder import Options, evaluate_to_folder, questions_of_run, read_tasks
     from ..hub import resolve_adapter
 
     sources = named_adapters(options.adapters or ([options.adapter] if options.adapter else []))
@@ -194,7 +194,7 @@ def into_folder(options, config) -> None:
     if options.tasks:
         tasks = read_tasks(options.tasks, tokenizer, model_config, how)
     else:
-        tasks = [ask_task(run_task(options, config, tokenizer), tokenizer, model_config, how)]
+        tasks = [questions_of_run(run_task(options, config, tokenizer), tokenizer, model_config, how)]
     folders = {name: resolve_adapter(source) for name, source in sources.items()}
     model = load_backbone(**vars(config.backbone))
     held = {name: load_adapter(folder, model.config, model=model) for name, folder in folders.items()}

@@ -114,13 +114,13 @@ class Answerer:
         for one in distinct:
             answer = journal[one.key] if isinstance(one.question, Likelihood) else None
             if isinstance(answer, Scored) and answer.greedy:
-                greedy[context(one)] = max(greedy.get(context(one), ()), one.question.continuation, key=len)
+                greedy[context_of(one)] = max(greedy.get(context_of(one), ()), one.question.continuation, key=len)
         in_batches: list[Pending] = []
         by_engine: list[Pending] = []
         for one in left:
             if isinstance(one.question, Likelihood):
                 continue
-            known = known_answer(self.tokenizer, one.question, greedy.get(context(one), ()), self._stop_ids)
+            known = known_answer(self.tokenizer, one.question, greedy.get(context_of(one), ()), self._stop_ids)
             if known is not None:
                 yield one, known, 0
             elif self._planned or one.question.reads is not None:
@@ -137,8 +137,8 @@ class Answerer:
         rows = batch_rows(self.rows)
         for i, scored in likelihoods(self.model, self.bank, asked, rows, self.shapes, self._compiled):
             one = pending[i]
-            new = 0 if context(one) in seen else len(one.question.context)
-            seen.add(context(one))
+            new = 0 if context_of(one) in seen else len(one.question.context)
+            seen.add(context_of(one))
             yield one, scored, new + len(one.question.continuation) - 1
 
     def _in_batches(self, pending: list[Pending]) -> Answers:
@@ -176,7 +176,7 @@ class Answerer:
         return Pending(key(question, entry, self.backbone, self._writing), tenant, entry, question)
 
 
-def context(one: Pending) -> tuple:
+def context_of(one: Pending) -> tuple:
     """The adapter, the context, and the tokens that the factors are made from."""
     return version(one.entry), one.question.context, one.question.reads
 

@@ -1,4 +1,4 @@
-"""What a prompt makes of an adapter, in numbers: its factors, and how much they differ from prompt to prompt."""
+"""The factors that an adapter makes from prompts, and how much they differ from prompt to prompt."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ..model import vectors
 
 
 class Spread(NamedTuple):
-    """How factors differ over prompts; arrays float64 [layers], the root of the mean of squares over a site's units."""
+    """How factors differ over prompts: arrays float64 [layers], root mean squares over a site's units."""
 
     size: dict[str, np.ndarray]
-    """a site: of l - 1, averaged over the prompts: what all prompts share"""
+    """by site: of l - 1 averaged over the prompts, the part that all prompts share"""
     spread: dict[str, np.ndarray]
-    """a site: of each prompt's distance from that average"""
+    """by site: of each prompt's distance from that average"""
     prompts: int
 
     @property
     def ratio(self) -> dict[str, np.ndarray]:
-        """Spread over size: 0 where the prompt is not read, as in (IA)^3; NaN where the factors are all 1."""
+        """Spread over size: 0 if the adapter ignores the prompt, as (IA)^3 does; NaN if all factors are 1."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return {site: self.spread[site] / self.size[site] for site in self.size}
 
     def __str__(self) -> str:
-        """A table: a row a layer, and one for all layers; a column a site."""
+        """A table with a row per layer and one for all layers, and a column per site."""
         sites = list(self.size)
         lines = ["layer  " + "".join(f"{site:>12}" for site in sites)]
         for layer in range(len(self.size[sites[0]])):
@@ -44,16 +44,17 @@ class Spread(NamedTuple):
 
 
 def factors_of(model, adapter, prompt: Prompt, tokenizer) -> dict[str, np.ndarray]:
-    """The factors l of one prompt, {site: float32 [layers, site width]}; ValueError for an adapter that has none."""
+    """The factors l of one prompt, {site: float32 [layers, site width]}. Raises ValueError for an adapter without
+    factors."""
     ids = encode_prompt(tokenizer, prompt)
     made = vectors(model, adapter, np.array([ids], np.int32), len(ids))
     return {site: np.asarray(factors[:, 0]) for site, factors in made.items()}
 
 
 def factor_spread(model, adapter, prompts: Sequence[Prompt], tokenizer, *, rows: int = 8) -> Spread:
-    """How much an adapter's factors differ over prompts, `rows` of them in a batch. At least 2 prompts are needed."""
+    """How much an adapter's factors differ over at least 2 prompts, with `rows` of them in a batch."""
     if len(prompts) < 2:
-        raise ValueError(f"{len(prompts)} prompt; how much factors differ needs at least 2")
+        raise ValueError(f"prompts: {len(prompts)} given; give at least 2 to compare their factors")
     examples = [Example(encode_prompt(tokenizer, prompt), []) for prompt in prompts]
     total, squares = {}, {}
     batches = list(full_batches(examples, rows, plan_buckets(examples, 3)))

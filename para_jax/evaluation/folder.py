@@ -22,7 +22,7 @@ from .evaluate import other_prompts
 from .journal import Journal
 from .questions import Answer, Question, backbone_content
 from .results import ANSWERS_FILE, check_results, file_names, run_record, table, task_record
-from .tasks import EvalTask, FileTask, check_room, encode_task, file_task, with_metrics_in_names
+from .tasks import EncodedTask, EvalTask, check_room, encode_task, file_task, with_metrics_in_names
 
 #: The name of the base model among the tenants.
 BASE = "base"
@@ -54,7 +54,7 @@ class Options(NamedTuple):
 Lookup = Callable[[Question], Answer | None]
 
 
-class AskedTask(NamedTuple):
+class TaskQuestions(NamedTuple):
     """A task, ours or lm-eval's, as questions for any adapter."""
 
     names: tuple[str, ...]
@@ -64,7 +64,7 @@ class AskedTask(NamedTuple):
     """the task's part of an adapter's record, from that adapter's answers"""
 
 
-def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, options: Options) -> list[AskedTask]:
+def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, options: Options) -> list[TaskQuestions]:
     """The tasks' questions. This needs only the model's config, so a wrong name is found before weights are loaded.
 
     Args:
@@ -73,36 +73,41 @@ def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, options: Op
     """
     found = [file_task(text, tokenizer, config, split=options.split, limit=options.limit) for text in tasks]
     names = [text for text, one in zip(tasks, found, strict=True) if one is None]
-    own = [ask_file(one, options) for one in with_metrics_in_names([one for one in found if one is not None])]
+    files = with_metrics_in_names([one for one in found if one is not None])
+    own = [questions_of(one.encoded, one.original, options) for one in files]
     own_names = [name for one in own for name in one.names]
     require_distinct([*names, *own_names])
     if not names:
         return own
-    loaded = ask_harness(names, tokenizer, config, options)
+    loaded = questions_of_harness(names, tokenizer, config, options)
     theirs = dict.fromkeys([*names, *(name for one in loaded for name in one.names)])
     require_distinct([*theirs, *own_names])
     return [*own, *loaded]
 
 
-def ask_task(task: EvalTask, tokenizer, config: ModelConfig, options: Options) -> AskedTask:
+def questions_of_run(task: EvalTask, tokenizer, config: ModelConfig, options: Options) -> TaskQuestions:
     """A run's task as questions."""
     encoded = encode_task(task, tokenizer, options.limit)
     check_room(config, encoded)
-    return ask_file(FileTask(encoded, len(task.records), Path(task.name)), options)
+    return questions_of(encoded, len(task.records), options)
 
 
-def ask_file(task: FileTask, options: Options) -> AskedTask:
-    encoded = task.encoded
+def questions_of(encoded: EncodedTask, original: int, options: Options) -> TaskQuestions:
+    """One of our own tasks as questions.
+
+    Args:
+        original: how many examples its file has.
+    """
     questions = encoded.questions(other_prompts(encoded, options.seed if options.shuffle_prompts else None))
 
     def results(answer: Lookup) -> dict:
         answers = [found for found in map(answer, questions) if found is not None]
-        return task_record(encoded, task.original, answers)
+        return task_record(encoded, original, answers)
 
-    return AskedTask((encoded.task.name,), questions, results)
+    return TaskQuestions((encoded.task.name,), questions, results)
 
 
-def ask_harness(names: list[str], tokenizer, config: ModelConfig, options: Options) -> list[AskedTask]:
+def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, options: Options) -> list[TaskQuestions]:
     """lm-eval's tasks of these names."""
     if options.shuffle_prompts:
         raise ValueError(f"--shuffle-prompts: {names[0]} is a task of lm-eval; only our own tasks can be shuffled")
@@ -116,7 +121,7 @@ def ask_harness(names: list[str], tokenizer, config: ModelConfig, options: Optio
         given = task, tokenizer, config.max_positions
         questions = record(*given, sampling_seed=options.seed)
         results = partial(replay, *given, sampling_seed=options.seed)
-        asked.append(AskedTask(task.result_names, questions, results))
+        asked.append(TaskQuestions(task.result_names, questions, results))
     return asked
 
 
@@ -130,7 +135,7 @@ def evaluate_to_folder(
     model,
     bank: AdapterBank | None,
     tokenizer,
-    tasks: Sequence[AskedTask],
+    tasks: Sequence[TaskQuestions],
     output: Path,
     options: Options,
     sources: dict[str, str],

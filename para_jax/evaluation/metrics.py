@@ -1,7 +1,7 @@
 """Scores of answers given as text, each with its standard error.
 
-Some metrics score one answer against its accepted ones, and are averaged; others score all answers at once, from which
-label each one is and should be. Nothing is drawn by chance: the standard errors are in closed form or jackknifed.
+Some metrics score one answer against its accepted ones and are averaged. Others score all answers at once, from the
+predicted and the expected labels. Nothing is random: the standard errors are in closed form or jackknifed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from decimal import Decimal
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the prediction is one of the references but for the amount of white space; case and marks count."""
+    """1.0 if the prediction is one of the references, up to the amount of white space; case and punctuation count."""
     return float(any(prediction.split() == reference.split() for reference in references))
 
 
@@ -37,15 +37,15 @@ def squad(prediction: str, references: Sequence[str]) -> float:
 
 
 def final_number(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the answer's last number is that of a reference, as GSM8K is scored (arXiv:2110.14168); what stands before
-    the last "####" does not count. A reference without a number is compared as a text."""
+    """1.0 if the answer's last number is that of a reference, as GSM8K is scored (arXiv:2110.14168). Text before the
+    last "####" does not count. A reference without a number is compared as a text."""
     found = last_number(prediction)
     expected = [(last_number(reference), reference) for reference in references]
     return float(any(exact_match(prediction, [text]) if n is None else found == n for n, text in expected))
 
 
 def sql_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if a reference is the same query, as WikiSQL's logical form is compared (arXiv:1709.00103): without case,
+    """1.0 if a reference is the same query, as WikiSQL's logical form is compared (arXiv:1709.00103): ignoring case,
     the amount of white space and the order of the conditions."""
     return float(any(sql_parts(prediction) == sql_parts(reference) for reference in references))
 
@@ -54,15 +54,15 @@ def sql_match(prediction: str, references: Sequence[str]) -> float:
 
 
 def macro_f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
-    """The mean over the labels expected somewhere of 2 hits / (times predicted + times expected). What is predicted but
-    is no such label is a miss, and no label of its own."""
+    """The mean of 2 hits / (times predicted + times expected) over the labels that are expected somewhere. Any other
+    prediction is a miss, and not a label of its own."""
     hits = Counter(p for p, e in zip(predicted, expected, strict=True) if p == e)
     times_predicted, times_expected = Counter(predicted), Counter(expected)
     return sum(2 * hits[e] / (times_predicted[e] + n) for e, n in times_expected.items()) / len(times_expected)
 
 
 def matthews(predicted: Sequence[str], expected: Sequence[str]) -> float:
-    """Matthews' correlation, -1 to 1, for any number of labels (Gorodkin 2004, R_K); 0 where one side never varies."""
+    """Matthews' correlation, -1 to 1, for any number of labels (Gorodkin 2004, R_K); 0 if one side never varies."""
     n = len(expected)
     hits = sum(p == e for p, e in zip(predicted, expected, strict=True))
     times_predicted, times_expected = Counter(predicted), Counter(expected)
@@ -97,12 +97,12 @@ def score(metric: str, predictions: Sequence[str], references: Sequence[Sequence
 def measure(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float | None]:
     """The score, and its standard error over the draw of the examples; None for one example.
 
-    The error of a mean is the deviation of its values over the root of their number; that of a label metric is
-    jackknifed, which for a mean would be the same number.
+    The error of a mean is the standard deviation of its values over the root of their number. That of a label metric is
+    jackknifed, which would be the same number for a mean.
     """
     if metric not in METRICS and metric not in LABEL_METRICS:
         expected = ", ".join([*METRICS, *LABEL_METRICS])
-        raise ValueError(f"metric: {metric!r} is not possible; expected one of {expected}")
+        raise ValueError(f"metric {metric!r} is unknown; choose one of {expected}")
     if not predictions:
         raise ValueError(f"{metric}: there are no predictions to score")
     if metric in METRICS:
@@ -122,8 +122,8 @@ def error_of_mean(values: Sequence[float]) -> float | None:
 
 
 def jackknife(metric: Callable, pairs: Sequence[tuple[str, str]]) -> float | None:
-    """sqrt((n - 1) / n * the squared deviations of the scores without one example each) (Tukey 1958); None for one
-    example. Examples of one pair of labels have one such score."""
+    """sqrt((n - 1) / n * the sum of squared deviations of the scores that each leave out one example) (Tukey 1958);
+    None for one example. Examples with the same pair of labels share their score."""
     if len(pairs) == 1:
         return None
     times, without = Counter(pairs), {}
@@ -153,20 +153,20 @@ def word_f1(predicted: list[str], reference: list[str]) -> float:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number after the last "####" (the whole text without one), read without commas and dollar signs. A minus
-    counts where it does not stand between two operands."""
+    """The last number after the last "####" (of the whole text if there is none), ignoring commas and dollar signs. A
+    minus between two operands does not count."""
     answer = text.rpartition("####")[2].replace("$", "").replace(",", "")
     found = re.findall(r"(?:(?<![\w)])-)?(?:\d+(?:\.\d+)?|\.\d+)", answer, re.ASCII)
     return Decimal(found[-1]) if found else None
 
 
 def sql_parts(query: str) -> tuple[str, list[str]]:
-    """What stands before WHERE, and the sorted conditions; each ends with its quoted value, as WikiSQL's do."""
+    """The text before WHERE, and the sorted conditions; each ends with its quoted value, as WikiSQL's do."""
     head, _, conditions = " ".join(query.lower().split()).partition(" where ")
     return head, sorted(re.split(r"(?<=') and ", conditions))
 
 
 def labels(prediction: str, references: Sequence[str]) -> tuple[str, str]:
-    """The predicted and the expected label: the reference that the prediction is, else the first one."""
+    """The predicted and the expected label: the reference that equals the prediction, else the first one."""
     predicted, accepted = " ".join(prediction.split()), [" ".join(reference.split()) for reference in references]
     return predicted, predicted if predicted in accepted else accepted[0]

@@ -24,7 +24,7 @@ from para_jax.evaluation.questions import (
 )
 
 
-def test_what_is_written_is_what_generate_writes_alone_and_mixed():
+def test_written_answers_are_those_of_generate_alone_and_mixed():
     questions = [(tenant, Generation(one.context[:9], 4)) for one in asked()[::3][:3] for tenant in ("A", None)]
     found = answers("llama", questions, "A")
     texts = [" ".join(f"w{i}" for i in one.context) for _, one in questions]
@@ -34,7 +34,7 @@ def test_what_is_written_is_what_generate_writes_alone_and_mixed():
     assert answers("llama", questions[::2], "A") == found[::2]
 
 
-def test_what_is_written_ends_with_the_questions_own_stop_ids():
+def test_a_written_answer_ends_at_its_own_stop_ids():
     one = Generation(asked()[0].context, 6)
     ((text, count),) = answers("llama", [("A", one)], "A")
     found = re.findall("w[0-9]+", text)
@@ -45,7 +45,7 @@ def test_what_is_written_ends_with_the_questions_own_stop_ids():
     assert answers("llama", [("A", stopped._replace(stop=(found[1],)))], "A")[0].text == text[: text.index(found[1])]
 
 
-def test_equal_questions_are_asked_once_and_a_journal_answers_for_the_same_content_only(tmp_path, monkeypatch):
+def test_a_journal_answers_equal_questions_for_the_same_content_only(tmp_path, monkeypatch):
     model, questions = backbone("llama"), [("A", one) for one in asked()[:4]]
     content = backbone_content(model)
 
@@ -72,7 +72,7 @@ def test_equal_questions_are_asked_once_and_a_journal_answers_for_the_same_conte
         answered("ABCD", "A", "another backbone")
 
 
-def test_what_there_is_no_room_for_is_refused_before_anything_is_computed():
+def test_a_question_without_room_is_refused_before_anything_is_computed():
     longest = backbone("llama").config.max_positions
     for one, needed in (
         (Likelihood((3,) * longest, (4, 5)), longest + 1),
@@ -100,7 +100,7 @@ def test_an_answer_of_the_wrong_kind_is_an_error(tmp_path):
             answerer.answer([(None, one)])
 
 
-def test_an_engine_has_no_request_left_when_a_pass_is_stopped():
+def test_an_engine_has_no_request_left_after_an_interrupt():
     model, bank = backbone("llama"), bank_of("llama", "A")
     engine = Engine(model, bank, tokenizer(), slots=2, max_length=32)
     answerer = Answerer(model, bank, tokenizer(), rows=ROWS, engine=engine)
@@ -117,7 +117,7 @@ def stop(*_):
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_a_pass_that_is_interrupted_in_a_round_leaves_an_engine_that_goes_on(twice):
+def test_an_engine_goes_on_after_an_interrupt_in_a_round(twice):
     """Twice: its cleaning up is interrupted as well."""
     model, bank, words = backbone("llama"), bank_of("llama", "A"), deepcopy(tokenizer())
     engine = Engine(model, bank, words, slots=2, max_length=32)
@@ -134,7 +134,7 @@ def test_a_pass_that_is_interrupted_in_a_round_leaves_an_engine_that_goes_on(twi
     assert not engine.open
 
 
-def test_an_adapter_that_is_replaced_meanwhile_changes_no_answer_and_no_key(monkeypatch):
+def test_replacing_an_adapter_meanwhile_changes_no_answer(monkeypatch):
     """The tenant's adapter is replaced while likelihoods are answered; what is written follows them."""
     model = backbone("llama")
     bank = AdapterBank(model.config, max_r=4)
@@ -159,7 +159,7 @@ def test_an_adapter_that_is_replaced_meanwhile_changes_no_answer_and_no_key(monk
     assert Answerer(model, bank, tokenizer(), rows=ROWS, journal=journal).answer(questions)[1:] != found[1:]
 
 
-def test_an_answer_to_somebody_elses_request_is_an_error_by_its_id():
+def test_an_answer_to_someone_elses_request_is_an_error_with_its_id():
     engine = Engine(backbone("llama"), None, tokenizer(), slots=2, max_length=32)
     answerer = Answerer(backbone("llama"), None, tokenizer(), rows=ROWS, engine=engine)
     run = engine.run

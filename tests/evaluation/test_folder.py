@@ -11,7 +11,7 @@ import time
 import pytest
 from quick_compiler import own_flags
 from tiny_harness import command, lines, results
-from tiny_run import rows_of_text, words, write_rows
+from tiny_run import rows_of_text, run_config, words, write_rows
 
 from para_jax import (
     evaluate,
@@ -20,6 +20,7 @@ from para_jax import (
     load_tokenizer,
 )
 from para_jax.cli import main
+from para_jax.config import save_config
 from para_jax.data.records import read_records
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.tasks import EvalTask
@@ -65,7 +66,7 @@ def test_an_adapter_alone_has_the_same_answers_and_scores(folder, whole, tmp_pat
     assert alone["results"] == mixed["results"]
 
 
-def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder, whole, tmp_path, capsys):
+def test_a_killed_evaluation_goes_on_and_loses_no_answer(folder, whole, tmp_path, capsys):
     """A child process is killed when it has written some answers; a line is torn; the same command goes on."""
     output, goal = tmp_path / "out", len(lines(whole)) // 3
     environment = os.environ | own_flags() | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -113,7 +114,7 @@ def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder
         ([], [], "give the CONFIG of a run, or --backbone with --tasks"),
     ],
 )
-def test_a_mistake_gives_one_line_before_any_weight_is_read(
+def test_a_mistake_gives_one_line_before_weights_are_read(
     folder, tmp_path, capsys, monkeypatch, few_files, tasks, more, said
 ):
     if said:
@@ -130,9 +131,7 @@ def test_a_mistake_gives_one_line_before_any_weight_is_read(
         assert said in last[0] and len(last) <= 2 and "Traceback" not in error
 
 
-def test_ctrl_c_says_where_the_answers_are_and_results_that_the_table_lacks_are_named(
-    folder, whole, tmp_path, capsys, monkeypatch
-):
+def test_ctrl_c_names_the_folder_and_older_results_are_named(folder, whole, tmp_path, capsys, monkeypatch):
     output = shutil.copytree(whole, tmp_path / "out")
     assert main(command(folder, output, adapters="B")) == 0
     assert "which are not in table.md: A.json\n" in capsys.readouterr().err
@@ -145,7 +144,7 @@ def test_ctrl_c_says_where_the_answers_are_and_results_that_the_table_lacks_are_
     assert f"the answers so far are in {output}; the same command goes on there" in capsys.readouterr().err
 
 
-def test_two_metrics_of_one_file_are_two_tasks_of_distinct_names(folder, whole, tmp_path, capsys):
+def test_two_metrics_of_one_file_are_two_tasks(folder, whole, tmp_path, capsys):
     texts = [f"{folder / 'free'}:f1", f"{folder / 'free'}:squad", str(folder / "labels")]
     assert main(command(folder, tmp_path, tasks=texts, adapters="A")) == 0
     found = json.loads((tmp_path / "A.json").read_text())["results"]
@@ -160,7 +159,7 @@ def test_two_metrics_of_one_file_are_two_tasks_of_distinct_names(folder, whole, 
         assert "is given more than once" in capsys.readouterr().err
 
 
-def test_prompts_that_are_too_long_lose_their_start_and_a_line_says_how_many(folder, tmp_path, capsys):
+def test_long_prompts_lose_their_start_and_a_line_says_how_many(folder, tmp_path, capsys):
     long = {"prompt": words([*range(20, 200)] * 4), "completion": "w9"}
     for completions in (["w9", "w10 w11"], ["w9"]):
         rows = [row | {"completion": text, "label": text} for text in completions for row in (long, {"prompt": "w8"})]
@@ -168,3 +167,62 @@ def test_prompts_that_are_too_long_lose_their_start_and_a_line_says_how_many(fol
         assert main(command(folder, tmp_path / str(len(completions)), tasks=[tmp_path / "long.jsonl"])) == 0
         said = f"{len(completions)} of {len(rows)} prompts lost their start, to "
         assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    """A run's config whose test data are those of the task labels."""
+    data = f"data.test={folder / 'labels' / 'test.jsonl'}"
+    made = run_config(folder, data, "eval.metric=accuracy", "eval.choices=['w10 w11', 'w9']", "train.max_steps=2")
+    save_config(made, tmp_path / "run.yaml")
+    return ["evaluate", str(tmp_path / "run.yaml"), "--allow-cpu", "--no-compilation-cache"]
+
+
+def test_a_config_and_a_backbone_with_tasks_give_the_same_scores(folder, whole, config, tmp_path, capsys):
+    adapters, record = [str(folder / name / "adapter") for name in "AB"], tmp_path / "record.json"
+    output = ["--output", str(tmp_path / "out"), "--results", str(record)]
+    assert main([*config, "--adapters", *adapters, *output]) == 0
+    assert (tmp_path / "out" / "table.md").read_text() in capsys.readouterr().out
+    scores = json.loads(record.read_text())["scores"]
+    for name, found in results(tmp_path / "out").items():
+        expected = results(whole)[name]["results"]["labels"]
+        assert found["results"]["test"]["accuracy,none"] == expected["accuracy,none"]
+        assert found["results"]["test"]["loss,none"] == pytest.approx(expected["loss,none"], rel=1e-5)
+        assert scores[name] == found["results"]
+    assert main([*config, "--adapter", adapters[0], "--results", str(record)]) == 0
+    assert capsys.readouterr().out.startswith("test: accuracy ")
+    alone = json.loads(record.read_text())["scores"]["test"]
+    assert alone["loss"] == pytest.approx(scores["A"]["test"]["loss,none"], rel=1e-5)
+
+
+def test_options_of_the_model_change_the_config(config, tmp_path):
+    given = ["--dtype", "bfloat16", "--rows", "3", "--seed", "7", "--results", str(tmp_path / "e.json")]
+    assert main([*config, *given]) == 0
+    found = json.loads((tmp_path / "e.json").read_text())["config"]
+    assert (found["backbone"]["dtype"], found["eval"]["batch_size"], found["seed"]) == ("bfloat16", 3, 7)
+    assert found["runtime"]["allow_cpu"] and not found["runtime"]["compilation_cache"]
+
+
+def test_one_adapter_goes_to_a_folder_without_the_base_model(folder, config, tmp_path):
+    output = ["--output", str(tmp_path / "out")]
+    assert main([*config, "--adapter", str(folder / "A" / "adapter"), *output]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"A.json", "answers.jsonl", "table.md"}
+
+
+def test_shuffled_prompts_score_in_a_folder_as_evaluate_scores_them(folder, whole, tmp_path, capsys):
+    assert main(command(folder, tmp_path, "--shuffle-prompts", tasks=["labels", "free"])) == 0
+    model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
+    adapter = load_adapter(folder / "A" / "adapter", model.config)
+    tasks = [
+        EvalTask("labels", read_records(folder / "labels" / "test.jsonl"), "accuracy", ("w10 w11", "w9")),
+        EvalTask("free", read_records(folder / "free" / "test.jsonl"), "exact_match"),
+    ]
+    for score in evaluate(model, adapter, tasks, tokenizer=tokenizer, shuffle_prompts=True).scores:
+        own, other = (results(output)["A"]["results"][score.name] for output in (whole, tmp_path))
+        assert other[f"{score.metric},none"] == score.score
+        assert other["loss,none"] == pytest.approx(score.loss, rel=1e-5)
+        assert abs(other["loss,none"] - own["loss,none"]) > 1e-3
+        assert results(tmp_path)["base"]["results"][score.name] == results(whole)["base"]["results"][score.name]
+    capsys.readouterr()
+    assert main(command(folder, tmp_path, "--shuffle-prompts", tasks=["tiny_pick"])) == 2
+    assert "--shuffle-prompts: tiny_pick" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.questions import Scored, Written
 
 
-def test_a_torn_line_is_cut_off_and_anything_else_is_left_alone(tmp_path):
+def test_a_torn_last_line_is_cut_off_and_other_files_stay_as_they_are(tmp_path):
     file = tmp_path / "answers.jsonl"
     journal = Journal(file)
     journal.add("k", Scored(-1.5, True))

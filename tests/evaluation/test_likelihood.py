@@ -26,7 +26,7 @@ def by_hand(family, names, tenant, one):
 
 
 @pytest.mark.parametrize(("family", "layout"), [("llama", "layers"), ("gemma3_text", "stacked")])
-def test_a_score_is_that_of_the_teacher_forced_pass_with_the_contexts_factors(family, layout):
+def test_a_score_is_that_of_the_teacher_forced_pass(family, layout):
     names = "ABCD" if family == "llama" else "A"
     long = [one for one in asked() if len(one.context) > 16] if family != "llama" else asked()
     questions = [(tenant, one) for one in long[:6] for tenant in (*names, None)]
@@ -36,7 +36,7 @@ def test_a_score_is_that_of_the_teacher_forced_pass_with_the_contexts_factors(fa
         assert found.greedy == greedy
 
 
-def test_what_greedy_decoding_writes_is_greedy_and_nothing_else():
+def test_only_what_greedy_decoding_writes_is_greedy():
     context = asked()[0].context
     ids = list(context)
     for _ in range(4):
@@ -73,7 +73,7 @@ def test_the_factors_never_see_the_continuation(monkeypatch):
     assert {ids for ids in seen if ids not in contexts} <= {(0,)}  # rows that fill up a batch
 
 
-def test_each_shape_is_said_once_when_it_is_compiled(capsys):
+def test_each_shape_is_announced_once_when_it_is_compiled(capsys):
     answerer = Answerer(backbone("llama"), None, tokenizer(), rows=ROWS)
     for last in (4, 5):
         answerer.answer([(None, Likelihood((3,) * 9, (last,)))])

@@ -179,7 +179,7 @@ def test_a_score_is_the_mean_over_the_predictions(metric):
 
 
 def test_what_can_not_be_scored_is_an_error():
-    with pytest.raises(ValueError, match="metric: 'bleu' is not possible; expected one of exact_match"):
+    with pytest.raises(ValueError, match="metric 'bleu' .* exact_match"):
         score("bleu", ["a"], [["a"]])
     with pytest.raises(ValueError, match="no predictions"):
         score("f1", [], [])

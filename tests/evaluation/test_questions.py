@@ -6,7 +6,7 @@ from tiny_questions import bank_of
 from para_jax.evaluation.questions import Generation, Likelihood, backbone_content, key
 
 
-def test_a_key_knows_the_question_the_adapters_content_and_the_backbone():
+def test_a_key_depends_on_question_adapter_content_and_backbone():
     a, b = (bank_of("llama").entry(name) for name in "AB")
     one = Likelihood((3, 4), (5,))
     keys = [key(one, *who, "w") for who in ((a, "x"), (b, "x"), (None, "x"), (a, "y"))]
@@ -17,7 +17,7 @@ def test_a_key_knows_the_question_the_adapters_content_and_the_backbone():
     assert backbone_content(backbone("llama")) != backbone_content(backbone("qwen2"))
 
 
-def test_a_changed_version_of_our_answers_asks_again(monkeypatch):
+def test_another_version_of_our_answers_has_other_keys(monkeypatch):
     before = key(Likelihood((3,), (4,)), None, "b", "w")
     monkeypatch.setattr("para_jax.evaluation.questions.ANSWERS_VERSION", -1)
     assert key(Likelihood((3,), (4,)), None, "b", "w") != before

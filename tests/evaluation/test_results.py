@@ -14,7 +14,7 @@ from para_jax.evaluation import results as result_files
 from para_jax.evaluation.results import cell, check_results, file_names
 
 
-def test_an_output_folder_holds_results_of_one_backbone_and_nothing_elses_files(whole, tmp_path, monkeypatch):
+def test_an_output_folder_of_another_backbone_or_program_is_refused(whole, tmp_path, monkeypatch):
     output = shutil.copytree(whole, tmp_path / "out")
     names, content = ["base.json", "A.json"], results(whole)["base"]["config"]["backbone_content"]
     check_results(output, [*names, "none.json"], content)
@@ -38,7 +38,7 @@ def test_an_output_folder_holds_results_of_one_backbone_and_nothing_elses_files(
         check_results(output, ["B.json"], content)
 
 
-def test_results_that_are_damaged_are_written_anew_from_the_answers(folder, whole, tmp_path, capsys, monkeypatch):
+def test_damaged_results_are_written_again_from_the_answers(folder, whole, tmp_path, capsys, monkeypatch):
     output = shutil.copytree(whole, tmp_path / "out")
     data = (whole / "base.json").read_bytes()
     content, names = results(whole)["base"]["config"]["backbone_content"], ["base.json", "A.json", "B.json"]
@@ -55,9 +55,7 @@ def test_results_that_are_damaged_are_written_anew_from_the_answers(folder, whol
     }
 
 
-def test_a_kill_while_results_are_written_leaves_whole_files_and_the_same_command_goes_on(
-    folder, tmp_path, monkeypatch
-):
+def test_a_kill_while_results_are_written_leaves_whole_files(folder, tmp_path, monkeypatch):
     line = command(folder, tmp_path, tasks=["labels"], adapters="A")
     real, killing = os.replace, iter([False, True])
 
@@ -81,7 +79,7 @@ def test_the_table_shows_no_raw_control_character():
     assert cell("a|b\x1b[0m\n\udcff é") == "a\\|b\\x1b[0m\\n\\udcff é"
 
 
-def test_names_of_adapters_are_their_folders_and_files_stay_apart(folder):
+def test_adapters_are_named_by_their_folders_and_get_distinct_files(folder):
     folders = [str(folder / name / "adapter") for name in "AB"]
     assert named_adapters([*folders, "mine=" + folders[0], "user/name@v1"]) == {
         "A": folders[0], "B": folders[1], "mine": folders[0], "user/name@v1": "user/name@v1"

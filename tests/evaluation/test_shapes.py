@@ -123,7 +123,7 @@ def test_contexts_of_several_lengths_share_the_programs_of_their_continuations(c
     assert sorted(compiled) == ["_prefill"] * 4 + ["continuation_scores"] * 2
 
 
-def test_padded_lengths_hold_what_they_pad_and_waste_at_most_a_third():
+def test_open_shapes_waste_at_most_a_third():
     shapes = OpenShapes(longest=300)
     sizes = {shapes.context(n): n for n in range(1, 301)}
     assert list(sizes)[:6] == [16, 24, 32, 48, 64, 96]

@@ -87,7 +87,7 @@ def test_no_tenant_with_a_task_gives_no_score(tasks):
     assert Tasks(model, tokenizer(), [None, None]).scores(stack, {0: 0, 1: -1}) == {}
 
 
-def test_what_two_tenants_ask_one_adapter_is_written_once(tasks, monkeypatch):
+def test_a_question_of_two_tenants_to_one_adapter_is_answered_once(tasks, monkeypatch):
     """So a sweep's combinations, which share their data, score the backbone once before they are trained."""
     model, rows = load_backbone(FIXTURES / "llama"), []
     real = writing.generate_tokens

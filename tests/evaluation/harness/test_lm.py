@@ -49,7 +49,7 @@ def test_para_lm_scores_one_tenant_as_the_mixed_pass_does(engine, harness, whole
     assert found["config"]["adapter"] == (engine.bank.entry(tenant).content if tenant else "base")
 
 
-def test_answers_that_are_in_memory_alone_are_in_no_file(engine, harness, capsys):
+def test_answers_in_memory_mention_no_file(engine, harness, capsys):
     lm = ParaLM(engine, "A")
     for _ in range(2):
         harness(lm, "tiny_pick", limit=2)

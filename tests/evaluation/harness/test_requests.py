@@ -70,7 +70,7 @@ def test_a_context_that_is_too_long_loses_its_start(tokenizer):
         recorded(tokenizer, "generate_until", ("a", {"max_gen_toks": 8}), max_length=8)
 
 
-def test_what_is_written_fits_into_the_engines_room_and_likelihoods_use_all_positions(tokenizer, capsys):
+def test_written_answers_fit_the_engine_and_likelihoods_use_all_positions(tokenizer, capsys):
     recorder = Recorder(tokenizer, 20, 0, room=8)
     requests = instances("generate_until", ("abdefghijk", {"max_gen_toks": 3}), ("ab", {}))
     recorder.generate_until(requests)
@@ -111,13 +111,13 @@ def seeds(tokenizer, requests, seed=7):
     return [one.seed for one in recorder.questions]
 
 
-def test_repeats_of_a_sampled_request_are_different_samples_and_those_of_a_greedy_one_are_not(tokenizer):
+def test_repeats_differ_if_they_are_sampled_and_not_if_greedy(tokenizer):
     asked = recorded(tokenizer, "generate_until", *[("a", SAMPLED)] * 2, ("b", SAMPLED), seed=7)
     assert len({one.seed for one in asked}) == 3 and asked[0][3:6] == (0.5, 5, 0.9)
     assert len(set(recorded(tokenizer, "generate_until", *[("a", {"max_gen_toks": 4})] * 3))) == 1
 
 
-def test_a_sampled_documents_seed_is_its_own_and_does_not_depend_on_what_else_is_asked(tokenizer):
+def test_a_documents_seed_depends_on_nothing_else_that_is_asked(tokenizer):
     """Two documents of one prompt, one of another prompt, and the first in another task; each twice."""
     documents = [("t", {"q": 1}, "a"), ("t", {"q": 2}, "a"), ("t", {"q": 1}, "b"), ("u", {"q": 1}, "a")]
     requests = [
@@ -158,9 +158,7 @@ SYSTEM, USER = {"role": "system", "content": "be brief"}, {"role": "user", "cont
 
 
 @pytest.mark.parametrize("prompted", [True, False])
-def test_a_template_without_a_system_role_gets_the_chat_without_it_as_in_lm_evals_own_model(
-    tokenizer, prompted, monkeypatch, capsys
-):
+def test_a_template_without_system_role_gets_the_chat_without_it_as_in_hf(tokenizer, prompted, monkeypatch, capsys):
     monkeypatch.setattr(tokenizer, "chat_template", GEMMA)
     recorder = Recorder(tokenizer, 50, 0)
     expected = "Ā<start_of_turn>user\nab" + "<start_of_turn>model\n" * prompted
@@ -196,7 +194,7 @@ def test_a_chat_template_that_fails_is_named_whatever_it_raises(tokenizer, monke
     assert len(str(caught.value)) < 400 and "\x1b" not in str(caught.value)
 
 
-def test_a_stop_text_that_starts_with_a_space_is_missed_at_an_answers_start_as_in_lm_evals_own_model(monkeypatch):
+def test_a_stop_text_with_a_first_space_is_missed_at_the_start_as_in_hf(monkeypatch):
     """SentencePiece's tokenizers strip the first space of what they decode, and all decode the answer alone."""
     tokenizer, model = own_space(), SimpleNamespace(config=SimpleNamespace(eos_token_ids=()))
     for answer, expected in (("quick brown fox", "quick brown fox"), ("the quick brown fox", "the")):

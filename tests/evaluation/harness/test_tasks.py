@@ -39,7 +39,7 @@ def test_a_task_file_that_lm_eval_can_not_read_is_named(tmp_path, few_files):
     assert "\x1b" not in str(caught.value) and "fine" not in str(caught.value)
 
 
-def test_a_second_round_of_requests_and_unknown_requests_are_refused_by_the_tasks_name(folder, monkeypatch):
+def test_a_second_round_and_unknown_requests_are_refused_with_the_task(folder, monkeypatch):
     (task,) = load_tasks(["tiny_pick"], folder / "tasks", limit=2, fewshot=None, chat=False)
     tokenizer = load_tokenizer(folder / "backbone")
     asked = record(task, tokenizer, 100, sampling_seed=0)
@@ -68,7 +68,7 @@ def test_groups_and_tags_score_as_lm_eval_scores_them(folder, engine, harness, t
     assert all(f" {task} acc |" in (tmp_path / "table.md").read_text() for task in found["results"])
 
 
-def test_two_tasks_of_a_group_that_sample_after_the_same_prompts_get_answers_of_their_own(
+def test_two_tasks_that_sample_after_the_same_prompts_get_their_own_answers(
     folder, engine, harness, tmp_path, few_files
 ):
     assert main(command(folder, tmp_path, "--limit", "4", tasks=["tiny_samples"])) == 0
