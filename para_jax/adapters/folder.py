@@ -1,6 +1,6 @@
-"""Folders of files that others wrote, read with care, and our own, written whole or not at all.
+"""Careful reading of adapter folders, and atomic replacement: a folder is written as a whole or not at all.
 
-What comes from a folder is not trusted: sizes and shapes are checked before content is used, and no pickle is read.
+The content of a folder is not trusted. Sizes and shapes are checked before it is used, and no pickle is read.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ T = TypeVar("T")
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
+# ------------------------------------------------------------------------------------------------------------- reading
+
 
 def own_file(folder: Path, name: str) -> Path:
-    """folder/name, a plain file of its own: a link may lead out of the folder."""
+    """folder/name, if it is a plain file. Raises ValueError for a link, which may lead out of the folder."""
     file = folder / name
     if file.is_symlink():
-        raise ValueError(f"{file}: a link, which is not followed (it may lead out of the folder)")
+        raise ValueError(f"{file} is a link, which may lead out of the folder; put the file itself there")
     if not file.is_file():
-        raise ValueError(f"{folder}: no {name} there")
+        raise ValueError(f"{folder} has no {name}")
     return file
 
 
 def read_whole(find: Callable[[], Path], read: Callable[[Path], T]) -> T:
-    """What `read` makes of the folder that `find` gives. If the folder is replaced meanwhile, it is read again: the
-    config of one adapter and the weights of another are never taken together."""
+    """Reads the folder that `find` gives. If it is replaced meanwhile, it is read again, so that the config of one
+    adapter is never combined with the weights of another."""
     for _ in range(10):
         folder = find()
         before = identity(folder)
@@ -48,11 +50,11 @@ def read_whole(find: Callable[[], Path], read: Callable[[Path], T]) -> T:
             continue
         if identity(folder) == before:
             return found
-    raise ValueError(f"{folder}: replaced each time that it was read; try again when it is left alone")
+    raise ValueError(f"{folder} was replaced every time it was read; try again when nothing writes to it")
 
 
 def identity(folder: Path) -> tuple[int, ...] | None:
-    """What no other folder has that stood or will stand at this path; None where there is none."""
+    """Tells the folder from any earlier or later one at this path. None if there is no folder."""
     try:
         found = folder.stat()
     except OSError:
@@ -61,12 +63,13 @@ def identity(folder: Path) -> tuple[int, ...] | None:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in the folder's weights, by name; their content is not read."""
+    """The shapes of the folder's tensors, by name. Their content is not read."""
     return {name: tensor.shape for name, tensor in weights_of(folder).items()}
 
 
 def read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The folder's tensors as float32, if they are the expected ones (names and shapes) and finite."""
+    """The folder's tensors as float32. Raises ValueError unless they are finite and have the expected names and
+    shapes."""
     stored = weights_of(folder)
     require_as_expected(folder / WEIGHTS, stored, expected)
     tensors = {name: tensor.read().astype(np.float32, copy=False) for name, tensor in stored.items()}
@@ -93,20 +96,21 @@ def require_as_expected(file: Path, stored: dict[str, StoredTensor], expected: d
     }
     if any(problems.values()):
         listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"{file}: the tensors do not fit {CONFIG}. {listed}")
+        raise ValueError(f"{file}: the tensors do not match {CONFIG}. {listed}")
 
 
 def require_finite(where: str, tensors: dict[str, np.ndarray]) -> None:
     broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if broken:
-        raise ValueError(f"{where}: tensors with NaN or infinite values: {some(broken)}")
+        raise ValueError(f"{where}: these tensors have NaN or infinite values: {some(broken)}")
 
 
 def refuse_pickles(folder: Path) -> None:
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickles and not (folder / WEIGHTS).exists():
         raise ValueError(
-            f"{folder}: weights only as a pickle ({some(pickles)}), which could run code and is not read. Convert it:\n"
+            f"{folder}: weights only as a pickle ({some(pickles)}), which is not read because it could run code. "
+            "Convert it:\n"
             f"safetensors.torch.save_file(torch.load({pickles[0]!r}, weights_only=True), {WEIGHTS!r})"
         )
 
@@ -121,7 +125,7 @@ def safetensors_bytes(tensors: dict[str, np.ndarray]) -> bytes:
 
 
 def replace_folder(folder: Place, files: dict[str, bytes]) -> None:
-    """Puts a folder of these files in the place of what is at `folder`; where that fails, what was there stays."""
+    """Makes `folder` hold exactly these files. If that fails, the old folder stays."""
     if isinstance(folder, BucketPath):
         bucket_folder.replace_folder(folder, files)
         return
@@ -129,7 +133,7 @@ def replace_folder(folder: Place, files: dict[str, bytes]) -> None:
         others = sorted({path.name for path in folder.iterdir()} - set(files)) if folder.is_dir() else [folder.name]
         if others:
             raise ValueError(
-                f"{folder}: holds other files ({some(others)}), and would be replaced; choose another folder"
+                f"{folder} holds other files ({some(others)}), which a save would delete; choose another folder"
             )
     new = temporary_name(folder)
     try:
@@ -149,8 +153,8 @@ def replace_folder(folder: Place, files: dict[str, bytes]) -> None:
 
 
 def swap(new: Path, folder: Path) -> None:
-    """Renames the old folder away and the new one into its place. A kill in between leaves the old one set aside, where
-    `set_aside` finds it."""
+    """Renames the old folder away and the new one into its place. After a kill in between, `set_aside` finds the old
+    one."""
     old = new.with_name(new.name + OLD)
     try:
         if folder.exists():
@@ -166,7 +170,7 @@ def swap(new: Path, folder: Path) -> None:
 
 
 def mend_folder(folder: Place) -> None:
-    """Tidies up after a replacement of the folder that was killed; where none was in place, the old one comes back."""
+    """Tidies up after a replacement that was killed. If the new folder was not in place yet, the old one comes back."""
     if isinstance(folder, BucketPath):
         bucket_folder.mend_folder(folder)
         return

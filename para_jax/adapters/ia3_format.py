@@ -59,11 +59,13 @@ def vector_of_linear(adapter: Adapter, parts: tuple[str, ...]) -> np.ndarray:
 
 
 def ia3_shapes(config: Ia3Config, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, parts in linears_of(model.model_type, config.target_modules).items():
-        on_input = parts[0] in config.feedforward_modules
-        shape = (1, model.site_input_width(parts[0])) if on_input else (sum(map(model.site_width, parts)), 1)
-        shapes |= {layer_name(i, f"{name}.ia3_l"): shape for i in range(model.num_layers)}
+    shapes = {}
+    linears = linears_of(model.model_type, config.target_modules)
+    for i in range(model.num_layers):
+        for name, parts in linears.items():
+            on_input = parts[0] in config.feedforward_modules
+            shape = (1, model.site_input_width(parts[0])) if on_input else (sum(map(model.site_width, parts)), 1)
+            shapes[layer_name(i, f"{name}.ia3_l")] = shape
     return shapes
 
 

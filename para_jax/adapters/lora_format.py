@@ -94,8 +94,9 @@ def matrices_of_linear(
 
 def lora_shapes(config: LoraConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes = {}
-    for name, parts in linears_of(model.model_type, config.target_modules).items():
-        for i in range(model.num_layers):
+    linears = linears_of(model.model_type, config.target_modules)
+    for i in range(model.num_layers):
+        for name, parts in linears.items():
             width_out = sum(map(model.site_width, parts))
             shapes[layer_name(i, f"{name}.lora_A.weight")] = (config.r, model.site_input_width(parts[0]))
             shapes[layer_name(i, f"{name}.lora_B.weight")] = (width_out, config.r)

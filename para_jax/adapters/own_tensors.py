@@ -20,7 +20,7 @@ def layer_name(i: int, name: str) -> str:
     return f"{PREFIX}{i}.{name}"
 
 
-def tensors_of_leaves(adapter: Adapter) -> dict[str, jax.Array]:
+def tensors_of_leaves(adapter: Adapter) -> dict[str, jax.Array | np.ndarray]:
     layers = adapter.layers(adapter.config, adapter.backbone.num_layers)
     leaves = named_leaves(adapter)
     return {layer_name(i, name): leaf[place] for place, i in enumerate(layers) for name, leaf in leaves.items()}

@@ -22,7 +22,7 @@ EXTRAS = {
 }
 
 
-def para_tensors(adapter: Adapter) -> dict[str, jax.Array]:
+def para_tensors(adapter: Adapter) -> dict[str, jax.Array | np.ndarray]:
     """The tensors by name, [out, in]; the rows of para_up.weight are in the order of the sites."""
     config, leaves = adapter.config, named_leaves(adapter)
     tensors = {}
@@ -60,8 +60,8 @@ def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> tu
 
 
 def para_outline(config: ParaConfig) -> str:
-    text = f"Rank {config.r} on {', '.join(config.target_modules)}; pooler {config.pooler}, summary {config.summary}, "
-    text += f"activation {config.activation}"
+    text = f"Rank {config.r} on {', '.join(config.target_modules)}; pooler {config.pooler}, "
+    text += f"summary {config.summary}, activation {config.activation}"
     if config.layers_to_transform:
         text += f"; layers {', '.join(map(str, config.layers_to_transform))}"
     return text

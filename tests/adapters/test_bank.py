@@ -22,7 +22,7 @@ from para_jax import (
     save_adapter,
     vectors,
 )
-from para_jax.adapters import bank as bank_module
+from para_jax.adapters import padding
 from para_jax.config import SITES
 
 NAMES = ["para", "ia3", None, "wide", "input", "standardised", "last layer"]
@@ -152,7 +152,7 @@ def test_no_compilation_while_tenants_come_go_and_mix(model, tenants, bank):
     assert len(compiled) > start
 
 
-def test_a_tenant_replaced_or_removed_while_its_rows_decode_does_not_disturb_them(model, tenants):
+def test_replacing_or_removing_a_tenant_does_not_disturb_its_rows(model, tenants):
     tokens = prompts(model, 2)
 
     def decoded(disturb):
@@ -210,11 +210,11 @@ def test_an_adapter_comes_from_a_folder(model, tenants, tmp_path):
     [
         ("para", "ia3", "'para' is held already"),
         ("", "ia3", "name"),
-        ("x", "wrong site", r"x: sites: \['gate_proj'\].*q_proj, v_proj, up_proj"),
-        ("x", "too wide", "x: r: 9.*at most 8"),
-        ("x", "lora", "x: method: 'lora'.*para, ia3"),
+        ("x", "wrong site", "x: sites .*gate_proj.*q_proj, v_proj, up_proj"),
+        ("x", "too wide", "x: r 9 .*max_r=8"),
+        ("x", "lora", "x: method 'lora'.*para, ia3"),
         ("x", "other backbone", "another backbone"),
-        ("x", "not finite", "bank: x: tensors with NaN.*up.v_proj"),
+        ("x", "not finite", "bank: x: .*NaN.*up.v_proj"),
         ("x", "/nowhere", "nowhere"),
     ],
 )
@@ -240,9 +240,9 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(model, tenants
 def test_unknown_names_are_refused_with_the_nearest_known_ones(model, tenants):
     bank = filled(model, tenants, ["para", "wide", "ia3", "input"])
     for call in (bank.rows, lambda names: bank.remove(names[0]), lambda names: bank.replace(names[0], tenants["ia3"])):
-        with pytest.raises(ValueError, match="no tenant 'wider'; the nearest are wide"):
+        with pytest.raises(ValueError, match="'wider'.*wide"):
             call(["wider"])
-    with pytest.raises(ValueError, match="no tenant 'zzz'; it holds para, wide, ia3 ..."):
+    with pytest.raises(ValueError, match="'zzz'.*para, wide, ia3 ..."):
         bank.rows(["para", "zzz"])
     with pytest.raises(ValueError, match="names"):
         bank.rows([])
@@ -250,7 +250,7 @@ def test_unknown_names_are_refused_with_the_nearest_known_ones(model, tenants):
 
 def test_a_full_bank_says_so_and_keeps_what_it_holds(model, tenants):
     bank = filled(model, tenants, ["para", "ia3"], capacity=2)
-    with pytest.raises(ValueError, match="full with 2 tenants, 'wide' was not added; remove one"):
+    with pytest.raises(ValueError, match="2 tenants, 'wide'"):
         bank.add("wide", tenants["wide"])
     bank.replace("ia3", tenants["wide"])
     assert bank.names == ("para", "ia3") and bank.entry("ia3").method == "para"
@@ -319,7 +319,7 @@ def test_threads_that_add_remove_and_ask_meet_whole_tenants(model, tenants):
     assert not errors and bank.names == ("para", "wide")
 
 
-def test_a_config_that_nobody_has_any_more_is_forgotten_and_its_rows_still_work(model):
+def test_an_unused_config_is_dropped_and_its_rows_still_work(model):
     bank = AdapterBank(model.config, max_r=4)
     bank.add("a", strong(init_adapter(ParaConfig(r=4), model.config), 1, 0.3))
     fresh = len(bank.rows(["a"]).stacks)
@@ -336,25 +336,25 @@ def test_a_config_that_nobody_has_any_more_is_forgotten_and_its_rows_still_work(
     np.testing.assert_array_equal(before, after)
 
 
-def test_each_distinct_tenant_is_sent_to_the_device_once_whatever_the_batch(model, monkeypatch):
+def test_each_distinct_tenant_is_sent_to_the_device_once(model, monkeypatch):
     bank, sent = AdapterBank(model.config, max_r=4, methods=("para",)), []
     for i in range(3):
         bank.add(f"t{i}", strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3))
     one = sum(weights.nbytes for weights in bank.entry("t0").weights.values())
-    real = bank_module.put_entry
+    real = padding.put_in_place
 
     def counted(stacks, weights, place):
         sent.append(sum(np.asarray(value).nbytes for value in weights.values()))
         return real(stacks, weights, place)
 
-    monkeypatch.setattr(bank_module, "put_entry", counted)
+    monkeypatch.setattr(padding, "put_in_place", counted)
     for names, distinct in ((["t0"] * 16, 1), (["t0", "t1", None, "t0", "t2", "t1"], 3), ([None] * 4, 0)):
         sent.clear()
         assert bank.rows(names).batch == len(names)
         assert sent == [one] * distinct
 
 
-def test_an_unknown_name_among_ten_thousand_is_answered_quickly_and_not_under_the_lock(model, monkeypatch):
+def test_an_unknown_name_among_many_is_answered_quickly_outside_the_lock(model, monkeypatch):
     bank = AdapterBank(model.config, capacity=10_001, max_r=1, methods=("para",))
     bank.add("tenant-of-the-shop-00000", init_adapter(ParaConfig(r=1), model.config))
     entry = bank.entry("tenant-of-the-shop-00000")

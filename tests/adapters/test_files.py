@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_the_previous_adapter_whole(folder):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # the config fits, the weights do not
     try:
-        with pytest.raises(OSError, match="adapter: not saved .*; what was there before is unchanged"):
+        with pytest.raises(OSError, match="adapter: not saved"):
             save_adapter(trained(2), folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -281,7 +281,7 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(folder, monk
 
     monkeypatch.setattr(files, "read_config", replaced_after)
     if times > 10:
-        with pytest.raises(ValueError, match="adapter: replaced each time"):
+        with pytest.raises(ValueError, match="adapter was replaced every time"):
             load(folder)
     else:
         loaded = load(folder)
@@ -291,9 +291,9 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(folder, monk
 
 def test_a_folder_with_other_files_is_not_replaced(folder):
     (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"holds other files \(thesis.tex\)"):
+    with pytest.raises(ValueError, match="thesis.tex"):
         save_adapter(trained(2), folder)
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(ValueError, match="thesis.tex"):
         save_adapter(trained(2), folder / "thesis.tex")
     assert (folder / "thesis.tex").read_text() == "years of work"
 
@@ -302,7 +302,7 @@ def test_a_folder_with_other_files_is_not_replaced(folder):
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
     adapter = trained()
     adapter.up["v_proj"][...] = adapter.up["v_proj"][...].at[1, 0, 0].set(bad)
-    with pytest.raises(ValueError, match=r"NaN or infinite values: .*layers.1.para_up.weight"):
+    with pytest.raises(ValueError, match=r"layers.1.para_up.weight"):
         save_adapter(adapter, tmp_path / "adapter")
     assert not os.listdir(tmp_path)
 
@@ -311,7 +311,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
 
 
 def test_an_adapter_for_another_backbone_is_refused_with_the_difference(folder):
-    with pytest.raises(ValueError, match="another backbone: .*model_type llama, not gemma.*site_widths"):
+    with pytest.raises(ValueError, match="model_type llama, not gemma.*site_widths"):
         load_adapter(folder, backbone("gemma").config)
     with pytest.raises(ValueError, match="another backbone"):
         save_adapter(trained(), folder, model=backbone("gemma"))
@@ -324,7 +324,7 @@ def test_other_weights_of_the_same_shape_give_a_warning(folder, recwarn):
     assert not recwarn.list
     shape = json.loads((folder / CONFIG).read_text())["backbone"]
     change_config(folder, backbone=shape | {"fingerprint": "f" * 64})
-    with pytest.warns(UserWarning, match="trained on other weights"):
+    with pytest.warns(UserWarning, match="fingerprint .*ffff"):
         load(folder, model=model)
 
 
@@ -342,34 +342,34 @@ SHAPE = {
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING' is not supported; expected PARA, LORA or IA3"),
-        ({"peft_type": ["LORA"]}, "peft_type .'LORA'. is not supported"),
-        ({"peft_type": "left out"}, "peft_type None is not supported"),
+        ({"peft_type": "PROMPT_TUNING"}, "peft_type 'PROMPT_TUNING'.*PARA, LORA, IA3"),
+        ({"peft_type": ["LORA"]}, "peft_type .'LORA'."),
+        ({"peft_type": "left out"}, "peft_type None"),
         ({"use_dora": True, "alpha": 1}, "unknown keys: use_dora, alpha"),
         ({"pooler": "left out"}, "missing keys: pooler"),
         ({"pooler": "first"}, "pooler: 'first'.*last, mean"),
         ({"activation": ["gelu"]}, "activation"),
-        ({"r": True}, "r: True; expected a whole number"),
-        ({"r": 10**12}, "r: 1000000000000; expected a whole number"),
-        ({"r": 4.0}, "r: 4.0; expected a whole number"),
-        ({"target_modules": "q_proj"}, "target_modules: 'q_proj'; expected a list"),
+        ({"r": True}, "r must be .*True"),
+        ({"r": 10**12}, "r 1000000000000 .*65536"),
+        ({"r": 4.0}, "r must be .*4.0"),
+        ({"target_modules": "q_proj"}, "target_modules must be a list.*'q_proj'"),
         ({"target_modules": [["q_proj"]]}, "target_modules"),
         ({"target_modules": ["lm_head"]}, "target_modules"),
-        ({"target_modules": ["q_proj"]}, "site_widths.*expected a width for each of q_proj"),
-        ({"backbone": None}, "backbone: None; expected a mapping"),
+        ({"target_modules": ["q_proj"]}, "site_widths .*q_proj.*v_proj"),
+        ({"backbone": None}, "backbone must be a mapping.*None"),
         ({"backbone": SHAPE | {"depth": 3}}, "unknown keys: backbone.depth"),
-        ({"backbone": SHAPE | {"width": "64"}}, "width '64'; expected a whole number"),
-        ({"backbone": SHAPE | {"fingerprint": 7}}, "backbone.fingerprint: 7; expected text"),
-        ({"backbone": SHAPE | {"fingerprint": "x"}}, "backbone.fingerprint: 'x'; expected .* 64 digits"),
-        ({"backbone": SHAPE | {"model_type": "\x1b[31m" * 200}}, r"model_type: '\\x1b.*\.\.\.; expected text"),
-        ({"backbone": SHAPE | {"num_layers": 2**31}}, "num_layers 2147483648; expected"),
+        ({"backbone": SHAPE | {"width": "64"}}, "width must be .*'64'"),
+        ({"backbone": SHAPE | {"fingerprint": 7}}, "backbone.fingerprint .*7"),
+        ({"backbone": SHAPE | {"fingerprint": "x"}}, "backbone.fingerprint .*64.*'x'"),
+        ({"backbone": SHAPE | {"model_type": "\x1b[31m" * 200}}, r"model_type .*'\\x1b.*\.\.\."),
+        ({"backbone": SHAPE | {"num_layers": 2**31}}, "num_layers .*2147483648"),
         ({"backbone": SHAPE | {"num_layers": 2**31 - 1, "width": 2**31 - 1}}, "num_layers 2147483647, not 3"),
-        ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS'; expected CAUSAL_LM"),
+        ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS'.*CAUSAL_LM"),
         ({"task_type": ["CAUSAL_LM"]}, "task_type .'CAUSAL_LM'."),
-        ({"inference_mode": "yes"}, "inference_mode: 'yes'; expected true or false"),
-        ({"para_jax_version": {}}, "para_jax_version: {}; expected text"),
-        ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path: .'x'.; expected text or null"),
-        ({"pooler": [[[["last"]]]] * 10_000}, "pooler: .*[.][.][.]"),
+        ({"inference_mode": "yes"}, "inference_mode .*'yes'"),
+        ({"para_jax_version": {}}, "para_jax_version .*{}"),
+        ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path .*'x'"),
+        ({"pooler": [[[["last"]]]] * 10_000}, "pooler .*[.][.][.]"),
         ({"backbone": SHAPE | {"num_layers": 4}}, "num_layers 4, not 3"),
     ],
 )
@@ -393,7 +393,7 @@ def resized(tensors):
         (resized, r"misshapen: .*layers.1.para_up.weight \[4, 224\] \(expected \[224, 4\]\)"),
         (
             lambda t: t[f"{LAYER}0.para_up.weight"].__setitem__((5, 1), np.nan),
-            "NaN or infinite values: .*layers.0.para_up",
+            "NaN.*layers.0.para_up",
         ),
         (lambda t: t.update({k: v.astype(np.int32) for k, v in t.items()}), "not of F32, F16 or BF16: .*layers.0"),
     ],
@@ -462,17 +462,17 @@ def test_weights_only_as_a_pickle_are_refused_with_the_way_to_convert_them(folde
     monkeypatch.chdir(tmp_path)
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match=r"only as a pickle \(adapter_model.bin\).*\nsafetensors.torch.save_file"):
+    with pytest.raises(ValueError, match=r"adapter_model.bin.*\nsafetensors.torch.save_file"):
         load(folder)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_a_folder_without_weights_or_config_is_refused(folder):
     (folder / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match="no adapter_model.safetensors there"):
+    with pytest.raises(ValueError, match="no adapter_model.safetensors"):
         load(folder)
     (folder / CONFIG).unlink()
-    with pytest.raises(ValueError, match="no adapter_config.json there"):
+    with pytest.raises(ValueError, match="no adapter_config.json"):
         load(folder)
 
 
@@ -480,7 +480,7 @@ def test_a_folder_without_weights_or_config_is_refused(folder):
 def test_a_link_is_not_followed(folder, tmp_path, name):
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=f"{name}: a link, which is not followed"):
+    with pytest.raises(ValueError, match=f"{name} is a link"):
         load(folder)
 
 

@@ -112,8 +112,15 @@ def test_the_card_names_peft_and_the_base_model(tmp_path):
 
 
 def test_an_adapter_of_an_unknown_kind_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="Adapter is not possible; expected a Para, Lora or Ia3 adapter"):
-        save_adapter(Adapter(), tmp_path / "adapter")
+    class Unknown(Adapter):
+        def __init__(self):
+            self.config = 5
+
+    with pytest.raises(ValueError, match="int.*ParaConfig, LoraConfig, Ia3Config"):
+        save_adapter(Unknown(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="save_adapter .*int"):
+        save_adapter(5, tmp_path / "adapter")  # pyright: ignore[reportArgumentType]
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------- phi3
@@ -271,27 +278,27 @@ def test_keys_that_change_nothing_pass(lora, changes):
         ({"init_lora_weights": "pissa_niter_16"}, "not supported: init_lora_weights 'pissa_niter_16'"),
         ({"init_lora_weights": ["olora"]}, "init_lora_weights"),
         ({"task_type": "SEQ_CLS"}, "not supported: task_type 'SEQ_CLS'"),
-        ({"peft_type": "ADALORA"}, "peft_type 'ADALORA' is not supported; expected PARA, LORA or IA3"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules: lm_head is not supported; expected one of q_proj"),
-        ({"target_modules": ["embed_tokens"]}, "target_modules: embed_tokens is not supported"),
-        ({"target_modules": [["q_proj"]]}, "target_modules: .*expected a list of names"),
-        ({"target_modules": 0}, "target_modules: 0; expected a list of names"),
-        ({"target_modules": {}}, "target_modules: {}; expected a list of names"),
-        ({"target_modules": ["evil.q_proj", "v_proj"]}, "target_modules: evil.q_proj is not supported"),
-        ({"target_modules": ["mlp.q_proj", "v_proj"]}, "target_modules: mlp.q_proj is not supported"),
-        ({"target_modules": ["q_proj", "v_proj", "\x1b[31m" * 99]}, r"target_modules: '\\x1b.*\.\.\. is not supported"),
-        ({"base_model_name_or_path": 5}, "base_model_name_or_path: 5; expected text or null"),
-        ({"lora_alpha": 1e-40}, "lora_alpha: 1e-40; expected a number above 0"),
+        ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'.*PARA, LORA, IA3"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules lm_head .*q_proj"),
+        ({"target_modules": ["embed_tokens"]}, "target_modules embed_tokens"),
+        ({"target_modules": [["q_proj"]]}, "target_modules must be a list"),
+        ({"target_modules": 0}, "target_modules must be a list.*0"),
+        ({"target_modules": {}}, "target_modules must be a list.*{}"),
+        ({"target_modules": ["evil.q_proj", "v_proj"]}, "target_modules evil.q_proj"),
+        ({"target_modules": ["mlp.q_proj", "v_proj"]}, "target_modules mlp.q_proj"),
+        ({"target_modules": ["q_proj", "v_proj", "\x1b[31m" * 99]}, r"target_modules '\\x1b.*\.\.\."),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path .*5"),
+        ({"lora_alpha": 1e-40}, "lora_alpha .*1e-40"),
         ({"target_modules": []}, "target_modules"),
-        ({"r": 0}, "r: 0; expected a whole number from 1"),
-        ({"r": True}, "r: True; expected a whole number"),
-        ({"r": 10**12}, "r: 1000000000000; expected a whole number"),
-        ({"r": "out"}, "r: None; expected a whole number"),
+        ({"r": 0}, "r must be .*0"),
+        ({"r": True}, "r must be .*True"),
+        ({"r": 10**12}, "r 1000000000000 .*65536"),
+        ({"r": "out"}, "r must be .*None"),
         ({"r": 8}, r"misshapen: .*q_proj.lora_A.weight \[4, 64\] \(expected \[8, 64\]\)"),
-        ({"lora_alpha": "8"}, "lora_alpha: '8'; expected a number above 0"),
-        ({"lora_alpha": float("nan")}, "lora_alpha: nan; expected a number"),
-        ({"lora_alpha": 10**400}, "lora_alpha: 1000.*expected a number"),
-        ({"use_rslora": 1}, "use_rslora: 1; expected true or false"),
+        ({"lora_alpha": "8"}, "lora_alpha .*'8'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha .*nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha .*1000"),
+        ({"use_rslora": 1}, "use_rslora .*1"),
         ({"target_modules": ["q_proj"]}, "unknown: .*v_proj.lora_A.weight"),
         ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "missing: .*k_proj.lora_A.weight"),
     ],
@@ -315,14 +322,14 @@ def input_of(site):
 def test_inputs_other_than_down_proj_are_refused_by_name(ia3):
     change_tensors(ia3, input_of("up_proj"))
     change_config(ia3, target_modules=".*", feedforward_modules=".*(up|down)_proj")
-    with pytest.raises(ValueError, match=r"feedforward_modules: .*'up_proj'.*expected down_proj or none"):
+    with pytest.raises(ValueError, match="feedforward_modules.*up_proj"):
         load(ia3)
     for value in (0, False, {}):
         change_config(ia3, feedforward_modules=value)
-        with pytest.raises(ValueError, match="feedforward_modules: .*expected a list of names"):
+        with pytest.raises(ValueError, match="feedforward_modules must be a list"):
             load(ia3)
     change_config(ia3, feedforward_modules=["gate_proj"])
-    with pytest.raises(ValueError, match=r"feedforward_modules: .*'gate_proj'.*expected down_proj or none"):
+    with pytest.raises(ValueError, match="feedforward_modules.*gate_proj"):
         load(ia3)
 
 
@@ -339,7 +346,7 @@ A1 = f"{LAYER}1.self_attn.q_proj.lora_A.weight"
         (lambda t: t.update({f"{LAYER}3.self_attn.q_proj.lora_A.weight": t[A1]}), "unknown: .*layers.3"),
         (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A1]}), "unknown: .*lm_head"),
         (lambda t: t.update({A1: t[A1].T.copy()}), r"misshapen: .*layers.1.* \[64, 4\] \(expected \[4, 64\]\)"),
-        (lambda t: t[A1].__setitem__((0, 1), np.inf), "NaN or infinite values: .*layers.1"),
+        (lambda t: t[A1].__setitem__((0, 1), np.inf), "NaN.*layers.1"),
         (lambda t: t.update({A1: t[A1].astype(np.int32)}), "not of F32, F16 or BF16: .*layers.1"),
         (lambda t: t.update({A1: np.ones((), np.float32)}), r"misshapen: .*layers.1.* \[\]"),
     ],
@@ -352,10 +359,10 @@ def test_tensors_that_are_wrong_are_refused_by_name(lora, change, message):
 
 def test_weights_only_as_a_pickle_or_cut_off_are_refused(lora):
     (lora / WEIGHTS).write_bytes((lora / WEIGHTS).read_bytes()[:-4])
-    with pytest.raises(ValueError, match="truncated, or not a safetensors file"):
+    with pytest.raises(ValueError, match="truncated"):
         load(lora)
     (lora / WEIGHTS).rename(lora / "adapter_model.bin")
-    with pytest.raises(ValueError, match="only as a pickle"):
+    with pytest.raises(ValueError, match="adapter_model.bin"):
         load(lora)
 
 

@@ -91,15 +91,15 @@ def test_an_ia3_that_scales_an_input_is_exported_with_factors_on_outputs(tmp_pat
 def test_what_makes_no_factors_is_refused_by_name(tmp_path):
     model = backbone("llama")
     lora = init_adapter(LoraConfig(), model.config)
-    with pytest.raises(ValueError, match="export_ia3: Lora is not possible; expected one adapter that makes factors"):
+    with pytest.raises(ValueError, match="export_ia3: .*LoRA.*matrices"):
         export_ia3(lora, model, PROMPT, tmp_path / "ia3", tokenizer=tokenizer())
     rows = pick(stack_adapters([init_adapter(ParaConfig(r=2), model.config)]), [0])
-    with pytest.raises(ValueError, match="export_ia3: Rows is not possible"):
+    with pytest.raises(ValueError, match="export_ia3 .*Rows"):
         export_ia3(rows, model, PROMPT, tmp_path / "ia3", tokenizer=tokenizer())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_prompt_that_is_longer_than_the_models_positions_is_refused(tmp_path):
     model, most = backbone("llama"), backbone("llama").config.max_positions
-    with pytest.raises(ValueError, match=f"export_ia3: tokens of the prompt: {most + 1} .* at most {most}"):
+    with pytest.raises(ValueError, match=f"export_ia3: .*{most + 1} .*{most}"):
         export_ia3(golden_tenants("llama")[0], model, "w5 " * (most + 1), tmp_path / "a", tokenizer=tokenizer())
