@@ -1,10 +1,10 @@
-"""Which factors of a trained PARA adapter need the example's own prompt?
+"""Which factors of a trained PARA adapter have to be those of the example's own prompt?
 
     python scripts/where_prompts_help.py --data data/banking77/validation.jsonl --adapters DIR DIR --output FILE.json
 
-Prints the loss of the first examples when some of their factors come from another example's prompt (as
-`para-jax evaluate --shuffle-prompts` does with all of them): those of all layers and sites, of one site, or of a third
-of the layers. The rise of the loss is what these factors owe to the prompt. Medians over the adapters, with the range.
+The loss of the first examples, where some of their factors are made of another example's prompt (as `para-jax evaluate
+--shuffle-prompts` does with all of them): of all layers and sites, of one site, of a third of the layers. What the loss
+rises by is what these factors owe to the prompt. Medians over the adapters, with their range.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ROWS = 16
 
 
 def parts(layers: int, sites: tuple[str, ...]) -> dict:
-    """The layers and sites that get another prompt's factors, by name."""
+    """Name to the layers and the sites whose factors are another prompt's."""
     third, everywhere = np.array_split(np.arange(layers), 3), range(layers)
     named = {f"layers {part[0]} to {part[-1]}": (set(part.tolist()), set(sites)) for part in third}
     of_sites = {site: (set(everywhere), {site}) for site in sites}
@@ -41,7 +41,7 @@ def parts(layers: int, sites: tuple[str, ...]) -> dict:
 
 
 def swapped(own: Made, other: Made, layers: set[int], sites: set[str]) -> Made:
-    """The factors `own`, replaced by `other` at these layers and sites."""
+    """The factors `own`, but at these layers and sites `other`."""
     mixed = []
     for layer, (mine, theirs) in enumerate(zip(own.layers, other.layers, strict=True)):
         chosen = sites if layer in layers else set()
@@ -51,7 +51,7 @@ def swapped(own: Made, other: Made, layers: set[int], sites: set[str]) -> Made:
 
 
 def once(of_batch):
-    """The function, with the result for the last rows remembered."""
+    """The function, which makes what belongs to the same rows once."""
     made = {}
 
     def of(rows) -> Made:
@@ -64,7 +64,7 @@ def once(of_batch):
 
 
 def losses(model, adapter, task: EvalTask, tokenizer, limit: int) -> dict[str, float]:
-    """The loss in nats per completion token, by part."""
+    """The loss, nats a completion token, by part."""
     encoded = encode_task(task, tokenizer, limit)
     task, examples, _ = encoded
     prompts = [example.prompt_ids for example in examples]
@@ -93,7 +93,7 @@ def main() -> None:
     assert records, args.data
     task = EvalTask(Path(args.data).stem, records, metric="loss")
     found = [losses(model, load_adapter(folder, model.config), task, tokenizer, args.limit) for folder in args.adapters]
-    print(f"| factors of another prompt | loss, median of {len(found)} | lowest to highest | rise |\n|---|---|---|---|")
+    print(f"| factors of another prompt | loss, median of {len(found)} | least to most | rise |\n|---|---|---|---|")
     for name in found[0]:
         values, rises = [one[name] for one in found], [one[name] - one["none"] for one in found]
         print(f"| {name} | {median(values):.3f} | {min(values):.3f} to {max(values):.3f} | {median(rises):+.3f} |")
