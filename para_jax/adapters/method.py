@@ -67,6 +67,10 @@ class Method:
     from_peft_config: Callable[[dict, Shapes], Any] | None = None
     """(adapter_config.json, shapes of the file's tensors) -> config, for a method that PEFT knows"""
 
+    def __post_init__(self):
+        if (self.to_peft_config is None) != (self.from_peft_config is None):
+            raise ValueError(f"method {self.name}: set both to_peft_config and from_peft_config, or neither")
+
     @property
     def in_peft(self) -> bool:
         """Whether Hugging Face PEFT defines the folder's format, and so can load it."""

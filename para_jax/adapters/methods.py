@@ -25,7 +25,7 @@ def method_of(config: Any) -> Method:
         if type(config) is method.config:
             return method
     known = ", ".join(method.config.__name__ for method in METHODS)
-    raise ValueError(f"{type(config).__name__} is not the config of an adapter method; the methods have {known}")
+    raise ValueError(f"{type(config).__name__} is not an adapter config; use one of {known}")
 
 
 def is_adapter_config(value: Any) -> bool:

@@ -87,7 +87,7 @@ def checked_value(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-def checked_float(name: str, value: float) -> float:
+def checked_float(name: str, value: int | float) -> float:
     if not abs(value) < 1e30:  # also refuses NaN
         raise ValueError(f"{name} must be a finite number; got {shorten(value)}")
     return float(value)

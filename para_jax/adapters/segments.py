@@ -1,4 +1,4 @@
-"""Factors of packed rows: one set a segment, spread to its tokens where they are applied."""
+"""Factors of packed rows: each segment has its own, which are applied to its tokens."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ def adjust_segments(adjustment: Adjustment, segment: Int[Array, "rows length"]) 
 
     Args:
         adjustment: Factors whose arrays are [rows, segments, out].
-        segment: each token's segment; a token of none (-1) is left as it is.
+        segment: each token's segment; a token without one (-1) is not changed.
+
+    Raises ValueError for adjustments that are not Factors.
     """
     if not isinstance(adjustment, Factors):
-        raise ValueError(f"packed rows: {type(adjustment).__name__} differs from segment to segment; expected Factors")
+        raise ValueError(f"packed rows need Factors; {type(adjustment).__name__} can't be applied segment by segment")
 
     def adjust(site: str, x: Float[Array, "rows length in"], y: Float[Array, "rows length out"]):
         return scaled(y, adjustment.distance[site], segment) if site in adjustment.distance else y
@@ -33,8 +35,10 @@ def adjust_segments(adjustment: Adjustment, segment: Int[Array, "rows length"]) 
 def scaled(
     y: Float[Array, "rows length out"], distance: Float[Array, "rows segments out"], segment: Int[Array, "rows length"]
 ) -> Float[Array, "rows length out"]:
-    """y + y * (l - 1) with each token's own l, as adapter.scaled has it for one. For the backward pass y and each
-    segment's factors are kept. What is spread to the tokens is recomputed: kept, it would be as large as y itself."""
+    """y + y * (l - 1) with each token's own l; adapter.scaled does the same for a single l.
+
+    The backward pass keeps y and each segment's factors. It recomputes the factors of each token, which would take as
+    much memory as y itself."""
     return y + y * spread(distance.astype(y.dtype), segment)
 
 
@@ -54,12 +58,14 @@ scaled.defvjp(scaled_forwards, scaled_backwards)
 
 
 def spread(distance: Float[Array, "rows segments out"], segment: Int[Array, "rows length"]):
-    """Each token's row of `distance`, zeros where it has no segment. A product with zeros and ones picks it exactly and
-    has a product as its backward pass. Indexing would add up token by token, on a GPU in an order that changes."""
+    """Each token's row of `distance`, zeros where it has no segment.
+
+    A product with zeros and ones picks the row exactly, and its backward pass is a product too. That of indexing adds
+    up token by token, on a GPU in an order that changes."""
     chosen = chosen_segments(segment, distance.shape[1], distance.dtype)
     return jnp.einsum("bts,bso->bto", chosen, distance, precision=EXACT)
 
 
 def chosen_segments(segment: Int[Array, "rows length"], count: int, dtype) -> Float[Array, "rows length segments"]:
-    """1 where a token is of a segment, else 0."""
+    """1 where a token belongs to a segment, else 0."""
     return (segment[..., None] == jnp.arange(count)).astype(dtype)

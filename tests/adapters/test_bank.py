@@ -23,6 +23,7 @@ from para_jax import (
     vectors,
 )
 from para_jax.adapters import padding
+from para_jax.adapters.bank import unknown
 from para_jax.config import SITES
 
 NAMES = ["para", "ia3", None, "wide", "input", "standardised", "last layer"]
@@ -354,25 +355,29 @@ def test_each_distinct_tenant_is_sent_to_the_device_once(model, monkeypatch):
         assert sent == [one] * distinct
 
 
-def test_an_unknown_name_among_many_is_answered_quickly_outside_the_lock(model, monkeypatch):
-    bank = AdapterBank(model.config, capacity=10_001, max_r=1, methods=("para",))
-    bank.add("tenant-of-the-shop-00000", init_adapter(ParaConfig(r=1), model.config))
-    entry = bank.entry("tenant-of-the-shop-00000")
-    bank._entries |= {f"tenant-of-the-shop-{i:05}": entry for i in range(10_000)}
+def test_an_unknown_name_among_many_is_compared_with_few(monkeypatch):
+    names = tuple(f"tenant-of-the-shop-{i:05}" for i in range(10_000))
     compared, real = [], difflib.SequenceMatcher.ratio
+    monkeypatch.setattr(difflib.SequenceMatcher, "ratio", lambda self: compared.append(1) or real(self))
+    assert "tenant-of-the-shop-04" in unknown("tenant-of-the-shop-04x21", names).replace("04x21", "")
+    assert "tenant-of-the-shop-" in unknown("xenant-of-the-shop-00007", names).replace("xenant", "")
+    assert "no tenant" in unknown("y" * 10**6, names)
+    assert 0 < len(compared) < 500
+    assert unknown("\x1b]0;owned\x07", names).isprintable()
+
+
+def test_other_threads_may_use_the_bank_while_similar_names_are_searched(model, tenants, monkeypatch):
+    bank, free, real = filled(model, tenants, ["para"]), [], difflib.SequenceMatcher.ratio
 
     def ratio(self):
-        compared.append(bank._lock.locked())
+        other = threading.Thread(target=bank.rows, args=(["para"],), daemon=True)
+        other.start()
+        other.join(timeout=20)
+        free.append(not other.is_alive())
         return real(self)
 
     monkeypatch.setattr(difflib.SequenceMatcher, "ratio", ratio)
-    with pytest.raises(ValueError, match="'tenant-of-the-shop-04x21'.*tenant-of-the-shop-04"):
-        bank.rows(["tenant-of-the-shop-04x21"])
-    with pytest.raises(ValueError, match="'xenant-of-the-shop-00007'.*tenant-of-the-shop-"):
-        bank.remove("xenant-of-the-shop-00007")
-    with pytest.raises(ValueError, match="no tenant"):
-        bank.entry("y" * 10**6)
-    assert 0 < len(compared) < 500 and not any(compared)
-    with pytest.raises(ValueError) as error:
-        bank.entry("\x1b]0;owned\x07")
-    assert str(error.value).isprintable()
+    for call in (bank.entry, bank.remove, lambda name: bank.rows([name])):
+        with pytest.raises(ValueError, match="'parb'"):
+            call("parb")
+    assert free and all(free)
