@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows
+from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows, write_tenants
 
 from para_jax import load_adapter, load_backbone, load_model_config, train, train_tenants
 from para_jax.cli import main
@@ -33,15 +33,6 @@ def folder(tmp_path_factory):
     folder = run_folder(tmp_path_factory.mktemp("tenants"))
     write_tenants(folder / "tenants", SIZES)
     return folder
-
-
-def write_tenants(to, sizes):
-    for seed, (name, size) in enumerate(sizes.items()):
-        if name == "initech":
-            write_rows(to / "initech.jsonl", rows_of_text(size, seed=seed))
-            continue
-        for split, count in (("train", size), ("validation", 6), ("test", 5)):
-            write_rows(to / name / f"{split}.jsonl", rows_of_text(count, seed=10 * seed + len(split)))
 
 
 def tenants_config(folder, output, *overrides):
@@ -163,7 +154,7 @@ def test_a_tenant_learns_what_a_run_of_it_alone_learns(whole, folder, tmp_path):
     np.testing.assert_allclose(adapter_of(config, "acme").mean[...], found.adapter.mean[...], atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["para", "lora", pytest.param("ia3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["para", "lora", pytest.param("ia3", marks=pytest.mark.long)])
 def test_a_tenants_bits_do_not_depend_on_the_other_tenants(method, folder, tmp_path):
     options = [f"adapter.method={method}", "adapter.r=4", "adapter.summary=raw", "train.max_steps=4"]
     if method != "para":

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from conftest import backbone
 from flax import nnx
+from stopped_run import assert_same_arrays, interrupt
 from tensorflow_datasets.core.features import Text
-from tiny_run import STEPS, rows_of_text, run_config, run_folder, tokenizer, write_rows
+from tiny_run import STEPS, metrics, rows_of_text, run_config, run_folder, tokenizer, write_rows
 from tiny_tfds import built
 
 from para_jax import (
@@ -73,10 +74,6 @@ def whole(folder):
     return config, train(config)
 
 
-def metrics(config):
-    return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
 def without_rates(rows):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
@@ -89,20 +86,6 @@ def checkpoints(config):
     """The steps of the checkpoints that lie in a run's folder."""
     folder = Path(config.output_dir) / "checkpoints"
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-
-
-def interrupt(monkeypatch, *, at_step):
-    """Makes the step with this number (from 1) stop the run, as Ctrl-C does."""
-    real, calls = runs.train_step, []
-
-    def stopping(state, *arguments, **settings):
-        calls.append(None)
-        if int(state.step) + 1 == at_step:
-            raise KeyboardInterrupt
-        return real(state, *arguments, **settings)
-
-    monkeypatch.setattr(runs, "train_step", stopping)
-    return calls
 
 
 def scripted(monkeypatch, *values):
@@ -119,11 +102,6 @@ def scripted(monkeypatch, *values):
 
 def kept_adapter(config):
     return load_adapter(Path(config.output_dir) / "adapter", load_model_config(config.backbone.source))
-
-
-def assert_same_arrays(ours, theirs):
-    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(mine, other)
 
 
 # ---------------------------------------------------------------------------------------------------------- a whole run

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from conftest import FIXTURES
+from golden_models import FIXTURES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -80,3 +80,18 @@ def run_folder(folder: Path) -> Path:
     write_rows(folder / "data" / "validation.jsonl", rows_of_text(8, seed=2))
     write_rows(folder / "data" / "test.jsonl", rows_of_text(5, seed=3))
     return folder
+
+
+def write_tenants(to: Path, sizes: dict[str, int]) -> None:
+    """A folder of tenants with these numbers of rows for training; initech is a file without a validation split."""
+    for seed, (name, size) in enumerate(sizes.items()):
+        if name == "initech":
+            write_rows(to / "initech.jsonl", rows_of_text(size, seed=seed))
+            continue
+        for split, count in (("train", size), ("validation", 6), ("test", 5)):
+            write_rows(to / name / f"{split}.jsonl", rows_of_text(count, seed=10 * seed + len(split)))
+
+
+def metrics(config: RunConfig) -> list[dict]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]

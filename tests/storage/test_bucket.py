@@ -423,3 +423,15 @@ def test_a_backbone_that_is_replaced_during_the_fetch_is_refused(folder, monkeyp
         with pytest.raises(ValueError, match=f"{file} .*replaced"):
             resolve_backbone(str(file))
     assert resolve_backbone(str(file)).read_bytes() == b"GGUF new"
+
+
+def test_a_write_may_depend_on_the_generation_that_a_read_gave(bucket):
+    """tensorstore, below Orbax, rereads a manifest after a while, and writes it only if nobody else has."""
+    import tensorstore
+
+    store = tensorstore.KvStore.open({"driver": "gcs", "bucket": "para-jax", "path": "reread/"}).result()
+    store.write("manifest", b"1").result()
+    seen = store.read("manifest").result().stamp.generation
+    assert store.write("manifest", b"2", if_equal=seen).result().generation
+    assert not store.write("manifest", b"3", if_equal=seen).result().generation  # somebody else wrote it
+    assert store.read("manifest").result().value == b"2"

@@ -6,8 +6,8 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from test_runs import assert_same_arrays, interrupt, metrics
-from tiny_run import run_config, run_folder, tokenizer
+from stopped_run import assert_same_arrays, interrupt
+from tiny_run import metrics, run_config, run_folder, tokenizer
 
 from para_jax import init_adapter, load_backbone, make_mesh, train
 from para_jax.data.batches import Bucket, collate

@@ -1,99 +1,17 @@
-import json
 import struct
-from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny_gguf import hugging_face, write_gguf
 
-import para_jax.gguf.file
-from para_jax.gguf.file import GgufFile, convert_gguf
+import para_jax.gguf.convert
+from para_jax.gguf.convert import convert_gguf
+from para_jax.gguf.file import GgufFile
 
-FIXTURES = Path(__file__).parent / "fixtures"
 Q8 = gguf.GGMLQuantizationType.Q8_0
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-
-
-def hugging_face(family):
-    folder = FIXTURES / family
-    return json.loads((folder / "config_legacy.json").read_text()), load_file(folder / "model.safetensors")
-
-
-def llama_cpp_name(name, arch):
-    module, _, kind = name.removeprefix("model.layers.").rpartition(".")
-    if module in NAMES:
-        return f"{NAMES[module]}.{kind}"
-    layer, _, module = module.partition(".")
-    after_attention = {"llama": "ffn_norm", "gemma3": "post_attention_norm"}[arch]
-    return f"blk.{layer}.{(NAMES | {'post_attention_layernorm': after_attention})[module]}.{kind}"
-
-
-def interleave(weight, heads):
-    """As llama.cpp's convert_hf_to_gguf.py permutes q_proj and k_proj."""
-    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(path, family="llama", *, arch=None, kind=None, change=(), tensors=None):
-    """Writes a fixture as llama.cpp's converter does. `change` replaces metadata; `kind` quantises the matrices."""
-    config, weights = hugging_face(family)
-    arch = arch or ("gemma3" if "gemma" in family else "llama")
-    writer = gguf.GGUFWriter(path, arch)
-    values = {
-        "block_count": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "rope.freq_base": float(config["rope_theta"]),
-    }
-    if "gemma" in family:
-        values |= {"attention.key_length": config["head_dim"], "attention.sliding_window": config["sliding_window"]}
-    for key, value in (values | dict(change)).items():
-        if value is not None:
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
-            add[type(value)](
-                key if "." in key and key.split(".")[0] in ("split", "tokenizer") else f"{arch}.{key}", value
-            )
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    for name, weight in (weights | (tensors or {})).items():
-        if weight is None:
-            continue
-        if ".q_proj." in name or ".k_proj." in name:
-            heads = config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
-            weight = interleave(weight, heads) if "gemma" not in family else weight
-        if "gemma" in family and "norm" in name:
-            weight = weight + 1
-        name = name if name.startswith("raw.") else llama_cpp_name(name, "gemma3" if "gemma" in family else "llama")
-        if kind is not None and weight.ndim == 2:
-            writer.add_tensor(name.removeprefix("raw."), gguf.quants.quantize(weight, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name.removeprefix("raw."), weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.mark.parametrize("family", ["llama", "smollm2", "gemma3_text"])
@@ -189,16 +107,16 @@ def test_linear_rope_scaling_and_a_second_end_token_come_into_the_config(tmp_pat
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"arch": "qwen2"}, "architecture 'qwen2'.*llama and gemma3"),
+        ({"arch": "qwen2"}, "architecture 'qwen2'"),
         ({"change": {"rope.scaling.type": "yarn"}}, "rope scaling 'yarn'"),
         ({"change": {"rope.dimension_count": 8}}, "partial rotary"),
         ({"change": {"block_count": None}}, r"llama\.block_count is None"),
         ({"change": {"attention.head_count": [4, 4, 4]}}, r"llama\.attention\.head_count is \[4, 4, 4\]"),
         ({"change": {"block_count": 4}}, r"missing.*model\.layers\.3\."),
-        ({"change": {"block_count": 2}}, r"no place.*model\.layers\.2\."),
+        ({"change": {"block_count": 2}}, r"model\.layers\.2\."),
         ({"change": {"block_count": 2**31}}, "2147483648 layers"),
-        ({"change": {"block_count": 3.0}}, r"llama\.block_count is 3\.0; a whole number"),
-        ({"change": {"attention.head_count_kv": 0}}, r"llama\.attention\.head_count_kv is 0; a whole number"),
+        ({"change": {"block_count": 3.0}}, r"llama\.block_count is 3\.0"),
+        ({"change": {"attention.head_count_kv": 0}}, r"llama\.attention\.head_count_kv is 0"),
         ({"change": {"split.count": 3}}, "one of 3 parts"),
         ({"tensors": {"model.norm.weight": None}}, r"missing.*model\.norm\.weight"),
         ({"tensors": {"raw.blk.0.ffn_gate_exps.weight": np.ones((2, 2), np.float32)}}, "ffn_gate_exps"),
@@ -216,7 +134,7 @@ def test_a_file_that_is_no_gguf_or_is_cut_off_anywhere_is_refused(tmp_path):
     cut = tmp_path / "cut.gguf"
     for size in [0, 3, 4, 23, *range(24, len(whole), len(whole) // 60), len(whole) - 33]:
         cut.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="not a GGUF file" if size < 24 else "not a whole GGUF file"):
+        with pytest.raises(ValueError, match="not a GGUF file" if size < 24 else "damaged GGUF file"):
             GgufFile(cut)
     cut.write_bytes(b"PK" + whole[2:])
     with pytest.raises(ValueError, match="not a GGUF file"):
@@ -238,7 +156,7 @@ def test_a_damaged_header_gives_a_value_error_or_a_model_and_nothing_else(tmp_pa
     assert refused > 50
     endless = struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 0, 2**60)  # an array of 2**60 numbers
     damaged.write_bytes(endless)
-    with pytest.raises(ValueError, match="inside its header"):
+    with pytest.raises(ValueError, match="cut off"):
         GgufFile(damaged)
 
 
@@ -266,17 +184,17 @@ BYTES = struct.pack("<IIQ", 9, 0, 3 * 2**20)  # the head of an array of 3 Mi byt
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (made([number("a", 1), number("a", 1)]), "metadata a stands there twice"),
-        (made(tensors=[vector("a", 0), vector("a", 32)]), "tensor a stands there twice"),
-        (made(tensors=[vector("a", 0), vector("b", 0)]), "tensor b begins at byte 0 of the data, where 32 is expected"),
+        (made([number("a", 1), number("a", 1)]), "metadata key a .*twice"),
+        (made(tensors=[vector("a", 0), vector("a", 32)]), "tensor a .*twice"),
+        (made(tensors=[vector("a", 0), vector("b", 0)]), "tensor b begins at byte 0 .*32"),
         (made(tensors=[vector("a", 0), vector("b", 16)]), "tensor b begins at byte 16"),
-        (made(tensors=[vector("a", 32)]), "tensor a begins at byte 32 of the data, where 0 is expected"),
-        (made(tensors=[vector("\x1b]0;owned\x07" * 99, 0, 0)]), r"tensor '\\x1b\]0;owned.*\.\.\. has the shape"),
-        (made([text("general.alignment") + struct.pack("<I?", 7, True)]), "general.alignment True"),
+        (made(tensors=[vector("a", 32)]), "tensor a begins at byte 32 .*0"),
+        (made(tensors=[vector("\x1b]0;owned\x07" * 99, 0, 0)]), r"tensor '\\x1b\]0;owned.*\.\.\. has shape"),
+        (made([text("general.alignment") + struct.pack("<I?", 7, True)]), "general.alignment is True"),
         (made(counts=(2**40, 0)), "1099511627776 names"),
         (made(counts=(0, 70_000)), "70000 names"),
-        (made([text("a") + struct.pack("<I", 8) + text("x" * 2**20 + "x")]), "a text of 1048577 bytes"),
-        (made([text(key) + BYTES + bytes(3 * 2**20) for key in "ab"]), "arrays of 6291456 values"),
+        (made([text("a") + struct.pack("<I", 8) + text("x" * 2**20 + "x")]), "1048577 bytes"),
+        (made([text(key) + BYTES + bytes(3 * 2**20) for key in "ab"]), "6291456 values"),
     ],
 )
 def test_a_header_that_lies_or_is_huge_is_refused_by_name(tmp_path, content, said):
@@ -289,7 +207,7 @@ def test_a_header_that_lies_or_is_huge_is_refused_by_name(tmp_path, content, sai
 
 def test_heads_that_do_not_divide_the_rows_are_refused_before_a_conversion(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", change={"attention.head_count": 8})
-    with pytest.raises(ValueError, match="m.gguf: .*k_proj.weight has 32 rows, but the metadata say 16"):
+    with pytest.raises(ValueError, match="m.gguf: .*k_proj.weight has 32 rows.*16"):
         GgufFile(path)
 
 
@@ -302,7 +220,7 @@ def test_a_wide_head_with_few_rotary_factors_allocates_nothing(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_converted_folder_holds_the_model_for_transformers(tmp_path, monkeypatch, family):
-    monkeypatch.setattr(para_jax.gguf.file, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(para_jax.gguf.convert, "PIECE_BYTES", 4096)
     config, weights = hugging_face(family)
     saved = []
     convert_gguf(
@@ -337,6 +255,6 @@ def test_a_conversion_that_fails_leaves_nothing_and_a_full_folder_is_refused(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(ValueError, match="hf .*not an empty folder"):
         convert_gguf(file, folder, SimpleNamespace(save_pretrained=lambda path: None))
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]

@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-from data.tiny_tokenizers import own_space, with_bos
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils import postprocess_generated_text
 from tiny_run import tokenizer as word_tokenizer
+from tiny_tokenizers import own_space, with_bos
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

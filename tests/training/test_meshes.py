@@ -10,15 +10,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import strong
-from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
+from tiny_mesh import COMPLETION, CONFIG, LENGTH, ROWS, model
 
 from para_jax import (
-    LayerKind,
-    ModelConfig,
     ParaConfig,
-    RotaryConfig,
-    Transformer,
     decode,
     init_adapter,
     load_model_config,
@@ -34,17 +30,8 @@ from para_jax.sharding import place, rows_over, tree_shardings
 from para_jax.training.step import init_state, train_step
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
-ROWS, LENGTH, COMPLETION = 8, 16, 6
-SIZES = {"width": 64, "hidden_width": 128, "num_heads": 8, "num_kv_heads": 8, "head_dim": 8, "vocab_size": 256}
-CONFIG = ModelConfig(model_type="llama", kinds=(LayerKind(rotary=RotaryConfig(dims=8)),) * 2, **SIZES)
 #: Adam's first moment is then the gradient itself.
 TRAIN = TrainSection(adam_b1=0.0, max_grad_norm=1e9)
-
-
-@cache
-def model(layout):
-    """The same random weights in both layouts."""
-    return Transformer(CONFIG, rngs=nnx.Rngs(0)).with_layout(layout)
 
 
 def adapters():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import strong
-from test_meshes import COMPLETION, CONFIG, LENGTH, ROWS, model
+from tiny_mesh import COMPLETION, CONFIG, LENGTH, ROWS, model
 
 from para_jax import LoraConfig, ParaConfig, init_adapter, make_mesh, stack_adapters
 from para_jax.config import TrainSection
@@ -72,13 +72,13 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(leaf, like, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.long), (1, 8, 1), (2, 2, 2)])
 def test_losses_and_updates_are_those_of_one_device(sizes):
     assert_close(two_steps(sizes), two_steps((1, 1, 1)))
     assert np.ptp([values["loss"] for values in two_steps(sizes)[1]]) > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_updates_of_shared_matrices_are_those_of_one_device():
     assert_close(two_steps((2, 2, 2), LORA), two_steps((1, 1, 1), LORA))
 
@@ -112,7 +112,7 @@ def test_a_tenants_bits_do_not_depend_on_who_else_is_in_the_batch_on_a_mesh():
     assert any((one != other).any() for one, other in zip(ends[0], fresh, strict=True))
 
 
-@pytest.mark.parametrize("sizes", [pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [pytest.param((1, 8, 1), marks=pytest.mark.long), (2, 2, 2)])
 def test_what_the_devices_send_does_not_grow_with_the_tenants_of_the_run(sizes):
     sent, whole = [], []
     for tenants in (8, 64):

@@ -17,7 +17,7 @@ from para_jax.config import load_config, save_config
 from para_jax.training.log import TIMES
 from para_jax.training.metrics_file import read_metrics
 
-CHILD = Path(__file__).parent / "killed_run.py"
+CHILD = Path(__file__).parents[1] / "helpers" / "killed_run.py"
 LIMIT = 120  # seconds, for a child that hangs
 
 
@@ -91,6 +91,7 @@ def result(folder):
     return weights, logs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["one", "many"])
 def test_a_run_killed_and_resumed_on_another_host_ends_with_the_same_bits(kind, there, tmp_path):
     unkilled, killed = there / f"{kind}-unkilled", there / f"{kind}-killed"
@@ -108,6 +109,7 @@ def test_a_run_killed_and_resumed_on_another_host_ends_with_the_same_bits(kind, 
     assert not (killed / ".lock").exists()
 
 
+@pytest.mark.long
 def test_what_lies_in_a_bucket_is_evaluated_described_plotted_and_answers_a_job(there, tmp_path, monkeypatch, capsys):
     """Without a local file but the cache. Killed jobs go on; the answers end as one object."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_tenant_runs import write_tenants
-from tiny_run import run_config, run_folder, tokenizer
+from tiny_run import run_config, run_folder, tokenizer, write_tenants
 
 from para_jax import make_mesh, train, train_tenants
 from para_jax.config import RunConfig, TrainSection, load_config

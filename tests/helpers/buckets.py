@@ -61,6 +61,8 @@ def with_preconditions(handle):
         from gcp_storage_emulator.server import Request, Response
 
         request = Request(router._request_handler, method)
+        if method == "GET" and request.query.get("alt") == ["media"]:
+            tell_generation(router._request_handler, request)
         wanted = request.query.get("ifGenerationMatch", request.query.get("generation"))
         if wanted and generation(router._request_handler.storage, request) != wanted[0]:
             length = int(router._request_handler.headers.get("Content-Length") or 0)
@@ -77,6 +79,19 @@ def with_preconditions(handle):
             return handling(router, method)
 
     return one_at_a_time
+
+
+def tell_generation(handler, request) -> None:
+    """Adds x-goog-generation to the response of a read. tensorstore sends it back with its next write."""
+    found = generation(handler.storage, request)
+
+    def end_headers():
+        del handler.end_headers
+        if found != "0":
+            handler.send_header("x-goog-generation", found)
+        handler.end_headers()
+
+    handler.end_headers = end_headers
 
 
 def generation(storage, request) -> str:

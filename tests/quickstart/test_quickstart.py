@@ -40,6 +40,7 @@ def backbone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_a_quickstart_that_learns_nothing_fails_and_leaves_its_run_folders(backbone, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "SCORED_EXAMPLES", 2)  # fewer lengths, so fewer programs
@@ -82,7 +83,7 @@ def test_the_exit_code_is_0_only_where_each_tenant_gains_03(backbone, tmp_path, 
 def test_the_real_quickstart_gains_03_for_each_tenant(tmp_path):
     """In a process of its own, as users run it: the flags of the tests' compiler would make it slower by far."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, "-m", "para_jax.cli", "quickstart", "runtime.allow_cpu=true"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,7 +19,7 @@ from tiny_run import rows_of_text, run_config, run_folder, write_rows
 from para_jax.config import save_config
 from para_jax.training.log import TIMES
 
-CHILD = Path(__file__).parent / "killed_run.py"
+CHILD = Path(__file__).parents[1] / "helpers" / "killed_run.py"
 PHASES = ("before the first save", "save", "evaluation", "step")
 LIMIT = 120  # seconds, for a child that hangs
 LINGER = "0.04"  # seconds before and after the work of a phase, in a child that is to be killed
@@ -134,6 +134,7 @@ def killed_run(folder: Path, output: str, kills: int, seed: int) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_in_every_phase_and_then_stopped_ends_as_one_that_was_not(folder, unkilled):
     """SIGTERM exits with 0 and one line that says how to resume."""
     killed_run(folder, "killed", kills=4, seed=0)

@@ -246,7 +246,7 @@ def test_options_of_decode_are_not_for_others(tmp_path):
         bench.run("load", BACKBONE, context=3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mixed_pass_is_measured_beside_a_loop_over_the_adapters(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_evaluate, "PROMPT", 8)
     monkeypatch.setattr(bench_evaluate, "NEW", 4)

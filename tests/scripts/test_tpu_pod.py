@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "tpu_pod.sh"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "tpu_pod.sh"
 TOKEN = "hf_nobody_may_see_this"
 ARGUMENTS = ("configs/run.yaml", "mesh.fsdp=16", r"data.prompt={a 'b'}\n$HOME")
 
