@@ -92,8 +92,8 @@ def deep(levels: int) -> bytes:
         (deep(70), "deeper than 64 levels"),
         (deep(100_000), "deeper than 64 levels"),
         (b'{"vocab_size": ' + b"1" * 5000 + b"}", "a number of 5000 digits"),
-        (b'{"vocab_size": 256, "vocab_size": 256}', "'vocab_size' stands there twice"),
-        (b'{"rope_scaling": {"type": "linear", "type": "x"}}', "'type' stands there twice"),
+        (b'{"vocab_size": 256, "vocab_size": 256}', "'vocab_size' .*twice"),
+        (b'{"rope_scaling": {"type": "linear", "type": "x"}}', "'type' .*twice"),
         (b'{"model_type": "\\u001b[31m' + b"x" * 5000 + b'"}', r"model_type '\\x1b.*xxx\.\.\. is not supported"),
     ],
 )
@@ -111,7 +111,7 @@ def test_of_a_huge_file_a_bounded_part_is_read(name, tmp_path):
     with (folder / name).open("wb") as file:
         file.truncate(2**32)
     tracemalloc.start()
-    with pytest.raises(ValueError, match=f"{name}: larger than"):
+    with pytest.raises(ValueError, match=f"{name} .*larger than"):
         load_backbone(folder)
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
