@@ -17,7 +17,9 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
 
 
 def one_of(names: Iterable[object]) -> str:
-    return "one of " + ", ".join(map(str, names))
+    """The names as "one of a, b, c"; a single name as it is."""
+    texts = list(map(str, names))
+    return texts[0] if len(texts) == 1 else "one of " + ", ".join(texts)
 
 
 def shorten(value: object, width: int = 80) -> str:

@@ -107,7 +107,7 @@ def test_other_layers_make_another_adapter_of_the_same_weights():
 
 @pytest.mark.parametrize("layers", [(), (2, 0), (1, 1), (-1,), (1.0,), (True,), ("1",), 2, "12"])
 def test_layers_that_are_none_or_do_not_rise_are_refused(layers):
-    with pytest.raises(ValueError, match=r"layers_to_transform: .* expected None .*, or whole numbers .* that rise"):
+    with pytest.raises(ValueError, match="layers_to_transform .*rising whole numbers"):
         ParaConfig(layers_to_transform=layers)
 
 
@@ -117,7 +117,7 @@ def test_a_list_and_a_range_are_layers_too():
 
 
 def test_a_layer_that_the_backbone_does_not_have_is_refused():
-    with pytest.raises(ValueError, match=r"layers_to_transform: \(1, 3\) .* layers of the backbone, 0 to 2"):
+    with pytest.raises(ValueError, match=r"layers_to_transform .*0 to 2.*\(1, 3\)"):
         init_adapter(ParaConfig(layers_to_transform=(1, 3)), backbone("llama").config)
 
 
@@ -125,10 +125,10 @@ def test_a_layer_that_the_backbone_does_not_have_is_refused():
     "layers, message",
     [
         ("all", "layers_to_transform: 'all'; expected a list"),
-        ([0, 3], "adapter_config.json: layers_to_transform: .* expected layers of the backbone, 0 to 2"),
-        ([2, 0], "layers_to_transform: .*that rise"),
-        ([], "layers_to_transform: .*that rise"),
-        ([[0]], "layers_to_transform: .*that rise"),
+        ([0, 3], "adapter_config.json: layers_to_transform .*0 to 2"),
+        ([2, 0], "layers_to_transform .*rising"),
+        ([], "layers_to_transform .*rising"),
+        ([[0]], "layers_to_transform .*rising"),
         ([0, 1], "missing.*layers.1.para_"),
         (None, "missing.*layers.1.para_"),
     ],
