@@ -100,7 +100,7 @@ def resolve_adapter(source: str | Place) -> Path:
     if not (path / "adapter_config.json").is_file():
         inside = (expanded(source) / "adapter" / "adapter_config.json").is_file()
         inside = f"; did you mean {source_name(source)}/adapter?" if inside else ""
-        raise ValueError(f"{source_name(source)} is not an adapter, because it has no adapter_config.json{inside}")
+        raise ValueError(f"{source_name(source)}: no adapter_config.json there, so it is not an adapter{inside}")
     return path
 
 

@@ -59,7 +59,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
         opened = safe_open(file, framework="numpy")
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{file} is truncated or not a safetensors file ({one_line(str(error), 200)}); fetch it again"
+            f"{file}: truncated, or not a safetensors file ({one_line(str(error), 200)}); fetch it again"
         ) from None
     parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
     return {

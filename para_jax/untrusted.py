@@ -20,7 +20,7 @@ def read_json(file: Path, most: int = MAX_JSON_BYTES) -> dict:
     with file.open("rb") as stream:
         text = stream.read(most + 1)
     if len(text) > most:
-        raise ValueError(f"{file} is larger than {most} bytes, so it describes no model or adapter; fetch it again")
+        raise ValueError(f"{file}: larger than {most} bytes, so it describes no model or adapter; fetch it again")
     try:
         return json_mapping(text)
     except ValueError as error:

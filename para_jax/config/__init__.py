@@ -4,7 +4,7 @@ from .adapter import ADAPTER_CONFIGS as ADAPTER_CONFIGS
 from .adapter import Ia3Config as Ia3Config
 from .adapter import LoraConfig as LoraConfig
 from .adapter import ParaConfig as ParaConfig
-from .check import allowed_values as allowed_values
+from .bounds import allowed_values as allowed_values
 from .check import expanded as expanded
 from .check import one_of as one_of
 from .check import printable as printable

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .check import PositiveFloat, PositiveInt, check_fields, require
+from .bounds import PositiveFloat, PositiveInt, check_fields
+from .check import require
 from .model import SITES
 
 

@@ -1,90 +1,10 @@
-"""Checks of configs and command lines: types and bounds of fields, paths, and values as an error shows them."""
+"""Checks that configs and command lines share: `require`, values as an error shows them, and paths."""
 
-import dataclasses
-import math
-import numbers
-import types
-import typing
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from ..storage.bucket import BucketPath, bucket_path
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """The numbers that a field accepts: `Annotated[float, Bounds(above=0)]`."""
-
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-    """math.inf: any finite number"""
-
-    def accept(self, number: Any) -> bool:
-        return (
-            (self.at_least is None or number >= self.at_least)
-            and (self.above is None or number > self.above)
-            and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < self.below)
-        )
-
-    def __str__(self) -> str:
-        limits = [("at least", self.at_least), ("more than", self.above), ("at most", self.at_most)]
-        said = [f"{words} {limit}" for words, limit in limits if limit is not None]
-        if self.below is not None:
-            said.append("finite" if self.below == math.inf else f"less than {self.below}")
-        return " and ".join(said)
-
-
-PositiveInt = Annotated[int, Bounds(at_least=1)]
-Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
-PositiveFloat = Annotated[float, Bounds(above=0, below=math.inf)]
-NonNegativeFloat = Annotated[float, Bounds(at_least=0, below=math.inf)]
-Fraction = Annotated[float, Bounds(at_least=0, below=1)]
-
-
-def check_fields(config: Any, section: str = "") -> None:
-    """Raises ValueError for a field of a dataclass whose value its Literal or Bounds does not allow.
-
-    Args:
-        section: what stands before the field's name in an error, such as "train.".
-    """
-    for field in dataclasses.fields(config):
-        check_value(section + field.name, getattr(config, field.name), field.type)
-
-
-def check_value(name: str, value: Any, kind: Any) -> None:
-    """Raises ValueError where a value is not of a type with Literal or Bounds; other types are not checked."""
-    kind, optional = without_none(kind)
-    arguments = typing.get_args(kind)
-    if value is None and optional:
-        return
-    if typing.get_origin(kind) is Literal:
-        require(value in arguments, name, value, one_of(arguments))
-    elif typing.get_origin(kind) is Annotated:
-        whole = arguments[0] is int
-        is_number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
-        expected = f"a whole number, {arguments[1]}" if whole else f"a number, {arguments[1]}"
-        require(is_number and arguments[1].accept(value), name, value, expected)
-    elif arguments and isinstance(value, tuple | list):
-        for item in value:
-            check_value(name, item, arguments[0])
-
-
-def without_none(kind: Any) -> tuple[Any, bool]:
-    """A field's type without `| None`, and whether it had that."""
-    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
-        return kind, False
-    kinds = [each for each in typing.get_args(kind) if each is not types.NoneType]
-    assert len(kinds) == 1, f"a field has one type, and may be None: {kind}"
-    return kinds[0], True
-
-
-def allowed_values(config: type, field: str) -> tuple[str, ...]:
-    """The values that a field with a Literal type accepts, without None."""
-    kind, _ = without_none(next(each.type for each in dataclasses.fields(config) if each.name == field))
-    return typing.get_args(kind)
 
 
 def require(holds: bool, name: str, value: object, expected: str) -> None:
@@ -96,8 +16,10 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name} must be {expected}; got {shorten(value, 200)}")
 
 
-def one_of(names: typing.Iterable[object]) -> str:
-    return "one of " + ", ".join(map(str, names))
+def one_of(names: Iterable[object]) -> str:
+    """The names as "one of a, b, c"; a single name as it is."""
+    texts = list(map(str, names))
+    return texts[0] if len(texts) == 1 else "one of " + ", ".join(texts)
 
 
 def shorten(value: object, width: int = 80) -> str:

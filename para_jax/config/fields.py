@@ -5,7 +5,8 @@ import difflib
 import typing
 from typing import Annotated, Any, Literal
 
-from .check import printable, require, shorten, without_none
+from .bounds import without_none
+from .check import printable, require, shorten
 
 
 def typed_fields(values: Any, template: Any, section: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from .adapter import ParaConfig
-from .check import (
+from .bounds import (
     Bounds,
     Fraction,
     NonNegativeFloat,
@@ -13,10 +13,8 @@ from .check import (
     Seed,
     allowed_values,
     check_fields,
-    expanded,
-    require,
-    require_location,
 )
+from .check import expanded, require, require_location
 
 #: Metrics of written answers.
 AnswerMetric = Literal[

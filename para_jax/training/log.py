@@ -101,8 +101,8 @@ class Log:
         except OSError as error:
             said = error.strerror or str(error)
             raise OSError(
-                f"{self.folder}: can't write the log ({said}). What was saved before is kept. "
-                f"To resume, {atomic.remedy(error.errno)} and run the same command"
+                f"{self.folder}: can't write the log ({said}). What was saved before is kept; "
+                f"{atomic.remedy(error.errno)}, and the same command resumes"
             ) from None
 
     def close(self) -> None:

@@ -83,7 +83,7 @@ def test_tensors_that_overlap_or_leave_gaps_are_refused(entries, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(header(entries))
     with pytest.raises(ValueError) as error:
         Safetensors(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path}/model.safetensors ") and len(str(error.value)) < 700
+    assert str(error.value).startswith(f"{tmp_path}/model.safetensors: ") and len(str(error.value)) < 700
     assert str(error.value).isprintable()
 
 

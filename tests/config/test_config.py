@@ -8,7 +8,8 @@ import pytest
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, RunConfig, load_config
 from para_jax.config import ADAPTER_CONFIGS, SITES, TrainSection, allowed_values, config_dict, save_config
-from para_jax.config.check import Bounds, check_fields, require
+from para_jax.config.bounds import Bounds, check_fields
+from para_jax.config.check import require
 from para_jax.config.fields import typed_value
 
 

@@ -35,7 +35,7 @@ from para_jax.dry_run.hlo_parser import parse_hlo
 from para_jax.model import decode_step
 from para_jax.sharding import place
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from program_excess import excess  # noqa: E402
 
