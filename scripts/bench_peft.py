@@ -1,8 +1,8 @@
-"""A whole training step (forward, backward, AdamW), float32 on a CPU: PARA in para_jax beside PEFT on torch.
+"""A whole training step (forward, backward, AdamW), float32 on a CPU: PARA in para_jax against PEFT on torch.
 
     python scripts/bench_peft.py --torch-python /path/to/python-with-torch-peft-and-transformers
 
-PARA r=12 beside LoRA r=8 on all linears and (IA)^3 on q, v and up, on the same weights and rows (48 prompt and 16
+PARA r=12 against LoRA r=8 on all linears and (IA)^3 on q, v and up, on the same weights and rows (48 prompt and 16
 completion tokens, loss on the completion). Each side is a process of its own (para_jax: this one) and makes one step in
 turn; torch runs with one thread and with two, and with logits at every position ("plain") and where the loss needs them
 ("kept"). Each ratio is to the better number of threads. The torch side needs the extra [bench-peft].
@@ -21,17 +21,18 @@ import jax
 import numpy as np
 
 from para_jax import ParaConfig, init_adapter, load_backbone, load_tokenizer
+from para_jax.bench.record import new_record, report
 from para_jax.bench.rounds import interleaved, random_tokens, summary
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
-from para_jax.devices import describe_devices, versions
+from para_jax.devices import versions
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 from para_jax.training.step import init_state, train_step
 
 ROWS, PROMPT, COMPLETION = 8, 48, 16
 WORKER = Path(__file__).with_name("peft_worker.py")
-PAUSE = 0.4  # seconds before each step, in which the threads of the side before stop spinning
+PAUSE = 0.4  # seconds before each step, in which the threads of the previous side stop spinning
 
 
 class Para:
@@ -93,21 +94,16 @@ def main():
     para = Para(model, tokens)
     variants = [(method, logits, threads) for method in peers for logits in ("plain", "kept") for threads in (1, 2)]
     sides = {f"{m} {logits} {n}": lambda m=m, logits=logits, n=n: peers[m].step(n, logits) for m, logits, n in variants}
-    found = summary("s a step", interleaved({"para": para.step} | sides, args.rounds))
+    found = summary("s per step", interleaved({"para": para.step} | sides, args.rounds))
     seconds = found["medians"]
     best = {f"{m} {logits}": min(seconds[f"{m} {logits} {n}"] for n in (1, 2)) for m, logits, _ in variants}
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": describe_devices(),
+    more = {
         "versions": versions() | peers["lora"].versions,
-        **found,
         "ratios": {f"para / {peer}": seconds["para"] / value for peer, value in best.items()},
         "first_loss": {"para": para.losses[0]} | {method: peer.losses[0] for method, peer in peers.items()},
     }
-    for key in ("medians", "ratios", "first_loss"):
-        print(*(f"{name:<20} {value:.3f}" for name, value in report[key].items()), "", sep="\n")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    report(new_record(shlex.join(["python", *sys.argv]), found | more), args.output)
+    print(f"first loss: {more['first_loss']}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_smoothing_leaves_a_line_as_it_is_and_calms_what_jumps(count):
 def test_learning_curves_show_each_run_s_losses_and_scores_at_their_steps(tmp_path):
     figure = curves_plot([run(tmp_path / "a"), run(tmp_path / "b", slope=-0.02)])
     loss, accuracy = figure.axes
-    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("loss (nats a token)", "validation accuracy")
+    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("loss (nats per token)", "validation accuracy")
     assert accuracy.get_xlabel() == "optimiser step"
     assert [text.get_text() for text in loss.get_legend().get_texts()][:2] == ["a", "b"]
     raw, calm, validation = lines(loss)[:3]

@@ -18,9 +18,9 @@ MANY_ALONE = (
 
 def add(commands) -> None:
     text = "score an adapter on a config's test data, or with --backbone many on many tasks"
-    parser = commands.add_parser(
-        "evaluate", help=text, description=text, parents=[shared.precision(), shared.runtime()]
-    )
+    example = "--backbone smollm2-135m --adapters runs/sst2/adapter --tasks data/sst2:accuracy"
+    parents = [shared.precision(), shared.runtime()]
+    parser = shared.add_command(commands, "evaluate", text, example, parents)
     parser.add_argument("config", type=shared.place, nargs="?", help="of a run; or --backbone, --adapters and --tasks")
     parser.add_argument("overrides", nargs="*", default=[], help=shared.RUN_FIELDS)
     parser.add_argument("--adapter", help="with CONFIG: an adapter folder or hub id; default: the backbone alone")

@@ -1,5 +1,6 @@
 """The command line on a tiny backbone: what each command prints and leaves, and what a user's mistake gives."""
 
+import argparse
 import errno
 import importlib.metadata
 import json
@@ -21,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import para_jax.adapters.folder
 from para_jax import generate, load_adapter, load_backbone, load_model_config, load_tokenizer, save_adapter
-from para_jax.cli import main
+from para_jax.cli import main, parser
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = """
@@ -161,18 +162,18 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "plot: expected RUN"),
-        (["a", "--adapter", "b"], "plot: expected RUN"),
-        (["--adapter", "b"], "plot: expected RUN"),
-        (["--prompt", "b"], "plot: expected RUN"),
-        (["--adapter", "b", "--prompt", "c", "--data", "d"], "plot: expected RUN"),
-        (["--adapter", "b", "--adapter", "b", "--prompt", "c"], "plot: expected RUN"),
-        (["--adapter", "b", *["--prompt", "c"] * 3], "plot: expected RUN"),
+        ([], "give RUN"),
+        (["a", "--adapter", "b"], "give RUN"),
+        (["--adapter", "b"], "give RUN"),
+        (["--prompt", "b"], "give RUN"),
+        (["--adapter", "b", "--prompt", "c", "--data", "d"], "give RUN"),
+        (["--adapter", "b", "--adapter", "b", "--prompt", "c"], "give RUN"),
+        (["--adapter", "b", *["--prompt", "c"] * 3], "give RUN"),
         (["--adapter", "b", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
-        (["--adapter", "b", "--data", "d", "--limit", 1], "--limit 1: expected at least 2 prompts"),
+        (["--adapter", "b", "--data", "d", "--limit", 1], "--limit 1 .*at least 2 prompts"),
         (["/nowhere"], "/nowhere: no run is there"),
         (["--adapter", "b", "--data", "/"], "/: a folder; expected a .jsonl file"),
-        (["a", "--output", "x.doc"], "--output x.doc: expected a file that ends in .png"),
+        (["a", "--output", "x.doc"], "--output x.doc .*.png"),
         (["a", "--output", "/nowhere/x.png"], "--output /nowhere/x.png: no such folder"),
     ],
 )
@@ -229,10 +230,10 @@ def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_pat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--tenant", "a"], "--tenant chooses among --adapters NAME=DIR"),
-        (["--adapters", "acme=x"], "--tenant: given 0 times; expected once, .*: acme, or base for no adapter"),
+        (["--tenant", "a"], "--tenant goes with --adapters NAME=DIR"),
+        (["--adapters", "acme=x"], "--tenant is given 0 times.*: acme, or base for no adapter"),
         (["--adapters", "acme=x", "--tenant", "acne"], "--tenant: no tenant 'acne'; the nearest are acme"),
-        (["--adapters", "acme=x", "--tenant", "acme", "--adapter", "x"], "--tenant chooses among"),
+        (["--adapters", "acme=x", "--tenant", "acme", "--adapter", "x"], "--tenant goes with"),
         (["--adapters", "acme", "--tenant", "acme"], "acme: expected an adapter folder or a hub id"),
         (["--adapters", "base=x", "--tenant", "base"], "--adapters 'base=x': .*base is the base model"),
         (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': the name 'a' is taken"),
@@ -297,8 +298,24 @@ def test_convert_writes_a_folder_that_generates_what_the_gguf_file_does(folder, 
 def test_help_is_there_for_the_program_and_each_command(capsys):
     assert command("--help") == 0
     shown = capsys.readouterr().out
-    for name in ("quickstart", "train", "evaluate", "generate", "inspect", "convert", "bench"):
+    for name in ("quickstart", "train", "evaluate", "generate", "inspect", "convert", "prepare", "plot", "bench"):
         assert name in shown and command(name, "--help") == 0
+        assert f"example:\n  para-jax {name} " in capsys.readouterr().out
+
+
+def test_the_help_of_generate_groups_its_options_and_shows_their_defaults(capsys):
+    assert command("generate", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    groups = ["adapters:", "prompts:", "a file of requests:", "sampling:", "backbone:", "runtime:"]
+    assert sorted(groups, key=shown.index) == groups
+    for option in parser_of("generate")._actions:
+        if option.default not in (None, False, [], argparse.SUPPRESS):
+            assert f"(default: {option.default})" in option.help % vars(option), option.dest
+    assert "(default: 64)" in shown and "(default: smollm2-135m)" in shown
+
+
+def parser_of(name):
+    return next(action for action in parser()._actions if action.dest == "command").choices[name]
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -309,23 +326,26 @@ def test_help_is_there_for_the_program_and_each_command(capsys):
     [
         ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'.*quickstart.*train"),
-        (["train"], "required: config "),
+        (["train"], "required: CONFIG"),
         (["train", "run.yaml", "--fast"], "unknown argument '--fast'"),
         (["train", "nowhere.yaml"], "config nowhere.yaml: no such file"),
-        (["generate"], "expected --prompt, once or more, or --input FILE with --output FILE"),
+        (["generate"], "--prompt TEXT, or --input FILE with --output FILE"),
         (["generate", "--input", "a.jsonl"], "--input FILE with --output FILE"),
-        (["generate", "--input", "a.jsonl", "--prompt", "a"], "expected --prompt"),
+        (["generate", "--input", "a.jsonl", "--prompt", "a"], "give --prompt TEXT, or --input"),
         (["generate", "--input", "nowhere.jsonl", "--output", "o.jsonl"], "--input nowhere.jsonl: no such file"),
-        (["generate", "--input", __file__, "--output", "o", "--chat"], "--chat: expected beside --prompt"),
+        (["generate", "--input", __file__, "--output", "o", "--chat"], "--chat goes with --prompt"),
         (
             ["generate", "--input", __file__, "--output", "o", "--adapter", "a", "--tenant", "a"],
-            "--adapter: 'a' is not possible; expected no --adapters and --tenant beside it",
+            "--adapter a .*--adapters and --tenant",
         ),
-        (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens: 0"),
+        (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["train", "."], "config .: a folder; expected a .yaml file"),
         (["generate", "--prompt", "a", "--backbone", "~nobody-here/model"], "~nobody-here/model: no such home folder"),
         (["generate", "--prompt", "a", "--adapters", "~nobody-here/runs"], "~nobody-here/runs: no such home folder"),
         (["bench", "packing"], "bench packing: needs --data"),
+        (["bench", "decode", "--rows", "8,x"], "--rows is 8,x\ngive sizes such as 1,8,32"),
+        (["bench", "decode", "--rounds", "0"], "--rounds is 0"),
+        (["train", "{config}", "--topology", "v5e:4x4"], "--topology v5e:4x4 requires --dry-run\nadd --dry-run"),
         (["generate", "--prompt", "a", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         (["generate", "--prompt", "a", "--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
         (["generate", "--prompt", "a", "--backbone", "/nowhere"], "/nowhere: no such file or folder"),
@@ -338,9 +358,9 @@ def test_help_is_there_for_the_program_and_each_command(capsys):
         (["quickstart", "train.max_steps=0"], "train.max_steps: 0 is not possible"),
     ],
 )
-def test_a_wrong_command_line_is_named(capsys, tmp_path, monkeypatch, arguments, said):
+def test_a_wrong_command_line_is_named(capsys, config, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
-    assert_says(mistake(capsys, *arguments), said)
+    assert_says(mistake(capsys, *(config if argument == "{config}" else argument for argument in arguments)), said)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -495,14 +515,14 @@ def test_an_adapter_for_another_backbone_is_refused(capsys, folder, adapter, tmp
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--temperature", -1], "temperature: -1.0 is not possible"),
-        (["--temperature", "nan"], "temperature: nan is not possible"),
-        (["--top-k", -1], "top_k: -1 is not possible"),
-        (["--top-p", 0], "top_p: 0.0 is not possible"),
-        (["--seed", -1], "seed: -1 is not possible"),
-        (["--max-new-tokens", 0], "max_new_tokens: 0 is not possible"),
+        (["--temperature", -1], "temperature is -1.0"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top-k", -1], "top_k is -1"),
+        (["--top-p", 0], "top_p is 0.0"),
+        (["--seed", -1], "seed is -1"),
+        (["--max-new-tokens", 0], "max_new_tokens is 0"),
         (["--max-new-tokens", 1000], "2 tokens and max_new_tokens 1000 are more than the model's 512 positions"),
-        (["--stop", ""], "stop: .* is not possible"),
+        (["--stop", ""], r"stop is \('',\)"),
         (["--prompt", ""], "prompt is missing or empty"),
         (["--chat"], "the tokenizer has no chat template"),
     ],
@@ -540,7 +560,7 @@ def test_an_output_folder_that_holds_another_run_stays_as_it_is(capsys, folder, 
 
 def test_convert_refuses_a_folder_that_is_not_empty_and_a_broken_file(capsys, tmp_path):
     file = write_gguf(tmp_path / "m.gguf")
-    assert_says(mistake(capsys, "convert", file, tmp_path / "made"), "m.gguf: the tokenizer can't be built")
+    assert_says(mistake(capsys, "convert", file, tmp_path / "made"), "m.gguf: .*tokenizer")
     file.write_bytes(file.read_bytes()[:-40])
     assert_says(mistake(capsys, "convert", file, tmp_path / "made"), "not a whole GGUF file")
     file = bytes_gguf(tmp_path / "whole.gguf")

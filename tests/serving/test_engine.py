@@ -388,7 +388,7 @@ def test_lora_joins_where_the_bank_lets_it_and_the_engine_says_so(model, tenants
     engine = engine_of(model, bank)
     said = capsys.readouterr().err
     assert "engine: 3 slots of 40 tokens" in said and "methods that may join: para, lora" in said
-    assert "such rows fit into the" in said
+    assert "such slots fit into the" in said
     ids = [engine.submit(Request(prompt(i), name, 6)) for i, name in enumerate(["L", "A", None, "L"])]
     found = answers(engine)
     texts = generate(
@@ -418,7 +418,7 @@ def test_a_text_with_a_token_that_the_model_has_not_is_an_error_and_harms_no_oth
     engine = Engine(model, bank, grown, slots=SLOTS, max_length=LENGTH)
     wrong, right = engine.submit(Request("w20 <image>")), engine.submit(Request(prompt(1), max_new_tokens=2))
     found = answers(engine)
-    assert found[wrong, 0].finish_reason == "error" and "token id: 256" in found[wrong, 0].error
+    assert found[wrong, 0].finish_reason == "error" and "token id 256" in found[wrong, 0].error
     assert found[right, 0].finish_reason == "length"
 
 

@@ -215,7 +215,7 @@ def test_a_job_that_ends_early_leaves_the_engine_without_its_requests(folder, en
     engine.submit(Request("w20 w21", max_new_tokens=2, id="mine"))
     assert [one.id for one in engine.run()] == ["mine"]
     engine.submit(Request("w20 w21", max_new_tokens=2))
-    with pytest.raises(ValueError, match="engine: open requests"):
+    with pytest.raises(ValueError, match="engine: 1 requests"):
         run_job(engine, folder / "in.jsonl", tmp_path / "out.jsonl", Request(""))
 
 
@@ -431,26 +431,26 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
     bad = [
         ("not json", "not JSON"),
         ("[" * 100_000, "nested too deeply"),
-        ("[1]", "expected a JSON object, found list"),
+        ("[1]", "a JSON list"),
         (good | {"tenant": "C"}, "no tenant 'C'"),
         (good | {"temprature": 1}, "fields: ['temprature']"),
         (good | {"messages": []}, "either prompt"),
         ({"max_new_tokens": 2}, "either prompt"),
         (good | {"max_new_tokens": 99}, "2 tokens and max_new_tokens 99"),
-        (good | {"top_p": 2}, "top_p: 2"),
+        (good | {"top_p": 2}, "top_p is 2"),
         (good | {"prompt": "w20 \ud83d"}, "half a character"),
         (good | {"prompt": 5}, "prompt: 5"),
-        (good | {"temperature": 10**400}, "temperature: 1000"),
-        (good | {"n": 129}, "n: 129"),
-        (good | {"stop": ["a"] * 17}, "stop: number of texts: 17"),
-        (good | {"seed": -1}, "seed: -1"),
+        (good | {"temperature": 10**400}, "temperature is 1000"),
+        (good | {"n": 129}, "n is 129"),
+        (good | {"stop": ["a"] * 17}, "stop: 17 texts"),
+        (good | {"seed": -1}, "seed is -1"),
         (json.dumps(good)[:-1] + f', "stop": {nested}}}', "line: nested too deeply"),
     ]
     unusable = [
         (good | {"id": "\ud83d"}, "half a character"),
         (json.dumps(good)[:-1] + f', "id": {nested}}}', "id: nested too deeply"),
-        (json.dumps(good)[:-1] + ', "id": [1e999]}', "id: holds a number that is not finite"),
-        (good | {"id": "x" * 70_000}, "id: characters as JSON: 70002"),
+        (json.dumps(good)[:-1] + ', "id": [1e999]}', "id: a number in it is not finite"),
+        (good | {"id": "x" * 70_000}, "id: 70002 characters"),
     ]
     bad = [(line | {"id": [i, "é"]} if isinstance(line, dict) else line, error) for i, (line, error) in enumerate(bad)]
     count = len(bad) + len(unusable)
@@ -490,7 +490,7 @@ def test_a_tenant_of_the_bank_called_base_is_refused(folder, tmp_path):
     model = load_backbone(folder / "backbone")
     bank = AdapterBank.holding({"base": load_adapter(folder / "A", model.config)}, model.config)
     engine = Engine(model, bank, load_tokenizer(folder / "backbone"), slots=3, max_length=32)
-    with pytest.raises(ValueError, match="tenant: 'base'"):
+    with pytest.raises(ValueError, match="tenant 'base'"):
         run_job(engine, folder / "in.jsonl", tmp_path / "out.jsonl", Request(""))
 
 
@@ -652,7 +652,7 @@ def test_lines_without_a_tenant_take_the_one_of_the_command(folder, whole, tmp_p
     assert first[0]["text"] != first[1]["text"]
     capsys.readouterr()
     assert main([*plain, "--tenant", "A", "--tenant", "B"]) == 2
-    assert "--tenant: given 2 times; expected once: A, B, or base" in capsys.readouterr().err
+    assert "--tenant is given 2 times" in capsys.readouterr().err
 
 
 def test_an_empty_input_and_a_foreign_output_are_refused_before_anything_is_loaded(folder, tmp_path, capsys):
@@ -667,4 +667,4 @@ def test_an_empty_input_and_a_foreign_output_are_refused_before_anything_is_load
 
 def test_a_default_that_no_line_could_have_is_refused(folder, tmp_path, capsys):
     assert main([*command(folder, tmp_path / "out.jsonl"), "--top-p", "2"]) == 2
-    assert "top_p: 2.0 is not possible" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+    assert "top_p is 2.0" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
