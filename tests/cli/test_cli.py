@@ -177,7 +177,7 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
         (["a", "--output", "/nowhere/x.png"], "--output /nowhere/x.png: no such folder"),
     ],
 )
-def test_plot_names_what_it_can_not_draw(capsys, tmp_path, options, said):
+def test_plot_names_options_that_it_cannot_draw(capsys, tmp_path, options, said):
     given = [] if "--output" in options else ["--output", tmp_path / "x.png"]
     assert_says(mistake(capsys, "plot", *options, *given), said)
     assert list(tmp_path.iterdir()) == []
@@ -194,7 +194,7 @@ def test_generate_answers_each_prompt_as_the_library_does(folder, trained, capsy
     assert all(texts) and shown == "".join(f"> {p}\n{t}\n\n" for p, t in zip(prompts, texts, strict=True))
 
 
-def test_generate_of_one_prompt_prints_the_answer_alone_and_heeds_its_options(folder, capsys):
+def test_one_prompt_prints_only_the_answer_and_options_change_it(folder, capsys):
     greedy = [command(*generate_line(folder, *options)) or capsys.readouterr().out for options in ([], ["--top-k", 1])]
     assert greedy[0] == greedy[1] and greedy[0].startswith("w") and greedy[0].count("\n") == 1
     hot = ["--temperature", 5, "--seed"]
@@ -498,7 +498,7 @@ def spoil_other_backbone(adapter):
     ],
 )
 @pytest.mark.parametrize("name", ["generate", "evaluate"])
-def test_an_adapter_that_can_not_be_used_is_named(capsys, folder, config, adapter, name, spoil, said):
+def test_an_unusable_adapter_is_named(capsys, folder, config, adapter, name, spoil, said):
     spoil(adapter)
     line = generate_line(folder) if name == "generate" else ("evaluate", config)
     assert_says(mistake(capsys, *line, "--adapter", adapter), said)
@@ -571,9 +571,7 @@ def test_convert_refuses_a_folder_that_is_not_empty_and_a_broken_file(capsys, tm
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
-def test_a_disk_that_fills_up_while_saving_leaves_the_adapter_before_whole(
-    capsys, folder, config, tmp_path, monkeypatch
-):
+def test_a_full_disk_while_saving_keeps_the_previous_adapter(capsys, folder, config, tmp_path, monkeypatch):
     """The adapter of step 2 is written, and the disk is full at step 4: without validation data each is kept."""
     written = []
 
@@ -615,7 +613,7 @@ def test_the_version_is_that_of_the_package(capsys):
 
 
 @pytest.mark.parametrize("arguments", [("inspect", "{adapter}"), ("--help",), ("inspect", "{adapter}", "-u")])
-def test_output_that_nobody_reads_ends_a_command_without_a_word(adapter, arguments):
+def test_a_closed_output_ends_a_command_silently(adapter, arguments):
     """As `para-jax inspect ADAPTER | head -0`."""
     read, write = os.pipe()
     os.close(read)
@@ -637,7 +635,7 @@ def test_another_broken_pipe_is_an_error(capsys, monkeypatch, config):
 
 
 @pytest.mark.parametrize("text", ["\x1b]0;owned\x07 \x9b31m \u202e", "x" * 10**6])
-def test_an_error_is_short_and_has_no_character_that_a_terminal_acts_on(capsys, config, tmp_path, text):
+def test_an_error_is_short_and_escapes_terminal_characters(capsys, config, tmp_path, text):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": text, "r": text, text: text}))
@@ -648,7 +646,7 @@ def test_an_error_is_short_and_has_no_character_that_a_terminal_acts_on(capsys, 
         assert len(said) < 9000 and all(c.isprintable() or c == "\n" for c in said), line
 
 
-def test_inspect_shows_what_others_wrote_without_characters_that_a_terminal_acts_on(capsys, adapter):
+def test_inspect_escapes_terminal_characters_in_foreign_text(capsys, adapter):
     file = adapter / "adapter_config.json"
     found = json.loads(file.read_text())
     found["base_model_name_or_path"] = "\x1b]0;owned\x07\nbackbone   trusted"
