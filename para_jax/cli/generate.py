@@ -121,10 +121,11 @@ def load(options, sources: dict[str, str]) -> tuple:
 
 
 def sampling_of(options) -> dict:
-    """Arguments of generate and Request."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    stop = tuple(shared.with_newlines(text) for text in options.stop)
-    return {name: getattr(options, name) for name in names} | {"stop": stop}
+    """The options of `sampling`, checked, as arguments of generate and Request."""
+    from ..inference.sampling import Sampling
+
+    stop = [shared.with_newlines(text) for text in options.stop]
+    return vars(Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed, stop))
 
 
 def answer_prompts(options, model, tokenizer, adapters, tenants) -> None:

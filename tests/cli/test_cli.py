@@ -314,6 +314,13 @@ def test_the_help_of_generate_groups_its_options_and_shows_their_defaults(capsys
     assert "(default: 64)" in shown and "(default: smollm2-135m)" in shown
 
 
+def test_help_imports_no_slow_package():
+    code = "import sys; from para_jax.cli import parser; parser().format_help(); print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    slow = {"transformers", "tokenizers", "orbax", "grain", "tensorflow_datasets", "lm_eval", "matplotlib", "torch"}
+    assert not slow & set(run.stdout.split())
+
+
 def parser_of(name):
     return next(action for action in parser()._actions if action.dest == "command").choices[name]
 
@@ -327,7 +334,7 @@ def parser_of(name):
         ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'.*quickstart.*train"),
         (["train"], "required: CONFIG"),
-        (["train", "run.yaml", "--fast"], "unknown argument '--fast'"),
+        (["train", "run.yaml", "--fast"], "para-jax train: .*unknown argument '--fast'\nsee para-jax train --help"),
         (["train", "nowhere.yaml"], "config nowhere.yaml: no such file"),
         (["generate"], "--prompt TEXT, or --input FILE with --output FILE"),
         (["generate", "--input", "a.jsonl"], "--input FILE with --output FILE"),
