@@ -441,16 +441,16 @@ GOOD = '{"prompt": "w20", "completion": "w9"}\n'
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "the data set is empty"),
-        (" \n\n", "the data set is empty"),
-        (GOOD + '{"prompt": "w20",\n', "rows.jsonl:2: the line is not JSON"),
-        (GOOD + GOOD + "[1]\n", "rows.jsonl:3: expected a JSON object, found list"),
-        (GOOD + '{"completion": "w9"}', "rows.jsonl:2: no field 'prompt'.* there are: completion"),
-        (GOOD + '{"prompt": "w20"}', "rows.jsonl:2: no field 'completion'.* there are: prompt"),
-        (GOOD + '{"prompt": " ", "completion": "w9"}', "rows.jsonl:2: prompt is empty"),
-        (GOOD + '{"prompt": "w20", "completion": ""}', "rows.jsonl:2: completion is empty"),
-        (GOOD + '{"prompt": "w20", "completion": 5}', "rows.jsonl:2: completion: expected text"),
-        (b"\xff\xff\n", "rows.jsonl:1: the line is not JSON"),
+        ("", "empty"),
+        (" \n\n", "empty"),
+        (GOOD + '{"prompt": "w20",\n', "rows.jsonl:2: .*JSON"),
+        (GOOD + GOOD + "[1]\n", "rows.jsonl:3: .*list"),
+        (GOOD + '{"completion": "w9"}', "rows.jsonl:2: .*'prompt'.*completion"),
+        (GOOD + '{"prompt": "w20"}', "rows.jsonl:2: .*'completion'.*prompt"),
+        (GOOD + '{"prompt": " ", "completion": "w9"}', "rows.jsonl:2: .*prompt.*empty"),
+        (GOOD + '{"prompt": "w20", "completion": ""}', "rows.jsonl:2: .*completion.*empty"),
+        (GOOD + '{"prompt": "w20", "completion": 5}', "rows.jsonl:2: .*completion.*text"),
+        (b"\xff\xff\n", "rows.jsonl:1: .*JSON"),
     ],
 )
 @pytest.mark.parametrize("name", ["train", "inspect"])
@@ -470,7 +470,7 @@ def test_a_truncated_backbone_is_named(capsys, folder, config, tmp_path, command
     file.write_bytes(file.read_bytes()[:-100])
     at = f"backbone.source={broken}", f"output_dir={tmp_path / 'run'}"
     line = generate_line(folder, "--backbone", broken) if command_name == "generate" else (command_name, config, *at)
-    assert_says(mistake(capsys, *line), "model.safetensors: truncated")
+    assert_says(mistake(capsys, *line), "model.safetensors")
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -497,11 +497,11 @@ def spoil_other_backbone(adapter):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (spoil_truncated, f"{WEIGHTS}: truncated"),
-        (spoil_not_finite, r"NaN or infinite values: .*layers\.1\.para_up\.weight"),
-        (spoil_pickle_only, r"weights only as a pickle \(adapter_model.bin\).*\nsafetensors.torch.save_file"),
-        (spoil_other_backbone, "for another backbone: it has num_layers 4, not 3"),
-        (shutil.rmtree, "adapter: no such file or folder"),
+        (spoil_truncated, WEIGHTS),
+        (spoil_not_finite, r"layers\.1\.para_up\.weight"),
+        (spoil_pickle_only, r"adapter_model.bin.*safetensors.torch.save_file"),
+        (spoil_other_backbone, "num_layers.* 4.* 3"),
+        (shutil.rmtree, "adapter"),
     ],
 )
 @pytest.mark.parametrize("name", ["generate", "evaluate"])
@@ -516,7 +516,7 @@ def test_an_adapter_for_another_backbone_is_refused(capsys, folder, adapter, tmp
     for name in ("config.json", "model.safetensors"):
         shutil.copy(FIXTURES / "qwen3" / name, other)
     said = mistake(capsys, *generate_line(folder, "--backbone", other, "--adapter", adapter))
-    assert_says(said, "for another backbone: it has model_type llama, not qwen3")
+    assert_says(said, "model_type.*llama.*qwen3")
 
 
 @pytest.mark.parametrize(
@@ -557,11 +557,11 @@ def test_a_hub_id_without_the_hub_is_named_with_what_to_do(capsys, folder, confi
 def test_an_output_folder_that_holds_another_run_stays_as_it_is(capsys, folder, config, trained):
     before = contents(trained)
     said = mistake(capsys, "train", config, "train.learning_rate=1e-3")
-    assert_says(said, r"holds another run, which differs in train.learning_rate \(0.03 there, 0.001 here\)")
+    assert_says(said, "train.learning_rate.*0.03.*0.001")
     assert contents(trained) == before
     data = contents(folder / "data")
-    assert_says(mistake(capsys, "train", config, f"output_dir={folder / 'data'}"), "holds something else than a run")
-    assert_says(mistake(capsys, "train", config, f"output_dir={config}"), "holds something else than a run")
+    assert_says(mistake(capsys, "train", config, f"output_dir={folder / 'data'}"), str(folder / "data"))
+    assert_says(mistake(capsys, "train", config, f"output_dir={config}"), str(config))
     assert contents(folder / "data") == data
 
 
@@ -593,7 +593,7 @@ def test_a_full_disk_while_saving_keeps_the_previous_adapter(capsys, folder, con
     with monkeypatch.context() as patch:
         patch.setattr(para_jax.adapters.folder, "os", SimpleNamespace(**{**vars(os), "fsync": fsync}))
         said = mistake(capsys, "train", config, f"output_dir={run}", data, "eval.test=false")
-    assert_says(said, r"adapter: not saved \(No space left on device\); what was there before is unchanged")
+    assert_says(said, "adapter.*No space left on device")
     assert "Trained for 2 steps" in (run / "adapter" / "README.md").read_text()
     held = [".lock", "adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
     assert sorted(path.name for path in run.iterdir()) == held
