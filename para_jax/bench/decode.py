@@ -70,54 +70,49 @@ def bench_decode(
     banks = {m: bank_of(model, config, max(bank, largest) if m == "PARA" else largest) for m, config in METHODS.items()}
     single = bank_of(model, METHODS["PARA"], 1)
     read, order = read_test(model), np.random.default_rng(0)
-    walls: list[dict[str, float]] = [{} for _ in range(rounds)]
-    cpus: list[dict[str, float]] = [{} for _ in range(rounds)]
-    bandwidth: list[dict[str, float]] = [{} for _ in range(rounds)]
-    alone: list[dict[str, float]] = [{} for _ in range(rounds)]
-    ratios, cpu_ratios, byte_ratios, checked, gigabytes, points = {}, {}, {}, {}, {}, {}
+    wall, cpu, bandwidth, products = ([{} for _ in range(rounds)] for _ in range(4))
+    about: dict[str, dict] = {"ratios": {}, "byte_ratios": {}, "cpu_ratios": {}, "checked": {}}
+    about |= {"gigabytes": {}, "sides": {}}
     for count in rows:
         steps: dict[str, Step] = {}
         for side in sides_of(model, banks, single, count):
             step = steps[side.name] = Step(model, side, context)
-            base, *_ = steps
-            checked[side.name] = step.check(steps[base])
+            base, *_ = steps  # the first side
+            about["checked"][side.name] = step.check(steps[base])
+            about["gigabytes"][side.name] = step.nbytes / 1e9
             step.side = side._replace(adapters=None)  # frees gigabytes of LoRA's matrices, which decode does not need
+            about["sides"][side.name] = step.side._asdict()
         jax.clear_caches()
-        gigabytes |= {name: step.nbytes / 1e9 for name, step in steps.items()}
-        points |= {name: step.side._asdict() for name, step in steps.items()}
         multiply = products_test(model, count)
-        cache = steps[base].prefill(context)[1].cache  # one for all sides: a step leaves it as long as it was
+        cache = steps[base].prefill(context)[1].cache  # one for all sides: a step does not change its length
         for step in steps.values():
             cache = step(cache)[2]  # compiles
-        for wall, cpu, reads, products in zip(walls, cpus, bandwidth, alone, strict=True):
-            reads[base], products[base] = read(), multiply()
+        for i in range(rounds):
+            bandwidth[i][base], products[i][base] = read(), multiply()
             for name in order.permutation(list(steps)):
-                wall[name], cpu[name], cache = steps[name](cache)
+                wall[i][name], cpu[i][name], cache = steps[name](cache)
         for name in list(steps)[1:]:
-            ratios[f"{name} / base"] = paired(walls, name, base)
-            cpu_ratios[f"{name} / base"] = paired(cpus, name, base)
-            byte_ratios[f"{name} / base"] = steps[name].nbytes / steps[base].nbytes
-    of_read = [
-        {n: gigabytes[n] / wall[n] * 1e3 / reads[n] for n in reads}
-        for wall, reads in zip(walls, bandwidth, strict=True)
-    ]
-    return summary("ms", walls) | {
-        "ratios": ratios,
-        "byte_ratios": byte_ratios,
-        "cpu_ratios": cpu_ratios,
-        "cpu_medians": medians(cpus),
-        "checked": checked,
-        "context_tokens": context,
-        "bank": bank,
-        "gigabytes": gigabytes,
-        "sides": points,
-        "read_gigabytes_a_second": medians(bandwidth),
-        "share_of_read": medians(of_read),
-        "matrix_products_ms": medians(alone),
-        "share_of_matrix_products": medians(
-            [{n: part[n] / wall[n] for n in part} for part, wall in zip(alone, walls, strict=True)]
-        ),
-    }
+            about["ratios"][f"{name} / base"] = paired(wall, name, base)
+            about["cpu_ratios"][f"{name} / base"] = paired(cpu, name, base)
+            about["byte_ratios"][f"{name} / base"] = steps[name].nbytes / steps[base].nbytes
+    of_read, of_wall = [], []
+    for i in range(rounds):
+        gigabytes_per_second = {n: about["gigabytes"][n] / wall[i][n] * 1e3 for n in bandwidth[i]}
+        of_read.append({n: rate / bandwidth[i][n] for n, rate in gigabytes_per_second.items()})
+        of_wall.append({n: part / wall[i][n] for n, part in products[i].items()})
+    return (
+        summary("ms", wall)
+        | about
+        | {
+            "cpu_medians": medians(cpu),
+            "context_tokens": context,
+            "bank": bank,
+            "read_gigabytes_a_second": medians(bandwidth),
+            "share_of_read": medians(of_read),
+            "matrix_products_ms": medians(products),
+            "share_of_matrix_products": medians(of_wall),
+        }
+    )
 
 
 def sides_of(model, banks: dict[str, AdapterBank], single: AdapterBank, rows: int) -> Iterator[Side]:
