@@ -18,7 +18,7 @@ MANY_ALONE = (
 
 def add(commands) -> None:
     text = "score an adapter on a config's test data, or with --backbone many on many tasks"
-    example = "--backbone smollm2-135m --adapters runs/sst2/adapter --tasks data/sst2:accuracy"
+    example = "--backbone smollm2-135m --adapters runs/mine/adapter --tasks data/sst2 hellaswag"
     parents = [shared.precision(), shared.runtime()]
     parser = shared.add_command(commands, "evaluate", text, example, parents)
     parser.add_argument("config", type=shared.place, nargs="?", help="of a run; or --backbone, --adapters and --tasks")

@@ -9,7 +9,7 @@ from .names import BASE, adapters_of, named_adapters, tenants_of_prompts
 
 def add(commands) -> None:
     text = "answer prompts in one batch, or a file of requests"
-    example = "--adapters runs/acme/adapter runs/bolt/adapter --tenant acme --prompt 'hello'"
+    example = "--adapters runs/mine/adapter runs/other/adapter --tenant mine --prompt 'A fine film.'"
     parents = [requests(), shared.sampling(), shared.backbone(), shared.precision(), shared.runtime()]
     shared.add_command(commands, "generate", text, example, parents).set_defaults(run=run)
 

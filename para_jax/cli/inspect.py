@@ -10,7 +10,7 @@ LONGEST_LINE = 4000  # characters of a report's line
 
 def add(commands) -> None:
     text = "show an adapter folder, a run folder, or a config's data as tokens"
-    parser = shared.add_command(commands, "inspect", text, "runs/sst2/adapter")
+    parser = shared.add_command(commands, "inspect", text, "runs/mine/adapter")
     parser.add_argument("target", type=shared.place, metavar="TARGET", help="a folder, or with --data a config")
     parser.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=shared.RUN_FIELDS)
     parser.add_argument(

@@ -7,7 +7,7 @@ from . import options as shared
 
 def add(commands) -> None:
     text = "lm-eval's own command line, with the model `para` (backbone=..., adapter=...)"
-    example = "run --model para --model_args backbone=smollm2-135m,adapter=runs/sst2/adapter --tasks piqa"
+    example = "--tasks hellaswag --model_args backbone=smollm2-135m,adapter=runs/mine/adapter"
     shared.add_command(commands, "lm-eval", text, example).set_defaults(run=run)
 
 

@@ -7,7 +7,7 @@ from . import options as shared
 
 def add(commands) -> None:
     text = "draw learning curves of runs, the factors of prompts, or how much factors differ"
-    example = "runs/sst2 runs/rte --output curves.png"
+    example = "runs/mine runs/other --output runs/curves.png"
     parents = [shared.backbone(), shared.dtype(), shared.runtime()]
     parser = shared.add_command(commands, "plot", text, example, parents)
     parser.add_argument("runs", nargs="*", type=shared.place, metavar="RUN", help="run folders: their learning curves")

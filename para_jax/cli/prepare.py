@@ -7,7 +7,7 @@ from . import options as shared
 
 def add(commands) -> None:
     text = "download a public data set for data.train=tfds:NAME"
-    parser = shared.add_command(commands, "prepare", text, "tfds:ag_news_subset --data-dir data")
+    parser = shared.add_command(commands, "prepare", text, "tfds:glue/sst2")
     parser.add_argument(
         "source", metavar="SOURCE", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets"
     )
