@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"base": "black", "PARA": "tab:green", "(IA)^3": "tab:blue"}
-#: Columns of a heat map: the units of a site, sorted by their factor, as so many averages.
+#: Columns of a heat map: the units of a site are sorted by their factor, and averaged to this many values.
 BINS = 48
 FORMATS = (".png", ".pdf", ".svg")
-#: Beyond it matplotlib's axes overflow.
+#: Matplotlib's axes overflow beyond this value.
 LARGEST = 1e30
 
 
@@ -45,14 +45,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, file: str | Path) -> None:
-    """Writes the figure; the file's suffix, one of FORMATS, says how. What is there before stays whole."""
+    """Writes the figure in the format of the file's suffix, one of FORMATS. Replaces an old file atomically."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format=expanded(file).suffix.removeprefix("."), dpi=120)
     atomic.write_bytes(expanded(file), drawn.getvalue())
 
 
 def plain(text: str) -> str:
-    """A text whose dollars matplotlib draws as dollars, and not as mathematics."""
+    """A text with its dollars escaped, which matplotlib would read as mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -88,7 +88,7 @@ def curves_plot(folders: Sequence[str | Path]) -> Figure:
             )
     panels[0].plot([], [], color="grey", label="training, smoothed")
     panels[0].plot([], [], color="grey", marker="o", markersize=4, linestyle="--", label="validation")
-    panels[0].set_ylabel("loss (nats a token)")
+    panels[0].set_ylabel("loss (nats per token)")
     panels[0].set_yscale("log")
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].set_title("Learning curves; bars are one standard error", fontsize=10)
@@ -102,7 +102,7 @@ def curves_plot(folders: Sequence[str | Path]) -> Figure:
 
 
 def run_names(folders: Sequence[str | Path]) -> list[str]:
-    """The folders' own names, or their whole paths where two would be the same."""
+    """The folders' own names, or their paths if two names are equal."""
     names = [expanded(folder).resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
@@ -110,7 +110,7 @@ def run_names(folders: Sequence[str | Path]) -> list[str]:
 def read_run(folder: str | Path) -> list[dict]:
     file = expanded(folder) / "metrics.jsonl"
     if not is_log(file):
-        raise ValueError(f"{folder}: no run is there (metrics.jsonl); expected the output_dir of `para-jax train`")
+        raise ValueError(f"{folder}: no run is there (metrics.jsonl); give the output_dir of `para-jax train`")
     rows = list(read_metrics(file))
     if not any("loss" in row for row in rows):
         raise ValueError(f"{file}: no training step is there yet")
@@ -118,13 +118,13 @@ def read_run(folder: str | Path) -> list[dict]:
 
 
 def series(rows: list[dict], name: str) -> tuple[list, list]:
-    """The steps and values at which a run logged one thing; NaN, a gap, for a value beyond what a picture shows."""
+    """The steps at which a run logged `name`, and the values; NaN (a gap) for a value too large to draw."""
     held = [(row["step"], float(row[name])) for row in rows if name in row]
     return [step for step, _ in held], [value if abs(value) < LARGEST else np.nan for _, value in held]
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """Each value averaged with those around it, a tenth of them all; fewer at both ends, so that no end is bent."""
+    """Each value averaged with its neighbours, a tenth of all values; fewer at both ends, so that no end is bent."""
     held, last = np.asarray(values), len(values) - 1
     reach = [min(len(held) // 20, i, last - i) for i in range(len(held))]
     return np.array([held[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
@@ -133,25 +133,25 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- factors
 
 
-def factors_plot(made: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Figure:
-    """The factors of one prompt, or of two and their difference, as heat maps: layers down, and across the units of a
-    site, sorted by what is shown. Colour is l - 1, white at 0, and one scale for all maps: where the difference is as
-    strong as the factors themselves, they depend on the prompt.
+def factors_plot(factors: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Figure:
+    """The factors of one prompt, or of two and their difference, as heat maps: layers down, the units of a site across,
+    sorted by value. Colour is l - 1, white at 0, with one scale for all maps: where the difference is as strong as the
+    factors themselves, they depend on the prompt.
 
     Args:
-        made: a prompt's name to its factors l, {site: [layers, site width]}.
+        factors: a prompt's name to its factors l, {site: [layers, site width]}.
     """
-    shown = {name: {site: values - 1 for site, values in factors.items()} for name, factors in made.items()}
-    if len(shown) == 2:
-        (a, first), (b, second) = shown.items()
-        shown[f"{a} − {b}"] = {site: first[site] - second[site] for site in first}
-    sites = list(next(iter(shown.values())))
-    binned = {name: {site: sorted_bins(values) for site, values in maps.items()} for name, maps in shown.items()}
-    scale = max(np.quantile(abs(bins), 0.98) for maps in binned.values() for bins in maps.values()) or 1e-9
-    figure = new_figure(1.2 + 2.6 * len(sites), 0.9 + 2.7 * len(shown))
-    grid = figure.subplots(len(shown), len(sites), squeeze=False, sharex=True, sharey=True)
-    for axes_row, (name, maps) in zip(grid, binned.items(), strict=True):
-        for axes, (site, bins) in zip(axes_row, maps.items(), strict=True):
+    maps = {name: {site: values - 1 for site, values in sites.items()} for name, sites in factors.items()}
+    if len(maps) == 2:
+        (a, first), (b, second) = maps.items()
+        maps[f"{a} − {b}"] = {site: first[site] - second[site] for site in first}
+    sites = list(next(iter(maps.values())))
+    binned = {name: {site: sorted_bins(values) for site, values in of_name.items()} for name, of_name in maps.items()}
+    scale = max(np.quantile(abs(bins), 0.98) for of_name in binned.values() for bins in of_name.values()) or 1e-9
+    figure = new_figure(1.2 + 2.6 * len(sites), 0.9 + 2.7 * len(maps))
+    grid = figure.subplots(len(maps), len(sites), squeeze=False, sharex=True, sharey=True)
+    for axes_row, (name, of_name) in zip(grid, binned.items(), strict=True):
+        for axes, (site, bins) in zip(axes_row, of_name.items(), strict=True):
             image = axes.imshow(
                 bins,
                 cmap="RdBu_r",
@@ -161,7 +161,7 @@ def factors_plot(made: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Fi
                 interpolation="nearest",
                 extent=(0, 100, len(bins) - 0.5, -0.5),
             )
-            size = root_mean_square(shown[name][site].ravel())
+            size = root_mean_square(maps[name][site].ravel())
             axes.set_title(f"{site}, rms {size:.3g}", fontsize=8)
         axes_row[0].set_ylabel(f"{name}\nlayer", fontsize=9)
     for axes in grid[-1]:
@@ -172,16 +172,16 @@ def factors_plot(made: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Fi
 
 
 def sorted_bins(values: np.ndarray) -> np.ndarray:
-    """Each layer's values sorted, and averaged over BINS (or as many as there are) parts of equal size."""
+    """Each layer's values, sorted and averaged over BINS parts of equal size (fewer for fewer values)."""
     ordered = np.sort(values, axis=1)
     parts = np.array_split(ordered, min(BINS, values.shape[1]), axis=1)
     return np.stack([part.mean(axis=1) for part in parts], axis=1)
 
 
 def spread_plot(spreads: Mapping[str, Spread], title: str) -> Figure:
-    """How much factors differ from prompt to prompt, over the layers: a column a site, a colour an adapter. Above, the
-    spread over prompts as a multiple of the size of what all prompts share; below, both of them, since a layer whose
-    factors are all near 1 may have any multiple."""
+    """How much factors differ from prompt to prompt, over the layers: a column per site, a colour per adapter. The
+    upper row shows the spread over prompts relative to the part that all prompts share. The lower row shows both,
+    because the ratio means little in a layer with factors near 1."""
     sites = list(dict.fromkeys(site for spread in spreads.values() for site in spread.size))
     figure = new_figure(1 + 2.8 * len(sites), 5.4)
     grid = figure.subplots(2, len(sites), squeeze=False, sharex=True, sharey="row")
@@ -240,7 +240,7 @@ def decode_plot(record: dict, file: str | Path) -> None:
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"different tenants in a batch of {rows} rows")
-    axes.set_ylabel("milliseconds a decode step")
+    axes.set_ylabel("milliseconds per decode step")
     axes.set_title(f"{record['context_tokens']} tokens of context; {record['device']}", fontsize=8)
     axes.legend()
     save(figure, file)

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from para_jax import ParaConfig, load_backbone, load_tokenizer
 from para_jax.bench.decode import Side, Step, bank_of
+from para_jax.bench.record import new_record, report
 from para_jax.bench.rounds import interleaved, paired, random_tokens, summary
-from para_jax.devices import describe_devices, versions
+from para_jax.devices import versions
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 
@@ -30,7 +31,7 @@ PAUSE = 0.4  # seconds before each step, so that the previous side's threads sto
 
 
 class Torch:
-    """Torch's decode steps, in a process of its own."""
+    """Torch's decode steps, in a separate process."""
 
     def __init__(self, python: str, folder: str, tokens):
         given = json.dumps({"tokens": tokens.tolist(), "tenants": TENANTS})
@@ -78,17 +79,14 @@ def main():
     peers = [(rows, which, n) for rows, which in ((1, "base"), (ROWS, "base"), (ROWS, "mixed")) for n in (1, 2)]
     sides = {name: lambda name=name: paused(name) for name in steps}
     sides |= {f"torch {w}, {r} rows, {n} threads": lambda r=r, w=w, n=n: torch.step(n, r, w) for r, w, n in peers}
-    found = summary("ms a step", interleaved(sides, args.rounds))
+    found = summary("ms per step", interleaved(sides, args.rounds))
 
     def ratio(side: str, peer: str) -> float:  # to the better number of threads
         names = [f"torch {peer}, {n} threads" for n in (1, 2)]
         return paired(found["rounds"], side, min(names, key=found["medians"].__getitem__))
 
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": describe_devices(),
+    more = {
         "versions": versions() | torch.versions,
-        **found,
         "ratios": {
             "base / torch, 1 row": ratio("base, 1 rows", "base, 1 rows"),
             f"base / torch, {ROWS} rows": ratio(f"base, {ROWS} rows", f"base, {ROWS} rows"),
@@ -99,9 +97,8 @@ def main():
         "same_tokens": {n: steps[f"base, {n} rows"].chosen.tolist() == torch.chosen[n, "base"] for n in (1, ROWS)},
         "context_tokens": args.context,
     }
-    print(json.dumps({key: report[key] for key in ("medians", "ratios", "same_tokens")}, indent=2))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    report(new_record(shlex.join(["python", *sys.argv]), found | more), args.output)
+    print(f"the same tokens as torch: {more['same_tokens']}")
 
 
 if __name__ == "__main__":

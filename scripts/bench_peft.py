@@ -22,10 +22,11 @@ import jax
 import numpy as np
 
 from para_jax import ParaConfig, init_adapter, load_backbone, load_tokenizer
+from para_jax.bench.record import new_record, report
 from para_jax.bench.rounds import interleaved, random_tokens, summary
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
-from para_jax.devices import describe_devices, versions
+from para_jax.devices import versions
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 from para_jax.training.step import init_state, train_step
@@ -94,21 +95,16 @@ def main():
     para = Para(model, tokens)
     variants = [(method, logits, threads) for method in peers for logits in ("plain", "kept") for threads in (1, 2)]
     sides = {f"{m} {logits} {n}": lambda m=m, logits=logits, n=n: peers[m].step(n, logits) for m, logits, n in variants}
-    found = summary("s a step", interleaved({"para": para.step} | sides, args.rounds))
+    found = summary("s per step", interleaved({"para": para.step} | sides, args.rounds))
     seconds = found["medians"]
     best = {f"{m} {logits}": min(seconds[f"{m} {logits} {n}"] for n in (1, 2)) for m, logits, _ in variants}
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": describe_devices(),
+    more = {
         "versions": versions() | peers["lora"].versions,
-        **found,
         "ratios": {f"para / {peer}": seconds["para"] / value for peer, value in best.items()},
         "first_loss": {"para": para.losses[0]} | {method: peer.losses[0] for method, peer in peers.items()},
     }
-    for key in ("medians", "ratios", "first_loss"):
-        print(*(f"{name:<20} {value:.3f}" for name, value in report[key].items()), "", sep="\n")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    report(new_record(shlex.join(["python", *sys.argv]), found | more), args.output)
+    print(f"first loss: {more['first_loss']}")
 
 
 if __name__ == "__main__":

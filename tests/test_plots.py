@@ -1,4 +1,4 @@
-"""Pictures hold what they are said to show; how they look was judged by eye."""
+"""Figures contain the data that they claim to show; their looks were judged by eye."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ SITES = ("q_proj", "v_proj")
 
 
 def run(folder, *, metric="accuracy", steps=20, slope=-0.01):
-    """A run folder whose loss falls on a line, scored at two steps."""
+    """A run folder: the loss falls linearly, with scores at two steps."""
     folder.mkdir(parents=True)
     rows = [{"step": i, "loss": 1 + slope * i, "grad_norm": 1.0} for i in range(1, steps + 1)]
     rows += [
@@ -42,10 +42,10 @@ def test_smoothing_leaves_a_line_as_it_is_and_calms_what_jumps(count):
     assert len(smoothed(noise)) == count and (count < 20 or smoothed(noise).std() < noise.std())
 
 
-def test_learning_curves_show_each_run_s_losses_and_scores_at_their_steps(tmp_path):
+def test_learning_curves_show_losses_and_scores_at_their_steps(tmp_path):
     figure = curves_plot([run(tmp_path / "a"), run(tmp_path / "b", slope=-0.02)])
     loss, accuracy = figure.axes
-    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("loss (nats a token)", "validation accuracy")
+    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("loss (nats per token)", "validation accuracy")
     assert accuracy.get_xlabel() == "optimiser step"
     assert [text.get_text() for text in loss.get_legend().get_texts()][:2] == ["a", "b"]
     raw, calm, validation = lines(loss)[:3]
@@ -55,7 +55,7 @@ def test_learning_curves_show_each_run_s_losses_and_scores_at_their_steps(tmp_pa
     np.testing.assert_array_equal(lines(accuracy)[0], [[10, 0.1], [20, 0.2]])
 
 
-def test_runs_of_different_metrics_have_a_panel_each_and_equal_names_are_told_apart(tmp_path):
+def test_each_metric_has_a_panel_and_runs_of_equal_names_stay_apart(tmp_path):
     figure = curves_plot([run(tmp_path / "a" / "run"), run(tmp_path / "b" / "run", metric="f1")])
     assert [axes.get_ylabel() for axes in figure.axes[1:]] == ["validation accuracy", "validation f1"]
     named = [text.get_text() for text in figure.axes[0].get_legend().get_texts()][:2]
@@ -114,13 +114,13 @@ def test_two_prompts_and_their_difference_have_one_colour_scale_around_zero():
     assert "Factors of x" in figure.get_suptitle() and figure.axes[4].get_ylabel().startswith("A − B")
 
 
-def test_one_prompt_has_a_map_a_site_and_a_fresh_adapter_s_maps_are_blank():
+def test_one_prompt_has_a_map_per_site_and_a_fresh_adapter_blank_maps():
     figure = factors_plot({"A": {site: np.ones((3, 8), np.float32) for site in SITES}}, "t")
     images = [axes.images[0] for axes in figure.axes if axes.images]
     assert len(images) == len(SITES) and all((image.get_array() == 0).all() for image in images)
 
 
-def test_the_spread_is_drawn_over_the_layers_a_column_a_site_and_a_colour_an_adapter():
+def test_the_spread_has_a_column_per_site_and_a_colour_per_adapter():
     size, spread = ({site: np.array([0.5, 0.2, 0.1]) * k for site in SITES} for k in (1, 0.3))
     figure = spread_plot({"raw": Spread(size, spread, 9), "rms": Spread(size, size, 9)}, "t")
     assert len(figure.axes) == 4 and [axes.get_title() for axes in figure.axes[:2]] == list(SITES)
@@ -132,7 +132,7 @@ def test_the_spread_is_drawn_over_the_layers_a_column_a_site_and_a_colour_an_ada
     assert named[0].startswith("raw: spread") and named[-1].startswith("rms: shared")
 
 
-def test_an_adapter_has_one_colour_and_one_legend_entry_whichever_sites_it_has():
+def test_an_adapter_has_one_colour_and_one_legend_entry():
     q, v, both = ({site: np.array([0.5, 0.2]) for site in sites} for sites in (SITES[:1], SITES[1:], SITES))
     spreads = {name: Spread(size, size, 9) for name, size in {"q": q, "v": v, "both": both}.items()}
     figure = spread_plot(spreads, "t")

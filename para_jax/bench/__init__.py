@@ -14,12 +14,12 @@ from pathlib import Path
 
 from .. import devices
 from ..config import RuntimeSection, shorten
-from ..inspect import check_record_file, write_record
+from ..inspect import check_record_file
 from ..plots import FORMATS, decode_plot
-from ..table import table
 from .decode import bench_decode
 from .evaluate import bench_evaluate
 from .load import bench_load
+from .record import new_record, report
 from .sampling import bench_sampling
 from .serve import bench_serve
 from .tenants import bench_tenants
@@ -52,20 +52,11 @@ def run(name: str, backbone: str = "smollm2-135m", output: str | Path | None = N
         if file.suffix in FORMATS:
             raise ValueError(f"--output {file} is a picture; give a .json file, and the picture is drawn next to it")
     devices.start(RuntimeSection(compilation_cache=False, allow_cpu=True))
-    measured = BENCHMARKS[name](backbone, **options)
-    record = {
-        "command": command_line(name, backbone, options),
-        "device": devices.describe_devices(),
-        "versions": devices.versions(),
-        **measured,
-    }
-    print(table(rows_of(measured), left=(0, 1)))
-    if file is not None:
-        write_record(file, record)
-        print(f"wrote {file}")
-        if "sides" in record and find_spec("matplotlib"):
-            decode_plot(record, file.with_suffix(".png"))
-            print(f"wrote {file.with_suffix('.png')}")
+    record = new_record(command_line(name, backbone, options), BENCHMARKS[name](backbone, **options))
+    report(record, file)
+    if file is not None and "sides" in record and find_spec("matplotlib"):
+        decode_plot(record, file.with_suffix(".png"))
+        print(f"wrote {file.with_suffix('.png')}")
     return record
 
 
@@ -89,24 +80,3 @@ def command_line(name: str, backbone: str, options: dict) -> str:
         text = ",".join(map(str, value)) if isinstance(value, tuple) else value
         words.append(f"--{option}" if value is True else f"--{option} {text}")
     return " ".join(words)
-
-
-def rows_of(measured: dict) -> list[tuple[str, str]]:
-    """A record as the rows of a table."""
-    rows = [(name, f"{value:.1f} {measured['unit']}") for name, value in measured["medians"].items()]
-    byte_ratios = measured.get("byte_ratios", {})
-    for name, value in measured.get("ratios", {}).items():
-        rows.append((name, f"{value:.3f}" + (f"   bytes {byte_ratios[name]:.3f}" if byte_ratios else "")))
-    rows += [(f"{name}: equal texts", f"{value:.3f}") for name, value in measured.get("equal_texts", {}).items()]
-    for method, values in measured.get("latencies_ms", {}).items():
-        rows += [(f"{method}: {name}", f"{value:.0f} ms") for name, value in values.items()]
-    for name, value in measured.get("prefill", {}).get("medians", {}).items():
-        rows.append((f"prefill of {name}", f"{value:.0f} ms"))
-    for name, value in measured.get("share_of_read", {}).items():
-        rows.append((f"{name}: bytes per second, relative to a read test", f"{value:.2f}"))
-    for name, value in measured.get("share_of_matrix_products", {}).items():
-        rows.append((f"{name}: its matrix products alone", f"{value:.2f} of its time"))
-    if "within_limit" in measured:
-        limit = f"within the weights + {measured['limit_above_weights']:.0f} MB"
-        rows.append((limit, "yes" if measured["within_limit"] else "no"))
-    return rows

@@ -1,7 +1,7 @@
-"""`para-jax bench decode`: what one decode step costs with many tenants, by method, beside the plain backbone.
+"""`para-jax bench decode`: the cost of one decode step with many tenants, by method, compared with the plain backbone.
 
-The step is the compiled one that generate uses. All sides stand at the same context and make one step each a round, in
-an order that is drawn anew.
+The step is the compiled one that generate uses. All sides have the same context and make one step each per round, in a
+new random order.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ..inference.generate import CACHE_MULTIPLE, next_token, up_to_multiple
 from ..model import DecodeState, decode, init_adapter, prefill
 from .rounds import medians, paired, random_tokens, summary
 
-#: LoRA stands on all seven linears; at r = 4 it has about the parameters of PARA at r = 12.
+#: LoRA adapts all seven linears; at r = 4 it has about as many parameters as PARA at r = 12.
 METHODS = {"PARA": ParaConfig(), "(IA)^3": Ia3Config(target_modules=("q_proj", "v_proj", "up_proj"))} | {
     f"LoRA r={r}": LoraConfig(r=r, lora_alpha=r, target_modules=SITES) for r in (4, 8, 16)
 }
 
 
 class Side(NamedTuple):
-    """What is measured: a method, in a batch of so many rows of so many different tenants."""
+    """A method in a batch: its rows, and the number of different tenants among them."""
 
     method: str
     rows: int
@@ -63,67 +63,62 @@ def bench_decode(
     Args:
         rows: batch sizes.
         context: tokens that each row holds.
-        bank: tenants in the bank from which rows come.
-        random: random weights in the shape that `backbone` names, where the real ones are not at hand.
+        bank: tenants in PARA's bank.
+        random: random weights in the shape of `backbone`, which need not be downloaded.
     """
     model = random_backbone(backbone) if random else load_backbone(backbone)
     largest = max(rows)
     banks = {m: bank_of(model, config, max(bank, largest) if m == "PARA" else largest) for m, config in METHODS.items()}
     single = bank_of(model, METHODS["PARA"], 1)
     read, order = read_test(model), np.random.default_rng(0)
-    walls: list[dict[str, float]] = [{} for _ in range(rounds)]
-    cpus: list[dict[str, float]] = [{} for _ in range(rounds)]
-    bandwidth: list[dict[str, float]] = [{} for _ in range(rounds)]
-    alone: list[dict[str, float]] = [{} for _ in range(rounds)]
-    ratios, cpu_ratios, byte_ratios, checked, gigabytes, points = {}, {}, {}, {}, {}, {}
+    wall, cpu, bandwidth, products = ([{} for _ in range(rounds)] for _ in range(4))
+    about: dict[str, dict] = {"ratios": {}, "byte_ratios": {}, "cpu_ratios": {}, "checked": {}}
+    about |= {"gigabytes": {}, "sides": {}}
     for count in rows:
         steps: dict[str, Step] = {}
         for side in sides_of(model, banks, single, count):
             step = steps[side.name] = Step(model, side, context)
-            base, *_ = steps
-            checked[side.name] = step.check(steps[base])
-            step.side = side._replace(adapters=None)  # gigabytes of LoRA's matrices; what decode carries is made
+            base, *_ = steps  # the first side
+            about["checked"][side.name] = step.check(steps[base])
+            about["gigabytes"][side.name] = step.nbytes / 1e9
+            step.side = side._replace(adapters=None)  # frees gigabytes of LoRA's matrices, which decode does not need
+            about["sides"][side.name] = step.side._asdict()
         jax.clear_caches()
-        gigabytes |= {name: step.nbytes / 1e9 for name, step in steps.items()}
-        points |= {name: step.side._asdict() for name, step in steps.items()}
         multiply = products_test(model, count)
-        cache = steps[base].prefill(context)[1].cache  # one for all sides: a step leaves it as long as it was
+        cache = steps[base].prefill(context)[1].cache  # one for all sides: a step does not change its length
         for step in steps.values():
             cache = step(cache)[2]  # compiles
-        for wall, cpu, reads, products in zip(walls, cpus, bandwidth, alone, strict=True):
-            reads[base], products[base] = read(), multiply()
+        for i in range(rounds):
+            bandwidth[i][base], products[i][base] = read(), multiply()
             for name in order.permutation(list(steps)):
-                wall[name], cpu[name], cache = steps[name](cache)
+                wall[i][name], cpu[i][name], cache = steps[name](cache)
         for name in list(steps)[1:]:
-            ratios[f"{name} / base"] = paired(walls, name, base)
-            cpu_ratios[f"{name} / base"] = paired(cpus, name, base)
-            byte_ratios[f"{name} / base"] = steps[name].nbytes / steps[base].nbytes
-    of_read = [
-        {n: gigabytes[n] / wall[n] * 1e3 / reads[n] for n in reads}
-        for wall, reads in zip(walls, bandwidth, strict=True)
-    ]
-    return summary("ms", walls) | {
-        "ratios": ratios,
-        "byte_ratios": byte_ratios,
-        "cpu_ratios": cpu_ratios,
-        "cpu_medians": medians(cpus),
-        "checked": checked,
-        "context_tokens": context,
-        "bank": bank,
-        "gigabytes": gigabytes,
-        "sides": points,
-        "read_gigabytes_a_second": medians(bandwidth),
-        "share_of_read": medians(of_read),
-        "matrix_products_ms": medians(alone),
-        "share_of_matrix_products": medians(
-            [{n: part[n] / wall[n] for n in part} for part, wall in zip(alone, walls, strict=True)]
-        ),
-    }
+            about["ratios"][f"{name} / base"] = paired(wall, name, base)
+            about["cpu_ratios"][f"{name} / base"] = paired(cpu, name, base)
+            about["byte_ratios"][f"{name} / base"] = steps[name].nbytes / steps[base].nbytes
+    of_read, of_wall = [], []
+    for i in range(rounds):
+        gigabytes_per_second = {n: about["gigabytes"][n] / wall[i][n] * 1e3 for n in bandwidth[i]}
+        of_read.append({n: rate / bandwidth[i][n] for n, rate in gigabytes_per_second.items()})
+        of_wall.append({n: part / wall[i][n] for n, part in products[i].items()})
+    return (
+        summary("ms", wall)
+        | about
+        | {
+            "cpu_medians": medians(cpu),
+            "context_tokens": context,
+            "bank": bank,
+            "read_gigabytes_a_second": medians(bandwidth),
+            "share_of_read": medians(of_read),
+            "matrix_products_ms": medians(products),
+            "share_of_matrix_products": medians(of_wall),
+        }
+    )
 
 
 def sides_of(model, banks: dict[str, AdapterBank], single: AdapterBank, rows: int) -> Iterator[Side]:
-    """base first; then each method with one tenant, with eight and with one a row; LoRA's one tenant is shared by the
-    rows, and nothing is gathered."""
+    """base first; then each method with one tenant, with eight and with one per row. With one tenant, LoRA's rows share
+    its matrices, and nothing is gathered."""
     yield Side("base", rows, 0, None)
     yield Side("PARA", rows, 1, single.rows(single.names * rows), " of a bank of 1")
     for method, bank in banks.items():
@@ -135,7 +130,7 @@ def sides_of(model, banks: dict[str, AdapterBank], single: AdapterBank, rows: in
 
 
 class Step:
-    """The compiled decode step of a side, always from the same context."""
+    """The compiled decode step of a side. Every call starts from the same context."""
 
     def __init__(self, model, side: Side, context: int):
         self.model, self.side, self.context = model, side, context
@@ -148,7 +143,7 @@ class Step:
         self.nbytes = used + cached + sum(leaf.nbytes for leaf in jax.tree.leaves(self.adjustments))
 
     def __call__(self, cache: tuple) -> tuple[float, float, tuple]:
-        """Milliseconds of one step, wall and CPU of all threads, and the cache, which is donated."""
+        """Milliseconds of one step, wall time and CPU time of all threads, and the new cache. Donates the given one."""
         length = jnp.full(self.side.rows, self.context, jnp.int32)
         state = jax.block_until_ready(DecodeState(cache, self.adjustments, length))
         begun, cpu = time.perf_counter(), time.process_time()
@@ -163,14 +158,14 @@ class Step:
         return prefill(self.model, self.side.adapters, self.tokens, self.context, length, max_length=longest)
 
     def check(self, base: Step) -> dict[str, float]:
-        """How far the decoded logits lie from those of the whole pass, and from the base model's; the first must be
-        rounding, the second must not.
+        """The largest difference of the decoded logits from the whole pass, and of the whole pass from the base model.
 
-        Raises AssertionError else.
+        Raises AssertionError if the first is more than rounding, or the second no more than that.
         """
         whole, _ = self.prefill(self.context + 1)
         decoded, _ = decode(self.model, self.prefill(self.context)[1], self.tokens[:, self.context])
-        error, effect = (float(abs(found - whole).max()) for found in (decoded, base.prefill(self.context + 1)[0]))
+        plain, _ = base.prefill(self.context + 1)
+        error, effect = float(abs(decoded - whole).max()), float(abs(plain - whole).max())
         limit = 5e-3 if self.model.dtype == jnp.float32 else 0.5
         assert error < limit, f"{self.side.name}: decode differs by {error} from the whole pass"
         assert (effect > limit) == (self.side.adapters is not None), f"{self.side.name}: differs by {effect} from base"
@@ -178,7 +173,7 @@ class Step:
 
 
 def bank_of(model, config, count: int) -> AdapterBank:
-    """A bank of so many different tenants."""
+    """A bank of `count` different tenants."""
     bank = AdapterBank(
         model.config,
         capacity=count,
@@ -193,28 +188,28 @@ def bank_of(model, config, count: int) -> AdapterBank:
 
 
 def tenant(fresh: Adapter, i: int) -> Adapter:
-    """An adapter, unlike the others, whose effect is seen."""
+    """Adapter number i: different from the others, and strong enough to change the logits."""
     draw = np.random.default_rng(i)
     return jax.tree.map(lambda leaf: leaf + 0.01 * draw.standard_normal(leaf.shape, np.float32), fresh)
 
 
 def random_backbone(source: str) -> Transformer:
-    """A backbone of the shape that `source` names, with random weights."""
+    """A backbone in the shape of `source`, with random weights."""
     config = load_model_config(source)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
 
-    def made(i: int, leaf) -> jax.Array:
+    def drawn(i: int, leaf) -> jax.Array:
         if len(leaf.shape) == 1:
             return jnp.ones(leaf.shape, dtype)  # norms
         return leaf.shape[0] ** -0.5 * jax.random.normal(jax.random.key(i), leaf.shape, dtype)
 
-    return jax.tree.unflatten(treedef, [made(i, leaf) for i, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(treedef, [drawn(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 def read_test(model) -> Callable[[], float]:
-    """Gigabytes a second at which as many bytes as the weights are read: by a dot product on every core of a CPU, by a
-    compiled one on a device."""
+    """Gigabytes per second of a read of as many bytes as the weights have: a dot product on every core of a CPU, a
+    compiled one on another device."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) // 4
     if jax.default_backend() == "cpu":
         cores = os.cpu_count() or 1
@@ -235,8 +230,8 @@ def read_test(model) -> Callable[[], float]:
 
 
 def products_test(model, rows: int) -> Callable[[], float]:
-    """Milliseconds of a step's matrix products alone, of so many rows with every linear and the head: what is left of a
-    step beside it is attention, norms and all that is elementwise."""
+    """Milliseconds of a step's matrix products alone: every linear and the head, for `rows` rows. The rest of a step is
+    attention, norms and elementwise work."""
     matrices = [leaf for leaf in jax.tree.leaves(model) if leaf.ndim == 2]
     head = model.config.vocab_size
 

@@ -18,12 +18,12 @@ LOAD_LIMIT = 300e6  # bytes above the weights that loading may take
 
 
 def bench_load(backbone: str, *, rounds: int = 3) -> dict:
-    """Megabytes of anonymous memory that load_backbone takes at its peak, beside the weights that it gives.
+    """Megabytes of anonymous memory that load_backbone takes at its peak, and of the weights that it returns.
 
-    Each round is a process of its own. The limit is the weights and 300 MB.
+    Each round is a new process. The limit is the weights plus 300 MB.
     """
     code = "import sys; from para_jax.bench.load import measure_load; measure_load(sys.argv[1])"
-    source = resolve_backbone(backbone)  # what has to be fetched is fetched here, not while it is measured
+    source = resolve_backbone(backbone)  # downloads happen here, not while it is measured
     measured = []
     for _ in range(rounds):
         done = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True)
@@ -36,9 +36,9 @@ def bench_load(backbone: str, *, rounds: int = 3) -> dict:
 
 
 def measure_load(backbone: str) -> None:
-    """Loads a backbone and prints, as JSON, megabytes: its weights, and the peak above what the imports hold."""
+    """Loads a backbone and prints megabytes as JSON: its weights, and the peak above what the imports hold."""
     if not Path("/proc/self/status").is_file():
-        raise ValueError("there is no /proc/self/status, where memory is read; expected Linux")
+        raise ValueError("there is no /proc/self/status to read the memory from; run this on Linux")
     before, peak, loaded = anonymous_bytes(), [0], threading.Event()
 
     def watch():

@@ -1,4 +1,4 @@
-"""Rounds in which the compared sides take turns, and the record and the table of what they measured."""
+"""Rounds in which the compared sides take turns, and the record of what they measured."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..config import require
-
 
 def interleaved(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
-    """What each side measures, round by round, after one run each that compiles."""
+    """What each side measures, round by round. First each side runs once to compile."""
     for measure in sides.values():
         measure()
     return [{name: measure() for name, measure in sides.items()} for _ in range(rounds)]
@@ -26,14 +24,14 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 
 def paired(rounds: list[dict[str, float]], side: str, base: str) -> float:
-    """The median of the rounds' ratios of one side to another: the machine's speed may change between rounds."""
+    """The median over the rounds of the ratio of two sides; the machine's speed may change between rounds."""
     return statistics.median(measured[side] / measured[base] for measured in rounds)
 
 
 def single(rows: tuple[int, ...]) -> int:
-    """The one number of rows that a benchmark takes. Raises ValueError for a list of them."""
-    shown = ",".join(map(str, rows))
-    require(len(rows) == 1, "--rows", shown, "one number. Run the benchmark once for each of them")
+    """The number of rows, for a benchmark that takes one. Raises ValueError for a list of numbers."""
+    if len(rows) != 1:
+        raise ValueError(f"--rows is {','.join(map(str, rows))}; give one number, and run the benchmark once for each")
     return rows[0]
 
 

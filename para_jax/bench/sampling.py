@@ -1,4 +1,4 @@
-"""`para-jax bench sampling`: what the choice of the next tokens costs the engine's step, by the rows' settings."""
+"""`para-jax bench sampling`: the cost of choosing the next tokens in the engine's step, by the rows' settings."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SETTINGS = {
 
 
 def bench_sampling(backbone: str, *, rows: tuple[int, ...] = (8,), rounds: int = 20) -> dict:
-    """Milliseconds to draw one token for each row from random logits of the backbone's vocabulary, whose weights are
-    not loaded: all rows greedy, one row sampled, all rows sampled.
+    """Milliseconds to draw one token per row: all rows greedy, one row sampled, all rows sampled. The logits are random
+    and have the backbone's vocabulary; no weights are loaded.
 
     Args:
         rows: one number.

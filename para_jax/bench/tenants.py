@@ -1,5 +1,5 @@
-"""`para-jax bench tenants`: the training step with many tenants in the batch, against the same step with one tenant's
-rows, and against the plain step of one adapter."""
+"""`para-jax bench tenants`: the training step with many tenants in the batch, compared with the same step with one
+tenant's rows, and with the plain step of one adapter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bench_tenants(backbone: str, *, rows: tuple[int, ...] = (1,), rounds: int = 
 
 
 def sides_of(model, config, each: int) -> dict[str, Callable[[], float]]:
-    """What is compared with each other; other methods and sizes follow, so that their states need not fit at once."""
+    """The sides that are compared. Methods and sizes come one after another, so their states need not fit at once."""
     batch = random_batch(model.config.vocab_size, TENANTS * each, 1, PROMPT, COMPLETION)
     return {
         "one adapter": plain(model, config, batch),

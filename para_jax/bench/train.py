@@ -1,5 +1,5 @@
-"""`para-jax bench train`: tokens a second of the whole training step, by what the backward pass keeps. `para-jax bench
-packing`: of packed rows beside padded ones."""
+"""`para-jax bench train`: tokens per second of the training step, by what the backward pass keeps. `para-jax bench
+packing`: packed rows compared with padded rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ..backbone.load import load_backbone
-from ..config import DataSection, ParaConfig, TrainSection, allowed_values, require
+from ..config import DataSection, ParaConfig, TrainSection, allowed_values
 from ..data.batches import Batch, Bucket, collate, example_lengths, plan, plan_buckets
 from ..data.examples import Example
 from ..data.packing import Packed, RowShape, collate_packed, plan_packing
@@ -36,13 +36,13 @@ def bench_train(
     remat: tuple[str, ...] = allowed_values(TrainSection, "remat"),
     rounds: int = 5,
 ) -> dict:
-    """Tokens a second of PARA's whole training step, by train.remat; where the device's peak is known, also the share
-    of it that the products with the backbone's weights take (2 FLOPs forward and 2 backward a weight and token).
+    """Tokens per second of PARA's whole training step, by train.remat. Where the device's peak is known, also the share
+    of it that the products with the backbone's weights take (2 FLOPs forward and 2 backward per weight and token).
 
     Args:
         rows: of a step; one number.
-        packed: examples a row; 1: rows are not packed.
-        random: random weights in the shape that `backbone` names.
+        packed: examples per row; 1: rows are not packed.
+        random: random weights in the shape of `backbone`.
     """
     count = single(rows)
     model = random_backbone(backbone).with_layout("stacked") if random else load_backbone(backbone, layout="stacked")
@@ -61,7 +61,7 @@ def bench_train(
 
 
 def random_batch(vocab: int, rows: int, packed: int, prompt: int, completion: int) -> Batch | Packed:
-    """Rows of `packed` examples of so many tokens; arrays [1, rows, ...]."""
+    """Rows of `packed` examples with `prompt` and `completion` tokens each; arrays [1, rows, ...]."""
     draw = np.random.default_rng(0)
     examples = [
         Example(*(draw.integers(0, vocab, n).tolist() for n in (prompt, completion))) for _ in range(rows * packed)
@@ -77,8 +77,8 @@ def random_batch(vocab: int, rows: int, packed: int, prompt: int, completion: in
 def bench_packing(
     backbone: str, *, data: str, length: int = 256, rows: tuple[int, ...] = (8,), remat: str = "dots", rounds: int = 5
 ) -> dict:
-    """Real tokens a second of the training step on the examples of a data set: packed, in the default buckets and in
-    one bucket; beside their ratios those of the shares of tokens that are no padding: what packing could bring.
+    """Real tokens per second of the training step on a data set: packed, in the default buckets, and in one bucket.
+    Also the ratios of their shares of real tokens, which is what packing could bring at most.
 
     Args:
         data: a .jsonl file or a folder with train.jsonl.
@@ -88,7 +88,8 @@ def bench_packing(
     count = single(rows)
     section = DataSection(train=data, max_seq_length=length, truncate="skip")
     examples = encode_records(load_records(section, "train") or [], load_tokenizer(backbone), section).examples
-    require(len(examples) > 0, "data", data, "training examples")
+    if not examples:
+        raise ValueError(f"--data {data} has no training examples of at most {length} tokens; raise --length")
     model = load_backbone(backbone, layout="stacked")
     steps = {"packed": packed_steps(examples, length, count)}
     for name, buckets in (("3 buckets", section.buckets), ("1 bucket", 1)):
@@ -105,11 +106,11 @@ def bench_packing(
     return found | {"ratios": ratios, "share_of_real_tokens": full, "shapes": shapes, "row_length": length}
 
 
-STEPS = 4  # of the packed side a round; the others take as many as hold the same tokens
+STEPS = 4  # of the packed side per round; the others take as many as hold the same number of tokens
 
 
 def packed_steps(examples: list[Example], length: int, rows: int) -> list:
-    """(completion, batch, real tokens) of the first steps of a run in packed rows."""
+    """(completion, batch, real tokens) of the first steps of a run with packed rows."""
     order = plan_packing(examples, length=length, rows=rows, seed=0)
     made = [
         collate_packed([[examples[i] for i in row] for row in order.batch_rows(i)], order.shape, rows)
@@ -119,7 +120,7 @@ def packed_steps(examples: list[Example], length: int, rows: int) -> list:
 
 
 def padded_steps(examples: list[Example], count: int, tokens: int) -> list:
-    """The same of a run in `count` buckets, whose steps hold about so many tokens, padding included."""
+    """The same for a run with `count` buckets. Its steps hold about `tokens` tokens, padding included."""
     buckets, lengths = plan_buckets(examples, count), np.array(example_lengths(examples))
     padded = np.array([bucket.length for bucket in buckets])[np.searchsorted([b.length for b in buckets], lengths)]
     rows = max(1, round(tokens / padded.mean()))
@@ -136,7 +137,7 @@ def padded_steps(examples: list[Example], count: int, tokens: int) -> list:
 
 
 def step_time(model, steps: list, *, remat: str) -> Callable[[], float]:
-    """Real tokens a second of some steps, (completion, batch, real tokens), one after another."""
+    """Real tokens per second of steps, (completion, batch, real tokens), one after another."""
     config = TrainSection(remat=remat)  # pyright: ignore[reportArgumentType]
     state = init_state(init_adapter(ParaConfig(), model.config), config, CONFIG["total_steps"])
 

@@ -1,18 +1,19 @@
-"""para-jax: the command line. A user's mistake gives one or two lines and exit code 2, never a traceback.
+"""para-jax: the command line. A user's mistake gives exit code 2 and one or two lines (what is wrong, what to do), but
+no traceback.
 
-Each command is a file with `add`, which adds its parser, and `run`. Modules are imported when their command runs, so
-that --help and mistakes answer at once.
+Each command is a file with `add`, which adds its parser, and `run`. A command imports its modules when it runs, so that
+--help and mistakes answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import select
 import shlex
 import sys
 
+from .. import __version__
 from ..config import printable, shorten
 from ..messages import log_to_stderr
 from . import bench, convert, evaluate, generate, inspect, lm_eval, plot, prepare, quickstart, train
@@ -23,17 +24,17 @@ LONGEST_ERROR = 1900  # characters of each of the two lines of an error
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Its exit code: 0; 1 if the quickstart fell short, a tenant's loss was not finite, or some lines
-    of a job were answered with errors; 2 for a user's mistake; 130 for Ctrl-C; 141 if the reader of the output has
-    closed it, as `head` does."""
+    """Runs one command and returns its exit code: 0; 1 if the quickstart fell short, a tenant's loss was not finite, or
+    some lines of a job were answered with errors; 2 for a user's mistake; 130 for Ctrl-C; 141 if the reader of the
+    output has closed it, as `head` does."""
     try:
         try:
             return run(sys.argv[1:] if arguments is None else arguments)
-        finally:  # of --help too
+        finally:  # after --help too
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left of it goes at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the output goes there at exit
         return 141
 
 
@@ -57,39 +58,34 @@ def run(arguments: list[str]) -> int:
 
 
 def output_is_closed() -> bool:
-    """Whether it is standard output, and no other pipe, that nobody reads any more."""
+    """Whether the reader of standard output has closed it. If not, a broken pipe is another one."""
     if not hasattr(select, "poll"):  # Windows
         return True
-    asked = select.poll()
-    asked.register(sys.stdout.fileno(), 0)
-    return bool(asked.poll(0))
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options; overrides may stand before and after flags, which argparse by itself does not take."""
-    if arguments[:1] == ["lm-eval"]:  # whose arguments are lm-eval's to read
+    """The options of a command. Overrides may come before and after flags, which argparse alone does not allow."""
+    if arguments[:1] == ["lm-eval"]:  # lm-eval parses its own arguments
         return argparse.Namespace(run=lm_eval.run, arguments=arguments[1:])
     options, rest = parser().parse_known_args(arguments)
-    overrides = [text for text in rest if hasattr(options, "overrides") and not text.startswith("-")]
-    if len(overrides) < len(rest):
-        parser().error(f"unknown argument {shorten(next(text for text in rest if text not in overrides))}")
-    if overrides:
-        options.overrides = [*options.overrides, *overrides]
+    for text in rest:
+        if text.startswith("-") or not hasattr(options, "overrides"):
+            Parser(prog=f"para-jax {options.command}").error(f"unknown argument {shorten(text)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     return options
-
-
-def installed_version() -> str:
-    try:
-        return importlib.metadata.version("para_jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "of a source folder that is not installed"
 
 
 def parser() -> argparse.ArgumentParser:
     top = Parser(
-        prog="para-jax", description="Fine-tune and serve one frozen language model for many tenants with PARA."
+        prog="para-jax",
+        description="Fine-tune and serve one frozen language model for many tenants with PARA.",
+        epilog="Each command has its own help, such as para-jax train --help.",
     )
-    top.add_argument("--version", action="version", version=f"para-jax {installed_version()}")
+    top.add_argument("--version", action="version", version=f"para-jax {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for command in COMMANDS:
         command.add(commands)

@@ -7,9 +7,9 @@ from . import options as shared
 
 def add(commands) -> None:
     text = "write a .gguf file as a Hugging Face folder"
-    parser = commands.add_parser("convert", help=text, description=text)
-    parser.add_argument("gguf", type=shared.local)
-    parser.add_argument("folder", type=shared.local)
+    parser = shared.add_command(commands, "convert", text, "model.gguf models/converted")
+    parser.add_argument("gguf", type=shared.local, metavar="GGUF", help="the file to read")
+    parser.add_argument("folder", type=shared.local, metavar="FOLDER", help="a new or empty folder to write")
     parser.set_defaults(run=run)
 
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from ..storage.bucket import Place
 from . import options as shared
-from .names import BASE, adapters_of, named_adapters, tenants_of
+from .names import BASE, adapters_of, named_adapters, tenants_of_prompts
 
 
 def add(commands) -> None:
-    text = "answer prompts in one batch"
-    parents = [shared.backbone(), shared.precision(), shared.sampling(), shared.runtime()]
-    parser = commands.add_parser("generate", help=text, description=text, parents=parents)
-    parser.add_argument("--adapter", help="an adapter folder or hub id, for every prompt")
-    parser.add_argument(
+    text = "answer prompts in one batch, or a file of requests"
+    example = "--adapters runs/mine/adapter runs/other/adapter --tenant mine --prompt 'A fine film.'"
+    parents = [requests(), shared.sampling(), shared.backbone(), shared.precision(), shared.runtime()]
+    shared.add_command(commands, "generate", text, example, parents).set_defaults(run=run)
+
+
+def requests() -> shared.Parser:
+    """The options of this command alone; their groups come first in its help."""
+    parser = shared.Parser(add_help=False)
+    group = parser.add_argument_group("adapters")
+    group.add_argument("--adapter", metavar="DIR", help="a folder or hub id, for every prompt (default: none)")
+    group.add_argument(
         "--adapters",
         nargs="+",
         default=[],
@@ -20,54 +27,72 @@ def add(commands) -> None:
         help="tenants: names, and their adapter folders or hub ids (without NAME= the run's or folder's own name); or "
         "the folder of a run of many tenants, for all of them",
     )
-    parser.add_argument(
-        "--tenant", action="append", default=[], help="whose adapter answers: once, or once a prompt; base: no adapter"
+    group.add_argument(
+        "--tenant",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"the tenant whose adapter answers: once, or once per prompt; {BASE}: no adapter",
     )
-    parser.add_argument("--prompt", action="append", default=[], help="\\n is a newline; may be given several times")
-    parser.add_argument(
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="\\n is a newline; may be given several times"
+    )
+    group.add_argument("--chat", action="store_true", help="each --prompt is a user's turn for the chat template")
+    group = parser.add_argument_group(
+        "a file of requests",
+        "Exit code: 0 if all lines were answered, 1 if some answers are errors, 2 if the job failed.",
+    )
+    group.add_argument(
         "--input",
         type=shared.place,
+        metavar="FILE",
         help="requests, one JSON object per line: prompt or messages, tenant, sampling, n, id; a file or a pipe",
     )
-    parser.add_argument(
+    group.add_argument(
         "--output",
         type=shared.place,
-        help="answers to --input, where the same command goes on after a stop; or a pipe, which holds nothing to go on "
-        "from. Exit code: 0 if all lines were answered, 1 if some answers are errors, 2 if the job was not run to its "
-        "end",
+        metavar="FILE",
+        help="the answers; after a stop the same command goes on there. A pipe works too, but nothing goes on there",
     )
-    parser.add_argument("--slots", type=int, default=8, help="rows that decode together for --input")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens per row for --input, prompt and answer")
-    parser.add_argument("--chat", action="store_true", help="each --prompt is a user's turn for the chat template")
-    parser.set_defaults(run=run)
+    group.add_argument("--slots", type=int, default=8, help="rows that decode together (default: %(default)s)")
+    group.add_argument(
+        "--max-length",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens per row, prompt and answer (default: %(default)s)",
+    )
+    return parser
 
 
 def run(options) -> int | None:
-    from ..config import require
     from ..serving.answers import Answers
     from ..serving.request import Request, check_request
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
-        raise ValueError("generate: expected --prompt, once or more, or --input FILE with --output FILE")
+        raise ValueError("generate takes prompts or a file\ngive --prompt TEXT, or --input FILE with --output FILE")
     if options.input and options.chat:
-        raise ValueError("--chat: expected beside --prompt; for the chat template a line of --input has `messages`")
-    sources = named_adapters(options.adapters)
-    if options.input and options.adapter:  # the tenant of all lines that name none
-        require(
-            not sources and not options.tenant, "--adapter", options.adapter, "no --adapters and --tenant beside it"
+        raise ValueError(
+            "--chat goes with --prompt, not with --input\nin the file, give `messages` in place of `prompt`"
         )
+    sources = named_adapters(options.adapters)
+    if options.input and options.adapter:  # it answers the lines that name no tenant
+        if sources or options.tenant:
+            raise ValueError(
+                f"--adapter {options.adapter} excludes --adapters and --tenant\nleave it out, or both of the others"
+            )
         sources, options.adapter = named_adapters([options.adapter]), None
         options.tenant = list(sources)
-    tenants = tenants_of(options, sources)
-    sampling = sampling_of(options)
+    tenants = tenants_of_prompts(options, sources)
     for prompt in options.prompt or ["a"]:
-        check_request(Request(prompt, **sampling))
+        check_request(Request(prompt, **sampling_of(options)))
     if not options.input:
-        return answer_prompts(options, *loaded(options, sources), tenants=tenants)
+        return answer_prompts(options, *load(options, sources), tenants=tenants)
     check_input(options.input)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    with Answers(options.output) as answers:  # its mistakes are found, and others kept out, before anything is loaded
-        return answer_file(options, *loaded(options, sources), tenants=tenants, answers=answers)
+    with Answers(options.output) as answers:  # opened first: a wrong or locked file fails before anything is loaded
+        return answer_file(options, *load(options, sources), tenants=tenants, answers=answers)
 
 
 def check_input(source: Place) -> None:
@@ -79,10 +104,10 @@ def check_input(source: Place) -> None:
     if source.is_file():
         with source.open("rb") as stream:
             if not any(line is None or line.strip() for line in bounded_lines(stream, MAX_LINE)):
-                raise ValueError(f"--input {source}: no line there; expected a request per line")
+                raise ValueError(f"--input {source}: no line there\nwrite one request per line")
 
 
-def loaded(options, sources: dict[str, str]) -> tuple:
+def load(options, sources: dict[str, str]) -> tuple:
     """The model, the tokenizer, and the adapters (see adapters_of)."""
     from ..backbone.load import load_backbone
     from ..data.tokenizer import load_tokenizer
@@ -96,20 +121,25 @@ def loaded(options, sources: dict[str, str]) -> tuple:
 
 
 def sampling_of(options) -> dict:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    stop = tuple(text.replace("\\n", "\n") for text in options.stop)
-    return {name: getattr(options, name) for name in names} | {"stop": stop}
+    """The options of `sampling`, checked, as arguments of generate and Request."""
+    from ..inference.sampling import Sampling
+
+    stop = [shared.with_newlines(text) for text in options.stop]
+    return vars(Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed, stop))
 
 
 def answer_prompts(options, model, tokenizer, adapters, tenants) -> None:
     from ..inference.generate import generate
 
-    prompts = [prompt.replace("\\n", "\n") for prompt in options.prompt]
-    asked = [[{"role": "user", "content": prompt}] for prompt in prompts] if options.chat else prompts
-    texts = generate(model, asked, tokenizer=tokenizer, adapters=adapters, tenants=tenants, **sampling_of(options))
-    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        by = f"[{tenants[i] or BASE}] " if tenants else ""
-        print(text if len(texts) == 1 else f"> {by}{prompt}\n{text}\n")
+    texts = [shared.with_newlines(prompt) for prompt in options.prompt]
+    prompts = [[{"role": "user", "content": text}] for text in texts] if options.chat else texts
+    answers = generate(model, prompts, tokenizer=tokenizer, adapters=adapters, tenants=tenants, **sampling_of(options))
+    if len(answers) == 1:
+        print(answers[0])
+        return
+    for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        tenant = f"[{tenants[i] or BASE}] " if tenants else ""
+        print(f"> {tenant}{text}\n{answer}\n")
 
 
 def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:

@@ -10,9 +10,9 @@ LONGEST_LINE = 4000  # characters of a report's line
 
 def add(commands) -> None:
     text = "show an adapter folder, a run folder, or a config's data as tokens"
-    parser = commands.add_parser("inspect", help=text, description=text)
-    parser.add_argument("target", type=shared.place, help="a folder, or with --data a config")
-    parser.add_argument("overrides", nargs="*", default=[], help=shared.RUN_FIELDS)
+    parser = shared.add_command(commands, "inspect", text, "runs/mine/adapter")
+    parser.add_argument("target", type=shared.place, metavar="TARGET", help="a folder, or with --data a config")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=shared.RUN_FIELDS)
     parser.add_argument(
         "--data", action="store_true", help="print three examples as tokens: prompt, loss, last prompt token"
     )
@@ -23,7 +23,9 @@ def run(options) -> None:
     from ..config import load_config
     from ..inspect import data_report, folder_report
 
-    found = (
-        data_report(load_config(options.target, options.overrides)) if options.data else folder_report(options.target)
-    )
-    print("\n".join(printable(line, LONGEST_LINE) for line in found.splitlines()))  # what others wrote is in it
+    if options.data:
+        report = data_report(load_config(options.target, options.overrides))
+    else:
+        report = folder_report(options.target)
+    for line in report.splitlines():
+        print(printable(line, LONGEST_LINE))  # it holds text that others wrote

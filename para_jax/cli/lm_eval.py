@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from . import options as shared
+
 
 def add(commands) -> None:
     text = "lm-eval's own command line, with the model `para` (backbone=..., adapter=...)"
-    commands.add_parser("lm-eval", help=text, description=text).set_defaults(run=run)
+    example = "--tasks hellaswag --model_args backbone=smollm2-135m,adapter=runs/mine/adapter"
+    shared.add_command(commands, "lm-eval", text, example).set_defaults(run=run)
 
 
 def run(options) -> None:

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
-
 BASE = "base"  # the tenant that is the base model
 
 
 def named_adapters(given: list[str]) -> dict[str, str]:
-    """{name: folder or hub id} of --adapters DIR or NAME=DIR; a folder is called by its own name, that of a run
-    (RUN/adapter) by the run's, and a run of many tenants stands for all of them."""
-    from ..config import expanded
-
+    """{name: folder or hub id} of --adapters DIR or NAME=DIR. Without NAME= the name is the folder's own, or the run's
+    for RUN/adapter. The folder of a run with many tenants gives all of them."""
     sources: dict[str, str] = {}
-    for text in itertools.chain.from_iterable(tenants_of_run(one) or [one] for one in given):
-        name, equals, source = text.partition("=")
-        if not equals or expanded(text).is_dir():
-            folder = expanded(text)
-            called = folder.resolve().parent if folder.resolve().name == "adapter" else folder.resolve()
-            name, source = called.name if folder.is_dir() else text, text
+    for text in [one for folder in given for one in tenants_of_run(folder) or [folder]]:
+        name, source = name_and_source(text)
         if not name or not source or name in sources or name == BASE:
             raise ValueError(
-                f"--adapters {text!r}: the name {name!r} is taken or missing ({BASE} is the base model); give NAME=DIR"
+                f"--adapters {text!r}: the name {name!r} is taken or missing ({BASE} is the base model)\ngive NAME=DIR"
             )
         sources[name] = source
     return sources
 
 
+def name_and_source(text: str) -> tuple[str, str]:
+    from ..config import expanded
+
+    name, equals, source = text.partition("=")
+    folder = expanded(text)
+    if equals and not folder.is_dir():
+        return name, source
+    if not folder.is_dir():  # a hub id
+        return text, text
+    folder = folder.resolve()
+    return (folder.parent if folder.name == "adapter" else folder).name, text
+
+
 def tenants_of_run(folder: str) -> list[str]:
-    """NAME=DIR for each tenant of a run of many; none for another text."""
+    """NAME=DIR for each tenant of a run with many; empty for anything else."""
     from ..config import expanded
 
     if "=" in folder or not (expanded(folder) / "tenants.json").is_file():
@@ -39,29 +44,29 @@ def tenants_of_run(folder: str) -> list[str]:
     return found
 
 
-def tenants_of(options, sources: dict[str, str]) -> list[str | None] | None:
-    """A tenant's name, or None for the base model, for each prompt; with --input one for the lines that name none."""
+def tenants_of_prompts(options, sources: dict[str, str]) -> list[str | None] | None:
+    """A tenant's name for each prompt, or None for the base model. With --input, the one name for lines without."""
     from ..adapters.bank import unknown
 
     names, prompts = options.tenant, len(options.prompt) or 1
     if not names and (options.input or not sources):
         return None
     if options.adapter or not sources:
-        raise ValueError("--tenant chooses among --adapters NAME=DIR...; --adapter DIR serves every prompt alone")
+        raise ValueError("--tenant goes with --adapters NAME=DIR, not with --adapter\nleave one of the options out")
     if len(names) not in (1, prompts):
-        each = "" if options.input else f", or once for each of the {prompts} prompts"
+        times = "once" if options.input else f"once, or once for each of the {prompts} prompts"
         raise ValueError(
-            f"--tenant: given {len(names)} times; expected once{each}: {', '.join(sources)}, or {BASE} for no adapter"
+            f"--tenant is given {len(names)} times\ngive it {times}: {', '.join(sources)}, or {BASE} for no adapter"
         )
-    wrong = [name for name in names if name != BASE and name not in sources]
-    if wrong:
-        raise ValueError(f"--tenant: {unknown(wrong[0], tuple(sources))}")
-    held = [None if name == BASE else name for name in names]
-    return held if len(held) == prompts else held * prompts
+    for name in names:
+        if name != BASE and name not in sources:
+            raise ValueError(f"--tenant: {unknown(name, tuple(sources))}")
+    tenants = [None if name == BASE else name for name in names]
+    return tenants if len(tenants) == prompts else tenants * prompts
 
 
 def adapters_of(options, sources: dict[str, str], model):
-    """None, one adapter, or the bank of --adapters."""
+    """None, the adapter of --adapter, or the bank of --adapters."""
     from .. import devices
     from ..adapters.bank import AdapterBank
     from ..adapters.files import load_adapter

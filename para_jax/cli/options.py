@@ -12,14 +12,26 @@ RUN_FIELDS = "fields of the config, such as train.learning_rate=3e-3 or 'data.pr
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """argparse, with errors of two lines: what is wrong, and what to do."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\nsee {self.prog} --help\n")
+
+
+def add_command(commands, name: str, text: str, example: str, parents: list | None = None) -> argparse.ArgumentParser:
+    """The parser of a new command; its help ends with the example."""
+    return commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  para-jax {name} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=parents or [],
+    )
 
 
 def place(text: str) -> Place:
-    """A path, also one in a bucket, of an argument."""
+    """The path of an argument, on this host or in a bucket."""
     try:
         return address(text) or Path(text)
     except ValueError as error:
@@ -27,67 +39,96 @@ def place(text: str) -> Place:
 
 
 def local(text: str) -> Path:
-    """A path of this host, of an argument."""
+    """The path of an argument, on this host."""
     if isinstance(place(text), BucketPath):
-        raise argparse.ArgumentTypeError(f"{text}: expected a path on this host")
+        raise argparse.ArgumentTypeError(f"{text} is in a bucket; give a path on this host")
     return Path(text)
 
 
 # ------------------------------------------------------------------------------------------------------ shared options
-# Each returns a parser for `add_parser(..., parents=[...])`.
+# Each function returns a parser for `parents`.
 
 
 def run_fields() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
-    shared.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
+    shared.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=RUN_FIELDS)
     return shared
 
 
 def run_config() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
-    shared.add_argument("config", type=place)
-    shared.add_argument("overrides", nargs="*", default=[], help=RUN_FIELDS)
-    return shared
-
-
-def runtime() -> argparse.ArgumentParser:
-    shared = Parser(add_help=False)
-    shared.add_argument(
-        "--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator"
-    )
-    shared.add_argument("--no-compilation-cache", action="store_true")
+    shared.add_argument("config", type=place, metavar="CONFIG", help="the .yaml file of a run")
+    shared.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=RUN_FIELDS)
     return shared
 
 
 def backbone() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
-    shared.add_argument("--backbone", default="smollm2-135m", help="a folder, a hub id, a .gguf file, or smollm2-135m")
+    group = shared.add_argument_group("backbone")
+    group.add_argument(
+        "--backbone",
+        default="smollm2-135m",
+        metavar="SOURCE",
+        help="a folder, a hub id, a .gguf file, or smollm2-135m (default: %(default)s)",
+    )
+    return shared
+
+
+def dtype() -> argparse.ArgumentParser:
+    shared = Parser(add_help=False)
+    group = shared.add_argument_group("backbone")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of weights and compute (default: float32 on a CPU, else bfloat16)",
+    )
     return shared
 
 
 def precision() -> argparse.ArgumentParser:
+    shared = Parser(add_help=False, parents=[dtype()])
+    group = shared.add_argument_group("backbone")
+    group.add_argument("--quantize", choices=("int8",), help="of the linears' weights (default: none)")
+    group.add_argument("--attention", choices=ATTENTION, help="the kernel for whole sequences (default: auto)")
+    return shared
+
+
+def runtime() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
-    shared.add_argument("--dtype", choices=("float32", "bfloat16"))
-    shared.add_argument("--quantize", choices=("int8",))
-    shared.add_argument("--attention", choices=ATTENTION, help="the kernel for whole sequences; default: auto")
+    group = shared.add_argument_group("runtime")
+    group.add_argument(
+        "--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator"
+    )
+    group.add_argument("--no-compilation-cache", action="store_true", help="compile everything again")
     return shared
 
 
 def sampling() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
-    shared.add_argument("--max-new-tokens", type=int, default=64)
-    shared.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    shared.add_argument("--top-k", type=int, default=0)
-    shared.add_argument("--top-p", type=float, default=1.0)
-    shared.add_argument(
+    group = shared.add_argument_group("sampling")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="tokens per answer (default: %(default)s)"
+    )
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0: all (default: 0)"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens that together have probability P (default: %(default)s)",
+    )
+    group.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="prompt i is drawn with SEED + i; a line of --input without a seed gets one that is derived from SEED and "
-        "the line's number",
+        help="prompt i is drawn with SEED + i; a line of --input without a seed derives its own from SEED and the "
+        "line's number (default: %(default)s)",
     )
-    shared.add_argument(
-        "--stop", action="append", default=[], help="a text that ends an answer; may be given several times"
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given several times"
     )
     return shared
 
@@ -104,5 +145,10 @@ def start_devices(options) -> None:
 
 
 def model_options(options) -> dict:
-    attention = options.attention or "auto"
-    return {"dtype": options.dtype, "quantize": options.quantize, "attention": attention}
+    """Arguments of load_backbone, from the options of `precision`."""
+    return {"dtype": options.dtype, "quantize": options.quantize, "attention": options.attention or "auto"}
+
+
+def with_newlines(text: str) -> str:
+    r"""The text of an argument, in which \n is a newline."""
+    return text.replace("\\n", "\n")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from . import options as shared
+
 
 def add(commands) -> None:
     text = "download a public data set for data.train=tfds:NAME"
-    parser = commands.add_parser("prepare", help=text, description=text)
-    parser.add_argument("source", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets")
-    parser.add_argument("--data-dir", help="where to; default: tensorflow_datasets' own folder")
+    parser = shared.add_command(commands, "prepare", text, "tfds:glue/sst2")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets"
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="where to (default: tensorflow_datasets' own folder)")
     parser.set_defaults(run=run)
 
 

@@ -7,7 +7,7 @@ from . import options as shared
 
 def add(commands) -> None:
     text = "train three small tenants on the built-in backbone, and serve them"
-    parser = commands.add_parser("quickstart", help=text, description=text, parents=[shared.run_fields()])
+    parser = shared.add_command(commands, "quickstart", text, "train.max_steps=50", [shared.run_fields()])
     parser.set_defaults(run=run)
 
 

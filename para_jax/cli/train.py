@@ -10,44 +10,47 @@ from .results import write_results
 
 def add(commands) -> None:
     text = "train the adapter of a config; the same command resumes"
-    parser = commands.add_parser("train", help=text, description=text, parents=[shared.run_config()])
+    example = "configs/smollm2-sst2.yaml train.learning_rate=3e-3"
+    parser = shared.add_command(commands, "train", text, example, [shared.run_config()])
     parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check the config and print its sizes, without weights and a run folder",
+        "--dry-run", action="store_true", help="check the config and print its sizes; nothing is written"
     )
     parser.add_argument(
-        "--topology", help="with --dry-run: compile the step for a TPU slice such as v5e:4x4, without the slice"
+        "--topology", metavar="SLICE", help="with --dry-run: compile the step for a TPU slice, such as v5e:4x4"
     )
-    parser.add_argument("--results", type=shared.place, help="write config, device and scores to this JSON file")
+    parser.add_argument(
+        "--results", type=shared.place, metavar="FILE", help="write config, device and scores to this JSON file"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options) -> int | None:
-    from ..config import load_config, require
+    from ..config import load_config
     from ..inspect import check_record_file, dry_run
+
+    config = load_config(options.config, options.overrides)
+    if options.topology and not options.dry_run:
+        raise ValueError(f"--topology {options.topology} requires --dry-run\nadd --dry-run to compile for that slice")
+    if options.dry_run:
+        print(dry_run(config, options.topology))
+        return
+    if options.results and config.runtime.coordinator is None:  # of several hosts, only one writes the file
+        check_record_file("--results", options.results)
+    return train_many(options, config) if config.many else train_one(options, config)
+
+
+def train_one(options, config) -> None:
     from ..processes import is_first
     from ..runs.train import train
     from ..training.metrics_file import read_metrics
 
-    config = load_config(options.config, options.overrides)
-    require(options.topology is None or options.dry_run, "--topology", options.topology, "to stand beside --dry-run")
-    if options.dry_run:
-        print(dry_run(config, options.topology))
-        return
-    if options.results and config.runtime.coordinator is None:  # of several hosts, one alone writes it
-        check_record_file("--results", options.results)
-    if config.many:
-        return run_many(options, config)
     begun = time.monotonic()
     result = train(config)
-    best = (
-        ""
-        if result.best_score is None
-        else f", best validation score {result.best_score:.4f} at step {result.best_step}"
-    )
     if not is_first():
         return
+    best = ""
+    if result.best_score is not None:
+        best = f", best validation score {result.best_score:.4f} at step {result.best_step}"
     print(f"{result.step} steps{best}; the adapter is in {result.output_dir / 'adapter'}")
     if options.results:
         rows = list(read_metrics(result.output_dir / "metrics.jsonl"))
@@ -55,7 +58,7 @@ def run(options) -> int | None:
         write_results(options, config, scores, time.monotonic() - begun)
 
 
-def run_many(options, config) -> int | None:
+def train_many(options, config) -> int:
     from ..inspect import tenants_table
     from ..processes import is_first
     from ..runs.tenants import train_tenants
@@ -67,14 +70,18 @@ def run_many(options, config) -> int | None:
         return code
     print(f"{tenants_table(result.tenants)}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
     if config.sweep:
-        from ..plots import curves_plot, save
-
-        try:
-            drawn = [result.output_dir / name for name, entry in result.tenants.items() if entry["steps"] > 0]
-            save(curves_plot(drawn), result.output_dir / "curves.png")
-            print(f"the curves are in {result.output_dir / 'curves.png'}")
-        except ValueError as error:  # matplotlib is not installed, or nothing was logged
-            print(f"no picture of the curves: {error}")
+        draw_curves(result)
     if options.results:
         write_results(options, config, result.tenants, time.monotonic() - begun)
     return code
+
+
+def draw_curves(result) -> None:
+    from ..plots import curves_plot, save
+
+    try:
+        drawn = [result.output_dir / name for name, entry in result.tenants.items() if entry["steps"] > 0]
+        save(curves_plot(drawn), result.output_dir / "curves.png")
+        print(f"the curves are in {result.output_dir / 'curves.png'}")
+    except ValueError as error:  # matplotlib is not installed, or nothing was logged
+        print(f"no picture of the curves: {error}")

@@ -1,17 +1,18 @@
-"""The text of an answer whose tokens come one at a time: cut before its first stop text, and handed out as soon as no
-later token can change it. The cost is linear in the tokens: only a short tail is decoded again."""
+"""The text of an answer while its tokens come one at a time: cut before the first stop text, and released as soon as no
+later token can change it. The cost is linear in the tokens, because only a short tail is decoded again."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-#: Tokens whose text may stay undecided. Real characters need 4 at most; the limit keeps endless invalid bytes cheap.
+#: Tokens whose text may stay undecided, at most. A character needs up to 4; the limit keeps long runs of invalid bytes
+#: cheap.
 LONGEST_TAIL = 256
 INVALID = "\N{REPLACEMENT CHARACTER}"
 
 
 class AnswerText:
-    """`pieces` holds one text per token, perhaps empty, and after `finish` one more. Joined, they are the answer."""
+    """`pieces` holds one text per token, which may be empty. Joined, they are the answer."""
 
     def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
         self.pieces: list[str] = []
@@ -20,16 +21,16 @@ class AnswerText:
         self._tail: list[int] = []
         """the last tokens with decided text, then those with undecided text"""
         self._decided, self._shown = 0, 0
-        """how many tokens of the tail are decided, and how many characters of its text have been taken"""
+        """how many tokens of the tail are decided, and how many characters of its text are released"""
         self._held = ""
-        """decided text that may be the beginning of a stop text"""
+        """decided text that may begin a stop text"""
 
     def add(self, token: int) -> bool:
-        """Takes the next token. Returns whether a stop text has ended the answer; if so, nothing may be added."""
+        """Adds the next token. Returns whether a stop text has ended the answer; if so, nothing more may be added."""
         return self._take("" if token in self._special else self._decode(token))
 
     def finish(self) -> bool:
-        """Says that no token will follow. Returns whether a stop text has ended the answer."""
+        """Releases the rest, after the last token. Returns whether a stop text has ended the answer."""
         ended = self._take(text_of(self._tokenizer, self._tail)[self._shown :])
         self.pieces[-1] += self._held
         self._held = ""
@@ -39,19 +40,18 @@ class AnswerText:
         return "".join(self.pieces)
 
     def _decode(self, token: int) -> str:
-        """The text that this token decides. Undecided are an incomplete character, and a run of byte tokens, which
-        SentencePiece decodes as a whole."""
+        """The text that this token decides. An incomplete character stays undecided, and so does a run of byte tokens,
+        which SentencePiece decodes as a whole."""
         self._tail.append(token)
         pending = len(self._tail) - self._decided
         if pending <= LONGEST_TAIL and is_byte(self._tokenizer, token):
             return ""
         text = text_of(self._tokenizer, self._tail)
-        whole = text if pending > LONGEST_TAIL else text.removesuffix(INVALID)
-        new = whole[self._shown :]
+        decided = text if pending > LONGEST_TAIL else text.removesuffix(INVALID)
+        new = decided[self._shown :]
         self._shown += len(new)
-        if whole == text and (
-            new or pending > LONGEST_TAIL
-        ):  # later tokens are decoded after these: a tokenizer may strip a text's first space
+        if decided == text and (new or pending > LONGEST_TAIL):
+            # The next tokens are decoded together with these: a tokenizer may strip the first space of a text.
             self._tail = self._tail[self._decided :]
             self._decided, self._shown = len(self._tail), len(text_of(self._tokenizer, self._tail))
         return new
@@ -66,7 +66,7 @@ class AnswerText:
 
 
 def beginning(text: str, stop: str) -> int:
-    """Where the text's end may be the beginning of a stop text; the text's length where it is not."""
+    """The index from which the text's end may begin a stop text; the text's length if nowhere."""
     at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
     while at >= 0 and not stop.startswith(text[at:]):
         at = text.find(stop[0], at + 1)
@@ -80,7 +80,8 @@ def text_of(tokenizer, tokens: list[int]) -> str:
 
 @lru_cache(maxsize=8)
 def special_ids(tokenizer, length: int) -> frozenset[int]:
-    """The tokens that have no text. `length` is the tokenizer's, which grows when tokens are added."""
+    """The tokens without text. `length` is the tokenizer's; it is part of the cache's key, for it grows when tokens are
+    added."""
     return frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 

@@ -1,5 +1,5 @@
-"""Hashes of what an answer depends on beside its request: the backbone, and how tokens become text. Jobs and evaluation
-put them into the keys of the answers that they keep, so that one model's answers are never taken for another's."""
+"""Hashes of what an answer depends on in addition to its request: the backbone, and how tokens become text. Jobs and
+evaluation put them into the keys of kept answers, so that one model's answers are never taken for another's."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ ANSWERS_VERSION = 1
 
 
 def backbone_content(model: Transformer) -> str:
-    """A hash of a backbone's config, dtypes and weights. The bits of each array are hashed where they are, without a
-    copy."""
+    """A hash of a backbone's config, dtypes and weights. Each array is hashed on its device, without a copy."""
     sums = [(leaf.shape, str(leaf.dtype), int(bit_hash(leaf))) for leaf in jax.tree.leaves(model)]
     return hashlib.sha256(repr((model.config, model.layout, sums)).encode()).hexdigest()
 
 
 def writing_content(tokenizer, stop_ids: tuple[int, ...]) -> str:
-    """A hash of what turns a text into tokens and tokens into a text, and of the tokens that end an answer. The chat
-    template is not part of it."""
+    """A hash of the tokenizer and of the tokens that end an answer. The chat template is not part of it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)  # a tokenizer written in plain Python lacks one
     made = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
     made |= {"truncation": None, "padding": None}  # left over from the last call

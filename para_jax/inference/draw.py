@@ -1,7 +1,7 @@
 """The next token of each row from its logits: greedy, or drawn at a temperature from the top-k, top-p tokens.
 
-Every row has its own settings and its own random key, so its draw does not depend on the other rows. Nothing is
-sorted: the least likely token that top-k or top-p keeps is found by bisection over the 2**31 possible logits.
+Every row has its own settings and its own random key, so its draw does not depend on the other rows. Nothing is sorted:
+bisection over the 2**31 possible float32 values finds the least likely token that top-k or top-p keeps.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def draw(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax.A
 
 
 def greedy(logits: jax.Array) -> jax.Array:
-    """The first of each row's largest logits, int32 [batch]; 0 for a row with NaN. Two plain reductions, which a CPU
-    does several times faster than an argmax."""
+    """The first of each row's largest logits, int32 [batch]; 0 for a row with NaN. On a CPU, two plain reductions are
+    several times faster than an argmax."""
     vocab = logits.shape[-1]
     largest = logits == logits.max(axis=-1, keepdims=True)
     first = jnp.min(jnp.where(largest, jnp.arange(vocab, dtype=jnp.int32), vocab), axis=-1)
@@ -58,7 +58,7 @@ def greedy(logits: jax.Array) -> jax.Array:
 
 
 def likeliest(distance: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Which tokens top_k and top_p keep, bool [batch, vocab]; of equally likely ones the lower ids come first.
+    """Which tokens top_k and top_p keep, bool [batch, vocab]; of equally likely tokens the lower ids come first.
 
     Args:
         distance: float32 [batch, vocab], how far each scaled logit is below its row's largest, at least 0.

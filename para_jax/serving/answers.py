@@ -1,5 +1,5 @@
 """The file of a job's answers: JSON lines, added as they come. A kill leaves at most a torn last line, which is cut off
-when the file is opened again. One process at a time may write it."""
+when the file is opened again. Only one process at a time may write it."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ from .request import MAX_SAMPLES
 
 #: How each answer begins.
 HEAD = b'{"line": '
-#: Bytes of the longest line that is read from a job's input, and from its answers.
+#: Bytes of the longest line in a job's input, and in its answers.
 MAX_LINE, MAX_ANSWER = 2**24, 2**26
 
 
 class Kept(NamedTuple):
-    """What the file says about one sample."""
+    """The answer to one sample in the file, without its text."""
 
     key: str
-    """of what its answer depends on (job_lines.line_key)"""
+    """a hash of what the answer depends on (job_lines.line_key)"""
     error: str | None
     row: int
-    """its line in the file, from 1"""
+    """the answer's line in the file, from 1"""
 
 
 class Answers:
     """An open file of answers, locked until it is closed."""
 
     def __init__(self, file: Place):
-        """Opens the file, or makes it. A pipe or a device is only written to: it is neither read back nor locked.
+        """Opens or creates the file. A pipe or a device is only written to; it is neither read back nor locked.
 
-        Raises ValueError, and leaves the file as it is, if another process is writing it or if it holds something else.
+        Raises ValueError, and does not change the file, if another process is writing it or if it holds anything but
+        answers.
         """
         self.file = file
         self.kept: dict[tuple[int, int], Kept] = {}
-        """what earlier runs answered, by line and sample"""
+        """the answers of earlier runs, by line and sample"""
         self.stale: set[int] = set()
-        """rows that `finish` takes out"""
+        """rows that `finish` removes"""
         self.rows = 0
         self._made = not file.exists()
         self.regular = self._made or file.is_file()
@@ -72,8 +73,8 @@ class Answers:
         self.close()
 
     def add(self, record: dict) -> None:
-        """Writes an answer, which outlives a kill when this returns (in a bucket some seconds later). Raises OSError
-        that names the file if it can't be written whole; the file then ends with the answer before."""
+        """Writes an answer. It survives a kill once this returns (in a bucket some seconds later). Raises OSError,
+        naming the file, if the answer can't be written completely; the file then ends with the previous answer."""
         text = json.dumps(record, ensure_ascii=False) + "\n"
         data, written = text.encode("utf-8", "backslashreplace"), 0  # half a character becomes its JSON escape
         if self._lines:
@@ -85,13 +86,13 @@ class Answers:
                 written += self._stream.write(data[written:])
         except OSError as error:
             if self.regular and written:
-                with suppress(OSError):  # a torn line is cut off by the next run, too
+                with suppress(OSError):  # if this fails, the next run cuts the torn line off
                     self._stream.truncate(os.fstat(self._stream.fileno()).st_size - written)
             raise OSError(error.errno, error.strerror, str(self.file)) from None
         self.rows += 1
 
     def finish(self) -> None:
-        """Takes out stale rows, and waits until the answers are on the disk. Pieces in a bucket become one object."""
+        """Removes stale rows, and waits until the answers are on disk. In a bucket, joins the pieces to one object."""
         if self._lines:
             self._lines.flush()
             if pieces(self.file):
@@ -106,7 +107,7 @@ class Answers:
             os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Gives the lock back. A file that was made here and got no answer is removed."""
+        """Releases the lock. Removes a file that was created here and got no answer."""
         if self._lines:
             self._lines.close()
             return
@@ -132,10 +133,11 @@ class Answers:
             self._stream.truncate(whole)
 
     def _keep(self, place: tuple[int, int], kept: Kept) -> None:
-        """An answer replaces an error, and an error an earlier one; the same answer may stand there twice."""
+        """Keeps an answer in place of an error, and an error in place of an earlier one. An answer may occur twice."""
         before = self.kept.get(place)
         if before is None or before.error is not None:
-            self.stale |= set() if before is None else {before.row}
+            if before is not None:
+                self.stale.add(before.row)
             self.kept[place] = kept
             return
         if kept.error is None and kept.key != before.key:
@@ -147,7 +149,7 @@ class Answers:
 
 
 def locked(file: Path) -> BinaryIO:
-    """The file, open to append to and locked. A file that was replaced before it was locked is opened again."""
+    """The file, locked and open for appending. If it was replaced before it was locked, opens the new one."""
     while True:
         stream = file.open("ab", buffering=0)
         try:
@@ -161,7 +163,7 @@ def locked(file: Path) -> BinaryIO:
 
 
 def answer_of(line: bytes | None, row: int) -> tuple[tuple[int, int], Kept]:
-    """(line of the input, sample) of a row, and what it says. Raises ValueError for a row that no job has written."""
+    """(line of the input, sample) of a row, and its answer. Raises ValueError for a row that no job wrote."""
     try:
         found = checked_answer(line)
     except (ValueError, RecursionError) as error:
@@ -170,7 +172,7 @@ def answer_of(line: bytes | None, row: int) -> tuple[tuple[int, int], Kept]:
             f"is not an answer of a job ({said}). Choose another file, or remove this line and run the command again."
         ) from None
     if len(found["request"]) == 16:
-        raise ValueError("is of an older para_jax, which did not note which model answered. Choose another file.")
+        raise ValueError("is from an older para_jax, which did not record the model. Choose another file.")
     return (found["line"], found["index"]), Kept(found["request"], found.get("error"), row)
 
 
@@ -208,10 +210,10 @@ def bounded_lines(stream: BinaryIO, most: int) -> Iterator[bytes | None]:
 
 
 def cut_off(line: bytes, head: bytes) -> bool:
-    """Whether a line of those that begin with `head` was being written in a kill. Raises ValueError for another line
-    without an end, which nobody here has written."""
+    """Whether a line that begins with `head` was cut off by a kill. Raises ValueError for any other line without an
+    end."""
     if line.endswith(b"\n"):
         return False
     if not (line.startswith(head) or head.startswith(line)):
-        raise ValueError("is not an answer, and has no end. Choose another file.")
+        raise ValueError("is not an answer. Choose another file.")
     return True

@@ -17,12 +17,13 @@ import jax
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..config import printable, shorten
-from ..data.examples import Ids, Prompt, encode_prompt, most_characters, special_stop_ids, stop_token_ids, turn_stop_ids
+from ..data.examples import stop_token_ids
 from ..devices import say
+from .admission import Admission
 from .capacity import capacity
 from .decoder import Decoder
 from .open_requests import OpenRequests
-from .request import Completion, Piece, Request, check_request
+from .request import Completion, Piece, Request
 from .ticket import Sample, Ticket, is_request_error
 
 #: Prompts that are prefilled between two dispatches, at most, while rows decode.
@@ -66,7 +67,8 @@ class Engine:
         for name, count in (("slots", slots), ("max_length", max_length)):
             if type(count) is not int or count < 1:
                 raise ValueError(f"{name} is {shorten(count)}; give a whole number of at least 1")
-        for name, limit in (("queue_limit", queue_limit), ("queue_limit_per_tenant", queue_limit_per_tenant)):
+        limits = {"queue_limit": queue_limit, "queue_limit_per_tenant": queue_limit_per_tenant}
+        for name, limit in limits.items():
             if limit is not None and (type(limit) is not int or limit < 1):
                 raise ValueError(f"{name} is {shorten(limit)}; give a whole number of at least 1, or None")
         longest = model.config.max_positions
@@ -76,7 +78,8 @@ class Engine:
         self.queue_limit, self.queue_limit_per_tenant = queue_limit, queue_limit_per_tenant
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else stop_ids
         self.stop_ids = tuple(ends)
-        self._stops, self._most_characters = frozenset(ends), most_characters(tokenizer, max_length)
+        self._stops = frozenset(ends)
+        self._admission = Admission(model, bank, tokenizer, max_length, limits)
         self._decoder = Decoder(model, bank, slots, max_length)
         say(capacity(bank, self._decoder.row, slots, max_length))
 
@@ -292,7 +295,7 @@ class Engine:
         self._requests.require_new(ticket.id)
         samples, error = [], None
         try:
-            samples = self._samples(ticket, entry)
+            samples = self._admission.samples(ticket, entry)
         except BaseException as raised:
             if not is_request_error(raised):
                 raise
@@ -303,41 +306,6 @@ class Engine:
             self._requests.add(ticket, samples, error)
             self._news.notify_all()
         return ticket
-
-    def _samples(self, ticket: Ticket, entry: Entry | None) -> list[Sample]:
-        """The samples of a request. Raises ValueError for one that cannot be served."""
-        request = ticket.request
-        check_request(request)
-        for name in ("queue_limit", "queue_limit_per_tenant"):
-            limit = getattr(self, name)
-            if limit is not None and request.n > limit:
-                raise ValueError(f"n: {request.n} samples are more than the engine's {name}, {limit}; ask for fewer")
-        if entry is None and request.tenant is not None:
-            if self.bank is None:
-                raise ValueError(f"tenant: {shorten(request.tenant)} is unknown, for the engine has no bank; give None")
-            entry = self.bank.entry(request.tenant)
-        ids = self._ids(request.prompt)
-        if len(ids) + request.max_new_tokens > self.max_length:
-            raise ValueError(
-                f"prompt: {len(ids)} tokens and max_new_tokens {request.max_new_tokens} are more than the engine's "
-                f"max_length {self.max_length}"
-            )
-        stops = special_stop_ids(self.tokenizer, request.stop_texts) + turn_stop_ids(self.tokenizer, request.prompt)
-        stops += tuple(request.stop_token_ids)
-        samples = [Sample(ticket, index, ids, entry, stops) for index in range(request.n)]
-        for sample in samples:
-            sample.follow_text(self.tokenizer)
-        return samples
-
-    def _ids(self, prompt: Prompt | Ids) -> list[int]:
-        if isinstance(prompt, tuple):
-            ids = list(prompt)
-        else:
-            ids = encode_prompt(self.tokenizer, prompt, most=self._most_characters)
-        known = self.model.config.vocab_size
-        if max(ids) >= known:
-            raise ValueError(f"prompt: token id {max(ids)} is not below {known}, the size of the model's vocabulary")
-        return ids
 
     # --------------------------------------------------------------------------------------------------------- streams
 

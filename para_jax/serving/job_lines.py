@@ -1,15 +1,17 @@
-"""A line of a job's input becomes requests, one for each sample, each with a key of all that its answer depends on."""
+"""Turns a line of a job's input into requests, one per sample. Each has a key: a hash of everything its answer depends
+on."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..adapters.bank import AdapterBank, Entry
-from ..config import require
+from ..config import shorten
 from ..data.examples import require_unicode
 from ..inference.content import ANSWERS_VERSION, backbone_content, writing_content
 from ..inference.sampling import derived_seed
@@ -18,7 +20,7 @@ from .engine import Engine
 from .request import Request, check_request
 
 FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "n", "id")
-#: The tenant that is the base model, as on the command line; null is too.
+#: The name of the base model, as on the command line; null works too.
 BASE = "base"
 #: Levels of lists and objects in a line, and characters of its id as JSON.
 MAX_DEPTH, MAX_ID = 64, 2**16
@@ -33,9 +35,9 @@ class LineSample(NamedTuple):
     """from 1"""
     index: int
     key: str
-    """of everything that the answer depends on; for an error, of the line"""
+    """a hash of everything that the answer depends on; for an error, of the line"""
     id: object
-    """the line's own"""
+    """as the line gives it"""
     request: Request | None
     """None if the line could not be read"""
     entry: Entry | None = None
@@ -54,45 +56,47 @@ class Answerer(NamedTuple):
 
 
 def answerer(engine: Engine) -> Answerer:
-    """Raises ValueError if the bank has a tenant called `base`, whom no line could name."""
-    taken = engine.bank is not None and BASE in engine.bank
-    require(not taken, "bank: tenant", BASE, "another name: in a job's lines this one is the base model")
+    """Raises ValueError if the bank has a tenant called `base`, which no line could name."""
+    if engine.bank is not None and BASE in engine.bank:
+        raise ValueError(f"bank: the tenant {BASE!r} needs another name; in a job's lines it is the base model")
     tokenizer, stops = engine.tokenizer, engine.stop_ids
     text = hashed([ANSWERS_VERSION, backbone_content(engine.model), writing_content(tokenizer, stops)])
     return Answerer(engine.bank, text, hashed([text, tokenizer.chat_template]))
 
 
 def samples(number: int, line: bytes | None, defaults: Request, by: Answerer) -> list[LineSample]:
-    """The samples of a line, or one with the line's error, whatever is wrong with it.
+    """The samples of a line, or one sample with the line's error.
 
     Args:
         number: of the line, from 1.
-        line: None: longer than MAX_LINE.
-        defaults: what holds for a line that does not say it itself. Its seed is the job's, from which each line without
-            a seed derives its own.
+        line: None if it is longer than MAX_LINE.
+        defaults: the fields that the line leaves out. Its seed is the job's: a line without a seed derives one from it.
     """
     id, request = None, None
     try:
-        found = json_object(line)
-        given = found.pop("id", None)
+        fields = json_object(line)
+        given = fields.pop("id", None)
         require_small_id(given)
         id = given
-        request = request_of(number, found, defaults)
+        request = request_of(number, fields, defaults)
         entry = entry_of(by.bank, request.tenant)
         shared = line_key(by, id, request, entry)
-        seeds = [(request.seed + index) % 2**32 for index in range(request.n)]  # pyright: ignore[reportOptionalOperand]
-        keys = [hashed([shared, seed]) if request.temperature > 0 else shared for seed in seeds]
-        asked = [replace(request, n=1, seed=seed) for seed in seeds]
-        return [LineSample(number, i, keys[i], id, asked[i], entry) for i in range(request.n)]
-    except Exception as error:  # a line's fault is its own, never the job's
+        found = []
+        for index in range(request.n):
+            seed = request.sampling.for_index(index).seed
+            key = hashed([shared, seed]) if request.temperature > 0 else shared
+            found.append(LineSample(number, index, key, id, replace(request, n=1, seed=seed), entry))
+        return found
+    except Exception as error:  # a wrong line must not end the job
         key = hashlib.sha256(line or b"").hexdigest()[:32]
         return [LineSample(number, 0, key, id, request, None, error_text(error))]
 
 
 def line_key(by: Answerer, id: object, request: Request, entry: Entry | None) -> str:
-    """A hash of all that the answers to a request depend on, apart from the seeds of what is drawn, and of what they
-    repeat (id and tenant). None of them depends on the engine's max_length."""
-    asked = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in ("n", "seed")}
+    """A hash of everything that the answers to a request depend on apart from the seeds, and of what they repeat (id,
+    tenant). The engine's max_length changes no answer."""
+    asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    del asked["n"], asked["seed"]
     asked |= {"id": id, "stop": sorted(set(request.stop_texts))}
     asked |= {"temperature": float(request.temperature), "top_p": float(request.top_p)}
     if request.temperature == 0:
@@ -102,7 +106,7 @@ def line_key(by: Answerer, id: object, request: Request, entry: Entry | None) ->
 
 
 def error_text(error: Exception) -> str:
-    """What an answer says about an error, bounded."""
+    """The text of an error as an answer holds it, cut to MAX_ERROR characters."""
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return text[:MAX_ERROR]
 
@@ -113,11 +117,11 @@ def json_object(line: bytes | None) -> dict:
     try:
         found = json.loads(line)
     except RecursionError:
-        raise ValueError(f"line: nested too deeply; at most {MAX_DEPTH} levels are possible") from None
+        raise ValueError(f"line: nested too deeply; use at most {MAX_DEPTH} levels") from None
     except ValueError as error:
         raise ValueError(f"line: not JSON: {str(error)[:100]}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"line: expected a JSON object, found {type(found).__name__}")
+        raise ValueError(f"line: a JSON {type(found).__name__}; write an object")
     return found
 
 
@@ -126,11 +130,13 @@ def request_of(number: int, found: dict, defaults: Request) -> Request:
     require_flat("line", found)
     require_unicode("line", found)
     unknown = [name for name in found if name not in FIELDS]
-    require(not unknown, "fields", unknown[:3], "some of " + ", ".join(FIELDS))
+    if unknown:
+        raise ValueError(f"fields: {shorten(unknown[:3])} are unknown; use some of {', '.join(FIELDS)}")
     if ("prompt" in found) == ("messages" in found):
-        raise ValueError("prompt: expected either prompt, a text, or messages, a list of turns")
+        raise ValueError("prompt: give either prompt, a text, or messages, a list of turns")
     prompt = found.pop("messages") if "messages" in found else found.pop("prompt")
-    require(isinstance(prompt, (str, list)), "prompt", prompt, "a text")
+    if not isinstance(prompt, (str, list)):
+        raise ValueError(f"prompt: {shorten(prompt)} is not a text")
     found["tenant"] = found.get("tenant", defaults.tenant)
     if found["tenant"] == BASE:
         found["tenant"] = None
@@ -144,11 +150,11 @@ def request_of(number: int, found: dict, defaults: Request) -> Request:
 
 
 def entry_of(bank: AdapterBank | None, tenant: str | None) -> Entry | None:
-    """The adapter that a tenant has now. Raises ValueError for one who is not known."""
+    """The adapter that a tenant has now. Raises ValueError for an unknown tenant."""
     if tenant is None:
         return None
     if bank is None:
-        raise ValueError(f"tenant: {tenant[:80]!r} is not known, because the job has no adapters; leave it out")
+        raise ValueError(f"tenant: {tenant[:80]!r} is unknown, because the job has no adapters; leave it out")
     try:
         return bank.entry(tenant)
     except ValueError as error:
@@ -162,8 +168,9 @@ def require_small_id(id: object) -> None:
     try:
         length = len(json.dumps(id, allow_nan=False))
     except ValueError:
-        raise ValueError("id: holds a number that is not finite, which JSON lacks; give it as a text") from None
-    require(length <= MAX_ID, "id: characters as JSON", length, f"at most {MAX_ID}")
+        raise ValueError("id: a number in it is not finite, which JSON lacks; give it as a text") from None
+    if length > MAX_ID:
+        raise ValueError(f"id: {length} characters as JSON are too many; use at most {MAX_ID}")
 
 
 def require_flat(name: str, value: object) -> None:
@@ -172,7 +179,7 @@ def require_flat(name: str, value: object) -> None:
     while level := [child for one in level for child in children(one)]:
         depth += 1
         if depth > MAX_DEPTH:
-            raise ValueError(f"{name}: nested too deeply; at most {MAX_DEPTH} levels are possible")
+            raise ValueError(f"{name}: nested too deeply; use at most {MAX_DEPTH} levels")
 
 
 def children(value: object) -> Iterable:

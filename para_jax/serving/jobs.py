@@ -1,16 +1,17 @@
-"""A batch job: requests from a JSON-lines file through the engine, answers to another as they end. A job that was
-killed goes on where it stopped: no line is answered twice, and none is lost."""
+"""A batch job: reads requests from a JSON-lines file, and writes the engine's answers to another as they end. A job
+that was killed goes on where it stopped: no line is answered twice, and none is lost."""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
 from tqdm import tqdm
 
-from ..config import require, shorten
+from ..config import shorten
 from ..devices import say
 from ..storage.bucket import Place
 from .answers import MAX_LINE, Answers, Kept, bounded_lines
@@ -19,32 +20,33 @@ from .job_lines import MAX_ERROR, Answerer, LineSample, answerer, error_text, sa
 from .open_requests import QueueFull
 from .request import Completion, Request, check_request
 
-#: Requests that wait in the engine's queue, in slots' worth: enough to refill each at once.
+#: Requests that wait in the engine's queue per slot: enough to refill each slot at once.
 AHEAD = 2
 
 
 def run_job(engine: Engine, source: Place, output: Place, defaults: Request) -> Counter[str]:
-    """Answers each line of `source` that `output` does not answer yet; the errors, counted by kind.
+    """Answers each line of `source` that `output` does not answer yet. Returns how many errors of each kind there are.
 
-    Lines that an earlier run answered with an error are asked again. Both files may be pipes; an output that is one
-    holds nothing to go on from.
+    Lines that an earlier run answered with an error are asked again. Both files may be pipes; a job cannot go on from
+    an output that is a pipe.
 
     Args:
         engine: without open requests.
-        defaults: what holds for lines that do not say it themselves. Its seed is the job's.
+        defaults: the fields that a line leaves out. Its seed is the job's.
 
-    Raises ValueError if `output` is being written by another process, is damaged, or answers another request (the line,
-    the defaults, the adapter or the model has changed), if `source` has no line, and for defaults that no line could be
-    served with; OSError, naming the file, if an answer can't be written.
+    Raises ValueError if another process is writing `output`, if `output` is damaged or answers other requests (the
+    line, the defaults, the adapter or the model has changed), if `source` has no line, and for wrong defaults; OSError,
+    naming the file, if an answer can't be written.
     """
     with Answers(output) as answers:
         return answer_lines(engine, source, answers, defaults)
 
 
 def answer_lines(engine: Engine, source: Place, answers: Answers, defaults: Request) -> Counter[str]:
-    """As `run_job`, with an output that is open already."""
+    """As `run_job`, with an output that is already open."""
     check_request(replace(defaults, prompt="a"))
-    require(not engine.open, "engine: open requests", engine.open, "none: take their answers first")
+    if engine.open:
+        raise ValueError(f"engine: {engine.open} requests are open; take their answers first")
     by = answerer(engine)
     total = checked_lines(source, answers, defaults, by) if source.is_file() else None
     left = unanswered(source, answers, defaults, by)
@@ -57,16 +59,17 @@ def answer_lines(engine: Engine, source: Place, answers: Answers, defaults: Requ
             error = completion.error and completion.error[:MAX_ERROR]
             if error:
                 errors[kind(error)] += 1
-            if before is None or (before.key, before.error) != (sample.key, error):
+            if before is None or before.key != sample.key or before.error != error:
                 answers.add(record(sample, completion._replace(error=error)))
-                answers.stale |= set() if before is None else {before.row}
+                if before is not None:
+                    answers.stale.add(before.row)
             tokens += len(completion.tokens)
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
             bar.n = max(bar.n, sample.line)
             bar.refresh()
     finally:
         bar.close()
-        for id in waiting:  # the engine is the caller's, and is left without requests of ours
+        for id in waiting:  # the engine is the caller's; none of our requests may stay in it
             engine.cancel(id)
         while engine.open:
             engine.step()
@@ -79,35 +82,37 @@ def answer_lines(engine: Engine, source: Place, answers: Answers, defaults: Requ
 
 
 def served(engine: Engine, left: Iterator[tuple[LineSample, Kept | None]], waiting: dict) -> Iterator[Completion]:
-    """The completions of samples, which join the engine's queue as it empties."""
-    most = min((1 + AHEAD) * engine.slots, engine.queue_limit or sys.maxsize)
-    refused: deque[tuple[LineSample, Kept | None]] = deque()
+    """The completions of samples as they end. Samples join the engine's queue as it empties.
 
-    def top_up():
+    Args:
+        left: samples to answer, each with the error that an earlier run answered.
+        waiting: gets the items that the engine holds, by (line, index). The caller takes out what has ended.
+    """
+    most = min((1 + AHEAD) * engine.slots, engine.queue_limit or sys.maxsize)
+    refused = None  # the next item, if the queue of its tenant was full
+    while True:
         while len(waiting) < most:
-            item = refused.popleft() if refused else next(left, None)
+            item = refused or next(left, None)
+            refused = None
             if item is None:
-                return
+                break
             id = (item[0].line, item[0].index)
             try:
                 error = submit(engine, item[0], id)
-            except QueueFull:  # for this tenant
-                refused.append(item)
-                return
+            except QueueFull:
+                refused = item
+                break
             waiting[id] = item
             if error is not None:
                 yield Completion(id, 0, "", [], "error", error)
-
-    while True:
-        yield from top_up()
         if not waiting:
             return
         yield from step(engine)
 
 
 def submit(engine: Engine, sample: LineSample, id: tuple[int, int]) -> str | None:
-    """Asks the engine for a sample, from the adapter that its key knows, whatever the tenant's name stands for by now;
-    the error of one that can't be asked for. Raises QueueFull."""
+    """Submits a sample, to be answered by the adapter in its key, even if the tenant has another one by now. Returns
+    the error of a sample that cannot be submitted. Raises QueueFull."""
     if sample.error is not None or sample.request is None:
         return sample.error
     try:
@@ -119,20 +124,20 @@ def submit(engine: Engine, sample: LineSample, id: tuple[int, int]) -> str | Non
 
 
 def step(engine: Engine) -> list[Completion]:
-    """A round of the engine, which can go on after one that raised: that one is made again, once."""
+    """One round of the engine. A round that raises is repeated once."""
     try:
         return engine.step()
     except Exception as error:
-        say(f"a round failed and is made again: {shorten(str(error), 200)}")
+        say(f"a round failed and is repeated: {shorten(str(error), 200)}")
         return engine.step()
 
 
 def unanswered(
     source: Place, answers: Answers, defaults: Request, by: Answerer
 ) -> Iterator[tuple[LineSample, Kept | None]]:
-    """The samples that are left to answer, each with the error that an earlier run answered. What the file says of a
-    sample is taken out of `answers.kept`."""
-    for sample in asked(source, defaults, by):
+    """The samples that are left to answer, each with the error that an earlier run answered. Takes each sample's answer
+    out of `answers.kept`."""
+    for sample in line_samples(source, defaults, by):
         before = answers.kept.pop((sample.line, sample.index), None)
         require_same(sample, before, answers.file)
         if before is None or before.error is not None:
@@ -140,17 +145,17 @@ def unanswered(
 
 
 def checked_lines(source: Place, answers: Answers, defaults: Request, by: Answerer) -> int:
-    """How many lines `source` has. Raises ValueError, before anything is answered, if one was answered as another
-    request."""
+    """The number of lines in `source`. Raises ValueError, before anything is answered, if a line was answered as
+    another request."""
     if answers.kept:
-        for sample in asked(source, defaults, by):
+        for sample in line_samples(source, defaults, by):
             require_same(sample, answers.kept.get((sample.line, sample.index)), answers.file)
     with source.open("rb") as stream:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b""))
 
 
-def asked(source: Place, defaults: Request, by: Answerer) -> Iterator[LineSample]:
-    """All samples of all lines, in order; those of a line follow each other, so that they share its prefill."""
+def line_samples(source: Place, defaults: Request, by: Answerer) -> Iterator[LineSample]:
+    """All samples of all lines, in order. Those of a line follow each other, so they share its prefill."""
     empty = True
     with source.open("rb") as stream:
         for number, line in enumerate(bounded_lines(stream, MAX_LINE), 1):
@@ -158,25 +163,31 @@ def asked(source: Place, defaults: Request, by: Answerer) -> Iterator[LineSample
                 empty = False
                 yield from samples(number, line, defaults, by)
     if empty:
-        raise ValueError(f"{source}: no line there; expected a request per line")
+        raise ValueError(f"{source}: no line there; write one request per line")
 
 
 def require_same(sample: LineSample, before: Kept | None, output: Place) -> None:
     if before is not None and before.error is None and before.key != sample.key:
         raise ValueError(
             f"{output}: line {sample.line} of the input was answered as another request: the line, an option, its "
-            "adapter or the backbone has changed since. Choose another file, or go back to what it was."
+            "adapter or the backbone has changed since. Choose another file, or undo the change."
         )
 
 
 def record(sample: LineSample, completion: Completion) -> dict:
-    made = {"line": sample.line, "index": sample.index, "request": sample.key}
-    made |= {} if sample.id is None else {"id": sample.id}
-    made |= {} if sample.request is None else {"tenant": sample.request.tenant}
-    made |= {"text": completion.text, "tokens": len(completion.tokens), "finish_reason": completion.finish_reason}
-    return made | ({} if completion.error is None else {"error": completion.error})
+    """An answer as a line of the output."""
+    line: dict[str, object] = {"line": sample.line, "index": sample.index, "request": sample.key}
+    if sample.id is not None:
+        line["id"] = sample.id
+    if sample.request is not None:
+        line["tenant"] = sample.request.tenant
+    line |= {"text": completion.text, "tokens": len(completion.tokens), "finish_reason": completion.finish_reason}
+    if completion.error is not None:
+        line["error"] = completion.error
+    return line
 
 
 def kind(error: str) -> str:
-    """What errors are counted by: the field or the part that they name first."""
-    return "".join(filter(str.isprintable, error.partition(":")[0][:40]))
+    """The kind of an error, for counting: the field that it names first."""
+    start = re.split(r":| is ", error, maxsplit=1)[0]
+    return "".join(filter(str.isprintable, start[:40]))

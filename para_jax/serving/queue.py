@@ -1,4 +1,4 @@
-"""FairQueue: what waits for a slot, taken in turn over the tenants, first come, first served within a tenant."""
+"""FairQueue: tenants take turns; within a tenant, first come, first served."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """Each tenant has a line of its own, and the lines are served in turn: however long one line is, an item at the
-    head of another waits for at most one item of every other tenant. Every operation takes constant time."""
+    """A queue per tenant, served in turn: however long one queue is, the first item of another waits for at most one
+    item of every other tenant. Every operation takes constant time."""
 
     def __init__(self):
         self._lines: OrderedDict[Hashable, OrderedDict[int, T]] = OrderedDict()
         self._count = 0
 
     def put(self, tenant: Hashable, number: int, item: T) -> None:
-        """Adds an item to the end of its tenant's line. `number` is the item's own."""
+        """Adds an item to the end of its tenant's queue. `number` identifies it."""
         line = self._lines.setdefault(tenant, OrderedDict())
         self._count += number not in line
         line[number] = item
 
     def head(self) -> T | None:
-        """The item that `take` will give; None if nothing waits."""
+        """The item that `take` returns next; None if the queue is empty."""
         return next((next(iter(line.values())) for line in self._lines.values()), None)
 
     def take(self) -> T:
-        """Takes the head; its tenant's next turn comes after all other tenants'."""
+        """Removes and returns the head. Its tenant's next turn comes after all other tenants'."""
         tenant, line = next(iter(self._lines.items()))
         _, item = line.popitem(last=False)
         self._lines.move_to_end(tenant)
@@ -38,7 +38,7 @@ class FairQueue(Generic[T]):
         return item
 
     def remove(self, tenant: Hashable, number: int) -> None:
-        """Takes an item out, wherever it stands; nothing happens if it does not wait."""
+        """Removes an item from anywhere in the queue; does nothing if it is not there."""
         line = self._lines.get(tenant)
         if line is not None and number in line:
             del line[number]
@@ -47,7 +47,7 @@ class FairQueue(Generic[T]):
                 del self._lines[tenant]
 
     def waiting(self, tenant: Hashable) -> int:
-        """How many items of a tenant wait."""
+        """The number of a tenant's items."""
         return len(self._lines.get(tenant, ()))
 
     def __len__(self) -> int:

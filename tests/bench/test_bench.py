@@ -37,7 +37,7 @@ def test_sides_are_measured_in_turn_and_the_first_run_does_not_count():
     assert summary("s", rounds)["medians"] == {"a": 5, "b": 6}
 
 
-def test_loading_is_measured_in_a_process_of_its_own_against_a_limit(monkeypatch):
+def test_loading_is_measured_in_a_new_process_against_a_limit(monkeypatch):
     measured = bench.BENCHMARKS["load"](BACKBONE, rounds=1)
     assert measured["within_limit"] and measured["limit_above_weights"] == 300
     assert 0 < measured["medians"]["weights"] < measured["medians"]["peak"] < 300
@@ -45,7 +45,7 @@ def test_loading_is_measured_in_a_process_of_its_own_against_a_limit(monkeypatch
     assert not bench.BENCHMARKS["load"](BACKBONE, rounds=1)["within_limit"]
 
 
-def test_a_backbone_that_can_not_be_loaded_gives_the_error_of_the_load_in_a_line(tmp_path):
+def test_a_backbone_that_does_not_load_gives_a_one_line_error(tmp_path):
     (tmp_path / "config.json").write_bytes((FIXTURES / "smollm2" / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((FIXTURES / "smollm2" / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match="^bench load: .*safetensors") as error:
@@ -120,7 +120,7 @@ def test_the_training_step_is_measured_by_what_the_backward_pass_keeps(monkeypat
     assert share == pytest.approx(rate * 4 * matrix_weights(backbone("smollm2").config) / 1e9)
 
 
-def test_packing_is_measured_beside_the_padding_that_it_removes(tmp_path):
+def test_packing_is_measured_with_the_padding_that_it_removes(tmp_path):
     backbone_folder(tmp_path / "backbone")
     data = write_rows(tmp_path / "train.jsonl", rows_of_text(40, seed=0))
     measured = bench.BENCHMARKS["packing"](str(tmp_path / "backbone"), data=str(data), length=64, rows=(2,), rounds=1)
@@ -132,7 +132,7 @@ def test_packing_is_measured_beside_the_padding_that_it_removes(tmp_path):
     assert measured["ratios"]["packed / 1 bucket"] == paired(measured["rounds"], "packed", "1 bucket")
 
 
-def test_the_step_of_many_tenants_is_measured_beside_that_of_one(monkeypatch):
+def test_the_step_of_many_tenants_is_measured_against_one(monkeypatch):
     monkeypatch.setattr(bench_tenants, "METHODS", {"(IA)^3": bench_tenants.METHODS["(IA)^3"]})
     measured = bench.BENCHMARKS["tenants"](BACKBONE, rows=(1,), rounds=2)
     where = "(IA)^3, 16 x 1 rows"
@@ -242,7 +242,7 @@ def test_options_of_decode_are_not_for_others(tmp_path):
 
 
 @pytest.mark.long
-def test_a_mixed_pass_is_measured_beside_a_loop_over_the_adapters(tmp_path, monkeypatch):
+def test_a_mixed_pass_is_measured_against_a_loop_over_adapters(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_evaluate, "PROMPT", 8)
     monkeypatch.setattr(bench_evaluate, "NEW", 4)
     shape = backbone("llama").config

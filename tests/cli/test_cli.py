@@ -1,5 +1,6 @@
 """The command line on a tiny backbone: what each command prints and leaves, and what a user's mistake gives."""
 
+import argparse
 import errno
 import importlib.metadata
 import json
@@ -21,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import para_jax.adapters.folder
 from para_jax import generate, load_adapter, load_backbone, load_model_config, load_tokenizer, save_adapter
-from para_jax.cli import main
+from para_jax.cli import main, parser
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = """
@@ -158,22 +159,22 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "plot: expected RUN"),
-        (["a", "--adapter", "b"], "plot: expected RUN"),
-        (["--adapter", "b"], "plot: expected RUN"),
-        (["--prompt", "b"], "plot: expected RUN"),
-        (["--adapter", "b", "--prompt", "c", "--data", "d"], "plot: expected RUN"),
-        (["--adapter", "b", "--adapter", "b", "--prompt", "c"], "plot: expected RUN"),
-        (["--adapter", "b", *["--prompt", "c"] * 3], "plot: expected RUN"),
-        (["--adapter", "b", "--data", "/nowhere.jsonl"], "/nowhere.jsonl does not exist"),
-        (["--adapter", "b", "--data", "d", "--limit", 1], "--limit 1: expected at least 2 prompts"),
+        ([], "give RUN"),
+        (["a", "--adapter", "b"], "give RUN"),
+        (["--adapter", "b"], "give RUN"),
+        (["--prompt", "b"], "give RUN"),
+        (["--adapter", "b", "--prompt", "c", "--data", "d"], "give RUN"),
+        (["--adapter", "b", "--adapter", "b", "--prompt", "c"], "give RUN"),
+        (["--adapter", "b", *["--prompt", "c"] * 3], "give RUN"),
+        (["--adapter", "b", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
+        (["--adapter", "b", "--data", "d", "--limit", 1], "--limit 1 .*at least 2 prompts"),
         (["/nowhere"], "/nowhere: no run is there"),
-        (["--adapter", "b", "--data", "/"], "/ is a folder"),
-        (["a", "--output", "x.doc"], "--output x.doc: expected a file that ends in .png"),
+        (["--adapter", "b", "--data", "/"], "/: a folder; expected a .jsonl file"),
+        (["a", "--output", "x.doc"], "--output x.doc .*.png"),
         (["a", "--output", "/nowhere/x.png"], "--output /nowhere/x.png: no such folder"),
     ],
 )
-def test_plot_names_what_it_can_not_draw(capsys, tmp_path, options, said):
+def test_plot_names_options_that_it_cannot_draw(capsys, tmp_path, options, said):
     given = [] if "--output" in options else ["--output", tmp_path / "x.png"]
     assert_says(mistake(capsys, "plot", *options, *given), said)
     assert list(tmp_path.iterdir()) == []
@@ -190,7 +191,7 @@ def test_generate_answers_each_prompt_as_the_library_does(folder, trained, capsy
     assert all(texts) and shown == "".join(f"> {p}\n{t}\n\n" for p, t in zip(prompts, texts, strict=True))
 
 
-def test_generate_of_one_prompt_prints_the_answer_alone_and_heeds_its_options(folder, capsys):
+def test_one_prompt_prints_only_the_answer_and_options_change_it(folder, capsys):
     greedy = [command(*generate_line(folder, *options)) or capsys.readouterr().out for options in ([], ["--top-k", 1])]
     assert greedy[0] == greedy[1] and greedy[0].startswith("w") and greedy[0].count("\n") == 1
     hot = ["--temperature", 5, "--seed"]
@@ -226,11 +227,11 @@ def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_pat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--tenant", "a"], "--tenant chooses among --adapters NAME=DIR"),
-        (["--adapters", "acme=x"], "--tenant: given 0 times; expected once, .*: acme, or base for no adapter"),
+        (["--tenant", "a"], "--tenant goes with --adapters NAME=DIR"),
+        (["--adapters", "acme=x"], "--tenant is given 0 times.*: acme, or base for no adapter"),
         (["--adapters", "acme=x", "--tenant", "acne"], "--tenant: no tenant 'acne'; the nearest are acme"),
-        (["--adapters", "acme=x", "--tenant", "acme", "--adapter", "x"], "--tenant chooses among"),
-        (["--adapters", "acme", "--tenant", "acme"], "acme: .*hub id"),
+        (["--adapters", "acme=x", "--tenant", "acme", "--adapter", "x"], "--tenant goes with"),
+        (["--adapters", "acme", "--tenant", "acme"], "acme: expected an adapter folder or a hub id"),
         (["--adapters", "base=x", "--tenant", "base"], "--adapters 'base=x': .*base is the base model"),
         (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': the name 'a' is taken"),
         (["--adapters", "acme=/nowhere", "--tenant", "acme"], "/nowhere"),
@@ -294,8 +295,31 @@ def test_convert_writes_a_folder_that_generates_what_the_gguf_file_does(folder, 
 def test_help_is_there_for_the_program_and_each_command(capsys):
     assert command("--help") == 0
     shown = capsys.readouterr().out
-    for name in ("quickstart", "train", "evaluate", "generate", "inspect", "convert", "bench"):
+    for name in ("quickstart", "train", "evaluate", "generate", "inspect", "convert", "prepare", "plot", "bench"):
         assert name in shown and command(name, "--help") == 0
+        assert f"example:\n  para-jax {name} " in capsys.readouterr().out
+
+
+def test_the_help_of_generate_groups_its_options_and_shows_their_defaults(capsys):
+    assert command("generate", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    groups = ["adapters:", "prompts:", "a file of requests:", "sampling:", "backbone:", "runtime:"]
+    assert sorted(groups, key=shown.index) == groups
+    for option in parser_of("generate")._actions:
+        if option.default not in (None, False, [], argparse.SUPPRESS):
+            assert f"(default: {option.default})" in option.help % vars(option), option.dest
+    assert "(default: 64)" in shown and "(default: smollm2-135m)" in shown
+
+
+def test_help_imports_no_slow_package():
+    code = "import sys; from para_jax.cli import parser; parser().format_help(); print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    slow = {"transformers", "tokenizers", "orbax", "grain", "tensorflow_datasets", "lm_eval", "matplotlib", "torch"}
+    assert not slow & set(run.stdout.split())
+
+
+def parser_of(name):
+    return next(action for action in parser()._actions if action.dest == "command").choices[name]
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -306,23 +330,26 @@ def test_help_is_there_for_the_program_and_each_command(capsys):
     [
         ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'.*quickstart.*train"),
-        (["train"], "required: config "),
-        (["train", "run.yaml", "--fast"], "unknown argument '--fast'"),
+        (["train"], "required: CONFIG"),
+        (["train", "run.yaml", "--fast"], "para-jax train: .*unknown argument '--fast'\nsee para-jax train --help"),
         (["train", "nowhere.yaml"], "config nowhere.yaml: no such file"),
-        (["generate"], "expected --prompt, once or more, or --input FILE with --output FILE"),
+        (["generate"], "--prompt TEXT, or --input FILE with --output FILE"),
         (["generate", "--input", "a.jsonl"], "--input FILE with --output FILE"),
-        (["generate", "--input", "a.jsonl", "--prompt", "a"], "expected --prompt"),
+        (["generate", "--input", "a.jsonl", "--prompt", "a"], "give --prompt TEXT, or --input"),
         (["generate", "--input", "nowhere.jsonl", "--output", "o.jsonl"], "--input nowhere.jsonl: no such file"),
-        (["generate", "--input", __file__, "--output", "o", "--chat"], "--chat: expected beside --prompt"),
+        (["generate", "--input", __file__, "--output", "o", "--chat"], "--chat goes with --prompt"),
         (
             ["generate", "--input", __file__, "--output", "o", "--adapter", "a", "--tenant", "a"],
-            "--adapter: 'a' is not possible; expected no --adapters and --tenant beside it",
+            "--adapter a .*--adapters and --tenant",
         ),
-        (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens: 0"),
-        (["train", "."], "config . is a folder"),
-        (["generate", "--prompt", "a", "--backbone", "~nobody-here/model"], "~nobody-here/model"),
-        (["generate", "--prompt", "a", "--adapters", "~nobody-here/runs"], "~nobody-here/runs"),
+        (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["train", "."], "config .: a folder; expected a .yaml file"),
+        (["generate", "--prompt", "a", "--backbone", "~nobody-here/model"], "~nobody-here/model: no such home folder"),
+        (["generate", "--prompt", "a", "--adapters", "~nobody-here/runs"], "~nobody-here/runs: no such home folder"),
         (["bench", "packing"], "bench packing: needs --data"),
+        (["bench", "decode", "--rows", "8,x"], "--rows is 8,x\ngive sizes such as 1,8,32"),
+        (["bench", "decode", "--rounds", "0"], "--rounds is 0"),
+        (["train", "{config}", "--topology", "v5e:4x4"], "--topology v5e:4x4 requires --dry-run\nadd --dry-run"),
         (["generate", "--prompt", "a", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         (["generate", "--prompt", "a", "--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
         (["generate", "--prompt", "a", "--backbone", "/nowhere"], "/nowhere: no such file or folder"),
@@ -338,50 +365,50 @@ def test_help_is_there_for_the_program_and_each_command(capsys):
         (["quickstart", "train.max_steps=0"], "train.max_steps must .* 0"),
     ],
 )
-def test_a_wrong_command_line_is_named(capsys, tmp_path, monkeypatch, arguments, said):
+def test_a_wrong_command_line_is_named(capsys, config, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
-    assert_says(mistake(capsys, *arguments), said)
+    assert_says(mistake(capsys, *(config if argument == "{config}" else argument for argument in arguments)), said)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["train.learningrate=1"], "train.learningrate .*train.learning_rate"),
-        (["trian.max_steps=1"], "trian .*train"),
-        (["train.learning_rate=fast"], "train.learning_rate .*number.*'fast'"),
-        (["train.max_steps=1.5"], "train.max_steps .*whole number.* 1.5"),
-        (["train.learning_rate=-1"], "train.learning_rate must .* -1.0"),
+        (["train.learningrate=1"], "train.learningrate.*learning_rate"),
+        (["trian.max_steps=1"], "trian"),
+        (["train.learning_rate=fast"], "train.learning_rate.*'fast'"),
+        (["train.max_steps=1.5"], "train.max_steps.*1.5"),
+        (["train.learning_rate=-1"], "train.learning_rate.* -1.0"),
         (["train=3"], "3"),
-        (["adapter=para"], "adapter must .*'para'"),
-        (["adapter.method=prefix"], "adapter.method must be one of para.*'prefix'"),
-        (["adapter.r=0"], "r must .* 0"),
-        (["nonsense"], "override 'nonsense' .*section.field=value"),
-        (["=3"], "override '=3' .*section.field=value"),
+        (["adapter=para"], "adapter.* 'para'"),
+        (["adapter.method=prefix"], "adapter.method.*'prefix'"),
+        (["adapter.r=0"], r"\br\b.* 0"),
+        (["nonsense"], "override 'nonsense'.*section.field=value"),
+        (["=3"], "override '=3'.*section.field=value"),
         (["train.max_steps=[1"], r"override 'train.max_steps=\[1'"),
-        (["seed=-1"], "seed must .* -1"),
-        (["mesh.data=0"], "mesh must .*'data': 0"),
-        (["mesh.data=-1", "mesh.fsdp=-1"], "mesh must .*-1"),
-        (["mesh.data=9"], "'data': 9.* does not fit 8 devices"),
-        (["mesh.data=2", "mesh.tensor=5"], "'tensor': 5.* does not fit 8 devices"),
-        (["mesh.data=3", "mesh.fsdp=-1"], "'data': 3.* does not fit 8 devices"),
-        (["data.train=null"], "data.train is not set"),
-        (["data.train=/nowhere"], "data.train: /nowhere does not exist"),
-        (["data.validation=/nowhere"], "data.validation: /nowhere does not exist"),
-        (["data.task=songs"], "data.task .*songs.*boolq"),
+        (["seed=-1"], "seed.* -1"),
+        (["mesh.data=0"], "mesh.*'data': 0"),
+        (["mesh.data=-1", "mesh.fsdp=-1"], "mesh.*'data': -1, 'fsdp': -1"),
+        (["mesh.data=9"], "'data': 9.* 8 devices"),
+        (["mesh.data=2", "mesh.tensor=5"], "'tensor': 5.* 8 devices"),
+        (["mesh.data=3", "mesh.fsdp=-1"], "'data': 3.* 8 devices"),
+        (["data.train=null"], "data.train"),
+        (["data.train=/nowhere"], "data.train.*/nowhere"),
+        (["data.validation=/nowhere"], "data.validation.*/nowhere"),
+        (["data.task=songs"], "data.task.*'songs'"),
         (["data.prompt={question}"], "train.jsonl:1: .*'question'.*prompt, completion"),
-        (["data.prompt={"], "data.prompt: '{'"),
-        (["data.max_seq_length=7"], r"train.jsonl:1: 8 tokens .*data.max_seq_length 7 \(20 of 20.*\nraise"),
-        (["data.max_seq_length=2", "data.truncate=skip"], "every example is longer than data.max_seq_length 2"),
-        (["data.max_seq_length=6", "data.truncate=left"], "train.jsonl:5: the completion .*6 tokens"),
-        (["eval.metric=accuracy", "eval.choices=[w9]"], "eval.choices: 1 "),
-        (["eval.metric=loss", "eval.also=[f1]"], "eval.also .*eval.metric=loss"),
-        (["eval.metric=f1", "eval.max_new_tokens=4090"], "validation.jsonl:1: tokens: .* beside 4090 for eval.max_new"),
-        (["train.num_epochs=.inf"], "train.num_epochs must .* inf"),
-        (["train.adam_b1=1"], "train.adam_b1 must .* 1.0"),
+        (["data.prompt={"], "data.prompt.*'{'"),
+        (["data.max_seq_length=7"], "train.jsonl:1: .*8 tokens.*data.max_seq_length.* 7.*20 of 20"),
+        (["data.max_seq_length=2", "data.truncate=skip"], "data.max_seq_length.* 2"),
+        (["data.max_seq_length=6", "data.truncate=left"], "train.jsonl:5: .*6 tokens"),
+        (["eval.metric=accuracy", "eval.choices=[w9]"], "eval.choices"),
+        (["eval.metric=loss", "eval.also=[f1]"], "eval.also.*eval.metric=loss"),
+        (["eval.metric=f1", "eval.max_new_tokens=4090"], "validation.jsonl:1: .*4090.*eval.max_new_tokens"),
+        (["train.num_epochs=.inf"], "train.num_epochs.* inf"),
+        (["train.adam_b1=1"], "train.adam_b1.* 1.0"),
         (["backbone.source=what is it"], "what is it"),
-        (["backbone.source=/nowhere"], "/nowhere: no such file or folder"),
-        (["logging.report_to=[paper]"], "logging.report_to must .*'paper'"),
+        (["backbone.source=/nowhere"], "/nowhere"),
+        (["logging.report_to=[paper]"], "logging.report_to.*'paper'"),
         (["output_dir=/proc/nowhere"], "/proc/nowhere"),
     ],
 )
@@ -393,10 +420,10 @@ def test_a_wrong_run_is_refused_before_anything_is_written(capsys, config, tmp_p
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("- 1\n- 2\n", "a run is a mapping of sections"),
+        ("- 1\n- 2\n", "bad.yaml.*mapping"),
         ("train: {max_steps: 3\n", r"expected.*line 2"),
         ("train:\n\tmax_steps: 3\n", "line 2"),
-        ("adapter: [1]\n", r"adapter must .*\[1\]"),
+        ("adapter: [1]\n", r"adapter.*\[1\]"),
         ("train: 5\n", "5"),
         (b"\xff\xfe", "not text"),
     ],
@@ -414,16 +441,16 @@ GOOD = '{"prompt": "w20", "completion": "w9"}\n'
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "rows.jsonl has no rows"),
-        (" \n\n", "rows.jsonl has no rows"),
-        (GOOD + '{"prompt": "w20",\n', "rows.jsonl:2: not JSON"),
+        ("", "empty"),
+        (" \n\n", "empty"),
+        (GOOD + '{"prompt": "w20",\n', "rows.jsonl:2: .*JSON"),
         (GOOD + GOOD + "[1]\n", "rows.jsonl:3: .*list"),
         (GOOD + '{"completion": "w9"}', "rows.jsonl:2: .*'prompt'.*completion"),
         (GOOD + '{"prompt": "w20"}', "rows.jsonl:2: .*'completion'.*prompt"),
-        (GOOD + '{"prompt": " ", "completion": "w9"}', "rows.jsonl:2: prompt is empty"),
-        (GOOD + '{"prompt": "w20", "completion": ""}', "rows.jsonl:2: completion is empty"),
-        (GOOD + '{"prompt": "w20", "completion": 5}', "rows.jsonl:2: completion .*int"),
-        (b"\xff\xff\n", "rows.jsonl:1: not JSON"),
+        (GOOD + '{"prompt": " ", "completion": "w9"}', "rows.jsonl:2: .*prompt.*empty"),
+        (GOOD + '{"prompt": "w20", "completion": ""}', "rows.jsonl:2: .*completion.*empty"),
+        (GOOD + '{"prompt": "w20", "completion": 5}', "rows.jsonl:2: .*completion.*text"),
+        (b"\xff\xff\n", "rows.jsonl:1: .*JSON"),
     ],
 )
 @pytest.mark.parametrize("name", ["train", "inspect"])
@@ -471,14 +498,14 @@ def spoil_other_backbone(adapter):
     ("spoil", "said"),
     [
         (spoil_truncated, WEIGHTS),
-        (spoil_not_finite, r"NaN or infinite values: .*layers\.1\.para_up\.weight"),
-        (spoil_pickle_only, r"weights only as a pickle \(adapter_model.bin\).*\nsafetensors.torch.save_file"),
-        (spoil_other_backbone, "for another backbone: it has num_layers 4, not 3"),
-        (shutil.rmtree, "adapter: no such file or folder"),
+        (spoil_not_finite, r"layers\.1\.para_up\.weight"),
+        (spoil_pickle_only, r"adapter_model.bin.*safetensors.torch.save_file"),
+        (spoil_other_backbone, "num_layers.* 4.* 3"),
+        (shutil.rmtree, "adapter"),
     ],
 )
 @pytest.mark.parametrize("name", ["generate", "evaluate"])
-def test_an_adapter_that_can_not_be_used_is_named(capsys, folder, config, adapter, name, spoil, said):
+def test_an_unusable_adapter_is_named(capsys, folder, config, adapter, name, spoil, said):
     spoil(adapter)
     line = generate_line(folder) if name == "generate" else ("evaluate", config)
     assert_says(mistake(capsys, *line, "--adapter", adapter), said)
@@ -489,20 +516,20 @@ def test_an_adapter_for_another_backbone_is_refused(capsys, folder, adapter, tmp
     for name in ("config.json", "model.safetensors"):
         shutil.copy(FIXTURES / "qwen3" / name, other)
     said = mistake(capsys, *generate_line(folder, "--backbone", other, "--adapter", adapter))
-    assert_says(said, "for another backbone: it has model_type llama, not qwen3")
+    assert_says(said, "model_type.*llama.*qwen3")
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--temperature", -1], "temperature: -1.0 is not possible"),
-        (["--temperature", "nan"], "temperature: nan is not possible"),
-        (["--top-k", -1], "top_k: -1 is not possible"),
-        (["--top-p", 0], "top_p: 0.0 is not possible"),
-        (["--seed", -1], "seed: -1 is not possible"),
-        (["--max-new-tokens", 0], "max_new_tokens: 0 is not possible"),
+        (["--temperature", -1], "temperature is -1.0"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top-k", -1], "top_k is -1"),
+        (["--top-p", 0], "top_p is 0.0"),
+        (["--seed", -1], "seed is -1"),
+        (["--max-new-tokens", 0], "max_new_tokens is 0"),
         (["--max-new-tokens", 1000], "2 tokens and max_new_tokens 1000 are more than the model's 512 positions"),
-        (["--stop", ""], "stop: .* is not possible"),
+        (["--stop", ""], r"stop is \[''\]"),
         (["--prompt", ""], "prompt is missing or empty"),
         (["--chat"], "the tokenizer has no chat template"),
     ],
@@ -530,11 +557,11 @@ def test_a_hub_id_without_the_hub_is_named_with_what_to_do(capsys, folder, confi
 def test_an_output_folder_that_holds_another_run_stays_as_it_is(capsys, folder, config, trained):
     before = contents(trained)
     said = mistake(capsys, "train", config, "train.learning_rate=1e-3")
-    assert_says(said, r"holds another run, which differs in train.learning_rate \(0.03 there, 0.001 here\)")
+    assert_says(said, "train.learning_rate.*0.03.*0.001")
     assert contents(trained) == before
     data = contents(folder / "data")
-    assert_says(mistake(capsys, "train", config, f"output_dir={folder / 'data'}"), "holds something else than a run")
-    assert_says(mistake(capsys, "train", config, f"output_dir={config}"), "holds something else than a run")
+    assert_says(mistake(capsys, "train", config, f"output_dir={folder / 'data'}"), str(folder / "data"))
+    assert_says(mistake(capsys, "train", config, f"output_dir={config}"), str(config))
     assert contents(folder / "data") == data
 
 
@@ -551,9 +578,7 @@ def test_convert_refuses_a_folder_that_is_not_empty_and_a_broken_file(capsys, tm
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
-def test_a_disk_that_fills_up_while_saving_leaves_the_adapter_before_whole(
-    capsys, folder, config, tmp_path, monkeypatch
-):
+def test_a_full_disk_while_saving_keeps_the_previous_adapter(capsys, folder, config, tmp_path, monkeypatch):
     """The adapter of step 2 is written, and the disk is full at step 4: without validation data each is kept."""
     written = []
 
@@ -568,7 +593,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_adapter_before_whole(
     with monkeypatch.context() as patch:
         patch.setattr(para_jax.adapters.folder, "os", SimpleNamespace(**{**vars(os), "fsync": fsync}))
         said = mistake(capsys, "train", config, f"output_dir={run}", data, "eval.test=false")
-    assert_says(said, r"adapter: not saved \(No space left on device\); what was there before is unchanged")
+    assert_says(said, "adapter.*No space left on device")
     assert "Trained for 2 steps" in (run / "adapter" / "README.md").read_text()
     held = [".lock", "adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
     assert sorted(path.name for path in run.iterdir()) == held
@@ -595,7 +620,7 @@ def test_the_version_is_that_of_the_package(capsys):
 
 
 @pytest.mark.parametrize("arguments", [("inspect", "{adapter}"), ("--help",), ("inspect", "{adapter}", "-u")])
-def test_output_that_nobody_reads_ends_a_command_without_a_word(adapter, arguments):
+def test_a_closed_output_ends_a_command_silently(adapter, arguments):
     """As `para-jax inspect ADAPTER | head -0`."""
     read, write = os.pipe()
     os.close(read)
@@ -617,7 +642,7 @@ def test_another_broken_pipe_is_an_error(capsys, monkeypatch, config):
 
 
 @pytest.mark.parametrize("text", ["\x1b]0;owned\x07 \x9b31m \u202e", "x" * 10**6])
-def test_an_error_is_short_and_has_no_character_that_a_terminal_acts_on(capsys, config, tmp_path, text):
+def test_an_error_is_short_and_escapes_terminal_characters(capsys, config, tmp_path, text):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": text, "r": text, text: text}))
@@ -628,7 +653,7 @@ def test_an_error_is_short_and_has_no_character_that_a_terminal_acts_on(capsys, 
         assert len(said) < 9000 and all(c.isprintable() or c == "\n" for c in said), line
 
 
-def test_inspect_shows_what_others_wrote_without_characters_that_a_terminal_acts_on(capsys, adapter):
+def test_inspect_escapes_terminal_characters_in_foreign_text(capsys, adapter):
     file = adapter / "adapter_config.json"
     found = json.loads(file.read_text())
     found["base_model_name_or_path"] = "\x1b]0;owned\x07\nbackbone   trusted"

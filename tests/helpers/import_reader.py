@@ -19,7 +19,8 @@ def imported(file: str, text: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) + 1 - node.level] + (node.module or "").split(".")
-            yield from (".".join([part for part in base if part] + [name.name]) for name in node.names)
+            names = [name.name for name in node.names if name.name != "__version__"]  # a constant of the package
+            yield from (".".join([part for part in base if part] + [name]) for name in names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "para_jax":
             yield from (".".join([*node.module.split(".")[1:], name.name]) for name in node.names)
         elif isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Sampling draws from the distribution it says, and each row by itself."""
+"""Tokens are drawn from the stated distribution, and each row independently."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def test_equal_logits_do_not_widen_the_top_k():
     assert (found[:2] > 150).all() and found[2:].sum() == 0
 
 
-def test_a_row_draws_the_same_whatever_stands_beside_it():
+def test_a_row_draws_the_same_with_any_other_rows():
     settings = {"temperature": [1.5, 0.0, 0.7, 3.0], "top_k": [0, 3, 5, 0], "top_p": [1.0, 0.5, 0.9, 0.8]}
     for position in range(20):
         together = draw(LOGITS, seeds=[5, 6, 7, 8], position=position, **settings)

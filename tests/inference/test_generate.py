@@ -185,7 +185,7 @@ def test_text_ends_before_a_stop_text_that_is_a_special_token(model, tokenizer):
     assert (answer.text, answer.finish_reason, len(answer.tokens)) == ("".join(written[:at]), "stop", at)
 
 
-def test_a_chat_ends_before_its_templates_end_token_and_a_text_beside_it_goes_on(model, tokenizer):
+def test_a_chat_ends_before_its_templates_end_token_and_a_text_does_not(model, tokenizer):
     """The same prompt ids as text and as chat, in one batch."""
     written = [f"w{i}" for i in write(model, None, PROMPTS[:1], count=20)[0]]
     special, at = deepcopy(tokenizer), written.index(written[5])

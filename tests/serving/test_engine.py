@@ -42,7 +42,7 @@ def bank(model, tenants):
 # ------------------------------------------------------------------------------------------------------------- answers
 
 
-def test_answers_are_those_of_generate(model, bank):
+def test_answers_equal_those_of_generate(model, bank):
     engine, names = engine_of(model, bank), ["A", None, "B", "C", "A", None]
     prompts = [prompt(i, 3 + i) for i in range(len(names))]
     ids = [engine.submit(Request(p, name, max_new_tokens=7)) for p, name in zip(prompts, names, strict=True)]
@@ -61,7 +61,7 @@ def test_a_prompt_may_be_token_ids(model, bank):
     assert all(found[id, 0].error.startswith("prompt") for id in wrong)
 
 
-def test_sampling_depends_on_the_request_alone_and_is_that_of_generate(model, bank):
+def test_sampling_depends_on_the_request_alone_and_equals_generate(model, bank):
     options = dict(max_new_tokens=6, temperature=1.5, top_k=20, top_p=0.9)
     engine = engine_of(model, bank)
     ids = [engine.submit(Request(prompt(i), "A", seed=5, **options)) for i in range(5)]
@@ -71,7 +71,7 @@ def test_sampling_depends_on_the_request_alone_and_is_that_of_generate(model, ba
         assert [found[id, 0].text] == alone
 
 
-def test_samples_of_a_request_are_prefilled_once_and_equal_requests_of_their_own(model, bank, monkeypatch):
+def test_samples_share_a_prefill_and_equal_separate_requests(model, bank, monkeypatch):
     engine, calls = engine_of(model, bank), count_prefills(monkeypatch)
     options = dict(max_new_tokens=5, temperature=1.0)
     many = engine.submit(Request(prompt(0), "B", n=5, seed=3, **options))
@@ -128,7 +128,7 @@ ASKED = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def lab(model, tenants):
-    """An engine whose slots are reused by all schedules, one for runs alone, and what these gave."""
+    """An engine that all schedules share, one for each request alone, and the answers of the latter."""
     banks = bank_of(model, tenants), bank_of(model, tenants)
     return [engine_of(model, bank) for bank in banks], banks, {}
 
@@ -204,7 +204,7 @@ def lab_content(bank, tenants, name):
     return bank.entry("A").content
 
 
-def test_a_hostile_tenant_leaves_nothing_in_its_slot_and_its_neighbours_alone(model, tenants, bank, monkeypatch):
+def test_a_hostile_tenant_affects_neither_its_slot_nor_its_neighbours(model, tenants, bank, monkeypatch):
     calm = engine_of(model, bank)
     ids = [calm.submit(Request(prompt(i), name, 6)) for i, name in enumerate(["A", None, "B", "A", None, "B"])]
     expected = answers(calm)
@@ -263,7 +263,7 @@ def test_only_the_same_adapter_and_the_same_whole_prompt_are_reused(model, tenan
     assert prefills == 1 and base != first
 
 
-def test_a_request_is_answered_by_the_adapter_that_its_tenant_had_when_it_was_submitted(model, tenants, bank):
+def test_the_adapter_at_submission_answers_the_request(model, tenants, bank):
     engine = engine_of(model, bank)
     now = engine.submit(Request(prompt(4), "A", 5))
     bank.replace("A", tenants["A2"])
@@ -315,7 +315,7 @@ def test_requests_start_in_order_and_few_prefills_come_between_decode_steps(mode
         ({"tenant": ["A"]}, "tenant: ['A']"),
     ],
 )
-def test_a_request_that_can_not_be_served_becomes_an_error_and_harms_no_other(model, bank, wrong, message):
+def test_a_wrong_request_is_an_error_and_affects_no_other(model, bank, wrong, message):
     engine = engine_of(model, bank)
     good = Request(prompt(5), "A", 4)
     first = engine.submit(good)
@@ -351,7 +351,7 @@ def test_cancelling_frees_the_slot_at_once(model, bank):
     assert len(found[running[1], 0].tokens) == 1 + STEPS and found[waiting[0], 0].finish_reason == "length"
 
 
-def test_ids_are_the_users_own_or_numbers_and_an_open_one_is_not_taken_twice(model, bank):
+def test_ids_are_given_or_numbered_and_an_open_one_is_refused(model, bank):
     engine = engine_of(model, bank)
     assert engine.submit(Request(prompt(1), max_new_tokens=1, id=0)) == 0
     assert engine.submit(Request(prompt(1), max_new_tokens=1)) == 1
@@ -388,7 +388,7 @@ def test_lora_joins_where_the_bank_lets_it_and_the_engine_says_so(model, tenants
     engine = engine_of(model, bank)
     said = capsys.readouterr().err
     assert "engine: 3 slots of 40 tokens" in said and "methods that may join: para, lora" in said
-    assert "such rows fit into the" in said
+    assert "such slots fit into the" in said
     ids = [engine.submit(Request(prompt(i), name, 6)) for i, name in enumerate(["L", "A", None, "L"])]
     found = answers(engine)
     texts = generate(
@@ -407,18 +407,18 @@ def test_an_engine_without_a_bank_serves_the_base_model_alone(model):
 
 
 @pytest.mark.parametrize("options", [{"slots": 0}, {"max_length": 1}, {"max_length": 10**6}, {"queue_limit": 0}])
-def test_an_impossible_engine_is_refused(model, bank, options):
+def test_wrong_sizes_of_an_engine_are_refused(model, bank, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Engine(model, bank, tokenizer(), **({"slots": 2, "max_length": 32} | options))
 
 
-def test_a_text_with_a_token_that_the_model_has_not_is_an_error_and_harms_no_other(model, bank):
+def test_an_out_of_vocabulary_token_fails_only_its_own_request(model, bank):
     grown = deepcopy(tokenizer())
     grown.add_tokens(["<image>"])
     engine = Engine(model, bank, grown, slots=SLOTS, max_length=LENGTH)
     wrong, right = engine.submit(Request("w20 <image>")), engine.submit(Request(prompt(1), max_new_tokens=2))
     found = answers(engine)
-    assert found[wrong, 0].finish_reason == "error" and "token id: 256" in found[wrong, 0].error
+    assert found[wrong, 0].finish_reason == "error" and "token id 256" in found[wrong, 0].error
     assert found[right, 0].finish_reason == "length"
 
 

@@ -10,7 +10,7 @@ CALLS = st.lists(st.tuples(st.sampled_from(["put", "put", "take", "remove"]), st
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(CALLS)
-def test_a_tenant_waits_for_at_most_one_item_of_every_other_and_keeps_its_own_order(calls):
+def test_a_tenant_waits_for_one_item_of_every_other_at_most(calls):
     queue, lines, number = FairQueue(), {}, 0
     passed = {}  # by tenant that waits: who was served since it became the first to wait in its line
     for call, tenant, chosen in calls:

@@ -1,4 +1,4 @@
-"""A long day: thousands of requests of hundreds of tenants, whose adapters come, go and are replaced meanwhile."""
+"""A long day: thousands of requests of hundreds of tenants, while adapters come, go and are replaced."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SITES = ("q_proj", "v_proj", "up_proj")
 
 
 @pytest.mark.long
-def test_every_answer_of_a_long_day_is_the_one_of_its_request_alone_and_memory_stays_flat():
+def test_a_long_day_gives_every_request_its_own_answer_in_flat_memory():
     model, draw = backbone("llama"), np.random.default_rng(0)
     fresh = [init_adapter(ParaConfig(r=4), model.config), init_adapter(Ia3Config(target_modules=SITES), model.config)]
     pool = [strong(fresh[i % 2], i, 0.3) for i in range(40)]

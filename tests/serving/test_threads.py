@@ -16,8 +16,7 @@ from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, init_adapter
 from para_jax.inference.answer_text import AnswerText
-from para_jax.serving import decoder
-from para_jax.serving import engine as engine_module
+from para_jax.serving import admission, decoder
 from para_jax.serving.capacity import KEPT
 from para_jax.serving.open_requests import QueueFull
 
@@ -112,9 +111,7 @@ def test_four_threads_submit_cancel_and_stream_and_every_answer_is_its_own(model
 
 
 @pytest.mark.parametrize("victim", range(3))
-def test_a_request_that_is_cancelled_during_its_own_prefill_gives_its_row_to_nobody(
-    model, bank, alone, monkeypatch, victim
-):
+def test_a_request_cancelled_during_its_prefill_affects_no_other(model, bank, alone, monkeypatch, victim):
     engine, asked, real, calls = engine_of(model, bank), requests(), decoder.prefill, []
 
     def hooked(*arguments, **options):
@@ -177,7 +174,7 @@ def test_streams_in_threads_drive_by_themselves(model, bank, alone):
     assert engine.open == 0
 
 
-def test_requests_without_a_seed_are_drawn_apart_and_the_same_in_the_next_engine(model, bank):
+def test_requests_without_a_seed_differ_and_are_reproducible(model, bank):
     def drawn(seed):
         engine = engine_of(model, bank, seed=seed)
         ids = [engine.submit(Request(prompt(0), max_new_tokens=6, temperature=1.5)) for _ in range(6)]
@@ -262,7 +259,7 @@ def test_real_interrupts_lose_nothing(model, bank, alone):
         assert [plain(found[i, j]) for j in range(asked[i % 12].n)] == alone[i % 12]
 
 
-def test_a_prompt_that_can_not_be_prefilled_is_an_error_after_a_second_try(model, bank, monkeypatch):
+def test_a_prompt_that_fails_to_prefill_twice_is_an_error(model, bank, monkeypatch):
     engine = engine_of(model, bank)
     good, bad = (engine.submit(Request(prompt(i, 4 + i), "A", 5)) for i in range(2))
     real = decoder.prefill
@@ -316,7 +313,7 @@ def test_a_tokenizer_that_fails_is_one_requests_error(model, bank, alone):
 # ------------------------------------------------------------------------------------------------------------- streams
 
 
-def test_a_stream_gives_text_and_tokens_as_they_are_made_and_leaves_nothing_behind(model, bank, alone):
+def test_a_stream_gives_text_and_tokens_as_they_are_decoded(model, bank, alone):
     engine, asked = engine_of(model, bank), requests()
     streamed, other = engine.submit(asked[11]), engine.submit(asked[0])
     stream = engine.stream(streamed)
@@ -381,7 +378,7 @@ def test_a_stream_never_shows_a_stop_text_or_its_beginning(model, bank):
     assert shown == whole.text[: whole.text.index(end)] and piece.finish_reason == "stop"
 
 
-def test_a_stream_that_is_closed_cancels_its_request_and_a_cancelled_one_says_so(model, bank):
+def test_closing_a_stream_cancels_its_request(model, bank):
     engine = engine_of(model, bank)
     stream = engine.stream(Request(prompt(1), "A", 20))
     next(stream)
@@ -456,7 +453,7 @@ def test_one_tenants_flood_costs_another_at_most_one_place_per_free_slot(model, 
     assert started[:8] == [(tenant, i) for i in range(4) for tenant in "AB"]
 
 
-def test_a_tenant_has_a_queue_limit_of_its_own_and_refused_requests_count_until_their_errors_are_taken(model, bank):
+def test_each_tenant_has_a_queue_limit_and_refused_requests_count(model, bank):
     engine = engine_of(model, bank, queue_limit=10, queue_limit_per_tenant=3)
     for i in range(3):
         engine.submit(Request(prompt(i), "A", 2))
@@ -484,12 +481,12 @@ def test_an_id_must_be_hashable(model, bank):
 
 def test_a_prompt_of_too_many_characters_is_refused_before_it_is_tokenised(model, bank, monkeypatch):
     engine = engine_of(model, bank)
-    monkeypatch.setattr(engine_module, "special_stop_ids", lambda *_: 1 / 0)
+    monkeypatch.setattr(admission, "special_stop_ids", lambda *_: 1 / 0)
     id = engine.submit(Request("w20 " * 10**6))
     assert "4000000 characters" in answers(engine)[id, 0].error
 
 
-def test_an_entry_answers_whatever_its_name_stands_for_now(model, tenants):
+def test_an_entry_answers_even_if_its_tenant_is_gone(model, tenants):
     bank = bank_of(model, tenants)
     engine, entry = engine_of(model, bank), bank.entry("A")
     before = engine.submit(Request(prompt(4), "A", 5))

@@ -1,0 +1,45 @@
+"""The record of a measurement: what was run, where, and what was measured; as a JSON file and as a printed table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import devices
+from ..inspect import write_record
+from ..table import table
+
+
+def new_record(command: str, measured: dict) -> dict:
+    """What a benchmark measured, with the command, the device and the versions."""
+    return {"command": command, "device": devices.describe_devices(), "versions": devices.versions(), **measured}
+
+
+def report(record: dict, file: Path | None) -> None:
+    """Prints a record as a table, and writes it to a JSON file if one is given."""
+    print(table(rows_of(record), left=(0, 1)))
+    if file is not None:
+        write_record(file, record)
+        print(f"wrote {file}")
+
+
+def rows_of(measured: dict) -> list[tuple[str, str]]:
+    """A record as the rows of a table."""
+    rows = []
+    for name, value in measured["medians"].items():
+        rows.append((name, f"{value:.1f} {measured['unit']}" if value >= 10 else f"{value:.3f} {measured['unit']}"))
+    byte_ratios = measured.get("byte_ratios", {})
+    for name, value in measured.get("ratios", {}).items():
+        rows.append((name, f"{value:.3f}" + (f"   bytes {byte_ratios[name]:.3f}" if byte_ratios else "")))
+    rows += [(f"{name}: equal texts", f"{value:.3f}") for name, value in measured.get("equal_texts", {}).items()]
+    for method, values in measured.get("latencies_ms", {}).items():
+        rows += [(f"{method}: {name}", f"{value:.0f} ms") for name, value in values.items()]
+    for name, value in measured.get("prefill", {}).get("medians", {}).items():
+        rows.append((f"prefill of {name}", f"{value:.0f} ms"))
+    for name, value in measured.get("share_of_read", {}).items():
+        rows.append((f"{name}: bytes per second, relative to a read test", f"{value:.2f}"))
+    for name, value in measured.get("share_of_matrix_products", {}).items():
+        rows.append((f"{name}: its matrix products alone", f"{value:.2f} of its time"))
+    if "within_limit" in measured:
+        limit = f"within the weights + {measured['limit_above_weights']:.0f} MB"
+        rows.append((limit, "yes" if measured["within_limit"] else "no"))
+    return rows
