@@ -92,8 +92,8 @@ def deep(levels: int) -> bytes:
         (deep(70), "deeper than 64 levels"),
         (deep(100_000), "deeper than 64 levels"),
         (b'{"vocab_size": ' + b"1" * 5000 + b"}", "a number of 5000 digits"),
-        (b'{"vocab_size": 256, "vocab_size": 256}', "'vocab_size' stands there twice"),
-        (b'{"rope_scaling": {"type": "linear", "type": "x"}}', "'type' stands there twice"),
+        (b'{"vocab_size": 256, "vocab_size": 256}', "'vocab_size' .*twice"),
+        (b'{"rope_scaling": {"type": "linear", "type": "x"}}', "'type' .*twice"),
         (b'{"model_type": "\\u001b[31m' + b"x" * 5000 + b'"}', r"model_type '\\x1b.*xxx\.\.\. is not supported"),
     ],
 )
