@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder: model.safetensors, or the shards listed in its index."""
+"""The tensors of a Hugging Face folder: model.safetensors, or the shards that its index names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..untrusted import read_json, shown, some
 
 
 class Safetensors:
-    """The tensors of model.safetensors in a folder, or of the shards listed in model.safetensors.index.json."""
+    """The tensors of a folder's model.safetensors, or of the shards that its model.safetensors.index.json names."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
@@ -20,7 +20,7 @@ class Safetensors:
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None, columns: slice = slice(None)) -> np.ndarray:
-        """Rows [start:stop] of a tensor, or some columns of them, in the stored dtype."""
+        """Rows start...stop of a tensor, or some columns of them, in the dtype in which it is stored."""
         return self.tensors[name].read(start, stop, columns)
 
 
@@ -33,30 +33,28 @@ def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickles:
         raise ValueError(
-            f"{folder} has weights only as a pickle ({some(pickles)}), which could run code and is never read.\n"
-            "If you trust it, convert it: transformers.AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
+            f"{folder}: weights only as a pickle ({some(pickles)}), which could run code and is not read;\n"
+            "if you trust it, convert it: transformers.AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
         )
-    raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    raise ValueError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
 def sharded_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
     shards = read_json(index, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise ValueError(f"{index} has no weight_map from tensor names to file names")
+        raise ValueError(f"{index}: no weight_map from tensor names to file names")
     everything: dict[str, StoredTensor] = {}
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
             raise ValueError(f"{index}: {shorten(shard)} is not the name of a .safetensors file in the same folder")
         if not (folder / shard).is_file():
-            raise ValueError(f"{folder}: shard {shown(shard)} is missing; download it again")
+            raise ValueError(f"{folder}: the shard {shown(shard)} is missing; fetch it again")
         found = stored_tensors(folder / shard)
         if doubled := everything.keys() & found.keys():
             others = ", ".join({everything[name].file.name for name in doubled})
-            raise ValueError(
-                f"{folder / shard}: {some(sorted(doubled))} is also in {others}; download the folder again"
-            )
+            raise ValueError(f"{folder / shard}: {some(sorted(doubled))} is in {others} too; fetch the folder again")
         everything |= found
     for name, shard in shards.items():
         if name not in everything or everything[name].file.name != shard:
-            raise ValueError(f"{folder / shard} lacks the tensor {shown(name)} that {index.name} lists")
+            raise ValueError(f"{folder / shard}: no tensor {shown(name)}, which {index.name} expects there")
     return everything
