@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -169,10 +168,7 @@ def adjustments_for(model: Transformer, adapters: Adapter | Rows | None, tokens,
 def multi_tenant_forward(
     model: Transformer, rows: Rows, tokens, prompt_length, length=None
 ) -> Float[Array, "batch T vocab"]:
-    """The reference for forward with Rows: `jax.vmap` over single examples and their adapters, the backbone unmapped.
-
-    It gathers the whole adapter of every row, so it is slow.
-    """
+    """The reference for forward with Rows: `jax.vmap` over single examples and their whole adapters. It is slow."""
     tokens, prompt_length, _ = checked(model, rows, tokens, prompt_length, length)
     return _multi_tenant_forward(model, rows, tokens, prompt_length)
 
@@ -210,9 +206,8 @@ def prefill(
 
     Raises ValueError as forward does, and if the tokens exceed max_length.
     """
-    tokens, prompt_length, length = checked(
-        model, adapters, tokens, prompt_length, prompt_length if length is None else length
-    )
+    length = prompt_length if length is None else length
+    tokens, prompt_length, length = checked(model, adapters, tokens, prompt_length, length)
     if tokens.shape[1] > max_length:
         raise ValueError(f"max_length {max_length} is less than the {tokens.shape[1]} tokens of a row; raise it")
     return _prefill(model, adapters, tokens, prompt_length, length, max_length)
@@ -362,7 +357,10 @@ def residual_stream(
     weights, make = (None, lambda *_: None) if adapters is None else by_layer(adapters)
 
     def step(x, layer, weights):
-        adjustment = make(weights, x, prompt_length, *([segments.start] if segments else []))
+        if segments is None:
+            adjustment = make(weights, x, prompt_length)
+        else:
+            adjustment = make(weights, x, prompt_length, segments.start)
         adjust = batched_adjust(adjustment, segments)
         out, kept = layer(x, adjust, tables[layer.kind.rotary], attend[layer.kind.window])
         return out, keep(x, kept, adjustment) if keep else None
@@ -396,6 +394,6 @@ def cast(adjustment, dtype):
 def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tokens and lengths as int32 arrays. Raises ValueError for wrong ones, and for adapters of another backbone."""
     check_fits(adapters, model.config)
-    if adapters is None and prompt_length is None:
-        prompt_length = np.shape(tokens)[-1]
+    if adapters is not None and prompt_length is None:
+        raise ValueError("prompt_length is missing; adapters need it")
     return checked_sequences(tokens, prompt_length, length, model.config.vocab_size)

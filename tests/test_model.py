@@ -357,6 +357,8 @@ def test_wrong_lengths_and_tokens_are_named():
     for prompt_length, length in ((0, None), (13, None), (5, 4), (5, 13), ([5, 5], None), ([5, 0, 5], None)):
         with pytest.raises(ValueError, match="prompt_length"):
             forward(model, tenant, tokens, prompt_length, length)
+    with pytest.raises(ValueError, match="prompt_length is missing"):
+        forward(model, tenant, tokens, None)
     with pytest.raises(ValueError, match="token ids .* 0 to 255"):
         forward(model, tenant, tokens + 256, 5)
     with pytest.raises(ValueError, match="tokens of shape"):

@@ -15,12 +15,13 @@ def checked_sequences(tokens, prompt_length, length, vocab_size: int) -> tuple[j
     traced cannot be checked.
 
     Args:
-        length: None means T.
+        prompt_length, length: None means T.
     """
     if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
         raise ValueError(f"tokens of shape {np.shape(tokens)}: pass integers [batch, length], padded on the right")
     batch, total = np.shape(tokens)
-    lengths = {"prompt_length": prompt_length, "length": total if length is None else length}
+    given = {"prompt_length": prompt_length, "length": length}
+    lengths = {name: total if value is None else value for name, value in given.items()}
     for name, value in lengths.items():
         if np.ndim(value) > 1 or (np.ndim(value) == 1 and np.shape(value) != (batch,)):
             raise ValueError(
@@ -29,8 +30,8 @@ def checked_sequences(tokens, prompt_length, length, vocab_size: int) -> tuple[j
     if not any(isinstance(value, Tracer) for value in lengths.values()):
         prompt, whole = np.broadcast_arrays(*map(np.asarray, lengths.values()))
         if (prompt < 1).any() or (prompt > whole).any() or (whole > total).any():
-            given = ", ".join(f"{name} {np.asarray(value).tolist()}" for name, value in lengths.items())
-            raise ValueError(f"{given}: need 1 <= prompt_length <= length <= {total}, the tokens per row")
+            named = ", ".join(f"{name} {np.asarray(value).tolist()}" for name, value in lengths.items())
+            raise ValueError(f"{named}: need 1 <= prompt_length <= length <= {total}, the tokens per row")
     if isinstance(tokens, np.ndarray) and tokens.size:
         lowest, highest = tokens.min(), tokens.max()
         if lowest < 0 or highest >= vocab_size:

@@ -48,7 +48,7 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
             raise ValueError(f"data.tenants: {path} has no train.jsonl; add it, or remove the folder")
         found[name] = replace(section, train=str(path), validation=None, test=None, tenants=None)
     if not found:
-        raise ValueError(f"data.tenants: {folder} is empty; add a subfolder or .jsonl file per tenant")
+        raise ValueError(f"data.tenants: {folder} has no tenants; add a subfolder or .jsonl file for each")
     return dict(sorted(found.items()))
 
 

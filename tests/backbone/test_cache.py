@@ -48,12 +48,12 @@ def test_attention_of_a_row_never_depends_on_other_rows():
     length = jnp.array([5, 2, 7])
     mixed, kept = jax.jit(attend)(cache, length, *new)
     hostile = jax.tree.map(lambda x: x.at[1].set(jnp.nan), (cache, new))
-    beside, kept_beside = jax.jit(attend)(hostile[0], length, *hostile[1])
+    together, kept_together = jax.jit(attend)(hostile[0], length, *hostile[1])
     order = jnp.array([2, 0, 1])
     turned, _ = jax.jit(attend)(*jax.tree.map(lambda x: x[order], (cache, length)), *(x[order] for x in new))
     np.testing.assert_array_equal(turned, mixed[order])
     for row in (0, 2):
-        for clean, other in zip((mixed, *kept), (beside, *kept_beside), strict=True):
+        for clean, other in zip((mixed, *kept), (together, *kept_together), strict=True):
             np.testing.assert_array_equal(clean[row], other[row])
 
 

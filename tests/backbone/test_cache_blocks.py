@@ -50,9 +50,9 @@ def test_a_row_has_the_same_bits_next_to_any_other_rows(heads, kv_heads, window,
     q, keys, values = given(heads, kv_heads, 6, 384)
     read = jax.jit(partial(values_in_blocks, window=window, scale=0.5, cap=cap))
     alike = [read(q, keys, values, jnp.full(6, n, jnp.int32)) for n in LENGTHS]
-    beside = read(q, keys, values, LENGTHS)
+    together = read(q, keys, values, LENGTHS)
     for row, alone in enumerate(alike):
-        np.testing.assert_array_equal(beside[row], alone[row])
+        np.testing.assert_array_equal(together[row], alone[row])
 
 
 def test_blocks_outside_every_row_and_window_are_not_read():
@@ -68,8 +68,8 @@ def test_blocks_outside_every_row_and_window_are_not_read():
 def test_a_full_row_changes_nothing_for_other_rows():
     q, keys, values = given(2, 2, 2, 384)
     read = jax.jit(partial(values_in_blocks, window=None, scale=0.5, cap=None))
-    beside, alone = (read(q, keys, values, jnp.array([5, n], jnp.int32)) for n in (384, 5))
-    np.testing.assert_array_equal(beside[0], alone[0])
+    together, alone = (read(q, keys, values, jnp.array([5, n], jnp.int32)) for n in (384, 5))
+    np.testing.assert_array_equal(together[0], alone[0])
 
 
 def test_a_cache_has_at_most_eight_blocks_of_whole_lanes(monkeypatch):

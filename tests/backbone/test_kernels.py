@@ -53,7 +53,7 @@ def assert_close(ours, theirs, atol=2e-5):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "window", "cap", "packed"), CASES)
 def test_splash_equals_plain_forward_and_backward(heads, kv_heads, window, cap, packed, monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK", 128)  # several blocks, of which some are skipped
+    monkeypatch.setattr(kernels, "BLOCK", 128)  # several blocks, some of them skipped
     given = (heads, kv_heads, window, cap, segments() if packed else None)
     assert_close(values_and_gradients(splash, *given), values_and_gradients(plain, *given))
 

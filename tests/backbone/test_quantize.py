@@ -45,7 +45,7 @@ def linears(model) -> list:
 
 @cache
 def rounded(family: str = "llama", layout: str = "layers"):
-    """The float backbone whose kernels are what the int8 ones stand for."""
+    """The float backbone with the dequantised int8 kernels."""
     model = jax.tree.map(jnp.copy, backbone(family))
     for mine, other in zip(linears(model), linears(int8(family)), strict=True):
         mine.kernel[...] = other.kernel[...] * other.scale[...]
@@ -53,7 +53,7 @@ def rounded(family: str = "llama", layout: str = "layers"):
 
 
 def noisy(seed: int, family: str = "llama", layout: str = "layers"):
-    """The float backbone whose kernels are off as rounding is: evenly within half a step of int8, but at random."""
+    """The float backbone with random noise on its kernels, uniform within half an int8 step, as large as rounding."""
     model, draw = jax.tree.map(jnp.copy, backbone(family)), np.random.default_rng(seed)
     for mine, other in zip(linears(model), linears(int8(family)), strict=True):
         mine.kernel[...] += draw.uniform(-0.5, 0.5, mine.kernel.shape).astype(np.float32) * other.scale[...]
@@ -159,7 +159,7 @@ def test_a_bfloat16_backbone_computes_in_bfloat16():
 
 
 def step(model, sizes=(1, 1, 1)):
-    """The state after a training step of 8 rows, whose first moments are the gradients but for a factor."""
+    """The state after a training step of 8 rows. Its first moments are the gradients times a factor."""
     mesh = make_mesh(*sizes)
     lengths = np.array([6, 3, 8, 5, 6, 4, 9, 7], np.int32), np.array([12, 8, 10, 8, 7, 5, 12, 8], np.int32)
     batch = jax.tree.map(lambda a: np.asarray(a)[None], Batch(prompts(model, ROWS, LENGTH), *lengths))

@@ -37,7 +37,7 @@ def load(folder: str, dtype="float32"):
 
 
 def load_changed(tmp_path: Path, changes: dict, folder: str = "llama"):
-    """Loads a fixture some of whose tensors are replaced, or left out where the change is None."""
+    """Loads a fixture with some tensors replaced, or removed if the change is None."""
     tensors = tensors_of(folder) | changes
     save_file({name: value for name, value in tensors.items() if value is not None}, tmp_path / "model.safetensors")
     return load_parameters(config_of(folder), Safetensors(tmp_path), "float32")

@@ -22,7 +22,7 @@ def short(monkeypatch):
     monkeypatch.setattr(chat_template, "SECONDS", 1.0)
 
 
-# What templates of published models use beside plain text.
+# What templates of published models use besides plain text.
 PUBLISHED = {
     "tojson": "{{ messages | tojson }} {{ {'a': '<', 'b': 'é'} | tojson(indent=2) }}",
     "loop controls": "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",

@@ -179,7 +179,7 @@ def test_without_datasets_the_error_names_the_extra(tmp_path, monkeypatch):
         ("hf:", "'hf:'.*hf:NAME"),
         ("hf:{folder}::nothing", r"rows: no split 'nothing'.*train, validation"),
         ("hf:{folder}::train[:x]", r"no split 'train\[:x\]'"),
-        ("hf:{folder}/absent", "no such folder.*absent"),
+        ("hf:{folder}/absent", "absent: no such folder"),
         ("hf:{folder}/empty", "empty.*data files"),
     ],
 )

@@ -222,8 +222,8 @@ def test_the_least_recently_used_files_make_room(tmp_path, monkeypatch):
     [
         ({"prompt": "a"}, "'completion'"),
         ({"prompt": [{"role": "system", "content": "yes"}], "completion": "no"}, "no system role"),
-        ({"prompt": "the quick " * 99, "completion": "no"}, r"more than data.max_seq_length 200 \(1 of 41"),
-        ({"prompt": "a", "completion": "日" * 99}, r"more than data.max_seq_length 200"),
+        ({"prompt": "the quick " * 99, "completion": "no"}, r"tokens exceed data.max_seq_length 200 \(1 of 41"),
+        ({"prompt": "a", "completion": "日" * 99}, r"tokens exceed data.max_seq_length 200"),
     ],
 )
 def test_an_error_names_its_place_in_any_part(tmp_path, at, row, message):

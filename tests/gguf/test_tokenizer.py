@@ -122,7 +122,7 @@ def sentencepiece_gguf(path, *, control, spaces, **metadata):
 
 
 def reference_pieces(text, scores):
-    """SentencePiece's BPE: the two neighbours whose joint has the best score are joined, until none has one."""
+    """SentencePiece's BPE: joins the two neighbours with the best joint score, until no joint is a token."""
     pieces = list(text)
     while True:
         joints = [(-scores[a + b], i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in scores]  # noqa: B905
