@@ -102,8 +102,9 @@ class Answerer:
                     self.tokens += tokens
                     now = time.perf_counter()
                     self.seconds, last = self.seconds + now - last, now
-                    bar.update()
-                    bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)
+                    if not bar.disable:
+                        bar.update()
+                        bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)
         journal.sync()
         return [journal[one.key] for one in asked]
 
