@@ -3,7 +3,7 @@
     python scripts/check_lm_eval.py --torch-python /path/to/python-with-torch-peft-and-lm-eval
 
 On --backbone, converted to a Hugging Face folder, alone and with a LoRA adapter of random weights, float32 on a CPU.
-The tasks are local files with data made here, no hub is asked: choices of one and of several tokens, contexts that end
+The tasks are local files with data made here, no hub is contacted: choices of one and of several tokens, contexts that end
 with a space, empty contexts (mutual information), few-shot examples, and answers to be written. Both adapters are
 answered in one pass here. The torch side (lm_eval_worker.py) needs the extra [bench-lm-eval].
 """

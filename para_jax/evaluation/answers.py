@@ -18,7 +18,7 @@ from ..data.examples import stop_token_ids
 from ..devices import say
 from ..inference.generate import up_to_multiple
 from ..serving.engine import Engine
-from .adapters import Bank, version
+from .batch_adapters import Bank, version
 from .journal import Journal
 from .likelihood import likelihoods
 from .questions import Answer, Generation, Likelihood, Pending, Question, Scored, Written, key, writing_content

@@ -13,7 +13,7 @@ from ..inference.answer_text import text_of
 from ..inference.generate import before_stop, generate_tokens
 from ..serving.engine import Engine
 from ..serving.request import Completion, Request
-from .adapters import Bank, adapters_of
+from .batch_adapters import Bank, adapters_of
 from .questions import Generation, Pending, Written
 from .shapes import Shapes
 
