@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import FIXTURES
+from golden_models import FIXTURES
 
 from para_jax import forward, generate, load_backbone, load_tokenizer
 from para_jax.data.examples import encode_prompt, stop_token_ids

@@ -18,7 +18,7 @@ from ..data.examples import stop_token_ids
 from ..devices import say
 from ..inference.generate import up_to_multiple
 from ..serving.engine import Engine
-from .adapters import Bank, version
+from .batch_adapters import Bank, version
 from .journal import Journal
 from .likelihood import likelihoods
 from .questions import Answer, Generation, Likelihood, Pending, Question, Scored, Written, key, writing_content
@@ -102,8 +102,9 @@ class Answerer:
                     self.tokens += tokens
                     now = time.perf_counter()
                     self.seconds, last = self.seconds + now - last, now
-                    bar.update()
-                    bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)
+                    if not bar.disable:
+                        bar.update()
+                        bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)
         journal.sync()
         return [journal[one.key] for one in asked]
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..adapters.rows import Stack, stack_adapters
 from ..data.batches import epoch_bits, permutation
-from .adapters import StackBank
 from .answers import Answerer
+from .batch_adapters import StackBank
 from .score import Score, score_answers
 from .shapes import PlannedShapes, plan_shapes
 from .tasks import EncodedTask, EvalTask, check_room, encode_task

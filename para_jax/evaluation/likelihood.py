@@ -23,7 +23,7 @@ from ..model import continue_rows, prefill
 from ..processes import gathered
 from ..training.loss import of_logits, token_scores
 from ..training.step import eval_nll
-from .adapters import Bank, adapters_of, version
+from .batch_adapters import Bank, adapters_of, version
 from .questions import Likelihood, Scored
 from .shapes import PlannedShapes, Shapes
 

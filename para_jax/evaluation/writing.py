@@ -14,7 +14,7 @@ from ..inference.generate import before_stop, generate_tokens
 from ..inference.sampling import Sampling
 from ..serving.engine import Engine
 from ..serving.request import Completion, Request
-from .adapters import Bank, adapters_of
+from .batch_adapters import Bank, adapters_of
 from .questions import Generation, Pending, Written
 from .shapes import Shapes
 

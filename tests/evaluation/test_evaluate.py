@@ -24,8 +24,8 @@ from para_jax import (
 from para_jax.data.examples import Example, encode_completion, encode_example, encode_prompt
 from para_jax.data.records import read_records
 from para_jax.evaluation import likelihood, writing
-from para_jax.evaluation.adapters import StackBank
 from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.batch_adapters import StackBank
 from para_jax.evaluation.evaluate import derangement
 from para_jax.evaluation.score import Score
 from para_jax.evaluation.shapes import plan_shapes
