@@ -25,7 +25,7 @@ from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 
 ROWS, TENANTS = 32, 8
-WORKER = Path(__file__).with_name("bench_decode_peer_worker.py")
+WORKER = Path(__file__).with_name("decode_worker.py")
 PAUSE = 0.4  # seconds before each step, in which the threads of the side before stop spinning
 
 

@@ -30,7 +30,7 @@ from para_jax.hub import resolve_backbone
 from para_jax.training.step import init_state, train_step
 
 ROWS, PROMPT, COMPLETION = 8, 48, 16
-WORKER = Path(__file__).with_name("bench_peft_worker.py")
+WORKER = Path(__file__).with_name("peft_worker.py")
 PAUSE = 0.4  # seconds before each step, in which the threads of the side before stop spinning
 
 

@@ -5,7 +5,7 @@
 On --backbone, converted to a Hugging Face folder, alone and with a LoRA adapter of random weights, float32 on a CPU.
 The tasks are local files with data made here, no hub is asked: choices of one and of several tokens, contexts that end
 with a space, empty contexts (mutual information), few-shot examples, and answers to be written. Both adapters are
-answered in one pass here. The torch side (check_lm_eval_worker.py) needs the extra [bench-lm-eval].
+answered in one pass here. The torch side (lm_eval_worker.py) needs the extra [bench-lm-eval].
 """
 
 import argparse
@@ -31,7 +31,7 @@ from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 
 LIMIT, MOVED = 1e-3, 0.1
-WORKER = Path(__file__).with_name("check_lm_eval_worker.py")
+WORKER = Path(__file__).with_name("lm_eval_worker.py")
 PLACES = {"fish": "in the sea", "camel": "in the desert", "cow": "on a farm", "bee": "in a hive", "seal": "on the ice"}
 CHOOSE = """
 task: {name}
