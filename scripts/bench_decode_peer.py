@@ -1,11 +1,11 @@
-"""One decode step, float32 on a CPU: para_jax against transformers, and many tenants against PEFT's mixed LoRA batch.
+"""One decode step, float32 on a CPU: para_jax beside transformers, and many tenants beside PEFT's mixed LoRA batch.
 
     python scripts/bench_decode_peer.py --torch-python /path/to/python-with-torch-peft-and-transformers
 
 Sides, on the same weights and tokens: the backbone alone with 1 and 32 rows in both, PARA r=12 for 8 tenants in 32 rows
-here, and LoRA r=8 on all linear layers for 8 tenants in 32 rows in PEFT (`adapter_names`). Sides take turns, one step
-each, always from the same context. torch runs with one thread and with two, and each ratio uses the better one. The
-torch side (bench_decode_peer_worker.py) needs the extra [bench-peft].
+here, and LoRA r=8 on all linears for 8 tenants in 32 rows in PEFT (`adapter_names`). Each side makes one step in turn,
+always from the same context; torch runs with one thread and with two, and a ratio is to the better of them. The torch
+side needs the extra [bench-peft].
 """
 
 import argparse
@@ -26,8 +26,8 @@ from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 
 ROWS, TENANTS = 32, 8
-WORKER = Path(__file__).with_name("bench_decode_peer_worker.py")
-PAUSE = 0.4  # seconds before each step, so that the previous side's threads stop spinning
+WORKER = Path(__file__).with_name("decode_worker.py")
+PAUSE = 0.4  # seconds before each step, in which the threads of the side before stop spinning
 
 
 class Torch:

@@ -1,12 +1,11 @@
-"""A whole training step (forward, backward, AdamW), float32 on a CPU: PARA in para_jax against PEFT on torch.
+"""A whole training step (forward, backward, AdamW), float32 on a CPU: PARA in para_jax beside PEFT on torch.
 
     python scripts/bench_peft.py --torch-python /path/to/python-with-torch-peft-and-transformers
 
-PARA r=12 against LoRA r=8 on all linear layers and (IA)^3 on q, v and up, on the same weights and rows (48 prompt and
-16 completion tokens, loss on the completion). Each side is a process of its own (para_jax: this one). They take turns,
-one step each. torch runs with one thread and with two, and with logits at every position ("plain") or only where the
-loss needs them ("kept"). Each ratio uses the better number of threads. The torch side (bench_peft_worker.py) needs the
-extra [bench-peft].
+PARA r=12 beside LoRA r=8 on all linears and (IA)^3 on q, v and up, on the same weights and rows (48 prompt and 16
+completion tokens, loss on the completion). Each side is a process of its own (para_jax: this one) and makes one step in
+turn; torch runs with one thread and with two, and with logits at every position ("plain") and where the loss needs them
+("kept"). Each ratio is to the better number of threads. The torch side needs the extra [bench-peft].
 """
 
 import argparse
@@ -32,12 +31,12 @@ from para_jax.hub import resolve_backbone
 from para_jax.training.step import init_state, train_step
 
 ROWS, PROMPT, COMPLETION = 8, 48, 16
-WORKER = Path(__file__).with_name("bench_peft_worker.py")
-PAUSE = 0.4  # seconds before each step, so that the previous side's threads stop spinning
+WORKER = Path(__file__).with_name("peft_worker.py")
+PAUSE = 0.4  # seconds before each step, in which the threads of the side before stop spinning
 
 
 class Para:
-    """PARA's training steps, with the layout and function that `train` uses."""
+    """PARA's training steps, in the layout and by the function that `train` uses."""
 
     def __init__(self, model, tokens: np.ndarray):
         self.model, self.config = model, TrainSection()

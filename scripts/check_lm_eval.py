@@ -1,12 +1,11 @@
-"""Compares lm-eval's scores here with those of its `hf` model (torch, PEFT): equal accuracies and texts, and
-log-likelihoods within 1e-3.
+"""lm-eval's scores here and by its `hf` model (torch, PEFT): equal accuracies and texts, log-likelihoods within 1e-3.
 
     python scripts/check_lm_eval.py --torch-python /path/to/python-with-torch-peft-and-lm-eval
 
-Uses --backbone, converted to a Hugging Face folder, alone and with a LoRA adapter of random weights, float32 on a CPU.
-The tasks are local files with data made here, and no hub is contacted: choices of one and of several tokens, contexts
-that end with a space, empty contexts (mutual information), few-shot examples, and written answers. Here, both adapters
-are answered in one pass. The torch side (check_lm_eval_worker.py) needs the extra [bench-lm-eval].
+On --backbone, converted to a Hugging Face folder, alone and with a LoRA adapter of random weights, float32 on a CPU.
+The tasks are local files with data made here, no hub is asked: choices of one and of several tokens, contexts that end
+with a space, empty contexts (mutual information), few-shot examples, and answers to be written. Both adapters are
+answered in one pass here. The torch side (lm_eval_worker.py) needs the extra [bench-lm-eval].
 """
 
 import argparse
@@ -39,7 +38,7 @@ from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 
 LIMIT, MOVED = 1e-3, 0.1
-WORKER = Path(__file__).with_name("check_lm_eval_worker.py")
+WORKER = Path(__file__).with_name("lm_eval_worker.py")
 PLACES = {"fish": "in the sea", "camel": "in the desert", "cow": "on a farm", "bee": "in a hive", "seal": "on the ice"}
 CHOOSE = """
 task: {name}
@@ -97,7 +96,7 @@ def main():
     cases = {
         f"{who}: {name}": compare(ours[who][name], theirs[who][name]) for who in ("base", "lora") for name in names
     }
-    for name in names[:-1]:  # log-likelihoods; an unused adapter would agree too if it moved nothing
+    for name in names[:-1]:  # of log-likelihoods; an adapter that moves nothing would agree without being used
         pairs = zip(ours["base"][name]["answers"], ours["lora"][name]["answers"], strict=True)
         cases[f"lora: {name}"]["moved"] = farthest(pairs)
     report = {
@@ -185,7 +184,7 @@ def taken(results: dict, name: str) -> dict:
 
 
 def farthest(pairs) -> float:
-    """The largest difference of log-likelihoods; NaN if any is NaN."""
+    """The largest difference of log-likelihoods; NaN where one is."""
     return float(np.max([abs(a[0] - b[0]) for a, b in pairs]))
 
 

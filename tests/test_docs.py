@@ -74,10 +74,11 @@ def test_links_lead_to_files_and_headings(page):
 
 @each_page
 def test_named_files_exist(page):
-    paths = re.findall(
+    named = re.findall(
         r"\b((?:para_jax|tests|scripts|configs|notebooks)/[\w./-]*\w\.(?:py|sh|yaml|txt))", page.read_text()
     )
-    assert [path for path in paths if not (ROOT / path).is_file()] == []
+    written_by_the_reader = {"para_jax/adapters/bias.py"}  # the example of adding_a_method.md
+    assert [path for path in named if path not in written_by_the_reader and not (ROOT / path).is_file()] == []
 
 
 @each_page

@@ -1,6 +1,6 @@
 """The torch side of bench_decode_peer.py: decode steps on request, in a process of its own.
 
-    python scripts/bench_decode_peer_worker.py FOLDER '{"tokens": [[...]], "tenants": 8}'
+    python scripts/decode_worker.py FOLDER '{"tokens": [[...]], "tenants": 8}'
 
 Each input line is "THREADS ROWS base|mixed". The answer, as JSON, is the seconds of one decode step of that many rows,
 and the next tokens. `base` is transformers' model alone. In `mixed`, row i has LoRA adapter i mod 8 (r=8 on all linear

@@ -1,6 +1,6 @@
 """The torch side of bench_peft.py: PEFT training steps on request, in a process of its own.
 
-    python scripts/bench_peft_worker.py FOLDER lora|ia3 '{"tokens": [[...]], "prompt": 48}'
+    python scripts/peft_worker.py FOLDER lora|ia3 '{"tokens": [[...]], "prompt": 48}'
 
 Each input line is "THREADS plain|kept". The answer, as JSON, is the seconds of one step and its loss. With `plain`,
 logits are made at every position and the labels are -100 outside the completion. With `kept`, `logits_to_keep` limits

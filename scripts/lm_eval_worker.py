@@ -1,6 +1,6 @@
 """The torch side of check_lm_eval.py, in a process of its own: lm-eval's `hf` model, alone and with PEFT's LoRA.
 
-    python scripts/check_lm_eval_worker.py FOLDER TASK...
+    python scripts/lm_eval_worker.py FOLDER TASK...
 
 Scores the tasks of FOLDER/tasks on FOLDER/backbone, alone and with FOLDER/lora. Writes FOLDER/theirs.json: scores,
 contexts, answers and versions.
