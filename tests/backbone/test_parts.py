@@ -125,6 +125,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.long
 def test_two_processes_read_a_half_each_and_hold_the_parts_of_one():
     ended = run_two("-c", CODE, "{address}", "{process}", str(FIXTURES / "llama"))
     assert [process.code for process in ended] == [0, 0], ended[0].err

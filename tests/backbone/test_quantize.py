@@ -257,6 +257,7 @@ def test_another_quantisation_is_named():
 # ----------------------------------------------------------------------------------------------------- over the network
 
 
+@pytest.mark.long
 def test_over_fsdp_kernels_travel_as_bytes_in_both_passes():
     mesh = make_mesh(fsdp=4, devices=tpu_devices("v5e:2x2"))
     config = load_model_config(FIXTURES / "llama")

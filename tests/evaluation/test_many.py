@@ -198,6 +198,7 @@ def test_an_adapter_alone_has_the_same_answers_and_scores(folder, whole, tmp_pat
     assert alone["results"] == mixed["results"]
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_goes_on_and_loses_nothing_that_was_answered(folder, whole, tmp_path, capsys):
     """A child process is killed when it has written some answers; a line is torn; the same command goes on."""
     output, goal = tmp_path / "out", len(lines(whole)) // 3
