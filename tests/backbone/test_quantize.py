@@ -199,7 +199,9 @@ def test_only_the_adapter_has_gradients_and_moments():
     assert size(state.optimizer) == 2 * size(adapter) + counters
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(one, marks=pytest.mark.long) for one in ((8, 1, 1), (1, 8, 1), (1, 1, 8)))]
+)
 def test_a_mesh_holds_the_same_int8_weights_and_makes_the_same_step(sizes):
     alone = load_backbone(FIXTURES / "llama", layout="stacked", quantize="int8")
     model = int8("llama", "stacked", sizes)

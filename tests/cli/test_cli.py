@@ -594,7 +594,13 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"para-jax {importlib.metadata.version('para_jax')}\n"
 
 
-@pytest.mark.parametrize("arguments", [("inspect", "{adapter}"), ("--help",), ("inspect", "{adapter}", "-u")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "{adapter}"),
+        *(pytest.param(rest, marks=pytest.mark.long) for rest in (("--help",), ("inspect", "{adapter}", "-u"))),
+    ],
+)
 def test_output_that_nobody_reads_ends_a_command_without_a_word(adapter, arguments):
     """As `para-jax inspect ADAPTER | head -0`."""
     read, write = os.pipe()

@@ -67,7 +67,9 @@ def by_hand(family, names, tenant, one):
     return float(nats), bool((logits.argmax(axis=-1) == chosen).all())
 
 
-@pytest.mark.parametrize(("family", "layout"), [("llama", "layers"), ("gemma3_text", "stacked")])
+@pytest.mark.parametrize(
+    ("family", "layout"), [("llama", "layers"), pytest.param("gemma3_text", "stacked", marks=pytest.mark.long)]
+)
 def test_a_score_is_that_of_the_teacher_forced_pass_with_the_contexts_factors(family, layout):
     names = "ABCD" if family == "llama" else "A"
     long = [one for one in asked() if len(one.context) > 16] if family != "llama" else asked()
@@ -286,6 +288,7 @@ def test_an_answer_of_the_wrong_kind_is_an_error(tmp_path):
             asking.answer([(None, one)], rows=ROWS)
 
 
+@pytest.mark.long
 def test_one_process_writes_to_a_journal_and_may_open_it_twice(tmp_path):
     file = tmp_path / "answers.jsonl"
     journals = [Journal(file), Journal(file)]
