@@ -3,6 +3,7 @@
 import os
 import sys
 
+import allowed_skips
 import quick_compiler
 
 sys.modules["conftest"] = sys.modules[__name__]  # else `from conftest import` would load this file again
@@ -83,21 +84,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG_FILES))
 
 
-def unexpected_skips(skipped: list[str], allowed: str) -> list[str]:
-    """The node ids that no line of allowed_skips.txt stands for; a line without a reason allows nothing."""
-    lines = [line.partition(" # ") for line in allowed.splitlines() if not line.startswith("#")]
-    starts = tuple(start.strip() for start, _, reason in lines if start.strip() and reason.strip())
-    return [node for node in skipped if not node.startswith(starts)]
-
-
 def pytest_sessionfinish(session):
-    """Fails the session for a skip that tests/allowed_skips.txt does not allow, so that no test goes quiet unseen."""
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    skipped = [report.nodeid for report in reporter.stats.get("skipped", [])] if reporter else []
-    unexpected = unexpected_skips(skipped, (Path(__file__).parent / "allowed_skips.txt").read_text())
-    if unexpected:
-        reporter.write_line(f"\nskipped, but not in tests/allowed_skips.txt: {', '.join(unexpected)}", red=True)
-        session.exitstatus = 1
+    allowed_skips.fail_unlisted(session, Path(__file__).parent / "allowed_skips.txt")
 
 
 def pytest_runtest_teardown(nextitem):

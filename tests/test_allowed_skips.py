@@ -1,12 +1,20 @@
-import shutil
+"""A skipped test needs a line with its reason in allowed_skips.txt."""
+
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import unexpected_skips
+from allowed_skips import unexpected_skips
 
-TESTS = Path(__file__).parent
+HELPERS = Path(__file__).parent / "helpers"
+CONFTEST = """
+from pathlib import Path
+from allowed_skips import fail_unlisted
+def pytest_sessionfinish(session):
+    fail_unlisted(session, Path(__file__).parent / "allowed_skips.txt")
+"""
 
 
 @pytest.mark.parametrize(
@@ -32,11 +40,11 @@ def test_a_skip_is_allowed_by_a_line_with_its_id_and_a_reason(allowed, left):
     ],
 )
 def test_a_session_with_a_skip_that_is_not_allowed_fails(tmp_path, skip, code):
-    for name in ("conftest.py", "helpers/quick_compiler.py"):
-        shutil.copy(TESTS / name, tmp_path)
+    (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "allowed_skips.txt").write_text("test_some.py::test_allowed # to see that it is allowed\n")
     (tmp_path / "test_some.py").write_text(f"import pytest\n{skip}\ndef test_two(): pass\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(HELPERS), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     assert ("not in tests/allowed_skips.txt: test_some.py" in done.stdout) == bool(code)

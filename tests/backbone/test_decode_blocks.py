@@ -111,7 +111,10 @@ def written(model, adapters, tokens, lengths, steps=6):
     return np.stack(found)
 
 
-@pytest.mark.parametrize(("family", "layout"), [("gemma3_text", "layers"), ("gemma2", "layers"), ("llama", "stacked")])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [pytest.param("gemma3_text", "layers", marks=pytest.mark.long), ("gemma2", "layers"), ("llama", "stacked")],
+)
 def test_a_row_decodes_to_the_same_bits_next_to_longer_rows(family, layout, small_blocks):
     model = backbone(family, layout)
     tenants = tenants_of(model)

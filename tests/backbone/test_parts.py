@@ -125,6 +125,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.long
 def test_two_processes_read_half_of_the_weights_each():
     ended = run_two("-c", CODE, "{address}", "{process}", str(FIXTURES / "llama"))
     assert [process.code for process in ended] == [0, 0], ended[0].err

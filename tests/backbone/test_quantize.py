@@ -201,7 +201,9 @@ def test_only_the_adapter_has_gradients_and_moments():
     assert size(state.optimizer) == 2 * size(adapter) + counters
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(one, marks=pytest.mark.long) for one in ((8, 1, 1), (1, 8, 1), (1, 1, 8)))]
+)
 def test_a_mesh_has_the_same_int8_weights_and_step(sizes):
     alone = load_backbone(FIXTURES / "llama", layout="stacked", quantize="int8")
     model = int8("llama", "stacked", sizes)
@@ -259,6 +261,7 @@ def test_another_quantisation_is_named():
 # ----------------------------------------------------------------------------------------------------- over the network
 
 
+@pytest.mark.long
 def test_fsdp_gathers_int8_kernels_as_bytes():
     mesh = make_mesh(fsdp=4, devices=tpu_devices("v5e:2x2"))
     config = load_model_config(FIXTURES / "llama")

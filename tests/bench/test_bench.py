@@ -63,6 +63,7 @@ def decoded():
         return bench.BENCHMARKS["decode"](BACKBONE, **DECODE), next_token._cache_size()
 
 
+@pytest.mark.long
 def test_decoding_is_measured_for_every_method_with_one_tenant_and_with_many(decoded):
     measured, compiled = decoded
     sides = {(side["method"], side["tenants"]) for side in measured["sides"].values()}
@@ -76,6 +77,7 @@ def test_decoding_is_measured_for_every_method_with_one_tenant_and_with_many(dec
     assert measured["ratios"][f"{name} / base"] == paired(measured["rounds"], name, "base, 2 rows")
 
 
+@pytest.mark.long
 def test_the_byte_ratio_is_that_of_weights_cache_and_adjustments(decoded):
     measured, _ = decoded
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(backbone("smollm2")))
@@ -99,6 +101,7 @@ def test_outputs_are_checked_before_they_are_timed(monkeypatch):
         idle.check(base)
 
 
+@pytest.mark.long
 def test_a_picture_of_the_record_is_drawn(decoded, tmp_path):
     decode_plot(decoded[0] | {"device": "a CPU"}, tmp_path / "decode.png")
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")

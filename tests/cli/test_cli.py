@@ -619,7 +619,13 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"para-jax {importlib.metadata.version('para_jax')}\n"
 
 
-@pytest.mark.parametrize("arguments", [("inspect", "{adapter}"), ("--help",), ("inspect", "{adapter}", "-u")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "{adapter}"),
+        *(pytest.param(rest, marks=pytest.mark.long) for rest in (("--help",), ("inspect", "{adapter}", "-u"))),
+    ],
+)
 def test_a_closed_output_ends_a_command_silently(adapter, arguments):
     """As `para-jax inspect ADAPTER | head -0`."""
     read, write = os.pipe()

@@ -40,6 +40,7 @@ def test_a_part_of_a_slice_keeps_its_own_order():
     assert list(make_mesh(3, 2, devices=devices).devices.flat) == devices[:6]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("topology", SLICES)
 def test_the_compiler_takes_training_and_decode_on_an_awkward_shape(topology, tmp_path):
     data, fsdp, tensor = AWKWARD[topology]

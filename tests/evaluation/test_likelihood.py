@@ -25,7 +25,9 @@ def by_hand(family, names, tenant, one):
     return float(nats), bool((logits.argmax(axis=-1) == chosen).all())
 
 
-@pytest.mark.parametrize(("family", "layout"), [("llama", "layers"), ("gemma3_text", "stacked")])
+@pytest.mark.parametrize(
+    ("family", "layout"), [("llama", "layers"), pytest.param("gemma3_text", "stacked", marks=pytest.mark.long)]
+)
 def test_a_score_is_that_of_the_teacher_forced_pass(family, layout):
     names = "ABCD" if family == "llama" else "A"
     long = [one for one in asked() if len(one.context) > 16] if family != "llama" else asked()

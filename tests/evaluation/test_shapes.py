@@ -97,7 +97,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("tenants", [False, True], ids=["one", "tenants"])
+@pytest.mark.parametrize("tenants", [True, pytest.param(False, marks=pytest.mark.long)], ids=["tenants", "one"])
 @pytest.mark.parametrize(("metric", "most"), [("accuracy", 4), ("exact_match", 6)])
 def test_a_run_compiles_few_programs_for_all_its_evaluations(folder, tmp_path, metric, most, tenants, compiled):
     """Validation, the test before and after, and the best adapter, which is not the last one."""

@@ -13,6 +13,7 @@ def team():
         yield made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", [target for target, aim in TARGETS.items() if aim.short])
 def test_a_few_cases_end_well(team, target):
     outcomes = campaign(team[:1], target, range(TARGETS[target].short))

@@ -481,6 +481,7 @@ def test_a_run_writes_a_trace_of_the_steps_asked_for(config, capsys):
 # ----------------------------------------------------------------------------------------------------------- the memory
 
 
+@pytest.mark.long
 def test_evaluation_during_training_holds_no_second_copy_of_the_backbone(config, monkeypatch):
     shape = load_model_config(config.backbone.source)
     shape = replace(

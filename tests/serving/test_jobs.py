@@ -133,7 +133,8 @@ def test_every_line_is_answered_once_as_generate_does(folder, whole):
 # --------------------------------------------------------------------------------------- kills, interrupts, full disks
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2, 3))])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
 def test_a_job_that_is_killed_goes_on_without_repeating_or_losing_a_line(folder, whole, tmp_path, seed):
     """A child process is killed when its output has reached a drawn size; at last it may finish."""
     output, draw = tmp_path / "out.jsonl", random.Random(seed)
@@ -219,6 +220,7 @@ def test_a_job_that_ends_early_leaves_the_engine_without_its_requests(folder, en
         run_job(engine, folder / "in.jsonl", tmp_path / "out.jsonl", Request(""))
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_a_job_with_2_and_more_room_lets_it_go_on(folder, whole, tmp_path):
     output, room = tmp_path / "out.jsonl", len((folder / "whole.jsonl").read_bytes()) // 2
     child = start(command(folder, output), room, stderr=subprocess.PIPE)
@@ -238,6 +240,7 @@ def test_a_device_that_takes_nothing_ends_a_job_with_2(folder, capsys):
 # ------------------------------------------------------------------------------------------------- one job per output
 
 
+@pytest.mark.long
 def test_a_second_job_on_an_output_is_refused_until_the_first_ends(folder, whole, tmp_path, capsys):
     source, output = tmp_path / "in.fifo", tmp_path / "out.jsonl"
     os.mkfifo(source)
