@@ -40,7 +40,7 @@ from .dry_run.topology import topology_report
 from .model import init_adapter
 from .storage.bucket import BucketPath
 from .training.metrics_file import is_log, read_metrics
-from .training.step import init_state
+from .training.optimizer import make_direction
 from .training.tenants_file import read_entries
 
 
@@ -54,7 +54,7 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         jax.config.update("jax_platforms", "cpu")  # a compiler is needed, not the TPU that this machine may have
     model = load_model_config(config.backbone.source)
     adapter = jax.eval_shape(lambda: init_adapter(config.adapter, model, seed=config.seed))
-    state = jax.eval_shape(lambda: init_state(init_adapter(config.adapter, model), config.train, 1))
+    optimizer = jax.eval_shape(lambda: make_direction(config.train).init(init_adapter(config.adapter, model)))
     backbone, trained = sum(map(math.prod, parameter_shapes(model).values())), count_parameters(adapter)
     on_cpu = jax.default_backend() == "cpu" and topology is None
     dtype = jnp.dtype(config.backbone.dtype or ("float32" if on_cpu else "bfloat16"))
@@ -65,17 +65,15 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         f"parameters {backbone:,} frozen, {trained:,} trained ({trained / (backbone + trained):.3%}); "
         f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}",
         f"memory     weights {size(weights)} ({kept}), adapter {size(tree_bytes(adapter))}, "
-        f"optimiser {size(tree_bytes(state.optimizer))}",
+        f"optimiser {size(tree_bytes(optimizer))}",
         topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
     ]
     return "\n".join(lines + data_lines(config))
 
 
-def tenants_of(config: RunConfig) -> int | None:
-    """How many tenants a run of many has: combinations of a sweep, or those of data.tenants; where that folder is not
-    there yet, train.tenants_at_once says it. None for a run of one adapter."""
-    if not config.many:
-        return None
+def tenants_of(config: RunConfig) -> int:
+    """How many tenants a run trains: those of data.tenants, the combinations of a sweep, or one. Where the folder of
+    data.tenants does not exist yet, train.tenants_at_once says it."""
     if config.data.tenants is None:
         return max(1, len(config.sweep.learning_rate)) * max(1, len(config.sweep.seed))
     folder = expanded(str(config.data.tenants))

@@ -167,20 +167,34 @@ def tenants_sharding(tenants: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(tenant_axes(tenants, mesh.shape) or None))  # pyright: ignore[reportArgumentType]
 
 
-def place_tenants(tree, mesh: Mesh):
-    """A tree whose arrays lead with the tenants (a TenantsState, a stack's adapters), spread over all of the mesh along
-    them, as far as its devices divide their number; tenants_step keeps it so."""
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, tenants_sharding(leaf.shape[0], mesh)), tree)
+def tenants_shardings(tree, mesh: Mesh | AbstractMesh, config):
+    """The NamedSharding of every array of a tree whose arrays lead with the tenants (a TrainState, a stack's adapters).
+    Tenants are spread over the mesh as far as its devices divide their number. A single tenant's arrays are split by
+    the names of their axes, as `tree_shardings` says."""
+
+    def one(node):
+        if is_variable(node) and node.get_value().shape[0] == 1:
+            return node.replace(NamedSharding(mesh, partition(*named_axes(node, config), mesh.shape)))  # pyright: ignore[reportArgumentType]
+        return jax.tree.map(lambda leaf: tenants_sharding(leaf.shape[0], mesh), node)
+
+    return jax.tree.map(one, tree, is_leaf=is_variable)
+
+
+def place_tenants(tree, mesh: Mesh, config):
+    """The tree laid out over the mesh as `tenants_shardings` says; train_step keeps it so."""
+    return jax.device_put(tree, tenants_shardings(tree, mesh, config))
 
 
 def over_tenants(tree, axis: int = 0):
     """The tree, whose arrays have the tenants along this axis, constrained to lie as place_tenants lays them over the
-    current mesh; the identity without a mesh."""
+    current mesh; the identity without a mesh, and for a single tenant: its arrays keep the layout that they have."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
 
     def one(leaf):
+        if leaf.shape[axis] == 1:
+            return leaf
         spec = tenants_sharding(leaf.shape[axis], mesh).spec
         return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*[None] * axis, *spec))
 

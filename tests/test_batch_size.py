@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from para_jax.training.tenants import lay_out
 from test_tenant_runs import write_tenants
 from tiny_run import run_config, run_folder, tokenizer
 
@@ -12,7 +13,6 @@ from para_jax import make_mesh, train, train_tenants
 from para_jax.config import RunConfig, TrainSection, load_config
 from para_jax.runs.train import plan_work
 from para_jax.training.passes import step_passes
-from para_jax.training.tenants import lay_out
 
 DEVICES = (1, 2, 4, 8)
 

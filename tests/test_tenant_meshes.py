@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import strong
+from para_jax.training.tenants import Settings, init_tenants, put_tenant, tenants_step
 from test_meshes import COMPLETION, CONFIG, LENGTH, ROWS, model
 
 from para_jax import LoraConfig, ParaConfig, init_adapter, make_mesh, stack_adapters
@@ -16,7 +17,6 @@ from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
 from para_jax.hlo import collective_bytes
 from para_jax.sharding import place, place_tenants, rows_over, tenant_axes
-from para_jax.training.tenants import Settings, init_tenants, put_tenant, tenants_step
 
 TENANTS = 8
 GROUPS = [3, 0, 6, 1]  # whose the batch's rows are, two each: on most meshes a group lies on two devices

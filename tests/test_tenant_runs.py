@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from para_jax.training.tenants import tenants_step
 from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows
 
 from para_jax import load_adapter, load_backbone, load_model_config, train, train_tenants
@@ -22,7 +23,6 @@ from para_jax.runs import tenants as tenant_runs
 from para_jax.runs import train as runs
 from para_jax.training.log import TIMES
 from para_jax.training.stop import Stopped
-from para_jax.training.tenants import tenants_step
 
 SIZES = {"acme": 20, "globex": 9, "initech": 12}
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import backbone
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from para_jax.training.tenants import lay_out
 from tiny_run import run_config, run_folder
 from tpu_compiler import tpu_devices
 
@@ -35,7 +36,6 @@ from para_jax.roofline import matrix_weights
 from para_jax.runs.tenants import empty_state
 from para_jax.sharding import place, rows_over
 from para_jax.training.step import init_state
-from para_jax.training.tenants import lay_out
 
 ON_7B = ("configs/llama2-7b-boolq.yaml", ["mesh.data=1", "mesh.fsdp=16", "train.gradient_accumulation_steps=1"])
 

@@ -318,7 +318,7 @@ def run_train(options) -> int | None:
 def run_train_tenants(options, config) -> int | None:
     from ..inspect import tenants_table
     from ..processes import is_first
-    from ..runs.tenants import train_tenants
+    from ..runs.train import train_tenants
 
     begun = time.monotonic()
     result = train_tenants(config)

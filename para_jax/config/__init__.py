@@ -298,7 +298,6 @@ class DataSection:
             one_of(("error", "skip", "left")),
         )
         require(self.buckets >= 1, "data.buckets", self.buckets, "at least 1")
-        require(not (self.tenants and self.packing), "data.packing", True, "false beside data.tenants")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -565,7 +564,6 @@ class RunConfig:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
         if self.many:
             require(not (self.data.tenants and self.sweep), "sweep", vars(self.sweep), "nothing beside data.tenants")
-            require(not (self.data.packing and self.sweep), "data.packing", True, "false beside sweep")
             name = "per_device_batch_size" if self.train.batch_size is None else "batch_size"
             rows, of = self.rows_per_tenant, getattr(self.train, name)
             require(of % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.{name} ({of})")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import UnionType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +24,6 @@ from ..config import expanded, printable, require, shorten
 from ..processes import arrays_of_first, by_first, gathered, is_first
 from ..storage import bucket as storage
 from ..storage.bucket import BucketPath, Place
-
-
-class Progress(NamedTuple):
-    """Where a run of one adapter stands beside its arrays. The data position is the step: batch i is a pure function of
-    (seed, i)."""
-
-    step: int
-    best_score: float | None
-    best_step: int
-    since_best: int
-    """evaluations without a better score"""
-    evaluated: int = 0
-    """the last step whose adapter was scored"""
-    run: dict[str, str] | None = None
-    """digests of what the run is made of, by name: "config", "backbone", "data" (all of it) and its parts ("training
-    data", ...; "training data of NAME"), which say their number of examples too. None, or no parts: a checkpoint of an
-    earlier version"""
 
 
 @contextmanager
@@ -106,8 +89,8 @@ def save_checkpoint(checkpoints, state: Any, progress: Any) -> None:
     """Copies the state to host memory and writes it from there, while the caller goes on; every process calls this.
 
     Args:
-        state: a TrainState or TenantsState.
-        progress: a NamedTuple of what JSON holds, `step` among it.
+        state: a TrainState.
+        progress: a NamedTuple of what JSON holds, with `step` (runs.standing.Standing).
 
     Raises ValueError for a state that is not finite, and where the save before could not be written (a full disk).
     """
@@ -156,7 +139,7 @@ def require_saved(checkpoints) -> None:
 
 
 def restore_checkpoint(
-    checkpoints, state: Any, kind: type = Progress, run: dict[str, str] | None = None, accept_data: bool = False
+    checkpoints, state: Any, kind: type, run: dict[str, str] | None = None, accept_data: bool = False
 ) -> tuple[Any, Any] | None:
     """The newest checkpoint of this run, in the shapes and shardings of `state`, and its progress, of this kind; None
     where there is none. Newer ones that are damaged, or of another run, are set aside with a warning.
@@ -165,7 +148,8 @@ def restore_checkpoint(
     of one state, and for a piece of an array on its way (processes.PIECE).
 
     Args:
-        run: what the run is made of; see Progress. A checkpoint that does not say what it is of is taken if its arrays
+        kind: the type of the progress.
+        run: what the run is made of; see runs.standing.Standing. A checkpoint that does not say what it is of is taken if its arrays
             have the same names and shapes.
         accept_data: take a checkpoint of other data too. The progress then says what data that was, for `changed_data`.
 

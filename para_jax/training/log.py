@@ -16,8 +16,7 @@ from .. import atomic, devices
 from ..config import RunConfig, config_dict
 from ..processes import by_first
 from ..storage.bucket import BucketPath, Place
-from .checkpoint import Progress
-from .metrics_file import Rows, is_log, kept_rows, read_metrics, write_metrics
+from .metrics_file import Reached, Rows, is_log, kept_rows, read_metrics, write_metrics
 
 FLUSH_SECONDS = 10.0
 #: Seconds that TensorBoard's values are kept back from a bucket.
@@ -42,7 +41,7 @@ class Done(NamedTuple):
 class Log:
     """metrics.jsonl, TensorBoard and wandb; the first process alone writes.
 
-    What a run that goes on from `progress` will write again is dropped; all of it for None, a run that starts. Raises
+    What a run that goes on from `reached` will write again is dropped; all of it for None, a run that starts. Raises
     ValueError, on all processes, for a metrics.jsonl that is damaged.
 
     Args:
@@ -50,14 +49,22 @@ class Log:
             peak, for the utilisation; None where the peak is not known.
     """
 
-    def __init__(self, config: RunConfig, folder: Place, progress: Progress | None, *, peak_rate: float | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Place,
+        reached: Reached | None,
+        *,
+        ended: bool = False,
+        peak_rate: float | None = None,
+    ):
         self.folder, self.every, self.peak_rate = folder, config.logging.every, peak_rate
         self.first = jax.process_index() == 0
-        step = progress.step if progress else None
+        step = reached.step if reached else None
         self.writers = [WRITERS[name](config, folder, step) for name in config.logging.report_to] if self.first else []
         self.rows = Rows(folder / "metrics.jsonl")
         self.read = 0.0  # when the values of the step before came
-        by_first(lambda: drop_rows(self.rows.file, progress))
+        by_first(lambda: drop_rows(self.rows.file, reached, ended=ended))
 
     def step(self, done: Done, values: dict[str, float], bar: tqdm, advance: int = 1) -> None:
         """Writes a step's values, which have come just now, and moves the bar on."""
@@ -193,7 +200,7 @@ def step_rates(done: Done, seconds: float, peak_rate: float | None) -> dict[str,
     return {name: float(f"{value:.4g}") for name, value in rates.items()}
 
 
-def drop_rows(file: Place, progress: Progress | None, *, ended: bool = False) -> None:
+def drop_rows(file: Place, reached: Reached | None, *, ended: bool = False) -> None:
     """Drops what a run that goes on from here will write again out of its log; all of it for None."""
     if is_log(file):
-        write_metrics(file, kept_rows(read_metrics(file), progress, ended=ended) if progress else [])
+        write_metrics(file, kept_rows(read_metrics(file), reached, ended=ended) if reached else [])

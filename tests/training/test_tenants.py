@@ -9,15 +9,15 @@ import numpy as np
 import optax
 import pytest
 from conftest import FIXTURES, prompts, strong
+from para_jax.adapters.groups import Groups, grouped, layers_first
+from para_jax.training.tenants import Settings, init_tenants, tenant_of, tenants_step
 from tiny_run import COMPLETION, LENGTH, TRAIN
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, load_backbone, pick, stack_adapters
-from para_jax.adapters.groups import Groups, grouped, layers_first
 from para_jax.data.batches import Batch
 from para_jax.model import residual_stream
 from para_jax.training.optimizer import make_direction, make_optimizer, make_schedule
 from para_jax.training.step import init_state, train_step
-from para_jax.training.tenants import Settings, init_tenants, tenant_of, tenants_step
 
 METHODS = [ParaConfig(r=4, summary="standardised"), LoraConfig(r=4), Ia3Config()]
 SOME_LAYERS = ParaConfig(r=4, summary="standardised", layers_to_transform=(0, 2))
