@@ -67,11 +67,11 @@ def compiled_entry(model: str, where: str, more: tuple[str, ...]) -> dict:
     overrides = [*COMMON, ROWS, f"mesh.fsdp={chips}", *more]
     config = load_config(CONFIGS[model], overrides)
     mesh = make_mesh(data=1, fsdp=chips, devices=topology_devices(where, chips))
-    tenants = config.train.tenants_at_once if config.many else None
+    tenants = config.train.tenants_at_once if config.many else 1
     said = compile_step(config, mesh, tenants)
     time = estimate_time(training_work(config, mesh, tenants), said.collective_bytes, kind)
     return {
-        "model": model + (f", {tenants} tenants" if tenants else " int8" if more else ""),
+        "model": model + (f", {tenants} tenants" if config.many else " int8" if more else ""),
         "slice": where,
         "mesh": f"fsdp={chips}",
         "rows": config.train.per_device_batch_size,

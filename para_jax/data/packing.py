@@ -41,7 +41,7 @@ class Packed(NamedTuple):
 
 
 class RowShape(NamedTuple):
-    """The compiled shape of packed rows: tokens per row (T), and the maximum completion tokens and examples of a row."""
+    """The compiled shape of packed rows: tokens per row (T), and the most completion tokens and examples of one."""
 
     length: int
     completion: int

@@ -1,4 +1,4 @@
-"""Which tenants' examples each step of a run holds: a pure function of where the run stands, made ahead of the steps."""
+"""Which tenants' examples each step of a run holds: a pure function of where the run stands, made ahead of time."""
 
 from __future__ import annotations
 

@@ -149,8 +149,8 @@ def restore_checkpoint(
 
     Args:
         kind: the type of the progress.
-        run: what the run is made of; see runs.standing.Standing. A checkpoint that does not say what it is of is taken if its arrays
-            have the same names and shapes.
+        run: what the run is made of; see runs.standing.Standing. A checkpoint that does not say it is taken if its
+            arrays have the same names and shapes.
         accept_data: take a checkpoint of other data too. The progress then says what data that was, for `changed_data`.
 
     Raises ValueError where there are checkpoints, and none of them can be used, or the newest is of other data.

@@ -155,7 +155,7 @@ def tpu_text():
     ])  # fmt: skip
     mesh = make_mesh(**vars(config.mesh), devices=tpu_devices())
     with jax.set_mesh(mesh):
-        lowered = train_step.lower(*step_arguments(config, mesh), completion=4, config=config.train, total_steps=9)
+        lowered = train_step.lower(*step_arguments(config, mesh), completion=4, config=config.train)
         return lowered.compile().as_text()
 
 

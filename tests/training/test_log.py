@@ -13,8 +13,8 @@ from para_jax.config import SITES, load_config
 from para_jax.dry_run.topology import CHIP_GIB
 from para_jax.roofline import matrix_weights, peak_rate
 from para_jax.training import log
-from para_jax.training.checkpoint import Progress
 from para_jax.training.log import TIMES, Done, Log
+from para_jax.training.metrics_file import Reached
 
 VALUES = {"loss": 2.0, "grad_norm": 1.0}
 
@@ -115,7 +115,7 @@ def test_a_run_that_starts_drops_all_of_it_even_what_it_can_not_read(tmp_path):
 def test_a_run_that_goes_on_refuses_a_log_that_it_did_not_write_and_leaves_it(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n5\n')
     with pytest.raises(ValueError, match="metrics.jsonl:2: '5' .*Delete it"):
-        opened(tmp_path, Progress(1, None, 0, 0))
+        opened(tmp_path, Reached(1, 0))
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n5\n'
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
