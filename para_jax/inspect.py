@@ -26,7 +26,6 @@ from .config import (
     expanded,
     load_config,
     printable,
-    require,
 )
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
@@ -40,7 +39,7 @@ from .dry_run.topology import topology_report
 from .model import init_adapter
 from .storage.bucket import BucketPath
 from .training.metrics_file import is_log, read_metrics
-from .training.optimizer import make_direction
+from .training.step import state_of_one
 from .training.tenants_file import read_entries
 
 
@@ -54,7 +53,7 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         jax.config.update("jax_platforms", "cpu")  # a compiler is needed, not the TPU that this machine may have
     model = load_model_config(config.backbone.source)
     adapter = jax.eval_shape(lambda: init_adapter(config.adapter, model, seed=config.seed))
-    optimizer = jax.eval_shape(lambda: make_direction(config.train).init(init_adapter(config.adapter, model)))
+    state = jax.eval_shape(lambda: state_of_one(init_adapter(config.adapter, model), config.train))
     backbone, trained = sum(map(math.prod, parameter_shapes(model).values())), count_parameters(adapter)
     on_cpu = jax.default_backend() == "cpu" and topology is None
     dtype = jnp.dtype(config.backbone.dtype or ("float32" if on_cpu else "bfloat16"))
@@ -65,7 +64,7 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         f"parameters {backbone:,} frozen, {trained:,} trained ({trained / (backbone + trained):.3%}); "
         f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}",
         f"memory     weights {size(weights)} ({kept}), adapter {size(tree_bytes(adapter))}, "
-        f"optimiser {size(tree_bytes(optimizer))}",
+        f"optimiser {size(tree_bytes(state.optimizer))}",
         topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
     ]
     return "\n".join(lines + data_lines(config))
@@ -79,8 +78,10 @@ def tenants_of(config: RunConfig) -> int:
     folder = expanded(str(config.data.tenants))
     if folder.is_dir():
         return len(tenant_sections(folder, config.data))
-    expected = f"a number of tenants, for data.tenants ({folder}) is not there yet to count them"
-    require(config.train.tenants_at_once is not None, "train.tenants_at_once", None, expected)
+    if config.train.tenants_at_once is None:
+        raise ValueError(
+            f"data.tenants: {folder} does not exist yet, so its tenants can't be counted; give train.tenants_at_once"
+        )
     return config.train.tenants_at_once
 
 
@@ -184,7 +185,7 @@ def tenants_report(folder: Path, config: RunConfig) -> str:
 
 
 def tenants_table(entries: dict[str, dict]) -> str:
-    """The tenants of a run that have ended, a line each; see tenant_runs.TenantsResult."""
+    """The tenants of a run that have ended, a line each; see runs.train.TenantsResult."""
     columns = {"examples": "examples", "steps": "steps", "best step": "best_step", "validation": "best_score"}
     if any(entry["test_after"] is not None for entry in entries.values()):
         columns |= {"test before": "test_before", "test after": "test_after"}

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import backbone
+from conftest import FIXTURES, backbone
 from flax import nnx
 from tensorflow_datasets.core.features import Text
 from tiny_run import STEPS, rows_of_text, run_config, run_folder, tokenizer, write_rows
@@ -45,6 +45,7 @@ from para_jax.evaluation.evaluate import Score, task_of_run
 from para_jax.evaluation.tenants import Tasks
 from para_jax.hlo import describe_program
 from para_jax.inference import generate as generation
+from para_jax.inspect import folder_report
 from para_jax.roofline import matrix_weights
 from para_jax.runs import loop
 from para_jax.runs import train as runs
@@ -644,6 +645,24 @@ def test_scores_of_two_validation_sets_are_never_compared(again, best, config, t
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(scored[0]), jax.tree.leaves(kept))
     card = (Path(accepting.output_dir) / "adapter" / "README.md").read_text()
     assert f"Trained for {best[1]} steps" in card and f"exact_match: {best[0]:.4f}" in card
+
+
+def test_a_run_of_an_earlier_version_loads_and_is_not_resumed(folder, tmp_path):
+    """tests/fixtures/old_run: two steps, of which the first was the best, in the form of 0.1's first checkpoints."""
+    old = Path(shutil.copytree(FIXTURES / "old_run", tmp_path / "run"))
+    file = old / "config.yaml"
+    file.write_text(file.read_text().replace("FOLDER/run", str(old)).replace("FOLDER", str(folder)))
+    config = load_config(file)
+    kept = load_adapter(old / "adapter", load_model_config(config.backbone.source))
+    task = task_of_run(config, "validation", tokenizer())
+    report = evaluate(load_backbone(config.backbone.source), kept, [task], tokenizer=tokenizer())
+    scored = [row["validation_loss"] for row in metrics(config) if "validation_loss" in row]
+    assert report.scores[0].loss == pytest.approx(scored[0], abs=1e-5)
+    assert "step 1" in folder_report(old) and "para" in folder_report(old).lower()
+    before = contents(old / "checkpoints")
+    with pytest.raises(ValueError, match="checkpoints/2: .*earlier version.*output_dir") as error:
+        train(replace(config, train=replace(config.train, max_steps=4)))
+    assert "\n" not in str(error.value) and contents(old / "checkpoints") == before
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,14 +14,23 @@ import numpy as np
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows
 
-from para_jax import load_adapter, load_backbone, load_model_config, make_mesh, train, train_tenants
+from para_jax import (
+    Ia3Config,
+    LoraConfig,
+    load_adapter,
+    load_backbone,
+    load_model_config,
+    make_mesh,
+    train,
+    train_tenants,
+)
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
 from para_jax.evaluation.evaluate import evaluate_task, task_of_run
 from para_jax.evaluation.tenants import Tasks
 from para_jax.inspect import folder_report
-from para_jax.runs import loop
 from para_jax.runs.folder import claim_folders
+from para_jax.runs.judge import Judge
 from para_jax.runs.tenants import read_inputs
 from para_jax.training import statistics
 from para_jax.training.log import TIMES
@@ -207,7 +217,7 @@ def test_tenants_that_wait_for_a_place_learn_the_same_also_after_stops(whole, fo
 
 def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_path, monkeypatch):
     """The best one takes the last one's place in the stack, and a stop saves the stack as it is then."""
-    real, finish = loop.Loop.evaluate, loop.Loop.finish
+    real, finish = Judge.evaluate, Judge.finish
     scores = Tasks.scores
 
     def gets_no_better(self, state, standing, due):
@@ -221,7 +231,7 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
         options = "eval.test=true", "train.max_steps=9", "train.sampling=uniform"
         return train_tenants(tenants_config(folder, tmp_path / name, *options))
 
-    monkeypatch.setattr(loop.Loop, "evaluate", gets_no_better)
+    monkeypatch.setattr(Judge, "evaluate", gets_no_better)
     found = run("run")
     assert [found.tenants[name]["best_step"] for name in SIZES] == [3, 3, 9]
     task = task_of_run(load_config(tmp_path / "run" / "acme" / "config.yaml"), "test", tokenizer())
@@ -239,7 +249,7 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
         return finish(self, state, standing, tenant, why)
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(loop.Loop, "finish", ends)
+        patched.setattr(Judge, "finish", ends)
         run("stopped")
     run("stopped")
     assert all_that_stays(tmp_path / "stopped") == all_that_stays(tmp_path / "run")
@@ -249,14 +259,14 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
 
 
 def test_who_ends_early_leaves_the_batch_to_the_others_without_a_compilation(folder, tmp_path, monkeypatch, capfd):
-    real = loop.Loop.evaluate
+    real = Judge.evaluate
 
     def globex_gets_no_better(self, state, standing, due):
         standing = real(self, state, standing, due)
         tenant = standing.names.index("globex")
         return standing.changed(tenant, since_best=standing.evaluated[tenant])
 
-    monkeypatch.setattr(loop.Loop, "evaluate", globex_gets_no_better)
+    monkeypatch.setattr(Judge, "evaluate", globex_gets_no_better)
     config = tenants_config(folder, tmp_path / "run", "eval.patience=3", "train.max_steps=9", "train.sampling=uniform")
     before = train_step._cache_size()
     found = train_tenants(config)
@@ -403,6 +413,85 @@ def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folde
         ends.append([(weights_of(to, p.name), metrics(p)) for p in sorted(to.glob("learning_rate-0*"))])
         ends[-1].append(metrics(to))  # who was in which batch, too
     assert ends[0] == ends[1] == ends[2] and len(ends[0]) == len(rates.split(","))
+
+
+@pytest.mark.parametrize("at_once", ["null", "1"])
+def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(at_once, folder, tmp_path):
+    """Also where a tenant's slot was given to another one after its end."""
+    own = (
+        f"train.tenants_at_once={at_once}",
+        "train.schedule=constant",
+        "train.warmup_ratio=0",
+        "train.sampling=uniform",
+    )
+    short, long = ([*own, "eval.test=true", f"train.max_steps={steps}"] for steps in (3, 6))
+    first = train_tenants(tenants_config(folder, tmp_path / "run", *short))
+    assert {entry["steps"] for entry in first.tenants.values()} == {3}
+    found = train_tenants(tenants_config(folder, tmp_path / "run", *long))
+    expected = train_tenants(tenants_config(folder, tmp_path / "long", *long))
+    assert {entry["steps"] for entry in found.tenants.values()} == {6}
+    for name in SIZES:
+        assert weights_of(tmp_path / "run", name) == weights_of(tmp_path / "long", name)
+        assert metrics(tmp_path / "run" / name) == metrics(tmp_path / "long" / name)
+        assert found.tenants[name] == expected.tenants[name]
+    with pytest.raises(ValueError, match="train.max_steps: .*3 steps of acme.* has done 6"):
+        train_tenants(tenants_config(folder, tmp_path / "run", *short))
+
+
+def test_more_epochs_make_a_sweep_longer(folder, tmp_path):
+    options = "train.max_steps=null", "train.schedule=constant", "train.warmup_ratio=0"
+    once = sweep_config(folder, tmp_path / "run", "0.03, 0.01", *options, "train.num_epochs=1")
+    assert {entry["steps"] for entry in train_tenants(once).tenants.values()} == {5}
+    twice = sweep_config(folder, tmp_path / "run", "0.03, 0.01", *options, "train.num_epochs=2")
+    found = train_tenants(twice)
+    train_tenants(sweep_config(folder, tmp_path / "long", "0.03, 0.01", *options, "train.num_epochs=2"))
+    assert {entry["steps"] for entry in found.tenants.values()} == {10}
+    for name in found.tenants:
+        assert weights_of(tmp_path / "run", name) == weights_of(tmp_path / "long", name)
+        losses = [[row["loss"] for row in metrics(tmp_path / to / name) if "loss" in row] for to in ("run", "long")]
+        assert losses[0] == losses[1] and len(losses[0]) == 10
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("method", ["para", "lora", "ia3"])
+def test_packed_tenants_learn_what_packed_runs_of_them_alone_learn(method, folder, tmp_path):
+    packed = "data.packing=true", "data.max_seq_length=32", "adapter.summary=raw", "train.max_steps=3"
+    if method != "para":
+        packed = *packed[:2], packed[3], f"adapter.method={method}", *(["adapter.r=4"] if method == "lora" else [])
+    found = train_tenants(of_method(tenants_config, folder, tmp_path / "run", *packed))
+    assert {entry["steps"] for entry in found.tenants.values()} == {3}
+    alone = f"data.train={folder / 'tenants' / 'acme'}", "train.per_device_batch_size=4"
+    train(of_method(lambda folder, output, *more: run_config(folder, f"output_dir={output}", *more), folder,
+                    tmp_path / "alone", *packed, *alone))  # fmt: skip
+    for name in ("loss", "grad_norm", "tokens"):
+        ours, theirs = (
+            [row[name] for row in metrics(to) if name in row] for to in (tmp_path / "run" / "acme", tmp_path / "alone")
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4)
+        assert len(ours) == 3
+
+
+def of_method(make, folder, output, *overrides):
+    """The config with the method's own fields: those of PARA that tiny_run sets are left out."""
+    if any(one.startswith("adapter.method=") for one in overrides):
+        config = make(folder, output, *[one for one in overrides if not one.startswith("adapter.")])
+        method = next(one.partition("=")[2] for one in overrides if one.startswith("adapter.method="))
+        return replace(config, adapter=LoraConfig(r=4) if method == "lora" else Ia3Config())
+    return make(folder, output, *overrides)
+
+
+def test_a_packed_sweep_resumes_with_its_bits(folder, tmp_path, monkeypatch):
+    packed = "data.packing=true", "data.max_seq_length=32", "adapter.summary=raw"
+    whole = train_tenants(sweep_config(folder, tmp_path / "whole", "0.03, 0.01", *packed))
+    cut = sweep_config(folder, tmp_path / "cut", "0.03, 0.01", *packed)
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(StopSignal, "reached", lambda self, step: step == 3)
+        train_tenants(cut)
+    assert train_tenants(cut).tenants == whole.tenants
+    for name in whole.tenants:
+        assert weights_of(tmp_path / "cut", name) == weights_of(tmp_path / "whole", name)
 
 
 # --------------------------------------------------------------------------------------------------------------- meshes

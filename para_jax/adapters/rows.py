@@ -135,13 +135,14 @@ def of_groups(
         group: each tenant's group, where it has at most one; see `gather`.
     """
     weights = gather(layer, index, group)
-    cut = [None if a is None else a.reshape(len(index), rows_each, *a.shape[1:]) for a in (x, prompt_length, start)]
+    streams, lengths, starts = jax.tree.map(
+        lambda a: a.reshape(len(index), rows_each, *a.shape[1:]), (x, prompt_length, start)
+    )
     shared = layer.shared and (rows_each > 1 or start is not None)
     if shared:  # the prompt is not read, so any row of a group will do
-        streams, lengths = cut[0][:, 0], cut[1].reshape(len(index), -1)[:, 0]
-        made = jax.vmap(make_adjustment)(weights, streams, lengths)
+        made = jax.vmap(make_adjustment)(weights, streams[:, 0], lengths.reshape(len(index), -1)[:, 0])
     else:
-        made = jax.vmap(make_of_one)(weights, *cut)
+        made = jax.vmap(make_of_one)(weights, streams, lengths, starts)
     made = jax.tree.map(lambda a: jnp.where((index >= 0).reshape(-1, *[1] * (a.ndim - 1)), a, 0), made)
     return SharedByGroup(made) if shared else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -14,32 +13,26 @@ from tqdm import tqdm
 
 from .. import devices
 from ..adapters.adapter import Adapter
-from ..adapters.files import load_adapter, save_adapter
-from ..adapters.rows import Stack
 from ..config import RunConfig, expanded
 from ..data.batches import Batch, Bucket
 from ..data.packing import Packed, RowShape
 from ..data.prefetch import read
 from ..data.schedule import Schedule, StepBatch, Turn, admitted
 from ..data.tenants import weights
-from ..evaluation.evaluate import Score
-from ..evaluation.tenants import Tasks
 from ..model import init_adapter
-from ..processes import arrays_of_first, by_first, gathered, is_first
-from ..sharding import place_tenants, rows_over
-from ..storage.bucket import Place
+from ..processes import by_first, gathered, is_first
+from ..sharding import rows_over
 from ..training.checkpoint import finish_saving, require_saved, save_checkpoint
 from ..training.last_state import read_last_state, write_last_state
-from ..training.log import Done, Log
-from ..training.metrics_file import Rows
+from ..training.log import Done
 from ..training.optimizer import LearningRates, learning_rates
 from ..training.passes import Layout
 from ..training.profiler import Profiler
 from ..training.statistics import standardise, statistics_batches
 from ..training.step import TrainState, put_adapter, put_state, put_tenant, tenant_of, train_step
 from ..training.stop import Interrupted, StopSignal
-from ..training.tenants_file import add_entry
-from .folder import AT_ONCE
+from .judge import REMEDY, Judge
+from .logs import Logs
 from .standing import Standing
 from .tenants import Tenant
 
@@ -59,14 +52,11 @@ class Loop(NamedTuple):
     tenants: list[Tenant]
     buckets: tuple[Bucket, ...] | tuple[RowShape]
     layout: Layout
-    validation: Tasks
-    test: Tasks
+    judge: Judge
     checkpoints: Any
-    log: Log
+    logs: Logs
     profiler: Profiler
     stop: StopSignal
-    rows: list[Rows]
-    """each tenant's metrics.jsonl; in a run of one adapter there is only the run's, `log`"""
 
     def run(self, state: TrainState, standing: Standing) -> tuple[TrainState, Standing]:
         """Steps until every tenant has ended. Each step's values are read when the next step is under way.
@@ -91,16 +81,16 @@ class Loop(NamedTuple):
                         standing, pending = self.read(pending, standing, bar), None
                     try:
                         if due:
-                            standing = self.evaluate(state, standing, self.due(standing))
+                            standing = self.judge.evaluate(state, standing, self.due(standing))
                         unforeseen = False
                         for tenant, why in [] if stopping else self.leaving(standing):
                             unforeseen |= standing.steps[tenant] < self.tenants[tenant].order.total_steps
-                            last = self.last_where_best_is_another(state, standing, tenant)
+                            last = self.judge.replaced_for_test(state, standing, tenant)
                             slot = jnp.int32(standing.running[tenant])
                             if last is not None:
-                                state = put_adapter(state, slot, self.kept(tenant, last))
+                                state = put_adapter(state, slot, self.judge.kept(tenant, last))
                             try:  # the best adapter is tested in its slot, in the programs that scored validation
-                                standing = self.finish(state, standing, tenant, why)
+                                standing = self.judge.finish(state, standing, tenant, why)
                             finally:
                                 state = state if last is None else put_adapter(state, slot, last)
                         if unforeseen:
@@ -112,13 +102,13 @@ class Loop(NamedTuple):
                     every = self.config.checkpoint.every or self.config.eval.every
                     if saved < standing.step and (stopping or over or standing.step % every == 0):
                         standing, pending = self.read(pending, standing, bar), None
-                        self.flush()
+                        self.logs.flush()
                         save_checkpoint(self.checkpoints, state, standing)
                         saved = standing.step
                     if stopping:
                         self.end_early(standing)
                     if over:
-                        self.flush()
+                        self.logs.flush()
                         by_first(lambda: finish_saving(self.checkpoints))
                         return state, standing
                     state, standing = self.admit(state, standing)
@@ -221,14 +211,14 @@ class Loop(NamedTuple):
                 self.fail(done.step, turn, of_turn)
                 standing = standing.changed(turn.tenant, failed=done.step)
         if not self.config.many:
-            self.log.step(done, logged[turns[0]], bar)
+            self.logs.run.step(done, logged[turns[0]], bar)
             return standing
         for turn, of_turn in logged.items():
-            self.write(turn.tenant, turn.step + 1, of_turn, every=self.config.logging.every)
+            self.logs.write(turn.tenant, turn.step + 1, of_turn, every=self.config.logging.every)
         tokens = sum(one["tokens"] for one in logged.values())
         mean = sum(one["loss"] * one["tokens"] for one in logged.values()) / max(1.0, tokens)
         everyone = float(sum(values["tokens"][turn.slot] for turn in turns))
-        self.log.step(done, {"loss": mean, "tenants": len(turns), "tokens": everyone}, bar, len(turns))
+        self.logs.run.step(done, {"loss": mean, "tenants": len(turns), "tokens": everyone}, bar, len(turns))
         return standing
 
     def fail(self, step: int, turn: Turn, values: dict[str, float]) -> None:
@@ -244,20 +234,6 @@ class Loop(NamedTuple):
             f"{tenant.name}: stopped at its step {turn.step + 1}: {what} on {examples}; what it had learnt before is "
             "kept, and the others go on"
         )
-
-    def write(self, tenant: int, step: int, values: dict[str, float], *, every: int = 1, show: bool = False) -> None:
-        """Adds values of a tenant's own step to its metrics.jsonl."""
-        if not self.config.many:
-            self.log.write(step, values, show=show)
-        elif is_first() and step % every == 0:
-            self.rows[tenant].add(step, values)
-
-    def flush(self) -> None:
-        """Writes the rows that the logs keep back; see `Log.flush`."""
-        self.log.flush()
-        if is_first():
-            with self.log.errors_named(), ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(Rows.flush, self.rows))
 
     # ---------------------------------------------------------------------------------------------- scores and endings
 
@@ -285,155 +261,20 @@ class Loop(NamedTuple):
                 found.append((tenant, "patience"))
         return found
 
-    def evaluate(self, state: TrainState, standing: Standing, due: list[int]) -> Standing:
-        """Scores the tenants' adapters, and keeps each where it is its best so far."""
-        with self.stop.interrupting():
-            found = self.validation.scores(Stack(state.adapters), {tenant: standing.running[tenant] for tenant in due})
-        for tenant in due:
-            standing = self.judged(state, standing, tenant, found.get(tenant))
-        return standing
-
-    def judged(self, state: TrainState, standing: Standing, tenant: int, score: Score | None) -> Standing:
-        """The standing after a tenant's adapter was scored; None: it has no validation data."""
-        name, own = self.tenants[tenant].name, standing.steps[tenant]
-        if score is None and self.config.many:  # its adapter is written once, when it ends
-            return standing.changed(tenant, evaluated=own)
-        best = standing.best_score[tenant]
-        if score is not None:
-            if not math.isfinite(score.loss):
-                self.require_many(own, score)
-                kept = "its best adapter is kept" if best is not None else "its last one is kept"
-                devices.say(f"{name}: stopped at its step {own}: the validation loss is {score.loss}; {kept}")
-                return standing.changed(tenant, evaluated=own, failed=standing.step - 1)
-            self.write(tenant, own, scores("validation", score), show=True)
-            if self.config.many:
-                shown = {f"{name}/{key}": value for key, value in scores("validation", score).items()}
-                self.log.write(standing.step, shown)
-            if best is not None and score.score <= best:
-                return standing.changed(tenant, evaluated=own, since_best=standing.since_best[tenant] + 1)
-        self.keep(tenant, tenant_of(state.adapters, jnp.int32(standing.running[tenant])), own, score)
-        found = None if score is None else score.score
-        return standing.changed(tenant, evaluated=own, best_score=found, best_step=own, since_best=0)
-
-    def require_many(self, step: int, score: Score) -> None:
-        """Raises ValueError, in a run of one adapter, for a validation loss that is not finite."""
-        if not self.config.many:
-            raise ValueError(f"step {step}: the validation loss is {score.loss} on validation; {REMEDY}")
-
-    def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None) -> None:
-        """Writes a tenant's adapter into its folder, with its score."""
-        card, whole = card_lines(self.tenants[tenant].config, step, score), gathered(adapter)
-        if self.config.many:
-            card.append(f"Trained in one run with {len(self.tenants) - 1} others.")
-        to, source = self.tenants[tenant].folder / "adapter", self.config.backbone.source
-        by_first(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
-
-    def kept(self, tenant: int, last: Adapter) -> Adapter:
-        return kept_adapter(self.tenants[tenant].folder, self.model, last)
-
-    def last_where_best_is_another(self, state: TrainState, standing: Standing, tenant: int) -> Adapter | None:
-        """A leaving tenant's adapter, if its best one is another that is to be tested."""
-        is_best = standing.best_score[tenant] is None or standing.best_step[tenant] == standing.steps[tenant]
-        if is_best or not self.tenants[tenant].test:
-            return None
-        return gathered(tenant_of(state.adapters, jnp.int32(standing.running[tenant])))
-
-    def finish(self, state: TrainState, standing: Standing, tenant: int, why: str) -> Standing:
-        """Ends a tenant. If it has test data, its best adapter is in its slot, and is scored. In a run of many its
-        entry in tenants.json is written."""
-        own, slot = self.tenants[tenant], standing.running[tenant]
-        steps = int(gathered(state.step)[slot])
-        if standing.best_score[tenant] is None and standing.best_step[tenant] < steps:  # the last one is the best
-            self.keep(tenant, tenant_of(state.adapters, jnp.int32(slot)), steps, None)
-            standing = standing.changed(tenant, best_step=steps)
-        test_after = None
-        if own.test and by_first((own.folder / "adapter").exists):
-            with self.stop.interrupting():
-                found = self.test.scores(Stack(state.adapters), {tenant: slot})[tenant]
-            self.write(tenant, standing.steps[tenant], scores("test_after", found), show=True)
-            test_after = found.score if math.isfinite(found.score) else None
-        standing = standing.changed(tenant, ended=why)
-        if not self.config.many:
-            return standing
-        best = standing.best_score[tenant]
-        entry = {
-            "examples": len(own.data.examples),
-            "steps": steps,
-            "best_step": standing.best_step[tenant],
-            "best_score": best,
-            "metric": own.validation.metric if own.validation else own.test.metric if own.test else None,
-            "test_before": standing.test_before[tenant],
-            "test_after": test_after,
-            "ended": why,
-        }
-        by_first(lambda: add_entry(self.log.folder, own.name, entry))
-        said = "" if best is None else f", best validation score {best:.4f} at step {standing.best_step[tenant]}"
-        ended = f"{sum(standing.over)} of {len(self.tenants)} tenants have ended"
-        devices.say(f"{own.name}: {steps} steps{said} ({why}; {ended})")
-        if is_first():
-            with self.log.errors_named():
-                self.rows[tenant].flush()
-        return standing
-
-    def test_backbone(self, state: TrainState, standing: Standing, asked: list[int]) -> Standing:
-        """Scores the backbone alone on the test data of these tenants."""
-        with self.stop.interrupting():
-            found = self.test.scores(Stack(state.adapters), dict.fromkeys(asked, -1))
-        for tenant, score in found.items():
-            self.write(tenant, standing.steps[tenant], scores("test_before", score), show=True)
-            standing = standing.changed(tenant, test_before=score.score)
-        self.flush()
-        return standing
-
-    def with_changed(self, standing: Standing, split: str, changed: list[str]) -> list[int]:
-        """The tenants that have not ended and whose data of this split changed."""
-        return [
-            i
-            for i, tenant in enumerate(self.tenants)
-            if standing.ended[i] is None and {tenant.part(split), "data"} & set(changed)
-        ]
-
-    def rescored(self, state: TrainState, standing: Standing, asked: list[int]) -> Standing:
-        """The standing where these tenants' validation data changed: their kept adapters are scored on the new data,
-        because scores of two data sets are never compared."""
-        for tenant in asked:
-            own, was, found = self.tenants[tenant], standing.best_score[tenant], None
-            if was is not None and own.validation:
-                like = jax.eval_shape(tenant_of, state.adapters, jnp.int32(0))
-                kept = self.kept(tenant, like)
-                stack = Stack(jax.tree.map(lambda leaf: leaf[None], kept))
-                with self.stop.interrupting():
-                    score = self.validation.scores(
-                        place_tenants(stack, jax.sharding.get_mesh(), self.model.config), {tenant: 0}
-                    )[tenant]
-                step, whose = standing.best_step[tenant], f"{own.name}: " if own.name else ""
-                if math.isfinite(score.loss):
-                    found = score.score
-                    before = f"{was:.4f} on the data before"
-                    devices.say(
-                        f"{whose}the best adapter so far, of step {step}: {score.metric} {found:.4f} ({before})"
-                    )
-                    self.keep(tenant, kept, step, score)
-                else:
-                    self.require_many(step, score)
-            standing = standing.changed(tenant, best_score=found, since_best=0)
-        return standing
-
     def end_early(self, standing: Standing) -> NoReturn:
         """Ends a run that was told to stop, after everything is written, and says how to go on."""
-        self.flush()
+        self.logs.flush()
         where = f"step {standing.step} of {self.tenants[0].order.total_steps}"
         if self.config.many:
             where = f"step {standing.step}, with {sum(standing.over)} of {len(self.tenants)} tenants ended"
         by_first(lambda: finish_saving(self.checkpoints))
-        file = self.log.folder / "config.yaml"
+        file = expanded(self.config.output_dir) / "config.yaml"
         devices.say(f"stopped after {where}, and saved; the same command resumes, or `para-jax train {file}`")
         self.stop.end()
 
 
 #: A step's values that are logged for each tenant.
 VALUES = ("loss", "grad_norm", "learning_rate", "tokens")
-REMEDY = "look at these examples, or start again with a lower train.learning_rate"
 
 
 def in_passes(coming: StepBatch, layout: Layout) -> tuple[Batch | Packed, np.ndarray]:
@@ -442,28 +283,6 @@ def in_passes(coming: StepBatch, layout: Layout) -> tuple[Batch | Packed, np.nda
     shape = layout.passes, layout.pass_rows
     batch = type(coming.batch)(*(array.reshape(*shape, *array.shape[2:]) for array in coming.batch))
     return batch, coming.tenant_of_group.reshape(layout.passes, layout.groups)
-
-
-def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:
-    """The adapter that a run keeps in a folder, which the first process alone reads, as arrays of NumPy."""
-    found: list[Adapter] = []
-    by_first(lambda: found.append(load_adapter(folder / "adapter", model.config, model=model)))
-    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
-    return arrays_of_first(found[0] if is_first() else empty)
-
-
-def card_lines(config: RunConfig, steps: int, found: Score | None) -> list[str]:
-    """What an adapter's model card says about its training and its validation score."""
-    card = [f"Trained for {steps} steps on {expanded(config.data.train or '').name}."]
-    if config.backbone.quantize:
-        card.append(f"The backbone's weights were {config.backbone.quantize} during training.")
-    if found:
-        card.append(f"Validation {found.metric}: {found.score:.4f}.")
-    return card
-
-
-def scores(name: str, found: Score) -> dict[str, float]:
-    return {f"{name}_{what}": value for what, value in found.values().items()}
 
 
 def places(each: list[str]) -> str:

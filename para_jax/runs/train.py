@@ -28,19 +28,21 @@ from ..model import init_adapter
 from ..processes import by_each, by_first, require_same
 from ..roofline import peak_rate
 from ..sharding import place, replicated_lines, tenant_axes, tenants_shardings
-from ..storage.bucket import BucketPath, Place
+from ..storage.bucket import Place
 from ..training.checkpoint import changed_data, describe_changes, open_checkpoints, restore_checkpoint
 from ..training.log import Log
-from ..training.metrics_file import Reached, Rows
+from ..training.metrics_file import Reached
 from ..training.passes import Layout, lay_out
 from ..training.profiler import Profiler
 from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, stop_signals
 from ..training.tenants_file import read_entries
 from .folder import FREE_FIELDS, claim_folders, locked_folder, mend_folders, run_digests
-from .loop import Loop, kept_adapter
+from .judge import Judge, kept_adapter
+from .logs import Logs, tenant_rows
+from .loop import Loop
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
-from .tenants import Inputs, Tenant, read_inputs, require_judge, tenant_configs
+from .tenants import Inputs, read_inputs, require_judge, tenant_configs
 
 
 class TrainResult(NamedTuple):
@@ -145,14 +147,15 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
             parts = {"validation": validation, "test": test}
             held = {name: list(tasks.encoded.values()) for name, tasks in parts.items() if tasks.encoded}
             say_evaluation(held, config.eval.batch_size)
-            rows = [tenant_rows(t) for t in tenants] if config.many else []
-            shared = config, model, tenants, buckets, layout, validation, test
-            loop = Loop(*shared, checkpoints, log, profiler, stop, rows)
+            logs = Logs(log, tenant_rows(tenants) if config.many else [])
+            judge = Judge(config, model, tenants, validation, test, logs, stop)
+            loop = Loop(config, model, tenants, buckets, layout, judge, checkpoints, logs, profiler, stop)
             try:
                 everyone = list(range(len(tenants)))
-                tested = loop.with_changed(standing, "test", changed) if restored else everyone
-                standing = loop.test_backbone(state, standing, tested)
-                standing = loop.rescored(state, standing, loop.with_changed(standing, "validation", changed))
+                standing = judge.test_backbone(
+                    state, standing, judge.with_changed(standing, "test", changed) if restored else everyone
+                )
+                standing = judge.rescored(state, standing, judge.with_changed(standing, "validation", changed))
                 return loop.run(state, standing)
             except Interrupted:
                 loop.end_early(standing)
@@ -198,12 +201,6 @@ def open_log(config: RunConfig, model, mesh, standing: Standing | None) -> Log:
         reached, ended = Reached(standing.step, evaluated), all(standing.over)
     peak = peak_rate(model.config, mesh.devices.flatten())
     return Log(config, expanded(config.output_dir), reached, ended=ended, peak_rate=peak)
-
-
-def tenant_rows(tenant: Tenant) -> Rows:
-    """Adds to a tenant's metrics.jsonl. In a bucket only with each checkpoint: there each write takes a while."""
-    file = tenant.folder / "metrics.jsonl"
-    return Rows(file, math.inf if isinstance(file, BucketPath) else None)
 
 
 def say_attention(model, lengths: list[int], mesh, *, packed: bool) -> None:

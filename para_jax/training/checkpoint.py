@@ -6,9 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import UnionType
@@ -24,6 +22,7 @@ from ..config import expanded, printable, require, shorten
 from ..processes import arrays_of_first, by_first, gathered, is_first
 from ..storage import bucket as storage
 from ..storage.bucket import BucketPath, Place
+from .quiet_orbax import quiet_orbax
 
 
 @contextmanager
@@ -187,6 +186,11 @@ def newest_whole(
                 f"{folder / str(step)}: {error}; data.changed=accept goes on with what is there now, "
                 "another output_dir starts again"
             ) from None
+        except OldForm:
+            raise ValueError(
+                f"{folder / str(step)}: an earlier version of para-jax wrote this checkpoint, and it can't be resumed; "
+                "choose another output_dir to train again (evaluate and generate still take the adapter)"
+            ) from None
         except Exception as error:  # whatever the readers below orbax make of damaged files
             problems[step] = reason(error)
             continue
@@ -214,6 +218,8 @@ def read_checkpoint(
 
     handler: Any = ocp.StandardCheckpointHandler()
     stored = handler.metadata(checkpoints.directory / str(step) / "state")
+    if any(name.startswith(OLD_NAMES) for name in stored):
+        raise OldForm
     check_shapes({name: tuple(leaf.shape) for name, leaf in stored.items()}, wanted)
     read = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
     restored = checkpoints.restore(step, args=read)
@@ -258,6 +264,14 @@ def of_type(value: Any, hint: Any) -> bool:
     if kind is dict:
         return isinstance(value, dict) and all(of_type(one, parts[1]) for one in value.values())
     return type(value) in ((int, float) if hint is float else (hint,))
+
+
+#: Arrays of checkpoints in which a run of one adapter had a form of its own.
+OLD_NAMES = (".adapter.", ".sound")
+
+
+class OldForm(ValueError):
+    """A checkpoint is in a form that an earlier version wrote."""
 
 
 class OtherData(ValueError):
@@ -350,11 +364,13 @@ def digest(arrays: dict[str, np.ndarray], progress: dict[str, Any]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What the operating system said, where that is the cause; else the error's first line."""
+    """What the operating system said, where that is the cause; else the error's first line. Of a long line, the start
+    and the end: orbax names files first, and the cause last."""
     said = str(error)
     system = (os.strerror(number) for number in errno.errorcode)
-    first_line = (said.splitlines() or [type(error).__name__])[0][:200]
-    return next((text for text in system if text in said), first_line if first_line.isprintable() else repr(first_line))
+    line = (said.splitlines() or [type(error).__name__])[0]
+    line = line if len(line) <= 520 else f"{line[:200]} ... {line[-300:]}"
+    return next((text for text in system if text in said), line if line.isprintable() else repr(line))
 
 
 @contextmanager
@@ -368,33 +384,3 @@ def errors_in_one_line(checkpoints) -> Iterator[None]:
             f"{checkpoints.directory}: a checkpoint could not be saved ({said}); what was saved before is kept: "
             f"{what}, and the same command resumes"
         ) from None
-
-
-@contextmanager
-def quiet_orbax() -> Iterator[None]:
-    """Keeps the tracebacks off the terminal that orbax's threads log beside the error that they raise. They outlive
-    that error, so it stays quiet where the body raises."""
-    logging.getLogger("absl").addFilter(not_of_orbax)
-    logging.getLogger("asyncio").addFilter(not_unasked)
-    if sys.unraisablehook is not only_raisable:
-        only_raisable.others = sys.unraisablehook
-        sys.unraisablehook = only_raisable
-    yield
-    logging.getLogger("absl").removeFilter(not_of_orbax)
-    logging.getLogger("asyncio").removeFilter(not_unasked)
-    sys.unraisablehook = only_raisable.others
-
-
-def not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
-
-
-def not_unasked(record: logging.LogRecord) -> bool:
-    """No record of an error that nobody asked for: of many reads that fail together, orbax raises one."""
-    return "exception was never retrieved" not in str(record.msg)
-
-
-def only_raisable(unraisable) -> None:
-    """An unraisablehook without what writes say that a failed one left behind."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        only_raisable.others(unraisable)

@@ -19,7 +19,7 @@ FILE = "last_state.safetensors"
 
 def write_last_state(folder: Place, state: Any) -> None:
     """Writes one tenant's weights, moments and step, a slice of a TrainState."""
-    arrays = named(gathered(state))
+    arrays = {name: np.asarray(array) for name, array in named(gathered(state)).items()}
     by_first(lambda: atomic.write_bytes(folder / FILE, safetensors_bytes(arrays)))
 
 
@@ -38,6 +38,7 @@ def read_last_state(folder: Place, like: Any) -> Any:
 
         try:
             found = load((folder / FILE).read_bytes())
+            found = {name: array.reshape(arrays[name].shape) for name, array in found.items() if name in arrays}
             check_shapes({name: array.shape for name, array in found.items()}, arrays)
         except Exception as error:  # whatever the file system or safetensors say
             raise ValueError(

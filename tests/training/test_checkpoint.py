@@ -27,6 +27,7 @@ from para_jax.training.checkpoint import (
     finish_saving,
     named,
     open_checkpoints,
+    reason,
     require_saved,
     restore_checkpoint,
     save_checkpoint,
@@ -282,7 +283,7 @@ def test_reads_that_fail_together_leave_no_traceback_behind(saved_twice, tmp_pat
 def test_what_is_saved_is_what_the_state_was_although_the_next_step_reuses_its_memory(tmp_path):
     state = state_on(make_mesh(), seed=1)
     before = [np.array(leaf) for leaf in jax.tree.leaves(state)]
-    donating = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    donating = jax.jit(lambda state: jax.tree.map(lambda leaf: (leaf + 1).astype(leaf.dtype), state), donate_argnums=0)
     with open_checkpoints(tmp_path) as checkpoints:
         save_checkpoint(checkpoints, state, Progress(4, None, 0, 0))
         for _ in range(5):
@@ -320,6 +321,11 @@ def test_a_save_that_fails_in_the_background_is_one_clear_error_and_keeps_what_w
     with open_checkpoints(folder) as checkpoints:
         assert restore_checkpoint(checkpoints, state, Progress)[1].step == 6
     assert sorted(path.name for path in folder.iterdir() if path.name.isdecimal()) == ["4", "6"]
+
+
+def test_a_long_error_keeps_its_start_and_its_end():
+    said = reason(ValueError(f"Error writing a file {'x' * 2000}: the disk is on fire"))
+    assert said.startswith("Error writing a file") and said.endswith("the disk is on fire") and len(said) < 600
 
 
 @contextmanager
