@@ -34,11 +34,11 @@ def config(folder, tmp_path):
     return run_config(folder, f"output_dir={tmp_path / 'run'}")
 
 
-def test_output_dir_logging_runtime_attention_and_the_number_of_steps_are_not_another_run(config, folder):
+def test_output_dir_logging_runtime_attention_and_more_steps_are_the_same_run(config, folder):
     free = ("output_dir=elsewhere", "logging.every=7", "runtime.allow_cpu=false", "train.max_steps=100")
-    free += ("backbone.attention=plain",)
+    free += ("backbone.attention=plain", "train.num_epochs=2")
     assert differences(config, run_config(folder, *free)) == []
-    assert len(differences(config, run_config(folder, "train.num_epochs=2", "eval.limit=3"))) == 2
+    assert len(differences(config, run_config(folder, "train.weight_decay=0.5", "eval.limit=3"))) == 2
 
 
 def test_a_folder_with_other_files_is_refused_and_left_as_it_is(config):
@@ -123,8 +123,14 @@ def test_a_second_run_in_the_folder_is_refused_by_name_while_the_first_one_lasts
         patched.setattr(runs, "fit", meanwhile)
         train(config)
     assert len(refused) == 1
-    monkeypatch.setattr(runs, "fit", lambda *arguments, **settings: "ended")
-    assert [train(config), train(config)] == ["ended", "ended"]
+
+    def ended(*arguments):
+        raise RuntimeError("the first one has ended")
+
+    for _ in range(2):
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="the first one has ended"):
+            patched.setattr(runs, "fit", ended)
+            train(config)
 
 
 def test_a_tenant_of_a_run_is_not_trained_alone_while_that_run_lasts(folder, tmp_path, monkeypatch):

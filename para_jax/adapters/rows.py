@@ -35,7 +35,7 @@ class Rows:
     i, and the backbone alone where all its indices are -1. A group has at most one adapter."""
 
     stacks: tuple[Stack, ...]
-    index: jax.Array
+    index: Any
     """int32 [stacks, groups]"""
     rows_each: int = field(default=1, metadata={"static": True})
     distinct: bool = field(default=False, metadata={"static": True})

@@ -82,22 +82,14 @@ class Loop(NamedTuple):
                     try:
                         if due:
                             standing = self.judge.evaluate(state, standing, self.due(standing))
-                        unforeseen = False
-                        for tenant, why in [] if stopping else self.leaving(standing):
-                            unforeseen |= standing.steps[tenant] < self.tenants[tenant].order.total_steps
-                            last = self.judge.replaced_for_test(state, standing, tenant)
-                            slot = jnp.int32(standing.running[tenant])
-                            if last is not None:
-                                state = put_adapter(state, slot, self.judge.kept(tenant, last))
-                            try:  # the best adapter is tested in its slot, in the programs that scored validation
-                                standing = self.judge.finish(state, standing, tenant, why)
-                            finally:
-                                state = state if last is None else put_adapter(state, slot, last)
-                        if unforeseen:
-                            batches.close()
-                            batches = self.batches(standing)
                     except Interrupted:
                         stopping = True
+                    if not stopping:
+                        before = standing.over
+                        state, standing, stopping = self.end_tenants(state, standing)
+                        if self.ended_early(before, standing):
+                            batches.close()
+                            batches = self.batches(standing)
                     over = all(standing.over)
                     every = self.config.checkpoint.every or self.config.eval.every
                     if saved < standing.step and (stopping or over or standing.step % every == 0):
@@ -139,9 +131,9 @@ class Loop(NamedTuple):
     def fresh_adapter(self, tenant: Tenant) -> Adapter:
         made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
         if getattr(self.config.adapter, "summary", "raw") == "standardised":
-            longest, rows = self.buckets[-1], self.layout.pass_rows if not self.config.many else self.layout.rows
+            longest, seed = self.buckets[-1], tenant.config.seed
             bucket = Bucket(longest.length, longest.completion)
-            statistics = statistics_batches(tenant.data.examples, bucket, rows, tenant.config.seed)
+            statistics = statistics_batches(tenant.data.examples, bucket, self.layout.rows, seed)
             made = standardise(self.model, made, *statistics)
         return gathered(made)
 
@@ -260,6 +252,31 @@ class Loop(NamedTuple):
             elif patience is not None and failed is None and standing.since_best[tenant] >= patience:
                 found.append((tenant, "patience"))
         return found
+
+    def end_tenants(self, state: TrainState, standing: Standing) -> tuple[TrainState, Standing, bool]:
+        """Ends the tenants that have done their last step. The third value says whether a signal broke this off: the
+        others end when the run resumes."""
+        for tenant, why in self.leaving(standing):
+            slot, last = jnp.int32(standing.running[tenant]), self.judge.replaced_for_test(state, standing, tenant)
+            if last is not None:  # the best adapter is tested in its slot, in the programs that scored validation
+                state = put_adapter(state, slot, self.judge.kept(tenant, last))
+            interrupted = False
+            try:
+                standing = self.judge.finish(state, standing, tenant, why)
+            except Interrupted:
+                interrupted = True
+            if last is not None:  # a longer run goes on from it
+                state = put_adapter(state, slot, last)
+            if interrupted:
+                return state, standing, True
+        return state, standing, False
+
+    def ended_early(self, before: list[bool], standing: Standing) -> bool:
+        """Whether a tenant has ended since, with steps left that the batches made ahead count on."""
+        return any(
+            standing.over[i] and not was and standing.steps[i] < self.tenants[i].order.total_steps
+            for i, was in enumerate(before)
+        )
 
     def end_early(self, standing: Standing) -> NoReturn:
         """Ends a run that was told to stop, after everything is written, and says how to go on."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import atomic
 from ..adapters.folder import safetensors_bytes
-from ..processes import arrays_of_first, by_first, gathered, is_first
+from ..processes import arrays_of_first, by_first, gathered
 from ..storage.bucket import Place
 from .checkpoint import check_shapes, named
 
@@ -47,6 +47,6 @@ def read_last_state(folder: Place, like: Any) -> Any:
             ) from None
         arrays.update(found)
 
-    by_first(lambda: read_first() if is_first() else None)
+    by_first(read_first)
     leaves = [arrays_of_first(arrays[name]) for name in named(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
