@@ -44,10 +44,10 @@ from .training.tenants_file import read_entries
 
 
 def dry_run(config: RunConfig, topology: str | None = None) -> str:
-    """A run's size, from its config and the backbone's config alone: no weights are read and nothing is written.
+    """A run's size, from its config and the backbone's config. Reads no weights and writes nothing.
 
     Args:
-        topology: a TPU slice, for which the step is compiled (topology.py).
+        topology: a TPU slice to compile the step for (dry_run/topology.py).
     """
     if topology:
         jax.config.update("jax_platforms", "cpu")  # a compiler is needed, not the TPU that this machine may have
@@ -93,7 +93,7 @@ def step_line(config: RunConfig) -> str:
 
 
 def data_lines(config: RunConfig) -> list[str]:
-    """What is known of the data without a tokenizer; files that are not there yet are named and are no error."""
+    """What is known about the data without a tokenizer. Files that do not exist yet are named, and are not an error."""
     if config.data.task is not None and config.data.task not in TASKS:
         raise ValueError(f"data.task: {config.data.task!r} is not possible; expected one of {', '.join(TASKS)}")
     if config.data.tenants is not None:
@@ -127,8 +127,11 @@ def mesh_rows(config: RunConfig) -> int:
 
 
 def data_report(config: RunConfig, rows: int | None = None) -> str:
-    """Three training examples as tokens, and how all of them are put into batches (of so many rows; default: those of
-    the config)."""
+    """Three training examples as tokens, and how all of them are put into batches.
+
+    Args:
+        rows: of a batch; default: those of the config.
+    """
     tokenizer = load_tokenizer(config.backbone.source)
     if config.many:
         rows = config.tenant_batch
@@ -170,7 +173,7 @@ def folder_report(folder: Path) -> str:
 
 
 def tenants_report(folder: Path, config: RunConfig) -> str:
-    """What a run of many tenants holds: those that have ended, with their scores, and how many have not."""
+    """The tenants of a run that have ended, with their scores, and how many have not."""
     names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
     entries = read_entries(folder)
     what = f"tenants of {config.data.tenants}" if config.data.tenants else f"a sweep on {config.data.train}"
@@ -185,7 +188,7 @@ def tenants_report(folder: Path, config: RunConfig) -> str:
 
 
 def tenants_table(entries: dict[str, dict]) -> str:
-    """The tenants of a run that have ended, a line each; see runs.train.TenantsResult."""
+    """A line for each tenant of a run that has ended; see runs.train.TenantsResult."""
     columns = {"examples": "examples", "steps": "steps", "best step": "best_step", "validation": "best_score"}
     if any(entry["test_after"] is not None for entry in entries.values()):
         columns |= {"test before": "test_before", "test after": "test_after"}
@@ -235,7 +238,7 @@ def adapter_report(folder: Path) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as people read them: 1.23 GB (powers of ten)."""
+    """Bytes for people: 1.23 GB (powers of ten)."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.4g} {unit}"
@@ -260,7 +263,7 @@ def results(command: str, config: RunConfig, scores: dict, seconds: float) -> di
 
 
 def check_record_file(option: str, file: Path) -> None:
-    """Raises ValueError or OSError, before the work for a record begins, where its file can't be written."""
+    """Raises ValueError or OSError if a record's file can't be written; called before the work for it begins."""
     if file.is_dir():
         raise ValueError(f"{option} {file}: a folder. Give the path of a file in it")
     if isinstance(file, BucketPath):
@@ -274,7 +277,7 @@ def check_record_file(option: str, file: Path) -> None:
 
 
 def write_record(file: Path, record: dict) -> None:
-    """Writes a record as JSON, and the folders of its path. What is there before stays whole."""
+    """Writes a record as JSON, and the folders of its path. Readers see the old file or the new one, never a part."""
     text = json.dumps(record, indent=2) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     if written_in_place(file):

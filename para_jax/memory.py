@@ -1,5 +1,5 @@
-"""What a training run keeps on each device, by shapes alone: its abstract arguments, an estimate of its memory, and the
-mesh that this memory asks for."""
+"""What a training run keeps on each device, from shapes alone: its abstract arguments, an estimate of its memory, and
+the mesh that this memory requires."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .training.optimizer import LearningRates
 from .training.passes import Layout, batch_devices, lay_out
 from .training.step import TrainState, init_state
 
-#: Memory of a chip in GiB (cloud.google.com/tpu/docs, the pages of the versions); the compiler keeps some of it.
+#: Memory of a chip in GiB (cloud.google.com/tpu/docs, the pages of the versions). The compiler reserves some of it.
 CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
-#: The same by device_kind, for a device that does not tell its memory.
+#: The same by device_kind, for a device that does not report its memory.
 KIND_GIB = {
     "TPU v4": 32,
     "TPU v5 lite": 16,
@@ -43,7 +43,7 @@ USABLE = 0.9
 KEPT_LINEARS = {"block": 0, "dots": 1, "none": 2.2}
 #: How often an evaluation holds its caches at once: the prefill makes them layer by layer, and decoding stacks them.
 CACHE_COPIES = 3
-#: Packed rows are compiled for as many examples as if each had so many tokens.
+#: Tokens of an example in a packed row, where the data isn't read.
 TOKENS_AN_EXAMPLE = 64
 
 
@@ -125,12 +125,12 @@ def describe_mesh(mesh: Mesh | AbstractMesh) -> str:
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-    """A mesh over devices that nobody has."""
+    """A mesh over devices that need not exist."""
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
 def device_memory(device) -> int | None:
-    """Bytes of a device's memory that JAX may use; None for a CPU, and where nobody knows."""
+    """Bytes of a device's memory that JAX may use; None for a CPU, and if it is not known."""
     if device.platform == "cpu":
         return None
     try:
@@ -167,7 +167,7 @@ def estimate_memory(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int =
 
 
 def run_bytes(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int = 1) -> int:
-    """Bytes that a whole run needs on each device: those of the training step, or of an evaluation's caches beside the
+    """Bytes that a whole run needs on each device: those of the training step, or of an evaluation's caches with the
     weights and the state, whichever is more."""
     found = estimate_memory(config, mesh, tenants)
     caches = 0 if config.eval.metric == "loss" else cache_bytes(config, mesh)
@@ -273,7 +273,7 @@ def sharded(mesh: Mesh | AbstractMesh, *axes) -> NamedSharding:
 
 
 def packed_examples(config: RunConfig) -> int:
-    """Examples that a packed row is taken to hold, where the data isn't read."""
+    """Examples per packed row, where the data isn't read."""
     return max(1, config.data.max_seq_length // TOKENS_AN_EXAMPLE)
 
 

@@ -48,7 +48,7 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_is(config):
         foreign.parent.mkdir(exist_ok=True)
         foreign.write_text("mine")
         for claim in (claim_folder, lambda config: locked_folder(config).__enter__()):
-            with pytest.raises(ValueError, match="something else than a run; choose another"):
+            with pytest.raises(ValueError, match="is not a run folder"):
                 claim(config)
         assert foreign.read_text() == "mine" and not (folder / ".lock").exists()
         foreign.unlink()

@@ -1,6 +1,6 @@
 """`para-jax train CONFIG --dry-run --topology v5e:4x4`: a run's step, compiled by the TPU's compiler for a slice that
-need not be there. It tells memory, programs and collectives; the time of a step is an estimate, and so is everything
-without libtpu, labelled so."""
+need not exist. It reports memory, programs and collectives. The time of a step is an estimate, and so is everything
+without libtpu; both are labelled."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Compiled(NamedTuple):
     needed: int
     """bytes"""
     limit: float | None
-    """bytes that the compiler gives a program, as far as it said"""
+    """bytes that the compiler allows a program, if it said so"""
     collectives: dict[str, int]
     """how often each runs, loops unrolled"""
     seconds: float
@@ -55,7 +55,7 @@ class Compiled(NamedTuple):
     collective_bytes: dict[str, int] = {}
     """of each, over all its runs: see hlo.collective_bytes"""
     loops_once: int = 0
-    """loops whose turns the compiler's text does not tell; what is in them counts once"""
+    """loops with an unknown number of turns; what is in them counts once"""
     unread: str = ""
     """the error of a JAX that is older than the compiler and can't read its program; only the memory is known then"""
 
@@ -65,12 +65,12 @@ class Compiled(NamedTuple):
 
 
 def topology_report(config: RunConfig, topology: str, tenants: int = 1) -> str:
-    """The lines that the dry run prints of a slice such as "v5e:4x4".
+    """The lines that the dry run prints for a slice such as "v5e:4x4".
 
     Args:
         tenants: how many a run of many trains (data.tenants, sweep).
 
-    Raises ValueError for a name, a mesh or rows that can't be.
+    Raises ValueError for a name, a mesh or rows that don't fit.
     """
     kind, chips = parsed_topology(topology)
     chosen = choose_mesh(config, chips, CHIP_GIB[kind] * GIB, tenants)
@@ -172,7 +172,7 @@ def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants:
 
 
 def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> str:
-    """What the tenants of a run add to a chip's memory, and how they are spread."""
+    """How much memory the tenants of a run take on a chip, and how they are spread."""
     layout = lay_out(config, mesh, tenants)
     state = step_arguments(config, mesh, tenants)[0]
     each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / layout.slots

@@ -1,4 +1,4 @@
-"""A run's output folder: which run it holds, one process at a time that writes there, and its state when resuming."""
+"""A run's output folder: which run it holds, the lock of the process that writes there, and what resuming repairs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from .tenants import Tenant
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
 #: Fields of other sections that do not make it another run either. A longer run is the same run.
 FREE_NAMES = ("backbone.attention", "data.cache", "data.changed", "train.max_steps", "train.num_epochs")
-#: Where data and backbone lie; a checkpoint knows them by their content.
+#: Where the data and the backbone are; a checkpoint identifies them by their content.
 PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.data_dir", "backbone.source")
-#: The file that the process which writes in the folder keeps locked. It stays when that process ends.
+#: The file that the writing process keeps locked. It stays when that process ends.
 LOCK = ".lock"
-#: What `atomic` replaces in a run's folder, or a tenant's in it.
+#: Files that `atomic` replaces in a run's folder or in a tenant's.
 REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json", last_state.FILE)
-#: The folder that is renamed to see whether that is possible (under a temporary name), and the end of its new name.
+#: The folder that is renamed to see whether that works (under a temporary name), and the end of its new name.
 TRIAL, RENAMED = "rename", "-renamed"
 #: Tenants' files that are written at once.
 AT_ONCE = 16
@@ -47,11 +47,11 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 @contextmanager
 def locked_folder(config: RunConfig) -> Iterator[None]:
-    """Keeps every other process out of the output folder, which is made where it is not there. A killed process leaves
-    no lock. What killed writes left there is deleted.
+    """Keeps every other process out of the output folder, and makes it if it is missing. A killed process leaves no
+    lock. Deletes what killed writes left.
 
-    Raises ValueError for a folder that another process writes, and, with nothing written, for one that holds another
-    run or other files.
+    Raises ValueError for a folder that another process is writing. Also, before anything is written, for one that holds
+    another run or other files.
     """
     check_folder(config)
     folder = expanded(config.output_dir)
@@ -85,8 +85,8 @@ def locked(folder: Place) -> Iterator[None]:
 
 
 def require_renames(folder: Place) -> None:
-    """Raises ValueError for a folder in which no folder can be renamed. Checkpoints and adapters get their names so. A
-    run would fail only when it has something to save. In a bucket nothing is renamed."""
+    """Raises ValueError for a folder in which folders can't be renamed. Saving does that, and a run would fail only when
+    it saves. In a bucket nothing is renamed."""
     if isinstance(folder, BucketPath):
         return
     before = atomic.temporary_name(folder / TRIAL)
@@ -97,7 +97,7 @@ def require_renames(folder: Place) -> None:
         os.rename(before, after)
     except OSError as error:
         raise ValueError(
-            f"output_dir {folder}: a folder can't be renamed there ({error.strerror}), which saving needs. If gcsfuse "
+            f"output_dir {folder}: saving needs to rename folders there, and can't ({error.strerror}). If gcsfuse "
             "mounted it, mount it with --rename-dir-limit=1000, or give output_dir=gs://bucket/folder instead "
             "(docs/training.md, section 5)"
         ) from None
@@ -107,7 +107,7 @@ def require_renames(folder: Place) -> None:
 
 
 def trials_left(folder: Place) -> list[Path]:
-    """What a kill left of `require_renames`."""
+    """The folders that a killed `require_renames` left."""
     return [*atomic.folders_left(folder / TRIAL), *atomic.folders_left(folder / TRIAL, RENAMED)]
 
 
@@ -121,7 +121,7 @@ def delete_leftovers(folder: Place) -> None:
 
 
 def check_folder(config: RunConfig) -> None:
-    """Raises ValueError for an output folder that holds another run, or something else than a run."""
+    """Raises ValueError for an output folder that holds another run, or is not a run folder."""
     folder = expanded(config.output_dir)
     file = folder / "config.yaml"
     if file.is_file():
@@ -134,7 +134,7 @@ def check_folder(config: RunConfig) -> None:
     elif folder.exists():
         own = {folder / LOCK, *atomic.files_left(file), *trials_left(folder)} if folder.is_dir() else set()
         if not folder.is_dir() or set(folder.iterdir()) - own:
-            raise ValueError(f"output_dir {folder} holds something else than a run; choose another")
+            raise ValueError(f"output_dir {folder} is not a run folder; choose another")
 
 
 def claim_folder(config: RunConfig) -> None:
@@ -212,14 +212,14 @@ def drop_unsure(standing: Standing, file: Place) -> None:
 
 
 def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
-    """What makes two configs two runs: "train.learning_rate (0.1 there, 0.2 here)". A longer run is the same run."""
+    """The fields that make two configs different runs: "train.learning_rate (0.1 there, 0.2 here)"."""
     there, here = fields_of_run(held), fields_of_run(wanted)
     names = [name for name in there | here if there.get(name) != here.get(name)]
     return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
 
 
 def fields_of_run(config: RunConfig) -> dict[str, Any]:
-    """The fields that make a config the run that it is, by their dotted names."""
+    """The fields that identify a run, by their dotted names."""
 
     def flat(value, name=""):
         if not isinstance(value, dict):
@@ -232,7 +232,7 @@ def fields_of_run(config: RunConfig) -> dict[str, Any]:
 
 
 def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenant]) -> dict[str, str]:
-    """What a checkpoint says of the run that it belongs to; see runs.standing.Standing.
+    """What a checkpoint says about the run that it belongs to; see runs.standing.Standing.
 
     Args:
         backbone: the model's fingerprint.
@@ -255,10 +255,10 @@ def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenan
             # How answers are scored may follow from the training data: the choices are its completions by default.
             scoring = "" if task is None else json.dumps([task.metric, task.choices, task.max_new_tokens])
             parts[tenant.part(name)] = part_digest(hashlib.sha256(text + scoring.encode()), len(rows or ()))
-    joined = {"config": config_digest, "data": whole.hexdigest(), "backbone": backbone or ""}  # all that older ones say
+    joined = {"config": config_digest, "data": whole.hexdigest(), "backbone": backbone or ""}
     return joined | parts
 
 
 def part_digest(content, count: int) -> str:
-    """What a checkpoint says of one part of the data: how many examples it has, and their digest."""
+    """What a checkpoint says about one part of the data: its number of examples, and their digest."""
     return f"{count} {content.hexdigest()}"

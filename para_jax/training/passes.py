@@ -103,8 +103,8 @@ def step_passes(config: TrainSection, mesh) -> Passes:
 
 
 def passes_allowed(config: TrainSection, counts, of_device: int) -> int:
-    """The first of these numbers of passes (the smallest first) that leaves at most per_device_batch_size of a device's
-    rows to each pass; that of gradient_accumulation_steps, where it is set."""
+    """The first of these numbers of passes (smallest first) that gives a device at most per_device_batch_size rows in
+    each. gradient_accumulation_steps overrides it."""
     given, most = config.gradient_accumulation_steps, config.per_device_batch_size
     possible = [count for count in counts if of_device // count <= most]
     fits = given == 1 or given in possible
@@ -117,7 +117,7 @@ def passes_allowed(config: TrainSection, counts, of_device: int) -> int:
 
 
 def require_divides(config: TrainSection, devices: int) -> None:
-    """Raises ValueError where the devices can't have equally many of batch_size's rows."""
+    """Raises ValueError if batch_size's rows can't be divided equally among the devices."""
     expected = f"a multiple of {devices}, the devices of mesh.data x mesh.fsdp, which each take as many rows"
     batch = config.batch_size
     require(batch is None or batch % devices == 0, "train.batch_size", batch, expected)
