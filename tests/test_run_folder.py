@@ -54,7 +54,7 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_is(config):
         foreign.unlink()
 
 
-def test_a_claim_that_was_killed_is_not_taken_for_a_run_and_leaves_nothing_when_repeated(config, monkeypatch):
+def test_a_killed_claim_is_not_taken_for_a_run_and_a_repeated_one_cleans_up(config, monkeypatch):
     def killed(part, file):
         os.link(part, f"{part}.kept")  # what a kill leaves, which no `finally` takes away
         raise OSError("killed")

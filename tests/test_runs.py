@@ -411,7 +411,7 @@ def test_statistics_are_of_prompts_drawn_from_the_whole_file_by_the_seed():
     assert len(drawn(0)) == 64 and len(set(drawn(0).tolist())) > 32 and not np.array_equal(drawn(0), drawn(1))
 
 
-def test_a_token_that_the_backbone_has_not_is_named(config, folder, tmp_path):
+def test_a_token_that_the_backbone_lacks_is_named(config, folder, tmp_path):
     backbone = shutil.copytree(folder / "backbone", tmp_path / "grown")
     grown = deepcopy(tokenizer())
     grown.add_tokens(["<image>"])
@@ -688,7 +688,7 @@ def test_a_loss_or_gradient_that_is_not_finite_names_the_step_and_its_examples(n
     assert_same_arrays(train(config).adapter, whole[1].adapter)  # nothing of it was saved
 
 
-def test_the_last_good_checkpoint_is_left_where_the_loss_is_not_finite_at_a_step_that_saves(config, monkeypatch):
+def test_a_non_finite_loss_at_a_step_that_saves_leaves_the_last_good_checkpoint(config, monkeypatch):
     config = replace(config, checkpoint=replace(config.checkpoint, every=1))
     real = loop.train_step
 

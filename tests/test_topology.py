@@ -58,6 +58,7 @@ def test_the_abstract_arguments_lie_as_those_of_a_run(config):
     with jax.set_mesh(mesh):
         real = empty_state(config, loaded, 1, mesh)
         tokens = rows_over(jnp.zeros((1, lay_out(config, mesh).pass_rows, 16), jnp.int32))
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(real.adapters))
     for made, abstract in ((real, state), (loaded, model)):
         expected = dict(jax.tree_util.tree_leaves_with_path(abstract))
         for path, leaf in jax.tree_util.tree_leaves_with_path(made):
@@ -182,7 +183,7 @@ def test_the_weights_of_the_matrix_products_are_all_but_embeddings_head_and_norm
     assert kernels and matrix_weights(config) == sum(leaf.size for leaf in linears)
 
 
-def test_the_programs_of_a_run_are_compiled_for_a_slice_and_so_is_what_evaluates_and_serves_it(config):
+def test_training_evaluation_and_serving_are_compiled_for_a_slice(config):
     mesh = make_mesh(fsdp=4, devices=tpu_devices("v5e:2x2"))
     found = compile_programs(config, mesh)
     assert list(found) == ["train", "loss", "prefill", "ranking", "decode"]

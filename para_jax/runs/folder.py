@@ -85,8 +85,8 @@ def locked(folder: Place) -> Iterator[None]:
 
 
 def require_renames(folder: Place) -> None:
-    """Raises ValueError for a folder in which folders can't be renamed. Saving does that, and a run would fail only when
-    it saves. In a bucket nothing is renamed."""
+    """Raises ValueError for a folder in which folders can't be renamed. Saving needs it, so a run would fail late. In a
+    bucket nothing is renamed."""
     if isinstance(folder, BucketPath):
         return
     before = atomic.temporary_name(folder / TRIAL)

@@ -138,7 +138,7 @@ def test_the_peaks_are_those_of_the_names_that_devices_give_themselves():
     assert all(1e14 < peak < 1e16 for peak in devices.PEAK_FLOPS.values())
 
 
-def test_the_peak_rate_is_four_flops_a_weight_of_the_linears_on_every_device_of_the_mesh(monkeypatch):
+def test_the_peak_rate_is_four_flops_per_linear_weight_on_every_device(monkeypatch):
     model = backbone("llama")
     weights = sum(
         getattr(part, site).kernel[...].size

@@ -53,7 +53,7 @@ def test_the_constant_schedule_stays():
     np.testing.assert_allclose(rates(20), 0.1)
 
 
-def test_the_linear_schedule_falls_in_equal_parts_and_would_be_zero_after_the_last_step():
+def test_the_linear_schedule_falls_in_equal_parts_to_zero_after_the_last_step():
     np.testing.assert_allclose(rates(10, schedule="linear"), 0.1 * np.arange(10, 0, -1) / 10, rtol=1e-5)
     made = schedule(10, schedule="linear", warmup_ratio=0.2)
     assert made(9) == pytest.approx(0.1 / 8) and made(10) == pytest.approx(0) and made(50) == 0
