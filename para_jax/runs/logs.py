@@ -38,9 +38,6 @@ class Logs(NamedTuple):
             with self.run.errors_named(), ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(Rows.flush, self.tenants))
 
-    def close(self) -> None:
-        self.run.close()
-
 
 def tenant_rows(tenants: Sequence[Tenant]) -> list[Rows]:
     """Adds to the tenants' metrics.jsonl. In a bucket only with each checkpoint: there each write takes a while."""
