@@ -305,9 +305,7 @@ def test_a_state_that_is_not_finite_is_not_saved(saved_twice, tmp_path):
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_save_that_fails_in_the_background_is_one_error_and_keeps_earlier_saves(
-    saved_twice, tmp_path, capfd, caplog
-):
+def test_a_save_that_fails_in_the_background_is_one_error_and_keeps_earlier_saves(saved_twice, tmp_path, capfd, caplog):
     folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
     state = moved(state_on(make_mesh(), seed=1))
     with pytest.raises(ValueError, match=r"could not be saved \(.*File too large\).*same command resumes") as error:
