@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     from .serving.request import Request as Request
 
     # training
-    from .runs.tenants import TenantsResult as TenantsResult
-    from .runs.tenants import train_tenants as train_tenants
+    from .runs.train import TenantsResult as TenantsResult
+    from .runs.train import train_tenants as train_tenants
     from .runs.train import TrainResult as TrainResult
     from .runs.train import train as train
 
@@ -81,8 +81,8 @@ _LATER = {
     "Completion": "serving.request",
     "train": "runs.train",
     "TrainResult": "runs.train",
-    "train_tenants": "runs.tenants",
-    "TenantsResult": "runs.tenants",
+    "train_tenants": "runs.train",
+    "TenantsResult": "runs.train",
     "evaluate": "evaluation.evaluate",
     "Report": "evaluation.evaluate",
     "ParaLM": "evaluation.harness.lm",

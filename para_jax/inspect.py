@@ -24,7 +24,6 @@ from .config import (
     expanded,
     load_config,
     printable,
-    require,
 )
 from .data.batches import example_lengths, plan, plan_buckets
 from .data.examples import show_example
@@ -39,21 +38,21 @@ from .dry_run.topology import topology_report
 from .model import init_adapter
 from .storage.bucket import BucketPath
 from .training.metrics_file import is_log, read_metrics
-from .training.step import init_state
+from .training.step import state_of_one
 from .training.tenants_file import read_entries
 
 
 def dry_run(config: RunConfig, topology: str | None = None) -> str:
-    """A run's size, from its config and the backbone's config alone: no weights are read and nothing is written.
+    """A run's size, from its config and the backbone's config. Reads no weights and writes nothing.
 
     Args:
-        topology: a TPU slice, for which the step is compiled (topology.py).
+        topology: a TPU slice to compile the step for (dry_run/topology.py).
     """
     if topology:
         jax.config.update("jax_platforms", "cpu")  # a compiler is needed, not the TPU that this machine may have
     model = load_model_config(config.backbone.source)
     adapter = jax.eval_shape(lambda: init_adapter(config.adapter, model, seed=config.seed))
-    state = jax.eval_shape(lambda: init_state(init_adapter(config.adapter, model), config.train, 1))
+    state = jax.eval_shape(lambda: state_of_one(init_adapter(config.adapter, model), config.train))
     backbone, trained = sum(map(math.prod, parameter_shapes(model).values())), count_parameters(adapter)
     on_cpu = jax.default_backend() == "cpu" and topology is None
     dtype = jnp.dtype(config.backbone.dtype or ("float32" if on_cpu else "bfloat16"))
@@ -70,18 +69,18 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
     return "\n".join(lines + data_lines(config))
 
 
-def tenants_of(config: RunConfig) -> int | None:
-    """How many tenants a run of many has: combinations of a sweep, or those of data.tenants; where that folder is not
-    there yet, train.tenants_at_once says it. None for a run of one adapter."""
-    if not config.many:
-        return None
+def tenants_of(config: RunConfig) -> int:
+    """How many tenants a run trains: those of data.tenants, the combinations of a sweep, or one. Where the folder of
+    data.tenants does not exist yet, train.tenants_at_once says it."""
     if config.data.tenants is None:
         return max(1, len(config.sweep.learning_rate)) * max(1, len(config.sweep.seed))
     folder = expanded(str(config.data.tenants))
     if folder.is_dir():
         return len(tenant_sections(folder, config.data))
-    expected = f"a number of tenants, for data.tenants ({folder}) is not there yet to count them"
-    require(config.train.tenants_at_once is not None, "train.tenants_at_once", None, expected)
+    if config.train.tenants_at_once is None:
+        raise ValueError(
+            f"data.tenants: {folder} does not exist yet, so its tenants can't be counted; give train.tenants_at_once"
+        )
     return config.train.tenants_at_once
 
 
@@ -93,7 +92,7 @@ def step_line(config: RunConfig) -> str:
 
 
 def data_lines(config: RunConfig) -> list[str]:
-    """What is known of the data without a tokenizer; files that are not there yet are named and are no error."""
+    """What is known about the data without a tokenizer. Files that do not exist yet are named, and are not an error."""
     if config.data.task is not None and config.data.task not in TASKS:
         raise ValueError(f"data.task: {config.data.task!r} is not possible; expected one of {', '.join(TASKS)}")
     if config.data.tenants is not None:
@@ -129,8 +128,11 @@ def mesh_rows(config: RunConfig) -> int:
 
 
 def data_report(config: RunConfig, rows: int | None = None) -> str:
-    """Three training examples as tokens, and how all of them are put into batches (of so many rows; default: those of
-    the config)."""
+    """Three training examples as tokens, and how all of them are put into batches.
+
+    Args:
+        rows: of a batch; default: those of the config.
+    """
     tokenizer = load_tokenizer(config.backbone.source)
     if config.many:
         rows = config.tenant_batch
@@ -172,7 +174,7 @@ def folder_report(folder: Path) -> str:
 
 
 def tenants_report(folder: Path, config: RunConfig) -> str:
-    """What a run of many tenants holds: those that have ended, with their scores, and how many have not."""
+    """The tenants of a run that have ended, with their scores, and how many have not."""
     names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
     entries = read_entries(folder)
     what = f"tenants of {config.data.tenants}" if config.data.tenants else f"a sweep on {config.data.train}"
@@ -187,7 +189,7 @@ def tenants_report(folder: Path, config: RunConfig) -> str:
 
 
 def tenants_table(entries: dict[str, dict]) -> str:
-    """The tenants of a run that have ended, a line each; see tenant_runs.TenantsResult."""
+    """A line for each tenant of a run that has ended; see runs.train.TenantsResult."""
     columns = {"examples": "examples", "steps": "steps", "best step": "best_step", "validation": "best_score"}
     if any(entry["test_after"] is not None for entry in entries.values()):
         columns |= {"test before": "test_before", "test after": "test_after"}
@@ -237,7 +239,7 @@ def adapter_report(folder: Path) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as people read them: 1.23 GB (powers of ten)."""
+    """Bytes for people: 1.23 GB (powers of ten)."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.4g} {unit}"
@@ -262,7 +264,7 @@ def results(command: str, config: RunConfig, scores: dict, seconds: float) -> di
 
 
 def check_record_file(option: str, file: Path) -> None:
-    """Raises ValueError or OSError, before the work for a record begins, where its file can't be written."""
+    """Raises ValueError or OSError if a record's file can't be written; called before the work for it begins."""
     if file.is_dir():
         raise ValueError(f"{option} {file}: a folder. Give the path of a file in it")
     if isinstance(file, BucketPath):
@@ -276,7 +278,7 @@ def check_record_file(option: str, file: Path) -> None:
 
 
 def write_record(file: Path, record: dict) -> None:
-    """Writes a record as JSON, and the folders of its path. What is there before stays whole."""
+    """Writes a record as JSON, and the folders of its path. Readers see the old file or the new one, never a part."""
     text = json.dumps(record, indent=2) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     if written_in_place(file):

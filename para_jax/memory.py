@@ -1,10 +1,9 @@
-"""What a training run keeps on each device, by shapes alone: its abstract arguments, an estimate of its memory, and the
-mesh that this memory asks for."""
+"""What a training run keeps on each device, from shapes alone: its abstract arguments, an estimate of its memory, and
+the mesh that this memory requires."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from . import devices
-from .adapters.adapter import Adapter
 from .backbone.kernel_choice import attention_kernel, choice_named
 from .backbone.load import abstract_backbone, load_model_config
 from .config import SITES, ModelConfig, RunConfig
@@ -20,15 +18,15 @@ from .data.batches import Batch
 from .data.packing import Packed
 from .model import init_adapter
 from .processes import by_each, by_first
-from .sharding import RULES, make_mesh, mesh_sizes, tenants_sharding, tree_shardings
+from .sharding import RULES, make_mesh, mesh_sizes, tenants_shardings, tree_shardings
 from .training.loss import CHUNK
-from .training.passes import Passes, batch_devices, step_passes
+from .training.optimizer import LearningRates
+from .training.passes import Layout, batch_devices, lay_out
 from .training.step import TrainState, init_state
-from .training.tenants import Settings, TenantsState, init_tenants, lay_out
 
-#: Memory of a chip in GiB (cloud.google.com/tpu/docs, the pages of the versions); the compiler keeps some of it.
+#: Memory of a chip in GiB (cloud.google.com/tpu/docs, the pages of the versions). The compiler reserves some of it.
 CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
-#: The same by device_kind, for a device that does not tell its memory.
+#: The same by device_kind, for a device that does not report its memory.
 KIND_GIB = {
     "TPU v4": 32,
     "TPU v5 lite": 16,
@@ -45,7 +43,7 @@ USABLE = 0.9
 KEPT_LINEARS = {"block": 0, "dots": 1, "none": 2.2}
 #: How often an evaluation holds its caches at once: the prefill makes them layer by layer, and decoding stacks them.
 CACHE_COPIES = 3
-#: Packed rows are compiled for as many examples as if each had so many tokens.
+#: Tokens of an example in a packed row, where the data isn't read.
 TOKENS_AN_EXAMPLE = 64
 
 
@@ -61,11 +59,11 @@ class MeshChoice(NamedTuple):
     """by the estimate; True where the memory is not known"""
 
 
-def run_mesh(config: RunConfig, tenants: int | None = None) -> Mesh:
+def run_mesh(config: RunConfig, tenants: int = 1) -> Mesh:
     """The mesh of a run on this machine's devices, and says in a line which one it took and why.
 
     Args:
-        tenants: how many the run trains; None: a run of one adapter.
+        tenants: how many the run trains; 1 for a run of one adapter.
 
     Raises ValueError for sizes that do not fit the devices.
     """
@@ -79,7 +77,7 @@ def run_mesh(config: RunConfig, tenants: int | None = None) -> Mesh:
 
 
 def choose_mesh(
-    config: RunConfig, count: int, room: int | None, tenants: int | None = None, *, all_of_them: bool = True
+    config: RunConfig, count: int, room: int | None, tenants: int = 1, *, all_of_them: bool = True
 ) -> MeshChoice:
     """The sizes of a run's mesh over so many devices. Where the config leaves mesh.fsdp open, it is the smallest with
     which the run fits a device by the estimate. Sizes that the config gives are kept.
@@ -127,12 +125,12 @@ def describe_mesh(mesh: Mesh | AbstractMesh) -> str:
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-    """A mesh over devices that nobody has."""
+    """A mesh over devices that need not exist."""
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
 def device_memory(device) -> int | None:
-    """Bytes of a device's memory that JAX may use; None for a CPU, and where nobody knows."""
+    """Bytes of a device's memory that JAX may use; None for a CPU, and if it is not known."""
     if device.platform == "cpu":
         return None
     try:
@@ -158,18 +156,18 @@ class Estimate(NamedTuple):
         return self.arguments + self.temporaries
 
 
-def estimate_memory(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> Estimate:
+def estimate_memory(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int = 1) -> Estimate:
     """The memory of the training step on each device of a mesh, without a compiler."""
-    made = step_arguments(config, mesh) if tenants is None else tenants_arguments(config, mesh, tenants)
-    state, model = made[:2]
+    state, model, *_ = step_arguments(config, mesh, tenants)
     temporaries = activation_bytes(config, load_model_config(config.backbone.source), mesh, tenants)
-    # the gradient of all tenants; one adapter's lies whole on each device for a moment
-    temporaries += shard_bytes(state.adapters) if isinstance(state, TenantsState) else tree_size(state.adapter)
+    # The gradients of a stack lie as the stack does; one adapter's lies whole on each device for a moment.
+    alone = state.step.shape[0] == 1
+    temporaries += tree_size(state.adapters) if alone else shard_bytes(state.adapters)
     return Estimate(shard_bytes(state) + shard_bytes(model), temporaries)
 
 
-def run_bytes(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> int:
-    """Bytes that a whole run needs on each device: those of the training step, or of an evaluation's caches beside the
+def run_bytes(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int = 1) -> int:
+    """Bytes that a whole run needs on each device: those of the training step, or of an evaluation's caches with the
     weights and the state, whichever is more."""
     found = estimate_memory(config, mesh, tenants)
     caches = 0 if config.eval.metric == "loss" else cache_bytes(config, mesh)
@@ -187,13 +185,11 @@ def cache_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
     return 2 * itemsize * model.num_layers * rows * tokens * heads * model.head_dim
 
 
-def activation_bytes(
-    config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, tenants: int | None = None
-) -> int:
+def activation_bytes(config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, tenants: int = 1) -> int:
     """What the backward pass keeps of each layer, one layer's attention and linears, the weights that fsdp has gathered
     (of a layer, and the head's), and a chunk of the logits."""
     dtype, tensor = jnp.dtype(config.backbone.dtype or "bfloat16"), mesh.shape["tensor"]
-    tokens, rows = config.data.max_seq_length, passes_of(config, mesh, tenants).rows // batch_devices(mesh)
+    tokens, rows = config.data.max_seq_length, lay_out(config, mesh, tenants).pass_rows // batch_devices(mesh)
     linears = sum(map(model.site_width, SITES)) / tensor
     kernel, _ = run_kernel(config, model)
     scores = 4 * rows * model.num_heads / tensor * tokens * tokens * (kernel == "plain")
@@ -219,48 +215,34 @@ def tree_size(tree) -> int:
 # ------------------------------------------------------------------------------------------------- a step's arguments
 
 
-def step_arguments(config: RunConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Any, Batch | Packed]:
-    """The abstract arguments of train_step as a run on this mesh would hand them over, shardings included."""
-    model_config = load_model_config(config.backbone.source)
-    fresh = jax.eval_shape(lambda: init_adapter(config.adapter, model_config))
-    state = jax.eval_shape(lambda adapter: init_state(adapter, config.train, 1000), fresh)
-    adapter_shardings = tree_shardings(fresh, mesh, model_config)
+def step_arguments(
+    config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int = 1
+) -> tuple[TrainState, Any, Batch | Packed, jax.ShapeDtypeStruct, LearningRates]:
+    """The abstract arguments of train_step as a run of so many tenants on this mesh would hand them over, shardings
+    included."""
+    layout, model_config = lay_out(config, mesh, tenants), load_model_config(config.backbone.source)
 
-    def placed(node):
-        """An adapter, or moments of its shape, as the adapter lies; counters everywhere."""
-        if isinstance(node, Adapter):
-            return jax.tree.map(with_sharding, node, adapter_shardings)
-        return with_sharding(node, sharded(mesh))
+    def fresh() -> TrainState:
+        adapter = init_adapter(config.adapter, model_config)
+        stack = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (layout.slots, *leaf.shape)), adapter)
+        return init_state(stack, config.train)
 
-    state = jax.tree.map(placed, state, is_leaf=lambda node: isinstance(node, Adapter))
-    return state, abstract_model(config, mesh), abstract_batch(config, mesh, passes_of(config, mesh))
-
-
-def tenants_arguments(
-    config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int
-) -> tuple[TenantsState, Any, Batch | Packed, jax.ShapeDtypeStruct, Settings]:
-    """The abstract arguments of tenants_step as a run of so many tenants would hand them over, shardings included."""
-    layout = lay_out(config, tenants, mesh)
-    model_config = load_model_config(config.backbone.source)
-    fresh = jax.eval_shape(lambda: init_adapter(config.adapter, model_config))
-    stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layout.slots, *leaf.shape), leaf.dtype), fresh)
-    state = jax.eval_shape(partial(init_tenants, config=config.train), stack)
-    state = jax.tree.map(partial(with_sharding, sharding=tenants_sharding(layout.slots, mesh)), state)
-    batch = abstract_batch(config, mesh, passes_of(config, mesh, tenants))
+    state = jax.eval_shape(fresh)
+    state = jax.tree.map(with_sharding, state, tenants_shardings(state, mesh, model_config))
 
     def whole(dtype, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharded(mesh))
 
-    settings = Settings(*(whole(dtype, layout.slots) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
-    return state, abstract_model(config, mesh), batch, whole(jnp.int32, layout.passes, layout.groups), settings
+    rates = LearningRates(*(whole(dtype, layout.slots) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
+    tenant_of_group = whole(jnp.int32, layout.passes, layout.groups)
+    return state, abstract_model(config, mesh), abstract_batch(config, mesh, layout), tenant_of_group, rates
 
 
-def passes_of(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> Passes:
-    """How a step's rows are cut into passes, in a run of one adapter or of so many tenants."""
-    if tenants is None:
-        return step_passes(config.train, mesh)
-    layout = lay_out(config, tenants, mesh)
-    return Passes(layout.groups * layout.rows, layout.passes)
+def abstract_adapter(config: RunConfig, mesh: Mesh | AbstractMesh) -> Any:
+    """One adapter, shardings included."""
+    model_config = load_model_config(config.backbone.source)
+    adapter = jax.eval_shape(lambda: init_adapter(config.adapter, model_config))
+    return jax.tree.map(with_sharding, adapter, tree_shardings(adapter, mesh, model_config))
 
 
 def abstract_model(config: RunConfig, mesh: Mesh | AbstractMesh) -> Any:
@@ -276,9 +258,9 @@ def run_kernel(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
     return attention_kernel(model, config.data.max_seq_length, dtype, "tpu", choice, packed=config.data.packing)
 
 
-def abstract_batch(config: RunConfig, mesh: Mesh | AbstractMesh, passes: Passes) -> Batch | Packed:
+def abstract_batch(config: RunConfig, mesh: Mesh | AbstractMesh, layout: Layout) -> Batch | Packed:
     """A step's batch."""
-    lead = (passes.count, passes.rows)
+    lead = (layout.passes, layout.pass_rows)
     whole, one = (config.data.max_seq_length,), (packed_examples(config),) if config.data.packing else ()
     kind, shapes = (Packed, (whole, whole, one, one, one, whole)) if config.data.packing else (Batch, (whole, one, one))
     over = sharded(mesh, None, RULES["batch"])
@@ -291,7 +273,7 @@ def sharded(mesh: Mesh | AbstractMesh, *axes) -> NamedSharding:
 
 
 def packed_examples(config: RunConfig) -> int:
-    """Examples that a packed row is taken to hold, where the data isn't read."""
+    """Examples per packed row, where the data isn't read."""
     return max(1, config.data.max_seq_length // TOKENS_AN_EXAMPLE)
 
 

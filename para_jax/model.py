@@ -210,6 +210,8 @@ def prefill(
     tokens, prompt_length, length = checked(model, adapters, tokens, prompt_length, length)
     if tokens.shape[1] > max_length:
         raise ValueError(f"max_length {max_length} is less than the {tokens.shape[1]} tokens of a row; raise it")
+    if isinstance(adapters, Rows):
+        adapters = adapters.by_row()  # decode carries an adjustment for each row
     return _prefill(model, adapters, tokens, prompt_length, length, max_length)
 
 
@@ -244,6 +246,8 @@ def _adjustments(model, adapters, tokens, prompt_length):
 
 @jax.jit
 def _multi_tenant_forward(model, rows, tokens, prompt_length):
+    rows = rows.by_row()
+
     def alone(adapters, index, tokens, prompt_length):
         one = tuple(Stack(jax.tree.map(lambda leaf: leaf[None], adapter)) for adapter in adapters)
         x, _ = residual_stream(model, Rows(one, jnp.minimum(index, 0)[:, None]), tokens[None], prompt_length[None])

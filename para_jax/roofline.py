@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh, Mesh
 from .backbone.load import load_model_config
 from .config import SITES, ModelConfig, RunConfig
 from .devices import PEAK_FLOPS
-from .memory import passes_of, run_kernel
+from .memory import run_kernel
 from .training.loss import CHUNK
+from .training.passes import lay_out
 
 
 class Chip(NamedTuple):
@@ -74,7 +75,7 @@ def estimate_time(work: Work, collectives: Mapping[str, int], kind: str) -> Time
     return TimeEstimate(work.flops, work.hbm_bytes, ici, parts[bound], bound, parts)
 
 
-def training_work(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> Work:
+def training_work(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int = 1) -> Work:
     """The work of a training step whose rows have the maximum length and only completion tokens (or, packed, one
     example): the matrix products of the backbone, attention and the head, in the forward pass, in its recomputation by
     train.remat, and in the backward pass to the activations (the weights are frozen).
@@ -82,12 +83,12 @@ def training_work(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | N
     HBM counts the weights of these products, their inputs and outputs, logits, and the scores of plain attention.
     Adapters, optimiser, norms and elementwise operations are not counted.
     """
-    model, passes = load_model_config(config.backbone.source), passes_of(config, mesh, tenants)
+    model, layout = load_model_config(config.backbone.source), lay_out(config, mesh, tenants)
     length, remat = config.data.max_seq_length, config.train.remat
     dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
     kernel, _ = run_kernel(config, model)
-    tokens = passes.count * passes.rows * length / mesh.size  # per chip, as if `tensor` split them too
-    rows_held, tensor = passes.rows / (mesh.size / mesh.shape["tensor"]), mesh.shape["tensor"]
+    tokens = layout.passes * layout.pass_rows * length / mesh.size  # per chip, as if `tensor` split them too
+    rows_held, tensor = layout.pass_rows / (mesh.size / mesh.shape["tensor"]), mesh.shape["tensor"]
     chunks = -(-rows_held * length * model.vocab_size / tensor // CHUNK)
     linear_runs = 2 + (recomputed_share(config, model) if remat == "block" else 0)
     attention_runs = 3 + (remat != "none") + (0.5 if kernel == "splash" else 0)  # backward: 2, and splash's scores
@@ -99,7 +100,7 @@ def training_work(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int | N
 
     weight_bytes = 1 if config.backbone.quantize == "int8" else dtype.itemsize
     through = sum(model.site_input_width(site) + model.site_width(site) for site in SITES) * model.num_layers
-    hbm = passes.count * (weights * weight_bytes * linear_runs + head * dtype.itemsize * head_runs * chunks) / tensor
+    hbm = layout.passes * (weights * weight_bytes * linear_runs + head * dtype.itemsize * head_runs * chunks) / tensor
     hbm += tokens * (through * dtype.itemsize * linear_runs + 2 * 4 * model.vocab_size * head_runs)
     if kernel == "plain":
         hbm += tokens * 2 * 4 * seen * model.num_heads * attention_runs

@@ -168,14 +168,27 @@ def tenants_sharding(tenants: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(tenant_axes(tenants, mesh.shape) or None))  # pyright: ignore[reportArgumentType]
 
 
-def place_tenants(tree, mesh: Mesh):
-    """The tree with its arrays sharded over the mesh along their first axis, the tenants (a TenantsState, the adapters
-    of a stack), as far as their number allows. tenants_step keeps this sharding."""
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, tenants_sharding(leaf.shape[0], mesh)), tree)
+def tenants_shardings(tree, mesh: Mesh | AbstractMesh, config):
+    """The NamedSharding of every array of a tree whose arrays lead with the tenants (a TrainState, a stack's adapters).
+    Tenants are spread over the mesh as far as its devices divide their number. A single tenant's arrays are split by
+    the names of their axes, as `tree_shardings` says."""
+
+    def one(node):
+        if is_variable(node) and node.get_value().shape[0] == 1:
+            return node.replace(NamedSharding(mesh, partition(*named_axes(node, config), mesh.shape)))  # pyright: ignore[reportArgumentType]
+        return jax.tree.map(lambda leaf: tenants_sharding(leaf.shape[0], mesh), node)
+
+    return jax.tree.map(one, tree, is_leaf=is_variable)
+
+
+def place_tenants(tree, mesh: Mesh, config):
+    """The tree, sharded over the mesh as `tenants_shardings` says. train_step keeps this sharding."""
+    return jax.device_put(tree, tenants_shardings(tree, mesh, config))
 
 
 def constrain_tenants(tree, axis: int = 0):
-    """The tree, constrained to the sharding of place_tenants on the current mesh. Without a mesh, the tree itself.
+    """The tree, constrained to the sharding of place_tenants on the current mesh. Returns the tree itself without a
+    mesh, and for a single tenant, whose arrays keep their sharding.
 
     Args:
         axis: that of the tenants.
@@ -185,6 +198,8 @@ def constrain_tenants(tree, axis: int = 0):
         return tree
 
     def one(leaf):
+        if leaf.shape[axis] == 1:
+            return leaf
         spec = tenants_sharding(leaf.shape[axis], mesh).spec
         return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*[None] * axis, *spec))
 

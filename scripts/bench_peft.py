@@ -28,7 +28,7 @@ from para_jax.data.batches import Batch
 from para_jax.devices import versions
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
-from para_jax.training.step import init_state, train_step
+from para_jax.training.step import state_of_one, step_of_one
 
 ROWS, PROMPT, COMPLETION = 8, 48, 16
 WORKER = Path(__file__).with_name("peft_worker.py")
@@ -42,18 +42,18 @@ class Para:
         self.model, self.config = model, TrainSection()
         lengths = (np.full((1, ROWS), n, np.int32) for n in (PROMPT, PROMPT + COMPLETION))
         self.batch = Batch(tokens[None], *lengths)
-        self.state = init_state(init_adapter(ParaConfig(r=12), model.config), self.config, 1000)
+        self.state = state_of_one(init_adapter(ParaConfig(r=12), model.config), self.config)
         self.losses = []
 
     def step(self) -> float:
         time.sleep(PAUSE)
         begun = time.perf_counter()
-        stepped = train_step(
+        stepped = step_of_one(
             self.state, self.model, self.batch, completion=COMPLETION, config=self.config, total_steps=1000
         )
         self.state, values = jax.block_until_ready(stepped)
         seconds = time.perf_counter() - begun
-        self.losses.append(float(values["loss"]))
+        self.losses.append(float(values["loss"][0]))
         return seconds
 
 

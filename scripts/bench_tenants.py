@@ -53,7 +53,6 @@ def child(begun: float, result: Path, sections: list[list[str]]) -> None:
     """Trains with each list of overrides, loading the backbone once, and writes the time of each part."""
     from para_jax import devices
     from para_jax.config import load_config
-    from para_jax.runs import tenants as tenant_runs
     from para_jax.runs import train as runs
 
     spent = {"start": time.time() - begun, "load": 0.0, "compile": 0.0, "steps": 0.0}
@@ -77,13 +76,12 @@ def child(begun: float, result: Path, sections: list[list[str]]) -> None:
         spent["compile"] += time.monotonic() - started
 
     devices.compiling = compiling
-    for module, loop in ((runs, "fit"), (tenant_runs, "fit_tenants")):
-        timed(module, "load_backbone", "load")
-        timed(module, loop, "steps")
+    timed(runs, "load_backbone", "load")
+    timed(runs, "fit", "steps")
     runs.load_backbone = once(runs.load_backbone)
     for section in sections:
         config = load_config(None, section)
-        (tenant_runs.train_tenants if config.many else runs.train)(config)
+        (runs.train_tenants if config.many else runs.train)(config)
     spent["steps"] -= spent["compile"]
     spent["all"] = time.time() - begun
     result.write_text(json.dumps(spent))

@@ -101,8 +101,8 @@ def chosen_sizes(config: RunConfig, chips: int, room: int) -> dict[str, int]:
     return sizes
 
 
-def tenants_of(config: RunConfig) -> int | None:
-    return TENANTS if config.many else None
+def tenants_of(config: RunConfig) -> int:
+    return TENANTS if config.many else 1
 
 
 def attempt(work: Callable, *arguments) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def compiled(topology: str, file: Path, sizes: dict[str, int], room: int) -> dic
     """A record of each program by name. For an H100, which has no compiler here, the estimate of a whole run."""
     config = load_config(file)
     tenants = tenants_of(config)
-    passes = step_passes(config.train, mesh_of(sizes)) if tenants is None else None
+    passes = None if config.many else step_passes(config.train, mesh_of(sizes))
     if topology == "h100":
         return {"estimate": {"needed": run_bytes(config, mesh_of(sizes), tenants), "limit": room}}
     kind, chips = parsed_topology(topology)

@@ -159,7 +159,11 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 from para_jax import make_mesh, processes
-from para_jax.training.checkpoint import Progress, open_checkpoints, restore_checkpoint, save_checkpoint
+from typing import NamedTuple
+from para_jax.training.checkpoint import open_checkpoints, restore_checkpoint, save_checkpoint
+class Progress(NamedTuple):
+    step: int
+    run: dict[str, str] | None = None
 processes.PIECE = 1 << 14
 mesh = make_mesh(2, 2, 2)
 # tenants over all devices, over some of them, and one array that lies whole everywhere
@@ -192,12 +196,12 @@ for name in ("broadcast_one_to_all", "process_allgather"):
 state = placed(values)
 share = held()
 with open_checkpoints(Path(sys.argv[3]) / "checkpoints") as checkpoints:
-    save_checkpoint(checkpoints, state, Progress(3, None, 0, 0))
+    save_checkpoint(checkpoints, state, Progress(3))
 saving, peak = peak, 0
 del state
 fresh = placed({name: 0 * array for name, array in values.items()})
 with open_checkpoints(Path(sys.argv[3]) / "checkpoints") as checkpoints:
-    state, progress = restore_checkpoint(checkpoints, fresh)
+    state, progress = restore_checkpoint(checkpoints, fresh, Progress)
 same = all((processes.full_arrays(state)[name] == array).all() for name, array in values.items())
 print(json.dumps({"share": share, "saving": saving, "restoring": peak, "same": same, "step": progress.step,
                   "as it lay": all(state[name].sharding == spread[name] for name in spread)}))
@@ -240,7 +244,7 @@ import sys, time
 from pathlib import Path
 import jax
 from para_jax import ParaConfig, init_adapter, load_model_config
-from para_jax.runs.train import kept_adapter
+from para_jax.runs.judge import kept_adapter
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 model = type("Model", (), {"config": load_model_config(sys.argv[3])})
 try:

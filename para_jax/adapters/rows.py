@@ -1,20 +1,19 @@
-"""Adapters of many tenants: a Stack of them, and Rows, which gives every row of a batch its own."""
+"""Adapters of many tenants: a Stack of them, and Rows, which says which one each row of a batch uses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ..config import ModelConfig
 from .adapter import Adapter, Adjustment, Factors, Shared, describe, make_adjustment
-from .groups import Groups, layers_first, of_groups
 
 
 @jax.tree_util.register_dataclass
@@ -32,16 +31,25 @@ class Stack:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """One adapter a batch row, of one or several stacks: row b uses adapter index[i, b] of stack i, and the backbone
-    alone where all its indices are -1. A row has at most one adapter."""
+    """An adapter for each group of `rows_each` consecutive rows of a batch. Group g uses adapter index[i, g] of stack
+    i, and the backbone alone where all its indices are -1. A group has at most one adapter."""
 
     stacks: tuple[Stack, ...]
-    index: jax.Array
-    """int32 [stacks, batch]"""
+    index: Any
+    """int32 [stacks, groups]"""
+    rows_each: int = field(default=1, metadata={"static": True})
+    distinct: bool = field(default=False, metadata={"static": True})
+    """a promise that each adapter has at most one group. Its gradient is then that group's, and nothing is added up"""
 
     @property
     def batch(self) -> int:
-        return self.index.shape[1]
+        return self.index.shape[1] * self.rows_each
+
+    def by_row(self) -> Rows:
+        """The same adapters with an index for each row."""
+        if self.rows_each == 1:
+            return self
+        return Rows(self.stacks, jnp.repeat(self.index, self.rows_each, axis=1))
 
 
 def stack_adapters(adapters: list[Adapter]) -> Stack:
@@ -71,7 +79,7 @@ def pick(stack: Stack, indices) -> Rows:
     return Rows((stack,), jnp.asarray(indices, jnp.int32)[None])
 
 
-def by_layer(adapters: Adapter | Rows | Groups | Adjustments) -> tuple[object, Callable]:
+def by_layer(adapters: Adapter | Rows | Adjustments) -> tuple[object, Callable]:
     """The adapters' weights with a leading layer axis, and the function that makes one layer's adjustments.
 
     The function takes (one layer's weights, x [batch, length, width], prompt_length [batch]) and gives an Adjustment
@@ -80,24 +88,28 @@ def by_layer(adapters: Adapter | Rows | Groups | Adjustments) -> tuple[object, C
     segments).
     """
     if isinstance(adapters, Rows):
-        stacks = tuple(layers_first(stack.adapters).in_all_layers() for stack in adapters.stacks)
-
-        def make(layers, x, prompt_length, start=None):
-            if start is not None:
-                raise ValueError(
-                    "Rows: an adapter a row is not possible in packed rows; give one adapter for all of them"
-                )
-            made = [of_rows(*each, x, prompt_length) for each in zip(layers, adapters.index, strict=True)]
-            return merged(made)
-
-        return stacks, make
+        return of_stacks(adapters)
     if isinstance(adapters, Adjustments):
         return list(adapters.layers), lambda made, x, prompt_length: made
-    if isinstance(adapters, Groups):
-        return adapters.adapters.in_all_layers(), lambda layer, x, length: of_groups(layer, adapters, x, length)
     if adapters.shared:
         return adapters, lambda layer, x, length, start=None: Shared(make_adjustment(layer, x[0], length.ravel()[0]))
     return adapters.in_all_layers(), make_of_one
+
+
+def of_stacks(rows: Rows) -> tuple[tuple[Adapter, ...], Callable]:
+    """by_layer for the adapters of one or several stacks."""
+    if len(rows.stacks) > 1:
+        rows = rows.by_row()
+    weights = tuple(layers_first(stack.adapters).in_all_layers() for stack in rows.stacks)
+    groups = [
+        group_of_tenant(i, s.size) if rows.distinct else None for i, s in zip(rows.index, rows.stacks, strict=True)
+    ]
+
+    def make(layers, x, prompt_length, start=None):
+        each = zip(layers, rows.index, groups, strict=True)
+        return merged([of_groups(*one, rows.rows_each, x, prompt_length, start) for one in each])
+
+    return weights, make
 
 
 def make_of_one(layer: Adapter, x: jax.Array, prompt_length: jax.Array, start: jax.Array | None = None) -> Adjustment:
@@ -108,20 +120,82 @@ def make_of_one(layer: Adapter, x: jax.Array, prompt_length: jax.Array, start: j
     return jax.vmap(of_segments, in_axes=(None, 0, 0, 0))(layer, x, prompt_length, start)
 
 
-def of_rows(layer: Adapter, index: jax.Array, x: jax.Array, prompt_length: jax.Array) -> Adjustment:
-    """One layer's adjustments of a batch from a leading tenant axis; all zeros where the index is -1."""
-    made = jax.vmap(make_adjustment)(gather(layer, index), x, prompt_length)
-    return jax.tree.map(lambda a: jnp.where((index >= 0).reshape(-1, *[1] * (a.ndim - 1)), a, 0), made)
+def of_groups(
+    layer: Adapter,
+    index: Int[Array, " groups"],
+    group: Int[Array, " tenants"] | None,
+    rows_each: int,
+    x: jax.Array,
+    prompt_length: jax.Array,
+    start: jax.Array | None,
+) -> Adjustment:
+    """One layer's adjustments of a batch from weights that lead with the tenants; all zeros where the index is -1.
+
+    Args:
+        group: each tenant's group, where it has at most one; see `gather`.
+    """
+    weights = gather(layer, index, group)
+    streams, lengths, starts = jax.tree.map(
+        lambda a: a.reshape(len(index), rows_each, *a.shape[1:]), (x, prompt_length, start)
+    )
+    shared = layer.shared and (rows_each > 1 or start is not None)
+    if shared:  # the prompt is not read, so any row of a group will do
+        made = jax.vmap(make_adjustment)(weights, streams[:, 0], lengths.reshape(len(index), -1)[:, 0])
+    else:
+        made = jax.vmap(make_of_one)(weights, streams, lengths, starts)
+    made = jax.tree.map(lambda a: jnp.where((index >= 0).reshape(-1, *[1] * (a.ndim - 1)), a, 0), made)
+    return SharedByGroup(made) if shared else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
 
 
-def gather(adapters: Adapter, index: jax.Array) -> Adapter:
-    """The adapters of a batch from a leading tenant axis; anyone's where the index is -1."""
-    return jax.tree.map(lambda leaf: leaf[jnp.maximum(index, 0)], adapters)
+def layers_first(adapters: Adapter) -> Adapter:
+    """Adapters whose arrays lead with (layers, tenants), from a stack's."""
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), adapters)
+
+
+def gather(adapters: Adapter, index: jax.Array, group: jax.Array | None = None) -> Adapter:
+    """The adapters of a batch from weights that lead with the tenants; an arbitrary one where the index is -1.
+
+    Args:
+        group: each tenant's group, where no tenant has two. The backward pass then takes each gradient from its group.
+    """
+    if group is None:
+        return jax.tree.map(lambda leaf: leaf[jnp.maximum(index, 0)], adapters)
+    return jax.tree.map(lambda leaf: taken(leaf, index, group), adapters)
+
+
+@jax.custom_vjp
+def taken(leaf: jax.Array, index: jax.Array, group: jax.Array) -> jax.Array:
+    """leaf[index], with a backward pass that takes too. The one that JAX derives is a scatter: it adds up element by
+    element, on a GPU in an order that changes."""
+    return leaf[jnp.maximum(index, 0)]
+
+
+def taken_forwards(leaf, index, group):
+    return taken(leaf, index, group), group
+
+
+def taken_backwards(group, gradient):
+    return of_tenants(gradient, group), None, None
+
+
+taken.defvjp(taken_forwards, taken_backwards)
+
+
+def group_of_tenant(index: Int[Array, " groups"], tenants: int) -> Int[Array, " tenants"]:
+    """Each tenant's group, from each group's tenant; -1 for a tenant without one. No tenant may have two."""
+    is_its = index[None] == jnp.arange(tenants)[:, None]
+    return jnp.where(is_its.any(axis=1), jnp.argmax(is_its, axis=1).astype(jnp.int32), -1)
+
+
+def of_tenants(of_groups: jax.Array, group: Int[Array, " tenants"]) -> jax.Array:
+    """Each tenant's value [tenants, ...] from the groups' [groups, ...]; 0 for a tenant without a group."""
+    held = (group >= 0).reshape(-1, *[1] * (of_groups.ndim - 1))
+    return jnp.where(held, of_groups[jnp.maximum(group, 0)], 0)
 
 
 def merged(adjustments: list[Adjustment]) -> Adjustment:
-    """The adjustments of several stacks as one. A row has one that isn't zero, so factors, whoever made them, add up to
-    one record: PARA, (IA)^3 and the base model share a decode program."""
+    """The adjustments of several stacks as one. Each row has at most one that isn't zero, so all factors add up to one
+    record: PARA, (IA)^3 and the base model share a decode program."""
     distance: dict[str, Any] = {}
     for factors in (a for a in adjustments if isinstance(a, Factors)):
         for site, value in factors.distance.items():
@@ -134,7 +208,7 @@ def merged(adjustments: list[Adjustment]) -> Adjustment:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Several(Adjustment):
-    """Adjustments of different kinds, of which each row has one that isn't zero."""
+    """Adjustments of different kinds. Each row has at most one that isn't zero."""
 
     parts: tuple[Adjustment, ...]
 
@@ -144,6 +218,19 @@ class Several(Adjustment):
         for part in self.parts:
             y = part.adjust(site, x, y)
         return y
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SharedByGroup(Shared):
+    """One adjustment for the rows of each group: its arrays lead with the groups."""
+
+    def adjust(
+        self, site: str, x: Float[Array, "rows length in"], y: Float[Array, "rows length out"]
+    ) -> Float[Array, "rows length out"]:
+        groups = jax.tree.leaves(self.adjustment)[0].shape[0]
+        cut = [a.reshape(groups, -1, *a.shape[1:]) for a in (x, y)]
+        return jax.vmap(lambda a, x, y: a.adjust(site, x, y))(self.adjustment, *cut).reshape(y.shape)
 
 
 class Adjustments(NamedTuple):

@@ -1,5 +1,4 @@
-"""`para-jax bench tenants`: the training step with many tenants in the batch, compared with the same step with one
-tenant's rows, and with the plain step of one adapter."""
+"""`para-jax bench tenants`: the training step with many tenants in the batch, compared with the step of one adapter."""
 
 from __future__ import annotations
 
@@ -7,15 +6,14 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.rows import stack_adapters
 from ..backbone.load import load_backbone
 from ..config import Ia3Config, LoraConfig, ParaConfig, TrainSection
 from ..model import init_adapter
+from ..training.optimizer import learning_rates
 from ..training.step import init_state, train_step
-from ..training.tenants import Settings, init_tenants, tenants_step
 from .rounds import interleaved, paired, summary
 from .train import random_batch
 
@@ -25,7 +23,7 @@ TENANTS, PROMPT, COMPLETION, STEPS = 16, 10, 6, 1000
 
 def bench_tenants(backbone: str, *, rows: tuple[int, ...] = (1,), rounds: int = 5) -> dict:
     """Milliseconds of a step on 16 tenants' rows of 16 tokens, by method: with all tenants in a batch, in a stack of 16
-    and in one of 64; with as many rows of one tenant, in a stack of one; and of the step of a run of one adapter.
+    and in one of 64; and with as many rows of one tenant, as in a run of one adapter.
 
     Args:
         rows: of each tenant; sizes such as 1,4.
@@ -39,7 +37,7 @@ def bench_tenants(backbone: str, *, rows: tuple[int, ...] = (1,), rounds: int = 
             sides = sides_of(model, config, each)
             for found, more in zip(measured, interleaved(sides, rounds), strict=True):
                 found |= {f"{where}, {side}": value for side, value in more.items()}
-            for side, base in (("tenants", "one tenant"), ("of 64", "one tenant"), ("one tenant", "one adapter")):
+            for side, base in (("tenants", "one tenant"), ("of 64", "one tenant")):
                 ratios[f"{where}: {side} / {base}"] = paired(measured, f"{where}, {side}", f"{where}, {base}")
     return summary("ms", measured) | {"ratios": ratios, "row_tokens": PROMPT + COMPLETION, "dtype": str(model.dtype)}
 
@@ -48,35 +46,21 @@ def sides_of(model, config, each: int) -> dict[str, Callable[[], float]]:
     """The sides that are compared. Methods and sizes come one after another, so their states need not fit at once."""
     batch = random_batch(model.config.vocab_size, TENANTS * each, 1, PROMPT, COMPLETION)
     return {
-        "one adapter": plain(model, config, batch),
         "one tenant": of_tenants(model, config, batch, 1, 1),
         "tenants": of_tenants(model, config, batch, TENANTS, TENANTS),
         "of 64": of_tenants(model, config, batch, TENANTS, 64),
     }
 
 
-def plain(model, config, batch) -> Callable[[], float]:
-    section = TrainSection()
-    state = init_state(init_adapter(config, model.config), section, STEPS)
-
-    def step():
-        nonlocal state
-        state, _ = train_step(state, model, batch, completion=COMPLETION, config=section, total_steps=STEPS)
-        return state
-
-    return milliseconds(step)
-
-
 def of_tenants(model, config, batch, groups: int, stack: int) -> Callable[[], float]:
     section = TrainSection()
     adapters = stack_adapters([init_adapter(config, model.config)] * stack).adapters
-    state = init_tenants(adapters, section)
-    settings = Settings(jnp.full(stack, 1e-3), jnp.zeros(stack, jnp.int32), jnp.full(stack, STEPS, jnp.int32))
+    state, rates = init_state(adapters, section), learning_rates([section] * stack, [STEPS] * stack)
     index = np.arange(groups, dtype=np.int32)[None]
 
     def step():
         nonlocal state
-        state, _ = tenants_step(state, model, batch, index, settings, completion=COMPLETION, config=section)
+        state, _ = train_step(state, model, batch, index, rates, completion=COMPLETION, config=section)
         return state
 
     return milliseconds(step)

@@ -18,7 +18,7 @@ from ..data.records import encode_records, load_records
 from ..data.tokenizer import load_tokenizer
 from ..model import init_adapter
 from ..roofline import peak_rate
-from ..training.step import init_state, train_step
+from ..training.step import state_of_one, step_of_one
 from .decode import random_backbone
 from .rounds import interleaved, paired, single, summary
 
@@ -139,13 +139,13 @@ def padded_steps(examples: list[Example], count: int, tokens: int) -> list:
 def step_time(model, steps: list, *, remat: str) -> Callable[[], float]:
     """Real tokens per second of steps, (completion, batch, real tokens), one after another."""
     config = TrainSection(remat=remat)  # pyright: ignore[reportArgumentType]
-    state = init_state(init_adapter(ParaConfig(), model.config), config, CONFIG["total_steps"])
+    state = state_of_one(init_adapter(ParaConfig(), model.config), config)
 
     def tokens_a_second() -> float:
         nonlocal state
         begun = time.perf_counter()
         for completion, batch, _ in steps:
-            state, _ = train_step(state, model, batch, completion=completion, config=config, **CONFIG)
+            state, _ = step_of_one(state, model, batch, completion=completion, config=config, **CONFIG)
         jax.block_until_ready(state)
         return sum(real for *_, real in steps) / (time.perf_counter() - begun)
 

@@ -61,7 +61,7 @@ def train_one(options, config) -> None:
 def train_many(options, config) -> int:
     from ..inspect import tenants_table
     from ..processes import is_first
-    from ..runs.tenants import train_tenants
+    from ..runs.train import train_tenants
 
     begun = time.monotonic()
     result = train_tenants(config)

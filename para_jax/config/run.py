@@ -81,8 +81,6 @@ class DataSection:
             require_location(f"data.{name}", getattr(self, name))
         local = "://" not in (self.data_dir or "")
         require(local, "data.data_dir", self.data_dir, "a folder on this host, because tfds data can't be in a bucket")
-        if self.tenants and self.packing:
-            raise ValueError("data.packing can't be used together with data.tenants; set data.packing=false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,8 +281,6 @@ class RunConfig:
             object.__setattr__(self, "output_dir", str(expanded(self.output_dir)))
         if self.data.tenants and self.sweep:
             raise ValueError("sweep can't be used together with data.tenants; remove one of them")
-        if self.data.packing and self.sweep:
-            raise ValueError("data.packing can't be used together with sweep; set data.packing=false")
         if self.many:
             name = "per_device_batch_size" if self.train.batch_size is None else "batch_size"
             rows, batch = self.rows_per_tenant, getattr(self.train, name)

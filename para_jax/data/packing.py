@@ -1,4 +1,4 @@
-"""Several examples a row: which ones stand together, and rows of them as arrays.
+"""Packing: several examples in one row. Which ones share a row, and rows of them as arrays.
 
 The rows are packed once, as a pure function of (seed, lengths), and permuted for every epoch: batch i is a pure
 function of (seed, i, lengths), and every epoch holds each example once.
@@ -6,7 +6,7 @@ function of (seed, i, lengths), and every epoch holds each example once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,14 +16,14 @@ from .batches import MULTIPLE, epoch_bits, example_lengths, permutation
 from .example_arrays import prompt_and_completion_sizes
 from .examples import Example
 
-# Examples that are packed together: enough that rows come out full, few enough that millions are packed in minutes.
+# Examples that are packed together: enough to fill the rows, few enough that millions are packed in minutes.
 WINDOW = 4096
 
 
 class Packed(NamedTuple):
-    """Rows of several examples, called segments, one after another; padding to their right is token 0.
+    """Rows of several examples, called segments, one after another. Token 0 pads them on the right.
 
-    A segment that only fills up has prompt_length 1 and length 1, and no token.
+    A padding segment has prompt_length 1 and length 1, and no token.
     """
 
     tokens: np.ndarray
@@ -31,21 +31,26 @@ class Packed(NamedTuple):
     segment: np.ndarray
     """int32 [rows, T]: each token's segment, 0 to segments - 1; -1 is padding"""
     start: np.ndarray
-    """int32 [rows, segments]: where a segment's first token stands in its row"""
+    """int32 [rows, segments]: the place of a segment's first token in its row"""
     prompt_length: np.ndarray
     """int32 [rows, segments]"""
     length: np.ndarray
     """int32 [rows, segments]: prompt and completion"""
     predicted: np.ndarray
-    """int32 [rows, completion]: where the completions' tokens stand in the row; 0 fills up"""
+    """int32 [rows, completion]: the places of the completions' tokens in the row; 0 is padding"""
 
 
 class RowShape(NamedTuple):
-    """The compiled shape of packed rows: tokens a row (T), the most completion tokens and the most examples of one."""
+    """The compiled shape of packed rows: tokens per row (T), and the most completion tokens and examples of one."""
 
     length: int
     completion: int
     segments: int
+
+
+def common_shape(shapes: Iterable[RowShape]) -> RowShape:
+    """The smallest shape that holds the rows of each."""
+    return RowShape(*map(max, zip(*shapes, strict=True)))
 
 
 class PackingPlan:

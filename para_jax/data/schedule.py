@@ -1,4 +1,4 @@
-"""Whose examples each step of a mixed run holds: a pure function of where the run stands, made ahead of the steps."""
+"""Which tenants' examples each step of a run holds: a pure function of where the run stands, made ahead of time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,27 @@ import numpy as np
 
 from .batches import Batch, Bucket, Plan, collate
 from .examples import Example
+from .packing import Packed, PackingPlan, RowShape, collate_packed
 from .tenants import next_tenants
 
 
-class Order(NamedTuple):
+class TenantOrder(NamedTuple):
     """One tenant's examples, and which of them each of its own steps holds."""
 
     examples: Sequence[Example]
-    plan: Plan
+    plan: Plan | PackingPlan
     total_steps: int
+
+    def batch(self, step: int, bucket: Bucket | RowShape, rows: int) -> tuple[Batch | Packed, int]:
+        """The batch of one of its steps, arrays [rows, ...], and how many tokens it holds without padding."""
+        if isinstance(self.plan, PackingPlan):
+            assert isinstance(bucket, RowShape)
+            packed = collate_packed([[self.examples[i] for i in r] for r in self.plan.batch_rows(step)], bucket, rows)
+            return packed, int((packed.segment >= 0).sum())
+        assert isinstance(bucket, Bucket)
+        _, chosen = self.plan.batch_indices(step)
+        batch = collate([self.examples[i] for i in chosen], bucket, rows)
+        return batch, int(batch.length[: len(chosen)].sum())
 
 
 class Turn(NamedTuple):
@@ -31,33 +43,34 @@ class Turn(NamedTuple):
     """how many steps it did before"""
 
 
-class Mixed(NamedTuple):
+class StepBatch(NamedTuple):
     """The batch of one step: arrays of NumPy."""
 
     turns: list[Turn]
-    bucket: Bucket
-    batch: Batch
+    bucket: Bucket | RowShape
+    batch: Batch | Packed
     """arrays [passes, groups * rows of a group, ...]"""
-    slots: np.ndarray
-    """int32 [passes, groups], whose the rows of each group are; -1 for none"""
+    tenant_of_group: np.ndarray
+    """int32 [passes, groups], the slot of each group's tenant; -1 for none"""
     tokens: int
     """without padding"""
 
 
 def admitted(slots: Sequence[int], ended: Sequence[bool]) -> list[int]:
-    """The tenant in each slot (-1: none) when those that wait, in their order, have taken the free ones."""
+    """The tenant in each slot (-1: none) after those that wait, in their order, have taken the slots that are empty or
+    whose tenant has ended."""
     held_already = set(slots)
     waiting = (t for t in range(len(ended)) if not ended[t] and t not in held_already)
-    return [next(waiting, -1) if held < 0 else held for held in slots]
+    return [next(waiting, held) if held < 0 or ended[held] else held for held in slots]
 
 
-class Turns:
-    """Mixed batches from a given state of the run on, while no tenant ends before its last step."""
+class Schedule:
+    """The batches of the steps from a given state of the run on, while no tenant ends before its last step."""
 
     def __init__(
         self,
-        orders: Sequence[Order],
-        buckets: Sequence[Bucket],
+        orders: Sequence[TenantOrder],
+        buckets: Sequence[Bucket | RowShape],
         shares: np.ndarray,
         *,
         groups: int,
@@ -69,8 +82,9 @@ class Turns:
     ):
         """
         Args:
+            buckets: the compiled shapes; of packed rows there is one.
             shares: each tenant's share of the batches, float64 [tenants].
-            groups: the most tenants of a batch; each has `rows` rows in each of `passes` passes.
+            groups: the maximum number of tenants in a batch; each has `rows` rows in each of `passes` passes.
             steps, ended: of each tenant, so far.
             slots: the tenant in each slot; -1: none.
         """
@@ -83,7 +97,7 @@ class Turns:
         self.made: dict[int, list[Turn]] = {}
         self.known, self.lock = 0, Lock()
 
-    def batch(self, i: int) -> Mixed | None:
+    def batch(self, i: int) -> StepBatch | None:
         """The batch of step i from here on, once; None after the last one. Several threads may call this at once."""
         with self.lock:
             while self.known <= i:
@@ -92,23 +106,20 @@ class Turns:
             chosen = self.made.pop(i)
         return self.collated(chosen) if chosen else None
 
-    def collated(self, chosen: list[Turn]) -> Mixed:
-        picked = [self.orders[turn.tenant].plan.batch_indices(turn.step) for turn in chosen]
-        bucket = self.buckets[max(index for index, _ in picked)]
-        parts = [
-            collate([self.orders[turn.tenant].examples[e] for e in examples], bucket, self.rows * self.passes)
-            for turn, (_, examples) in zip(chosen, picked, strict=True)
-        ]
-        parts += [collate([], bucket, self.rows * self.passes)] * (self.groups - len(parts))
-        by_pass = [by_passes(part, self.passes, self.rows) for part in parts]
-        batch = Batch(*(np.concatenate(arrays, axis=1) for arrays in zip(*by_pass, strict=True)))
+    def collated(self, chosen: list[Turn]) -> StepBatch:
+        bucket = self.buckets[max(self.orders[turn.tenant].plan.batch_indices(turn.step)[0] for turn in chosen)]
+        rows = self.rows * self.passes
+        made = [self.orders[turn.tenant].batch(turn.step, bucket, rows) for turn in chosen]
+        parts = [batch for batch, _ in made] + [filling(bucket, rows)] * (self.groups - len(made))
+        by_pass = [[a.reshape(self.passes, self.rows, *a.shape[1:]) for a in part] for part in parts]
+        batch = type(parts[0])(*(np.concatenate(arrays, axis=1) for arrays in zip(*by_pass, strict=True)))
         slots = np.array([turn.slot for turn in chosen] + [-1] * (self.groups - len(chosen)), np.int32)
-        tokens = sum(int(part.length[: len(e)].sum()) for part, (_, e) in zip(parts, picked, strict=False))
-        return Mixed(chosen, bucket, batch, np.tile(slots, (self.passes, 1)), tokens)
+        return StepBatch(chosen, bucket, batch, np.tile(slots, (self.passes, 1)), sum(tokens for _, tokens in made))
 
 
-def by_passes(batch: Batch, passes: int, rows: int) -> Batch:
-    return Batch(*(array.reshape(passes, rows, *array.shape[1:]) for array in batch))
+def filling(bucket: Bucket | RowShape, rows: int) -> Batch | Packed:
+    """Rows without an example."""
+    return collate([], bucket, rows) if isinstance(bucket, Bucket) else collate_packed([], bucket, rows)
 
 
 def turns(
@@ -121,7 +132,7 @@ def turns(
     length: Callable[[int, int], int],
 ) -> Iterator[list[Turn]]:
     """Each step's turns, in the order of their slots. A tenant that has done its last step leaves its slot to the next
-    one that waits, also one that a run which was stopped right then still holds.
+    one that waits, also where a run was stopped before it could.
 
     Args:
         length: from a tenant and one of its steps to the padded length of that step's rows.
@@ -130,10 +141,10 @@ def turns(
     lengths = [0] * len(steps)  # of each tenant's next rows, where it has a slot
     held: dict[int, int] = {}
     while True:
-        slots = admitted([-1 if t >= 0 and ended[t] else t for t in slots], ended)
-        if max(slots) < 0:
+        slots = admitted(slots, ended)
+        before, held = held, {t: slot for slot, t in enumerate(slots) if t >= 0 and not ended[t]}
+        if not held:
             return
-        before, held = held, {tenant: slot for slot, tenant in enumerate(slots) if tenant >= 0}
         for t in held.keys() - before.keys():
             lengths[t] = length(t, steps[t])
         chosen = next_tenants(steps, shares, [t in held for t in range(len(steps))], groups, lengths)

@@ -13,7 +13,7 @@ from ..config import RunConfig
 from ..data.batches import Batch
 from ..evaluation.likelihood import continuation_scores, together
 from ..inference.generate import next_token
-from ..memory import step_arguments
+from ..memory import abstract_adapter, abstract_model
 from ..model import _prefill
 from ..training.passes import batch_devices
 from ..training.step import eval_nll
@@ -23,7 +23,7 @@ from .topology import Compiled, ask_compiler, compile_step
 ANSWER = 4
 
 
-def compile_programs(config: RunConfig, mesh: Mesh, tenants: int | None = None) -> dict[str, Compiled]:
+def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[str, Compiled]:
     """What the compiler makes of each program, by name, for the config's longest rows:
 
     - train: the training step.
@@ -33,7 +33,7 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int | None = None) 
     ranking and decode are missing where prefill does not fit, whose caches they take.
     """
     found = {"train": compile_step(config, mesh, tenants)}
-    state, model, _ = step_arguments(config, mesh)
+    adapter, model = abstract_adapter(config, mesh), abstract_model(config, mesh)
     devices = batch_devices(mesh)
     rows, length = -(-config.eval.batch_size // devices) * devices, config.data.max_seq_length
     room = length + (config.eval.max_new_tokens or 32)
@@ -43,8 +43,8 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int | None = None) 
 
     with jax.set_mesh(mesh):
         batch = Batch(whole(rows, length), whole(rows), whole(rows))  # pyright: ignore[reportArgumentType]
-        found["loss"], _ = ask_compiler(eval_nll.lower(model, state.adapter, batch, completion=length))
-        lowered = _prefill.lower(model, state.adapter, whole(rows, length), whole(rows), whole(rows), room)
+        found["loss"], _ = ask_compiler(eval_nll.lower(model, adapter, batch, completion=length))
+        lowered = _prefill.lower(model, adapter, whole(rows, length), whole(rows), whole(rows), room)
         found["prefill"], program = ask_compiler(lowered)
         if program is None:
             return found

@@ -1,6 +1,6 @@
 """`para-jax train CONFIG --dry-run --topology v5e:4x4`: a run's step, compiled by the TPU's compiler for a slice that
-need not be there. It tells memory, programs and collectives; the time of a step is an estimate, and so is everything
-without libtpu, labelled so."""
+need not exist. It reports memory, programs and collectives. The time of a step is an estimate, and so is everything
+without libtpu; both are labelled."""
 
 from __future__ import annotations
 
@@ -25,16 +25,14 @@ from ..memory import (
     describe_mesh,
     estimate_memory,
     packed_examples,
-    passes_of,
     run_kernel,
     shard_bytes,
     step_arguments,
-    tenants_arguments,
 )
 from ..roofline import estimate_time, time_lines, training_work
 from ..sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
+from ..training.passes import lay_out
 from ..training.step import train_step
-from ..training.tenants import lay_out, tenants_step
 from .hlo_counts import Program, collective_bytes, collectives_run, describe_program, program_bytes
 from .hlo_loops import unknown_loops
 from .hlo_parser import parse_hlo
@@ -50,7 +48,7 @@ class Compiled(NamedTuple):
     needed: int
     """bytes"""
     limit: float | None
-    """bytes that the compiler gives a program, as far as it said"""
+    """bytes that the compiler allows a program, if it said so"""
     collectives: dict[str, int]
     """how often each runs, loops unrolled"""
     seconds: float
@@ -67,13 +65,13 @@ class Compiled(NamedTuple):
         return self.program is not None or bool(self.unread)
 
 
-def topology_report(config: RunConfig, topology: str, tenants: int | None = None) -> str:
-    """The lines that the dry run prints of a slice such as "v5e:4x4".
+def topology_report(config: RunConfig, topology: str, tenants: int = 1) -> str:
+    """The lines that the dry run prints for a slice such as "v5e:4x4".
 
     Args:
-        tenants: of a run of many (data.tenants, sweep); None: a run of one adapter.
+        tenants: how many a run of many trains (data.tenants, sweep).
 
-    Raises ValueError for a name, a mesh or rows that can't be.
+    Raises ValueError for a name, a mesh or rows that don't fit.
     """
     kind, chips = parsed_topology(topology)
     chosen = choose_mesh(config, chips, CHIP_GIB[kind] * GIB, tenants)
@@ -128,13 +126,11 @@ def topology_devices(topology: str, chips: int):
 # ------------------------------------------------------------------------------------------------------------- the step
 
 
-def compile_step(config: RunConfig, mesh: Mesh, tenants: int | None = None) -> Compiled:
-    """The run's own training step for its longest rows, compiled; that of so many tenants, where they are given."""
+def compile_step(config: RunConfig, mesh: Mesh, tenants: int = 1) -> Compiled:
+    """The run's own training step for its longest rows, compiled."""
     static: dict[str, Any] = dict(completion=config.data.max_seq_length, config=config.train)
     with jax.set_mesh(mesh):
-        if tenants is None:
-            return ask_compiler(train_step.lower(*step_arguments(config, mesh), **static, total_steps=1000))[0]
-        return ask_compiler(tenants_step.lower(*tenants_arguments(config, mesh, tenants), **static))[0]
+        return ask_compiler(train_step.lower(*step_arguments(config, mesh, tenants), **static))[0]
 
 
 def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Compiled | None]:
@@ -162,24 +158,24 @@ def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Comp
 # ------------------------------------------------------------------------------------------------------------ the lines
 
 
-def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants: int | None = None) -> list[str]:
-    (rows, passes), longest = passes_of(config, mesh, tenants), config.data.max_seq_length
+def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants: int = 1) -> list[str]:
+    layout, longest = lay_out(config, mesh, tenants), config.data.max_seq_length
     model = load_model_config(config.backbone.source)
     kernel, why = run_kernel(config, model)
     return [
         f"slice      {topology}: {mesh.size} chips; mesh {describe_mesh(mesh)}",
-        f"a step     {passes} x {rows} rows of {longest} tokens, any of them completion; "
+        f"a step     {layout.passes} x {layout.pass_rows} rows of {longest} tokens, any of them completion; "
         f"remat {config.train.remat}" + (f"; packed, {packed_examples(config)} examples a row" * config.data.packing),
         f"attention  {kernel} ({why})",
-        *([tenants_line(config, mesh, tenants)] if tenants else []),
+        *([tenants_line(config, mesh, tenants)] if config.many else []),
         *(f"not split  {line}" for line in replicated_lines(abstract_model(config, mesh), mesh, model)),
     ]
 
 
 def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> str:
-    """What the tenants of a run add to a chip's memory, and how they are spread."""
-    layout = lay_out(config, tenants, mesh)
-    state = tenants_arguments(config, mesh, tenants)[0]
+    """How much memory the tenants of a run take on a chip, and how they are spread."""
+    layout = lay_out(config, mesh, tenants)
+    state = step_arguments(config, mesh, tenants)[0]
     each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / layout.slots
     spread = layout.slots // tenants_sharding(layout.slots, mesh).shard_shape((layout.slots,))[0]
     uneven = f", for the mesh's {mesh.size} do not divide {layout.slots}" if spread < mesh.size else ""
@@ -215,7 +211,7 @@ def compiled_lines(found: Compiled, libtpu: str) -> list[str]:
     ]
 
 
-def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str, tenants: int | None = None) -> list[str]:
+def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str, tenants: int = 1) -> list[str]:
     """What can be known without the compiler: the arguments exactly, the rest by its largest parts."""
     found = estimate_memory(config, mesh, tenants)
     total = found.total

@@ -23,7 +23,7 @@ from ..hub import resolve_backbone
 from ..inference.generate import generate
 from ..inspect import results, write_record
 from ..runs.folder import claim_folder
-from ..runs.tenants import train_tenants
+from ..runs.train import train_tenants
 from .examples import JOBS, business_examples
 
 TRAIN_EXAMPLES, SCORED_EXAMPLES = 320, 30

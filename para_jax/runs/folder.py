@@ -1,4 +1,4 @@
-"""A run's output folder: which run it holds, and that one process at a time writes there."""
+"""A run's output folder: which run it holds, the lock of the process that writes there, and what resuming repairs."""
 
 from __future__ import annotations
 
@@ -7,43 +7,51 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import atomic, devices
-from ..config import RunConfig, config_dict, expanded, load_config, save_config
+from ..adapters.folder import mend_folder
+from ..config import RunConfig, config_dict, expanded, load_config, require, save_config
 from ..data.example_arrays import add_to_digest
-from ..data.examples import Example
-from ..evaluation.evaluate import EvalTask
 from ..storage.bucket import BucketPath, Place
 from ..storage.lock import held
+from ..training import last_state
+from ..training.log import drop_rows
+from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
+from ..training.tenants_file import read_entries, write_entries
+from .standing import Standing
+from .tenants import Tenant
 
 #: A folder holds the same run although these differ.
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
-#: Fields of other sections that do not make it another run either.
-FREE_NAMES = ("backbone.attention", "data.changed")
-#: Where data and backbone lie; a checkpoint knows them by their content.
+#: Fields of other sections that do not make it another run either. A longer run is the same run.
+FREE_NAMES = ("backbone.attention", "data.cache", "data.changed", "train.max_steps", "train.num_epochs")
+#: Where the data and the backbone are; a checkpoint identifies them by their content.
 PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.data_dir", "backbone.source")
-#: The file that the process which writes in the folder keeps locked. It stays when that process ends.
+#: The file that the writing process keeps locked. It stays when that process ends.
 LOCK = ".lock"
-#: What `atomic` replaces in a run's folder, or a tenant's in it.
-REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json")
-#: The folder that is renamed to see whether that is possible (under a temporary name), and the end of its new name.
+#: Files that `atomic` replaces in a run's folder or in a tenant's.
+REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json", last_state.FILE)
+#: The folder that is renamed to see whether that works (under a temporary name), and the end of its new name.
 TRIAL, RENAMED = "rename", "-renamed"
+#: Tenants' files that are written at once.
+AT_ONCE = 16
 #: File systems that can't lock.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextmanager
 def locked_folder(config: RunConfig) -> Iterator[None]:
-    """Keeps every other process out of the output folder, which is made where it is not there. A killed process leaves
-    no lock. What killed writes left there is deleted.
+    """Keeps every other process out of the output folder, and makes it if it is missing. A killed process leaves no
+    lock. Deletes what killed writes left.
 
-    Raises ValueError for a folder that another process writes, and, with nothing written, for one that holds another
-    run or other files.
+    Raises ValueError for a folder that another process is writing. Also, before anything is written, for one that holds
+    another run or other files.
     """
     check_folder(config)
     folder = expanded(config.output_dir)
@@ -77,8 +85,8 @@ def locked(folder: Place) -> Iterator[None]:
 
 
 def require_renames(folder: Place) -> None:
-    """Raises ValueError for a folder in which no folder can be renamed. Checkpoints and adapters get their names so. A
-    run would fail only when it has something to save. In a bucket nothing is renamed."""
+    """Raises ValueError for a folder in which folders can't be renamed. Saving needs it, so a run would fail late. In a
+    bucket nothing is renamed."""
     if isinstance(folder, BucketPath):
         return
     before = atomic.temporary_name(folder / TRIAL)
@@ -89,7 +97,7 @@ def require_renames(folder: Place) -> None:
         os.rename(before, after)
     except OSError as error:
         raise ValueError(
-            f"output_dir {folder}: a folder can't be renamed there ({error.strerror}), which saving needs. If gcsfuse "
+            f"output_dir {folder}: saving needs to rename folders there, and can't ({error.strerror}). If gcsfuse "
             "mounted it, mount it with --rename-dir-limit=1000, or give output_dir=gs://bucket/folder instead "
             "(docs/training.md, section 5)"
         ) from None
@@ -99,7 +107,7 @@ def require_renames(folder: Place) -> None:
 
 
 def trials_left(folder: Place) -> list[Path]:
-    """What a kill left of `require_renames`."""
+    """The folders that a killed `require_renames` left."""
     return [*atomic.folders_left(folder / TRIAL), *atomic.folders_left(folder / TRIAL, RENAMED)]
 
 
@@ -113,7 +121,7 @@ def delete_leftovers(folder: Place) -> None:
 
 
 def check_folder(config: RunConfig) -> None:
-    """Raises ValueError for an output folder that holds another run, or something else than a run."""
+    """Raises ValueError for an output folder that holds another run, or is not a run folder."""
     folder = expanded(config.output_dir)
     file = folder / "config.yaml"
     if file.is_file():
@@ -126,7 +134,7 @@ def check_folder(config: RunConfig) -> None:
     elif folder.exists():
         own = {folder / LOCK, *atomic.files_left(file), *trials_left(folder)} if folder.is_dir() else set()
         if not folder.is_dir() or set(folder.iterdir()) - own:
-            raise ValueError(f"output_dir {folder} holds something else than a run; choose another")
+            raise ValueError(f"output_dir {folder} is not a run folder; choose another")
 
 
 def claim_folder(config: RunConfig) -> None:
@@ -137,66 +145,120 @@ def claim_folder(config: RunConfig) -> None:
     save_config(config, folder / "config.yaml")
 
 
+def claim_folders(config: RunConfig, tenants: Sequence[Tenant]) -> None:
+    """Claims the output folder, and in a run of many each tenant's folder in it. One that holds a run of other tenants
+    is refused."""
+    if not config.many:
+        claim_folder(config)
+        return
+    folder = expanded(config.output_dir)
+    held = {path.parent.name for path in folder.glob("*/config.yaml")}
+    others = sorted(held ^ {tenant.name for tenant in tenants})
+    if held - {tenant.name for tenant in tenants} or (others and any(folder.glob("checkpoints/*"))):
+        raise ValueError(
+            f"output_dir {folder} holds a run of other tenants (the difference: {', '.join(map(repr, others[:3]))}); "
+            "choose another output_dir, or the same tenants to resume"
+        )
+    claim_folder(config)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(claim_tenant, tenants))
+
+
+def claim_tenant(tenant: Tenant) -> None:
+    tenant.folder.mkdir(exist_ok=True)
+    delete_leftovers(tenant.folder)
+    save_config(tenant.config, tenant.folder / "config.yaml")
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+
+def mend_folders(config: RunConfig, standing: Standing, tenants: Sequence[Tenant], *, resumed: bool) -> None:
+    """Puts the run's folders into the state of the checkpoint that it goes on from. Its own log is ready already."""
+    if not config.many:
+        mend_folder(tenants[0].folder / "adapter")
+        return
+
+    def mend(i: int) -> None:
+        own = tenants[i].folder
+        mend_folder(own / "adapter")
+        reached = Reached(standing.steps[i], standing.evaluated[i]) if resumed else None
+        drop_rows(own / "metrics.jsonl", reached, ended=standing.over[i])
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(mend, range(len(tenants))))
+    folder = expanded(config.output_dir)
+    ended = [tenant.name for i, tenant in enumerate(tenants) if standing.over[i]]
+    entries = read_entries(folder) if ended else {}
+    lost = [name for name in ended if name not in entries]
+    require(not lost, str(folder / "tenants.json"), lost, "these tenants, which have ended; choose another output_dir")
+    write_entries(folder, {name: entries[name] for name in ended})
+    drop_unsure(standing, folder / "metrics.jsonl")
+
+
+def drop_unsure(standing: Standing, file: Place) -> None:
+    """Drops the scores of the last step that will be measured again from the run's log."""
+    again = {name for i, name in enumerate(standing.names) if standing.evaluated[i] < standing.steps[i]}
+    if again and is_log(file):
+        kept = [
+            row
+            for row in read_metrics(file)
+            if row["step"] < standing.step or not any(key.rpartition("/")[0] in again for key in row)
+        ]
+        write_metrics(file, kept)
+
+
 # ---------------------------------------------------------------------------------------------------- which run it is
 
 
 def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
-    """What makes two configs two runs: "train.learning_rate (0.1 there, 0.2 here)". A longer run is the same run."""
+    """The fields that make two configs different runs: "train.learning_rate (0.1 there, 0.2 here)"."""
     there, here = fields_of_run(held), fields_of_run(wanted)
     names = [name for name in there | here if there.get(name) != here.get(name)]
     return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
 
 
 def fields_of_run(config: RunConfig) -> dict[str, Any]:
-    """The fields that make a config the run that it is, by their dotted names."""
+    """The fields that identify a run, by their dotted names."""
 
     def flat(value, name=""):
         if not isinstance(value, dict):
             return {name: value}
         return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else key).items()}
 
-    longer = ("data.cache",) if config.many else ("data.cache", "train.max_steps")  # of many tenants, some have ended
     fields = flat(config_dict(config))
     fields["mesh.fsdp"] = fields["mesh.fsdp"] or 1  # null: chosen; the default was 1 before, and old runs resume
-    free = (*FREE_NAMES, *longer)
-    return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in free}
+    return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in FREE_NAMES}
 
 
-def run_digests(
-    config: RunConfig,
-    backbone: str | None,
-    data: Iterable[tuple[Sequence[Example], EvalTask | None, EvalTask | None]],
-    tenants: Sequence[str] | None = None,
-) -> dict[str, str]:
-    """What a checkpoint says of the run that it belongs to; see training.checkpoint.Progress.
+def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenant]) -> dict[str, str]:
+    """What a checkpoint says about the run that it belongs to; see runs.standing.Standing.
 
     Args:
         backbone: the model's fingerprint.
-        data: training examples, validation and test data, of each tenant.
-        tenants: their names; None for a run of one adapter.
     """
     default = fields_of_run(replace(RunConfig(), adapter=type(config.adapter)()))
     fields = {k: v for k, v in fields_of_run(config).items() if k not in PLACES}
     own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
     config_digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
     whole, parts = hashlib.sha256(), {}
-    for tenant, (examples, *tasks) in enumerate(data):
-        of = f" of {tenants[tenant]}" if tenants else ""
+    for tenant in tenants:
+        examples = tenant.data.examples
         tokens = hashlib.sha256()
         for found in (whole, tokens):
             add_to_digest(found, examples)
-        parts[f"training data{of}"] = part_digest(tokens, len(examples))
-        for name, task in zip(("validation", "test"), tasks, strict=True):
+        parts[tenant.part("training")] = part_digest(tokens, len(examples))
+        for name, task in (("validation", tenant.validation), ("test", tenant.test)):
             rows = None if task is None else [record._replace(place="") for record in task.records]
             text = json.dumps(rows, default=str).encode()
             whole.update(text)
             # How answers are scored may follow from the training data: the choices are its completions by default.
             scoring = "" if task is None else json.dumps([task.metric, task.choices, task.max_new_tokens])
-            parts[f"{name} data{of}"] = part_digest(hashlib.sha256(text + scoring.encode()), len(rows or ()))
-    joined = {"config": config_digest, "data": whole.hexdigest(), "backbone": backbone or ""}  # all that older ones say
+            parts[tenant.part(name)] = part_digest(hashlib.sha256(text + scoring.encode()), len(rows or ()))
+    joined = {"config": config_digest, "data": whole.hexdigest(), "backbone": backbone or ""}
     return joined | parts
 
 
 def part_digest(content, count: int) -> str:
-    """What a checkpoint says of one part of the data: how many examples it has, and their digest."""
+    """What a checkpoint says about one part of the data: its number of examples, and their digest."""
     return f"{count} {content.hexdigest()}"

@@ -1,18 +1,16 @@
-"""Checkpoints of a run, written by orbax while training goes on: adapter, optimiser state, step and best score; never
-the backbone. The first process alone reads and writes them."""
+"""Checkpoints of a run, written by orbax while training goes on: adapters, optimiser state and where the run stands;
+never the backbone. Only the first process reads and writes them."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import UnionType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +22,16 @@ from ..config import expanded, printable, require, shorten
 from ..processes import arrays_of_first, by_first, gathered, is_first
 from ..storage import bucket as storage
 from ..storage.bucket import BucketPath, Place
-
-
-class Progress(NamedTuple):
-    """Where a run of one adapter stands beside its arrays. The data position is the step: batch i is a pure function of
-    (seed, i)."""
-
-    step: int
-    best_score: float | None
-    best_step: int
-    since_best: int
-    """evaluations without a better score"""
-    evaluated: int = 0
-    """the last step whose adapter was scored"""
-    run: dict[str, str] | None = None
-    """digests of what the run is made of, by name: "config", "backbone", "data" (all of it) and its parts ("training
-    data", ...; "training data of NAME"), which say their number of examples too. None, or no parts: a checkpoint of an
-    earlier version"""
+from .quiet_orbax import quiet_orbax
 
 
 @contextmanager
 def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
-    """The checkpoints under a folder, of which the newest few are kept (None on processes other than the first); an
-    interrupted save is never taken for a whole one. At the end, waits for what is still being written.
+    """The checkpoints in a folder (None on processes other than the first). The newest few are kept, and an interrupted
+    save is never taken for a whole one. Waits at the end for what is still being written.
 
-    Raises ValueError where the folder can't be opened, and where something could not be written; an error of the body
-    goes before the latter.
+    Raises ValueError where the folder can't be opened, and where something could not be written, unless the body
+    raised an error before.
     """
     if not is_first():
         yield None
@@ -67,7 +49,7 @@ def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
         storage.file_system()  # raises where gcsfs is not installed, and sets up orbax's
     with quiet_orbax():
         checkpoints = opened(folder, lambda: ocp.CheckpointManager(directory, options=options))
-        # The loop alone asks the preemption service, step by step; asked about an older one, it forgets how far we are.
+        # Only the loop may ask the preemption service, step by step: asked about an older step, it forgets the newest.
         checkpoints.reached_preemption = lambda step: False
         try:
             yield checkpoints
@@ -78,13 +60,13 @@ def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
 
 
 def opened(folder: Place, open_manager: Callable[[], Any]) -> Any:
-    """Orbax's manager of the folder. It reads each checkpoint's times first. If these are damaged, they are deleted,
-    because nothing depends on them."""
+    """Orbax's manager of the folder. It reads each checkpoint's times first. Damaged ones are deleted, because nothing
+    depends on them."""
     try:
         return open_manager()
     except OSError:
         raise
-    except Exception as error:  # whatever orbax makes of damaged files
+    except Exception as error:  # orbax raises anything for damaged files
         said = reason(error)
     for step in steps_in(folder):
         (folder / str(step) / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
@@ -103,13 +85,13 @@ def opened(folder: Place, open_manager: Callable[[], Any]) -> Any:
 
 
 def save_checkpoint(checkpoints, state: Any, progress: Any) -> None:
-    """Copies the state to host memory and writes it from there, while the caller goes on; every process calls this.
+    """Copies the state to host memory and writes it from there while the caller goes on. Every process calls this.
 
     Args:
-        state: a TrainState or TenantsState.
-        progress: a NamedTuple of what JSON holds, `step` among it.
+        state: a TrainState.
+        progress: a NamedTuple of JSON values, with `step` (runs.standing.Standing).
 
-    Raises ValueError for a state that is not finite, and where the save before could not be written (a full disk).
+    Raises ValueError for a state that is not finite, and if the save before could not be written (a full disk).
     """
     arrays = {}
     for name, leaf in named(state).items():
@@ -139,15 +121,15 @@ def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
 
 
 def finish_saving(checkpoints) -> None:
-    """Waits until everything is written; ValueError says what could not be."""
+    """Waits until everything is written. Raises ValueError for what could not be written."""
     if checkpoints is not None:
         with errors_in_one_line(checkpoints):
             checkpoints.wait_until_finished()
 
 
 def require_saved(checkpoints) -> None:
-    """Raises ValueError where the last save has failed already; does not wait for one that is under way. (Several
-    processes must hear of it together: there the next save tells.)"""
+    """Raises ValueError if the last save has failed already, without waiting for one that is under way. (With several
+    processes the next save raises it, so that all hear it at once.)"""
     if jax.process_count() == 1 and not checkpoints.is_saving_in_progress():
         finish_saving(checkpoints)
 
@@ -156,20 +138,21 @@ def require_saved(checkpoints) -> None:
 
 
 def restore_checkpoint(
-    checkpoints, state: Any, kind: type = Progress, run: dict[str, str] | None = None, accept_data: bool = False
+    checkpoints, state: Any, kind: type, run: dict[str, str] | None = None, accept_data: bool = False
 ) -> tuple[Any, Any] | None:
-    """The newest checkpoint of this run, in the shapes and shardings of `state`, and its progress, of this kind; None
-    where there is none. Newer ones that are damaged, or of another run, are set aside with a warning.
+    """The newest checkpoint of this run, in the shapes and shardings of `state`, and its progress; None if there is
+    none. Newer ones that are damaged, or belong to another run, are set aside with a warning.
 
-    The arrays of `state` are deleted as those of the checkpoint take their places: a device needs memory for its part
-    of one state, and for a piece of an array on its way (processes.PIECE).
+    The arrays of `state` are deleted as those of the checkpoint replace them: a device needs memory for its part of one
+    state, and for a piece of an array on its way (processes.PIECE).
 
     Args:
-        run: what the run is made of; see Progress. A checkpoint that does not say what it is of is taken if its arrays
-            have the same names and shapes.
-        accept_data: take a checkpoint of other data too. The progress then says what data that was, for `changed_data`.
+        kind: the type of the progress.
+        run: what the run is made of; see runs.standing.Standing. A checkpoint that does not say it is taken if its
+            arrays have the same names and shapes.
+        accept_data: take a checkpoint of other data too. The progress then says which, for `changed_data`.
 
-    Raises ValueError where there are checkpoints, and none of them can be used, or the newest is of other data.
+    Raises ValueError if there are checkpoints and none of them can be used, or if the newest is of other data.
     """
     arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named(state).items()}
 
@@ -203,7 +186,12 @@ def newest_whole(
                 f"{folder / str(step)}: {error}; data.changed=accept goes on with what is there now, "
                 "another output_dir starts again"
             ) from None
-        except Exception as error:  # whatever the readers below orbax make of damaged files
+        except OldForm:
+            raise ValueError(
+                f"{folder / str(step)}: an earlier version of para-jax wrote this checkpoint, and it can't be resumed; "
+                "choose another output_dir to train again (evaluate and generate still take the adapter)"
+            ) from None
+        except Exception as error:  # the readers below orbax raise anything for damaged files
             problems[step] = reason(error)
             continue
         for damaged, said in problems.items():
@@ -225,11 +213,13 @@ def newest_whole(
 def read_checkpoint(
     checkpoints, step: int, wanted: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the progress of one checkpoint, whose bytes are those that were saved."""
+    """The arrays and the progress of one checkpoint, checked to be the bytes that were saved."""
     import orbax.checkpoint as ocp
 
     handler: Any = ocp.StandardCheckpointHandler()
     stored = handler.metadata(checkpoints.directory / str(step) / "state")
+    if any(name.startswith(OLD_NAMES) for name in stored):
+        raise OldForm
     check_shapes({name: tuple(leaf.shape) for name, leaf in stored.items()}, wanted)
     read = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
     restored = checkpoints.restore(step, args=read)
@@ -240,7 +230,7 @@ def read_checkpoint(
 
 
 def check_shapes(stored: dict[str, tuple[int, ...]], wanted: dict[str, np.ndarray]) -> None:
-    """Raises ValueError, naming the first that differs, for arrays of other names or shapes than the run's."""
+    """Raises ValueError, naming the first difference, for arrays with other names or shapes than the run's."""
     other = [name for name in sorted(stored.keys() | wanted.keys()) if name not in stored or name not in wanted]
     if other:
         has = "has" if other[0] in stored else "lacks"
@@ -251,7 +241,7 @@ def check_shapes(stored: dict[str, tuple[int, ...]], wanted: dict[str, np.ndarra
 
 
 def check_progress(about: dict[str, Any], step: int, kind: type) -> None:
-    """Raises ValueError, naming the key, for a progress that is not of this kind and step."""
+    """Raises ValueError, naming the key, for a progress of another kind or step."""
     hints = get_type_hints(kind)
     missing = [name for name in hints if name not in about and name not in kind._field_defaults]
     unknown = [name for name in about if name not in hints]
@@ -265,7 +255,7 @@ def check_progress(about: dict[str, Any], step: int, kind: type) -> None:
 
 
 def of_type(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON is of a type: int, float, str or None, lists and dicts of them, and unions."""
+    """Whether a JSON value has a type: int, float, str or None, lists and dicts of them, and unions."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind is UnionType:
         return any(of_type(value, part) for part in parts)
@@ -276,13 +266,21 @@ def of_type(value: Any, hint: Any) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
+#: Arrays of checkpoints in which a run of one adapter had a form of its own.
+OLD_NAMES = (".adapter.", ".sound")
+
+
+class OldForm(ValueError):
+    """A checkpoint is in a form that an earlier version wrote."""
+
+
 class OtherData(ValueError):
-    """A checkpoint is of this run, but its data have changed since."""
+    """A checkpoint belongs to this run, but the data have changed since."""
 
 
 def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bool = False) -> None:
-    """Raises ValueError, naming what differs, for the progress of another run, and OtherData where the data alone
-    differ and that is not accepted."""
+    """Raises ValueError, naming what differs, for the progress of another run. Raises OtherData if only the data differ
+    and that is not accepted."""
     held = about.get("run")
     if not held or not run:
         return
@@ -295,13 +293,13 @@ def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bo
         raise kind(f"it is of another run: {' and '.join(other)}")
 
 
-#: What a run is made of besides its data.
+#: What identifies a run, apart from its data.
 NOT_DATA = ("config", "backbone")
 
 
 def changed_data(held: dict[str, str] | None, run: dict[str, str] | None) -> list[str]:
-    """The parts of the data that are others in two runs; "data" where a checkpoint of an earlier version does not say
-    which part it is."""
+    """The parts of the data that differ between two runs; "data" if a checkpoint of an earlier version does not say
+    which part."""
     if not held or not run:
         return []
     parts = [set(names) - {*NOT_DATA, "data"} for names in (held, run)]
@@ -330,7 +328,7 @@ def steps_in(folder: Place) -> list[int]:
 
 
 def set_aside(folder: Place) -> Place:
-    """Renames a damaged checkpoint, so that it is kept and not read again. In a bucket its objects are copied."""
+    """Renames a damaged checkpoint, so that it stays but is not read again. In a bucket its objects are copied."""
     names = (folder.with_name(f"{folder.name}.damaged{i or ''}") for i in range(1000))
     aside = next(path for path in names if not path.exists())
     if isinstance(folder, BucketPath):
@@ -346,19 +344,19 @@ def set_aside(folder: Place) -> Place:
 
 
 def named(state: Any) -> dict[str, jax.Array]:
-    """A state's arrays by their paths: orbax sees plain arrays, not Flax's classes."""
+    """A state's arrays by their paths: orbax gets plain arrays instead of Flax's classes."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
 def placed_like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
-    """The array where `leaf` lies; a counter that no mesh has yet seen stays free to go anywhere."""
+    """The array with the layout of `leaf`. A counter that has not met a mesh yet stays free to go anywhere."""
     if isinstance(leaf.sharding, NamedSharding):
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
     return jnp.asarray(array)
 
 
 def digest(arrays: dict[str, np.ndarray], progress: dict[str, Any]) -> str:
-    """The sha256 of the progress, as JSON, and of all arrays' bytes, in the order of their names."""
+    """The sha256 of the progress as JSON and of all arrays' bytes in the order of their names."""
     found = hashlib.sha256(json.dumps(progress, sort_keys=True).encode())
     for name in sorted(arrays):
         found.update(np.ascontiguousarray(arrays[name]).data)
@@ -366,11 +364,13 @@ def digest(arrays: dict[str, np.ndarray], progress: dict[str, Any]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What the operating system said, where that is the cause; else the error's first line."""
+    """What the operating system said, where that is the cause; else the error's first line. Of a long line, the start
+    and the end: orbax names files first, and the cause last."""
     said = str(error)
     system = (os.strerror(number) for number in errno.errorcode)
-    first_line = (said.splitlines() or [type(error).__name__])[0][:200]
-    return next((text for text in system if text in said), first_line if first_line.isprintable() else repr(first_line))
+    line = (said.splitlines() or [type(error).__name__])[0]
+    line = line if len(line) <= 520 else f"{line[:200]} ... {line[-300:]}"
+    return next((text for text in system if text in said), line if line.isprintable() else repr(line))
 
 
 @contextmanager
@@ -384,33 +384,3 @@ def errors_in_one_line(checkpoints) -> Iterator[None]:
             f"{checkpoints.directory}: a checkpoint could not be saved ({said}); what was saved before is kept: "
             f"{what}, and the same command resumes"
         ) from None
-
-
-@contextmanager
-def quiet_orbax() -> Iterator[None]:
-    """Keeps the tracebacks off the terminal that orbax's threads log beside the error that they raise. They outlive
-    that error, so it stays quiet where the body raises."""
-    logging.getLogger("absl").addFilter(not_of_orbax)
-    logging.getLogger("asyncio").addFilter(not_unasked)
-    if sys.unraisablehook is not only_raisable:
-        only_raisable.others = sys.unraisablehook
-        sys.unraisablehook = only_raisable
-    yield
-    logging.getLogger("absl").removeFilter(not_of_orbax)
-    logging.getLogger("asyncio").removeFilter(not_unasked)
-    sys.unraisablehook = only_raisable.others
-
-
-def not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
-
-
-def not_unasked(record: logging.LogRecord) -> bool:
-    """No record of an error that nobody asked for: of many reads that fail together, orbax raises one."""
-    return "exception was never retrieved" not in str(record.msg)
-
-
-def only_raisable(unraisable) -> None:
-    """An unraisablehook without what writes say that a failed one left behind."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        only_raisable.others(unraisable)

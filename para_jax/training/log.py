@@ -17,8 +17,7 @@ from ..config import RunConfig, config_dict
 from ..messages import say
 from ..processes import is_first, on_first_process
 from ..storage.bucket import BucketPath, Place
-from .checkpoint import Progress
-from .metrics_file import Rows, is_log, kept_rows, read_metrics, write_metrics
+from .metrics_file import Reached, Rows, is_log, kept_rows, read_metrics, write_metrics
 
 FLUSH_SECONDS = 10.0
 #: Seconds between two uploads of TensorBoard's values to a bucket.
@@ -43,7 +42,7 @@ class Done(NamedTuple):
 class Log:
     """metrics.jsonl, TensorBoard and wandb. Only the first process writes.
 
-    A run that resumes from `progress` drops the rows that it will write again; a new run (None) drops all rows. Raises
+    A run that resumes from `reached` drops the rows that it will write again; a new run (None) drops all rows. Raises
     ValueError on all processes if metrics.jsonl is damaged.
 
     Args:
@@ -51,14 +50,22 @@ class Log:
             utilisation is relative to it; None if the peak is unknown.
     """
 
-    def __init__(self, config: RunConfig, folder: Place, progress: Progress | None, *, peak_rate: float | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Place,
+        reached: Reached | None,
+        *,
+        ended: bool = False,
+        peak_rate: float | None = None,
+    ):
         self.folder, self.every, self.peak_rate = folder, config.logging.every, peak_rate
         self.first = is_first()
-        step = progress.step if progress else None
+        step = reached.step if reached else None
         self.writers = [WRITERS[name](config, folder, step) for name in config.logging.report_to] if self.first else []
         self.rows = Rows(folder / "metrics.jsonl")
         self.last_values_at = 0.0  # in time.monotonic
-        on_first_process(lambda: drop_rows(self.rows.file, progress))
+        on_first_process(lambda: drop_rows(self.rows.file, reached, ended=ended))
 
     def step(self, done: Done, values: dict[str, float], bar: tqdm, advance: int = 1) -> None:
         """Writes the values of a step, which must have just arrived, and advances the progress bar."""
@@ -196,7 +203,7 @@ def step_rates(done: Done, seconds: float, peak_rate: float | None) -> dict[str,
     return {name: float(f"{value:.4g}") for name, value in rates.items()}
 
 
-def drop_rows(file: Place, progress: Progress | None, *, ended: bool = False) -> None:
+def drop_rows(file: Place, reached: Reached | None, *, ended: bool = False) -> None:
     """Removes the rows that a run resumed from here will write again; all rows for None."""
     if is_log(file):
-        write_metrics(file, kept_rows(read_metrics(file), progress, ended=ended) if progress else [])
+        write_metrics(file, kept_rows(read_metrics(file), reached, ended=ended) if reached else [])

@@ -22,11 +22,11 @@ def completion_nll(
 ) -> tuple[jax.Array, jax.Array]:
     """Each row's summed negative log-likelihood (nats) of its completion and the number of its tokens, float32 [rows].
 
-    A token at t is predicted from t - 1, so the first comes from the last prompt token. Sum and count are kept apart:
-    the mean over a batch that is spread over devices or steps is the sums over the counts.
+    A token at t is predicted from t - 1, so the first comes from the last prompt token. Sum and count are separate, so
+    that the mean over devices or passes is the total of the sums over the total of the counts.
 
     Args:
-        completion: the most completion tokens of a row; static. Packed rows say themselves where they are.
+        completion: the maximum completion tokens of a row; static. Packed rows say where they are.
         remat: a name of model.REMAT.
     """
     hidden, targets, real = completion_states(model, adapters, batch, completion, remat)
@@ -62,13 +62,13 @@ def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def token_scores(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """negative_log_likelihood, and whether the targets are the likeliest tokens, bool [...]."""
+    """negative_log_likelihood, and whether the targets are the most likely tokens, bool [...]."""
     return negative_log_likelihood(logits, targets), jnp.argmax(logits, axis=-1) == targets
 
 
 def of_logits(of: Callable, model, hidden: jax.Array, targets: jax.Array):
-    """of(logits, targets), arrays [rows, C], from hidden states after the final norm [rows, C, width]; CHUNK of a
-    device's logits at a time."""
+    """of(logits, targets), arrays [rows, C], from hidden states after the final norm [rows, C, width], made in chunks
+    of CHUNK logits per device."""
 
     head = model.gathered_head()
 

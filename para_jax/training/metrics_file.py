@@ -6,13 +6,21 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import atomic
 from ..config import shorten
 from ..storage.bucket import BucketPath, Place
 from ..storage.pieces import Appender, open_pieces, pieces, replace_pieces
-from .checkpoint import Progress
+
+
+class Reached(NamedTuple):
+    """How far a run got."""
+
+    step: int
+    evaluated: int
+    """the last step whose adapter was scored"""
+
 
 HEAD = b'{"step": '
 MAX_LINE_BYTES = 2**20
@@ -104,13 +112,13 @@ class Rows:
             stream.write(text)
 
 
-def kept_rows(rows: Iterable[dict[str, float]], progress: Progress, *, ended: bool = False) -> list[dict[str, float]]:
+def kept_rows(rows: Iterable[dict[str, float]], reached: Reached, *, ended: bool = False) -> list[dict[str, float]]:
     """The rows that a resumed run keeps: those up to its step, without scores that it will measure again. It measures
     the last test score again, unless it has `ended`."""
 
     def measured_again(row: dict[str, float]) -> bool:
         return ("test_after_loss" in row and not ended) or (
-            "validation_loss" in row and row["step"] > progress.evaluated
+            "validation_loss" in row and row["step"] > reached.evaluated
         )
 
-    return [row for row in rows if row["step"] <= progress.step and not measured_again(row)]
+    return [row for row in rows if row["step"] <= reached.step and not measured_again(row)]

@@ -1,33 +1,22 @@
-"""The optimiser: AdamW with clipping and a schedule, made by optax from a run's train section."""
+"""The optimiser: AdamW with clipping and a learning rate schedule, from a run's train section."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ..adapters.adapter import AdapterParam, is_variable
 from ..config import TrainSection
 
 
-def make_optimizer(config: TrainSection, total_steps: int) -> optax.GradientTransformation:
-    """Clips by global norm, then AdamW (arXiv:1711.05101); weight decay touches trained weights only."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            make_schedule(config, total_steps),
-            b1=config.adam_b1,
-            b2=config.adam_b2,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            mask=trained,
-        ),
-        *faster_up(config),
-    )
-
-
 def make_direction(config: TrainSection) -> optax.GradientTransformation:
-    """make_optimizer without the learning rate: what is to be multiplied by it and taken from the weights."""
+    """Clipping by the global norm, then AdamW (arXiv:1711.05101) without its learning rate. The weights move by minus
+    the learning rate times this update. Weight decay touches trained weights only."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
@@ -38,7 +27,7 @@ def make_direction(config: TrainSection) -> optax.GradientTransformation:
 
 def faster_up(config: TrainSection) -> list[optax.GradientTransformation]:
     """The matrices that lead out of the rank (PARA's W_up, LoRA's B) move up_lr_ratio times as far (LoRA+, arXiv
-    2402.12354; for PARA our choice). Nothing at 1, so that the optimiser's state is the one it always was."""
+    2402.12354; for PARA our choice). Empty at 1, so that the optimiser's state does not change."""
 
     def scaled(variable):
         return variable.replace(variable[...] * config.up_lr_ratio) if variable.axes[0] == "rank" else variable
@@ -47,21 +36,33 @@ def faster_up(config: TrainSection) -> list[optax.GradientTransformation]:
     return [faster] if config.up_lr_ratio != 1 else []
 
 
-def make_schedule(config: TrainSection, total_steps: int) -> optax.Schedule:
-    """The learning rate by step: a linear warm-up over warmup_ratio of the steps, then constant, linear or cosine to
-    zero."""
-    warmup = warmup_steps(config, total_steps)
-    return lambda step: learning_rate_at(step, config.schedule, config.learning_rate, warmup, total_steps)
+class LearningRates(NamedTuple):
+    """The learning rate schedule of each tenant in a compiled step."""
+
+    peak: jax.Array | np.ndarray
+    """float32 [tenants], after the warm-up"""
+    warmup_steps: jax.Array | np.ndarray
+    """int32 [tenants]"""
+    total_steps: jax.Array | np.ndarray
+    """int32 [tenants]"""
+
+    def at(self, step, schedule: str) -> jax.Array:
+        """Each tenant's learning rate for the step after `step` steps, float32 [tenants]."""
+        return learning_rate_at(step, schedule, self.peak, self.warmup_steps, self.total_steps)
 
 
-def warmup_steps(config: TrainSection, total_steps: int) -> int:
-    return round(config.warmup_ratio * total_steps)
+def learning_rates(sections: Sequence[TrainSection], total_steps: Sequence[int]) -> LearningRates:
+    """The schedules of tenants with these train sections and numbers of steps."""
+    peaks = [section.learning_rate for section in sections]
+    warmup = [round(section.warmup_ratio * total) for section, total in zip(sections, total_steps, strict=True)]
+    return LearningRates(np.array(peaks, np.float32), np.array(warmup, np.int32), np.array(total_steps, np.int32))
 
 
 def learning_rate_at(step, schedule: str, peak, warmup, total) -> jax.Array:
-    """The learning rate of the step after `step` steps; numbers, or arrays of one shape (a value a tenant).
+    """The learning rate of the step after `step` steps: a linear warm-up to the peak, then constant, linear or cosine
+    to zero. Takes numbers, or arrays of one shape.
 
-    The first step is already a step: it has 1 / warmup of the peak, not none.
+    The first step is not lost: it has 1 / warmup of the peak.
     """
     after = jnp.clip((step - warmup) / jnp.maximum(1, total - warmup), 0, 1)
     fall = {"constant": lambda: 1.0, "linear": lambda: 1 - after, "cosine": lambda: (1 + jnp.cos(jnp.pi * after)) / 2}

@@ -2,9 +2,80 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-from ..config import TrainSection, require
+from ..config import RunConfig, TrainSection, require
+
+
+class Layout(NamedTuple):
+    """How a run's batches are cut."""
+
+    slots: int
+    """tenants whose weights and optimiser state are on the devices"""
+    groups: int
+    """the maximum number of tenants in a pass"""
+    rows: int
+    """a group's rows in a pass"""
+    passes: int
+    turns: int = 1
+    """passes of different tenants; the others hold more rows of the same ones"""
+
+    @property
+    def together(self) -> int:
+        """The maximum number of tenants in a step."""
+        return self.groups * self.turns
+
+    @property
+    def passes_of_tenant(self) -> int:
+        """The passes that a tenant's rows of a step are cut into."""
+        return self.passes // self.turns
+
+    @property
+    def pass_rows(self) -> int:
+        """Rows of a pass, over all devices."""
+        return self.groups * self.rows
+
+    @property
+    def tenant_rows(self) -> int:
+        """A tenant's rows in a step."""
+        return self.rows * self.passes_of_tenant
+
+
+def lay_out(config: RunConfig, mesh, tenants: int = 1) -> Layout:
+    """The layout of a run on this mesh. A run of one adapter has one group, which takes whole passes.
+
+    With many tenants no batch has more groups than tenants can fill, unless each device needs some rows. With
+    train.batch_size, a step has batch_size / rows_per_tenant tenants on any mesh. A pass holds some of them, and all
+    their rows where it can.
+
+    Raises ValueError as step_passes does.
+    """
+    if not config.many:
+        rows, count = step_passes(config.train, mesh)
+        return Layout(1, 1, rows, count)
+    train, slots = config.train, min(config.train.tenants_at_once or tenants, tenants)
+    rows, over = config.rows_per_tenant, batch_devices(mesh)
+    if train.batch_size is None:
+        groups = over * min(train.per_device_batch_size // rows, math.ceil(slots / over))
+        return Layout(slots, groups, rows, train.gradient_accumulation_steps)
+    require_divides(train, over)
+    most = train.batch_size // rows
+    groups = next(n for n in range(min(slots, most), most + 1) if n * rows % over == 0)
+    cuts = {
+        turns * parts: (turns, parts)
+        for parts in divisors(rows)  # largest first: of equally many passes, those that split the fewest rows stay
+        for turns in divisors(groups)
+        if groups // turns * (rows // parts) % over == 0
+    }
+    passes = passes_allowed(train, sorted(cuts), groups * rows // over)
+    turns, parts = cuts[passes]
+    return Layout(slots, groups // turns, rows // parts, passes, turns)
+
+
+def divisors(count: int) -> list[int]:
+    """The largest first."""
+    return [n for n in range(count, 0, -1) if count % n == 0]
 
 
 class Passes(NamedTuple):
@@ -32,8 +103,8 @@ def step_passes(config: TrainSection, mesh) -> Passes:
 
 
 def passes_allowed(config: TrainSection, counts, of_device: int) -> int:
-    """The first of these numbers of passes (the smallest first) that leaves at most per_device_batch_size of a device's
-    rows to each pass; that of gradient_accumulation_steps, where it is set."""
+    """The first of these numbers of passes (smallest first) that gives a device at most per_device_batch_size rows in
+    each. gradient_accumulation_steps overrides it."""
     given, most = config.gradient_accumulation_steps, config.per_device_batch_size
     possible = [count for count in counts if of_device // count <= most]
     fits = given == 1 or given in possible
@@ -46,7 +117,7 @@ def passes_allowed(config: TrainSection, counts, of_device: int) -> int:
 
 
 def require_divides(config: TrainSection, devices: int) -> None:
-    """Raises ValueError where the devices can't have equally many of batch_size's rows."""
+    """Raises ValueError if batch_size's rows can't be divided equally among the devices."""
     expected = f"a multiple of {devices}, the devices of mesh.data x mesh.fsdp, which each take as many rows"
     batch = config.batch_size
     require(batch is None or batch % devices == 0, "train.batch_size", batch, expected)

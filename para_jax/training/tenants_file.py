@@ -1,4 +1,4 @@
-"""tenants.json: the tenants of a run that have ended, by name, each with its scores (tenant_runs.TenantsResult)."""
+"""tenants.json: the tenants of a run that have ended, by name, with their scores (runs.train.TenantsResult)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ENDINGS = ("done", "patience", "not finite")
 
 
 def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """The tenants of a run that have ended; none where the file is not there yet.
+    """The tenants of a run that have ended; none if the file does not exist yet.
 
-    Raises ValueError, naming the file and the tenant, for one that no run wrote.
+    Raises ValueError, naming the file and the tenant, for an entry that no run wrote.
     """
     file = folder / FILE
     if not file.exists():
@@ -30,10 +30,10 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise damaged(file, f"not JSON ({shorten(str(error))})") from None
     if not isinstance(entries, dict):
-        raise damaged(file, f"{shorten(entries)} is no mapping of tenants")
+        raise damaged(file, f"{shorten(entries)} is not a mapping of tenants")
     for name, entry in entries.items():
         if not name.isprintable() or not isinstance(entry, dict):
-            raise damaged(file, f"{shorten(name)}: {shorten(entry)} is no tenant's entry")
+            raise damaged(file, f"{shorten(name)}: {shorten(entry)} is not a tenant's entry")
         wrong = next((key for key, fits in FIELDS.items() if key not in entry or not fits(entry[key])), None)
         if wrong:
             raise damaged(file, f"{shorten(name)}: {wrong} is {shorten(entry.get(wrong))}")

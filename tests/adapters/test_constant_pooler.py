@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import backbone, prompts, strong
+from one_adapter import fresh_state, only, trained_step
 from tiny_run import TRAIN
 
 from para_jax import ParaConfig, forward, hidden_states, init_adapter, load_adapter, save_adapter, vectors
@@ -13,7 +14,6 @@ from para_jax.adapters.ia3 import from_factors
 from para_jax.config import allowed_values
 from para_jax.data.batches import Bucket, collate
 from para_jax.data.examples import Example
-from para_jax.training.step import init_state, train_step
 
 SUMMARIES = pytest.mark.parametrize("summary", allowed_values(ParaConfig, "summary"))
 
@@ -68,15 +68,16 @@ def test_a_step_trains_the_constant_and_it_is_saved_and_loaded(tmp_path):
     examples = [Example([20 + i, 30, 40], [9, 10, 2]) for i in range(4)]
     batch = jax.tree.map(lambda a: jnp.asarray(a)[None], collate(examples, Bucket(8, 3), 4))
     before = np.asarray(control().constant[...])
-    state = init_state(control(), TRAIN, 6)
+    state = fresh_state(control(), TRAIN)
     for _ in range(2):  # the warm-up's first rate is zero
-        state, _ = train_step(state, model, batch, completion=3, config=TRAIN, total_steps=6)
-    changed = abs(np.asarray(state.adapter.constant[...]) - before)
+        state, _ = trained_step(state, model, batch, completion=3, config=TRAIN, total_steps=6)
+    adapter = only(state.adapters)
+    changed = abs(np.asarray(adapter.constant[...]) - before)
     assert (changed.max(axis=1) > 1e-6).all()
-    save_adapter(state.adapter, tmp_path / "adapter")
+    save_adapter(adapter, tmp_path / "adapter")
     loaded = load_adapter(tmp_path / "adapter", model.config)
-    assert loaded.config == state.adapter.config
-    np.testing.assert_array_equal(loaded.constant[...], state.adapter.constant[...])
+    assert loaded.config == adapter.config
+    np.testing.assert_array_equal(loaded.constant[...], adapter.constant[...])
 
 
 def test_it_folds_into_an_ia3_adapter_for_all_prompts():

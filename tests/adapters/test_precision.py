@@ -11,8 +11,7 @@ from tpu_compiler import tpu_devices
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, make_mesh, pick, stack_adapters
 from para_jax.adapters.adapter import Factors, scaled, token_at
-from para_jax.adapters.groups import grouped, layers_first
-from para_jax.adapters.rows import by_layer
+from para_jax.adapters.rows import Rows, by_layer
 from para_jax.adapters.segments import adjust_segments
 from para_jax.config import load_config
 from para_jax.data.batches import Batch
@@ -49,15 +48,17 @@ def makers(config: ParaConfig) -> dict:
     one = strong(init_adapter(config, model))
     stack = stack_adapters([one, one])
     lengths = jnp.array([3, 5])
+    packed = jnp.array([[2, 3], [1, 4]]), jnp.array([[0, 2], [0, 1]])
     return {
         "one adapter": (one, lengths),
-        "packed rows": (one, jnp.array([[2, 3], [1, 4]]), jnp.array([[0, 2], [0, 1]])),
+        "packed rows": (one, *packed),
         "rows": (pick(stack, [1, -1]), lengths),
-        "groups": (grouped(layers_first(stack.adapters), jnp.array([1, 0])), lengths),
+        "groups": (Rows((stack,), jnp.array([[1]]), rows_each=2, distinct=True), lengths),
+        "packed groups": (Rows((stack,), jnp.array([[1]]), rows_each=2), *packed),
     }
 
 
-@pytest.mark.parametrize("way", ["one adapter", "packed rows", "rows", "groups"])
+@pytest.mark.parametrize("way", ["one adapter", "packed rows", "rows", "groups", "packed groups"])
 @pytest.mark.parametrize("summary", ["raw", "rms", "standardised"])
 def test_every_product_that_makes_factors_is_exact_float32(way, summary):
     adapters, *rest = makers(ParaConfig(r=RANK, summary=summary))[way]
@@ -154,7 +155,7 @@ def tpu_text():
     ])  # fmt: skip
     mesh = make_mesh(**vars(config.mesh), devices=tpu_devices())
     with jax.set_mesh(mesh):
-        lowered = train_step.lower(*step_arguments(config, mesh), completion=4, config=config.train, total_steps=9)
+        lowered = train_step.lower(*step_arguments(config, mesh), completion=4, config=config.train)
         return lowered.compile().as_text()
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import backbone, prompts, strong
+from one_adapter import fresh_state, only, trained_step
 from safetensors.numpy import load_file
 from tiny_run import TRAIN
 
@@ -17,7 +18,7 @@ from para_jax.adapters.bank import content_hash
 from para_jax.config import save_config
 from para_jax.data.batches import Bucket, collate
 from para_jax.data.examples import Example
-from para_jax.training.step import init_state, standardise, train_step
+from para_jax.training.statistics import standardise
 
 LAYERS = (0, 2)  # of three
 CONFIG = replace(TRAIN, warmup_ratio=0.0, max_grad_norm=1e6)  # of more layers the norm would be larger
@@ -62,9 +63,9 @@ def test_a_step_is_that_of_the_whole_one_in_its_layers():
     model = backbone("llama", "stacked")
     ends = []
     for adapter in some_and_all():
-        state = init_state(adapter, CONFIG, 6)
-        state, values = train_step(state, model, batch(), completion=3, config=CONFIG, total_steps=6)
-        ends.append((state.adapter, float(values["loss"])))
+        state = fresh_state(adapter, CONFIG)
+        state, values = trained_step(state, model, batch(), completion=3, config=CONFIG, total_steps=6)
+        ends.append((only(state.adapters), float(values["loss"])))
     (some, loss), (whole, expected) = ends
     start = some_and_all()[0]
     for name, leaf in named_leaves(some).items():

@@ -12,6 +12,7 @@ import optax
 import pytest
 from conftest import FIXTURES, backbone, prompts, strong
 from jax.sharding import NamedSharding, PartitionSpec
+from one_adapter import fresh_state, trained_step
 from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN, run_config, run_folder
 from tpu_compiler import tpu_devices
 
@@ -25,10 +26,9 @@ from para_jax.dry_run.hlo_loops import instructions_run
 from para_jax.dry_run.hlo_parser import parse_hlo
 from para_jax.inference.generate import generate_tokens
 from para_jax.inference.sampling import Sampling
-from para_jax.runs import train as runs
+from para_jax.runs import loop as runs
 from para_jax.sharding import place, rows_over
 from para_jax.training.loss import completion_nll
-from para_jax.training.step import init_state, train_step
 
 
 @cache
@@ -166,9 +166,9 @@ def step(model, sizes=(1, 1, 1)):
     adapter = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tenants()[0])
     config = replace(TRAIN, per_device_batch_size=ROWS // (sizes[0] * sizes[1]))
     with jax.set_mesh(mesh):
-        state = init_state(place(adapter, mesh, model.config), config, STEPS)
+        state = fresh_state(place(adapter, mesh, model.config), config)
         batch = jax.tree.map(rows_over, batch)
-        return train_step(state, model, batch, completion=COMPLETION, config=config, total_steps=STEPS)
+        return trained_step(state, model, batch, completion=COMPLETION, config=config, total_steps=STEPS)
 
 
 def gradients(stepped) -> list[np.ndarray]:
@@ -235,7 +235,7 @@ def test_a_run_on_int8_learns_resumes_and_says_so_in_its_card(tmp_path, monkeypa
     real = runs.train_step
 
     def stopping(state, *arguments, **settings):
-        if int(state.step) == 4:
+        if int(state.step[0]) == 4:
             raise KeyboardInterrupt
         return real(state, *arguments, **settings)
 

@@ -139,7 +139,7 @@ def test_the_step_of_many_tenants_is_measured_against_one(monkeypatch):
     monkeypatch.setattr(bench_tenants, "METHODS", {"(IA)^3": bench_tenants.METHODS["(IA)^3"]})
     measured = bench.BENCHMARKS["tenants"](BACKBONE, rows=(1,), rounds=2)
     where = "(IA)^3, 16 x 1 rows"
-    assert list(measured["medians"]) == [f"{where}, {s}" for s in ("one adapter", "one tenant", "tenants", "of 64")]
+    assert list(measured["medians"]) == [f"{where}, {s}" for s in ("one tenant", "tenants", "of 64")]
     assert all(value > 0 for value in measured["medians"].values()) and len(measured["rounds"]) == 2
     expected = paired(measured["rounds"], f"{where}, tenants", f"{where}, one tenant")
     assert measured["ratios"][f"{where}: tenants / one tenant"] == expected and len(measured["ratios"]) == 3

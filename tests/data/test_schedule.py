@@ -1,4 +1,4 @@
-"""Who is in which step of a mixed run: a pure function of where the run stands."""
+"""Which tenants are in which step of a run: a pure function of where the run stands."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ import pytest
 
 from para_jax.data.batches import Bucket, best_lengths, example_lengths, for_mixed_rows, plan, plan_buckets
 from para_jax.data.examples import Example
-from para_jax.data.schedule import Order, Turns, admitted, turns
+from para_jax.data.schedule import Schedule, TenantOrder, admitted, turns
 from para_jax.data.tenants import SLACK, weights
 
 BUCKETS = (Bucket(8, 4), Bucket(16, 4))
@@ -23,14 +23,16 @@ def orders(sizes=SIZES, epochs=2):
             Example([100 * tenant + i] * int(draw.integers(2, 12)), [7] * int(draw.integers(1, 5))) for i in range(size)
         ]
         order = plan(example_lengths(examples), buckets=BUCKETS, rows=ROWS * PASSES, seed=0)
-        made.append(Order(examples, order, epochs * order.batches_per_epoch))
+        made.append(TenantOrder(examples, order, epochs * order.batches_per_epoch))
     return made
 
 
 def turns_from(steps, slots, ended, sampling="proportional", made=None):
     made = made or orders()
     shares = weights([len(order.examples) for order in made], sampling)
-    return Turns(made, BUCKETS, shares, groups=GROUPS, rows=ROWS, passes=PASSES, steps=steps, slots=slots, ended=ended)
+    return Schedule(
+        made, BUCKETS, shares, groups=GROUPS, rows=ROWS, passes=PASSES, steps=steps, slots=slots, ended=ended
+    )
 
 
 def all_batches(coming):
@@ -61,16 +63,16 @@ def test_a_batch_holds_each_tenants_own_rows_in_its_group_and_filling_in_the_res
     made, taken = orders(), Counter()
     for mixed in all_batches(fresh()):
         assert mixed.batch.tokens.shape == (PASSES, GROUPS * ROWS, mixed.bucket.length)
-        assert mixed.slots.shape == (PASSES, GROUPS) and mixed.bucket in BUCKETS
+        assert mixed.tenant_of_group.shape == (PASSES, GROUPS) and mixed.bucket in BUCKETS
         real = 0
         for group in range(GROUPS):
             rows = slice(group * ROWS, (group + 1) * ROWS)
             tokens, lengths = mixed.batch.tokens[:, rows], mixed.batch.length[:, rows]
             if group >= len(mixed.turns):
-                assert (lengths == 1).all() and (mixed.slots[:, group] == -1).all()
+                assert (lengths == 1).all() and (mixed.tenant_of_group[:, group] == -1).all()
                 continue
             turn = mixed.turns[group]
-            assert (mixed.slots[:, group] == turn.slot).all()
+            assert (mixed.tenant_of_group[:, group] == turn.slot).all()
             _, chosen = made[turn.tenant].plan.batch_indices(turn.step)
             flat, flat_lengths = tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1)
             for row, example in enumerate(chosen):
@@ -94,7 +96,6 @@ def test_from_where_a_run_stands_it_goes_on_as_it_would_have(slots, after):
             assert held[turn.slot] == turn.tenant
             steps[turn.tenant] += 1
             ended[turn.tenant] = steps[turn.tenant] == made[turn.tenant].total_steps
-        held = [-1 if tenant >= 0 and ended[tenant] else tenant for tenant in held]
     rest = all_batches(turns_from(steps, held, ended))
     assert [mixed.turns for mixed in rest] == [mixed.turns for mixed in whole[after:]]
     for ours, theirs in zip(rest, whole[after:], strict=True):
@@ -107,6 +108,8 @@ def test_a_tenant_that_ended_is_never_in_a_batch_and_its_slot_goes_to_the_next()
     assert found[0].turns[0] == (2, 0, 0)  # tenant 2 takes slot 0, tenant 1 keeps slot 1
     assert admitted([-1, 1, -1], [True, False, True, False, False]) == [3, 1, 4]
     assert admitted([-1, 1], [True, False, True, True, True]) == [-1, 1]
+    assert admitted([0, 1], [True, False, False, True, True]) == [2, 1]
+    assert admitted([0, 1], [True, False, True, True, True]) == [0, 1]  # nobody waits
 
 
 def test_batches_may_be_asked_for_out_of_order():
@@ -122,10 +125,10 @@ def test_rows_of_long_completions_and_of_long_prompts_go_into_one_batch():
     planned = plan_buckets([example for each in tenants for example in each], 3)
     assert planned == (Bucket(16, 12), Bucket(48, 2))
     buckets = for_mixed_rows(planned)
-    made = [Order(each, plan(example_lengths(each), buckets=buckets, rows=2, seed=0), 2) for each in tenants]
+    made = [TenantOrder(each, plan(example_lengths(each), buckets=buckets, rows=2, seed=0), 2) for each in tenants]
     shares = weights([4, 4], "uniform")
     start = dict(steps=[0, 0], slots=[-1, -1], ended=[False, False])
-    mixed = Turns(made, buckets, shares, groups=2, rows=2, passes=1, **start).batch(0)
+    mixed = Schedule(made, buckets, shares, groups=2, rows=2, passes=1, **start).batch(0)
     assert mixed is not None and mixed.bucket == Bucket(48, 12)
     assert (mixed.batch.length - mixed.batch.prompt_length).tolist() == [[12, 12, 2, 2]]
 
@@ -144,7 +147,7 @@ def of_varied_lengths(sigma, sizes=(EXAMPLES,) * TENANTS):
     made = []
     for tenant, own in enumerate(lengths):
         order = plan(own.tolist(), buckets=buckets, rows=TENANT_ROWS, seed=tenant)
-        made.append(Order([Example([], [])] * len(own), order, order.batches_per_epoch))
+        made.append(TenantOrder([Example([], [])] * len(own), order, order.batches_per_epoch))
     return made, buckets
 
 

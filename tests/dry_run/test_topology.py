@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_run import run_config, run_folder
 from tpu_compiler import tpu_devices
 
-from para_jax import init_adapter, load_backbone, make_mesh
+from para_jax import load_backbone, make_mesh
 from para_jax.config import load_config
 from para_jax.data.packing import Packed
 from para_jax.dry_run.hlo_counts import collectives_run
@@ -26,16 +26,14 @@ from para_jax.dry_run.topology import (
     parsed_topology,
     shard_bytes,
     step_arguments,
-    tenants_arguments,
     topology_report,
 )
 from para_jax.inspect import dry_run
-from para_jax.memory import passes_of, run_mesh
+from para_jax.memory import run_mesh
 from para_jax.roofline import matrix_weights
-from para_jax.runs.tenants import empty_state
-from para_jax.sharding import place, rows_over
-from para_jax.training.step import init_state
-from para_jax.training.tenants import lay_out
+from para_jax.runs.train import empty_state
+from para_jax.sharding import rows_over
+from para_jax.training.passes import lay_out
 
 ON_7B = ("configs/llama2-7b-boolq.yaml", ["mesh.data=1", "mesh.fsdp=16", "train.gradient_accumulation_steps=1"])
 
@@ -55,11 +53,12 @@ def no_libtpu(monkeypatch):
 
 def test_the_abstract_arguments_lie_as_those_of_a_run(config):
     mesh = run_mesh(config)
-    state, model, batch = step_arguments(config, mesh)
+    state, model, batch, *_ = step_arguments(config, mesh)
     loaded = load_backbone(config.backbone.source, mesh=mesh, layout="stacked")
     with jax.set_mesh(mesh):
-        real = init_state(place(init_adapter(config.adapter, loaded.config), mesh, loaded.config), config.train, 6)
-        tokens = rows_over(jnp.zeros((1, passes_of(config, mesh).rows, 16), jnp.int32))
+        real = empty_state(config, loaded, 1, mesh)
+        tokens = rows_over(jnp.zeros((1, lay_out(config, mesh).pass_rows, 16), jnp.int32))
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(real.adapters))
     for made, abstract in ((real, state), (loaded, model)):
         expected = dict(jax.tree_util.tree_leaves_with_path(abstract))
         for path, leaf in jax.tree_util.tree_leaves_with_path(made):
@@ -71,17 +70,18 @@ def test_the_abstract_arguments_lie_as_those_of_a_run(config):
 
 
 def test_the_abstract_tenants_lie_as_those_of_a_run(config):
+    config = replace(config, data=replace(config.data, tenants=config.data.train, train=None))
     mesh = run_mesh(config)
-    state, model, batch, groups, settings = tenants_arguments(config, mesh, 24)
+    state, model, batch, groups, rates = step_arguments(config, mesh, 24)
     loaded = load_backbone(config.backbone.source, mesh=mesh, layout="stacked")
     with jax.set_mesh(mesh):
         real = empty_state(config, loaded, 24, mesh)
     for made, abstract in zip(jax.tree.leaves(real), jax.tree.leaves(state), strict=True):
         assert made.shape == abstract.shape and made.sharding.is_equivalent_to(abstract.sharding, made.ndim)
     assert shard_bytes(state) * 8 == sum(leaf.nbytes for leaf in jax.tree.leaves(real))
-    layout = lay_out(config, 24, mesh)
+    layout = lay_out(config, mesh, 24)
     assert groups.shape == (1, layout.groups) and batch.tokens.shape == (1, layout.groups * layout.rows, 16)
-    assert {leaf.shape for leaf in settings} == {(24,)}
+    assert {leaf.shape for leaf in rates} == {(24,)}
 
 
 def test_the_dry_run_of_many_tenants_says_what_each_adds_to_a_chip(tmp_path, no_libtpu):
@@ -93,7 +93,7 @@ def test_the_dry_run_of_many_tenants_says_what_each_adds_to_a_chip(tmp_path, no_
         "optimiser state 107.3 MB a tenant, 6.71 MB a tenant and chip, 0.40 GiB a chip (spread over 16 chips)" in shown
     )
     none = replace(config, train=replace(config.train, tenants_at_once=None))
-    with pytest.raises(ValueError, match="train.tenants_at_once: None is not possible; .*not there yet to count them"):
+    with pytest.raises(ValueError, match="absent.*train.tenants_at_once"):
         dry_run(none, "v5e:4x4")
     uneven = replace(config, train=replace(config.train, tenants_at_once=12))
     assert "spread over 1 chips, for the mesh's 16 do not divide 12" in dry_run(uneven, "v5e:4x4")
@@ -102,7 +102,7 @@ def test_the_dry_run_of_many_tenants_says_what_each_adds_to_a_chip(tmp_path, no_
 def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
     mesh = run_mesh(config)
     found = compile_step(config, mesh)
-    state, model, batch = step_arguments(config, mesh)
+    state, model, batch, *_ = step_arguments(config, mesh)
     assert found.program and found.needed == found.program.memory
     assert found.program.arguments == pytest.approx(shard_bytes((state, model, batch)), rel=0.02)
     layers = load_backbone(config.backbone.source).config.num_layers
@@ -112,8 +112,8 @@ def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
 
 def test_packed_rows_are_compiled_with_their_segments(config):
     config = replace(config, data=replace(config.data, packing=True, max_seq_length=128))
-    _, _, batch = step_arguments(config, mesh := run_mesh(config))
-    assert isinstance(batch, Packed) and batch.start.shape == (1, passes_of(config, mesh).rows, 2)
+    _, _, batch, *_ = step_arguments(config, mesh := run_mesh(config))
+    assert isinstance(batch, Packed) and batch.start.shape == (1, lay_out(config, mesh).pass_rows, 2)
     assert compile_step(config, mesh).program
     shown = "\n".join(header(config, "v5e:2x4", mesh))
     assert "rows of 128 tokens" in shown and "packed, 2 examples a row" in shown and "splash (on a TPU)" in shown
@@ -184,7 +184,7 @@ def test_the_weights_of_the_matrix_products_are_all_but_embeddings_head_and_norm
 
 
 @pytest.mark.long
-def test_the_programs_of_a_run_are_compiled_for_a_slice_and_so_is_what_evaluates_and_serves_it(config):
+def test_training_evaluation_and_serving_are_compiled_for_a_slice(config):
     mesh = make_mesh(fsdp=4, devices=tpu_devices("v5e:2x2"))
     found = compile_programs(config, mesh)
     assert list(found) == ["train", "loss", "prefill", "ranking", "decode"]

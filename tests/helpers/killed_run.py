@@ -10,8 +10,7 @@ import time
 
 from para_jax import cli
 from para_jax.evaluation.tenants import Tasks
-from para_jax.runs import tenants as tenant_runs
-from para_jax.runs import train as runs
+from para_jax.runs import loop
 
 LINGER = float(os.environ.get("LINGER", 0))  # seconds before and after the work of a phase
 
@@ -49,10 +48,7 @@ def when_written(checkpoints, state, progress):
 
 
 if __name__ == "__main__":
-    spoken(runs, "train_step", "step")
-    spoken(runs, "evaluate_task", "evaluation")
-    spoken(tenant_runs, "tenants_step", "step")
+    spoken(loop, "train_step", "step")
     spoken(Tasks, "scores", "evaluation")
-    for module in (runs, tenant_runs):
-        spoken(module, "save_checkpoint", "save", when_written)
+    spoken(loop, "save_checkpoint", "save", when_written)
     sys.exit(cli.main(sys.argv[1:]))

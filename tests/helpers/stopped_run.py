@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from para_jax.runs import train as runs
+from para_jax.runs import loop as runs
 
 
 def interrupt(monkeypatch, *, at_step):
@@ -12,7 +12,7 @@ def interrupt(monkeypatch, *, at_step):
 
     def stopping(state, *arguments, **settings):
         calls.append(None)
-        if int(state.step) + 1 == at_step:
+        if int(state.step[0]) + 1 == at_step:
             raise KeyboardInterrupt
         return real(state, *arguments, **settings)
 

@@ -5,13 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_run import run_config, run_folder, tokenizer, write_tenants
+from tiny_run import run_config, run_folder, write_tenants
 
 from para_jax import make_mesh, train, train_tenants
 from para_jax.config import RunConfig, TrainSection, load_config
-from para_jax.runs.train import plan_work
-from para_jax.training.passes import step_passes
-from para_jax.training.tenants import lay_out
+from para_jax.runs.tenants import read_inputs
+from para_jax.training.passes import lay_out, step_passes
 
 DEVICES = (1, 2, 4, 8)
 
@@ -74,7 +73,7 @@ def test_a_step_of_many_tenants_has_the_same_tenants_and_rows_on_any_mesh(rows, 
     config = many(batch_size=128, rows_per_tenant=rows, per_device_batch_size=most)
     assert config.tenant_batch == rows
     for devices in (1, 2, 8, 16, 32):
-        layout = lay_out(config, 1000, mesh_of(devices))
+        layout = lay_out(config, mesh_of(devices), 1000)
         assert layout.together == 128 // rows and layout.passes_of_tenant * layout.rows == rows
         assert layout.groups * layout.rows * layout.passes == 128
         assert layout.groups * layout.rows % devices == 0 and layout.groups * layout.rows // devices <= most
@@ -82,7 +81,7 @@ def test_a_step_of_many_tenants_has_the_same_tenants_and_rows_on_any_mesh(rows, 
 
 def test_few_tenants_do_not_fill_a_step_up_more_than_the_devices_ask_for():
     config = many(batch_size=128, rows_per_tenant=4, per_device_batch_size=16)
-    assert [lay_out(config, 3, mesh_of(devices)).together for devices in (1, 8, 32)] == [3, 4, 8]
+    assert [lay_out(config, mesh_of(devices), 3).together for devices in (1, 8, 32)] == [3, 4, 8]
 
 
 def test_a_sweep_steps_each_combination_with_the_batch_of_a_run_of_it_alone():
@@ -90,7 +89,7 @@ def test_a_sweep_steps_each_combination_with_the_batch_of_a_run_of_it_alone():
     assert config.tenant_batch == 128
     own = "train.batch_size=256", "train.rows_per_tenant=128"
     wider = load_config(None, ["data.train=x", "sweep.seed=[0, 1]", *own])
-    layout = lay_out(wider, 2, mesh_of(16))
+    layout = lay_out(wider, mesh_of(16), 2)
     assert (layout.together, layout.passes, layout.rows) == (2, 2, 128) and wider.tenant_batch == 128
 
 
@@ -109,10 +108,11 @@ def losses(folder):
 
 def test_the_same_batch_size_is_the_same_plan_on_any_number_of_devices(folder):
     config = run_config(folder, "train.batch_size=16", "train.per_device_batch_size=4", "train.num_epochs=3")
-    works = [plan_work(config, tokenizer(), make_mesh(devices)) for devices in DEVICES]
-    assert [(work.rows, work.passes) for work in works] == [(4, 4), (8, 2), (16, 1), (16, 1)]
+    layouts = [lay_out(config, make_mesh(devices)) for devices in DEVICES]
+    assert [(layout.pass_rows, layout.passes) for layout in layouts] == [(4, 4), (8, 2), (16, 1), (16, 1)]
+    runs = [read_inputs(config, layout) for layout in layouts]
     for step in range(6):
-        batches = [work.batch(step)[1] for work in works]
+        batches = [run.tenants[0].order.batch(step, run.buckets[0], 16)[0] for run in runs]
         for other in batches[1:]:
             np.testing.assert_array_equal(other.tokens, batches[0].tokens)
 

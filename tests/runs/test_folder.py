@@ -7,19 +7,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
 from para_jax import atomic, train, train_tenants
 from para_jax.cli import main
-from para_jax.config import load_config, save_config
+from para_jax.config import RunConfig, load_config, save_config
 from para_jax.data.records import Record
 from para_jax.evaluation.evaluate import EvalTask
 from para_jax.runs import folder as folders
-from para_jax.runs import tenants as tenant_runs
 from para_jax.runs import train as runs
 from para_jax.runs.folder import claim_folder, differences, locked_folder, run_digests
+from para_jax.runs.tenants import Tenant
 from para_jax.training.checkpoint import changed_data
 
 
@@ -33,11 +34,11 @@ def config(folder, tmp_path):
     return run_config(folder, f"output_dir={tmp_path / 'run'}")
 
 
-def test_output_dir_logging_runtime_attention_and_the_number_of_steps_are_not_another_run(config, folder):
+def test_output_dir_logging_runtime_attention_and_more_steps_are_the_same_run(config, folder):
     free = ("output_dir=elsewhere", "logging.every=7", "runtime.allow_cpu=false", "train.max_steps=100")
-    free += ("backbone.attention=plain",)
+    free += ("backbone.attention=plain", "train.num_epochs=2")
     assert differences(config, run_config(folder, *free)) == []
-    assert len(differences(config, run_config(folder, "train.num_epochs=2", "eval.limit=3"))) == 2
+    assert len(differences(config, run_config(folder, "train.weight_decay=0.5", "eval.limit=3"))) == 2
 
 
 def test_a_folder_with_other_files_is_refused_and_left_as_it_is(config):
@@ -47,13 +48,13 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_is(config):
         foreign.parent.mkdir(exist_ok=True)
         foreign.write_text("mine")
         for claim in (claim_folder, lambda config: locked_folder(config).__enter__()):
-            with pytest.raises(ValueError, match="something else than a run; choose another"):
+            with pytest.raises(ValueError, match="is not a run folder"):
                 claim(config)
         assert foreign.read_text() == "mine" and not (folder / ".lock").exists()
         foreign.unlink()
 
 
-def test_a_claim_that_was_killed_is_not_taken_for_a_run_and_leaves_nothing_when_repeated(config, monkeypatch):
+def test_a_killed_claim_is_not_taken_for_a_run_and_a_repeated_one_cleans_up(config, monkeypatch):
     def killed(part, file):
         os.link(part, f"{part}.kept")  # what a kill leaves, which no `finally` takes away
         raise OSError("killed")
@@ -122,8 +123,14 @@ def test_a_second_run_in_the_folder_is_refused_by_name_while_the_first_one_lasts
         patched.setattr(runs, "fit", meanwhile)
         train(config)
     assert len(refused) == 1
-    monkeypatch.setattr(runs, "fit", lambda *arguments, **settings: "ended")
-    assert [train(config), train(config)] == ["ended", "ended"]
+
+    def ended(*arguments):
+        raise RuntimeError("the first one has ended")
+
+    for _ in range(2):
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="the first one has ended"):
+            patched.setattr(runs, "fit", ended)
+            train(config)
 
 
 def test_a_tenant_of_a_run_is_not_trained_alone_while_that_run_lasts(folder, tmp_path, monkeypatch):
@@ -139,7 +146,7 @@ def test_a_tenant_of_a_run_is_not_trained_alone_while_that_run_lasts(folder, tmp
             refused.append(again)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tenant_runs, "fit_tenants", meanwhile)
+    monkeypatch.setattr(runs, "fit", meanwhile)
     with pytest.raises(KeyboardInterrupt):
         train_tenants(many)
     assert len(refused) == 2
@@ -147,7 +154,7 @@ def test_a_tenant_of_a_run_is_not_trained_alone_while_that_run_lasts(folder, tmp
 
 def test_the_lock_of_a_killed_process_is_gone(config):
     code = (
-        "import sys, time; from para_jax.config import load_config; from para_jax.run_folder import locked_folder\n"
+        "import sys, time; from para_jax.config import load_config; from para_jax.runs.folder import locked_folder\n"
         "config = load_config(None, ['output_dir=' + sys.argv[1]])\n"
         "with locked_folder(config): print('locked', flush=True), time.sleep(60)"
     )
@@ -176,32 +183,39 @@ def test_a_file_system_without_locks_is_said_and_does_not_stop_a_run(config, mon
 # -------------------------------------------------------------------------------------------------------- what it is of
 
 
+def tenant(examples, validation=None, test=None, name=""):
+    """A tenant with only what a digest is of."""
+    data, order = SimpleNamespace(examples=examples), SimpleNamespace()
+    return Tenant(name, RunConfig(), data, order, validation, test)
+
+
 def test_a_digest_is_of_content_and_not_of_places_or_of_fields_that_are_as_ever(config, folder, tmp_path):
     examples = [([1, 2], [3]), ([4], [5, 6])]
-    found = run_digests(config, "b", [(examples, None, None)])
+    found = run_digests(config, "b", [tenant(examples)])
     moved = replace(config, data=replace(config.data, train="elsewhere"), output_dir="other")
     accepting = replace(moved, data=replace(moved.data, changed="accept"))
-    longer = replace(accepting, train=replace(config.train, max_steps=100))
-    assert run_digests(longer, "b", [(examples, None, None)]) == found
-    assert run_digests(replace(config, seed=1), "b", [(examples, None, None)])["config"] != found["config"]
+    longer = replace(accepting, train=replace(config.train, max_steps=100, num_epochs=9.0))
+    assert run_digests(longer, "b", [tenant(examples)]) == found
+    assert run_digests(replace(config, seed=1), "b", [tenant(examples)])["config"] != found["config"]
     shifted = [([1], [2, 3]), ([4], [5, 6])]
-    assert run_digests(config, "b", [(shifted, None, None)])["data"] != found["data"]
-    assert run_digests(config, "c", [(examples, None, None)])["backbone"] != found["backbone"]
+    assert run_digests(config, "b", [tenant(shifted)])["data"] != found["data"]
+    assert run_digests(config, "c", [tenant(examples)])["backbone"] != found["backbone"]
 
 
 def test_a_digest_says_which_part_of_the_data_is_another(config):
     task, other = (EvalTask("test", [Record("p", c, (c,), None, "file:1")], "accuracy", ("x", "y")) for c in "xy")
     examples = [([1, 2], [3]), ([4], [5, 6])]
-    found = run_digests(config, "b", [(examples, task, task)])
+    found = run_digests(config, "b", [tenant(examples, task, task)])
     assert [found[f"{part} data"].split()[0] for part in ("training", "validation", "test")] == ["2", "1", "1"]
 
     def changed(*data):
-        return changed_data(found, run_digests(config, "b", [data]))
+        return changed_data(found, run_digests(config, "b", [tenant(*data)]))
 
     assert changed(examples, task, task) == []
     assert changed(examples[:1], task, task) == ["training data"]
     assert changed(examples, other, task) == ["validation data"]
     assert changed(examples, task, None) == ["test data"]
     assert changed(examples, task._replace(choices=("x", "z")), task) == ["validation data"]  # others to choose from
-    two = [run_digests(config, "b", [(examples, t, None)] * 2, ["acme", "globex"]) for t in (task, other)]
+    names = "acme", "globex"
+    two = [run_digests(config, "b", [tenant(examples, t, name=name) for name in names]) for t in (task, other)]
     assert changed_data(*two) == ["validation data of acme", "validation data of globex"]

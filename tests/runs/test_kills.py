@@ -135,7 +135,7 @@ def killed_run(folder: Path, output: str, kills: int, seed: int) -> list[str]:
 
 
 @pytest.mark.long
-def test_a_run_that_is_killed_in_every_phase_and_then_stopped_ends_as_one_that_was_not(folder, unkilled):
+def test_a_run_killed_in_every_phase_and_then_stopped_ends_as_an_undisturbed_one(folder, unkilled):
     """SIGTERM exits with 0 and one line that says how to resume."""
     killed_run(folder, "killed", kills=4, seed=0)
     child = start(folder, "killed", LINGER)

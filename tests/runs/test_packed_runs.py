@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 from stopped_run import assert_same_arrays, interrupt
-from tiny_run import metrics, run_config, run_folder, tokenizer
+from tiny_run import metrics, run_config, run_folder
 
 from para_jax import init_adapter, load_backbone, make_mesh, train
 from para_jax.data.batches import Bucket, collate
-from para_jax.runs.train import plan_work
+from para_jax.runs.tenants import read_inputs
+from para_jax.training.passes import lay_out
 from para_jax.training.step import eval_nll
 
 PACKED = ("data.packing=true", "data.max_seq_length=32", "train.per_device_batch_size=4", "adapter.summary=raw")
@@ -35,10 +36,11 @@ def losses(config, name="loss"):
 
 def test_a_packed_step_has_the_mean_loss_of_its_examples_completion_tokens(whole):
     config, _ = whole
-    work = plan_work(config, tokenizer(), make_mesh())
-    _, batch, tokens = work.batch(0)
-    _, chosen = work.plan.batch_indices(0)
-    examples = [work.data.examples[i] for i in chosen]
+    layout = lay_out(config, make_mesh())
+    _, (tenant,), (shape,) = read_inputs(config, layout)
+    batch, tokens = tenant.order.batch(0, shape, layout.tenant_rows)
+    _, chosen = tenant.order.plan.batch_indices(0)
+    examples = [tenant.data.examples[i] for i in chosen]
     assert len(examples) > batch.tokens.shape[0] and tokens == sum(map(len, sum(examples, ())))
     model = load_backbone(config.backbone.source)
     fresh = init_adapter(config.adapter, model.config, seed=config.seed)
@@ -73,6 +75,9 @@ def test_a_packed_run_in_passes_over_a_mesh_equals_one_device(whole, folder, tmp
 
 def test_a_packed_run_says_how_full_its_rows_are(folder, capsys):
     config = run_config(folder, *PACKED)
-    work = plan_work(config, tokenizer(), make_mesh())
+    _, (tenant,), _ = read_inputs(config, lay_out(config, make_mesh()))
     said = capsys.readouterr().err
-    assert f"packed 20 examples into {len(work.plan.packed)} rows of 32 tokens, at most" in said and "padding" in said
+    assert (
+        f"packed 20 examples into {len(tenant.order.plan.packed)} rows of 32 tokens, at most" in said
+        and "padding" in said
+    )

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,16 +14,29 @@ import numpy as np
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows, write_tenants
 
-from para_jax import load_adapter, load_backbone, load_model_config, train, train_tenants
+from para_jax import (
+    Ia3Config,
+    LoraConfig,
+    load_adapter,
+    load_backbone,
+    load_model_config,
+    make_mesh,
+    train,
+    train_tenants,
+)
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
 from para_jax.evaluation.evaluate import evaluate_task, task_of_run
+from para_jax.evaluation.tenants import Tasks
 from para_jax.inspect import folder_report
-from para_jax.runs import tenants as tenant_runs
-from para_jax.runs import train as runs
+from para_jax.runs.folder import claim_folders
+from para_jax.runs.judge import Judge
+from para_jax.runs.tenants import read_inputs
+from para_jax.training import statistics
 from para_jax.training.log import TIMES
-from para_jax.training.stop import Stopped
-from para_jax.training.tenants import tenants_step
+from para_jax.training.passes import lay_out
+from para_jax.training.step import train_step
+from para_jax.training.stop import Stopped, StopSignal
 
 SIZES = {"acme": 20, "globex": 9, "initech": 12}
 
@@ -46,7 +60,7 @@ def tenants_config(folder, output, *overrides):
 def few_statistics():
     """The statistics are of 8 examples, so that it matters which."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(runs, "STATISTICS_EXAMPLES", 8)
+        patched.setattr(statistics, "STATISTICS_EXAMPLES", 8)
         yield
 
 
@@ -119,7 +133,7 @@ def test_inspect_lists_the_tenants_with_their_scores(whole, folder, tmp_path):
         assert row.split()[:5] == [name, str(SIZES[name]), str(entry["steps"]), str(entry["best_step"]), best]
     assert "train loss" not in said and "acme" in folder_report(result.output_dir / "acme")
     config = tenants_config(folder, tmp_path / "run")
-    tenant_runs.claim_tenants(config, tenant_runs.read_tenants(config)[1])
+    claim_folders(config, read_inputs(config, lay_out(config, make_mesh(), 3)).tenants)
     assert "no tenant has ended yet" in folder_report(tmp_path / "run")
 
 
@@ -184,7 +198,7 @@ def test_tenants_that_wait_for_a_place_learn_the_same_also_after_stops(whole, fo
         np.testing.assert_allclose(*losses, rtol=1e-3)
     stopped = tenants_config(folder, tmp_path / "stopped", "train.tenants_at_once=1", "eval.test=true")
     for at in (6, 10):  # in the middle of the first, and before it has left its place
-        monkeypatch.setattr(tenant_runs.StopSignal, "reached", lambda self, step, at=at: step == at)
+        monkeypatch.setattr(StopSignal, "reached", lambda self, step, at=at: step == at)
         with pytest.raises(Stopped):
             train_tenants(stopped)
         monkeypatch.undo()
@@ -194,8 +208,8 @@ def test_tenants_that_wait_for_a_place_learn_the_same_also_after_stops(whole, fo
 
 def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_path, monkeypatch):
     """The best one takes the last one's place in the stack, and a stop saves the stack as it is then."""
-    real, finish = tenant_runs.TenantsLoop.evaluate, tenant_runs.TenantsLoop.finish
-    scores = tenant_runs.Tasks.scores
+    real, finish = Judge.evaluate, Judge.finish
+    scores = Tasks.scores
 
     def gets_no_better(self, state, standing, due):
         if max(standing.steps) <= 3:
@@ -208,7 +222,7 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
         options = "eval.test=true", "train.max_steps=9", "train.sampling=uniform"
         return train_tenants(tenants_config(folder, tmp_path / name, *options))
 
-    monkeypatch.setattr(tenant_runs.TenantsLoop, "evaluate", gets_no_better)
+    monkeypatch.setattr(Judge, "evaluate", gets_no_better)
     found = run("run")
     assert [found.tenants[name]["best_step"] for name in SIZES] == [3, 3, 9]
     task = task_of_run(load_config(tmp_path / "run" / "acme" / "config.yaml"), "test", tokenizer())
@@ -222,11 +236,11 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
 
     def ends(self, state, standing, tenant, why):
         if self.tenants[tenant].name == "acme":
-            patched.setattr(tenant_runs.Tasks, "scores", stopped)
+            patched.setattr(Tasks, "scores", stopped)
         return finish(self, state, standing, tenant, why)
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(tenant_runs.TenantsLoop, "finish", ends)
+        patched.setattr(Judge, "finish", ends)
         run("stopped")
     run("stopped")
     assert all_that_stays(tmp_path / "stopped") == all_that_stays(tmp_path / "run")
@@ -236,18 +250,18 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
 
 
 def test_who_ends_early_leaves_the_batch_to_the_others_without_a_compilation(folder, tmp_path, monkeypatch, capfd):
-    real = tenant_runs.TenantsLoop.evaluate
+    real = Judge.evaluate
 
     def globex_gets_no_better(self, state, standing, due):
         standing = real(self, state, standing, due)
         tenant = standing.names.index("globex")
         return standing.changed(tenant, since_best=standing.evaluated[tenant])
 
-    monkeypatch.setattr(tenant_runs.TenantsLoop, "evaluate", globex_gets_no_better)
+    monkeypatch.setattr(Judge, "evaluate", globex_gets_no_better)
     config = tenants_config(folder, tmp_path / "run", "eval.patience=3", "train.max_steps=9", "train.sampling=uniform")
-    before = tenants_step._cache_size()
+    before = train_step._cache_size()
     found = train_tenants(config)
-    assert tenants_step._cache_size() - before <= 1
+    assert train_step._cache_size() - before <= 1
     said = capfd.readouterr().err
     assert {n: (e["steps"], e["ended"]) for n, e in found.tenants.items()} == {
         "acme": (9, "done"), "globex": (3, "patience"), "initech": (9, "done"),
@@ -317,8 +331,8 @@ def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
 @pytest.mark.parametrize("at", [1, 4, 7, 10])  # after the last of them a tenant has done its last step
 def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(at, whole, folder, tmp_path, monkeypatch):
     config = tenants_config(folder, tmp_path / "run", "eval.test=true", "checkpoint.every=2")
-    real = tenant_runs.StopSignal.reached
-    monkeypatch.setattr(tenant_runs.StopSignal, "reached", lambda self, step: step == at or real(self, step))
+    real = StopSignal.reached
+    monkeypatch.setattr(StopSignal, "reached", lambda self, step: step == at or real(self, step))
     with pytest.raises(Stopped):
         train_tenants(config)
     monkeypatch.undo()
@@ -330,22 +344,22 @@ def test_a_run_goes_on_with_one_tenants_other_data_only_if_told_to(whole, folder
     shutil.copytree(folder / "tenants", tmp_path / "tenants")
     options = f"data.tenants={tmp_path / 'tenants'}", "eval.test=true", "checkpoint.every=2"
     config = tenants_config(folder, tmp_path / "run", *options)
-    real = tenant_runs.StopSignal.reached
+    real = StopSignal.reached
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(tenant_runs.StopSignal, "reached", lambda self, step: step == 7 or real(self, step))
+        patched.setattr(StopSignal, "reached", lambda self, step: step == 7 or real(self, step))
         train_tenants(config)
     write_rows(tmp_path / "tenants" / "acme" / "validation.jsonl", rows_of_text(4, seed=7))
     with pytest.raises(ValueError, match="other validation data of acme .6 examples there, 4 here.; data.changed"):
         train_tenants(config)
     kept, rescored = adapter_of(config, "acme"), []
-    real_scores = tenant_runs.Tasks.scores
+    real_scores = Tasks.scores
 
     def scores(self, stack, slots):
         found = real_scores(self, stack, slots)
         rescored.append((stack.adapters, slots, found))
         return found
 
-    monkeypatch.setattr(tenant_runs.Tasks, "scores", scores)
+    monkeypatch.setattr(Tasks, "scores", scores)
     result = train_tenants(tenants_config(folder, tmp_path / "run", *options, "data.changed=accept"))
     asked = [one for one in rescored if one[1]]  # the kept adapter of acme first, and of nobody else
     assert asked[0][1] == {0: 0} and list(asked[0][2]) == [0]
@@ -366,7 +380,7 @@ def test_a_run_stopped_at_its_very_end_logs_nothing_twice_when_started_again(who
     """Nothing is saved after its endings, which come anew each time: they must not be logged twice."""
     last = max(row["step"] for row in metrics(whole[1].output_dir))
     config = tenants_config(folder, tmp_path / "run", "eval.test=true", "checkpoint.every=2")
-    monkeypatch.setattr(tenant_runs.StopSignal, "reached", lambda self, step: step == last)
+    monkeypatch.setattr(StopSignal, "reached", lambda self, step: step == last)
     with pytest.raises(Stopped):
         train_tenants(config)
     monkeypatch.undo()
@@ -381,7 +395,7 @@ def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folde
     for at in (None, 2, 3):
         config = sweep_config(folder, tmp_path / str(at), rates, "eval.every=4", "checkpoint.every=100")
         if at:
-            monkeypatch.setattr(tenant_runs.StopSignal, "reached", lambda self, step, at=at: step == at)
+            monkeypatch.setattr(StopSignal, "reached", lambda self, step, at=at: step == at)
             with pytest.raises(Stopped):
                 train_tenants(config)
             monkeypatch.undo()
@@ -390,6 +404,85 @@ def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folde
         ends.append([(weights_of(to, p.name), metrics(p)) for p in sorted(to.glob("learning_rate-0*"))])
         ends[-1].append(metrics(to))  # who was in which batch, too
     assert ends[0] == ends[1] == ends[2] and len(ends[0]) == len(rates.split(","))
+
+
+@pytest.mark.parametrize("at_once", ["null", "1"])
+def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(at_once, folder, tmp_path):
+    """Also where a tenant's slot was given to another one after its end."""
+    own = (
+        f"train.tenants_at_once={at_once}",
+        "train.schedule=constant",
+        "train.warmup_ratio=0",
+        "train.sampling=uniform",
+    )
+    short, long = ([*own, "eval.test=true", f"train.max_steps={steps}"] for steps in (3, 6))
+    first = train_tenants(tenants_config(folder, tmp_path / "run", *short))
+    assert {entry["steps"] for entry in first.tenants.values()} == {3}
+    found = train_tenants(tenants_config(folder, tmp_path / "run", *long))
+    expected = train_tenants(tenants_config(folder, tmp_path / "long", *long))
+    assert {entry["steps"] for entry in found.tenants.values()} == {6}
+    for name in SIZES:
+        assert weights_of(tmp_path / "run", name) == weights_of(tmp_path / "long", name)
+        assert metrics(tmp_path / "run" / name) == metrics(tmp_path / "long" / name)
+        assert found.tenants[name] == expected.tenants[name]
+    with pytest.raises(ValueError, match="train.max_steps: .*3 steps of acme.* has done 6"):
+        train_tenants(tenants_config(folder, tmp_path / "run", *short))
+
+
+def test_more_epochs_make_a_sweep_longer(folder, tmp_path):
+    options = "train.max_steps=null", "train.schedule=constant", "train.warmup_ratio=0"
+    once = sweep_config(folder, tmp_path / "run", "0.03, 0.01", *options, "train.num_epochs=1")
+    assert {entry["steps"] for entry in train_tenants(once).tenants.values()} == {5}
+    twice = sweep_config(folder, tmp_path / "run", "0.03, 0.01", *options, "train.num_epochs=2")
+    found = train_tenants(twice)
+    train_tenants(sweep_config(folder, tmp_path / "long", "0.03, 0.01", *options, "train.num_epochs=2"))
+    assert {entry["steps"] for entry in found.tenants.values()} == {10}
+    for name in found.tenants:
+        assert weights_of(tmp_path / "run", name) == weights_of(tmp_path / "long", name)
+        losses = [[row["loss"] for row in metrics(tmp_path / to / name) if "loss" in row] for to in ("run", "long")]
+        assert losses[0] == losses[1] and len(losses[0]) == 10
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("method", ["para", "lora", "ia3"])
+def test_packed_tenants_learn_what_packed_runs_of_them_alone_learn(method, folder, tmp_path):
+    packed = "data.packing=true", "data.max_seq_length=32", "adapter.summary=raw", "train.max_steps=3"
+    if method != "para":
+        packed = *packed[:2], packed[3], f"adapter.method={method}", *(["adapter.r=4"] if method == "lora" else [])
+    found = train_tenants(of_method(tenants_config, folder, tmp_path / "run", *packed))
+    assert {entry["steps"] for entry in found.tenants.values()} == {3}
+    alone = f"data.train={folder / 'tenants' / 'acme'}", "train.per_device_batch_size=4"
+    train(of_method(lambda folder, output, *more: run_config(folder, f"output_dir={output}", *more), folder,
+                    tmp_path / "alone", *packed, *alone))  # fmt: skip
+    for name in ("loss", "grad_norm", "tokens"):
+        ours, theirs = (
+            [row[name] for row in metrics(to) if name in row] for to in (tmp_path / "run" / "acme", tmp_path / "alone")
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4)
+        assert len(ours) == 3
+
+
+def of_method(make, folder, output, *overrides):
+    """The config with the method's own fields: those of PARA that tiny_run sets are left out."""
+    if any(one.startswith("adapter.method=") for one in overrides):
+        config = make(folder, output, *[one for one in overrides if not one.startswith("adapter.")])
+        method = next(one.partition("=")[2] for one in overrides if one.startswith("adapter.method="))
+        return replace(config, adapter=LoraConfig(r=4) if method == "lora" else Ia3Config())
+    return make(folder, output, *overrides)
+
+
+def test_a_packed_sweep_resumes_with_its_bits(folder, tmp_path, monkeypatch):
+    packed = "data.packing=true", "data.max_seq_length=32", "adapter.summary=raw"
+    whole = train_tenants(sweep_config(folder, tmp_path / "whole", "0.03, 0.01", *packed))
+    cut = sweep_config(folder, tmp_path / "cut", "0.03, 0.01", *packed)
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(StopSignal, "reached", lambda self, step: step == 3)
+        train_tenants(cut)
+    assert train_tenants(cut).tenants == whole.tenants
+    for name in whole.tenants:
+        assert weights_of(tmp_path / "cut", name) == weights_of(tmp_path / "whole", name)
 
 
 # --------------------------------------------------------------------------------------------------------------- meshes
@@ -417,10 +510,6 @@ def test_a_folder_that_holds_other_tenants_is_refused(whole, folder, tmp_path):
             train_tenants(config)
     finally:
         (folder / "tenants" / "newcomer.jsonl").unlink()
-    for override, named in (("train.num_epochs=3", "train.num_epochs"), ("train.max_steps=9", "train.max_steps")):
-        longer = tenants_config(folder, result.output_dir, "eval.test=true", "checkpoint.every=2", override)
-        with pytest.raises(ValueError, match=f"holds another run.*{named}"):
-            train_tenants(longer)
     assert all_that_stays(result.output_dir) == before
 
 
@@ -432,7 +521,6 @@ def test_a_folder_that_holds_other_tenants_is_refused(whole, folder, tmp_path):
         ("train.tenants_at_once=0", "train.tenants_at_once: 0"),
         ("train.sampling=often", "train.sampling: 'often'.*proportional, sqrt, uniform"),
         ("sweep.seed=[1, 2]", "sweep: .*beside data.tenants"),
-        ("data.packing=true", "data.packing: True .*beside data.tenants"),
     ],
 )
 def test_what_can_not_be_is_refused_in_one_line_before_anything_is_written(override, named, folder, tmp_path):

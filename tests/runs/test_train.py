@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import backbone
+from conftest import FIXTURES, backbone
 from flax import nnx
 from stopped_run import assert_same_arrays, interrupt
 from tensorflow_datasets.core.features import Text
@@ -44,14 +44,19 @@ from para_jax.data.records import load_records
 from para_jax.dry_run.hlo_counts import describe_program
 from para_jax.evaluation import likelihood as evaluation
 from para_jax.evaluation.evaluate import Score, task_of_run
+from para_jax.evaluation.tenants import Tasks
 from para_jax.inference import generate as generation
+from para_jax.inspect import folder_report
 from para_jax.roofline import matrix_weights
+from para_jax.runs import loop
 from para_jax.runs import train as runs
 from para_jax.runs.folder import claim_folder
-from para_jax.runs.train import places, require_judge, statistics_batches
+from para_jax.runs.loop import places
+from para_jax.runs.tenants import read_inputs, require_judge
 from para_jax.training.log import TIMES
-from para_jax.training.optimizer import make_schedule
-from para_jax.training.step import standardise
+from para_jax.training.optimizer import learning_rates
+from para_jax.training.passes import lay_out
+from para_jax.training.statistics import standardise, statistics_batches
 from para_jax.training.stop import Stopped
 
 
@@ -92,12 +97,20 @@ def scripted(monkeypatch, *values):
     """Makes the evaluations give these scores in turn, and gives back the adapters that were scored."""
     scored, left = [], list(values)
 
-    def evaluate_task(model, adapter, task, *rest):
-        scored.append(jax.tree.map(np.array, adapter))
-        return Score(task.name, "exact_match", left.pop(0), 1.0, 8)
+    def scores(tasks, stack, slots):
+        if not slots or not tasks.encoded:
+            return {}
+        scored.append(jax.tree.map(lambda leaf: np.array(leaf[0]), stack.adapters))
+        return {0: Score("validation", "exact_match", left.pop(0), 1.0, 8)}
 
-    monkeypatch.setattr(runs, "evaluate_task", evaluate_task)
+    monkeypatch.setattr(Tasks, "scores", scores)
     return scored
+
+
+def only_tenant(config, devices=1):
+    """What a run of one adapter trains."""
+    (tenant,) = read_inputs(config, lay_out(config, make_mesh(devices))).tenants
+    return tenant
 
 
 def kept_adapter(config):
@@ -126,7 +139,8 @@ def test_a_run_learns_and_leaves_its_folder(whole):
 def test_the_logged_learning_rate_is_the_schedules(whole):
     config, _ = whole
     logged = [row["learning_rate"] for row in metrics(config) if "loss" in row]
-    np.testing.assert_allclose(logged, [make_schedule(config.train, STEPS)(i) for i in range(STEPS)], rtol=1e-6)
+    rates = learning_rates([config.train], [STEPS])
+    np.testing.assert_allclose(logged, [rates.at(i, config.train.schedule)[0] for i in range(STEPS)], rtol=1e-6)
 
 
 def test_the_kept_adapter_scores_what_the_run_says(whole):
@@ -219,7 +233,7 @@ def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
 ):
     config = replace(config, eval=whole[0].eval)
     with monkeypatch.context() as patched, pytest.raises(raised):
-        at_call(patched, "train_step", 2, lambda *_: os.kill(os.getpid(), number))
+        at_call(patched, loop, "train_step", 2, lambda *_: os.kill(os.getpid(), number))
         train(config)
     assert checkpoints(config) == [2] and not (Path(config.output_dir) / "adapter").exists()
     said = capsys.readouterr().err.splitlines()[-1]
@@ -232,7 +246,7 @@ def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
 def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at, whole, config, monkeypatch):
     config = replace(config, eval=whole[0].eval)
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        at_call(patched, "evaluate_task", at, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patched, Tasks, "scores", at, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         train(config)  # evaluations: before training, after steps 3 and 6, after training
     assert checkpoints(config) == [[], [3], [3, 6], [3, 6]][at - 1]
     assert_ends_as(whole, config)
@@ -240,10 +254,10 @@ def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at
 
 def test_checkpoints_come_as_often_as_asked_and_the_newest_are_kept(whole, config, monkeypatch):
     config = replace(config, eval=whole[0].eval, checkpoint=CheckpointSection(every=2, keep=3))
-    calls, real = [], runs.save_checkpoint
-    monkeypatch.setattr(runs, "save_checkpoint", lambda *all: (real(*all), calls.append(all[2])))
+    calls, real = [], loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *all: (real(*all), calls.append(all[2])))
     train(config)
-    assert [(progress.step, progress.evaluated) for progress in calls] == [(2, 0), (4, 3), (6, 6)]
+    assert [(standing.step, standing.evaluated) for standing in calls] == [(2, [0]), (4, [3]), (6, [6])]
     assert checkpoints(config) == [2, 4, 6]
 
 
@@ -275,8 +289,8 @@ def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_saved(whole,
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-        save = runs.save_checkpoint
-        patched.setattr(runs, "save_checkpoint", full)
+        save = loop.save_checkpoint
+        patched.setattr(loop, "save_checkpoint", full)
         train(config)
     assert re.fullmatch(
         r"\S+/checkpoints: a checkpoint could not be saved \(File too large\); what was saved before is kept: make "
@@ -288,9 +302,9 @@ def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_saved(whole,
     assert_ends_as(whole, config)
 
 
-def at_call(monkeypatch, name, number, do):
-    """Makes the call with this number (from 1) of a function in runs do something with its arguments first."""
-    real, calls = getattr(runs, name), []
+def at_call(monkeypatch, where, name, number, do):
+    """Makes the call with this number (from 1) of a function do something with its arguments first."""
+    real, calls = getattr(where, name), []
 
     def calling(*arguments, **settings):
         calls.append(None)
@@ -298,7 +312,7 @@ def at_call(monkeypatch, name, number, do):
             do(*arguments)
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(runs, name, calling)
+    monkeypatch.setattr(where, name, calling)
 
 
 def assert_ends_as(whole, config):
@@ -329,10 +343,11 @@ def test_a_run_over_a_mesh_resumes_and_equals_one_device(whole, folder, tmp_path
 
 
 def test_a_longer_run_goes_on_and_the_config_says_so(config, monkeypatch):
-    def no_step(state, model, batch, **settings):
-        return state._replace(step=state.step + 1), {"loss": np.float32(1), "grad_norm": np.float32(1)}
+    def no_step(state, *arguments, **settings):
+        values = dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens", "finite"), np.ones(1, np.float32))
+        return state._replace(step=state.step + 1), values
 
-    monkeypatch.setattr(runs, "train_step", no_step)
+    monkeypatch.setattr(loop, "train_step", no_step)
     scripted(monkeypatch, 0.1, 0.2, 0.3)
     longer = replace(config, train=replace(config.train, max_steps=8))
     assert train(config).step == 6
@@ -340,7 +355,7 @@ def test_a_longer_run_goes_on_and_the_config_says_so(config, monkeypatch):
     assert (result.step, result.best_step, result.best_score) == (8, 8, 0.3)
     assert [row["step"] for row in metrics(config) if "loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert load_config(Path(config.output_dir) / "config.yaml") == longer
-    with pytest.raises(ValueError, match="train.max_steps: 6 is not possible; expected at least 8, the steps that"):
+    with pytest.raises(ValueError, match="train.max_steps: .*6 steps.* has done 8"):
         train(config)
 
 
@@ -374,7 +389,7 @@ def test_statistics_are_of_prompts_drawn_from_the_whole_file_by_the_seed():
     assert len(drawn(0)) == 64 and len(set(drawn(0).tolist())) > 32 and not np.array_equal(drawn(0), drawn(1))
 
 
-def test_a_token_that_the_backbone_has_not_is_named(config, folder, tmp_path):
+def test_a_token_that_the_backbone_lacks_is_named(config, folder, tmp_path):
     backbone = shutil.copytree(folder / "backbone", tmp_path / "grown")
     grown = deepcopy(tokenizer())
     grown.add_tokens(["<image>"])
@@ -445,9 +460,9 @@ def test_a_runs_log_counts_the_tokens_without_padding(config, monkeypatch):
     train(config)
     timed = [row for row in metrics(config) if "step_seconds" in row]
     assert [row["step"] for row in timed] == [2, 3, 4, 5, 6]  # the first one compiled
-    work = runs.plan_work(config, tokenizer(), make_mesh(1))
+    tenant = only_tenant(config)
     for row in timed:
-        examples = [work.data.examples[i] for i in work.plan.batch_indices(row["step"] - 1)[1]]
+        examples = [tenant.data.examples[i] for i in tenant.order.plan.batch_indices(row["step"] - 1)[1]]
         tokens = sum(len(prompt) + len(completion) for prompt, completion in examples)
         assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(tokens, rel=2e-3)
         flops = 4 * matrix_weights(load_model_config(config.backbone.source)) * tokens
@@ -456,12 +471,12 @@ def test_a_runs_log_counts_the_tokens_without_padding(config, monkeypatch):
 
 
 def test_a_step_is_dispatched_before_the_values_of_the_one_before_are_read(config, monkeypatch):
-    real_step, real_log, order = runs.train_step, runs.Loop.log_values, []
-    monkeypatch.setattr(runs, "train_step", lambda *all, **more: (order.append("step"), real_step(*all, **more))[1])
+    real_step, real_read, order = loop.train_step, loop.Loop.read, []
+    monkeypatch.setattr(loop, "train_step", lambda *all, **more: (order.append("step"), real_step(*all, **more))[1])
     monkeypatch.setattr(
-        runs.Loop,
-        "log_values",
-        lambda self, done, bar: (done and order.append(done.step), real_log(self, done, bar))[1],
+        loop.Loop,
+        "read",
+        lambda self, coming, *more: (coming and order.append(coming.done.step), real_read(self, coming, *more))[1],
     )
     train(replace(config, eval=replace(config.eval, every=100)))
     assert order == ["step", "step", 1, "step", 2, "step", 3, "step", 4, "step", 5, 6]
@@ -611,21 +626,38 @@ def test_scores_of_two_validation_sets_are_never_compared(again, best, config, t
     assert f"Trained for {best[1]} steps" in card and f"exact_match: {best[0]:.4f}" in card
 
 
+def test_a_run_of_an_earlier_version_loads_and_is_not_resumed(folder, tmp_path):
+    """tests/fixtures/old_run: two steps, of which the first was the best, in the form of 0.1's first checkpoints."""
+    old = Path(shutil.copytree(FIXTURES / "old_run", tmp_path / "run"))
+    file = old / "config.yaml"
+    file.write_text(file.read_text().replace("FOLDER/run", str(old)).replace("FOLDER", str(folder)))
+    config = load_config(file)
+    kept = load_adapter(old / "adapter", load_model_config(config.backbone.source))
+    task = task_of_run(config, "validation", tokenizer())
+    report = evaluate(load_backbone(config.backbone.source), kept, [task], tokenizer=tokenizer())
+    scored = [row["validation_loss"] for row in metrics(config) if "validation_loss" in row]
+    assert report.scores[0].loss == pytest.approx(scored[0], abs=1e-5)
+    assert "step 1" in folder_report(old) and "para" in folder_report(old).lower()
+    before = contents(old / "checkpoints")
+    with pytest.raises(ValueError, match="checkpoints/2: .*earlier version.*output_dir") as error:
+        train(replace(config, train=replace(config.train, max_steps=4)))
+    assert "\n" not in str(error.value) and contents(old / "checkpoints") == before
+
+
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_a_loss_or_gradient_that_is_not_finite_names_the_step_and_its_examples(name, whole, config, monkeypatch):
     config = replace(config, eval=whole[0].eval)
-    real = runs.train_step
+    real = loop.train_step
 
     def broken(state, *arguments, **settings):
         state, values = real(state, *arguments, **settings)
-        return state, values | ({name: np.float32(np.nan)} if int(state.step) == 2 else {})
+        return state, values | ({name: np.full(1, np.nan)} if int(state.step[0]) == 2 else {})
 
-    monkeypatch.setattr(runs, "train_step", broken)
-    work = runs.plan_work(config, tokenizer(), make_mesh(1))
-    lines = ", ".join(str(i + 1) for i in sorted(work.plan.batch_indices(1)[1]))
+    monkeypatch.setattr(loop, "train_step", broken)
+    lines = ", ".join(str(i + 1) for i in sorted(only_tenant(config).order.plan.batch_indices(1)[1]))
     said = f"step 2: the {name} is nan on {config.data.train}/train.jsonl:{lines}; look at these examples"
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         train(config)
@@ -635,15 +667,15 @@ def test_a_loss_or_gradient_that_is_not_finite_names_the_step_and_its_examples(n
     assert_same_arrays(train(config).adapter, whole[1].adapter)  # nothing of it was saved
 
 
-def test_the_last_good_checkpoint_is_left_where_the_loss_is_not_finite_at_a_step_that_saves(config, monkeypatch):
+def test_a_non_finite_loss_at_a_step_that_saves_leaves_the_last_good_checkpoint(config, monkeypatch):
     config = replace(config, checkpoint=replace(config.checkpoint, every=1))
-    real = runs.train_step
+    real = loop.train_step
 
     def broken(state, *arguments, **settings):
         state, values = real(state, *arguments, **settings)
-        return state, values | ({"loss": np.float32(np.inf)} if int(state.step) == 5 else {})
+        return state, values | ({"loss": np.full(1, np.inf)} if int(state.step[0]) == 5 else {})
 
-    monkeypatch.setattr(runs, "train_step", broken)
+    monkeypatch.setattr(loop, "train_step", broken)
     with pytest.raises(ValueError, match="step 5: the loss is inf"):
         train(config)
     assert checkpoints(config) == [3, 4]
@@ -655,9 +687,11 @@ def test_places_name_a_file_once():
 
 def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, monkeypatch):
     losses = [1.0, float("nan")]
-    monkeypatch.setattr(
-        runs, "evaluate_task", lambda model, adapter, task, *rest: Score("validation", "loss", -1, losses.pop(0), 8)
-    )
+
+    def scores(tasks, stack, slots):
+        return {0: Score("validation", "loss", -1, losses.pop(0), 8)} if tasks.encoded and slots else {}
+
+    monkeypatch.setattr(Tasks, "scores", scores)
     with pytest.raises(ValueError, match="step 6: the validation loss is nan"):
         train(config)
     assert "Trained for 3 steps" in (Path(config.output_dir) / "adapter" / "README.md").read_text()
@@ -704,15 +738,14 @@ def test_wandb_that_is_not_installed_gives_one_line(config, monkeypatch):
 
 def test_long_examples_are_counted_and_reported(folder, capsys):
     config = run_config(folder, "data.max_seq_length=12", "data.truncate=left")
-    work = runs.plan_work(config, tokenizer(), make_mesh(2))
+    examples = only_tenant(config, devices=2).data.examples
     assert "20 examples, 8 of them too long and cut from the left" in capsys.readouterr().err
-    assert max(len(e.prompt_ids) + len(e.completion_ids) for e in work.data.examples) == 12
+    assert max(len(e.prompt_ids) + len(e.completion_ids) for e in examples) == 12
 
 
 def test_a_run_reads_all_its_data_as_often_as_asked(folder):
     config = run_config(folder, "train.max_steps=null", "train.num_epochs=1.5", "train.gradient_accumulation_steps=2")
-    work = runs.plan_work(
-        replace(config, train=replace(config.train, per_device_batch_size=1)), tokenizer(), make_mesh(2)
-    )
-    assert (work.rows, work.passes) == (2, 2) and work.total_steps == 8  # 20 examples are 5 steps of 4
-    assert sorted(i for step in range(5) for i in work.plan.batch_indices(step)[1]) == [*range(20)]
+    config = replace(config, train=replace(config.train, per_device_batch_size=1))
+    layout, order = lay_out(config, make_mesh(2)), only_tenant(config, devices=2).order
+    assert (layout.rows, layout.passes) == (2, 2) and order.total_steps == 8  # 20 examples are 5 steps of 4
+    assert sorted(i for step in range(5) for i in order.plan.batch_indices(step)[1]) == [*range(20)]

@@ -13,7 +13,8 @@ from para_jax.backbone.load import abstract_backbone
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
 from para_jax.data.packing import Packed
-from para_jax.training.step import init_state, train_step
+from para_jax.training.optimizer import learning_rates
+from para_jax.training.step import state_of_one, train_step
 
 KINDS = [
     pytest.param(family, adapter, packed, id=f"{family}, {type(adapter).__name__}, {packed=}")
@@ -34,11 +35,12 @@ def arguments(family, adapter_config, packed, layers):
     )
     model = abstract_backbone(config, jnp.float32, None, layout="stacked")
     train = TrainSection()
-    state = jax.eval_shape(lambda: init_state(init_adapter(adapter_config, config), train, 10))
+    state = jax.eval_shape(lambda: state_of_one(init_adapter(adapter_config, config), train))
     whole, one = (2, 2, 16), (2, 2)
     shapes = (whole, whole, (*one, 3), (*one, 3), (*one, 3), (*one, 8)) if packed else (whole, one, one)
     batch = (Packed if packed else Batch)(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
-    return (state, model, batch), dict(completion=8, config=train, total_steps=10)
+    index = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    return (state, model, batch, index, learning_rates([train], [10])), dict(completion=8, config=train)
 
 
 def equations(jaxpr) -> int:

@@ -13,8 +13,8 @@ from para_jax.config import SITES, load_config
 from para_jax.dry_run.topology import CHIP_GIB
 from para_jax.roofline import matrix_weights, peak_rate
 from para_jax.training import log
-from para_jax.training.checkpoint import Progress
 from para_jax.training.log import TIMES, Done, Log
+from para_jax.training.metrics_file import Reached
 
 VALUES = {"loss": 2.0, "grad_norm": 1.0}
 
@@ -115,7 +115,7 @@ def test_a_new_run_drops_the_log_even_if_it_is_unreadable(tmp_path):
 def test_a_resumed_run_refuses_a_foreign_log_and_leaves_it_unchanged(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n5\n')
     with pytest.raises(ValueError, match="metrics.jsonl:2: '5'"):
-        opened(tmp_path, Progress(1, None, 0, 0))
+        opened(tmp_path, Reached(1, 0))
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n5\n'
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 

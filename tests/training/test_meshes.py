@@ -11,6 +11,7 @@ import optax
 import pytest
 from conftest import strong
 from jax.sharding import AbstractMesh, AxisType
+from one_adapter import fresh_state, only, trained_step
 from tiny_mesh import COMPLETION, CONFIG, LENGTH, ROWS, model
 
 from para_jax import (
@@ -27,7 +28,6 @@ from para_jax.backbone.load import abstract_backbone
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
 from para_jax.sharding import place, rows_over, tree_shardings
-from para_jax.training.step import init_state, train_step
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 #: Adam's first moment is then the gradient itself.
@@ -53,11 +53,11 @@ def loss_and_gradient(*sizes):
     mesh = make_mesh(*sizes)
     config = replace(TRAIN, per_device_batch_size=ROWS // (sizes[0] * sizes[1]))
     with jax.set_mesh(mesh):
-        state = init_state(place(adapters()[0], mesh, CONFIG), config, 10)
+        state = fresh_state(place(adapters()[0], mesh, CONFIG), config)
         over = jax.tree.map(lambda a: rows_over(a[None]), batch())
         on_mesh = place(model("stacked"), mesh, CONFIG)
-        state, values = train_step(state, on_mesh, over, completion=COMPLETION, config=config, total_steps=10)
-    gradient = optax.tree_utils.tree_get(state.optimizer, "mu")
+        state, values = trained_step(state, on_mesh, over, completion=COMPLETION, config=config, total_steps=10)
+    gradient = only(optax.tree_utils.tree_get(state.optimizer, "mu"))
     return float(values["loss"]), [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
 
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from para_jax.training.checkpoint import Progress
-from para_jax.training.metrics_file import Rows, kept_rows, read_metrics, write_metrics
+from para_jax.training.metrics_file import Reached, Rows, kept_rows, read_metrics, write_metrics
 
 ROWS = [{"step": 1, "loss": 2.5}, {"step": 2, "validation_loss": 3}]
 TEXT = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -66,6 +65,6 @@ def test_only_rows_that_will_be_written_again_are_dropped():
         {"step": 4, "test_after_loss": 2.0},
         {"step": 5, "loss": 2.0},
     ]
-    assert kept_rows([*kept, *again], Progress(4, None, 0, 0, evaluated=2)) == kept
-    assert kept_rows([*kept, *again], Progress(4, None, 0, 0, evaluated=4)) == [*kept, again[0]]
-    assert kept_rows([*kept, *again], Progress(4, None, 0, 0, evaluated=4), ended=True) == [*kept, *again[:2]]
+    assert kept_rows([*kept, *again], Reached(4, 2)) == kept
+    assert kept_rows([*kept, *again], Reached(4, 4)) == [*kept, again[0]]
+    assert kept_rows([*kept, *again], Reached(4, 4), ended=True) == [*kept, *again[:2]]

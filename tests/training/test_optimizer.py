@@ -12,15 +12,21 @@ from conftest import backbone, strong
 from para_jax import LoraConfig, ParaConfig, init_adapter
 from para_jax.adapters.adapter import AdapterParam, Statistic, is_variable, named_leaves
 from para_jax.config import TrainSection, allowed_values
-from para_jax.training.optimizer import make_optimizer, make_schedule, trained
+from para_jax.training.optimizer import learning_rates, make_direction, trained
 
 TRAIN = TrainSection(learning_rate=0.1, schedule="constant", warmup_ratio=0.0)
 ONE = {"a": AdapterParam(jnp.array([3.0, 4.0]))}
 
 
 def rates(total, **settings):
-    schedule = make_schedule(replace(TRAIN, **settings), total)
-    return np.array([schedule(step) for step in range(total)])
+    made = schedule(total, **settings)
+    return np.array([made(step) for step in range(total)])
+
+
+def schedule(total, **settings):
+    """The learning rate of the step with a number."""
+    section = replace(TRAIN, **settings)
+    return lambda step: learning_rates([section], [total]).at(step, section.schedule)[0]
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +53,14 @@ def test_the_constant_schedule_stays():
     np.testing.assert_allclose(rates(20), 0.1)
 
 
-def test_the_linear_schedule_falls_in_equal_parts_and_would_be_zero_after_the_last_step():
+def test_the_linear_schedule_falls_in_equal_parts_to_zero_after_the_last_step():
     np.testing.assert_allclose(rates(10, schedule="linear"), 0.1 * np.arange(10, 0, -1) / 10, rtol=1e-5)
-    made = make_schedule(replace(TRAIN, schedule="linear", warmup_ratio=0.2), 10)
+    made = schedule(10, schedule="linear", warmup_ratio=0.2)
     assert made(9) == pytest.approx(0.1 / 8) and made(10) == pytest.approx(0) and made(50) == 0
 
 
 def test_the_cosine_schedule_is_half_way_down_in_the_middle():
-    made = make_schedule(replace(TRAIN, schedule="cosine", warmup_ratio=0.2), 10)
+    made = schedule(10, schedule="cosine", warmup_ratio=0.2)
     assert made(6) == pytest.approx(0.05) and made(10) == pytest.approx(0, abs=1e-8)
     np.testing.assert_allclose(
         [made(s) for s in (3, 9)], [0.1 * (1 + np.cos(np.pi * x / 8)) / 2 for x in (1, 7)], rtol=1e-4
@@ -73,8 +79,9 @@ def test_runs_of_one_and_two_steps_have_finite_rates_above_zero(schedule, warmup
 
 
 def first_update(gradient, weights, **settings):
-    optimizer = make_optimizer(replace(TRAIN, **settings), 10)
-    return jax.jit(lambda g, w: optimizer.update(g, optimizer.init(w), w)[0])(gradient, weights)
+    direction = make_direction(replace(TRAIN, **settings))
+    update = jax.jit(lambda g, w: direction.update(g, direction.init(w), w)[0])(gradient, weights)
+    return jax.tree.map(lambda u: -TRAIN.learning_rate * u, update)
 
 
 def test_the_first_update_is_adamw_by_hand(adapter):
@@ -124,7 +131,7 @@ def test_the_matrices_that_lead_out_of_the_rank_may_move_faster(adapter):
 
 
 def test_betas_are_those_of_the_config():
-    optimizer = make_optimizer(replace(TRAIN, adam_b1=0.5, adam_b2=0.25, max_grad_norm=10.0), 10)
+    optimizer = make_direction(replace(TRAIN, adam_b1=0.5, adam_b2=0.25, max_grad_norm=10.0))
     _, state = optimizer.update(ONE, optimizer.init(ONE), ONE)
     np.testing.assert_allclose(optax.tree_utils.tree_get(state, "mu")["a"][...], [1.5, 2.0])
     np.testing.assert_allclose(optax.tree_utils.tree_get(state, "nu")["a"][...], [0.75 * 9, 0.75 * 16])

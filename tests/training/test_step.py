@@ -10,12 +10,14 @@ import numpy as np
 import optax
 import pytest
 from conftest import FIXTURES, prompts, strong
+from one_adapter import fresh_state, only, trained_step
 from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN
 
 from para_jax import init_adapter, load_backbone
 from para_jax.data.batches import Batch
 from para_jax.sharding import make_mesh, place, rows_over
-from para_jax.training.step import eval_nll, init_state, prompt_summaries, standardise, train_step
+from para_jax.training.statistics import prompt_summaries, standardise
+from para_jax.training.step import eval_nll
 
 ONE_DEVICE = (1, 1, 1)
 CONFIG = replace(TRAIN, per_device_batch_size=ROWS)
@@ -36,11 +38,6 @@ def adapter_values():
     return made
 
 
-def adapter():
-    """A copy of it, for a step donates what it is given."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), adapter_values())
-
-
 @cache
 def batch():
     """8 rows; the completions have 1 to 6 tokens."""
@@ -54,9 +51,9 @@ def step(given, passes=1, sizes=ONE_DEVICE, config=CONFIG, state=None, dtype="fl
     mesh = make_mesh(*sizes)
     model = model_on(sizes, dtype)
     with jax.set_mesh(mesh):
-        state = state or init_state(place(adapter(), mesh, model.config), config, STEPS)
+        state = state or fresh_state(place(adapter_values(), mesh, model.config), config)
         cut = jax.tree.map(lambda a: rows_over(np.asarray(a).reshape(passes, -1, *a.shape[1:])), given)
-        return train_step(state, model, cut, completion=COMPLETION, config=config, total_steps=STEPS)
+        return trained_step(state, model, cut, completion=COMPLETION, config=config, total_steps=STEPS)
 
 
 @cache
@@ -68,7 +65,7 @@ def assert_same_step(ours, theirs, atol):
     """Loss, gradient norm, first moments (the gradients) and the new weights agree."""
     for name in theirs[1]:
         np.testing.assert_allclose(ours[1][name], theirs[1][name], rtol=1e-5, atol=atol)
-    for tree in (lambda s: s.adapter, lambda s: optax.tree_utils.tree_get(s.optimizer, "mu")):
+    for tree in (lambda s: s.adapters, lambda s: optax.tree_utils.tree_get(s.optimizer, "mu")):
         for mine, other in zip(jax.tree.leaves(tree(ours[0])), jax.tree.leaves(tree(theirs[0])), strict=True):
             np.testing.assert_allclose(mine, other, atol=atol)
 
@@ -86,7 +83,7 @@ def test_the_loss_is_the_mean_over_tokens_and_not_over_rows():
 
 def test_the_gradient_is_that_of_the_mean_loss_by_central_differences():
     state, values = one_step()
-    gradient = optax.tree_utils.tree_get(state.optimizer, "mu")  # but for its size, which clipping changes
+    gradient = only(optax.tree_utils.tree_get(state.optimizer, "mu"))  # but for its size, which clipping changes
     size = optax.tree.norm(gradient)
 
     def loss(distance):
@@ -112,9 +109,9 @@ def test_the_state_is_donated_and_the_backbone_stays_as_it_was():
     model = model_on()
     before = jax.tree.map(np.asarray, model)
     with jax.set_mesh(make_mesh()):
-        state = init_state(place(adapter(), make_mesh(), model.config), CONFIG, STEPS)
+        state = fresh_state(place(adapter_values(), make_mesh(), model.config), CONFIG)
     step(batch(), state=state)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.adapter, state.optimizer)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.adapters, state.optimizer)))
     for mine, other in zip(jax.tree.leaves(model), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(mine, other)
 
@@ -122,15 +119,15 @@ def test_the_state_is_donated_and_the_backbone_stays_as_it_was():
 def test_the_optimiser_holds_two_moments_of_the_adapter_and_nothing_of_the_backbone():
     state, _ = one_step()
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
-    counters = sum(leaf.ndim == 0 for leaf in jax.tree.leaves(state.optimizer))
-    assert size(state.optimizer) == 2 * size(state.adapter) + counters
+    counters = sum(leaf.ndim == 1 for leaf in jax.tree.leaves(state.optimizer))
+    assert size(state.optimizer) == 2 * size(state.adapters) + counters
 
 
 def test_statistics_never_change_and_all_weights_do():
-    state, before = one_step()[0], adapter_values()
-    np.testing.assert_array_equal(state.adapter.mean[...], before.mean[...])
-    np.testing.assert_array_equal(state.adapter.scale[...], before.scale[...])
-    for old, new in [(before.down, state.adapter.down), *((up, state.adapter.up[s]) for s, up in before.up.items())]:
+    adapter, before = only(one_step()[0].adapters), adapter_values()
+    np.testing.assert_array_equal(adapter.mean[...], before.mean[...])
+    np.testing.assert_array_equal(adapter.scale[...], before.scale[...])
+    for old, new in [(before.down, adapter.down), *((up, adapter.up[s]) for s, up in before.up.items())]:
         assert (np.abs(np.asarray(new[...]) - np.asarray(old[...])).max(axis=(1, 2)) > 1e-4).all()  # in each layer
 
 
@@ -174,7 +171,7 @@ def test_a_mesh_equals_one_device(sizes):
 def test_a_bfloat16_backbone_trains_a_float32_adapter():
     state, values = step(batch(), dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model_on(dtype="bfloat16"))} == {"bfloat16"}
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapter)} == {"float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapters)} == {"float32"}
     np.testing.assert_allclose(values["loss"], one_step()[1]["loss"], rtol=2e-2)
     assert math.isfinite(values["grad_norm"])
 

@@ -16,7 +16,8 @@ from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
 from para_jax.dry_run.hlo_counts import collective_bytes
 from para_jax.sharding import place, place_tenants, rows_over, tenant_axes
-from para_jax.training.tenants import Settings, init_tenants, put_tenant, tenants_step
+from para_jax.training.optimizer import LearningRates
+from para_jax.training.step import init_state, put_tenant, train_step
 
 TENANTS = 8
 GROUPS = [3, 0, 6, 1]  # whose the batch's rows are, two each: on most meshes a group lies on two devices
@@ -29,7 +30,7 @@ def on_mesh(sizes, *, config=PARA, tenants=TENANTS):
     mesh = make_mesh(*sizes)
     made = [strong(init_adapter(config, CONFIG, seed=i % TENANTS), i % TENANTS, scale=0.5) for i in range(tenants)]
     with jax.set_mesh(mesh):
-        state = init_tenants(place_tenants(stack_adapters(made).adapters, mesh), TRAIN)
+        state = init_state(place_tenants(stack_adapters(made).adapters, mesh, CONFIG), TRAIN)
     return mesh, state, place(model("stacked"), mesh, CONFIG)
 
 
@@ -44,13 +45,13 @@ def given(mesh, groups, step=0, tenants=TENANTS):
     with jax.set_mesh(mesh):
         batch = jax.tree.map(lambda a: rows_over(a[None]), batch)
     rates = jnp.linspace(5e-3, 1e-2, tenants)
-    settings = Settings(rates, jnp.zeros(tenants, jnp.int32), jnp.full(tenants, 9, jnp.int32))
+    settings = LearningRates(rates, jnp.zeros(tenants, jnp.int32), jnp.full(tenants, 9, jnp.int32))
     return batch, np.array([groups], np.int32), settings
 
 
 def stepped(mesh, state, backbone, groups, step=0):
     with jax.set_mesh(mesh):
-        return tenants_step(state, backbone, *given(mesh, groups, step), completion=COMPLETION, config=TRAIN)
+        return train_step(state, backbone, *given(mesh, groups, step), completion=COMPLETION, config=TRAIN)
 
 
 @cache
@@ -119,7 +120,7 @@ def test_what_the_devices_send_does_not_grow_with_the_tenants_of_the_run(sizes):
         mesh, state, backbone = on_mesh(sizes, tenants=tenants)
         arguments = (state, backbone, *given(mesh, GROUPS, tenants=tenants))
         with jax.set_mesh(mesh):
-            step = tenants_step.lower(*arguments, completion=COMPLETION, config=TRAIN).compile()
+            step = train_step.lower(*arguments, completion=COMPLETION, config=TRAIN).compile()
         sent.append(sum(collective_bytes(step.as_text()).values()))
         whole.append(sum(leaf.nbytes for leaf in jax.tree.leaves(state.adapters)))
     reported = 4 * 4 + 1  # bytes of a tenant's values, which every device gets
@@ -153,5 +154,5 @@ SPREAD = [
 def test_tenants_that_the_devices_do_not_divide_are_spread_over_as_many_as_do(tenants, sizes, used):
     mesh = make_mesh(*sizes)
     assert prod(mesh.shape[axis] for axis in tenant_axes(tenants, mesh.shape)) == used
-    placed = place_tenants(jnp.zeros((tenants, 2, 3)), mesh)
+    placed = place_tenants(jnp.zeros((tenants, 2, 3)), mesh, CONFIG)
     assert placed.addressable_shards[0].data.nbytes == placed.nbytes // used

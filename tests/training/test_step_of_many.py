@@ -6,18 +6,19 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_adapter
 import optax
 import pytest
 from conftest import FIXTURES, prompts, strong
+from one_adapter import only, trained_step
 from tiny_run import COMPLETION, LENGTH, TRAIN
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, load_backbone, pick, stack_adapters
-from para_jax.adapters.groups import Groups, grouped, layers_first
+from para_jax.adapters.rows import Rows, group_of_tenant
 from para_jax.data.batches import Batch
 from para_jax.model import residual_stream
-from para_jax.training.optimizer import make_direction, make_optimizer, make_schedule
-from para_jax.training.step import init_state, train_step
-from para_jax.training.tenants import Settings, init_tenants, tenant_of, tenants_step
+from para_jax.training.optimizer import LearningRates, learning_rates
+from para_jax.training.step import init_state, tenant_of, train_step
 
 METHODS = [ParaConfig(r=4, summary="standardised"), LoraConfig(r=4), Ia3Config()]
 SOME_LAYERS = ParaConfig(r=4, summary="standardised", layers_to_transform=(0, 2))
@@ -43,7 +44,7 @@ def tenants(method):
 
 
 def fresh_state(method):
-    return init_tenants(stack_adapters(tenants(method)).adapters, CONFIG)
+    return init_state(stack_adapters(tenants(method)).adapters, CONFIG)
 
 
 def rows_of(tenant, step=0):
@@ -66,8 +67,8 @@ def mixed(groups, step=0):
 
 def stepped(state, batch, index, rates=RATES, config=CONFIG):
     warmup = np.zeros(3, np.int32)
-    settings = Settings(jnp.asarray(rates), jnp.asarray(warmup), jnp.asarray(TOTALS))
-    return tenants_step(state, model(), batch, index, settings, completion=COMPLETION, config=config)
+    given = batch, index, LearningRates(rates, warmup, TOTALS)
+    return train_step(state, model(), *given, completion=COMPLETION, config=config)
 
 
 def of_tenant(state, tenant):
@@ -93,18 +94,18 @@ def test_each_tenant_steps_as_it_would_alone(method):
     state, values = stepped(fresh_state(method), batch, index)
     for tenant in (A, B, C):
         config, total = replace(CONFIG, learning_rate=float(RATES[tenant])), int(TOTALS[tenant])
-        alone = init_state(jax.tree.map(jnp.copy, tenants(method)[tenant]), config, total)
+        alone = one_adapter.fresh_state(tenants(method)[tenant], config)
         rows = jax.tree.map(lambda a: a[None], rows_of(tenant))
-        alone, said = train_step(alone, model(), rows, completion=COMPLETION, config=config, total_steps=total)
+        alone, said = trained_step(alone, model(), rows, completion=COMPLETION, config=config, total_steps=total)
         for name in ("loss", "grad_norm", "learning_rate", "tokens"):
             np.testing.assert_allclose(values[name][tenant], said[name], rtol=1e-5)
         for key in ("mu", "nu"):
             ours = jax.tree.leaves(optax.tree_utils.tree_get(state.optimizer, key))
-            theirs = jax.tree.leaves(optax.tree_utils.tree_get(alone.optimizer, key))
+            theirs = jax.tree.leaves(only(optax.tree_utils.tree_get(alone.optimizer, key)))
             largest = max(float(jnp.abs(leaf).max()) for leaf in theirs)
             for mine, other in zip(ours, theirs, strict=True):
                 np.testing.assert_allclose(mine[tenant], other, atol=1e-5 * largest)
-        for mine, other in zip(jax.tree.leaves(state.adapters), jax.tree.leaves(alone.adapter), strict=True):
+        for mine, other in zip(jax.tree.leaves(state.adapters), jax.tree.leaves(only(alone.adapters)), strict=True):
             np.testing.assert_allclose(mine[tenant], other, atol=1e-5)
     norms = np.asarray(values["grad_norm"])
     assert norms.max() > CONFIG.max_grad_norm or type(method) is not ParaConfig  # some are clipped
@@ -114,11 +115,13 @@ def test_each_tenant_steps_as_it_would_alone(method):
 def test_groups_of_rows_compute_what_rows_of_their_own_do(method):
     batch, index = mixed([B, -1, A])
     tokens, lengths = jnp.asarray(batch.tokens[0]), jnp.asarray(batch.prompt_length[0])
-    groups = grouped(layers_first(stack_adapters(tenants(method)).adapters), jnp.asarray(index[0]))
+    stack = stack_adapters(tenants(method))
+    groups = Rows((stack,), jnp.asarray(index), EACH, distinct=True)
     found = model().logits(model().final_norm(residual_stream(model(), groups, tokens, lengths)[0]))
-    rows = pick(stack_adapters(tenants(method)), np.repeat(index[0], EACH))
+    rows = pick(stack, np.repeat(index[0], EACH))
     np.testing.assert_allclose(found, forward(model(), rows, tokens, lengths), atol=2e-5)
-    assert isinstance(groups, Groups) and groups.place.tolist() == [2, 0, -1]
+    assert group_of_tenant(groups.index[0], stack.size).tolist() == [2, 0, -1]
+    np.testing.assert_array_equal(groups.by_row().index, rows.index)
 
 
 def test_passes_of_one_step_make_one_gradient_a_tenant():
@@ -163,8 +166,9 @@ def test_the_schedule_runs_on_a_tenants_own_steps():
         found.append(np.asarray(values["learning_rate"]))
     own = [(A, [0, 1, 2]), (B, [0, 1, 1]), (C, [0, 1, 2])]
     for tenant, steps in own:
-        schedule = make_schedule(replace(CONFIG, learning_rate=float(RATES[tenant])), int(TOTALS[tenant]))
-        np.testing.assert_allclose([rate[tenant] for rate in found], [schedule(step) for step in steps], rtol=1e-6)
+        rates = learning_rates([replace(CONFIG, learning_rate=float(RATES[tenant]))], TOTALS[[tenant]])
+        expected = [rates.at(step, CONFIG.schedule)[0] for step in steps]
+        np.testing.assert_allclose([rate[tenant] for rate in found], expected, rtol=1e-6)
 
 
 def test_each_tenant_is_clipped_by_its_own_norm():
@@ -174,10 +178,8 @@ def test_each_tenant_is_clipped_by_its_own_norm():
     limit = float(np.sort(norms)[1] * 0.999 + 1e-6 * norms.max())
     config = replace(CONFIG, max_grad_norm=limit)
     free = replace(CONFIG, max_grad_norm=1e9)
-    clipped, _ = stepped(
-        init_tenants(stack_adapters(tenants(METHODS[0])).adapters, config), batch, index, config=config
-    )
-    whole, _ = stepped(init_tenants(stack_adapters(tenants(METHODS[0])).adapters, free), batch, index, config=free)
+    clipped, _ = stepped(init_state(stack_adapters(tenants(METHODS[0])).adapters, config), batch, index, config=config)
+    whole, _ = stepped(init_state(stack_adapters(tenants(METHODS[0])).adapters, free), batch, index, config=free)
     for tenant in (A, B, C):
         mine, other = (
             optax.tree.norm(tenant_of(optax.tree_utils.tree_get(s.optimizer, "mu"), tenant)) for s in (clipped, whole)
@@ -192,7 +194,7 @@ def test_a_tenant_that_is_not_finite_stops_and_changes_no_others_bits(method):
         made = stack_adapters(tenants(method)).adapters
         if broken:
             made = jax.tree.map(lambda leaf: leaf.at[B].set(jnp.inf), made)
-        state, says = init_tenants(made, CONFIG), []
+        state, says = init_state(made, CONFIG), []
         for i in range(3):
             state, values = stepped(state, *mixed([A, B, C], step=i))
             says.append(np.asarray(values["finite"]).tolist())
@@ -200,7 +202,7 @@ def test_a_tenant_that_is_not_finite_stops_and_changes_no_others_bits(method):
 
     state, says = run(broken=True)
     sound, _ = run(broken=False)
-    assert says == [[True, False, True]] * 3 and state.sound.tolist() == [True, False, True]
+    assert says == [[True, False, True]] * 3 and state.finite.tolist() == [True, False, True]
     assert_same_bits(of_tenant(state, A), of_tenant(sound, A))
     assert_same_bits(of_tenant(state, C), of_tenant(sound, C))
     assert state.step.tolist() == [3, 0, 3]
@@ -210,7 +212,7 @@ def test_a_step_to_weights_that_are_not_finite_is_not_taken():
     before = [of_tenant(fresh_state(METHODS[0]), tenant) for tenant in (A, B)]
     rates = np.where(np.arange(3) == B, np.float32(np.inf), RATES)
     state, values = stepped(fresh_state(METHODS[0]), *mixed([A, B, C]), rates=rates)
-    assert np.asarray(values["finite"]).tolist() == state.sound.tolist() == [True, False, True]
+    assert np.asarray(values["finite"]).tolist() == state.finite.tolist() == [True, False, True]
     assert np.isfinite(np.asarray(values["loss"])).all() and np.isfinite(np.asarray(values["grad_norm"])).all()
     assert_same_bits(of_tenant(state, B), before[B])
     assert differ(of_tenant(state, A), before[A])
@@ -218,29 +220,16 @@ def test_a_step_to_weights_that_are_not_finite_is_not_taken():
 
 def test_a_tenant_that_was_not_finite_once_is_not_trained_again():
     state, _ = stepped(fresh_state(METHODS[0]), *mixed([A, B, C]))
-    state = state._replace(sound=jnp.array([True, False, True]))
+    state = state._replace(finite=jnp.array([True, False, True]))
     before = of_tenant(state, B)
     state, values = stepped(state, *mixed([A, B, C], step=1))
     assert_same_bits(of_tenant(state, B), before)
-    assert bool(values["finite"][B]) and state.sound.tolist() == [True, False, True]
+    assert values["finite"].tolist() == state.finite.tolist() == [True, False, True]
 
 
 def test_who_is_in_the_batch_and_their_rates_need_no_new_compilation():
     state, _ = stepped(fresh_state(METHODS[0]), *mixed([A, B, C]))
-    compiled = tenants_step._cache_size()
+    compiled = train_step._cache_size()
     for groups, rates in (([B, -1, -1], RATES), ([C, A, -1], RATES * 2)):
         state, _ = stepped(state, *mixed(groups), rates=rates)
-    assert tenants_step._cache_size() == compiled
-
-
-@pytest.mark.parametrize("ratio", [1.0, 16.0])
-def test_the_learning_rate_takes_direction_where_adamw_goes(ratio):
-    """The two ways to AdamW, of one tenant and of many, are one: from one gradient, the same update."""
-    config = replace(CONFIG, up_lr_ratio=ratio)
-    adapter = tenants(METHODS[0])[A]
-    gradient = jax.tree.map(lambda leaf: 0.1 * jnp.cos(leaf), adapter)
-    whole, direction = make_optimizer(config, 10), make_direction(config)
-    ours, _ = direction.update(gradient, direction.init(adapter), adapter)
-    theirs, _ = whole.update(gradient, whole.init(adapter), adapter)
-    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(-CONFIG.learning_rate * mine, other, atol=1e-7)
+    assert train_step._cache_size() == compiled

@@ -1,0 +1,197 @@
+"""Scores of a run's adapters: which is the best so far and is kept, and what a tenant leaves when it ends."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import devices
+from ..adapters.adapter import Adapter
+from ..adapters.files import load_adapter, save_adapter
+from ..adapters.rows import Stack
+from ..config import RunConfig, expanded
+from ..evaluation.evaluate import Score
+from ..evaluation.tenants import Tasks
+from ..processes import arrays_of_first, by_first, gathered, is_first
+from ..sharding import place_tenants
+from ..storage.bucket import Place
+from ..training.step import TrainState, tenant_of
+from ..training.stop import StopSignal
+from ..training.tenants_file import add_entry
+from .logs import Logs
+from .standing import Standing
+from .tenants import Tenant
+
+REMEDY = "look at these examples, or start again with a lower train.learning_rate"
+
+
+class Judge(NamedTuple):
+    """Scores adapters and keeps the best. A NamedTuple, because its parts never change."""
+
+    config: RunConfig
+    model: Any
+    tenants: list[Tenant]
+    validation: Tasks
+    test: Tasks
+    logs: Logs
+    stop: StopSignal
+
+    def evaluate(self, state: TrainState, standing: Standing, due: list[int]) -> Standing:
+        """Scores the tenants' adapters, and keeps each where it is its best so far."""
+        with self.stop.interrupting():
+            found = self.validation.scores(Stack(state.adapters), {tenant: standing.running[tenant] for tenant in due})
+        for tenant in due:
+            standing = self.judged(state, standing, tenant, found.get(tenant))
+        return standing
+
+    def judged(self, state: TrainState, standing: Standing, tenant: int, score: Score | None) -> Standing:
+        """The standing after a tenant's adapter was scored; None: it has no validation data."""
+        name, own = self.tenants[tenant].name, standing.steps[tenant]
+        if score is None and self.config.many:  # its adapter is written once, when it ends
+            return standing.changed(tenant, evaluated=own)
+        best = standing.best_score[tenant]
+        if score is not None:
+            if not math.isfinite(score.loss):
+                self.require_many(own, score)
+                kept = "its best adapter is kept" if best is not None else "its last one is kept"
+                devices.say(f"{name}: stopped at its step {own}: the validation loss is {score.loss}; {kept}")
+                return standing.changed(tenant, evaluated=own, failed=standing.step - 1)
+            self.logs.write(tenant, own, scores("validation", score), show=True)
+            if self.config.many:
+                shown = {f"{name}/{key}": value for key, value in scores("validation", score).items()}
+                self.logs.run.write(standing.step, shown)
+            if best is not None and score.score <= best:
+                return standing.changed(tenant, evaluated=own, since_best=standing.since_best[tenant] + 1)
+        self.keep(tenant, tenant_of(state.adapters, jnp.int32(standing.running[tenant])), own, score)
+        found = None if score is None else score.score
+        return standing.changed(tenant, evaluated=own, best_score=found, best_step=own, since_best=0)
+
+    def require_many(self, step: int, score: Score) -> None:
+        """Raises ValueError, in a run of one adapter, for a validation loss that is not finite."""
+        if not self.config.many:
+            raise ValueError(f"step {step}: the validation loss is {score.loss} on validation; {REMEDY}")
+
+    def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None) -> None:
+        """Writes a tenant's adapter into its folder, with its score."""
+        card, whole = card_lines(self.tenants[tenant].config, step, score), gathered(adapter)
+        if self.config.many:
+            card.append(f"Trained in one run with {len(self.tenants) - 1} others.")
+        to, source = self.tenants[tenant].folder / "adapter", self.config.backbone.source
+        by_first(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
+
+    def kept(self, tenant: int, last: Adapter) -> Adapter:
+        return kept_adapter(self.tenants[tenant].folder, self.model, last)
+
+    def replaced_for_test(self, state: TrainState, standing: Standing, tenant: int) -> Adapter | None:
+        """A leaving tenant's last adapter, if another one is its best and is to be tested."""
+        is_best = standing.best_score[tenant] is None or standing.best_step[tenant] == standing.steps[tenant]
+        if is_best or not self.tenants[tenant].test:
+            return None
+        return gathered(tenant_of(state.adapters, jnp.int32(standing.running[tenant])))
+
+    def finish(self, state: TrainState, standing: Standing, tenant: int, why: str) -> Standing:
+        """Ends a tenant. If it has test data, its best adapter is in its slot, and is scored. In a run of many its
+        entry in tenants.json is written."""
+        own, slot = self.tenants[tenant], standing.running[tenant]
+        steps = int(gathered(state.step)[slot])
+        if standing.best_score[tenant] is None and standing.best_step[tenant] < steps:  # the last one is the best
+            self.keep(tenant, tenant_of(state.adapters, jnp.int32(slot)), steps, None)
+            standing = standing.changed(tenant, best_step=steps)
+        test_after = None
+        if own.test and by_first((own.folder / "adapter").exists):
+            with self.stop.interrupting():
+                found = self.test.scores(Stack(state.adapters), {tenant: slot})[tenant]
+            self.logs.write(tenant, standing.steps[tenant], scores("test_after", found), show=True)
+            test_after = found.score if math.isfinite(found.score) else None
+        standing = standing.changed(tenant, ended=why)
+        if not self.config.many:
+            return standing
+        best = standing.best_score[tenant]
+        entry = {
+            "examples": len(own.data.examples),
+            "steps": steps,
+            "best_step": standing.best_step[tenant],
+            "best_score": best,
+            "metric": own.validation.metric if own.validation else own.test.metric if own.test else None,
+            "test_before": standing.test_before[tenant],
+            "test_after": test_after,
+            "ended": why,
+        }
+        by_first(lambda: add_entry(expanded(self.config.output_dir), own.name, entry))
+        said = "" if best is None else f", best validation score {best:.4f} at step {standing.best_step[tenant]}"
+        ended = f"{sum(standing.over)} of {len(self.tenants)} tenants have ended"
+        devices.say(f"{own.name}: {steps} steps{said} ({why}; {ended})")
+        if is_first():
+            with self.logs.run.errors_named():
+                self.logs.tenants[tenant].flush()
+        return standing
+
+    def test_backbone(self, state: TrainState, standing: Standing, asked: list[int]) -> Standing:
+        """Scores the backbone alone on the test data of these tenants."""
+        with self.stop.interrupting():
+            found = self.test.scores(Stack(state.adapters), dict.fromkeys(asked, -1))
+        for tenant, score in found.items():
+            self.logs.write(tenant, standing.steps[tenant], scores("test_before", score), show=True)
+            standing = standing.changed(tenant, test_before=score.score)
+        self.logs.flush()
+        return standing
+
+    def with_changed(self, standing: Standing, split: str, changed: list[str]) -> list[int]:
+        """The tenants that have not ended and whose data of this split changed."""
+        return [
+            i
+            for i, tenant in enumerate(self.tenants)
+            if standing.ended[i] is None and {tenant.part(split), "data"} & set(changed)
+        ]
+
+    def rescored(self, state: TrainState, standing: Standing, asked: list[int]) -> Standing:
+        """The standing where these tenants' validation data changed: their kept adapters are scored on the new data,
+        because scores of two data sets are never compared."""
+        for tenant in asked:
+            own, was, found = self.tenants[tenant], standing.best_score[tenant], None
+            if was is not None and own.validation:
+                like = jax.eval_shape(tenant_of, state.adapters, jnp.int32(0))
+                kept = self.kept(tenant, like)
+                stack = Stack(jax.tree.map(lambda leaf: leaf[None], kept))
+                with self.stop.interrupting():
+                    score = self.validation.scores(
+                        place_tenants(stack, jax.sharding.get_mesh(), self.model.config), {tenant: 0}
+                    )[tenant]
+                step, whose = standing.best_step[tenant], f"{own.name}: " if own.name else ""
+                if math.isfinite(score.loss):
+                    found = score.score
+                    before = f"{was:.4f} on the data before"
+                    devices.say(
+                        f"{whose}the best adapter so far, of step {step}: {score.metric} {found:.4f} ({before})"
+                    )
+                    self.keep(tenant, kept, step, score)
+                else:
+                    self.require_many(step, score)
+            standing = standing.changed(tenant, best_score=found, since_best=0)
+        return standing
+
+
+def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:
+    """The adapter that a run keeps in a folder, which the first process alone reads, as arrays of NumPy."""
+    found: list[Adapter] = []
+    by_first(lambda: found.append(load_adapter(folder / "adapter", model.config, model=model)))
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+    return arrays_of_first(found[0] if is_first() else empty)
+
+
+def card_lines(config: RunConfig, steps: int, found: Score | None) -> list[str]:
+    """What an adapter's model card says about its training and its validation score."""
+    card = [f"Trained for {steps} steps on {expanded(config.data.train or '').name}."]
+    if config.backbone.quantize:
+        card.append(f"The backbone's weights were {config.backbone.quantize} during training.")
+    if found:
+        card.append(f"Validation {found.metric}: {found.score:.4f}.")
+    return card
+
+
+def scores(name: str, found: Score) -> dict[str, float]:
+    return {f"{name}_{what}": value for what, value in found.values().items()}

@@ -1,0 +1,314 @@
+"""The training loop: steps, evaluations, checkpoints, and the tenants that begin and end on the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from .. import devices
+from ..adapters.adapter import Adapter
+from ..config import RunConfig, expanded
+from ..data.batches import Batch, Bucket
+from ..data.packing import Packed, RowShape
+from ..data.prefetch import prefetch
+from ..data.schedule import Schedule, StepBatch, Turn, admitted
+from ..data.tenants import weights
+from ..model import init_adapter
+from ..processes import by_first, gathered, is_first
+from ..sharding import rows_over
+from ..training.checkpoint import finish_saving, require_saved, save_checkpoint
+from ..training.last_state import read_last_state, write_last_state
+from ..training.log import Done
+from ..training.optimizer import LearningRates, learning_rates
+from ..training.passes import Layout
+from ..training.profiler import Profiler
+from ..training.statistics import standardise, statistics_batches
+from ..training.step import TrainState, put_adapter, put_state, put_tenant, tenant_of, train_step
+from ..training.stop import Interrupted, StopSignal
+from .judge import REMEDY, Judge
+from .logs import Logs
+from .standing import Standing
+from .tenants import Tenant
+
+
+class Pending(NamedTuple):
+    """A step that is dispatched; its values may still be on their way."""
+
+    done: Done
+    turns: list[Turn]
+
+
+class Loop(NamedTuple):
+    """The steps of a run. A NamedTuple, because its parts never change."""
+
+    config: RunConfig
+    model: Any
+    tenants: list[Tenant]
+    buckets: tuple[Bucket, ...] | tuple[RowShape]
+    layout: Layout
+    judge: Judge
+    checkpoints: Any
+    logs: Logs
+    profiler: Profiler
+    stop: StopSignal
+
+    def run(self, state: TrainState, standing: Standing) -> tuple[TrainState, Standing]:
+        """Steps until every tenant has ended. Each step's values are read when the next step is under way.
+
+        A checkpoint holds what was evaluated before it, and only values that were read. A tenant whose values were not
+        finite in step i takes part in step i + 1, which is under way when they are read, and never in step i + 2: this
+        must not depend on where the run was stopped and resumed.
+        """
+        compiled: set[Any] = set()
+        pending: Pending | None = None
+        saved = standing.step
+        state, standing = self.admit(state, standing)
+        batches = self.batches(standing)
+        total, begun = sum(t.order.total_steps for t in self.tenants), sum(standing.steps)
+        silent = None if is_first() else True  # None: no bar where stderr is not a terminal
+        with tqdm(total=total, initial=begun, desc="training", unit="step", disable=silent) as bar:
+            try:
+                while True:
+                    stopping = self.stop.reached(standing.step)
+                    due = [] if stopping else self.due(standing)
+                    if due or self.leaving(standing):
+                        standing, pending = self.read(pending, standing, bar), None
+                    try:
+                        if due:
+                            standing = self.judge.evaluate(state, standing, self.due(standing))
+                    except Interrupted:
+                        stopping = True
+                    if not stopping:
+                        before = standing.over
+                        state, standing, stopping = self.end_tenants(state, standing)
+                        if self.ended_early(before, standing):
+                            batches.close()
+                            batches = self.batches(standing)
+                    over = all(standing.over)
+                    every = self.config.checkpoint.every or self.config.eval.every
+                    if saved < standing.step and (stopping or over or standing.step % every == 0):
+                        standing, pending = self.read(pending, standing, bar), None
+                        self.logs.flush()
+                        save_checkpoint(self.checkpoints, state, standing)
+                        saved = standing.step
+                    if stopping:
+                        self.end_early(standing)
+                    if over:
+                        self.logs.flush()
+                        by_first(lambda: finish_saving(self.checkpoints))
+                        return state, standing
+                    state, standing = self.admit(state, standing)
+                    state, standing, pending = self.step(state, standing, batches, pending, compiled, bar)
+                    require_saved(self.checkpoints)
+            finally:
+                batches.close()
+
+    # --------------------------------------------------------------------------------------------------------- a step
+
+    def admit(self, state: TrainState, standing: Standing) -> tuple[TrainState, Standing]:
+        """Gives free slots to the tenants that wait. One that had ended, in a run that is longer now, goes on from its
+        last state."""
+        slots = admitted(standing.slots, standing.over)
+        for slot, (held, tenant) in enumerate(zip(standing.slots, slots, strict=True)):
+            if held == tenant:
+                continue
+            if held >= 0 and standing.ended[held] == "done":
+                write_last_state(self.tenants[held].folder, tenant_of(state, jnp.int32(slot)))
+            if standing.steps[tenant]:
+                like = jax.eval_shape(tenant_of, state, jnp.int32(slot))
+                state = put_state(state, jnp.int32(slot), read_last_state(self.tenants[tenant].folder, like))
+            else:
+                fresh = self.fresh_adapter(self.tenants[tenant])
+                state = put_tenant(state, jnp.int32(slot), fresh, config=self.config.train)
+        return state, standing._replace(slots=slots)
+
+    def fresh_adapter(self, tenant: Tenant) -> Adapter:
+        made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
+        if getattr(self.config.adapter, "summary", "raw") == "standardised":
+            longest, seed = self.buckets[-1], tenant.config.seed
+            bucket = Bucket(longest.length, longest.completion)
+            statistics = statistics_batches(tenant.data.examples, bucket, self.layout.rows, seed)
+            made = standardise(self.model, made, *statistics)
+        return gathered(made)
+
+    def batches(self, standing: Standing):
+        """The batches of the steps to come, while no tenant ends before its last step."""
+        shares = weights([len(t.data.examples) for t in self.tenants], self.config.train.sampling)
+        over, layout = standing.over, self.layout
+        coming = Schedule(
+            [t.order for t in self.tenants], self.buckets, shares,
+            groups=layout.together, rows=layout.rows, passes=layout.passes_of_tenant,
+            steps=standing.steps, slots=standing.slots, ended=over,
+        )  # fmt: skip
+        left = sum(t.order.total_steps - standing.steps[i] for i, t in enumerate(self.tenants) if not over[i])
+        return prefetch(coming.batch, 0, left)
+
+    def step(
+        self, state: TrainState, standing: Standing, batches, pending: Pending | None, compiled: set[Any], bar: tqdm
+    ) -> tuple[TrainState, Standing, Pending]:
+        """Dispatches the next step, then reads the values of the one before."""
+        begun: float | None = time.monotonic()
+        coming: StepBatch = next(batches)
+        batch, tenant_of_group = in_passes(coming, self.layout)
+        batch = jax.tree.map(rows_over, batch)
+        waited, number = time.monotonic() - begun, standing.step + 1
+        given = self.model, batch, tenant_of_group, self.rates(standing)
+        static: dict[str, Any] = dict(completion=coming.bucket.completion, config=self.config.train)
+        self.profiler.before(number)
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            if coming.bucket in compiled:
+                state, values = train_step(state, *given, **static)
+            else:
+                compiled.add(coming.bucket)
+                standing, pending, begun = self.read(pending, standing, bar), None, None  # compiling is not a step
+                with devices.compiling(f"the training step for {self.shape_of(coming)}"):
+                    state, values = jax.block_until_ready(train_step(state, *given, **static))
+        standing = self.read(pending, standing, bar)
+        begun = None if self.profiler.on else begun  # nor is tracing one, and writing the trace
+        self.profiler.after(number, values)
+        for turn in coming.turns:
+            standing = standing.changed(turn.tenant, steps=turn.step + 1)
+        done = Done(number, values, coming.tokens, begun, waited)
+        return state, standing._replace(step=number), Pending(done, coming.turns)
+
+    def shape_of(self, coming: StepBatch) -> str:
+        groups = f"{self.layout.groups} tenants x " if self.config.many else ""
+        return f"{groups}{self.layout.rows} rows of {coming.bucket.length} tokens"
+
+    def rates(self, standing: Standing) -> LearningRates:
+        """The learning rate schedules of the tenants in the slots."""
+        held = [self.tenants[max(tenant, 0)] for tenant in standing.slots]
+        return learning_rates([t.config.train for t in held], [t.order.total_steps for t in held])
+
+    def read(self, pending: Pending | None, standing: Standing, bar: tqdm) -> Standing:
+        """Waits for the values of a step and logs them. A tenant whose values are not finite has failed; in a run of
+        one adapter that is a ValueError."""
+        if pending is None:
+            return standing
+        done, turns = pending
+        values = {name: np.asarray(value) for name, value in gathered(done.values).items()}
+        logged = {}
+        for turn in turns:
+            of_turn = {name: float(values[name][turn.slot]) for name in VALUES}
+            finite = bool(values["finite"][turn.slot]) and all(map(math.isfinite, of_turn.values()))
+            if finite and standing.failed[turn.tenant] is None:
+                logged[turn] = of_turn
+            elif standing.failed[turn.tenant] is None:
+                self.fail(done.step, turn, of_turn)
+                standing = standing.changed(turn.tenant, failed=done.step)
+        if not self.config.many:
+            self.logs.run.step(done, logged[turns[0]], bar)
+            return standing
+        for turn, of_turn in logged.items():
+            self.logs.write(turn.tenant, turn.step + 1, of_turn, every=self.config.logging.every)
+        tokens = sum(one["tokens"] for one in logged.values())
+        mean = sum(one["loss"] * one["tokens"] for one in logged.values()) / max(1.0, tokens)
+        everyone = float(sum(values["tokens"][turn.slot] for turn in turns))
+        self.logs.run.step(done, {"loss": mean, "tenants": len(turns), "tokens": everyone}, bar, len(turns))
+        return standing
+
+    def fail(self, step: int, turn: Turn, values: dict[str, float]) -> None:
+        """Says that a tenant's step was not finite, and on which examples; raises it in a run of one adapter."""
+        tenant = self.tenants[turn.tenant]
+        _, chosen = tenant.order.plan.batch_indices(turn.step)
+        examples = places([tenant.data.places[i] for i in chosen])
+        wrong = [f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        what = wrong[0] if wrong else "the new weights are not finite"
+        if not self.config.many:
+            raise ValueError(f"step {step}: {what} on {examples}; {REMEDY}")
+        devices.say(
+            f"{tenant.name}: stopped at its step {turn.step + 1}: {what} on {examples}; what it had learnt before is "
+            "kept, and the others go on"
+        )
+
+    # ---------------------------------------------------------------------------------------------- scores and endings
+
+    def due(self, standing: Standing) -> list[int]:
+        """The tenants to evaluate after this step."""
+        found = []
+        for tenant in standing.running:
+            own, total = standing.steps[tenant], self.tenants[tenant].order.total_steps
+            reached = own == total or (own > 0 and own % self.config.eval.every == 0)
+            if reached and standing.evaluated[tenant] < own and standing.failed[tenant] is None:
+                found.append(tenant)
+        return found
+
+    def leaving(self, standing: Standing) -> list[tuple[int, str]]:
+        """The tenants that end after this step, and why."""
+        patience, found = self.config.eval.patience, []
+        for tenant in standing.running:
+            last = standing.steps[tenant] == self.tenants[tenant].order.total_steps
+            failed = standing.failed[tenant]
+            if failed is not None and (last or failed < standing.step):
+                found.append((tenant, "not finite"))
+            elif last:
+                found.append((tenant, "done"))
+            elif patience is not None and failed is None and standing.since_best[tenant] >= patience:
+                found.append((tenant, "patience"))
+        return found
+
+    def end_tenants(self, state: TrainState, standing: Standing) -> tuple[TrainState, Standing, bool]:
+        """Ends the tenants that have done their last step. The third value says whether a signal broke this off: the
+        others end when the run resumes."""
+        for tenant, why in self.leaving(standing):
+            slot, last = jnp.int32(standing.running[tenant]), self.judge.replaced_for_test(state, standing, tenant)
+            if last is not None:  # the best adapter is tested in its slot, in the programs that scored validation
+                state = put_adapter(state, slot, self.judge.kept(tenant, last))
+            interrupted = False
+            try:
+                standing = self.judge.finish(state, standing, tenant, why)
+            except Interrupted:
+                interrupted = True
+            if last is not None:  # a longer run goes on from it
+                state = put_adapter(state, slot, last)
+            if interrupted:
+                return state, standing, True
+        return state, standing, False
+
+    def ended_early(self, before: list[bool], standing: Standing) -> bool:
+        """Whether a tenant has ended since, with steps left that the batches made ahead count on."""
+        return any(
+            standing.over[i] and not was and standing.steps[i] < self.tenants[i].order.total_steps
+            for i, was in enumerate(before)
+        )
+
+    def end_early(self, standing: Standing) -> NoReturn:
+        """Ends a run that was told to stop, after everything is written, and says how to go on."""
+        self.logs.flush()
+        where = f"step {standing.step} of {self.tenants[0].order.total_steps}"
+        if self.config.many:
+            where = f"step {standing.step}, with {sum(standing.over)} of {len(self.tenants)} tenants ended"
+        by_first(lambda: finish_saving(self.checkpoints))
+        file = expanded(self.config.output_dir) / "config.yaml"
+        devices.say(f"stopped after {where}, and saved; the same command resumes, or `para-jax train {file}`")
+        self.stop.end()
+
+
+#: A step's values that are logged for each tenant.
+VALUES = ("loss", "grad_norm", "learning_rate", "tokens")
+
+
+def in_passes(coming: StepBatch, layout: Layout) -> tuple[Batch | Packed, np.ndarray]:
+    """A step's batch [passes, rows, ...], and the slot of each group's tenant, int32 [passes, groups]. Different passes
+    may hold different tenants."""
+    shape = layout.passes, layout.pass_rows
+    batch = type(coming.batch)(*(array.reshape(*shape, *array.shape[2:]) for array in coming.batch))
+    return batch, coming.tenant_of_group.reshape(layout.passes, layout.groups)
+
+
+def places(each: list[str]) -> str:
+    """Examples' places ("file:line"), with each file named once: "train.jsonl:7, 12, 31"."""
+    lines: dict[str, list[str]] = {}
+    for file, _, line in (text.rpartition(":") for text in each):
+        lines.setdefault(file, []).append(line)
+    return "; ".join(f"{file}:{', '.join(sorted(numbers, key=natural))}" for file, numbers in lines.items())
+
+
+def natural(number: str) -> tuple[int, str]:
+    return len(number), number

@@ -1,0 +1,92 @@
+"""Where a run stands, without its arrays: what a checkpoint says as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..config import require
+from ..training.passes import Layout
+from .tenants import Tenant
+
+
+class Standing(NamedTuple):
+    """Where a run stands. Lists have a value for each tenant, in the run's order. The data position is the number of
+    steps: batch i of a tenant is a pure function of (seed, i)."""
+
+    step: int
+    """of the run"""
+    names: list[str]
+    slots: list[int]
+    """the tenant in each slot of the stack; -1: none. One that has ended stays until another takes its slot"""
+    steps: list[int]
+    """each tenant's own steps"""
+    best_score: list[float | None]
+    best_step: list[int]
+    since_best: list[int]
+    """evaluations without a better score"""
+    evaluated: list[int]
+    """the last own step whose adapter was scored"""
+    test_before: list[float | None]
+    """the backbone's score"""
+    failed: list[int | None]
+    """the step of the run at which its loss or gradient was not finite"""
+    ended: list[str | None]
+    """why: "done", "patience" or "not finite\""""
+    run: dict[str, str] | None = None
+    """digests of what the run is made of, by name: "config", "backbone", "data" (all of it) and its parts ("training
+    data", ...; "training data of NAME"), which also say their number of examples"""
+
+    def changed(self, tenant: int, **values) -> Standing:
+        """The standing with other values of one tenant."""
+        lists = {name: list(getattr(self, name)) for name in values}
+        for name, value in values.items():
+            lists[name][tenant] = value
+        return self._replace(**lists)
+
+    @property
+    def over(self) -> list[bool]:
+        """Whether each tenant has ended."""
+        return [why is not None for why in self.ended]
+
+    @property
+    def running(self) -> dict[int, int]:
+        """The slot of each tenant that has one and has not ended."""
+        return {tenant: slot for slot, tenant in enumerate(self.slots) if tenant >= 0 and self.ended[tenant] is None}
+
+
+def fresh_standing(tenants: Sequence[Tenant], layout: Layout, run: dict[str, str]) -> Standing:
+    """The standing of a run that has done nothing."""
+    zeros: list[int] = [0] * len(tenants)
+    nothing: list[Any] = [None] * len(tenants)
+    names = [tenant.name for tenant in tenants]
+    lists = [-1] * layout.slots, zeros, nothing, zeros, zeros, zeros, nothing, nothing, nothing
+    return Standing(0, names, *lists, run=run)
+
+
+def require_same_tenants(standing: Standing, tenants: Sequence[Tenant], layout: Layout) -> None:
+    """Raises ValueError where a checkpoint belongs to other tenants, or to a run with more steps than this one."""
+    names = [tenant.name for tenant in tenants]
+    require(standing.names == names, "data.tenants", names, f"the tenants that the run began with, {standing.names}")
+    lengths = {name: len(value) for name, value in standing._asdict().items() if isinstance(value, list)}
+    expected = dict.fromkeys(lengths, len(names)) | {"slots": layout.slots}
+    require(lengths == expected, "the checkpoint's lists", lengths, f"lists of {expected}; choose another output_dir")
+    known = all(-1 <= tenant < len(names) for tenant in standing.slots)
+    require(known, "the checkpoint's slots", standing.slots, "tenants of this run; choose another output_dir")
+    for i, tenant in enumerate(tenants):
+        total, done = tenant.order.total_steps, standing.steps[i]
+        if done > total:
+            of = f" of {tenant.name}" if tenant.name else ""
+            name = "train.num_epochs" if tenant.config.train.max_steps is None else "train.max_steps"
+            raise ValueError(
+                f"{name}: it gives {total} steps{of}, but the run has done {done} already; give at least these, or "
+                "choose another output_dir"
+            )
+
+
+def reopened(standing: Standing, tenants: Sequence[Tenant]) -> Standing:
+    """The standing of a run that was made longer: tenants that had done all their steps go on."""
+    for i, tenant in enumerate(tenants):
+        if standing.ended[i] == "done" and standing.steps[i] < tenant.order.total_steps:
+            standing = standing.changed(i, ended=None)
+    return standing
