@@ -69,13 +69,15 @@ class TemplateProcess:
     stopped, and ends with the process that asks."""
 
     def __init__(self):
-        self.lock, self.process = Lock(), None
+        self.lock = Lock()
+        self.process: subprocess.Popen[str] | None = None
 
     def ask(self, request: str) -> dict:
         answer, code = "", None
         with self.lock:
             try:
                 self.process = self.process or start()
+                assert self.process.stdin and self.process.stdout
                 with suppress(BrokenPipeError):  # it ended; its exit code says why
                     self.process.stdin.write(request + "\n")
                     self.process.stdin.flush()
@@ -89,6 +91,7 @@ class TemplateProcess:
         process, self.process = self.process, None
         if process is None:
             return None
+        assert process.stdin and process.stdout
         process.kill()
         with suppress(BrokenPipeError):
             process.stdin.close()
@@ -100,9 +103,15 @@ def start() -> subprocess.Popen:
     script = Path(__file__).with_name("template_process.py")
     command = [sys.executable, "-P", str(script)]  # -P: never imports the modules next to the script
     python_path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
-    # its own process group, so that Ctrl-C does not reach it
-    return subprocess.Popen(command, env=os.environ | python_path, process_group=0, **pipes)
+    return subprocess.Popen(
+        command,
+        env=os.environ | python_path,
+        process_group=0,  # its own group, so that Ctrl-C does not reach it
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+    )
 
 
 def exit_reason(code: int) -> str:

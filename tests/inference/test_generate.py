@@ -262,7 +262,7 @@ def test_rows_of_another_number_or_backbone_are_refused(model, tenants):
         write(backbone("gemma"), tenants[0])
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         write(model, None, [[5], []])
-    with pytest.raises(ValueError, match="tokens: ids 0 to 256"):
+    with pytest.raises(ValueError, match="token ids 0 to 256"):
         write(model, None, [[5, 256]])
 
 

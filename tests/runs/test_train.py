@@ -700,8 +700,8 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, m
 
 @pytest.mark.parametrize(("override", "message"), [
     ("data.train=nowhere", "data.train: nowhere.*does not exist"),
-    ("data.task=other", "data.task: 'other' is not possible"),
-    ("data.max_seq_length=9", "more than data.max_seq_length 9"),
+    ("data.task=other", "data.task 'other'"),
+    ("data.max_seq_length=9", "tokens exceed data.max_seq_length 9"),
     ("mesh.data=16", "16.* 8 devices"),
     ("mesh.data=-1 mesh.fsdp=3", "'data': -1, 'fsdp': 3.* 8 devices"),
     ("backbone.source=nowhere", "nowhere"),
