@@ -110,6 +110,7 @@ def test_only_the_first_process_speaks(capsys, monkeypatch):
 # -------------------------------------------------------------------------------------------------- the same bits again
 
 
+@pytest.mark.long
 def test_a_deterministic_run_sets_the_flag_before_the_devices_start():
     """In a process of its own, for here they have started. JAX refuses a flag that it does not know."""
     code = (

@@ -325,6 +325,7 @@ def test_nobody_keeps_its_own_prompt_and_every_prompt_is_read_once(count):
     np.testing.assert_array_equal(derangement("t", count, 3), drawn[3])
 
 
+@pytest.mark.long
 @each_way
 @pytest.mark.parametrize(
     "config",

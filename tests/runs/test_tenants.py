@@ -395,6 +395,7 @@ def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folde
 # --------------------------------------------------------------------------------------------------------------- meshes
 
 
+@pytest.mark.long
 def test_a_mesh_equals_one_device(whole, folder, tmp_path):
     _, result = whole
     config = tenants_config(folder, tmp_path / "run", "mesh.data=2", "train.per_device_batch_size=4", "eval.test=true")

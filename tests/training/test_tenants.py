@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import FIXTURES, prompts, strong
+from long_cases import quick
 from tiny_run import COMPLETION, LENGTH, TRAIN
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, load_backbone, pick, stack_adapters
@@ -87,7 +88,7 @@ def differ(ours, theirs):
 # ------------------------------------------------------------------------------------------------------- each as alone
 
 
-@pytest.mark.parametrize("method", [*METHODS, SOME_LAYERS], ids=NAME)
+@pytest.mark.parametrize("method", quick([*METHODS, SOME_LAYERS], *METHODS), ids=NAME)
 def test_each_tenant_steps_as_it_would_alone(method):
     batch, index = mixed([B, C, A])
     state, values = stepped(fresh_state(method), batch, index)
