@@ -101,6 +101,7 @@ def test_compiling_is_announced_and_timed(capsys):
 # -------------------------------------------------------------------------------------------------- the same bits again
 
 
+@pytest.mark.long
 def test_a_deterministic_run_sets_the_flag_before_the_devices_start():
     """In a process of its own, for here they have started. JAX refuses a flag that it does not know."""
     code = (

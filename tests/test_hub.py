@@ -116,6 +116,7 @@ def test_a_hub_id_fetches_config_tokenizer_and_safetensors_but_no_pickle_and_no_
     assert (folder / "model.safetensors").read_bytes() == b"weights"
 
 
+@pytest.mark.long
 def test_the_endpoint_comes_from_the_environment(server, tmp_path):
     env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ":".join(sys.path)}
     code = "from para_jax.hub import resolve_backbone; print(resolve_backbone('user/model'))"

@@ -158,6 +158,7 @@ def test_a_prompt_in_a_title_is_text_and_never_mathematics(tmp_path):
     save(spread_plot({"A": Spread(size, size, 9)}, title), tmp_path / "spread.png")
 
 
+@pytest.mark.long
 def test_a_notebook_shows_a_figure_without_pyplot():
     code = (
         "import sys; from para_jax.plots import new_figure; f = new_figure(2, 2); f.subplots(); "

@@ -36,6 +36,7 @@ def test_the_checks_themselves_run(tmp_path):
     assert all(f"{name}: holds" in said for name in CHECKS)
 
 
+@pytest.mark.long
 def test_without_an_accelerator_the_checks_say_so():
     done = subprocess.run(
         [sys.executable, "-m", "accelerator.checks"],

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import backbone, prompts, strong
+from long_cases import quick
 from one_adapter import fresh_state, only, trained_step
 from safetensors.numpy import load_file
 from tiny_run import TRAIN
@@ -40,7 +41,7 @@ def batch():
     return jax.tree.map(lambda a: jnp.asarray(a)[None], collate(examples, Bucket(8, 3), 4))
 
 
-@pytest.mark.parametrize("layout", ["layers", "stacked"])
+@pytest.mark.parametrize("layout", quick(["layers", "stacked"], "stacked"))
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_it_computes_what_generators_in_all_layers_do_that_are_zero_elsewhere(options, layout):
     model, (some, whole) = backbone("llama", layout), some_and_all(**options)

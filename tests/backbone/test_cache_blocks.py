@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from long_cases import quick
 
 from para_jax.backbone import cache_blocks
 from para_jax.backbone.cache import whole_values
@@ -36,7 +37,7 @@ def blocks_of_128(monkeypatch):
     monkeypatch.setattr(cache_blocks, "SMALLEST", 128)
 
 
-@pytest.mark.parametrize("max_length", [384, 300, 100])  # whole blocks, a last one that overlaps, a single block
+@pytest.mark.parametrize("max_length", quick([384, 300, 100], 300))  # whole blocks; the last overlaps; one block
 @pytest.mark.parametrize(("heads", "kv_heads", "window", "cap"), CASES)
 def test_blocks_give_what_the_whole_cache_gives(heads, kv_heads, window, cap, max_length):
     arrays = *given(heads, kv_heads, 6, max_length), jnp.minimum(LENGTHS, max_length - 1)

@@ -37,6 +37,7 @@ def test_sides_are_measured_in_turn_and_the_first_run_does_not_count():
     assert summary("s", rounds)["medians"] == {"a": 5, "b": 6}
 
 
+@pytest.mark.long
 def test_loading_is_measured_in_a_new_process_against_a_limit(monkeypatch):
     measured = bench.BENCHMARKS["load"](BACKBONE, rounds=1)
     assert measured["within_limit"] and measured["limit_above_weights"] == 300

@@ -110,6 +110,7 @@ def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
     assert sum(found.collectives.values()) > sum(found.program.collectives.values())
 
 
+@pytest.mark.long
 def test_packed_rows_are_compiled_with_their_segments(config):
     config = replace(config, data=replace(config.data, packing=True, max_seq_length=128))
     _, _, batch, *_ = step_arguments(config, mesh := run_mesh(config))

@@ -264,6 +264,7 @@ def test_shuffling_gives_every_example_another_prompt(count):
     np.testing.assert_array_equal(derangement("t", count, 3), drawn[3])
 
 
+@pytest.mark.long
 @each_way
 @pytest.mark.parametrize(
     "config",

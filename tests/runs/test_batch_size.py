@@ -129,6 +129,7 @@ def test_a_run_has_the_same_losses_on_any_number_of_devices(folder):
     assert len(found[0]) == 4 and np.ptp(found[0]) > 0.1
 
 
+@pytest.mark.long
 def test_a_run_of_many_tenants_has_the_same_losses_on_any_number_of_devices(folder):
     sizes = {"acme": 20, "globex": 9, "umbrella": 12}
     write_tenants(folder / "tenants", sizes)

@@ -152,6 +152,7 @@ def test_a_tenant_of_a_run_is_not_trained_alone_while_that_run_lasts(folder, tmp
     assert len(refused) == 2
 
 
+@pytest.mark.long
 def test_the_lock_of_a_killed_process_is_gone(config):
     code = (
         "import sys, time; from para_jax.config import load_config; from para_jax.runs.folder import locked_folder\n"

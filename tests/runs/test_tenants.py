@@ -488,6 +488,7 @@ def test_a_packed_sweep_resumes_with_its_bits(folder, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- meshes
 
 
+@pytest.mark.long
 def test_a_mesh_equals_one_device(whole, folder, tmp_path):
     _, result = whole
     config = tenants_config(folder, tmp_path / "run", "mesh.data=2", "train.per_device_batch_size=4", "eval.test=true")

@@ -160,6 +160,7 @@ def test_tensorboard_has_the_training_and_validation_values(whole):
         assert name in events
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "adapter", [LoraConfig(r=4, lora_alpha=16, target_modules=("q_proj", "down_proj")), Ia3Config()]
 )
@@ -324,6 +325,7 @@ def assert_ends_as(whole, config):
     assert contents(result.output_dir / "adapter") == contents(whole[1].output_dir / "adapter")
 
 
+@pytest.mark.long
 def test_a_run_over_a_mesh_resumes_and_equals_one_device(whole, folder, tmp_path, monkeypatch):
     config = run_config(
         folder,

@@ -10,6 +10,7 @@ import one_adapter
 import optax
 import pytest
 from conftest import FIXTURES, prompts, strong
+from long_cases import quick
 from one_adapter import only, trained_step
 from tiny_run import COMPLETION, LENGTH, TRAIN
 
@@ -88,7 +89,7 @@ def differ(ours, theirs):
 # ------------------------------------------------------------------------------------------------------- each as alone
 
 
-@pytest.mark.parametrize("method", [*METHODS, SOME_LAYERS], ids=NAME)
+@pytest.mark.parametrize("method", quick([*METHODS, SOME_LAYERS], *METHODS), ids=NAME)
 def test_each_tenant_steps_as_it_would_alone(method):
     batch, index = mixed([B, C, A])
     state, values = stepped(fresh_state(method), batch, index)

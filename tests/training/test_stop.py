@@ -86,6 +86,7 @@ with stop_signals() as stop:
 """
 
 
+@pytest.mark.long
 def test_two_hosts_stop_after_the_same_step_when_one_gets_a_signal():
     environment, at = os.environ | {"JAX_PLATFORMS": "cpu"}, address()
     hosts = [

@@ -1,0 +1,10 @@
+"""Parameters of a test that repeats its law: `pytest` takes some of them, `pytest -m long` the others."""
+
+from collections.abc import Iterable
+
+import pytest
+
+
+def quick(values: Iterable, *chosen) -> list:
+    """The values for `pytest.mark.parametrize`. All but the chosen ones are marked long."""
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.long) for value in values]
