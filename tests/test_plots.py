@@ -1,4 +1,4 @@
-"""Pictures hold what they are said to show; how they look was judged by eye."""
+"""Pictures hold what they are said to show; how they look was after_score by eye."""
 
 import json
 import subprocess
