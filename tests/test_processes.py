@@ -244,7 +244,7 @@ import sys, time
 from pathlib import Path
 import jax
 from para_jax import ParaConfig, init_adapter, load_model_config
-from para_jax.runs.judge import kept_adapter
+from para_jax.runs.scoring import kept_adapter
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 model = type("Model", (), {"config": load_model_config(sys.argv[3])})
 try:

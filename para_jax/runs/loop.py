@@ -31,8 +31,8 @@ from ..training.profiler import Profiler
 from ..training.statistics import standardise, statistics_batches
 from ..training.step import TrainState, put_adapter, put_state, put_tenant, tenant_of, train_step
 from ..training.stop import Interrupted, StopSignal
-from .judge import REMEDY, Judge
 from .logs import Logs
+from .scoring import REMEDY, Scoring
 from .standing import Standing
 from .tenants import Tenant
 
@@ -52,7 +52,7 @@ class Loop(NamedTuple):
     tenants: list[Tenant]
     buckets: tuple[Bucket, ...] | tuple[RowShape]
     layout: Layout
-    judge: Judge
+    scoring: Scoring
     checkpoints: Any
     logs: Logs
     profiler: Profiler
@@ -81,7 +81,7 @@ class Loop(NamedTuple):
                         standing, pending = self.read(pending, standing, bar), None
                     try:
                         if due:
-                            standing = self.judge.evaluate(state, standing, self.due(standing))
+                            standing = self.scoring.evaluate(state, standing, self.due(standing))
                     except Interrupted:
                         stopping = True
                     if not stopping:
@@ -257,12 +257,12 @@ class Loop(NamedTuple):
         """Ends the tenants that have done their last step. The third value says whether a signal broke this off: the
         others end when the run resumes."""
         for tenant, why in self.leaving(standing):
-            slot, last = jnp.int32(standing.running[tenant]), self.judge.replaced_for_test(state, standing, tenant)
+            slot, last = jnp.int32(standing.running[tenant]), self.scoring.replaced_for_test(state, standing, tenant)
             if last is not None:  # the best adapter is tested in its slot, in the programs that scored validation
-                state = put_adapter(state, slot, self.judge.kept(tenant, last))
+                state = put_adapter(state, slot, self.scoring.kept(tenant, last))
             interrupted = False
             try:
-                standing = self.judge.finish(state, standing, tenant, why)
+                standing = self.scoring.finish(state, standing, tenant, why)
             except Interrupted:
                 interrupted = True
             if last is not None:  # a longer run goes on from it

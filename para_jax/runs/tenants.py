@@ -176,7 +176,7 @@ def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
 # ------------------------------------------------------------------------------------------------------- what must hold
 
 
-def require_judge(config: RunConfig, validation: Sequence[EvalTask | None]) -> None:
+def require_validation(config: RunConfig, validation: Sequence[EvalTask | None]) -> None:
     """Raises ValueError for eval.patience where no tenant has validation data: only its scores could end a run early.
     A run that an earlier version began like this goes on, and a line says that patience ends nothing."""
     if config.eval.patience is None or any(validation):

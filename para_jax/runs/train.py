@@ -38,11 +38,11 @@ from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, stop_signals
 from ..training.tenants_file import read_entries
 from .folder import FREE_FIELDS, claim_folders, locked_folder, mend_folders, run_digests
-from .judge import Judge, kept_adapter
 from .logs import Logs, tenant_rows
 from .loop import Loop
+from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
-from .tenants import Inputs, read_inputs, require_judge, tenant_configs
+from .tenants import Inputs, read_inputs, require_validation, tenant_configs
 
 
 class TrainResult(NamedTuple):
@@ -113,7 +113,7 @@ def trained(config: RunConfig) -> Ended:
         "the data",
         lambda: [(t.name, *(p and digest(p.examples or []) for p in (t.data, t.validation, t.test))) for t in tenants],
     )
-    by_first(lambda: require_judge(config, [tenant.validation for tenant in tenants]))
+    by_first(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
     with ExitStack() as held:
         by_first(lambda: held.enter_context(locked_folder(config)))
         by_first(lambda: claim_folders(config, tenants))
@@ -148,14 +148,14 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
             held = {name: list(tasks.encoded.values()) for name, tasks in parts.items() if tasks.encoded}
             say_evaluation(held, config.eval.batch_size)
             logs = Logs(log, tenant_rows(tenants) if config.many else [])
-            judge = Judge(config, model, tenants, validation, test, logs, stop)
-            loop = Loop(config, model, tenants, buckets, layout, judge, checkpoints, logs, profiler, stop)
+            scoring = Scoring(config, model, tenants, validation, test, logs, stop)
+            loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
                 everyone = list(range(len(tenants)))
-                standing = judge.test_backbone(
-                    state, standing, judge.with_changed(standing, "test", changed) if restored else everyone
+                standing = scoring.test_backbone(
+                    state, standing, scoring.with_changed(standing, "test", changed) if restored else everyone
                 )
-                standing = judge.rescored(state, standing, judge.with_changed(standing, "validation", changed))
+                standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
                 return loop.run(state, standing)
             except Interrupted:
                 loop.end_early(standing)

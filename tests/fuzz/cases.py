@@ -1,4 +1,4 @@
-"""One case: a good input is mutated, given to a public entry point, and the outcome is judged.
+"""One case: a good input is mutated, given to a public entry point, and the outcome is after_score.
 
 A case is a pure function of its target's name and its number: all that is drawn comes from one `random.Random`.
 """

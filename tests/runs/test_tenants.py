@@ -30,7 +30,7 @@ from para_jax.evaluation.evaluate import evaluate_task, task_of_run
 from para_jax.evaluation.tenants import Tasks
 from para_jax.inspect import folder_report
 from para_jax.runs.folder import claim_folders
-from para_jax.runs.judge import Judge
+from para_jax.runs.scoring import Scoring
 from para_jax.runs.tenants import read_inputs
 from para_jax.training import statistics
 from para_jax.training.log import TIMES
@@ -208,7 +208,7 @@ def test_tenants_that_wait_for_a_place_learn_the_same_also_after_stops(whole, fo
 
 def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_path, monkeypatch):
     """The best one takes the last one's place in the stack, and a stop saves the stack as it is then."""
-    real, finish = Judge.evaluate, Judge.finish
+    real, finish = Scoring.evaluate, Scoring.finish
     scores = Tasks.scores
 
     def gets_no_better(self, state, standing, due):
@@ -222,7 +222,7 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
         options = "eval.test=true", "train.max_steps=9", "train.sampling=uniform"
         return train_tenants(tenants_config(folder, tmp_path / name, *options))
 
-    monkeypatch.setattr(Judge, "evaluate", gets_no_better)
+    monkeypatch.setattr(Scoring, "evaluate", gets_no_better)
     found = run("run")
     assert [found.tenants[name]["best_step"] for name in SIZES] == [3, 3, 9]
     task = task_of_run(load_config(tmp_path / "run" / "acme" / "config.yaml"), "test", tokenizer())
@@ -240,7 +240,7 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
         return finish(self, state, standing, tenant, why)
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(Judge, "finish", ends)
+        patched.setattr(Scoring, "finish", ends)
         run("stopped")
     run("stopped")
     assert all_that_stays(tmp_path / "stopped") == all_that_stays(tmp_path / "run")
@@ -250,14 +250,14 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
 
 
 def test_who_ends_early_leaves_the_batch_to_the_others_without_a_compilation(folder, tmp_path, monkeypatch, capfd):
-    real = Judge.evaluate
+    real = Scoring.evaluate
 
     def globex_gets_no_better(self, state, standing, due):
         standing = real(self, state, standing, due)
         tenant = standing.names.index("globex")
         return standing.changed(tenant, since_best=standing.evaluated[tenant])
 
-    monkeypatch.setattr(Judge, "evaluate", globex_gets_no_better)
+    monkeypatch.setattr(Scoring, "evaluate", globex_gets_no_better)
     config = tenants_config(folder, tmp_path / "run", "eval.patience=3", "train.max_steps=9", "train.sampling=uniform")
     before = train_step._cache_size()
     found = train_tenants(config)

@@ -52,7 +52,7 @@ from para_jax.runs import loop
 from para_jax.runs import train as runs
 from para_jax.runs.folder import claim_folder
 from para_jax.runs.loop import places
-from para_jax.runs.tenants import read_inputs, require_judge
+from para_jax.runs.tenants import read_inputs, require_validation
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import learning_rates
 from para_jax.training.passes import lay_out
@@ -431,7 +431,7 @@ def test_a_run_that_began_with_patience_and_no_validation_data_goes_on(config, t
     """As earlier versions allowed."""
     config = replace(config, eval=replace(config.eval, patience=2))
     (Path(config.output_dir) / "checkpoints" / "3").mkdir(parents=True)
-    require_judge(config, [None])
+    require_validation(config, [None])
     assert "warning: eval.patience ends nothing" in capsys.readouterr().err
 
 

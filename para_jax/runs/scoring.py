@@ -29,7 +29,7 @@ from .tenants import Tenant
 REMEDY = "look at these examples, or start again with a lower train.learning_rate"
 
 
-class Judge(NamedTuple):
+class Scoring(NamedTuple):
     """Scores adapters and keeps the best. A NamedTuple, because its parts never change."""
 
     config: RunConfig
@@ -45,10 +45,10 @@ class Judge(NamedTuple):
         with self.stop.interrupting():
             found = self.validation.scores(Stack(state.adapters), {tenant: standing.running[tenant] for tenant in due})
         for tenant in due:
-            standing = self.judged(state, standing, tenant, found.get(tenant))
+            standing = self.after_score(state, standing, tenant, found.get(tenant))
         return standing
 
-    def judged(self, state: TrainState, standing: Standing, tenant: int, score: Score | None) -> Standing:
+    def after_score(self, state: TrainState, standing: Standing, tenant: int, score: Score | None) -> Standing:
         """The standing after a tenant's adapter was scored; None: it has no validation data."""
         name, own = self.tenants[tenant].name, standing.steps[tenant]
         if score is None and self.config.many:  # its adapter is written once, when it ends
