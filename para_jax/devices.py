@@ -13,7 +13,7 @@ import jax
 
 from .config import RuntimeSection
 from .hub import cache_folder
-from .messages import say as say  # callers also import it from here
+from .messages import say
 
 #: Peak bfloat16 FLOP/s of one device, dense, by its device_kind. TPUs: the versions' pages at cloud.google.com/tpu/docs
 #: ("Peak compute per chip (bf16)"). GPUs: the data sheets at nvidia.com, half of what they state "with sparsity".
@@ -136,9 +136,6 @@ def unused_accelerator(root: Path = Path("/")) -> tuple[str, str] | None:
 def google_pci_device(root: Path) -> bool:
     vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
     return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
-
-
-versions = library_versions  # the old name
 
 
 @contextmanager

@@ -256,7 +256,7 @@ def results(command: str, config: RunConfig, scores: dict, seconds: float) -> di
     return {
         "command": command,
         "device": devices.describe_devices(),
-        "versions": devices.versions(),
+        "versions": devices.library_versions(),
         "seconds": round(seconds, 1),
         "scores": scores,
         "config": config_dict(config),

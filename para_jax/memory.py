@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from . import devices
 from .backbone.kernel_choice import attention_kernel, choice_named
 from .backbone.load import abstract_backbone, load_model_config
 from .config import SITES, ModelConfig, RunConfig
 from .data.batches import Batch
 from .data.packing import Packed
+from .messages import say
 from .model import init_adapter
-from .processes import by_each, by_first
+from .processes import on_every_process, on_first_process
 from .sharding import RULES, make_mesh, mesh_sizes, tenants_shardings, tree_shardings
 from .training.loss import CHUNK
 from .training.optimizer import LearningRates
@@ -68,11 +68,11 @@ def run_mesh(config: RunConfig, tenants: int = 1) -> Mesh:
     Raises ValueError for sizes that do not fit the devices.
     """
     several = jax.process_count() > 1
-    room = by_first(lambda: device_memory(jax.local_devices()[0]))
-    found = by_each(lambda: choose_mesh(config, jax.device_count(), room, tenants, all_of_them=several))
+    room = on_first_process(lambda: device_memory(jax.local_devices()[0]))
+    found = on_every_process(lambda: choose_mesh(config, jax.device_count(), room, tenants, all_of_them=several))
     mesh = make_mesh(**found.sizes)
     if mesh.size > 1 or jax.device_count() > 1 or not found.fits:
-        devices.say(f"mesh: {describe_mesh(mesh)}{'. ' if found.why else ''}{found.why}")
+        say(f"mesh: {describe_mesh(mesh)}{'. ' if found.why else ''}{found.why}")
     return mesh
 
 

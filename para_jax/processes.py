@@ -131,8 +131,3 @@ def broadcast_arrays(tree):
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda leaf: broadcast_array(np.asarray(leaf), 0), tree)
-
-
-# The old names, until all callers have moved.
-by_first, by_each = on_first_process, on_every_process
-gathered, arrays_of_first, texts_of_all = full_arrays, broadcast_arrays, gather_texts

@@ -227,7 +227,3 @@ def shard_rows(array) -> jax.Array:
         )
     array, sharding = np.asarray(array), NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-# The old names, until all callers have moved.
-gathered, over_tenants, everywhere, rows_over = gather_fsdp, constrain_tenants, replicate, shard_rows

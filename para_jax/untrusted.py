@@ -88,7 +88,3 @@ def safe_name(name: str, width: int = 200) -> str:
 def one_line(text: str, width: int = 500) -> str:
     """A text as one line without control characters, cut to `width`."""
     return " ".join("".join(c if c.isprintable() else " " for c in text[:width]).split())
-
-
-# The old names, until all callers have moved.
-some, shown = safe_names, safe_name

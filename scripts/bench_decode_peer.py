@@ -21,7 +21,7 @@ from para_jax import ParaConfig, load_backbone, load_tokenizer
 from para_jax.bench.decode import Side, Step, bank_of
 from para_jax.bench.record import new_record, report
 from para_jax.bench.rounds import interleaved, paired, random_tokens, summary
-from para_jax.devices import versions
+from para_jax.devices import library_versions
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 
@@ -86,7 +86,7 @@ def main():
         return paired(found["rounds"], side, min(names, key=found["medians"].__getitem__))
 
     more = {
-        "versions": versions() | torch.versions,
+        "versions": library_versions() | torch.versions,
         "ratios": {
             "base / torch, 1 row": ratio("base, 1 rows", "base, 1 rows"),
             f"base / torch, {ROWS} rows": ratio(f"base, {ROWS} rows", f"base, {ROWS} rows"),

@@ -25,7 +25,7 @@ from para_jax.bench.record import new_record, report
 from para_jax.bench.rounds import interleaved, random_tokens, summary
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
-from para_jax.devices import versions
+from para_jax.devices import library_versions
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 from para_jax.training.step import state_of_one, step_of_one
@@ -98,7 +98,7 @@ def main():
     seconds = found["medians"]
     best = {f"{m} {logits}": min(seconds[f"{m} {logits} {n}"] for n in (1, 2)) for m, logits, _ in variants}
     more = {
-        "versions": versions() | peers["lora"].versions,
+        "versions": library_versions() | peers["lora"].versions,
         "ratios": {f"para / {peer}": seconds["para"] / value for peer, value in best.items()},
         "first_loss": {"para": para.losses[0]} | {method: peer.losses[0] for method, peer in peers.items()},
     }

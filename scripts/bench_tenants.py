@@ -108,7 +108,7 @@ def timed_process(result: Path, sections: list[list[str]], cache: Path) -> dict[
 
 
 def main() -> None:
-    from para_jax.devices import describe_devices, versions
+    from para_jax.devices import describe_devices, library_versions
     from para_jax.hub import resolve_backbone
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,7 +138,7 @@ def main() -> None:
         runs += [timed_process(result, [each], work / "cache-runs") for each in alone[half:]]
     sums = {part: sum(run[part] for run in runs) for part in runs[0]}
     record = {
-        "command": shlex.join(["python", *sys.argv]), "device": describe_devices(), "versions": versions(),
+        "command": shlex.join(["python", *sys.argv]), "device": describe_devices(), "versions": library_versions(),
         "tenants": TENANTS, "examples": EXAMPLES, "rows_a_tenant": ROWS, "longest": LONGEST,
         "one_run": together, "sixteen_runs": sums, "median_of_the_runs": {p: median(r[p] for r in runs) for p in sums},
         "loop_in_one_process": loop,

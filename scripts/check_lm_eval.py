@@ -31,7 +31,7 @@ from para_jax import (
     log_to_stderr,
     save_adapter,
 )
-from para_jax.devices import describe_devices, versions
+from para_jax.devices import describe_devices, library_versions
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.harness.tasks import load_tasks, record, replay
 from para_jax.gguf.convert import convert_gguf
@@ -102,7 +102,7 @@ def main():
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "device": describe_devices(),
-        "versions": versions() | theirs["versions"],
+        "versions": library_versions() | theirs["versions"],
         "limit": LIMIT,
         "cases": cases,
         "failed": [

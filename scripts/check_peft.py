@@ -34,7 +34,7 @@ from para_jax import (
 )
 from para_jax.config import SITES
 from para_jax.data.examples import encode_prompt
-from para_jax.devices import describe_devices, versions
+from para_jax.devices import describe_devices, library_versions
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 
@@ -75,7 +75,7 @@ def main():
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "device": describe_devices(),
-        "versions": versions() | peers,
+        "versions": library_versions() | peers,
         "limit": LIMIT,
         "largest_difference": max(off for off, _ in cases.values()),
         "failed": failed,

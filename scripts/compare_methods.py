@@ -36,7 +36,7 @@ from para_jax import (
 from para_jax.adapters.adapter import count_parameters
 from para_jax.config import Ia3Config, LoraConfig, save_config
 from para_jax.data.tasks import TASKS
-from para_jax.devices import describe_devices, versions
+from para_jax.devices import describe_devices, library_versions
 from para_jax.evaluation.evaluate import evaluate_task, task_of_run
 from para_jax.training.metrics_file import read_metrics
 
@@ -305,7 +305,7 @@ def done(file: Path, make, asked: dict) -> dict:
         part, begun = file.with_suffix(".part"), time.monotonic()
         found = make()
         about = {"asked": asked, "seconds": time.monotonic() - begun, "device": describe_devices()}
-        part.write_text(json.dumps(found | about | {"versions": versions()}, indent=1) + "\n")
+        part.write_text(json.dumps(found | about | {"versions": library_versions()}, indent=1) + "\n")
         os.replace(part, file)
     return json.loads(file.read_text())
 

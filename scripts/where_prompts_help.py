@@ -19,7 +19,7 @@ from para_jax.adapters.adapter import Factors
 from para_jax.data.batches import collate, full_batches, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.data.records import load_records
-from para_jax.devices import describe_devices, versions
+from para_jax.devices import describe_devices, library_versions
 from para_jax.evaluation.evaluate import other_prompts
 from para_jax.evaluation.tasks import EvalTask, encode_task
 from para_jax.model import Adjustments, adjustments_for
@@ -90,7 +90,7 @@ def main() -> None:
         print(f"| {name} | {median(values):.3f} | {min(values):.3f} to {max(values):.3f} | {median(rises):+.3f} |")
     if args.output:
         asked = {"backbone": args.backbone, "data": args.data, "limit": args.limit, "adapters": args.adapters}
-        about = {"asked": asked, "device": describe_devices(), "versions": versions()}
+        about = {"asked": asked, "device": describe_devices(), "versions": library_versions()}
         args.output.write_text(json.dumps({"losses": found} | about, indent=1) + "\n")
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from ..config import SITES, ModelConfig, shorten
 from ..sharding import place
 from ..storage.bucket import BucketPath
-from ..untrusted import shown
+from ..untrusted import safe_name
 from .adapter import Adapter
 from .files import load_adapter
 from .folder import require_finite
@@ -292,8 +292,8 @@ def unknown(name: object, known: tuple[str, ...]) -> str:
     near += [one for one in known if one.endswith(text[-3:])][:COMPARED] + list(known[:COMPARED])
     nearest = difflib.get_close_matches(text, [one[:100] for one in dict.fromkeys(near)], n=3, cutoff=0.5)
     if nearest:
-        return f"no tenant {shorten(name)}; the nearest are {', '.join(map(shown, nearest))}"
-    held = ", ".join(map(shown, known[:3])) or "none"
+        return f"no tenant {shorten(name)}; the nearest are {', '.join(map(safe_name, nearest))}"
+    held = ", ".join(map(safe_name, known[:3])) or "none"
     return f"no tenant {shorten(name)}; it holds {held}{' ...' if len(known) > 3 else ''}"
 
 

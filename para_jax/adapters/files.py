@@ -19,7 +19,7 @@ import numpy as np
 
 from ..config import ModelConfig, expanded, one_of, shorten
 from ..storage.bucket import BucketPath
-from ..storage.folder import require_whole
+from ..storage.folder import require_matching_manifest
 from ..untrusted import one_line, read_json
 from .adapter import Adapter, abstract, with_leaves
 from .card import model_card
@@ -127,7 +127,7 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
 
 def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: ModelConfig, model) -> Adapter:
     """The adapter of a folder; `source` is the name that the user gave it."""
-    require_whole(folder)
+    require_matching_manifest(folder)
     method, config, backbone, _ = read_config(folder)
     if not method.in_peft:
         try:

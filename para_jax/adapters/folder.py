@@ -17,7 +17,7 @@ from ..atomic import OLD, folders_left, set_aside, sync_folder, temporary_name
 from ..storage import folder as bucket_folder
 from ..storage.bucket import BucketPath, Place
 from ..tensor_file import StoredTensor, stored_tensors
-from ..untrusted import some
+from ..untrusted import safe_names
 
 T = TypeVar("T")
 
@@ -95,21 +95,21 @@ def require_as_expected(file: Path, stored: dict[str, StoredTensor], expected: d
         "not of F32, F16 or BF16": [n for n, tensor in stored.items() if tensor.dtype not in ("F32", "F16", "BF16")],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
+        listed = "; ".join(f"{what}: {safe_names(names)}" for what, names in problems.items() if names)
         raise ValueError(f"{file}: the tensors do not match {CONFIG}. {listed}")
 
 
 def require_finite(where: str, tensors: dict[str, np.ndarray]) -> None:
     broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if broken:
-        raise ValueError(f"{where}: these tensors have NaN or infinite values: {some(broken)}")
+        raise ValueError(f"{where}: these tensors have NaN or infinite values: {safe_names(broken)}")
 
 
 def refuse_pickles(folder: Path) -> None:
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickles and not (folder / WEIGHTS).exists():
         raise ValueError(
-            f"{folder}: weights only as a pickle ({some(pickles)}), which is not read because it could run code. "
+            f"{folder}: weights only as a pickle ({safe_names(pickles)}), which is not read because it could run code. "
             "Convert it:\n"
             f"safetensors.torch.save_file(torch.load({pickles[0]!r}, weights_only=True), {WEIGHTS!r})"
         )
@@ -133,7 +133,7 @@ def replace_folder(folder: Place, files: dict[str, bytes]) -> None:
         others = sorted({path.name for path in folder.iterdir()} - set(files)) if folder.is_dir() else [folder.name]
         if others:
             raise ValueError(
-                f"{folder} holds other files ({some(others)}), which a save would delete; choose another folder"
+                f"{folder} holds other files ({safe_names(others)}), which a save would delete; choose another folder"
             )
     new = temporary_name(folder)
     try:
@@ -172,7 +172,7 @@ def swap(new: Path, folder: Path) -> None:
 def mend_folder(folder: Place) -> None:
     """Tidies up after a replacement that was killed. If the new folder was not in place yet, the old one comes back."""
     if isinstance(folder, BucketPath):
-        bucket_folder.mend_folder(folder)
+        bucket_folder.remove_unfinished(folder)
         return
     old = set_aside(folder)
     if old is not None and not folder.exists():

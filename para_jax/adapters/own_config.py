@@ -10,7 +10,7 @@ from types import NoneType
 from typing import Any
 
 from ..config import ModelConfig, shorten
-from ..untrusted import shown, some
+from ..untrusted import safe_name, safe_names
 from .adapter import Backbone, describe
 
 REQUIRED = ("peft_type", "backbone")
@@ -120,7 +120,9 @@ def require_same_backbone(backbone: dict, model: ModelConfig) -> None:
     expected = describe(model)._asdict()
     expected["site_widths"] = {site: model.site_width(site) for site in backbone["site_widths"]}
     differing = [
-        f"{key} {shown(str(backbone[key]))}, not {expected[key]}" for key in expected if backbone[key] != expected[key]
+        f"{key} {safe_name(str(backbone[key]))}, not {expected[key]}"
+        for key in expected
+        if backbone[key] != expected[key]
     ]
     if differing:
         raise ValueError(f"the adapter is for another backbone: it has {'; '.join(differing)[:500]}")
@@ -131,4 +133,4 @@ def require_keys(where: str, found: dict, required: tuple[str, ...], optional: t
     unknown = [where + key for key in found if key not in required + optional]
     if missing or unknown:
         named = {"missing": missing, "unknown": unknown}
-        raise ValueError("; ".join(f"{what} keys: {some(keys)}" for what, keys in named.items() if keys))
+        raise ValueError("; ".join(f"{what} keys: {safe_names(keys)}" for what, keys in named.items() if keys))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..config import FUSED, SITES, one_of, shorten
-from ..untrusted import some
+from ..untrusted import safe_names
 from .adapter import Backbone
 from .own_tensors import PREFIX
 from .peft_linears import linears_of
@@ -58,7 +58,9 @@ def require_supported(found: dict, own_keys: tuple[str, ...]) -> None:
     if found.get("init_lora_weights") not in INITS:
         wrong["init_lora_weights"] = found["init_lora_weights"]
     if wrong:
-        raise ValueError("not supported: " + some([f"{key} {shorten(value, 40)}" for key, value in wrong.items()]))
+        raise ValueError(
+            "not supported: " + safe_names([f"{key} {shorten(value, 40)}" for key, value in wrong.items()])
+        )
 
 
 def neutral(value: object) -> bool:
@@ -82,7 +84,7 @@ def named_linears(key: str, names: object, otherwise: Iterable[str]) -> tuple[st
     matches = {name: SUFFIX.fullmatch(name) for name in names}
     other = [name for name, match in matches.items() if match is None]
     if other:
-        raise ValueError(f"{key} {some(other)} is not supported; use {one_of((*SITES, *FUSED))}")
+        raise ValueError(f"{key} {safe_names(other)} is not supported; use {one_of((*SITES, *FUSED))}")
     return tuple(match["attention"] or match["mlp"] for match in matches.values() if match)
 
 

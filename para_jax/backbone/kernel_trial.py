@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ..config import ModelConfig
-from ..devices import say
-from ..processes import texts_of_all
+from ..messages import say
+from ..processes import gather_texts
 from ..sharding import partition
 from .kernel_choice import AttentionChoice, attention_kernel, choice_named
 from .kernels import KERNELS
@@ -128,4 +128,4 @@ def first_on_any_process(problem: str | None) -> str | None:
     """The first problem on any process, on all of them: they must all run the same program."""
     if jax.process_count() == 1:
         return problem
-    return next((text for text in texts_of_all(problem or "") if text), None)
+    return next((text for text in gather_texts(problem or "") if text), None)

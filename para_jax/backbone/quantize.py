@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
-from ..sharding import gathered
+from ..sharding import gather_fsdp
 from .layers import Linear
 
 
@@ -31,7 +31,7 @@ class Int8Linear(nnx.Module):
         from qwix import QArray, dot
 
         # gathered here as int8: half the bytes of the dequantised weights
-        kernel, scale = (gathered(held[...], held.axes) for held in (self.kernel, self.scale))
+        kernel, scale = (gather_fsdp(held[...], held.axes) for held in (self.kernel, self.scale))
         y = dot(x, QArray(kernel, scale.astype(x.dtype)))
         return y if self.bias is None else y + self.bias[...]
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..config import LayerKind, ModelConfig
-from ..sharding import constrain, gathered
+from ..sharding import constrain, gather_fsdp
 from .attention import Attention
 from .feedforward import FeedForward
 from .kernel_choice import AttentionChoice
@@ -76,7 +76,7 @@ class Transformer(nnx.Module):
     def gathered_head(self) -> Float[Array, "a b"]:
         """The head's weights, gathered over the mesh once, so that a loop over `logits` need not gather them again."""
         head = self.embedding if self.head is None else self.head
-        return gathered(head[...], head.axes)
+        return gather_fsdp(head[...], head.axes)
 
     def logits(self, x: Float[Array, "*rows width"], head: Array | None = None) -> Float[Array, "*rows vocab"]:
         """Logits float32 [..., vocab] of the residual stream after the final norm, x [..., width].

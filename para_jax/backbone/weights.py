@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import FUSED, SITES, ModelConfig
-from ..untrusted import some
+from ..untrusted import safe_names
 from .parts import Recipe, Source, load_parameter, needed_blocks, pieces, require_equal
 from .quantize import quantiser
 
@@ -52,7 +52,7 @@ def load_parameters(
         else:
             loaded[name] = array
     if broken:
-        raise ValueError(f"{source.path}: tensors with NaN or infinite values: {some(broken)}")
+        raise ValueError(f"{source.path}: tensors with NaN or infinite values: {safe_names(broken)}")
     return loaded
 
 
@@ -102,7 +102,7 @@ def recipes(config: ModelConfig, source: Source) -> dict[str, Recipe]:
         ],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
+        listed = "; ".join(f"{what}: {safe_names(names)}" for what, names in problems.items() if names)
         raise ValueError(
             f"{source.path}: the tensors do not match the config (model_type {config.model_type}). {listed}"
         )

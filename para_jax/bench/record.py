@@ -11,7 +11,12 @@ from ..table import table
 
 def new_record(command: str, measured: dict) -> dict:
     """What a benchmark measured, with the command, the device and the versions."""
-    return {"command": command, "device": devices.describe_devices(), "versions": devices.versions(), **measured}
+    return {
+        "command": command,
+        "device": devices.describe_devices(),
+        "versions": devices.library_versions(),
+        **measured,
+    }
 
 
 def report(record: dict, file: Path | None) -> None:

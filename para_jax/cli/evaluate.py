@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from ..messages import say
 from . import options as shared
 from .names import named_adapters
 from .results import write_results
@@ -206,10 +207,10 @@ def into_folder(options, config) -> None:
             model, bank, tokenizer, tasks, output, how, sources, about, base=not options.adapter
         )
     except KeyboardInterrupt:
-        devices.say(f"the answers so far are in {output}; the same command goes on there")
+        say(f"the answers so far are in {output}; the same command goes on there")
         raise
     print(table)
-    devices.say(f"wrote {output}")
+    say(f"wrote {output}")
     if options.results:
         scores = {name: record["results"] for name, record in records.items()}
         write_results(options, config, scores, time.monotonic() - begun)

@@ -143,7 +143,7 @@ def answer_prompts(options, model, tokenizer, adapters, tenants) -> None:
 
 
 def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
-    from ..devices import say
+    from ..messages import say
     from ..serving.engine import Engine
     from ..serving.jobs import answer_lines
     from ..serving.request import Request

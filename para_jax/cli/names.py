@@ -67,13 +67,13 @@ def tenants_of_prompts(options, sources: dict[str, str]) -> list[str | None] | N
 
 def adapters_of(options, sources: dict[str, str], model):
     """None, the adapter of --adapter, or the bank of --adapters."""
-    from .. import devices
     from ..adapters.bank import AdapterBank
     from ..adapters.files import load_adapter
+    from ..messages import say
 
     if not sources:
         return load_adapter(options.adapter, model.config, model=model) if options.adapter else None
     held = {name: load_adapter(source, model.config, model=model) for name, source in sources.items()}
     bank = AdapterBank.holding(held, model.config)
-    devices.say(str(bank))
+    say(str(bank))
     return bank

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..config import ATTENTION, printable
-from ..storage.bucket import BucketPath, Place, address
+from ..storage.bucket import BucketPath, Place, bucket_path
 
 RUN_FIELDS = "fields of the config, such as train.learning_rate=3e-3 or 'data.prompt={question}\\n' (text is literal)"
 
@@ -33,7 +33,7 @@ def add_command(commands, name: str, text: str, example: str, parents: list | No
 def place(text: str) -> Place:
     """The path of an argument, on this host or in a bucket."""
     try:
-        return address(text) or Path(text)
+        return bucket_path(text) or Path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

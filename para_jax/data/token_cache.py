@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import devices
 from ..atomic import replacing
 from ..config import printable
 from ..hub import cache_folder
+from ..messages import warn
 
 FORMAT = 1
 #: Tokenising smaller data is about as fast as looking it up.
@@ -106,7 +106,7 @@ def load_tokens(key: str, content: str) -> Tokens | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        devices.say(f"warning: ignoring the damaged cache file {file}: {printable(str(error), 200)}")
+        warn(f"ignoring the damaged cache file {file}: {printable(str(error), 200)}")
         return None
 
 
@@ -124,9 +124,7 @@ def store_tokens(key: str, content: str, tokens: Tokens) -> None:
                 stream.write(part.data)
         delete_oldest(file)
     except OSError as error:
-        devices.say(
-            f"warning: cannot cache token ids in {file.parent} ({error.strerror}); data.cache=false turns this off"
-        )
+        warn(f"cannot cache token ids in {file.parent} ({error.strerror}); data.cache=false turns this off")
 
 
 def read_tokens(stream, size: int) -> Tokens:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import devices
 from ..config import DataSection
+from ..messages import say
 from . import token_cache
 from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
@@ -72,12 +72,12 @@ def load_training_data(section: DataSection, tokenizer) -> TrainingData:
     if section.cache and is_large(source):
         key = token_cache.tokenizer_key(tokenizer, fields_of(source, section))
     if key and (found := token_cache.load_tokens(key, content_of(source))):
-        devices.say(f"using cached token ids from {token_cache.folder()}")
+        say(f"using cached token ids from {token_cache.folder()}")
         return training_data(source, found)
     begun, seen = time.monotonic(), hashlib.sha256() if key else None
     tokens = tokenised(split_records(section, "train", seen) or [], tokenizer, section)
     if time.monotonic() - begun > REPORTED_SECONDS:
-        devices.say(f"tokenised {len(tokens.sizes)} examples in {time.monotonic() - begun:.0f} s")
+        say(f"tokenised {len(tokens.sizes)} examples in {time.monotonic() - begun:.0f} s")
     if key and seen:  # a file may have changed since it was looked up, so its digest is of the bytes that were read
         content = content_of(source) if isinstance(source, TfdsSplit | HfSplit) else seen.hexdigest()
         token_cache.store_tokens(key, content, tokens)

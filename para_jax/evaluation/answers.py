@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from ..backbone.transformer import Transformer
 from ..data.examples import stop_token_ids
-from ..devices import say
 from ..inference.generate import up_to_multiple
+from ..messages import say
 from ..serving.engine import Engine
 from .batch_adapters import Bank, version
 from .journal import Journal

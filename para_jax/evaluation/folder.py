@@ -14,9 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import atomic, devices
+from .. import atomic
 from ..adapters.bank import AdapterBank
 from ..config import ModelConfig
+from ..messages import say
 from .answers import Answerer
 from .evaluate import other_prompts
 from .journal import Journal
@@ -177,7 +178,7 @@ def evaluate_to_folder(
         atomic.write_text(output / files[name], json.dumps(made, indent=2, default=str) + "\n")
     others = sorted({path.name for path in output.glob("*.json")} - set(files.values()))
     if others:
-        devices.say(f"{output} also holds results of earlier calls, which are not in table.md: {', '.join(others)}")
+        say(f"{output} also holds results of earlier calls, which are not in table.md: {', '.join(others)}")
     text = table(by_tenant, answerer, **limits)
     atomic.write_text(output / "table.md", text + "\n")
     return text, by_tenant

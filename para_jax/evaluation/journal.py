@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from .. import atomic
 from ..config import shorten
-from ..devices import say
+from ..messages import say
 from ..storage.bucket import BucketPath, Place
 from ..storage.lines import BucketLines
 from ..storage.pieces import open_pieces, pieces

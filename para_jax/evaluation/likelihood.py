@@ -20,7 +20,7 @@ from ..backbone.transformer import Transformer
 from ..data.batches import full_batches
 from ..data.examples import Example
 from ..model import continue_rows, prefill
-from ..processes import gathered
+from ..processes import full_arrays
 from ..training.loss import of_logits, token_scores
 from ..training.step import eval_nll
 from .batch_adapters import Bank, adapters_of, version
@@ -66,7 +66,7 @@ def in_whole_rows(
     for members, batch in full_batches(examples, rows, shapes.buckets):
         adapters = adapters_of(model, bank, [asked[i] for i in np.resize(members, rows)], shapes)
         completion = completions[batch.tokens.shape[1]]
-        nats, _, greedy = gathered(eval_nll(model, adapters, batch, completion=completion))
+        nats, _, greedy = full_arrays(eval_nll(model, adapters, batch, completion=completion))
         for i, total, likeliest in zip(members, nats, greedy, strict=False):
             yield i, Scored(-float(total), bool(likeliest))
 
@@ -126,7 +126,7 @@ def of_contexts(
         row, tokens, lengths = collated([continuations[i] for i in chunk], size, rows)
         with announced(f"{len(row)} continuations of {size} tokens after {cache}", compiled):
             found = continuation_scores(treedef, leaves, logits, state, row, tokens, lengths)
-        nats, greedy = gathered(found)
+        nats, greedy = full_arrays(found)
         for i, total, likeliest in zip(chunk, nats, greedy, strict=False):
             yield i, Scored(float(total), bool(likeliest))
 

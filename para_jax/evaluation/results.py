@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .. import devices
 from ..config import shorten
+from ..messages import say
 from .answers import Answerer
 from .questions import SEEDS, Answer
 from .score import error_of_ratio, likelihoods_of, score_answers
@@ -80,7 +81,7 @@ def run_record(answerer: Answerer, tenant: str | None, about: Mapping, limits: M
 
 
 def versions() -> dict[str, str]:
-    return devices.versions() | {name: version(name) for name in ("para_jax", "lm_eval") if find_spec(name)}
+    return devices.library_versions() | {name: version(name) for name in ("para_jax", "lm_eval") if find_spec(name)}
 
 
 def tokens_per_second(answerer: Answerer) -> float:
@@ -163,7 +164,7 @@ def check_results(folder: Path, files: Sequence[str], content: str) -> None:
         except ValueError:
             if data and not (folder / ANSWERS_FILE).exists():
                 raise foreign(file, data) from None
-            devices.say(f"{file} is damaged, and is written again")
+            say(f"{file} is damaged, and is written again")
             continue
         config = found.get("config") if isinstance(found, dict) else None
         backbone = config.get("backbone_content") if isinstance(config, dict) else None

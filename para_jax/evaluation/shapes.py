@@ -15,8 +15,8 @@ import numpy as np
 
 from ..data.batches import MULTIPLE, Bucket, best_lengths, plan_buckets
 from ..data.examples import Example
-from ..devices import say
 from ..inference.generate import CACHE_MULTIPLE, up_to_multiple
+from ..messages import say
 from .tasks import EncodedTask
 
 #: Padded lengths of the pass for likelihoods, and of prompts after which answers are written.

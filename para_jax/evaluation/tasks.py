@@ -11,7 +11,7 @@ from ..config import DataSection, ModelConfig, RunConfig, expanded
 from ..data.examples import Example, encode_completion, encode_example
 from ..data.records import Record, encode_records, load_records, read_records, split_records, task_of
 from ..data.tasks import TASKS, Task
-from ..devices import say
+from ..messages import say, warn
 from .metrics import LABEL_METRICS, METRICS
 from .questions import Generation, Likelihood, Question
 
@@ -146,8 +146,8 @@ def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, .
     missed = [record for record in records if not set(record.references) & set(choices)]
     if missed:
         count, first = f"{len(missed)} of {len(records)} answers", f"{missed[0].completion!r} ({missed[0].place})"
-        say(
-            f"warning: {split}: {count} are not among the choices ({', '.join(choices)}) and count as wrong, the first "
+        warn(
+            f"{split}: {count} are not among the choices ({', '.join(choices)}) and count as wrong, the first "
             f"is {first}; eval.choices names others, eval.metric=exact_match scores free text"
         )
 

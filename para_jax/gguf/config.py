@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..config import shorten
-from ..untrusted import shown
+from ..untrusted import safe_name
 
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LINEAR_NAMES = {
@@ -55,7 +55,7 @@ def hugging_face_name(name: str, architecture: str) -> str:
     top, _, kind = name.partition(".")
     if top in TOP_NAMES and kind == "weight":
         return f"{TOP_NAMES[top]}.weight"
-    raise ValueError(f"unknown tensor {shown(name)} for a {architecture} model")
+    raise ValueError(f"unknown tensor {safe_name(name)} for a {architecture} model")
 
 
 def common_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def check_complete(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], a
     if missing := sorted(expected - shapes.keys()):
         raise ValueError(f"{len(missing)} tensors are missing, starting with {missing[0]}")
     if extra := sorted(shapes.keys() - expected):
-        raise ValueError(f"{len(extra)} tensors do not belong to the model, starting with {shown(extra[0])}")
+        raise ValueError(f"{len(extra)} tensors do not belong to the model, starting with {safe_name(extra[0])}")
     for name, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
         for i in range(config["num_hidden_layers"]):
             tensor = f"model.layers.{i}.self_attn.{name}.weight"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import shorten
-from ..untrusted import shown
+from ..untrusted import safe_name
 from .config import CONFIGS, check_architecture, check_complete, hugging_face_name, llama3_scaling
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -164,7 +164,7 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for _ in range(value_count):
         key = cursor.string()
         if key in metadata:
-            raise ValueError(f"metadata key {shown(key)} appears twice")
+            raise ValueError(f"metadata key {safe_name(key)} appears twice")
         metadata[key] = cursor.value(cursor.number("I"))
     infos = [read_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
@@ -176,7 +176,7 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def read_tensor_info(cursor: Cursor) -> tuple[str, int, tuple[int, ...], int]:
     name, axes = cursor.string(), cursor.number("I")
     if axes not in (1, 2):
-        raise ValueError(f"tensor {shown(name)} has {axes} axes; only vectors and matrices are supported")
+        raise ValueError(f"tensor {safe_name(name)} has {axes} axes; only vectors and matrices are supported")
     shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
     return name, cursor.number("I"), shape, cursor.number("Q")
 
@@ -188,9 +188,9 @@ def map_tensors(data: np.ndarray, infos: list, header: int, alignment: int) -> d
     start, expected = aligned(header, alignment), 0
     for name, kind, shape, offset in infos:
         if name in tensors:
-            raise ValueError(f"tensor {shown(name)} appears twice")
+            raise ValueError(f"tensor {safe_name(name)} appears twice")
         if offset != expected:
-            raise ValueError(f"tensor {shown(name)} begins at byte {offset} of the data instead of {expected}")
+            raise ValueError(f"tensor {safe_name(name)} begins at byte {offset} of the data instead of {expected}")
         tensors[name] = map_tensor(data, name, kind, shape, start + offset)
         expected = aligned(offset + tensors[name].data.size, alignment)
     return tensors
@@ -204,14 +204,16 @@ def map_tensor(data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], s
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if kind not in GGML_QUANT_SIZES:
-        raise ValueError(f"tensor {shown(name)} has unknown type {kind}")
+        raise ValueError(f"tensor {safe_name(name)} has unknown type {kind}")
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if shape[-1] % block or 0 in shape:
-        raise ValueError(f"tensor {shown(name)} has shape {shape}, which its type's blocks of {block} do not divide")
+        raise ValueError(
+            f"tensor {safe_name(name)} has shape {shape}, which its type's blocks of {block} do not divide"
+        )
     row_bytes = shape[-1] // block * block_bytes
     size = row_bytes * math.prod(shape[:-1])
     if start + size > len(data):
-        raise ValueError(f"the file is cut off at byte {len(data)}, before the end of tensor {shown(name)}")
+        raise ValueError(f"the file is cut off at byte {len(data)}, before the end of tensor {safe_name(name)}")
     return Tensor(kind, shape, data[start : start + size].reshape(-1, row_bytes))
 
 

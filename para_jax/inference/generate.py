@@ -19,7 +19,7 @@ from ..backbone.transformer import Transformer
 from ..config import shorten
 from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..model import decode_step, prefill, stacked_state
-from ..processes import gathered
+from ..processes import full_arrays
 from .answer_text import AnswerText, text_of
 from .draw import draw, greedy
 from .sampling import RowSampling, Sampling, row_keys, row_sampling
@@ -126,7 +126,7 @@ def generate_tokens(
     written, pending = np.zeros((len(tokens), 0), np.int32), [token]
     for position in range(1, last + 1):
         if position % FETCH_EVERY == 0 or position == last:
-            written, pending = np.column_stack([written, *gathered(pending)]), []
+            written, pending = np.column_stack([written, *full_arrays(pending)]), []
             rows = [before_stop(row, stop_ids) for row in written.tolist()]
             enough = ended(rows) if ended else [False] * len(rows)
             if all(len(row) < written.shape[1] or over for row, over in zip(rows, enough, strict=True)):

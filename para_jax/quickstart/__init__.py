@@ -22,6 +22,7 @@ from ..data.tokenizer import load_tokenizer
 from ..hub import resolve_backbone
 from ..inference.generate import generate
 from ..inspect import results, write_record
+from ..messages import say
 from ..runs.folder import claim_folder
 from ..runs.train import train_tenants
 from .examples import JOBS, business_examples
@@ -118,6 +119,6 @@ def next_folder() -> str:
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     begun = time.monotonic()
-    devices.say(f"== {name}")
+    say(f"== {name}")
     yield
-    devices.say(f"== {name}: {time.monotonic() - begun:.1f} s")
+    say(f"== {name}: {time.monotonic() - begun:.1f} s")

@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import atomic, devices
+from .. import atomic
 from ..adapters.folder import mend_folder
 from ..config import RunConfig, config_dict, expanded, load_config, require, save_config
 from ..data.example_arrays import add_to_digest
+from ..messages import say
 from ..storage.bucket import BucketPath, Place
-from ..storage.lock import held
+from ..storage.lock import bucket_lock
 from ..training import last_state
 from ..training.log import drop_rows
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
@@ -70,7 +71,7 @@ def locked_folder(config: RunConfig) -> Iterator[None]:
 @contextmanager
 def locked(folder: Place) -> Iterator[None]:
     if isinstance(folder, BucketPath):
-        with held(folder / LOCK, devices.say):
+        with bucket_lock(folder / LOCK, say):
             yield
         return
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -80,7 +81,7 @@ def locked(folder: Place) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            devices.say(f"{folder}: this file system can't lock files; let no second run write there")
+            say(f"{folder}: this file system can't lock files; let no second run write there")
         yield
 
 
@@ -152,9 +153,9 @@ def claim_folders(config: RunConfig, tenants: Sequence[Tenant]) -> None:
         claim_folder(config)
         return
     folder = expanded(config.output_dir)
-    held = {path.parent.name for path in folder.glob("*/config.yaml")}
-    others = sorted(held ^ {tenant.name for tenant in tenants})
-    if held - {tenant.name for tenant in tenants} or (others and any(folder.glob("checkpoints/*"))):
+    bucket_lock = {path.parent.name for path in folder.glob("*/config.yaml")}
+    others = sorted(bucket_lock ^ {tenant.name for tenant in tenants})
+    if bucket_lock - {tenant.name for tenant in tenants} or (others and any(folder.glob("checkpoints/*"))):
         raise ValueError(
             f"output_dir {folder} holds a run of other tenants (the difference: {', '.join(map(repr, others[:3]))}); "
             "choose another output_dir, or the same tenants to resume"
@@ -211,9 +212,9 @@ def drop_unsure(standing: Standing, file: Place) -> None:
 # ---------------------------------------------------------------------------------------------------- which run it is
 
 
-def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
+def differences(bucket_lock: RunConfig, wanted: RunConfig) -> list[str]:
     """The fields that make two configs different runs: "train.learning_rate (0.1 there, 0.2 here)"."""
-    there, here = fields_of_run(held), fields_of_run(wanted)
+    there, here = fields_of_run(bucket_lock), fields_of_run(wanted)
     names = [name for name in there | here if there.get(name) != here.get(name)]
     return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
 

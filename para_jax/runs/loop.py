@@ -19,9 +19,10 @@ from ..data.packing import Packed, RowShape
 from ..data.prefetch import prefetch
 from ..data.schedule import Schedule, StepBatch, Turn, admitted
 from ..data.tenants import weights
+from ..messages import say
 from ..model import init_adapter
-from ..processes import by_first, gathered, is_first
-from ..sharding import rows_over
+from ..processes import full_arrays, is_first, on_first_process
+from ..sharding import shard_rows
 from ..training.checkpoint import finish_saving, require_saved, save_checkpoint
 from ..training.last_state import read_last_state, write_last_state
 from ..training.log import Done
@@ -101,7 +102,7 @@ class Loop(NamedTuple):
                         self.end_early(standing)
                     if over:
                         self.logs.flush()
-                        by_first(lambda: finish_saving(self.checkpoints))
+                        on_first_process(lambda: finish_saving(self.checkpoints))
                         return state, standing
                     state, standing = self.admit(state, standing)
                     state, standing, pending = self.step(state, standing, batches, pending, compiled, bar)
@@ -135,7 +136,7 @@ class Loop(NamedTuple):
             bucket = Bucket(longest.length, longest.completion)
             statistics = statistics_batches(tenant.data.examples, bucket, self.layout.rows, seed)
             made = standardise(self.model, made, *statistics)
-        return gathered(made)
+        return full_arrays(made)
 
     def batches(self, standing: Standing):
         """The batches of the steps to come, while no tenant ends before its last step."""
@@ -156,7 +157,7 @@ class Loop(NamedTuple):
         begun: float | None = time.monotonic()
         coming: StepBatch = next(batches)
         batch, tenant_of_group = in_passes(coming, self.layout)
-        batch = jax.tree.map(rows_over, batch)
+        batch = jax.tree.map(shard_rows, batch)
         waited, number = time.monotonic() - begun, standing.step + 1
         given = self.model, batch, tenant_of_group, self.rates(standing)
         static: dict[str, Any] = dict(completion=coming.bucket.completion, config=self.config.train)
@@ -192,7 +193,7 @@ class Loop(NamedTuple):
         if pending is None:
             return standing
         done, turns = pending
-        values = {name: np.asarray(value) for name, value in gathered(done.values).items()}
+        values = {name: np.asarray(value) for name, value in full_arrays(done.values).items()}
         logged = {}
         for turn in turns:
             of_turn = {name: float(values[name][turn.slot]) for name in VALUES}
@@ -222,7 +223,7 @@ class Loop(NamedTuple):
         what = wrong[0] if wrong else "the new weights are not finite"
         if not self.config.many:
             raise ValueError(f"step {step}: {what} on {examples}; {REMEDY}")
-        devices.say(
+        say(
             f"{tenant.name}: stopped at its step {turn.step + 1}: {what} on {examples}; what it had learnt before is "
             "kept, and the others go on"
         )
@@ -284,9 +285,9 @@ class Loop(NamedTuple):
         where = f"step {standing.step} of {self.tenants[0].order.total_steps}"
         if self.config.many:
             where = f"step {standing.step}, with {sum(standing.over)} of {len(self.tenants)} tenants ended"
-        by_first(lambda: finish_saving(self.checkpoints))
+        on_first_process(lambda: finish_saving(self.checkpoints))
         file = expanded(self.config.output_dir) / "config.yaml"
-        devices.say(f"stopped after {where}, and saved; the same command resumes, or `para-jax train {file}`")
+        say(f"stopped after {where}, and saved; the same command resumes, or `para-jax train {file}`")
         self.stop.end()
 
 

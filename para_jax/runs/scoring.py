@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import devices
 from ..adapters.adapter import Adapter
 from ..adapters.files import load_adapter, save_adapter
 from ..adapters.rows import Stack
 from ..config import RunConfig, expanded
 from ..evaluation.evaluate import Score
 from ..evaluation.tenants import Tasks
-from ..processes import arrays_of_first, by_first, gathered, is_first
+from ..messages import say
+from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process
 from ..sharding import place_tenants
 from ..storage.bucket import Place
 from ..training.step import TrainState, tenant_of
@@ -58,7 +58,7 @@ class Scoring(NamedTuple):
             if not math.isfinite(score.loss):
                 self.require_many(own, score)
                 kept = "its best adapter is kept" if best is not None else "its last one is kept"
-                devices.say(f"{name}: stopped at its step {own}: the validation loss is {score.loss}; {kept}")
+                say(f"{name}: stopped at its step {own}: the validation loss is {score.loss}; {kept}")
                 return standing.changed(tenant, evaluated=own, failed=standing.step - 1)
             self.logs.write(tenant, own, scores("validation", score), show=True)
             if self.config.many:
@@ -77,11 +77,11 @@ class Scoring(NamedTuple):
 
     def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None) -> None:
         """Writes a tenant's adapter into its folder, with its score."""
-        card, whole = card_lines(self.tenants[tenant].config, step, score), gathered(adapter)
+        card, whole = card_lines(self.tenants[tenant].config, step, score), full_arrays(adapter)
         if self.config.many:
             card.append(f"Trained in one run with {len(self.tenants) - 1} others.")
         to, source = self.tenants[tenant].folder / "adapter", self.config.backbone.source
-        by_first(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
+        on_first_process(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
 
     def kept(self, tenant: int, last: Adapter) -> Adapter:
         return kept_adapter(self.tenants[tenant].folder, self.model, last)
@@ -91,18 +91,18 @@ class Scoring(NamedTuple):
         is_best = standing.best_score[tenant] is None or standing.best_step[tenant] == standing.steps[tenant]
         if is_best or not self.tenants[tenant].test:
             return None
-        return gathered(tenant_of(state.adapters, jnp.int32(standing.running[tenant])))
+        return full_arrays(tenant_of(state.adapters, jnp.int32(standing.running[tenant])))
 
     def finish(self, state: TrainState, standing: Standing, tenant: int, why: str) -> Standing:
         """Ends a tenant. If it has test data, its best adapter is in its slot, and is scored. In a run of many its
         entry in tenants.json is written."""
         own, slot = self.tenants[tenant], standing.running[tenant]
-        steps = int(gathered(state.step)[slot])
+        steps = int(full_arrays(state.step)[slot])
         if standing.best_score[tenant] is None and standing.best_step[tenant] < steps:  # the last one is the best
             self.keep(tenant, tenant_of(state.adapters, jnp.int32(slot)), steps, None)
             standing = standing.changed(tenant, best_step=steps)
         test_after = None
-        if own.test and by_first((own.folder / "adapter").exists):
+        if own.test and on_first_process((own.folder / "adapter").exists):
             with self.stop.interrupting():
                 found = self.test.scores(Stack(state.adapters), {tenant: slot})[tenant]
             self.logs.write(tenant, standing.steps[tenant], scores("test_after", found), show=True)
@@ -121,10 +121,10 @@ class Scoring(NamedTuple):
             "test_after": test_after,
             "ended": why,
         }
-        by_first(lambda: add_entry(expanded(self.config.output_dir), own.name, entry))
+        on_first_process(lambda: add_entry(expanded(self.config.output_dir), own.name, entry))
         said = "" if best is None else f", best validation score {best:.4f} at step {standing.best_step[tenant]}"
         ended = f"{sum(standing.over)} of {len(self.tenants)} tenants have ended"
-        devices.say(f"{own.name}: {steps} steps{said} ({why}; {ended})")
+        say(f"{own.name}: {steps} steps{said} ({why}; {ended})")
         if is_first():
             with self.logs.run.errors_named():
                 self.logs.tenants[tenant].flush()
@@ -165,9 +165,7 @@ class Scoring(NamedTuple):
                 if math.isfinite(score.loss):
                     found = score.score
                     before = f"{was:.4f} on the data before"
-                    devices.say(
-                        f"{whose}the best adapter so far, of step {step}: {score.metric} {found:.4f} ({before})"
-                    )
+                    say(f"{whose}the best adapter so far, of step {step}: {score.metric} {found:.4f} ({before})")
                     self.keep(tenant, kept, step, score)
                 else:
                     self.require_many(step, score)
@@ -178,9 +176,9 @@ class Scoring(NamedTuple):
 def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:
     """The adapter that a run keeps in a folder, which the first process alone reads, as arrays of NumPy."""
     found: list[Adapter] = []
-    by_first(lambda: found.append(load_adapter(folder / "adapter", model.config, model=model)))
+    on_first_process(lambda: found.append(load_adapter(folder / "adapter", model.config, model=model)))
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
-    return arrays_of_first(found[0] if is_first() else empty)
+    return broadcast_arrays(found[0] if is_first() else empty)
 
 
 def card_lines(config: RunConfig, steps: int, found: Score | None) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import devices
 from ..backbone.load import load_model_config
 from ..config import ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, example_lengths, for_mixed_rows, plan, plan_buckets_of_sizes
@@ -22,6 +21,7 @@ from ..data.tokenizer import load_tokenizer
 from ..data.training_data import TrainingData, load_training_data
 from ..evaluation.evaluate import EvalTask, task_of_run
 from ..hub import resolve_backbone
+from ..messages import say, warn
 from ..storage.bucket import Place
 from ..training.checkpoint import steps_in
 from ..training.passes import Layout
@@ -94,10 +94,10 @@ def read_data(
 
 def say_data(config: RunConfig, data: dict[str, TrainingData]) -> None:
     if not config.many:
-        devices.say(f"training data: {data[''].report()}")
+        say(f"training data: {data[''].report()}")
         return
     counts = [len(one.examples) for one in data.values()]
-    devices.say(f"{len(counts)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
+    say(f"{len(counts)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
 
 
 def plan_batches(
@@ -126,7 +126,7 @@ def plan_batches(
 
 def say_packing(plans: dict[str, PackingPlan], shape: RowShape, examples: int, tokens: int) -> None:
     rows = sum(len(one.packed) for one in plans.values())
-    devices.say(
+    say(
         f"packed {examples} examples into {rows} rows of {shape.length} tokens, at most {shape.segments} per row; "
         f"{1 - tokens / (rows * shape.length):.1%} of the tokens are padding"
     )
@@ -185,7 +185,7 @@ def require_validation(config: RunConfig, validation: Sequence[EvalTask | None])
     checkpoints = expanded(config.output_dir) / "checkpoints"
     resumes = checkpoints.is_dir() and bool(steps_in(checkpoints))
     require(resumes, "eval.patience", config.eval.patience, f"{missing}; or eval.patience=null")
-    devices.say(f"warning: eval.patience ends nothing here: there is no {missing}")
+    warn(f"eval.patience ends nothing here: there is no {missing}")
 
 
 def require_room(model: ModelConfig, data: TrainingData, tasks: Iterable[EvalTask | None]) -> None:

@@ -24,8 +24,9 @@ from ..data.example_arrays import digest
 from ..evaluation.shapes import say_evaluation
 from ..evaluation.tenants import Tasks, share_shapes
 from ..memory import run_mesh
+from ..messages import say
 from ..model import init_adapter
-from ..processes import by_each, by_first, require_same
+from ..processes import on_every_process, on_first_process, require_same
 from ..roofline import peak_rate
 from ..sharding import place, replicated_lines, tenant_axes, tenants_shardings
 from ..storage.bucket import Place
@@ -96,7 +97,7 @@ def train_tenants(config: RunConfig) -> TenantsResult:
     """
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
     standing, folder = trained(config).standing, expanded(config.output_dir)
-    entries = by_first(lambda: read_entries(folder))
+    entries = on_first_process(lambda: read_entries(folder))
     return TenantsResult({name: entries[name] for name in standing.names}, folder)
 
 
@@ -104,19 +105,19 @@ def trained(config: RunConfig) -> Ended:
     """Runs a run to its end."""
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
-    count = by_each(lambda: len(tenant_configs(config)))
+    count = on_every_process(lambda: len(tenant_configs(config)))
     mesh = run_mesh(config, count)
-    layout = by_each(lambda: lay_out(config, mesh, count))
-    inputs = by_each(lambda: read_inputs(config, layout))
+    layout = on_every_process(lambda: lay_out(config, mesh, count))
+    inputs = on_every_process(lambda: read_inputs(config, layout))
     tenants = inputs.tenants
     require_same(
         "the data",
         lambda: [(t.name, *(p and digest(p.examples or []) for p in (t.data, t.validation, t.test))) for t in tenants],
     )
-    by_first(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
+    on_first_process(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
     with ExitStack() as held:
-        by_first(lambda: held.enter_context(locked_folder(config)))
-        by_first(lambda: claim_folders(config, tenants))
+        on_first_process(lambda: held.enter_context(locked_folder(config)))
+        on_first_process(lambda: claim_folders(config, tenants))
         model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
         require_same("the backbone", lambda: model.fingerprint)
         return Ended(model, mesh, *fit(config, model, inputs, layout, mesh))
@@ -126,7 +127,7 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
     """The training loop, with a backbone that is loaded already. The folders must be claimed."""
     folder, (tokenizer, tenants, buckets) = expanded(config.output_dir), inputs
     for line in replicated_lines(model, mesh, model.config):
-        devices.say(line)
+        say(line)
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         validation = Tasks(model, tokenizer, [t.validation for t in tenants], config.eval.limit)
@@ -141,7 +142,7 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
         require_same_tenants(standing, tenants, layout)
         standing = reopened(standing, tenants)
         log = open_log(config, model, mesh, standing if restored else None)
-        by_first(lambda: mend_folders(config, standing, tenants, resumed=bool(restored)))
+        on_first_process(lambda: mend_folders(config, standing, tenants, resumed=bool(restored)))
         profiler = Profiler(config.profiler, folder)
         with closing(log), closing(profiler), stop_signals() as stop:
             parts = {"validation": validation, "test": test}
@@ -172,7 +173,7 @@ def empty_state(config: RunConfig, model, slots: int, mesh) -> TrainState:
     used = math.prod(mesh.shape[axis] for axis in tenant_axes(slots, mesh.shape))
     if used < mesh.size and slots > 1:
         lie = f"are spread over {used} of the" if used > 1 else "lie whole on each of the"
-        devices.say(
+        say(
             f"the weights of {slots} tenants {lie} {mesh.size} devices, which do not divide them; with a multiple of "
             f"{mesh.size} as train.tenants_at_once they take the least memory"
         )
@@ -187,9 +188,7 @@ def accepted_changes(standing: Standing, run: dict[str, str]) -> tuple[list[str]
     changed = changed_data(standing.run, run)
     if changed:
         said = describe_changes(changed, standing.run or {}, run)
-        devices.say(
-            f"data.changed=accept: the checkpoint of step {standing.step} is of {said}; the run goes on from it"
-        )
+        say(f"data.changed=accept: the checkpoint of step {standing.step} is of {said}; the run goes on from it")
     return changed, standing._replace(run=run)
 
 
@@ -206,4 +205,4 @@ def open_log(config: RunConfig, model, mesh, standing: Standing | None) -> Log:
 def say_attention(model, lengths: list[int], mesh, *, packed: bool) -> None:
     """Names the kernels of training, evaluation and decoding, and why they are used."""
     platform = mesh.devices.flat[0].platform
-    devices.say(describe_attention(model.config, model.dtype, platform, model.attention, lengths, packed=packed))
+    say(describe_attention(model.config, model.dtype, platform, model.attention, lengths, packed=packed))

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ..atomic import lock, replacing
 from ..config import shorten
-from ..devices import say
+from ..messages import say
 from ..storage.bucket import BucketPath, Place
 from ..storage.lines import BucketLines
 from ..storage.pieces import join_pieces, open_pieces, pieces

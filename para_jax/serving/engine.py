@@ -18,7 +18,7 @@ from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..config import printable, shorten
 from ..data.examples import stop_token_ids
-from ..devices import say
+from ..messages import say
 from .admission import Admission
 from .capacity import capacity
 from .decoder import Decoder

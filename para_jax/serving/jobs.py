@@ -12,7 +12,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from ..config import shorten
-from ..devices import say
+from ..messages import say
 from ..storage.bucket import Place
 from .answers import MAX_LINE, Answers, Kept, bounded_lines
 from .engine import Engine

@@ -58,9 +58,6 @@ def bucket_path(text: str | Path | BucketPath) -> BucketPath | None:
     return BucketPath(bucket, key)
 
 
-address = bucket_path  # the old name
-
-
 def is_file_name(part: str) -> bool:
     """Whether a part of an object's name could be the name of a file. Names in a listing can be anything."""
     return part not in ("", ".", "..") and part.isprintable() and not set(part) & set("/\\")

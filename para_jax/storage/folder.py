@@ -152,7 +152,3 @@ def read(file: BucketPath, max_bytes: int) -> bytes | None:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-# The old names, until all callers have moved.
-mend_folder, require_whole = remove_unfinished, require_matching_manifest

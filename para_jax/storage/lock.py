@@ -123,6 +123,3 @@ class Renewal:
             return True
         except OSError:
             return False
-
-
-held = bucket_lock  # the old name

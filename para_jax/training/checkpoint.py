@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from .. import atomic, devices
+from .. import atomic
 from ..config import expanded, printable, require, shorten
-from ..processes import arrays_of_first, by_first, gathered, is_first
-from ..storage import bucket as storage
+from ..messages import warn
+from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process
 from ..storage.bucket import BucketPath, Place
+from ..storage.service import file_system
 from .quiet_orbax import quiet_orbax
 
 
@@ -46,7 +47,7 @@ def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
     )
     directory = epath.Path(str(folder.absolute()))
     if isinstance(folder, BucketPath):
-        storage.file_system()  # raises where gcsfs is not installed, and sets up orbax's
+        file_system()  # raises where gcsfs is not installed, and sets up orbax's
     with quiet_orbax():
         checkpoints = opened(folder, lambda: ocp.CheckpointManager(directory, options=options))
         # Only the loop may ask the preemption service, step by step: asked about an older step, it forgets the newest.
@@ -77,7 +78,7 @@ def opened(folder: Place, open_manager: Callable[[], Any]) -> Any:
             f"{folder}: the checkpoints can't be opened ({reason(error)}); choose another output_dir, or delete that "
             "folder to start again"
         ) from None
-    devices.say(f"warning: {folder}: times of the checkpoints could not be read ({said}), and were deleted")
+    warn(f"{folder}: times of the checkpoints could not be read ({said}), and were deleted")
     return checkpoints
 
 
@@ -95,10 +96,10 @@ def save_checkpoint(checkpoints, state: Any, progress: Any) -> None:
     """
     arrays = {}
     for name, leaf in named(state).items():
-        array = gathered(leaf)
+        array = full_arrays(leaf)
         if is_first():  # the others keep one array at a time
             arrays[name] = array
-    by_first(lambda: start_saving(checkpoints, arrays, progress))
+    on_first_process(lambda: start_saving(checkpoints, arrays, progress))
 
 
 def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
@@ -161,12 +162,12 @@ def restore_checkpoint(
         arrays.update(found[0] if found else {})
         return found and found[1]
 
-    progress = by_first(read_first)
+    progress = on_first_process(read_first)
     if progress is None:
         return None
     leaves = []
     for name, leaf in named(state).items():
-        leaves.append(placed_like(leaf, arrays_of_first(arrays.pop(name))))
+        leaves.append(placed_like(leaf, broadcast_arrays(arrays.pop(name))))
         leaf.delete()
     held = progress.get("run") if accept_data else None
     return jax.tree.unflatten(jax.tree.structure(state), leaves), kind(**progress | {"run": held or run})
@@ -195,8 +196,8 @@ def newest_whole(
             problems[step] = reason(error)
             continue
         for damaged, said in problems.items():
-            devices.say(
-                f"warning: {folder / str(damaged)}: the checkpoint can't be used ({said}); it is kept as "
+            warn(
+                f"{folder / str(damaged)}: the checkpoint can't be used ({said}); it is kept as "
                 f"{set_aside(folder / str(damaged)).name}, and the run goes on from step {step}"
             )
         checkpoints.reload()

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import atomic
 from ..adapters.folder import safetensors_bytes
-from ..processes import arrays_of_first, by_first, gathered
+from ..processes import broadcast_arrays, full_arrays, on_first_process
 from ..storage.bucket import Place
 from .checkpoint import check_shapes, named
 
@@ -19,8 +19,8 @@ FILE = "last_state.safetensors"
 
 def write_last_state(folder: Place, state: Any) -> None:
     """Writes one tenant's weights, moments and step, a slice of a TrainState."""
-    arrays = {name: np.asarray(array) for name, array in named(gathered(state)).items()}
-    by_first(lambda: atomic.write_bytes(folder / FILE, safetensors_bytes(arrays)))
+    arrays = {name: np.asarray(array) for name, array in named(full_arrays(state)).items()}
+    on_first_process(lambda: atomic.write_bytes(folder / FILE, safetensors_bytes(arrays)))
 
 
 def read_last_state(folder: Place, like: Any) -> Any:
@@ -47,6 +47,6 @@ def read_last_state(folder: Place, like: Any) -> Any:
             ) from None
         arrays.update(found)
 
-    by_first(read_first)
-    leaves = [arrays_of_first(arrays[name]) for name in named(like)]
+    on_first_process(read_first)
+    leaves = [broadcast_arrays(arrays[name]) for name in named(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

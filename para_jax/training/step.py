@@ -18,7 +18,7 @@ from ..adapters.rows import Rows, Stack, group_of_tenant, layers_first, of_tenan
 from ..config import TrainSection
 from ..data.batches import Batch
 from ..data.packing import Packed
-from ..sharding import everywhere, over_tenants, tenants_sharding
+from ..sharding import constrain_tenants, replicate, tenants_sharding
 from .loss import completion_nll, completion_states, of_logits, token_scores
 from .optimizer import LearningRates, learning_rates, make_direction
 
@@ -41,7 +41,7 @@ def init_state(adapters: Any, config: TrainSection) -> TrainState:
     """The state of a fresh Adapter whose arrays lead with (slots, layers)."""
     slots = jax.tree.leaves(adapters)[0].shape[0]
     optimizer = jax.vmap(make_direction(config).init)(adapters)
-    return over_tenants(TrainState(adapters, optimizer, jnp.zeros(slots, jnp.int32), jnp.ones(slots, bool)))
+    return constrain_tenants(TrainState(adapters, optimizer, jnp.zeros(slots, jnp.int32), jnp.ones(slots, bool)))
 
 
 @partial(jax.jit, static_argnames=("completion", "config"), donate_argnames="state")
@@ -89,7 +89,7 @@ def train_step(
     if state.step.shape[0] == 1:
         return updated_alone(state, gradient, total, tokens, rates, config=config)
     state, values = by_device(partial(updated, config=config))(state, gradient, total, tokens, rates)
-    return over_tenants(state), everywhere(values)
+    return constrain_tenants(state), replicate(values)
 
 
 def state_of_one(adapter: Adapter, config: TrainSection) -> TrainState:
@@ -124,7 +124,7 @@ def sums_of_many(adapters: Adapter) -> tuple[Adapter, Callable]:
     function from them to a batch's summed loss, and each slot's loss and tokens, float32 [slots]."""
 
     def summed_nll(weights, nll, part, index):
-        stack = Stack(layers_first(over_tenants(weights, axis=1)))  # swaps the two axes back; XLA drops both swaps
+        stack = Stack(layers_first(constrain_tenants(weights, axis=1)))  # swaps the two axes back; XLA drops both swaps
         each = part.tokens.shape[0] // index.shape[0]
         found = nll(Rows((stack,), index[None], each, distinct=True), part)
         group = group_of_tenant(index, stack.size)
@@ -234,14 +234,14 @@ def put_tenant(state: TrainState, slot: jax.Array, adapter: Any, *, config: Trai
 @partial(jax.jit, donate_argnames="state")
 def put_state(state: TrainState, slot: jax.Array, one: TrainState) -> TrainState:
     """The state with another tenant's weights, moments and step in one slot. The given state is donated."""
-    return over_tenants(jax.tree.map(lambda whole, new: whole.at[slot].set(new), state, one))
+    return constrain_tenants(jax.tree.map(lambda whole, new: whole.at[slot].set(new), state, one))
 
 
 @partial(jax.jit, donate_argnames="state")
 def put_adapter(state: TrainState, slot: jax.Array, adapter: Any) -> TrainState:
     """The state with another adapter in one slot, whose moments and steps stay. The given state is donated."""
     adapters = jax.tree.map(lambda whole, one: whole.at[slot].set(one), state.adapters, adapter)
-    return over_tenants(state._replace(adapters=adapters))
+    return constrain_tenants(state._replace(adapters=adapters))
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation

@@ -27,7 +27,7 @@ from para_jax.dry_run.hlo_parser import parse_hlo
 from para_jax.inference.generate import generate_tokens
 from para_jax.inference.sampling import Sampling
 from para_jax.runs import loop as runs
-from para_jax.sharding import place, rows_over
+from para_jax.sharding import place, shard_rows
 from para_jax.training.loss import completion_nll
 
 
@@ -167,7 +167,7 @@ def step(model, sizes=(1, 1, 1)):
     config = replace(TRAIN, per_device_batch_size=ROWS // (sizes[0] * sizes[1]))
     with jax.set_mesh(mesh):
         state = fresh_state(place(adapter, mesh, model.config), config)
-        batch = jax.tree.map(rows_over, batch)
+        batch = jax.tree.map(shard_rows, batch)
         return trained_step(state, model, batch, completion=COMPLETION, config=config, total_steps=STEPS)
 
 

@@ -32,7 +32,7 @@ from para_jax.inspect import dry_run
 from para_jax.memory import run_mesh
 from para_jax.roofline import matrix_weights
 from para_jax.runs.train import empty_state
-from para_jax.sharding import rows_over
+from para_jax.sharding import shard_rows
 from para_jax.training.passes import lay_out
 
 ON_7B = ("configs/llama2-7b-boolq.yaml", ["mesh.data=1", "mesh.fsdp=16", "train.gradient_accumulation_steps=1"])
@@ -57,7 +57,7 @@ def test_the_abstract_arguments_lie_as_those_of_a_run(config):
     loaded = load_backbone(config.backbone.source, mesh=mesh, layout="stacked")
     with jax.set_mesh(mesh):
         real = empty_state(config, loaded, 1, mesh)
-        tokens = rows_over(jnp.zeros((1, lay_out(config, mesh).pass_rows, 16), jnp.int32))
+        tokens = shard_rows(jnp.zeros((1, lay_out(config, mesh).pass_rows, 16), jnp.int32))
     assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(real.adapters))
     for made, abstract in ((real, state), (loaded, model)):
         expected = dict(jax.tree_util.tree_leaves_with_path(abstract))

@@ -398,7 +398,7 @@ def test_a_token_that_the_backbone_lacks_is_named(config, folder, tmp_path):
     grown.save_pretrained(backbone)
     write_rows(tmp_path / "rows.jsonl", [*rows_of_text(2, 0), {"prompt": "w20 <image>", "completion": "w9"}])
     data = replace(config.data, train=str(tmp_path / "rows.jsonl"))
-    with pytest.raises(ValueError, match="rows.jsonl:3: token id: 256 is not possible; expected less than 256"):
+    with pytest.raises(ValueError, match="rows.jsonl:3: token id must be less than 256.*; got 256"):
         train(replace(config, data=data, backbone=replace(config.backbone, source=str(backbone))))
     assert not Path(config.output_dir).exists()
 
@@ -422,7 +422,7 @@ def test_the_best_adapter_is_kept_and_patience_stops_the_run(config, monkeypatch
 def test_patience_without_validation_data_is_refused_before_anything_is_written(folder, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", rows_of_text(8, seed=1))
     config = run_config(folder, f"data.train={rows}", f"output_dir={tmp_path / 'run'}", "eval.patience=2")
-    with pytest.raises(ValueError, match="eval.patience: 2 is not possible; expected validation data"):
+    with pytest.raises(ValueError, match="eval.patience must be validation data.*; got 2"):
         train(config)
     assert not (tmp_path / "run").exists()
 
@@ -707,7 +707,7 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, m
     ("mesh.data=16", "16.* 8 devices"),
     ("mesh.data=-1 mesh.fsdp=3", "'data': -1, 'fsdp': 3.* 8 devices"),
     ("backbone.source=nowhere", "nowhere"),
-    ("eval.choices=[w9]", "eval.choices: 1 is not possible"),
+    ("eval.choices=[w9]", "eval.choices must .*; got 1"),
 ])  # fmt: skip
 def test_a_config_that_does_not_fit_is_an_error_before_anything_is_written(override, message, folder, tmp_path):
     more = ("eval.metric=accuracy",) if override.startswith("eval") else ()

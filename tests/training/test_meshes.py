@@ -28,7 +28,7 @@ from para_jax import (
 from para_jax.backbone.load import abstract_backbone
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
-from para_jax.sharding import place, rows_over, tree_shardings
+from para_jax.sharding import place, shard_rows, tree_shardings
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 #: Adam's first moment is then the gradient itself.
@@ -55,7 +55,7 @@ def loss_and_gradient(*sizes):
     config = replace(TRAIN, per_device_batch_size=ROWS // (sizes[0] * sizes[1]))
     with jax.set_mesh(mesh):
         state = fresh_state(place(adapters()[0], mesh, CONFIG), config)
-        over = jax.tree.map(lambda a: rows_over(a[None]), batch())
+        over = jax.tree.map(lambda a: shard_rows(a[None]), batch())
         on_mesh = place(model("stacked"), mesh, CONFIG)
         state, values = trained_step(state, on_mesh, over, completion=COMPLETION, config=config, total_steps=10)
     gradient = only(optax.tree_utils.tree_get(state.optimizer, "mu"))

@@ -15,7 +15,7 @@ from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN
 
 from para_jax import init_adapter, load_backbone
 from para_jax.data.batches import Batch
-from para_jax.sharding import make_mesh, place, rows_over
+from para_jax.sharding import make_mesh, place, shard_rows
 from para_jax.training.statistics import prompt_summaries, standardise
 from para_jax.training.step import eval_nll
 
@@ -52,7 +52,7 @@ def step(given, passes=1, sizes=ONE_DEVICE, config=CONFIG, state=None, dtype="fl
     model = model_on(sizes, dtype)
     with jax.set_mesh(mesh):
         state = state or fresh_state(place(adapter_values(), mesh, model.config), config)
-        cut = jax.tree.map(lambda a: rows_over(np.asarray(a).reshape(passes, -1, *a.shape[1:])), given)
+        cut = jax.tree.map(lambda a: shard_rows(np.asarray(a).reshape(passes, -1, *a.shape[1:])), given)
         return trained_step(state, model, cut, completion=COMPLETION, config=config, total_steps=STEPS)
 
 

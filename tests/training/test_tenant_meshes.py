@@ -16,7 +16,7 @@ from para_jax import LoraConfig, ParaConfig, init_adapter, make_mesh, stack_adap
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
 from para_jax.dry_run.hlo_counts import collective_bytes
-from para_jax.sharding import place, place_tenants, rows_over, tenant_axes
+from para_jax.sharding import place, place_tenants, shard_rows, tenant_axes
 from para_jax.training.optimizer import LearningRates
 from para_jax.training.step import init_state, put_tenant, train_step
 
@@ -44,7 +44,7 @@ def given(mesh, groups, step=0, tenants=TENANTS):
     length = prompt_length + np.repeat([tenant >= 0 for tenant in groups], each) * (1 + prompt_length % COMPLETION)
     batch = Batch(tokens, prompt_length, length.astype(np.int32))
     with jax.set_mesh(mesh):
-        batch = jax.tree.map(lambda a: rows_over(a[None]), batch)
+        batch = jax.tree.map(lambda a: shard_rows(a[None]), batch)
     rates = jnp.linspace(5e-3, 1e-2, tenants)
     settings = LearningRates(rates, jnp.zeros(tenants, jnp.int32), jnp.full(tenants, 9, jnp.int32))
     return batch, np.array([groups], np.int32), settings

@@ -14,8 +14,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from ...data.examples import encode, render, turn_stop_ids, without_added_eos
-from ...devices import say
 from ...inference.sampling import derived_seed
+from ...messages import say
 from ...serving.request import check_request
 from ..questions import Answer, Generation, Likelihood, Question, Scored, Written
 from ..writing import as_request
