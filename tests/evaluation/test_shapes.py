@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from golden_models import FIXTURES, strong
+from lowering import lowered
 from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
 
 from para_jax import (
@@ -176,15 +177,6 @@ def test_rows_are_rounded_up_to_what_the_mesh_divides():
     for sizes, rows in (((8, 1, 1), [8, 16, 16, 56]), ((2, 2, 2), [4, 12, 16, 52]), ((1, 1, 8), [1, 12, 16, 50])):
         with jax.set_mesh(make_mesh(*sizes)):
             assert [batch_rows(n) for n in (1, 12, 16, 50)] == rows
-
-
-def lowered(function, given, static):
-    """function.lower of flat arrays: the type checks of tests refuse the abstract ones of `lower` in Rows."""
-    if function is not eval_nll:
-        return function.lower(*given, **static)
-    leaves, tree = jax.tree.flatten(given)
-    flat = jax.jit(lambda leaves: eval_nll(*jax.tree.unflatten(tree, leaves), **static))
-    return flat.lower(leaves)
 
 
 def on_mesh(monkeypatch, task):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, backbone
 from flax import nnx
+from lowering import lowered
 from stopped_run import assert_same_arrays, interrupt
 from tensorflow_datasets.core.features import Text
 from tiny_run import STEPS, metrics, rows_of_text, run_config, run_folder, tokenizer, write_rows
@@ -532,7 +533,7 @@ def watch(monkeypatch, module, name, live, programs):
     def watching(*arguments, **settings):
         if programs is not None and not first:
             first.append(None)
-            programs.append(describe_program(real.lower(*arguments, **settings).compile()))
+            programs.append(describe_program(lowered(real, arguments, settings).compile()))
         live.append(live_bytes())
         found = real(*arguments, **settings)
         live.append(live_bytes())
