@@ -3,6 +3,9 @@
 # ruff: noqa: I001 (grouped by what a reader looks for)
 
 import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
 
 # backbone
 from .config import LayerKind as LayerKind
@@ -46,7 +49,29 @@ from .config import RunConfig as RunConfig
 from .config import load_config as load_config
 from .sharding import make_mesh as make_mesh
 
-# Layers 3 and higher are imported when they are first asked for, so that importing para_jax stays quick.
+# What follows is imported when it is first used, so that importing para_jax stays quick. Type checkers and editors read
+# the imports; a test compares them with the table.
+if TYPE_CHECKING:
+    # inference and serving
+    from .inference.export import export_ia3 as export_ia3
+    from .inference.generate import generate as generate
+    from .serving.engine import Engine as Engine
+    from .serving.request import Completion as Completion
+    from .serving.request import Request as Request
+
+    # training
+    from .runs.train import TenantsResult as TenantsResult
+    from .runs.train import train_tenants as train_tenants
+    from .runs.train import TrainResult as TrainResult
+    from .runs.train import train as train
+
+    # evaluation and plots
+    from .evaluation.evaluate import Report as Report
+    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.harness.lm import ParaLM as ParaLM
+    from .plots import curves_plot as curves_plot
+    from .plots import factors_plot as factors_plot
+
 _LATER = {
     "generate": "inference.generate",
     "export_ia3": "inference.export",
@@ -57,11 +82,11 @@ _LATER = {
     "TrainResult": "runs.train",
     "train_tenants": "runs.train",
     "TenantsResult": "runs.train",
-    "curves_plot": "plots",
-    "factors_plot": "plots",
     "evaluate": "evaluation.evaluate",
     "Report": "evaluation.evaluate",
     "ParaLM": "evaluation.harness.lm",
+    "curves_plot": "plots",
+    "factors_plot": "plots",
 }
 
 

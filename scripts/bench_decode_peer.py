@@ -21,7 +21,7 @@ from para_jax import ParaConfig, load_backbone, load_tokenizer
 from para_jax.bench.decode import Side, Step, bank_of
 from para_jax.bench.rounds import interleaved, paired, random_tokens, summary
 from para_jax.devices import describe_devices, versions
-from para_jax.gguf.file import convert_gguf
+from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 
 ROWS, TENANTS = 32, 8

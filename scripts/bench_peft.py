@@ -25,7 +25,7 @@ from para_jax.bench.rounds import interleaved, random_tokens, summary
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
 from para_jax.devices import describe_devices, versions
-from para_jax.gguf.file import convert_gguf
+from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 from para_jax.training.step import state_of_one, step_of_one
 

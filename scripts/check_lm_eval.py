@@ -27,7 +27,7 @@ from para_jax.evaluation.answers import Pass
 from para_jax.evaluation.harness.tasks import load_tasks, record, replay
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.questions import backbone_content
-from para_jax.gguf.file import convert_gguf
+from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 
 LIMIT, MOVED = 1e-3, 0.1

@@ -35,7 +35,7 @@ from para_jax import (
 from para_jax.config import SITES
 from para_jax.data.examples import encode_prompt
 from para_jax.devices import describe_devices, versions
-from para_jax.gguf.file import convert_gguf
+from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
 
 LIMIT, MOVED, COMPLETION = 2e-4, 0.1, 12

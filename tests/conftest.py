@@ -1,76 +1,34 @@
-"""Eight virtual CPU devices, backbones of the golden fixtures, and adapters strong enough that a law can fail."""
+"""Gives tests eight virtual CPU devices, and fails a session that skips a test without a listed reason."""
 
 import os
+import sys
 
 import quick_compiler
+
+sys.modules["conftest"] = sys.modules[__name__]  # else `from conftest import` would load this file again
 
 if "PARA_JAX_TEST_DEVICES" not in os.environ:  # tests/accelerator: the machine's own devices, and its full optimiser
     flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick_compiler.FLAGS
     os.environ["XLA_FLAGS"] = " ".join(flags) + quick_compiler.OLD_EMITTERS
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from functools import cache
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 if "PARA_JAX_TEST_DEVICES" not in os.environ:
     jax.devices()  # XLA has now read its flags; libtpu, which a test may load, reads the same variable
     os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(quick_compiler.OLD_EMITTERS)
 
-FIXTURES = Path(__file__).parent / "fixtures"
-FAMILIES = tuple("llama llama3 mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 smollm2 olmo2 granite".split())
 
+def __getattr__(name):
+    """Lets tests say `from conftest import backbone` for a name of golden_models."""
+    if name not in ("FAMILIES", "FIXTURES", "backbone", "golden", "golden_tenants", "prompts", "strong"):
+        raise AttributeError(name)
+    import golden_models  # not above: jaxtyping checks only what is imported after pytest has started
 
-@cache
-def backbone(family: str, layout: str = "layers", config: str | None = None):
-    """A golden backbone; with `config`, its weights under variants/<config>.json."""
-    from para_jax.backbone.families import model_config
-    from para_jax.backbone.load import load_backbone
-
-    model = load_backbone(FIXTURES / family, layout="layers")
-    if config is not None:
-        import json
-
-        from flax import nnx
-
-        from para_jax.backbone.transformer import Transformer
-
-        variant = model_config(json.loads((FIXTURES / family / "variants" / f"{config}.json").read_text()))
-        shape = jax.eval_shape(lambda: Transformer(variant, rngs=nnx.Rngs(0)))
-        model = jax.tree.unflatten(jax.tree.structure(shape), jax.tree.leaves(model))
-    return model.with_layout(layout)
-
-
-@cache
-def golden(family: str, kind: str = "") -> dict:
-    """The golden arrays of a family; kind "para": with two PARA tenants."""
-    file = FIXTURES / "para" / family / "para_golden.npz" if kind == "para" else FIXTURES / family / "golden.npz"
-    with np.load(file) as arrays:
-        return dict(arrays)
-
-
-@cache
-def golden_tenants(family: str, activation: str = "gelu") -> list:
-    """The two PARA adapters of the golden fixtures."""
-    from para_jax import ParaConfig, init_adapter
-
-    adapters = []
-    for tenant in range(2):
-        arrays = load_file(FIXTURES / "para" / family / f"para_t{tenant}.safetensors")
-        config = backbone(family).config
-        adapter = init_adapter(ParaConfig(r=4, activation=activation), config)
-        up = np.stack([arrays[f"layers.{i}.up"] for i in range(config.num_layers)])
-        cuts = np.cumsum([config.site_width(site) for site in adapter.config.target_modules])[:-1]
-        adapter.down[...] = jnp.stack([arrays[f"layers.{i}.down"] for i in range(config.num_layers)])
-        for site, part in zip(adapter.config.target_modules, np.split(up, cuts, axis=2), strict=True):
-            adapter.up[site][...] = jnp.asarray(part)
-        adapters.append(adapter)
-    return adapters
+    return getattr(golden_models, name)
 
 
 @pytest.fixture(scope="session")
@@ -86,17 +44,6 @@ def bucket():
             patch.setenv(name, value)
         yield address(f"gs://{buckets.BUCKET}")
     server.stop()
-
-
-def strong(adapter, seed: int = 0, scale: float = 0.1):
-    """The adapter with what a fresh one has at zero (at one in (IA)^3) drawn from N(0, scale) around it: with a fresh
-    one every law would hold without adapters."""
-    made = jax.tree.map(lambda leaf: leaf, adapter)
-    weights = next(getattr(made, name) for name in ("up", "b", "scale") if hasattr(made, name))
-    for i, site in enumerate(made.config.target_modules):
-        drawn = np.random.default_rng([seed, i]).normal(0, scale, weights[site].shape)
-        weights[site][...] = jnp.asarray(made.neutral + drawn, jnp.float32)
-    return made
 
 
 def pytest_addoption(parser):
@@ -118,13 +65,14 @@ def pytest_terminal_summary(terminalreporter):
 
 #: Files of few but long tests. They start first: a worker that began one last would keep the others waiting.
 LONG_FILES = (
-    "test_kills.py", "test_bucket_runs.py", "test_tenant_runs.py", "test_processes.py", "test_packing.py",
-    "test_quickstart.py", "test_packed_runs.py", "test_cli.py", "test_runs.py",
+    "runs/test_kills.py", "runs/test_bucket_runs.py", "runs/test_tenants.py", "test_processes.py",
+    "training/test_packing.py", "quickstart/test_quickstart.py", "runs/test_packed_runs.py", "cli/test_cli.py",
+    "runs/test_train.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG_FILES))
 
 
 def unexpected_skips(skipped: list[str], allowed: str) -> list[str]:
@@ -150,8 +98,3 @@ def pytest_runtest_teardown(nextitem):
     maps = Path("/proc/self/maps")
     if nextitem is not None and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
-
-
-def prompts(model, batch: int = 3, length: int = 12, seed: int = 0) -> np.ndarray:
-    """Random tokens int32 [batch, length]."""
-    return np.random.default_rng(seed).integers(3, model.config.vocab_size, (batch, length)).astype(np.int32)

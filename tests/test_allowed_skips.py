@@ -32,7 +32,7 @@ def test_a_skip_is_allowed_by_a_line_with_its_id_and_a_reason(allowed, left):
     ],
 )
 def test_a_session_with_a_skip_that_is_not_allowed_fails(tmp_path, skip, code):
-    for name in ("conftest.py", "quick_compiler.py"):
+    for name in ("conftest.py", "helpers/quick_compiler.py"):
         shutil.copy(TESTS / name, tmp_path)
     (tmp_path / "allowed_skips.txt").write_text("test_some.py::test_allowed # to see that it is allowed\n")
     (tmp_path / "test_some.py").write_text(f"import pytest\n{skip}\ndef test_two(): pass\n")

@@ -78,10 +78,58 @@ def test_the_exceptions_within_a_layer_are_all_in_use():
 
 def test_every_import_names_a_file_that_is_there():
     files = sources()
-    modules = {file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in files}
+    modules = set(map(module, files))
     for file, text in files.items():
         for name in imported(file, text):
             assert name in modules or name.rpartition(".")[0] in modules, f"{file} imports {name}, which is not there"
+
+
+def module(file):
+    """The dotted name of a file inside para_jax: "config", "config.file"."""
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def circles(files):
+    """The groups of modules that import each other, directly or through others, wherever in a file the import is."""
+    modules = {module(file): file for file in files if file != "__init__.py"}
+    reached = {name: set() for name in modules}
+    for name, file in modules.items():
+        for other in imported(file, files[file]):
+            other = other if other in modules else other.rpartition(".")[0]
+            reached[name] |= {other} & modules.keys()
+    for _ in modules:
+        before = sum(map(len, reached.values()))
+        reached = {name: others.union(*(reached[other] for other in others)) for name, others in reached.items()}
+        if sum(map(len, reached.values())) == before:
+            break
+    return {frozenset({other for other in reached[name] if name in reached[other]}) for name in modules} - {frozenset()}
+
+
+def test_no_module_imports_itself_through_others():
+    known = {
+        "evaluation.evaluate",
+        "evaluation.likelihood",
+        "evaluation.shapes",
+        "evaluation.harness.tasks",
+        "evaluation.many",
+    }
+    assert [sorted(circle) for circle in circles(sources()) if not circle <= known] == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "found"),
+    [
+        ({"a/b.py": "from . import c", "a/c.py": "from .b import x"}, [["a.b", "a.c"]]),
+        (
+            {"a/b.py": "def f():\n    from .c import x", "a/c.py": "from ..d import y", "d.py": "import para_jax.a.b"},
+            [["a.b", "a.c", "d"]],
+        ),
+        ({"a/__init__.py": "from .b import x", "a/b.py": "from . import y"}, [["a", "a.b"]]),
+        ({"a/__init__.py": "from .b import x", "a/b.py": "from ..d import y", "d.py": ""}, []),
+    ],
+)
+def test_circles_are_found_through_functions_and_other_modules(texts, found):
+    assert [sorted(circle) for circle in circles(texts)] == found
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ EDITS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EDITS)
 def test_every_cell_of_a_notebook_runs(name, folder, capsys):
     matplotlib.use("agg")

@@ -14,6 +14,7 @@ from para_jax import load_adapter, load_model_config, train, train_tenants
 from para_jax.config import save_config
 from para_jax.training.log import TIMES
 
+pytestmark = pytest.mark.long
 OVERRIDES = (
     "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.per_device_batch_size=2", "train.schedule=constant",
     "train.warmup_ratio=0", "eval.metric=exact_match", "train.max_steps=6",

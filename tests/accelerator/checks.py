@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import backbone, golden, golden_tenants, prompts, strong
+from golden_models import backbone, golden, golden_tenants, prompts, strong
 from tiny_run import run_config, run_folder, tokenizer, words
 
 from para_jax import (

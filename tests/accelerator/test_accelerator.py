@@ -10,12 +10,13 @@ import pytest
 from accelerator.checks import CHECKS
 
 TESTS = Path(__file__).parents[1]
+PYTHONPATH = os.pathsep.join(map(str, (TESTS, TESTS / "helpers", TESTS.parent)))
 
 
 def run(*names, **variables):
     """The checks in a process that has its own choice of devices."""
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "PARA_JAX_TEST_DEVICES": "own"}
+    environment |= {"PYTHONPATH": PYTHONPATH, "PARA_JAX_TEST_DEVICES": "own"}
     command = [sys.executable, "-m", "accelerator.checks", *names]
     done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,7 +39,7 @@ def test_the_checks_themselves_run(tmp_path):
 def test_without_an_accelerator_the_checks_say_so():
     done = subprocess.run(
         [sys.executable, "-m", "accelerator.checks"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )

@@ -7,7 +7,7 @@ from conftest import FIXTURES, prompts, strong
 from tiny_run import tokenizer
 
 from para_jax import AdapterBank, ParaConfig, forward, init_adapter, load_adapter, load_backbone, save_adapter
-from para_jax.cli import adapters_of
+from para_jax.cli.names import adapters_of
 from para_jax.evaluation.harness import lm as para_lm
 
 LLAMA = str(FIXTURES / "llama")

@@ -1,15 +1,15 @@
 import json
 
-import gguf
 import numpy as np
 import pytest
-from tiny_tokenizers import CHATML, plain
+from tiny_gguf import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, byte_level_gguf, write_vocabulary
+from tiny_tokenizers import plain
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from para_jax.data.examples import encode_prompt
 from para_jax.data.tokenizer import load_tokenizer
-from para_jax.gguf.file import convert_gguf
+from para_jax.gguf.convert import convert_gguf
 
 TEXTS = [
     "Message: where is my parcel?\nTeam: shipping",
@@ -18,52 +18,9 @@ TEXTS = [
     "<|im_start|>user\nhello<|im_end|>\n",
     "",
 ]
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-
-
-def write_gguf(path, tokens, types, *, arch="llama", **metadata):
-    """A GGUF file with one layer of zeros and this vocabulary; metadata by its name after tokenizer.ggml."""
-    writer = gguf.GGUFWriter(path, arch)
-    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 8, "feed_forward_length": 8}
-    sizes |= {"attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 4}
-    for key, value in (sizes | {"attention.sliding_window": 8}).items():
-        writer.add_uint32(f"{arch}.{key}", value)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    for key, value in metadata.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[
-            type(value)
-        ]
-        add(f"tokenizer.{key}" if key == "chat_template" else f"tokenizer.ggml.{key}", value)
-    linear = {"attn_q": 8, "attn_k": 4, "attn_v": 4, "attn_output": 8, "ffn_gate": 8, "ffn_up": 8, "ffn_down": 8}
-    norms = {"attn_norm": 8, "ffn_norm": 8}
-    if arch == "gemma3":
-        norms |= {"attn_q_norm": 4, "attn_k_norm": 4, "post_attention_norm": 8, "post_ffw_norm": 8}
-    for name, size in linear.items():
-        writer.add_tensor(f"blk.0.{name}.weight", np.zeros((size, 8), np.float32))
-    for name, size in norms.items():
-        writer.add_tensor(f"blk.0.{name}.weight", np.zeros(size, np.float32))
-    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 8), np.float32))
-    writer.add_tensor("output_norm.weight", np.zeros(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------- byte level
-
-
-def byte_level_gguf(path, **metadata):
-    """The vocabulary of tiny_tokenizers.plain(), <|im_start|> and <|im_end|> as control tokens."""
-    state = json.loads(plain().backend_tokenizer.to_str())["model"]
-    tokens = sorted(state["vocab"], key=state["vocab"].get)
-    types = [CONTROL if token.startswith("<|") else NORMAL for token in tokens]
-    merges = [" ".join(merge) for merge in state["merges"]]
-    settings = {"model": "gpt2", "pre": "default", "merges": merges, "bos_token_id": 0, "eos_token_id": 1}
-    return write_gguf(path, tokens, types, **(settings | {"padding_token_id": 1, "chat_template": CHATML} | metadata))
 
 
 def test_a_gguf_files_tokenizer_is_the_one_it_was_written_from(tmp_path):
@@ -101,9 +58,9 @@ def test_text_is_cut_as_the_pre_tokenizer_says(tmp_path, pre):
 
 
 def test_an_unknown_pre_tokenizer_or_model_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"m\.gguf: .*pre-tokenizer 'jais-2' is not known.*smollm"):
+    with pytest.raises(ValueError, match=r"m\.gguf: .*pre-tokenizer 'jais-2'.*smollm"):
         load_tokenizer(byte_level_gguf(tmp_path / "m.gguf", pre="jais-2"))
-    with pytest.raises(ValueError, match="model 'bert' is not supported"):
+    with pytest.raises(ValueError, match="model 'bert'"):
         load_tokenizer(byte_level_gguf(tmp_path / "m.gguf", model="bert"))
 
 
@@ -131,10 +88,10 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path, metadata, begins, ends
         ({"eos_token_id": 10**6}, "eos_token_id 1000000 is not among"),
         ({"eos_token_id": "two"}, "eos_token_id 'two'"),
         ({"merges": ["x qqq"]}, "qqq"),
-        ({"merges": ["justone"]}, "can't be built"),
-        ({"merges": [1, 2]}, "can't be built"),
-        ({"token_type": [1, 1]}, "without a type"),
-        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "doubled"),
+        ({"merges": ["justone"]}, "tokenizer"),
+        ({"merges": [1, 2]}, "tokenizer"),
+        ({"token_type": [1, 1]}, "2 values of token_type"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "twice"),
     ],
 )
 def test_damaged_tokenizer_metadata_is_a_value_error_that_names_the_file(tmp_path, monkeypatch, metadata, said):
@@ -163,7 +120,7 @@ def sentencepiece_gguf(path, *, control, spaces, **metadata):
     scores = [0.0] * (len(tokens) - len(words)) + [-1e9 if word == "▁▁" else -float(i) for i, word in enumerate(words)]
     ids = {"unknown_token_id": control.index("<unk>"), "bos_token_id": 1, "eos_token_id": 2}
     settings = {"model": "llama", "pre": "default", "scores": scores} | ids
-    return write_gguf(path, tokens, types, **(settings | metadata)), dict(zip(tokens, scores, strict=True))
+    return write_vocabulary(path, tokens, types, **(settings | metadata)), dict(zip(tokens, scores, strict=True))
 
 
 def reference_pieces(text, scores):
@@ -242,7 +199,7 @@ def test_a_converted_folder_has_the_same_tokenizer(tmp_path, kind):
 def test_a_folder_without_a_whole_tokenizer_is_a_value_error_of_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer.json").write_text('{"cut off')
-    with pytest.raises(ValueError, match=r"no tokenizer can be loaded from there[^\n]*$"):
+    with pytest.raises(ValueError, match=r"cannot load a tokenizer[^\n]*$"):
         load_tokenizer(tmp_path)
 
 
@@ -256,7 +213,7 @@ def test_code_in_a_folder_is_never_run(tmp_path):
     (tmp_path / "custom.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Custom: pass\nclass Config: pass\n"
     )
-    with pytest.raises(ValueError, match="no tokenizer can be loaded"):
+    with pytest.raises(ValueError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -312,11 +269,11 @@ def test_a_text_that_a_tokenizer_has_no_tokens_for_is_an_error_and_ctrl_c_is_not
 def test_a_file_that_is_too_large_for_a_tokenizer_is_not_read(tmp_path, name):
     with (spoiled(tmp_path) / name).open("ab") as file:
         file.truncate(2**33)
-    with pytest.raises(ValueError, match=f"{name}: larger than"):
+    with pytest.raises(ValueError, match=f"{name} is larger than"):
         load_tokenizer(tmp_path)
 
 
 def test_a_gguf_token_that_is_too_long_to_be_cut_everywhere_is_refused(tmp_path):
     file, _ = sentencepiece_gguf(tmp_path / "m.gguf", control=["<unk>", "<s>", "</s>"], spaces=[" " * 5000])
-    with pytest.raises(ValueError, match="m.gguf: the tokenizer can't be built: a token of 5000 characters"):
+    with pytest.raises(ValueError, match="m.gguf: .*5000 characters"):
         load_tokenizer(file)

@@ -34,7 +34,8 @@ from para_jax import (
     load_tokenizer,
     save_adapter,
 )
-from para_jax.cli import main, named_adapters
+from para_jax.cli import main
+from para_jax.cli.names import named_adapters
 from para_jax.data.records import read_records
 from para_jax.evaluation import answers as mixed
 from para_jax.evaluation import many
@@ -574,7 +575,7 @@ def test_para_lm_is_made_of_lm_evals_arguments(folder, tmp_path):
         get_model("para").create_from_arg_obj({"backbone": "x", "max_length": "long"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lm_evals_command_line_runs_para(folder, whole, tmp_path, monkeypatch):
     """Slow: lm-eval reads its ten thousand task files."""
     monkeypatch.setattr(sys, "argv", sys.argv)

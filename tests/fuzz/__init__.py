@@ -3,4 +3,4 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "data"))  # the tiny tokenizers are there
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))

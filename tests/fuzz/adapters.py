@@ -6,7 +6,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from conftest import backbone, prompts, strong
+from golden_models import backbone, prompts, strong
 
 from para_jax import AdapterBank, Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, load_adapter, save_adapter
 from para_jax.adapters.adapter import named_leaves

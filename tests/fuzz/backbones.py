@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from conftest import FAMILIES, FIXTURES, prompts
+from golden_models import FAMILIES, FIXTURES, prompts
 from safetensors.numpy import save_file
 
 from para_jax import forward, load_backbone

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from test_gguf import write_gguf
-from test_tokenizer import byte_level_gguf
+from tiny_gguf import byte_level_gguf, write_gguf
 
 from para_jax import load_backbone
 from para_jax.data.examples import encode_prompt

@@ -4,7 +4,7 @@ import os
 import random
 from pathlib import Path
 
-from conftest import FIXTURES, backbone
+from golden_models import FIXTURES, backbone
 
 from para_jax import load_adapter, load_backbone
 from para_jax.backbone.load import load_model_config

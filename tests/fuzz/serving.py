@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 import tiny_run
-from conftest import backbone, strong
+from golden_models import backbone, strong
 
 from para_jax import AdapterBank, Engine, Ia3Config, ParaConfig, Request, init_adapter
 from para_jax.serving.request import Completion

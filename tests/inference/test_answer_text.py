@@ -1,17 +1,12 @@
 """An answer's text, token by token, is the text of all its tokens, and what was shown is never taken back."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import tiny_run
+import tiny_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from para_jax.inference.answer_text import INVALID, LONGEST_TAIL, AnswerText, text_of
-
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-import tiny_tokenizers  # noqa: E402
 
 KINDS = {
     "byte level": tiny_tokenizers.plain,

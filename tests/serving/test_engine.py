@@ -8,20 +8,13 @@ import pytest
 from conftest import backbone, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_run import tokenizer, words
+from tiny_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, engine_of, plain, prompt
+from tiny_run import tokenizer
 
-from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, generate, init_adapter
+from para_jax import AdapterBank, Engine, LoraConfig, Request, generate, init_adapter
 from para_jax.data.examples import encode_prompt
 from para_jax.serving import engine as engine_module
 from para_jax.serving.engine import PREFILLS, STEPS, QueueFull
-
-SLOTS, LENGTH = 3, 40
-CONFIGS = {
-    "A": ParaConfig(r=4),
-    "B": ParaConfig(r=2, target_modules=("q_proj", "up_proj")),
-    "C": Ia3Config(target_modules=("v_proj", "down_proj")),
-}
-SITES = ("q_proj", "v_proj", "up_proj")
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +33,6 @@ def tenants(model):
 @pytest.fixture
 def bank(model, tenants):
     return bank_of(model, tenants)
-
-
-def bank_of(model, tenants):
-    bank = AdapterBank(model.config, max_r=4, sites=SITES)
-    for name in CONFIGS:
-        bank.add(name, tenants[name])
-    return bank
-
-
-def engine_of(model, bank, **options):
-    return Engine(model, bank, tokenizer(), slots=SLOTS, max_length=LENGTH, **options)
-
-
-def prompt(seed, length=6):
-    return words(np.random.default_rng(seed).integers(20, 256, length))
-
-
-def answers(engine):
-    found = {}
-    for completion in engine.run():
-        key = (completion.id, completion.index)
-        assert key not in found, "answered twice"
-        found[key] = completion
-    return found
-
-
-def plain(completion):
-    return completion.tokens, completion.text, completion.finish_reason
 
 
 # ------------------------------------------------------------------------------------------------------------- answers

@@ -133,7 +133,7 @@ def test_every_line_is_answered_once_as_generate_does(folder, whole):
 # --------------------------------------------------------------------------------------- kills, interrupts, full disks
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2, 3))])
 def test_a_job_that_is_killed_goes_on_without_repeating_or_losing_a_line(folder, whole, tmp_path, seed):
     """A child process is killed when its output has reached a drawn size; at last it may finish."""
     output, draw = tmp_path / "out.jsonl", random.Random(seed)

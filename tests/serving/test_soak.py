@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import backbone, strong
-from test_engine import plain, prompt
+from tiny_engine import plain, prompt
 from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, Ia3Config, ParaConfig, Request, init_adapter
@@ -13,7 +13,7 @@ TENANTS, REQUESTS, SLOTS = 200, 5000, 8
 SITES = ("q_proj", "v_proj", "up_proj")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_answer_of_a_long_day_is_the_one_of_its_request_alone_and_memory_stays_flat():
     model, draw = backbone("llama"), np.random.default_rng(0)
     fresh = [init_adapter(ParaConfig(r=4), model.config), init_adapter(Ia3Config(target_modules=SITES), model.config)]

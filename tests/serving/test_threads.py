@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import backbone, strong
-from test_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, engine_of, plain, prompt
+from tiny_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, engine_of, plain, prompt
 from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, init_adapter

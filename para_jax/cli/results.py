@@ -1,0 +1,10 @@
+"""The JSON file of --results."""
+
+from __future__ import annotations
+
+
+def write_results(options, config, scores: dict, seconds: float) -> None:
+    from ..inspect import results, write_record
+
+    write_record(options.results, results(options.command_line, config, scores, seconds))
+    print(f"wrote {options.results}")

@@ -1,0 +1,277 @@
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import FIXTURES, backbone, prompts
+from flax import nnx
+from tiny_run import backbone_folder, rows_of_text, tokenizer, write_rows
+
+from para_jax import Transformer, bench, devices, forward
+from para_jax.bench import decode as bench_decode
+from para_jax.bench import evaluate as bench_evaluate
+from para_jax.bench import load as bench_load
+from para_jax.bench import serve as bench_serve
+from para_jax.bench import tenants as bench_tenants
+from para_jax.bench import train as bench_train
+from para_jax.bench.rounds import interleaved, paired, summary
+from para_jax.inference.generate import next_token
+from para_jax.inspect import check_record_file, write_record
+from para_jax.plots import decode_plot
+from para_jax.roofline import matrix_weights
+
+BACKBONE = str(FIXTURES / "smollm2")
+DECODE = dict(rows=(2,), context=4, rounds=3, bank=5)
+TRAIN = dict(rows=(2,), prompt=4, completion=3, rounds=2)
+
+
+def test_sides_are_measured_in_turn_and_the_first_run_does_not_count():
+    calls = []
+    sides = {name: lambda name=name: calls.append(name) or float(len(calls)) for name in "ab"}
+    rounds = interleaved(sides, 3)
+    assert calls == list("abababab")
+    assert rounds == [{"a": 3, "b": 4}, {"a": 5, "b": 6}, {"a": 7, "b": 8}]
+    assert summary("s", rounds)["medians"] == {"a": 5, "b": 6}
+
+
+def test_loading_is_measured_in_a_process_of_its_own_against_a_limit(monkeypatch):
+    measured = bench.BENCHMARKS["load"](BACKBONE, rounds=1)
+    assert measured["within_limit"] and measured["limit_above_weights"] == 300
+    assert 0 < measured["medians"]["weights"] < measured["medians"]["peak"] < 300
+    monkeypatch.setattr(bench_load, "LOAD_LIMIT", 0)
+    assert not bench.BENCHMARKS["load"](BACKBONE, rounds=1)["within_limit"]
+
+
+def test_a_backbone_that_can_not_be_loaded_gives_the_error_of_the_load_in_a_line(tmp_path):
+    (tmp_path / "config.json").write_bytes((FIXTURES / "smollm2" / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((FIXTURES / "smollm2" / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="^bench load: .*safetensors") as error:
+        bench.BENCHMARKS["load"](str(tmp_path))
+    assert "\n" not in str(error.value) and "ValueError" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def decoded():
+    """A record of bench decode, with one rank of LoRA, and how many steps it compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        few = {name: bench_decode.METHODS[name] for name in ("PARA", "(IA)^3", "LoRA r=4")}
+        patch.setattr(bench_decode, "METHODS", few)
+        next_token.clear_cache()  # jax forgets the oldest of all programs, perhaps other tests' steps while this counts
+        return bench.BENCHMARKS["decode"](BACKBONE, **DECODE), next_token._cache_size()
+
+
+def test_decoding_is_measured_for_every_method_with_one_tenant_and_with_many(decoded):
+    measured, compiled = decoded
+    sides = {(side["method"], side["tenants"]) for side in measured["sides"].values()}
+    methods = {(method, n) for method in ("PARA", "(IA)^3", "LoRA r=4") for n in (1, 2)}
+    assert sides == methods | {("base", 0)} and len(measured["medians"]) == 8
+    assert compiled == 4, "one step for base, one for all factors, two for LoRA: with and without a gather"
+    positive = ("medians", "cpu_medians", "share_of_read", "share_of_matrix_products")
+    assert all(value > 0 for kind in positive for value in measured[kind].values())
+    assert len(measured["rounds"]) == 3
+    name = "PARA, 2 rows, 2 tenants"
+    assert measured["ratios"][f"{name} / base"] == paired(measured["rounds"], name, "base, 2 rows")
+
+
+def test_the_byte_ratio_is_that_of_weights_cache_and_adjustments(decoded):
+    measured, _ = decoded
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(backbone("smollm2")))
+    config = backbone("smollm2").config
+    cache = 2 * 4 * config.num_layers * 2 * config.kv_width * 4  # rows, bytes, layers, keys and values, tokens
+    factors = 2 * 4 * config.num_layers * sum(config.site_width(s) for s in ("q_proj", "v_proj", "up_proj"))
+    assert measured["gigabytes"]["base, 2 rows"] * 1e9 == pytest.approx(weights + cache)
+    expected = 1 + factors / (weights + cache)
+    assert measured["byte_ratios"]["PARA, 2 rows, 2 tenants / base"] == pytest.approx(expected)
+
+
+def test_outputs_are_checked_before_they_are_timed(monkeypatch):
+    model = backbone("smollm2")
+    bank = bench_decode.bank_of(model, bench_decode.METHODS["PARA"], 2)
+    base = bench_decode.Step(model, bench_decode.Side("base", 2, 0, None), 4)
+    para = bench_decode.Step(model, bench_decode.Side("PARA", 2, 2, bank.rows(bank.names)), 4)
+    para.check(base)
+    base.check(base)
+    idle = bench_decode.Step(model, bench_decode.Side("PARA", 2, 2, bank.rows([None, None])), 4)
+    with pytest.raises(AssertionError, match="PARA, 2 rows, 2 tenants: differs by 0.0 from base"):
+        idle.check(base)
+
+
+def test_a_picture_of_the_record_is_drawn(decoded, tmp_path):
+    decode_plot(decoded[0] | {"device": "a CPU"}, tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_random_weights_have_the_shape_that_is_named():
+    model = bench_decode.random_backbone(BACKBONE)
+    assert model.config == backbone("smollm2").config
+    logits = forward(model, None, prompts(model, 1), 4)
+    assert np.isfinite(logits).all() and logits.std() > 0.1
+
+
+def test_the_training_step_is_measured_by_what_the_backward_pass_keeps(monkeypatch):
+    monkeypatch.setitem(devices.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    measured = bench.BENCHMARKS["train"](BACKBONE, **TRAIN, packed=2, random=True, remat=("dots", "block"))
+    assert list(measured["medians"]) == ["remat dots", "remat block"]
+    assert all(value > 0 for value in measured["medians"].values()) and len(measured["rounds"]) == 2
+    rate, share = measured["medians"]["remat dots"], measured["ratios"]["remat dots: share of the peak"]
+    assert share == pytest.approx(rate * 4 * matrix_weights(backbone("smollm2").config) / 1e9)
+
+
+def test_packing_is_measured_beside_the_padding_that_it_removes(tmp_path):
+    backbone_folder(tmp_path / "backbone")
+    data = write_rows(tmp_path / "train.jsonl", rows_of_text(40, seed=0))
+    measured = bench.BENCHMARKS["packing"](str(tmp_path / "backbone"), data=str(data), length=64, rows=(2,), rounds=1)
+    assert list(measured["medians"]) == ["packed", "3 buckets", "1 bucket"]
+    full = measured["share_of_real_tokens"]
+    assert 1 >= full["packed"] > full["1 bucket"] and full["3 buckets"] >= full["1 bucket"]
+    removed = measured["ratios"]["packed / 1 bucket, by the padding removed"]
+    assert removed == full["packed"] / full["1 bucket"]
+    assert measured["ratios"]["packed / 1 bucket"] == paired(measured["rounds"], "packed", "1 bucket")
+
+
+def test_the_step_of_many_tenants_is_measured_beside_that_of_one(monkeypatch):
+    monkeypatch.setattr(bench_tenants, "METHODS", {"(IA)^3": bench_tenants.METHODS["(IA)^3"]})
+    measured = bench.BENCHMARKS["tenants"](BACKBONE, rows=(1,), rounds=2)
+    where = "(IA)^3, 16 x 1 rows"
+    assert list(measured["medians"]) == [f"{where}, {s}" for s in ("one tenant", "tenants", "of 64")]
+    assert all(value > 0 for value in measured["medians"].values()) and len(measured["rounds"]) == 2
+    expected = paired(measured["rounds"], f"{where}, tenants", f"{where}, one tenant")
+    assert measured["ratios"][f"{where}: tenants / one tenant"] == expected and len(measured["ratios"]) == 3
+
+
+def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(
+        bench.BENCHMARKS, "train", lambda backbone: bench_train.bench_train(backbone, **TRAIN, remat=("dots", "none"))
+    )
+    record = bench.run("train", BACKBONE, tmp_path / "results" / "train.json")
+    assert json.loads((tmp_path / "results" / "train.json").read_text()) == record
+    assert record["command"] == f"para-jax bench train --backbone {BACKBONE}"
+    assert {"device", "versions", "medians", "ratios", "rounds", "unit"} <= set(record)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:3]] == ["remat dots", "remat none", "none / dots"]
+    assert "tokens/s" in lines[0]
+
+
+def test_the_timed_engine_serves_every_request_to_its_length():
+    model = backbone("llama")
+    work = bench_serve.ragged(6, model.config.vocab_size)
+    work = work._replace(prompts=[ids[:3] for ids in work.prompts], new_tokens=[1, 2, 5, 6, 9, 13])
+    timed = bench_serve.Timed(model, None, tokenizer(), slots=2, max_length=16)
+    assert timed.serve(work) > 0
+    assert sorted(count for _, count in timed.ended) == work.new_tokens
+    assert timed.rounds == sorted(timed.rounds) and timed.open == 0
+    latencies = timed.latencies()
+    assert 0 < latencies["first token p50"] <= latencies["first token p95"] <= 1e3 * timed.rounds[-1]
+    assert latencies["a token p50"] > 0
+
+
+def test_a_first_token_comes_with_the_round_that_takes_its_request(monkeypatch):
+    timed = object.__new__(bench_serve.Timed)
+    timed.rounds = [1.0, 2.0, 4.0, 8.0]
+    timed.ended = [(0, 5), (3, 13), (3, 1)]  # 5, 4 and 4 tokens in the rounds 1 to 3
+    assert timed.latencies()["first token p50"] == 2000.0
+    assert timed.latencies()["a token p50"] == pytest.approx(1000 * 6 / 12)
+
+
+@contextmanager
+def compilations():
+    """The programs that are compiled while the body lasts."""
+    found = []
+
+    def count(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_sampling_is_measured_for_greedy_and_sampled_rows():
+    measured = bench.BENCHMARKS["sampling"](BACKBONE, rows=(3,), rounds=2)
+    assert len(measured["medians"]) == 7 and len(measured["ratios"]) == 6 and measured["rows"] == 3
+    assert all(value > 0 for value in measured["medians"].values())
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("train", {}), ("sampling", {}), ("serve", {}), ("evaluate", {}), ("packing", {"data": "train.jsonl"}),
+])  # fmt: skip
+def test_a_list_of_rows_is_refused_by_name_where_one_number_is_measured(name, options, tmp_path):
+    with pytest.raises(ValueError, match="--rows: '1,8' is not possible; expected one number"):
+        bench.run(name, BACKBONE, tmp_path / "record.json", rows=(1, 8), **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("path", "named"), [
+    ("folder", "--output .*folder: a folder"),
+    ("file/record.json", "--output .*file/record.json: Not a directory"),
+    ("record.png", "--output: .*record.png.* expected a .json file"),
+])  # fmt: skip
+def test_a_wrong_place_for_a_record_is_found_before_anything_is_measured(path, named, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setitem(bench.BENCHMARKS, "train", lambda backbone: pytest.fail("measured"))
+    with pytest.raises((ValueError, OSError), match=named):
+        bench.run("train", BACKBONE, tmp_path / path)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_record_goes_through_a_pipe_or_a_link_and_replaces_a_file_whole(tmp_path):
+    write_record(tmp_path / "a" / "record.json", {"a": 1})
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "record.json")
+    write_record(tmp_path / "link", {"a": 2})
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "a" / "record.json").read_text()) == {"a": 2}
+    check_record_file("--output", Path("/dev/null"))
+    write_record(Path("/dev/null"), {"a": 3})
+    assert Path("/dev/null").is_char_device()
+
+
+def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones():
+    with pytest.raises(
+        ValueError, match="bench: 'speed' is not possible; expected one of load, decode, serve, evaluate, train"
+    ):
+        bench.run("speed", BACKBONE)
+
+
+def test_options_of_decode_are_not_for_others(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"bench load: options: {'context': 3} is not possible; expected some of rounds"
+    ):
+        bench.run("load", BACKBONE, context=3)
+
+
+@pytest.mark.long
+def test_a_mixed_pass_is_measured_beside_a_loop_over_the_adapters(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_evaluate, "PROMPT", 8)
+    monkeypatch.setattr(bench_evaluate, "NEW", 4)
+    shape = backbone("llama").config
+    small = Transformer(replace(shape, kinds=shape.kinds[:1]), rngs=nnx.Rngs(0))  # it compiles eight times
+    monkeypatch.setattr(bench_evaluate, "load_backbone", lambda source: small)
+    folder, compiled = backbone_folder(tmp_path / "backbone"), []
+    real = bench_evaluate.timed
+
+    def counting(*arguments):
+        with compilations() as found:
+            seconds = real(*arguments)
+        compiled.append(len(found))
+        return seconds
+
+    monkeypatch.setattr(bench_evaluate, "timed", counting)
+    measured = bench.BENCHMARKS["evaluate"](str(folder), rows=(4,), adapters=(6, 2), rounds=1)
+    names = [
+        f"{work}, {side}"
+        for work in ("6 adapters x 2 examples", "2 adapters x 4 examples")
+        for side in ("mixed", "loop")
+    ]
+    assert list(measured["medians"]) == list(measured["first_run"]) == names
+    assert set(measured["equal_texts"].values()) == {1.0}
+    first = [compiled[0:2], compiled[5:7]]  # of both sides, then an uncounted run of one, and a round of both
+    assert min(first[0]) > 2 and first[0] == first[1]  # the second workload compiles what the first did
+    assert compiled[3:5] == compiled[8:10] == [0, 0]
+    assert measured["ratios"]["6 adapters x 2 examples: mixed / loop"] == paired(measured["rounds"], *names[:2])

@@ -1,0 +1,643 @@
+"""The command line on a tiny backbone: what each command prints and leaves, and what a user's mistake gives."""
+
+import errno
+import importlib.metadata
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import FIXTURES, strong
+from safetensors.numpy import load_file, save_file
+from tiny_gguf import write_gguf
+from tiny_run import backbone_folder, write_rows
+from tokenizers.pre_tokenizers import ByteLevel
+
+import para_jax.adapters.folder
+from para_jax import generate, load_adapter, load_backbone, load_model_config, load_tokenizer, save_adapter
+from para_jax.cli import main
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = """
+backbone: {{source: {folder}/backbone}}
+adapter: {{method: para, r: 4}}
+data: {{train: {folder}/data, buckets: 1}}
+train: {{learning_rate: 3.0e-2, max_steps: 4}}
+eval: {{every: 2, metric: loss, batch_size: 8, max_new_tokens: 4, test: true}}
+mesh: {{data: 1}}
+logging: {{report_to: []}}
+runtime: {{compilation_cache: false, allow_cpu: true}}
+output_dir: {folder}/run
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A backbone, data, and the config of a run of 4 steps on them: run.yaml."""
+    folder = tmp_path_factory.mktemp("cli")
+    backbone_folder(folder / "backbone")
+    for split, count in {"train": 20, "validation": 8, "test": 5}.items():
+        write_rows(folder / "data" / f"{split}.jsonl", rows(split, count))
+    (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return folder / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def trained(folder, config):
+    """The run folder after `para-jax train`, which wrote its scores to results/run.json."""
+    assert command("train", config, "--results", folder / "results" / "run.json") == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    """A copy of the trained adapter, to be spoilt."""
+    return shutil.copytree(trained / "adapter", tmp_path / "adapter")
+
+
+def rows(split, count):
+    """Prompts of 6 words, each with 1 to 5 of the words w9 w10 w11 ..."""
+    draw = random.Random(split)
+    words = lambda ids: " ".join(f"w{i}" for i in ids)  # noqa: E731
+    return [
+        {"prompt": words(draw.sample(range(20, 256), 6)), "completion": words(range(9, 10 + i % 5))}
+        for i in range(count)
+    ]
+
+
+def command(*arguments):
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # as argparse ends
+        return stop.code
+
+
+def mistake(capsys, *arguments):
+    """What a command says on stderr: it must end with code 2 and an error of one or two lines."""
+    assert command(*arguments) == 2
+    said = capsys.readouterr().err
+    lines = said[said.index("para-jax") :].splitlines()
+    assert len(lines) <= 2 and "Traceback" not in said
+    return "\n".join(lines)
+
+
+def generate_line(folder, *options):
+    quick = ("--max-new-tokens", 4, "--no-compilation-cache", "--allow-cpu")
+    return ("generate", "--backbone", folder / "backbone", "--prompt", "w20 w30", *quick, *options)
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------- what should work
+
+
+def test_train_leaves_a_run_folder_and_the_results_of_the_command(folder, config, trained):
+    held = {".lock", "config.yaml", "metrics.jsonl", "checkpoints", "adapter"}
+    assert {path.name for path in trained.iterdir()} == held
+    results = json.loads((folder / "results" / "run.json").read_text())
+    assert results["command"] == f"para-jax train {config} --results {folder}/results/run.json"
+    assert "cpu" in results["device"] and results["seconds"] > 0
+    assert results["config"]["train"]["max_steps"] == 4 and results["config"]["adapter"]["method"] == "para"
+    scores = results["scores"]
+    assert set(scores) == {"test_before_loss", "validation_loss", "test_after_loss"}
+    assert scores["test_after_loss"] != scores["test_before_loss"]
+
+
+def test_evaluate_gives_the_score_that_training_gave(folder, config, trained, tmp_path):
+    scores = json.loads((folder / "results" / "run.json").read_text())["scores"]
+    for when, options in {"before": [], "after": ["--adapter", trained / "adapter"]}.items():
+        assert command("evaluate", config, *options, "--results", tmp_path / "e.json") == 0
+        found = json.loads((tmp_path / "e.json").read_text())["scores"]["test"]
+        assert found["loss"] == pytest.approx(scores[f"test_{when}_loss"], abs=1e-5) and found["count"] == 5
+    assert command("evaluate", config, "--split", "validation", "--limit", 3, "--results", tmp_path / "e.json") == 0
+    assert json.loads((tmp_path / "e.json").read_text())["scores"]["validation"]["count"] == 3
+
+
+def test_evaluate_shuffles_prompts_where_it_is_asked_to(folder, config, trained, tmp_path, capsys):
+    line = ("evaluate", config, "--adapter", trained / "adapter", "--results", tmp_path / "e.json")
+
+    def found(*options):
+        assert command(*line, *options) == 0
+        return json.loads((tmp_path / "e.json").read_text())["scores"]["test"]
+
+    own, other, drawn = found(), found("--shuffle-prompts"), found("--shuffle-prompts", "seed=1")
+    assert len({own["loss"], other["loss"], drawn["loss"]}) == 3 and other["count"] == 5
+    assert other == found("--shuffle-prompts") and own["stderr"] > 0
+    assert_says(mistake(capsys, *line[:4], "--shuffle-prompts", "--limit", 1), "test: 1 example; to shuffle prompts")
+    assert_says(
+        mistake(capsys, *line[:2], "--shuffle-prompts"), "--shuffle-prompts: .* expected to stand beside --adapter"
+    )
+
+
+def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, capsys):
+    backbone = ("--backbone", folder / "backbone", "--allow-cpu", "--no-compilation-cache")
+    adapter, data = ("--adapter", trained / "adapter"), folder / "data" / "test.jsonl"
+    for name, options in {
+        "curves": [trained],
+        "one": [*adapter, "--prompt", "w20 w30", *backbone],
+        "two": [*adapter, "--prompt", "w20 w30", "--prompt", "w40\\nw60", *backbone],
+        "spread": [*adapter, "--data", data, "--limit", 3, *backbone],
+    }.items():
+        assert command("plot", *options, "--output", tmp_path / f"{name}.png") == 0
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "adapter: spread over 3 prompts" in shown and f"wrote {tmp_path}/spread.png" in shown
+    assert re.search(r"^2  +\d\.\d{4} +\d\.\d{4} +\d\.\d{4}$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "plot: expected RUN"),
+        (["a", "--adapter", "b"], "plot: expected RUN"),
+        (["--adapter", "b"], "plot: expected RUN"),
+        (["--prompt", "b"], "plot: expected RUN"),
+        (["--adapter", "b", "--prompt", "c", "--data", "d"], "plot: expected RUN"),
+        (["--adapter", "b", "--adapter", "b", "--prompt", "c"], "plot: expected RUN"),
+        (["--adapter", "b", *["--prompt", "c"] * 3], "plot: expected RUN"),
+        (["--adapter", "b", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
+        (["--adapter", "b", "--data", "d", "--limit", 1], "--limit 1: expected at least 2 prompts"),
+        (["/nowhere"], "/nowhere: no run is there"),
+        (["--adapter", "b", "--data", "/"], "/: a folder; expected a .jsonl file"),
+        (["a", "--output", "x.doc"], "--output x.doc: expected a file that ends in .png"),
+        (["a", "--output", "/nowhere/x.png"], "--output /nowhere/x.png: no such folder"),
+    ],
+)
+def test_plot_names_what_it_can_not_draw(capsys, tmp_path, options, said):
+    given = [] if "--output" in options else ["--output", tmp_path / "x.png"]
+    assert_says(mistake(capsys, "plot", *options, *given), said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_answers_each_prompt_as_the_library_does(folder, trained, capsys):
+    prompts = ["w20 w30", "w40 w50\nw60"]
+    options = ["--prompt", "w40 w50\\nw60", "--adapter", trained / "adapter"]
+    assert command(*generate_line(folder, *options)) == 0
+    shown = capsys.readouterr().out
+    model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
+    made = load_adapter(trained / "adapter", model.config)
+    texts = generate(model, prompts, tokenizer=tokenizer, adapters=made, max_new_tokens=4)
+    assert all(texts) and shown == "".join(f"> {p}\n{t}\n\n" for p, t in zip(prompts, texts, strict=True))
+
+
+def test_generate_of_one_prompt_prints_the_answer_alone_and_heeds_its_options(folder, capsys):
+    greedy = [command(*generate_line(folder, *options)) or capsys.readouterr().out for options in ([], ["--top-k", 1])]
+    assert greedy[0] == greedy[1] and greedy[0].startswith("w") and greedy[0].count("\n") == 1
+    hot = ["--temperature", 5, "--seed"]
+    drawn = [command(*generate_line(folder, *hot, seed)) or capsys.readouterr().out for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    third = greedy[0].strip().split("w")[3]
+    assert command(*generate_line(folder, "--stop", f"w{third}")) == 0
+    assert capsys.readouterr().out == greedy[0][: greedy[0].index(f"w{third}")] + "\n"
+
+
+def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_path, capsys):
+    """Each as with its adapter alone; the base model's answer is that without one."""
+    adapters = {"ours": trained / "adapter", "loud": tmp_path / "loud"}
+    config = load_model_config(folder / "backbone")
+    save_adapter(strong(load_adapter(adapters["ours"], config), scale=0.5), adapters["loud"])
+    alone = {}
+    for name, options in {"base": [], **{name: ["--adapter", path] for name, path in adapters.items()}}.items():
+        assert command(*generate_line(folder, *options)) == 0
+        alone[name] = capsys.readouterr().out.strip()
+    assert alone["loud"] != alone["base"]
+    tenants = ["--adapters", *(f"{name}={path}" for name, path in adapters.items())]
+    for name, answer in alone.items():
+        assert command(*generate_line(folder, *tenants, "--tenant", name)) == 0
+        shown = capsys.readouterr()
+        assert shown.out.strip() == answer and "2 of 2 tenants (2 para)" in shown.err
+    each = [text for name in ("loud", "base", "ours") for text in ("--tenant", name)]
+    line = generate_line(folder, *tenants, *each, "--prompt", "w20 w30", "--prompt", "w20 w30")
+    assert command(*line) == 0
+    shown = capsys.readouterr().out
+    assert shown == "".join(f"> [{name}] w20 w30\n{alone[name]}\n\n" for name in ("loud", "base", "ours"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tenant", "a"], "--tenant chooses among --adapters NAME=DIR"),
+        (["--adapters", "acme=x"], "--tenant: given 0 times; expected once, .*: acme, or base for no adapter"),
+        (["--adapters", "acme=x", "--tenant", "acne"], "--tenant: no tenant 'acne'; the nearest are acme"),
+        (["--adapters", "acme=x", "--tenant", "acme", "--adapter", "x"], "--tenant chooses among"),
+        (["--adapters", "acme", "--tenant", "acme"], "acme: expected an adapter folder or a hub id"),
+        (["--adapters", "base=x", "--tenant", "base"], "--adapters 'base=x': .*base is the base model"),
+        (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': the name 'a' is taken"),
+        (["--adapters", "acme=/nowhere", "--tenant", "acme"], "/nowhere"),
+    ],
+)
+def test_wrong_tenants_are_named(folder, capsys, options, said):
+    assert_says(mistake(capsys, *generate_line(folder, *options)), said)
+
+
+def test_inspect_shows_a_run_an_adapter_and_data(config, trained, capsys):
+    assert command("inspect", trained / "adapter") == 0
+    shown = capsys.readouterr().out
+    assert "PARA, r 4, pooler last" in shown and "llama, 3 layers, width 64" in shown and "3,456 values" in shown
+    assert command("inspect", trained) == 0
+    run = capsys.readouterr().out
+    assert shown in run and "step 0     test_before_loss" in run and "step 4     validation_loss" in run
+    assert command("inspect", config, "--data") == 0
+    data = capsys.readouterr().out
+    assert data.count("prompt: 6 tokens") == 3 and data.count("]<<\ncompletion: ") == 3 and data.count(">>[w") == 3
+    assert "[w9][w10][</s>]" in data and "20 examples; padded to 16 tokens (6 of completion); 3 batches" in data
+
+
+def test_inspect_of_a_run_that_was_cut_off_while_writing_shows_the_rest(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "validation_lo')
+    assert command("inspect", run) == 0
+    assert "step 4     validation_loss" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_sizes_and_writes_nothing(folder, config, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert command("train", "--dry-run", config, f"output_dir={output}", "train.gradient_accumulation_steps=2") == 0
+    shown = capsys.readouterr().out
+    weights = load_file(folder / "backbone" / "model.safetensors")
+    assert f"{sum(w.size for w in weights.values()):,} frozen, 3,456 trained (2.347%)" in shown
+    assert "adapter 13.82 kB, optimiser 27.66 kB" in shown and "16 rows of at most 512 tokens" in shown
+    assert "train: 20 records" in shown and not output.exists()
+    linears = [array for name, array in weights.items() if "proj" in name]
+    bytes_held = 4 * (sum(w.size for w in weights.values()) - sum(w.size for w in linears))
+    bytes_held += sum(w.size + 4 * len(w) for w in linears)  # a byte a weight, and a scale an output
+    assert command("train", "--dry-run", config, "backbone.quantize=int8") == 0
+    assert f"weights {bytes_held / 1e3:.4g} kB (float32, linears int8)" in capsys.readouterr().out
+
+
+def bytes_gguf(path):
+    """The llama fixture as a .gguf file with the 256 bytes as its tokens."""
+    tokens = {"tokens": sorted(ByteLevel.alphabet()), "token_type": [1] * 256, "model": "gpt2", "pre": "default"}
+    return write_gguf(path, change={f"tokenizer.ggml.{key}": value for key, value in tokens.items()})
+
+
+def test_convert_writes_a_folder_that_generates_what_the_gguf_file_does(folder, tmp_path, capsys):
+    file, made = bytes_gguf(tmp_path / "m.gguf"), tmp_path / "made"
+    assert command("convert", file, made) == 0
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in made.iterdir()}
+    capsys.readouterr()
+    answers = [command(*generate_line(folder, "--backbone", it)) or capsys.readouterr().out for it in (file, made)]
+    assert answers[0] == answers[1] != "\n"
+
+
+def test_help_is_there_for_the_program_and_each_command(capsys):
+    assert command("--help") == 0
+    shown = capsys.readouterr().out
+    for name in ("quickstart", "train", "evaluate", "generate", "inspect", "convert", "bench"):
+        assert name in shown and command(name, "--help") == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'.*quickstart.*train"),
+        (["train"], "required: config "),
+        (["train", "run.yaml", "--fast"], "unknown argument '--fast'"),
+        (["train", "nowhere.yaml"], "config nowhere.yaml: no such file"),
+        (["generate"], "expected --prompt, once or more, or --input FILE with --output FILE"),
+        (["generate", "--input", "a.jsonl"], "--input FILE with --output FILE"),
+        (["generate", "--input", "a.jsonl", "--prompt", "a"], "expected --prompt"),
+        (["generate", "--input", "nowhere.jsonl", "--output", "o.jsonl"], "--input nowhere.jsonl: no such file"),
+        (["generate", "--input", __file__, "--output", "o", "--chat"], "--chat: expected beside --prompt"),
+        (
+            ["generate", "--input", __file__, "--output", "o", "--adapter", "a", "--tenant", "a"],
+            "--adapter: 'a' is not possible; expected no --adapters and --tenant beside it",
+        ),
+        (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens: 0"),
+        (["train", "."], "config .: a folder; expected a .yaml file"),
+        (["generate", "--prompt", "a", "--backbone", "~nobody-here/model"], "~nobody-here/model: no such home folder"),
+        (["generate", "--prompt", "a", "--adapters", "~nobody-here/runs"], "~nobody-here/runs: no such home folder"),
+        (["bench", "packing"], "bench packing: needs --data"),
+        (["generate", "--prompt", "a", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
+        (["generate", "--prompt", "a", "--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
+        (["generate", "--prompt", "a", "--backbone", "/nowhere"], "/nowhere: no such file or folder"),
+        (["evaluate", "run.yaml", "--split", "train"], "--split: invalid choice: 'train'"),
+        (["evaluate", "run.yaml", "--limit", "0"], "--limit: 0 is not possible"),
+        (["evaluate", "run.yaml", "--dtype", "float32", "--seed", "0"], "evaluate CONFIG: '--seed, --dtype' is not"),
+        (["evaluate", "run.yaml", "--allow-cpu", "--num-fewshot", "0"], "CONFIG: '--num-fewshot, --allow-cpu' is not"),
+        (["inspect", "nowhere"], "nowhere: neither an adapter .* nor a run"),
+        (["convert", "nowhere.gguf", "made"], "nowhere.gguf: no such file"),
+        (["quickstart", "train.max_steps=0"], "train.max_steps: 0 is not possible"),
+    ],
+)
+def test_a_wrong_command_line_is_named(capsys, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert_says(mistake(capsys, *arguments), said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.learningrate=1"], "train.learningrate.*Did you mean: 'learning_rate'"),
+        (["trian.max_steps=1"], "Key 'trian' not in 'RunConfig'"),
+        (["train.learning_rate=fast"], "train.learning_rate: Value 'fast'.*Float"),
+        (["train.max_steps=1.5"], "train.max_steps: Value '1.5'.*Integer"),
+        (["train.learning_rate=-1"], "train.learning_rate: -1.0 is not possible"),
+        (["train=3"], "3"),
+        (["adapter=para"], "adapter: 'para' is not possible"),
+        (["adapter.method=prefix"], "adapter.method: 'prefix' is not possible; expected one of para"),
+        (["adapter.r=0"], "r: 0 is not possible"),
+        (["nonsense"], "override 'nonsense': expected section.field=value"),
+        (["=3"], "override '=3': expected section.field=value"),
+        (["train.max_steps=[1"], r"override 'train.max_steps=\[1'"),
+        (["seed=-1"], "seed: -1 is not possible"),
+        (["mesh.data=0"], "mesh: .*'data': 0.* is not possible"),
+        (["mesh.data=-1", "mesh.fsdp=-1"], "mesh: .* at most one of them -1"),
+        (["mesh.data=9"], "'data': 9.* does not fit 8 devices"),
+        (["mesh.data=2", "mesh.tensor=5"], "'tensor': 5.* does not fit 8 devices"),
+        (["mesh.data=3", "mesh.fsdp=-1"], "'data': 3.* does not fit 8 devices"),
+        (["data.train=null"], "data.train is not set"),
+        (["data.train=/nowhere"], "data.train: /nowhere: no such file"),
+        (["data.validation=/nowhere"], "data.validation: /nowhere: no such file"),
+        (["data.task=songs"], "data.task: 'songs' is not possible; expected one of boolq"),
+        (["data.prompt={question}"], "train.jsonl:1: no field 'question'; the fields there are: prompt, completion"),
+        (["data.prompt={"], "data.prompt: '{'"),
+        (["data.max_seq_length=7"], r"train.jsonl:1: 8 tokens are more than data.max_seq_length 7 \(20 of 20.*\nraise"),
+        (["data.max_seq_length=2", "data.truncate=skip"], "every example is longer than data.max_seq_length 2"),
+        (["data.max_seq_length=6", "data.truncate=left"], "train.jsonl:5: the completion alone has 6 tokens"),
+        (["eval.metric=accuracy", "eval.choices=[w9]"], "eval.choices: 1 is not possible"),
+        (["eval.metric=loss", "eval.also=[f1]"], "eval.also: .*'f1'.* nothing beside eval.metric=loss"),
+        (["eval.metric=f1", "eval.max_new_tokens=4090"], "validation.jsonl:1: tokens: .* beside 4090 for eval.max_new"),
+        (["train.num_epochs=.inf"], "train.num_epochs: inf is not possible"),
+        (["train.adam_b1=1"], "train.adam_b1: 1.0 is not possible"),
+        (["backbone.source=what is it"], "what is it: expected a folder with config.json"),
+        (["backbone.source=/nowhere"], "/nowhere: no such file or folder"),
+        (["logging.report_to=[paper]"], "logging.report_to: .*'paper'.* is not possible"),
+        (["output_dir=/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_a_wrong_run_is_refused_before_anything_is_written(capsys, config, tmp_path, overrides, said):
+    assert_says(mistake(capsys, "train", config, f"output_dir={tmp_path / 'run'}", *overrides), said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- 1\n- 2\n", "a run is a mapping of sections"),
+        ("train: {max_steps: 3\n", r"expected.*line 2"),
+        ("train:\n\tmax_steps: 3\n", "line 2"),
+        ("adapter: [1]\n", r"adapter: \[1\] is not possible"),
+        ("train: 5\n", "5"),
+        (b"\xff\xfe", "not text"),
+    ],
+)
+def test_a_config_file_that_is_none_is_named(capsys, tmp_path, text, said):
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert_says(mistake(capsys, "train", file, f"output_dir={tmp_path / 'run'}"), said)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+GOOD = '{"prompt": "w20", "completion": "w9"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "the data set is empty"),
+        (" \n\n", "the data set is empty"),
+        (GOOD + '{"prompt": "w20",\n', "rows.jsonl:2: the line is not JSON"),
+        (GOOD + GOOD + "[1]\n", "rows.jsonl:3: expected a JSON object, found list"),
+        (GOOD + '{"completion": "w9"}', "rows.jsonl:2: no field 'prompt'.* there are: completion"),
+        (GOOD + '{"prompt": "w20"}', "rows.jsonl:2: no field 'completion'.* there are: prompt"),
+        (GOOD + '{"prompt": " ", "completion": "w9"}', "rows.jsonl:2: prompt is empty"),
+        (GOOD + '{"prompt": "w20", "completion": ""}', "rows.jsonl:2: completion is empty"),
+        (GOOD + '{"prompt": "w20", "completion": 5}', "rows.jsonl:2: completion: expected text"),
+        (b"\xff\xff\n", "rows.jsonl:1: the line is not JSON"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train", "inspect"])
+def test_wrong_data_is_named_by_file_and_line(capsys, config, tmp_path, name, text, said):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    options = ["--data"] if name == "inspect" else []
+    said_now = mistake(capsys, name, config, *options, f"data.train={file}", f"output_dir={tmp_path / 'run'}")
+    assert_says(said_now, said)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("command_name", ["train", "generate", "evaluate"])
+def test_a_truncated_backbone_is_named(capsys, folder, config, tmp_path, command_name):
+    broken = shutil.copytree(folder / "backbone", tmp_path / "broken")
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    at = f"backbone.source={broken}", f"output_dir={tmp_path / 'run'}"
+    line = generate_line(folder, "--backbone", broken) if command_name == "generate" else (command_name, config, *at)
+    assert_says(mistake(capsys, *line), "model.safetensors: truncated")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def spoil_truncated(adapter):
+    (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-100])
+
+
+def spoil_not_finite(adapter):
+    tensors = load_file(adapter / WEIGHTS)
+    tensors["base_model.model.model.layers.1.para_up.weight"][3, 2] = np.nan
+    save_file(tensors, adapter / WEIGHTS)
+
+
+def spoil_pickle_only(adapter):
+    (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
+
+
+def spoil_other_backbone(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["backbone"]["num_layers"] = 4
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_truncated, f"{WEIGHTS}: truncated"),
+        (spoil_not_finite, r"NaN or infinite values: .*layers\.1\.para_up\.weight"),
+        (spoil_pickle_only, r"weights only as a pickle \(adapter_model.bin\).*\nsafetensors.torch.save_file"),
+        (spoil_other_backbone, "for another backbone: it has num_layers 4, not 3"),
+        (shutil.rmtree, "adapter: no such file or folder"),
+    ],
+)
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+def test_an_adapter_that_can_not_be_used_is_named(capsys, folder, config, adapter, name, spoil, said):
+    spoil(adapter)
+    line = generate_line(folder) if name == "generate" else ("evaluate", config)
+    assert_says(mistake(capsys, *line, "--adapter", adapter), said)
+
+
+def test_an_adapter_for_another_backbone_is_refused(capsys, folder, adapter, tmp_path):
+    other = shutil.copytree(folder / "backbone", tmp_path / "other")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(FIXTURES / "qwen3" / name, other)
+    said = mistake(capsys, *generate_line(folder, "--backbone", other, "--adapter", adapter))
+    assert_says(said, "for another backbone: it has model_type llama, not qwen3")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--temperature", -1], "temperature: -1.0 is not possible"),
+        (["--temperature", "nan"], "temperature: nan is not possible"),
+        (["--top-k", -1], "top_k: -1 is not possible"),
+        (["--top-p", 0], "top_p: 0.0 is not possible"),
+        (["--seed", -1], "seed: -1 is not possible"),
+        (["--max-new-tokens", 0], "max_new_tokens: 0 is not possible"),
+        (["--max-new-tokens", 1000], "2 tokens and max_new_tokens 1000 are more than the model's 512 positions"),
+        (["--stop", ""], "stop: .* is not possible"),
+        (["--prompt", ""], "prompt is missing or empty"),
+        (["--chat"], "the tokenizer has no chat template"),
+    ],
+)
+def test_generate_names_a_wrong_option(capsys, folder, options, said):
+    assert_says(mistake(capsys, *generate_line(folder, *options)), said)
+
+
+def test_a_hub_id_without_the_hub_is_named_with_what_to_do(capsys, folder, config, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for line in (
+        generate_line(folder, "--backbone", "someone/model"),
+        generate_line(folder, "--adapter", "someone/model"),
+        ("train", config, "backbone.source=someone/model", f"output_dir={tmp_path / 'run'}"),
+        ("train", config, "backbone.source=someone/model", "--dry-run"),
+    ):
+        assert_says(mistake(capsys, *line), "someone/model: .*HF_TOKEN")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_holds_another_run_stays_as_it_is(capsys, folder, config, trained):
+    before = contents(trained)
+    said = mistake(capsys, "train", config, "train.learning_rate=1e-3")
+    assert_says(said, r"holds another run, which differs in train.learning_rate \(0.03 there, 0.001 here\)")
+    assert contents(trained) == before
+    data = contents(folder / "data")
+    assert_says(mistake(capsys, "train", config, f"output_dir={folder / 'data'}"), "holds something else than a run")
+    assert_says(mistake(capsys, "train", config, f"output_dir={config}"), "holds something else than a run")
+    assert contents(folder / "data") == data
+
+
+def test_convert_refuses_a_folder_that_is_not_empty_and_a_broken_file(capsys, tmp_path):
+    file = write_gguf(tmp_path / "m.gguf")
+    assert_says(mistake(capsys, "convert", file, tmp_path / "made"), "m.gguf: .*tokenizer.*bos_token_id 1")
+    file.write_bytes(file.read_bytes()[:-40])
+    assert_says(mistake(capsys, "convert", file, tmp_path / "made"), "m.gguf: .*output_norm.weight")
+    file = bytes_gguf(tmp_path / "whole.gguf")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    assert_says(mistake(capsys, "convert", file, tmp_path / "full"), "not an empty folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "m.gguf", "whole.gguf"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_adapter_before_whole(
+    capsys, folder, config, tmp_path, monkeypatch
+):
+    """The adapter of step 2 is written, and the disk is full at step 4: without validation data each is kept."""
+    written = []
+
+    def fsync(descriptor):
+        written.append(descriptor)
+        if (
+            len(written) > 5
+        ):  # a folder has three files, and is synced itself: 4; so this is the second file of the next
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run, data = tmp_path / "run", f"data.train={folder / 'data' / 'train.jsonl'}"
+    with monkeypatch.context() as patch:
+        patch.setattr(para_jax.adapters.folder, "os", SimpleNamespace(**{**vars(os), "fsync": fsync}))
+        said = mistake(capsys, "train", config, f"output_dir={run}", data, "eval.test=false")
+    assert_says(said, r"adapter: not saved \(No space left on device\); what was there before is unchanged")
+    assert "Trained for 2 steps" in (run / "adapter" / "README.md").read_text()
+    held = [".lock", "adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == held
+    assert command(*generate_line(folder, "--adapter", run / "adapter")) == 0
+    assert command("train", config, f"output_dir={run}", data, "eval.test=false") == 0
+    assert "Trained for 4 steps" in (run / "adapter" / "README.md").read_text()
+
+
+def test_ctrl_c_gives_one_line_and_code_130(capsys, config, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("para_jax.config.load_config", interrupted)
+    assert command("train", config) == 130
+    assert capsys.readouterr().err == "para-jax: interrupted\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ terminals
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert command("--version") == 0
+    assert capsys.readouterr().out == f"para-jax {importlib.metadata.version('para_jax')}\n"
+
+
+@pytest.mark.parametrize("arguments", [("inspect", "{adapter}"), ("--help",), ("inspect", "{adapter}", "-u")])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(adapter, arguments):
+    """As `para-jax inspect ADAPTER | head -0`."""
+    read, write = os.pipe()
+    os.close(read)
+    flags = ["-u"] if "-u" in arguments else []
+    line = [str(adapter) if argument == "{adapter}" else argument for argument in arguments if argument != "-u"]
+    code = "import sys; from para_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, *flags, "-c", code, *line], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == "" and done.returncode in ((0, 141) if line == ["--help"] else (141,))  # argparse forgives
+
+
+def test_another_broken_pipe_is_an_error(capsys, monkeypatch, config):
+    def broken(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe of a logger")
+
+    monkeypatch.setattr("para_jax.config.load_config", broken)
+    monkeypatch.setattr("para_jax.cli.output_is_closed", lambda: False)
+    assert_says(mistake(capsys, "train", config), "Broken pipe of a logger")
+
+
+@pytest.mark.parametrize("text", ["\x1b]0;owned\x07 \x9b31m \u202e", "x" * 10**6])
+def test_an_error_is_short_and_has_no_character_that_a_terminal_acts_on(capsys, config, tmp_path, text):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": text, "r": text, text: text}))
+    lines = [("train", config, f"seed={text}"), ("train", config, f"backbone.source={text}"), ("inspect", adapter)]
+    lines += [("train", text), ("fly", text), ("train", config, f"--{text}"), ("inspect", text), (text,)]
+    for line in lines:
+        said = mistake(capsys, *line)
+        assert len(said) < 9000 and all(c.isprintable() or c == "\n" for c in said), line
+
+
+def test_inspect_shows_what_others_wrote_without_characters_that_a_terminal_acts_on(capsys, adapter):
+    file = adapter / "adapter_config.json"
+    found = json.loads(file.read_text())
+    found["base_model_name_or_path"] = "\x1b]0;owned\x07\nbackbone   trusted"
+    file.write_text(json.dumps(found))
+    assert command("inspect", adapter) == 0
+    shown = capsys.readouterr().out
+    assert "owned" in shown and all(c.isprintable() or c == "\n" for c in shown)
+    assert len([line for line in shown.splitlines() if line.startswith("backbone ")]) == 1
+
+
+def assert_says(text, pattern):
+    assert re.search(pattern, text, re.DOTALL), f"{pattern!r} is not in {text!r}"

@@ -1,0 +1,260 @@
+import struct
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_gguf import hugging_face, write_gguf
+
+import para_jax.gguf.convert
+from para_jax.gguf.convert import convert_gguf
+from para_jax.gguf.file import GgufFile
+
+Q8 = gguf.GGMLQuantizationType.Q8_0
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm2", "gemma3_text"])
+def test_a_model_written_as_gguf_reads_back_as_the_same_hugging_face_model(tmp_path, family):
+    config, weights = hugging_face(family)
+    change = {"attention.sliding_window_pattern": 3, "rope.freq_base_swa": 100.0} if family == "gemma3_text" else {}
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", family, change=change))
+    assert file.shapes == {name: weight.shape for name, weight in weights.items()}
+    for name, weight in weights.items():
+        assert file.read(name).dtype == np.float32
+        np.testing.assert_allclose(file.read(name), weight, atol=1e-6)
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    not_said = {"attention_dropout", "initializer_range", "use_cache", "pad_token_id", "attn_logit_softcapping"}
+    not_said |= {
+        "pretraining_tp",
+        "query_pre_attn_scalar",
+    }  # llama.cpp takes the head's width, the fixture another number
+    eos = {"bos_token_id": 1, "eos_token_id": 2}
+    expected = {
+        k: v for k, v in ({"head_dim": head_dim, "rope_scaling": None} | config | eos).items() if k not in not_said
+    }
+    assert {key: file.config[key] for key in expected} == expected
+
+
+def test_rows_of_quantised_tensors_are_those_of_the_whole_and_only_they_are_dequantised(tmp_path, monkeypatch):
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", kind=Q8))
+    whole = {name: file.read(name) for name in file.shapes}
+    for name, weight in hugging_face("llama")[1].items():
+        np.testing.assert_allclose(whole[name], weight, atol=0.01)  # Q8_0 rounds by 1/254 of a block's largest
+    counted, dequantise = [], gguf.quants.dequantize
+    monkeypatch.setattr(
+        gguf.quants, "dequantize", lambda data, kind: counted.append(len(data)) or dequantise(data, kind)
+    )
+    for name in [
+        "model.embed_tokens.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.2.self_attn.k_proj.weight",
+    ]:
+        np.testing.assert_array_equal(file.read(name, 5, 19), whole[name][5:19])
+        np.testing.assert_array_equal(file.read(name, 28), whole[name][28:])
+        assert counted == [14, len(whole[name]) - 28]
+        counted.clear()
+
+
+def test_biases_are_read_with_the_rows_of_their_matrices(tmp_path):
+    rng, widths = np.random.default_rng(0), {"q_proj": 64, "k_proj": 32, "v_proj": 32, "o_proj": 64}
+    biases = {
+        f"model.layers.{i}.self_attn.{name}.bias": rng.normal(size=width).astype(np.float32)
+        for i in range(3)
+        for name, width in widths.items()
+    }
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", tensors=biases))
+    assert file.config["attention_bias"] and not file.config["mlp_bias"]
+    for name, bias in biases.items():
+        np.testing.assert_array_equal(file.read(name), bias)
+        np.testing.assert_array_equal(file.read(name, 3, 20), bias[3:20])
+
+
+def llama3_factors(config, positions):
+    """The divisors of the frequencies as convert_hf_to_gguf.py computes them for factor 8, low 1, high 4."""
+    made = []
+    for i in range(0, 16, 2):
+        wavelength = 2 * np.pi * config["rope_theta"] ** (i / 16)
+        smooth = (positions / wavelength - 1) / 3
+        made.append(1 if smooth > 1 else 8 if smooth < 0 else 1 / ((1 - smooth) / 8 + smooth))
+    return np.array(made, np.float32)
+
+
+def test_llama3_rope_scaling_is_recovered_from_its_factors_and_another_one_is_refused(tmp_path):
+    config, _ = hugging_face("llama3")
+    factors = {"raw.rope_freqs.weight": llama3_factors(config, 8192)}
+    assert not np.isin(factors["raw.rope_freqs.weight"], [1, 8]).all()
+    scaling = GgufFile(write_gguf(tmp_path / "a.gguf", "llama3", tensors=factors)).config["rope_scaling"]
+    assert scaling == {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    factors = {"raw.rope_freqs.weight": llama3_factors(config, 64)}
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
+        GgufFile(write_gguf(tmp_path / "b.gguf", "llama3", tensors=factors))
+
+
+def test_linear_rope_scaling_and_a_second_end_token_come_into_the_config(tmp_path):
+    change = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "tokenizer.ggml.eot_token_id": 7}
+    config = GgufFile(write_gguf(tmp_path / "m.gguf", change=change)).config
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    assert config["eos_token_id"] == [2, 7]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"arch": "qwen2"}, "architecture 'qwen2'"),
+        ({"change": {"rope.scaling.type": "yarn"}}, "rope scaling 'yarn'"),
+        ({"change": {"rope.dimension_count": 8}}, "partial rotary"),
+        ({"change": {"block_count": None}}, r"llama\.block_count is None"),
+        ({"change": {"attention.head_count": [4, 4, 4]}}, r"llama\.attention\.head_count is \[4, 4, 4\]"),
+        ({"change": {"block_count": 4}}, r"missing.*model\.layers\.3\."),
+        ({"change": {"block_count": 2}}, r"model\.layers\.2\."),
+        ({"change": {"block_count": 2**31}}, "2147483648 layers"),
+        ({"change": {"block_count": 3.0}}, r"llama\.block_count is 3\.0"),
+        ({"change": {"attention.head_count_kv": 0}}, r"llama\.attention\.head_count_kv is 0"),
+        ({"change": {"split.count": 3}}, "one of 3 parts"),
+        ({"tensors": {"model.norm.weight": None}}, r"missing.*model\.norm\.weight"),
+        ({"tensors": {"raw.blk.0.ffn_gate_exps.weight": np.ones((2, 2), np.float32)}}, "ffn_gate_exps"),
+    ],
+)
+def test_what_is_not_supported_or_not_there_is_refused_by_name(tmp_path, change, said):
+    path = write_gguf(tmp_path / "m.gguf", **change)
+    with pytest.raises(ValueError, match=said) as error:
+        GgufFile(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_that_is_no_gguf_or_is_cut_off_anywhere_is_refused(tmp_path):
+    whole = write_gguf(tmp_path / "m.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for size in [0, 3, 4, 23, *range(24, len(whole), len(whole) // 60), len(whole) - 33]:
+        cut.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a GGUF file" if size < 24 else "damaged GGUF file"):
+            GgufFile(cut)
+    cut.write_bytes(b"PK" + whole[2:])
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        GgufFile(cut)
+    with pytest.raises(ValueError, match="no such file"):
+        GgufFile(tmp_path / "none.gguf")
+
+
+def test_a_damaged_header_gives_a_value_error_or_a_model_and_nothing_else(tmp_path):
+    whole = write_gguf(tmp_path / "m.gguf").read_bytes()
+    damaged, rng = tmp_path / "damaged.gguf", np.random.default_rng(0)
+    refused = 0
+    for at in [*range(8, 32), *rng.integers(32, 3000, 150)]:
+        damaged.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        try:
+            GgufFile(damaged)
+        except ValueError:
+            refused += 1
+    assert refused > 50
+    endless = struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 0, 2**60)  # an array of 2**60 numbers
+    damaged.write_bytes(endless)
+    with pytest.raises(ValueError, match="cut off"):
+        GgufFile(damaged)
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def number(key: str, value: int) -> bytes:
+    return text(key) + struct.pack("<II", 4, value)
+
+
+def vector(name: str, offset: int, count: int = 8) -> bytes:
+    return text(name) + struct.pack("<IQIQ", 1, count, 0, offset)  # 0: float32
+
+
+def made(values=(), tensors=(), counts=None, data=64) -> bytes:
+    counts = counts or (len(tensors), len(values))
+    header = struct.pack("<4sIQQ", b"GGUF", 3, *counts) + b"".join([*values, *tensors])
+    return header + bytes(-len(header) % 32 + data)
+
+
+BYTES = struct.pack("<IIQ", 9, 0, 3 * 2**20)  # the head of an array of 3 Mi bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (made([number("a", 1), number("a", 1)]), "metadata key a .*twice"),
+        (made(tensors=[vector("a", 0), vector("a", 32)]), "tensor a .*twice"),
+        (made(tensors=[vector("a", 0), vector("b", 0)]), "tensor b begins at byte 0 .*32"),
+        (made(tensors=[vector("a", 0), vector("b", 16)]), "tensor b begins at byte 16"),
+        (made(tensors=[vector("a", 32)]), "tensor a begins at byte 32 .*0"),
+        (made(tensors=[vector("\x1b]0;owned\x07" * 99, 0, 0)]), r"tensor '\\x1b\]0;owned.*\.\.\. has shape"),
+        (made([text("general.alignment") + struct.pack("<I?", 7, True)]), "general.alignment is True"),
+        (made(counts=(2**40, 0)), "1099511627776 names"),
+        (made(counts=(0, 70_000)), "70000 names"),
+        (made([text("a") + struct.pack("<I", 8) + text("x" * 2**20 + "x")]), "1048577 bytes"),
+        (made([text(key) + BYTES + bytes(3 * 2**20) for key in "ab"]), "6291456 values"),
+    ],
+)
+def test_a_header_that_lies_or_is_huge_is_refused_by_name(tmp_path, content, said):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=said) as error:
+        GgufFile(tmp_path / "m.gguf")
+    assert str(error.value).startswith(str(tmp_path)) and str(error.value).isprintable()
+    assert len(str(error.value)) < 500
+
+
+def test_heads_that_do_not_divide_the_rows_are_refused_before_a_conversion(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", change={"attention.head_count": 8})
+    with pytest.raises(ValueError, match="m.gguf: .*k_proj.weight has 32 rows.*16"):
+        GgufFile(path)
+
+
+def test_a_wide_head_with_few_rotary_factors_allocates_nothing(tmp_path):
+    tensors = {"raw.rope_freqs.weight": np.ones(8, np.float32)}
+    path = write_gguf(tmp_path / "m.gguf", change={"attention.key_length": 2**32 - 2}, tensors=tensors)
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_converted_folder_holds_the_model_for_transformers(tmp_path, monkeypatch, family):
+    monkeypatch.setattr(para_jax.gguf.convert, "PIECE_BYTES", 4096)
+    config, weights = hugging_face(family)
+    saved = []
+    convert_gguf(
+        write_gguf(tmp_path / "m.gguf", family), tmp_path / "new" / "hf", SimpleNamespace(save_pretrained=saved.append)
+    )
+    folder = tmp_path / "new" / "hf"
+    assert len(saved) == 1 and sorted(file.name for file in folder.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    read = load_file(folder / "model.safetensors")
+    assert read.keys() == weights.keys()
+    for name, weight in weights.items():
+        np.testing.assert_allclose(read[name], weight, atol=1e-6)
+
+    from transformers import AutoConfig
+
+    made = AutoConfig.from_pretrained(folder)
+    assert (made.model_type, made.hidden_size, made.num_key_value_heads) == (config["model_type"], 64, 2)
+    assert made.eos_token_id == 2
+
+
+def test_a_conversion_that_fails_leaves_nothing_and_a_full_folder_is_refused(tmp_path):
+    file, folder = write_gguf(tmp_path / "m.gguf"), tmp_path / "hf"
+
+    def full_disk(path):
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        convert_gguf(file, folder, SimpleNamespace(save_pretrained=full_disk))
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="hf .*not an empty folder"):
+        convert_gguf(file, folder, SimpleNamespace(save_pretrained=lambda path: None))
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]

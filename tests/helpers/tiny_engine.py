@@ -1,0 +1,42 @@
+"""An engine of three slots on a golden backbone, with three tenants of different methods and sites."""
+
+import numpy as np
+from tiny_run import tokenizer, words
+
+from para_jax import AdapterBank, Engine, Ia3Config, ParaConfig
+
+SLOTS, LENGTH = 3, 40
+CONFIGS = {
+    "A": ParaConfig(r=4),
+    "B": ParaConfig(r=2, target_modules=("q_proj", "up_proj")),
+    "C": Ia3Config(target_modules=("v_proj", "down_proj")),
+}
+SITES = ("q_proj", "v_proj", "up_proj")
+
+
+def bank_of(model, tenants):
+    bank = AdapterBank(model.config, max_r=4, sites=SITES)
+    for name in CONFIGS:
+        bank.add(name, tenants[name])
+    return bank
+
+
+def engine_of(model, bank, **options):
+    return Engine(model, bank, tokenizer(), slots=SLOTS, max_length=LENGTH, **options)
+
+
+def prompt(seed, length=6):
+    return words(np.random.default_rng(seed).integers(20, 256, length))
+
+
+def answers(engine):
+    found = {}
+    for completion in engine.run():
+        key = (completion.id, completion.index)
+        assert key not in found, "answered twice"
+        found[key] = completion
+    return found
+
+
+def plain(completion):
+    return completion.tokens, completion.text, completion.finish_reason

@@ -1,0 +1,146 @@
+"""train.batch_size: a step has the same rows on any number of devices, so a run has the same batches and losses."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny_run import run_config, run_folder, write_tenants
+
+from para_jax import make_mesh, train, train_tenants
+from para_jax.config import RunConfig, TrainSection, load_config
+from para_jax.runs.tenants import read_inputs
+from para_jax.training.passes import lay_out, step_passes
+
+DEVICES = (1, 2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return run_folder(tmp_path_factory.mktemp("batch"))
+
+
+def mesh_of(devices: int):
+    return SimpleNamespace(shape={"data": devices, "fsdp": 1, "tensor": 1})
+
+
+# ------------------------------------------------------------------------------------------------------------ the cut
+
+
+@pytest.mark.parametrize("batch", [16, 96, 128])
+@pytest.mark.parametrize("most", [1, 5, 16, 1000])
+def test_the_passes_are_the_fewest_equal_ones_that_hold_the_batch(batch, most):
+    for devices in (1, 2, 8, 16):
+        rows, count = step_passes(TrainSection(batch_size=batch, per_device_batch_size=most), mesh_of(devices))
+        of_device = batch // devices
+        assert rows * count == batch and rows % devices == 0 and rows // devices <= most
+        assert all(of_device % fewer or of_device // fewer > most for fewer in range(1, count))
+
+
+def test_both_axes_that_split_rows_count_and_tensor_does_not():
+    mesh = SimpleNamespace(shape={"data": 2, "fsdp": 4, "tensor": 2})
+    assert step_passes(TrainSection(batch_size=64, per_device_batch_size=4), mesh) == (32, 2)
+    assert step_passes(TrainSection(per_device_batch_size=4, gradient_accumulation_steps=3), mesh) == (32, 3)
+
+
+def test_a_number_of_passes_that_cuts_the_batch_is_kept_and_another_refused():
+    given = dict(batch_size=64, per_device_batch_size=8)
+    assert step_passes(TrainSection(**given, gradient_accumulation_steps=8), mesh_of(4)) == (8, 8)
+    with pytest.raises(ValueError, match=r"train.gradient_accumulation_steps: 32 .*\b64\b.*: 2, 4, 8, 16$"):
+        step_passes(TrainSection(**given, gradient_accumulation_steps=32), mesh_of(4))
+    with pytest.raises(ValueError, match=r"train.gradient_accumulation_steps: 3 .*train.batch_size \(64\)"):
+        TrainSection(**given, gradient_accumulation_steps=3)
+
+
+def test_devices_that_do_not_divide_the_batch_are_named(folder):
+    with pytest.raises(ValueError, match=r"train.batch_size: 16 .*a multiple of 32, the devices of mesh.data x mesh.f"):
+        step_passes(TrainSection(batch_size=16), mesh_of(32))
+    with pytest.raises(ValueError, match="train.batch_size: 12 .*a multiple of 8"):
+        train(run_config(folder, "mesh.data=-1", "train.batch_size=12", f"output_dir={folder / 'none'}"))
+    assert not (folder / "none").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- many tenants
+
+
+def many(**train) -> RunConfig:
+    return load_config(None, ["data.tenants=x", *(f"train.{name}={value}" for name, value in train.items())])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 32, 128])
+@pytest.mark.parametrize("most", [1, 6, 16, 128])
+def test_a_step_of_many_tenants_has_the_same_tenants_and_rows_on_any_mesh(rows, most):
+    config = many(batch_size=128, rows_per_tenant=rows, per_device_batch_size=most)
+    assert config.tenant_batch == rows
+    for devices in (1, 2, 8, 16, 32):
+        layout = lay_out(config, mesh_of(devices), 1000)
+        assert layout.together == 128 // rows and layout.passes_of_tenant * layout.rows == rows
+        assert layout.groups * layout.rows * layout.passes == 128
+        assert layout.groups * layout.rows % devices == 0 and layout.groups * layout.rows // devices <= most
+
+
+def test_few_tenants_do_not_fill_a_step_up_more_than_the_devices_ask_for():
+    config = many(batch_size=128, rows_per_tenant=4, per_device_batch_size=16)
+    assert [lay_out(config, mesh_of(devices), 3).together for devices in (1, 8, 32)] == [3, 4, 8]
+
+
+def test_a_sweep_steps_each_combination_with_the_batch_of_a_run_of_it_alone():
+    config = load_config(None, ["data.train=x", "sweep.seed=[0, 1]", "train.batch_size=128"])
+    assert config.tenant_batch == 128
+    own = "train.batch_size=256", "train.rows_per_tenant=128"
+    wider = load_config(None, ["data.train=x", "sweep.seed=[0, 1]", *own])
+    layout = lay_out(wider, mesh_of(16), 2)
+    assert (layout.together, layout.passes, layout.rows) == (2, 2, 128) and wider.tenant_batch == 128
+
+
+def test_rows_per_tenant_must_divide_the_batch():
+    with pytest.raises(ValueError, match=r"train.rows_per_tenant: 5 .*a divisor of train.batch_size \(128\)"):
+        many(batch_size=128, rows_per_tenant=5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows for name in ("loss", "validation_loss") if name in row]
+
+
+def test_the_same_batch_size_is_the_same_plan_on_any_number_of_devices(folder):
+    config = run_config(folder, "train.batch_size=16", "train.per_device_batch_size=4", "train.num_epochs=3")
+    layouts = [lay_out(config, make_mesh(devices)) for devices in DEVICES]
+    assert [(layout.pass_rows, layout.passes) for layout in layouts] == [(4, 4), (8, 2), (16, 1), (16, 1)]
+    runs = [read_inputs(config, layout) for layout in layouts]
+    for step in range(6):
+        batches = [run.tenants[0].order.batch(step, run.buckets[0], 16)[0] for run in runs]
+        for other in batches[1:]:
+            np.testing.assert_array_equal(other.tokens, batches[0].tokens)
+
+
+def test_a_run_has_the_same_losses_on_any_number_of_devices(folder):
+    found = []
+    for devices in (1, 2, 8):
+        own = f"mesh.data={devices}", f"output_dir={folder / f'on-{devices}'}", "adapter.summary=raw"
+        own = *own, "train.max_steps=3"
+        train(run_config(folder, "train.batch_size=16", "train.per_device_batch_size=4", *own))
+        found.append(losses(folder / f"on-{devices}"))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5, rtol=0)
+    assert len(found[0]) == 4 and np.ptp(found[0]) > 0.1
+
+
+def test_a_run_of_many_tenants_has_the_same_losses_on_any_number_of_devices(folder):
+    sizes = {"acme": 20, "globex": 9, "umbrella": 12}
+    write_tenants(folder / "tenants", sizes)
+    common = (
+        f"data.tenants={folder / 'tenants'}", "adapter.summary=raw", "train.batch_size=8", "train.rows_per_tenant=4",
+        "train.per_device_batch_size=2", "train.max_steps=3", "eval.metric=loss",
+    )  # fmt: skip
+    found = []
+    for devices in (1, 4):
+        own = f"mesh.data={devices}", f"output_dir={folder / f'many-{devices}'}"
+        train_tenants(run_config(folder, *common, *own))
+        found.append([losses(folder / f"many-{devices}" / name) for name in sizes])
+    for mine, other in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+        assert len(mine) == 4

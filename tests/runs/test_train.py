@@ -1,0 +1,750 @@
+"""A run: what its folder holds, that it resumes as if nothing had happened, and that it spoils no other folder."""
+
+import builtins
+import gzip
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import FIXTURES, backbone
+from flax import nnx
+from stopped_run import assert_same_arrays, interrupt
+from tensorflow_datasets.core.features import Text
+from tiny_run import STEPS, metrics, rows_of_text, run_config, run_folder, tokenizer, write_rows
+from tiny_tfds import built
+
+from para_jax import (
+    Ia3Config,
+    LoraConfig,
+    ParaConfig,
+    Transformer,
+    devices,
+    evaluate,
+    init_adapter,
+    load_adapter,
+    load_backbone,
+    load_model_config,
+    make_mesh,
+    train,
+)
+from para_jax.config import CheckpointSection, ProfilerSection, load_config
+from para_jax.data.batches import Bucket, plan_buckets
+from para_jax.data.examples import Example
+from para_jax.data.records import load_records
+from para_jax.evaluation import evaluate as evaluation
+from para_jax.evaluation.evaluate import Score, task_of_run
+from para_jax.evaluation.tenants import Tasks
+from para_jax.hlo import describe_program
+from para_jax.inference import generate as generation
+from para_jax.inspect import folder_report
+from para_jax.roofline import matrix_weights
+from para_jax.runs import loop
+from para_jax.runs import train as runs
+from para_jax.runs.folder import claim_folder
+from para_jax.runs.loop import places
+from para_jax.runs.tenants import read_inputs, require_validation
+from para_jax.training.log import TIMES
+from para_jax.training.optimizer import learning_rates
+from para_jax.training.passes import lay_out
+from para_jax.training.statistics import standardise, statistics_batches
+from para_jax.training.stop import Stopped
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A backbone and data that all tests share; each has its own output_dir."""
+    return run_folder(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    """The run that most tests share a program with; see tiny_run.run_config."""
+    return run_config(folder, f"output_dir={tmp_path / 'run'}")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run that was never interrupted, with TensorBoard and the test data."""
+    config = run_config(folder, f"output_dir={folder / 'whole'}", "eval.test=true", "logging.report_to=[tensorboard]")
+    return config, train(config)
+
+
+def without_rates(rows):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def checkpoints(config):
+    """The steps of the checkpoints that lie in a run's folder."""
+    folder = Path(config.output_dir) / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def scripted(monkeypatch, *values):
+    """Makes the evaluations give these scores in turn, and gives back the adapters that were scored."""
+    scored, left = [], list(values)
+
+    def scores(tasks, stack, slots):
+        if not slots or not tasks.encoded:
+            return {}
+        scored.append(jax.tree.map(lambda leaf: np.array(leaf[0]), stack.adapters))
+        return {0: Score("validation", "exact_match", left.pop(0), 1.0, 8)}
+
+    monkeypatch.setattr(Tasks, "scores", scores)
+    return scored
+
+
+def only_tenant(config, devices=1):
+    """What a run of one adapter trains."""
+    (tenant,) = read_inputs(config, lay_out(config, make_mesh(devices))).tenants
+    return tenant
+
+
+def kept_adapter(config):
+    return load_adapter(Path(config.output_dir) / "adapter", load_model_config(config.backbone.source))
+
+
+# ---------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_learns_and_leaves_its_folder(whole):
+    config, result = whole
+    assert {path.name for path in result.output_dir.iterdir()} == {
+        ".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "adapter",
+    }  # fmt: skip
+    assert load_config(result.output_dir / "config.yaml") == config
+    rows = metrics(config)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    assert [row["step"] for row in rows if "test_before_loss" in row] == [0]
+    assert [row["step"] for row in rows if "test_after_loss" in row] == [6]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert sum(losses[3:]) < sum(losses[:3]) - 0.5  # three steps are one pass over the data
+    assert (result.step, result.best_step) == (6, 6) and result.best_score == -rows[-2]["validation_loss"]
+
+
+def test_the_logged_learning_rate_is_the_schedules(whole):
+    config, _ = whole
+    logged = [row["learning_rate"] for row in metrics(config) if "loss" in row]
+    rates = learning_rates([config.train], [STEPS])
+    np.testing.assert_allclose(logged, [rates.at(i, config.train.schedule)[0] for i in range(STEPS)], rtol=1e-6)
+
+
+def test_the_kept_adapter_scores_what_the_run_says(whole):
+    config, result = whole
+    model, kept = load_backbone(config.backbone.source), kept_adapter(config)
+    assert_same_arrays(kept, result.adapter)
+    assert kept.mean[...].any() and (kept.scale[...] != 1).all()  # the statistics were measured and stored
+    report = evaluate(model, kept, [task_of_run(config, "validation", tokenizer())], tokenizer=tokenizer())
+    assert report.scores[0].loss == pytest.approx(-result.best_score, abs=1e-5)
+    card = (result.output_dir / "adapter" / "README.md").read_text()
+    assert "Trained for 6 steps on data" in card and f"Validation loss: {result.best_score:.4f}" in card
+
+
+def test_tensorboard_has_the_training_and_validation_values(whole):
+    events = b"".join(file.read_bytes() for file in (whole[1].output_dir / "tensorboard").iterdir())
+    for name in (b"loss", b"grad_norm", b"learning_rate", b"validation_loss", b"test_before_loss", b"test_after_loss"):
+        assert name in events
+
+
+@pytest.mark.parametrize(
+    "adapter", [LoraConfig(r=4, lora_alpha=16, target_modules=("q_proj", "down_proj")), Ia3Config()]
+)
+def test_other_methods_learn_and_resume_by_the_same_command(adapter, config, tmp_path, monkeypatch):
+    config = replace(config, adapter=adapter)
+    result = train(config)
+    losses = [row["validation_loss"] for row in metrics(config) if "validation_loss" in row]
+    assert losses[-1] < losses[0]
+    assert_same_arrays(kept_adapter(config), result.adapter)
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=5)
+        train(cut)
+    assert_same_arrays(train(cut).adapter, result.adapter)
+
+
+def test_a_finished_run_is_not_repeated(whole, monkeypatch):
+    config, result = whole
+    before, calls = metrics(config), interrupt(monkeypatch, at_step=0)
+    again = train(config)
+    assert again[1:] == result[1:] and not calls and metrics(config) == before
+    assert_same_arrays(again.adapter, result.adapter)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(whole, config, folder, tmp_path):
+    assert_same_arrays(train(config).adapter, whole[1].adapter)
+    other = train(run_config(folder, f"output_dir={tmp_path / 'other'}", "seed=1"))
+    assert abs(np.asarray(other.adapter.down[...]) - np.asarray(whole[1].adapter.down[...])).max() > 1e-3
+
+
+def test_a_run_on_prepared_data_is_the_run_on_the_same_rows_as_json_lines(config, folder, tmp_path):
+    features = {"prompt": Text(), "completion": Text()}
+    splits = {"train": rows_of_text(20, seed=1), "validation": rows_of_text(8, seed=2)}
+    built("para_jax_rows", features, splits, tmp_path)
+    ours = run_config(
+        folder, f"output_dir={config.output_dir}", "data.train=tfds:para_jax_rows", f"data.data_dir={tmp_path}"
+    )
+    for split in splits:
+        records = load_records(ours.data, split)  # in the order that tensorflow_datasets gave them
+        rows = [{"prompt": r.prompt, "completion": r.completion} for r in records]
+        write_rows(tmp_path / "lines" / f"{split}.jsonl", rows)
+    lines = run_config(folder, f"output_dir={tmp_path / 'other'}", f"data.train={tmp_path / 'lines'}")
+    result = train(ours)
+    assert_same_arrays(result.adapter, train(lines).adapter)
+    assert without_rates(metrics(ours)) == without_rates(metrics(lines))
+    assert "Trained for 6 steps on tfds:para_jax_rows" in (result.output_dir / "adapter" / "README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("at_step", [2, 6])
+def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(at_step, whole, config, monkeypatch):
+    config = replace(config, eval=whole[0].eval)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=at_step)
+        train(config)
+    with (Path(config.output_dir) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # the process died while it wrote
+    calls = interrupt(monkeypatch, at_step=0)
+    result = train(config)
+    assert len(calls) == (6 if at_step == 2 else 3)  # from the checkpoint at step 3, where there is one
+    assert_same_arrays(result.adapter, whole[1].adapter)
+    assert result[1:4] == whole[1][1:4]
+    assert without_rates(metrics(config)) == without_rates(metrics(whole[0]))  # no step lost and none twice
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
+    number, raised, whole, config, monkeypatch, capsys
+):
+    config = replace(config, eval=whole[0].eval)
+    with monkeypatch.context() as patched, pytest.raises(raised):
+        at_call(patched, loop, "train_step", 2, lambda *_: os.kill(os.getpid(), number))
+        train(config)
+    assert checkpoints(config) == [2] and not (Path(config.output_dir) / "adapter").exists()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("stopped after step 2 of 6, and saved; the same command resumes, or `para-jax train ")
+    assert f"{config.output_dir}/config.yaml" in said
+    assert_ends_as(whole, config)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at, whole, config, monkeypatch):
+    config = replace(config, eval=whole[0].eval)
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        at_call(patched, Tasks, "scores", at, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        train(config)  # evaluations: before training, after steps 3 and 6, after training
+    assert checkpoints(config) == [[], [3], [3, 6], [3, 6]][at - 1]
+    assert_ends_as(whole, config)
+
+
+def test_checkpoints_come_as_often_as_asked_and_the_newest_are_kept(whole, config, monkeypatch):
+    config = replace(config, eval=whole[0].eval, checkpoint=CheckpointSection(every=2, keep=3))
+    calls, real = [], loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *all: (real(*all), calls.append(all[2])))
+    train(config)
+    assert [(standing.step, standing.evaluated) for standing in calls] == [(2, [0]), (4, [3]), (6, [6])]
+    assert checkpoints(config) == [2, 4, 6]
+
+
+def test_a_killed_replacement_of_the_adapter_leaves_no_litter(whole, config):
+    config = replace(config, eval=whole[0].eval)
+    shutil.copytree(whole[1].output_dir, config.output_dir)
+    adapter = Path(config.output_dir) / "adapter"
+    adapter.rename(adapter.with_name(".adapter.0123abcd.old"))  # killed between the two renames
+    adapter.with_name(".adapter.0123abcd").mkdir()
+    train(config)
+    assert contents(adapter) == contents(whole[1].output_dir / "adapter")
+    assert not list(Path(config.output_dir).glob(".adapter*"))
+
+
+def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_saved(whole, config, monkeypatch, capfd):
+    config = replace(config, eval=whole[0].eval, checkpoint=CheckpointSection(every=1))
+    with monkeypatch.context() as patched, pytest.raises(ValueError) as error:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def full(checkpoints, *arguments):
+            if checkpoints.latest_step() != 1:
+                return save(checkpoints, *arguments)
+            checkpoints.wait_until_finished()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))  # orbax's own metadata are more
+            try:
+                save(checkpoints, *arguments)
+                while checkpoints.is_saving_in_progress():
+                    time.sleep(0.01)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        save = loop.save_checkpoint
+        patched.setattr(loop, "save_checkpoint", full)
+        train(config)
+    assert re.fullmatch(
+        r"\S+/checkpoints: a checkpoint could not be saved \(File too large\); what was saved before is kept: make "
+        r"room there, and the same command resumes",
+        str(error.value),
+    )
+    assert "Traceback" not in capfd.readouterr().err
+    assert checkpoints(config) == [1]
+    assert_ends_as(whole, config)
+
+
+def at_call(monkeypatch, where, name, number, do):
+    """Makes the call with this number (from 1) of a function do something with its arguments first."""
+    real, calls = getattr(where, name), []
+
+    def calling(*arguments, **settings):
+        calls.append(None)
+        if len(calls) == number:
+            do(*arguments)
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(where, name, calling)
+
+
+def assert_ends_as(whole, config):
+    """The command given again ends with the bits and the log of a run that was never stopped."""
+    result = train(config)
+    assert_same_arrays(result.adapter, whole[1].adapter)
+    assert result[1:4] == whole[1][1:4]
+    assert without_rates(metrics(config)) == without_rates(metrics(whole[0]))
+    assert contents(result.output_dir / "adapter") == contents(whole[1].output_dir / "adapter")
+
+
+def test_a_run_over_a_mesh_resumes_and_equals_one_device(whole, folder, tmp_path, monkeypatch):
+    config = run_config(
+        folder,
+        f"output_dir={tmp_path / 'run'}",
+        "mesh.data=2",
+        "mesh.fsdp=2",
+        "mesh.tensor=2",
+        "train.per_device_batch_size=2",
+    )
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=5)
+        train(config)
+    train(config)
+    for name in ("loss", "validation_loss"):
+        ours, theirs = ([row[name] for row in metrics(c) if name in row] for c in (config, whole[0]))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_a_longer_run_goes_on_and_the_config_says_so(config, monkeypatch):
+    def no_step(state, *arguments, **settings):
+        values = dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens", "finite"), np.ones(1, np.float32))
+        return state._replace(step=state.step + 1), values
+
+    monkeypatch.setattr(loop, "train_step", no_step)
+    scripted(monkeypatch, 0.1, 0.2, 0.3)
+    longer = replace(config, train=replace(config.train, max_steps=8))
+    assert train(config).step == 6
+    result = train(longer)
+    assert (result.step, result.best_step, result.best_score) == (8, 8, 0.3)
+    assert [row["step"] for row in metrics(config) if "loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert load_config(Path(config.output_dir) / "config.yaml") == longer
+    with pytest.raises(ValueError, match="train.max_steps: .*6 steps.* has done 8"):
+        train(config)
+
+
+def test_statistics_are_of_prompts_whatever_the_lengths_of_completions():
+    examples = [Example([5] * 2, [6] * 12), Example([5] * 40, [6] * 2)]
+    buckets = plan_buckets(examples, 2)
+    (found,), count = statistics_batches(examples, buckets[-1], 2, seed=0)
+    assert found.prompt_length.tolist() == found.length.tolist() == [40, 2] and count == 2
+
+
+def test_statistics_do_not_depend_on_how_a_batch_is_cut():
+    model = backbone("llama", "stacked")
+    draw = np.random.default_rng(0)
+    examples = [Example(draw.integers(3, 256, 3 + i % 5).tolist(), [6]) for i in range(100)]
+    fresh = init_adapter(ParaConfig(r=4, summary="standardised"), model.config)
+    one, *others = (
+        standardise(model, fresh, *statistics_batches(examples, Bucket(8, 1), rows, seed=3)) for rows in (48, 16, 64)
+    )
+    for other in others:
+        np.testing.assert_allclose(other.mean[...], one.mean[...], atol=1e-6)
+        np.testing.assert_allclose(other.scale[...], one.scale[...], rtol=1e-6)
+
+
+def test_statistics_are_of_prompts_drawn_from_the_whole_file_by_the_seed():
+    examples = [Example([3 + i // 100], [6]) for i in range(10_000)]  # sorted by class
+
+    def drawn(seed):
+        batches, count = statistics_batches(examples, Bucket(8, 1), 48, seed)
+        return np.concatenate([batch.tokens[:, 0] for batch in batches])[:count]
+
+    assert len(drawn(0)) == 64 and len(set(drawn(0).tolist())) > 32 and not np.array_equal(drawn(0), drawn(1))
+
+
+def test_a_token_that_the_backbone_lacks_is_named(config, folder, tmp_path):
+    backbone = shutil.copytree(folder / "backbone", tmp_path / "grown")
+    grown = deepcopy(tokenizer())
+    grown.add_tokens(["<image>"])
+    grown.save_pretrained(backbone)
+    write_rows(tmp_path / "rows.jsonl", [*rows_of_text(2, 0), {"prompt": "w20 <image>", "completion": "w9"}])
+    data = replace(config.data, train=str(tmp_path / "rows.jsonl"))
+    with pytest.raises(ValueError, match="rows.jsonl:3: token id: 256 is not possible; expected less than 256"):
+        train(replace(config, data=data, backbone=replace(config.backbone, source=str(backbone))))
+    assert not Path(config.output_dir).exists()
+
+
+# ------------------------------------------------------------------------------------------- the best, and when to stop
+
+
+def test_the_best_adapter_is_kept_and_patience_stops_the_run(config, monkeypatch):
+    config = replace(config, eval=replace(config.eval, every=1, patience=2))
+    scored = scripted(monkeypatch, 0.3, 0.5, 0.5, 0.4, 0.9)
+    result = train(config)
+    assert (result.step, result.best_step, result.best_score) == (4, 2, 0.5)  # an equal score is no better one
+    assert [row["step"] for row in metrics(config) if "validation_exact_match" in row] == [1, 2, 3, 4]
+    assert_same_arrays(result.adapter, scored[1])
+    assert_same_arrays(
+        load_adapter(Path(config.output_dir) / "adapter", load_backbone(config.backbone.source).config), scored[1]
+    )
+    assert train(config)[1:4] == (0.5, 2, 4)  # patience has ended for good
+
+
+def test_patience_without_validation_data_is_refused_before_anything_is_written(folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", rows_of_text(8, seed=1))
+    config = run_config(folder, f"data.train={rows}", f"output_dir={tmp_path / 'run'}", "eval.patience=2")
+    with pytest.raises(ValueError, match="eval.patience: 2 is not possible; expected validation data"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_began_with_patience_and_no_validation_data_goes_on(config, tmp_path, capsys):
+    """As earlier versions allowed."""
+    config = replace(config, eval=replace(config.eval, patience=2))
+    (Path(config.output_dir) / "checkpoints" / "3").mkdir(parents=True)
+    require_validation(config, [None])
+    assert "warning: eval.patience ends nothing" in capsys.readouterr().err
+
+
+def test_patience_goes_on_counting_after_an_interruption(config, monkeypatch):
+    config = replace(config, eval=replace(config.eval, every=1, patience=2))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        scripted(patched, 0.5, 0.4)
+        interrupt(patched, at_step=3)
+        train(config)
+    scripted(monkeypatch, 0.3, 0.9)
+    assert train(config)[1:4] == (0.5, 1, 3)
+
+
+def test_without_validation_data_the_last_adapter_is_kept(folder, tmp_path):
+    config = run_config(folder, f"output_dir={tmp_path / 'run'}", f"data.train={folder / 'data' / 'train.jsonl'}")
+    result = train(config)
+    assert (result.best_score, result.best_step) == (None, 6)
+    assert_same_arrays(
+        load_adapter(tmp_path / "run" / "adapter", load_backbone(config.backbone.source).config), result.adapter
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- the log
+
+
+def test_a_runs_log_counts_the_tokens_without_padding(config, monkeypatch):
+    monkeypatch.setitem(devices.PEAK_FLOPS, "cpu", 1e12)
+    train(config)
+    timed = [row for row in metrics(config) if "step_seconds" in row]
+    assert [row["step"] for row in timed] == [2, 3, 4, 5, 6]  # the first one compiled
+    tenant = only_tenant(config)
+    for row in timed:
+        examples = [tenant.data.examples[i] for i in tenant.order.plan.batch_indices(row["step"] - 1)[1]]
+        tokens = sum(len(prompt) + len(completion) for prompt, completion in examples)
+        assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(tokens, rel=2e-3)
+        flops = 4 * matrix_weights(load_model_config(config.backbone.source)) * tokens
+        assert row["model_flops_utilisation"] == pytest.approx(flops / row["step_seconds"] / 1e12, rel=2e-3)
+        assert row["input_wait_seconds"] >= 0
+
+
+def test_a_step_is_dispatched_before_the_values_of_the_one_before_are_read(config, monkeypatch):
+    real_step, real_read, order = loop.train_step, loop.Loop.read, []
+    monkeypatch.setattr(loop, "train_step", lambda *all, **more: (order.append("step"), real_step(*all, **more))[1])
+    monkeypatch.setattr(
+        loop.Loop,
+        "read",
+        lambda self, coming, *more: (coming and order.append(coming.done.step), real_read(self, coming, *more))[1],
+    )
+    train(replace(config, eval=replace(config.eval, every=100)))
+    assert order == ["step", "step", 1, "step", 2, "step", 3, "step", 4, "step", 5, 6]
+
+
+def test_a_run_writes_a_trace_of_the_steps_asked_for(config, capsys):
+    train(replace(config, profiler=ProfilerSection(start_step=2, steps=2)))
+    (trace,) = (Path(config.output_dir) / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = [event["args"]["step_num"] for event in events if "step_num" in event.get("args", {})]
+    assert steps == ["2", "3"]
+    assert "wrote a profile to" in capsys.readouterr().err
+    timed = [row["step"] for row in metrics(config) if "step_seconds" in row]
+    assert not {2, 3} & set(timed) and timed  # the time of tracing is no step's
+
+
+# ----------------------------------------------------------------------------------------------------------- the memory
+
+
+def test_evaluation_during_training_holds_no_second_copy_of_the_backbone(config, monkeypatch):
+    shape = load_model_config(config.backbone.source)
+    shape = replace(
+        shape, width=256, hidden_width=1024, num_heads=8, num_kv_heads=1, head_dim=32, kinds=shape.kinds * 2
+    )
+    before, live, programs = live_bytes(), [], []
+    model = Transformer(shape, rngs=nnx.Rngs(0)).with_layout("stacked")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    assert size > 15e6
+    monkeypatch.setattr(runs, "load_backbone", lambda *all, **more: model)
+    for module, name, where in (
+        (evaluation, "eval_nll", programs), (generation, "prefill", None), (generation, "next_token", programs),
+    ):  # fmt: skip
+        watch(monkeypatch, module, name, live, where)
+    config = replace(config, adapter=ParaConfig(r=1), eval=replace(config.eval, metric="exact_match"))
+    train(replace(config, train=replace(config.train, max_steps=1)))
+    assert len(live) >= 8 and len(programs) == 2
+    assert max(live) - before < 1.1 * size
+    assert all(program.temporaries < 0.4 * size for program in programs)
+
+
+def live_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def watch(monkeypatch, module, name, live, programs):
+    """Notes the live bytes around each call of a function and, once, what its program needs beside them."""
+    real = getattr(module, name)
+    first = []
+
+    def watching(*arguments, **settings):
+        if programs is not None and not first:
+            first.append(None)
+            programs.append(describe_program(real.lower(*arguments, **settings).compile()))
+        live.append(live_bytes())
+        found = real(*arguments, **settings)
+        live.append(live_bytes())
+        return found
+
+    monkeypatch.setattr(module, name, watching)
+
+
+# ----------------------------------------------------------------------------------------------------------- the folder
+
+
+@pytest.mark.parametrize(("override", "shown"), [
+    ("train.learning_rate=0.5", r"train.learning_rate \(0.03 there, 0.5 here\)"),
+    ("adapter.r=5", r"adapter.r \(4 there, 5 here\)"),
+    ("seed=9", r"seed \(0 there, 9 here\)"),
+])  # fmt: skip
+def test_a_folder_with_another_run_is_refused_and_left_as_it_is(override, shown, whole, folder):
+    before = contents(whole[0].output_dir)
+    with pytest.raises(ValueError, match=shown) as error:
+        train(run_config(folder, f"output_dir={whole[0].output_dir}", "eval.test=true", override))
+    assert "\n" not in str(error.value) and "output_dir" in str(error.value)
+    assert contents(whole[0].output_dir) == before
+
+
+def test_a_run_that_goes_on_refuses_a_log_that_it_did_not_write_by_file_and_line(config, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=5)
+        train(config)
+    log = Path(config.output_dir) / "metrics.jsonl"
+    text = log.read_text()
+    log.write_text("5\n" + text)
+    with pytest.raises(ValueError, match=re.escape(f"{log}:1: '5'")):
+        train(config)
+    log.write_text(text)
+    train(config)
+    assert [row["step"] for row in metrics(config) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_that_another_run_of_the_same_shape_left_is_refused(whole, config, folder):
+    config = replace(config, eval=whole[0].eval)
+    other = run_config(folder, f"output_dir={config.output_dir}", "eval.test=true", "seed=9")
+    claim_folder(other)
+    shutil.copytree(Path(whole[1].output_dir) / "checkpoints", Path(config.output_dir) / "checkpoints")
+    with pytest.raises(ValueError, match=f"{config.output_dir}/checkpoints/6: it is of another run: another 'config'"):
+        train(other)
+
+
+def with_data_of_its_own(config, folder, at_step, monkeypatch):
+    """The run on a copy of its data, interrupted at a step."""
+    config = replace(config, data=replace(config.data, train=str(folder / "data")))
+    shutil.copytree(Path(config.backbone.source).parent / "data", folder / "data")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=at_step)
+        train(config)
+    return config, replace(config, data=replace(config.data, changed="accept"))
+
+
+@pytest.mark.parametrize(("split", "size", "named"), [
+    ("train", 20, "training data .20 examples, not the same"),
+    ("validation", 9, "validation data .8 examples there, 9 here"),
+    ("test", 0, "test data .5 examples there, 0 here"),
+])  # fmt: skip
+def test_a_run_goes_on_with_other_data_than_it_began_with_only_if_told_to(
+    split, size, named, config, tmp_path, monkeypatch, capsys
+):
+    config = replace(config, eval=replace(config.eval, test=split == "test"))
+    config, accepting = with_data_of_its_own(config, tmp_path, 5, monkeypatch)
+    file = tmp_path / "data" / f"{split}.jsonl"
+    held = file.read_text()
+    write_rows(file, rows_of_text(size, seed=7)) if size else file.unlink()
+    with pytest.raises(ValueError, match=f"checkpoints/3: it is of another run: other {named}.*data.changed=accept"):
+        train(config)
+    assert train(accepting).step == 6
+    assert f"step 3 is of other {named.replace('.', '(')}" in capsys.readouterr().err
+    assert train(config).step == 6  # the newest checkpoint is of the new data
+    file.write_text(held)
+    with pytest.raises(ValueError, match=f"checkpoints/6: it is of another run: other {split}"):
+        train(config)
+
+
+@pytest.mark.parametrize(("again", "best"), [(0.2, (0.3, 6)), (0.5, (0.5, 3))])
+def test_scores_of_two_validation_sets_are_never_compared(again, best, config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        scripted(patched, 0.9)
+        _, accepting = with_data_of_its_own(config, tmp_path, 5, monkeypatch)
+    kept = kept_adapter(accepting)
+    write_rows(tmp_path / "data" / "validation.jsonl", rows_of_text(8, seed=7))
+    scored = scripted(monkeypatch, again, 0.3)
+    result = train(accepting)
+    assert (result.best_score, result.best_step) == best
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(scored[0]), jax.tree.leaves(kept))
+    card = (Path(accepting.output_dir) / "adapter" / "README.md").read_text()
+    assert f"Trained for {best[1]} steps" in card and f"exact_match: {best[0]:.4f}" in card
+
+
+def test_a_run_of_an_earlier_version_loads_and_is_not_resumed(folder, tmp_path):
+    """tests/fixtures/old_run: two steps, of which the first was the best, in the form of 0.1's first checkpoints."""
+    old = Path(shutil.copytree(FIXTURES / "old_run", tmp_path / "run"))
+    file = old / "config.yaml"
+    file.write_text(file.read_text().replace("FOLDER/run", str(old)).replace("FOLDER", str(folder)))
+    config = load_config(file)
+    kept = load_adapter(old / "adapter", load_model_config(config.backbone.source))
+    task = task_of_run(config, "validation", tokenizer())
+    report = evaluate(load_backbone(config.backbone.source), kept, [task], tokenizer=tokenizer())
+    scored = [row["validation_loss"] for row in metrics(config) if "validation_loss" in row]
+    assert report.scores[0].loss == pytest.approx(scored[0], abs=1e-5)
+    assert "step 1" in folder_report(old) and "para" in folder_report(old).lower()
+    before = contents(old / "checkpoints")
+    with pytest.raises(ValueError, match="checkpoints/2: .*earlier version.*output_dir") as error:
+        train(replace(config, train=replace(config.train, max_steps=4)))
+    assert "\n" not in str(error.value) and contents(old / "checkpoints") == before
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_loss_or_gradient_that_is_not_finite_names_the_step_and_its_examples(name, whole, config, monkeypatch):
+    config = replace(config, eval=whole[0].eval)
+    real = loop.train_step
+
+    def broken(state, *arguments, **settings):
+        state, values = real(state, *arguments, **settings)
+        return state, values | ({name: np.full(1, np.nan)} if int(state.step[0]) == 2 else {})
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    lines = ", ".join(str(i + 1) for i in sorted(only_tenant(config).order.plan.batch_indices(1)[1]))
+    said = f"step 2: the {name} is nan on {config.data.train}/train.jsonl:{lines}; look at these examples"
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        train(config)
+    assert "\n" not in str(error.value) and len(lines.split(", ")) == 8
+    assert [row["step"] for row in metrics(config)] == [0, 1] and not (Path(config.output_dir) / "adapter").exists()
+    monkeypatch.undo()
+    assert_same_arrays(train(config).adapter, whole[1].adapter)  # nothing of it was saved
+
+
+def test_a_non_finite_loss_at_a_step_that_saves_leaves_the_last_good_checkpoint(config, monkeypatch):
+    config = replace(config, checkpoint=replace(config.checkpoint, every=1))
+    real = loop.train_step
+
+    def broken(state, *arguments, **settings):
+        state, values = real(state, *arguments, **settings)
+        return state, values | ({"loss": np.full(1, np.inf)} if int(state.step[0]) == 5 else {})
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    with pytest.raises(ValueError, match="step 5: the loss is inf"):
+        train(config)
+    assert checkpoints(config) == [3, 4]
+
+
+def test_places_name_a_file_once():
+    assert places(["a.jsonl:7", "a.jsonl:12", "b:x/c.jsonl:2", "a.jsonl:3"]) == "a.jsonl:3, 7, 12; b:x/c.jsonl:2"
+
+
+def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, monkeypatch):
+    losses = [1.0, float("nan")]
+
+    def scores(tasks, stack, slots):
+        return {0: Score("validation", "loss", -1, losses.pop(0), 8)} if tasks.encoded and slots else {}
+
+    monkeypatch.setattr(Tasks, "scores", scores)
+    with pytest.raises(ValueError, match="step 6: the validation loss is nan"):
+        train(config)
+    assert "Trained for 3 steps" in (Path(config.output_dir) / "adapter" / "README.md").read_text()
+    assert [row["step"] for row in metrics(config) if "validation_loss" in row] == [3]
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("data.train=nowhere", "data.train: nowhere.*no such file"),
+    ("data.task=other", "data.task: 'other' is not possible"),
+    ("data.max_seq_length=9", "more than data.max_seq_length 9"),
+    ("mesh.data=16", "16.* 8 devices"),
+    ("mesh.data=-1 mesh.fsdp=3", "'data': -1, 'fsdp': 3.* 8 devices"),
+    ("backbone.source=nowhere", "nowhere"),
+    ("eval.choices=[w9]", "eval.choices: 1 is not possible"),
+])  # fmt: skip
+def test_a_config_that_does_not_fit_is_an_error_before_anything_is_written(override, message, folder, tmp_path):
+    more = ("eval.metric=accuracy",) if override.startswith("eval") else ()
+    with pytest.raises(ValueError, match=message) as error:
+        train(run_config(folder, f"output_dir={tmp_path / 'run'}", *override.split(), *more))
+    assert len(str(error.value).splitlines()) <= 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_training_data_is_an_error(folder, tmp_path):
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match="the data set is empty"):
+        train(run_config(folder, f"output_dir={tmp_path / 'run'}", f"data.train={empty}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_that_is_not_installed_gives_one_line(config, monkeypatch):
+    real = builtins.__import__
+
+    def without_wandb(name, *arguments, **settings):
+        if name == "wandb":
+            raise ImportError(name)
+        return real(name, *arguments, **settings)
+
+    monkeypatch.setattr(builtins, "__import__", without_wandb)
+    with pytest.raises(ValueError, match=r"wandb is not installed; `pip install 'para_jax\[wandb\]'`") as error:
+        train(replace(config, logging=replace(config.logging, report_to=("wandb",))))
+    assert "\n" not in str(error.value)
+
+
+def test_long_examples_are_counted_and_reported(folder, capsys):
+    config = run_config(folder, "data.max_seq_length=12", "data.truncate=left")
+    examples = only_tenant(config, devices=2).data.examples
+    assert "20 examples, 8 of them too long and cut from the left" in capsys.readouterr().err
+    assert max(len(e.prompt_ids) + len(e.completion_ids) for e in examples) == 12
+
+
+def test_a_run_reads_all_its_data_as_often_as_asked(folder):
+    config = run_config(folder, "train.max_steps=null", "train.num_epochs=1.5", "train.gradient_accumulation_steps=2")
+    config = replace(config, train=replace(config.train, per_device_batch_size=1))
+    layout, order = lay_out(config, make_mesh(2)), only_tenant(config, devices=2).order
+    assert (layout.rows, layout.passes) == (2, 2) and order.total_steps == 8  # 20 examples are 5 steps of 4
+    assert sorted(i for step in range(5) for i in order.plan.batch_indices(step)[1]) == [*range(20)]

@@ -1,0 +1,437 @@
+"""gs:// paths, on an emulator: names, whole objects, locks, lines in pieces, and adapters that are replaced whole."""
+
+import json
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import FIXTURES, backbone, strong
+
+from para_jax import LoraConfig, ParaConfig, init_adapter, load_adapter
+from para_jax.adapters.files import read_adapter_config, save_adapter
+from para_jax.adapters.folder import mend_folder
+from para_jax.backbone.load import load_model_config
+from para_jax.config import RunConfig
+from para_jax.evaluation.journal import Journal
+from para_jax.evaluation.questions import Scored
+from para_jax.hub import resolve_backbone
+from para_jax.runs import folder as run_folder
+from para_jax.storage import bucket as storage
+from para_jax.storage import lock as bucket_lock
+from para_jax.storage.bucket import BucketPath, address
+from para_jax.storage.folder import MANIFEST
+from para_jax.storage.lines import BucketLines
+from para_jax.storage.pieces import Appender, join_pieces, open_pieces, pieces, replace_pieces
+from para_jax.training.checkpoint import open_checkpoints, set_aside, steps_in
+from para_jax.training.metrics_file import Rows, read_metrics, write_metrics
+
+
+@pytest.fixture
+def folder(bucket, request, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return bucket / re.sub(r"\W", "-", request.node.name)
+
+
+def test_a_path_has_the_parts_of_its_name_and_nothing_else_is_an_address():
+    path = address("gs://bucket/a/b.jsonl")
+    assert (path.name, path.stem, path.suffix, str(path.parent)) == ("b.jsonl", "b", ".jsonl", "gs://bucket/a")
+    assert address("runs/a") is None and address(Path("gs/a")) is None and address(str(path)) == path
+    for wrong in (
+        "s3://b/a",
+        "file:///a",
+        "gs://",
+        "gs://B/a",
+        "gs://bucket/..",
+        "gs://bucket/a//b",
+        "gs://bucket/\x1b",
+    ):
+        with pytest.raises(ValueError, match="gs|s3|file"):
+            address(wrong)
+    for wrong in ("..", "a/../../b", "", "a\n"):
+        with pytest.raises(ValueError, match="gs://bucket/a"):
+            path.parent / wrong
+
+
+def test_objects_are_read_whole_by_ranges_and_listed(folder):
+    (folder / "a" / "b.txt").write_bytes(b"0123456789")
+    assert sorted(path.name for path in folder.iterdir()) == ["a"]
+    assert [path.name for path in (folder / "a").iterdir()] == ["b.txt"]
+    with (folder / "a" / "b.txt").open("rb") as stream:
+        stream.seek(7)
+        assert stream.read(99) == b"789"
+    assert folder.is_dir() and not folder.is_file() and (folder / "a" / "b.txt").is_file()
+    assert not (folder / "c").exists() and list(folder.glob("*/*.txt")) == [folder / "a" / "b.txt"]
+    with pytest.raises(FileNotFoundError, match=str(folder)):
+        (folder / "c").read_bytes()
+
+
+def test_a_listing_leaves_out_names_that_no_file_has(folder, monkeypatch):
+    start = f"{folder.key}/"
+    items = [{"name": start + name} for name in ("good", "", "..", ".", "new\nline", "\x1b[2J", "..\\x", "/etc")]
+    page = {"items": items, "prefixes": [start + "../", start + "/", start + "kept/"]}
+    monkeypatch.setattr(BucketPath, "_page", lambda self, **_: page)
+    assert sorted(path.name for path in folder.iterdir()) == ["good", "kept"]
+
+
+def test_a_stream_never_mixes_an_object_with_the_one_that_replaces_it(folder, monkeypatch):
+    file = folder / "data.jsonl"
+    file.write_bytes(b"old\n" * 100)
+    monkeypatch.setattr("para_jax.storage.bucket.BLOCK", 16)
+    with file.open("rb") as stream:
+        assert stream.readline() == b"old\n"
+        file.write_bytes(b"new\n" * 100)
+        with pytest.raises(OSError, match="data.jsonl"):
+            stream.read()
+
+
+def test_only_one_of_several_creates_an_object(folder):
+    (folder / "one").create(b"mine")
+    (folder / "one").create(b"mine")  # a request that was sent twice
+    with pytest.raises(FileExistsError):
+        (folder / "one").create(b"theirs")
+    assert (folder / "one").read_bytes() == b"mine"
+
+
+def test_an_unfinished_checkpoint_is_deleted_and_a_damaged_one_is_kept_under_another_name(folder):
+    for name in ("5/commit_success.txt", "5/state/x", "6/commit_success.txt", "6/state/x", "7/state/x"):
+        (folder / name).write_bytes(name.encode())
+    with open_checkpoints(folder):
+        assert steps_in(folder) == [6, 5]
+        assert set_aside(folder / "6") == folder / "6.damaged"
+        assert steps_in(folder) == [5] and (folder / "6.damaged" / "state" / "x").read_bytes() == b"6/state/x"
+    with open_checkpoints(folder):
+        assert sorted(path.name for path in folder.iterdir()) == ["5", "6.damaged"]
+
+
+# --------------------------------------------------------------------------------------------------------------- locks
+
+
+def test_a_folder_is_locked_as_long_as_its_owner_lives_and_free_a_lease_after(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "LEASE", 2.0)
+    monkeypatch.setattr(bucket_lock, "RENEW", 0.1)
+    said = []
+    with bucket_lock.held(folder / ".lock", said.append):
+        with pytest.raises(ValueError, match=f"{folder}: another process is writing it"):
+            with bucket_lock.held(folder / ".lock", said.append):
+                pass
+    assert said and not (folder / ".lock").exists()
+    (folder / ".lock").write_bytes(json.dumps({"host": "gone", "pid": 7}).encode())  # of a host that is no more
+    with bucket_lock.held(folder / ".lock", said.append):
+        assert b"gone" not in (folder / ".lock").read_bytes()
+    assert "'gone', process 7" in said[-1]
+
+
+def test_who_lost_the_lock_writes_nothing_more_in_the_folder(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "RENEW", 0.05)
+    with pytest.raises(OSError, match="may have taken over"):
+        with bucket_lock.held(folder / ".lock", print):
+            (folder / "before").write_bytes(b"")
+            (folder / ".lock").write_bytes(b"another's")
+            while storage.DEADLINES[folder]:
+                time.sleep(0.01)
+            (folder / "after").write_bytes(b"")
+    assert (folder / "before").exists() and not (folder / "after").exists()
+    assert (folder / ".lock").read_bytes() == b"another's"
+    (folder / "free").write_bytes(b"")
+
+
+def test_a_run_does_not_wait_for_its_own_lock_where_its_folder_is_the_whole_bucket(bucket, monkeypatch):
+    monkeypatch.setattr(run_folder, "check_folder", lambda config: None)  # other tests' folders are there
+    whole = BucketPath(bucket.bucket, "")
+    with run_folder.locked_folder(RunConfig(output_dir=str(whole))):
+        assert (whole / run_folder.LOCK).is_file()
+    assert not (whole / run_folder.LOCK).exists()
+
+
+def test_a_lock_that_nobody_took_is_renewed_after_the_service_was_away_for_long(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "LEASE", 0.3)
+    monkeypatch.setattr(bucket_lock, "RENEW", 0.05)
+
+    def no_answer():
+        raise OSError("no answer")
+
+    with bucket_lock.held(folder / ".lock", print):
+        with monkeypatch.context() as away:
+            away.setattr(storage, "file_system", no_answer)
+            while storage.DEADLINES[folder] > time.monotonic():
+                time.sleep(0.01)
+            for change in (lambda: (folder / "file").write_bytes(b""), lambda: (folder / "file").unlink()):
+                with pytest.raises(OSError, match="may have taken over"):
+                    change()
+        limit = time.monotonic() + 10
+        while storage.DEADLINES[folder] < time.monotonic() < limit:
+            time.sleep(0.01)
+        (folder / "file").write_bytes(b"")
+    assert not (folder / ".lock").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- pieces
+
+
+def test_lines_are_added_in_pieces_and_read_as_one_file(folder):
+    file = folder / "metrics.jsonl"
+    rows = Rows(file)
+    for step in range(4):
+        rows.add(step, {"loss": 1.5})
+        if step % 2:
+            rows.flush()
+    assert [row["step"] for row in read_metrics(file)] == [0, 1, 2, 3] and len(pieces(file)) == 2
+    write_metrics(file, [{"step": 0, "loss": 1.5}])
+    again = Rows(file)
+    again.add(1, {"loss": 1.0})
+    again.flush()
+    assert [row["step"] for row in read_metrics(file)] == [0, 1] and len(pieces(file)) == 2
+    join_pieces(file)
+    assert file.is_file() and [row["step"] for row in read_metrics(file)] == [0, 1]
+    Appender(file).add(b'{"step": 2}\n')
+    assert [row["step"] for row in read_metrics(file)] == [0, 1, 2]
+
+
+def test_a_kill_while_the_pieces_are_replaced_leaves_the_old_lines_or_the_new(folder, monkeypatch):
+    old, new = [b"1\n", b"2\n"], b"3\n"
+    for writes in range(5):
+        file = folder / f"{writes}.jsonl"
+        for line in old:
+            Appender(file).add(line)
+        with killed_after(writes, monkeypatch):
+            replace_pieces(file, new)
+        assert open_pieces(file).read() == (b"1\n2\n" if writes == 0 else new)
+
+
+def test_a_kill_while_the_pieces_are_joined_loses_no_line_and_more_can_be_added(folder, monkeypatch):
+    for writes in range(5):
+        file = folder / f"{writes}.jsonl"
+        for line in (b"1\n", b"2\n", b"3\n"):
+            Appender(file).add(line)
+        with killed_after(writes, monkeypatch):
+            join_pieces(file)
+        assert open_pieces(file).read() == b"1\n2\n3\n", writes
+        Appender(file).add(b"4\n")
+        assert open_pieces(file).read() == b"1\n2\n3\n4\n", writes
+        join_pieces(file)
+        assert file.read_bytes() == b"1\n2\n3\n4\n" and len(pieces(file)) == 1
+
+
+class Killed(BaseException):
+    pass
+
+
+class killed_after:  # noqa: N801
+    """Ends the block by Killed at the write or delete after so many."""
+
+    def __init__(self, count, monkeypatch):
+        self.left, self.monkeypatch = count, monkeypatch
+
+    def __enter__(self):
+        self.patched = self.monkeypatch.context()
+        patch = self.patched.__enter__()
+        for name in ("write_bytes", "unlink"):
+            patch.setattr(BucketPath, name, self.counted(getattr(BucketPath, name)))
+
+    def counted(self, real):
+        def call(*arguments, **settings):
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+            return real(*arguments, **settings)
+
+        return call
+
+    def __exit__(self, kind, *_):
+        self.patched.__exit__(None, None, None)
+        return kind is Killed
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def adapters(config=None):
+    model = backbone("llama").config
+    return model, [strong(init_adapter(config or ParaConfig(r=4), model), seed=seed) for seed in (1, 2, 3)]
+
+
+def same(a, b) -> bool:
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.mark.parametrize("config", [ParaConfig(r=4), LoraConfig(r=4)])
+def test_an_adapter_is_saved_read_described_and_replaced_in_a_bucket(config, folder):
+    model, (first, second, _) = adapters(config)
+    for adapter in (first, second):
+        save_adapter(adapter, folder / "adapter", base_model="base")
+        assert same(load_adapter(str(folder / "adapter"), model), adapter)
+    names = sorted(path.name for path in (folder / "adapter").iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors", MANIFEST]
+    assert read_adapter_config(folder / "adapter").base_model == "base"
+    (folder / "adapter" / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="notes.txt"):
+        save_adapter(first, folder / "adapter")
+    with pytest.raises(ValueError, match="did you mean gs://.*adapter"):
+        load_adapter(str(folder), model)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_kill_at_any_write_of_a_replacement_leaves_the_old_adapter_or_the_new(before, folder, monkeypatch):
+    """Also one in a folder where the replacement before was killed."""
+    model, (first, second, third) = adapters()
+    outcomes = set()
+    for writes in range(12):
+        place = folder / str(writes)
+        save_adapter(first, place)
+        old = first
+        if before:
+            with killed_after(5, monkeypatch):
+                save_adapter(second, place)
+            old = second
+        with killed_after(writes, monkeypatch):
+            save_adapter(third, place)
+        found = load_adapter(str(place), model)
+        assert same(found, old) or same(found, third)
+        outcomes.add(same(found, third))
+        save_adapter(first, place)
+        assert same(load_adapter(str(place), model), first) and not (place / "versions").exists()
+    assert outcomes == {False, True}
+
+
+def test_files_that_somebody_put_over_an_adapters_are_refused_until_the_manifest_is_gone(folder, tmp_path):
+    model, (first, second, _) = adapters()
+    save_adapter(first, folder / "adapter")
+    save_adapter(second, tmp_path / "other")
+    weights = (tmp_path / "other" / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=f"{folder}/adapter/adapter_model.safetensors: not the file that"):
+        load_adapter(str(folder / "adapter"), model)
+    (folder / "adapter" / MANIFEST).unlink()  # both files are PARA's, of one shape: whoever copies answers for them
+    assert same(load_adapter(str(folder / "adapter"), model), second)
+
+
+def test_a_local_copy_is_loaded_if_it_is_whole(folder, tmp_path):
+    model, (first, second, _) = adapters()
+    save_adapter(first, folder / "adapter")
+    save_adapter(second, tmp_path / "other")
+    (tmp_path / "copy").mkdir()
+    for file in (folder / "adapter").all_files():
+        (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
+    assert same(load_adapter(tmp_path / "copy", model), first)
+    shutil.copy(tmp_path / "other" / "adapter_model.safetensors", tmp_path / "copy")
+    with pytest.raises(ValueError, match="adapter_model.safetensors: not the file that"):
+        load_adapter(tmp_path / "copy", model)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"version": "../x", "files": {}, "before": {}}', b"[" * 60_000])
+def test_a_manifest_that_nobody_here_wrote_is_refused(text, folder):
+    model, (first, *_) = adapters()
+    save_adapter(first, folder / "adapter")
+    (folder / "adapter" / MANIFEST).write_bytes(text)
+    with pytest.raises(ValueError, match=MANIFEST):
+        load_adapter(str(folder / "adapter"), model)
+
+
+def test_a_first_save_that_was_killed_is_no_adapter_and_leaves_nothing(folder, monkeypatch):
+    model, (first, *_) = adapters()
+    with killed_after(2, monkeypatch):
+        save_adapter(first, folder)
+    with pytest.raises(ValueError, match="no adapter_config.json"):
+        load_adapter(str(folder), model)
+    mend_folder(folder)
+    assert not folder.exists()
+
+
+def test_a_journal_in_a_bucket_is_shared_in_a_process_and_keeps_what_was_not_synced(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "RENEW", 0.1)
+    file, answer = folder / "answers.jsonl", Scored(-1.5, True)
+    first, second = Journal(file), Journal(file)
+    first.add("a", answer)
+    second.add("b", answer)
+    with pytest.raises(ValueError, match="another process"):
+        BucketLines(file, print)
+    del first, second
+    again = Journal(file)
+    assert again["a"] == again["b"] == answer
+
+
+def test_a_folder_is_no_file_of_lines_and_an_error_names_the_adapters_address(folder):
+    model, (first, *_) = adapters()
+    save_adapter(first, folder / "adapter")
+    with pytest.raises(ValueError, match=f"{folder}/adapter: a folder"):
+        BucketLines(folder / "adapter", print)
+    (folder / "adapter" / MANIFEST).unlink()
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=f"{folder}/adapter.*truncated"):
+        load_adapter(str(folder / "adapter"), model)
+
+
+def test_readers_beside_a_writer_get_one_version_or_the_other(folder):
+    model, made = adapters()
+    save_adapter(made[0], folder / "adapter")
+    ended = threading.Event()
+
+    def write():
+        for i in range(6):
+            save_adapter(made[i % 3], folder / "adapter")
+        ended.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not ended.is_set():
+        found = load_adapter(str(folder / "adapter"), model)
+        assert any(same(found, adapter) for adapter in made)
+    thread.join()
+
+
+# ----------------------------------------------------------------------------------------------------------- backbones
+
+
+def test_a_backbone_is_fetched_once_for_each_content_without_what_is_no_part_of_it(folder, monkeypatch):
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((FIXTURES / "llama" / name).read_bytes())
+    for name in ("pickle.bin", "code.py", "other/model.safetensors"):
+        (folder / name).write_bytes(b"not this")
+    place = resolve_backbone(str(folder))
+    assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
+    assert load_model_config(str(folder)) == backbone("llama").config
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketPath, "open", None)
+        assert resolve_backbone(str(folder)) == place
+    (folder / "model.safetensors").write_bytes(b"new")
+    assert (resolve_backbone(str(folder)) / "model.safetensors").read_bytes() == b"new"
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    assert resolve_backbone(f"{folder}/model.gguf").read_bytes() == b"GGUF"
+    monkeypatch.setattr("para_jax.hub.MAX_TEXT_BYTES", 10)
+    with pytest.raises(ValueError, match=f"{folder}/config.json: .* bytes; expected 10 at most"):
+        resolve_backbone(str(folder))
+    for missing in ("none", "none.gguf"):
+        with pytest.raises(ValueError, match=f"{folder}/{missing}: "):
+            resolve_backbone(f"{folder}/{missing}")
+
+
+def test_a_backbone_that_is_replaced_while_it_is_fetched_is_not_kept_as_the_old_one(folder, monkeypatch):
+    file, real = folder / "model.gguf", BucketPath.open
+    file.write_bytes(b"GGUF old")
+
+    def replaced_first(path, mode):
+        file.write_bytes(b"GGUF new")
+        return real(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketPath, "open", replaced_first)
+        with pytest.raises(ValueError, match="replaced while it was fetched"):
+            resolve_backbone(str(file))
+    assert resolve_backbone(str(file)).read_bytes() == b"GGUF new"
+
+
+def test_a_write_may_depend_on_the_generation_that_a_read_gave(bucket):
+    """tensorstore, below Orbax, rereads a manifest after a while, and writes it only if nobody else has."""
+    import tensorstore
+
+    store = tensorstore.KvStore.open({"driver": "gcs", "bucket": "para-jax", "path": "reread/"}).result()
+    store.write("manifest", b"1").result()
+    seen = store.read("manifest").result().stamp.generation
+    assert store.write("manifest", b"2", if_equal=seen).result().generation
+    assert not store.write("manifest", b"3", if_equal=seen).result().generation  # somebody else wrote it
+    assert store.read("manifest").result().value == b"2"
