@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 
-from para_jax.runs import loop as runs
+from para_jax.runs import loop
 
 
 def interrupt(monkeypatch, *, at_step):
     """Makes the step with this number (from 1) stop the run, as Ctrl-C does."""
-    real, calls = runs.train_step, []
+    real, calls = loop.train_step, []
 
     def stopping(state, *arguments, **settings):
         calls.append(None)
@@ -16,7 +16,7 @@ def interrupt(monkeypatch, *, at_step):
             raise KeyboardInterrupt
         return real(state, *arguments, **settings)
 
-    monkeypatch.setattr(runs, "train_step", stopping)
+    monkeypatch.setattr(loop, "train_step", stopping)
     return calls
 
 
