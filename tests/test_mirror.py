@@ -10,10 +10,16 @@ from import_reader import imported, module, sources
 TESTS = Path(__file__).parent
 #: The test file of a module that has none of its own name, and that no test in its folder imports.
 ELSEWHERE = {
+    "adapters.card": "adapters/test_files.py",
+    "adapters.ia3_format": "adapters/test_peft_format.py",
+    "adapters.lora_format": "adapters/test_peft_format.py",
+    "adapters.method": "adapters/test_adding_a_method.py",
     "adapters.methods": "adapters/test_bank.py",
+    "adapters.own_tensors": "adapters/test_files.py",
     "adapters.para": "test_model.py",
     "adapters.para_format": "adapters/test_files.py",
     "adapters.peft_config": "adapters/test_peft_format.py",
+    "adapters.peft_linears": "adapters/test_peft_format.py",
     "backbone.feedforward": "test_model.py",
     "backbone.known_configs": "test_model.py",
     "backbone.rotary": "test_model.py",
@@ -22,13 +28,17 @@ ELSEWHERE = {
     "gguf.config": "gguf/test_file.py",
     "gguf.tokenizer": "data/test_tokenizer.py",
     "inspect": "cli/test_cli.py",
+    "runs.logs": "runs/test_tenants.py",
+    "runs.standing": "runs/test_tenants.py",
     "serving.capacity": "serving/test_threads.py",
     "serving.request": "serving/test_engine.py",
-    "serving.sample": "serving/test_engine.py",
     "serving.slots": "serving/test_engine.py",
+    "serving.ticket": "serving/test_engine.py",
     "storage.cache": "storage/test_bucket.py",
+    "storage.service": "storage/test_bucket.py",
     "tensor_file": "backbone/test_safetensors.py",
     "training.passes": "runs/test_batch_size.py",
+    "training.quiet_orbax": "training/test_checkpoint.py",
 }
 
 
