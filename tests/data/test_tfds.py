@@ -193,7 +193,7 @@ def test_no_tensorflow_is_imported_to_show_the_data_even_where_it_is_installed(d
         f"code = cli.main(['inspect', {str(tmp_path / 'run.yaml')!r}, '--data', *{fields!r}])\n"
         "print(code, find_spec('tensorflow') is not None, 'tensorflow' in sys.modules, 'array_record' in sys.modules)"
     )
-    path = os.pathsep.join([str(stub.parents[1]), str(Path(cli.__file__).parents[1]), *sys.path])
+    path = os.pathsep.join([str(stub.parents[1]), str(Path(cli.__file__).parents[2]), *sys.path])
     run = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )

@@ -148,7 +148,7 @@ def test_a_tenant_of_a_run_is_not_trained_alone_while_that_run_lasts(folder, tmp
 @pytest.mark.long
 def test_the_lock_of_a_killed_process_is_gone(config):
     code = (
-        "import sys, time; from para_jax.config import load_config; from para_jax.run_folder import locked_folder\n"
+        "import sys, time; from para_jax.config import load_config; from para_jax.runs.folder import locked_folder\n"
         "config = load_config(None, ['output_dir=' + sys.argv[1]])\n"
         "with locked_folder(config): print('locked', flush=True), time.sleep(60)"
     )
