@@ -15,14 +15,19 @@ from ..config import TrainSection
 
 
 def make_direction(config: TrainSection) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (arXiv:1711.05101) without its learning rate. The weights move by minus
-    the learning rate times this update. Weight decay touches trained weights only."""
+    """AdamW (arXiv:1711.05101) without its learning rate, for a clipped gradient. The weights move by minus the
+    learning rate times this update. Weight decay touches trained weights only."""
     return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
         optax.add_decayed_weights(config.weight_decay, mask=trained),
         *faster_up(config),
     )
+
+
+def clipped(gradient, norm: jax.Array, config: TrainSection):
+    """The gradient, scaled down to max_grad_norm where its norm, which is given, is larger."""
+    limit = config.max_grad_norm
+    return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), gradient)
 
 
 def faster_up(config: TrainSection) -> list[optax.GradientTransformation]:

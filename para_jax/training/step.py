@@ -20,7 +20,7 @@ from ..data.batches import Batch
 from ..data.packing import Packed
 from ..sharding import constrain_tenants, replicate, tenants_sharding
 from .loss import completion_nll, completion_states, of_logits, token_scores
-from .optimizer import LearningRates, learning_rates, make_direction
+from .optimizer import LearningRates, clipped, learning_rates, make_direction
 
 
 class TrainState(NamedTuple):
@@ -59,8 +59,8 @@ def train_step(
     grad_norm (before clipping), learning_rate, tokens (completion tokens in the loss) and finite.
 
     A tenant's loss is the mean over its own completion tokens of all passes. Its gradient is clipped by its own norm,
-    and its learning rate follows its own steps. A tenant without rows keeps its weights, moments and step. So does one
-    whose loss, gradient or new weights are not finite, from then on. The given state is donated.
+    and its learning rate follows its own steps. A tenant without rows keeps its weights, moments and step. One whose
+    loss, gradient or new weights are not finite keeps its weights from then on. The given state is donated.
 
     On a mesh each device updates its own tenants. Of the others' weights it receives, one layer at a time, those of
     the batch's groups, and it sends these their gradients: the partitioner turns indexing along the split axis into a
@@ -139,15 +139,23 @@ def sums_of_many(adapters: Adapter) -> tuple[Adapter, Callable]:
 def updated_alone(
     state: TrainState, gradient: Any, total: jax.Array, tokens: jax.Array, rates: LearningRates, *, config: TrainSection
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """`updated` for a stack of one, without what only a larger one needs: a loop that writes in place, and a pass over
-    the new weights before they are written (so the step of one adapter has the compiled program that it had alone)."""
-    rate = rates.at(state.step, config.schedule)
-    old = jax.tree.map(lambda a: a[0], state)
-    given = rate[0], total[0], jnp.maximum(tokens[0], 1), gradient
-    new, norm, finite = updated_one(old, *given, config=config, check_weights=False)
-    values = {"loss": total / jnp.maximum(tokens, 1), "learning_rate": rate, "tokens": tokens}
-    state, norm, finite = jax.tree.map(lambda a: a[None], (new, norm, finite))
-    return state, values | {"grad_norm": norm, "finite": finite}
+    """`updated` for a stack of one, as one program without a loop or a choice between states, for which the compiler
+    would copy the moments. If the loss or gradient is not finite, the step is one with a gradient and a rate of zero:
+    the weights stay, and the moments, which are not used again, decay. New weights are not checked. Ones that overflow
+    show in the next loss."""
+    rate, count = rates.at(state.step, config.schedule), jnp.maximum(tokens, 1)
+    # Only counters lose their axis: the compiler copies a donated array that is written in another shape.
+    old = jax.tree.map(lambda a: a[0] if a.ndim == 1 else a, state)
+    mean = jax.tree.map(lambda g: g[None] / count[0], gradient)
+    norm = optax.tree.norm(mean)
+    finite = old.finite & jnp.isfinite(total[0]) & jnp.isfinite(norm)
+    usable = jax.tree.map(lambda g: jnp.where(finite, g, 0), clipped(mean, norm, config))
+    direction, optimizer = make_direction(config).update(usable, old.optimizer, old.adapters)
+    applied = jnp.where(finite, rate[0], 0)
+    adapters = jax.tree.map(lambda w, d: w - applied * d, old.adapters, direction)
+    new = TrainState(adapters, optimizer, old.step + finite.astype(jnp.int32), finite)
+    values = {"loss": total / count, "grad_norm": norm[None], "learning_rate": rate, "tokens": tokens}
+    return jax.tree.map(lambda n, o: n.reshape(o.shape), new, state), values | {"finite": finite[None]}
 
 
 def by_device(update: Callable) -> Callable:
@@ -191,19 +199,16 @@ def updated(
     return state, {"loss": loss, "grad_norm": norms, "learning_rate": rate, "tokens": tokens, "finite": finite}
 
 
-def updated_one(old: TrainState, rate, total, tokens, summed, *, config: TrainSection, check_weights: bool = True):
+def updated_one(old: TrainState, rate, total, tokens, summed, *, config: TrainSection):
     """One tenant's state after its step, the norm of its gradient, and whether the tenant is finite as TrainState says.
-    Where it is not, its weights, moments and step are the old ones.
-
-    Args:
-        check_weights: whether the new weights count too. Without, overflowing ones show in the next step's loss.
-    """
+    Where it is not, its weights, moments and step are the old ones."""
     mean = jax.tree.map(lambda g: g / tokens, summed)
     norm = optax.tree.norm(mean)
     finite = old.finite & jnp.isfinite(total) & jnp.isfinite(norm)
-    direction, optimizer = make_direction(config).update(mean, old.optimizer, old.adapters)
+    usable = clipped(mean, norm, config)
+    direction, optimizer = make_direction(config).update(usable, old.optimizer, old.adapters)
     adapters = jax.tree.map(lambda w, d: w - rate * d, old.adapters, direction)
-    for leaf in jax.tree.leaves(adapters) if check_weights else ():
+    for leaf in jax.tree.leaves(adapters):
         finite &= jnp.isfinite(leaf).all()
     new = TrainState(adapters, optimizer, old.step + 1, old.finite)
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)._replace(finite=finite), norm, finite

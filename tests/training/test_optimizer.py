@@ -12,7 +12,7 @@ from conftest import backbone, strong
 from para_jax import LoraConfig, ParaConfig, init_adapter
 from para_jax.adapters.adapter import AdapterParam, Statistic, is_variable, named_leaves
 from para_jax.config import TrainSection, allowed_values
-from para_jax.training.optimizer import learning_rates, make_direction, trained
+from para_jax.training.optimizer import clipped, learning_rates, make_direction, trained
 
 TRAIN = TrainSection(learning_rate=0.1, schedule="constant", warmup_ratio=0.0)
 ONE = {"a": AdapterParam(jnp.array([3.0, 4.0]))}
@@ -79,8 +79,10 @@ def test_runs_of_one_and_two_steps_have_finite_rates_above_zero(schedule, warmup
 
 
 def first_update(gradient, weights, **settings):
-    direction = make_direction(replace(TRAIN, **settings))
-    update = jax.jit(lambda g, w: direction.update(g, direction.init(w), w)[0])(gradient, weights)
+    config = replace(TRAIN, **settings)
+    direction = make_direction(config)
+    given = clipped(gradient, optax.tree.norm(gradient), config)
+    update = jax.jit(lambda g, w: direction.update(g, direction.init(w), w)[0])(given, weights)
     return jax.tree.map(lambda u: -TRAIN.learning_rate * u, update)
 
 

@@ -131,6 +131,18 @@ def test_statistics_never_change_and_all_weights_do():
         assert (np.abs(np.asarray(new[...]) - np.asarray(old[...])).max(axis=(1, 2)) > 1e-4).all()  # in each layer
 
 
+def test_a_step_that_is_not_finite_leaves_the_weights_and_all_later_steps_do_too():
+    broken = jax.tree.map(lambda leaf: leaf.at[0, 0].set(1e30), adapter_values())
+    state = fresh_state(broken, CONFIG)
+    before = jax.device_get(state.adapters)
+    for _ in range(2):
+        state, values = step(batch(), state=state)
+        assert not values["finite"] and state.finite.tolist() == [False] and state.step.tolist() == [0]
+    for mine, other in zip(jax.tree.leaves(state.adapters), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.optimizer))
+
+
 # --------------------------------------------------------------------------------------------- what makes no difference
 
 
