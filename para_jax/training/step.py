@@ -139,14 +139,12 @@ def sums_of_many(adapters: Adapter) -> tuple[Adapter, Callable]:
 def updated_alone(
     state: TrainState, gradient: Any, total: jax.Array, tokens: jax.Array, rates: LearningRates, *, config: TrainSection
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """`updated` for a stack of one, as one program without a loop or a choice between states, for which the compiler
-    would copy the moments. If the loss or gradient is not finite, the step is one with a gradient and a rate of zero:
-    the weights stay, and the moments, which are not used again, decay. New weights are not checked. Ones that overflow
-    show in the next loss."""
+    """`updated` for a stack of one, without its loop and without a choice between two states, for which compilers copy
+    arrays. If the loss or gradient is not finite, the step has a gradient and a rate of zero: the weights stay, and the
+    moments, which are not used again, decay. New weights are not checked. Ones that overflow show in the next loss."""
     rate, count = rates.at(state.step, config.schedule), jnp.maximum(tokens, 1)
-    # Only counters lose their axis: the compiler copies a donated array that is written in another shape.
-    old = jax.tree.map(lambda a: a[0] if a.ndim == 1 else a, state)
-    mean = jax.tree.map(lambda g: g[None] / count[0], gradient)
+    old = jax.tree.map(lambda a: a[0], state)
+    mean = jax.tree.map(lambda g: g / count[0], gradient)
     norm = optax.tree.norm(mean)
     finite = old.finite & jnp.isfinite(total[0]) & jnp.isfinite(norm)
     usable = jax.tree.map(lambda g: jnp.where(finite, g, 0), clipped(mean, norm, config))
@@ -155,7 +153,7 @@ def updated_alone(
     adapters = jax.tree.map(lambda w, d: w - applied * d, old.adapters, direction)
     new = TrainState(adapters, optimizer, old.step + finite.astype(jnp.int32), finite)
     values = {"loss": total / count, "grad_norm": norm[None], "learning_rate": rate, "tokens": tokens}
-    return jax.tree.map(lambda n, o: n.reshape(o.shape), new, state), values | {"finite": finite[None]}
+    return jax.tree.map(lambda a: a[None], new), values | {"finite": finite[None]}
 
 
 def by_device(update: Callable) -> Callable:
