@@ -1,12 +1,9 @@
 """Gives tests eight virtual CPU devices, and fails a session that skips a test without a listed reason."""
 
 import os
-import sys
 
 import allowed_skips
 import quick_compiler
-
-sys.modules["conftest"] = sys.modules[__name__]  # else `from conftest import` would load this file again
 
 if "PARA_JAX_TEST_DEVICES" not in os.environ:  # tests/accelerator: the machine's own devices, and its full optimiser
     flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick_compiler.FLAGS
@@ -22,15 +19,6 @@ import pytest
 if "PARA_JAX_TEST_DEVICES" not in os.environ:
     jax.devices()  # XLA has now read its flags; libtpu, which a test may load, reads the same variable
     os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(quick_compiler.OLD_EMITTERS)
-
-
-def __getattr__(name):
-    """Lets tests say `from conftest import backbone` for a name of golden_models."""
-    if name not in ("FAMILIES", "FIXTURES", "backbone", "golden", "golden_tenants", "prompts", "strong"):
-        raise AttributeError(name)
-    import golden_models  # not above: jaxtyping checks only what is imported after pytest has started
-
-    return getattr(golden_models, name)
 
 
 @pytest.fixture(scope="session", autouse=True)

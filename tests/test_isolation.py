@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import backbone, prompts, strong
+from golden_models import backbone, prompts, strong
 
 from para_jax import (
     AdapterBank,

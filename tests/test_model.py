@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, FIXTURES, backbone, golden, golden_tenants, prompts, strong
+from golden_models import FAMILIES, FIXTURES, backbone, golden, golden_tenants, prompts, strong
 from long_cases import quick
 
 from para_jax import (

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import FIXTURES
+from golden_models import FIXTURES
 from tiny_run import run_config, run_folder
 
 from para_jax import init_adapter

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES, backbone, strong
+from golden_models import FIXTURES, backbone, strong
 from jax.sharding import PartitionSpec as P
 
 from para_jax import ParaConfig, init_adapter, load_backbone, make_mesh, stack_adapters

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import backbone, prompts, strong
+from golden_models import backbone, prompts, strong
 from tiny_run import run_config, run_folder, tokenizer, words
 
 from para_jax import (

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import backbone, prompts, strong
+from golden_models import backbone, prompts, strong
 from one_adapter import fresh_state, only, trained_step
 from tiny_run import TRAIN
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from conftest import FIXTURES, backbone, golden, golden_tenants, prompts, strong
+from golden_models import FIXTURES, backbone, golden, golden_tenants, prompts, strong
 from safetensors.numpy import load_file, save_file
 
 from para_jax import AdapterBank, ParaConfig, forward, init_adapter, vectors

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from conftest import FIXTURES, prompts, strong
+from golden_models import FIXTURES, prompts, strong
 from tiny_run import tokenizer
 
 from para_jax import AdapterBank, ParaConfig, forward, init_adapter, load_adapter, load_backbone, save_adapter

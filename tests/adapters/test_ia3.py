@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES, backbone, prompts, strong
+from golden_models import FIXTURES, backbone, prompts, strong
 
 from para_jax import (
     Ia3Config,

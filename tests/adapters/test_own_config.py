@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
-from conftest import backbone
+from golden_models import backbone
 
 from para_jax.adapters.adapter import describe
 from para_jax.adapters.own_config import own_config, read_own_config

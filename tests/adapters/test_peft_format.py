@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from conftest import FIXTURES, backbone, prompts, strong
+from golden_models import FIXTURES, backbone, prompts, strong
 from safetensors.numpy import load_file, save_file
 
 from para_jax import Adapter, Ia3Config, LoraConfig, forward, init_adapter, load_adapter, save_adapter

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES, backbone, prompts, strong
+from golden_models import FIXTURES, backbone, prompts, strong
 from tpu_compiler import tpu_devices
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, make_mesh, pick, stack_adapters

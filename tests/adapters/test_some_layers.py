@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import backbone, prompts, strong
+from golden_models import backbone, prompts, strong
 from long_cases import quick
 from one_adapter import fresh_state, only, trained_step
 from safetensors.numpy import load_file

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import backbone, strong
+from golden_models import backbone, strong
 from jax.sharding import NamedSharding
 from tpu_compiler import tpu_devices
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES, backbone
+from golden_models import FIXTURES, backbone
 
 from para_jax import forward, load_backbone, make_mesh
 from para_jax.backbone import kernels

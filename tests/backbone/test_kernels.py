@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import backbone
+from golden_models import backbone
 
 from para_jax import forward, make_mesh
 from para_jax.backbone import kernels

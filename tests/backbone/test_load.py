@@ -10,8 +10,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import FIXTURES
 from flax import nnx
+from golden_models import FIXTURES
 
 from para_jax import load_backbone, load_model_config, make_mesh
 from para_jax.backbone.load import abstract_backbone, traced

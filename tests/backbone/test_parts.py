@@ -7,7 +7,7 @@ from math import prod
 import jax
 import numpy as np
 import pytest
-from conftest import FIXTURES, backbone
+from golden_models import FIXTURES, backbone
 from safetensors.numpy import save_file
 from two_processes import run_two
 

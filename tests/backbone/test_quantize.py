@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import FIXTURES, backbone, prompts, strong
+from golden_models import FIXTURES, backbone, prompts, strong
 from jax.sharding import NamedSharding, PartitionSpec
 from one_adapter import fresh_state, trained_step
 from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN, run_config, run_folder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FIXTURES
+from golden_models import FIXTURES
 from safetensors.numpy import save_file
 
 from para_jax.backbone.safetensors import Safetensors

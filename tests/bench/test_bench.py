@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import FIXTURES, backbone, prompts
 from flax import nnx
+from golden_models import FIXTURES, backbone, prompts
 from tiny_run import backbone_folder, rows_of_text, tokenizer, write_rows
 
 from para_jax import Engine, Transformer, bench, devices, forward

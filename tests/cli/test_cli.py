@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import FIXTURES, strong
+from golden_models import FIXTURES, strong
 from safetensors.numpy import load_file, save_file
 from tiny_gguf import write_gguf
 from tiny_run import backbone_folder, write_rows

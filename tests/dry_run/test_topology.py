@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import backbone
+from golden_models import backbone
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_run import run_config, run_folder

@@ -5,7 +5,7 @@ from copy import deepcopy
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import backbone
+from golden_models import backbone
 from tiny_run import tokenizer
 
 from para_jax.inference.content import backbone_content, bit_hash, writing_content

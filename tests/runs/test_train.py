@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import FIXTURES, backbone
 from flax import nnx
+from golden_models import FIXTURES, backbone
 from lowering import lowered
 from stopped_run import assert_same_arrays, interrupt
 from tensorflow_datasets.core.features import Text

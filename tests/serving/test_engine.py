@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import backbone, strong
+from golden_models import backbone, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, engine_of, plain, prompt

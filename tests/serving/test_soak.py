@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import backbone, strong
+from golden_models import backbone, strong
 from tiny_engine import plain, prompt
 from tiny_run import tokenizer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import FIXTURES, backbone, strong
+from golden_models import FIXTURES, backbone, strong
 
 from para_jax import LoraConfig, ParaConfig, init_adapter, load_adapter
 from para_jax.adapters.files import read_adapter_config, save_adapter

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import backbone, strong
+from golden_models import backbone, strong
 from one_adapter import fresh_state
 from tiny_run import ADAPTER, TRAIN
 

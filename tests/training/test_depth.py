@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import backbone
+from golden_models import backbone
 
 from para_jax import LoraConfig, ParaConfig, init_adapter
 from para_jax.backbone.load import abstract_backbone

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import backbone, strong
+from golden_models import backbone, strong
 from tiny_run import ADAPTER, TRAIN
 
 from para_jax import init_adapter, stack_adapters

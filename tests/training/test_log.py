@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import backbone
+from golden_models import backbone
 from tqdm import tqdm
 
 from para_jax import devices, make_mesh

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES, backbone, golden, golden_tenants
+from golden_models import FIXTURES, backbone, golden, golden_tenants
 from jax.sharding import NamedSharding, PartitionSpec
 from tpu_compiler import tpu_devices
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import strong
+from golden_models import strong
 from jax.sharding import AbstractMesh, AxisType
 from long_cases import quick
 from one_adapter import fresh_state, only, trained_step

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import backbone, strong
+from golden_models import backbone, strong
 
 from para_jax import LoraConfig, ParaConfig, init_adapter
 from para_jax.adapters.adapter import AdapterParam, Statistic, is_variable, named_leaves

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES, backbone, golden_tenants, strong
+from golden_models import FIXTURES, backbone, golden_tenants, strong
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, pick, stack_adapters
 from para_jax.data.batches import Batch, Bucket, collate

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import FIXTURES, prompts, strong
+from golden_models import FIXTURES, prompts, strong
 from one_adapter import fresh_state, only, trained_step
 from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN
 

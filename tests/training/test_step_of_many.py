@@ -9,7 +9,7 @@ import numpy as np
 import one_adapter
 import optax
 import pytest
-from conftest import FIXTURES, prompts, strong
+from golden_models import FIXTURES, prompts, strong
 from long_cases import quick
 from one_adapter import only, trained_step
 from tiny_run import COMPLETION, LENGTH, TRAIN

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import strong
+from golden_models import strong
 from long_cases import quick
 from tiny_mesh import COMPLETION, CONFIG, LENGTH, ROWS, model
 
