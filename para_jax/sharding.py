@@ -223,7 +223,8 @@ def shard_rows(array) -> jax.Array:
     rows, devices = array.shape[1], mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % devices:
         raise ValueError(
-            f"a batch of {rows} rows does not divide evenly over mesh.data x mesh.fsdp = {devices} devices"
+            f"a batch of {rows} rows does not divide evenly over mesh.data x mesh.fsdp = {devices} devices; "
+            "use a multiple"
         )
     array, sharding = np.asarray(array), NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

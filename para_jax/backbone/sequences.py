@@ -35,6 +35,8 @@ def checked_sequences(tokens, prompt_length, length, vocab_size: int) -> tuple[j
     if isinstance(tokens, np.ndarray) and tokens.size:
         lowest, highest = tokens.min(), tokens.max()
         if lowest < 0 or highest >= vocab_size:
-            raise ValueError(f"token ids {lowest} to {highest}: the vocabulary has ids 0 to {vocab_size - 1}")
+            raise ValueError(
+                f"token ids {lowest} to {highest}: the vocabulary has ids 0 to {vocab_size - 1}; use its tokenizer"
+            )
     prompt_length, length = (jnp.broadcast_to(jnp.asarray(n, jnp.int32), (batch,)) for n in lengths.values())
     return jnp.asarray(tokens, jnp.int32), prompt_length, length

@@ -15,7 +15,7 @@ def interleaved(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict
     return [{name: measure() for name, measure in sides.items()} for _ in range(rounds)]
 
 
-def summary(unit: str, rounds: list[dict[str, float]]) -> dict:
+def measurement(unit: str, rounds: list[dict[str, float]]) -> dict:
     return {"unit": unit, "medians": medians(rounds), "rounds": rounds}
 
 

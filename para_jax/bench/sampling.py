@@ -12,7 +12,7 @@ import numpy as np
 from ..backbone.load import load_model_config
 from ..inference.draw import sample
 from ..inference.sampling import row_keys
-from .rounds import interleaved, paired, single, summary
+from .rounds import interleaved, measurement, paired, single
 
 #: Temperature, top_k and top_p of the rows that sample.
 SETTINGS = {
@@ -47,6 +47,6 @@ def bench_sampling(backbone: str, *, rows: tuple[int, ...] = (8,), rounds: int =
     sides = {"all greedy": drawn(0, 0.0, 0, 1.0)}
     for name, settings in SETTINGS.items():
         sides |= {f"one row of {name}": drawn(1, *settings), f"all rows of {name}": drawn(count, *settings)}
-    found = summary("ms", interleaved(sides, rounds))
+    found = measurement("ms", interleaved(sides, rounds))
     ratios = {f"{name} / all greedy": paired(found["rounds"], name, "all greedy") for name in list(sides)[1:]}
     return found | {"ratios": ratios, "rows": count, "vocabulary": vocab}

@@ -62,7 +62,7 @@ def generate(
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
-    adapters = of_tenants(adapters, tenants, len(prompts))
+    adapters = rows_of_tenants(adapters, tenants, len(prompts))
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     turns = [turn_stop_ids(tokenizer, prompt) for prompt in prompts]
     stop_ids = stop_token_ids(tokenizer, model.config.eos_token_ids) + special_stop_ids(tokenizer, sampling.stop)
@@ -159,7 +159,7 @@ def choose(logits, sampling: RowSampling | None, position):
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def of_tenants(adapters, tenants: Sequence[str | None] | None, prompts: int) -> Adapter | Rows | None:
+def rows_of_tenants(adapters, tenants: Sequence[str | None] | None, prompts: int) -> Adapter | Rows | None:
     """The adapters as given, or the Rows of a bank's tenants, one per prompt."""
     if not isinstance(adapters, AdapterBank):
         if tenants is not None:

@@ -109,9 +109,7 @@ def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
     folder = expanded(str(checkpoints.directory))
     if isinstance(folder, BucketPath):
         folder.require_held()
-    arrays = {
-        name: np.array(array) for name, array in arrays.items()
-    }  # copies: the next step reuses the state's memory
+    arrays = {name: np.array(array) for name, array in arrays.items()}  # copies: the next step reuses this memory
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(f"step {progress.step}: the state is not finite, and is not saved; lower train.learning_rate")
     about = progress._asdict()

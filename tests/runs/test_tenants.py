@@ -26,8 +26,7 @@ from para_jax import (
 )
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
-from para_jax.evaluation.evaluate import evaluate_task, task_of_run
-from para_jax.evaluation.tenants import Tasks
+from para_jax.evaluation.evaluate import Tasks, evaluate_task, task_of_run
 from para_jax.inspect import folder_report
 from para_jax.runs.folder import claim_folders
 from para_jax.runs.scoring import Scoring
