@@ -28,8 +28,8 @@ def checked_sequences(tokens, prompt_length, length, vocab_size: int) -> tuple[j
                 f"{name} of shape {np.shape(value)}: pass one integer, or one for each of the {batch} rows"
             )
     if not any(isinstance(value, Tracer) for value in lengths.values()):
-        prompt, whole = np.broadcast_arrays(*map(np.asarray, lengths.values()))
-        if (prompt < 1).any() or (prompt > whole).any() or (whole > total).any():
+        prompt, row = np.broadcast_arrays(*map(np.asarray, lengths.values()))
+        if (prompt < 1).any() or (prompt > row).any() or (row > total).any():
             named = ", ".join(f"{name} {np.asarray(value).tolist()}" for name, value in lengths.items())
             raise ValueError(f"{named}: need 1 <= prompt_length <= length <= {total}, the tokens per row")
     if isinstance(tokens, np.ndarray) and tokens.size:

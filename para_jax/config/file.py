@@ -26,7 +26,7 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     changes: dict[str, Any] = {}
     for text in overrides:
         changes = merged(changes, parse_override(text))
-    file_method, method = method_in(in_file, "para"), method_in(changes, None)
+    file_method, method = method_of(in_file, "para"), method_of(changes, None)
     if method is None:
         method = file_method
     elif method != file_method:
@@ -51,7 +51,7 @@ def merged(below: dict[str, Any], above: dict[str, Any], section: str = "") -> d
     return joined
 
 
-def method_in(run: dict[str, Any], default: str | None) -> Any:
+def method_of(run: dict[str, Any], default: str | None) -> Any:
     """The value of adapter.method in a mapping of sections."""
     adapter = run.get("adapter", {})
     require(isinstance(adapter, dict), "adapter", adapter, "a mapping, such as {method: para, r: 12}")

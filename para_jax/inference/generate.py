@@ -71,7 +71,7 @@ def generate(
     answers = [AnswerText(tokenizer, tuple(sampling.stop)) for _ in prompts]
     ended = [False] * len(answers)
 
-    def read(rows: list[list[int]]) -> list[bool]:
+    def add_tokens(rows: list[list[int]]) -> list[bool]:
         """Adds the new tokens to the answers, and returns which answers a stop text has ended."""
         for i, (answer, row) in enumerate(zip(answers, rows, strict=True)):
             for token in before_stop(row, turns[i])[len(answer.pieces) :]:  # one piece per token so far
@@ -79,10 +79,12 @@ def generate(
                     ended[i] = answer.add(token)
         return ended
 
-    written = generate_tokens(model, adapters, ids, sampling, stop_ids=stop_ids, ended=read if sampling.stop else None)
+    written = generate_tokens(
+        model, adapters, ids, sampling, stop_ids=stop_ids, ended=add_tokens if sampling.stop else None
+    )
     if not sampling.stop:
         return [text_of(tokenizer, before_stop(row, turn)) for row, turn in zip(written, turns, strict=True)]
-    read(written)
+    add_tokens(written)
     for answer, over in zip(answers, ended, strict=True):
         if not over:
             answer.finish()

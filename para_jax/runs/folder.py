@@ -153,9 +153,9 @@ def claim_folders(config: RunConfig, tenants: Sequence[Tenant]) -> None:
         claim_folder(config)
         return
     folder = expanded(config.output_dir)
-    held, names = {path.parent.name for path in folder.glob("*/config.yaml")}, {tenant.name for tenant in tenants}
-    others = sorted(held ^ names)
-    if held - names or (others and any(folder.glob("checkpoints/*"))):
+    found, wanted = {path.parent.name for path in folder.glob("*/config.yaml")}, {tenant.name for tenant in tenants}
+    others = sorted(found ^ wanted)
+    if found - wanted or (others and any(folder.glob("checkpoints/*"))):
         raise ValueError(
             f"output_dir {folder} holds a run of other tenants (the difference: {', '.join(map(repr, others[:3]))}); "
             "choose another output_dir, or the same tenants to resume"
@@ -212,9 +212,9 @@ def drop_unsure(standing: Standing, file: Place) -> None:
 # ---------------------------------------------------------------------------------------------------- which run it is
 
 
-def differences(held: RunConfig, wanted: RunConfig) -> list[str]:
+def differences(found: RunConfig, wanted: RunConfig) -> list[str]:
     """The fields that make two configs different runs: "train.learning_rate (0.1 there, 0.2 here)"."""
-    there, here = fields_of_run(held), fields_of_run(wanted)
+    there, here = fields_of_run(found), fields_of_run(wanted)
     names = [name for name in there | here if there.get(name) != here.get(name)]
     return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
 
