@@ -247,16 +247,15 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def new_record(command: str, found: dict) -> dict:
+    """What a command measured, with the device and the versions."""
+    about = {"command": command, "device": devices.describe_devices(), "versions": devices.library_versions()}
+    return about | found
+
+
 def results(command: str, config: RunConfig, scores: dict, seconds: float) -> dict:
-    """The record that --results writes: what was run, where, and what came out."""
-    return {
-        "command": command,
-        "device": devices.describe_devices(),
-        "versions": devices.library_versions(),
-        "seconds": round(seconds, 1),
-        "scores": scores,
-        "config": config_dict(config),
-    }
+    """The record that --results writes."""
+    return new_record(command, {"seconds": round(seconds, 1), "scores": scores, "config": config_dict(config)})
 
 
 def check_record_file(option: str, file: Path) -> None:

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from para_jax import ParaConfig, load_backbone, load_tokenizer
 from para_jax.bench.decode import Side, Step, bank_of
-from para_jax.bench.record import new_record, report
+from para_jax.bench.record import report
 from para_jax.bench.rounds import interleaved, measurement, paired, random_tokens
 from para_jax.devices import library_versions
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
+from para_jax.inspect import new_record
 
 ROWS, TENANTS = 32, 8
 WORKER = Path(__file__).with_name("decode_worker.py")

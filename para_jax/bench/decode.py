@@ -26,7 +26,7 @@ from ..backbone.transformer import Transformer
 from ..config import SITES, Ia3Config, LoraConfig, ParaConfig
 from ..inference.generate import CACHE_MULTIPLE, next_token, up_to_multiple
 from ..model import DecodeState, decode, init_adapter, prefill
-from .rounds import measurement, medians, paired, random_tokens
+from .rounds import measurement, medians, milliseconds, paired, random_tokens
 
 #: LoRA adapts all seven linears; at r = 4 it has about as many parameters as PARA at r = 12.
 METHODS = {"PARA": ParaConfig(), "(IA)^3": Ia3Config(target_modules=("q_proj", "v_proj", "up_proj"))} | {
@@ -242,10 +242,4 @@ def products_test(model, rows: int) -> Callable[[], float]:
     widths = {w.shape[1] if w.shape[0] == head else w.shape[0] for w in matrices}
     inputs = {width: jnp.ones((rows, width), model.dtype) for width in widths}
     jax.block_until_ready(products(inputs, matrices))
-
-    def milliseconds() -> float:
-        begun = time.perf_counter()
-        jax.block_until_ready(products(inputs, matrices))
-        return (time.perf_counter() - begun) * 1e3
-
-    return milliseconds
+    return milliseconds(lambda: products(inputs, matrices))

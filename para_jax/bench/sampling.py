@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from ..backbone.load import load_model_config
 from ..inference.draw import sample
 from ..inference.sampling import row_keys
-from .rounds import interleaved, measurement, paired, single
+from .rounds import interleaved, measurement, milliseconds, paired, single
 
 #: Temperature, top_k and top_p of the rows that sample.
 SETTINGS = {
@@ -36,13 +35,7 @@ def bench_sampling(backbone: str, *, rows: tuple[int, ...] = (8,), rounds: int =
     def drawn(sampled: int, temperature: float, top_k: int, top_p: float) -> Callable[[], float]:
         heat = np.where(np.arange(count) < sampled, temperature, 0).astype(np.float32)
         how = heat, np.full(count, top_k, np.int32), np.full(count, top_p, np.float32)
-
-        def milliseconds() -> float:
-            begun = time.perf_counter()
-            jax.block_until_ready(program(logits, np.arange(count, dtype=np.uint32), *how))
-            return (time.perf_counter() - begun) * 1e3
-
-        return milliseconds
+        return milliseconds(lambda: program(logits, np.arange(count, dtype=np.uint32), *how))
 
     sides = {"all greedy": drawn(0, 0.0, 0, 1.0)}
     for name, settings in SETTINGS.items():

@@ -20,7 +20,7 @@ from ..serving.decoder import STEPS
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .decode import METHODS, bank_of
-from .rounds import interleaved, measurement, paired, single
+from .rounds import interleaved, measurement, milliseconds, paired, single
 
 COMPARED = ("PARA", "(IA)^3", "LoRA r=8")
 LONGEST = 256  # tokens per row, prompt and answer
@@ -143,14 +143,11 @@ def prefill_sides(model, bank) -> dict[str, Callable[[], float]]:
     def prefilled(adapters, lengths: list[int]) -> Callable[[], float]:
         tokens = [np.ones((1, length), np.int32) for length in lengths]
 
-        def milliseconds() -> float:
-            begun = time.perf_counter()
+        def prefill_each() -> None:  # one after another, as requests come
             for each in tokens:
-                made = prefill(model, adapters, each, each.shape[1], max_length=LONGEST)
-                jax.block_until_ready(made)
-            return (time.perf_counter() - begun) * 1e3
+                jax.block_until_ready(prefill(model, adapters, each, each.shape[1], max_length=LONGEST))
 
-        return milliseconds
+        return milliseconds(prefill_each)
 
     para, turn = bank.rows(bank.names[:1]), LONGEST // TURNS
     return {

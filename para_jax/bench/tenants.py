@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from ..adapters.rows import stack_adapters
@@ -14,7 +12,7 @@ from ..config import Ia3Config, LoraConfig, ParaConfig, TrainSection
 from ..model import init_adapter
 from ..training.optimizer import learning_rates
 from ..training.step import init_state, train_step
-from .rounds import interleaved, measurement, paired
+from .rounds import interleaved, measurement, milliseconds, paired
 from .train import random_batch
 
 METHODS = {"PARA": ParaConfig(), "(IA)^3": Ia3Config(), "LoRA": LoraConfig()}
@@ -68,12 +66,3 @@ def tenants_step(model, config, batch, groups: int, stack: int) -> Callable[[], 
         return state
 
     return milliseconds(step)
-
-
-def milliseconds(step: Callable) -> Callable[[], float]:
-    def measure() -> float:
-        begun = time.perf_counter()
-        jax.block_until_ready(step())
-        return 1000 * (time.perf_counter() - begun)
-
-    return measure
