@@ -26,7 +26,7 @@ from .config import (
     one_of,
     printable,
 )
-from .data.batches import example_lengths, plan, plan_buckets
+from .data.batches import Plan, example_lengths, plan_buckets
 from .data.examples import show_example
 from .data.hf import is_hf
 from .data.records import SPLITS, load_records
@@ -145,7 +145,7 @@ def data_report(config: RunConfig, rows: int | None = None) -> str:
     data = load_training_data(config.data, tokenizer)
     buckets = plan_buckets(data.examples, config.data.buckets)
     rows = rows or config.train.batch_size or config.train.per_device_batch_size
-    order = plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
+    order = Plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
     examples = [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
     shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)
     return "\n\n".join([*examples, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches per epoch"])

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..backbone.load import load_backbone
 from ..config import DataSection, ParaConfig, TrainSection, allowed_values
-from ..data.batches import Batch, Bucket, collate, example_lengths, plan, plan_buckets
+from ..data.batches import Batch, Bucket, Plan, collate, example_lengths, plan_buckets
 from ..data.examples import Example
 from ..data.packing import Packed, RowShape, collate_packed, plan_packing
 from ..data.records import encode_records, load_records
@@ -126,7 +126,7 @@ def padded_steps(examples: list[Example], count: int, tokens: int) -> list:
     buckets, lengths = plan_buckets(examples, count), np.array(example_lengths(examples))
     padded = np.array([bucket.length for bucket in buckets])[np.searchsorted([b.length for b in buckets], lengths)]
     rows = max(1, round(tokens / padded.mean()))
-    order = plan(lengths.tolist(), buckets=buckets, rows=rows, seed=0)
+    order = Plan(lengths.tolist(), buckets=buckets, rows=rows, seed=0)
     steps = []
     for index in range(len(buckets)):  # one step of each bucket, or more where it has more of them
         share = round(STEPS * (padded == buckets[index].length).mean()) or 1

@@ -29,7 +29,7 @@ from .quiet_orbax import quiet_orbax
 @contextmanager
 def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
     """The checkpoints in a folder (None on processes other than the first). The newest few are kept, and an interrupted
-    save is never taken for a whole one. Waits at the end for what is still being written.
+    save is never mistaken for a complete one. Waits at the end for what is still being written.
 
     Raises ValueError where the folder can't be opened, and where something could not be written, unless the body
     raised an error before.
