@@ -18,7 +18,7 @@ from .data.packing import Packed
 from .messages import say
 from .model import init_adapter
 from .processes import on_every_process, on_first_process
-from .sharding import RULES, make_mesh, mesh_sizes, tenants_shardings, tree_shardings
+from .sharding import RULES, make_mesh, mesh_sizes, tenants_shardings, tree_shardings, with_sharding
 from .training.loss import CHUNK
 from .training.optimizer import LearningRates
 from .training.passes import Layout, batch_devices, lay_out
@@ -278,7 +278,3 @@ def sharded(mesh: Mesh | AbstractMesh, *axes) -> NamedSharding:
 def packed_examples(config: RunConfig) -> int:
     """Examples per packed row, where the data isn't read."""
     return max(1, config.data.max_seq_length // TOKENS_AN_EXAMPLE)
-
-
-def with_sharding(leaf, sharding):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -115,6 +115,11 @@ def is_variable(node) -> bool:
     return hasattr(node, "get_value")
 
 
+def with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:
+    """An array's shape and dtype, with this sharding."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def named_axes(variable, config) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
     """The names of a parameter's axes (None for the leading axes of a stack), and the counts that the mesh must divide:
     the number of heads for an axis of heads, else the size."""

@@ -28,6 +28,7 @@ from ..memory import (
     packed_examples,
     shard_bytes,
     step_arguments,
+    tree_size,
 )
 from ..roofline import estimate_time, time_lines, training_work
 from ..sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
@@ -178,7 +179,7 @@ def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> 
     """How much memory the tenants of a run take on a chip, and how they are spread."""
     layout = lay_out(config, mesh, tenants)
     state = step_arguments(config, mesh, tenants)[0]
-    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / layout.slots
+    each = tree_size(state) / layout.slots
     spread = layout.slots // tenants_sharding(layout.slots, mesh).shard_shape((layout.slots,))[0]
     uneven = f", because {mesh.size} chips do not divide {layout.slots} tenants" if spread < mesh.size else ""
     return (
