@@ -26,7 +26,7 @@ from .config import (
     one_of,
     printable,
 )
-from .data.batches import example_lengths, plan, plan_buckets
+from .data.batches import Plan, example_lengths, plan_buckets
 from .data.examples import show_example
 from .data.hf import is_hf
 from .data.records import SPLITS, load_records
@@ -145,7 +145,7 @@ def data_report(config: RunConfig, rows: int | None = None) -> str:
     data = load_training_data(config.data, tokenizer)
     buckets = plan_buckets(data.examples, config.data.buckets)
     rows = rows or config.train.batch_size or config.train.per_device_batch_size
-    order = plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
+    order = Plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
     examples = [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
     shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)
     return "\n\n".join([*examples, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches per epoch"])
@@ -247,16 +247,15 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def new_record(command: str, found: dict) -> dict:
+    """What a command measured, with the device and the versions."""
+    about = {"command": command, "device": devices.describe_devices(), "versions": devices.library_versions()}
+    return about | found
+
+
 def results(command: str, config: RunConfig, scores: dict, seconds: float) -> dict:
-    """The record that --results writes: what was run, where, and what came out."""
-    return {
-        "command": command,
-        "device": devices.describe_devices(),
-        "versions": devices.library_versions(),
-        "seconds": round(seconds, 1),
-        "scores": scores,
-        "config": config_dict(config),
-    }
+    """The record that --results writes."""
+    return new_record(command, {"seconds": round(seconds, 1), "scores": scores, "config": config_dict(config)})
 
 
 def check_record_file(option: str, file: Path) -> None:

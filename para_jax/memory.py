@@ -18,7 +18,7 @@ from .data.packing import Packed
 from .messages import say
 from .model import init_adapter
 from .processes import on_every_process, on_first_process
-from .sharding import RULES, make_mesh, mesh_sizes, tenants_shardings, tree_shardings
+from .sharding import RULES, make_mesh, mesh_sizes, tenants_shardings, tree_shardings, with_sharding
 from .training.loss import CHUNK
 from .training.optimizer import LearningRates
 from .training.passes import Layout, batch_devices, lay_out
@@ -191,7 +191,7 @@ def activation_bytes(config: RunConfig, model: ModelConfig, mesh: Mesh | Abstrac
     dtype, tensor = jnp.dtype(config.backbone.dtype or "bfloat16"), mesh.shape["tensor"]
     tokens, rows = config.data.max_seq_length, lay_out(config, mesh, tenants).pass_rows // batch_devices(mesh)
     linears = sum(map(model.site_width, SITES)) / tensor
-    kernel, _ = run_kernel(config, model)
+    kernel, _ = kernel_of_run(config, model)
     scores = 4 * rows * model.num_heads / tensor * tokens * tokens * (kernel == "plain")
     kept = dtype.itemsize * rows * tokens * (model.width + KEPT_LINEARS[config.train.remat] * linears)
     kept += 1.5 * scores * (config.train.remat == "none")
@@ -251,7 +251,7 @@ def abstract_model(config: RunConfig, mesh: Mesh | AbstractMesh) -> Any:
     return abstract_backbone(model_config, dtype, mesh, layout="stacked", quantize=quantize, attention=attention)
 
 
-def run_kernel(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
+def kernel_of_run(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
     """The attention kernel of a run's longest rows on a TPU, and the reason for it."""
     dtype, choice = config.backbone.dtype or "bfloat16", choice_named(config.backbone.attention)
     return attention_kernel(model, config.data.max_seq_length, dtype, "tpu", choice, packed=config.data.packing)
@@ -278,7 +278,3 @@ def sharded(mesh: Mesh | AbstractMesh, *axes) -> NamedSharding:
 def packed_examples(config: RunConfig) -> int:
     """Examples per packed row, where the data isn't read."""
     return max(1, config.data.max_seq_length // TOKENS_AN_EXAMPLE)
-
-
-def with_sharding(leaf, sharding):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

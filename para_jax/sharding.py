@@ -115,6 +115,11 @@ def is_variable(node) -> bool:
     return hasattr(node, "get_value")
 
 
+def with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:
+    """An array's shape and dtype, with this sharding."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def named_axes(variable, config) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
     """The names of a parameter's axes (None for the leading axes of a stack), and the counts that the mesh must divide:
     the number of heads for an axis of heads, else the size."""
@@ -223,7 +228,8 @@ def shard_rows(array) -> jax.Array:
     rows, devices = array.shape[1], mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % devices:
         raise ValueError(
-            f"a batch of {rows} rows does not divide evenly over mesh.data x mesh.fsdp = {devices} devices"
+            f"a batch of {rows} rows does not divide evenly over mesh.data x mesh.fsdp = {devices} devices; "
+            "use a multiple"
         )
     array, sharding = np.asarray(array), NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

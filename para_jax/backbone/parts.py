@@ -170,5 +170,6 @@ def require_equal(source: Source, name: str, other: str, blocks: list[Block]) ->
         both = zip(read_pieces(source, name, block), read_pieces(source, other, block), strict=True)
         if not all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in both):
             raise ValueError(
-                f"{source.path}: {name} differs from {other}, although config.json sets tie_word_embeddings"
+                f"{source.path}: {name} differs from {other}, although config.json sets tie_word_embeddings; "
+                "set it to false"
             )

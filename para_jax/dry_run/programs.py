@@ -15,6 +15,7 @@ from ..evaluation.likelihood import continuation_scores, together
 from ..inference.generate import next_token
 from ..memory import abstract_adapter, abstract_model
 from ..model import _prefill
+from ..sharding import with_sharding
 from ..training.passes import batch_devices
 from ..training.step import eval_nll
 from .topology import Compiled, ask_compiler, compile_step
@@ -50,14 +51,10 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[st
         found["prefill"], program = ask_compiler(lowered)
         if program is None:
             return found
-        logits, cached = jax.tree.map(placed_as, lowered.out_info, program.output_shardings)
+        logits, cached = jax.tree.map(with_sharding, lowered.out_info, program.output_shardings)
         leaves, treedef = jax.tree.flatten(model)
         answers = together(ANSWER, rows)
         ranked = int32(answers), int32(answers, ANSWER), int32(answers)
         found["ranking"], _ = ask_compiler(continuation_scores.lower(treedef, leaves, logits, cached, *ranked))
         found["decode"], _ = ask_compiler(next_token.lower(treedef, leaves, cached, int32(rows), None, 1))
     return found
-
-
-def placed_as(info, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)

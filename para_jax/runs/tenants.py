@@ -12,7 +12,7 @@ import numpy as np
 
 from ..backbone.load import load_model_config
 from ..config import ModelConfig, RunConfig, expanded, require
-from ..data.batches import Bucket, example_lengths, for_mixed_rows, plan, plan_buckets_of_sizes
+from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.schedule import TenantOrder
@@ -119,7 +119,7 @@ def plan_batches(
     if len(configs) > 1:
         buckets = for_mixed_rows(buckets)
     return buckets, {
-        name: plan(example_lengths(examples[name]), buckets=buckets, rows=rows, seed=own.seed)
+        name: Plan(example_lengths(examples[name]), buckets=buckets, rows=rows, seed=own.seed)
         for name, own in configs.items()
     }
 
