@@ -94,7 +94,7 @@ def step_line(config: RunConfig) -> str:
 def data_lines(config: RunConfig) -> list[str]:
     """What is known about the data without a tokenizer. Files that do not exist yet are named, and are not an error."""
     if config.data.task is not None and config.data.task not in TASKS:
-        raise ValueError(f"data.task: {config.data.task!r} is not possible; expected one of {', '.join(TASKS)}")
+        raise ValueError(f"data.task {config.data.task!r} is not known; choose one of {', '.join(TASKS)}")
     if config.data.tenants is not None:
         return tenant_lines(config)
     if config.data.train is None:

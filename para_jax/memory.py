@@ -79,7 +79,7 @@ def run_mesh(config: RunConfig, tenants: int = 1) -> Mesh:
 def choose_mesh(
     config: RunConfig, count: int, room: int | None, tenants: int = 1, *, all_of_them: bool = True
 ) -> MeshChoice:
-    """The sizes of a run's mesh over so many devices. Where the config leaves mesh.fsdp open, it is the smallest with
+    """The sizes of a run's mesh over this many devices. Where the config leaves mesh.fsdp open, it is the smallest with
     which the run fits a device by the estimate. Sizes that the config gives are kept.
 
     Args:
@@ -218,7 +218,7 @@ def tree_size(tree) -> int:
 def step_arguments(
     config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int = 1
 ) -> tuple[TrainState, Any, Batch | Packed, jax.ShapeDtypeStruct, LearningRates]:
-    """The abstract arguments of train_step as a run of so many tenants on this mesh would hand them over, shardings
+    """The abstract arguments of train_step as a run of this many tenants on this mesh would hand them over, shardings
     included."""
     layout, model_config = lay_out(config, mesh, tenants), load_model_config(config.backbone.source)
 

@@ -33,7 +33,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     devices = jax.devices() if devices is None else list(devices)
     asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
     if list(asked.values()).count(-1) > 1 or any(size < -1 or size == 0 for size in asked.values()):
-        raise ValueError(f"mesh {asked}: use sizes of at least 1, one of which may be -1 (all remaining devices)")
+        raise ValueError(f"mesh {asked}: use sizes of at least 1; one may be -1 (all remaining devices)")
     sizes = mesh_sizes(asked, len(devices), must_use_all)
     if sizes is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""One decode step, float32 on a CPU: para_jax beside transformers, and many tenants beside PEFT's mixed LoRA batch.
+"""One decode step, float32 on a CPU: para_jax next to transformers, and many tenants next to PEFT's mixed LoRA batch.
 
     python scripts/bench_decode_peer.py --torch-python /path/to/python-with-torch-peft-and-transformers
 

@@ -1,8 +1,8 @@
-"""A whole training step (forward, backward, AdamW), float32 on a CPU: PARA in para_jax beside PEFT on torch.
+"""A whole training step (forward, backward, AdamW), float32 on a CPU: PARA in para_jax next to PEFT on torch.
 
     python scripts/bench_peft.py --torch-python /path/to/python-with-torch-peft-and-transformers
 
-PARA r=12 beside LoRA r=8 on all linears and (IA)^3 on q, v and up, on the same weights and rows (48 prompt and 16
+PARA r=12 next to LoRA r=8 on all linears and (IA)^3 on q, v and up, on the same weights and rows (48 prompt and 16
 completion tokens, loss on the completion). Each side is a process of its own (para_jax: this one) and makes one step in
 turn; torch runs with one thread and with two, and with logits at every position ("plain") and where the loss needs them
 ("kept"). Each ratio is to the better number of threads. The torch side needs the extra [bench-peft].

@@ -247,8 +247,7 @@ def check_fits(adapters, model: ModelConfig) -> None:
         return
     if not isinstance(adapters, (Adapter, Rows)):
         raise ValueError(
-            f"adapters: {type(adapters).__name__} is not possible; expected None, an adapter or Rows, "
-            "made by pick(stack, indices)"
+            f"adapters is a {type(adapters).__name__}; give None, an adapter, or Rows made by pick(stack, indices)"
         )
     for adapter in [stack.adapters for stack in adapters.stacks] if isinstance(adapters, Rows) else [adapters]:
         expected = describe(model)

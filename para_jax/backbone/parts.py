@@ -55,7 +55,7 @@ class Block(NamedTuple):
 def load_parameter(
     source: Source, recipe: Recipe, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None
 ) -> tuple[jax.Array, bool]:
-    """A parameter, of which this process reads its own parts, and whether those are all finite."""
+    """A parameter, and whether its values are all finite. Each process reads only its own parts."""
     blocks = needed_blocks(shape, recipe.transpose, sharding)
     values, finite = read_blocks(source, recipe, blocks, dtype)
 

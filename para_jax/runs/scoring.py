@@ -13,8 +13,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.files import load_adapter, save_adapter
 from ..adapters.rows import Stack
 from ..config import RunConfig, expanded
-from ..evaluation.evaluate import Score
-from ..evaluation.tenants import Tasks
+from ..evaluation.evaluate import Score, Tasks
 from ..messages import say
 from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process
 from ..sharding import place_tenants

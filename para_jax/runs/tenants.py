@@ -103,7 +103,7 @@ def say_data(config: RunConfig, data: dict[str, TrainingData]) -> None:
 def plan_batches(
     config: RunConfig, configs: dict[str, RunConfig], data: dict[str, TrainingData], rows: int
 ) -> tuple[tuple, dict[str, Any]]:
-    """The compiled shapes, and each tenant's plan: which examples its steps hold, of so many rows each."""
+    """The compiled shapes, and each tenant's plan: which examples its steps hold, `rows` each."""
     examples = {name: one.examples for name, one in data.items()}
     if config.data.packing:
         length = config.data.max_seq_length

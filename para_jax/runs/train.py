@@ -21,8 +21,8 @@ from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone
 from ..config import RunConfig, config_dict, expanded, require
 from ..data.example_arrays import digest
+from ..evaluation.evaluate import Tasks, share_shapes
 from ..evaluation.shapes import say_evaluation
-from ..evaluation.tenants import Tasks, share_shapes
 from ..memory import run_mesh
 from ..messages import say
 from ..model import init_adapter

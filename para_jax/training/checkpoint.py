@@ -365,8 +365,8 @@ def digest(arrays: dict[str, np.ndarray], progress: dict[str, Any]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What the operating system said, where that is the cause; else the error's first line. Of a long line, the start
-    and the end: orbax names files first, and the cause last."""
+    """What the operating system said, where that is the cause; else the error's first line. A long line keeps its start
+    and its end, because orbax names files first and the cause last."""
     said = str(error)
     system = (os.strerror(number) for number in errno.errorcode)
     line = (said.splitlines() or [type(error).__name__])[0]
