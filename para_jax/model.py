@@ -150,7 +150,7 @@ def vectors(
     adjustments = _adjustments(model, adapters, tokens, prompt_length)
     if not isinstance(adjustments[0], Factors):
         raise ValueError(
-            f"vectors needs a method that makes factors, such as PARA; got {type(adjustments[0]).__name__}"
+            f"vectors: {type(adjustments[0]).__name__} adjustments have no factors; use an adapter that has, such as PARA's"
         )
     sites = [site for site in SITES if site in adjustments[0].distance]
     return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in sites}

@@ -195,9 +195,9 @@ def test_gradients_match_the_rounded_weights():
 
 def test_only_the_adapter_has_gradients_and_moments():
     state, adapter = int8_step()[0], tenants()[0]
-    assert size(state.adapter) == size(adapter)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapter)} == {"float32"}
-    counters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 0)
+    assert size(state.adapters) == size(adapter)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapters)} == {"float32"}
+    counters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer) if leaf.dtype == jnp.int32)
     assert size(state.optimizer) == 2 * size(adapter) + counters
 
 
@@ -254,7 +254,7 @@ def test_a_run_on_int8_learns_resumes_and_says_so_in_its_card(tmp_path, monkeypa
 def test_another_quantisation_is_named():
     with pytest.raises(ValueError, match="backbone.quantize .*int8.*'int4'"):
         run_config(Path("."), "backbone.quantize=int4")
-    with pytest.raises(ValueError, match="quantize .*int8.*'int4'"):
+    with pytest.raises(ValueError, match="quantize 'int4'.* int8"):
         load_backbone(FIXTURES / "llama", quantize="int4")
 
 
