@@ -131,7 +131,7 @@ class Loop(NamedTuple):
 
     def fresh_adapter(self, tenant: Tenant) -> Adapter:
         made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
-        if getattr(self.config.adapter, "summary", "raw") == "standardised":
+        if made.needs_statistics:
             longest, seed = self.buckets[-1], tenant.config.seed
             bucket = Bucket(longest.length, longest.completion)
             statistics = statistics_batches(tenant.data.examples, bucket, self.layout.rows, seed)
