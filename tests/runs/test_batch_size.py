@@ -119,7 +119,7 @@ def test_the_same_batch_size_is_the_same_plan_on_any_number_of_devices(folder):
 
 def test_a_run_has_the_same_losses_on_any_number_of_devices(folder):
     found = []
-    for devices in (1, 2, 8):
+    for devices in (1, 8):
         own = f"mesh.data={devices}", f"output_dir={folder / f'on-{devices}'}", "adapter.summary=raw"
         own = *own, "train.max_steps=3"
         train(run_config(folder, "train.batch_size=16", "train.per_device_batch_size=4", *own))
