@@ -129,7 +129,7 @@ def test_no_compilation_while_tenants_come_go_and_mix(model, tenants, bank):
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
-    bank = filled(model, tenants, ["para", "ia3"], capacity=1000)
+    bank = filled(model, tenants, ["para", "ia3"], capacity=300)
     tokens = prompts(model, 4)
 
     def serve(names):
@@ -142,11 +142,11 @@ def test_no_compilation_while_tenants_come_go_and_mix(model, tenants, bank):
     held = [init_adapter(ParaConfig(r=r), model.config, seed=r) for r in (1, 4, 8)]
     held += [init_adapter(Ia3Config(target_modules=("v_proj",)), model.config)]
     start = len(compiled)  # making the adapters compiles, serving them does not
-    for i in range(998):
+    for i in range(298):
         bank.add(f"t{i}", held[i % 4])
-    for i in range(30):
-        bank.replace(f"t{rng.integers(500)}", held[rng.integers(4)])
-        bank.remove(f"t{998 - 1 - i}")
+    for i in range(15):
+        bank.replace(f"t{rng.integers(200)}", held[rng.integers(4)])
+        bank.remove(f"t{297 - i}")
         serve([None if rng.random() < 0.2 else bank.names[rng.integers(len(bank))] for _ in range(4)])
     assert before > 0 and len(compiled) == start
     prefill(model, bank.rows(["para"] * 3), tokens[:3], 8, max_length=16)

@@ -297,6 +297,11 @@ def test_fields_that_exclude_each_other_are_both_named():
     assert "eval.metric" in message and "eval.also" in message
 
 
+@pytest.mark.parametrize("many", ["data.tenants=somewhere", "sweep.seed=[1, 2]"])
+def test_packed_rows_may_be_of_many_tenants(many):
+    assert load_config(None, [many, "data.packing=true"]).data.packing
+
+
 def test_a_coordinator_is_auto_or_an_address():
     assert load_config(None, ["runtime.coordinator=auto"]).runtime.coordinator == "auto"
     among = ["runtime.num_processes=2", "runtime.process_id=1"]

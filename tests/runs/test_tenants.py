@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from long_cases import quick
 from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows, write_tenants
 
 from para_jax import (
@@ -168,7 +169,7 @@ def test_a_tenant_learns_what_a_run_of_it_alone_learns(whole, folder, tmp_path):
     np.testing.assert_allclose(adapter_of(config, "acme").mean[...], found.adapter.mean[...], atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["para", *(pytest.param(name, marks=pytest.mark.long) for name in ("lora", "ia3"))])
+@pytest.mark.parametrize("method", quick(["para", "lora", "ia3"], "para"))
 def test_a_tenants_bits_do_not_depend_on_the_other_tenants(method, folder, tmp_path):
     options = [f"adapter.method={method}", "adapter.r=4", "adapter.summary=raw", "train.max_steps=4"]
     if method != "para":
@@ -328,7 +329,7 @@ def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
 # ----------------------------------------------------------------------------------------------------- stop and resume
 
 
-@pytest.mark.parametrize("at", [1, 4, 7, 10])  # after the last of them a tenant has done its last step
+@pytest.mark.parametrize("at", quick([1, 4, 7, 10], 4, 10))  # after the last of them a tenant has done its last step
 def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(at, whole, folder, tmp_path, monkeypatch):
     config = tenants_config(folder, tmp_path / "run", "eval.test=true", "checkpoint.every=2")
     real = StopSignal.reached
@@ -389,7 +390,7 @@ def test_a_run_stopped_at_its_very_end_logs_nothing_twice_when_started_again(who
         assert all_that_stays(tmp_path / "run") == all_that_stays(whole[1].output_dir)
 
 
-@pytest.mark.parametrize("rates", ["1e30, 0.03", pytest.param("1e30, 0.03, 0.01, 0.02", marks=pytest.mark.long)])
+@pytest.mark.parametrize("rates", quick(["1e30, 0.03", "1e30, 0.03, 0.01, 0.02"], "1e30, 0.03"))
 def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folder, tmp_path, monkeypatch):
     ends = []
     for at in (None, 2, 3):
@@ -406,7 +407,7 @@ def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folde
     assert ends[0] == ends[1] == ends[2] and len(ends[0]) == len(rates.split(","))
 
 
-@pytest.mark.parametrize("at_once", ["null", "1"])
+@pytest.mark.parametrize("at_once", quick(["null", "1"], "1"))
 def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(at_once, folder, tmp_path):
     """Also where a tenant's slot was given to another one after its end."""
     own = (
@@ -446,7 +447,7 @@ def test_more_epochs_make_a_sweep_longer(folder, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
-@pytest.mark.parametrize("method", ["para", "lora", "ia3"])
+@pytest.mark.parametrize("method", quick(["para", "lora", "ia3"], "para", "lora"))
 def test_packed_tenants_learn_what_packed_runs_of_them_alone_learn(method, folder, tmp_path):
     packed = "data.packing=true", "data.max_seq_length=32", "adapter.summary=raw", "train.max_steps=3"
     if method != "para":
@@ -518,10 +519,10 @@ def test_a_folder_that_holds_other_tenants_is_refused(whole, folder, tmp_path):
     ("override", "named"),
     [
         ("data.tenants={folder}/nowhere", "data.tenants.*nowhere"),
-        ("train.rows_per_tenant=3", r"train.rows_per_tenant: 3 .*divisor of train.per_device_batch_size \(8\)"),
-        ("train.tenants_at_once=0", "train.tenants_at_once: 0"),
-        ("train.sampling=often", "train.sampling: 'often'.*proportional, sqrt, uniform"),
-        ("sweep.seed=[1, 2]", "sweep: .*beside data.tenants"),
+        ("train.rows_per_tenant=3", r"train.rows_per_tenant .*train.per_device_batch_size \(8\).* 3"),
+        ("train.tenants_at_once=0", "train.tenants_at_once .* 0"),
+        ("train.sampling=often", "train.sampling .*proportional, sqrt, uniform.*'often'"),
+        ("sweep.seed=[1, 2]", "sweep .*data.tenants"),
     ],
 )
 def test_what_can_not_be_is_refused_in_one_line_before_anything_is_written(override, named, folder, tmp_path):
