@@ -21,7 +21,7 @@ from ..data.example_arrays import add_to_digest
 from ..messages import say
 from ..storage.bucket import BucketPath, Place
 from ..storage.lock import bucket_lock
-from ..training import last_state
+from ..training.last_state import last_states_left
 from ..training.log import drop_rows
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from ..training.tenants_file import read_entries, write_entries
@@ -37,7 +37,7 @@ PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.da
 #: The file that the writing process keeps locked. It stays when that process ends.
 LOCK = ".lock"
 #: Files that `atomic` replaces in a run's folder or in a tenant's.
-REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json", last_state.FILE)
+REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json")
 #: The folder that is renamed to see whether that works (under a temporary name), and the end of its new name.
 TRIAL, RENAMED = "rename", "-renamed"
 #: Tenants' files that are written at once.
@@ -116,9 +116,8 @@ def delete_leftovers(folder: Place) -> None:
     """Deletes the temporary files that killed writes left."""
     for left in trials_left(folder):
         shutil.rmtree(left, ignore_errors=True)
-    for name in REPLACED:
-        for file in atomic.files_left(folder / name):
-            file.unlink(missing_ok=True)
+    for file in [*(left for name in REPLACED for left in atomic.files_left(folder / name)), *last_states_left(folder)]:
+        file.unlink(missing_ok=True)
 
 
 def check_folder(config: RunConfig) -> None:
@@ -153,9 +152,9 @@ def claim_folders(config: RunConfig, tenants: Sequence[Tenant]) -> None:
         claim_folder(config)
         return
     folder = expanded(config.output_dir)
-    bucket_lock = {path.parent.name for path in folder.glob("*/config.yaml")}
-    others = sorted(bucket_lock ^ {tenant.name for tenant in tenants})
-    if bucket_lock - {tenant.name for tenant in tenants} or (others and any(folder.glob("checkpoints/*"))):
+    found, wanted = {path.parent.name for path in folder.glob("*/config.yaml")}, {tenant.name for tenant in tenants}
+    others = sorted(found ^ wanted)
+    if found - wanted or (others and any(folder.glob("checkpoints/*"))):
         raise ValueError(
             f"output_dir {folder} holds a run of other tenants (the difference: {', '.join(map(repr, others[:3]))}); "
             "choose another output_dir, or the same tenants to resume"
@@ -212,9 +211,9 @@ def drop_unsure(standing: Standing, file: Place) -> None:
 # ---------------------------------------------------------------------------------------------------- which run it is
 
 
-def differences(bucket_lock: RunConfig, wanted: RunConfig) -> list[str]:
+def differences(found: RunConfig, wanted: RunConfig) -> list[str]:
     """The fields that make two configs different runs: "train.learning_rate (0.1 there, 0.2 here)"."""
-    there, here = fields_of_run(bucket_lock), fields_of_run(wanted)
+    there, here = fields_of_run(found), fields_of_run(wanted)
     names = [name for name in there | here if there.get(name) != here.get(name)]
     return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
 
