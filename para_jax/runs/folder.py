@@ -21,7 +21,7 @@ from ..data.example_arrays import add_to_digest
 from ..messages import say
 from ..storage.bucket import BucketPath, Place
 from ..storage.lock import bucket_lock
-from ..training import last_state
+from ..training.last_state import last_states_left
 from ..training.log import drop_rows
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from ..training.tenants_file import read_entries, write_entries
@@ -37,7 +37,7 @@ PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.da
 #: The file that the writing process keeps locked. It stays when that process ends.
 LOCK = ".lock"
 #: Files that `atomic` replaces in a run's folder or in a tenant's.
-REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json", last_state.FILE)
+REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json")
 #: The folder that is renamed to see whether that works (under a temporary name), and the end of its new name.
 TRIAL, RENAMED = "rename", "-renamed"
 #: Tenants' files that are written at once.
@@ -116,9 +116,8 @@ def delete_leftovers(folder: Place) -> None:
     """Deletes the temporary files that killed writes left."""
     for left in trials_left(folder):
         shutil.rmtree(left, ignore_errors=True)
-    for name in REPLACED:
-        for file in atomic.files_left(folder / name):
-            file.unlink(missing_ok=True)
+    for file in [*(left for name in REPLACED for left in atomic.files_left(folder / name)), *last_states_left(folder)]:
+        file.unlink(missing_ok=True)
 
 
 def check_folder(config: RunConfig) -> None:

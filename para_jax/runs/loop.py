@@ -120,10 +120,11 @@ class Loop(NamedTuple):
             if held == tenant:
                 continue
             if held >= 0 and standing.ended[held] == "done":
-                write_last_state(self.tenants[held].folder, tenant_of(state, jnp.int32(slot)))
-            if standing.steps[tenant]:
+                write_last_state(self.tenants[held].folder, standing.steps[held], tenant_of(state, jnp.int32(slot)))
+            steps = standing.steps[tenant]
+            if steps:
                 like = jax.eval_shape(tenant_of, state, jnp.int32(slot))
-                state = put_state(state, jnp.int32(slot), read_last_state(self.tenants[tenant].folder, like))
+                state = put_state(state, jnp.int32(slot), read_last_state(self.tenants[tenant].folder, steps, like))
             else:
                 fresh = self.fresh_adapter(self.tenants[tenant])
                 state = put_tenant(state, jnp.int32(slot), fresh, config=self.config.train)

@@ -84,8 +84,15 @@ def require_same_tenants(standing: Standing, tenants: Sequence[Tenant], layout: 
             )
 
 
-def reopened(standing: Standing, tenants: Sequence[Tenant]) -> Standing:
-    """The standing of a run that was made longer: tenants that had done all their steps go on."""
+def reopened(standing: Standing, tenants: Sequence[Tenant], changed: Sequence[str] = ()) -> Standing:
+    """The standing of a run that was made longer: tenants that had done all their steps go on. So does a run of one
+    adapter whose data changed: it is scored on the new data, and its patience starts again.
+
+    Args:
+        changed: the parts of the data that changed since, and that the config accepts.
+    """
+    if changed and not tenants[0].name:
+        return standing.changed(0, ended=None)
     for i, tenant in enumerate(tenants):
         if standing.ended[i] == "done" and standing.steps[i] < tenant.order.total_steps:
             standing = standing.changed(i, ended=None)

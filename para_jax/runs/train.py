@@ -140,7 +140,7 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
         state, standing = restored or (state, fresh_standing(tenants, layout, run))
         changed, standing = accepted_changes(standing, run)
         require_same_tenants(standing, tenants, layout)
-        standing = reopened(standing, tenants)
+        standing = reopened(standing, tenants, changed)
         log = open_log(config, model, mesh, standing if restored else None)
         on_first_process(lambda: mend_folders(config, standing, tenants, resumed=bool(restored)))
         profiler = Profiler(config.profiler, folder)

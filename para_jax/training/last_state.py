@@ -1,5 +1,9 @@
 """The state of a tenant that has ended and whose slot another tenant took, in its folder. A longer run goes on from
-it."""
+it.
+
+Each has a file of its own, named by its steps. A run that is made longer twice, or that is killed and goes back to a
+checkpoint from before the tenant ended again, needs the earlier one.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,29 @@ import numpy as np
 from .. import atomic
 from ..adapters.folder import safetensors_bytes
 from ..processes import broadcast_arrays, full_arrays, on_first_process
-from ..storage.bucket import Place
+from ..storage.bucket import BucketPath, Place
 from .checkpoint import check_shapes, named
 
-FILE = "last_state.safetensors"
+
+def file_of(folder: Place, steps: int) -> Place:
+    return folder / f"last_state_{steps}.safetensors"
 
 
-def write_last_state(folder: Place, state: Any) -> None:
-    """Writes one tenant's weights, moments and step, a slice of a TrainState."""
+def last_states_left(folder: Place) -> list[Place]:
+    """Temporary files that killed writes left; none in a bucket."""
+    if isinstance(folder, BucketPath):
+        return []
+    return sorted(folder.glob(".last_state_*.safetensors." + "[0-9a-f]" * 8))
+
+
+def write_last_state(folder: Place, steps: int, state: Any) -> None:
+    """Writes one tenant's weights, moments and step, a slice of a TrainState, after so many of its steps."""
     arrays = {name: np.asarray(array) for name, array in named(full_arrays(state)).items()}
-    on_first_process(lambda: atomic.write_bytes(folder / FILE, safetensors_bytes(arrays)))
+    on_first_process(lambda: atomic.write_bytes(file_of(folder, steps), safetensors_bytes(arrays)))
 
 
-def read_last_state(folder: Place, like: Any) -> Any:
-    """What `write_last_state` wrote, as arrays of NumPy.
+def read_last_state(folder: Place, steps: int, like: Any) -> Any:
+    """What `write_last_state` wrote after these steps, as arrays of NumPy.
 
     Args:
         like: a tree with the shapes of the state.
@@ -33,16 +46,18 @@ def read_last_state(folder: Place, like: Any) -> Any:
     """
     arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named(like).items()}
 
+    file = file_of(folder, steps)
+
     def read_first() -> None:
         from safetensors.numpy import load
 
         try:
-            found = load((folder / FILE).read_bytes())
+            found = load(file.read_bytes())
             found = {name: array.reshape(arrays[name].shape) for name, array in found.items() if name in arrays}
             check_shapes({name: array.shape for name, array in found.items()}, arrays)
         except Exception as error:  # whatever the file system or safetensors say
             raise ValueError(
-                f"{folder / FILE}: the tenant can't go on from it ({error}); restore it from a copy, or choose another "
+                f"{file}: the tenant can't go on from it ({error}); restore it from a copy, or choose another "
                 "output_dir"
             ) from None
         arrays.update(found)

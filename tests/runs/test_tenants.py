@@ -30,6 +30,7 @@ from para_jax.config import load_config, save_config
 from para_jax.evaluation.evaluate import Tasks, evaluate
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inspect import folder_report
+from para_jax.runs import loop
 from para_jax.runs.folder import claim_folders
 from para_jax.runs.scoring import Scoring
 from para_jax.runs.tenants import read_inputs
@@ -428,6 +429,29 @@ def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(at_once, fo
         assert found.tenants[name] == expected.tenants[name]
     with pytest.raises(ValueError, match="train.max_steps: .*3 steps of acme.* has done 6"):
         train_tenants(tenants_config(folder, tmp_path / "run", *short))
+
+
+def test_a_longer_run_that_is_killed_resumes_with_its_bits(folder, tmp_path, monkeypatch):
+    """The kill comes before a checkpoint says that a tenant, which had given its slot away, has ended again."""
+    own = "train.tenants_at_once=1", "train.schedule=constant", "train.warmup_ratio=0", "checkpoint.every=100"
+    short, long = ([*own, f"train.max_steps={steps}"] for steps in (3, 6))
+    train_tenants(tenants_config(folder, tmp_path / "run", *short))
+    real, calls = loop.train_step, []
+
+    def killed(*arguments, **settings):
+        calls.append(None)
+        if len(calls) == 8:  # three steps of the tenant with the slot, three of one that takes it, one of another
+            raise RuntimeError("killed")
+        return real(*arguments, **settings)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(loop, "train_step", killed)
+        train_tenants(tenants_config(folder, tmp_path / "run", *long))
+    found = train_tenants(tenants_config(folder, tmp_path / "run", *long))
+    train_tenants(tenants_config(folder, tmp_path / "long", *long))
+    assert {entry["steps"] for entry in found.tenants.values()} == {6}
+    for name in SIZES:
+        assert weights_of(tmp_path / "run", name) == weights_of(tmp_path / "long", name)
 
 
 def test_more_epochs_make_a_sweep_longer(folder, tmp_path):

@@ -631,6 +631,38 @@ def test_scores_of_two_validation_sets_are_never_compared(again, best, config, t
     assert f"Trained for {best[1]} steps" in card and f"exact_match: {best[0]:.4f}" in card
 
 
+def with_changed_data(config, folder, split):
+    """The run with other rows in a copy of its data, which it accepts."""
+    write_rows(folder / "data" / f"{split}.jsonl", rows_of_text(7, seed=7))
+    return replace(config, data=replace(config.data, changed="accept"))
+
+
+def test_a_run_that_has_ended_is_scored_on_new_test_data(folder, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    config = run_config(
+        folder, f"data.train={tmp_path / 'data'}", f"output_dir={tmp_path / 'run'}", "eval.test=true"
+    )  # fmt: skip
+    before, logged = train(config), metrics(config)
+    after = train(with_changed_data(config, tmp_path, "test"))
+    assert (after.step, after.best_step, after.best_score) == (before.step, before.best_step, before.best_score)
+    for name, count in (("test_before_loss", 2), ("test_after_loss", 1)):
+        old, new = ([row[name] for row in rows if name in row] for rows in (logged, metrics(config)))
+        assert len(new) == count and new[-1] != old[-1]
+
+
+def test_new_validation_data_let_a_run_go_on_that_patience_ended(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    config = run_config(
+        folder, f"data.train={tmp_path / 'data'}", f"output_dir={tmp_path / 'run'}", "eval.every=1", "eval.patience=1"
+    )  # fmt: skip
+    with monkeypatch.context() as patched:
+        scripted(patched, 0.9, 0.8)
+        assert train(config).step == 2
+    scripted(monkeypatch, 0.3, 0.4, 0.2)  # of the kept adapter, and after steps 3 and 4
+    result = train(with_changed_data(config, tmp_path, "validation"))
+    assert (result.step, result.best_step, result.best_score) == (4, 3, 0.4)
+
+
 def test_a_run_of_an_earlier_version_loads_and_is_not_resumed(folder, tmp_path):
     """tests/fixtures/old_run: two steps, of which the first was the best, in the form of 0.1's first checkpoints."""
     old = Path(shutil.copytree(FIXTURES / "old_run", tmp_path / "run"))

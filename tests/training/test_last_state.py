@@ -8,7 +8,7 @@ from golden_models import backbone, strong
 from tiny_run import ADAPTER, TRAIN
 
 from para_jax import init_adapter, stack_adapters
-from para_jax.training.last_state import FILE, read_last_state, write_last_state
+from para_jax.training.last_state import read_last_state, write_last_state
 from para_jax.training.step import init_state, put_state, tenant_of
 
 
@@ -27,8 +27,8 @@ def ended():
 
 
 def test_a_tenant_goes_on_in_another_slot_with_the_bits_of_its_last_state(ended, tmp_path):
-    write_last_state(tmp_path, ended)
-    read = read_last_state(tmp_path, jax.eval_shape(lambda: ended))
+    write_last_state(tmp_path, 7, ended)
+    read = read_last_state(tmp_path, 7, jax.eval_shape(lambda: ended))
     others = state_of([3, 4])
     before = jax.device_get(tenant_of(others, jnp.int32(1)))
     state = put_state(others, jnp.int32(0), read)
@@ -42,8 +42,8 @@ def test_a_tenant_goes_on_in_another_slot_with_the_bits_of_its_last_state(ended,
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "of other shapes"])
 def test_a_missing_or_damaged_state_is_named(damage, ended, tmp_path):
-    write_last_state(tmp_path, ended)
-    file = tmp_path / FILE
+    write_last_state(tmp_path, 7, ended)
+    (file,) = tmp_path.iterdir()
     if damage == "missing":
         file.unlink()
     if damage == "cut":
@@ -51,6 +51,6 @@ def test_a_missing_or_damaged_state_is_named(damage, ended, tmp_path):
     like = jax.eval_shape(lambda: ended)
     if damage == "of other shapes":
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype), like)
-    with pytest.raises(ValueError, match=f"{FILE}: .*output_dir") as error:
-        read_last_state(tmp_path, like)
+    with pytest.raises(ValueError, match=f"{file}: .*output_dir") as error:
+        read_last_state(tmp_path, 7, like)
     assert "\n" not in str(error.value)
