@@ -141,7 +141,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(dam
         assert progress.step == restored.step == 4
         warned = capsys.readouterr().err
         assert len(warned.splitlines()) == 1
-        assert f"warning: {folder / '6'}: the checkpoint can't be used" in warned and "goes on from step 4" in warned
+        assert f"warning: {folder / '6'}: the checkpoint can't be used" in warned and "resumes from step 4" in warned
         assert sorted(path.name for path in folder.iterdir()) == ["4", "6.damaged"]
         save_checkpoint(checkpoints, restored, progress._replace(step=6))  # its place is free
     assert sorted(path.name for path in folder.iterdir()) == ["4", "6", "6.damaged"]
