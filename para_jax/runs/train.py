@@ -93,7 +93,7 @@ def train_tenants(config: RunConfig) -> TenantsResult:
     it where it stopped.
 
     Each tenant has its own loss, clipping, schedule, validation, best adapter and early stopping. One whose loss is not
-    finite is stopped, and the others continue. SIGTERM and Ctrl-C save as in `train`. Raises ValueError as `train` does.
+    finite is stopped, and the others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.
     """
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
     standing, folder = trained(config).standing, expanded(config.output_dir)

@@ -244,12 +244,13 @@ def check_progress(about: dict[str, Any], step: int, kind: type) -> None:
     hints = get_type_hints(kind)
     missing = [name for name in hints if name not in about and name not in kind._field_defaults]
     unknown = [name for name in about if name not in hints]
-    require(not missing, "progress", sorted(about), f"{', '.join(missing)} too")
-    require(not unknown, "progress", unknown, "no such keys")
+    if missing:
+        raise ValueError(f"progress lacks {', '.join(missing)}")
+    if unknown:
+        raise ValueError(f"progress has unknown keys: {shorten(unknown)}")
     for name, value in about.items():
-        require(
-            of_type(value, hints[name]), f"progress.{name}", value, str(getattr(hints[name], "__name__", hints[name]))
-        )
+        expected = str(getattr(hints[name], "__name__", hints[name]))
+        require(of_type(value, hints[name]), f"progress.{name}", value, expected)
     require(about["step"] == step, "progress.step", about["step"], f"{step}, as the folder is named")
 
 
