@@ -134,9 +134,8 @@ def vectors(
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
     adjustments = _adjustments(model, adapters, tokens, prompt_length)
     if not isinstance(adjustments[0], Factors):
-        raise ValueError(
-            f"vectors needs a method that makes factors, such as PARA; got {type(adjustments[0]).__name__}"
-        )
+        kind = type(adjustments[0]).__name__
+        raise ValueError(f"vectors: {kind} adjustments have no factors; use a PARA adapter")
     sites = [site for site in SITES if site in adjustments[0].distance]
     return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in sites}
 

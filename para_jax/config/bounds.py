@@ -43,14 +43,20 @@ NonNegativeFloat = Annotated[float, Bounds(at_least=0, below=math.inf)]
 Fraction = Annotated[float, Bounds(at_least=0, below=1)]
 
 
+def field_types(config: type) -> dict[str, Any]:
+    """The fields of a dataclass and their types, also where `from __future__ import annotations` made them texts."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+
+
 def check_fields(config: Any, section: str = "") -> None:
     """Raises ValueError for a field of a dataclass whose value its Literal or Bounds does not allow.
 
     Args:
         section: what stands before the field's name in an error, such as "train.".
     """
-    for field in dataclasses.fields(config):
-        check_value(section + field.name, getattr(config, field.name), field.type)
+    for name, kind in field_types(type(config)).items():
+        check_value(section + name, getattr(config, name), kind)
 
 
 def check_value(name: str, value: Any, kind: Any) -> None:
@@ -82,5 +88,5 @@ def without_none(kind: Any) -> tuple[Any, bool]:
 
 def allowed_values(config: type, field: str) -> tuple[str, ...]:
     """The values that a field with a Literal type accepts, without None."""
-    kind, _ = without_none(next(each.type for each in dataclasses.fields(config) if each.name == field))
+    kind, _ = without_none(field_types(config)[field])
     return typing.get_args(kind)

@@ -5,7 +5,7 @@ import difflib
 import typing
 from typing import Annotated, Any, Literal
 
-from .bounds import without_none
+from .bounds import field_types, without_none
 from .check import printable, require, shorten
 
 
@@ -19,7 +19,7 @@ def typed_fields(values: Any, template: Any, section: str = "") -> dict[str, Any
         template: a dataclass instance. Its values are not used, but for the classes of its sections.
     """
     require(isinstance(values, dict), section.rstrip("."), values, "a mapping of fields")
-    known = {field.name: field.type for field in dataclasses.fields(template)}
+    known = field_types(type(template))
     typed = {}
     for name, value in values.items():
         if name not in known:

@@ -133,7 +133,7 @@ def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
         choices = choices or tuple(sorted({record.completion for record in split_records(config.data, "train") or []}))
         if not 2 <= len(choices) <= 100:
             raise ValueError(
-                f"eval.choices: {len(choices)} answers; accuracy ranks 2 to 100. Use eval.metric=exact_match instead"
+                f"eval.choices has {len(choices)} answers; accuracy ranks 2 to 100. Use eval.metric=exact_match instead"
             )
         warn_of_unreachable(split, records, choices)
     kept = encode_records(records, tokenizer, config.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ..config import RunConfig, TrainSection, require
+from ..config import RunConfig, TrainSection
 
 
 class Layout(NamedTuple):
@@ -107,20 +107,22 @@ def passes_allowed(config: TrainSection, counts, of_device: int) -> int:
     each. gradient_accumulation_steps overrides it."""
     given, most = config.gradient_accumulation_steps, config.per_device_batch_size
     possible = [count for count in counts if of_device // count <= most]
-    fits = given == 1 or given in possible
-    expected = (
-        f"nothing, or a number of passes that cuts train.batch_size ({config.batch_size}, {of_device} rows on each "
-        f"device) into at most train.per_device_batch_size ({most}) rows: {', '.join(map(str, possible))}"
-    )
-    require(fits, "train.gradient_accumulation_steps", given, expected)
+    if given != 1 and given not in possible:
+        raise ValueError(
+            f"train.gradient_accumulation_steps is {given}, which does not cut train.batch_size ({config.batch_size}, "
+            f"{of_device} rows per device) into equal passes of at most train.per_device_batch_size ({most}) rows; "
+            f"remove it, or choose one of {', '.join(map(str, possible))}"
+        )
     return possible[0] if given == 1 else given
 
 
 def require_divides(config: TrainSection, devices: int) -> None:
     """Raises ValueError if batch_size's rows can't be divided equally among the devices."""
-    expected = f"a multiple of {devices}, the devices of mesh.data x mesh.fsdp, which each take as many rows"
-    batch = config.batch_size
-    require(batch is None or batch % devices == 0, "train.batch_size", batch, expected)
+    if config.batch_size is not None and config.batch_size % devices:
+        raise ValueError(
+            f"train.batch_size {config.batch_size} can't be split evenly over {devices} devices "
+            f"(mesh.data x mesh.fsdp); choose a multiple of {devices}"
+        )
 
 
 def batch_devices(mesh) -> int:

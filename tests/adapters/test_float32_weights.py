@@ -15,7 +15,7 @@ LLAMA = str(FIXTURES / "llama")
 
 @pytest.fixture(scope="module")
 def model():
-    with pytest.warns(UserWarning, match="bfloat16 backbone on a CPU"):
+    with pytest.warns(UserWarning, match="bfloat16 backbone"):
         return load_backbone(LLAMA, dtype="bfloat16")
 
 
@@ -40,7 +40,7 @@ def test_an_adapter_of_the_command_line_answers_the_same_alone_and_in_a_bank(mod
     assert apart(model, adapters_of(options, {"a": folder}, model), alone) < 0.05  # rounded weights: 0.7
 
 
-@pytest.mark.filterwarnings("ignore:a bfloat16 backbone on a CPU")
+@pytest.mark.filterwarnings("ignore:a bfloat16 backbone")
 def test_an_adapter_of_lm_eval_answers_as_it_does_alone(model, folder, alone, monkeypatch):
     monkeypatch.setattr(para_lm, "load_tokenizer", lambda source: tokenizer())
     options = {"dtype": "bfloat16", "batch_size": 1, "max_length": 32, "allow_cpu": True}

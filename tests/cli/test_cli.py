@@ -166,10 +166,10 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
         (["--adapter", "b", "--prompt", "c", "--data", "d"], "give RUN"),
         (["--adapter", "b", "--adapter", "b", "--prompt", "c"], "give RUN"),
         (["--adapter", "b", *["--prompt", "c"] * 3], "give RUN"),
-        (["--adapter", "b", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
+        (["--adapter", "b", "--data", "/nowhere.jsonl"], "/nowhere.jsonl does not exist"),
         (["--adapter", "b", "--data", "d", "--limit", 1], "--limit 1 .*at least 2 prompts"),
         (["/nowhere"], "/nowhere: no run is there"),
-        (["--adapter", "b", "--data", "/"], "/: a folder; expected a .jsonl file"),
+        (["--adapter", "b", "--data", "/"], "/ is a folder.*.jsonl"),
         (["a", "--output", "x.doc"], "--output x.doc .*.png"),
         (["a", "--output", "/nowhere/x.png"], "--output /nowhere/x.png: no such folder"),
     ],
@@ -231,7 +231,7 @@ def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_pat
         (["--adapters", "acme=x"], "--tenant is given 0 times.*: acme, or base for no adapter"),
         (["--adapters", "acme=x", "--tenant", "acne"], "--tenant: no tenant 'acne'; the nearest are acme"),
         (["--adapters", "acme=x", "--tenant", "acme", "--adapter", "x"], "--tenant goes with"),
-        (["--adapters", "acme", "--tenant", "acme"], "acme: expected an adapter folder or a hub id"),
+        (["--adapters", "acme", "--tenant", "acme"], "acme.*adapter folder or a hub id"),
         (["--adapters", "base=x", "--tenant", "base"], "--adapters 'base=x': .*base is the base model"),
         (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': the name 'a' is taken"),
         (["--adapters", "acme=/nowhere", "--tenant", "acme"], "/nowhere"),
@@ -268,7 +268,7 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(folder, config, tmp_path, cap
     shown = capsys.readouterr().out
     weights = load_file(folder / "backbone" / "model.safetensors")
     assert f"{sum(w.size for w in weights.values()):,} frozen, 3,456 trained (2.347%)" in shown
-    assert "adapter 13.82 kB, optimiser 27.66 kB" in shown and "16 rows of at most 512 tokens" in shown
+    assert "adapter 13.82 kB, optimiser 27.65 kB" in shown and "16 rows of at most 512 tokens" in shown
     assert "train: 20 records" in shown and not output.exists()
     linears = [array for name, array in weights.items() if "proj" in name]
     bytes_held = 4 * (sum(w.size for w in weights.values()) - sum(w.size for w in linears))
@@ -297,7 +297,7 @@ def test_help_is_there_for_the_program_and_each_command(capsys):
     shown = capsys.readouterr().out
     for name in ("quickstart", "train", "evaluate", "generate", "inspect", "convert", "prepare", "plot", "bench"):
         assert name in shown and command(name, "--help") == 0
-        assert f"example:\n  para-jax {name} " in capsys.readouterr().out
+        assert re.search(rf"examples?:\n  para-jax {name} ", capsys.readouterr().out)
 
 
 def test_the_help_of_generate_groups_its_options_and_shows_their_defaults(capsys):
@@ -343,9 +343,9 @@ def parser_of(name):
             "--adapter a .*--adapters and --tenant",
         ),
         (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (["train", "."], "config .: a folder; expected a .yaml file"),
-        (["generate", "--prompt", "a", "--backbone", "~nobody-here/model"], "~nobody-here/model: no such home folder"),
-        (["generate", "--prompt", "a", "--adapters", "~nobody-here/runs"], "~nobody-here/runs: no such home folder"),
+        (["train", "."], "config \\. is a folder.*.yaml"),
+        (["generate", "--prompt", "a", "--backbone", "~nobody-here/model"], "~nobody-here/model.*home folder"),
+        (["generate", "--prompt", "a", "--adapters", "~nobody-here/runs"], "~nobody-here/runs.*home folder"),
         (["bench", "packing"], "bench packing: needs --data"),
         (["bench", "decode", "--rows", "8,x"], "--rows is 8,x\ngive sizes such as 1,8,32"),
         (["bench", "decode", "--rounds", "0"], "--rounds is 0"),
@@ -441,8 +441,8 @@ GOOD = '{"prompt": "w20", "completion": "w9"}\n'
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "empty"),
-        (" \n\n", "empty"),
+        ("", "rows.jsonl has no rows"),
+        (" \n\n", "rows.jsonl has no rows"),
         (GOOD + '{"prompt": "w20",\n', "rows.jsonl:2: .*JSON"),
         (GOOD + GOOD + "[1]\n", "rows.jsonl:3: .*list"),
         (GOOD + '{"completion": "w9"}', "rows.jsonl:2: .*'prompt'.*completion"),

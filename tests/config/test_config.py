@@ -290,14 +290,16 @@ def test_a_coordinator_and_the_processes_belong_together(overrides, named):
         load_config(None, overrides)
 
 
-@pytest.mark.parametrize("other", ["data.packing=true", "sweep.seed=[1, 2]"])
-def test_fields_that_exclude_each_other_are_both_named(other):
-    message = error("data.tenants=somewhere", other)
-    assert "data.tenants" in message and other.split(".")[0] in message
-    message = error("data.packing=true", "sweep.seed=[1]")
-    assert "data.packing" in message and "sweep" in message
+def test_fields_that_exclude_each_other_are_both_named():
+    message = error("data.tenants=somewhere", "sweep.seed=[1, 2]")
+    assert "data.tenants" in message and "sweep" in message
     message = error("eval.metric=loss", "eval.also=[f1]")
     assert "eval.metric" in message and "eval.also" in message
+
+
+@pytest.mark.parametrize("many", ["data.tenants=somewhere", "sweep.seed=[1, 2]"])
+def test_packed_rows_may_be_of_many_tenants(many):
+    assert load_config(None, [many, "data.packing=true"]).data.packing
 
 
 def test_a_coordinator_is_auto_or_an_address():

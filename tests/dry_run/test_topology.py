@@ -144,8 +144,9 @@ def test_a_slice_is_named_by_its_chips_and_their_shape(name, found):
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:16", "v9z:4x4", "4x4", "v5e:4x4; rm", "v5e:4x-4", ""])
 def test_another_name_is_an_error_of_one_line(name):
-    with pytest.raises(ValueError, match="--topology: .* expected a kind of v4, v5e, .*such as v5e:4x4") as error:
+    with pytest.raises(ValueError, match="--topology .*v4, v5e, .*such as v5e:4x4") as error:
         parsed_topology(name)
+    assert repr(name) in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -174,7 +175,7 @@ def test_the_dry_run_names_weights_that_the_mesh_can_not_split(no_libtpu):
 
 
 def test_a_mesh_that_does_not_fill_the_slice_is_named(no_libtpu):
-    with pytest.raises(ValueError, match="mesh: .* expected sizes whose product is the topology's 16 chips"):
+    with pytest.raises(ValueError, match="mesh .*16 chips.*'fsdp': 8"):
         topology_report(load_config(ON_7B[0], ["mesh.data=1", "mesh.fsdp=8"]), "v5e:4x4")
 
 

@@ -46,16 +46,16 @@ def test_both_axes_that_split_rows_count_and_tensor_does_not():
 def test_a_number_of_passes_that_cuts_the_batch_is_kept_and_another_refused():
     given = dict(batch_size=64, per_device_batch_size=8)
     assert step_passes(TrainSection(**given, gradient_accumulation_steps=8), mesh_of(4)) == (8, 8)
-    with pytest.raises(ValueError, match=r"train.gradient_accumulation_steps: 32 .*\b64\b.*: 2, 4, 8, 16$"):
+    with pytest.raises(ValueError, match=r"train.gradient_accumulation_steps is 32.*\b64\b.* 2, 4, 8, 16$"):
         step_passes(TrainSection(**given, gradient_accumulation_steps=32), mesh_of(4))
-    with pytest.raises(ValueError, match=r"train.gradient_accumulation_steps: 3 .*train.batch_size \(64\)"):
+    with pytest.raises(ValueError, match=r"train.gradient_accumulation_steps .*train.batch_size \(64\).* 3"):
         TrainSection(**given, gradient_accumulation_steps=3)
 
 
 def test_devices_that_do_not_divide_the_batch_are_named(folder):
-    with pytest.raises(ValueError, match=r"train.batch_size: 16 .*a multiple of 32, the devices of mesh.data x mesh.f"):
+    with pytest.raises(ValueError, match="train.batch_size 16 .*mesh.data x mesh.fsdp.*a multiple of 32"):
         step_passes(TrainSection(batch_size=16), mesh_of(32))
-    with pytest.raises(ValueError, match="train.batch_size: 12 .*a multiple of 8"):
+    with pytest.raises(ValueError, match="train.batch_size 12 .*a multiple of 8"):
         train(run_config(folder, "mesh.data=-1", "train.batch_size=12", f"output_dir={folder / 'none'}"))
     assert not (folder / "none").exists()
 
@@ -94,7 +94,7 @@ def test_a_sweep_steps_each_combination_with_the_batch_of_a_run_of_it_alone():
 
 
 def test_rows_per_tenant_must_divide_the_batch():
-    with pytest.raises(ValueError, match=r"train.rows_per_tenant: 5 .*a divisor of train.batch_size \(128\)"):
+    with pytest.raises(ValueError, match=r"train.rows_per_tenant .*a divisor of train.batch_size \(128\).* 5"):
         many(batch_size=128, rows_per_tenant=5)
 
 

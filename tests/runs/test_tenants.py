@@ -517,10 +517,10 @@ def test_a_folder_that_holds_other_tenants_is_refused(whole, folder, tmp_path):
     ("override", "named"),
     [
         ("data.tenants={folder}/nowhere", "data.tenants.*nowhere"),
-        ("train.rows_per_tenant=3", r"train.rows_per_tenant: 3 .*divisor of train.per_device_batch_size \(8\)"),
-        ("train.tenants_at_once=0", "train.tenants_at_once: 0"),
-        ("train.sampling=often", "train.sampling: 'often'.*proportional, sqrt, uniform"),
-        ("sweep.seed=[1, 2]", "sweep: .*beside data.tenants"),
+        ("train.rows_per_tenant=3", r"train.rows_per_tenant .*train.per_device_batch_size \(8\).* 3"),
+        ("train.tenants_at_once=0", "train.tenants_at_once .* 0"),
+        ("train.sampling=often", "train.sampling .*proportional, sqrt, uniform.*'often'"),
+        ("sweep.seed=[1, 2]", "sweep .*data.tenants"),
     ],
 )
 def test_what_can_not_be_is_refused_in_one_line_before_anything_is_written(override, named, folder, tmp_path):

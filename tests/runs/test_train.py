@@ -708,7 +708,7 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, m
     ("mesh.data=16", "16.* 8 devices"),
     ("mesh.data=-1 mesh.fsdp=3", "'data': -1, 'fsdp': 3.* 8 devices"),
     ("backbone.source=nowhere", "nowhere"),
-    ("eval.choices=[w9]", "eval.choices must .*; got 1"),
+    ("eval.choices=[w9]", "eval.choices.* 1 .*2 to 100"),
 ])  # fmt: skip
 def test_a_config_that_does_not_fit_is_an_error_before_anything_is_written(override, message, folder, tmp_path):
     more = ("eval.metric=accuracy",) if override.startswith("eval") else ()
@@ -734,7 +734,7 @@ def test_wandb_that_is_not_installed_gives_one_line(config, monkeypatch):
         return real(name, *arguments, **settings)
 
     monkeypatch.setattr(builtins, "__import__", without_wandb)
-    with pytest.raises(ValueError, match=r"wandb is not installed; `pip install 'para_jax\[wandb\]'`") as error:
+    with pytest.raises(ValueError, match=r"wandb.*pip install 'para_jax\[wandb\]'") as error:
         train(replace(config, logging=replace(config.logging, report_to=("wandb",))))
     assert "\n" not in str(error.value)
 

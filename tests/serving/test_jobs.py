@@ -13,6 +13,7 @@ from functools import partial
 
 import jax
 import pytest
+from golden_models import strong
 from quick_compiler import own_flags
 from tiny_run import backbone_folder, words
 
@@ -40,8 +41,6 @@ from para_jax.serving.open_requests import QueueFull
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A backbone, two strong tenants, and 40 lines of requests."""
-    from conftest import strong
-
     folder = tmp_path_factory.mktemp("jobs")
     backbone_folder(folder / "backbone")
     model = load_backbone(folder / "backbone")
@@ -439,7 +438,7 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
         ({"max_new_tokens": 2}, "either prompt"),
         (good | {"max_new_tokens": 99}, "2 tokens and max_new_tokens 99"),
         (good | {"top_p": 2}, "top_p is 2"),
-        (good | {"prompt": "w20 \ud83d"}, "ud83d|half a character"),
+        (good | {"prompt": "w20 \ud83d"}, "ud83d"),
         (good | {"prompt": 5}, "prompt: 5"),
         (good | {"temperature": 10**400}, "temperature is 1000"),
         (good | {"n": 129}, "n is 129"),
