@@ -26,10 +26,9 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     changes: dict[str, Any] = {}
     for text in overrides:
         changes = merged(changes, parse_override(text))
-    file_method, method = method_of(in_file, "para"), method_of(changes, None)
-    if method is None:
-        method = file_method
-    elif method != file_method:
+    file_method = method_of(in_file, "para")
+    method = method_of(changes, file_method)
+    if method != file_method:
         in_file.pop("adapter", None)
     require(method in tuple(ADAPTER_CONFIGS), "adapter.method", method, one_of(ADAPTER_CONFIGS))
     template = RunConfig(adapter=ADAPTER_CONFIGS[method]())
@@ -51,7 +50,7 @@ def merged(below: dict[str, Any], above: dict[str, Any], section: str = "") -> d
     return joined
 
 
-def method_of(run: dict[str, Any], default: str | None) -> Any:
+def method_of(run: dict[str, Any], default: Any) -> Any:
     """The value of adapter.method in a mapping of sections."""
     adapter = run.get("adapter", {})
     require(isinstance(adapter, dict), "adapter", adapter, "a mapping, such as {method: para, r: 12}")

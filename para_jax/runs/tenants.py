@@ -19,7 +19,7 @@ from ..data.schedule import TenantOrder
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import load_tokenizer
 from ..data.training_data import TrainingData, load_training_data
-from ..evaluation.evaluate import EvalTask, task_of_run
+from ..evaluation.tasks import EvalTask, task_of_run
 from ..hub import resolve_backbone
 from ..messages import say, warn
 from ..storage.bucket import Place
