@@ -100,7 +100,7 @@ def require_renames(folder: Place) -> None:
         raise ValueError(
             f"output_dir {folder}: saving needs to rename folders there, and can't ({error.strerror}). If gcsfuse "
             "mounted it, mount it with --rename-dir-limit=1000, or give output_dir=gs://bucket/folder instead "
-            "(docs/training.md, section 5)"
+            "(docs/scaling.md#a-bucket)"
         ) from None
     finally:
         for left in (before, after):
