@@ -188,7 +188,7 @@ def tenants_report(folder: Path, config: RunConfig) -> str:
         [
             f"run        {adapter_method(config.adapter)} on {config.backbone.source}, {len(names)} {what}",
             tenants_table(entries) if entries else "no tenant has ended yet",
-            *([f"{left} tenants have not ended: the same command goes on with them"] if left and entries else []),
+            *([f"{left} tenants have not ended; the same command resumes them"] if left and entries else []),
         ]
     )
 

@@ -42,6 +42,9 @@ def describe(model: ModelConfig) -> Backbone:
 
 
 Kind = TypeVar("Kind", bound="Adapter")
+#: The input and the output of the linear at a site.
+SiteInput = Float[Array, "*rows length in"]
+SiteOutput = Float[Array, "*rows length out"]
 
 
 class Adapter(nnx.Module):
@@ -99,9 +102,7 @@ class Adjustment:
     """What one layer of an adapter carries from prefill into decode. All zeros must change nothing: rows of the base
     model carry zeros."""
 
-    def adjust(
-        self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
-    ) -> Float[Array, "*rows length out"]:
+    def adjust(self, site: str, x: SiteInput, y: SiteOutput) -> SiteOutput:
         """Adjusts y [length, out], the output of the linear at `site` for its input x [length, in]. Runs at every
         token."""
         raise NotImplementedError
@@ -115,14 +116,12 @@ class Factors(Adjustment):
     distance: dict[str, Any]
     """l - 1 [out] by site"""
 
-    def adjust(
-        self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
-    ) -> Float[Array, "*rows length out"]:
+    def adjust(self, site: str, x: SiteInput, y: SiteOutput) -> SiteOutput:
         return scaled(y, self.distance[site]) if site in self.distance else y
 
 
 @jax.custom_vjp
-def scaled(y: Float[Array, "*rows length out"], distance: Float[Array, " out"]) -> Float[Array, "*rows length out"]:
+def scaled(y: SiteOutput, distance: Float[Array, " out"]) -> SiteOutput:
     """y + y * (l - 1). The distance l - 1 is rounded to y's dtype first, as decode carries it.
 
     The backward pass sums the gradient of the distance over the tokens in float32. JAX's own would round each product
@@ -173,9 +172,7 @@ class Shared(Adjustment):
 
     adjustment: Adjustment
 
-    def adjust(
-        self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
-    ) -> Float[Array, "*rows length out"]:
+    def adjust(self, site: str, x: SiteInput, y: SiteOutput) -> SiteOutput:
         return self.adjustment.adjust(site, x, y)
 
 

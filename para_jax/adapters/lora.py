@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..config import LoraConfig, ModelConfig
-from .adapter import Adapter, AdapterParam, Adjustment, describe, named_leaves, with_leaves
+from .adapter import Adapter, AdapterParam, Adjustment, SiteInput, SiteOutput, describe, named_leaves, with_leaves
 from .lora_format import (
     lora_leaves,
     lora_outline,
@@ -72,9 +72,7 @@ class LowRank(Adjustment):
     b: dict[str, Any]
     """[r, out] by site"""
 
-    def adjust(
-        self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
-    ) -> Float[Array, "*rows length out"]:
+    def adjust(self, site: str, x: SiteInput, y: SiteOutput) -> SiteOutput:
         if site not in self.a:
             return y
         return y + (x @ self.a[site].astype(x.dtype)) @ self.b[site].astype(x.dtype)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from ..config import ModelConfig
-from .adapter import Adapter, Adjustment, Factors, Shared, describe, make_adjustment
+from .adapter import Adapter, Adjustment, Factors, Shared, SiteInput, SiteOutput, describe, make_adjustment
 
 
 @jax.tree_util.register_dataclass
@@ -212,9 +212,7 @@ class Several(Adjustment):
 
     parts: tuple[Adjustment, ...]
 
-    def adjust(
-        self, site: str, x: Float[Array, "*rows length in"], y: Float[Array, "*rows length out"]
-    ) -> Float[Array, "*rows length out"]:
+    def adjust(self, site: str, x: SiteInput, y: SiteOutput) -> SiteOutput:
         for part in self.parts:
             y = part.adjust(site, x, y)
         return y
@@ -225,9 +223,7 @@ class Several(Adjustment):
 class SharedByGroup(Shared):
     """One adjustment for the rows of each group: its arrays lead with the groups."""
 
-    def adjust(
-        self, site: str, x: Float[Array, "rows length in"], y: Float[Array, "rows length out"]
-    ) -> Float[Array, "rows length out"]:
+    def adjust(self, site: str, x: SiteInput, y: SiteOutput) -> SiteOutput:
         groups = jax.tree.leaves(self.adjustment)[0].shape[0]
         cut = [a.reshape(groups, -1, *a.shape[1:]) for a in (x, y)]
         return jax.vmap(lambda a, x, y: a.adjust(site, x, y))(self.adjustment, *cut).reshape(y.shape)

@@ -1,5 +1,5 @@
 """Tries an attention kernel when a model is loaded: forward and backward on short rows, compared with plain attention.
-A kernel that fails on this machine is thus found before anything else runs."""
+So a kernel that fails on this machine is found before anything else runs."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ examples:
   para-jax evaluate --backbone smollm2-135m --adapters runs/a runs/b --tasks data/a data/b hellaswag
 
 The first prints a line with the score. With --adapters, --tasks or --output, answers and results go to a folder, and a
-table is printed. The same command goes on there after a stop.
+table is printed. The same command resumes there after a stop.
 """
 
 
@@ -210,7 +210,7 @@ def into_folder(options, config) -> None:
             model, bank, tokenizer, tasks, output, how, sources, about, base=not options.adapter
         )
     except KeyboardInterrupt:
-        say(f"the answers so far are in {output}; the same command goes on there")
+        say(f"the answers so far are in {output}; the same command resumes")
         raise
     print(table)
     say(f"wrote {output}")

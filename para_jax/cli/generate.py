@@ -53,7 +53,7 @@ def requests() -> shared.Parser:
         "--output",
         type=shared.place,
         metavar="FILE",
-        help="the answers; after a stop the same command goes on there. A pipe works too, but nothing goes on there",
+        help="the answers; after a stop the same command resumes there. A pipe works too, but cannot be resumed",
     )
     group.add_argument("--slots", type=int, default=8, help="rows that decode together (default: %(default)s)")
     group.add_argument(
@@ -154,7 +154,7 @@ def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
         errors = answer_lines(engine, options.input, answers, default)
     except KeyboardInterrupt:
         if answers.regular:
-            say(f"the answers so far are in {options.output}; the same command goes on there")
+            say(f"the answers so far are in {options.output}; the same command resumes")
         raise
     say(f"wrote {options.output}")
     if errors:

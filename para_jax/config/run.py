@@ -72,8 +72,8 @@ class DataSection:
     """put several examples into each training row of max_seq_length tokens (`buckets` is then unused). Evaluation keeps
     one example per row"""
     changed: Literal["refuse", "accept"] = "refuse"
-    """what a resumed run does when its data changed since it began. accept: go on with the new data, and score the best
-    adapter again if the validation data changed"""
+    """what a resumed run does when its data changed since it began. accept: continue with the new data, and score the
+    best adapter again if the validation data changed"""
 
     def __post_init__(self):
         check_fields(self, "data.")

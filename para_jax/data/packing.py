@@ -41,7 +41,7 @@ class Packed(NamedTuple):
 
 
 class RowShape(NamedTuple):
-    """The compiled shape of packed rows: tokens per row (T), and the most completion tokens and examples of one."""
+    """The compiled shape of packed rows: tokens per row (T), and the maximum completion tokens and examples in one."""
 
     length: int
     completion: int

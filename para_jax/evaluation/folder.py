@@ -148,7 +148,7 @@ def evaluate_to_folder(
     record.
 
     The folder `output` gets answers.jsonl as they come, and at the end a JSON file per tenant, in lm-eval's layout, and
-    table.md. The same call on the same folder goes on where a killed one stopped.
+    table.md. The same call on the same folder resumes a killed one.
 
     Args:
         tasks: as read_tasks gives them, with the same options.

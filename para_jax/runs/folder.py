@@ -174,7 +174,7 @@ def claim_tenant(tenant: Tenant) -> None:
 
 
 def mend_folders(config: RunConfig, standing: Standing, tenants: Sequence[Tenant], *, resumed: bool) -> None:
-    """Puts the run's folders into the state of the checkpoint that it goes on from. Its own log is ready already."""
+    """Puts the run's folders into the state of the checkpoint that it resumes from. Its own log is ready already."""
     if not config.many:
         mend_folder(tenants[0].folder / "adapter")
         return

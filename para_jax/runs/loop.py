@@ -226,7 +226,7 @@ class Loop(NamedTuple):
             raise ValueError(f"step {step}: {what} on {examples}; {REMEDY}")
         say(
             f"{tenant.name}: stopped at its step {turn.step + 1}: {what} on {examples}; what it had learnt before is "
-            "kept, and the others go on"
+            "kept, and the others continue"
         )
 
     # ---------------------------------------------------------------------------------------------- scores and endings
@@ -281,7 +281,7 @@ class Loop(NamedTuple):
         )
 
     def end_early(self, standing: Standing) -> NoReturn:
-        """Ends a run that was told to stop, after everything is written, and says how to go on."""
+        """Ends a run that was told to stop, after everything is written, and says how to resume."""
         self.logs.flush()
         where = f"step {standing.step} of {self.tenants[0].order.total_steps}"
         if self.config.many:

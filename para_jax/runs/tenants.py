@@ -178,7 +178,7 @@ def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 def require_validation(config: RunConfig, validation: Sequence[EvalTask | None]) -> None:
     """Raises ValueError for eval.patience where no tenant has validation data: only its scores could end a run early.
-    A run that an earlier version began like this goes on, and a line says that patience ends nothing."""
+    A run that an earlier version began like this resumes, and a line says that patience ends nothing."""
     if config.eval.patience is None or any(validation):
         return
     missing = "validation data (data.validation, or validation.jsonl next to train.jsonl)"

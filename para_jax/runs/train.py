@@ -72,7 +72,7 @@ class Ended(NamedTuple):
 
 
 def train(config: RunConfig) -> TrainResult:
-    """Trains the adapter of a run, or goes on where the same run stopped.
+    """Trains the adapter of a run, or resumes it where it stopped.
 
     SIGTERM saves and raises Stopped, a SystemExit with code 0; Ctrl-C saves and raises KeyboardInterrupt.
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config, and
@@ -89,11 +89,11 @@ def train(config: RunConfig) -> TrainResult:
 
 
 def train_tenants(config: RunConfig) -> TenantsResult:
-    """Trains the adapters of many tenants (data.tenants, or the combinations of `sweep`) in one run, or goes on where
-    the same run stopped.
+    """Trains the adapters of many tenants (data.tenants, or the combinations of `sweep`) in one run, or resumes
+    it where it stopped.
 
     Each tenant has its own loss, clipping, schedule, validation, best adapter and early stopping. One whose loss is not
-    finite is stopped, and the others go on. SIGTERM and Ctrl-C save as in `train`. Raises ValueError as `train` does.
+    finite is stopped, and the others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.
     """
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
     standing, folder = trained(config).standing, expanded(config.output_dir)
@@ -188,12 +188,12 @@ def accepted_changes(standing: Standing, run: dict[str, str]) -> tuple[list[str]
     changed = changed_data(standing.run, run)
     if changed:
         said = describe_changes(changed, standing.run or {}, run)
-        say(f"data.changed=accept: the checkpoint of step {standing.step} is of {said}; the run goes on from it")
+        say(f"data.changed=accept: the checkpoint of step {standing.step} is of {said}; the run resumes from it")
     return changed, standing._replace(run=run)
 
 
 def open_log(config: RunConfig, model, mesh, standing: Standing | None) -> Log:
-    """The run's log, without the rows that a run which goes on from here writes again."""
+    """The run's log, without the rows that a run resumed from here writes again."""
     reached, ended = None, False
     if standing:
         evaluated = standing.step if config.many else standing.evaluated[0]

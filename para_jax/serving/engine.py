@@ -1,5 +1,5 @@
 """Engine: continuous batching. Requests of many tenants share a fixed number of slots. A row that ends leaves its slot,
-and the next request takes it while the other rows go on.
+and the next request takes it while the other rows continue.
 
 Any thread may submit, cancel and stream. One thread at a time drives: it makes rounds, in which free slots are filled
 and all rows decode a few tokens. If an exception or an interrupt ends a round halfway, the next round starts again from
@@ -35,7 +35,7 @@ class Engine:
 
     `submit`, `cancel` and `stream` may be called from any thread at any time. One thread at a time drives, by `run` or
     `step`; a second one gets a RuntimeError. A stream drives by itself while no thread does. Whatever a round raises,
-    the engine can go on: run() then gives all answers that are missing.
+    the engine can continue: run() then gives all answers that are missing.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class Engine:
                     except KeyError:  # a stream has taken it
                         continue
                     yield completion
-                    self._driver = threading.current_thread()  # a generator may go on in another one
+                    self._driver = threading.current_thread()  # a generator may continue in another one
 
     def step(self) -> list[Completion]:
         """Makes one round and returns the answers that have ended. Raises RuntimeError if another thread drives."""

@@ -1,5 +1,5 @@
 """A batch job: reads requests from a JSON-lines file, and writes the engine's answers to another as they end. A job
-that was killed goes on where it stopped: no line is answered twice, and none is lost."""
+that was killed resumes where it stopped: no line is answered twice, and none is lost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AHEAD = 2
 def run_job(engine: Engine, source: Place, output: Place, defaults: Request) -> Counter[str]:
     """Answers each line of `source` that `output` does not answer yet. Returns how many errors of each kind there are.
 
-    Lines that an earlier run answered with an error are asked again. Both files may be pipes; a job cannot go on from
+    Lines that an earlier run answered with an error are asked again. Both files may be pipes; a job cannot resume from
     an output that is a pipe.
 
     Args:

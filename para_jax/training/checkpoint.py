@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written by orbax while training goes on: adapters, optimiser state and where the run stands;
+"""Checkpoints of a run, written by orbax while training continues: adapters, optimiser state and where the run stands;
 never the backbone. Only the first process reads and writes them."""
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def opened(folder: Place, open_manager: Callable[[], Any]) -> Any:
 
 
 def save_checkpoint(checkpoints, state: Any, progress: Any) -> None:
-    """Copies the state to host memory and writes it from there while the caller goes on. Every process calls this.
+    """Copies the state to host memory and writes it from there while the caller continues. Every process calls this.
 
     Args:
         state: a TrainState.
@@ -182,7 +182,7 @@ def newest_whole(
             check_run(found[1], run, accept_data)
         except OtherData as error:  # an older one may be of these data, but the adapter in the folder is not
             raise ValueError(
-                f"{folder / str(step)}: {error}; data.changed=accept goes on with what is there now, "
+                f"{folder / str(step)}: {error}; data.changed=accept continues with what is there now, "
                 "another output_dir starts again"
             ) from None
         except OldForm:
@@ -196,7 +196,7 @@ def newest_whole(
         for damaged, said in problems.items():
             warn(
                 f"{folder / str(damaged)}: the checkpoint can't be used ({said}); it is kept as "
-                f"{set_aside(folder / str(damaged)).name}, and the run goes on from step {step}"
+                f"{set_aside(folder / str(damaged)).name}, and the run resumes from step {step}"
             )
         checkpoints.reload()
         return found
@@ -244,12 +244,13 @@ def check_progress(about: dict[str, Any], step: int, kind: type) -> None:
     hints = get_type_hints(kind)
     missing = [name for name in hints if name not in about and name not in kind._field_defaults]
     unknown = [name for name in about if name not in hints]
-    require(not missing, "progress", sorted(about), f"{', '.join(missing)} too")
-    require(not unknown, "progress", unknown, "no such keys")
+    if missing:
+        raise ValueError(f"progress lacks {', '.join(missing)}")
+    if unknown:
+        raise ValueError(f"progress has unknown keys: {shorten(unknown)}")
     for name, value in about.items():
-        require(
-            of_type(value, hints[name]), f"progress.{name}", value, str(getattr(hints[name], "__name__", hints[name]))
-        )
+        expected = str(getattr(hints[name], "__name__", hints[name]))
+        require(of_type(value, hints[name]), f"progress.{name}", value, expected)
     require(about["step"] == step, "progress.step", about["step"], f"{step}, as the folder is named")
 
 

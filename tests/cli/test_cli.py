@@ -362,7 +362,7 @@ def parser_of(name):
         (["evaluate", "run.yaml", "--num-fewshot", "2"], "--num-fewshot requires --tasks"),
         (["evaluate", "run.yaml", "--chat"], "--chat requires --tasks"),
         (["evaluate", "run.yaml", "--shuffle-prompts"], "--shuffle-prompts requires --adapter"),
-        (["inspect", "nowhere"], "nowhere: neither an adapter .* nor a run"),
+        (["inspect", "nowhere"], "nowhere .*neither an adapter .* nor a run"),
         (["convert", "nowhere.gguf", "made"], "nowhere.gguf: no such file"),
         (["quickstart", "train.max_steps=0"], "train.max_steps must .* 0"),
     ],

@@ -141,7 +141,7 @@ def test_ctrl_c_names_the_folder_and_older_results_are_named(folder, whole, tmp_
 
     monkeypatch.setattr(Answerer, "answer", interrupted)
     assert main(command(folder, output)) == 130
-    assert f"the answers so far are in {output}; the same command goes on there" in capsys.readouterr().err
+    assert f"the answers so far are in {output}; the same command resumes" in capsys.readouterr().err
 
 
 def test_two_metrics_of_one_file_are_two_tasks(folder, whole, tmp_path, capsys):

@@ -292,7 +292,7 @@ def test_a_tenant_that_is_not_finite_stops_alone_and_keeps_its_last_good_adapter
     good, bad = "learning_rate-0.03-seed-0", "learning_rate-1e30-seed-0"
     assert weights_of(tmp_path / "run", good) == weights_of(tmp_path / "sound", good)
     assert metrics(tmp_path / "run" / good) == metrics(tmp_path / "sound" / good)
-    assert re.search(rf"{bad}: stopped at its step \d: the .* on .*train.jsonl:\d+.* the others go on", said.err)
+    assert re.search(rf"{bad}: stopped at its step \d: the .* on .*train.jsonl:\d+.* the others continue", said.err)
     assert re.search(rf"{bad} +20 +\d+ .*not finite", said.out)
     entries = json.loads((tmp_path / "run" / "tenants.json").read_text())
     assert entries[bad]["ended"] == "not finite" and entries[bad]["steps"] < 6

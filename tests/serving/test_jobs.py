@@ -180,7 +180,7 @@ def test_ctrl_c_ends_a_job_with_130_and_the_same_command_goes_on(folder, whole, 
 
     monkeypatch.setattr(Engine, "step", step)
     assert main(command(folder, output)) == 130
-    assert "the same command goes on there" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert 0 < len(read(output)) < len(whole)
     assert main(command(folder, output)) == 0
     assert by_sample(output) == whole

@@ -141,7 +141,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(dam
         assert progress.step == restored.step == 4
         warned = capsys.readouterr().err
         assert len(warned.splitlines()) == 1
-        assert f"warning: {folder / '6'}: the checkpoint can't be used" in warned and "goes on from step 4" in warned
+        assert f"warning: {folder / '6'}: the checkpoint can't be used" in warned and "resumes from step 4" in warned
         assert sorted(path.name for path in folder.iterdir()) == ["4", "6.damaged"]
         save_checkpoint(checkpoints, restored, progress._replace(step=6))  # its place is free
     assert sorted(path.name for path in folder.iterdir()) == ["4", "6", "6.damaged"]
@@ -241,12 +241,12 @@ def test_a_checkpoint_that_says_the_data_in_one_is_compared_by_it(saved_twice, t
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    (lambda about: about.pop("best_step"), "progress: .* expected best_step too"),
-    (lambda about: about.update({"further": 1}), r"progress: \['further'\]"),
+    (lambda about: about.pop("best_step"), "progress lacks best_step"),
+    (lambda about: about.update({"further": 1}), r"progress .*\['further'\]"),
     (lambda about: about.update({"best_step": "3"}), "progress.best_step must be int.*; got '3'"),
-    (lambda about: about.update({"since_best": True}), "progress.since_best: True"),
-    (lambda about: about.update({"best_score": [1]}), r"progress.best_score: \[1\]"),
-    (lambda about: about.update({"run": {"data": 1}}), "progress.run: {'data': 1}"),
+    (lambda about: about.update({"since_best": True}), "progress.since_best .* True"),
+    (lambda about: about.update({"best_score": [1]}), r"progress.best_score .* \[1\]"),
+    (lambda about: about.update({"run": {"data": 1}}), "progress.run .* {'data': 1}"),
     (lambda about: about.update({"step": 7}), "progress.step must be 6.*; got 7"),
 ])  # fmt: skip
 def test_a_forged_progress_is_refused_by_the_name_of_its_key(change, named, saved_twice, tmp_path):
