@@ -141,7 +141,8 @@ def run_task(options, config, tokenizer):
     if task is None:
         raise ValueError(
             f"data.{options.split} is not set: give a .jsonl file, {options.split}.jsonl in data.train's folder, or "
-            "tfds:NAME or hf:NAME" + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
+            "tfds:NAME or hf:NAME"
+            + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
         )
     return task
 
