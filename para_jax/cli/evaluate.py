@@ -14,8 +14,8 @@ from .results import write_results
 
 EXAMPLES = """
 examples:
-  para-jax evaluate configs/sst2.yaml --adapter runs/sst2/adapter
-  para-jax evaluate --backbone smollm2-135m --adapters runs/a runs/b --tasks data/a data/b hellaswag
+  para-jax evaluate configs/smollm2-sst2.yaml --adapter runs/mine/adapter
+  para-jax evaluate --backbone smollm2-135m --adapters runs/a/adapter runs/b/adapter --tasks data/a data/b hellaswag
 
 The first prints a line with the score. With --adapters, --tasks or --output, answers and results go to a folder, and a
 table is printed. The same command resumes there after a stop.
@@ -144,7 +144,8 @@ def run_task(options, config, tokenizer):
     if task is None:
         raise ValueError(
             f"data.{options.split} is not set: give a .jsonl file, {options.split}.jsonl in data.train's folder, or "
-            "tfds:NAME" + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
+            "tfds:NAME or hf:NAME"
+            + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
         )
     return task
 

@@ -47,7 +47,8 @@ ATTENTION = allowed_values(BackboneSection, "attention")
 class DataSection:
     train: str | None = None
     """a .jsonl file, or a folder with train.jsonl and optionally validation.jsonl and test.jsonl; or
-    tfds:NAME[/CONFIG], a data set that `para-jax prepare` wrote. A single split: tfds:glue/sst2:train[:90%]"""
+    tfds:NAME[/CONFIG], a data set that `para-jax prepare` wrote. A single split: tfds:glue/sst2:train[:90%]; or
+    hf:NAME[@REVISION][:CONFIG[:SPLIT]], a folder or a data set of the Hugging Face hub (extra [hf])"""
     validation: str | None = None
     test: str | None = None
     tenants: str | None = None
