@@ -13,8 +13,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.files import load_adapter, save_adapter
 from ..adapters.rows import Stack
 from ..config import RunConfig, expanded
-from ..evaluation.evaluate import Score
-from ..evaluation.tenants import Tasks
+from ..evaluation.evaluate import Tasks
+from ..evaluation.score import Score
 from ..messages import say
 from ..model import init_adapter
 from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process

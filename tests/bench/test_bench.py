@@ -17,7 +17,7 @@ from para_jax.bench import load as bench_load
 from para_jax.bench import serve as bench_serve
 from para_jax.bench import tenants as bench_tenants
 from para_jax.bench import train as bench_train
-from para_jax.bench.rounds import interleaved, paired, summary
+from para_jax.bench.rounds import interleaved, measurement, paired
 from para_jax.inference.generate import next_token
 from para_jax.inspect import check_record_file, write_record
 from para_jax.plots import decode_plot
@@ -34,7 +34,7 @@ def test_sides_are_measured_in_turn_and_the_first_run_does_not_count():
     rounds = interleaved(sides, 3)
     assert calls == list("abababab")
     assert rounds == [{"a": 3, "b": 4}, {"a": 5, "b": 6}, {"a": 7, "b": 8}]
-    assert summary("s", rounds)["medians"] == {"a": 5, "b": 6}
+    assert measurement("s", rounds)["medians"] == {"a": 5, "b": 6}
 
 
 @pytest.mark.long

@@ -484,3 +484,14 @@ def test_a_truth_value_is_0_or_1_but_no_other_number(tmp_path):
 def test_a_field_used_as_a_section_is_named():
     with pytest.raises(ValueError, match="train.num_epochs .* 10"):
         load_config(None, ["train.num_epochs=10", "train.num_epochs.x=1"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("'true'", True), ("'Yes'", True), ("'off'", False), ("'0'", False)])
+def test_a_quoted_truth_value_is_one(text, value, tmp_path):
+    file = written(tmp_path, f"eval: {{test: {text}}}")
+    assert load_config(file).eval.test is value and load_config(None, [f"eval.test={text}"]).eval.test is value
+
+
+def test_an_override_of_the_method_with_null_is_an_error(tmp_path):
+    assert "adapter.method must be" in error("adapter.method=null")
+    assert "adapter.method must be" in error("adapter.method=null", file=written(tmp_path, "adapter: {method: lora}"))

@@ -46,6 +46,23 @@ def test_a_written_answer_ends_at_its_own_stop_ids():
     assert answers("llama", [("A", stopped._replace(stop=(found[1],)))], "A")[0].text == text[: text.index(found[1])]
 
 
+def test_an_answer_ends_at_the_stop_ids_of_the_engine_that_is_given(tmp_path):
+    """Also an answer that its likelihood gives away; and the same journal keeps answers with other stop ids apart."""
+    model, question = backbone("llama"), Generation(asked()[0].context, 6)
+    engine = Engine(model, None, tokenizer(), slots=2, max_length=64, stop_ids=())
+    engine.submit(Request(question.context, max_new_tokens=6))
+    (written,) = engine.run()
+    tokens, end = written.tokens, written.tokens[3]
+    first = tokens[: tokens.index(end)]
+    for given in ([], [(None, Likelihood(question.context, tuple(tokens)))]):
+        journal = Journal(tmp_path / str(len(given)) / "answers.jsonl")
+        for stop_ids, expected in ((), tokens), ((end,), first):
+            engine = Engine(model, None, tokenizer(), slots=2, max_length=64, stop_ids=stop_ids)
+            how = dict(rows=ROWS, journal=journal, backbone=backbone_content(model))
+            answerer = Answerer(model, None, tokenizer(), engine=engine, **how)
+            assert answerer.answer([*given, (None, question)])[-1].tokens == len(expected)
+
+
 def test_a_journal_answers_equal_questions_for_the_same_content_only(tmp_path, monkeypatch):
     model, questions = backbone("llama"), [("A", one) for one in asked()[:4]]
     content = backbone_content(model)
