@@ -66,7 +66,7 @@ def test_a_task_sets_metrics_choices_and_answer_length(folder, tmp_path):
 
 
 def test_one_choice_can_not_be_ranked(folder):
-    with pytest.raises(ValueError, match="eval.choices has 1 answers"):
+    with pytest.raises(ValueError, match="eval.choices .*1 answers"):
         task_of_run(run_config(folder, "eval.metric=accuracy", "eval.choices=[w9]"), "test", tokenizer())
 
 
