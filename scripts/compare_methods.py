@@ -24,6 +24,7 @@ from statistics import median
 
 from para_jax import (
     ParaConfig,
+    evaluate,
     init_adapter,
     load_adapter,
     load_backbone,
@@ -37,7 +38,7 @@ from para_jax.adapters.adapter import count_parameters
 from para_jax.config import Ia3Config, LoraConfig, save_config
 from para_jax.data.tasks import TASKS
 from para_jax.devices import describe_devices, library_versions
-from para_jax.evaluation.evaluate import evaluate_task, task_of_run
+from para_jax.evaluation.tasks import task_of_run
 from para_jax.training.metrics_file import read_metrics
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -196,7 +197,9 @@ def tested(args, task: str, model, tokenizer, adapter, shuffle=None) -> dict:
     whole = ("data.max_seq_length=2048", "data.truncate=error")  # no row of the test file is left out
     asked = task_of_run(config_of(args, task, PARA, args.output / "none", *whole), "test", tokenizer)
     assert asked, task
-    return evaluate_task(model, adapter, asked, tokenizer, args.test_limit, shuffle=shuffle).record()
+    how = {"limit": args.test_limit, "shuffle_prompts": shuffle is not None, "seed": shuffle or 0}
+    (score,) = evaluate(model, adapter, [asked], tokenizer=tokenizer, **how).scores
+    return score.record()
 
 
 STAGES = ("train", "test", "alone")

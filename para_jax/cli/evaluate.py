@@ -109,6 +109,9 @@ def check_options(options) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give a whole number of at least {least}")
     if options.seed is not None and options.seed >= 2**32:
         raise ValueError(f"--seed {options.seed}: give a whole number below 2**32")
+    for name in ("include_path", "num_fewshot", "chat"):
+        if not options.tasks and getattr(options, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} requires --tasks: it changes how lm-eval's tasks are asked")
 
 
 def config_of(options):

@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 from .bounds import without_none
 from .check import printable, require, shorten
 
+#: Truth values that a file may give as quoted text.
+TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+
 
 def typed_fields(values: Any, template: Any, section: str = "") -> dict[str, Any]:
     """The mapping with each value as the type of its field: texts, numbers, tuples, and the same for sections.
@@ -46,8 +49,9 @@ def typed_value(name: str, value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
     if kind is bool:
-        require(isinstance(value, bool | int) and value in (0, 1), name, value, "true or false")
-        return bool(value)
+        truth = TRUTH.get(value.lower()) if isinstance(value, str) else value
+        require(isinstance(truth, bool | int) and truth in (0, 1), name, value, "true or false")
+        return bool(truth)
     if isinstance(value, bool):  # YAML 1.1 reads yes, no, on and off as booleans
         raise ValueError(f'{name}: {value} is a truth value in YAML; quote the text, such as \'["yes", "no"]\'')
     if kind is int:

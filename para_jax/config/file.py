@@ -26,10 +26,9 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     changes: dict[str, Any] = {}
     for text in overrides:
         changes = merged(changes, parse_override(text))
-    file_method, method = method_of(in_file, "para"), method_of(changes, None)
-    if method is None:
-        method = file_method
-    elif method != file_method:
+    file_method = method_of(in_file, "para")
+    method = method_of(changes, file_method)
+    if method != file_method:
         in_file.pop("adapter", None)
     require(method in tuple(ADAPTER_CONFIGS), "adapter.method", method, one_of(ADAPTER_CONFIGS))
     template = RunConfig(adapter=ADAPTER_CONFIGS[method]())
@@ -51,7 +50,7 @@ def merged(below: dict[str, Any], above: dict[str, Any], section: str = "") -> d
     return joined
 
 
-def method_of(run: dict[str, Any], default: str | None) -> Any:
+def method_of(run: dict[str, Any], default: Any) -> Any:
     """The value of adapter.method in a mapping of sections."""
     adapter = run.get("adapter", {})
     require(isinstance(adapter, dict), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
@@ -101,7 +100,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if file.is_dir():
         raise ValueError(f"config {file} is a folder; give a .yaml file, such as the config.yaml in a run's folder")
     if not file.is_file():
-        raise ValueError(f"config {file}: no such file")
+        raise ValueError(f"config {file}: no such file; give the path of a .yaml file")
     try:
         with file.open("rb") as stream:  # the file may have any size
             read = parse_yaml(str(stream.read(4 * MAX_LENGTH + 1), "utf-8")) or {}
@@ -110,7 +109,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"config {file}: {printable(str(error))}") from None
     if not isinstance(read, dict):
-        raise ValueError(f"config {file}: a run is a mapping of sections (backbone, adapter, data, train, ...)")
+        raise ValueError(f"config {file} is not a mapping; write sections such as backbone, adapter, data and train")
     return {name: value for name, value in read.items() if value is not None}  # "train:" with no fields below it
 
 
@@ -119,7 +118,7 @@ def parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ValueError(
-            f"override {shorten(text)} is not of the form section.field=value, such as train.learning_rate=3e-3"
+            f"override {shorten(text)} names no field; write section.field=value, such as train.learning_rate=3e-3"
         )
     try:
         inner: Any = value.replace("\\n", "\n") if key in TEXT_FIELDS else parse_yaml(value)

@@ -50,8 +50,7 @@ class Answerer:
             rows: of a batch, and the slots of the engine that this makes when there is something to write.
             shapes: planned for the questions, which are then written in batches. This works in both layouts and on
                 several hosts. None: the shapes depend on each question's length alone, and an engine writes.
-            engine: used instead of an engine of our own. It must have room for the questions, and serves nobody else
-                meanwhile.
+            engine: used instead of an engine of our own. It must have room for the questions and no other requests.
             journal: where answers are kept; None: they are forgotten after each call.
             backbone: `backbone_content` of the model, needed for a journal on disk.
         """
@@ -66,8 +65,9 @@ class Answerer:
         """each tenant's adapter that answered last"""
         self._planned = shapes is not None
         self._compiled: set[str] | None = None if self._planned else set()
-        self._writer: EngineWriter | None = None
-        self._stop_ids = stop_token_ids(tokenizer, model.config.eos_token_ids)
+        self._writer = EngineWriter(engine) if engine is not None else None
+        ends = stop_token_ids(tokenizer, model.config.eos_token_ids)
+        self._stop_ids = engine.stop_ids if engine is not None else ends
         self._writing: str | None = None
 
     def answer(self, questions: Sequence[tuple[Any, Question]]) -> list[Answer]:
@@ -149,10 +149,9 @@ class Answerer:
             yield pending[i], written, len(pending[i].question.context) + written.tokens
 
     def _by_engine(self, pending: list[Pending], distinct: list[Pending]) -> Answers:
-        if self._writer is None or self.engine is None:
-            asked = [one.question for one in distinct if isinstance(one.question, Generation)]
-            self._writer = EngineWriter(self.engine or self._own_engine(asked))  # of the same shapes after a resume
-        with closing(self._writer.write(pending)) as answers:
+        asked = [one.question for one in distinct if isinstance(one.question, Generation)]
+        writer = self._writer or EngineWriter(self._own_engine(asked))  # of the same shapes after a resume
+        with closing(writer.write(pending)) as answers:
             for one, written in answers:
                 yield one, written, len(one.question.context) + written.tokens
 

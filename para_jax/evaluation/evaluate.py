@@ -16,9 +16,8 @@ from ..data.batches import epoch_bits, permutation
 from .answers import Answerer
 from .batch_adapters import StackBank
 from .score import Score, score_answers
-from .shapes import PlannedShapes, plan_shapes
+from .shapes import plan_shapes
 from .tasks import EncodedTask, EvalTask, check_room, encode_task
-from .tasks import task_of_run as task_of_run
 
 
 class Report(NamedTuple):
@@ -123,19 +122,6 @@ def score_tasks(
         score_answers(task, [next(answers) for _ in of_task])
         for (_, task), of_task in zip(asked, questions, strict=True)
     ]
-
-
-def evaluate_task(
-    model, adapters, task: EvalTask, tokenizer, limit: int | None = None, shapes: PlannedShapes | None = None
-) -> Score:
-    """One task's score.
-
-    Args:
-        shapes: planned for this task among others, which then share programs; default: planned for it alone.
-    """
-    part = Tasks(model, tokenizer, [task], limit)
-    part.shapes = shapes or part.shapes
-    return part.score_one(adapters)[0]
 
 
 # ----------------------------------------------------------------------------------------------------- shuffled prompts

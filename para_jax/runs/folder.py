@@ -100,7 +100,7 @@ def require_renames(folder: Place) -> None:
         raise ValueError(
             f"output_dir {folder}: saving needs to rename folders there, and can't ({error.strerror}). If gcsfuse "
             "mounted it, mount it with --rename-dir-limit=1000, or give output_dir=gs://bucket/folder instead "
-            "(docs/training.md, section 5)"
+            "(docs/scaling.md#a-bucket)"
         ) from None
     finally:
         for left in (before, after):
@@ -241,21 +241,21 @@ def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenan
     fields = {k: v for k, v in fields_of_run(config).items() if k not in PLACES}
     own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
     config_digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    whole, parts = hashlib.sha256(), {}
+    everything, parts = hashlib.sha256(), {}
     for tenant in tenants:
         examples = tenant.data.examples
         tokens = hashlib.sha256()
-        for found in (whole, tokens):
+        for found in (everything, tokens):
             add_to_digest(found, examples)
         parts[tenant.part("training")] = part_digest(tokens, len(examples))
         for name, task in (("validation", tenant.validation), ("test", tenant.test)):
             rows = None if task is None else [record._replace(place="") for record in task.records]
             text = json.dumps(rows, default=str).encode()
-            whole.update(text)
+            everything.update(text)
             # How answers are scored may follow from the training data: the choices are its completions by default.
             scoring = "" if task is None else json.dumps([task.metric, task.choices, task.max_new_tokens])
             parts[tenant.part(name)] = part_digest(hashlib.sha256(text + scoring.encode()), len(rows or ()))
-    joined = {"config": config_digest, "data": whole.hexdigest(), "backbone": backbone or ""}
+    joined = {"config": config_digest, "data": everything.hexdigest(), "backbone": backbone or ""}
     return joined | parts
 
 

@@ -21,8 +21,8 @@ from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone
 from ..config import RunConfig, config_dict, expanded, require
 from ..data.example_arrays import digest
+from ..evaluation.evaluate import Tasks, share_shapes
 from ..evaluation.shapes import say_evaluation
-from ..evaluation.tenants import Tasks, share_shapes
 from ..memory import run_mesh
 from ..messages import say
 from ..model import init_adapter
@@ -172,9 +172,9 @@ def empty_state(config: RunConfig, model, slots: int, mesh) -> TrainState:
 
     used = math.prod(mesh.shape[axis] for axis in tenant_axes(slots, mesh.shape))
     if used < mesh.size and slots > 1:
-        lie = f"are spread over {used} of the" if used > 1 else "lie whole on each of the"
+        where = f"are spread over {used} of the" if used > 1 else "are complete on each of the"
         say(
-            f"the weights of {slots} tenants {lie} {mesh.size} devices, which do not divide them; with a multiple of "
+            f"the weights of {slots} tenants {where} {mesh.size} devices, which do not divide them; with a multiple of "
             f"{mesh.size} as train.tenants_at_once they take the least memory"
         )
     shardings = tenants_shardings(jax.eval_shape(fresh), mesh, model.config)

@@ -359,6 +359,8 @@ def parser_of(name):
         (["evaluate", "run.yaml", "--num-fewshot", "-1"], "--num-fewshot -1: "),
         (["evaluate", "run.yaml", "--backbone", "b", "--tasks", "t"], "CONFIG and --backbone"),
         (["evaluate", "run.yaml", "--adapter", "a", "--adapters", "b"], "--adapter and --adapters"),
+        (["evaluate", "run.yaml", "--num-fewshot", "2"], "--num-fewshot requires --tasks"),
+        (["evaluate", "run.yaml", "--chat"], "--chat requires --tasks"),
         (["evaluate", "run.yaml", "--shuffle-prompts"], "--shuffle-prompts requires --adapter"),
         (["inspect", "nowhere"], "nowhere: neither an adapter .* nor a run"),
         (["convert", "nowhere.gguf", "made"], "nowhere.gguf: no such file"),

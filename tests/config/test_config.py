@@ -290,12 +290,9 @@ def test_a_coordinator_and_the_processes_belong_together(overrides, named):
         load_config(None, overrides)
 
 
-@pytest.mark.parametrize("other", ["data.packing=true", "sweep.seed=[1, 2]"])
-def test_fields_that_exclude_each_other_are_both_named(other):
-    message = error("data.tenants=somewhere", other)
-    assert "data.tenants" in message and other.split(".")[0] in message
-    message = error("data.packing=true", "sweep.seed=[1]")
-    assert "data.packing" in message and "sweep" in message
+def test_fields_that_exclude_each_other_are_both_named():
+    message = error("data.tenants=somewhere", "sweep.seed=[1, 2]")
+    assert "data.tenants" in message and "sweep" in message
     message = error("eval.metric=loss", "eval.also=[f1]")
     assert "eval.metric" in message and "eval.also" in message
 
@@ -482,3 +479,14 @@ def test_a_truth_value_is_0_or_1_but_no_other_number(tmp_path):
 def test_a_field_used_as_a_section_is_named():
     with pytest.raises(ValueError, match="train.num_epochs .* 10"):
         load_config(None, ["train.num_epochs=10", "train.num_epochs.x=1"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("'true'", True), ("'Yes'", True), ("'off'", False), ("'0'", False)])
+def test_a_quoted_truth_value_is_one(text, value, tmp_path):
+    file = written(tmp_path, f"eval: {{test: {text}}}")
+    assert load_config(file).eval.test is value and load_config(None, [f"eval.test={text}"]).eval.test is value
+
+
+def test_an_override_of_the_method_with_null_is_an_error(tmp_path):
+    assert "adapter.method must be" in error("adapter.method=null")
+    assert "adapter.method must be" in error("adapter.method=null", file=written(tmp_path, "adapter: {method: lora}"))

@@ -19,7 +19,7 @@ from para_jax.data import tfds as prepared
 from para_jax.data.records import load_records, read_records
 from para_jax.data.sources import source_of, task_of
 from para_jax.data.tfds import plain, prepare
-from para_jax.evaluation.evaluate import task_of_run
+from para_jax.evaluation.tasks import task_of_run
 
 TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "
 

@@ -8,10 +8,11 @@ from golden_models import backbone, strong
 from tiny_questions import ROWS, answers, asked, bank_of
 from tiny_run import tokenizer
 
-from para_jax import AdapterBank, Engine, ParaConfig, Request, generate, init_adapter
+from para_jax import Adapter, AdapterBank, Engine, ParaConfig, Request, Rows, generate, init_adapter, stack_adapters
 from para_jax.data.examples import stop_token_ids
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.batch_adapters import StackBank
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.questions import (
     Generation,
@@ -43,6 +44,23 @@ def test_a_written_answer_ends_at_its_own_stop_ids():
     first = found.index(found[3])
     assert answers("llama", [("A", stopped)], "A") == [Written("".join(found[:first]), first)]
     assert answers("llama", [("A", stopped._replace(stop=(found[1],)))], "A")[0].text == text[: text.index(found[1])]
+
+
+def test_an_answer_ends_at_the_stop_ids_of_the_engine_that_is_given(tmp_path):
+    """Also an answer that its likelihood gives away; and the same journal keeps answers with other stop ids apart."""
+    model, question = backbone("llama"), Generation(asked()[0].context, 6)
+    engine = Engine(model, None, tokenizer(), slots=2, max_length=64, stop_ids=())
+    engine.submit(Request(question.context, max_new_tokens=6))
+    (written,) = engine.run()
+    tokens, end = written.tokens, written.tokens[3]
+    first = tokens[: tokens.index(end)]
+    for given in ([], [(None, Likelihood(question.context, tuple(tokens)))]):
+        journal = Journal(tmp_path / str(len(given)) / "answers.jsonl")
+        for stop_ids, expected in ((), tokens), ((end,), first):
+            engine = Engine(model, None, tokenizer(), slots=2, max_length=64, stop_ids=stop_ids)
+            how = dict(rows=ROWS, journal=journal, backbone=backbone_content(model))
+            answerer = Answerer(model, None, tokenizer(), engine=engine, **how)
+            assert answerer.answer([*given, (None, question)])[-1].tokens == len(expected)
 
 
 def test_a_journal_answers_equal_questions_for_the_same_content_only(tmp_path, monkeypatch):
@@ -191,3 +209,13 @@ def test_a_small_queue_is_enough_and_an_engine_with_open_requests_is_refused():
     assert [one.error for one in engine.run()] == [None]
     with pytest.raises(ValueError, match="38 tokens .* 32"):
         answerer.answer([("A", Generation((3,) * 6, 32))])
+
+
+def test_a_single_adapter_is_not_copied_for_each_row():
+    model = backbone("llama")
+    only = strong(init_adapter(ParaConfig(r=4), model.config))
+    bank = StackBank(stack_adapters([only]))
+    one, base = bank.entry(0), None
+    assert isinstance(bank.rows_of([one, one]), Adapter)
+    assert isinstance(bank.rows_of([one, base]), Rows)  # the base model is no adapter
+    assert isinstance(StackBank(stack_adapters([only, only])).rows_of([one, one]), Rows)

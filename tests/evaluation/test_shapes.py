@@ -23,7 +23,7 @@ from para_jax import (
 from para_jax.data.records import Record
 from para_jax.evaluation import likelihood
 from para_jax.evaluation.answers import Answerer
-from para_jax.evaluation.evaluate import evaluate_task
+from para_jax.evaluation.evaluate import Tasks
 from para_jax.evaluation.likelihood import continuation_scores
 from para_jax.evaluation.questions import Likelihood
 from para_jax.evaluation.shapes import OpenShapes, batch_rows, plan_shapes
@@ -66,6 +66,10 @@ def records_of(lengths, seed=0):
 def task_of(metric, lengths, name="t", batch_size=4):
     choices = CHOICES if metric == "accuracy" else ()
     return EvalTask(name, records_of(lengths), metric, choices, max_new_tokens=4, batch_size=batch_size)
+
+
+def score(adapter, task):
+    return evaluate(model(), adapter, [task], tokenizer=tokenizer()).scores[0]
 
 
 COMPILED = []
@@ -138,9 +142,9 @@ def test_open_shapes_waste_at_most_a_third():
 @pytest.mark.parametrize("metric", ["loss", "accuracy", "exact_match"])
 def test_a_plan_over_more_examples_changes_no_score(metric):
     task = task_of(metric, LENGTHS[:5])
-    wide = plan_shapes([encode_task(one, tokenizer()) for one in (task, task_of(metric, [7, 33, 90, 130]))])
-    assert wide != plan_shapes([encode_task(task, tokenizer())])
-    alone, among = (evaluate_task(model(), adapter(), task, tokenizer(), None, shapes) for shapes in (None, wide))
+    more = Tasks(model(), tokenizer(), [task, task_of(metric, [7, 33, 90, 130])])
+    assert more.shapes != plan_shapes([encode_task(task, tokenizer())])
+    alone, (among, _) = score(adapter(), task), more.score_one(adapter())
     assert among.score == (pytest.approx(alone.score, rel=1e-5) if metric == "loss" else alone.score)
     assert among.loss == pytest.approx(alone.loss, rel=1e-5)
 
@@ -164,9 +168,9 @@ def test_what_is_written_does_not_depend_on_the_padding():
 def test_a_fresh_adapter_scores_as_the_backbone_to_the_bit(metric, config):
     """So a run scores the backbone in the adapter's programs."""
     task, fresh = task_of(metric, LENGTHS[:4]), init_adapter(config, model().config)
-    base, neutral = (evaluate_task(model(), one, task, tokenizer()) for one in (None, fresh))
+    base, neutral = (score(one, task) for one in (None, fresh))
     assert neutral == base and neutral.stderr == base.stderr
-    assert evaluate_task(model(), strong(fresh, 1), task, tokenizer()).loss != base.loss
+    assert score(strong(fresh, 1), task).loss != base.loss
 
 
 # --------------------------------------------------------------------------------------------------- all devices' rows
@@ -205,17 +209,18 @@ def on_mesh(monkeypatch, task):
             patched.setattr(where, name, noted(name))
         for where in (likelihood, generate):
             patched.setattr(where, "prefill", prefilled)
-        given = (place(one, mesh, model().config) for one in (model(), adapter()))
-        return evaluate_task(*given, task, tokenizer()), flops, cache
+        model_there, adapter_there = (place(one, mesh, model().config) for one in (model(), adapter()))
+        (found,) = evaluate(model_there, adapter_there, [task], tokenizer=tokenizer()).scores
+        return found, flops, cache
 
 
 @pytest.mark.parametrize(("metric", "batch_size"), [("accuracy", 50), ("exact_match", 12)])
 def test_an_evaluation_batch_of_any_size_is_spread_over_all_devices(monkeypatch, metric, batch_size):
     task = task_of(metric, [5, 6, 7, 8] * 5, batch_size=16)
-    alone = evaluate_task(model(), adapter(), task, tokenizer())
-    score, flops, cache = on_mesh(monkeypatch, task)
+    alone = score(adapter(), task)
+    first, flops, cache = on_mesh(monkeypatch, task)
     assert set(flops) == {"accuracy": {"continuation_scores"}, "exact_match": {"eval_nll", "next_token"}}[metric]
     found, *costs = on_mesh(monkeypatch, task._replace(batch_size=batch_size))
     assert costs == [pytest.approx(flops, rel=0.02), pytest.approx(cache)]
-    for one in (score, found):
+    for one in (first, found):
         assert (one.score, one.loss) == (alone.score, pytest.approx(alone.loss, rel=1e-5))

@@ -10,7 +10,7 @@ from tiny_run import rows_of_text, tokenizer, words, write_rows
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, stack_adapters
 from para_jax.data.records import read_records
 from para_jax.evaluation import writing
-from para_jax.evaluation.evaluate import Tasks, evaluate_task
+from para_jax.evaluation.evaluate import Tasks, evaluate
 from para_jax.evaluation.tasks import EvalTask
 
 CHOICES = ("w9", "w9 w10", "w30 w31 w32 w33")
@@ -45,7 +45,7 @@ def test_a_tenants_score_in_a_mixed_pass_is_its_score_alone(tasks, metric):
     alone = {0: adapters[2], 1: adapters[0], 3: None}
     assert sorted(found) == [0, 1, 3]  # tenant 2 has no task
     for tenant, adapter in alone.items():
-        theirs = evaluate_task(model, adapter, of(tasks, metric)[tenant], tokenizer())
+        (theirs,) = evaluate(model, adapter, [of(tasks, metric)[tenant]], tokenizer=tokenizer()).scores
         named = found[tenant].name, found[tenant].metric, found[tenant].count
         assert named == (theirs.name, theirs.metric, theirs.count)
         np.testing.assert_allclose(found[tenant].loss, theirs.loss, rtol=1e-5)
@@ -73,7 +73,7 @@ def test_the_limit_takes_the_first_examples_of_each(tasks):
     stack = stack_adapters([strong(init_adapter(ParaConfig(r=4), model.config))])
     found = Tasks(model, tokenizer(), of(tasks, "accuracy"), limit=2).scores(stack, {0: 0, 1: 0, 3: 0})
     assert [score.count for score in found.values()] == [2, 2, 2]
-    few = evaluate_task(model, first_of(stack), of(tasks, "accuracy")[3], tokenizer(), limit=2)
+    (few,) = evaluate(model, first_of(stack), [of(tasks, "accuracy")[3]], tokenizer=tokenizer(), limit=2).scores
     np.testing.assert_allclose(found[3].loss, few.loss, rtol=1e-5)
 
 

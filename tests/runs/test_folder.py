@@ -16,7 +16,7 @@ from para_jax import atomic, train, train_tenants
 from para_jax.cli import main
 from para_jax.config import RunConfig, load_config, save_config
 from para_jax.data.records import Record
-from para_jax.evaluation.evaluate import EvalTask
+from para_jax.evaluation.tasks import EvalTask
 from para_jax.runs import folder as folders
 from para_jax.runs import train as runs
 from para_jax.runs.folder import claim_folder, differences, locked_folder, run_digests

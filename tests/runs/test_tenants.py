@@ -26,8 +26,8 @@ from para_jax import (
 )
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
-from para_jax.evaluation.evaluate import evaluate_task, task_of_run
-from para_jax.evaluation.tenants import Tasks
+from para_jax.evaluation.evaluate import Tasks, evaluate
+from para_jax.evaluation.tasks import task_of_run
 from para_jax.inspect import folder_report
 from para_jax.runs import loop
 from para_jax.runs.folder import claim_folders
@@ -228,7 +228,7 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
     assert [found.tenants[name]["best_step"] for name in SIZES] == [3, 3, 9]
     task = task_of_run(load_config(tmp_path / "run" / "acme" / "config.yaml"), "test", tokenizer())
     kept = load_adapter(tmp_path / "run" / "acme" / "adapter", load_model_config(folder / "backbone"))
-    by_itself = evaluate_task(load_backbone(folder / "backbone"), kept, task, tokenizer())
+    (by_itself,) = evaluate(load_backbone(folder / "backbone"), kept, [task], tokenizer=tokenizer()).scores
     assert found.tenants["acme"]["test_after"] == pytest.approx(by_itself.score, rel=1e-5)
 
     def stopped(tasks, *given):
