@@ -104,7 +104,7 @@ def folders_left(path: Path, ending: str = "") -> list[Path]:
     return [other for _, other in sorted(found, reverse=True)]
 
 
-def set_aside(folder: Path) -> Path | None:
+def old_folder(folder: Path) -> Path | None:
     """The old folder, if a replacement was killed between renaming the old one and renaming the new one."""
     return next(iter(folders_left(folder, OLD)), None)
 

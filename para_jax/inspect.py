@@ -23,9 +23,10 @@ from .config import (
     config_dict,
     expanded,
     load_config,
+    one_of,
     printable,
 )
-from .data.batches import example_lengths, plan, plan_buckets
+from .data.batches import Plan, example_lengths, plan_buckets
 from .data.examples import show_example
 from .data.hf import is_hf
 from .data.records import SPLITS, load_records
@@ -35,8 +36,10 @@ from .data.tfds import NotPrepared, is_tfds
 from .data.tokenizer import load_tokenizer
 from .data.training_data import load_training_data
 from .dry_run.topology import topology_report
+from .memory import tree_size
 from .model import init_adapter
 from .storage.bucket import BucketPath
+from .table import table
 from .training.metrics_file import is_log, read_metrics
 from .training.step import state_of_one
 from .training.tenants_file import read_entries
@@ -56,22 +59,22 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
     backbone, trained = sum(map(math.prod, parameter_shapes(model).values())), count_parameters(adapter)
     on_cpu = jax.default_backend() == "cpu" and topology is None
     dtype = jnp.dtype(config.backbone.dtype or ("float32" if on_cpu else "bfloat16"))
-    weights = tree_bytes(abstract_backbone(model, dtype, quantize=config.backbone.quantize))
+    weights = tree_size(abstract_backbone(model, dtype, quantize=config.backbone.quantize))
     kept = f"{dtype.name}, linears {config.backbone.quantize}" if config.backbone.quantize else dtype.name
     lines = [
         f"backbone   {config.backbone.source}: {model.model_type}, {model.num_layers} layers, width {model.width}",
         f"parameters {backbone:,} frozen, {trained:,} trained ({trained / (backbone + trained):.3%}); "
         f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}",
-        f"memory     weights {size(weights)} ({kept}), adapter {size(tree_bytes(adapter))}, "
-        f"optimiser {size(tree_bytes(state.optimizer))}",
+        f"memory     weights {size(weights)} ({kept}), adapter {size(tree_size(adapter))}, "
+        f"optimiser {size(tree_size(state.optimizer))}",
         topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
     ]
     return "\n".join(lines + data_lines(config))
 
 
 def tenants_of(config: RunConfig) -> int:
-    """How many tenants a run trains: those of data.tenants, the combinations of a sweep, or one. Where the folder of
-    data.tenants does not exist yet, train.tenants_at_once says it."""
+    """How many tenants a run trains: those of data.tenants, the combinations of a sweep, or one. If the folder of
+    data.tenants does not exist yet, it is train.tenants_at_once."""
     if config.data.tenants is None:
         return max(1, len(config.sweep.learning_rate)) * max(1, len(config.sweep.seed))
     folder = expanded(str(config.data.tenants))
@@ -92,9 +95,9 @@ def step_line(config: RunConfig) -> str:
 
 
 def data_lines(config: RunConfig) -> list[str]:
-    """What is known about the data without a tokenizer. Files that do not exist yet are named, and are not an error."""
+    """The data, as far as it is known without a tokenizer. Files that do not exist yet are named; they are no error."""
     if config.data.task is not None and config.data.task not in TASKS:
-        raise ValueError(f"data.task: {config.data.task!r} is not possible; expected one of {', '.join(TASKS)}")
+        raise ValueError(f"data.task {config.data.task!r} is not a task; use {one_of(TASKS)}")
     if config.data.tenants is not None:
         return tenant_lines(config)
     if config.data.train is None:
@@ -131,7 +134,7 @@ def data_report(config: RunConfig, rows: int | None = None) -> str:
     """Three training examples as tokens, and how all of them are put into batches.
 
     Args:
-        rows: of a batch; default: those of the config.
+        rows: per batch; default: as in the config.
     """
     tokenizer = load_tokenizer(config.backbone.source)
     if config.many:
@@ -142,10 +145,10 @@ def data_report(config: RunConfig, rows: int | None = None) -> str:
     data = load_training_data(config.data, tokenizer)
     buckets = plan_buckets(data.examples, config.data.buckets)
     rows = rows or config.train.batch_size or config.train.per_device_batch_size
-    order = plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
-    shown = [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
+    order = Plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
+    examples = [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
     shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)
-    return "\n\n".join([*shown, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches an epoch"])
+    return "\n\n".join([*examples, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches per epoch"])
 
 
 def folder_report(folder: Path) -> str:
@@ -170,7 +173,9 @@ def folder_report(folder: Path) -> str:
             ]
         adapter = folder / "adapter"
         return "\n".join(lines + ([folder_report(adapter)] if adapter.is_dir() else ["no adapter yet"]))
-    raise ValueError(f"{folder}: neither an adapter (adapter_config.json) nor a run (config.yaml)")
+    raise ValueError(
+        f"{folder} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
+    )
 
 
 def tenants_report(folder: Path, config: RunConfig) -> str:
@@ -197,13 +202,8 @@ def tenants_table(entries: dict[str, dict]) -> str:
     for name, entry in entries.items():
         why = "" if entry["ended"] == "done" else entry["ended"]
         rows.append([name, *(cell(entry[key]) for key in columns.values()), why])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells, why in rows:
-        padded = [text.rjust(width) for text, width in zip(cells, widths[1:-1], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded, why]).rstrip())
     metrics = sorted({entry["metric"] for entry in entries.values() if entry["metric"]})
-    return "\n".join([*lines, f"scores: {', '.join(metrics) or 'none'}"])
+    return f"{table(rows, left=(0, len(columns) + 1))}\nscores: {', '.join(metrics) or 'none'}"
 
 
 def cell(value: float | None) -> str:
@@ -231,7 +231,7 @@ def adapter_report(folder: Path) -> str:
             f"backbone   {printable(found.base_model or 'not named')}: {shape}",
             f"memory     {found.matrices + found.vectors:,} values; 1000 such tenants in a bank: "
             f"{size(1000 * single)} of host memory in float32, {size(1000 * half)} in bfloat16",
-            f"decode     {size(4 * found.carried)} a row in float32, {size(2 * found.carried)} in bfloat16: "
+            f"decode     {size(4 * found.carried)} per row in float32, {size(2 * found.carried)} in bfloat16: "
             + f"its {found.method.carries}"
             + (", whatever the number of tenants" if found.method.carries == "factors" else ""),
         ]
@@ -247,29 +247,22 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def tree_bytes(tree) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def new_record(command: str, found: dict) -> dict:
+    """What a command measured, with the device and the versions."""
+    about = {"command": command, "device": devices.describe_devices(), "versions": devices.library_versions()}
+    return about | found
 
 
 def results(command: str, config: RunConfig, scores: dict, seconds: float) -> dict:
-    """The record that --results writes: what was run, where, and what came out."""
-    return {
-        "command": command,
-        "device": devices.describe_devices(),
-        "versions": devices.library_versions(),
-        "seconds": round(seconds, 1),
-        "scores": scores,
-        "config": config_dict(config),
-    }
+    """The record that --results writes."""
+    return new_record(command, {"seconds": round(seconds, 1), "scores": scores, "config": config_dict(config)})
 
 
 def check_record_file(option: str, file: Path) -> None:
     """Raises ValueError or OSError if a record's file can't be written; called before the work for it begins."""
     if file.is_dir():
         raise ValueError(f"{option} {file}: a folder. Give the path of a file in it")
-    if isinstance(file, BucketPath):
-        return
-    if written_in_place(file):
+    if isinstance(file, BucketPath) or written_in_place(file):
         return
     try:
         tempfile.TemporaryFile(dir=next(folder for folder in file.absolute().parents if folder.exists())).close()

@@ -18,7 +18,7 @@ from .data.packing import Packed
 from .messages import say
 from .model import init_adapter
 from .processes import on_every_process, on_first_process
-from .sharding import RULES, make_mesh, mesh_sizes, tenants_shardings, tree_shardings
+from .sharding import RULES, make_mesh, mesh_sizes, tenants_shardings, tree_shardings, with_sharding
 from .training.loss import CHUNK
 from .training.optimizer import LearningRates
 from .training.passes import Layout, batch_devices, lay_out
@@ -60,7 +60,7 @@ class MeshChoice(NamedTuple):
 
 
 def run_mesh(config: RunConfig, tenants: int = 1) -> Mesh:
-    """The mesh of a run on this machine's devices, and says in a line which one it took and why.
+    """The mesh of a run on this machine's devices. A logged line says which one it is and why.
 
     Args:
         tenants: how many the run trains; 1 for a run of one adapter.
@@ -79,7 +79,7 @@ def run_mesh(config: RunConfig, tenants: int = 1) -> Mesh:
 def choose_mesh(
     config: RunConfig, count: int, room: int | None, tenants: int = 1, *, all_of_them: bool = True
 ) -> MeshChoice:
-    """The sizes of a run's mesh over so many devices. Where the config leaves mesh.fsdp open, it is the smallest with
+    """The sizes of a run's mesh over `count` devices. Where the config leaves mesh.fsdp open, it is the smallest with
     which the run fits a device by the estimate. Sizes that the config gives are kept.
 
     Args:
@@ -160,7 +160,7 @@ def estimate_memory(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int =
     """The memory of the training step on each device of a mesh, without a compiler."""
     state, model, *_ = step_arguments(config, mesh, tenants)
     temporaries = activation_bytes(config, load_model_config(config.backbone.source), mesh, tenants)
-    # The gradients of a stack lie as the stack does; one adapter's lies whole on each device for a moment.
+    # The gradients of a stack are sharded as the stack; those of one adapter are complete on each device for a moment.
     alone = state.step.shape[0] == 1
     temporaries += tree_size(state.adapters) if alone else shard_bytes(state.adapters)
     return Estimate(shard_bytes(state) + shard_bytes(model), temporaries)
@@ -191,7 +191,7 @@ def activation_bytes(config: RunConfig, model: ModelConfig, mesh: Mesh | Abstrac
     dtype, tensor = jnp.dtype(config.backbone.dtype or "bfloat16"), mesh.shape["tensor"]
     tokens, rows = config.data.max_seq_length, lay_out(config, mesh, tenants).pass_rows // batch_devices(mesh)
     linears = sum(map(model.site_width, SITES)) / tensor
-    kernel, _ = run_kernel(config, model)
+    kernel, _ = kernel_of_run(config, model)
     scores = 4 * rows * model.num_heads / tensor * tokens * tokens * (kernel == "plain")
     kept = dtype.itemsize * rows * tokens * (model.width + KEPT_LINEARS[config.train.remat] * linears)
     kept += 1.5 * scores * (config.train.remat == "none")
@@ -218,8 +218,7 @@ def tree_size(tree) -> int:
 def step_arguments(
     config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int = 1
 ) -> tuple[TrainState, Any, Batch | Packed, jax.ShapeDtypeStruct, LearningRates]:
-    """The abstract arguments of train_step as a run of so many tenants on this mesh would hand them over, shardings
-    included."""
+    """The abstract arguments of train_step as a run on this mesh passes them, shardings included."""
     layout, model_config = lay_out(config, mesh, tenants), load_model_config(config.backbone.source)
 
     def fresh() -> TrainState:
@@ -230,11 +229,11 @@ def step_arguments(
     state = jax.eval_shape(fresh)
     state = jax.tree.map(with_sharding, state, tenants_shardings(state, mesh, model_config))
 
-    def whole(dtype, *shape: int) -> Any:
+    def replicated(dtype, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharded(mesh))
 
-    rates = LearningRates(*(whole(dtype, layout.slots) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
-    tenant_of_group = whole(jnp.int32, layout.passes, layout.groups)
+    rates = LearningRates(*(replicated(dtype, layout.slots) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
+    tenant_of_group = replicated(jnp.int32, layout.passes, layout.groups)
     return state, abstract_model(config, mesh), abstract_batch(config, mesh, layout), tenant_of_group, rates
 
 
@@ -252,7 +251,7 @@ def abstract_model(config: RunConfig, mesh: Mesh | AbstractMesh) -> Any:
     return abstract_backbone(model_config, dtype, mesh, layout="stacked", quantize=quantize, attention=attention)
 
 
-def run_kernel(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
+def kernel_of_run(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
     """The attention kernel of a run's longest rows on a TPU, and the reason for it."""
     dtype, choice = config.backbone.dtype or "bfloat16", choice_named(config.backbone.attention)
     return attention_kernel(model, config.data.max_seq_length, dtype, "tpu", choice, packed=config.data.packing)
@@ -261,8 +260,12 @@ def run_kernel(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
 def abstract_batch(config: RunConfig, mesh: Mesh | AbstractMesh, layout: Layout) -> Batch | Packed:
     """A step's batch."""
     lead = (layout.passes, layout.pass_rows)
-    whole, one = (config.data.max_seq_length,), (packed_examples(config),) if config.data.packing else ()
-    kind, shapes = (Packed, (whole, whole, one, one, one, whole)) if config.data.packing else (Batch, (whole, one, one))
+    tokens = (config.data.max_seq_length,)
+    if config.data.packing:
+        segments = (packed_examples(config),)
+        kind, shapes = Packed, (tokens, tokens, segments, segments, segments, tokens)
+    else:
+        kind, shapes = Batch, (tokens, (), ())
     over = sharded(mesh, None, RULES["batch"])
     arrays: list[Any] = [jax.ShapeDtypeStruct((*lead, *shape), jnp.int32, sharding=over) for shape in shapes]
     return kind(*arrays)
@@ -275,7 +278,3 @@ def sharded(mesh: Mesh | AbstractMesh, *axes) -> NamedSharding:
 def packed_examples(config: RunConfig) -> int:
     """Examples per packed row, where the data isn't read."""
     return max(1, config.data.max_seq_length // TOKENS_AN_EXAMPLE)
-
-
-def with_sharding(leaf, sharding):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

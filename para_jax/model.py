@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from .adapters.methods import is_adapter_config, method_of
 from .adapters.rows import Adjustments, Rows, Stack, by_layer, check_fits, gather
-from .adapters.segments import adjust_segments
+from .adapters.segments import Segments, adjust_segments
 from .backbone.cache import attend_cached, attend_prefix, padded
 from .backbone.kernels import self_attention
 from .backbone.layout import stack_trees, through_layers
@@ -35,21 +35,6 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "block": jax.checkpoint,
 }
-
-
-class Segments(NamedTuple):
-    """Where the examples lie in packed rows."""
-
-    segment: jax.Array
-    """int32 [rows, T]: each token's segment; -1 is padding"""
-    start: jax.Array
-    """int32 [rows, segments]: the index of each segment's first token"""
-
-    @property
-    def position(self) -> Int[Array, "rows T"]:
-        """Each token's position within its segment."""
-        start = jnp.take_along_axis(self.start, jnp.maximum(self.segment, 0), axis=1)
-        return jnp.arange(self.segment.shape[1]) - jnp.where(self.segment < 0, 0, start)
 
 
 class DecodeState(NamedTuple):

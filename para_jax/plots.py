@@ -113,7 +113,7 @@ def read_run(folder: str | Path) -> list[dict]:
         raise ValueError(f"{folder}: no run is there (metrics.jsonl); give the output_dir of `para-jax train`")
     rows = list(read_metrics(file))
     if not any("loss" in row for row in rows):
-        raise ValueError(f"{file}: no training step is there yet")
+        raise ValueError(f"{file}: no training step is there yet; wait for the first one")
     return rows
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-#: The most bytes that travel between processes at once. Every device holds such a piece twice, but never a whole array,
-#: which may be larger than a device.
+#: The maximum number of bytes that travel between processes at once. Every device holds such a piece twice, but never a
+#: complete array, which may be larger than a device.
 PIECE = 1 << 26
 
 

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from .backbone.load import load_model_config
 from .config import SITES, ModelConfig, RunConfig
 from .devices import PEAK_FLOPS
-from .memory import run_kernel
+from .memory import kernel_of_run
 from .training.loss import CHUNK
 from .training.passes import lay_out
 
@@ -86,7 +86,7 @@ def training_work(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int = 1
     model, layout = load_model_config(config.backbone.source), lay_out(config, mesh, tenants)
     length, remat = config.data.max_seq_length, config.train.remat
     dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
-    kernel, _ = run_kernel(config, model)
+    kernel, _ = kernel_of_run(config, model)
     tokens = layout.passes * layout.pass_rows * length / mesh.size  # per chip, as if `tensor` split them too
     rows_held, tensor = layout.pass_rows / (mesh.size / mesh.shape["tensor"]), mesh.shape["tensor"]
     chunks = -(-rows_held * length * model.vocab_size / tensor // CHUNK)

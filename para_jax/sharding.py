@@ -33,7 +33,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     devices = jax.devices() if devices is None else list(devices)
     asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
     if list(asked.values()).count(-1) > 1 or any(size < -1 or size == 0 for size in asked.values()):
-        raise ValueError(f"mesh {asked}: use sizes of at least 1, one of which may be -1 (all remaining devices)")
+        raise ValueError(f"mesh {asked}: use sizes of at least 1. One may be -1 (all remaining devices)")
     sizes = mesh_sizes(asked, len(devices), must_use_all)
     if sizes is None:
         raise ValueError(
@@ -113,6 +113,11 @@ def tree_shardings(tree, mesh: Mesh | AbstractMesh, config):
 
 def is_variable(node) -> bool:
     return hasattr(node, "get_value")
+
+
+def with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:
+    """An array's shape and dtype, with this sharding."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def named_axes(variable, config) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
@@ -223,7 +228,8 @@ def shard_rows(array) -> jax.Array:
     rows, devices = array.shape[1], mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % devices:
         raise ValueError(
-            f"a batch of {rows} rows does not divide evenly over mesh.data x mesh.fsdp = {devices} devices"
+            f"a batch of {rows} rows does not divide evenly over mesh.data x mesh.fsdp = {devices} devices; "
+            "use a multiple"
         )
     array, sharding = np.asarray(array), NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

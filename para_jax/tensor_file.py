@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from .untrusted import one_line, safe_name
 
-#: The most bytes of a header that are read: about 30,000 tensors.
+#: The maximum size of a header: about 30,000 tensors.
 MAX_HEADER_BYTES = 2**22
 DTYPES = ("F64", "F32", "F16", "BF16")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .config import shorten
 
-#: The most bytes that are read of a config. Published ones have a few kB.
+#: The maximum size of a config. Published ones have a few kB.
 MAX_JSON_BYTES = 2**20
 #: The maximum nesting of JSON. A config has three levels.
 MAX_DEPTH = 64

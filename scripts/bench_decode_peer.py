@@ -1,4 +1,4 @@
-"""One decode step, float32 on a CPU: para_jax beside transformers, and many tenants beside PEFT's mixed LoRA batch.
+"""One decode step, float32 on a CPU: para_jax and transformers, and many tenants next to PEFT's mixed LoRA.
 
     python scripts/bench_decode_peer.py --torch-python /path/to/python-with-torch-peft-and-transformers
 
@@ -19,11 +19,12 @@ from pathlib import Path
 
 from para_jax import ParaConfig, load_backbone, load_tokenizer
 from para_jax.bench.decode import Side, Step, bank_of
-from para_jax.bench.record import new_record, report
-from para_jax.bench.rounds import interleaved, paired, random_tokens, summary
+from para_jax.bench.record import report
+from para_jax.bench.rounds import interleaved, measurement, paired, random_tokens
 from para_jax.devices import library_versions
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
+from para_jax.inspect import new_record
 
 ROWS, TENANTS = 32, 8
 WORKER = Path(__file__).with_name("decode_worker.py")
@@ -79,7 +80,7 @@ def main():
     peers = [(rows, which, n) for rows, which in ((1, "base"), (ROWS, "base"), (ROWS, "mixed")) for n in (1, 2)]
     sides = {name: lambda name=name: paused(name) for name in steps}
     sides |= {f"torch {w}, {r} rows, {n} threads": lambda r=r, w=w, n=n: torch.step(n, r, w) for r, w, n in peers}
-    found = summary("ms per step", interleaved(sides, args.rounds))
+    found = measurement("ms per step", interleaved(sides, args.rounds))
 
     def ratio(side: str, peer: str) -> float:  # to the better number of threads
         names = [f"torch {peer}, {n} threads" for n in (1, 2)]

@@ -1,8 +1,8 @@
-"""A whole training step (forward, backward, AdamW), float32 on a CPU: PARA in para_jax beside PEFT on torch.
+"""A whole training step (forward, backward, AdamW), float32 on a CPU: PARA in para_jax next to PEFT on torch.
 
     python scripts/bench_peft.py --torch-python /path/to/python-with-torch-peft-and-transformers
 
-PARA r=12 beside LoRA r=8 on all linears and (IA)^3 on q, v and up, on the same weights and rows (48 prompt and 16
+PARA r=12, LoRA r=8 on all linears, and (IA)^3 on q, v and up, on the same weights and rows (48 prompt and 16
 completion tokens, loss on the completion). Each side is a process of its own (para_jax: this one) and makes one step in
 turn; torch runs with one thread and with two, and with logits at every position ("plain") and where the loss needs them
 ("kept"). Each ratio is to the better number of threads. The torch side needs the extra [bench-peft].
@@ -21,13 +21,14 @@ import jax
 import numpy as np
 
 from para_jax import ParaConfig, init_adapter, load_backbone, load_tokenizer
-from para_jax.bench.record import new_record, report
-from para_jax.bench.rounds import interleaved, random_tokens, summary
+from para_jax.bench.record import report
+from para_jax.bench.rounds import interleaved, measurement, random_tokens
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
 from para_jax.devices import library_versions
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
+from para_jax.inspect import new_record
 from para_jax.training.step import state_of_one, step_of_one
 
 ROWS, PROMPT, COMPLETION = 8, 48, 16
@@ -94,7 +95,7 @@ def main():
     para = Para(model, tokens)
     variants = [(method, logits, threads) for method in peers for logits in ("plain", "kept") for threads in (1, 2)]
     sides = {f"{m} {logits} {n}": lambda m=m, logits=logits, n=n: peers[m].step(n, logits) for m, logits, n in variants}
-    found = summary("s per step", interleaved({"para": para.step} | sides, args.rounds))
+    found = measurement("s per step", interleaved({"para": para.step} | sides, args.rounds))
     seconds = found["medians"]
     best = {f"{m} {logits}": min(seconds[f"{m} {logits} {n}"] for n in (1, 2)) for m, logits, _ in variants}
     more = {

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..atomic import OLD, folders_left, set_aside, sync_folder, temporary_name
+from ..atomic import OLD, folders_left, old_folder, sync_folder, temporary_name
 from ..storage import folder as bucket_folder
 from ..storage.bucket import BucketPath, Place
 from ..tensor_file import StoredTensor, stored_tensors
@@ -32,7 +32,7 @@ def own_file(folder: Path, name: str) -> Path:
     if file.is_symlink():
         raise ValueError(f"{file} is a link, which may lead out of the folder; put the file itself there")
     if not file.is_file():
-        raise ValueError(f"{folder} has no {name}")
+        raise ValueError(f"{folder} has no {name}; choose the folder of an adapter")
     return file
 
 
@@ -153,7 +153,7 @@ def replace_folder(folder: Place, files: dict[str, bytes]) -> None:
 
 
 def swap(new: Path, folder: Path) -> None:
-    """Renames the old folder away and the new one into its place. After a kill in between, `set_aside` finds the old
+    """Renames the old folder away and the new one into its place. After a kill in between, `old_folder` finds the old
     one."""
     old = new.with_name(new.name + OLD)
     try:
@@ -174,7 +174,7 @@ def mend_folder(folder: Place) -> None:
     if isinstance(folder, BucketPath):
         bucket_folder.remove_unfinished(folder)
         return
-    old = set_aside(folder)
+    old = old_folder(folder)
     if old is not None and not folder.exists():
         os.rename(old, folder)
     for path in [*folders_left(folder, OLD), *folders_left(folder)]:

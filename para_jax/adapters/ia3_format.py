@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import SITES, Ia3Config, ModelConfig
 from .adapter import Adapter, Backbone, named_leaves
-from .own_tensors import layer_name, stacked_layers
+from .own_tensors import join_layers, layer_name
 from .peft_config import named, named_linears, require_supported, target_sites
 from .peft_linears import linears_of, used_sites
 
@@ -73,7 +73,7 @@ def ia3_leaves(
     config: Ia3Config, model: ModelConfig, tensors: dict[str, np.ndarray]
 ) -> tuple[Ia3Config, dict[str, np.ndarray]]:
     """The adapter's config and arrays, without sites that share a linear and change nothing."""
-    stacked = stacked_layers(tensors)
+    stacked = join_layers(tensors)
     linears = linears_of(model.model_type, config.target_modules)
     widths = {site: model.site_width(site) for site in SITES}
     found: dict[str, Any] = {}

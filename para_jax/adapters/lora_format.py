@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import FUSED, SITES, LoraConfig, ModelConfig, shorten
 from .adapter import Adapter, Backbone, named_leaves
-from .own_tensors import layer_name, stacked_layers
+from .own_tensors import join_layers, layer_name
 from .peft_config import named, require_supported, target_sites
 from .peft_linears import linears_of, used_sites
 
@@ -111,7 +111,7 @@ def lora_leaves(
     Sites that share a linear share its A, with one exception: if all linears have the form that `matrices_of_linear`
     gives them, each site takes its own block back, and the rank is the smaller one again.
     """
-    stacked = stacked_layers(tensors)
+    stacked = join_layers(tensors)
     linears = linears_of(model.model_type, config.target_modules)
     widths = {site: model.site_width(site) for site in SITES}
     pairs = {name: (stacked[f"{name}.lora_A.weight"], stacked[f"{name}.lora_B.weight"]) for name in linears}

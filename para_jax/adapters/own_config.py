@@ -60,7 +60,7 @@ def read_own_config(kind: type, found: dict) -> tuple[Any, dict]:
     required, optional = field_names(kind)
     require_keys("", found, (*REQUIRED, *required), (*OPTIONAL, *optional))
     if found.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ValueError(f"task_type {shorten(found['task_type'])} is not supported, only CAUSAL_LM")
+        raise ValueError(f"task_type {shorten(found['task_type'])} is not supported; use CAUSAL_LM")
     for key, key_kind, expected in (("inference_mode", bool, "true or false"), ("para_jax_version", str, "text")):
         if not isinstance(found.get(key), (key_kind, NoneType)):
             raise ValueError(f"{key} must be {expected}; got {shorten(found[key])}")

@@ -27,10 +27,10 @@ def tensors_of_leaves(adapter: Adapter) -> dict[str, jax.Array | np.ndarray]:
 
 
 def leaves_of_tensors(config: Any, model: ModelConfig, tensors: dict[str, np.ndarray]) -> tuple[Any, dict]:
-    return config, stacked_layers(tensors)
+    return config, join_layers(tensors)
 
 
-def stacked_layers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def join_layers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors without the number of their layer in the name, [layers, ...] in the order of the layers."""
     found: dict[str, dict[int, np.ndarray]] = {}
     for full_name, tensor in tensors.items():

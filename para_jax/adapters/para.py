@@ -86,9 +86,9 @@ class Para(Adapter):
         """The same adapter with a generator in every layer."""
         if self.config.layers_to_transform is None:
             return self
-        whole = self.in_all_layers()
-        whole.config = replace(self.config, layers_to_transform=None)
-        return whole
+        normal = self.in_all_layers()
+        normal.config = replace(self.config, layers_to_transform=None)
+        return normal
 
     def in_all_layers(self) -> Para:
         """The adapter with zeros, and statistics of one, in the layers without a generator: their factors are one."""
@@ -99,8 +99,8 @@ class Para(Adapter):
         def spread(variable):
             held = variable.get_value()
             fill = 1.0 if isinstance(variable, Statistic) else 0.0
-            whole = jnp.full((self.backbone.num_layers, *held.shape[1:]), fill, held.dtype)
-            return variable.replace(whole.at[np.array(layers)].set(held))
+            filled = jnp.full((self.backbone.num_layers, *held.shape[1:]), fill, held.dtype)
+            return variable.replace(filled.at[np.array(layers)].set(held))
 
         return jax.tree.map(spread, self, is_leaf=is_variable)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..config import ModelConfig, ParaConfig
 from .adapter import Adapter, named_leaves
-from .own_tensors import layer_name, stacked_layers
+from .own_tensors import join_layers, layer_name
 
 #: Arrays that only some configs have, and their names in the file.
 EXTRAS = {
@@ -37,7 +37,7 @@ def para_tensors(adapter: Adapter) -> dict[str, jax.Array | np.ndarray]:
 def para_leaves(
     config: ParaConfig, model: ModelConfig, tensors: dict[str, np.ndarray]
 ) -> tuple[ParaConfig, dict[str, np.ndarray]]:
-    stacked = stacked_layers(tensors)
+    stacked = join_layers(tensors)
     widths = [model.site_width(site) for site in config.target_modules]
     ups = np.split(stacked["para_up.weight"].swapaxes(1, 2), np.cumsum(widths)[:-1], axis=2)
     leaves = {f"up.{site}": up for site, up in zip(config.target_modules, ups, strict=True)}

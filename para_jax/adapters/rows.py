@@ -53,9 +53,9 @@ class Rows:
 
 
 def stack_adapters(adapters: list[Adapter]) -> Stack:
-    """Adapters of one config and backbone, stacked. Gradients of Rows come back in this shape, a slice a tenant."""
+    """Adapters of one config and backbone, stacked. Gradients of Rows have this shape, a slice per tenant."""
     if not adapters:
-        raise ValueError("stack_adapters: the list is empty; expected at least one adapter")
+        raise ValueError("stack_adapters: the list is empty; give at least one adapter")
     for i, adapter in enumerate(adapters):
         if (adapter.config, adapter.backbone) != (adapters[0].config, adapters[0].backbone):
             raise ValueError(
@@ -73,9 +73,9 @@ def pick(stack: Stack, indices) -> Rows:
     if not isinstance(indices, Tracer):
         held = np.asarray(indices)
         if held.ndim != 1 or not np.issubdtype(held.dtype, np.integer):
-            raise ValueError(f"pick: indices {indices!r}; expected whole numbers, one a row")
+            raise ValueError(f"pick: indices must be whole numbers, one per row; got {indices!r}")
         if held.size and (held.min() < -1 or held.max() >= stack.size):
-            raise ValueError(f"pick: indices {held.tolist()}; expected -1 (the base model) to {stack.size - 1}")
+            raise ValueError(f"pick: indices must be -1 (the base model) to {stack.size - 1}; got {held.tolist()}")
     return Rows((stack,), jnp.asarray(indices, jnp.int32)[None])
 
 
@@ -84,7 +84,7 @@ def by_layer(adapters: Adapter | Rows | Adjustments) -> tuple[object, Callable]:
 
     The function takes (one layer's weights, x [batch, length, width], prompt_length [batch]) and gives an Adjustment
     whose arrays lead with the batch (or that is Shared), in float32. Only the batch's tenants are gathered, a layer at
-    a time. Of packed rows it takes prompt_length and start [batch, segments] and gives arrays that lead with (batch,
+    a time. For packed rows it takes prompt_length and start [batch, segments], and its arrays lead with (batch,
     segments).
     """
     if isinstance(adapters, Rows):
@@ -234,11 +234,10 @@ class SharedByGroup(Shared):
 
 
 class Adjustments(NamedTuple):
-    """Adjustments that were made already, of whatever prompts; they serve in the place of the adapters that made them,
-    one a batch row."""
+    """Adjustments that adapters made already, one per batch row, from any prompts. They take the adapters' place."""
 
     layers: tuple
-    """a layer: an Adjustment in float32 whose arrays lead with the batch, or that is Shared"""
+    """per layer: an Adjustment in float32 whose arrays lead with the batch, or a Shared one"""
 
 
 def check_fits(adapters, model: ModelConfig) -> None:
@@ -247,12 +246,10 @@ def check_fits(adapters, model: ModelConfig) -> None:
         return
     if not isinstance(adapters, (Adapter, Rows)):
         raise ValueError(
-            f"adapters: {type(adapters).__name__} is not possible; expected None, an adapter or Rows, "
-            "made by pick(stack, indices)"
+            f"adapters: {type(adapters).__name__} is of another type; give None, an adapter, or Rows, which "
+            "pick(stack, indices) makes"
         )
     for adapter in [stack.adapters for stack in adapters.stacks] if isinstance(adapters, Rows) else [adapters]:
         expected = describe(model)
         if adapter.backbone != expected:
-            raise ValueError(
-                f"adapter for another backbone: it was made for {adapter.backbone}, this one is {expected}"
-            )
+            raise ValueError(f"the adapter was made for another backbone: {adapter.backbone}. This one is {expected}")

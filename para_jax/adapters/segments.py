@@ -1,8 +1,9 @@
-"""Factors of packed rows: each segment has its own, which are applied to its tokens."""
+"""Packed rows: where their segments are, and factors that each segment applies to its own tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,21 @@ from jaxtyping import Array, Float, Int
 from .adapter import Adjustment, Factors
 
 EXACT = jax.lax.Precision.HIGHEST
+
+
+class Segments(NamedTuple):
+    """Where the examples are in packed rows."""
+
+    segment: jax.Array
+    """int32 [rows, T]: each token's segment; -1 is padding"""
+    start: jax.Array
+    """int32 [rows, segments]: the index of each segment's first token"""
+
+    @property
+    def position(self) -> Int[Array, "rows T"]:
+        """Each token's position within its segment."""
+        start = jnp.take_along_axis(self.start, jnp.maximum(self.segment, 0), axis=1)
+        return jnp.arange(self.segment.shape[1]) - jnp.where(self.segment < 0, 0, start)
 
 
 def adjust_segments(adjustment: Adjustment, segment: Int[Array, "rows length"]) -> Callable:

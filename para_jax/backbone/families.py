@@ -159,9 +159,8 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     family = supported_family(config)
     given = {key: value for key, value in config.items() if value is not None or key in NULLABLE}
     c = DEFAULTS | family.defaults | given
-    if "use_sliding_window" in family.defaults and not config_bool(
-        c, "use_sliding_window"
-    ):  # other families ignore the key
+    # The other families ignore use_sliding_window.
+    if "use_sliding_window" in family.defaults and not config_bool(c, "use_sliding_window"):
         c["sliding_window"] = None
     heads = config_int(c, "num_attention_heads")
     kv_heads = heads if c["num_key_value_heads"] is None else config_int(c, "num_key_value_heads")
@@ -201,7 +200,7 @@ def supported_family(config: dict[str, Any]) -> Family:
         name = shorten(config["model_type"])
         raise ValueError(f"model_type {name}{also} is not supported; supported are {', '.join(FAMILIES)}")
     if found:
-        raise ValueError(f"config.json is not supported: it has {', '.join(found)}")
+        raise ValueError(f"config.json is not supported: it has {', '.join(found)}; choose another backbone")
     return FAMILIES[config["model_type"]]
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from ..config import ModelConfig, shorten
 from ..gguf.file import GgufFile
 from ..hub import resolve_backbone, resolve_config
-from ..sharding import tree_shardings
+from ..sharding import tree_shardings, with_sharding
 from ..untrusted import read_json
 from .families import model_config
 from .kernel_choice import choice_named
@@ -99,8 +99,7 @@ def abstract_backbone(
     model = model.with_layout(layout)
     if mesh is None:
         return model
-    placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(placed, model, tree_shardings(model, mesh, config))
+    return jax.tree.map(with_sharding, model, tree_shardings(model, mesh, config))
 
 
 def traced(config: ModelConfig) -> Transformer:

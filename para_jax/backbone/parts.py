@@ -55,7 +55,7 @@ class Block(NamedTuple):
 def load_parameter(
     source: Source, recipe: Recipe, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None
 ) -> tuple[jax.Array, bool]:
-    """A parameter, of which this process reads its own parts, and whether those are all finite."""
+    """A parameter, and whether all values that this process read are finite. It reads its own parts only."""
     blocks = needed_blocks(shape, recipe.transpose, sharding)
     values, finite = read_blocks(source, recipe, blocks, dtype)
 
@@ -76,7 +76,7 @@ def needed_blocks(
     sharding: jax.sharding.Sharding | None,
     devices: Collection[Any] | None = None,
 ) -> list[Block]:
-    """The distinct blocks of a stored tensor that devices hold of a parameter.
+    """The distinct blocks of a stored tensor that hold the devices' parts of a parameter.
 
     Args:
         devices: default: this process's.
@@ -108,13 +108,13 @@ def read_blocks(
     for block in blocks:
         rows, columns = block.stop - block.start, block.right - block.left
         values[block] = aligned_empty((columns, rows) if recipe.transpose else (rows, columns), dtype)
-    for whole in joined_blocks(blocks):
-        within = [block for block in blocks if block[:2] == whole[:2] and whole.left <= block.left < whole.right]
-        for start, piece in read_pieces(source, recipe.source, whole, recipe.start):
+    for joined in joined_blocks(blocks):
+        within = [block for block in blocks if block[:2] == joined[:2] and joined.left <= block.left < joined.right]
+        for start, piece in read_pieces(source, recipe.source, joined, recipe.start):
             piece = piece.astype(dtype, copy=False)
             finite = finite and bool(np.isfinite(piece).all())
             for block in within:
-                part = piece[:, block.left - whole.left : block.right - whole.left]
+                part = piece[:, block.left - joined.left : block.right - joined.left]
                 write_rows(values[block], start - block.start, part, recipe.transpose)
     return values, finite
 
@@ -170,5 +170,6 @@ def require_equal(source: Source, name: str, other: str, blocks: list[Block]) ->
         both = zip(read_pieces(source, name, block), read_pieces(source, other, block), strict=True)
         if not all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in both):
             raise ValueError(
-                f"{source.path}: {name} differs from {other}, although config.json sets tie_word_embeddings"
+                f"{source.path}: {name} differs from {other}, although config.json sets tie_word_embeddings; "
+                "set it to false"
             )

@@ -46,7 +46,9 @@ def sharded_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
     everything: dict[str, StoredTensor] = {}
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: {shorten(shard)} is not the name of a .safetensors file in the same folder")
+            raise ValueError(
+                f"{index}: {shorten(shard)} is not the name of a .safetensors file next to it; fetch it again"
+            )
         if not (folder / shard).is_file():
             raise ValueError(f"{folder}: the shard {safe_name(shard)} is missing; fetch it again")
         found = stored_tensors(folder / shard)

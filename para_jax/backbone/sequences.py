@@ -28,13 +28,15 @@ def checked_sequences(tokens, prompt_length, length, vocab_size: int) -> tuple[j
                 f"{name} of shape {np.shape(value)}: pass one integer, or one for each of the {batch} rows"
             )
     if not any(isinstance(value, Tracer) for value in lengths.values()):
-        prompt, whole = np.broadcast_arrays(*map(np.asarray, lengths.values()))
-        if (prompt < 1).any() or (prompt > whole).any() or (whole > total).any():
+        prompt, row = np.broadcast_arrays(*map(np.asarray, lengths.values()))
+        if (prompt < 1).any() or (prompt > row).any() or (row > total).any():
             named = ", ".join(f"{name} {np.asarray(value).tolist()}" for name, value in lengths.items())
             raise ValueError(f"{named}: need 1 <= prompt_length <= length <= {total}, the tokens per row")
     if isinstance(tokens, np.ndarray) and tokens.size:
         lowest, highest = tokens.min(), tokens.max()
         if lowest < 0 or highest >= vocab_size:
-            raise ValueError(f"token ids {lowest} to {highest}: the vocabulary has ids 0 to {vocab_size - 1}")
+            raise ValueError(
+                f"token ids {lowest} to {highest}: the vocabulary has ids 0 to {vocab_size - 1}; use its tokenizer"
+            )
     prompt_length, length = (jnp.broadcast_to(jnp.asarray(n, jnp.int32), (batch,)) for n in lengths.values())
     return jnp.asarray(tokens, jnp.int32), prompt_length, length

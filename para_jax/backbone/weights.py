@@ -52,7 +52,7 @@ def load_parameters(
         else:
             loaded[name] = array
     if broken:
-        raise ValueError(f"{source.path}: tensors with NaN or infinite values: {safe_names(broken)}")
+        raise ValueError(f"{source.path}: tensors with NaN or infinite values: {safe_names(broken)}; fetch it again")
     return loaded
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from .. import devices
 from ..config import RuntimeSection, shorten
-from ..inspect import check_record_file
+from ..inspect import check_record_file, new_record
 from ..plots import FORMATS, decode_plot
 from .decode import bench_decode
 from .evaluate import bench_evaluate
 from .load import bench_load
-from .record import new_record, report
+from .record import report
 from .sampling import bench_sampling
 from .serve import bench_serve
 from .tenants import bench_tenants

@@ -26,7 +26,7 @@ from ..backbone.transformer import Transformer
 from ..config import SITES, Ia3Config, LoraConfig, ParaConfig
 from ..inference.generate import CACHE_MULTIPLE, next_token, up_to_multiple
 from ..model import DecodeState, decode, init_adapter, prefill
-from .rounds import medians, paired, random_tokens, summary
+from .rounds import measurement, medians, milliseconds, paired, random_tokens
 
 #: LoRA adapts all seven linears; at r = 4 it has about as many parameters as PARA at r = 12.
 METHODS = {"PARA": ParaConfig(), "(IA)^3": Ia3Config(target_modules=("q_proj", "v_proj", "up_proj"))} | {
@@ -102,7 +102,7 @@ def bench_decode(
         of_read.append({n: rate / bandwidth[i][n] for n, rate in gigabytes_per_second.items()})
         of_wall.append({n: part / wall[i][n] for n, part in products[i].items()})
     return (
-        summary("ms", wall)
+        measurement("ms", wall)
         | about
         | {
             "cpu_medians": medians(cpu),
@@ -220,13 +220,13 @@ def read_test(model) -> Callable[[], float]:
         array, product = jnp.ones(size, jnp.float32), jax.jit(jnp.vdot)
         read = lambda: product(array, array).block_until_ready()  # noqa: E731
 
-    def gigabytes_a_second() -> float:
+    def gigabytes_per_second() -> float:
         begun = time.perf_counter()
         read()
         return size * 4 / (time.perf_counter() - begun) / 1e9
 
-    gigabytes_a_second()
-    return gigabytes_a_second
+    gigabytes_per_second()
+    return gigabytes_per_second
 
 
 def products_test(model, rows: int) -> Callable[[], float]:
@@ -242,10 +242,4 @@ def products_test(model, rows: int) -> Callable[[], float]:
     widths = {w.shape[1] if w.shape[0] == head else w.shape[0] for w in matrices}
     inputs = {width: jnp.ones((rows, width), model.dtype) for width in widths}
     jax.block_until_ready(products(inputs, matrices))
-
-    def milliseconds() -> float:
-        begun = time.perf_counter()
-        jax.block_until_ready(products(inputs, matrices))
-        return (time.perf_counter() - begun) * 1e3
-
-    return milliseconds
+    return milliseconds(lambda: products(inputs, matrices))

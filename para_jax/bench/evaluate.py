@@ -22,7 +22,7 @@ from ..inference.generate import generate_tokens, up_to_multiple
 from ..inference.sampling import Sampling
 from ..serving.engine import Engine
 from .decode import METHODS, bank_of
-from .rounds import paired, single, summary
+from .rounds import measurement, paired, single
 
 PROMPT, NEW = 48, 32  # tokens of a prompt, and of its answer
 
@@ -78,7 +78,7 @@ def bench_evaluate(
         ratios[f"{work.name}, compiling too: mixed / loop"] = first[one] / first[other]
         equal[work.name] = float(np.mean([a == b for a, b in zip(written[one], written[other], strict=True)]))
     about = {"ratios": ratios, "first_run": first, "equal_texts": equal, "rows": batch, "new_tokens": NEW}
-    return summary("s", measured) | about
+    return measurement("s", measured) | about
 
 
 def timed(run: Callable[[], list[str]], name: str, written: dict[str, list[str]]) -> float:

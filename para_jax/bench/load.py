@@ -12,7 +12,7 @@ import jax
 
 from ..backbone.load import load_backbone
 from ..hub import resolve_backbone
-from .rounds import summary
+from .rounds import measurement
 
 LOAD_LIMIT = 300e6  # bytes above the weights that loading may take
 
@@ -32,7 +32,7 @@ def bench_load(backbone: str, *, rounds: int = 3) -> dict:
             raise ValueError(f"bench load: {message[-1].removeprefix('ValueError: ')}")
         measured.append(json.loads(done.stdout.splitlines()[-1]))
     within = all(m["peak"] - m["weights"] <= LOAD_LIMIT / 1e6 for m in measured)
-    return summary("MB", measured) | {"within_limit": within, "limit_above_weights": LOAD_LIMIT / 1e6}
+    return measurement("MB", measured) | {"within_limit": within, "limit_above_weights": LOAD_LIMIT / 1e6}
 
 
 def measure_load(backbone: str) -> None:

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import devices
 from ..inspect import write_record
 from ..table import table
-
-
-def new_record(command: str, measured: dict) -> dict:
-    """What a benchmark measured, with the command, the device and the versions."""
-    return {
-        "command": command,
-        "device": devices.describe_devices(),
-        "versions": devices.library_versions(),
-        **measured,
-    }
 
 
 def report(record: dict, file: Path | None) -> None:

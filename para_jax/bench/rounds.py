@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
+
+
+def milliseconds(call: Callable[[], Any]) -> Callable[[], float]:
+    """A side that measures one call, up to the end of its work on the device."""
+
+    def measure() -> float:
+        begun = time.perf_counter()
+        jax.block_until_ready(call())
+        return (time.perf_counter() - begun) * 1e3
+
+    return measure
 
 
 def interleaved(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
@@ -15,7 +29,7 @@ def interleaved(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict
     return [{name: measure() for name, measure in sides.items()} for _ in range(rounds)]
 
 
-def summary(unit: str, rounds: list[dict[str, float]]) -> dict:
+def measurement(unit: str, rounds: list[dict[str, float]]) -> dict:
     return {"unit": unit, "medians": medians(rounds), "rounds": rounds}
 
 

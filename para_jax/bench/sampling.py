@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from ..backbone.load import load_model_config
 from ..inference.draw import sample
 from ..inference.sampling import row_keys
-from .rounds import interleaved, paired, single, summary
+from .rounds import interleaved, measurement, milliseconds, paired, single
 
 #: Temperature, top_k and top_p of the rows that sample.
 SETTINGS = {
@@ -36,17 +35,11 @@ def bench_sampling(backbone: str, *, rows: tuple[int, ...] = (8,), rounds: int =
     def drawn(sampled: int, temperature: float, top_k: int, top_p: float) -> Callable[[], float]:
         heat = np.where(np.arange(count) < sampled, temperature, 0).astype(np.float32)
         how = heat, np.full(count, top_k, np.int32), np.full(count, top_p, np.float32)
-
-        def milliseconds() -> float:
-            begun = time.perf_counter()
-            jax.block_until_ready(program(logits, np.arange(count, dtype=np.uint32), *how))
-            return (time.perf_counter() - begun) * 1e3
-
-        return milliseconds
+        return milliseconds(lambda: program(logits, np.arange(count, dtype=np.uint32), *how))
 
     sides = {"all greedy": drawn(0, 0.0, 0, 1.0)}
     for name, settings in SETTINGS.items():
         sides |= {f"one row of {name}": drawn(1, *settings), f"all rows of {name}": drawn(count, *settings)}
-    found = summary("ms", interleaved(sides, rounds))
+    found = measurement("ms", interleaved(sides, rounds))
     ratios = {f"{name} / all greedy": paired(found["rounds"], name, "all greedy") for name in list(sides)[1:]}
     return found | {"ratios": ratios, "rows": count, "vocabulary": vocab}

@@ -20,7 +20,7 @@ from ..serving.decoder import STEPS
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .decode import METHODS, bank_of
-from .rounds import interleaved, paired, single, summary
+from .rounds import interleaved, measurement, milliseconds, paired, single
 
 COMPARED = ("PARA", "(IA)^3", "LoRA r=8")
 LONGEST = 256  # tokens per row, prompt and answer
@@ -88,10 +88,10 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
         static(model, bank, work, slots, ended=lambda rows: [True] * len(rows))  # compiles
         sides[f"{method}, engine"] = lambda m=method, e=engine: by_engine(m, e)
         sides[f"{method}, static batches"] = lambda b=bank: static(model, b, work, slots)
-    found = summary("tokens/s", [{name: measure() for name, measure in sides.items()} for _ in range(rounds)])
+    found = measurement("tokens/s", [{name: measure() for name, measure in sides.items()} for _ in range(rounds)])
     ratios = {f"{m}: engine / static": paired(found["rounds"], f"{m}, engine", f"{m}, static batches") for m in banks}
     ratios |= {f"{m} / base, engine": paired(found["rounds"], f"{m}, engine", "base, engine") for m in COMPARED}
-    prefills = summary("ms", interleaved(prefill_sides(model, banks["PARA"]), 5 * rounds))
+    prefills = measurement("ms", interleaved(prefill_sides(model, banks["PARA"]), 5 * rounds))
     return found | {
         "ratios": ratios,
         "latencies_ms": {method: served[method].latencies() for method in banks},
@@ -143,14 +143,11 @@ def prefill_sides(model, bank) -> dict[str, Callable[[], float]]:
     def prefilled(adapters, lengths: list[int]) -> Callable[[], float]:
         tokens = [np.ones((1, length), np.int32) for length in lengths]
 
-        def milliseconds() -> float:
-            begun = time.perf_counter()
+        def prefill_each() -> None:  # one after another, as requests come
             for each in tokens:
-                made = prefill(model, adapters, each, each.shape[1], max_length=LONGEST)
-                jax.block_until_ready(made)
-            return (time.perf_counter() - begun) * 1e3
+                jax.block_until_ready(prefill(model, adapters, each, each.shape[1], max_length=LONGEST))
 
-        return milliseconds
+        return milliseconds(prefill_each)
 
     para, turn = bank.rows(bank.names[:1]), LONGEST // TURNS
     return {

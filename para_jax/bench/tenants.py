@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from ..adapters.rows import stack_adapters
@@ -14,7 +12,7 @@ from ..config import Ia3Config, LoraConfig, ParaConfig, TrainSection
 from ..model import init_adapter
 from ..training.optimizer import learning_rates
 from ..training.step import init_state, train_step
-from .rounds import interleaved, paired, summary
+from .rounds import interleaved, measurement, milliseconds, paired
 from .train import random_batch
 
 METHODS = {"PARA": ParaConfig(), "(IA)^3": Ia3Config(), "LoRA": LoraConfig()}
@@ -39,20 +37,24 @@ def bench_tenants(backbone: str, *, rows: tuple[int, ...] = (1,), rounds: int = 
                 found |= {f"{where}, {side}": value for side, value in more.items()}
             for side, base in (("tenants", "one tenant"), ("of 64", "one tenant")):
                 ratios[f"{where}: {side} / {base}"] = paired(measured, f"{where}, {side}", f"{where}, {base}")
-    return summary("ms", measured) | {"ratios": ratios, "row_tokens": PROMPT + COMPLETION, "dtype": str(model.dtype)}
+    return measurement("ms", measured) | {
+        "ratios": ratios,
+        "row_tokens": PROMPT + COMPLETION,
+        "dtype": str(model.dtype),
+    }
 
 
 def sides_of(model, config, each: int) -> dict[str, Callable[[], float]]:
     """The sides that are compared. Methods and sizes come one after another, so their states need not fit at once."""
     batch = random_batch(model.config.vocab_size, TENANTS * each, 1, PROMPT, COMPLETION)
     return {
-        "one tenant": of_tenants(model, config, batch, 1, 1),
-        "tenants": of_tenants(model, config, batch, TENANTS, TENANTS),
-        "of 64": of_tenants(model, config, batch, TENANTS, 64),
+        "one tenant": tenants_step(model, config, batch, 1, 1),
+        "tenants": tenants_step(model, config, batch, TENANTS, TENANTS),
+        "of 64": tenants_step(model, config, batch, TENANTS, 64),
     }
 
 
-def of_tenants(model, config, batch, groups: int, stack: int) -> Callable[[], float]:
+def tenants_step(model, config, batch, groups: int, stack: int) -> Callable[[], float]:
     section = TrainSection()
     adapters = stack_adapters([init_adapter(config, model.config)] * stack).adapters
     state, rates = init_state(adapters, section), learning_rates([section] * stack, [STEPS] * stack)
@@ -64,12 +66,3 @@ def of_tenants(model, config, batch, groups: int, stack: int) -> Callable[[], fl
         return state
 
     return milliseconds(step)
-
-
-def milliseconds(step: Callable) -> Callable[[], float]:
-    def measure() -> float:
-        begun = time.perf_counter()
-        jax.block_until_ready(step())
-        return 1000 * (time.perf_counter() - begun)
-
-    return measure

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..backbone.load import load_backbone
 from ..config import DataSection, ParaConfig, TrainSection, allowed_values
-from ..data.batches import Batch, Bucket, collate, example_lengths, plan, plan_buckets
+from ..data.batches import Batch, Bucket, Plan, collate, example_lengths, plan_buckets
 from ..data.examples import Example
 from ..data.packing import Packed, RowShape, collate_packed, plan_packing
 from ..data.records import encode_records, load_records
@@ -20,7 +20,7 @@ from ..model import init_adapter
 from ..roofline import peak_rate
 from ..training.step import state_of_one, step_of_one
 from .decode import random_backbone
-from .rounds import interleaved, paired, single, summary
+from .rounds import interleaved, measurement, paired, single
 
 CONFIG = {"total_steps": 1000}
 
@@ -49,7 +49,7 @@ def bench_train(
     batch = random_batch(model.config.vocab_size, count, packed, prompt, completion)
     tokens = batch.tokens.size
     sides = {f"remat {name}": step_time(model, [(completion, batch, tokens)], remat=name) for name in remat}
-    found = summary("tokens/s", interleaved(sides, rounds))
+    found = measurement("tokens/s", interleaved(sides, rounds))
     ratios = {
         f"{name} / {remat[0]}": paired(found["rounds"], f"remat {name}", f"remat {remat[0]}") for name in remat[1:]
     }
@@ -94,7 +94,9 @@ def bench_packing(
     steps = {"packed": packed_steps(examples, length, count)}
     for name, buckets in (("3 buckets", section.buckets), ("1 bucket", 1)):
         steps[name] = padded_steps(examples, buckets, length * count)
-    found = summary("tokens/s", interleaved({k: step_time(model, v, remat=remat) for k, v in steps.items()}, rounds))
+    found = measurement(
+        "tokens/s", interleaved({k: step_time(model, v, remat=remat) for k, v in steps.items()}, rounds)
+    )
     full = {
         name: sum(real for *_, real in of) / sum(batch.tokens.size for _, batch, _ in of) for name, of in steps.items()
     }
@@ -124,7 +126,7 @@ def padded_steps(examples: list[Example], count: int, tokens: int) -> list:
     buckets, lengths = plan_buckets(examples, count), np.array(example_lengths(examples))
     padded = np.array([bucket.length for bucket in buckets])[np.searchsorted([b.length for b in buckets], lengths)]
     rows = max(1, round(tokens / padded.mean()))
-    order = plan(lengths.tolist(), buckets=buckets, rows=rows, seed=0)
+    order = Plan(lengths.tolist(), buckets=buckets, rows=rows, seed=0)
     steps = []
     for index in range(len(buckets)):  # one step of each bucket, or more where it has more of them
         share = round(STEPS * (padded == buckets[index].length).mean()) or 1
@@ -141,7 +143,7 @@ def step_time(model, steps: list, *, remat: str) -> Callable[[], float]:
     config = TrainSection(remat=remat)  # pyright: ignore[reportArgumentType]
     state = state_of_one(init_adapter(ParaConfig(), model.config), config)
 
-    def tokens_a_second() -> float:
+    def tokens_per_second() -> float:
         nonlocal state
         begun = time.perf_counter()
         for completion, batch, _ in steps:
@@ -149,4 +151,4 @@ def step_time(model, steps: list, *, remat: str) -> Callable[[], float]:
         jax.block_until_ready(state)
         return sum(real for *_, real in steps) / (time.perf_counter() - begun)
 
-    return tokens_a_second
+    return tokens_per_second

@@ -40,7 +40,7 @@ def tenants_of_run(folder: str) -> list[str]:
         return []
     found = [f"{path.parent.name}={path}" for path in sorted(expanded(folder).glob("*/adapter"))]
     if not found:
-        raise ValueError(f"--adapters {folder}: no tenant of this run has an adapter yet")
+        raise ValueError(f"--adapters {folder}: no tenant of this run has an adapter yet\nwait until one has ended")
     return found
 
 

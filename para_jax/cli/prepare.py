@@ -16,8 +16,8 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ..data.tfds import describe, prepare
+    from ..data.tfds import describe_splits, prepare
 
     folder = prepare(options.source, options.data_dir)
     use = f"data.train={options.source}" + (f" data.data_dir={options.data_dir}" if options.data_dir else "")
-    print(f"{folder}: {describe(folder)}; train on them with {use}")
+    print(f"{folder}: {describe_splits(folder)}; train on them with {use}")

@@ -62,9 +62,9 @@ def check_value(name: str, value: Any, kind: Any) -> None:
     if typing.get_origin(kind) is Literal:
         require(value in arguments, name, value, one_of(arguments))
     elif typing.get_origin(kind) is Annotated:
-        whole = arguments[0] is int
-        is_number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
-        expected = f"a whole number, {arguments[1]}" if whole else f"a number, {arguments[1]}"
+        integer = arguments[0] is int
+        is_number = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
+        expected = f"a whole number, {arguments[1]}" if integer else f"a number, {arguments[1]}"
         require(is_number and arguments[1].accept(value), name, value, expected)
     elif arguments and isinstance(value, tuple | list):
         for item in value:

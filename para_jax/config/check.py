@@ -45,7 +45,7 @@ def require_location(name: str, path: str | None) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
-#: The most characters of a path.
+#: The maximum length of a path, in characters.
 MAX_PATH = 2000
 
 

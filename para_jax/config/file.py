@@ -100,7 +100,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if file.is_dir():
         raise ValueError(f"config {file} is a folder; give a .yaml file, such as the config.yaml in a run's folder")
     if not file.is_file():
-        raise ValueError(f"config {file}: no such file")
+        raise ValueError(f"config {file}: no such file; give the path of a .yaml file")
     try:
         with file.open("rb") as stream:  # the file may have any size
             read = parse_yaml(str(stream.read(4 * MAX_LENGTH + 1), "utf-8")) or {}
@@ -109,7 +109,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"config {file}: {printable(str(error))}") from None
     if not isinstance(read, dict):
-        raise ValueError(f"config {file}: a run is a mapping of sections (backbone, adapter, data, train, ...)")
+        raise ValueError(f"config {file} is not a mapping; write sections such as backbone, adapter, data and train")
     return {name: value for name, value in read.items() if value is not None}  # "train:" with no fields below it
 
 
@@ -118,7 +118,7 @@ def parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ValueError(
-            f"override {shorten(text)} is not of the form section.field=value, such as train.learning_rate=3e-3"
+            f"override {shorten(text)} names no field; write section.field=value, such as train.learning_rate=3e-3"
         )
     try:
         inner: Any = value.replace("\\n", "\n") if key in TEXT_FIELDS else parse_yaml(value)

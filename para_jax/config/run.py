@@ -187,7 +187,7 @@ class MeshSection:
     def __post_init__(self):
         sizes = (self.data, 1 if self.fsdp is None else self.fsdp, self.tensor)
         fits = all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1
-        require(fits, "mesh", vars(self), "sizes of at least 1, one of which may be -1 (all remaining devices)")
+        require(fits, "mesh", vars(self), "sizes of at least 1; one may be -1 (all remaining devices)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,13 +76,18 @@ def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:
 
 
 class Plan:
-    """Which examples are in batch i, for every i from 0. Every process computes the same plan.
+    """The order of training: which examples are in batch i, for every i from 0. Every process computes the same plan.
 
     An epoch holds every example once: examples are permuted and assigned to buckets, each bucket is cut into batches of
     `rows` (the last may be shorter), and the batches are permuted. Resuming needs only the batch number.
     """
 
     def __init__(self, lengths: Sequence[int], *, buckets: Sequence[Bucket], rows: int, seed: int):
+        """
+        Args:
+            lengths: tokens of each example, prompt and completion together (`example_lengths`).
+            rows: examples in a global batch, over all devices.
+        """
         self.bucket_of = assign_buckets(lengths, buckets)
         self.rows, self.seed = rows, seed
         self.batches_per_epoch = int(sum(-(-n // rows) for n in np.bincount(self.bucket_of)))
@@ -93,16 +98,6 @@ class Plan:
         """Global batch i: the index of its bucket, and the indices of its examples (1 to `rows`)."""
         epoch, position = divmod(i, self.batches_per_epoch)
         return self.epoch(epoch)[position]
-
-
-def plan(lengths: Sequence[int], *, buckets: Sequence[Bucket], rows: int, seed: int) -> Plan:
-    """The order of training.
-
-    Args:
-        lengths: tokens of each example, prompt and completion together (`example_lengths`).
-        rows: examples in a global batch, over all devices.
-    """
-    return Plan(lengths, buckets=buckets, rows=rows, seed=seed)
 
 
 def full_batches(

@@ -52,7 +52,7 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
     prompt_ids = encode_prompts(tokenizer, prompts, chats)
     seen: dict[int, bool | None] = {}
     end = [] if all(chats) else [eos_token_id(tokenizer)]
-    completions = encode_all(tokenizer, answers, add_special_tokens=False)
+    completions = encode_texts(tokenizer, answers, add_special_tokens=False)
     return [
         Example(prompt, up_to_end_token(tokenizer, ids, seen) if chat else [*ids, *end])
         for prompt, ids, chat in zip(prompt_ids, completions, chats, strict=True)
@@ -75,13 +75,13 @@ def encode_prompts(tokenizer, texts: list[str], chats: list[bool]) -> list[list[
     Args:
         chats: which of the texts are chats.
     """
-    special = iter(encode_all(tokenizer, [text for text, chat in zip(texts, chats, strict=True) if not chat]))
+    special = iter(encode_texts(tokenizer, [text for text, chat in zip(texts, chats, strict=True) if not chat]))
     rendered = [text for text, chat in zip(texts, chats, strict=True) if chat]
-    plain = iter(encode_all(tokenizer, rendered, add_special_tokens=False))
+    plain = iter(encode_texts(tokenizer, rendered, add_special_tokens=False))
     found = [next(plain if chat else special) for chat in chats]
     ends = [tokenizer.eos_token_id]
     maybe_eos = [i for i, ids in enumerate(found) if not chats[i] and ids[-1:] == ends]
-    without = encode_all(tokenizer, [texts[i] for i in maybe_eos], add_special_tokens=False)
+    without = encode_texts(tokenizer, [texts[i] for i in maybe_eos], add_special_tokens=False)
     for i, ids in zip(maybe_eos, without, strict=True):
         found[i] = drop_added_eos(found[i], ids)
     if not all(found):
@@ -89,7 +89,7 @@ def encode_prompts(tokenizer, texts: list[str], chats: list[bool]) -> list[list[
     return found
 
 
-def encode_all(tokenizer, texts: list[str], **options: bool) -> list[list[int]]:
+def encode_texts(tokenizer, texts: list[str], **options: bool) -> list[list[int]]:
     if not texts:
         return []
     only_ids = dict(return_attention_mask=False, return_token_type_ids=False, verbose=False)

@@ -168,7 +168,7 @@ def require_unicode(name: str, value: object) -> None:
     except UnicodeEncodeError as error:
         raise ValueError(f"{name}: {error.object[error.start : error.end]!r} is half a surrogate pair") from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer

@@ -67,7 +67,7 @@ class PackingPlan:
         self.order = lru_cache(2)(lambda epoch: permutation(epoch_bits(seed, epoch), len(self.packed)))
 
     def batch_indices(self, i: int) -> tuple[int, list[int]]:
-        """Global batch i: the index of its shape, of which there is one, and of its examples."""
+        """Global batch i: the index of its shape, which is always 0, and those of its examples."""
         return 0, [index for row in self.batch_rows(i) for index in row]
 
     def batch_rows(self, i: int) -> list[list[int]]:

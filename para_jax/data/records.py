@@ -112,7 +112,7 @@ def read_prompts(path: Path | BucketPath | str) -> list[Prompt]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
     if not prompts:
-        raise ValueError(f"{path} has no rows")
+        raise ValueError(f"{path} has no rows; add one for each prompt")
     return prompts
 
 
@@ -166,7 +166,7 @@ def records_of(
         yield from records
         empty = empty and not records
     if empty:
-        raise ValueError(f"{source} has no rows")
+        raise ValueError(f"{source} has no rows; add one for each example")
 
 
 def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
@@ -183,7 +183,7 @@ def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
             if seen is not None:
                 seen.update(line)
             if len(line) > MAX_LINE:
-                raise ValueError(f"{place}: the line is longer than {MAX_LINE} bytes")
+                raise ValueError(f"{place}: the line is longer than {MAX_LINE} bytes; split it")
             if not line.strip():
                 continue
             try:
@@ -201,7 +201,7 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
     if "messages" in row and not any(templates.values()) and "prompt" not in row:
         turns = split_conversation(checked_messages("messages", row["messages"]))
         if not turns:
-            raise ValueError("messages has no turn with the role assistant, so there is nothing to learn")
+            raise ValueError("messages has no turn with the role assistant; add the answer to learn")
         return [(prompt_messages(before), turn["content"], (turn["content"],), None) for before, turn in turns]
     prompt = fill(templates["prompt"], row) if templates["prompt"] else column(row, "prompt")
     completion = fill(templates["completion"], row) if templates["completion"] else column(row, "completion")

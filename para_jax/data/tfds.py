@@ -118,7 +118,7 @@ def prepare(source: str, data_dir: str | None = None) -> Path:
     return folder
 
 
-def describe(folder: Path) -> str:
+def describe_splits(folder: Path) -> str:
     """The splits of a prepared data set, such as "train 9427, validation 3270 examples"."""
     splits = builder_at(folder).info.splits
     return ", ".join(f"{name} {split.num_examples}" for name, split in splits.items()) + " examples"

@@ -47,7 +47,7 @@ def require_working(source: str, tokenizer) -> None:
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or isinstance(longest, bool) or not longest > 0:
         raise ValueError(
-            f"{source}: model_max_length in tokenizer_config.json is {shorten(longest)}, not a number of tokens"
+            f"{source}: model_max_length in tokenizer_config.json is {shorten(longest)}; set it to a number of tokens"
         )
     with failures(f"{source}: the tokenizer fails on an empty text"):
         tokenizer.decode(tokenizer("", verbose=False)["input_ids"], skip_special_tokens=True)

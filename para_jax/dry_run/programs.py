@@ -15,6 +15,7 @@ from ..evaluation.likelihood import continuation_scores, together
 from ..inference.generate import next_token
 from ..memory import abstract_adapter, abstract_model
 from ..model import _prefill
+from ..sharding import with_sharding
 from ..training.passes import batch_devices
 from ..training.step import eval_nll
 from .topology import Compiled, ask_compiler, compile_step
@@ -28,9 +29,11 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[st
 
     - train: the training step.
     - loss: the likelihood of an evaluation batch's completions.
-    - prefill, ranking, decode: of the same batch the prompts, the likelihood of short answers to them, one token more.
+    - prefill: the prompts of the same batch.
+    - ranking: the likelihood of short answers to them.
+    - decode: one more token.
 
-    ranking and decode are missing where prefill does not fit, whose caches they take.
+    ranking and decode read prefill's caches, and are missing if prefill does not fit.
     """
     found = {"train": compile_step(config, mesh, tenants)}
     adapter, model = abstract_adapter(config, mesh), abstract_model(config, mesh)
@@ -38,24 +41,20 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[st
     rows, length = -(-config.eval.batch_size // devices) * devices, config.data.max_seq_length
     room = length + (config.eval.max_new_tokens or 32)
 
-    def whole(*shape: int) -> Any:
+    def int32(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     with jax.set_mesh(mesh):
-        batch = Batch(whole(rows, length), whole(rows), whole(rows))  # pyright: ignore[reportArgumentType]
+        batch = Batch(int32(rows, length), int32(rows), int32(rows))  # pyright: ignore[reportArgumentType]
         found["loss"], _ = ask_compiler(eval_nll.lower(model, adapter, batch, completion=length))
-        lowered = _prefill.lower(model, adapter, whole(rows, length), whole(rows), whole(rows), room)
+        lowered = _prefill.lower(model, adapter, int32(rows, length), int32(rows), int32(rows), room)
         found["prefill"], program = ask_compiler(lowered)
         if program is None:
             return found
-        logits, cached = jax.tree.map(placed_as, lowered.out_info, program.output_shardings)
+        logits, cached = jax.tree.map(with_sharding, lowered.out_info, program.output_shardings)
         leaves, treedef = jax.tree.flatten(model)
         answers = together(ANSWER, rows)
-        ranked = whole(answers), whole(answers, ANSWER), whole(answers)
+        ranked = int32(answers), int32(answers, ANSWER), int32(answers)
         found["ranking"], _ = ask_compiler(continuation_scores.lower(treedef, leaves, logits, cached, *ranked))
-        found["decode"], _ = ask_compiler(next_token.lower(treedef, leaves, cached, whole(rows), None, 1))
+        found["decode"], _ = ask_compiler(next_token.lower(treedef, leaves, cached, int32(rows), None, 1))
     return found
-
-
-def placed_as(info, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)

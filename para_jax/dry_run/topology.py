@@ -24,10 +24,11 @@ from ..memory import (
     choose_mesh,
     describe_mesh,
     estimate_memory,
+    kernel_of_run,
     packed_examples,
-    run_kernel,
     shard_bytes,
     step_arguments,
+    tree_size,
 )
 from ..roofline import estimate_time, time_lines, training_work
 from ..sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
@@ -120,7 +121,9 @@ def topology_devices(topology: str, chips: int):
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
-        raise ValueError(f"--topology: the TPU's compiler does not take {topology!r}: {said[:200]}") from None
+        raise ValueError(
+            f"--topology: the TPU's compiler does not take {topology!r}; choose another slice ({said[:200]})"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------------------- the step
@@ -161,11 +164,11 @@ def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Comp
 def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants: int = 1) -> list[str]:
     layout, longest = lay_out(config, mesh, tenants), config.data.max_seq_length
     model = load_model_config(config.backbone.source)
-    kernel, why = run_kernel(config, model)
+    kernel, why = kernel_of_run(config, model)
     return [
         f"slice      {topology}: {mesh.size} chips; mesh {describe_mesh(mesh)}",
         f"a step     {layout.passes} x {layout.pass_rows} rows of {longest} tokens, any of them completion; "
-        f"remat {config.train.remat}" + (f"; packed, {packed_examples(config)} examples a row" * config.data.packing),
+        f"remat {config.train.remat}" + (f"; packed, {packed_examples(config)} examples per row" * config.data.packing),
         f"attention  {kernel} ({why})",
         *([tenants_line(config, mesh, tenants)] if config.many else []),
         *(f"not split  {line}" for line in replicated_lines(abstract_model(config, mesh), mesh, model)),
@@ -176,13 +179,13 @@ def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> 
     """How much memory the tenants of a run take on a chip, and how they are spread."""
     layout = lay_out(config, mesh, tenants)
     state = step_arguments(config, mesh, tenants)[0]
-    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / layout.slots
+    each = tree_size(state) / layout.slots
     spread = layout.slots // tenants_sharding(layout.slots, mesh).shard_shape((layout.slots,))[0]
-    uneven = f", for the mesh's {mesh.size} do not divide {layout.slots}" if spread < mesh.size else ""
+    uneven = f", because {mesh.size} chips do not divide {layout.slots} tenants" if spread < mesh.size else ""
     return (
         f"tenants    {tenants}, {layout.slots} at once; {layout.groups} of {layout.rows} rows each in a pass; weights "
-        f"and optimiser state {each / 1e6:.1f} MB a tenant, {each / spread / 1e6:.2f} MB a tenant and chip, "
-        f"{shard_bytes(state) / GIB:.2f} GiB a chip (spread over {spread} chips{uneven})"
+        f"and optimiser state {each / 1e6:.1f} MB per tenant, {each / spread / 1e6:.2f} MB per tenant and chip, "
+        f"{shard_bytes(state) / GIB:.2f} GiB per chip (spread over {spread} chips{uneven})"
     )
 
 
@@ -201,12 +204,12 @@ def compiled_lines(found: Compiled, libtpu: str) -> list[str]:
         return [f"HBM        a chip needs {needed}: {over:.2f} GiB too much; {by}"]
     program = found.program
     parts = {"arguments": program.arguments, "temporaries": program.temporaries, "outputs": program.outputs}
-    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    sizes_of_parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     sizes = found.collective_bytes
     run = ", ".join(f"{count} {name} {sizes[name] / 1e9:.2f} GB" for name, count in found.collectives.items()) or "none"
     once = f"; {found.loops_once} loops of unknown length counted once" if found.loops_once else ""
     return [
-        f"HBM        a chip needs {program.memory / GIB:.2f} GiB: it fits ({shown}; {by})",
+        f"HBM        a chip needs {program.memory / GIB:.2f} GiB: it fits ({sizes_of_parts}; {by})",
         f"collectives of a chip and step: {run}{once}",
     ]
 

@@ -50,8 +50,7 @@ class Answerer:
             rows: of a batch, and the slots of the engine that this makes when there is something to write.
             shapes: planned for the questions, which are then written in batches. This works in both layouts and on
                 several hosts. None: the shapes depend on each question's length alone, and an engine writes.
-            engine: used instead of an engine of our own. It must have room for the questions, and serves nobody else
-                meanwhile.
+            engine: used instead of an engine of our own. It must have room for the questions and no other requests.
             journal: where answers are kept; None: they are forgotten after each call.
             backbone: `backbone_content` of the model, needed for a journal on disk.
         """

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..adapters.adapter import Adapter
 from ..adapters.rows import Rows, Stack, pick
 from ..model import adjustments_for
+from ..training.step import tenant_of
 from .questions import Question
 from .shapes import Shapes
 
@@ -18,7 +20,7 @@ class Bank(Protocol):
 
     def entry(self, name: Any, /) -> Any: ...
 
-    def rows_of(self, entries: list, /) -> Rows: ...
+    def rows_of(self, entries: list, /) -> Adapter | Rows: ...
 
 
 class Slot(NamedTuple):
@@ -39,7 +41,9 @@ class StackBank:
     def entry(self, name: int, /) -> Slot:
         return Slot(name)
 
-    def rows_of(self, entries: list[Slot | None], /) -> Rows:
+    def rows_of(self, entries: list[Slot | None], /) -> Adapter | Rows:
+        if self.stack.size == 1 and None not in entries:
+            return tenant_of(self.stack.adapters, np.int32(0))  # one for the batch, without a copy for each row
         return pick(self.stack, np.array([-1 if entry is None else entry.version for entry in entries]))
 
 

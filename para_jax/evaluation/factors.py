@@ -12,6 +12,7 @@ from ..config import SITES
 from ..data.batches import full_batches, plan_buckets
 from ..data.examples import Example, Prompt, encode_prompt
 from ..model import vectors
+from ..table import table
 
 
 class Spread(NamedTuple):
@@ -31,11 +32,9 @@ class Spread(NamedTuple):
 
     def __str__(self) -> str:
         """A table with a row per layer and one for all layers, and a column per site."""
-        sites = list(self.size)
-        lines = ["layer  " + "".join(f"{site:>12}" for site in sites)]
-        for layer in range(len(self.size[sites[0]])):
-            lines.append(f"{layer:<7}" + "".join(f"{self.ratio[site][layer]:12.4f}" for site in sites))
-        return "\n".join([*lines, "all    " + "".join(f"{ratio:12.4f}" for ratio in self.overall().values())])
+        by_layer = zip(*self.ratio.values(), strict=True)
+        rows = [["layer", *self.size], *([str(layer), *map("{:.4f}".format, of)] for layer, of in enumerate(by_layer))]
+        return table([*rows, ["all", *map("{:.4f}".format, self.overall().values())]])
 
     def overall(self) -> dict[str, float]:
         """The ratio of each site over all layers together."""

@@ -22,7 +22,7 @@ from .answers import Answerer
 from .evaluate import other_prompts
 from .journal import Journal
 from .questions import Answer, Question, backbone_content
-from .results import ANSWERS_FILE, check_results, file_names, run_record, table, task_record
+from .results import ANSWERS_FILE, check_results, file_names, markdown_table, run_record, task_record
 from .tasks import EncodedTask, EvalTask, check_room, encode_task, file_task, with_metrics_in_names
 
 #: The name of the base model among the tenants.
@@ -181,7 +181,7 @@ def evaluate_to_folder(
     others = sorted({path.name for path in output.glob("*.json")} - set(files.values()))
     if others:
         say(f"{output} also holds results of earlier calls, which are not in table.md: {', '.join(others)}")
-    text = table(by_tenant, answerer, **limits, shuffled=options.shuffle_prompts)
+    text = markdown_table(by_tenant, answerer, **limits, shuffled=options.shuffle_prompts)
     atomic.write_text(output / "table.md", text + "\n")
     return text, by_tenant
 

@@ -91,7 +91,7 @@ def tokens_per_second(answerer: Answerer) -> float:
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def table(
+def markdown_table(
     by_tenant: dict[str, dict], answerer: Answerer, *, limit: int | None, rows: int, seed: int, shuffled: bool = False
 ) -> str:
     """The Markdown table, adapters by tasks, and what a reader needs to know about it."""

@@ -31,7 +31,7 @@ class PlannedShapes(NamedTuple):
     buckets: tuple[Bucket, ...]
     """of the pass for likelihoods: prompts with their completions, or prompts alone"""
     of_prompts: bool
-    """whether the buckets hold prompts alone, each of which is read once for all its completions"""
+    """whether the buckets hold prompts alone; each is then read once for all its completions"""
     completions: tuple[int, ...] = ()
     """padded tokens of the completions that follow such a prompt"""
     prompts: tuple[int, ...] = ()

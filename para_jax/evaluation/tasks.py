@@ -171,7 +171,7 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     have a label are scored by accuracy over the labels' completions if there are at most RANKED; other rows by exact
     match.
     """
-    name, path, metric = parsed(text)
+    name, path, metric = task_parts(text)
     if path is None:
         if re.search(r"[/\\~]|\.jsonl", text):
             raise ValueError(f"--tasks {text!r}: no such file or folder")
@@ -241,7 +241,7 @@ def choices_of(file: Path, records: list[Record], known: Task | None) -> tuple[s
     return tuple(sorted({record.completion for record in held}))
 
 
-def parsed(text: str) -> tuple[str | None, Path | None, str | None]:
+def task_parts(text: str) -> tuple[str | None, Path | None, str | None]:
     """TASK, path and METRIC of [TASK=]PATH[:METRIC]; the path is None if there is no such file or folder."""
     for name, rest in ((None, text), text.split("=", 1) if "=" in text else (None, text)):
         for path, metric in ((rest, None), rest.rsplit(":", 1) if ":" in rest else (rest, None)):

@@ -85,7 +85,7 @@ class EngineWriter:
         self._submitted: dict[Hashable, Pending] = {}  # and not answered yet
 
     def write(self, pending: Sequence[Pending]) -> Generator[tuple[Pending, Written]]:
-        """The questions with their answers. The engine must have no open request, and serves nobody else meanwhile."""
+        """The questions with their answers. The engine must have no other requests, neither now nor meanwhile."""
         self.withdraw()  # in case this was interrupted last time
         if self.engine.open:
             raise ValueError(f"engine: it has {self.engine.open} open requests; take their answers first with run()")

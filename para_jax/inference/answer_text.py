@@ -80,7 +80,7 @@ def text_of(tokenizer, tokens: list[int]) -> str:
 
 @lru_cache(maxsize=8)
 def special_ids(tokenizer, length: int) -> frozenset[int]:
-    """The tokens without text. `length` is the tokenizer's; it is part of the cache's key, for it grows when tokens are
+    """The tokens without text. `length` is the tokenizer's, and part of the cache's key: it grows when tokens are
     added."""
     return frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
 

@@ -35,8 +35,8 @@ def writing_content(tokenizer, stop_ids: tuple[int, ...]) -> str:
 def bit_hash(array) -> jax.Array:
     """The sum of hashes of each element's bits and position, modulo 2**32: exact in any order of summing, and different
     if elements change places. The hash is MurmurHash3's finalizer (Appleby 2011)."""
-    whole = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-    mixed = jax.lax.bitcast_convert_type(array, whole).astype(jnp.uint32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    mixed = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
     strides = np.cumprod([1, *array.shape[:0:-1]], dtype=np.uint32)[::-1] * np.uint32(0x9E3779B1)
     for axis in range(array.ndim):
         mixed += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * strides[axis]

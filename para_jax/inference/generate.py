@@ -62,7 +62,7 @@ def generate(
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
-    adapters = of_tenants(adapters, tenants, len(prompts))
+    adapters = rows_of_tenants(adapters, tenants, len(prompts))
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     turns = [turn_stop_ids(tokenizer, prompt) for prompt in prompts]
     stop_ids = stop_token_ids(tokenizer, model.config.eos_token_ids) + special_stop_ids(tokenizer, sampling.stop)
@@ -71,7 +71,7 @@ def generate(
     answers = [AnswerText(tokenizer, tuple(sampling.stop)) for _ in prompts]
     ended = [False] * len(answers)
 
-    def read(rows: list[list[int]]) -> list[bool]:
+    def add_tokens(rows: list[list[int]]) -> list[bool]:
         """Adds the new tokens to the answers, and returns which answers a stop text has ended."""
         for i, (answer, row) in enumerate(zip(answers, rows, strict=True)):
             for token in before_stop(row, turns[i])[len(answer.pieces) :]:  # one piece per token so far
@@ -79,10 +79,12 @@ def generate(
                     ended[i] = answer.add(token)
         return ended
 
-    written = generate_tokens(model, adapters, ids, sampling, stop_ids=stop_ids, ended=read if sampling.stop else None)
+    written = generate_tokens(
+        model, adapters, ids, sampling, stop_ids=stop_ids, ended=add_tokens if sampling.stop else None
+    )
     if not sampling.stop:
         return [text_of(tokenizer, before_stop(row, turn)) for row, turn in zip(written, turns, strict=True)]
-    read(written)
+    add_tokens(written)
     for answer, over in zip(answers, ended, strict=True):
         if not over:
             answer.finish()
@@ -159,7 +161,7 @@ def choose(logits, sampling: RowSampling | None, position):
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def of_tenants(adapters, tenants: Sequence[str | None] | None, prompts: int) -> Adapter | Rows | None:
+def rows_of_tenants(adapters, tenants: Sequence[str | None] | None, prompts: int) -> Adapter | Rows | None:
     """The adapters as given, or the Rows of a bank's tenants, one per prompt."""
     if not isinstance(adapters, AdapterBank):
         if tenants is not None:

@@ -100,7 +100,7 @@ def require_renames(folder: Place) -> None:
         raise ValueError(
             f"output_dir {folder}: saving needs to rename folders there, and can't ({error.strerror}). If gcsfuse "
             "mounted it, mount it with --rename-dir-limit=1000, or give output_dir=gs://bucket/folder instead "
-            "(docs/training.md, section 5)"
+            "(docs/scaling.md#a-bucket)"
         ) from None
     finally:
         for left in (before, after):
@@ -153,9 +153,9 @@ def claim_folders(config: RunConfig, tenants: Sequence[Tenant]) -> None:
         claim_folder(config)
         return
     folder = expanded(config.output_dir)
-    bucket_lock = {path.parent.name for path in folder.glob("*/config.yaml")}
-    others = sorted(bucket_lock ^ {tenant.name for tenant in tenants})
-    if bucket_lock - {tenant.name for tenant in tenants} or (others and any(folder.glob("checkpoints/*"))):
+    found, wanted = {path.parent.name for path in folder.glob("*/config.yaml")}, {tenant.name for tenant in tenants}
+    others = sorted(found ^ wanted)
+    if found - wanted or (others and any(folder.glob("checkpoints/*"))):
         raise ValueError(
             f"output_dir {folder} holds a run of other tenants (the difference: {', '.join(map(repr, others[:3]))}); "
             "choose another output_dir, or the same tenants to resume"
@@ -212,9 +212,9 @@ def drop_unsure(standing: Standing, file: Place) -> None:
 # ---------------------------------------------------------------------------------------------------- which run it is
 
 
-def differences(bucket_lock: RunConfig, wanted: RunConfig) -> list[str]:
+def differences(found: RunConfig, wanted: RunConfig) -> list[str]:
     """The fields that make two configs different runs: "train.learning_rate (0.1 there, 0.2 here)"."""
-    there, here = fields_of_run(bucket_lock), fields_of_run(wanted)
+    there, here = fields_of_run(found), fields_of_run(wanted)
     names = [name for name in there | here if there.get(name) != here.get(name)]
     return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
 
@@ -242,21 +242,21 @@ def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenan
     fields = {k: v for k, v in fields_of_run(config).items() if k not in PLACES}
     own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
     config_digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    whole, parts = hashlib.sha256(), {}
+    everything, parts = hashlib.sha256(), {}
     for tenant in tenants:
         examples = tenant.data.examples
         tokens = hashlib.sha256()
-        for found in (whole, tokens):
+        for found in (everything, tokens):
             add_to_digest(found, examples)
         parts[tenant.part("training")] = part_digest(tokens, len(examples))
         for name, task in (("validation", tenant.validation), ("test", tenant.test)):
             rows = None if task is None else [record._replace(place="") for record in task.records]
             text = json.dumps(rows, default=str).encode()
-            whole.update(text)
+            everything.update(text)
             # How answers are scored may follow from the training data: the choices are its completions by default.
             scoring = "" if task is None else json.dumps([task.metric, task.choices, task.max_new_tokens])
             parts[tenant.part(name)] = part_digest(hashlib.sha256(text + scoring.encode()), len(rows or ()))
-    joined = {"config": config_digest, "data": whole.hexdigest(), "backbone": backbone or ""}
+    joined = {"config": config_digest, "data": everything.hexdigest(), "backbone": backbone or ""}
     return joined | parts
 
 

@@ -10,14 +10,14 @@ from typing import NamedTuple
 from ..processes import is_first
 from ..storage.bucket import BucketPath
 from ..training.log import Log
-from ..training.metrics_file import Rows
+from ..training.metrics_file import MetricsWriter
 from .folder import AT_ONCE
 from .tenants import Tenant
 
 
 class Logs(NamedTuple):
     run: Log
-    tenants: list[Rows]
+    tenants: list[MetricsWriter]
     """empty in a run of one adapter, whose log is the run's"""
 
     def write(self, tenant: int, step: int, values: dict[str, float], *, every: int = 1, show: bool = False) -> None:
@@ -36,10 +36,10 @@ class Logs(NamedTuple):
         self.run.flush()
         if is_first():
             with self.run.errors_named(), ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(Rows.flush, self.tenants))
+                list(pool.map(MetricsWriter.flush, self.tenants))
 
 
-def tenant_rows(tenants: Sequence[Tenant]) -> list[Rows]:
+def tenant_rows(tenants: Sequence[Tenant]) -> list[MetricsWriter]:
     """Adds to the tenants' metrics.jsonl. In a bucket only with each checkpoint: there each write takes a while."""
     files = [tenant.folder / "metrics.jsonl" for tenant in tenants]
-    return [Rows(file, math.inf if isinstance(file, BucketPath) else None) for file in files]
+    return [MetricsWriter(file, math.inf if isinstance(file, BucketPath) else None) for file in files]

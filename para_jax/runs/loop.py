@@ -38,8 +38,8 @@ from .standing import Standing
 from .tenants import Tenant
 
 
-class Pending(NamedTuple):
-    """A step that is dispatched; its values may still be on their way."""
+class Dispatched(NamedTuple):
+    """A step whose values may still be computed."""
 
     done: Done
     turns: list[Turn]
@@ -67,7 +67,7 @@ class Loop(NamedTuple):
         must not depend on where the run was stopped and resumed.
         """
         compiled: set[Any] = set()
-        pending: Pending | None = None
+        pending: Dispatched | None = None
         saved = standing.step
         state, standing = self.admit(state, standing)
         batches = self.batches(standing)
@@ -131,7 +131,7 @@ class Loop(NamedTuple):
 
     def fresh_adapter(self, tenant: Tenant) -> Adapter:
         made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
-        if getattr(self.config.adapter, "summary", "raw") == "standardised":
+        if made.needs_statistics:
             longest, seed = self.buckets[-1], tenant.config.seed
             bucket = Bucket(longest.length, longest.completion)
             statistics = statistics_batches(tenant.data.examples, bucket, self.layout.rows, seed)
@@ -151,8 +151,8 @@ class Loop(NamedTuple):
         return prefetch(coming.batch, 0, left)
 
     def step(
-        self, state: TrainState, standing: Standing, batches, pending: Pending | None, compiled: set[Any], bar: tqdm
-    ) -> tuple[TrainState, Standing, Pending]:
+        self, state: TrainState, standing: Standing, batches, pending: Dispatched | None, compiled: set[Any], bar: tqdm
+    ) -> tuple[TrainState, Standing, Dispatched]:
         """Dispatches the next step, then reads the values of the one before."""
         begun: float | None = time.monotonic()
         coming: StepBatch = next(batches)
@@ -176,7 +176,7 @@ class Loop(NamedTuple):
         for turn in coming.turns:
             standing = standing.changed(turn.tenant, steps=turn.step + 1)
         done = Done(number, values, coming.tokens, begun, waited)
-        return state, standing._replace(step=number), Pending(done, coming.turns)
+        return state, standing._replace(step=number), Dispatched(done, coming.turns)
 
     def shape_of(self, coming: StepBatch) -> str:
         groups = f"{self.layout.groups} tenants x " if self.config.many else ""
@@ -187,7 +187,7 @@ class Loop(NamedTuple):
         held = [self.tenants[max(tenant, 0)] for tenant in standing.slots]
         return learning_rates([t.config.train for t in held], [t.order.total_steps for t in held])
 
-    def read(self, pending: Pending | None, standing: Standing, bar: tqdm) -> Standing:
+    def read(self, pending: Dispatched | None, standing: Standing, bar: tqdm) -> Standing:
         """Waits for the values of a step and logs them. A tenant whose values are not finite has failed; in a run of
         one adapter that is a ValueError."""
         if pending is None:

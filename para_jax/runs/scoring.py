@@ -16,6 +16,7 @@ from ..config import RunConfig, expanded
 from ..evaluation.evaluate import Tasks
 from ..evaluation.score import Score
 from ..messages import say
+from ..model import init_adapter
 from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process
 from ..sharding import place_tenants
 from ..storage.bucket import Place
@@ -132,8 +133,14 @@ class Scoring(NamedTuple):
 
     def test_backbone(self, state: TrainState, standing: Standing, asked: list[int]) -> Standing:
         """Scores the backbone alone on the test data of these tenants."""
+        stack, slot = Stack(state.adapters), -1
+        if len(self.tenants) == 1 and standing.step == 0:
+            # A new adapter changes nothing, and its programs are those of all scores that follow.
+            fresh = init_adapter(self.config.adapter, self.model.config)
+            stack, slot = Stack(jax.tree.map(lambda leaf: leaf[None], fresh)), 0
+            stack = place_tenants(stack, jax.sharding.get_mesh(), self.model.config)
         with self.stop.interrupting():
-            found = self.test.scores(Stack(state.adapters), dict.fromkeys(asked, -1))
+            found = self.test.scores(stack, dict.fromkeys(asked, slot))
         for tenant, score in found.items():
             self.logs.write(tenant, standing.steps[tenant], scores("test_before", score), show=True)
             standing = standing.changed(tenant, test_before=score.score)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..backbone.load import load_model_config
 from ..config import ModelConfig, RunConfig, expanded, require
-from ..data.batches import Bucket, example_lengths, for_mixed_rows, plan, plan_buckets_of_sizes
+from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.schedule import TenantOrder
@@ -103,7 +103,7 @@ def say_data(config: RunConfig, data: dict[str, TrainingData]) -> None:
 def plan_batches(
     config: RunConfig, configs: dict[str, RunConfig], data: dict[str, TrainingData], rows: int
 ) -> tuple[tuple, dict[str, Any]]:
-    """The compiled shapes, and each tenant's plan: which examples its steps hold, of so many rows each."""
+    """The compiled shapes, and each tenant's plan: which examples its steps of `rows` rows hold."""
     examples = {name: one.examples for name, one in data.items()}
     if config.data.packing:
         length = config.data.max_seq_length
@@ -119,7 +119,7 @@ def plan_batches(
     if len(configs) > 1:
         buckets = for_mixed_rows(buckets)
     return buckets, {
-        name: plan(example_lengths(examples[name]), buckets=buckets, rows=rows, seed=own.seed)
+        name: Plan(example_lengths(examples[name]), buckets=buckets, rows=rows, seed=own.seed)
         for name, own in configs.items()
     }
 

@@ -172,9 +172,9 @@ def empty_state(config: RunConfig, model, slots: int, mesh) -> TrainState:
 
     used = math.prod(mesh.shape[axis] for axis in tenant_axes(slots, mesh.shape))
     if used < mesh.size and slots > 1:
-        lie = f"are spread over {used} of the" if used > 1 else "lie whole on each of the"
+        where = f"are spread over {used} of the" if used > 1 else "are complete on each of the"
         say(
-            f"the weights of {slots} tenants {lie} {mesh.size} devices, which do not divide them; with a multiple of "
+            f"the weights of {slots} tenants {where} {mesh.size} devices, which do not divide them; with a multiple of "
             f"{mesh.size} as train.tenants_at_once they take the least memory"
         )
     shardings = tenants_shardings(jax.eval_shape(fresh), mesh, model.config)

@@ -40,7 +40,7 @@ class Admission:
         if len(ids) + request.max_new_tokens > self.max_length:
             raise ValueError(
                 f"prompt: {len(ids)} tokens and max_new_tokens {request.max_new_tokens} are more than the engine's "
-                f"max_length {self.max_length}"
+                f"max_length {self.max_length}; shorten the prompt, or ask for fewer tokens"
             )
         stops = special_stop_ids(self.tokenizer, request.stop_texts) + turn_stop_ids(self.tokenizer, request.prompt)
         stops += tuple(request.stop_token_ids)
@@ -63,6 +63,7 @@ class Admission:
             ids = encode_prompt(self.tokenizer, prompt, most=self.most_characters)
         if max(ids) >= self.vocab_size:
             raise ValueError(
-                f"prompt: token id {max(ids)} is not below {self.vocab_size}, the size of the model's vocabulary"
+                f"prompt: token id {max(ids)} is not below {self.vocab_size}, the size of the model's "
+                "vocabulary; use its tokenizer"
             )
         return ids

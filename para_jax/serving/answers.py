@@ -116,7 +116,7 @@ class Answers:
         self._stream.close()
 
     def _read(self) -> None:
-        whole = 0
+        complete = 0  # bytes
         if self._lines and not pieces(self.file):
             return
         with open_pieces(self.file) if self._lines else self.file.open("rb") as lines:
@@ -128,9 +128,9 @@ class Answers:
                 except ValueError as error:
                     raise ValueError(f"{self.file}: line {row} {error}") from None
                 self.rows = row
-                whole += 0 if line is None else len(line)
-        if self._stream and whole < os.fstat(self._stream.fileno()).st_size:
-            self._stream.truncate(whole)
+                complete += 0 if line is None else len(line)
+        if self._stream and complete < os.fstat(self._stream.fileno()).st_size:
+            self._stream.truncate(complete)
 
     def _keep(self, place: tuple[int, int], kept: Kept) -> None:
         """Keeps an answer in place of an error, and an error in place of an earlier one. An answer may occur twice."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from ..config import shorten
 from ..data.examples import require_unicode
 from ..inference.content import ANSWERS_VERSION, backbone_content, writing_content
 from ..inference.sampling import derived_seed
+from ..untrusted import MAX_DEPTH
 from .answers import MAX_LINE
 from .engine import Engine
 from .request import Request, check_request
@@ -22,8 +22,8 @@ from .request import Request, check_request
 FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "n", "id")
 #: The name of the base model, as on the command line; null works too.
 BASE = "base"
-#: Levels of lists and objects in a line, and characters of its id as JSON.
-MAX_DEPTH, MAX_ID = 64, 2**16
+#: Characters of a line's id as JSON.
+MAX_ID = 2**16
 #: Characters of an error in an answer.
 MAX_ERROR = 1000
 
@@ -45,8 +45,8 @@ class LineSample(NamedTuple):
     error: str | None = None
 
 
-class Answerer(NamedTuple):
-    """Who answers a job's lines."""
+class KeyParts(NamedTuple):
+    """What the answers of a job depend on besides its lines."""
 
     bank: AdapterBank | None
     text: str
@@ -55,16 +55,16 @@ class Answerer(NamedTuple):
     """the same, with the chat template"""
 
 
-def answerer(engine: Engine) -> Answerer:
-    """Raises ValueError if the bank has a tenant called `base`, which no line could name."""
+def key_parts(engine: Engine) -> KeyParts:
+    """The KeyParts of an engine. Raises ValueError if its bank has a tenant called `base`, which no line could name."""
     if engine.bank is not None and BASE in engine.bank:
         raise ValueError(f"bank: the tenant {BASE!r} needs another name; in a job's lines it is the base model")
     tokenizer, stops = engine.tokenizer, engine.stop_ids
     text = hashed([ANSWERS_VERSION, backbone_content(engine.model), writing_content(tokenizer, stops)])
-    return Answerer(engine.bank, text, hashed([text, tokenizer.chat_template]))
+    return KeyParts(engine.bank, text, hashed([text, tokenizer.chat_template]))
 
 
-def samples(number: int, line: bytes | None, defaults: Request, by: Answerer) -> list[LineSample]:
+def samples(number: int, line: bytes | None, defaults: Request, by: KeyParts) -> list[LineSample]:
     """The samples of a line, or one sample with the line's error.
 
     Args:
@@ -92,7 +92,7 @@ def samples(number: int, line: bytes | None, defaults: Request, by: Answerer) ->
         return [LineSample(number, 0, key, id, request, None, error_text(error))]
 
 
-def line_key(by: Answerer, id: object, request: Request, entry: Entry | None) -> str:
+def line_key(by: KeyParts, id: object, request: Request, entry: Entry | None) -> str:
     """A hash of everything that the answers to a request depend on apart from the seeds, and of what they repeat (id,
     tenant). The engine's max_length changes no answer."""
     asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
@@ -117,7 +117,7 @@ def json_object(line: bytes | None) -> dict:
     try:
         found = json.loads(line)
     except RecursionError:
-        raise ValueError(f"line: nested too deeply; use at most {MAX_DEPTH} levels") from None
+        raise ValueError(f"line: it nests deeper than {MAX_DEPTH} levels") from None
     except ValueError as error:
         raise ValueError(f"line: not JSON: {str(error)[:100]}") from None
     if not isinstance(found, dict):
@@ -127,7 +127,6 @@ def json_object(line: bytes | None) -> dict:
 
 def request_of(number: int, found: dict, defaults: Request) -> Request:
     """The request of a line's object, with a seed. Raises ValueError that names the field."""
-    require_flat("line", found)
     require_unicode("line", found)
     unknown = [name for name in found if name not in FIELDS]
     if unknown:
@@ -136,7 +135,7 @@ def request_of(number: int, found: dict, defaults: Request) -> Request:
         raise ValueError("prompt: give either prompt, a text, or messages, a list of turns")
     prompt = found.pop("messages") if "messages" in found else found.pop("prompt")
     if not isinstance(prompt, (str, list)):
-        raise ValueError(f"prompt: {shorten(prompt)} is not a text")
+        raise ValueError(f"prompt: {shorten(prompt)} is not a text; write one")
     found["tenant"] = found.get("tenant", defaults.tenant)
     if found["tenant"] == BASE:
         found["tenant"] = None
@@ -163,7 +162,6 @@ def entry_of(bank: AdapterBank | None, tenant: str | None) -> Entry | None:
 
 def require_small_id(id: object) -> None:
     """Raises ValueError for an id that an answer could not repeat."""
-    require_flat("id", id)
     require_unicode("id", id)
     try:
         length = len(json.dumps(id, allow_nan=False))
@@ -171,19 +169,6 @@ def require_small_id(id: object) -> None:
         raise ValueError("id: a number in it is not finite, which JSON lacks; give it as a text") from None
     if length > MAX_ID:
         raise ValueError(f"id: {length} characters as JSON are too many; use at most {MAX_ID}")
-
-
-def require_flat(name: str, value: object) -> None:
-    """Raises ValueError for a value that is nested too deeply, without recursion."""
-    level, depth = [value], 0
-    while level := [child for one in level for child in children(one)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise ValueError(f"{name}: nested too deeply; use at most {MAX_DEPTH} levels")
-
-
-def children(value: object) -> Iterable:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def hashed(value: object) -> str:

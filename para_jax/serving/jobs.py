@@ -16,7 +16,7 @@ from ..messages import say
 from ..storage.bucket import Place
 from .answers import MAX_LINE, Answers, Kept, bounded_lines
 from .engine import Engine
-from .job_lines import MAX_ERROR, Answerer, LineSample, answerer, error_text, samples
+from .job_lines import MAX_ERROR, KeyParts, LineSample, error_text, key_parts, samples
 from .open_requests import QueueFull
 from .request import Completion, Request, check_request
 
@@ -47,7 +47,7 @@ def answer_lines(engine: Engine, source: Place, answers: Answers, defaults: Requ
     check_request(replace(defaults, prompt="a"))
     if engine.open:
         raise ValueError(f"engine: {engine.open} requests are open; take their answers first")
-    by = answerer(engine)
+    by = key_parts(engine)
     total = checked_lines(source, answers, defaults, by) if source.is_file() else None
     left = unanswered(source, answers, defaults, by)
     waiting: dict[tuple[int, int], tuple[LineSample, Kept | None]] = {}
@@ -133,7 +133,7 @@ def step(engine: Engine) -> list[Completion]:
 
 
 def unanswered(
-    source: Place, answers: Answers, defaults: Request, by: Answerer
+    source: Place, answers: Answers, defaults: Request, by: KeyParts
 ) -> Iterator[tuple[LineSample, Kept | None]]:
     """The samples that are left to answer, each with the error that an earlier run answered. Takes each sample's answer
     out of `answers.kept`."""
@@ -144,7 +144,7 @@ def unanswered(
             yield sample, before
 
 
-def checked_lines(source: Place, answers: Answers, defaults: Request, by: Answerer) -> int:
+def checked_lines(source: Place, answers: Answers, defaults: Request, by: KeyParts) -> int:
     """The number of lines in `source`. Raises ValueError, before anything is answered, if a line was answered as
     another request."""
     if answers.kept:
@@ -154,7 +154,7 @@ def checked_lines(source: Place, answers: Answers, defaults: Request, by: Answer
         return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b""))
 
 
-def line_samples(source: Place, defaults: Request, by: Answerer) -> Iterator[LineSample]:
+def line_samples(source: Place, defaults: Request, by: KeyParts) -> Iterator[LineSample]:
     """All samples of all lines, in order. Those of a line follow each other, so they share its prefill."""
     empty = True
     with source.open("rb") as stream:

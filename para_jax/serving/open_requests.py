@@ -90,7 +90,7 @@ class OpenRequests:
                 return
             if error is None and sample.text is not None and sample.text.finish():
                 reason = "stop"
-            text = sample.whole_text(self.tokenizer, partial=error is not None)
+            text = sample.full_text(self.tokenizer, partial=error is not None)
             completion = Completion(sample.ticket.id, sample.index, text, sample.tokens, reason, error)
             self.torn = True
             self.queue.remove(sample.request.tenant, sample.number)

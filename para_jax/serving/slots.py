@@ -44,7 +44,7 @@ def insert(slots: Slots, slot, logits, row: DecodeState, sampling: RowSampling) 
     so it may be inserted again."""
 
     def put(held, new):
-        room = [(0, 0), *((0, whole - part) for whole, part in zip(held.shape[1:], new.shape[1:], strict=True))]
+        room = [(0, 0), *((0, full - part) for full, part in zip(held.shape[1:], new.shape[1:], strict=True))]
         return jax.lax.dynamic_update_slice_in_dim(held, jnp.pad(new, room), slot, 0)
 
     token = drawn(logits, sampling, jnp.zeros(1, jnp.int32))

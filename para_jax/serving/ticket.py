@@ -69,7 +69,7 @@ class Sample:
             for token in self.tokens:
                 self.text.add(token)
 
-    def whole_text(self, tokenizer, partial: bool) -> str:
+    def full_text(self, tokenizer, partial: bool) -> str:
         """The text of the tokens. Where they have none, raises the error, or gives "" if `partial`."""
         if self.text is not None:
             return str(self.text)

@@ -16,7 +16,7 @@ from pathlib import Path
 from .bucket import BucketPath
 
 MANIFEST, VERSIONS = "para_jax_manifest.json", "versions"
-#: The most bytes that are read of a manifest.
+#: The maximum size of a manifest.
 MAX_MANIFEST_BYTES = 2**16
 TRIES = 5
 

@@ -20,7 +20,7 @@ from .bucket import DEADLINES, BucketPath
 
 #: Seconds until a lock that is not renewed expires, and between two renewals.
 LEASE, RENEW = 60.0, 15.0
-#: The most bytes that are read of a lock.
+#: The maximum number of bytes read from a lock.
 MAX_LOCK_BYTES = 2**12
 
 

@@ -29,7 +29,7 @@ from .quiet_orbax import quiet_orbax
 @contextmanager
 def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
     """The checkpoints in a folder (None on processes other than the first). The newest few are kept, and an interrupted
-    save is never taken for a whole one. Waits at the end for what is still being written.
+    save is never mistaken for a complete one. Waits at the end for what is still being written.
 
     Raises ValueError where the folder can't be opened, and where something could not be written, unless the body
     raised an error before.
@@ -109,9 +109,7 @@ def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
     folder = expanded(str(checkpoints.directory))
     if isinstance(folder, BucketPath):
         folder.require_held()
-    arrays = {
-        name: np.array(array) for name, array in arrays.items()
-    }  # copies: the next step reuses the state's memory
+    arrays = {name: np.array(array) for name, array in arrays.items()}  # copies: the next step reuses this memory
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(f"step {progress.step}: the state is not finite, and is not saved; lower train.learning_rate")
     about = progress._asdict()
@@ -365,8 +363,8 @@ def digest(arrays: dict[str, np.ndarray], progress: dict[str, Any]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What the operating system said, where that is the cause; else the error's first line. Of a long line, the start
-    and the end: orbax names files first, and the cause last."""
+    """What the operating system said, where that is the cause; else the error's first line. A long line is cut in
+    the middle: orbax names files first, and the cause last."""
     said = str(error)
     system = (os.strerror(number) for number in errno.errorcode)
     line = (said.splitlines() or [type(error).__name__])[0]

@@ -17,7 +17,7 @@ from ..config import RunConfig, config_dict
 from ..messages import say
 from ..processes import is_first, on_first_process
 from ..storage.bucket import BucketPath, Place
-from .metrics_file import Reached, Rows, is_log, kept_rows, read_metrics, write_metrics
+from .metrics_file import MetricsWriter, Reached, is_log, kept_rows, read_metrics, write_metrics
 
 FLUSH_SECONDS = 10.0
 #: Seconds between two uploads of TensorBoard's values to a bucket.
@@ -63,7 +63,7 @@ class Log:
         self.first = is_first()
         step = reached.step if reached else None
         self.writers = [WRITERS[name](config, folder, step) for name in config.logging.report_to] if self.first else []
-        self.rows = Rows(folder / "metrics.jsonl")
+        self.rows = MetricsWriter(folder / "metrics.jsonl")
         self.last_values_at = 0.0  # in time.monotonic
         on_first_process(lambda: drop_rows(self.rows.file, reached, ended=ended))
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ..adapters.segments import Segments
 from ..data.batches import Batch
 from ..data.packing import Packed
-from ..model import Segments, residual_stream
+from ..model import residual_stream
 from ..sharding import constrain, shard_sizes
 
 # Logits of one chunk on one device, in float32 values: 256 MiB. Larger batches are cut, and each chunk is recomputed in

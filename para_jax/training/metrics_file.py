@@ -80,7 +80,7 @@ def write_metrics(file: Place, rows: Iterable[dict[str, float]]) -> None:
         atomic.write_text(file, text)
 
 
-class Rows:
+class MetricsWriter:
     """Adds rows to a log, several per write. A kill loses the rows since the last `flush`."""
 
     def __init__(self, file: Place, seconds: float | None = None):

@@ -62,9 +62,9 @@ def train_step(
     and its learning rate follows its own steps. A tenant without rows keeps its weights, moments and step. One whose
     loss, gradient or new weights are not finite keeps its weights from then on. The given state is donated.
 
-    On a mesh each device updates its own tenants. Of the others' weights it receives, one layer at a time, those of
-    the batch's groups, and it sends these their gradients: the partitioner turns indexing along the split axis into a
-    sum over the devices with one nonzero term. The bytes don't grow with the tenants (tests/test_tenant_meshes.py).
+    On a mesh each device updates its own tenants. It receives the weights of the batch's other tenants one layer at a
+    time, and sends back their gradients: the partitioner turns indexing along the split axis into a sum over the
+    devices with one nonzero term. The bytes don't grow with the tenants (tests/test_tenant_meshes.py).
 
     Args:
         batch: its arrays lead with the passes (gradient accumulation): tokens int32 [passes, rows, T].

@@ -392,8 +392,8 @@ def test_inspect_says_what_1000_tenants_need_and_what_decode_carries():
     assert "LoRA, r 4, lora_alpha 8.0, use_rslora False, target_modules q_proj, v_proj" in report
     assert "llama: 3 layers" in report and "2,688 values" in report
     assert "10.75 MB of host memory in float32, 5.376 MB in bfloat16" in report
-    assert "10.75 kB a row in float32, 5.376 kB in bfloat16: its matrices" in report
+    assert "10.75 kB per row in float32, 5.376 kB in bfloat16: its matrices" in report
     report = folder_report(PEFT / "ia3")
     assert "(IA)^3, target_modules k_proj, v_proj, down_proj, feedforward_modules down_proj" in report
     assert "2.304 MB of host memory in float32, 2.304 MB in bfloat16" in report
-    assert "2.304 kB a row in float32, 1.152 kB in bfloat16: its factors" in report
+    assert "2.304 kB per row in float32, 1.152 kB in bfloat16: its factors" in report

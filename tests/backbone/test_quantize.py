@@ -195,9 +195,9 @@ def test_gradients_match_the_rounded_weights():
 
 def test_only_the_adapter_has_gradients_and_moments():
     state, adapter = int8_step()[0], tenants()[0]
-    assert size(state.adapter) == size(adapter)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapter)} == {"float32"}
-    counters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 0)
+    assert size(state.adapters) == size(adapter)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapters)} == {"float32"}
+    counters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 1)
     assert size(state.optimizer) == 2 * size(adapter) + counters
 
 

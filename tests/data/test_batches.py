@@ -3,7 +3,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from para_jax.data.batches import Bucket, collate, example_lengths, full_batches, plan, plan_buckets
+from para_jax.data.batches import Bucket, Plan, collate, example_lengths, full_batches, plan_buckets
 from para_jax.data.examples import Example
 
 
@@ -56,14 +56,14 @@ def test_an_example_that_does_not_fit_is_an_error():
         with pytest.raises(ValueError, match="does not fit"):
             collate([example], Bucket(8, 2), rows=1)
     with pytest.raises(ValueError, match="9 tokens fits none"):
-        plan([9], buckets=[Bucket(8, 2)], rows=1, seed=0)
+        Plan([9], buckets=[Bucket(8, 2)], rows=1, seed=0)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 100])
 def test_an_epoch_holds_every_example_once_in_its_bucket(rows):
     made = examples()
     buckets = plan_buckets(made, 3)
-    order = plan(example_lengths(made), buckets=buckets, rows=rows, seed=1)
+    order = Plan(example_lengths(made), buckets=buckets, rows=rows, seed=1)
     for epoch in range(2):
         first = epoch * order.batches_per_epoch
         batches = [order.batch_indices(first + i) for i in range(order.batches_per_epoch)]
@@ -75,7 +75,7 @@ def test_an_epoch_holds_every_example_once_in_its_bucket(rows):
 
 def test_a_batch_depends_only_on_seed_and_number():
     lengths, buckets = example_lengths(examples()), plan_buckets(examples(), 3)
-    new = lambda seed=1: plan(lengths, buckets=buckets, rows=8, seed=seed)  # noqa: E731
+    new = lambda seed=1: Plan(lengths, buckets=buckets, rows=8, seed=seed)  # noqa: E731
     order = new()
     forwards = [order.batch_indices(i) for i in range(3 * order.batches_per_epoch)]
     assert [new().batch_indices(i) for i in reversed(range(len(forwards)))] == forwards[::-1]
@@ -83,13 +83,13 @@ def test_a_batch_depends_only_on_seed_and_number():
 
 
 def test_every_epoch_has_another_order():
-    order = plan(example_lengths(examples()), buckets=plan_buckets(examples(), 2), rows=4, seed=0)
+    order = Plan(example_lengths(examples()), buckets=plan_buckets(examples(), 2), rows=4, seed=0)
     epochs = [[order.batch_indices(e * order.batches_per_epoch + i) for i in range(5)] for e in range(4)]
     assert all(a != b for a, b in combinations(epochs, 2))
 
 
 def test_the_order_of_a_seed_never_changes():
-    order = plan([4] * 8, buckets=[Bucket(8, 1)], rows=3, seed=7)
+    order = Plan([4] * 8, buckets=[Bucket(8, 1)], rows=3, seed=7)
     assert [order.batch_indices(i)[1] for i in range(3)] == [[5, 1], [0, 2, 7], [6, 3, 4]]
 
 

@@ -7,7 +7,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from para_jax.data.batches import collate, example_lengths, plan, plan_buckets
+from para_jax.data.batches import Plan, collate, example_lengths, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.data.prefetch import AHEAD, prefetch
 
@@ -17,7 +17,7 @@ def maker(count=30, rows=4):
     draw = np.random.default_rng(0)
     examples = [Example([i + 1] * int(draw.integers(1, 40)), [i + 1, 2]) for i in range(count)]
     buckets = plan_buckets(examples, 3)
-    order = plan(example_lengths(examples), buckets=buckets, rows=rows, seed=3)
+    order = Plan(example_lengths(examples), buckets=buckets, rows=rows, seed=3)
 
     def make(step):
         bucket, chosen = order.batch_indices(step)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from para_jax.data.batches import Bucket, best_lengths, example_lengths, for_mixed_rows, plan, plan_buckets
+from para_jax.data.batches import Bucket, Plan, best_lengths, example_lengths, for_mixed_rows, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.data.schedule import Schedule, TenantOrder, admitted, turns
 from para_jax.data.tenants import SLACK, weights
@@ -22,7 +22,7 @@ def orders(sizes=SIZES, epochs=2):
         examples = [
             Example([100 * tenant + i] * int(draw.integers(2, 12)), [7] * int(draw.integers(1, 5))) for i in range(size)
         ]
-        order = plan(example_lengths(examples), buckets=BUCKETS, rows=ROWS * PASSES, seed=0)
+        order = Plan(example_lengths(examples), buckets=BUCKETS, rows=ROWS * PASSES, seed=0)
         made.append(TenantOrder(examples, order, epochs * order.batches_per_epoch))
     return made
 
@@ -125,7 +125,7 @@ def test_rows_of_long_completions_and_of_long_prompts_go_into_one_batch():
     planned = plan_buckets([example for each in tenants for example in each], 3)
     assert planned == (Bucket(16, 12), Bucket(48, 2))
     buckets = for_mixed_rows(planned)
-    made = [TenantOrder(each, plan(example_lengths(each), buckets=buckets, rows=2, seed=0), 2) for each in tenants]
+    made = [TenantOrder(each, Plan(example_lengths(each), buckets=buckets, rows=2, seed=0), 2) for each in tenants]
     shares = weights([4, 4], "uniform")
     start = dict(steps=[0, 0], slots=[-1, -1], ended=[False, False])
     mixed = Schedule(made, buckets, shares, groups=2, rows=2, passes=1, **start).batch(0)
@@ -146,7 +146,7 @@ def of_varied_lengths(sigma, sizes=(EXAMPLES,) * TENANTS):
     buckets = tuple(Bucket(length, 1) for length in best_lengths(padded, 3))
     made = []
     for tenant, own in enumerate(lengths):
-        order = plan(own.tolist(), buckets=buckets, rows=TENANT_ROWS, seed=tenant)
+        order = Plan(own.tolist(), buckets=buckets, rows=TENANT_ROWS, seed=tenant)
         made.append(TenantOrder([Example([], [])] * len(own), order, order.batches_per_epoch))
     return made, buckets
 

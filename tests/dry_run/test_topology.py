@@ -90,13 +90,14 @@ def test_the_dry_run_of_many_tenants_says_what_each_adds_to_a_chip(tmp_path, no_
     shown = dry_run(config, "v5e:4x4")
     assert "tenants    64, 64 at once; 16 of 4 rows each in a pass" in shown and "ESTIMATE" in shown
     assert (
-        "optimiser state 107.3 MB a tenant, 6.71 MB a tenant and chip, 0.40 GiB a chip (spread over 16 chips)" in shown
+        "optimiser state 107.3 MB per tenant, 6.71 MB per tenant and chip, 0.40 GiB per chip (spread over 16 chips)"
+        in shown
     )
     none = replace(config, train=replace(config.train, tenants_at_once=None))
     with pytest.raises(ValueError, match="absent.*train.tenants_at_once"):
         dry_run(none, "v5e:4x4")
     uneven = replace(config, train=replace(config.train, tenants_at_once=12))
-    assert "spread over 1 chips, for the mesh's 16 do not divide 12" in dry_run(uneven, "v5e:4x4")
+    assert "spread over 1 chips, because 16 chips do not divide 12 tenants" in dry_run(uneven, "v5e:4x4")
 
 
 def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
@@ -117,7 +118,7 @@ def test_packed_rows_are_compiled_with_their_segments(config):
     assert isinstance(batch, Packed) and batch.start.shape == (1, lay_out(config, mesh).pass_rows, 2)
     assert compile_step(config, mesh).program
     shown = "\n".join(header(config, "v5e:2x4", mesh))
-    assert "rows of 128 tokens" in shown and "packed, 2 examples a row" in shown and "splash (on a TPU)" in shown
+    assert "rows of 128 tokens" in shown and "packed, 2 examples per row" in shown and "splash (on a TPU)" in shown
 
 
 def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns():

@@ -8,10 +8,11 @@ from golden_models import backbone, strong
 from tiny_questions import ROWS, answers, asked, bank_of
 from tiny_run import tokenizer
 
-from para_jax import AdapterBank, Engine, ParaConfig, Request, generate, init_adapter
+from para_jax import Adapter, AdapterBank, Engine, ParaConfig, Request, Rows, generate, init_adapter, stack_adapters
 from para_jax.data.examples import stop_token_ids
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.batch_adapters import StackBank
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.questions import (
     Generation,
@@ -208,3 +209,13 @@ def test_a_small_queue_is_enough_and_an_engine_with_open_requests_is_refused():
     assert [one.error for one in engine.run()] == [None]
     with pytest.raises(ValueError, match="38 tokens .* 32"):
         answerer.answer([("A", Generation((3,) * 6, 32))])
+
+
+def test_a_single_adapter_is_not_copied_for_each_row():
+    model = backbone("llama")
+    only = strong(init_adapter(ParaConfig(r=4), model.config))
+    bank = StackBank(stack_adapters([only]))
+    one, base = bank.entry(0), None
+    assert isinstance(bank.rows_of([one, one]), Adapter)
+    assert isinstance(bank.rows_of([one, base]), Rows)  # the base model is no adapter
+    assert isinstance(StackBank(stack_adapters([only, only])).rows_of([one, one]), Rows)

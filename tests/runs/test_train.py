@@ -38,6 +38,7 @@ from para_jax import (
     make_mesh,
     train,
 )
+from para_jax.adapters.para import Para
 from para_jax.config import CheckpointSection, ProfilerSection, load_config
 from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
@@ -753,3 +754,11 @@ def test_a_run_reads_all_its_data_as_often_as_asked(folder):
     layout, order = lay_out(config, make_mesh(2)), only_tenant(config, devices=2).order
     assert (layout.rows, layout.passes) == (2, 2) and order.total_steps == 8  # 20 examples are 5 steps of 4
     assert sorted(i for step in range(5) for i in order.plan.batch_indices(step)[1]) == [*range(20)]
+
+
+def test_statistics_are_measured_for_any_adapter_that_needs_them(config, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(Para, "needs_statistics", True)
+    monkeypatch.setattr(Para, "with_statistics", lambda self, summaries: shapes.append(summaries.shape) or self)
+    train(replace(config, adapter=ParaConfig(r=4), train=replace(config.train, max_steps=1)))
+    assert len(shapes) == 1

@@ -32,7 +32,7 @@ from para_jax.cli import main
 from para_jax.inference.sampling import derived_seed
 from para_jax.serving import job_lines
 from para_jax.serving.answers import HEAD, Answers, bounded_lines
-from para_jax.serving.job_lines import Answerer, samples
+from para_jax.serving.job_lines import KeyParts, samples
 from para_jax.serving.jobs import run_job
 from para_jax.serving.open_requests import QueueFull
 
@@ -278,7 +278,7 @@ def answer(line, index=0, key="0" * 32, **fields):
     return {"line": line, "index": index, "request": key, "text": "", "tokens": 0} | reason | fields
 
 
-PLAIN, ANYONE = Request(""), Answerer(None, "text", "chat")
+PLAIN, ANYONE = Request(""), KeyParts(None, "text", "chat")
 
 
 def keys(line, defaults=PLAIN, by=ANYONE, number=1):
@@ -299,7 +299,7 @@ def test_a_key_changes_with_everything_that_an_answer_depends_on():
     def of(line, by):
         return samples(1, json.dumps(line).encode(), Request(""), by)[0].key
 
-    a, other_template, other_model = Answerer(None, "a", "b"), Answerer(None, "a", "c"), Answerer(None, "d", "e")
+    a, other_template, other_model = KeyParts(None, "a", "b"), KeyParts(None, "a", "c"), KeyParts(None, "d", "e")
     assert len({of(chat, by) for by in (a, other_template, other_model)}) == 3
     assert of({"prompt": "w20"}, a) == of({"prompt": "w20"}, other_template) != of({"prompt": "w20"}, other_model)
 
@@ -320,11 +320,11 @@ def test_a_key_changes_with_adapter_dtype_and_tenant(folder):
     a, b = (load_adapter(folder / name, model.config) for name in "AB")
     banks = [AdapterBank.holding(held, model.config) for held in ({"A": a, "C": a}, {"A": b})]
     banks.append(AdapterBank.holding({"A": a}, model.config, dtype="bfloat16"))
-    found = [keys({"tenant": "A"}, by=Answerer(bank, "text", "chat"))[0] for bank in banks]
-    found += [keys({"tenant": tenant}, by=Answerer(banks[0], "text", "chat"))[0] for tenant in ("C", None)]
+    found = [keys({"tenant": "A"}, by=KeyParts(bank, "text", "chat"))[0] for bank in banks]
+    found += [keys({"tenant": tenant}, by=KeyParts(banks[0], "text", "chat"))[0] for tenant in ("C", None)]
     assert len(set(found)) == 5
     banks[1].replace("A", a)
-    assert keys({"tenant": "A"}, by=Answerer(banks[1], "text", "chat"))[0] == found[0]
+    assert keys({"tenant": "A"}, by=KeyParts(banks[1], "text", "chat"))[0] == found[0]
 
 
 def test_a_file_with_other_content_is_refused_and_stays_unchanged(folder, whole, tmp_path, capsys):
@@ -431,7 +431,7 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
     nested = "[" * 90 + "]" * 90
     bad = [
         ("not json", "not JSON"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "nests deeper"),
         ("[1]", "a JSON list"),
         (good | {"tenant": "C"}, "no tenant 'C'"),
         (good | {"temprature": 1}, "fields: ['temprature']"),
@@ -445,11 +445,11 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
         (good | {"n": 129}, "n is 129"),
         (good | {"stop": ["a"] * 17}, "stop: 17 texts"),
         (good | {"seed": -1}, "seed is -1"),
-        (json.dumps(good)[:-1] + f', "stop": {nested}}}', "line: nested too deeply"),
+        (json.dumps(good)[:-1] + f', "stop": {nested}}}', "line: it nests deeper"),
     ]
     unusable = [
         (good | {"id": "\ud83d"}, "ud83d"),
-        (json.dumps(good)[:-1] + f', "id": {nested}}}', "id: nested too deeply"),
+        (json.dumps(good)[:-1] + f', "id": {nested}}}', "id: it nests deeper"),
         (json.dumps(good)[:-1] + ', "id": [1e999]}', "id: a number in it is not finite"),
         (good | {"id": "x" * 70_000}, "id: 70002 characters"),
     ]

@@ -28,7 +28,7 @@ from para_jax.storage.folder import MANIFEST
 from para_jax.storage.lines import BucketLines
 from para_jax.storage.pieces import Appender, join_pieces, open_pieces, pieces, replace_pieces
 from para_jax.training.checkpoint import open_checkpoints, set_aside, steps_in
-from para_jax.training.metrics_file import Rows, read_metrics, write_metrics
+from para_jax.training.metrics_file import MetricsWriter, read_metrics, write_metrics
 
 
 @pytest.fixture
@@ -175,14 +175,14 @@ def test_a_lock_is_renewed_after_a_long_outage_of_the_service(folder, monkeypatc
 
 def test_lines_are_added_in_pieces_and_read_as_one_file(folder):
     file = folder / "metrics.jsonl"
-    rows = Rows(file)
+    rows = MetricsWriter(file)
     for step in range(4):
         rows.add(step, {"loss": 1.5})
         if step % 2:
             rows.flush()
     assert [row["step"] for row in read_metrics(file)] == [0, 1, 2, 3] and len(pieces(file)) == 2
     write_metrics(file, [{"step": 0, "loss": 1.5}])
-    again = Rows(file)
+    again = MetricsWriter(file)
     again.add(1, {"loss": 1.0})
     again.flush()
     assert [row["step"] for row in read_metrics(file)] == [0, 1] and len(pieces(file)) == 2

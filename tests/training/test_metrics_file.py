@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from para_jax.training.metrics_file import Reached, Rows, kept_rows, read_metrics, write_metrics
+from para_jax.training.metrics_file import MetricsWriter, Reached, kept_rows, read_metrics, write_metrics
 
 ROWS = [{"step": 1, "loss": 2.5}, {"step": 2, "validation_loss": 3}]
 TEXT = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -12,7 +12,7 @@ TEXT = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 def test_rows_are_read_back_and_more_can_be_added(tmp_path):
     write_metrics(tmp_path / "metrics.jsonl", ROWS)
-    rows = Rows(tmp_path / "metrics.jsonl")
+    rows = MetricsWriter(tmp_path / "metrics.jsonl")
     rows.add(3, {"loss": 1.0})
     assert list(read_metrics(tmp_path / "metrics.jsonl")) == ROWS  # kept back, so that not each is a write of its own
     rows.flush()

@@ -9,10 +9,10 @@ import pytest
 from golden_models import FIXTURES, backbone, golden_tenants, strong
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, pick, stack_adapters
+from para_jax.adapters.segments import Segments
 from para_jax.data.batches import Batch, Bucket, collate
 from para_jax.data.examples import Example
 from para_jax.data.packing import RowShape, collate_packed
-from para_jax.model import Segments
 from para_jax.training.loss import completion_nll
 
 #: (prompt, completion) tokens; some are longer than the families' windows, rows are packed full and half empty

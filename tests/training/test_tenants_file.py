@@ -24,8 +24,8 @@ def test_entries_are_added_one_by_one_and_leave_nothing_else(tmp_path):
 
 @pytest.mark.parametrize(("content", "named"), [
     (b"", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[" * 100_000, "not JSON"), (b'{"acme": {', "not JSON"),
-    (b"5", "5 is no mapping"), (b"[1]", "is no mapping"), (b'{"acme": 5}', "'acme': 5 is no tenant's entry"),
-    (b'{"acme": {}}', "'acme': examples is None"), (b'{"\\u001b]0;owned": {}}', "is no tenant's entry"),
+    (b"5", "5 is not a mapping"), (b"[1]", "is not a mapping"), (b'{"acme": 5}', "'acme': 5 is not a tenant's entry"),
+    (b'{"acme": {}}', "'acme': examples is None"), (b'{"\\u001b]0;owned": {}}', "is not a tenant's entry"),
     *((json.dumps({"acme": ENTRY | {key: value}}).encode(), f"'acme': {key} is ") for key, value in (
         ("examples", "20"), ("steps", -1), ("best_step", 1.5), ("best_score", "x"), ("metric", 5), ("ended", "later"),
         ("ended", ["done"]), ("test_after", 10**400), ("metric", "\x1b[2J"),
