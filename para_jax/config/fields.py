@@ -9,7 +9,10 @@ from .bounds import field_types, without_none
 from .check import printable, require, shorten
 
 #: Truth values that a file may give as quoted text.
-TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+TRUTH: dict[str, bool] = {
+    **{"true": True, "yes": True, "on": True, "1": True},
+    **{"false": False, "no": False, "off": False, "0": False},
+}
 
 
 def typed_fields(values: Any, template: Any, section: str = "") -> dict[str, Any]:

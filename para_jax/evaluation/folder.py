@@ -165,6 +165,8 @@ def evaluate_to_folder(
     asked = [(tenant, question) for one in tasks for question in one.questions for tenant in tenants]
     begun = time.time()
     answers = dict(zip(asked, answerer.answer(asked), strict=True))
+    if options.shuffle_prompts:
+        about = about | {"shuffle_prompts": True}
     by_tenant: dict[str, dict] = {}
     limits = {"limit": options.limit, "rows": options.rows, "seed": options.seed}
     for tenant in tenants:
@@ -179,7 +181,7 @@ def evaluate_to_folder(
     others = sorted({path.name for path in output.glob("*.json")} - set(files.values()))
     if others:
         say(f"{output} also holds results of earlier calls, which are not in table.md: {', '.join(others)}")
-    text = markdown_table(by_tenant, answerer, **limits)
+    text = markdown_table(by_tenant, answerer, **limits, shuffled=options.shuffle_prompts)
     atomic.write_text(output / "table.md", text + "\n")
     return text, by_tenant
 

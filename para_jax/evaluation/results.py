@@ -91,7 +91,9 @@ def tokens_per_second(answerer: Answerer) -> float:
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def markdown_table(by_tenant: dict[str, dict], answerer: Answerer, *, limit: int | None, rows: int, seed: int) -> str:
+def markdown_table(
+    by_tenant: dict[str, dict], answerer: Answerer, *, limit: int | None, rows: int, seed: int, shuffled: bool = False
+) -> str:
     """The Markdown table, adapters by tasks, and what a reader needs to know about it."""
     columns: dict[tuple[str, str], None] = {}
     for made in by_tenant.values():
@@ -107,6 +109,7 @@ def markdown_table(by_tenant: dict[str, dict], answerer: Answerer, *, limit: int
     seeds = f"few-shot {SEEDS['fewshot_seed']}, sampling {seed}"
     named = ", ".join(f"{name} {number}" for name, number in versions().items())
     which = f"the first {limit} examples of each task" if limit else "all examples"
+    which += ", each with the factors of another example's prompt" if shuffled else ""
     speed = f"{answerer.tokens} tokens in {answerer.seconds:.1f} s, {tokens_per_second(answerer):.0f} tokens/s"
     return "\n".join([
         *lines,

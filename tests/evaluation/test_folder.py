@@ -211,6 +211,7 @@ def test_one_adapter_goes_to_a_folder_without_the_base_model(folder, config, tmp
 
 def test_shuffled_prompts_score_in_a_folder_as_evaluate_scores_them(folder, whole, tmp_path, capsys):
     assert main(command(folder, tmp_path, "--shuffle-prompts", tasks=["labels", "free"])) == 0
+    assert "factors of another example's prompt" in capsys.readouterr().out
     model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
     adapter = load_adapter(folder / "A" / "adapter", model.config)
     tasks = [
