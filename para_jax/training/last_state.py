@@ -31,7 +31,7 @@ def last_states_left(folder: Place) -> list[Place]:
 
 
 def write_last_state(folder: Place, steps: int, state: Any) -> None:
-    """Writes one tenant's weights, moments and step, a slice of a TrainState, after so many of its steps."""
+    """Writes one tenant's weights, moments and step, a slice of a TrainState, after `steps` of its own steps."""
     arrays = {name: np.asarray(array) for name, array in named(full_arrays(state)).items()}
     on_first_process(lambda: atomic.write_bytes(file_of(folder, steps), safetensors_bytes(arrays)))
 

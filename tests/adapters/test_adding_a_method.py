@@ -21,6 +21,7 @@ def code_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.long
 def test_the_documented_method_works_after_one_file_and_one_entry(tmp_path):
     file, entry = code_blocks()
     shutil.copytree(ROOT / "para_jax", tmp_path / "para_jax", ignore=shutil.ignore_patterns("__pycache__"))
