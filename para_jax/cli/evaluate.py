@@ -182,6 +182,11 @@ def into_folder(options, config) -> None:
     from ..evaluation.folder import Options, evaluate_to_folder, questions_of_run, read_tasks
     from ..hub import resolve_adapter
 
+    if config.runtime.coordinator is not None:  # each host would write the same files
+        raise ValueError(
+            f"runtime.coordinator {config.runtime.coordinator}: an evaluation with --adapters, --tasks or --output runs on "
+            "one host; set runtime.coordinator=null"
+        )
     sources = named_adapters(options.adapters or ([options.adapter] if options.adapter else []))
     devices.start(config.runtime)
     begun = time.monotonic()

@@ -672,5 +672,12 @@ def test_inspect_escapes_terminal_characters_in_foreign_text(capsys, adapter):
     assert len([line for line in shown.splitlines() if line.startswith("backbone ")]) == 1
 
 
+def test_one_host_writes_an_evaluation_into_a_folder(capsys, config, tmp_path):
+    output = tmp_path / "scores"
+    said = mistake(capsys, "evaluate", config, "runtime.coordinator=auto", "--output", output)
+    assert_says(said, "runtime.coordinator auto: .*one host")
+    assert not output.exists()
+
+
 def assert_says(text, pattern):
     assert re.search(pattern, text, re.DOTALL), f"{pattern!r} is not in {text!r}"
