@@ -184,8 +184,8 @@ def into_folder(options, config) -> None:
 
     if config.runtime.coordinator is not None:  # each host would write the same files
         raise ValueError(
-            f"runtime.coordinator {config.runtime.coordinator}: an evaluation with --adapters, --tasks or --output runs on "
-            "one host; set runtime.coordinator=null"
+            f"runtime.coordinator {config.runtime.coordinator}: evaluate with --adapters, --tasks or --output runs "
+            "on one host; set runtime.coordinator=null"
         )
     sources = named_adapters(options.adapters or ([options.adapter] if options.adapter else []))
     devices.start(config.runtime)
