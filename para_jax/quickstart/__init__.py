@@ -27,7 +27,7 @@ from ..runs.folder import claim_folder
 from ..runs.train import train_tenants
 from .examples import JOBS, business_examples
 
-TRAIN_EXAMPLES, SCORED_EXAMPLES = 320, 30
+TRAIN_EXAMPLES, SCORED_EXAMPLES = 384, 30
 NEW_TOKENS = 28
 LEAST_GAIN = 0.3
 DEFAULTS = (
