@@ -3,16 +3,14 @@ folder."""
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from . import atomic, devices
+from . import devices
 from .adapters.adapter import count_parameters
 from .adapters.files import read_adapter_config
 from .backbone.load import abstract_backbone, load_model_config
@@ -38,7 +36,6 @@ from .data.training_data import load_training_data
 from .dry_run.topology import topology_report
 from .memory import tree_size
 from .model import init_adapter
-from .storage.bucket import BucketPath
 from .table import table
 from .training.metrics_file import is_log, read_metrics
 from .training.step import state_of_one
@@ -256,30 +253,3 @@ def new_record(command: str, found: dict) -> dict:
 def results(command: str, config: RunConfig, scores: dict, seconds: float) -> dict:
     """The record that --results writes."""
     return new_record(command, {"seconds": round(seconds, 1), "scores": scores, "config": config_dict(config)})
-
-
-def check_record_file(option: str, file: Path) -> None:
-    """Raises ValueError or OSError if a record's file can't be written; called before the work for it begins."""
-    if file.is_dir():
-        raise ValueError(f"{option} {file}: a folder. Give the path of a file in it")
-    if isinstance(file, BucketPath) or written_in_place(file):
-        return
-    try:
-        tempfile.TemporaryFile(dir=next(folder for folder in file.absolute().parents if folder.exists())).close()
-    except OSError as error:
-        raise OSError(f"{option} {file}: {error.strerror}. Give a path that can be written") from None
-
-
-def write_record(file: Path, record: dict) -> None:
-    """Writes a record as JSON, and the folders of its path. Readers see the old file or the new one, never a part."""
-    text = json.dumps(record, indent=2) + "\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if written_in_place(file):
-        file.write_text(text)
-    else:
-        atomic.write_text(file, text)
-
-
-def written_in_place(file: Path) -> bool:
-    """Whether a path names a device, a pipe or a link, such as /dev/stdout, which must not be replaced by a file."""
-    return file.is_symlink() or (file.exists() and not file.is_file())

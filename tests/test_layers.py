@@ -14,7 +14,7 @@ LAYERS = [
     ["storage"],
     ["atomic", "yaml_text", "table", "messages"],
     ["config"],
-    ["untrusted"],
+    ["untrusted", "record_file"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "processes"],
     ["backbone", "adapters", "data"],
     ["model"],
@@ -108,14 +108,24 @@ def test_the_reader_of_imports_tells_up_and_sideways_from_down(file, text, wrong
     assert bool(list(wrong_imports(file, text))) == wrong
 
 
-def test_importing_para_jax_brings_layers_0_to_2_and_no_slow_package():
-    code = "import sys, para_jax; print(*sys.modules)"
+def test_importing_para_jax_brings_nothing_but_itself():
+    """Names are imported when they are used. `forward` then brings layers 0 to 2 and no slow package."""
+    code = "import sys, para_jax; print(*sys.modules, sep=',')"
+    code += "; para_jax.forward, para_jax.load_backbone, para_jax.AdapterBank; print(*sys.modules, sep=',')"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = run.stdout.split()
+    first, loaded = (line.split(",") for line in run.stdout.splitlines())
+    assert [name for name in first if name.startswith("para_jax")] == ["para_jax"]
+    assert not {*HEAVY, "jax", "flax", "numpy"} & set(first)
     assert "para_jax.model" in loaded
     assert not set(HEAVY) & set(loaded)
     ours = {name.split(".")[1] for name in loaded if name.startswith("para_jax.")}
     assert {unit for unit in ours if LAYER[unit] > LAYER["model"]} == set()
+
+
+def test_submodules_answer_as_attributes_without_an_import_of_their_own():
+    code = "import para_jax; print(para_jax.model.forward is para_jax.forward)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == "True\n", run.stderr
 
 
 def test_the_public_names_are_all_there_and_no_other_answers():

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "data.template_process": "data/test_chat_template.py",
     "gguf.config": "gguf/test_file.py",
     "inspect": "cli/test_cli.py",
+    "record_file": "bench/test_bench.py",
     "runs.logs": "runs/test_tenants.py",
     "runs.standing": "runs/test_tenants.py",
     "serving.request": "serving/test_engine.py",

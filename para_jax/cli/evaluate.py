@@ -84,9 +84,10 @@ def run(options) -> None:
     check_options(options)
     config = config_of(options)
     if options.results:
-        from ..inspect import check_record_file
+        from ..record_file import check_record_file
 
         check_record_file("--results", options.results)
+    check_sources(options, config)
     if options.adapters or options.tasks or options.output:
         into_folder(options, config)
     else:
@@ -112,6 +113,21 @@ def check_options(options) -> None:
     for name in ("include_path", "num_fewshot", "chat"):
         if not options.tasks and getattr(options, name) not in (None, False):
             raise ValueError(f"--{name.replace('_', '-')} requires --tasks: it changes how lm-eval's tasks are asked")
+
+
+def check_sources(options, config) -> None:
+    """Raises ValueError, before JAX is loaded, for a backbone, an adapter or data that is not there."""
+    from ..data.sources import source_of
+    from .checks import check_adapters, check_backbone, check_data, check_tasks, is_elsewhere
+
+    check_backbone(config.backbone.source)
+    sources = named_adapters(options.adapters or ([options.adapter] if options.adapter else []))
+    check_adapters(sources.values())
+    check_tasks(options.tasks, options.split)
+    if not options.tasks and config.runtime.coordinator is None:
+        check_data(config, [options.split])
+        if not is_elsewhere(config.data, options.split) and source_of(config.data, options.split) is None:
+            raise no_data(options, config)
 
 
 def config_of(options):
@@ -142,12 +158,15 @@ def run_task(options, config, tokenizer):
 
     task = task_of_run(config, options.split, tokenizer)
     if task is None:
-        raise ValueError(
-            f"data.{options.split} is not set: give a .jsonl file, {options.split}.jsonl in data.train's folder, or "
-            "tfds:NAME or hf:NAME"
-            + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
-        )
+        raise no_data(options, config)
     return task
+
+
+def no_data(options, config) -> ValueError:
+    return ValueError(
+        f"data.{options.split} is not set: give a .jsonl file, {options.split}.jsonl in data.train's folder, or "
+        "tfds:NAME or hf:NAME" + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
+    )
 
 
 def one_score(options, config) -> None:

@@ -69,6 +69,7 @@ def requests() -> shared.Parser:
 def run(options) -> int | None:
     from ..serving.answers import Answers
     from ..serving.request import Request, check_request
+    from .checks import check_adapters, check_backbone
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
         raise ValueError("generate takes prompts or a file\ngive --prompt TEXT, or --input FILE with --output FILE")
@@ -87,6 +88,8 @@ def run(options) -> int | None:
     tenants = tenants_of_prompts(options, sources)
     for prompt in options.prompt or ["a"]:
         check_request(Request(prompt, **sampling_of(options)))
+    check_backbone(options.backbone)
+    check_adapters([*sources.values(), *([options.adapter] if options.adapter else [])])
     if not options.input:
         return answer_prompts(options, *load(options, sources), tenants=tenants)
     check_input(options.input)

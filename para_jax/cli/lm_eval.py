@@ -14,7 +14,7 @@ def add(commands) -> None:
 def run(options) -> None:
     from importlib.util import find_spec
 
-    from ..evaluation.folder import INSTALL
+    from ..evaluation.task_file import INSTALL
 
     if find_spec("lm_eval") is None:
         raise ValueError(INSTALL)

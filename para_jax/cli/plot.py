@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from . import options as shared
 
+FORMATS = (".png", ".pdf", ".svg")
+
 
 def add(commands) -> None:
     text = "draw learning curves of runs, the factors of prompts, or how much factors differ"
@@ -34,7 +36,7 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ..plots import FORMATS, curves_plot, save
+    from .checks import check_adapters, check_backbone, check_file, check_runs
 
     if options.output.suffix not in FORMATS:
         raise ValueError(f"--output {options.output} is no picture\ngive a file that ends in {' or '.join(FORMATS)}")
@@ -46,15 +48,20 @@ def run(options) -> None:
     curves = options.runs and not (adapters or prompts or options.data)
     maps = adapters == 1 and prompts in (1, 2) and not (options.runs or options.data)
     spread = adapters and options.data and not (options.runs or prompts)
-    if curves:
-        figure = curves_plot(options.runs)
-    elif maps or spread:
-        figure = factors_figure(options)
-    else:
+    if not (curves or maps or spread):
         raise ValueError(
             "plot draws one of three things\ngive RUN... (learning curves), one --adapter with one or two --prompt "
             "(factors), or --adapter once or more with --data FILE (how much factors differ)"
         )
+    check_runs(options.runs)
+    if options.data:
+        check_file("--data", options.data)
+    check_adapters(options.adapter)
+    if options.adapter:
+        check_backbone(options.backbone)
+    from ..plots import curves_plot, save
+
+    figure = curves_plot(options.runs) if curves else factors_figure(options)
     save(figure, options.output)
     print(f"wrote {options.output}")
 

@@ -26,16 +26,21 @@ def add(commands) -> None:
 
 def run(options) -> int | None:
     from ..config import load_config
-    from ..inspect import check_record_file, dry_run
+    from ..record_file import check_record_file
+    from .checks import check_backbone, check_run
 
     config = load_config(options.config, options.overrides)
     if options.topology and not options.dry_run:
         raise ValueError(f"--topology {options.topology} requires --dry-run\nadd --dry-run to compile for that slice")
     if options.dry_run:
+        from ..inspect import dry_run
+
+        check_backbone(config.backbone.source)
         print(dry_run(config, options.topology))
         return
     if options.results and config.runtime.coordinator is None:  # of several hosts, only one writes the file
         check_record_file("--results", options.results)
+    check_run(config)
     return train_many(options, config) if config.many else train_one(options, config)
 
 

@@ -7,6 +7,7 @@ from .adapter import ParaConfig as ParaConfig
 from .adapter import sites_in_order as sites_in_order
 from .bounds import allowed_values as allowed_values
 from .check import expanded as expanded
+from .check import nearest as nearest
 from .check import one_of as one_of
 from .check import printable as printable
 from .check import require as require

@@ -1,12 +1,13 @@
 """Values of a YAML file as the types of a dataclass's fields."""
 
 import dataclasses
-import difflib
 import typing
 from typing import Annotated, Any, Literal
 
+from .adapter import ADAPTER_CONFIGS
 from .bounds import field_types, without_none
-from .check import printable, require, shorten
+from .check import require, shorten
+from .unknown_field import unknown_field
 
 #: Truth values that a file may give as quoted text.
 TRUTH: dict[str, bool] = {
@@ -15,7 +16,7 @@ TRUTH: dict[str, bool] = {
 }
 
 
-def typed_fields(values: Any, template: Any, section: str = "") -> dict[str, Any]:
+def typed_fields(values: Any, template: Any, section: str = "", root: Any = None) -> dict[str, Any]:
     """The mapping with each value as the type of its field: texts, numbers, tuples, and the same for sections.
 
     Raises ValueError that names the field: for one that the dataclass lacks, with the nearest that it has, and for a
@@ -23,18 +24,20 @@ def typed_fields(values: Any, template: Any, section: str = "") -> dict[str, Any
 
     Args:
         template: a dataclass instance. Its values are not used, but for the classes of its sections.
+        root: the template of the whole config; default: `template` is that.
     """
+    root = template if root is None else root
     require(isinstance(values, dict), section.rstrip("."), values, "a mapping of fields")
     known = field_types(type(template))
     typed = {}
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            advice = f"did you mean {section}{near[0]}?" if near else f"the fields are {', '.join(known)}"
-            raise ValueError(f"{section}{printable(name, 100)} is not a field; {advice}")
+            methods = [method for method, kind in ADAPTER_CONFIGS.items() if kind is type(template)]
+            owner = methods[0] if methods else section.rstrip(".") or "a run"
+            raise ValueError(unknown_field(section, str(name), template, root, owner))
         current = getattr(template, name)
         if dataclasses.is_dataclass(current):
-            typed[name] = typed_fields(value, current, f"{section}{name}.")
+            typed[name] = typed_fields(value, current, f"{section}{name}.", root)
         else:
             typed[name] = typed_value(section + name, value, known[name])
     return typed

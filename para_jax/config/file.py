@@ -8,7 +8,7 @@ from typing import Any
 from .. import atomic
 from ..yaml_text import MAX_LENGTH, dump_yaml, parse_yaml
 from .adapter import ADAPTER_CONFIGS
-from .check import expanded, one_of, printable, require, shorten
+from .check import expanded, nearest, one_of, printable, require, shorten
 from .fields import typed_fields
 from .run import RunConfig
 
@@ -36,7 +36,20 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         values = typed_fields(without_method(in_file), template)
     except ValueError as error:
         raise ValueError(f"config {file}: {error}") from None
-    return replaced(template, merged(values, typed_fields(without_method(changes), template)))
+    wanted = merged(values, typed_fields(without_method(changes), template))
+    try:
+        return replaced(template, wanted)
+    except ValueError as error:
+        raise ValueError(f"config {file}: {error}" if fails_alone(template, values, error) else str(error)) from None
+
+
+def fails_alone(template: RunConfig, values: dict[str, Any], error: ValueError) -> bool:
+    """Whether the file gives this error without the overrides."""
+    try:
+        replaced(template, values)
+    except ValueError as found:
+        return str(found) == str(error)
+    return False
 
 
 def merged(below: dict[str, Any], above: dict[str, Any], section: str = "") -> dict[str, Any]:
@@ -66,10 +79,12 @@ def without_method(run: dict[str, Any]) -> dict[str, Any]:
 
 def replaced(config: Any, values: dict[str, Any]) -> Any:
     """The dataclass with these values replaced, in its sections too. Each __post_init__ checks its fields."""
-    changes = {
-        name: replaced(getattr(config, name), value) if isinstance(value, dict) else value
-        for name, value in values.items()
-    }
+    changes = {}
+    for name, value in values.items():
+        try:
+            changes[name] = replaced(getattr(config, name), value) if isinstance(value, dict) else value
+        except ValueError as error:  # an adapter's config does not know that it is in a section
+            raise ValueError(f"adapter.{error}" if name == "adapter" else str(error)) from None
     return dataclasses.replace(config, **changes)
 
 
@@ -100,7 +115,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if file.is_dir():
         raise ValueError(f"config {file} is a folder; give a .yaml file, such as the config.yaml in a run's folder")
     if not file.is_file():
-        raise ValueError(f"config {file}: no such file; give the path of a .yaml file")
+        raise ValueError(f"config {file}: no such file{nearest(file) or '; give the path of a .yaml file'}")
     try:
         with file.open("rb") as stream:  # the file may have any size
             read = parse_yaml(str(stream.read(4 * MAX_LENGTH + 1), "utf-8")) or {}

@@ -23,11 +23,11 @@ from .evaluate import other_prompts
 from .journal import Journal
 from .questions import Answer, Question, backbone_content
 from .results import ANSWERS_FILE, check_results, file_names, markdown_table, run_record, task_record
+from .task_file import INSTALL
 from .tasks import EncodedTask, EvalTask, check_room, encode_task, file_task, with_metrics_in_names
 
 #: The name of the base model among the tenants.
 BASE = "base"
-INSTALL = "lm-eval is not installed; its tasks need it: pip install 'para_jax[eval]'"
 
 
 class Options(NamedTuple):

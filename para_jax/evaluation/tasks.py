@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import DataSection, ModelConfig, RunConfig, expanded
+from ..config import DataSection, ModelConfig, RunConfig
 from ..data.examples import Example, encode_completion, encode_example
 from ..data.records import Record, encode_records, load_records, read_records, split_records, task_of
 from ..data.tasks import TASKS, Task
 from ..messages import say, warn
-from .metrics import LABEL_METRICS, METRICS
+from .metrics import LABEL_METRICS
 from .questions import Generation, Likelihood, Question
+from .task_file import named_file
 
 #: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
 RANKED = 20
@@ -171,25 +171,16 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     have a label are scored by accuracy over the labels' completions if there are at most RANKED; other rows by exact
     match.
     """
-    name, path, metric = task_parts(text)
-    if path is None:
-        if re.search(r"[/\\~]|\.jsonl", text):
-            raise ValueError(f"--tasks {text!r}: no such file or folder")
+    named = named_file(text, split)
+    if named is None:
         return None
-    if name is not None and name not in TASKS:
-        raise ValueError(f"--tasks {text!r}: unknown task {name!r} before the =; known are {', '.join(TASKS)}")
-    file = path / f"{split}.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"--tasks {text!r}: {file} is not a file; give a .jsonl file, or a folder with {split}.jsonl")
+    name, path, file, metric = named
     records, known = read_records(file, task=name), TASKS[name] if name else None
     metric = metric or (known.metric if known else None)
     choices = choices_of(file, records, known) if metric in (None, "accuracy", *LABEL_METRICS) else ()
     if metric is None:
         labelled = all(record.label is not None for record in records)
         metric = "accuracy" if labelled and 2 <= len(choices) <= RANKED else "exact_match"
-    if metric not in ("loss", *METRICS, *LABEL_METRICS):
-        names = ", ".join(["loss", *METRICS, *LABEL_METRICS])
-        raise ValueError(f"--tasks: metric {metric!r} is unknown; choose one of {names}")
     if metric == "accuracy" and not 2 <= len(choices) <= 100:
         raise ValueError(f"--tasks {text!r}: {len(choices)} answers; accuracy ranks 2 to 100. Choose another metric")
     ranked = metric == "accuracy" or (metric in LABEL_METRICS and len(choices) <= RANKED)
@@ -239,12 +230,3 @@ def choices_of(file: Path, records: list[Record], known: Task | None) -> tuple[s
     train = file.with_name("train.jsonl")
     held = read_records(train, task=known.name if known else None) if train.is_file() else records
     return tuple(sorted({record.completion for record in held}))
-
-
-def task_parts(text: str) -> tuple[str | None, Path | None, str | None]:
-    """TASK, path and METRIC of [TASK=]PATH[:METRIC]; the path is None if there is no such file or folder."""
-    for name, rest in ((None, text), text.split("=", 1) if "=" in text else (None, text)):
-        for path, metric in ((rest, None), rest.rsplit(":", 1) if ":" in rest else (rest, None)):
-            if expanded(path).exists():
-                return name, expanded(path), metric
-    return None, None, None

@@ -30,8 +30,7 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
     Raises ValueError if the folder already holds files.
     """
     source, folder = GgufFile(file), Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another")
+    check_new_folder(folder)
     unfinished = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)
     try:
@@ -47,6 +46,12 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
         sync_folder(folder.absolute().parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises ValueError for a folder that holds files already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another")
 
 
 def write_safetensors(source: GgufFile, path: Path) -> None:

@@ -21,8 +21,8 @@ from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_
 from ..model import decode_step, prefill, stacked_state
 from ..processes import full_arrays
 from .answer_text import AnswerText, text_of
-from .draw import draw, greedy
-from .sampling import RowSampling, Sampling, row_keys, row_sampling
+from .draw import RowSampling, draw, greedy, row_keys, row_sampling
+from .sampling import Sampling
 
 #: Steps between two looks at which rows have ended.
 FETCH_EVERY = 8

@@ -21,8 +21,9 @@ from ..data.records import Record, read_records
 from ..data.tokenizer import load_tokenizer
 from ..hub import resolve_backbone
 from ..inference.generate import generate
-from ..inspect import results, write_record
+from ..inspect import results
 from ..messages import say
+from ..record_file import write_record
 from ..runs.folder import claim_folder
 from ..runs.train import train_tenants
 from .examples import JOBS, business_examples

@@ -12,21 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import atomic
-from ..adapters.folder import mend_folder
 from ..config import RunConfig, config_dict, expanded, load_config, require, save_config
 from ..data.example_arrays import add_to_digest
 from ..messages import say
 from ..storage.bucket import BucketPath, Place
 from ..storage.lock import bucket_lock
-from ..training.last_state import last_states_left
-from ..training.log import drop_rows
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from ..training.tenants_file import read_entries, write_entries
-from .standing import Standing
-from .tenants import Tenant
+
+if TYPE_CHECKING:  # `check_folder` is asked before JAX is loaded
+    from .standing import Standing
+    from .tenants import Tenant
 
 #: A folder holds the same run although these differ.
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
@@ -114,6 +113,8 @@ def trials_left(folder: Place) -> list[Path]:
 
 def delete_leftovers(folder: Place) -> None:
     """Deletes the temporary files that killed writes left."""
+    from ..training.last_state import last_states_left
+
     for left in trials_left(folder):
         shutil.rmtree(left, ignore_errors=True)
     for file in [*(left for name in REPLACED for left in atomic.files_left(folder / name)), *last_states_left(folder)]:
@@ -175,6 +176,9 @@ def claim_tenant(tenant: Tenant) -> None:
 
 def mend_folders(config: RunConfig, standing: Standing, tenants: Sequence[Tenant], *, resumed: bool) -> None:
     """Puts the run's folders into the state of the checkpoint that it resumes from. Its own log is ready already."""
+    from ..adapters.folder import mend_folder
+    from ..training.log import drop_rows
+
     if not config.many:
         mend_folder(tenants[0].folder / "adapter")
         return

@@ -11,8 +11,9 @@ import numpy as np
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
+from ..inference.draw import row_sampling
 from ..inference.generate import up_to_multiple
-from ..inference.sampling import Sampling, row_sampling
+from ..inference.sampling import Sampling
 from ..model import prefill
 from .capacity import KEPT
 from .slots import empty_slots, insert, steps

@@ -23,7 +23,7 @@ from para_jax import (
     vectors,
 )
 from para_jax.adapters import padding
-from para_jax.adapters.bank import unknown
+from para_jax.adapters.unknown_tenant import unknown
 from para_jax.config import SITES
 
 NAMES = ["para", "ia3", None, "wide", "input", "standardised", "last layer"]

@@ -457,7 +457,7 @@ def test_an_error_shows_no_character_that_a_terminal_acts_on(tmp_path):
     for key in (r'"\x1b]0;owned"', "\ue000owned", r'train: {"\x1bowned": 1}', "train: {owned\ufeff: 1}"):
         message = error(file=written(tmp_path, key if "{" in key else key + ": 1"))
         assert "owned" in message and ("x1b" in message or "ue000" in message or "ufeff" in message), message
-        assert message.isprintable()
+        assert message.replace("\n", "").isprintable()
 
 
 def test_dates_are_text_and_numbers_may_have_underscores(tmp_path):
