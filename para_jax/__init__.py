@@ -4,9 +4,18 @@
 
 import importlib
 import importlib.util
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+
+def _is_not_about_torch(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("PyTorch was not found")
+
+
+# transformers says so when it is imported. Its tokenizers, which we use, need no PyTorch. Its other warnings stay.
+logging.getLogger("transformers").addFilter(_is_not_about_torch)
 
 # A name is imported when it is first used, so that a config, --help and a user's mistake need no JAX. Type checkers and
 # editors read the imports; a test compares them with the table.

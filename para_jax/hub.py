@@ -178,16 +178,22 @@ def parse_hub_id(source: str | Path, accepted: str) -> tuple[str, str | None]:
     text = str(source)
     match = HUB_ID.fullmatch(text)
     if match and not text.endswith(".gguf"):
-        first = text.split("/")[0]
-        if not Path(first).is_dir():
+        if not is_inside_folder(text):
             return match["repository"], match["revision"]
-        raise ValueError(
-            f"{text}: no such folder{nearest(Path(text)) or f'; use {accepted}'} (there is a folder {first} here, so "
-            "this is not looked for on the hub)"
-        )
+        advice = nearest(Path(text)) or f"; use {accepted}"
+        raise ValueError(f"{text}: no such folder{advice} ({inside_folder(text)})")
     if re.search(r"[/\\~]|\.gguf$", text):
         raise ValueError(f"{source_name(source)}: no such file or folder{nearest(expanded(text))}; use {accepted}")
     raise ValueError(f"{source_name(source)}: not a known name; use {accepted}")
+
+
+def is_inside_folder(text: str) -> bool:
+    """Whether what could be a hub id, user/name, begins with a folder that is here."""
+    return "/" in text and Path(text.split("/")[0]).is_dir()
+
+
+def inside_folder(text: str) -> str:
+    return f"there is a folder {text.split('/')[0]} here, so this is not looked for on the hub"
 
 
 def fetch_from_bucket(path: BucketPath, files: list[str]) -> Path:

@@ -8,13 +8,14 @@ Each command is a file with `add`, which adds its parser, and `run`. A command i
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import select
 import shlex
 import sys
 
 from .. import __version__
-from ..config import printable, shorten
+from ..config import RunConfig, dotted_fields, meant_field, printable, shorten
 from ..messages import log_to_stderr
 from . import bench, convert, evaluate, generate, inspect, lm_eval, plot, prepare, quickstart, train
 from .options import Parser
@@ -73,10 +74,32 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options, rest = parser().parse_known_args(arguments)
     for text in rest:
         if text.startswith("-") or not hasattr(options, "overrides"):
-            Parser(prog=f"para-jax {options.command}").error(f"unknown argument {shorten(text)}")
+            raise_unknown(options.command, text)
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def raise_unknown(command: str, text: str) -> None:
+    """Ends with an error for an argument that the command lacks, and names the option or field that was meant."""
+    name = text.partition("=")[0]
+    own = subparsers(parser())[command]
+    options = [option for action in own._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name.replace("_", "-"), options, n=1, cutoff=0.7)
+    advice = f"; did you mean {near[0]}?" if near else ""
+    if not near and any(action.dest == "overrides" for action in own._actions):
+        field = name.lstrip("-").replace("-", "_")
+        section, dot, last = field.rpartition(".")
+        root, known = RunConfig(), dotted_fields(RunConfig())
+        template = getattr(root, section) if section in known and "." not in section else root
+        meant = field if field in known else meant_field(section + dot, last, template, root)
+        advice = f"; fields are given as {meant}=VALUE" if meant in known else ""
+    own.error(f"unknown argument {shorten(text)}{advice}")
+
+
+def subparsers(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands' parsers by name."""
+    return next(dict(action.choices or {}) for action in top._actions if action.dest == "command")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -45,6 +45,7 @@ def check_adapters(sources: Iterable[str]) -> None:
 
 def check_data(config: RunConfig, splits: Iterable[str]) -> None:
     """Raises ValueError for data that is not there, and for a wrong row among the first of each split."""
+    from ..data.hf import check_name, is_hf, parse_hf
     from ..data.records import split_records
     from ..data.tenants import tenant_sections
 
@@ -55,6 +56,9 @@ def check_data(config: RunConfig, splits: Iterable[str]) -> None:
         sections = [*tenant_sections(config.data.tenants, config.data).values()][:CHECKED_TENANTS]
     for section in sections:
         for split in splits:
+            source = getattr(section, split)
+            if is_hf(source):
+                check_name(parse_hf(source)[0])
             if not is_elsewhere(section, split):
                 for _ in islice(split_records(section, split) or [], CHECKED_RECORDS):
                     pass

@@ -93,6 +93,8 @@ def run(options) -> int | None:
     if not options.input:
         return answer_prompts(options, *load(options, sources), tenants=tenants)
     check_input(options.input)
+    if options.output.is_dir():
+        raise ValueError(f"--output {options.output}: a folder\ngive the path of a file in it")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with Answers(options.output) as answers:  # opened first: a wrong or locked file fails before anything is loaded
         return answer_file(options, *load(options, sources), tenants=tenants, answers=answers)
@@ -100,10 +102,12 @@ def run(options) -> int | None:
 
 def check_input(source: Place) -> None:
     """Raises ValueError, before anything is loaded, if there is nothing to answer. A pipe is not touched."""
+    from ..config import expanded, nearest
     from ..serving.answers import MAX_LINE, bounded_lines
 
     if source.is_dir() or not source.exists():
-        raise ValueError(f"--input {source}: {'a folder' if source.is_dir() else 'no such file'}")
+        problem = "a folder" if source.is_dir() else f"no such file{nearest(expanded(source))}"
+        raise ValueError(f"--input {source}: {problem}\ngive a file with one JSON request per line")
     if source.is_file():
         with source.open("rb") as stream:
             if not any(line is None or line.strip() for line in bounded_lines(stream, MAX_LINE)):

@@ -33,3 +33,5 @@ from .run import RunConfig as RunConfig
 from .run import RuntimeSection as RuntimeSection
 from .run import SweepSection as SweepSection
 from .run import TrainSection as TrainSection
+from .unknown_field import dotted_fields as dotted_fields
+from .unknown_field import meant_field as meant_field

@@ -50,7 +50,7 @@ def typed_value(name: str, value: Any, kind: Any) -> Any:
         return None
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list) else None
-        require(items is not None, name, value, "a list, such as [a, b]")
+        require(items is not None, name, value, "a list, such as [a, b] or []")
         return tuple(typed_value(name, item, typing.get_args(kind)[0]) for item in items or ())
     if typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]

@@ -66,6 +66,8 @@ def merged(below: dict[str, Any], above: dict[str, Any], section: str = "") -> d
 def method_of(run: dict[str, Any], default: Any) -> Any:
     """The value of adapter.method in a mapping of sections."""
     adapter = run.get("adapter", {})
+    if isinstance(adapter, str) and adapter in ADAPTER_CONFIGS:
+        raise ValueError(f"adapter must be a mapping; got {adapter!r}; did you mean adapter.method={adapter}?")
     require(isinstance(adapter, dict), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
     return adapter.get("method", default)
 
@@ -113,7 +115,9 @@ def adapter_method(config: Any) -> str:
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping of sections in a YAML file. Raises ValueError, naming the file, for anything else."""
     if file.is_dir():
-        raise ValueError(f"config {file} is a folder; give a .yaml file, such as the config.yaml in a run's folder")
+        inside = file / "config.yaml"
+        advice = "give a .yaml file, such as the config.yaml in a run's folder"
+        raise ValueError(f"config {file} is a folder; {f'did you mean {inside}?' if inside.is_file() else advice}")
     if not file.is_file():
         raise ValueError(f"config {file}: no such file{nearest(file) or '; give the path of a .yaml file'}")
     try:
@@ -131,7 +135,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def parse_override(text: str) -> dict[str, Any]:
     """The field that an override sets, as nested dictionaries."""
     key, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+    is_name = re.fullmatch(r"[\w-]+(\.[\w-]+)*", key)
+    if is_name and not equals and "." in key:
+        raise ValueError(f"override {shorten(text)} has no value; write {key}=VALUE, without spaces around the =")
+    if not equals or not is_name:
         raise ValueError(
             f"override {shorten(text)} names no field; write section.field=value, such as train.learning_rate=3e-3"
         )

@@ -93,8 +93,10 @@ def meant_field(section: str, name: str, template: Any, root: Any) -> str | None
     found = [field for field, names in OTHER_NAMES.items() if field in there and plain in names.split()]
     found += [field for field in there if field.rpartition(".")[2] == plain]  # right, but in another section
     found.sort(key=lambda field: (*SECTIONS, field.rpartition(".")[0]).index(field.rpartition(".")[0]))
-    own = [field for field in found if field.rpartition(".")[0] == section.rstrip(".")]
-    near = difflib.get_close_matches(plain, [field.name for field in dataclasses.fields(template)], n=1, cutoff=0.6)
+    fields = [field.name for field in dataclasses.fields(template)]
+    own = [section + field.rpartition(".")[2] for field in found if field.rpartition(".")[2] in fields]
+    own += [field for field in found if field.rpartition(".")[0] == section.rstrip(".")]
+    near = difflib.get_close_matches(plain, fields, n=1, cutoff=0.6)
     named = [f"{section}{one}" for one in near]
     return next(iter([*own, *found, *named]), None)
 

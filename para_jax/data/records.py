@@ -190,10 +190,18 @@ def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
                 row = json.loads(line)
                 require_unicode("a text", row)  # half a surrogate pair is JSON
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place}: not JSON: {error}") from None
+                raise ValueError(f"{place}: not JSON: {json_problem(error)}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: the line is a {type(row).__name__}, not a JSON object")
             yield place, row
+
+
+def json_problem(error: Exception) -> str:
+    """What is wrong with a line of JSON, and where in it. Python's own text counts lines from this one."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    at_end = error.pos >= len(error.doc.rstrip())
+    return f"{error.msg} at {'its end' if at_end else f'character {error.pos + 1}'}; each line is one JSON object"
 
 
 def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt, str, tuple[str, ...], object]]:

@@ -74,6 +74,15 @@ MISTAKES = [
     ("bench speed", "bench: 'speed'.* load, decode"),
     ("convert nope.gguf made", "nope.gguf: no such file"),
     ("convert run.yaml data", "data exists and is not an empty folder"),
+    ("train run.yaml --lr 1e-3", r"'--lr'; fields are given as train\.learning_rate=VALUE"),
+    ("train run.yaml --dryrun", r"'--dryrun'; did you mean --dry-run\?"),
+    ("train run.yaml train.learning_rate 1e-3", "'train.learning_rate' has no value; write train.learning_rate=VALUE"),
+    ("train run.yaml adapter=lora", r"'lora'; did you mean adapter\.method=lora\?"),
+    ("train run.yaml data.train=hf:runs/nope", r"hf:runs/nope: no such folder; did you mean runs/mine\?"),
+    ("evaluate runs/mine", r"config runs/mine is a folder; did you mean runs/mine/config.yaml\?"),
+    ("eval run.yaml", r"'eval'.*did you mean evaluate\?"),
+    ("generate --prompt a --max_new_tokens 5", r"'--max_new_tokens'; did you mean --max-new-tokens\?"),
+    ("generate --input data/train.jsonl --output runs", "--output runs: a folder\ngive the path of a file"),
     ("prepare squad", "'squad'.*tfds:NAME"),
 ]
 HELP = ["--help", "--version", *(f"{name} --help" for name in "train generate evaluate inspect plot bench".split())]
