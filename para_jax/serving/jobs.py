@@ -170,7 +170,7 @@ def require_same(sample: LineSample, before: Kept | None, output: Place) -> None
     if before is not None and before.error is None and before.key != sample.key:
         raise ValueError(
             f"{output}: line {sample.line} of the input was answered as another request: the line, an option, its "
-            "adapter or the backbone has changed since. Choose another file, or undo the change."
+            "adapter, the backbone or para_jax has changed since. Choose another file, or undo the change."
         )
 
 
