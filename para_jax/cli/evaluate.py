@@ -225,6 +225,8 @@ def into_folder(options, config) -> None:
     model = load_backbone(**vars(config.backbone))
     held = {name: load_adapter(folder, model.config, model=model) for name, folder in folders.items()}
     bank = AdapterBank.holding(held, model.config) if held else None
+    if bank is not None:
+        say(str(bank))  # a LoRA among others makes a larger program for all, and this says so
     about = {"backbone": config.backbone.source, "quantize": config.backbone.quantize, "command": options.command_line}
     output = options.output or Path("runs/evaluation")
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .. import atomic
 from ..adapters.bank import AdapterBank
-from ..config import ModelConfig
+from ..config import ModelConfig, RunConfig
 from ..messages import say
 from .answers import Answerer
 from .evaluate import other_prompts
@@ -33,7 +33,16 @@ from .results import (
     task_record,
 )
 from .samples import logged_samples, write_samples
-from .tasks import EncodedTask, EvalTask, check_room, encode_task, file_task, task_parts, with_metrics_in_names
+from .tasks import (
+    EncodedTask,
+    EvalTask,
+    check_room,
+    encode_task,
+    file_task,
+    task_of_run,
+    task_parts,
+    with_metrics_in_names,
+)
 from .white_space import Stripped, warn_of_white_space
 
 #: The name of the base model among the tenants.
@@ -103,12 +112,18 @@ def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, options: Op
 
 
 def read_own_tasks(
-    text: str, tenants: Sequence[str], tokenizer, config: ModelConfig, options: Options
+    text: str,
+    tenants: Sequence[str],
+    tokenizer,
+    config: ModelConfig,
+    options: Options,
+    configs: Mapping[str, RunConfig] | None = None,
 ) -> list[TaskQuestions]:
     """Each tenant's own task: the file of its name in a folder of tenants' data, asked of it and the base model.
 
     Args:
         text: [TASK=]FOLDER[:METRIC], of every tenant's file.
+        configs: of the tenants that set their metric and templates themselves; their data is their folder.
     """
     name, folder, metric = task_parts(text)
     if folder is None or not folder.is_dir():
@@ -122,6 +137,11 @@ def read_own_tasks(
         )
     tasks = []
     for tenant in tenants:
+        task = task_of_run(configs[tenant], options.split, tokenizer) if configs and tenant in configs else None
+        if task is not None:
+            asked = questions_of_run(task._replace(name=tenant), tokenizer, config, options)
+            tasks.append(asked._replace(owner=tenant))
+            continue
         own = (f"{name}=" if name else "") + str(folder / tenant) + (f":{metric}" if metric else "")
         found = file_task(own, tokenizer, config, split=options.split, limit=options.limit)
         if found is not None:

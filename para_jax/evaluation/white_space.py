@@ -18,10 +18,13 @@ class Stripped(NamedTuple):
     stripped: float
 
     @classmethod
-    def of(cls, scored: Sequence[float], stripped: Sequence[float]) -> Stripped | None:
-        """Both means; None unless white space costs more than a few answers."""
-        count, lost = len(scored), sum(stripped) - sum(scored)
-        return cls(sum(scored) / count, sum(stripped) / count) if count and lost >= min(FEW, count) else None
+    def of(cls, scored: float, gained: float, count: int) -> Stripped | None:
+        """None unless white space costs more than a few answers.
+
+        Args:
+            gained: how many of `count` answers are right only without it.
+        """
+        return cls(scored, scored + gained / count) if count and gained >= min(FEW, count) else None
 
 
 def warn_of_white_space(found: Mapping[str, Sequence[Stripped]]) -> None:

@@ -19,10 +19,12 @@ from para_jax import (
     load_backbone,
     load_tokenizer,
 )
+from para_jax.backbone.load import load_model_config
 from para_jax.cli import main
 from para_jax.config import save_config
 from para_jax.data.records import read_records
 from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.folder import Options, read_own_tasks
 from para_jax.evaluation.tasks import EvalTask
 
 
@@ -252,6 +254,16 @@ def test_with_own_each_tenant_is_asked_its_own_file_only(folder, whole, tmp_path
         ["| A", "accuracy"], ["| A", "loss"], ["| B", "exact_match"], ["| B", "loss"]
     ]  # fmt: skip
     assert table[2].endswith(" | 6 |") and f" {found['A']['results']['A']['accuracy,none']:.4f} ±" in table[2]
+
+
+def test_a_tenants_own_config_gives_its_metric(folder):
+    model_config, tokenizer = load_model_config(folder / "backbone"), load_tokenizer(folder / "backbone")
+    shutil.copytree(folder / "free", folder / "owned" / "A", dirs_exist_ok=True)
+    shutil.copytree(folder / "free", folder / "owned" / "B", dirs_exist_ok=True)
+    own = {"B": run_config(folder, f"data.train={folder / 'owned' / 'B'}", "eval.metric=f1", "eval.max_new_tokens=3")}
+    tasks = read_own_tasks(str(folder / "owned"), ["A", "B"], tokenizer, model_config, Options(), own)
+    assert [(one.names, one.owner) for one in tasks] == [(("A",), "A"), (("B",), "B")]
+    assert [one.questions[-1].max_new_tokens for one in tasks] == [16, 3]
 
 
 @pytest.mark.parametrize(

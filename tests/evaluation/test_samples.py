@@ -54,7 +54,7 @@ def test_the_samples_of_ranked_choices_have_their_likelihoods(folder, whole, log
 
 def test_the_samples_of_written_answers_are_what_evaluate_reports(folder, whole, logged):
     model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
-    task = EvalTask("free", read_records(folder / "free" / "test.jsonl"), "f1", also=("macro_f1",))
+    task = EvalTask("free", read_records(folder / "free" / "test.jsonl"), "f1", max_new_tokens=16, also=("macro_f1",))
     adapter = load_adapter(folder / "A" / "adapter", model.config)
     report = evaluate(model, adapter, [task], tokenizer=tokenizer, log_samples=True)
     (reported,) = report.samples

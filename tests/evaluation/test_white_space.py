@@ -12,10 +12,10 @@ FILTERS = "filter_list: [{name: bare, filter: [{function: remove_whitespace}, {f
 
 
 def test_only_a_difference_of_more_than_a_few_answers_counts():
-    assert Stripped.of([0.0] * 8, [1.0] * 7 + [0.0]) == Stripped(0.0, 0.875)
-    assert Stripped.of([0.0] * 8, [1.0, 1.0] + [0.0] * 6) is None
-    assert Stripped.of([0.0], [1.0]) == Stripped(0.0, 1.0)
-    assert Stripped.of([1.0], [1.0]) is None and Stripped.of([], []) is None
+    assert Stripped.of(0.0, 7, 8) == Stripped(0.0, 0.875)
+    assert Stripped.of(0.5, 2, 8) is None
+    assert Stripped.of(0.0, 1, 1) == Stripped(0.0, 1.0)
+    assert Stripped.of(1.0, 0, 1) is None and Stripped.of(0.0, 0, 0) is None
 
 
 def test_the_warning_names_the_task_both_scores_and_the_filter(capsys, caplog):

@@ -221,7 +221,8 @@ def replay(
         raise ValueError(f"task {task.name}: lm-eval can't score its answers: {first_line(error)}") from error
     if samples:
         found["samples"] = {name: [as_logged(one) for one in logged] for name, logged in found["samples"].items()}
-    stripped = {name: lost_to_white_space(one) for name, one in task.loaded["tasks"].items()}
+    scores = found.get("results", {})
+    stripped = {name: lost_to_white_space(one, scores.get(name, {})) for name, one in task.loaded["tasks"].items()}
     return found | {"white_space": {name: lost for name, lost in stripped.items() if lost is not None}}
 
 
@@ -234,21 +235,27 @@ def as_logged(sample: dict) -> dict:
     return sample | resps | {"arguments": arguments, "target": str(sample["target"])}
 
 
-def lost_to_white_space(task) -> Stripped | None:
-    """How a task's exact match, as just scored, changes if the white space at the ends of answers is removed; None if
-    the task filters its answers itself, or does not compare them."""
-    if task.OUTPUT_TYPE != "generate_until" or task.get_config("filter_list"):
+def lost_to_white_space(task, scores: dict) -> Stripped | None:
+    """How a task's exact match changes if the white space at the ends of answers is removed; None if that is little,
+    the task filters its answers itself, or it does not compare them.
+
+    Args:
+        scores: the task's results, from the answers that its instances hold.
+    """
+    scored = scores.get("exact_match,none")
+    if (
+        task.OUTPUT_TYPE != "generate_until"
+        or task.get_config("filter_list")
+        or not isinstance(scored, float | np.floating)
+    ):
         return None
-    as_scored, stripped = [], []
+    gained = 0.0
     try:
-        for one in task.instances:
+        for one in task.instances if scored < 1 else ():
             given = one.filtered_resps["none"]
-            if not isinstance(given, str):
-                return None
-            as_scored.append(float(task.process_results(one.doc, [given])["exact_match"]))
-            bare = given.strip()
-            again = as_scored[-1:] if bare == given else [float(task.process_results(one.doc, [bare])["exact_match"])]
-            stripped += again
-    except Exception:  # its own metrics may raise anything, or have no exact match
+            if given != given.strip():
+                as_given, bare = (task.process_results(one.doc, [text]) for text in (given, given.strip()))
+                gained += float(bare["exact_match"]) - float(as_given["exact_match"])
+    except Exception:  # its own metrics may raise anything
         return None
-    return Stripped.of(as_scored, stripped)
+    return Stripped.of(float(scored), gained, len(task.instances))
