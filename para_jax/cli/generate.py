@@ -166,5 +166,6 @@ def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
     say(f"wrote {options.output}")
     if errors:
         kinds = ", ".join(f"{count} {kind}" for kind, count in errors.most_common(10))
-        say(f"{errors.total()} answers are errors: {kinds}{' ...' if len(errors) > 10 else ''}")
+        count = "1 answer is an error" if errors.total() == 1 else f"{errors.total()} answers are errors"
+        say(f"{count}: {kinds}{' ...' if len(errors) > 10 else ''}")
     return int(bool(errors))

@@ -93,12 +93,17 @@ def score_of(task: EvalTask, nats: np.ndarray, tokens: np.ndarray, texts: list[s
     if task.metric == "loss":
         return Score(task.name, "loss", -loss, loss, count, stderr=error_of_ratio(*own))
     if task.ranks:
-        choices = np.where(np.isnan(nats), np.inf, nats)[count:]  # argmin would take a NaN
-        texts = [task.choices[i] for i in choices.reshape(count, -1).argmin(axis=1)]
+        texts = likeliest(task, nats)
     references = [record.references for record in task.records]
     (value, stderr), *more = [measure(metric, texts, references) for metric in (task.metric, *task.also)]
     also = tuple(Measured(name, *found) for name, found in zip(task.also, more, strict=True))
     return Score(task.name, task.metric, value, loss, count, stderr=stderr, also=also)
+
+
+def likeliest(task: EvalTask, nats: np.ndarray) -> list[str]:
+    """The choice that each record's ranked choices make its answer; `nats` as for `score_of`."""
+    choices = np.where(np.isnan(nats), np.inf, nats)[len(task.records) :]  # argmin would take a NaN
+    return [task.choices[i] for i in choices.reshape(len(task.records), -1).argmin(axis=1)]
 
 
 def error_of_ratio(nats: np.ndarray, tokens: np.ndarray) -> float | None:
