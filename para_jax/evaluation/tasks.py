@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..config import DataSection, ModelConfig, RunConfig, expanded
 from ..data.examples import Example, encode_completion, encode_example
 from ..data.records import Record, encode_records, load_records, read_records, split_records, task_of
+from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
 from ..messages import say, warn
 from .metrics import LABEL_METRICS, METRICS
@@ -173,13 +174,14 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     """
     name, path, metric = task_parts(text)
     if path is None:
-        if re.search(r"[/\\~]|\.jsonl", text):
+        if re.search(r"[/\\~]|\.(jsonl?|csv|tsv|parquet)\b", text):
             raise ValueError(f"--tasks {text!r}: no such file or folder")
         return None
     if name is not None and name not in TASKS:
         raise ValueError(f"--tasks {text!r}: unknown task {name!r} before the =; known are {', '.join(TASKS)}")
-    file = path / f"{split}.jsonl" if path.is_dir() else path
-    if not file.is_file():
+    file = split_file(path, split) if path.is_dir() else path
+    if file is None or not file.is_file():
+        file = file or path / f"{split}.jsonl"
         raise ValueError(f"--tasks {text!r}: {file} is not a file; give a .jsonl file, or a folder with {split}.jsonl")
     records, known = read_records(file, task=name), TASKS[name] if name else None
     metric = metric or (known.metric if known else None)
@@ -233,11 +235,11 @@ def answer_room(task: EvalTask, tokenizer) -> int:
 
 def choices_of(file: Path, records: list[Record], known: Task | None) -> tuple[str, ...]:
     """The answers that may be ranked: the task's, if the data has no other; else the different completions of the
-    train.jsonl next to the file, or of the file itself."""
+    training data next to the file (train.jsonl), or of the file itself."""
     if known and known.choices and {record.completion for record in records} <= set(known.choices):
         return known.choices
-    train = file.with_name("train.jsonl")
-    held = read_records(train, task=known.name if known else None) if train.is_file() else records
+    train = split_file(file.parent, "train")
+    held = read_records(train, task=known.name if known else None) if train else records
     return tuple(sorted({record.completion for record in held}))
 
 
