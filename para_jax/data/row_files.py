@@ -26,7 +26,8 @@ def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
         seen: a hash that is updated with the bytes as they are read, except those of Parquet.
     """
     if not path.is_file():
-        raise ValueError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; name a data file")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {problem}; name a .jsonl, .csv or .parquet file")
     form = form_of(path)
     if form == "parquet":
         return parquet_rows(path)

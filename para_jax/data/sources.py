@@ -28,9 +28,9 @@ def source_of(section: DataSection, split: str) -> Source | None:
     if is_given(own) or (own is None and is_given(train)):
         return given_split(section, split)
     if is_tfds(own):
-        return tfds.find_split(own, split, section.data_dir)
+        return tfds.find_split(str(own), split, section.data_dir)
     if is_hf(own):
-        return saved_by_name(own, split) or hf.find_split(own, split)
+        return saved_by_name(str(own), split) or hf.find_split(str(own), split)
     if own is not None:
         return existing(split, expanded(own))
     if is_tfds(train):

@@ -223,11 +223,11 @@ def card_score(split: str, found: Score, before: float | None = None) -> str:
     return score_line(
         split,
         found.metric,
-        sign * found.score,
+        float(sign * found.score),
         found.stderr,
         found.count,
         found.loss,
-        None if before is None else sign * before,
+        None if before is None else float(sign * before),
     )
 
 
