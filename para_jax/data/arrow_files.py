@@ -29,7 +29,7 @@ def parquet_rows(path: Place) -> Iterator[tuple[str, dict]]:
             file = ParquetFile(stream)
             names = text_columns(file.schema_arrow)
             yield from rows_of(str(path), file.iter_batches(READ_AT_ONCE, columns=names))
-        except (arrow.ArrowException, OSError) as error:
+        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a Parquet file that can be read: {printable(str(error), 300)}") from None
 
 
@@ -55,7 +55,7 @@ class SavedSplit(NamedTuple):
         arrow = pyarrow_for(self.label)
         try:
             yield from rows_of(self.label, self.batches(arrow))
-        except (arrow.ArrowException, OSError) as error:
+        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.label}: damaged: {printable(str(error), 300)}") from None
 
     def batches(self, arrow: Any) -> Iterator[Any]:
@@ -101,7 +101,11 @@ def text_columns(schema: Any) -> list[str]:
 def rows_of(label: str, batches: Iterator[Any]) -> Iterator[tuple[str, dict]]:
     index = 0
     for batch in batches:
-        for row in batch.to_pylist():
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError, RecursionError) as error:  # such as a year that Python does not know
+            raise ValueError(f"{label}[{index}] or one of the rows after it: {printable(str(error), 200)}") from None
+        for row in rows:
             place = f"{label}[{index}]"
             yield place, {name: plain(value, f"{place}: {name}") for name, value in row.items() if value is not None}
             index += 1

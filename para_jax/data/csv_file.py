@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from ..config import printable, shorten
 from ..storage.bucket import Place
 from ..untrusted import safe_names
+from .examples import require_unicode
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 #: The largest row, in bytes. A quote that is never closed would otherwise take the rest of the file into memory.
@@ -55,7 +56,10 @@ def csv_rows(path: Place, delimiter: str, seen=None) -> Iterator[tuple[str, dict
                     yield place, row_of(columns, cells)
         except UnicodeDecodeError as error:
             raise ValueError(f"{place}: not UTF-8 text ({error.reason}); save the file as CSV UTF-8") from None
-        except (ValueError, csv.Error, RecursionError) as error:
+        except csv.Error as error:
+            said = printable(str(error))
+            raise ValueError(f"{place}: {said}; a text with quotes is quoted, and each quote in it doubled") from None
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
 
 
@@ -90,6 +94,7 @@ def row_of(columns: list[str], cells: list[str]) -> dict:
         if row.get(name, "").lstrip().startswith("["):
             try:
                 row[name] = json.loads(row[name])
+                require_unicode(name, row[name])
             except ValueError as error:
                 raise ValueError(f"{name} is not JSON: {printable(str(error))}") from None
     return row
