@@ -457,5 +457,5 @@ def test_data_of_every_kind_of_file_is_read_from_a_bucket(folder):
     for name, split in (("csv", "train"), ("csv", "test"), ("parquet", "train")):
         assert load_records(DataSection(train=str(folder / name)), split)[0][:2] == ("a", "b")
     assert load_records(DataSection(train=str(folder / "parquet")), "validation") is None
-    with pytest.raises(ValueError, match="train.jsonl does not exist"):
+    with pytest.raises(ValueError, match="nothing does not exist"):
         load_records(DataSection(train=str(folder / "nothing")), "train")
