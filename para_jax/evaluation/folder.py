@@ -127,7 +127,7 @@ def read_own_tasks(
     name, folder, metric = task_parts(text)
     if folder is None or not folder.is_dir():
         raise ValueError(f"--tasks {text}: not a folder\nwith --own, give the folder that has a folder for each tenant")
-    missing = [tenant for tenant in tenants if not (folder / tenant / f"{options.split}.jsonl").is_file()]
+    missing = [tenant for tenant in tenants if split_file(folder / tenant, options.split) is None]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import expanded, nearest, one_of, shorten
+from ..data.row_files import split_file
 from ..data.tasks import TASKS
 from .metrics import LABEL_METRICS, METRICS
 
@@ -32,14 +33,15 @@ def named_file(text: str, split: str) -> NamedFile | None:
     """
     name, path, metric = task_parts(text)
     if path is None:
-        if re.search(r"[/\\~]|\.jsonl", text):
+        if re.search(r"[/\\~]|\.(jsonl?|csv|tsv|parquet)\b", text):
             missing = text.split("=")[-1].removesuffix(":" + text.rpartition(":")[2])
             raise ValueError(f"--tasks {shorten(text, 200)}: no such file or folder{nearest(expanded(missing))}")
         return None
     if name is not None and name not in TASKS:
         raise ValueError(f"--tasks {text!r}: unknown task {name!r} before the =; known are {', '.join(TASKS)}")
-    file = path / f"{split}.jsonl" if path.is_dir() else path
-    if not file.is_file():
+    file = split_file(path, split) if path.is_dir() else path
+    if file is None or not file.is_file():
+        file = file or path / f"{split}.jsonl"
         raise ValueError(f"--tasks {text!r}: {file} is not a file; give a .jsonl file, or a folder with {split}.jsonl")
     known = tuple(dict.fromkeys(("loss", *METRICS, *LABEL_METRICS)))
     if metric is not None and metric not in known:

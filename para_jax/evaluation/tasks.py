@@ -9,6 +9,7 @@ from typing import NamedTuple
 from ..config import DataSection, ModelConfig, RunConfig
 from ..data.examples import Example, encode_completion, encode_example
 from ..data.records import Record, encode_records, load_records, read_records, split_records, task_of
+from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
 from ..inference.generate import up_to_multiple
 from ..messages import say, warn
@@ -246,9 +247,9 @@ def answer_room(task: EvalTask, tokenizer) -> int:
 
 def choices_of(file: Path, records: list[Record], known: Task | None) -> tuple[str, ...]:
     """The answers that may be ranked: the task's, if the data has no other; else the different completions of the
-    train.jsonl next to the file, or of the file itself."""
+    training data next to the file (train.jsonl), or of the file itself."""
     if known and known.choices and {record.completion for record in records} <= set(known.choices):
         return known.choices
-    train = file.with_name("train.jsonl")
-    held = read_records(train, task=known.name if known else None) if train.is_file() else records
+    train = split_file(file.parent, "train")
+    held = read_records(train, task=known.name if known else None) if train else records
     return tuple(sorted({record.completion for record in held}))

@@ -307,9 +307,11 @@ def in_passes(coming: StepBatch, layout: Layout) -> tuple[Batch | Packed, np.nda
 def places(each: list[str]) -> str:
     """Examples' places ("file:line"), with each file named once: "train.jsonl:7, 12, 31"."""
     lines: dict[str, list[str]] = {}
-    for file, _, line in (text.rpartition(":") for text in each):
-        lines.setdefault(file, []).append(line)
-    return "; ".join(f"{file}:{', '.join(sorted(numbers, key=natural))}" for file, numbers in lines.items())
+    for text in each:
+        mark = ":" if ":" in text else " "  # 'data["train"] row 7'
+        file, _, line = text.rpartition(mark)
+        lines.setdefault(file + mark, []).append(line)
+    return "; ".join(file + ", ".join(sorted(numbers, key=natural)) for file, numbers in lines.items())
 
 
 def natural(number: str) -> tuple[int, str]:

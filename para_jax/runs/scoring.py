@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import __version__
 from ..adapters.adapter import Adapter
-from ..adapters.files import load_adapter, save_adapter
+from ..adapters.card import score_line, training_lines
+from ..adapters.files import add_test_score, load_adapter, save_adapter
+from ..adapters.methods import method_of
 from ..adapters.rows import Stack
 from ..config import RunConfig, expanded
+from ..data.given import is_given
 from ..evaluation.evaluate import Tasks
 from ..evaluation.score import Score
 from ..messages import say
@@ -78,9 +82,9 @@ class Scoring(NamedTuple):
 
     def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None) -> None:
         """Writes a tenant's adapter into its folder, with its score."""
-        card, whole = card_lines(self.tenants[tenant].config, step, score), full_arrays(adapter)
+        card, whole = card_lines(self.tenants[tenant], step, score), full_arrays(adapter)
         if self.config.many:
-            card.append(f"Trained in one run with {len(self.tenants) - 1} others.")
+            card.append(f"- Trained in one run with {len(self.tenants) - 1} others.")
         to, source = self.tenants[tenant].folder / "adapter", self.config.backbone.source
         on_first_process(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
 
@@ -107,6 +111,8 @@ class Scoring(NamedTuple):
             with self.stop.interrupting():
                 found = self.test.scores(Stack(state.adapters), {tenant: slot})[tenant]
             self.logs.write(tenant, standing.steps[tenant], scores("test_after", found), show=True)
+            line = card_score("Test", found, standing.test_before[tenant])
+            on_first_process(lambda: add_test_score(own.folder / "adapter", line))
             test_after = found.score if math.isfinite(found.score) else None
         standing = standing.changed(tenant, ended=why)
         if not self.config.many:
@@ -188,14 +194,41 @@ def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:
     return broadcast_arrays(found[0] if is_first() else empty)
 
 
-def card_lines(config: RunConfig, steps: int, found: Score | None) -> list[str]:
+def card_lines(tenant: Tenant, steps: int, found: Score | None) -> list[str]:
     """What an adapter's model card says about its training and its validation score."""
-    card = [f"Trained for {steps} steps on {expanded(config.data.train or '').name}."]
+    config = tenant.config
+    card = training_lines(
+        method=method_of(config.adapter).label,
+        data=data_name(config.data.train),
+        examples=len(tenant.data.examples),
+        steps=steps,
+        rows=tenant.order.plan.rows,
+        learning_rate=config.train.learning_rate,
+        version=__version__,
+    )
     if config.backbone.quantize:
-        card.append(f"The backbone's weights were {config.backbone.quantize} during training.")
+        card.append(f"- The backbone's weights were {config.backbone.quantize} during training.")
     if found:
-        card.append(f"Validation {found.metric}: {found.score:.4f}.")
+        card.append(card_score("Validation", found))
     return card
+
+
+def data_name(train: str | None) -> str:
+    return "data from Python" if is_given(train) else expanded(train or "").name
+
+
+def card_score(split: str, found: Score, before: float | None = None) -> str:
+    """A score as the model card shows it; `before` is that of the base model."""
+    sign = -1 if found.metric == "loss" else 1
+    return score_line(
+        split,
+        found.metric,
+        float(sign * found.score),
+        found.stderr,
+        found.count,
+        found.loss,
+        None if before is None else float(sign * before),
+    )
 
 
 def scores(name: str, found: Score) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone
 from ..config import RunConfig, config_dict, expanded, require
 from ..data.example_arrays import digest
+from ..data.given import with_data, with_tenants
 from ..evaluation.evaluate import Tasks, share_shapes
 from ..evaluation.shapes import say_evaluation
 from ..memory import run_mesh
@@ -71,14 +73,24 @@ class Ended(NamedTuple):
     standing: Standing
 
 
-def train(config: RunConfig) -> TrainResult:
+def train(config: RunConfig, data: Any = None) -> TrainResult:
     """Trains the adapter of a run, or resumes it where it stopped.
+
+    Args:
+        data: the rows, instead of data.train: a list of dicts, a pandas or polars DataFrame, a datasets.Dataset, or a
+            dict of these by split, {"train": ..., "validation": ..., "test": ...} (also a datasets.DatasetDict). Each
+            row has `prompt` and `completion` (texts or chat messages) or `messages`, and perhaps `references` (a list
+            of texts) and `label`; or any columns, with data.prompt and data.completion as templates. NaN and None are
+            missing values. Rows without splits are training data; validation data may then be named in the config.
+            To resume, give the same rows again: a checkpoint identifies them by their content.
 
     SIGTERM saves and raises Stopped, a SystemExit with code 0; Ctrl-C saves and raises KeyboardInterrupt.
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config, and
     for a folder that another run is writing.
     """
     require(not config.many, "data.tenants or sweep", config.output_dir, "a run of one adapter; use train_tenants")
+    if data is not None:
+        config = replace(config, data=with_data(config.data, data))
     model, mesh, state, standing = trained(config)
     folder = expanded(config.output_dir)
     with jax.set_mesh(mesh):
@@ -88,13 +100,20 @@ def train(config: RunConfig) -> TrainResult:
     return TrainResult(best, standing.best_score[0], standing.best_step[0], standing.step, folder)
 
 
-def train_tenants(config: RunConfig) -> TenantsResult:
+def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
     """Trains the adapters of many tenants (data.tenants, or the combinations of `sweep`) in one run, or resumes
     it where it stopped.
+
+    Args:
+        data: instead of data.tenants, {name: the data of that tenant}, each as `train` takes it. For a sweep, which
+            has one data set, as `train` takes it.
 
     Each tenant has its own loss, clipping, schedule, validation, best adapter and early stopping. One whose loss is not
     finite is stopped, and the others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.
     """
+    if data is not None:
+        own = with_data(config.data, data) if config.sweep else with_tenants(config.data, data)
+        config = replace(config, data=own)
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
     standing, folder = trained(config).standing, expanded(config.output_dir)
     entries = on_first_process(lambda: read_entries(folder))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..adapters.bank import AdapterBank, Entry
 from ..config import shorten
 from ..data.examples import require_unicode
+from ..data.row_files import json_problem
 from ..inference.content import ANSWERS_VERSION, backbone_content, writing_content
 from ..inference.sampling import derived_seed
 from ..untrusted import MAX_DEPTH
@@ -126,13 +127,6 @@ def json_object(line: bytes | None) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"line: a JSON {type(found).__name__}; write an object")
     return found
-
-
-def json_problem(error: ValueError) -> str:
-    """What is wrong in a line that is not JSON, and where in it: the decoder's own "line 1" is not the file's."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at character {error.pos + 1}"
-    return str(error)[:100]
 
 
 def request_of(number: int, found: dict, defaults: Request) -> Request:
