@@ -17,6 +17,7 @@ from typing import NamedTuple
 from .. import atomic
 from ..adapters.bank import AdapterBank
 from ..config import ModelConfig, RunConfig
+from ..data.row_files import split_file
 from ..messages import say
 from .answers import Answerer
 from .evaluate import other_prompts
