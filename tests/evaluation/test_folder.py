@@ -106,7 +106,7 @@ def test_a_killed_evaluation_goes_on_and_loses_no_answer(folder, whole, tmp_path
             [],
             "task tiny_rolling: loglikelihood_rolling is refused: it scores a whole text, which has no",
         ),
-        (["labels:bleu"], [], "--tasks: metric 'bleu'"),
+        (["labels:bleu"], [], "metric 'bleu'"),
         (["no/such.jsonl"], [], "--tasks 'no/such.jsonl': no such file or folder"),
         (["labels", "labels"], [], "--tasks: labels is given more than once"),
         (["labels", "tiny_tag"], [], "--tasks: labels is given more than once"),
