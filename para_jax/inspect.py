@@ -38,9 +38,10 @@ from .data.training_data import load_training_data
 from .dry_run.topology import topology_report
 from .memory import tree_size
 from .model import init_adapter
+from .runs.report import sample_lines, score_table, tenants_table
 from .storage.bucket import BucketPath
-from .table import table
 from .training.metrics_file import is_log, read_metrics
+from .training.scores_file import read_scores
 from .training.step import state_of_one
 from .training.tenants_file import read_entries
 
@@ -171,7 +172,8 @@ def folder_report(folder: Path) -> str:
                 f"step {row['step']:<6}" + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k != "step")
                 for row in scored
             ]
-        adapter = folder / "adapter"
+        records, adapter = read_scores(folder), folder / "adapter"
+        lines += [part for part in (score_table(records), sample_lines(records)) if part]
         return "\n".join(lines + ([folder_report(adapter)] if adapter.is_dir() else ["no adapter yet"]))
     raise ValueError(
         f"{folder} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
@@ -191,23 +193,6 @@ def tenants_report(folder: Path, config: RunConfig) -> str:
             *([f"{left} tenants have not ended; the same command resumes them"] if left and entries else []),
         ]
     )
-
-
-def tenants_table(entries: dict[str, dict]) -> str:
-    """A line for each tenant of a run that has ended; see runs.train.TenantsResult."""
-    columns = {"examples": "examples", "steps": "steps", "best step": "best_step", "validation": "best_score"}
-    if any(entry["test_after"] is not None for entry in entries.values()):
-        columns |= {"test before": "test_before", "test after": "test_after"}
-    rows = [["tenant", *columns, ""]]
-    for name, entry in entries.items():
-        why = "" if entry["ended"] == "done" else entry["ended"]
-        rows.append([name, *(cell(entry[key]) for key in columns.values()), why])
-    metrics = sorted({entry["metric"] for entry in entries.values() if entry["metric"]})
-    return f"{table(rows, left=(0, len(columns) + 1))}\nscores: {', '.join(metrics) or 'none'}"
-
-
-def cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def adapter_report(folder: Path) -> str:

@@ -37,7 +37,7 @@ PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.da
 #: The file that the writing process keeps locked. It stays when that process ends.
 LOCK = ".lock"
 #: Files that `atomic` replaces in a run's folder or in a tenant's.
-REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json")
+REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json", "scores.json")
 #: The folder that is renamed to see whether that works (under a temporary name), and the end of its new name.
 TRIAL, RENAMED = "rename", "-renamed"
 #: Tenants' files that are written at once.
