@@ -152,7 +152,8 @@ class EvalSection:
     every: PositiveInt = 200
     """steps between two evaluations on the validation data; the last step is always evaluated"""
     metric: Literal["loss", "accuracy", AnswerMetric] | None = None
-    """see evaluation/metrics.py; default: the metric of the task, else exact_match"""
+    """see evaluation/metrics.py; default: the metric of the task. Without a task it is chosen from the training data:
+    accuracy where it has 2 to 20 different completions, each at least 4 times on average; else exact_match, and f1"""
     also: tuple[AnswerMetric, ...] = ()
     """more metrics of the same answers to report; default: those of the task"""
     choices: tuple[str, ...] = ()
@@ -163,7 +164,8 @@ class EvalSection:
     batch_size: PositiveInt = 16
     """rows of an evaluation batch over all devices, rounded up to a multiple of mesh.data x mesh.fsdp"""
     max_new_tokens: PositiveInt | None = None
-    """the maximum length of a written answer; default: that of the task, else 32"""
+    """the maximum length of a written answer; default: that of the task, else what the longest completion of the
+    training data needs and a quarter more, at most 512"""
     patience: PositiveInt | None = None
     """stop after this many evaluations without a better score"""
     test: bool = False

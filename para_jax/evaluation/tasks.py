@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig, expanded
 from ..data.examples import Example, encode_completion, encode_example
 from ..data.records import Record, encode_records, load_records, read_records, split_records, task_of
 from ..data.tasks import TASKS, Task
 from ..messages import say, warn
+from .defaults import RANKED, ScoringRule, scoring_rule
 from .metrics import LABEL_METRICS, METRICS
 from .questions import Generation, Likelihood, Question
-
-#: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
-RANKED = 20
 
 
 class EvalTask(NamedTuple):
@@ -117,16 +116,18 @@ def check_room(model: ModelConfig, encoded: EncodedTask) -> None:
 # ---------------------------------------------------------------------------------------------------- of a run's config
 
 
-def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
+def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None = None) -> EvalTask | None:
     """A run's validation or test data with its metric; None if the run has no such data. Examples that are too long are
-    cut or left out as data.truncate says, so that every score is over the same examples."""
+    cut or left out as data.truncate says, so that every score is over the same examples.
+
+    Args:
+        by: how it is scored; default: what `scoring_rule` finds.
+    """
     records = load_records(config.data, split)
     if records is None:
         return None
     known = TASKS.get(task_of(config.data) or "")
-    metric = config.eval.metric or (known.metric if known else "exact_match")
-    also = config.eval.also or (known.also if known and metric == known.metric else ())
-    choices = config.eval.choices
+    metric, also, choices, new, *_ = by or scoring_rule(config, tokenizer)
     if known and not choices and {record.completion for record in records} <= set(known.choices):
         choices = known.choices  # rows with a prompt of their own may have other answers
     if metric == "accuracy":
@@ -137,7 +138,9 @@ def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
             )
         warn_of_unreachable(split, records, choices)
     kept = encode_records(records, tokenizer, config.data)
-    new = config.eval.max_new_tokens or (known.max_new_tokens if known else 32)
+    if config.eval.max_new_tokens is None and not known:  # a length that was chosen must fit
+        room = load_model_config(config.backbone.source).max_positions
+        new = max(1, min(new, room - max(len(example.prompt_ids) for example in kept.examples)))
     return EvalTask(split, kept.records, metric, choices, new, config.eval.batch_size, kept.examples, also)
 
 

@@ -21,6 +21,7 @@ from ..data.example_arrays import add_to_digest
 from ..messages import say
 from ..storage.bucket import BucketPath, Place
 from ..storage.lock import bucket_lock
+from ..training.checkpoint import progress_keys
 from ..training.last_state import last_states_left
 from ..training.log import drop_rows
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
@@ -135,6 +136,12 @@ def check_folder(config: RunConfig) -> None:
         own = {folder / LOCK, *atomic.files_left(file), *trials_left(folder)} if folder.is_dir() else set()
         if not folder.is_dir() or set(folder.iterdir()) - own:
             raise ValueError(f"output_dir {folder} is not a run folder; choose another")
+
+
+def began_before(config: RunConfig) -> bool:
+    """Whether an earlier version began the run: one that left metrics and answer lengths to fixed defaults."""
+    keys = progress_keys(expanded(config.output_dir) / "checkpoints")
+    return bool(keys) and "scores" not in keys
 
 
 def claim_folder(config: RunConfig) -> None:

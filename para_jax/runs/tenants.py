@@ -19,6 +19,7 @@ from ..data.schedule import TenantOrder
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import load_tokenizer
 from ..data.training_data import TrainingData, load_training_data
+from ..evaluation.defaults import ScoringRule, scoring_rule
 from ..evaluation.tasks import EvalTask, task_of_run
 from ..hub import resolve_backbone
 from ..messages import say, warn
@@ -57,8 +58,12 @@ class Inputs(NamedTuple):
     """the compiled shapes that the tenants share; of packed rows there is one"""
 
 
-def read_inputs(config: RunConfig, layout: Layout) -> Inputs:
-    """The tokenizer, the tenants with their data, and the compiled shapes."""
+def read_inputs(config: RunConfig, layout: Layout, *, before: bool = False) -> Inputs:
+    """The tokenizer, the tenants with their data, and the compiled shapes.
+
+    Args:
+        before: an earlier version began the run; its defaults then hold.
+    """
     resolve_backbone(config.backbone.source)
     tokenizer, model = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
     configs = tenant_configs(config)
@@ -66,15 +71,16 @@ def read_inputs(config: RunConfig, layout: Layout) -> Inputs:
     for name, own in configs.items():
         if own.data not in read_once:
             try:
-                read_once[own.data] = read_data(own, tokenizer, model)
+                read_once[own.data] = read_data(own, tokenizer, model, before)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}" if name else str(error)) from None
     data = {name: read_once[own.data][0] for name, own in configs.items()}
     say_data(config, data)
+    say_scoring({name: read_once[own.data][3] for name, own in configs.items()})
     buckets, plans = plan_batches(config, configs, data, layout.tenant_rows)
     tenants = []
     for name, own in configs.items():
-        train, validation, test = read_once[own.data]
+        train, validation, test, _ = read_once[own.data]
         steps = own.train.max_steps or math.ceil(own.train.num_epochs * plans[name].batches_per_epoch)
         order = TenantOrder(train.examples, plans[name], steps)
         tenants.append(Tenant(name, own, train, order, validation, test if config.eval.test else None))
@@ -82,14 +88,15 @@ def read_inputs(config: RunConfig, layout: Layout) -> Inputs:
 
 
 def read_data(
-    config: RunConfig, tokenizer, model: ModelConfig
-) -> tuple[TrainingData, EvalTask | None, EvalTask | None]:
-    """A tenant's training data, and its validation and test tasks."""
+    config: RunConfig, tokenizer, model: ModelConfig, before: bool
+) -> tuple[TrainingData, EvalTask | None, EvalTask | None, ScoringRule]:
+    """A tenant's training data, its validation and test tasks, and how these are scored."""
     data = load_training_data(config.data, tokenizer)
     require(len(data.examples) > 0, "data.train", config.data.train, "at least one training example")
-    validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
+    by = scoring_rule(config, tokenizer, before=before)
+    validation, test = (task_of_run(config, split, tokenizer, by) for split in ("validation", "test"))
     require_room(model, data, (validation, test))
-    return data, validation, test
+    return data, validation, test, by
 
 
 def say_data(config: RunConfig, data: dict[str, TrainingData]) -> None:
@@ -98,6 +105,17 @@ def say_data(config: RunConfig, data: dict[str, TrainingData]) -> None:
         return
     counts = [len(one.examples) for one in data.values()]
     say(f"{len(counts)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
+
+
+def say_scoring(by: dict[str, ScoringRule]) -> None:
+    """Says which metric was chosen from the data, and for which tenants."""
+    alike: dict[str, list[str]] = {}
+    for name, one in by.items():
+        if one.from_data:
+            alike.setdefault(one.describe(), []).append(name)
+    for described, names in alike.items():
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        say(f"metric: {described}" + (f": {shown}" if shown and len(names) < len(by) else ""))
 
 
 def plan_batches(

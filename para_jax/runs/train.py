@@ -40,7 +40,7 @@ from ..training.scores_file import Records, write_scores
 from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, stop_signals
 from ..training.tenants_file import read_entries
-from .folder import FREE_FIELDS, claim_folders, locked_folder, mend_folders, run_digests
+from .folder import FREE_FIELDS, began_before, claim_folders, locked_folder, mend_folders, run_digests
 from .logs import Logs, tenant_rows
 from .loop import Loop
 from .report import sample_lines, score_table, tenants_table
@@ -133,7 +133,8 @@ def trained(config: RunConfig) -> Ended:
     count = on_every_process(lambda: len(tenant_configs(config)))
     mesh = run_mesh(config, count)
     layout = on_every_process(lambda: lay_out(config, mesh, count))
-    inputs = on_every_process(lambda: read_inputs(config, layout))
+    before = on_first_process(lambda: began_before(config))
+    inputs = on_every_process(lambda: read_inputs(config, layout, before=before))
     tenants = inputs.tenants
     require_same(
         "the data",
