@@ -26,7 +26,7 @@ REPEATED = 4
 UNSEEN = 0.1
 #: Training examples that are looked at.
 LOOKED_AT = 50_000
-#: The longest by characters, of which the tokens are counted.
+#: How many of the longest completions, by characters, are tokenised to find the longest by tokens.
 COUNTED = 32
 #: Tokens of a written answer where nothing is known about it, and the maximum that the data can ask for.
 NEW_TOKENS, MOST_NEW_TOKENS = 32, 512
