@@ -34,8 +34,9 @@ from .data.tasks import TASKS
 from .data.tenants import tenant_sections
 from .data.tfds import NotPrepared, is_tfds
 from .data.tokenizer import load_tokenizer
-from .data.training_data import load_training_data
+from .data.training_data import describe_lengths, load_training_data
 from .dry_run.topology import topology_report
+from .evaluation.tasks import with_limit
 from .memory import tree_size
 from .model import init_adapter
 from .runs.report import sample_lines, score_table, tenants_table
@@ -91,8 +92,9 @@ def tenants_of(config: RunConfig) -> int:
 def step_line(config: RunConfig) -> str:
     train = config.train
     rows = train.batch_size or mesh_rows(config) * train.per_device_batch_size * train.gradient_accumulation_steps
-    longest = config.data.max_seq_length
-    return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens"
+    longest = config.data.assumed_length
+    assumed = "" if config.data.max_seq_length else " (assumed: data.max_seq_length=null follows from the data)"
+    return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens{assumed}"
 
 
 def data_lines(config: RunConfig) -> list[str]:
@@ -143,12 +145,14 @@ def data_report(config: RunConfig, rows: int | None = None) -> str:
     if config.data.tenants:
         first = next(iter(tenant_sections(config.data.tenants, config.data).values()))
         return f"the first tenant, {first.train}\n\n{data_report(replace(config, data=first), rows)}"
-    data = load_training_data(config.data, tokenizer)
+    data = load_training_data(with_limit(config.data, load_model_config(config.backbone.source)), tokenizer)
     buckets = plan_buckets(data.examples, config.data.buckets)
     rows = rows or config.train.batch_size or config.train.per_device_batch_size
     order = Plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
     examples = [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
     shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)
+    if config.data.max_seq_length is None:
+        examples.append(describe_lengths(data.examples.lengths))
     return "\n\n".join([*examples, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches per epoch"])
 
 

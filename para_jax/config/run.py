@@ -16,6 +16,8 @@ from .bounds import (
 )
 from .check import expanded, require, require_location
 
+#: Tokens of an example, for estimates without the data.
+ASSUMED_LENGTH = 512
 #: Metrics of written answers.
 AnswerMetric = Literal[
     "exact_match", "macro_f1", "matthews", "squad", "squad_exact", "f1", "final_number", "sql_match"
@@ -61,8 +63,9 @@ class DataSection:
     prompt: str | None = None
     """a template over the columns, such as "{instruction}\\n{input}"; default: the column `prompt`"""
     completion: str | None = None
-    max_seq_length: Annotated[int, Bounds(at_least=2)] = 512
-    """tokens of prompt and completion together"""
+    max_seq_length: Annotated[int, Bounds(at_least=2)] | None = 512
+    """the maximum number of tokens of prompt and completion together; null: that of the longest training example, and
+    for evaluation the model's positions"""
     cache: bool = True
     """keep the token ids of large training data in ~/.cache/para_jax/tokens for the next start"""
     truncate: Literal["error", "skip", "left"] = "error"
@@ -82,6 +85,11 @@ class DataSection:
             require_location(f"data.{name}", getattr(self, name))
         local = "://" not in (self.data_dir or "")
         require(local, "data.data_dir", self.data_dir, "a folder on this host, because tfds data can't be in a bucket")
+
+    @property
+    def assumed_length(self) -> int:
+        """max_seq_length; 512 for null, where the data is not read."""
+        return self.max_seq_length or ASSUMED_LENGTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +178,8 @@ class EvalSection:
     """stop after this many evaluations without a better score"""
     test: bool = False
     """score the test data before and after training"""
+    test_limit: PositiveInt | None = None
+    """the maximum number of test examples to score, before and after training"""
 
     def __post_init__(self):
         check_fields(self, "eval.")

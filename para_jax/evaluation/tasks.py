@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +127,9 @@ def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None
     records = load_records(config.data, split)
     if records is None:
         return None
+    section = config.data
+    if section.max_seq_length is None:
+        section = with_limit(section, load_model_config(config.backbone.source))
     known = TASKS.get(task_of(config.data) or "")
     metric, also, choices, new, *_ = by or scoring_rule(config, tokenizer)
     if known and not choices and {record.completion for record in records} <= set(known.choices):
@@ -137,11 +141,16 @@ def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None
                 f"eval.choices has {len(choices)} answers; accuracy ranks 2 to 100. Use eval.metric=exact_match instead"
             )
         warn_of_unreachable(split, records, choices)
-    kept = encode_records(records, tokenizer, config.data)
+    kept = encode_records(records, tokenizer, section)
     if config.eval.max_new_tokens is None and not known:  # a length that was chosen must fit
         room = load_model_config(config.backbone.source).max_positions
         new = max(1, min(new, room - max(len(example.prompt_ids) for example in kept.examples)))
     return EvalTask(split, kept.records, metric, choices, new, config.eval.batch_size, kept.examples, also)
+
+
+def with_limit(section: DataSection, model: ModelConfig) -> DataSection:
+    """The section with a number as max_seq_length: null allows as many tokens as the model has positions."""
+    return section if section.max_seq_length else replace(section, max_seq_length=model.max_positions)
 
 
 def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, ...]) -> None:

@@ -46,7 +46,7 @@ from .loop import Loop
 from .report import sample_lines, score_table, tenants_table
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
-from .tenants import Inputs, read_inputs, require_validation, tenant_configs
+from .tenants import Inputs, read_inputs, require_validation, tenant_configs, with_length
 
 
 class TrainResult(NamedTuple):
@@ -131,7 +131,10 @@ def trained(config: RunConfig) -> Ended:
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
     count = on_every_process(lambda: len(tenant_configs(config)))
-    mesh = run_mesh(config, count)
+    estimated = config
+    if config.data.max_seq_length is None and jax.device_count() > 1:  # one device needs no estimate
+        estimated = on_every_process(lambda: with_length(config))
+    mesh = run_mesh(estimated, count)
     layout = on_every_process(lambda: lay_out(config, mesh, count))
     before = on_first_process(lambda: began_before(config))
     inputs = on_every_process(lambda: read_inputs(config, layout, before=before))
@@ -158,7 +161,7 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         validation = Tasks(model, tokenizer, [t.validation for t in tenants], config.eval.limit)
-        test = Tasks(model, tokenizer, [t.test for t in tenants])
+        test = Tasks(model, tokenizer, [t.test for t in tenants], config.eval.test_limit)
         share_shapes(validation, test)
         run = run_digests(config, model.fingerprint, tenants)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
