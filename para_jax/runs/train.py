@@ -8,6 +8,7 @@ output_dir/NAME/{config.yaml, metrics.jsonl, adapter/}.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ from .loop import Loop
 from .report import sample_lines, score_table, tenants_table
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
-from .tenants import Inputs, read_inputs, require_validation, tenant_configs, with_length
+from .tenants import Inputs, Tenant, read_inputs, require_validation, tenant_configs, with_length
 
 
 class TrainResult(NamedTuple):
@@ -171,6 +172,8 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
         changed, standing = accepted_changes(standing, run)
         require_same_tenants(standing, tenants, layout)
         standing = reopened(standing, tenants, changed)
+        if restored:
+            say(describe_position(standing, tenants))
         log = open_log(config, model, mesh, standing if restored else None)
         on_first_process(lambda: mend_folders(config, standing, tenants, resumed=bool(restored)))
         profiler = Profiler(config.profiler, folder)
@@ -219,6 +222,15 @@ def accepted_changes(standing: Standing, run: dict[str, str]) -> tuple[list[str]
         said = describe_changes(changed, standing.run or {}, run)
         say(f"data.changed=accept: the checkpoint of step {standing.step} is of {said}; the run resumes from it")
     return changed, standing._replace(run=run)
+
+
+def describe_position(standing: Standing, tenants: Sequence[Tenant]) -> str:
+    """Where a run resumes."""
+    if all(standing.over):
+        return f"nothing is left to train after step {standing.step}"
+    if not tenants[0].name:
+        return f"resuming at step {standing.step} of {tenants[0].order.total_steps}"
+    return f"resuming at step {standing.step}, with {sum(standing.over)} of {len(tenants)} tenants ended"
 
 
 def open_log(config: RunConfig, model, mesh, standing: Standing | None) -> Log:

@@ -246,6 +246,9 @@ def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
     assert said.startswith("stopped after step 2 of 6, and saved; the same command resumes, or `para-jax train ")
     assert f"{config.output_dir}/config.yaml" in said
     assert_ends_as(whole, config)
+    assert "\nresuming at step 2 of 6\n" in capsys.readouterr().err
+    train(config)
+    assert "nothing is left to train after step 6" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
