@@ -33,12 +33,14 @@ from .data.tasks import TASKS
 from .data.tenants import tenant_sections
 from .data.tfds import NotPrepared, is_tfds
 from .data.tokenizer import load_tokenizer
-from .data.training_data import load_training_data
+from .data.training_data import describe_lengths, load_training_data
 from .dry_run.topology import topology_report
+from .evaluation.tasks import with_limit
 from .memory import tree_size
 from .model import init_adapter
-from .table import table
+from .runs.report import sample_lines, score_table, tenants_table
 from .training.metrics_file import is_log, read_metrics
+from .training.scores_file import read_scores
 from .training.step import state_of_one
 from .training.tenants_file import read_entries
 
@@ -88,8 +90,9 @@ def tenants_of(config: RunConfig) -> int:
 def step_line(config: RunConfig) -> str:
     train = config.train
     rows = train.batch_size or mesh_rows(config) * train.per_device_batch_size * train.gradient_accumulation_steps
-    longest = config.data.max_seq_length
-    return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens"
+    longest = config.data.assumed_length
+    assumed = "" if config.data.max_seq_length else " (assumed: data.max_seq_length=null follows from the data)"
+    return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens{assumed}"
 
 
 def data_lines(config: RunConfig) -> list[str]:
@@ -144,12 +147,14 @@ def data_report(config: RunConfig, rows: int | None = None) -> str:
     if config.data.tenants:
         first = next(iter(tenant_sections(config.data.tenants, config.data).values()))
         return f"the first tenant, {first.train}\n\n{data_report(replace(config, data=first), rows)}"
-    data = load_training_data(config.data, tokenizer)
+    data = load_training_data(with_limit(config.data, load_model_config(config.backbone.source)), tokenizer)
     buckets = plan_buckets(data.examples, config.data.buckets)
     rows = rows or config.train.batch_size or config.train.per_device_batch_size
     order = Plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
     examples = [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
     shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)
+    if config.data.max_seq_length is None:
+        examples.append(describe_lengths(data.examples.lengths))
     return "\n\n".join([*examples, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches per epoch"])
 
 
@@ -174,7 +179,8 @@ def folder_report(folder: Path) -> str:
                 f"step {row['step']:<6}" + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k != "step")
                 for row in scored
             ]
-        adapter = folder / "adapter"
+        records, adapter = read_scores(folder), folder / "adapter"
+        lines += [part for part in (score_table(records), sample_lines(records)) if part]
         return "\n".join(lines + ([folder_report(adapter)] if adapter.is_dir() else ["no adapter yet"]))
     raise ValueError(
         f"{folder} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
@@ -196,23 +202,6 @@ def tenants_report(folder: Path, config: RunConfig) -> str:
             *([f"{left} tenants have not ended; the same command resumes them"] if left and entries else []),
         ]
     )
-
-
-def tenants_table(entries: dict[str, dict]) -> str:
-    """A line for each tenant of a run that has ended; see runs.train.TenantsResult."""
-    columns = {"examples": "examples", "steps": "steps", "best step": "best_step", "validation": "best_score"}
-    if any(entry["test_after"] is not None for entry in entries.values()):
-        columns |= {"test before": "test_before", "test after": "test_after"}
-    rows = [["tenant", *columns, ""]]
-    for name, entry in entries.items():
-        why = "" if entry["ended"] == "done" else entry["ended"]
-        rows.append([name, *(cell(entry[key]) for key in columns.values()), why])
-    metrics = sorted({entry["metric"] for entry in entries.values() if entry["metric"]})
-    return f"{table(rows, left=(0, len(columns) + 1))}\nscores: {', '.join(metrics) or 'none'}"
-
-
-def cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def adapter_report(folder: Path) -> str:

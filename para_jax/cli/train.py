@@ -53,10 +53,9 @@ def train_one(options, config) -> None:
     result = train(config)
     if not is_first():
         return
-    best = ""
-    if result.best_score is not None:
-        best = f", best validation score {result.best_score:.4f} at step {result.best_step}"
-    print(f"{result.step} steps{best}; the adapter is in {result.output_dir / 'adapter'}")
+    report = result.report()
+    print(f"{report}\n" if report else "", end="\n" if report else "")
+    print(f"{result.step} steps, {result.best}; the adapter is in {result.output_dir / 'adapter'}")
     if options.results:
         rows = list(read_metrics(result.output_dir / "metrics.jsonl"))
         scores = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
@@ -64,7 +63,6 @@ def train_one(options, config) -> None:
 
 
 def train_many(options, config) -> int:
-    from ..inspect import tenants_table
     from ..processes import is_first
     from ..runs.train import train_tenants
 
@@ -73,7 +71,7 @@ def train_many(options, config) -> int:
     code = int(any(entry["ended"] == "not finite" for entry in result.tenants.values()))
     if not is_first():
         return code
-    print(f"{tenants_table(result.tenants)}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
+    print(f"{result.report()}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
     if config.sweep:
         draw_curves(result)
     if options.results:

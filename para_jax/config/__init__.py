@@ -21,6 +21,7 @@ from .model import SITES as SITES
 from .model import LayerKind as LayerKind
 from .model import ModelConfig as ModelConfig
 from .model import RotaryConfig as RotaryConfig
+from .run import ASSUMED_LENGTH as ASSUMED_LENGTH
 from .run import ATTENTION as ATTENTION
 from .run import BackboneSection as BackboneSection
 from .run import CheckpointSection as CheckpointSection

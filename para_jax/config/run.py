@@ -16,6 +16,8 @@ from .bounds import (
 )
 from .check import expanded, require, require_location
 
+#: Tokens of an example, for estimates without the data.
+ASSUMED_LENGTH = 512
 #: Metrics of written answers.
 AnswerMetric = Literal[
     "exact_match", "macro_f1", "matthews", "squad", "squad_exact", "f1", "final_number", "sql_match"
@@ -63,8 +65,9 @@ class DataSection:
     prompt: str | None = None
     """a template over the columns, such as "{instruction}\\n{input}"; default: the column `prompt`"""
     completion: str | None = None
-    max_seq_length: Annotated[int, Bounds(at_least=2)] = 512
-    """tokens of prompt and completion together"""
+    max_seq_length: Annotated[int, Bounds(at_least=2)] | None = 512
+    """the maximum number of tokens of prompt and completion together; null: that of the longest training example, and
+    for evaluation the model's positions"""
     cache: bool = True
     """keep the token ids of large training data in ~/.cache/para_jax/tokens for the next start"""
     truncate: Literal["error", "skip", "left"] = "error"
@@ -86,6 +89,11 @@ class DataSection:
             require_location(f"data.{name}", getattr(self, name))
         local = "://" not in (self.data_dir or "")
         require(local, "data.data_dir", self.data_dir, "a folder on this host, because tfds data can't be in a bucket")
+
+    @property
+    def assumed_length(self) -> int:
+        """max_seq_length; 512 for null, where the data is not read."""
+        return self.max_seq_length or ASSUMED_LENGTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +164,8 @@ class EvalSection:
     every: PositiveInt = 200
     """steps between two evaluations on the validation data; the last step is always evaluated"""
     metric: Literal["loss", "accuracy", AnswerMetric] | None = None
-    """see evaluation/metrics.py; default: the metric of the task, else exact_match"""
+    """see evaluation/metrics.py; default: the metric of the task. Without a task it is chosen from the training data:
+    accuracy where it has 2 to 20 different completions, each at least 4 times on average; else exact_match, and f1"""
     also: tuple[AnswerMetric, ...] = ()
     """more metrics of the same answers to report; default: those of the task"""
     choices: tuple[str, ...] = ()
@@ -167,11 +176,14 @@ class EvalSection:
     batch_size: PositiveInt = 16
     """rows of an evaluation batch over all devices, rounded up to a multiple of mesh.data x mesh.fsdp"""
     max_new_tokens: PositiveInt | None = None
-    """the maximum length of a written answer; default: that of the task, else 32"""
+    """the maximum length of a written answer; default: that of the task, else what the longest completion of the
+    training data needs and a quarter more, at most 512"""
     patience: PositiveInt | None = None
     """stop after this many evaluations without a better score"""
     test: bool = False
     """score the test data before and after training"""
+    test_limit: PositiveInt | None = None
+    """the maximum number of test examples to score, before and after training"""
 
     def __post_init__(self):
         check_fields(self, "eval.")

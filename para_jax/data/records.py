@@ -4,6 +4,7 @@ skipped."""
 from __future__ import annotations
 
 import string
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -119,14 +120,15 @@ def encode_records(records: list[Record], tokenizer, section: DataSection) -> En
     """
     examples = encode_all(tokenizer, records)
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
-    long = [i for i, length in enumerate(lengths) if length > section.max_seq_length]
+    most = section.max_seq_length or sys.maxsize
+    long = [i for i, length in enumerate(lengths) if length > most]
     if not long:
         return EncodedRecords(examples, list(records))
     if section.truncate == "error":
         raise too_long(examples[long[0]], records[long[0]].place, len(long), len(examples), section)
     if section.truncate == "left":
         for i in long:
-            examples[i] = cut_left(examples[i], section.max_seq_length, tokenizer.bos_token_id, records[i].place)
+            examples[i] = cut_left(examples[i], most, tokenizer.bos_token_id, records[i].place)
         return EncodedRecords(examples, list(records), cut=len(long))
     dropped = set(long)
     kept = [i for i in range(len(examples)) if i not in dropped]

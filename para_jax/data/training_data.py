@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ from .row_files import form_of
 from .sources import DatasetSplit, Source, files_of, prefix_of, source_of, task_of
 from .token_cache import Tokens
 
+#: An example with this many times the tokens of 99 % of the others is reported.
+FAR_LONGER = 2
 #: Tokenising that takes longer than this is reported.
 REPORTED_SECONDS = 5.0
 
@@ -63,6 +66,38 @@ class TrainingData(NamedTuple):
         return report(len(self.examples), self.cut, self.skipped)
 
 
+def describe_lengths(lengths: np.ndarray) -> str:
+    """How long the examples are, and the length that follows from them. A second line names an example that is far
+    longer than the rest, what it costs, and the fields that leave it out.
+
+    Args:
+        lengths: tokens of each example.
+    """
+    half, most, almost_all = (int(np.quantile(lengths, share, method="lower")) for share in (0.5, 0.95, 0.99))
+    longest = int(lengths.max())
+    said = (
+        f"lengths: half of the examples have up to {half} tokens, 95 % up to {most}, the longest {longest}; "
+        f"data.max_seq_length={chosen_length(lengths)}"
+    )
+    if longest <= FAR_LONGER * almost_all:
+        return said
+    times, limit = f"{longest / almost_all:.0f} times", rounded_up(almost_all)
+    return (
+        f"{said}\n99 % of the examples have up to {almost_all} tokens. The longest has {times} as many. A batch with "
+        f"it costs at least {times} as much. data.max_seq_length={limit} with data.truncate=skip leaves out such "
+        "examples; with left it cuts the start of their prompts"
+    )
+
+
+def chosen_length(lengths: np.ndarray) -> int:
+    """The data.max_seq_length that holds every example."""
+    return rounded_up(int(lengths.max()))
+
+
+def rounded_up(length: int) -> int:
+    return -(-length // 8) * 8
+
+
 def load_training_data(section: DataSection, tokenizer) -> TrainingData:
     """The training data of a run, from the cache of token ids if it holds this data (data.cache).
 
@@ -94,12 +129,13 @@ def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tok
     builder, numbers = ExampleBuilder(), array("q")
     cut = skipped = total = 0
     too_long_first: tuple[Example, str] | None = None
+    most = section.max_seq_length or sys.maxsize
     for part, examples in encoded_parts(records, tokenizer):
         total += len(part)
         for example, record in zip(examples, part, strict=True):
-            if len(example.prompt_ids) + len(example.completion_ids) > section.max_seq_length:
+            if len(example.prompt_ids) + len(example.completion_ids) > most:
                 if section.truncate == "left":
-                    example = cut_left(example, section.max_seq_length, tokenizer.bos_token_id, record.place)
+                    example = cut_left(example, most, tokenizer.bos_token_id, record.place)
                     cut += 1
                 else:
                     too_long_first = too_long_first or (example, record.place)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig
 from ..data.examples import Example, encode_completion, encode_example
 from ..data.records import Record, encode_records, load_records, read_records, split_records, task_of
@@ -13,12 +15,11 @@ from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
 from ..inference.generate import up_to_multiple
 from ..messages import say, warn
+from .defaults import RANKED, ScoringRule, scoring_rule
 from .metrics import LABEL_METRICS
 from .questions import Generation, Likelihood, Question
 from .task_file import named_file
 
-#: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
-RANKED = 20
 #: A written answer to a file may have half as many tokens again as its longest completion, and this many at least and
 #: at most.
 FEWEST, MOST = 16, 512
@@ -124,16 +125,21 @@ def check_room(model: ModelConfig, encoded: EncodedTask) -> None:
 # ---------------------------------------------------------------------------------------------------- of a run's config
 
 
-def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
+def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None = None) -> EvalTask | None:
     """A run's validation or test data with its metric; None if the run has no such data. Examples that are too long are
-    cut or left out as data.truncate says, so that every score is over the same examples."""
+    cut or left out as data.truncate says, so that every score is over the same examples.
+
+    Args:
+        by: how it is scored; default: what `scoring_rule` finds.
+    """
     records = load_records(config.data, split)
     if records is None:
         return None
+    section = config.data
+    if section.max_seq_length is None:
+        section = with_limit(section, load_model_config(config.backbone.source))
     known = TASKS.get(task_of(config.data) or "")
-    metric = config.eval.metric or (known.metric if known else "exact_match")
-    also = config.eval.also or (known.also if known and metric == known.metric else ())
-    choices = config.eval.choices
+    metric, also, choices, new, *_ = by or scoring_rule(config, tokenizer)
     if known and not choices and {record.completion for record in records} <= set(known.choices):
         choices = known.choices  # rows with a prompt of their own may have other answers
     if metric == "accuracy":
@@ -143,9 +149,16 @@ def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
                 f"eval.choices has {len(choices)} answers; accuracy ranks 2 to 100. Use eval.metric=exact_match instead"
             )
         warn_of_unreachable(split, records, choices)
-    kept = encode_records(records, tokenizer, config.data)
-    new = config.eval.max_new_tokens or (known.max_new_tokens if known else 32)
+    kept = encode_records(records, tokenizer, section)
+    if config.eval.max_new_tokens is None and not known:  # a length that was chosen must fit
+        room = load_model_config(config.backbone.source).max_positions
+        new = max(1, min(new, room - max(len(example.prompt_ids) for example in kept.examples)))
     return EvalTask(split, kept.records, metric, choices, new, config.eval.batch_size, kept.examples, also)
+
+
+def with_limit(section: DataSection, model: ModelConfig) -> DataSection:
+    """The section with a number as max_seq_length: null allows as many tokens as the model has positions."""
+    return section if section.max_seq_length else replace(section, max_seq_length=model.max_positions)
 
 
 def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, ...]) -> None:

@@ -36,7 +36,7 @@ PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.da
 #: The file that the writing process keeps locked. It stays when that process ends.
 LOCK = ".lock"
 #: Files that `atomic` replaces in a run's folder or in a tenant's.
-REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json")
+REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json", "scores.json")
 #: The folder that is renamed to see whether that works (under a temporary name), and the end of its new name.
 TRIAL, RENAMED = "rename", "-renamed"
 #: Tenants' files that are written at once.
@@ -136,6 +136,14 @@ def check_folder(config: RunConfig) -> None:
         own = {folder / LOCK, *atomic.files_left(file), *trials_left(folder)} if folder.is_dir() else set()
         if not folder.is_dir() or set(folder.iterdir()) - own:
             raise ValueError(f"output_dir {folder} is not a run folder; choose another")
+
+
+def began_before(config: RunConfig) -> bool:
+    """Whether an earlier version began the run: one that left metrics and answer lengths to fixed defaults."""
+    from ..training.checkpoint import progress_keys
+
+    keys = progress_keys(expanded(config.output_dir) / "checkpoints")
+    return bool(keys) and "scores" not in keys
 
 
 def claim_folder(config: RunConfig) -> None:

@@ -18,7 +18,7 @@ from ..adapters.rows import Stack
 from ..config import RunConfig, expanded
 from ..data.given import is_given
 from ..evaluation.evaluate import Tasks
-from ..evaluation.score import Score
+from ..evaluation.score import Score, describe_best, shown_score
 from ..messages import say
 from ..model import init_adapter
 from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process
@@ -28,6 +28,7 @@ from ..training.step import TrainState, tenant_of
 from ..training.stop import StopSignal
 from ..training.tenants_file import add_entry
 from .logs import Logs
+from .report import record_of
 from .standing import Standing
 from .tenants import Tenant
 
@@ -73,7 +74,9 @@ class Scoring(NamedTuple):
                 return standing.changed(tenant, evaluated=own, since_best=standing.since_best[tenant] + 1)
         self.keep(tenant, tenant_of(state.adapters, jnp.int32(standing.running[tenant])), own, score)
         found = None if score is None else score.score
-        return standing.changed(tenant, evaluated=own, best_score=found, best_step=own, since_best=0)
+        return self.with_score(standing, tenant, "validation", score).changed(
+            tenant, evaluated=own, best_score=found, best_step=own, since_best=0
+        )
 
     def require_many(self, step: int, score: Score) -> None:
         """Raises ValueError, in a run of one adapter, for a validation loss that is not finite."""
@@ -113,6 +116,7 @@ class Scoring(NamedTuple):
             self.logs.write(tenant, standing.steps[tenant], scores("test_after", found), show=True)
             line = card_score("Test", found, standing.test_before[tenant])
             on_first_process(lambda: add_test_score(own.folder / "adapter", line))
+            standing = self.with_score(standing, tenant, "test", found)
             test_after = found.score if math.isfinite(found.score) else None
         standing = standing.changed(tenant, ended=why)
         if not self.config.many:
@@ -127,9 +131,10 @@ class Scoring(NamedTuple):
             "test_before": standing.test_before[tenant],
             "test_after": test_after,
             "ended": why,
+            "scores": standing.records(tenant),
         }
         on_first_process(lambda: add_entry(expanded(self.config.output_dir), own.name, entry))
-        said = "" if best is None else f", best validation score {best:.4f} at step {standing.best_step[tenant]}"
+        said = "" if best is None else f", {describe_best(entry['metric'], best, standing.best_step[tenant])}"
         ended = f"{sum(standing.over)} of {len(self.tenants)} tenants have ended"
         say(f"{own.name}: {steps} steps{said} ({why}; {ended})")
         if is_first():
@@ -137,8 +142,15 @@ class Scoring(NamedTuple):
                 self.logs.tenants[tenant].flush()
         return standing
 
-    def test_backbone(self, state: TrainState, standing: Standing, asked: list[int]) -> Standing:
-        """Scores the backbone alone on the test data of these tenants."""
+    def score_backbone(self, state: TrainState, standing: Standing, split: str, asked: list[int]) -> Standing:
+        """Scores the backbone alone on the validation or test data of these tenants. What it scores at the start is
+        logged: of validation data as that of step 0."""
+        tasks = self.validation if split == "validation" else self.test
+        held = [len(tasks.encoded[tenant].examples) for tenant in asked if tenant in tasks.encoded]
+        if not held:
+            return standing
+        whose = f" of {len(held)} tenants" if len(held) > 1 else ""
+        say(f"scoring {sum(held)} {split} examples{whose} with the base model ...")
         stack, slot = Stack(state.adapters), -1
         if len(self.tenants) == 1 and standing.step == 0:
             # A new adapter changes nothing, and its programs are those of all scores that follow.
@@ -146,12 +158,22 @@ class Scoring(NamedTuple):
             stack, slot = Stack(jax.tree.map(lambda leaf: leaf[None], fresh)), 0
             stack = place_tenants(stack, jax.sharding.get_mesh(), self.model.config)
         with self.stop.interrupting():
-            found = self.test.scores(stack, dict.fromkeys(asked, slot))
+            found = tasks.scores(stack, dict.fromkeys(asked, slot))
         for tenant, score in found.items():
-            self.logs.write(tenant, standing.steps[tenant], scores("test_before", score), show=True)
-            standing = standing.changed(tenant, test_before=score.score)
+            if split == "test":
+                self.logs.write(tenant, standing.steps[tenant], scores("test_before", score), show=True)
+                standing = standing.changed(tenant, test_before=score.score)
+            elif standing.steps[tenant] == 0:  # later it would be a point in the middle of the adapter's curve
+                self.logs.write(tenant, 0, scores("validation", score), show=True)
+            standing = self.with_score(standing, tenant, f"{split}_base", score)
         self.logs.flush()
         return standing
+
+    def with_score(self, standing: Standing, tenant: int, what: str, score: Score | None) -> Standing:
+        """The standing with a score that is finite. Answers are kept in a run of one adapter only."""
+        finite = score is not None and all(map(math.isfinite, score.values().values()))
+        record = record_of(score, samples=not self.config.many) if score is not None and finite else None
+        return standing.with_score(tenant, what, record)
 
     def with_changed(self, standing: Standing, split: str, changed: list[str]) -> list[int]:
         """The tenants that have not ended and whose data of this split changed."""
@@ -177,9 +199,11 @@ class Scoring(NamedTuple):
                 step, whose = standing.best_step[tenant], f"{own.name}: " if own.name else ""
                 if math.isfinite(score.loss):
                     found = score.score
-                    before = f"{was:.4f} on the data before"
-                    say(f"{whose}the best adapter so far, of step {step}: {score.metric} {found:.4f} ({before})")
+                    then, now = (f"{shown_score(score.metric, one):.4f}" for one in (was, found))
+                    before = f"{then} on the data before"
+                    say(f"{whose}the best adapter so far, of step {step}: {score.metric} {now} ({before})")
                     self.keep(tenant, kept, step, score)
+                    standing = self.with_score(standing, tenant, "validation", score)
                 else:
                     self.require_many(step, score)
             standing = standing.changed(tenant, best_score=found, since_best=0)
@@ -219,16 +243,9 @@ def data_name(train: str | None) -> str:
 
 def card_score(split: str, found: Score, before: float | None = None) -> str:
     """A score as the model card shows it; `before` is that of the base model."""
-    sign = -1 if found.metric == "loss" else 1
-    return score_line(
-        split,
-        found.metric,
-        float(sign * found.score),
-        found.stderr,
-        found.count,
-        found.loss,
-        None if before is None else float(sign * before),
-    )
+    before = None if before is None else shown_score(found.metric, before)
+    score = shown_score(found.metric, found.score)
+    return score_line(split, found.metric, score, found.stderr, found.count, found.loss, before)
 
 
 def scores(name: str, found: Score) -> dict[str, float]:

@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backbone.load import load_model_config
-from ..config import ModelConfig, RunConfig, expanded, require
+from ..config import ASSUMED_LENGTH, ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.schedule import TenantOrder
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import load_tokenizer
-from ..data.training_data import TrainingData, load_training_data
-from ..evaluation.tasks import EvalTask, task_of_run
+from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
+from ..evaluation.defaults import ScoringRule, scoring_rule
+from ..evaluation.tasks import EvalTask, task_of_run, with_limit
 from ..hub import resolve_backbone
 from ..messages import say, warn
 from ..storage.bucket import Place
@@ -57,8 +58,12 @@ class Inputs(NamedTuple):
     """the compiled shapes that the tenants share; of packed rows there is one"""
 
 
-def read_inputs(config: RunConfig, layout: Layout) -> Inputs:
-    """The tokenizer, the tenants with their data, and the compiled shapes."""
+def read_inputs(config: RunConfig, layout: Layout, *, before: bool = False) -> Inputs:
+    """The tokenizer, the tenants with their data, and the compiled shapes.
+
+    Args:
+        before: an earlier version began the run; its defaults then hold.
+    """
     resolve_backbone(config.backbone.source)
     tokenizer, model = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
     configs = tenant_configs(config)
@@ -66,15 +71,16 @@ def read_inputs(config: RunConfig, layout: Layout) -> Inputs:
     for name, own in configs.items():
         if own.data not in read_once:
             try:
-                read_once[own.data] = read_data(own, tokenizer, model)
+                read_once[own.data] = read_data(own, tokenizer, model, before)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}" if name else str(error)) from None
     data = {name: read_once[own.data][0] for name, own in configs.items()}
     say_data(config, data)
+    say_scoring({name: read_once[own.data][3] for name, own in configs.items()})
     buckets, plans = plan_batches(config, configs, data, layout.tenant_rows)
     tenants = []
     for name, own in configs.items():
-        train, validation, test = read_once[own.data]
+        train, validation, test, _ = read_once[own.data]
         steps = own.train.max_steps or math.ceil(own.train.num_epochs * plans[name].batches_per_epoch)
         order = TenantOrder(train.examples, plans[name], steps)
         tenants.append(Tenant(name, own, train, order, validation, test if config.eval.test else None))
@@ -82,22 +88,53 @@ def read_inputs(config: RunConfig, layout: Layout) -> Inputs:
 
 
 def read_data(
-    config: RunConfig, tokenizer, model: ModelConfig
-) -> tuple[TrainingData, EvalTask | None, EvalTask | None]:
-    """A tenant's training data, and its validation and test tasks."""
+    config: RunConfig, tokenizer, model: ModelConfig, before: bool
+) -> tuple[TrainingData, EvalTask | None, EvalTask | None, ScoringRule]:
+    """A tenant's training data, its validation and test tasks, and how these are scored."""
+    config = replace(config, data=with_limit(config.data, model))
     data = load_training_data(config.data, tokenizer)
     require(len(data.examples) > 0, "data.train", config.data.train, "at least one training example")
-    validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
+    by = scoring_rule(config, tokenizer, before=before)
+    validation, test = (task_of_run(config, split, tokenizer, by) for split in ("validation", "test"))
     require_room(model, data, (validation, test))
-    return data, validation, test
+    return data, validation, test, by
 
 
 def say_data(config: RunConfig, data: dict[str, TrainingData]) -> None:
-    if not config.many:
+    if config.many:
+        counts = [len(one.examples) for one in data.values()]
+        say(f"{len(counts)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
+    else:
         say(f"training data: {data[''].report()}")
-        return
-    counts = [len(one.examples) for one in data.values()]
-    say(f"{len(counts)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
+    if config.data.max_seq_length is None:
+        for line in describe_lengths(all_lengths(data)).splitlines():
+            say(line)
+
+
+def all_lengths(data: dict[str, TrainingData]) -> np.ndarray:
+    """The tokens of each example. Tenants that share their data count once."""
+    return np.concatenate([one.lengths for one in {id(one.examples): one.examples for one in data.values()}.values()])
+
+
+def with_length(config: RunConfig) -> RunConfig:
+    """The config with a number as data.max_seq_length, for estimates: null means the tokens of the longest training
+    example of all tenants."""
+    resolve_backbone(config.backbone.source)
+    tokenizer, model = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
+    sections = {with_limit(own.data, model) for own in tenant_configs(config).values()}
+    longest = max(chosen_length(load_training_data(one, tokenizer).examples.lengths) for one in sections)
+    return replace(config, data=replace(config.data, max_seq_length=longest))
+
+
+def say_scoring(by: dict[str, ScoringRule]) -> None:
+    """Says which metric was chosen from the data, and for which tenants."""
+    alike: dict[str, list[str]] = {}
+    for name, one in by.items():
+        if one.from_data:
+            alike.setdefault(one.describe(), []).append(name)
+    for described, names in alike.items():
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        say(f"metric: {described}" + (f": {shown}" if shown and len(names) < len(by) else ""))
 
 
 def plan_batches(
@@ -106,7 +143,7 @@ def plan_batches(
     """The compiled shapes, and each tenant's plan: which examples its steps of `rows` rows hold."""
     examples = {name: one.examples for name, one in data.items()}
     if config.data.packing:
-        length = config.data.max_seq_length
+        length = config.data.max_seq_length or packed_length(data)
         plans = {
             name: plan_packing(examples[name], length=length, rows=rows, seed=own.seed) for name, own in configs.items()
         }
@@ -122,6 +159,11 @@ def plan_batches(
         name: Plan(example_lengths(examples[name]), buckets=buckets, rows=rows, seed=own.seed)
         for name, own in configs.items()
     }
+
+
+def packed_length(data: dict[str, TrainingData]) -> int:
+    """Tokens of a packed row where the config leaves it open: several short examples fit, and the longest one."""
+    return max(ASSUMED_LENGTH, chosen_length(all_lengths(data)))
 
 
 def say_packing(plans: dict[str, PackingPlan], shape: RowShape, examples: int, tokens: int) -> None:

@@ -1,13 +1,14 @@
 """train and train_tenants: a run from its config to a folder with the best adapters. The same command resumes.
 
 output_dir/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/<step>/, profile/}. A run of one adapter keeps it in
-output_dir/adapter/. A run of many has tenants.json, and a folder for each tenant: output_dir/NAME/{config.yaml,
-metrics.jsonl, adapter/}.
+output_dir/adapter/ and its scores in scores.json. A run of many has tenants.json, and a folder for each tenant:
+output_dir/NAME/{config.yaml, metrics.jsonl, adapter/}.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..config import RunConfig, config_dict, expanded, require
 from ..data.example_arrays import digest
 from ..data.given import with_data, with_tenants
 from ..evaluation.evaluate import Tasks, share_shapes
+from ..evaluation.score import describe_best
 from ..evaluation.shapes import say_evaluation
 from ..memory import run_mesh
 from ..messages import say
@@ -37,15 +39,17 @@ from ..training.log import Log
 from ..training.metrics_file import Reached
 from ..training.passes import Layout, lay_out
 from ..training.profiler import Profiler
+from ..training.scores_file import Records, write_scores
 from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, stop_signals
 from ..training.tenants_file import read_entries
-from .folder import FREE_FIELDS, claim_folders, locked_folder, mend_folders, run_digests
+from .folder import FREE_FIELDS, began_before, claim_folders, locked_folder, mend_folders, run_digests
 from .logs import Logs, tenant_rows
 from .loop import Loop
+from .report import sample_lines, score_table, tenants_table
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
-from .tenants import Inputs, read_inputs, require_validation, tenant_configs
+from .tenants import Inputs, Tenant, read_inputs, require_validation, tenant_configs, with_length
 
 
 class TrainResult(NamedTuple):
@@ -55,13 +59,30 @@ class TrainResult(NamedTuple):
     best_step: int
     step: int
     output_dir: Place
+    metric: str | None = None
+    """what best_score is; for "loss" it is the negated loss, so that higher is better"""
+    scores: Records = {}
+    """of base model and adapter, as training/scores_file.py describes them"""
+
+    @property
+    def best(self) -> str:
+        """ "best validation accuracy 0.5833 at step 60", or "no validation data"."""
+        return describe_best(self.metric, self.best_score, self.best_step)
+
+    def report(self) -> str:
+        """Base model and adapter side by side, and some answers of both; empty if nothing was scored."""
+        return "\n\n".join(filter(None, (score_table(self.scores), sample_lines(self.scores))))
 
 
 class TenantsResult(NamedTuple):
     tenants: dict[str, dict[str, Any]]
-    """by name: examples, steps, best_step, best_score, metric, ended, test_before and test_after (None: not measured)
-    """
+    """by name: examples, steps, best_step, best_score, metric, ended, test_before and test_after (None: not measured),
+    and scores, as training/scores_file.py describes them"""
     output_dir: Path
+
+    def report(self) -> str:
+        """A table with a line for each tenant: base model and adapter side by side."""
+        return tenants_table(self.tenants)
 
 
 class Ended(NamedTuple):
@@ -71,6 +92,8 @@ class Ended(NamedTuple):
     mesh: Any
     state: TrainState
     standing: Standing
+    metric: str | None
+    """of the validation data, in a run of one adapter"""
 
 
 def train(config: RunConfig, data: Any = None) -> TrainResult:
@@ -91,13 +114,16 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
     require(not config.many, "data.tenants or sweep", config.output_dir, "a run of one adapter; use train_tenants")
     if data is not None:
         config = replace(config, data=with_data(config.data, data))
-    model, mesh, state, standing = trained(config)
-    folder = expanded(config.output_dir)
+    model, mesh, state, standing, metric = trained(config)
+    folder, records = expanded(config.output_dir), standing.records(0)
+    if records:
+        on_first_process(lambda: write_scores(folder, records))
     with jax.set_mesh(mesh):
         best = tenant_of(state.adapters, jnp.int32(0))
         if standing.best_step[0] != standing.step:
             best = place(kept_adapter(folder, model, best), mesh, model.config)
-    return TrainResult(best, standing.best_score[0], standing.best_step[0], standing.step, folder)
+    of_best = standing.best_score[0], standing.best_step[0]
+    return TrainResult(best, *of_best, standing.step, folder, metric, records)
 
 
 def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
@@ -125,9 +151,13 @@ def trained(config: RunConfig) -> Ended:
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
     count = on_every_process(lambda: len(tenant_configs(config)))
-    mesh = run_mesh(config, count)
+    estimated = config
+    if config.data.max_seq_length is None and jax.device_count() > 1:  # one device needs no estimate
+        estimated = on_every_process(lambda: with_length(config))
+    mesh = run_mesh(estimated, count)
     layout = on_every_process(lambda: lay_out(config, mesh, count))
-    inputs = on_every_process(lambda: read_inputs(config, layout))
+    before = on_first_process(lambda: began_before(config))
+    inputs = on_every_process(lambda: read_inputs(config, layout, before=before))
     tenants = inputs.tenants
     require_same(
         "the data",
@@ -139,7 +169,8 @@ def trained(config: RunConfig) -> Ended:
         on_first_process(lambda: claim_folders(config, tenants))
         model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
         require_same("the backbone", lambda: model.fingerprint)
-        return Ended(model, mesh, *fit(config, model, inputs, layout, mesh))
+        metric = tenants[0].validation.metric if not config.many and tenants[0].validation else None
+        return Ended(model, mesh, *fit(config, model, inputs, layout, mesh), metric)
 
 
 def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple[TrainState, Standing]:
@@ -150,7 +181,7 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         validation = Tasks(model, tokenizer, [t.validation for t in tenants], config.eval.limit)
-        test = Tasks(model, tokenizer, [t.test for t in tenants])
+        test = Tasks(model, tokenizer, [t.test for t in tenants], config.eval.test_limit)
         share_shapes(validation, test)
         run = run_digests(config, model.fingerprint, tenants)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
@@ -160,6 +191,8 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
         changed, standing = accepted_changes(standing, run)
         require_same_tenants(standing, tenants, layout)
         standing = reopened(standing, tenants, changed)
+        if restored:
+            say(describe_position(standing, tenants))
         log = open_log(config, model, mesh, standing if restored else None)
         on_first_process(lambda: mend_folders(config, standing, tenants, resumed=bool(restored)))
         profiler = Profiler(config.profiler, folder)
@@ -171,10 +204,9 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
             scoring = Scoring(config, model, tenants, validation, test, logs, stop)
             loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
-                everyone = list(range(len(tenants)))
-                standing = scoring.test_backbone(
-                    state, standing, scoring.with_changed(standing, "test", changed) if restored else everyone
-                )
+                for split in ("test", "validation"):
+                    asked = scoring.with_changed(standing, split, changed) if restored else list(range(len(tenants)))
+                    standing = scoring.score_backbone(state, standing, split, asked)
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
                 return loop.run(state, standing)
             except Interrupted:
@@ -209,6 +241,15 @@ def accepted_changes(standing: Standing, run: dict[str, str]) -> tuple[list[str]
         said = describe_changes(changed, standing.run or {}, run)
         say(f"data.changed=accept: the checkpoint of step {standing.step} is of {said}; the run resumes from it")
     return changed, standing._replace(run=run)
+
+
+def describe_position(standing: Standing, tenants: Sequence[Tenant]) -> str:
+    """Where a run resumes."""
+    if all(standing.over):
+        return f"nothing is left to train after step {standing.step}"
+    if not tenants[0].name:
+        return f"resuming at step {standing.step} of {tenants[0].order.total_steps}"
+    return f"resuming at step {standing.step}, with {sum(standing.over)} of {len(tenants)} tenants ended"
 
 
 def open_log(config: RunConfig, model, mesh, standing: Standing | None) -> Log:

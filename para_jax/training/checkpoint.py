@@ -327,6 +327,19 @@ def steps_in(folder: Place) -> list[int]:
     return sorted((int(name) for name in names if str(int(name)) == name), reverse=True)
 
 
+def progress_keys(folder: Place) -> set[str]:
+    """The keys of the progress in the newest checkpoint of a folder, without a check of its bytes; none if it can't be
+    read."""
+    steps = steps_in(folder) if folder.is_dir() else []
+    if not steps:
+        return set()
+    try:
+        found = json.loads((folder / str(steps[0]) / "progress" / "metadata").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    return set(found) if isinstance(found, dict) else set()
+
+
 def set_aside(folder: Place) -> Place:
     """Renames a damaged checkpoint, so that it stays but is not read again. In a bucket its objects are copied."""
     names = (folder.with_name(f"{folder.name}.damaged{i or ''}") for i in range(1000))

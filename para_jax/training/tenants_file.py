@@ -9,6 +9,7 @@ from typing import Any
 from .. import atomic
 from ..config import shorten
 from .metrics_file import is_number, is_step
+from .scores_file import is_records
 
 FILE = "tenants.json"
 MAX_BYTES = 2**26
@@ -37,6 +38,8 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
         wrong = next((key for key, fits in FIELDS.items() if key not in entry or not fits(entry[key])), None)
         if wrong:
             raise damaged(file, f"{shorten(name)}: {wrong} is {shorten(entry.get(wrong))}")
+        if not is_records(entry.get("scores", {})):
+            raise damaged(file, f"{shorten(name)}: scores is {shorten(entry['scores'])}")
     return entries
 
 

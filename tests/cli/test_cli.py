@@ -106,7 +106,7 @@ def contents(folder):
 
 
 def test_train_leaves_a_run_folder_and_the_results_of_the_command(folder, config, trained):
-    held = {".lock", "config.yaml", "metrics.jsonl", "checkpoints", "adapter"}
+    held = {".lock", "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "scores.json"}
     assert {path.name for path in trained.iterdir()} == held
     results = json.loads((folder / "results" / "run.json").read_text())
     assert results["command"] == f"para-jax train {config} --results {folder}/results/run.json"
@@ -248,6 +248,7 @@ def test_inspect_shows_a_run_an_adapter_and_data(config, trained, capsys):
     assert command("inspect", trained) == 0
     run = capsys.readouterr().out
     assert shown in run and "step 0     test_before_loss" in run and "step 4     validation_loss" in run
+    assert re.search(r"\ntest +loss +\d\.\d+ ± \d\.\d+ +\d\.\d+ ± \d\.\d+ +5\n", run) and "loss -" not in run
     assert command("inspect", config, "--data") == 0
     data = capsys.readouterr().out
     assert data.count("prompt: 6 tokens") == 3 and data.count("]<<\ncompletion: ") == 3 and data.count(">>[w") == 3

@@ -105,3 +105,8 @@ def test_long_examples_are_skipped_cut_or_refused_as_in_training(folder):
     assert ours.loss == theirs.loss
     with pytest.raises(ValueError, match="test.jsonl:4: 22 tokens .* 16"):
         of("error")
+
+
+def test_without_a_length_examples_may_be_as_long_as_the_model_allows(folder):
+    task = task_of_run(run_config(folder, "data.max_seq_length=null"), "test", tokenizer())
+    assert len(task.records) == 4 and len(task.examples[3].prompt_ids) == 20
