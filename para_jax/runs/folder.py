@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import atomic
 from ..adapters.folder import mend_folder
-from ..config import RunConfig, config_dict, expanded, load_config, require, save_config
+from ..config import RunConfig, config_dict, expanded, load_config, require, save_config, shorten
 from ..data.example_arrays import add_to_digest
 from ..messages import say
 from ..storage.bucket import BucketPath, Place
@@ -25,8 +25,10 @@ from ..training.last_state import last_states_left
 from ..training.log import drop_rows
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from ..training.tenants_file import read_entries, write_entries
+from .parts import Part, was_added_to, write_parts
 from .standing import Standing
-from .tenants import Tenant
+from .tenant_file import OWN_FIELDS
+from .tenants import AT_ONCE, Tenant
 
 #: A folder holds the same run although these differ.
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
@@ -40,8 +42,6 @@ LOCK = ".lock"
 REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json")
 #: The folder that is renamed to see whether that works (under a temporary name), and the end of its new name.
 TRIAL, RENAMED = "rename", "-renamed"
-#: Tenants' files that are written at once.
-AT_ONCE = 16
 #: File systems that can't lock.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -125,16 +125,44 @@ def check_folder(config: RunConfig) -> None:
     folder = expanded(config.output_dir)
     file = folder / "config.yaml"
     if file.is_file():
-        difference = differences(load_config(file), config)
-        if difference:
-            raise ValueError(
-                f"output_dir {folder} holds another run, which differs in {'; '.join(difference)}; "
-                "choose another output_dir, or the same config to resume"
-            )
+        if found := differences(load_config(file), config):
+            raise another_run(folder, found)
     elif folder.exists():
         own = {folder / LOCK, *atomic.files_left(file), *trials_left(folder)} if folder.is_dir() else set()
         if not folder.is_dir() or set(folder.iterdir()) - own:
             raise ValueError(f"output_dir {folder} is not a run folder; choose another")
+
+
+#: Differences that an error lists, one per line.
+LISTED = 20
+
+
+def another_run(folder: Place, found: Sequence[str]) -> ValueError:
+    """The error for an output folder whose run differs in these fields."""
+    more = [f"and {len(found) - LISTED} more"] if len(found) > LISTED else []
+    lines = f"output_dir {folder} holds another run", "choose another output_dir, or the same config to resume:"
+    return ValueError("\n".join([*lines, *(f"  {one}" for one in [*found[:LISTED], *more])]))
+
+
+def check_tenants(config: RunConfig, own: dict[str, RunConfig]) -> None:
+    """Raises ValueError for tenants in the output folder that would be trained otherwise than they were, by what their
+    tenant.yaml sets.
+
+    Args:
+        own: each tenant's config.
+    """
+
+    def changes(name: str) -> list[str]:
+        file = expanded(config.output_dir) / name / "config.yaml"
+        found = differences(load_config(file), own[name]) if file.is_file() else []
+        return [f"{name}: {one}" for one in found if one.partition(" ")[0] in OWN_FIELDS]
+
+    if not config.data.tenants or not expanded(config.output_dir).is_dir():
+        return
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = [one for each in pool.map(changes, own) for one in each]
+    if found:
+        raise another_run(expanded(config.output_dir), found)
 
 
 def claim_folder(config: RunConfig) -> None:
@@ -145,21 +173,14 @@ def claim_folder(config: RunConfig) -> None:
     save_config(config, folder / "config.yaml")
 
 
-def claim_folders(config: RunConfig, tenants: Sequence[Tenant]) -> None:
-    """Claims the output folder, and in a run of many each tenant's folder in it. One that holds a run of other tenants
-    is refused."""
-    if not config.many:
-        claim_folder(config)
-        return
-    folder = expanded(config.output_dir)
-    found, wanted = {path.parent.name for path in folder.glob("*/config.yaml")}, {tenant.name for tenant in tenants}
-    others = sorted(found ^ wanted)
-    if found - wanted or (others and any(folder.glob("checkpoints/*"))):
-        raise ValueError(
-            f"output_dir {folder} holds a run of other tenants (the difference: {', '.join(map(repr, others[:3]))}); "
-            "choose another output_dir, or the same tenants to resume"
-        )
+def claim_folders(config: RunConfig, tenants: Sequence[Tenant], parts: Sequence[Part] = ()) -> None:
+    """Claims the output folder, and in a run of many the folders of its parts and tenants in it."""
     claim_folder(config)
+    if not config.many:
+        return
+    write_parts(parts)
+    for part in parts[1:]:
+        delete_leftovers(part.folder)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(claim_tenant, tenants))
 
@@ -173,8 +194,15 @@ def claim_tenant(tenant: Tenant) -> None:
 # ------------------------------------------------------------------------------------------------------------- resuming
 
 
-def mend_folders(config: RunConfig, standing: Standing, tenants: Sequence[Tenant], *, resumed: bool) -> None:
-    """Puts the run's folders into the state of the checkpoint that it resumes from. Its own log is ready already."""
+def mend_folders(
+    config: RunConfig, standing: Standing, tenants: Sequence[Tenant], own_log: Place, *, resumed: bool
+) -> None:
+    """Puts the folders of these tenants into the state of the checkpoint that they resume from. The log of their part
+    is ready already.
+
+    Args:
+        own_log: the metrics.jsonl of their part.
+    """
     if not config.many:
         mend_folder(tenants[0].folder / "adapter")
         return
@@ -189,11 +217,13 @@ def mend_folders(config: RunConfig, standing: Standing, tenants: Sequence[Tenant
         list(pool.map(mend, range(len(tenants))))
     folder = expanded(config.output_dir)
     ended = [tenant.name for i, tenant in enumerate(tenants) if standing.over[i]]
-    entries = read_entries(folder) if ended else {}
+    entries = read_entries(folder) if ended or was_added_to(config) else {}
     lost = [name for name in ended if name not in entries]
     require(not lost, str(folder / "tenants.json"), lost, "these tenants, which have ended; choose another output_dir")
-    write_entries(folder, {name: entries[name] for name in ended})
-    drop_unsure(standing, folder / "metrics.jsonl")
+    running = set(standing.names) - set(ended)
+    kept = {name: entry for name, entry in entries.items() if name not in running}  # those of other parts too
+    write_entries(folder, kept, standing.names if config.sweep else ())
+    drop_unsure(standing, own_log)
 
 
 def drop_unsure(standing: Standing, file: Place) -> None:
@@ -215,7 +245,7 @@ def differences(found: RunConfig, wanted: RunConfig) -> list[str]:
     """The fields that make two configs different runs: "train.learning_rate (0.1 there, 0.2 here)"."""
     there, here = fields_of_run(found), fields_of_run(wanted)
     names = [name for name in there | here if there.get(name) != here.get(name)]
-    return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
+    return [f"{name} ({shorten(there.get(name))} there, {shorten(here.get(name))} here)" for name in names]
 
 
 def fields_of_run(config: RunConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from ..config import ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
+from ..data.records import TooLong
 from ..data.schedule import TenantOrder
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import load_tokenizer
@@ -25,6 +27,10 @@ from ..messages import say, warn
 from ..storage.bucket import Place
 from ..training.checkpoint import steps_in
 from ..training.passes import Layout
+from .tenant_file import with_own_fields
+
+#: Tenants' files that are read or written at once.
+AT_ONCE = 16
 
 
 class Tenant(NamedTuple):
@@ -33,7 +39,7 @@ class Tenant(NamedTuple):
     name: str
     """empty in a run of one adapter"""
     config: RunConfig
-    """its own: data, output folder, learning rate and seed"""
+    """its own: data, output folder, seed, and what its tenant.yaml sets"""
     data: TrainingData
     order: TenantOrder
     validation: EvalTask | None
@@ -57,18 +63,27 @@ class Inputs(NamedTuple):
     """the compiled shapes that the tenants share; of packed rows there is one"""
 
 
-def read_inputs(config: RunConfig, layout: Layout) -> Inputs:
-    """The tokenizer, the tenants with their data, and the compiled shapes."""
+def read_inputs(config: RunConfig, layout: Layout, names: Sequence[str] | None = None) -> Inputs:
+    """The tokenizer, the tenants with their data, and the compiled shapes.
+
+    Args:
+        names: only these tenants; default: all.
+    """
     resolve_backbone(config.backbone.source)
     tokenizer, model = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
-    configs = tenant_configs(config)
+    configs = {name: own for name, own in tenant_configs(config).items() if names is None or name in names}
     read_once: dict[Any, tuple] = {}  # the combinations of a sweep share their data
+    long: dict[str, TooLong] = {}
     for name, own in configs.items():
         if own.data not in read_once:
             try:
                 read_once[own.data] = read_data(own, tokenizer, model)
+            except TooLong as error:
+                long[name] = error
             except ValueError as error:
                 raise ValueError(f"{name}: {error}" if name else str(error)) from None
+    if long:
+        raise too_long_in(long)
     data = {name: read_once[own.data][0] for name, own in configs.items()}
     say_data(config, data)
     buckets, plans = plan_batches(config, configs, data, layout.tenant_rows)
@@ -77,7 +92,7 @@ def read_inputs(config: RunConfig, layout: Layout) -> Inputs:
         train, validation, test = read_once[own.data]
         steps = own.train.max_steps or math.ceil(own.train.num_epochs * plans[name].batches_per_epoch)
         order = TenantOrder(train.examples, plans[name], steps)
-        tenants.append(Tenant(name, own, train, order, validation, test if config.eval.test else None))
+        tenants.append(Tenant(name, own, train, order, validation, test if own.eval.test else None))
     return Inputs(tokenizer, tenants, buckets)
 
 
@@ -92,12 +107,36 @@ def read_data(
     return data, validation, test
 
 
+#: Tenants that an error names.
+NAMED = 10
+
+
+def too_long_in(found: dict[str, TooLong]) -> ValueError:
+    """One error for the tenants whose examples are too long."""
+    if len(found) == 1:
+        ((name, error),) = found.items()
+        return ValueError(f"{name}: {error}" if name else str(error))
+    each = [f"{name} ({error.long} of {error.count})" for name, error in list(found.items())[:NAMED]]
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    error = next(iter(found.values()))
+    return ValueError(
+        f"{len(found)} tenants have examples of more than data.max_seq_length {error.limit} tokens: "
+        f"{', '.join(each)}{more}\n{error.advice}"
+    )
+
+
 def say_data(config: RunConfig, data: dict[str, TrainingData]) -> None:
     if not config.many:
         say(f"training data: {data[''].report()}")
         return
     counts = [len(one.examples) for one in data.values()]
-    say(f"{len(counts)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
+    each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(max(counts))
+    if config.sweep:
+        say(f"{len(counts)} combinations on {each} training examples")
+    elif len(counts) == 1:
+        say(f"1 tenant with {each} training examples")
+    else:
+        say(f"{len(counts)} tenants with {each} training examples, {sum(counts)} in all")
 
 
 def plan_batches(
@@ -136,16 +175,20 @@ def say_packing(plans: dict[str, PackingPlan], shape: RowShape, examples: int, t
 
 
 def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
-    """Each tenant's own config by name: the config of a run of this tenant alone, with output_dir set to its folder
-    inside the run's. A run of one adapter has one tenant without a name, whose config is the run's.
+    """Each tenant's own config by name: the config of a run of this tenant alone, with what its tenant.yaml sets, and
+    with output_dir set to its folder inside the run's. A run of one adapter has one tenant without a name, whose config
+    is the run's.
 
-    Raises ValueError for a folder or names that data/tenants.py refuses.
+    Raises ValueError for a folder or names that data/tenants.py refuses, and for what tenant_file.py refuses.
     """
     if not config.many:
         return {"": config}
     if config.data.tenants:
         sections = tenant_sections(config.data.tenants, config.data)
-        made = {name: replace(config, data=section) for name, section in sections.items()}
+        alone = {name: replace(config, data=section) for name, section in sections.items()}
+        with ThreadPoolExecutor(AT_ONCE) as pool:  # in a bucket each file takes a request
+            given = pool.map(lambda own: with_own_fields(own, expanded(own.data.train)), alone.values())
+            made = dict(zip(alone, given, strict=True))
     else:
         made = sweep_configs(config)
     rows = config.rows_per_tenant

@@ -38,11 +38,22 @@ from ..training.profiler import Profiler
 from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, stop_signals
 from ..training.tenants_file import read_entries
-from .folder import FREE_FIELDS, claim_folders, locked_folder, mend_folders, run_digests
+from ..untrusted import safe_names
+from .folder import (
+    FREE_FIELDS,
+    check_folder,
+    check_tenants,
+    claim_folders,
+    locked_folder,
+    mend_folders,
+    run_digests,
+)
 from .logs import Logs, tenant_rows
 from .loop import Loop
+from .parts import Part, parts_of_run
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
+from .tenant_file import of_most_memory
 from .tenants import Inputs, read_inputs, require_validation, tenant_configs
 
 
@@ -96,20 +107,28 @@ def train_tenants(config: RunConfig) -> TenantsResult:
     finite is stopped, and the others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.
     """
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
-    standing, folder = trained(config).standing, expanded(config.output_dir)
-    entries = on_first_process(lambda: read_entries(folder))
-    return TenantsResult({name: entries[name] for name in standing.names}, folder)
+    trained(config)
+    folder = expanded(config.output_dir)
+    return TenantsResult(on_first_process(lambda: read_entries(folder)), folder)
 
 
 def trained(config: RunConfig) -> Ended:
     """Runs a run to its end."""
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
-    count = on_every_process(lambda: len(tenant_configs(config)))
-    mesh = run_mesh(config, count)
-    layout = on_every_process(lambda: lay_out(config, mesh, count))
-    inputs = on_every_process(lambda: read_inputs(config, layout))
-    tenants = inputs.tenants
+    on_first_process(lambda: check_folder(config))
+    own = on_every_process(lambda: tenant_configs(config))
+    parts = parts_of_run(config, list(own))
+    on_first_process(lambda: check_tenants(config, own))
+    mesh = run_mesh(of_most_memory(config, list(own.values())), max(len(part.names) for part in parts))
+    layouts = on_every_process(lambda: [lay_out(config, mesh, len(part.names)) for part in parts])
+    inputs = on_every_process(
+        lambda: [
+            read_inputs(config, layout, part.names if len(parts) > 1 else None)
+            for layout, part in zip(layouts, parts, strict=True)
+        ]
+    )
+    tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     require_same(
         "the data",
         lambda: [(t.name, *(p and digest(p.examples or []) for p in (t.data, t.validation, t.test))) for t in tenants],
@@ -117,20 +136,27 @@ def trained(config: RunConfig) -> Ended:
     on_first_process(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
     with ExitStack() as held:
         on_first_process(lambda: held.enter_context(locked_folder(config)))
-        on_first_process(lambda: claim_folders(config, tenants))
+        if parts_of_run(config, list(own)) != parts:  # another process has added tenants since
+            raise ValueError(f"output_dir {config.output_dir} has changed meanwhile\nstart the command again")
+        on_first_process(lambda: claim_folders(config, tenants, parts))
         model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
         require_same("the backbone", lambda: model.fingerprint)
-        return Ended(model, mesh, *fit(config, model, inputs, layout, mesh))
+        for part, of_part, layout in zip(parts[:-1], inputs, layouts, strict=False):
+            fit(config, model, of_part, layout, mesh, part)
+        if len(parts) > 1:
+            say(f"added to the run after it had begun: {safe_names(parts[-1].names)}")
+        return Ended(model, mesh, *fit(config, model, inputs[-1], layouts[-1], mesh, parts[-1]))
 
 
-def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple[TrainState, Standing]:
-    """The training loop, with a backbone that is loaded already. The folders must be claimed."""
-    folder, (tokenizer, tenants, buckets) = expanded(config.output_dir), inputs
+def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part) -> tuple[TrainState, Standing]:
+    """The training loop of one part, with a backbone that is loaded already. The folders must be claimed."""
+    folder, (tokenizer, tenants, buckets) = part.folder, inputs
     for line in replicated_lines(model, mesh, model.config):
         say(line)
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        validation = Tasks(model, tokenizer, [t.validation for t in tenants], config.eval.limit)
+        limits = [tenant.config.eval.limit for tenant in tenants]
+        validation = Tasks(model, tokenizer, [t.validation for t in tenants], limits)
         test = Tasks(model, tokenizer, [t.test for t in tenants])
         share_shapes(validation, test)
         run = run_digests(config, model.fingerprint, tenants)
@@ -141,8 +167,9 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
         changed, standing = accepted_changes(standing, run)
         require_same_tenants(standing, tenants, layout)
         standing = reopened(standing, tenants, changed)
-        log = open_log(config, model, mesh, standing if restored else None)
-        on_first_process(lambda: mend_folders(config, standing, tenants, resumed=bool(restored)))
+        log = open_log(config, folder, model, mesh, standing if restored else None)
+        own_log = folder / "metrics.jsonl"
+        on_first_process(lambda: mend_folders(config, standing, tenants, own_log, resumed=bool(restored)))
         profiler = Profiler(config.profiler, folder)
         with closing(log), closing(profiler), stop_signals() as stop:
             parts = {"validation": validation, "test": test}
@@ -192,14 +219,14 @@ def accepted_changes(standing: Standing, run: dict[str, str]) -> tuple[list[str]
     return changed, standing._replace(run=run)
 
 
-def open_log(config: RunConfig, model, mesh, standing: Standing | None) -> Log:
-    """The run's log, without the rows that a run resumed from here writes again."""
+def open_log(config: RunConfig, folder: Place, model, mesh, standing: Standing | None) -> Log:
+    """The log in a part's folder, without the rows that a run resumed from here writes again."""
     reached, ended = None, False
     if standing:
         evaluated = standing.step if config.many else standing.evaluated[0]
         reached, ended = Reached(standing.step, evaluated), all(standing.over)
     peak = peak_rate(model.config, mesh.devices.flatten())
-    return Log(config, expanded(config.output_dir), reached, ended=ended, peak_rate=peak)
+    return Log(config, folder, reached, ended=ended, peak_rate=peak)
 
 
 def say_attention(model, lengths: list[int], mesh, *, packed: bool) -> None:
