@@ -25,10 +25,9 @@ from ..training.last_state import last_states_left
 from ..training.log import drop_rows
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from ..training.tenants_file import read_entries, write_entries
-from .parts import Part, was_added_to, write_parts
 from .standing import Standing
-from .tenant_file import OWN_FIELDS
-from .tenants import AT_ONCE, Tenant
+from .tenant_file import AT_ONCE, OWN_FIELDS
+from .tenants import Tenant
 
 #: A folder holds the same run although these differ.
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
@@ -173,14 +172,11 @@ def claim_folder(config: RunConfig) -> None:
     save_config(config, folder / "config.yaml")
 
 
-def claim_folders(config: RunConfig, tenants: Sequence[Tenant], parts: Sequence[Part] = ()) -> None:
-    """Claims the output folder, and in a run of many the folders of its parts and tenants in it."""
+def claim_folders(config: RunConfig, tenants: Sequence[Tenant]) -> None:
+    """Claims the output folder, and in a run of many each tenant's folder in it."""
     claim_folder(config)
     if not config.many:
         return
-    write_parts(parts)
-    for part in parts[1:]:
-        delete_leftovers(part.folder)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(claim_tenant, tenants))
 
@@ -195,13 +191,13 @@ def claim_tenant(tenant: Tenant) -> None:
 
 
 def mend_folders(
-    config: RunConfig, standing: Standing, tenants: Sequence[Tenant], own_log: Place, *, resumed: bool
+    config: RunConfig, standing: Standing, tenants: Sequence[Tenant], log: Place, *, resumed: bool, others: bool
 ) -> None:
-    """Puts the folders of these tenants into the state of the checkpoint that they resume from. The log of their part
-    is ready already.
+    """Puts the folders of these tenants into the state of the checkpoint that they resume from.
 
     Args:
-        own_log: the metrics.jsonl of their part.
+        log: the metrics.jsonl of their part of the run, which is ready already.
+        others: whether the run has other tenants, in another part.
     """
     if not config.many:
         mend_folder(tenants[0].folder / "adapter")
@@ -217,13 +213,13 @@ def mend_folders(
         list(pool.map(mend, range(len(tenants))))
     folder = expanded(config.output_dir)
     ended = [tenant.name for i, tenant in enumerate(tenants) if standing.over[i]]
-    entries = read_entries(folder) if ended or was_added_to(config) else {}
+    entries = read_entries(folder) if ended or others else {}
     lost = [name for name in ended if name not in entries]
     require(not lost, str(folder / "tenants.json"), lost, "these tenants, which have ended; choose another output_dir")
     running = set(standing.names) - set(ended)
     kept = {name: entry for name, entry in entries.items() if name not in running}  # those of other parts too
     write_entries(folder, kept, standing.names if config.sweep else ())
-    drop_unsure(standing, own_log)
+    drop_unsure(standing, log)
 
 
 def drop_unsure(standing: Standing, file: Place) -> None:

@@ -18,6 +18,7 @@ from ..processes import on_first_process
 from ..storage.bucket import Place
 from ..training.tenants_file import read_entries
 from ..untrusted import read_json, safe_names
+from .folder import delete_leftovers
 
 FILE, MAX_BYTES = "tenants.json", 2**26
 
@@ -27,6 +28,8 @@ class Part(NamedTuple):
     """its tenants, in the order of the run"""
     folder: Place
     """its log and checkpoints"""
+    alone: bool = True
+    """whether the run has no other part"""
 
 
 def parts_of_run(config: RunConfig, names: Sequence[str]) -> list[Part]:
@@ -38,7 +41,7 @@ def parts_of_run(config: RunConfig, names: Sequence[str]) -> list[Part]:
     if not config.many:
         return [Part(list(names), expanded(config.output_dir))]
     found = on_first_process(lambda: recorded_parts(config, names))
-    return [Part(part, folder_of(config, i)) for i, part in enumerate(found)]
+    return [Part(part, folder_of(config, i), len(found) == 1) for i, part in enumerate(found)]
 
 
 def recorded_parts(config: RunConfig, names: Sequence[str]) -> list[list[str]]:
@@ -79,15 +82,12 @@ def folder_of(config: RunConfig, part: int) -> Place:
     return folder / f"_added_{part}" if part else folder
 
 
-def was_added_to(config: RunConfig) -> bool:
-    """Whether the run has more parts than its first."""
-    return (folder_of(config, 1) / FILE).is_file()
-
-
 def write_parts(parts: Sequence[Part]) -> None:
-    """Makes the folders of the parts, and writes down who belongs to those that were added."""
+    """Makes the folders of the parts that were added, and writes down who belongs to them. The output folder must be
+    locked. This comes before the tenants' own folders are made: those that no part names belong to the first."""
     for part in parts[1:]:
         part.folder.mkdir(exist_ok=True)
+        delete_leftovers(part.folder)
         atomic.write_text(part.folder / FILE, json.dumps({"tenants": part.names}, indent=1) + "\n")
 
 

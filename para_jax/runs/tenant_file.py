@@ -13,6 +13,8 @@ from ..config.file import read_yaml, replaced
 from ..data.tenants import OWN_FILE
 from ..storage.bucket import Place
 
+#: Tenants' files that are read or written at once.
+AT_ONCE = 16
 #: The fields that it may set. None of them changes the compiled training step, which all tenants share.
 OWN_FIELDS = (
     "data.prompt",

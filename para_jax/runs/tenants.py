@@ -27,10 +27,7 @@ from ..messages import say, warn
 from ..storage.bucket import Place
 from ..training.checkpoint import steps_in
 from ..training.passes import Layout
-from .tenant_file import with_own_fields
-
-#: Tenants' files that are read or written at once.
-AT_ONCE = 16
+from .tenant_file import AT_ONCE, with_own_fields
 
 
 class Tenant(NamedTuple):
@@ -90,6 +87,11 @@ def read_inputs(config: RunConfig, layout: Layout, names: Sequence[str] | None =
     tenants = []
     for name, own in configs.items():
         train, validation, test = read_once[own.data]
+        if own.eval.patience not in (None, config.eval.patience) and validation is None:
+            raise ValueError(
+                f"{name}: eval.patience ({own.eval.patience} in tenant.yaml) needs validation data\n"
+                "add validation.jsonl next to train.jsonl, or remove eval.patience"
+            )
         steps = own.train.max_steps or math.ceil(own.train.num_epochs * plans[name].batches_per_epoch)
         order = TenantOrder(train.examples, plans[name], steps)
         tenants.append(Tenant(name, own, train, order, validation, test if own.eval.test else None))

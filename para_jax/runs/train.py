@@ -50,7 +50,7 @@ from .folder import (
 )
 from .logs import Logs, tenant_rows
 from .loop import Loop
-from .parts import Part, parts_of_run
+from .parts import Part, parts_of_run, write_parts
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
 from .tenant_file import of_most_memory
@@ -138,7 +138,8 @@ def trained(config: RunConfig) -> Ended:
         on_first_process(lambda: held.enter_context(locked_folder(config)))
         if parts_of_run(config, list(own)) != parts:  # another process has added tenants since
             raise ValueError(f"output_dir {config.output_dir} has changed meanwhile\nstart the command again")
-        on_first_process(lambda: claim_folders(config, tenants, parts))
+        on_first_process(lambda: write_parts(parts))
+        on_first_process(lambda: claim_folders(config, tenants))
         model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
         require_same("the backbone", lambda: model.fingerprint)
         for part, of_part, layout in zip(parts[:-1], inputs, layouts, strict=False):
@@ -168,8 +169,8 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Pa
         require_same_tenants(standing, tenants, layout)
         standing = reopened(standing, tenants, changed)
         log = open_log(config, folder, model, mesh, standing if restored else None)
-        own_log = folder / "metrics.jsonl"
-        on_first_process(lambda: mend_folders(config, standing, tenants, own_log, resumed=bool(restored)))
+        where = dict(log=folder / "metrics.jsonl", resumed=bool(restored), others=not part.alone)
+        on_first_process(lambda: mend_folders(config, standing, tenants, **where))
         profiler = Profiler(config.profiler, folder)
         with closing(log), closing(profiler), stop_signals() as stop:
             parts = {"validation": validation, "test": test}
