@@ -133,7 +133,7 @@ def check_folder(config: RunConfig) -> None:
 
 
 #: Differences that an error lists, one per line.
-LISTED = 20
+LISTED = 15
 
 
 def another_run(folder: Place, found: Sequence[str]) -> ValueError:
