@@ -92,8 +92,7 @@ def read_inputs(config: RunConfig, layout: Layout, names: Sequence[str] | None =
                 f"{name}: eval.patience ({own.eval.patience} in tenant.yaml) needs validation data\n"
                 "add validation.jsonl next to train.jsonl, or remove eval.patience"
             )
-        steps = own.train.max_steps or math.ceil(own.train.num_epochs * plans[name].batches_per_epoch)
-        order = TenantOrder(train.examples, plans[name], steps)
+        order = TenantOrder(train.examples, plans[name], steps_of(own, plans[name].batches_per_epoch))
         tenants.append(Tenant(name, own, train, order, validation, test if own.eval.test else None))
     return Inputs(tokenizer, tenants, buckets)
 
@@ -107,6 +106,11 @@ def read_data(
     validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
     require_room(model, data, (validation, test))
     return data, validation, test
+
+
+def steps_of(own: RunConfig, batches_per_epoch: int) -> int:
+    """The optimiser steps of a tenant with this config."""
+    return own.train.max_steps or math.ceil(own.train.num_epochs * batches_per_epoch)
 
 
 #: Tenants that an error names.
