@@ -78,7 +78,10 @@ class Ended(NamedTuple):
 
     model: Any
     mesh: Any
+    names: list[str]
+    """of the tenants, in their order"""
     state: TrainState
+    """of the part that was trained last"""
     standing: Standing
 
 
@@ -90,7 +93,7 @@ def train(config: RunConfig) -> TrainResult:
     for a folder that another run is writing.
     """
     require(not config.many, "data.tenants or sweep", config.output_dir, "a run of one adapter; use train_tenants")
-    model, mesh, state, standing = trained(config)
+    model, mesh, _, state, standing = trained(config)
     folder = expanded(config.output_dir)
     with jax.set_mesh(mesh):
         best = tenant_of(state.adapters, jnp.int32(0))
@@ -107,9 +110,9 @@ def train_tenants(config: RunConfig) -> TenantsResult:
     finite is stopped, and the others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.
     """
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
-    trained(config)
-    folder = expanded(config.output_dir)
-    return TenantsResult(on_first_process(lambda: read_entries(folder)), folder)
+    names, folder = trained(config).names, expanded(config.output_dir)
+    entries = on_first_process(lambda: read_entries(folder))
+    return TenantsResult({name: entries[name] for name in names}, folder)
 
 
 def trained(config: RunConfig) -> Ended:
@@ -146,7 +149,7 @@ def trained(config: RunConfig) -> Ended:
             fit(config, model, of_part, layout, mesh, part)
         if len(parts) > 1:
             say(f"added to the run after it had begun: {safe_names(parts[-1].names)}")
-        return Ended(model, mesh, *fit(config, model, inputs[-1], layouts[-1], mesh, parts[-1]))
+        return Ended(model, mesh, list(own), *fit(config, model, inputs[-1], layouts[-1], mesh, parts[-1]))
 
 
 def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part) -> tuple[TrainState, Standing]:
