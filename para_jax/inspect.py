@@ -4,7 +4,6 @@ folder."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -33,11 +32,12 @@ from .data.tasks import TASKS
 from .data.tenants import tenant_sections
 from .data.tfds import NotPrepared, is_tfds
 from .data.tokenizer import load_tokenizer
-from .data.training_data import describe_lengths, load_training_data
+from .data.training_data import TrainingData, describe_lengths, load_training_data
 from .dry_run.topology import topology_report
 from .evaluation.tasks import with_limit
 from .memory import tree_size
 from .model import init_adapter
+from .runs.data_table import tenants_data
 from .runs.report import sample_lines, score_table, tenants_table
 from .training.metrics_file import is_log, read_metrics
 from .training.scores_file import read_scores
@@ -135,27 +135,29 @@ def mesh_rows(config: RunConfig) -> int:
     return sizes["data"] * sizes["fsdp"]
 
 
-def data_report(config: RunConfig, rows: int | None = None) -> str:
-    """Three training examples as tokens, and how all of them are put into batches.
-
-    Args:
-        rows: per batch; default: as in the config.
-    """
+def data_report(config: RunConfig) -> str:
+    """Three training examples as tokens, and how all of them are put into batches. With many tenants, a table of them
+    and examples of the first."""
     tokenizer = load_tokenizer(config.backbone.source)
-    if config.many:
-        rows = config.tenant_batch
     if config.data.tenants:
-        first = next(iter(tenant_sections(config.data.tenants, config.data).values()))
-        return f"the first tenant, {first.train}\n\n{data_report(replace(config, data=first), rows)}"
+        found, data = tenants_data(config, tokenizer)
+        first = "examples of the first tenant:"
+        return "\n\n".join([found, first, *shown_examples(tokenizer, data)])
     data = load_training_data(with_limit(config.data, load_model_config(config.backbone.source)), tokenizer)
     buckets = plan_buckets(data.examples, config.data.buckets)
-    rows = rows or config.train.batch_size or config.train.per_device_batch_size
+    train = config.train
+    rows = config.tenant_batch if config.many else train.batch_size or train.per_device_batch_size
     order = Plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
-    examples = [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
+    examples = shown_examples(tokenizer, data)
     shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)
     if config.data.max_seq_length is None:
         examples.append(describe_lengths(data.examples.lengths))
     return "\n\n".join([*examples, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches per epoch"])
+
+
+def shown_examples(tokenizer, data: TrainingData) -> list[str]:
+    """The first three examples as tokens, with their places."""
+    return [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
 
 
 def folder_report(folder: Path) -> str:

@@ -241,9 +241,10 @@ class AdapterBank:
         check_fits(adapter, self.model_config)
         method = method_of(adapter.config)
         if method.name not in self.methods:
+            wanted = tuple(one.name for one in METHODS if one.name in (*self.methods, method.name))
             raise ValueError(
-                f"bank: {name}: method {method.name!r} may not join; this bank was made with methods="
-                f"{', '.join(self.methods)}"
+                f"bank: {name}: this bank takes {' and '.join(self.methods)}; make it with methods={wanted} to let "
+                f"{method.label} in"
             )
         normal = adapter.normal(self.model_config)
         other = [site for site in normal.config.target_modules if site not in self.sites]

@@ -1,5 +1,5 @@
-"""para-jax: the command line. A user's mistake gives exit code 2 and one or two lines (what is wrong, what to do), but
-no traceback.
+"""para-jax: the command line. A user's mistake gives exit code 2 and one or two lines (what is wrong, what to do), then
+perhaps a list, but no traceback.
 
 Each command is a file with `add`, which adds its parser, and `run`. A command imports its modules when it runs, so that
 --help and mistakes answer at once.
@@ -21,7 +21,8 @@ from . import bench, convert, evaluate, export, generate, inspect, lm_eval, plot
 from .options import Parser
 
 COMMANDS = (quickstart, train, evaluate, lm_eval, generate, inspect, export, convert, prepare, plot, bench)
-LONGEST_ERROR = 1900  # characters of each of the two lines of an error
+LONGEST_ERROR = 1900  # characters of each line of an error
+LONGEST_LIST = 16  # lines of an error after the first two; they are indented
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +52,8 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("PARA_JAX_TRACEBACK") or (isinstance(error, BrokenPipeError) and output_is_closed()):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        print("para-jax: error: " + "\n".join(printable(line, LONGEST_ERROR) for line in lines[:2]), file=sys.stderr)
+        shown = [*lines[:2], *[line for line in lines[2:] if line.startswith("  ")][:LONGEST_LIST]]
+        print("para-jax: error: " + "\n".join(printable(line, LONGEST_ERROR) for line in shown), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("para-jax: interrupted", file=sys.stderr)

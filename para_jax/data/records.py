@@ -255,12 +255,20 @@ def encode_at_place(tokenizer, record: Record) -> Example:
         raise ValueError(f"{record.place}: {error}") from None
 
 
-def too_long(first: Example, place: str, long: int, count: int, section: DataSection) -> ValueError:
-    return ValueError(
-        f"{place}: {len(first.prompt_ids) + len(first.completion_ids)} tokens exceed data.max_seq_length "
-        f"{section.max_seq_length} ({long} of {count} examples are too long)\n"
-        "raise data.max_seq_length, or set data.truncate to skip (drop them) or left (cut the start of the prompt)"
-    )
+class TooLong(ValueError):
+    """Examples have more than data.max_seq_length tokens."""
+
+    advice = "raise data.max_seq_length, or set data.truncate to skip (drop them) or left (cut the start of the prompt)"
+
+    def __init__(self, said: str, long: int, count: int, limit: int):
+        super().__init__(f"{said}\n{self.advice}")
+        self.long, self.count, self.limit = long, count, limit
+
+
+def too_long(first: Example, place: str, long: int, count: int, section: DataSection) -> TooLong:
+    limit, tokens = section.max_seq_length, len(first.prompt_ids) + len(first.completion_ids)
+    said = f"{place}: {tokens} tokens exceed data.max_seq_length {limit} ({long} of {count} examples are too long)"
+    return TooLong(said, long, count, limit)
 
 
 def cut_left(example: Example, length: int, bos: int | None, place: str) -> Example:

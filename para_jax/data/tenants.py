@@ -15,6 +15,8 @@ from .given import PYTHON, is_given
 from .row_files import ENDINGS, split_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+#: What a tenant sets of its own (runs/tenant_file.py), in its sub-folder.
+OWN_FILE = "tenant.yaml"
 #: Names that a run's folder uses itself, and the name of the base model.
 RESERVED = ("adapter", "base", "checkpoints", "config.yaml", "metrics.jsonl", "profile", "tensorboard", "tenants.json")
 #: How a tenant's share of the batches grows with its number of examples.
@@ -27,8 +29,8 @@ SLACK = 2
 
 def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataSection]:
     """The data section of each tenant in a folder, sorted by name. A tenant is a subfolder with train.jsonl (optionally
-    validation.jsonl and test.jsonl) or a file NAME.jsonl; or .csv, .parquet and so on. Other files and hidden files are
-    ignored. Tenants that a program gave (data/given.py) are in no folder.
+    validation.jsonl, test.jsonl and tenant.yaml) or a file NAME.jsonl; or .csv, .parquet and so on. Other files and
+    hidden files are ignored. Tenants that a program gave (data/given.py) are in no folder.
 
     Raises ValueError for a folder without tenants, a name that is unsafe as a folder name, two tenants with one name,
     and a link.
@@ -47,10 +49,12 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
         require_name(path, name)
         if name.lower() in {other.lower() for other in found}:
             raise ValueError(f"data.tenants: {path} is a second tenant named {name!r}; rename one of them")
-        inside = [file for ending in ENDINGS for file in path.glob(f"*{ending}")] if path.is_dir() else []
+        inside = [file for file in path.iterdir() if file.suffix in ENDINGS or is_own(file)] if path.is_dir() else []
         for file in [path, *inside]:
             if file.is_symlink():  # it could point to another tenant's data, or out of the folder
                 raise ValueError(f"data.tenants: {file} is a link, and links are not followed; copy the file")
+            if is_own(file) and file.name != OWN_FILE:
+                raise ValueError(f"data.tenants: {file} would not be read; rename it to {OWN_FILE}")
         if path.is_dir() and not is_saved(path) and split_file(path, "train") is None:
             raise ValueError(f"data.tenants: {path} has no train.jsonl; add it, or remove the folder")
         found[name] = replace(section, train=str(path), validation=None, test=None, tenants=None)
@@ -75,6 +79,11 @@ def given_tenants(section: DataSection) -> dict[str, DataSection]:
         )
         for name in sorted(section.given)
     }
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file in a tenant's folder is its tenant.yaml, perhaps by a wrong name."""
+    return file.name in (OWN_FILE, "tenant.yml", "tenant.json")
 
 
 def require_name(path: Path, name: str) -> None:

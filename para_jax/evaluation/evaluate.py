@@ -70,15 +70,18 @@ class Tasks:
     """The tasks of many tenants (None: a tenant has none), in compiled shapes that are planned once, whoever is scored.
     All of them have one batch size."""
 
-    def __init__(self, model, tokenizer, tasks: Sequence[EvalTask | None], limit: int | None = None):
+    def __init__(
+        self, model, tokenizer, tasks: Sequence[EvalTask | None], limit: int | Sequence[int | None] | None = None
+    ):
         """
         Args:
-            limit: score at most this many examples of each task, from its start.
+            limit: score at most this many examples of each task, from its start. A list has a limit for each task.
 
         Raises ValueError for an example that the model has no tokens or too few positions for.
         """
         self.model, self.tokenizer = model, tokenizer
-        self.encoded = {i: encode_task(task, tokenizer, limit) for i, task in enumerate(tasks) if task}
+        limits = limit if isinstance(limit, Sequence) else [limit] * len(tasks)
+        self.encoded = {i: encode_task(task, tokenizer, limits[i]) for i, task in enumerate(tasks) if task}
         for encoded in self.encoded.values():
             check_room(model.config, encoded)
         self.shapes = plan_shapes(list(self.encoded.values())) if self.encoded else None

@@ -180,7 +180,8 @@ class Loop(NamedTuple):
         return state, standing._replace(step=number), Dispatched(done, coming.turns)
 
     def shape_of(self, coming: StepBatch) -> str:
-        groups = f"{self.layout.groups} tenants x " if self.config.many else ""
+        count = self.layout.groups
+        groups = f"{count} tenant{'s' * (count > 1)} x " if self.config.many else ""
         return f"{groups}{self.layout.rows} rows of {coming.bucket.length} tokens"
 
     def rates(self, standing: Standing) -> LearningRates:
@@ -236,15 +237,16 @@ class Loop(NamedTuple):
         found = []
         for tenant in standing.running:
             own, total = standing.steps[tenant], self.tenants[tenant].order.total_steps
-            reached = own == total or (own > 0 and own % self.config.eval.every == 0)
+            reached = own == total or (own > 0 and own % self.tenants[tenant].config.eval.every == 0)
             if reached and standing.evaluated[tenant] < own and standing.failed[tenant] is None:
                 found.append(tenant)
         return found
 
     def leaving(self, standing: Standing) -> list[tuple[int, str]]:
         """The tenants that end after this step, and why."""
-        patience, found = self.config.eval.patience, []
+        found = []
         for tenant in standing.running:
+            patience = self.tenants[tenant].config.eval.patience
             last = standing.steps[tenant] == self.tenants[tenant].order.total_steps
             failed = standing.failed[tenant]
             if failed is not None and (last or failed < standing.step):

@@ -86,8 +86,8 @@ class Scoring(NamedTuple):
     def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None) -> None:
         """Writes a tenant's adapter into its folder, with its score."""
         card, whole = card_lines(self.tenants[tenant], step, score), full_arrays(adapter)
-        if self.config.many:
-            card.append(f"- Trained in one run with {len(self.tenants) - 1} others.")
+        if others := len(self.tenants) - 1:
+            card.append(f"- Trained in one run with {others} other{'s' * (others > 1)}.")
         to, source = self.tenants[tenant].folder / "adapter", self.config.backbone.source
         on_first_process(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
 
@@ -133,7 +133,8 @@ class Scoring(NamedTuple):
             "ended": why,
             "scores": standing.records(tenant),
         }
-        on_first_process(lambda: add_entry(expanded(self.config.output_dir), own.name, entry))
+        order = standing.names if self.config.sweep else ()
+        on_first_process(lambda: add_entry(expanded(self.config.output_dir), own.name, entry, order))
         said = "" if best is None else f", {describe_best(entry['metric'], best, standing.best_step[tenant])}"
         ended = f"{sum(standing.over)} of {len(self.tenants)} tenants have ended"
         say(f"{own.name}: {steps} steps{said} ({why}; {ended})")

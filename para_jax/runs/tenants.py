@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from ..config import ASSUMED_LENGTH, ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
+from ..data.records import TooLong
 from ..data.schedule import TenantOrder
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import load_tokenizer
@@ -26,6 +28,7 @@ from ..messages import say, warn
 from ..storage.bucket import Place
 from ..training.checkpoint import steps_in
 from ..training.passes import Layout
+from .tenant_file import AT_ONCE, with_own_fields
 
 
 class Tenant(NamedTuple):
@@ -34,7 +37,7 @@ class Tenant(NamedTuple):
     name: str
     """empty in a run of one adapter"""
     config: RunConfig
-    """its own: data, output folder, learning rate and seed"""
+    """its own: data, output folder, seed, and what its tenant.yaml sets"""
     data: TrainingData
     order: TenantOrder
     validation: EvalTask | None
@@ -58,33 +61,50 @@ class Inputs(NamedTuple):
     """the compiled shapes that the tenants share; of packed rows there is one"""
 
 
-def read_inputs(config: RunConfig, layout: Layout, *, before: bool = False) -> Inputs:
+def read_inputs(
+    config: RunConfig, layout: Layout, names: Sequence[str] | None = None, *, before: bool = False
+) -> Inputs:
     """The tokenizer, the tenants with their data, and the compiled shapes.
 
     Args:
+        names: only these tenants; default: all.
         before: an earlier version began the run; its defaults then hold.
     """
     resolve_backbone(config.backbone.source)
     tokenizer, model = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
-    configs = tenant_configs(config)
+    configs = {name: own for name, own in tenant_configs(config).items() if names is None or name in names}
     read_once: dict[Any, tuple] = {}  # the combinations of a sweep share their data
+    long: dict[str, TooLong] = {}
     for name, own in configs.items():
-        if own.data not in read_once:
+        if of_data(own) not in read_once:
             try:
-                read_once[own.data] = read_data(own, tokenizer, model, before)
+                read_once[of_data(own)] = read_data(own, tokenizer, model, before)
+            except TooLong as error:
+                long[name] = error
             except ValueError as error:
                 raise ValueError(f"{name}: {error}" if name else str(error)) from None
-    data = {name: read_once[own.data][0] for name, own in configs.items()}
+    if long:
+        raise too_long_in(long)
+    data = {name: read_once[of_data(own)][0] for name, own in configs.items()}
     say_data(config, data)
-    say_scoring({name: read_once[own.data][3] for name, own in configs.items()})
+    say_scoring({name: read_once[of_data(own)][3] for name, own in configs.items()})
     buckets, plans = plan_batches(config, configs, data, layout.tenant_rows)
     tenants = []
     for name, own in configs.items():
-        train, validation, test, _ = read_once[own.data]
-        steps = own.train.max_steps or math.ceil(own.train.num_epochs * plans[name].batches_per_epoch)
-        order = TenantOrder(train.examples, plans[name], steps)
-        tenants.append(Tenant(name, own, train, order, validation, test if config.eval.test else None))
+        train, validation, test, _ = read_once[of_data(own)]
+        if own.eval.patience not in (None, config.eval.patience) and validation is None:
+            raise ValueError(
+                f"{name}: eval.patience ({own.eval.patience} in tenant.yaml) needs validation data\n"
+                "add validation.jsonl next to train.jsonl, or remove eval.patience"
+            )
+        order = TenantOrder(train.examples, plans[name], steps_of(own, plans[name].batches_per_epoch))
+        tenants.append(Tenant(name, own, train, order, validation, test if own.eval.test else None))
     return Inputs(tokenizer, tenants, buckets)
+
+
+def of_data(own: RunConfig) -> tuple:
+    """What the data and the tasks of a tenant follow from."""
+    return own.data, own.eval
 
 
 def read_data(
@@ -100,15 +120,48 @@ def read_data(
     return data, validation, test, by
 
 
+def steps_of(own: RunConfig, batches_per_epoch: int) -> int:
+    """The optimiser steps of a tenant with this config."""
+    return own.train.max_steps or math.ceil(own.train.num_epochs * batches_per_epoch)
+
+
+#: Tenants that an error names.
+NAMED = 10
+
+
+def too_long_in(found: dict[str, TooLong]) -> ValueError:
+    """One error for the tenants whose examples are too long."""
+    if len(found) == 1:
+        ((name, error),) = found.items()
+        return ValueError(f"{name}: {error}" if name else str(error))
+    each = [f"{name} ({error.long} of {error.count})" for name, error in list(found.items())[:NAMED]]
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    error = next(iter(found.values()))
+    return ValueError(
+        f"{len(found)} tenants have examples of more than data.max_seq_length {error.limit} tokens: "
+        f"{', '.join(each)}{more}\n{error.advice}"
+    )
+
+
 def say_data(config: RunConfig, data: dict[str, TrainingData]) -> None:
     if config.many:
-        counts = [len(one.examples) for one in data.values()]
-        say(f"{len(counts)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
+        say_tenants(config, data)
     else:
         say(f"training data: {data[''].report()}")
     if config.data.max_seq_length is None:
         for line in describe_lengths(all_lengths(data)).splitlines():
             say(line)
+
+
+def say_tenants(config: RunConfig, data: dict[str, TrainingData]) -> None:
+    counts = [len(one.examples) for one in data.values()]
+    each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(max(counts))
+    if config.sweep:
+        say(f"{len(counts)} combinations on {each} training examples")
+    elif len(counts) == 1:
+        say(f"1 tenant with {each} training examples")
+    else:
+        say(f"{len(counts)} tenants with {each} training examples, {sum(counts)} in all")
 
 
 def all_lengths(data: dict[str, TrainingData]) -> np.ndarray:
@@ -178,16 +231,20 @@ def say_packing(plans: dict[str, PackingPlan], shape: RowShape, examples: int, t
 
 
 def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
-    """Each tenant's own config by name: the config of a run of this tenant alone, with output_dir set to its folder
-    inside the run's. A run of one adapter has one tenant without a name, whose config is the run's.
+    """Each tenant's own config by name: the config of a run of this tenant alone, with what its tenant.yaml sets, and
+    with output_dir set to its folder inside the run's. A run of one adapter has one tenant without a name, whose config
+    is the run's.
 
-    Raises ValueError for a folder or names that data/tenants.py refuses.
+    Raises ValueError for a folder or names that data/tenants.py refuses, and for what tenant_file.py refuses.
     """
     if not config.many:
         return {"": config}
     if config.data.tenants:
         sections = tenant_sections(config.data.tenants, config.data)
-        made = {name: replace(config, data=section) for name, section in sections.items()}
+        alone = {name: replace(config, data=section) for name, section in sections.items()}
+        with ThreadPoolExecutor(AT_ONCE) as pool:  # in a bucket each file takes a request
+            given = pool.map(lambda own: with_own_fields(own, expanded(own.data.train)), alone.values())
+            made = dict(zip(alone, given, strict=True))
     else:
         made = sweep_configs(config)
     rows = config.rows_per_tenant

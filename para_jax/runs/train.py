@@ -43,12 +43,24 @@ from ..training.scores_file import Records, write_scores
 from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, stop_signals
 from ..training.tenants_file import read_entries
-from .folder import FREE_FIELDS, began_before, claim_folders, locked_folder, mend_folders, run_digests
+from ..untrusted import safe_names
+from .folder import (
+    FREE_FIELDS,
+    began_before,
+    check_folder,
+    check_tenants,
+    claim_folders,
+    locked_folder,
+    mend_folders,
+    run_digests,
+)
 from .logs import Logs, tenant_rows
 from .loop import Loop
+from .parts import Part, parts_of_run, write_parts
 from .report import sample_lines, score_table, tenants_table
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
+from .tenant_file import of_most_memory
 from .tenants import Inputs, Tenant, read_inputs, require_validation, tenant_configs, with_length
 
 
@@ -90,7 +102,10 @@ class Ended(NamedTuple):
 
     model: Any
     mesh: Any
+    names: list[str]
+    """of the tenants, in their order"""
     state: TrainState
+    """of the part that was trained last"""
     standing: Standing
     metric: str | None
     """of the validation data, in a run of one adapter"""
@@ -114,7 +129,7 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
     require(not config.many, "data.tenants or sweep", config.output_dir, "a run of one adapter; use train_tenants")
     if data is not None:
         config = replace(config, data=with_data(config.data, data))
-    model, mesh, state, standing, metric = trained(config)
+    model, mesh, _, state, standing, metric = trained(config)
     folder, records = expanded(config.output_dir), standing.records(0)
     if records:
         on_first_process(lambda: write_scores(folder, records))
@@ -141,24 +156,32 @@ def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
         own = with_data(config.data, data) if config.sweep else with_tenants(config.data, data)
         config = replace(config, data=own)
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
-    standing, folder = trained(config).standing, expanded(config.output_dir)
+    names, folder = trained(config).names, expanded(config.output_dir)
     entries = on_first_process(lambda: read_entries(folder))
-    return TenantsResult({name: entries[name] for name in standing.names}, folder)
+    return TenantsResult({name: entries[name] for name in names}, folder)
 
 
 def trained(config: RunConfig) -> Ended:
     """Runs a run to its end."""
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
-    count = on_every_process(lambda: len(tenant_configs(config)))
-    estimated = config
+    on_first_process(lambda: check_folder(config))
+    own = on_every_process(lambda: tenant_configs(config))
+    parts = parts_of_run(config, list(own))
+    on_first_process(lambda: check_tenants(config, own))
+    estimated = of_most_memory(config, list(own.values()))
     if config.data.max_seq_length is None and jax.device_count() > 1:  # one device needs no estimate
-        estimated = on_every_process(lambda: with_length(config))
-    mesh = run_mesh(estimated, count)
-    layout = on_every_process(lambda: lay_out(config, mesh, count))
+        estimated = on_every_process(lambda: with_length(estimated))
+    mesh = run_mesh(estimated, max(len(part.names) for part in parts))
+    layouts = on_every_process(lambda: [lay_out(config, mesh, len(part.names)) for part in parts])
     before = on_first_process(lambda: began_before(config))
-    inputs = on_every_process(lambda: read_inputs(config, layout, before=before))
-    tenants = inputs.tenants
+    inputs = on_every_process(
+        lambda: [
+            read_inputs(config, layout, part.names if len(parts) > 1 else None, before=before)
+            for layout, part in zip(layouts, parts, strict=True)
+        ]
+    )
+    tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     require_same(
         "the data",
         lambda: [(t.name, *(p and digest(p.examples or []) for p in (t.data, t.validation, t.test))) for t in tenants],
@@ -166,22 +189,32 @@ def trained(config: RunConfig) -> Ended:
     on_first_process(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
     with ExitStack() as held:
         on_first_process(lambda: held.enter_context(locked_folder(config)))
+        if parts_of_run(config, list(own)) != parts:  # another process has added tenants since
+            raise ValueError(f"output_dir {config.output_dir} has changed meanwhile\nstart the command again")
+        on_first_process(lambda: write_parts(parts))
         on_first_process(lambda: claim_folders(config, tenants))
         model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
         require_same("the backbone", lambda: model.fingerprint)
         metric = tenants[0].validation.metric if not config.many and tenants[0].validation else None
-        return Ended(model, mesh, *fit(config, model, inputs, layout, mesh), metric)
+        for part, of_part, layout in zip(parts[:-1], inputs, layouts, strict=False):
+            fit(config, model, of_part, layout, mesh, part)
+        if len(parts) > 1:
+            say(f"added to the run after it had begun: {safe_names(parts[-1].names)}")
+        state, standing = fit(config, model, inputs[-1], layouts[-1], mesh, parts[-1])
+        return Ended(model, mesh, list(own), state, standing, metric)
 
 
-def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple[TrainState, Standing]:
-    """The training loop, with a backbone that is loaded already. The folders must be claimed."""
-    folder, (tokenizer, tenants, buckets) = expanded(config.output_dir), inputs
+def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part) -> tuple[TrainState, Standing]:
+    """The training loop of one part, with a backbone that is loaded already. The folders must be claimed."""
+    folder, (tokenizer, tenants, buckets) = part.folder, inputs
     for line in replicated_lines(model, mesh, model.config):
         say(line)
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        validation = Tasks(model, tokenizer, [t.validation for t in tenants], config.eval.limit)
-        test = Tasks(model, tokenizer, [t.test for t in tenants], config.eval.test_limit)
+        limits = [tenant.config.eval.limit for tenant in tenants]
+        validation = Tasks(model, tokenizer, [t.validation for t in tenants], limits)
+        limits = [tenant.config.eval.test_limit for tenant in tenants]
+        test = Tasks(model, tokenizer, [t.test for t in tenants], limits)
         share_shapes(validation, test)
         run = run_digests(config, model.fingerprint, tenants)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
@@ -193,8 +226,9 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
         standing = reopened(standing, tenants, changed)
         if restored:
             say(describe_position(standing, tenants))
-        log = open_log(config, model, mesh, standing if restored else None)
-        on_first_process(lambda: mend_folders(config, standing, tenants, resumed=bool(restored)))
+        log = open_log(config, folder, model, mesh, standing if restored else None)
+        where = dict(log=folder / "metrics.jsonl", resumed=bool(restored), others=not part.alone)
+        on_first_process(lambda: mend_folders(config, standing, tenants, **where))
         profiler = Profiler(config.profiler, folder)
         with closing(log), closing(profiler), stop_signals() as stop:
             parts = {"validation": validation, "test": test}
@@ -252,14 +286,14 @@ def describe_position(standing: Standing, tenants: Sequence[Tenant]) -> str:
     return f"resuming at step {standing.step}, with {sum(standing.over)} of {len(tenants)} tenants ended"
 
 
-def open_log(config: RunConfig, model, mesh, standing: Standing | None) -> Log:
-    """The run's log, without the rows that a run resumed from here writes again."""
+def open_log(config: RunConfig, folder: Place, model, mesh, standing: Standing | None) -> Log:
+    """The log in a part's folder, without the rows that a run resumed from here writes again."""
     reached, ended = None, False
     if standing:
         evaluated = standing.step if config.many else standing.evaluated[0]
         reached, ended = Reached(standing.step, evaluated), all(standing.over)
     peak = peak_rate(model.config, mesh.devices.flatten())
-    return Log(config, expanded(config.output_dir), reached, ended=ended, peak_rate=peak)
+    return Log(config, folder, reached, ended=ended, peak_rate=peak)
 
 
 def say_attention(model, lengths: list[int], mesh, *, packed: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,20 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def write_entries(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    atomic.write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
+def write_entries(folder: Path, entries: dict[str, dict[str, Any]], order: Sequence[str] = ()) -> None:
+    """Replaces the file.
+
+    Args:
+        order: names that come first, in this order, as those of a sweep; the others follow by name.
+    """
+    rank = {name: i for i, name in enumerate(order)}
+    ordered = sorted(entries, key=lambda name: (rank.get(name, len(rank)), name))
+    text = json.dumps({name: entries[name] for name in ordered}, indent=1)
+    atomic.write_text(folder / FILE, text + "\n")
 
 
-def add_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:
-    write_entries(folder, read_entries(folder) | {name: entry})
+def add_entry(folder: Path, name: str, entry: dict[str, Any], order: Sequence[str] = ()) -> None:
+    write_entries(folder, read_entries(folder) | {name: entry}, order)
 
 
 def is_score(value: Any) -> bool:

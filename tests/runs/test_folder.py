@@ -41,6 +41,21 @@ def test_output_dir_logging_runtime_attention_and_more_steps_are_the_same_run(co
     assert len(differences(config, run_config(folder, "train.weight_decay=0.5", "eval.limit=3"))) == 2
 
 
+def test_another_run_is_refused_with_the_advice_first_and_a_line_for_each_difference(config, tmp_path, capsys):
+    claim_folder(config)
+    save_config(config, tmp_path / "run.yaml")
+    assert main(["train", str(tmp_path / "run.yaml"), "train.weight_decay=0.5", "eval.limit=3"]) == 2
+    said = capsys.readouterr().err
+    assert said[said.index("para-jax: error") :].splitlines() == [
+        f"para-jax: error: output_dir {config.output_dir} holds another run",
+        "choose another output_dir, or the same config to resume:",
+        "  train.weight_decay (0.1 there, 0.5 here)",
+        "  eval.limit (None there, 3 here)",
+    ]
+    many = [f"field{i} (1 there, 2 here)" for i in range(90)]
+    assert str(folders.another_run(tmp_path, many)).splitlines()[-2:] == [f"  {many[14]}", "  and 75 more"]
+
+
 def test_a_folder_with_other_files_is_refused_and_left_as_it_is(config):
     folder = Path(config.output_dir)
     for foreign in (folder, folder / "notes.txt"):

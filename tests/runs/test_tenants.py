@@ -536,18 +536,6 @@ def test_a_mesh_equals_one_device(whole, folder, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 
-def test_a_folder_that_holds_other_tenants_is_refused(whole, folder, tmp_path):
-    config, result = whole
-    before = all_that_stays(result.output_dir)
-    write_rows(folder / "tenants" / "newcomer.jsonl", rows_of_text(4, seed=5))
-    try:
-        with pytest.raises(ValueError, match="other tenants .*'newcomer'.*another output_dir"):
-            train_tenants(config)
-    finally:
-        (folder / "tenants" / "newcomer.jsonl").unlink()
-    assert all_that_stays(result.output_dir) == before
-
-
 @pytest.mark.parametrize(
     ("override", "named"),
     [
