@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["storage"],
     ["atomic", "yaml_text", "table", "messages"],
-    ["config"],
+    ["config", "progress"],
     ["untrusted"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "processes"],
     ["backbone", "adapters", "data"],
