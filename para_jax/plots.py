@@ -6,6 +6,7 @@ Each function returns a matplotlib Figure, which a notebook shows where it is a 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,12 @@ def save(figure: Figure, file: str | Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format=expanded(file).suffix.removeprefix("."), dpi=120)
     atomic.write_bytes(expanded(file), drawn.getvalue())
+
+
+def explain(figure: Figure, text: str) -> None:
+    """Puts a sentence under the picture that says how to read it."""
+    width = int(17 * figure.get_size_inches()[0])  # characters of this size
+    figure.supxlabel(textwrap.fill(plain(text), width), fontsize=8, color="0.3")
 
 
 def plain(text: str) -> str:

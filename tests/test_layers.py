@@ -25,6 +25,7 @@ LAYERS = [
     ["dry_run"],
     ["runs"],
     ["plots", "inspect"],
+    ["score_plots"],
     ["bench", "quickstart"],
     ["cli"],
 ]
