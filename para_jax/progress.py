@@ -127,9 +127,7 @@ class Progress:
 
     def _detail_texts(self) -> list[str]:
         """Each detail as "loss 0.43", and a rate as "350 tokens/s"."""
-        return [
-            f"{value} {name}" if name.endswith("/s") else f"{name} {value}" for name, value in self.details.items()
-        ]
+        return [f"{value} {name}" if name.endswith("/s") else f"{name} {value}" for name, value in self.details.items()]
 
     def _rate(self, now: float) -> list[str]:
         """The seconds per unit, if a unit takes at least one, and the time left, once both can be told."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .config import expanded, shorten
+from .config import expanded
 from .evaluation.results import LARGEST
 from .plots import LARGEST as LARGEST_VALUE
 from .plots import explain, new_figure, plain, run_names
@@ -261,8 +261,10 @@ def merged_panels(panels: dict[str, Scores], more: Mapping[str, Scores]) -> dict
     found = dict(panels)
     for title, scores in more.items():
         if title in found:
-            base = {**dict(found[title].base or {}), **dict(scores.base or {})}  # pyright: ignore
-            found[title] = Scores(scores.metric, {**found[title].bars, **scores.bars}, base or None)
+            held: dict[str, Bar] = {}
+            for base in (found[title].base, scores.base):
+                held |= base if isinstance(base, Mapping) else {}
+            found[title] = Scores(scores.metric, {**found[title].bars, **scores.bars}, held or None)
         else:
             found[title] = scores
     return found

@@ -61,14 +61,17 @@ class Tasks:
     """The tasks of many tenants (None: a tenant has none), in compiled shapes that are planned once, whoever is scored.
     All of them have one batch size."""
 
-    def __init__(self, model, tokenizer, tasks: Sequence[EvalTask | None], limit: int | None = None):
+    def __init__(
+        self, model, tokenizer, tasks: Sequence[EvalTask | None], limit: int | None = None, split: str = "evaluation"
+    ):
         """
         Args:
             limit: score at most this many examples of each task, from its start.
+            split: names the examples where the progress is shown.
 
         Raises ValueError for an example that the model has no tokens or too few positions for.
         """
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.split = model, tokenizer, split
         self.encoded = {i: encode_task(task, tokenizer, limit) for i, task in enumerate(tasks) if task}
         for encoded in self.encoded.values():
             check_room(model.config, encoded)
@@ -97,7 +100,8 @@ class Tasks:
             return []
         rows = tasks[0].task.batch_size
         answerer = Answerer(self.model, bank, self.tokenizer, rows=rows, shapes=self.shapes)
-        return score_tasks(answerer, list(zip(names, tasks, strict=True)), shuffle)
+        what = f"scoring {sum(len(task.examples) for task in tasks)} {self.split} examples"
+        return score_tasks(answerer, list(zip(names, tasks, strict=True)), shuffle, what)
 
 
 def share_shapes(*parts: Tasks) -> None:
@@ -109,13 +113,13 @@ def share_shapes(*parts: Tasks) -> None:
 
 
 def score_tasks(
-    answerer: Answerer, asked: Sequence[tuple[Any, EncodedTask]], shuffle: int | None = None
+    answerer: Answerer, asked: Sequence[tuple[Any, EncodedTask]], shuffle: int | None = None, what: str = "scoring"
 ) -> list[Score]:
     """The score of each task, for a tenant of the answerer's bank (None: the base model)."""
     questions = [task.questions(other_prompts(task, shuffle)) for _, task in asked]
     answers = iter(
         answerer.answer(
-            [(tenant, one) for (tenant, _), of_task in zip(asked, questions, strict=True) for one in of_task]
+            [(tenant, one) for (tenant, _), of_task in zip(asked, questions, strict=True) for one in of_task], what
         )
     )
     return [

@@ -130,8 +130,8 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
         say(line)
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        validation = Tasks(model, tokenizer, [t.validation for t in tenants], config.eval.limit)
-        test = Tasks(model, tokenizer, [t.test for t in tenants])
+        validation = Tasks(model, tokenizer, [t.validation for t in tenants], config.eval.limit, "validation")
+        test = Tasks(model, tokenizer, [t.test for t in tenants], split="test")
         share_shapes(validation, test)
         run = run_digests(config, model.fingerprint, tenants)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
