@@ -13,6 +13,8 @@ import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -55,9 +57,9 @@ class Progress:
         self._lock = threading.RLock()
         self._open = self._shown = False
         self._bar: tqdm | None = None
-        self._begun = self._last_line = 0.0
+        self._begun = self._last_line = self._away = 0.0
         self._marks: deque[tuple[float, int]] = deque(maxlen=RATE_LINES + 1)
-        """(seconds, units done) at the first advance and at each line"""
+        """(seconds without those away, units done) at the first advance and at each line"""
 
     def __enter__(self) -> Progress:
         self._begun, self._open = self._clock(), True
@@ -78,22 +80,29 @@ class Progress:
 
     def advance(self, count: int = 1, **details: Any) -> None:
         """Adds units that are done. Details, such as loss="0.43", are shown until they are given again."""
-        self.done += count
-        if not self._open:
-            return
-        self.details |= details
         now = self._clock()
         with self._lock:
+            self.done += count
+            self.details |= details
+            if not self._open:
+                return
             if not self._marks:  # the time until now may have gone into compiling
-                self._marks.append((now, self.done))
+                self._marks.append((now - self._away, self.done))
             if not self._shown:
                 if now - self._begun >= SHOWN_AFTER:
                     self._show()
             elif self._bar is not None:
                 self._bar.set_postfix_str(", ".join(self._detail_texts()), refresh=False)
-                self._bar.update(count)
+                self._bar.update(self.done - self._bar.n)
             elif now - self._last_line >= LINE_EVERY:
                 self._line(now)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Leaves the time of the body, such as that of compiling, out of the seconds per unit."""
+        begun = self._clock()
+        yield
+        self._away += self._clock() - begun
 
     def _show(self) -> None:
         """Shows the work for the first time."""
@@ -104,17 +113,16 @@ class Progress:
             if not shows_bars():
                 self._line(self._clock())
             elif jax.process_index() == 0:
-                unit = f" {self.unit}" if self.unit else ""
-                self._bar = tqdm(
-                    total=self.total, initial=self.done, desc=self.what, unit=unit or "it", file=sys.stderr
-                )
+                how: dict[str, Any] = dict(total=self.total, initial=self.done, desc=self.what, unit=self.unit or "it")
+                self._bar = tqdm(**how, file=sys.stderr)
                 self._bar.start_t -= self._clock() - self._begun
                 self._bar.set_postfix_str(", ".join(self._detail_texts()))
 
     def _line(self, now: float) -> None:
         self._last_line = now
-        parts = [self._position(), *self._detail_texts(), *self._rate(now)]
-        self._marks.append((now, self.done))
+        parts = [self._position(), *self._detail_texts(), *self._rate(now - self._away)]
+        if self._marks:
+            self._marks.append((now - self._away, self.done))
         say(f"{self.what}: {', '.join(filter(None, parts))}" if any(parts) else f"{self.what} ...")
 
     def _position(self) -> str:

@@ -86,6 +86,16 @@ def test_compiling_before_the_first_unit_does_not_count_as_its_time(clock, capsy
     assert "scoring: 31 of 100 answers, 350 tokens/s, 34 s left" in capsys.readouterr().err.splitlines()
 
 
+def test_compiling_later_does_not_count_either(clock, capsys):
+    with Progress("training", 9, unit="step", clock=clock) as bar:
+        for i in range(9):
+            with bar.away():
+                clock.sleep(50 * (i == 2))
+            clock.sleep(4)
+            bar.advance()
+    assert "training: step 3 of 9, 4.0 s a step, 24 s left" in capsys.readouterr().err.splitlines()
+
+
 def test_work_of_less_than_two_seconds_shows_nothing(clock, capsys):
     steps(clock, 19, 0.1)
     assert capsys.readouterr() == ("", "") and Timer.last.cancelled

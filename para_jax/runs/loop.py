@@ -175,7 +175,7 @@ class Loop(NamedTuple):
             else:
                 compiled.add(coming.bucket)
                 standing, pending, begun = self.read(pending, standing, bar), None, None  # compiling is not a step
-                with devices.compiling(f"the training step for {self.shape_of(coming)}"):
+                with bar.away(), devices.compiling(f"the training step for {self.shape_of(coming)}"):
                     state, values = jax.block_until_ready(train_step(state, *given, **static))
         standing = self.read(pending, standing, bar)
         begun = None if self.profiler.on else begun  # nor is tracing one, and writing the trace
