@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .config import expanded
 from .evaluation.results import LARGEST
-from .plots import LARGEST as LARGEST_VALUE
-from .plots import explain, new_figure, plain, run_names
+from .figures import drawable, explain, new_figure, plain, run_names
 from .training.metrics_file import is_log, is_number, read_metrics
 from .training.tenants_file import FILE as TENANTS_FILE
 from .training.tenants_file import read_entries
@@ -99,7 +98,8 @@ def draw_panel(axes, name: str, scores: Scores) -> None:
         axes.errorbar(
             [drawable(bar.score) for bar, _ in held], [i for _, i in held],
             xerr=[drawable(bar.stderr) if bar.stderr else math.nan for bar, _ in held],
-            fmt="D", markersize=5, color="white", markeredgecolor="black", ecolor="black", elinewidth=1, capsize=2.5,
+            fmt="D", clip_on=False, markersize=5, color="white", markeredgecolor="black", ecolor="black",
+            elinewidth=1, capsize=2.5,
         )  # fmt: skip
     of = [f" ({bar.count})" if bar.count and len(counts) > 1 else "" for _, bar in bars]
     labels = [plain(shorten_name(key)) + count for (key, _), count in zip(bars, of, strict=True)]
@@ -174,12 +174,10 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
-def drawable(value: float) -> float:
-    return value if math.isfinite(value) and abs(value) < LARGEST_VALUE else math.nan
-
-
-def shorten_name(name: str) -> str:
-    return name if len(name) <= 40 else f"{name[:18]}...{name[-18:]}"
+def shorten_name(name: str, longest: int = 40) -> str:
+    """The start and the end of a long name."""
+    part = (longest - 3) // 2
+    return name if len(name) <= longest else f"{name[:part]}...{name[-part:]}"
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -196,7 +194,8 @@ def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
     several = len(folders) > 1
     for name, folder in zip(run_names(folders), map(expanded, folders), strict=True):
         if (folder / TENANTS_FILE).exists():
-            parts = [of_run(f"{name}: {key}" if several else key, folder / key) for key in read_entries(folder)]
+            held = [key for key in read_entries(folder) if is_log(folder / key / "metrics.jsonl")]
+            parts = [of_run(f"{name}: {key}" if several else key, folder / key) for key in held]
             found = merged([part for part in parts if part])
             prefix = "" if several else f"{name}: "
             panels = merged_panels(panels, {f"{prefix}{key}": value for key, value in found.items()})

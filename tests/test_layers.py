@@ -24,8 +24,9 @@ LAYERS = [
     ["evaluation"],
     ["dry_run"],
     ["runs"],
-    ["plots", "inspect"],
+    ["figures", "inspect"],
     ["score_plots"],
+    ["plots"],
     ["bench", "quickstart"],
     ["cli"],
 ]

@@ -90,13 +90,26 @@ def factors_figure(options):
     }
     if not options.data:
         (adapter,) = adapters.values()
-        prompts = {name: shared.with_newlines(text) for name, text in zip("AB", options.prompt, strict=False)}
+        prompts = named_prompts([shared.with_newlines(text) for text in options.prompt])
         factors = {name: factors_of(model, adapter, prompt, tokenizer) for name, prompt in prompts.items()}
-        title = [f"Factors of {options.adapter[0]} on {options.backbone}"]
-        title += [f"{name}: {prompt!r:.90}" for name, prompt in prompts.items()]
-        return factors_plot(factors, "\n".join(title))
+        return factors_plot(factors, f"Factors of {options.adapter[0]} on {options.backbone}", input_notes(adapters))
     spreads = {name: factor_spread(model, adapter, data, tokenizer) for name, adapter in adapters.items()}
     for name, spread in spreads.items():
         print(f"{name}: spread over {spread.prompts} prompts / size of the mean of l - 1\n{spread}\n")
     title = f"How much factors differ over {len(data)} prompts of {options.data}, on {options.backbone}"
-    return spread_plot(spreads, title)
+    return spread_plot(spreads, title, input_notes(adapters))
+
+
+def named_prompts(prompts: list[str]) -> dict[str, str]:
+    """Each prompt by its text, which is shortened; with a number if two would have one name."""
+    names = [repr(text) if len(text) <= 36 else repr(f"{text[:22]} ... {text[-9:]}") for text in prompts]
+    if len(set(names)) < len(names):
+        names = [f"{i}. {name}" for i, name in enumerate(names, 1)]
+    return dict(zip(names, prompts, strict=True))
+
+
+def input_notes(adapters: dict) -> dict[str, str]:
+    """What to write under a site that holds another one's factors: (IA)^3's on down_proj's input (adapters/ia3.py)."""
+    scaled = [name for name, one in adapters.items() if "down_proj" in getattr(one.config, "feedforward_modules", ())]
+    whose = "" if len(scaled) == len(adapters) else f" in {', '.join(scaled)}"
+    return {"up_proj": f"(factors of down_proj's input{whose})"} if scaled else {}

@@ -31,7 +31,9 @@ class Spread(NamedTuple):
             return {site: self.spread[site] / self.size[site] for site in self.size}
 
     def __str__(self) -> str:
-        """A table with a row per layer and one for all layers, and a column per site."""
+        """A table with a row per layer and one for all layers, and a column per site; a line if no factor differs."""
+        if all((of == 0).all() for of in self.spread.values()):
+            return f"0 in all layers of {', '.join(self.spread)}: the factors are the same for every prompt"
         by_layer = zip(*self.ratio.values(), strict=True)
         rows = [["layer", *self.size], *([str(layer), *map("{:.4f}".format, of)] for layer, of in enumerate(by_layer))]
         return table([*rows, ["all", *map("{:.4f}".format, self.overall().values())]])
