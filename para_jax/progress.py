@@ -29,7 +29,7 @@ with warnings.catch_warnings():  # in a notebook without ipywidgets, tqdm warns 
 SHOWN_AFTER = 2.0
 #: Seconds between two lines where there is no bar.
 LINE_EVERY = 15.0
-#: The rate is that of the time between so many lines.
+#: The rate is an average over the time of this many lines.
 RATE_LINES = 4
 
 

@@ -187,7 +187,7 @@ def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
     """The scores in folders: run folders of one adapter (a bar each), of many tenants (a bar each), and folders of
     `para-jax evaluate` (a bar for each adapter, a panel for each task).
 
-    Of a run the test scores are taken, or the best validation scores where it has no test data. Raises ValueError,
+    A run gives its test scores, or its best validation scores if it has no test data. Raises ValueError,
     naming the folder, for a folder without scores.
     """
     panels: dict[str, Scores] = {}

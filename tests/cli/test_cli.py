@@ -168,7 +168,7 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
 
 def test_a_picture_names_prompts_by_their_text_and_says_whose_factors_scale_inputs():
     long = "Review: a film that never ends well ."
-    assert list(plot.named_prompts(["short", long])) == ["'short'", "'Review: a film that ne ... nds well .'"]
+    assert list(plot.named_prompts(["short", long])) == ["'short'", "'Review: a film that ne ... ds well .'"]
     assert list(plot.named_prompts(["a", "a"])) == ["1. 'a'", "2. 'a'"]
     ia3, para = (SimpleNamespace(config=config) for config in (Ia3Config(), ParaConfig()))
     assert plot.input_notes({"a": para}) == {}
