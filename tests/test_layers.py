@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["storage"],
     ["atomic", "yaml_text", "table", "messages"],
-    ["config"],
+    ["config", "progress"],
     ["untrusted", "record_file"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "processes"],
     ["backbone", "adapters", "data"],
@@ -24,7 +24,9 @@ LAYERS = [
     ["evaluation"],
     ["dry_run"],
     ["runs"],
-    ["plots", "inspect"],
+    ["figures", "inspect"],
+    ["score_plots"],
+    ["plots"],
     ["bench", "quickstart"],
     ["cli"],
 ]

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..config import DataSection
 from ..messages import say
+from ..progress import Progress
 from . import token_cache
 from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
@@ -130,19 +131,21 @@ def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tok
     cut = skipped = total = 0
     too_long_first: tuple[Example, str] | None = None
     most = section.max_seq_length or sys.maxsize
-    for part, examples in encoded_parts(records, tokenizer):
-        total += len(part)
-        for example, record in zip(examples, part, strict=True):
-            if len(example.prompt_ids) + len(example.completion_ids) > most:
-                if section.truncate == "left":
-                    example = cut_left(example, most, tokenizer.bos_token_id, record.place)
-                    cut += 1
-                else:
-                    too_long_first = too_long_first or (example, record.place)
-                    skipped += 1
-                    continue
-            builder.add([example])
-            numbers.append(number_of(record.place))
+    with Progress("tokenising", unit="example") as bar:
+        for part, examples in encoded_parts(records, tokenizer):
+            total += len(part)
+            for example, record in zip(examples, part, strict=True):
+                if len(example.prompt_ids) + len(example.completion_ids) > most:
+                    if section.truncate == "left":
+                        example = cut_left(example, most, tokenizer.bos_token_id, record.place)
+                        cut += 1
+                    else:
+                        too_long_first = too_long_first or (example, record.place)
+                        skipped += 1
+                        continue
+                builder.add([example])
+                numbers.append(number_of(record.place))
+            bar.advance(len(part))
     if too_long_first and section.truncate == "error":
         raise too_long(*too_long_first, skipped, total, section)
     if not len(builder):

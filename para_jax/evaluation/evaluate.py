@@ -71,15 +71,21 @@ class Tasks:
     All of them have one batch size."""
 
     def __init__(
-        self, model, tokenizer, tasks: Sequence[EvalTask | None], limit: int | Sequence[int | None] | None = None
+        self,
+        model,
+        tokenizer,
+        tasks: Sequence[EvalTask | None],
+        limit: int | Sequence[int | None] | None = None,
+        split: str = "evaluation",
     ):
         """
         Args:
             limit: score at most this many examples of each task, from its start. A list has a limit for each task.
+            split: names the examples where the progress is shown.
 
         Raises ValueError for an example that the model has no tokens or too few positions for.
         """
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.split = model, tokenizer, split
         limits = limit if isinstance(limit, Sequence) else [limit] * len(tasks)
         self.encoded = {i: encode_task(task, tokenizer, limits[i]) for i, task in enumerate(tasks) if task}
         for encoded in self.encoded.values():
@@ -115,7 +121,8 @@ class Tasks:
             return []
         rows = tasks[0].task.batch_size
         answerer = Answerer(self.model, bank, self.tokenizer, rows=rows, shapes=self.shapes)
-        return answer_tasks(answerer, list(zip(names, tasks, strict=True)), shuffle)
+        what = f"scoring {sum(len(task.examples) for task in tasks)} {self.split} examples"
+        return answer_tasks(answerer, list(zip(names, tasks, strict=True)), shuffle, what)
 
 
 def share_shapes(*parts: Tasks) -> None:
@@ -127,13 +134,13 @@ def share_shapes(*parts: Tasks) -> None:
 
 
 def answer_tasks(
-    answerer: Answerer, asked: Sequence[tuple[Any, EncodedTask]], shuffle: int | None = None
+    answerer: Answerer, asked: Sequence[tuple[Any, EncodedTask]], shuffle: int | None = None, what: str = "scoring"
 ) -> list[list[Answer]]:
     """The answers to each task's questions by a tenant of the answerer's bank (None: the base model)."""
     questions = [task.questions(other_prompts(task, shuffle)) for _, task in asked]
     answers = iter(
         answerer.answer(
-            [(tenant, one) for (tenant, _), of_task in zip(asked, questions, strict=True) for one in of_task]
+            [(tenant, one) for (tenant, _), of_task in zip(asked, questions, strict=True) for one in of_task], what
         )
     )
     return [[next(answers) for _ in of_task] for of_task in questions]

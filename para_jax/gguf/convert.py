@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..atomic import sync_folder
+from ..progress import Progress
 from .file import GgufFile
 
 #: At most this many bytes of a tensor, as float32, are in memory at once.
@@ -63,9 +64,10 @@ def write_safetensors(source: GgufFile, path: Path) -> None:
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
+    with path.open("wb") as out, Progress("converting", len(source.shapes), unit="tensor") as bar:
         out.write(struct.pack("<Q", len(text)) + text)
         for name, shape in source.shapes.items():
             rows = max(1, PIECE_BYTES // (4 * math.prod(shape[1:])))
             for start in range(0, shape[0], rows):
                 out.write(np.ascontiguousarray(source.read(name, start, start + rows), "<f4").data)
+            bar.advance()

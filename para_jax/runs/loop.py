@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from .. import devices
 from ..adapters.adapter import Adapter
@@ -21,7 +20,8 @@ from ..data.schedule import Schedule, StepBatch, Turn, admitted
 from ..data.tenants import weights
 from ..messages import say
 from ..model import init_adapter
-from ..processes import full_arrays, is_first, on_first_process
+from ..processes import full_arrays, on_first_process
+from ..progress import Progress
 from ..sharding import shard_rows
 from ..training.checkpoint import finish_saving, require_saved, save_checkpoint
 from ..training.last_state import read_last_state, write_last_state
@@ -72,8 +72,8 @@ class Loop(NamedTuple):
         state, standing = self.admit(state, standing)
         batches = self.batches(standing)
         total, begun = sum(t.order.total_steps for t in self.tenants), sum(standing.steps)
-        silent = None if is_first() else True  # None: no bar where stderr is not a terminal
-        with tqdm(total=total, initial=begun, desc="training", unit="step", disable=silent) as bar:
+        unit = "tenant step" if self.config.many else "step"
+        with Progress("training", total, unit=unit, done=begun, keep=True) as bar:
             try:
                 while True:
                     stopping = self.stop.reached(standing.step)
@@ -152,7 +152,13 @@ class Loop(NamedTuple):
         return prefetch(coming.batch, 0, left)
 
     def step(
-        self, state: TrainState, standing: Standing, batches, pending: Dispatched | None, compiled: set[Any], bar: tqdm
+        self,
+        state: TrainState,
+        standing: Standing,
+        batches,
+        pending: Dispatched | None,
+        compiled: set[Any],
+        bar: Progress,
     ) -> tuple[TrainState, Standing, Dispatched]:
         """Dispatches the next step, then reads the values of the one before."""
         begun: float | None = time.monotonic()
@@ -169,7 +175,7 @@ class Loop(NamedTuple):
             else:
                 compiled.add(coming.bucket)
                 standing, pending, begun = self.read(pending, standing, bar), None, None  # compiling is not a step
-                with devices.compiling(f"the training step for {self.shape_of(coming)}"):
+                with bar.away(), devices.compiling(f"the training step for {self.shape_of(coming)}"):
                     state, values = jax.block_until_ready(train_step(state, *given, **static))
         standing = self.read(pending, standing, bar)
         begun = None if self.profiler.on else begun  # nor is tracing one, and writing the trace
@@ -189,7 +195,7 @@ class Loop(NamedTuple):
         held = [self.tenants[max(tenant, 0)] for tenant in standing.slots]
         return learning_rates([t.config.train for t in held], [t.order.total_steps for t in held])
 
-    def read(self, pending: Dispatched | None, standing: Standing, bar: tqdm) -> Standing:
+    def read(self, pending: Dispatched | None, standing: Standing, bar: Progress) -> Standing:
         """Waits for the values of a step and logs them. A tenant whose values are not finite has failed; in a run of
         one adapter that is a ValueError."""
         if pending is None:

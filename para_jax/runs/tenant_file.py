@@ -31,6 +31,7 @@ OWN_FIELDS = (
     "eval.every",
     "eval.patience",
     "eval.test",
+    "eval.test_limit",
 )
 #: Fields that a tenant's own value of another field resets, because they belong to the run's value of that field.
 RESET = {"eval.metric": {"eval.also": (), "eval.choices": ()}, "train.num_epochs": {"train.max_steps": None}}

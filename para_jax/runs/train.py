@@ -212,9 +212,9 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Pa
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         limits = [tenant.config.eval.limit for tenant in tenants]
-        validation = Tasks(model, tokenizer, [t.validation for t in tenants], limits)
+        validation = Tasks(model, tokenizer, [t.validation for t in tenants], limits, "validation")
         limits = [tenant.config.eval.test_limit for tenant in tenants]
-        test = Tasks(model, tokenizer, [t.test for t in tenants], limits)
+        test = Tasks(model, tokenizer, [t.test for t in tenants], limits, "test")
         share_shapes(validation, test)
         run = run_digests(config, model.fingerprint, tenants)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references

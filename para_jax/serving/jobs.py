@@ -7,14 +7,14 @@ import hashlib
 import json
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from ..config import printable, shorten
 from ..messages import say, warn
+from ..progress import Progress
 from ..storage.bucket import Place
 from .answers import MAX_LINE, Answers, Kept, bounded_lines
 from .engine import Engine
@@ -55,26 +55,24 @@ def answer_lines(engine: Engine, source: Place, answers: Answers, defaults: Requ
     total = checked_lines(source, answers, defaults, by) if source.is_file() else None
     left = unanswered(source, answers, defaults, by)
     waiting: dict[tuple[int, int], tuple[LineSample, Kept | None]] = {}
-    errors, tokens = Counter(), 0
+    errors, tokens, begun = Counter(), 0, time.monotonic()
     first: tuple[int, str] | None = None
-    bar = tqdm(total=total, desc="answers", unit="line", disable=None)
     try:
-        for completion in served(engine, left, waiting):
-            sample, before = waiting.pop(completion.id)  # pyright: ignore[reportArgumentType]
-            error = completion.error and completion.error[:MAX_ERROR]
-            if error:
-                errors[kind(error)] += 1
-                first = min(first or (sample.line, error), (sample.line, error))
-            if before is None or before.key != sample.key or before.error != error:
-                answers.add(record(sample, completion._replace(error=error)))
-                if before is not None:
-                    answers.stale.add(before.row)
-            tokens += len(completion.tokens)
-            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
-            bar.n = max(bar.n, sample.line)
-            bar.refresh()
+        with Progress("answering", total, unit="line", keep=True) as bar:
+            for completion in served(engine, left, waiting):
+                sample, before = waiting.pop(completion.id)  # pyright: ignore[reportArgumentType]
+                error = completion.error and completion.error[:MAX_ERROR]
+                if error:
+                    errors[kind(error)] += 1
+                    first = min(first or (sample.line, error), (sample.line, error))
+                if before is None or before.key != sample.key or before.error != error:
+                    answers.add(record(sample, completion._replace(error=error)))
+                    if before is not None:
+                        answers.stale.add(before.row)
+                tokens += len(completion.tokens)
+                rate = tokens / max(time.monotonic() - begun, 1e-9)
+                bar.advance(max(sample.line - bar.done, 0), **{"tokens/s": round(rate)})
     finally:
-        bar.close()
         for id in waiting:  # the engine is the caller's; none of our requests may stay in it
             engine.cancel(id)
         while engine.open:

@@ -21,8 +21,17 @@ from tiny_run import backbone_folder, write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 
 import para_jax.adapters.folder
-from para_jax import generate, load_adapter, load_backbone, load_model_config, load_tokenizer, save_adapter
-from para_jax.cli import main, parser
+from para_jax import (
+    Ia3Config,
+    ParaConfig,
+    generate,
+    load_adapter,
+    load_backbone,
+    load_model_config,
+    load_tokenizer,
+    save_adapter,
+)
+from para_jax.cli import main, parser, plot
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = """
@@ -145,6 +154,7 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
     adapter, data = ("--adapter", trained / "adapter"), folder / "data" / "test.jsonl"
     for name, options in {
         "curves": [trained],
+        "scores": ["--scores", trained],
         "one": [*adapter, "--prompt", "w20 w30", *backbone],
         "two": [*adapter, "--prompt", "w20 w30", "--prompt", "w40\\nw60", *backbone],
         "spread": [*adapter, "--data", data, "--limit", 3, *backbone],
@@ -154,6 +164,16 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
     shown = capsys.readouterr().out
     assert "adapter: spread over 3 prompts" in shown and f"wrote {tmp_path}/spread.png" in shown
     assert re.search(r"^2  +\d\.\d{4} +\d\.\d{4} +\d\.\d{4}$", shown, re.MULTILINE)
+
+
+def test_a_picture_names_prompts_by_their_text_and_says_whose_factors_scale_inputs():
+    long = "Review: a film that never ends well ."
+    assert list(plot.named_prompts(["short", long])) == ["'short'", "'Review: a film that ne ... ds well .'"]
+    assert list(plot.named_prompts(["a", "a"])) == ["1. 'a'", "2. 'a'"]
+    ia3, para = (SimpleNamespace(config=config) for config in (Ia3Config(), ParaConfig()))
+    assert plot.input_notes({"a": para}) == {}
+    assert plot.input_notes({"a": ia3}) == {"up_proj": "(factors of down_proj's input)"}
+    assert plot.input_notes({"a": para, "b": ia3}) == {"up_proj": "(factors of down_proj's input in b)"}
 
 
 @pytest.mark.parametrize(

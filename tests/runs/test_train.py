@@ -36,6 +36,7 @@ from para_jax import (
     load_backbone,
     load_model_config,
     make_mesh,
+    progress,
     train,
 )
 from para_jax.adapters.para import Para
@@ -81,6 +82,23 @@ def whole(folder):
     """A run that was never interrupted, with TensorBoard and the test data."""
     config = run_config(folder, f"output_dir={folder / 'whole'}", "eval.test=true", "logging.report_to=[tensorboard]")
     return config, train(config)
+
+
+@pytest.mark.parametrize("environment", [None, "1"])
+def test_a_run_names_its_long_stages_and_measures_the_same(whole, folder, tmp_path, monkeypatch, capsys, environment):
+    monkeypatch.setattr(progress, "SHOWN_AFTER", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    if environment is None:
+        monkeypatch.setattr(progress, "shows_bars", lambda: True)
+    train(run_config(folder, f"output_dir={tmp_path / 'run'}", "eval.test=true"))
+    said = capsys.readouterr()
+    assert said.out == ""
+    for stage in ("loading backbone", "scoring 5 test examples", "scoring 8 validation examples", "training"):
+        assert f"{stage}: " in said.err, stage
+    last = "training: 100%" if environment is None else "training: step 6 of 6, loss "
+    assert last in said.err
+    same = without_rates(metrics(run_config(folder, f"output_dir={tmp_path / 'run'}")))
+    assert same == without_rates(metrics(whole[0]))
 
 
 def without_rates(rows):
