@@ -1,7 +1,8 @@
 """`RunConfig`: one training run, as sections of fields. configs/ holds examples."""
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from .adapter import ParaConfig
@@ -16,6 +17,9 @@ from .bounds import (
 )
 from .check import expanded, require, require_location
 
+#: The learning rate of a method whose config has no default_learning_rate. Until methods had rates of their own it was
+#: everybody's default, and runs from then resume (runs/folder.py).
+PLAIN_LEARNING_RATE = 1e-3
 #: Metrics of written answers.
 AnswerMetric = Literal[
     "exact_match", "macro_f1", "matthews", "squad", "squad_exact", "f1", "final_number", "sql_match"
@@ -86,7 +90,9 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection:
-    learning_rate: NonNegativeFloat = 1e-3
+    learning_rate: Annotated[float | Literal["auto"], Bounds(at_least=0, below=math.inf, words=("auto",))] | None = None
+    """default: the rate of the adapter's method (default_learning_rate in config/adapter.py). auto: the best of several
+    short trials on the validation data"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """of the learning rate, after the warm-up"""
     warmup_ratio: Fraction = 0.06
@@ -128,6 +134,14 @@ class TrainSection:
         batch, passes = self.batch_size, self.gradient_accumulation_steps
         expected = f"a divisor of train.batch_size ({batch}), or unset, because the passes follow from batch_size"
         require(batch is None or batch % passes == 0, "train.gradient_accumulation_steps", passes, expected)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """learning_rate as a number. A section of its own, which no RunConfig has given its method's rate, has
+        PLAIN_LEARNING_RATE."""
+        if self.learning_rate == "auto":
+            raise ValueError("train.learning_rate is auto, and no trials have chosen a rate yet; give a number")
+        return PLAIN_LEARNING_RATE if self.learning_rate is None else float(self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +294,9 @@ class RunConfig:
         require_location("output_dir", self.output_dir)
         if self.output_dir.startswith("~"):
             object.__setattr__(self, "output_dir", str(expanded(self.output_dir)))
+        if self.train.learning_rate is None and not self.sweep.learning_rate:
+            rate = getattr(self.adapter, "default_learning_rate", PLAIN_LEARNING_RATE)
+            object.__setattr__(self, "train", replace(self.train, learning_rate=rate))
         if self.data.tenants and self.sweep:
             raise ValueError("sweep can't be used together with data.tenants; remove one of them")
         if self.many:

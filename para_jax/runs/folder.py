@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import atomic
 from ..adapters.folder import mend_folder
-from ..config import RunConfig, config_dict, expanded, load_config, require, save_config
+from ..config import PLAIN_LEARNING_RATE, RunConfig, config_dict, expanded, load_config, require, save_config
 from ..data.example_arrays import add_to_digest
 from ..messages import say
 from ..storage.bucket import BucketPath, Place
@@ -226,7 +226,9 @@ def fields_of_run(config: RunConfig) -> dict[str, Any]:
             return {name: value}
         return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else key).items()}
 
-    fields = flat(config_dict(config))
+    fields: dict[str, Any] = flat(config_dict(config))
+    if fields["train.learning_rate"] is None:  # unused, because a sweep has rates; old runs have a number there
+        fields["train.learning_rate"] = PLAIN_LEARNING_RATE
     fields["mesh.fsdp"] = fields["mesh.fsdp"] or 1  # null: chosen; the default was 1 before, and old runs resume
     return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in FREE_NAMES}
 
@@ -238,6 +240,7 @@ def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenan
         backbone: the model's fingerprint.
     """
     default = fields_of_run(replace(RunConfig(), adapter=type(config.adapter)()))
+    default["train.learning_rate"] = PLAIN_LEARNING_RATE  # whatever the method: it was the default of old runs
     fields = {k: v for k, v in fields_of_run(config).items() if k not in PLACES}
     own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
     config_digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
