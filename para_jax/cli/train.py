@@ -52,6 +52,8 @@ def train_one(options, config) -> None:
     if result.best_score is not None:
         best = f", best validation score {result.best_score:.4f} at step {result.best_step}"
     print(f"{result.step} steps{best}; the adapter is in {result.output_dir / 'adapter'}")
+    if result.warning:
+        print(f"warning: {result.warning}")
     if options.results:
         rows = list(read_metrics(result.output_dir / "metrics.jsonl"))
         scores = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
@@ -62,6 +64,7 @@ def train_many(options, config) -> int:
     from ..inspect import tenants_table
     from ..processes import is_first
     from ..runs.train import train_tenants
+    from ..training.tenants_file import warning_lines
 
     begun = time.monotonic()
     result = train_tenants(config)
@@ -69,6 +72,8 @@ def train_many(options, config) -> int:
     if not is_first():
         return code
     print(f"{tenants_table(result.tenants)}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
+    for line in warning_lines(result.tenants):
+        print(line)
     if config.sweep:
         draw_curves(result)
     if options.results:

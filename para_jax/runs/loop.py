@@ -206,6 +206,7 @@ class Loop(NamedTuple):
                 standing = standing.changed(turn.tenant, failed=done.step)
         if not self.config.many:
             self.logs.run.step(done, logged[turns[0]], bar)
+            self.logs.health.watch(0, done.step, logged[turns[0]])
             return standing
         for turn, of_turn in logged.items():
             self.logs.write(turn.tenant, turn.step + 1, of_turn, every=self.config.logging.every)

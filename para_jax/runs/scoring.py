@@ -121,6 +121,7 @@ class Scoring(NamedTuple):
             "test_before": standing.test_before[tenant],
             "test_after": test_after,
             "ended": why,
+            "warning": self.logs.health.warning(tenant),
         }
         on_first_process(lambda: add_entry(expanded(self.config.output_dir), own.name, entry))
         said = "" if best is None else f", best validation score {best:.4f} at step {standing.best_step[tenant]}"

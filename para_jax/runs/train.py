@@ -39,6 +39,7 @@ from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, stop_signals
 from ..training.tenants_file import read_entries
 from .folder import FREE_FIELDS, claim_folders, locked_folder, mend_folders, run_digests
+from .health import Health, logged_warning
 from .logs import Logs, tenant_rows
 from .loop import Loop
 from .scoring import Scoring, kept_adapter
@@ -53,12 +54,14 @@ class TrainResult(NamedTuple):
     best_step: int
     step: int
     output_dir: Place
+    warning: str | None = None
+    """what went wrong without stopping the run (runs/health.py)"""
 
 
 class TenantsResult(NamedTuple):
     tenants: dict[str, dict[str, Any]]
-    """by name: examples, steps, best_step, best_score, metric, ended, test_before and test_after (None: not measured)
-    """
+    """by name: examples, steps, best_step, best_score, metric, ended, warning (None: nothing went wrong), test_before
+    and test_after (None: not measured)"""
     output_dir: Path
 
 
@@ -85,7 +88,8 @@ def train(config: RunConfig) -> TrainResult:
         best = tenant_of(state.adapters, jnp.int32(0))
         if standing.best_step[0] != standing.step:
             best = place(kept_adapter(folder, model, best), mesh, model.config)
-    return TrainResult(best, standing.best_score[0], standing.best_step[0], standing.step, folder)
+    warning = on_first_process(lambda: logged_warning(config, folder / "metrics.jsonl"))
+    return TrainResult(best, standing.best_score[0], standing.best_step[0], standing.step, folder, warning)
 
 
 def train_tenants(config: RunConfig) -> TenantsResult:
@@ -148,7 +152,10 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
             parts = {"validation": validation, "test": test}
             held = {name: list(tasks.encoded.values()) for name, tasks in parts.items() if tasks.encoded}
             say_evaluation(held, config.eval.batch_size)
-            logs = Logs(log, tenant_rows(tenants) if config.many else [])
+            health = Health([tenant.name for tenant in tenants], [tenant.config for tenant in tenants])
+            if restored:
+                on_first_process(lambda: [health.read(i, t.folder / "metrics.jsonl") for i, t in enumerate(tenants)])
+            logs = Logs(log, tenant_rows(tenants) if config.many else [], health)
             scoring = Scoring(config, model, tenants, validation, test, logs, stop)
             loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
