@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from .serving.request import Request as Request
 
     # training
+    from .runs.compare import MethodsResult as MethodsResult
+    from .runs.compare import compare_methods as compare_methods
     from .runs.train import TenantsResult as TenantsResult
     from .runs.train import train_tenants as train_tenants
     from .runs.train import TrainResult as TrainResult
@@ -82,6 +84,8 @@ _LATER = {
     "train": "runs.train",
     "TrainResult": "runs.train",
     "train_tenants": "runs.train",
+    "compare_methods": "runs.compare",
+    "MethodsResult": "runs.compare",
     "TenantsResult": "runs.train",
     "evaluate": "evaluation.evaluate",
     "Report": "evaluation.evaluate",

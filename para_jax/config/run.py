@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from .adapter import ParaConfig
+from .adapter import ADAPTER_CONFIGS, ParaConfig
 from .bounds import (
     Bounds,
     Fraction,
@@ -148,6 +148,9 @@ class TrainSection:
 class SweepSection:
     """Every combination of these values is trained on the same data in one run. An empty list: the run's own value."""
 
+    method: tuple[str, ...] = ()
+    """adapter methods to compare, such as [para, lora, ia3]: each is a run of its own in output_dir/METHOD, with its
+    own defaults and learning rate. The adapter's fields and train.learning_rate apply to adapter.method only"""
     learning_rate: tuple[NonNegativeFloat, ...] = ()
     seed: tuple[Seed, ...] = ()
     """for the initial weights of an adapter and the order of its examples"""
@@ -158,6 +161,7 @@ class SweepSection:
             require(len(set(values)) == len(values), f"sweep.{name}", values, "different values")
 
     def __bool__(self) -> bool:
+        """Whether one run trains several combinations. Methods are runs of their own."""
         return bool(self.learning_rate or self.seed)
 
 
@@ -294,7 +298,9 @@ class RunConfig:
         require_location("output_dir", self.output_dir)
         if self.output_dir.startswith("~"):
             object.__setattr__(self, "output_dir", str(expanded(self.output_dir)))
-        if self.train.learning_rate is None and not self.sweep.learning_rate:
+        if self.sweep.method:
+            self.check_methods()
+        if self.train.learning_rate is None and not (self.sweep.learning_rate or self.sweep.method):
             rate = getattr(self.adapter, "default_learning_rate", PLAIN_LEARNING_RATE)
             object.__setattr__(self, "train", replace(self.train, learning_rate=rate))
         if self.data.tenants and self.sweep:
@@ -303,6 +309,18 @@ class RunConfig:
             name = "per_device_batch_size" if self.train.batch_size is None else "batch_size"
             rows, batch = self.rows_per_tenant, getattr(self.train, name)
             require(batch % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.{name} ({batch})")
+
+    def check_methods(self) -> None:
+        """Raises ValueError for sweep.method with unknown methods, tenants, or adapter fields that no method takes."""
+        methods = self.sweep.method
+        require(set(methods) <= set(ADAPTER_CONFIGS), "sweep.method", methods, f"some of {', '.join(ADAPTER_CONFIGS)}")
+        if self.data.tenants:
+            raise ValueError("sweep.method can't be used together with data.tenants; compare the methods on data.train")
+        own = next((name for name, kind in ADAPTER_CONFIGS.items() if kind is type(self.adapter)), None)
+        if own not in methods and self.adapter != type(self.adapter)():
+            raise ValueError(
+                f"sweep.method {list(methods)} lacks {own}, but adapter has fields of {own}; add it, or remove them"
+            )
 
     @property
     def many(self) -> bool:

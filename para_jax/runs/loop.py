@@ -33,7 +33,7 @@ from ..training.statistics import standardise, statistics_batches
 from ..training.step import TrainState, put_adapter, put_state, put_tenant, tenant_of, train_step
 from ..training.stop import Interrupted, StopSignal
 from .logs import Logs
-from .scoring import REMEDY, Scoring
+from .scoring import REMEDY, NotFinite, Scoring
 from .standing import Standing
 from .tenants import Tenant
 
@@ -180,7 +180,8 @@ class Loop(NamedTuple):
         return state, standing._replace(step=number), Dispatched(done, coming.turns)
 
     def shape_of(self, coming: StepBatch) -> str:
-        groups = f"{self.layout.groups} tenants x " if self.config.many else ""
+        count = self.layout.groups
+        groups = f"{count} tenant{'s' * (count > 1)} x " if self.config.many else ""
         return f"{groups}{self.layout.rows} rows of {coming.bucket.length} tokens"
 
     def rates(self, standing: Standing) -> LearningRates:
@@ -224,7 +225,7 @@ class Loop(NamedTuple):
         wrong = [f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         what = wrong[0] if wrong else "the new weights are not finite"
         if not self.config.many:
-            raise ValueError(f"step {step}: {what} on {examples}; {REMEDY}")
+            raise NotFinite(f"step {step}: {what} on {examples}; {REMEDY}")
         say(
             f"{tenant.name}: stopped at its step {turn.step + 1}: {what} on {examples}; what it had learnt before is "
             "kept, and the others continue"

@@ -30,6 +30,10 @@ from .tenants import Tenant
 REMEDY = "look at these examples, or start again with a lower train.learning_rate"
 
 
+class NotFinite(ValueError):
+    """A run of one adapter can't continue, because its loss, gradient or weights are not finite."""
+
+
 class Scoring(NamedTuple):
     """Scores adapters and keeps the best. A NamedTuple, because its parts never change."""
 
@@ -74,7 +78,7 @@ class Scoring(NamedTuple):
     def require_many(self, step: int, score: Score) -> None:
         """Raises ValueError, in a run of one adapter, for a validation loss that is not finite."""
         if not self.config.many:
-            raise ValueError(f"step {step}: the validation loss is {score.loss} on validation; {REMEDY}")
+            raise NotFinite(f"step {step}: the validation loss is {score.loss} on validation; {REMEDY}")
 
     def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None) -> None:
         """Writes a tenant's adapter into its folder, with its score."""

@@ -48,6 +48,16 @@ class Tenant(NamedTuple):
         return f"{split} data of {self.name}" if self.name else f"{split} data"
 
 
+class Shared:
+    """What several runs of one command load once."""
+
+    def __init__(self):
+        self.data: dict[Any, tuple[TrainingData, EvalTask | None, EvalTask | None]] = {}
+        """training data, validation and test of a DataSection and an EvalSection"""
+        self.backbones: dict[Any, Any] = {}
+        """the backbone by its mesh"""
+
+
 class Inputs(NamedTuple):
     """What every process of a run reads for itself before the backbone."""
 
@@ -57,24 +67,24 @@ class Inputs(NamedTuple):
     """the compiled shapes that the tenants share; of packed rows there is one"""
 
 
-def read_inputs(config: RunConfig, layout: Layout) -> Inputs:
+def read_inputs(config: RunConfig, layout: Layout, shared: Shared | None = None) -> Inputs:
     """The tokenizer, the tenants with their data, and the compiled shapes."""
     resolve_backbone(config.backbone.source)
     tokenizer, model = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
     configs = tenant_configs(config)
-    read_once: dict[Any, tuple] = {}  # the combinations of a sweep share their data
+    read_once = (shared or Shared()).data  # the combinations of a sweep share their data
     for name, own in configs.items():
-        if own.data not in read_once:
+        if (own.data, own.eval) not in read_once:
             try:
-                read_once[own.data] = read_data(own, tokenizer, model)
+                read_once[own.data, own.eval] = read_data(own, tokenizer, model)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}" if name else str(error)) from None
-    data = {name: read_once[own.data][0] for name, own in configs.items()}
+    data = {name: read_once[own.data, own.eval][0] for name, own in configs.items()}
     say_data(config, data)
     buckets, plans = plan_batches(config, configs, data, layout.tenant_rows)
     tenants = []
     for name, own in configs.items():
-        train, validation, test = read_once[own.data]
+        train, validation, test = read_once[own.data, own.eval]
         steps = own.train.max_steps or math.ceil(own.train.num_epochs * plans[name].batches_per_epoch)
         order = TenantOrder(train.examples, plans[name], steps)
         tenants.append(Tenant(name, own, train, order, validation, test if config.eval.test else None))
@@ -97,6 +107,13 @@ def say_data(config: RunConfig, data: dict[str, TrainingData]) -> None:
         say(f"training data: {data[''].report()}")
         return
     counts = [len(one.examples) for one in data.values()]
+    if config.sweep:
+        combinations = "1 combination" if len(counts) == 1 else f"{len(counts)} combinations"
+        say(f"{combinations} on {counts[0]} training examples")
+        return
+    if len(counts) == 1:
+        say(f"1 tenant with {counts[0]} training examples")
+        return
     say(f"{len(counts)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
 
 
@@ -161,14 +178,21 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
-    """Every combination of a sweep, by its name: learning_rate-0.003-seed-1."""
+    """Every combination of a sweep, by its name, which has the fields that are swept: learning_rate-0.003-seed-1. A run
+    that an earlier version began keeps its names, which always had both."""
     rates = config.sweep.learning_rate or (config.train.learning_rate,)
     seeds = config.sweep.seed or (config.seed,)
     alone = replace(config, sweep=type(config.sweep)())
+
+    def name(rate, seed, fields) -> str:
+        parts = {"learning_rate": f"learning_rate-{rate!r}", "seed": f"seed-{seed}"}
+        return "-".join(parts[field] for field in fields).replace("+", "")
+
+    both = "learning_rate", "seed"
+    old = expanded(config.output_dir) / name(rates[0], seeds[0], both) / "config.yaml"
+    fields = both if old.is_file() else [field for field in both if getattr(config.sweep, field)]
     return {
-        f"learning_rate-{rate!r}-seed-{seed}".replace("+", ""): replace(
-            alone, train=replace(config.train, learning_rate=rate), seed=seed
-        )
+        name(rate, seed, fields): replace(alone, train=replace(config.train, learning_rate=rate), seed=seed)
         for rate, seed in itertools.product(rates, seeds)
     }
 

@@ -44,7 +44,7 @@ from .logs import Logs, tenant_rows
 from .loop import Loop
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
-from .tenants import Inputs, read_inputs, require_validation, tenant_configs
+from .tenants import Inputs, Shared, read_inputs, require_validation, tenant_configs
 
 
 class TrainResult(NamedTuple):
@@ -82,6 +82,7 @@ def train(config: RunConfig) -> TrainResult:
     for a folder that another run is writing.
     """
     require(not config.many, "data.tenants or sweep", config.output_dir, "a run of one adapter; use train_tenants")
+    refuse_methods(config)
     model, mesh, state, standing = trained(config)
     folder = expanded(config.output_dir)
     with jax.set_mesh(mesh):
@@ -100,19 +101,30 @@ def train_tenants(config: RunConfig) -> TenantsResult:
     finite is stopped, and the others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.
     """
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
+    refuse_methods(config)
     standing, folder = trained(config).standing, expanded(config.output_dir)
     entries = on_first_process(lambda: read_entries(folder))
     return TenantsResult({name: entries[name] for name in standing.names}, folder)
 
 
-def trained(config: RunConfig) -> Ended:
-    """Runs a run to its end."""
+def refuse_methods(config: RunConfig) -> None:
+    if config.sweep.method:
+        raise ValueError(f"sweep.method {list(config.sweep.method)} makes several runs; use compare_methods")
+
+
+def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
+    """Runs a run to its end.
+
+    Args:
+        shared: what it shares with other runs of this process.
+    """
+    shared = shared or Shared()
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
     count = on_every_process(lambda: len(tenant_configs(config)))
     mesh = run_mesh(config, count)
     layout = on_every_process(lambda: lay_out(config, mesh, count))
-    inputs = on_every_process(lambda: read_inputs(config, layout))
+    inputs = on_every_process(lambda: read_inputs(config, layout, shared))
     tenants = inputs.tenants
     require_same(
         "the data",
@@ -122,7 +134,10 @@ def trained(config: RunConfig) -> Ended:
     with ExitStack() as held:
         on_first_process(lambda: held.enter_context(locked_folder(config)))
         on_first_process(lambda: claim_folders(config, tenants))
-        model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+        if mesh not in shared.backbones:
+            shared.backbones.clear()  # two at once may not fit
+            shared.backbones[mesh] = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+        model = shared.backbones[mesh]
         require_same("the backbone", lambda: model.fingerprint)
         return Ended(model, mesh, *fit(config, model, inputs, layout, mesh))
 
