@@ -305,6 +305,11 @@ class RunConfig:
             object.__setattr__(self, "train", replace(self.train, learning_rate=rate))
         if self.data.tenants and self.sweep:
             raise ValueError("sweep can't be used together with data.tenants; remove one of them")
+        if self.train.learning_rate == "auto" and self.sweep:
+            raise ValueError(
+                "train.learning_rate=auto can't be used together with a sweep of rates or seeds; give a number, or "
+                "remove the sweep"
+            )
         if self.many:
             name = "per_device_batch_size" if self.train.batch_size is None else "batch_size"
             rows, batch = self.rows_per_tenant, getattr(self.train, name)

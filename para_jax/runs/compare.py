@@ -128,8 +128,9 @@ def rows_of(config: RunConfig, shared: Shared, parameters: int) -> list[MethodSc
         count = min(own.eval.limit or len(validation.records), len(validation.records)) if validation else 0
         entry = entries.get(name, {})
         ended = entry.get("ended") or ("done" if (place / "adapter").exists() else "not finite")
-        warning = entry.get("warning") if config.many else logged_warning(own, place / "metrics.jsonl")
-        rate = load_config(place / "config.yaml").train.learning_rate
+        held = load_config(place / "config.yaml")  # with the rate that `auto` chose
+        rate = held.train.learning_rate
+        warning = entry.get("warning") if config.many else logged_warning(held, place / "metrics.jsonl")
         rows.append(
             MethodScore(
                 method, name, str(place), parameters,

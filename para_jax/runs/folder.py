@@ -25,6 +25,7 @@ from ..training.last_state import last_states_left
 from ..training.log import drop_rows
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from ..training.tenants_file import read_entries, write_entries
+from .chosen import chosen_rates, is_auto, resolved
 from .standing import Standing
 from .tenants import Tenant
 
@@ -121,11 +122,17 @@ def delete_leftovers(folder: Place) -> None:
 
 
 def check_folder(config: RunConfig) -> None:
-    """Raises ValueError for an output folder that holds another run, or is not a run folder."""
+    """Raises ValueError for an output folder that holds another run, or is not a run folder.
+
+    config.yaml has train.learning_rate=auto until the trials have chosen, and then the number.
+    """
     folder = expanded(config.output_dir)
     file = folder / "config.yaml"
     if file.is_file():
-        difference = differences(load_config(file), config)
+        held = load_config(file)
+        if is_auto(held):  # perhaps killed before the number was written
+            held = resolved(held, chosen_rates(folder))
+        difference = differences(held, config)
         if difference:
             raise ValueError(
                 f"output_dir {folder} holds another run, which differs in {'; '.join(difference)}; "

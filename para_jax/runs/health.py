@@ -43,15 +43,16 @@ class Seen(NamedTuple):
 class Health:
     """Watches the tenants of a run."""
 
-    def __init__(self, names: Sequence[str], configs: Sequence[RunConfig]):
+    def __init__(self, names: Sequence[str], configs: Sequence[RunConfig], *, quiet: bool = False):
         """
         Args:
             names: of the tenants; "" in a run of one adapter.
             configs: their own.
+            quiet: whether warnings are not said.
         """
         self.names, self.configs = names, configs
         self.seen = [Seen(array("d"), array("d"), {}) for _ in names]
-        self.said: set[int] = set()
+        self.said: set[int] = set(range(len(names))) if quiet else set()
 
     def watch(self, tenant: int, step: int, values: Mapping[str, float]) -> None:
         """Takes values that are logged of a tenant's own step, and says what is wrong with them."""

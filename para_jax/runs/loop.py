@@ -32,6 +32,7 @@ from ..training.profiler import Profiler
 from ..training.statistics import standardise, statistics_batches
 from ..training.step import TrainState, put_adapter, put_state, put_tenant, tenant_of, train_step
 from ..training.stop import Interrupted, StopSignal
+from .chosen import TRIALS
 from .logs import Logs
 from .scoring import REMEDY, NotFinite, Scoring
 from .standing import Standing
@@ -290,7 +291,8 @@ class Loop(NamedTuple):
             where = f"step {standing.step}, with {sum(standing.over)} of {len(self.tenants)} tenants ended"
         on_first_process(lambda: finish_saving(self.checkpoints))
         file = expanded(self.config.output_dir) / "config.yaml"
-        say(f"stopped after {where}, and saved; the same command resumes, or `para-jax train {file}`")
+        other = "" if file.parent.parent.name == TRIALS else f", or `para-jax train {file}`"
+        say(f"stopped after {where}, and saved; the same command resumes{other}")
         self.stop.end()
 
 

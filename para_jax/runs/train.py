@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +39,12 @@ from ..training.profiler import Profiler
 from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, stop_signals
 from ..training.tenants_file import read_entries
+from .chosen import chosen_rates, is_auto, resolved
 from .folder import FREE_FIELDS, claim_folders, locked_folder, mend_folders, run_digests
 from .health import Health, logged_warning
 from .logs import Logs, tenant_rows
 from .loop import Loop
+from .rates import FIRST, choose_rates, resolved_inputs
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
 from .tenants import Inputs, Shared, read_inputs, require_validation, tenant_configs
@@ -89,7 +92,7 @@ def train(config: RunConfig) -> TrainResult:
         best = tenant_of(state.adapters, jnp.int32(0))
         if standing.best_step[0] != standing.step:
             best = place(kept_adapter(folder, model, best), mesh, model.config)
-    warning = on_first_process(lambda: logged_warning(config, folder / "metrics.jsonl"))
+    warning = on_first_process(lambda: logged_warning(resolved(config, chosen_rates(folder)), folder / "metrics.jsonl"))
     return TrainResult(best, standing.best_score[0], standing.best_step[0], standing.step, folder, warning)
 
 
@@ -121,10 +124,14 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
     shared = shared or Shared()
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
+    folder = expanded(config.output_dir)
+    chosen = on_first_process(lambda: chosen_rates(folder)) if is_auto(config) else {}
+    trials = is_auto(config) and not chosen
+    config = resolved(config, chosen)
     count = on_every_process(lambda: len(tenant_configs(config)))
-    mesh = run_mesh(config, count)
+    mesh = run_mesh(config, count * (len(FIRST) if trials else 1))
     layout = on_every_process(lambda: lay_out(config, mesh, count))
-    inputs = on_every_process(lambda: read_inputs(config, layout, shared))
+    inputs = on_every_process(lambda: resolved_inputs(read_inputs(config, layout, shared), chosen))
     tenants = inputs.tenants
     require_same(
         "the data",
@@ -139,11 +146,21 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
             shared.backbones[mesh] = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
         model = shared.backbones[mesh]
         require_same("the backbone", lambda: model.fingerprint)
+        if trials:
+            chosen = choose_rates(config, model, inputs, layout, mesh, partial(fit, quiet=True))
+            config, inputs = resolved(config, chosen), resolved_inputs(inputs, chosen)
+            on_first_process(lambda: claim_folders(config, inputs.tenants))
         return Ended(model, mesh, *fit(config, model, inputs, layout, mesh))
 
 
-def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple[TrainState, Standing]:
-    """The training loop, with a backbone that is loaded already. The folders must be claimed."""
+def fit(
+    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, *, quiet: bool = False
+) -> tuple[TrainState, Standing]:
+    """The training loop, with a backbone that is loaded already. The folders must be claimed.
+
+    Args:
+        quiet: for trials, of which some may go wrong: no warnings.
+    """
     folder, (tokenizer, tenants, buckets) = expanded(config.output_dir), inputs
     for line in replicated_lines(model, mesh, model.config):
         say(line)
@@ -167,7 +184,7 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
             parts = {"validation": validation, "test": test}
             held = {name: list(tasks.encoded.values()) for name, tasks in parts.items() if tasks.encoded}
             say_evaluation(held, config.eval.batch_size)
-            health = Health([tenant.name for tenant in tenants], [tenant.config for tenant in tenants])
+            health = Health([tenant.name for tenant in tenants], [tenant.config for tenant in tenants], quiet=quiet)
             if restored:
                 on_first_process(lambda: [health.read(i, t.folder / "metrics.jsonl") for i, t in enumerate(tenants)])
             logs = Logs(log, tenant_rows(tenants) if config.many else [], health)
