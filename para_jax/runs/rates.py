@@ -3,7 +3,7 @@ loss is chosen.
 
 The trials are runs of many in output_dir/learning_rates/1/, 2/, ... They have the data, the batches and the seed of the
 run that follows, a part of its steps, and its backbone. What they chose is in output_dir/learning_rates/chosen.json,
-and from then on stands for `auto`.
+which from then on is the meaning of `auto`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .tenants import Inputs, Tenant
 FIRST = (-2, -1, 0, 1)
 #: While the best rate is at the edge of those that were tried, the next one is tried, in at most this many more rounds.
 MORE_ROUNDS = 3
-#: A trial has this share of the run's steps, and at least and at most so many.
+#: A trial has this share of the run's steps, at least FEWEST and at most MOST.
 SHARE, FEWEST, MOST = 1 / 4, 20, 100
 #: A trial is scored on at most this many validation examples.
 EXAMPLES = 200

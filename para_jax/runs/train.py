@@ -159,7 +159,7 @@ def fit(
     """The training loop, with a backbone that is loaded already. The folders must be claimed.
 
     Args:
-        quiet: for trials, of which some may go wrong: no warnings.
+        quiet: no warnings, because some trials may go wrong.
     """
     folder, (tokenizer, tenants, buckets) = expanded(config.output_dir), inputs
     for line in replicated_lines(model, mesh, model.config):
