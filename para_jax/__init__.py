@@ -71,6 +71,8 @@ if TYPE_CHECKING:
     from .serving.request import Request as Request
 
     # training
+    from .runs.compare import MethodsResult as MethodsResult
+    from .runs.compare import compare_methods as compare_methods
     from .runs.train import TenantsResult as TenantsResult
     from .runs.train import train_tenants as train_tenants
     from .runs.train import TrainResult as TrainResult
@@ -124,6 +126,8 @@ _LATER = {
     "Engine": "serving.engine",
     "Completion": "serving.request",
     "Request": "serving.request",
+    "compare_methods": "runs.compare",
+    "MethodsResult": "runs.compare",
     "TenantsResult": "runs.train",
     "train_tenants": "runs.train",
     "TrainResult": "runs.train",

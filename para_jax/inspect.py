@@ -42,7 +42,7 @@ from .runs.report import sample_lines, score_table, tenants_table
 from .training.metrics_file import is_log, read_metrics
 from .training.scores_file import read_scores
 from .training.step import state_of_one
-from .training.tenants_file import read_entries
+from .training.tenants_file import read_entries, warning_lines
 
 
 def dry_run(config: RunConfig, topology: str | None = None) -> str:
@@ -201,6 +201,7 @@ def tenants_report(folder: Path, config: RunConfig) -> str:
         [
             f"run        {adapter_method(config.adapter)} on {config.backbone.source}, {len(names)} {what}",
             tenants_table(entries) if entries else "no tenant has ended yet",
+            *warning_lines(entries),
             *([f"{left} tenants have not ended; the same command resumes them"] if left and entries else []),
         ]
     )

@@ -136,6 +136,7 @@ def test_the_public_names_are_all_there_and_no_other_answers():
     Transformer LayerKind ModelConfig ParaConfig RotaryConfig RunConfig load_config load_tokenizer
     AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter multi_tenant_forward prefill
     right_pad vectors make_mesh generate train TrainResult train_tenants TenantsResult evaluate Report
+    compare_methods MethodsResult
     curves_plot factors_plot""".split()
     assert set(names) <= set(dir(para_jax))
     assert all(callable(getattr(para_jax, name)) for name in names)

@@ -23,6 +23,7 @@ from .model import ModelConfig as ModelConfig
 from .model import RotaryConfig as RotaryConfig
 from .run import ASSUMED_LENGTH as ASSUMED_LENGTH
 from .run import ATTENTION as ATTENTION
+from .run import PLAIN_LEARNING_RATE as PLAIN_LEARNING_RATE
 from .run import BackboneSection as BackboneSection
 from .run import CheckpointSection as CheckpointSection
 from .run import DataSection as DataSection

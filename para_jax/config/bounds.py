@@ -19,6 +19,8 @@ class Bounds:
     at_most: float | None = None
     below: float | None = None
     """math.inf: any finite number"""
+    words: tuple[str, ...] = ()
+    """texts that are accepted instead of a number"""
 
     def accept(self, number: Any) -> bool:
         return (
@@ -33,7 +35,7 @@ class Bounds:
         said = [f"{words} {limit}" for words, limit in limits if limit is not None]
         if self.below is not None:
             said.append("finite" if self.below == math.inf else f"less than {self.below}")
-        return " and ".join(said)
+        return " and ".join(said) + "".join(f", or {word}" for word in self.words)
 
 
 PositiveInt = Annotated[int, Bounds(at_least=1)]
@@ -70,6 +72,8 @@ def check_value(name: str, value: Any, kind: Any) -> None:
     if typing.get_origin(kind) is Literal:
         require(value in arguments, name, value, one_of(arguments))
     elif typing.get_origin(kind) is Annotated:
+        if isinstance(value, str) and value in arguments[1].words:
+            return
         integer = arguments[0] is int
         is_number = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
         expected = f"a whole number, {arguments[1]}" if integer else f"a number, {arguments[1]}"

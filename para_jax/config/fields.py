@@ -52,8 +52,13 @@ def typed_value(name: str, value: Any, kind: Any) -> Any:
         items = value if isinstance(value, list) else None
         require(items is not None, name, value, "a list, such as [a, b] or []")
         return tuple(typed_value(name, item, typing.get_args(kind)[0]) for item in items or ())
+    others = ""
     if typing.get_origin(kind) is Annotated:
-        kind = typing.get_args(kind)[0]
+        kind, bounds = typing.get_args(kind)[:2]
+        if bounds.words:
+            if isinstance(value, str) and value in bounds.words:
+                return value
+            kind, others = float, "".join(f", or {word}" for word in bounds.words)
     if kind is bool:
         truth = TRUTH.get(value.lower()) if isinstance(value, str) else value
         require(isinstance(truth, bool | int) and truth in (0, 1), name, value, "true or false")
@@ -63,7 +68,7 @@ def typed_value(name: str, value: Any, kind: Any) -> Any:
     if kind is int:
         return parsed_number(name, value, int, "a whole number")
     if kind is float:
-        return parsed_number(name, value, float, "a number")
+        return parsed_number(name, value, float, f"a number{others}")
     assert kind is str or typing.get_origin(kind) is Literal, f"{name}: fields of type {kind} are not read"
     require(isinstance(value, str | int | float), name, value, "text")
     return str(value)

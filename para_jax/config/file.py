@@ -18,7 +18,7 @@ TEXT_FIELDS = ("data.prompt", "data.completion")
 
 def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """A RunConfig from a YAML file (None: the defaults) and overrides such as "train.learning_rate=3e-3". An override
-    that changes adapter.method drops the adapter fields of the file.
+    that changes adapter.method drops the adapter fields of the file. A train.learning_rate of the file stays.
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
@@ -36,6 +36,8 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         values = typed_fields(without_method(in_file), template)
     except ValueError as error:
         raise ValueError(f"config {file}: {error}") from None
+    unset = {"train": {"learning_rate": None}}  # the template has its method's
+    values = merged(unset, values)
     wanted = merged(values, typed_fields(without_method(changes), template))
     try:
         return replaced(template, wanted)

@@ -1,10 +1,11 @@
 """`RunConfig`: one training run, as sections of fields. configs/ holds examples."""
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from .adapter import ParaConfig
+from .adapter import ADAPTER_CONFIGS, ParaConfig
 from .bounds import (
     Bounds,
     Fraction,
@@ -18,6 +19,9 @@ from .check import expanded, require, require_location
 
 #: Tokens of an example, for estimates without the data.
 ASSUMED_LENGTH = 512
+#: The learning rate of a method whose config has no default_learning_rate. Until methods had rates of their own it was
+#: everybody's default, and runs from then resume (runs/folder.py).
+PLAIN_LEARNING_RATE = 1e-3
 #: Metrics of written answers.
 AnswerMetric = Literal[
     "exact_match", "macro_f1", "matthews", "squad", "squad_exact", "f1", "final_number", "sql_match"
@@ -98,7 +102,9 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection:
-    learning_rate: NonNegativeFloat = 1e-3
+    learning_rate: Annotated[float | Literal["auto"], Bounds(at_least=0, below=math.inf, words=("auto",))] | None = None
+    """default: the rate of the adapter's method (default_learning_rate in config/adapter.py). auto: the best of several
+    short trials on the validation data"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """of the learning rate, after the warm-up"""
     warmup_ratio: Fraction = 0.06
@@ -141,11 +147,22 @@ class TrainSection:
         expected = f"a divisor of train.batch_size ({batch}), or unset, because the passes follow from batch_size"
         require(batch is None or batch % passes == 0, "train.gradient_accumulation_steps", passes, expected)
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """learning_rate as a number. A section of its own, which no RunConfig has given its method's rate, has
+        PLAIN_LEARNING_RATE."""
+        if self.learning_rate == "auto":
+            raise ValueError("train.learning_rate is auto, and no trials have chosen a rate yet; give a number")
+        return PLAIN_LEARNING_RATE if self.learning_rate is None else float(self.learning_rate)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSection:
     """Every combination of these values is trained on the same data in one run. An empty list: the run's own value."""
 
+    method: tuple[str, ...] = ()
+    """adapter methods to compare, such as [para, lora, ia3]: each is a run of its own in output_dir/METHOD, with its
+    own defaults and learning rate. The adapter's fields and train.learning_rate apply to adapter.method only"""
     learning_rate: tuple[NonNegativeFloat, ...] = ()
     seed: tuple[Seed, ...] = ()
     """for the initial weights of an adapter and the order of its examples"""
@@ -156,6 +173,7 @@ class SweepSection:
             require(len(set(values)) == len(values), f"sweep.{name}", values, "different values")
 
     def __bool__(self) -> bool:
+        """Whether one run trains several combinations. Methods are runs of their own."""
         return bool(self.learning_rate or self.seed)
 
 
@@ -296,12 +314,34 @@ class RunConfig:
         require_location("output_dir", self.output_dir)
         if self.output_dir.startswith("~"):
             object.__setattr__(self, "output_dir", str(expanded(self.output_dir)))
+        if self.sweep.method:
+            self.check_methods()
+        if self.train.learning_rate is None and not (self.sweep.learning_rate or self.sweep.method):
+            rate = getattr(self.adapter, "default_learning_rate", PLAIN_LEARNING_RATE)
+            object.__setattr__(self, "train", replace(self.train, learning_rate=rate))
         if self.data.tenants and self.sweep:
             raise ValueError("sweep can't be used together with data.tenants; remove one of them")
+        if self.train.learning_rate == "auto" and self.sweep:
+            raise ValueError(
+                "train.learning_rate=auto can't be used together with a sweep of rates or seeds; give a number, or "
+                "remove the sweep"
+            )
         if self.many:
             name = "per_device_batch_size" if self.train.batch_size is None else "batch_size"
             rows, batch = self.rows_per_tenant, getattr(self.train, name)
             require(batch % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.{name} ({batch})")
+
+    def check_methods(self) -> None:
+        """Raises ValueError for sweep.method with unknown methods, tenants, or adapter fields that no method takes."""
+        methods = self.sweep.method
+        require(set(methods) <= set(ADAPTER_CONFIGS), "sweep.method", methods, f"some of {', '.join(ADAPTER_CONFIGS)}")
+        if self.data.tenants:
+            raise ValueError("sweep.method can't be used together with data.tenants; compare the methods on data.train")
+        own = next((name for name, kind in ADAPTER_CONFIGS.items() if kind is type(self.adapter)), None)
+        if own not in methods and self.adapter != type(self.adapter)():
+            raise ValueError(
+                f"sweep.method {list(methods)} lacks {own}, but adapter has fields of {own}; add it, or remove them"
+            )
 
     @property
     def many(self) -> bool:

@@ -18,7 +18,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 #: What a tenant sets of its own (runs/tenant_file.py), in its sub-folder.
 OWN_FILE = "tenant.yaml"
 #: Names that a run's folder uses itself, and the name of the base model.
-RESERVED = ("adapter", "base", "checkpoints", "config.yaml", "metrics.jsonl", "profile", "tensorboard", "tenants.json")
+RESERVED = ("adapter", "base", "checkpoints", "config.yaml", "learning_rates", "metrics.jsonl", "profile")
+RESERVED += ("tensorboard", "tenants.json")
 #: How a tenant's share of the batches grows with its number of examples.
 SAMPLING = {"proportional": 1.0, "sqrt": 0.5, "uniform": 0.0}
 #: How many of its own steps a tenant may be early or late, so that rows of one padded length can share a batch. With 2,

@@ -60,6 +60,8 @@ class Score:
     def values(self) -> dict[str, float]:
         """Every metric and its standard error by name: accuracy, accuracy_stderr. The loss has a standard error only if
         it is the score."""
+        if self.metric == "loss" and self.stderr is not None:
+            return {"loss": self.loss, "loss_stderr": self.stderr}
         measured = [] if self.metric == "loss" else [Measured(self.metric, self.score, self.stderr)]
         found = {"loss": self.loss}
         for metric, value, stderr in [*measured, *self.also]:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import atomic
-from ..config import RunConfig, config_dict, expanded, load_config, require, save_config, shorten
+from ..config import PLAIN_LEARNING_RATE, RunConfig, config_dict, expanded, load_config, require, save_config, shorten
 from ..data.example_arrays import add_to_digest
 from ..messages import say
 from ..storage.bucket import BucketPath, Place
 from ..storage.lock import bucket_lock
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from ..training.tenants_file import read_entries, write_entries
+from .chosen import chosen_rates, is_auto, resolved, with_rate
 from .tenant_file import AT_ONCE, OWN_FIELDS
 
 if TYPE_CHECKING:  # `check_folder` is asked before JAX is loaded
@@ -121,11 +122,17 @@ def delete_leftovers(folder: Place) -> None:
 
 
 def check_folder(config: RunConfig) -> None:
-    """Raises ValueError for an output folder that holds another run, or is not a run folder."""
+    """Raises ValueError for an output folder that holds another run, or is not a run folder.
+
+    config.yaml has train.learning_rate=auto until the trials have chosen, and then the number.
+    """
     folder = expanded(config.output_dir)
     file = folder / "config.yaml"
     if file.is_file():
-        if found := differences(load_config(file), config):
+        held = load_config(file)
+        if is_auto(held):  # perhaps killed before the number was written
+            held = resolved(held, chosen_rates(folder))
+        if found := differences(held, config):
             raise another_run(folder, found)
     elif folder.exists():
         own = {folder / LOCK, *atomic.files_left(file), *trials_left(folder)} if folder.is_dir() else set()
@@ -162,7 +169,12 @@ def check_tenants(config: RunConfig, own: dict[str, RunConfig]) -> None:
 
     def changes(name: str) -> list[str]:
         file = expanded(config.output_dir) / name / "config.yaml"
-        found = differences(load_config(file), own[name]) if file.is_file() else []
+        if not file.is_file():
+            return []
+        held = load_config(file)
+        if is_auto(held):  # perhaps killed before the number was written
+            held = with_rate(held, own[name].train.learning_rate)
+        found = differences(held, own[name])
         return [f"{name}: {one}" for one in found if one.partition(" ")[0] in OWN_FIELDS]
 
     if not config.data.tenants or not expanded(config.output_dir).is_dir():
@@ -264,7 +276,9 @@ def fields_of_run(config: RunConfig) -> dict[str, Any]:
             return {name: value}
         return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else key).items()}
 
-    fields = flat(config_dict(config))
+    fields: dict[str, Any] = flat(config_dict(config))
+    if fields["train.learning_rate"] is None:  # unused, because a sweep has rates; old runs have a number there
+        fields["train.learning_rate"] = PLAIN_LEARNING_RATE
     fields["mesh.fsdp"] = fields["mesh.fsdp"] or 1  # null: chosen; the default was 1 before, and old runs resume
     return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in FREE_NAMES}
 
@@ -276,6 +290,7 @@ def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenan
         backbone: the model's fingerprint.
     """
     default = fields_of_run(replace(RunConfig(), adapter=type(config.adapter)()))
+    default["train.learning_rate"] = PLAIN_LEARNING_RATE  # whatever the method: it was the default of old runs
     fields = {k: v for k, v in fields_of_run(config).items() if k not in PLACES}
     own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
     config_digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()

@@ -32,8 +32,9 @@ from ..training.profiler import Profiler
 from ..training.statistics import standardise, statistics_batches
 from ..training.step import TrainState, put_adapter, put_state, put_tenant, tenant_of, train_step
 from ..training.stop import Interrupted, StopSignal
+from .chosen import TRIALS
 from .logs import Logs
-from .scoring import REMEDY, Scoring
+from .scoring import REMEDY, NotFinite, Scoring
 from .standing import Standing
 from .tenants import Tenant
 
@@ -213,6 +214,7 @@ class Loop(NamedTuple):
                 standing = standing.changed(turn.tenant, failed=done.step)
         if not self.config.many:
             self.logs.run.step(done, logged[turns[0]], bar)
+            self.logs.health.watch(0, done.step, logged[turns[0]])
             return standing
         for turn, of_turn in logged.items():
             self.logs.write(turn.tenant, turn.step + 1, of_turn, every=self.config.logging.every)
@@ -230,7 +232,7 @@ class Loop(NamedTuple):
         wrong = [f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         what = wrong[0] if wrong else "the new weights are not finite"
         if not self.config.many:
-            raise ValueError(f"step {step}: {what} on {examples}; {REMEDY}")
+            raise NotFinite(f"step {step}: {what} on {examples}; {REMEDY}")
         say(
             f"{tenant.name}: stopped at its step {turn.step + 1}: {what} on {examples}; what it had learnt before is "
             "kept, and the others continue"
@@ -296,7 +298,8 @@ class Loop(NamedTuple):
             where = f"step {standing.step}, with {sum(standing.over)} of {len(self.tenants)} tenants ended"
         on_first_process(lambda: finish_saving(self.checkpoints))
         file = expanded(self.config.output_dir) / "config.yaml"
-        say(f"stopped after {where}, and saved; the same command resumes, or `para-jax train {file}`")
+        other = "" if file.parent.parent.name == TRIALS else f", or `para-jax train {file}`"
+        say(f"stopped after {where}, and saved; the same command resumes{other}")
         self.stop.end()
 
 

@@ -35,6 +35,10 @@ from .tenants import Tenant
 REMEDY = "look at these examples, or start again with a lower train.learning_rate"
 
 
+class NotFinite(ValueError):
+    """A run of one adapter can't continue, because its loss, gradient or weights are not finite."""
+
+
 class Scoring(NamedTuple):
     """Scores adapters and keeps the best. A NamedTuple, because its parts never change."""
 
@@ -81,7 +85,7 @@ class Scoring(NamedTuple):
     def require_many(self, step: int, score: Score) -> None:
         """Raises ValueError, in a run of one adapter, for a validation loss that is not finite."""
         if not self.config.many:
-            raise ValueError(f"step {step}: the validation loss is {score.loss} on validation; {REMEDY}")
+            raise NotFinite(f"step {step}: the validation loss is {score.loss} on validation; {REMEDY}")
 
     def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None) -> None:
         """Writes a tenant's adapter into its folder, with its score."""
@@ -132,6 +136,7 @@ class Scoring(NamedTuple):
             "test_after": test_after,
             "ended": why,
             "scores": standing.records(tenant),
+            "warning": self.logs.health.warning(tenant),
         }
         order = standing.names if self.config.sweep else ()
         on_first_process(lambda: add_entry(expanded(self.config.output_dir), own.name, entry, order))

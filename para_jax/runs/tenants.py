@@ -52,6 +52,16 @@ class Tenant(NamedTuple):
         return f"{split} data of {self.name}" if self.name else f"{split} data"
 
 
+class Shared:
+    """What several runs of one command load once."""
+
+    def __init__(self):
+        self.data: dict[Any, tuple[TrainingData, EvalTask | None, EvalTask | None, ScoringRule]] = {}
+        """what `read_data` gives, by `of_data`"""
+        self.backbones: dict[Any, Any] = {}
+        """the backbone by its mesh"""
+
+
 class Inputs(NamedTuple):
     """What every process of a run reads for itself before the backbone."""
 
@@ -62,18 +72,24 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(
-    config: RunConfig, layout: Layout, names: Sequence[str] | None = None, *, before: bool = False
+    config: RunConfig,
+    layout: Layout,
+    names: Sequence[str] | None = None,
+    *,
+    before: bool = False,
+    shared: Shared | None = None,
 ) -> Inputs:
     """The tokenizer, the tenants with their data, and the compiled shapes.
 
     Args:
         names: only these tenants; default: all.
         before: an earlier version began the run; its defaults then hold.
+        shared: what is read already.
     """
     resolve_backbone(config.backbone.source)
     tokenizer, model = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
     configs = {name: own for name, own in tenant_configs(config).items() if names is None or name in names}
-    read_once: dict[Any, tuple] = {}  # the combinations of a sweep share their data
+    read_once = (shared or Shared()).data  # the combinations of a sweep share their data
     long: dict[str, TooLong] = {}
     for name, own in configs.items():
         if of_data(own) not in read_once:
@@ -157,7 +173,7 @@ def say_tenants(config: RunConfig, data: dict[str, TrainingData]) -> None:
     counts = [len(one.examples) for one in data.values()]
     each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(max(counts))
     if config.sweep:
-        say(f"{len(counts)} combinations on {each} training examples")
+        say(f"{len(counts)} combination{'s' * (len(counts) > 1)} on {each} training examples")
     elif len(counts) == 1:
         say(f"1 tenant with {each} training examples")
     else:
@@ -260,14 +276,21 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
-    """Every combination of a sweep, by its name: learning_rate-0.003-seed-1."""
+    """Every combination of a sweep, by its name, which has the fields that are swept: learning_rate-0.003-seed-1. A run
+    that an earlier version began keeps its names, which always had both."""
     rates = config.sweep.learning_rate or (config.train.learning_rate,)
     seeds = config.sweep.seed or (config.seed,)
     alone = replace(config, sweep=type(config.sweep)())
+
+    def name(rate, seed, fields) -> str:
+        parts = {"learning_rate": f"learning_rate-{rate!r}", "seed": f"seed-{seed}"}
+        return "-".join(parts[field] for field in fields).replace("+", "")
+
+    both = "learning_rate", "seed"
+    old = expanded(config.output_dir) / name(rates[0], seeds[0], both) / "config.yaml"
+    fields = both if old.is_file() else [field for field in both if getattr(config.sweep, field)]
     return {
-        f"learning_rate-{rate!r}-seed-{seed}".replace("+", ""): replace(
-            alone, train=replace(config.train, learning_rate=rate), seed=seed
-        )
+        name(rate, seed, fields): replace(alone, train=replace(config.train, learning_rate=rate), seed=seed)
         for rate, seed in itertools.product(rates, seeds)
     }
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, stop_signals
 from ..training.tenants_file import read_entries
 from ..untrusted import safe_names
+from .chosen import chosen_rates, is_auto, resolved, with_rate
 from .folder import (
     FREE_FIELDS,
     began_before,
@@ -54,14 +56,16 @@ from .folder import (
     mend_folders,
     run_digests,
 )
+from .health import Health, logged_warning
 from .logs import Logs, tenant_rows
 from .loop import Loop
 from .parts import Part, parts_of_run, write_parts
+from .rates import FIRST, choose_rates, resolved_inputs
 from .report import sample_lines, score_table, tenants_table
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
 from .tenant_file import of_most_memory
-from .tenants import Inputs, Tenant, read_inputs, require_validation, tenant_configs, with_length
+from .tenants import Inputs, Shared, Tenant, read_inputs, require_validation, tenant_configs, with_length
 
 
 class TrainResult(NamedTuple):
@@ -75,6 +79,8 @@ class TrainResult(NamedTuple):
     """what best_score is; for "loss" it is the negated loss, so that higher is better"""
     scores: Records = {}
     """of base model and adapter, as training/scores_file.py describes them"""
+    warning: str | None = None
+    """what went wrong without stopping the run (runs/health.py)"""
 
     @property
     def best(self) -> str:
@@ -88,8 +94,8 @@ class TrainResult(NamedTuple):
 
 class TenantsResult(NamedTuple):
     tenants: dict[str, dict[str, Any]]
-    """by name: examples, steps, best_step, best_score, metric, ended, test_before and test_after (None: not measured),
-    and scores, as training/scores_file.py describes them"""
+    """by name: examples, steps, best_step, best_score, metric, ended, warning (None: nothing went wrong), test_before
+    and test_after (None: not measured), and scores, as training/scores_file.py describes them"""
     output_dir: Path
 
     def report(self) -> str:
@@ -127,6 +133,7 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
     for a folder that another run is writing.
     """
     require(not config.many, "data.tenants or sweep", config.output_dir, "a run of one adapter; use train_tenants")
+    refuse_methods(config)
     if data is not None:
         config = replace(config, data=with_data(config.data, data))
     model, mesh, _, state, standing, metric = trained(config)
@@ -138,7 +145,8 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
         if standing.best_step[0] != standing.step:
             best = place(kept_adapter(folder, model, best), mesh, model.config)
     of_best = standing.best_score[0], standing.best_step[0]
-    return TrainResult(best, *of_best, standing.step, folder, metric, records)
+    warning = on_first_process(lambda: logged_warning(resolved(config, chosen_rates(folder)), folder / "metrics.jsonl"))
+    return TrainResult(best, *of_best, standing.step, folder, metric, records, warning)
 
 
 def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
@@ -156,31 +164,46 @@ def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
         own = with_data(config.data, data) if config.sweep else with_tenants(config.data, data)
         config = replace(config, data=own)
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
+    refuse_methods(config)
     names, folder = trained(config).names, expanded(config.output_dir)
     entries = on_first_process(lambda: read_entries(folder))
     return TenantsResult({name: entries[name] for name in names}, folder)
 
 
-def trained(config: RunConfig) -> Ended:
-    """Runs a run to its end."""
+def refuse_methods(config: RunConfig) -> None:
+    if config.sweep.method:
+        raise ValueError(f"sweep.method {list(config.sweep.method)} makes several runs; use compare_methods")
+
+
+def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
+    """Runs a run to its end.
+
+    Args:
+        shared: what it shares with other runs of this process.
+    """
+    shared = shared or Shared()
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
     on_first_process(lambda: check_folder(config))
-    own = on_every_process(lambda: tenant_configs(config))
-    parts = parts_of_run(config, list(own))
+    parts = parts_of_run(config, list(on_every_process(lambda: tenant_configs(config))))
+    by_part = on_first_process(lambda: [chosen_rates(part.folder) for part in parts])
+    chosen = {name: rate for rates in by_part for name, rate in rates.items()}
+    config = resolved(config, chosen)
+    own = on_every_process(lambda: resolved_configs(tenant_configs(config), chosen))
     on_first_process(lambda: check_tenants(config, own))
+    trials = any(map(is_auto, own.values()))
     estimated = of_most_memory(config, list(own.values()))
     if config.data.max_seq_length is None and jax.device_count() > 1:  # one device needs no estimate
         estimated = on_every_process(lambda: with_length(estimated))
-    mesh = run_mesh(estimated, max(len(part.names) for part in parts))
+    mesh = run_mesh(estimated, max(len(part.names) for part in parts) * (len(FIRST) if trials else 1))
     layouts = on_every_process(lambda: [lay_out(config, mesh, len(part.names)) for part in parts])
     before = on_first_process(lambda: began_before(config))
-    inputs = on_every_process(
-        lambda: [
-            read_inputs(config, layout, part.names if len(parts) > 1 else None, before=before)
-            for layout, part in zip(layouts, parts, strict=True)
-        ]
-    )
+
+    def inputs_of(part: Part, layout: Layout) -> Inputs:
+        names = part.names if len(parts) > 1 else None
+        return resolved_inputs(read_inputs(config, layout, names, before=before, shared=shared), chosen)
+
+    inputs = on_every_process(lambda: [inputs_of(*one) for one in zip(parts, layouts, strict=True)])
     tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     require_same(
         "the data",
@@ -193,19 +216,36 @@ def trained(config: RunConfig) -> Ended:
             raise ValueError(f"output_dir {config.output_dir} has changed meanwhile\nstart the command again")
         on_first_process(lambda: write_parts(parts))
         on_first_process(lambda: claim_folders(config, tenants))
-        model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+        if mesh not in shared.backbones:
+            shared.backbones.clear()  # two at once may not fit
+            shared.backbones[mesh] = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+        model = shared.backbones[mesh]
         require_same("the backbone", lambda: model.fingerprint)
         metric = tenants[0].validation.metric if not config.many and tenants[0].validation else None
-        for part, of_part, layout in zip(parts[:-1], inputs, layouts, strict=False):
-            fit(config, model, of_part, layout, mesh, part)
-        if len(parts) > 1:
-            say(f"added to the run after it had begun: {safe_names(parts[-1].names)}")
-        state, standing = fit(config, model, inputs[-1], layouts[-1], mesh, parts[-1])
+        for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
+            if part is parts[-1] and len(parts) > 1:
+                say(f"added to the run after it had begun: {safe_names(part.names)}")
+            if any(is_auto(tenant.config) for tenant in of_part.tenants):
+                chosen = choose_rates(config, model, of_part, layout, mesh, partial(fit, quiet=True), part.folder)
+                config, of_part = resolved(config, chosen), resolved_inputs(of_part, chosen)
+                on_first_process(partial(claim_folders, config, of_part.tenants))
+            state, standing = fit(config, model, of_part, layout, mesh, part)
         return Ended(model, mesh, list(own), state, standing, metric)
 
 
-def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part) -> tuple[TrainState, Standing]:
-    """The training loop of one part, with a backbone that is loaded already. The folders must be claimed."""
+def resolved_configs(own: dict[str, RunConfig], chosen: dict[str, float]) -> dict[str, RunConfig]:
+    """The tenants' configs, each with the rate that was chosen for it."""
+    return {name: with_rate(one, chosen[name]) if is_auto(one) and name in chosen else one for name, one in own.items()}
+
+
+def fit(
+    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part, *, quiet: bool = False
+) -> tuple[TrainState, Standing]:
+    """The training loop of one part, with a backbone that is loaded already. The folders must be claimed.
+
+    Args:
+        quiet: no warnings and no scores of the base model: these are trials, and some may go wrong.
+    """
     folder, (tokenizer, tenants, buckets) = part.folder, inputs
     for line in replicated_lines(model, mesh, model.config):
         say(line)
@@ -234,11 +274,14 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Pa
             parts = {"validation": validation, "test": test}
             held = {name: list(tasks.encoded.values()) for name, tasks in parts.items() if tasks.encoded}
             say_evaluation(held, config.eval.batch_size)
-            logs = Logs(log, tenant_rows(tenants) if config.many else [])
+            health = Health([tenant.name for tenant in tenants], [tenant.config for tenant in tenants], quiet=quiet)
+            if restored:
+                on_first_process(lambda: [health.read(i, t.folder / "metrics.jsonl") for i, t in enumerate(tenants)])
+            logs = Logs(log, tenant_rows(tenants) if config.many else [], health)
             scoring = Scoring(config, model, tenants, validation, test, logs, stop)
             loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
-                for split in ("test", "validation"):
+                for split in () if quiet else ("test", "validation"):
                     asked = scoring.with_changed(standing, split, changed) if restored else list(range(len(tenants)))
                     standing = scoring.score_backbone(state, standing, split, asked)
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))

@@ -41,6 +41,8 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
             raise damaged(file, f"{shorten(name)}: {wrong} is {shorten(entry.get(wrong))}")
         if not is_records(entry.get("scores", {})):
             raise damaged(file, f"{shorten(name)}: scores is {shorten(entry['scores'])}")
+        if not is_text(entry.get("warning")):  # entries of earlier versions have none
+            raise damaged(file, f"{shorten(name)}: warning is {shorten(entry['warning'])}")
     return entries
 
 
@@ -64,7 +66,7 @@ def is_score(value: Any) -> bool:
     return value is None or is_number(value)
 
 
-def is_metric(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.isprintable())
 
 
@@ -73,11 +75,16 @@ FIELDS = {
     "steps": is_step,
     "best_step": is_step,
     "best_score": is_score,
-    "metric": is_metric,
+    "metric": is_text,
     "test_before": is_score,
     "test_after": is_score,
     "ended": lambda value: value in ENDINGS,
 }
+
+
+def warning_lines(entries: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each tenant that something went wrong with: "warning: acme: loss rose from 6.1 to 7.4; ...\"."""
+    return [f"warning: {name}: {entry['warning']}" for name, entry in entries.items() if entry.get("warning")]
 
 
 def damaged(file: Path, what: str) -> ValueError:

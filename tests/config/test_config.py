@@ -5,6 +5,7 @@ import itertools
 from typing import Annotated, Literal
 
 import pytest
+import yaml
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, RunConfig, load_config
 from para_jax.config import ADAPTER_CONFIGS, SITES, TrainSection, allowed_values, config_dict, save_config
@@ -86,6 +87,29 @@ def test_other_overrides_are_yaml():
         None, ["train.max_steps=null", "eval.test=true", "backbone.dtype=float32", "train.learning_rate=1"]
     )
     assert (config.train.max_steps, config.eval.test, config.train.learning_rate) == (None, True, 1.0)
+
+
+@pytest.mark.parametrize("method", ["para", "lora", "ia3"])
+def test_a_learning_rate_that_is_not_set_is_the_methods(method, tmp_path):
+    own = ADAPTER_CONFIGS[method].default_learning_rate
+    config = load_config(None, [f"adapter.method={method}"])
+    assert config.train.learning_rate == config.train.peak_learning_rate == own
+    file = written(tmp_path, "train: {learning_rate: 0.5}\n")
+    assert load_config(file, [f"adapter.method={method}"]).train.learning_rate == 0.5
+    assert load_config(file, [f"adapter.method={method}", "train.learning_rate=null"]).train.learning_rate == own
+    save_config(config, tmp_path / "saved.yaml")
+    assert yaml.safe_load((tmp_path / "saved.yaml").read_text())["train"]["learning_rate"] == own
+    swept = load_config(None, [f"adapter.method={method}", "sweep.learning_rate=[1e-4]"])
+    assert swept.train.learning_rate is None  # no adapter is trained with it
+    assert "default_learning_rate" not in config_dict(config)["adapter"]
+
+
+def test_the_learning_rate_may_be_auto_and_then_is_no_number_yet():
+    config = load_config(None, ["train.learning_rate=auto"])
+    assert config.train.learning_rate == "auto"
+    with pytest.raises(ValueError, match="train.learning_rate is auto"):
+        _ = config.train.peak_learning_rate
+    assert "or auto" in error("train.learning_rate=fast") and "or auto" in error("train.learning_rate=-1")
 
 
 def test_target_modules_are_sorted_in_the_order_of_the_sites():

@@ -1,5 +1,6 @@
 """A run's folder: it holds one run, one process at a time writes there, and a kill leaves nothing that stays."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -216,6 +217,22 @@ def test_a_digest_is_of_content_and_not_of_places_or_of_fields_that_are_as_ever(
     shifted = [([1], [2, 3]), ([4], [5, 6])]
     assert run_digests(config, "b", [tenant(shifted)])["data"] != found["data"]
     assert run_digests(config, "c", [tenant(examples)])["backbone"] != found["backbone"]
+
+
+@pytest.mark.parametrize("method", ["para", "lora", "ia3"])
+def test_a_run_from_when_every_method_had_one_default_rate_is_the_same_run(method, folder):
+    """Digests leave out what was the default: 1e-3, whatever it is now."""
+    given = f"adapter.method={method}", "output_dir=run"
+    plain = load_config(None, [*given, "train.learning_rate=1e-3"])
+    found = run_digests(plain, "b", [tenant([([1], [2])])])["config"]
+    assert found == hashlib.sha256(b"{}").hexdigest()  # nothing differs from the defaults
+    other = load_config(None, [*given, "train.learning_rate=0.7"])
+    assert run_digests(other, "b", [tenant([([1], [2])])])["config"] != found
+    assert differences(plain, other) == ["train.learning_rate (0.001 there, 0.7 here)"]
+    swept = load_config(None, [*given, "sweep.learning_rate=[0.7]"])
+    old = replace(swept, train=replace(swept.train, learning_rate=1e-3))  # what an old config.yaml holds, unused
+    assert differences(old, swept) == []
+    assert run_digests(old, "b", [tenant([([1], [2])])]) == run_digests(swept, "b", [tenant([([1], [2])])])
 
 
 def test_a_digest_says_which_part_of_the_data_is_another(config):

@@ -33,7 +33,7 @@ from para_jax.inspect import folder_report
 from para_jax.runs import loop
 from para_jax.runs.folder import claim_folders
 from para_jax.runs.scoring import Scoring
-from para_jax.runs.tenants import read_inputs
+from para_jax.runs.tenants import read_inputs, sweep_configs
 from para_jax.training import statistics
 from para_jax.training.log import TIMES
 from para_jax.training.passes import lay_out
@@ -297,10 +297,11 @@ def test_a_tenant_that_is_not_finite_stops_alone_and_keeps_its_last_good_adapter
     save_config(config, tmp_path / "run.yaml")
     assert main(["train", str(tmp_path / "run.yaml")]) == 1
     said = capfd.readouterr()
-    good, bad = "learning_rate-0.03-seed-0", "learning_rate-1e30-seed-0"
+    good, bad = "learning_rate-0.03", "learning_rate-1e30"
     assert weights_of(tmp_path / "run", good) == weights_of(tmp_path / "sound", good)
     assert metrics(tmp_path / "run" / good) == metrics(tmp_path / "sound" / good)
     assert re.search(rf"{bad}: stopped at its step \d: the .* on .*train.jsonl:\d+.* the others continue", said.err)
+    assert re.search(rf"^best: {good}, with validation loss \d", said.out, re.MULTILINE)
     assert re.search(rf"{bad} +loss .*not finite", said.out)
     entries = json.loads((tmp_path / "run" / "tenants.json").read_text())
     assert entries[bad]["ended"] == "not finite" and entries[bad]["steps"] < 6
@@ -333,6 +334,21 @@ def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
         for to in (tmp_path / "run" / "learning_rate-0.003-seed-7", tmp_path / "alone")
     ]
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_a_combination_is_named_by_what_is_swept_and_an_old_run_keeps_its_names(folder, tmp_path):
+    def names(sweep):
+        config = load_config(None, [f"output_dir={tmp_path}", *sweep])
+        return list(sweep_configs(config))
+
+    rates, seeds = ["sweep.learning_rate=[3e-4, 1e-3]"], ["sweep.seed=[0, 7]"]
+    assert names(rates) == ["learning_rate-0.0003", "learning_rate-0.001"]
+    assert names(seeds) == ["seed-0", "seed-7"]
+    assert names(rates + seeds)[:2] == ["learning_rate-0.0003-seed-0", "learning_rate-0.0003-seed-7"]
+    (tmp_path / "learning_rate-0.0003-seed-0").mkdir()
+    assert names(rates)[0] == "learning_rate-0.0003"
+    (tmp_path / "learning_rate-0.0003-seed-0" / "config.yaml").touch()
+    assert names(rates) == ["learning_rate-0.0003-seed-0", "learning_rate-0.001-seed-0"]
 
 
 # ----------------------------------------------------------------------------------------------------- stop and resume
