@@ -129,10 +129,9 @@ def check_folder(config: RunConfig) -> None:
     folder = expanded(config.output_dir)
     file = folder / "config.yaml"
     if file.is_file():
-        held = load_config(file)
-        if is_auto(held):  # perhaps killed before the number was written
-            held = resolved(held, chosen_rates(folder))
-        if found := differences(held, config):
+        chosen = chosen_rates(folder)
+        held = resolved(load_config(file), chosen)  # perhaps it was killed before the number was written
+        if found := differences(held, resolved(config, chosen)):
             raise another_run(folder, found)
     elif folder.exists():
         own = {folder / LOCK, *atomic.files_left(file), *trials_left(folder)} if folder.is_dir() else set()
