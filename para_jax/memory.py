@@ -178,7 +178,7 @@ def cache_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of the keys and values of one evaluation batch on each device."""
     model = load_model_config(config.backbone.source)
     rows = math.ceil(config.eval.batch_size / batch_devices(mesh))
-    tokens = min(config.data.max_seq_length + (config.eval.max_new_tokens or 32), model.max_positions)
+    tokens = min(config.data.assumed_length + (config.eval.max_new_tokens or 32), model.max_positions)
     split = mesh.shape["tensor"] if model.num_kv_heads % mesh.shape["tensor"] == 0 else 1
     heads = model.num_kv_heads // split
     itemsize = jnp.dtype(config.backbone.dtype or "bfloat16").itemsize
@@ -189,7 +189,7 @@ def activation_bytes(config: RunConfig, model: ModelConfig, mesh: Mesh | Abstrac
     """What the backward pass keeps of each layer, one layer's attention and linears, the weights that fsdp has gathered
     (of a layer, and the head's), and a chunk of the logits."""
     dtype, tensor = jnp.dtype(config.backbone.dtype or "bfloat16"), mesh.shape["tensor"]
-    tokens, rows = config.data.max_seq_length, lay_out(config, mesh, tenants).pass_rows // batch_devices(mesh)
+    tokens, rows = config.data.assumed_length, lay_out(config, mesh, tenants).pass_rows // batch_devices(mesh)
     linears = sum(map(model.site_width, SITES)) / tensor
     kernel, _ = kernel_of_run(config, model)
     scores = 4 * rows * model.num_heads / tensor * tokens * tokens * (kernel == "plain")
@@ -254,13 +254,13 @@ def abstract_model(config: RunConfig, mesh: Mesh | AbstractMesh) -> Any:
 def kernel_of_run(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
     """The attention kernel of a run's longest rows on a TPU, and the reason for it."""
     dtype, choice = config.backbone.dtype or "bfloat16", choice_named(config.backbone.attention)
-    return attention_kernel(model, config.data.max_seq_length, dtype, "tpu", choice, packed=config.data.packing)
+    return attention_kernel(model, config.data.assumed_length, dtype, "tpu", choice, packed=config.data.packing)
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh | AbstractMesh, layout: Layout) -> Batch | Packed:
     """A step's batch."""
     lead = (layout.passes, layout.pass_rows)
-    tokens = (config.data.max_seq_length,)
+    tokens = (config.data.assumed_length,)
     if config.data.packing:
         segments = (packed_examples(config),)
         kind, shapes = Packed, (tokens, tokens, segments, segments, segments, tokens)
@@ -277,4 +277,4 @@ def sharded(mesh: Mesh | AbstractMesh, *axes) -> NamedSharding:
 
 def packed_examples(config: RunConfig) -> int:
     """Examples per packed row, where the data isn't read."""
-    return max(1, config.data.max_seq_length // TOKENS_AN_EXAMPLE)
+    return max(1, config.data.assumed_length // TOKENS_AN_EXAMPLE)

@@ -6,21 +6,25 @@ Python shows warnings and hides the rest by default. The command line shows all 
 import logging
 import sys
 
-import jax
-
 LOGGER = logging.getLogger("para_jax")
 
 
 def say(text: str) -> None:
     """Logs what the program does, such as its devices or that it compiles."""
-    if jax.process_index() == 0:
+    if speaks():
         LOGGER.info(text)
 
 
 def warn(text: str) -> None:
     """Logs what the user may want to act on."""
-    if jax.process_index() == 0:
+    if speaks():
         LOGGER.warning(text)
+
+
+def speaks() -> bool:
+    """Whether this is the first process. Before JAX is imported, no process has joined another one."""
+    jax = sys.modules.get("jax")
+    return jax is None or jax.process_index() == 0
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:

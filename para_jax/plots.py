@@ -5,16 +5,19 @@ Each function returns a matplotlib Figure, which a notebook shows where it is a 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import atomic
 from .config import expanded
 from .evaluation.factors import Spread, root_mean_square
+from .figures import FORMATS as FORMATS
+from .figures import drawable, explain, new_figure, plain, run_names, wrapped
+from .figures import save as save
+from .score_plots import Bar, Scores, draw_panel, shorten_name
 from .training.metrics_file import is_log, read_metrics
 
 if TYPE_CHECKING:
@@ -23,37 +26,6 @@ if TYPE_CHECKING:
 COLOURS = {"base": "black", "PARA": "tab:green", "(IA)^3": "tab:blue"}
 #: Columns of a heat map: the units of a site are sorted by their factor, and averaged to this many values.
 BINS = 48
-FORMATS = (".png", ".pdf", ".svg")
-#: Matplotlib's axes overflow beyond this value.
-LARGEST = 1e30
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that shows itself in a notebook without pyplot and its global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("matplotlib is not installed; `pip install 'para_jax[plot]'`") from None
-
-    class Picture(Figure):
-        def _repr_png_(self) -> bytes:
-            data = io.BytesIO()
-            self.savefig(data, format="png", dpi=100)
-            return data.getvalue()
-
-    return Picture(figsize=(width, height), layout="constrained")
-
-
-def save(figure: Figure, file: str | Path) -> None:
-    """Writes the figure in the format of the file's suffix, one of FORMATS. Replaces an old file atomically."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=expanded(file).suffix.removeprefix("."), dpi=120)
-    atomic.write_bytes(expanded(file), drawn.getvalue())
-
-
-def plain(text: str) -> str:
-    """A text with its dollars escaped, which matplotlib would read as mathematics."""
-    return text.replace("$", r"\$")
 
 
 # ----------------------------------------------------------------------------------------------------- learning curves
@@ -61,50 +33,186 @@ def plain(text: str) -> str:
 
 def curves_plot(folders: Sequence[str | Path]) -> Figure:
     """The training loss, smoothed, and the validation loss and scores of one or more runs over the optimiser's steps,
-    from their metrics.jsonl."""
-    runs = dict(zip(run_names(folders), map(read_run, folders), strict=True))
-    measured = [
-        name.removeprefix("validation_")
-        for rows in runs.values()
-        for row in rows
-        for name in row
-        if name.startswith("validation_")
-    ]
-    metrics = [name for name in dict.fromkeys(measured) if name != "loss" and not name.endswith("_stderr")]
-    figure = new_figure(7, 3.2 + 2.4 * len(metrics))
-    panels = figure.subplots(1 + len(metrics), 1, sharex=True, squeeze=False, height_ratios=[1.4] + [1] * len(metrics))[
-        :, 0
-    ]
-    for i, (name, rows) in enumerate(runs.items()):
-        colour, (steps, losses) = f"C{i % 10}", series(rows, "loss")
-        panels[0].plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
-        panels[0].plot(steps, smoothed(losses), color=colour, label=plain(name))
-        panels[0].plot(*series(rows, "validation_loss"), color=colour, marker="o", markersize=4, linestyle="--")
-        for axes, metric in zip(panels[1:], metrics, strict=True):
-            steps, scores = series(rows, f"validation_{metric}")
-            errors = dict(zip(*series(rows, f"validation_{metric}_stderr"), strict=True))
-            axes.errorbar(
-                steps, scores, [errors.get(s, np.nan) for s in steps], color=colour, marker="o", markersize=4, capsize=2
-            )
-    panels[0].plot([], [], color="grey", label="training, smoothed")
-    panels[0].plot([], [], color="grey", marker="o", markersize=4, linestyle="--", label="validation")
-    panels[0].set_ylabel("loss (nats per token)")
-    panels[0].set_yscale("log")
-    panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].set_title("Learning curves; bars are one standard error", fontsize=10)
-    panels[0].legend(fontsize=8)
-    for axes, metric in zip(panels[1:], metrics, strict=True):
-        axes.set_ylabel(plain(f"validation {metric}"))
-    panels[-1].set_xlabel("optimiser step")
-    for axes in panels:
-        axes.grid(alpha=0.3)
+    from their metrics.jsonl. A run of many tenants has a curve for each tenant; with more than MAX_CURVES, the median
+    of all and their range. Where each run was scored once, the scores are bars. A sentence under the picture says how
+    to read it."""
+    runs = read_runs(folders)
+    whole = {name: next(iter(of_run.values())) for name, of_run in runs.items() if len(of_run) == 1}
+    several = {name: list(of_run.values()) for name, of_run in runs.items() if len(of_run) > 1}
+    every = [*whole.values(), *(rows for of_run in several.values() for rows in of_run)]
+    metrics = validation_metrics(every)
+    bars = {metric for metric in metrics if whole and not several and len(whole) > 1 and scored_once(every, metric)}
+    heights = [3.0] + [0.9 + 0.25 * len(whole) if metric in bars else 2.1 for metric in metrics]
+    figure = new_figure(7, sum(heights) + 0.9)
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    losses, of_metrics = panels[0], dict(zip(metrics, panels[1:], strict=True))
+    said = Said()
+    for i, (name, rows) in enumerate(whole.items()):
+        draw_losses(losses, name, rows, f"C{i % 10}", said)
+        for metric, axes in of_metrics.items():
+            if metric not in bars:
+                draw_scores(axes, metric, rows, f"C{i % 10}", said)
+    for i, (name, of_run) in enumerate(several.items(), len(whole)):
+        colour, label = f"C{i % 10}", f"{name}: median of {len(of_run)}"
+        draw_range(losses, [smoothed_series(rows) for rows in of_run], colour, plain(label), said)
+        draw_range(losses, [series(rows, "validation_loss") for rows in of_run], colour, None, said, linestyle="--")
+        for metric, axes in of_metrics.items():
+            draw_range(axes, [series(rows, f"validation_{metric}") for rows in of_run], colour, None, said, marker="o")
+    losses.plot([], [], color="grey", label="training, smoothed")
+    if any("validation_loss" in row for rows in every for row in rows):
+        losses.plot([], [], color="grey", marker="o", markersize=4, linestyle="--", label="validation")
+    if said.tested:
+        losses.plot([], [], color="grey", marker="D", markersize=5, linestyle="", label="test, before and after")
+    losses.set_ylabel("loss (nats per token)")
+    handles, labels = losses.get_legend_handles_labels()
+    if len(labels) > 8 or max(map(len, labels)) > 40:  # no room inside
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=7)
+    else:
+        losses.legend(fontsize=8)
+    for metric, axes in of_metrics.items():
+        if metric in bars:
+            found = {name: bar for name, rows in whole.items() if (bar := last_score(rows, metric))}
+            draw_panel(axes, f"validation {metric}", Scores(metric, found))
+            said.errors |= any(bar.stderr for bar in found.values())
+        else:
+            axes.set_ylabel(plain(f"validation {metric}"))
+    over_steps = [losses, *(axes for metric, axes in of_metrics.items() if metric not in bars)]
+    for axes in over_steps:
+        plain_axes(axes)
+        axes.set_xlim(over_steps[0].get_xlim())
+    over_steps[-1].set_xlabel("optimiser step")
+    losses.set_title("Learning curves", fontsize=10)
+    explain(figure, said.sentence(bool(bars)))
     return figure
 
 
-def run_names(folders: Sequence[str | Path]) -> list[str]:
-    """The folders' own names, or their paths if two names are equal."""
-    names = [expanded(folder).resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+#: More curves of one run than this are drawn as their median and range.
+MAX_CURVES = 10
+
+
+@dataclass
+class Said:
+    """What a picture of curves holds, and the sentence under it has to explain."""
+
+    errors: bool = False
+    ranges: bool = False
+    tested: bool = False
+
+    def sentence(self, bars: bool) -> str:
+        said = ["A loss that falls is good; a validation loss that rises while training falls is overfitting."]
+        if self.ranges:
+            said.append("Shades span the lowest to the highest tenant.")
+        if self.tested:
+            said.append("Diamonds are the test data: hollow for the base model, filled for the adapter that was kept.")
+        if self.errors:
+            said.append(f"{'Whiskers' if bars else 'Bars'} are one standard error over the examples.")
+        return " ".join(said)
+
+
+def draw_losses(axes, name: str, rows: list[dict], colour: str, said: Said) -> None:
+    steps, values = series(rows, "loss")
+    axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+    axes.plot(*smoothed_series(rows), color=colour, label=plain(shorten_name(name, 60)))
+    axes.plot(*series(rows, "validation_loss"), color=colour, marker="o", markersize=4, linestyle="--")
+    draw_tested(axes, "loss", rows, colour, said)
+
+
+def draw_scores(axes, metric: str, rows: list[dict], colour: str, said: Said) -> None:
+    steps, scores = series(rows, f"validation_{metric}")
+    held = dict(zip(*series(rows, f"validation_{metric}_stderr"), strict=True))
+    errors = [held.get(step, np.nan) for step in steps]
+    axes.errorbar(steps, scores, errors, color=colour, marker="o", markersize=4, capsize=2)
+    said.errors |= bool(held)
+    draw_tested(axes, metric, rows, colour, said)
+
+
+def draw_tested(axes, metric: str, rows: list[dict], colour: str, said: Said) -> None:
+    """The test scores of the base model, hollow, and of the adapter that was kept, filled."""
+    for when, fill in (("before", "white"), ("after", colour)):
+        steps, values = series(rows, f"test_{when}_{metric}")
+        if steps:
+            said.tested = True
+            look = dict(markersize=5, linestyle="", markeredgecolor=colour, markerfacecolor=fill)
+            axes.plot(steps[-1:], values[-1:], marker="D", **look)
+
+
+def draw_range(
+    axes,
+    curves: Sequence[tuple[list, Sequence[float] | np.ndarray]],
+    colour: str,
+    label: str | None,
+    said: Said,
+    **look,
+) -> None:
+    """The median of many curves at each step, and the range from the lowest to the highest."""
+    at: dict[int, list[float]] = {}
+    for steps, values in curves:
+        for step, value in zip(steps, values, strict=True):
+            if np.isfinite(value):
+                at.setdefault(step, []).append(value)
+    if not at:
+        return
+    said.ranges = True
+    steps = sorted(at)
+    axes.plot(steps, [np.median(at[step]) for step in steps], color=colour, label=label, markersize=4, **look)
+    axes.fill_between(
+        steps, [min(at[step]) for step in steps], [max(at[step]) for step in steps], color=colour, alpha=0.15, lw=0
+    )
+
+
+def plain_axes(axes) -> None:
+    """Whole steps below, and plain numbers at the side: 0.5, 1, 2, on a logarithmic scale where values differ much."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    values = np.concatenate([[np.nan], *(line.get_ydata() for line in axes.get_lines())]).astype(float)
+    values = values[np.isfinite(values)]
+    if axes.get_ylabel().startswith("loss") and len(values) and values.min() > 0 and values.max() > 5 * values.min():
+        axes.set_yscale("log")
+        few = values.max() < 1e3 * values.min()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def validation_metrics(runs: Sequence[list[dict]]) -> list[str]:
+    """The metrics that some run was scored by on its validation data, besides the loss."""
+    names = dict.fromkeys(name for rows in runs for row in rows for name in row if name.startswith("validation_"))
+    measured = [name.removeprefix("validation_") for name in names if not name.endswith("_stderr")]
+    return [name for name in measured if name != "loss"]
+
+
+def scored_once(runs: Sequence[list[dict]], metric: str) -> bool:
+    return all(sum(f"validation_{metric}" in row for row in rows) <= 1 for rows in runs)
+
+
+def last_score(rows: list[dict], metric: str) -> Bar | None:
+    found = [row for row in rows if f"validation_{metric}" in row]
+    return Bar(found[-1][f"validation_{metric}"], found[-1].get(f"validation_{metric}_stderr")) if found else None
+
+
+def read_runs(folders: Sequence[str | Path]) -> dict[str, dict[str, list[dict]]]:
+    """The rows of each curve to draw, {name: {tenant: rows}}. A run of more than MAX_CURVES tenants is one name with
+    all of them; with fewer, each tenant is a name of its own."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for name, folder in zip(run_names(folders), folders, strict=True):
+        tenants = sorted(file.parent.name for file in expanded(folder).glob("*/config.yaml"))
+        logs = {tenant: rows for tenant in tenants if (rows := rows_of_tenant(expanded(folder) / tenant))}
+        if len(logs) > MAX_CURVES:
+            found[name] = logs
+        elif logs:
+            prefix = f"{name}/" if len(folders) > 1 else ""
+            found |= {f"{prefix}{tenant}": {tenant: rows} for tenant, rows in logs.items()}
+        else:
+            found[name] = {name: read_run(folder)}
+    return found
+
+
+def rows_of_tenant(folder) -> list[dict]:
+    """The rows of a tenant's log; none before its first step."""
+    rows = list(read_metrics(folder / "metrics.jsonl")) if is_log(folder / "metrics.jsonl") else []
+    return rows if any("loss" in row for row in rows) else []
 
 
 def read_run(folder: str | Path) -> list[dict]:
@@ -120,7 +228,12 @@ def read_run(folder: str | Path) -> list[dict]:
 def series(rows: list[dict], name: str) -> tuple[list, list]:
     """The steps at which a run logged `name`, and the values; NaN (a gap) for a value too large to draw."""
     held = [(row["step"], float(row[name])) for row in rows if name in row]
-    return [step for step, _ in held], [value if abs(value) < LARGEST else np.nan for _, value in held]
+    return [step for step, _ in held], [drawable(value) for _, value in held]
+
+
+def smoothed_series(rows: list[dict]) -> tuple[list, np.ndarray]:
+    steps, values = series(rows, "loss")
+    return steps, smoothed(values)
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
@@ -133,18 +246,22 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- factors
 
 
-def factors_plot(factors: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Figure:
+def factors_plot(
+    factors: Mapping[str, Mapping[str, np.ndarray]], title: str, notes: Mapping[str, str] | None = None
+) -> Figure:
     """The factors of one prompt, or of two and their difference, as heat maps: layers down, the units of a site across,
     sorted by value. Colour is l - 1, white at 0, with one scale for all maps: where the difference is as strong as the
     factors themselves, they depend on the prompt.
 
     Args:
         factors: a prompt's name to its factors l, {site: [layers, site width]}.
+        notes: by site, a line under its name.
     """
     maps = {name: {site: values - 1 for site, values in sites.items()} for name, sites in factors.items()}
     if len(maps) == 2:
         (a, first), (b, second) = maps.items()
-        maps[f"{a} − {b}"] = {site: first[site] - second[site] for site in first}
+        both = f"{a} − {b}" if len(a) + len(b) <= 20 else "the first − the second"
+        maps[both] = {site: first[site] - second[site] for site in first}
     sites = list(next(iter(maps.values())))
     binned = {name: {site: sorted_bins(values) for site, values in of_name.items()} for name, of_name in maps.items()}
     scale = max(np.quantile(abs(bins), 0.98) for of_name in binned.values() for bins in of_name.values()) or 1e-9
@@ -162,13 +279,25 @@ def factors_plot(factors: Mapping[str, Mapping[str, np.ndarray]], title: str) ->
                 extent=(0, 100, len(bins) - 0.5, -0.5),
             )
             size = root_mean_square(maps[name][site].ravel())
-            axes.set_title(f"{site}, rms {size:.3g}", fontsize=8)
-        axes_row[0].set_ylabel(f"{name}\nlayer", fontsize=9)
+            axes.set_title(f"{with_note(site, notes)}, rms {size:.3g}", fontsize=8)
+        axes_row[0].set_ylabel(f"{plain(shorten_name(name))}\nlayer", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("units, sorted (%)", fontsize=8)
     figure.colorbar(image, ax=grid, label="l − 1", extend="both", extendfrac=0.02, aspect=30, pad=0.02)
     figure.suptitle(title, fontsize=9, parse_math=False)
+    said = (
+        "A factor l multiplies one unit of a linear layer's output. l − 1 is 0 (white) where the adapter changes "
+        "nothing. Units are sorted in each layer from the smallest factor to the largest; rms is the root mean square "
+        "of l − 1."
+    )
+    if len(factors) == 2:
+        said += " If the last row is as strong as the others, the factors depend on the prompt."
+    explain(figure, said)
     return figure
+
+
+def with_note(site: str, notes: Mapping[str, str] | None) -> str:
+    return f"{site}\n{plain(notes[site])}" if notes and site in notes else site
 
 
 def sorted_bins(values: np.ndarray) -> np.ndarray:
@@ -178,12 +307,16 @@ def sorted_bins(values: np.ndarray) -> np.ndarray:
     return np.stack([part.mean(axis=1) for part in parts], axis=1)
 
 
-def spread_plot(spreads: Mapping[str, Spread], title: str) -> Figure:
+def spread_plot(spreads: Mapping[str, Spread], title: str, notes: Mapping[str, str] | None = None) -> Figure:
     """How much factors differ from prompt to prompt, over the layers: a column per site, a colour per adapter. The
     upper row shows the spread over prompts relative to the part that all prompts share. The lower row shows both,
-    because the ratio means little in a layer with factors near 1."""
+    because the ratio means little in a layer with factors near 1.
+
+    Args:
+        notes: by site, a line under its name.
+    """
     sites = list(dict.fromkeys(site for spread in spreads.values() for site in spread.size))
-    figure = new_figure(1 + 2.8 * len(sites), 5.4)
+    figure = new_figure(max(6.4, 1 + 2.8 * len(sites)), 6)
     grid = figure.subplots(2, len(sites), squeeze=False, sharex=True, sharey="row")
     for column, site in enumerate(sites):
         for i, (name, spread) in enumerate(spreads.items()):
@@ -199,7 +332,7 @@ def spread_plot(spreads: Mapping[str, Spread], title: str) -> Figure:
                 **look | {"marker": ""},
                 linestyle="--",
             )
-        grid[0, column].set_title(site, fontsize=9)
+        grid[0, column].set_title(with_note(site, notes), fontsize=9)
         grid[1, column].set_xlabel("layer")
     for axes, label in zip(grid[:, 0], ("spread / shared", "l − 1, root mean square"), strict=True):
         axes.set_ylabel(label, fontsize=9)
@@ -210,7 +343,17 @@ def spread_plot(spreads: Mapping[str, Spread], title: str) -> Figure:
         axes.grid(alpha=0.3)
     drawn = {line.get_label(): line for axes in grid[1] for line in axes.get_lines()}
     named = [f"{name}: {what}" for name in spreads for what in ("spread over prompts", "shared by all prompts")]
-    figure.legend([drawn[text] for text in named], named, loc="outside lower center", ncols=2, fontsize=8)
+    said = wrapped(
+        figure,
+        "Above: 0 means that an adapter does not read the prompt; 1, that its factors differ from prompt to prompt as "
+        "much as they differ from doing nothing (l = 1). Below: both parts. Where both are near 0, the ratio means "
+        "little.",
+    )
+    lines = [drawn[text] for text in named]
+    legend = figure.legend(
+        lines, list(map(plain, named)), title=said, loc="outside lower center", ncols=2, fontsize=8, frameon=False
+    )
+    legend.get_title().set(fontsize=8, color="0.3")
     figure.suptitle(title, fontsize=9, parse_math=False)
     return figure
 

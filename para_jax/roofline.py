@@ -84,7 +84,7 @@ def training_work(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int = 1
     Adapters, optimiser, norms and elementwise operations are not counted.
     """
     model, layout = load_model_config(config.backbone.source), lay_out(config, mesh, tenants)
-    length, remat = config.data.max_seq_length, config.train.remat
+    length, remat = config.data.assumed_length, config.train.remat
     dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
     kernel, _ = kernel_of_run(config, model)
     tokens = layout.passes * layout.pass_rows * length / mesh.size  # per chip, as if `tensor` split them too

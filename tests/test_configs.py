@@ -17,6 +17,7 @@ SIZES = {
     "gemma-2b": ("google/gemma-2b", 2_506_172_416, 4_478_976),
     "smollm2": ("smollm2-135m", 134_515_008, 1_036_800),
     "quickstart": ("smollm2-135m", 134_515_008, 1_036_800),
+    "own-data": ("smollm2-135m", 134_515_008, 1_036_800),
 }
 #: The sibling papers' settings: AdamW at 1e-4, linear decay, 6 % warm-up, 10 epochs, evaluation every 200 steps.
 SIBLINGS = {"learning_rate": 1e-4, "schedule": "linear", "warmup_ratio": 0.06, "num_epochs": 10}

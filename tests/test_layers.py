@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["storage"],
     ["atomic", "yaml_text", "table", "messages"],
-    ["config"],
-    ["untrusted"],
+    ["config", "progress"],
+    ["untrusted", "record_file"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "processes"],
     ["backbone", "adapters", "data"],
     ["model"],
@@ -24,7 +24,9 @@ LAYERS = [
     ["evaluation"],
     ["dry_run"],
     ["runs"],
-    ["plots", "inspect"],
+    ["figures", "inspect"],
+    ["score_plots"],
+    ["plots"],
     ["bench", "quickstart"],
     ["cli"],
 ]
@@ -108,14 +110,24 @@ def test_the_reader_of_imports_tells_up_and_sideways_from_down(file, text, wrong
     assert bool(list(wrong_imports(file, text))) == wrong
 
 
-def test_importing_para_jax_brings_layers_0_to_2_and_no_slow_package():
-    code = "import sys, para_jax; print(*sys.modules)"
+def test_importing_para_jax_brings_nothing_but_itself():
+    """Names are imported when they are used. `forward` then brings layers 0 to 2 and no slow package."""
+    code = "import sys, para_jax; print(*sys.modules, sep=',')"
+    code += "; para_jax.forward, para_jax.load_backbone, para_jax.AdapterBank; print(*sys.modules, sep=',')"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = run.stdout.split()
+    first, loaded = (line.split(",") for line in run.stdout.splitlines())
+    assert [name for name in first if name.startswith("para_jax")] == ["para_jax"]
+    assert not {*HEAVY, "jax", "flax", "numpy"} & set(first)
     assert "para_jax.model" in loaded
     assert not set(HEAVY) & set(loaded)
     ours = {name.split(".")[1] for name in loaded if name.startswith("para_jax.")}
     assert {unit for unit in ours if LAYER[unit] > LAYER["model"]} == set()
+
+
+def test_submodules_answer_as_attributes_without_an_import_of_their_own():
+    code = "import para_jax; print(para_jax.model.forward is para_jax.forward)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == "True\n", run.stderr
 
 
 def test_the_public_names_are_all_there_and_no_other_answers():
@@ -124,6 +136,7 @@ def test_the_public_names_are_all_there_and_no_other_answers():
     Transformer LayerKind ModelConfig ParaConfig RotaryConfig RunConfig load_config load_tokenizer
     AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter multi_tenant_forward prefill
     right_pad vectors make_mesh generate train TrainResult train_tenants TenantsResult evaluate Report
+    compare_methods MethodsResult
     curves_plot factors_plot""".split()
     assert set(names) <= set(dir(para_jax))
     assert all(callable(getattr(para_jax, name)) for name in names)

@@ -10,7 +10,6 @@ from import_reader import imported, module, sources
 TESTS = Path(__file__).parent
 #: The test file of a module that has none of its own name, and that no test in its folder imports.
 ELSEWHERE = {
-    "adapters.card": "adapters/test_files.py",
     "adapters.ia3_format": "adapters/test_peft_format.py",
     "adapters.lora_format": "adapters/test_peft_format.py",
     "adapters.method": "adapters/test_adding_a_method.py",
@@ -25,11 +24,10 @@ ELSEWHERE = {
     "data.template_process": "data/test_chat_template.py",
     "gguf.config": "gguf/test_file.py",
     "inspect": "cli/test_cli.py",
+    "record_file": "bench/test_bench.py",
     "runs.logs": "runs/test_tenants.py",
     "runs.standing": "runs/test_tenants.py",
-    "serving.request": "serving/test_engine.py",
     "serving.slots": "serving/test_engine.py",
-    "serving.ticket": "serving/test_engine.py",
     "storage.cache": "storage/test_bucket.py",
     "storage.service": "storage/test_bucket.py",
     "tensor_file": "backbone/test_safetensors.py",

@@ -2,6 +2,9 @@
 
 import ast
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import para_jax
@@ -26,3 +29,16 @@ def test_type_checkers_see_every_name_that_is_imported_late():
 
 def test_the_package_says_that_it_is_typed():
     assert (INIT.parent / "py.typed").is_file()
+
+
+def test_transformers_says_nothing_about_pytorch_but_its_other_warnings_stay():
+    code = """
+import logging
+from para_jax.data.chat_template import render_template
+import transformers
+assert render_template("{{ messages[0].content }}", [{"role": "user", "content": "hi"}]) == "hi"
+logging.getLogger("transformers").warning("another warning")
+"""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "[transformers] another warning\n")

@@ -1,8 +1,6 @@
 """Figures contain the data that they claim to show; their looks were judged by eye."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -58,8 +56,8 @@ def test_learning_curves_show_losses_and_scores_at_their_steps(tmp_path):
 def test_each_metric_has_a_panel_and_runs_of_equal_names_stay_apart(tmp_path):
     figure = curves_plot([run(tmp_path / "a" / "run"), run(tmp_path / "b" / "run", metric="f1")])
     assert [axes.get_ylabel() for axes in figure.axes[1:]] == ["validation accuracy", "validation f1"]
-    named = [text.get_text() for text in figure.axes[0].get_legend().get_texts()][:2]
-    assert named == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+    a, b = named(figure)[:2]
+    assert a.endswith("/a/run") and b.endswith("/b/run")
 
 
 def test_a_run_that_is_called_by_dollars_is_drawn_with_them(tmp_path):
@@ -158,16 +156,94 @@ def test_a_prompt_in_a_title_is_text_and_never_mathematics(tmp_path):
     save(spread_plot({"A": Spread(size, size, 9)}, title), tmp_path / "spread.png")
 
 
-@pytest.mark.long
-def test_a_notebook_shows_a_figure_without_pyplot():
-    code = (
-        "import sys; from para_jax.plots import new_figure; f = new_figure(2, 2); f.subplots(); "
-        "assert f._repr_png_().startswith(b'\\x89PNG'); assert 'matplotlib.pyplot' not in sys.modules"
+# ------------------------------------------------------------------------------------------------- curves of many runs
+
+
+def many(folder, count, **how):
+    folder.mkdir()
+    (folder / "config.yaml").write_text("")
+    run(folder / "unused")  # no tenant: it has no config
+    for i in range(count):
+        run(folder / f"t{i:02}", slope=-0.01 * (1 + i % 3), **how)
+        (folder / f"t{i:02}" / "config.yaml").write_text("")
+    return folder
+
+
+def named(figure):
+    legend = figure.axes[0].get_legend() or figure.legends[0]
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def said(figure):
+    return " ".join(figure.get_supxlabel().split())
+
+
+def test_a_run_of_many_has_a_curve_for_each_tenant(tmp_path):
+    folder = many(tmp_path / "run", 3)
+    (folder / "t02" / "metrics.jsonl").write_text("")  # waits for a slot
+    figure = curves_plot([folder])
+    assert named(figure)[:3] == ["t00", "t01", "training, smoothed"]
+    other = run(tmp_path / "other")
+    assert named(curves_plot([folder, other]))[:3] == ["run/t00", "run/t01", "other"]
+
+
+def test_more_tenants_are_their_median_and_range_and_said(tmp_path):
+    figure = curves_plot([many(tmp_path / "run", 12)])
+    assert named(figure)[0] == "run: median of 12" and "lowest to the highest tenant" in said(figure)
+    median = lines(figure.axes[0])[0]
+    np.testing.assert_allclose(median[:, 1], 1 - 0.02 * np.arange(1, 21))
+    shade = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose((shade.min(), shade.max()), (1 - 0.03 * 20, 1 - 0.01))
+
+
+def test_steps_are_whole_and_losses_plain_numbers(tmp_path):
+    folder = run(tmp_path / "a")
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": 6.0 / i**2}) + "\n" for i in range(1, 6))
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    axes = curves_plot([folder]).axes[0]
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert axes.get_yscale() == "log" and axes.yaxis.get_major_formatter()(0.5, 0) == "0.5"
+    assert axes.yaxis.get_minor_formatter()(3.0, 0) == ""
+    assert {0.5, 1, 2, 5} <= set(np.round(axes.get_yticks(), 6))
 
 
-def test_a_missing_matplotlib_is_named_with_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"matplotlib is not installed; `pip install 'para_jax\[plot\]'`"):
-        factors_plot({"A": factors(1)}, "t")
+def test_errors_are_said_only_where_there_are_some(tmp_path):
+    assert "one standard error" in said(curves_plot([run(tmp_path / "a")]))
+    folder = run(tmp_path / "b")
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "validation_loss": 1.0, "validation_f1": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "standard error" not in said(curves_plot([folder]))
+
+
+def test_the_base_model_is_drawn_at_step_0(tmp_path):
+    folder = run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("w") as file:
+        for row in (
+            {"step": 0, "test_before_loss": 3.0},
+            {"step": 1, "loss": 2.0},
+            {"step": 1, "test_after_loss": 1.5},
+        ):
+            file.write(json.dumps(row) + "\n")
+    figure = curves_plot([folder])
+    diamonds = [line.get_xydata().tolist() for line in figure.axes[0].get_lines() if line.get_marker() == "D"]
+    assert diamonds[:2] == [[[0, 3.0]], [[1, 1.5]]] and "hollow for the base model" in said(figure)
+
+
+def test_runs_that_were_scored_once_are_bars_by_name(tmp_path):
+    folders = []
+    for name in ("a", "b"):
+        folders.append(run(tmp_path / name))
+        rows = [{"step": 1, "loss": 2.0}, {"step": 1, "validation_f1": 0.5, "validation_f1_stderr": 0.1}]
+        (folders[-1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure = curves_plot(folders)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["0.500 ± 0.100"] * 2
+    assert [tick.get_text() for tick in figure.axes[1].get_yticklabels()] == ["a", "b"]
+
+
+def test_a_note_stands_under_its_site():
+    size = {site: np.array([0.5, 0.2]) for site in SITES}
+    figure = spread_plot({"A": Spread(size, size, 9)}, "t", {"v_proj": "a note"})
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["q_proj", "v_proj\na note"]
+    figure = factors_plot({"A": factors(1)}, "t", {"v_proj": "a note"})
+    assert figure.axes[1].get_title().startswith("v_proj\na note, rms") and "l − 1" in said(figure)

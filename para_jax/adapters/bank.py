@@ -8,8 +8,6 @@ batch and the groups alone: tenants come, go and mix without a new one.
 
 from __future__ import annotations
 
-import bisect
-import difflib
 import hashlib
 import threading
 from collections import Counter
@@ -24,13 +22,13 @@ import numpy as np
 from ..config import SITES, ModelConfig, shorten
 from ..sharding import place
 from ..storage.bucket import BucketPath
-from ..untrusted import safe_name
 from .adapter import Adapter
 from .files import load_adapter
 from .folder import require_finite
 from .methods import METHODS, method_of
 from .padding import group_template, host_leaves, padded_leaves, stacked_on_device
 from .rows import Rows, Stack, check_fits
+from .unknown_tenant import unknown
 
 
 class Entry(NamedTuple):
@@ -243,9 +241,10 @@ class AdapterBank:
         check_fits(adapter, self.model_config)
         method = method_of(adapter.config)
         if method.name not in self.methods:
+            wanted = tuple(one.name for one in METHODS if one.name in (*self.methods, method.name))
             raise ValueError(
-                f"bank: {name}: method {method.name!r} may not join; this bank was made with methods="
-                f"{', '.join(self.methods)}"
+                f"bank: {name}: this bank takes {' and '.join(self.methods)}; make it with methods={wanted} to let "
+                f"{method.label} in"
             )
         normal = adapter.normal(self.model_config)
         other = [site for site in normal.config.target_modules if site not in self.sites]
@@ -277,24 +276,6 @@ class AdapterBank:
             if method.name in self.methods and all(type(group) is not method.config for group in groups):
                 groups.add(method.group_config(method.config(), self.sites, self.max_r))
         return sorted(groups, key=repr)
-
-
-#: How many known names of each kind an unknown one is compared with; a comparison takes about 50 microseconds.
-COMPARED = 50
-
-
-def unknown(name: object, known: tuple[str, ...]) -> str:
-    """The error for a tenant that the bank does not hold, with names that are similar at the beginning or the end."""
-    text = str(name)[:100]
-    near = sorted(one for one in known if one.startswith(text[:3]))
-    at = bisect.bisect(near, text)  # neighbours in this order share the longest beginnings
-    near = near[max(0, at - COMPARED // 2) : at + COMPARED // 2]
-    near += [one for one in known if one.endswith(text[-3:])][:COMPARED] + list(known[:COMPARED])
-    nearest = difflib.get_close_matches(text, [one[:100] for one in dict.fromkeys(near)], n=3, cutoff=0.5)
-    if nearest:
-        return f"no tenant {shorten(name)}; the nearest are {', '.join(map(safe_name, nearest))}"
-    held = ", ".join(map(safe_name, known[:3])) or "none"
-    return f"no tenant {shorten(name)}; it holds {held}{' ...' if len(known) > 3 else ''}"
 
 
 def content_hash(adapter: Adapter) -> str:

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import yaml
 
+from ..config import printable
+from ..hub import BUILT_IN, BUILT_IN_HUB_ID, BUILT_IN_WEIGHTS
 from .method import Method
 
+#: What the hub accepts as `base_model`: user/name, or the name alone of an old repository.
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+#: The headings around the lines that the card was given.
+BEFORE, AFTER = "## Training", "## How to load it"
+TEST = "- Test "
 
-def model_card(method: Method, config: Any, base_model: str, lines: Iterable[str]) -> str:
-    """README.md as hubs read it. It names PEFT as the library for adapters that PEFT can load."""
-    base = {"base_model": base_model} if base_model else {}
+
+def model_card(
+    method: Method, config: Any, base_model: str, lines: Iterable[str], example: str | list[dict] = "a prompt"
+) -> str:
+    """README.md as hubs read it. It names PEFT as the library for adapters that PEFT can load.
+
+    Args:
+        base_model: a hub id, a folder, or "".
+        lines: Markdown on training, data and scores.
+        example: the prompt of the example code.
+    """
+    base = base_model.partition("@")[0] if HUB_ID.fullmatch(base_model.partition("@")[0]) else ""
     front = {
         "library_name": "peft" if method.in_peft else "para_jax",
-        **base,
+        **({"base_model": base} if base else {}),
         "tags": [method.name, "adapter"],
     }
+    given = list(lines)
+    of_built_in = base_model == BUILT_IN_HUB_ID
     return "\n".join(
         [
             "---",
@@ -28,20 +47,79 @@ def model_card(method: Method, config: Any, base_model: str, lines: Iterable[str
             f"# {method.label} adapter",
             "",
             f"Base model: {base_model or 'not stated'}. {method.outline(config)}.",
+            *([f"The built-in backbone `{BUILT_IN}` is this model, {BUILT_IN_WEIGHTS}."] if of_built_in else []),
             "",
-            *lines,
+            *([BEFORE, "", *given, ""] if given else []),
+            AFTER,
             "",
-            "## How to load it",
-            "",
+            *(peft_lines(base_model) if method.in_peft and base_model else []),
+            "With para_jax:",
             "```python",
             "from para_jax import generate, load_adapter, load_backbone, load_tokenizer",
             "",
-            f"base = {json.dumps(base_model or 'the base model')}",
+            f"base = {json.dumps(BUILT_IN if of_built_in else base_model or 'the base model')}",
             "model, tokenizer = load_backbone(base), load_tokenizer(base)",
             'adapter = load_adapter("this folder, or its hub id", model.config, model=model)',
-            'print(generate(model, ["a prompt"], tokenizer=tokenizer, adapters=adapter)[0])',
+            f"prompt = {json.dumps(example, ensure_ascii=False)}",
+            "print(generate(model, [prompt], tokenizer=tokenizer, adapters=adapter)[0])",
             "```",
             "",
-            *(["It is in the format of Hugging Face PEFT, which loads it too.", ""] if method.in_peft else []),
+            *(["It is in the format of Hugging Face PEFT.", ""] if method.in_peft else []),
         ]
     )
+
+
+def peft_lines(base_model: str) -> list[str]:
+    """How PEFT loads the folder. It finds the base model in adapter_config.json."""
+    return [
+        "With PEFT:",
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        "from transformers import AutoTokenizer",
+        "",
+        'model = AutoPeftModelForCausalLM.from_pretrained("this folder, or its hub id")',
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base_model.partition('@')[0])})",
+        "```",
+        "",
+    ]
+
+
+def training_lines(
+    *, method: str, data: str, examples: int, steps: int, rows: int, learning_rate: float | str, version: str
+) -> list[str]:
+    """How an adapter was trained."""
+    return [
+        f"- {method}. Trained for {steps} steps on {printable(data, 200)} ({examples} examples).",
+        f"- Learning rate {learning_rate:g}, {rows} rows per step."
+        if isinstance(learning_rate, float | int)
+        else f"- Learning rate {learning_rate}, {rows} rows per step.",
+        f"- Trained by para_jax {version}.",
+    ]
+
+
+def score_line(
+    split: str, metric: str, score: float, stderr: float | None, count: int, loss: float, base: float | None = None
+) -> str:
+    """A score with its standard error and its number of examples.
+
+    Args:
+        split: "Validation" or "Test".
+        score, base: of the adapter, and of the base model alone. For the metric "loss", the losses.
+    """
+    error = "" if stderr is None else f" ± {stderr:.4f} (standard error)"
+    also = "" if metric == "loss" else f", loss {loss:.4f}"
+    compared = "" if base is None else f"; {base:.4f} without the adapter"
+    return f"- {split} {metric}: {score:.4f}{error} on {count} examples{also}{compared}."
+
+
+def lines_of(card: str) -> list[str]:
+    """The lines that a card was given."""
+    _, before, rest = card.partition(f"\n{BEFORE}\n")
+    return rest.partition(f"\n{AFTER}\n")[0].strip("\n").split("\n") if before else []
+
+
+def with_test_score(card: str, line: str) -> str:
+    """The card with a line on the test score, in place of an earlier one."""
+    before, heading, after = card.partition(f"\n{AFTER}\n")
+    kept = [each for each in before.rstrip("\n").split("\n") if not each.startswith(TEST)]
+    return "\n".join([*kept, line, ""]) + heading + after

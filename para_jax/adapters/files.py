@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import ModelConfig, expanded, one_of, shorten
+from ..hub import BUILT_IN, BUILT_IN_HUB_ID
 from ..storage.bucket import BucketPath
 from ..storage.folder import require_matching_manifest
 from ..untrusted import one_line, read_json
 from .adapter import Adapter, abstract, with_leaves
-from .card import model_card
+from .card import lines_of, model_card, with_test_score
 from .folder import (
     CARD,
     CONFIG,
@@ -38,7 +39,7 @@ from .folder import (
 from .method import Method
 from .methods import METHODS, method_of
 from .own_config import own_config, read_own_config, require_same_backbone
-from .peft_config import named, peft_config
+from .peft_config import named, peft_base, peft_config
 from .rows import check_fits
 
 #: The largest rank of a folder's adapter; a larger one is taken for damage.
@@ -66,20 +67,28 @@ class Described(NamedTuple):
 
 
 def save_adapter(
-    adapter: Adapter, folder: str | Path | BucketPath, *, base_model: str = "", model=None, card: Iterable[str] = ()
+    adapter: Adapter,
+    folder: str | Path | BucketPath,
+    *,
+    base_model: str = "",
+    model=None,
+    card: Iterable[str] = (),
+    example: str | list[dict] = "a prompt",
 ) -> None:
     """Writes an adapter folder. It replaces an older one as a whole, or leaves it untouched.
 
     Args:
-        base_model: where the backbone comes from, for the model card and adapter_config.json.
+        base_model: where the backbone comes from, for the model card and adapter_config.json. The built-in name becomes
+            the hub id of that model.
         model: the backbone itself. A folder in our own format keeps its fingerprint, so that loading the adapter on
             another backbone of the same shape gives a warning.
         card: further Markdown lines of the model card: data, scores, licences.
+        example: the prompt of the example code in the card.
 
     Raises ValueError for weights that are not finite and for a folder that holds other files, OSError where it can't be
     written (a full disk).
     """
-    base_model = one_line(base_model)
+    base_model = hub_name(one_line(base_model))
     if not isinstance(adapter, Adapter):
         raise ValueError(f"save_adapter takes one adapter; got {type(adapter).__name__}")
     method = method_of(adapter.config)
@@ -91,9 +100,53 @@ def save_adapter(
     files = {
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
         WEIGHTS: safetensors_bytes(tensors),
-        CARD: model_card(method, adapter.config, base_model, card).encode(),
+        CARD: model_card(method, adapter.config, base_model, card, example).encode(),
     }
     replace_folder(expanded(folder).resolve(), files)
+
+
+def hub_name(base_model: str) -> str:
+    """The name of a backbone that other libraries know."""
+    return BUILT_IN_HUB_ID if base_model == BUILT_IN else base_model
+
+
+def copy_for_peft(source: Path, folder: str | Path | BucketPath, *, base_model: str = "") -> None:
+    """Writes a copy of a folder in PEFT's format, with the hub id of its base model and a new model card. The weights
+    are the same bytes.
+
+    Args:
+        base_model: the hub id or folder to name; default: what the adapter names.
+
+    Raises ValueError for an adapter that PEFT does not know, or that names no base model.
+    """
+    require_matching_manifest(source)
+    method, config, _, named = read_config(source)
+    if not method.in_peft:
+        raise ValueError(f"{source}: {method.label} has no format that PEFT knows")
+    base_model = hub_name(one_line(base_model) or named)
+    if not base_model:
+        raise ValueError(f"{source} names no base model, and PEFT needs one; give its hub id")
+    weights = own_file(source, WEIGHTS).read_bytes()
+    require_finite(str(source), read_tensors(source, tensor_shapes(source)))
+    written = read_json(own_file(source, CONFIG)) | peft_base(base_model)
+    held = (source / CARD).read_text() if (source / CARD).is_file() and not (source / CARD).is_symlink() else ""
+    files = {
+        CONFIG: (json.dumps(written, indent=2) + "\n").encode(),
+        WEIGHTS: weights,
+        CARD: model_card(method, config, base_model, lines_of(held)).encode(),
+    }
+    replace_folder(expanded(folder).resolve(), files)
+
+
+def add_test_score(folder: str | Path | BucketPath, line: str) -> None:
+    """Adds a line with the test score to the model card of an adapter that was saved."""
+    from ..hub import resolve_adapter
+
+    place = expanded(folder)
+    local = resolve_adapter(place)
+    files = {name: (local / name).read_bytes() for name in (CONFIG, WEIGHTS, CARD)}
+    files[CARD] = with_test_score(files[CARD].decode(), line).encode()
+    replace_folder(place.resolve(), files)
 
 
 def config_json(method: Method, adapter: Adapter, base_model: str, fingerprint: str | None) -> dict:

@@ -35,12 +35,18 @@ def peft_config(peft_type: str, config: Any, backbone: Backbone, base_model: str
     return {
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model or None,
+        **peft_base(base_model),
         "inference_mode": True,
         "target_modules": [name.partition(".")[2] for name in linears],
         "modules_to_save": None,
         "fan_in_fan_out": False,
     }
+
+
+def peft_base(base_model: str) -> dict:
+    """The keys that name the base model. A revision has a key of its own."""
+    name, at, revision = base_model.partition("@")
+    return {"base_model_name_or_path": name or None} | ({"revision": revision} if at else {})
 
 
 def require_supported(found: dict, own_keys: tuple[str, ...]) -> None:

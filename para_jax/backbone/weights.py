@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import FUSED, SITES, ModelConfig
+from ..progress import Progress
 from ..untrusted import safe_names
 from .parts import Recipe, Source, load_parameter, needed_blocks, pieces, require_equal
 from .quantize import quantiser
@@ -40,17 +41,19 @@ def load_parameters(
         blocks = needed_blocks(shapes["embedding"], False, placing.get("embedding"))
         require_equal(source, "lm_head.weight", plan["embedding"].source, blocks)
     loaded, broken = {}, []
-    for name, shape in shapes.items():
-        scale = name.removesuffix("kernel") + "scale" if quantize and name.endswith(".kernel") else None
-        read_as = jnp.dtype(jnp.float32 if scale else dtype)
-        array, finite = load_parameter(source, plan[name], shape, read_as, placing.get(name))
-        if not finite:
-            broken.append(plan[name].source)
-        if scale:
-            quantise = quantiser(placing.get(name), placing.get(scale))
-            loaded[name], loaded[scale] = jax.block_until_ready(quantise(array))
-        else:
-            loaded[name] = array
+    with Progress(f"loading {source.path.name}", len(shapes), unit="tensor") as bar:
+        for name, shape in shapes.items():
+            scale = name.removesuffix("kernel") + "scale" if quantize and name.endswith(".kernel") else None
+            read_as = jnp.dtype(jnp.float32 if scale else dtype)
+            array, finite = load_parameter(source, plan[name], shape, read_as, placing.get(name))
+            if not finite:
+                broken.append(plan[name].source)
+            if scale:
+                quantise = quantiser(placing.get(name), placing.get(scale))
+                loaded[name], loaded[scale] = jax.block_until_ready(quantise(array))
+            else:
+                loaded[name] = array
+            bar.advance()
     if broken:
         raise ValueError(f"{source.path}: tensors with NaN or infinite values: {safe_names(broken)}; fetch it again")
     return loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..inspect import write_record
+from ..record_file import write_record
 from ..table import table
 
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..backbone.load import load_model_config
-from ..inference.draw import sample
-from ..inference.sampling import row_keys
+from ..inference.draw import row_keys, sample
 from .rounds import interleaved, measurement, milliseconds, paired, single
 
 #: Temperature, top_k and top_p of the rows that sample.

@@ -1,5 +1,5 @@
-"""para-jax: the command line. A user's mistake gives exit code 2 and one or two lines (what is wrong, what to do), but
-no traceback.
+"""para-jax: the command line. A user's mistake gives exit code 2 and one or two lines (what is wrong, what to do), then
+perhaps a list, but no traceback.
 
 Each command is a file with `add`, which adds its parser, and `run`. A command imports its modules when it runs, so that
 --help and mistakes answer at once.
@@ -8,19 +8,21 @@ Each command is a file with `add`, which adds its parser, and `run`. A command i
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import select
 import shlex
 import sys
 
 from .. import __version__
-from ..config import printable, shorten
+from ..config import RunConfig, dotted_fields, meant_field, printable, shorten
 from ..messages import log_to_stderr
-from . import bench, convert, evaluate, generate, inspect, lm_eval, plot, prepare, quickstart, train
+from . import bench, convert, evaluate, export, generate, inspect, lm_eval, plot, prepare, quickstart, train
 from .options import Parser
 
-COMMANDS = (quickstart, train, evaluate, lm_eval, generate, inspect, convert, prepare, plot, bench)
-LONGEST_ERROR = 1900  # characters of each of the two lines of an error
+COMMANDS = (quickstart, train, evaluate, lm_eval, generate, inspect, export, convert, prepare, plot, bench)
+LONGEST_ERROR = 1900  # characters of each line of an error
+LONGEST_LIST = 16  # lines of an error after the first two; they are indented
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +52,8 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("PARA_JAX_TRACEBACK") or (isinstance(error, BrokenPipeError) and output_is_closed()):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        print("para-jax: error: " + "\n".join(printable(line, LONGEST_ERROR) for line in lines[:2]), file=sys.stderr)
+        shown = [*lines[:2], *[line for line in lines[2:] if line.startswith("  ")][:LONGEST_LIST]]
+        print("para-jax: error: " + "\n".join(printable(line, LONGEST_ERROR) for line in shown), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("para-jax: interrupted", file=sys.stderr)
@@ -73,10 +76,32 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options, rest = parser().parse_known_args(arguments)
     for text in rest:
         if text.startswith("-") or not hasattr(options, "overrides"):
-            Parser(prog=f"para-jax {options.command}").error(f"unknown argument {shorten(text)}")
+            raise_unknown(options.command, text)
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def raise_unknown(command: str, text: str) -> None:
+    """Ends with an error for an argument that the command lacks, and names the option or field that was meant."""
+    name = text.partition("=")[0]
+    own = subparsers(parser())[command]
+    options = [option for action in own._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name.replace("_", "-"), options, n=1, cutoff=0.7)
+    advice = f"; did you mean {near[0]}?" if near else ""
+    if not near and any(action.dest == "overrides" for action in own._actions):
+        field = name.lstrip("-").replace("-", "_")
+        section, dot, last = field.rpartition(".")
+        root, known = RunConfig(), dotted_fields(RunConfig())
+        template = getattr(root, section) if section in known and "." not in section else root
+        meant = field if field in known else meant_field(section + dot, last, template, root)
+        advice = f"; fields are given as {meant}=VALUE" if meant in known else ""
+    own.error(f"unknown argument {shorten(text)}{advice}")
+
+
+def subparsers(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands' parsers by name."""
+    return next(dict(action.choices or {}) for action in top._actions if action.dest == "command")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from . import options as shared
 
+#: The benchmarks; bench.BENCHMARKS holds their functions.
+NAMES = ("load", "decode", "serve", "evaluate", "train", "packing", "tenants", "sampling")
 NUMBERS = ("context", "rounds", "packed", "length")
 
 
@@ -29,8 +31,12 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from .. import bench
+    from ..config import one_of, shorten
+    from ..record_file import check_record_file
+    from .checks import check_backbone
 
+    if options.name not in NAMES:
+        raise ValueError(f"bench: {shorten(options.name)} is no benchmark; choose {one_of(NAMES)}")
     given = {}
     for name in NUMBERS:
         value = getattr(options, name)
@@ -49,4 +55,9 @@ def run(options) -> None:
         given["rows"] = tuple(map(int, sizes))
     if options.remat:
         given["remat"] = tuple(options.remat.split(",")) if options.name == "train" else options.remat
+    if options.output:
+        check_record_file("--output", options.output)
+    check_backbone(options.backbone)
+    from .. import bench
+
     bench.run(options.name, options.backbone, options.output, **given)

@@ -14,8 +14,12 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
+    from ..config import nearest
     from ..data.tokenizer import load_tokenizer
-    from ..gguf.convert import convert_gguf
+    from ..gguf.convert import check_new_folder, convert_gguf
 
+    if not options.gguf.is_file():
+        raise ValueError(f"{options.gguf}: no such file{nearest(options.gguf) or '; give the path of a .gguf file'}")
+    check_new_folder(options.folder)
     convert_gguf(options.gguf, options.folder, load_tokenizer(options.gguf))
     print(f"wrote {options.folder}")

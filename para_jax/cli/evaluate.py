@@ -16,9 +16,10 @@ EXAMPLES = """
 examples:
   para-jax evaluate configs/smollm2-sst2.yaml --adapter runs/mine/adapter
   para-jax evaluate --backbone smollm2-135m --adapters runs/a/adapter runs/b/adapter --tasks data/a data/b hellaswag
+  para-jax evaluate --backbone smollm2-135m --adapters runs/tenants --tasks data/tenants --own
 
-The first prints a line with the score. With --adapters, --tasks or --output, answers and results go to a folder, and a
-table is printed. The same command resumes there after a stop.
+The first prints a line with the score. With --adapters, --tasks, --output or --log-samples, answers and results go to a
+folder, and a table is printed. The same command resumes there after a stop.
 """
 
 
@@ -56,6 +57,11 @@ def add(commands) -> None:
         help="[TASK=]FILE_OR_FOLDER[:METRIC] of JSON lines, or names of lm-eval's tasks; default: the data of CONFIG",
     )
     data.add_argument(
+        "--own",
+        action="store_true",
+        help="--tasks is a folder of tenants' data: ask each adapter its own test file only, and the base model all",
+    )
+    data.add_argument(
         "--split", default="test", choices=("validation", "test"), help="of CONFIG and of folders; default: test"
     )
     data.add_argument("--limit", type=int, help="score at most this many examples of each task; default: all")
@@ -76,6 +82,11 @@ def add(commands) -> None:
     output.add_argument(
         "--output", type=shared.place, help="folder of answers, results and the table; default: runs/evaluation"
     )
+    output.add_argument(
+        "--log-samples",
+        action="store_true",
+        help="also write each example's prompt, expected and given answer, and scores: samples_ADAPTER_TASK.jsonl",
+    )
     output.add_argument("--results", type=shared.place, help="write config, device and scores to this JSON file")
     parser.set_defaults(run=run)
 
@@ -84,10 +95,11 @@ def run(options) -> None:
     check_options(options)
     config = config_of(options)
     if options.results:
-        from ..inspect import check_record_file
+        from ..record_file import check_record_file
 
         check_record_file("--results", options.results)
-    if options.adapters or options.tasks or options.output:
+    check_sources(options, config)
+    if options.adapters or options.tasks or options.output or options.log_samples:
         into_folder(options, config)
     else:
         one_score(options, config)
@@ -103,6 +115,8 @@ def check_options(options) -> None:
         raise ValueError("evaluate: --adapter and --adapters are both given; put all adapters into --adapters")
     if options.shuffle_prompts and not (options.adapter or options.adapters):
         raise ValueError("--shuffle-prompts requires --adapter or --adapters: the base model makes no factors")
+    if options.own and (len(options.tasks) != 1 or not (options.adapter or options.adapters)):
+        raise ValueError("--own requires --adapters and one folder as --tasks\ngive --tasks FOLDER --own")
     for name, least in (("limit", 1), ("rows", 1), ("num_fewshot", 0), ("seed", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -112,6 +126,22 @@ def check_options(options) -> None:
     for name in ("include_path", "num_fewshot", "chat"):
         if not options.tasks and getattr(options, name) not in (None, False):
             raise ValueError(f"--{name.replace('_', '-')} requires --tasks: it changes how lm-eval's tasks are asked")
+
+
+def check_sources(options, config) -> None:
+    """Raises ValueError, before JAX is loaded, for a backbone, an adapter or data that is not there."""
+    from ..data.sources import source_of
+    from .checks import check_adapters, check_backbone, check_data, check_tasks, is_elsewhere
+
+    check_backbone(config.backbone.source)
+    sources = named_adapters(options.adapters or ([options.adapter] if options.adapter else []))
+    check_adapters(sources.values())
+    if not options.own:
+        check_tasks(options.tasks, options.split)
+    if not options.tasks and config.runtime.coordinator is None:
+        check_data(config, [options.split])
+        if not is_elsewhere(config.data, options.split) and source_of(config.data, options.split) is None:
+            raise no_data(options, config)
 
 
 def config_of(options):
@@ -142,12 +172,15 @@ def run_task(options, config, tokenizer):
 
     task = task_of_run(config, options.split, tokenizer)
     if task is None:
-        raise ValueError(
-            f"data.{options.split} is not set: give a .jsonl file, {options.split}.jsonl in data.train's folder, or "
-            "tfds:NAME or hf:NAME"
-            + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
-        )
+        raise no_data(options, config)
     return task
+
+
+def no_data(options, config) -> ValueError:
+    return ValueError(
+        f"data.{options.split} is not set: give a .jsonl file, {options.split}.jsonl in data.train's folder, or "
+        "tfds:NAME or hf:NAME" + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
+    )
 
 
 def one_score(options, config) -> None:
@@ -179,13 +212,13 @@ def into_folder(options, config) -> None:
     from ..adapters.files import load_adapter
     from ..backbone.load import load_backbone, load_model_config
     from ..data.tokenizer import load_tokenizer
-    from ..evaluation.folder import Options, evaluate_to_folder, questions_of_run, read_tasks
+    from ..evaluation.folder import Options, evaluate_to_folder, questions_of_run, read_own_tasks, read_tasks
     from ..hub import resolve_adapter
 
     if config.runtime.coordinator is not None:  # each host would write the same files
         raise ValueError(
-            f"runtime.coordinator {config.runtime.coordinator}: evaluate with --adapters, --tasks or --output runs "
-            "on one host; set runtime.coordinator=null"
+            f"runtime.coordinator {config.runtime.coordinator}: evaluate with --adapters, --tasks, --output or "
+            "--log-samples runs on one host; set runtime.coordinator=null"
         )
     sources = named_adapters(options.adapters or ([options.adapter] if options.adapter else []))
     devices.start(config.runtime)
@@ -199,9 +232,12 @@ def into_folder(options, config) -> None:
         chat=options.chat,
         split=options.split,
         shuffle_prompts=options.shuffle_prompts,
+        log_samples=options.log_samples,
     )
     tokenizer, model_config = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
-    if options.tasks:
+    if options.own:
+        tasks = read_own_tasks(options.tasks[0], list(sources), tokenizer, model_config, how)
+    elif options.tasks:
         tasks = read_tasks(options.tasks, tokenizer, model_config, how)
     else:
         tasks = [questions_of_run(run_task(options, config, tokenizer), tokenizer, model_config, how)]
@@ -209,6 +245,8 @@ def into_folder(options, config) -> None:
     model = load_backbone(**vars(config.backbone))
     held = {name: load_adapter(folder, model.config, model=model) for name, folder in folders.items()}
     bank = AdapterBank.holding(held, model.config) if held else None
+    if bank is not None:
+        say(str(bank))  # a LoRA among others makes a larger program for all, and this says so
     about = {"backbone": config.backbone.source, "quantize": config.backbone.quantize, "command": options.command_line}
     output = options.output or Path("runs/evaluation")
     try:

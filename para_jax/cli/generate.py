@@ -69,6 +69,7 @@ def requests() -> shared.Parser:
 def run(options) -> int | None:
     from ..serving.answers import Answers
     from ..serving.request import Request, check_request
+    from .checks import check_adapters, check_backbone
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
         raise ValueError("generate takes prompts or a file\ngive --prompt TEXT, or --input FILE with --output FILE")
@@ -87,9 +88,13 @@ def run(options) -> int | None:
     tenants = tenants_of_prompts(options, sources)
     for prompt in options.prompt or ["a"]:
         check_request(Request(prompt, **sampling_of(options)))
+    check_backbone(options.backbone)
+    check_adapters([*sources.values(), *([options.adapter] if options.adapter else [])])
     if not options.input:
         return answer_prompts(options, *load(options, sources), tenants=tenants)
     check_input(options.input)
+    if options.output.is_dir():
+        raise ValueError(f"--output {options.output}: a folder\ngive the path of a file in it")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with Answers(options.output) as answers:  # opened first: a wrong or locked file fails before anything is loaded
         return answer_file(options, *load(options, sources), tenants=tenants, answers=answers)
@@ -97,10 +102,12 @@ def run(options) -> int | None:
 
 def check_input(source: Place) -> None:
     """Raises ValueError, before anything is loaded, if there is nothing to answer. A pipe is not touched."""
+    from ..config import expanded, nearest
     from ..serving.answers import MAX_LINE, bounded_lines
 
     if source.is_dir() or not source.exists():
-        raise ValueError(f"--input {source}: {'a folder' if source.is_dir() else 'no such file'}")
+        problem = "a folder" if source.is_dir() else f"no such file{nearest(expanded(source))}"
+        raise ValueError(f"--input {source}: {problem}\ngive a file with one JSON request per line")
     if source.is_file():
         with source.open("rb") as stream:
             if not any(line is None or line.strip() for line in bounded_lines(stream, MAX_LINE)):
@@ -159,5 +166,6 @@ def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
     say(f"wrote {options.output}")
     if errors:
         kinds = ", ".join(f"{count} {kind}" for kind, count in errors.most_common(10))
-        say(f"{errors.total()} answers are errors: {kinds}{' ...' if len(errors) > 10 else ''}")
+        count = "1 answer is an error" if errors.total() == 1 else f"{errors.total()} answers are errors"
+        say(f"{count}: {kinds}{' ...' if len(errors) > 10 else ''}")
     return int(bool(errors))

@@ -21,11 +21,19 @@ def add(commands) -> None:
 
 def run(options) -> None:
     from ..config import load_config
-    from ..inspect import data_report, folder_report
+    from .checks import check_backbone, check_data, check_target
 
     if options.data:
-        report = data_report(load_config(options.target, options.overrides))
+        config = load_config(options.target, options.overrides)
+        check_backbone(config.backbone.source)
+        check_data(config, ["train"])
+        from ..inspect import data_report
+
+        report = data_report(config)
     else:
+        check_target(options.target)
+        from ..inspect import folder_report
+
         report = folder_report(options.target)
     for line in report.splitlines():
         print(printable(line, LONGEST_LINE))  # it holds text that others wrote

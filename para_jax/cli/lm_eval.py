@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from . import options as shared
 
+OWN_HELP = """\
+para-jax lm-eval is lm-eval's command line; its own help is below. The model is `para`, so leave --model out:
+  para-jax lm-eval --tasks hellaswag --model_args backbone=smollm2-135m,adapter=runs/mine/adapter
+backbone= is a folder, a hub id, a .gguf file or smollm2-135m; adapter= is an adapter's folder or hub id (none: the base
+model).
+"""
+
 
 def add(commands) -> None:
     text = "lm-eval's own command line, with the model `para` (backbone=..., adapter=...)"
@@ -14,10 +21,12 @@ def add(commands) -> None:
 def run(options) -> None:
     from importlib.util import find_spec
 
-    from ..evaluation.folder import INSTALL
+    from ..evaluation.task_file import INSTALL
 
     if find_spec("lm_eval") is None:
         raise ValueError(INSTALL)
+    if {"-h", "--help"} & set(options.arguments):
+        print(OWN_HELP)
     from ..evaluation.harness.command import harness_command
 
     harness_command(options.arguments)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 from pathlib import Path
 
 from ..config import ATTENTION, printable
@@ -15,6 +17,11 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors of two lines: what is wrong, and what to do."""
 
     def error(self, message: str):
+        if (wrong := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message)) is not None:
+            known = re.findall(r"[a-z-]+", wrong[2])
+            near = [name for name in known if name.startswith(wrong[1])]
+            near += difflib.get_close_matches(wrong[1], known, n=1, cutoff=0.5)
+            message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {printable(message)}\nsee {self.prog} --help\n")
 
 

@@ -1,18 +1,28 @@
-"""`para-jax plot`: learning curves, the factors of prompts, or how much they differ."""
+"""`para-jax plot`: learning curves, scores, the factors of prompts, or how much they differ."""
 
 from __future__ import annotations
 
 from . import options as shared
 
+FORMATS = (".png", ".pdf", ".svg")
+
 
 def add(commands) -> None:
-    text = "draw learning curves of runs, the factors of prompts, or how much factors differ"
+    text = "draw learning curves or scores of runs, the factors of prompts, or how much factors differ"
     example = "runs/mine runs/other --output runs/curves.png"
     parents = [shared.backbone(), shared.dtype(), shared.runtime()]
     parser = shared.add_command(commands, "plot", text, example, parents)
     parser.add_argument("runs", nargs="*", type=shared.place, metavar="RUN", help="run folders: their learning curves")
     parser.add_argument(
         "--output", type=shared.place, required=True, metavar="FILE", help="the picture: .png, .pdf or .svg"
+    )
+    parser.add_argument(
+        "--scores",
+        nargs="+",
+        default=[],
+        type=shared.place,
+        metavar="FOLDER",
+        help="draw scores with their errors: of run folders, or of the --output folder of `para-jax evaluate`",
     )
     group = parser.add_argument_group("factors")
     group.add_argument(
@@ -34,7 +44,7 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ..plots import FORMATS, curves_plot, save
+    from .checks import check_adapters, check_backbone, check_file, check_runs
 
     if options.output.suffix not in FORMATS:
         raise ValueError(f"--output {options.output} is no picture\ngive a file that ends in {' or '.join(FORMATS)}")
@@ -43,18 +53,30 @@ def run(options) -> None:
     if options.limit < 2:
         raise ValueError(f"--limit {options.limit} is too few\ngive at least 2 prompts")
     adapters, prompts = len(options.adapter), len(options.prompt)
-    curves = options.runs and not (adapters or prompts or options.data)
-    maps = adapters == 1 and prompts in (1, 2) and not (options.runs or options.data)
-    spread = adapters and options.data and not (options.runs or prompts)
+    curves = options.runs and not (adapters or prompts or options.data or options.scores)
+    scores = options.scores and not (adapters or prompts or options.data or options.runs)
+    maps = adapters == 1 and prompts in (1, 2) and not (options.runs or options.data or options.scores)
+    spread = adapters and options.data and not (options.runs or prompts or options.scores)
+    if not (curves or scores or maps or spread):
+        raise ValueError(
+            "plot draws one of four things\ngive RUN... (learning curves), --scores FOLDER..., one --adapter with one "
+            "or two --prompt (factors), or --adapter once or more with --data FILE (how much factors differ)"
+        )
+    check_runs([*options.runs, *(options.scores or ())])
+    if options.data:
+        check_file("--data", options.data)
+    check_adapters(options.adapter)
+    if options.adapter:
+        check_backbone(options.backbone)
+    from ..plots import curves_plot, save
+    from ..score_plots import read_scores, scores_plot
+
     if curves:
         figure = curves_plot(options.runs)
-    elif maps or spread:
-        figure = factors_figure(options)
+    elif scores:
+        figure = scores_plot(read_scores(options.scores))
     else:
-        raise ValueError(
-            "plot draws one of three things\ngive RUN... (learning curves), one --adapter with one or two --prompt "
-            "(factors), or --adapter once or more with --data FILE (how much factors differ)"
-        )
+        figure = factors_figure(options)
     save(figure, options.output)
     print(f"wrote {options.output}")
 
@@ -77,13 +99,26 @@ def factors_figure(options):
     }
     if not options.data:
         (adapter,) = adapters.values()
-        prompts = {name: shared.with_newlines(text) for name, text in zip("AB", options.prompt, strict=False)}
+        prompts = named_prompts([shared.with_newlines(text) for text in options.prompt])
         factors = {name: factors_of(model, adapter, prompt, tokenizer) for name, prompt in prompts.items()}
-        title = [f"Factors of {options.adapter[0]} on {options.backbone}"]
-        title += [f"{name}: {prompt!r:.90}" for name, prompt in prompts.items()]
-        return factors_plot(factors, "\n".join(title))
+        return factors_plot(factors, f"Factors of {options.adapter[0]} on {options.backbone}", input_notes(adapters))
     spreads = {name: factor_spread(model, adapter, data, tokenizer) for name, adapter in adapters.items()}
     for name, spread in spreads.items():
         print(f"{name}: spread over {spread.prompts} prompts / size of the mean of l - 1\n{spread}\n")
     title = f"How much factors differ over {len(data)} prompts of {options.data}, on {options.backbone}"
-    return spread_plot(spreads, title)
+    return spread_plot(spreads, title, input_notes(adapters))
+
+
+def named_prompts(prompts: list[str]) -> dict[str, str]:
+    """Each prompt by its text, which is shortened; with a number if two would have one name."""
+    names = [repr(text) if len(text) <= 36 else repr(f"{text[:22]} ... {text[-9:]}") for text in prompts]
+    if len(set(names)) < len(names):
+        names = [f"{i}. {name}" for i, name in enumerate(names, 1)]
+    return dict(zip(names, prompts, strict=True))
+
+
+def input_notes(adapters: dict) -> dict[str, str]:
+    """What to write under a site that holds another one's factors: (IA)^3's on down_proj's input (adapters/ia3.py)."""
+    scaled = [name for name, one in adapters.items() if "down_proj" in getattr(one.config, "feedforward_modules", ())]
+    whose = "" if len(scaled) == len(adapters) else f" in {', '.join(scaled)}"
+    return {"up_proj": f"(factors of down_proj's input{whose})"} if scaled else {}

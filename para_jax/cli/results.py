@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def write_results(options, config, scores: dict, seconds: float) -> None:
-    from ..inspect import results, write_record
+    from ..inspect import results
+    from ..record_file import write_record
 
     write_record(options.results, results(options.command_line, config, scores, seconds))
     print(f"wrote {options.results}")

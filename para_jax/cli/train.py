@@ -26,16 +26,23 @@ def add(commands) -> None:
 
 def run(options) -> int | None:
     from ..config import load_config
-    from ..inspect import check_record_file, dry_run
+    from ..record_file import check_record_file
+    from .checks import check_backbone, check_run
 
     config = load_config(options.config, options.overrides)
     if options.topology and not options.dry_run:
         raise ValueError(f"--topology {options.topology} requires --dry-run\nadd --dry-run to compile for that slice")
     if options.dry_run:
+        from ..inspect import dry_run
+
+        check_backbone(config.backbone.source)
         print(dry_run(config, options.topology))
         return
     if options.results and config.runtime.coordinator is None:  # of several hosts, only one writes the file
         check_record_file("--results", options.results)
+    check_run(config)
+    if config.sweep.method:
+        return train_methods(options, config)
     return train_many(options, config) if config.many else train_one(options, config)
 
 
@@ -48,10 +55,11 @@ def train_one(options, config) -> None:
     result = train(config)
     if not is_first():
         return
-    best = ""
-    if result.best_score is not None:
-        best = f", best validation score {result.best_score:.4f} at step {result.best_step}"
-    print(f"{result.step} steps{best}; the adapter is in {result.output_dir / 'adapter'}")
+    report = result.report()
+    print(f"{report}\n" if report else "", end="\n" if report else "")
+    print(f"{result.step} steps, {result.best}; the adapter is in {result.output_dir / 'adapter'}")
+    if result.warning:
+        print(f"warning: {result.warning}")
     if options.results:
         rows = list(read_metrics(result.output_dir / "metrics.jsonl"))
         scores = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
@@ -59,21 +67,72 @@ def train_one(options, config) -> None:
 
 
 def train_many(options, config) -> int:
-    from ..inspect import tenants_table
     from ..processes import is_first
     from ..runs.train import train_tenants
+    from ..training.tenants_file import warning_lines
 
     begun = time.monotonic()
     result = train_tenants(config)
     code = int(any(entry["ended"] == "not finite" for entry in result.tenants.values()))
     if not is_first():
         return code
-    print(f"{tenants_table(result.tenants)}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
+    print(f"{result.report()}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
+    for line in warning_lines(result.tenants):
+        print(line)
     if config.sweep:
+        if best := best_combination(result.tenants):
+            print(best)
         draw_curves(result)
     if options.results:
         write_results(options, config, result.tenants, time.monotonic() - begun)
     return code
+
+
+def train_methods(options, config) -> int:
+    from ..processes import is_first
+    from ..runs.compare import compare_methods, comparison_table
+
+    begun = time.monotonic()
+    result = compare_methods(config)
+    code = int(any(row.ended == "not finite" for row in result.methods))
+    if not is_first():
+        return code
+    print(f"{comparison_table(result.methods)}\n\nthe table is in {result.output_dir / 'comparison.md'}")
+    for row in result.methods:
+        if row.warning:
+            print(f"warning: {' '.join(filter(None, (row.method, row.name)))}: {row.warning}")
+    draw_scores(result)
+    if options.results:
+        scores = {"methods": [row._asdict() for row in result.methods]}
+        write_results(options, config, scores, time.monotonic() - begun)
+    return code
+
+
+def draw_scores(result) -> None:
+    """scores.png: the validation scores with their errors."""
+    from ..plots import save
+    from ..score_plots import Bar, Scores, scores_plot
+
+    scored = [row for row in result.methods if row.score is not None]
+    if not scored:
+        return
+    bars = {" ".join(filter(None, (row.method, row.name))): Bar(row.score, row.stderr, row.count) for row in scored}
+    try:
+        save(scores_plot({"validation": Scores(scored[0].metric, bars)}), result.output_dir / "scores.png")
+        print(f"the picture is in {result.output_dir / 'scores.png'}")
+    except ValueError as error:  # matplotlib is not installed
+        print(f"no picture of the scores: {error}")
+
+
+def best_combination(entries) -> str | None:
+    """The line that names the best combination of a sweep."""
+    scored = {name: entry for name, entry in entries.items() if entry["best_score"] is not None}
+    if not scored:
+        return None
+    name = max(scored, key=lambda name: scored[name]["best_score"])
+    entry = scored[name]
+    score = abs(entry["best_score"]) if entry["metric"] == "loss" else entry["best_score"]
+    return f"best: {name}, with validation {entry['metric']} {score:.4f} at step {entry['best_step']}"
 
 
 def draw_curves(result) -> None:

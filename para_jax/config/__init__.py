@@ -7,6 +7,7 @@ from .adapter import ParaConfig as ParaConfig
 from .adapter import sites_in_order as sites_in_order
 from .bounds import allowed_values as allowed_values
 from .check import expanded as expanded
+from .check import nearest as nearest
 from .check import one_of as one_of
 from .check import printable as printable
 from .check import require as require
@@ -20,7 +21,9 @@ from .model import SITES as SITES
 from .model import LayerKind as LayerKind
 from .model import ModelConfig as ModelConfig
 from .model import RotaryConfig as RotaryConfig
+from .run import ASSUMED_LENGTH as ASSUMED_LENGTH
 from .run import ATTENTION as ATTENTION
+from .run import PLAIN_LEARNING_RATE as PLAIN_LEARNING_RATE
 from .run import BackboneSection as BackboneSection
 from .run import CheckpointSection as CheckpointSection
 from .run import DataSection as DataSection
@@ -32,3 +35,5 @@ from .run import RunConfig as RunConfig
 from .run import RuntimeSection as RuntimeSection
 from .run import SweepSection as SweepSection
 from .run import TrainSection as TrainSection
+from .unknown_field import dotted_fields as dotted_fields
+from .unknown_field import meant_field as meant_field

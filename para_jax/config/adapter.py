@@ -1,7 +1,8 @@
-"""The configs of the adapter methods: PARA, LoRA and (IA)^3."""
+"""The configs of the adapter methods: PARA, LoRA and (IA)^3. Each has the learning rate that its method is trained with
+unless `train.learning_rate` is set."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .bounds import PositiveFloat, PositiveInt, check_fields
 from .check import require
@@ -13,6 +14,7 @@ class ParaConfig:
     """PARA (arXiv:2502.01033). r = 12 is the only rank that gives the paper's 8.9M parameters on LLaMA-2 7B
     [derived]."""
 
+    default_learning_rate: ClassVar[float] = 1e-3
     r: PositiveInt = 12
     pooler: Literal["last", "mean", "max", "constant"] = "last"
     """constant learns one vector per layer instead of reading the prompt: the control that shows what reading the
@@ -36,6 +38,7 @@ class ParaConfig:
 class LoraConfig:
     """LoRA (arXiv:2106.09685), with the names and defaults of Hugging Face PEFT."""
 
+    default_learning_rate: ClassVar[float] = 3e-3
     r: PositiveInt = 8
     lora_alpha: PositiveFloat = 8
     use_rslora: bool = False
@@ -56,6 +59,7 @@ class LoraConfig:
 class Ia3Config:
     """(IA)^3 (arXiv:2205.05638), with the names and defaults of Hugging Face PEFT."""
 
+    default_learning_rate: ClassVar[float] = 3e-2
     target_modules: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
     feedforward_modules: tuple[str, ...] = ("down_proj",)
     """target modules whose input is scaled instead of their output; only down_proj can be one"""

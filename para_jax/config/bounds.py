@@ -19,6 +19,8 @@ class Bounds:
     at_most: float | None = None
     below: float | None = None
     """math.inf: any finite number"""
+    words: tuple[str, ...] = ()
+    """texts that are accepted instead of a number"""
 
     def accept(self, number: Any) -> bool:
         return (
@@ -33,7 +35,7 @@ class Bounds:
         said = [f"{words} {limit}" for words, limit in limits if limit is not None]
         if self.below is not None:
             said.append("finite" if self.below == math.inf else f"less than {self.below}")
-        return " and ".join(said)
+        return " and ".join(said) + "".join(f", or {word}" for word in self.words)
 
 
 PositiveInt = Annotated[int, Bounds(at_least=1)]
@@ -44,9 +46,11 @@ Fraction = Annotated[float, Bounds(at_least=0, below=1)]
 
 
 def field_types(config: type) -> dict[str, Any]:
-    """The fields of a dataclass and their types, also where `from __future__ import annotations` made them texts."""
+    """The fields of a dataclass that a file may hold and their types, also where `from __future__ import annotations`
+    made them texts."""
     hints = typing.get_type_hints(config, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+    held = [field.name for field in dataclasses.fields(config) if field.metadata.get("in_file", True)]
+    return {name: hints[name] for name in held}
 
 
 def check_fields(config: Any, section: str = "") -> None:
@@ -68,6 +72,8 @@ def check_value(name: str, value: Any, kind: Any) -> None:
     if typing.get_origin(kind) is Literal:
         require(value in arguments, name, value, one_of(arguments))
     elif typing.get_origin(kind) is Annotated:
+        if isinstance(value, str) and value in arguments[1].words:
+            return
         integer = arguments[0] is int
         is_number = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
         expected = f"a whole number, {arguments[1]}" if integer else f"a number, {arguments[1]}"

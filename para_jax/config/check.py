@@ -1,6 +1,8 @@
 """Checks that configs and command lines share: `require`, values as an error shows them, and paths."""
 
+import difflib
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +68,24 @@ def expanded(path: str | Path | BucketPath) -> Any:
         return Path(text).expanduser()
     except RuntimeError:
         raise ValueError(f"{printable(text)}: there is no such home folder; give the full path") from None
+
+
+def nearest(path: Path) -> str:
+    """What stands where a missing path was looked for: "; did you mean runs/mine?", "; runs has a, b", or nothing."""
+    missing = path
+    try:
+        while not missing.parent.is_dir():
+            missing = missing.parent
+        names = sorted(entry.name for entry in islice(missing.parent.iterdir(), 1000) if entry.name[:1] != ".")
+    except OSError:
+        return ""
+    if missing.parent == Path("/") or not names:
+        return ""
+    near = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
+    if near:
+        found = missing.parent / near[0] / path.relative_to(missing)
+        return f"; did you mean {printable(str(found if found.exists() else missing.parent / near[0]), 200)}?"
+    if missing.parent == Path("."):
+        return ""
+    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"; {printable(str(missing.parent), 200)} has {printable(listed, 200)}"

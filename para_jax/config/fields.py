@@ -1,12 +1,13 @@
 """Values of a YAML file as the types of a dataclass's fields."""
 
 import dataclasses
-import difflib
 import typing
 from typing import Annotated, Any, Literal
 
+from .adapter import ADAPTER_CONFIGS
 from .bounds import field_types, without_none
-from .check import printable, require, shorten
+from .check import require, shorten
+from .unknown_field import unknown_field
 
 #: Truth values that a file may give as quoted text.
 TRUTH: dict[str, bool] = {
@@ -15,7 +16,7 @@ TRUTH: dict[str, bool] = {
 }
 
 
-def typed_fields(values: Any, template: Any, section: str = "") -> dict[str, Any]:
+def typed_fields(values: Any, template: Any, section: str = "", root: Any = None) -> dict[str, Any]:
     """The mapping with each value as the type of its field: texts, numbers, tuples, and the same for sections.
 
     Raises ValueError that names the field: for one that the dataclass lacks, with the nearest that it has, and for a
@@ -23,18 +24,20 @@ def typed_fields(values: Any, template: Any, section: str = "") -> dict[str, Any
 
     Args:
         template: a dataclass instance. Its values are not used, but for the classes of its sections.
+        root: the template of the whole config; default: `template` is that.
     """
+    root = template if root is None else root
     require(isinstance(values, dict), section.rstrip("."), values, "a mapping of fields")
     known = field_types(type(template))
     typed = {}
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            advice = f"did you mean {section}{near[0]}?" if near else f"the fields are {', '.join(known)}"
-            raise ValueError(f"{section}{printable(name, 100)} is not a field; {advice}")
+            methods = [method for method, kind in ADAPTER_CONFIGS.items() if kind is type(template)]
+            owner = methods[0] if methods else section.rstrip(".") or "a run"
+            raise ValueError(unknown_field(section, str(name), template, root, owner))
         current = getattr(template, name)
         if dataclasses.is_dataclass(current):
-            typed[name] = typed_fields(value, current, f"{section}{name}.")
+            typed[name] = typed_fields(value, current, f"{section}{name}.", root)
         else:
             typed[name] = typed_value(section + name, value, known[name])
     return typed
@@ -47,10 +50,15 @@ def typed_value(name: str, value: Any, kind: Any) -> Any:
         return None
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list) else None
-        require(items is not None, name, value, "a list, such as [a, b]")
+        require(items is not None, name, value, "a list, such as [a, b] or []")
         return tuple(typed_value(name, item, typing.get_args(kind)[0]) for item in items or ())
+    others = ""
     if typing.get_origin(kind) is Annotated:
-        kind = typing.get_args(kind)[0]
+        kind, bounds = typing.get_args(kind)[:2]
+        if bounds.words:
+            if isinstance(value, str) and value in bounds.words:
+                return value
+            kind, others = float, "".join(f", or {word}" for word in bounds.words)
     if kind is bool:
         truth = TRUTH.get(value.lower()) if isinstance(value, str) else value
         require(isinstance(truth, bool | int) and truth in (0, 1), name, value, "true or false")
@@ -60,7 +68,7 @@ def typed_value(name: str, value: Any, kind: Any) -> Any:
     if kind is int:
         return parsed_number(name, value, int, "a whole number")
     if kind is float:
-        return parsed_number(name, value, float, "a number")
+        return parsed_number(name, value, float, f"a number{others}")
     assert kind is str or typing.get_origin(kind) is Literal, f"{name}: fields of type {kind} are not read"
     require(isinstance(value, str | int | float), name, value, "text")
     return str(value)

@@ -8,7 +8,7 @@ from typing import Any
 from .. import atomic
 from ..yaml_text import MAX_LENGTH, dump_yaml, parse_yaml
 from .adapter import ADAPTER_CONFIGS
-from .check import expanded, one_of, printable, require, shorten
+from .check import expanded, nearest, one_of, printable, require, shorten
 from .fields import typed_fields
 from .run import RunConfig
 
@@ -18,7 +18,7 @@ TEXT_FIELDS = ("data.prompt", "data.completion")
 
 def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """A RunConfig from a YAML file (None: the defaults) and overrides such as "train.learning_rate=3e-3". An override
-    that changes adapter.method drops the adapter fields of the file.
+    that changes adapter.method drops the adapter fields of the file. A train.learning_rate of the file stays.
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
@@ -36,7 +36,22 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         values = typed_fields(without_method(in_file), template)
     except ValueError as error:
         raise ValueError(f"config {file}: {error}") from None
-    return replaced(template, merged(values, typed_fields(without_method(changes), template)))
+    unset = {"train": {"learning_rate": None}}  # the template has its method's
+    values = merged(unset, values)
+    wanted = merged(values, typed_fields(without_method(changes), template))
+    try:
+        return replaced(template, wanted)
+    except ValueError as error:
+        raise ValueError(f"config {file}: {error}" if fails_alone(template, values, error) else str(error)) from None
+
+
+def fails_alone(template: RunConfig, values: dict[str, Any], error: ValueError) -> bool:
+    """Whether the file gives this error without the overrides."""
+    try:
+        replaced(template, values)
+    except ValueError as found:
+        return str(found) == str(error)
+    return False
 
 
 def merged(below: dict[str, Any], above: dict[str, Any], section: str = "") -> dict[str, Any]:
@@ -53,6 +68,8 @@ def merged(below: dict[str, Any], above: dict[str, Any], section: str = "") -> d
 def method_of(run: dict[str, Any], default: Any) -> Any:
     """The value of adapter.method in a mapping of sections."""
     adapter = run.get("adapter", {})
+    if isinstance(adapter, str) and adapter in ADAPTER_CONFIGS:
+        raise ValueError(f"adapter must be a mapping; got {adapter!r}; did you mean adapter.method={adapter}?")
     require(isinstance(adapter, dict), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
     return adapter.get("method", default)
 
@@ -66,10 +83,12 @@ def without_method(run: dict[str, Any]) -> dict[str, Any]:
 
 def replaced(config: Any, values: dict[str, Any]) -> Any:
     """The dataclass with these values replaced, in its sections too. Each __post_init__ checks its fields."""
-    changes = {
-        name: replaced(getattr(config, name), value) if isinstance(value, dict) else value
-        for name, value in values.items()
-    }
+    changes = {}
+    for name, value in values.items():
+        try:
+            changes[name] = replaced(getattr(config, name), value) if isinstance(value, dict) else value
+        except ValueError as error:  # an adapter's config does not know that it is in a section
+            raise ValueError(f"adapter.{error}" if name == "adapter" else str(error)) from None
     return dataclasses.replace(config, **changes)
 
 
@@ -80,7 +99,9 @@ def save_config(config: RunConfig, file: str | Path) -> None:
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
     """A config as plain dictionaries, lists and scalars, with `adapter.method`."""
-    plain = lists_for_tuples(dataclasses.asdict(config))
+    without_rows = dataclasses.replace(config, data=dataclasses.replace(config.data, given=None))
+    plain = lists_for_tuples(dataclasses.asdict(without_rows))
+    del plain["data"]["given"]
     return plain | {"adapter": {"method": adapter_method(config.adapter)} | plain["adapter"]}
 
 
@@ -98,9 +119,11 @@ def adapter_method(config: Any) -> str:
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping of sections in a YAML file. Raises ValueError, naming the file, for anything else."""
     if file.is_dir():
-        raise ValueError(f"config {file} is a folder; give a .yaml file, such as the config.yaml in a run's folder")
+        inside = file / "config.yaml"
+        advice = "give a .yaml file, such as the config.yaml in a run's folder"
+        raise ValueError(f"config {file} is a folder; {f'did you mean {inside}?' if inside.is_file() else advice}")
     if not file.is_file():
-        raise ValueError(f"config {file}: no such file; give the path of a .yaml file")
+        raise ValueError(f"config {file}: no such file{nearest(file) or '; give the path of a .yaml file'}")
     try:
         with file.open("rb") as stream:  # the file may have any size
             read = parse_yaml(str(stream.read(4 * MAX_LENGTH + 1), "utf-8")) or {}
@@ -116,7 +139,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def parse_override(text: str) -> dict[str, Any]:
     """The field that an override sets, as nested dictionaries."""
     key, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+    is_name = re.fullmatch(r"[\w-]+(\.[\w-]+)*", key)
+    if is_name and not equals and "." in key:
+        raise ValueError(f"override {shorten(text)} has no value; write {key}=VALUE, without spaces around the =")
+    if not equals or not is_name:
         raise ValueError(
             f"override {shorten(text)} names no field; write section.field=value, such as train.learning_rate=3e-3"
         )

@@ -1,10 +1,11 @@
 """`RunConfig`: one training run, as sections of fields. configs/ holds examples."""
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from .adapter import ParaConfig
+from .adapter import ADAPTER_CONFIGS, ParaConfig
 from .bounds import (
     Bounds,
     Fraction,
@@ -16,6 +17,11 @@ from .bounds import (
 )
 from .check import expanded, require, require_location
 
+#: Tokens of an example, for estimates without the data.
+ASSUMED_LENGTH = 512
+#: The learning rate of a method whose config has no default_learning_rate. Until methods had rates of their own it was
+#: everybody's default, and runs from then resume (runs/folder.py).
+PLAIN_LEARNING_RATE = 1e-3
 #: Metrics of written answers.
 AnswerMetric = Literal[
     "exact_match", "macro_f1", "matthews", "squad", "squad_exact", "f1", "final_number", "sql_match"
@@ -46,13 +52,15 @@ ATTENTION = allowed_values(BackboneSection, "attention")
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
     train: str | None = None
-    """a .jsonl file, or a folder with train.jsonl and optionally validation.jsonl and test.jsonl; or
+    """a file of JSON lines, CSV (.csv, .tsv) or Parquet; or a folder with such a file for each split: train.jsonl and
+    optionally validation.jsonl and test.jsonl; or a folder of Hugging Face datasets; or
     tfds:NAME[/CONFIG], a data set that `para-jax prepare` wrote. A single split: tfds:glue/sst2:train[:90%]; or
-    hf:NAME[@REVISION][:CONFIG[:SPLIT]], a folder or a data set of the Hugging Face hub (extra [hf])"""
+    hf:NAME[@REVISION][:CONFIG[:SPLIT]], a folder or a data set of the Hugging Face hub (extra [hf]). "<python>" is
+    written by train(config, data=...)"""
     validation: str | None = None
     test: str | None = None
     tenants: str | None = None
-    """a folder of tenants to train in one run: each sub-folder (as for `train`) and each .jsonl file is one. train,
+    """a folder of tenants to train in one run: each sub-folder (as for `train`) and each data file is one. train,
     validation and test are then ignored"""
     data_dir: str | None = None
     """the folder of tfds: data; default: that of tensorflow_datasets (~/tensorflow_datasets)"""
@@ -61,8 +69,9 @@ class DataSection:
     prompt: str | None = None
     """a template over the columns, such as "{instruction}\\n{input}"; default: the column `prompt`"""
     completion: str | None = None
-    max_seq_length: Annotated[int, Bounds(at_least=2)] = 512
-    """tokens of prompt and completion together"""
+    max_seq_length: Annotated[int, Bounds(at_least=2)] | None = 512
+    """the maximum number of tokens of prompt and completion together; null: that of the longest training example, and
+    for evaluation the model's positions"""
     cache: bool = True
     """keep the token ids of large training data in ~/.cache/para_jax/tokens for the next start"""
     truncate: Literal["error", "skip", "left"] = "error"
@@ -75,6 +84,8 @@ class DataSection:
     changed: Literal["refuse", "accept"] = "refuse"
     """what a resumed run does when its data changed since it began. accept: continue with the new data, and score the
     best adapter again if the validation data changed"""
+    given: Any = field(default=None, repr=False, compare=False, metadata={"in_file": False})
+    """the rows that train(config, data=...) was given, by split (data/given.py); never written to a file"""
 
     def __post_init__(self):
         check_fields(self, "data.")
@@ -83,10 +94,17 @@ class DataSection:
         local = "://" not in (self.data_dir or "")
         require(local, "data.data_dir", self.data_dir, "a folder on this host, because tfds data can't be in a bucket")
 
+    @property
+    def assumed_length(self) -> int:
+        """max_seq_length; 512 for null, where the data is not read."""
+        return self.max_seq_length or ASSUMED_LENGTH
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection:
-    learning_rate: NonNegativeFloat = 1e-3
+    learning_rate: Annotated[float | Literal["auto"], Bounds(at_least=0, below=math.inf, words=("auto",))] | None = None
+    """default: the rate of the adapter's method (default_learning_rate in config/adapter.py). auto: the best of several
+    short trials on the validation data"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """of the learning rate, after the warm-up"""
     warmup_ratio: Fraction = 0.06
@@ -129,11 +147,22 @@ class TrainSection:
         expected = f"a divisor of train.batch_size ({batch}), or unset, because the passes follow from batch_size"
         require(batch is None or batch % passes == 0, "train.gradient_accumulation_steps", passes, expected)
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """learning_rate as a number. A section of its own, which no RunConfig has given its method's rate, has
+        PLAIN_LEARNING_RATE."""
+        if self.learning_rate == "auto":
+            raise ValueError("train.learning_rate is auto, and no trials have chosen a rate yet; give a number")
+        return PLAIN_LEARNING_RATE if self.learning_rate is None else float(self.learning_rate)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSection:
     """Every combination of these values is trained on the same data in one run. An empty list: the run's own value."""
 
+    method: tuple[str, ...] = ()
+    """adapter methods to compare, such as [para, lora, ia3]: each is a run of its own in output_dir/METHOD, with its
+    own defaults and learning rate. The adapter's fields and train.learning_rate apply to adapter.method only"""
     learning_rate: tuple[NonNegativeFloat, ...] = ()
     seed: tuple[Seed, ...] = ()
     """for the initial weights of an adapter and the order of its examples"""
@@ -144,6 +173,7 @@ class SweepSection:
             require(len(set(values)) == len(values), f"sweep.{name}", values, "different values")
 
     def __bool__(self) -> bool:
+        """Whether one run trains several combinations. Methods are runs of their own."""
         return bool(self.learning_rate or self.seed)
 
 
@@ -152,7 +182,8 @@ class EvalSection:
     every: PositiveInt = 200
     """steps between two evaluations on the validation data; the last step is always evaluated"""
     metric: Literal["loss", "accuracy", AnswerMetric] | None = None
-    """see evaluation/metrics.py; default: the metric of the task, else exact_match"""
+    """see evaluation/metrics.py; default: the metric of the task. Without a task it is chosen from the training data:
+    accuracy where it has 2 to 20 different completions, each at least 4 times on average; else exact_match, and f1"""
     also: tuple[AnswerMetric, ...] = ()
     """more metrics of the same answers to report; default: those of the task"""
     choices: tuple[str, ...] = ()
@@ -163,11 +194,14 @@ class EvalSection:
     batch_size: PositiveInt = 16
     """rows of an evaluation batch over all devices, rounded up to a multiple of mesh.data x mesh.fsdp"""
     max_new_tokens: PositiveInt | None = None
-    """the maximum length of a written answer; default: that of the task, else 32"""
+    """the maximum length of a written answer; default: that of the task, else what the longest completion of the
+    training data needs and a quarter more, at most 512"""
     patience: PositiveInt | None = None
     """stop after this many evaluations without a better score"""
     test: bool = False
     """score the test data before and after training"""
+    test_limit: PositiveInt | None = None
+    """the maximum number of test examples to score, before and after training"""
 
     def __post_init__(self):
         check_fields(self, "eval.")
@@ -280,12 +314,34 @@ class RunConfig:
         require_location("output_dir", self.output_dir)
         if self.output_dir.startswith("~"):
             object.__setattr__(self, "output_dir", str(expanded(self.output_dir)))
+        if self.sweep.method:
+            self.check_methods()
+        if self.train.learning_rate is None and not (self.sweep.learning_rate or self.sweep.method):
+            rate = getattr(self.adapter, "default_learning_rate", PLAIN_LEARNING_RATE)
+            object.__setattr__(self, "train", replace(self.train, learning_rate=rate))
         if self.data.tenants and self.sweep:
             raise ValueError("sweep can't be used together with data.tenants; remove one of them")
+        if self.train.learning_rate == "auto" and self.sweep:
+            raise ValueError(
+                "train.learning_rate=auto can't be used together with a sweep of rates or seeds; give a number, or "
+                "remove the sweep"
+            )
         if self.many:
             name = "per_device_batch_size" if self.train.batch_size is None else "batch_size"
             rows, batch = self.rows_per_tenant, getattr(self.train, name)
             require(batch % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.{name} ({batch})")
+
+    def check_methods(self) -> None:
+        """Raises ValueError for sweep.method with unknown methods, tenants, or adapter fields that no method takes."""
+        methods = self.sweep.method
+        require(set(methods) <= set(ADAPTER_CONFIGS), "sweep.method", methods, f"some of {', '.join(ADAPTER_CONFIGS)}")
+        if self.data.tenants:
+            raise ValueError("sweep.method can't be used together with data.tenants; compare the methods on data.train")
+        own = next((name for name, kind in ADAPTER_CONFIGS.items() if kind is type(self.adapter)), None)
+        if own not in methods and self.adapter != type(self.adapter)():
+            raise ValueError(
+                f"sweep.method {list(methods)} lacks {own}, but adapter has fields of {own}; add it, or remove them"
+            )
 
     @property
     def many(self) -> bool:

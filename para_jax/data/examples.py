@@ -135,7 +135,7 @@ def show_example(tokenizer, example: Example) -> str:
     completion = [f"[{show_token(tokenizer, i)}]" for i in example.completion_ids]
     prompt[-1] = f">>{prompt[-1]}<<"
     return "\n".join(
-        [f"prompt: {len(prompt)} tokens, no loss; the last one, between >> and <<, gives the summary"]
+        [f"prompt: {len(prompt)} tokens, no loss; PARA reads the prompt at its last token, marked >> <<"]
         + wrap(prompt)
         + [f"completion: {len(completion)} tokens, each in the loss"]
         + wrap(completion)

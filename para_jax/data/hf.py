@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import expanded, printable, shorten
+from ..config import expanded, nearest, printable, shorten
+from ..hub import inside_folder, is_inside_folder
 from .tfds import plain
 
 SCHEME = "hf:"
@@ -86,6 +87,7 @@ def parse_hf(source: str) -> tuple[str, str | None, str | None]:
 def prepared_builder(name: str, config: str | None) -> Any:
     """A datasets.DatasetBuilder, all of whose splits are in the cache."""
     source = SCHEME + name + (f":{config}" if config else "")
+    check_name(name)
     try:
         import datasets
     except ImportError:
@@ -95,8 +97,7 @@ def prepared_builder(name: str, config: str | None) -> Any:
         path = str(folder.absolute())
     else:
         hub_id = HUB_ID.fullmatch(name)
-        if hub_id is None:
-            raise ValueError(f"{source}: no such folder, and {shorten(name)} is not a hub id such as user/name")
+        assert hub_id is not None, name  # as check_name found
         path, revision = hub_id["repository"], hub_id["revision"]
         hint = f". The hub may have a Parquet copy: {SCHEME}{path}@refs/convert/parquet"
     try:
@@ -110,6 +111,20 @@ def prepared_builder(name: str, config: str | None) -> Any:
     except Exception as error:
         raise ValueError(f"{source}: {load_failure(error)}") from None
     return builder
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a path where there is no folder. Like runs/nope where there is a folder runs, it is not
+    looked for on the hub."""
+    if expanded(name).is_dir():
+        return
+    if HUB_ID.fullmatch(name) is None:
+        raise ValueError(
+            f"{SCHEME}{name}: no such folder{nearest(expanded(name))}, and {shorten(name)} is not a hub id such as "
+            "user/name"
+        )
+    if is_inside_folder(name):
+        raise ValueError(f"{SCHEME}{name}: no such folder{nearest(Path(name))} ({inside_folder(name)})")
 
 
 def load_failure(error: Exception) -> str:

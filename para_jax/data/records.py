@@ -1,13 +1,13 @@
-"""Rows of JSON lines or a data set as records, by templates or a task; and records as token ids, long ones cut or
+"""Rows of a file or a data set as records, by templates or a task; and records as token ids, long ones cut or
 skipped."""
 
 from __future__ import annotations
 
-import json
 import string
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..config import DataSection, expanded, printable, shorten
 from ..storage.bucket import BucketPath
@@ -18,16 +18,12 @@ from .examples import (
     checked_messages,
     encode_example,
     prompt_messages,
-    require_unicode,
     split_conversation,
 )
-from .hf import HfSplit
-from .sources import source_of, task_of
+from .row_files import read_rows
+from .sources import FORMS, DatasetSplit, source_of, task_of
 from .tasks import TASKS, field, names_of
-from .tfds import TfdsSplit
 
-#: The longest line of JSON, in bytes.
-MAX_LINE = 2**26
 #: Examples per call of the tokenizer.
 ENCODED_AT_ONCE = 1024
 SPLITS = ("train", "validation", "test")
@@ -42,7 +38,7 @@ class Record(NamedTuple):
     """every accepted answer"""
     label: str | None
     place: str
-    """where errors say it is: "file:line", or "tfds:NAME:SPLIT[index]" and the same for hf:"""
+    """where errors say it is: "file:line", "tfds:NAME:SPLIT[index]" and the same for hf:, or 'data["train"] row 7'"""
 
 
 class EncodedRecords(NamedTuple):
@@ -78,11 +74,11 @@ def split_records(section: DataSection, split: str, seen=None) -> Iterator[Recor
     """
     source = source_of(section, split)
     if source is None and split == "train":
-        raise ValueError("data.train is not set; name a .jsonl file, a folder with train.jsonl, tfds:NAME or hf:NAME")
+        raise ValueError(f"data.train is not set; name {FORMS.format(split=split)}")
     form = dict(prompt=section.prompt, completion=section.completion, task=task_of(section))
     if source is None:
         return None
-    if isinstance(source, TfdsSplit | HfSplit):
+    if isinstance(source, DatasetSplit):
         return records_of(source.rows(), source.label, **form)
     return records_of(read_rows(source, seen), str(source), **form)
 
@@ -90,7 +86,7 @@ def split_records(section: DataSection, split: str, seen=None) -> Iterator[Recor
 def read_records(
     path: Path | BucketPath | str, *, prompt: str | None = None, completion: str | None = None, task: str | None = None
 ) -> list[Record]:
-    """The records of one JSON-lines file. ValueError names the file and line of the first wrong row.
+    """The records of one data file. ValueError names the file and line of the first wrong row.
 
     Args:
         prompt, completion: templates over the columns, such as "{instruction}\\n{input}". Default: the columns `prompt`
@@ -103,7 +99,7 @@ def read_records(
 
 
 def read_prompts(path: Path | BucketPath | str) -> list[Prompt]:
-    """The prompts of a JSON-lines file: its column `prompt`, or the prompts in its column `messages`."""
+    """The prompts of a data file: its column `prompt`, or the prompts in its column `messages`."""
     prompts: list[Prompt] = []
     for place, row in read_rows(expanded(path)):
         try:
@@ -124,14 +120,15 @@ def encode_records(records: list[Record], tokenizer, section: DataSection) -> En
     """
     examples = encode_all(tokenizer, records)
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
-    long = [i for i, length in enumerate(lengths) if length > section.max_seq_length]
+    most = section.max_seq_length or sys.maxsize
+    long = [i for i, length in enumerate(lengths) if length > most]
     if not long:
         return EncodedRecords(examples, list(records))
     if section.truncate == "error":
         raise too_long(examples[long[0]], records[long[0]].place, len(long), len(examples), section)
     if section.truncate == "left":
         for i in long:
-            examples[i] = cut_left(examples[i], section.max_seq_length, tokenizer.bos_token_id, records[i].place)
+            examples[i] = cut_left(examples[i], most, tokenizer.bos_token_id, records[i].place)
         return EncodedRecords(examples, list(records), cut=len(long))
     dropped = set(long)
     kept = [i for i in range(len(examples)) if i not in dropped]
@@ -167,33 +164,6 @@ def records_of(
         empty = empty and not records
     if empty:
         raise ValueError(f"{source} has no rows; add one for each example")
-
-
-def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
-    """Each line's place, "file:line", and its object. Empty lines are skipped.
-
-    Args:
-        seen: a hash that is updated with the lines as they are read.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; name a .jsonl file")
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-            place = f"{path}:{number}"
-            if seen is not None:
-                seen.update(line)
-            if len(line) > MAX_LINE:
-                raise ValueError(f"{place}: the line is longer than {MAX_LINE} bytes; split it")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                require_unicode("a text", row)  # half a surrogate pair is JSON
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: the line is a {type(row).__name__}, not a JSON object")
-            yield place, row
 
 
 def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt, str, tuple[str, ...], object]]:
@@ -285,12 +255,20 @@ def encode_at_place(tokenizer, record: Record) -> Example:
         raise ValueError(f"{record.place}: {error}") from None
 
 
-def too_long(first: Example, place: str, long: int, count: int, section: DataSection) -> ValueError:
-    return ValueError(
-        f"{place}: {len(first.prompt_ids) + len(first.completion_ids)} tokens exceed data.max_seq_length "
-        f"{section.max_seq_length} ({long} of {count} examples are too long)\n"
-        "raise data.max_seq_length, or set data.truncate to skip (drop them) or left (cut the start of the prompt)"
-    )
+class TooLong(ValueError):
+    """Examples have more than data.max_seq_length tokens."""
+
+    advice = "raise data.max_seq_length, or set data.truncate to skip (drop them) or left (cut the start of the prompt)"
+
+    def __init__(self, said: str, long: int, count: int, limit: int):
+        super().__init__(f"{said}\n{self.advice}")
+        self.long, self.count, self.limit = long, count, limit
+
+
+def too_long(first: Example, place: str, long: int, count: int, section: DataSection) -> TooLong:
+    limit, tokens = section.max_seq_length, len(first.prompt_ids) + len(first.completion_ids)
+    said = f"{place}: {tokens} tokens exceed data.max_seq_length {limit} ({long} of {count} examples are too long)"
+    return TooLong(said, long, count, limit)
 
 
 def cut_left(example: Example, length: int, bos: int | None, place: str) -> Example:

@@ -1,4 +1,4 @@
-"""Finds the data of a split: a JSON-lines file, or a split of a tfds: or hf: data set."""
+"""Finds the data of a split: a data file, a data set that a library keeps on disk, or rows that a program gave."""
 
 from __future__ import annotations
 
@@ -7,46 +7,89 @@ from pathlib import Path
 from ..config import DataSection, expanded
 from ..storage.bucket import BucketPath, Place
 from . import hf, tfds
-from .hf import HfSplit, is_hf
+from .arrow_files import SavedSplit, is_saved, saved_split
+from .given import GivenSplit, given_split, is_given
+from .hf import HfSplit, is_hf, parse_hf
+from .row_files import place_prefix, split_file
 from .tasks import TFDS_TASKS
 from .tfds import TfdsSplit, is_tfds, parse_tfds
 
-#: A JSON-lines file, or one split of a data set that a library keeps on disk.
-Source = Place | TfdsSplit | HfSplit
+#: Sources that give their rows themselves: `label`, `split`, `files()` and `rows()`.
+DatasetSplit = TfdsSplit | HfSplit | SavedSplit | GivenSplit
+#: A data file, or one split of a data set.
+Source = Place | DatasetSplit
+FORMS = "a .jsonl, .csv or .parquet file, a folder with {split}.jsonl (or .csv, .parquet), tfds:NAME or hf:NAME"
 
 
 def source_of(section: DataSection, split: str) -> Source | None:
     """Where the rows of a split are: in the file or data set that the split's own field names, else next to data.train
     (the other files of a folder, the other splits of a data set). None if there are none."""
     own, train = getattr(section, split), section.train
+    if is_given(own) or (own is None and is_given(train)):
+        return given_split(section, split)
     if is_tfds(own):
-        return tfds.find_split(own, split, section.data_dir)
+        return tfds.find_split(str(own), split, section.data_dir)
     if is_hf(own):
-        return hf.find_split(own, split)
+        return saved_by_name(str(own), split) or hf.find_split(str(own), split)
     if own is not None:
-        return existing_file(split, expanded(own))
+        return existing(split, expanded(own))
     if is_tfds(train):
         return tfds.sibling_split(str(train), split, section.data_dir)
     if is_hf(train):
-        return hf.sibling_split(str(train), split)
+        saved = is_saved(expanded(parse_hf(str(train))[0]))
+        return saved_by_name(str(train), split) if saved else hf.sibling_split(str(train), split)
     if train is not None and expanded(train).is_dir():
-        file = expanded(train) / f"{split}.jsonl"
-        return file if file.is_file() else None
+        return in_folder(expanded(train), split)
     return None
 
 
-def existing_file(split: str, path: Path | BucketPath) -> Place:
-    file = path / f"{split}.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"data.{split}: {file} does not exist; name a .jsonl file, or a folder with {split}.jsonl")
-    return file
+def existing(split: str, path: Path | BucketPath) -> Source:
+    """The data at a path. A folder without the split's file is an error."""
+    found = in_folder(path, split) if path.is_dir() else path
+    if found is None or (not isinstance(found, DatasetSplit) and not found.is_file()):
+        missing = path / f"{split}.jsonl" if path.is_dir() else path
+        raise ValueError(f"data.{split}: {missing} does not exist; name {FORMS.format(split=split)}")
+    return found
+
+
+def in_folder(folder: Place, split: str) -> Source | None:
+    """A split of a folder: its file, or a part of a data set that `save_to_disk` wrote or the hub holds."""
+    if is_saved(folder):
+        return saved_split(folder, split)
+    if (file := split_file(folder, split)) is not None:
+        return file
+    if not is_hub_folder(folder):
+        return None
+    source = f"{hf.SCHEME}{folder}"
+    return hf.find_split(source, split) if split == "train" else hf.sibling_split(source, split)
+
+
+def is_hub_folder(folder: Place) -> bool:
+    """Whether a folder has the layout of a data set on the hub: files such as data/train-00000-of-00001.parquet."""
+    if isinstance(folder, BucketPath) or split_file(folder, "train") is not None:
+        return False
+    return any(any(folder.glob(pattern)) for pattern in ("train-*", "data/train*", "*/train-*.parquet"))
+
+
+def saved_by_name(source: str, split: str) -> SavedSplit | None:
+    """A split of hf:FOLDER, where `save_to_disk` wrote the folder; None for other data sets."""
+    name, _, named = parse_hf(source)
+    folder = expanded(name)
+    return saved_split(folder, named or split) if is_saved(folder) else None
 
 
 def files_of(source: Source | None) -> list[Place]:
     """The files that hold a source's rows."""
     if source is None:
         return []
-    return [*source.files()] if isinstance(source, TfdsSplit | HfSplit) else [source]
+    return [*source.files()] if isinstance(source, DatasetSplit) else [source]
+
+
+def prefix_of(source: Source | None) -> str:
+    """What a row's place begins with, before its number."""
+    if isinstance(source, GivenSplit):
+        return f"{source.label} row "
+    return f"{source.label}[" if isinstance(source, DatasetSplit) else place_prefix(source)
 
 
 def task_of(section: DataSection) -> str | None:

@@ -10,10 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DataSection, expanded
+from .arrow_files import is_saved
+from .given import PYTHON, is_given
+from .row_files import ENDINGS, split_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+#: What a tenant sets of its own (runs/tenant_file.py), in its sub-folder.
+OWN_FILE = "tenant.yaml"
 #: Names that a run's folder uses itself, and the name of the base model.
-RESERVED = ("adapter", "base", "checkpoints", "config.yaml", "metrics.jsonl", "profile", "tensorboard", "tenants.json")
+RESERVED = ("adapter", "base", "checkpoints", "config.yaml", "learning_rates", "metrics.jsonl", "profile")
+RESERVED += ("tensorboard", "tenants.json")
 #: How a tenant's share of the batches grows with its number of examples.
 SAMPLING = {"proportional": 1.0, "sqrt": 0.5, "uniform": 0.0}
 #: How many of its own steps a tenant may be early or late, so that rows of one padded length can share a batch. With 2,
@@ -24,32 +30,61 @@ SLACK = 2
 
 def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataSection]:
     """The data section of each tenant in a folder, sorted by name. A tenant is a subfolder with train.jsonl (optionally
-    validation.jsonl and test.jsonl) or a file NAME.jsonl. Other files and hidden files are ignored.
+    validation.jsonl, test.jsonl and tenant.yaml) or a file NAME.jsonl; or .csv, .parquet and so on. Other files and
+    hidden files are ignored. Tenants that a program gave (data/given.py) are in no folder.
 
     Raises ValueError for a folder without tenants, a name that is unsafe as a folder name, two tenants with one name,
     and a link.
     """
+    if is_given(str(folder)):
+        return given_tenants(section)
     root = expanded(folder)
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"data.tenants: {folder} {problem}; name a folder with a subfolder or .jsonl file per tenant")
     found: dict[str, DataSection] = {}
     for path in sorted(root.iterdir()):
-        if path.name.startswith(".") or not (path.is_dir() or path.suffix == ".jsonl"):
+        if path.name.startswith(".") or not (path.is_dir() or path.suffix in ENDINGS):
             continue
         name = path.name if path.is_dir() else path.stem
         require_name(path, name)
         if name.lower() in {other.lower() for other in found}:
             raise ValueError(f"data.tenants: {path} is a second tenant named {name!r}; rename one of them")
-        for file in [path, *(path.glob("*.jsonl") if path.is_dir() else [])]:
+        inside = [file for file in path.iterdir() if file.suffix in ENDINGS or is_own(file)] if path.is_dir() else []
+        for file in [path, *inside]:
             if file.is_symlink():  # it could point to another tenant's data, or out of the folder
                 raise ValueError(f"data.tenants: {file} is a link, and links are not followed; copy the file")
-        if path.is_dir() and not (path / "train.jsonl").is_file():
+            if is_own(file) and file.name != OWN_FILE:
+                raise ValueError(f"data.tenants: {file} would not be read; rename it to {OWN_FILE}")
+        if path.is_dir() and not is_saved(path) and split_file(path, "train") is None:
             raise ValueError(f"data.tenants: {path} has no train.jsonl; add it, or remove the folder")
         found[name] = replace(section, train=str(path), validation=None, test=None, tenants=None)
     if not found:
         raise ValueError(f"data.tenants: {folder} has no tenants; add a subfolder or .jsonl file for each")
     return dict(sorted(found.items()))
+
+
+def given_tenants(section: DataSection) -> dict[str, DataSection]:
+    """The data section of each tenant that a program gave, sorted by name."""
+    if section.given is None:
+        raise ValueError(
+            "data.tenants: the data of this run came from Python; give it again as train_tenants(config, data=...)"
+        )
+    for name in section.given:
+        require_name(Path(str(name)), str(name))
+    if len({str(name).lower() for name in section.given}) < len(section.given):
+        raise ValueError(f"data of many tenants: two names differ only in case: {', '.join(sorted(section.given))}")
+    return {
+        name: replace(
+            section, train=f"{PYTHON}/{name}", validation=None, test=None, tenants=None, given=section.given[name]
+        )
+        for name in sorted(section.given)
+    }
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file in a tenant's folder is its tenant.yaml, perhaps by a wrong name."""
+    return file.name in (OWN_FILE, "tenant.yml", "tenant.json")
 
 
 def require_name(path: Path, name: str) -> None:

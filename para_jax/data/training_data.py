@@ -6,6 +6,8 @@ Reading and tokenising overlap. The ids are cached for the next start (token_cac
 from __future__ import annotations
 
 import hashlib
+import re
+import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,15 +19,17 @@ import numpy as np
 
 from ..config import DataSection
 from ..messages import say
+from ..progress import Progress
 from . import token_cache
 from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
-from .hf import HfSplit
 from .records import ENCODED_AT_ONCE, Record, cut_left, encode_all, report, split_records, too_long
-from .sources import Source, files_of, source_of, task_of
-from .tfds import TfdsSplit
+from .row_files import form_of
+from .sources import DatasetSplit, Source, files_of, prefix_of, source_of, task_of
 from .token_cache import Tokens
 
+#: An example with this many times the tokens of 99 % of the others is reported.
+FAR_LONGER = 2
 #: Tokenising that takes longer than this is reported.
 REPORTED_SECONDS = 5.0
 
@@ -63,6 +67,38 @@ class TrainingData(NamedTuple):
         return report(len(self.examples), self.cut, self.skipped)
 
 
+def describe_lengths(lengths: np.ndarray) -> str:
+    """How long the examples are, and the length that follows from them. A second line names an example that is far
+    longer than the rest, what it costs, and the fields that leave it out.
+
+    Args:
+        lengths: tokens of each example.
+    """
+    half, most, almost_all = (int(np.quantile(lengths, share, method="lower")) for share in (0.5, 0.95, 0.99))
+    longest = int(lengths.max())
+    said = (
+        f"lengths: half of the examples have up to {half} tokens, 95 % up to {most}, the longest {longest}; "
+        f"data.max_seq_length={chosen_length(lengths)}"
+    )
+    if longest <= FAR_LONGER * almost_all:
+        return said
+    times, limit = f"{longest / almost_all:.0f} times", rounded_up(almost_all)
+    return (
+        f"{said}\n99 % of the examples have up to {almost_all} tokens. The longest has {times} as many. A batch with "
+        f"it costs at least {times} as much. data.max_seq_length={limit} with data.truncate=skip leaves out such "
+        "examples; with left it cuts the start of their prompts"
+    )
+
+
+def chosen_length(lengths: np.ndarray) -> int:
+    """The data.max_seq_length that holds every example."""
+    return rounded_up(int(lengths.max()))
+
+
+def rounded_up(length: int) -> int:
+    return -(-length // 8) * 8
+
+
 def load_training_data(section: DataSection, tokenizer) -> TrainingData:
     """The training data of a run, from the cache of token ids if it holds this data (data.cache).
 
@@ -79,15 +115,14 @@ def load_training_data(section: DataSection, tokenizer) -> TrainingData:
     if time.monotonic() - begun > REPORTED_SECONDS:
         say(f"tokenised {len(tokens.sizes)} examples in {time.monotonic() - begun:.0f} s")
     if key and seen:  # a file may have changed since it was looked up, so its digest is of the bytes that were read
-        content = content_of(source) if isinstance(source, TfdsSplit | HfSplit) else seen.hexdigest()
+        content = seen.hexdigest() if reads_as_text(source) else content_of(source)
         token_cache.store_tokens(key, content, tokens)
     return training_data(source, tokens)
 
 
 def training_data(source: Source | None, tokens: Tokens) -> TrainingData:
-    prefix = f"{source.label}[" if isinstance(source, TfdsSplit | HfSplit) else f"{source}:"
     examples = ExampleArrays(tokens.ids, tokens.sizes)
-    return TrainingData(examples, Places(prefix, tokens.numbers), tokens.cut, tokens.skipped)
+    return TrainingData(examples, Places(prefix_of(source), tokens.numbers), tokens.cut, tokens.skipped)
 
 
 def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tokens:
@@ -95,19 +130,22 @@ def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tok
     builder, numbers = ExampleBuilder(), array("q")
     cut = skipped = total = 0
     too_long_first: tuple[Example, str] | None = None
-    for part, examples in encoded_parts(records, tokenizer):
-        total += len(part)
-        for example, record in zip(examples, part, strict=True):
-            if len(example.prompt_ids) + len(example.completion_ids) > section.max_seq_length:
-                if section.truncate == "left":
-                    example = cut_left(example, section.max_seq_length, tokenizer.bos_token_id, record.place)
-                    cut += 1
-                else:
-                    too_long_first = too_long_first or (example, record.place)
-                    skipped += 1
-                    continue
-            builder.add([example])
-            numbers.append(number_of(record.place))
+    most = section.max_seq_length or sys.maxsize
+    with Progress("tokenising", unit="example") as bar:
+        for part, examples in encoded_parts(records, tokenizer):
+            total += len(part)
+            for example, record in zip(examples, part, strict=True):
+                if len(example.prompt_ids) + len(example.completion_ids) > most:
+                    if section.truncate == "left":
+                        example = cut_left(example, most, tokenizer.bos_token_id, record.place)
+                        cut += 1
+                    else:
+                        too_long_first = too_long_first or (example, record.place)
+                        skipped += 1
+                        continue
+                builder.add([example])
+                numbers.append(number_of(record.place))
+            bar.advance(len(part))
     if too_long_first and section.truncate == "error":
         raise too_long(*too_long_first, skipped, total, section)
     if not len(builder):
@@ -132,8 +170,8 @@ def encoded_parts(records: Iterable[Record], tokenizer) -> Iterator[tuple[list[R
 
 
 def number_of(place: str) -> int:
-    """The line in "file:line", or the index in "tfds:NAME:SPLIT[index]"."""
-    return int(place[max(place.rfind(":"), place.rfind("[")) + 1 :].removesuffix("]"))
+    """The number at the end of a place: the line in "file:line", or the index in "tfds:NAME:SPLIT[index]"."""
+    return int(re.findall(r"\d+", place[-21:])[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
@@ -142,8 +180,14 @@ def number_of(place: str) -> int:
 def fields_of(source: Source | None, section: DataSection) -> dict[str, Any]:
     """Everything that the ids depend on besides the data's content and the tokenizer."""
     fields = {name: getattr(section, name) for name in ("prompt", "completion", "max_seq_length", "truncate")}
-    split = source.split if isinstance(source, TfdsSplit | HfSplit) else None
-    return fields | dict(task=task_of(section), split=split)
+    if isinstance(source, DatasetSplit):
+        return fields | dict(task=task_of(section), split=source.split)
+    return fields | dict(task=task_of(section), split=None, form=source and form_of(source))
+
+
+def reads_as_text(source: Source | None) -> bool:
+    """Whether a source is a file whose bytes `split_records` adds to a hash as it reads them."""
+    return not isinstance(source, DatasetSplit) and form_of(source) != "parquet"
 
 
 def is_large(source: Source | None) -> bool:

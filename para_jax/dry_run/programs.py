@@ -38,7 +38,7 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[st
     found = {"train": compile_step(config, mesh, tenants)}
     adapter, model = abstract_adapter(config, mesh), abstract_model(config, mesh)
     devices = batch_devices(mesh)
-    rows, length = -(-config.eval.batch_size // devices) * devices, config.data.max_seq_length
+    rows, length = -(-config.eval.batch_size // devices) * devices, config.data.assumed_length
     room = length + (config.eval.max_new_tokens or 32)
 
     def int32(*shape: int) -> Any:

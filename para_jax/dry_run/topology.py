@@ -131,7 +131,7 @@ def topology_devices(topology: str, chips: int):
 
 def compile_step(config: RunConfig, mesh: Mesh, tenants: int = 1) -> Compiled:
     """The run's own training step for its longest rows, compiled."""
-    static: dict[str, Any] = dict(completion=config.data.max_seq_length, config=config.train)
+    static: dict[str, Any] = dict(completion=config.data.assumed_length, config=config.train)
     with jax.set_mesh(mesh):
         return ask_compiler(train_step.lower(*step_arguments(config, mesh, tenants), **static))[0]
 
@@ -162,7 +162,7 @@ def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Comp
 
 
 def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants: int = 1) -> list[str]:
-    layout, longest = lay_out(config, mesh, tenants), config.data.max_seq_length
+    layout, longest = lay_out(config, mesh, tenants), config.data.assumed_length
     model = load_model_config(config.backbone.source)
     kernel, why = kernel_of_run(config, model)
     return [

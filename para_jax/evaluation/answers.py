@@ -11,12 +11,11 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any
 
-from tqdm import tqdm
-
 from ..backbone.transformer import Transformer
 from ..data.examples import stop_token_ids
 from ..inference.generate import up_to_multiple
 from ..messages import say
+from ..progress import Progress
 from ..serving.engine import Engine
 from .batch_adapters import Bank, version
 from .journal import Journal
@@ -70,11 +69,14 @@ class Answerer:
         self._stop_ids = engine.stop_ids if engine is not None else ends
         self._writing: str | None = None
 
-    def answer(self, questions: Sequence[tuple[Any, Question]]) -> list[Answer]:
+    def answer(self, questions: Sequence[tuple[Any, Question]], what: str = "scoring") -> list[Answer]:
         """The answers to questions, each for a tenant of the bank or None, the base model. Equal questions are asked
         once.
 
         A tenant's answers all come from the adapter that its name has at the call, even if it is replaced meanwhile.
+
+        Args:
+            what: names the work where its progress is shown.
 
         Raises ValueError, before anything is computed, for an unknown tenant, for a question that the model has no room
         for, and for an answer of the wrong kind in the journal.
@@ -94,7 +96,7 @@ class Answerer:
         known = len(distinct) - len(left)
         if journal.file and known:
             say(f"{known} of {len(distinct)} answers are in {journal.file} already")
-        with tqdm(total=len(distinct), initial=known, desc="answers", leave=False, disable=None) as bar:
+        with Progress(what, len(distinct), unit="answer", done=known) as bar:
             last = time.perf_counter()
             with closing(self._answers(left, list(distinct.values()), journal)) as found:
                 for one, answer, tokens in found:
@@ -102,9 +104,7 @@ class Answerer:
                     self.tokens += tokens
                     now = time.perf_counter()
                     self.seconds, last = self.seconds + now - last, now
-                    if not bar.disable:
-                        bar.update()
-                        bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)
+                    bar.advance(**{"tokens/s": round(self.tokens / self.seconds)})
         journal.sync()
         return [journal[one.key] for one in asked]
 

@@ -15,6 +15,8 @@ from ..adapters.rows import Stack, stack_adapters
 from ..data.batches import epoch_bits, permutation
 from .answers import Answerer
 from .batch_adapters import StackBank
+from .questions import Answer
+from .samples import logged_samples
 from .score import Score, score_answers
 from .shapes import plan_shapes
 from .tasks import EncodedTask, EvalTask, check_room, encode_task
@@ -22,6 +24,8 @@ from .tasks import EncodedTask, EvalTask, check_room, encode_task
 
 class Report(NamedTuple):
     scores: tuple[Score, ...]
+    samples: tuple[list[dict], ...] = ()
+    """with `log_samples`: for each task, what was answered to each example (samples.py)"""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.scores))
@@ -36,6 +40,7 @@ def evaluate(
     limit: int | None = None,
     shuffle_prompts: bool = False,
     seed: int = 0,
+    log_samples: bool = False,
 ) -> Report:
     """The score of each task, with one adapter for every example (or None: the backbone).
 
@@ -43,33 +48,46 @@ def evaluate(
         limit: score at most this many examples of each task, from its start.
         shuffle_prompts: give each example the factors that the adapter makes of another example's prompt; what is
             scored and written still follows its own. Prompts are permuted by `seed`; no example keeps its own.
+        log_samples: also report each example's prompt, expected and given answer, and scores.
 
     Raises ValueError for a task with one example if prompts are shuffled, and for an example that the model has no
     tokens or too few positions for.
     """
     shuffle = seed if shuffle_prompts else None
     scores: dict[int, Score] = {}
+    samples: dict[int, list[dict]] = {}
     for alike in sorted({(task.ranks, task.batch_size) for task in tasks}):  # tasks that share their programs
         members = [i for i, task in enumerate(tasks) if (task.ranks, task.batch_size) == alike]
         part = Tasks(model, tokenizer, [tasks[i] for i in members], limit)
-        found = part.score_one(adapters, shuffle=shuffle)
-        scores |= dict(zip(members, found, strict=True))
-    return Report(tuple(scores[i] for i in range(len(tasks))))
+        found = part.answer_one(adapters, shuffle=shuffle)
+        for i, encoded, answers in zip(members, part.encoded.values(), found, strict=True):
+            scores[i] = score_answers(encoded, answers)
+            samples |= {i: logged_samples(encoded, answers)} if log_samples else {}
+    return Report(tuple(scores[i] for i in range(len(tasks))), tuple(samples[i] for i in sorted(samples)))
 
 
 class Tasks:
     """The tasks of many tenants (None: a tenant has none), in compiled shapes that are planned once, whoever is scored.
     All of them have one batch size."""
 
-    def __init__(self, model, tokenizer, tasks: Sequence[EvalTask | None], limit: int | None = None):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        tasks: Sequence[EvalTask | None],
+        limit: int | Sequence[int | None] | None = None,
+        split: str = "evaluation",
+    ):
         """
         Args:
-            limit: score at most this many examples of each task, from its start.
+            limit: score at most this many examples of each task, from its start. A list has a limit for each task.
+            split: names the examples where the progress is shown.
 
         Raises ValueError for an example that the model has no tokens or too few positions for.
         """
-        self.model, self.tokenizer = model, tokenizer
-        self.encoded = {i: encode_task(task, tokenizer, limit) for i, task in enumerate(tasks) if task}
+        self.model, self.tokenizer, self.split = model, tokenizer, split
+        limits = limit if isinstance(limit, Sequence) else [limit] * len(tasks)
+        self.encoded = {i: encode_task(task, tokenizer, limits[i]) for i, task in enumerate(tasks) if task}
         for encoded in self.encoded.values():
             check_room(model.config, encoded)
         self.shapes = plan_shapes(list(self.encoded.values())) if self.encoded else None
@@ -79,7 +97,8 @@ class Tasks:
         task are left out."""
         scored = [tenant for tenant in slots if tenant in self.encoded]
         names = [None if slots[tenant] < 0 else slots[tenant] for tenant in scored]
-        return dict(zip(scored, self._score(StackBank(stack), scored, names), strict=True))
+        found = self._answers(StackBank(stack), scored, names)
+        return {tenant: score_answers(self.encoded[tenant], one) for tenant, one in zip(scored, found, strict=True)}
 
     def score_one(self, adapter, *, shuffle: int | None = None) -> list[Score]:
         """The score of each task with the same adapter; None: the backbone.
@@ -87,17 +106,23 @@ class Tasks:
         Args:
             shuffle: the seed by which examples get the factors of each other's prompts.
         """
+        found = self.answer_one(adapter, shuffle=shuffle)
+        return [score_answers(task, answers) for task, answers in zip(self.encoded.values(), found, strict=True)]
+
+    def answer_one(self, adapter, *, shuffle: int | None = None) -> list[list[Answer]]:
+        """The answers to each task's questions; arguments as for `score_one`."""
         bank = None if adapter is None else StackBank(stack_adapters([adapter]))
         name = None if adapter is None else 0
-        return self._score(bank, list(self.encoded), [name] * len(self.encoded), shuffle)
+        return self._answers(bank, list(self.encoded), [name] * len(self.encoded), shuffle)
 
-    def _score(self, bank, tenants: list[int], names: list, shuffle: int | None = None) -> list[Score]:
+    def _answers(self, bank, tenants: list[int], names: list, shuffle: int | None = None) -> list[list[Answer]]:
         tasks = [self.encoded[tenant] for tenant in tenants]
         if not tasks:
             return []
         rows = tasks[0].task.batch_size
         answerer = Answerer(self.model, bank, self.tokenizer, rows=rows, shapes=self.shapes)
-        return score_tasks(answerer, list(zip(names, tasks, strict=True)), shuffle)
+        what = f"scoring {sum(len(task.examples) for task in tasks)} {self.split} examples"
+        return answer_tasks(answerer, list(zip(names, tasks, strict=True)), shuffle, what)
 
 
 def share_shapes(*parts: Tasks) -> None:
@@ -108,20 +133,17 @@ def share_shapes(*parts: Tasks) -> None:
         part.shapes = shapes
 
 
-def score_tasks(
-    answerer: Answerer, asked: Sequence[tuple[Any, EncodedTask]], shuffle: int | None = None
-) -> list[Score]:
-    """The score of each task, for a tenant of the answerer's bank (None: the base model)."""
+def answer_tasks(
+    answerer: Answerer, asked: Sequence[tuple[Any, EncodedTask]], shuffle: int | None = None, what: str = "scoring"
+) -> list[list[Answer]]:
+    """The answers to each task's questions by a tenant of the answerer's bank (None: the base model)."""
     questions = [task.questions(other_prompts(task, shuffle)) for _, task in asked]
     answers = iter(
         answerer.answer(
-            [(tenant, one) for (tenant, _), of_task in zip(asked, questions, strict=True) for one in of_task]
+            [(tenant, one) for (tenant, _), of_task in zip(asked, questions, strict=True) for one in of_task], what
         )
     )
-    return [
-        score_answers(task, [next(answers) for _ in of_task])
-        for (_, task), of_task in zip(asked, questions, strict=True)
-    ]
+    return [[next(answers) for _ in of_task] for of_task in questions]
 
 
 # ----------------------------------------------------------------------------------------------------- shuffled prompts

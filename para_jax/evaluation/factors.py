@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ..config import SITES
 from ..data.batches import full_batches, plan_buckets
 from ..data.examples import Example, Prompt, encode_prompt
 from ..model import vectors
+from ..progress import Progress
 from ..table import table
 
 
@@ -31,7 +31,9 @@ class Spread(NamedTuple):
             return {site: self.spread[site] / self.size[site] for site in self.size}
 
     def __str__(self) -> str:
-        """A table with a row per layer and one for all layers, and a column per site."""
+        """A table with a row per layer and one for all layers, and a column per site; a line if no factor differs."""
+        if all((of == 0).all() for of in self.spread.values()):
+            return f"0 in all layers of {', '.join(self.spread)}: the factors are the same for every prompt"
         by_layer = zip(*self.ratio.values(), strict=True)
         rows = [["layer", *self.size], *([str(layer), *map("{:.4f}".format, of)] for layer, of in enumerate(by_layer))]
         return table([*rows, ["all", *map("{:.4f}".format, self.overall().values())]])
@@ -57,11 +59,13 @@ def factor_spread(model, adapter, prompts: Sequence[Prompt], tokenizer, *, rows:
     examples = [Example(encode_prompt(tokenizer, prompt), []) for prompt in prompts]
     total, squares = {}, {}
     batches = list(full_batches(examples, rows, plan_buckets(examples, 3)))
-    for indices, batch in tqdm(batches, desc="factors", leave=False, disable=None):
-        for site, made in vectors(model, adapter, batch.tokens, batch.prompt_length).items():
-            distance = np.asarray(made, np.float64)[:, : len(indices)] - 1
-            total[site] = total.get(site, 0) + distance.sum(axis=1)
-            squares[site] = squares.get(site, 0) + (distance**2).sum(axis=1)
+    with Progress("factors", len(examples), unit="prompt") as bar:
+        for indices, batch in batches:
+            for site, made in vectors(model, adapter, batch.tokens, batch.prompt_length).items():
+                distance = np.asarray(made, np.float64)[:, : len(indices)] - 1
+                total[site] = total.get(site, 0) + distance.sum(axis=1)
+                squares[site] = squares.get(site, 0) + (distance**2).sum(axis=1)
+            bar.advance(len(indices))
     count, sites = len(prompts), [site for site in SITES if site in total]
     mean = {site: total[site] / count for site in sites}
     variance = {site: np.maximum(squares[site] / count - mean[site] ** 2, 0) for site in sites}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,18 +16,38 @@ from typing import NamedTuple
 
 from .. import atomic
 from ..adapters.bank import AdapterBank
-from ..config import ModelConfig
+from ..config import ModelConfig, RunConfig
+from ..data.row_files import split_file
 from ..messages import say
 from .answers import Answerer
 from .evaluate import other_prompts
 from .journal import Journal
 from .questions import Answer, Question, backbone_content
-from .results import ANSWERS_FILE, check_results, file_names, markdown_table, run_record, task_record
-from .tasks import EncodedTask, EvalTask, check_room, encode_task, file_task, with_metrics_in_names
+from .results import (
+    ANSWERS_FILE,
+    check_results,
+    csv_table,
+    file_names,
+    markdown_table,
+    names_of_samples,
+    run_record,
+    task_record,
+)
+from .samples import logged_samples, write_samples
+from .task_file import INSTALL, task_parts
+from .tasks import (
+    EncodedTask,
+    EvalTask,
+    check_room,
+    encode_task,
+    file_task,
+    task_of_run,
+    with_metrics_in_names,
+)
+from .white_space import Stripped, warn_of_white_space
 
 #: The name of the base model among the tenants.
 BASE = "base"
-INSTALL = "lm-eval is not installed; its tasks need it: pip install 'para_jax[eval]'"
 
 
 class Options(NamedTuple):
@@ -49,6 +69,8 @@ class Options(NamedTuple):
     """of our own tasks: the file of a folder"""
     shuffle_prompts: bool = False
     """make the factors of each example of our own tasks from another example's prompt"""
+    log_samples: bool = False
+    """write what was answered to each example"""
 
 
 #: Gives the recorded answer to a question; None if it was not recorded.
@@ -62,7 +84,10 @@ class TaskQuestions(NamedTuple):
     """under which it gives results: an lm-eval group has several"""
     questions: list[Question]
     results: Callable[[Lookup], dict]
-    """the task's part of an adapter's record, from that adapter's answers"""
+    """the task's part of an adapter's record, from that adapter's answers. Its `samples` and `white_space` go
+    elsewhere"""
+    owner: str | None = None
+    """the only tenant that is asked, next to the base model; None: all are"""
 
 
 def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, options: Options) -> list[TaskQuestions]:
@@ -86,6 +111,45 @@ def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, options: Op
     return [*own, *loaded]
 
 
+def read_own_tasks(
+    text: str,
+    tenants: Sequence[str],
+    tokenizer,
+    config: ModelConfig,
+    options: Options,
+    configs: Mapping[str, RunConfig] | None = None,
+) -> list[TaskQuestions]:
+    """Each tenant's own task: the file of its name in a folder of tenants' data, asked of it and the base model.
+
+    Args:
+        text: [TASK=]FOLDER[:METRIC], of every tenant's file.
+        configs: of the tenants that set their metric and templates themselves; their data is their folder.
+    """
+    name, folder, metric = task_parts(text)
+    if folder is None or not folder.is_dir():
+        raise ValueError(f"--tasks {text}: not a folder\nwith --own, give the folder that has a folder for each tenant")
+    missing = [tenant for tenant in tenants if split_file(folder / tenant, options.split) is None]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(
+            f"--own: {folder} has no {options.split}.jsonl for {', '.join(missing[:5])}{more}\nadd "
+            f"{folder / missing[0] / options.split}.jsonl, or name adapters by their data: --adapters NAME=DIR"
+        )
+    tasks = []
+    for tenant in tenants:
+        task = task_of_run(configs[tenant], options.split, tokenizer) if configs and tenant in configs else None
+        if task is not None:
+            asked = questions_of_run(task._replace(name=tenant), tokenizer, config, options)
+            tasks.append(asked._replace(owner=tenant))
+            continue
+        own = (f"{name}=" if name else "") + str(folder / tenant) + (f":{metric}" if metric else "")
+        found = file_task(own, tokenizer, config, split=options.split, limit=options.limit)
+        if found is not None:
+            encoded = found.encoded._replace(task=found.encoded.task._replace(name=tenant))
+            tasks.append(questions_of(encoded, found.original, options)._replace(owner=tenant))
+    return tasks
+
+
 def questions_of_run(task: EvalTask, tokenizer, config: ModelConfig, options: Options) -> TaskQuestions:
     """A run's task as questions."""
     encoded = encode_task(task, tokenizer, options.limit)
@@ -103,7 +167,8 @@ def questions_of(encoded: EncodedTask, original: int, options: Options) -> TaskQ
 
     def results(answer: Lookup) -> dict:
         answers = [found for found in map(answer, questions) if found is not None]
-        return task_record(encoded, original, answers)
+        samples = {"samples": {encoded.task.name: logged_samples(encoded, answers)}} if options.log_samples else {}
+        return task_record(encoded, original, answers) | samples
 
     return TaskQuestions((encoded.task.name,), questions, results)
 
@@ -121,7 +186,7 @@ def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, optio
     for task in loaded:
         given = task, tokenizer, config.max_positions
         questions = record(*given, sampling_seed=options.seed)
-        results = partial(replay, *given, sampling_seed=options.seed)
+        results = partial(replay, *given, sampling_seed=options.seed, samples=options.log_samples)
         asked.append(TaskQuestions(task.result_names, questions, results))
     return asked
 
@@ -147,8 +212,8 @@ def evaluate_to_folder(
     """Evaluates every tenant of the bank, and the base model, on tasks. Returns the Markdown table and each tenant's
     record.
 
-    The folder `output` gets answers.jsonl as they come, and at the end a JSON file per tenant, in lm-eval's layout, and
-    table.md. The same call on the same folder resumes a killed one.
+    The folder `output` gets answers.jsonl as they come, and at the end a JSON file per tenant, in lm-eval's layout,
+    table.md and table.csv, and samples if the options say so. The same call on the same folder resumes a killed one.
 
     Args:
         tasks: as read_tasks gives them, with the same options.
@@ -160,29 +225,46 @@ def evaluate_to_folder(
         raise ValueError(f"tenant {BASE!r}: this is the name of the base model; choose another name")
     content, files = backbone_content(model), file_names([tenant or BASE for tenant in tenants])
     check_results(output, list(files.values()), content)
+    parts = [(tenant or BASE, name) for tenant in tenants for one in tasks for name in one.names]
+    sample_files = names_of_samples(parts) if options.log_samples else {}
     journal = Journal(output / ANSWERS_FILE)
     answerer = Answerer(model, bank, tokenizer, rows=options.rows, journal=journal, backbone=content)
-    asked = [(tenant, question) for one in tasks for question in one.questions for tenant in tenants]
+    asked = [
+        (tenant, question)
+        for one in tasks
+        for question in one.questions
+        for tenant in tenants
+        if one.owner is None or tenant in (None, one.owner)
+    ]
     begun = time.time()
     answers = dict(zip(asked, answerer.answer(asked), strict=True))
     if options.shuffle_prompts:
         about = about | {"shuffle_prompts": True}
     by_tenant: dict[str, dict] = {}
+    white_space: dict[str, list[Stripped]] = {}
     limits = {"limit": options.limit, "rows": options.rows, "seed": options.seed}
     for tenant in tenants:
         made: dict = {}
         for one in tasks:
-            for part, values in one.results(partial(answer_of, answers, tenant)).items():
-                made.setdefault(part, {}).update(values)
+            if one.owner is None or tenant in (None, one.owner):
+                for part, values in one.results(partial(answer_of, answers, tenant)).items():
+                    made.setdefault(part, {}).update(values)
+        for task, samples in made.pop("samples", {}).items():
+            write_samples(output / sample_files[tenant or BASE, task], tenant or BASE, task, samples)
+        for task, found in made.pop("white_space", {}).items():
+            white_space.setdefault(task, []).append(found)
         made |= run_record(answerer, tenant, about | {"adapter": sources.get(tenant or BASE)}, limits, begun)
         by_tenant[tenant or BASE] = made
     for name, made in by_tenant.items():
         atomic.write_text(output / files[name], json.dumps(made, indent=2, default=str) + "\n")
+    warn_of_white_space(white_space)
     others = sorted({path.name for path in output.glob("*.json")} - set(files.values()))
     if others:
         say(f"{output} also holds results of earlier calls, which are not in table.md: {', '.join(others)}")
-    text = markdown_table(by_tenant, answerer, **limits, shuffled=options.shuffle_prompts)
+    own = {one.owner: one.names[0] for one in tasks if one.owner is not None}
+    text = markdown_table(by_tenant, answerer, **limits, shuffled=options.shuffle_prompts, own=own)
     atomic.write_text(output / "table.md", text + "\n")
+    atomic.write_text(output / "table.csv", csv_table(by_tenant))
     return text, by_tenant
 
 

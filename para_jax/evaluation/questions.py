@@ -58,6 +58,7 @@ class Written(NamedTuple):
     """The answer to a Generation."""
 
     text: str
+    """with the white space at its ends; `score_answers` strips"""
     tokens: int
     """how many were written"""
 

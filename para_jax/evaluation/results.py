@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,31 +94,98 @@ def tokens_per_second(answerer: Answerer) -> float:
 
 
 def markdown_table(
-    by_tenant: dict[str, dict], answerer: Answerer, *, limit: int | None, rows: int, seed: int, shuffled: bool = False
+    by_tenant: dict[str, dict],
+    answerer: Answerer,
+    *,
+    limit: int | None,
+    rows: int,
+    seed: int,
+    shuffled: bool = False,
+    own: Mapping[str, str] | None = None,
 ) -> str:
-    """The Markdown table, adapters by tasks, and what a reader needs to know about it."""
-    columns: dict[tuple[str, str], None] = {}
-    for made in by_tenant.values():
-        for task, values in made["results"].items():
-            for metric in values:
-                if "," in metric and "_stderr," not in metric:
-                    columns[task, metric] = None
-    head = ["adapter", *(cell(f"{task} {metric.removesuffix(',none')}") for task, metric in columns)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, made in by_tenant.items():
-        cells = [value_cell(made["results"].get(task, {}), metric) for task, metric in columns]
-        lines.append("| " + " | ".join([cell(name), *cells]) + " |")
+    """The Markdown table, adapters by tasks, and what a reader needs to know about it.
+
+    Args:
+        own: each tenant's task, if every tenant has one of its own; the table then has a row per tenant.
+    """
+    table = own_rows(by_tenant, own) if own else rows_by_adapter(by_tenant)
+    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    lines.insert(1, "|" + "---|" * len(table[0]))
     seeds = f"few-shot {SEEDS['fewshot_seed']}, sampling {seed}"
     named = ", ".join(f"{name} {number}" for name, number in versions().items())
     which = f"the first {limit} examples of each task" if limit else "all examples"
     which += ", each with the factors of another example's prompt" if shuffled else ""
     speed = f"{answerer.tokens} tokens in {answerer.seconds:.1f} s, {tokens_per_second(answerer):.0f} tokens/s"
+    speed = f"{speed} (without what was answered earlier)" if answerer.tokens else "everything was answered earlier"
     return "\n".join([
         *lines,
         "",
-        f"± is the standard error over the examples; {which}. Seeds: {seeds}.",
-        f"{speed} (without what was answered earlier), {rows} rows; {devices.describe_devices()}; {named}.",
+        f"± is the standard error over the examples; {which}{counts(by_tenant)}. Seeds: {seeds}.",
+        f"{speed}, {rows} rows; {devices.describe_devices()}; {named}.",
     ])  # fmt: skip
+
+
+def rows_by_adapter(by_tenant: Mapping[str, dict]) -> list[list[str]]:
+    """The head, and a row for each adapter with all its scores."""
+    columns = dict.fromkeys((task, metric) for _, task, metric in scores_of(by_tenant))
+    table = [["adapter", *(cell(f"{task} {metric.removesuffix(',none')}") for task, metric in columns)]]
+    for name, made in by_tenant.items():
+        cells = [value_cell(made["results"].get(task, {}), metric) for task, metric in columns]
+        table.append([cell(name), *cells])
+    return table
+
+
+def own_rows(by_tenant: Mapping[str, dict], own: Mapping[str, str]) -> list[list[str]]:
+    """The head, and a row for each metric of each tenant's own task: the base model's score, and the own adapter's."""
+    who = [name for name in by_tenant if name not in own]
+    table = [["tenant", "metric", *who, "own adapter", "examples"]]
+    for tenant, task in own.items():
+        made = by_tenant[tenant]
+        for metric in metrics_of(made["results"][task]):
+            values = [by_tenant[name]["results"][task] for name in (*who, tenant)]
+            cells = [value_cell(found, metric) for found in values]
+            table.append([cell(tenant), metric.removesuffix(",none"), *cells, str(examples(made, task))])
+    return table
+
+
+def scores_of(by_tenant: Mapping[str, dict]) -> Iterator[tuple[str, str, str]]:
+    """(adapter, task, metric) of each score."""
+    for name, made in by_tenant.items():
+        for task, values in made["results"].items():
+            yield from ((name, task, metric) for metric in metrics_of(values))
+
+
+def metrics_of(values: Mapping) -> list[str]:
+    """The keys of a task's results that are metrics, such as "accuracy,none"."""
+    return [key for key in values if "," in key and "_stderr," not in key]
+
+
+def examples(made: Mapping, task: str) -> int | None:
+    """How many examples of a task were asked; None for a group of tasks."""
+    return made.get("n-samples", {}).get(task, {}).get("effective")
+
+
+def counts(by_tenant: Mapping[str, dict]) -> str:
+    """The number of examples of each task, for a sentence; of the first 20 tasks if there are more."""
+    found = {task: examples(made, task) for made in by_tenant.values() for task in made["results"]}
+    known = [f"{cell(task)} {count}" for task, count in found.items() if count is not None]
+    return f" ({', '.join(known[:20])}{' ...' if len(known) > 20 else ''})" if known else ""
+
+
+def csv_table(by_tenant: Mapping[str, dict]) -> str:
+    """All scores as CSV, a row for each adapter, task and metric."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["adapter", "task", "metric", "value", "stderr", "examples"])
+    for name, task, metric in scores_of(by_tenant):
+        made = by_tenant[name]
+        kind, _, kept = metric.partition(",")
+        values = made["results"][task]
+        error = values.get(f"{kind}_stderr,{kept}")
+        error = error if isinstance(error, (int, float)) else None
+        shown = (cell(name), cell(task), metric.removesuffix(",none"))
+        rows.writerow([*shown, values[metric], error, examples(made, task)])
+    return text.getvalue()
 
 
 def value_cell(values: dict, metric: str) -> str:
@@ -148,6 +217,13 @@ def file_names(names: Sequence[str]) -> dict[str, str]:
         return (text[:50] if long else text) + (f"-{digest}" if long or times[text.lower()] > 1 else "") + ".json"
 
     return {name: file_name(name, text) for name, text in plain.items()}
+
+
+def names_of_samples(parts: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """The file of samples for each (adapter, task): samples_ADAPTER_TASK.jsonl, distinct as in `file_names`."""
+    texts = {part: "\0".join(("samples", *part)) for part in parts}  # no name holds this character
+    files = file_names(list(texts.values()))
+    return {part: files[text] + "l" for part, text in texts.items()}
 
 
 def check_results(folder: Path, files: Sequence[str], content: str) -> None:

@@ -9,9 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..config import printable
+from ..data.examples import Prompt
 from .metrics import measure
 from .questions import Answer, Scored, Written
 from .tasks import EncodedTask, EvalTask
+
+#: Examples of a task whose answers are kept to be shown, and characters of each text.
+SAMPLES, SAMPLE_CHARACTERS = 5, 60
 
 
 class Measured(NamedTuple):
@@ -23,6 +28,15 @@ class Measured(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.metric} {self.score:.4f}" + ("" if self.stderr is None else f" ± {self.stderr:.4f}")
+
+
+class Sample(NamedTuple):
+    """An example with the answer that was given, shortened to be shown."""
+
+    prompt: str
+    """its end"""
+    expected: str
+    given: str
 
 
 @dataclass(frozen=True)
@@ -40,10 +54,14 @@ class Score:
     stderr: float | None = field(default=None, compare=False)
     """the standard error of `score` over the draw of the examples; None for one example"""
     also: tuple[Measured, ...] = field(default=(), compare=False)
+    samples: tuple[Sample, ...] = field(default=(), compare=False, repr=False)
+    """some examples with the answers, spread over the task; none for the metric "loss\""""
 
     def values(self) -> dict[str, float]:
         """Every metric and its standard error by name: accuracy, accuracy_stderr. The loss has a standard error only if
         it is the score."""
+        if self.metric == "loss" and self.stderr is not None:
+            return {"loss": self.loss, "loss_stderr": self.stderr}
         measured = [] if self.metric == "loss" else [Measured(self.metric, self.score, self.stderr)]
         found = {"loss": self.loss}
         for metric, value, stderr in [*measured, *self.also]:
@@ -63,8 +81,22 @@ class Score:
         }
 
     def __str__(self) -> str:
-        measured = [Measured(self.metric, self.score, self.stderr), *self.also]
-        return f"{self.name}: {', '.join(map(str, measured))}, loss {self.loss:.4f} on {self.count} examples"
+        measured = [] if self.metric == "loss" else [Measured(self.metric, self.score, self.stderr), *self.also]
+        loss = f"loss {self.loss:.4f}" + (f" ± {self.stderr:.4f}" if not measured and self.stderr is not None else "")
+        return f"{self.name}: {', '.join([*map(str, measured), loss])} on {self.count} examples"
+
+
+def shown_score(metric: str | None, score: float) -> float:
+    """A score as people read it: for the metric "loss" the loss itself. (`Score.score` is negated, so that higher is
+    better.)"""
+    return 0.0 - score if metric == "loss" else score
+
+
+def describe_best(metric: str | None, score: float | None, step: int) -> str:
+    """ "best validation accuracy 0.5833 at step 60"; "no validation data" for None."""
+    if score is None:
+        return "no validation data"
+    return f"best validation {metric or 'score'} {shown_score(metric, score):.4f} at step {step}"
 
 
 def score_answers(encoded: EncodedTask, answers: Sequence[Answer]) -> Score:
@@ -93,12 +125,40 @@ def score_of(task: EvalTask, nats: np.ndarray, tokens: np.ndarray, texts: list[s
     if task.metric == "loss":
         return Score(task.name, "loss", -loss, loss, count, stderr=error_of_ratio(*own))
     if task.ranks:
-        choices = np.where(np.isnan(nats), np.inf, nats)[count:]  # argmin would take a NaN
-        texts = [task.choices[i] for i in choices.reshape(count, -1).argmin(axis=1)]
+        texts = likeliest(task, nats)
     references = [record.references for record in task.records]
     (value, stderr), *more = [measure(metric, texts, references) for metric in (task.metric, *task.also)]
     also = tuple(Measured(name, *found) for name, found in zip(task.also, more, strict=True))
-    return Score(task.name, task.metric, value, loss, count, stderr=stderr, also=also)
+    return Score(task.name, task.metric, value, loss, count, stderr, also, samples_of(task, texts))
+
+
+def samples_of(task: EvalTask, texts: Sequence[str]) -> tuple[Sample, ...]:
+    """Examples that are spread evenly over the task, because data is often sorted."""
+    count = min(SAMPLES, len(texts))
+    chosen = [i * len(texts) // count for i in range(count)]
+    return tuple(sample_of(task.records[i].prompt, task.records[i].completion, texts[i]) for i in chosen)
+
+
+def sample_of(prompt: Prompt, expected: str, given: str) -> Sample:
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    end = one_line(text[-2 * SAMPLE_CHARACTERS :])
+    end = end if len(end) <= SAMPLE_CHARACTERS else "..." + end[3 - SAMPLE_CHARACTERS :]
+    return Sample(end, *(shorten_end(one_line(one)) for one in (expected, given)))
+
+
+def one_line(text: str) -> str:
+    """A text with its white space as single spaces, and without characters that a terminal would obey."""
+    return printable(" ".join(text.split()), 10 * SAMPLE_CHARACTERS)
+
+
+def shorten_end(text: str) -> str:
+    return text if len(text) <= SAMPLE_CHARACTERS else text[: SAMPLE_CHARACTERS - 3] + "..."
+
+
+def likeliest(task: EvalTask, nats: np.ndarray) -> list[str]:
+    """The choice that each record's ranked choices make its answer; `nats` as for `score_of`."""
+    choices = np.where(np.isnan(nats), np.inf, nats)[len(task.records) :]  # argmin would take a NaN
+    return [task.choices[i] for i in choices.reshape(len(task.records), -1).argmin(axis=1)]
 
 
 def error_of_ratio(nats: np.ndarray, tokens: np.ndarray) -> float | None:

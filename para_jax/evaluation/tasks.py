@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import DataSection, ModelConfig, RunConfig, expanded
+from ..backbone.load import load_model_config
+from ..config import DataSection, ModelConfig, RunConfig
 from ..data.examples import Example, encode_completion, encode_example
 from ..data.records import Record, encode_records, load_records, read_records, split_records, task_of
+from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
+from ..inference.generate import up_to_multiple
 from ..messages import say, warn
-from .metrics import LABEL_METRICS, METRICS
+from .defaults import RANKED, ScoringRule, scoring_rule
+from .metrics import LABEL_METRICS
 from .questions import Generation, Likelihood, Question
+from .task_file import named_file
 
-#: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
-RANKED = 20
+#: A written answer to a file may have half as many tokens again as its longest completion, and this many at least and
+#: at most.
+FEWEST, MOST = 16, 512
+#: The completions whose tokens are counted to find the longest: those with the most characters.
+COUNTED = 32
 
 
 class EvalTask(NamedTuple):
@@ -117,16 +125,21 @@ def check_room(model: ModelConfig, encoded: EncodedTask) -> None:
 # ---------------------------------------------------------------------------------------------------- of a run's config
 
 
-def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
+def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None = None) -> EvalTask | None:
     """A run's validation or test data with its metric; None if the run has no such data. Examples that are too long are
-    cut or left out as data.truncate says, so that every score is over the same examples."""
+    cut or left out as data.truncate says, so that every score is over the same examples.
+
+    Args:
+        by: how it is scored; default: what `scoring_rule` finds.
+    """
     records = load_records(config.data, split)
     if records is None:
         return None
+    section = config.data
+    if section.max_seq_length is None:
+        section = with_limit(section, load_model_config(config.backbone.source))
     known = TASKS.get(task_of(config.data) or "")
-    metric = config.eval.metric or (known.metric if known else "exact_match")
-    also = config.eval.also or (known.also if known and metric == known.metric else ())
-    choices = config.eval.choices
+    metric, also, choices, new, *_ = by or scoring_rule(config, tokenizer)
     if known and not choices and {record.completion for record in records} <= set(known.choices):
         choices = known.choices  # rows with a prompt of their own may have other answers
     if metric == "accuracy":
@@ -136,9 +149,16 @@ def task_of_run(config: RunConfig, split: str, tokenizer) -> EvalTask | None:
                 f"eval.choices has {len(choices)} answers; accuracy ranks 2 to 100. Use eval.metric=exact_match instead"
             )
         warn_of_unreachable(split, records, choices)
-    kept = encode_records(records, tokenizer, config.data)
-    new = config.eval.max_new_tokens or (known.max_new_tokens if known else 32)
+    kept = encode_records(records, tokenizer, section)
+    if config.eval.max_new_tokens is None and not known:  # a length that was chosen must fit
+        room = load_model_config(config.backbone.source).max_positions
+        new = max(1, min(new, room - max(len(example.prompt_ids) for example in kept.examples)))
     return EvalTask(split, kept.records, metric, choices, new, config.eval.batch_size, kept.examples, also)
+
+
+def with_limit(section: DataSection, model: ModelConfig) -> DataSection:
+    """The section with a number as max_seq_length: null allows as many tokens as the model has positions."""
+    return section if section.max_seq_length else replace(section, max_seq_length=model.max_positions)
 
 
 def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, ...]) -> None:
@@ -171,25 +191,16 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     have a label are scored by accuracy over the labels' completions if there are at most RANKED; other rows by exact
     match.
     """
-    name, path, metric = task_parts(text)
-    if path is None:
-        if re.search(r"[/\\~]|\.jsonl", text):
-            raise ValueError(f"--tasks {text!r}: no such file or folder")
+    named = named_file(text, split)
+    if named is None:
         return None
-    if name is not None and name not in TASKS:
-        raise ValueError(f"--tasks {text!r}: unknown task {name!r} before the =; known are {', '.join(TASKS)}")
-    file = path / f"{split}.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"--tasks {text!r}: {file} is not a file; give a .jsonl file, or a folder with {split}.jsonl")
+    name, path, file, metric = named
     records, known = read_records(file, task=name), TASKS[name] if name else None
     metric = metric or (known.metric if known else None)
     choices = choices_of(file, records, known) if metric in (None, "accuracy", *LABEL_METRICS) else ()
     if metric is None:
         labelled = all(record.label is not None for record in records)
         metric = "accuracy" if labelled and 2 <= len(choices) <= RANKED else "exact_match"
-    if metric not in ("loss", *METRICS, *LABEL_METRICS):
-        names = ", ".join(["loss", *METRICS, *LABEL_METRICS])
-        raise ValueError(f"--tasks: metric {metric!r} is unknown; choose one of {names}")
     if metric == "accuracy" and not 2 <= len(choices) <= 100:
         raise ValueError(f"--tasks {text!r}: {len(choices)} answers; accuracy ranks 2 to 100. Choose another metric")
     ranked = metric == "accuracy" or (metric in LABEL_METRICS and len(choices) <= RANKED)
@@ -201,12 +212,28 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
         max_new_tokens=known.max_new_tokens if known else 32,
         also=known.also if known and metric == known.metric else (),
     )
+    if task.writes and not known:
+        expected = longest_completion(records, tokenizer)
+        task = task._replace(max_new_tokens=answer_tokens(expected, config))
+        say(f"--tasks {text}: at most {task.max_new_tokens} tokens per answer; the longest expected one has {expected}")
     longest = config.max_positions - answer_room(task, tokenizer)
     kept = encode_records(task.records, tokenizer, DataSection(max_seq_length=longest, truncate="left"))
     if kept.cut:
         say(f"--tasks {text}: {kept.cut} of {len(kept.records)} prompts lost their start, to {longest} tokens")
     encoded = encode_task(task._replace(examples=kept.examples), tokenizer)
     return FileTask(encoded, len(records), file.resolve())
+
+
+def longest_completion(records: Sequence[Record], tokenizer) -> int:
+    """Tokens of the longest completion, with its end token. Only those with the most characters are counted."""
+    most = sorted(records, key=lambda record: len(record.completion))[-COUNTED:]
+    return max(len(encode_completion(tokenizer, record.prompt, record.completion)) for record in most)
+
+
+def answer_tokens(longest: int, config: ModelConfig) -> int:
+    """The tokens that a written answer may have: more than the longest completion, so that an answer that goes on
+    differs from it; at most half of the model's positions. A multiple of 8."""
+    return max(1, min(max(up_to_multiple(longest * 3 // 2, 8), FEWEST), MOST, config.max_positions // 2))
 
 
 def with_metrics_in_names(tasks: Sequence[FileTask]) -> list[FileTask]:
@@ -233,18 +260,9 @@ def answer_room(task: EvalTask, tokenizer) -> int:
 
 def choices_of(file: Path, records: list[Record], known: Task | None) -> tuple[str, ...]:
     """The answers that may be ranked: the task's, if the data has no other; else the different completions of the
-    train.jsonl next to the file, or of the file itself."""
+    training data next to the file (train.jsonl), or of the file itself."""
     if known and known.choices and {record.completion for record in records} <= set(known.choices):
         return known.choices
-    train = file.with_name("train.jsonl")
-    held = read_records(train, task=known.name if known else None) if train.is_file() else records
+    train = split_file(file.parent, "train")
+    held = read_records(train, task=known.name if known else None) if train else records
     return tuple(sorted({record.completion for record in held}))
-
-
-def task_parts(text: str) -> tuple[str | None, Path | None, str | None]:
-    """TASK, path and METRIC of [TASK=]PATH[:METRIC]; the path is None if there is no such file or folder."""
-    for name, rest in ((None, text), text.split("=", 1) if "=" in text else (None, text)):
-        for path, metric in ((rest, None), rest.rsplit(":", 1) if ":" in rest else (rest, None)):
-            if expanded(path).exists():
-                return name, expanded(path), metric
-    return None, None, None

@@ -135,4 +135,5 @@ def as_request(id: Hashable, tenant: str | None, question: Generation) -> Reques
         stop=question.stop,
         id=id,
         stop_token_ids=question.stop_ids,
+        strip=False,  # lm-eval compares the text with its white space; our own metrics strip
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..atomic import sync_folder
+from ..progress import Progress
 from .file import GgufFile
 
 #: At most this many bytes of a tensor, as float32, are in memory at once.
@@ -30,8 +31,7 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
     Raises ValueError if the folder already holds files.
     """
     source, folder = GgufFile(file), Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another")
+    check_new_folder(folder)
     unfinished = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)
     try:
@@ -49,6 +49,12 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def check_new_folder(folder: Path) -> None:
+    """Raises ValueError for a folder that holds files already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another")
+
+
 def write_safetensors(source: GgufFile, path: Path) -> None:
     """Writes all tensors as float32, a piece at a time. The format: a length, a JSON header, then the data."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -58,9 +64,10 @@ def write_safetensors(source: GgufFile, path: Path) -> None:
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
+    with path.open("wb") as out, Progress("converting", len(source.shapes), unit="tensor") as bar:
         out.write(struct.pack("<Q", len(text)) + text)
         for name, shape in source.shapes.items():
             rows = max(1, PIECE_BYTES // (4 * math.prod(shape[1:])))
             for start in range(0, shape[0], rows):
                 out.write(np.ascontiguousarray(source.read(name, start, start + rows), "<f4").data)
+            bar.advance()

@@ -1,5 +1,10 @@
-"""The text of an answer while its tokens come one at a time: cut before the first stop text, and released as soon as no
-later token can change it. The cost is linear in the tokens, because only a short tail is decoded again."""
+"""The text of an answer. Training puts a space between a prompt and its completion, so an answer's first token begins
+with one: white space at both ends of an answer is not part of its text (`stripped_text`).
+
+AnswerText is the same text while its tokens come one at a time: cut before the first stop text, then stripped, and
+released as soon as no later token can change it. The cost is linear in the tokens, because only a short tail is decoded
+again.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +19,14 @@ INVALID = "\N{REPLACEMENT CHARACTER}"
 class AnswerText:
     """`pieces` holds one text per token, which may be empty. Joined, they are the answer."""
 
-    def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer, stop: tuple[str, ...] = (), *, strip: bool = True):
+        """
+        Args:
+            stop: texts that end the answer; white space in them counts.
+            strip: whether to leave out the white space at the answer's ends.
+        """
         self.pieces: list[str] = []
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer, self._stop, self._strip = tokenizer, stop, strip
         self._special = special_ids(tokenizer, len(tokenizer))
         self._tail: list[int] = []
         """the last tokens with decided text, then those with undecided text"""
@@ -24,6 +34,10 @@ class AnswerText:
         """how many tokens of the tail are decided, and how many characters of its text are released"""
         self._held = ""
         """decided text that may begin a stop text"""
+        self._begun = False
+        """whether a character other than white space is released"""
+        self._space: list[str] = []
+        """white space after it, released before more text"""
 
     def add(self, token: int) -> bool:
         """Adds the next token. Returns whether a stop text has ended the answer; if so, nothing more may be added."""
@@ -32,7 +46,7 @@ class AnswerText:
     def finish(self) -> bool:
         """Releases the rest, after the last token. Returns whether a stop text has ended the answer."""
         ended = self._take(text_of(self._tokenizer, self._tail)[self._shown :])
-        self.pieces[-1] += self._held
+        self.pieces[-1] += self._released(self._held)
         self._held = ""
         return ended
 
@@ -60,9 +74,21 @@ class AnswerText:
         text = self._held + new
         ends = [text.index(stop) for stop in self._stop if stop in text]
         cut = min(ends) if ends else min((beginning(text, stop) for stop in self._stop), default=len(text))
-        self.pieces.append(text[:cut])
+        self.pieces.append(self._released(text[:cut]))
         self._held = "" if ends else text[cut:]
         return bool(ends)
+
+    def _released(self, text: str) -> str:
+        """What can be shown of the text that no stop text cuts: nothing of the white space that may be at an end."""
+        if not self._strip:
+            return text
+        kept = text.rstrip()
+        if not kept:
+            self._space += [text] if self._begun else []
+            return ""
+        before, self._space = "".join(self._space), [text[len(kept) :]]
+        begun, self._begun = self._begun, True
+        return before + kept if begun else kept.lstrip()
 
 
 def beginning(text: str, stop: str) -> int:
@@ -71,6 +97,11 @@ def beginning(text: str, stop: str) -> int:
     while at >= 0 and not stop.startswith(text[at:]):
         at = text.find(stop[0], at + 1)
     return len(text) if at < 0 else at
+
+
+def stripped_text(tokenizer, tokens: list[int]) -> str:
+    """The tokens' text as an answer, without the white space at its ends."""
+    return text_of(tokenizer, tokens).strip()
 
 
 def text_of(tokenizer, tokens: list[int]) -> str:

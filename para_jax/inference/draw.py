@@ -6,22 +6,54 @@ bisection over the 2**31 possible float32 values finds the least likely token th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from .sampling import GREEDY, Sampling
 
 #: Rows that are sampled at once. More of them fill an accelerator; fewer waste less on greedy rows.
 TOGETHER = {"cpu": 2}
 TOGETHER_ELSEWHERE = 8
 
 
+class RowSampling(NamedTuple):
+    """Settings of a batch, one entry per row."""
+
+    seeds: jax.Array | np.ndarray
+    """uint32 [batch]"""
+    temperature: jax.Array | np.ndarray
+    """float32 [batch]"""
+    top_k: jax.Array | np.ndarray
+    """int32 [batch]"""
+    top_p: jax.Array | np.ndarray
+    """float32 [batch]"""
+
+
+def row_sampling(rows: Sequence[Sampling | None]) -> RowSampling:
+    """The settings of a batch. A row of None is greedy: an empty row costs no sampling."""
+    held = [row or GREEDY for row in rows]
+    return RowSampling(
+        np.array([row.seed for row in held]).astype(np.uint32),
+        np.array([row.temperature for row in held], np.float32),
+        np.array([row.top_k for row in held], np.int32),
+        np.array([row.top_p for row in held], np.float32),
+    )
+
+
+def row_keys(seeds, position) -> jax.Array:
+    """Each row's key for the token at `position` (int or [batch]; 0: the first new one), of seeds uint32 [batch]."""
+    return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds), jnp.broadcast_to(position, seeds.shape))
+
+
 def sample(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax.Array:
     """One token per row, int32 [batch], from logits float32 [batch, vocab]. Greedy rows cost no sampling.
 
     Args:
-        keys: a random key per row, [batch] (sampling.row_keys).
+        keys: a random key per row, [batch] (row_keys).
         temperature: [batch]; 0 is greedy: the first of the largest logits.
         top_k: [batch]; only the k likeliest tokens can be drawn; 0: all of them.
         top_p: [batch]; only the likeliest tokens that together reach this probability can be drawn; 1: all of them.

@@ -11,6 +11,7 @@ from ..adapters.files import save_adapter
 from ..adapters.ia3 import from_factors
 from ..adapters.methods import method_of
 from ..backbone.transformer import Transformer
+from ..config import shorten
 from ..data.examples import Prompt, encode_prompt
 from ..model import vectors
 
@@ -42,8 +43,9 @@ def export_ia3(
         )
     factors_of = vectors(model, adapter, np.array([ids], np.int32), len(ids))
     exported = from_factors({site: factors[:, 0] for site, factors in factors_of.items()}, model.config)
+    named = f"`{shorten(prompt, 200).replace('`', ' ')}`" if isinstance(prompt, str) else "a chat"
     card = [
-        f"The factors that a {method.label} adapter makes of one prompt of {len(ids)} tokens. They are valid only "
-        "after this prompt."
+        f"- The factors that a {method.label} adapter makes of one prompt of {len(ids)} tokens: {named}.",
+        "- They are valid only after this prompt: PARA makes other factors of another.",
     ]
-    save_adapter(exported, folder, base_model=base_model, card=card)
+    save_adapter(exported, folder, base_model=base_model, card=card, example=prompt)

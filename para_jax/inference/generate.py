@@ -20,9 +20,9 @@ from ..config import shorten
 from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..model import decode_step, prefill, stacked_state
 from ..processes import full_arrays
-from .answer_text import AnswerText, text_of
-from .draw import draw, greedy
-from .sampling import RowSampling, Sampling, row_keys, row_sampling
+from .answer_text import AnswerText, stripped_text
+from .draw import RowSampling, draw, greedy, row_keys, row_sampling
+from .sampling import Sampling
 
 #: Steps between two looks at which rows have ended.
 FETCH_EVERY = 8
@@ -45,7 +45,8 @@ def generate(
     seed: int = 0,
     stop: Sequence[str] = (),
 ) -> list[str]:
-    """What the model writes after each prompt, in one batch: the text before an end token or a stop text.
+    """What the model writes after each prompt, in one batch: the text before an end token or a stop text, without the
+    white space at its ends.
 
     Args:
         prompts: texts, or chat messages for the tokenizer's template.
@@ -83,7 +84,7 @@ def generate(
         model, adapters, ids, sampling, stop_ids=stop_ids, ended=add_tokens if sampling.stop else None
     )
     if not sampling.stop:
-        return [text_of(tokenizer, before_stop(row, turn)) for row, turn in zip(written, turns, strict=True)]
+        return [stripped_text(tokenizer, before_stop(row, turn)) for row, turn in zip(written, turns, strict=True)]
     add_tokens(written)
     for answer, over in zip(answers, ended, strict=True):
         if not over:

@@ -1,5 +1,4 @@
-"""How an answer is sampled: the settings that a user gives, the same settings as arrays with one entry per row, and the
-random keys that make a row's draws independent of the other rows."""
+"""How an answer is sampled: the settings that a user gives, checked. draw.py draws by them."""
 
 from __future__ import annotations
 
@@ -7,10 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..config import shorten
@@ -57,36 +53,7 @@ class Sampling:
         return replace(self, seed=(self.seed + index) % 2**32)
 
 
-class RowSampling(NamedTuple):
-    """Settings of a batch, one entry per row."""
-
-    seeds: jax.Array | np.ndarray
-    """uint32 [batch]"""
-    temperature: jax.Array | np.ndarray
-    """float32 [batch]"""
-    top_k: jax.Array | np.ndarray
-    """int32 [batch]"""
-    top_p: jax.Array | np.ndarray
-    """float32 [batch]"""
-
-
 GREEDY = Sampling()
-
-
-def row_sampling(rows: Sequence[Sampling | None]) -> RowSampling:
-    """The settings of a batch. A row of None is greedy: an empty row costs no sampling."""
-    held = [row or GREEDY for row in rows]
-    return RowSampling(
-        np.array([row.seed for row in held]).astype(np.uint32),
-        np.array([row.temperature for row in held], np.float32),
-        np.array([row.top_k for row in held], np.int32),
-        np.array([row.top_p for row in held], np.float32),
-    )
-
-
-def row_keys(seeds, position) -> jax.Array:
-    """Each row's key for the token at `position` (int or [batch]; 0: the first new one), of seeds uint32 [batch]."""
-    return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds), jnp.broadcast_to(position, seeds.shape))
 
 
 def derived_seed(seed: int, *path: int | str) -> int:

@@ -21,8 +21,9 @@ from ..data.records import Record, read_records
 from ..data.tokenizer import load_tokenizer
 from ..hub import resolve_backbone
 from ..inference.generate import generate
-from ..inspect import results, write_record
+from ..inspect import results
 from ..messages import say
+from ..record_file import write_record
 from ..runs.folder import claim_folder
 from ..runs.train import train_tenants
 from .examples import JOBS, business_examples
@@ -104,8 +105,8 @@ def show_mixed_batch(model, tokenizer, adapters, asked: list[Record]) -> None:
     texts = generate(model, prompts, tokenizer=tokenizer, adapters=rows, max_new_tokens=NEW_TOKENS)
     for i, job in enumerate(JOBS):
         print(f"\n{prompts[i]}")
-        print(f"  tenant {job}: {texts[i].strip()!r} (expected {asked[i].completion!r})")
-        print(f"  base model: {texts[i + count].strip()[:80]!r}")
+        print(f"  tenant {job}: {texts[i]!r} (expected {asked[i].completion!r})")
+        print(f"  base model: {texts[i + count][:80]!r}")
 
 
 def next_folder() -> str:

@@ -12,21 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import atomic
-from ..adapters.folder import mend_folder
-from ..config import RunConfig, config_dict, expanded, load_config, require, save_config
+from ..config import PLAIN_LEARNING_RATE, RunConfig, config_dict, expanded, load_config, require, save_config, shorten
 from ..data.example_arrays import add_to_digest
 from ..messages import say
 from ..storage.bucket import BucketPath, Place
 from ..storage.lock import bucket_lock
-from ..training.last_state import last_states_left
-from ..training.log import drop_rows
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from ..training.tenants_file import read_entries, write_entries
-from .standing import Standing
-from .tenants import Tenant
+from .chosen import chosen_rates, is_auto, resolved, with_rate
+from .tenant_file import AT_ONCE, OWN_FIELDS
+
+if TYPE_CHECKING:  # `check_folder` is asked before JAX is loaded
+    from .standing import Standing
+    from .tenants import Tenant
 
 #: A folder holds the same run although these differ.
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
@@ -37,11 +38,9 @@ PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.da
 #: The file that the writing process keeps locked. It stays when that process ends.
 LOCK = ".lock"
 #: Files that `atomic` replaces in a run's folder or in a tenant's.
-REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json")
+REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json", "scores.json")
 #: The folder that is renamed to see whether that works (under a temporary name), and the end of its new name.
 TRIAL, RENAMED = "rename", "-renamed"
-#: Tenants' files that are written at once.
-AT_ONCE = 16
 #: File systems that can't lock.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -114,6 +113,8 @@ def trials_left(folder: Place) -> list[Path]:
 
 def delete_leftovers(folder: Place) -> None:
     """Deletes the temporary files that killed writes left."""
+    from ..training.last_state import last_states_left
+
     for left in trials_left(folder):
         shutil.rmtree(left, ignore_errors=True)
     for file in [*(left for name in REPLACED for left in atomic.files_left(folder / name)), *last_states_left(folder)]:
@@ -121,20 +122,66 @@ def delete_leftovers(folder: Place) -> None:
 
 
 def check_folder(config: RunConfig) -> None:
-    """Raises ValueError for an output folder that holds another run, or is not a run folder."""
+    """Raises ValueError for an output folder that holds another run, or is not a run folder.
+
+    config.yaml has train.learning_rate=auto until the trials have chosen, and then the number.
+    """
     folder = expanded(config.output_dir)
     file = folder / "config.yaml"
     if file.is_file():
-        difference = differences(load_config(file), config)
-        if difference:
-            raise ValueError(
-                f"output_dir {folder} holds another run, which differs in {'; '.join(difference)}; "
-                "choose another output_dir, or the same config to resume"
-            )
+        chosen = chosen_rates(folder)
+        held = resolved(load_config(file), chosen)  # perhaps it was killed before the number was written
+        if found := differences(held, resolved(config, chosen)):
+            raise another_run(folder, found)
     elif folder.exists():
         own = {folder / LOCK, *atomic.files_left(file), *trials_left(folder)} if folder.is_dir() else set()
         if not folder.is_dir() or set(folder.iterdir()) - own:
             raise ValueError(f"output_dir {folder} is not a run folder; choose another")
+
+
+def began_before(config: RunConfig) -> bool:
+    """Whether an earlier version began the run: one that left metrics and answer lengths to fixed defaults."""
+    from ..training.checkpoint import progress_keys
+
+    keys = progress_keys(expanded(config.output_dir) / "checkpoints")
+    return bool(keys) and "scores" not in keys
+
+
+#: Differences that an error lists, one per line.
+LISTED = 15
+
+
+def another_run(folder: Place, found: Sequence[str]) -> ValueError:
+    """The error for an output folder whose run differs in these fields."""
+    more = [f"and {len(found) - LISTED} more"] if len(found) > LISTED else []
+    lines = f"output_dir {folder} holds another run", "choose another output_dir, or the same config to resume:"
+    return ValueError("\n".join([*lines, *(f"  {one}" for one in [*found[:LISTED], *more])]))
+
+
+def check_tenants(config: RunConfig, own: dict[str, RunConfig]) -> None:
+    """Raises ValueError for tenants in the output folder that would be trained otherwise than they were, by what their
+    tenant.yaml sets.
+
+    Args:
+        own: each tenant's config.
+    """
+
+    def changes(name: str) -> list[str]:
+        file = expanded(config.output_dir) / name / "config.yaml"
+        if not file.is_file():
+            return []
+        held = load_config(file)
+        if is_auto(held):  # perhaps killed before the number was written
+            held = with_rate(held, own[name].train.learning_rate)
+        found = differences(held, own[name])
+        return [f"{name}: {one}" for one in found if one.partition(" ")[0] in OWN_FIELDS]
+
+    if not config.data.tenants or not expanded(config.output_dir).is_dir():
+        return
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = [one for each in pool.map(changes, own) for one in each]
+    if found:
+        raise another_run(expanded(config.output_dir), found)
 
 
 def claim_folder(config: RunConfig) -> None:
@@ -146,20 +193,10 @@ def claim_folder(config: RunConfig) -> None:
 
 
 def claim_folders(config: RunConfig, tenants: Sequence[Tenant]) -> None:
-    """Claims the output folder, and in a run of many each tenant's folder in it. One that holds a run of other tenants
-    is refused."""
-    if not config.many:
-        claim_folder(config)
-        return
-    folder = expanded(config.output_dir)
-    found, wanted = {path.parent.name for path in folder.glob("*/config.yaml")}, {tenant.name for tenant in tenants}
-    others = sorted(found ^ wanted)
-    if found - wanted or (others and any(folder.glob("checkpoints/*"))):
-        raise ValueError(
-            f"output_dir {folder} holds a run of other tenants (the difference: {', '.join(map(repr, others[:3]))}); "
-            "choose another output_dir, or the same tenants to resume"
-        )
+    """Claims the output folder, and in a run of many each tenant's folder in it."""
     claim_folder(config)
+    if not config.many:
+        return
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(claim_tenant, tenants))
 
@@ -173,8 +210,18 @@ def claim_tenant(tenant: Tenant) -> None:
 # ------------------------------------------------------------------------------------------------------------- resuming
 
 
-def mend_folders(config: RunConfig, standing: Standing, tenants: Sequence[Tenant], *, resumed: bool) -> None:
-    """Puts the run's folders into the state of the checkpoint that it resumes from. Its own log is ready already."""
+def mend_folders(
+    config: RunConfig, standing: Standing, tenants: Sequence[Tenant], log: Place, *, resumed: bool, others: bool
+) -> None:
+    """Puts the folders of these tenants into the state of the checkpoint that they resume from.
+
+    Args:
+        log: the metrics.jsonl of their part of the run, which is ready already.
+        others: whether the run has other tenants, in another part.
+    """
+    from ..adapters.folder import mend_folder
+    from ..training.log import drop_rows
+
     if not config.many:
         mend_folder(tenants[0].folder / "adapter")
         return
@@ -189,11 +236,13 @@ def mend_folders(config: RunConfig, standing: Standing, tenants: Sequence[Tenant
         list(pool.map(mend, range(len(tenants))))
     folder = expanded(config.output_dir)
     ended = [tenant.name for i, tenant in enumerate(tenants) if standing.over[i]]
-    entries = read_entries(folder) if ended else {}
+    entries = read_entries(folder) if ended or others else {}
     lost = [name for name in ended if name not in entries]
     require(not lost, str(folder / "tenants.json"), lost, "these tenants, which have ended; choose another output_dir")
-    write_entries(folder, {name: entries[name] for name in ended})
-    drop_unsure(standing, folder / "metrics.jsonl")
+    running = set(standing.names) - set(ended)
+    kept = {name: entry for name, entry in entries.items() if name not in running}  # those of other parts too
+    write_entries(folder, kept, standing.names if config.sweep else ())
+    drop_unsure(standing, log)
 
 
 def drop_unsure(standing: Standing, file: Place) -> None:
@@ -215,7 +264,7 @@ def differences(found: RunConfig, wanted: RunConfig) -> list[str]:
     """The fields that make two configs different runs: "train.learning_rate (0.1 there, 0.2 here)"."""
     there, here = fields_of_run(found), fields_of_run(wanted)
     names = [name for name in there | here if there.get(name) != here.get(name)]
-    return [f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in names]
+    return [f"{name} ({shorten(there.get(name))} there, {shorten(here.get(name))} here)" for name in names]
 
 
 def fields_of_run(config: RunConfig) -> dict[str, Any]:
@@ -226,7 +275,9 @@ def fields_of_run(config: RunConfig) -> dict[str, Any]:
             return {name: value}
         return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else key).items()}
 
-    fields = flat(config_dict(config))
+    fields: dict[str, Any] = flat(config_dict(config))
+    if fields["train.learning_rate"] is None:  # unused, because a sweep has rates; old runs have a number there
+        fields["train.learning_rate"] = PLAIN_LEARNING_RATE
     fields["mesh.fsdp"] = fields["mesh.fsdp"] or 1  # null: chosen; the default was 1 before, and old runs resume
     return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in FREE_NAMES}
 
@@ -238,6 +289,7 @@ def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenan
         backbone: the model's fingerprint.
     """
     default = fields_of_run(replace(RunConfig(), adapter=type(config.adapter)()))
+    default["train.learning_rate"] = PLAIN_LEARNING_RATE  # whatever the method: it was the default of old runs
     fields = {k: v for k, v in fields_of_run(config).items() if k not in PLACES}
     own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
     config_digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()

@@ -12,6 +12,7 @@ from ..storage.bucket import BucketPath
 from ..training.log import Log
 from ..training.metrics_file import MetricsWriter
 from .folder import AT_ONCE
+from .health import Health
 from .tenants import Tenant
 
 
@@ -19,6 +20,8 @@ class Logs(NamedTuple):
     run: Log
     tenants: list[MetricsWriter]
     """empty in a run of one adapter, whose log is the run's"""
+    health: Health
+    """sees what is logged"""
 
     def write(self, tenant: int, step: int, values: dict[str, float], *, every: int = 1, show: bool = False) -> None:
         """Adds values of a tenant's own step.
@@ -26,6 +29,7 @@ class Logs(NamedTuple):
         Args:
             show: for the user to see too, in a run of one adapter.
         """
+        self.health.watch(tenant, step, values)
         if not self.tenants:
             self.run.write(step, values, show=show)
         elif is_first() and step % every == 0:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from .. import devices
 from ..adapters.adapter import Adapter
@@ -21,7 +20,8 @@ from ..data.schedule import Schedule, StepBatch, Turn, admitted
 from ..data.tenants import weights
 from ..messages import say
 from ..model import init_adapter
-from ..processes import full_arrays, is_first, on_first_process
+from ..processes import full_arrays, on_first_process
+from ..progress import Progress
 from ..sharding import shard_rows
 from ..training.checkpoint import finish_saving, require_saved, save_checkpoint
 from ..training.last_state import read_last_state, write_last_state
@@ -32,8 +32,9 @@ from ..training.profiler import Profiler
 from ..training.statistics import standardise, statistics_batches
 from ..training.step import TrainState, put_adapter, put_state, put_tenant, tenant_of, train_step
 from ..training.stop import Interrupted, StopSignal
+from .chosen import TRIALS
 from .logs import Logs
-from .scoring import REMEDY, Scoring
+from .scoring import REMEDY, NotFinite, Scoring
 from .standing import Standing
 from .tenants import Tenant
 
@@ -72,8 +73,8 @@ class Loop(NamedTuple):
         state, standing = self.admit(state, standing)
         batches = self.batches(standing)
         total, begun = sum(t.order.total_steps for t in self.tenants), sum(standing.steps)
-        silent = None if is_first() else True  # None: no bar where stderr is not a terminal
-        with tqdm(total=total, initial=begun, desc="training", unit="step", disable=silent) as bar:
+        unit = "tenant step" if self.config.many else "step"
+        with Progress("training", total, unit=unit, done=begun, keep=True) as bar:
             try:
                 while True:
                     stopping = self.stop.reached(standing.step)
@@ -152,7 +153,13 @@ class Loop(NamedTuple):
         return prefetch(coming.batch, 0, left)
 
     def step(
-        self, state: TrainState, standing: Standing, batches, pending: Dispatched | None, compiled: set[Any], bar: tqdm
+        self,
+        state: TrainState,
+        standing: Standing,
+        batches,
+        pending: Dispatched | None,
+        compiled: set[Any],
+        bar: Progress,
     ) -> tuple[TrainState, Standing, Dispatched]:
         """Dispatches the next step, then reads the values of the one before."""
         begun: float | None = time.monotonic()
@@ -169,7 +176,7 @@ class Loop(NamedTuple):
             else:
                 compiled.add(coming.bucket)
                 standing, pending, begun = self.read(pending, standing, bar), None, None  # compiling is not a step
-                with devices.compiling(f"the training step for {self.shape_of(coming)}"):
+                with bar.away(), devices.compiling(f"the training step for {self.shape_of(coming)}"):
                     state, values = jax.block_until_ready(train_step(state, *given, **static))
         standing = self.read(pending, standing, bar)
         begun = None if self.profiler.on else begun  # nor is tracing one, and writing the trace
@@ -180,7 +187,8 @@ class Loop(NamedTuple):
         return state, standing._replace(step=number), Dispatched(done, coming.turns)
 
     def shape_of(self, coming: StepBatch) -> str:
-        groups = f"{self.layout.groups} tenants x " if self.config.many else ""
+        count = self.layout.groups
+        groups = f"{count} tenant{'s' * (count > 1)} x " if self.config.many else ""
         return f"{groups}{self.layout.rows} rows of {coming.bucket.length} tokens"
 
     def rates(self, standing: Standing) -> LearningRates:
@@ -188,7 +196,7 @@ class Loop(NamedTuple):
         held = [self.tenants[max(tenant, 0)] for tenant in standing.slots]
         return learning_rates([t.config.train for t in held], [t.order.total_steps for t in held])
 
-    def read(self, pending: Dispatched | None, standing: Standing, bar: tqdm) -> Standing:
+    def read(self, pending: Dispatched | None, standing: Standing, bar: Progress) -> Standing:
         """Waits for the values of a step and logs them. A tenant whose values are not finite has failed; in a run of
         one adapter that is a ValueError."""
         if pending is None:
@@ -206,6 +214,7 @@ class Loop(NamedTuple):
                 standing = standing.changed(turn.tenant, failed=done.step)
         if not self.config.many:
             self.logs.run.step(done, logged[turns[0]], bar)
+            self.logs.health.watch(0, done.step, logged[turns[0]])
             return standing
         for turn, of_turn in logged.items():
             self.logs.write(turn.tenant, turn.step + 1, of_turn, every=self.config.logging.every)
@@ -223,7 +232,7 @@ class Loop(NamedTuple):
         wrong = [f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         what = wrong[0] if wrong else "the new weights are not finite"
         if not self.config.many:
-            raise ValueError(f"step {step}: {what} on {examples}; {REMEDY}")
+            raise NotFinite(f"step {step}: {what} on {examples}; {REMEDY}")
         say(
             f"{tenant.name}: stopped at its step {turn.step + 1}: {what} on {examples}; what it had learnt before is "
             "kept, and the others continue"
@@ -236,15 +245,16 @@ class Loop(NamedTuple):
         found = []
         for tenant in standing.running:
             own, total = standing.steps[tenant], self.tenants[tenant].order.total_steps
-            reached = own == total or (own > 0 and own % self.config.eval.every == 0)
+            reached = own == total or (own > 0 and own % self.tenants[tenant].config.eval.every == 0)
             if reached and standing.evaluated[tenant] < own and standing.failed[tenant] is None:
                 found.append(tenant)
         return found
 
     def leaving(self, standing: Standing) -> list[tuple[int, str]]:
         """The tenants that end after this step, and why."""
-        patience, found = self.config.eval.patience, []
+        found = []
         for tenant in standing.running:
+            patience = self.tenants[tenant].config.eval.patience
             last = standing.steps[tenant] == self.tenants[tenant].order.total_steps
             failed = standing.failed[tenant]
             if failed is not None and (last or failed < standing.step):
@@ -288,7 +298,8 @@ class Loop(NamedTuple):
             where = f"step {standing.step}, with {sum(standing.over)} of {len(self.tenants)} tenants ended"
         on_first_process(lambda: finish_saving(self.checkpoints))
         file = expanded(self.config.output_dir) / "config.yaml"
-        say(f"stopped after {where}, and saved; the same command resumes, or `para-jax train {file}`")
+        other = "" if file.parent.parent.name == TRIALS else f", or `para-jax train {file}`"
+        say(f"stopped after {where}, and saved; the same command resumes{other}")
         self.stop.end()
 
 
@@ -307,9 +318,11 @@ def in_passes(coming: StepBatch, layout: Layout) -> tuple[Batch | Packed, np.nda
 def places(each: list[str]) -> str:
     """Examples' places ("file:line"), with each file named once: "train.jsonl:7, 12, 31"."""
     lines: dict[str, list[str]] = {}
-    for file, _, line in (text.rpartition(":") for text in each):
-        lines.setdefault(file, []).append(line)
-    return "; ".join(f"{file}:{', '.join(sorted(numbers, key=natural))}" for file, numbers in lines.items())
+    for text in each:
+        mark = ":" if ":" in text else " "  # 'data["train"] row 7'
+        file, _, line = text.rpartition(mark)
+        lines.setdefault(file + mark, []).append(line)
+    return "; ".join(file + ", ".join(sorted(numbers, key=natural)) for file, numbers in lines.items())
 
 
 def natural(number: str) -> tuple[int, str]:

@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import __version__
 from ..adapters.adapter import Adapter
-from ..adapters.files import load_adapter, save_adapter
+from ..adapters.card import score_line, training_lines
+from ..adapters.files import add_test_score, load_adapter, save_adapter
+from ..adapters.methods import method_of
 from ..adapters.rows import Stack
 from ..config import RunConfig, expanded
+from ..data.given import is_given
 from ..evaluation.evaluate import Tasks
-from ..evaluation.score import Score
+from ..evaluation.score import Score, describe_best, shown_score
 from ..messages import say
 from ..model import init_adapter
 from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process
@@ -24,10 +28,15 @@ from ..training.step import TrainState, tenant_of
 from ..training.stop import StopSignal
 from ..training.tenants_file import add_entry
 from .logs import Logs
+from .report import record_of
 from .standing import Standing
 from .tenants import Tenant
 
 REMEDY = "look at these examples, or start again with a lower train.learning_rate"
+
+
+class NotFinite(ValueError):
+    """A run of one adapter can't continue, because its loss, gradient or weights are not finite."""
 
 
 class Scoring(NamedTuple):
@@ -69,18 +78,20 @@ class Scoring(NamedTuple):
                 return standing.changed(tenant, evaluated=own, since_best=standing.since_best[tenant] + 1)
         self.keep(tenant, tenant_of(state.adapters, jnp.int32(standing.running[tenant])), own, score)
         found = None if score is None else score.score
-        return standing.changed(tenant, evaluated=own, best_score=found, best_step=own, since_best=0)
+        return self.with_score(standing, tenant, "validation", score).changed(
+            tenant, evaluated=own, best_score=found, best_step=own, since_best=0
+        )
 
     def require_many(self, step: int, score: Score) -> None:
         """Raises ValueError, in a run of one adapter, for a validation loss that is not finite."""
         if not self.config.many:
-            raise ValueError(f"step {step}: the validation loss is {score.loss} on validation; {REMEDY}")
+            raise NotFinite(f"step {step}: the validation loss is {score.loss} on validation; {REMEDY}")
 
     def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None) -> None:
         """Writes a tenant's adapter into its folder, with its score."""
-        card, whole = card_lines(self.tenants[tenant].config, step, score), full_arrays(adapter)
-        if self.config.many:
-            card.append(f"Trained in one run with {len(self.tenants) - 1} others.")
+        card, whole = card_lines(self.tenants[tenant], step, score), full_arrays(adapter)
+        if others := len(self.tenants) - 1:
+            card.append(f"- Trained in one run with {others} other{'s' * (others > 1)}.")
         to, source = self.tenants[tenant].folder / "adapter", self.config.backbone.source
         on_first_process(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
 
@@ -107,6 +118,9 @@ class Scoring(NamedTuple):
             with self.stop.interrupting():
                 found = self.test.scores(Stack(state.adapters), {tenant: slot})[tenant]
             self.logs.write(tenant, standing.steps[tenant], scores("test_after", found), show=True)
+            line = card_score("Test", found, standing.test_before[tenant])
+            on_first_process(lambda: add_test_score(own.folder / "adapter", line))
+            standing = self.with_score(standing, tenant, "test", found)
             test_after = found.score if math.isfinite(found.score) else None
         standing = standing.changed(tenant, ended=why)
         if not self.config.many:
@@ -121,9 +135,12 @@ class Scoring(NamedTuple):
             "test_before": standing.test_before[tenant],
             "test_after": test_after,
             "ended": why,
+            "scores": standing.records(tenant),
+            "warning": self.logs.health.warning(tenant),
         }
-        on_first_process(lambda: add_entry(expanded(self.config.output_dir), own.name, entry))
-        said = "" if best is None else f", best validation score {best:.4f} at step {standing.best_step[tenant]}"
+        order = standing.names if self.config.sweep else ()
+        on_first_process(lambda: add_entry(expanded(self.config.output_dir), own.name, entry, order))
+        said = "" if best is None else f", {describe_best(entry['metric'], best, standing.best_step[tenant])}"
         ended = f"{sum(standing.over)} of {len(self.tenants)} tenants have ended"
         say(f"{own.name}: {steps} steps{said} ({why}; {ended})")
         if is_first():
@@ -131,8 +148,15 @@ class Scoring(NamedTuple):
                 self.logs.tenants[tenant].flush()
         return standing
 
-    def test_backbone(self, state: TrainState, standing: Standing, asked: list[int]) -> Standing:
-        """Scores the backbone alone on the test data of these tenants."""
+    def score_backbone(self, state: TrainState, standing: Standing, split: str, asked: list[int]) -> Standing:
+        """Scores the backbone alone on the validation or test data of these tenants. What it scores at the start is
+        logged: of validation data as that of step 0."""
+        tasks = self.validation if split == "validation" else self.test
+        held = [len(tasks.encoded[tenant].examples) for tenant in asked if tenant in tasks.encoded]
+        if not held:
+            return standing
+        whose = f" of {len(held)} tenants" if len(held) > 1 else ""
+        say(f"scoring {sum(held)} {split} examples{whose} with the base model ...")
         stack, slot = Stack(state.adapters), -1
         if len(self.tenants) == 1 and standing.step == 0:
             # A new adapter changes nothing, and its programs are those of all scores that follow.
@@ -140,12 +164,22 @@ class Scoring(NamedTuple):
             stack, slot = Stack(jax.tree.map(lambda leaf: leaf[None], fresh)), 0
             stack = place_tenants(stack, jax.sharding.get_mesh(), self.model.config)
         with self.stop.interrupting():
-            found = self.test.scores(stack, dict.fromkeys(asked, slot))
+            found = tasks.scores(stack, dict.fromkeys(asked, slot))
         for tenant, score in found.items():
-            self.logs.write(tenant, standing.steps[tenant], scores("test_before", score), show=True)
-            standing = standing.changed(tenant, test_before=score.score)
+            if split == "test":
+                self.logs.write(tenant, standing.steps[tenant], scores("test_before", score), show=True)
+                standing = standing.changed(tenant, test_before=score.score)
+            elif standing.steps[tenant] == 0:  # later it would be a point in the middle of the adapter's curve
+                self.logs.write(tenant, 0, scores("validation", score), show=True)
+            standing = self.with_score(standing, tenant, f"{split}_base", score)
         self.logs.flush()
         return standing
+
+    def with_score(self, standing: Standing, tenant: int, what: str, score: Score | None) -> Standing:
+        """The standing with a score that is finite. Answers are kept in a run of one adapter only."""
+        finite = score is not None and all(map(math.isfinite, score.values().values()))
+        record = record_of(score, samples=not self.config.many) if score is not None and finite else None
+        return standing.with_score(tenant, what, record)
 
     def with_changed(self, standing: Standing, split: str, changed: list[str]) -> list[int]:
         """The tenants that have not ended and whose data of this split changed."""
@@ -171,9 +205,11 @@ class Scoring(NamedTuple):
                 step, whose = standing.best_step[tenant], f"{own.name}: " if own.name else ""
                 if math.isfinite(score.loss):
                     found = score.score
-                    before = f"{was:.4f} on the data before"
-                    say(f"{whose}the best adapter so far, of step {step}: {score.metric} {found:.4f} ({before})")
+                    then, now = (f"{shown_score(score.metric, one):.4f}" for one in (was, found))
+                    before = f"{then} on the data before"
+                    say(f"{whose}the best adapter so far, of step {step}: {score.metric} {now} ({before})")
                     self.keep(tenant, kept, step, score)
+                    standing = self.with_score(standing, tenant, "validation", score)
                 else:
                     self.require_many(step, score)
             standing = standing.changed(tenant, best_score=found, since_best=0)
@@ -188,14 +224,34 @@ def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:
     return broadcast_arrays(found[0] if is_first() else empty)
 
 
-def card_lines(config: RunConfig, steps: int, found: Score | None) -> list[str]:
+def card_lines(tenant: Tenant, steps: int, found: Score | None) -> list[str]:
     """What an adapter's model card says about its training and its validation score."""
-    card = [f"Trained for {steps} steps on {expanded(config.data.train or '').name}."]
+    config = tenant.config
+    card = training_lines(
+        method=method_of(config.adapter).label,
+        data=data_name(config.data.train),
+        examples=len(tenant.data.examples),
+        steps=steps,
+        rows=tenant.order.plan.rows,
+        learning_rate=config.train.learning_rate,
+        version=__version__,
+    )
     if config.backbone.quantize:
-        card.append(f"The backbone's weights were {config.backbone.quantize} during training.")
+        card.append(f"- The backbone's weights were {config.backbone.quantize} during training.")
     if found:
-        card.append(f"Validation {found.metric}: {found.score:.4f}.")
+        card.append(card_score("Validation", found))
     return card
+
+
+def data_name(train: str | None) -> str:
+    return "data from Python" if is_given(train) else expanded(train or "").name
+
+
+def card_score(split: str, found: Score, before: float | None = None) -> str:
+    """A score as the model card shows it; `before` is that of the base model."""
+    before = None if before is None else shown_score(found.metric, before)
+    score = shown_score(found.metric, found.score)
+    return score_line(split, found.metric, score, found.stderr, found.count, found.loss, before)
 
 
 def scores(name: str, found: Score) -> dict[str, float]:

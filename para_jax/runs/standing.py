@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..config import require
 from ..training.passes import Layout
+from ..training.scores_file import Records
 from .tenants import Tenant
 
 
@@ -36,6 +37,9 @@ class Standing(NamedTuple):
     run: dict[str, str] | None = None
     """digests of what the run is made of, by name: "config", "backbone", "data" (all of it) and its parts ("training
     data", ...; "training data of NAME"), which also say their number of examples"""
+    scores: dict[str, dict[str, dict[str, str | int | dict[str, float] | list[list[str]]]]] | None = None
+    """each tenant's records by its name, as training/scores_file.py describes them; None: an earlier version began the
+    run"""
 
     def changed(self, tenant: int, **values) -> Standing:
         """The standing with other values of one tenant."""
@@ -43,6 +47,17 @@ class Standing(NamedTuple):
         for name, value in values.items():
             lists[name][tenant] = value
         return self._replace(**lists)
+
+    def with_score(self, tenant: int, what: str, record: dict[str, Any] | None) -> Standing:
+        """The standing with a record of a tenant, if there is one."""
+        if self.scores is None or record is None:
+            return self
+        name = self.names[tenant]
+        return self._replace(scores=self.scores | {name: self.records(tenant) | {what: record}})
+
+    def records(self, tenant: int) -> Records:
+        """A tenant's records."""
+        return (self.scores or {}).get(self.names[tenant], {})
 
     @property
     def over(self) -> list[bool]:
@@ -61,7 +76,7 @@ def fresh_standing(tenants: Sequence[Tenant], layout: Layout, run: dict[str, str
     nothing: list[Any] = [None] * len(tenants)
     names = [tenant.name for tenant in tenants]
     lists = [-1] * layout.slots, zeros, nothing, zeros, zeros, zeros, nothing, nothing, nothing
-    return Standing(0, names, *lists, run=run)
+    return Standing(0, names, *lists, run=run, scores={})
 
 
 def require_same_tenants(standing: Standing, tenants: Sequence[Tenant], layout: Layout) -> None:

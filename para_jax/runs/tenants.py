@@ -5,26 +5,30 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..backbone.load import load_model_config
-from ..config import ModelConfig, RunConfig, expanded, require
+from ..config import ASSUMED_LENGTH, ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
+from ..data.records import TooLong
 from ..data.schedule import TenantOrder
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import load_tokenizer
-from ..data.training_data import TrainingData, load_training_data
-from ..evaluation.tasks import EvalTask, task_of_run
+from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
+from ..evaluation.defaults import ScoringRule, scoring_rule
+from ..evaluation.tasks import EvalTask, task_of_run, with_limit
 from ..hub import resolve_backbone
 from ..messages import say, warn
 from ..storage.bucket import Place
 from ..training.checkpoint import steps_in
 from ..training.passes import Layout
+from .tenant_file import AT_ONCE, with_own_fields
 
 
 class Tenant(NamedTuple):
@@ -33,7 +37,7 @@ class Tenant(NamedTuple):
     name: str
     """empty in a run of one adapter"""
     config: RunConfig
-    """its own: data, output folder, learning rate and seed"""
+    """its own: data, output folder, seed, and what its tenant.yaml sets"""
     data: TrainingData
     order: TenantOrder
     validation: EvalTask | None
@@ -48,6 +52,16 @@ class Tenant(NamedTuple):
         return f"{split} data of {self.name}" if self.name else f"{split} data"
 
 
+class Shared:
+    """What several runs of one command load once."""
+
+    def __init__(self):
+        self.data: dict[Any, tuple[TrainingData, EvalTask | None, EvalTask | None, ScoringRule]] = {}
+        """what `read_data` gives, by `of_data`"""
+        self.backbones: dict[Any, Any] = {}
+        """the backbone by its mesh"""
+
+
 class Inputs(NamedTuple):
     """What every process of a run reads for itself before the backbone."""
 
@@ -57,47 +71,139 @@ class Inputs(NamedTuple):
     """the compiled shapes that the tenants share; of packed rows there is one"""
 
 
-def read_inputs(config: RunConfig, layout: Layout) -> Inputs:
-    """The tokenizer, the tenants with their data, and the compiled shapes."""
+def read_inputs(
+    config: RunConfig,
+    layout: Layout,
+    names: Sequence[str] | None = None,
+    *,
+    before: bool = False,
+    shared: Shared | None = None,
+) -> Inputs:
+    """The tokenizer, the tenants with their data, and the compiled shapes.
+
+    Args:
+        names: only these tenants; default: all.
+        before: an earlier version began the run; its defaults then hold.
+        shared: what is read already.
+    """
     resolve_backbone(config.backbone.source)
     tokenizer, model = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
-    configs = tenant_configs(config)
-    read_once: dict[Any, tuple] = {}  # the combinations of a sweep share their data
+    configs = {name: own for name, own in tenant_configs(config).items() if names is None or name in names}
+    read_once = (shared or Shared()).data  # the combinations of a sweep share their data
+    long: dict[str, TooLong] = {}
     for name, own in configs.items():
-        if own.data not in read_once:
+        if of_data(own) not in read_once:
             try:
-                read_once[own.data] = read_data(own, tokenizer, model)
+                read_once[of_data(own)] = read_data(own, tokenizer, model, before)
+            except TooLong as error:
+                long[name] = error
             except ValueError as error:
                 raise ValueError(f"{name}: {error}" if name else str(error)) from None
-    data = {name: read_once[own.data][0] for name, own in configs.items()}
+    if long:
+        raise too_long_in(long)
+    data = {name: read_once[of_data(own)][0] for name, own in configs.items()}
     say_data(config, data)
+    say_scoring({name: read_once[of_data(own)][3] for name, own in configs.items()})
     buckets, plans = plan_batches(config, configs, data, layout.tenant_rows)
     tenants = []
     for name, own in configs.items():
-        train, validation, test = read_once[own.data]
-        steps = own.train.max_steps or math.ceil(own.train.num_epochs * plans[name].batches_per_epoch)
-        order = TenantOrder(train.examples, plans[name], steps)
-        tenants.append(Tenant(name, own, train, order, validation, test if config.eval.test else None))
+        train, validation, test, _ = read_once[of_data(own)]
+        if own.eval.patience not in (None, config.eval.patience) and validation is None:
+            raise ValueError(
+                f"{name}: eval.patience ({own.eval.patience} in tenant.yaml) needs validation data\n"
+                "add validation.jsonl next to train.jsonl, or remove eval.patience"
+            )
+        order = TenantOrder(train.examples, plans[name], steps_of(own, plans[name].batches_per_epoch))
+        tenants.append(Tenant(name, own, train, order, validation, test if own.eval.test else None))
     return Inputs(tokenizer, tenants, buckets)
 
 
+def of_data(own: RunConfig) -> tuple:
+    """What the data and the tasks of a tenant follow from."""
+    return own.data, own.eval
+
+
 def read_data(
-    config: RunConfig, tokenizer, model: ModelConfig
-) -> tuple[TrainingData, EvalTask | None, EvalTask | None]:
-    """A tenant's training data, and its validation and test tasks."""
+    config: RunConfig, tokenizer, model: ModelConfig, before: bool
+) -> tuple[TrainingData, EvalTask | None, EvalTask | None, ScoringRule]:
+    """A tenant's training data, its validation and test tasks, and how these are scored."""
+    config = replace(config, data=with_limit(config.data, model))
     data = load_training_data(config.data, tokenizer)
     require(len(data.examples) > 0, "data.train", config.data.train, "at least one training example")
-    validation, test = (task_of_run(config, split, tokenizer) for split in ("validation", "test"))
+    by = scoring_rule(config, tokenizer, before=before)
+    validation, test = (task_of_run(config, split, tokenizer, by) for split in ("validation", "test"))
     require_room(model, data, (validation, test))
-    return data, validation, test
+    return data, validation, test, by
+
+
+def steps_of(own: RunConfig, batches_per_epoch: int) -> int:
+    """The optimiser steps of a tenant with this config."""
+    return own.train.max_steps or math.ceil(own.train.num_epochs * batches_per_epoch)
+
+
+#: Tenants that an error names.
+NAMED = 10
+
+
+def too_long_in(found: dict[str, TooLong]) -> ValueError:
+    """One error for the tenants whose examples are too long."""
+    if len(found) == 1:
+        ((name, error),) = found.items()
+        return ValueError(f"{name}: {error}" if name else str(error))
+    each = [f"{name} ({error.long} of {error.count})" for name, error in list(found.items())[:NAMED]]
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    error = next(iter(found.values()))
+    return ValueError(
+        f"{len(found)} tenants have examples of more than data.max_seq_length {error.limit} tokens: "
+        f"{', '.join(each)}{more}\n{error.advice}"
+    )
 
 
 def say_data(config: RunConfig, data: dict[str, TrainingData]) -> None:
-    if not config.many:
+    if config.many:
+        say_tenants(config, data)
+    else:
         say(f"training data: {data[''].report()}")
-        return
+    if config.data.max_seq_length is None:
+        for line in describe_lengths(all_lengths(data)).splitlines():
+            say(line)
+
+
+def say_tenants(config: RunConfig, data: dict[str, TrainingData]) -> None:
     counts = [len(one.examples) for one in data.values()]
-    say(f"{len(counts)} tenants with {min(counts)} to {max(counts)} training examples, {sum(counts)} in all")
+    each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(max(counts))
+    if config.sweep:
+        say(f"{len(counts)} combination{'s' * (len(counts) > 1)} on {each} training examples")
+    elif len(counts) == 1:
+        say(f"1 tenant with {each} training examples")
+    else:
+        say(f"{len(counts)} tenants with {each} training examples, {sum(counts)} in all")
+
+
+def all_lengths(data: dict[str, TrainingData]) -> np.ndarray:
+    """The tokens of each example. Tenants that share their data count once."""
+    return np.concatenate([one.lengths for one in {id(one.examples): one.examples for one in data.values()}.values()])
+
+
+def with_length(config: RunConfig) -> RunConfig:
+    """The config with a number as data.max_seq_length, for estimates: null means the tokens of the longest training
+    example of all tenants."""
+    resolve_backbone(config.backbone.source)
+    tokenizer, model = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
+    sections = {with_limit(own.data, model) for own in tenant_configs(config).values()}
+    longest = max(chosen_length(load_training_data(one, tokenizer).examples.lengths) for one in sections)
+    return replace(config, data=replace(config.data, max_seq_length=longest))
+
+
+def say_scoring(by: dict[str, ScoringRule]) -> None:
+    """Says which metric was chosen from the data, and for which tenants."""
+    alike: dict[str, list[str]] = {}
+    for name, one in by.items():
+        if one.from_data:
+            alike.setdefault(one.describe(), []).append(name)
+    for described, names in alike.items():
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        say(f"metric: {described}" + (f": {shown}" if shown and len(names) < len(by) else ""))
 
 
 def plan_batches(
@@ -106,7 +212,7 @@ def plan_batches(
     """The compiled shapes, and each tenant's plan: which examples its steps of `rows` rows hold."""
     examples = {name: one.examples for name, one in data.items()}
     if config.data.packing:
-        length = config.data.max_seq_length
+        length = config.data.max_seq_length or packed_length(data)
         plans = {
             name: plan_packing(examples[name], length=length, rows=rows, seed=own.seed) for name, own in configs.items()
         }
@@ -124,6 +230,11 @@ def plan_batches(
     }
 
 
+def packed_length(data: dict[str, TrainingData]) -> int:
+    """Tokens of a packed row where the config leaves it open: several short examples fit, and the longest one."""
+    return max(ASSUMED_LENGTH, chosen_length(all_lengths(data)))
+
+
 def say_packing(plans: dict[str, PackingPlan], shape: RowShape, examples: int, tokens: int) -> None:
     rows = sum(len(one.packed) for one in plans.values())
     say(
@@ -136,16 +247,20 @@ def say_packing(plans: dict[str, PackingPlan], shape: RowShape, examples: int, t
 
 
 def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
-    """Each tenant's own config by name: the config of a run of this tenant alone, with output_dir set to its folder
-    inside the run's. A run of one adapter has one tenant without a name, whose config is the run's.
+    """Each tenant's own config by name: the config of a run of this tenant alone, with what its tenant.yaml sets, and
+    with output_dir set to its folder inside the run's. A run of one adapter has one tenant without a name, whose config
+    is the run's.
 
-    Raises ValueError for a folder or names that data/tenants.py refuses.
+    Raises ValueError for a folder or names that data/tenants.py refuses, and for what tenant_file.py refuses.
     """
     if not config.many:
         return {"": config}
     if config.data.tenants:
         sections = tenant_sections(config.data.tenants, config.data)
-        made = {name: replace(config, data=section) for name, section in sections.items()}
+        alone = {name: replace(config, data=section) for name, section in sections.items()}
+        with ThreadPoolExecutor(AT_ONCE) as pool:  # in a bucket each file takes a request
+            given = pool.map(lambda own: with_own_fields(own, expanded(own.data.train)), alone.values())
+            made = dict(zip(alone, given, strict=True))
     else:
         made = sweep_configs(config)
     rows = config.rows_per_tenant
@@ -161,14 +276,21 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
-    """Every combination of a sweep, by its name: learning_rate-0.003-seed-1."""
+    """Every combination of a sweep, by its name, which has the fields that are swept: learning_rate-0.003-seed-1. A run
+    that an earlier version began keeps its names, which always had both."""
     rates = config.sweep.learning_rate or (config.train.learning_rate,)
     seeds = config.sweep.seed or (config.seed,)
     alone = replace(config, sweep=type(config.sweep)())
+
+    def name(rate, seed, fields) -> str:
+        parts = {"learning_rate": f"learning_rate-{rate!r}", "seed": f"seed-{seed}"}
+        return "-".join(parts[field] for field in fields).replace("+", "")
+
+    both = "learning_rate", "seed"
+    old = expanded(config.output_dir) / name(rates[0], seeds[0], both) / "config.yaml"
+    fields = both if old.is_file() else [field for field in both if getattr(config.sweep, field)]
     return {
-        f"learning_rate-{rate!r}-seed-{seed}".replace("+", ""): replace(
-            alone, train=replace(config.train, learning_rate=rate), seed=seed
-        )
+        name(rate, seed, fields): replace(alone, train=replace(config.train, learning_rate=rate), seed=seed)
         for rate, seed in itertools.product(rates, seeds)
     }
 

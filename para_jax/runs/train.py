@@ -1,14 +1,17 @@
 """train and train_tenants: a run from its config to a folder with the best adapters. The same command resumes.
 
 output_dir/{config.yaml, metrics.jsonl, tensorboard/, checkpoints/<step>/, profile/}. A run of one adapter keeps it in
-output_dir/adapter/. A run of many has tenants.json, and a folder for each tenant: output_dir/NAME/{config.yaml,
-metrics.jsonl, adapter/}.
+output_dir/adapter/ and its scores in scores.json. A run of many has tenants.json, and a folder for each tenant:
+output_dir/NAME/{config.yaml, metrics.jsonl, adapter/}.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +24,9 @@ from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone
 from ..config import RunConfig, config_dict, expanded, require
 from ..data.example_arrays import digest
+from ..data.given import with_data, with_tenants
 from ..evaluation.evaluate import Tasks, share_shapes
+from ..evaluation.score import describe_best
 from ..evaluation.shapes import say_evaluation
 from ..memory import run_mesh
 from ..messages import say
@@ -35,15 +40,32 @@ from ..training.log import Log
 from ..training.metrics_file import Reached
 from ..training.passes import Layout, lay_out
 from ..training.profiler import Profiler
+from ..training.scores_file import Records, write_scores
 from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, stop_signals
 from ..training.tenants_file import read_entries
-from .folder import FREE_FIELDS, claim_folders, locked_folder, mend_folders, run_digests
+from ..untrusted import safe_names
+from .chosen import chosen_rates, is_auto, resolved, with_rate
+from .folder import (
+    FREE_FIELDS,
+    began_before,
+    check_folder,
+    check_tenants,
+    claim_folders,
+    locked_folder,
+    mend_folders,
+    run_digests,
+)
+from .health import Health, logged_warning
 from .logs import Logs, tenant_rows
 from .loop import Loop
+from .parts import Part, parts_of_run, write_parts
+from .rates import FIRST, choose_rates, resolved_inputs
+from .report import sample_lines, score_table, tenants_table
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
-from .tenants import Inputs, read_inputs, require_validation, tenant_configs
+from .tenant_file import of_most_memory
+from .tenants import Inputs, Shared, Tenant, read_inputs, require_validation, tenant_configs, with_length
 
 
 class TrainResult(NamedTuple):
@@ -53,13 +75,32 @@ class TrainResult(NamedTuple):
     best_step: int
     step: int
     output_dir: Place
+    metric: str | None = None
+    """what best_score is; for "loss" it is the negated loss, so that higher is better"""
+    scores: Records = {}
+    """of base model and adapter, as training/scores_file.py describes them"""
+    warning: str | None = None
+    """what went wrong without stopping the run (runs/health.py)"""
+
+    @property
+    def best(self) -> str:
+        """ "best validation accuracy 0.5833 at step 60", or "no validation data"."""
+        return describe_best(self.metric, self.best_score, self.best_step)
+
+    def report(self) -> str:
+        """Base model and adapter side by side, and some answers of both; empty if nothing was scored."""
+        return "\n\n".join(filter(None, (score_table(self.scores), sample_lines(self.scores))))
 
 
 class TenantsResult(NamedTuple):
     tenants: dict[str, dict[str, Any]]
-    """by name: examples, steps, best_step, best_score, metric, ended, test_before and test_after (None: not measured)
-    """
+    """by name: examples, steps, best_step, best_score, metric, ended, warning (None: nothing went wrong), test_before
+    and test_after (None: not measured), and scores, as training/scores_file.py describes them"""
     output_dir: Path
+
+    def report(self) -> str:
+        """A table with a line for each tenant: base model and adapter side by side."""
+        return tenants_table(self.tenants)
 
 
 class Ended(NamedTuple):
@@ -67,49 +108,103 @@ class Ended(NamedTuple):
 
     model: Any
     mesh: Any
+    names: list[str]
+    """of the tenants, in their order"""
     state: TrainState
+    """of the part that was trained last"""
     standing: Standing
+    metric: str | None
+    """of the validation data, in a run of one adapter"""
 
 
-def train(config: RunConfig) -> TrainResult:
+def train(config: RunConfig, data: Any = None) -> TrainResult:
     """Trains the adapter of a run, or resumes it where it stopped.
+
+    Args:
+        data: the rows, instead of data.train: a list of dicts, a pandas or polars DataFrame, a datasets.Dataset, or a
+            dict of these by split, {"train": ..., "validation": ..., "test": ...} (also a datasets.DatasetDict). Each
+            row has `prompt` and `completion` (texts or chat messages) or `messages`, and perhaps `references` (a list
+            of texts) and `label`; or any columns, with data.prompt and data.completion as templates. NaN and None are
+            missing values. Rows without splits are training data; validation data may then be named in the config.
+            To resume, give the same rows again: a checkpoint identifies them by their content.
 
     SIGTERM saves and raises Stopped, a SystemExit with code 0; Ctrl-C saves and raises KeyboardInterrupt.
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config, and
     for a folder that another run is writing.
     """
     require(not config.many, "data.tenants or sweep", config.output_dir, "a run of one adapter; use train_tenants")
-    model, mesh, state, standing = trained(config)
-    folder = expanded(config.output_dir)
+    refuse_methods(config)
+    if data is not None:
+        config = replace(config, data=with_data(config.data, data))
+    model, mesh, _, state, standing, metric = trained(config)
+    folder, records = expanded(config.output_dir), standing.records(0)
+    if records:
+        on_first_process(lambda: write_scores(folder, records))
     with jax.set_mesh(mesh):
         best = tenant_of(state.adapters, jnp.int32(0))
         if standing.best_step[0] != standing.step:
             best = place(kept_adapter(folder, model, best), mesh, model.config)
-    return TrainResult(best, standing.best_score[0], standing.best_step[0], standing.step, folder)
+    of_best = standing.best_score[0], standing.best_step[0]
+    warning = on_first_process(lambda: logged_warning(resolved(config, chosen_rates(folder)), folder / "metrics.jsonl"))
+    return TrainResult(best, *of_best, standing.step, folder, metric, records, warning)
 
 
-def train_tenants(config: RunConfig) -> TenantsResult:
+def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
     """Trains the adapters of many tenants (data.tenants, or the combinations of `sweep`) in one run, or resumes
     it where it stopped.
+
+    Args:
+        data: instead of data.tenants, {name: the data of that tenant}, each as `train` takes it. For a sweep, which
+            has one data set, as `train` takes it.
 
     Each tenant has its own loss, clipping, schedule, validation, best adapter and early stopping. One whose loss is not
     finite is stopped, and the others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.
     """
+    if data is not None:
+        own = with_data(config.data, data) if config.sweep else with_tenants(config.data, data)
+        config = replace(config, data=own)
     require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
-    standing, folder = trained(config).standing, expanded(config.output_dir)
+    refuse_methods(config)
+    names, folder = trained(config).names, expanded(config.output_dir)
     entries = on_first_process(lambda: read_entries(folder))
-    return TenantsResult({name: entries[name] for name in standing.names}, folder)
+    return TenantsResult({name: entries[name] for name in names}, folder)
 
 
-def trained(config: RunConfig) -> Ended:
-    """Runs a run to its end."""
+def refuse_methods(config: RunConfig) -> None:
+    if config.sweep.method:
+        raise ValueError(f"sweep.method {list(config.sweep.method)} makes several runs; use compare_methods")
+
+
+def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
+    """Runs a run to its end.
+
+    Args:
+        shared: what it shares with other runs of this process.
+    """
+    shared = shared or Shared()
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
-    count = on_every_process(lambda: len(tenant_configs(config)))
-    mesh = run_mesh(config, count)
-    layout = on_every_process(lambda: lay_out(config, mesh, count))
-    inputs = on_every_process(lambda: read_inputs(config, layout))
-    tenants = inputs.tenants
+    on_first_process(lambda: check_folder(config))
+    parts = parts_of_run(config, list(on_every_process(lambda: tenant_configs(config))))
+    by_part = on_first_process(lambda: [chosen_rates(part.folder) for part in parts])
+    chosen = {name: rate for rates in by_part for name, rate in rates.items()}
+    config = resolved(config, chosen)
+    own = on_every_process(lambda: resolved_configs(tenant_configs(config), chosen))
+    on_first_process(lambda: check_tenants(config, own))
+    trials = any(map(is_auto, own.values()))
+    estimated = of_most_memory(config, list(own.values()))
+    if config.data.max_seq_length is None and jax.device_count() > 1:  # one device needs no estimate
+        estimated = on_every_process(lambda: with_length(estimated))
+    mesh = run_mesh(estimated, max(len(part.names) for part in parts) * (len(FIRST) if trials else 1))
+    layouts = on_every_process(lambda: [lay_out(config, mesh, len(part.names)) for part in parts])
+    before = on_first_process(lambda: began_before(config))
+
+    def inputs_of(part: Part, layout: Layout) -> Inputs:
+        names = part.names if len(parts) > 1 else None
+        return resolved_inputs(read_inputs(config, layout, names, before=before, shared=shared), chosen)
+
+    inputs = on_every_process(lambda: [inputs_of(*one) for one in zip(parts, layouts, strict=True)])
+    tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     require_same(
         "the data",
         lambda: [(t.name, *(p and digest(p.examples or []) for p in (t.data, t.validation, t.test))) for t in tenants],
@@ -117,21 +212,49 @@ def trained(config: RunConfig) -> Ended:
     on_first_process(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
     with ExitStack() as held:
         on_first_process(lambda: held.enter_context(locked_folder(config)))
+        if parts_of_run(config, list(own)) != parts:  # another process has added tenants since
+            raise ValueError(f"output_dir {config.output_dir} has changed meanwhile\nstart the command again")
+        on_first_process(lambda: write_parts(parts))
         on_first_process(lambda: claim_folders(config, tenants))
-        model = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+        if mesh not in shared.backbones:
+            shared.backbones.clear()  # two at once may not fit
+            shared.backbones[mesh] = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+        model = shared.backbones[mesh]
         require_same("the backbone", lambda: model.fingerprint)
-        return Ended(model, mesh, *fit(config, model, inputs, layout, mesh))
+        metric = tenants[0].validation.metric if not config.many and tenants[0].validation else None
+        for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
+            if part is parts[-1] and len(parts) > 1:
+                say(f"added to the run after it had begun: {safe_names(part.names)}")
+            if any(is_auto(tenant.config) for tenant in of_part.tenants):
+                chosen = choose_rates(config, model, of_part, layout, mesh, partial(fit, quiet=True), part.folder)
+                config, of_part = resolved(config, chosen), resolved_inputs(of_part, chosen)
+                on_first_process(partial(claim_folders, config, of_part.tenants))
+            state, standing = fit(config, model, of_part, layout, mesh, part)
+        return Ended(model, mesh, list(own), state, standing, metric)
 
 
-def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple[TrainState, Standing]:
-    """The training loop, with a backbone that is loaded already. The folders must be claimed."""
-    folder, (tokenizer, tenants, buckets) = expanded(config.output_dir), inputs
+def resolved_configs(own: dict[str, RunConfig], chosen: dict[str, float]) -> dict[str, RunConfig]:
+    """The tenants' configs, each with the rate that was chosen for it."""
+    return {name: with_rate(one, chosen[name]) if is_auto(one) and name in chosen else one for name, one in own.items()}
+
+
+def fit(
+    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part, *, quiet: bool = False
+) -> tuple[TrainState, Standing]:
+    """The training loop of one part, with a backbone that is loaded already. The folders must be claimed.
+
+    Args:
+        quiet: no warnings and no scores of the base model: these are trials, and some may go wrong.
+    """
+    folder, (tokenizer, tenants, buckets) = part.folder, inputs
     for line in replicated_lines(model, mesh, model.config):
         say(line)
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        validation = Tasks(model, tokenizer, [t.validation for t in tenants], config.eval.limit)
-        test = Tasks(model, tokenizer, [t.test for t in tenants])
+        limits = [tenant.config.eval.limit for tenant in tenants]
+        validation = Tasks(model, tokenizer, [t.validation for t in tenants], limits, "validation")
+        limits = [tenant.config.eval.test_limit for tenant in tenants]
+        test = Tasks(model, tokenizer, [t.test for t in tenants], limits, "test")
         share_shapes(validation, test)
         run = run_digests(config, model.fingerprint, tenants)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
@@ -141,21 +264,26 @@ def fit(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> tuple
         changed, standing = accepted_changes(standing, run)
         require_same_tenants(standing, tenants, layout)
         standing = reopened(standing, tenants, changed)
-        log = open_log(config, model, mesh, standing if restored else None)
-        on_first_process(lambda: mend_folders(config, standing, tenants, resumed=bool(restored)))
+        if restored:
+            say(describe_position(standing, tenants))
+        log = open_log(config, folder, model, mesh, standing if restored else None)
+        where = dict(log=folder / "metrics.jsonl", resumed=bool(restored), others=not part.alone)
+        on_first_process(lambda: mend_folders(config, standing, tenants, **where))
         profiler = Profiler(config.profiler, folder)
         with closing(log), closing(profiler), stop_signals() as stop:
             parts = {"validation": validation, "test": test}
             held = {name: list(tasks.encoded.values()) for name, tasks in parts.items() if tasks.encoded}
             say_evaluation(held, config.eval.batch_size)
-            logs = Logs(log, tenant_rows(tenants) if config.many else [])
+            health = Health([tenant.name for tenant in tenants], [tenant.config for tenant in tenants], quiet=quiet)
+            if restored:
+                on_first_process(lambda: [health.read(i, t.folder / "metrics.jsonl") for i, t in enumerate(tenants)])
+            logs = Logs(log, tenant_rows(tenants) if config.many else [], health)
             scoring = Scoring(config, model, tenants, validation, test, logs, stop)
             loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
-                everyone = list(range(len(tenants)))
-                standing = scoring.test_backbone(
-                    state, standing, scoring.with_changed(standing, "test", changed) if restored else everyone
-                )
+                for split in () if quiet else ("test", "validation"):
+                    asked = scoring.with_changed(standing, split, changed) if restored else list(range(len(tenants)))
+                    standing = scoring.score_backbone(state, standing, split, asked)
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
                 return loop.run(state, standing)
             except Interrupted:
@@ -192,14 +320,23 @@ def accepted_changes(standing: Standing, run: dict[str, str]) -> tuple[list[str]
     return changed, standing._replace(run=run)
 
 
-def open_log(config: RunConfig, model, mesh, standing: Standing | None) -> Log:
-    """The run's log, without the rows that a run resumed from here writes again."""
+def describe_position(standing: Standing, tenants: Sequence[Tenant]) -> str:
+    """Where a run resumes."""
+    if all(standing.over):
+        return f"nothing is left to train after step {standing.step}"
+    if not tenants[0].name:
+        return f"resuming at step {standing.step} of {tenants[0].order.total_steps}"
+    return f"resuming at step {standing.step}, with {sum(standing.over)} of {len(tenants)} tenants ended"
+
+
+def open_log(config: RunConfig, folder: Place, model, mesh, standing: Standing | None) -> Log:
+    """The log in a part's folder, without the rows that a run resumed from here writes again."""
     reached, ended = None, False
     if standing:
         evaluated = standing.step if config.many else standing.evaluated[0]
         reached, ended = Reached(standing.step, evaluated), all(standing.over)
     peak = peak_rate(model.config, mesh.devices.flatten())
-    return Log(config, expanded(config.output_dir), reached, ended=ended, peak_rate=peak)
+    return Log(config, folder, reached, ended=ended, peak_rate=peak)
 
 
 def say_attention(model, lengths: list[int], mesh, *, packed: bool) -> None:

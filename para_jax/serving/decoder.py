@@ -11,9 +11,11 @@ import numpy as np
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
+from ..inference.draw import row_sampling
 from ..inference.generate import up_to_multiple
-from ..inference.sampling import Sampling, row_sampling
+from ..inference.sampling import Sampling
 from ..model import prefill
+from ..progress import Progress
 from .capacity import KEPT
 from .slots import empty_slots, insert, steps
 from .ticket import Sample
@@ -51,10 +53,13 @@ class Decoder:
 
     def warm_up(self) -> None:
         """Compiles everything."""
-        for bucket in self._buckets:
-            prefilled = self._prefill([0] * min(bucket, self.max_length - 1), None)
-            self.insert(0, prefilled, None)
-        jax.block_until_ready(self.decode([None] * self.slots))
+        with Progress("warming up the engine", len(self._buckets) + 1, unit="program") as bar:
+            for bucket in self._buckets:
+                prefilled = self._prefill([0] * min(bucket, self.max_length - 1), None)
+                self.insert(0, prefilled, None)
+                bar.advance()
+            jax.block_until_ready(self.decode([None] * self.slots))
+            bar.advance()
 
     def keeps(self, sample: Sample) -> bool:
         """Whether the sample's prompt is prefilled already."""

@@ -4,6 +4,7 @@ on."""
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import NamedTuple
 from ..adapters.bank import AdapterBank, Entry
 from ..config import shorten
 from ..data.examples import require_unicode
+from ..data.row_files import json_problem
 from ..inference.content import ANSWERS_VERSION, backbone_content, writing_content
 from ..inference.sampling import derived_seed
 from ..untrusted import MAX_DEPTH
@@ -20,6 +22,8 @@ from .engine import Engine
 from .request import Request, check_request
 
 FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "n", "id")
+#: Names that other servers use for a field.
+OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "model": "tenant"}
 #: The name of the base model, as on the command line; null works too.
 BASE = "base"
 #: Characters of a line's id as JSON.
@@ -119,7 +123,7 @@ def json_object(line: bytes | None) -> dict:
     except RecursionError:
         raise ValueError(f"line: it nests deeper than {MAX_DEPTH} levels") from None
     except ValueError as error:
-        raise ValueError(f"line: not JSON: {str(error)[:100]}") from None
+        raise ValueError(f"line: not JSON: {json_problem(error)}") from None
     if not isinstance(found, dict):
         raise ValueError(f"line: a JSON {type(found).__name__}; write an object")
     return found
@@ -130,7 +134,7 @@ def request_of(number: int, found: dict, defaults: Request) -> Request:
     require_unicode("line", found)
     unknown = [name for name in found if name not in FIELDS]
     if unknown:
-        raise ValueError(f"fields: {shorten(unknown[:3])} are unknown; use some of {', '.join(FIELDS)}")
+        raise ValueError("fields: " + "; ".join(map(unknown_field, unknown[:3])))
     if ("prompt" in found) == ("messages" in found):
         raise ValueError("prompt: give either prompt, a text, or messages, a list of turns")
     prompt = found.pop("messages") if "messages" in found else found.pop("prompt")
@@ -146,6 +150,13 @@ def request_of(number: int, found: dict, defaults: Request) -> Request:
     request = replace(defaults, prompt=prompt, **found)
     check_request(request)
     return replace(request, stop=request.stop_texts)
+
+
+def unknown_field(name: str) -> str:
+    """Says that a field does not exist, and which one was perhaps meant."""
+    nearest = difflib.get_close_matches(OTHER_NAMES.get(name, name), FIELDS, n=1)
+    meant = f"did you mean {nearest[0]}?" if nearest else f"the fields are {', '.join(FIELDS)}"
+    return f"no field {shorten(name, 80)}; {meant}"
 
 
 def entry_of(bank: AdapterBank | None, tenant: str | None) -> Entry | None:

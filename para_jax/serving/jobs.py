@@ -3,16 +3,18 @@ that was killed resumes where it stopped: no line is answered twice, and none is
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tqdm import tqdm
-
-from ..config import shorten
-from ..messages import say
+from ..config import printable, shorten
+from ..messages import say, warn
+from ..progress import Progress
 from ..storage.bucket import Place
 from .answers import MAX_LINE, Answers, Kept, bounded_lines
 from .engine import Engine
@@ -22,6 +24,8 @@ from .request import Completion, Request, check_request
 
 #: Requests that wait in the engine's queue per slot: enough to refill each slot at once.
 AHEAD = 2
+#: The ids that are remembered, to warn of one that comes twice.
+MOST_IDS = 1_000_000
 
 
 def run_job(engine: Engine, source: Place, output: Place, defaults: Request) -> Counter[str]:
@@ -51,24 +55,24 @@ def answer_lines(engine: Engine, source: Place, answers: Answers, defaults: Requ
     total = checked_lines(source, answers, defaults, by) if source.is_file() else None
     left = unanswered(source, answers, defaults, by)
     waiting: dict[tuple[int, int], tuple[LineSample, Kept | None]] = {}
-    errors, tokens = Counter(), 0
-    bar = tqdm(total=total, desc="answers", unit="line", disable=None)
+    errors, tokens, begun = Counter(), 0, time.monotonic()
+    first: tuple[int, str] | None = None
     try:
-        for completion in served(engine, left, waiting):
-            sample, before = waiting.pop(completion.id)  # pyright: ignore[reportArgumentType]
-            error = completion.error and completion.error[:MAX_ERROR]
-            if error:
-                errors[kind(error)] += 1
-            if before is None or before.key != sample.key or before.error != error:
-                answers.add(record(sample, completion._replace(error=error)))
-                if before is not None:
-                    answers.stale.add(before.row)
-            tokens += len(completion.tokens)
-            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
-            bar.n = max(bar.n, sample.line)
-            bar.refresh()
+        with Progress("answering", total, unit="line", keep=True) as bar:
+            for completion in served(engine, left, waiting):
+                sample, before = waiting.pop(completion.id)  # pyright: ignore[reportArgumentType]
+                error = completion.error and completion.error[:MAX_ERROR]
+                if error:
+                    errors[kind(error)] += 1
+                    first = min(first or (sample.line, error), (sample.line, error))
+                if before is None or before.key != sample.key or before.error != error:
+                    answers.add(record(sample, completion._replace(error=error)))
+                    if before is not None:
+                        answers.stale.add(before.row)
+                tokens += len(completion.tokens)
+                rate = tokens / max(time.monotonic() - begun, 1e-9)
+                bar.advance(max(sample.line - bar.done, 0), **{"tokens/s": round(rate)})
     finally:
-        bar.close()
         for id in waiting:  # the engine is the caller's; none of our requests may stay in it
             engine.cancel(id)
         while engine.open:
@@ -78,6 +82,8 @@ def answer_lines(engine: Engine, source: Place, answers: Answers, defaults: Requ
     if spare:
         say(f"{answers.file}: keeps {spare} answers that no line of {source} asks for")
     answers.finish()
+    if first is not None:
+        say(f"the first error, line {first[0]} of {source}: {printable(first[1])}")
     return errors
 
 
@@ -137,11 +143,28 @@ def unanswered(
 ) -> Iterator[tuple[LineSample, Kept | None]]:
     """The samples that are left to answer, each with the error that an earlier run answered. Takes each sample's answer
     out of `answers.kept`."""
+    lines: dict[bytes, int] | None = {}  # by their id
     for sample in line_samples(source, defaults, by):
+        if lines is not None and sample.id is not None and sample.index == 0:
+            lines = with_id(lines, sample)
         before = answers.kept.pop((sample.line, sample.index), None)
         require_same(sample, before, answers.file)
         if before is None or before.error is not None:
             yield sample, before
+
+
+def with_id(lines: dict[bytes, int], sample: LineSample) -> dict[bytes, int] | None:
+    """The lines by a hash of their id, with one more. Warns of the first that repeats an id; then None, as after
+    MOST_IDS: nothing more is remembered."""
+    digest = hashlib.sha256(json.dumps(sample.id, sort_keys=True).encode()).digest()[:16]
+    if digest in lines:
+        warn(
+            f"line {sample.line} has the id of line {lines[digest]}, {shorten(sample.id)}; `line` tells their answers "
+            "apart"
+        )
+        return None
+    lines[digest] = sample.line
+    return lines if len(lines) < MOST_IDS else None
 
 
 def checked_lines(source: Place, answers: Answers, defaults: Request, by: KeyParts) -> int:
@@ -170,7 +193,7 @@ def require_same(sample: LineSample, before: Kept | None, output: Place) -> None
     if before is not None and before.error is None and before.key != sample.key:
         raise ValueError(
             f"{output}: line {sample.line} of the input was answered as another request: the line, an option, its "
-            "adapter or the backbone has changed since. Choose another file, or undo the change."
+            "adapter, the backbone or para_jax has changed since. Choose another file, or undo the change."
         )
 
 

@@ -40,6 +40,9 @@ class Request:
     """ids that end an answer, in addition to the engine's"""
     ignore_eos: bool = False
     """decode past end tokens, up to max_new_tokens: for benchmarks"""
+    strip: bool = True
+    """whether the answer's text leaves out the white space at its ends, such as the space that training puts after a
+    prompt. Its tokens, and where a stop text ends it, stay as they are"""
 
     @property
     def sampling(self) -> Sampling:
@@ -59,6 +62,7 @@ class Completion(NamedTuple):
     id: Hashable
     index: int
     text: str
+    """without white space at its ends"""
     tokens: list[int]
     """without the token that ended it"""
     finish_reason: str
@@ -72,7 +76,7 @@ class Piece(NamedTuple):
 
     index: int
     text: str
-    """perhaps empty: half a character, and what may begin a stop text, come with a later piece"""
+    """perhaps empty: half a character, what may begin a stop text, and white space come with a later piece"""
     tokens: list[int]
     finish_reason: str | None = None
     """stop | length | error, in the sample's last piece; before that None"""
@@ -100,3 +104,5 @@ def check_request(request: Request) -> None:
     ids = request.stop_token_ids
     if not isinstance(ids, tuple | list) or not all(map(is_whole, ids)):
         raise ValueError(f"stop_token_ids is {shorten(ids)}; give a list of token ids")
+    if not isinstance(request.strip, bool):
+        raise ValueError(f"strip is {shorten(request.strip)}; give true or false")

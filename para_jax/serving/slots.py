@@ -13,8 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..inference.draw import sample
-from ..inference.sampling import RowSampling, row_keys
+from ..inference.draw import RowSampling, row_keys, sample
 from ..model import DecodeState, decode_step
 
 

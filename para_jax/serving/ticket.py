@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from ..adapters.bank import Entry
-from ..inference.answer_text import AnswerText, text_of
+from ..inference.answer_text import AnswerText, stripped_text, text_of
 from ..inference.sampling import Sampling
 from .request import Completion, Piece, Request
 
@@ -65,7 +65,7 @@ class Sample:
         """Decodes the text along with the tokens, if it is needed before the end."""
         stop = self.request.stop_texts
         if self.text is None and (stop or self.ticket.streamed):
-            self.text = AnswerText(tokenizer, stop)
+            self.text = AnswerText(tokenizer, stop, strip=self.request.strip)
             for token in self.tokens:
                 self.text.add(token)
 
@@ -74,7 +74,7 @@ class Sample:
         if self.text is not None:
             return str(self.text)
         try:
-            return text_of(tokenizer, self.tokens)
+            return (stripped_text if self.request.strip else text_of)(tokenizer, self.tokens)
         except BaseException as error:
             if not (partial and is_request_error(error)):
                 raise

@@ -21,6 +21,7 @@ from .. import atomic
 from ..config import expanded, printable, require, shorten
 from ..messages import warn
 from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process
+from ..progress import Progress
 from ..storage.bucket import BucketPath, Place
 from ..storage.service import file_system
 from .quiet_orbax import quiet_orbax
@@ -122,7 +123,7 @@ def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
 def finish_saving(checkpoints) -> None:
     """Waits until everything is written. Raises ValueError for what could not be written."""
     if checkpoints is not None:
-        with errors_in_one_line(checkpoints):
+        with errors_in_one_line(checkpoints), Progress("saving the checkpoint"):
             checkpoints.wait_until_finished()
 
 
@@ -130,7 +131,8 @@ def require_saved(checkpoints) -> None:
     """Raises ValueError if the last save has failed already, without waiting for one that is under way. (With several
     processes the next save raises it, so that all hear it at once.)"""
     if jax.process_count() == 1 and not checkpoints.is_saving_in_progress():
-        finish_saving(checkpoints)
+        with errors_in_one_line(checkpoints):
+            checkpoints.wait_until_finished()
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -325,6 +327,19 @@ def steps_in(folder: Place) -> list[int]:
     """The steps of the checkpoints in a folder, the newest first."""
     names = (path.name for path in folder.iterdir() if path.name.isdecimal())
     return sorted((int(name) for name in names if str(int(name)) == name), reverse=True)
+
+
+def progress_keys(folder: Place) -> set[str]:
+    """The keys of the progress in the newest checkpoint of a folder, without a check of its bytes; none if it can't be
+    read."""
+    steps = steps_in(folder) if folder.is_dir() else []
+    if not steps:
+        return set()
+    try:
+        found = json.loads((folder / str(steps[0]) / "progress" / "metadata").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    return set(found) if isinstance(found, dict) else set()
 
 
 def set_aside(folder: Place) -> Place:

@@ -10,12 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from .. import atomic
 from ..config import RunConfig, config_dict
 from ..messages import say
 from ..processes import is_first, on_first_process
+from ..progress import Progress
 from ..storage.bucket import BucketPath, Place
 from .metrics_file import MetricsWriter, Reached, is_log, kept_rows, read_metrics, write_metrics
 
@@ -67,19 +66,18 @@ class Log:
         self.last_values_at = 0.0  # in time.monotonic
         on_first_process(lambda: drop_rows(self.rows.file, reached, ended=ended))
 
-    def step(self, done: Done, values: dict[str, float], bar: tqdm, advance: int = 1) -> None:
-        """Writes the values of a step, which must have just arrived, and advances the progress bar."""
+    def step(self, done: Done, values: dict[str, float], bar: Progress, advance: int = 1) -> None:
+        """Writes the values of a step, which must have just arrived, and advances the run's progress."""
         now = time.monotonic()
         begun = None if done.begun is None else max(done.begun, self.last_values_at)
         rates = {} if begun is None else step_rates(done, now - begun, self.peak_rate)
         self.last_values_at = now
-        postfix = {"loss": f"{values['loss']:.4f}"}
+        details = {"loss": f"{values['loss']:.4f}"}
         if rates:
-            postfix["tokens/s"] = f"{rates['tokens_per_second']:.0f}"
+            details["tokens/s"] = f"{rates['tokens_per_second']:.0f}"
         if "model_flops_utilisation" in rates:
-            postfix["utilisation"] = f"{rates['model_flops_utilisation']:.1%}"
-        bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in postfix.items()))
-        bar.update(advance)
+            details["utilisation"] = f"{rates['model_flops_utilisation']:.1%}"
+        bar.advance(advance, **details)
         if done.step % self.every == 0:
             self.write(done.step, values | rates)
 

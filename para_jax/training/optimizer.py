@@ -58,7 +58,7 @@ class LearningRates(NamedTuple):
 
 def learning_rates(sections: Sequence[TrainSection], total_steps: Sequence[int]) -> LearningRates:
     """The schedules of tenants with these train sections and numbers of steps."""
-    peaks = [section.learning_rate for section in sections]
+    peaks = [section.peak_learning_rate for section in sections]
     warmup = [round(section.warmup_ratio * total) for section, total in zip(sections, total_steps, strict=True)]
     return LearningRates(np.array(peaks, np.float32), np.array(warmup, np.int32), np.array(total_steps, np.int32))
 

@@ -79,7 +79,9 @@ def stop_signals() -> Iterator[StopSignal]:
     def handle(number: int, frame) -> None:
         restore()
         if is_first():
-            os.write(2, b"\npara-jax: stopping after this step, to save; a second signal stops at once\n")
+            what = "stopping; saving first" if stop.repeatable else "stopping after this step, to save"
+            second = "Ctrl-C" if number == signal.SIGINT else "signal"
+            os.write(2, f"\npara-jax: {what} (a second {second} stops at once)\n".encode())
         stop.handle(number, frame)
 
     for number in before:

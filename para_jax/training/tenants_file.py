@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import atomic
 from ..config import shorten
 from .metrics_file import is_number, is_step
+from .scores_file import is_records
 
 FILE = "tenants.json"
 MAX_BYTES = 2**26
@@ -37,22 +39,34 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
         wrong = next((key for key, fits in FIELDS.items() if key not in entry or not fits(entry[key])), None)
         if wrong:
             raise damaged(file, f"{shorten(name)}: {wrong} is {shorten(entry.get(wrong))}")
+        if not is_records(entry.get("scores", {})):
+            raise damaged(file, f"{shorten(name)}: scores is {shorten(entry['scores'])}")
+        if not is_text(entry.get("warning")):  # entries of earlier versions have none
+            raise damaged(file, f"{shorten(name)}: warning is {shorten(entry['warning'])}")
     return entries
 
 
-def write_entries(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    atomic.write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
+def write_entries(folder: Path, entries: dict[str, dict[str, Any]], order: Sequence[str] = ()) -> None:
+    """Replaces the file.
+
+    Args:
+        order: names that come first, in this order, as those of a sweep; the others follow by name.
+    """
+    rank = {name: i for i, name in enumerate(order)}
+    ordered = sorted(entries, key=lambda name: (rank.get(name, len(rank)), name))
+    text = json.dumps({name: entries[name] for name in ordered}, indent=1)
+    atomic.write_text(folder / FILE, text + "\n")
 
 
-def add_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:
-    write_entries(folder, read_entries(folder) | {name: entry})
+def add_entry(folder: Path, name: str, entry: dict[str, Any], order: Sequence[str] = ()) -> None:
+    write_entries(folder, read_entries(folder) | {name: entry}, order)
 
 
 def is_score(value: Any) -> bool:
     return value is None or is_number(value)
 
 
-def is_metric(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.isprintable())
 
 
@@ -61,11 +75,16 @@ FIELDS = {
     "steps": is_step,
     "best_step": is_step,
     "best_score": is_score,
-    "metric": is_metric,
+    "metric": is_text,
     "test_before": is_score,
     "test_after": is_score,
     "ended": lambda value: value in ENDINGS,
 }
+
+
+def warning_lines(entries: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each tenant that something went wrong with: "warning: acme: loss rose from 6.1 to 7.4; ...\"."""
+    return [f"warning: {name}: {entry['warning']}" for name, entry in entries.items() if entry.get("warning")]
 
 
 def damaged(file: Path, what: str) -> ValueError:

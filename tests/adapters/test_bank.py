@@ -23,7 +23,7 @@ from para_jax import (
     vectors,
 )
 from para_jax.adapters import padding
-from para_jax.adapters.bank import unknown
+from para_jax.adapters.unknown_tenant import unknown
 from para_jax.config import SITES
 
 NAMES = ["para", "ia3", None, "wide", "input", "standardised", "last layer"]
@@ -213,7 +213,7 @@ def test_an_adapter_comes_from_a_folder(model, tenants, tmp_path):
         ("", "ia3", "name"),
         ("x", "wrong site", "x: sites .*gate_proj.*q_proj, v_proj, up_proj"),
         ("x", "too wide", "x: r 9 .*max_r=8"),
-        ("x", "lora", "x: method 'lora'.*para, ia3"),
+        ("x", "lora", "x: this bank takes para and ia3; make it with methods=.*'lora'.* to let LoRA in"),
         ("x", "other backbone", "another backbone"),
         ("x", "not finite", "bank: x: .*NaN.*up.v_proj"),
         ("x", "/nowhere", "nowhere"),

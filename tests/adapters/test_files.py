@@ -162,7 +162,8 @@ def test_the_model_card_names_library_and_base_model_whatever_its_name(tmp_path)
     _, front, body = (tmp_path / "adapter" / "README.md").read_text().split("---\n", 2)
     front = yaml.safe_load(front)
     assert front["library_name"] == "para_jax" and front["tags"]
-    assert front["base_model"] == 'evil: "x" library_name: peft [31m # - ü'
+    assert "base_model" not in front  # the hub takes hub ids only
+    assert 'Base model: evil: "x" library_name: peft [31m # - ü.' in body
     assert "## Scores\nsst2: 0.9" in body and "load_adapter(" in body
 
 

@@ -19,8 +19,8 @@ from para_jax.bench import tenants as bench_tenants
 from para_jax.bench import train as bench_train
 from para_jax.bench.rounds import interleaved, measurement, paired
 from para_jax.inference.generate import next_token
-from para_jax.inspect import check_record_file, write_record
 from para_jax.plots import decode_plot
+from para_jax.record_file import check_record_file, write_record
 from para_jax.roofline import matrix_weights
 
 BACKBONE = str(FIXTURES / "smollm2")

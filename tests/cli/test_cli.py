@@ -21,8 +21,17 @@ from tiny_run import backbone_folder, write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 
 import para_jax.adapters.folder
-from para_jax import generate, load_adapter, load_backbone, load_model_config, load_tokenizer, save_adapter
-from para_jax.cli import main, parser
+from para_jax import (
+    Ia3Config,
+    ParaConfig,
+    generate,
+    load_adapter,
+    load_backbone,
+    load_model_config,
+    load_tokenizer,
+    save_adapter,
+)
+from para_jax.cli import main, parser, plot
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = """
@@ -85,11 +94,11 @@ def command(*arguments):
 
 
 def mistake(capsys, *arguments):
-    """What a command says on stderr: it must end with code 2 and an error of one or two lines."""
+    """What a command says on stderr: it must end with code 2 and an error of one or two lines, before a list."""
     assert command(*arguments) == 2
     said = capsys.readouterr().err
     lines = said[said.index("para-jax") :].splitlines()
-    assert len(lines) <= 2 and "Traceback" not in said
+    assert len([line for line in lines if not line.startswith("  ")]) <= 2 and "Traceback" not in said
     return "\n".join(lines)
 
 
@@ -106,7 +115,7 @@ def contents(folder):
 
 
 def test_train_leaves_a_run_folder_and_the_results_of_the_command(folder, config, trained):
-    held = {".lock", "config.yaml", "metrics.jsonl", "checkpoints", "adapter"}
+    held = {".lock", "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "scores.json"}
     assert {path.name for path in trained.iterdir()} == held
     results = json.loads((folder / "results" / "run.json").read_text())
     assert results["command"] == f"para-jax train {config} --results {folder}/results/run.json"
@@ -145,6 +154,7 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
     adapter, data = ("--adapter", trained / "adapter"), folder / "data" / "test.jsonl"
     for name, options in {
         "curves": [trained],
+        "scores": ["--scores", trained],
         "one": [*adapter, "--prompt", "w20 w30", *backbone],
         "two": [*adapter, "--prompt", "w20 w30", "--prompt", "w40\\nw60", *backbone],
         "spread": [*adapter, "--data", data, "--limit", 3, *backbone],
@@ -154,6 +164,16 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
     shown = capsys.readouterr().out
     assert "adapter: spread over 3 prompts" in shown and f"wrote {tmp_path}/spread.png" in shown
     assert re.search(r"^2  +\d\.\d{4} +\d\.\d{4} +\d\.\d{4}$", shown, re.MULTILINE)
+
+
+def test_a_picture_names_prompts_by_their_text_and_says_whose_factors_scale_inputs():
+    long = "Review: a film that never ends well ."
+    assert list(plot.named_prompts(["short", long])) == ["'short'", "'Review: a film that ne ... ds well .'"]
+    assert list(plot.named_prompts(["a", "a"])) == ["1. 'a'", "2. 'a'"]
+    ia3, para = (SimpleNamespace(config=config) for config in (Ia3Config(), ParaConfig()))
+    assert plot.input_notes({"a": para}) == {}
+    assert plot.input_notes({"a": ia3}) == {"up_proj": "(factors of down_proj's input)"}
+    assert plot.input_notes({"a": para, "b": ia3}) == {"up_proj": "(factors of down_proj's input in b)"}
 
 
 @pytest.mark.parametrize(
@@ -248,6 +268,7 @@ def test_inspect_shows_a_run_an_adapter_and_data(config, trained, capsys):
     assert command("inspect", trained) == 0
     run = capsys.readouterr().out
     assert shown in run and "step 0     test_before_loss" in run and "step 4     validation_loss" in run
+    assert re.search(r"\ntest +loss +\d\.\d+ ± \d\.\d+ +\d\.\d+ ± \d\.\d+ +5\n", run) and "loss -" not in run
     assert command("inspect", config, "--data") == 0
     data = capsys.readouterr().out
     assert data.count("prompt: 6 tokens") == 3 and data.count("]<<\ncompletion: ") == 3 and data.count(">>[w") == 3
@@ -362,7 +383,7 @@ def parser_of(name):
         (["evaluate", "run.yaml", "--num-fewshot", "2"], "--num-fewshot requires --tasks"),
         (["evaluate", "run.yaml", "--chat"], "--chat requires --tasks"),
         (["evaluate", "run.yaml", "--shuffle-prompts"], "--shuffle-prompts requires --adapter"),
-        (["inspect", "nowhere"], "nowhere .*neither an adapter .* nor a run"),
+        (["inspect", "nowhere"], "nowhere: no such folder; .*run or adapter"),
         (["convert", "nowhere.gguf", "made"], "nowhere.gguf: no such file"),
         (["quickstart", "train.max_steps=0"], "train.max_steps must .* 0"),
     ],
@@ -552,7 +573,7 @@ def test_a_hub_id_without_the_hub_is_named_with_what_to_do(capsys, folder, confi
         ("train", config, "backbone.source=someone/model", f"output_dir={tmp_path / 'run'}"),
         ("train", config, "backbone.source=someone/model", "--dry-run"),
     ):
-        assert_says(mistake(capsys, *line), "someone/model: .*HF_TOKEN")
+        assert_says(mistake(capsys, *line), "someone/model: .*hub can't be reached")
     assert not (tmp_path / "run").exists()
 
 

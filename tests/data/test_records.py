@@ -4,7 +4,7 @@ import pytest
 import tiny_tokenizers
 
 from para_jax.config import DataSection
-from para_jax.data import records as sources
+from para_jax.data import row_files
 from para_jax.data.examples import encode_example
 from para_jax.data.records import SPLITS, Record, encode_records, load_records, read_records
 from para_jax.data.sources import source_of
@@ -267,7 +267,7 @@ def test_a_template_error_is_printable(tmp_path, form):
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE", 100)
+    monkeypatch.setattr(row_files, "MAX_LINE", 100)
     file = write(tmp_path, {"prompt": "a", "completion": "b"}, {"prompt": "a" * 100, "completion": "b"})
     with pytest.raises(ValueError, match="data.jsonl:2: the line is longer than 100 bytes"):
         read_records(file)

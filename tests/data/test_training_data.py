@@ -13,7 +13,7 @@ from para_jax.config import DataSection
 from para_jax.data import records as sources
 from para_jax.data import token_cache, training_data
 from para_jax.data.records import encode_records, load_records
-from para_jax.data.training_data import load_training_data
+from para_jax.data.training_data import describe_lengths, load_training_data
 
 USER, BOT = {"role": "user", "content": "where is my parcel?"}, {"role": "assistant", "content": "shipping"}
 KINDS = ("plain", "with_bos", "own_space")
@@ -246,3 +246,25 @@ def test_no_room_for_a_prompt_is_an_error(tmp_path):
         load_training_data(section_of(written(tmp_path, [])), tiny_tokenizers.plain())
     with pytest.raises(ValueError, match="data.train is not set"):
         load_training_data(DataSection(), tiny_tokenizers.plain())
+
+
+# -------------------------------------------------------------------------------------------------------------- lengths
+
+
+def test_the_length_follows_from_the_longest_example():
+    lengths = np.array([10] * 50 + [20] * 45 + [30] * 5)
+    assert describe_lengths(lengths) == (
+        "lengths: half of the examples have up to 10 tokens, 95 % up to 20, the longest 30; data.max_seq_length=32"
+    )
+
+
+def test_one_example_that_is_far_longer_is_named_with_what_it_costs():
+    said = describe_lengths(np.array([20] * 30 + [203])).splitlines()
+    assert "the longest 203; data.max_seq_length=208" in said[0]
+    assert "has 10 times as many. A batch" in said[1] and "data.max_seq_length=24 with data.truncate=skip" in said[1]
+
+
+def test_without_a_number_every_example_is_kept_whole(tmp_path):
+    file = written(tmp_path)
+    whole, limited = (section_of(file, **fields) for fields in ({"max_seq_length": None}, {}))
+    same(*(load_training_data(one, tiny_tokenizers.plain()) for one in (whole, limited)))

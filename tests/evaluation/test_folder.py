@@ -19,10 +19,12 @@ from para_jax import (
     load_backbone,
     load_tokenizer,
 )
+from para_jax.backbone.load import load_model_config
 from para_jax.cli import main
 from para_jax.config import save_config
 from para_jax.data.records import read_records
 from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.folder import Options, read_own_tasks
 from para_jax.evaluation.tasks import EvalTask
 
 
@@ -104,7 +106,7 @@ def test_a_killed_evaluation_goes_on_and_loses_no_answer(folder, whole, tmp_path
             [],
             "task tiny_rolling: loglikelihood_rolling is refused: it scores a whole text, which has no",
         ),
-        (["labels:bleu"], [], "--tasks: metric 'bleu'"),
+        (["labels:bleu"], [], "metric 'bleu'"),
         (["no/such.jsonl"], [], "--tasks 'no/such.jsonl': no such file or folder"),
         (["labels", "labels"], [], "--tasks: labels is given more than once"),
         (["labels", "tiny_tag"], [], "--tasks: labels is given more than once"),
@@ -206,7 +208,9 @@ def test_options_of_the_model_change_the_config(config, tmp_path):
 def test_one_adapter_goes_to_a_folder_without_the_base_model(folder, config, tmp_path):
     output = ["--output", str(tmp_path / "out")]
     assert main([*config, "--adapter", str(folder / "A" / "adapter"), *output]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"A.json", "answers.jsonl", "table.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "A.json", "answers.jsonl", "table.csv", "table.md"
+    }  # fmt: skip
 
 
 def test_shuffled_prompts_score_in_a_folder_as_evaluate_scores_them(folder, whole, tmp_path, capsys):
@@ -227,3 +231,49 @@ def test_shuffled_prompts_score_in_a_folder_as_evaluate_scores_them(folder, whol
     capsys.readouterr()
     assert main(command(folder, tmp_path, "--shuffle-prompts", tasks=["tiny_pick"])) == 2
     assert "--shuffle-prompts: tiny_pick" in capsys.readouterr().err
+
+
+def test_with_own_each_tenant_is_asked_its_own_file_only(folder, whole, tmp_path, capsys):
+    for name, task in (("A", "labels"), ("B", "free"), ("C", "free")):
+        shutil.copytree(folder / task, tmp_path / "tenants" / name)
+    assert main(command(folder, tmp_path / "out", "--own", tasks=[tmp_path / "tenants"])) == 0
+    found, expected = results(tmp_path / "out"), results(whole)
+    assert {name: set(made["results"]) for name, made in found.items()} == {
+        "base": {"A", "B"}, "A": {"A"}, "B": {"B"}
+    }  # fmt: skip
+    for name, task in (("A", "labels"), ("B", "free")):
+        for who in ("base", name):
+            same = expected[who]["results"][task] | {"alias": name}
+            assert found[who]["results"][name] == same
+    assert len(lines(tmp_path / "out")) == len({  # base and one adapter for each question
+        line for line in lines(whole) if line in lines(tmp_path / "out")
+    })  # fmt: skip
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "| tenant | metric | base | own adapter | examples |"
+    assert [line.split(" | ")[:2] for line in table[2:6]] == [
+        ["| A", "accuracy"], ["| A", "loss"], ["| B", "exact_match"], ["| B", "loss"]
+    ]  # fmt: skip
+    assert table[2].endswith(" | 6 |") and f" {found['A']['results']['A']['accuracy,none']:.4f} ±" in table[2]
+
+
+def test_a_tenants_own_config_gives_its_metric(folder):
+    model_config, tokenizer = load_model_config(folder / "backbone"), load_tokenizer(folder / "backbone")
+    shutil.copytree(folder / "free", folder / "owned" / "A", dirs_exist_ok=True)
+    shutil.copytree(folder / "free", folder / "owned" / "B", dirs_exist_ok=True)
+    own = {"B": run_config(folder, f"data.train={folder / 'owned' / 'B'}", "eval.metric=f1", "eval.max_new_tokens=3")}
+    tasks = read_own_tasks(str(folder / "owned"), ["A", "B"], tokenizer, model_config, Options(), own)
+    assert [(one.names, one.owner) for one in tasks] == [(("A",), "A"), (("B",), "B")]
+    assert [one.questions[-1].max_new_tokens for one in tasks] == [16, 3]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "more", "said"),
+    [
+        (["labels"], ["--own"], "--own: {folder}/labels has no test.jsonl for A, B"),
+        (["labels", "free"], ["--own"], "--own requires --adapters and one folder as --tasks"),
+        (["labels/test.jsonl"], ["--own"], "{folder}/labels/test.jsonl: not a folder"),
+    ],
+)
+def test_own_needs_a_folder_with_each_tenants_file(folder, tmp_path, capsys, tasks, more, said):
+    assert main(command(folder, tmp_path, *more, tasks=[folder / task for task in tasks])) == 2
+    assert said.format(folder=folder) in capsys.readouterr().err

@@ -72,7 +72,9 @@ def test_a_kill_while_results_are_written_leaves_whole_files(folder, tmp_path, m
     assert (tmp_path / "A.json").read_bytes() == before
     assert json.loads((tmp_path / "base.json").read_text())["tokens"] == 0
     assert main(line) == 0 and (tmp_path / "A.json").read_bytes() != before
-    assert {path.name for path in tmp_path.iterdir()} == {"base.json", "A.json", "answers.jsonl", "table.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "base.json", "A.json", "answers.jsonl", "table.csv", "table.md"
+    }  # fmt: skip
 
 
 def test_the_table_shows_no_raw_control_character():

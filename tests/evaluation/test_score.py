@@ -27,7 +27,7 @@ def test_a_report_prints_a_line_per_task():
     report = Report((Score("sst2", "accuracy", 0.885, 0.25, 200), Score("own", "loss", -1.5, 1.5, 3)))
     assert str(report).splitlines() == [
         "sst2: accuracy 0.8850, loss 0.2500 on 200 examples",
-        "own: loss -1.5000, loss 1.5000 on 3 examples",
+        "own: loss 1.5000 on 3 examples",
     ]
     also = Score("s", "accuracy", 0.5, 0.25, 200, stderr=0.035, also=(Measured("matthews", -0.25, None),))
     assert str(Report((also,))) == "s: accuracy 0.5000 ± 0.0350, matthews -0.2500, loss 0.2500 on 200 examples"

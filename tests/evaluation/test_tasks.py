@@ -1,5 +1,7 @@
 """The tasks of a run's config: its data, choices, metrics and lengths."""
 
+from dataclasses import replace
+
 import pytest
 from golden_models import FIXTURES, strong
 from tiny_run import backbone_folder, rows_of_text, run_config, tokenizer, words, write_rows
@@ -7,7 +9,7 @@ from tiny_run import backbone_folder, rows_of_text, run_config, tokenizer, words
 from para_jax import ParaConfig, evaluate, init_adapter, load_backbone
 from para_jax.data.records import Record
 from para_jax.data.tokenizer import load_tokenizer
-from para_jax.evaluation.tasks import task_of_run
+from para_jax.evaluation.tasks import answer_tokens, file_task, longest_completion, task_of_run
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,23 @@ def test_the_choices_of_a_run_are_its_training_completions(folder):
     task = task_of_run(run_config(folder, "eval.metric=accuracy"), "test", load_tokenizer(folder / "backbone"))
     assert task.choices == ("w9", "w9 w10", "w9 w10 w11", "w9 w10 w11 w12")
     assert (task.metric, task.max_new_tokens, task.batch_size, len(task.records)) == ("accuracy", 4, 8, 4)
+
+
+def test_the_length_of_answers_to_a_file_follows_from_its_completions(folder, tmp_path, capsys):
+    config = load_backbone(folder / "backbone").config
+    assert config.max_positions >= 128
+    lengths = [answer_tokens(longest, replace(config, max_positions=2048)) for longest in (2, 11, 30, 1000)]
+    assert lengths == [16, 16, 48, 512] and answer_tokens(1000, replace(config, max_positions=100)) == 50
+    rows = [{"prompt": "w20", "completion": words([9] * count)} for count in (1, 20, 3)]
+    file = write_rows(tmp_path / "test.jsonl", rows)
+    for limit in (1, None):  # more examples ask no question again
+        task = file_task(str(file), tokenizer(), config, split="test", limit=limit)
+        assert task.encoded.task.max_new_tokens == 32
+    assert "at most 32 tokens per answer; the longest expected one has 21" in capsys.readouterr().err
+    many = [Record("w20", words([9] * count), (), None, "") for count in (1, 20, 3) * 30]
+    assert longest_completion(many, tokenizer()) == 21
+    assert file_task(f"{file}:loss", tokenizer(), config, split="test", limit=None) is not None
+    assert "per answer" not in capsys.readouterr().err
 
 
 def test_a_run_overrides_the_choices_and_metric_of_its_task(folder, tmp_path, capsys):
@@ -86,3 +105,8 @@ def test_long_examples_are_skipped_cut_or_refused_as_in_training(folder):
     assert ours.loss == theirs.loss
     with pytest.raises(ValueError, match="test.jsonl:4: 22 tokens .* 16"):
         of("error")
+
+
+def test_without_a_length_examples_may_be_as_long_as_the_model_allows(folder):
+    task = task_of_run(run_config(folder, "data.max_seq_length=null"), "test", tokenizer())
+    assert len(task.records) == 4 and len(task.examples[3].prompt_ids) == 20

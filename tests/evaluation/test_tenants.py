@@ -55,6 +55,24 @@ def test_a_tenants_score_in_a_mixed_pass_is_its_score_alone(tasks, metric):
     assert len({round(score.loss, 4) for score in found.values()}) == 3
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_tenants_of_different_metrics_score_in_one_pass_as_they_do_alone(tasks, order):
+    """One ranks choices, one writes short and one long answers, one has a loss only."""
+    model, metrics = load_backbone(FIXTURES / "llama"), ("accuracy", "exact_match", "loss", "f1")
+    given = [tasks[i] for i in (*order, 0)]
+    mixed = [
+        EvalTask(f"t{i}", records, metric, CHOICES if metric == "accuracy" else (), max_new_tokens=new, batch_size=4)
+        for i, (records, metric, new) in enumerate(zip(given, metrics, (4, 3, 4, 7), strict=True))
+    ]
+    adapters = [strong(init_adapter(ParaConfig(r=4), model.config), seed=i, scale=0.3) for i in range(4)]
+    found = Tasks(model, tokenizer(), mixed).scores(stack_adapters(adapters), {i: i for i in range(4)})
+    for i, adapter in enumerate(adapters):
+        (alone,) = evaluate(model, adapter, [mixed[i]], tokenizer=tokenizer()).scores
+        np.testing.assert_allclose([found[i].loss, found[i].score], [alone.loss, alone.score], rtol=1e-5)
+        assert (found[i].metric, found[i].count) == (alone.metric, alone.count)
+    assert len({round(score.loss, 4) for score in found.values()}) == 4
+
+
 @pytest.mark.parametrize("method", [ParaConfig(r=4), LoraConfig(r=4), Ia3Config()], ids=lambda m: type(m).__name__)
 def test_a_score_has_the_same_bits_whoever_else_is_scored(tasks, method):
     model = load_backbone(FIXTURES / "llama")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 #: A clean error has at most so many lines and characters; a case may take so much more memory than was held before.
-MAX_LINES, MAX_CHARACTERS, MAX_BYTES = 8, 4000, 2**30
+MAX_LINES, MAX_CHARACTERS, MAX_BYTES = 19, 4000, 2**30
 
 #: clean: a ValueError or OSError that names the file, field or value. accepted: the right result. weak: a clean error
 #: that is long, holds raw control characters or names nothing. The last five are failures.

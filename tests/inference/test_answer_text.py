@@ -6,7 +6,7 @@ import tiny_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from para_jax.inference.answer_text import INVALID, LONGEST_TAIL, AnswerText, text_of
+from para_jax.inference.answer_text import INVALID, LONGEST_TAIL, AnswerText, stripped_text, text_of
 
 KINDS = {
     "byte level": tiny_tokenizers.plain,
@@ -25,9 +25,9 @@ TEXTS = [
 ]
 
 
-def written(tokenizer, tokens, stop=()):
+def written(tokenizer, tokens, stop=(), strip=True):
     """The answer's text, and how many tokens it took, with all laws about its pieces checked."""
-    text, taken, ended = AnswerText(tokenizer, stop), 0, False
+    text, taken, ended = AnswerText(tokenizer, stop, strip=strip), 0, False
     for token in tokens:
         ended = text.add(token)
         taken += 1
@@ -46,7 +46,8 @@ def test_the_pieces_joined_are_the_text_of_all_tokens(kind, data):
     ids = st.integers(0, len(tokenizer) - 1)
     texts = st.sampled_from(TEXTS).map(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     tokens = sum(data.draw(st.lists(st.one_of(texts, ids.map(lambda one: [one])), max_size=12)), [])
-    assert written(tokenizer, tokens)[0] == text_of(tokenizer, tokens)
+    assert written(tokenizer, tokens, strip=False)[0] == text_of(tokenizer, tokens)
+    assert written(tokenizer, tokens)[0] == stripped_text(tokenizer, tokens) == text_of(tokenizer, tokens).strip()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,12 +60,34 @@ def test_an_answer_ends_before_the_stop_text_that_is_complete_first(kind, data):
     whole = text_of(tokenizer, tokens)
     begin = data.draw(st.integers(0, max(0, len(whole) - 1)))
     stop = (whole[begin : begin + data.draw(st.integers(1, 5))] or "x", data.draw(st.sampled_from(["b", "aab", "zz"])))
-    found, taken, ended, _ = written(tokenizer, tokens, stop)
+    found, taken, ended, _ = written(tokenizer, tokens, stop, strip=False)
     ends = [whole.index(text) for text in stop if text in whole]
     assert ended == bool(ends)
     seen = text_of(tokenizer, tokens[:taken])
     at = min((seen.index(text) for text in stop if text in seen), default=len(seen))
     assert found == seen[:at] and (not ended or INVALID in found or not any(text in found for text in stop))
+    assert written(tokenizer, tokens, stop)[:3] == (found.strip(), taken, ended)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        (" yes", (), "yes"),
+        (" a b ", (), "a b"),
+        ("\n\n x\ny\n", (), "x\ny"),
+        ("  \t\n", (), ""),
+        (" a\nb", ("\n",), "a"),
+        ("\nab", ("\n",), ""),  # a stop text ends the answer where the model wrote it
+        (" one two", (" two",), "one"),
+        ("  a", (" a",), ""),
+        ("ab  ba", ("  b",), "ab"),
+    ],
+)
+def test_an_answer_has_no_white_space_at_its_ends(text, stop, shown):
+    tokenizer = tiny_tokenizers.plain()
+    found, _, ended, given = written(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], stop)
+    assert found == shown and ended == bool(stop)
+    assert "".join(given) == shown
 
 
 def test_half_a_character_is_never_shown():

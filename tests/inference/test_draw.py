@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from para_jax.inference.draw import likeliest, sample
-from para_jax.inference.sampling import row_keys
+from para_jax.inference.draw import likeliest, row_keys, sample
 
 VOCAB = 10
 KEPT = jax.jit(likeliest)

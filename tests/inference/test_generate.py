@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, forward, generate, init_adapter, pick, stack_adapters
-from para_jax.inference.draw import sample
+from para_jax.inference.draw import row_keys, sample
 from para_jax.inference.generate import generate_tokens, next_token
-from para_jax.inference.sampling import Sampling, row_keys
+from para_jax.inference.sampling import Sampling
 
 WORDS = ["<pad>", "<s>", "</s>"] + [f"w{i}" for i in range(3, 256)]
 CHAT = (

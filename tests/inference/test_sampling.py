@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from para_jax.inference.sampling import Sampling, derived_seed, row_sampling
+from para_jax.inference.draw import row_sampling
+from para_jax.inference.sampling import Sampling, derived_seed
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import quick_compiler
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
-from para_jax import cli, train
+from para_jax import cli, train, train_tenants
 from para_jax.config import load_config, save_config
 from para_jax.training.log import TIMES
 from para_jax.training.metrics_file import read_metrics
@@ -158,3 +158,24 @@ def test_a_folder_that_can_not_rename_is_refused_before_training(tmp_path, monke
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     monkeypatch.undo()
     train(config)
+
+
+@pytest.mark.long
+def test_a_tenants_own_fields_and_a_tenant_that_is_added_are_read_from_a_bucket(there, tmp_path):
+    for name, text in {"acme": "train: {max_steps: 3}\neval: {metric: exact_match}\n", "newcomer": None}.items():
+        for split in ("train", "validation"):
+            rows = rows_of_text(8, seed=len(name))
+            file = there / "own" / name / f"{split}.jsonl"
+            file.write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode())
+        if text:
+            (there / "own" / name / "tenant.yaml").write_bytes(text.encode())
+            given = [f"data.tenants={there}/own", f"output_dir={there}/own-run", "logging.report_to=[]"]
+            given += ["runtime.compilation_cache=false", "runtime.allow_cpu=true"]
+            first = train_tenants(load_config(there / "many.yaml", given))
+            assert (first.tenants["acme"]["steps"], first.tenants["acme"]["metric"]) == (3, "exact_match")
+    before = result(there / "own-run" / "acme")
+    found = train_tenants(load_config(there / "many.yaml", given))
+    assert list(found.tenants) == ["acme", "newcomer"] and found.tenants["acme"] == first.tenants["acme"]
+    assert result(there / "own-run" / "acme") == before and (there / "own-run" / "_added_1" / "tenants.json").is_file()
+    again = train_tenants(load_config(there / "many.yaml", given))
+    assert again.tenants == found.tenants

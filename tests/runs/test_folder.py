@@ -1,5 +1,6 @@
 """A run's folder: it holds one run, one process at a time writes there, and a kill leaves nothing that stays."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -39,6 +40,21 @@ def test_output_dir_logging_runtime_attention_and_more_steps_are_the_same_run(co
     free += ("backbone.attention=plain", "train.num_epochs=2")
     assert differences(config, run_config(folder, *free)) == []
     assert len(differences(config, run_config(folder, "train.weight_decay=0.5", "eval.limit=3"))) == 2
+
+
+def test_another_run_is_refused_with_the_advice_first_and_a_line_for_each_difference(config, tmp_path, capsys):
+    claim_folder(config)
+    save_config(config, tmp_path / "run.yaml")
+    assert main(["train", str(tmp_path / "run.yaml"), "train.weight_decay=0.5", "eval.limit=3"]) == 2
+    said = capsys.readouterr().err
+    assert said[said.index("para-jax: error") :].splitlines() == [
+        f"para-jax: error: output_dir {config.output_dir} holds another run",
+        "choose another output_dir, or the same config to resume:",
+        "  train.weight_decay (0.1 there, 0.5 here)",
+        "  eval.limit (None there, 3 here)",
+    ]
+    many = [f"field{i} (1 there, 2 here)" for i in range(90)]
+    assert str(folders.another_run(tmp_path, many)).splitlines()[-2:] == [f"  {many[14]}", "  and 75 more"]
 
 
 def test_a_folder_with_other_files_is_refused_and_left_as_it_is(config):
@@ -201,6 +217,22 @@ def test_a_digest_is_of_content_and_not_of_places_or_of_fields_that_are_as_ever(
     shifted = [([1], [2, 3]), ([4], [5, 6])]
     assert run_digests(config, "b", [tenant(shifted)])["data"] != found["data"]
     assert run_digests(config, "c", [tenant(examples)])["backbone"] != found["backbone"]
+
+
+@pytest.mark.parametrize("method", ["para", "lora", "ia3"])
+def test_a_run_from_when_every_method_had_one_default_rate_is_the_same_run(method, folder):
+    """Digests leave out what was the default: 1e-3, whatever it is now."""
+    given = f"adapter.method={method}", "output_dir=run"
+    plain = load_config(None, [*given, "train.learning_rate=1e-3"])
+    found = run_digests(plain, "b", [tenant([([1], [2])])])["config"]
+    assert found == hashlib.sha256(b"{}").hexdigest()  # nothing differs from the defaults
+    other = load_config(None, [*given, "train.learning_rate=0.7"])
+    assert run_digests(other, "b", [tenant([([1], [2])])])["config"] != found
+    assert differences(plain, other) == ["train.learning_rate (0.001 there, 0.7 here)"]
+    swept = load_config(None, [*given, "sweep.learning_rate=[0.7]"])
+    old = replace(swept, train=replace(swept.train, learning_rate=1e-3))  # what an old config.yaml holds, unused
+    assert differences(old, swept) == []
+    assert run_digests(old, "b", [tenant([([1], [2])])]) == run_digests(swept, "b", [tenant([([1], [2])])])
 
 
 def test_a_digest_says_which_part_of_the_data_is_another(config):

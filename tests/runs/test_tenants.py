@@ -33,7 +33,7 @@ from para_jax.inspect import folder_report
 from para_jax.runs import loop
 from para_jax.runs.folder import claim_folders
 from para_jax.runs.scoring import Scoring
-from para_jax.runs.tenants import read_inputs
+from para_jax.runs.tenants import read_inputs, sweep_configs
 from para_jax.training import statistics
 from para_jax.training.log import TIMES
 from para_jax.training.passes import lay_out
@@ -108,7 +108,7 @@ def test_each_tenant_has_a_run_folder_of_its_own(whole):
         losses = [row["loss"] for row in rows if "loss" in row]
         assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.2
         scored = [row["step"] for row in rows if "validation_loss" in row]
-        assert scored == {"acme": [3, 6, 9, 10], "globex": [3, 6], "initech": []}[name]
+        assert scored == {"acme": [0, 3, 6, 9, 10], "globex": [0, 3, 6], "initech": []}[name]
         tested = [row["step"] for row in rows if "test_before_loss" in row or "test_after_loss" in row]
         assert tested == ([] if name == "initech" else [0, steps[name]])
         entry = result.tenants[name]
@@ -131,8 +131,15 @@ def test_inspect_lists_the_tenants_with_their_scores(whole, folder, tmp_path):
     assert "3 tenants of" in said and "not ended" not in said
     for name, entry in result.tenants.items():
         row = next(line for line in said.splitlines() if line.startswith(name))
-        best = "-" if name == "initech" else f"{entry['best_score']:.4f}"
-        assert row.split()[:5] == [name, str(SIZES[name]), str(entry["steps"]), str(entry["best_step"]), best]
+        steps = [str(entry["steps"]), str(entry["best_step"])]
+        if name == "initech":
+            assert row.split() == [name, "-", "-", "-", "-", "-", *steps, "-"]
+            continue
+        before, after = (entry["scores"][what]["values"] for what in ("test_base", "test"))
+        cells = [text for of in (before, after) for text in (f"{of['loss']:.4f}", "±", f"{of['loss_stderr']:.4f}")]
+        assert row.split() == [name, "loss", *cells, "5", f"{after['loss']:.4f}", *steps, "test"]
+        assert before["loss"] == -entry["test_before"] and after["loss"] == -entry["test_after"]
+    assert result.report() in said and not re.search(r"-\d", result.report())
     assert "train loss" not in said and "acme" in folder_report(result.output_dir / "acme")
     config = tenants_config(folder, tmp_path / "run")
     claim_folders(config, read_inputs(config, lay_out(config, make_mesh(), 3)).tenants)
@@ -143,7 +150,8 @@ def test_the_command_trains_them_and_prints_one_table(folder, tmp_path, capsys):
     save_config(tenants_config(folder, tmp_path / "run"), tmp_path / "run.yaml")
     assert main(["train", str(tmp_path / "run.yaml"), "--results", str(tmp_path / "results.json")]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"tenant +examples +steps +best step +validation", said) and "initech        12      6" in said
+    assert re.search(r"tenant +metric +base +adapter +n +loss +steps +best step +data\n", said)
+    assert re.search(r"initech( +-){5} +6 +6 +-\n", said)
     scores = json.loads((tmp_path / "results.json").read_text())["scores"]
     assert {name: entry["steps"] for name, entry in scores.items()} == {"acme": 10, "globex": 6, "initech": 6}
 
@@ -268,7 +276,7 @@ def test_who_ends_early_leaves_the_batch_to_the_others_without_a_compilation(fol
     assert {n: (e["steps"], e["ended"]) for n, e in found.tenants.items()} == {
         "acme": (9, "done"), "globex": (3, "patience"), "initech": (9, "done"),
     }  # fmt: skip
-    assert "globex: 3 steps, best validation score" in said and "(patience; 1 of 3 tenants have ended)" in said
+    assert "globex: 3 steps, best validation loss " in said and "(patience; 1 of 3 tenants have ended)" in said
     with_globex = [row["step"] for row in metrics(tmp_path / "run" / "globex") if "loss" in row]
     assert with_globex == [1, 2, 3]
     parts = [row["tenants"] for row in metrics(tmp_path / "run") if "tenants" in row]
@@ -289,11 +297,12 @@ def test_a_tenant_that_is_not_finite_stops_alone_and_keeps_its_last_good_adapter
     save_config(config, tmp_path / "run.yaml")
     assert main(["train", str(tmp_path / "run.yaml")]) == 1
     said = capfd.readouterr()
-    good, bad = "learning_rate-0.03-seed-0", "learning_rate-1e30-seed-0"
+    good, bad = "learning_rate-0.03", "learning_rate-1e30"
     assert weights_of(tmp_path / "run", good) == weights_of(tmp_path / "sound", good)
     assert metrics(tmp_path / "run" / good) == metrics(tmp_path / "sound" / good)
     assert re.search(rf"{bad}: stopped at its step \d: the .* on .*train.jsonl:\d+.* the others continue", said.err)
-    assert re.search(rf"{bad} +20 +\d+ .*not finite", said.out)
+    assert re.search(rf"^best: {good}, with validation loss \d", said.out, re.MULTILINE)
+    assert re.search(rf"{bad} +loss .*not finite", said.out)
     entries = json.loads((tmp_path / "run" / "tenants.json").read_text())
     assert entries[bad]["ended"] == "not finite" and entries[bad]["steps"] < 6
     assert entries[good] == sound.tenants[good]
@@ -313,7 +322,7 @@ def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
         np.testing.assert_allclose(peak, own.train.learning_rate, rtol=1e-6)
         assert name == f"learning_rate-{own.train.learning_rate}-seed-{own.seed}" and not own.sweep
         assert own.train.per_device_batch_size == 4
-    firsts = {name: metrics(tmp_path / "run" / name)[0]["loss"] for name in found.tenants}
+    firsts = {name: metrics(tmp_path / "run" / name)[1]["loss"] for name in found.tenants}
     assert len(set(firsts.values())) == 2  # the order of the examples is the seed's
     alone = run_config(
         folder, f"output_dir={tmp_path / 'alone'}", "seed=7", "train.learning_rate=0.003", "train.max_steps=6",
@@ -325,6 +334,21 @@ def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
         for to in (tmp_path / "run" / "learning_rate-0.003-seed-7", tmp_path / "alone")
     ]
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_a_combination_is_named_by_what_is_swept_and_an_old_run_keeps_its_names(folder, tmp_path):
+    def names(sweep):
+        config = load_config(None, [f"output_dir={tmp_path}", *sweep])
+        return list(sweep_configs(config))
+
+    rates, seeds = ["sweep.learning_rate=[3e-4, 1e-3]"], ["sweep.seed=[0, 7]"]
+    assert names(rates) == ["learning_rate-0.0003", "learning_rate-0.001"]
+    assert names(seeds) == ["seed-0", "seed-7"]
+    assert names(rates + seeds)[:2] == ["learning_rate-0.0003-seed-0", "learning_rate-0.0003-seed-7"]
+    (tmp_path / "learning_rate-0.0003-seed-0").mkdir()
+    assert names(rates)[0] == "learning_rate-0.0003"
+    (tmp_path / "learning_rate-0.0003-seed-0" / "config.yaml").touch()
+    assert names(rates) == ["learning_rate-0.0003-seed-0", "learning_rate-0.001-seed-0"]
 
 
 # ----------------------------------------------------------------------------------------------------- stop and resume
@@ -358,7 +382,8 @@ def test_a_run_goes_on_with_one_tenants_other_data_only_if_told_to(whole, folder
 
     def scores(self, stack, slots):
         found = real_scores(self, stack, slots)
-        rescored.append((stack.adapters, slots, found))
+        if -1 not in slots.values():  # the base model is scored on the new data too
+            rescored.append((stack.adapters, slots, found))
         return found
 
     monkeypatch.setattr(Tasks, "scores", scores)
@@ -525,18 +550,6 @@ def test_a_mesh_equals_one_device(whole, folder, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
-
-
-def test_a_folder_that_holds_other_tenants_is_refused(whole, folder, tmp_path):
-    config, result = whole
-    before = all_that_stays(result.output_dir)
-    write_rows(folder / "tenants" / "newcomer.jsonl", rows_of_text(4, seed=5))
-    try:
-        with pytest.raises(ValueError, match="other tenants .*'newcomer'.*another output_dir"):
-            train_tenants(config)
-    finally:
-        (folder / "tenants" / "newcomer.jsonl").unlink()
-    assert all_that_stays(result.output_dir) == before
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from para_jax import (
     load_backbone,
     load_model_config,
     make_mesh,
+    progress,
     train,
 )
 from para_jax.adapters.para import Para
@@ -55,6 +56,7 @@ from para_jax.runs import loop
 from para_jax.runs import train as runs
 from para_jax.runs.folder import claim_folder
 from para_jax.runs.loop import places
+from para_jax.runs.scoring import Scoring
 from para_jax.runs.tenants import read_inputs, require_validation
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import learning_rates
@@ -82,6 +84,23 @@ def whole(folder):
     return config, train(config)
 
 
+@pytest.mark.parametrize("environment", [None, "1"])
+def test_a_run_names_its_long_stages_and_measures_the_same(whole, folder, tmp_path, monkeypatch, capsys, environment):
+    monkeypatch.setattr(progress, "SHOWN_AFTER", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    if environment is None:
+        monkeypatch.setattr(progress, "shows_bars", lambda: True)
+    train(run_config(folder, f"output_dir={tmp_path / 'run'}", "eval.test=true"))
+    said = capsys.readouterr()
+    assert said.out == ""
+    for stage in ("loading backbone", "scoring 5 test examples", "scoring 8 validation examples", "training"):
+        assert f"{stage}: " in said.err, stage
+    last = "training: 100%" if environment is None else "training: step 6 of 6, loss "
+    assert last in said.err
+    same = without_rates(metrics(run_config(folder, f"output_dir={tmp_path / 'run'}")))
+    assert same == without_rates(metrics(whole[0]))
+
+
 def without_rates(rows):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
@@ -97,7 +116,8 @@ def checkpoints(config):
 
 
 def scripted(monkeypatch, *values):
-    """Makes the evaluations give these scores in turn, and gives back the adapters that were scored."""
+    """Makes the evaluations of adapters give these scores in turn, and gives back the adapters that were scored."""
+    monkeypatch.setattr(Scoring, "score_backbone", lambda self, state, standing, split, asked: standing)
     scored, left = [], list(values)
 
     def scores(tasks, stack, slots):
@@ -126,12 +146,12 @@ def kept_adapter(config):
 def test_a_run_learns_and_leaves_its_folder(whole):
     config, result = whole
     assert {path.name for path in result.output_dir.iterdir()} == {
-        ".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "adapter",
+        ".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "scores.json",
     }  # fmt: skip
     assert load_config(result.output_dir / "config.yaml") == config
     rows = metrics(config)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 3, 6]  # 0: the base model
     assert [row["step"] for row in rows if "test_before_loss" in row] == [0]
     assert [row["step"] for row in rows if "test_after_loss" in row] == [6]
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -154,7 +174,7 @@ def test_the_kept_adapter_scores_what_the_run_says(whole):
     report = evaluate(model, kept, [task_of_run(config, "validation", tokenizer())], tokenizer=tokenizer())
     assert report.scores[0].loss == pytest.approx(-result.best_score, abs=1e-5)
     card = (result.output_dir / "adapter" / "README.md").read_text()
-    assert "Trained for 6 steps on data" in card and f"Validation loss: {result.best_score:.4f}" in card
+    assert "Trained for 6 steps on data" in card and f"Validation loss: {report.scores[0].loss:.4f}" in card
 
 
 def test_tensorboard_has_the_training_and_validation_values(whole):
@@ -244,15 +264,18 @@ def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
     assert said.startswith("stopped after step 2 of 6, and saved; the same command resumes, or `para-jax train ")
     assert f"{config.output_dir}/config.yaml" in said
     assert_ends_as(whole, config)
+    assert "\nresuming at step 2 of 6\n" in capsys.readouterr().err
+    train(config)
+    assert "nothing is left to train after step 6" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
 def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at, whole, config, monkeypatch):
     config = replace(config, eval=whole[0].eval)
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         at_call(patched, Tasks, "scores", at, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        train(config)  # evaluations: before training, after steps 3 and 6, after training
-    assert checkpoints(config) == [[], [3], [3, 6], [3, 6]][at - 1]
+        train(config)  # evaluations: two before training, after steps 3 and 6, after training
+    assert checkpoints(config) == [[], [], [3], [3, 6], [3, 6]][at - 1]
     assert_ends_as(whole, config)
 
 
@@ -699,7 +722,7 @@ def test_a_loss_or_gradient_that_is_not_finite_names_the_step_and_its_examples(n
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         train(config)
     assert "\n" not in str(error.value) and len(lines.split(", ")) == 8
-    assert [row["step"] for row in metrics(config)] == [0, 1] and not (Path(config.output_dir) / "adapter").exists()
+    assert [row["step"] for row in metrics(config)] == [0, 0, 1] and not (Path(config.output_dir) / "adapter").exists()
     monkeypatch.undo()
     assert_same_arrays(train(config).adapter, whole[1].adapter)  # nothing of it was saved
 
@@ -723,7 +746,7 @@ def test_places_name_a_file_once():
 
 
 def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, monkeypatch):
-    losses = [1.0, float("nan")]
+    losses = [2.0, 1.0, float("nan")]  # first that of the base model
 
     def scores(tasks, stack, slots):
         return {0: Score("validation", "loss", -1, losses.pop(0), 8)} if tasks.encoded and slots else {}
@@ -732,7 +755,7 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, m
     with pytest.raises(ValueError, match="step 6: the validation loss is nan"):
         train(config)
     assert "Trained for 3 steps" in (Path(config.output_dir) / "adapter" / "README.md").read_text()
-    assert [row["step"] for row in metrics(config) if "validation_loss" in row] == [3]
+    assert [row["step"] for row in metrics(config) if "validation_loss" in row] == [0, 3]
 
 
 @pytest.mark.parametrize(("override", "message"), [

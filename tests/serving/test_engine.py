@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+import tiny_tokenizers
 from golden_models import backbone, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,8 @@ from para_jax.serving.capacity import KEPT
 from para_jax.serving.decoder import STEPS
 from para_jax.serving.engine import PREFILLS
 from para_jax.serving.open_requests import QueueFull
+from para_jax.serving.request import check_request
+from para_jax.serving.ticket import Sample, Ticket
 
 
 @pytest.fixture(scope="module")
@@ -435,3 +438,20 @@ def test_warm_up_is_refused_while_rows_decode(model, bank):
     next(stream)
     with pytest.raises(ValueError, match="warm_up: 1 requests"):
         engine.warm_up()
+
+
+@pytest.mark.parametrize("stop", [(), ("\n\n",)])
+def test_an_answer_is_without_white_space_at_its_ends_unless_the_request_keeps_it(stop):
+    words = tiny_tokenizers.plain()
+    tokens = words("  yes, \n a \n", add_special_tokens=False)["input_ids"]
+    for strip, text in ((True, "yes, \n a"), (False, "  yes, \n a \n")):
+        for streamed in (False, True):
+            sample = Sample(Ticket(Request("a", stop=stop, strip=strip), streamed), 0, [1], None)
+            sample.tokens = tokens
+            sample.follow_text(words)
+            if sample.text is not None:
+                sample.text.finish()
+                assert "".join(sample.text.pieces) == text
+            assert sample.full_text(words, partial=False) == text
+    with pytest.raises(ValueError, match="strip is 'no'"):
+        check_request(Request("a", strip="no"))

@@ -31,9 +31,9 @@ from para_jax import (
 )
 from para_jax.cli import main
 from para_jax.inference.sampling import derived_seed
-from para_jax.serving import job_lines
+from para_jax.serving import job_lines, jobs
 from para_jax.serving.answers import HEAD, Answers, bounded_lines
-from para_jax.serving.job_lines import KeyParts, samples
+from para_jax.serving.job_lines import KeyParts, LineSample, samples, unknown_field
 from para_jax.serving.jobs import run_job
 from para_jax.serving.open_requests import QueueFull
 
@@ -433,7 +433,7 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
         ("[" * 100_000, "nests deeper"),
         ("[1]", "a JSON list"),
         (good | {"tenant": "C"}, "no tenant 'C'"),
-        (good | {"temprature": 1}, "fields: ['temprature']"),
+        (good | {"temprature": 1}, "no field 'temprature'; did you mean temperature?"),
         (good | {"messages": []}, "either prompt"),
         ({"max_new_tokens": 2}, "either prompt"),
         (good | {"max_new_tokens": 99}, "2 tokens and max_new_tokens 99"),
@@ -459,6 +459,8 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
     assert main(command(folder, tmp_path / "out.jsonl", "bad.jsonl")) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and f"{count} answers are errors: 5 line, 4 prompt, 4 id, 1 tenant" in captured.err
+    where = f"the first error, line 2 of {folder / 'bad.jsonl'}: line: not JSON: Expecting value at character 1\n"
+    assert where in captured.err
     found = by_sample(tmp_path / "out.jsonl")
     assert set(found) == {(i, 0) for i in (*range(1, count + 2), count + 3, count + 4)}
     for i, (line, error) in enumerate(bad + unusable, 2):
@@ -468,6 +470,24 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
     served = [found[i, 0] for i in (1, count + 3, count + 4)]
     assert [row["finish_reason"] for row in served] == ["length"] * 3
     assert [row["tenant"] for row in served] == [None, "A", None] and served[0]["text"] == served[2]["text"]
+
+
+def test_a_field_of_another_server_is_named_with_ours():
+    for name, meant in (("max_tokens", "max_new_tokens"), ("tempature", "temperature")):
+        assert unknown_field(name) == f"no field '{name}'; did you mean {meant}?"
+    assert unknown_field("\x1b") == f"no field '\\x1b'; the fields are {', '.join(job_lines.FIELDS)}"
+
+
+def test_an_id_that_comes_twice_is_named_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(jobs, "warn", said.append)
+    lines = {}
+    for number, id in ((1, "a"), (2, 1), (3, [1])):
+        lines = jobs.with_id(lines, LineSample(number, 0, "", id, None))
+    assert said == [] and jobs.with_id(lines, LineSample(4, 0, "", 1, None)) is None
+    assert said == ["line 4 has the id of line 2, 1; `line` tells their answers apart"]
+    monkeypatch.setattr(jobs, "MOST_IDS", 4)
+    assert jobs.with_id(lines, LineSample(5, 0, "", "b", None)) is None and len(said) == 1
 
 
 def test_an_exception_while_a_line_is_rendered_is_that_lines_error(folder, tmp_path):
@@ -518,7 +538,7 @@ def test_fixed_lines_are_answered_again_and_errors_reported_again(folder, whole,
     kept = [row for row in read(output) if row["line"] == 1]
     write(source, *good[:3], "{}")
     assert main(command(folder, output, source)) == 1
-    assert "1 answers are errors" in capsys.readouterr().err
+    assert "1 answer is an error" in capsys.readouterr().err
     found = by_sample(output)
     assert [row for row in read(output) if row["line"] == 1] == kept and len(found) == len(kept) + 3
     assert {place: row for place, row in found.items() if place[0] < 4} == {

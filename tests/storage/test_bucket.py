@@ -435,3 +435,27 @@ def test_a_write_may_depend_on_the_generation_that_a_read_gave(bucket):
     assert store.write("manifest", b"2", if_equal=seen).result().generation
     assert not store.write("manifest", b"3", if_equal=seen).result().generation  # somebody else wrote it
     assert store.read("manifest").result().value == b"2"
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def test_data_of_every_kind_of_file_is_read_from_a_bucket(folder):
+    import io
+
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    from para_jax.config import DataSection
+    from para_jax.data.records import load_records
+
+    stream = io.BytesIO()
+    write_table(pa.Table.from_pylist([{"prompt": "a", "completion": "b"}]), stream)
+    (folder / "csv" / "train.csv").write_bytes(b"prompt,completion\na,b\n")
+    (folder / "csv" / "test.json").write_bytes(b'[{"prompt": "a", "completion": "b"}]')
+    (folder / "parquet" / "train.parquet").write_bytes(stream.getvalue())
+    for name, split in (("csv", "train"), ("csv", "test"), ("parquet", "train")):
+        assert load_records(DataSection(train=str(folder / name)), split)[0][:2] == ("a", "b")
+    assert load_records(DataSection(train=str(folder / "parquet")), "validation") is None
+    with pytest.raises(ValueError, match="nothing does not exist"):
+        load_records(DataSection(train=str(folder / "nothing")), "train")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from golden_models import backbone
-from tqdm import tqdm
 
 from para_jax import devices, make_mesh
 from para_jax.config import SITES, load_config
 from para_jax.dry_run.topology import CHIP_GIB
+from para_jax.progress import Progress
 from para_jax.roofline import matrix_weights, peak_rate
 from para_jax.training import log
 from para_jax.training.log import TIMES, Done, Log
@@ -28,9 +28,8 @@ def written(folder, steps, clock, monkeypatch, **options):
     """The rows of a log whose steps are read at these seconds."""
     made, times = opened(folder, **options), iter(clock)
     monkeypatch.setattr(log.time, "monotonic", lambda: next(times))
-    with tqdm(disable=True) as bar:
-        for done in steps:
-            made.step(done, VALUES, bar)
+    for done in steps:
+        made.step(done, VALUES, Progress("training"))
     made.flush()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

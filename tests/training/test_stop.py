@@ -35,7 +35,7 @@ def test_the_first_signal_is_noted_and_the_second_acts_as_usual(number, capfd):
     assert "stopping after this step, to save" in capfd.readouterr().err
 
 
-def test_a_signal_before_or_during_repeatable_work_interrupts_it():
+def test_a_signal_before_or_during_repeatable_work_interrupts_it(capfd):
     for while_inside in (True, False):
         done = []
         with stop_signals() as stop, pytest.raises(Interrupted):
@@ -45,6 +45,10 @@ def test_a_signal_before_or_during_repeatable_work_interrupts_it():
                 send(signal.SIGTERM)
                 done.append(1)
         assert done == [] and stop.reached(1)
+        said = (
+            "stopping; saving first (a second signal" if while_inside else "stopping after this step, to save (a second"
+        )
+        assert said in capfd.readouterr().err
 
 
 def test_sigterm_exits_with_code_0_and_ctrl_c_as_usual():

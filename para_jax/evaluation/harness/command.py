@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+
+import lm_eval.evaluator
 
 from . import lm as lm  # registers the model `para`
 
@@ -12,8 +15,18 @@ def harness_command(arguments: list[str]) -> None:
     which knows the adapter."""
     from lm_eval.__main__ import cli_evaluate
 
+    setattr(lm_eval.evaluator, "get_git_commit_hash", commit_here)  # noqa: B010 (its own prints git's "fatal: ...")
     sys.argv = ["lm-eval", *with_para(arguments)]
     cli_evaluate()
+
+
+def commit_here() -> str | None:
+    """The commit of the repository that this process runs in, for lm-eval's results; None outside of one."""
+    try:
+        done = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def with_para(arguments: list[str]) -> list[str]:

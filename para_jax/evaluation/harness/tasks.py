@@ -21,9 +21,11 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import sanitize_list
 
 from ...config import shorten
 from ..questions import SEEDS, Answer, Likelihood, Question, Scored, Written
+from ..white_space import Stripped
 from .requests import NO_PROMPT, TokenLM
 
 #: Draws of a bootstrapped standard error; that of a mean has a closed form.
@@ -204,14 +206,56 @@ def replay(
 
     Args:
         answer: gives the answer to a question; None if it was not recorded.
-        samples: whether to include every document with its requests and their answers.
+        samples: whether to include every document with its requests and their answers, as lm-eval logs them.
+
+    Has `white_space` where it costs answers (white_space.py).
     """
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork this process, which has JAX's threads
     lm = Replay(tokenizer, max_length, sampling_seed, answer, task.name)
     try:
         with redirect_stderr(io.StringIO()):  # the progress bars of building the same requests again
-            return task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=samples)
+            found = task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=samples)
     except SecondRound:
         raise
     except Exception as error:  # its filters and metrics may raise anything, or need a package that is missing
         raise ValueError(f"task {task.name}: lm-eval can't score its answers: {first_line(error)}") from error
+    if samples:
+        found["samples"] = {name: [as_logged(one) for one in logged] for name, logged in found["samples"].items()}
+    scores = found.get("results", {})
+    stripped = {name: lost_to_white_space(one, scores.get(name, {})) for name, one in task.loaded["tasks"].items()}
+    return found | {"white_space": {name: lost for name, lost in stripped.items() if lost is not None}}
+
+
+def as_logged(sample: dict) -> dict:
+    """A sample as lm-eval writes it to its files of samples (EvaluationTracker.save_results_samples)."""
+    arguments = {
+        f"gen_args_{i}": {f"arg_{j}": value for j, value in enumerate(one)} for i, one in enumerate(sample["arguments"])
+    }
+    resps = {name: sanitize_list(sample[name]) for name in ("resps", "filtered_resps")}
+    return sample | resps | {"arguments": arguments, "target": str(sample["target"])}
+
+
+def lost_to_white_space(task, scores: dict) -> Stripped | None:
+    """How a task's exact match changes if the white space at the ends of answers is removed; None if that is little,
+    the task filters its answers itself, or it does not compare them.
+
+    Args:
+        scores: the task's results, from the answers that its instances hold.
+    """
+    scored = scores.get("exact_match,none")
+    if (
+        task.OUTPUT_TYPE != "generate_until"
+        or task.get_config("filter_list")
+        or not isinstance(scored, float | np.floating)
+    ):
+        return None
+    gained = 0.0
+    try:
+        for one in task.instances if scored < 1 else ():
+            given = one.filtered_resps["none"]
+            if given != given.strip():
+                as_given, bare = (task.process_results(one.doc, [text]) for text in (given, given.strip()))
+                gained += float(bare["exact_match"]) - float(as_given["exact_match"])
+    except Exception:  # its own metrics may raise anything
+        return None
+    return Stripped.of(float(scored), gained, len(task.instances))

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from para_jax import generate
-from para_jax.evaluation.harness.command import with_para
+from para_jax.evaluation.harness.command import commit_here, with_para
 from para_jax.evaluation.harness.tasks import Recorder
 from para_jax.evaluation.questions import Generation, Likelihood
 
@@ -230,3 +230,9 @@ def test_bos_is_not_put_before_a_text_that_has_it(tokenizer):
 )
 def test_lm_evals_arguments_get_the_model_para_and_a_cache_that_knows_the_adapter(given, made):
     assert with_para(given.split()) == made.split()
+
+
+def test_outside_a_repository_there_is_no_commit_and_git_says_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert commit_here() is None
+    assert capfd.readouterr() == ("", "")

@@ -49,7 +49,7 @@ def test_a_second_round_and_unknown_requests_are_refused_with_the_task(folder, m
         replay(task, tokenizer, 100, known.get, sampling_seed=0)
     known[asked[0]] = Scored(-9.0, False)
     found = replay(task, tokenizer, 100, known.get, sampling_seed=0, samples=True)
-    assert found["samples"]["tiny_pick"][0]["resps"] == [[(-9.0, False)], [(-1.0, False)], [(-1.0, False)]]
+    assert found["samples"]["tiny_pick"][0]["resps"] == [[(value, "False")] for value in ("-9.0", "-1.0", "-1.0")]
     monkeypatch.setattr(Instance, "__post_init__", lambda self: setattr(self, "request_type", "generate_rounds"))
     with pytest.raises(ValueError, match="task tiny_pick: requests of type generate_rounds"):
         record(task, tokenizer, 100, sampling_seed=0)

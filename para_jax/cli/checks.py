@@ -1,0 +1,111 @@
+"""What a command checks before it loads JAX, transformers and the devices: the paths and names that the user gave.
+
+Everything here is checked again where it is used. Nothing is fetched: a hub id and a bucket are left to the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from itertools import islice
+
+from ..config import RunConfig, expanded, nearest
+from ..hub import local_adapter, local_backbone
+from ..storage.bucket import BucketPath, Place
+
+#: Records of each split, and tenants, that are looked at.
+CHECKED_RECORDS, CHECKED_TENANTS = 1000, 20
+
+
+def check_run(config: RunConfig) -> None:
+    """Raises ValueError for a backbone, data or output folder that a run on one host can't use."""
+    if config.runtime.coordinator is not None:  # the hosts of a run report an error together, once they are joined
+        return
+    check_backbone(config.backbone.source)
+    check_data(config, ("train", "validation", "test"))
+    if "wandb" in config.logging.report_to and find_spec("wandb") is None:
+        raise ValueError("logging.report_to: wandb is not installed; run `pip install 'para_jax[wandb]'`")
+    folder = expanded(config.output_dir)
+    if not isinstance(folder, BucketPath) and folder.exists():
+        from ..runs.folder import check_folder
+
+        check_folder(config)
+
+
+def check_backbone(source: str) -> None:
+    """Raises ValueError for a path where there is no backbone."""
+    local_backbone(expanded(source), source)
+
+
+def check_adapters(sources: Iterable[str]) -> None:
+    """Raises ValueError for a path where there is no adapter."""
+    for source in sources:
+        local_adapter(source)
+
+
+def check_data(config: RunConfig, splits: Iterable[str]) -> None:
+    """Raises ValueError for data that is not there, and for a wrong row among the first of each split."""
+    from ..data.hf import check_name, is_hf, parse_hf
+    from ..data.records import split_records
+    from ..data.tenants import tenant_sections
+
+    sections = [config.data]
+    if config.data.tenants:
+        if isinstance(expanded(config.data.tenants), BucketPath):
+            return
+        sections = [*tenant_sections(config.data.tenants, config.data).values()][:CHECKED_TENANTS]
+    for section in sections:
+        for split in splits:
+            source = getattr(section, split)
+            if is_hf(source):
+                check_name(parse_hf(source)[0])
+            if not is_elsewhere(section, split):
+                for _ in islice(split_records(section, split) or [], CHECKED_RECORDS):
+                    pass
+
+
+def is_elsewhere(section, split: str) -> bool:
+    """Whether a split is in a bucket, or read by a library that takes seconds to load."""
+    source = getattr(section, split) or section.train
+    return source is not None and (":" in source.split("/")[0] or isinstance(expanded(source), BucketPath))
+
+
+def check_tasks(tasks: Iterable[str], split: str) -> None:
+    """Raises ValueError for --tasks that are no file, and no task of lm-eval since that is not installed."""
+    from ..evaluation.task_file import INSTALL, named_file
+
+    for text in tasks:
+        if named_file(text, split) is None and find_spec("lm_eval") is None:
+            raise ValueError(f"task {text}: there is no such file or folder, and {INSTALL}")
+
+
+def check_target(target: Place) -> None:
+    """Raises ValueError for what `inspect` without --data can't show."""
+    if isinstance(target, BucketPath):
+        return
+    path = expanded(target)
+    if not path.exists():
+        raise ValueError(f"inspect {target}: no such folder{nearest(path) or '; give the folder of a run or adapter'}")
+    if path.is_file():
+        raise ValueError(f"inspect {target}: a file; give a run's folder or an adapter's, or a config with --data")
+    if not any((path / name).is_file() for name in ("adapter_config.json", "config.yaml")):
+        raise ValueError(
+            f"{target} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
+        )
+
+
+def check_runs(folders: Iterable[Place]) -> None:
+    """Raises ValueError for run folders that are not there."""
+    for folder in folders:
+        path = expanded(folder)
+        if not isinstance(path, BucketPath) and not path.is_dir():
+            advice = nearest(path) or "; give the output_dir of `para-jax train`"
+            raise ValueError(f"{folder}: no run is there{advice}")
+
+
+def check_file(option: str, file: Place) -> None:
+    """Raises ValueError for a file that is not there."""
+    path = expanded(file)
+    if not isinstance(path, BucketPath) and not path.is_file():
+        problem = "is a folder; give a .jsonl file" if path.is_dir() else f"does not exist{nearest(path)}"
+        raise ValueError(f"{option} {file} {problem}")

@@ -1,0 +1,71 @@
+"""`para-jax export`: an adapter as a folder that Hugging Face PEFT loads."""
+
+from __future__ import annotations
+
+from . import options as shared
+
+HELP = """PARA makes other factors for each prompt, so its export is an (IA)^3 adapter for the one prompt of --prompt.
+LoRA and (IA)^3 folders are in PEFT's format: they are copied, and name the hub id of their base model."""
+
+
+def add(commands) -> None:
+    text = "write an adapter for Hugging Face PEFT"
+    example = "runs/mine/adapter --prompt 'Text: I sent it back.\\nTeam:' --output runs/mine/peft"
+    parents = [shared.dtype(), shared.runtime()]
+    parser = shared.add_command(commands, "export", text, example, parents)
+    parser.description += " " + HELP
+    parser.add_argument("adapter", type=shared.place, metavar="DIR", help="the adapter: a folder or a hub id")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="for PARA: the prompt that the export is for; \\n is a newline"
+    )
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn for the chat template")
+    parser.add_argument("--output", type=shared.place, required=True, metavar="FOLDER", help="the folder to write")
+    parser.add_argument(
+        "--backbone", metavar="SOURCE", help="for PARA: a folder, a hub id or a .gguf file (default: the adapter's own)"
+    )
+    parser.add_argument(
+        "--base-model", default="", metavar="HUB_ID", help="the name that PEFT looks for (default: the adapter's own)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options) -> None:
+    from ..adapters.files import copy_for_peft, read_adapter_config
+    from ..hub import resolve_adapter
+
+    folder = resolve_adapter(options.adapter)
+    found = read_adapter_config(folder)
+    if not found.method.in_peft:
+        if options.prompt is None:
+            raise ValueError(
+                f"{options.adapter}: a {found.method.label} adapter reads the prompt, and PEFT's adapters do not\n"
+                "give --prompt TEXT, the prompt that the export is for"
+            )
+        export_factors(options, folder, found.base_model)
+    elif options.prompt is not None:
+        raise ValueError(
+            f"{options.adapter}: a {found.method.label} adapter is the same for every prompt\nleave --prompt out"
+        )
+    else:
+        copy_for_peft(folder, options.output, base_model=options.base_model)
+    print(f"wrote {options.output}")
+
+
+def export_factors(options, folder, base_model: str) -> None:
+    """Exports an adapter that makes factors, as it computes them on its backbone."""
+    from ..adapters.files import load_adapter
+    from ..backbone.load import load_backbone
+    from ..data.tokenizer import load_tokenizer
+    from ..hub import BUILT_IN, BUILT_IN_HUB_ID
+    from ..inference.export import export_ia3
+
+    source = options.backbone or (BUILT_IN if base_model == BUILT_IN_HUB_ID else base_model)
+    if not source:
+        raise ValueError(f"{options.adapter} names no base model\ngive --backbone SOURCE")
+    text = shared.with_newlines(options.prompt)
+    prompt = [{"role": "user", "content": text}] if options.chat else text
+    shared.start_devices(options)
+    model, tokenizer = load_backbone(source, dtype=options.dtype), load_tokenizer(source)
+    adapter = load_adapter(folder, model.config, model=model)
+    named = options.base_model or base_model or source
+    export_ia3(adapter, model, prompt, options.output, tokenizer=tokenizer, base_model=named)

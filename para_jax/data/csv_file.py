@@ -1,0 +1,100 @@
+"""CSV and TSV files as rows of text. The first line names the columns; the files are UTF-8, quoted as in RFC 4180."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+
+from ..config import printable, shorten
+from ..storage.bucket import Place
+from ..untrusted import safe_names
+from .examples import require_unicode
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+#: The largest row, in bytes. A quote that is never closed would otherwise take the rest of the file into memory.
+MAX_ROW = 2**26
+MAX_COLUMNS = 10_000
+#: Columns that hold JSON where a text is not enough. An empty cell in these, or in `label`, is a missing value.
+JSON_COLUMNS = ("messages", "references")
+
+
+def csv_rows(path: Place, delimiter: str, seen=None) -> Iterator[tuple[str, dict]]:
+    """Each row's place, "file:line", and its columns.
+
+    Args:
+        delimiter: where it is a comma, and the header has a semicolon and no comma, the semicolon is used.
+        seen: a hash that is updated with the bytes as they are read.
+    """
+    size = number = 0
+
+    def lines(stream) -> Iterator[str]:
+        nonlocal size, number
+        for line in iter(lambda: stream.readline(MAX_ROW + 1), b""):
+            number, size = number + 1, size + len(line)
+            if seen is not None:
+                seen.update(line)
+            if size > MAX_ROW:
+                raise ValueError(f"the row is longer than {MAX_ROW} bytes; is a quote missing?")
+            yield str(line, "utf-8-sig" if number == 1 else "utf-8")
+
+    csv.field_size_limit(max(MAX_ROW, csv.field_size_limit()))  # the bound is that of the row
+    with path.open("rb") as stream:
+        texts, columns, place = lines(stream), None, f"{path}:1"
+        try:
+            first = next(texts, "")
+            if delimiter == "," and "," not in first and ";" in first:
+                delimiter = ";"
+            columns = column_names(next(csv.reader(chained(first, texts), delimiter=delimiter, strict=True), []))
+            reader = csv.reader(texts, delimiter=delimiter, strict=True)
+            while True:
+                size, place = 0, f"{path}:{number + 1}"
+                cells = next(reader, None)
+                if cells is None:
+                    return
+                if cells:
+                    yield place, row_of(columns, cells)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: not UTF-8 text ({error.reason}); save the file as CSV UTF-8") from None
+        except csv.Error as error:
+            said = printable(str(error))
+            raise ValueError(f"{place}: {said}; a text with quotes is quoted, and each quote in it doubled") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: {error}") from None
+
+
+def chained(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def column_names(cells: list[str]) -> list[str]:
+    """The names in the header. One may be empty: the index that pandas writes, which is left out of the rows."""
+    names = [name.strip() for name in cells]
+    if not any(names):
+        raise ValueError("there is no header; write the names of the columns on the first line")
+    if len(names) > MAX_COLUMNS:
+        raise ValueError(f"{len(names)} columns; at most {MAX_COLUMNS} are read")
+    if repeated := [name for name in names if names.count(name) > 1][:1]:
+        raise ValueError(f"the column {shorten(repeated[0])} is there twice; rename one of them")
+    return names
+
+
+def row_of(columns: list[str], cells: list[str]) -> dict:
+    if len(cells) != len(columns):
+        raise ValueError(
+            f"{len(cells)} cells, but the header has {len(columns)} ({safe_names(columns)}); put quotes around a text "
+            "with a delimiter, a quote or a newline"
+        )
+    row: dict = {name: cell for name, cell in zip(columns, cells, strict=True) if name}
+    for name in (*JSON_COLUMNS, "label"):
+        if not row.get(name, "filled").strip():
+            del row[name]
+    for name in JSON_COLUMNS:
+        if row.get(name, "").lstrip().startswith("["):
+            try:
+                row[name] = json.loads(row[name])
+                require_unicode(name, row[name])
+            except ValueError as error:
+                raise ValueError(f"{name} is not JSON: {printable(str(error))}") from None
+    return row

@@ -1,0 +1,120 @@
+"""Rows that a program gives to `train`: lists of dicts, a DataFrame, a datasets.Dataset, or a dict of these by split.
+
+pandas and datasets are not imported; their objects are recognised by their methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import DataSection, one_of
+from ..untrusted import safe_names
+from .tfds import plain
+
+#: data.train of a run whose data came from Python. A tenant's is <python>/NAME.
+PYTHON = "<python>"
+SPLITS = ("train", "validation", "test")
+#: What pandas has for a missing value, besides NaN.
+MISSING = ("NAType", "NaTType")
+
+
+class GivenSplit(NamedTuple):
+    """One split of the data."""
+
+    label: str
+    """as the program wrote it: data["train"]"""
+    split: str
+    given: Sequence[Any]
+
+    def files(self) -> list[Path]:
+        return []
+
+    def rows(self) -> Iterator[tuple[str, dict]]:
+        """Each row's place, 'data["train"] row 7' (counted from 0), and its columns. NaN and None are missing."""
+        for index, row in enumerate(self.given):
+            place = f"{self.label} row {index}"
+            if not isinstance(row, Mapping):
+                raise ValueError(f'{place} is a {type(row).__name__}; write a dict, such as {{"prompt": ..., ...}}')
+            values = {str(name): plain(value, f"{place}: {name}") for name, value in row.items()}
+            yield place, {name: value for name, value in values.items() if not is_missing(value)}
+
+
+def is_given(source: str | None) -> bool:
+    return source is not None and source.startswith(PYTHON)
+
+
+def described(source: str | None) -> str:
+    """data.train or data.tenants for a report."""
+    return "from Python" if is_given(source) else str(source)
+
+
+def with_data(section: DataSection, data: Any) -> DataSection:
+    """The section of a run on this data.
+
+    Raises ValueError for data of another kind, and where the section names data of the same split.
+    """
+    given = splits_of("data", data)
+    named = [split for split in given if not is_given(getattr(section, split) or PYTHON)]
+    if named:
+        raise ValueError(
+            f"data.{named[0]} ({getattr(section, named[0])}) and data= are both given; leave one of them out"
+        )
+    return replace(section, train=PYTHON, given=given)
+
+
+def with_tenants(section: DataSection, data: Any) -> DataSection:
+    """The section of a run of many tenants on this data, by tenant."""
+    if not is_given(section.tenants or PYTHON):
+        raise ValueError(f"data.tenants ({section.tenants}) and data= are both given; leave one of them out")
+    if not isinstance(data, Mapping) or not data:
+        raise ValueError(f"data of many tenants must be a dict, {{name: rows}}; got {type(data).__name__}")
+    return replace(
+        section, tenants=PYTHON, given={name: splits_of(f'data["{name}"]', one) for name, one in data.items()}
+    )
+
+
+def given_split(section: DataSection, split: str) -> GivenSplit | None:
+    """A split that a program gave; None if it gave none.
+
+    Raises ValueError where the run's data came from a program, and is not here now.
+    """
+    if section.given is None:
+        raise ValueError(
+            f"data.{split}: the data of this run came from Python; give it again as train(config, data=...), "
+            f"or name a file: data.{split}=FILE"
+        )
+    return section.given.get(split)
+
+
+def splits_of(label: str, data: Any) -> dict[str, GivenSplit]:
+    """The splits of one run's data. Rows alone are training data."""
+    if not isinstance(data, Mapping):
+        return {"train": GivenSplit(label, "train", sequence_of(label, data))}
+    if "train" not in data or set(data) - set(SPLITS):
+        raise ValueError(
+            f"{label} has the keys {safe_names(map(str, data)) or 'none'}; expected train, and perhaps validation and "
+            "test. Rows are a list of dicts, one for each row"
+        )
+    named = {split: f'{label}["{split}"]' for split in SPLITS if data.get(split) is not None}
+    return {split: GivenSplit(own, split, sequence_of(own, data[split])) for split, own in named.items()}
+
+
+def sequence_of(label: str, data: Any) -> Sequence[Any]:
+    """The rows of a list, a DataFrame (pandas or polars), a datasets.Dataset or an Arrow table."""
+    for method, arguments in (("to_dicts", ()), ("to_pylist", ()), ("to_dict", ("records",))):
+        if hasattr(data, method) and hasattr(data, "columns"):
+            return getattr(data, method)(*arguments)
+    if hasattr(data, "with_format") and hasattr(data, "__len__"):  # without the arrays of another library
+        return data.with_format(None)
+    if isinstance(data, list | tuple):
+        return data
+    kinds = ("a list of dicts", "a DataFrame", "a datasets.Dataset", "a dict of these by split")
+    name = "an iterator, which can be read once" if hasattr(data, "__next__") else type(data).__name__
+    raise ValueError(f"{label} must be {one_of(kinds)}; got {name}")
+
+
+def is_missing(value: Any) -> bool:
+    return value is None or type(value).__name__ in MISSING or (isinstance(value, float) and value != value)

@@ -1,0 +1,117 @@
+"""The rows of one data file, each with its place for errors: JSON lines, a JSON array, CSV, TSV or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ..storage.bucket import Place
+from .arrow_files import MAGIC, parquet_rows
+from .csv_file import DELIMITERS, csv_rows
+from .examples import require_unicode
+
+#: The longest line of JSON, and the largest JSON array, in bytes. Other files may have any size.
+MAX_LINE, MAX_ARRAY = 2**26, 2**28
+#: The endings of a split's file in a folder, such as train.csv. The first that exists is read.
+ENDINGS = (".jsonl", ".json", *DELIMITERS, ".parquet")
+
+
+def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
+    """Each row's place, "file:line" or "file[index]", and its columns. Empty lines are skipped.
+
+    The name says which file is CSV (.csv) or TSV (.tsv). Parquet and JSON are recognised by their content.
+
+    Args:
+        seen: a hash that is updated with the bytes as they are read, except those of Parquet.
+    """
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {problem}; name a .jsonl, .csv or .parquet file")
+    form = form_of(path)
+    if form == "parquet":
+        return parquet_rows(path)
+    if form in DELIMITERS:
+        return csv_rows(path, DELIMITERS[form], seen)
+    return array_rows(path, seen) if form == "array" else line_rows(path, seen)
+
+
+def form_of(path: Place) -> str:
+    """What a file holds: parquet, .csv, .tsv, a JSON array or JSON lines ("array", "lines")."""
+    with path.open("rb") as stream:
+        start = stream.read(512)
+    if start.startswith(MAGIC):
+        return "parquet"
+    if path.suffix.lower() in DELIMITERS:
+        return path.suffix.lower()
+    return "array" if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else "lines"
+
+
+def place_prefix(path: Place) -> str:
+    """What a row's place begins with, before its number."""
+    return f"{path}[" if form_of(path) in ("parquet", "array") else f"{path}:"
+
+
+def split_file(folder: Place, split: str) -> Place | None:
+    """The file of a split in a folder, such as train.jsonl or train.csv; None if there is none."""
+    files = (folder / f"{split}{ending}" for ending in ENDINGS)
+    return next((file for file in files if file.is_file()), None)
+
+
+def line_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+            place = f"{path}:{number}"
+            if seen is not None:
+                seen.update(line)
+            if len(line) > MAX_LINE:
+                raise ValueError(f"{place}: the line is longer than {MAX_LINE} bytes; split it")
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                require_unicode("a text", row)  # half a surrogate pair is JSON
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{place}: not JSON: {json_problem(error)}{advice(number, line)}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: the line is a {type(row).__name__}, not a JSON object")
+            yield place, row
+
+
+def json_problem(error: Exception) -> str:
+    """What is wrong in a line that is not JSON, and where in it: the decoder's own "line 1" is not the file's."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos + 1}"
+    return str(error)[:100]
+
+
+def advice(number: int, line: bytes) -> str:
+    """What to do about a first line that is not JSON: the file may be another kind of table."""
+    if number > 1 or line.lstrip().startswith(b"{"):
+        return ""
+    return "\nthe file must hold a JSON object per line; a table with a header line must be named .csv or .tsv"
+
+
+def array_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSON array, which is read at once."""
+    with path.open("rb") as file:
+        text = file.read(MAX_ARRAY + 1)
+    if len(text) > MAX_ARRAY:
+        raise ValueError(f"{path}: a JSON array of more than {MAX_ARRAY} bytes; write an object per line instead")
+    if seen is not None:
+        seen.update(text)
+    try:
+        rows = json.loads(str(text, "utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON array: {error}") from None
+    for index, row in enumerate(rows):
+        place = f"{path}[{index}]"
+        try:
+            require_unicode("a text", row)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: the item is a {type(row).__name__}, not a JSON object")
+        yield place, row

@@ -1,0 +1,149 @@
+"""How a run's data is scored where the config leaves it open: metric, choices and answer length follow from the
+training data.
+
+Few different completions, each repeated several times, are labels: they are ranked. Other answers are written.
+"""
+
+from __future__ import annotations
+
+import heapq
+from itertools import islice
+from typing import NamedTuple
+
+from ..config import DataSection, RunConfig, shorten
+from ..data.examples import encode_completion
+from ..data.records import Record, load_records, split_records
+from ..data.sources import source_of
+from ..data.tasks import TASKS
+from ..data.training_data import task_of
+from ..messages import warn
+
+#: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
+RANKED = 20
+#: Completions are labels if the training data has each this many times on average.
+REPEATED = 4
+#: The largest share of validation or test answers that the training data may lack if they are ranked.
+UNSEEN = 0.1
+#: Training examples that are looked at.
+LOOKED_AT = 50_000
+#: How many of the longest completions, by characters, are tokenised to find the longest by tokens.
+COUNTED = 32
+#: Tokens of a written answer where nothing is known about it, and the maximum that the data can ask for.
+NEW_TOKENS, MOST_NEW_TOKENS = 32, 512
+
+
+class Completions(NamedTuple):
+    """The completions of the training data."""
+
+    count: int
+    different: tuple[str, ...] | None
+    """None: more than RANKED"""
+    longest: list[Record]
+    """by characters"""
+
+
+class ScoringRule(NamedTuple):
+    """How a run's validation and test data are scored."""
+
+    metric: str
+    also: tuple[str, ...]
+    choices: tuple[str, ...]
+    max_new_tokens: int
+    unseen: tuple[str, ...] = ()
+    """choices that only the validation or test data has"""
+    from_data: bool = False
+    """whether the metric was chosen from the data"""
+
+    def describe(self) -> str:
+        """ "accuracy over the 6 different completions of the training data (eval.metric)"."""
+        if self.metric == "accuracy":
+            count = len(self.choices) - len(self.unseen)
+            more = f" and {len(self.unseen)} more of the validation and test data" if self.unseen else ""
+            return f"accuracy over the {count} different completions of the training data{more} (eval.metric)"
+        names = " and ".join([self.metric, *self.also])
+        return f"{names} of written answers of up to {self.max_new_tokens} tokens (eval.metric, eval.max_new_tokens)"
+
+
+def scoring_rule(config: RunConfig, tokenizer, *, before: bool = False) -> ScoringRule:
+    """How the run's data is scored. What the config says always wins, then what its task says.
+
+    Args:
+        before: the run began with an earlier version, in which the default was exact_match of at most 32 tokens.
+    """
+    known, given = TASKS.get(task_of(config.data) or ""), config.eval
+    metric = given.metric or (known.metric if known else "accuracy" if given.choices and not before else None)
+    new = given.max_new_tokens or (known.max_new_tokens if known else NEW_TOKENS if before else None)
+    also = given.also or (known.also if known and metric == known.metric else ())
+    if metric is None and before:
+        metric = "exact_match"
+    needed = metric is None or (new is None and metric not in ("loss", "accuracy"))
+    held = completions_of(config.data) if needed else None
+    choices, unseen, from_data = given.choices, (), metric is None
+    if metric is None:
+        choices, unseen = labels_of(config.data, held)
+        metric = "accuracy" if choices else "exact_match"
+        also = also or (() if choices else ("f1",))
+    if new is None:
+        new = answer_length(held.longest, tokenizer) if held and metric != "accuracy" else NEW_TOKENS
+    return ScoringRule(metric, also, choices, new, unseen, from_data)
+
+
+def completions_of(section: DataSection) -> Completions:
+    """The completions of the first LOOKED_AT training examples; none if the training data is not there."""
+    different: set[str] = set()
+    longest: list[tuple[int, int, Record]] = []
+    count = 0
+    for record in islice(split_records(section, "train") or [], LOOKED_AT) if is_there(section) else []:
+        count += 1
+        if len(different) <= RANKED:
+            different.add(record.completion)
+        entry = len(record.completion), -count, record  # of equal lengths the first
+        if len(longest) < COUNTED:
+            heapq.heappush(longest, entry)
+        elif entry > longest[0]:
+            heapq.heapreplace(longest, entry)
+    few = tuple(sorted(different)) if len(different) <= RANKED else None
+    return Completions(count, few, [record for _, _, record in longest])
+
+
+def is_there(section: DataSection) -> bool:
+    """Whether there is training data. A run may be evaluated on a machine that has its test data only."""
+    try:
+        return source_of(section, "train") is not None
+    except ValueError:
+        return False
+
+
+def labels_of(section: DataSection, held: Completions | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The choices to rank, and those of them that only the validation or test data has. None where the completions are
+    no labels.
+
+    An answer that training never saw would count as wrong whatever the model says, so it is a choice too. If more than
+    UNSEEN of a split are such answers, they are no labels.
+    """
+    if held is None or held.different is None or not 2 <= len(held.different) <= held.count / REPEATED:
+        return (), ()
+    labels, unseen = set(held.different), set()
+    for split in ("validation", "test"):
+        records = load_records(section, split) or []
+        lacking = [record for record in records if not labels & set(record.references)]
+        if not lacking:
+            continue
+        first = f"{shorten(lacking[0].completion)} ({lacking[0].place})"
+        which = f"{split}: {len(lacking)} of {len(records)} answers are not in the training data"
+        if len(lacking) > UNSEEN * len(records):
+            warn(f"{which}, the first is {first}; so answers are written, not ranked (eval.metric)")
+            return (), ()
+        warn(f"{which}, the first is {first}; they are choices too (eval.choices)")
+        unseen |= {record.completion for record in lacking}
+    if len(labels | unseen) > RANKED:
+        return (), ()
+    return tuple(sorted(labels | unseen)), tuple(sorted(unseen))
+
+
+def answer_length(longest: list[Record], tokenizer) -> int:
+    """Tokens of a written answer: those of the longest completion, and a quarter more, in steps of 8."""
+    if not longest:
+        return NEW_TOKENS
+    most = max(len(encode_completion(tokenizer, record.prompt, record.completion)) for record in longest)
+    return min(-(-(most + max(4, most // 4)) // 8) * 8, MOST_NEW_TOKENS)

@@ -1,0 +1,58 @@
+"""The file that --tasks [TASK=]FILE_OR_FOLDER[:METRIC] names. Nothing is read, so a wrong name is told at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import expanded, nearest, one_of, shorten
+from ..data.row_files import split_file
+from ..data.tasks import TASKS
+from .metrics import LABEL_METRICS, METRICS
+
+#: What to do where lm-eval is not installed.
+INSTALL = "lm-eval is not installed; its tasks need it: pip install 'para_jax[eval]'"
+
+
+class NamedFile(NamedTuple):
+    """What --tasks says of a file."""
+
+    task: str | None
+    """a name from data/tasks.py"""
+    path: Path
+    """the file or folder as it was named"""
+    file: Path
+    metric: str | None
+
+
+def named_file(text: str, split: str) -> NamedFile | None:
+    """The file of [TASK=]FILE_OR_FOLDER[:METRIC]; None for what may be the name of a task of lm-eval.
+
+    Raises ValueError for a path where there is nothing, and for an unknown TASK or METRIC.
+    """
+    name, path, metric = task_parts(text)
+    if path is None:
+        if re.search(r"[/\\~]|\.(jsonl?|csv|tsv|parquet)\b", text):
+            missing = text.split("=")[-1].removesuffix(":" + text.rpartition(":")[2])
+            raise ValueError(f"--tasks {shorten(text, 200)}: no such file or folder{nearest(expanded(missing))}")
+        return None
+    if name is not None and name not in TASKS:
+        raise ValueError(f"--tasks {text!r}: unknown task {name!r} before the =; known are {', '.join(TASKS)}")
+    file = split_file(path, split) if path.is_dir() else path
+    if file is None or not file.is_file():
+        file = file or path / f"{split}.jsonl"
+        raise ValueError(f"--tasks {text!r}: {file} is not a file; give a .jsonl file, or a folder with {split}.jsonl")
+    known = tuple(dict.fromkeys(("loss", *METRICS, *LABEL_METRICS)))
+    if metric is not None and metric not in known:
+        raise ValueError(f"--tasks {text!r}: metric {shorten(metric)} is unknown; choose {one_of(known)}")
+    return NamedFile(name, path, file, metric)
+
+
+def task_parts(text: str) -> tuple[str | None, Path | None, str | None]:
+    """TASK, path and METRIC of [TASK=]PATH[:METRIC]; the path is None if there is no such file or folder."""
+    for name, rest in ((None, text), text.split("=", 1) if "=" in text else (None, text)):
+        for path, metric in ((rest, None), rest.rsplit(":", 1) if ":" in rest else (rest, None)):
+            if expanded(path).exists():
+                return name, expanded(path), metric
+    return None, None, None

@@ -1,0 +1,47 @@
+"""The learning rates that the trials of train.learning_rate=auto chose (runs/rates.py), as a run folder holds them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ..config import RunConfig, shorten
+from ..storage.bucket import Place
+from ..training.metrics_file import is_number
+
+#: The folder of the trials in a run's folder, and the file there with the rates.
+TRIALS, FILE = "learning_rates", "chosen.json"
+MAX_BYTES = 2**24
+
+
+def is_auto(config: RunConfig) -> bool:
+    return config.train.learning_rate == "auto"
+
+
+def with_rate(config: RunConfig, rate: float) -> RunConfig:
+    return replace(config, train=replace(config.train, learning_rate=rate))
+
+
+def chosen_rates(folder: Place) -> dict[str, float]:
+    """The rates that the trials of a run folder chose, by tenant ("" in a run of one adapter); none before they have
+    ended. Raises ValueError for a file that no run wrote."""
+    file = folder / TRIALS / FILE
+    if not file.is_file():
+        return {}
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        found = json.loads(file.read_bytes().decode())["rates"]
+        fits = isinstance(found, dict) and all(is_number(rate) and 0 <= rate < math.inf for rate in found.values())
+        if not fits:
+            raise ValueError(f"rates is {shorten(found)}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: {shorten(str(error))}. Delete the file; the trials then choose again") from None
+    return {name: float(rate) for name, rate in found.items()}
+
+
+def resolved(config: RunConfig, chosen: Mapping[str, float]) -> RunConfig:
+    """A run of one adapter with the rate that was chosen. A run of many keeps `auto`: its tenants have rates."""
+    return with_rate(config, chosen[""]) if is_auto(config) and "" in chosen else config

@@ -1,0 +1,195 @@
+"""compare_methods: one run for each method of sweep.method, on the same data and backbone, and one table of them all.
+
+output_dir/{config.yaml, comparison.json, comparison.md}, and a run folder for each method: output_dir/para/, ... The
+same command resumes: it goes on with the first method that has not ended.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+
+from .. import atomic, devices
+from ..adapters.adapter import count_parameters
+from ..config import ADAPTER_CONFIGS, RunConfig, adapter_method, expanded, load_config, require
+from ..evaluation.tasks import EvalTask
+from ..messages import say, warn
+from ..model import init_adapter
+from ..processes import on_first_process
+from ..storage.bucket import Place
+from ..table import table
+from ..training.metrics_file import is_log, read_metrics
+from ..training.tenants_file import read_entries
+from .folder import claim_folder, locked_folder
+from .health import logged_warning
+from .scoring import NotFinite
+from .tenants import Shared, of_data, tenant_configs
+from .train import trained
+
+
+class MethodScore(NamedTuple):
+    """What one method, or one combination of its sweep, reached."""
+
+    method: str
+    name: str
+    """of the combination; empty where a method has one run"""
+    folder: str
+    parameters: int
+    learning_rate: float | None
+    ended: str
+    """ "done", "patience" or "not finite\""""
+    metric: str | None
+    """of the validation data; None: there is none"""
+    score: float | None
+    """the best one; of "loss" the loss itself, where lower is better"""
+    stderr: float | None
+    count: int
+    """validation examples"""
+    loss: float | None
+    step: int
+    """of the best score"""
+    test: float | None
+    """of the same metric, where eval.test is set"""
+    test_stderr: float | None
+    warning: str | None
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """Sorts the best first, and those without a score last."""
+        return self.score is None, (self.score or 0.0) * (1 if self.metric == "loss" else -1)
+
+
+class MethodsResult(NamedTuple):
+    methods: list[MethodScore]
+    """the best first"""
+    output_dir: Place
+
+
+def compare_methods(config: RunConfig) -> MethodsResult:
+    """Trains each method of sweep.method, or resumes where it stopped. A method whose loss is not finite stops, and the
+    others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`."""
+    require(bool(config.sweep.method), "sweep.method", config.sweep.method, "the methods to compare")
+    devices.start(config.runtime)
+    folder = expanded(config.output_dir)
+
+    def claim() -> None:
+        with locked_folder(config):  # the methods' runs lock it again
+            claim_folder(config)
+
+    on_first_process(claim)
+    found: list[MethodScore] = []
+    shared = Shared()
+    for number, (method, own) in enumerate(method_configs(config).items(), 1):
+        say(f"{method}: method {number} of {len(config.sweep.method)}, in {own.output_dir}")
+        try:
+            trained(own, shared)
+        except NotFinite as error:
+            warn(f"{method}: {error}")
+        (model,) = shared.backbones.values()
+        fresh = jax.eval_shape(lambda own=own, model=model: init_adapter(own.adapter, model.config))
+        parameters = count_parameters(fresh)
+        rows = on_first_process(lambda own=own, n=parameters: [list(row) for row in rows_of(own, shared, n)])
+        found = sorted([*found, *(MethodScore(*row) for row in rows)], key=lambda row: row.order)
+        on_first_process(partial(write_comparison, folder, found))
+    return MethodsResult(found, folder)
+
+
+def method_configs(config: RunConfig) -> dict[str, RunConfig]:
+    """The config of each method's run. The fields of the adapter and train.learning_rate are those of adapter.method;
+    the other methods have their own defaults. `auto` is for all."""
+    own, rate = adapter_method(config.adapter), config.train.learning_rate
+    return {
+        method: replace(
+            config,
+            adapter=config.adapter if method == own else ADAPTER_CONFIGS[method](),
+            train=replace(config.train, learning_rate=rate if method == own or rate == "auto" else None),
+            sweep=replace(config.sweep, method=()),
+            output_dir=str(expanded(config.output_dir) / method),
+        )
+        for method in config.sweep.method
+    }
+
+
+def rows_of(config: RunConfig, shared: Shared, parameters: int) -> list[MethodScore]:
+    """What a method's run left in its folder."""
+    folder, method = expanded(config.output_dir), adapter_method(config.adapter)
+    entries = read_entries(folder) if config.many else {}
+    rows = []
+    for name, own in tenant_configs(config).items():
+        _, validation, *_ = shared.data[of_data(own)]
+        place = folder / name if name else folder
+        logged = list(read_metrics(place / "metrics.jsonl")) if is_log(place / "metrics.jsonl") else []
+        scores = best_scores(logged, validation)
+        count = min(own.eval.limit or len(validation.records), len(validation.records)) if validation else 0
+        entry = entries.get(name, {})
+        ended = entry.get("ended") or ("done" if (place / "adapter").exists() else "not finite")
+        held = load_config(place / "config.yaml")  # with the rate that `auto` chose
+        rate = held.train.learning_rate
+        warning = entry.get("warning") if config.many else logged_warning(held, place / "metrics.jsonl")
+        rows.append(
+            MethodScore(
+                method, name, str(place), parameters,
+                rate if isinstance(rate, float) else None, ended, validation.metric if validation else None,
+                scores.get("score"), scores.get("stderr"), count, scores.get("loss"), int(scores.get("step", 0)),
+                scores.get("test"), scores.get("test_stderr"), warning,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def best_scores(logged: Sequence[dict[str, float]], validation: EvalTask | None) -> dict[str, float]:
+    """The best validation score that was logged, with its error, loss and step, and the last test score."""
+    if validation is None:
+        return {}
+    metric, sign = validation.metric, -1 if validation.metric == "loss" else 1
+    name, found = f"validation_{metric}", {}
+    scored = [row for row in logged if name in row and row["step"] > 0]
+    if scored:
+        best = max(scored, key=lambda row: sign * row[name])  # the first of equals, as the run keeps it
+        parts = {"score": name, "stderr": f"{name}_stderr", "loss": "validation_loss", "step": "step"}
+        found = {part: best[key] for part, key in parts.items() if key in best}
+    for row in logged:
+        for part, key in (("test", f"test_after_{metric}"), ("test_stderr", f"test_after_{metric}_stderr")):
+            if key in row:
+                found[part] = row[key]
+    return found
+
+
+def comparison_table(found: Sequence[MethodScore]) -> str:
+    """A line for each method, or for each combination of each method, the best first."""
+    return table(cells(found), left=(0, 1) if any(row.name for row in found) else (0,))
+
+
+def cells(found: Sequence[MethodScore]) -> list[list[str]]:
+    metrics = {row.metric for row in found if row.metric}
+    metric = metrics.pop() if len(metrics) == 1 else "score"
+    names, tests = any(row.name for row in found), any(row.test is not None for row in found)
+    head = ["method", *["run"] * names, "parameters", "rate", f"validation {metric}", "examples"]
+    rows = [[*head, *["loss"] * (metric != "loss"), *[f"test {metric}"] * tests, ""]]
+    for row in found:
+        rate = "-" if row.learning_rate is None else f"{row.learning_rate:g}"
+        rows.append(
+            [
+                row.method, *[row.name] * names, f"{row.parameters:,}", rate, with_error(row.score, row.stderr),
+                str(row.count), *[with_error(row.loss)] * (metric != "loss"),
+                *[with_error(row.test, row.test_stderr)] * tests, "" if row.ended == "done" else row.ended,
+            ]
+        )  # fmt: skip
+    return rows
+
+
+def with_error(value: float | None, stderr: float | None = None) -> str:
+    return "-" if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+
+
+def write_comparison(folder: Place, found: Sequence[MethodScore]) -> None:
+    """comparison.json and comparison.md, after each method."""
+    atomic.write_text(folder / "comparison.json", json.dumps([row._asdict() for row in found], indent=1) + "\n")
+    head, *rows = cells(found)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    atomic.write_text(folder / "comparison.md", "\n".join(lines) + "\n")

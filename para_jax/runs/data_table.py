@@ -1,0 +1,60 @@
+"""What `inspect --data` says about the data of many tenants: a table with a line for each, and the padded lengths."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..backbone.load import load_model_config
+from ..config import RunConfig, printable
+from ..data.packing import RowShape
+from ..data.records import TooLong, load_records
+from ..data.training_data import TrainingData, load_training_data
+from ..evaluation.tasks import with_limit
+from ..table import table
+from .folder import fields_of_run
+from .tenant_file import OWN_FIELDS
+from .tenants import plan_batches, steps_of, tenant_configs, too_long_in
+
+
+def tenants_data(config: RunConfig, tokenizer) -> tuple[str, TrainingData]:
+    """The table of all tenants, and the training data of the first.
+
+    Raises ValueError as a run does, for example with all tenants that have examples of too many tokens.
+    """
+    model, data, long = load_model_config(config.backbone.source), {}, {}
+    configs = {name: replace(own, data=with_limit(own.data, model)) for name, own in tenant_configs(config).items()}
+    for name, own in configs.items():
+        try:
+            data[name] = load_training_data(own.data, tokenizer)
+        except TooLong as error:
+            long[name] = error
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    if long:
+        raise too_long_in(long)
+    buckets, plans = plan_batches(config, configs, data, config.tenant_batch)
+    columns = ["examples", "validation", "test", "steps", "mean tokens", "longest", "longest completion"]
+    rows = [["tenant", *columns, "tenant.yaml"]]
+    for name, own in configs.items():
+        sizes = data[name].examples.sizes
+        lengths = sizes.sum(axis=1)
+        held = [len(load_records(own.data, split) or []) for split in ("validation", "test")]
+        numbers = [len(sizes), *held, steps_of(own, plans[name].batches_per_epoch)]
+        tokens = [f"{lengths.mean():.0f}", lengths.max(), sizes[:, 1].max()]
+        rows.append([name, *map(str, (*numbers, *tokens)), own_fields(config, own)])
+    lengths = " or ".join(str(bucket.length) for bucket in buckets)
+    packed = isinstance(buckets[0], RowShape)
+    said = f"packed into rows of {lengths} tokens" if packed else f"padded to {lengths} tokens"
+    total, cut = sum(len(one.examples) for one in data.values()), sum(one.cut + one.skipped for one in data.values())
+    lost = f", {cut} too long and cut or skipped" if cut else ""
+    last = f"{total} examples of {len(data)} tenant{'s' * (len(data) > 1)}{lost}; {said}"
+    return f"{table(rows, left=(0, len(columns) + 1))}\n\n{last}", next(iter(data.values()))
+
+
+def own_fields(config: RunConfig, own: RunConfig) -> str:
+    """What a tenant's tenant.yaml changes: "learning_rate 0.01, metric loss"."""
+    run, found = fields_of_run(config), fields_of_run(own)
+    run |= {"train.max_steps": config.train.max_steps, "train.num_epochs": config.train.num_epochs}
+    found |= {"train.max_steps": own.train.max_steps, "train.num_epochs": own.train.num_epochs}
+    changed = [f"{name.partition('.')[2]} {found[name]}" for name in OWN_FIELDS if found[name] != run[name]]
+    return printable(", ".join(changed), 200)

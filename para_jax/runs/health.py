@@ -1,0 +1,153 @@
+"""Notices a run that goes wrong: a loss that rises, gradient norms that explode, scores worse than the base model's.
+
+`Health` sees what the log sees. It says a warning once for each tenant, as soon as it is seen, and `warning` is what
+holds at the end, which the exit summary and tenants.json repeat.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..config import RunConfig
+from ..messages import warn
+from ..storage.bucket import Place
+from ..training.metrics_file import is_log, read_metrics
+
+#: The number of steps after which a run is first looked at. It is looked at again whenever that number has doubled.
+FIRST_LOOK = 10
+#: The most steps at each end of a run whose mean losses are compared. In short runs it is a quarter of the steps.
+WINDOW = 20
+#: A loss has risen by at least this share of what it was, and by this many standard errors.
+RISE, ERRORS = 0.05, 3.0
+#: Gradient norms have exploded when they are this many times those at the start, and this many times the limit that
+#: they are clipped to, while the loss has not fallen by a tenth.
+TIMES_START, TIMES_LIMIT = 30.0, 10.0
+#: The share by which a loss on held-out data is above the base model's before that is said.
+ABOVE_BASE = 0.02
+
+
+class Seen(NamedTuple):
+    """What was logged of one tenant, in the order of its steps."""
+
+    losses: array
+    norms: array
+    scores: dict[str, float]
+    """the losses on held-out data that are compared: validation_base, validation (the best one), test_before,
+    test_after"""
+
+
+class Health:
+    """Watches the tenants of a run."""
+
+    def __init__(self, names: Sequence[str], configs: Sequence[RunConfig], *, quiet: bool = False):
+        """
+        Args:
+            names: of the tenants; "" in a run of one adapter.
+            configs: their own.
+            quiet: whether warnings are not said.
+        """
+        self.names, self.configs = names, configs
+        self.seen = [Seen(array("d"), array("d"), {}) for _ in names]
+        self.said: set[int] = set(range(len(names))) if quiet else set()
+
+    def watch(self, tenant: int, step: int, values: Mapping[str, float]) -> None:
+        """Takes values that are logged of a tenant's own step, and says what is wrong with them."""
+        seen = self.seen[tenant]
+        looks = take(seen, step, values)
+        if not looks or tenant in self.said:
+            return
+        if found := self.warning(tenant):
+            self.said.add(tenant)
+            name = self.names[tenant]
+            warn(f"{name}: {found}" if name else found)
+
+    def warning(self, tenant: int) -> str | None:
+        """What is wrong with a tenant by now, and what to do about it; None: nothing."""
+        train = self.configs[tenant].train
+        found = problem(self.seen[tenant], train.max_grad_norm)
+        return found and f"{found}; lower train.learning_rate ({train.peak_learning_rate:g})"
+
+    def read(self, tenant: int, log: Place) -> None:
+        """Takes what a log holds of the steps that were done before, and says nothing."""
+        if is_log(log):
+            for row in read_metrics(log):
+                take(self.seen[tenant], int(row["step"]), row)
+
+
+def logged_warning(config: RunConfig, log: Place) -> str | None:
+    """What is wrong with a run of one adapter by its log."""
+    health = Health([""], [config])
+    health.read(0, log)
+    return health.warning(0)
+
+
+def take(seen: Seen, step: int, values: Mapping[str, float]) -> bool:
+    """Adds logged values. The result says whether it is time to look at them."""
+    looks = False
+    if "loss" in values and "grad_norm" in values:
+        seen.losses.append(values["loss"])
+        seen.norms.append(values["grad_norm"])
+        rounds, left = divmod(len(seen.losses), FIRST_LOOK)
+        looks = left == 0 and rounds & (rounds - 1) == 0  # at 10, 20, 40, ... steps
+    for split in ("validation", "test_before", "test_after"):
+        loss = values.get(f"{split}_loss")
+        if loss is None:
+            continue
+        if split == "validation" and step == 0:
+            seen.scores["validation_base"] = loss
+        else:
+            seen.scores[split] = min(loss, seen.scores.get(split, loss)) if split == "validation" else loss
+            looks = looks or (split == "validation" and step >= FIRST_LOOK) or split == "test_after"
+    return looks
+
+
+def problem(seen: Seen, max_grad_norm: float) -> str | None:
+    """What is wrong with a tenant, in words."""
+    scores = seen.scores
+    return (
+        risen_loss(seen.losses)
+        or above_base("validation", scores.get("validation"), scores.get("validation_base"))
+        or above_base("test", scores.get("test_after"), scores.get("test_before"))
+        or exploded_norms(seen.losses, seen.norms, max_grad_norm)
+    )
+
+
+def ends(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The first and the last values, equally many; None if there are too few to compare."""
+    if len(values) < FIRST_LOOK:
+        return None
+    held, size = np.asarray(values, float), min(WINDOW, max(3, len(values) // 4))
+    return held[:size], held[-size:]
+
+
+def risen_loss(losses: Sequence[float]) -> str | None:
+    """Compares the mean of the last losses with that of the first. The noise of one step is estimated from the
+    differences of neighbours, which a trend hardly changes (von Neumann 1941)."""
+    if (found := ends(losses)) is None:
+        return None
+    first, last = (float(one.mean()) for one in found)
+    noise = np.sqrt((np.diff(np.asarray(losses, float)) ** 2).mean() / 2)
+    least = max(RISE * abs(first), ERRORS * noise * np.sqrt(2 / len(found[0])))
+    return f"loss rose from {first:.3g} to {last:.3g}" if last - first > least else None
+
+
+def exploded_norms(losses: Sequence[float], norms: Sequence[float], limit: float) -> str | None:
+    """Norms grow in a sound run too, because adapters start at zero. So the loss must not have fallen either."""
+    found, of_loss = ends(norms), ends(losses)
+    if found is None or of_loss is None:
+        return None
+    first, last = (float(np.median(one)) for one in found)
+    exploded = last > TIMES_START * first and last > TIMES_LIMIT * limit
+    fell = of_loss[1].mean() < 0.9 * of_loss[0].mean()
+    return f"gradient norms rose from {first:.3g} to {last:.3g}" if exploded and not fell else None
+
+
+def above_base(split: str, loss: float | None, base: float | None) -> str | None:
+    """Compares losses on held-out data, as far as they are known."""
+    if loss is None or base is None or loss <= base + ABOVE_BASE * abs(base):
+        return None
+    return f"{split} loss {loss:.3g} is above the base model's {base:.3g}"

@@ -1,0 +1,106 @@
+"""What a run shows at its end, and `para-jax inspect` later: base model and adapter side by side, and some answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..evaluation.score import Score, shown_score
+from ..table import table
+from ..training.scores_file import Records
+
+#: The data that a run's answers are shown of: the first of these that has them.
+SHOWN = ("test", "validation")
+
+
+def record_of(score: Score, *, samples: bool) -> dict[str, Any]:
+    """A score as scores.json and checkpoints hold it.
+
+    Args:
+        samples: with some of its answers.
+    """
+    values = score.values()
+    if score.metric == "loss" and score.stderr is not None:
+        values["loss_stderr"] = score.stderr
+    held = [list(sample) for sample in score.samples] if samples else []
+    return {"metric": score.metric, "count": score.count, "values": values, "samples": held}
+
+
+def score_table(records: Records) -> str:
+    """A line for each metric of the validation and the test data: base model, adapter, number of examples. Empty if
+    nothing was scored."""
+    rows = [["", "", "base", "adapter", "examples"]]
+    for split in SHOWN[::-1]:
+        base, adapter = records.get(f"{split}_base"), records.get(split)
+        held = adapter or base
+        if held is None:
+            continue
+        for metric in metrics_of(held):
+            rows.append([split, metric, number(base, metric), number(adapter, metric), str(held["count"])])
+    if len(rows) == 1:
+        return ""
+    return "\n".join([table(rows, left=(0, 1)), "± is one standard error over the draw of the examples"])
+
+
+def sample_lines(records: Records) -> str:
+    """Some examples with the expected answer and those that base model and adapter gave; empty if there are none."""
+    split = next((name for name in SHOWN if records.get(name, {}).get("samples")), None)
+    if split is None:
+        return ""
+    after, before = records[split], records.get(f"{split}_base")
+    held = [given for _, _, given in before["samples"]] if before and before["count"] == after["count"] else []
+    lines = [f"{len(after['samples'])} of the {after['count']} {split} examples:"]
+    for i, (prompt, expected, given) in enumerate(after["samples"]):
+        lines += [f"  {prompt}", f"    expected  {expected}"]
+        lines += [f"    base      {held[i]}"] if i < len(held) else []
+        lines += [f"    adapter   {given}"]
+    return "\n".join(lines)
+
+
+def tenants_table(entries: Mapping[str, dict[str, Any]]) -> str:
+    """A line for each tenant of a run that has ended, by name; see runs.train.TenantsResult. The scores are of its test
+    data, or of its validation data where it has no test data."""
+    rows = [["tenant", "metric", "base", "adapter", "n", "loss", "steps", "best step", "data", "note"]]
+    for name, entry in sorted(entries.items()):
+        why = "" if entry["ended"] == "done" else entry["ended"]
+        rows.append([name, *tenant_cells(entry), str(entry["steps"]), str(entry["best_step"]), data_of(entry), why])
+    rows = [row[:-1] for row in rows] if not any(row[-1] for row in rows[1:]) else rows
+    return table(rows, left=(0, 1, 8, 9))
+
+
+def data_of(entry: dict[str, Any]) -> str:
+    """Which data a tenant's cells are of."""
+    if entry.get("scores"):
+        return next((split for split in SHOWN if split in entry["scores"]), "-")
+    if entry["test_after"] is not None:
+        return "test"
+    return "validation" if entry["best_score"] is not None else "-"
+
+
+def tenant_cells(entry: dict[str, Any]) -> list[str]:
+    """metric, base, adapter, n and loss. Entries of earlier versions have scores without their errors."""
+    split, metric = data_of(entry), entry["metric"]
+    if records := entry.get("scores"):
+        base, adapter = records.get(f"{split}_base"), records.get(split)
+        held = adapter or {}
+        metric = held.get("metric", metric)
+        n, loss = str(held.get("count", "-")), number(adapter, "loss", error=False)
+        return [metric or "-", number(base, metric), number(adapter, metric), n, loss]
+    before, after = (entry["test_before"], entry["test_after"]) if split == "test" else (None, entry["best_score"])
+    shown = ["-" if one is None else f"{shown_score(metric, one):.4f}" for one in (before, after)]
+    return [metric or "-", *shown, "-", "-"]
+
+
+def metrics_of(record: dict[str, Any]) -> list[str]:
+    """The metrics of a record, its own first and the loss last."""
+    names = [name for name in record["values"] if not name.endswith("_stderr") and name != "loss"]
+    return sorted(names, key=lambda name: name != record["metric"]) + ["loss"]
+
+
+def number(record: dict[str, Any] | None, metric: str | None, *, error: bool = True) -> str:
+    """ "0.8833 ± 0.0402"; "-" if it was not measured."""
+    value = (record or {"values": {}})["values"].get(metric)
+    if record is None or value is None:
+        return "-"
+    stderr = record["values"].get(f"{metric}_stderr") if error else None
+    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")

@@ -1,0 +1,321 @@
+"""Pictures of scores: bars of methods, adapters or tenants, with the base model's score. Needs the extra [plot].
+
+`read_scores` finds the scores in folders: of runs, of runs of many tenants, and of `para-jax evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from .config import expanded
+from .evaluation.results import LARGEST
+from .figures import drawable, explain, new_figure, plain, run_names
+from .training.metrics_file import is_log, is_number, read_metrics
+from .training.tenants_file import FILE as TENANTS_FILE
+from .training.tenants_file import read_entries
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: More bars than this are not drawn: the middle of the order by score is left out.
+MAX_BARS = 40
+#: Panels of a picture, at most.
+MAX_PANELS = 12
+#: The name of the base model's results in an evaluation's folder.
+BASE = "base"
+
+
+class Bar(NamedTuple):
+    """One score."""
+
+    score: float
+    """of the metric "loss": the loss itself, never negated"""
+    stderr: float | None = None
+    count: int | None = None
+    """examples"""
+
+
+class Scores(NamedTuple):
+    """Scores of one metric on one set of examples, or of tenants each on their own."""
+
+    metric: str
+    bars: Mapping[str, Bar]
+    """by name, in the order to draw them from the top"""
+    base: Bar | Mapping[str, Bar] | None = None
+    """the base model's score: one for all bars, or one for each name that has one"""
+
+
+# ------------------------------------------------------------------------------------------------------------- picture
+
+
+def scores_plot(panels: Mapping[str, Scores], title: str = "") -> Figure:
+    """Scores as horizontal bars with their standard errors, one panel per set of scores.
+
+        scores_plot({"my data, test": Scores("accuracy", {"PARA": Bar(0.92, 0.03, 60), "LoRA": Bar(0.88, 0.04, 60)},
+                                             base=Bar(0.27, 0.06, 60))})
+
+    A base model's score that belongs to all bars is a dashed line; one for each bar is a diamond on it. A sentence
+    under the picture says how to read it.
+
+    Args:
+        panels: by the panel's title.
+    """
+    if not panels or not all(scores.bars for scores in panels.values()):
+        raise ValueError("no scores to draw; give a panel with at least one bar")
+    drawn = {name: scores._replace(bars=legible(scores)) for name, scores in panels.items()}
+    heights = [0.9 + 0.32 * len(scores.bars) for scores in drawn.values()]
+    figure = new_figure(7, sum(heights) + 0.7)
+    grid = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (name, scores) in zip(grid, drawn.items(), strict=True):
+        draw_panel(axes, name, scores)
+    if title:
+        figure.suptitle(title, fontsize=10, parse_math=False)
+    left_out = any(len(scores.bars) < len(panels[name].bars) for name, scores in drawn.items())
+    explain(figure, sentence(list(drawn.values()), left_out))
+    return figure
+
+
+def draw_panel(axes, name: str, scores: Scores) -> None:
+    bars, lower_is_better = list(scores.bars.items()), scores.metric == "loss"
+    counts = {bar.count for _, bar in bars}
+    shown = [drawable(bar.score) for _, bar in bars]
+    errors = [drawable(bar.stderr) if bar.stderr else math.nan for _, bar in bars]
+    places = range(len(bars))
+    axes.barh(places, shown, height=0.62, color="C0", alpha=0.75)
+    if not all(map(math.isnan, errors)):
+        axes.errorbar(shown, places, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2.5)
+    if isinstance(scores.base, Bar):
+        axes.axvline(drawable(scores.base.score), color="black", linestyle="--", linewidth=1)
+        if scores.base.stderr:
+            near = drawable(scores.base.score), scores.base.stderr
+            axes.axvspan(near[0] - near[1], near[0] + near[1], color="black", alpha=0.08, linewidth=0)
+    elif scores.base:
+        held = [(scores.base[key], i) for i, (key, _) in enumerate(bars) if key in scores.base]
+        axes.errorbar(
+            [drawable(bar.score) for bar, _ in held], [i for _, i in held],
+            xerr=[drawable(bar.stderr) if bar.stderr else math.nan for bar, _ in held],
+            fmt="D", clip_on=False, markersize=5, color="white", markeredgecolor="black", ecolor="black",
+            elinewidth=1, capsize=2.5,
+        )  # fmt: skip
+    of = [f" ({bar.count})" if bar.count and len(counts) > 1 else "" for _, bar in bars]
+    labels = [plain(shorten_name(key)) + count for (key, _), count in zip(bars, of, strict=True)]
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    ends = [0.0, *(end for _, bar in bars for end in reach(bar)), *(end for bar in bases(scores) for end in reach(bar))]
+    low, high = min(ends), max(ends)
+    space = (high - low) or 1.0
+    own_bases = isinstance(scores.base, Mapping)
+    room = space * (0.45 if own_bases else 0.3)  # for the numbers
+    axes.set_xlim(low - (0.05 * space if low < 0 else 0), high + room)
+    axes.xaxis.set_major_formatter("{x:g}")
+    if high <= 1 and low >= 0 and not lower_is_better:
+        axes.set_xticks([tick / 5 for tick in range(6) if tick / 5 <= high + room])
+    for place, (key, bar) in zip(places, bars, strict=True):
+        base = scores.base.get(key) if isinstance(scores.base, Mapping) else None
+        right = max([0.0, *reach(bar), *(reach(base) if base else [])])
+        text = number(bar.score) + (f" ± {number(bar.stderr)}" if bar.stderr else "")
+        text += f" (base {number(base.score)})" if base else ""
+        axes.annotate(text, (right, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    count = next(iter(counts))
+    of_all = f", {count} examples" if len(counts) == 1 and count else ""
+    axes.set_title(plain(name) + of_all, fontsize=9)
+    axes.set_xlabel(
+        "loss (nats per token), lower is better" if lower_is_better else f"{plain(scores.metric)}, higher is better",
+        fontsize=8,
+    )
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(alpha=0.3, axis="x")
+    axes.set_axisbelow(True)
+
+
+def legible(scores: Scores) -> Mapping[str, Bar]:
+    """The bars, without those in the middle of the order by score if there are too many."""
+    if len(scores.bars) <= MAX_BARS:
+        return scores.bars
+    ordered = sorted(scores.bars, key=lambda key: scores.bars[key].score, reverse=scores.metric != "loss")
+    kept = ordered[: MAX_BARS // 2] + ordered[-MAX_BARS // 2 :]
+    return {key: scores.bars[key] for key in kept}
+
+
+def bases(scores: Scores) -> list[Bar]:
+    """The base model's scores that are drawn."""
+    if isinstance(scores.base, Mapping):
+        return [bar for key, bar in scores.base.items() if key in scores.bars]
+    return [scores.base] if scores.base else []
+
+
+def reach(bar: Bar) -> list[float]:
+    """How far a score and its error reach, to both sides; nothing for a score that is not drawn."""
+    ends = [bar.score - (bar.stderr or 0.0), bar.score + (bar.stderr or 0.0)]
+    return [end for end in ends if math.isfinite(drawable(end))]
+
+
+def sentence(drawn: Sequence[Scores], left_out: bool) -> str:
+    """How to read the picture, of what is in it."""
+    said = []
+    if any(bar.stderr for scores in drawn for bar in scores.bars.values()):
+        said.append("Whiskers are one standard error over the examples: bars that differ by less may differ by chance.")
+    if any(isinstance(scores.base, Bar) for scores in drawn):
+        said.append("The dashed line is the base model.")
+    if any(scores.base and not isinstance(scores.base, Bar) for scores in drawn):
+        said.append("The diamond is the base model on the same examples.")
+    if any(len({bar.count for bar in scores.bars.values()}) > 1 for scores in drawn):
+        said.append("The number of examples is in brackets.")
+    if left_out:
+        said.append(f"Only the best and the worst {MAX_BARS // 2} are drawn.")
+    return " ".join(said) or "Each bar is a score."
+
+
+def number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.3g}"
+
+
+def shorten_name(name: str, longest: int = 40) -> str:
+    """The start and the end of a long name."""
+    part = (longest - 3) // 2
+    return name if len(name) <= longest else f"{name[:part]}...{name[-part:]}"
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
+    """The scores in folders: run folders of one adapter (a bar each), of many tenants (a bar each), and folders of
+    `para-jax evaluate` (a bar for each adapter, a panel for each task).
+
+    A run gives its test scores, or its best validation scores if it has no test data. Raises ValueError,
+    naming the folder, for a folder without scores.
+    """
+    panels: dict[str, Scores] = {}
+    several = len(folders) > 1
+    for name, folder in zip(run_names(folders), map(expanded, folders), strict=True):
+        if (folder / TENANTS_FILE).exists():
+            held = [key for key in read_entries(folder) if is_log(folder / key / "metrics.jsonl")]
+            parts = [of_run(f"{name}: {key}" if several else key, folder / key) for key in held]
+            found = merged([part for part in parts if part])
+            prefix = "" if several else f"{name}: "
+            panels = merged_panels(panels, {f"{prefix}{key}": value for key, value in found.items()})
+        elif is_log(folder / "metrics.jsonl"):
+            panels = merged_panels(panels, of_run(name, folder))
+        else:
+            of_folder = of_evaluation(Path(folder))
+            prefix = f"{name}: " if several else ""
+            panels |= {f"{prefix}{task}": scores for task, scores in of_folder.items()}
+    if not panels:
+        raise ValueError(f"{', '.join(map(str, folders))}: no score is there yet; wait for the first evaluation")
+    return dict(list(panels.items())[:MAX_PANELS])
+
+
+def of_run(name: str, folder) -> dict[str, Scores]:
+    """A run's score by panel: on its test data, or else its best validation score. Nothing if it has none yet."""
+    rows = list(read_metrics(folder / "metrics.jsonl"))
+    tested = [row for row in rows if "test_after_loss" in row]
+    if tested:
+        before = [row for row in rows if "test_before_loss" in row]
+        split, after = "test", tested[-1]
+        metric = metric_of(after, "test_after_")
+        base = bar_of(before[-1], "test_before_", metric) if before else None
+        bar = bar_of(after, "test_after_", metric)
+    else:
+        scored = [row for row in rows if "validation_loss" in row]
+        if not scored:
+            return {}
+        metric, split = metric_of(scored[-1], "validation_"), "best validation"
+        values = [bar for row in scored if row["step"] > 0 and (bar := bar_of(row, "validation_", metric))]
+        if not values:
+            return {}
+        pick = min if metric == "loss" else max
+        bar = pick(values, key=lambda one: one.score)
+        first = [row for row in scored if row["step"] == 0]
+        base = bar_of(first[0], "validation_", metric) if first else None
+    if bar is None:
+        return {}
+    return {f"{split} {metric}": Scores(metric, {name: bar}, {name: base} if base else None)}
+
+
+def metric_of(row: Mapping[str, float], prefix: str) -> str:
+    """The first metric of a row of scores that is no loss; "loss" if there is no other."""
+    named = [name.removeprefix(prefix) for name in row if name.startswith(prefix) and not name.endswith("_stderr")]
+    return next((name for name in named if name != "loss"), "loss")
+
+
+def bar_of(row: Mapping[str, float], prefix: str, metric: str) -> Bar | None:
+    value, error = row.get(f"{prefix}{metric}"), row.get(f"{prefix}{metric}_stderr")
+    return None if value is None else Bar(value, error)
+
+
+def merged(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
+    panels: dict[str, Scores] = {}
+    for part in parts:
+        panels = merged_panels(panels, part)
+    return panels
+
+
+def merged_panels(panels: dict[str, Scores], more: Mapping[str, Scores]) -> dict[str, Scores]:
+    """The panels, with the bars of others added to those of the same title."""
+    found = dict(panels)
+    for title, scores in more.items():
+        if title in found:
+            held: dict[str, Bar] = {}
+            for base in (found[title].base, scores.base):
+                held |= base if isinstance(base, Mapping) else {}
+            found[title] = Scores(scores.metric, {**found[title].bars, **scores.bars}, held or None)
+        else:
+            found[title] = scores
+    return found
+
+
+def of_evaluation(folder: Path) -> dict[str, Scores]:
+    """The results of `para-jax evaluate` in a folder: a panel for each task, with its first metric."""
+    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    records = {file.stem: record for file in files if (record := read_record(file))}
+    if not records:
+        raise ValueError(
+            f"{folder}: no scores there\ngive the output_dir of `para-jax train`, or the --output folder of "
+            "`para-jax evaluate`"
+        )
+    panels: dict[str, Scores] = {}
+    for task, metric in dict.fromkeys(key for record in records.values() for key in first_metrics(record)):
+        bars = {name: bar for name, record in records.items() if (bar := result_bar(record, task, metric))}
+        base = bars.pop(BASE, None) if len(bars) > 1 else None
+        if bars:
+            panels[task] = Scores(metric.partition(",")[0], bars, base)
+    return panels
+
+
+def read_record(file: Path) -> dict | None:
+    """A results file of an evaluation; None for another file."""
+    if not file.is_file() or file.stat().st_size > LARGEST:
+        return None
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    held = isinstance(found, dict) and isinstance(found.get("results"), dict)
+    return found if held and all(isinstance(values, dict) for values in found["results"].values()) else None
+
+
+def first_metrics(record: dict) -> list[tuple[str, str]]:
+    """(task, its first metric) of a record, such as ("test", "accuracy,none")."""
+    found = []
+    for task, values in record["results"].items():
+        metrics = [key for key, value in values.items() if "," in key and "_stderr," not in key and is_number(value)]
+        if metrics and task.isprintable():
+            found.append((task, metrics[0]))
+    return found
+
+
+def result_bar(record: dict, task: str, metric: str) -> Bar | None:
+    values = record["results"].get(task, {})
+    name, _, kept = metric.partition(",")
+    value, error = values.get(metric), values.get(f"{name}_stderr,{kept}")
+    if not is_number(value):
+        return None
+    samples = record.get("n-samples")
+    of_task = samples.get(task) if isinstance(samples, dict) else None
+    count = of_task.get("effective") if isinstance(of_task, dict) else None
+    return Bar(float(value), float(error) if is_number(error) else None, count if type(count) is int else None)  # pyright: ignore

@@ -1,0 +1,132 @@
+"""A mistake is told before anything slow is loaded: neither JAX nor transformers is imported for it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from tiny_run import write_rows
+
+from para_jax.cli import bench as bench_command
+from para_jax.cli import plot as plot_command
+
+#: Packages that take long to load.
+SLOW = ["jax", "flax", "optax", "orbax", "transformers", "tokenizers", "datasets", "tensorflow", "torch", "lm_eval"]
+SLOW += ["matplotlib", "huggingface_hub"]
+#: Runs each command line of standard input, and prints its exit code, what it said, and what is loaded after it.
+RUNNER = f"""
+import contextlib, io, json, sys
+from para_jax.cli import main
+
+for line in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            code = main(line)
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([code, said.getvalue(), out.getvalue(), [name for name in {SLOW} if name in sys.modules]]))
+"""
+CONFIG = """
+backbone: {source: model}
+data: {train: data}
+output_dir: runs/new
+"""
+MISTAKES = [
+    ("train nowhere.yaml", "config nowhere.yaml: no such file"),
+    ("train rum.yaml", r"did you mean run\.yaml\?"),
+    ("train data", "config data is a folder"),
+    ("train run.yaml train.lr=1e-3", r"train\.lr.*train\.learning_rate"),
+    ("train run.yaml train.max_steps=-1", "train.max_steps.*-1"),
+    ("train run.yaml backbone.source=modle", "modle"),
+    ("train run.yaml backbone.source=runs/nope", r"runs/nope: no such folder; did you mean runs/mine\?"),
+    ("train run.yaml data.train=dota", "data.train.*dota"),
+    ("train run.yaml data.train=table.jsonl", "table.jsonl:1"),
+    ("train run.yaml data.train=columns.jsonl", "columns.jsonl:1: .*'prompt'.*question, answer"),
+    ("train run.yaml data.validation=nope.jsonl", "data.validation.*nope.jsonl"),
+    ("train run.yaml data.task=songs", "data.task.*'songs'"),
+    ("train run.yaml data.tenants=tenants", "data.tenants.*tenants"),
+    ("train run.yaml eval.metric=bleu", "eval.metric.*'bleu'"),
+    ("train run.yaml output_dir=runs/mine", "runs/mine.*train.learning_rate.*0.5"),
+    ("train run.yaml output_dir=data", "output_dir data is not a run folder"),
+    ("train run.yaml output_dir=run.yaml", "output_dir run.yaml is not a run folder"),
+    ("generate", "generate takes prompts or a file"),
+    (
+        "generate --prompt a --backbone model --adapter runs/nope",
+        r"runs/nope: no such folder; did you mean runs/mine\?",
+    ),
+    ("generate --prompt a --backbone model --adapter runs/mine", r"runs/mine.*did you mean runs/mine/adapter\?"),
+    ("generate --prompt a --backbone ./none", "./none: no such file or folder"),
+    ("generate --prompt a --backbone model --adapters mine=runs/mine/adapter --tenant mime", "'mime'.*mine"),
+    ("generate --prompt a --temperature -1", "temperature is -1.0"),
+    ("generate --input nope.jsonl --output o.jsonl", "--input nope.jsonl: no such file"),
+    ("evaluate run.yaml --adapter runs/nope", "runs/nope: no such folder"),
+    ("evaluate run.yaml", "data.test is not set"),
+    ("evaluate --backbone model --tasks data/nope.jsonl", "data/nope.jsonl.*no such file"),
+    ("evaluate --backbone model --tasks data/train.jsonl:bleu", "bleu.*exact_match"),
+    ("inspect runs/nope", r"runs/nope: no such folder; did you mean runs/mine\?"),
+    ("inspect data", "data holds neither an adapter .* nor a run"),
+    ("inspect run.yaml", "--data"),
+    ("inspect --data run.yaml data.train=dota", "data.train.*dota"),
+    ("plot runs/nope --output x.png", "runs/nope: no run is there"),
+    ("plot runs/mine --output x.gif", "--output x.gif"),
+    ("bench speed", "bench: 'speed'.* load, decode"),
+    ("convert nope.gguf made", "nope.gguf: no such file"),
+    ("convert run.yaml data", "data exists and is not an empty folder"),
+    ("train run.yaml --lr 1e-3", r"'--lr'; fields are given as train\.learning_rate=VALUE"),
+    ("train run.yaml --dryrun", r"'--dryrun'; did you mean --dry-run\?"),
+    ("train run.yaml train.learning_rate 1e-3", "'train.learning_rate' has no value; write train.learning_rate=VALUE"),
+    ("train run.yaml adapter=lora", r"'lora'; did you mean adapter\.method=lora\?"),
+    ("train run.yaml data.train=hf:runs/nope", r"hf:runs/nope: no such folder; did you mean runs/mine\?"),
+    ("evaluate runs/mine", r"config runs/mine is a folder; did you mean runs/mine/config.yaml\?"),
+    ("eval run.yaml", r"'eval'.*did you mean evaluate\?"),
+    ("generate --prompt a --max_new_tokens 5", r"'--max_new_tokens'; did you mean --max-new-tokens\?"),
+    ("generate --input data/train.jsonl --output runs", "--output runs: a folder\ngive the path of a file"),
+    ("prepare squad", "'squad'.*tfds:NAME"),
+]
+HELP = ["--help", "--version", *(f"{name} --help" for name in "train generate evaluate inspect plot bench".split())]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What one process says to each command line, in a folder with a backbone, data, and the run runs/mine."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    for name in ("model", "runs/mine/adapter"):
+        (folder / name).mkdir(parents=True)
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "model" / "model.safetensors").write_text("")
+    (folder / "run.yaml").write_text(CONFIG)
+    (folder / "runs/mine/config.yaml").write_text(CONFIG + "train: {learning_rate: 0.5}\n")
+    (folder / "runs/mine/adapter/adapter_config.json").write_text("{}")
+    (folder / "table.jsonl").write_text("prompt,completion\na,b\n")
+    write_rows(folder / "data" / "train.jsonl", [{"prompt": "a", "completion": "b"}])
+    write_rows(folder / "columns.jsonl", [{"question": "a", "answer": "b"}])
+    lines = json.dumps([line.split() for line in [*HELP, *(line for line, _ in MISTAKES)]])
+    done = subprocess.run([sys.executable, "-c", RUNNER], input=lines, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["columns.jsonl", "data", "model", "run.yaml", "runs", "table.jsonl"]
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    return dict(zip([*HELP, *(line for line, _ in MISTAKES)], answers, strict=True))
+
+
+@pytest.mark.parametrize(("line", "said"), MISTAKES)
+def test_a_mistake_is_named_before_anything_slow_is_loaded(told, line, said):
+    code, text, out, loaded = told[line]
+    assert (code, out) == (2, "") and len(text.splitlines()) <= 2, text
+    assert re.search(said, text, re.DOTALL), text
+    assert loaded == []
+
+
+@pytest.mark.parametrize("line", HELP)
+def test_help_loads_nothing_slow(told, line):
+    code, text, out, loaded = told[line]
+    assert (code, text, loaded) == (0, "", []) and "para-jax" in out
+
+
+def test_the_names_that_are_checked_early_are_those_that_are_used():
+    from para_jax import bench, plots
+
+    assert set(bench_command.NAMES) == set(bench.BENCHMARKS)
+    assert plot_command.FORMATS == plots.FORMATS

@@ -1,0 +1,109 @@
+"""Parquet, and folders of save_to_disk, read by pyarrow alone: the records of the same JSON lines."""
+
+import json
+import sys
+
+import datasets
+import pytest
+import tiny_tokenizers
+from tiny_run import write_rows
+
+from para_jax.config import DataSection
+from para_jax.data import token_cache
+from para_jax.data.records import load_records, read_records
+from para_jax.data.training_data import load_training_data
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+ROWS = [{"prompt": f"Köln\n{i}", "completion": f"w{i}", "references": [f"w{i}", "w"], "label": i} for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf cache"))
+    datasets.disable_progress_bars()
+
+
+def saved(tmp_path, kind, rows=ROWS):
+    """The rows as data.train, and the place of the first."""
+    data, folder = datasets.Dataset.from_list(rows), tmp_path / "folder"
+    file = tmp_path / "x.parquet"
+    if kind == "file":
+        data.to_parquet(file)
+        return file, f"{file}[0]"
+    if kind == "misnamed":
+        data.to_parquet(file)
+        return file.rename(tmp_path / "x.jsonl"), f"{tmp_path / 'x.jsonl'}[0]"
+    if kind == "folder":
+        folder.mkdir()
+        data.to_parquet(folder / "train.parquet")
+        return folder, f"{folder / 'train.parquet'}[0]"
+    if kind == "hub":
+        (folder / "data").mkdir(parents=True)
+        data.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+        return folder, f"hf:{folder}::train[0]"
+    (data if kind == "dataset" else datasets.DatasetDict(train=data, test=data)).save_to_disk(folder)
+    return folder, f"{folder if kind == 'dataset' else folder / 'train'}[0]"
+
+
+KINDS = ["file", "misnamed", "folder", "hub", "dataset", "dict"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_give_the_records_of_the_same_json_lines(tmp_path, kind):
+    source, place = saved(tmp_path, kind)
+    found = load_records(DataSection(train=str(source)), "train")
+    same = read_records(write_rows(tmp_path / "same.jsonl", ROWS))
+    assert [record[:4] for record in found] == [record[:4] for record in same]
+    assert found[0].place == place
+    data = load_training_data(DataSection(train=str(source)), tiny_tokenizers.plain())
+    assert list(data.places) == [record.place for record in found]
+    assert (load_records(DataSection(train=str(source)), "test") is not None) == (kind == "dict")
+    if kind in ("dataset", "dict"):
+        assert load_records(DataSection(train=f"hf:{source}"), "train") == found
+
+
+def test_messages_and_nulls_are_read_as_in_json_lines(tmp_path):
+    source, _ = saved(tmp_path, "file", [{"messages": CHAT, "x": None}])
+    assert read_records(source)[0].completion == "b"
+    source, _ = saved(tmp_path, "file", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}])
+    with pytest.raises(ValueError, match=r"x.parquet\[1\]: no field 'completion'"):
+        read_records(source)
+
+
+def test_the_token_cache_holds_parquet_and_saved_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tokens = tmp_path / "cache" / "para_jax" / "tokens"
+    for kind in ("file", "dataset"):
+        source, _ = saved(tmp_path, kind)
+        first, again = (load_training_data(DataSection(train=str(source)), tiny_tokenizers.plain()) for _ in range(2))
+        assert list(first.examples) == list(again.examples) and list(first.places) == list(again.places)
+    assert len(list(tokens.glob("*.tokens"))) == 2
+
+
+def test_images_are_left_out(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "image": {"bytes": b"\xff\x00", "path": "x.png"}}]
+    assert len(read_records(saved(tmp_path, "file", rows)[0])) == 1
+
+
+def test_what_is_damaged_is_named(tmp_path):
+    file, _ = saved(tmp_path, "file")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="x.parquet: not a Parquet file"):
+        read_records(file)
+    folder, _ = saved(tmp_path, "dataset")
+    arrow = next(folder.glob("*.arrow"))
+    arrow.write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match="folder: damaged"):
+        load_records(DataSection(train=str(folder)), "train")
+    for name in ("../x.arrow", "/etc/passwd", "gone.arrow", 3):
+        (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+        with pytest.raises(ValueError, match="state.json: .* is not a file of the folder"):
+            load_records(DataSection(train=str(folder)), "train")
+
+
+def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
+    file, _ = saved(tmp_path, "file")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"x.parquet: .*pip install 'para_jax\[hf\]'"):
+        read_records(file)

@@ -1,0 +1,108 @@
+"""The metric, the choices and the answer length that follow from a run's training data."""
+
+import pytest
+from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
+
+from para_jax import load_model_config
+from para_jax.evaluation.defaults import MOST_NEW_TOKENS, NEW_TOKENS, REPEATED, scoring_rule
+from para_jax.evaluation.tasks import task_of_run
+from para_jax.runs.folder import began_before
+
+OPEN = "eval.metric=null", "eval.max_new_tokens=null"
+
+
+@pytest.fixture
+def rule(tmp_path):
+    """Writes splits of completions, and gives the rule for them."""
+    backbone_folder(tmp_path / "backbone")
+
+    def of(train, *overrides, **splits):
+        for split, completions in {"train": train, **splits}.items():
+            rows = [{"prompt": words([20 + i % 200, 30]), "completion": text} for i, text in enumerate(completions)]
+            write_rows(tmp_path / "data" / f"{split}.jsonl", rows)
+        of.config = run_config(tmp_path, *OPEN, *overrides)
+        return scoring_rule(of.config, tokenizer())
+
+    return of
+
+
+def test_few_repeated_completions_are_ranked_and_others_written(rule):
+    found = rule(["w9", "w10", "w11 w12"] * REPEATED)
+    assert (found.metric, found.also, found.choices) == ("accuracy", (), ("w10", "w11 w12", "w9"))
+    assert found.describe() == "accuracy over the 3 different completions of the training data (eval.metric)"
+    seldom = rule(["w9", "w10", "w11 w12"] * (REPEATED - 1))
+    assert (seldom.metric, seldom.also, seldom.choices) == ("exact_match", ("f1",), ())
+    assert rule(["w9"] * 40).metric == "exact_match"  # nothing to choose from
+    assert rule([f"w{i}" for i in range(9, 29)] * REPEATED).metric == "accuracy"
+    assert rule([f"w{i}" for i in range(9, 30)] * REPEATED).metric == "exact_match"  # 21
+
+
+def test_what_the_config_says_wins(rule):
+    labels = ["w9", "w10"] * 10
+    assert rule(labels, "eval.metric=exact_match")[:3] == ("exact_match", (), ())
+    assert rule(labels, "eval.metric=loss").metric == "loss"
+    assert rule(labels, "eval.choices=[w9,w3]").choices == ("w9", "w3")
+    assert rule(labels, "eval.choices=[w9,w3]").metric == "accuracy"
+    assert rule(labels, "eval.also=[macro_f1]").also == ("macro_f1",)
+    assert rule(labels, "data.task=gsm8k").metric == "final_number"
+    assert not rule(labels, "eval.metric=accuracy").from_data and rule(labels).from_data
+
+
+def test_an_answer_that_only_the_test_data_has_is_a_choice_too(rule, capsys):
+    test = ["w9", "w10"] * 9 + ["w9", "w77"]
+    found = rule(["w9", "w10"] * 10, test=test)
+    assert found.choices == ("w10", "w77", "w9") and found.unseen == ("w77",)
+    assert "test: 1 of 20 answers are not in the training data, the first is 'w77' (" in capsys.readouterr().err
+    assert "the 2 different completions of the training data and 1 more of" in found.describe()
+    task = task_of_run(rule.config, "test", tokenizer())
+    assert (task.metric, task.choices) == ("accuracy", found.choices)
+
+
+def test_data_with_other_answers_than_the_training_data_is_written(rule, capsys):
+    found = rule(["w9", "w10"] * 10, validation=["w9", "w10", "w77", "w78"])
+    assert (found.metric, found.also) == ("exact_match", ("f1",))
+    said = capsys.readouterr().err
+    assert "validation: 2 of 4 answers are not in the training data, the first is 'w77' (" in said and "written" in said
+
+
+def test_the_length_of_an_answer_follows_from_the_longest_completion(rule):
+    long = words(range(9, 49))  # 40 tokens and the end
+    found = rule(["w9 w10", "w11", long])
+    assert found.max_new_tokens == 56
+    assert found.describe() == (
+        "exact_match and f1 of written answers of up to 56 tokens (eval.metric, eval.max_new_tokens)"
+    )
+    assert rule(["w9", "w10"]).max_new_tokens == 8
+    assert rule(["w9", words([9] * 700)]).max_new_tokens == MOST_NEW_TOKENS
+    assert rule(["w9", long], "eval.metric=f1").max_new_tokens == 56  # also of a metric that is given
+    assert rule(["w9", long], "eval.max_new_tokens=7").max_new_tokens == 7
+
+
+def test_a_chosen_length_fits_the_models_positions(rule, tmp_path):
+    rule(["w9", words([9] * 120)], test=["w9"])
+    rows = [{"prompt": words([20] * 120), "completion": "w9"}]
+    write_rows(tmp_path / "data" / "test.jsonl", rows)
+    task = task_of_run(rule.config, "test", tokenizer())
+    assert 120 + task.max_new_tokens <= load_model_config(tmp_path / "backbone").max_positions
+
+
+def test_without_training_data_answers_are_written(tmp_path):
+    backbone_folder(tmp_path / "backbone")
+    write_rows(tmp_path / "test.jsonl", [{"prompt": "w20", "completion": "w9"}])
+    for train in ("null", str(tmp_path / "nowhere")):
+        config = run_config(tmp_path, f"data.train={train}", f"data.test={tmp_path / 'test.jsonl'}", *OPEN)
+        task = task_of_run(config, "test", tokenizer())
+        assert (task.metric, task.max_new_tokens) == ("exact_match", NEW_TOKENS)
+
+
+def test_a_run_that_an_earlier_version_began_keeps_its_metric(rule, tmp_path):
+    rule(["w9", "w10"] * 10)
+    old = scoring_rule(rule.config, tokenizer(), before=True)
+    assert (old.metric, old.also, old.choices, old.max_new_tokens) == ("exact_match", (), (), 32)
+    assert not began_before(rule.config)
+    progress = tmp_path / "run" / "checkpoints" / "3" / "progress"
+    progress.mkdir(parents=True)
+    (progress / "metadata").write_text('{"step": 3}')
+    assert began_before(rule.config)
+    (progress / "metadata").write_text('{"step": 3, "scores": {}}')
+    assert not began_before(rule.config)

@@ -1,0 +1,133 @@
+"""compare_methods: each method with its own defaults in a run of its own, and one table of them all."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import run_config, run_folder
+
+from para_jax import LoraConfig, MethodsResult, ParaConfig, compare_methods, load_config, train, train_tenants
+from para_jax.cli import main
+from para_jax.config import ADAPTER_CONFIGS, save_config
+from para_jax.runs import compare
+from para_jax.runs import train as runs
+from para_jax.runs.compare import MethodScore, comparison_table, method_configs
+from para_jax.runs.scoring import NotFinite
+from para_jax.training.stop import Stopped, StopSignal
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return run_folder(tmp_path_factory.mktemp("compare"))
+
+
+def methods_config(folder, output, *overrides):
+    return run_config(
+        folder, f"output_dir={output}", "train.max_steps=2", "eval.every=2", "train.learning_rate=null", *overrides
+    )
+
+
+def row(method, score, metric="loss", **fields):
+    given = dict(name="", folder="", parameters=1000, learning_rate=1e-3, ended="done", stderr=0.01, count=8, loss=1.0)
+    rest = dict(step=2, test=None, test_stderr=None, warning=None)
+    return MethodScore(**(dict(method=method, metric=metric, score=score) | given | rest | fields))
+
+
+# ------------------------------------------------------------------------------------------------------------- configs
+
+
+def test_each_method_has_its_own_defaults_and_the_given_fields_are_those_of_adapter_method(folder, tmp_path):
+    config = methods_config(folder, tmp_path, "sweep.method=[lora, para, ia3]")
+    made = method_configs(config)
+    assert list(made) == ["lora", "para", "ia3"] and not any(own.sweep.method for own in made.values())
+    for method, own in made.items():
+        assert own.train.learning_rate == ADAPTER_CONFIGS[method].default_learning_rate
+        assert own.output_dir == str(tmp_path / method) and own.data == config.data
+    assert made["para"].adapter == ParaConfig(r=4, summary="standardised") and made["lora"].adapter == LoraConfig()
+    rated = method_configs(methods_config(folder, tmp_path, "sweep.method=[para, lora]", "train.learning_rate=0.5"))
+    assert [own.train.learning_rate for own in rated.values()] == [0.5, LoraConfig.default_learning_rate]
+    swept = methods_config(folder, tmp_path, "sweep.method=[para, lora]", "sweep.learning_rate=[0.1, 0.2]")
+    assert all(own.many and own.sweep.learning_rate == (0.1, 0.2) for own in method_configs(swept).values())
+
+
+@pytest.mark.parametrize(("overrides", "named"), [
+    (["sweep.method=[para, bitfit]"], "sweep.method.*para, lora, ia3.*bitfit"),
+    (["sweep.method=[para, para]"], "sweep.method.*different"),
+    (["sweep.method=[para]", "data.tenants=x"], "sweep.method.*data.tenants"),
+    (["sweep.method=[lora, ia3]", "adapter.r=48"], r"sweep.method.*lacks para.*fields of para"),
+])  # fmt: skip
+def test_what_does_not_fit_together_is_refused(overrides, named):
+    with pytest.raises(ValueError, match=named):
+        load_config(None, overrides)
+
+
+def test_a_single_run_does_not_take_several_methods(folder, tmp_path):
+    with pytest.raises(ValueError, match="sweep.method.*compare_methods"):
+        train(methods_config(folder, tmp_path, "sweep.method=[para, lora]"))
+    with pytest.raises(ValueError, match="sweep.method.*compare_methods"):
+        train_tenants(methods_config(folder, tmp_path, "sweep.method=[para, lora]", "sweep.seed=[1, 2]"))
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def test_the_best_comes_first_and_those_without_a_score_last():
+    found = [row("para", 0.5), row("ia3", None, stderr=None, loss=None, ended="not finite"), row("lora", 0.4)]
+    assert [one.method for one in sorted(found, key=lambda one: one.order)] == ["lora", "para", "ia3"]
+    accurate = [row("para", 0.5, "accuracy"), row("lora", 0.4, "accuracy", test=0.3, test_stderr=0.1)]
+    assert [one.method for one in sorted(accurate, key=lambda one: one.order)] == ["para", "lora"]
+    shown = comparison_table(accurate).splitlines()
+    assert shown[0].split() == "method parameters rate validation accuracy examples loss test accuracy".split()
+    assert "0.4000 ± 0.0100" in shown[2] and "0.3000 ± 0.1000" in shown[2] and "1,000" in shown[2]
+    assert "not finite" in comparison_table(found) and "test" not in comparison_table(found)
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tmp_path, monkeypatch, capsys):
+    config = methods_config(folder, tmp_path / "run", "sweep.method=[para, ia3]", "eval.test=true")
+    save_config(config, tmp_path / "run.yaml")
+    loads, real = [], runs.load_backbone
+    monkeypatch.setattr(runs, "load_backbone", lambda *a, **k: loads.append(1) or real(*a, **k))
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stops = iter([False, False, False, True, True])  # in the second method's run
+        patched.setattr(StopSignal, "reached", lambda self, step: next(stops))
+        compare_methods(config)
+    assert loads == [1] and [one["method"] for one in json.loads((tmp_path / "run/comparison.json").read_text())] == [
+        "para"
+    ]
+    capsys.readouterr()
+    assert main(["train", str(tmp_path / "run.yaml"), "--results", str(tmp_path / "results.json")]) == 0
+    assert loads == [1, 1]
+    said = capsys.readouterr().out
+    assert "method" in said and "para" in said and "ia3" in said and "comparison.md" in said
+    found = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert found == json.loads((tmp_path / "results.json").read_text())["scores"]["methods"]
+    assert [one["score"] for one in found] == sorted(one["score"] for one in found)
+    for one in found:
+        rows = [json.loads(line) for line in (Path(one["folder"]) / "metrics.jsonl").open()]
+        scored = {name: value for line in rows for name, value in line.items() if line["step"] == 2}
+        assert (one["score"], one["stderr"]) == (scored["validation_loss"], scored["validation_loss_stderr"])
+        assert one["test"] == scored["test_after_loss"] and (one["count"], one["ended"]) == (8, "done")
+        assert one["learning_rate"] == ADAPTER_CONFIGS[one["method"]].default_learning_rate
+        assert (Path(one["folder"]) / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "run" / "comparison.md").read_text().startswith("| method | parameters | rate |")
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+
+
+@pytest.mark.long
+def test_a_method_that_is_not_finite_is_listed_and_the_others_continue(folder, tmp_path, monkeypatch):
+    config = methods_config(folder, tmp_path / "run", "sweep.method=[lora, para]", "sweep.seed=[3]")
+    real = compare.trained
+
+    def broken(own, shared):
+        if "lora" in own.output_dir:
+            real(own, shared)
+            raise NotFinite("step 2: the loss is nan")
+        return real(own, shared)
+
+    monkeypatch.setattr(compare, "trained", broken)
+    result = compare_methods(config)
+    assert isinstance(result, MethodsResult) and {one.method for one in result.methods} == {"lora", "para"}
+    assert {one.name for one in result.methods} == {"seed-3"}

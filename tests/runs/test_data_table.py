@@ -1,0 +1,72 @@
+"""`inspect --data` of many tenants: every tenant's counts and lengths, and the padded lengths of the whole run."""
+
+import re
+
+import pytest
+from tiny_run import rows_of_text, run_config, run_folder, words, write_rows, write_tenants
+
+from para_jax.cli import main
+from para_jax.config import load_config, save_config
+from para_jax.inspect import data_report
+from para_jax.runs.data_table import own_fields
+from para_jax.runs.tenants import read_inputs
+from para_jax.training.passes import Layout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three tenants; the prompts of globex are long, and it has a tenant.yaml."""
+    folder = run_folder(tmp_path_factory.mktemp("table"))
+    write_tenants(folder / "tenants", {"acme": 20, "globex": 9, "initech": 12})
+    rows = [row | {"prompt": words(range(20, 50))} for row in rows_of_text(9, seed=3)]
+    write_rows(folder / "tenants" / "globex" / "train.jsonl", rows)
+    (folder / "tenants" / "globex" / "tenant.yaml").write_text("train: {max_steps: 7}\neval: {metric: exact_match}\n")
+    return folder
+
+
+def tenants_config(folder, *overrides):
+    given = f"data.tenants={folder / 'tenants'}", "train.rows_per_tenant=4", "data.buckets=2", "train.max_steps=null"
+    return run_config(folder, *given, *overrides)
+
+
+def test_the_table_has_every_tenant_and_the_lengths_are_those_of_the_run(folder, tmp_path, capsys):
+    config = tenants_config(folder)
+    save_config(config, tmp_path / "run.yaml")
+    assert main(["inspect", "--data", str(tmp_path / "run.yaml")]) == 0
+    said = capsys.readouterr().out
+    rows = {
+        line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith(("acme", "glob", "init"))
+    }
+    inputs = read_inputs(config, Layout(3, 2, 4, 1))
+    for tenant in inputs.tenants:
+        lengths, held = tenant.data.examples.lengths, "0" if tenant.name == "initech" else "6"
+        expected = [len(lengths), held, "0" if held == "0" else "5", tenant.order.total_steps]
+        expected += [f"{lengths.mean():.0f}", lengths.max(), max(len(e.completion_ids) for e in tenant.data.examples)]
+        assert rows[tenant.name][:7] == list(map(str, expected))
+    assert rows["globex"][7:] == ["max_steps", "7,", "metric", "exact_match"]
+    padded = " or ".join(str(bucket.length) for bucket in inputs.buckets)
+    assert f"41 examples of 3 tenants; padded to {padded} tokens" in said and " or " in padded
+    first = said[said.index("examples of the first tenant:") :]
+    assert first.count("prompt: ") == 3 and "acme" in first and "globex" not in first
+    packed = data_report(tenants_config(folder, "data.packing=true", "data.max_seq_length=64"))
+    assert "packed into rows of 64 tokens" in packed
+
+
+def test_all_tenants_with_examples_that_are_too_long_are_named(folder, tmp_path):
+    config = tenants_config(folder, "data.max_seq_length=12")
+    for read in (lambda: data_report(config), lambda: read_inputs(config, Layout(3, 2, 4, 1))):
+        with pytest.raises(ValueError, match=r"data.max_seq_length 12") as error:
+            read()
+        said, advice = str(error.value).splitlines()
+        named = r"3 tenants .*: acme \(\d+ of 20\), globex \(9 of 9\), initech \(\d+ of 12\)"
+        assert re.search(named, said) and "data.truncate" in advice
+    with pytest.raises(ValueError, match=r"globex: .*train.jsonl:1: .* tokens exceed .* \(9 of 9"):
+        data_report(tenants_config(folder, "data.max_seq_length=20"))
+    write_tenants(tmp_path / "tenants", {f"t{i:02}": 5 for i in range(14)})
+    with pytest.raises(ValueError, match=r"14 tenants .* t09 \(\d of 5\) and 4 more\n"):
+        data_report(tenants_config(folder, f"data.tenants={tmp_path / 'tenants'}", "data.max_seq_length=11"))
+
+
+def test_what_a_tenant_sets_is_shown_on_one_line():
+    run, own = load_config(None), load_config(None, ["train.learning_rate=1e-2", 'eval.choices=[a, "b\\n\\e"]'])
+    assert own_fields(run, run) == "" and own_fields(run, own) == r"learning_rate 0.01, choices ['a', 'b\n\x1b']"

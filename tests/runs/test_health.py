@@ -1,0 +1,155 @@
+"""A run that goes wrong says so, once and again at its end, and a sound one says nothing."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import run_config, run_folder
+
+from para_jax import train, train_tenants
+from para_jax.cli import main
+from para_jax.config import load_config, save_config
+from para_jax.inspect import folder_report
+from para_jax.runs import loop
+from para_jax.runs.health import Health, above_base, exploded_norms, risen_loss
+from para_jax.training.stop import Stopped, StopSignal
+from para_jax.training.tenants_file import read_entries
+
+#: Losses of short runs with 4 rows a step, as they were logged: what a step holds changes the loss by a fifth and more.
+SOUND = [
+    [6.1, 5.2, 6.4, 4.9, 5.8, 4.1, 4.6, 3.9, 4.8, 3.5, 4.2, 3.1, 3.9, 3.6, 2.8, 3.3],
+    [2.5, 1.9, 2.8, 2.1, 2.2, 2.9, 1.8, 2.4, 2.0, 2.7, 2.3, 1.9, 2.6, 2.2, 2.8, 2.4],
+]
+DIVERGED = [
+    [6.1, 5.9, 6.2, 6.0, 5.6, 5.9, 6.3, 6.6, 6.9, 7.0, 6.8, 7.3, 7.2, 7.5, 7.4, 7.4],
+    [2.5, 2.3, 2.6, 2.2, 3.1, 4.5, 6.0, 7.4, 8.8, 9.5, 9.9, 10.3, 9.8, 10.1, 10.4, 9.9],
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return run_folder(tmp_path_factory.mktemp("health"))
+
+
+# ------------------------------------------------------------------------------------------------------------ the rules
+
+
+@pytest.mark.parametrize("losses", SOUND)
+def test_noise_is_no_rise(losses):
+    for length in range(1, len(losses) + 1):
+        assert risen_loss(losses[:length]) is None
+
+
+@pytest.mark.parametrize("losses", DIVERGED)
+def test_a_loss_above_its_start_has_risen(losses):
+    said = risen_loss(losses)
+    assert said and f"from {np.mean(losses[:4]):.3g} to {np.mean(losses[-4:]):.3g}" in said
+
+
+def test_losses_that_do_not_change_seldom_count_as_risen():
+    draw = np.random.default_rng(0)
+    runs = [3 + draw.normal(0, 0.7, draw.integers(10, 200)) for _ in range(1000)]
+    assert sum(risen_loss(run) is not None for run in runs) <= 5
+    falling = [run - 2 * np.linspace(0, 1, len(run)) for run in runs]
+    assert not any(map(risen_loss, falling))
+
+
+def test_norms_that_grow_while_the_loss_falls_have_not_exploded():
+    growing, flat = np.geomspace(0.1, 100, 40), np.full(40, 3.0)
+    assert exploded_norms(np.linspace(3, 1, 40), growing, 1.0) is None
+    assert "from 0.2" in str(exploded_norms(flat, growing, 1.0))
+    assert exploded_norms(flat, growing, 10.0) is None and exploded_norms(flat, flat, 1.0) is None
+
+
+def test_held_out_losses_are_compared_with_the_base_models_where_both_are_known():
+    said = above_base("validation", 7.4, 6.1)
+    assert said and "validation" in said and "7.4" in said and "6.1" in said
+    assert above_base("test", 6.1, 6.1) is above_base("test", 1.0, 6.1) is above_base("test", 6.15, 6.1) is None
+    assert above_base("test", None, 6.1) is above_base("test", 7.0, None) is None
+
+
+def watched(monkeypatch, rows, name="qtype"):
+    said = []
+    monkeypatch.setattr("para_jax.runs.health.warn", said.append)
+    health = Health([name], [load_config(None, ["train.learning_rate=3e-3"])])
+    for step, values in rows:
+        health.watch(0, step, values)
+    return health, said
+
+
+def test_a_warning_is_said_once_as_soon_as_it_is_seen(monkeypatch):
+    losses = [6.0] * 5 + [7.4] * 60
+    rows = [(i + 1, {"loss": loss, "grad_norm": 1.0}) for i, loss in enumerate(losses)]
+    for length, count in ((9, 0), (10, 1), (65, 1)):
+        health, said = watched(monkeypatch, rows[:length])
+        assert len(said) == count
+    assert said[0].startswith("qtype: loss rose from 6") and "lower train.learning_rate (0.003)" in said[0]
+    recovered = [(66 + i, {"loss": 1.0, "grad_norm": 1.0}) for i in range(30)]
+    health, said = watched(monkeypatch, rows + recovered, "")
+    assert len(said) == 1 and said[0].startswith("loss rose") and health.warning(0) is None
+
+
+def test_the_best_validation_loss_counts_against_that_of_step_0(monkeypatch):
+    rows = [(0, {"validation_loss": 6.1}), (20, {"validation_loss": 7.4}), (40, {"validation_loss": 9.0})]
+    health, said = watched(monkeypatch, rows)
+    assert said == [f"qtype: {health.warning(0)}"] and "7.4 is above the base model's 6.1" in said[0]
+    health, _ = watched(monkeypatch, [*rows, (60, {"validation_loss": 3.0})])
+    assert health.warning(0) is None
+    tested = [(0, {"test_before_loss": 6.1}), (40, {"test_after_loss": 7.4})]
+    assert "test loss 7.4" in str(watched(monkeypatch, tested)[0].warning(0))
+
+
+# -------------------------------------------------------------------------------------------------------------- in runs
+
+
+def losing(monkeypatch, slot):
+    """Lets the loss in a slot be logged as one that rises from its 7th step on."""
+    real = loop.train_step
+
+    def step(state, *arguments, **settings):
+        after = int(state.step[slot])
+        state, values = real(state, *arguments, **settings)
+        loss = np.array(values["loss"])
+        loss[slot] = 6.0 if after < 6 else 7.4
+        return state, values | {"loss": loss}
+
+    monkeypatch.setattr(loop, "train_step", step)
+
+
+def test_a_run_of_one_adapter_that_goes_wrong_says_so_at_its_end(folder, tmp_path, capsys, monkeypatch):
+    sound = run_config(folder, f"output_dir={tmp_path / 'sound'}", "train.max_steps=12", "eval.every=20")
+    assert train(sound).warning is None
+    save_config(replace(sound, output_dir=str(tmp_path / "run")), tmp_path / "run.yaml")
+    losing(monkeypatch, 0)
+    for _ in range(2):  # the second time nothing is left to do
+        assert main(["train", str(tmp_path / "run.yaml")]) == 0
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert said == "warning: loss rose from 6 to 7.4; lower train.learning_rate (0.03)"
+
+
+def test_each_tenant_has_its_own_warning_also_after_a_resume(folder, tmp_path, monkeypatch):
+    config = run_config(
+        folder, f"output_dir={tmp_path / 'run'}", "sweep.learning_rate=[0.03, 0.01]", "eval.every=20",
+        "train.rows_per_tenant=4", "train.max_steps=12",
+    )  # fmt: skip
+    losing(monkeypatch, 1)
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(StopSignal, "reached", lambda self, step: step == 8)
+        train_tenants(config)
+    result = train_tenants(config)
+    sound, wrong = result.tenants.values()
+    assert sound["warning"] is None
+    assert wrong["warning"] == "loss rose from 6 to 7.4; lower train.learning_rate (0.01)"
+    assert f"warning: {list(result.tenants)[1]}: {wrong['warning']}" in folder_report(tmp_path / "run")
+
+
+def test_entries_without_a_warning_are_read_and_a_damaged_one_is_refused(tmp_path):
+    entry = dict(examples=1, steps=2, best_step=1, best_score=None, metric="loss", test_before=None, test_after=None)
+    file = Path(tmp_path / "tenants.json")
+    file.write_text(json.dumps({"acme": entry | {"ended": "done"}}))
+    assert "warning" not in read_entries(tmp_path)["acme"]
+    file.write_text(json.dumps({"acme": entry | {"ended": "done", "warning": 3}}))
+    with pytest.raises(ValueError, match="acme.*warning is 3"):
+        read_entries(tmp_path)

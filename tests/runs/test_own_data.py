@@ -1,0 +1,90 @@
+"""configs/own-data.yaml on data that it says nothing about: metric, lengths and answers follow from the data."""
+
+from pathlib import Path
+
+import pytest
+from tiny_run import backbone_folder, rows_of_text, words, write_rows
+
+from para_jax import train, train_tenants
+from para_jax.config import load_config
+from para_jax.inspect import data_report, dry_run, folder_report
+
+CONFIG = Path(__file__).parents[2] / "configs" / "own-data.yaml"
+QUICK = (
+    "adapter.r=4", "data.buckets=1", "mesh.data=1", "train.max_steps=2", "train.per_device_batch_size=8",
+    "eval.every=2", "eval.batch_size=8", "eval.test_limit=6", "logging.report_to=[]",
+    "runtime.compilation_cache=false", "runtime.allow_cpu=true",
+)  # fmt: skip
+
+
+def labelled(count):
+    return [{"prompt": words([20 + i, 40, 50]), "completion": ("w9", "w10 w11", "w12")[i % 3]} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own_data")
+    backbone_folder(folder / "backbone")
+    for split, count in (("train", 24), ("validation", 8), ("test", 9)):
+        write_rows(folder / "labels" / f"{split}.jsonl", labelled(count))
+        write_rows(folder / "texts" / f"{split}.jsonl", rows_of_text(count, seed=count)[:10])
+    return folder
+
+
+def own(folder, *overrides):
+    return load_config(CONFIG, [f"backbone.source={folder / 'backbone'}", *QUICK, *overrides])
+
+
+def test_labels_are_ranked_and_base_and_adapter_are_shown(folder, tmp_path, capsys):
+    config = own(folder, f"data.train={folder / 'labels'}", f"output_dir={tmp_path / 'run'}")
+    result = train(config)
+    said = capsys.readouterr().err
+    lengths = "half of the examples have up to 5 tokens, 95 % up to 6, the longest 6; data.max_seq_length=8"
+    assert f"lengths: {lengths}\n" in said
+    assert "metric: accuracy over the 3 different completions of the training data (eval.metric)\n" in said
+    assert "scoring 6 test examples with the base model ..." in said
+    assert result.metric == "accuracy" and result.best.startswith("best validation accuracy ")
+    counts = {name: record["count"] for name, record in result.scores.items()}
+    assert counts == {"validation_base": 8, "validation": 8, "test_base": 6, "test": 6}
+    report = result.report()
+    assert "5 of the 6 test examples:" in report and report.count("\n    base      ") == 5
+    assert report.count("\n    adapter   w") == 5 and " w40 w50\n" in report
+    assert all(block in folder_report(tmp_path / "run") for block in report.split("\n\n"))
+    again = train(config)
+    assert again.scores == result.scores
+
+
+@pytest.mark.long
+def test_other_texts_are_written_in_packed_rows_too(folder, tmp_path, capsys):
+    options = f"data.train={folder / 'texts'}", "data.packing=true", "adapter.summary=raw"
+    config = own(folder, *options, f"output_dir={tmp_path / 'run'}")
+    result = train(config)
+    said = capsys.readouterr().err
+    assert "metric: exact_match and f1 of written answers of up to 16 tokens (eval.metric, eval.max_new_tokens)" in said
+    assert "into 1 rows of 512 tokens" in said
+    assert {"exact_match", "f1", "loss"} <= result.scores["test"]["values"].keys()
+
+
+@pytest.mark.long
+def test_each_tenant_has_a_metric_of_its_own(folder, tmp_path, capsys):
+    for name in ("labels", "texts"):
+        for file in (folder / name).glob("*.jsonl"):
+            write_rows(
+                tmp_path / "tenants" / name / file.name, labelled(12) if name == "labels" else rows_of_text(9, 1)
+            )
+    options = f"data.tenants={tmp_path / 'tenants'}", "train.rows_per_tenant=4"
+    result = train_tenants(own(folder, *options, f"output_dir={tmp_path / 'run'}"))
+    said = capsys.readouterr().err
+    assert "training data (eval.metric): labels\n" in said and "eval.max_new_tokens): texts\n" in said
+    assert "the longest 14; data.max_seq_length=16" in said
+    assert {name: entry["metric"] for name, entry in result.tenants.items()} == {
+        "labels": "accuracy", "texts": "exact_match"
+    }  # fmt: skip
+    assert all(entry["scores"]["test"]["count"] == 6 for entry in result.tenants.values())
+    assert result.report() in folder_report(tmp_path / "run")
+
+
+def test_a_dry_run_assumes_a_length_and_inspect_finds_it(folder):
+    config = own(folder, f"data.train={folder / 'labels'}")
+    assert "8 rows of at most 512 tokens" in dry_run(config) and "assumed" in dry_run(config)
+    assert "data.max_seq_length=8" in data_report(config)

@@ -1,0 +1,78 @@
+"""What a run shows: base model beside adapter, answers, and one line per tenant."""
+
+from para_jax.data.records import Record
+from para_jax.evaluation.score import SAMPLE_CHARACTERS, Measured, Score, describe_best, samples_of, shown_score
+from para_jax.evaluation.tasks import EvalTask
+from para_jax.runs.report import record_of, sample_lines, score_table, tenants_table
+from para_jax.training.scores_file import is_records
+
+
+def records(count=10):
+    rows = [Record(f"what is {i} ?\nanswer:", f"right {i}", (f"right {i}",), None, "") for i in range(count)]
+    task = EvalTask("test", rows)
+    base = samples_of(task, ["wrong"] * count)
+    mine = samples_of(task, [f"right {i}" for i in range(count)])
+    also = (Measured("f1", 0.5, 0.1),)
+    return {
+        "validation": record_of(Score("validation", "exact_match", 0.75, 0.5, 4, 0.25), samples=True),
+        "test_base": record_of(Score("test", "exact_match", 0.1, 6.0, count, 0.1, also, base), samples=True),
+        "test": record_of(Score("test", "exact_match", 1.0, 0.2, count, 0.0, also, mine), samples=True),
+    }
+
+
+def test_base_and_adapter_are_side_by_side_with_errors_and_counts():
+    found = records()
+    assert is_records(found)
+    lines = [line.split() for line in score_table(found).splitlines()]
+    assert lines[0] == ["base", "adapter", "examples"]
+    assert lines[1] == ["validation", "exact_match", "-", "0.7500", "±", "0.2500", "4"]
+    assert lines[3] == ["test", "exact_match", "0.1000", "±", "0.1000", "1.0000", "±", "0.0000", "10"]
+    assert [line[1] for line in lines[3:6]] == ["exact_match", "f1", "loss"]
+    assert score_table({}) == sample_lines({}) == ""
+
+
+def test_five_answers_are_shown_from_the_whole_file():
+    lines = sample_lines(records()).splitlines()
+    assert lines[0] == "5 of the 10 test examples:" and len(lines) == 1 + 5 * 4
+    assert [line.split()[2] for line in lines[1::4]] == ["0", "2", "4", "6", "8"]
+    assert lines[1:5] == [
+        "  what is 0 ? answer:",
+        "    expected  right 0",
+        "    base      wrong",
+        "    adapter   right 0",
+    ]
+
+
+def test_texts_are_shortened_to_one_printable_line():
+    row = Record([{"role": "user", "content": "x" * 500 + "\nend"}], "\x1b[2J" + "y" * 500, ("y",), None, "")
+    (sample,) = samples_of(EvalTask("t", [row]), ["a\nb"])
+    assert sample.prompt.startswith("...x") and sample.prompt.endswith("x end") and sample.given == "a b"
+    assert sample.expected.startswith("\\x1b[2J") and sample.expected.endswith("...")
+    assert all(len(text) <= SAMPLE_CHARACTERS and text.isprintable() for text in sample)
+
+
+def test_a_loss_is_shown_without_its_minus_sign():
+    score = Score("validation", "loss", -0.25, 0.25, 4, 0.1)
+    assert str(score) == "validation: loss 0.2500 ± 0.1000 on 4 examples"
+    assert shown_score("loss", -0.25) == 0.25 and shown_score("matthews", -0.25) == -0.25
+    assert f"{shown_score('loss', 0.0):.1f}" == f"{shown_score('loss', -0.0):.1f}" == "0.0"
+    assert describe_best("loss", -0.2078, 60) == "best validation loss 0.2078 at step 60"
+    assert describe_best("accuracy", 0.5833, 6) == "best validation accuracy 0.5833 at step 6"
+    assert describe_best("loss", None, 0) == "no validation data"
+    table = score_table({"validation": record_of(score, samples=True)})
+    assert "0.2500 ± 0.1000" in table and "-0" not in table
+
+
+def test_tenants_are_listed_by_name_with_the_scores_of_their_test_data():
+    entry = {
+        "examples": 20, "steps": 6, "best_step": 3, "best_score": -0.5, "metric": "loss", "test_before": None,
+        "test_after": None, "ended": "done",
+    }  # fmt: skip
+    new = entry | {"metric": "exact_match", "best_score": 0.75, "scores": records(), "ended": "patience"}
+    old = entry | {"metric": "accuracy", "test_before": 0.25, "test_after": 0.5}
+    lines = tenants_table({"new": new, "bare": entry, "old": old}).splitlines()
+    assert [line.split()[0] for line in lines] == ["tenant", "bare", "new", "old"]
+    assert lines[1].split() == ["bare", "loss", "-", "0.5000", "-", "-", "6", "3", "validation"]
+    of_new = ["new", "exact_match", "0.1000", "±", "0.1000", "1.0000", "±", "0.0000", "10", "0.2000", "6", "3", "test"]
+    assert lines[2].split() == [*of_new, "patience"]
+    assert lines[3].split() == ["old", "accuracy", "0.2500", "0.5000", "-", "-", "6", "3", "test"]

@@ -1,0 +1,204 @@
+"""tenant.yaml: what a tenant sets of its own trains, scores and resumes; everything else is refused by name."""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from long_cases import quick
+from tiny_run import run_config, run_folder, write_tenants
+
+from para_jax import train, train_tenants
+from para_jax.config import RunConfig, load_config
+from para_jax.runs import tenants as of_runs
+from para_jax.runs.tenant_file import OWN_FIELDS, of_most_memory, with_own_fields
+from para_jax.runs.tenants import tenant_configs
+
+SIZES = {"acme": 20, "globex": 9, "hooli": 12}
+OWN = {
+    "acme": "train: {learning_rate: 1e-2, max_steps: 4, warmup_ratio: 0}\neval: {metric: exact_match, every: 2}\n",
+    "globex": "eval: {metric: accuracy, choices: [w9, w9 w10, w30], limit: 4, test: true}\n",
+    "hooli": "train: {num_epochs: 2}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = run_folder(tmp_path_factory.mktemp("own"))
+    write_tenants(folder / "tenants", SIZES)
+    for name, text in OWN.items():
+        (folder / "tenants" / name / "tenant.yaml").write_text(text)
+    return folder
+
+
+def tenants_config(folder, output, *overrides):
+    return run_config(
+        folder, f"data.tenants={folder / 'tenants'}", f"output_dir={output}", "train.rows_per_tenant=4",
+        "adapter.summary=raw", "train.max_steps=3", *overrides,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    return train_tenants(tenants_config(folder, folder / "run"))
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------------- what it sets
+
+
+def test_each_tenant_trains_and_is_scored_as_its_file_says(whole):
+    entries, run = whole.tenants, whole.output_dir
+    found = {name: (entry["steps"], entry["metric"]) for name, entry in entries.items()}
+    assert found == {"acme": (4, "exact_match"), "globex": (3, "accuracy"), "hooli": (6, "loss")}
+    peaks = {name: max(row.get("learning_rate", 0) for row in metrics(run / name)) for name in SIZES}
+    np.testing.assert_allclose(list(peaks.values()), [1e-2, 3e-2, 3e-2], rtol=1e-6)
+    scored = {name: [row["step"] for row in metrics(run / name) if "validation_loss" in row] for name in SIZES}
+    assert scored == {"acme": [2, 4], "globex": [3], "hooli": [3, 6]}
+    for when in ("test_before", "test_after"):
+        assert [name for name in SIZES if entries[name][when] is not None] == ["globex"]
+    own = load_config(run / "acme" / "config.yaml")
+    assert (own.train.learning_rate, own.train.max_steps, own.eval.metric) == (1e-2, 4, "exact_match")
+    assert load_config(run / "hooli" / "config.yaml").train.max_steps is None
+
+
+@pytest.mark.parametrize("name", quick(list(SIZES), "globex"))
+def test_a_tenant_of_a_mixed_run_learns_and_scores_as_alone(name, whole, folder, tmp_path):
+    """Alone with the config that the run wrote for it."""
+    own = load_config(whole.output_dir / name / "config.yaml", [f"output_dir={tmp_path / 'run'}"])
+    train(own)
+    for value in ("loss", "learning_rate", "validation_loss", "validation_accuracy", "test_after_loss"):
+        rows = [metrics(to) for to in (whole.output_dir / name, tmp_path / "run")]
+        ours, theirs = ([(row["step"], row[value]) for row in found if value in row] for found in rows)
+        assert len(ours) == len(theirs)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_without_a_file_or_in_a_lone_jsonl_file_the_runs_config_holds(folder, tmp_path):
+    config = tenants_config(folder, tmp_path / "run")
+    assert with_own_fields(config, tmp_path) is config
+    assert with_own_fields(config, folder / "tenants" / "acme" / "train.jsonl") is config
+
+
+def test_templates_and_what_a_value_resets(tmp_path):
+    text = "data:\n  prompt: '{question}?'\n  completion: '{answer}'\neval: {metric: loss}\ntrain: {num_epochs: 3}\n"
+    (tmp_path / "tenant.yaml").write_text(text)
+    config = load_config(
+        None, ["eval.metric=exact_match", "eval.also=[f1]", "eval.choices=[a, b]", "train.max_steps=9"]
+    )
+    own = with_own_fields(config, tmp_path)
+    assert (own.data.prompt, own.data.completion) == ("{question}?", "{answer}")
+    assert (own.eval.metric, own.eval.also, own.eval.choices) == ("loss", (), ())
+    assert (own.train.max_steps, own.train.num_epochs) == (None, 3.0)
+    (tmp_path / "tenant.yaml").write_text("eval: {patience: null}\ntrain: {max_steps: 5, num_epochs: 3}\n")
+    own = with_own_fields(replace(config, eval=replace(config.eval, patience=4)), tmp_path)
+    assert own.eval.patience is None and own.train.max_steps == 5 and own.eval.also == ("f1",)
+    (tmp_path / "tenant.yaml").write_text("")
+    assert with_own_fields(config, tmp_path) == config
+
+
+def test_the_evaluation_that_needs_the_most_memory_chooses_the_mesh():
+    config = load_config(None, ["eval.metric=loss"])
+    own = [load_config(None, [f"eval.metric={metric}", f"eval.max_new_tokens={new}"]) for metric, new in
+           (("loss", 900), ("exact_match", 60), ("squad", 80))]  # fmt: skip
+    assert of_most_memory(config, own).eval.max_new_tokens == 80
+    assert of_most_memory(config, own).eval.metric == "exact_match"
+    assert of_most_memory(config, own[:1]) is config
+
+
+# ---------------------------------------------------------------------------------------------------- what it can't set
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("train: {schedule: cosine}", "train.schedule can't be set for one tenant\n.*train.learning_rate"),
+        ("eval: {metrc: loss}", "eval.metrc can't .*\ndid you mean eval.metric"),
+        ("eval: {batch_size: 4}", "eval.batch_size can't"),
+        ("adapter: {r: 4}", "adapter can't be set for one tenant"),
+        ("output_dir: /elsewhere", "output_dir can't"),
+        ("data: {train: /etc/passwd}", "data.train can't"),
+        ("backbone: {source: other}", "backbone can't"),
+        ("eval: {metric: best}", "eval.metric .*'best'"),
+        ("train: {learning_rate: fast}", "train.learning_rate .*'fast'"),
+        ("train: {max_steps: 0}", "train.max_steps .* 0"),
+        ("eval: 3", "eval must be .* 3"),
+        ("- eval", "not a mapping"),
+        ("eval: {every: 2}\neval: {every: 3}", "duplicate key"),
+        ("eval: !!python/object/apply:os.system [ls]", "tenant.yaml: .*"),
+        ("eval: {choices: &a [*a]}", "nested deeper|recursive"),
+        ("a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b]\n"
+         "d: &d [*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d]", "more than 10000 values"),
+        ("x" * 300_000, "longer than"),
+        ('"\\e[31m": 1', r"\\x1b"),
+    ],
+)  # fmt: skip
+def test_everything_else_is_refused_by_file_and_field(text, named, tmp_path):
+    (tmp_path / "tenant.yaml").write_text(text)
+    with pytest.raises(ValueError, match=named) as error:
+        with_own_fields(RunConfig(), tmp_path)
+    assert str(tmp_path / "tenant.yaml") in str(error.value) and "\x1b" not in str(error.value)
+    assert len(str(error.value)) < 2000
+
+
+def test_bytes_a_folder_and_a_pipe_are_no_tenant_file(tmp_path):
+    file = tmp_path / "tenant.yaml"
+    for make in (lambda: file.write_bytes(b"\xff\xfe"), file.mkdir, lambda: os.mkfifo(file)):
+        make()
+        with pytest.raises(ValueError, match=r"tenant\.yaml"):
+            with_own_fields(RunConfig(), tmp_path)
+        file.rmdir() if file.is_dir() else file.unlink()
+
+
+def test_all_fields_that_a_tenant_may_set_are_fields_of_a_run():
+    config = RunConfig()
+    for name in OWN_FIELDS:
+        section, field = name.split(".")
+        assert hasattr(getattr(config, section), field)
+
+
+def test_links_and_other_names_of_the_file_are_refused(folder, tmp_path):
+    write_tenants(tmp_path / "tenants", {"acme": 5})
+    config = load_config(None, [f"data.tenants={tmp_path / 'tenants'}"])
+    wrong = tmp_path / "tenants" / "acme" / "tenant.yml"
+    wrong.write_text("eval: {every: 2}")
+    with pytest.raises(ValueError, match=r"tenant\.yml would not be read; rename it to tenant\.yaml"):
+        tenant_configs(config)
+    wrong.rename(tmp_path / "outside.yaml")
+    (tmp_path / "tenants" / "acme" / "tenant.yaml").symlink_to(tmp_path / "outside.yaml")
+    with pytest.raises(ValueError, match="a link"):
+        tenant_configs(config)
+
+
+def test_patience_of_a_tenant_without_validation_data_is_refused(folder, tmp_path):
+    write_tenants(tmp_path / "tenants", {"acme": 5, "globex": 5})
+    (tmp_path / "tenants" / "acme" / "validation.jsonl").unlink()
+    (tmp_path / "tenants" / "acme" / "tenant.yaml").write_text("eval: {patience: 2}")
+    config = tenants_config(folder, tmp_path / "run", f"data.tenants={tmp_path / 'tenants'}")
+    with pytest.raises(ValueError, match=r"acme: eval.patience \(2 .*\n.*validation.jsonl"):
+        of_runs.read_inputs(config, of_runs.Layout(2, 2, 4, 1))
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_a_run_whose_tenant_file_changed_is_refused_by_tenant_and_field(whole, folder):
+    config, file = tenants_config(folder, folder / "run"), folder / "tenants" / "acme" / "tenant.yaml"
+    try:
+        file.write_text("train: {learning_rate: 2e-2, max_steps: 4}\neval: {metric: exact_match, every: 2}\n")
+        with pytest.raises(ValueError, match="holds another run\nchoose another output_dir") as error:
+            train_tenants(config)
+        assert str(error.value).splitlines()[2:] == [
+            "  acme: train.learning_rate (0.01 there, 0.02 here)", "  acme: train.warmup_ratio (0.0 there, 0.3 here)",
+        ]  # fmt: skip
+        file.unlink()
+        with pytest.raises(ValueError, match="acme: eval.metric"):
+            train_tenants(config)
+        file.write_text(OWN["acme"].replace("max_steps: 4", "max_steps: 5"))  # a longer run is the same run
+        assert train_tenants(config).tenants["acme"]["steps"] == 5
+    finally:
+        file.write_text(OWN["acme"])
