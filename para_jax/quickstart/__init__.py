@@ -33,15 +33,14 @@ NEW_TOKENS = 28
 LEAST_GAIN = 0.3
 DEFAULTS = (
     "backbone.dtype=float32",
-    "train.learning_rate=3e-3",
-    "train.max_steps=60",
+    "train.max_steps=48",
     "train.per_device_batch_size=24",
     "train.rows_per_tenant=8",
     "eval.every=1000",
+    "eval.metric=exact_match",
     f"eval.batch_size={SCORED_EXAMPLES}",
     f"eval.max_new_tokens={NEW_TOKENS}",
     "mesh.data=1",
-    "data.max_seq_length=48",
     "data.buckets=1",
 )
 
