@@ -17,9 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import jax
-
-from .messages import say
+from .messages import say, speaks
 
 with warnings.catch_warnings():  # in a notebook without ipywidgets, tqdm warns here, and then draws the bar as text
     warnings.simplefilter("ignore")
@@ -112,7 +110,7 @@ class Progress:
             self._shown = True
             if not shows_bars():
                 self._line(self._clock())
-            elif jax.process_index() == 0:
+            elif speaks():
                 how: dict[str, Any] = dict(total=self.total, initial=self.done, desc=self.what, unit=self.unit or "it")
                 self._bar = tqdm(**how, file=sys.stderr)
                 self._bar.start_t -= self._clock() - self._begun
