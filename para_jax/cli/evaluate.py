@@ -14,7 +14,7 @@ from .results import write_results
 
 EXAMPLES = """
 examples:
-  para-jax evaluate configs/smollm2-sst2.yaml --adapter runs/mine/adapter
+  para-jax evaluate runs/mine/config.yaml --adapter runs/mine/adapter
   para-jax evaluate --backbone smollm2-135m --adapters runs/a/adapter runs/b/adapter --tasks data/a data/b hellaswag
   para-jax evaluate --backbone smollm2-135m --adapters runs/tenants --tasks data/tenants --own
 
