@@ -213,9 +213,7 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
     with ExitStack() as held:
         on_first_process(lambda: held.enter_context(locked_folder(config)))
         if parts_of_run(config, list(own)) != parts:  # another process has added tenants since
-            raise ValueError(
-                f"output_dir {config.output_dir} was changed by another process meanwhile\nrun the command again"
-            )
+            raise ValueError(f"output_dir {config.output_dir} has changed meanwhile\nstart the command again")
         on_first_process(lambda: write_parts(parts))
         on_first_process(lambda: claim_folders(config, tenants))
         if mesh not in shared.backbones:
@@ -226,7 +224,7 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
         metric = tenants[0].validation.metric if not config.many and tenants[0].validation else None
         for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
             if part is parts[-1] and len(parts) > 1:
-                say(f"training the tenants that were added later: {safe_names(part.names)}")
+                say(f"added to the run after it had begun: {safe_names(part.names)}")
             if any(is_auto(tenant.config) for tenant in of_part.tenants):
                 chosen = choose_rates(config, model, of_part, layout, mesh, partial(fit, quiet=True), part.folder)
                 config, of_part = resolved(config, chosen), resolved_inputs(of_part, chosen)
