@@ -1,8 +1,8 @@
 """Progress of work that takes longer than two seconds: a bar on a terminal and in a notebook, lines elsewhere.
 
 A log, a pipe or CI gets a line through `say` every 15 seconds, such as
-`training: step 20 of 60, loss 0.4312, 4.4 s a step, 3 min left`. Work that ends within two seconds shows nothing. Only
-the first process of a run shows anything. With TQDM_DISABLE=1 in the environment, lines replace the bars.
+`training: step 20 of 60, loss 0.4312, 4.4 s per step, 3 min left`. Work that ends within two seconds shows nothing.
+Only the first process of a run shows anything. With TQDM_DISABLE=1 in the environment, lines replace the bars.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import jax
-
-from .messages import say
+from .messages import say, speaks
 
 with warnings.catch_warnings():  # in a notebook without ipywidgets, tqdm warns here, and then draws the bar as text
     warnings.simplefilter("ignore")
@@ -112,7 +110,7 @@ class Progress:
             self._shown = True
             if not shows_bars():
                 self._line(self._clock())
-            elif jax.process_index() == 0:
+            elif speaks():
                 how: dict[str, Any] = dict(total=self.total, initial=self.done, desc=self.what, unit=self.unit or "it")
                 self._bar = tqdm(**how, file=sys.stderr)
                 self._bar.start_t -= self._clock() - self._begun
@@ -146,7 +144,7 @@ class Progress:
         if done < 1 or now <= begun:
             return []
         seconds = (now - begun) / done
-        pace = [f"{seconds:.1f} s a {self.unit}"] if self.unit and seconds >= 0.95 else []
+        pace = [f"{seconds:.1f} s per {self.unit}"] if self.unit and seconds >= 0.95 else []
         return pace + ([f"{duration(seconds * (self.total - self.done))} left"] if self.total else [])
 
 

@@ -72,8 +72,8 @@ def test_a_log_has_a_line_every_15_seconds_with_the_time_left(clock, capsys):
     steps(clock, 60, 4.4)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "training: step 1 of 60, loss 1.00"  # no rate is known yet
-    assert lines[1] == "training: step 5 of 60, loss 0.96, 4.4 s a step, 4 min left"
-    assert lines[2] == "training: step 9 of 60, loss 0.92, 4.4 s a step, 4 min left"
+    assert lines[1] == "training: step 5 of 60, loss 0.96, 4.4 s per step, 4 min left"
+    assert lines[2] == "training: step 9 of 60, loss 0.92, 4.4 s per step, 4 min left"
     assert len(lines) == 1 + 14 + 1 and lines[-1] == "training took 4 min"
 
 
@@ -93,7 +93,7 @@ def test_compiling_later_does_not_count_either(clock, capsys):
                 clock.sleep(50 * (i == 2))
             clock.sleep(4)
             bar.advance()
-    assert "training: step 3 of 9, 4.0 s a step, 24 s left" in capsys.readouterr().err.splitlines()
+    assert "training: step 3 of 9, 4.0 s per step, 24 s left" in capsys.readouterr().err.splitlines()
 
 
 def test_work_of_less_than_two_seconds_shows_nothing(clock, capsys):

@@ -71,7 +71,7 @@ def is_elsewhere(section, split: str) -> bool:
 
 
 def check_tasks(tasks: Iterable[str], split: str) -> None:
-    """Raises ValueError for --tasks that are no file, and no task of lm-eval since that is not installed."""
+    """Raises ValueError for --tasks that are not files, and can't be tasks of lm-eval because it is not installed."""
     from ..evaluation.task_file import INSTALL, named_file
 
     for text in tasks:
@@ -87,7 +87,9 @@ def check_target(target: Place) -> None:
     if not path.exists():
         raise ValueError(f"inspect {target}: no such folder{nearest(path) or '; give the folder of a run or adapter'}")
     if path.is_file():
-        raise ValueError(f"inspect {target}: a file; give a run's folder or an adapter's, or a config with --data")
+        raise ValueError(
+            f"inspect {target}: this is a file; give the folder of a run or adapter, or add --data for a config"
+        )
     if not any((path / name).is_file() for name in ("adapter_config.json", "config.yaml")):
         raise ValueError(
             f"{target} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"

@@ -14,7 +14,7 @@ from .results import write_results
 
 EXAMPLES = """
 examples:
-  para-jax evaluate configs/smollm2-sst2.yaml --adapter runs/mine/adapter
+  para-jax evaluate runs/mine/config.yaml --adapter runs/mine/adapter
   para-jax evaluate --backbone smollm2-135m --adapters runs/a/adapter runs/b/adapter --tasks data/a data/b hellaswag
   para-jax evaluate --backbone smollm2-135m --adapters runs/tenants --tasks data/tenants --own
 
@@ -27,16 +27,20 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score adapters on a config's data, on files, or on lm-eval's tasks",
-        description="Scores adapters and the base model on held-out data.",
+        description="Score adapters and the base model on held-out data.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[shared.precision(), shared.runtime()],
     )
     model = parser.add_argument_group("the model")
     model.add_argument(
-        "config", type=shared.place, nargs="?", help="a run's config: its backbone, and its data as the task"
+        "config",
+        type=shared.place,
+        nargs="?",
+        metavar="CONFIG",
+        help="a run's config: its backbone, and its data as the task",
     )
-    model.add_argument("overrides", nargs="*", default=[], help=shared.RUN_FIELDS)
+    model.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=shared.RUN_FIELDS)
     model.add_argument("--backbone", help="instead of CONFIG: a folder, a hub id, a .gguf file, or smollm2-135m")
     model.add_argument(
         "--adapter", metavar="DIR", help="score this adapter: a folder or hub id; default: the base model"
@@ -54,7 +58,7 @@ def add(commands) -> None:
         nargs="+",
         default=[],
         metavar="TASK",
-        help="[TASK=]FILE_OR_FOLDER[:METRIC] of JSON lines, or names of lm-eval's tasks; default: the data of CONFIG",
+        help="a data file or folder, as [TASK=]PATH[:METRIC], or a task of lm-eval; default: the data of CONFIG",
     )
     data.add_argument(
         "--own",
@@ -62,12 +66,15 @@ def add(commands) -> None:
         help="--tasks is a folder of tenants' data: ask each adapter its own test file only, and the base model all",
     )
     data.add_argument(
-        "--split", default="test", choices=("validation", "test"), help="of CONFIG and of folders; default: test"
+        "--split",
+        default="test",
+        choices=("validation", "test"),
+        help="which data of CONFIG and of folders; default: test",
     )
     data.add_argument("--limit", type=int, help="score at most this many examples of each task; default: all")
-    data.add_argument("--rows", type=int, help="rows of a batch; default: eval.batch_size of CONFIG, or 16")
+    data.add_argument("--rows", type=int, help="rows per batch; default: eval.batch_size of CONFIG, or 16")
     data.add_argument(
-        "--seed", type=int, help="of sampled answers and shuffled prompts; default: the seed of CONFIG, or 0"
+        "--seed", type=int, help="for sampled answers and shuffled prompts; default: the seed of CONFIG, or 0"
     )
     data.add_argument(
         "--shuffle-prompts",
@@ -80,7 +87,7 @@ def add(commands) -> None:
     harness.add_argument("--chat", action="store_true", help="put contexts into the chat template")
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output", type=shared.place, help="folder of answers, results and the table; default: runs/evaluation"
+        "--output", type=shared.place, help="the folder for answers, results and the table; default: runs/evaluation"
     )
     output.add_argument(
         "--log-samples",

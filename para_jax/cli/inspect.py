@@ -10,11 +10,14 @@ LONGEST_LINE = 4000  # characters of a report's line
 
 def add(commands) -> None:
     text = "show an adapter folder, a run folder, or a config's data as tokens"
-    parser = shared.add_command(commands, "inspect", text, "runs/mine/adapter")
+    example = "runs/mine\n  para-jax inspect configs/own-data.yaml --data data.train=data/mine"
+    parser = shared.add_command(commands, "inspect", text, example)
     parser.add_argument("target", type=shared.place, metavar="TARGET", help="a folder, or with --data a config")
     parser.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=shared.RUN_FIELDS)
     parser.add_argument(
-        "--data", action="store_true", help="print three examples as tokens: prompt, loss, last prompt token"
+        "--data",
+        action="store_true",
+        help="show a config's data: three examples as tokens, and the lengths; of many tenants also a table",
     )
     parser.set_defaults(run=run)
 

@@ -87,7 +87,7 @@ def dtype() -> argparse.ArgumentParser:
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of weights and compute (default: float32 on a CPU, else bfloat16)",
+        help="the type of weights and computation (default: float32 on a CPU, else bfloat16)",
     )
     return shared
 
@@ -95,8 +95,8 @@ def dtype() -> argparse.ArgumentParser:
 def precision() -> argparse.ArgumentParser:
     shared = Parser(add_help=False, parents=[dtype()])
     group = shared.add_argument_group("backbone")
-    group.add_argument("--quantize", choices=("int8",), help="of the linears' weights (default: none)")
-    group.add_argument("--attention", choices=ATTENTION, help="the kernel for whole sequences (default: auto)")
+    group.add_argument("--quantize", choices=("int8",), help="store linear layers in 8 bits (default: no)")
+    group.add_argument("--attention", choices=ATTENTION, help="the attention kernel (default: auto)")
     return shared
 
 

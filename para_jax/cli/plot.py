@@ -35,7 +35,7 @@ def add(commands) -> None:
         "--data",
         type=shared.place,
         metavar="FILE",
-        help="a .jsonl file with prompts: draw how much the factors differ over them",
+        help="a data file: draw how much the factors differ over its prompts",
     )
     group.add_argument(
         "--limit", type=int, default=100, metavar="N", help="prompts of --data, at most (default: %(default)s)"

@@ -10,7 +10,7 @@ from .results import write_results
 
 def add(commands) -> None:
     text = "train the adapter of a config; the same command resumes"
-    example = "configs/smollm2-sst2.yaml train.learning_rate=3e-3"
+    example = "configs/own-data.yaml data.train=data/mine output_dir=runs/mine"
     parser = shared.add_command(commands, "train", text, example, [shared.run_config()])
     parser.add_argument(
         "--dry-run", action="store_true", help="check the config and print its sizes; nothing is written"

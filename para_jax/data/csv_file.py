@@ -58,7 +58,9 @@ def csv_rows(path: Place, delimiter: str, seen=None) -> Iterator[tuple[str, dict
             raise ValueError(f"{place}: not UTF-8 text ({error.reason}); save the file as CSV UTF-8") from None
         except csv.Error as error:
             said = printable(str(error))
-            raise ValueError(f"{place}: {said}; a text with quotes is quoted, and each quote in it doubled") from None
+            raise ValueError(
+                f"{place}: {said}; put a text that has quotes in quotes, and double each quote in it"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
 

@@ -60,7 +60,8 @@ def with_data(section: DataSection, data: Any) -> DataSection:
     named = [split for split in given if not is_given(getattr(section, split) or PYTHON)]
     if named:
         raise ValueError(
-            f"data.{named[0]} ({getattr(section, named[0])}) and data= are both given; leave one of them out"
+            f"data.{named[0]} ({getattr(section, named[0])}) and data= are both given; set data.{named[0]}=null, or "
+            "leave data= out"
         )
     return replace(section, train=PYTHON, given=given)
 
@@ -68,7 +69,9 @@ def with_data(section: DataSection, data: Any) -> DataSection:
 def with_tenants(section: DataSection, data: Any) -> DataSection:
     """The section of a run of many tenants on this data, by tenant."""
     if not is_given(section.tenants or PYTHON):
-        raise ValueError(f"data.tenants ({section.tenants}) and data= are both given; leave one of them out")
+        raise ValueError(
+            f"data.tenants ({section.tenants}) and data= are both given; set data.tenants=null, or leave data= out"
+        )
     if not isinstance(data, Mapping) or not data:
         raise ValueError(f"data of many tenants must be a dict, {{name: rows}}; got {type(data).__name__}")
     return replace(
@@ -95,8 +98,8 @@ def splits_of(label: str, data: Any) -> dict[str, GivenSplit]:
         return {"train": GivenSplit(label, "train", sequence_of(label, data))}
     if "train" not in data or set(data) - set(SPLITS):
         raise ValueError(
-            f"{label} has the keys {safe_names(map(str, data)) or 'none'}; expected train, and perhaps validation and "
-            "test. Rows are a list of dicts, one for each row"
+            f"{label} has the keys {safe_names(map(str, data)) or 'none'}; a dict of splits has train, and perhaps "
+            "validation and test. Give rows as a list of dicts, one for each row"
         )
     named = {split: f'{label}["{split}"]' for split in SPLITS if data.get(split) is not None}
     return {split: GivenSplit(own, split, sequence_of(own, data[split])) for split, own in named.items()}

@@ -85,8 +85,8 @@ def describe_lengths(lengths: np.ndarray) -> str:
     times, limit = f"{longest / almost_all:.0f} times", rounded_up(almost_all)
     return (
         f"{said}\n99 % of the examples have up to {almost_all} tokens. The longest has {times} as many. A batch with "
-        f"it costs at least {times} as much. data.max_seq_length={limit} with data.truncate=skip leaves out such "
-        "examples; with left it cuts the start of their prompts"
+        f"it costs at least {times} as much. data.max_seq_length={limit} with data.truncate=skip leaves such "
+        "examples out; with data.truncate=left it cuts the start of their prompts"
     )
 
 

@@ -1,4 +1,4 @@
-"""Samples: what was answered to each example of a task, and what that is worth. `evaluate --log-samples` writes them as
+"""Samples: what was answered to each example of a task, and how it scored. `evaluate --log-samples` writes them as
 JSON lines."""
 
 from __future__ import annotations

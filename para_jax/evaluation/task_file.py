@@ -1,4 +1,4 @@
-"""The file that --tasks [TASK=]FILE_OR_FOLDER[:METRIC] names. Nothing is read, so a wrong name is told at once."""
+"""The file that --tasks [TASK=]FILE_OR_FOLDER[:METRIC] names. Nothing is read, so a wrong name is an error at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def named_file(text: str, split: str) -> NamedFile | None:
     file = split_file(path, split) if path.is_dir() else path
     if file is None or not file.is_file():
         file = file or path / f"{split}.jsonl"
-        raise ValueError(f"--tasks {text!r}: {file} is not a file; give a .jsonl file, or a folder with {split}.jsonl")
+        raise ValueError(f"--tasks {text!r}: {file} is not a file; give a data file, or a folder with {split}.jsonl")
     known = tuple(dict.fromkeys(("loss", *METRICS, *LABEL_METRICS)))
     if metric is not None and metric not in known:
         raise ValueError(f"--tasks {text!r}: metric {shorten(metric)} is unknown; choose {one_of(known)}")

@@ -1,7 +1,7 @@
 """Notices a run that goes wrong: a loss that rises, gradient norms that explode, scores worse than the base model's.
 
-`Health` sees what the log sees. It says a warning once for each tenant, as soon as it is seen, and `warning` is what
-holds at the end, which the exit summary and tenants.json repeat.
+`Health` gets the values that are logged. It warns of each tenant once, as soon as something is wrong. `warning` says
+what is wrong at the end; the last lines of the command and tenants.json repeat it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Health:
         Args:
             names: of the tenants; "" in a run of one adapter.
             configs: their own.
-            quiet: whether warnings are not said.
+            quiet: give no warnings.
         """
         self.names, self.configs = names, configs
         self.seen = [Seen(array("d"), array("d"), {}) for _ in names]

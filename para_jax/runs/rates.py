@@ -1,9 +1,9 @@
 """train.learning_rate=auto: short trials of several rates, as tenants of one run. The one with the lowest validation
 loss is chosen.
 
-The trials are runs of many in output_dir/learning_rates/1/, 2/, ... They have the data, the batches and the seed of the
-run that follows, a part of its steps, and its backbone. What they chose is in output_dir/learning_rates/chosen.json,
-which from then on is the meaning of `auto`.
+Each round of trials is a run of many in output_dir/learning_rates/1/, 2/, ... It has the data, the batches, the seed
+and the backbone of the run that follows, and a part of its steps. The choice is in
+output_dir/learning_rates/chosen.json. From then on `auto` means that number.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def run_round(
     steps = sorted({trial.order.total_steps for trial in tenants})
     shown = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     count = f"{len(tenants)} trial{'s' * (len(tenants) > 1)}"
-    say(f"train.learning_rate=auto: {count} of {shown} steps, with {', '.join(f'{rate:g}' for rate in rates)}")
+    say(f"train.learning_rate=auto: {count} of {shown} steps, at the rates {', '.join(f'{rate:g}' for rate in rates)}")
     own = trial_config(config, layout, folder, rates)
     on_first_process(lambda: claim_folders(own, tenants))
     part = Part([trial.name for trial in tenants], folder)

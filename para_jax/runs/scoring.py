@@ -85,7 +85,7 @@ class Scoring(NamedTuple):
     def require_many(self, step: int, score: Score) -> None:
         """Raises ValueError, in a run of one adapter, for a validation loss that is not finite."""
         if not self.config.many:
-            raise NotFinite(f"step {step}: the validation loss is {score.loss} on validation; {REMEDY}")
+            raise NotFinite(f"step {step}: the loss of the validation data is {score.loss}; {REMEDY}")
 
     def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None) -> None:
         """Writes a tenant's adapter into its folder, with its score."""

@@ -1,5 +1,5 @@
-"""tenant.yaml, next to a tenant's train.jsonl: the fields that this tenant sets of its own, in the form of a run's
-config. The file is as little trusted as the data."""
+"""tenant.yaml, next to a tenant's train.jsonl: the fields that are set for this tenant alone, in the form of a run's
+config. The file is trusted as little as the data."""
 
 from __future__ import annotations
 

@@ -122,7 +122,8 @@ def test_train_leaves_a_run_folder_and_the_results_of_the_command(folder, config
     assert "cpu" in results["device"] and results["seconds"] > 0
     assert results["config"]["train"]["max_steps"] == 4 and results["config"]["adapter"]["method"] == "para"
     scores = results["scores"]
-    assert set(scores) == {"test_before_loss", "validation_loss", "test_after_loss"}
+    losses = {"test_before_loss", "validation_loss", "test_after_loss"}
+    assert set(scores) == losses | {f"{name}_stderr" for name in losses}
     assert scores["test_after_loss"] != scores["test_before_loss"]
 
 
