@@ -15,6 +15,8 @@ from .config import expanded
 from .evaluation.results import LARGEST
 from .figures import drawable, explain, new_figure, plain, run_names
 from .training.metrics_file import is_log, is_number, read_metrics
+from .training.scores_file import Records
+from .training.scores_file import read_scores as read_records
 from .training.tenants_file import FILE as TENANTS_FILE
 from .training.tenants_file import read_entries
 
@@ -194,13 +196,15 @@ def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
     several = len(folders) > 1
     for name, folder in zip(run_names(folders), map(expanded, folders), strict=True):
         if (folder / TENANTS_FILE).exists():
-            held = [key for key in read_entries(folder) if is_log(folder / key / "metrics.jsonl")]
-            parts = [of_run(f"{name}: {key}" if several else key, folder / key) for key in held]
+            parts = []
+            for key, entry in read_entries(folder).items():
+                shown = f"{name}: {key}" if several else key
+                parts.append(of_records(shown, entry.get("scores", {})) or of_log(shown, folder / key))
             found = merged([part for part in parts if part])
             prefix = "" if several else f"{name}: "
             panels = merged_panels(panels, {f"{prefix}{key}": value for key, value in found.items()})
         elif is_log(folder / "metrics.jsonl"):
-            panels = merged_panels(panels, of_run(name, folder))
+            panels = merged_panels(panels, of_records(name, read_records(folder)) or of_log(name, folder))
         else:
             of_folder = of_evaluation(Path(folder))
             prefix = f"{name}: " if several else ""
@@ -210,8 +214,27 @@ def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
     return dict(list(panels.items())[:MAX_PANELS])
 
 
-def of_run(name: str, folder) -> dict[str, Scores]:
-    """A run's score by panel: on its test data, or else its best validation score. Nothing if it has none yet."""
+def of_records(name: str, records: Records) -> dict[str, Scores]:
+    """The score that a run recorded at its end, by panel: on its test data, or else its best validation score."""
+    split = next((split for split in ("test", "validation") if split in records), None)
+    if split is None:
+        return {}
+    metric = records[split]["metric"]
+    bar, base = (bar_of_record(records.get(part), metric) for part in (split, f"{split}_base"))
+    title = "test" if split == "test" else "best validation"
+    return {f"{title} {metric}": Scores(metric, {name: bar}, {name: base} if base else None)} if bar else {}
+
+
+def bar_of_record(record: dict | None, metric: str) -> Bar | None:
+    bar = bar_of(record["values"], "", metric) if record else None
+    return bar._replace(count=record["count"]) if bar and record else None
+
+
+def of_log(name: str, folder) -> dict[str, Scores]:
+    """The same of a run that has not ended, or that an earlier version ended, from its metrics.jsonl. Nothing if it has
+    no score yet."""
+    if not is_log(folder / "metrics.jsonl"):
+        return {}
     rows = list(read_metrics(folder / "metrics.jsonl"))
     tested = [row for row in rows if "test_after_loss" in row]
     if tested:

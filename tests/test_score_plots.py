@@ -108,6 +108,32 @@ def test_a_run_of_many_has_a_bar_for_each_tenant_and_a_panel_for_each_metric(tmp
     }
 
 
+def record(metric, value, stderr, count):
+    values = {"loss": 1.0, metric: value, f"{metric}_stderr": stderr}
+    return {"metric": metric, "count": count, "values": values, "samples": []}
+
+
+def test_a_run_that_recorded_its_scores_also_gives_the_number_of_examples(tmp_path):
+    records = {
+        "validation": record("f1", 0.9, 0.1, 7), "test_base": record("f1", 0.25, 0.125, 60),
+        "test": record("f1", 0.75, 0.0625, 60),
+    }  # fmt: skip
+    drawn = Scores("f1", {"one": Bar(0.75, 0.0625, 60)}, {"one": Bar(0.25, 0.125, 60)})
+    rows(tmp_path / "one", {"step": 2, "test_after_loss": 1.0, "test_after_f1": 0.75})
+    (tmp_path / "one" / "scores.json").write_text(json.dumps(records))
+    assert read_scores([tmp_path / "one"]) == {"test f1": drawn}
+    del records["test"], records["test_base"]
+    (tmp_path / "one" / "scores.json").write_text(json.dumps(records))
+    assert read_scores([tmp_path / "one"]) == {"best validation f1": Scores("f1", {"one": Bar(0.9, 0.1, 7)})}
+    many = {"x": entry() | {"scores": records}, "y": entry() | {"scores": {"test": record("loss", 0.5, 0.1, 3)}}}
+    rows(tmp_path / "many", {"step": 1, "loss": 1.0})
+    (tmp_path / "many" / "tenants.json").write_text(json.dumps(many))
+    assert read_scores([tmp_path / "many"]) == {
+        "many: best validation f1": Scores("f1", {"x": Bar(0.9, 0.1, 7)}),
+        "many: test loss": Scores("loss", {"y": Bar(0.5, 0.1, 3)}),
+    }
+
+
 def test_an_evaluation_has_a_bar_for_each_adapter_and_a_panel_for_each_task(tmp_path):
     for name, value in (("base", 0.25), ("mine", 0.75)):
         result(tmp_path / "e", name, value)
