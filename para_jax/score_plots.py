@@ -108,6 +108,7 @@ def draw_panel(axes, name: str, scores: Scores) -> None:
     axes.set_yticks(places, labels, fontsize=8)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     ends = [0.0, *(end for _, bar in bars for end in reach(bar)), *(end for bar in bases(scores) for end in reach(bar))]
+    ends = [round(end, 9) for end in ends]  # 0.2 - 0.2 may be less than zero
     low, high = min(ends), max(ends)
     space = (high - low) or 1.0
     own_bases = isinstance(scores.base, Mapping)
@@ -124,7 +125,8 @@ def draw_panel(axes, name: str, scores: Scores) -> None:
         axes.annotate(text, (right, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
     count = next(iter(counts))
     of_all = f", {count} examples" if len(counts) == 1 and count else ""
-    axes.set_title(plain(name) + of_all, fontsize=9)
+    of_base = f", base model {number(scores.base.score)}" if isinstance(scores.base, Bar) else ""
+    axes.set_title(plain(name) + of_all + of_base, fontsize=9)
     axes.set_xlabel(
         "loss (nats per token), lower is better" if lower_is_better else f"{plain(scores.metric)}, higher is better",
         fontsize=8,
@@ -293,7 +295,8 @@ def merged_panels(panels: dict[str, Scores], more: Mapping[str, Scores]) -> dict
 
 
 def of_evaluation(folder: Path) -> dict[str, Scores]:
-    """The results of `para-jax evaluate` in a folder: a panel for each task, with its first metric."""
+    """The results of `para-jax evaluate` in a folder: a panel for each task, with its first metric. Tasks that only the
+    adapter of their name was asked (`--own`) share a panel, with a bar for each."""
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []
     records = {file.stem: record for file in files if (record := read_record(file))}
     if not records:
@@ -307,7 +310,14 @@ def of_evaluation(folder: Path) -> dict[str, Scores]:
         base = bars.pop(BASE, None) if len(bars) > 1 else None
         if bars:
             panels[task] = Scores(metric.partition(",")[0], bars, base)
-    return panels
+    own = {task: scores for task, scores in panels.items() if list(scores.bars) == [task]}
+    if len(own) < 2:
+        return panels
+    others = {task: scores for task, scores in panels.items() if task not in own}
+    return others | merged([
+        {f"each tenant's own task, {scores.metric}": scores._replace(base={task: scores.base} if scores.base else None)}
+        for task, scores in own.items()
+    ])  # fmt: skip
 
 
 def read_record(file: Path) -> dict | None:
