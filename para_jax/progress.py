@@ -152,7 +152,16 @@ def shows_bars() -> bool:
     """Whether someone watches who sees a line that changes: on a terminal, or in a notebook."""
     if os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false"):
         return False
-    return in_notebook() or (sys.stderr is not None and sys.stderr.isatty())
+    return in_notebook() or (sys.stderr is not None and sys.stderr.isatty() and has_width())
+
+
+def has_width() -> bool:
+    """Whether the terminal says how wide it is. One that a program such as `script` or `docker run -t` made may not,
+    and tqdm then draws nothing."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return True
 
 
 def in_notebook() -> bool:

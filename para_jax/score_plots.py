@@ -15,6 +15,8 @@ from .config import expanded
 from .evaluation.results import LARGEST
 from .figures import drawable, explain, new_figure, plain, run_names
 from .training.metrics_file import is_log, is_number, read_metrics
+from .training.scores_file import Records
+from .training.scores_file import read_scores as read_records
 from .training.tenants_file import FILE as TENANTS_FILE
 from .training.tenants_file import read_entries
 
@@ -106,6 +108,7 @@ def draw_panel(axes, name: str, scores: Scores) -> None:
     axes.set_yticks(places, labels, fontsize=8)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     ends = [0.0, *(end for _, bar in bars for end in reach(bar)), *(end for bar in bases(scores) for end in reach(bar))]
+    ends = [round(end, 9) for end in ends]  # 0.2 - 0.2 may be less than zero
     low, high = min(ends), max(ends)
     space = (high - low) or 1.0
     own_bases = isinstance(scores.base, Mapping)
@@ -122,7 +125,8 @@ def draw_panel(axes, name: str, scores: Scores) -> None:
         axes.annotate(text, (right, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
     count = next(iter(counts))
     of_all = f", {count} examples" if len(counts) == 1 and count else ""
-    axes.set_title(plain(name) + of_all, fontsize=9)
+    of_base = f", base model {number(scores.base.score)}" if isinstance(scores.base, Bar) else ""
+    axes.set_title(plain(name) + of_all + of_base, fontsize=9)
     axes.set_xlabel(
         "loss (nats per token), lower is better" if lower_is_better else f"{plain(scores.metric)}, higher is better",
         fontsize=8,
@@ -194,13 +198,15 @@ def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
     several = len(folders) > 1
     for name, folder in zip(run_names(folders), map(expanded, folders), strict=True):
         if (folder / TENANTS_FILE).exists():
-            held = [key for key in read_entries(folder) if is_log(folder / key / "metrics.jsonl")]
-            parts = [of_run(f"{name}: {key}" if several else key, folder / key) for key in held]
+            parts = []
+            for key, entry in read_entries(folder).items():
+                shown = f"{name}: {key}" if several else key
+                parts.append(of_records(shown, entry.get("scores", {})) or of_log(shown, folder / key))
             found = merged([part for part in parts if part])
             prefix = "" if several else f"{name}: "
             panels = merged_panels(panels, {f"{prefix}{key}": value for key, value in found.items()})
         elif is_log(folder / "metrics.jsonl"):
-            panels = merged_panels(panels, of_run(name, folder))
+            panels = merged_panels(panels, of_records(name, read_records(folder)) or of_log(name, folder))
         else:
             of_folder = of_evaluation(Path(folder))
             prefix = f"{name}: " if several else ""
@@ -210,8 +216,27 @@ def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
     return dict(list(panels.items())[:MAX_PANELS])
 
 
-def of_run(name: str, folder) -> dict[str, Scores]:
-    """A run's score by panel: on its test data, or else its best validation score. Nothing if it has none yet."""
+def of_records(name: str, records: Records) -> dict[str, Scores]:
+    """The score that a run recorded at its end, by panel: on its test data, or else its best validation score."""
+    split = next((split for split in ("test", "validation") if split in records), None)
+    if split is None:
+        return {}
+    metric = records[split]["metric"]
+    bar, base = (bar_of_record(records.get(part), metric) for part in (split, f"{split}_base"))
+    title = "test" if split == "test" else "best validation"
+    return {f"{title} {metric}": Scores(metric, {name: bar}, {name: base} if base else None)} if bar else {}
+
+
+def bar_of_record(record: dict | None, metric: str) -> Bar | None:
+    bar = bar_of(record["values"], "", metric) if record else None
+    return bar._replace(count=record["count"]) if bar and record else None
+
+
+def of_log(name: str, folder) -> dict[str, Scores]:
+    """The same of a run that has not ended, or that an earlier version ended, from its metrics.jsonl. Nothing if it has
+    no score yet."""
+    if not is_log(folder / "metrics.jsonl"):
+        return {}
     rows = list(read_metrics(folder / "metrics.jsonl"))
     tested = [row for row in rows if "test_after_loss" in row]
     if tested:
@@ -270,7 +295,8 @@ def merged_panels(panels: dict[str, Scores], more: Mapping[str, Scores]) -> dict
 
 
 def of_evaluation(folder: Path) -> dict[str, Scores]:
-    """The results of `para-jax evaluate` in a folder: a panel for each task, with its first metric."""
+    """The results of `para-jax evaluate` in a folder: a panel for each task, with its first metric. Tasks that only the
+    adapter of their name was asked (`--own`) share a panel, with a bar for each."""
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []
     records = {file.stem: record for file in files if (record := read_record(file))}
     if not records:
@@ -284,7 +310,14 @@ def of_evaluation(folder: Path) -> dict[str, Scores]:
         base = bars.pop(BASE, None) if len(bars) > 1 else None
         if bars:
             panels[task] = Scores(metric.partition(",")[0], bars, base)
-    return panels
+    own = {task: scores for task, scores in panels.items() if list(scores.bars) == [task]}
+    if len(own) < 2:
+        return panels
+    others = {task: scores for task, scores in panels.items() if task not in own}
+    return others | merged([
+        {f"each tenant's own task, {scores.metric}": scores._replace(base={task: scores.base} if scores.base else None)}
+        for task, scores in own.items()
+    ])  # fmt: skip
 
 
 def read_record(file: Path) -> dict | None:

@@ -1,7 +1,11 @@
 """Long work shows a bar where someone watches, and a line every 15 seconds elsewhere; short work shows nothing."""
 
+import fcntl
 import io
+import os
+import struct
 import sys
+import termios
 import types
 
 import jax
@@ -197,3 +201,14 @@ def test_only_the_first_process_shows_anything(clock, terminal, monkeypatch):
 )
 def test_a_time_is_said_in_the_unit_that_people_use(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("columns", "bars"), [(80, True), (0, False)])
+def test_a_terminal_without_a_width_gets_lines(columns, bars, monkeypatch, clock):
+    """tqdm draws nothing there."""
+    ours, other = os.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 30 if columns else 0, columns, 0, 0))
+    with os.fdopen(other, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert progress.shows_bars() == bars
+    os.close(ours)

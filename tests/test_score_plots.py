@@ -41,7 +41,9 @@ def test_bars_show_scores_errors_and_the_base_model():
     (axes,) = figure.axes
     assert widths(axes)[:2] == [0.9, 0.7] and texts(axes) == ["0.900 ± 0.040", "0.700 ± 0.060"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["PARA", "LoRA"]
-    assert axes.get_title() == "mine, 60 examples" and axes.get_xlabel() == "accuracy, higher is better"
+    assert (
+        axes.get_title() == "mine, 60 examples, base model 0.300" and axes.get_xlabel() == "accuracy, higher is better"
+    )
     assert [line.get_xdata()[0] for line in axes.get_lines() if line.get_linestyle() == "--"] == [0.3]
     said = figure.get_supxlabel()
     assert "one standard error" in said and "dashed line is the base model" in " ".join(said.split())
@@ -108,6 +110,32 @@ def test_a_run_of_many_has_a_bar_for_each_tenant_and_a_panel_for_each_metric(tmp
     }
 
 
+def record(metric, value, stderr, count):
+    values = {"loss": 1.0, metric: value, f"{metric}_stderr": stderr}
+    return {"metric": metric, "count": count, "values": values, "samples": []}
+
+
+def test_a_run_that_recorded_its_scores_also_gives_the_number_of_examples(tmp_path):
+    records = {
+        "validation": record("f1", 0.9, 0.1, 7), "test_base": record("f1", 0.25, 0.125, 60),
+        "test": record("f1", 0.75, 0.0625, 60),
+    }  # fmt: skip
+    drawn = Scores("f1", {"one": Bar(0.75, 0.0625, 60)}, {"one": Bar(0.25, 0.125, 60)})
+    rows(tmp_path / "one", {"step": 2, "test_after_loss": 1.0, "test_after_f1": 0.75})
+    (tmp_path / "one" / "scores.json").write_text(json.dumps(records))
+    assert read_scores([tmp_path / "one"]) == {"test f1": drawn}
+    del records["test"], records["test_base"]
+    (tmp_path / "one" / "scores.json").write_text(json.dumps(records))
+    assert read_scores([tmp_path / "one"]) == {"best validation f1": Scores("f1", {"one": Bar(0.9, 0.1, 7)})}
+    many = {"x": entry() | {"scores": records}, "y": entry() | {"scores": {"test": record("loss", 0.5, 0.1, 3)}}}
+    rows(tmp_path / "many", {"step": 1, "loss": 1.0})
+    (tmp_path / "many" / "tenants.json").write_text(json.dumps(many))
+    assert read_scores([tmp_path / "many"]) == {
+        "many: best validation f1": Scores("f1", {"x": Bar(0.9, 0.1, 7)}),
+        "many: test loss": Scores("loss", {"y": Bar(0.5, 0.1, 3)}),
+    }
+
+
 def test_an_evaluation_has_a_bar_for_each_adapter_and_a_panel_for_each_task(tmp_path):
     for name, value in (("base", 0.25), ("mine", 0.75)):
         result(tmp_path / "e", name, value)
@@ -115,6 +143,19 @@ def test_an_evaluation_has_a_bar_for_each_adapter_and_a_panel_for_each_task(tmp_
     (tmp_path / "e" / "deep.json").write_text("[" * 100000)
     assert read_scores([tmp_path / "e"]) == {
         "t": Scores("accuracy", {"mine": Bar(0.75, 0.05, 60)}, Bar(0.25, 0.05, 60))
+    }
+
+
+def test_tenants_that_were_asked_their_own_task_only_share_a_panel(tmp_path):
+    asked = {"base": ["x", "y", "z"], "x": ["x"], "y": ["y"], "z": ["z"]}
+    for name, tasks in asked.items():
+        metrics = {task: "loss" if task == "z" else "f1" for task in tasks}
+        values = {task: {f"{metric},none": 0.5 if name == "base" else 0.75} for task, metric in metrics.items()}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"results": values}))
+    base, bar = Bar(0.5), Bar(0.75)
+    assert read_scores([tmp_path]) == {
+        "each tenant's own task, f1": Scores("f1", {"x": bar, "y": bar}, {"x": base, "y": base}),
+        "each tenant's own task, loss": Scores("loss", {"z": bar}, {"z": base}),
     }
 
 

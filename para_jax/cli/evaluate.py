@@ -190,6 +190,28 @@ def no_data(options, config) -> ValueError:
     )
 
 
+def own_configs(options, config, tenants, model_config):
+    """How `--own` scores each tenant that has training data or a tenant.yaml: as a run on its folder does. Without
+    CONFIG, long prompts lose their start."""
+    from ..data.row_files import split_file
+    from ..data.tenants import OWN_FILE
+    from ..evaluation.task_file import task_parts
+    from ..runs.tenant_file import with_own_fields
+
+    task, folder, metric = task_parts(options.tasks[0])
+    section = replace(config.data, validation=None, test=None, tenants=None, **given({"task": task}))
+    if options.config is None:
+        section = replace(section, max_seq_length=model_config.max_positions, truncate="left")
+    made = {}
+    for tenant in tenants if folder else ():
+        data = folder / tenant
+        if split_file(data, "train") is None and not (data / OWN_FILE).is_file():
+            continue
+        own = with_own_fields(replace(config, data=replace(section, train=str(data))), data)
+        made[tenant] = replace(own, eval=replace(own.eval, metric=metric, also=())) if metric else own
+    return made
+
+
 def one_score(options, config) -> None:
     """Prints the score of one adapter, or of the base model, on the config's data."""
     from .. import devices
@@ -243,7 +265,8 @@ def into_folder(options, config) -> None:
     )
     tokenizer, model_config = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
     if options.own:
-        tasks = read_own_tasks(options.tasks[0], list(sources), tokenizer, model_config, how)
+        configs = own_configs(options, config, list(sources), model_config)
+        tasks = read_own_tasks(options.tasks[0], list(sources), tokenizer, model_config, how, configs)
     elif options.tasks:
         tasks = read_tasks(options.tasks, tokenizer, model_config, how)
     else:

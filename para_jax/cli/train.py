@@ -126,12 +126,14 @@ def draw_scores(result) -> None:
 
 def best_combination(entries) -> str | None:
     """The line that names the best combination of a sweep."""
+    from ..evaluation.score import shown_score
+
     scored = {name: entry for name, entry in entries.items() if entry["best_score"] is not None}
     if not scored:
         return None
     name = max(scored, key=lambda name: scored[name]["best_score"])
     entry = scored[name]
-    score = abs(entry["best_score"]) if entry["metric"] == "loss" else entry["best_score"]
+    score = shown_score(entry["metric"], entry["best_score"])
     return f"best: {name}, with validation {entry['metric']} {score:.4f} at step {entry['best_step']}"
 
 

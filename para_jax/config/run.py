@@ -195,7 +195,7 @@ class EvalSection:
     """rows of an evaluation batch over all devices, rounded up to a multiple of mesh.data x mesh.fsdp"""
     max_new_tokens: PositiveInt | None = None
     """the maximum length of a written answer; default: that of the task, else what the longest completion of the
-    training data needs and a quarter more, at most 512"""
+    training data needs and half as much again, 16 to 512"""
     patience: PositiveInt | None = None
     """stop after this many evaluations without a better score"""
     test: bool = False

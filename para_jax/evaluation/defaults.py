@@ -7,15 +7,18 @@ Few different completions, each repeated several times, are labels: they are ran
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from ..config import DataSection, RunConfig, shorten
+from ..backbone.load import load_model_config
+from ..config import DataSection, ModelConfig, RunConfig, shorten
 from ..data.examples import encode_completion
 from ..data.records import Record, load_records, split_records
 from ..data.sources import source_of
 from ..data.tasks import TASKS
 from ..data.training_data import task_of
+from ..inference.generate import up_to_multiple
 from ..messages import warn
 
 #: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
@@ -28,8 +31,8 @@ UNSEEN = 0.1
 LOOKED_AT = 50_000
 #: How many of the longest completions, by characters, are tokenised to find the longest by tokens.
 COUNTED = 32
-#: Tokens of a written answer where nothing is known about it, and the maximum that the data can ask for.
-NEW_TOKENS, MOST_NEW_TOKENS = 32, 512
+#: Tokens of a written answer where nothing is known about it, and the fewest and the most that the data can ask for.
+NEW_TOKENS, FEWEST_NEW_TOKENS, MOST_NEW_TOKENS = 32, 16, 512
 
 
 class Completions(NamedTuple):
@@ -84,7 +87,10 @@ def scoring_rule(config: RunConfig, tokenizer, *, before: bool = False) -> Scori
         metric = "accuracy" if choices else "exact_match"
         also = also or (() if choices else ("f1",))
     if new is None:
-        new = answer_length(held.longest, tokenizer) if held and metric != "accuracy" else NEW_TOKENS
+        new = NEW_TOKENS
+        if held and held.longest and metric != "accuracy":
+            model = load_model_config(config.backbone.source)
+            new = answer_length(longest_completion(held.longest, tokenizer), model)
     return ScoringRule(metric, also, choices, new, unseen, from_data)
 
 
@@ -141,9 +147,14 @@ def labels_of(section: DataSection, held: Completions | None) -> tuple[tuple[str
     return tuple(sorted(labels | unseen)), tuple(sorted(unseen))
 
 
-def answer_length(longest: list[Record], tokenizer) -> int:
-    """Tokens of a written answer: those of the longest completion, and a quarter more, in steps of 8."""
-    if not longest:
-        return NEW_TOKENS
-    most = max(len(encode_completion(tokenizer, record.prompt, record.completion)) for record in longest)
-    return min(-(-(most + max(4, most // 4)) // 8) * 8, MOST_NEW_TOKENS)
+def longest_completion(records: Sequence[Record], tokenizer) -> int:
+    """Tokens of the longest completion, with its end token. Only those with the most characters are counted."""
+    most = heapq.nlargest(COUNTED, records, key=lambda record: len(record.completion))
+    return max(len(encode_completion(tokenizer, record.prompt, record.completion)) for record in most)
+
+
+def answer_length(longest: int, model: ModelConfig) -> int:
+    """The tokens that a written answer may have where the longest completion has `longest`: half as many again, so that
+    an answer that goes on differs from it. A multiple of 8, but at most half of the model's positions."""
+    new = max(up_to_multiple(longest * 3 // 2, 8), FEWEST_NEW_TOKENS)
+    return max(1, min(new, MOST_NEW_TOKENS, model.max_positions // 2))

@@ -123,7 +123,7 @@ def read_own_tasks(
 
     Args:
         text: [TASK=]FOLDER[:METRIC], of every tenant's file.
-        configs: of the tenants that set their metric and templates themselves; their data is their folder.
+        configs: of the tenants that are scored as a run on their folder scores them, whatever `text` says.
     """
     name, folder, metric = task_parts(text)
     if folder is None or not folder.is_dir():

@@ -69,7 +69,7 @@ class Score:
         return found
 
     def record(self) -> dict:
-        """The score for a JSON file."""
+        """The score for a JSON file. `score` is negated for the metric "loss", as in the field; `loss` never is."""
         return {
             "name": self.name,
             "metric": self.metric,

@@ -13,18 +13,11 @@ from ..data.examples import Example, encode_completion, encode_example
 from ..data.records import Record, encode_records, load_records, read_records, split_records, task_of
 from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
-from ..inference.generate import up_to_multiple
 from ..messages import say, warn
-from .defaults import RANKED, ScoringRule, scoring_rule
+from .defaults import RANKED, ScoringRule, answer_length, longest_completion, scoring_rule
 from .metrics import LABEL_METRICS
 from .questions import Generation, Likelihood, Question
 from .task_file import named_file
-
-#: A written answer to a file may have half as many tokens again as its longest completion, and this many at least and
-#: at most.
-FEWEST, MOST = 16, 512
-#: The completions whose tokens are counted to find the longest: those with the most characters.
-COUNTED = 32
 
 
 class EvalTask(NamedTuple):
@@ -214,7 +207,7 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     )
     if task.writes and not known:
         expected = longest_completion(records, tokenizer)
-        task = task._replace(max_new_tokens=answer_tokens(expected, config))
+        task = task._replace(max_new_tokens=answer_length(expected, config))
         say(f"--tasks {text}: at most {task.max_new_tokens} tokens per answer; the longest expected one has {expected}")
     longest = config.max_positions - answer_room(task, tokenizer)
     kept = encode_records(task.records, tokenizer, DataSection(max_seq_length=longest, truncate="left"))
@@ -222,18 +215,6 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
         say(f"--tasks {text}: {kept.cut} of {len(kept.records)} prompts lost their start, to {longest} tokens")
     encoded = encode_task(task._replace(examples=kept.examples), tokenizer)
     return FileTask(encoded, len(records), file.resolve())
-
-
-def longest_completion(records: Sequence[Record], tokenizer) -> int:
-    """Tokens of the longest completion, with its end token. Only those with the most characters are counted."""
-    most = sorted(records, key=lambda record: len(record.completion))[-COUNTED:]
-    return max(len(encode_completion(tokenizer, record.prompt, record.completion)) for record in most)
-
-
-def answer_tokens(longest: int, config: ModelConfig) -> int:
-    """The tokens that a written answer may have: more than the longest completion, so that an answer that goes on
-    differs from it; at most half of the model's positions. A multiple of 8."""
-    return max(1, min(max(up_to_multiple(longest * 3 // 2, 8), FEWEST), MOST, config.max_positions // 2))
 
 
 def with_metrics_in_names(tasks: Sequence[FileTask]) -> list[FileTask]:

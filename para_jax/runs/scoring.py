@@ -76,7 +76,8 @@ class Scoring(NamedTuple):
                 self.logs.run.write(standing.step, shown)
             if best is not None and score.score <= best:
                 return standing.changed(tenant, evaluated=own, since_best=standing.since_best[tenant] + 1)
-        self.keep(tenant, tenant_of(state.adapters, jnp.int32(standing.running[tenant])), own, score)
+        base = base_score(standing, tenant, score)
+        self.keep(tenant, tenant_of(state.adapters, jnp.int32(standing.running[tenant])), own, score, base)
         found = None if score is None else score.score
         return self.with_score(standing, tenant, "validation", score).changed(
             tenant, evaluated=own, best_score=found, best_step=own, since_best=0
@@ -87,9 +88,9 @@ class Scoring(NamedTuple):
         if not self.config.many:
             raise NotFinite(f"step {step}: the loss of the validation data is {score.loss}; {REMEDY}")
 
-    def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None) -> None:
-        """Writes a tenant's adapter into its folder, with its score."""
-        card, whole = card_lines(self.tenants[tenant], step, score), full_arrays(adapter)
+    def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None, base: float | None = None) -> None:
+        """Writes a tenant's adapter into its folder, with its validation score and the base model's."""
+        card, whole = card_lines(self.tenants[tenant], step, score, base), full_arrays(adapter)
         if others := len(self.tenants) - 1:
             card.append(f"- Trained in one run with {others} other{'s' * (others > 1)}.")
         to, source = self.tenants[tenant].folder / "adapter", self.config.backbone.source
@@ -118,7 +119,9 @@ class Scoring(NamedTuple):
             with self.stop.interrupting():
                 found = self.test.scores(Stack(state.adapters), {tenant: slot})[tenant]
             self.logs.write(tenant, standing.steps[tenant], scores("test_after", found), show=True)
-            line = card_score("Test", found, standing.test_before[tenant])
+            before = standing.test_before[tenant]
+            before = None if before is None else shown_score(found.metric, before)
+            line = card_score("Test", found, before)
             on_first_process(lambda: add_test_score(own.folder / "adapter", line))
             standing = self.with_score(standing, tenant, "test", found)
             test_after = found.score if math.isfinite(found.score) else None
@@ -208,7 +211,7 @@ class Scoring(NamedTuple):
                     then, now = (f"{shown_score(score.metric, one):.4f}" for one in (was, found))
                     before = f"{then} on the data before"
                     say(f"{whose}the best adapter so far, of step {step}: {score.metric} {now} ({before})")
-                    self.keep(tenant, kept, step, score)
+                    self.keep(tenant, kept, step, score, base_score(standing, tenant, score))
                     standing = self.with_score(standing, tenant, "validation", score)
                 else:
                     self.require_many(step, score)
@@ -224,7 +227,13 @@ def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:
     return broadcast_arrays(found[0] if is_first() else empty)
 
 
-def card_lines(tenant: Tenant, steps: int, found: Score | None) -> list[str]:
+def base_score(standing: Standing, tenant: int, found: Score | None) -> float | None:
+    """The base model's score on a tenant's validation data by the metric of `found`, as people read it."""
+    record = standing.records(tenant).get("validation_base")
+    return record["values"].get(found.metric) if record and found else None
+
+
+def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | None = None) -> list[str]:
     """What an adapter's model card says about its training and its validation score."""
     config = tenant.config
     card = training_lines(
@@ -239,7 +248,7 @@ def card_lines(tenant: Tenant, steps: int, found: Score | None) -> list[str]:
     if config.backbone.quantize:
         card.append(f"- The backbone's weights were {config.backbone.quantize} during training.")
     if found:
-        card.append(card_score("Validation", found))
+        card.append(card_score("Validation", found, base))
     return card
 
 
@@ -247,11 +256,10 @@ def data_name(train: str | None) -> str:
     return "data from Python" if is_given(train) else expanded(train or "").name
 
 
-def card_score(split: str, found: Score, before: float | None = None) -> str:
-    """A score as the model card shows it; `before` is that of the base model."""
-    before = None if before is None else shown_score(found.metric, before)
+def card_score(split: str, found: Score, base: float | None = None) -> str:
+    """A score as the model card shows it; `base` is that of the base model, as people read it."""
     score = shown_score(found.metric, found.score)
-    return score_line(split, found.metric, score, found.stderr, found.count, found.loss, before)
+    return score_line(split, found.metric, score, found.stderr, found.count, found.loss, base)
 
 
 def scores(name: str, found: Score) -> dict[str, float]:

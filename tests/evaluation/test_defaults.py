@@ -1,11 +1,22 @@
 """The metric, the choices and the answer length that follow from a run's training data."""
 
+from dataclasses import replace
+
 import pytest
 from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
 
 from para_jax import load_model_config
-from para_jax.evaluation.defaults import MOST_NEW_TOKENS, NEW_TOKENS, REPEATED, scoring_rule
-from para_jax.evaluation.tasks import task_of_run
+from para_jax.data.records import Record
+from para_jax.evaluation.defaults import (
+    FEWEST_NEW_TOKENS,
+    MOST_NEW_TOKENS,
+    NEW_TOKENS,
+    REPEATED,
+    answer_length,
+    longest_completion,
+    scoring_rule,
+)
+from para_jax.evaluation.tasks import file_task, task_of_run
 from para_jax.runs.folder import began_before
 
 OPEN = "eval.metric=null", "eval.max_new_tokens=null"
@@ -66,16 +77,32 @@ def test_data_with_other_answers_than_the_training_data_is_written(rule, capsys)
 
 
 def test_the_length_of_an_answer_follows_from_the_longest_completion(rule):
-    long = words(range(9, 49))  # 40 tokens and the end
+    long = words(range(9, 39))  # 30 tokens and the end
     found = rule(["w9 w10", "w11", long])
-    assert found.max_new_tokens == 56
+    assert found.max_new_tokens == 48
     assert found.describe() == (
-        "exact_match and f1 of written answers of up to 56 tokens (eval.metric, eval.max_new_tokens)"
+        "exact_match and f1 of written answers of up to 48 tokens (eval.metric, eval.max_new_tokens)"
     )
-    assert rule(["w9", "w10"]).max_new_tokens == 8
-    assert rule(["w9", words([9] * 700)]).max_new_tokens == MOST_NEW_TOKENS
-    assert rule(["w9", long], "eval.metric=f1").max_new_tokens == 56  # also of a metric that is given
+    assert rule(["w9", "w10"]).max_new_tokens == FEWEST_NEW_TOKENS
+    assert rule(["w9", long], "eval.metric=f1").max_new_tokens == 48  # also of a metric that is given
     assert rule(["w9", long], "eval.max_new_tokens=7").max_new_tokens == 7
+
+
+def test_an_answer_has_half_as_many_tokens_again_as_the_longest_completion(tmp_path):
+    model = load_model_config(backbone_folder(tmp_path / "backbone"))
+    lengths = [answer_length(longest, replace(model, max_positions=2048)) for longest in (2, 11, 30, 1000)]
+    assert lengths == [FEWEST_NEW_TOKENS, 16, 48, MOST_NEW_TOKENS]
+    assert answer_length(1000, replace(model, max_positions=100)) == 50
+    many = [Record("w20", words([9] * count), (), None, "") for count in (1, 20, 3) * 30]
+    assert longest_completion(many, tokenizer()) == 21
+
+
+def test_a_file_and_a_run_ask_for_answers_of_one_length(rule, tmp_path):
+    completions = ["w9", words([9] * 30)]
+    asked = rule(completions, test=completions).max_new_tokens
+    data, model = tmp_path / "data", load_model_config(tmp_path / "backbone")
+    task = file_task(f"{data}:exact_match", tokenizer(), model, split="test", limit=None)
+    assert task is not None and task.encoded.task.max_new_tokens == asked
 
 
 def test_a_chosen_length_fits_the_models_positions(rule, tmp_path):

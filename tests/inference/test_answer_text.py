@@ -1,12 +1,23 @@
 """An answer's text, token by token, is the text of all its tokens, and what was shown is never taken back."""
 
+import json
+
 import pytest
 import tiny_run
 import tiny_tokenizers
+from golden_models import backbone, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from para_jax import AdapterBank, Engine, ParaConfig, Request, evaluate, generate, init_adapter
+from para_jax.data.records import Record
+from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.questions import Generation
+from para_jax.evaluation.tasks import EvalTask
 from para_jax.inference.answer_text import INVALID, LONGEST_TAIL, AnswerText, stripped_text, text_of
+from para_jax.serving.jobs import run_job
 
 KINDS = {
     "byte level": tiny_tokenizers.plain,
@@ -137,3 +148,50 @@ def test_the_work_of_a_token_does_not_grow_with_the_answer():
                 text.add(token)
             spent.append(tokenizer.decoded)
         assert spent[2] <= spent[1] + 1, kind
+
+
+# -------------------------------------------------------------------------------------------------- one text everywhere
+
+
+def spaced():
+    """A tokenizer of words that, as most, puts a space before each word, also before the first."""
+    made = Tokenizer(
+        models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2} | {f"▁w{i}": i for i in range(3, 256)}, "<pad>")
+    )
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def test_an_answer_has_one_text_however_it_is_asked_for(tmp_path):
+    """lm-eval alone gets the white space, because its own filters decide about it."""
+    model, tokenizer, new = backbone("llama"), spaced(), 5
+    adapter = strong(init_adapter(ParaConfig(r=4), model.config), scale=0.3)
+    prompts = ["w20 w30 w40", "w50 w21"]
+    answers = generate(model, prompts, tokenizer=tokenizer, adapters=adapter, max_new_tokens=new)
+    assert all(len(text.split(" ")) == new for text in answers)  # no space at the ends
+    assert generate(model, prompts, tokenizer=tokenizer, adapters=adapter, max_new_tokens=new, stop=["x"]) == answers
+    assert generate(model, prompts, tokenizer=tokenizer, max_new_tokens=new) != answers
+
+    bank = AdapterBank.holding({"a": adapter}, model.config)
+    engine = Engine(model, bank, tokenizer, slots=2, max_length=32)
+    for prompt, text in zip(prompts, answers, strict=True):
+        asked = Request(prompt, "a", max_new_tokens=new)
+        assert "".join(piece.text for piece in engine.stream(asked)) == text
+        engine.submit(asked)
+        assert [one.text for one in engine.run()] == [text]
+
+    lines = [{"prompt": prompt, "tenant": "a"} for prompt in prompts]
+    tiny_run.write_rows(tmp_path / "in.jsonl", lines)
+    run_job(engine, tmp_path / "in.jsonl", tmp_path / "out.jsonl", Request("", max_new_tokens=new))
+    written = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert [one["text"] for one in sorted(written, key=lambda one: one["line"])] == answers
+
+    records = [Record(prompt, text, (text,), None, "") for prompt, text in zip(prompts, answers, strict=True)]
+    task = EvalTask("t", records, "exact_match", max_new_tokens=new, batch_size=2)
+    report = evaluate(model, adapter, [task], tokenizer=tokenizer, log_samples=True)
+    assert report.scores[0].score == 1 and [one["given"] for one in report.samples[0]] == answers
+
+    questions = [("a", Generation(tuple(tokenizer(prompt)["input_ids"]), new)) for prompt in prompts]
+    raw = Answerer(model, bank, tokenizer, rows=2).answer(questions)
+    assert [answer.text for answer in raw] == [" " + text for text in answers]

@@ -3,17 +3,22 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from long_cases import quick
-from tiny_run import run_config, run_folder, write_tenants
+from tiny_run import rows_of_text, run_config, run_folder, tokenizer, words, write_rows, write_tenants
 
-from para_jax import train, train_tenants
+from para_jax import load_model_config, train, train_tenants
+from para_jax.cli import main, parse
+from para_jax.cli.evaluate import config_of, own_configs
 from para_jax.config import RunConfig, load_config
+from para_jax.evaluation.tasks import task_of_run
 from para_jax.runs import tenants as of_runs
 from para_jax.runs.tenant_file import OWN_FIELDS, of_most_memory, with_own_fields
-from para_jax.runs.tenants import tenant_configs
+from para_jax.runs.tenants import read_inputs, tenant_configs
+from para_jax.training.passes import Layout
 
 SIZES = {"acme": 20, "globex": 9, "hooli": 12}
 OWN = {
@@ -64,6 +69,55 @@ def test_each_tenant_trains_and_is_scored_as_its_file_says(whole):
     own = load_config(run / "acme" / "config.yaml")
     assert (own.train.learning_rate, own.train.max_steps, own.eval.metric) == (1e-2, 4, "exact_match")
     assert load_config(run / "hooli" / "config.yaml").train.max_steps is None
+
+
+@pytest.fixture
+def mixed(folder, tmp_path):
+    """The config of a tenant with labels, one with texts, and one whose tenant.yaml has its metric and columns."""
+    data, prompts = tmp_path / "data", [row["prompt"] for row in rows_of_text(16, seed=5)]
+    answers = {"labels": ["w9", "w10 w11"] * 8, "texts": [words(range(9, 10 + i)) for i in range(16)]}
+    for name, given in answers.items():
+        rows = [{"prompt": one, "completion": text} for one, text in zip(prompts, given, strict=True)]
+        for split, part in (("train", rows), ("test", rows[:5])):
+            write_rows(data / name / f"{split}.jsonl", part)
+            write_rows(data / "own" / f"{split}.jsonl", [{"a": row["prompt"], "b": row["completion"]} for row in part])
+    own = "data: {prompt: '{a}', completion: '{b}'}\neval: {metric: f1, max_new_tokens: 3}\n"
+    (data / "own" / "tenant.yaml").write_text(own)
+    found = "eval.metric=null", "eval.max_new_tokens=null", "eval.test=true"
+    return tenants_config(folder, tmp_path / "run", *found, f"data.tenants={data}")
+
+
+def asked(config, *more):
+    options = ["--backbone", config.backbone.source, "--adapters", config.output_dir, "--allow-cpu", "--own", *more]
+    return ["evaluate", *options, "--output", str(Path(config.output_dir).parent / "out")]
+
+
+def test_evaluate_own_asks_each_tenant_as_its_run_does(mixed):
+    trained = {one.name: one.test for one in read_inputs(mixed, Layout(slots=2, groups=2, rows=4, passes=1)).tenants}
+    model = load_model_config(mixed.backbone.source)
+
+    def of(metric=""):
+        options = parse(asked(mixed, "--tasks", mixed.data.tenants + metric))
+        configs = own_configs(options, config_of(options), list(trained), model)
+        return {name: task_of_run(one, "test", tokenizer()) for name, one in configs.items()}
+
+    for name, task in of().items():
+        assert task._replace(batch_size=8) == trained[name]
+    assert [one.metric for one in trained.values()] == ["accuracy", "f1", "exact_match"]
+    assert [(one.metric, one.also) for one in of(":loss").values()] == [("loss", ())] * 3
+
+
+@pytest.mark.long
+def test_evaluate_own_gives_the_scores_of_the_run(mixed, tmp_path):
+    run = train_tenants(mixed)
+    assert main(asked(mixed, "--tasks", mixed.data.tenants)) == 0
+    who = ("base", *run.tenants)
+    found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text())["results"] for name in who}
+    for name, entry in run.tenants.items():
+        for who, when in (("base", "test_base"), (name, "test")):
+            record = entry["scores"][when]
+            for metric in (record["metric"], "loss"):
+                assert found[who][name][f"{metric},none"] == pytest.approx(record["values"][metric], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", quick(list(SIZES), "globex"))

@@ -175,6 +175,9 @@ def test_the_kept_adapter_scores_what_the_run_says(whole):
     assert report.scores[0].loss == pytest.approx(-result.best_score, abs=1e-5)
     card = (result.output_dir / "adapter" / "README.md").read_text()
     assert "Trained for 6 steps on data" in card and f"Validation loss: {report.scores[0].loss:.4f}" in card
+    (validation,) = [line for line in card.splitlines() if line.startswith("- Validation ")]
+    base = next(row["validation_loss"] for row in metrics(config) if row["step"] == 0 and "validation_loss" in row)
+    assert validation.endswith(f"; {base:.4f} without the adapter.")
 
 
 def test_tensorboard_has_the_training_and_validation_values(whole):
