@@ -10,14 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from .. import atomic, devices
 from ..adapters.adapter import count_parameters
 from ..config import ADAPTER_CONFIGS, RunConfig, adapter_method, expanded, load_config, require
-from ..evaluation.tasks import EvalTask
+from ..data.given import with_data
 from ..messages import say, warn
 from ..model import init_adapter
 from ..processes import on_first_process
@@ -44,7 +44,7 @@ class MethodScore(NamedTuple):
     ended: str
     """ "done", "patience" or "not finite\""""
     metric: str | None
-    """of the validation data; None: there is none"""
+    """of the validation data, or of the test data if that is all there is; None: there is neither"""
     score: float | None
     """the best one; of "loss" the loss itself, where lower is better"""
     stderr: float | None
@@ -70,10 +70,16 @@ class MethodsResult(NamedTuple):
     output_dir: Place
 
 
-def compare_methods(config: RunConfig) -> MethodsResult:
+def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     """Trains each method of sweep.method, or resumes where it stopped. A method whose loss is not finite stops, and the
-    others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`."""
+    others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.
+
+    Args:
+        data: the rows, instead of data.train, as `train` takes them.
+    """
     require(bool(config.sweep.method), "sweep.method", config.sweep.method, "the methods to compare")
+    if data is not None:
+        config = replace(config, data=with_data(config.data, data))
     devices.start(config.runtime)
     folder = expanded(config.output_dir)
 
@@ -86,17 +92,27 @@ def compare_methods(config: RunConfig) -> MethodsResult:
     shared = Shared()
     for number, (method, own) in enumerate(method_configs(config).items(), 1):
         say(f"{method}: method {number} of {len(config.sweep.method)}, in {own.output_dir}")
-        try:
-            trained(own, shared)
-        except NotFinite as error:
-            warn(f"{method}: {error}")
-        (model,) = shared.backbones.values()
-        fresh = jax.eval_shape(lambda own=own, model=model: init_adapter(own.adapter, model.config))
-        parameters = count_parameters(fresh)
-        rows = on_first_process(lambda own=own, n=parameters: [list(row) for row in rows_of(own, shared, n)])
+        ended = train_method(own, shared)
+        rows = on_first_process(partial(method_scores, own, shared, parameters_of(own, shared), ended))
         found = sorted([*found, *(MethodScore(*row) for row in rows)], key=lambda row: row.order)
         on_first_process(partial(write_comparison, folder, found))
     return MethodsResult(found, folder)
+
+
+def train_method(config: RunConfig, shared: Shared) -> str | None:
+    """Runs a method's run to its end. The result says why it ended: "done", "patience" or "not finite". Of a run of
+    many it is None, because there each combination has its own end."""
+    try:
+        standing = trained(config, shared).standing
+    except NotFinite as error:
+        warn(f"{adapter_method(config.adapter)}: {error}")
+        return "not finite"
+    return None if config.many else standing.ended[0]
+
+
+def parameters_of(config: RunConfig, shared: Shared) -> int:
+    (model,) = shared.backbones.values()
+    return count_parameters(jax.eval_shape(lambda: init_adapter(config.adapter, model.config)))
 
 
 def method_configs(config: RunConfig) -> dict[str, RunConfig]:
@@ -115,26 +131,31 @@ def method_configs(config: RunConfig) -> dict[str, RunConfig]:
     }
 
 
-def rows_of(config: RunConfig, shared: Shared, parameters: int) -> list[MethodScore]:
-    """What a method's run left in its folder."""
+def method_scores(config: RunConfig, shared: Shared, parameters: int, ended: str | None) -> list[MethodScore]:
+    """What a method's run left in its folder.
+
+    Args:
+        ended: why the run ended; None: what tenants.json says of each combination.
+    """
     folder, method = expanded(config.output_dir), adapter_method(config.adapter)
     entries = read_entries(folder) if config.many else {}
     rows = []
     for name, own in tenant_configs(config).items():
-        _, validation, *_ = shared.data[of_data(own)]
+        _, validation, test, _ = shared.data[of_data(own)]
+        task = validation or test
         place = folder / name if name else folder
         logged = list(read_metrics(place / "metrics.jsonl")) if is_log(place / "metrics.jsonl") else []
-        scores = best_scores(logged, validation)
+        scores = best_scores(logged, task.metric) if task else {}
         count = min(own.eval.limit or len(validation.records), len(validation.records)) if validation else 0
         entry = entries.get(name, {})
-        ended = entry.get("ended") or ("done" if (place / "adapter").exists() else "not finite")
         held = load_config(place / "config.yaml")  # with the rate that `auto` chose
         rate = held.train.learning_rate
         warning = entry.get("warning") if config.many else logged_warning(held, place / "metrics.jsonl")
         rows.append(
             MethodScore(
                 method, name, str(place), parameters,
-                rate if isinstance(rate, float) else None, ended, validation.metric if validation else None,
+                rate if isinstance(rate, float) else None, ended or entry.get("ended", "not finite"),
+                task.metric if task else None,
                 scores.get("score"), scores.get("stderr"), count, scores.get("loss"), int(scores.get("step", 0)),
                 scores.get("test"), scores.get("test_stderr"), warning,
             )
@@ -142,11 +163,9 @@ def rows_of(config: RunConfig, shared: Shared, parameters: int) -> list[MethodSc
     return rows
 
 
-def best_scores(logged: Sequence[dict[str, float]], validation: EvalTask | None) -> dict[str, float]:
+def best_scores(logged: Sequence[dict[str, float]], metric: str) -> dict[str, float]:
     """The best validation score that was logged, with its error, loss and step, and the last test score."""
-    if validation is None:
-        return {}
-    metric, sign = validation.metric, -1 if validation.metric == "loss" else 1
+    sign = -1 if metric == "loss" else 1
     name, found = f"validation_{metric}", {}
     scored = [row for row in logged if name in row and row["step"] > 0]
     if scored:

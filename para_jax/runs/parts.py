@@ -18,6 +18,7 @@ from ..processes import on_first_process
 from ..storage.bucket import Place
 from ..training.tenants_file import read_entries
 from ..untrusted import read_json, safe_names
+from .chosen import TRIALS
 from .folder import delete_leftovers
 
 FILE, MAX_BYTES = "tenants.json", 2**26
@@ -74,7 +75,9 @@ def recorded_parts(config: RunConfig, names: Sequence[str]) -> list[list[str]]:
 
 
 def has_begun(folder: Place) -> bool:
-    return any((folder / "checkpoints").glob("*")) if (folder / "checkpoints").is_dir() else False
+    """Whether something of a part is saved: of its own run, or of the trials of its learning rates."""
+    saved = folder / "checkpoints"
+    return (folder / TRIALS).is_dir() or (saved.is_dir() and any(saved.glob("*")))
 
 
 def folder_of(config: RunConfig, part: int) -> Place:

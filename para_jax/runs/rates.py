@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .. import atomic
-from ..config import PLAIN_LEARNING_RATE, CheckpointSection, ProfilerSection, RunConfig, SweepSection
+from ..config import PLAIN_LEARNING_RATE, CheckpointSection, EvalSection, ProfilerSection, RunConfig, SweepSection
 from ..messages import say, warn
 from ..processes import on_first_process
 from ..storage.bucket import Place
@@ -164,27 +164,31 @@ def trial_of(tenant: Tenant, rate: float, folder: Place) -> Tenant:
     steps, task = trial_steps(tenant.order.total_steps), tenant.validation
     assert task is not None, "tenants without validation data have no trials"
     train = replace(tenant.config.train, learning_rate=rate, max_steps=steps)
-    own = replace(tenant.config, output_dir=str(folder / name), train=train)
+    own = replace(tenant.config, output_dir=str(folder / name), train=train, eval=trial_eval(tenant.config.eval))
     validation = task._replace(metric="loss", choices=(), also=())
     return tenant._replace(
         name=name, config=own, order=tenant.order._replace(total_steps=steps), validation=validation, test=None
     )
 
 
+def trial_eval(section: EvalSection) -> EvalSection:
+    """A trial is scored once, after its last step, by its loss. So patience can't end it early."""
+    limit = min(section.limit or EXAMPLES, EXAMPLES)
+    return replace(section, metric="loss", also=(), choices=(), limit=limit, every=MOST, patience=None, test=False)
+
+
 def trial_config(config: RunConfig, layout: Layout, folder: Place, rates: Sequence[float]) -> RunConfig:
     """The config of the trials' run. Each trial steps with as many rows as the run that follows."""
-    limit = min(config.eval.limit or EXAMPLES, EXAMPLES)
     train, sweep = replace(config.train, learning_rate=default_rate(config)), config.sweep
     if not config.many:
         rows = dict(batch_size=layout.tenant_rows, rows_per_tenant=None, gradient_accumulation_steps=1)
         train, sweep = replace(train, **rows), SweepSection(learning_rate=tuple(rates))
-    scores = dict(metric="loss", also=(), choices=(), limit=limit, every=MOST, patience=None, test=False)
     return replace(
         config,
         output_dir=str(folder),
         train=train,
         sweep=sweep,
-        eval=replace(config.eval, **scores),
+        eval=trial_eval(config.eval),
         checkpoint=CheckpointSection(every=SAVED_EVERY, keep=1),
         logging=replace(config.logging, report_to=()),
         profiler=ProfilerSection(),

@@ -138,8 +138,6 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
         config = replace(config, data=with_data(config.data, data))
     model, mesh, _, state, standing, metric = trained(config)
     folder, records = expanded(config.output_dir), standing.records(0)
-    if records:
-        on_first_process(lambda: write_scores(folder, records))
     with jax.set_mesh(mesh):
         best = tenant_of(state.adapters, jnp.int32(0))
         if standing.best_step[0] != standing.step:
@@ -184,6 +182,32 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
     shared = shared or Shared()
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
+    config, own, parts, chosen = known_run(config)
+    mesh = mesh_of_run(config, list(own.values()), parts)
+    layouts = on_every_process(lambda: [lay_out(config, mesh, len(part.names)) for part in parts])
+    inputs = read_parts(config, parts, layouts, chosen, shared)
+    tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
+    with ExitStack() as held:
+        on_first_process(lambda: held.enter_context(locked_folder(config)))
+        if parts_of_run(config, list(own)) != parts:  # another process has added tenants since
+            raise ValueError(f"output_dir {config.output_dir} has changed meanwhile\nstart the command again")
+        on_first_process(lambda: write_parts(parts))
+        on_first_process(lambda: claim_folders(config, tenants))
+        model = shared_backbone(config, mesh, shared)
+        for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
+            if part is parts[-1] and len(parts) > 1:
+                say(f"added to the run after it had begun: {safe_names(part.names)}")
+            state, standing = train_part(config, model, of_part, layout, mesh, part)
+        records = {} if config.many else standing.records(0)
+        if records:
+            on_first_process(lambda: write_scores(expanded(config.output_dir), records))
+        metric = tenants[0].validation.metric if not config.many and tenants[0].validation else None
+        return Ended(model, mesh, list(own), state, standing, metric)
+
+
+def known_run(config: RunConfig) -> tuple[RunConfig, dict[str, RunConfig], list[Part], dict[str, float]]:
+    """The config of the run, those of its tenants, its parts, and the rates that trials have chosen before, which take
+    the place of `auto` in the configs. Raises ValueError for an output folder that holds another run."""
     on_first_process(lambda: check_folder(config))
     parts = parts_of_run(config, list(on_every_process(lambda: tenant_configs(config))))
     by_part = on_first_process(lambda: [chosen_rates(part.folder) for part in parts])
@@ -191,12 +215,22 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
     config = resolved(config, chosen)
     own = on_every_process(lambda: resolved_configs(tenant_configs(config), chosen))
     on_first_process(lambda: check_tenants(config, own))
-    trials = any(map(is_auto, own.values()))
-    estimated = of_most_memory(config, list(own.values()))
+    return config, own, parts, chosen
+
+
+def mesh_of_run(config: RunConfig, own: list[RunConfig], parts: list[Part]):
+    """The mesh on which every part fits by its estimate, with the trials of its learning rates if there are any."""
+    estimated = of_most_memory(config, own)
     if config.data.max_seq_length is None and jax.device_count() > 1:  # one device needs no estimate
         estimated = on_every_process(lambda: with_length(estimated))
-    mesh = run_mesh(estimated, max(len(part.names) for part in parts) * (len(FIRST) if trials else 1))
-    layouts = on_every_process(lambda: [lay_out(config, mesh, len(part.names)) for part in parts])
+    trials = len(FIRST) if any(map(is_auto, own)) else 1
+    return run_mesh(estimated, max(len(part.names) for part in parts) * trials)
+
+
+def read_parts(
+    config: RunConfig, parts: list[Part], layouts: list[Layout], chosen: dict[str, float], shared: Shared
+) -> list[Inputs]:
+    """The inputs of each part. Raises ValueError where the data of two hosts differ."""
     before = on_first_process(lambda: began_before(config))
 
     def inputs_of(part: Part, layout: Layout) -> Inputs:
@@ -210,27 +244,28 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
         lambda: [(t.name, *(p and digest(p.examples or []) for p in (t.data, t.validation, t.test))) for t in tenants],
     )
     on_first_process(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
-    with ExitStack() as held:
-        on_first_process(lambda: held.enter_context(locked_folder(config)))
-        if parts_of_run(config, list(own)) != parts:  # another process has added tenants since
-            raise ValueError(f"output_dir {config.output_dir} has changed meanwhile\nstart the command again")
-        on_first_process(lambda: write_parts(parts))
-        on_first_process(lambda: claim_folders(config, tenants))
-        if mesh not in shared.backbones:
-            shared.backbones.clear()  # two at once may not fit
-            shared.backbones[mesh] = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
-        model = shared.backbones[mesh]
-        require_same("the backbone", lambda: model.fingerprint)
-        metric = tenants[0].validation.metric if not config.many and tenants[0].validation else None
-        for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
-            if part is parts[-1] and len(parts) > 1:
-                say(f"added to the run after it had begun: {safe_names(part.names)}")
-            if any(is_auto(tenant.config) for tenant in of_part.tenants):
-                chosen = choose_rates(config, model, of_part, layout, mesh, partial(fit, quiet=True), part.folder)
-                config, of_part = resolved(config, chosen), resolved_inputs(of_part, chosen)
-                on_first_process(partial(claim_folders, config, of_part.tenants))
-            state, standing = fit(config, model, of_part, layout, mesh, part)
-        return Ended(model, mesh, list(own), state, standing, metric)
+    return inputs
+
+
+def shared_backbone(config: RunConfig, mesh, shared: Shared):
+    """The backbone on this mesh, loaded once for all runs that share it."""
+    if mesh not in shared.backbones:
+        shared.backbones.clear()  # two at once may not fit
+        shared.backbones[mesh] = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+    model = shared.backbones[mesh]
+    require_same("the backbone", lambda: model.fingerprint)
+    return model
+
+
+def train_part(
+    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part
+) -> tuple[TrainState, Standing]:
+    """Trains a part's tenants, after the trials of those whose learning rate is still to be chosen."""
+    if any(is_auto(tenant.config) for tenant in inputs.tenants):
+        chosen = choose_rates(config, model, inputs, layout, mesh, partial(fit, quiet=True), part.folder)
+        config, inputs = resolved(config, chosen), resolved_inputs(inputs, chosen)
+        on_first_process(lambda: claim_folders(config, inputs.tenants))
+    return fit(config, model, inputs, layout, mesh, part)
 
 
 def resolved_configs(own: dict[str, RunConfig], chosen: dict[str, float]) -> dict[str, RunConfig]:
@@ -251,11 +286,7 @@ def fit(
         say(line)
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        limits = [tenant.config.eval.limit for tenant in tenants]
-        validation = Tasks(model, tokenizer, [t.validation for t in tenants], limits, "validation")
-        limits = [tenant.config.eval.test_limit for tenant in tenants]
-        test = Tasks(model, tokenizer, [t.test for t in tenants], limits, "test")
-        share_shapes(validation, test)
+        validation, test = tasks_of(model, tokenizer, tenants)
         run = run_digests(config, model.fingerprint, tenants)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
         state = empty_state(config, model, layout.slots, mesh)
@@ -271,9 +302,8 @@ def fit(
         on_first_process(lambda: mend_folders(config, standing, tenants, **where))
         profiler = Profiler(config.profiler, folder)
         with closing(log), closing(profiler), stop_signals() as stop:
-            parts = {"validation": validation, "test": test}
-            held = {name: list(tasks.encoded.values()) for name, tasks in parts.items() if tasks.encoded}
-            say_evaluation(held, config.eval.batch_size)
+            encoded = {tasks.split: list(tasks.encoded.values()) for tasks in (validation, test) if tasks.encoded}
+            say_evaluation(encoded, config.eval.batch_size)
             health = Health([tenant.name for tenant in tenants], [tenant.config for tenant in tenants], quiet=quiet)
             if restored:
                 on_first_process(lambda: [health.read(i, t.folder / "metrics.jsonl") for i, t in enumerate(tenants)])
@@ -288,6 +318,16 @@ def fit(
                 return loop.run(state, standing)
             except Interrupted:
                 loop.end_early(standing)
+
+
+def tasks_of(model, tokenizer, tenants: Sequence[Tenant]) -> tuple[Tasks, Tasks]:
+    """The validation and the test tasks of the tenants, in shapes that both share."""
+    limits = [tenant.config.eval.limit for tenant in tenants]
+    validation = Tasks(model, tokenizer, [t.validation for t in tenants], limits, "validation")
+    limits = [tenant.config.eval.test_limit for tenant in tenants]
+    test = Tasks(model, tokenizer, [t.test for t in tenants], limits, "test")
+    share_shapes(validation, test)
+    return validation, test
 
 
 def empty_state(config: RunConfig, model, slots: int, mesh) -> TrainState:

@@ -330,8 +330,8 @@ def steps_in(folder: Place) -> list[int]:
 
 
 def progress_keys(folder: Place) -> set[str]:
-    """The keys of the progress in the newest checkpoint of a folder, without a check of its bytes; none if it can't be
-    read."""
+    """The keys with a value in the progress of the newest checkpoint of a folder, without a check of its bytes; none if
+    it can't be read."""
     steps = steps_in(folder) if folder.is_dir() else []
     if not steps:
         return set()
@@ -339,7 +339,7 @@ def progress_keys(folder: Place) -> set[str]:
         found = json.loads((folder / str(steps[0]) / "progress" / "metadata").read_bytes())
     except (OSError, ValueError, RecursionError):
         return set()
-    return set(found) if isinstance(found, dict) else set()
+    return {key for key, value in found.items() if value is not None} if isinstance(found, dict) else set()
 
 
 def set_aside(folder: Place) -> Place:

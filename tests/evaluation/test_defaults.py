@@ -131,5 +131,7 @@ def test_a_run_that_an_earlier_version_began_keeps_its_metric(rule, tmp_path):
     progress.mkdir(parents=True)
     (progress / "metadata").write_text('{"step": 3}')
     assert began_before(rule.config)
+    (progress / "metadata").write_text('{"step": 3, "scores": null}')  # resumed once, and saved again
+    assert began_before(rule.config)
     (progress / "metadata").write_text('{"step": 3, "scores": {}}')
     assert not began_before(rule.config)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import run_config, run_folder
+from tiny_run import rows_of_text, run_config, run_folder
 
 from para_jax import LoraConfig, MethodsResult, ParaConfig, compare_methods, load_config, train, train_tenants
 from para_jax.cli import main
@@ -13,6 +13,7 @@ from para_jax.runs import compare
 from para_jax.runs import train as runs
 from para_jax.runs.compare import MethodScore, comparison_table, method_configs
 from para_jax.runs.scoring import NotFinite
+from para_jax.training.scores_file import read_scores
 from para_jax.training.stop import Stopped, StopSignal
 
 
@@ -112,22 +113,25 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
         assert one["test"] == scored["test_after_loss"] and (one["count"], one["ended"]) == (8, "done")
         assert one["learning_rate"] == ADAPTER_CONFIGS[one["method"]].default_learning_rate
         assert (Path(one["folder"]) / "adapter" / "adapter_config.json").is_file()
+        assert read_scores(Path(one["folder"]))["validation"]["values"]["loss"] == one["score"]
     assert (tmp_path / "run" / "comparison.md").read_text().startswith("| method | parameters | rate |")
     assert load_config(tmp_path / "run" / "config.yaml") == config
 
 
 @pytest.mark.long
 def test_a_method_that_is_not_finite_is_listed_and_the_others_continue(folder, tmp_path, monkeypatch):
-    config = methods_config(folder, tmp_path / "run", "sweep.method=[lora, para]", "sweep.seed=[3]")
+    """Its adapter of the first score is there. The rows come from Python, and only the test data are scored."""
+    config = methods_config(folder, tmp_path / "run", "sweep.method=[lora, para]", "data.train=null", "eval.test=true")
     real = compare.trained
 
     def broken(own, shared):
+        ended = real(own, shared)
         if "lora" in own.output_dir:
-            real(own, shared)
             raise NotFinite("step 2: the loss is nan")
-        return real(own, shared)
+        return ended
 
     monkeypatch.setattr(compare, "trained", broken)
-    result = compare_methods(config)
-    assert isinstance(result, MethodsResult) and {one.method for one in result.methods} == {"lora", "para"}
-    assert {one.name for one in result.methods} == {"seed-3"}
+    result = compare_methods(config, {"train": rows_of_text(20, seed=1), "test": rows_of_text(5, seed=3)})
+    assert isinstance(result, MethodsResult)
+    assert {one.method: one.ended for one in result.methods} == {"lora": "not finite", "para": "done"}
+    assert all((one.metric, one.score) == ("loss", None) and one.test for one in result.methods)

@@ -154,6 +154,10 @@ def test_tenants_join_a_part_of_which_nothing_is_saved(backbone, grown, tmp_path
     fresh = tenants_config(backbone, tmp_path / "data", tmp_path / "fresh")
     folders.claim_folder(fresh)
     assert [part.names for part in parts_of_run(fresh, names)] == [names]
+    (tmp_path / "fresh" / "acme").mkdir()
+    (tmp_path / "fresh" / "acme" / "config.yaml").touch()
+    (tmp_path / "fresh" / "learning_rates" / "1").mkdir(parents=True)  # trials without the new ones have begun
+    assert [part.names for part in parts_of_run(fresh, names)] == [["acme"], ["aaron", "bishop", "globex"]]
 
 
 def test_a_tenant_whose_data_is_gone_is_named_and_nothing_is_written(grown, tmp_path):

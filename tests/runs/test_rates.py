@@ -149,3 +149,16 @@ def test_the_next_rate_is_tried_where_the_best_is_at_the_edge(folder, tmp_path, 
     train(auto_config(folder, tmp_path / "run"))
     held = json.loads((tmp_path / "run" / "learning_rates" / "chosen.json").read_text())
     assert [one["learning_rate"] for one in held["trials"]] == [3e-4, 1e-3]
+
+
+def test_a_trial_is_scored_once_at_its_end_on_a_bounded_number_of_examples(folder, tmp_path, short, monkeypatch):
+    monkeypatch.setattr(rates, "EXAMPLES", 5)
+    config = auto_config(folder, tmp_path / "run", "eval.every=1", "eval.patience=1")
+    train(config)
+    found = tmp_path / "run" / "learning_rates" / "1"
+    for name in ("learning_rate-0.0001", "learning_rate-0.003"):
+        rows = [json.loads(line) for line in (found / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "validation_loss" in row] == [2]
+        assert load_config(found / name / "config.yaml").eval.limit == 5
+    entries = json.loads((found / "tenants.json").read_text())
+    assert all(entry["ended"] == "done" and entry["scores"]["validation"]["count"] == 5 for entry in entries.values())
