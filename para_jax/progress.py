@@ -153,7 +153,8 @@ class Progress:
         if done < 1 or now <= begun:
             return []
         seconds = (now - begun) / done
-        pace = [f"{seconds:.1f} s a {self.unit}"] if self.unit and seconds >= 0.95 else []
+        article = "an" if self.unit[:1] in "aeiou" else "a"
+        pace = [f"{seconds:.1f} s {article} {self.unit}"] if self.unit and seconds >= 0.95 else []
         return pace + ([f"{duration(seconds * (self.total - self.done))} left"] if self.total else [])
 
 

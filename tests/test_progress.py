@@ -86,6 +86,14 @@ def test_compiling_before_the_first_unit_does_not_count_as_its_time(clock, capsy
     assert "scoring: 31 of 100 answers, 350 tokens/s, 34 s left" in capsys.readouterr().err.splitlines()
 
 
+def test_the_time_of_an_answer_is_written_with_an(clock, capsys):
+    with Progress("scoring", 96, unit="answer", clock=clock) as bar:
+        for _ in range(5):
+            clock.sleep(16)
+            bar.advance()
+    assert "scoring: 2 of 96 answers, 16.0 s an answer, 25 min left" in capsys.readouterr().err.splitlines()
+
+
 def test_compiling_later_does_not_count_either(clock, capsys):
     with Progress("training", 9, unit="step", clock=clock) as bar:
         for i in range(9):
