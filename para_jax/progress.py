@@ -56,8 +56,9 @@ class Progress:
         self._open = self._shown = False
         self._bar: tqdm | None = None
         self._begun = self._last_line = self._away = 0.0
+        self._done_away = 0
         self._marks: deque[tuple[float, int]] = deque(maxlen=RATE_LINES + 1)
-        """(seconds without those away, units done) at the first advance and at each line"""
+        """(seconds away left out, units done away left out) at the first advance and at each line"""
 
     def __enter__(self) -> Progress:
         self._begun, self._open = self._clock(), True
@@ -85,7 +86,7 @@ class Progress:
             if not self._open:
                 return
             if not self._marks:  # the time until now may have gone into compiling
-                self._marks.append((now - self._away, self.done))
+                self._mark(now)
             if not self._shown:
                 if now - self._begun >= SHOWN_AFTER:
                     self._show()
@@ -96,11 +97,14 @@ class Progress:
                 self._line(now)
 
     @contextmanager
-    def away(self) -> Iterator[None]:
-        """Leaves the time of the body, such as that of compiling, out of the seconds per unit."""
+    def away(self, count: int = 0) -> Iterator[None]:
+        """Leaves the time of the body, such as that of compiling, out of the seconds per unit. So are the `count` units
+        that are done in the body, and counted by `advance` later."""
         begun = self._clock()
         yield
-        self._away += self._clock() - begun
+        with self._lock:
+            self._away += self._clock() - begun
+            self._done_away += count
 
     def _show(self) -> None:
         """Shows the work for the first time."""
@@ -120,8 +124,11 @@ class Progress:
         self._last_line = now
         parts = [self._position(), *self._detail_texts(), *self._rate(now - self._away)]
         if self._marks:
-            self._marks.append((now - self._away, self.done))
+            self._mark(now)
         say(f"{self.what}: {', '.join(filter(None, parts))}" if any(parts) else f"{self.what} ...")
+
+    def _mark(self, now: float) -> None:
+        self._marks.append((now - self._away, self.done - self._done_away))
 
     def _position(self) -> str:
         units = plural(self.unit, self.total or self.done)
@@ -140,7 +147,7 @@ class Progress:
         if not self._marks:
             return []
         begun, before = self._marks[0]
-        done = self.done - before
+        done = self.done - self._done_away - before
         if done < 1 or now <= begun:
             return []
         seconds = (now - begun) / done

@@ -90,6 +90,14 @@ def test_compiling_before_the_first_unit_does_not_count_as_its_time(clock, capsy
     assert "scoring: 31 of 100 answers, 350 tokens/s, 34 s left" in capsys.readouterr().err.splitlines()
 
 
+def test_the_time_of_an_answer_is_written_with_an(clock, capsys):
+    with Progress("scoring", 96, unit="answer", clock=clock) as bar:
+        for _ in range(5):
+            clock.sleep(16)
+            bar.advance()
+    assert "scoring: 2 of 96 answers, 16.0 s an answer, 25 min left" in capsys.readouterr().err.splitlines()
+
+
 def test_compiling_later_does_not_count_either(clock, capsys):
     with Progress("training", 9, unit="step", clock=clock) as bar:
         for i in range(9):
@@ -98,6 +106,21 @@ def test_compiling_later_does_not_count_either(clock, capsys):
             clock.sleep(4)
             bar.advance()
     assert "training: step 3 of 9, 4.0 s per step, 24 s left" in capsys.readouterr().err.splitlines()
+
+
+def test_a_unit_done_while_compiling_does_not_count_as_a_quick_one(clock, capsys):
+    with Progress("training", 9, unit="step", clock=clock) as bar:
+        for i in range(5):
+            with bar.away(int(i in (0, 1))):  # two shapes, each compiled with its first step
+                clock.sleep(50 * (i in (0, 1)))
+            clock.sleep(8 * (i not in (0, 1)))
+            bar.advance()
+    assert capsys.readouterr().err.splitlines()[:4] == [
+        "training: step 1 of 9",
+        "training: step 2 of 9",
+        "training: step 4 of 9, 8.0 s a step, 40 s left",
+        "training took 2 min",
+    ]
 
 
 def test_work_of_less_than_two_seconds_shows_nothing(clock, capsys):

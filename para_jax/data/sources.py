@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config import DataSection, expanded
+from ..config import DataSection, expanded, nearest
 from ..storage.bucket import BucketPath, Place
 from . import hf, tfds
 from .arrow_files import SavedSplit, is_saved, saved_split
@@ -48,8 +48,18 @@ def existing(split: str, path: Path | BucketPath) -> Source:
     found = in_folder(path, split) if path.is_dir() else path
     if found is None or (not isinstance(found, DatasetSplit) and not found.is_file()):
         missing = path / f"{split}.jsonl" if path.is_dir() else path
-        raise ValueError(f"data.{split}: {missing} does not exist; name {FORMS.format(split=split)}")
+        advice = "" if isinstance(missing, BucketPath) else nearest(missing)
+        if split == "train" and path.is_dir() and is_of_tenants(path):
+            advice = f"; {path} has a folder for each tenant: use data.tenants={path}"
+        raise ValueError(f"data.{split}: {missing} does not exist{advice}\nname {FORMS.format(split=split)}")
     return found
+
+
+def is_of_tenants(folder: Place) -> bool:
+    """Whether the sub-folders have training data of their own."""
+    if isinstance(folder, BucketPath):
+        return False
+    return any(split_file(inside, "train") is not None for inside in folder.iterdir() if inside.is_dir())
 
 
 def in_folder(folder: Place, split: str) -> Source | None:

@@ -42,6 +42,11 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"data.tenants: {folder} {problem}; name a folder with a subfolder or .jsonl file per tenant")
+    if (splits := files_of_one(root)) is not None:
+        raise ValueError(
+            f"data.tenants: {folder} has {splits}, which is the data of one tenant\nuse data.train={folder}, or name "
+            "the folder above it"
+        )
     found: dict[str, DataSection] = {}
     for path in sorted(root.iterdir()):
         if path.name.startswith(".") or not (path.is_dir() or path.suffix in ENDINGS):
@@ -62,6 +67,17 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
     if not found:
         raise ValueError(f"data.tenants: {folder} has no tenants; add a subfolder or .jsonl file for each")
     return dict(sorted(found.items()))
+
+
+def files_of_one(root: Path) -> str | None:
+    """The names of the data files of a folder, if it has the splits of one data set and nothing else; else None. Read
+    as tenants, the test data would be trained on."""
+    data = [
+        path for path in root.iterdir() if not path.name.startswith(".") and (path.is_dir() or path.suffix in ENDINGS)
+    ]
+    splits = {path.stem for path in data}
+    one = "train" in splits and splits <= {"train", "validation", "test"} and len(splits) > 1
+    return ", ".join(sorted(path.name for path in data)) if one and all(map(Path.is_file, data)) else None
 
 
 def given_tenants(section: DataSection) -> dict[str, DataSection]:

@@ -176,7 +176,8 @@ class Loop(NamedTuple):
             else:
                 compiled.add(coming.bucket)
                 standing, pending, begun = self.read(pending, standing, bar), None, None  # compiling is not a step
-                with bar.away(), devices.compiling(f"the training step for {self.shape_of(coming)}"):
+                units = len(coming.turns) if self.config.many else 1
+                with bar.away(units), devices.compiling(f"the training step for {self.shape_of(coming)}"):
                     state, values = jax.block_until_ready(train_step(state, *given, **static))
         standing = self.read(pending, standing, bar)
         begun = None if self.profiler.on else begun  # nor is tracing one, and writing the trace

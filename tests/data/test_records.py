@@ -163,6 +163,19 @@ def test_training_data_must_be_there(tmp_path):
         load_records(DataSection(test=str(tmp_path / "gone.jsonl")), "test")
 
 
+def test_a_missing_file_is_named_with_what_stands_there(tmp_path):
+    acme = tmp_path / "tenants" / "acme"
+    acme.mkdir(parents=True)
+    (acme / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for wrong, advice in {
+        acme / "trian.jsonl": rf"did you mean {acme}/train.jsonl\?",
+        tmp_path / "tenant": rf"did you mean {tmp_path}/tenants\?",
+        tmp_path / "tenants": rf"data.tenants={tmp_path}/tenants",
+    }.items():
+        with pytest.raises(ValueError, match=rf"data.train: {wrong}.* does not exist; .*{advice}"):
+            load_records(DataSection(train=str(wrong)), "train")
+
+
 # -------------------------------------------------------------------------------------------------------------- length
 
 

@@ -77,6 +77,15 @@ def test_wrong_tenant_folders_are_named(tmp_path):
         tenant_sections(tmp_path, DataSection())
 
 
+def test_the_files_of_one_tenant_are_not_three_tenants(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl")
+    with pytest.raises(ValueError, match=rf"test.jsonl, train.jsonl(.|\n)*data.train={tmp_path}"):
+        tenant_sections(tmp_path, DataSection())
+    write(tmp_path / "acme" / "train.jsonl")
+    assert set(tenant_sections(tmp_path, DataSection())) == {"acme", "test", "train"}
+
+
 # --------------------------------------------------------------------------------------------------------------- shares
 
 
