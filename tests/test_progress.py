@@ -95,7 +95,7 @@ def test_the_time_of_an_answer_is_written_with_an(clock, capsys):
         for _ in range(5):
             clock.sleep(16)
             bar.advance()
-    assert "scoring: 2 of 96 answers, 16.0 s an answer, 25 min left" in capsys.readouterr().err.splitlines()
+    assert "scoring: 2 of 96 answers, 16.0 s per answer, 25 min left" in capsys.readouterr().err.splitlines()
 
 
 def test_compiling_later_does_not_count_either(clock, capsys):
@@ -118,7 +118,7 @@ def test_a_unit_done_while_compiling_does_not_count_as_a_quick_one(clock, capsys
     assert capsys.readouterr().err.splitlines()[:4] == [
         "training: step 1 of 9",
         "training: step 2 of 9",
-        "training: step 4 of 9, 8.0 s a step, 40 s left",
+        "training: step 4 of 9, 8.0 s per step, 40 s left",
         "training took 2 min",
     ]
 
