@@ -25,7 +25,7 @@ def raising(error):
         (raising(ValueError("no")), "weak"),
         (raising(ValueError("run.yaml: \x1b[31m")), "weak"),
         (raising(ValueError("run.yaml: \ud83d")), "weak"),
-        (raising(ValueError("run.yaml" + "\n" * 8)), "weak"),
+        (raising(ValueError("run.yaml" + "\n" * 40)), "weak"),
         (raising(ValueError("run.yaml" + "a" * 4000)), "weak"),
         (raising(TypeError("run.yaml")), "traceback"),
         (raising(BaseException("a panic in Rust")), "traceback"),

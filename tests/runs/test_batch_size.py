@@ -126,7 +126,7 @@ def test_a_run_has_the_same_losses_on_any_number_of_devices(folder):
         found.append(losses(folder / f"on-{devices}"))
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5, rtol=0)
-    assert len(found[0]) == 4 and np.ptp(found[0]) > 0.1
+    assert len(found[0]) == 5 and np.ptp(found[0]) > 0.1
 
 
 @pytest.mark.long

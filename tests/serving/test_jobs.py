@@ -29,6 +29,7 @@ from para_jax import (
     load_tokenizer,
     save_adapter,
 )
+from para_jax.backbone import load
 from para_jax.cli import main
 from para_jax.inference.sampling import derived_seed
 from para_jax.serving import job_lines, jobs
@@ -675,14 +676,13 @@ def test_lines_without_a_tenant_take_the_one_of_the_command(folder, whole, tmp_p
     assert "--tenant is given 2 times" in capsys.readouterr().err
 
 
-def test_wrong_job_files_are_refused_before_anything_is_loaded(folder, tmp_path, capsys):
+def test_wrong_job_files_are_refused_before_anything_is_loaded(folder, tmp_path, capsys, monkeypatch):
     (folder / "empty.jsonl").write_text("\n")
     assert main(command(folder, tmp_path / "out.jsonl", "empty.jsonl")) == 2
     assert "empty.jsonl: no line there" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
     notes = write(tmp_path / "notes.txt", "a shopping list")
-    line = command(folder, notes)
-    line[line.index("--backbone") + 1] = "/nowhere"
-    assert main(line) == 2 and f"{notes}: line 1 is not an answer" in capsys.readouterr().err
+    monkeypatch.setattr(load, "load_backbone", None)
+    assert main(command(folder, notes)) == 2 and f"{notes}: line 1 is not an answer" in capsys.readouterr().err
 
 
 def test_a_default_that_no_line_could_have_is_refused(folder, tmp_path, capsys):
