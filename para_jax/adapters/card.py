@@ -85,14 +85,12 @@ def peft_lines(base_model: str) -> list[str]:
 
 
 def training_lines(
-    *, method: str, data: str, examples: int, steps: int, rows: int, learning_rate: float | str, version: str
+    *, method: str, data: str, examples: int, steps: int, rows: int, learning_rate: float, version: str
 ) -> list[str]:
     """How an adapter was trained."""
     return [
         f"- {method}. Trained for {steps} steps on {printable(data, 200)} ({examples} examples).",
-        f"- Learning rate {learning_rate:g}, {rows} rows per step."
-        if isinstance(learning_rate, float | int)
-        else f"- Learning rate {learning_rate}, {rows} rows per step.",
+        f"- Learning rate {learning_rate:g}, {rows} rows per step.",
         f"- Trained by para_jax {version}.",
     ]
 

@@ -13,7 +13,7 @@ def add(commands) -> None:
     example = "runs/mine/adapter --prompt 'Text: I sent it back.\\nTeam:' --output runs/mine/peft"
     parents = [shared.dtype(), shared.runtime()]
     parser = shared.add_command(commands, "export", text, example, parents)
-    parser.description += " " + HELP
+    parser.description = f"{parser.description} {HELP}"
     parser.add_argument("adapter", type=shared.place, metavar="DIR", help="the adapter: a folder or a hub id")
     parser.add_argument(
         "--prompt", metavar="TEXT", help="for PARA: the prompt that the export is for; \\n is a newline"

@@ -67,7 +67,7 @@ def merged(below: dict[str, Any], above: dict[str, Any], section: str = "") -> d
 
 def method_of(run: dict[str, Any], default: Any) -> Any:
     """The value of adapter.method in a mapping of sections."""
-    adapter = run.get("adapter", {})
+    adapter: Any = run.get("adapter", {})
     if isinstance(adapter, str) and adapter in ADAPTER_CONFIGS:
         raise ValueError(f"adapter must be a mapping; got {adapter!r}; did you mean adapter.method={adapter}?")
     require(isinstance(adapter, dict), "adapter", adapter, "a mapping, such as {method: para, r: 12}")

@@ -48,7 +48,7 @@ class SavedSplit(NamedTuple):
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or not (self.folder / name).is_file():
                 raise ValueError(f"{state}: {shorten(name)} is not a file of the folder; save the data set again")
-        return [self.folder / name for name in names]
+        return [self.folder / str(name) for name in names]
 
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each row's place, "folder[index]", and its columns. A null counts as a missing column."""

@@ -260,7 +260,7 @@ class TooLong(ValueError):
 
     advice = "raise data.max_seq_length, or set data.truncate to skip (drop them) or left (cut the start of the prompt)"
 
-    def __init__(self, said: str, long: int, count: int, limit: int):
+    def __init__(self, said: str, long: int, count: int, limit: int | None):
         super().__init__(f"{said}\n{self.advice}")
         self.long, self.count, self.limit = long, count, limit
 

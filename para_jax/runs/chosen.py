@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 from ..config import RunConfig, shorten
 from ..storage.bucket import Place
@@ -20,7 +21,7 @@ def is_auto(config: RunConfig) -> bool:
     return config.train.learning_rate == "auto"
 
 
-def with_rate(config: RunConfig, rate: float) -> RunConfig:
+def with_rate(config: RunConfig, rate: float | Literal["auto"] | None) -> RunConfig:
     return replace(config, train=replace(config.train, learning_rate=rate))
 
 

@@ -100,8 +100,8 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
 
 
 def train_method(config: RunConfig, shared: Shared) -> str | None:
-    """Runs a method's run to its end. The result says why it ended: "done", "patience" or "not finite". Of a run of
-    many it is None, because there each combination has its own end."""
+    """Runs a method's run to its end. The result says why it ended: "done", "patience" or "not finite". It is None
+    for a run of many, where each combination has its own end."""
     try:
         standing = trained(config, shared).standing
     except NotFinite as error:

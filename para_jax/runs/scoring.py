@@ -242,7 +242,7 @@ def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | No
         examples=len(tenant.data.examples),
         steps=steps,
         rows=tenant.order.plan.rows,
-        learning_rate=config.train.learning_rate,
+        learning_rate=config.train.peak_learning_rate,
         version=__version__,
     )
     if config.backbone.quantize:

@@ -756,7 +756,7 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, m
         return {0: Score("validation", "loss", -1, losses.pop(0), 8)} if tasks.encoded and slots else {}
 
     monkeypatch.setattr(Tasks, "scores", scores)
-    with pytest.raises(ValueError, match="step 6: the validation loss is nan"):
+    with pytest.raises(ValueError, match="step 6: .*loss.* is nan"):
         train(config)
     assert "Trained for 3 steps" in (Path(config.output_dir) / "adapter" / "README.md").read_text()
     assert [row["step"] for row in metrics(config) if "validation_loss" in row] == [0, 3]
