@@ -12,8 +12,8 @@ from typing import Any
 from .. import atomic
 from ..storage.bucket import Place
 from .metrics import METRICS, labels
-from .questions import Answer, Written
-from .score import likeliest, likelihoods_of
+from .questions import Answer
+from .score import likeliest, likelihoods_of, written_texts
 from .tasks import EncodedTask
 
 
@@ -25,9 +25,7 @@ def logged_samples(encoded: EncodedTask, answers: Sequence[Answer]) -> list[dict
     """
     task, count = encoded.task, len(encoded.task.records)
     nats, tokens = likelihoods_of(encoded, answers)
-    given = [answer.text.strip() for answer in answers if isinstance(answer, Written)]
-    if task.ranks:
-        given = likeliest(task, nats)
+    given = likeliest(task, nats) if task.ranks else written_texts(answers)
     samples = []
     for i, record in enumerate(task.records):
         sample = {"index": i, "place": record.place, "prompt": record.prompt, "expected": list(record.references)}
