@@ -24,6 +24,7 @@ BACKBONE_OPTIONAL = ("fingerprint",)
 def own_config(peft_type: str, config: Any, backbone: Backbone, base_model: str, fingerprint: str | None) -> dict:
     """The content of adapter_config.json."""
     required, optional = field_names(type(config))
+    defaults = {field.name: field.default for field in fields(config)}
     widths = dict(backbone.site_widths)
     shape = backbone._asdict() | {"site_widths": {site: widths[site] for site in config.target_modules}}
     found = {
@@ -33,7 +34,7 @@ def own_config(peft_type: str, config: Any, backbone: Backbone, base_model: str,
         "inference_mode": True,
         **{name: plain(getattr(config, name)) for name in required},
         "backbone": shape | ({"fingerprint": fingerprint} if fingerprint else {}),
-        **{name: plain(getattr(config, name)) for name in optional if getattr(config, name) is not None},
+        **{name: plain(getattr(config, name)) for name in optional if getattr(config, name) != defaults[name]},
     }
     with suppress(importlib.metadata.PackageNotFoundError):  # a checkout that is not installed
         found["para_jax_version"] = importlib.metadata.version("para_jax")
@@ -41,11 +42,11 @@ def own_config(peft_type: str, config: Any, backbone: Backbone, base_model: str,
 
 
 def field_names(kind: type) -> tuple[list[str], list[str]]:
-    """The fields of a config class that a file must have, the rank and the sites first, and those with the default
-    None, which it may leave out."""
-    required = [field.name for field in fields(kind) if field.default is not None]
-    required.sort(key=lambda name: name not in ("r", "target_modules"))
-    return required, [field.name for field in fields(kind) if field.default is None]
+    """The fields of a config class that a file must have, the rank and the sites first, and those that it may leave
+    out: their default is None, or they are marked OPTIONAL."""
+    optional = [field.name for field in fields(kind) if field.default is None or field.metadata.get("optional")]
+    required = [field.name for field in fields(kind) if field.name not in optional]
+    return sorted(required, key=lambda name: name not in ("r", "target_modules")), optional
 
 
 def plain(value: Any) -> Any:

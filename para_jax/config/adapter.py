@@ -1,16 +1,36 @@
 """The configs of the adapter methods: PARA, LoRA and (IA)^3. Each has the learning rate that its method is trained with
 unless `train.learning_rate` is set."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from .bounds import PositiveFloat, PositiveInt, check_fields
 from .check import require
 from .model import SITES
 
+#: Marks a field that adapter folders may leave out: they were written before it existed, or it has its default.
+OPTIONAL = {"optional": True}
+
 
 @dataclass(frozen=True, kw_only=True)
-class ParaConfig:
+class AdapterConfig:
+    """What the configs of all methods have."""
+
+    scope: Literal["all", "prompt", "response"] = field(default="all", metadata=OPTIONAL)
+    """the positions where the adapter acts [our choice]. all: every one. response: the last `scope_window` prompt
+    tokens and the completion; the tokens before them run through the plain backbone, so every tenant can share them.
+    prompt: the prompt alone, so decoding carries nothing"""
+    scope_window: PositiveInt = field(default=1, metadata=OPTIONAL)
+    """how many of the prompt's last tokens are adapted with scope=response"""
+
+    def __post_init__(self):
+        check_fields(self)
+        fits = self.scope == "response" or self.scope_window == 1
+        require(fits, "scope_window", self.scope_window, f"1 with scope {self.scope}; only response has a window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParaConfig(AdapterConfig):
     """PARA (arXiv:2502.01033). r = 12 is the only rank that gives the paper's 8.9M parameters on LLaMA-2 7B
     [derived]."""
 
@@ -29,13 +49,13 @@ class ParaConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
-        check_fields(self)
+        super().__post_init__()
         if self.layers_to_transform is not None:
             object.__setattr__(self, "layers_to_transform", rising_layers(self.layers_to_transform))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(AdapterConfig):
     """LoRA (arXiv:2106.09685), with the names and defaults of Hugging Face PEFT."""
 
     default_learning_rate: ClassVar[float] = 3e-3
@@ -47,7 +67,7 @@ class LoraConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
-        check_fields(self)
+        super().__post_init__()
 
     @property
     def scale(self) -> float:
@@ -56,7 +76,7 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ia3Config:
+class Ia3Config(AdapterConfig):
     """(IA)^3 (arXiv:2205.05638), with the names and defaults of Hugging Face PEFT."""
 
     default_learning_rate: ClassVar[float] = 3e-2
@@ -66,6 +86,7 @@ class Ia3Config:
 
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
+        super().__post_init__()
         scaled = tuple(self.feedforward_modules)
         require(set(scaled) <= {"down_proj"}, "feedforward_modules", scaled, "[down_proj] or empty")
         object.__setattr__(self, "feedforward_modules", tuple(s for s in scaled if s in self.target_modules))
