@@ -22,6 +22,7 @@ from .evaluate import bench_evaluate
 from .load import bench_load
 from .record import report
 from .sampling import bench_sampling
+from .scopes import bench_scopes
 from .serve import bench_serve
 from .tenants import bench_tenants
 from .train import bench_packing, bench_train
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Callable[..., dict]] = {
     "serve": bench_serve,
     "evaluate": bench_evaluate,
     "train": bench_train,
+    "scopes": bench_scopes,
     "packing": bench_packing,
     "tenants": bench_tenants,
     "sampling": bench_sampling,

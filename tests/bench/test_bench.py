@@ -14,6 +14,7 @@ from para_jax import Engine, Transformer, bench, devices, forward
 from para_jax.bench import decode as bench_decode
 from para_jax.bench import evaluate as bench_evaluate
 from para_jax.bench import load as bench_load
+from para_jax.bench import scopes as bench_scopes
 from para_jax.bench import serve as bench_serve
 from para_jax.bench import tenants as bench_tenants
 from para_jax.bench import train as bench_train
@@ -124,6 +125,14 @@ def test_the_training_step_is_measured_by_what_the_backward_pass_keeps(monkeypat
     assert share == pytest.approx(rate * 4 * matrix_weights(backbone("smollm2").config) / 1e9)
 
 
+def test_the_training_step_is_measured_by_scope(monkeypatch):
+    monkeypatch.setattr(bench_scopes, "METHODS", {"(IA)^3": bench_scopes.METHODS["(IA)^3"]})
+    measured = bench.BENCHMARKS["scopes"](BACKBONE, rows=(2,), lengths=((4, 3), (9, 3)), rounds=2)
+    sides = [f"(IA)^3, {scope}, {length}" for length in ("4 + 3", "9 + 3") for scope in ("all", "response")]
+    assert list(measured["medians"]) == sides and all(value > 0 for value in measured["medians"].values())
+    assert measured["ratios"]["(IA)^3, 9 + 3: response / all"] == paired(measured["rounds"], sides[3], sides[2])
+
+
 def test_packing_is_measured_with_the_padding_that_it_removes(tmp_path):
     backbone_folder(tmp_path / "backbone")
     data = write_rows(tmp_path / "train.jsonl", rows_of_text(40, seed=0))
@@ -202,7 +211,8 @@ def test_sampling_is_measured_for_greedy_and_sampled_rows():
 
 
 @pytest.mark.parametrize(("name", "options"), [
-    ("train", {}), ("sampling", {}), ("serve", {}), ("evaluate", {}), ("packing", {"data": "train.jsonl"}),
+    ("train", {}), ("scopes", {}), ("sampling", {}), ("serve", {}), ("evaluate", {}),
+    ("packing", {"data": "train.jsonl"}),
 ])  # fmt: skip
 def test_a_list_of_rows_is_refused_by_name_where_one_number_is_measured(name, options, tmp_path):
     with pytest.raises(ValueError, match="--rows is 1,8.*one number"):
