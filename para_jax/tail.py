@@ -9,6 +9,7 @@ row has scope `response`, the prompts need no gradient, and the backward pass co
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ from .adapters.rows import by_layer, reach
 from .adapters.segments import Segments
 from .backbone.attention import within
 from .backbone.cache import attend_both
-from .backbone.kernels import self_attention
+from .backbone.kernel_choice import LANES, attention_kernel
+from .backbone.kernels import platform, self_attention, splash_both
 from .backbone.layout import through_layers
 from .residual import REMAT, acting, batched_adjust, plain, rotary_tables_by_kind, where_adapters_act
 
@@ -63,7 +65,7 @@ def tail_stream(
     segment = None if prompts.segments is None else prompts.segments.segment
     attend = self_attention(model.config, model.dtype, prompts.tokens.shape[1], segment, model.attention)
     start = tail_start(prompt_length, acts.window)
-    masks = {window: seen_by_tails(prompts, tails, start, window) for window in attend}
+    attend_from = {window: tail_attention(model, prompts, tails, start, window) for window in attend}
 
     def step(streams, layer, weights):
         first, x = streams
@@ -74,7 +76,7 @@ def tail_stream(
 
         def through(x, layer, adjustment, of_prompts):
             adjust = acting(batched_adjust(adjustment, tails.segments), in_tail)
-            return layer(x, adjust, tail_tables[rotary], attend_both(of_prompts, masks[window]))
+            return layer(x, adjust, tail_tables[rotary], attend_from[window](of_prompts))
 
         x, of_tails = REMAT[remat](through)(x, layer, adjustment, of_prompts)
         return (first, x), keep(of_prompts, of_tails, adjustment) if keep else None
@@ -86,6 +88,22 @@ def tail_stream(
 def tail_start(prompt_length: Int[Array, "*axes"], window: int) -> Int[Array, "*axes"]:
     """The position at which each prompt's tail begins."""
     return jnp.maximum(prompt_length - window, 0)
+
+
+def tail_attention(
+    model, prompts: Part, tails: Part, start: Int[Array, "*axes"], window: int | None
+) -> Callable[[tuple[jax.Array, jax.Array]], Callable]:
+    """The function that makes a layer's attention of the tails from the keys and values of the prompts."""
+    length, packed = tails.tokens.shape[1], tails.segments is not None
+    name, _ = attention_kernel(model.config, length, model.dtype, platform(), model.attention, packed=packed)
+    if name != "splash" or length < LANES or window is not None:
+        return partial(attend_both, mask=seen_by_tails(prompts, tails, start, window))
+    if tails.segments is None or prompts.segments is None:
+        of_tail, of_prompt, first = jnp.zeros_like(tails.tokens), jnp.zeros_like(prompts.tokens), start[:, None]
+    else:
+        of_tail, of_prompt = tails.segments.segment, prompts.segments.segment
+        first = jnp.take_along_axis(start, jnp.maximum(of_prompt, 0), axis=1)
+    return partial(splash_both, of_prompt=jnp.where(prompts.position < first, of_prompt, -2), of_tail=of_tail)
 
 
 def seen_by_tails(

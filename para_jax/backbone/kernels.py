@@ -81,57 +81,88 @@ def cudnn(
 def splash(length: int, window: int | None, segment: Int[Array, "batch length"] | None) -> Callable:
     """Attention by jax.experimental.pallas.ops.tpu.splash_attention. Without a TPU it is interpreted, which is slow."""
 
-    missing = -length % LANES  # padding comes last, where no token sees it
-
     def attend(q, k, v, scale, cap):
         q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
-        longer = [jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) for x in (q, k, v)]
-        segments = None if segment is None else jnp.pad(segment, ((0, 0), (0, missing)), constant_values=-1)
+        longer = [padded_to_lanes(x, 2) for x in (q, k, v)]  # padding comes last, where no token sees it
+        segments = None if segment is None else (padded_to_lanes(segment, 1, -1),) * 2
         mixed = over_mesh(partial(splash_rows, window=window, cap=cap), 1)(*longer, segments)
         return mixed[:, :, :length].swapaxes(1, 2), (k, v)
 
     return attend
 
 
+def splash_both(
+    prompt: tuple[Float[Array, "b k p e"], Float[Array, "b k p e"]],
+    of_prompt: Int[Array, "b p"],
+    of_tail: Int[Array, "b t"],
+) -> Callable:
+    """`cache.attend_both` by splash attention, without a window.
+
+    Args:
+        of_prompt, of_tail: numbers. A new token sees the prompt's tokens with its own number, and the new tokens with
+            its own number up to itself. Negative numbers are those of padding.
+    """
+
+    def attend(q, k, v, scale, cap):
+        q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
+        keys, values = (
+            jnp.concatenate([padded_to_lanes(x, 2) for x in both], axis=2) for both in zip(prompt, (k, v), strict=True)
+        )
+        seeing = padded_to_lanes(of_tail, 1, -1)
+        seen = jnp.concatenate([padded_to_lanes(of_prompt, 1, -2), seeing], axis=1)
+        rows = over_mesh(partial(splash_rows, window=None, cap=cap), 1)
+        mixed = rows(padded_to_lanes(q, 2), keys, values, (seeing, seen))
+        return mixed[:, :, : q.shape[2]].swapaxes(1, 2), (k, v)
+
+    return attend
+
+
+def padded_to_lanes(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
+    """An array with its token axis padded to a multiple of LANES."""
+    missing = [(0, -size % LANES if i == axis else 0) for i, size in enumerate(x.shape)]
+    return jnp.pad(x, missing, constant_values=value)
+
+
 def splash_rows(
     q: Float[Array, "b h t e"],
-    k: Float[Array, "b k t e"],
-    v: Float[Array, "b k t e"],
-    segment: Int[Array, "b t"] | None,
+    k: Float[Array, "b k s e"],
+    v: Float[Array, "b k s e"],
+    segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None,
     window: int | None,
     cap: float | None,
 ) -> Float[Array, "b h t e"]:
+    """The mixed values of the last t of s tokens."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
-    heads, length = q.shape[1:3]
-    square = (length, length)
-    one = pallas.CausalMask(square) if window is None else pallas.LocalMask(square, (window - 1, 0), 0)
-    size = next(size for size in range(min(BLOCK, length), 0, -LANES) if length % size == 0)
-    blocks = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes: dict[str, Any] = {f"block_{name}": size for name in blocks}
+    heads, shape = q.shape[1], (q.shape[2], k.shape[2])
+    before = shape[1] - shape[0]
+    one = pallas.CausalMask(shape, before) if window is None else pallas.LocalMask(shape, (window - 1, 0), before)
+    largest = [next(size for size in range(min(BLOCK, n), 0, -LANES) if n % size == 0) for n in shape]
+    names = (("q", "q_dkv", "q_dq"), ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq"))
+    sizes: dict[str, Any] = {f"block_{name}": size for size, of in zip(largest, names, strict=True) for name in of}
     kernel = pallas.make_splash_mha_single_device(
         pallas.MultiHeadMask([one] * heads),
         block_sizes=pallas.BlockSizes(**sizes),
         attn_logits_soft_cap=cap,
         interpret=platform() != "tpu",
     )
-    mixed: Any = jax.vmap(kernel)(q, k, v, None if segment is None else pallas.SegmentIds(segment, segment))
+    mixed: Any = jax.vmap(kernel)(q, k, v, None if segments is None else pallas.SegmentIds(*segments))
     return mixed
 
 
 def over_mesh(rows: Callable, heads_axis: int) -> Callable:
-    """rows(q, k, v, segment), run on each device of the mesh for its own rows and heads: the compiler cannot split a
+    """rows(q, k, v, segments), run on each device of the mesh for its own rows and heads: the compiler cannot split a
     kernel. Heads are not split if the number of kv heads does not divide by the mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return rows
 
-    def run(q, k, v, segment):
+    def run(q, k, v, segments):
         counts = (q.shape[0], k.shape[heads_axis])
         batch, heads = partition(("batch", "kv_heads"), counts, mesh.shape)
         spec = jax.P(batch, *(heads if axis == heads_axis else None for axis in (1, 2, 3)))
         specs = (spec, spec, spec, jax.P(batch, None))
-        return jax.shard_map(rows, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, segment)
+        return jax.shard_map(rows, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, segments)
 
     return run
 

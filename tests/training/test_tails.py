@@ -17,6 +17,7 @@ from para_jax import (
     load_backbone,
     pick,
     stack_adapters,
+    tail,
 )
 from para_jax.config import TrainSection
 from para_jax.data.batches import Bucket, collate
@@ -91,6 +92,24 @@ def test_padded_and_packed_tails_equal_the_whole_pass(family, config):
         assert_same(value_and_gradient(nll(padded(), **shape), adapter), expected)
     assert_same(value_and_gradient(nll(padded(), completion=COMPLETION), adapter), expected)
     assert_same(value_and_gradient(nll(packed(), completion=9, prompt=14), adapter), expected)
+
+
+def test_the_tails_attend_by_splash_as_by_plain_attention(monkeypatch):
+    model, config = model_of("llama"), ParaConfig(r=4, scope="response", scope_window=3)
+    adapter = strong(init_adapter(config, model.config))
+    batches = [(padded(), dict(completion=COMPLETION, prompt=PROMPT)), (packed(), dict(completion=9, prompt=14))]
+    of = [
+        lambda a, given=given, shape=shape: completion_nll(model, a, given, **shape)[0].sum()
+        for given, shape in batches
+    ]
+    expected = [value_and_gradient(nll, adapter) for nll in of]
+    monkeypatch.setattr(tail, "attention_kernel", lambda *given, **also: ("splash", ""))
+    monkeypatch.setattr(tail, "LANES", 1)
+    for nll, theirs in zip(of, expected, strict=True):
+        ours = value_and_gradient(nll, adapter)
+        assert_same(ours, theirs)
+        both = zip(*map(jax.tree.leaves, (ours[1], theirs[1])), strict=True)
+        assert not all(np.array_equal(mine, other) for mine, other in both)  # it was another kernel
 
 
 def test_a_mixed_batch_of_tenants_trains_as_each_alone():
