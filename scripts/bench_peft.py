@@ -2,14 +2,16 @@
 
     python scripts/bench_peft.py --torch-python /path/to/python-with-torch-peft-and-transformers
 
-PARA r=12, LoRA r=8 on all linears, and (IA)^3 on q, v and up, on the same weights and rows (48 prompt and 16
-completion tokens, loss on the completion). Each side is a process of its own (para_jax: this one) and makes one step in
-turn; torch runs with one thread and with two, and with logits at every position ("plain") and where the loss needs them
-("kept"). Each ratio is to the better number of threads. The torch side needs the extra [bench-peft].
+PARA r=12 with scope all and response, LoRA r=8 on all linears, and (IA)^3 on q, v and up, on the same weights and rows
+(48 prompt and 16 completion tokens, loss on the completion). Each side is a process of its own (para_jax: this one) and
+makes one step in turn; torch runs with one thread and with one per core, and with logits at every position
+("plain") and where the loss needs them ("kept"). Each ratio is to the better number of threads. The torch side needs
+the extra [bench-peft].
 """
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -39,19 +41,18 @@ PAUSE = 0.4  # seconds before each step, in which the threads of the side before
 class Para:
     """PARA's training steps, in the layout and by the function that `train` uses."""
 
-    def __init__(self, model, tokens: np.ndarray):
+    def __init__(self, model, scope: str, tokens: np.ndarray):
         self.model, self.config = model, TrainSection()
         lengths = (np.full((1, ROWS), n, np.int32) for n in (PROMPT, PROMPT + COMPLETION))
         self.batch = Batch(tokens[None], *lengths)
-        self.state = state_of_one(init_adapter(ParaConfig(r=12), model.config), self.config)
+        self.state = state_of_one(init_adapter(ParaConfig(r=12, scope=scope), model.config), self.config)
         self.losses = []
 
     def step(self) -> float:
         time.sleep(PAUSE)
         begun = time.perf_counter()
-        stepped = step_of_one(
-            self.state, self.model, self.batch, completion=COMPLETION, config=self.config, total_steps=1000
-        )
+        sizes = {"completion": COMPLETION, "prompt": PROMPT, "total_steps": 1000}
+        stepped = step_of_one(self.state, self.model, self.batch, config=self.config, **sizes)
         self.state, values = jax.block_until_ready(stepped)
         seconds = time.perf_counter() - begun
         self.losses.append(float(values["loss"][0]))
@@ -92,16 +93,18 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         convert_gguf(resolve_backbone(args.backbone), folder, load_tokenizer(args.backbone))
         peers = {method: Peft(args.torch_python, folder, method, tokens) for method in ("lora", "ia3")}
-    para = Para(model, tokens)
-    variants = [(method, logits, threads) for method in peers for logits in ("plain", "kept") for threads in (1, 2)]
+    ours = {"para": Para(model, "all", tokens), "para response": Para(model, "response", tokens)}
+    threads = sorted({1, len(os.sched_getaffinity(0))})
+    variants = [(method, logits, n) for method in peers for logits in ("plain", "kept") for n in threads]
     sides = {f"{m} {logits} {n}": lambda m=m, logits=logits, n=n: peers[m].step(n, logits) for m, logits, n in variants}
-    found = measurement("s per step", interleaved({"para": para.step} | sides, args.rounds))
+    sides = {name: side.step for name, side in ours.items()} | sides
+    found = measurement("s per step", interleaved(sides, args.rounds))
     seconds = found["medians"]
-    best = {f"{m} {logits}": min(seconds[f"{m} {logits} {n}"] for n in (1, 2)) for m, logits, _ in variants}
+    best = {f"{m} {logits}": min(seconds[f"{m} {logits} {n}"] for n in threads) for m, logits, _ in variants}
     more = {
         "versions": library_versions() | peers["lora"].versions,
-        "ratios": {f"para / {peer}": seconds["para"] / value for peer, value in best.items()},
-        "first_loss": {"para": para.losses[0]} | {method: peer.losses[0] for method, peer in peers.items()},
+        "ratios": {f"{name} / {peer}": seconds[name] / value for name in ours for peer, value in best.items()},
+        "first_loss": {name: side.losses[0] for name, side in (ours | peers).items()},
     }
     report(new_record(shlex.join(["python", *sys.argv]), found | more), args.output)
     print(f"first loss: {more['first_loss']}")

@@ -55,8 +55,7 @@ def step_time(model, adapter_config, batch, prompt: int, completion: int) -> Cal
 
     def step():
         nonlocal state
-        static = dict(completion=completion, prompt=prompt, config=config, **CONFIG)
-        state, _ = step_of_one(state, model, batch, **static)
+        state, _ = step_of_one(state, model, batch, completion=completion, prompt=prompt, config=config, **CONFIG)
         return state
 
     return milliseconds(step)
