@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .backbone.kernel_choice import attention_kernel, choice_named
 from .backbone.load import abstract_backbone, load_model_config
 from .config import SITES, ModelConfig, RunConfig
 from .data.batches import Batch
 from .data.packing import Packed
+from .longest_row import examples_in_row, parts_of_row
 from .messages import say
 from .model import init_adapter
 from .processes import on_every_process, on_first_process
 from .sharding import RULES, make_mesh, mesh_sizes, tenants_shardings, tree_shardings, with_sharding
+from .tail import keeps_stream
 from .training.loss import CHUNK
 from .training.optimizer import LearningRates
 from .training.passes import Layout, batch_devices, lay_out
@@ -43,8 +44,6 @@ USABLE = 0.9
 KEPT_LINEARS = {"block": 0, "dots": 1, "none": 2.2}
 #: How often an evaluation holds its caches at once: the prefill makes them layer by layer, and decoding stacks them.
 CACHE_COPIES = 3
-#: Tokens of an example in a packed row, where the data isn't read.
-TOKENS_AN_EXAMPLE = 64
 
 
 # ------------------------------------------------------------------------------------------------------------- the mesh
@@ -187,15 +186,20 @@ def cache_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
 
 def activation_bytes(config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, tenants: int = 1) -> int:
     """What the backward pass keeps of each layer, one layer's attention and linears, the weights that fsdp has gathered
-    (of a layer, and the head's), and a chunk of the logits."""
+    (of a layer, and the head's), and a chunk of the logits. With scope response, the backward pass covers the tails
+    alone; of the prompts it keeps keys and values."""
     dtype, tensor = jnp.dtype(config.backbone.dtype or "bfloat16"), mesh.shape["tensor"]
-    tokens, rows = config.data.assumed_length, lay_out(config, mesh, tenants).pass_rows // batch_devices(mesh)
-    linears = sum(map(model.site_width, SITES)) / tensor
-    kernel, _ = kernel_of_run(config, model)
-    scores = 4 * rows * model.num_heads / tensor * tokens * tokens * (kernel == "plain")
-    kept = dtype.itemsize * rows * tokens * (model.width + KEPT_LINEARS[config.train.remat] * linears)
-    kept += 1.5 * scores * (config.train.remat == "none")
-    at_work = 2 * scores + 3 * rows * tokens * linears * dtype.itemsize + 4 * CHUNK
+    rows = lay_out(config, mesh, tenants).pass_rows // batch_devices(mesh)
+    linears, remat = sum(map(model.site_width, SITES)) / tensor, config.train.remat
+    prompts, trained = parts_of_row(config, model)
+    values, score = dtype.itemsize * rows, 4 * rows * model.num_heads / tensor  # bytes of an activation and of a score
+    kept = values * trained.tokens * (model.width + KEPT_LINEARS[remat] * linears)
+    kept += 1.5 * score * trained.scores * (remat == "none")
+    at_work = 2 * score * trained.scores + 3 * values * trained.tokens * linears
+    if prompts:
+        kept += values * prompts.tokens * (model.width if keeps_stream(model, remat) else 2 * model.kv_width / tensor)
+        at_work = max(at_work, score * prompts.scores + values * prompts.tokens * linears)
+    at_work += 4 * CHUNK
     if mesh.shape["fsdp"] > 1:
         layer = sum(model.site_input_width(site) * model.site_width(site) for site in SITES)
         at_work += (layer + model.vocab_size * model.width) * dtype.itemsize / tensor
@@ -251,18 +255,12 @@ def abstract_model(config: RunConfig, mesh: Mesh | AbstractMesh) -> Any:
     return abstract_backbone(model_config, dtype, mesh, layout="stacked", quantize=quantize, attention=attention)
 
 
-def kernel_of_run(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
-    """The attention kernel of a run's longest rows on a TPU, and the reason for it."""
-    dtype, choice = config.backbone.dtype or "bfloat16", choice_named(config.backbone.attention)
-    return attention_kernel(model, config.data.assumed_length, dtype, "tpu", choice, packed=config.data.packing)
-
-
 def abstract_batch(config: RunConfig, mesh: Mesh | AbstractMesh, layout: Layout) -> Batch | Packed:
     """A step's batch."""
     lead = (layout.passes, layout.pass_rows)
     tokens = (config.data.assumed_length,)
     if config.data.packing:
-        segments = (packed_examples(config),)
+        segments = (examples_in_row(config),)
         kind, shapes = Packed, (tokens, tokens, segments, segments, segments, tokens)
     else:
         kind, shapes = Batch, (tokens, (), ())
@@ -273,8 +271,3 @@ def abstract_batch(config: RunConfig, mesh: Mesh | AbstractMesh, layout: Layout)
 
 def sharded(mesh: Mesh | AbstractMesh, *axes) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))  # pyright: ignore[reportArgumentType]
-
-
-def packed_examples(config: RunConfig) -> int:
-    """Examples per packed row, where the data isn't read."""
-    return max(1, config.data.assumed_length // TOKENS_AN_EXAMPLE)

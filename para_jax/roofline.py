@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from .backbone.load import load_model_config
 from .config import SITES, ModelConfig, RunConfig
 from .devices import PEAK_FLOPS
-from .memory import kernel_of_run
+from .longest_row import RowPart, longest_split, parts_of_row
 from .training.loss import CHUNK
 from .training.passes import lay_out
 
@@ -78,33 +78,43 @@ def estimate_time(work: Work, collectives: Mapping[str, int], kind: str) -> Time
 def training_work(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int = 1) -> Work:
     """The work of a training step whose rows have the maximum length and only completion tokens (or, packed, one
     example): the matrix products of the backbone, attention and the head, in the forward pass, in its recomputation by
-    train.remat, and in the backward pass to the activations (the weights are frozen).
+    train.remat, and in the backward pass to the activations (the weights are frozen). With scope response, the prompts
+    of the maximum length have a forward pass alone.
 
     HBM counts the weights of these products, their inputs and outputs, logits, and the scores of plain attention.
     Adapters, optimiser, norms and elementwise operations are not counted.
     """
     model, layout = load_model_config(config.backbone.source), lay_out(config, mesh, tenants)
-    length, remat = config.data.assumed_length, config.train.remat
+    prompts, trained = parts_of_row(config, model)
+    (_, completion), remat = longest_split(config), config.train.remat
     dtype = jnp.dtype(config.backbone.dtype or "bfloat16")
-    kernel, _ = kernel_of_run(config, model)
-    tokens = layout.passes * layout.pass_rows * length / mesh.size  # per chip, as if `tensor` split them too
+    rows = layout.passes * layout.pass_rows / mesh.size  # per chip, as if `tensor` split them too
     rows_held, tensor = layout.pass_rows / (mesh.size / mesh.shape["tensor"]), mesh.shape["tensor"]
-    chunks = -(-rows_held * length * model.vocab_size / tensor // CHUNK)
+    chunks = -(-rows_held * completion * model.vocab_size / tensor // CHUNK)
     linear_runs = 2 + (recomputed_share(config, model) if remat == "block" else 0)
-    attention_runs = 3 + (remat != "none") + (0.5 if kernel == "splash" else 0)  # backward: 2, and splash's scores
+    attention_runs = 3 + (remat != "none") + (0.5 if trained.kernel == "splash" else 0)  # backward: 2, splash's scores
     head_runs = 3 if chunks > 1 else 2
 
     weights, head = matrix_weights(model), model.width * model.vocab_size
-    seen = sum(keys_seen(length, kind.window, kernel) for kind in model.kinds)
-    flops = tokens * (2 * weights * linear_runs + 4 * seen * model.q_width * attention_runs + 2 * head * head_runs)
-
     weight_bytes = 1 if config.backbone.quantize == "int8" else dtype.itemsize
     through = sum(model.site_input_width(site) + model.site_width(site) for site in SITES) * model.num_layers
-    hbm = layout.passes * (weights * weight_bytes * linear_runs + head * dtype.itemsize * head_runs * chunks) / tensor
-    hbm += tokens * (through * dtype.itemsize * linear_runs + 2 * 4 * model.vocab_size * head_runs)
-    if kernel == "plain":
-        hbm += tokens * 2 * 4 * seen * model.num_heads * attention_runs
+    flops = rows * completion * 2 * head * head_runs
+    hbm = layout.passes * head * dtype.itemsize * head_runs * chunks / tensor
+    hbm += rows * completion * 2 * 4 * model.vocab_size * head_runs
+    forward = [(prompts, 1, 1)] if prompts else []
+    for part, linear, attention in [(trained, linear_runs, attention_runs), *forward]:
+        seen = sum(keys_of(part, kind.window) for kind in model.kinds)
+        flops += rows * part.tokens * (2 * weights * linear + 4 * seen * model.q_width * attention)
+        hbm += layout.passes * weights * weight_bytes * linear / tensor
+        hbm += rows * part.tokens * through * dtype.itemsize * linear
+        if part.kernel == "plain":
+            hbm += rows * part.tokens * 2 * 4 * seen * model.num_heads * attention
     return Work(flops, hbm)
+
+
+def keys_of(part: RowPart, window: int | None) -> float:
+    """The mean number of keys per token of a part that its kernel computes."""
+    return part.context - part.tokens + keys_seen(part.tokens, window, part.kernel)
 
 
 def recomputed_share(config: RunConfig, model: ModelConfig) -> float:

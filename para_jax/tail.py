@@ -23,6 +23,7 @@ from .backbone.cache import attend_both
 from .backbone.kernel_choice import LANES, attention_kernel
 from .backbone.kernels import platform, self_attention, splash_both
 from .backbone.layout import through_layers
+from .config import ModelConfig
 from .residual import REMAT, acting, batched_adjust, plain, rotary_tables_by_kind, where_adapters_act
 
 
@@ -54,16 +55,19 @@ def tail_stream(
         prompts: a prompt may be followed by further tokens, which nothing reads.
         tails: each begins at position `tail_start` of its example.
         keep: keep((keys, values) of the prompts, those of the tails, float32 adjustment); default: keeps nothing.
-        remat: a key of REMAT, for the tails. Of the prompts only keys and values are saved.
+        remat: a key of REMAT, for the tails. Of the prompts, keys and values are saved; with `block` their stream where
+            that is smaller, as without grouped queries.
     """
+    config = model.config
+    whole = keeps_stream(config, remat)
     acts = reach(adapters, len(prompts.tokens))
     weights, make = by_layer(adapters)
     in_prompt, _ = where_adapters_act(acts, prompt_length, prompts.position, prompts.segments)
     in_tail = acts.only_window is not None or acts.acts(prompt_length, tails.position, tails.segments)
     place = [] if prompts.segments is None else [prompts.segments.start]
-    tables, tail_tables = (rotary_tables_by_kind(model.config, part.position) for part in (prompts, tails))
+    tables, tail_tables = (rotary_tables_by_kind(config, part.position) for part in (prompts, tails))
     segment = None if prompts.segments is None else prompts.segments.segment
-    attend = self_attention(model.config, model.dtype, prompts.tokens.shape[1], segment, model.attention)
+    attend = self_attention(config, model.dtype, prompts.tokens.shape[1], segment, model.attention)
     start = tail_start(prompt_length, acts.window)
     attend_from = {window: tail_attention(model, prompts, tails, start, window) for window in attend}
 
@@ -78,11 +82,17 @@ def tail_stream(
             adjust = acting(batched_adjust(adjustment, tails.segments), in_tail)
             return layer(x, adjust, tail_tables[rotary], attend_from[window](of_prompts))
 
-        x, of_tails = REMAT[remat](through)(x, layer, adjustment, of_prompts)
+        x, of_tails = REMAT["none" if whole else remat](through)(x, layer, adjustment, of_prompts)
         return (first, x), keep(of_prompts, of_tails, adjustment) if keep else None
 
-    (first, x), kept = through_layers(model, step, (model.embed(prompts.tokens), model.embed(tails.tokens)), weights)
+    streams = model.embed(prompts.tokens), model.embed(tails.tokens)
+    (first, x), kept = through_layers(model, REMAT[remat](step) if whole else step, streams, weights)
     return x, first, kept
+
+
+def keeps_stream(config: ModelConfig, remat: str) -> bool:
+    """Whether the backward pass gets the prompts' stream instead of their keys and values, and computes these again."""
+    return remat == "block" and config.width < 2 * config.kv_width
 
 
 def tail_start(prompt_length: Int[Array, "*axes"], window: int) -> Int[Array, "*axes"]:
@@ -96,7 +106,7 @@ def tail_attention(
     """The function that makes a layer's attention of the tails from the keys and values of the prompts."""
     length, packed = tails.tokens.shape[1], tails.segments is not None
     name, _ = attention_kernel(model.config, length, model.dtype, platform(), model.attention, packed=packed)
-    if name != "splash" or length < LANES or window is not None:
+    if not by_splash(name, length, window):
         return partial(attend_both, mask=seen_by_tails(prompts, tails, start, window))
     if tails.segments is None or prompts.segments is None:
         of_tail, of_prompt, first = jnp.zeros_like(tails.tokens), jnp.zeros_like(prompts.tokens), start[:, None]
@@ -104,6 +114,12 @@ def tail_attention(
         of_tail, of_prompt = tails.segments.segment, prompts.segments.segment
         first = jnp.take_along_axis(start, jnp.maximum(of_prompt, 0), axis=1)
     return partial(splash_both, of_prompt=jnp.where(prompts.position < first, of_prompt, -2), of_tail=of_tail)
+
+
+def by_splash(kernel: str, length: int, window: int | None) -> bool:
+    """Whether tails of `length` tokens attend by splash attention, where whole sequences do by `kernel`. The kernel
+    counts places in a row, and a window counts positions."""
+    return kernel == "splash" and length >= LANES and window is None
 
 
 def seen_by_tails(

@@ -21,6 +21,7 @@ LAYERS = [
     ["tail"],
     ["model"],
     ["training", "inference"],
+    ["longest_row"],
     ["serving", "memory"],
     ["roofline"],
     ["evaluation"],

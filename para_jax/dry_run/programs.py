@@ -13,6 +13,7 @@ from ..config import RunConfig
 from ..data.batches import Batch
 from ..evaluation.likelihood import continuation_scores, together
 from ..inference.generate import next_token
+from ..longest_row import longest_split
 from ..memory import abstract_adapter, abstract_model
 from ..model import _prefill
 from ..sharding import with_sharding
@@ -46,7 +47,9 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[st
 
     with jax.set_mesh(mesh):
         batch = Batch(int32(rows, length), int32(rows), int32(rows))  # pyright: ignore[reportArgumentType]
-        found["loss"], _ = ask_compiler(eval_nll.lower(model, adapter, batch, completion=length))
+        prompt, completion = longest_split(config)
+        lowered = eval_nll.lower(model, adapter, batch, completion=completion, prompt=prompt)
+        found["loss"], _ = ask_compiler(lowered)
         lowered = _prefill.lower(model, adapter, int32(rows, length), int32(rows), int32(rows), room, False)
         found["prefill"], program = ask_compiler(lowered)
         if program is None:

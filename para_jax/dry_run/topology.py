@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ..backbone.load import load_model_config
 from ..config import RunConfig, printable, require
+from ..longest_row import examples_in_row, kernel_of_run, longest_split
 from ..memory import (
     CHIP_GIB,
     GIB,
@@ -24,8 +25,6 @@ from ..memory import (
     choose_mesh,
     describe_mesh,
     estimate_memory,
-    kernel_of_run,
-    packed_examples,
     shard_bytes,
     step_arguments,
     tree_size,
@@ -131,7 +130,8 @@ def topology_devices(topology: str, chips: int):
 
 def compile_step(config: RunConfig, mesh: Mesh, tenants: int = 1) -> Compiled:
     """The run's own training step for its longest rows, compiled."""
-    static: dict[str, Any] = dict(completion=config.data.assumed_length, config=config.train)
+    prompt, completion = longest_split(config)
+    static: dict[str, Any] = dict(completion=completion, prompt=prompt, config=config.train)
     with jax.set_mesh(mesh):
         return ask_compiler(train_step.lower(*step_arguments(config, mesh, tenants), **static))[0]
 
@@ -163,12 +163,13 @@ def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Comp
 
 def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants: int = 1) -> list[str]:
     layout, longest = lay_out(config, mesh, tenants), config.data.assumed_length
-    model = load_model_config(config.backbone.source)
+    model, (_, completion) = load_model_config(config.backbone.source), longest_split(config)
+    completions = "any" if completion == longest else f"up to {completion}"
     kernel, why = kernel_of_run(config, model)
     return [
         f"slice      {topology}: {mesh.size} chips; mesh {describe_mesh(mesh)}",
-        f"a step     {layout.passes} x {layout.pass_rows} rows of {longest} tokens, any of them completion; "
-        f"remat {config.train.remat}" + (f"; packed, {packed_examples(config)} examples per row" * config.data.packing),
+        f"a step     {layout.passes} x {layout.pass_rows} rows of {longest} tokens, {completions} of them completion; "
+        f"remat {config.train.remat}" + (f"; packed, {examples_in_row(config)} examples per row" * config.data.packing),
         f"attention  {kernel} ({why})",
         *([tenants_line(config, mesh, tenants)] if config.many else []),
         *(f"not split  {line}" for line in replicated_lines(abstract_model(config, mesh), mesh, model)),
