@@ -3,16 +3,18 @@
     pip install -e '.[aot]'
     python scripts/tpu_memory.py [--print]
 
-LLaMA-2 7B, 2 rows of 4096 tokens per chip, fully sharded over 16 chips; and packed rows. Results in
-results/tpu_memory.json are not compiled again: delete the file after a change of the model's code. The table is printed
-from the file.
+LLaMA-2 7B, 2 rows of 4096 tokens per chip, fully sharded over 16 chips; packed rows; and 4 rows of 2048 tokens by
+scope. Results in results/tpu_memory.json are not compiled again: delete the file after a change of the model's code.
+The tables are printed from the file.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -28,6 +30,7 @@ RESULTS = Path("results/tpu_memory.json")
 CONFIG, SLICE = "configs/llama2-7b-boolq.yaml", "v5e:4x4"
 COMMON = ("train.batch_size=null", "mesh.data=1", "mesh.fsdp=16")
 ROWS = {
+    "4 x 2048": ("train.per_device_batch_size=4", "data.max_seq_length=2048"),
     "2 x 4096": ("train.per_device_batch_size=2", "data.max_seq_length=4096"),
     "4 x 2048, packed": ("train.per_device_batch_size=4", "data.max_seq_length=2048", "data.packing=true"),
 }
@@ -36,6 +39,8 @@ CASES = [
     *(("4 x 2048, packed", "splash", remat) for remat in ("block", "dots")),
 ]
 COLUMNS = ("rows per chip", "attention", "train.remat", "arguments", "temporaries", "HBM per chip", "compiled in")
+#: 4 rows of 2048 tokens: (scope, prompt tokens, completion tokens)
+SPLITS = (("all", 1536, 512), ("response", 1536, 512), ("response", 1792, 256), ("response", 2032, 16))
 
 
 def main():
@@ -49,16 +54,51 @@ def main():
             found[name] = {"rows": rows, "kernel": kernel, "remat": remat} | compiled_entry(ROWS[rows], kernel, remat)
             print(name, found[name], file=sys.stderr, flush=True)
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    for remat, (scope, prompt, completion) in product(("dots", "block"), SPLITS):
+        name = split_name(scope, prompt, completion, remat)
+        if name not in found and not args.print:
+            about = {"scope": scope, "prompt": prompt, "completion": completion, "remat": remat}
+            given = (*ROWS["4 x 2048"], f"adapter.scope={scope}")
+            found[name] = about | compiled_entry(given, "splash", remat, (prompt, completion))
+            print(name, found[name], file=sys.stderr, flush=True)
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     lines = [line(found[name]) for name in map(", ".join, CASES) if name in found]
     print("\n".join(["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *lines]))
+    print(
+        "\n".join(
+            ["", "| scope | prompt + completion | dots | / all | block | / all |", "|---" * 6 + "|", *by_scope(found)]
+        )
+    )
 
 
-def compiled_entry(overrides: tuple[str, ...], kernel: str, remat: str) -> dict:
+def split_name(scope: str, prompt: int, completion: int, remat: str) -> str:
+    return f"4 x 2048, scope {scope}, {prompt} + {completion}, {remat}"
+
+
+def by_scope(found: dict) -> Iterator[str]:
+    """Rows with the temporaries in GiB, and their ratio to those of scope all."""
+    for split in SPLITS:
+        cells = []
+        for remat in ("dots", "block"):
+            sizes = [found.get(split_name(*one, remat)) for one in (split, SPLITS[0])]
+            if all(sizes):
+                one, everywhere = map(temporaries, sizes)
+                cells += [f"{one / 2**30:.2f}", f"{one / everywhere:.2f}"]
+        scope, prompt, completion = split
+        yield f"| {scope} | {prompt} + {completion} | {' | '.join(cells)} |"
+
+
+def temporaries(entry: dict) -> int:
+    """Bytes. If the program does not fit, its need beyond the arguments."""
+    return entry["program"]["temporaries"] if entry["program"] else entry["needed"] - entry["arguments"]
+
+
+def compiled_entry(overrides: tuple[str, ...], kernel: str, remat: str, split: tuple[int, int] | None = None) -> dict:
     _, chips = parsed_topology(SLICE)
     given = [*COMMON, *overrides, f"train.remat={remat}", f"backbone.attention={kernel}"]
     config = load_config(CONFIG, given)
     mesh = make_mesh(data=1, fsdp=chips, devices=topology_devices(SLICE, chips))
-    said = compile_step(config, mesh)
+    said = compile_step(config, mesh, split=split)
     return {
         "command": f"para-jax train {CONFIG} --dry-run --topology {SLICE} {' '.join(given)}",
         "versions": f"jax {jax.__version__}, libtpu {version('libtpu')}",
@@ -69,12 +109,16 @@ def compiled_entry(overrides: tuple[str, ...], kernel: str, remat: str) -> dict:
 
 
 def line(entry: dict) -> str:
-    """One row of the table. If it does not fit, the temporaries are its need beyond the arguments."""
+    """One row of the table."""
     gib = lambda size: f"{size / 2**30:.2f}"  # noqa: E731
     program, needed = entry["program"], entry["needed"]
-    temporaries = program["temporaries"] if program else needed - entry["arguments"]
     verdict = "fits" if program else f"{gib(needed - entry['limit'])} too much"
-    sizes = [gib(entry["arguments"]), gib(temporaries), f"{gib(needed)} GiB: {verdict}", f"{entry['seconds']:.0f} s"]
+    sizes = [
+        gib(entry["arguments"]),
+        gib(temporaries(entry)),
+        f"{gib(needed)} GiB: {verdict}",
+        f"{entry['seconds']:.0f} s",
+    ]
     return f"| {' | '.join([entry['rows'], entry['kernel'], entry['remat'], *sizes])} |"
 
 

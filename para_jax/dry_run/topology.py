@@ -128,9 +128,13 @@ def topology_devices(topology: str, chips: int):
 # ------------------------------------------------------------------------------------------------------------- the step
 
 
-def compile_step(config: RunConfig, mesh: Mesh, tenants: int = 1) -> Compiled:
-    """The run's own training step for its longest rows, compiled."""
-    prompt, completion = longest_split(config)
+def compile_step(config: RunConfig, mesh: Mesh, tenants: int = 1, *, split: tuple[int, int] | None = None) -> Compiled:
+    """The run's own training step for its longest rows, compiled.
+
+    Args:
+        split: the maximum number of prompt tokens, and of completion tokens, in a row; default: `longest_split`.
+    """
+    prompt, completion = split or longest_split(config)
     static: dict[str, Any] = dict(completion=completion, prompt=prompt, config=config.train)
     with jax.set_mesh(mesh):
         return ask_compiler(train_step.lower(*step_arguments(config, mesh, tenants), **static))[0]
