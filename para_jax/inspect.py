@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from . import devices
 from .adapters.adapter import count_parameters
+from .adapters.card import scope_outline
 from .adapters.files import read_adapter_config
 from .backbone.load import abstract_backbone, load_model_config
 from .backbone.weights import parameter_shapes
@@ -19,6 +20,7 @@ from .config import (
     adapter_method,
     config_dict,
     expanded,
+    given_fields,
     load_config,
     one_of,
     printable,
@@ -64,7 +66,8 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
     lines = [
         f"backbone   {config.backbone.source}: {model.model_type}, {model.num_layers} layers, width {model.width}",
         f"parameters {backbone:,} frozen, {trained:,} trained ({trained / (backbone + trained):.3%}); "
-        f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}",
+        f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}"
+        f"{scope_outline(config.adapter)}",
         f"memory     weights {size(weights)} ({kept}), adapter {size(tree_size(adapter))}, "
         f"optimiser {size(tree_size(state.optimizer))}",
         topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
@@ -212,7 +215,7 @@ def adapter_report(folder: Path) -> str:
     found = read_adapter_config(folder)
     fields = {
         k: ", ".join(map(str, v)) or "none" if isinstance(v, tuple) else v
-        for k, v in vars(found.config).items()
+        for k, v in given_fields(found.config).items()
         if v is not None  # layers_to_transform: all
     }
     shape = f"{found.backbone['num_layers']} layers"

@@ -35,7 +35,7 @@ from para_jax import (
     train_tenants,
 )
 from para_jax.adapters.adapter import count_parameters
-from para_jax.config import Ia3Config, LoraConfig, save_config
+from para_jax.config import Ia3Config, LoraConfig, config_text, save_config
 from para_jax.data.tasks import TASKS
 from para_jax.devices import describe_devices, library_versions
 from para_jax.evaluation.tasks import task_of_run
@@ -238,7 +238,8 @@ def train(args, task: str, main: dict, also: dict, model_config) -> None:
             parameters = count_parameters(init_adapter(adapter, model_config))
             return {"name": name, "parameters": parameters} | trained(args, task, adapter, folder, rates, overrides)
 
-        form = repr(adapter).replace(", layers_to_transform=None", "")  # as in files written before that field existed
+        form = config_text(adapter)
+        form = form.replace(", layers_to_transform=None", "")  # as in files written before that field existed
         about = settings(args) | {"adapter": form, "rates": list(rates)}
         about |= {"overrides": list(overrides)} if overrides else {}
         done(args.output / f"{task}-{label(name)}-trained.json", made, about)

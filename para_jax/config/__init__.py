@@ -4,6 +4,8 @@ from .adapter import ADAPTER_CONFIGS as ADAPTER_CONFIGS
 from .adapter import Ia3Config as Ia3Config
 from .adapter import LoraConfig as LoraConfig
 from .adapter import ParaConfig as ParaConfig
+from .adapter import config_text as config_text
+from .adapter import given_fields as given_fields
 from .adapter import sites_in_order as sites_in_order
 from .bounds import allowed_values as allowed_values
 from .check import expanded as expanded
