@@ -2,12 +2,12 @@
 
 Each layer computes its adjustments once, from the residual stream that enters it at the prompt. The same adjustments
 apply to the teacher-forced pass and to every decoded token. `decode` takes adjustments and no adapter, so neither its
-cost nor its compiled program can depend on the number of tenants.
+cost nor its compiled program can depend on the number of tenants. Where in a row an adapter acts is its scope
+(adapters/scope.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,23 +18,15 @@ from jaxtyping import Array, Float, Int
 
 from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from .adapters.methods import is_adapter_config, method_of
-from .adapters.rows import Adjustments, Rows, Stack, by_layer, check_fits, gather
-from .adapters.segments import Segments, adjust_segments
-from .backbone.cache import attend_cached, attend_prefix, padded
-from .backbone.kernels import self_attention
+from .adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach
+from .adapters.scope import Reach
+from .backbone.cache import attend_cached, attend_prefix, padded, with_tokens
 from .backbone.layout import stack_trees, through_layers
-from .backbone.rotary import rotary_tables
 from .backbone.sequences import checked_sequences
 from .backbone.transformer import Transformer
 from .config import SITES, ModelConfig
-
-#: What the forward pass saves of a layer for the backward pass, besides its input: everything; the outputs of its
-#: linears (recomputing attention weights and elementwise operations is cheaper than storing them); nothing.
-REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "none": lambda step: step,
-    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    "block": jax.checkpoint,
-}
+from .residual import batched_adjust, residual_stream, rotary_tables_by_kind
+from .tail import Part, tail_start, tail_stream
 
 
 class DecodeState(NamedTuple):
@@ -146,7 +138,9 @@ def adjustments_for(model: Transformer, adapters: Adapter | Rows | None, tokens,
     forward, prefill and the others take them instead of adapters, with any tokens: also those of another prompt.
     """
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
-    return None if adapters is None else Adjustments(tuple(_adjustments(model, adapters, tokens, prompt_length)))
+    if adapters is None:
+        return None
+    return Adjustments(tuple(_adjustments(model, adapters, tokens, prompt_length)), reach(adapters, len(tokens)))
 
 
 def multi_tenant_forward(
@@ -190,13 +184,14 @@ def prefill(
 
     Raises ValueError as forward does, and if the tokens exceed max_length.
     """
-    length = prompt_length if length is None else length
+    continues = length is not None
+    length = length if continues else prompt_length
     tokens, prompt_length, length = checked(model, adapters, tokens, prompt_length, length)
     if tokens.shape[1] > max_length:
         raise ValueError(f"max_length {max_length} is less than the {tokens.shape[1]} tokens of a row; raise it")
     if isinstance(adapters, Rows):
         adapters = adapters.by_row()  # decode carries an adjustment for each row
-    return _prefill(model, adapters, tokens, prompt_length, length, max_length)
+    return _prefill(model, adapters, tokens, prompt_length, length, max_length, continues)
 
 
 def decode(model: Transformer, state: DecodeState, tokens) -> tuple[Float[Array, "batch vocab"], DecodeState]:
@@ -225,7 +220,8 @@ def _hidden_states(model, adapters, tokens, prompt_length, all_layers):
 
 @jax.jit
 def _adjustments(model, adapters, tokens, prompt_length):
-    return residual_stream(model, adapters, tokens, prompt_length, keep=lambda x, kept, adjustment: adjustment)[1]
+    keep = lambda x, kept, adjustment: adjustment  # noqa: E731
+    return residual_stream(model, adapters, tokens, prompt_length, keep=keep, first_only=True)[1]
 
 
 @jax.jit
@@ -241,15 +237,45 @@ def _multi_tenant_forward(model, rows, tokens, prompt_length):
     return jax.vmap(alone)(gathered, rows.index.T, tokens, prompt_length)
 
 
-@partial(jax.jit, static_argnums=5)
-def _prefill(model, adapters, tokens, prompt_length, length, max_length):
-    def keep(x, kept, adjustment):
-        return padded(kept, max_length), cast(adjustment, x.dtype)
+@partial(jax.jit, static_argnums=(5, 6))
+def _prefill(model, adapters, tokens, prompt_length, length, max_length, continues):
+    acts = None if adapters is None else reach(adapters, len(tokens))
+    if acts is None or not acts.window:
 
-    x, kept = residual_stream(model, adapters, tokens, prompt_length, keep=keep)
-    last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0]
-    adjustments = () if adapters is None else tuple(adjustment for _, adjustment in kept)
+        def keep(x, kept, adjustment):
+            return padded(kept, max_length), carried(adjustment, acts, x.dtype)
+
+        x, kept = residual_stream(model, adapters, tokens, prompt_length, keep=keep)
+        last = token_of(x, length - 1)
+    else:
+        new = tokens.shape[1] - 1 if continues else 0
+        last, kept = prefill_tails(model, adapters, acts, tokens, prompt_length, length, max_length, acts.window + new)
+    adjustments = tuple(adjustment for _, adjustment in kept) if acts is not None and acts.decodes else ()
     return model.logits(model.final_norm(last)), DecodeState(tuple(cache for cache, _ in kept), adjustments, length)
+
+
+def prefill_tails(model, adapters, acts: Reach, tokens, prompt_length, length, max_length: int, new: int):
+    """The residual stream at each row's last token, and (cache, adjustment) for each layer, where rows may have scope
+    `response`: their last `new` tokens run again after the plain prompt. Nothing changes for the other rows."""
+    start = tail_start(prompt_length, acts.window)
+    position = start[:, None] + jnp.arange(min(new, tokens.shape[1]))
+    written = acts.late[:, None] & (position >= prompt_length[:, None] - acts.before[:, None])
+    written = jnp.where(written & (position < length[:, None]), position, max_length)
+
+    def keep(of_prompts, of_tails, adjustment):
+        cache = (with_tokens(*both, written) for both in zip(padded(of_prompts, max_length), of_tails, strict=True))
+        return tuple(cache), carried(adjustment, acts, model.dtype)
+
+    tails = Part(jnp.take_along_axis(tokens, jnp.minimum(position, tokens.shape[1] - 1), axis=1), position)
+    prompts = Part(tokens, jnp.arange(tokens.shape[1]))
+    tail, first, kept = tail_stream(model, adapters, prompts, prompt_length, tails, keep=keep)
+    last = jnp.where(acts.late[:, None], token_of(tail, length - 1 - start), token_of(first, length - 1))
+    return last, kept
+
+
+def token_of(x, position):
+    """Each row's token [batch, width] at its position, of x [batch, T, width]."""
+    return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]
 
 
 @partial(jax.jit, donate_argnums=1)
@@ -320,62 +346,14 @@ def continue_rows(
     return model.final_norm(x)
 
 
-def residual_stream(
-    model,
-    adapters,
-    tokens,
-    prompt_length,
-    *,
-    segments: Segments | None = None,
-    keep: Callable | None = None,
-    remat: str = "dots",
-):
-    """The residual stream [batch, T, width] before the final norm, and a list with keep's result for each layer.
-
-    Args:
-        prompt_length: int32 [batch]; for packed rows [batch, segments].
-        segments: for packed rows; adjustments then have leading axes [batch, segments].
-        keep: keep(x that entered the layer, (keys, values), float32 adjustment); default: keeps nothing.
-        remat: a key of REMAT.
-    """
-    positions = segments.position if segments else jnp.arange(tokens.shape[1])
-    tables = rotary_tables_by_kind(model.config, positions)
-    segment = segments.segment if segments else None
-    attend = self_attention(model.config, model.dtype, tokens.shape[1], segment, model.attention)
-    weights, make = (None, lambda *_: None) if adapters is None else by_layer(adapters)
-
-    def step(x, layer, weights):
-        if segments is None:
-            adjustment = make(weights, x, prompt_length)
-        else:
-            adjustment = make(weights, x, prompt_length, segments.start)
-        adjust = batched_adjust(adjustment, segments)
-        out, kept = layer(x, adjust, tables[layer.kind.rotary], attend[layer.kind.window])
-        return out, keep(x, kept, adjustment) if keep else None
-
-    return through_layers(model, REMAT[remat](step), model.embed(tokens), weights)
-
-
-def rotary_tables_by_kind(config: ModelConfig, positions: jax.Array) -> dict:
-    """The rotary tables of every kind of layer, each computed once."""
-    rotaries = dict.fromkeys(kind.rotary for kind in config.kinds)
-    return {rotary: rotary_tables(rotary, positions) for rotary in rotaries}
-
-
-def batched_adjust(adjustment: Adjustment | None, segments: Segments | None = None) -> Callable:
-    """adjust(site, x, y) over a batch, from an adjustment whose arrays have a leading batch axis, or a Shared one."""
-    if adjustment is None:
-        return lambda site, x, y: y
-    if isinstance(adjustment, Shared):
-        return adjustment.adjust
-    if segments is not None:
-        return adjust_segments(adjustment, segments.segment)
-    return lambda site, x, y: jax.vmap(lambda a, x, y: a.adjust(site, x, y))(adjustment, x, y)
-
-
-def cast(adjustment, dtype):
-    """The adjustment in the compute dtype, as decode carries it. In the teacher-forced pass `adjust` rounds to the same
-    dtype just before it applies them, so that their gradients stay float32."""
+def carried(adjustment, acts: Reach | None, dtype):
+    """The adjustment in the compute dtype, as decode carries it: zeros for rows of scope `prompt`. In the
+    teacher-forced pass `adjust` rounds to the same dtype just before it applies them, so that their gradients stay
+    float32."""
+    if acts is not None and any(scope == "prompt" for scope, _ in acts.scopes) and acts.decodes:
+        adjustment = jax.tree.map(
+            lambda a: jnp.where((acts.after > 0).reshape(-1, *[1] * (a.ndim - 1)), a, 0), adjustment
+        )
     return jax.tree.map(lambda a: a.astype(dtype), adjustment)
 
 

@@ -35,7 +35,7 @@ from para_jax import (
     train_tenants,
 )
 from para_jax.adapters.adapter import count_parameters
-from para_jax.config import Ia3Config, LoraConfig, config_text, save_config
+from para_jax.config import Ia3Config, LoraConfig, save_config
 from para_jax.data.tasks import TASKS
 from para_jax.devices import describe_devices, library_versions
 from para_jax.evaluation.tasks import task_of_run
@@ -70,14 +70,15 @@ def methods(model_config) -> dict:
 
 
 def forms(named: list[str]) -> dict:
-    """Name to a changed PARA, or with method=lora a LoRA on its sites, and overrides of its runs' configs, from
-    NAME:FIELD=VALUE,FIELD=VALUE with fields of that config (a+b+c is a tuple) or of a run (train.up_lr_ratio)."""
+    """Name to a changed PARA, or with method=lora a LoRA on its sites, or with method=ia3 an (IA)^3, and overrides of
+    its runs' configs, from NAME:FIELD=VALUE,FIELD=VALUE with fields of that config (a+b+c is a tuple) or of a run
+    (train.up_lr_ratio)."""
+    bases = {"para": PARA, "lora": LoraConfig(target_modules=PARA.target_modules), "ia3": Ia3Config()}
     found = {}
     for text in named:
         name, _, fields = text.partition(":")
         changed = dict(pair.split("=") for pair in fields.split(","))
-        lora = changed.pop("method", "para") == "lora"
-        base = LoraConfig(target_modules=PARA.target_modules) if lora else PARA
+        base = bases[changed.pop("method", "para")]
         adapter = replace(base, **{key: parsed(v) for key, v in changed.items() if "." not in key})
         found[name] = adapter, tuple(f"{key}={v}" for key, v in changed.items() if "." in key)
     return found
@@ -238,8 +239,10 @@ def train(args, task: str, main: dict, also: dict, model_config) -> None:
             parameters = count_parameters(init_adapter(adapter, model_config))
             return {"name": name, "parameters": parameters} | trained(args, task, adapter, folder, rates, overrides)
 
-        form = config_text(adapter)
-        form = form.replace(", layers_to_transform=None", "")  # as in files written before that field existed
+        form = repr(adapter)
+        newer_fields = ", layers_to_transform=None", "scope='all', scope_window=1, ", ", alora_invocation_tokens=None"
+        for newer in newer_fields:  # than some of the files
+            form = form.replace(newer, "")
         about = settings(args) | {"adapter": form, "rates": list(rates)}
         about |= {"overrides": list(overrides)} if overrides else {}
         done(args.output / f"{task}-{label(name)}-trained.json", made, about)

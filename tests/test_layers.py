@@ -17,6 +17,8 @@ LAYERS = [
     ["untrusted", "record_file"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "processes"],
     ["backbone", "adapters", "data"],
+    ["residual"],
+    ["tail"],
     ["model"],
     ["training", "inference"],
     ["serving", "memory"],

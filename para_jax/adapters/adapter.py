@@ -89,6 +89,11 @@ class Adapter(nnx.Module):
         return self
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether the adjustment depends on the prompt."""
+        return not self.shared
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether statistics of prompt summaries must be measured before training."""
         return False

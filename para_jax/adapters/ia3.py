@@ -42,6 +42,10 @@ class Ia3(Adapter):
         self.config = config
         self.backbone = describe(model)
 
+    @property
+    def reads_prompt(self) -> bool:
+        return False
+
     def condition(self, summary: Float[Array, " width"]) -> Factors:
         """The vectors as their distance from one. The prompt is not read."""
         return Factors({site: factors - 1 for site, factors in self.on_outputs().items()})

@@ -105,6 +105,10 @@ class Para(Adapter):
         return jax.tree.map(spread, self, is_leaf=is_variable)
 
     @property
+    def reads_prompt(self) -> bool:
+        return self.config.pooler != "constant"
+
+    @property
     def needs_statistics(self) -> bool:
         return self.config.summary == "standardised"
 

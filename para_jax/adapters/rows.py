@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 from ..config import ModelConfig
 from .adapter import Adapter, Adjustment, Factors, Shared, SiteInput, SiteOutput, describe, make_adjustment
+from .scope import Reach, reach_of_config, reach_of_configs, scope_of
 
 
 @jax.tree_util.register_dataclass
@@ -234,6 +235,26 @@ class Adjustments(NamedTuple):
 
     layers: tuple
     """per layer: an Adjustment in float32 whose arrays lead with the batch, or a Shared one"""
+    reach: Reach
+    """where the adapters act"""
+
+
+def reach(adapters: Adapter | Rows | Adjustments, rows: int) -> Reach:
+    """Where the adapters of a batch act."""
+    if isinstance(adapters, Adjustments):
+        return adapters.reach
+    if isinstance(adapters, Rows):
+        return reach_of_configs([stack.adapters.config for stack in adapters.stacks], adapters.by_row().index)
+    return reach_of_config(adapters.config, rows)
+
+
+def reads_plain_prompt(adapters: Adapter | Rows | Adjustments) -> bool:
+    """Whether an adapter reads the prompt's states as the plain backbone computes them: its scope is `response`, and
+    its adjustment depends on the prompt."""
+    if isinstance(adapters, Adjustments):
+        return False
+    each = [stack.adapters for stack in adapters.stacks] if isinstance(adapters, Rows) else [adapters]
+    return any(adapter.reads_prompt and scope_of(adapter.config)[0] == "response" for adapter in each)
 
 
 def check_fits(adapters, model: ModelConfig) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .attention import mixed_values, within
 from .cache_blocks import has_blocks, values_in_blocks
@@ -77,6 +77,21 @@ def attend_prefix(
     return attend
 
 
+def attend_both(prompt: tuple[Float[Array, "b k p e"], Float[Array, "b k p e"]], mask: Bool[Array, "b t s"]):
+    """Attention of new tokens to keys and values of their prompt and to each other. Keeps the new ones.
+
+    Args:
+        mask: which keys each new token sees, those of the prompt first.
+    """
+
+    def attend(q, k, v, scale, cap):
+        new = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        keys, values = (jnp.concatenate(both, axis=2) for both in zip(prompt, new, strict=True))
+        return mixed_values(q, keys, values, mask, scale, cap), new
+
+    return attend
+
+
 def with_token(
     cache: Float[Array, "*layers b k max e"],
     new: Float[Array, "b k e"],
@@ -101,6 +116,14 @@ def write_by_head(cache, new, length, *layer):
     """One update per row and kv head. On a TPU, that multiplies the writes by the number of kv heads."""
     rows, heads = jnp.arange(len(new))[:, None], jnp.arange(new.shape[1])
     return cache.at[(*layer, rows, heads, length[:, None])].set(new, mode="drop")
+
+
+def with_tokens(
+    cache: Float[Array, "b k max e"], new: Float[Array, "b k t e"], position: Int[Array, "b t"]
+) -> Float[Array, "b k max e"]:
+    """The cache with new tokens at these positions. Nothing is written beyond max_length."""
+    rows = jnp.arange(len(cache))[:, None]
+    return cache.at[rows, :, position].set(new.swapaxes(1, 2), mode="drop")
 
 
 def padded(kept: tuple[jax.Array, jax.Array], max_length: int) -> tuple[jax.Array, jax.Array]:

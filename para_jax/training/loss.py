@@ -7,11 +7,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ..adapters.rows import reach
 from ..adapters.segments import Segments
 from ..data.batches import Batch
 from ..data.packing import Packed
-from ..model import residual_stream
+from ..residual import residual_stream
 from ..sharding import constrain, shard_sizes
+from ..tail import tail_stream
+from .tails import cut_batch, cut_packed
 
 # Logits of one chunk on one device, in float32 values: 256 MiB. Larger batches are cut, and each chunk is recomputed in
 # the backward pass.
@@ -19,7 +22,7 @@ CHUNK = 1 << 26
 
 
 def completion_nll(
-    model, adapters, batch: Batch | Packed, completion: int, *, remat: str = "dots"
+    model, adapters, batch: Batch | Packed, completion: int, *, prompt: int | None = None, remat: str = "dots"
 ) -> tuple[jax.Array, jax.Array]:
     """Each row's summed negative log-likelihood (nats) of its completion and the number of its tokens, float32 [rows].
 
@@ -27,28 +30,42 @@ def completion_nll(
     that the mean over devices or passes is the total of the sums over the total of the counts.
 
     Args:
-        completion: the maximum completion tokens of a row; static. Packed rows say where they are.
-        remat: a name of model.REMAT.
+        completion, prompt: the maximum completion tokens and prompt tokens of a row; static. None: a whole row.
+        remat: a name of residual.REMAT.
     """
-    hidden, targets, real = completion_states(model, adapters, batch, completion, remat)
+    hidden, targets, real = completion_states(model, adapters, batch, completion, prompt, remat)
     nll = token_nll(model, hidden, targets)
     return jnp.where(real, nll, 0).sum(axis=1), real.sum(axis=1).astype(jnp.float32)
 
 
 def completion_states(
-    model, adapters, batch: Batch | Packed, completion: int, remat: str = "dots"
+    model, adapters, batch: Batch | Packed, completion: int, prompt: int | None = None, remat: str = "dots"
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The hidden states after the final norm [rows, C, width] that predict each completion token, these tokens, int32
-    [rows, C], and which of them are real, bool [rows, C]. Arguments as in completion_nll."""
+    [rows, C], and which of them are real, bool [rows, C]. Arguments as in completion_nll.
+
+    Where the scope of all adapters is `response` with one window, the prompts have no backward pass.
+    """
     if isinstance(batch, Packed):
         places = Segments(jnp.asarray(batch.segment), jnp.asarray(batch.start))
         predicted, real = batch.predicted, batch.predicted > 0
     else:
         places, predicted = None, batch.prompt_length[:, None] + jnp.arange(completion)
         real = predicted < batch.length[:, None]
-    x, _ = residual_stream(model, adapters, batch.tokens, batch.prompt_length, segments=places, remat=remat)
-    hidden = jnp.take_along_axis(x, jnp.clip(predicted - 1, 0, x.shape[1] - 1)[..., None], axis=1)
-    targets = jnp.take_along_axis(batch.tokens, jnp.minimum(predicted, x.shape[1] - 1), axis=1)
+    window = None if adapters is None else reach(adapters, len(batch.tokens)).only_window
+    if window is None:
+        x, _ = residual_stream(model, adapters, batch.tokens, batch.prompt_length, segments=places, remat=remat)
+        predicting = jnp.clip(predicted - 1, 0, x.shape[1] - 1)
+    else:
+        prompt = prompt or batch.tokens.shape[1]
+        if isinstance(batch, Packed):
+            cut = cut_packed(batch, window, prompt, completion)
+        else:
+            cut = cut_batch(batch, window, prompt, completion)
+        x, _, _ = tail_stream(model, adapters, cut.prompts, jnp.asarray(batch.prompt_length), cut.tails, remat=remat)
+        predicting = cut.predicting
+    hidden = jnp.take_along_axis(x, predicting[..., None], axis=1)
+    targets = jnp.take_along_axis(batch.tokens, jnp.minimum(predicted, batch.tokens.shape[1] - 1), axis=1)
     return model.final_norm(hidden), targets, jnp.asarray(real)
 
 

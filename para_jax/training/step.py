@@ -44,7 +44,7 @@ def init_state(adapters: Any, config: TrainSection) -> TrainState:
     return constrain_tenants(TrainState(adapters, optimizer, jnp.zeros(slots, jnp.int32), jnp.ones(slots, bool)))
 
 
-@partial(jax.jit, static_argnames=("completion", "config"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("completion", "prompt", "config"), donate_argnames="state")
 def train_step(
     state: TrainState,
     model,
@@ -53,6 +53,7 @@ def train_step(
     rates: LearningRates,
     *,
     completion: int,
+    prompt: int | None = None,
     config: TrainSection,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after one optimiser step of each tenant in the batch. Also a value per slot of: loss (nats per token),
@@ -70,12 +71,12 @@ def train_step(
         batch: its arrays lead with the passes (gradient accumulation): tokens int32 [passes, rows, T].
         tenant_of_group: int32 [passes, groups], the slot of each group of consecutive rows; -1 for padding rows, which
             have no completion token. A slot has at most one group per pass.
-        completion: the maximum number of completion tokens in a row.
+        completion, prompt: the maximum number of completion tokens, and of prompt tokens, in a row; None: a whole row.
     """
     weights, summed_nll = (sums_of_one if state.step.shape[0] == 1 else sums_of_many)(state.adapters)
 
     def accumulate(sums, part_and_index):
-        nll = partial(completion_nll, model, completion=completion, remat=config.remat)
+        nll = partial(completion_nll, model, completion=completion, prompt=prompt, remat=config.remat)
         (_, found), gradient = jax.value_and_grad(summed_nll, has_aux=True)(weights, nll, *part_and_index)
         return jax.tree.map(jnp.add, sums, (found, gradient)), None
 
@@ -98,11 +99,18 @@ def state_of_one(adapter: Adapter, config: TrainSection) -> TrainState:
 
 
 def step_of_one(
-    state: TrainState, model, batch: Batch | Packed, *, completion: int, config: TrainSection, total_steps: int
+    state: TrainState,
+    model,
+    batch: Batch | Packed,
+    *,
+    completion: int,
+    prompt: int | None = None,
+    config: TrainSection,
+    total_steps: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """train_step for a single adapter, for training loops other than a run's."""
     index, rates = np.zeros((len(batch.tokens), 1), np.int32), learning_rates([config], [total_steps])
-    return train_step(state, model, batch, index, rates, completion=completion, config=config)
+    return train_step(state, model, batch, index, rates, completion=completion, prompt=prompt, config=config)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
@@ -250,11 +258,13 @@ def put_adapter(state: TrainState, slot: jax.Array, adapter: Any) -> TrainState:
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-@partial(jax.jit, static_argnames="completion")
-def eval_nll(model, adapters, batch: Batch, *, completion: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames=("completion", "prompt"))
+def eval_nll(
+    model, adapters, batch: Batch, *, completion: int, prompt: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """completion_nll, compiled: each row's summed nats and its number of completion tokens. Also whether every one of
     these is the most likely token, bool [rows]: then greedy decoding writes the completion."""
-    hidden, targets, real = completion_states(model, adapters, batch, completion)
+    hidden, targets, real = completion_states(model, adapters, batch, completion, prompt)
     nll, likeliest = of_logits(token_scores, model, hidden, targets)
     counts = real.sum(axis=1).astype(jnp.float32)
     return jnp.where(real, nll, 0).sum(axis=1), counts, (likeliest | ~real).all(axis=1)

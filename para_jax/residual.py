@@ -1,0 +1,132 @@
+"""The residual stream of whole sequences, through every layer of a backbone with adapters.
+
+Each layer makes its adjustments from the stream that enters it at the prompt. Adapters of scope `response` read the
+stream of the plain backbone there, so two streams pass through the layers side by side: `first`, in which such rows are
+plain, and the one that they change. See adapters/scope.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from .adapters.adapter import Adjustment, Shared
+from .adapters.rows import by_layer, reach, reads_plain_prompt
+from .adapters.scope import Reach
+from .adapters.segments import Segments, adjust_segments
+from .backbone.kernels import self_attention
+from .backbone.layout import through_layers
+from .backbone.rotary import rotary_tables
+from .config import ModelConfig
+
+#: What the forward pass saves of a layer for the backward pass, besides its input: everything; the outputs of its
+#: linears (recomputing attention weights and elementwise operations is cheaper than storing them); nothing.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda step: step,
+    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "block": jax.checkpoint,
+}
+
+
+def residual_stream(
+    model,
+    adapters,
+    tokens,
+    prompt_length,
+    *,
+    segments: Segments | None = None,
+    keep: Callable | None = None,
+    remat: str = "dots",
+    first_only: bool = False,
+):
+    """The residual stream [batch, T, width] before the final norm, and a list with keep's result for each layer.
+
+    Args:
+        prompt_length: int32 [batch]; for packed rows [batch, segments].
+        segments: for packed rows; adjustments then have leading axes [batch, segments].
+        keep: keep(x that entered the layer, (keys, values), float32 adjustment); default: keeps nothing.
+        remat: a key of REMAT.
+        first_only: leave rows of scope `response` plain. Their adjustments, which `keep` gets, are the same.
+    """
+    position = segments.position if segments else jnp.arange(tokens.shape[1])
+    tables = rotary_tables_by_kind(model.config, position)
+    segment = segments.segment if segments else None
+    attend = self_attention(model.config, model.dtype, tokens.shape[1], segment, model.attention)
+    x = model.embed(tokens)
+    if adapters is None:
+        acts, weights, make = (True, True), None, lambda *_: None
+    else:
+        acts = where_adapters_act(reach(adapters, len(tokens)), prompt_length, position, segments)
+        weights, make = by_layer(adapters)
+    two = adapters is not None and reads_plain_prompt(adapters) and not first_only
+
+    def through(x, layer, adjustment, where):
+        adjust = acting(batched_adjust(adjustment, segments), where)
+        return layer(x, adjust, tables[layer.kind.rotary], attend[layer.kind.window])
+
+    def one_stream(x, layer, weights):
+        adjustment = make(weights, x, prompt_length, *([segments.start] if segments else []))
+        out, kept = through(x, layer, adjustment, acts[0] if first_only else acts[1])
+        return out, keep(x, kept, adjustment) if keep else None
+
+    def two_streams(streams, layer, weights):
+        first, x = streams
+        adjustment = make(weights, first, prompt_length, *([segments.start] if segments else []))
+        after, _ = through(first, layer, adjustment, acts[0])
+        out, kept = through(x, layer, adjustment, acts[1])
+        return (after, out), keep(x, kept, adjustment) if keep else None
+
+    if not two:
+        return through_layers(model, REMAT[remat](one_stream), x, weights)
+    (_, out), kept = through_layers(model, REMAT[remat](two_streams), (x, x), weights)
+    return out, kept
+
+
+def where_adapters_act(
+    reach: Reach,
+    prompt_length: Int[Array, "*axes"],
+    position: Int[Array, "*lead T"],
+    segments: Segments | None,
+) -> tuple[Bool[Array, "rows T"] | bool, Bool[Array, "rows T"] | bool]:
+    """The tokens at which the adapters of a batch act, in the first stream and in the other. True: all of them."""
+    if reach.everywhere:
+        return True, True
+    everywhere = reach.acts(prompt_length, position, segments)
+    if reach.only_window is not None:
+        return False, everywhere
+    return everywhere & ~reach.late[:, None], everywhere
+
+
+def acting(adjust: Callable, where: jax.Array | bool) -> Callable:
+    """adjust(site, x, y), which leaves y as it is at the tokens where the adapter does not act."""
+    if where is True:
+        return adjust
+    if where is False:
+        return plain
+    return lambda site, x, y: jnp.where(where[..., None], adjust(site, x, y), y)
+
+
+def plain(site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The adjustment of the plain backbone."""
+    return y
+
+
+def rotary_tables_by_kind(config: ModelConfig, positions: jax.Array) -> dict:
+    """The rotary tables of every kind of layer, each computed once."""
+    rotaries = dict.fromkeys(kind.rotary for kind in config.kinds)
+    return {rotary: rotary_tables(rotary, positions) for rotary in rotaries}
+
+
+def batched_adjust(adjustment: Adjustment | None, segments: Segments | None = None) -> Callable:
+    """adjust(site, x, y) over a batch, from an adjustment whose arrays have a leading batch axis, or a Shared one."""
+    if adjustment is None:
+        return plain
+    if isinstance(adjustment, Shared):
+        return adjustment.adjust
+    if segments is not None:
+        return adjust_segments(adjustment, segments.segment)
+    return lambda site, x, y: jax.vmap(lambda a, x, y: a.adjust(site, x, y))(adjustment, x, y)

@@ -1,0 +1,107 @@
+"""Prompts that run through the plain backbone, and tails that follow them with an adapter: scope `response` without a
+second pass over the prompt.
+
+A tail is the last w tokens of a prompt and what comes after it. Each layer first runs the prompts, which gives keys,
+values and the adjustments, and then the tails, which attend to the prompt before them and to themselves. Where every
+row has scope `response`, the prompts need no gradient, and the backward pass covers the tails alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from .adapters.rows import by_layer, reach
+from .adapters.segments import Segments
+from .backbone.attention import within
+from .backbone.cache import attend_both
+from .backbone.kernels import self_attention
+from .backbone.layout import through_layers
+from .residual import REMAT, acting, batched_adjust, plain, rotary_tables_by_kind, where_adapters_act
+
+
+class Part(NamedTuple):
+    """The prompts or the tails of a batch, padded on the right."""
+
+    tokens: jax.Array
+    """int32 [rows, T]"""
+    position: jax.Array
+    """int32 [rows, T] or [T]: of each token in its example"""
+    segments: Segments | None = None
+    """for packed rows: where each example's prompt, or tail, is in its row"""
+
+
+def tail_stream(
+    model,
+    adapters,
+    prompts: Part,
+    prompt_length: Int[Array, "*axes"],
+    tails: Part,
+    *,
+    keep: Callable | None = None,
+    remat: str = "dots",
+):
+    """The residual streams before the final norm of the tails and of the prompts, [rows, T, width] each, and a list
+    with keep's result for each layer.
+
+    Args:
+        prompts: a prompt may be followed by further tokens, which nothing reads.
+        tails: each begins at position `tail_start` of its example.
+        keep: keep((keys, values) of the prompts, those of the tails, float32 adjustment); default: keeps nothing.
+        remat: a key of REMAT, for the tails. Of the prompts only keys and values are saved.
+    """
+    acts = reach(adapters, len(prompts.tokens))
+    weights, make = by_layer(adapters)
+    in_prompt, _ = where_adapters_act(acts, prompt_length, prompts.position, prompts.segments)
+    in_tail = acts.only_window is not None or acts.acts(prompt_length, tails.position, tails.segments)
+    place = [] if prompts.segments is None else [prompts.segments.start]
+    tables, tail_tables = (rotary_tables_by_kind(model.config, part.position) for part in (prompts, tails))
+    segment = None if prompts.segments is None else prompts.segments.segment
+    attend = self_attention(model.config, model.dtype, prompts.tokens.shape[1], segment, model.attention)
+    start = tail_start(prompt_length, acts.window)
+    masks = {window: seen_by_tails(prompts, tails, start, window) for window in attend}
+
+    def step(streams, layer, weights):
+        first, x = streams
+        rotary, window = layer.kind.rotary, layer.kind.window
+        adjustment = make(weights, first, prompt_length, *place)
+        adjust = plain if in_prompt is False else acting(batched_adjust(adjustment, prompts.segments), in_prompt)
+        first, of_prompts = layer(first, adjust, tables[rotary], attend[window])
+
+        def through(x, layer, adjustment, of_prompts):
+            adjust = acting(batched_adjust(adjustment, tails.segments), in_tail)
+            return layer(x, adjust, tail_tables[rotary], attend_both(of_prompts, masks[window]))
+
+        x, of_tails = REMAT[remat](through)(x, layer, adjustment, of_prompts)
+        return (first, x), keep(of_prompts, of_tails, adjustment) if keep else None
+
+    (first, x), kept = through_layers(model, step, (model.embed(prompts.tokens), model.embed(tails.tokens)), weights)
+    return x, first, kept
+
+
+def tail_start(prompt_length: Int[Array, "*axes"], window: int) -> Int[Array, "*axes"]:
+    """The position at which each prompt's tail begins."""
+    return jnp.maximum(prompt_length - window, 0)
+
+
+def seen_by_tails(
+    prompts: Part, tails: Part, start: Int[Array, "*axes"], window: int | None
+) -> Bool[Array, "rows tail both"]:
+    """Which keys each token of a tail attends to: those of its prompt before the tail, then those of the tails."""
+    here = jnp.broadcast_to(tails.position, tails.tokens.shape)[:, :, None]
+    before = jnp.broadcast_to(prompts.position, prompts.tokens.shape)[:, None]
+    if tails.segments is None or prompts.segments is None:
+        first = start[:, None, None]
+        in_prompt, in_tail = before < first, here >= here.swapaxes(1, 2)
+    else:
+        of_tail, of_prompt = tails.segments.segment, prompts.segments.segment
+        first = jnp.take_along_axis(start, jnp.maximum(of_tail, 0), axis=1)[:, :, None]
+        in_prompt = (before < first) & (of_tail[:, :, None] == of_prompt[:, None])
+        in_tail = (here >= here.swapaxes(1, 2)) & (of_tail[:, :, None] == of_tail[:, None])
+    distances = here - before, here - here.swapaxes(1, 2)
+    both = [(d >= 0) & within(d, window) & seen for d, seen in zip(distances, (in_prompt, in_tail), strict=True)]
+    return jnp.concatenate(both, axis=2)

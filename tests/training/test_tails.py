@@ -1,0 +1,115 @@
+"""Scope `response` trains on tails after plain prompts: the same loss and gradients as the whole pass gives."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_models import FIXTURES, strong
+
+from para_jax import (
+    Ia3Config,
+    LoraConfig,
+    ParaConfig,
+    forward,
+    init_adapter,
+    load_backbone,
+    pick,
+    stack_adapters,
+)
+from para_jax.config import TrainSection
+from para_jax.data.batches import Bucket, collate
+from para_jax.data.examples import Example
+from para_jax.data.packing import RowShape, collate_packed
+from para_jax.training.loss import completion_nll, negative_log_likelihood
+from para_jax.training.step import eval_nll, state_of_one, step_of_one
+
+#: (prompt, completion) tokens: shorter and longer than the windows
+SIZES = [(9, 4), (3, 1), (12, 2), (1, 3), (5, 6), (2, 2), (8, 1)]
+ROWS = [[0, 1, 3], [4, 6], [2, 5]]
+PROMPT, COMPLETION = 12, 6
+CASES = [
+    ("llama", ParaConfig(r=4, scope="response")),
+    ("gemma3_text", ParaConfig(r=4, scope="response", scope_window=4)),
+    ("llama", LoraConfig(r=4, scope="response", scope_window=3)),
+    ("llama", ParaConfig(r=4, scope="response", scope_window=3, pooler="mean")),
+    ("llama", Ia3Config(scope="response")),
+]
+CASES[3:] = [pytest.param(*case, marks=pytest.mark.long) for case in CASES[3:]]
+
+
+@cache
+def model_of(family):
+    return load_backbone(FIXTURES / family, layout="stacked")
+
+
+@cache
+def examples():
+    draw = np.random.default_rng(0)
+    return [Example(*(draw.integers(3, 200, n).tolist() for n in size)) for size in SIZES]
+
+
+def padded():
+    return jax.tree.map(jnp.asarray, collate(examples(), Bucket(16, COMPLETION), len(SIZES)))
+
+
+def packed():
+    shape = RowShape(24, 9, 4)
+    return jax.tree.map(jnp.asarray, collate_packed([[examples()[i] for i in row] for row in ROWS], shape, len(ROWS)))
+
+
+def of_whole_pass(model, adapter, batch):
+    """Summed loss by `forward`, which computes every position."""
+    logits = forward(model, adapter, batch.tokens, batch.prompt_length, batch.length)
+    nll = negative_log_likelihood(logits[:, :-1], batch.tokens[:, 1:])
+    place = jnp.arange(1, batch.tokens.shape[1])
+    real = (place >= batch.prompt_length[:, None]) & (place < batch.length[:, None])
+    return jnp.where(real, nll, 0).sum()
+
+
+def value_and_gradient(of, adapter):
+    value, gradient = jax.jit(jax.value_and_grad(of))(adapter)
+    return float(value), gradient
+
+
+def assert_same(ours, theirs):
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+    for mine, other in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-4 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize(("family", "config"), CASES, ids=str)
+def test_padded_and_packed_tails_equal_the_whole_pass(family, config):
+    model = model_of(family)
+    adapter = strong(init_adapter(config, model.config))
+    expected = value_and_gradient(lambda a: of_whole_pass(model, a, padded()), adapter)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(expected[1]))
+    nll = lambda batch, **shape: lambda a: completion_nll(model, a, batch, **shape)[0].sum()  # noqa: E731
+    for remat in ("dots", "block"):
+        shape = dict(completion=COMPLETION, prompt=PROMPT, remat=remat)
+        assert_same(value_and_gradient(nll(padded(), **shape), adapter), expected)
+    assert_same(value_and_gradient(nll(padded(), completion=COMPLETION), adapter), expected)
+    assert_same(value_and_gradient(nll(packed(), completion=9, prompt=14), adapter), expected)
+
+
+def test_a_mixed_batch_of_tenants_trains_as_each_alone():
+    model, config = model_of("llama"), ParaConfig(r=4, scope="response", scope_window=2)
+    tenants = [strong(init_adapter(config, model.config, seed=seed), seed) for seed in (0, 1)]
+    rows = pick(stack_adapters(tenants), np.array([0, 1, -1, 0, 1, 1, -1]))
+    mixed, _, _ = eval_nll(model, rows, padded(), completion=COMPLETION, prompt=PROMPT)
+    for row, adapter in enumerate([tenants[0], tenants[1], None, tenants[0], tenants[1], tenants[1], None]):
+        alone, _, _ = eval_nll(model, adapter, padded(), completion=COMPLETION)
+        np.testing.assert_allclose(mixed[row], alone[row], rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [ParaConfig(r=4, scope="response"), LoraConfig(r=4, scope="prompt")], ids=str)
+def test_training_lowers_the_loss(config):
+    model, train = model_of("llama"), TrainSection(learning_rate=1e-2, warmup_ratio=0.0)
+    state = state_of_one(init_adapter(config, model.config), train)
+    batch, losses = jax.tree.map(lambda a: a[None], padded()), []
+    for _ in range(12):
+        static = dict(completion=COMPLETION, prompt=PROMPT, config=train, total_steps=1000)
+        state, values = step_of_one(state, model, batch, **static)
+        losses.append(float(values["loss"][0]))
+    assert losses[-1] < losses[0] - 0.05
