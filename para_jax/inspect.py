@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from . import devices
 from .adapters.adapter import count_parameters
 from .adapters.card import scope_outline
-from .adapters.files import read_adapter_config
+from .adapters.files import Described, read_adapter_config
 from .backbone.load import abstract_backbone, load_model_config
 from .backbone.weights import parameter_shapes
 from .config import (
@@ -231,11 +231,18 @@ def adapter_report(folder: Path) -> str:
             f"backbone   {printable(found.base_model or 'not named')}: {shape}",
             f"memory     {found.matrices + found.vectors:,} values; 1000 such tenants in a bank: "
             f"{size(1000 * single)} of host memory in float32, {size(1000 * half)} in bfloat16",
-            f"decode     {size(4 * found.carried)} per row in float32, {size(2 * found.carried)} in bfloat16: "
-            + f"its {found.method.carries}"
-            + (", whatever the number of tenants" if found.method.carries == "factors" else ""),
+            f"decode     {carried_line(found)}",
         ]
     )
+
+
+def carried_line(found: Described) -> str:
+    """What decode carries for each row."""
+    if not found.carried:
+        return "nothing: the adapter acts on the prompt alone"
+    sizes = f"{size(4 * found.carried)} per row in float32, {size(2 * found.carried)} in bfloat16"
+    also = ", whatever the number of tenants" if found.method.carries == "factors" else ""
+    return f"{sizes}: its {found.method.carries}{also}"
 
 
 def size(count: float) -> str:

@@ -13,6 +13,7 @@ from ..config import printable
 from ..hub import BUILT_IN, BUILT_IN_HUB_ID, BUILT_IN_WEIGHTS
 from .invocation import invocation_tokens
 from .method import Method
+from .scope import scope_of
 
 #: What the hub accepts as `base_model`: user/name, or the name alone of an old repository.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -79,7 +80,7 @@ def model_card(
 
 def scope_outline(config: Any) -> str:
     """Where an adapter acts, as the end of a sentence; empty for everywhere."""
-    scope, window = getattr(config, "scope", "all"), getattr(config, "scope_window", 1)
+    scope, window = scope_of(config)
     if scope == "all":
         return ""
     if scope == "prompt":

@@ -41,6 +41,7 @@ from .methods import METHODS, method_of
 from .own_config import own_config, read_own_config, require_same_backbone
 from .peft_config import named, peft_base, peft_config
 from .rows import check_fits
+from .scope import scope_of
 
 #: The largest rank of a folder's adapter; a larger one is taken for damage.
 MAX_RANK = 2**16
@@ -214,8 +215,10 @@ def read_adapter_config(folder: str | Path | BucketPath) -> Described:
     place = expanded(folder)
     local = resolve_adapter(place) if isinstance(place, BucketPath) else place
     method, config, backbone, base_model = read_config(local)
-    counts = method.count_values(config, backbone, lambda: tensor_shapes(local))
-    return Described(method, config, backbone, base_model, *counts)
+    matrices, vectors, carried = method.count_values(config, backbone, lambda: tensor_shapes(local))
+    if scope_of(config)[0] == "prompt":
+        carried = 0
+    return Described(method, config, backbone, base_model, matrices, vectors, carried)
 
 
 def read_config(folder: Path) -> tuple[Method, Any, dict, str]:

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from ..config import ModelConfig
 from .adapter import Adapter, Backbone
 from .own_tensors import count_by_shape, leaves_of_tensors, tensors_of_leaves
+from .scope import scope_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -27,7 +28,7 @@ def vectors_on_sites(config: Any) -> str:
 
 
 def acts_everywhere(config: Any) -> bool:
-    return getattr(config, "scope", "all") == "all"
+    return scope_of(config)[0] == "all"
 
 
 @dataclass(frozen=True, kw_only=True)

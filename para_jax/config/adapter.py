@@ -20,7 +20,7 @@ class AdapterConfig:
     """the positions where the adapter acts [our choice]. all: every one. response: the last `scope_window` prompt
     tokens and the completion; the tokens before them run through the plain backbone, so every tenant can share them.
     prompt: the prompt alone, so decoding carries nothing"""
-    scope_window: PositiveInt = field(default=1, metadata=OPTIONAL)
+    scope_window: Annotated[int, Bounds(at_least=1, at_most=2**20)] = field(default=1, metadata=OPTIONAL)
     """how many of the prompt's last tokens are adapted with scope=response"""
 
     def __post_init__(self):

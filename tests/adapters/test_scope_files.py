@@ -100,7 +100,8 @@ def test_no_tensor_of_our_own_format_has_a_name_of_pefts(tmp_path):
         ({"scope": ["response"]}, "scope .*response"),
         ({"scope": None}, "scope .*None"),
         ({"scope": "response", "scope_window": 0}, "scope_window .*0"),
-        ({"scope": "response", "scope_window": -(10**400)}, "scope_window .*"),
+        ({"scope": "response", "scope_window": -(10**40)}, "scope_window .*-1000"),
+        ({"scope": "response", "scope_window": 2**31}, "scope_window .*2147483648"),
         ({"scope": "response", "scope_window": True}, "scope_window .*True"),
         ({"scope": "response", "scope_window": 2.0}, "scope_window .*2.0"),
         ({"scope": "response", "scope_window": "4"}, "scope_window .*'4'"),
@@ -202,6 +203,9 @@ def test_the_sizes_of_a_folder_do_not_depend_on_its_format(tmp_path, config):
         found = read_adapter_config(tmp_path / "adapter")
         sizes.append((found.matrices, found.vectors, found.carried))
     assert sizes[0] == sizes[1]
+    save_adapter(made(replace(config, scope="prompt")), tmp_path / "adapter")
+    assert read_adapter_config(tmp_path / "adapter").carried == 0
+    assert "decode     nothing" in folder_report(tmp_path / "adapter")
 
 
 # ------------------------------------------------------------------------------------------------------------ in a bank
