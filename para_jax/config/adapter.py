@@ -108,6 +108,16 @@ class Ia3Config(AdapterConfig):
         object.__setattr__(self, "feedforward_modules", tuple(s for s in scaled if s in self.target_modules))
 
 
+def with_scope_of(config: Any, kind: type) -> Any:
+    """The defaults of another config class, with the scope and window of this config. Raises ValueError for a class
+    without them."""
+    scope: dict[str, Any] = {one.name: getattr(config, one.name, one.default) for one in fields(AdapterConfig)}
+    if issubclass(kind, AdapterConfig):
+        return kind(**scope)
+    require(scope["scope"] == "all", "adapter.scope", scope["scope"], f"all: {kind.__name__} has no scope")
+    return kind()
+
+
 def given_fields(config: Any) -> dict[str, Any]:
     """The fields of a config without those that are marked OPTIONAL and have their default."""
     held = {one.name: (one, getattr(config, one.name)) for one in fields(config)}
