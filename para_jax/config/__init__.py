@@ -1,6 +1,7 @@
 """Frozen dataclasses for models, adapters and runs, and the YAML files that hold runs."""
 
 from .adapter import ADAPTER_CONFIGS as ADAPTER_CONFIGS
+from .adapter import AdapterConfig as AdapterConfig
 from .adapter import Ia3Config as Ia3Config
 from .adapter import LoraConfig as LoraConfig
 from .adapter import ParaConfig as ParaConfig
