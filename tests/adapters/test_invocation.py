@@ -1,5 +1,6 @@
 """An adapter with invocation tokens answers prompts that end with them, and no others: the rest is refused by name."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,8 @@ from para_jax import (
     Request,
     generate,
     init_adapter,
+    load_adapter,
+    load_backbone,
     pick,
     stack_adapters,
     train,
@@ -21,7 +24,9 @@ from para_jax import (
 from para_jax.adapters.invocation import require_invocation, row_configs
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.batch_adapters import StackBank
+from para_jax.evaluation.evaluate import evaluate
 from para_jax.evaluation.questions import Generation, Likelihood
+from para_jax.evaluation.tasks import task_of_run
 
 TOKENS = (7, 9)
 CONFIG = LoraConfig(r=2, scope="response", scope_window=2, alora_invocation_tokens=TOKENS)
@@ -116,3 +121,19 @@ def test_a_run_refuses_data_with_other_prompts_and_names_the_first(tmp_path, spl
     with pytest.raises(ValueError, match=rf"{split}.jsonl:3: the prompt {REFUSED}"):
         train(config)
     assert not (folder / "run").exists()
+
+
+def test_a_run_whose_prompts_end_with_the_tokens_leaves_a_folder_of_pefts(tmp_path):
+    folder = run_folder(tmp_path)
+    for seed, name in enumerate(("train", "validation", "test")):
+        rows = [{**row, "prompt": row["prompt"] + " w7 w9"} for row in rows_of_text(20, seed)]
+        write_rows(folder / "data" / f"{name}.jsonl", rows)
+    config = replace(run_config(folder), adapter=CONFIG)
+    result = train(config)
+    said = json.loads((folder / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (said["peft_type"], said["alora_invocation_tokens"]) == ("LORA", [7, 9])
+    model = load_backbone(config.backbone.source)
+    loaded = load_adapter(folder / "run" / "adapter", model.config)
+    assert loaded.config == result.adapter.config
+    (score,) = evaluate(model, loaded, [task_of_run(config, "validation", tokenizer())], tokenizer=tokenizer()).scores
+    assert score.loss == pytest.approx(result.best_score * -1, rel=1e-5)

@@ -8,10 +8,21 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from golden_models import FIXTURES, backbone, strong
+from golden_models import FIXTURES, backbone, prompts, strong
 from safetensors.numpy import load_file
+from tiny_run import run_config, run_folder
 
-from para_jax import AdapterBank, Ia3Config, LoraConfig, ParaConfig, init_adapter, load_adapter, save_adapter
+from para_jax import (
+    AdapterBank,
+    Ia3Config,
+    LoraConfig,
+    ParaConfig,
+    forward,
+    init_adapter,
+    load_adapter,
+    save_adapter,
+    train,
+)
 from para_jax.adapters.bank import content_hash
 from para_jax.adapters.files import copy_for_peft, read_adapter_config
 from para_jax.adapters.methods import METHODS, method_of
@@ -171,6 +182,26 @@ def test_a_copy_for_peft_is_made_where_pefts_format_says_it_all(tmp_path, config
     with pytest.raises(ValueError, match=rf"scope {config.scope}(?s:.*){advice}"):
         copy_for_peft(tmp_path / "adapter", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2, scope="prompt"), Ia3Config(scope="response")], ids=str)
+def test_a_run_leaves_a_folder_that_loads_and_computes_the_same(tmp_path, config):
+    folder, tokens = run_folder(tmp_path), prompts(backbone("llama"))
+    result = train(replace(run_config(folder, "train.max_steps=2", "eval.every=2"), adapter=config))
+    assert saved_config(folder / "run" / "adapter")["peft_type"] == f"PARA_JAX_{method_of(config).peft_type}"
+    loaded = load(folder / "run" / "adapter")
+    assert_same(loaded, result.adapter)
+    scoped, everywhere = (
+        forward(backbone("llama"), strong(one), tokens, 7) for one in (loaded, acting_everywhere(loaded))
+    )
+    assert abs(scoped - everywhere).max() > 0.1
+
+
+def acting_everywhere(adapter):
+    """The adapter, acting everywhere."""
+    made = jax.tree.map(lambda leaf: leaf, adapter)
+    made.config = replace(adapter.config, scope="all")
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------- cards, inspecting
