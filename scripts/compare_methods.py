@@ -240,7 +240,8 @@ def train(args, task: str, main: dict, also: dict, model_config) -> None:
             return {"name": name, "parameters": parameters} | trained(args, task, adapter, folder, rates, overrides)
 
         form = repr(adapter)
-        for newer in (", layers_to_transform=None", "scope='all', scope_window=1, "):  # than some of the files
+        newer_fields = ", layers_to_transform=None", "scope='all', scope_window=1, ", ", alora_invocation_tokens=None"
+        for newer in newer_fields:  # than some of the files
             form = form.replace(newer, "")
         about = settings(args) | {"adapter": form, "rates": list(rates)}
         about |= {"overrides": list(overrides)} if overrides else {}
