@@ -35,7 +35,7 @@ def parts_of_row(config: RunConfig, model: ModelConfig) -> tuple[RowPart | None,
     if config.adapter.scope != "response":
         return None, RowPart(length, length, kernel)
     prompt, completion = longest_split(config)
-    tail = completion + examples_in_row(config) * (config.adapter.scope_window - 1)
+    tail = completion + examples_in_row(config) * (min(config.adapter.scope_window, prompt) - 1)
     splash = all(by_splash(kernel, tail, kind.window) for kind in model.kinds)
     return RowPart(prompt, prompt, kernel), RowPart(tail, prompt + tail, "splash" if splash else "plain")
 

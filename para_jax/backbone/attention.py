@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -78,13 +80,28 @@ def mixed_values(
     Args:
         mask: broadcasts to [b, t, s].
     """
+    return mixed_values_of(q, [(k, v)], mask, scale, cap)
+
+
+def mixed_values_of(
+    q: Float[Array, "b t h e"],
+    parts: Sequence[tuple[Float[Array, "b k _ e"], Float[Array, "b k _ e"]]],
+    mask: Bool[Array, "#b #t s"],
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "b t h e"]:
+    """`mixed_values` of keys and values in several parts along s. A part that needs no gradient costs none."""
     b, t, h, e = q.shape
-    grouped = q.reshape(b, t, k.shape[1], -1, e)
-    scores = jnp.einsum("btkge,bkse->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = softcap(scores * scale, cap)
-    scores = jnp.where(mask[..., None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bkgts,bkse->bkgte", weights, v)  # "btkge" would transpose v: 3x the time on a CPU
+    grouped = q.reshape(b, t, parts[0][0].shape[1], -1, e)
+    scores = [jnp.einsum("btkge,bkse->bkgts", grouped, k, preferred_element_type=jnp.float32) for k, _ in parts]
+    joined = softcap(jnp.concatenate(scores, axis=-1) * scale, cap)
+    joined = jnp.where(mask[..., None, None, :, :], joined, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(joined, axis=-1).astype(parts[0][1].dtype)
+    cut = jnp.split(weights, np.cumsum([k.shape[2] for k, _ in parts[:-1]]), axis=-1)
+    each = [  # "btkge" would transpose v: 3x the time on a CPU
+        jnp.einsum("bkgts,bkse->bkgte", part, v) for part, (_, v) in zip(cut, parts, strict=True)
+    ]
+    mixed = functools.reduce(jnp.add, each)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, h, e)
 
 

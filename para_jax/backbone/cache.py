@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .attention import mixed_values, within
+from .attention import mixed_values, mixed_values_of, within
 from .cache_blocks import has_blocks, values_in_blocks
 
 
@@ -86,8 +86,7 @@ def attend_both(prompt: tuple[Float[Array, "b k p e"], Float[Array, "b k p e"]],
 
     def attend(q, k, v, scale, cap):
         new = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        keys, values = (jnp.concatenate(both, axis=2) for both in zip(prompt, new, strict=True))
-        return mixed_values(q, keys, values, mask, scale, cap), new
+        return mixed_values_of(q, [prompt, new], mask, scale, cap), new
 
     return attend
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden_models import FIXTURES
 from jax.sharding import NamedSharding, PartitionSpec
 from quick_compiler import USERS_EMITTERS
 from tpu_compiler import tpu_devices
@@ -38,8 +39,9 @@ from para_jax.sharding import place
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from program_excess import excess  # noqa: E402
+from tpu_compile import compile_decode  # noqa: E402
 
-ROWS = 4
+ROWS, LLAMA = 4, str(FIXTURES / "llama")
 SIZES = {"width": 256, "hidden_width": 768, "num_heads": 8, "num_kv_heads": 8, "head_dim": 32, "vocab_size": 512}
 LAYER_KINDS = (LayerKind(rotary=RotaryConfig(dims=32)),) * 2
 CONFIG = ModelConfig(model_type="llama", kinds=LAYER_KINDS, **SIZES)
@@ -82,13 +84,29 @@ def check_costs_nothing(model, adapter_config):
 # -------------------------------------------------------------------------------------------------------------- the law
 
 
-@pytest.mark.parametrize("config", [ParaConfig(), IA3], ids=["para", "ia3"])
+@pytest.mark.parametrize("config", [ParaConfig(), ParaConfig(scope="response", scope_window=2), IA3], ids=str)
 def test_decode_with_one_tenant_per_row_costs_no_more_than_the_base(model, config):
     base, adapted = check_costs_nothing(model, config)
     factors = bytes_of(prefilled(model, config).adjustments)
     assert base.products == 2 * 9 + 1 and sum(base.fusions.values()) > 10
     assert factors == adapted.arguments - base.arguments
     assert factors <= adapted.bytes_accessed - base.bytes_accessed < 1.5 * factors
+
+
+@pytest.mark.parametrize("method", [ParaConfig, Ia3Config, LoraConfig])
+def test_scope_response_decodes_by_the_program_of_scope_all_and_scope_prompt_by_that_of_the_base(model, method):
+    def lowered(config):
+        return jax.jit(decode_step).lower(model, prefilled(model, config), jnp.zeros(ROWS, jnp.int32)).as_text()
+
+    of_scope = {scope: lowered(method(scope=scope)) for scope in ("all", "response", "prompt")}
+    assert of_scope["response"] == of_scope["all"] != of_scope["prompt"] == lowered(None)
+
+
+@pytest.mark.parametrize("method", [ParaConfig, Ia3Config])
+def test_on_a_tpu_scope_response_decodes_with_the_fusions_products_and_collectives_of_the_base(method):
+    base, adapted = (describe_program(compile_decode(LLAMA, 4, of, ROWS)) for of in (None, method(scope="response")))
+    counts = [(found.fusions, found.products, found.collectives, found.copies) for found in (base, adapted)]
+    assert counts[0] == counts[1] and base.products > 14 and base.collectives["all-reduce"] >= 4
 
 
 def test_the_same_check_fails_for_lora(model):
