@@ -187,7 +187,7 @@ def cache_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
 def activation_bytes(config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, tenants: int = 1) -> int:
     """What the backward pass keeps of each layer, one layer's attention and linears, the weights that fsdp has gathered
     (of a layer, and the head's), and a chunk of the logits. With scope response, the backward pass covers the tails
-    alone; of the prompts it keeps keys and values."""
+    alone, and needs the prompts' keys and values."""
     dtype, tensor = jnp.dtype(config.backbone.dtype or "bfloat16"), mesh.shape["tensor"]
     rows = lay_out(config, mesh, tenants).pass_rows // batch_devices(mesh)
     linears, remat = sum(map(model.site_width, SITES)) / tensor, config.train.remat

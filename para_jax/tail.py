@@ -55,8 +55,8 @@ def tail_stream(
         prompts: a prompt may be followed by further tokens, which nothing reads.
         tails: each begins at position `tail_start` of its example.
         keep: keep((keys, values) of the prompts, those of the tails, float32 adjustment); default: keeps nothing.
-        remat: a key of REMAT, for the tails. Of the prompts, keys and values are saved; with `block` their stream where
-            that is smaller, as without grouped queries.
+        remat: a key of REMAT, for the tails. The prompts' keys and values are saved. With `block`, their stream is saved
+            instead if it is smaller (keeps_stream).
     """
     config = model.config
     whole = keeps_stream(config, remat)

@@ -1,12 +1,15 @@
 """The mesh that a run takes by itself: the least fsdp whose estimate fits a device. What the config gives is kept."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 from tiny_run import run_config, run_folder
 
+from para_jax import longest_row
 from para_jax.config import load_config
 from para_jax.memory import GIB, abstract_mesh, choose_mesh, device_memory, estimate_memory, run_bytes, run_mesh
 from para_jax.runs.folder import differences, run_digests
@@ -63,6 +66,33 @@ def test_a_step_of_many_tenants_counts_all_their_states():
     few, many = (estimate_memory(config, abstract(8, 2, 1), tenants).arguments for tenants in (16, 512))
     assert many - few == pytest.approx(496 * 107.3e6 / 16, rel=0.01)
     assert choose_mesh(config, 16, V5E, 512).sizes["fsdp"] > choose_mesh(config, 16, V5E, 16).sizes["fsdp"]
+
+
+def compiled_temporaries():
+    """Temporaries of compiled steps of LLaMA-2 7B on 16 chips, next to the run and the split that each is of."""
+    for name, found in json.loads(Path("results/tpu_memory.json").read_text()).items():
+        if "scope" in found:
+            program, given = found["program"], found["command"].split("v5e:4x4 ")[1].split()
+            size = program["temporaries"] if program else found["needed"] - found["arguments"]
+            yield pytest.param(given, (found["prompt"], found["completion"]), size, id=name)
+
+
+@pytest.mark.parametrize(("given", "split", "temporaries"), list(compiled_temporaries()))
+def test_the_estimate_of_each_scope_is_near_what_the_compiler_needs(given, split, temporaries, monkeypatch):
+    monkeypatch.setattr(longest_row, "longest_split", lambda config: split)
+    found = estimate_memory(load_config(BOOLQ, given), abstract(1, 16, 1)).temporaries
+    assert temporaries == pytest.approx(found, rel=0.2)
+
+
+def test_with_scope_response_the_memory_depends_on_how_long_completions_may_be():
+    def needs(*given):
+        config = load_config(BOOLQ, ["mesh.data=1", "data.max_seq_length=2048", "train.remat=dots", *given])
+        return estimate_memory(config, abstract(1, 16, 1)).temporaries
+
+    everywhere, unknown = needs(), needs("adapter.scope=response", "eval.max_new_tokens=null")
+    few, more = (needs("adapter.scope=response", f"eval.max_new_tokens={count}") for count in (16, 512))
+    assert few < everywhere / 3 and few < more < everywhere < unknown
+    assert needs("eval.max_new_tokens=512") == everywhere
 
 
 def test_an_unknown_memory_makes_it_one_and_the_run_says_so(tmp_path, capsys):

@@ -111,6 +111,18 @@ def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
     assert sum(found.collectives.values()) > sum(found.program.collectives.values())
 
 
+def test_with_scope_response_the_dry_run_says_how_long_completions_may_be_and_compiles_that(config):
+    config = replace(config, adapter=replace(config.adapter, scope="response"))
+    config = replace(config, data=replace(config.data, max_seq_length=64), train=replace(config.train, remat="none"))
+    few, any_number = (replace(config, eval=replace(config.eval, max_new_tokens=count)) for count in (8, None))
+    mesh = run_mesh(config)
+    shown = ["\n".join(header(one, "v5e:2x4", mesh)) for one in (few, any_number)]
+    assert "rows of 64 tokens, up to 8 of them completion" in shown[0]
+    assert "rows of 64 tokens, any of them completion" in shown[1]
+    sizes = [compile_step(one, mesh).program.temporaries for one in (few, any_number)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
 @pytest.mark.long
 def test_packed_rows_are_compiled_with_their_segments(config):
     config = replace(config, data=replace(config.data, packing=True, max_seq_length=128))
