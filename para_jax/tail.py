@@ -55,8 +55,7 @@ def tail_stream(
         prompts: a prompt may be followed by further tokens, which nothing reads.
         tails: each begins at position `tail_start` of its example.
         keep: keep((keys, values) of the prompts, those of the tails, float32 adjustment); default: keeps nothing.
-        remat: a key of REMAT, for the tails. The prompts' keys and values are saved. With `block`, their stream is saved
-            instead if it is smaller (keeps_stream).
+        remat: a key of REMAT, for the tails. The prompts' keys and values are saved, or their stream (keeps_stream).
     """
     config = model.config
     whole = keeps_stream(config, remat)
@@ -91,7 +90,8 @@ def tail_stream(
 
 
 def keeps_stream(config: ModelConfig, remat: str) -> bool:
-    """Whether the backward pass gets the prompts' stream instead of their keys and values, and computes these again."""
+    """Whether the backward pass gets the prompts' stream instead of their keys and values, and computes these again:
+    with `block`, where the stream is smaller."""
     return remat == "block" and config.width < 2 * config.kv_width
 
 
