@@ -29,8 +29,8 @@ from .prompt_states import pooler_digest
 
 FORMAT = 1
 MAX_BYTES = 2**36
-#: Bytes before the first record.
-HEADER = 4096
+#: Bytes before the first record, and of the sha256 of the records after the last one.
+HEADER, DIGEST = 4096, 32
 ENDING = ".states"
 
 
@@ -70,11 +70,14 @@ def mapped(file: Path, size: int) -> np.ndarray | None:
     try:
         with file.open("rb") as stream:
             found, held = stream.read(HEADER), file.stat().st_size
-        if found != header(size) or held != HEADER + size:
+        if found != header(size) or held != HEADER + size + DIGEST:
             raise ValueError(f"its header or its {held} bytes are not those of {size} bytes of states")
+        content = np.asarray(np.memmap(file, np.uint8, "r", HEADER))
+        if hashlib.sha256(content[:size]).digest() != content[size:].tobytes():
+            raise ValueError("its sha256 does not match")
         with suppress(OSError):  # a read-only cache is still useful
             file.touch()
-        return np.asarray(np.memmap(file, np.uint8, "r", HEADER, (size,)))
+        return content[:size]
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -87,12 +90,16 @@ def write(file: Path, size: int, parts: Iterable[bytes]) -> None:
 
     Raises ValueError if the folder can't be written.
     """
+    written, seen = 0, hashlib.sha256()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as stream:
             stream.write(header(size))
-            written = sum(map(stream.write, parts))
+            for part in parts:
+                written += stream.write(part)
+                seen.update(part)
             assert written == size, (written, size)
+            stream.write(seen.digest())
         delete_oldest(file, MAX_BYTES)
     except OSError as error:
         raise ValueError(
