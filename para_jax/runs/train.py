@@ -282,8 +282,8 @@ def prompts_of(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -
     train, orders = config.train, [tenant.order for tenant in inputs.tenants]
     if train.cache_prompts == "off":
         return None
-    rows = train.per_device_batch_size * batch_devices(mesh)
-    return cached_prompts(train.cache_prompts, model, config.adapter, orders, inputs.buckets, layout, rows)
+    rows = dict(step_rows=layout.passes * layout.pass_rows, rows=train.per_device_batch_size * batch_devices(mesh))
+    return cached_prompts(train.cache_prompts, model, config.adapter, orders, inputs.buckets, **rows)
 
 
 def resolved_configs(own: dict[str, RunConfig], chosen: dict[str, float]) -> dict[str, RunConfig]:

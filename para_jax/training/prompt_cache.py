@@ -24,7 +24,6 @@ from ..messages import say
 from ..progress import Progress
 from ..tail import PromptStates
 from . import prompt_file
-from .passes import Layout
 from .prompt_states import Record, computed, pooler_of, record_of
 
 #: The share of the free memory, or of the free space on the disk, that may be taken.
@@ -80,14 +79,15 @@ def cached_prompts(
     adapter_config: Any,
     orders: Sequence[TenantOrder],
     shapes: Sequence[Bucket | RowShape],
-    layout: Layout,
+    *,
+    step_rows: int,
     rows: int,
 ) -> PromptCache:
     """The states of every prompt that the steps of these orders read, on the current mesh.
 
     Args:
         where: "memory" or "disk".
-        shapes, layout: of the batches.
+        shapes, step_rows: the shapes of a step's rows, and their number.
         rows: of a batch that computes prompts, over all devices.
 
     Raises ValueError, before any prompt is computed, where there is too little memory or space.
@@ -95,8 +95,7 @@ def cached_prompts(
     prompts, pooler = distinct_prompts(orders), pooler_of(adapter_config, model.config)
     record = record_of(model, pooler)
     ends = np.cumsum(record.size(prompts.lengths)).tolist()
-    size, rows_ahead = ends[-1], (AHEAD + THREADS) * layout.passes * layout.pass_rows
-    ahead = rows_ahead * max(row_size(record, shape) for shape in shapes)
+    size, ahead = ends[-1], (AHEAD + THREADS) * step_rows * max(row_size(record, shape) for shape in shapes)
     say(
         f"train.cache_prompts={where}: {len(prompts)} distinct prompts with {prompts.lengths.sum()} tokens take "
         f"{size:,} bytes, and the batches that are made ahead up to {ahead:,} bytes of memory"

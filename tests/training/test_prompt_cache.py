@@ -16,7 +16,6 @@ from para_jax.data.packing import RowShape, collate_packed
 from para_jax.data.schedule import TenantOrder
 from para_jax.training import prompt_cache, prompt_file, prompt_states
 from para_jax.training.loss import completion_nll
-from para_jax.training.passes import Layout
 from para_jax.training.prompt_cache import cached_prompts, distinct_prompts
 from para_jax.training.prompt_states import pooler_of
 
@@ -62,11 +61,10 @@ def order_of(made, steps=100, seed=0, rows=2) -> TenantOrder:
 
 
 def cached(config, family="llama", where="memory", orders=None, rows=4):
-    layout = Layout(1, 1, 8, 1)
+    orders = orders or [order_of(examples())]
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        return cached_prompts(
-            where, model_of(family), config, orders or [order_of(examples())], (BUCKET, ROW_SHAPE), layout, rows
-        )
+        given = where, model_of(family), config, orders, (BUCKET, ROW_SHAPE)
+        return cached_prompts(*given, step_rows=8, rows=rows)
 
 
 def value_and_gradient(of, adapter):
