@@ -157,9 +157,11 @@ class Loop(NamedTuple):
 
         def prepared(step: int) -> tuple[StepBatch, PromptStates | None] | None:
             made = coming.batch(step)
-            if made is None or self.prompts is None:
-                return made and (made, None)
-            return made, self.prompts.states(in_passes(made, self.layout)[0], made.bucket.prompt or made.bucket.length)
+            if made is None:
+                return None
+            batch, _ = in_passes(made, self.layout)
+            prompt = made.bucket.prompt or made.bucket.length
+            return made, None if self.prompts is None else self.prompts.states(batch, prompt)
 
         return prefetch(prepared, 0, left)
 
@@ -177,7 +179,7 @@ class Loop(NamedTuple):
         coming, states = next(batches)
         batch, tenant_of_group = in_passes(coming, self.layout)
         batch = jax.tree.map(shard_rows, batch)
-        states = states and shard_states(states)
+        states = None if states is None else shard_states(states)
         waited, number = time.monotonic() - begun, standing.step + 1
         given = self.model, batch, tenant_of_group, self.rates(standing), states
         static: dict[str, Any] = dict(

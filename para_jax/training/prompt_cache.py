@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,8 +141,7 @@ def on_disk(file: Path, size: int, records: Iterator[bytes]) -> np.ndarray:
     if found is not None:
         say(f"using the states of prompts in {file}")
         return found
-    file.parent.mkdir(parents=True, exist_ok=True)
-    require_room("disk", size, shutil.disk_usage(file.parent).free, f"space in {file.parent}")
+    require_room("disk", size, prompt_file.free_space(), f"space in {file.parent}")
     prompt_file.write(file, size, records)
     found = prompt_file.mapped(file, size)
     if found is None:

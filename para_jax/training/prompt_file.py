@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -73,7 +74,7 @@ def mapped(file: Path, size: int) -> np.ndarray | None:
         if found != header(size) or held != HEADER + size + DIGEST:
             raise ValueError(f"its header or its {held} bytes are not those of {size} bytes of states")
         content = np.asarray(np.memmap(file, np.uint8, "r", HEADER))
-        if hashlib.sha256(content[:size]).digest() != content[size:].tobytes():
+        if hashlib.sha256(content[:size].data).digest() != content[size:].tobytes():
             raise ValueError("its sha256 does not match")
         with suppress(OSError):  # a read-only cache is still useful
             file.touch()
@@ -91,8 +92,7 @@ def write(file: Path, size: int, parts: Iterable[bytes]) -> None:
     Raises ValueError if the folder can't be written.
     """
     written, seen = 0, hashlib.sha256()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with folder_errors(file.parent):
         with replacing(file) as stream:
             stream.write(header(size))
             for part in parts:
@@ -101,9 +101,22 @@ def write(file: Path, size: int, parts: Iterable[bytes]) -> None:
             assert written == size, (written, size)
             stream.write(seen.digest())
         delete_oldest(file, MAX_BYTES)
+
+
+def free_space() -> int:
+    """Free bytes where the files are. Makes their folder. Raises ValueError if that fails."""
+    with folder_errors(folder()):
+        folder().mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(folder()).free
+
+
+@contextmanager
+def folder_errors(place: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ValueError(
-            f"train.cache_prompts=disk: {file.parent} can't be written ({error.strerror}); {remedy(error.errno)}, set "
+            f"train.cache_prompts=disk: {place} can't be written ({error.strerror}); {remedy(error.errno)}, set "
             "XDG_CACHE_HOME to another folder, or use train.cache_prompts=off"
         ) from None
 

@@ -1,18 +1,22 @@
 """Runs with train.cache_prompts: the adapter that they would have without it, each prompt computed once, and the same
 bits after a stop."""
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from long_cases import quick
 from stopped_run import assert_same_arrays, interrupt
 from tiny_run import metrics, rows_of_text, run_config, run_folder, write_rows
 
 from para_jax import LoraConfig, train, train_tenants
 from para_jax.runs import train as runs
 from para_jax.training import prompt_cache, prompt_file
+from para_jax.training.stop import Stopped
 
 SCOPED = ("adapter.scope=response", "adapter.scope_window=2")
 
@@ -58,17 +62,13 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(mine, other, atol=1e-5 + 1e-4 * float(np.abs(other).max()))
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        (),
-        ("data.packing=true", "data.max_seq_length=32", "train.per_device_batch_size=4", "adapter.summary=raw"),
-        ("train.per_device_batch_size=4", "train.gradient_accumulation_steps=2", "data.buckets=3"),
-        ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.per_device_batch_size=2"),
-        ("mesh.data=8", "train.per_device_batch_size=1"),
-    ],
-    ids=("padded", "packed", "passes", "mesh", "data"),
-)
+PACKED = ("data.packing=true", "data.max_seq_length=32", "train.per_device_batch_size=4", "adapter.summary=raw")
+PASSES = ("train.per_device_batch_size=4", "train.gradient_accumulation_steps=2", "data.buckets=3")
+MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.per_device_batch_size=2")
+CASES = ((), PACKED, MESH, PASSES, ("mesh.data=8", "train.per_device_batch_size=1"))
+
+
+@pytest.mark.parametrize("overrides", quick(CASES, (), PACKED), ids=("padded", "packed", "mesh", "passes", "data"))
 def test_a_run_ends_with_the_adapter_that_it_has_without(folder, tmp_path, computed, overrides):
     config = config_of(folder, tmp_path / "run", *overrides)
     plain = train(config)
@@ -109,6 +109,7 @@ def test_a_sweep_computes_the_prompts_once_and_disk_keeps_them_for_the_next_run(
     assert len(computed) == 1 and list(prompt_file.folder().iterdir()) == [file]
 
 
+@pytest.mark.long
 def test_trials_of_rates_and_their_run_share_the_prompts(folder, tmp_path, computed):
     config = config_of(folder, tmp_path / "run", "train.learning_rate=auto", "train.cache_prompts=memory")
     train(config)
@@ -134,6 +135,22 @@ def test_a_stopped_run_ends_with_the_bits_of_one_that_was_never_stopped(folder, 
         next(prompt_file.folder().iterdir()).unlink()
     assert_same_arrays(train(cut).adapter, expected.adapter)
     assert losses(cut) == losses(whole)
+
+
+def test_a_signal_while_prompts_are_computed_ends_the_run_at_once_and_the_same_command_resumes(
+    folder, tmp_path, monkeypatch
+):
+    config = config_of(folder, tmp_path / "run", "train.cache_prompts=disk")
+
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield 1, b"never written"
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(prompt_cache, "computed", signalled)
+        train(config)
+    assert list(prompt_file.folder().iterdir()) == [] and not metrics(config)[1:]
+    assert train(config).step == 6
 
 
 def test_a_run_may_go_on_without_its_cache(folder, tmp_path):

@@ -60,11 +60,11 @@ def order_of(made, steps=100, seed=0, rows=2) -> TenantOrder:
     return TenantOrder(made, Plan(example_lengths(made), buckets=(BUCKET,), rows=rows, seed=seed), steps)
 
 
-def cached(config, family="llama", where="memory", orders=None, rows=4):
-    orders = orders or [order_of(examples())]
+def cached(config, model=None, where="memory"):
+    """The cache of all examples' prompts, which are computed four at a time."""
+    given = where, model or model_of("llama"), config, [order_of(examples())], (BUCKET, ROW_SHAPE)
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        given = where, model_of(family), config, orders, (BUCKET, ROW_SHAPE)
-        return cached_prompts(*given, step_rows=8, rows=rows)
+        return cached_prompts(*given, step_rows=8, rows=4)
 
 
 def value_and_gradient(of, adapter):
@@ -75,7 +75,7 @@ def value_and_gradient(of, adapter):
 @pytest.mark.parametrize(("family", "config"), CASES, ids=str)
 def test_given_prompts_have_the_loss_and_gradients_of_computed_ones(family, config):
     model = model_of(family)
-    adapter, prompts = strong(init_adapter(config, model.config)), cached(config, family)
+    adapter, prompts = strong(init_adapter(config, model.config)), cached(config, model)
     for batch, shape in batches():
         part, states = (jax.tree.map(lambda a: jnp.asarray(a[0]), tree) for tree in (batch, prompts.states(batch, 16)))
 
@@ -118,6 +118,19 @@ def test_the_states_of_a_row_are_those_of_its_prompts_alone():
             assert not ours[0, :, row, :, size:].any()
         np.testing.assert_allclose(padded.summaries[0, :, row], alone.summaries[:, 0], atol=1e-4)
         np.testing.assert_array_equal(padded.summaries[0, :, row], packed.summaries[0, :, place, segment])
+
+
+def test_the_states_of_int8_weights_in_bfloat16_are_those_that_a_step_computes():
+    """With the mean pooler, whose summaries are float32."""
+    model = load_backbone(FIXTURES / "llama", layout="stacked", dtype="bfloat16", quantize="int8")
+    config = ParaConfig(r=4, scope="response", pooler="mean")
+    adapter = strong(init_adapter(config, model.config))
+    prompts = cached(config, model, where="disk")
+    assert (prompts.record.dtype, prompts.record.summary_dtype) == ("bfloat16", "float32")
+    (batch, shape), _ = batches()
+    part, states = (jax.tree.map(lambda a: jnp.asarray(a[0]), tree) for tree in (batch, prompts.states(batch, 16)))
+    nll = jax.jit(lambda states: completion_nll(model, adapter, part, shape.completion, prompt=16, states=states)[0])
+    np.testing.assert_allclose(nll(states), nll(None), rtol=2e-2)
 
 
 # --------------------------------------------------------------------------------------------------------- on the disk
@@ -184,12 +197,20 @@ def test_states_that_take_too_much_are_refused_with_the_numbers_before_any_is_co
         patched.setattr(prompt_cache, "free_memory", lambda: 1000)
         cached(config)
     with monkeypatch.context() as patched, pytest.raises(ValueError, match=f"disk needs {size:,} .* of the 2,000 "):
-        patched.setattr(prompt_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2000}))
+        patched.setattr(prompt_file, "free_space", lambda: 2000)
         cached(config, where="disk")
 
 
-def test_free_memory_is_known_here():
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=f"{tmp_path / 'file'}.*XDG_CACHE_HOME"):
+        cached(ParaConfig(scope="response"), where="disk")
+
+
+def test_free_memory_and_space_are_known_here():
     assert 2**20 < prompt_cache.free_memory() < 2**50
+    assert 2**20 < prompt_file.free_space() < 2**60
 
 
 @pytest.mark.parametrize("name", ["weights", "doubled"])
