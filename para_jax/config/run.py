@@ -330,28 +330,16 @@ class RunConfig:
                 "train.learning_rate=auto can't be used together with a sweep of rates or seeds; give a number, or "
                 "remove the sweep"
             )
-        if self.train.cache_prompts != "off":
-            self.check_scope()
-        if self.many:
-            name = "per_device_batch_size" if self.train.batch_size is None else "batch_size"
-            rows, batch = self.rows_per_tenant, getattr(self.train, name)
-            require(batch % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.{name} ({batch})")
-
-    def check_scope(self) -> None:
-        """Raises ValueError unless every method's prompts run through the plain backbone, so that they can be kept."""
         where, scope = self.train.cache_prompts, getattr(self.adapter, "scope", "all")
-        others = [name for name in self.sweep.method if ADAPTER_CONFIGS[name] is not type(self.adapter)]
-        if scope != "response":
+        if where != "off" and scope != "response":
             raise ValueError(
                 f"train.cache_prompts={where} needs adapter.scope=response, with which prompts run through the plain "
                 f"backbone; adapter.scope is {scope}, so use train.cache_prompts=off"
             )
-        if others:
-            raise ValueError(
-                f"train.cache_prompts={where} can't be used with sweep.method {list(self.sweep.method)}, which trains "
-                f"{', '.join(others)} with scope all; train the methods in runs of their own, or use "
-                "train.cache_prompts=off"
-            )
+        if self.many:
+            name = "per_device_batch_size" if self.train.batch_size is None else "batch_size"
+            rows, batch = self.rows_per_tenant, getattr(self.train, name)
+            require(batch % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.{name} ({batch})")
 
     def check_methods(self) -> None:
         """Raises ValueError for sweep.method with unknown methods, tenants, or adapter fields that no method takes."""

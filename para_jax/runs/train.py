@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,7 +203,7 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
         for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
             if part is parts[-1] and len(parts) > 1:
                 say(f"added to the run after it had begun: {safe_names(part.names)}")
-            state, standing = train_part(config, model, of_part, layout, mesh, part)
+            state, standing = train_part(config, model, of_part, layout, mesh, part, shared)
         records = {} if config.many else standing.records(0)
         if records:
             on_first_process(lambda: write_scores(expanded(config.output_dir), records))
@@ -257,6 +257,7 @@ def shared_backbone(config: RunConfig, mesh, shared: Shared):
     """The backbone on this mesh, loaded once for all runs that share it."""
     if mesh not in shared.backbones:
         shared.backbones.clear()  # two at once may not fit
+        shared.prompts.clear()
         shared.backbones[mesh] = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
     model = shared.backbones[mesh]
     require_same("the backbone", lambda: model.fingerprint)
@@ -264,26 +265,27 @@ def shared_backbone(config: RunConfig, mesh, shared: Shared):
 
 
 def train_part(
-    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part
+    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part, shared: Shared
 ) -> tuple[TrainState, Standing]:
     """Trains a part's tenants, after the trials of those whose learning rate is still to be chosen."""
-    prompts = cache(partial(prompts_of, config, model, inputs, layout, mesh))  # the trials read the same ones
+    prompts = partial(prompts_of, config, model, inputs, layout, mesh, shared)
     if any(is_auto(tenant.config) for tenant in inputs.tenants):
         chosen = choose_rates(
             config, model, inputs, layout, mesh, partial(fit, prompts=prompts, quiet=True), part.folder
         )
         config, inputs = resolved(config, chosen), resolved_inputs(inputs, chosen)
         on_first_process(lambda: claim_folders(config, inputs.tenants))
-    return fit(config, model, inputs, layout, mesh, part, prompts=prompts)
+    return fit(config, model, inputs, layout, mesh, part, prompts)
 
 
-def prompts_of(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh) -> PromptCache | None:
-    """The prompts' states, where the config asks to keep them."""
+def prompts_of(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, shared: Shared) -> PromptCache | None:
+    """The states of the prompts that a run and its trials read, where the config asks to keep them."""
     train, orders = config.train, [tenant.order for tenant in inputs.tenants]
     if train.cache_prompts == "off":
         return None
     rows = dict(step_rows=layout.passes * layout.pass_rows, rows=train.per_device_batch_size * batch_devices(mesh))
-    return cached_prompts(train.cache_prompts, model, config.adapter, orders, inputs.buckets, **rows)
+    given = train.cache_prompts, model, config.adapter, orders, inputs.buckets
+    return cached_prompts(*given, **rows, held=shared.prompts)
 
 
 def resolved_configs(own: dict[str, RunConfig], chosen: dict[str, float]) -> dict[str, RunConfig]:
@@ -298,8 +300,8 @@ def fit(
     layout: Layout,
     mesh,
     part: Part,
-    *,
     prompts: Callable[[], PromptCache | None],
+    *,
     quiet: bool = False,
 ) -> tuple[TrainState, Standing]:
     """The training loop of one part, with a backbone that is loaded already. The folders must be claimed.

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from ..adapters.adapter import Adapter
 from ..data.batches import Batch, Bucket
-from ..data.example_arrays import ExampleArrays
+from ..data.example_arrays import ExampleArrays, digest
 from ..data.packing import Packed, RowShape
 from ..data.prefetch import AHEAD, THREADS
 from ..data.schedule import TenantOrder
@@ -23,7 +25,7 @@ from ..messages import say
 from ..progress import Progress
 from ..tail import PromptStates
 from . import prompt_file
-from .prompt_states import Record, computed, pooler_of, record_of
+from .prompt_states import Record, computed, pooler_digest, pooler_of, record_of
 
 #: The share of the free memory, or of the free space on the disk, that may be taken.
 USABLE = 0.5
@@ -81,6 +83,7 @@ def cached_prompts(
     *,
     step_rows: int,
     rows: int,
+    held: dict[Any, PromptCache],
 ) -> PromptCache:
     """The states of every prompt that the steps of these orders read, on the current mesh.
 
@@ -88,20 +91,35 @@ def cached_prompts(
         where: "memory" or "disk".
         shapes, step_rows: the shapes of a step's rows, and their number.
         rows: of a batch that computes prompts, over all devices.
+        held: what this function gave before for the same model. It keeps the last one.
 
     Raises ValueError, before any prompt is computed, where there is too little memory or space.
     """
     prompts, pooler = distinct_prompts(orders), pooler_of(adapter_config, model.config)
-    record = record_of(model, pooler)
+    key = where, digest(prompts), pooler_digest(pooler), rows, jax.sharding.get_mesh()
+    if key not in held:
+        held.clear()
+        record = record_of(model, pooler)
+        ahead = (AHEAD + THREADS) * step_rows * max(row_size(record, shape) for shape in shapes)
+        held[key] = filled(where, model, pooler, prompts, record, rows, ahead)
+    return held[key]
+
+
+def filled(
+    where: str, model, pooler: Adapter, prompts: ExampleArrays, record: Record, rows: int, ahead: int
+) -> PromptCache:
+    """The states of these prompts.
+
+    Args:
+        ahead: bytes of the batches that are made ahead of their steps.
+    """
     ends = np.cumsum(record.size(prompts.lengths)).tolist()
-    size, ahead = ends[-1], (AHEAD + THREADS) * step_rows * max(row_size(record, shape) for shape in shapes)
+    size = ends[-1]
     say(
         f"train.cache_prompts={where}: {len(prompts)} distinct prompts with {prompts.lengths.sum()} tokens take "
         f"{size:,} bytes, and the batches that are made ahead up to {ahead:,} bytes of memory"
     )
     require_room(where, ahead + size * (where == "memory"), free_memory(), "memory")
-    ids = (prompts.ids[a:b].tobytes() for a, b in zip(prompts.starts, prompts.starts[1:], strict=False))
-    place = {key: slice(a, b) for key, a, b in zip(ids, [0, *ends], ends, strict=False)}
 
     def records() -> Iterator[bytes]:
         with Progress("computing prompts", len(prompts), unit="prompt") as bar:
@@ -110,8 +128,12 @@ def cached_prompts(
                 bar.advance(count)
 
     if where == "memory":
-        return PromptCache(place, in_memory(size, records()), record)
-    return PromptCache(place, on_disk(prompt_file.file_of(model, pooler, prompts, rows), size, records()), record)
+        data = in_memory(size, records())
+    else:
+        data = on_disk(prompt_file.file_of(model, pooler, prompts, rows), size, records())
+    ids = (prompts.ids[a:b].tobytes() for a, b in zip(prompts.starts, prompts.starts[1:], strict=False))
+    place = {key: slice(a, b) for key, a, b in zip(ids, [0, *ends[:-1]], ends, strict=True)}
+    return PromptCache(place, data, record)
 
 
 def distinct_prompts(orders: Sequence[TenantOrder]) -> ExampleArrays:

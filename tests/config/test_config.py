@@ -317,14 +317,14 @@ def test_off_is_text_for_the_field_that_has_it(tmp_path):
         ((), "scope is all"),
         (("adapter.scope=prompt",), "scope is prompt"),
         (("adapter.method=lora",), "scope is all"),
-        (("adapter.scope=response", "sweep.method=[para, ia3]"), "ia3"),
+        (("sweep.method=[para, ia3]",), "scope is all"),
     ],
 )
 def test_prompts_are_kept_with_scope_response_alone(overrides, named):
     for where in ("memory", "disk"):
         said = error(f"train.cache_prompts={where}", *overrides)
         assert f"train.cache_prompts={where}" in said and named in said
-    load_config(None, ["train.cache_prompts=memory", "adapter.scope=response", "sweep.method=[para]"])
+    load_config(None, ["train.cache_prompts=memory", "adapter.scope=response", "sweep.method=[lora, ia3]"])
     assert "one of off, memory, disk" in error("train.cache_prompts=gpu", "adapter.scope=response")
 
 

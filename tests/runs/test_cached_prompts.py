@@ -13,7 +13,7 @@ from long_cases import quick
 from stopped_run import assert_same_arrays, interrupt
 from tiny_run import metrics, rows_of_text, run_config, run_folder, write_rows
 
-from para_jax import LoraConfig, train, train_tenants
+from para_jax import LoraConfig, compare_methods, train, train_tenants
 from para_jax.runs import train as runs
 from para_jax.training import prompt_cache, prompt_file
 from para_jax.training.stop import Stopped
@@ -107,6 +107,15 @@ def test_a_sweep_computes_the_prompts_once_and_disk_keeps_them_for_the_next_run(
     lora = LoraConfig(r=4, scope="response")  # another method, and another window
     train_tenants(replace(config, output_dir=str(tmp_path / "lora"), adapter=lora))
     assert len(computed) == 1 and list(prompt_file.folder().iterdir()) == [file]
+
+
+def test_a_sweep_of_methods_computes_the_prompts_once(folder, tmp_path, computed):
+    config = config_of(
+        folder, tmp_path / "run", "sweep.method=[para, lora, ia3]", "train.max_steps=2", "train.cache_prompts=memory",
+        "adapter.summary=raw",
+    )  # fmt: skip
+    found = compare_methods(config).methods
+    assert computed == [16] and {one.ended for one in found} == {"done"}
 
 
 @pytest.mark.long

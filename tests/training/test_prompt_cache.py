@@ -60,11 +60,11 @@ def order_of(made, steps=100, seed=0, rows=2) -> TenantOrder:
     return TenantOrder(made, Plan(example_lengths(made), buckets=(BUCKET,), rows=rows, seed=seed), steps)
 
 
-def cached(config, model=None, where="memory"):
+def cached(config, model=None, where="memory", held=None):
     """The cache of all examples' prompts, which are computed four at a time."""
     given = where, model or model_of("llama"), config, [order_of(examples())], (BUCKET, ROW_SHAPE)
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        return cached_prompts(*given, step_rows=8, rows=4)
+        return cached_prompts(*given, step_rows=8, rows=4, held={} if held is None else held)
 
 
 def value_and_gradient(of, adapter):
@@ -131,6 +131,14 @@ def test_the_states_of_int8_weights_in_bfloat16_are_those_that_a_step_computes()
     part, states = (jax.tree.map(lambda a: jnp.asarray(a[0]), tree) for tree in (batch, prompts.states(batch, 16)))
     nll = jax.jit(lambda states: completion_nll(model, adapter, part, shape.completion, prompt=16, states=states)[0])
     np.testing.assert_allclose(nll(states), nll(None), rtol=2e-2)
+
+
+def test_runs_of_one_command_share_the_cache_of_the_same_summaries_alone():
+    held = {}
+    first = cached(ParaConfig(scope="response"), held=held)
+    assert cached(LoraConfig(scope="response", scope_window=2), held=held) is first
+    other = cached(ParaConfig(scope="response", pooler="mean"), held=held)
+    assert other is not first and list(held.values()) == [other]
 
 
 # --------------------------------------------------------------------------------------------------------- on the disk
