@@ -218,18 +218,21 @@ def replicate(tree):
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), tree)
 
 
-def shard_rows(array) -> jax.Array:
+def shard_rows(array, axes: tuple[str | None, ...] = (None, "batch")) -> jax.Array:
     """An array of a batch [passes, rows, ...], its rows sharded over (data, fsdp) of the current mesh. Every process
     passes the full array and copies the shards of its own devices.
+
+    Args:
+        axes: the names of its first axes, where they are others. That of the rows is "batch".
 
     Raises ValueError if the mesh does not divide the rows.
     """
     mesh = jax.sharding.get_mesh()
-    rows, devices = array.shape[1], mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, devices = array.shape[axes.index("batch")], mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % devices:
         raise ValueError(
             f"a batch of {rows} rows does not divide evenly over mesh.data x mesh.fsdp = {devices} devices; "
             "use a multiple"
         )
-    array, sharding = np.asarray(array), NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+    array, sharding = np.asarray(array), NamedSharding(mesh, partition(axes, array.shape[: len(axes)], mesh.shape))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

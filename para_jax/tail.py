@@ -3,7 +3,8 @@ second pass over the prompt.
 
 A tail is the last w tokens of a prompt and what comes after it. Each layer first runs the prompts, which gives keys,
 values and the adjustments, and then the tails, which attend to the prompt before them and to themselves. Where every
-row has scope `response`, the prompts need no gradient, and the backward pass covers the tails alone.
+row has scope `response`, the prompts need no gradient, and the backward pass covers the tails alone. What the tails
+read of their prompts may also be given (PromptStates), and then no prompt runs at all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from .adapters.rows import by_layer, reach
+from .adapters.scope import Reach
 from .adapters.segments import Segments
 from .backbone.attention import within
 from .backbone.cache import attend_both
@@ -36,6 +38,17 @@ class Part(NamedTuple):
     """int32 [rows, T] or [T]: of each token in its example"""
     segments: Segments | None = None
     """for packed rows: where each example's prompt, or tail, is in its row"""
+
+
+class PromptStates(NamedTuple):
+    """What the plain backbone makes of a batch's prompts, as tails with scope `response` read it."""
+
+    keys: jax.Array
+    """[layers, rows, kv_heads, P, head_dim] after rotary, in the model's dtype; any finite numbers at padding"""
+    values: jax.Array
+    """as keys"""
+    summaries: jax.Array
+    """[layers, rows, width], for packed rows [layers, rows, segments, width]: what the adapter's `pool` gives"""
 
 
 def tail_stream(
@@ -62,26 +75,18 @@ def tail_stream(
     acts = reach(adapters, len(prompts.tokens))
     weights, make = by_layer(adapters)
     in_prompt, _ = where_adapters_act(acts, prompt_length, prompts.position, prompts.segments)
-    in_tail = acts.only_window is not None or acts.acts(prompt_length, tails.position, tails.segments)
     place = [] if prompts.segments is None else [prompts.segments.start]
-    tables, tail_tables = (rotary_tables_by_kind(config, part.position) for part in (prompts, tails))
+    tables = rotary_tables_by_kind(config, prompts.position)
     segment = None if prompts.segments is None else prompts.segments.segment
     attend = self_attention(config, model.dtype, prompts.tokens.shape[1], segment, model.attention)
-    start = tail_start(prompt_length, acts.window)
-    attend_from = {window: tail_attention(model, prompts, tails, start, window) for window in attend}
+    through_tail = tail_layer(model, acts, prompts, prompt_length, tails, "none" if whole else remat)
 
     def step(streams, layer, weights):
         first, x = streams
-        rotary, window = layer.kind.rotary, layer.kind.window
         adjustment = make(weights, first, prompt_length, *place)
         adjust = plain if in_prompt is False else acting(batched_adjust(adjustment, prompts.segments), in_prompt)
-        first, of_prompts = layer(first, adjust, tables[rotary], attend[window])
-
-        def through(x, layer, adjustment, of_prompts):
-            adjust = acting(batched_adjust(adjustment, tails.segments), in_tail)
-            return layer(x, adjust, tail_tables[rotary], attend_from[window](of_prompts))
-
-        x, of_tails = REMAT["none" if whole else remat](through)(x, layer, adjustment, of_prompts)
+        first, of_prompts = layer(first, adjust, tables[layer.kind.rotary], attend[layer.kind.window])
+        x, of_tails = through_tail(x, layer, adjustment, of_prompts)
         return (first, x), keep(of_prompts, of_tails, adjustment) if keep else None
 
     streams = model.embed(prompts.tokens), model.embed(tails.tokens)
@@ -93,6 +98,51 @@ def keeps_stream(config: ModelConfig, remat: str) -> bool:
     """Whether the backward pass gets the prompts' stream instead of their keys and values, and computes these again:
     with `block`, where the stream is smaller."""
     return remat == "block" and config.width < 2 * config.kv_width
+
+
+def tails_after(
+    model,
+    adapters,
+    states: PromptStates,
+    prompts: Part,
+    prompt_length: Int[Array, "*axes"],
+    tails: Part,
+    *,
+    remat: str = "dots",
+):
+    """The residual stream of the tails that `tail_stream` gives, from the states of the prompts, whose tokens are not
+    read. Every row's scope must be `response`."""
+    acts = reach(adapters, len(tails.tokens))
+    assert acts.only_window is not None, acts.scopes
+    weights, make = by_layer(adapters)
+    through_tail = tail_layer(model, acts, prompts, prompt_length, tails, remat)
+    one = jnp.ones_like(prompt_length)
+    place = [] if prompts.segments is None else [jnp.broadcast_to(jnp.arange(one.shape[1]), one.shape)]
+
+    def step(x, layer, inputs):
+        weights, (keys, values, summary) = inputs
+        pooled = summary if place else summary[:, None]  # each summary is pooled again, as a prompt of one token
+        x, _ = through_tail(x, layer, make(weights, pooled, one, *place), (keys, values))
+        return x, None
+
+    return through_layers(model, step, model.embed(tails.tokens), (weights, states))[0]
+
+
+def tail_layer(
+    model, acts: Reach, prompts: Part, prompt_length: Int[Array, "*axes"], tails: Part, remat: str
+) -> Callable:
+    """One layer of the tails: (x, layer, adjustment, keys and values of the prompts) -> (x, those of the tails)."""
+    in_tail = acts.only_window is not None or acts.acts(prompt_length, tails.position, tails.segments)
+    tables = rotary_tables_by_kind(model.config, tails.position)
+    start = tail_start(prompt_length, acts.window)
+    windows = dict.fromkeys(kind.window for kind in model.config.kinds)
+    attend = {window: tail_attention(model, prompts, tails, start, window) for window in windows}
+
+    def through_tail(x, layer, adjustment, of_prompts):
+        adjust = acting(batched_adjust(adjustment, tails.segments), in_tail)
+        return layer(x, adjust, tables[layer.kind.rotary], attend[layer.kind.window](of_prompts))
+
+    return REMAT[remat](through_tail)
 
 
 def tail_start(prompt_length: Int[Array, "*axes"], window: int) -> Int[Array, "*axes"]:

@@ -63,6 +63,8 @@ def typed_value(name: str, value: Any, kind: Any) -> Any:
         truth = TRUTH.get(value.lower()) if isinstance(value, str) else value
         require(isinstance(truth, bool | int) and truth in (0, 1), name, value, "true or false")
         return bool(truth)
+    if value is False and "off" in typing.get_args(kind):
+        return "off"
     if isinstance(value, bool):  # YAML 1.1 reads yes, no, on and off as booleans
         raise ValueError(f'{name}: {value} is a truth value in YAML; quote the text, such as \'["yes", "no"]\'')
     if kind is int:

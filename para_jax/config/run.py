@@ -140,6 +140,9 @@ class TrainSection:
     remat: Literal["none", "dots", "block"] = "dots"
     """what the backward pass keeps of a layer: everything (nothing is recomputed), the outputs of the linear layers, or
     only the input of the layer"""
+    cache_prompts: Literal["off", "memory", "disk"] = "off"
+    """with adapter.scope=response: compute the states of each distinct prompt once and give them to every step. They
+    are kept in memory, or in a file in ~/.cache/para_jax/prompts that the next run with the same prompts uses again"""
 
     def __post_init__(self):
         check_fields(self, "train.")
@@ -326,6 +329,12 @@ class RunConfig:
             raise ValueError(
                 "train.learning_rate=auto can't be used together with a sweep of rates or seeds; give a number, or "
                 "remove the sweep"
+            )
+        where, scope = self.train.cache_prompts, getattr(self.adapter, "scope", "all")
+        if where != "off" and scope != "response":
+            raise ValueError(
+                f"train.cache_prompts={where} needs adapter.scope=response, with which prompts run through the plain "
+                f"backbone; adapter.scope is {scope}, so use train.cache_prompts=off"
             )
         if self.many:
             name = "per_device_batch_size" if self.train.batch_size is None else "batch_size"

@@ -57,6 +57,7 @@ OTHER_NAMES = {
     "train.adam_b1": "adam_beta1 beta1",
     "train.adam_b2": "adam_beta2 beta2",
     "train.adam_eps": "adam_epsilon epsilon eps",
+    "train.cache_prompts": "cache prompt_cache cache_prompt prompts_cache",
     "train.gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accumulation accumulation_steps "
     "accumulate_grad_batches",
     "train.learning_rate": "lr rate step_size",

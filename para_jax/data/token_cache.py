@@ -122,7 +122,7 @@ def store_tokens(key: str, content: str, tokens: Tokens) -> None:
             stream.write(json.dumps(header).encode() + b"\n")
             for part in parts:
                 stream.write(part.data)
-        delete_oldest(file)
+        delete_oldest(file, MAX_BYTES)
     except OSError as error:
         warn(f"cannot cache token ids in {file.parent} ({error.strerror}); data.cache=false turns this off")
 
@@ -151,20 +151,20 @@ def parts_digest(parts: list[np.ndarray]) -> str:
     return found.hexdigest()
 
 
-def delete_oldest(keep: Path) -> None:
+def delete_oldest(keep: Path, most: int) -> None:
     """Deletes temporary files that killed processes left, and the least recently used files, except `keep`, while all
-    together exceed MAX_BYTES."""
-    found = []
-    for part in keep.parent.glob("." + "?" * 64 + ENDING + ".????????"):
+    together exceed `most` bytes. Files that are named like `keep` count: a hash and its ending."""
+    found, named = [], "?" * len(keep.stem) + keep.suffix
+    for part in keep.parent.glob(f".{named}.????????"):
         with suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
                 part.unlink()
-    for file in keep.parent.glob("?" * 64 + ENDING):
+    for file in keep.parent.glob(named):
         with suppress(FileNotFoundError):  # another process may delete it first
             found.append((file.stat().st_mtime_ns, file, file.stat().st_size))
     total = sum(size for *_, size in found)
     for _, file, size in sorted(found):
-        if total > MAX_BYTES and file != keep:
+        if total > most and file != keep:
             file.unlink(missing_ok=True)
             total -= size
 

@@ -23,12 +23,14 @@ from ..model import init_adapter
 from ..processes import full_arrays, on_first_process
 from ..progress import Progress
 from ..sharding import shard_rows
+from ..tail import PromptStates
 from ..training.checkpoint import finish_saving, require_saved, save_checkpoint
 from ..training.last_state import read_last_state, write_last_state
 from ..training.log import Done
 from ..training.optimizer import LearningRates, learning_rates
 from ..training.passes import Layout
 from ..training.profiler import Profiler
+from ..training.prompt_cache import PromptCache
 from ..training.statistics import standardise, statistics_batches
 from ..training.step import TrainState, put_adapter, put_state, put_tenant, tenant_of, train_step
 from ..training.stop import Interrupted, StopSignal
@@ -59,6 +61,8 @@ class Loop(NamedTuple):
     logs: Logs
     profiler: Profiler
     stop: StopSignal
+    prompts: PromptCache | None = None
+    """of train.cache_prompts"""
 
     def run(self, state: TrainState, standing: Standing) -> tuple[TrainState, Standing]:
         """Steps until every tenant has ended. Each step's values are read when the next step is under way.
@@ -150,7 +154,16 @@ class Loop(NamedTuple):
             steps=standing.steps, slots=standing.slots, ended=over,
         )  # fmt: skip
         left = sum(t.order.total_steps - standing.steps[i] for i, t in enumerate(self.tenants) if not over[i])
-        return prefetch(coming.batch, 0, left)
+
+        def prepared(step: int) -> tuple[StepBatch, PromptStates | None] | None:
+            made = coming.batch(step)
+            if made is None:
+                return None
+            batch, _ = in_passes(made, self.layout)
+            prompt = made.bucket.prompt or made.bucket.length
+            return made, None if self.prompts is None else self.prompts.states(batch, prompt)
+
+        return prefetch(prepared, 0, left)
 
     def step(
         self,
@@ -163,11 +176,12 @@ class Loop(NamedTuple):
     ) -> tuple[TrainState, Standing, Dispatched]:
         """Dispatches the next step, then reads the values of the one before."""
         begun: float | None = time.monotonic()
-        coming: StepBatch = next(batches)
+        coming, states = next(batches)
         batch, tenant_of_group = in_passes(coming, self.layout)
         batch = jax.tree.map(shard_rows, batch)
+        states = None if states is None else shard_states(states)
         waited, number = time.monotonic() - begun, standing.step + 1
-        given = self.model, batch, tenant_of_group, self.rates(standing)
+        given = self.model, batch, tenant_of_group, self.rates(standing), states
         static: dict[str, Any] = dict(
             completion=coming.bucket.completion, prompt=coming.bucket.prompt, config=self.config.train
         )
@@ -316,6 +330,13 @@ def in_passes(coming: StepBatch, layout: Layout) -> tuple[Batch | Packed, np.nda
     shape = layout.passes, layout.pass_rows
     batch = type(coming.batch)(*(array.reshape(*shape, *array.shape[2:]) for array in coming.batch))
     return batch, coming.tenant_of_group.reshape(layout.passes, layout.groups)
+
+
+def shard_states(states: PromptStates) -> PromptStates:
+    """Host arrays [passes, layers, rows, ...] on the devices of the current mesh."""
+    rows = (None, None, "batch")
+    keys, values = (shard_rows(a, (*rows, "kv_heads")) for a in (states.keys, states.values))
+    return PromptStates(keys, values, shard_rows(states.summaries, rows))
 
 
 def places(each: list[str]) -> str:

@@ -29,6 +29,7 @@ from ..messages import say, warn
 from ..storage.bucket import Place
 from ..training.checkpoint import steps_in
 from ..training.passes import Layout
+from ..training.prompt_cache import PromptCache
 from .tenant_file import AT_ONCE, with_own_fields
 
 
@@ -61,6 +62,8 @@ class Shared:
         """what `read_data` gives, by `of_data`"""
         self.backbones: dict[Any, Any] = {}
         """the backbone by its mesh"""
+        self.prompts: dict[Any, PromptCache] = {}
+        """of train.cache_prompts, for that backbone"""
 
 
 class Inputs(NamedTuple):

@@ -8,7 +8,7 @@ output_dir/NAME/{config.yaml, metrics.jsonl, adapter/}.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -38,8 +38,9 @@ from ..storage.bucket import Place
 from ..training.checkpoint import changed_data, describe_changes, open_checkpoints, restore_checkpoint
 from ..training.log import Log
 from ..training.metrics_file import Reached
-from ..training.passes import Layout, lay_out
+from ..training.passes import Layout, batch_devices, lay_out
 from ..training.profiler import Profiler
+from ..training.prompt_cache import PromptCache, cached_prompts
 from ..training.scores_file import Records, write_scores
 from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, stop_signals
@@ -182,6 +183,11 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
     shared = shared or Shared()
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
+    if config.train.cache_prompts != "off" and (count := jax.process_count()) > 1:
+        raise ValueError(
+            f"train.cache_prompts={config.train.cache_prompts} keeps the prompts of one process, and this run has "
+            f"{count}; use train.cache_prompts=off"
+        )
     config, own, parts, chosen = known_run(config)
     mesh = mesh_of_run(config, list(own.values()), parts)
     layouts = on_every_process(lambda: [lay_out(config, mesh, len(part.names)) for part in parts])
@@ -197,7 +203,7 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
         for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
             if part is parts[-1] and len(parts) > 1:
                 say(f"added to the run after it had begun: {safe_names(part.names)}")
-            state, standing = train_part(config, model, of_part, layout, mesh, part)
+            state, standing = train_part(config, model, of_part, layout, mesh, part, shared)
         records = {} if config.many else standing.records(0)
         if records:
             on_first_process(lambda: write_scores(expanded(config.output_dir), records))
@@ -251,6 +257,7 @@ def shared_backbone(config: RunConfig, mesh, shared: Shared):
     """The backbone on this mesh, loaded once for all runs that share it."""
     if mesh not in shared.backbones:
         shared.backbones.clear()  # two at once may not fit
+        shared.prompts.clear()
         shared.backbones[mesh] = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
     model = shared.backbones[mesh]
     require_same("the backbone", lambda: model.fingerprint)
@@ -258,14 +265,27 @@ def shared_backbone(config: RunConfig, mesh, shared: Shared):
 
 
 def train_part(
-    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part
+    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part, shared: Shared
 ) -> tuple[TrainState, Standing]:
     """Trains a part's tenants, after the trials of those whose learning rate is still to be chosen."""
+    prompts = partial(prompts_of, config, model, inputs, layout, mesh, shared)
     if any(is_auto(tenant.config) for tenant in inputs.tenants):
-        chosen = choose_rates(config, model, inputs, layout, mesh, partial(fit, quiet=True), part.folder)
+        chosen = choose_rates(
+            config, model, inputs, layout, mesh, partial(fit, prompts=prompts, quiet=True), part.folder
+        )
         config, inputs = resolved(config, chosen), resolved_inputs(inputs, chosen)
         on_first_process(lambda: claim_folders(config, inputs.tenants))
-    return fit(config, model, inputs, layout, mesh, part)
+    return fit(config, model, inputs, layout, mesh, part, prompts)
+
+
+def prompts_of(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, shared: Shared) -> PromptCache | None:
+    """The states of the prompts that a run and its trials read, where the config asks to keep them."""
+    train, orders = config.train, [tenant.order for tenant in inputs.tenants]
+    if train.cache_prompts == "off":
+        return None
+    rows = dict(step_rows=layout.passes * layout.pass_rows, rows=train.per_device_batch_size * batch_devices(mesh))
+    given = train.cache_prompts, model, config.adapter, orders, inputs.buckets
+    return cached_prompts(*given, **rows, held=shared.prompts)
 
 
 def resolved_configs(own: dict[str, RunConfig], chosen: dict[str, float]) -> dict[str, RunConfig]:
@@ -274,11 +294,20 @@ def resolved_configs(own: dict[str, RunConfig], chosen: dict[str, float]) -> dic
 
 
 def fit(
-    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part, *, quiet: bool = False
+    config: RunConfig,
+    model,
+    inputs: Inputs,
+    layout: Layout,
+    mesh,
+    part: Part,
+    prompts: Callable[[], PromptCache | None],
+    *,
+    quiet: bool = False,
 ) -> tuple[TrainState, Standing]:
     """The training loop of one part, with a backbone that is loaded already. The folders must be claimed.
 
     Args:
+        prompts: computes the states of train.cache_prompts. It is called once a step is to be done.
         quiet: no warnings and no scores of the base model: these are trials, and some may go wrong.
     """
     folder, (tokenizer, tenants, buckets) = part.folder, inputs
@@ -315,6 +344,9 @@ def fit(
                     asked = scoring.with_changed(standing, split, changed) if restored else list(range(len(tenants)))
                     standing = scoring.score_backbone(state, standing, split, asked)
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
+                if not all(standing.over):
+                    with stop.interrupting():
+                        loop = loop._replace(prompts=prompts())
                 return loop.run(state, standing)
             except Interrupted:
                 loop.end_early(standing)

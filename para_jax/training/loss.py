@@ -13,7 +13,7 @@ from ..data.batches import Batch
 from ..data.packing import Packed
 from ..residual import residual_stream
 from ..sharding import constrain, shard_sizes
-from ..tail import tail_stream
+from ..tail import PromptStates, tail_stream, tails_after
 from .tails import cut_batch, cut_packed
 
 # Logits of one chunk on one device, in float32 values: 256 MiB. Larger batches are cut, and each chunk is recomputed in
@@ -22,7 +22,14 @@ CHUNK = 1 << 26
 
 
 def completion_nll(
-    model, adapters, batch: Batch | Packed, completion: int, *, prompt: int | None = None, remat: str = "dots"
+    model,
+    adapters,
+    batch: Batch | Packed,
+    completion: int,
+    *,
+    prompt: int | None = None,
+    states: PromptStates | None = None,
+    remat: str = "dots",
 ) -> tuple[jax.Array, jax.Array]:
     """Each row's summed negative log-likelihood (nats) of its completion and the number of its tokens, float32 [rows].
 
@@ -31,15 +38,23 @@ def completion_nll(
 
     Args:
         completion, prompt: the maximum completion tokens and prompt tokens of a row; static. None: a whole row.
+        states: of the prompts, padded to `prompt` tokens, where every adapter's scope is `response` with one window.
+            None: they are computed.
         remat: a name of residual.REMAT.
     """
-    hidden, targets, real = completion_states(model, adapters, batch, completion, prompt, remat)
+    hidden, targets, real = completion_states(model, adapters, batch, completion, prompt, states, remat)
     nll = token_nll(model, hidden, targets)
     return jnp.where(real, nll, 0).sum(axis=1), real.sum(axis=1).astype(jnp.float32)
 
 
 def completion_states(
-    model, adapters, batch: Batch | Packed, completion: int, prompt: int | None = None, remat: str = "dots"
+    model,
+    adapters,
+    batch: Batch | Packed,
+    completion: int,
+    prompt: int | None = None,
+    states: PromptStates | None = None,
+    remat: str = "dots",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The hidden states after the final norm [rows, C, width] that predict each completion token, these tokens, int32
     [rows, C], and which of them are real, bool [rows, C]. Arguments as in completion_nll.
@@ -53,6 +68,7 @@ def completion_states(
         places, predicted = None, batch.prompt_length[:, None] + jnp.arange(completion)
         real = predicted < batch.length[:, None]
     window = None if adapters is None else reach(adapters, len(batch.tokens)).only_window
+    assert states is None or window is not None, "only scope `response` reads prompts' states"
     if window is None:
         x, _ = residual_stream(model, adapters, batch.tokens, batch.prompt_length, segments=places, remat=remat)
         predicting = jnp.clip(predicted - 1, 0, x.shape[1] - 1)
@@ -62,7 +78,11 @@ def completion_states(
             cut = cut_packed(batch, window, prompt, completion)
         else:
             cut = cut_batch(batch, window, prompt, completion)
-        x, _, _ = tail_stream(model, adapters, cut.prompts, jnp.asarray(batch.prompt_length), cut.tails, remat=remat)
+        given = cut.prompts, jnp.asarray(batch.prompt_length), cut.tails
+        if states is None:
+            x, _, _ = tail_stream(model, adapters, *given, remat=remat)
+        else:
+            x = tails_after(model, adapters, states, *given, remat=remat)
         predicting = cut.predicting
     hidden = jnp.take_along_axis(x, predicting[..., None], axis=1)
     targets = jnp.take_along_axis(batch.tokens, jnp.minimum(predicted, batch.tokens.shape[1] - 1), axis=1)

@@ -19,6 +19,7 @@ from ..config import TrainSection
 from ..data.batches import Batch
 from ..data.packing import Packed
 from ..sharding import constrain_tenants, replicate, tenants_sharding
+from ..tail import PromptStates
 from .loss import completion_nll, completion_states, of_logits, token_scores
 from .optimizer import LearningRates, clipped, learning_rates, make_direction
 
@@ -51,6 +52,7 @@ def train_step(
     batch: Batch | Packed,
     tenant_of_group: jax.Array,
     rates: LearningRates,
+    states: PromptStates | None = None,
     *,
     completion: int,
     prompt: int | None = None,
@@ -71,21 +73,24 @@ def train_step(
         batch: its arrays lead with the passes (gradient accumulation): tokens int32 [passes, rows, T].
         tenant_of_group: int32 [passes, groups], the slot of each group of consecutive rows; -1 for padding rows, which
             have no completion token. A slot has at most one group per pass.
+        states: of the prompts, with leading passes (train.cache_prompts); None: the step computes them.
         completion, prompt: the maximum number of completion tokens, and of prompt tokens, in a row; None: a whole row.
     """
     weights, summed_nll = (sums_of_one if state.step.shape[0] == 1 else sums_of_many)(state.adapters)
 
-    def accumulate(sums, part_and_index):
-        nll = partial(completion_nll, model, completion=completion, prompt=prompt, remat=config.remat)
-        (_, found), gradient = jax.value_and_grad(summed_nll, has_aux=True)(weights, nll, *part_and_index)
+    def accumulate(sums, of_pass):
+        part, index, states = of_pass
+        nll = partial(completion_nll, model, completion=completion, prompt=prompt, states=states, remat=config.remat)
+        (_, found), gradient = jax.value_and_grad(summed_nll, has_aux=True)(weights, nll, part, index)
         return jax.tree.map(jnp.add, sums, (found, gradient)), None
 
     nothing = jnp.zeros(state.step.shape)
     zero = ((nothing, nothing), jax.tree.map(jnp.zeros_like, weights))
+    passes = batch, tenant_of_group, states
     if batch.tokens.shape[0] == 1:
-        sums, _ = accumulate(zero, jax.tree.map(lambda a: a[0], (batch, tenant_of_group)))
+        sums, _ = accumulate(zero, jax.tree.map(lambda a: a[0], passes))
     else:
-        sums, _ = jax.lax.scan(accumulate, zero, (batch, tenant_of_group))
+        sums, _ = jax.lax.scan(accumulate, zero, passes)
     (total, tokens), gradient = sums
     if state.step.shape[0] == 1:
         return updated_alone(state, gradient, total, tokens, rates, config=config)

@@ -301,6 +301,33 @@ def test_a_truth_value_in_place_of_text_is_refused(override):
     assert load_config(None, ["eval.choices=['yes', 'no']"]).eval.choices == ("yes", "no")
 
 
+def test_off_is_text_for_the_field_that_has_it(tmp_path):
+    scoped = "adapter: {scope: response}\n"
+    for value, expected in (("off", "off"), ("'off'", "off"), ("disk", "disk")):
+        config = load_config(written(tmp_path, f"{scoped}train: {{cache_prompts: {value}}}\n"))
+        assert config.train.cache_prompts == expected
+        save_config(config, tmp_path / "again.yaml")
+        assert load_config(tmp_path / "again.yaml") == config
+    assert load_config(None, ["train.cache_prompts=off"]) == load_config()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ((), "scope is all"),
+        (("adapter.scope=prompt",), "scope is prompt"),
+        (("adapter.method=lora",), "scope is all"),
+        (("sweep.method=[para, ia3]",), "scope is all"),
+    ],
+)
+def test_prompts_are_kept_with_scope_response_alone(overrides, named):
+    for where in ("memory", "disk"):
+        said = error(f"train.cache_prompts={where}", *overrides)
+        assert f"train.cache_prompts={where}" in said and named in said
+    load_config(None, ["train.cache_prompts=memory", "adapter.scope=response", "sweep.method=[lora, ia3]"])
+    assert "one of off, memory, disk" in error("train.cache_prompts=gpu", "adapter.scope=response")
+
+
 @pytest.mark.parametrize("field", ["output_dir", "data.train", "data.tenants", "data.test", "backbone.source"])
 def test_an_address_other_than_a_buckets_is_refused(field):
     load_config(None, [f"{field}=gs://bucket/folder"])
