@@ -52,7 +52,9 @@ class Ia3(Adapter):
 
     def normal(self, model: ModelConfig) -> Ia3:
         """The same adapter with all factors on outputs."""
-        return from_factors(self.on_outputs(), model)
+        made = from_factors(self.on_outputs(), model)
+        made.config = replace(made.config, scope=self.config.scope, scope_window=self.config.scope_window)
+        return made
 
     def on_outputs(self) -> dict[str, Array]:
         """l [..., out] by site, all on outputs."""

@@ -1,8 +1,7 @@
 """The engine's compiled programs: a fixed number of slots, and one decode program for all of them.
 
-A prompt is prefilled alone, in one of at most three padded lengths, and inserted into a slot. It overwrites the slot's
-whole state, so nothing of the slot's last tenant is left. The sampling settings stay on the host and come with each
-dispatch, so an ended row costs no sampling.
+A prefilled prompt is inserted into a slot. It overwrites the slot's whole state, so nothing of the slot's last tenant is
+left. The sampling settings stay on the host and come with each dispatch, so an ended row costs no sampling.
 """
 
 from __future__ import annotations
@@ -13,8 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..backbone.block_pool import rows_of_blocks, with_last
 from ..inference.draw import RowSampling, row_keys, sample
 from ..model import DecodeState, decode_step
+from ..prompt_blocks import Adapted, Pool
 
 
 class Slots(NamedTuple):
@@ -33,8 +34,7 @@ def empty_slots(row: DecodeState, slots: int) -> Slots:
     Args:
         row: the abstract state of one row.
     """
-    state = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape[1:]), leaf.dtype), row)
-    return Slots(state, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.int32))
+    return Slots(zeros_of(row, slots), jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.int32))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -48,6 +48,33 @@ def insert(slots: Slots, slot, logits, row: DecodeState, sampling: RowSampling) 
 
     token = drawn(logits, sampling, jnp.zeros(1, jnp.int32))
     return jax.tree.map(put, slots, Slots(row, token, jnp.ones(1, jnp.int32))), token
+
+
+@partial(jax.jit, donate_argnums=0)
+def insert_prompt(
+    slots: Slots, slot, pool: Pool, table, length, adapted, made: Adapted, row, sampling: RowSampling
+) -> tuple[Slots, jax.Array]:
+    """`insert` for a prompt whose blocks are in a pool.
+
+    Args:
+        table: int32 [T], the prompt's blocks.
+        length: the prompt's tokens.
+        adapted: how many of its last tokens have keys and values in `made`.
+        made: of several prompts; this one is `row`.
+    """
+    most = jax.tree.leaves(slots.state.cache)[0].shape[2]
+    logits, adjustments, last = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), made)
+    length, adapted = (jnp.reshape(count, 1).astype(jnp.int32) for count in (length, adapted))
+
+    def of_layer(pool, last):
+        keys, values = with_last(rows_of_blocks(pool, table[None]), last, length, adapted)
+        return keys[:, :, :most], values[:, :, :most]
+
+    cache = tuple(of_layer(*both) for both in zip(pool, last, strict=True))
+    token = drawn(logits, sampling, jnp.zeros(1, jnp.int32))
+    new = Slots(DecodeState(cache, adjustments, length), token, jnp.ones(1, jnp.int32))
+    put = lambda held, new: jax.lax.dynamic_update_slice_in_dim(held, new, slot, 0)  # noqa: E731
+    return jax.tree.map(put, slots, new), token
 
 
 @partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
@@ -67,6 +94,15 @@ def steps(treedef, leaves, slots: Slots, sampling: RowSampling, live, count: int
         return Slots(state, token, slots.position + 1), token  # pyright: ignore[reportArgumentType]
 
     return jax.lax.scan(one, slots, length=count)
+
+
+def zeros_of(row, rows: int):
+    """Zeros for several rows.
+
+    Args:
+        row: the shapes of one.
+    """
+    return jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), row)
 
 
 def drawn(logits, sampling: RowSampling, position) -> jax.Array:

@@ -1,0 +1,300 @@
+"""Prompts that are prefilled in blocks, some blocks per round, so that rows which decode wait for no more than that.
+
+These are the prompts of the base model and of scope `response`: they run through the plain backbone, and share the
+blocks in which they agree (prefix_cache.py). One thread at a time may use this.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..adapters.bank import AdapterBank, Entry
+from ..adapters.methods import method_of
+from ..adapters.scope import scope_of
+from ..backbone.transformer import Transformer
+from ..model import DecodeState
+from ..prompt_blocks import Adapted, Lanes, Windows, adapt_window, prefill_blocks
+from .prefix_cache import PrefixCache
+
+#: Prompts at work, or finished and kept for the next request with the same adapter and prompt.
+ROWS = 4
+
+
+class PromptFailed(Exception):
+    """A prompt could not be prefilled twice, each time alone."""
+
+    def __init__(self, key: tuple, error: Exception):
+        super().__init__(str(error))
+        self.key = key
+
+
+class Prompt:
+    """A prompt in one of the rows."""
+
+    def __init__(self, key: tuple, ids: Sequence[int], entry: Entry | None, row: int, block_keys: list[bytes]):
+        self.key, self.ids, self.entry, self.row, self.block_keys = key, ids, entry, row, block_keys
+        self.blocks: list[int] = []
+        """the pool's blocks of its first tokens: those that are computed, or found"""
+        self.made: Adapted | None = None
+        """of all rows; set when it is finished"""
+
+    @property
+    def adapted(self) -> int:
+        """How many of its last tokens its adapter changes."""
+        return 0 if self.entry is None else min(scope_of(self.entry.config)[1], len(self.ids))
+
+
+class Prefills:
+    """The prompts, and the pool of their blocks on the device."""
+
+    def __init__(
+        self, model: Transformer, bank: AdapterBank | None, row: DecodeState, *,
+        size: int,
+        longest: int,
+        lanes: int,
+        cached: int,
+    ):
+        """
+        Args:
+            row: the abstract state of one row.
+            size: tokens per block.
+            longest: blocks of the longest prompt.
+            lanes: blocks that one program computes.
+            cached: blocks beyond those of the prompts at work; 0: prompts share nothing.
+        """
+        self.bank, self.row, self.size, self.lanes, self.cached = bank, row, size, lanes, cached
+        self._leaves, self._treedef = jax.tree.flatten(model)
+        self._longest = longest
+        self.cache = PrefixCache(ROWS * longest + cached, size, model.fingerprint or "", enabled=cached > 0)
+        self.pins: dict[tuple[int, ...], list[bytes]] = {}
+        """the keys of pinned prompts, by their ids"""
+        self._prompts: OrderedDict[tuple, Prompt] = OrderedDict()
+        """by Sample.key, the most recently used last"""
+        self._suspects: dict[tuple, int] = {}
+        """prompts whose prefill raised: these run alone. The count is how often they raised alone"""
+        self.window = 1
+        self._grow_window([bank.entry(name) for name in bank.names] if bank else [])
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all prompts and blocks."""
+        self.pool = None
+        self._prompts.clear()
+        self.cache.clear()
+        self.pool = jax.tree.map(self._empty, self.row.cache)
+
+    def takes(self, entry: Entry | None) -> bool:
+        """Whether the prompts of an adapter are prefilled here."""
+        if entry is None:
+            return True
+        return scope_of(entry.config)[0] == "response" and method_of(entry.config).adapter.pools_last_token(entry.config)
+
+    def finished(self, key: tuple) -> Prompt | None:
+        """The prompt of a key, if it is prefilled."""
+        prompt = self._prompts.get(key)
+        if prompt is None or prompt.made is None:
+            return None
+        self._prompts.move_to_end(key)
+        return prompt
+
+    def has_room(self, key: tuple) -> bool:
+        """Whether a prompt may start now, or has started."""
+        rows = [prompt for prompt in self._prompts.values() if prompt.made is None]
+        return key in self._prompts or len(rows) < ROWS
+
+    def start(self, key: tuple, ids: Sequence[int], entry: Entry | None) -> None:
+        """Gives a prompt a row, unless it has one. The least recently used finished prompt leaves."""
+        if key in self._prompts:
+            return
+        if entry is not None:
+            self._grow_window([entry])
+        if len(self._prompts) == ROWS:
+            self._drop(next(prompt for prompt in self._prompts.values() if prompt.made is not None))
+        row = min(set(range(ROWS)) - {prompt.row for prompt in self._prompts.values()})
+        self._prompts[key] = Prompt(key, ids, entry, row, self.cache.keys(ids))
+        self.cache.queries += len(ids)
+
+    def keep(self, wanted: Collection[tuple]) -> None:
+        """Drops prompts that are not finished, unless they have one of these keys or are pinned. Starts pinned ones of
+        which blocks are missing."""
+        pinned = {(None, ids) for ids in self.pins}
+        for prompt in list(self._prompts.values()):
+            if prompt.made is None and prompt.key not in wanted and prompt.key not in pinned:
+                self._drop(prompt)
+        for ids, keys in self.pins.items():
+            if not all(map(self.cache.knows, keys)) and self.has_room((None, ids)):
+                held = self.finished((None, ids))
+                if held is not None:  # it was finished before it was pinned, and its blocks were given up since
+                    self._drop(held)
+                self.start((None, ids), ids, None)
+
+    def advance(self) -> None:
+        """Computes the next blocks of the prompts, in one program, and adapts those that are then complete.
+
+        Raises PromptFailed, or what the program raised. Only `reset` may follow.
+        """
+        working = [prompt for prompt in self._prompts.values() if prompt.made is None]
+        working = [prompt for prompt in working if prompt.key in self._suspects][:1] or working
+        if not working:
+            return
+        try:
+            self._compute(working)
+        except Exception as error:
+            if not isinstance(error, SystemError):  # C code turns an interrupt into a SystemError
+                self._suspect(working, error)
+            raise
+        if len(working) == 1:
+            self._suspects.pop(working[0].key, None)
+
+    def table(self, prompt: Prompt) -> np.ndarray:
+        """The pool's blocks of a prompt, int32 [blocks of the longest prompt]."""
+        table = np.zeros(self._longest, np.int32)
+        table[: len(prompt.blocks)] = prompt.blocks
+        return table
+
+    def pin(self, pins: dict[tuple[int, ...], list[bytes]]) -> None:
+        """Keeps the blocks of these prompts, and of no others: their ids, and the keys of their complete blocks."""
+        if pins is self.pins:
+            return
+        self.pins = pins
+        self.cache.pin(key for keys in self.pins.values() for key in keys)
+
+    def warm_up(self) -> Prompt:
+        """Compiles the programs. Returns a finished prompt."""
+        prompt = Prompt((), [0], None, 0, [])
+        self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, self._no_lanes())
+        prompt.made = Adapted(last.logits, *self._nothing)
+        entries = [self.bank.entry(name) for name in self.bank.names] if self.bank else []
+        for entry in {entry.group: entry for entry in entries if self.takes(entry)}.values():
+            self._adapt([Prompt((), [0], entry, 0, [])], last.entered)
+        return prompt
+
+    # ------------------------------------------------------------------------------------------------- the computation
+
+    def _compute(self, working: list[Prompt]) -> None:
+        lanes = self._planned(working)
+        self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, lanes)
+        complete = [prompt for prompt in working if len(prompt.blocks) == self._needed(prompt)]
+        late = [prompt for prompt in complete if prompt.entry is not None]
+        adapted = self._adapt(late, last.entered) if late else None
+        for prompt in complete:
+            prompt.made = adapted if prompt.entry is not None else Adapted(last.logits, *self._nothing)
+
+    def _planned(self, working: list[Prompt]) -> Lanes:
+        """The next blocks of the prompts, which take turns. Blocks that are known are not computed again, except a
+        prompt's last one: its last token gives the logits."""
+        lanes, used, turns = self._no_lanes(), 0, True
+        while turns and used < self.lanes:
+            turns = False
+            for prompt in working:
+                self._find_blocks(prompt)
+                number = len(prompt.blocks)
+                if used == self.lanes or number == self._needed(prompt):
+                    continue
+                turns, tokens = True, prompt.ids[number * self.size : (number + 1) * self.size]
+                prompt.blocks.append(self.cache.take())
+                if number < len(prompt.block_keys):  # others may find it now: this program computes it
+                    self.cache.publish(prompt.blocks[-1], prompt.block_keys[number])
+                lanes.tokens[used, : len(tokens)] = tokens
+                lanes.row[used], lanes.number[used], lanes.count[used] = prompt.row, number, len(tokens)
+                lanes.last[prompt.row] = used * self.size + len(tokens) - 1
+                used += 1
+        for prompt in working:
+            lanes.table[prompt.row] = self.table(prompt)
+        return lanes
+
+    def _find_blocks(self, prompt: Prompt) -> None:
+        while len(prompt.blocks) < self._needed(prompt) - 1:
+            found = self.cache.find(prompt.block_keys[len(prompt.blocks)])
+            if found is None:
+                return
+            prompt.blocks.append(found)
+            self.cache.hits += self.size
+
+    def _adapt(self, prompts: list[Prompt], entered: tuple) -> Adapted:
+        """What the adapters of prompts make of them, in the prompts' rows."""
+        assert self.bank is not None
+        entries: list[Entry | None] = [None] * ROWS
+        tokens, table = np.zeros((ROWS, self.window), np.int32), np.zeros((ROWS, self._longest), np.int32)
+        length, adapted = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)
+        for prompt in prompts:
+            row, last = prompt.row, prompt.ids[-self.window :]
+            entries[row], table[row] = prompt.entry, self.table(prompt)
+            tokens[row, self.window - len(last) :] = last
+            length[row], adapted[row] = len(prompt.ids), prompt.adapted
+        adapters = self.bank.rows_of(entries)
+        windows = Windows(tokens, table, length, adapted)
+        return adapt_prompts(self._treedef, self._leaves, adapters, self.pool, windows, entered)
+
+    def _no_lanes(self) -> Lanes:
+        row, number, count = (np.zeros(self.lanes, np.int32) for _ in range(3))
+        tokens, table = np.zeros((self.lanes, self.size), np.int32), np.zeros((ROWS, self._longest), np.int32)
+        return Lanes(tokens, row, number, count, table, np.zeros(ROWS, np.int32))
+
+    # ------------------------------------------------------------------------------------------------------ the prompts
+
+    def _needed(self, prompt: Prompt) -> int:
+        """Blocks of a prompt."""
+        return -(-len(prompt.ids) // self.size)
+
+    def _drop(self, prompt: Prompt) -> None:
+        del self._prompts[prompt.key]
+        self.cache.release(prompt.blocks)
+
+    def _suspect(self, working: list[Prompt], error: Exception) -> None:
+        """Notes prompts whose program raised. Raises PromptFailed for one that was alone for the second time."""
+        keys = {prompt.key for prompt in self._prompts.values()}
+        self._suspects = {key: count for key, count in self._suspects.items() if key in keys}
+        alone = len(working) == 1
+        for prompt in working:
+            self._suspects[prompt.key] = self._suspects.get(prompt.key, 0) + alone
+            if self._suspects[prompt.key] == 2:
+                del self._suspects[prompt.key]
+                raise PromptFailed(prompt.key, error)
+
+    def _grow_window(self, entries: list[Entry | None]) -> None:
+        """Makes room for the windows of these adapters. A larger one is a new program."""
+        windows = [scope_of(entry.config)[1] for entry in entries if entry is not None and self.takes(entry)]
+        wanted = min(1 << (max(windows, default=1) - 1).bit_length(), self._longest * self.size)
+        if wanted > self.window:
+            for prompt in [prompt for prompt in self._prompts.values() if prompt.made is not None]:
+                self._drop(prompt)
+        self.window = max(wanted, self.window)
+        self._nothing = self._of_no_adapter()
+
+    def _of_no_adapter(self) -> tuple:
+        """The adjustments, and the keys and values of last tokens, of prompts without an adapter: zeros."""
+        none = jax.tree.map(lambda leaf: jnp.zeros((ROWS, *leaf.shape[1:]), leaf.dtype), self.row.adjustments)
+        shape = lambda leaf: (ROWS, leaf.shape[1], self.window, leaf.shape[3])  # noqa: E731
+        return none, jax.tree.map(lambda leaf: jnp.zeros(shape(leaf), leaf.dtype), self.row.cache)
+
+    def _empty(self, leaf) -> jax.Array:
+        return jnp.zeros((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
+
+
+def token_bytes(row: DecodeState) -> int:
+    """Bytes of a token's keys and values in all layers.
+
+    Args:
+        row: the abstract state of one row.
+    """
+    return sum(leaf.shape[1] * leaf.shape[3] * leaf.dtype.itemsize for leaf in jax.tree.leaves(row.cache))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def prefill_chunk(treedef, leaves, pool, lanes: Lanes):
+    """The pool with the lanes' blocks, and what each row's last token leaves. The model is passed flat; the given pool
+    is donated."""
+    return prefill_blocks(jax.tree.unflatten(treedef, leaves), pool, lanes)
+
+
+@partial(jax.jit, static_argnums=0)
+def adapt_prompts(treedef, leaves, adapters, pool, windows: Windows, entered: tuple) -> Adapted:
+    """The ends of prompts with their adapters. The model is passed flat."""
+    return adapt_window(jax.tree.unflatten(treedef, leaves), adapters, pool, windows, entered)
