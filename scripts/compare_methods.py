@@ -70,14 +70,15 @@ def methods(model_config) -> dict:
 
 
 def forms(named: list[str]) -> dict:
-    """Name to a changed PARA, or with method=lora a LoRA on its sites, and overrides of its runs' configs, from
-    NAME:FIELD=VALUE,FIELD=VALUE with fields of that config (a+b+c is a tuple) or of a run (train.up_lr_ratio)."""
+    """Name to a changed PARA, or with method=lora a LoRA on its sites, or with method=ia3 an (IA)^3, and overrides of
+    its runs' configs, from NAME:FIELD=VALUE,FIELD=VALUE with fields of that config (a+b+c is a tuple) or of a run
+    (train.up_lr_ratio)."""
+    bases = {"para": PARA, "lora": LoraConfig(target_modules=PARA.target_modules), "ia3": Ia3Config()}
     found = {}
     for text in named:
         name, _, fields = text.partition(":")
         changed = dict(pair.split("=") for pair in fields.split(","))
-        lora = changed.pop("method", "para") == "lora"
-        base = LoraConfig(target_modules=PARA.target_modules) if lora else PARA
+        base = bases[changed.pop("method", "para")]
         adapter = replace(base, **{key: parsed(v) for key, v in changed.items() if "." not in key})
         found[name] = adapter, tuple(f"{key}={v}" for key, v in changed.items() if "." in key)
     return found
@@ -238,7 +239,9 @@ def train(args, task: str, main: dict, also: dict, model_config) -> None:
             parameters = count_parameters(init_adapter(adapter, model_config))
             return {"name": name, "parameters": parameters} | trained(args, task, adapter, folder, rates, overrides)
 
-        form = repr(adapter).replace(", layers_to_transform=None", "")  # as in files written before that field existed
+        form = repr(adapter)
+        for newer in (", layers_to_transform=None", "scope='all', scope_window=1, "):  # than some of the files
+            form = form.replace(newer, "")
         about = settings(args) | {"adapter": form, "rates": list(rates)}
         about |= {"overrides": list(overrides)} if overrides else {}
         done(args.output / f"{task}-{label(name)}-trained.json", made, about)

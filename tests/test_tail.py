@@ -1,80 +1,16 @@
-"""Scope `response`: the plain prompt, then its last tokens and the completion with the adapter."""
+"""Scope `response`: the plain prompt, then its last tokens and what follows with the adapter."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import backbone, prompts, strong
+from golden_models import backbone, prompts
+from scoped import CONFIGS, PROMPT, adapter_of, name_of
 
-from para_jax import (
-    Ia3Config,
-    LoraConfig,
-    ParaConfig,
-    decode,
-    forward,
-    hidden_states,
-    init_adapter,
-    prefill,
-    stack_adapters,
-)
-from para_jax.adapters.rows import Rows
-from para_jax.model import DecodeState, adjustments_for
-
-PROMPT = np.array([7, 2, 10])
-CONFIGS = [
-    ParaConfig(r=4, scope="response"),
-    ParaConfig(r=4, scope="response", scope_window=4, pooler="mean"),
-    LoraConfig(r=4, scope="response", scope_window=3),
-    Ia3Config(scope="response", scope_window=2),
-]
-FAMILIES = ["llama", "gemma3_text"]
-
-
-def adapter_of(config, family, seed=0):
-    return strong(init_adapter(config, backbone(family).config, seed=seed), seed)
-
-
-def by_definition(model, adapter, tokens, prompt_length):
-    """One row's logits from p - w on, [T - p + w, vocab]: the plain backbone's cache before the window, then a decode
-    step for each token with the adjustments that the plain backbone's states give."""
-    config = adapter.config
-    begin = max(prompt_length - config.scope_window, 0)
-    length = len(tokens)
-    entered = hidden_states(model, None, tokens[None], prompt_length, all_layers=True)[:-1, 0]
-    adjustments = []
-    for i in range(model.config.num_layers):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], adapter)
-        made = layer.condition(layer.pool(entered[i], jnp.int32(prompt_length)))
-        adjustments.append(jax.tree.map(lambda a: a[None], made))
-    if begin:
-        _, plain = prefill(model, None, tokens[None, :begin], begin, max_length=length)
-        cache = plain.cache
-    else:
-        _, plain = prefill(model, None, tokens[None, :1], 1, max_length=length)
-        cache = jax.tree.map(jnp.zeros_like, plain.cache)
-    state, found = DecodeState(cache, tuple(adjustments), jnp.array([begin], jnp.int32)), []
-    for token in tokens[begin:]:
-        logits, state = decode(model, state, np.array([token]))
-        found.append(logits[0])
-    return np.stack(found)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{c.scope_window}")
-def test_forward_is_the_definition(family, config):
-    model, adapter = backbone(family), adapter_of(config, family)
-    tokens = prompts(model)
-    logits, plain = np.asarray(forward(model, adapter, tokens, PROMPT)), np.asarray(forward(model, None, tokens, 1))
-    for row, length in enumerate(PROMPT):
-        begin = max(length - config.scope_window, 0)
-        np.testing.assert_allclose(logits[row, :begin], plain[row, :begin], atol=2e-4)
-        expected = by_definition(model, adapter, tokens[row], int(length))
-        np.testing.assert_allclose(logits[row, begin:], expected, atol=2e-4)
-        assert np.abs(logits[row, begin:] - plain[row, begin:]).max() > 0.05
+from para_jax import Ia3Config, LoraConfig, ParaConfig, decode, forward, prefill
 
 
 @pytest.mark.parametrize("layout", ["layers", "stacked"])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{c.scope_window}")
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_prefill_and_decode_equal_the_whole_pass(config, layout):
     model, adapter = backbone("gemma3_text", layout), adapter_of(config, "gemma3_text")
     tokens = prompts(model)
@@ -89,7 +25,7 @@ def test_prefill_and_decode_equal_the_whole_pass(config, layout):
     np.testing.assert_allclose(continued, expected[np.arange(3), PROMPT + 1], atol=2e-4)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{c.scope_window}")
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_the_cache_before_the_window_is_the_backbones_bit_for_bit(config):
     model, adapter = backbone("llama"), adapter_of(config, "llama")
     tokens = prompts(model)
@@ -113,52 +49,3 @@ def test_a_window_of_the_whole_prompt_with_constant_adjustments_equals_scope_all
         found.append((forward(model, adapter, tokens, PROMPT), last, decode(model, state, tokens[:, 0])[0]))
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
-
-
-def test_mixed_scopes_equal_each_alone():
-    model, tokens = backbone("llama"), np.repeat(prompts(backbone("llama"))[:1], 6, axis=0)
-    configs = [
-        ParaConfig(r=4), ParaConfig(r=4, scope="response"), ParaConfig(r=4, scope="response", scope_window=4),
-        ParaConfig(r=4, scope="prompt"), LoraConfig(r=4, scope="response", scope_window=2),
-    ]  # fmt: skip
-    adapters = [adapter_of(config, "llama", seed) for seed, config in enumerate(configs)]
-    stacks = tuple(stack_adapters([adapter]) for adapter in adapters)
-    index = np.full((5, 6), -1, np.int32)
-    index[np.arange(5), np.arange(5)] = 0
-
-    rows, lengths = Rows(stacks, jnp.asarray(index)), np.array([7, 7, 7, 7, 7, 7])
-    mixed = forward(model, rows, tokens, lengths)
-    last, state = prefill(model, rows, tokens, lengths, max_length=12)
-    after, _ = decode(model, state, tokens[:, 7])
-    made = forward(model, adjustments_for(model, rows, tokens, lengths), tokens, lengths)
-    for row, adapter in enumerate([*adapters, None]):
-        alone = forward(model, adapter, tokens[row : row + 1], 7)[0]
-        np.testing.assert_allclose(mixed[row], alone, atol=2e-4)
-        np.testing.assert_allclose(made[row], alone, atol=2e-4)
-        np.testing.assert_allclose(last[row], alone[6], atol=2e-4)
-        np.testing.assert_allclose(after[row], alone[7], atol=2e-4)
-
-
-@pytest.mark.parametrize("config", [*CONFIGS, ParaConfig(scope="prompt"), LoraConfig(scope="prompt")], ids=str)
-def test_a_fresh_adapter_is_the_backbone(config):
-    model, tokens = backbone("llama"), prompts(backbone("llama"))
-    fresh = init_adapter(config, model.config)
-    np.testing.assert_allclose(forward(model, fresh, tokens, PROMPT), forward(model, None, tokens, 1), atol=1e-5)
-    last, _ = prefill(model, fresh, tokens, PROMPT, max_length=16)
-    plain, _ = prefill(model, None, tokens, PROMPT, max_length=16)
-    np.testing.assert_allclose(last, plain, atol=1e-5)
-
-
-@pytest.mark.parametrize("config", [ParaConfig(r=4, scope="prompt"), LoraConfig(r=4, scope="prompt")], ids=str)
-def test_scope_prompt_adapts_the_prompt_alone_and_decoding_carries_nothing(config):
-    model, adapter = backbone("llama"), adapter_of(config, "llama")
-    tokens = prompts(model)
-    expected = np.asarray(forward(model, adapter, tokens, PROMPT))
-    last, state = prefill(model, adapter, tokens, PROMPT, max_length=16)
-    assert state.adjustments == ()
-    np.testing.assert_allclose(last, expected[np.arange(3), PROMPT - 1], atol=2e-4)
-    after, _ = decode(model, state, tokens[np.arange(3), PROMPT])
-    np.testing.assert_allclose(after, expected[np.arange(3), PROMPT], atol=2e-4)
-    everywhere = adapter_of(type(config)(r=4), "llama")
-    np.testing.assert_allclose(last, prefill(model, everywhere, tokens, PROMPT, max_length=16)[0], atol=1e-5)
-    assert np.abs(expected[0, 7] - forward(model, everywhere, tokens, PROMPT)[0, 7]).max() > 0.01

@@ -67,9 +67,9 @@ def random_batch(vocab: int, rows: int, packed: int, prompt: int, completion: in
         Example(*(draw.integers(0, vocab, n).tolist() for n in (prompt, completion))) for _ in range(rows * packed)
     ]
     if packed == 1:
-        batch = collate(examples, Bucket(prompt + completion, completion), rows)
+        batch = collate(examples, Bucket(prompt + completion, completion, prompt), rows)
     else:
-        shape = RowShape(packed * (prompt + completion), packed * completion, packed)
+        shape = RowShape(packed * (prompt + completion), packed * completion, packed, packed * prompt)
         batch = collate_packed([examples[i::rows] for i in range(rows)], shape, rows)
     return jax.tree.map(lambda a: a[None], batch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,11 @@ from .example_arrays import ExampleArrays, prompt_and_completion_sizes
 from .examples import Example
 
 MULTIPLE = 8  # padded lengths are multiples of this many tokens
+
+
+def rounded_up(tokens: Any) -> Any:
+    """The number, or an array of them, rounded up to a multiple of MULTIPLE."""
+    return -(-tokens // MULTIPLE) * MULTIPLE
 
 
 class Batch(NamedTuple):
@@ -33,6 +38,8 @@ class Bucket(NamedTuple):
 
     length: int
     completion: int
+    prompt: int | None = None
+    """the largest number of prompt tokens in a row, with padding; None: as many as the row has"""
 
 
 def plan_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...]:
@@ -44,20 +51,26 @@ def plan_buckets_of_sizes(sizes: np.ndarray, count: int) -> tuple[Bucket, ...]:
     """`plan_buckets` from the tokens of each prompt and completion, [examples, 2]."""
     if not len(sizes):
         raise ValueError("cannot plan buckets: the data set is empty")
-    needed, completions = -(-sizes.sum(axis=1) // MULTIPLE) * MULTIPLE, sizes[:, 1]
+    needed = rounded_up(sizes.sum(axis=1))
     lengths = best_lengths(needed, count)
     shorter = [0, *lengths[:-1]]
-    return tuple(
-        Bucket(b, int(completions[(needed > a) & (needed <= b)].max())) for a, b in zip(shorter, lengths, strict=True)
-    )
+    buckets = []
+    for a, b in zip(shorter, lengths, strict=True):
+        prompt, completion = sizes[(needed > a) & (needed <= b)].max(axis=0).tolist()
+        buckets.append(Bucket(b, completion, rounded_up(prompt)))
+    return tuple(buckets)
 
 
 def for_mixed_rows(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
-    """The buckets, each with room for the completions of all shorter ones.
+    """The buckets, each with room for the prompts and completions of all shorter ones.
 
     For batches that mix rows of several buckets: all rows then use the longest of these buckets.
     """
-    return tuple(Bucket(b.length, max(one.completion for one in buckets[: i + 1])) for i, b in enumerate(buckets))
+    prompts = [bucket.length if bucket.prompt is None else bucket.prompt for bucket in buckets]
+    completions = [bucket.completion for bucket in buckets]
+    return tuple(
+        Bucket(bucket.length, max(completions[:i]), max(prompts[:i])) for i, bucket in enumerate(buckets, start=1)
+    )
 
 
 def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:

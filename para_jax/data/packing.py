@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .batches import MULTIPLE, epoch_bits, example_lengths, permutation
+from .batches import epoch_bits, example_lengths, permutation, rounded_up
 from .example_arrays import prompt_and_completion_sizes
 from .examples import Example
 
@@ -46,6 +46,8 @@ class RowShape(NamedTuple):
     length: int
     completion: int
     segments: int
+    prompt: int | None = None
+    """the maximum prompt tokens in a row; None: as many as the row has"""
 
 
 def common_shape(shapes: Iterable[RowShape]) -> RowShape:
@@ -60,9 +62,9 @@ class PackingPlan:
         self.packed = pack(example_lengths(examples), length, seed)
         self.rows, self.seed = rows, seed
         self.batches_per_epoch = -(-len(self.packed) // rows)
-        sizes = prompt_and_completion_sizes(examples)[:, 1].tolist()
-        completions = max(sum(sizes[i] for i in row) for row in self.packed)
-        self.shape = RowShape(length, completions, max(map(len, self.packed)))
+        sizes = prompt_and_completion_sizes(examples)
+        prompt, completion = np.max([sizes[row].sum(axis=0) for row in self.packed], axis=0).tolist()
+        self.shape = RowShape(length, completion, max(map(len, self.packed)), rounded_up(prompt))
         # two epochs, as in Plan
         self.order = lru_cache(2)(lambda epoch: permutation(epoch_bits(seed, epoch), len(self.packed)))
 
@@ -87,7 +89,7 @@ def plan_packing(examples: Sequence[Example], *, length: int, rows: int, seed: i
     longest = max(example_lengths(examples))
     if longest > length:
         raise ValueError(f"an example of {longest} tokens does not fit a row of {length}; raise data.max_seq_length")
-    return PackingPlan(examples, length=-(-length // MULTIPLE) * MULTIPLE, rows=rows, seed=seed)
+    return PackingPlan(examples, length=rounded_up(length), rows=rows, seed=seed)
 
 
 def pack(lengths: Sequence[int], row_length: int, seed: int) -> list[list[int]]:

@@ -47,7 +47,7 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[st
     with jax.set_mesh(mesh):
         batch = Batch(int32(rows, length), int32(rows), int32(rows))  # pyright: ignore[reportArgumentType]
         found["loss"], _ = ask_compiler(eval_nll.lower(model, adapter, batch, completion=length))
-        lowered = _prefill.lower(model, adapter, int32(rows, length), int32(rows), int32(rows), room)
+        lowered = _prefill.lower(model, adapter, int32(rows, length), int32(rows), int32(rows), room, False)
         found["prefill"], program = ask_compiler(lowered)
         if program is None:
             return found

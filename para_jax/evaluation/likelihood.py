@@ -62,11 +62,12 @@ def in_whole_rows(
 ) -> Iterator[tuple[int, Scored]]:
     """As `likelihoods`: a row of a batch is a context with its continuation."""
     examples = [Example(list(question.context), list(question.continuation)) for _, question in asked]
-    completions = {bucket.length: bucket.completion for bucket in shapes.buckets}
+    buckets = {bucket.length: bucket for bucket in shapes.buckets}
     for members, batch in full_batches(examples, rows, shapes.buckets):
         adapters = adapters_of(model, bank, [asked[i] for i in np.resize(members, rows)], shapes)
-        completion = completions[batch.tokens.shape[1]]
-        nats, _, greedy = full_arrays(eval_nll(model, adapters, batch, completion=completion))
+        bucket = buckets[batch.tokens.shape[1]]
+        found = eval_nll(model, adapters, batch, completion=bucket.completion, prompt=bucket.prompt)
+        nats, _, greedy = full_arrays(found)
         for i, total, likeliest in zip(members, nats, greedy, strict=False):
             yield i, Scored(-float(total), bool(likeliest))
 

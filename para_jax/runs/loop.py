@@ -168,7 +168,9 @@ class Loop(NamedTuple):
         batch = jax.tree.map(shard_rows, batch)
         waited, number = time.monotonic() - begun, standing.step + 1
         given = self.model, batch, tenant_of_group, self.rates(standing)
-        static: dict[str, Any] = dict(completion=coming.bucket.completion, config=self.config.train)
+        static: dict[str, Any] = dict(
+            completion=coming.bucket.completion, prompt=coming.bucket.prompt, config=self.config.train
+        )
         self.profiler.before(number)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             if coming.bucket in compiled:

@@ -30,8 +30,8 @@ def test_the_planned_lengths_pad_least_of_all_choices(count, seed):
 
 
 def test_few_different_lengths_need_few_buckets():
-    assert plan_buckets([Example([1] * 5, [1]), Example([1] * 6, [1, 1])], 3) == (Bucket(8, 2),)
-    assert plan_buckets([Example([1] * 5, [1]), Example([1] * 9, [1] * 4)], 3) == (Bucket(8, 1), Bucket(16, 4))
+    assert plan_buckets([Example([1] * 5, [1]), Example([1] * 6, [1, 1])], 3) == (Bucket(8, 2, 8),)
+    assert plan_buckets([Example([1] * 5, [1]), Example([1] * 9, [1] * 4)], 3) == (Bucket(8, 1, 8), Bucket(16, 4, 16))
 
 
 def test_no_examples_is_an_error():

@@ -123,13 +123,13 @@ def test_rows_of_long_completions_and_of_long_prompts_go_into_one_batch():
     """One tenant has short prompts and long completions, the other the contrary: their buckets were planned apart."""
     tenants = [[Example([1] * 2, [2] * 12)] * 4, [Example([1] * 40, [2] * 2)] * 4]
     planned = plan_buckets([example for each in tenants for example in each], 3)
-    assert planned == (Bucket(16, 12), Bucket(48, 2))
+    assert planned == (Bucket(16, 12, 8), Bucket(48, 2, 40))
     buckets = for_mixed_rows(planned)
     made = [TenantOrder(each, Plan(example_lengths(each), buckets=buckets, rows=2, seed=0), 2) for each in tenants]
     shares = weights([4, 4], "uniform")
     start = dict(steps=[0, 0], slots=[-1, -1], ended=[False, False])
     mixed = Schedule(made, buckets, shares, groups=2, rows=2, passes=1, **start).batch(0)
-    assert mixed is not None and mixed.bucket == Bucket(48, 12)
+    assert mixed is not None and mixed.bucket == Bucket(48, 12, 40)
     assert (mixed.batch.length - mixed.batch.prompt_length).tolist() == [[12, 12, 2, 2]]
 
 
