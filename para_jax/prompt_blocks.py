@@ -1,18 +1,17 @@
-"""Prompts prefilled in blocks of tokens: what the prompts of the base model and of scope `response` are made of.
+"""Prompts prefilled in blocks of tokens: those of the base model and of scope `response` (adapters/scope.py).
 
-Their prompts run through the plain backbone, so the keys and values of a block depend on the tokens up to its end, and
-on nothing else. `prefill_blocks` computes some blocks, of one prompt or of several. It is the same program for the base
-model and for every tenant. `adapt_window` then runs the last tokens of finished prompts again with their adapters, from
-the residual streams that `prefill_blocks` gives at each prompt's last token (adapters/scope.py).
+They run through the plain backbone, so the keys and values of a block depend on the tokens up to its end, and on
+nothing else. `prefill_blocks` computes some blocks, of one prompt or of several. It is the same program for the base
+model and for every tenant. An adapter's window of w tokens follows in two parts: `adapt_window` runs all of them but
+the last again, and decoding begins with the last one, as if it were the answer's first token.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from .adapters.rows import Rows, by_layer
 from .backbone.block_pool import LayerPool, attend_blocks, attend_window
@@ -26,48 +25,40 @@ Pool = tuple[LayerPool, ...]
 class Lanes(NamedTuple):
     """The blocks that one program computes. The rows are the prompts at work."""
 
-    tokens: Int[Array, "lanes B"]
-    """padded on the right"""
-    row: Int[Array, " lanes"]
-    """the row that a lane belongs to"""
-    number: Int[Array, " lanes"]
-    """which block of its prompt a lane is"""
-    count: Int[Array, " lanes"]
-    """real tokens; 0 for a lane that is not used"""
-    table: Int[Array, "rows T"]
-    """the pool's blocks that hold each row's prompt, in order"""
-    last: Int[Array, " rows"]
-    """where each prompt's last token is among all lanes' tokens; arbitrary for a prompt without it"""
+    tokens: Any
+    """int32 [lanes, B], padded on the right"""
+    row: Any
+    """int32 [lanes]: the row that a lane belongs to"""
+    number: Any
+    """int32 [lanes]: which block of its prompt a lane is"""
+    count: Any
+    """int32 [lanes]: real tokens; 0 for a lane that is not used"""
+    table: Any
+    """int32 [rows, T]: the pool's blocks that hold each row's prompt, in order"""
+    last: Any
+    """int32 [rows]: where each prompt's last token is among all lanes' tokens; arbitrary for a prompt without it"""
 
 
 class LastToken(NamedTuple):
     """What a row's last prompt token leaves."""
 
-    logits: Float[Array, "rows vocab"]
+    logits: jax.Array
+    """float32 [rows, vocab]"""
     entered: tuple
     """per layer: the plain residual stream that enters it, [rows, width]"""
 
 
 class Windows(NamedTuple):
-    """The ends of prompts, which run again with their adapters."""
+    """Tokens of prompts that run again with their adapters. All counts leave out a prompt's last token."""
 
-    tokens: Int[Array, "rows W"]
-    """each prompt's last W tokens, padded on the left"""
-    table: Int[Array, "rows T"]
-    length: Int[Array, " rows"]
-    """tokens of each prompt"""
-    adapted: Int[Array, " rows"]
-    """how many of the last tokens are adapted: at most W, and at most `length`"""
-
-
-class Adapted(NamedTuple):
-    """What the adapters make of prompts."""
-
-    logits: Float[Array, "rows vocab"]
-    adjustments: tuple
-    """per layer, as decode carries them"""
-    last: tuple
-    """per layer: keys and values of each prompt's last W tokens, [rows, kv_heads, W, head_dim]"""
+    tokens: Any
+    """int32 [rows, W]: the last W tokens, padded on the left"""
+    table: Any
+    """int32 [rows, T]: the pool's blocks that hold each prompt"""
+    length: Any
+    """int32 [rows]: tokens of each prompt"""
+    adapted: Any
+    """int32 [rows]: how many of the last tokens are adapted: at most W, and at most `length`"""
 
 
 def prefill_blocks(model, pool: Pool, lanes: Lanes) -> tuple[Pool, LastToken]:
@@ -92,28 +83,31 @@ def prefill_blocks(model, pool: Pool, lanes: Lanes) -> tuple[Pool, LastToken]:
     return tuple(held for held, _ in kept), LastToken(logits, tuple(entered for _, entered in kept))
 
 
-def adapt_window(model, adapters: Rows, pool: Pool, windows: Windows, entered: tuple) -> Adapted:
-    """The ends of prompts with their adapters. A row without an adapter gives adjustments of zero. For use inside a
-    compiled program.
+def adjustments_of(adapters: Rows, entered: tuple) -> tuple:
+    """Per layer: the adjustments that the adapters make of prompts, in float32. Zeros for a row without an adapter.
 
     Args:
         adapters: their adjustments need no token of a prompt but its last.
         entered: LastToken.entered.
     """
     weights, make = by_layer(adapters)
+    one = jnp.ones(len(entered[0]), jnp.int32)
+    each = enumerate(entered)
+    return tuple(make(jax.tree.map(lambda a, i=i: a[i], weights), x[:, None], one) for i, x in each)
+
+
+def adapt_window(model, pool: Pool, adjustments: tuple, windows: Windows) -> tuple:
+    """Per layer: the keys and values of the windows' tokens, [rows, kv_heads, W, head_dim]. For use inside a compiled
+    program."""
     size = windows.tokens.shape[1]
     position = jnp.maximum(windows.length[:, None] - size + jnp.arange(size), 0)
     tables = rotary_tables_by_kind(model.config, position)
 
     def step(x, layer, inputs):
-        weights, held, entered = inputs
-        adjustment = make(weights, entered[:, None], jnp.ones(len(x), jnp.int32))
+        held, adjustment = inputs
         attend = attend_window(held, windows.table, windows.length, windows.adapted, layer.kind.window)
-        out, new = layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
-        return out, (jax.tree.map(lambda a: a.astype(x.dtype), adjustment), new)
+        return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
 
-    of_layers = [jax.tree.map(lambda a, i=i: a[i], weights) for i in range(model.config.num_layers)]
-    inputs = list(zip(of_layers, pool, entered, strict=True))
-    x, kept = through_layers(model, step, model.embed(windows.tokens), inputs)
-    logits = model.logits(model.final_norm(x[:, -1]))
-    return Adapted(logits, tuple(adjustment for adjustment, _ in kept), tuple(new for _, new in kept))
+    inputs = list(zip(pool, adjustments, strict=True))
+    _, last = through_layers(model, step, model.embed(windows.tokens), inputs)
+    return tuple(last)

@@ -15,9 +15,7 @@ from .prefills import ROWS, token_bytes
 KEPT = 4
 
 
-def capacity(
-    bank: AdapterBank | None, row: DecodeState, slots: int, max_length: int, *, pool: int, cached: int
-) -> str:
+def capacity(bank: AdapterBank | None, row: DecodeState, slots: int, max_length: int, *, pool: int, cached: int) -> str:
     """The memory of the engine's slots and prompts, how many slots would fit into the free memory, and the methods that
     may join.
 

@@ -60,9 +60,7 @@ class Decoder:
         if cache_bytes is not None:
             cached = cache_bytes // (block_size * token_bytes(self.row))
         lanes = -(-chunk // block_size)
-        self.prefills = Prefills(
-            model, bank, self.row, size=block_size, longest=longest, lanes=lanes, cached=cached
-        )
+        self.prefills = Prefills(model, bank, self.row, size=block_size, longest=longest, lanes=lanes, cached=cached)
 
     def reset(self) -> None:
         """Empties all slots and forgets the kept prompts. Works after an interrupt, when the state may be lost: each
@@ -105,20 +103,18 @@ class Decoder:
         self._kept.move_to_end(sample.key)
         return self._kept[sample.key]
 
-    def insert(self, slot: int, prefilled: tuple | Prompt, sampling: Sampling | None) -> jax.Array:
-        """Puts a prefilled prompt into a slot, and returns its first token [1]."""
+    def insert(self, slot: int, prefilled: tuple | Prompt, sampling: Sampling | None) -> jax.Array | None:
+        """Puts a prefilled prompt into a slot, and returns its first token [1]; None if decoding will give it."""
         drawn = row_sampling([sampling])
         if isinstance(prefilled, Prompt):
-            assert prefilled.made is not None
-            made = prefilled.made._replace(adjustments=self._carried(prefilled.made.adjustments, ROWS))
-            pool, table = self.prefills.pool, self.prefills.table(prefilled)
-            counts = len(prefilled.ids), prefilled.adapted
-            self._state, token = insert_prompt(self._state, slot, pool, table, *counts, made, prefilled.row, drawn)
+            prompt = self.prefills.for_slot(prefilled)
+            prompt = prompt._replace(adjustments=self._carried(prompt.adjustments, ROWS))
+            self._state, token = insert_prompt(self._state, slot, self.prefills.pool, prompt, drawn)
         else:
             logits, row = prefilled
             row = row._replace(adjustments=self._carried(row.adjustments, 1))
             self._state, token = insert(self._state, slot, logits, row, drawn)
-        return token
+        return None if isinstance(prefilled, Prompt) and prefilled.entry is not None else token
 
     def decode(self, rows: list[Sampling | None]) -> jax.Array:
         """The next STEPS tokens of all slots, [STEPS, slots]. None is a slot without a sample."""

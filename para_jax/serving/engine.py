@@ -1,9 +1,10 @@
 """Engine: continuous batching. Requests of many tenants share a fixed number of slots. A row that ends leaves its slot,
 and the next request takes it while the other rows continue.
 
-Any thread may submit, cancel and stream. One thread at a time drives: it makes rounds, in which free slots are filled,
-prompts advance by a chunk, and all rows decode a few tokens. If an exception or an interrupt ends a round halfway, the next round starts again from
-the open requests: unfinished answers are decoded once more from their prompts, to the same tokens.
+Any thread may submit, cancel and stream. One thread at a time drives: it makes rounds. In each, free slots are filled,
+prompts advance by a chunk, and all rows decode a few tokens. If an exception or an interrupt ends a round halfway, the
+next round starts again from the open requests: unfinished answers are decoded once more from their prompts, to the same
+tokens.
 """
 
 from __future__ import annotations
@@ -306,8 +307,8 @@ class Engine:
             self._broken = True
 
     def _fill(self) -> dict[int, jax.Array]:
-        """Moves queued samples into free slots. Returns the first token [1] of each, by slot. A prompt that is prefilled
-        in chunks starts, and its sample waits for it in its slot."""
+        """Moves queued samples into free slots. Returns the first token [1] of each, by slot. Where a prompt is
+        prefilled in chunks, it starts, and the sample keeps the slot for it."""
         first, prefills = {}, 0
         self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
         self._prefills.keep({sample.key for sample in self._waiting.values()})
@@ -362,7 +363,9 @@ class Engine:
         return True
 
     def _insert(self, slot: int, sample: Sample, prefilled, first: dict[int, jax.Array]) -> None:
-        first[slot] = self._decoder.insert(slot, prefilled, sample.sampling)
+        token = self._decoder.insert(slot, prefilled, sample.sampling)
+        if token is not None:
+            first[slot] = token
         self._rows[slot] = sample
 
     def _fail(self, sample: Sample, error: Exception) -> None:

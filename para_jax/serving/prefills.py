@@ -19,8 +19,9 @@ from ..adapters.methods import method_of
 from ..adapters.scope import scope_of
 from ..backbone.transformer import Transformer
 from ..model import DecodeState
-from ..prompt_blocks import Adapted, Lanes, Windows, adapt_window, prefill_blocks
+from ..prompt_blocks import Lanes, Windows, adapt_window, adjustments_of, prefill_blocks
 from .prefix_cache import PrefixCache
+from .slots import PrefilledPrompt, zeros_of
 
 #: Prompts at work, or finished and kept for the next request with the same adapter and prompt.
 ROWS = 4
@@ -41,20 +42,25 @@ class Prompt:
         self.key, self.ids, self.entry, self.row, self.block_keys = key, ids, entry, row, block_keys
         self.blocks: list[int] = []
         """the pool's blocks of its first tokens: those that are computed, or found"""
-        self.made: Adapted | None = None
-        """of all rows; set when it is finished"""
+        self.made: tuple | None = None
+        """(logits, adjustments, keys and values of its last tokens but one), all with leading rows; set when it is
+        finished"""
 
     @property
     def adapted(self) -> int:
-        """How many of its last tokens its adapter changes."""
-        return 0 if self.entry is None else min(scope_of(self.entry.config)[1], len(self.ids))
+        """How many tokens before its last one its adapter changes."""
+        return 0 if self.entry is None else min(scope_of(self.entry.config)[1], len(self.ids)) - 1
 
 
 class Prefills:
     """The prompts, and the pool of their blocks on the device."""
 
     def __init__(
-        self, model: Transformer, bank: AdapterBank | None, row: DecodeState, *,
+        self,
+        model: Transformer,
+        bank: AdapterBank | None,
+        row: DecodeState,
+        *,
         size: int,
         longest: int,
         lanes: int,
@@ -79,6 +85,8 @@ class Prefills:
         self._suspects: dict[tuple, int] = {}
         """prompts whose prefill raised: these run alone. The count is how often they raised alone"""
         self.window = 1
+        """tokens of prompts that run again before decoding, at most"""
+        self._nothing = self._of_no_adapter()
         self._grow_window([bank.entry(name) for name in bank.names] if bank else [])
         self.reset()
 
@@ -93,7 +101,9 @@ class Prefills:
         """Whether the prompts of an adapter are prefilled here."""
         if entry is None:
             return True
-        return scope_of(entry.config)[0] == "response" and method_of(entry.config).adapter.pools_last_token(entry.config)
+        return scope_of(entry.config)[0] == "response" and method_of(entry.config).adapter.pools_last_token(
+            entry.config
+        )
 
     def finished(self, key: tuple) -> Prompt | None:
         """The prompt of a key, if it is prefilled."""
@@ -152,7 +162,15 @@ class Prefills:
         if len(working) == 1:
             self._suspects.pop(working[0].key, None)
 
-    def table(self, prompt: Prompt) -> np.ndarray:
+    def for_slot(self, prompt: Prompt) -> PrefilledPrompt:
+        """A finished prompt, to be inserted into a slot."""
+        assert prompt.made is not None
+        token = -1 if prompt.entry is None else prompt.ids[-1]
+        return PrefilledPrompt(
+            self._table(prompt), len(prompt.ids), prompt.row, *prompt.made, adapted=prompt.adapted, token=token
+        )
+
+    def _table(self, prompt: Prompt) -> np.ndarray:
         """The pool's blocks of a prompt, int32 [blocks of the longest prompt]."""
         table = np.zeros(self._longest, np.int32)
         table[: len(prompt.blocks)] = prompt.blocks
@@ -169,10 +187,10 @@ class Prefills:
         """Compiles the programs. Returns a finished prompt."""
         prompt = Prompt((), [0], None, 0, [])
         self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, self._no_lanes())
-        prompt.made = Adapted(last.logits, *self._nothing)
+        prompt.made = last.logits, *self._nothing
         entries = [self.bank.entry(name) for name in self.bank.names] if self.bank else []
         for entry in {entry.group: entry for entry in entries if self.takes(entry)}.values():
-            self._adapt([Prompt((), [0], entry, 0, [])], last.entered)
+            self._adapt([Prompt((), [0, 0], entry, 0, [])], last.entered)
         return prompt
 
     # ------------------------------------------------------------------------------------------------- the computation
@@ -181,10 +199,9 @@ class Prefills:
         lanes = self._planned(working)
         self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, lanes)
         complete = [prompt for prompt in working if len(prompt.blocks) == self._needed(prompt)]
-        late = [prompt for prompt in complete if prompt.entry is not None]
-        adapted = self._adapt(late, last.entered) if late else None
+        adapted = self._adapt([prompt for prompt in complete if prompt.entry is not None], last.entered)
         for prompt in complete:
-            prompt.made = adapted if prompt.entry is not None else Adapted(last.logits, *self._nothing)
+            prompt.made = last.logits, *(self._nothing if prompt.entry is None else adapted)
 
     def _planned(self, working: list[Prompt]) -> Lanes:
         """The next blocks of the prompts, which take turns. Blocks that are known are not computed again, except a
@@ -206,7 +223,7 @@ class Prefills:
                 lanes.last[prompt.row] = used * self.size + len(tokens) - 1
                 used += 1
         for prompt in working:
-            lanes.table[prompt.row] = self.table(prompt)
+            lanes.table[prompt.row] = self._table(prompt)
         return lanes
 
     def _find_blocks(self, prompt: Prompt) -> None:
@@ -217,20 +234,25 @@ class Prefills:
             prompt.blocks.append(found)
             self.cache.hits += self.size
 
-    def _adapt(self, prompts: list[Prompt], entered: tuple) -> Adapted:
-        """What the adapters of prompts make of them, in the prompts' rows."""
+    def _adapt(self, prompts: list[Prompt], entered: tuple) -> tuple:
+        """(adjustments, keys and values of last tokens but one) of prompts with an adapter, in the prompts' rows."""
+        if not prompts:
+            return self._nothing
         assert self.bank is not None
         entries: list[Entry | None] = [None] * ROWS
+        for prompt in prompts:
+            entries[prompt.row] = prompt.entry
+        adjustments, carried = make_adjustments(self.bank.rows_of(entries), entered)
+        if not any(prompt.adapted for prompt in prompts):
+            return carried, self._nothing[1]
         tokens, table = np.zeros((ROWS, self.window), np.int32), np.zeros((ROWS, self._longest), np.int32)
         length, adapted = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)
         for prompt in prompts:
-            row, last = prompt.row, prompt.ids[-self.window :]
-            entries[row], table[row] = prompt.entry, self.table(prompt)
-            tokens[row, self.window - len(last) :] = last
-            length[row], adapted[row] = len(prompt.ids), prompt.adapted
-        adapters = self.bank.rows_of(entries)
+            row, last = prompt.row, prompt.ids[:-1][-self.window :]
+            tokens[row, self.window - len(last) :], table[row] = last, self._table(prompt)
+            length[row], adapted[row] = len(prompt.ids) - 1, prompt.adapted
         windows = Windows(tokens, table, length, adapted)
-        return adapt_prompts(self._treedef, self._leaves, adapters, self.pool, windows, entered)
+        return carried, run_windows(self._treedef, self._leaves, self.pool, adjustments, windows)
 
     def _no_lanes(self) -> Lanes:
         row, number, count = (np.zeros(self.lanes, np.int32) for _ in range(3))
@@ -258,21 +280,21 @@ class Prefills:
                 del self._suspects[prompt.key]
                 raise PromptFailed(prompt.key, error)
 
-    def _grow_window(self, entries: list[Entry | None]) -> None:
+    def _grow_window(self, entries: list[Entry]) -> None:
         """Makes room for the windows of these adapters. A larger one is a new program."""
-        windows = [scope_of(entry.config)[1] for entry in entries if entry is not None and self.takes(entry)]
-        wanted = min(1 << (max(windows, default=1) - 1).bit_length(), self._longest * self.size)
+        tokens = [scope_of(entry.config)[1] - 1 for entry in entries if self.takes(entry)]
+        wanted = min(1 << (max(tokens, default=1) - 1).bit_length(), self._longest * self.size)
         if wanted > self.window:
             for prompt in [prompt for prompt in self._prompts.values() if prompt.made is not None]:
                 self._drop(prompt)
-        self.window = max(wanted, self.window)
-        self._nothing = self._of_no_adapter()
+            self.window = wanted
+            self._nothing = self._of_no_adapter()
 
     def _of_no_adapter(self) -> tuple:
         """The adjustments, and the keys and values of last tokens, of prompts without an adapter: zeros."""
-        none = jax.tree.map(lambda leaf: jnp.zeros((ROWS, *leaf.shape[1:]), leaf.dtype), self.row.adjustments)
         shape = lambda leaf: (ROWS, leaf.shape[1], self.window, leaf.shape[3])  # noqa: E731
-        return none, jax.tree.map(lambda leaf: jnp.zeros(shape(leaf), leaf.dtype), self.row.cache)
+        last = jax.tree.map(lambda leaf: jnp.zeros(shape(leaf), leaf.dtype), self.row.cache)
+        return zeros_of(self.row.adjustments, ROWS), last
 
     def _empty(self, leaf) -> jax.Array:
         return jnp.zeros((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
@@ -294,7 +316,16 @@ def prefill_chunk(treedef, leaves, pool, lanes: Lanes):
     return prefill_blocks(jax.tree.unflatten(treedef, leaves), pool, lanes)
 
 
+@jax.jit
+def make_adjustments(adapters, entered: tuple) -> tuple[tuple, tuple]:
+    """The adjustments of prompts, per layer: in float32, and as decode carries them."""
+    made = adjustments_of(adapters, entered)
+    return made, tuple(
+        jax.tree.map(lambda a, x=x: a.astype(x.dtype), one) for one, x in zip(made, entered, strict=True)
+    )
+
+
 @partial(jax.jit, static_argnums=0)
-def adapt_prompts(treedef, leaves, adapters, pool, windows: Windows, entered: tuple) -> Adapted:
-    """The ends of prompts with their adapters. The model is passed flat."""
-    return adapt_window(jax.tree.unflatten(treedef, leaves), adapters, pool, windows, entered)
+def run_windows(treedef, leaves, pool, adjustments: tuple, windows: Windows) -> tuple:
+    """Keys and values of last tokens with their adapters. The model is passed flat."""
+    return adapt_window(jax.tree.unflatten(treedef, leaves), pool, adjustments, windows)
