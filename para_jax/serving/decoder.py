@@ -125,6 +125,7 @@ class Decoder:
     def _carried(self, adjustments: tuple, rows: int) -> tuple:
         """Adjustments in the form that the slots carry. While all adapters of the bank have the scope `prompt`, that is
         none; the first of another scope adds zeros to the slots."""
+        assert self._state is not None
         if adjustments and not self.row.adjustments:
             row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), adjustments)
             self.row = self.row._replace(adjustments=row)

@@ -77,9 +77,10 @@ class Engine:
 
         Reports the memory that the slots need and, where the free memory is known, how many slots would fit.
         """
-        if prefill_chunk is None:
-            prefill_chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
-        sizes = {"slots": slots, "max_length": max_length, "prefill_chunk": prefill_chunk, "block_size": block_size}
+        chunk = prefill_chunk
+        if chunk is None:
+            chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
+        sizes = {"slots": slots, "max_length": max_length, "prefill_chunk": chunk, "block_size": block_size}
         for name, count in sizes.items():
             if type(count) is not int or count < 1:
                 raise ValueError(f"{name} is {shorten(count)}; give a whole number of at least 1")
@@ -98,8 +99,9 @@ class Engine:
         self.stop_ids = tuple(ends)
         self._stops = frozenset(ends)
         self._admission = Admission(model, bank, tokenizer, max_length, limits)
-        chunks = dict(block_size=block_size, chunk=prefill_chunk, cache_bytes=prefix_cache_bytes)
-        self._decoder = Decoder(model, bank, slots, max_length, **chunks)
+        self._decoder = Decoder(
+            model, bank, slots, max_length, block_size=block_size, chunk=chunk, cache_bytes=prefix_cache_bytes
+        )
         self._prefills = self._decoder.prefills
         pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
         say(capacity(bank, self._decoder.row, slots, max_length, pool=pool, cached=cached))

@@ -7,7 +7,7 @@ is left. The sampling settings stay on the host and come with each dispatch, so 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def insert(slots: Slots, slot, logits, row: DecodeState, sampling: RowSampling) 
 class PrefilledPrompt(NamedTuple):
     """A prompt whose blocks are in a pool. Arrays that lead with rows hold several; this one is `row`."""
 
-    table: jax.Array
+    table: Any
     """int32 [T], the prompt's blocks"""
     length: int
     """tokens"""

@@ -6,7 +6,7 @@ from tiny_run import tokenizer, words
 
 from para_jax import AdapterBank, Engine, Ia3Config, ParaConfig
 
-SLOTS, LENGTH = 3, 40
+SLOTS, LENGTH, BLOCK = 3, 40, 4
 CONFIGS = {
     "A": ParaConfig(r=4),
     "B": ParaConfig(r=2, target_modules=("q_proj", "up_proj")),
@@ -24,8 +24,14 @@ def bank_of(model, tenants):
 
 
 def engine_of(model, bank, **options):
-    sizes = {"slots": SLOTS, "max_length": LENGTH, "prefill_chunk": 8, "block_size": 4}
+    sizes = {"slots": SLOTS, "max_length": LENGTH, "prefill_chunk": 8, "block_size": BLOCK}
     return Engine(model, bank, tokenizer(), **(sizes | options))
+
+
+def block_bytes(model):
+    """Bytes of a block of such an engine."""
+    config = model.config
+    return BLOCK * 2 * config.num_layers * config.kv_width * model.dtype.itemsize
 
 
 def prompt(seed, length=6):
