@@ -71,8 +71,11 @@ class Decoder:
         self.prefills.reset()
 
     def warm_up(self) -> None:
-        """Compiles everything."""
-        buckets = self._buckets if self.bank is not None else []
+        """Compiles everything that the base model and the bank's adapters need; for an empty bank, also what adapters
+        of the scope `all` need."""
+        entries = self.bank.entries if self.bank is not None else ()
+        whole = self.bank is not None and not (entries and all(map(self.prefills.takes, entries)))
+        buckets = self._buckets if whole else []
         with Progress("warming up the engine", len(buckets) + 2, unit="program") as bar:
             for bucket in buckets:
                 prefilled = self._prefill([0] * min(bucket, self.max_length - 1), None)

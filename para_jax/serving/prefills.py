@@ -7,7 +7,7 @@ blocks in which they agree (prefix_cache.py). One thread at a time may use this.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 import jax
@@ -87,7 +87,7 @@ class Prefills:
         self.window = 1
         """tokens of prompts that run again before decoding, at most"""
         self._nothing = self._of_no_adapter()
-        self._grow_window([bank.entry(name) for name in bank.names] if bank else [])
+        self._grow_window(bank.entries if bank else ())
         self.reset()
 
     def reset(self) -> None:
@@ -101,9 +101,8 @@ class Prefills:
         """Whether the prompts of an adapter are prefilled here."""
         if entry is None:
             return True
-        return scope_of(entry.config)[0] == "response" and method_of(entry.config).adapter.pools_last_token(
-            entry.config
-        )
+        config = entry.config
+        return scope_of(config)[0] == "response" and method_of(config).adapter.pools_last_token(config)
 
     def finished(self, key: tuple) -> Prompt | None:
         """The prompt of a key, if it is prefilled."""
@@ -159,8 +158,9 @@ class Prefills:
             if not isinstance(error, SystemError):  # C code turns an interrupt into a SystemError
                 self._suspect(working, error)
             raise
-        if len(working) == 1:
-            self._suspects.pop(working[0].key, None)
+        for prompt in working:
+            if prompt.made is not None:
+                self._suspects.pop(prompt.key, None)
 
     def for_slot(self, prompt: Prompt) -> PrefilledPrompt:
         """A finished prompt, to be inserted into a slot."""
@@ -188,7 +188,7 @@ class Prefills:
         prompt = Prompt((), [0], None, 0, [])
         self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, self._no_lanes())
         prompt.made = last.logits, *self._nothing
-        entries = [self.bank.entry(name) for name in self.bank.names] if self.bank else []
+        entries = self.bank.entries if self.bank else ()
         for entry in {entry.group: entry for entry in entries if self.takes(entry)}.values():
             self._adapt([Prompt((), [0, 0], entry, 0, [])], last.entered)
         return prompt
@@ -280,10 +280,11 @@ class Prefills:
                 del self._suspects[prompt.key]
                 raise PromptFailed(prompt.key, error)
 
-    def _grow_window(self, entries: list[Entry]) -> None:
+    def _grow_window(self, entries: Iterable[Entry]) -> None:
         """Makes room for the windows of these adapters. A larger one is a new program."""
-        tokens = [scope_of(entry.config)[1] - 1 for entry in entries if self.takes(entry)]
-        wanted = min(1 << (max(tokens, default=1) - 1).bit_length(), self._longest * self.size)
+        windows = [scope_of(entry.config)[1] for entry in entries if self.takes(entry)]
+        tokens = max(windows, default=1) - 1  # without the last one; rounded up to a power of two, for fewer programs
+        wanted = min(1 << (tokens - 1).bit_length() if tokens else 1, self._longest * self.size)
         if wanted > self.window:
             for prompt in [prompt for prompt in self._prompts.values() if prompt.made is not None]:
                 self._drop(prompt)
@@ -319,10 +320,8 @@ def prefill_chunk(treedef, leaves, pool, lanes: Lanes):
 @jax.jit
 def make_adjustments(adapters, entered: tuple) -> tuple[tuple, tuple]:
     """The adjustments of prompts, per layer: in float32, and as decode carries them."""
-    made = adjustments_of(adapters, entered)
-    return made, tuple(
-        jax.tree.map(lambda a, x=x: a.astype(x.dtype), one) for one, x in zip(made, entered, strict=True)
-    )
+    made, dtype = adjustments_of(adapters, entered), entered[0].dtype
+    return made, jax.tree.map(lambda a: a.astype(dtype), made)
 
 
 @partial(jax.jit, static_argnums=0)
