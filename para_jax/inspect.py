@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from . import devices
 from .adapters.adapter import count_parameters
-from .adapters.files import read_adapter_config
+from .adapters.card import scope_outline
+from .adapters.files import Described, read_adapter_config
 from .backbone.load import abstract_backbone, load_model_config
 from .backbone.weights import parameter_shapes
 from .config import (
@@ -19,6 +20,7 @@ from .config import (
     adapter_method,
     config_dict,
     expanded,
+    given_fields,
     load_config,
     one_of,
     printable,
@@ -64,7 +66,8 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
     lines = [
         f"backbone   {config.backbone.source}: {model.model_type}, {model.num_layers} layers, width {model.width}",
         f"parameters {backbone:,} frozen, {trained:,} trained ({trained / (backbone + trained):.3%}); "
-        f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}",
+        f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}"
+        f"{scope_outline(config.adapter)}",
         f"memory     weights {size(weights)} ({kept}), adapter {size(tree_size(adapter))}, "
         f"optimiser {size(tree_size(state.optimizer))}",
         topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
@@ -212,7 +215,7 @@ def adapter_report(folder: Path) -> str:
     found = read_adapter_config(folder)
     fields = {
         k: ", ".join(map(str, v)) or "none" if isinstance(v, tuple) else v
-        for k, v in vars(found.config).items()
+        for k, v in given_fields(found.config).items()
         if v is not None  # layers_to_transform: all
     }
     shape = f"{found.backbone['num_layers']} layers"
@@ -228,11 +231,18 @@ def adapter_report(folder: Path) -> str:
             f"backbone   {printable(found.base_model or 'not named')}: {shape}",
             f"memory     {found.matrices + found.vectors:,} values; 1000 such tenants in a bank: "
             f"{size(1000 * single)} of host memory in float32, {size(1000 * half)} in bfloat16",
-            f"decode     {size(4 * found.carried)} per row in float32, {size(2 * found.carried)} in bfloat16: "
-            + f"its {found.method.carries}"
-            + (", whatever the number of tenants" if found.method.carries == "factors" else ""),
+            f"decode     {carried_line(found)}",
         ]
     )
+
+
+def carried_line(found: Described) -> str:
+    """What decode carries for each row."""
+    if not found.carried:
+        return "nothing: the adapter acts on the prompt alone"
+    sizes = f"{size(4 * found.carried)} per row in float32, {size(2 * found.carried)} in bfloat16"
+    also = ", whatever the number of tenants" if found.method.carries == "factors" else ""
+    return f"{sizes}: its {found.method.carries}{also}"
 
 
 def size(count: float) -> str:

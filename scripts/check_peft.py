@@ -3,10 +3,11 @@
     python scripts/check_peft.py --torch-python /path/to/python-with-torch-peft-and-transformers
 
 Backbones: tiny random Llama and Phi-3 models made by transformers (Phi-3 joins q, k and v, and gate and up, in one
-linear layer each), and --backbone. Adapters: LoRA, rank-stabilised LoRA and (IA)^3 made by para_jax, `export_ia3` of a
-strong PARA adapter, and LoRA and (IA)^3 made by PEFT. Fails if logits differ by more than 2e-4, or if an adapter moves
-the backbone's logits by less than 0.1. Much stronger adapters, which move them by 45, amplify float32 rounding beyond
-that limit on either side. The torch side (check_peft_worker.py) needs the extra [bench-peft].
+linear layer each), and --backbone. Adapters: LoRA, rank-stabilised LoRA, activated LoRA and (IA)^3 made by para_jax,
+`export_ia3` of a strong PARA adapter, and LoRA, activated LoRA and (IA)^3 made by PEFT. Fails if logits differ by more
+than 2e-4, if an adapter moves the backbone's logits by less than 0.1, or if PEFT loads a folder with a scope that it
+does not know. Much stronger adapters, which move them by 45, amplify float32 rounding beyond that limit on either side.
+The torch side (check_peft_worker.py) needs the extra [bench-peft].
 """
 
 import argparse
@@ -49,6 +50,11 @@ CONFIGS = {
     "ia3": Ia3Config(),
     "ia3, outputs": Ia3Config(target_modules=SCALED, feedforward_modules=()),
 }
+#: Activated LoRA: the invocation is the end of PROMPT.
+INVOCATION = 3
+ACTIVATED = {"alora": {}, "alora, all linear": {"r": 3, "use_rslora": True, "target_modules": SITES}}
+#: What PEFT must not load.
+UNKNOWN = [kind(scope=scope) for kind in (LoraConfig, Ia3Config) for scope in ("prompt", "response")]
 
 
 def main():
@@ -93,10 +99,15 @@ def check(folder: Path, torch_python: str, tokenizer) -> tuple[dict, dict]:
     tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (2, len(prompt) + COMPLETION), np.int32)
     tokens[:, : len(prompt)] = prompt
     np.save(folder / "tokens.npy", tokens)
-    adapters = {name: strong(init_adapter(config, model.config), i) for i, (name, config) in enumerate(CONFIGS.items())}
+    np.save(folder / "invocation.npy", prompt[-INVOCATION:])
+    ends = dict(scope="response", scope_window=INVOCATION, alora_invocation_tokens=tuple(prompt[-INVOCATION:]))
+    configs = CONFIGS | {name: LoraConfig(**ends, **fields) for name, fields in ACTIVATED.items()}
+    adapters = {name: strong(init_adapter(config, model.config), i) for i, (name, config) in enumerate(configs.items())}
     for name, adapter in adapters.items():
         save_adapter(adapter, folder / "ours" / name)
     para = strong(init_adapter(ParaConfig(r=12, summary="rms"), model.config), 9)
+    for i, config in enumerate(UNKNOWN):
+        save_adapter(init_adapter(config, model.config), folder / "unknown" / str(i))
     export_ia3(para, model, PROMPT, folder / "ours" / "export_ia3 of PARA", tokenizer=tokenizer)
     found_versions = torch_side(torch_python, "logits", folder)
     adapters |= {"export_ia3 of PARA": para}

@@ -5,7 +5,7 @@
 
 `make` writes a tiny random backbone. `logits` loads each adapter of FOLDER/ours with PEFT on FOLDER/backbone, makes
 some of PEFT's own in FOLDER/theirs, and writes the logits of FOLDER/tokens.npy for all of them to FOLDER/logits.npz.
-Both print the versions.
+It fails if PEFT loads one of FOLDER/unknown. Both print the versions.
 """
 
 import json
@@ -41,7 +41,10 @@ def logits(folder: Path) -> None:
     found = {"backbone": forward(load(folder), tokens)}
     for path in sorted((folder / "ours").iterdir()):
         found[path.name] = forward(peft.PeftModel.from_pretrained(load(folder), path), tokens)
-    for name, config in theirs(LINEARS[load(folder).config.model_type]).items():
+    for path in sorted((folder / "unknown").iterdir()):
+        require_refused(folder, path)
+    invocation = np.load(folder / "invocation.npy").tolist()
+    for name, config in theirs(LINEARS[load(folder).config.model_type], invocation).items():
         torch.manual_seed(1)
         model = peft.get_peft_model(load(folder), config)
         for weight_name, weight in model.named_parameters():
@@ -52,8 +55,21 @@ def logits(folder: Path) -> None:
     np.savez(folder / "logits.npz", **found)
 
 
-def theirs(linears: list[str]) -> dict:
+def require_refused(folder: Path, path: Path) -> None:
+    try:
+        peft.PeftModel.from_pretrained(load(folder), path)
+    except (KeyError, ValueError) as error:
+        if "PARA_JAX" not in str(error):
+            raise
+        return
+    sys.exit(f"PEFT loads {path}, whose scope it does not know")
+
+
+def theirs(linears: list[str], invocation: list[int]) -> dict:
     return {
+        "peft alora": peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=linears, task_type="CAUSAL_LM", alora_invocation_tokens=invocation
+        ),
         "peft lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=linears, task_type="CAUSAL_LM"),
         "peft rslora, all linear": peft.LoraConfig(
             r=6, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"

@@ -110,7 +110,8 @@ def rates_of(adapter) -> tuple[float, ...]:
 def config_of(args, task: str, adapter, output: Path, *overrides: str):
     made = load_config(None, [
         f"backbone.source={args.backbone}", "backbone.dtype=float32", f"data.train={args.data / task}",
-        f"data.task={task}", f"data.max_seq_length={LENGTHS.get(task, 512)}", "data.truncate=skip",
+        f"adapter.scope={adapter.scope}", f"data.task={task}", f"data.max_seq_length={LENGTHS.get(task, 512)}",
+        "data.truncate=skip",
         f"train.max_steps={args.steps}", f"train.rows_per_tenant={args.rows}",
         f"eval.every={args.steps}", f"eval.limit={args.limit}", "eval.batch_size=32", "mesh.data=1",
         "logging.report_to=[]", "runtime.allow_cpu=true", f"output_dir={output}",
@@ -240,7 +241,8 @@ def train(args, task: str, main: dict, also: dict, model_config) -> None:
             return {"name": name, "parameters": parameters} | trained(args, task, adapter, folder, rates, overrides)
 
         form = repr(adapter)
-        for newer in (", layers_to_transform=None", "scope='all', scope_window=1, "):  # than some of the files
+        newer_fields = ", layers_to_transform=None", "scope='all', scope_window=1, ", ", alora_invocation_tokens=None"
+        for newer in newer_fields:  # than some of the files
             form = form.replace(newer, "")
         about = settings(args) | {"adapter": form, "rates": list(rates)}
         about |= {"overrides": list(overrides)} if overrides else {}

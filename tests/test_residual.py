@@ -14,6 +14,7 @@ from para_jax import (
     forward,
     hidden_states,
     init_adapter,
+    multi_tenant_forward,
     prefill,
     stack_adapters,
 )
@@ -78,6 +79,7 @@ def test_mixed_scopes_equal_each_alone():
     last, state = prefill(model, rows, tokens, lengths, max_length=12)
     after, _ = decode(model, state, tokens[:, 7])
     made = forward(model, adjustments_for(model, rows, tokens, lengths), tokens, lengths)
+    np.testing.assert_allclose(mixed, multi_tenant_forward(model, rows, tokens, lengths), atol=2e-4)
     for row, adapter in enumerate([*adapters, None]):
         alone = forward(model, adapter, tokens[row : row + 1], 7)[0]
         np.testing.assert_allclose(mixed[row], alone, atol=2e-4)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import SITES, ModelConfig, shorten
+from ..config import SITES, ModelConfig, config_text, shorten
 from ..sharding import place
 from ..storage.bucket import BucketPath
 from .adapter import Adapter
@@ -284,7 +284,7 @@ class AdapterBank:
 
 
 def content_hash(adapter: Adapter) -> str:
-    digest = hashlib.sha256(repr((adapter.config, adapter.backbone)).encode())
+    digest = hashlib.sha256(f"({config_text(adapter.config)}, {adapter.backbone!r})".encode())
     for name, leaf in sorted(host_leaves(adapter).items()):
         digest.update(name.encode())
         digest.update(leaf.tobytes())

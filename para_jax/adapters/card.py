@@ -11,10 +11,18 @@ import yaml
 
 from ..config import printable
 from ..hub import BUILT_IN, BUILT_IN_HUB_ID, BUILT_IN_WEIGHTS
+from .invocation import invocation_tokens
 from .method import Method
+from .scope import scope_of
 
 #: What the hub accepts as `base_model`: user/name, or the name alone of an old repository.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+#: What users of PEFT must know about activated LoRA.
+ALORA_LINES = (
+    "It is activated LoRA, which PEFT knows from version 0.18 on. Older versions, and libraries that don't know",
+    "`alora_invocation_tokens`, may apply it to the whole prompt.",
+    "",
+)
 #: The headings around the lines that the card was given.
 BEFORE, AFTER = "## Training", "## How to load it"
 TEST = "- Test "
@@ -46,13 +54,14 @@ def model_card(
             "",
             f"# {method.label} adapter",
             "",
-            f"Base model: {base_model or 'not stated'}. {method.outline(config)}.",
+            f"Base model: {base_model or 'not stated'}. {method.outline(config)}{scope_outline(config)}.",
             *([f"The built-in backbone `{BUILT_IN}` is this model, {BUILT_IN_WEIGHTS}."] if of_built_in else []),
             "",
             *([BEFORE, "", *given, ""] if given else []),
             AFTER,
             "",
             *(peft_lines(base_model) if method.in_peft and base_model else []),
+            *(ALORA_LINES if invocation_tokens(config) else []),
             "With para_jax:",
             "```python",
             "from para_jax import generate, load_adapter, load_backbone, load_tokenizer",
@@ -67,6 +76,19 @@ def model_card(
             *(["It is in the format of Hugging Face PEFT.", ""] if method.in_peft else []),
         ]
     )
+
+
+def scope_outline(config: Any) -> str:
+    """Where an adapter acts, as the end of a sentence; empty for everywhere."""
+    scope, window = scope_of(config)
+    if scope == "all":
+        return ""
+    if scope == "prompt":
+        return ". Scope prompt: it acts on the prompt alone"
+    last = "token" if window == 1 else f"{window} tokens"
+    text = f". Scope response: it acts on the last {last} of the prompt and on the completion"
+    tokens = invocation_tokens(config)
+    return text + (f". Every prompt ends with the tokens {', '.join(map(str, tokens))}" if tokens else "")
 
 
 def peft_lines(base_model: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The adapter folder: adapter_config.json, adapter_model.safetensors and a model card, as in Hugging Face PEFT.
 
-Methods that PEFT knows are read and written in its format (peft_config.py), the others in our own (own_config.py). Only
-the first two files are ever opened.
+Methods that PEFT knows are read and written in its format (peft_config.py), the others in our own (own_config.py), and
+so are scopes that PEFT doesn't know. Only the first two files are ever opened.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from .folder import (
     safetensors_bytes,
     tensor_shapes,
 )
-from .method import Method
+from .method import Method, require_peft_fits
 from .methods import METHODS, method_of
 from .own_config import own_config, read_own_config, require_same_backbone
 from .peft_config import named, peft_base, peft_config
 from .rows import check_fits
+from .scope import scope_of
 
 #: The largest rank of a folder's adapter; a larger one is taken for damage.
 MAX_RANK = 2**16
@@ -91,7 +92,7 @@ def save_adapter(
     base_model = hub_name(one_line(base_model))
     if not isinstance(adapter, Adapter):
         raise ValueError(f"save_adapter takes one adapter; got {type(adapter).__name__}")
-    method = method_of(adapter.config)
+    method = method_of(adapter.config).form_of(adapter.config)
     if model is not None:
         check_fits(adapter, model.config)
     config = config_json(method, adapter, base_model, getattr(model, "fingerprint", None))
@@ -121,8 +122,7 @@ def copy_for_peft(source: Path, folder: str | Path | BucketPath, *, base_model: 
     """
     require_matching_manifest(source)
     method, config, _, named = read_config(source)
-    if not method.in_peft:
-        raise ValueError(f"{source}: {method.label} has no format that PEFT knows")
+    require_peft_fits(str(source), method, config)
     base_model = hub_name(one_line(base_model) or named)
     if not base_model:
         raise ValueError(f"{source} names no base model, and PEFT needs one; give its hub id")
@@ -215,8 +215,10 @@ def read_adapter_config(folder: str | Path | BucketPath) -> Described:
     place = expanded(folder)
     local = resolve_adapter(place) if isinstance(place, BucketPath) else place
     method, config, backbone, base_model = read_config(local)
-    counts = method.count_values(config, backbone, lambda: tensor_shapes(local))
-    return Described(method, config, backbone, base_model, *counts)
+    matrices, vectors, carried = method.count_values(config, backbone, lambda: tensor_shapes(local))
+    if scope_of(config)[0] == "prompt":
+        carried = 0
+    return Described(method, config, backbone, base_model, matrices, vectors, carried)
 
 
 def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
@@ -224,7 +226,8 @@ def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
     file = own_file(folder, CONFIG)
     found = read_json(file)
     kind, base_model = found.get("peft_type"), found.get("base_model_name_or_path")
-    method = next((method for method in METHODS if method.peft_type == kind), None)
+    forms = (form for method in METHODS for form in method.forms)
+    method = next((form for form in forms if form.peft_type == kind), None)
     if method is None:
         known = one_of(method.peft_type for method in METHODS)
         raise ValueError(f"{file}: peft_type {shorten(kind)} is not supported; expected {known}")

@@ -52,9 +52,7 @@ class Ia3(Adapter):
 
     def normal(self, model: ModelConfig) -> Ia3:
         """The same adapter with all factors on outputs."""
-        made = from_factors(self.on_outputs(), model)
-        made.config = replace(made.config, scope=self.config.scope, scope_window=self.config.scope_window)
-        return made
+        return from_factors(self.on_outputs(), model, self.config)
 
     def on_outputs(self) -> dict[str, Array]:
         """l [..., out] by site, all on outputs."""
@@ -64,9 +62,9 @@ class Ia3(Adapter):
         return factors
 
 
-def from_factors(factors: dict[str, Array], model: ModelConfig) -> Ia3:
-    """The adapter that scales the outputs of sites by these l, {site: [layers, out]}."""
-    config = Ia3Config(target_modules=tuple(factors), feedforward_modules=())
+def from_factors(factors: dict[str, Array], model: ModelConfig, like: Ia3Config | None = None) -> Ia3:
+    """The adapter that scales the outputs of sites by these l, {site: [layers, out]}, with the scope of `like`."""
+    config = replace(like or Ia3Config(), target_modules=tuple(factors), feedforward_modules=())
     leaves = {f"scale.{site}": factor for site, factor in factors.items()}
     return with_leaves(abstract(Ia3, config, model), leaves)
 

@@ -89,10 +89,9 @@ def ia3_values(
     config: Ia3Config, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]
 ) -> tuple[int, int, int]:
     shapes = read_shapes()
-    held = sum(math.prod(shapes[name]) for name, _, _ in named(shapes))
+    held = sum(map(math.prod, shapes.values()))
     joined = 0
     if "up_proj" in config.target_modules:  # decode carries a factor on an input in one vector with that of up_proj
-        joined = sum(
-            math.prod(shapes[name]) for name, linear, _ in named(shapes) if linear in config.feedforward_modules
-        )
+        inputs = {name for name in shapes if set(config.feedforward_modules) & set(name.split("."))}
+        joined = sum(math.prod(shapes[name]) for name in inputs)
     return 0, held, held - joined

@@ -54,11 +54,12 @@ class Lora(Adapter):
         return LowRank({site: a[...] for site, a in self.a.items()}, scaled)
 
     def normal(self, model: ModelConfig) -> Lora:
-        """The same adapter with the scale in B, so that the scale is 1 at any rank."""
+        """The same adapter with the scale in B, so that the scale is 1 at any rank. Which tokens a prompt must end with
+        makes no difference to what is computed."""
         leaves = named_leaves(self)
         leaves |= {name: leaf * self.config.scale for name, leaf in leaves.items() if name.startswith("b.")}
         made = with_leaves(self, leaves)
-        made.config = replace(self.config, lora_alpha=self.config.r, use_rslora=False)
+        made.config = replace(self.config, lora_alpha=self.config.r, use_rslora=False, alora_invocation_tokens=None)
         return made
 
 
@@ -98,4 +99,5 @@ LORA = Method(
     count_values=lora_values,
     to_peft_config=lora_peft_config,
     from_peft_config=read_lora_config,
+    fits_peft=lambda config: config.scope == "all" or config.alora_invocation_tokens is not None,
 )

@@ -12,7 +12,7 @@ import numpy as np
 from ..config import FUSED, SITES, LoraConfig, ModelConfig, shorten
 from .adapter import Adapter, Backbone, named_leaves
 from .own_tensors import join_layers, layer_name
-from .peft_config import named, require_supported, target_sites
+from .peft_config import require_supported, target_sites
 from .peft_linears import linears_of, used_sites
 
 # ---------------------------------------------------------------------------------------------------------- the config
@@ -29,11 +29,12 @@ def lora_peft_config(config: LoraConfig, backbone: Backbone) -> dict:
         "lora_dropout": 0.0,
         "bias": "none",
         "init_lora_weights": True,
+        **({"alora_invocation_tokens": list(tokens)} if (tokens := config.alora_invocation_tokens) else {}),
     }
 
 
 def read_lora_config(found: dict, shapes: dict[str, tuple[int, ...]]) -> LoraConfig:
-    require_supported(found, ("r", "lora_alpha", "use_rslora"))
+    require_supported(found, ("r", "lora_alpha", "use_rslora", "alora_invocation_tokens"))
     sites = target_sites(found, shapes)
     r, alpha, use_rslora = found.get("r"), found.get("lora_alpha"), found.get("use_rslora", False)
     if type(r) is not int or r < 1:
@@ -42,7 +43,19 @@ def read_lora_config(found: dict, shapes: dict[str, tuple[int, ...]]) -> LoraCon
         raise ValueError(f"lora_alpha must be a number from 1e-9 to 1e9; got {shorten(alpha)}")
     if not isinstance(use_rslora, bool):
         raise ValueError(f"use_rslora must be true or false; got {shorten(use_rslora)}")
-    return LoraConfig(r=r, lora_alpha=float(alpha), use_rslora=use_rslora, target_modules=sites)
+    return LoraConfig(
+        r=r, lora_alpha=float(alpha), use_rslora=use_rslora, target_modules=sites, **activated_scope(found)
+    )
+
+
+def activated_scope(found: dict) -> dict[str, Any]:
+    """The fields of PEFT's activated LoRA; none for plain LoRA. PEFT's versions disagree about an empty list."""
+    tokens = found.get("alora_invocation_tokens")
+    if tokens is None:
+        return {}
+    if not isinstance(tokens, list) or not tokens:
+        raise ValueError(f"alora_invocation_tokens must be null or a list of token ids; got {shorten(tokens)}")
+    return {"scope": "response", "scope_window": len(tokens), "alora_invocation_tokens": tuple(tokens)}
 
 
 def with_rank(config: LoraConfig, r: int) -> LoraConfig:
@@ -157,8 +170,8 @@ def lora_values(
     config: LoraConfig, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]
 ) -> tuple[int, int, int]:
     """An upper bound where sites share a linear: each counts with an A of the file's rank, but may load with less."""
-    shapes, held = read_shapes(), 0
-    for name, linear, _ in named(shapes):
-        copies = len(FUSED.get(linear, (linear,))) if name.endswith("lora_A.weight") else 1
-        held += copies * math.prod(shapes[name])
+    held = 0
+    for name, shape in read_shapes().items():
+        shared_by = max((len(sites) for linear, sites in FUSED.items() if linear in name.split(".")), default=1)
+        held += math.prod(shape) * (shared_by if name.endswith("lora_A.weight") else 1)
     return held, 0, held

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from ..config import ModelConfig
 from .adapter import Adapter, Backbone
 from .own_tensors import count_by_shape, leaves_of_tensors, tensors_of_leaves
+from .scope import scope_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -24,6 +25,10 @@ def at_sites(config: Any, sites: tuple[str, ...], max_r: int) -> Any:
 
 def vectors_on_sites(config: Any) -> str:
     return f"Vectors on {', '.join(config.target_modules)}"
+
+
+def acts_everywhere(config: Any) -> bool:
+    return scope_of(config)[0] == "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,9 @@ class Method:
     config's fields are the keys, next to a description of the backbone."""
     from_peft_config: Callable[[dict, Shapes], Any] | None = None
     """(adapter_config.json, shapes of the file's tensors) -> config, for a method that PEFT knows"""
+    fits_peft: Callable[[Any], bool] = acts_everywhere
+    """(config) -> whether PEFT's format can say all of it, for a method that PEFT knows. If it can't, the folder is in
+    our own format"""
 
     def __post_init__(self):
         if (self.to_peft_config is None) != (self.from_peft_config is None):
@@ -75,3 +83,46 @@ class Method:
     def in_peft(self) -> bool:
         """Whether Hugging Face PEFT defines the folder's format, and so can load it."""
         return self.to_peft_config is not None
+
+    @property
+    def forms(self) -> tuple[Method, ...]:
+        """The method once for each format that its folders may have: PEFT's, if it knows the method, and our own."""
+        return (self, self.in_own_format) if self.in_peft else (self,)
+
+    def form_of(self, config: Any) -> Method:
+        """The method with the format of this config's folder."""
+        return self if not self.in_peft or self.fits_peft(config) else self.in_own_format
+
+    @property
+    def in_own_format(self) -> Method:
+        """The method with folders in our own format. Both the `peft_type` and the names of the tensors are unknown to
+        PEFT and its kin, so none of them loads such a folder and applies the adapter where it must not act."""
+        return replace(
+            self,
+            peft_type=f"PARA_JAX_{self.peft_type}",
+            to_peft_config=None,
+            from_peft_config=None,
+            to_tensors=tensors_of_leaves,
+            from_tensors=leaves_of_tensors,
+            tensor_shapes=None,
+        )
+
+
+def require_peft_fits(name: str, method: Method, config: Any) -> None:
+    """Raises ValueError, which says what PEFT's format lacks, for an adapter that it can't hold.
+
+    Args:
+        name: what the error is about.
+        method: as `form_of` gives it for this config.
+    """
+    if method.in_peft:
+        return
+    if acts_everywhere(config):
+        raise ValueError(f"{name}: {method.label} has no format that PEFT knows")
+    advice = "use the adapter with para_jax, or train it with adapter.scope=all"
+    if config.scope == "response" and hasattr(config, "alora_invocation_tokens"):
+        advice += ". If every prompt ends with the same tokens, train it with adapter.alora_invocation_tokens"
+    raise ValueError(
+        f"{name}: PEFT's format has no scope {config.scope} for this {method.label} adapter, and PEFT would apply it "
+        f"at every token\n{advice}"
+    )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import typing
 from contextlib import suppress
 from dataclasses import fields
 from types import NoneType
 from typing import Any
 
 from ..config import ModelConfig, shorten
+from ..config.bounds import field_types
 from ..untrusted import safe_name, safe_names
 from .adapter import Backbone, describe
 
@@ -65,10 +67,20 @@ def read_own_config(kind: type, found: dict) -> tuple[Any, dict]:
     for key, key_kind, expected in (("inference_mode", bool, "true or false"), ("para_jax_version", str, "text")):
         if not isinstance(found.get(key), (key_kind, NoneType)):
             raise ValueError(f"{key} must be {expected}; got {shorten(found[key])}")
-    defaults = kind()
+    defaults = default_values(kind)
     given = [name for name in (*required, *optional) if name in found]
-    config = kind(**{name: checked_value(name, found[name], getattr(defaults, name)) for name in given})
+    config = kind(**{name: checked_value(name, found[name], defaults[name]) for name in given})
     return config, checked_backbone(found["backbone"], config.target_modules)
+
+
+def default_values(kind: type) -> dict[str, Any]:
+    """The defaults of a config class, those of float fields as floats: LoRA's lora_alpha is 8."""
+    types, defaults = field_types(kind), vars(kind())
+    return {name: float(value) if is_float(types[name]) else value for name, value in defaults.items()}
+
+
+def is_float(kind: Any) -> bool:
+    return kind is float or typing.get_args(kind)[:1] == (float,)
 
 
 def checked_value(name: str, value: Any, default: Any) -> Any:

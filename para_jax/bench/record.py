@@ -27,8 +27,8 @@ def rows_of(measured: dict) -> list[tuple[str, str]]:
     rows += [(f"{name}: equal texts", f"{value:.3f}") for name, value in measured.get("equal_texts", {}).items()]
     for method, values in measured.get("latencies_ms", {}).items():
         rows += [(f"{method}: {name}", f"{value:.0f} ms") for name, value in values.items()]
-    for name, value in measured.get("prefill", {}).get("medians", {}).items():
-        rows.append((f"prefill of {name}", f"{value:.0f} ms"))
+    for name, part in measured.get("parts", {}).items():
+        rows += [(f"{name}: {of_part}", value) for of_part, value in rows_of(part)]
     for name, value in measured.get("share_of_read", {}).items():
         rows.append((f"{name}: bytes per second, relative to a read test", f"{value:.2f}"))
     for name, value in measured.get("share_of_matrix_products", {}).items():

@@ -1,5 +1,5 @@
-"""`para-jax bench serve`: the engine against static batches, on a ragged workload of many tenants. Also the prefills
-that cost PARA more than others: its factors come from the whole prompt, so it cannot reuse a shared prefix."""
+"""`para-jax bench serve`: the engine against static batches, on a ragged workload of many tenants, and prompts that
+share a beginning (prefix.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from ..adapters.bank import AdapterBank
@@ -15,16 +14,15 @@ from ..backbone.load import load_backbone
 from ..data.tokenizer import load_tokenizer
 from ..inference.generate import generate_tokens
 from ..inference.sampling import Sampling
-from ..model import prefill
 from ..serving.decoder import STEPS
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .decode import METHODS, bank_of
-from .rounds import interleaved, measurement, milliseconds, paired, single
+from .prefix import SYSTEM, bench_gaps, bench_prefixes, bench_system_prompt
+from .rounds import measurement, paired, single
 
 COMPARED = ("PARA", "(IA)^3", "LoRA r=8")
 LONGEST = 256  # tokens per row, prompt and answer
-PREFIX, QUESTION, TURNS = 192, 16, 6  # tokens of a shared prefix and of a question on it; turns of a chat
 
 
 class Workload(NamedTuple):
@@ -66,7 +64,7 @@ class Served(NamedTuple):
 
 def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 96, rounds: int = 2) -> dict:
     """Tokens per second of the engine and of static batches with as many rows, by method, all tenants different; time
-    to the first token and time per token in the engine; and the prefill that a shared prefix and a chat cost.
+    to the first token and time per token in the engine; and what shared prefixes save, by scope.
 
     Args:
         rows: the engine's slots; one number.
@@ -91,11 +89,15 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
     found = measurement("tokens/s", [{name: measure() for name, measure in sides.items()} for _ in range(rounds)])
     ratios = {f"{m}: engine / static": paired(found["rounds"], f"{m}, engine", f"{m}, static batches") for m in banks}
     ratios |= {f"{m} / base, engine": paired(found["rounds"], f"{m}, engine", "base, engine") for m in COMPARED}
-    prefills = measurement("ms", interleaved(prefill_sides(model, banks["PARA"]), 5 * rounds))
+    parts = {
+        "shared prefix": bench_prefixes(model, tokenizer, 5 * rounds),
+        f"one system prompt of {SYSTEM} tokens": bench_system_prompt(model, tokenizer, *work, slots, rounds),
+        "longest gap of a decoding row": bench_gaps(model, tokenizer, rounds),
+    }
     return found | {
         "ratios": ratios,
         "latencies_ms": {method: served[method].latencies() for method in banks},
-        "prefill": prefills,
+        "parts": parts,
         "slots": slots,
         "requests": requests,
     }
@@ -133,26 +135,3 @@ def static(model, bank: AdapterBank | None, work: Workload, rows: int, ended: Ca
         adapters = None if bank is None else bank.rows(bank.names[chosen])
         generate_tokens(model, adapters, work.prompts[chosen], Sampling(max(work.new_tokens[chosen])), ended=ended)
     return work.tokens / (time.perf_counter() - begun)
-
-
-def prefill_sides(model, bank) -> dict[str, Callable[[], float]]:
-    """Milliseconds of prefill for one request. PARA reads its whole prompt again. With LoRA or the base model a server
-    can cache prefixes and read only the new tokens; here that costs the least it could, without attention to the
-    prefix."""
-
-    def prefilled(adapters, lengths: list[int]) -> Callable[[], float]:
-        tokens = [np.ones((1, length), np.int32) for length in lengths]
-
-        def prefill_each() -> None:  # one after another, as requests come
-            for each in tokens:
-                jax.block_until_ready(prefill(model, adapters, each, each.shape[1], max_length=LONGEST))
-
-        return milliseconds(prefill_each)
-
-    para, turn = bank.rows(bank.names[:1]), LONGEST // TURNS
-    return {
-        "a question on a shared prefix, PARA": prefilled(para, [PREFIX + QUESTION]),
-        "a question on a shared prefix, cached prefix": prefilled(None, [QUESTION]),
-        f"a chat of {TURNS} turns, PARA": prefilled(para, [turn * (i + 1) for i in range(TURNS)]),
-        f"a chat of {TURNS} turns, cached history": prefilled(None, [turn] * TURNS),
-    }

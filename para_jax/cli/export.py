@@ -5,7 +5,8 @@ from __future__ import annotations
 from . import options as shared
 
 HELP = """PARA makes other factors for each prompt, so its export is an (IA)^3 adapter for the one prompt of --prompt.
-LoRA and (IA)^3 folders are in PEFT's format: they are copied, and name the hub id of their base model."""
+LoRA and (IA)^3 folders are in PEFT's format: they are copied, and name the hub id of their base model. Of the scopes
+other than `all`, PEFT knows one: LoRA with adapter.alora_invocation_tokens."""
 
 
 def add(commands) -> None:
@@ -31,10 +32,13 @@ def add(commands) -> None:
 
 def run(options) -> None:
     from ..adapters.files import copy_for_peft, read_adapter_config
+    from ..adapters.method import acts_everywhere, require_peft_fits
     from ..hub import resolve_adapter
 
     folder = resolve_adapter(options.adapter)
     found = read_adapter_config(folder)
+    if not acts_everywhere(found.config):
+        require_peft_fits(str(options.adapter), found.method, found.config)
     if not found.method.in_peft:
         if options.prompt is None:
             raise ValueError(

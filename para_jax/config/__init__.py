@@ -1,10 +1,14 @@
 """Frozen dataclasses for models, adapters and runs, and the YAML files that hold runs."""
 
 from .adapter import ADAPTER_CONFIGS as ADAPTER_CONFIGS
+from .adapter import AdapterConfig as AdapterConfig
 from .adapter import Ia3Config as Ia3Config
 from .adapter import LoraConfig as LoraConfig
 from .adapter import ParaConfig as ParaConfig
+from .adapter import config_text as config_text
+from .adapter import given_fields as given_fields
 from .adapter import sites_in_order as sites_in_order
+from .adapter import with_scope_of as with_scope_of
 from .bounds import allowed_values as allowed_values
 from .check import expanded as expanded
 from .check import nearest as nearest

@@ -1,10 +1,10 @@
 """The configs of the adapter methods: PARA, LoRA and (IA)^3. Each has the learning rate that its method is trained with
 unless `train.learning_rate` is set."""
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal
 
-from .bounds import PositiveFloat, PositiveInt, check_fields
+from .bounds import Bounds, PositiveFloat, PositiveInt, check_fields
 from .check import require
 from .model import SITES
 
@@ -20,7 +20,7 @@ class AdapterConfig:
     """the positions where the adapter acts [our choice]. all: every one. response: the last `scope_window` prompt
     tokens and the completion; the tokens before them run through the plain backbone, so every tenant can share them.
     prompt: the prompt alone, so decoding carries nothing"""
-    scope_window: PositiveInt = field(default=1, metadata=OPTIONAL)
+    scope_window: Annotated[int, Bounds(at_least=1, at_most=2**20)] = field(default=1, metadata=OPTIONAL)
     """how many of the prompt's last tokens are adapted with scope=response"""
 
     def __post_init__(self):
@@ -64,10 +64,26 @@ class LoraConfig(AdapterConfig):
     use_rslora: bool = False
     """scale by lora_alpha / sqrt(r) (arXiv:2312.03732) instead of lora_alpha / r"""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    alora_invocation_tokens: tuple[Annotated[int, Bounds(at_least=0)], ...] | None = field(
+        default=None, metadata=OPTIONAL
+    )
+    """for scope=response: the token ids that every prompt ends with, scope_window of them. The adapter is then PEFT's
+    activated LoRA (arXiv:2504.12397), and other prompts are refused"""
 
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
+        if isinstance(self.alora_invocation_tokens, list):
+            object.__setattr__(self, "alora_invocation_tokens", tuple(self.alora_invocation_tokens))
         super().__post_init__()
+        if self.alora_invocation_tokens is not None:
+            self.check_invocation(self.alora_invocation_tokens)
+
+    def check_invocation(self, tokens: Any) -> None:
+        given = isinstance(tokens, tuple) and len(tokens) > 0
+        require(given, "alora_invocation_tokens", tokens, "None, or a list of token ids")
+        require(self.scope == "response", "scope", self.scope, "response where alora_invocation_tokens are set")
+        count = f"{len(tokens)}, the number of alora_invocation_tokens"
+        require(self.scope_window == len(tokens), "scope_window", self.scope_window, count)
 
     @property
     def scale(self) -> float:
@@ -90,6 +106,27 @@ class Ia3Config(AdapterConfig):
         scaled = tuple(self.feedforward_modules)
         require(set(scaled) <= {"down_proj"}, "feedforward_modules", scaled, "[down_proj] or empty")
         object.__setattr__(self, "feedforward_modules", tuple(s for s in scaled if s in self.target_modules))
+
+
+def with_scope_of(config: Any, kind: type) -> Any:
+    """The defaults of another config class, with the scope and window of this config. Raises ValueError for a class
+    without them."""
+    scope: dict[str, Any] = {one.name: getattr(config, one.name, one.default) for one in fields(AdapterConfig)}
+    if issubclass(kind, AdapterConfig):
+        return kind(**scope)
+    require(scope["scope"] == "all", "adapter.scope", scope["scope"], f"all: {kind.__name__} has no scope")
+    return kind()
+
+
+def given_fields(config: Any) -> dict[str, Any]:
+    """The fields of a config without those that are marked OPTIONAL and have their default."""
+    held = {one.name: (one, getattr(config, one.name)) for one in fields(config)}
+    return {k: value for k, (one, value) in held.items() if not one.metadata.get("optional") or value != one.default}
+
+
+def config_text(config: Any) -> str:
+    """The repr of a config with its `given_fields`: the text is the same as before the other fields existed."""
+    return f"{type(config).__name__}({', '.join(f'{name}={value!r}' for name, value in given_fields(config).items())})"
 
 
 def sites_in_order(target_modules: Any) -> tuple[str, ...]:

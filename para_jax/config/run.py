@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from .adapter import ADAPTER_CONFIGS, ParaConfig
+from .adapter import ADAPTER_CONFIGS, ParaConfig, with_scope_of
 from .bounds import (
     Bounds,
     Fraction,
@@ -162,7 +162,8 @@ class SweepSection:
 
     method: tuple[str, ...] = ()
     """adapter methods to compare, such as [para, lora, ia3]: each is a run of its own in output_dir/METHOD, with its
-    own defaults and learning rate. The adapter's fields and train.learning_rate apply to adapter.method only"""
+    own defaults and learning rate. adapter.scope and scope_window apply to all of them. The adapter's other fields and
+    train.learning_rate apply to adapter.method only"""
     learning_rate: tuple[NonNegativeFloat, ...] = ()
     seed: tuple[Seed, ...] = ()
     """for the initial weights of an adapter and the order of its examples"""
@@ -338,7 +339,7 @@ class RunConfig:
         if self.data.tenants:
             raise ValueError("sweep.method can't be used together with data.tenants; compare the methods on data.train")
         own = next((name for name, kind in ADAPTER_CONFIGS.items() if kind is type(self.adapter)), None)
-        if own not in methods and self.adapter != type(self.adapter)():
+        if own not in methods and self.adapter != with_scope_of(self.adapter, type(self.adapter)):
             raise ValueError(
                 f"sweep.method {list(methods)} lacks {own}, but adapter has fields of {own}; add it, or remove them"
             )

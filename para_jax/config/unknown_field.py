@@ -12,12 +12,15 @@ from .check import printable
 #: Other names of a field, as other libraries and other words have them.
 OTHER_NAMES = {
     "adapter": "peft peft_config lora lora_config para adapters",
+    "adapter.alora_invocation_tokens": "invocation_tokens alora_tokens alora",
     "adapter.feedforward_modules": "ffn_modules",
     "adapter.layers_to_transform": "layers",
     "adapter.lora_alpha": "alpha scaling",
     "adapter.method": "type name kind peft_type adapter_type",
     "adapter.pooler": "pool pooling",
     "adapter.r": "rank lora_r lora_rank bottleneck",
+    "adapter.scope": "positions acts_on",
+    "adapter.scope_window": "window",
     "adapter.target_modules": "targets target modules sites lora_target_modules",
     "adapter.use_rslora": "rslora",
     "backbone": "model base base_model",

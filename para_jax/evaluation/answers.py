@@ -11,6 +11,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any
 
+from ..adapters.invocation import require_invocation
 from ..backbone.transformer import Transformer
 from ..data.examples import stop_token_ids
 from ..inference.generate import up_to_multiple
@@ -79,7 +80,8 @@ class Answerer:
             what: names the work where its progress is shown.
 
         Raises ValueError, before anything is computed, for an unknown tenant, for a question that the model has no room
-        for, and for an answer of the wrong kind in the journal.
+        for or that does not end with its adapter's alora_invocation_tokens, and for an answer of the wrong kind in the
+        journal.
         """
         journal = Journal() if self.journal is None else self.journal
         entries = {tenant: self._entry(tenant) for tenant in dict.fromkeys(tenant for tenant, _ in questions)}
@@ -93,6 +95,7 @@ class Answerer:
         left = [one for one in distinct.values() if one.key not in journal]
         for one in left:
             check_room(one.question, self.model, self.engine)
+            require_invocation(one.entry and one.entry.config, one.question.context, "context")
         known = len(distinct) - len(left)
         if journal.file and known:
             say(f"{known} of {len(distinct)} answers are in {journal.file} already")

@@ -28,6 +28,8 @@ class Slot(NamedTuple):
 
     version: int
     """its index in the stack"""
+    config: Any
+    """the adapter's"""
     content: str | None = None
     """unknown: a journal can't keep this adapter's answers"""
 
@@ -39,7 +41,7 @@ class StackBank:
         self.stack = stack
 
     def entry(self, name: int, /) -> Slot:
-        return Slot(name)
+        return Slot(name, self.stack.adapters.config)
 
     def rows_of(self, entries: list[Slot | None], /) -> Adapter | Rows:
         if self.stack.size == 1 and None not in entries:

@@ -9,6 +9,7 @@ import numpy as np
 from ..adapters.adapter import Adapter
 from ..adapters.files import save_adapter
 from ..adapters.ia3 import from_factors
+from ..adapters.method import acts_everywhere, require_peft_fits
 from ..adapters.methods import method_of
 from ..backbone.transformer import Transformer
 from ..config import shorten
@@ -26,8 +27,8 @@ def export_ia3(
         prompt: a text, or chat messages for the tokenizer's template.
         base_model: where the backbone comes from, for the model card.
 
-    Raises ValueError for an adapter that makes no factors (LoRA) and for a prompt longer than the model's positions,
-    and as save_adapter does.
+    Raises ValueError for an adapter that makes no factors (LoRA), for one of another scope than `all`, for a prompt
+    longer than the model's positions, and as save_adapter does.
     """
     if not isinstance(adapter, Adapter):
         raise ValueError(f"export_ia3 takes one adapter; got {type(adapter).__name__}")
@@ -36,6 +37,8 @@ def export_ia3(
         raise ValueError(
             f"export_ia3: a {method.label} adapter makes {method.carries}, no factors; use save_adapter instead"
         )
+    if not acts_everywhere(adapter.config):
+        require_peft_fits("export_ia3", method.in_own_format, adapter.config)
     ids, longest = encode_prompt(tokenizer, prompt), model.config.max_positions
     if len(ids) > longest:
         raise ValueError(

@@ -6,14 +6,16 @@ the state. Tokens stay on the device. A few steps' tokens are fetched at a time,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.bank import AdapterBank
+from ..adapters.invocation import require_invocation, row_configs
 from ..adapters.rows import Adjustments, Rows
 from ..backbone.transformer import Transformer
 from ..config import shorten
@@ -58,13 +60,16 @@ def generate(
         seed: prompt i is drawn with seed + i, so its answer does not depend on the other prompts.
         stop: texts that end an answer, special tokens too.
 
-    Raises ValueError, before anything is computed, for a wrong argument and for a prompt that is too long.
+    Raises ValueError, before anything is computed, for a wrong argument, for a prompt that is too long, and for one
+    that does not end with its adapter's alora_invocation_tokens.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
-    adapters = rows_of_tenants(adapters, tenants, len(prompts))
+    given, adapters = adapters, rows_of_tenants(adapters, tenants, len(prompts))
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for i, (config, row) in enumerate(zip(prompt_configs(given, tenants, len(prompts)), ids, strict=False)):
+        require_invocation(config, row, f"prompt {i}")
     turns = [turn_stop_ids(tokenizer, prompt) for prompt in prompts]
     stop_ids = stop_token_ids(tokenizer, model.config.eos_token_ids) + special_stop_ids(tokenizer, sampling.stop)
     if len(set(turns)) == 1:
@@ -173,6 +178,13 @@ def rows_of_tenants(adapters, tenants: Sequence[str | None] | None, prompts: int
             f"tenants is {shorten(tenants)}; give a name or None (the base model) for each of {prompts} prompts"
         )
     return adapters.rows(tenants)
+
+
+def prompt_configs(adapters, tenants: Sequence[str | None] | None, prompts: int) -> Iterable[Any]:
+    """The config of the adapter that answers each prompt; None for the base model."""
+    if isinstance(adapters, AdapterBank):
+        return [None if tenant is None else adapters.entry(tenant).config for tenant in tenants or ()]
+    return row_configs(adapters, prompts)
 
 
 def check_prompts(model, adapters, prompt_ids: Sequence[list[int]], max_new_tokens: int) -> None:

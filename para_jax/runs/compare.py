@@ -16,7 +16,7 @@ import jax
 
 from .. import atomic, devices
 from ..adapters.adapter import count_parameters
-from ..config import ADAPTER_CONFIGS, RunConfig, adapter_method, expanded, load_config, require
+from ..config import ADAPTER_CONFIGS, RunConfig, adapter_method, expanded, load_config, require, with_scope_of
 from ..data.given import with_data
 from ..messages import say, warn
 from ..model import init_adapter
@@ -116,13 +116,13 @@ def parameters_of(config: RunConfig, shared: Shared) -> int:
 
 
 def method_configs(config: RunConfig) -> dict[str, RunConfig]:
-    """The config of each method's run. The fields of the adapter and train.learning_rate are those of adapter.method;
-    the other methods have their own defaults. `auto` is for all."""
+    """The config of each method's run. The scope is for all methods, and so is `auto`. The adapter's other fields and
+    train.learning_rate are those of adapter.method; the other methods have their own defaults."""
     own, rate = adapter_method(config.adapter), config.train.learning_rate
     return {
         method: replace(
             config,
-            adapter=config.adapter if method == own else ADAPTER_CONFIGS[method](),
+            adapter=config.adapter if method == own else with_scope_of(config.adapter, ADAPTER_CONFIGS[method]),
             train=replace(config.train, learning_rate=rate if method == own or rate == "auto" else None),
             sweep=replace(config.sweep, method=()),
             output_dir=str(expanded(config.output_dir) / method),

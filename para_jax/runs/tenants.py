@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..adapters.invocation import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
 from ..config import ASSUMED_LENGTH, ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
@@ -108,6 +109,7 @@ def read_inputs(
     tenants = []
     for name, own in configs.items():
         train, validation, test, _ = read_once[of_data(own)]
+        require_prompt_ends(own.adapter, name, train, (validation, test))
         if own.eval.patience not in (None, config.eval.patience) and validation is None:
             raise ValueError(
                 f"{name}: eval.patience ({own.eval.patience} in tenant.yaml) needs validation data\n"
@@ -327,3 +329,21 @@ def require_room(model: ModelConfig, data: TrainingData, tasks: Iterable[EvalTas
             largest, length = max(max(prompt), max(completion)), len(prompt) + max(len(completion), new)
             require(largest < known, f"{at}: token id", largest, f"less than {known}, the model's tokens")
             require(length <= most, f"{at}: tokens", length, room)
+
+
+def require_prompt_ends(adapter: Any, name: str, data: TrainingData, tasks: Iterable[EvalTask | None]) -> None:
+    """Raises ValueError, naming its place, for the first prompt that does not end with the adapter's
+    alora_invocation_tokens. Most adapters have none.
+
+    Args:
+        name: of the tenant.
+    """
+    if not invocation_tokens(adapter):
+        return
+    prompts = list(zip(data.places, data.examples, strict=True))
+    for task in filter(None, tasks):
+        prompts += zip((record.place for record in task.records), task.examples or [], strict=True)
+    for place, example in prompts:
+        require_invocation(
+            adapter, example.prompt_ids, f"{name}: {place}: the prompt" if name else f"{place}: the prompt"
+        )

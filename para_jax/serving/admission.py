@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..adapters.bank import AdapterBank, Entry
+from ..adapters.invocation import require_invocation
 from ..backbone.transformer import Transformer
 from ..config import shorten
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, special_stop_ids, turn_stop_ids
@@ -37,6 +38,7 @@ class Admission:
         if entry is None:
             entry = self._entry(request.tenant)
         ids = self.ids(request.prompt)
+        require_invocation(entry and entry.config, ids, "prompt")
         if len(ids) + request.max_new_tokens > self.max_length:
             raise ValueError(
                 f"prompt: {len(ids)} tokens and max_new_tokens {request.max_new_tokens} are more than the engine's "

@@ -29,6 +29,7 @@ def cut_batch(batch: Batch, window: int, prompt: int, completion: int) -> Cut:
     Args:
         prompt, completion: the largest number of tokens of a prompt and of a completion.
     """
+    window = min(window, prompt)
     tokens, prompt_length = jnp.asarray(batch.tokens), jnp.asarray(batch.prompt_length)
     start = tail_start(prompt_length, window)
     position = start[:, None] + jnp.arange(window + completion - 1)
@@ -43,7 +44,7 @@ def cut_packed(batch: Packed, window: int, prompt: int, completion: int) -> Cut:
     Args:
         prompt, completion: the largest number of tokens of all prompts, and of all completions, in a row.
     """
-    segments = batch.start.shape[1]
+    segments, window = batch.start.shape[1], min(window, prompt)
     is_example = batch.length > batch.prompt_length  # padding segments have no completion
     first = tail_start(jnp.asarray(batch.prompt_length), window)
     prompts = packed_part(batch, jnp.where(is_example, batch.prompt_length, 0), 0 * first, prompt)

@@ -1,6 +1,7 @@
 """adapter_config.json in our own format: the fields of any config class are written, read back and checked."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 from golden_models import backbone
@@ -14,6 +15,7 @@ class AnyConfig:
     strength: float = 0.5
     gated: bool = False
     form: str = "plain"
+    alpha: Annotated[float, "as LoRA's"] = 8
     r: int = 4
     target_modules: tuple[str, ...] = ("q_proj",)
     depths: tuple[int, ...] | None = None
@@ -38,8 +40,9 @@ def test_rank_and_sites_come_first_and_none_is_left_out():
     assert "depths" in written(AnyConfig(depths=(1,)))
 
 
-def test_a_whole_number_may_stand_for_a_float():
+def test_a_whole_number_may_be_a_float():
     assert read_own_config(AnyConfig, written(AnyConfig()) | {"strength": 2})[0].strength == 2.0
+    assert read_own_config(AnyConfig, written(AnyConfig(alpha=0.1)))[0].alpha == 0.1  # its default is a whole number
 
 
 @pytest.mark.parametrize(

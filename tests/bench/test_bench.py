@@ -14,6 +14,7 @@ from para_jax import Engine, Transformer, bench, devices, forward
 from para_jax.bench import decode as bench_decode
 from para_jax.bench import evaluate as bench_evaluate
 from para_jax.bench import load as bench_load
+from para_jax.bench import prefix as bench_prefix
 from para_jax.bench import serve as bench_serve
 from para_jax.bench import tenants as bench_tenants
 from para_jax.bench import train as bench_train
@@ -170,6 +171,19 @@ def test_every_request_is_served_to_its_length():
     latencies = served.latencies()
     assert 0 < latencies["first token p50"] <= latencies["first token p95"] <= 1e3 * served.rounds[-1]
     assert latencies["a token p50"] > 0
+
+
+def test_shared_prefixes_are_measured_by_scope_and_with_every_tokens_answer(monkeypatch):
+    small = dict(PREFIX=12, QUESTION=3, TURNS=2, SYSTEM=16, TENANTS=2, LONG=20)
+    for name, value in small.items():
+        monkeypatch.setattr(bench_prefix, name, value)
+    model = backbone("llama")
+    found = bench_prefix.bench_prefixes(model, tokenizer(), 1)
+    assert len(found["medians"]) == 10 and all(value > 0 for value in found["medians"].values())
+    assert "a chat, PARA, response / base" in found["ratios"]
+    served = bench_prefix.bench_system_prompt(model, tokenizer(), [[3, 4], [5]], [3, 2], 2, 1)
+    assert set(served["medians"]) == set(bench_prefix.SIDES)
+    assert len(bench_prefix.bench_gaps(model, tokenizer(), 1)["medians"]) == 4
 
 
 def test_a_first_token_comes_with_the_round_that_takes_its_request():

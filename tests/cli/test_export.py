@@ -1,6 +1,7 @@
 """`para-jax export`: what PEFT can load of each method."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from golden_models import backbone, golden_tenants, strong
 from tiny_run import backbone_folder
 
-from para_jax import Ia3Config, LoraConfig, forward, init_adapter, load_adapter, save_adapter
+from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, load_adapter, save_adapter
 from para_jax.adapters.card import training_lines
 from para_jax.cli import main
 
@@ -66,6 +67,26 @@ def test_para_is_exported_for_its_prompt(tmp_path, export):
     front, body = front_of(tmp_path / "out")
     assert front["base_model"] == "me/llama" and "one prompt of 3 tokens: `'w11 w200\\nw37'`" in body
     assert 'prompt = "w11 w200\\nw37"' in body
+
+
+def test_activated_lora_is_copied_and_other_scopes_are_refused_by_name(tmp_path, export):
+    model = backbone("llama").config
+    alora = LoraConfig(r=2, scope="response", scope_window=2, alora_invocation_tokens=(7, 9))
+    save_adapter(init_adapter(alora, model), tmp_path / "adapter", base_model="me/llama")
+    assert export()[0] == 0
+    assert config_of(tmp_path / "out")["alora_invocation_tokens"] == [7, 9]
+    code, said = export("--prompt", "w5")
+    assert code == 2 and "leave --prompt out" in said
+    (tmp_path / "out").rename(tmp_path / "before")
+    scoped = [ParaConfig(r=2, scope="prompt"), Ia3Config(scope="prompt"), LoraConfig(r=2, scope="prompt")]
+    for config in [*scoped, *(replace(one, scope="response", scope_window=2) for one in scoped)]:
+        save_adapter(init_adapter(config, model), tmp_path / "adapter", base_model="me/llama")
+        for arguments in ((), ("--prompt", "w5")):
+            code, said = export(*arguments)
+            assert code == 2 and f"scope {config.scope}" in said and "train it with adapter.scope=all" in said
+            response_of_lora = isinstance(config, LoraConfig) and config.scope == "response"
+            assert ("adapter.alora_invocation_tokens" in said) == response_of_lora
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_without_a_base_model_needs_one(tmp_path, export):

@@ -195,6 +195,9 @@ def test_a_value_in_the_place_of_a_section_names_it():
     ("seed=-1", "0"),
     ("adapter.layers_to_transform=[last]", "whole number"),
     ("adapter.layers_to_transform=[-1]", "0"),
+    ("adapter.scope=completion", "all, prompt, response"),
+    ("adapter.scope_window=0", "1"),
+    ("adapter.scope_window=4", "1 with scope all"),
 ])  # fmt: skip
 def test_a_value_out_of_bounds_names_the_field_the_value_and_what_is_allowed(override, allowed):
     key, _, value = override.partition("=")
@@ -350,6 +353,31 @@ def test_another_method_drops_the_adapter_fields_of_the_file(method, tmp_path):
     assert load_config(tmp_path / "run.yaml", ["adapter.method=para", "adapter.r=4"]).adapter == ParaConfig(
         r=4, summary="rms"
     )
+
+
+@pytest.mark.parametrize("method", ADAPTER_CONFIGS)
+def test_every_method_has_a_scope_in_a_file_and_on_the_command_line(method, tmp_path):
+    expected = ADAPTER_CONFIGS[method](scope="response", scope_window=4)
+    overrides = [f"adapter.method={method}", "adapter.scope=response", "adapter.scope_window=4"]
+    assert load_config(None, overrides).adapter == expected
+    (tmp_path / "run.yaml").write_text(f"adapter: {{method: {method}, scope: response, scope_window: 4}}\n")
+    assert load_config(tmp_path / "run.yaml").adapter == expected
+    everywhere = load_config(tmp_path / "run.yaml", ["adapter.scope=all", "adapter.scope_window=1"])
+    assert everywhere.adapter == ADAPTER_CONFIGS[method]()
+    save_config(load_config(None, overrides), tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml").adapter == expected
+
+
+def test_invocation_tokens_are_a_list_of_loras():
+    overrides = ["adapter.method=lora", "adapter.scope=response", "adapter.scope_window=2"]
+    found = load_config(None, [*overrides, "adapter.alora_invocation_tokens=[7, 9]"])
+    assert found.adapter == ADAPTER_CONFIGS["lora"](scope="response", scope_window=2, alora_invocation_tokens=(7, 9))
+    assert (
+        load_config(None, [*overrides, "adapter.alora_invocation_tokens=null"]).adapter.alora_invocation_tokens is None
+    )
+    for value in ("[a]", "[1.5]", "[-1]", "7", "[]", "[7, 9, 1]"):
+        assert "alora_invocation_tokens" in error(*overrides, f"adapter.alora_invocation_tokens={value}")
+    assert "alora_invocation_tokens: no such field of para" in error("adapter.alora_invocation_tokens=[7]")
 
 
 def test_a_home_folder_is_expanded(monkeypatch):

@@ -47,7 +47,9 @@ def test_the_field_that_was_meant_is_named(given, meant):
 
 
 def test_an_adapters_fields_are_those_of_its_method():
-    with pytest.raises(ValueError, match=r"adapter\.rank: no such field of para; .*adapter\.r\?\n.*para are r, pooler"):
+    with pytest.raises(
+        ValueError, match=r"adapter\.rank: no such field of para; .*adapter\.r\?\n.*para are scope, scope_window, r, "
+    ):
         load_config(None, ["adapter.rank=8"])
     with pytest.raises(ValueError, match=r"adapter\.lora_alpha: no such field of para(?!.*did you mean)"):
         load_config(None, ["adapter.lora_alpha=8"])

@@ -33,9 +33,19 @@ VARIANTS = {
         ParaConfig(r=4),
         ParaConfig(r=3, pooler="constant", target_modules=("v_proj",)),
         ParaConfig(r=2, summary="standardised", activation="rational", layers_to_transform=(1, 2)),
+        ParaConfig(r=2, scope="response", scope_window=2),
     ),
-    "lora": (LoraConfig(r=4), LoraConfig(r=2, lora_alpha=3.5, use_rslora=True, target_modules=("up_proj", "q_proj"))),
-    "ia3": (Ia3Config(), Ia3Config(target_modules=("q_proj", "v_proj"), feedforward_modules=())),
+    "lora": (
+        LoraConfig(r=4),
+        LoraConfig(r=2, lora_alpha=3.5, use_rslora=True, target_modules=("up_proj", "q_proj")),
+        LoraConfig(r=2, scope="prompt"),
+        LoraConfig(r=2, scope="response", scope_window=2, alora_invocation_tokens=(7, 9)),
+    ),
+    "ia3": (
+        Ia3Config(),
+        Ia3Config(target_modules=("q_proj", "v_proj"), feedforward_modules=()),
+        Ia3Config(scope="response", scope_window=2),
+    ),
 }
 
 
@@ -80,13 +90,20 @@ def check_adapter(folder: Path, loaded) -> None:
         asked.pop("layers_to_transform", None)
     if asked:
         raise Wrong(f"accepted {asked}")
-    expected = {"PARA": para_leaves, "LORA": lora_leaves, "IA3": ia3_leaves}[said["peft_type"]](said, stored)
+    of_type = {"PARA": para_leaves, "LORA": lora_leaves, "IA3": ia3_leaves}
+    expected = of_type.get(said["peft_type"], own_leaves)(said, stored)
     found = named_leaves(loaded)
     if set(found) != set(expected):
         raise Wrong(f"arrays {sorted(found)}, expected {sorted(expected)}")
     for name, array in expected.items():
         if not np.array_equal(found[name], array.astype(np.float32)):
             raise Wrong(f"{name} differs from the file")
+    tokens = said.get("alora_invocation_tokens") or []
+    scope = ("response", len(tokens)) if tokens else (said.get("scope", "all"), said.get("scope_window", 1))
+    if (loaded.config.scope, loaded.config.scope_window) != scope:
+        raise Wrong(f"scope {loaded.config.scope} {loaded.config.scope_window}, the file says {scope}")
+    if list(getattr(loaded.config, "alora_invocation_tokens", None) or []) != tokens:
+        raise Wrong(f"alora_invocation_tokens are {loaded.config.alora_invocation_tokens}, the file says {tokens}")
     for key in ("r", "lora_alpha", "use_rslora", "pooler", "summary", "activation"):
         if hasattr(loaded.config, key) and getattr(loaded.config, key) != said.get(key, getattr(loaded.config, key)):
             raise Wrong(f"{key} is {getattr(loaded.config, key)}, the file says {said.get(key)}")
@@ -122,6 +139,11 @@ def ia3_leaves(said: dict, stored: dict) -> dict[str, np.ndarray]:
     linears = {name.removeprefix(LAYER).split(".", 1)[1].removesuffix(".ia3_l") for name in stored}
     stacked = {linear: layers(stored, f"{linear}.ia3_l") for linear in linears}
     return {f"scale.{linear.split('.')[1]}": stack.reshape(len(stack), -1) for linear, stack in stacked.items()}
+
+
+def own_leaves(said: dict, stored: dict) -> dict[str, np.ndarray]:
+    names = {name.removeprefix(LAYER).split(".", 1)[1] for name in stored}
+    return {name: layers(stored, name) for name in names}
 
 
 # ---------------------------------------------------------------------------------------------------------------- bank

@@ -99,6 +99,18 @@ def test_what_makes_no_factors_is_refused_by_name(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("config", [
+    ParaConfig(r=2, scope="response", scope_window=4), ParaConfig(r=2, scope="prompt", pooler="constant"),
+    Ia3Config(scope="response"), Ia3Config(scope="prompt"),
+])  # fmt: skip
+def test_a_scope_that_pefts_ia3_does_not_have_is_refused_by_name(tmp_path, config):
+    model = backbone("llama")
+    adapter = strong(init_adapter(config, model.config))
+    with pytest.raises(ValueError, match=f"export_ia3: .*scope {config.scope}(?s:.*)adapter.scope=all"):
+        export_ia3(adapter, model, PROMPT, tmp_path / "ia3", tokenizer=tokenizer())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_prompt_that_is_longer_than_the_models_positions_is_refused(tmp_path):
     model, most = backbone("llama"), backbone("llama").config.max_positions
     with pytest.raises(ValueError, match=f"export_ia3: .*{most + 1} .*{most}"):

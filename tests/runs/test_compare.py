@@ -51,10 +51,21 @@ def test_each_method_has_its_own_defaults_and_the_given_fields_are_those_of_adap
     assert all(own.many and own.sweep.learning_rate == (0.1, 0.2) for own in method_configs(swept).values())
 
 
+def test_a_scope_is_for_all_methods(folder, tmp_path):
+    scope = dict(scope="response", scope_window=4)
+    for methods in ("[para, lora, ia3]", "[lora, ia3]"):
+        asked = [f"sweep.method={methods}", "adapter.scope=response", "adapter.scope_window=4"]
+        for method, own in method_configs(load_config(None, asked)).items():
+            assert own.adapter == ADAPTER_CONFIGS[method](**scope)
+    narrow = load_config(None, ["sweep.method=[para, lora]", "adapter.scope=prompt", "adapter.r=5"])
+    assert [own.adapter.r for own in method_configs(narrow).values()] == [5, LoraConfig().r]
+
+
 @pytest.mark.parametrize(("overrides", "named"), [
     (["sweep.method=[para, bitfit]"], "sweep.method.*para, lora, ia3.*bitfit"),
     (["sweep.method=[para, para]"], "sweep.method.*different"),
     (["sweep.method=[para]", "data.tenants=x"], "sweep.method.*data.tenants"),
+    (["sweep.method=[lora, ia3]", "adapter.r=48", "adapter.scope=prompt"], r"sweep.method.*lacks para.*fields of para"),
     (["sweep.method=[lora, ia3]", "adapter.r=48"], r"sweep.method.*lacks para.*fields of para"),
 ])  # fmt: skip
 def test_what_does_not_fit_together_is_refused(overrides, named):

@@ -1,6 +1,7 @@
 """A run's folder: it holds one run, one process at a time writes there, and a kill leaves nothing that stays."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
-from para_jax import atomic, train, train_tenants
+from para_jax import LoraConfig, atomic, train, train_tenants
 from para_jax.cli import main
 from para_jax.config import RunConfig, load_config, save_config
 from para_jax.data.records import Record
@@ -55,6 +56,45 @@ def test_another_run_is_refused_with_the_advice_first_and_a_line_for_each_differ
     ]
     many = [f"field{i} (1 there, 2 here)" for i in range(90)]
     assert str(folders.another_run(tmp_path, many)).splitlines()[-2:] == [f"  {many[14]}", "  and 75 more"]
+
+
+@pytest.mark.parametrize("method", ["para", "lora"])
+def test_a_run_from_before_scopes_is_the_run_of_scope_all_and_of_no_other(folder, tmp_path, method):
+    """Its config.yaml lacks the fields."""
+    output = tmp_path / "run"
+    config = load_config(None, [f"adapter.method={method}", f"data.train={folder / 'data'}", f"output_dir={output}"])
+    claim_folder(config)
+    file, newer = output / "config.yaml", ("scope", "scope_window", "alora_invocation_tokens")
+    lines = file.read_text().splitlines()
+    kept = [line for line in lines if line.strip().partition(":")[0] not in newer]
+    assert len(lines) - len(kept) == (3 if method == "lora" else 2)
+    file.write_text("\n".join(kept) + "\n")
+    claim_folder(config)
+    file.write_text("\n".join(kept) + "\n")
+    response = replace(config.adapter, scope="response", scope_window=4)
+    with pytest.raises(
+        ValueError, match=r"adapter\.scope \('all' there, 'response' here\)\n.*scope_window \(1 th.*4 h"
+    ):
+        claim_folder(replace(config, adapter=response))
+
+
+def test_a_scope_is_part_of_a_checkpoints_run_and_its_default_changes_no_older_digest(config):
+    def digest(adapter):
+        return run_digests(replace(config, adapter=adapter), None, [])["config"]
+
+    forms = [LoraConfig(), LoraConfig(scope="prompt"), LoraConfig(scope="response")]
+    forms += [LoraConfig(scope="response", scope_window=2)]
+    forms += [LoraConfig(scope="response", scope_window=2, alora_invocation_tokens=(7, 9))]
+    assert len(set(map(digest, forms))) == len(forms)
+    fields = folders.fields_of_run(replace(config, adapter=LoraConfig()))
+    older = {
+        k: v
+        for k, v in fields.items()
+        if k.rpartition(".")[2] not in ("scope", "scope_window", "alora_invocation_tokens")
+    }
+    default = folders.fields_of_run(replace(RunConfig(), adapter=LoraConfig())) | {"train.learning_rate": 1e-3}
+    own = {k: v for k, v in older.items() if k not in folders.PLACES and default.get(k) != v}
+    assert digest(LoraConfig()) == hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def test_a_folder_with_other_files_is_refused_and_left_as_it_is(config):

@@ -89,8 +89,8 @@ def test_packed_rows_learn_the_same_first_losses(folder, tmp_path):
 
 def test_tenants_of_a_sweep_train_as_each_alone(whole, folder, tmp_path):
     config = run_config(
-        folder, *SCOPED, "sweep.learning_rate=[3e-2]", "sweep.seed=[0, 1]", "train.per_device_batch_size=16", "train.rows_per_tenant=8",
-        f"output_dir={tmp_path / 'sweep'}",
+        folder, *SCOPED, "sweep.learning_rate=[3e-2]", "sweep.seed=[0, 1]", "train.per_device_batch_size=16",
+        "train.rows_per_tenant=8", f"output_dir={tmp_path / 'sweep'}",
     )  # fmt: skip
     result = train_tenants(config)
     (tenant,) = [one for one in result.output_dir.iterdir() if one.name.endswith("seed-0")]

@@ -93,6 +93,16 @@ def test_padded_and_packed_tails_equal_the_whole_pass(family, config):
     assert_same(value_and_gradient(nll(packed(), completion=9, prompt=14), adapter), expected)
 
 
+def test_a_window_beyond_every_prompt_is_a_window_of_the_whole_prompt():
+    model, sizes = model_of("llama"), []
+    for window in (12, 2**20):
+        adapter = strong(init_adapter(ParaConfig(r=4, scope="response", scope_window=window), model.config))
+        for batch, shape in ((padded(), (COMPLETION, PROMPT)), (packed(), (9, 14))):
+            total, _, _ = eval_nll(model, adapter, batch, completion=shape[0], prompt=shape[1])
+            sizes.append(float(total.sum()))
+    np.testing.assert_allclose(sizes, sizes[:1] * 4, rtol=1e-5)
+
+
 def test_a_mixed_batch_of_tenants_trains_as_each_alone():
     model, config = model_of("llama"), ParaConfig(r=4, scope="response", scope_window=2)
     tenants = [strong(init_adapter(config, model.config, seed=seed), seed) for seed in (0, 1)]

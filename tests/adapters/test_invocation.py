@@ -1,0 +1,139 @@
+"""An adapter with invocation tokens answers prompts that end with them, and no others: the rest is refused by name."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from golden_models import backbone, strong
+from tiny_run import rows_of_text, run_config, run_folder, tokenizer, words, write_rows
+
+from para_jax import (
+    AdapterBank,
+    Engine,
+    LoraConfig,
+    ParaConfig,
+    Request,
+    generate,
+    init_adapter,
+    load_adapter,
+    load_backbone,
+    pick,
+    stack_adapters,
+    train,
+)
+from para_jax.adapters.invocation import require_invocation, row_configs
+from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.batch_adapters import StackBank
+from para_jax.evaluation.evaluate import evaluate
+from para_jax.evaluation.questions import Generation, Likelihood
+from para_jax.evaluation.tasks import task_of_run
+
+TOKENS = (7, 9)
+CONFIG = LoraConfig(r=2, scope="response", scope_window=2, alora_invocation_tokens=TOKENS)
+ENDS, OTHER = "w30 w7 w9", "w7 w9 w30"
+REFUSED = r"must end with .*alora_invocation_tokens, \[7, 9\]; it ends with \[9, 30\]"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return backbone("llama")
+
+
+@pytest.fixture(scope="module")
+def adapter(model):
+    return strong(init_adapter(CONFIG, model.config), 1)
+
+
+@pytest.fixture(scope="module")
+def bank(model, adapter):
+    bank = AdapterBank(model.config, methods=("lora", "para"))
+    bank.add("alora", adapter)
+    bank.add("plain", strong(init_adapter(LoraConfig(r=2), model.config), 2))
+    return bank
+
+
+@pytest.mark.parametrize("prompt", [[7, 9], [3, 7, 9], [7, 9, 7, 9]])
+def test_a_prompt_that_ends_with_the_tokens_passes(prompt):
+    require_invocation(CONFIG, prompt, "prompt")
+
+
+@pytest.mark.parametrize("prompt", [[7, 9, 3], [9], [], [9, 7], [7, 9, 9]])
+def test_another_prompt_is_refused_and_named(prompt):
+    with pytest.raises(ValueError, match=r"^prompt 5 must .*\[7, 9\]"):
+        require_invocation(CONFIG, prompt, "prompt 5")
+
+
+@pytest.mark.parametrize("config", [None, ParaConfig(), LoraConfig(), replace(CONFIG, alora_invocation_tokens=None)])
+def test_an_adapter_without_tokens_takes_every_prompt(config):
+    require_invocation(config, [1], "prompt")
+
+
+def test_rows_know_the_config_of_each_row(model, adapter):
+    stack = stack_adapters([adapter, adapter])
+    assert row_configs(pick(stack, [1, -1, 0]), 3) == [CONFIG, None, CONFIG]
+    assert row_configs(None, 2) == [None, None]
+
+
+def test_generate_refuses_other_prompts_before_anything_is_computed(model, adapter, bank):
+    how = dict(tokenizer=tokenizer(), max_new_tokens=2)
+    given = [dict(adapters=adapter), dict(adapters=pick(stack_adapters([adapter]), [0, 0]))]
+    for adapters in [*given, dict(adapters=bank, tenants=["alora", "alora"])]:
+        with pytest.raises(ValueError, match=f"prompt 1 {REFUSED}"):
+            generate(model, [ENDS, OTHER], **how, **adapters)
+        assert len(generate(model, [ENDS, ENDS], **how, **adapters)) == 2
+    for tenants in (["alora", None], ["alora", "plain"]):
+        assert len(generate(model, [ENDS, OTHER], **how, adapters=bank, tenants=tenants)) == 2
+    assert len(generate(model, [ENDS, OTHER], **how, adapters=pick(stack_adapters([adapter]), [0, -1]))) == 2
+
+
+def test_the_engine_answers_other_prompts_with_an_error(model, bank):
+    engine = Engine(model, bank, tokenizer(), slots=2, max_length=32)
+    asked = {}
+    for prompt, tenant in ((ENDS, "alora"), (OTHER, "alora"), (OTHER, "plain"), (OTHER, None), ((7, 9, 30), "alora")):
+        asked[engine.submit(Request(prompt, tenant, max_new_tokens=2))] = (prompt, tenant)
+    errors = {asked[one.id]: one.error for one in engine.run()}
+    refused = {key for key, error in errors.items() if error is not None}
+    assert refused == {(OTHER, "alora"), ((7, 9, 30), "alora")}
+    for key in refused:
+        with pytest.raises(ValueError, match=f"prompt {REFUSED}"):
+            raise ValueError(errors[key])
+
+
+def test_evaluation_refuses_other_contexts(model, adapter, bank):
+    stack = StackBank(stack_adapters([adapter]))
+    for held, tenant in ((bank, "alora"), (stack, 0)):
+        for question in (Likelihood((7, 9, 30), (4,)), Generation((7, 9, 30), 2)):
+            with pytest.raises(ValueError, match=f"context {REFUSED}"):
+                Answerer(model, held, tokenizer()).answer([(tenant, question)])
+    answers = Answerer(model, bank, tokenizer()).answer([("alora", Likelihood((30, *TOKENS), (4,)))])
+    assert answers[0].logprob < 0
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_run_refuses_data_with_other_prompts_and_names_the_first(tmp_path, split):
+    folder = run_folder(tmp_path)
+    for name in ("train", "validation"):
+        rows = [{**row, "prompt": row["prompt"] + " w7 w9"} for row in rows_of_text(8, seed=1)]
+        if name == split:
+            rows[2]["prompt"], rows[5]["prompt"] = OTHER, words([4])
+        write_rows(folder / "data" / f"{name}.jsonl", rows)
+    config = replace(run_config(folder), adapter=CONFIG)
+    with pytest.raises(ValueError, match=rf"{split}.jsonl:3: the prompt {REFUSED}"):
+        train(config)
+    assert not (folder / "run").exists()
+
+
+def test_a_run_whose_prompts_end_with_the_tokens_leaves_a_folder_of_pefts(tmp_path):
+    folder = run_folder(tmp_path)
+    for seed, name in enumerate(("train", "validation", "test")):
+        rows = [{**row, "prompt": row["prompt"] + " w7 w9"} for row in rows_of_text(20, seed)]
+        write_rows(folder / "data" / f"{name}.jsonl", rows)
+    config = replace(run_config(folder), adapter=CONFIG)
+    result = train(config)
+    said = json.loads((folder / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (said["peft_type"], said["alora_invocation_tokens"]) == ("LORA", [7, 9])
+    model = load_backbone(config.backbone.source)
+    loaded = load_adapter(folder / "run" / "adapter", model.config)
+    assert loaded.config == result.adapter.config
+    (score,) = evaluate(model, loaded, [task_of_run(config, "validation", tokenizer())], tokenizer=tokenizer()).scores
+    assert score.loss == pytest.approx(result.best_score * -1, rel=1e-5)

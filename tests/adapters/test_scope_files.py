@@ -1,0 +1,285 @@
+"""An adapter's scope in its folder: kept bit for bit, refused where it is wrong, and never lost in PEFT's format."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from golden_models import FIXTURES, backbone, prompts, strong
+from safetensors.numpy import load_file
+from tiny_run import run_config, run_folder
+
+from para_jax import (
+    AdapterBank,
+    Ia3Config,
+    LoraConfig,
+    ParaConfig,
+    forward,
+    init_adapter,
+    load_adapter,
+    save_adapter,
+    train,
+)
+from para_jax.adapters.bank import content_hash
+from para_jax.adapters.files import copy_for_peft, read_adapter_config
+from para_jax.adapters.methods import METHODS, method_of
+from para_jax.config import SITES
+from para_jax.inspect import folder_report
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ALORA = LoraConfig(scope="response", scope_window=3, alora_invocation_tokens=(7, 9, 7))
+#: Each form of a scope, with the peft_type of its folder.
+SCOPED = {
+    ParaConfig(r=2, scope="response", scope_window=4): "PARA",
+    ParaConfig(r=2, scope="prompt", pooler="constant", layers_to_transform=(1,)): "PARA",
+    LoraConfig(r=3, lora_alpha=0.1 + 0.2, use_rslora=True, scope="response"): "PARA_JAX_LORA",
+    LoraConfig(scope="prompt", target_modules=SITES): "PARA_JAX_LORA",
+    ALORA: "LORA",
+    Ia3Config(scope="response", scope_window=2): "PARA_JAX_IA3",
+    Ia3Config(scope="prompt", target_modules=("q_proj", "up_proj"), feedforward_modules=()): "PARA_JAX_IA3",
+}
+each_scope = pytest.mark.parametrize("config", SCOPED, ids=str)
+
+
+def made(config, family="llama"):
+    return strong(init_adapter(config, backbone(family).config, seed=1), 1, 0.3)
+
+
+def load(folder, family="llama"):
+    return load_adapter(folder, backbone(family).config)
+
+
+def saved_config(folder):
+    return json.loads((folder / CONFIG).read_text())
+
+
+def change_config(folder, **changes):
+    (folder / CONFIG).write_text(json.dumps(saved_config(folder) | changes))
+
+
+def assert_same(found, adapter):
+    assert (found.config, found.backbone) == (adapter.config, adapter.backbone)
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@each_scope
+def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(tmp_path, config, family):
+    adapter = made(config, family)
+    save_adapter(adapter, tmp_path / "adapter", base_model="me/model", model=backbone(family))
+    assert saved_config(tmp_path / "adapter")["peft_type"] == SCOPED[config]
+    assert_same(load(tmp_path / "adapter", family), adapter)
+
+
+@pytest.mark.parametrize("config", [c for c, kind in SCOPED.items() if "JAX" in kind], ids=str)
+def test_a_fresh_adapter_of_phi3_keeps_its_sites(tmp_path, config):
+    adapter = init_adapter(config, backbone("phi3").config)
+    save_adapter(adapter, tmp_path / "adapter")
+    assert_same(load(tmp_path / "adapter", "phi3"), adapter)
+
+
+@pytest.mark.parametrize("config", [ParaConfig(r=2), LoraConfig(r=2), Ia3Config()], ids=str)
+def test_a_folder_of_scope_all_says_nothing_of_scopes(tmp_path, config):
+    """As before scopes existed, so that such folders load, and older versions load ours."""
+    save_adapter(made(config), tmp_path / "adapter")
+    said = saved_config(tmp_path / "adapter")
+    assert said["peft_type"] == method_of(config).peft_type
+    assert not {"scope", "scope_window", "alora_invocation_tokens"} & set(said)
+    assert load(tmp_path / "adapter").config.scope == "all"
+
+
+def test_no_tensor_of_our_own_format_has_a_name_of_pefts(tmp_path):
+    """Servers that ignore peft_type then refuse the folder, instead of applying it everywhere."""
+    for scoped, plain in ((LoraConfig(scope="prompt"), LoraConfig()), (Ia3Config(scope="prompt"), Ia3Config())):
+        names = []
+        for config in (scoped, plain):
+            save_adapter(made(config), tmp_path / "adapter")
+            names.append(set(load_file(tmp_path / "adapter" / WEIGHTS)))
+        assert not names[0] & names[1] and len(names[0]) == len(names[1])
+
+
+@pytest.mark.parametrize("config", [c for c in SCOPED if c != ALORA], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scope": "completion"}, "scope .*all, prompt, response.*'completion'"),
+        ({"scope": 5}, "scope .*5"),
+        ({"scope": ["response"]}, "scope .*response"),
+        ({"scope": None}, "scope .*None"),
+        ({"scope": "response", "scope_window": 0}, "scope_window .*0"),
+        ({"scope": "response", "scope_window": -(10**40)}, "scope_window .*-1000"),
+        ({"scope": "response", "scope_window": 2**31}, "scope_window .*2147483648"),
+        ({"scope": "response", "scope_window": True}, "scope_window .*True"),
+        ({"scope": "response", "scope_window": 2.0}, "scope_window .*2.0"),
+        ({"scope": "response", "scope_window": "4"}, "scope_window .*'4'"),
+        ({"scope": "prompt", "scope_window": 4}, "scope_window .*1.*prompt.*4"),
+        ({"scope": "all", "scope_window": 4}, "scope_window .*1.*all.*4"),
+        ({"window": 4}, "unknown keys: window"),
+    ],
+)
+def test_a_wrong_scope_is_refused_by_name_and_value(tmp_path, config, changes, message):
+    save_adapter(made(config), tmp_path / "adapter")
+    change_config(tmp_path / "adapter", **changes)
+    for read in (load, read_adapter_config):
+        with pytest.raises(ValueError, match=message) as error:
+            read(tmp_path / "adapter")
+        assert len(str(error.value)) < 2000 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("tokens", [[], [7, -1], [7, 9.5, 7], ["7", "9", "7"], [True, 9, 7], [[7], 9, 7], "abc", 3, {}])
+def test_wrong_invocation_tokens_are_refused_by_name_in_both_formats(tmp_path, tokens):
+    for config in (LoraConfig(scope="response", scope_window=3), ALORA):
+        save_adapter(made(config), tmp_path / "adapter")
+        change_config(tmp_path / "adapter", alora_invocation_tokens=tokens)
+        with pytest.raises(ValueError, match="alora_invocation_tokens"):
+            load(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scope": "all"}, "scope .*response.*'all'"),
+        ({"scope": "prompt"}, "scope .*response.*'prompt'"),
+        ({"scope": "response"}, "scope_window .*2.*1"),
+        ({"scope": "response", "scope_window": 3}, "scope_window .*2.*3"),
+    ],
+)
+def test_invocation_tokens_need_the_scope_and_the_window_that_fit_them(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(alora_invocation_tokens=(7, 9), **fields)
+    assert LoraConfig(alora_invocation_tokens=[7], scope="response").alora_invocation_tokens == (7,)  # pyright: ignore
+
+
+def test_pefts_activated_lora_loads_as_scope_response(tmp_path):
+    shutil.copytree(FIXTURES / "peft" / "lora_qv", tmp_path / "alora")
+    change_config(tmp_path / "alora", alora_invocation_tokens=[7, 9])
+    plain, found = load(FIXTURES / "peft" / "lora_qv"), load(tmp_path / "alora")
+    scope = {"scope": "response", "scope_window": 2, "alora_invocation_tokens": (7, 9)}
+    assert found.config == replace(plain.config, **scope)
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    save_adapter(found, tmp_path / "again", base_model="llama")
+    mine, theirs = saved_config(tmp_path / "again"), saved_config(tmp_path / "alora")
+    assert {**mine, "target_modules": sorted(mine["target_modules"])} == {key: theirs[key] for key in mine}
+
+
+@each_scope
+def test_a_copy_for_peft_is_made_where_pefts_format_says_it_all(tmp_path, config):
+    save_adapter(made(config), tmp_path / "adapter", base_model="me/model")
+    if config == ALORA:
+        copy_for_peft(tmp_path / "adapter", tmp_path / "copy")
+        assert saved_config(tmp_path / "copy") == saved_config(tmp_path / "adapter")
+        return
+    advice = (
+        "alora_invocation_tokens"
+        if isinstance(config, LoraConfig) and config.scope == "response"
+        else "adapter.scope=all"
+    )
+    with pytest.raises(ValueError, match=rf"scope {config.scope}(?s:.*){advice}"):
+        copy_for_peft(tmp_path / "adapter", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2, scope="prompt"), Ia3Config(scope="response")], ids=str)
+def test_a_run_leaves_a_folder_that_loads_and_computes_the_same(tmp_path, config):
+    folder, tokens = run_folder(tmp_path), prompts(backbone("llama"))
+    result = train(replace(run_config(folder, "train.max_steps=2", "eval.every=2"), adapter=config))
+    assert saved_config(folder / "run" / "adapter")["peft_type"] == f"PARA_JAX_{method_of(config).peft_type}"
+    loaded = load(folder / "run" / "adapter")
+    assert_same(loaded, result.adapter)
+    scoped, everywhere = (
+        forward(backbone("llama"), strong(one), tokens, 7) for one in (loaded, acting_everywhere(loaded))
+    )
+    assert abs(scoped - everywhere).max() > 0.1
+
+
+def acting_everywhere(adapter):
+    """The adapter, acting everywhere."""
+    made = jax.tree.map(lambda leaf: leaf, adapter)
+    made.config = replace(adapter.config, scope="all")
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------- cards, inspecting
+
+
+@each_scope
+def test_the_card_and_inspect_say_where_it_acts(tmp_path, config):
+    save_adapter(made(config), tmp_path / "adapter", base_model="me/model")
+    card, report = (tmp_path / "adapter" / "README.md").read_text(), folder_report(tmp_path / "adapter")
+    assert f"Scope {config.scope}: " in card and f"scope {config.scope}" in report
+    assert ("AutoPeft" in card) == ("format of Hugging Face PEFT" in card) == (config == ALORA)
+    if config.scope_window > 1:
+        assert f"last {config.scope_window} tokens of the prompt" in card
+        assert f"scope_window {config.scope_window}" in report
+    assert ("tokens 7, 9, 7" in card) == (config == ALORA)
+    save_adapter(made(replace(config, scope="all", scope_window=1, **without_invocation(config))), tmp_path / "adapter")
+    assert "Scope" not in (tmp_path / "adapter" / "README.md").read_text()
+    assert "scope" not in folder_report(tmp_path / "adapter")
+
+
+def without_invocation(config):
+    return {"alora_invocation_tokens": None} if isinstance(config, LoraConfig) else {}
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2), Ia3Config(), Ia3Config(target_modules=("up_proj", "down_proj"))])
+def test_the_sizes_of_a_folder_do_not_depend_on_its_format(tmp_path, config):
+    sizes = []
+    for scope in ("all", "response"):
+        save_adapter(made(replace(config, scope=scope)), tmp_path / "adapter")
+        found = read_adapter_config(tmp_path / "adapter")
+        sizes.append((found.matrices, found.vectors, found.carried))
+    assert sizes[0] == sizes[1]
+    save_adapter(made(replace(config, scope="prompt")), tmp_path / "adapter")
+    assert read_adapter_config(tmp_path / "adapter").carried == 0
+    assert "decode     nothing" in folder_report(tmp_path / "adapter")
+
+
+# ------------------------------------------------------------------------------------------------------------ in a bank
+
+
+@each_scope
+def test_the_form_for_a_bank_keeps_scope_and_window(config):
+    """Also when it is padded to the bank's rank and sites."""
+    adapter, model = made(config), backbone("llama").config
+    normal = adapter.normal(model).config
+    padded = method_of(config).group_config(normal, SITES, 8)
+    for found in (normal, padded):
+        assert (found.scope, found.scope_window) == (config.scope, config.scope_window)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_adapters_of_other_scopes_and_windows_are_other_groups(method):
+    model, each = backbone("llama").config, [("all", 1), ("response", 1), ("response", 2), ("prompt", 1)]
+    bank = AdapterBank(model, methods=(method.name,), sites=SITES)
+    for i, (scope, window) in enumerate(each * 2):
+        bank.add(f"{i}", made(method.config(scope=scope, scope_window=window)))
+    groups = [bank.entry(name).group for name in bank.names]
+    assert len(set(groups)) == len(each) and groups[: len(each)] == groups[len(each) :]
+    assert len({bank.entry(name).content for name in bank.names}) == len(each)
+
+
+def test_activated_loras_share_a_group_and_keep_their_own_tokens():
+    model = backbone("llama").config
+    bank = AdapterBank(model, methods=("lora",))
+    for name, tokens in (("a", (7, 9)), ("b", (8, 8)), ("none", None)):
+        config = LoraConfig(scope="response", scope_window=2, alora_invocation_tokens=tokens)
+        bank.add(name, made(config))
+        assert bank.entry(name).config == config
+    assert len({bank.entry(name).group for name in bank.names}) == 1
+    assert len({bank.entry(name).content for name in bank.names}) == 3
+
+
+def test_the_content_of_an_adapter_of_scope_all_is_what_it_was_before_scopes():
+    """So that the answers in older journals still count. The text is that of the config before it had these fields."""
+    adapter = made(LoraConfig(r=4))
+    text = "(LoraConfig(r=4, lora_alpha=8, use_rslora=False, target_modules=('q_proj', 'v_proj')), "
+    digest = hashlib.sha256(f"{text}{adapter.backbone!r})".encode())
+    for half in "ab":
+        for site in ("q_proj", "v_proj"):
+            digest.update(f"{half}.{site}".encode() + np.asarray(getattr(adapter, half)[site]).tobytes())
+    assert content_hash(adapter) == digest.hexdigest()
