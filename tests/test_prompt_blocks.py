@@ -8,6 +8,7 @@ from golden_models import backbone, strong
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, hidden_states, init_adapter, prefill, stack_adapters
 from para_jax.adapters.rows import Rows
+from para_jax.backbone import block_pool
 from para_jax.backbone.block_pool import rows_of_blocks, with_last
 from para_jax.prompt_blocks import Lanes, Windows, adapt_window, adjustments_of, prefill_blocks
 
@@ -15,6 +16,13 @@ SIZE, LONGEST, BLOCKS, LANES, ROWS = 4, 6, 20, 3, 2
 FAMILIES = ["llama", "gemma3_text", "gemma2", "olmo2"]
 TOKENS = np.random.default_rng(0).integers(3, 200, LONGEST * SIZE)
 chunk = jax.jit(prefill_blocks)
+
+
+@pytest.fixture(autouse=True, params=[8, 128], ids="span {}".format)
+def span(request, monkeypatch):
+    """Tokens that attention reads at a time: with the smaller one, these prompts have several spans."""
+    monkeypatch.setattr(block_pool, "SPAN", request.param)
+    chunk.clear_cache()
 
 
 def pool_of(model, fill=0.0):

@@ -14,7 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .attention import mixed_values, within
+from .cache_blocks import LOWEST
+from .layers import softcap
 
+#: Tokens that attention reads at a time.
+SPAN = 128
 #: Keys or values.
 Held = Float[Array, "blocks k B e"]
 LayerPool = tuple[Held, Held]
@@ -29,10 +33,7 @@ def attend_blocks(
     window: int | None,
 ) -> Callable:
     """Attention of blocks of new tokens, one per lane, to their prompts up to each of them. Keeps the pool with the new
-    blocks.
-
-    They are written before anything is read, so a lane may continue the prompt of another lane. A token's values are
-    summed over all positions of its table, in order: they don't depend on what was in the pool before.
+    blocks. They are written before anything is read, so a lane may continue the prompt of another lane.
 
     Args:
         block: where each lane's tokens are written; outside the pool for a lane that is not used.
@@ -42,14 +43,56 @@ def attend_blocks(
 
     def attend(q, k, v, scale, cap):
         written = write_blocks(pool, block, (k.swapaxes(1, 2), v.swapaxes(1, 2)))
-        keys, values = rows_of_blocks(written, table)
-        held = jnp.arange(keys.shape[2])
-        values = jnp.where(before(held, start + count), values, 0)  # zero times NaN would be NaN
-        distance = (start[:, None] + jnp.arange(q.shape[1]))[:, :, None] - held
-        mask = (distance >= 0) & within(distance, window)
-        return mixed_values(q, keys, values, mask, scale, cap), written
+        return values_in_spans(q, written, table, start, start + count, window, scale, cap), written
 
     return attend
+
+
+def values_in_spans(
+    q: Float[Array, "lanes B h e"],
+    pool: LayerPool,
+    table: Int[Array, "lanes T"],
+    start: Int[Array, " lanes"],
+    end: Int[Array, " lanes"],
+    window: int | None,
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "lanes B h e"]:
+    """The mixed values of the lanes' tokens. Reads a span of blocks at a time, up to the end of the longest lane.
+
+    As in cache_blocks.py, a span without keys of a lane leaves its values the same, bit for bit. So they depend neither
+    on the other lanes nor on what the pool held before.
+    """
+    lanes, size, heads, width = q.shape
+    kv_heads, blocks = pool[0].shape[1], max(SPAN // pool[0].shape[2], 1)
+    span = blocks * pool[0].shape[2]
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % blocks)))
+    grouped = q.reshape(lanes, size, kv_heads, heads // kv_heads, width)
+    here = start[:, None] + jnp.arange(size)
+
+    def step(number, so_far):
+        highest, weight, mixed = so_far
+        keys, values = rows_of_blocks(pool, jax.lax.dynamic_slice_in_dim(table, number * blocks, blocks, axis=1))
+        held = number * span + jnp.arange(span)
+        values = jnp.where(before(held, end), values, 0)  # zero times NaN would be NaN
+        distance = here[:, :, None] - held
+        seen = ((distance >= 0) & within(distance, window) & (held < end[:, None, None]))[:, None, None]
+        scores = jnp.einsum("btkge,bkse->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(seen, softcap(scores * scale, cap), LOWEST)
+        higher = jnp.maximum(highest, scores.max(axis=-1))
+        shrink = jnp.exp(highest - higher)
+        weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0)
+        added = jnp.einsum("bkgts,bkse->bkgte", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+        return higher, weight * shrink + weights.sum(axis=-1), mixed * shrink[..., None] + added
+
+    zeros = jnp.zeros((lanes, kv_heads, heads // kv_heads, size), jnp.float32)
+    begin = (zeros + LOWEST, zeros, jnp.zeros((*zeros.shape, width), jnp.float32))
+    first = (
+        0 if window is None else jnp.maximum(jnp.min(jnp.where(end > start, start, end.max())) + 1 - window, 0) // span
+    )
+    _, weight, mixed = jax.lax.fori_loop(first, -(-end.max() // span), step, begin)
+    mixed = mixed / jnp.where(weight > 0, weight, 1)[..., None]  # a lane that is not used may see no key
+    return mixed.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def attend_window(

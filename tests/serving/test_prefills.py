@@ -288,6 +288,10 @@ def test_a_long_prompt_delays_decoding_rows_by_one_chunk_per_round(model, bank, 
     assert all(pair != ("prefill_chunk",) * 2 for pair in zip(names, names[1:], strict=False))
     assert ended == [short, long], "the short prompt shares the first chunks and does not wait for the long one"
     assert engine.cancel(decoding)
+    texts = generate(
+        model, [words(ids_of(15, 300))], tokenizer=tokenizer(), adapters=bank, tenants=["w4"], max_new_tokens=9
+    )
+    assert answer(engine_of(model, bank, max_length=340, stop_ids=None), ids_of(15, 300), "w4", 9)[1] == texts[0]
 
 
 def test_prompts_that_come_together_compute_what_they_share_once(model, bank, monkeypatch):
