@@ -130,8 +130,8 @@ class Prefills:
         self.cache.queries += len(ids)
 
     def keep(self, wanted: Collection[tuple]) -> None:
-        """Drops prompts that are not finished, unless they have one of these keys or are pinned. Starts pinned ones of
-        which blocks are missing."""
+        """Drops prompts that are not finished, unless they have one of these keys or are pinned. Starts pinned ones
+        that lack a block."""
         pinned = {(None, ids) for ids in self.pins}
         for prompt in list(self._prompts.values()):
             if prompt.made is None and prompt.key not in wanted and prompt.key not in pinned:
