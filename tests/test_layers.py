@@ -19,7 +19,7 @@ LAYERS = [
     ["backbone", "adapters", "data"],
     ["residual"],
     ["tail"],
-    ["model"],
+    ["model", "prompt_blocks"],
     ["training", "inference"],
     ["longest_row"],
     ["serving", "memory"],

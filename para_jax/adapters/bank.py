@@ -115,6 +115,11 @@ class AdapterBank:
         return tuple(self._entries)
 
     @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All tenants, as `entry` gives them."""
+        return tuple(self._entries.values())
+
+    @property
     def nbytes(self) -> int:
         """Host memory of all weights, in bytes."""
         return sum(weights.nbytes for entry in list(self._entries.values()) for weights in entry.weights.values())

@@ -37,7 +37,7 @@ class Admission:
                 raise ValueError(f"n: {request.n} samples are more than the engine's {name}, {limit}; ask for fewer")
         if entry is None:
             entry = self._entry(request.tenant)
-        ids = self._ids(request.prompt)
+        ids = self.ids(request.prompt)
         require_invocation(entry and entry.config, ids, "prompt")
         if len(ids) + request.max_new_tokens > self.max_length:
             raise ValueError(
@@ -58,7 +58,8 @@ class Admission:
             raise ValueError(f"tenant: {shorten(tenant)} is unknown, because the engine has no bank; give None")
         return self.bank.entry(tenant)
 
-    def _ids(self, prompt: Prompt | Ids) -> list[int]:
+    def ids(self, prompt: Prompt | Ids) -> list[int]:
+        """The token ids of a prompt. Raises ValueError for one that is none."""
         if isinstance(prompt, tuple):
             ids = list(prompt)
         else:

@@ -9,20 +9,26 @@ import jax
 from ..adapters.bank import AdapterBank
 from ..backbone.kernel_choice import describe_decode
 from ..model import DecodeState
+from .prefills import ROWS, token_bytes
 
-#: Prefilled prompts that are kept, for the next request with the same adapter and prompt.
+#: Prompts that were prefilled whole and are kept, for the next request with the same adapter and prompt.
 KEPT = 4
 
 
-def capacity(bank: AdapterBank | None, row: DecodeState, slots: int, max_length: int) -> str:
-    """The memory of the engine's slots, how many slots would fit into the free memory, and the methods that may join.
+def capacity(bank: AdapterBank | None, row: DecodeState, slots: int, max_length: int, *, pool: int, cached: int) -> str:
+    """The memory of the engine's slots and prompts, how many slots would fit into the free memory, and the methods that
+    may join.
 
     Args:
         row: the abstract state of one row.
+        pool: tokens of prompts that are held in blocks.
+        cached: how many of them are the prefix cache's.
     """
     row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
     text = f"engine: {slots} slots of {max_length} tokens and up to {KEPT} kept prompts, "
     text += f"{(slots + KEPT) * row_bytes / 1e9:.2f} GB ({row_bytes / 1e6:.2f} MB per row)"
+    text += f"; {ROWS} prompts at work and a prefix cache of {cached} tokens, "
+    text += f"{pool * token_bytes(row) / 1e9:.2f} GB"
     free = free_memory()
     if free is not None:
         fit = max(free // row_bytes - KEPT, 0)

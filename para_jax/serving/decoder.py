@@ -17,7 +17,8 @@ from ..inference.sampling import Sampling
 from ..model import prefill
 from ..progress import Progress
 from .capacity import KEPT
-from .slots import empty_slots, insert, steps
+from .prefills import ROWS, Prefills, Prompt, token_bytes
+from .slots import empty_slots, insert, insert_prompt, steps, zeros_of
 from .ticket import Sample
 
 #: Decode steps per dispatch, after which the tokens are fetched.
@@ -27,22 +28,39 @@ STEPS = 4
 class Decoder:
     """A model with its rows on the device."""
 
-    def __init__(self, model: Transformer, bank: AdapterBank | None, slots: int, max_length: int):
+    def __init__(
+        self,
+        model: Transformer,
+        bank: AdapterBank | None,
+        slots: int,
+        max_length: int,
+        *,
+        block_size: int,
+        chunk: int,
+        cache_bytes: int | None,
+    ):
         """
         Args:
             slots: rows that decode together.
             max_length: tokens per row, prompt and answer.
+            block_size, chunk, cache_bytes: the engine's block_size, prefill_chunk and prefix_cache_bytes.
         """
         self.model, self.bank, self.slots, self.max_length = model, bank, slots, max_length
         self._leaves, self._treedef = jax.tree.flatten(model)
         self._buckets = sorted({min(up_to_multiple(-(-max_length // part), 16), max_length) for part in (4, 2, 1)})
-        """padded lengths of prompts: at most three, each its own program"""
+        """padded lengths of prompts that are prefilled whole: at most three, each its own program"""
         one, base = np.zeros((1, 1), np.int32), self._adapters(None)
         self.row = jax.eval_shape(lambda: prefill(model, base, one, 1, max_length=max_length)[1])
         """the abstract state of one row"""
         self._state = empty_slots(self.row, slots)
         self._kept: OrderedDict[tuple, tuple] = OrderedDict()
-        """(logits, row) of the last prefilled prompts, by Sample.key"""
+        """(logits, row) of the last prompts that were prefilled whole, by Sample.key"""
+        longest = -(-max_length // block_size)
+        cached = max(slots * longest // 2, longest)
+        if cache_bytes is not None:
+            cached = cache_bytes // (block_size * token_bytes(self.row))
+        lanes = -(-chunk // block_size)
+        self.prefills = Prefills(model, bank, self.row, size=block_size, longest=longest, lanes=lanes, cached=cached)
 
     def reset(self) -> None:
         """Empties all slots and forgets the kept prompts. Works after an interrupt, when the state may be lost: each
@@ -50,23 +68,37 @@ class Decoder:
         self._state = None
         self._kept.clear()
         self._state = empty_slots(self.row, self.slots)
+        self.prefills.reset()
 
     def warm_up(self) -> None:
-        """Compiles everything."""
-        with Progress("warming up the engine", len(self._buckets) + 1, unit="program") as bar:
-            for bucket in self._buckets:
+        """Compiles everything that the base model and the bank's adapters need; for an empty bank, also what adapters
+        of the scope `all` need."""
+        entries = self.bank.entries if self.bank is not None else ()
+        whole = self.bank is not None and not (entries and all(map(self.prefills.takes, entries)))
+        buckets = self._buckets if whole else []
+        with Progress("warming up the engine", len(buckets) + 2, unit="program") as bar:
+            for bucket in buckets:
                 prefilled = self._prefill([0] * min(bucket, self.max_length - 1), None)
                 self.insert(0, prefilled, None)
                 bar.advance()
+            self.insert(0, self.prefills.warm_up(), None)
+            bar.advance()
             jax.block_until_ready(self.decode([None] * self.slots))
             bar.advance()
 
     def keeps(self, sample: Sample) -> bool:
         """Whether the sample's prompt is prefilled already."""
+        if self.prefills.takes(sample.entry):
+            return self.prefills.finished(sample.key) is not None
         return sample.key in self._kept
 
-    def prefilled(self, sample: Sample) -> tuple:
-        """(logits, row) of a sample's prompt, kept for samples with the same adapter and the same whole prompt."""
+    def prefilled(self, sample: Sample) -> tuple | Prompt:
+        """A sample's prefilled prompt, kept for samples with the same adapter and the same whole prompt: (logits, row),
+        or a Prompt that is finished."""
+        if self.prefills.takes(sample.entry):
+            prompt = self.prefills.finished(sample.key)
+            assert prompt is not None
+            return prompt
         if sample.key not in self._kept:
             self._kept[sample.key] = self._prefill(sample.ids, sample.entry)
             while len(self._kept) > KEPT:
@@ -74,16 +106,35 @@ class Decoder:
         self._kept.move_to_end(sample.key)
         return self._kept[sample.key]
 
-    def insert(self, slot: int, prefilled: tuple, sampling: Sampling | None) -> jax.Array:
-        """Puts a prefilled prompt into a slot, and returns its first token [1]."""
-        self._state, token = insert(self._state, slot, *prefilled, row_sampling([sampling]))
-        return token
+    def insert(self, slot: int, prefilled: tuple | Prompt, sampling: Sampling | None) -> jax.Array | None:
+        """Puts a prefilled prompt into a slot, and returns its first token [1]; None if decoding will give it."""
+        drawn = row_sampling([sampling])
+        if isinstance(prefilled, Prompt):
+            prompt = self.prefills.for_slot(prefilled)
+            prompt = prompt._replace(adjustments=self._carried(prompt.adjustments, ROWS))
+            self._state, token = insert_prompt(self._state, slot, self.prefills.pool, prompt, drawn)
+        else:
+            logits, row = prefilled
+            row = row._replace(adjustments=self._carried(row.adjustments, 1))
+            self._state, token = insert(self._state, slot, logits, row, drawn)
+        return None if isinstance(prefilled, Prompt) and prefilled.entry is not None else token
 
     def decode(self, rows: list[Sampling | None]) -> jax.Array:
         """The next STEPS tokens of all slots, [STEPS, slots]. None is a slot without a sample."""
         live = np.array([row is not None for row in rows])
         self._state, tokens = steps(self._treedef, self._leaves, self._state, row_sampling(rows), live, STEPS)
         return tokens
+
+    def _carried(self, adjustments: tuple, rows: int) -> tuple:
+        """Adjustments in the form that the slots carry. While all adapters of the bank have the scope `prompt`, that is
+        none; the first of another scope adds zeros to the slots."""
+        assert self._state is not None
+        if adjustments and not self.row.adjustments:
+            row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), adjustments)
+            self.row = self.row._replace(adjustments=row)
+            state = self._state.state._replace(adjustments=zeros_of(row, self.slots))
+            self._state = self._state._replace(state=state)
+        return adjustments or zeros_of(self.row.adjustments, rows)
 
     def _prefill(self, ids: list[int], entry: Entry | None) -> tuple:
         bucket = next(length for length in self._buckets if length >= len(ids))

@@ -1,9 +1,10 @@
 """Engine: continuous batching. Requests of many tenants share a fixed number of slots. A row that ends leaves its slot,
 and the next request takes it while the other rows continue.
 
-Any thread may submit, cancel and stream. One thread at a time drives: it makes rounds, in which free slots are filled
-and all rows decode a few tokens. If an exception or an interrupt ends a round halfway, the next round starts again from
-the open requests: unfinished answers are decoded once more from their prompts, to the same tokens.
+Any thread may submit, cancel and stream. One thread at a time drives: it makes rounds. In each, free slots are filled,
+prompts advance by a chunk, and all rows decode a few tokens. If an exception or an interrupt ends a round halfway, the
+next round starts again from the open requests: unfinished answers are decoded once more from their prompts, to the same
+tokens.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ import jax
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..config import printable, shorten
-from ..data.examples import stop_token_ids
-from ..messages import say
+from ..data.examples import Ids, Prompt, stop_token_ids
+from ..messages import say, warn
 from .admission import Admission
 from .capacity import capacity
 from .decoder import Decoder
 from .open_requests import OpenRequests
-from .request import Completion, Piece, Request
+from .prefills import PromptFailed, token_bytes
+from .prefix_cache import PrefixCacheStats
+from .request import Completion, Piece, Request, check_request
 from .ticket import Sample, Ticket, is_request_error
 
-#: Prompts that are prefilled between two dispatches, at most, while rows decode.
+#: Prompts that are prefilled whole between two dispatches, at most, while rows decode.
 PREFILLS = 2
+#: Tokens of prompts that are computed in chunks between two dispatches. A CPU computes few tokens as fast per token.
+CHUNK, CPU_CHUNK = 256, 64
 
 
 class Engine:
@@ -50,6 +55,9 @@ class Engine:
         queue_limit_per_tenant: int | None = None,
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
+        prefix_cache_bytes: int | None = None,
+        prefill_chunk: int | None = None,
+        block_size: int = 16,
     ):
         """
         Args:
@@ -61,12 +69,23 @@ class Engine:
             queue_limit_per_tenant: the same for each tenant. Waiting tenants are served in turn.
             seed: requests without a seed get one derived from this and their number, the order of submission.
             stop_ids: token ids that end every answer. None: the end tokens of the tokenizer and the model.
+            prefix_cache_bytes: memory for the beginnings of prompts, which later prompts of the base model and of
+                adapters with scope `response` share. None: half of what the slots' caches take. 0: nothing is shared.
+            prefill_chunk: tokens of such prompts that are computed per round, at most. Rows that decode wait for no
+                more. None: 64 on a CPU, else 256.
+            block_size: tokens per block. Prompts share complete blocks.
 
         Reports the memory that the slots need and, where the free memory is known, how many slots would fit.
         """
-        for name, count in (("slots", slots), ("max_length", max_length)):
+        chunk = prefill_chunk
+        if chunk is None:
+            chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
+        sizes = {"slots": slots, "max_length": max_length, "prefill_chunk": chunk, "block_size": block_size}
+        for name, count in sizes.items():
             if type(count) is not int or count < 1:
                 raise ValueError(f"{name} is {shorten(count)}; give a whole number of at least 1")
+        if prefix_cache_bytes is not None and (type(prefix_cache_bytes) is not int or prefix_cache_bytes < 0):
+            raise ValueError(f"prefix_cache_bytes is {shorten(prefix_cache_bytes)}; give a number of bytes, or None")
         limits = {"queue_limit": queue_limit, "queue_limit_per_tenant": queue_limit_per_tenant}
         for name, limit in limits.items():
             if limit is not None and (type(limit) is not int or limit < 1):
@@ -80,8 +99,12 @@ class Engine:
         self.stop_ids = tuple(ends)
         self._stops = frozenset(ends)
         self._admission = Admission(model, bank, tokenizer, max_length, limits)
-        self._decoder = Decoder(model, bank, slots, max_length)
-        say(capacity(bank, self._decoder.row, slots, max_length))
+        self._decoder = Decoder(
+            model, bank, slots, max_length, block_size=block_size, chunk=chunk, cache_bytes=prefix_cache_bytes
+        )
+        self._prefills = self._decoder.prefills
+        pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
+        say(capacity(bank, self._decoder.row, slots, max_length, pool=pool, cached=cached))
 
         self._requests = OpenRequests(tokenizer, seed, queue_limit, queue_limit_per_tenant)
         self._lock = self._requests.lock
@@ -93,6 +116,10 @@ class Engine:
         self._driving = threading.Lock()
         """held during a round; guards the decoder and what follows"""
         self._rows: list[Sample | None] = [None] * slots
+        self._waiting: dict[int, Sample] = {}
+        """by slot: samples that will decode there once their prompts are prefilled"""
+        self._pins: dict[tuple[int, ...], list[bytes]] = {}
+        """the keys of pinned prompts, by their ids"""
         self._broken = False
         """True during a round; if it is True when the next one starts, something ended that round halfway"""
 
@@ -110,6 +137,12 @@ class Engine:
             self._begin()
             self._decoder.warm_up()
             self._broken = False
+
+    @property
+    def prefix_cache(self) -> PrefixCacheStats:
+        """How the prefix cache fares since the engine was made."""
+        cache, each = self._prefills.cache, self._prefills.size * token_bytes(self._decoder.row)
+        return PrefixCacheStats(cache.queries, cache.hits, cache.known * each, cache.pinned_blocks * each)
 
     # ------------------------------------------------------------------------------------------- calls from any thread
 
@@ -165,6 +198,40 @@ class Engine:
                 sample.follow_text(self.tokenizer)
             return self._pieces(ticket)
 
+    def pin(self, prefix: Prompt | Ids) -> int:
+        """Keeps the beginning of prompts in the prefix cache, whatever else comes. The next rounds prefill it. Returns
+        how many of its tokens are kept: those in complete blocks.
+
+        Raises ValueError for a prefix that is too short or too long, and if the cache has no room for it next to what
+        is pinned already.
+        """
+        check_request(Request(prefix))
+        ids, cache = tuple(self._admission.ids(prefix)), self._prefills.cache
+        if len(ids) > self.max_length:
+            raise ValueError(f"pin: {len(ids)} tokens are more than the engine's max_length {self.max_length}")
+        keys = cache.keys(ids)
+        if not keys:
+            raise ValueError(f"pin: {len(ids)} tokens are less than a block of {cache.size}; give a longer prefix")
+        with self._lock:
+            pins = self._pins | {ids[: len(keys) * cache.size]: keys}
+            needed = len({key for of_one in pins.values() for key in of_one})
+            if needed > self._prefills.cached:
+                raise ValueError(
+                    f"pin: the pinned prefixes would have {needed * cache.size} tokens, and the cache has room for "
+                    f"{self._prefills.cached * cache.size}; make the engine with larger prefix_cache_bytes"
+                )
+            self._pins = pins
+        return len(keys) * cache.size
+
+    def unpin(self, prefix: Prompt | Ids) -> None:
+        """Lets a pinned prefix leave the cache when its room is needed. Raises ValueError for one that isn't pinned."""
+        ids = tuple(self._admission.ids(prefix))
+        ids = ids[: len(ids) // self._prefills.cache.size * self._prefills.cache.size]
+        with self._lock:
+            if ids not in self._pins:
+                raise ValueError(f"unpin: {shorten(prefix)} is not pinned")
+            self._pins = {kept: keys for kept, keys in self._pins.items() if kept != ids}
+
     # ----------------------------------------------------------------------------------------------- the driver's calls
 
     def run(self) -> Iterator[Completion]:
@@ -215,7 +282,10 @@ class Engine:
         """Fills free slots, decodes a few tokens, and adds them to the answers."""
         with self._driving:
             self._begin()
+            self._prefills.pin(self._pins)
             first = self._fill()
+            if not self._advance_prompts(first):
+                return
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
             if active:
                 rows = [sample.sampling if sample and not sample.completion else None for sample in self._rows]
@@ -233,24 +303,34 @@ class Engine:
         """Notes that a round has begun. If the last one did not end, empties the slots and queues its samples again."""
         with self._lock:
             if self._broken or self._requests.torn:
-                self._rows = [None] * self.slots
+                self._rows, self._waiting = [None] * self.slots, {}
                 self._decoder.reset()
                 self._requests.requeue()
             self._broken = True
 
     def _fill(self) -> dict[int, jax.Array]:
-        """Moves queued samples into free slots. Returns the first token [1] of each, by slot."""
+        """Moves queued samples into free slots. Returns the first token [1] of each, by slot. Where a prompt is
+        prefilled in chunks, it starts, and the sample keeps the slot for it."""
         first, prefills = {}, 0
-        free = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
-        busy = len(free) < self.slots
+        self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
+        self._prefills.keep({sample.key for sample in self._waiting.values()})
+        empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
+        busy, free = len(empty) < self.slots, [slot for slot in empty if slot not in self._waiting]
         while free:
             with self._lock:
                 queue = self._requests.queue
                 head = queue.head()
-                known = head is not None and self._decoder.keeps(head)
-                if head is None or (busy and not known and prefills == PREFILLS):
+                if head is None:
+                    break
+                known, in_chunks = self._decoder.keeps(head), self._prefills.takes(head.entry)
+                room = self._prefills.has_room(head.key) if in_chunks else not busy or prefills < PREFILLS
+                if not known and not room:
                     break
                 sample = queue.take()
+            if in_chunks and not known:
+                self._prefills.start(sample.key, sample.ids, sample.entry)
+                self._waiting[free.pop(0)] = sample
+                continue
             prefills += not known
             try:
                 prefilled = self._decoder.prefilled(sample)
@@ -258,13 +338,40 @@ class Engine:
                 sample.failures += not isinstance(error, SystemError)  # C code turns an interrupt into a SystemError
                 if sample.failures < 2:  # the driver gets the error, and the request a second try
                     raise
-                message = f"the prompt could not be prefilled: {shorten(str(error), 200)}"
-                self._requests.end(sample, "error", message)
+                self._fail(sample, error)
                 continue
-            slot = free.pop(0)
-            first[slot] = self._decoder.insert(slot, prefilled, sample.sampling)
-            self._rows[slot] = sample
+            self._insert(free.pop(0), sample, prefilled, first)
         return first
+
+    def _advance_prompts(self, first: dict[int, jax.Array]) -> bool:
+        """Computes a chunk of the prompts that samples wait for. Samples with a complete one move into their slots, and
+        their first tokens into `first`. Returns False if a prompt failed, which ends the round."""
+        try:
+            self._prefills.advance()
+        except PromptFailed as failed:
+            for sample in [sample for sample in self._waiting.values() if sample.key == failed.key]:
+                self._fail(sample, failed)
+            with self._lock:
+                kept = {ids: keys for ids, keys in self._pins.items() if (None, ids) != failed.key}
+                if len(kept) < len(self._pins):
+                    warn(f"engine: a pinned prefix could not be prefilled, and is no longer pinned: {failed}")
+                    self._pins = kept
+                self._news.notify_all()
+            return False
+        for slot, sample in list(self._waiting.items()):
+            if self._decoder.keeps(sample):
+                self._insert(slot, sample, self._decoder.prefilled(sample), first)
+                del self._waiting[slot]
+        return True
+
+    def _insert(self, slot: int, sample: Sample, prefilled, first: dict[int, jax.Array]) -> None:
+        token = self._decoder.insert(slot, prefilled, sample.sampling)
+        if token is not None:
+            first[slot] = token
+        self._rows[slot] = sample
+
+    def _fail(self, sample: Sample, error: Exception) -> None:
+        self._requests.end(sample, "error", f"the prompt could not be prefilled: {shorten(str(error), 200)}")
 
     def _extend(self, sample: Sample, new: list[int]) -> None:
         """Adds new tokens to a sample, up to its end. An error in decoding its text ends this sample alone."""

@@ -1,20 +1,21 @@
 """The engine's compiled programs: a fixed number of slots, and one decode program for all of them.
 
-A prompt is prefilled alone, in one of at most three padded lengths, and inserted into a slot. It overwrites the slot's
-whole state, so nothing of the slot's last tenant is left. The sampling settings stay on the host and come with each
-dispatch, so an ended row costs no sampling.
+A prefilled prompt is inserted into a slot. It overwrites the slot's whole state, so nothing of the slot's last tenant
+is left. The sampling settings stay on the host and come with each dispatch, so an ended row costs no sampling.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ..backbone.block_pool import rows_of_blocks, with_last
 from ..inference.draw import RowSampling, row_keys, sample
 from ..model import DecodeState, decode_step
+from ..prompt_blocks import Pool
 
 
 class Slots(NamedTuple):
@@ -33,8 +34,7 @@ def empty_slots(row: DecodeState, slots: int) -> Slots:
     Args:
         row: the abstract state of one row.
     """
-    state = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape[1:]), leaf.dtype), row)
-    return Slots(state, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.int32))
+    return Slots(zeros_of(row, slots), jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.int32))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -48,6 +48,49 @@ def insert(slots: Slots, slot, logits, row: DecodeState, sampling: RowSampling) 
 
     token = drawn(logits, sampling, jnp.zeros(1, jnp.int32))
     return jax.tree.map(put, slots, Slots(row, token, jnp.ones(1, jnp.int32))), token
+
+
+class PrefilledPrompt(NamedTuple):
+    """A prompt whose blocks are in a pool. Arrays that lead with rows hold several; this one is `row`."""
+
+    table: Any
+    """int32 [T], the prompt's blocks"""
+    length: int
+    """tokens"""
+    row: int
+    logits: jax.Array
+    """float32 [rows, vocab], of its last token"""
+    adjustments: tuple
+    """per layer, as decode carries them, with leading rows"""
+    last: tuple
+    """per layer: keys and values of its last tokens but one, [rows, kv_heads, W, head_dim]"""
+    adapted: int
+    """how many of them take the place of those in the pool"""
+    token: int
+    """its last token, if that is to run again with the adjustments; else -1"""
+
+
+@partial(jax.jit, donate_argnums=0)
+def insert_prompt(
+    slots: Slots, slot, pool: Pool, prompt: PrefilledPrompt, sampling: RowSampling
+) -> tuple[Slots, jax.Array]:
+    """`insert` for a prompt whose blocks are in a pool. If its last token runs again, decoding starts with that token,
+    and what is returned means nothing."""
+    most, again = jax.tree.leaves(slots.state.cache)[0].shape[2], prompt.token >= 0
+    of_row = (prompt.logits, prompt.adjustments, prompt.last)
+    logits, adjustments, last = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, prompt.row, 1), of_row)
+    length, adapted = jnp.reshape(prompt.length - again, 1), jnp.reshape(prompt.adapted, 1)
+
+    def of_layer(pool, last):
+        keys, values = with_last(rows_of_blocks(pool, prompt.table[None]), last, length, adapted)
+        return keys[:, :, :most], values[:, :, :most]
+
+    cache = tuple(of_layer(*both) for both in zip(pool, last, strict=True))
+    first = drawn(logits, sampling, jnp.zeros(1, jnp.int32))
+    token, position = jnp.where(again, prompt.token, first), jnp.reshape(1 - again, 1)
+    new = Slots(DecodeState(cache, adjustments, length), token, position)
+    put = lambda held, new: jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), slot, 0)  # noqa: E731
+    return jax.tree.map(put, slots, new), first
 
 
 @partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
@@ -67,6 +110,15 @@ def steps(treedef, leaves, slots: Slots, sampling: RowSampling, live, count: int
         return Slots(state, token, slots.position + 1), token  # pyright: ignore[reportArgumentType]
 
     return jax.lax.scan(one, slots, length=count)
+
+
+def zeros_of(row, rows: int):
+    """Zeros for several rows.
+
+    Args:
+        row: the shapes of one.
+    """
+    return jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), row)
 
 
 def drawn(logits, sampling: RowSampling, position) -> jax.Array:

@@ -1,15 +1,17 @@
-"""An engine of three slots on a golden backbone, with three tenants of different methods and sites."""
+"""An engine of three slots on a golden backbone, with tenants of different methods, sites and scopes. Its blocks are
+small, so that short prompts have several."""
 
 import numpy as np
 from tiny_run import tokenizer, words
 
 from para_jax import AdapterBank, Engine, Ia3Config, ParaConfig
 
-SLOTS, LENGTH = 3, 40
+SLOTS, LENGTH, BLOCK = 3, 40, 4
 CONFIGS = {
     "A": ParaConfig(r=4),
     "B": ParaConfig(r=2, target_modules=("q_proj", "up_proj")),
     "C": Ia3Config(target_modules=("v_proj", "down_proj")),
+    "R": ParaConfig(r=4, scope="response", scope_window=3),
 }
 SITES = ("q_proj", "v_proj", "up_proj")
 
@@ -22,7 +24,14 @@ def bank_of(model, tenants):
 
 
 def engine_of(model, bank, **options):
-    return Engine(model, bank, tokenizer(), slots=SLOTS, max_length=LENGTH, **options)
+    sizes = {"slots": SLOTS, "max_length": LENGTH, "prefill_chunk": 8, "block_size": BLOCK}
+    return Engine(model, bank, tokenizer(), **(sizes | options))
+
+
+def block_bytes(model):
+    """Bytes of a block of such an engine."""
+    config = model.config
+    return BLOCK * 2 * config.num_layers * config.kv_width * model.dtype.itemsize
 
 
 def prompt(seed, length=6):

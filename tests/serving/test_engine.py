@@ -10,16 +10,17 @@ import tiny_tokenizers
 from golden_models import backbone, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, engine_of, plain, prompt
+from tiny_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, block_bytes, engine_of, plain, prompt
 from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, LoraConfig, Request, generate, init_adapter
 from para_jax.data.examples import encode_prompt
-from para_jax.serving import decoder
+from para_jax.serving import decoder, prefills
 from para_jax.serving.capacity import KEPT
 from para_jax.serving.decoder import STEPS
 from para_jax.serving.engine import PREFILLS
 from para_jax.serving.open_requests import QueueFull
+from para_jax.serving.prefills import ROWS
 from para_jax.serving.request import check_request
 from para_jax.serving.ticket import Sample, Ticket
 
@@ -119,7 +120,7 @@ ASKED = st.fixed_dictionaries(
     {
         "tenant": st.sampled_from([*CONFIGS, None]),
         "seed": st.integers(0, 5),
-        "length": st.integers(1, 20),
+        "length": st.integers(1, 20),  # prompts of one seed begin alike
         "new": st.integers(1, 12),
         "temperature": st.sampled_from([0.0, 0.0, 1.0]),
         "wait": st.integers(0, 2),
@@ -131,9 +132,11 @@ ASKED = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def lab(model, tenants):
-    """An engine that all schedules share, one for each request alone, and the answers of the latter."""
+    """An engine that all schedules share, one for each request alone, and the answers of the latter. The first has a
+    prefix cache of 8 blocks, the other one none."""
     banks = bank_of(model, tenants), bank_of(model, tenants)
-    return [engine_of(model, bank) for bank in banks], banks, {}
+    cached = engine_of(model, banks[0], prefix_cache_bytes=8 * block_bytes(model))
+    return [cached, engine_of(model, banks[1], prefix_cache_bytes=0)], banks, {}
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -176,8 +179,9 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(tenants, lab, schedu
 
 def forget_prompts(engine):
     """Makes the engine prefill others, so that it keeps none of the prompts before."""
-    for i in range(KEPT):
-        engine.submit(Request((20 + i,), max_new_tokens=1))
+    for i in range(max(KEPT, ROWS)):
+        for tenant in (None, "B"):
+            engine.submit(Request((20 + i,), tenant, max_new_tokens=1))
     answers(engine)
 
 
@@ -232,13 +236,14 @@ def test_a_hostile_tenant_affects_neither_its_slot_nor_its_neighbours(model, ten
 
 
 def count_prefills(monkeypatch):
-    calls, real = [], decoder.prefill
+    """The calls of the programs that read prompts, whole or in chunks."""
+    calls = []
 
-    def counted(*arguments, **options):
-        calls.append(arguments)
-        return real(*arguments, **options)
+    def counted(real):
+        return lambda *arguments, **options: calls.append(arguments) or real(*arguments, **options)
 
-    monkeypatch.setattr(decoder, "prefill", counted)
+    monkeypatch.setattr(decoder, "prefill", counted(decoder.prefill))
+    monkeypatch.setattr(prefills, "prefill_chunk", counted(prefills.prefill_chunk))
     return calls
 
 
@@ -285,7 +290,7 @@ def test_the_adapter_at_submission_answers_the_request(model, tenants, bank):
 
 def test_requests_start_in_order_and_few_prefills_come_between_decode_steps(model, bank, monkeypatch):
     engine, calls = engine_of(model, bank), count_prefills(monkeypatch)
-    ids = [engine.submit(Request(prompt(i), max_new_tokens=1 if i else 30)) for i in range(12)]
+    ids = [engine.submit(Request(prompt(i), "A", max_new_tokens=1 if i else 30)) for i in range(12)]
     rounds, ended = [], []
     while engine.open:
         before = len(calls)
@@ -409,7 +414,18 @@ def test_an_engine_without_a_bank_serves_the_base_model_alone(model):
     assert "tenant: 'A'" in found[bad, 0].error
 
 
-@pytest.mark.parametrize("options", [{"slots": 0}, {"max_length": 1}, {"max_length": 10**6}, {"queue_limit": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"slots": 0},
+        {"max_length": 1},
+        {"max_length": 10**6},
+        {"queue_limit": 0},
+        {"prefill_chunk": 0},
+        {"block_size": 1.5},
+        {"prefix_cache_bytes": -1},
+    ],
+)
 def test_wrong_sizes_of_an_engine_are_refused(model, bank, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Engine(model, bank, tokenizer(), **({"slots": 2, "max_length": 32} | options))

@@ -1,0 +1,330 @@
+"""Prompts that are prefilled in blocks, some blocks per round, so that rows which decode wait for no more than that.
+
+These are the prompts of the base model and of scope `response`: they run through the plain backbone, and share the
+blocks in which they agree (prefix_cache.py). One thread at a time may use this.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..adapters.bank import AdapterBank, Entry
+from ..adapters.methods import method_of
+from ..adapters.scope import scope_of
+from ..backbone.transformer import Transformer
+from ..model import DecodeState
+from ..prompt_blocks import Lanes, Windows, adapt_window, adjustments_of, prefill_blocks
+from .prefix_cache import PrefixCache
+from .slots import PrefilledPrompt, zeros_of
+
+#: Prompts at work, or finished and kept for the next request with the same adapter and prompt.
+ROWS = 4
+
+
+class PromptFailed(Exception):
+    """A prompt could not be prefilled twice, each time alone."""
+
+    def __init__(self, key: tuple, error: Exception):
+        super().__init__(str(error))
+        self.key = key
+
+
+class Prompt:
+    """A prompt in one of the rows."""
+
+    def __init__(self, key: tuple, ids: Sequence[int], entry: Entry | None, row: int, block_keys: list[bytes]):
+        self.key, self.ids, self.entry, self.row, self.block_keys = key, ids, entry, row, block_keys
+        self.blocks: list[int] = []
+        """the pool's blocks of its first tokens: those that are computed, or found"""
+        self.made: tuple | None = None
+        """(logits, adjustments, keys and values of its last tokens but one), all with leading rows; set when it is
+        finished"""
+
+    @property
+    def adapted(self) -> int:
+        """How many tokens before its last one its adapter changes."""
+        return 0 if self.entry is None else min(scope_of(self.entry.config)[1], len(self.ids)) - 1
+
+
+class Prefills:
+    """The prompts, and the pool of their blocks on the device."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        bank: AdapterBank | None,
+        row: DecodeState,
+        *,
+        size: int,
+        longest: int,
+        lanes: int,
+        cached: int,
+    ):
+        """
+        Args:
+            row: the abstract state of one row.
+            size: tokens per block.
+            longest: blocks of the longest prompt.
+            lanes: blocks that one program computes.
+            cached: blocks beyond those of the prompts at work; 0: prompts share nothing.
+        """
+        self.bank, self.row, self.size, self.lanes, self.cached = bank, row, size, lanes, cached
+        self._leaves, self._treedef = jax.tree.flatten(model)
+        self._longest = longest
+        self.cache = PrefixCache(ROWS * longest + cached, size, model.fingerprint or "", enabled=cached > 0)
+        self.pins: dict[tuple[int, ...], list[bytes]] = {}
+        """the keys of pinned prompts, by their ids"""
+        self._prompts: OrderedDict[tuple, Prompt] = OrderedDict()
+        """by Sample.key, the most recently used last"""
+        self._suspects: dict[tuple, int] = {}
+        """prompts whose prefill raised: these run alone. The count is how often they raised alone"""
+        self.window = 1
+        """tokens of prompts that run again before decoding, at most"""
+        self._nothing = self._of_no_adapter()
+        self._grow_window(bank.entries if bank else ())
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all prompts and blocks."""
+        self.pool = None
+        self._prompts.clear()
+        self.cache.clear()
+        self.pool = jax.tree.map(self._empty, self.row.cache)
+
+    def takes(self, entry: Entry | None) -> bool:
+        """Whether the prompts of an adapter are prefilled here."""
+        if entry is None:
+            return True
+        config = entry.config
+        return scope_of(config)[0] == "response" and method_of(config).adapter.pools_last_token(config)
+
+    def finished(self, key: tuple) -> Prompt | None:
+        """The prompt of a key, if it is prefilled."""
+        prompt = self._prompts.get(key)
+        if prompt is None or prompt.made is None:
+            return None
+        self._prompts.move_to_end(key)
+        return prompt
+
+    def has_room(self, key: tuple) -> bool:
+        """Whether a prompt may start now, or has started."""
+        rows = [prompt for prompt in self._prompts.values() if prompt.made is None]
+        return key in self._prompts or len(rows) < ROWS
+
+    def start(self, key: tuple, ids: Sequence[int], entry: Entry | None) -> None:
+        """Gives a prompt a row, unless it has one. The least recently used finished prompt leaves."""
+        if key in self._prompts:
+            return
+        if entry is not None:
+            self._grow_window([entry])
+        if len(self._prompts) == ROWS:
+            self._drop(next(prompt for prompt in self._prompts.values() if prompt.made is not None))
+        row = min(set(range(ROWS)) - {prompt.row for prompt in self._prompts.values()})
+        self._prompts[key] = Prompt(key, ids, entry, row, self.cache.keys(ids))
+        self.cache.queries += len(ids)
+
+    def keep(self, wanted: Collection[tuple]) -> None:
+        """Drops prompts that are not finished, unless they have one of these keys or are pinned. Starts pinned ones
+        that lack a block."""
+        pinned = {(None, ids) for ids in self.pins}
+        for prompt in list(self._prompts.values()):
+            if prompt.made is None and prompt.key not in wanted and prompt.key not in pinned:
+                self._drop(prompt)
+        for ids, keys in self.pins.items():
+            if not all(map(self.cache.knows, keys)) and self.has_room((None, ids)):
+                held = self.finished((None, ids))
+                if held is not None:  # it was finished before it was pinned, and its blocks were given up since
+                    self._drop(held)
+                self.start((None, ids), ids, None)
+
+    def advance(self) -> None:
+        """Computes the next blocks of the prompts, in one program, and adapts those that are then complete.
+
+        Raises PromptFailed, or what the program raised. Only `reset` may follow.
+        """
+        working = [prompt for prompt in self._prompts.values() if prompt.made is None]
+        working = [prompt for prompt in working if prompt.key in self._suspects][:1] or working
+        if not working:
+            return
+        try:
+            self._compute(working)
+        except Exception as error:
+            if not isinstance(error, SystemError):  # C code turns an interrupt into a SystemError
+                self._suspect(working, error)
+            raise
+        for prompt in working:
+            if prompt.made is not None:
+                self._suspects.pop(prompt.key, None)
+
+    def for_slot(self, prompt: Prompt) -> PrefilledPrompt:
+        """A finished prompt, to be inserted into a slot."""
+        assert prompt.made is not None
+        token = -1 if prompt.entry is None else prompt.ids[-1]
+        return PrefilledPrompt(
+            self._table(prompt), len(prompt.ids), prompt.row, *prompt.made, adapted=prompt.adapted, token=token
+        )
+
+    def _table(self, prompt: Prompt) -> np.ndarray:
+        """The pool's blocks of a prompt, int32 [blocks of the longest prompt]."""
+        table = np.zeros(self._longest, np.int32)
+        table[: len(prompt.blocks)] = prompt.blocks
+        return table
+
+    def pin(self, pins: dict[tuple[int, ...], list[bytes]]) -> None:
+        """Keeps the blocks of these prompts, and of no others: their ids, and the keys of their complete blocks."""
+        if pins is self.pins:
+            return
+        self.pins = pins
+        self.cache.pin(key for keys in self.pins.values() for key in keys)
+
+    def warm_up(self) -> Prompt:
+        """Compiles the programs. Returns a finished prompt."""
+        prompt = Prompt((), [0], None, 0, [])
+        self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, self._no_lanes())
+        prompt.made = last.logits, *self._nothing
+        entries = self.bank.entries if self.bank else ()
+        for entry in {entry.group: entry for entry in entries if self.takes(entry)}.values():
+            self._adapt([Prompt((), [0, 0], entry, 0, [])], last.entered)
+        return prompt
+
+    # ------------------------------------------------------------------------------------------------- the computation
+
+    def _compute(self, working: list[Prompt]) -> None:
+        lanes = self._planned(working)
+        self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, lanes)
+        complete = [prompt for prompt in working if len(prompt.blocks) == self._needed(prompt)]
+        adapted = self._adapt([prompt for prompt in complete if prompt.entry is not None], last.entered)
+        for prompt in complete:
+            prompt.made = last.logits, *(self._nothing if prompt.entry is None else adapted)
+
+    def _planned(self, working: list[Prompt]) -> Lanes:
+        """The next blocks of the prompts, which take turns. Blocks that are known are not computed again, except a
+        prompt's last one: its last token gives the logits."""
+        lanes, used, turns = self._no_lanes(), 0, True
+        while turns and used < self.lanes:
+            turns = False
+            for prompt in working:
+                self._find_blocks(prompt)
+                number = len(prompt.blocks)
+                if used == self.lanes or number == self._needed(prompt):
+                    continue
+                turns, tokens = True, prompt.ids[number * self.size : (number + 1) * self.size]
+                prompt.blocks.append(self.cache.take())
+                if number < len(prompt.block_keys):  # others may find it now: this program computes it
+                    self.cache.publish(prompt.blocks[-1], prompt.block_keys[number])
+                lanes.tokens[used, : len(tokens)] = tokens
+                lanes.row[used], lanes.number[used], lanes.count[used] = prompt.row, number, len(tokens)
+                lanes.last[prompt.row] = used * self.size + len(tokens) - 1
+                used += 1
+        for prompt in working:
+            lanes.table[prompt.row] = self._table(prompt)
+        return lanes
+
+    def _find_blocks(self, prompt: Prompt) -> None:
+        while len(prompt.blocks) < self._needed(prompt) - 1:
+            found = self.cache.find(prompt.block_keys[len(prompt.blocks)])
+            if found is None:
+                return
+            prompt.blocks.append(found)
+            self.cache.hits += self.size
+
+    def _adapt(self, prompts: list[Prompt], entered: tuple) -> tuple:
+        """(adjustments, keys and values of last tokens but one) of prompts with an adapter, in the prompts' rows."""
+        if not prompts:
+            return self._nothing
+        assert self.bank is not None
+        entries: list[Entry | None] = [None] * ROWS
+        for prompt in prompts:
+            entries[prompt.row] = prompt.entry
+        adjustments, carried = make_adjustments(self.bank.rows_of(entries), entered)
+        if not any(prompt.adapted for prompt in prompts):
+            return carried, self._nothing[1]
+        tokens, table = np.zeros((ROWS, self.window), np.int32), np.zeros((ROWS, self._longest), np.int32)
+        length, adapted = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)
+        for prompt in prompts:
+            row, last = prompt.row, prompt.ids[:-1][-self.window :]
+            tokens[row, self.window - len(last) :], table[row] = last, self._table(prompt)
+            length[row], adapted[row] = len(prompt.ids) - 1, prompt.adapted
+        windows = Windows(tokens, table, length, adapted)
+        return carried, run_windows(self._treedef, self._leaves, self.pool, adjustments, windows)
+
+    def _no_lanes(self) -> Lanes:
+        row, number, count = (np.zeros(self.lanes, np.int32) for _ in range(3))
+        tokens, table = np.zeros((self.lanes, self.size), np.int32), np.zeros((ROWS, self._longest), np.int32)
+        return Lanes(tokens, row, number, count, table, np.zeros(ROWS, np.int32))
+
+    # ------------------------------------------------------------------------------------------------------ the prompts
+
+    def _needed(self, prompt: Prompt) -> int:
+        """Blocks of a prompt."""
+        return -(-len(prompt.ids) // self.size)
+
+    def _drop(self, prompt: Prompt) -> None:
+        del self._prompts[prompt.key]
+        self.cache.release(prompt.blocks)
+
+    def _suspect(self, working: list[Prompt], error: Exception) -> None:
+        """Notes prompts whose program raised. Raises PromptFailed for one that was alone for the second time."""
+        keys = {prompt.key for prompt in self._prompts.values()}
+        self._suspects = {key: count for key, count in self._suspects.items() if key in keys}
+        alone = len(working) == 1
+        for prompt in working:
+            self._suspects[prompt.key] = self._suspects.get(prompt.key, 0) + alone
+            if self._suspects[prompt.key] == 2:
+                del self._suspects[prompt.key]
+                raise PromptFailed(prompt.key, error)
+
+    def _grow_window(self, entries: Iterable[Entry]) -> None:
+        """Makes room for the windows of these adapters. A larger one is a new program."""
+        windows = [scope_of(entry.config)[1] for entry in entries if self.takes(entry)]
+        tokens = max(windows, default=1) - 1  # without the last one; rounded up to a power of two, for fewer programs
+        wanted = min(1 << (tokens - 1).bit_length() if tokens else 1, self._longest * self.size)
+        if wanted > self.window:
+            for prompt in [prompt for prompt in self._prompts.values() if prompt.made is not None]:
+                self._drop(prompt)
+            self.window = wanted
+            self._nothing = self._of_no_adapter()
+
+    def _of_no_adapter(self) -> tuple:
+        """The adjustments, and the keys and values of last tokens, of prompts without an adapter: zeros."""
+        shape = lambda leaf: (ROWS, leaf.shape[1], self.window, leaf.shape[3])  # noqa: E731
+        last = jax.tree.map(lambda leaf: jnp.zeros(shape(leaf), leaf.dtype), self.row.cache)
+        return zeros_of(self.row.adjustments, ROWS), last
+
+    def _empty(self, leaf) -> jax.Array:
+        return jnp.zeros((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
+
+
+def token_bytes(row: DecodeState) -> int:
+    """Bytes of a token's keys and values in all layers.
+
+    Args:
+        row: the abstract state of one row.
+    """
+    return sum(leaf.shape[1] * leaf.shape[3] * leaf.dtype.itemsize for leaf in jax.tree.leaves(row.cache))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def prefill_chunk(treedef, leaves, pool, lanes: Lanes):
+    """The pool with the lanes' blocks, and what each row's last token leaves. The model is passed flat; the given pool
+    is donated."""
+    return prefill_blocks(jax.tree.unflatten(treedef, leaves), pool, lanes)
+
+
+@jax.jit
+def make_adjustments(adapters, entered: tuple) -> tuple[tuple, tuple]:
+    """The adjustments of prompts, per layer: in float32, and as decode carries them."""
+    made, dtype = adjustments_of(adapters, entered), entered[0].dtype
+    return made, jax.tree.map(lambda a: a.astype(dtype), made)
+
+
+@partial(jax.jit, static_argnums=0)
+def run_windows(treedef, leaves, pool, adjustments: tuple, windows: Windows) -> tuple:
+    """Keys and values of last tokens with their adapters. The model is passed flat."""
+    return adapt_window(jax.tree.unflatten(treedef, leaves), pool, adjustments, windows)

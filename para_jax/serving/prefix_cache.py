@@ -1,0 +1,126 @@
+"""Which blocks of the engine's pool hold which tokens: the prefix cache, without its arrays.
+
+A block is known by a hash of the backbone, of all tokens before it and of its own, so it is found only where the whole
+prompt up to its end is the same. Prompts at work refer to their blocks. A block that no prompt refers to stays until
+its room is needed, the least recently used first. Pinned ones are never given up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class PrefixCacheStats(NamedTuple):
+    """How an engine's prefix cache fares. Hits per queries is the share of prompt tokens that were not computed."""
+
+    queries: int
+    """tokens of all prompts that were looked up"""
+    hits: int
+    """tokens of them that were found"""
+    bytes: int
+    """of the blocks that are known"""
+    pinned_bytes: int
+    """of those that are pinned"""
+
+
+class PrefixCache:
+    """The blocks of a pool. Used by one thread at a time."""
+
+    def __init__(self, blocks: int, size: int, content: str, *, enabled: bool = True):
+        """
+        Args:
+            size: tokens per block.
+            content: identifies the backbone.
+            enabled: False: no block is ever found again.
+        """
+        self.blocks, self.size, self.enabled = blocks, size, enabled
+        self.queries = self.hits = 0
+        self.pinned: frozenset[bytes] = frozenset()
+        self._root = hashlib.sha256(content.encode()).digest()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all blocks. Pins and counts stay."""
+        self._free = list(range(self.blocks))[::-1]
+        self._of_key: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._references = [0] * self.blocks
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        """known blocks that no prompt refers to and no pin keeps, the least recently used first"""
+
+    def keys(self, ids: Sequence[int]) -> list[bytes]:
+        """The keys of a prompt's complete blocks: each hashes the key before it and its own tokens."""
+        keys, key = [], self._root
+        for start in range(0, len(ids) - self.size + 1, self.size):
+            tokens = np.array(ids[start : start + self.size], np.int32)
+            key = hashlib.sha256(key + tokens.tobytes()).digest()
+            keys.append(key)
+        return keys
+
+    def knows(self, key: bytes) -> bool:
+        return key in self._of_key
+
+    def find(self, key: bytes) -> int | None:
+        """The block of a key, with one more reference; None if it is not known."""
+        block = self._of_key.get(key)
+        if block is not None:
+            self._idle.pop(block, None)
+            self._references[block] += 1
+        return block
+
+    def take(self) -> int:
+        """A block to write, with one reference. The pool has room for it: see `Prefills`."""
+        if not self._free:
+            block, _ = self._idle.popitem(last=False)
+            self._forget(block)
+        block = self._free.pop()
+        self._references[block] = 1
+        return block
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Lets others find a block, unless they find another one of this key already."""
+        if self.enabled and key not in self._of_key:
+            self._of_key[key], self._key_of[block] = block, key
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Gives up a prompt's references to its blocks, which are in the order of its tokens."""
+        for block in reversed(blocks):  # a later one is of use only with those before it, so it goes first
+            self._references[block] -= 1
+            if not self._references[block]:
+                self._rest(block)
+
+    def pin(self, keys: Iterable[bytes]) -> None:
+        """Keeps the blocks of these keys, and of no others, whenever they are known."""
+        before, self.pinned = self.pinned, frozenset(keys)
+        for key in before ^ self.pinned:
+            block = self._of_key.get(key)
+            if block is not None and not self._references[block]:
+                self._rest(block)
+
+    @property
+    def known(self) -> int:
+        """How many blocks can be found."""
+        return len(self._of_key)
+
+    @property
+    def pinned_blocks(self) -> int:
+        """How many of them are pinned."""
+        return sum(key in self._of_key for key in self.pinned)
+
+    def _rest(self, block: int) -> None:
+        """Puts a block without references where it belongs."""
+        key = self._key_of.get(block)
+        self._idle.pop(block, None)
+        if key is None:
+            self._free.append(block)
+        elif key not in self.pinned:
+            self._idle[block] = None
+
+    def _forget(self, block: int) -> None:
+        del self._of_key[self._key_of.pop(block)]
+        self._free.append(block)

@@ -1,0 +1,125 @@
+"""The index of the prefix cache: blocks are found by all tokens up to their end, and leave in the right order."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from para_jax.serving.prefix_cache import PrefixCache
+
+SIZE = 4
+
+
+def cache_of(blocks, **options):
+    return PrefixCache(blocks, SIZE, "backbone", **options)
+
+
+def filled(cache, ids):
+    """The blocks of a prompt: found, or taken and published."""
+    blocks = []
+    for key in cache.keys(ids):
+        block = cache.find(key)
+        if block is None:
+            block = cache.take()
+            cache.publish(block, key)
+        blocks.append(block)
+    return blocks
+
+
+def found(cache, ids):
+    """How many blocks of a prompt are known from its beginning on."""
+    keys = cache.keys(ids)
+    return next((i for i, key in enumerate(keys) if not cache.knows(key)), len(keys))
+
+
+def test_a_key_hashes_the_backbone_and_every_token_up_to_its_end():
+    cache, ids = cache_of(1), list(range(3 * SIZE + 3))
+    keys = cache.keys(ids)
+    assert len(keys) == 3 and cache.keys(ids[: 2 * SIZE]) == keys[:2] and cache.keys(ids[: SIZE - 1]) == []
+    assert PrefixCache(1, SIZE, "other").keys(ids)[0] != keys[0]
+    for place in range(3 * SIZE):
+        other = cache.keys([*ids[:place], 99, *ids[place + 1 :]])
+        same = [a == b for a, b in zip(keys, other, strict=True)]
+        assert same == [number < place // SIZE for number in range(3)]
+
+
+def test_prompts_that_agree_in_their_last_block_alone_share_nothing():
+    cache = cache_of(8)
+    filled(cache, [1, 2, 3, 4, 9, 9, 9, 9])
+    assert found(cache, [5, 6, 7, 8, 9, 9, 9, 9]) == 0
+    assert cache.keys([9, 9, 9, 9, 1])[0] != cache.keys([1, 2, 3, 4, 9, 9, 9, 9])[1]
+
+
+def test_the_least_recently_used_prompt_leaves_first_and_its_end_before_its_beginning():
+    cache = cache_of(6)
+    a, b, c = (list(range(start, start + 3 * SIZE)) for start in (0, 100, 200))
+    for ids in (a, b):
+        cache.release(filled(cache, ids))
+    cache.release(filled(cache, a))
+    cache.release(filled(cache, c[:SIZE]))
+    assert (found(cache, a), found(cache, b)) == (3, 2)
+    cache.release(filled(cache, c))
+    assert (found(cache, a), found(cache, b), found(cache, c)) == (3, 0, 3)
+
+
+def test_a_block_that_a_prompt_refers_to_stays():
+    cache, held = cache_of(3), [1, 2, 3, 4]
+    blocks = filled(cache, held)
+    for start in range(10, 100, 10):
+        cache.release(filled(cache, list(range(start, start + 2 * SIZE))))
+    assert filled(cache, held) == blocks
+    cache.release(blocks), cache.release(blocks)
+    cache.release(filled(cache, list(range(200, 212))))
+    assert found(cache, held) == 0
+
+
+def test_pinned_blocks_stay_until_they_are_unpinned():
+    cache, held = cache_of(4), list(range(2 * SIZE))
+    cache.pin(cache.keys(held))
+    cache.release(filled(cache, held))
+    for start in range(20, 100, 10):
+        cache.release(filled(cache, list(range(start, start + 2 * SIZE))))
+    assert found(cache, held) == 2 and cache.pinned_blocks == 2
+    cache.pin([])
+    for start in range(20, 100, 10):
+        cache.release(filled(cache, list(range(start, start + 2 * SIZE))))
+    assert found(cache, held) == 0 and cache.pinned_blocks == 0
+
+
+def test_nothing_is_found_where_the_cache_is_off():
+    cache = cache_of(4, enabled=False)
+    cache.release(filled(cache, [1, 2, 3, 4]))
+    assert found(cache, [1, 2, 3, 4]) == 0 and cache.known == 0
+
+
+PROMPTS = [np.random.default_rng(i // 3).integers(0, 9, 16).tolist()[: 8 + i % 3 * 4] for i in range(9)]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.sampled_from(["start", "end", "pin", "clear"]), st.integers(0, 8)), max_size=40))
+def test_any_use_keeps_every_block_in_one_place_and_every_key_true(steps):
+    """Four prompts of at most four blocks at work, and room for four pinned or cached blocks."""
+    cache, working, content = cache_of(20), [], {}
+    for action, number in steps:
+        if action == "start" and len(working) < 4:
+            blocks = []
+            for key in cache.keys(PROMPTS[number]):
+                block = cache.find(key)
+                if block is None:
+                    block = cache.take()
+                    content[block] = key
+                    cache.publish(block, key)
+                assert content[block] == key
+                blocks.append(block)
+            working.append(blocks)
+        elif action == "end" and working:
+            cache.release(working.pop(number % len(working)))
+        elif action == "pin":
+            cache.pin(cache.keys(PROMPTS[number]) if number % 2 else [])
+        elif action == "clear":
+            cache.clear()
+            working = []
+        used = [block for blocks in working for block in blocks]
+        assert [cache._references[block] for block in range(20)] == [used.count(block) for block in range(20)]
+        pinned = [block for block, key in cache._key_of.items() if key in cache.pinned and block not in used]
+        places = sorted([*cache._free, *cache._idle, *set(used), *pinned])
+        assert places == list(range(20))

@@ -1,0 +1,153 @@
+"""Prompts prefilled in blocks: what prefill computes, in any cut, next to any other prompt, and the same bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_models import backbone, strong
+
+from para_jax import Ia3Config, LoraConfig, ParaConfig, hidden_states, init_adapter, prefill, stack_adapters
+from para_jax.adapters.rows import Rows
+from para_jax.backbone import block_pool
+from para_jax.backbone.block_pool import rows_of_blocks, with_last
+from para_jax.prompt_blocks import Lanes, Windows, adapt_window, adjustments_of, prefill_blocks
+
+SIZE, LONGEST, BLOCKS, LANES, ROWS = 4, 6, 20, 3, 2
+FAMILIES = ["llama", "gemma3_text", "gemma2", "olmo2"]
+TOKENS = np.random.default_rng(0).integers(3, 200, LONGEST * SIZE)
+chunk = jax.jit(prefill_blocks)
+
+
+@pytest.fixture(autouse=True, params=[8, 128], ids="span {}".format)
+def span(request, monkeypatch):
+    """Tokens that attention reads at a time: with the smaller one, these prompts have several spans."""
+    monkeypatch.setattr(block_pool, "SPAN", request.param)
+    chunk.clear_cache()
+
+
+def pool_of(model, fill=0.0):
+    config = model.config
+    shape = BLOCKS, config.num_kv_heads, SIZE, config.head_dim
+    return tuple((jnp.full(shape, fill, model.dtype),) * 2 for _ in range(config.num_layers))
+
+
+def lanes(prompts, parts):
+    """The lanes of (row, number of the block) in `parts`, for prompts as {row: (token ids, blocks of the pool)}."""
+    made = Lanes(
+        np.zeros((LANES, SIZE), np.int32), *(np.zeros(LANES, np.int32) for _ in range(3)),
+        np.zeros((ROWS, LONGEST), np.int32), np.zeros(ROWS, np.int32),
+    )  # fmt: skip
+    for row, (_, blocks) in prompts.items():
+        made.table[row, : len(blocks)] = blocks
+    for lane, (row, number) in enumerate(parts):
+        tokens = prompts[row][0][number * SIZE : (number + 1) * SIZE]
+        made.tokens[lane, : len(tokens)] = tokens
+        made.row[lane], made.number[lane], made.count[lane] = row, number, len(tokens)
+        made.last[row] = lane * SIZE + len(tokens) - 1
+    return made
+
+
+def row_of(pool, blocks, length):
+    """The keys and values of a prompt in all layers."""
+    rows = [rows_of_blocks(layer, np.array([blocks])) for layer in pool]
+    return np.stack([np.stack(row)[:, 0, :, :length] for row in rows])
+
+
+def in_one_go(model, length, fill=0.0):
+    """(pool, blocks, what the last token leaves) of the first tokens of TOKENS, three blocks at a time."""
+    pool, blocks, last = pool_of(model, fill), list(range(7, 7 + -(-length // SIZE))), None
+    for start in range(0, len(blocks), LANES):
+        parts = [(0, number) for number in range(start, min(start + LANES, len(blocks)))]
+        pool, last = chunk(model, pool, lanes({0: (TOKENS[:length], blocks)}, parts))
+    return pool, blocks, last
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [1, 8, 19])
+def test_blocks_give_what_prefill_gives(family, length):
+    model = backbone(family)
+    pool, blocks, last = in_one_go(model, length)
+    logits, state = prefill(model, None, TOKENS[None, :length], length, max_length=length)
+    expected = np.stack([np.stack(layer)[:, 0] for layer in state.cache])
+    np.testing.assert_allclose(row_of(pool, blocks, length), expected, atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(last.logits[0], logits[0], atol=5e-4, rtol=1e-4)
+    entered = hidden_states(model, None, TOKENS[None, :length], length, all_layers=True)[:-1, 0, -1]
+    np.testing.assert_allclose(np.stack(last.entered)[:, 0], entered, atol=5e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bits_depend_neither_on_the_cut_nor_on_the_company_nor_on_what_the_pool_held(family):
+    model, length = backbone(family), 19
+    pool, blocks, last = in_one_go(model, length)
+    expected = row_of(pool, blocks, length)
+    dirty, _, same = in_one_go(model, length, np.nan)
+    np.testing.assert_array_equal(row_of(dirty, blocks, length), expected)
+    np.testing.assert_array_equal(same.logits[0], last.logits[0])
+    other = TOKENS[::-1].copy()
+    prompts = {0: (other, [0, 1, 2]), 1: (TOKENS[:length], [9, 3, 15, 4, 12])}
+    pool, last_one = pool_of(model), None
+    for parts in ([(1, 0)], [(0, 0), (1, 1), (1, 2)], [(0, 1), (0, 2)], [(1, 3)], [(0, 0), (0, 1), (1, 4)]):
+        pool, last_one = chunk(model, pool, lanes(prompts, parts))
+    np.testing.assert_array_equal(row_of(pool, prompts[1][1], length), expected)
+    np.testing.assert_array_equal(last_one.logits[1], last.logits[0])
+    for mine, theirs in zip(last_one.entered, last.entered, strict=True):
+        np.testing.assert_array_equal(mine[1], theirs[0])
+
+
+def test_a_prompt_that_shares_blocks_gets_the_same_bits():
+    model, length = backbone("gemma3_text"), 18
+    pool, blocks, last = in_one_go(model, length)
+    shared = {1: (TOKENS[:length], [*blocks[:3], 0, 1])}
+    pool, found = chunk(model, pool, lanes(shared, [(1, 3), (1, 4)]))
+    np.testing.assert_array_equal(row_of(pool, shared[1][1], length), row_of(pool, blocks, length))
+    np.testing.assert_array_equal(found.logits[1], last.logits[0])
+
+
+def test_both_layouts_give_the_same():
+    found = [in_one_go(backbone("gemma3_text", layout), 19) for layout in ("layers", "stacked")]
+    np.testing.assert_allclose(found[0][2].logits[0], found[1][2].logits[0], atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(row_of(found[0][0], found[0][1], 19), row_of(found[1][0], found[1][1], 19), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES[:2])
+@pytest.mark.parametrize("length", [1, 3, 18])
+@pytest.mark.parametrize(
+    "config",
+    [
+        ParaConfig(r=4, scope="response", scope_window=5),
+        ParaConfig(r=4, scope="response", scope_window=2, pooler="constant"),
+        Ia3Config(scope="response", scope_window=3),
+        LoraConfig(r=4, scope="response", scope_window=2),
+    ],
+)
+def test_windows_give_the_keys_values_and_adjustments_of_prefill(family, length, config):
+    """Up to the last token, which decoding adds."""
+    model, size = backbone(family), 4
+    adapter = strong(init_adapter(config, model.config), 1)
+    pool, blocks, last = in_one_go(model, length)
+    rows = Rows((stack_adapters([adapter]),), jnp.array([[0, -1]], jnp.int32))
+    adjustments = jax.jit(adjustments_of)(rows, last.entered)
+    before = TOKENS[: length - 1][-size:]
+    windows = Windows(*(np.zeros(shape, np.int32) for shape in ((ROWS, size), (ROWS, LONGEST), ROWS, ROWS)))
+    windows.tokens[0, size - len(before) :], windows.table[0, : len(blocks)] = before, blocks
+    windows.length[0] = length - 1
+    windows.adapted[0] = min(config.scope_window, length) - 1
+    new = jax.jit(adapt_window)(model, pool, adjustments, windows)
+    _, state = prefill(model, adapter, TOKENS[None, :length], length, max_length=length)
+    for i, (layer, window) in enumerate(zip(pool, new, strict=True)):
+        held = rows_of_blocks(layer, windows.table)
+        merged = with_last(held, window, windows.length, windows.adapted)
+        for mine, theirs in zip(merged, state.cache[i], strict=True):
+            np.testing.assert_allclose(mine[0, :, : length - 1], theirs[0, :, : length - 1], atol=2e-4, rtol=1e-4)
+            assert not np.asarray(mine[0, :, length - 1 :]).any()
+        carried = jax.tree.map(
+            lambda a, b: np.broadcast_to(np.asarray(b), a[:1].shape), adjustments[i], unshared(state, i)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:1], b, atol=2e-4, rtol=1e-4), adjustments[i], carried)
+        assert not any(np.asarray(a[1]).any() for a in jax.tree.leaves(adjustments[i]))
+
+
+def unshared(state, layer):
+    """A layer's adjustment, also where it is one for all rows."""
+    made = state.adjustments[layer]
+    return getattr(made, "adjustment", made)
