@@ -115,21 +115,18 @@ def bench_gaps(model, tokenizer, rounds: int) -> dict:
     """The longest gap, in milliseconds, between two rounds of a row that decodes, without and with a prompt of LONG
     tokens that comes meanwhile: of the base and of scope `response` in chunks, of scope `all` in one piece."""
     new = Prompts(np.random.default_rng(2), model.config.vocab_size)
-    bank = bank_of(model, SIDES["PARA, all"], 1)
-    chunked = bank_of(model, SIDES["PARA, response"], 1)
-    length = LONG + SYSTEM
-    made = {
-        "scope response": Engine(model, chunked, tokenizer, slots=2, max_length=length),
-        "scope all": Engine(model, bank, tokenizer, slots=2, max_length=length),
-    }
-    for engine in made.values():
-        engine.warm_up()
+    banks = {scope: bank_of(model, SIDES[f"PARA, {scope}"], 1) for scope in ("response", "all")}
+    (tenant,) = banks["all"].names
+    made = {}
+    for scope, bank in banks.items():
+        made[scope] = Engine(model, bank, tokenizer, slots=2, max_length=LONG + SYSTEM)
+        made[scope].warm_up()
 
     def longest_gap(engine: Engine, meanwhile: int) -> float:
-        engine.submit(Request(new(QUESTION), engine.bank.names[0], SYSTEM // 2, ignore_eos=True, id="decodes"))
+        engine.submit(Request(new(QUESTION), tenant, SYSTEM // 2, ignore_eos=True, id="decodes"))
         engine.step()
         if meanwhile:
-            engine.submit(Request(new(meanwhile), engine.bank.names[0], 1, ignore_eos=True))
+            engine.submit(Request(new(meanwhile), tenant, 1, ignore_eos=True))
         gaps, last, decoding = [], time.perf_counter(), True
         while engine.open:
             ended = engine.step()
@@ -140,6 +137,6 @@ def bench_gaps(model, tokenizer, rounds: int) -> dict:
 
     sides = {}
     for name, engine in made.items():
-        sides[f"{name}, alone"] = lambda e=engine: longest_gap(e, 0)
-        sides[f"{name}, with a prompt of {LONG} tokens"] = lambda e=engine: longest_gap(e, LONG)
+        sides[f"scope {name}, alone"] = lambda e=engine: longest_gap(e, 0)
+        sides[f"scope {name}, with a prompt of {LONG} tokens"] = lambda e=engine: longest_gap(e, LONG)
     return measurement("ms", interleaved(sides, rounds))

@@ -73,11 +73,8 @@ def completion_states(
         x, _ = residual_stream(model, adapters, batch.tokens, batch.prompt_length, segments=places, remat=remat)
         predicting = jnp.clip(predicted - 1, 0, x.shape[1] - 1)
     else:
-        prompt = prompt or batch.tokens.shape[1]
-        if isinstance(batch, Packed):
-            cut = cut_packed(batch, window, prompt, completion)
-        else:
-            cut = cut_batch(batch, window, prompt, completion)
+        shape = window, prompt or batch.tokens.shape[1], completion
+        cut = cut_packed(batch, *shape) if isinstance(batch, Packed) else cut_batch(batch, *shape)
         given = cut.prompts, jnp.asarray(batch.prompt_length), cut.tails
         if states is None:
             x, _, _ = tail_stream(model, adapters, *given, remat=remat)
