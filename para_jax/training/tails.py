@@ -62,7 +62,7 @@ def packed_part(
 ) -> Part:
     """The tokens first .. first + length - 1 of every segment, one after another in rows of `size` tokens."""
     stop = jnp.cumsum(lengths, axis=1)
-    start = stop - lengths
+    start = jnp.where(lengths > 0, stop - lengths, 0)  # an empty one reads the first token; none may be at its place
     place = jnp.arange(size)
     segment = jnp.sum(place[:, None] >= stop[:, None], axis=2)  # [rows, size]: how many segments end before
     inside = segment < lengths.shape[1]
