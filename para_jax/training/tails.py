@@ -49,7 +49,7 @@ def cut_packed(batch: Packed, window: int, prompt: int, completion: int) -> Cut:
     first = tail_start(jnp.asarray(batch.prompt_length), window)
     prompts = packed_part(batch, jnp.where(is_example, batch.prompt_length, 0), 0 * first, prompt)
     lengths = jnp.where(is_example, batch.length - first - 1, 0)
-    tails = packed_part(batch, lengths, first, completion + segments * (window - 1))
+    tails = packed_part(batch, lengths, first, completion + min(segments * (window - 1), prompt))
     assert tails.segments is not None
     segment = jnp.take_along_axis(jnp.asarray(batch.segment), jnp.asarray(batch.predicted), axis=1)
     shift = tails.segments.start - batch.start - first - 1
