@@ -89,6 +89,16 @@ def test_mixed_scopes_equal_each_alone():
         np.testing.assert_allclose(after[row], alone[7], atol=2e-4)
 
 
+def test_adjustments_of_groups_are_those_of_their_rows():
+    model, tokens = backbone("llama"), prompts(backbone("llama"), 4)
+    stack = stack_adapters([adapter_of(LoraConfig(r=4), "llama", seed) for seed in (0, 1)])
+    made = [
+        adjustments_for(model, rows, tokens, 7)
+        for rows in (Rows((stack,), jnp.array([[1, 0]]), rows_each=2), Rows((stack,), jnp.array([[1, 1, 0, 0]])))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *made)
+
+
 @pytest.mark.parametrize("config", [*CONFIGS, ParaConfig(scope="prompt"), LoraConfig(scope="prompt")], ids=str)
 def test_a_fresh_adapter_is_the_backbone(config):
     model, tokens = backbone("llama"), prompts(backbone("llama"))
