@@ -195,8 +195,8 @@ def of_tenants(of_groups: jax.Array, group: Int[Array, " tenants"]) -> jax.Array
 
 
 def merged(adjustments: list[Adjustment]) -> Adjustment:
-    """The adjustments of several stacks as one. Each row has at most one that isn't zero, so those of one kind add up to
-    one record: PARA, (IA)^3 and the base model share a decode program, and so do LoRA adapters of several scopes."""
+    """The adjustments of several stacks as one. Each row has at most one that isn't zero, so those of one kind add up
+    to one record: PARA, (IA)^3 and the base model share a decode program, and so do LoRA adapters of several scopes."""
     distance: dict[str, Any] = {}
     for factors in (a for a in adjustments if isinstance(a, Factors)):
         for site, value in factors.distance.items():
