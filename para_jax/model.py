@@ -140,6 +140,8 @@ def adjustments_for(model: Transformer, adapters: Adapter | Rows | None, tokens,
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
     if adapters is None:
         return None
+    if isinstance(adapters, Rows):
+        adapters = adapters.by_row()  # decode and continue_rows take the rows apart
     return Adjustments(tuple(_adjustments(model, adapters, tokens, prompt_length)), reach(adapters, len(tokens)))
 
 

@@ -64,17 +64,18 @@ def test_forward_is_the_definition(family, config):
 
 
 def test_mixed_scopes_equal_each_alone():
-    model, tokens = backbone("llama"), np.repeat(prompts(backbone("llama"))[:1], 6, axis=0)
+    model, tokens = backbone("llama"), np.repeat(prompts(backbone("llama"))[:1], 7, axis=0)
     configs = [
         ParaConfig(r=4), ParaConfig(r=4, scope="response"), ParaConfig(r=4, scope="response", scope_window=4),
         ParaConfig(r=4, scope="prompt"), LoraConfig(r=4, scope="response", scope_window=2),
+        LoraConfig(r=4),
     ]  # fmt: skip
     adapters = [adapter_of(config, "llama", seed) for seed, config in enumerate(configs)]
     stacks = tuple(stack_adapters([adapter]) for adapter in adapters)
-    index = np.full((5, 6), -1, np.int32)
-    index[np.arange(5), np.arange(5)] = 0
+    index = np.full((6, 7), -1, np.int32)
+    index[np.arange(6), np.arange(6)] = 0
 
-    rows, lengths = Rows(stacks, jnp.asarray(index)), np.array([7, 7, 7, 7, 7, 7])
+    rows, lengths = Rows(stacks, jnp.asarray(index)), np.array([7] * 7)
     mixed = forward(model, rows, tokens, lengths)
     last, state = prefill(model, rows, tokens, lengths, max_length=12)
     after, _ = decode(model, state, tokens[:, 7])
@@ -86,6 +87,16 @@ def test_mixed_scopes_equal_each_alone():
         np.testing.assert_allclose(made[row], alone, atol=2e-4)
         np.testing.assert_allclose(last[row], alone[6], atol=2e-4)
         np.testing.assert_allclose(after[row], alone[7], atol=2e-4)
+
+
+def test_adjustments_of_groups_are_those_of_their_rows():
+    model, tokens = backbone("llama"), prompts(backbone("llama"), 4)
+    stack = stack_adapters([adapter_of(LoraConfig(r=4), "llama", seed) for seed in (0, 1)])
+    made = [
+        adjustments_for(model, rows, tokens, 7)
+        for rows in (Rows((stack,), jnp.array([[1, 0]]), rows_each=2), Rows((stack,), jnp.array([[1, 1, 0, 0]])))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *made)
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, ParaConfig(scope="prompt"), LoraConfig(scope="prompt")], ids=str)

@@ -28,6 +28,7 @@ from .folder import require_finite
 from .methods import METHODS, method_of
 from .padding import group_template, host_leaves, padded_leaves, stacked_on_device
 from .rows import Rows, Stack, check_fits
+from .scope import scope_of
 from .unknown_tenant import unknown
 
 
@@ -273,12 +274,13 @@ class AdapterBank:
 
     def _groups(self, entries: list[Entry | None]) -> list[Any]:
         """The groups that Rows hold, always in this order: those of the bank and of these entries, and at least one
-        per method."""
+        per method that decodes adapted. What decode carries is then the same for all tenants and at any time."""
         with self._lock:
             groups = set(self._held)
         groups |= {entry.group for entry in entries if entry is not None}
         for method in METHODS:
-            if method.name in self.methods and all(type(group) is not method.config for group in groups):
+            own = [group for group in groups if type(group) is method.config]
+            if method.name in self.methods and all(scope_of(group)[0] == "prompt" for group in own):
                 groups.add(method.group_config(method.config(), self.sites, self.max_r))
         return sorted(groups, key=repr)
 

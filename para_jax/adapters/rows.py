@@ -195,14 +195,17 @@ def of_tenants(of_groups: jax.Array, group: Int[Array, " tenants"]) -> jax.Array
 
 
 def merged(adjustments: list[Adjustment]) -> Adjustment:
-    """The adjustments of several stacks as one. Each row has at most one that isn't zero, so all factors add up to one
-    record: PARA, (IA)^3 and the base model share a decode program."""
+    """The adjustments of several stacks as one. Each row has at most one that isn't zero, so those of one kind add up
+    to one record: PARA, (IA)^3 and the base model share a decode program, and so do LoRA adapters of several scopes."""
     distance: dict[str, Any] = {}
     for factors in (a for a in adjustments if isinstance(a, Factors)):
         for site, value in factors.distance.items():
             distance[site] = distance[site] + value if site in distance else value
-    parts = [Factors(distance)] if distance else []
-    parts += [a for a in adjustments if not isinstance(a, Factors)]
+    of_kind: dict[Any, Adjustment] = {}
+    for made in (a for a in adjustments if not isinstance(a, Factors)):
+        kind = jax.tree.structure(made), tuple(leaf.shape for leaf in jax.tree.leaves(made))
+        of_kind[kind] = jax.tree.map(jnp.add, of_kind[kind], made) if kind in of_kind else made
+    parts = [*([Factors(distance)] if distance else []), *of_kind.values()]
     return parts[0] if len(parts) == 1 else Several(tuple(parts))
 
 

@@ -78,8 +78,8 @@ def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:
     assert len(examples) <= rows, (len(examples), rows)
     batch = Batch(np.zeros((rows, bucket.length), np.int32), np.ones(rows, np.int32), np.ones(rows, np.int32))
     for row, (prompt, completion) in enumerate(examples):
-        length = len(prompt) + len(completion)
-        if length > bucket.length or len(completion) > bucket.completion:
+        length, most = len(prompt) + len(completion), bucket.length if bucket.prompt is None else bucket.prompt
+        if length > bucket.length or len(prompt) > most or len(completion) > bucket.completion:
             raise ValueError(
                 f"an example of {len(prompt)} + {len(completion)} tokens does not fit {bucket}; plan buckets with it"
             )

@@ -49,7 +49,7 @@ def cut_packed(batch: Packed, window: int, prompt: int, completion: int) -> Cut:
     first = tail_start(jnp.asarray(batch.prompt_length), window)
     prompts = packed_part(batch, jnp.where(is_example, batch.prompt_length, 0), 0 * first, prompt)
     lengths = jnp.where(is_example, batch.length - first - 1, 0)
-    tails = packed_part(batch, lengths, first, completion + segments * (window - 1))
+    tails = packed_part(batch, lengths, first, completion + min(segments * (window - 1), prompt))
     assert tails.segments is not None
     segment = jnp.take_along_axis(jnp.asarray(batch.segment), jnp.asarray(batch.predicted), axis=1)
     shift = tails.segments.start - batch.start - first - 1
@@ -62,7 +62,7 @@ def packed_part(
 ) -> Part:
     """The tokens first .. first + length - 1 of every segment, one after another in rows of `size` tokens."""
     stop = jnp.cumsum(lengths, axis=1)
-    start = stop - lengths
+    start = jnp.where(lengths > 0, stop - lengths, 0)  # an empty one reads the first token; none may be at its place
     place = jnp.arange(size)
     segment = jnp.sum(place[:, None] >= stop[:, None], axis=2)  # [rows, size]: how many segments end before
     inside = segment < lengths.shape[1]

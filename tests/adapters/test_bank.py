@@ -113,6 +113,20 @@ def test_para_ia3_and_base_rows_share_one_decode_program(model, bank):
     assert jax.tree.structure(other) != jax.tree.structure(states[0])
 
 
+@pytest.mark.parametrize("methods", [("para",), ("lora",), ("para", "ia3", "lora")], ids=str)
+def test_decode_carries_the_same_whatever_the_tenants_scopes(model, methods):
+    bank = AdapterBank(model.config, methods=methods)
+
+    def carried(name):
+        rows = bank.rows([name])
+        return jax.eval_shape(lambda: prefill(model, rows, prompts(model)[:1], 5, max_length=16)[1])
+
+    empty, config = carried(None), {"para": ParaConfig, "lora": LoraConfig}[methods[-1]]
+    for scope, window in (("prompt", 1), ("response", 1), ("all", 1), ("response", 3)):
+        bank.add(f"{scope}{window}", init_adapter(config(scope=scope, scope_window=window), model.config))
+        assert carried(f"{scope}{window}") == carried(None) == empty
+
+
 def test_vectors_of_a_bank_are_those_of_each_tenant(model, tenants, bank):
     tokens = prompts(model, 2)
     found = vectors(model, bank.rows(["wide", "ia3"]), tokens, 8)

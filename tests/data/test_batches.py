@@ -55,6 +55,8 @@ def test_an_example_that_does_not_fit_is_an_error():
     for example in (Example([1] * 8, [1]), Example([1], [1, 1, 1])):
         with pytest.raises(ValueError, match="does not fit"):
             collate([example], Bucket(8, 2), rows=1)
+    with pytest.raises(ValueError, match=r"6 \+ 1 tokens does not fit"):  # its end would be cut off
+        collate([Example([1] * 6, [1])], Bucket(8, 2, prompt=5), rows=1)
     with pytest.raises(ValueError, match="9 tokens fits none"):
         Plan([9], buckets=[Bucket(8, 2)], rows=1, seed=0)
 

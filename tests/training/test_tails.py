@@ -19,12 +19,14 @@ from para_jax import (
     stack_adapters,
     tail,
 )
+from para_jax.adapters.para import POOLERS
 from para_jax.config import TrainSection
 from para_jax.data.batches import Bucket, collate
 from para_jax.data.examples import Example
 from para_jax.data.packing import RowShape, collate_packed
 from para_jax.training.loss import completion_nll, negative_log_likelihood
 from para_jax.training.step import eval_nll, state_of_one, step_of_one
+from para_jax.training.tails import cut_packed
 
 #: (prompt, completion) tokens: shorter and longer than the windows
 SIZES = [(9, 4), (3, 1), (12, 2), (1, 3), (5, 6), (2, 2), (8, 1)]
@@ -120,6 +122,16 @@ def test_a_window_beyond_every_prompt_is_a_window_of_the_whole_prompt():
             total, _, _ = eval_nll(model, adapter, batch, completion=shape[0], prompt=shape[1])
             sizes.append(float(total.sum()))
     np.testing.assert_allclose(sizes, sizes[:1] * 4, rtol=1e-5)
+
+
+def test_summaries_of_padding_segments_are_finite_in_rows_that_prompts_fill():
+    prompt = sum(SIZES[i][0] for i in ROWS[1])  # 2 of the 4 segments fill the row
+    prompts = cut_packed(packed(), 1, prompt, 9).prompts
+    assert int(jnp.sum(prompts.segments.segment[1] >= 0)) == prompt
+    stream = jnp.ones((*prompts.tokens.shape, 2))
+    for pooler in POOLERS.values():
+        of_segments = jax.vmap(jax.vmap(pooler, in_axes=(None, 0, 0)))
+        assert jnp.isfinite(of_segments(stream, packed().prompt_length, prompts.segments.start)).all()
 
 
 def test_a_mixed_batch_of_tenants_trains_as_each_alone():
