@@ -91,10 +91,12 @@ class Prefills:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all prompts and blocks."""
+        """Forgets all prompts and blocks. What an interrupt may have left halfway is made again."""
         self.pool = None
         self._prompts.clear()
         self.cache.clear()
+        self.cache.pin(key for keys in self.pins.values() for key in keys)
+        self._nothing = self._of_no_adapter()
         self.pool = jax.tree.map(self._empty, self.row.cache)
 
     def takes(self, entry: Entry | None) -> bool:
