@@ -97,7 +97,7 @@ def mixed_values_of(
     joined = softcap(jnp.concatenate(scores, axis=-1) * scale, cap)
     joined = jnp.where(mask[..., None, None, :, :], joined, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(joined, axis=-1).astype(parts[0][1].dtype)
-    cut = jnp.split(weights, np.cumsum([k.shape[2] for k, _ in parts[:-1]]), axis=-1)
+    cut = jnp.split(weights, np.cumsum([k.shape[2] for k, _ in parts[:-1]], dtype=int), axis=-1)
     each = [  # "btkge" would transpose v: 3x the time on a CPU
         jnp.einsum("bkgts,bkse->bkgte", part, v) for part, (_, v) in zip(cut, parts, strict=True)
     ]
