@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from .adapters.methods import is_adapter_config, method_of
-from .adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach
+from .adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach_of
 from .adapters.scope import Reach
 from .backbone.cache import attend_cached, attend_prefix, padded, with_tokens
 from .backbone.layout import stack_trees, through_layers
@@ -26,7 +26,7 @@ from .backbone.sequences import checked_sequences
 from .backbone.transformer import Transformer
 from .config import SITES, ModelConfig
 from .residual import batched_adjust, residual_stream, rotary_tables_by_kind
-from .tail import Part, tail_start, tail_stream
+from .tail import Tokens, tail_start, tail_stream
 
 
 class DecodeState(NamedTuple):
@@ -142,7 +142,7 @@ def adjustments_for(model: Transformer, adapters: Adapter | Rows | None, tokens,
         return None
     if isinstance(adapters, Rows):
         adapters = adapters.by_row()  # decode and continue_rows take the rows apart
-    return Adjustments(tuple(_adjustments(model, adapters, tokens, prompt_length)), reach(adapters, len(tokens)))
+    return Adjustments(tuple(_adjustments(model, adapters, tokens, prompt_length)), reach_of(adapters, len(tokens)))
 
 
 def multi_tenant_forward(
@@ -223,7 +223,7 @@ def _hidden_states(model, adapters, tokens, prompt_length, all_layers):
 @jax.jit
 def _adjustments(model, adapters, tokens, prompt_length):
     keep = lambda x, kept, adjustment: adjustment  # noqa: E731
-    return residual_stream(model, adapters, tokens, prompt_length, keep=keep, first_only=True)[1]
+    return residual_stream(model, adapters, tokens, prompt_length, keep=keep, plain_response=True)[1]
 
 
 @jax.jit
@@ -241,37 +241,39 @@ def _multi_tenant_forward(model, rows, tokens, prompt_length):
 
 @partial(jax.jit, static_argnums=(5, 6))
 def _prefill(model, adapters, tokens, prompt_length, length, max_length, continues):
-    acts = None if adapters is None else reach(adapters, len(tokens))
-    if acts is None or not acts.window:
+    reach = None if adapters is None else reach_of(adapters, len(tokens))
+    if reach is None or not reach.window:
 
         def keep(x, kept, adjustment):
-            return padded(kept, max_length), carried(adjustment, acts, x.dtype)
+            return padded(kept, max_length), carried(adjustment, reach, x.dtype)
 
         x, kept = residual_stream(model, adapters, tokens, prompt_length, keep=keep)
         last = token_of(x, length - 1)
     else:
         new = tokens.shape[1] - 1 if continues else 0
-        last, kept = prefill_tails(model, adapters, acts, tokens, prompt_length, length, max_length, acts.window + new)
-    adjustments = tuple(adjustment for _, adjustment in kept) if acts is not None and acts.decodes else ()
+        last, kept = prefill_tails(
+            model, adapters, reach, tokens, prompt_length, length, max_length, reach.window + new
+        )
+    adjustments = tuple(adjustment for _, adjustment in kept) if reach is not None and reach.decodes else ()
     return model.logits(model.final_norm(last)), DecodeState(tuple(cache for cache, _ in kept), adjustments, length)
 
 
-def prefill_tails(model, adapters, acts: Reach, tokens, prompt_length, length, max_length: int, new: int):
+def prefill_tails(model, adapters, reach: Reach, tokens, prompt_length, length, max_length: int, new: int):
     """The residual stream at each row's last token, and (cache, adjustment) for each layer, where rows may have scope
     `response`: their last `new` tokens run again after the plain prompt. Nothing changes for the other rows."""
-    start = tail_start(prompt_length, acts.window)
+    start = tail_start(prompt_length, reach.window)
     position = start[:, None] + jnp.arange(min(new, tokens.shape[1]))
-    written = acts.late[:, None] & (position >= prompt_length[:, None] - acts.before[:, None])
+    written = reach.responds[:, None] & (position >= prompt_length[:, None] - reach.before[:, None])
     written = jnp.where(written & (position < length[:, None]), position, max_length)
 
     def keep(of_prompts, of_tails, adjustment):
         cache = (with_tokens(*both, written) for both in zip(padded(of_prompts, max_length), of_tails, strict=True))
-        return tuple(cache), carried(adjustment, acts, model.dtype)
+        return tuple(cache), carried(adjustment, reach, model.dtype)
 
-    tails = Part(jnp.take_along_axis(tokens, jnp.minimum(position, tokens.shape[1] - 1), axis=1), position)
-    prompts = Part(tokens, jnp.arange(tokens.shape[1]))
+    tails = Tokens(jnp.take_along_axis(tokens, jnp.minimum(position, tokens.shape[1] - 1), axis=1), position)
+    prompts = Tokens(tokens, jnp.arange(tokens.shape[1]))
     tail, first, kept = tail_stream(model, adapters, prompts, prompt_length, tails, keep=keep)
-    last = jnp.where(acts.late[:, None], token_of(tail, length - 1 - start), token_of(first, length - 1))
+    last = jnp.where(reach.responds[:, None], token_of(tail, length - 1 - start), token_of(first, length - 1))
     return last, kept
 
 
@@ -348,13 +350,13 @@ def continue_rows(
     return model.final_norm(x)
 
 
-def carried(adjustment, acts: Reach | None, dtype):
+def carried(adjustment, reach: Reach | None, dtype):
     """The adjustment in the compute dtype, as decode carries it: zeros for rows of scope `prompt`. In the
     teacher-forced pass `adjust` rounds to the same dtype just before it applies them, so that their gradients stay
     float32."""
-    if acts is not None and any(scope == "prompt" for scope, _ in acts.scopes) and acts.decodes:
+    if reach is not None and any(scope == "prompt" for scope, _ in reach.scopes) and reach.decodes:
         adjustment = jax.tree.map(
-            lambda a: jnp.where((acts.after > 0).reshape(-1, *[1] * (a.ndim - 1)), a, 0), adjustment
+            lambda a: jnp.where((reach.after > 0).reshape(-1, *[1] * (a.ndim - 1)), a, 0), adjustment
         )
     return jax.tree.map(lambda a: a.astype(dtype), adjustment)
 

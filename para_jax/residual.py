@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from .adapters.adapter import Adjustment, Shared
-from .adapters.rows import by_layer, reach, reads_plain_prompt
+from .adapters.rows import by_layer, reach_of, reads_plain_prompt
 from .adapters.scope import Reach
 from .adapters.segments import Segments, adjust_segments
 from .backbone.kernels import self_attention
@@ -41,7 +41,7 @@ def residual_stream(
     segments: Segments | None = None,
     keep: Callable | None = None,
     remat: str = "dots",
-    first_only: bool = False,
+    plain_response: bool = False,
 ):
     """The residual stream [batch, T, width] before the final norm, and a list with keep's result for each layer.
 
@@ -50,7 +50,7 @@ def residual_stream(
         segments: for packed rows; adjustments then have leading axes [batch, segments].
         keep: keep(x that entered the layer, (keys, values), float32 adjustment); default: keeps nothing.
         remat: a key of REMAT.
-        first_only: leave rows of scope `response` plain. Their adjustments, which `keep` gets, are the same.
+        plain_response: leave rows of scope `response` plain. Their adjustments, which `keep` gets, are the same.
     """
     position = segments.position if segments else jnp.arange(tokens.shape[1])
     tables = rotary_tables_by_kind(model.config, position)
@@ -58,11 +58,11 @@ def residual_stream(
     attend = self_attention(model.config, model.dtype, tokens.shape[1], segment, model.attention)
     x = model.embed(tokens)
     if adapters is None:
-        acts, weights, make = (True, True), None, lambda *_: None
+        masks, weights, make = (True, True), None, lambda *_: None
     else:
-        acts = where_adapters_act(reach(adapters, len(tokens)), prompt_length, position, segments)
+        masks = where_adapters_act(reach_of(adapters, len(tokens)), prompt_length, position, segments)
         weights, make = by_layer(adapters)
-    two = adapters is not None and reads_plain_prompt(adapters) and not first_only
+    two = adapters is not None and reads_plain_prompt(adapters) and not plain_response
 
     def through(x, layer, adjustment, where):
         adjust = acting(batched_adjust(adjustment, segments), where)
@@ -70,14 +70,14 @@ def residual_stream(
 
     def one_stream(x, layer, weights):
         adjustment = make(weights, x, prompt_length, *([segments.start] if segments else []))
-        out, kept = through(x, layer, adjustment, acts[0] if first_only else acts[1])
+        out, kept = through(x, layer, adjustment, masks[0] if plain_response else masks[1])
         return out, keep(x, kept, adjustment) if keep else None
 
     def two_streams(streams, layer, weights):
         first, x = streams
         adjustment = make(weights, first, prompt_length, *([segments.start] if segments else []))
-        after, _ = through(first, layer, adjustment, acts[0])
-        out, kept = through(x, layer, adjustment, acts[1])
+        after, _ = through(first, layer, adjustment, masks[0])
+        out, kept = through(x, layer, adjustment, masks[1])
         return (after, out), keep(x, kept, adjustment) if keep else None
 
     if not two:
@@ -98,7 +98,7 @@ def where_adapters_act(
     everywhere = reach.acts(prompt_length, position, segments)
     if reach.only_window is not None:
         return False, everywhere
-    return everywhere & ~reach.late[:, None], everywhere
+    return everywhere & ~reach.responds[:, None], everywhere
 
 
 def acting(adjust: Callable, where: jax.Array | bool) -> Callable:

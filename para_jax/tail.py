@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from .adapters.rows import by_layer, reach
+from .adapters.rows import by_layer, reach_of
 from .adapters.scope import Reach
 from .adapters.segments import Segments
 from .backbone.attention import within
@@ -29,7 +29,7 @@ from .config import ModelConfig
 from .residual import REMAT, acting, batched_adjust, plain, rotary_tables_by_kind, where_adapters_act
 
 
-class Part(NamedTuple):
+class Tokens(NamedTuple):
     """The prompts or the tails of a batch, padded on the right."""
 
     tokens: jax.Array
@@ -54,9 +54,9 @@ class PromptStates(NamedTuple):
 def tail_stream(
     model,
     adapters,
-    prompts: Part,
+    prompts: Tokens,
     prompt_length: Int[Array, "*axes"],
-    tails: Part,
+    tails: Tokens,
     *,
     keep: Callable | None = None,
     remat: str = "dots",
@@ -72,14 +72,14 @@ def tail_stream(
     """
     config = model.config
     whole = keeps_stream(config, remat)
-    acts = reach(adapters, len(prompts.tokens))
+    reach = reach_of(adapters, len(prompts.tokens))
     weights, make = by_layer(adapters)
-    in_prompt, _ = where_adapters_act(acts, prompt_length, prompts.position, prompts.segments)
+    in_prompt, _ = where_adapters_act(reach, prompt_length, prompts.position, prompts.segments)
     place = [] if prompts.segments is None else [prompts.segments.start]
     tables = rotary_tables_by_kind(config, prompts.position)
     segment = None if prompts.segments is None else prompts.segments.segment
     attend = self_attention(config, model.dtype, prompts.tokens.shape[1], segment, model.attention)
-    through_tail = tail_layer(model, acts, prompts, prompt_length, tails, "none" if whole else remat)
+    through_tail = tail_layer(model, reach, prompts, prompt_length, tails, "none" if whole else remat)
 
     def step(streams, layer, weights):
         first, x = streams
@@ -104,18 +104,18 @@ def tails_after(
     model,
     adapters,
     states: PromptStates,
-    prompts: Part,
+    prompts: Tokens,
     prompt_length: Int[Array, "*axes"],
-    tails: Part,
+    tails: Tokens,
     *,
     remat: str = "dots",
 ):
     """The residual stream of the tails that `tail_stream` gives, from the states of the prompts, whose tokens are not
     read. Every row's scope must be `response`."""
-    acts = reach(adapters, len(tails.tokens))
-    assert acts.only_window is not None, acts.scopes
+    reach = reach_of(adapters, len(tails.tokens))
+    assert reach.only_window is not None, reach.scopes
     weights, make = by_layer(adapters)
-    through_tail = tail_layer(model, acts, prompts, prompt_length, tails, remat)
+    through_tail = tail_layer(model, reach, prompts, prompt_length, tails, remat)
     one = jnp.ones_like(prompt_length)
     place = [] if prompts.segments is None else [jnp.broadcast_to(jnp.arange(one.shape[1]), one.shape)]
 
@@ -129,12 +129,12 @@ def tails_after(
 
 
 def tail_layer(
-    model, acts: Reach, prompts: Part, prompt_length: Int[Array, "*axes"], tails: Part, remat: str
+    model, reach: Reach, prompts: Tokens, prompt_length: Int[Array, "*axes"], tails: Tokens, remat: str
 ) -> Callable:
     """One layer of the tails: (x, layer, adjustment, keys and values of the prompts) -> (x, those of the tails)."""
-    in_tail = acts.only_window is not None or acts.acts(prompt_length, tails.position, tails.segments)
+    in_tail = reach.only_window is not None or reach.acts(prompt_length, tails.position, tails.segments)
     tables = rotary_tables_by_kind(model.config, tails.position)
-    start = tail_start(prompt_length, acts.window)
+    start = tail_start(prompt_length, reach.window)
     windows = dict.fromkeys(kind.window for kind in model.config.kinds)
     attend = {window: tail_attention(model, prompts, tails, start, window) for window in windows}
 
@@ -151,7 +151,7 @@ def tail_start(prompt_length: Int[Array, "*axes"], window: int) -> Int[Array, "*
 
 
 def tail_attention(
-    model, prompts: Part, tails: Part, start: Int[Array, "*axes"], window: int | None
+    model, prompts: Tokens, tails: Tokens, start: Int[Array, "*axes"], window: int | None
 ) -> Callable[[tuple[jax.Array, jax.Array]], Callable]:
     """The function that makes a layer's attention of the tails from the keys and values of the prompts."""
     length, packed = tails.tokens.shape[1], tails.segments is not None
@@ -173,7 +173,7 @@ def by_splash(kernel: str, length: int, window: int | None) -> bool:
 
 
 def seen_by_tails(
-    prompts: Part, tails: Part, start: Int[Array, "*axes"], window: int | None
+    prompts: Tokens, tails: Tokens, start: Int[Array, "*axes"], window: int | None
 ) -> Bool[Array, "rows tail both"]:
     """Which keys each token of a tail attends to: those of its prompt before the tail, then those of the tails."""
     here = jnp.broadcast_to(tails.position, tails.tokens.shape)[:, :, None]

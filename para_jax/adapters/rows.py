@@ -242,7 +242,7 @@ class Adjustments(NamedTuple):
     """where the adapters act"""
 
 
-def reach(adapters: Adapter | Rows | Adjustments, rows: int) -> Reach:
+def reach_of(adapters: Adapter | Rows | Adjustments, rows: int) -> Reach:
     """Where the adapters of a batch act."""
     if isinstance(adapters, Adjustments):
         return adapters.reach

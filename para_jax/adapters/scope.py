@@ -59,7 +59,7 @@ class Reach:
         return any(scope != "prompt" for scope, _ in self.scopes)
 
     @property
-    def late(self) -> Bool[Array, " rows"]:
+    def responds(self) -> Bool[Array, " rows"]:
         """The rows of scope `response`."""
         return (self.before < ENDLESS) & (self.after == ENDLESS)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ..adapters.rows import reach
+from ..adapters.rows import reach_of
 from ..adapters.segments import Segments
 from ..data.batches import Batch
 from ..data.packing import Packed
@@ -67,7 +67,7 @@ def completion_states(
     else:
         places, predicted = None, batch.prompt_length[:, None] + jnp.arange(completion)
         real = predicted < batch.length[:, None]
-    window = None if adapters is None else reach(adapters, len(batch.tokens)).only_window
+    window = None if adapters is None else reach_of(adapters, len(batch.tokens)).only_window
     assert states is None or window is not None, "only scope `response` reads prompts' states"
     if window is None:
         x, _ = residual_stream(model, adapters, batch.tokens, batch.prompt_length, segments=places, remat=remat)

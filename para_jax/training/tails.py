@@ -11,14 +11,14 @@ from jaxtyping import Array, Int
 from ..adapters.segments import Segments
 from ..data.batches import Batch
 from ..data.packing import Packed
-from ..tail import Part, tail_start
+from ..tail import Tokens, tail_start
 
 
 class Cut(NamedTuple):
     """A batch, cut in two."""
 
-    prompts: Part
-    tails: Part
+    prompts: Tokens
+    tails: Tokens
     predicting: jax.Array
     """int32 [rows, C]: the place in its row's tails of the token that predicts each completion token"""
 
@@ -35,7 +35,7 @@ def cut_batch(batch: Batch, window: int, prompt: int, completion: int) -> Cut:
     position = start[:, None] + jnp.arange(window + completion - 1)
     tails = jnp.take_along_axis(tokens, jnp.minimum(position, tokens.shape[1] - 1), axis=1)
     predicting = (prompt_length - start)[:, None] + jnp.arange(completion) - 1
-    return Cut(Part(tokens[:, :prompt], jnp.arange(prompt)), Part(tails, position), predicting)
+    return Cut(Tokens(tokens[:, :prompt], jnp.arange(prompt)), Tokens(tails, position), predicting)
 
 
 def cut_packed(batch: Packed, window: int, prompt: int, completion: int) -> Cut:
@@ -59,7 +59,7 @@ def cut_packed(batch: Packed, window: int, prompt: int, completion: int) -> Cut:
 
 def packed_part(
     batch: Packed, lengths: Int[Array, "rows segments"], first: Int[Array, "rows segments"], size: int
-) -> Part:
+) -> Tokens:
     """The tokens first .. first + length - 1 of every segment, one after another in rows of `size` tokens."""
     stop = jnp.cumsum(lengths, axis=1)
     start = jnp.where(lengths > 0, stop - lengths, 0)  # an empty one reads the first token; none may be at its place
@@ -71,4 +71,4 @@ def packed_part(
     position = jnp.where(inside, of_token(first) + place - of_token(start), 0)
     chosen = jnp.where(inside, of_token(batch.start) + position, 0)
     tokens = jnp.take_along_axis(jnp.asarray(batch.tokens), chosen, axis=1)
-    return Part(tokens, position, Segments(jnp.where(inside, segment, -1).astype(jnp.int32), start))
+    return Tokens(tokens, position, Segments(jnp.where(inside, segment, -1).astype(jnp.int32), start))

@@ -34,7 +34,7 @@ def test_each_row_of_a_batch_has_the_scope_of_its_own_adapter():
     reach = reach_of_configs(configs, index)
     found = reach.acts(jnp.array([3, 3, 3, 3]), jnp.arange(5), None)
     assert [np.flatnonzero(row).tolist() for row in found] == [[0, 1, 2, 3, 4], [1, 2, 3, 4], [0, 1, 2], []]
-    assert reach.late.tolist() == [False, True, False, False]
+    assert reach.responds.tolist() == [False, True, False, False]
     assert (reach.window, reach.only_window, reach.everywhere, reach.decodes) == (2, None, False, True)
 
 
