@@ -19,8 +19,8 @@ from .scope import scope_of
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: What users of PEFT must know about activated LoRA.
 ALORA_LINES = (
-    "It is activated LoRA, which PEFT knows from version 0.18 on. Older versions, and libraries that don't know",
-    "`alora_invocation_tokens`, may apply it to the whole prompt.",
+    "It is activated LoRA (tested with PEFT 0.21.2). Versions of PEFT and other libraries that don't know",
+    "`alora_invocation_tokens` may apply it to the whole prompt.",
     "",
 )
 #: The headings around the lines that the card was given.
