@@ -110,7 +110,7 @@ def tails_after(
     *,
     remat: str = "dots",
 ):
-    """The residual stream of the tails that `tail_stream` gives, from the states of the prompts, whose tokens are not
+    """The residual stream of the tails that `tail_stream` gives, from the states of the prompts. Their tokens are not
     read. Every row's scope must be `response`."""
     reach = reach_of(adapters, len(tails.tokens))
     assert reach.only_window is not None, reach.scopes

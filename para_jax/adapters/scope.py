@@ -80,7 +80,7 @@ class Reach:
 
 
 def scope_of(config: Any) -> tuple[str, int]:
-    """The scope and the window of an adapter's config. A method whose config has none acts everywhere."""
+    """The scope and the window of an adapter's config. A config without them acts everywhere."""
     return getattr(config, "scope", "all"), getattr(config, "scope_window", 1)
 
 

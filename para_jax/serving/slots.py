@@ -51,7 +51,7 @@ def insert(slots: Slots, slot, logits, row: DecodeState, sampling: RowSampling) 
 
 
 class PrefilledPrompt(NamedTuple):
-    """A prompt whose blocks are in a pool. Arrays that lead with rows hold several; this one is `row`."""
+    """A prompt with its blocks in a pool. Arrays that lead with rows hold several; this one is `row`."""
 
     table: Any
     """int32 [T], the prompt's blocks"""
@@ -74,7 +74,7 @@ class PrefilledPrompt(NamedTuple):
 def insert_prompt(
     slots: Slots, slot, pool: Pool, prompt: PrefilledPrompt, sampling: RowSampling
 ) -> tuple[Slots, jax.Array]:
-    """`insert` for a prompt whose blocks are in a pool. If its last token runs again, decoding starts with that token,
+    """`insert` for a prompt with its blocks in a pool. If its last token runs again, decoding starts with that token,
     and what is returned means nothing."""
     most, again = jax.tree.leaves(slots.state.cache)[0].shape[2], prompt.token >= 0
     of_row = (prompt.logits, prompt.adjustments, prompt.last)
