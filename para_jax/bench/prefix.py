@@ -107,8 +107,9 @@ def bench_system_prompt(
     made = engines(model, tokenizer, slots, 2 * SYSTEM)
     sides = {name: lambda e=engine: served(e) for name, engine in made.items()}
     found = measurement("tokens/s", [{name: measure() for name, measure in sides.items()} for _ in range(rounds)])
-    pairs = [("PARA, response", other) for other in ("base", "PARA, all", "LoRA r=8, response", "LoRA r=8, all")]
-    return found | {"ratios": {f"{one} / {other}": paired(found["rounds"], one, other) for one, other in pairs}}
+    others = [name for name in SIDES if name != "PARA, response"]
+    ratios = {f"PARA, response / {name}": paired(found["rounds"], "PARA, response", name) for name in others}
+    return found | {"ratios": ratios}
 
 
 def bench_gaps(model, tokenizer, rounds: int) -> dict:

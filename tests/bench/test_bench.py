@@ -183,15 +183,17 @@ def test_every_request_is_served_to_its_length():
 
 
 def test_shared_prefixes_are_measured_by_scope_and_with_every_tokens_answer(monkeypatch):
-    small = dict(PREFIX=12, QUESTION=3, TURNS=2, SYSTEM=16, TENANTS=2, LONG=20)
+    sides = {name: bench_prefix.SIDES[name] for name in ("base", "PARA, response", "PARA, all")}
+    small = dict(PREFIX=12, QUESTION=3, TURNS=2, SYSTEM=16, TENANTS=2, LONG=20, SIDES=sides)
     for name, value in small.items():
         monkeypatch.setattr(bench_prefix, name, value)
     model = backbone("llama")
     found = bench_prefix.bench_prefixes(model, tokenizer(), 1)
-    assert len(found["medians"]) == 10 and all(value > 0 for value in found["medians"].values())
+    assert len(found["medians"]) == 6 and all(value > 0 for value in found["medians"].values())
     assert "a chat, PARA, response / base" in found["ratios"]
     served = bench_prefix.bench_system_prompt(model, tokenizer(), [[3, 4], [5]], [3, 2], 2, 1)
-    assert set(served["medians"]) == set(bench_prefix.SIDES)
+    assert set(served["medians"]) == set(sides)
+    assert set(served["ratios"]) == {"PARA, response / base", "PARA, response / PARA, all"}
     assert len(bench_prefix.bench_gaps(model, tokenizer(), 1)["medians"]) == 4
 
 
