@@ -62,7 +62,7 @@ def require_refused(folder: Path, path: Path) -> None:
         if "PARA_JAX" not in str(error):
             raise
         return
-    sys.exit(f"PEFT loads {path}, whose scope it does not know")
+    sys.exit(f"PEFT loads {path}, although it does not know its scope")
 
 
 def theirs(linears: list[str], invocation: list[int]) -> dict:

@@ -157,11 +157,10 @@ class Loop(NamedTuple):
 
         def prepared(step: int) -> tuple[StepBatch, PromptStates | None] | None:
             made = coming.batch(step)
-            if made is None:
-                return None
+            if made is None or self.prompts is None:
+                return made and (made, None)
             batch, _ = in_passes(made, self.layout)
-            prompt = made.bucket.prompt or made.bucket.length
-            return made, None if self.prompts is None else self.prompts.states(batch, prompt)
+            return made, self.prompts.states(batch, made.bucket.prompt or made.bucket.length)
 
         return prefetch(prepared, 0, left)
 

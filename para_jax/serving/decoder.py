@@ -17,8 +17,8 @@ from ..inference.sampling import Sampling
 from ..model import prefill
 from ..progress import Progress
 from .capacity import KEPT
-from .prefills import ROWS, Prefills, Prompt, token_bytes
-from .slots import empty_slots, insert, insert_prompt, steps, zeros_of
+from .prefills import Prefills, Prompt, token_bytes
+from .slots import empty_slots, insert, insert_prompt, steps
 from .ticket import Sample
 
 #: Decode steps per dispatch, after which the tokens are fetched.
@@ -111,12 +111,9 @@ class Decoder:
         drawn = row_sampling([sampling])
         if isinstance(prefilled, Prompt):
             prompt = self.prefills.for_slot(prefilled)
-            prompt = prompt._replace(adjustments=self._carried(prompt.adjustments, ROWS))
             self._state, token = insert_prompt(self._state, slot, self.prefills.pool, prompt, drawn)
         else:
-            logits, row = prefilled
-            row = row._replace(adjustments=self._carried(row.adjustments, 1))
-            self._state, token = insert(self._state, slot, logits, row, drawn)
+            self._state, token = insert(self._state, slot, *prefilled, drawn)
         return None if isinstance(prefilled, Prompt) and prefilled.entry is not None else token
 
     def decode(self, rows: list[Sampling | None]) -> jax.Array:
@@ -124,17 +121,6 @@ class Decoder:
         live = np.array([row is not None for row in rows])
         self._state, tokens = steps(self._treedef, self._leaves, self._state, row_sampling(rows), live, STEPS)
         return tokens
-
-    def _carried(self, adjustments: tuple, rows: int) -> tuple:
-        """Adjustments in the form that the slots carry. While all adapters of the bank have the scope `prompt`, that is
-        none; the first of another scope adds zeros to the slots."""
-        assert self._state is not None
-        if adjustments and not self.row.adjustments:
-            row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), adjustments)
-            self.row = self.row._replace(adjustments=row)
-            state = self._state.state._replace(adjustments=zeros_of(row, self.slots))
-            self._state = self._state._replace(state=state)
-        return adjustments or zeros_of(self.row.adjustments, rows)
 
     def _prefill(self, ids: list[int], entry: Entry | None) -> tuple:
         bucket = next(length for length in self._buckets if length >= len(ids))
