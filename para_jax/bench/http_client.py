@@ -5,7 +5,6 @@ machine that it measures. It runs in a process of its own and must not import JA
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -95,8 +94,3 @@ async def stream_one(url: str, body: dict) -> Streamed:
     return Streamed(
         begun, events, time.perf_counter(), usage["prompt_tokens"], usage["completion_tokens"], "".join(texts)
     )
-
-
-def in_turn(items: Sequence, count: int) -> list:
-    """The first `count` of the items, repeated from the start where they end."""
-    return list(itertools.islice(itertools.cycle(items), count))
