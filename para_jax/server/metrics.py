@@ -37,9 +37,9 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 class Metrics:
     """What is counted and measured. Any thread may use it.
 
-        metrics.begin(outcome)     when the engine has taken a request
-        metrics.observe(outcome)   when a request has ended, also one that was refused
-        metrics.render()           the text for Prometheus
+    metrics.begin(outcome)     when the engine has taken a request
+    metrics.observe(outcome)   when a request has ended, also one that was refused
+    metrics.render()           the text for Prometheus
     """
 
     def __init__(self, engine, models, *, max_tenants: int = 1000):
@@ -52,7 +52,7 @@ class Metrics:
         self.traffic = Traffic(models, max_tenants)
         self.first_token, self.token = Histogram(FIRST_TOKEN_SECONDS), Histogram(TOKEN_SECONDS)
         self.request, self.queue = Histogram(REQUEST_SECONDS), Histogram(REQUEST_SECONDS)
-        self._finished = Counter(dict.fromkeys(FINISH_REASONS, 0))
+        self._finished = dict.fromkeys(FINISH_REASONS, 0)
         self._statuses: Counter[str] = Counter()
         self._engine_failures = 0
         self._lock = threading.Lock()
@@ -68,7 +68,8 @@ class Metrics:
         with self._lock:
             self._statuses["none" if outcome.status is None else str(outcome.status)] += 1
             if outcome.served:
-                self._finished.update(finished_reasons(outcome))
+                for reason in finished_reasons(outcome):
+                    self._finished[reason] += 1
         if not outcome.served:
             return
         self.traffic.end(outcome)
@@ -90,7 +91,7 @@ class Metrics:
         """The metrics as text, and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
-    # ------------------------------------------------------------------------------------------- what Prometheus's client asks
+    # --------------------------------------------------------------------------------------- what Prometheus's client asks
 
     def collect(self) -> Iterator[Metric]:
         yield from self._of_engine()
