@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from functools import cached_property
 
 from ..adapters.bank import Entry
 from ..inference.answer_text import AnswerText, stripped_text, text_of
 from ..inference.sampling import Sampling
 from .request import Completion, Piece, Request
+
+
+@dataclass
+class Times:
+    """When a request passed its stages, in seconds of time.monotonic; None until then."""
+
+    queued: float
+    started: float | None = None
+    """its first sample left the queue"""
+    first_token: float | None = None
+    """the first token of its first sample was there"""
+    ended: float | None = None
+    """its last sample ended"""
 
 
 class Ticket:
@@ -19,6 +34,14 @@ class Ticket:
         self.samples: list[Sample] = []
         self.error: str | None = None
         """why the request was refused"""
+        self.times = Times(time.monotonic())
+        self.cached_tokens = 0
+        """tokens of the prompt that an earlier one computed"""
+
+    def start(self, cached_tokens: int) -> None:
+        """Notes that a sample has left the queue. The first one gives cached_tokens: the others share its prompt."""
+        if self.times.started is None:
+            self.times.started, self.cached_tokens = time.monotonic(), cached_tokens
 
     @property
     def ended(self) -> bool:
