@@ -52,7 +52,7 @@ class Metrics:
         self.traffic = Traffic(models, max_tenants)
         self.first_token, self.token = Histogram(FIRST_TOKEN_SECONDS), Histogram(TOKEN_SECONDS)
         self.request, self.queue = Histogram(REQUEST_SECONDS), Histogram(REQUEST_SECONDS)
-        self._finished = dict.fromkeys(FINISH_REASONS, 0)
+        self._finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         self._statuses: Counter[str] = Counter()
         self._engine_failures = 0
         self._lock = threading.Lock()
@@ -91,7 +91,7 @@ class Metrics:
         """The metrics as text, and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
-    # --------------------------------------------------------------------------------------- what Prometheus's client asks
+    # ------------------------------------------------------------------------------------ what Prometheus's client asks
 
     def collect(self) -> Iterator[Metric]:
         yield from self._of_engine()
