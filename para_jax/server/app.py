@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -21,6 +22,11 @@ from .engine_loop import EngineLoop
 from .errors import ApiError
 from .gate import Gate
 from .models import Models
+from .protocol import read_chat, read_completion
+from .responses import CHAT, TEXT
+
+#: Threads that parse bodies and turn prompts into tokens.
+THREADS = 4
 
 
 def create_app(
@@ -43,18 +49,19 @@ def create_app(
     """
     keys, limits = keys or ApiKeys([]), limits or Limits()
     loop = EngineLoop(engine)
-    answering = Answering(loop, models, limits)
+    threads = ThreadPoolExecutor(THREADS, "para-jax-server")
+    given = (loop, models, limits, threads)
 
     @asynccontextmanager
     async def lifespan(app):
         loop.start()
         yield
         await loop.stop()
-        answering.close()
+        threads.shutdown(wait=False, cancel_futures=True)
 
     own = [
-        Route("/v1/chat/completions", answering.chat, methods=["POST"]),
-        Route("/v1/completions", answering.completions, methods=["POST"]),
+        Route("/v1/chat/completions", Answering(read_chat, CHAT, *given), methods=["POST"]),
+        Route("/v1/completions", Answering(read_completion, TEXT, *given), methods=["POST"]),
         Route("/v1/models", partial(list_models, models)),
         Route("/v1/models/{name:path}", partial(show_model, models)),
         Route("/health", partial(health, loop)),

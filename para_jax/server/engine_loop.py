@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from ..adapters.bank import Entry
 from ..config import printable
@@ -22,6 +23,16 @@ MOST_FAILURES = 3
 IDLE_SECONDS = 0.2
 
 
+class News(NamedTuple):
+    """A piece of an answer."""
+
+    at: float
+    """when it was there, in seconds of time.monotonic()"""
+    number: int
+    """of its prompt"""
+    piece: Piece
+
+
 class Answer:
     """The engine's streams for one HTTP request, one per prompt, and what they have given since the last look.
 
@@ -30,13 +41,13 @@ class Answer:
 
     def __init__(self):
         self.streams: list = []
-        self._news: list[tuple[int, Piece]] = []
+        self._news: list[News] = []
         self._failure: ApiError | None = None
         self._event = asyncio.Event()
 
-    async def news(self) -> list[tuple[int, Piece]]:
-        """Waits for the next pieces of the answer, each with the number of its prompt. A reader that comes late gets
-        all of them. Raises ApiError if there will be no more."""
+    async def news(self) -> list[News]:
+        """Waits for the next pieces of the answer. A reader that comes late gets all of them. Raises ApiError if there
+        will be no more."""
         await self._event.wait()
         self._event.clear()
         if self._failure is not None:
@@ -44,7 +55,7 @@ class Answer:
         news, self._news = self._news, []
         return news
 
-    def put(self, pieces: list[tuple[int, Piece]]) -> None:
+    def put(self, pieces: list[News]) -> None:
         self._news += pieces
         self._event.set()
 
@@ -144,8 +155,8 @@ class EngineLoop:
     def fail_all(self, error: ApiError) -> None:
         """Ends all open requests with an error."""
         for answer in list(self._open):
+            self._call(answer.fail, error)  # first, so that the pieces of a cancelled stream come too late
             self.close(answer)
-            self._call(answer.fail, error)
 
     # ------------------------------------------------------------------------------------------------- the thread
 
@@ -178,9 +189,9 @@ class EngineLoop:
     def _deliver(self, answers: list[Answer]) -> None:
         """Hands over what the streams have given since the last time."""
         with self._delivering:
-            batch = []
+            batch, now = [], time.monotonic()
             for answer in answers:
-                pieces = [(i, piece) for i, stream in enumerate(answer.streams) for piece in stream.take()]
+                pieces = [News(now, i, piece) for i, stream in enumerate(answer.streams) for piece in stream.take()]
                 if pieces:
                     batch.append((answer, pieces))
                 if all(stream.ended for stream in answer.streams):
@@ -195,7 +206,7 @@ class EngineLoop:
             pass
 
 
-def put_all(batch: list[tuple[Answer, list[tuple[int, Piece]]]]) -> None:
+def put_all(batch: list[tuple[Answer, list[News]]]) -> None:
     for answer, pieces in batch:
         answer.put(pieces)
 

@@ -43,6 +43,18 @@ class Outcome:
     """for each piece of an answer but its choice's first: the seconds since the piece before, and its tokens"""
     prompt: str | None = None
     """the beginning of the prompt, only if prompts are logged"""
+    _last: dict[int, float] = field(default_factory=dict)
+    """when the last piece of each choice came"""
+
+    def note_piece(self, choice: int, at: float, tokens: int, finish_reason: str | None) -> None:
+        """Notes a piece of an answer that came at a time."""
+        self.new_tokens += tokens
+        if tokens:
+            if choice in self._last:
+                self.gaps.append((at - self._last[choice], tokens))
+            self._last[choice] = at
+        if finish_reason is not None:
+            self.finish_reasons.append(finish_reason)
 
     def line(self) -> str:
         """The log line."""
