@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 from ..config import shorten
 from ..data.examples import require_unicode
@@ -27,7 +27,7 @@ class Fields:
         """Whether a field is there and not yet taken."""
         return name in self._left
 
-    def take(self, name: str) -> object:
+    def take(self, name: str) -> Any:
         """The value, whatever it is; None if it is not there."""
         return self._left.pop(name, None)
 
@@ -43,7 +43,7 @@ class Fields:
         value = self._left.pop(name, None)
         if value is None:
             return None
-        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+        if type(value) not in (int, float) or not least <= value <= most:
             self.refuse(name, value, f"give a number from {least:g} to {most:g}")
         return value
 
@@ -65,7 +65,7 @@ class Fields:
             raise wrong_field(self._inside + name, str(error)) from None
         return value
 
-    def refuse(self, name: str, value: object, advice: str):
+    def refuse(self, name: str, value: object, advice: str) -> NoReturn:
         """Raises the error of a field with a wrong value."""
         raise wrong_field(self._inside + name, f"{self._inside}{name} is {shorten(value)}; {advice}")
 
