@@ -47,7 +47,7 @@ class Gate:
                 state["access"] = self.keys.access(headers.get(b"authorization", b"").decode("latin-1"))
             await self.app(scope, receive, answer)
         except ApiError as error:
-            outcome.error = error.code or str(error.status)
+            outcome.error = error.code or "invalid_request"
             await send_error(answer, outcome, error)
         except Exception as error:
             outcome.error = type(error).__name__
