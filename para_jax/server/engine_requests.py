@@ -34,14 +34,20 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine) -> list[Re
                 max_tokens,
                 seed=None if asked.seed is None else (asked.seed + i * asked.n) % 2**32,
                 n=asked.n,
-                logprobs=asked.logprobs if max_tokens else None,
-                prompt_logprobs=prompt_logprobs(asked),
-                context_length=asked.context_lengths[i] if asked.context_lengths else None,
                 strip=False,
+                **scores(asked, i),
                 **sampling,
             )
         )
     return made
+
+
+def scores(asked: Asked, number: int) -> dict[str, int]:
+    """The log-probabilities that a prompt asks for, as arguments of the engine's Request."""
+    made = {"logprobs": asked.logprobs, "prompt_logprobs": prompt_logprobs(asked)}
+    if asked.context_lengths is not None:
+        made["context_length"] = asked.context_lengths[number]
+    return {name: value for name, value in made.items() if value is not None}
 
 
 def one_token_is_scored(asked: Asked) -> bool:
