@@ -77,7 +77,9 @@ def state(engine: Engine, models: Models, traffic: Traffic, access: Access, sear
     def activity(one: dict) -> tuple:
         return -one["running"] - one["waiting"], -(one["new_tokens"] or 0), one["name"]
 
-    rows = [row(None), *sorted(map(row, visible), key=activity)[:ROWS]]
+    most_active = sorted(map(row, visible), key=activity)[:ROWS]
+    most_active.sort(key=lambda one: (-(one["new_tokens"] or 0), one["name"]))  # an order that seldom changes
+    rows = [row(None), *most_active]
     found = {"time": time.monotonic(), "base": models.base, "found": len(visible), "rows": rows, "engine": None}
     if access.tenants is None:
         everything, cache = traffic.total(), engine.prefix_cache
