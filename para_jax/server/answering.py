@@ -16,6 +16,7 @@ from .choices import Choice, choices_of
 from .engine_loop import Answer, EngineLoop
 from .engine_requests import engine_requests, refused
 from .errors import ApiError
+from .metrics import Metrics
 from .models import Models
 from .outcome import Outcome
 from .protocol import Asked
@@ -50,6 +51,7 @@ class Answering:
         loop: EngineLoop,
         models: Models,
         limits: Limits,
+        metrics: Metrics,
         threads: ThreadPoolExecutor,
     ):
         """
@@ -57,6 +59,7 @@ class Answering:
             threads: where bodies are parsed and prompts become tokens.
         """
         self.read, self.shape, self.loop, self.models, self.limits = read, shape, loop, models, limits
+        self.metrics = metrics
         self.threads, self.tokens = threads, TokenTexts(loop.engine.tokenizer)
 
     async def __call__(self, scope, receive, send) -> None:
@@ -121,6 +124,7 @@ class Answering:
         outcome.max_tokens = requests[0].max_new_tokens
         if self.limits.log_prompts:
             outcome.prompt = printable(repr(asked.prompts), LOGGED)
+        self.metrics.begin(outcome)
         return asked
 
     async def _whole(self, answer: Answer, choices: dict, writer: Writer, outcome: Outcome, send) -> None:

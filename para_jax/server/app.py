@@ -21,6 +21,7 @@ from .api_keys import ApiKeys, require_unlimited
 from .engine_loop import EngineLoop
 from .errors import ApiError
 from .gate import Gate
+from .metrics import Metrics
 from .models import Models
 from .protocol import read_chat, read_completion
 from .responses import CHAT, TEXT
@@ -35,22 +36,22 @@ def create_app(
     models: Models,
     keys: ApiKeys | None = None,
     limits: Limits | None = None,
-    metrics=None,
+    metrics: Metrics | None = None,
     routes: Sequence[BaseRoute] = (),
 ) -> Starlette:
     """The application. Its lifespan starts the thread that warms the engine up and drives it.
 
     Args:
-        metrics: has `observe(outcome)`, called for each request that has ended, and `render()`, the body and content
-            type of /metrics. None: there is no /metrics.
+        metrics: what /metrics shows.
         routes: further ones. In their endpoints, `request.state.access` says what the client may use.
 
     `app.state.loop` is its EngineLoop.
     """
     keys, limits = keys or ApiKeys([]), limits or Limits()
-    loop = EngineLoop(engine)
+    metrics = metrics or Metrics(engine, models)
+    loop = EngineLoop(engine, metrics.count_engine_failure)
     threads = ThreadPoolExecutor(THREADS, "para-jax-server")
-    given = (loop, models, limits, threads)
+    given = (loop, models, limits, metrics, threads)
 
     @asynccontextmanager
     async def lifespan(app):
@@ -67,9 +68,8 @@ def create_app(
         Route("/health", partial(health, loop)),
         Route("/ready", partial(ready, loop)),
         Route("/version", version),
+        Route("/metrics", partial(show_metrics, metrics)),
     ]
-    if metrics is not None:
-        own.append(Route("/metrics", partial(show_metrics, metrics)))
     app = Starlette(
         routes=[*own, *routes],
         middleware=[Middleware(Gate, keys=keys, metrics=metrics)],
@@ -109,7 +109,7 @@ async def version(request: Request) -> Response:
     return JSONResponse({"version": __version__})
 
 
-async def show_metrics(metrics, request: Request) -> Response:
+async def show_metrics(metrics: Metrics, request: Request) -> Response:
     require_unlimited(request.state.access)
     body, content_type = metrics.render()
     return Response(body, media_type=None, headers={"content-type": content_type})

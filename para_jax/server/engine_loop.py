@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ..adapters.bank import Entry
@@ -67,8 +67,12 @@ class Answer:
 class EngineLoop:
     """Drives an engine in a thread of its own, from `start` to `stop`."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, on_failure: Callable[[], None] = lambda: None):
+        """
+        Args:
+            on_failure: called when a round raised an error.
+        """
+        self.engine, self._on_failure = engine, on_failure
         self.warm = False
         """whether everything is compiled"""
         self.draining = False
@@ -179,6 +183,7 @@ class EngineLoop:
 
     def _note_failure(self, error: BaseException) -> None:
         self.failures += 1
+        self._on_failure()
         lines = "".join(traceback.format_exception(error)).strip().splitlines()
         warn(f"engine: a round failed ({self.failures} in a row): {printable(str(error), 500)}")
         say("\n".join(printable(line, 500) for line in lines))

@@ -21,7 +21,7 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine) -> list[Re
     made = []
     for i, prompt in enumerate(asked.prompts):
         sampling, max_tokens = dict(asked.sampling), asked.max_tokens
-        if max_tokens is None:
+        if max_tokens is None and not isinstance(prompt, tuple):  # a chat
             sampling["stop_token_ids"] += turn_stop_ids(engine.tokenizer, prompt)
             prompt = tuple(encode_prompt(engine.tokenizer, prompt, most=longest_prompt(engine)))
             max_tokens = max(1, engine.max_length - len(prompt))

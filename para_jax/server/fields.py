@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 from ..config import shorten
 from ..data.examples import require_unicode
@@ -27,7 +28,7 @@ class Fields:
         """Whether a field is there and not yet taken."""
         return name in self._left
 
-    def take(self, name: str) -> object:
+    def take(self, name: str) -> Any:
         """The value, whatever it is; None if it is not there."""
         return self._left.pop(name, None)
 
@@ -65,7 +66,7 @@ class Fields:
             raise wrong_field(self._inside + name, str(error)) from None
         return value
 
-    def refuse(self, name: str, value: object, advice: str):
+    def refuse(self, name: str, value: object, advice: str) -> NoReturn:
         """Raises the error of a field with a wrong value."""
         raise wrong_field(self._inside + name, f"{self._inside}{name} is {shorten(value)}; {advice}")
 

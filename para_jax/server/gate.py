@@ -11,6 +11,7 @@ from ..config import printable
 from ..messages import say, warn
 from .api_keys import ApiKeys
 from .errors import ApiError
+from .metrics import Metrics
 from .outcome import Outcome
 
 #: Paths that need no key.
@@ -23,11 +24,7 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 class Gate:
     """An ASGI app around another one. scope["state"] gets `access` (what the client may use) and `outcome`."""
 
-    def __init__(self, app, keys: ApiKeys, metrics=None):
-        """
-        Args:
-            metrics: has `observe(outcome)`.
-        """
+    def __init__(self, app, keys: ApiKeys, metrics: Metrics):
         self.app, self.keys, self.metrics = app, keys, metrics
 
     async def __call__(self, scope, receive, send) -> None:
@@ -60,8 +57,7 @@ class Gate:
             outcome.ended = time.monotonic()
             if outcome.error or outcome.path not in QUIET_PATHS:
                 say(outcome.line())
-            if self.metrics is not None:
-                self.metrics.observe(outcome)
+            self.metrics.observe(outcome)
 
 
 async def send_error(send, outcome: Outcome, error: ApiError) -> None:

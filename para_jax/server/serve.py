@@ -8,16 +8,20 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 
 from ..messages import say, warn
 from ..serving.engine import Engine
+from . import adapter_updates
 from .address import bound, is_loopback, url_of
 from .answering import Limits
-from .api_keys import ApiKeys
+from .api_keys import ApiKeys, read_keys
 from .app import create_app
+from .connections import BoundedProtocol
 from .engine_loop import EngineLoop
+from .metrics import Metrics
 from .models import BASE, Models
 
 #: Seconds between two looks at whether the server should stop.
@@ -33,7 +37,9 @@ def serve(
     port: int = 8000,
     model_name: str = BASE,
     sources: dict[str, str] | None = None,
-    api_keys: ApiKeys | None = None,
+    api_keys: ApiKeys | str | Path | None = None,
+    adapter_root: str | Path | None = None,
+    allow_hub: bool = False,
     limits: Limits | None = None,
     drain_seconds: float = 30,
     stop: threading.Event | None = None,
@@ -50,23 +56,29 @@ def serve(
         port: 0: a free one.
         model_name: the base model's name; "base" works too.
         sources: the folder or hub id of each tenant, as /v1/models shows them.
-        api_keys: None: every client may use everything.
+        api_keys: the keys, or their file. None: every client may use everything.
+        adapter_root: the folder from which clients may load adapters while the server runs. None: they may not.
+        allow_hub: whether they may load them from the hub too.
         drain_seconds: what open requests may take when it stops.
         stop: set it from any thread to stop the server.
         on_ready: called with the URL when requests are taken.
         taken: a socket that is bound, in place of host and port.
 
-    Raises ValueError for an address that is in use, and what warming up the engine raised.
+    Raises ValueError for an address that is in use, for wrong keys and folders, and what warming up the engine raised.
     """
     stop = stop or threading.Event()
     models = Models(engine.bank, model_name, sources)
+    api_keys = read_keys(api_keys) if isinstance(api_keys, (str, Path)) else api_keys
+    updates = [] if adapter_root is None else adapter_updates.routes(models, adapter_root, allow_hub=allow_hub)
     own = taken or bound(host, port)
     if not api_keys and not is_loopback(own):
         warn("the server has no API keys, and other machines can reach it; give --api-key-file, or a loopback --host")
-    app = create_app(engine, models=models, keys=api_keys, limits=limits)
+    metrics = Metrics(engine, models)
+    app = create_app(engine, models=models, keys=api_keys, limits=limits, metrics=metrics, routes=updates)
     loop: EngineLoop = app.state.loop
     config = uvicorn.Config(
         app,
+        http=BoundedProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
