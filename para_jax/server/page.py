@@ -8,6 +8,7 @@ import hashlib
 import re
 import time
 from functools import partial
+from heapq import nsmallest
 from importlib.resources import files
 
 from starlette.requests import Request
@@ -74,12 +75,15 @@ def state(engine: Engine, models: Models, traffic: Traffic, access: Access, sear
             "new_tokens": known and known.new_tokens,
         }
 
-    def activity(one: dict) -> tuple:
-        return -one["running"] - one["waiting"], -(one["new_tokens"] or 0), one["name"]
+    def activity(name: str) -> tuple:
+        return -running.get(name, 0) - waiting.get(name, 0), -new_tokens(name), name
 
-    most_active = sorted(map(row, visible), key=activity)[:ROWS]
-    most_active.sort(key=lambda one: (-(one["new_tokens"] or 0), one["name"]))  # an order that seldom changes
-    rows = [row(None), *most_active]
+    def new_tokens(name: str) -> int:
+        return counts[name].new_tokens if name in counts else 0
+
+    most_active = nsmallest(ROWS, visible, key=activity)
+    most_active.sort(key=lambda name: (-new_tokens(name), name))  # an order that seldom changes
+    rows = [row(None), *map(row, most_active)]
     found = {"time": time.monotonic(), "base": models.base, "found": len(visible), "rows": rows, "engine": None}
     if access.tenants is None:
         everything, cache = traffic.total(), engine.prefix_cache
