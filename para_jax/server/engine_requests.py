@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from ..data.examples import encode_prompt, most_characters, turn_stop_ids
+from ..data.examples import Ids, encode_prompt, most_characters, turn_stop_ids
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .errors import ApiError, wrong_field
@@ -20,26 +20,22 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine) -> list[Re
     require_room(asked, engine)
     made = []
     for i, prompt in enumerate(asked.prompts):
-        sampling, max_tokens = dict(asked.sampling), asked.max_tokens
-        if max_tokens is None and not isinstance(prompt, tuple):  # a chat
-            sampling["stop_token_ids"] += turn_stop_ids(engine.tokenizer, prompt)
-            prompt = tuple(encode_prompt(engine.tokenizer, prompt, most=longest_prompt(engine)))
-            max_tokens = max(1, engine.max_length - len(prompt))
+        sampling = dict(asked.sampling, max_new_tokens=asked.max_tokens)
+        if asked.max_tokens is None:
+            prompt, stops = chat_ids(prompt, engine)
+            sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))
+            sampling["stop_token_ids"] += stops
         if one_token_is_scored(asked):
             sampling["ignore_eos"] = True
-        made.append(
-            Request(
-                prompt,
-                tenant,
-                max_tokens,
-                seed=None if asked.seed is None else (asked.seed + i * asked.n) % 2**32,
-                n=asked.n,
-                strip=False,
-                **scores(asked, i),
-                **sampling,
-            )
-        )
+        seed = None if asked.seed is None else (asked.seed + i * asked.n) % 2**32
+        made.append(Request(prompt, tenant, seed=seed, n=asked.n, strip=False, **scores(asked, i), **sampling))
     return made
+
+
+def chat_ids(messages, engine: Engine) -> tuple[Ids, Ids]:
+    """A chat's token ids, and the ids that end its answer."""
+    ids = encode_prompt(engine.tokenizer, messages, most=longest_prompt(engine))
+    return tuple(ids), turn_stop_ids(engine.tokenizer, messages)
 
 
 def scores(asked: Asked, number: int) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -44,7 +43,7 @@ class Fields:
         value = self._left.pop(name, None)
         if value is None:
             return None
-        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+        if type(value) not in (int, float) or not least <= value <= most:
             self.refuse(name, value, f"give a number from {least:g} to {most:g}")
         return value
 
