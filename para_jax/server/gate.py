@@ -17,7 +17,7 @@ from .outcome import Outcome
 #: Paths that need no key.
 OPEN_PATHS = ("/", "/health", "/ready", "/version")
 #: Paths that are asked all the time; the log has no line for them while all is well.
-QUIET_PATHS = ("/health", "/ready", "/metrics")
+QUIET_PATHS = ("/health", "/ready", "/metrics", "/page/state")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
