@@ -152,7 +152,7 @@ class Answering:
         """Raises the error, or makes it the end of a stream that has begun."""
         if outcome.status is None:
             raise error
-        outcome.error = error.code or str(error.status)
+        outcome.error = error.code or "invalid_request"
         async with asyncio.timeout(LAST_SECONDS):
             await send({"type": "http.response.body", "body": error_event(error.body) + DONE})
 

@@ -17,7 +17,7 @@ from .outcome import Outcome
 #: Paths that need no key.
 OPEN_PATHS = ("/", "/health", "/ready", "/version")
 #: Paths that are asked all the time; the log has no line for them while all is well.
-QUIET_PATHS = ("/health", "/ready", "/metrics")
+QUIET_PATHS = ("/health", "/ready", "/metrics", "/page/state")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -47,7 +47,7 @@ class Gate:
                 state["access"] = self.keys.access(headers.get(b"authorization", b"").decode("latin-1"))
             await self.app(scope, receive, answer)
         except ApiError as error:
-            outcome.error = error.code or str(error.status)
+            outcome.error = error.code or "invalid_request"
             await send_error(answer, outcome, error)
         except Exception as error:
             outcome.error = type(error).__name__

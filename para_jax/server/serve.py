@@ -14,7 +14,7 @@ import uvicorn
 
 from ..messages import say, warn
 from ..serving.engine import Engine
-from . import adapter_updates
+from . import adapter_updates, page
 from .address import bound, is_loopback, url_of
 from .answering import Limits
 from .api_keys import ApiKeys, read_keys
@@ -69,12 +69,13 @@ def serve(
     stop = stop or threading.Event()
     models = Models(engine.bank, model_name, sources)
     api_keys = read_keys(api_keys) if isinstance(api_keys, (str, Path)) else api_keys
-    updates = [] if adapter_root is None else adapter_updates.routes(models, adapter_root, allow_hub=allow_hub)
+    routes = [] if adapter_root is None else adapter_updates.routes(models, adapter_root, allow_hub=allow_hub)
     own = taken or bound(host, port)
     if not api_keys and not is_loopback(own):
         warn("the server has no API keys, and other machines can reach it; give --api-key-file, or a loopback --host")
     metrics = Metrics(engine, models)
-    app = create_app(engine, models=models, keys=api_keys, limits=limits, metrics=metrics, routes=updates)
+    routes += page.routes(engine, models, metrics.traffic)
+    app = create_app(engine, models=models, keys=api_keys, limits=limits, metrics=metrics, routes=routes)
     loop: EngineLoop = app.state.loop
     config = uvicorn.Config(
         app,

@@ -18,7 +18,7 @@ import jax
 
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
-from ..config import printable, shorten
+from ..config import ModelConfig, printable, shorten
 from ..data.examples import Ids, Prompt, stop_token_ids
 from ..messages import say
 from .admission import Admission
@@ -60,6 +60,7 @@ class Engine:
         prefix_cache_bytes: int | None = None,
         prefill_chunk: int | None = None,
         block_size: int = 16,
+        max_logprobs: int = 0,
     ):
         """
         Args:
@@ -76,6 +77,9 @@ class Engine:
             prefill_chunk: tokens of such prompts that are computed per round, at most. Rows that decode wait for no
                 more. None: 64 on a CPU, else 256.
             block_size: tokens per block. Prompts share complete blocks.
+            max_logprobs: alternatives per token that a request may ask for. Above 0, warm_up compiles a second decode
+                program, for rounds in which a row asks for log-probabilities, and those that score prompts. 0: such
+                requests are refused.
 
         Reports the memory that the slots need and, where the free memory is known, how many slots would fit.
         """
@@ -84,14 +88,23 @@ class Engine:
             chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
         sizes = {"slots": slots, "max_length": max_length, "prefill_chunk": chunk, "block_size": block_size}
         limits = {"queue_limit": queue_limit, "queue_limit_per_tenant": queue_limit_per_tenant}
-        check_sizes(sizes, limits, prefix_cache_bytes, model.config.max_positions)
+        counts = {"prefix_cache_bytes": prefix_cache_bytes, "max_logprobs": max_logprobs}
+        check_sizes(sizes, limits, counts, model.config)
         self.model, self.bank, self.tokenizer, self.slots, self.max_length = model, bank, tokenizer, slots, max_length
         self.queue_limit, self.queue_limit_per_tenant = queue_limit, queue_limit_per_tenant
+        self.max_logprobs = max_logprobs
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else stop_ids
         self.stop_ids = tuple(ends)
-        self._admission = Admission(model, bank, tokenizer, max_length, limits)
+        self._admission = Admission(model, bank, tokenizer, max_length, limits, max_logprobs)
         self._decoder = Decoder(
-            model, bank, slots, max_length, block_size=block_size, chunk=chunk, cache_bytes=prefix_cache_bytes
+            model,
+            bank,
+            slots,
+            max_length,
+            block_size=block_size,
+            chunk=chunk,
+            cache_bytes=prefix_cache_bytes,
+            top=max_logprobs,
         )
         self._prefills = self._decoder.prefills
         pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
@@ -293,23 +306,24 @@ class Engine:
         return ticket
 
 
-def check_sizes(sizes: dict, limits: dict, prefix_cache_bytes: int | None, longest: int) -> None:
-    """Raises ValueError for arguments of an engine that are out of range.
-
-    Args:
-        sizes, limits: by the argument's name.
-        longest: the model's positions.
-    """
+def check_sizes(sizes: dict, limits: dict, counts: dict, model: ModelConfig) -> None:
+    """Raises ValueError for an argument of an engine that is out of range, by its name: sizes are at least 1, limits
+    are at least 1 or None, counts are at least 0 or None."""
     for name, count in sizes.items():
         if type(count) is not int or count < 1:
             raise ValueError(f"{name} is {shorten(count)}; give a whole number of at least 1")
     for name, limit in limits.items():
         if limit is not None and (type(limit) is not int or limit < 1):
             raise ValueError(f"{name} is {shorten(limit)}; give a whole number of at least 1, or None")
-    if prefix_cache_bytes is not None and (type(prefix_cache_bytes) is not int or prefix_cache_bytes < 0):
-        raise ValueError(f"prefix_cache_bytes is {shorten(prefix_cache_bytes)}; give a number of bytes, or None")
-    if not 2 <= sizes["max_length"] <= longest:
-        raise ValueError(f"max_length is {sizes['max_length']}; give 2 to {longest} tokens, the model's positions")
+    for name, count in counts.items():
+        if count is not None and (type(count) is not int or count < 0):
+            raise ValueError(f"{name} is {shorten(count)}; give a whole number of at least 0")
+    if not 2 <= sizes["max_length"] <= model.max_positions:
+        raise ValueError(
+            f"max_length is {sizes['max_length']}; give 2 to {model.max_positions} tokens, the model's positions"
+        )
+    if counts["max_logprobs"] > model.vocab_size:
+        raise ValueError(f"max_logprobs is {counts['max_logprobs']}; the model has {model.vocab_size} tokens")
 
 
 def per_tenant(samples: list[Sample]) -> dict[str | None, int]:

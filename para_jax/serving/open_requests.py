@@ -23,7 +23,7 @@ from .ticket import Sample, Ticket
 class QueueFull(ValueError):
     """The engine's queue is full; take answers first."""
 
-    def __init__(self, message: str, *, tenant_full: bool):
+    def __init__(self, message: str, *, tenant_full: bool = False):
         super().__init__(message)
         self.tenant_full = tenant_full
         """whether it is the queue of the request's tenant that is full; False: that of all tenants"""
@@ -100,7 +100,9 @@ class OpenRequests:
             if error is None and sample.text is not None and sample.text.finish():
                 reason = "stop"
             text = sample.full_text(self.tokenizer, partial=error is not None)
-            completion = Completion(sample.ticket.id, sample.index, text, sample.tokens, reason, error)
+            logprobs = None if sample.request.logprobs is None else sample.logprobs
+            found = sample.tokens, reason, error, logprobs, sample.prompt_logprobs
+            completion = Completion(sample.ticket.id, sample.index, text, *found)
             self.torn = True
             self.queue.remove(sample.request.tenant, sample.number)
             if not sample.ticket.streamed:
@@ -179,7 +181,7 @@ class OpenRequests:
         waiting = len(self.queue) + len(self._refused)
         if self.limit is not None and waiting + new > self.limit:
             message = f"the queue holds {waiting} of {self.limit} samples; take answers first"
-            raise QueueFull(message, tenant_full=False)
+            raise QueueFull(message)
         own = self.queue.waiting(tenant) + sum(name == tenant for name in self._refused.values())
         if self.limit_per_tenant is not None and own + new > self.limit_per_tenant:
             message = f"the queue holds {own} of {self.limit_per_tenant} samples of tenant {shorten(tenant)}; "

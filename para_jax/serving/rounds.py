@@ -11,14 +11,17 @@ import time
 import jax
 
 from ..config import shorten
+from ..inference.logprobs import Logprobs, TokenLogprob
+from ..inference.sampling import Sampling
 from ..messages import warn
 from .decoder import Decoder
 from .open_requests import OpenRequests
 from .pins import Pins
 from .prefills import Prompt, PromptFailed
+from .scoring import ScoredPrompt
 from .ticket import Sample, is_request_error
 
-#: Prompts that are prefilled whole between two dispatches, at most, while rows decode.
+#: Prompts that are prefilled whole or scored between two dispatches, at most, while rows decode.
 PREFILLS = 2
 
 
@@ -54,16 +57,18 @@ class Rounds:
         with self._driving:
             self._begin()
             self._prefills.pin(self._pins.kept)
-            first = self._fill()
+            first, scored = self._fill()
             if not self._advance_prompts(first):
                 return
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
-            if active:
-                rows = [sample.sampling if sample and not sample.completion else None for sample in self._rows]
-                first, tokens = jax.device_get((first, self._decoder.decode(rows)))
+            decoded = self._decode(active) if active else None
+            if scored or active:
+                prompts = [prompt for _, prompt in scored]
+                prompts, first, decoded = jax.device_get((prompts, first, decoded))
+                for (sample, _), prompt in zip(scored, prompts, strict=True):
+                    self._give_scores(sample, prompt)
                 for slot, sample in active:
-                    new = first[slot].tolist() if slot in first else []
-                    self._extend(sample, new + tokens[:, slot].tolist())
+                    self._extend(sample, *new_tokens(sample, first.get(slot), decoded, slot))
             with self._requests.lock:
                 self._rows = [sample if sample and not sample.completion else None for sample in self._rows]
                 self.broken = False
@@ -78,32 +83,38 @@ class Rounds:
                 self._requests.requeue()
             self.broken = True
 
-    def _fill(self) -> dict[int, jax.Array]:
-        """Moves queued samples into free slots. Returns the first token [1] of each, by slot. Where a prompt is
-        prefilled in chunks, it starts, and the sample keeps the slot for it."""
-        first, prefills = {}, 0
+    def _fill(self) -> tuple[dict[int, tuple], list[tuple[Sample, ScoredPrompt]]]:
+        """Moves queued samples into free slots. Returns the first token [1] of each and its log-probabilities, by slot.
+        Where a prompt is prefilled in chunks, it starts, and the sample keeps the slot for it. Also returns the samples
+        with prompts to score, and the scores."""
+        first, scored, passes = {}, [], 0
         self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
         self._prefills.keep({sample.key for sample in self._waiting.values()})
         empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
         busy, free = len(empty) < len(self._rows), [slot for slot in empty if slot not in self._waiting]
-        while free:
+        while True:
             with self._requests.lock:
                 queue = self._requests.queue
                 head = queue.head()
-                if head is None:
+                if head is None or (head.decodes and not free) or (head.unscored and passes >= PREFILLS):
                     break
                 known, in_chunks = self._decoder.keeps(head), self._prefills.takes(head.entry)
-                room = self._prefills.has_room(head.key) if in_chunks else not busy or prefills < PREFILLS
-                if not known and not room:
+                room = self._prefills.has_room(head.key) if in_chunks else not busy or passes < PREFILLS
+                if head.decodes and not known and not room:
                     break
                 sample = queue.take()
-                sample.ticket.start(cached_tokens=len(sample.ids) if known else 0)
-            if in_chunks and not known:
-                self._prefills.start(sample.key, sample.ids, sample.entry)
-                self._waiting[free.pop(0)] = sample
-                continue
-            prefills += not known
+                sample.ticket.start(cached_tokens=len(sample.ids) if known and sample.decodes else 0)
             try:
+                if sample.unscored:
+                    passes += 1
+                    scored.append((sample, self._decoder.score(sample)))
+                if not sample.decodes:
+                    continue
+                if in_chunks and not known:
+                    self._prefills.start(sample.key, sample.ids, sample.entry)
+                    self._waiting[free.pop(0)] = sample
+                    continue
+                passes += not known
                 prefilled = self._decoder.prefilled(sample)
             except Exception as error:
                 sample.failures += not isinstance(error, SystemError)  # C code turns an interrupt into a SystemError
@@ -112,9 +123,9 @@ class Rounds:
                 self._fail(sample, error)
                 continue
             self._insert(free.pop(0), sample, prefilled, first)
-        return first
+        return first, scored
 
-    def _advance_prompts(self, first: dict[int, jax.Array]) -> bool:
+    def _advance_prompts(self, first: dict[int, tuple]) -> bool:
         """Computes a chunk of the prompts that samples wait for. Samples with a complete one move into their slots, and
         their first tokens into `first`. Returns False if a prompt failed, which ends the round."""
         try:
@@ -137,17 +148,36 @@ class Rounds:
                 del self._waiting[slot]
         return True
 
-    def _insert(self, slot: int, sample: Sample, prefilled: tuple | Prompt, first: dict[int, jax.Array]) -> None:
-        token = self._decoder.insert(slot, prefilled, sample.sampling)
-        if token is not None:
-            first[slot] = token
+    def _insert(self, slot: int, sample: Sample, prefilled: tuple | Prompt, first: dict[int, tuple]) -> None:
+        asked = sample.request.logprobs is not None
+        found = self._decoder.insert(slot, prefilled, sample.sampling, logprobs=asked)
+        if found is not None:
+            first[slot] = found
         self._rows[slot] = sample
+
+    def _decode(self, active: list[tuple[int, Sample]]) -> tuple[jax.Array, Logprobs | None]:
+        rows: list[Sampling | None] = [None] * len(self._rows)
+        for slot, sample in active:
+            rows[slot] = sample.sampling
+        return self._decoder.decode(rows, logprobs=any(sample.request.logprobs is not None for _, sample in active))
+
+    def _give_scores(self, sample: Sample, scored: ScoredPrompt) -> None:
+        """Gives a sample the log-probabilities of its prompt and, if it needs no slot, the token that follows."""
+        request = sample.request
+        records = jax.tree.map(lambda a: a[0], scored.prompt).records(sample.ids[1:], request.prompt_logprobs or 0)
+        sample.prompt_logprobs = [None, *records]
+        if request.max_new_tokens == 0:
+            self._requests.end(sample, "length")
+        elif not sample.decodes:
+            token = scored.token.tolist()
+            self._extend(sample, token, scored.of_token.records(token, request.logprobs or 0))
 
     def _fail(self, sample: Sample, error: Exception) -> None:
         self._requests.end(sample, "error", f"the prompt could not be prefilled: {shorten(str(error), 200)}")
 
-    def _extend(self, sample: Sample, new: list[int]) -> None:
-        """Adds new tokens to a sample, up to its end. An error in decoding its text ends this sample alone."""
+    def _extend(self, sample: Sample, new: list[int], logprobs: list[TokenLogprob]) -> None:
+        """Adds new tokens to a sample, up to its end, and their log-probabilities. An error in decoding its text ends
+        this sample alone."""
         request, times = sample.request, sample.ticket.times
         with self._requests.lock:
             if sample.completion is not None:  # cancelled during the round
@@ -155,9 +185,10 @@ class Rounds:
             if new:
                 times.first_token = times.first_token or time.monotonic()
             try:
-                for token in new:
+                for i, token in enumerate(new):
                     if not request.ignore_eos and (token in self._stops or token in sample.stops):
                         return self._requests.end(sample, "stop")
+                    sample.logprobs += logprobs[i : i + 1]
                     sample.tokens.append(token)
                     if sample.text is not None and sample.text.add(token):
                         return self._requests.end(sample, "stop")
@@ -168,3 +199,21 @@ class Rounds:
                     raise
                 message = f"the answer's tokens have no text: {shorten(str(error), 200)}"
                 self._requests.end(sample, "error", message)
+
+
+def new_tokens(sample: Sample, first: tuple | None, decoded: tuple, slot: int) -> tuple[list[int], list[TokenLogprob]]:
+    """The tokens that a round gave a sample, and their log-probabilities if its request asks for them.
+
+    Args:
+        first: its first token and that one's Logprobs, if the round began with it.
+        decoded: the tokens [steps, slots] of all slots, and their Logprobs.
+    """
+    parts, asked = [first] if first else [], sample.request.logprobs
+    parts.append((decoded[0][:, slot], asked is not None and jax.tree.map(lambda a: a[:, slot], decoded[1])))
+    tokens, records = [], []
+    for of_part, logprobs in parts:
+        new = of_part.tolist()
+        tokens += new
+        if asked is not None:
+            records += logprobs.records(new, asked)
+    return tokens, records

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 
 from ..config import shorten
+from ..inference.logprobs import TokenLogprob
 from .open_requests import OpenRequests
 from .request import Piece
 from .ticket import Ticket, Times
@@ -13,8 +14,8 @@ from .ticket import Ticket, Times
 class Stream:
     """The answer to an open request. One thread at a time may use it.
 
-    Iterating waits for the pieces, and drives the engine while no thread does. `take` never waits. Whoever gives a
-    stream up before its end calls `close`.
+    Iterating waits for the pieces, and drives the engine while no thread does. `take` never waits. Call `close` to give
+    a stream up before its end.
     """
 
     def __init__(self, ticket: Ticket, requests: OpenRequests, advance: Callable[[Callable[[], bool]], None]):
@@ -42,6 +43,11 @@ class Stream:
         """How many of the prompt's tokens did not have to be computed, because an earlier prompt began with them; 0
         until the prompt is prefilled."""
         return self._ticket.cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
+        """Of each token of the prompt, once it is scored; the first is None."""
+        return self._ticket.samples[0].prompt_logprobs
 
     @property
     def times(self) -> Times:
@@ -96,4 +102,4 @@ def pieces_of_ended(requests: OpenRequests, id: Hashable) -> list[Piece]:
     for completion in ended:
         if completion.error is not None:
             raise ValueError(completion.error)
-    return [Piece(c.index, c.text, c.tokens, c.finish_reason) for c in ended]
+    return [Piece(c.index, c.text, c.tokens, c.finish_reason, logprobs=c.logprobs) for c in ended]

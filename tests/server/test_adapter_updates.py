@@ -15,6 +15,7 @@ from para_jax.server import adapter_updates
 from para_jax.server.adapter_updates import LOAD, UNLOAD
 from para_jax.server.api_keys import ApiKeys
 from para_jax.server.gate import Gate
+from para_jax.server.metrics import Metrics
 from para_jax.server.models import Models
 
 BASE = "the-base"
@@ -55,10 +56,8 @@ def root(model, tmp_path_factory):
 
 def client_of(bank, root, keys=(), **options):
     models = Models(bank, BASE)
-    app = Starlette(
-        routes=adapter_updates.routes(models, root, **options),
-        middleware=[Middleware(Gate, keys=ApiKeys(list(keys)))],
-    )
+    gate = Middleware(Gate, keys=ApiKeys(list(keys)), metrics=Metrics(None, models))
+    app = Starlette(routes=adapter_updates.routes(models, root, **options), middleware=[gate])
     return TestClient(app), models
 
 

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import pytest
 import uvicorn
@@ -77,10 +78,12 @@ def status(response: bytes) -> int:
     return int(response.split()[1])
 
 
-@pytest.fixture(scope="module", params=["asyncio", "uvloop"])
+#: uvicorn takes uvloop where it is installed.
+LOOPS = ["asyncio", *(pytest.param(name, marks=pytest.mark.long) for name in ["uvloop"] if find_spec(name))]
+
+
+@pytest.fixture(scope="module", params=LOOPS)
 def quick(request):
-    if request.param == "uvloop":
-        pytest.importorskip("uvloop")
     limits = {"header_seconds": SECONDS, "body_seconds": 2 * SECONDS, "write_seconds": SECONDS}
     with server(request.param, **limits, max_header_bytes=8192) as address:
         yield address
@@ -186,10 +189,8 @@ def test_a_client_that_reads_slowly_gets_all(quick):
                 time.sleep(0.05)
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("loop", LOOPS)
 def test_idle_connections_make_room_and_busy_ones_do_not(loop):
-    if loop == "uvloop":
-        pytest.importorskip("uvloop")
     with server(loop, max_connections=4) as address:
         idle = [connect(address) for _ in range(50)]
         assert status(answer(address)) == 200
