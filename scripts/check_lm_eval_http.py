@@ -79,7 +79,7 @@ def compared(folder: Path, names: list[str]) -> dict:
     adapters = {"lora": strong_lora(model.config)}
     adapters |= {"para": strong_para(model.config), "para-response": strong_para(model.config, scope="response")}
     bank = AdapterBank.holding(adapters, model.config)
-    own, served = (Engine(model, bank, tokenizer, slots=8, max_length=512, max_logprobs=n) for n in (0, 5))
+    own, served = (Engine(model, bank, tokenizer, slots=8, max_length=256, max_logprobs=n) for n in (0, 5))
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
     cases, base = {}, {}
 
@@ -99,7 +99,11 @@ def compared(folder: Path, names: list[str]) -> dict:
                     "num_concurrent": 4,
                     "max_retries": 1,
                 }
-                arguments |= {"tokenizer": str(folder / "backbone"), "tokenized_requests": True}
+                arguments |= {
+                    "tokenizer": str(folder / "backbone"),
+                    "tokenized_requests": True,
+                    "tokenizer_backend": "huggingface",
+                }
                 ours, theirs = scored(here, name), scored(kind, name, arguments, batch_size=4)
                 case = cases[f"{tenant}: {name}"] = compare(ours, theirs)
                 if tenant == "base":
