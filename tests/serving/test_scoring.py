@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 from golden_models import backbone
-from logprob_engine import CONFIGS, NAMES, TOP, assert_records, expected, made_bank, made_engine
-from tiny_engine import LENGTH, answers, plain, prompt
+from logprob_engine import CONFIGS, LENGTH, NAMES, TOP, assert_records, expected, made_bank, made_engine
+from tiny_engine import answers, plain, prompt
 from tiny_run import tokenizer
 
 from para_jax import Request
@@ -21,7 +21,7 @@ from para_jax.training import loss
 
 FREE = ("constant", "lora", "ia3")
 """the tenants for whom it doesn't matter where the prompt ends"""
-LONGEST = 48
+SLOTS = 2
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def bank():
 
 @pytest.fixture(scope="module")
 def engine(bank):
-    """A size that no other file has, so that its programs are compiled here."""
-    return made_engine(bank, max_length=LONGEST)
+    """A size that no other file has, so that its decode programs are compiled here."""
+    return made_engine(bank, slots=SLOTS)
 
 
 def ids(seed, length=12):
@@ -60,7 +60,7 @@ def test_nothing_is_compiled_after_warm_up(engine):
     assert before
     asked = [Request(ids(i, 4 + 4 * i), name, 3, i % 2, logprobs=i % 3) for i, name in enumerate(NAMES)]
     asked += [replace(one, prompt_logprobs=2, context_length=len(one.prompt)) for one in asked]
-    asked += [scored(ids(i, 6 * i + 2), name, 2, new=i % 2) for i, name in enumerate(NAMES)]
+    asked += [scored(ids(i, 5 * i + 2), name, 2, new=i % 2) for i, name in enumerate(NAMES)]
     assert len(ask(engine, asked)) == len(asked) and len(compiled) == before
 
 
@@ -68,7 +68,7 @@ def test_they_are_those_of_the_teacher_forced_pass(engine, bank):
     asked = [
         scored(ids(i, length), name, context, top=i % (TOP + 1), id=(i, context))
         for i, name in enumerate(NAMES)
-        for length, context in ((12, 5), (12, 12), (LENGTH, 30))
+        for length, context in ((12, 5), (12, 12), (LENGTH, 25))
     ]
     found = ask(engine, asked)
     for request in asked:
@@ -154,7 +154,7 @@ def test_a_context_length_is_needed_where_it_changes_the_result(engine, name):
         ({"prompt_logprobs": None, "max_new_tokens": 1}, "context_length is 12"),
         ({"prompt_logprobs": None, "context_length": None}, "max_new_tokens is 0"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ({"prompt": ids(0, LONGEST + 1)}, "prompt"),
+        ({"prompt": ids(0, LENGTH + 1)}, "prompt"),
     ],
 )
 def test_wrong_fields_are_refused_by_name(engine, wrong, message):
@@ -178,12 +178,12 @@ def test_rows_that_decode_wait_for_few_prompts(engine, monkeypatch):
 
 
 def test_a_scored_prompt_needs_no_slot(engine):
-    for i in range(3):
+    for i in range(SLOTS):
         engine.submit(Request(prompt(i), "para", 20, id=i))
     engine.step()
     engine.submit(scored(ids(1), "para", 5, id="scored"))
     assert [completion.id for completion in engine.step()] == ["scored"]
-    assert len(answers(engine)) == 3
+    assert len(answers(engine)) == SLOTS
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
