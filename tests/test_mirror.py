@@ -33,7 +33,6 @@ ELSEWHERE = {
     "server.engine_loop": "server/test_answering.py",
     "server.engine_requests": "server/test_answering.py",
     "server.fields": "server/test_protocol.py",
-    "server.gate": "server/test_answering.py",
     "server.logprobs": "server/test_answering.py",
     "server.responses": "server/test_answering.py",
     "serving.slots": "serving/test_engine.py",
