@@ -88,7 +88,7 @@ def serve(
         ws="none",
         lifespan="on",
         log_config=None,
-        log_level="error",
+        log_level="critical",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=LAST_BYTES_SECONDS,
@@ -128,7 +128,10 @@ async def run(
             say(f"the server stops; {loop.open_answers} open requests have {drain_seconds:g} s to end")
         await loop.drain(drain_seconds)
         server.should_exit = True
-    await serving
+    try:
+        await serving
+    finally:
+        await loop.stop()  # its lifespan has done so, unless the server did not start
 
 
 @contextmanager
