@@ -1,5 +1,7 @@
 """A prompt's log-probabilities are those of the teacher-forced pass, and their sums are those of the evaluation."""
 
+import queue
+import threading
 from dataclasses import replace
 
 import jax
@@ -232,3 +234,53 @@ def test_logits_come_in_chunks(bank, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, chunked.compile()(leaves, *given))
     shape, text = f"{model.config.vocab_size}xf32", chunked.as_text()
     assert f"<1x5x{shape}>" in text and f"<1x31x{shape}>" not in text and f"<1x32x{shape}>" not in text
+
+
+def test_requests_of_all_kinds_from_many_threads_get_what_they_get_alone(engine):
+    """The loop of a server: threads open streams, one drives and takes what is there. Some streams are closed."""
+    kinds = [scored(ids(i, 10 + i), name, 5, top=2, new=i % 2) for i, name in enumerate(NAMES)]
+    kinds += [
+        Request(ids(i, 5 + i), name, 9, i % 2, seed=i, n=1 + i % 2, stop="w99", logprobs=1 if i % 3 else None)
+        for i, name in enumerate(NAMES)
+    ]
+
+    def answer(stream, pieces):
+        """By sample: tokens, text, finish_reason and logprobs; and those of the prompt."""
+        own = [[piece for piece in pieces if piece.index == index] for index in {piece.index for piece in pieces}]
+        texts = [("".join(one.text for one in each), each[-1].finish_reason) for each in own]
+        tokens = [[token for one in each for token in one.tokens] for each in own]
+        return tokens, texts, [[r for one in each for r in one.logprobs or ()] for each in own], stream.prompt_logprobs
+
+    alone = []
+    for request in kinds:
+        stream = engine.open_stream(request)
+        alone.append(answer(stream, [*stream]))
+    opened, ended = queue.SimpleQueue(), []
+
+    def client(thread):
+        for i in range(30):
+            number = (thread * 7 + i) % len(kinds)
+            opened.put((number, engine.open_stream(kinds[number]), i % 5 == 4))
+
+    threads = [threading.Thread(target=client, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    streams, closed = [], 0
+    while streams or engine.open or not opened.empty() or any(thread.is_alive() for thread in threads):
+        if engine.wait(0.01):
+            assert engine.step() == []
+        while not opened.empty():
+            streams.append((*opened.get(), []))
+        for number, stream, leaves, pieces in list(streams):
+            pieces += stream.take()
+            if leaves and not stream.ended:
+                stream.close()
+                pieces += stream.take()
+            if stream.ended:
+                streams.remove((number, stream, leaves, pieces))
+                closed += pieces[-1].error == "cancelled"
+                if pieces[-1].error is None:
+                    ended.append((number, answer(stream, pieces)))
+    assert len(ended) + closed == 120 and closed > 5 and len({number for number, _ in ended}) == len(kinds)
+    assert all(found == alone[number] for number, found in ended)
+    assert (engine.running, engine.waiting, engine.kv_usage) == ({}, {}, 0)
