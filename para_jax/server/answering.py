@@ -116,7 +116,7 @@ class Answering:
         asked = self.read(json_object(body))
         tenant, entry = self.models.resolve(asked.model, access)
         try:
-            requests = engine_requests(asked, tenant, self.loop.engine)
+            requests = engine_requests(asked, tenant, self.loop.engine, access.salt)
             self.loop.open([(request, entry) for request in requests], answer)
         except ValueError as error:
             raise refused(error, asked) from None

@@ -12,15 +12,18 @@ from .errors import ApiError, wrong_field
 from .protocol import Asked
 
 
-def engine_requests(asked: Asked, tenant: str | None, engine: Engine) -> list[Request]:
+def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str | None = None) -> list[Request]:
     """The engine's requests, one per prompt. Answer i of all is drawn with seed + i.
+
+    Args:
+        salt: the client's, for the prefix cache, in addition to the request's.
 
     Raises ValueError for a prompt that is none.
     """
     require_room(asked, engine)
-    made = []
+    salt, made = "\0".join(filter(None, (salt, asked.cache_salt))) or None, []
     for i, prompt in enumerate(asked.prompts):
-        sampling = dict(asked.sampling, max_new_tokens=asked.max_tokens)
+        sampling = dict(asked.sampling, max_new_tokens=asked.max_tokens, cache_salt=salt)
         if asked.max_tokens is None:
             prompt, stops = chat_ids(prompt, engine)
             sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))

@@ -295,6 +295,14 @@ def test_usage_counts_tokens_and_those_from_the_prefix_cache(http):
     assert all("usage" not in chunk for chunk in events(http, "/v1/completions", body))
 
 
+def test_a_prompt_shares_its_beginning_only_with_prompts_of_the_same_salt(http):
+    def cached(salt):
+        body = {"model": "base", "prompt": prompt(9), "max_tokens": 1, "cache_salt": salt}
+        return http.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached("one") == 0 and cached("one") > 0 and cached("two") == 0
+
+
 def test_a_request_has_an_id(http):
     body = {"model": "A", "prompt": prompt(1), "max_tokens": 1}
     response = http.post("/v1/completions", json=body, headers={"x-request-id": "mine-1"})
