@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple
 
 from ..config import printable
@@ -115,7 +116,7 @@ class Answering:
         asked = self.read(json_object(body))
         tenant, entry = self.models.resolve(asked.model, access)
         try:
-            requests = engine_requests(asked, tenant, self.loop.engine)
+            requests = engine_requests(asked, tenant, self.loop.engine, access.salt)
             self.loop.open([(request, entry) for request in requests], answer)
         except ValueError as error:
             raise refused(error, asked) from None
@@ -153,8 +154,9 @@ class Answering:
         if outcome.status is None:
             raise error
         outcome.error = error.code or "invalid_request"
-        async with asyncio.timeout(LAST_SECONDS):
-            await send({"type": "http.response.body", "body": error_event(error.body) + DONE})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_SECONDS):
+                await send({"type": "http.response.body", "body": error_event(error.body) + DONE})
 
 
 def take_news(news: list, choices: dict[tuple[int, int], Choice], outcome: Outcome) -> list[Choice]:

@@ -22,6 +22,9 @@ class Access(NamedTuple):
     """None: all"""
     keyed: bool = False
     """whether the client has shown a key; only then it learns the names of other models"""
+    salt: str | None = None
+    """Keeps its prompts apart in the prefix cache. A limited key has a salt of its own: else times and cached_tokens
+    would tell what others have sent"""
 
     def may_use(self, tenant: str | None) -> bool:
         """Whether the client may use a tenant; None is the base model."""
@@ -39,7 +42,7 @@ class ApiKeys:
         self._keys: list[tuple[bytes, Access]] = []
         for line in lines:
             key, *tenants = line.split()
-            access = Access(frozenset(tenants) if tenants else None, keyed=True)
+            access = Access(frozenset(tenants), True, digest(key).hex()) if tenants else Access(keyed=True)
             if any(hmac.compare_digest(digest(key), known) for known, _ in self._keys):
                 raise ValueError("a key is there twice; write its tenants on one line")
             self._keys.append((digest(key), access))

@@ -12,15 +12,18 @@ from .errors import ApiError, wrong_field
 from .protocol import Asked
 
 
-def engine_requests(asked: Asked, tenant: str | None, engine: Engine) -> list[Request]:
+def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str | None = None) -> list[Request]:
     """The engine's requests, one per prompt. Answer i of all is drawn with seed + i.
+
+    Args:
+        salt: the client's, for the prefix cache, in addition to the request's.
 
     Raises ValueError for a prompt that is none.
     """
     require_room(asked, engine)
-    made = []
+    salt, made = "\0".join(filter(None, (salt, asked.cache_salt))) or None, []
     for i, prompt in enumerate(asked.prompts):
-        sampling = dict(asked.sampling, max_new_tokens=asked.max_tokens)
+        sampling = dict(asked.sampling, max_new_tokens=asked.max_tokens, cache_salt=salt)
         if asked.max_tokens is None:
             prompt, stops = chat_ids(prompt, engine)
             sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))
@@ -38,12 +41,10 @@ def chat_ids(messages, engine: Engine) -> tuple[Ids, Ids]:
     return tuple(ids), turn_stop_ids(engine.tokenizer, messages)
 
 
-def scores(asked: Asked, number: int) -> dict[str, int]:
+def scores(asked: Asked, number: int) -> dict[str, int | None]:
     """The log-probabilities that a prompt asks for, as arguments of the engine's Request."""
-    made = {"logprobs": asked.logprobs, "prompt_logprobs": prompt_logprobs(asked)}
-    if asked.context_lengths is not None:
-        made["context_length"] = asked.context_lengths[number]
-    return {name: value for name, value in made.items() if value is not None}
+    context_length = asked.context_lengths[number] if asked.context_lengths else None
+    return {"logprobs": asked.logprobs, "prompt_logprobs": prompt_logprobs(asked), "context_length": context_length}
 
 
 def one_token_is_scored(asked: Asked) -> bool:

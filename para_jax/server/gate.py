@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import traceback
@@ -49,6 +50,9 @@ class Gate:
         except ApiError as error:
             outcome.error = error.code or "invalid_request"
             await send_error(answer, outcome, error)
+        except asyncio.CancelledError:
+            outcome.error = "shutting_down"
+            raise
         except Exception as error:
             outcome.error = type(error).__name__
             warn(f"server: {''.join(traceback.format_exception(error))}")

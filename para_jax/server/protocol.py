@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..data.examples import Ids, Prompt
-from ..serving.request import MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOPS
+from ..serving.request import MAX_SALT, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOPS
 from .errors import wrong_field
 from .fields import Fields
 
@@ -50,7 +50,7 @@ LABELS = ("user", "safety_identifier", "prompt_cache_key")
 #: Fields of both endpoints that we compute, or that are labels.
 COMPUTED = (
     "model", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stop_token_ids", "ignore_eos",
-    "stream", "stream_options", "logprobs", "timeout", *LABELS,
+    "cache_salt", "stream", "stream_options", "logprobs", "timeout", *LABELS,
 )  # fmt: skip
 CHAT_FIELDS = (*COMPUTED, "messages", "max_completion_tokens", "top_logprobs", "metadata", *INERT_CHAT)
 TEXT_FIELDS = (*COMPUTED, "prompt", "echo", "best_of", "context_length", *INERT_TEXT)
@@ -75,6 +75,8 @@ class Asked(NamedTuple):
     include_usage: bool
     timeout: float | None
     """seconds; None: the server's"""
+    cache_salt: str | None
+    """prompts share their beginnings only with those of the same salt"""
     echo: bool = False
     """whether the prompt is a part of the answer"""
     context_lengths: list[int] | None = None
@@ -162,13 +164,14 @@ def read_rest(fields: Fields, inert: dict, known: tuple[str, ...], own: dict) ->
         inner.require_inert({"include_obfuscation": ((False,), NOT_COMPUTED)})
         inner.require_none_left(["include_usage"])
     timeout = fields.number("timeout", 0.001, 1e9)
+    cache_salt = fields.text("cache_salt", MAX_SALT // 2)
     for name in LABELS:
         fields.text(name, MAX_USER)
     fields.require_inert(inert)
     fields.require_none_left(known)
     return Asked(
         model=model, sampling=sampling, n=n, seed=seed, stream=stream, include_usage=include_usage, timeout=timeout,
-        **own,
+        cache_salt=cache_salt, **own,
     )  # fmt: skip
 
 

@@ -86,3 +86,9 @@ def test_a_file_that_everyone_can_read_is_warned_of(tmp_path, capfd):
     file.chmod(0o644)
     read_keys(file)
     assert "chmod 600" in capfd.readouterr().err
+
+
+def test_each_limited_key_has_a_salt_of_its_own():
+    keys = ApiKeys(["all", "a acme", "b acme"])
+    salts = [keys.access(f"Bearer {key}").salt for key in ("all", "a", "b")]
+    assert salts[0] is None and None not in salts[1:] and len(set(salts)) == 3
