@@ -2,13 +2,13 @@
 
 import pytest
 
+from para_jax.server.chat_messages import NOT_IN_MESSAGES
 from para_jax.server.errors import ApiError
 from para_jax.server.protocol import (
     CHAT_FIELDS,
     INERT_CHAT,
     INERT_TEXT,
     LABELS,
-    NOT_IN_MESSAGES,
     TEXT_FIELDS,
     read_chat,
     read_completion,

@@ -15,12 +15,12 @@ from pathlib import Path
 import httpx
 import pytest
 from quick_compiler import own_flags
-from running_server import chat_tokenizer, eventually, model_and_tenants, new_engine, running
+from running_server import eventually, model_and_tenants, new_engine, running
 from tiny_engine import prompt
 from tiny_run import backbone_folder
 
 import para_jax
-from para_jax import AdapterBank, Engine, save_adapter, serve
+from para_jax import save_adapter, serve
 from para_jax.server.address import bound, is_loopback, url_of
 from para_jax.server.answering import Limits
 from para_jax.server.api_keys import ApiKeys
@@ -259,16 +259,15 @@ def test_the_command_serves_and_sigterm_lets_it_finish(tmp_path):
 # ------------------------------------------------------------------------------------------------------- documentation
 
 
-def test_the_requests_of_the_documentation_are_answered():
+def test_the_requests_of_the_documentation_are_answered(engine):
     """docs/serving.md: each curl of "The server", with the port replaced."""
     section = (ROOT / "docs" / "serving.md").read_text().split("\n## The server\n")[1].split("\n## ")[0]
     blocks = re.findall(r"^```\n(curl .*?)^```", section, re.M | re.S)
     commands = [shlex.split(text) for block in blocks for text in block.replace("\\\n", " ").strip().split("\n\n")]
     assert len(commands) == 4
-    model, tenants = model_and_tenants()
-    bank = AdapterBank.holding({"acme": tenants["A"], "globex": tenants["R"]}, model.config)
-    engine = Engine(model, bank, chat_tokenizer(), slots=2, max_length=64)
-    engine.warm_up = lambda: None
+    _, tenants = model_and_tenants()
+    engine.bank.add("acme", tenants["A"])
+    engine.bank.add("globex", tenants["R"])
     with running(engine, model_name="smollm2-135m") as server:
         for command in commands:
             (url,) = [word for word in command if word.startswith("localhost:8000/")]
