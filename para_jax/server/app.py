@@ -81,11 +81,14 @@ def create_app(
     return app
 
 
-async def list_models(models: Models, request: Request) -> Response:
+# Those without `async` run in threads of Starlette's, because they take long where there are many tenants.
+
+
+def list_models(models: Models, request: Request) -> Response:
     return JSONResponse({"object": "list", "data": models.listed(request.state.access)})
 
 
-async def show_model(models: Models, request: Request) -> Response:
+def show_model(models: Models, request: Request) -> Response:
     tenant, _ = models.resolve(request.path_params["name"], request.state.access)
     return JSONResponse(models.card(tenant))
 
