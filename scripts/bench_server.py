@@ -25,7 +25,12 @@ from para_jax import ParaConfig, init_adapter, load_model_config, load_tokenizer
 from para_jax.devices import describe_devices, library_versions
 
 SYSTEM, QUESTION, ANSWER = 128, 24, 32  # tokens
-TIMES = {"first token": "time_to_first_token", "between tokens": "inter_token_latency", "whole": "request_latency"}
+TIMES = {
+    "first token": "time_to_first_token",
+    "between tokens": "inter_token_latency",
+    "per token": "time_per_output_token",
+    "whole": "request_latency",
+}
 
 
 def main() -> None:
