@@ -5,7 +5,7 @@
 
 The server runs in a process of its own with --tenants PARA adapters of random weights (scope response). Requests are
 split evenly over them (`lora_traffic_split`). Each has a system prompt that all share, a question of its own, and an
-answer of fixed length. Writes inference-perf's reports of the whole run and of each rate, and p50, p90 and p99 of each rate, to one JSON file.
+answer of fixed length. Writes p50, p90 and p99 of each rate, and inference-perf's reports, to one JSON file.
 """
 
 import argparse
