@@ -105,7 +105,7 @@ def compared(folder: Path, names: list[str]) -> dict:
                     "tokenizer_backend": "huggingface",
                 }
                 ours, theirs = scored(here, name), scored(kind, name, arguments, batch_size=4)
-                case = cases[f"{tenant}: {name}"] = compare(ours, theirs)
+                case = cases[f"{tenant}: {name}"] = compared_case(ours, theirs)
                 if tenant == "base":
                     base[name] = ours
                 elif name != names[-1]:  # log-likelihoods; an adapter that moves nothing would agree without being used
@@ -113,8 +113,13 @@ def compared(folder: Path, names: list[str]) -> dict:
             chat = {"base_url": f"{url}/v1/chat/completions", "model": tenant, "num_concurrent": 4, "max_retries": 1}
             ours = scored(here, names[-1], apply_chat_template=True)
             theirs = scored("local-chat-completions", names[-1], chat, apply_chat_template=True)
-            cases[f"{tenant}: chat"] = compare(ours | {"contexts": []}, theirs | {"contexts": []})
+            cases[f"{tenant}: chat"] = compared_case(ours | {"contexts": []}, theirs | {"contexts": []})
     return cases
+
+
+def compared_case(ours: dict, theirs: dict) -> dict:
+    case = compare(ours, theirs)
+    return case | {"scores_over_http": case.pop("scores_of_hf")}
 
 
 def strong_para(config, **fields):
