@@ -45,7 +45,9 @@ class Gate:
         try:
             state["outcome"] = outcome
             if scope["path"] not in OPEN_PATHS:
-                state["access"] = self.keys.access(headers.get(b"authorization", b"").decode("latin-1"))
+                state["access"] = self.keys.access(
+                    headers.get(b"authorization", b"").decode("utf-8", "surrogateescape")
+                )
             await self.app(scope, receive, answer)
         except ApiError as error:
             outcome.error = error.code or "invalid_request"

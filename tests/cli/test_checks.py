@@ -99,7 +99,11 @@ MISTAKES = [
     ("generate --input data/train.jsonl --output runs", "--output runs: a folder\ngive the path of a file"),
     ("prepare squad", "'squad'.*tfds:NAME"),
 ]
-HELP = ["--help", "--version", *(f"{name} --help" for name in "train generate evaluate inspect plot bench".split())]
+HELP = [
+    "--help",
+    "--version",
+    *(f"{name} --help" for name in "train generate serve evaluate inspect plot bench".split()),
+]
 
 
 @pytest.fixture(scope="module")

@@ -121,8 +121,8 @@ def test_what_warming_up_raises_ends_the_server(engine):
 
 
 def test_keys_open_their_tenants_only(engine):
-    with running(engine, api_keys=ApiKeys(["sk-all", "sk-a A"])) as server:
-        every, some = ({"authorization": f"Bearer {key}"} for key in ("sk-all", "sk-a"))
+    with running(engine, api_keys=ApiKeys(["sk-all", "sk-ä A"])) as server:
+        every, some = ({"authorization": f"Bearer {key}".encode()} for key in ("sk-all", "sk-ä"))
 
         def ask(model, headers):
             body = {"model": model, "prompt": "w30 w31", "max_tokens": 1}
