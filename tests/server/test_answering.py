@@ -2,7 +2,10 @@
 slots."""
 
 import asyncio
+import gc
 import json
+import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +21,9 @@ from running_server import LENGTH, QUEUE, QUEUE_PER_TENANT, eventually, new_engi
 from tiny_engine import CONFIGS, answers, prompt
 
 from para_jax import Request
+from para_jax.server import answering
+from para_jax.server.app import THREADS
+from para_jax.server.traffic import Traffic
 
 MODELS, JSON = [*CONFIGS, "base"], {"content-type": "application/json"}
 #: An answer that lasts for several rounds.
@@ -411,6 +417,32 @@ def test_a_client_that_leaves_halfway_frees_its_slot(server, http):
     server.idle()
     eventually(lambda: not server.engine.running)
     assert http.post("/v1/completions", json=LONG | {"model": "A"}).status_code == 200
+
+
+def test_nothing_stays_of_clients_that_leave_before_their_bodies_are_read(server, http, monkeypatch):
+    read, started, may_read = answering.json_object, [], threading.Event()
+
+    def slow(body):
+        started.append(len(body))
+        assert may_read.wait(60)
+        return read(body)
+
+    def left():
+        return sum(map(float, re.findall('responses_total{status="none"} (.*)', http.get("/metrics").text)))
+
+    before = left()
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "json_object", slow)
+        for _ in range(THREADS + 2):  # the last two find no thread
+            with httpx.Client() as own, pytest.raises(httpx.ReadTimeout):
+                own.post(f"{server.url}/v1/completions", json=LONG | {"model": "A"}, timeout=0.1)
+        eventually(lambda: len(started) == THREADS)
+        may_read.set()
+        assert http.post("/v1/completions", json=LONG | {"model": "A"}).status_code == 200
+    eventually(lambda: server.engine.open == 0)
+    assert len(started) == THREADS + 1
+    counted = [one._open for one in gc.get_objects() if isinstance(one, Traffic)]
+    assert counted and not any(counted)
 
 
 def test_a_request_that_passes_its_deadline_is_cancelled(server, http):

@@ -214,6 +214,19 @@ def test_an_interrupted_round_gives_the_same_values_again(engine, monkeypatch, e
     assert raised == 2 and found == expected
 
 
+def test_a_stream_keeps_the_scores_it_may_be_about_to_show_when_rounds_fail(engine, monkeypatch):
+    stream = engine.open_stream(Request(ids(3), max_new_tokens=12, prompt_logprobs=0, ignore_eos=True))
+    while not stream.take():
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._prefills, "advance", lambda: 1 / 0)
+        for _ in range(2):  # the second one starts again
+            with pytest.raises(ZeroDivisionError):
+                engine.step()
+    assert stream.prompt_logprobs is not None
+    list(stream)
+
+
 def test_a_prompt_that_fails_twice_is_an_error(engine, monkeypatch):
     monkeypatch.setattr(decoder, "score_prompt", lambda *_: 1 / 0)
     engine.submit(scored(ids(0), None, None))
