@@ -158,7 +158,8 @@ class Answering:
 
             def events(changed: list[Choice] = changed) -> bytes:
                 parts = [(choice, part) for choice in changed if (part := choice.take())]
-                return b"".join(writer.event(delta) for both in parts for delta in self.shape.deltas(*both))
+                now = usage(answer, outcome) if asked.continuous_usage else None
+                return b"".join(writer.event(delta, now) for both in parts for delta in self.shape.deltas(*both))
 
             if written := await written_for(asked, events):
                 await send({"type": "http.response.body", "body": written, "more_body": True})
