@@ -183,9 +183,10 @@ def test_a_scored_prompt_needs_no_slot(engine):
     for i in range(SLOTS):
         engine.submit(Request(prompt(i), "para", 20, id=i))
     engine.step()
+    engine.submit(Request(prompt(9), "constant", 20, id="waits"))
     engine.submit(scored(ids(1), "para", 5, id="scored"))
     assert [completion.id for completion in engine.step()] == ["scored"]
-    assert len(answers(engine)) == SLOTS
+    assert len(answers(engine)) == SLOTS + 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
