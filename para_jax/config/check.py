@@ -27,7 +27,7 @@ def one_of(names: Iterable[object]) -> str:
 def shorten(value: object, width: int = 80) -> str:
     """A value as an error shows it: its repr, cut to `width`, so without control characters."""
     try:
-        text = repr(value[: width + 1] if isinstance(value, str) else value)
+        text = repr(value[: width + 1] if isinstance(value, str | list) else value)  # the whole of it takes long
     except (RecursionError, ValueError):  # nested too deep, or a number with too many digits
         text = f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= width else text[: width - 3] + "..."

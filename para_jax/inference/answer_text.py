@@ -38,6 +38,8 @@ class AnswerText:
         """whether a character other than white space is released"""
         self._space: list[str] = []
         """white space after it, released before more text"""
+        self._ended = False
+        """whether a stop text has ended the answer"""
 
     def add(self, token: int) -> bool:
         """Adds the next token. Returns whether a stop text has ended the answer; if so, nothing more may be added."""
@@ -45,6 +47,8 @@ class AnswerText:
 
     def finish(self) -> bool:
         """Releases the rest, after the last token. Returns whether a stop text has ended the answer."""
+        if self._ended:  # the token that ended it may go on, with half a character
+            return True
         ended = self._take(text_of(self._tokenizer, self._tail)[self._shown :])
         self.pieces[-1] += self._released(self._held)
         self._held = ""
@@ -75,8 +79,8 @@ class AnswerText:
         ends = [text.index(stop) for stop in self._stop if stop in text]
         cut = min(ends) if ends else min((beginning(text, stop) for stop in self._stop), default=len(text))
         self.pieces.append(self._released(text[:cut]))
-        self._held = "" if ends else text[cut:]
-        return bool(ends)
+        self._held, self._ended = "" if ends else text[cut:], bool(ends)
+        return self._ended
 
     def _released(self, text: str) -> str:
         """What can be shown of the text that no stop text cuts: nothing of the white space that may be at an end."""

@@ -4,6 +4,7 @@ once."""
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 
 
@@ -39,6 +40,15 @@ def url_of(taken: socket.socket) -> str:
     if ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
         host = "::1" if taken.family == socket.AF_INET6 else "127.0.0.1"
     return f"http://[{host}]:{port}" if taken.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+def names_this_machine(host: str) -> bool:
+    """Whether a Host header has a name that means this machine everywhere: localhost, or a loopback address."""
+    name = re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()
+    try:
+        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def is_loopback(taken: socket.socket) -> bool:

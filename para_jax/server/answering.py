@@ -73,9 +73,8 @@ class Answering:
         work, watch, held = None, None, HeldBody(self.held)
         try:
             self.loop.require_ready()
-            body = await read_body(scope, receive, held, most=self.limits.max_body, seconds=self.limits.body_seconds)
-            work = asyncio.create_task(self._answer(body, held, scope["state"]["access"], outcome, send))
-            del body
+            await read_body(scope, receive, held, most=self.limits.max_body, seconds=self.limits.body_seconds)
+            work = asyncio.create_task(self._answer(held, scope["state"]["access"], outcome, send))
             watch = asyncio.create_task(left(receive))
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -88,12 +87,13 @@ class Answering:
             await end(watch)
             held.drop()
 
-    async def _answer(self, body: bytes, held: HeldBody, access: Access, outcome: Outcome, send) -> None:
+    async def _answer(self, held: HeldBody, access: Access, outcome: Outcome, send) -> None:
         answer, until = Answer(), time.monotonic() + self.limits.timeout
         try:
             async with asyncio.timeout(self.limits.timeout):
-                asked = await self._admitted(body, access, answer, outcome)
-            del body
+                asked = await self._admitted(held, access, answer, outcome)
+            outcome.served = True
+            self.metrics.begin(outcome)
             held.drop()
             if asked.timeout is not None:
                 until = min(until, until - self.limits.timeout + asked.timeout)
@@ -101,7 +101,7 @@ class Answering:
             writer = Writer(self.shape, asked.model, outcome.request_id, include_usage=asked.include_usage)
             async with asyncio.timeout(until - time.monotonic()):
                 give = self._stream if asked.stream else self._whole
-                await give(answer, choices, writer, outcome, send)
+                await give(asked, answer, choices, writer, outcome, send)
         except TimeoutError:
             late = ApiError(504, "the request has passed its deadline and was cancelled", code="timeout")
             await self._fail(late, outcome, send)
@@ -111,51 +111,59 @@ class Answering:
             note_times(answer, outcome)
             self.loop.close(answer)
 
-    async def _admitted(self, body: bytes, access: Access, answer: Answer, outcome: Outcome) -> Asked:
-        """Parses the body and opens its streams, in a thread of its own. A request that is given up meanwhile is closed
-        as soon as it is open."""
-        work = asyncio.get_running_loop().run_in_executor(self.threads, self._admit, body, access, answer, outcome)
+    async def _admitted(self, held: HeldBody, access: Access, answer: Answer, outcome: Outcome) -> Asked:
+        """Parses the body and opens its streams, in a thread. A request that is given up meanwhile is closed as soon as
+        it is open; one that still waits for a thread never gets one."""
+        job = self.threads.submit(self._admit, held, access, answer, outcome)
         try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            work.add_done_callback(lambda done: (done.exception(), self.loop.close(answer)))
+            return await asyncio.wrap_future(job)
+        except asyncio.CancelledError:  # which has cancelled the job too, unless it runs
+            job.add_done_callback(lambda job: self.loop.close(answer))
             raise
 
-    def _admit(self, body: bytes, access: Access, answer: Answer, outcome: Outcome) -> Asked:
-        asked = self.read(json_object(body))
+    def _admit(self, held: HeldBody, access: Access, answer: Answer, outcome: Outcome) -> Asked:
+        asked = self.read(json_object(held.body))
         tenant, entry = self.models.resolve(asked.model, access)
         try:
             requests = engine_requests(asked, tenant, self.loop.engine, access.salt)
             self.loop.open([(request, entry) for request in requests], answer)
         except ValueError as error:
             raise refused(error, asked) from None
-        outcome.served, outcome.tenant = True, tenant
+        outcome.tenant = tenant
         outcome.prompt_tokens = sum(len(stream.prompt_ids) for stream in answer.streams)
         outcome.max_tokens = requests[0].max_new_tokens
         if self.limits.log_prompts:
             outcome.prompt = printable(repr(asked.prompts), LOGGED)
-        self.metrics.begin(outcome)
         return asked
 
-    async def _whole(self, answer: Answer, choices: dict, writer: Writer, outcome: Outcome, send) -> None:
+    async def _whole(self, asked: Asked, answer: Answer, choices: dict, writer: Writer, outcome: Outcome, send) -> None:
         while any(choice.finish_reason is None for choice in choices.values()):
             take_news(await answer.news(), choices, outcome)
-        made = [self.shape.choice(choice, part) for choice in choices.values() if (part := choice.take())]
-        body = writer.whole(made, usage(answer, outcome))
-        await send(start(200, b"application/json", (b"content-length", str(len(body)).encode())))
-        await send({"type": "http.response.body", "body": body})
 
-    async def _stream(self, answer: Answer, choices: dict, writer: Writer, outcome: Outcome, send) -> None:
+        def body() -> bytes:
+            made = [self.shape.choice(choice, part) for choice in choices.values() if (part := choice.take())]
+            return writer.whole(made, usage(answer, outcome))
+
+        written = await written_for(asked, body)
+        await send(start(200, b"application/json", (b"content-length", str(len(written)).encode())))
+        await send({"type": "http.response.body", "body": written})
+
+    async def _stream(
+        self, asked: Asked, answer: Answer, choices: dict, writer: Writer, outcome: Outcome, send
+    ) -> None:
         # x-accel-buffering: nginx would keep the events until it has a page of them
         quick = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
         await send(start(200, b"text/event-stream; charset=utf-8", *quick))
         while any(choice.finish_reason is None for choice in choices.values()):
-            events = b""
-            for choice in take_news(await answer.news(), choices, outcome):
-                if (part := choice.take()) is not None:
-                    events += b"".join(writer.event(delta) for delta in self.shape.deltas(choice, part))
-            if events:
-                await send({"type": "http.response.body", "body": events, "more_body": True})
+            changed = take_news(await answer.news(), choices, outcome)
+
+            def events(changed: list[Choice] = changed) -> bytes:
+                parts = [(choice, part) for choice in changed if (part := choice.take())]
+                now = usage(answer, outcome) if asked.continuous_usage else None
+                return b"".join(writer.event(delta, now) for both in parts for delta in self.shape.deltas(*both))
+
+            if written := await written_for(asked, events):
+                await send({"type": "http.response.body", "body": written, "more_body": True})
         await send({"type": "http.response.body", "body": writer.usage_event(usage(answer, outcome)) + DONE})
 
     async def _fail(self, error: ApiError, outcome: Outcome, send) -> None:
@@ -166,6 +174,12 @@ class Answering:
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_SECONDS):
                 await send({"type": "http.response.body", "body": error_event(error.body) + DONE})
+
+
+async def written_for(asked: Asked, write: Callable[[], bytes]) -> bytes:
+    """What `write` gives. Log-probabilities are written in a thread: those of a long prompt with many others take
+    seconds, and asyncio must not wait."""
+    return write() if asked.logprobs is None else await asyncio.to_thread(write)
 
 
 def take_news(news: list, choices: dict[tuple[int, int], Choice], outcome: Outcome) -> list[Choice]:

@@ -98,7 +98,7 @@ def read_keys(file: str | Path) -> ApiKeys:
     if len(data) > MAX_FILE:
         raise ValueError(f"--api-key-file {file}: it is larger than {MAX_FILE} bytes\ngive one key per line")
     try:
-        lines = [line.strip() for line in data.decode().splitlines()]
+        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(f"--api-key-file {file}: it is not UTF-8\ngive one key per line") from None
     keys = [line for line in lines if line and not line.startswith("#")]

@@ -39,12 +39,14 @@ def create_app(
     limits: Limits | None = None,
     metrics: Metrics | None = None,
     routes: Sequence[BaseRoute] = (),
+    local: bool = False,
 ) -> Starlette:
     """The application. Its lifespan starts the thread that warms the engine up and drives it.
 
     Args:
         metrics: what /metrics shows.
         routes: further ones. In their endpoints, `request.state.access` says what the client may use.
+        local: whether only requests to a name of this machine are taken.
 
     `app.state.loop` is its EngineLoop.
     """
@@ -73,7 +75,7 @@ def create_app(
     ]
     app = Starlette(
         routes=[*own, *routes],
-        middleware=[Middleware(Gate, keys=keys, metrics=metrics)],
+        middleware=[Middleware(Gate, keys=keys, metrics=metrics, local=local)],
         exception_handlers={HTTPException: http_error},  # pyright: ignore[reportArgumentType]
         lifespan=lifespan,
     )

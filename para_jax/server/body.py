@@ -23,10 +23,10 @@ class Held:
 
 
 class HeldBody:
-    """One request's share of them."""
+    """One request's body, and its share of them."""
 
     def __init__(self, all_bodies: Held):
-        self._all, self.size = all_bodies, 0
+        self._all, self.size, self.body = all_bodies, 0, b""
 
     def grow(self, count: int) -> None:
         """Raises ApiError 503 if all bodies together become too large."""
@@ -38,12 +38,12 @@ class HeldBody:
     def drop(self) -> None:
         """The body is not needed any more."""
         self._all.now -= self.size
-        self.size = 0
+        self.size, self.body = 0, b""
 
 
 async def read_body(scope, receive, held: HeldBody | None = None, *, most: int, seconds: float) -> bytes:
-    """The body of a POST of JSON. Raises ApiError 413 before it holds more than `most` bytes, 408 if the body has not
-    come after `seconds`, and 415 for another content type.
+    """The body of a POST of JSON, which `held` keeps too. Raises ApiError 413 before it holds more than `most` bytes,
+    408 if the body has not come after `seconds`, and 415 for another content type.
 
     The content type is required because a web page of another site can make a browser send anything else without
     asking.
@@ -75,7 +75,10 @@ async def read_body(scope, receive, held: HeldBody | None = None, *, most: int, 
     except TimeoutError:
         close = {"connection": "close"}
         raise ApiError(408, f"the body was not there after {seconds:g} s", code="body_late", headers=close) from None
-    return bytes(body)
+    found = bytes(body)
+    if held is not None:
+        held.body = found
+    return found
 
 
 def json_object(body: bytes) -> dict:

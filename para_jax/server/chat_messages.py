@@ -16,6 +16,7 @@ NOT_IN_MESSAGES: dict[str, tuple[tuple, str]] = {
     "audio": ((), NOT_COMPUTED),
     "refusal": ((), NOT_COMPUTED),
     "annotations": (([],), NOT_COMPUTED),
+    "type": (("text",), NOT_COMPUTED),  # lm-eval up to 0.4.9 sends it
 }
 ROLES = ("system", "developer", "user", "assistant")
 

@@ -82,7 +82,9 @@ class EngineLoop:
     # ---------------------------------------------------------------------------------------- calls from any thread
 
     def require_ready(self) -> None:
-        """Raises ApiError 503 while no request is taken."""
+        """Raises ApiError 503 while no request is taken, and 500 if none will ever be."""
+        if self.fatal is not None:
+            raise engine_failed()
         if self.draining or self._stopping.is_set():
             raise shutting_down()
         if not self.warm:
@@ -105,9 +107,11 @@ class EngineLoop:
             raise
         with self._delivering:
             self._open[answer] = None
-        if self.draining or self._stopping.is_set():
+        try:
+            self.require_ready()  # again: the server may have begun to stop meanwhile
+        except ApiError:
             self.close(answer)
-            raise shutting_down()
+            raise
         self._deliver([answer])
 
     def close(self, answer: Answer) -> None:
@@ -127,9 +131,12 @@ class EngineLoop:
         try:
             self.engine.warm_up()
             self.warm = True
+            self._make_rounds()
         except BaseException as error:
             self.fatal = error
-            return
+            self.fail_all(engine_failed())
+
+    def _make_rounds(self) -> None:
         while not self._stopping.is_set():
             if not self.engine.wait(IDLE_SECONDS):
                 continue
@@ -147,7 +154,7 @@ class EngineLoop:
         warn(f"engine: a round failed ({self.failures} in a row): {printable(str(error), 500)}")
         say("\n".join(printable(line, 500) for line in lines))
         if self.failures >= MOST_FAILURES:
-            self.fail_all(ApiError(500, "the engine failed, and the request was given up", code="engine_failed"))
+            self.fail_all(engine_failed())
         self._stopping.wait(min(0.1 * self.failures, 1))
 
     def _deliver(self, answers: list[Answer]) -> None:
@@ -172,6 +179,10 @@ class EngineLoop:
 
 def shutting_down() -> ApiError:
     return retry_later(503, 5, "the server is shutting down; send the request to another one", "shutting_down")
+
+
+def engine_failed() -> ApiError:
+    return ApiError(500, "the engine failed, and the request was given up", code="engine_failed")
 
 
 def queue_full(error: QueueFull) -> ApiError:

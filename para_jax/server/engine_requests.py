@@ -9,7 +9,7 @@ from ..data.examples import Ids, encode_prompt, most_characters, turn_stop_ids
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .errors import ApiError, wrong_field
-from .protocol import Asked
+from .protocol import CHAT_FIELDS, TEXT_FIELDS, Asked
 
 
 def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str | None = None) -> list[Request]:
@@ -89,6 +89,6 @@ def refused(error: ValueError, asked: Asked) -> ApiError:
     message = re.sub("|".join(names), lambda found: names[found[0]], str(error))
     param = message.split(":")[0].split(" ")[0]
     code = "context_length_exceeded" if "max_length" in message else None
-    if asked.chat and param == "prompt":
-        param = "messages"
-    return wrong_field(param if param.isidentifier() else None, message, code)
+    if param not in (*CHAT_FIELDS, *TEXT_FIELDS):
+        param = "prompt"  # what the tokenizer or its chat template says of it
+    return wrong_field("messages" if asked.chat and param == "prompt" else param, message, code)

@@ -8,8 +8,9 @@ import time
 import traceback
 import uuid
 
-from ..config import printable
+from ..config import printable, shorten
 from ..messages import say, warn
+from .address import names_this_machine
 from .api_keys import ApiKeys
 from .errors import ApiError
 from .metrics import Metrics
@@ -25,8 +26,13 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 class Gate:
     """An ASGI app around another one. scope["state"] gets `access` (what the client may use) and `outcome`."""
 
-    def __init__(self, app, keys: ApiKeys, metrics: Metrics):
-        self.app, self.keys, self.metrics = app, keys, metrics
+    def __init__(self, app, keys: ApiKeys, metrics: Metrics, local: bool = False):
+        """
+        Args:
+            local: whether only requests to a name of this machine are taken. Without keys, a web page could otherwise
+                have its own name point at this machine, and a browser would let it read everything (DNS rebinding).
+        """
+        self.app, self.keys, self.metrics, self.local = app, keys, metrics, local
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -44,6 +50,8 @@ class Gate:
         state = scope.setdefault("state", {})
         try:
             state["outcome"] = outcome
+            if self.local:
+                require_this_machine(headers.get(b"host", b"localhost").decode("latin-1"))
             if scope["path"] not in OPEN_PATHS:
                 state["access"] = self.keys.access(
                     headers.get(b"authorization", b"").decode("utf-8", "surrogateescape")
@@ -75,6 +83,13 @@ async def send_error(send, outcome: Outcome, error: ApiError) -> None:
     encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})
+
+
+def require_this_machine(host: str) -> None:
+    """Raises ApiError 403 for a host that may not be this machine's."""
+    if not names_this_machine(host):
+        message = f"the host {shorten(host)} is not localhost; ask localhost, or start the server with --api-key-file"
+        raise ApiError(403, message, code="wrong_host")
 
 
 def request_id(headers: dict[bytes, bytes]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ..inference.logprobs import TokenLogprob
+from .errors import ApiError
 from .token_text import TokenTexts
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ def chat_token(tokens: TokenTexts, one: TokenLogprob) -> dict:
 
 
 def named(tokens: TokenTexts, token: int, logprob: float) -> dict:
-    return {"token": tokens.text(token), "logprob": max(logprob, LEAST), "bytes": list(tokens.bytes(token))}
+    return {"token": tokens.text(token), "logprob": finite(logprob), "bytes": list(tokens.bytes(token))}
 
 
 def text_logprobs(choice: Choice, part: Part) -> dict:
@@ -34,7 +36,7 @@ def text_logprobs(choice: Choice, part: Part) -> dict:
     found, tokens = part.logprobs or [], choice.tokens
     return {
         "tokens": [tokens.key(id) for id in part.ids],
-        "token_logprobs": [None if one is None else max(one.logprob, LEAST) for one in found],
+        "token_logprobs": [None if one is None else finite(one.logprob) for one in found],
         "top_logprobs": [None if one is None else alternatives(tokens, one) for one in found],
         "text_offset": part.offsets,
     }
@@ -44,5 +46,13 @@ def alternatives(tokens: TokenTexts, one: TokenLogprob) -> dict[str, float]:
     """The likeliest tokens, and the token itself. Of tokens with one text, the likeliest counts."""
     found: dict[str, float] = {}
     for token, logprob in [*one.top, (one.token, one.logprob)]:
-        found.setdefault(tokens.key(token), max(logprob, LEAST))
+        found.setdefault(tokens.key(token), finite(logprob))
     return found
+
+
+def finite(logprob: float) -> float:
+    """The number as JSON has it. Raises ApiError for NaN: the adapter or the backbone overflows."""
+    if math.isnan(logprob):
+        message = "the model's log-probabilities are not numbers (NaN): its adapter or its precision overflows"
+        raise ApiError(500, message, code="engine_error")
+    return max(logprob, LEAST)

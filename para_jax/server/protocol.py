@@ -25,6 +25,13 @@ INERT: dict[str, tuple[tuple, str]] = {
     "logit_bias": (({},), NOT_COMPUTED),
     "min_p": ((0, 0.0), NOT_COMPUTED),
     "min_tokens": ((0,), NOT_COMPUTED),
+    "length_penalty": ((1, 1.0), NOT_COMPUTED),
+    "use_beam_search": ((False,), NOT_COMPUTED),
+    "skip_special_tokens": ((True,), NOT_COMPUTED),
+    "spaces_between_special_tokens": ((True,), NOT_COMPUTED),
+    "include_stop_str_in_output": ((False,), NOT_COMPUTED),
+    "return_token_ids": ((False,), NOT_COMPUTED),
+    "priority": ((0,), NOT_COMPUTED),
 }
 INERT_CHAT: dict[str, tuple[tuple, str]] = INERT | {
     "tools": (([],), NO_TOOLS),
@@ -42,8 +49,14 @@ INERT_CHAT: dict[str, tuple[tuple, str]] = INERT | {
     "web_search_options": ((), NOT_COMPUTED),
     "service_tier": (("auto", "default"), "there is one tier; leave it out"),
     "store": ((False,), "nothing is stored; leave it out"),
+    "add_generation_prompt": ((True,), NOT_COMPUTED),
+    "continue_final_message": ((False,), NOT_COMPUTED),
+    "add_special_tokens": ((False,), NOT_COMPUTED),
 }
-INERT_TEXT: dict[str, tuple[tuple, str]] = INERT | {"suffix": (("",), NOT_COMPUTED)}
+INERT_TEXT: dict[str, tuple[tuple, str]] = INERT | {
+    "suffix": (("",), NOT_COMPUTED),
+    "add_special_tokens": ((True,), NOT_COMPUTED),
+}
 #: Labels of a request. Nothing is computed from them.
 LABELS = ("user", "safety_identifier", "prompt_cache_key")
 #: Fields of both endpoints that we compute, or that are labels.
@@ -72,6 +85,8 @@ class Asked(NamedTuple):
     """alternatives per token; None: no log-probabilities"""
     stream: bool
     include_usage: bool
+    continuous_usage: bool
+    """whether each event has the usage so far"""
     timeout: float | None
     """seconds; None: the server's"""
     cache_salt: str | None
@@ -91,9 +106,9 @@ def read_chat(found: dict) -> Asked:
     fields = Fields(found)
     messages = read_messages(fields.take("messages"))
     names = [name for name in ("max_completion_tokens", "max_tokens") if name in fields]
-    if len(names) > 1:
-        raise wrong_field("max_tokens", "max_tokens and max_completion_tokens are the same; give one of them")
-    max_tokens = fields.whole(names[0], 1, WHOLE) if names else None
+    given = [fields.whole(name, 1, WHOLE) for name in names]
+    if len(set(given)) > 1:
+        raise wrong_field("max_tokens", "max_tokens and max_completion_tokens mean the same, and differ; give one")
     logprobs, top = fields.flag("logprobs"), fields.whole("top_logprobs", 0, WHOLE)
     if top is not None and not logprobs:
         raise wrong_field("top_logprobs", "top_logprobs needs logprobs; set logprobs to true")
@@ -101,7 +116,7 @@ def read_chat(found: dict) -> Asked:
         fields.refuse("metadata", metadata, "give an object")
     return read_rest(fields, INERT_CHAT, CHAT_FIELDS, {
         "prompts": [messages],
-        "max_tokens": max_tokens,
+        "max_tokens": given[0] if given else None,
         "max_tokens_field": names[0] if names else "max_tokens",
         "logprobs": (top or 0) if logprobs else None,
     })  # fmt: skip
@@ -154,14 +169,15 @@ def read_rest(fields: Fields, inert: dict, known: tuple[str, ...], own: dict) ->
     n, seed = default(fields.whole("n", 1, MAX_SAMPLES), 1), fields.whole("seed", -(2**63), 2**63 - 1)
     if default(fields.whole("best_of", 1, MAX_SAMPLES), n) != n:
         raise wrong_field("best_of", "best_of is not supported; leave it out")
-    stream, include_usage = fields.flag("stream"), False
+    stream, include_usage, continuous_usage = fields.flag("stream"), False, False
     if (options := fields.take("stream_options")) is not None:
         if not stream or not isinstance(options, dict):
             fields.refuse("stream_options", options, "give an object, together with stream")
         inner = Fields(options, "stream_options")
         include_usage = inner.flag("include_usage")
+        continuous_usage = inner.flag("continuous_usage_stats") and include_usage  # vLLM's
         inner.require_inert({"include_obfuscation": ((False,), NOT_COMPUTED)})
-        inner.require_none_left(["include_usage"])
+        inner.require_none_left(["include_usage", "continuous_usage_stats"])
     timeout = fields.number("timeout", 0.001, 1e9)
     cache_salt = fields.text("cache_salt", MAX_SALT // 2)
     for name in LABELS:
@@ -169,8 +185,8 @@ def read_rest(fields: Fields, inert: dict, known: tuple[str, ...], own: dict) ->
     fields.require_inert(inert)
     fields.require_none_left(known)
     return Asked(
-        model=model, sampling=sampling, n=n, seed=seed, stream=stream, include_usage=include_usage, timeout=timeout,
-        cache_salt=cache_salt, **own,
+        model=model, sampling=sampling, n=n, seed=seed, stream=stream, include_usage=include_usage,
+        continuous_usage=continuous_usage, timeout=timeout, cache_salt=cache_salt, **own,
     )  # fmt: skip
 
 

@@ -60,9 +60,9 @@ class Writer:
     def whole(self, choices: list[dict], usage: Usage) -> bytes:
         return encoded({**self._head, "object": self._shape.whole, "choices": choices, "usage": usage.json()})
 
-    def event(self, delta: dict) -> bytes:
-        """One server-sent event with what is new of one choice."""
-        return self._event([delta], None)
+    def event(self, delta: dict, usage: Usage | None = None) -> bytes:
+        """One server-sent event with what is new of one choice, perhaps with the usage so far."""
+        return self._event([delta], usage and usage.json())
 
     def usage_event(self, usage: Usage) -> bytes:
         """The last event of a stream with usage; nothing if it was not asked for."""

@@ -78,7 +78,8 @@ def serve(
         warn("the server has no API keys, and other machines can reach it; give --api-key-file, or a loopback --host")
     metrics = Metrics(engine, models)
     routes += page.routes(engine, models, metrics.traffic)
-    app = create_app(engine, models=models, keys=api_keys, limits=limits, metrics=metrics, routes=routes)
+    local = not api_keys and is_loopback(own)
+    app = create_app(engine, models=models, keys=api_keys, limits=limits, metrics=metrics, routes=routes, local=local)
     loop: EngineLoop = app.state.loop
     allow_open_files(4 * BoundedProtocol.max_connections)
     config = uvicorn.Config(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 class FairQueue(Generic[T]):
     """A queue per tenant, served in turn: however long one queue is, the first item of another waits for at most one
-    item of every other tenant. Every operation takes constant time."""
+    item of every other tenant. Every operation takes constant time, but `head` looks at the first item of each tenant
+    until one fits."""
 
     def __init__(self):
         self._lines: OrderedDict[Hashable, OrderedDict[int, T]] = OrderedDict()
@@ -23,13 +24,13 @@ class FairQueue(Generic[T]):
         self._count += number not in line
         line[number] = item
 
-    def head(self) -> T | None:
-        """The item that `take` returns next; None if the queue is empty."""
-        return next((next(iter(line.values())) for line in self._lines.values()), None)
+    def head(self, fits: Callable[[T], bool] = lambda item: True) -> T | None:
+        """The first item of the tenant whose turn it is, among tenants whose first item fits; None if there is none."""
+        return next((item for line in self._lines.values() if fits(item := next(iter(line.values())))), None)
 
-    def take(self) -> T:
-        """Removes and returns the head. Its tenant's next turn comes after all other tenants'."""
-        tenant, line = next(iter(self._lines.items()))
+    def take(self, tenant: Hashable) -> T:
+        """Removes and returns a tenant's first item. Its next turn comes after all other tenants'."""
+        line = self._lines[tenant]
         _, item = line.popitem(last=False)
         self._lines.move_to_end(tenant)
         if not line:

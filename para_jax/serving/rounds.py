@@ -95,14 +95,15 @@ class Rounds:
         while True:
             with self._requests.lock:
                 queue = self._requests.queue
-                head = queue.head()
-                if head is None or (head.decodes and not free) or (head.unscored and passes >= PREFILLS):
+                head, known, in_chunks = queue.head(), False, False
+                if head is not None and head.decodes:
+                    known, in_chunks = self._decoder.keeps(head), self._prefills.takes(head.entry)
+                    room = self._prefills.has_room(head.key) if in_chunks else not busy or passes < PREFILLS
+                    if not free or not (known or room):  # meanwhile, prompts that need no slot are scored
+                        head = queue.head(lambda sample: not sample.decodes)
+                if head is None or (head.unscored and passes >= PREFILLS):
                     break
-                known, in_chunks = self._decoder.keeps(head), self._prefills.takes(head.entry)
-                room = self._prefills.has_room(head.key) if in_chunks else not busy or passes < PREFILLS
-                if head.decodes and not known and not room:
-                    break
-                sample = queue.take()
+                sample = queue.take(head.request.tenant)
                 sample.ticket.start(cached_tokens=len(sample.ids) if known and sample.decodes else 0)
             try:
                 if sample.unscored:

@@ -86,8 +86,11 @@ class Sample:
         return self.request.sampling.for_index(self.index)
 
     def restart(self, tokenizer) -> None:
-        """Forgets the tokens, which will be decoded again."""
-        self.tokens, self.logprobs, self.prompt_logprobs, self.text = [], [], None, None
+        """Forgets the tokens, which will be decoded again. Keeps the prompt's scores, which a stream may be about to
+        show, unless the pass that gave them has to give its token too."""
+        self.tokens, self.logprobs, self.text = [], [], None
+        if not self.decodes:
+            self.prompt_logprobs = None
         self.follow_text(tokenizer)
 
     @property

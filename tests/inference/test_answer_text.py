@@ -123,6 +123,14 @@ def test_the_beginning_of_a_stop_text_is_held_back_until_it_is_none():
     assert unended.pieces == ["w20", "", "w21"]
 
 
+def test_nothing_follows_a_stop_text_not_even_half_a_character_of_its_token():
+    vocabulary = {"a": 0, "Ġâ": 1, "b": 2}  # the second is a space and the first byte of three
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    made.decoder = decoders.ByteLevel()
+    text = AnswerText(PreTrainedTokenizerFast(tokenizer_object=made), (" ",), strip=False)
+    assert [text.add(0), text.add(1), text.finish()] == [False, True, True] and str(text) == "a"
+
+
 def test_the_work_of_a_token_does_not_grow_with_the_answer():
     class Counting:
         def __init__(self, inner):

@@ -2,22 +2,30 @@
 slots."""
 
 import asyncio
+import gc
 import json
+import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import jax
 import numpy as np
 import openai
 import pytest
+from golden_models import backbone
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from logprob_engine import expected
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from running_server import LENGTH, QUEUE, QUEUE_PER_TENANT, eventually, new_engine, running
+from running_server import LENGTH, QUEUE, QUEUE_PER_TENANT, chat_tokenizer, eventually, new_engine, running
 from tiny_engine import CONFIGS, answers, prompt
 
-from para_jax import Request
+from para_jax import Engine, Request
+from para_jax.server import answering, responses
+from para_jax.server.app import THREADS
+from para_jax.server.traffic import Traffic
 
 MODELS, JSON = [*CONFIGS, "base"], {"content-type": "application/json"}
 #: An answer that lasts for several rounds.
@@ -236,6 +244,33 @@ def test_a_tenant_whose_score_depends_on_the_prompts_end_needs_the_context_lengt
     assert error(http.post("/v1/completions", json=two), 400)["param"] == "logprobs"
 
 
+def test_other_clients_are_served_while_scores_are_written(server, http, monkeypatch):
+    written, real = threading.Event(), responses.text_logprobs
+
+    def slow(choice, part):
+        assert written.wait(30)
+        return real(choice, part)
+
+    monkeypatch.setattr(responses, "text_logprobs", slow)
+    for stream in (False, True):
+        written.clear()
+        (future,) = post_all(server, [LONG | {"model": "base", "echo": True, "logprobs": 1, "stream": stream}])
+        server.idle()
+        assert http.get("/health", timeout=5).status_code == 200
+        written.set()
+        assert future.result().status_code == 200
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_log_probabilities_that_are_no_numbers_are_an_error(echo):
+    model = jax.tree.map(lambda leaf: leaf * np.nan, backbone("llama"))
+    with running(Engine(model, None, chat_tokenizer(), slots=1, max_length=16, max_logprobs=1)) as server:
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            body = {"model": "base", "prompt": "w5 w6", "max_tokens": 1, "logprobs": 1, "echo": echo}
+            assert error(http.post("/v1/completions", json=body), 500)["code"] == "engine_error"
+            assert events(http, "/v1/completions", body)[-1]["error"]["code"] == "engine_error"
+
+
 def test_the_prompt_alone_is_echoed_without_scores_too(http):
     body = {"model": "base", "prompt": prompt(1), "max_tokens": 0, "echo": True}
     choice = http.post("/v1/completions", json=body).json()["choices"][0]
@@ -293,6 +328,9 @@ def test_usage_counts_tokens_and_those_from_the_prefix_cache(http):
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 10
     assert last["usage"]["prompt_tokens_details"]["cached_tokens"] >= 8
     assert all("usage" not in chunk for chunk in events(http, "/v1/completions", body))
+    given = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    counts = [chunk["usage"]["completion_tokens"] for chunk in events(http, "/v1/completions", body | given)]
+    assert counts == sorted(counts) and 0 < counts[0] < counts[-1] == 10
 
 
 def test_a_prompt_shares_its_beginning_only_with_prompts_of_the_same_salt(http):
@@ -321,7 +359,7 @@ def error(response, status):
     return found
 
 
-def test_wrong_requests_are_refused_by_field(http):
+def test_wrong_requests_are_refused_by_field(server, http, monkeypatch):
     text = {"model": "A", "prompt": prompt(1)}
     for body, param, code in [
         (text | {"model": "Z"}, "model", "model_not_found"),
@@ -338,6 +376,11 @@ def test_wrong_requests_are_refused_by_field(http):
         found = error(response, 404 if param == "model" else 400)
         assert (found["param"], found["code"]) == (param, code), found
         assert "max_new_tokens" not in found["message"]
+    for options in ({}, {"max_tokens": 2}):
+        with monkeypatch.context() as patch:
+            patch.setattr(server.engine.tokenizer, "chat_template", "{{ raise_exception('no') }}")
+            chat = {"model": "A", "messages": chat_of(prompt(1))} | options
+            assert error(http.post("/v1/chat/completions", json=chat), 400)["param"] == "messages"
     long = {"model": "A", "messages": chat_of(prompt(1, LENGTH)), "max_completion_tokens": 3}
     found = error(http.post("/v1/chat/completions", json=long), 400)
     assert found["param"] == "messages" and "max_completion_tokens" in found["message"]
@@ -411,6 +454,32 @@ def test_a_client_that_leaves_halfway_frees_its_slot(server, http):
     server.idle()
     eventually(lambda: not server.engine.running)
     assert http.post("/v1/completions", json=LONG | {"model": "A"}).status_code == 200
+
+
+def test_nothing_stays_of_clients_that_leave_before_their_bodies_are_read(server, http, monkeypatch):
+    read, started, may_read = answering.json_object, [], threading.Event()
+
+    def slow(body):
+        started.append(len(body))
+        assert may_read.wait(60)
+        return read(body)
+
+    def left():
+        return sum(map(float, re.findall('responses_total{status="none"} (.*)', http.get("/metrics").text)))
+
+    before = left()
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "json_object", slow)
+        for _ in range(THREADS + 2):  # the last two find no thread
+            with httpx.Client() as own, pytest.raises(httpx.ReadTimeout):
+                own.post(f"{server.url}/v1/completions", json=LONG | {"model": "A"}, timeout=0.1)
+        eventually(lambda: len(started) == THREADS and left() == before + THREADS + 2)
+        may_read.set()
+        assert http.post("/v1/completions", json=LONG | {"model": "A"}).status_code == 200
+    eventually(lambda: server.engine.open == 0)
+    assert len(started) == THREADS + 1
+    counted = [one._open for one in gc.get_objects() if isinstance(one, Traffic)]
+    assert counted and not any(counted)
 
 
 def test_a_request_that_passes_its_deadline_is_cancelled(server, http):

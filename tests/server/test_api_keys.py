@@ -54,9 +54,10 @@ def test_all_keys_are_compared_in_constant_time(monkeypatch, given):
     assert compared == [(32, 32)] * 3
 
 
-def test_a_file_has_a_key_on_each_line(tmp_path):
+@pytest.mark.parametrize("start", [b"# ours\n\n", b"\xef\xbb\xbf"])  # the second is how Windows marks UTF-8
+def test_a_file_has_a_key_on_each_line(tmp_path, start):
     file = tmp_path / "keys"
-    file.write_text("# ours\n\nsk-1\n  sk-2 acme  \r\n")
+    file.write_bytes(start + b"sk-1\n  sk-2 acme  \r\n")
     file.chmod(0o600)
     keys = read_keys(file)
     assert keys.access("Bearer sk-1").tenants is None and keys.access("Bearer sk-2").tenants == {"acme"}

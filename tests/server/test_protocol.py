@@ -194,7 +194,11 @@ def test_wrong_values_are_refused_by_name(read, body, name, values):
         assert refusal(read, body | {name: value}).param == name
 
 
-def test_stream_options_need_a_stream_and_have_one_field():
+def test_stream_options_need_a_stream_and_have_two_fields():
+    given = {"include_usage": True, "continuous_usage_stats": True}
+    assert read_chat(CHAT | {"stream": True, "stream_options": given}).continuous_usage
+    alone = read_chat(CHAT | {"stream": True, "stream_options": given | {"include_usage": False}})
+    assert not alone.include_usage and not alone.continuous_usage
     for options, param in [
         ({"include_usage": 1}, "stream_options.include_usage"),
         ({"include_usag": True}, "stream_options.include_usag"),
@@ -208,7 +212,8 @@ def test_stream_options_need_a_stream_and_have_one_field():
 
 def test_a_chat_has_one_name_for_its_tokens():
     assert read_chat(CHAT | {"max_completion_tokens": 3}).max_tokens_field == "max_completion_tokens"
-    assert refusal(read_chat, CHAT | {"max_completion_tokens": 3, "max_tokens": 3}).param == "max_tokens"
+    assert refusal(read_chat, CHAT | {"max_completion_tokens": 3, "max_tokens": 4}).param == "max_tokens"
+    assert read_chat(CHAT | {"max_completion_tokens": 3, "max_tokens": 3}).max_tokens == 3
     assert refusal(read_chat, CHAT | {"max_tokens": 0}).param == "max_tokens"
 
 

@@ -26,6 +26,7 @@ from para_jax.server.address import bound, is_loopback, url_of
 from para_jax.server.answering import Limits
 from para_jax.server.api_keys import ApiKeys
 from para_jax.server.app import create_app
+from para_jax.server.engine_loop import EngineLoop
 from para_jax.server.models import Models
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,25 @@ def test_what_warming_up_raises_ends_the_server(engine):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_an_error_outside_the_rounds_ends_the_server_and_its_requests(engine, monkeypatch):
+    deliver, found = EngineLoop._deliver, []
+
+    def fail(loop, answers):
+        if threading.current_thread() is loop._thread:
+            raise ZeroDivisionError
+        deliver(loop, answers)
+
+    def ask(url):
+        post = lambda: found.append(httpx.post(f"{url}/v1/completions", json=LONG, timeout=60))  # noqa: E731
+        threading.Thread(target=post).start()
+
+    monkeypatch.setattr(EngineLoop, "_deliver", fail)
+    with pytest.raises(ZeroDivisionError):
+        serve(engine, port=0, on_ready=ask)
+    eventually(lambda: found)
+    assert found[0].status_code == 500 and found[0].json()["error"]["code"] == "engine_failed"
+
+
 def test_a_client_that_never_reads_is_given_up_at_its_deadline(engine):
     app, forever = create_app(engine, models=Models(engine.bank)), []
 
@@ -147,6 +167,18 @@ def test_a_client_that_never_reads_is_given_up_at_its_deadline(engine):
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("keys", [None, ApiKeys(["sk"])])
+def test_without_keys_a_server_of_this_machine_is_asked_by_its_own_names_only(engine, keys):
+    """A web page could have its name point at this machine, and browsers would let it read everything."""
+    with running(engine, api_keys=keys) as server:
+        for host in ("localhost:1", "a.localhost", "127.0.0.2:80", "[::1]:8000", "LOCALHOST."):
+            assert httpx.get(f"{server.url}/ready", headers={"host": host}).status_code == 200
+        for host in ("evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", ""):
+            for path in ("/", "/ready", "/v1/models"):
+                status = 403 if keys is None else 401 if path == "/v1/models" else 200
+                assert httpx.get(server.url + path, headers={"host": host}).status_code == status
 
 
 def test_keys_open_their_tenants_only(engine):
@@ -177,11 +209,11 @@ def test_the_servers_limits_hold(engine, capfd):
     limits = Limits(max_body=200, body_seconds=0.2, timeout=0.3, log_prompts=True)
     with running(engine, limits=limits, model_name="tiny") as server:
         url = f"{server.url}/v1/completions"
-        assert httpx.post(url, json=LONG | {"model": "tiny"}).json()["model"] == "tiny"
+        eventually(lambda: httpx.post(url, json=LONG | {"model": "tiny"}).json().get("model") == "tiny")
         assert httpx.post(url, json=LONG | {"user": "x" * 200}).status_code == 413
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as slow:
-            head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 9"
-            slow.sendall(f"{head}\r\n\r\n{{".encode())
+            head = ["POST /v1/completions HTTP/1.1", "host: localhost", "content-type: application/json"]
+            slow.sendall("\r\n".join([*head, "content-length: 9", "", "{"]).encode())
             assert slow.recv(1000).startswith(b"HTTP/1.1 408")
         with server.held():
             assert httpx.post(url, json=LONG | {"timeout": 60}, timeout=60).status_code == 504

@@ -25,7 +25,7 @@ def test_a_tenant_waits_for_one_item_of_every_other_at_most(calls):
             queue.remove(tenant, gone)
         elif call == "take" and any(lines.values()):
             head = queue.head()
-            assert queue.take() == head
+            assert queue.take(head[0]) == head
             taken, item = head
             assert item == lines[taken].pop(0)
             for other in passed:
@@ -42,4 +42,14 @@ def test_a_flood_of_one_tenant_costs_another_one_place():
     for number in range(1000):
         queue.put("flood", number, "flood")
     queue.put("late", 1000, "late")
-    assert [queue.take() for _ in range(3)] == ["flood", "late", "flood"]
+    assert [queue.take(queue.head()) for _ in range(3)] == ["flood", "late", "flood"]
+
+
+def test_the_first_items_that_fit_pass_those_that_do_not():
+    queue = FairQueue()
+    for number, (tenant, item) in enumerate([("a", 2), ("a", 1), ("b", 1), ("b", 2), ("c", 3)]):
+        queue.put(tenant, number, item)
+    odd = lambda item: item % 2 == 1  # noqa: E731
+    assert queue.head(odd) == 1 and queue.take("b") == 1
+    assert queue.head(odd) == 3 and queue.take("c") == 3
+    assert queue.head(odd) is None and queue.head() == 2 and len(queue) == 3

@@ -183,9 +183,10 @@ def test_a_scored_prompt_needs_no_slot(engine):
     for i in range(SLOTS):
         engine.submit(Request(prompt(i), "para", 20, id=i))
     engine.step()
+    engine.submit(Request(prompt(9), "constant", 20, id="waits"))
     engine.submit(scored(ids(1), "para", 5, id="scored"))
     assert [completion.id for completion in engine.step()] == ["scored"]
-    assert len(answers(engine)) == SLOTS
+    assert len(answers(engine)) == SLOTS + 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -212,6 +213,19 @@ def test_an_interrupted_round_gives_the_same_values_again(engine, monkeypatch, e
         except error:
             raised += 1
     assert raised == 2 and found == expected
+
+
+def test_a_stream_keeps_the_scores_it_may_be_about_to_show_when_rounds_fail(engine, monkeypatch):
+    stream = engine.open_stream(Request(ids(3), max_new_tokens=12, prompt_logprobs=0, ignore_eos=True))
+    while not stream.take():
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._prefills, "advance", lambda: 1 / 0)
+        for _ in range(2):  # the second one starts again
+            with pytest.raises(ZeroDivisionError):
+                engine.step()
+    assert stream.prompt_logprobs is not None
+    list(stream)
 
 
 def test_a_prompt_that_fails_twice_is_an_error(engine, monkeypatch):
