@@ -44,7 +44,17 @@ from para_jax.training.metrics_file import read_metrics
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)
 PARA = ParaConfig(r=12)
-LENGTHS = {"sst2": 80, "rte": 128, "banking77": 96, "boolq": 320, "copa": 64, "wikisql": 240, "sms_spam": 160}
+LENGTHS = {
+    "sst2": 80,
+    "rte": 128,
+    "banking77": 96,
+    "boolq": 320,
+    "copa": 64,
+    "wikisql": 240,
+    "sms_spam": 160,
+    "clinc150": 64,
+    "ag_news": 128,
+}
 TIMED_STEPS = 20
 #: Runs `para-jax`, then prints its own peak memory in kB. A child's rusage would include its parent's.
 COMMAND = """
@@ -110,7 +120,8 @@ def rates_of(adapter) -> tuple[float, ...]:
 def config_of(args, task: str, adapter, output: Path, *overrides: str):
     made = load_config(None, [
         f"backbone.source={args.backbone}", "backbone.dtype=float32", f"data.train={args.data / task}",
-        f"adapter.scope={adapter.scope}", f"data.task={task}", f"data.max_seq_length={LENGTHS.get(task, 512)}",
+        f"adapter.scope={adapter.scope}", f"data.max_seq_length={LENGTHS.get(task, 512)}",
+        *([f"data.task={task}"] if task in TASKS else []),  # others: the metric comes from the data
         "data.truncate=skip",
         f"train.max_steps={args.steps}", f"train.rows_per_tenant={args.rows}",
         f"eval.every={args.steps}", f"eval.limit={args.limit}", "eval.batch_size=32", "mesh.data=1",
@@ -178,7 +189,14 @@ def last_validation(task: str, folder: Path) -> dict:
     rows = [row for row in read_metrics(file) if "validation_loss" in row] if file.exists() else []
     if not rows:
         return {"score": -1.0, "loss": 1e9}
-    return {"score": rows[-1][f"validation_{TASKS[task].metric}"], "loss": rows[-1]["validation_loss"]}
+    return {"score": rows[-1][score_name(task, rows[-1])], "loss": rows[-1]["validation_loss"]}
+
+
+def score_name(task: str, row: dict) -> str:
+    """The score's name in a row of metrics. Data without a task of ours gets the metric that suits it."""
+    if task in TASKS:
+        return f"validation_{TASKS[task].metric}"
+    return next(name for name in ("validation_exact_match", "validation_accuracy") if name in row)
 
 
 def alone(args, task: str, adapter, folder: Path, rate: float) -> dict:
@@ -216,6 +234,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="examples per step")
     parser.add_argument("--limit", type=int, default=200, help="validation examples")
     parser.add_argument("--test-limit", type=int, help="test examples; default: the whole file")
+    parser.add_argument("--methods", nargs="*", metavar="NAME", help="of the main methods; default: all of them")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME:FIELD=VALUE,...", help="further forms")
     parser.add_argument("--output", type=Path, default=Path("results/compare_methods"))
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
@@ -224,6 +243,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     model_config = load_model_config(args.backbone)
     main, also = methods(model_config), forms(args.also)
+    if args.methods is not None:
+        main = {name: main[name] for name in args.methods}
     for stage in args.stages:
         for task in args.tasks:
             {"train": train, "test": test, "alone": time_alone}[stage](args, task, main, also, model_config)
