@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..storage.bucket import Place
+from ..storage.bucket import BucketPath, Place
 from . import options as shared
 from .names import BASE, adapters_of, named_adapters, tenants_of_prompts
 
@@ -55,6 +55,9 @@ def requests() -> shared.Parser:
         metavar="FILE",
         help="the answers; after a stop the same command resumes there. A pipe works too, but cannot be resumed",
     )
+    shared.add_shard(
+        group, "only the lines of this part of the file: those whose number, counted from 0, is I modulo N"
+    )
     group.add_argument("--slots", type=int, default=8, help="rows that decode together (default: %(default)s)")
     group.add_argument(
         "--max-length",
@@ -67,12 +70,14 @@ def requests() -> shared.Parser:
 
 
 def run(options) -> int | None:
-    from ..serving.answers import Answers
+    from ..serving.answers import Answers, check_shard
     from ..serving.request import Request, check_request
     from .checks import check_adapters, check_backbone
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
         raise ValueError("generate takes prompts or a file\ngive --prompt TEXT, or --input FILE with --output FILE")
+    if options.shard and not options.input:
+        raise ValueError(f"--shard {options.shard} goes with --input, not with --prompt\nleave it out")
     if options.input and options.chat:
         raise ValueError(
             "--chat goes with --prompt, not with --input\nin the file, give `messages` in place of `prompt`"
@@ -93,10 +98,11 @@ def run(options) -> int | None:
     if not options.input:
         return answer_prompts(options, *load(options, sources), tenants=tenants)
     check_input(options.input)
-    if options.output.is_dir():
+    if not isinstance(options.output, BucketPath) and options.output.is_dir():  # there, answers come in a folder first
         raise ValueError(f"--output {options.output}: a folder\ngive the path of a file in it")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with Answers(options.output) as answers:  # opened first: a wrong or locked file fails before anything is loaded
+        check_shard(answers, options.shard)
         return answer_file(options, *load(options, sources), tenants=tenants, answers=answers)
 
 
@@ -158,7 +164,7 @@ def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
     engine = Engine(model, bank, tokenizer, slots=options.slots, max_length=options.max_length)
     default = Request("", tenants[0] if tenants else None, **sampling_of(options))
     try:
-        errors = answer_lines(engine, options.input, answers, default)
+        errors = answer_lines(engine, options.input, answers, default, options.shard)
     except KeyboardInterrupt:
         if answers.regular:
             say(f"the answers so far are in {options.output}; the same command resumes")

@@ -52,6 +52,27 @@ def local(text: str) -> Path:
     return Path(text)
 
 
+def shard(text: str):
+    """The shard of an argument I/N."""
+    from ..shards import parse_shard
+
+    try:
+        return parse_shard(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_shard(group, what: str) -> None:
+    """The option --shard."""
+    group.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help=f"answer {what}. I is from 0 to N - 1, as JOB_COMPLETION_INDEX is, and SLURM_ARRAY_TASK_ID with "
+        "--array=0-(N-1). Each shard needs an --output of its own; `para-jax merge` joins them",
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ shared options
 # Each function returns a parser for `parents`.
 
