@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import atomic
 from ..shards import SHARD_FILE, Part, in_order, read_part
-from ..storage.bucket import BucketPath, Place
+from ..storage.bucket import BucketPath, Place, is_file_name
 from .folder import BASE
 from .journal import lines_of
 from .results import ANSWERS_FILE, LARGEST, csv_table, described_work, markdown_table
@@ -64,7 +64,28 @@ def part_of(folder: Place) -> Part:
     part = read_part(folder / SHARD_FILE, folder)
     if part is None:
         raise ValueError(f"{folder} is not the folder of a shard: there is no {SHARD_FILE} in it")
+    if part.ended and not is_complete(part):
+        raise ValueError(f"{folder / SHARD_FILE} is damaged; run the command of shard {part.shard} again")
     return part
+
+
+def is_complete(part: Part) -> bool:
+    """Whether a shard file has what an evaluation writes at its end. Its files can't lead out of the folder."""
+    found, settings = part.content, part.settings
+    files, samples = found.get("files"), found.get("samples")
+    if not isinstance(files, dict) or not isinstance(samples, list) or type(found.get("answers")) is not int:
+        return False
+    ends = [(file, ".json") for file in files.values()] + [(file, ".jsonl") for file in samples]
+    plain = all(isinstance(file, str) and is_file_name(file) and file.endswith(end) for file, end in ends)
+    lists = ("names", "tasks") if part.shard.index == 0 else ()
+    named = all(isinstance(found.get(name), list) and all(map(is_text, found[name])) for name in lists)
+    own = part.shard.index > 0 or (isinstance(found.get("own"), dict) and all(map(is_text, found["own"].values())))
+    needed = {"limit", "seed", "rows", "device", "libraries", "shuffle_prompts", "backbone"} <= set(settings)
+    return plain and named and own and needed and isinstance(settings["libraries"], dict)
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def read_record(part: Part, file: str) -> dict[str, Any]:

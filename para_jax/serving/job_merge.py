@@ -42,6 +42,10 @@ def part_of(output: Place) -> Part:
     part = read_part(file, output)
     if part is None:
         raise ValueError(f"{output} is not the output of a shard: there is no {file.name} next to it")
+    seen = part.settings.get("input")
+    counts = (seen.get("lines") if isinstance(seen, dict) else None, part.content.get("answers"))
+    if part.ended and not all(type(count) is int for count in counts):
+        raise ValueError(f"{file} is damaged; run the command of shard {part.shard} again")
     return part
 
 

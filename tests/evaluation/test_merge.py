@@ -115,6 +115,10 @@ def test_what_does_not_belong_together_is_refused_by_name(folder, adapters, shar
     refused(f"{other} is in another shard", content=part["content"] | {"files": files | {other: files[lost]}})
     kept = {name: file for name, file in files.items() if name != lost}
     refused(f"no shard has {lost}", content=part["content"] | {"files": kept})
+    for wrong in ("../t.json", "a/b.json", "t.txt", "..", 3):
+        refused("shard.json is damaged", content=part["content"] | {"files": files | {lost: wrong}})
+    for name in ("files", "samples", "answers"):
+        refused("shard.json is damaged", content={key: held for key, held in part["content"].items() if key != name})
     (changed / SHARD_FILE).write_text(json.dumps(part))
     file = changed / files[lost]
     text = file.read_text()

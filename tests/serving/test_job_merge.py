@@ -152,6 +152,16 @@ def test_an_answer_that_is_missing_or_not_the_shards_is_named(rows, said, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("settings", "content"), [({}, {"answers": 0}), ({"input": 3}, {"answers": 0}), ({"input": {"lines": 4}}, {})]
+)
+def test_a_damaged_shard_file_is_named(settings, content, tmp_path):
+    (tmp_path / "0.jsonl").write_text("")
+    write_part(job_shard_file(tmp_path / "0.jsonl"), Part(tmp_path, Shard(0, 1), settings, True, content))
+    with pytest.raises(ValueError, match="0.jsonl.shard.json is damaged; run the command of shard 0/1 again"):
+        merge_jobs([tmp_path / "0.jsonl"], tmp_path / "merged.jsonl")
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["merge", "nowhere", "--output", "x"], "nowhere is not the output of a shard"),
