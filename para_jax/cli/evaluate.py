@@ -313,7 +313,7 @@ def into_folder(options, config) -> None:
         configs = [preview.config for preview in found.values()]
         bank = AdapterBank.fitting(configs, model.config, capacity=2 * len(sources))
         most = adapters_at_once(bank, int(options.adapter_memory * 1e9))
-        say((f"shard {options.shard} of {len(sources)}: " if part else "") + described_passes(bank, names, most))
+        say((f"shard {options.shard}: " if part else "") + described_passes(bank, names, len(sources), most))
 
         def load(name: str):
             return load_adapter(found[name].place, model.config, model=model)

@@ -16,11 +16,11 @@ def adapters_at_once(bank: AdapterBank, memory: int) -> int:
     return max(1, memory // (2 * max(1, bank.largest)))
 
 
-def described_passes(bank: AdapterBank, names: Sequence[str], most: int) -> str:
-    """How many adapters there are, in how many passes, for a message."""
+def described_passes(bank: AdapterBank, names: Sequence[str], of: int, most: int) -> str:
+    """How many adapters there are here, of how many altogether, in how many passes, for a message."""
     passes = -(-len(names) // most)
     held = min(len(names), 2 * most) * bank.largest
-    text = f"{len(names)} adapters"
+    text = f"{len(names)} adapters" if len(names) == of else f"{len(names)} of {of} adapters"
     text += f" in {passes} passes" if passes > 1 else ""
     text += f", {held / 1e6:.1f} MB of host memory"
     return f"{text}; {bank.carried}" if bank.carried else text

@@ -69,4 +69,5 @@ def test_a_caller_that_stops_leaves_no_thread():
 
 def test_the_memory_holds_two_passes():
     assert adapters_at_once(Bank(), 1000) == 5 and adapters_at_once(Bank(), 1) == 1
-    assert described_passes(Bank(), NAMES, 3) == "7 adapters in 3 passes, 0.0 MB of host memory"
+    assert described_passes(Bank(), NAMES, 7, 3) == "7 adapters in 3 passes, 0.0 MB of host memory"
+    assert described_passes(Bank(), NAMES, 9, 7) == "7 of 9 adapters, 0.0 MB of host memory"
