@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ from .padding import group_template, host_leaves, padded_leaves, stacked_on_devi
 from .rows import Rows, Stack, check_fits
 from .scope import scope_of
 from .unknown_tenant import unknown
+
+Bank = TypeVar("Bank", bound="AdapterBank")
 
 
 class Entry(NamedTuple):
@@ -93,6 +95,8 @@ class AdapterBank:
         self._templates: dict[Any, Adapter] = {}
         self.expected: tuple[Any, ...] = ()
         """configs of adapters that this bank was made for, whether it holds them or not"""
+        self.digests: dict[str, str] = {}
+        """hashes of tenants' files (preview.py), where they are known"""
         self._versions = 0
         self._lock = threading.Lock()
 
@@ -115,7 +119,7 @@ class AdapterBank:
         return bank
 
     @classmethod
-    def fitting(cls, configs: Iterable[Any], model_config: ModelConfig, *, capacity: int) -> AdapterBank:
+    def fitting(cls: type[Bank], configs: Iterable[Any], model_config: ModelConfig, *, capacity: int) -> Bank:
         """An empty bank for adapters of these configs, as `Adapter.normal` gives them. Whichever adapters it holds, its
         programs are those of a bank with all of them, so a row has the same bits."""
         configs = tuple(dict.fromkeys(configs))
@@ -142,6 +146,10 @@ class AdapterBank:
     def nbytes(self) -> int:
         """Host memory of all weights, in bytes."""
         return sum(weights.nbytes for entry in list(self._entries.values()) for weights in entry.weights.values())
+
+    def identities(self) -> list[tuple[str, str]]:
+        """Each tenant's name, and a hash that tells its adapter from others."""
+        return [(name, self.digests.get(name, entry.content)) for name, entry in list(self._entries.items())]
 
     @property
     def largest(self) -> int:
@@ -266,6 +274,7 @@ class AdapterBank:
         self._held[entry.group] += 1
         self._entries[name] = entry._replace(version=self._versions)
         if replaced is not None:
+            self.digests.pop(name, None)
             self._forget(replaced.group)
 
     def _forget(self, group: Any) -> None:

@@ -53,19 +53,7 @@ def add(commands) -> None:
         help="score each of these adapters, and the base model: folders or hub ids, NAME=DIR, or a pattern in quotes, "
         "such as 'runs/*/adapter'",
     )
-    model.add_argument(
-        "--adapters-from",
-        type=shared.place,
-        metavar="FILE",
-        help="more of these adapters: a file with DIR or NAME=DIR on each line, relative to where the command runs",
-    )
-    model.add_argument(
-        "--adapter-memory",
-        type=float,
-        default=8.0,
-        metavar="GB",
-        help="host memory for adapters; more adapters than fit are evaluated in passes (default: %(default)s)",
-    )
+    shared.add_many_adapters(model, "they are evaluated in passes")
     data = parser.add_argument_group("the tasks")
     data.add_argument(
         "--tasks",
@@ -137,8 +125,6 @@ def check_options(options) -> None:
         raise ValueError("evaluate: --adapter and --adapters are both given; put all adapters into --adapters")
     if options.shard and not (many(options) and options.output):
         raise ValueError(f"--shard {options.shard} requires --adapters or --adapters-from, and an --output of its own")
-    if not options.adapter_memory > 0:
-        raise ValueError(f"--adapter-memory {options.adapter_memory}: give a number of GB above 0")
     if options.shuffle_prompts and not (options.adapter or many(options)):
         raise ValueError("--shuffle-prompts requires --adapter or --adapters: the base model makes no factors")
     if options.own and (len(options.tasks) != 1 or not (options.adapter or many(options))):

@@ -25,8 +25,9 @@ def requests() -> shared.Parser:
         default=[],
         metavar="NAME=DIR",
         help="tenants: names, and their adapter folders or hub ids (without NAME= the run's or folder's own name); or "
-        "the folder of a run of many tenants, for all of them",
+        "the folder of a run of many tenants, for all of them; or a pattern in quotes, such as 'runs/*/adapter'",
     )
+    shared.add_many_adapters(group, "each is loaded when a line asks for it")
     group.add_argument(
         "--tenant",
         action="append",
@@ -82,7 +83,7 @@ def run(options) -> int | None:
         raise ValueError(
             "--chat goes with --prompt, not with --input\nin the file, give `messages` in place of `prompt`"
         )
-    sources = named_adapters(options.adapters)
+    sources = named_adapters(options.adapters, options.adapters_from)
     if options.input and options.adapter:  # it answers the lines that name no tenant
         if sources or options.tenant:
             raise ValueError(
@@ -122,15 +123,18 @@ def check_input(source: Place) -> None:
 
 def load(options, sources: dict[str, str]) -> tuple:
     """The model, the tokenizer, and the adapters (see adapters_of)."""
-    from ..backbone.load import load_backbone
+    from ..adapters.preview import previews
+    from ..backbone.load import load_backbone, load_model_config
     from ..data.tokenizer import load_tokenizer
     from ..hub import resolve_adapter
 
     shared.start_devices(options)
-    sources = {name: str(resolve_adapter(source)) for name, source in sources.items()}
+    found = {}
+    if sources:  # a wrong adapter is found before weights are read
+        found = dict(zip(sources, previews(sources.values(), load_model_config(options.backbone)), strict=True))
     options.adapter = options.adapter and str(resolve_adapter(options.adapter))
     model = load_backbone(options.backbone, **shared.model_options(options))
-    return model, load_tokenizer(options.backbone), adapters_of(options, sources, model)
+    return model, load_tokenizer(options.backbone), adapters_of(options, found, model)
 
 
 def sampling_of(options) -> dict:

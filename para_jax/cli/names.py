@@ -115,15 +115,22 @@ def tenants_of_prompts(options, sources: dict[str, str]) -> list[str | None] | N
     return tenants if len(tenants) == prompts else tenants * prompts
 
 
-def adapters_of(options, sources: dict[str, str], model):
-    """None, the adapter of --adapter, or the bank of --adapters."""
-    from ..adapters.bank import AdapterBank
+def adapters_of(options, found: dict, model):
+    """None, the adapter of --adapter, or the bank of --adapters.
+
+    Args:
+        found: the previews of --adapters by name.
+    """
     from ..adapters.files import load_adapter
+    from ..adapters.loading_bank import bank_of
     from ..messages import say
 
-    if not sources:
+    if not found:
         return load_adapter(options.adapter, model.config, model=model) if options.adapter else None
-    held = {name: load_adapter(source, model.config, model=model) for name, source in sources.items()}
-    bank = AdapterBank.holding(held, model.config)
+
+    def load(name: str):
+        return load_adapter(found[name].place, model.config, model=model)
+
+    bank = bank_of(found, model.config, load, int(options.adapter_memory * 1e9))
     say(str(bank))
     return bank

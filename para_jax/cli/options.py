@@ -73,6 +73,31 @@ def add_shard(group, what: str) -> None:
     )
 
 
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    return value
+
+
+def add_many_adapters(group, when_more: str) -> None:
+    """The options for more adapters than fit a command line or the memory."""
+    group.add_argument(
+        "--adapters-from",
+        type=place,
+        metavar="FILE",
+        help="more of these: a file with DIR or NAME=DIR on each line, relative to where the command runs",
+    )
+    group.add_argument(
+        "--adapter-memory",
+        type=positive,
+        default=8.0,
+        metavar="GB",
+        help=f"host memory for adapters. If they need more, {when_more} (default: %(default)s)",
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ shared options
 # Each function returns a parser for `parents`.
 

@@ -78,7 +78,7 @@ def job_settings(engine: Engine, defaults: Request) -> dict:
     asked = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
     for name in ("prompt", "id", *NOT_IN_JOBS):
         del asked[name]
-    held = sorted((name, bank.entry(name).content) for name in bank.names) if bank is not None else []
+    held = sorted(bank.identities()) if bank is not None else []
     return {
         "version": [__version__, ANSWERS_VERSION],
         "backbone": backbone_content(engine.model),

@@ -188,7 +188,7 @@ def test_a_shard_has_the_adapters_with_its_digests_in_their_order():
     ("more", "said"),
     [
         (["--shard", "3/3"], "'3/3' is no shard I/N"),
-        (["--adapter-memory", "0"], "--adapter-memory 0.0"),
+        (["--adapter-memory", "0"], "--adapter-memory: 0: give a number"),
         (["--adapters", "t9"], "t9"),
     ],
 )

@@ -84,6 +84,17 @@ def test_the_merged_answers_are_those_of_one_worker_byte_for_byte(engine, folder
     assert (tmp_path / "one").read_bytes() == whole
 
 
+def test_a_bank_that_loads_one_adapter_at_a_time_gives_the_same_answers(folder, whole, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text(f"{folder}/A\n{folder}/B\n")
+    line = ["generate", "--backbone", folder / "backbone", "--adapters-from", tmp_path / "list.txt", "--input",
+            folder / "in.jsonl", "--output", tmp_path / "out.jsonl", "--slots", "3", "--max-length", "32", "--shard",
+            "0/1", "--allow-cpu", "--no-compilation-cache", "--adapter-memory", "0.000001"]  # fmt: skip
+    assert main([*map(str, line)]) == 1
+    assert "2 tenants, at most 1 of them in host memory" in capsys.readouterr().err
+    merge_jobs([tmp_path / "out.jsonl"], tmp_path / "merged.jsonl")
+    assert (tmp_path / "merged.jsonl").read_bytes() == whole
+
+
 def test_a_shard_goes_on_in_its_own_output_only(engine, folder, outputs, tmp_path):
     before, ends = outputs[0].read_bytes(), Engine.step
     run_job(engine, folder / "in.jsonl", outputs[0], Request(""), shard=Shard(0, 3))
