@@ -304,7 +304,7 @@ def into_folder(options, config) -> None:
         def load(name: str):
             return load_adapter(found[name].place, model.config, model=model)
 
-        passes = in_passes(bank, names, load, most) if names else [()]
+        passes = in_passes(bank, names, load, most)
     about = {"backbone": config.backbone.source, "quantize": config.backbone.quantize, "command": options.command_line}
     output = options.output or Path("runs/evaluation")
     try:
@@ -324,6 +324,9 @@ def into_folder(options, config) -> None:
     except KeyboardInterrupt:
         say(f"the answers so far are in {output}; the same command resumes")
         raise
+    finally:
+        if passes is not None:
+            passes.close()
     print(table)
     say(f"wrote {output}")
     if options.results:

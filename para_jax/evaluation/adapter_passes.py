@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ..adapters.adapter import Adapter
@@ -20,7 +20,7 @@ def described_passes(bank: AdapterBank, names: Sequence[str], of: int, most: int
     """How many adapters there are here, of how many altogether, in how many passes, for a message."""
     passes = -(-len(names) // most)
     held = min(len(names), 2 * most) * bank.largest
-    text = f"{len(names)} adapters" if len(names) == of else f"{len(names)} of {of} adapters"
+    text = (str(of) if len(names) == of else f"{len(names)} of {of}") + (" adapter" if of == 1 else " adapters")
     text += f" in {passes} passes" if passes > 1 else ""
     text += f", {held / 1e6:.1f} MB of host memory"
     return f"{text}; {bank.carried}" if bank.carried else text
@@ -28,7 +28,7 @@ def described_passes(bank: AdapterBank, names: Sequence[str], of: int, most: int
 
 def in_passes(
     bank: AdapterBank, names: Sequence[str], load: Callable[[str], Adapter], most: int
-) -> Iterator[tuple[str, ...]]:
+) -> Generator[tuple[str, ...]]:
     """The names in parts of at most `most`, about equally many in each. While the caller works with a part, the bank
     holds its adapters, and the next ones are loaded.
 
@@ -36,8 +36,8 @@ def in_passes(
         bank: with room for two parts.
         load: gives the adapter of a name. It runs in another thread, and what it raises is raised here.
     """
-    count = -(-len(names) // most)
-    cuts = [len(names) * i // count for i in range(count + 1)] if count else [0]
+    count = max(1, -(-len(names) // most))
+    cuts = [len(names) * i // count for i in range(count + 1)]
     parts = [tuple(names[start:end]) for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
     ended = threading.Event()
 

@@ -43,7 +43,7 @@ def test_each_name_is_in_one_pass_and_the_next_pass_is_loaded_meanwhile(most):
         seen += [bank.held[name] for name in part]
     assert seen == [name.upper() for name in NAMES] and bank.held == {}
     assert bank.most <= 2 * max(map(len, passes))
-    assert [*in_passes(Bank(), [], str.upper, most)] == []
+    assert [*in_passes(Bank(), [], str.upper, most)] == [()]
 
 
 def test_an_adapter_that_can_not_be_loaded_raises_when_its_pass_comes():
@@ -70,4 +70,5 @@ def test_a_caller_that_stops_leaves_no_thread():
 def test_the_memory_holds_two_passes():
     assert adapters_at_once(Bank(), 1000) == 5 and adapters_at_once(Bank(), 1) == 1
     assert described_passes(Bank(), NAMES, 7, 3) == "7 adapters in 3 passes, 0.0 MB of host memory"
+    assert described_passes(Bank(), ["t0"], 1, 7).startswith("1 adapter,")
     assert described_passes(Bank(), NAMES, 9, 7) == "7 of 9 adapters, 0.0 MB of host memory"
