@@ -278,11 +278,12 @@ class AdapterBank:
             self._forget(replaced.group)
 
     def _forget(self, group: Any) -> None:
-        """Counts one entry less in a group. A group without entries is dropped."""
+        """Counts one entry less in a group. A group without entries is dropped, unless more of it are expected."""
         self._held[group] -= 1
         if not self._held[group]:
             del self._held[group]
-            self._templates.pop(group, None)
+            if group not in map(self._group, self.expected):
+                self._templates.pop(group, None)
 
     def _new_entry(self, name: str, adapter: Adapter | str | Path | BucketPath) -> Entry:
         """The entry of an adapter, padded and not yet numbered."""
