@@ -19,6 +19,7 @@ from ..plots import FORMATS, decode_plot
 from ..record_file import check_record_file
 from .decode import bench_decode
 from .evaluate import bench_evaluate
+from .http import bench_http
 from .load import bench_load
 from .record import report
 from .sampling import bench_sampling
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Callable[..., dict]] = {
     "load": bench_load,
     "decode": bench_decode,
     "serve": bench_serve,
+    "http": bench_http,
     "evaluate": bench_evaluate,
     "train": bench_train,
     "scopes": bench_scopes,

@@ -3,6 +3,7 @@ share a beginning (prefix.py)."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -114,9 +115,10 @@ def ragged(requests: int, vocab_size: int) -> Workload:
 
 
 def serve(engine: Engine, work: Workload) -> Served:
-    """Serves all requests, submitted at once. They decode past end tokens, up to their lengths."""
+    """Serves all requests, submitted at once, each for the next tenant. They decode past end tokens, up to their
+    lengths."""
     begun, served = time.perf_counter(), Served([], [])
-    names = [None] * len(work.prompts) if engine.bank is None else engine.bank.names
+    names = itertools.cycle([None] if engine.bank is None else engine.bank.names)
     for ids, new, name in zip(work.prompts, work.new_tokens, names, strict=False):
         engine.submit(Request(tuple(ids), name, new, ignore_eos=True))
     while engine.open:

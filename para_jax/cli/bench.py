@@ -5,17 +5,17 @@ from __future__ import annotations
 from . import options as shared
 
 #: The benchmarks; bench.BENCHMARKS holds their functions.
-NAMES = ("load", "decode", "serve", "evaluate", "train", "scopes", "packing", "tenants", "sampling")
+NAMES = ("load", "decode", "serve", "http", "evaluate", "train", "scopes", "packing", "tenants", "sampling")
 NUMBERS = ("context", "rounds", "packed", "length")
 
 
 def add(commands) -> None:
-    text = "measure on this machine: load, decode, serve, evaluate, train, scopes, packing, tenants or sampling"
+    text = "measure on this machine: load, decode, serve, http, evaluate, train, scopes, packing, tenants or sampling"
     parser = shared.add_command(
         commands, "bench", text, "decode --rows 1,8,32 --output results/decode.json", [shared.backbone()]
     )
     parser.add_argument(
-        "name", metavar="NAME", help="load, decode, serve, evaluate, train, scopes, packing, tenants, sampling"
+        "name", metavar="NAME", help="load, decode, serve, http, evaluate, train, scopes, packing, tenants, sampling"
     )
     parser.add_argument(
         "--output", type=shared.local, metavar="FILE", help="write the measurement to this JSON file (default: none)"

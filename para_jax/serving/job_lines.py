@@ -24,7 +24,7 @@ from .request import Request, check_request
 
 FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "n", "id")
 #: Fields of a request that no job has: its answers don't show them.
-NOT_IN_JOBS = ("logprobs", "prompt_logprobs", "context_length")
+NOT_IN_JOBS = ("logprobs", "prompt_logprobs", "context_length", "cache_salt")
 #: Names that other servers use for a field.
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "model": "tenant"}
 #: The name of the base model, as on the command line; null works too.

@@ -128,22 +128,22 @@ class Prefills:
         if len(self._prompts) == ROWS:
             self._drop(next(prompt for prompt in self._prompts.values() if prompt.made is not None))
         row = min(set(range(ROWS)) - {prompt.row for prompt in self._prompts.values()})
-        self._prompts[key] = Prompt(key, ids, entry, row, self.cache.keys(ids))
+        self._prompts[key] = Prompt(key, ids, entry, row, self.cache.keys(ids, key[-1]))
         self.cache.queries += len(ids)
 
     def keep(self, wanted: Collection[tuple]) -> None:
         """Drops prompts that are not finished, unless they have one of these keys or are pinned. Starts pinned ones
         that lack a block."""
-        pinned = {(None, ids) for ids in self.pins}
+        pinned = {(None, ids, None) for ids in self.pins}
         for prompt in list(self._prompts.values()):
             if prompt.made is None and prompt.key not in wanted and prompt.key not in pinned:
                 self._drop(prompt)
         for ids, keys in self.pins.items():
-            if not all(map(self.cache.knows, keys)) and self.has_room((None, ids)):
-                held = self.finished((None, ids))
+            if not all(map(self.cache.knows, keys)) and self.has_room((None, ids, None)):
+                held = self.finished((None, ids, None))
                 if held is not None:  # it was finished before it was pinned, and its blocks were given up since
                     self._drop(held)
-                self.start((None, ids), ids, None)
+                self.start((None, ids, None), ids, None)
 
     def advance(self) -> None:
         """Computes the next blocks of the prompts, in one program, and adapts those that are then complete.

@@ -53,14 +53,14 @@ class PrefixCache:
         self._idle: OrderedDict[int, None] = OrderedDict()
         """known blocks that no prompt refers to and no pin keeps, the least recently used first"""
 
-    def keys(self, ids: Sequence[int]) -> list[bytes]:
-        """The keys of a prompt's complete blocks: each hashes the key before it and its own tokens."""
-        keys, key = [], self._root
-        for start in range(0, len(ids) - self.size + 1, self.size):
-            tokens = np.array(ids[start : start + self.size], np.int32)
-            key = hashlib.sha256(key + tokens.tobytes()).digest()
-            keys.append(key)
-        return keys
+    def keys(self, ids: Sequence[int], salt: str | None = None) -> list[bytes]:
+        """The keys of a prompt's complete blocks: each hashes the key before it and its own tokens. With a salt, they
+        are the same only for prompts of that salt; pinned blocks have the same keys for all."""
+        plain = self._chain(self._root, ids)
+        if salt is None:
+            return plain
+        own = self._chain(hashlib.sha256(self._root + salt.encode("utf-8", "surrogatepass")).digest(), ids)
+        return [key if key in self.pinned else salted for key, salted in zip(plain, own, strict=True)]
 
     def knows(self, key: bytes) -> bool:
         return key in self._of_key
@@ -111,6 +111,14 @@ class PrefixCache:
     def pinned_blocks(self) -> int:
         """How many of them are pinned."""
         return sum(key in self._of_key for key in self.pinned)
+
+    def _chain(self, key: bytes, ids: Sequence[int]) -> list[bytes]:
+        keys = []
+        for start in range(0, len(ids) - self.size + 1, self.size):
+            tokens = np.array(ids[start : start + self.size], np.int32)
+            key = hashlib.sha256(key + tokens.tobytes()).digest()
+            keys.append(key)
+        return keys
 
     def _rest(self, block: int) -> None:
         """Puts a block without references where it belongs."""

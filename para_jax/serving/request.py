@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import shorten
 from ..data.examples import Ids, Prompt, checked_messages
-from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling, is_whole
 
-#: Limits of a request: samples, stop texts, and characters of a stop text.
-MAX_SAMPLES, MAX_STOPS, MAX_STOP_LENGTH = 128, 16, 1024
+if TYPE_CHECKING:  # it imports JAX, and the command line checks requests before that
+    from ..inference.logprobs import TokenLogprob
+
+#: Limits of a request: samples, stop texts, and characters of a stop text and of a cache salt.
+MAX_SAMPLES, MAX_STOPS, MAX_STOP_LENGTH, MAX_SALT = 128, 16, 1024, 1024
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class Request:
     """with prompt_logprobs: how many of the prompt's tokens the adapter reads as its prompt. The others are scored as
     its completion, and at most one more token of it is drawn. Adapters whose result depends on where the prompt ends
     need it: those that read the prompt, and all scopes but `all`"""
+    cache_salt: str | None = None
+    """The prompt shares its beginning only with prompts of the same salt, and with pinned ones. So nobody without the
+    salt can learn from times or cached_tokens what others have sent"""
 
     @property
     def sampling(self) -> Sampling:
@@ -129,6 +134,9 @@ def check_request(request: Request) -> None:
         raise ValueError(f"stop_token_ids is {shorten(ids)}; give a list of token ids")
     if not isinstance(request.strip, bool):
         raise ValueError(f"strip is {shorten(request.strip)}; give true or false")
+    salt = request.cache_salt
+    if salt is not None and (not isinstance(salt, str) or not 0 < len(salt) <= MAX_SALT):
+        raise ValueError(f"cache_salt is {shorten(salt)}; give a text of 1 to {MAX_SALT} characters, or None")
     check_logprobs(request)
 
 

@@ -134,8 +134,8 @@ class Rounds:
             for sample in [sample for sample in self._waiting.values() if sample.key == failed.key]:
                 self._fail(sample, failed)
             with self._requests.lock:
-                adapter, ids = failed.key
-                if adapter is None and self._pins.drop(ids):
+                adapter, ids, salt = failed.key
+                if adapter is None and salt is None and self._pins.drop(ids):
                     warn(f"engine: a pinned prefix could not be prefilled, and is no longer pinned: {failed}")
                 self._requests.news.notify_all()
             return False

@@ -61,9 +61,10 @@ class Sample:
         self.number = -1
         """the order of arrival, set when it is queued"""
         self.stops = frozenset(stops)
-        self.key = (entry.content if entry else None, tuple(ids))
+        self.key = (entry.content if entry else None, tuple(ids), ticket.request.cache_salt)
         """What a prefilled prompt depends on: PARA's factors come from all of it. A name is not enough, because its
-        adapter may be replaced. A prefix is not enough, because its last token differs."""
+        adapter may be replaced. A prefix is not enough, because its last token differs. The salt keeps those apart
+        who may not share"""
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         """of each of `tokens`, if the request asks for them"""

@@ -13,6 +13,7 @@ from tiny_run import backbone_folder, rows_of_text, tokenizer, write_rows
 from para_jax import Engine, Transformer, bench, devices, forward
 from para_jax.bench import decode as bench_decode
 from para_jax.bench import evaluate as bench_evaluate
+from para_jax.bench import http as bench_http
 from para_jax.bench import load as bench_load
 from para_jax.bench import prefix as bench_prefix
 from para_jax.bench import scopes as bench_scopes
@@ -195,6 +196,18 @@ def test_shared_prefixes_are_measured_by_scope_and_with_every_tokens_answer(monk
     assert set(served["medians"]) == set(sides)
     assert set(served["ratios"]) == {"PARA, response / base", "PARA, response / PARA, all"}
     assert len(bench_prefix.bench_gaps(model, tokenizer(), 1)["medians"]) == 4
+
+
+def test_http_is_measured_against_the_engine_with_every_token_of_the_same_work(monkeypatch, tmp_path):
+    for name, value in dict(CLIENTS=3, TENANTS=2, LIGHT=2, LONGEST=32).items():
+        monkeypatch.setattr(bench_http, name, value)
+    work = bench_serve.Workload([[3, 4], [5], [6, 7, 8], [9]], [9, 3, 12, 5])
+    monkeypatch.setattr(bench_http, "ragged", lambda requests, vocab_size: work)
+    found = bench.BENCHMARKS["http"](str(backbone_folder(tmp_path / "backbone")), rows=(2,), requests=4, rounds=1)
+    assert list(found["medians"]) == ["engine in process", "HTTP, 3 clients"]
+    assert all(value > 0 for value in found["medians"].values())
+    assert 0 < found["latencies_ms"]["HTTP, 3 clients"]["first token p50"]
+    assert set(found["parts"]["first token, one request at a time"]["medians"]) == {"engine in process", "HTTP"}
 
 
 def test_a_first_token_comes_with_the_round_that_takes_its_request():

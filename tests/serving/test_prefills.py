@@ -156,7 +156,7 @@ def test_a_cached_prefix_gives_the_same_bits_as_a_fresh_one(model, bank, tenant)
     before = cached.prefix_cache.hits
     assert answer(fresh, prompt, tenant) == answer(cached, prompt, tenant)
     assert cached.prefix_cache.hits == before + len(prefix) // BLOCK * BLOCK and fresh.prefix_cache.hits == 0
-    key = (None if tenant is None else bank.entry(tenant).content, prompt)
+    key = (None if tenant is None else bank.entry(tenant).content, prompt, None)
     for mine, theirs in zip(rows_and_logits(fresh, key), rows_and_logits(cached, key), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
@@ -170,6 +170,21 @@ def test_base_and_response_tenants_share_blocks_and_others_neither_read_nor_writ
         answer(engine, prompt, tenant)
         assert engine.prefix_cache.queries == 21 * (i + 1) and engine.prefix_cache.hits == 20 * i
     assert engine.prefix_cache.bytes == 5 * block_bytes(model)
+
+
+def test_prompts_of_different_salts_share_only_what_is_pinned_and_have_the_same_answers(model, bank):
+    engine, fresh, prompt = engine_of(model, bank), engine_of(model, bank), ids_of(6, 21)
+    expected = {tenant: answer(fresh, prompt, tenant) for tenant in (None, "w1")}
+    hits = []
+    for tenant, salt in ((None, None), (None, "a"), ("w1", "b"), ("w1", "a"), (None, "a"), (None, None)):
+        assert answer(engine, prompt, tenant, cache_salt=salt) == expected[tenant]
+        hits.append(engine.prefix_cache.hits)
+    assert np.diff([0, *hits]).tolist() == [0, 0, 0, 20, 0, 0]  # at the end the prompts themselves are still kept
+    engine.pin(prompt[:12])
+    for salt in ("c", "d"):
+        before = engine.prefix_cache.hits
+        assert answer(engine, prompt, None, cache_salt=salt) == expected[None]
+        assert engine.prefix_cache.hits == before + 12
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5, 9])

@@ -42,6 +42,14 @@ def test_a_key_hashes_the_backbone_and_every_token_up_to_its_end():
         assert same == [number < place // SIZE for number in range(3)]
 
 
+def test_a_salt_changes_every_key_but_those_of_pinned_blocks():
+    cache, ids = cache_of(8), list(range(3 * SIZE))
+    plain, salted = cache.keys(ids), cache.keys(ids, "a")
+    assert salted == cache.keys(ids, "a") and len({*plain, *salted, *cache.keys(ids, "b")}) == 9
+    cache.pin(plain[:2])
+    assert cache.keys(ids, "a") == [*plain[:2], salted[2]] and cache.keys(ids) == plain
+
+
 def test_prompts_that_agree_in_their_last_block_alone_share_nothing():
     cache = cache_of(8)
     filled(cache, [1, 2, 3, 4, 9, 9, 9, 9])

@@ -7,6 +7,7 @@ import sys
 
 import lm_eval.evaluator
 
+from . import completions as completions  # registers the model `para-completions`
 from . import lm as lm  # registers the model `para`
 
 
