@@ -49,13 +49,15 @@ SHUTDOWN_SECONDS = 30
 def start(runtime: RuntimeSection) -> None:
     """Joins the other processes of the run, logs the devices and turns on the compilation cache, as configured.
 
+    With runtime.distributed=given, the calling program has set up JAX, and only the devices are logged and checked.
+
     Raises ValueError if the other processes can't be joined, if JAX can't use the accelerator of this machine (unless
     runtime.allow_cpu is set), and for runtime.deterministic if a GPU is already in use.
     """
     if runtime.deterministic:
         make_deterministic()
     join(runtime)
-    if runtime.compilation_cache:
+    if runtime.compilation_cache and runtime.distributed != "given":
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     say(f"devices: {describe_devices()}")
@@ -93,8 +95,14 @@ def make_deterministic() -> None:
 def join(runtime: RuntimeSection) -> None:
     """Joins the processes of a run on several hosts. Call it before the first use of a device.
 
-    Does nothing for a run on one host, and if the program has already called jax.distributed.initialize.
+    Does nothing for a run on one host, and if the program has already called jax.distributed.initialize. Raises
+    ValueError for runtime.distributed=off if that has joined other processes.
     """
+    if runtime.distributed == "off" and jax.distributed.is_initialized() and jax.process_count() > 1:
+        raise ValueError(
+            f"runtime.distributed=off, but this program has joined {jax.process_count()} processes; use "
+            "runtime.distributed=given for a run on all of them"
+        )
     if runtime.coordinator is None or jax.distributed.is_initialized():
         return
     address = None if runtime.coordinator == "auto" else runtime.coordinator

@@ -64,6 +64,23 @@ def test_a_run_joins_the_configured_hosts_or_lets_jax_find_them(runtime, given, 
     assert len(calls) == (given is not None)
 
 
+def test_a_program_that_has_set_up_jax_finds_it_unchanged(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    start(RuntimeSection(distributed="given", allow_cpu=True))
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_process_that_should_be_alone_is_not_joined_to_others(monkeypatch):
+    join(RuntimeSection(distributed="off"))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match="runtime.distributed=off.* 4 processes"):
+        join(RuntimeSection(distributed="off"))
+    join(RuntimeSection(distributed="given"))
+
+
 def test_hosts_that_jax_can_not_find_are_an_error_that_names_the_fields(monkeypatch):
     def unknown(*_, **__):
         raise ValueError("coordinator_address should be defined.\nand more")

@@ -9,11 +9,12 @@ batch and the groups alone: tenants come, go and mix without a new one.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ import numpy as np
 from ..config import SITES, ModelConfig, config_text, shorten
 from ..sharding import place
 from ..storage.bucket import BucketPath
-from .adapter import Adapter
+from .adapter import Adapter, named_leaves
 from .files import load_adapter
 from .folder import require_finite
 from .methods import METHODS, method_of
@@ -30,6 +31,8 @@ from .padding import group_template, host_leaves, padded_leaves, stacked_on_devi
 from .rows import Rows, Stack, check_fits
 from .scope import scope_of
 from .unknown_tenant import unknown
+
+Bank = TypeVar("Bank", bound="AdapterBank")
 
 
 class Entry(NamedTuple):
@@ -90,6 +93,10 @@ class AdapterBank:
         self._held: Counter[Any] = Counter()
         """how many entries each group has"""
         self._templates: dict[Any, Adapter] = {}
+        self.expected: tuple[Any, ...] = ()
+        """configs of adapters that this bank was made for, whether it holds them or not"""
+        self.digests: dict[str, str] = {}
+        """hashes of tenants' files (preview.py), where they are known"""
         self._versions = 0
         self._lock = threading.Lock()
 
@@ -111,6 +118,21 @@ class AdapterBank:
             bank.add(name, adapter)
         return bank
 
+    @classmethod
+    def fitting(cls: type[Bank], configs: Iterable[Any], model_config: ModelConfig, *, capacity: int) -> Bank:
+        """An empty bank for adapters of these configs, as `Adapter.normal` gives them. Whichever adapters it holds, its
+        programs are those of a bank with all of them, so a row has the same bits."""
+        configs = tuple(dict.fromkeys(configs))
+        bank = cls(
+            model_config,
+            capacity=capacity,
+            max_r=max(method_of(config).rank(config) for config in configs),
+            methods=tuple({method_of(config).name for config in configs}),
+            sites=tuple({site for config in configs for site in config.target_modules}),
+        )
+        bank.expected = configs
+        return bank
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._entries)
@@ -124,6 +146,17 @@ class AdapterBank:
     def nbytes(self) -> int:
         """Host memory of all weights, in bytes."""
         return sum(weights.nbytes for entry in list(self._entries.values()) for weights in entry.weights.values())
+
+    def identities(self) -> list[tuple[str, str]]:
+        """Each tenant's name, and a hash that tells its adapter from others."""
+        return [(name, self.digests.get(name, entry.content)) for name, entry in list(self._entries.items())]
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest adapter that is held or expected."""
+        groups = set(self._held) | {self._group(config) for config in self.expected}
+        shapes = [named_leaves(self._template(group)).values() for group in groups]
+        return max((sum(math.prod(one.shape) * one.dtype.itemsize for one in of_one) for of_one in shapes), default=0)
 
     def entry(self, name: str) -> Entry:
         """The tenant of a name. Raises ValueError, with the nearest names, for an unknown one."""
@@ -211,12 +244,18 @@ class AdapterBank:
     def __str__(self) -> str:
         held = Counter(entry.method for entry in list(self._entries.values()))
         counted = ", ".join(f"{count} {method}" for method, count in held.items()) or "none yet"
-        text = f"{len(self)} of {self.capacity} tenants ({counted}), {self.nbytes / 1e6:.1f} MB of host memory"
-        for method in METHODS:
-            if method.name in self.methods and method.carries == "matrices":
-                text += f"; every row decodes with {method.label} matrices of rank {self.max_r} on "
-                text += ", ".join(self.sites)
-        return text
+        return f"{len(self)} of {self.capacity} tenants ({counted}), {self.nbytes / 1e6:.1f} MB of host memory" + (
+            f"; {self.carried}" if self.carried else ""
+        )
+
+    @property
+    def carried(self) -> str:
+        """What every row decodes with, if it is more than vectors."""
+        return "; ".join(
+            f"every row decodes with {method.label} matrices of rank {self.max_r} on {', '.join(self.sites)}"
+            for method in METHODS
+            if method.name in self.methods and method.carries == "matrices"
+        )
 
     # --------------------------------------------------------------------------------------------------- private
 
@@ -235,14 +274,16 @@ class AdapterBank:
         self._held[entry.group] += 1
         self._entries[name] = entry._replace(version=self._versions)
         if replaced is not None:
+            self.digests.pop(name, None)
             self._forget(replaced.group)
 
     def _forget(self, group: Any) -> None:
-        """Counts one entry less in a group. A group without entries is dropped."""
+        """Counts one entry less in a group. A group without entries is dropped, unless more of it are expected."""
         self._held[group] -= 1
         if not self._held[group]:
             del self._held[group]
-            self._templates.pop(group, None)
+            if group not in map(self._group, self.expected):
+                self._templates.pop(group, None)
 
     def _new_entry(self, name: str, adapter: Adapter | str | Path | BucketPath) -> Entry:
         """The entry of an adapter, padded and not yet numbered."""
@@ -267,9 +308,12 @@ class AdapterBank:
         if r > self.max_r:
             raise ValueError(f"bank: {name}: r {r} is too large; this bank was made with max_r={self.max_r}")
         require_finite(f"bank: {name}", host_leaves(normal))
-        group = method.group_config(normal.config, self.sites, self.max_r)
+        group = self._group(normal.config)
         weights = padded_leaves(normal, self._template(group))
         return Entry(method.name, adapter.config, 0, content_hash(adapter), group, weights)
+
+    def _group(self, config: Any) -> Any:
+        return method_of(config).group_config(config, self.sites, self.max_r)
 
     def _template(self, group: Any) -> Adapter:
         if group not in self._templates:
@@ -281,6 +325,7 @@ class AdapterBank:
         per method that decodes adapted. What decode carries is then the same for all tenants and at any time."""
         with self._lock:
             groups = set(self._held)
+        groups |= {self._group(config) for config in self.expected}
         groups |= {entry.group for entry in entries if entry is not None}
         for method in METHODS:
             own = [group for group in groups if type(group) is method.config]

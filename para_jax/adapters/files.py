@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
@@ -196,15 +197,22 @@ def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: Mo
         )
     tensors = read_tensors(folder, expected_shapes(method, config, model_config))
     config, leaves = method.from_tensors(config, model_config, tensors)
-    adapter = abstract(method.adapter, config, model_config)
+    adapter = abstract_adapter(method, config, model_config)
     return with_leaves(adapter, {name: jnp.array(leaf) for name, leaf in leaves.items()})
 
 
+@lru_cache(64)
+def abstract_adapter(method: Method, config: Any, model_config: ModelConfig) -> Adapter:
+    """`abstract`, kept for the next adapter of the same config: thousands may be loaded."""
+    return abstract(method.adapter, config, model_config)
+
+
+@lru_cache(64)
 def expected_shapes(method: Method, config: Any, model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of a folder's tensors, by name."""
     if method.tensor_shapes is not None:
         return method.tensor_shapes(config, model_config)
-    tensors = jax.eval_shape(method.to_tensors, abstract(method.adapter, config, model_config))
+    tensors = jax.eval_shape(method.to_tensors, abstract_adapter(method, config, model_config))
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 

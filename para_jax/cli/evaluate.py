@@ -50,8 +50,10 @@ def add(commands) -> None:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="score each of these adapters, and the base model: folders or hub ids, or NAME=DIR",
+        help="score each of these adapters, and the base model: folders or hub ids, NAME=DIR, or a pattern in quotes, "
+        "such as 'runs/*/adapter'",
     )
+    shared.add_many_adapters(model, "they are evaluated in passes")
     data = parser.add_argument_group("the tasks")
     data.add_argument(
         "--tasks",
@@ -86,6 +88,7 @@ def add(commands) -> None:
     harness.add_argument("--num-fewshot", type=int, help="examples in each context; default: the task's own number")
     harness.add_argument("--chat", action="store_true", help="put contexts into the chat template")
     output = parser.add_argument_group("output")
+    shared.add_shard(output, "for the adapters of this part only, which a hash of their files chooses")
     output.add_argument(
         "--output", type=shared.place, help="the folder for answers, results and the table; default: runs/evaluation"
     )
@@ -106,7 +109,7 @@ def run(options) -> None:
 
         check_record_file("--results", options.results)
     check_sources(options, config)
-    if options.adapters or options.tasks or options.output or options.log_samples:
+    if many(options) or options.tasks or options.output or options.log_samples:
         into_folder(options, config)
     else:
         one_score(options, config)
@@ -118,11 +121,13 @@ def check_options(options) -> None:
         raise ValueError("evaluate: CONFIG and --backbone are both given; give one of them")
     if options.config is None and not (options.backbone and options.tasks):
         raise ValueError("evaluate: no model or task is given; give the CONFIG of a run, or --backbone with --tasks")
-    if options.adapter and options.adapters:
+    if options.adapter and many(options):
         raise ValueError("evaluate: --adapter and --adapters are both given; put all adapters into --adapters")
-    if options.shuffle_prompts and not (options.adapter or options.adapters):
+    if options.shard and not (many(options) and options.output):
+        raise ValueError(f"--shard {options.shard} requires --adapters or --adapters-from, and an --output of its own")
+    if options.shuffle_prompts and not (options.adapter or many(options)):
         raise ValueError("--shuffle-prompts requires --adapter or --adapters: the base model makes no factors")
-    if options.own and (len(options.tasks) != 1 or not (options.adapter or options.adapters)):
+    if options.own and (len(options.tasks) != 1 or not (options.adapter or many(options))):
         raise ValueError("--own requires --adapters and one folder as --tasks\ngive --tasks FOLDER --own")
     for name, least in (("limit", 1), ("rows", 1), ("num_fewshot", 0), ("seed", 0)):
         value = getattr(options, name)
@@ -135,13 +140,23 @@ def check_options(options) -> None:
             raise ValueError(f"--{name.replace('_', '-')} requires --tasks: it changes how lm-eval's tasks are asked")
 
 
+def many(options) -> bool:
+    """Whether adapters are given that go to a folder, next to the base model."""
+    return bool(options.adapters or options.adapters_from)
+
+
+def sources_of(options) -> dict[str, str]:
+    """{name: folder or hub id} of all adapters."""
+    return named_adapters([options.adapter] if options.adapter else options.adapters, options.adapters_from)
+
+
 def check_sources(options, config) -> None:
     """Raises ValueError, before JAX is loaded, for a backbone, an adapter or data that is not there."""
     from ..data.sources import source_of
     from .checks import check_adapters, check_backbone, check_data, check_tasks, is_elsewhere
 
     check_backbone(config.backbone.source)
-    sources = named_adapters(options.adapters or ([options.adapter] if options.adapter else []))
+    sources = sources_of(options)
     check_adapters(sources.values())
     if not options.own:
         check_tasks(options.tasks, options.split)
@@ -239,17 +254,19 @@ def into_folder(options, config) -> None:
     from .. import devices
     from ..adapters.bank import AdapterBank
     from ..adapters.files import load_adapter
+    from ..adapters.preview import previews
     from ..backbone.load import load_backbone, load_model_config
     from ..data.tokenizer import load_tokenizer
+    from ..evaluation.adapter_passes import adapters_at_once, described_passes, in_passes
     from ..evaluation.folder import Options, evaluate_to_folder, questions_of_run, read_own_tasks, read_tasks
-    from ..hub import resolve_adapter
+    from ..evaluation.shard_part import ShardOfAdapters
 
     if config.runtime.coordinator is not None:  # each host would write the same files
         raise ValueError(
             f"runtime.coordinator {config.runtime.coordinator}: evaluate with --adapters, --tasks, --output or "
             "--log-samples runs on one host; set runtime.coordinator=null"
         )
-    sources = named_adapters(options.adapters or ([options.adapter] if options.adapter else []))
+    sources = sources_of(options)
     devices.start(config.runtime)
     begun = time.monotonic()
     how = Options(
@@ -271,21 +288,45 @@ def into_folder(options, config) -> None:
         tasks = read_tasks(options.tasks, tokenizer, model_config, how)
     else:
         tasks = [questions_of_run(run_task(options, config, tokenizer), tokenizer, model_config, how)]
-    folders = {name: resolve_adapter(source) for name, source in sources.items()}
+    found = dict(zip(sources, previews(sources.values(), model_config), strict=True))
+    part = None
+    if options.shard:
+        part = ShardOfAdapters(options.shard, {name: preview.digest for name, preview in found.items()})
+    names = part.names if part else list(sources)
     model = load_backbone(**vars(config.backbone))
-    held = {name: load_adapter(folder, model.config, model=model) for name, folder in folders.items()}
-    bank = AdapterBank.holding(held, model.config) if held else None
-    if bank is not None:
-        say(str(bank))  # a LoRA among others makes a larger program for all, and this says so
+    bank, passes = None, None
+    if sources:
+        configs = [preview.config for preview in found.values()]
+        bank = AdapterBank.fitting(configs, model.config, capacity=2 * len(sources))
+        most = adapters_at_once(bank, int(options.adapter_memory * 1e9))
+        say((f"shard {options.shard}: " if part else "") + described_passes(bank, names, len(sources), most))
+
+        def load(name: str):
+            return load_adapter(found[name].place, model.config, model=model)
+
+        passes = in_passes(bank, names, load, most)
     about = {"backbone": config.backbone.source, "quantize": config.backbone.quantize, "command": options.command_line}
     output = options.output or Path("runs/evaluation")
     try:
         table, records = evaluate_to_folder(
-            model, bank, tokenizer, tasks, output, how, sources, about, base=not options.adapter
+            model,
+            bank,
+            tokenizer,
+            tasks,
+            output,
+            how,
+            sources,
+            about,
+            base=not options.adapter,
+            passes=passes,
+            part=part,
         )
     except KeyboardInterrupt:
         say(f"the answers so far are in {output}; the same command resumes")
         raise
+    finally:
+        if passes is not None:
+            passes.close()
     print(table)
     say(f"wrote {output}")
     if options.results:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..storage.bucket import Place
+from ..storage.bucket import BucketPath, Place
 from . import options as shared
 from .names import BASE, adapters_of, named_adapters, tenants_of_prompts
 
@@ -25,8 +25,9 @@ def requests() -> shared.Parser:
         default=[],
         metavar="NAME=DIR",
         help="tenants: names, and their adapter folders or hub ids (without NAME= the run's or folder's own name); or "
-        "the folder of a run of many tenants, for all of them",
+        "the folder of a run of many tenants, for all of them; or a pattern in quotes, such as 'runs/*/adapter'",
     )
+    shared.add_many_adapters(group, "each is loaded when a line asks for it")
     group.add_argument(
         "--tenant",
         action="append",
@@ -55,6 +56,9 @@ def requests() -> shared.Parser:
         metavar="FILE",
         help="the answers; after a stop the same command resumes there. A pipe works too, but cannot be resumed",
     )
+    shared.add_shard(
+        group, "only the lines of this part of the file: those whose number, counted from 0, is I modulo N"
+    )
     group.add_argument("--slots", type=int, default=8, help="rows that decode together (default: %(default)s)")
     group.add_argument(
         "--max-length",
@@ -67,17 +71,19 @@ def requests() -> shared.Parser:
 
 
 def run(options) -> int | None:
-    from ..serving.answers import Answers
+    from ..serving.answers import Answers, check_shard
     from ..serving.request import Request, check_request
     from .checks import check_adapters, check_backbone
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
         raise ValueError("generate takes prompts or a file\ngive --prompt TEXT, or --input FILE with --output FILE")
+    if options.shard and not options.input:
+        raise ValueError(f"--shard {options.shard} goes with --input, not with --prompt\nleave it out")
     if options.input and options.chat:
         raise ValueError(
             "--chat goes with --prompt, not with --input\nin the file, give `messages` in place of `prompt`"
         )
-    sources = named_adapters(options.adapters)
+    sources = named_adapters(options.adapters, options.adapters_from)
     if options.input and options.adapter:  # it answers the lines that name no tenant
         if sources or options.tenant:
             raise ValueError(
@@ -93,10 +99,11 @@ def run(options) -> int | None:
     if not options.input:
         return answer_prompts(options, *load(options, sources), tenants=tenants)
     check_input(options.input)
-    if options.output.is_dir():
+    if not isinstance(options.output, BucketPath) and options.output.is_dir():  # there, answers come in a folder first
         raise ValueError(f"--output {options.output}: a folder\ngive the path of a file in it")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with Answers(options.output) as answers:  # opened first: a wrong or locked file fails before anything is loaded
+        check_shard(answers, options.shard)
         return answer_file(options, *load(options, sources), tenants=tenants, answers=answers)
 
 
@@ -116,15 +123,18 @@ def check_input(source: Place) -> None:
 
 def load(options, sources: dict[str, str]) -> tuple:
     """The model, the tokenizer, and the adapters (see adapters_of)."""
-    from ..backbone.load import load_backbone
+    from ..adapters.preview import previews
+    from ..backbone.load import load_backbone, load_model_config
     from ..data.tokenizer import load_tokenizer
     from ..hub import resolve_adapter
 
     shared.start_devices(options)
-    sources = {name: str(resolve_adapter(source)) for name, source in sources.items()}
+    found = {}
+    if sources:  # a wrong adapter is found before weights are read
+        found = dict(zip(sources, previews(sources.values(), load_model_config(options.backbone)), strict=True))
     options.adapter = options.adapter and str(resolve_adapter(options.adapter))
     model = load_backbone(options.backbone, **shared.model_options(options))
-    return model, load_tokenizer(options.backbone), adapters_of(options, sources, model)
+    return model, load_tokenizer(options.backbone), adapters_of(options, found, model)
 
 
 def sampling_of(options) -> dict:
@@ -158,7 +168,7 @@ def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
     engine = Engine(model, bank, tokenizer, slots=options.slots, max_length=options.max_length)
     default = Request("", tenants[0] if tenants else None, **sampling_of(options))
     try:
-        errors = answer_lines(engine, options.input, answers, default)
+        errors = answer_lines(engine, options.input, answers, default, options.shard)
     except KeyboardInterrupt:
         if answers.regular:
             say(f"the answers so far are in {options.output}; the same command resumes")

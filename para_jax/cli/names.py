@@ -2,21 +2,69 @@
 
 from __future__ import annotations
 
+from glob import glob
+from pathlib import Path
+
+from ..storage.bucket import BucketPath, Place
+
 BASE = "base"  # the tenant that is the base model
 
 
-def named_adapters(given: list[str]) -> dict[str, str]:
-    """{name: folder or hub id} of --adapters DIR or NAME=DIR. Without NAME= the name is the folder's own, or the run's
-    for RUN/adapter. The folder of a run with many tenants gives all of them."""
+def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, str]:
+    """{name: folder or hub id} of --adapters DIR or NAME=DIR, and of a file with one of these per line. Without NAME=
+    the name is the folder's own, or the run's for RUN/adapter. A pattern such as 'runs/*/adapter' gives every folder
+    that it matches, and the folder of a run with many tenants all of them."""
     sources: dict[str, str] = {}
-    for text in [one for folder in given for one in tenants_of_run(folder) or [folder]]:
+    texts = [(f"--adapters {one!r}", one) for text in given for one in matching(text) or tenants_of_run(text) or [text]]
+    for where, text in texts + (lines_of(listed) if listed is not None else []):
         name, source = name_and_source(text)
         if not name or not source or name in sources or name == BASE:
             raise ValueError(
-                f"--adapters {text!r}: the name {name!r} is taken or missing ({BASE} is the base model)\ngive NAME=DIR"
+                f"{where}: the name {name!r} is taken or missing ({BASE} is the base model)\ngive NAME=DIR"
             )
         sources[name] = source
     return sources
+
+
+def lines_of(file: Place) -> list[tuple[str, str]]:
+    """(Where it is, for errors; DIR or NAME=DIR) of each line of --adapters-from. Blank lines and those that begin with
+    # are left out."""
+    from ..config import expanded
+
+    path = expanded(file)
+    if not path.is_file():
+        raise ValueError(f"--adapters-from {file}: no such file\ngive a file with DIR or NAME=DIR on each line")
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--adapters-from {file}: not a text in UTF-8\ngive DIR or NAME=DIR on each line") from None
+    found = [
+        (f"--adapters-from {file}, line {number}", line)
+        for number, line in enumerate(lines, 1)
+        if line and not line.startswith("#")
+    ]
+    if not found:
+        raise ValueError(f"--adapters-from {file}: no line there\ngive DIR or NAME=DIR on each line")
+    return found
+
+
+def matching(text: str) -> list[str]:
+    """The folders that a pattern such as runs/*/adapter matches, in order; empty for what is no pattern."""
+    from ..config import expanded
+
+    path = expanded(text)
+    if not any(mark in str(path) for mark in "*?[") or (isinstance(path, Path) and path.exists()):
+        return []
+    if isinstance(path, Path):
+        found = [one for one in sorted(glob(str(path))) if Path(one).is_dir()]
+    else:
+        parts = path.key.split("/")
+        first = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?["))
+        root = BucketPath(path.bucket, "/".join(parts[:first]))
+        found = sorted(str(one) for one in root.glob("/".join(parts[first:])))
+    if not found:
+        raise ValueError(f"--adapters {text!r}: no folder matches\ngive a pattern of adapter folders, in quotes")
+    return found
 
 
 def name_and_source(text: str) -> tuple[str, str]:
@@ -24,6 +72,8 @@ def name_and_source(text: str) -> tuple[str, str]:
 
     name, equals, source = text.partition("=")
     folder = expanded(text)
+    if isinstance(folder, BucketPath):  # without a request: there may be thousands
+        return (folder.parent if folder.name == "adapter" else folder).name, text
     if equals and not folder.is_dir():
         return name, source
     if not folder.is_dir():  # a hub id
@@ -65,15 +115,22 @@ def tenants_of_prompts(options, sources: dict[str, str]) -> list[str | None] | N
     return tenants if len(tenants) == prompts else tenants * prompts
 
 
-def adapters_of(options, sources: dict[str, str], model):
-    """None, the adapter of --adapter, or the bank of --adapters."""
-    from ..adapters.bank import AdapterBank
+def adapters_of(options, found: dict, model):
+    """None, the adapter of --adapter, or the bank of --adapters.
+
+    Args:
+        found: the previews of --adapters by name.
+    """
     from ..adapters.files import load_adapter
+    from ..adapters.loading_bank import bank_of
     from ..messages import say
 
-    if not sources:
+    if not found:
         return load_adapter(options.adapter, model.config, model=model) if options.adapter else None
-    held = {name: load_adapter(source, model.config, model=model) for name, source in sources.items()}
-    bank = AdapterBank.holding(held, model.config)
+
+    def load(name: str):
+        return load_adapter(found[name].place, model.config, model=model)
+
+    bank = bank_of(found, model.config, load, int(options.adapter_memory * 1e9))
     say(str(bank))
     return bank

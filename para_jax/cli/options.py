@@ -52,6 +52,52 @@ def local(text: str) -> Path:
     return Path(text)
 
 
+def shard(text: str):
+    """The shard of an argument I/N."""
+    from ..shards import parse_shard
+
+    try:
+        return parse_shard(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_shard(group, what: str) -> None:
+    """The option --shard."""
+    group.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help=f"answer {what}. I is from 0 to N - 1, as JOB_COMPLETION_INDEX is, and SLURM_ARRAY_TASK_ID with "
+        "--array=0-(N-1). Each shard needs an --output of its own; `para-jax merge` joins them",
+    )
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    return value
+
+
+def add_many_adapters(group, when_more: str) -> None:
+    """The options for more adapters than fit a command line or the memory."""
+    group.add_argument(
+        "--adapters-from",
+        type=place,
+        metavar="FILE",
+        help="more of these: a file with DIR or NAME=DIR on each line, relative to where the command runs",
+    )
+    group.add_argument(
+        "--adapter-memory",
+        type=positive,
+        default=8.0,
+        metavar="GB",
+        help=f"host memory for adapters. If they need more, {when_more} (default: %(default)s)",
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ shared options
 # Each function returns a parser for `parents`.
 

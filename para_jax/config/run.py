@@ -270,6 +270,10 @@ class RuntimeSection:
     deterministic: bool = False
     """on GPUs, use only algorithms that give the same bits each time, so that a resumed run ends with the same bits as
     one that never stopped; slower. CPUs and TPUs always do so"""
+    distributed: Literal["auto", "given", "off"] = "auto"
+    """who joins the processes of a run on several hosts. auto: this program, where coordinator is set, unless JAX is
+    joined already. given: the program that calls para_jax, such as an actor of Ray; JAX's processes and compilation
+    cache, and the handlers of signals, stay as that program has set them. off: none, so JAX must have one process"""
     coordinator: str | None = None
     """for a run on several hosts, each started with the same command: auto (JAX finds the others on Cloud TPU, Slurm,
     Open MPI and Kubernetes), or host:port, the address of the first host and a free port there; default: one host"""
@@ -279,7 +283,13 @@ class RuntimeSection:
     """with host:port: the number of this process, from 0. Only process 0 logs and writes"""
 
     def __post_init__(self):
+        check_fields(self, "runtime.")
         address, count, own = self.coordinator, self.num_processes, self.process_id
+        if self.distributed != "auto" and address is not None:
+            raise ValueError(
+                f"runtime.coordinator ({address}) needs runtime.distributed=auto, but it is {self.distributed}; leave "
+                "one of them out"
+            )
         known = address in (None, "auto") or bool(re.fullmatch(r"\S+:\d+", address))
         require(known, "runtime.coordinator", address, "auto, or host:port, the address of the first host")
         if address in (None, "auto"):

@@ -7,7 +7,7 @@ is not asked again.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -43,6 +43,7 @@ class Answerer:
         engine: Engine | None = None,
         journal: Journal | None = None,
         backbone: str = "",
+        longest: int = 0,
     ):
         """
         Args:
@@ -53,21 +54,24 @@ class Answerer:
             engine: used instead of an engine of our own. It must have room for the questions and no other requests.
             journal: where answers are kept; None: they are forgotten after each call.
             backbone: `backbone_content` of the model, needed for a journal on disk.
+            longest: tokens that the engine we make has room for, at least. Calls with this in common get the same bits.
         """
         self.model, self.bank, self.tokenizer, self.rows = model, bank, tokenizer, rows
-        self.engine, self.journal, self.backbone = engine, journal, backbone
+        self.engine, self.journal, self.backbone, self.longest = engine, journal, backbone, longest
         self.shapes = shapes or OpenShapes(model.config.max_positions)
         self.tokens = 0
         """tokens computed so far: each context once per adapter, each continuation, and each token written"""
         self.seconds = 0.0
         """the time that took"""
+        self.asked: set[Hashable] = set()
+        """the keys of all questions, with a journal on disk"""
         self.entries: dict[Any, Any] = {}
-        """each tenant's adapter that answered last"""
+        """the adapter of each tenant in the last call"""
         self._planned = shapes is not None
         self._compiled: set[str] | None = None if self._planned else set()
         self._writer = EngineWriter(engine) if engine is not None else None
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids)
-        self._stop_ids = engine.stop_ids if engine is not None else ends
+        self.stop_ids = engine.stop_ids if engine is not None else ends
         self._writing: str | None = None
 
     def answer(self, questions: Sequence[tuple[Any, Question]], what: str = "scoring") -> list[Answer]:
@@ -85,9 +89,11 @@ class Answerer:
         """
         journal = Journal() if self.journal is None else self.journal
         entries = {tenant: self._entry(tenant) for tenant in dict.fromkeys(tenant for tenant, _ in questions)}
-        self.entries |= entries
+        self.entries = entries
         asked = [self._pending(tenant, entries[tenant], question, journal) for tenant, question in questions]
         distinct = {one.key: one for one in asked}
+        if journal.file is not None:
+            self.asked |= distinct.keys()
         for one in distinct.values():
             kind = Scored if isinstance(one.question, Likelihood) else Written
             if one.key in journal and not isinstance(journal[one.key], kind):
@@ -124,7 +130,7 @@ class Answerer:
         for one in left:
             if isinstance(one.question, Likelihood):
                 continue
-            known = known_answer(self.tokenizer, one.question, greedy.get(context_of(one), ()), self._stop_ids)
+            known = known_answer(self.tokenizer, one.question, greedy.get(context_of(one), ()), self.stop_ids)
             if known is not None:
                 yield one, known, 0
             elif self._planned or one.question.reads is not None:
@@ -147,7 +153,7 @@ class Answerer:
 
     def _in_batches(self, pending: list[Pending]) -> Answers:
         asked = [(one.entry, one.question) for one in pending]
-        given = batch_rows(self.rows), self.shapes, self._stop_ids
+        given = batch_rows(self.rows), self.shapes, self.stop_ids
         for i, written in write_in_batches(self.model, self.bank, self.tokenizer, asked, *given):
             yield pending[i], written, len(pending[i].question.context) + written.tokens
 
@@ -159,7 +165,7 @@ class Answerer:
                 yield one, written, len(one.question.context) + written.tokens
 
     def _own_engine(self, questions: list[Generation]) -> Engine:
-        longest = up_to_multiple(max(len(one.context) + one.max_new_tokens for one in questions), 32)
+        longest = up_to_multiple(max(self.longest, *map(tokens_to_write, questions)), 32)
         longest = min(longest, self.model.config.max_positions)
         return Engine(self.model, self.bank, self.tokenizer, slots=self.rows, max_length=longest)  # pyright: ignore
 
@@ -175,13 +181,18 @@ class Answerer:
         if journal.file is None:
             return Pending((version(entry), question), tenant, entry, question)
         if self._writing is None:
-            self._writing = writing_content(self.tokenizer, self._stop_ids)
+            self._writing = writing_content(self.tokenizer, self.stop_ids)
         return Pending(key(question, entry, self.backbone, self._writing), tenant, entry, question)
 
 
 def context_of(one: Pending) -> tuple:
     """The adapter, the context, and the tokens that the factors are made from."""
     return version(one.entry), one.question.context, one.question.reads
+
+
+def tokens_to_write(question: Generation) -> int:
+    """The tokens that an engine needs for a question: its context and the longest answer."""
+    return len(question.context) + question.max_new_tokens
 
 
 def check_room(question: Question, model: Transformer, engine: Engine | None) -> None:

@@ -8,32 +8,37 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import atomic
+from .. import atomic, devices
 from ..adapters.bank import AdapterBank
 from ..config import ModelConfig, RunConfig
 from ..data.row_files import split_file
 from ..messages import say
-from .answers import Answerer
+from ..shards import SHARD_FILE, Part, begin_part, write_part
+from .answers import Answerer, tokens_to_write
 from .evaluate import other_prompts
 from .journal import Journal
-from .questions import Answer, Question, backbone_content
+from .questions import Answer, Generation, Question, backbone_content, writing_content
 from .results import (
     ANSWERS_FILE,
     check_results,
     csv_table,
+    described_work,
     file_names,
     markdown_table,
     names_of_samples,
     run_record,
     task_record,
+    versions,
+    work_of,
 )
 from .samples import logged_samples, write_samples
+from .shard_part import ShardOfAdapters, settings_of
 from .task_file import INSTALL, task_parts
 from .tasks import (
     EncodedTask,
@@ -88,6 +93,8 @@ class TaskQuestions(NamedTuple):
     elsewhere"""
     owner: str | None = None
     """the only tenant that is asked, next to the base model; None: all are"""
+    scored_by: str = ""
+    """what the scores depend on in addition to the answers, as text"""
 
 
 def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, options: Options) -> list[TaskQuestions]:
@@ -170,7 +177,9 @@ def questions_of(encoded: EncodedTask, original: int, options: Options) -> TaskQ
         samples = {"samples": {encoded.task.name: logged_samples(encoded, answers)}} if options.log_samples else {}
         return task_record(encoded, original, answers) | samples
 
-    return TaskQuestions((encoded.task.name,), questions, results)
+    task = encoded.task
+    scored_by = repr((task.metric, task.also, task.choices, original, [record.references for record in task.records]))
+    return TaskQuestions((task.name,), questions, results, scored_by=scored_by)
 
 
 def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, options: Options) -> list[TaskQuestions]:
@@ -204,10 +213,12 @@ def evaluate_to_folder(
     tasks: Sequence[TaskQuestions],
     output: Path,
     options: Options,
-    sources: dict[str, str],
+    sources: Mapping[str, str],
     about: dict,
     *,
     base: bool = True,
+    passes: Iterable[Sequence[str]] | None = None,
+    part: ShardOfAdapters | None = None,
 ) -> tuple[str, dict[str, dict]]:
     """Evaluates every tenant of the bank, and the base model, on tasks. Returns the Markdown table and each tenant's
     record.
@@ -219,53 +230,95 @@ def evaluate_to_folder(
         tasks: as read_tasks gives them, with the same options.
         sources, about: for the records: where each tenant comes from, and what was asked for.
         base: whether to evaluate the base model too.
+        passes: names of tenants, which the bank holds when they are taken from here (adapter_passes.py); default: all
+            tenants of the bank in one pass.
+        part: evaluate only this shard's adapters, which `passes` must then give. Shard 0 has the base model too; a
+            task that is one tenant's own is asked of the base model in that tenant's shard. A file in the folder
+            describes the shard, and merge.py joins the folders.
     """
-    tenants = [*([None] if base or bank is None else []), *(bank.names if bank is not None else ())]
-    if BASE in tenants:
+    everyone = [*(part.digests if part else sources if passes is not None else bank.names if bank is not None else ())]
+    if BASE in everyone:
         raise ValueError(f"tenant {BASE!r}: this is the name of the base model; choose another name")
-    content, files = backbone_content(model), file_names([tenant or BASE for tenant in tenants])
+    here = part.names if part else everyone
+    base = base or bank is None
+    base_here = base and (part is None or part.shard.index == 0 or any(one.owner in here for one in tasks))
+    content = backbone_content(model)
+    files = file_names([*([BASE] if base else []), *everyone])
+    files = {name: files[name] for name in (*([BASE] if base_here else []), *here)}
     check_results(output, list(files.values()), content)
-    parts = [(tenant or BASE, name) for tenant in tenants for one in tasks for name in one.names]
+    parts = [(name, task) for name in (BASE, *everyone) for one in tasks for task in one.names]
     sample_files = names_of_samples(parts) if options.log_samples else {}
+    begin_part(output / SHARD_FILE, output, part.shard if part else None)
     journal = Journal(output / ANSWERS_FILE)
-    answerer = Answerer(model, bank, tokenizer, rows=options.rows, journal=journal, backbone=content)
-    asked = [
-        (tenant, question)
-        for one in tasks
-        for question in one.questions
-        for tenant in tenants
-        if one.owner is None or tenant in (None, one.owner)
-    ]
+    written = (one for of_task in tasks for one in of_task.questions if isinstance(one, Generation))
+    longest = max(map(tokens_to_write, written), default=0)
+    given = {"rows": options.rows, "journal": journal, "backbone": content, "longest": longest}
+    answerer = Answerer(model, bank, tokenizer, **given)
+    limits = {"limit": options.limit, "rows": options.rows, "seed": options.seed}
+    libraries, found = versions(), None
+    if part is not None:
+        asked_for = limits | {"shuffle_prompts": options.shuffle_prompts, "samples": options.log_samples, "base": base}
+        asked = ((one.names, one.owner, one.questions, one.scored_by) for one in tasks)
+        writing = writing_content(tokenizer, answerer.stop_ids)
+        settings = settings_of(content, writing, asked, part.digests, libraries, asked_for)
+        found = Part(output, part.shard, settings, False, {})
+        write_part(output / SHARD_FILE, found)
     begun = time.time()
-    answers = dict(zip(asked, answerer.answer(asked), strict=True))
     if options.shuffle_prompts:
         about = about | {"shuffle_prompts": True}
     by_tenant: dict[str, dict] = {}
     white_space: dict[str, list[Stripped]] = {}
-    limits = {"limit": options.limit, "rows": options.rows, "seed": options.seed}
-    for tenant in tenants:
-        made: dict = {}
-        for one in tasks:
-            if one.owner is None or tenant in (None, one.owner):
-                for part, values in one.results(partial(answer_of, answers, tenant)).items():
-                    made.setdefault(part, {}).update(values)
-        for task, samples in made.pop("samples", {}).items():
-            write_samples(output / sample_files[tenant or BASE, task], tenant or BASE, task, samples)
-        for task, found in made.pop("white_space", {}).items():
-            white_space.setdefault(task, []).append(found)
-        made |= run_record(answerer, tenant, about | {"adapter": sources.get(tenant or BASE)}, limits, begun)
-        by_tenant[tenant or BASE] = made
+    samples_written: list[str] = []
+    asks = partial(is_asked, here=set(here), alone=part is not None and part.shard.index != 0)
+    for number, names in enumerate(passes if passes is not None else [here]):
+        tenants = [*([None] if base_here and number == 0 else []), *names]
+        pairs = [(who, one) for task in tasks for one in task.questions for who in tenants if asks(task, who)]
+        answers = dict(zip(pairs, answerer.answer(pairs), strict=True))
+        for tenant in tenants:
+            name, made = tenant or BASE, {}
+            for one in tasks:
+                if asks(one, tenant):
+                    for section, values in one.results(partial(answer_of, answers, tenant)).items():
+                        made.setdefault(section, {}).update(values)
+            for task, samples in made.pop("samples", {}).items():
+                write_samples(output / sample_files[name, task], name, task, samples)
+                samples_written.append(sample_files[name, task])
+            for task, stripped in made.pop("white_space", {}).items():
+                white_space.setdefault(task, []).append(stripped)
+            made |= run_record(answerer, tenant, about | {"adapter": sources.get(name)}, limits, begun)
+            by_tenant[name] = made
     for name, made in by_tenant.items():
+        made |= work_of(answerer)  # of all passes
         atomic.write_text(output / files[name], json.dumps(made, indent=2, default=str) + "\n")
     warn_of_white_space(white_space)
-    others = sorted({path.name for path in output.glob("*.json")} - set(files.values()))
+    others = sorted({path.name for path in output.glob("*.json")} - {*files.values(), SHARD_FILE})
     if others:
         say(f"{output} also holds results of earlier calls, which are not in table.md: {', '.join(others)}")
-    own = {one.owner: one.names[0] for one in tasks if one.owner is not None}
-    text = markdown_table(by_tenant, answerer, **limits, shuffled=options.shuffle_prompts, own=own)
+    own = {one.owner: one.names[0] for one in tasks if one.owner is not None and one.owner in here}
+    computed = described_work(answerer.tokens, answerer.seconds, options.rows, devices.describe_devices())
+    shown = {"limit": options.limit, "seed": options.seed, "shuffled": options.shuffle_prompts, "own": own}
+    text = markdown_table(by_tenant, computed, libraries, **shown)
     atomic.write_text(output / "table.md", text + "\n")
     atomic.write_text(output / "table.csv", csv_table(by_tenant))
+    if found is not None and part is not None:
+        held = {"files": files, "samples": samples_written, "answers": len(answerer.asked)}
+        if part.shard.index == 0:  # once is enough: the same for all shards
+            names = [name for one in tasks for name in one.names]
+            owners = {one.owner: one.names[0] for one in tasks if one.owner is not None}
+            held |= {"names": [*([BASE] if base else []), *everyone], "tasks": names, "own": owners}
+        write_part(output / SHARD_FILE, found._replace(ended=True, content=held))
     return text, by_tenant
+
+
+def is_asked(task: TaskQuestions, tenant: str | None, *, here: Collection[str], alone: bool) -> bool:
+    """Whether a task is asked of a tenant, or of the base model (None), in a shard with these adapters.
+
+    Args:
+        alone: another shard asks the base model what belongs to no tenant.
+    """
+    if task.owner is None:
+        return tenant is not None or not alone
+    return task.owner == tenant or (tenant is None and task.owner in here)
 
 
 def answer_of(answers: dict, tenant: str | None, question: Question) -> Answer | None:

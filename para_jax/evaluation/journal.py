@@ -114,6 +114,15 @@ def answers_of(file: Place) -> Iterator[tuple[str, Answer]]:
     """The answers of a file. Afterwards, a last line without an end is cut off. Raises ValueError for a line that is
     not an answer, and then leaves the file as it is."""
     complete = 0  # bytes
+    for line, key, answer in lines_of(file):
+        yield key, answer
+        complete += len(line)
+    if not isinstance(file, BucketPath) and complete < file.stat().st_size:
+        os.truncate(file, complete)
+
+
+def lines_of(file: Place) -> Iterator[tuple[bytes, str, Answer]]:
+    """The complete lines of a file, each with its key and answer. Raises ValueError for one that is not an answer."""
     if isinstance(file, BucketPath) and not pieces(file):
         return
     with open_pieces(file) if isinstance(file, BucketPath) else file.open("rb") as lines:
@@ -121,15 +130,13 @@ def answers_of(file: Place) -> Iterator[tuple[str, Answer]]:
             if not line.endswith(b"\n") and (line.startswith(HEAD) or HEAD.startswith(line)) and len(line) < LONGEST:
                 break
             try:
-                yield answer_of(json.loads(line))
+                key, answer = answer_of(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ValueError(
                     f"{file}: line {number} is not an answer: {shorten(line[:200].decode(errors='replace'))}. Delete "
                     "the line, and its question is asked again; or choose another folder"
                 ) from None
-            complete += len(line)
-    if not isinstance(file, BucketPath) and complete < file.stat().st_size:
-        os.truncate(file, complete)
+            yield line, key, answer
 
 
 def answer_of(line: dict) -> tuple[str, Answer]:

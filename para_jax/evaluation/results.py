@@ -77,17 +77,15 @@ def run_record(answerer: Answerer, tenant: str | None, about: Mapping, limits: M
         "date": begun,
         "versions_of": versions(),
         "device": devices.describe_devices(),
-        "tokens": answerer.tokens,
-        "tokens_per_second": tokens_per_second(answerer),
-    }
+    } | work_of(answerer)
 
 
 def versions() -> dict[str, str]:
     return devices.library_versions() | {name: version(name) for name in ("para_jax", "lm_eval") if find_spec(name)}
 
 
-def tokens_per_second(answerer: Answerer) -> float:
-    return answerer.tokens / max(answerer.seconds, 1e-9)
+def work_of(answerer: Answerer) -> dict:
+    return {"tokens": answerer.tokens, "tokens_per_second": answerer.tokens / max(answerer.seconds, 1e-9)}
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -95,10 +93,10 @@ def tokens_per_second(answerer: Answerer) -> float:
 
 def markdown_table(
     by_tenant: dict[str, dict],
-    answerer: Answerer,
+    computed: str,
+    libraries: Mapping[str, str],
     *,
     limit: int | None,
-    rows: int,
     seed: int,
     shuffled: bool = False,
     own: Mapping[str, str] | None = None,
@@ -106,23 +104,30 @@ def markdown_table(
     """The Markdown table, adapters by tasks, and what a reader needs to know about it.
 
     Args:
+        computed: how much was computed, in what time and where (`described_work`).
+        libraries: their versions.
         own: each tenant's task, if every tenant has one of its own; the table then has a row per tenant.
     """
     table = own_rows(by_tenant, own) if own else rows_by_adapter(by_tenant)
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     lines.insert(1, "|" + "---|" * len(table[0]))
     seeds = f"few-shot {SEEDS['fewshot_seed']}, sampling {seed}"
-    named = ", ".join(f"{name} {number}" for name, number in versions().items())
+    named = ", ".join(f"{name} {number}" for name, number in libraries.items())
     which = f"the first {limit} examples of each task" if limit else "all examples"
     which += ", each with the factors of another example's prompt" if shuffled else ""
-    speed = f"{answerer.tokens} tokens in {answerer.seconds:.1f} s, {tokens_per_second(answerer):.0f} tokens/s"
-    speed = f"{speed} (without what was answered earlier)" if answerer.tokens else "everything was answered earlier"
     return "\n".join([
         *lines,
         "",
         f"± is the standard error over the examples; {which}{counts(by_tenant)}. Seeds: {seeds}.",
-        f"{speed}, {rows} rows; {devices.describe_devices()}; {named}.",
+        f"{computed}; {named}.",
     ])  # fmt: skip
+
+
+def described_work(tokens: int, seconds: float, rows: int, device: str) -> str:
+    """How much was computed, in what time and where, for a sentence."""
+    speed = f"{tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s"
+    speed = f"{speed} (without what was answered earlier)" if tokens else "everything was answered earlier"
+    return f"{speed}, {rows} rows; {device}"
 
 
 def rows_by_adapter(by_tenant: Mapping[str, dict]) -> list[list[str]]:

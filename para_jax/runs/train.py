@@ -330,7 +330,7 @@ def fit(
         where = dict(log=folder / "metrics.jsonl", resumed=bool(restored), others=not part.alone)
         on_first_process(lambda: mend_folders(config, standing, tenants, **where))
         profiler = Profiler(config.profiler, folder)
-        with closing(log), closing(profiler), stop_signals() as stop:
+        with closing(log), closing(profiler), stop_signals(config.runtime.distributed == "given") as stop:
             encoded = {tasks.split: list(tasks.encoded.values()) for tasks in (validation, test) if tasks.encoded}
             say_evaluation(encoded, config.eval.batch_size)
             health = Health([tenant.name for tenant in tenants], [tenant.config for tenant in tenants], quiet=quiet)

@@ -10,11 +10,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from ..atomic import lock, replacing
 from ..config import shorten
 from ..messages import say
+from ..shards import Shard, begin_part, job_shard_file
 from ..storage.bucket import BucketPath, Place
 from ..storage.lines import BucketLines
 from ..storage.pieces import join_pieces, open_pieces, pieces
@@ -52,7 +53,8 @@ class Answers:
         """rows that `finish` removes"""
         self.rows = 0
         self._made = not file.exists()
-        self.regular = self._made or file.is_file()
+        self.regular = self._made or file.is_file() or isinstance(file, BucketPath)
+        """whether the answers can be read back"""
         self._stream: Any = None
         self._lines: BucketLines | None = None
         if isinstance(file, BucketPath):
@@ -148,6 +150,14 @@ class Answers:
         self.stale.add(kept.row)
 
 
+def check_shard(answers: Answers, shard: Shard | None) -> None:
+    """Raises ValueError if the output is that of another shard, or a pipe, which merge can't read."""
+    if answers.regular:
+        begin_part(job_shard_file(answers.file), answers.file, shard)
+    elif shard is not None:
+        raise ValueError(f"{answers.file}: the answers of a shard can't go to a pipe; give the path of a file")
+
+
 def locked(file: Path) -> BinaryIO:
     """The file, locked and open for appending. If it was replaced before it was locked, opens the new one."""
     while True:
@@ -198,7 +208,11 @@ def checked_answer(line: bytes | None) -> dict[str, Any]:
     return found
 
 
-def bounded_lines(stream: BinaryIO, most: int) -> Iterator[bytes | None]:
+class Lines(Protocol):
+    def readline(self, most: int, /) -> bytes: ...
+
+
+def bounded_lines(stream: Lines, most: int) -> Iterator[bytes | None]:
     """A stream's lines with their ends; None for a line of more than `most` bytes, which is never held whole."""
     while line := stream.readline(most + 1):
         if len(line) <= most:

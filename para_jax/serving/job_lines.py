@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 from typing import NamedTuple
 
+from .. import __version__
 from ..adapters.bank import AdapterBank, Entry
 from ..config import shorten
 from ..data.examples import require_unicode
@@ -68,6 +69,25 @@ def key_parts(engine: Engine) -> KeyParts:
     tokenizer, stops = engine.tokenizer, engine.stop_ids
     text = hashed([ANSWERS_VERSION, backbone_content(engine.model), writing_content(tokenizer, stops)])
     return KeyParts(engine.bank, text, hashed([text, tokenizer.chat_template]))
+
+
+def job_settings(engine: Engine, defaults: Request) -> dict:
+    """What all shards of a job must share, so that their answers are those of one worker. Values that an error shows
+    are short, the others are hashed."""
+    tokenizer, bank = engine.tokenizer, engine.bank
+    asked = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
+    for name in ("prompt", "id", *NOT_IN_JOBS):
+        del asked[name]
+    held = sorted(bank.identities()) if bank is not None else []
+    return {
+        "version": [__version__, ANSWERS_VERSION],
+        "backbone": backbone_content(engine.model),
+        "tokenizer": writing_content(tokenizer, engine.stop_ids),
+        "chat_template": hashed(tokenizer.chat_template),
+        "adapters": [len(held), hashed([held, bank.dtype if bank is not None else None])],
+        "max_length": engine.max_length,
+        "defaults": json.loads(json.dumps(asked)),
+    }
 
 
 def samples(number: int, line: bytes | None, defaults: Request, by: KeyParts) -> list[LineSample]:

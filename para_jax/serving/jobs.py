@@ -11,14 +11,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import BinaryIO
 
 from ..config import printable, shorten
 from ..messages import say, warn
 from ..progress import Progress
+from ..shards import Part, Shard, job_shard_file, write_part
 from ..storage.bucket import Place
-from .answers import MAX_LINE, Answers, Kept, bounded_lines
+from .answers import MAX_LINE, Answers, Kept, bounded_lines, check_shard
 from .engine import Engine
-from .job_lines import MAX_ERROR, NOT_IN_JOBS, KeyParts, LineSample, error_text, key_parts, samples
+from .job_lines import MAX_ERROR, NOT_IN_JOBS, KeyParts, LineSample, error_text, job_settings, key_parts, samples
 from .open_requests import QueueFull
 from .request import Completion, Request, check_request
 
@@ -28,7 +30,24 @@ AHEAD = 2
 MOST_IDS = 1_000_000
 
 
-def run_job(engine: Engine, source: Place, output: Place, defaults: Request) -> Counter[str]:
+class InputSeen:
+    """What was read of a job's input, for its shard file."""
+
+    lines = samples = 0
+    """all lines, and the samples of those that are answered here"""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.sha256 = stream, hashlib.sha256()
+
+    def readline(self, most: int) -> bytes:
+        data = self.stream.readline(most)
+        self.sha256.update(data)
+        return data
+
+
+def run_job(
+    engine: Engine, source: Place, output: Place, defaults: Request, *, shard: Shard | None = None
+) -> Counter[str]:
     """Answers each line of `source` that `output` does not answer yet. Returns how many errors of each kind there are.
 
     Lines that an earlier run answered with an error are asked again. Both files may be pipes; a job cannot resume from
@@ -37,16 +56,20 @@ def run_job(engine: Engine, source: Place, output: Place, defaults: Request) -> 
     Args:
         engine: without open requests.
         defaults: the fields that a line leaves out. Its seed is the job's.
+        shard: answer only the lines of this shard. A file next to the output describes it, and serving/job_merge.py
+            joins the outputs of all shards.
 
-    Raises ValueError if another process is writing `output`, if `output` is damaged or answers other requests (the
-    line, the defaults, the adapter or the model has changed), if `source` has no line, and for wrong defaults; OSError,
-    naming the file, if an answer can't be written.
+    Raises ValueError if another process is writing `output`, if it is the output of another shard, if it is damaged or
+    answers other requests (the line, the defaults, the adapter or the model has changed), if `source` has no line, and
+    for wrong defaults; OSError, naming the file, if an answer can't be written.
     """
     with Answers(output) as answers:
-        return answer_lines(engine, source, answers, defaults)
+        return answer_lines(engine, source, answers, defaults, shard)
 
 
-def answer_lines(engine: Engine, source: Place, answers: Answers, defaults: Request) -> Counter[str]:
+def answer_lines(
+    engine: Engine, source: Place, answers: Answers, defaults: Request, shard: Shard | None = None
+) -> Counter[str]:
     """As `run_job`, with an output that is already open."""
     check_request(replace(defaults, prompt="a"))
     for name in NOT_IN_JOBS:
@@ -54,9 +77,36 @@ def answer_lines(engine: Engine, source: Place, answers: Answers, defaults: Requ
             raise ValueError(f"{name} is {getattr(defaults, name)}; a job's answers have no log-probabilities")
     if engine.open:
         raise ValueError(f"engine: {engine.open} requests are open; take their answers first")
+    check_shard(answers, shard)
     by = key_parts(engine)
-    total = checked_lines(source, answers, defaults, by) if source.is_file() else None
-    left = unanswered(source, answers, defaults, by)
+    total = checked_lines(source, answers, defaults, by, shard) if source.is_file() else None
+    part = None
+    if shard is not None:
+        part = Part(answers.file, shard, job_settings(engine, defaults), False, {})
+        write_part(job_shard_file(answers.file), part)
+    with source.open("rb") as stream:
+        seen = InputSeen(stream)
+        left = unanswered(seen, source, answers, defaults, by, shard)
+        errors = answer_left(engine, source, answers, left, total)
+    if part is not None:
+        found = {"lines": seen.lines, "sha256": seen.sha256.hexdigest()}
+        ended = part._replace(settings=part.settings | {"input": found}, ended=True, content={"answers": seen.samples})
+        write_part(job_shard_file(answers.file), ended)
+    return errors
+
+
+def answer_left(
+    engine: Engine,
+    source: Place,
+    answers: Answers,
+    left: Iterator[tuple[LineSample, Kept | None]],
+    total: int | None,
+) -> Counter[str]:
+    """Answers the samples that are left, and finishes the output. Returns how many errors of each kind there are.
+
+    Args:
+        total: lines of the input; None: unknown.
+    """
     waiting: dict[tuple[int, int], tuple[LineSample, Kept | None]] = {}
     errors, tokens, begun = Counter(), 0, time.monotonic()
     first: tuple[int, str] | None = None
@@ -142,12 +192,13 @@ def step(engine: Engine) -> list[Completion]:
 
 
 def unanswered(
-    source: Place, answers: Answers, defaults: Request, by: KeyParts
+    seen: InputSeen, source: Place, answers: Answers, defaults: Request, by: KeyParts, shard: Shard | None
 ) -> Iterator[tuple[LineSample, Kept | None]]:
     """The samples that are left to answer, each with the error that an earlier run answered. Takes each sample's answer
     out of `answers.kept`."""
     lines: dict[bytes, int] | None = {}  # by their id
-    for sample in line_samples(source, defaults, by):
+    for sample in line_samples(seen, source, defaults, by, shard):
+        seen.samples += 1
         if lines is not None and sample.id is not None and sample.index == 0:
             lines = with_id(lines, sample)
         before = answers.kept.pop((sample.line, sample.index), None)
@@ -170,23 +221,27 @@ def with_id(lines: dict[bytes, int], sample: LineSample) -> dict[bytes, int] | N
     return lines if len(lines) < MOST_IDS else None
 
 
-def checked_lines(source: Place, answers: Answers, defaults: Request, by: KeyParts) -> int:
+def checked_lines(source: Place, answers: Answers, defaults: Request, by: KeyParts, shard: Shard | None = None) -> int:
     """The number of lines in `source`. Raises ValueError, before anything is answered, if a line was answered as
     another request."""
     if answers.kept:
-        for sample in line_samples(source, defaults, by):
-            require_same(sample, answers.kept.get((sample.line, sample.index)), answers.file)
+        with source.open("rb") as stream:
+            for sample in line_samples(InputSeen(stream), source, defaults, by, shard):
+                require_same(sample, answers.kept.get((sample.line, sample.index)), answers.file)
     with source.open("rb") as stream:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b""))
 
 
-def line_samples(source: Place, defaults: Request, by: KeyParts) -> Iterator[LineSample]:
-    """All samples of all lines, in order. Those of a line follow each other, so they share its prefill."""
+def line_samples(
+    seen: InputSeen, source: Place, defaults: Request, by: KeyParts, shard: Shard | None
+) -> Iterator[LineSample]:
+    """All samples of a shard's lines, in order. Those of a line follow each other, so they share its prefill."""
     empty = True
-    with source.open("rb") as stream:
-        for number, line in enumerate(bounded_lines(stream, MAX_LINE), 1):
-            if line is None or line.strip():
-                empty = False
+    for number, line in enumerate(bounded_lines(seen, MAX_LINE), 1):
+        seen.lines = number
+        if line is None or line.strip():
+            empty = False
+            if shard is None or shard.has_line(number):
                 yield from samples(number, line, defaults, by)
     if empty:
         raise ValueError(f"{source}: no line there; write one request per line")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ class Prefills:
         self.window = 1
         """tokens of prompts that run again before decoding, at most"""
         self._nothing = self._of_no_adapter()
-        self._grow_window(bank.entries if bank else ())
+        self._grow_window([*(entry.config for entry in bank.entries), *bank.expected] if bank else [])
         self.reset()
 
     def reset(self) -> None:
@@ -103,10 +104,7 @@ class Prefills:
 
     def takes(self, entry: Entry | None) -> bool:
         """Whether the prompts of an adapter are prefilled here."""
-        if entry is None:
-            return True
-        config = entry.config
-        return scope_of(config)[0] == "response" and method_of(config).adapter.pools_last_token(config)
+        return entry is None or in_blocks(entry.config)
 
     def finished(self, key: tuple) -> Prompt | None:
         """The prompt of a key, if it is prefilled."""
@@ -126,7 +124,7 @@ class Prefills:
         if key in self._prompts:
             return
         if entry is not None:
-            self._grow_window([entry])
+            self._grow_window([entry.config])
         if len(self._prompts) == ROWS:
             self._drop(next(prompt for prompt in self._prompts.values() if prompt.made is not None))
         row = min(set(range(ROWS)) - {prompt.row for prompt in self._prompts.values()})
@@ -285,9 +283,9 @@ class Prefills:
                 del self._suspects[prompt.key]
                 raise PromptFailed(prompt.key, error)
 
-    def _grow_window(self, entries: Iterable[Entry]) -> None:
-        """Makes room for the windows of these adapters. A larger one is a new program."""
-        windows = [scope_of(entry.config)[1] for entry in entries if self.takes(entry)]
+    def _grow_window(self, configs: Iterable[Any]) -> None:
+        """Makes room for the windows of adapters of these configs. A larger one is a new program."""
+        windows = [scope_of(config)[1] for config in configs if in_blocks(config)]
         tokens = max(windows, default=1) - 1  # without the last one; rounded up to a power of two, for fewer programs
         wanted = min(1 << (tokens - 1).bit_length() if tokens else 1, self._longest * self.size)
         if wanted > self.window:
@@ -304,6 +302,11 @@ class Prefills:
 
     def _empty(self, leaf) -> jax.Array:
         return jnp.zeros((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
+
+
+def in_blocks(config: Any) -> bool:
+    """Whether prompts of adapters of this config come in blocks: they run through the plain backbone."""
+    return scope_of(config)[0] == "response" and method_of(config).adapter.pools_last_token(config)
 
 
 def token_bytes(row: DecodeState) -> int:

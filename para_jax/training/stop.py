@@ -66,10 +66,14 @@ class StopSignal:
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopSignal]:
-    """Receives SIGTERM and Ctrl-C during the body. Only the main thread can receive signals."""
+def stop_signals(given: bool = False) -> Iterator[StopSignal]:
+    """Receives SIGTERM and Ctrl-C during the body. Only the main thread can receive signals.
+
+    Args:
+        given: the calling program handles signals (runtime.distributed=given), so none is received here.
+    """
     stop = StopSignal()
-    here = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+    here = not given and jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if here else {}
 
     def restore() -> None:

@@ -72,6 +72,24 @@ def lora_bank(model, tenants):
     return filled(model, tenants, tenants, methods=("para", "ia3", "lora"), sites=SITES)
 
 
+def test_a_fitting_bank_has_the_programs_of_all_its_adapters_whichever_it_holds(model, tenants):
+    """The shapes of its rows are those of a bank that holds everything, so a row has the same bits."""
+    names = ["para", "wide", "standardised", "input", "lora"]
+    configs = [tenants[name].normal(model.config).config for name in names]
+    whole = AdapterBank.holding({name: tenants[name] for name in names}, model.config)
+    rows = whole.rows([None, "wide"])
+    for held in (["wide"], ["lora", "wide"], names):
+        bank = AdapterBank.fitting([*configs, *configs], model.config, capacity=9)
+        for name in held:
+            bank.add(name, tenants[name])
+        found = bank.rows([None, "wide"])
+        assert jax.tree.structure(found) == jax.tree.structure(rows)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(rows), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert bank.largest == whole.largest >= max(sum(a.nbytes for a in e.weights.values()) for e in bank.entries)
+        assert bank.carried == whole.carried and "rank 8" in bank.carried
+
+
 def test_a_mixed_batch_of_all_methods_equals_each_tenant_alone(model, tenants, bank, lora_bank):
     for held, names in ((bank, NAMES), (lora_bank, [*NAMES, "lora", "rslora"])):
         tokens = prompts(model, len(names))

@@ -345,6 +345,8 @@ def test_tfds_data_is_not_read_from_a_bucket():
     (["runtime.coordinator=10.0.0.2:80"], "10.0.0.2:80.*runtime.num_processes.*runtime.process_id"),
     (["runtime.coordinator=10.0.0.2:80", "runtime.num_processes=2", "runtime.process_id=2"], "runtime.process_id.* 2"),
     (["runtime.num_processes=2", "runtime.process_id=0"], "runtime.coordinator=host:port"),
+    (["runtime.coordinator=auto", "runtime.distributed=off"], r"runtime.coordinator \(auto\).*distributed.*off"),
+    (["runtime.distributed=ray"], "runtime.distributed.*auto.*given.*off.*ray"),
 ])  # fmt: skip
 def test_a_coordinator_and_the_processes_belong_together(overrides, named):
     with pytest.raises(ValueError, match=named):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -89,6 +90,34 @@ def test_adapters_are_named_by_their_folders_and_get_distinct_files(folder):
     for wrong in ([folders[0]] * 2, ["base=x"], ["=x"], ["x="]):
         with pytest.raises(ValueError, match="give NAME=DIR"):
             named_adapters(wrong)
+
+
+def test_adapters_come_from_patterns_and_lists(folder, tmp_path, bucket):
+    folders = {name: str(folder / name / "adapter") for name in "AB"}
+    assert named_adapters([f"{folder}/*/adapter"]) == named_adapters([f"{folder}/[AB]/adapter"]) == folders
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"# tenants\n\n{folders['A']}\n  mine={folders['B']} \nuser/name\ngs://bucket/run/adapter\n")
+    found = {"A": folders["A"], "mine": folders["B"], "user/name": "user/name", "run": "gs://bucket/run/adapter"}
+    assert named_adapters([], listed) == found
+    assert list(named_adapters([folders["B"]], listed)) == ["B", *found]
+    for name in ("x", "y"):
+        (bucket / "tenants" / name / "adapter" / "adapter_config.json").write_bytes(b"{}")
+    there = {name: f"{bucket}/tenants/{name}/adapter" for name in "xy"}
+    assert named_adapters([f"{bucket}/tenants/*/adapter"]) == there
+    for given, wrong in (
+        ([folders["A"]], "list.txt, line 3: the name 'A' is taken"),
+        ([f"{folder}/*/none"], "none': no folder matches"),
+        ([f"{bucket}/*/none"], "none': no folder matches"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(wrong)):
+            named_adapters(given, listed)
+    for text, said in (("# none\n", "no line there"), (None, "no such file")):
+        listed.write_text(text) if text else listed.unlink()
+        with pytest.raises(ValueError, match=said):
+            named_adapters([], listed)
+
+
+def test_results_files_are_distinct():
     names = ["a/b", "a_b", "A_B", "..", "x", "x y", "x_y", "x_y-0", "x_y-1"]
     files = file_names(names)
     assert len({file.lower() for file in files.values()}) == len(names) and files["x"] == "x.json"

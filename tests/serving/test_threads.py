@@ -1,6 +1,7 @@
 """Any thread may submit, cancel and stream at any time, and whatever interrupts a round, no answer is lost or wrong."""
 
 import gc
+import os
 import signal
 import threading
 import time
@@ -188,6 +189,34 @@ def test_requests_without_a_seed_differ_and_are_reproducible(model, bank):
 
     first = drawn(3)
     assert len(set(first)) == 6 and drawn(3) == first and not set(drawn(4)) & set(first)
+
+
+def test_two_engines_in_one_process_answer_as_each_alone_and_change_nothing_around_them(model, tenants, bank, alone):
+    """As actors and plug-ins need it: no state is shared, and the program's handlers and settings stay."""
+
+    def around():
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return handlers, dict(os.environ), dict(jax.config.values), threading.active_count()
+
+    before = around()
+    swapped = bank_of(model, tenants)
+    swapped.replace("A", strong(init_adapter(CONFIGS["A"], model.config), 99, 0.3))
+    ready = threading.Barrier(2)
+
+    def run(bank):
+        engine, found = engine_of(model, bank), {}
+        ids = [engine.submit(request) for request in requests()]
+        ready.wait()
+        for completion in engine.run():
+            found.setdefault(completion.id, {})[completion.index] = plain(completion)
+        return [[one for _, one in sorted(found[id].items())] for id in ids]
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(run, (bank, swapped))
+    assert one == alone
+    same = [one[i] == other[i] for i in range(len(one))]
+    assert same == [request.tenant != "A" for request in requests()]
+    assert around() == before
 
 
 # ---------------------------------------------------------------------------------------------------------- interrupts

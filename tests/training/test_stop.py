@@ -74,6 +74,13 @@ def test_other_threads_receive_no_signal():
     assert found == [False] and signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_program_with_its_own_handlers_keeps_them():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with stop_signals(given=True) as stop:
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+        assert not stop.reached(1)
+
+
 HOST = """
 import sys, time
 import jax

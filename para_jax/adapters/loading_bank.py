@@ -1,0 +1,85 @@
+"""A bank of more adapters than fit the memory: each is loaded when it is asked for. The least recently used leave."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+
+from ..config import ModelConfig
+from .adapter import Adapter
+from .bank import AdapterBank, Entry
+from .preview import Preview
+from .rows import Rows
+
+
+class LoadingBank(AdapterBank):
+    """An AdapterBank that seems to hold all its tenants. What an entry computes does not depend on which are loaded."""
+
+    most: int
+    """adapters that are held at once"""
+    _found: dict[str, Preview]
+    _load: Callable[[str], Adapter]
+    _loading: threading.Lock
+
+    @classmethod
+    def of(
+        cls, found: Mapping[str, Preview], model_config: ModelConfig, load: Callable[[str], Adapter], memory: int
+    ) -> LoadingBank:
+        """
+        Args:
+            found: the tenants, as `previews` gives them.
+            load: gives the adapter of a name; a ValueError is raised where the tenant is asked for.
+            memory: bytes of host memory for adapters. Those of open requests are held in addition.
+        """
+        bank = cls.fitting([one.config for one in found.values()], model_config, capacity=len(found))
+        bank._found, bank._load, bank._loading = dict(found), load, threading.Lock()
+        bank.digests = {name: one.digest for name, one in found.items()}
+        bank.most = max(1, memory // max(1, bank.largest))
+        return bank
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._found)
+
+    def identities(self) -> list[tuple[str, str]]:
+        return list(self.digests.items())
+
+    def entry(self, name: str) -> Entry:
+        with self._loading:
+            entry = self._entries.get(name) if isinstance(name, str) else None
+            if entry is None and name in self:
+                while len(self._entries) >= self.most:
+                    self.remove(next(iter(self._entries)))
+                self.add(name, self._load(name))
+            entry = super().entry(name)
+            with self._lock:
+                self._entries[name] = self._entries.pop(name)  # the last one: the most recently used
+        return entry
+
+    def rows(self, names: Iterable[str | None]) -> Rows:
+        names = [names] if isinstance(names, str) else list(names)
+        if not names:
+            return super().rows(names)  # raises
+        return self.rows_of([None if name is None else self.entry(name) for name in names])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
+
+    def __str__(self) -> str:
+        text = f"{len(self._found)} tenants, at most {self.most} of them in host memory"
+        text += f" ({self.most * self.largest / 1e6:.1f} MB), loaded when they are asked for"
+        return f"{text}; {self.carried}" if self.carried else text
+
+
+def bank_of(
+    found: Mapping[str, Preview], model_config: ModelConfig, load: Callable[[str], Adapter], memory: int
+) -> AdapterBank:
+    """A bank of these adapters, all loaded if the memory has room for them."""
+    loading = LoadingBank.of(found, model_config, load, memory)
+    if len(found) > loading.most:
+        return loading
+    bank = AdapterBank.fitting(loading.expected, model_config, capacity=len(found))
+    for name in found:
+        bank.add(name, load(name))
+    bank.digests = loading.digests
+    return bank

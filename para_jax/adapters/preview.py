@@ -1,0 +1,104 @@
+"""What is known of an adapter before its weights are loaded: its config, and a hash of a small part of its files.
+
+With it, thousands of adapters are divided among workers, and a bank is made for all of them, while each worker loads
+its own only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from ..config import ModelConfig, expanded
+from ..hub import resolve_adapter
+from ..storage.bucket import BucketPath, Place
+from ..untrusted import MAX_JSON_BYTES, json_mapping
+from .adapter import init
+from .files import load_adapter
+from .folder import CONFIG, WEIGHTS
+from .method import Method
+from .methods import METHODS
+from .own_config import read_own_config, require_same_backbone
+
+#: Bytes at each end of the weights that the hash covers.
+END = 2**15
+#: Adapters that are looked at together.
+CONCURRENCY = 16
+
+
+class Preview(NamedTuple):
+    place: Place
+    """its folder, on this host or in a bucket"""
+    config: Any
+    """of the adapter in the form that a bank stacks (Adapter.normal)"""
+    digest: str
+    """sha256 of adapter_config.json, and of the size and both ends of the weights: the same for equal files"""
+
+
+def previews(sources: Iterable[str], model_config: ModelConfig) -> list[Preview]:
+    """Looks at adapters, by folder or hub id. Those in PEFT's format are loaded for it, because their sites and rank
+    follow from their weights, and hub ids are fetched.
+
+    Raises ValueError, naming the source, for a config that is damaged or for another backbone.
+    """
+    sources = list(sources)
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        files = list(pool.map(read_ends, sources))
+    normal: dict[Any, Any] = {}  # most adapters share their config
+    found = []
+    for source, (place, config, digest) in zip(sources, files, strict=True):
+        try:
+            found.append(Preview(place, normal_config(place, config, model_config, normal), digest))
+        except ValueError as error:
+            raise error if str(source) in str(error) else ValueError(f"{source}: {error}") from None
+    return found
+
+
+def read_ends(source: str) -> tuple[Place, bytes, str]:
+    """An adapter's folder, its adapter_config.json, and the hash of its files."""
+    place = expanded(source)
+    folder = place if isinstance(place, BucketPath) else resolve_adapter(source)
+    try:
+        config, _ = ends(folder / CONFIG, MAX_JSON_BYTES)
+        weights, size = ends(folder / WEIGHTS, END)
+    except FileNotFoundError as error:
+        raise ValueError(f"{source} is not an adapter: it has no {error.filename or CONFIG}") from None
+    return folder, config, hashlib.sha256(b"%d %d " % (len(config), size) + config + weights).hexdigest()
+
+
+def ends(file: Place, count: int) -> tuple[bytes, int]:
+    """The first and the last `count` bytes of a file, or all of a shorter one, and its size."""
+    about = file.stat()
+    size = about.st_size
+    parts = [(0, size)] if size <= 2 * count else [(0, count), (size - count, size)]
+    if isinstance(file, BucketPath):
+        return b"".join(file.read_range(*part, about.generation) for part in parts if part[1]), size
+    with file.open("rb") as stream:
+        found = b""
+        for start, end in parts:
+            stream.seek(start)
+            found += stream.read(end - start)
+    return found, size
+
+
+def normal_config(place: Place, data: bytes, model_config: ModelConfig, known: dict[Any, Any]) -> Any:
+    """The config that a bank stacks the adapter under."""
+    found = json_mapping(data)
+    forms = (form for method in METHODS for form in method.forms)
+    method = next((form for form in forms if form.peft_type == found.get("peft_type") and not form.in_peft), None)
+    if method is None:
+        return load_adapter(place, model_config).normal(model_config).config
+    config, backbone = read_own_config(method.config, found)
+    require_same_backbone(backbone, model_config)
+    if config not in known:
+        known[config] = jax.eval_shape(partial(fresh, method, config, model_config)).config
+    return known[config]
+
+
+def fresh(method: Method, config: Any, model_config: ModelConfig):
+    return init(method.adapter, config, model_config, 0).normal(model_config)

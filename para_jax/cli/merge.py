@@ -1,0 +1,60 @@
+"""`para-jax merge`: joins what the shards of an evaluation or of a job have written."""
+
+from __future__ import annotations
+
+from ..storage.bucket import Place
+from . import options as shared
+
+
+def add(commands) -> None:
+    text = "join the outputs of evaluate --shard or generate --shard"
+    example = "runs/shard-0 runs/shard-1 runs/shard-2 --output runs/evaluation"
+    parser = shared.add_command(commands, "merge", text, example)
+    parser.add_argument(
+        "shards",
+        type=shared.place,
+        nargs="+",
+        metavar="OUTPUT",
+        help="the --output of each shard: folders of evaluate, or files of generate",
+    )
+    parser.add_argument(
+        "--output",
+        type=shared.place,
+        required=True,
+        help="the folder or file that one worker would have written; it must not exist",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options) -> int:
+    from ..messages import say
+    from ..shards import SHARD_FILE, job_shard_file
+
+    folders = [is_folder(one) for one in options.shards]
+    for one, folder in zip(options.shards, folders, strict=True):
+        if not folder and not job_shard_file(one).is_file():
+            raise ValueError(
+                f"{one} is not the output of a shard: there is no {SHARD_FILE} in it, and no "
+                f"{job_shard_file(one).name} next to it\ngive what --shard wrote to --output"
+            )
+        if folder != folders[0]:
+            raise ValueError(
+                f"{options.shards[0]} and {one} are a folder of evaluate and a file of generate\nmerge them separately"
+            )
+    if folders[0]:
+        from ..evaluation.merge import merge_folders
+
+        print(merge_folders(options.shards, options.output))
+        say(f"wrote {options.output}")
+        return 0
+    from ..serving.job_merge import merge_jobs
+
+    answers, errors = merge_jobs(options.shards, options.output)
+    say(f"wrote {options.output}: {answers} answers, {errors} of them errors")
+    return int(errors > 0)
+
+
+def is_folder(output: Place) -> bool:
+    from ..shards import SHARD_FILE
+
+    return (output / SHARD_FILE).is_file()

@@ -1,0 +1,80 @@
+"""Joins the outputs of a job's shards to one file, in the order of the input's lines."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from .. import atomic
+from ..shards import Part, in_order, job_shard_file, read_part
+from ..storage.bucket import BucketPath, Place
+from ..storage.pieces import open_pieces
+from .answers import MAX_ANSWER, answer_of, bounded_lines
+
+
+def merge_jobs(outputs: Sequence[Place], output: Place) -> tuple[int, int]:
+    """Writes the answers of all shards to `output`. Returns how many there are, and how many of them are errors.
+
+    The bytes depend on the answers alone, not on the number of shards.
+
+    Raises ValueError, naming the output and the line, for shards that do not belong together (shards.in_order) and for
+    an answer that is damaged, missing, there twice, or not the shard's.
+    """
+    parts = in_order([part_of(one) for one in outputs])
+    if output.exists():
+        raise ValueError(f"--output {output}: it is there already; choose another path, or remove it")
+    near = None if isinstance(output, BucketPath) else output.absolute().parent
+    if near is not None:
+        near.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=near) as copy:  # one file: an answer is read by its place, also from a bucket
+        found = [place for part in parts for place in copied(part, copy)]
+        with atomic.replacing(output) as stream:  # pyright: ignore[reportArgumentType]
+            for _, _, start, length, _ in sorted(found):
+                copy.seek(start)
+                stream.write(copy.read(length))
+    return len(found), sum(failed for *_, failed in found)
+
+
+def part_of(output: Place) -> Part:
+    file = job_shard_file(output)
+    part = read_part(file, output)
+    if part is None:
+        raise ValueError(f"{output} is not the output of a shard: there is no {file.name} next to it")
+    seen = part.settings.get("input")
+    counts = (seen.get("lines") if isinstance(seen, dict) else None, part.content.get("answers"))
+    if part.ended and not all(type(count) is int for count in counts):
+        raise ValueError(f"{file} is damaged; run the command of shard {part.shard} again")
+    return part
+
+
+def copied(part: Part, copy: BinaryIO) -> list[tuple[int, int, int, int, bool]]:
+    """Copies the answers of a shard. Returns the line and sample of each, where it begins in the copy, its length, and
+    whether it is an error."""
+    file, found, rows = part.output, [], {}
+    lines = part.settings["input"]["lines"]
+    with open_pieces(file) if isinstance(file, BucketPath) else Path(file).open("rb") as stream:
+        for row, text in enumerate(bounded_lines(stream, MAX_ANSWER), 1):
+            try:
+                if text is not None and not text.endswith(b"\n"):
+                    raise ValueError("was cut off; run the shard's command again")
+                (line, index), kept = answer_of(text, row)
+                if line > lines or not part.shard.has_line(line):
+                    raise ValueError(f"answers line {line} of the input, which shard {part.shard} does not have")
+                if (line, index) in rows:
+                    raise ValueError(
+                        f"and line {rows[line, index]} answer the same sample of line {line} of the input; run the "
+                        "shard's command again"
+                    )
+            except ValueError as error:
+                raise ValueError(f"{file}: line {row} {error}") from None
+            rows[line, index] = row
+            found.append((line, index, copy.tell(), len(text or b""), kept.error is not None))
+            copy.write(text or b"")
+    expected = part.content["answers"]
+    if len(found) != expected:
+        raise ValueError(
+            f"{file} has {len(found)} answers, but shard {part.shard} asks for {expected}; run its command again"
+        )
+    return found

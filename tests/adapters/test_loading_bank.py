@@ -1,0 +1,84 @@
+"""A bank that loads adapters when they are asked for gives what one that holds them all gives."""
+
+import jax
+import numpy as np
+import pytest
+from golden_models import FIXTURES, strong
+
+from para_jax import AdapterBank, Ia3Config, LoraConfig, ParaConfig, init_adapter, load_adapter, save_adapter
+from para_jax.adapters.loading_bank import LoadingBank, bank_of
+from para_jax.adapters.preview import previews
+from para_jax.backbone.load import load_model_config
+
+CONFIGS = [ParaConfig(r=4), LoraConfig(r=2), Ia3Config(target_modules=("q_proj", "v_proj")), ParaConfig(r=2)]
+NAMES = ["a", "b", "c", "d"]
+
+
+@pytest.fixture(scope="module")
+def found(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loading")
+    for i, (name, own) in enumerate(zip(NAMES, CONFIGS, strict=True)):
+        save_adapter(strong(init_adapter(own, config), i, 0.3), folder / name)
+    return dict(zip(NAMES, previews([str(folder / name) for name in NAMES], config), strict=True))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_model_config(FIXTURES / "llama")
+
+
+def loading(found, config, most):
+    """A bank with room for `most` adapters, and the names that it loads."""
+    loads, largest = [], LoadingBank.of(found, config, str, 0).largest
+
+    def load(name):
+        loads.append(name)
+        return load_adapter(found[name].place, config)
+
+    return bank_of(found, config, load, most * largest), loads
+
+
+def test_a_small_bank_is_an_ordinary_one(found, config):
+    bank, loads = loading(found, config, 4)
+    assert type(bank) is AdapterBank and loads == NAMES and bank.names == tuple(NAMES)
+    assert bank.identities() == loading(found, config, 1)[0].identities()
+    bank.replace("a", load_adapter(found["d"].place, config))
+    assert bank.identities()[0] == ("a", bank.entry("a").content)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_an_adapter_is_loaded_when_it_is_asked_for_and_the_least_recently_used_leave(found, config, most):
+    bank, loads = loading(found, config, most)
+    assert loads == [] and bank.names == tuple(NAMES) and "d" in bank and "e" not in bank
+    assert f"4 tenants, at most {most} of them in host memory" in str(bank)
+    bank.entry("a")
+    kept = bank.entry("a")
+    assert loads == ["a"]
+    for name in "bcad":
+        entry = bank.entry(name)
+        assert len(bank) <= most and bank.entry(name).version == entry.version
+    assert loads == {1: [*"abcad"], 2: [*"abcad"], 3: [*"abcd"]}[most]
+    assert bank.entry("a").content == kept.content
+    with pytest.raises(ValueError, match="'e'.*a, b, c"):
+        bank.entry("e")
+
+
+def test_rows_are_those_of_a_bank_that_holds_everything(found, config):
+    bank, _ = loading(found, config, 1)
+    whole, _ = loading(found, config, 4)
+    rows, expected = (one.rows(["b", None, "a", "d"]) for one in (bank, whole))
+    assert jax.tree.structure(rows) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, rows, expected)
+
+
+def test_an_adapter_that_can_not_be_loaded_is_an_error_of_its_own_tenant(found, config):
+    def load(name):
+        if name == "b":
+            raise ValueError("b is damaged")
+        return load_adapter(found[name].place, config)
+
+    bank = LoadingBank.of(found, config, load, 0)
+    with pytest.raises(ValueError, match="b is damaged"):
+        bank.entry("b")
+    assert bank.entry("a").method == "para"
+    assert bank.identities() == [(name, one.digest) for name, one in found.items()]

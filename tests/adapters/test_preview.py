@@ -1,0 +1,74 @@
+"""What is known of an adapter before its weights are loaded."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from golden_models import FIXTURES, strong
+
+from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_adapter, save_adapter
+from para_jax.adapters import preview
+from para_jax.backbone.load import load_model_config
+
+CONFIGS = [
+    ParaConfig(r=4),
+    ParaConfig(r=2, target_modules=("q_proj",), layers_to_transform=(0,)),
+    ParaConfig(r=3, scope="response", scope_window=3),
+    LoraConfig(r=2),
+    LoraConfig(r=2, scope="prompt"),
+    Ia3Config(target_modules=("v_proj", "down_proj")),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model_config(FIXTURES / "llama")
+
+
+@pytest.fixture
+def sources(model, tmp_path):
+    for i, config in enumerate(CONFIGS):
+        save_adapter(strong(init_adapter(config, model), i, 0.3), tmp_path / str(i))
+    return [str(tmp_path / str(i)) for i in range(len(CONFIGS))]
+
+
+def test_the_config_is_that_of_the_loaded_adapter_in_the_form_that_a_bank_stacks(sources, model):
+    for source, found in zip(sources, preview.previews(sources, model), strict=True):
+        assert found.config == load_adapter(source, model).normal(model).config
+        assert str(found.place) == source
+
+
+def test_the_digest_depends_on_the_files_and_not_on_their_place(sources, model, tmp_path):
+    copy = shutil.copytree(sources[0], tmp_path / "renamed")
+    digests = [one.digest for one in preview.previews([*sources, str(copy)], model)]
+    assert len(set(digests)) == len(sources) and digests[0] == digests[-1]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        data = (copy / name).read_bytes()
+        for place in (0, len(data) - 1):
+            (copy / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            assert preview.read_ends(str(copy))[2] != digests[0]
+        (copy / name).write_bytes(data)
+
+
+def test_only_the_ends_of_a_large_file_are_read(tmp_path):
+    file = tmp_path / "large"
+    file.write_bytes(b"a" * 10 + b"-" * 100 + b"z" * 10)
+    assert preview.ends(file, 10) == (b"a" * 10 + b"z" * 10, 120)
+    assert preview.ends(file, 60) == preview.ends(file, 999) == (file.read_bytes(), 120)
+
+
+def test_an_adapter_in_a_bucket_has_the_same_digest(sources, model, bucket):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (bucket / "previewed" / name).write_bytes((Path(sources[0]) / name).read_bytes())
+    assert preview.previews([f"{bucket}/previewed"], model)[0].digest == preview.previews(sources, model)[0].digest
+    with pytest.raises(ValueError, match="gs://.*nowhere is not an adapter"):
+        preview.previews([f"{bucket}/nowhere"], model)
+
+
+def test_a_damaged_adapter_is_named(sources, model, tmp_path):
+    (tmp_path / "1" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="/1.*peft_type"):
+        preview.previews(sources, model)
+    (tmp_path / "1" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="/1 is not an adapter.*adapter_model.safetensors"):
+        preview.previews(sources, model)
