@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .serving.engine import Engine as Engine
     from .serving.request import Completion as Completion
     from .serving.request import Request as Request
+    from .server.serve import serve as serve
 
     # training
     from .runs.compare import MethodsResult as MethodsResult
@@ -126,6 +127,7 @@ _LATER = {
     "Engine": "serving.engine",
     "Completion": "serving.request",
     "Request": "serving.request",
+    "serve": "server.serve",
     "compare_methods": "runs.compare",
     "MethodsResult": "runs.compare",
     "TenantsResult": "runs.train",
@@ -140,6 +142,10 @@ _LATER = {
 }
 
 
+#: Packages that come with an extra.
+_EXTRAS = {"lm_eval": "eval", "starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve"}
+
+
 def __getattr__(name: str):
     if name not in _LATER:
         if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:
@@ -148,9 +154,11 @@ def __getattr__(name: str):
     try:
         return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("lm_eval"):
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
             raise
-        raise ImportError(f"para_jax.{name}: lm-eval is not installed: pip install 'para_jax[eval]'") from None
+        missing, extra = package.replace("_", "-"), _EXTRAS[package]
+        raise ImportError(f"para_jax.{name}: {missing} is not installed: pip install 'para_jax[{extra}]'") from None
 
 
 def __dir__():

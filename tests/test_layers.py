@@ -23,6 +23,7 @@ LAYERS = [
     ["training", "inference"],
     ["longest_row"],
     ["serving", "memory"],
+    ["server"],
     ["roofline"],
     ["evaluation"],
     ["dry_run"],
@@ -36,7 +37,7 @@ LAYERS = [
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 SIDEWAYS = {("devices", "hub")}
 HEAVY = "orbax grain qwix tensorflow_datasets datasets tensorflow transformers tokenizers lm_eval matplotlib".split()
-HEAVY += ["torch"]
+HEAVY += "torch starlette uvicorn prometheus_client".split()
 
 
 def wrong_imports(file, text):
@@ -140,7 +141,7 @@ def test_the_public_names_are_all_there_and_no_other_answers():
     AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter multi_tenant_forward prefill
     right_pad vectors make_mesh generate train TrainResult train_tenants TenantsResult evaluate Report
     compare_methods MethodsResult
-    curves_plot factors_plot""".split()
+    serve curves_plot factors_plot""".split()
     assert set(names) <= set(dir(para_jax))
     assert all(callable(getattr(para_jax, name)) for name in names)
     assert set(para_jax._LATER) <= set(names)

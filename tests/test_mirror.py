@@ -27,6 +27,7 @@ ELSEWHERE = {
     "record_file": "bench/test_bench.py",
     "runs.logs": "runs/test_tenants.py",
     "runs.standing": "runs/test_tenants.py",
+    "serving.pins": "serving/test_prefills.py",
     "serving.slots": "serving/test_engine.py",
     "storage.cache": "storage/test_bucket.py",
     "storage.service": "storage/test_bucket.py",

@@ -181,6 +181,10 @@ class AdapterBank:
                 raise ValueError(unknown(name, self.names))
         return self.rows_of(entries)
 
+    def depends_on_prompt_end(self, entry: Entry) -> bool:
+        """Whether what an adapter computes for given tokens depends on how many of them are its prompt."""
+        return scope_of(entry.config)[0] != "all" or self._template(entry.group).reads_prompt
+
     def rows_of(self, entries: list[Entry | None]) -> Rows:
         """One tenant per batch row, as entry() gave it, even if its name is now another's; None is the base model."""
         groups = self._groups(entries)

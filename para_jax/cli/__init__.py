@@ -17,10 +17,10 @@ import sys
 from .. import __version__
 from ..config import RunConfig, dotted_fields, meant_field, printable, shorten
 from ..messages import log_to_stderr
-from . import bench, convert, evaluate, export, generate, inspect, lm_eval, plot, prepare, quickstart, train
+from . import bench, convert, evaluate, export, generate, inspect, lm_eval, plot, prepare, quickstart, serve, train
 from .options import Parser
 
-COMMANDS = (quickstart, train, evaluate, lm_eval, generate, inspect, export, convert, prepare, plot, bench)
+COMMANDS = (quickstart, train, evaluate, lm_eval, generate, serve, inspect, export, convert, prepare, plot, bench)
 LONGEST_ERROR = 1900  # characters of each line of an error
 LONGEST_LIST = 16  # lines of an error after the first two; they are indented
 

@@ -7,19 +7,29 @@ from ..adapters.invocation import require_invocation
 from ..backbone.transformer import Transformer
 from ..config import shorten
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, special_stop_ids, turn_stop_ids
-from .request import check_request
+from .request import Request, check_request
 from .ticket import Sample, Ticket
 
 
 class Admission:
     """What requests are checked against. Any thread may use it."""
 
-    def __init__(self, model: Transformer, bank: AdapterBank | None, tokenizer, max_length: int, limits: dict):
+    def __init__(
+        self,
+        model: Transformer,
+        bank: AdapterBank | None,
+        tokenizer,
+        max_length: int,
+        limits: dict,
+        max_logprobs: int,
+    ):
         """
         Args:
             max_length: tokens per row, prompt and answer.
             limits: samples that may wait, by the name of the engine's argument; None: no limit.
+            max_logprobs: alternatives per token; 0: no log-probabilities.
         """
+        self.max_logprobs = max_logprobs
         self.bank, self.tokenizer, self.max_length, self.limits = bank, tokenizer, max_length, limits
         self.vocab_size = model.config.vocab_size
         self.most_characters = most_characters(tokenizer, max_length)
@@ -38,7 +48,8 @@ class Admission:
         if entry is None:
             entry = self._entry(request.tenant)
         ids = self.ids(request.prompt)
-        require_invocation(entry and entry.config, ids, "prompt")
+        self._check_logprobs(request, ids, entry)
+        require_invocation(entry and entry.config, ids[: request.context_length], "prompt")
         if len(ids) + request.max_new_tokens > self.max_length:
             raise ValueError(
                 f"prompt: {len(ids)} tokens and max_new_tokens {request.max_new_tokens} are more than the engine's "
@@ -50,6 +61,30 @@ class Admission:
         for sample in samples:
             sample.follow_text(self.tokenizer)
         return samples
+
+    def _check_logprobs(self, request: Request, ids: list[int], entry: Entry | None) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(request, name)
+            if asked is not None and not self.max_logprobs:
+                raise ValueError(f"{name} is {asked}; this engine gives none, make it with max_logprobs above 0")
+            if asked is not None and asked > self.max_logprobs:
+                raise ValueError(f"{name} is {asked}; give at most {self.max_logprobs}, the engine's max_logprobs")
+        if request.prompt_logprobs is None:
+            return
+        context = request.context_length
+        if context is None:
+            if entry is not None and self.bank is not None and self.bank.depends_on_prompt_end(entry):
+                raise ValueError(
+                    f"context_length is missing: the adapter of tenant {shorten(request.tenant)} depends on where its "
+                    "prompt ends; say how many of these tokens are the prompt"
+                )
+        elif context > len(ids):
+            raise ValueError(f"context_length is {context}; give at most {len(ids)}, the tokens of the prompt")
+        elif context < len(ids) and request.max_new_tokens > 1:
+            raise ValueError(
+                f"context_length is {context} of {len(ids)} tokens, so at most one more can be drawn; give "
+                "max_new_tokens 0 or 1, or leave context_length out"
+            )
 
     def _entry(self, tenant: str | None) -> Entry | None:
         if tenant is None:

@@ -13,12 +13,14 @@ from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
 from ..inference.draw import row_sampling
 from ..inference.generate import up_to_multiple
+from ..inference.logprobs import Logprobs
 from ..inference.sampling import Sampling
 from ..model import prefill
 from ..progress import Progress
 from .capacity import KEPT
 from .prefills import Prefills, Prompt, token_bytes
-from .slots import empty_slots, insert, insert_prompt, steps
+from .scoring import ScoredPrompt, score_prompt
+from .slots import empty_slots, first_logprobs, insert, insert_prompt, steps
 from .ticket import Sample
 
 #: Decode steps per dispatch, after which the tokens are fetched.
@@ -38,17 +40,20 @@ class Decoder:
         block_size: int,
         chunk: int,
         cache_bytes: int | None,
+        top: int,
     ):
         """
         Args:
             slots: rows that decode together.
             max_length: tokens per row, prompt and answer.
-            block_size, chunk, cache_bytes: the engine's block_size, prefill_chunk and prefix_cache_bytes.
+            block_size, chunk, cache_bytes, top: the engine's block_size, prefill_chunk, prefix_cache_bytes and
+                max_logprobs.
         """
+        self.top = top
         self.model, self.bank, self.slots, self.max_length = model, bank, slots, max_length
         self._leaves, self._treedef = jax.tree.flatten(model)
         self._buckets = sorted({min(up_to_multiple(-(-max_length // part), 16), max_length) for part in (4, 2, 1)})
-        """padded lengths of prompts that are prefilled whole: at most three, each its own program"""
+        """padded lengths of prompts that are computed whole: at most three, each its own program"""
         one, base = np.zeros((1, 1), np.int32), self._adapters(None)
         self.row = jax.eval_shape(lambda: prefill(model, base, one, 1, max_length=max_length)[1])
         """the abstract state of one row"""
@@ -75,16 +80,21 @@ class Decoder:
         of the scope `all` need."""
         entries = self.bank.entries if self.bank is not None else ()
         whole = self.bank is not None and not (entries and all(map(self.prefills.takes, entries)))
-        buckets = self._buckets if whole else []
-        with Progress("warming up the engine", len(buckets) + 2, unit="program") as bar:
+        buckets, scored = self._buckets if whole else [], self._buckets if self.top else []
+        variants = [False, True] if self.top else [False]
+        with Progress("warming up the engine", len(buckets) + len(scored) + 1 + len(variants), unit="program") as bar:
             for bucket in buckets:
                 prefilled = self._prefill([0] * min(bucket, self.max_length - 1), None)
-                self.insert(0, prefilled, None)
+                self.insert(0, prefilled, None, logprobs=self.top > 0)
                 bar.advance()
-            self.insert(0, self.prefills.warm_up(), None)
+            for bucket in scored:
+                jax.block_until_ready(self._score([0] * bucket, None, bucket, None))
+                bar.advance()
+            self.insert(0, self.prefills.warm_up(), None, logprobs=self.top > 0)
             bar.advance()
-            jax.block_until_ready(self.decode([None] * self.slots))
-            bar.advance()
+            for logprobs in variants:
+                jax.block_until_ready(self.decode([None] * self.slots, logprobs=logprobs))
+                bar.advance()
 
     def keeps(self, sample: Sample) -> bool:
         """Whether the sample's prompt is prefilled already."""
@@ -106,27 +116,57 @@ class Decoder:
         self._kept.move_to_end(sample.key)
         return self._kept[sample.key]
 
-    def insert(self, slot: int, prefilled: tuple | Prompt, sampling: Sampling | None) -> jax.Array | None:
-        """Puts a prefilled prompt into a slot, and returns its first token [1]; None if decoding will give it."""
+    def insert(
+        self, slot: int, prefilled: tuple | Prompt, sampling: Sampling | None, *, logprobs: bool
+    ) -> tuple[jax.Array, Logprobs | None] | None:
+        """Puts a prefilled prompt into a slot, and returns its first token [1] and its log-probabilities; None if
+        decoding will give it.
+
+        Args:
+            logprobs: whether they are asked for.
+        """
         drawn = row_sampling([sampling])
         if isinstance(prefilled, Prompt):
             prompt = self.prefills.for_slot(prefilled)
             self._state, token = insert_prompt(self._state, slot, self.prefills.pool, prompt, drawn)
+            if prefilled.entry is not None:
+                return None
+            logits, row = prompt.logits, prompt.row
         else:
             self._state, token = insert(self._state, slot, *prefilled, drawn)
-        return None if isinstance(prefilled, Prompt) and prefilled.entry is not None else token
+            logits, row = prefilled[0], 0
+        return token, first_logprobs(logits, row, token, self.top) if logprobs else None
 
-    def decode(self, rows: list[Sampling | None]) -> jax.Array:
-        """The next STEPS tokens of all slots, [STEPS, slots]. None is a slot without a sample."""
-        live = np.array([row is not None for row in rows])
-        self._state, tokens = steps(self._treedef, self._leaves, self._state, row_sampling(rows), live, STEPS)
-        return tokens
+    def decode(self, rows: list[Sampling | None], *, logprobs: bool) -> tuple[jax.Array, Logprobs | None]:
+        """The next STEPS tokens of all slots, [STEPS, slots], and their log-probabilities. None is a slot without a
+        sample.
+
+        Args:
+            logprobs: whether any slot needs them.
+        """
+        live, top = np.array([row is not None for row in rows]), [self.top] if logprobs else []
+        self._state, decoded = steps(self._treedef, self._leaves, self._state, row_sampling(rows), live, STEPS, *top)
+        return decoded
+
+    def score(self, sample: Sample) -> ScoredPrompt:
+        """The log-probabilities of the sample's prompt, and the token after it."""
+        context = sample.request.context_length or len(sample.ids)
+        return self._score(sample.ids, sample.entry, context, sample.sampling)
+
+    def _score(self, ids: list[int], entry: Entry | None, context: int, sampling: Sampling | None) -> ScoredPrompt:
+        lengths, drawn = (np.array([count], np.int32) for count in (context, len(ids))), row_sampling([sampling])
+        adapters, tokens = self._adapters(entry), self._whole(ids)
+        return score_prompt(self._treedef, self._leaves, adapters, tokens, *lengths, drawn, self.top)
 
     def _prefill(self, ids: list[int], entry: Entry | None) -> tuple:
-        bucket = next(length for length in self._buckets if length >= len(ids))
-        tokens = np.zeros((1, bucket), np.int32)
+        tokens = self._whole(ids)
+        return prefill(self.model, self._adapters(entry), tokens, np.array([len(ids)]), max_length=tokens.shape[1])
+
+    def _whole(self, ids: list[int]) -> np.ndarray:
+        """A prompt as int32 [1, T], padded to a length that has a program."""
+        tokens = np.zeros((1, next(length for length in self._buckets if length >= len(ids))), np.int32)
         tokens[0, : len(ids)] = ids
-        return prefill(self.model, self._adapters(entry), tokens, np.array([len(ids)]), max_length=bucket)
+        return tokens
 
     def _adapters(self, entry: Entry | None) -> Rows | None:
         return None if self.bank is None else self.bank.rows_of([entry])

@@ -10,27 +10,29 @@ tokens.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
 
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
-from ..config import printable, shorten
+from ..config import ModelConfig, printable, shorten
 from ..data.examples import Ids, Prompt, stop_token_ids
-from ..messages import say, warn
+from ..messages import say
 from .admission import Admission
 from .capacity import capacity
 from .decoder import Decoder
 from .open_requests import OpenRequests
-from .prefills import PromptFailed, token_bytes
+from .pins import Pins
+from .prefills import token_bytes
 from .prefix_cache import PrefixCacheStats
 from .request import Completion, Piece, Request, check_request
+from .rounds import Rounds
+from .stream import Stream, pieces_of_ended
 from .ticket import Sample, Ticket, is_request_error
 
-#: Prompts that are prefilled whole between two dispatches, at most, while rows decode.
-PREFILLS = 2
 #: Tokens of prompts that are computed in chunks between two dispatches. A CPU computes few tokens as fast per token.
 CHUNK, CPU_CHUNK = 256, 64
 
@@ -58,6 +60,7 @@ class Engine:
         prefix_cache_bytes: int | None = None,
         prefill_chunk: int | None = None,
         block_size: int = 16,
+        max_logprobs: int = 0,
     ):
         """
         Args:
@@ -74,6 +77,9 @@ class Engine:
             prefill_chunk: tokens of such prompts that are computed per round, at most. Rows that decode wait for no
                 more. None: 64 on a CPU, else 256.
             block_size: tokens per block. Prompts share complete blocks.
+            max_logprobs: alternatives per token that a request may ask for. Above 0, warm_up compiles a second decode
+                program, for rounds in which a row asks for log-probabilities, and those that score prompts. 0: such
+                requests are refused.
 
         Reports the memory that the slots need and, where the free memory is known, how many slots would fit.
         """
@@ -81,62 +87,60 @@ class Engine:
         if chunk is None:
             chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
         sizes = {"slots": slots, "max_length": max_length, "prefill_chunk": chunk, "block_size": block_size}
-        for name, count in sizes.items():
-            if type(count) is not int or count < 1:
-                raise ValueError(f"{name} is {shorten(count)}; give a whole number of at least 1")
-        if prefix_cache_bytes is not None and (type(prefix_cache_bytes) is not int or prefix_cache_bytes < 0):
-            raise ValueError(f"prefix_cache_bytes is {shorten(prefix_cache_bytes)}; give a number of bytes, or None")
         limits = {"queue_limit": queue_limit, "queue_limit_per_tenant": queue_limit_per_tenant}
-        for name, limit in limits.items():
-            if limit is not None and (type(limit) is not int or limit < 1):
-                raise ValueError(f"{name} is {shorten(limit)}; give a whole number of at least 1, or None")
-        longest = model.config.max_positions
-        if not 2 <= max_length <= longest:
-            raise ValueError(f"max_length is {max_length}; give 2 to {longest} tokens, the model's positions")
+        counts = {"prefix_cache_bytes": prefix_cache_bytes, "max_logprobs": max_logprobs}
+        check_sizes(sizes, limits, counts, model.config)
         self.model, self.bank, self.tokenizer, self.slots, self.max_length = model, bank, tokenizer, slots, max_length
         self.queue_limit, self.queue_limit_per_tenant = queue_limit, queue_limit_per_tenant
+        self.max_logprobs = max_logprobs
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else stop_ids
         self.stop_ids = tuple(ends)
-        self._stops = frozenset(ends)
-        self._admission = Admission(model, bank, tokenizer, max_length, limits)
+        self._admission = Admission(model, bank, tokenizer, max_length, limits, max_logprobs)
         self._decoder = Decoder(
-            model, bank, slots, max_length, block_size=block_size, chunk=chunk, cache_bytes=prefix_cache_bytes
+            model,
+            bank,
+            slots,
+            max_length,
+            block_size=block_size,
+            chunk=chunk,
+            cache_bytes=prefix_cache_bytes,
+            top=max_logprobs,
         )
         self._prefills = self._decoder.prefills
         pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
         say(capacity(bank, self._decoder.row, slots, max_length, pool=pool, cached=cached))
 
         self._requests = OpenRequests(tokenizer, seed, queue_limit, queue_limit_per_tenant)
-        self._lock = self._requests.lock
-        self._news = threading.Condition(self._lock)
-        """notified when a round has ended, and when requests come or end"""
-        self._rounds = 0
+        self._pins = Pins(self._prefills.cache, self._prefills.cached)
+        self._rounds = Rounds(self._decoder, self._requests, self._pins, frozenset(ends))
         self._driver: threading.Thread | None = None
         """the thread of run() or step()"""
-        self._driving = threading.Lock()
-        """held during a round; guards the decoder and what follows"""
-        self._rows: list[Sample | None] = [None] * slots
-        self._waiting: dict[int, Sample] = {}
-        """by slot: samples that will decode there once their prompts are prefilled"""
-        self._pins: dict[tuple[int, ...], list[bytes]] = {}
-        """the keys of pinned prompts, by their ids"""
-        self._broken = False
-        """True during a round; if it is True when the next one starts, something ended that round halfway"""
+
+    def warm_up(self) -> None:
+        """Compiles everything. Afterwards nothing is compiled, unless an adapter joins whose config differs from all
+        earlier ones in more than rank and sites. Raises ValueError while requests are open."""
+        self._rounds.warm_up()
 
     @property
     def open(self) -> int:
         """The number of requests whose answers have yet to be given."""
         return len(self._requests.tickets) + len(self._requests.done)
 
-    def warm_up(self) -> None:
-        """Compiles everything. Afterwards nothing is compiled, unless an adapter joins whose config differs from all
-        earlier ones in more than rank and sites. Raises ValueError while requests are open."""
-        with self._driving:
-            if self._requests.tickets:
-                raise ValueError(f"warm_up: {len(self._requests.tickets)} requests are open; take their answers first")
-            self._begin()
-            self._decoder.warm_up()
-            self._broken = False
+    @property
+    def running(self) -> dict[str | None, int]:
+        """How many samples hold a slot, by tenant."""
+        return per_tenant(self._requests.running)
+
+    @property
+    def waiting(self) -> dict[str | None, int]:
+        """How many samples wait for a slot, by tenant."""
+        return per_tenant(self._requests.waiting)
+
+    @property
+    def kv_usage(self) -> float:
+        """The share of the slots' cache positions that running samples use for prompt and answer, from 0 to 1."""
+        used = sum(len(sample.ids) + len(sample.tokens) for sample in self._requests.running)
+        return min(used / (self.slots * self.max_length), 1.0)
 
     @property
     def prefix_cache(self) -> PrefixCacheStats:
@@ -162,41 +166,52 @@ class Engine:
     def cancel(self, id: Hashable) -> bool:
         """Ends a request at once: its samples without an answer get the error "cancelled", and their slots are free.
         Returns whether the request was open."""
-        with self._lock:
+        with self._requests.lock:
             ticket = self._requests.tickets.get(id)
-            if ticket is None:
-                return False
-            for sample in ticket.samples:
-                self._requests.end(sample, "error", "cancelled")
-            self._news.notify_all()
-        return True
+            return ticket is not None and self._requests.cancel(ticket)
+
+    def open_stream(self, request: Request, *, entry: Entry | None = None) -> Stream:
+        """Queues a request and returns the stream of its answer, which goes to the stream alone; run() does not give
+        it.
+
+        Args:
+            entry: as for `submit`.
+
+        Raises at the call: ValueError for a request that cannot be served and for an id that is open, and QueueFull.
+        """
+        ticket = self._submit(request, entry, streamed=True)
+        if ticket.error is not None:
+            raise ValueError(ticket.error)
+        return Stream(ticket, self._requests, self._advance)
 
     def stream(self, request: Request | Hashable) -> Iterator[Piece]:
         """The pieces of a request's answer as they are decoded, each with its sample's index. The answer goes to the
-        stream alone; run() does not give it. Closing a stream before its end cancels the request.
+        stream alone; run() does not give it. Closing the iterator before its end cancels the request.
 
         Args:
             request: the id of an open request, or a Request, which is submitted.
 
-        Raises at the call: ValueError for an id that is not open or is streamed already, the error of a request that
-        was refused, and QueueFull.
+        Raises at the call: ValueError for an id that is not open or is streamed already, and as open_stream.
         """
         if isinstance(request, Request):
-            ticket = self._submit(request, None, streamed=True)
-            if ticket.error is not None:
-                raise ValueError(ticket.error)
-            return self._pieces(ticket)
-        with self._lock:
+            return iter(self.open_stream(request))
+        with self._requests.lock:
             ticket = self._requests.tickets.get(request)
             if ticket is None:
-                return iter(self._pieces_of_ended(request))
+                return iter(pieces_of_ended(self._requests, request))
             if ticket.streamed:
                 raise ValueError(f"stream: the request {shorten(request)} is streamed already; each has one stream")
             ticket.streamed = True
             for sample in ticket.samples:
                 self._requests.done.pop(sample.number, None)
                 sample.follow_text(self.tokenizer)
-            return self._pieces(ticket)
+            return iter(Stream(ticket, self._requests, self._advance))
+
+    def wait(self, timeout: float) -> bool:
+        """Waits until a request is open, at most `timeout` seconds. Returns whether one is: for a thread that drives by
+        `step`."""
+        with self._requests.news:
+            return self._requests.news.wait_for(lambda: self.open > 0, timeout)
 
     def pin(self, prefix: Prompt | Ids) -> int:
         """Keeps the beginning of prompts in the prefix cache, whatever else comes. The next rounds prefill it. Returns
@@ -206,31 +221,17 @@ class Engine:
         is pinned already.
         """
         check_request(Request(prefix))
-        ids, cache = tuple(self._admission.ids(prefix)), self._prefills.cache
+        ids = self._admission.ids(prefix)
         if len(ids) > self.max_length:
             raise ValueError(f"pin: {len(ids)} tokens are more than the engine's max_length {self.max_length}")
-        keys = cache.keys(ids)
-        if not keys:
-            raise ValueError(f"pin: {len(ids)} tokens are less than a block of {cache.size}; give a longer prefix")
-        with self._lock:
-            pins = self._pins | {ids[: len(keys) * cache.size]: keys}
-            needed = len({key for of_one in pins.values() for key in of_one})
-            if needed > self._prefills.cached:
-                raise ValueError(
-                    f"pin: the pinned prefixes would have {needed * cache.size} tokens, and the cache has room for "
-                    f"{self._prefills.cached * cache.size}; make the engine with larger prefix_cache_bytes"
-                )
-            self._pins = pins
-        return len(keys) * cache.size
+        with self._requests.lock:
+            return self._pins.add(ids)
 
     def unpin(self, prefix: Prompt | Ids) -> None:
         """Lets a pinned prefix leave the cache when its room is needed. Raises ValueError for one that isn't pinned."""
-        ids = tuple(self._admission.ids(prefix))
-        ids = ids[: len(ids) // self._prefills.cache.size * self._prefills.cache.size]
-        with self._lock:
-            if ids not in self._pins:
-                raise ValueError(f"unpin: {shorten(prefix)} is not pinned")
-            self._pins = {kept: keys for kept, keys in self._pins.items() if kept != ids}
+        ids = self._admission.ids(prefix)
+        with self._requests.lock:
+            self._pins.remove(ids, prefix)
 
     # ----------------------------------------------------------------------------------------------- the driver's calls
 
@@ -241,9 +242,9 @@ class Engine:
         with self._claimed():
             while done or self._requests.tickets:
                 if not done:
-                    self._round()
+                    self._rounds.make()
                 while done:
-                    with self._lock:
+                    with self._requests.lock:
                         number = next(iter(done), -1)
                     try:
                         completion = done[number]
@@ -256,143 +257,35 @@ class Engine:
     def step(self) -> list[Completion]:
         """Makes one round and returns the answers that have ended. Raises RuntimeError if another thread drives."""
         with self._claimed():
-            self._round()
-            with self._lock:
+            self._rounds.make()
+            with self._requests.lock:
                 return [self._requests.take(number) for number in list(self._requests.done)]
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
-        with self._lock:
+        with self._requests.lock:
             before, me = self._driver, threading.current_thread()
             if before is not None and before is not me and before.is_alive():
                 raise RuntimeError(f"the thread {before.name} drives the engine; only one may, by run() or step()")
             self._driver = me
-            if self._requests.torn or self._broken:
+            if self._requests.torn or self._rounds.broken:
                 self._requests.settle()
         try:
             yield
         finally:
-            with self._lock:
+            with self._requests.lock:
                 self._driver = before
-                self._news.notify_all()
+                self._requests.news.notify_all()
 
-    # ------------------------------------------------------------------------------------------------------- one round
-
-    def _round(self) -> None:
-        """Fills free slots, decodes a few tokens, and adds them to the answers."""
-        with self._driving:
-            self._begin()
-            self._prefills.pin(self._pins)
-            first = self._fill()
-            if not self._advance_prompts(first):
+    def _advance(self, ready: Callable[[], bool]) -> None:
+        """Returns once `ready` gives True, or a round has ended: another thread's, or else one of our own."""
+        with self._requests.news:
+            driver = self._driver
+            if driver is not None and driver is not threading.current_thread() and driver.is_alive():
+                if not ready():
+                    self._requests.news.wait(timeout=1.0)  # bounded, in case an interrupt lost the notification
                 return
-            active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
-            if active:
-                rows = [sample.sampling if sample and not sample.completion else None for sample in self._rows]
-                first, tokens = jax.device_get((first, self._decoder.decode(rows)))
-                for slot, sample in active:
-                    new = first[slot].tolist() if slot in first else []
-                    self._extend(sample, new + tokens[:, slot].tolist())
-            with self._lock:
-                self._rows = [sample if sample and not sample.completion else None for sample in self._rows]
-                self._broken = False
-                self._rounds += 1
-                self._news.notify_all()
-
-    def _begin(self) -> None:
-        """Notes that a round has begun. If the last one did not end, empties the slots and queues its samples again."""
-        with self._lock:
-            if self._broken or self._requests.torn:
-                self._rows, self._waiting = [None] * self.slots, {}
-                self._decoder.reset()
-                self._requests.requeue()
-            self._broken = True
-
-    def _fill(self) -> dict[int, jax.Array]:
-        """Moves queued samples into free slots. Returns the first token [1] of each, by slot. Where a prompt is
-        prefilled in chunks, it starts, and the sample keeps the slot for it."""
-        first, prefills = {}, 0
-        self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
-        self._prefills.keep({sample.key for sample in self._waiting.values()})
-        empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
-        busy, free = len(empty) < self.slots, [slot for slot in empty if slot not in self._waiting]
-        while free:
-            with self._lock:
-                queue = self._requests.queue
-                head = queue.head()
-                if head is None:
-                    break
-                known, in_chunks = self._decoder.keeps(head), self._prefills.takes(head.entry)
-                room = self._prefills.has_room(head.key) if in_chunks else not busy or prefills < PREFILLS
-                if not known and not room:
-                    break
-                sample = queue.take()
-            if in_chunks and not known:
-                self._prefills.start(sample.key, sample.ids, sample.entry)
-                self._waiting[free.pop(0)] = sample
-                continue
-            prefills += not known
-            try:
-                prefilled = self._decoder.prefilled(sample)
-            except Exception as error:
-                sample.failures += not isinstance(error, SystemError)  # C code turns an interrupt into a SystemError
-                if sample.failures < 2:  # the driver gets the error, and the request a second try
-                    raise
-                self._fail(sample, error)
-                continue
-            self._insert(free.pop(0), sample, prefilled, first)
-        return first
-
-    def _advance_prompts(self, first: dict[int, jax.Array]) -> bool:
-        """Computes a chunk of the prompts that samples wait for. Samples with a complete one move into their slots, and
-        their first tokens into `first`. Returns False if a prompt failed, which ends the round."""
-        try:
-            self._prefills.advance()
-        except PromptFailed as failed:
-            for sample in [sample for sample in self._waiting.values() if sample.key == failed.key]:
-                self._fail(sample, failed)
-            with self._lock:
-                kept = {ids: keys for ids, keys in self._pins.items() if (None, ids) != failed.key}
-                if len(kept) < len(self._pins):
-                    warn(f"engine: a pinned prefix could not be prefilled, and is no longer pinned: {failed}")
-                    self._pins = kept
-                self._news.notify_all()
-            return False
-        for slot, sample in list(self._waiting.items()):
-            if self._decoder.keeps(sample):
-                self._insert(slot, sample, self._decoder.prefilled(sample), first)
-                del self._waiting[slot]
-        return True
-
-    def _insert(self, slot: int, sample: Sample, prefilled, first: dict[int, jax.Array]) -> None:
-        token = self._decoder.insert(slot, prefilled, sample.sampling)
-        if token is not None:
-            first[slot] = token
-        self._rows[slot] = sample
-
-    def _fail(self, sample: Sample, error: Exception) -> None:
-        self._requests.end(sample, "error", f"the prompt could not be prefilled: {shorten(str(error), 200)}")
-
-    def _extend(self, sample: Sample, new: list[int]) -> None:
-        """Adds new tokens to a sample, up to its end. An error in decoding its text ends this sample alone."""
-        request = sample.request
-        with self._lock:
-            if sample.completion is not None:  # cancelled during the round
-                return
-            try:
-                for token in new:
-                    if not request.ignore_eos and (token in self._stops or token in sample.stops):
-                        return self._requests.end(sample, "stop")
-                    sample.tokens.append(token)
-                    if sample.text is not None and sample.text.add(token):
-                        return self._requests.end(sample, "stop")
-                    if len(sample.tokens) == request.max_new_tokens:
-                        return self._requests.end(sample, "length")
-            except BaseException as error:
-                if not is_request_error(error):
-                    raise
-                message = f"the answer's tokens have no text: {shorten(str(error), 200)}"
-                self._requests.end(sample, "error", message)
+        self._rounds.make()
 
     # ------------------------------------------------------------------------------------------------------ submission
 
@@ -409,55 +302,30 @@ class Engine:
             error = str(raised)
             if not isinstance(raised, ValueError):
                 error = printable(f"{type(raised).__name__}: {raised}")
-        with self._lock:
-            self._requests.add(ticket, samples, error)
-            self._news.notify_all()
+        self._requests.add(ticket, samples, error)
         return ticket
 
-    # --------------------------------------------------------------------------------------------------------- streams
 
-    def _pieces(self, ticket: Ticket) -> Iterator[Piece]:
-        """The pieces of a ticket's samples as they come. If a round of ours raises, run() will give the answer."""
-        given = [0] * len(ticket.samples)
-        left = set(range(len(ticket.samples)))
-        try:
-            while left:
-                with self._lock:
-                    rounds = self._rounds
-                    found = [piece for i in sorted(left) if (piece := ticket.samples[i].piece(given[i]))]
-                for piece in found:
-                    given[piece.index] += len(piece.tokens)
-                    if piece.finish_reason is not None:
-                        left.remove(piece.index)
-                    yield piece
-                if left and not found:
-                    self._advance(rounds)
-        except GeneratorExit:
-            self.cancel(ticket.id)
-            raise
-        except BaseException:
-            with self._lock:
-                ticket.streamed = False
-                self._requests.done |= {s.number: s.completion for s in ticket.samples if s.completion is not None}
-            raise
+def check_sizes(sizes: dict, limits: dict, counts: dict, model: ModelConfig) -> None:
+    """Raises ValueError for an argument of an engine that is out of range, by its name: sizes are at least 1, limits
+    are at least 1 or None, counts are at least 0 or None."""
+    for name, count in sizes.items():
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name} is {shorten(count)}; give a whole number of at least 1")
+    for name, limit in limits.items():
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ValueError(f"{name} is {shorten(limit)}; give a whole number of at least 1, or None")
+    for name, count in counts.items():
+        if count is not None and (type(count) is not int or count < 0):
+            raise ValueError(f"{name} is {shorten(count)}; give a whole number of at least 0")
+    if not 2 <= sizes["max_length"] <= model.max_positions:
+        raise ValueError(
+            f"max_length is {sizes['max_length']}; give 2 to {model.max_positions} tokens, the model's positions"
+        )
+    if counts["max_logprobs"] > model.vocab_size:
+        raise ValueError(f"max_logprobs is {counts['max_logprobs']}; the model has {model.vocab_size} tokens")
 
-    def _pieces_of_ended(self, id: Hashable) -> list[Piece]:
-        """Takes an answer that run() has yet to give, as one piece per sample. Raises its error."""
-        found = [number for number, completion in self._requests.done.items() if completion.id == id]
-        if not found:
-            raise ValueError(f"stream: no open request has the id {shorten(id)}; give the id of one, or a Request")
-        ended = [self._requests.take(number) for number in found]
-        for completion in ended:
-            if completion.error is not None:
-                raise ValueError(completion.error)
-        return [Piece(c.index, c.text, c.tokens, c.finish_reason) for c in ended]
 
-    def _advance(self, rounds: int) -> None:
-        """Returns when a round after the first `rounds` has ended: another thread's, or else one of our own."""
-        with self._lock:
-            driver = self._driver
-            if driver is not None and driver is not threading.current_thread() and driver.is_alive():
-                if self._rounds == rounds:
-                    self._news.wait(timeout=1.0)  # bounded, in case an interrupt lost the notification
-                return
-        self._round()
+def per_tenant(samples: list[Sample]) -> dict[str | None, int]:
+    """The number of samples of each tenant."""
+    return dict(Counter(sample.request.tenant for sample in samples))

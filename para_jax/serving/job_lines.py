@@ -22,6 +22,8 @@ from .engine import Engine
 from .request import Request, check_request
 
 FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "n", "id")
+#: Fields of a request that no job has: its answers don't show them.
+NOT_IN_JOBS = ("logprobs", "prompt_logprobs", "context_length")
 #: Names that other servers use for a field.
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "model": "tenant"}
 #: The name of the base model, as on the command line; null works too.
@@ -100,7 +102,8 @@ def line_key(by: KeyParts, id: object, request: Request, entry: Entry | None) ->
     """A hash of everything that the answers to a request depend on apart from the seeds, and of what they repeat (id,
     tenant). The engine's max_length changes no answer."""
     asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    del asked["n"], asked["seed"]
+    for name in ("n", "seed", *NOT_IN_JOBS):
+        del asked[name]
     asked |= {"id": id, "stop": sorted(set(request.stop_texts))}
     asked |= {"temperature": float(request.temperature), "top_p": float(request.top_p)}
     if request.temperature == 0:

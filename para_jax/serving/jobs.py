@@ -18,7 +18,7 @@ from ..progress import Progress
 from ..storage.bucket import Place
 from .answers import MAX_LINE, Answers, Kept, bounded_lines
 from .engine import Engine
-from .job_lines import MAX_ERROR, KeyParts, LineSample, error_text, key_parts, samples
+from .job_lines import MAX_ERROR, NOT_IN_JOBS, KeyParts, LineSample, error_text, key_parts, samples
 from .open_requests import QueueFull
 from .request import Completion, Request, check_request
 
@@ -49,6 +49,9 @@ def run_job(engine: Engine, source: Place, output: Place, defaults: Request) -> 
 def answer_lines(engine: Engine, source: Place, answers: Answers, defaults: Request) -> Counter[str]:
     """As `run_job`, with an output that is already open."""
     check_request(replace(defaults, prompt="a"))
+    for name in NOT_IN_JOBS:
+        if getattr(defaults, name) is not None:
+            raise ValueError(f"{name} is {getattr(defaults, name)}; a job's answers have no log-probabilities")
     if engine.open:
         raise ValueError(f"engine: {engine.open} requests are open; take their answers first")
     by = key_parts(engine)

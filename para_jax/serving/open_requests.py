@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import replace
@@ -22,10 +23,14 @@ from .ticket import Sample, Ticket
 class QueueFull(ValueError):
     """The engine's queue is full; take answers first."""
 
+    def __init__(self, message: str, *, tenant_full: bool = False):
+        super().__init__(message)
+        self.tenant_full = tenant_full
+        """whether it is the queue of the request's tenant that is full; False: that of all tenants"""
+
 
 class OpenRequests:
-    """All tickets, samples and answers of one engine. Methods other than `require_new`, `add` and `end` are called with
-    the lock held."""
+    """All tickets, samples and answers of one engine. `take`, `settle` and `requeue` are called with the lock held."""
 
     def __init__(self, tokenizer, seed: int, limit: int | None, limit_per_tenant: int | None):
         """
@@ -36,6 +41,8 @@ class OpenRequests:
         self.tokenizer, self.seed, self.limit, self.limit_per_tenant = tokenizer, seed, limit, limit_per_tenant
         self.lock = threading.RLock()
         """held while anything here is read or changed; a plain `with` on it is safe against interrupts"""
+        self.news = threading.Condition(self.lock)
+        """notified when a round has ended, and when requests come or are cancelled"""
         self.tickets: OrderedDict[Hashable, Ticket] = OrderedDict()
         self.queue: FairQueue[Sample] = FairQueue()
         self.done: OrderedDict[int, Completion] = OrderedDict()
@@ -63,12 +70,14 @@ class OpenRequests:
                 self.require_new(ticket.id)
             tenant = ticket.request.tenant if isinstance(ticket.request.tenant, str) else None
             self._require_room(tenant, len(samples) or 1)
+            ticket.times.queued = time.monotonic()
             number, first = next(self._request_numbers), next(self._sample_numbers)
             if ticket.id is None:
                 numbers = itertools.chain([number], self._request_numbers)
                 ticket.id = next(n for n in numbers if n not in self.tickets)
             if ticket.request.seed is None:
                 ticket.request = replace(ticket.request, seed=derived_seed(self.seed, number))
+            self.news.notify_all()
             if error is not None:
                 ticket.error = error
                 if not ticket.streamed:
@@ -91,15 +100,47 @@ class OpenRequests:
             if error is None and sample.text is not None and sample.text.finish():
                 reason = "stop"
             text = sample.full_text(self.tokenizer, partial=error is not None)
-            completion = Completion(sample.ticket.id, sample.index, text, sample.tokens, reason, error)
+            logprobs = None if sample.request.logprobs is None else sample.logprobs
+            found = sample.tokens, reason, error, logprobs, sample.prompt_logprobs
+            completion = Completion(sample.ticket.id, sample.index, text, *found)
             self.torn = True
             self.queue.remove(sample.request.tenant, sample.number)
             if not sample.ticket.streamed:
                 self.done[sample.number] = completion
             sample.completion = completion
             if sample.ticket.ended and self.tickets.get(sample.ticket.id) is sample.ticket:
-                del self.tickets[sample.ticket.id]
+                self._close(sample.ticket)
             self.torn = False
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Gives the samples without an answer the error "cancelled". Returns whether the request was open."""
+        with self.lock:
+            if self.tickets.get(ticket.id) is not ticket:
+                return False
+            for sample in ticket.samples:
+                self.end(sample, "error", "cancelled")
+            self.news.notify_all()
+        return True
+
+    def unstream(self, ticket: Ticket) -> None:
+        """Lets run() give the answers of a request that had a stream."""
+        with self.lock:
+            ticket.streamed = False
+            self.done |= {s.number: s.completion for s in ticket.samples if s.completion is not None}
+
+    @property
+    def running(self) -> list[Sample]:
+        """The samples that have left the queue and have no answer."""
+        with self.lock:
+            waiting = set(self.queue)
+            samples = [sample for ticket in self.tickets.values() for sample in ticket.samples]
+            return [sample for sample in samples if sample.completion is None and sample not in waiting]
+
+    @property
+    def waiting(self) -> list[Sample]:
+        """The samples in the queue."""
+        with self.lock:
+            return list(self.queue)
 
     def take(self, number: int) -> Completion:
         """Takes an answer out of those that run() has yet to give."""
@@ -108,11 +149,11 @@ class OpenRequests:
 
     def settle(self) -> None:
         """Completes an `end` that was interrupted: an answer in `done` has been given."""
-        for id, ticket in list(self.tickets.items()):
+        for ticket in list(self.tickets.values()):
             for sample in ticket.samples:
                 sample.completion = sample.completion or self.done.get(sample.number)
             if ticket.ended:
-                del self.tickets[id]
+                self._close(ticket)
 
     def requeue(self) -> None:
         """Queues all samples without an answer again, in the order they came. They start from their prompts; sampling
@@ -126,6 +167,10 @@ class OpenRequests:
                     self.queue.put(sample.request.tenant, sample.number, sample)
         self.torn = False
 
+    def _close(self, ticket: Ticket) -> None:
+        ticket.times.ended = time.monotonic()
+        del self.tickets[ticket.id]
+
     def _require_room(self, tenant: str | None, new: int) -> None:
         """Raises QueueFull if the queue has no room for new samples of a tenant. Refused requests count until their
         errors are taken."""
@@ -135,10 +180,9 @@ class OpenRequests:
         self._refused = {number: name for number, name in self._refused.items() if number in self.done}
         waiting = len(self.queue) + len(self._refused)
         if self.limit is not None and waiting + new > self.limit:
-            raise QueueFull(f"the queue holds {waiting} of {self.limit} samples; take answers first")
+            message = f"the queue holds {waiting} of {self.limit} samples; take answers first"
+            raise QueueFull(message)
         own = self.queue.waiting(tenant) + sum(name == tenant for name in self._refused.values())
         if self.limit_per_tenant is not None and own + new > self.limit_per_tenant:
-            raise QueueFull(
-                f"the queue holds {own} of {self.limit_per_tenant} samples of tenant {shorten(tenant)}; take answers "
-                "first"
-            )
+            message = f"the queue holds {own} of {self.limit_per_tenant} samples of tenant {shorten(tenant)}; "
+            raise QueueFull(message + "take answers first", tenant_full=True)

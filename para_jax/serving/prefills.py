@@ -42,6 +42,8 @@ class Prompt:
         self.key, self.ids, self.entry, self.row, self.block_keys = key, ids, entry, row, block_keys
         self.blocks: list[int] = []
         """the pool's blocks of its first tokens: those that are computed, or found"""
+        self.found = 0
+        """tokens in blocks that were found"""
         self.made: tuple | None = None
         """(logits, adjustments, keys and values of its last tokens but one), all with leading rows; set when it is
         finished"""
@@ -234,6 +236,7 @@ class Prefills:
             if found is None:
                 return
             prompt.blocks.append(found)
+            prompt.found += self.size
             self.cache.hits += self.size
 
     def _adapt(self, prompts: list[Prompt], entered: tuple) -> tuple:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..config import shorten
 from ..data.examples import Ids, Prompt, checked_messages
+from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling, is_whole
 
 #: Limits of a request: samples, stop texts, and characters of a stop text.
@@ -43,12 +44,28 @@ class Request:
     strip: bool = True
     """whether the answer's text leaves out the white space at its ends, such as the space that training puts after a
     prompt. Its tokens, and where a stop text ends it, stay as they are"""
+    logprobs: int | None = None
+    """alternatives per new token, at most the engine's max_logprobs; 0: the token's own log-probability alone; None: no
+    log-probabilities"""
+    prompt_logprobs: int | None = None
+    """the same for each token of the prompt but the first, from one teacher-forced pass. n must be 1, and
+    max_new_tokens may be 0"""
+    context_length: int | None = None
+    """with prompt_logprobs: how many of the prompt's tokens the adapter reads as its prompt. The others are scored as
+    its completion, and at most one more token of it is drawn. Adapters whose result depends on where the prompt ends
+    need it: those that read the prompt, and all scopes but `all`"""
 
     @property
     def sampling(self) -> Sampling:
         """The fields that say how answers are sampled. Raises ValueError for a wrong one."""
         seed = 0 if self.seed is None else self.seed
-        return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, seed, self.stop)
+        return Sampling(self.most_tokens, self.temperature, self.top_k, self.top_p, seed, self.stop)
+
+    @property
+    def most_tokens(self) -> int:
+        """`max_new_tokens`, and 1 where that is 0 and the prompt alone is scored: the same pass draws a token."""
+        alone = self.prompt_logprobs is not None and is_whole(self.max_new_tokens) and self.max_new_tokens == 0
+        return 1 if alone else self.max_new_tokens
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -68,6 +85,10 @@ class Completion(NamedTuple):
     finish_reason: str
     """stop | length | error"""
     error: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    """of each of `tokens`, also of those with text that a stop text or white space cuts; None where not asked for"""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """of each token of the prompt; the first is None"""
 
 
 class Piece(NamedTuple):
@@ -81,6 +102,8 @@ class Piece(NamedTuple):
     finish_reason: str | None = None
     """stop | length | error, in the sample's last piece; before that None"""
     error: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    """of each of `tokens`, as in Completion"""
 
 
 def check_request(request: Request) -> None:
@@ -106,3 +129,19 @@ def check_request(request: Request) -> None:
         raise ValueError(f"stop_token_ids is {shorten(ids)}; give a list of token ids")
     if not isinstance(request.strip, bool):
         raise ValueError(f"strip is {shorten(request.strip)}; give true or false")
+    check_logprobs(request)
+
+
+def check_logprobs(request: Request) -> None:
+    """Raises ValueError that names a wrong field about log-probabilities."""
+    for name in ("logprobs", "prompt_logprobs"):
+        asked = getattr(request, name)
+        if asked is not None and (not is_whole(asked) or asked < 0):
+            raise ValueError(f"{name} is {shorten(asked)}; give a number of alternatives per token, or None")
+    context = request.context_length
+    if context is not None and (not is_whole(context) or context < 1):
+        raise ValueError(f"context_length is {shorten(context)}; give a number of tokens of the prompt")
+    if context is not None and request.prompt_logprobs is None:
+        raise ValueError(f"context_length is {context}, but the prompt is not scored; give prompt_logprobs too")
+    if request.prompt_logprobs is not None and request.n > 1:
+        raise ValueError(f"prompt_logprobs: the prompt of {request.n} samples is the same; ask for them with n=1")

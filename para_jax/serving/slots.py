@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ..backbone.block_pool import rows_of_blocks, with_last
 from ..inference.draw import RowSampling, row_keys, sample
+from ..inference.logprobs import Logprobs, logprobs_of
 from ..model import DecodeState, decode_step
 from ..prompt_blocks import Pool
 
@@ -93,21 +94,32 @@ def insert_prompt(
     return jax.tree.map(put, slots, new), first
 
 
-@partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
-def steps(treedef, leaves, slots: Slots, sampling: RowSampling, live, count: int) -> tuple[Slots, jax.Array]:
-    """Decodes `count` tokens in every slot, in one dispatch. Returns the slots and the tokens [count, slots]. The model
-    is passed flat; the given slots are donated.
+@partial(jax.jit, static_argnums=3)
+def first_logprobs(logits, row, token, top: int) -> Logprobs:
+    """The log-probabilities [1] of a prompt's first token [1], from logits [rows, vocab] in which the prompt has a
+    row."""
+    return logprobs_of(jax.lax.dynamic_slice_in_dim(logits, row, 1), token, top)
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=2)
+def steps(
+    treedef, leaves, slots: Slots, sampling: RowSampling, live, count: int, top: int | None = None
+) -> tuple[Slots, tuple[jax.Array, Logprobs | None]]:
+    """Decodes `count` tokens in every slot, in one dispatch. Returns the slots, and the tokens [count, slots] with
+    their log-probabilities. The model is passed flat; the given slots are donated.
 
     Args:
         live: bool [slots]. The other slots start again at length 0, so the cache is read only up to the longest live
             row.
+        top: alternatives per token; None: no log-probabilities.
     """
     slots = slots._replace(state=slots.state._replace(length=jnp.where(live, slots.state.length, 0)))
 
     def one(slots: Slots, _):
         logits, state = decode_step(jax.tree.unflatten(treedef, leaves), slots.state, slots.token)
         token = drawn(logits, sampling, slots.position)
-        return Slots(state, token, slots.position + 1), token  # pyright: ignore[reportArgumentType]
+        logprobs = None if top is None else logprobs_of(logits, token, top)
+        return Slots(state, token, slots.position + 1), (token, logprobs)  # pyright: ignore[reportArgumentType]
 
     return jax.lax.scan(one, slots, length=count)
 

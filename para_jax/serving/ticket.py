@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from functools import cached_property
 
 from ..adapters.bank import Entry
 from ..inference.answer_text import AnswerText, stripped_text, text_of
+from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling
 from .request import Completion, Piece, Request
+
+
+@dataclass
+class Times:
+    """When a request passed its stages, in seconds of time.monotonic; None until then."""
+
+    queued: float
+    started: float | None = None
+    """its first sample left the queue"""
+    first_token: float | None = None
+    """the first token of its first sample was there"""
+    ended: float | None = None
+    """its last sample ended"""
 
 
 class Ticket:
@@ -19,6 +35,14 @@ class Ticket:
         self.samples: list[Sample] = []
         self.error: str | None = None
         """why the request was refused"""
+        self.times = Times(time.monotonic())
+        self.cached_tokens = 0
+        """tokens of the prompt that an earlier one computed"""
+
+    def start(self, cached_tokens: int) -> None:
+        """Notes that a sample has left the queue. The first one gives cached_tokens: the others share its prompt."""
+        if self.times.started is None:
+            self.times.started, self.cached_tokens = time.monotonic(), cached_tokens
 
     @property
     def ended(self) -> bool:
@@ -41,6 +65,10 @@ class Sample:
         """What a prefilled prompt depends on: PARA's factors come from all of it. A name is not enough, because its
         adapter may be replaced. A prefix is not enough, because its last token differs."""
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        """of each of `tokens`, if the request asks for them"""
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        """of the prompt, once it is scored"""
         self.text: AnswerText | None = None
         """the text of the tokens so far, kept only where it is needed before the end: for stop texts and streams"""
         self.failures = 0
@@ -58,8 +86,18 @@ class Sample:
 
     def restart(self, tokenizer) -> None:
         """Forgets the tokens, which will be decoded again."""
-        self.tokens, self.text = [], None
+        self.tokens, self.logprobs, self.prompt_logprobs, self.text = [], [], None, None
         self.follow_text(tokenizer)
+
+    @property
+    def unscored(self) -> bool:
+        """Whether its prompt has yet to be scored."""
+        return self.request.prompt_logprobs is not None and self.prompt_logprobs is None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it needs a slot. Scoring a prompt also gives the token after it."""
+        return self.request.prompt_logprobs is None or self.request.max_new_tokens > 1
 
     def follow_text(self, tokenizer) -> None:
         """Decodes the text along with the tokens, if it is needed before the end."""
@@ -86,9 +124,11 @@ class Sample:
         if ended is None and count <= given:  # fewer after an interrupt: the same tokens come again
             return None
         texts = [] if self.text is None else self.text.pieces
+        logprobs = None if self.request.logprobs is None else self.logprobs[given:]
         if ended is None:
-            return Piece(self.index, "".join(texts[given:count]), self.tokens[given:])
-        return Piece(self.index, "".join(texts[given:]), self.tokens[given:], ended.finish_reason, ended.error)
+            return Piece(self.index, "".join(texts[given:count]), self.tokens[given:], logprobs=logprobs)
+        text, tokens = "".join(texts[given:]), self.tokens[given:]
+        return Piece(self.index, text, tokens, ended.finish_reason, ended.error, logprobs)
 
 
 def is_request_error(error: BaseException) -> bool:

@@ -102,8 +102,8 @@ def token_scores(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.
 
 
 def of_logits(of: Callable, model, hidden: jax.Array, targets: jax.Array):
-    """of(logits, targets), arrays [rows, C], from hidden states after the final norm [rows, C, width], made in chunks
-    of CHUNK logits per device."""
+    """of(logits, targets), arrays [rows, C, ...], from hidden states after the final norm [rows, C, width], made in
+    chunks of CHUNK logits per device."""
 
     head = model.gathered_head()
 
@@ -120,4 +120,4 @@ def of_logits(of: Callable, model, hidden: jax.Array, targets: jax.Array):
     cut = [jnp.pad(a, ((0, 0), (0, -positions % chunk), *[(0, 0)] * (a.ndim - 2))) for a in (hidden, targets)]
     cut = [a.reshape(rows, -1, chunk, *a.shape[2:]).swapaxes(0, 1) for a in cut]
     found = jax.lax.map(jax.checkpoint(at), tuple(cut))
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(rows, -1)[:, :positions], found)
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(rows, -1, *a.shape[3:])[:, :positions], found)

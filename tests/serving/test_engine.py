@@ -18,10 +18,10 @@ from para_jax.data.examples import encode_prompt
 from para_jax.serving import decoder, prefills
 from para_jax.serving.capacity import KEPT
 from para_jax.serving.decoder import STEPS
-from para_jax.serving.engine import PREFILLS
 from para_jax.serving.open_requests import QueueFull
 from para_jax.serving.prefills import ROWS
 from para_jax.serving.request import check_request
+from para_jax.serving.rounds import PREFILLS
 from para_jax.serving.ticket import Sample, Ticket
 
 

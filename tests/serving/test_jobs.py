@@ -507,6 +507,16 @@ def test_an_exception_while_a_line_is_rendered_is_that_lines_error(folder, tmp_p
     assert found[2, 0]["id"] == 1 and "int" in found[2, 0]["error"]
 
 
+def test_a_job_has_no_log_probabilities_and_keeps_its_keys(folder, engine, tmp_path):
+    for name in ("logprobs", "prompt_logprobs", "context_length"):
+        (refused,) = samples(1, json.dumps({"prompt": "w20", name: 1}).encode(), PLAIN, ANYONE)
+        assert f"no field '{name}'" in refused.error
+    for name in ("logprobs", "prompt_logprobs"):
+        assert keys({}, Request("", **{name: 1})) == keys({})
+        with pytest.raises(ValueError, match=f"^{name} is 1"):
+            run_job(engine, folder / "in.jsonl", tmp_path / "out.jsonl", Request("", **{name: 1}))
+
+
 def test_a_tenant_of_the_bank_called_base_is_refused(folder, tmp_path):
     model = load_backbone(folder / "backbone")
     bank = AdapterBank.holding({"base": load_adapter(folder / "A", model.config)}, model.config)

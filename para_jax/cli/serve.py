@@ -1,0 +1,230 @@
+"""`para-jax serve`: the engine over HTTP, as OpenAI's API has it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+from . import options as shared
+from .names import named_adapters
+
+#: Packages of the extra `serve`.
+PACKAGES = ("starlette", "uvicorn", "prometheus_client")
+
+
+def add(commands) -> None:
+    text = "serve tenants over HTTP, as OpenAI's API has it"
+    example = "--backbone smollm2-135m --adapters acme=runs/a/adapter globex=runs/b/adapter --port 8000"
+    parents = [served(), shared.backbone(), shared.precision(), shared.runtime()]
+    shared.add_command(commands, "serve", text, example, parents).set_defaults(run=run)
+
+
+def served() -> shared.Parser:
+    """The options of this command alone; their groups come first in its help."""
+    parser = shared.Parser(add_help=False)
+    group = parser.add_argument_group("adapters")
+    group.add_argument(
+        "--adapters",
+        nargs="+",
+        default=[],
+        metavar="NAME=DIR",
+        help="tenants: names, and their adapter folders or hub ids (without NAME= the run's or folder's own name); or "
+        "the folder of a run of many tenants, for all of them",
+    )
+    group.add_argument("--served-model-name", metavar="NAME", help="the base model's name (default: the backbone's)")
+    group.add_argument(
+        "--allow-adapter-updates", action="store_true", help="let clients load and unload adapters while it runs"
+    )
+    group.add_argument("--adapter-root", metavar="DIR", help="the folder of the adapters that clients may load")
+    group.add_argument("--allow-hub", action="store_true", help="let clients load adapters from the hub too")
+    group = parser.add_argument_group("adapters that join later, with --allow-adapter-updates")
+    group.add_argument("--methods", metavar="M,M", help="their methods (default: para,ia3 and those of --adapters)")
+    group.add_argument(
+        "--sites",
+        metavar="S,S",
+        help="the sites that they may change (default: q_proj,v_proj,up_proj and those of --adapters)",
+    )
+    group.add_argument("--max-r", type=int, metavar="R", help="their largest rank (default: 16, or that of --adapters)")
+    group.add_argument("--capacity", type=int, metavar="N", help="tenants in all, at most (default: 1024)")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--slots", type=int, default=8, help="rows that decode together (default: %(default)s)")
+    group.add_argument(
+        "--max-length",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens per row, prompt and answer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--prefix-cache-gb",
+        type=float,
+        metavar="GB",
+        help="memory for beginnings of prompts that prompts share (default: half of what the slots take)",
+    )
+    group.add_argument(
+        "--max-logprobs",
+        type=int,
+        default=20,
+        metavar="N",
+        help="alternatives per token that a request may ask for; 0: no log-probabilities (default: %(default)s)",
+    )
+    group.add_argument(
+        "--queue-limit", type=int, default=1024, metavar="N", help="answers that may wait (default: 1024)"
+    )
+    group.add_argument(
+        "--queue-limit-per-tenant",
+        type=int,
+        metavar="N",
+        help="answers of each tenant that may wait (default: no limit)",
+    )
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine alone)")
+    group.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="one key per line, perhaps with the tenants that it may use (default: open)",
+    )
+    group.add_argument(
+        "--timeout", type=float, default=600, metavar="S", help="seconds that a request may take (default: %(default)s)"
+    )
+    group.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30,
+        metavar="S",
+        help="after SIGTERM or Ctrl-C, seconds that open requests may take (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-body", type=int, default=8 * 2**20, metavar="BYTES", help="bytes of a request (default: 8 MiB)"
+    )
+    group.add_argument("--log-prompts", action="store_true", help="log the prompts, not only their lengths")
+    return parser
+
+
+def run(options) -> None:
+    from ..server.address import bound
+    from ..server.api_keys import read_keys
+    from .checks import check_adapters, check_backbone
+
+    check_options(options)
+    sources = named_adapters(options.adapters)
+    base = options.served_model_name or base_name(options.backbone)
+    if base in sources:
+        raise ValueError(f"--adapters: {base} is the base model's name\ngive the tenant or --served-model-name another")
+    check_backbone(options.backbone)
+    check_adapters(sources.values())
+    keys = read_keys(options.api_key_file) if options.api_key_file else None
+    with bound(options.host, options.port) as taken:
+        serve_at(options, sources, base, keys, taken)
+
+
+def serve_at(options, sources: dict[str, str], base: str, keys, taken) -> None:
+    """Loads everything, and serves at a socket."""
+    from ..backbone.load import load_backbone
+    from ..data.tokenizer import load_tokenizer
+    from ..messages import say
+    from ..server.answering import Limits
+    from ..server.serve import serve
+    from ..serving.engine import Engine
+
+    shared.start_devices(options)
+    model = load_backbone(options.backbone, **shared.model_options(options))
+    bank = bank_of(options, sources, model)
+    gb = options.prefix_cache_gb
+    engine = Engine(
+        model,
+        bank,
+        load_tokenizer(options.backbone),
+        slots=options.slots,
+        max_length=options.max_length,
+        queue_limit=options.queue_limit,
+        queue_limit_per_tenant=options.queue_limit_per_tenant,
+        prefix_cache_bytes=None if gb is None else int(gb * 1e9),
+    )
+    say("compiling; requests are taken as soon as that is done")
+    serve(
+        engine,
+        model_name=base,
+        sources=sources,
+        api_keys=keys,
+        adapter_root=options.adapter_root,
+        allow_hub=options.allow_hub,
+        limits=Limits(options.max_body, timeout=options.timeout, log_prompts=options.log_prompts),
+        drain_seconds=options.drain_seconds,
+        on_ready=lambda url: print(greeting(url, next(iter(sources), base), keys is not None), flush=True),
+        taken=taken,
+    )
+
+
+def check_options(options) -> None:
+    """Raises ValueError for what can be seen before anything is loaded."""
+    missing = [name.replace("_", "-") for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"serve needs {', '.join(missing)}\nrun `pip install 'para_jax[serve]'`")
+    for name in ("slots", "max_r", "capacity", "queue_limit", "queue_limit_per_tenant", "max_body"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}\ngive a number of at least 1")
+    for name in ("prefix_cache_gb", "max_logprobs", "drain_seconds"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < 1e9:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}\ngive a number of at least 0")
+    if not 0 < options.timeout < 1e9:
+        raise ValueError(f"--timeout is {options.timeout}\ngive seconds")
+    if options.max_length < 2:
+        raise ValueError(f"--max-length is {options.max_length}\ngive a number of at least 2")
+    if options.allow_adapter_updates != bool(options.adapter_root):
+        raise ValueError("--allow-adapter-updates and --adapter-root DIR belong together\ngive both, or none")
+    for name in ("allow_hub", "methods", "sites", "max_r", "capacity"):
+        if getattr(options, name) and not options.allow_adapter_updates:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --allow-adapter-updates\ngive that too")
+    if options.adapter_root and not Path(options.adapter_root).expanduser().is_dir():
+        raise ValueError(f"--adapter-root {options.adapter_root}: no such folder\ngive the folder of the adapters")
+
+
+def base_name(backbone: str) -> str:
+    """The base model's name: a folder's or file's own name, and a hub id as it is."""
+    from ..config import expanded
+
+    path = expanded(backbone)
+    return path.resolve().name if isinstance(path, Path) and path.exists() else backbone
+
+
+def bank_of(options, sources: dict[str, str], model):
+    """The bank of the adapters, or None for the base model alone. With updates it has room for others."""
+    from ..adapters.bank import AdapterBank
+    from ..adapters.files import load_adapter
+    from ..hub import resolve_adapter
+    from ..messages import say
+
+    held = {name: load_adapter(resolve_adapter(source), model.config, model=model) for name, source in sources.items()}
+    bank = AdapterBank.holding(held, model.config) if held else None
+    if options.allow_adapter_updates:
+        there = [AdapterBank(model.config), *([bank] if bank else [])]
+        bank = AdapterBank(
+            model.config,
+            capacity=options.capacity or max(one.capacity for one in there),
+            max_r=options.max_r or max(one.max_r for one in there),
+            methods=names_in(options.methods) or tuple({name for one in there for name in one.methods}),
+            sites=names_in(options.sites) or tuple({site for one in there for site in one.sites}),
+        )
+        for name, adapter in held.items():
+            bank.add(name, adapter)
+    if bank is not None:
+        say(str(bank))
+    return bank
+
+
+def names_in(text: str | None) -> tuple[str, ...]:
+    return tuple(text.split(",")) if text else ()
+
+
+def greeting(url: str, model: str, keyed: bool) -> str:
+    """The URL, and a command that shows how to ask."""
+    body = json.dumps({"model": model, "prompt": "Hello", "max_tokens": 16})
+    key = '-H "authorization: Bearer $KEY" ' if keyed else ""
+    example = f"curl {url}/v1/completions {key}-H 'content-type: application/json' -d {shlex.quote(body)}"
+    return f"serving at {url}\n  {example}"

@@ -1,0 +1,46 @@
+"""The address that the server listens at. It is taken before anything is loaded, so that a port in use is known at
+once."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this address, which does not listen yet.
+
+    Args:
+        port: 0: a free one.
+
+    Raises ValueError for an address that cannot be had.
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port {port}: a port is from 0 (a free one) to {2**16 - 1}\nchoose another")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ValueError(f"--host {host}: {error.strerror or error}\ngive an address of this machine") from None
+    family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    made = socket.socket(family, kind, protocol)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        advice = "choose another --port, or 0 for a free one"
+        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}\n{advice}") from None
+    return made
+
+
+def url_of(taken: socket.socket) -> str:
+    """The URL by which a client on this machine reaches the socket."""
+    host, port = taken.getsockname()[:2]
+    if ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
+        host = "::1" if taken.family == socket.AF_INET6 else "127.0.0.1"
+    return f"http://[{host}]:{port}" if taken.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+def is_loopback(taken: socket.socket) -> bool:
+    """Whether only this machine can reach the socket."""
+    return ipaddress.ip_address(taken.getsockname()[0].partition("%")[0]).is_loopback

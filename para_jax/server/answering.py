@@ -1,0 +1,200 @@
+"""The endpoints of /v1/chat/completions and /v1/completions: from a body to the engine, and from its pieces to an
+answer, whole or as a stream. A client that leaves and a deadline that passes cancel the request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from ..config import printable
+from .api_keys import Access
+from .body import ClientLeft, json_object, read_body
+from .choices import Choice, choices_of
+from .engine_loop import Answer, EngineLoop
+from .engine_requests import engine_requests, refused
+from .errors import ApiError
+from .metrics import Metrics
+from .models import Models
+from .outcome import Outcome
+from .protocol import Asked
+from .responses import DONE, Shape, Usage, Writer, error_event
+from .token_text import TokenTexts
+
+#: Seconds in which a client must take the last words of a stream that has passed its deadline.
+LAST_SECONDS = 1.0
+#: Characters of a prompt in the log, if prompts are logged.
+LOGGED = 2000
+
+
+class Limits(NamedTuple):
+    """Bounds of a request."""
+
+    max_body: int = 8 * 2**20
+    """bytes"""
+    body_seconds: float = 30
+    """within which the body must have come"""
+    timeout: float = 600
+    """seconds from the body to the end of the answer"""
+    log_prompts: bool = False
+
+
+class Answering:
+    """An endpoint, as an ASGI app."""
+
+    def __init__(
+        self,
+        read: Callable[[dict], Asked],
+        shape: Shape,
+        loop: EngineLoop,
+        models: Models,
+        limits: Limits,
+        metrics: Metrics,
+        threads: ThreadPoolExecutor,
+    ):
+        """
+        Args:
+            threads: where bodies are parsed and prompts become tokens.
+        """
+        self.read, self.shape, self.loop, self.models, self.limits = read, shape, loop, models, limits
+        self.metrics = metrics
+        self.threads, self.tokens = threads, TokenTexts(loop.engine.tokenizer)
+
+    async def __call__(self, scope, receive, send) -> None:
+        outcome: Outcome = scope["state"]["outcome"]
+        work = watch = None
+        try:
+            self.loop.require_ready()
+            body = await read_body(scope, receive, most=self.limits.max_body, seconds=self.limits.body_seconds)
+            work = asyncio.create_task(self._answer(body, scope["state"]["access"], outcome, send))
+            watch = asyncio.create_task(left(receive))
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientLeft
+            work.result()
+        except ClientLeft:
+            outcome.error = "client_left"
+        finally:
+            await end(work)
+            await end(watch)
+
+    async def _answer(self, body: bytes, access: Access, outcome: Outcome, send) -> None:
+        answer, until = Answer(), time.monotonic() + self.limits.timeout
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                asked = await self._admitted(body, access, answer, outcome)
+            if asked.timeout is not None:
+                until = min(until, until - self.limits.timeout + asked.timeout)
+            choices = choices_of(asked, answer.streams, self.loop.engine, self.tokens)
+            writer = Writer(self.shape, asked.model, outcome.request_id, include_usage=asked.include_usage)
+            async with asyncio.timeout(until - time.monotonic()):
+                give = self._stream if asked.stream else self._whole
+                await give(answer, choices, writer, outcome, send)
+        except TimeoutError:
+            late = ApiError(504, "the request has passed its deadline and was cancelled", code="timeout")
+            await self._fail(late, outcome, send)
+        except ApiError as error:
+            await self._fail(error, outcome, send)
+        finally:
+            note_times(answer, outcome)
+            self.loop.close(answer)
+
+    async def _admitted(self, body: bytes, access: Access, answer: Answer, outcome: Outcome) -> Asked:
+        """Parses the body and opens its streams, in a thread of its own. A request that is given up meanwhile is closed
+        as soon as it is open."""
+        work = asyncio.get_running_loop().run_in_executor(self.threads, self._admit, body, access, answer, outcome)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(lambda done: (done.exception(), self.loop.close(answer)))
+            raise
+
+    def _admit(self, body: bytes, access: Access, answer: Answer, outcome: Outcome) -> Asked:
+        asked = self.read(json_object(body))
+        tenant, entry = self.models.resolve(asked.model, access)
+        try:
+            requests = engine_requests(asked, tenant, self.loop.engine)
+            self.loop.open([(request, entry) for request in requests], answer)
+        except ValueError as error:
+            raise refused(error, asked) from None
+        outcome.served, outcome.tenant = True, tenant
+        outcome.prompt_tokens = sum(len(stream.prompt_ids) for stream in answer.streams)
+        outcome.max_tokens = requests[0].max_new_tokens
+        if self.limits.log_prompts:
+            outcome.prompt = printable(repr(asked.prompts), LOGGED)
+        self.metrics.begin(outcome)
+        return asked
+
+    async def _whole(self, answer: Answer, choices: dict, writer: Writer, outcome: Outcome, send) -> None:
+        while any(choice.finish_reason is None for choice in choices.values()):
+            take_news(await answer.news(), choices, outcome)
+        made = [self.shape.choice(choice, part) for choice in choices.values() if (part := choice.take())]
+        body = writer.whole(made, usage(answer, outcome))
+        await send(start(200, b"application/json", (b"content-length", str(len(body)).encode())))
+        await send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, answer: Answer, choices: dict, writer: Writer, outcome: Outcome, send) -> None:
+        # x-accel-buffering: nginx would keep the events until it has a page of them
+        quick = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+        await send(start(200, b"text/event-stream; charset=utf-8", *quick))
+        while any(choice.finish_reason is None for choice in choices.values()):
+            events = b""
+            for choice in take_news(await answer.news(), choices, outcome):
+                if (part := choice.take()) is not None:
+                    events += b"".join(writer.event(delta) for delta in self.shape.deltas(choice, part))
+            if events:
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+        await send({"type": "http.response.body", "body": writer.usage_event(usage(answer, outcome)) + DONE})
+
+    async def _fail(self, error: ApiError, outcome: Outcome, send) -> None:
+        """Raises the error, or makes it the end of a stream that has begun."""
+        if outcome.status is None:
+            raise error
+        outcome.error = error.code or "invalid_request"
+        async with asyncio.timeout(LAST_SECONDS):
+            await send({"type": "http.response.body", "body": error_event(error.body) + DONE})
+
+
+def take_news(news: list, choices: dict[tuple[int, int], Choice], outcome: Outcome) -> list[Choice]:
+    """Gives the pieces to their choices, and returns these. Raises ApiError for a piece that is an error."""
+    changed: dict[Choice, None] = {}
+    for at, number, piece in news:
+        if piece.finish_reason == "error":
+            outcome.finish_reasons.append("error")
+            raise ApiError(500, piece.error or "the engine failed on this request", code="engine_error")
+        choice = choices[number, piece.index]
+        choice.put(piece)
+        outcome.note_piece(choice.index, at, len(piece.tokens), choice.finish_reason)
+        changed[choice] = None
+    return list(changed)
+
+
+def usage(answer: Answer, outcome: Outcome) -> Usage:
+    outcome.cached_tokens = sum(stream.cached_tokens for stream in answer.streams)
+    return Usage(outcome.prompt_tokens, outcome.cached_tokens, outcome.new_tokens)
+
+
+def note_times(answer: Answer, outcome: Outcome) -> None:
+    """Notes the earliest times of a request's streams."""
+    for name in ("queued", "started", "first_token"):
+        times = [time for stream in answer.streams if (time := getattr(stream.times, name)) is not None]
+        setattr(outcome, name, min(times, default=None))
+
+
+def start(status: int, content_type: bytes, *headers: tuple[bytes, bytes]) -> dict:
+    return {"type": "http.response.start", "status": status, "headers": [(b"content-type", content_type), *headers]}
+
+
+async def left(receive) -> None:
+    """Returns when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def end(task: asyncio.Task | None) -> None:
+    """Cancels a task that runs, and waits for its end."""
+    if task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait({task})

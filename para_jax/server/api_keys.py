@@ -1,0 +1,109 @@
+"""Who may use which model: the keys of --api-key-file."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import expanded, shorten
+from ..messages import warn
+from .errors import ApiError
+
+#: Bytes of a file of keys, at most.
+MAX_FILE = 2**20
+
+
+class Access(NamedTuple):
+    """What a client may use. The base model is open to every client."""
+
+    tenants: frozenset[str] | None = None
+    """None: all"""
+    keyed: bool = False
+    """whether the client has shown a key; only then it learns the names of other models"""
+
+    def may_use(self, tenant: str | None) -> bool:
+        """Whether the client may use a tenant; None is the base model."""
+        return tenant is None or self.tenants is None or tenant in self.tenants
+
+
+class ApiKeys:
+    """The keys, as digests. Without any, every client may use everything."""
+
+    def __init__(self, lines: list[str]):
+        """
+        Args:
+            lines: `KEY`, for everything, or `KEY TENANT TENANT ...`, for these tenants and the base model.
+        """
+        self._keys: list[tuple[bytes, Access]] = []
+        for line in lines:
+            key, *tenants = line.split()
+            access = Access(frozenset(tenants) if tenants else None, keyed=True)
+            if any(hmac.compare_digest(digest(key), known) for known, _ in self._keys):
+                raise ValueError("a key is there twice; write its tenants on one line")
+            self._keys.append((digest(key), access))
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def access(self, authorization: str | None) -> Access:
+        """What the holder of a key may use. Raises ApiError 401 for a wrong or missing key.
+
+        The time it takes depends on the number of keys, not on which of them is near: all digests are compared.
+
+        Args:
+            authorization: the request's header, "Bearer KEY".
+        """
+        if not self._keys:
+            return Access()
+        scheme, _, key = (authorization or "").partition(" ")
+        given, found = digest(key.strip()), None
+        for known, access in self._keys:
+            if hmac.compare_digest(given, known):
+                found = access
+        if found is None or scheme.lower() != "bearer":
+            problem = "the API key is wrong" if authorization else "an API key is missing"
+            message = f"{problem}; send the header `Authorization: Bearer KEY`"
+            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        return found
+
+
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def require_unlimited(access: Access) -> None:
+    """Raises ApiError 403 for a key that is limited to some tenants."""
+    if access.tenants is not None:
+        raise ApiError(403, "this needs a key that is not limited to some tenants", code="limited_key")
+
+
+def read_keys(file: str | Path) -> ApiKeys:
+    """The keys of a file: one per line, perhaps with tenants. Lines that begin with # are left out.
+
+    Raises ValueError for a file that cannot be read or has no key. Warns of one that every user of the machine can
+    read.
+    """
+    path = Path(expanded(file))
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_FILE + 1)
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ValueError(f"--api-key-file {file}: {error.strerror}\ngive a file with one key per line") from None
+    if len(data) > MAX_FILE:
+        raise ValueError(f"--api-key-file {file}: it is larger than {MAX_FILE} bytes\ngive one key per line")
+    try:
+        lines = [line.strip() for line in data.decode().splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--api-key-file {file}: it is not UTF-8\ngive one key per line") from None
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ValueError(f"--api-key-file {file}: it has no key\nwrite one key per line")
+    if mode & 0o004:
+        warn(f"--api-key-file {shorten(str(file))} can be read by every user of this machine; run chmod 600")
+    try:
+        return ApiKeys(keys)
+    except ValueError as error:
+        raise ValueError(f"--api-key-file {file}: {error}") from None

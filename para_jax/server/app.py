@@ -1,0 +1,123 @@
+"""create_app: the routes of the server, as a Starlette application. It drives the engine while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from .. import __version__
+from ..serving.engine import Engine
+from .answering import Answering, Limits
+from .api_keys import ApiKeys, require_unlimited
+from .engine_loop import EngineLoop
+from .errors import ApiError
+from .gate import Gate
+from .metrics import Metrics
+from .models import Models
+from .protocol import read_chat, read_completion
+from .responses import CHAT, TEXT
+
+#: Threads that parse bodies and turn prompts into tokens.
+THREADS = 4
+
+
+def create_app(
+    engine: Engine,
+    *,
+    models: Models,
+    keys: ApiKeys | None = None,
+    limits: Limits | None = None,
+    metrics: Metrics | None = None,
+    routes: Sequence[BaseRoute] = (),
+) -> Starlette:
+    """The application. Its lifespan starts the thread that warms the engine up and drives it.
+
+    Args:
+        metrics: what /metrics shows.
+        routes: further ones. In their endpoints, `request.state.access` says what the client may use.
+
+    `app.state.loop` is its EngineLoop.
+    """
+    keys, limits = keys or ApiKeys([]), limits or Limits()
+    metrics = metrics or Metrics(engine, models)
+    loop = EngineLoop(engine, metrics.count_engine_failure)
+    threads = ThreadPoolExecutor(THREADS, "para-jax-server")
+    given = (loop, models, limits, metrics, threads)
+
+    @asynccontextmanager
+    async def lifespan(app):
+        loop.start()
+        yield
+        await loop.stop()
+        threads.shutdown(wait=False, cancel_futures=True)
+
+    own = [
+        Route("/v1/chat/completions", Answering(read_chat, CHAT, *given), methods=["POST"]),
+        Route("/v1/completions", Answering(read_completion, TEXT, *given), methods=["POST"]),
+        Route("/v1/models", partial(list_models, models)),
+        Route("/v1/models/{name:path}", partial(show_model, models)),
+        Route("/health", partial(health, loop)),
+        Route("/ready", partial(ready, loop)),
+        Route("/version", version),
+        Route("/metrics", partial(show_metrics, metrics)),
+    ]
+    app = Starlette(
+        routes=[*own, *routes],
+        middleware=[Middleware(Gate, keys=keys, metrics=metrics)],
+        exception_handlers={HTTPException: http_error},  # pyright: ignore[reportArgumentType]
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.loop = loop
+    return app
+
+
+async def list_models(models: Models, request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": models.listed(request.state.access)})
+
+
+async def show_model(models: Models, request: Request) -> Response:
+    tenant, _ = models.resolve(request.path_params["name"], request.state.access)
+    return JSONResponse(models.card(tenant))
+
+
+async def health(loop: EngineLoop, request: Request) -> Response:
+    """Whether the engine works: 503 after several rounds that failed."""
+    if loop.healthy:
+        return JSONResponse({"status": "ok"})
+    raise ApiError(503, "the engine fails; see the log", code="engine_failed")
+
+
+async def ready(loop: EngineLoop, request: Request) -> Response:
+    """Whether requests are taken: 503 before the engine is warm, and while the server stops."""
+    loop.require_ready()
+    if not loop.ready:
+        raise ApiError(503, "the engine fails; see the log", code="engine_failed")
+    return JSONResponse({"status": "ready"})
+
+
+async def version(request: Request) -> Response:
+    return JSONResponse({"version": __version__})
+
+
+def show_metrics(metrics: Metrics, request: Request) -> Response:
+    """Runs in a thread of Starlette's: with a thousand tenants it takes 10 ms."""
+    require_unlimited(request.state.access)
+    body, content_type = metrics.render()
+    return Response(body, media_type=None, headers={"content-type": content_type})
+
+
+async def http_error(request: Request, error: HTTPException) -> Response:
+    """Starlette's own errors, such as 404 for an unknown path, in OpenAI's shape."""
+    message = {404: "there is nothing at this path", 405: "this path has another method"}
+    given = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
+    return Response(given.body, error.status_code, {**(error.headers or {}), "content-type": "application/json"})

@@ -1,0 +1,97 @@
+"""Choices: the samples of a request's prompts, as their pieces come from the engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..inference.answer_text import AnswerText, text_of
+from ..serving.engine import Engine
+from ..serving.request import Piece
+from .engine_requests import one_token_is_scored
+from .protocol import Asked
+from .token_text import TokenTexts
+
+if TYPE_CHECKING:
+    from ..serving.request import TokenLogprob
+
+
+class Part(NamedTuple):
+    """What is new of a choice."""
+
+    text: str
+    logprobs: list[TokenLogprob | None] | None
+    """of its tokens, and with echo first of the prompt's; None if they were not asked for. The first token of a prompt
+    has none"""
+    offsets: list[int] | None
+    """where each of these tokens begins in the choice's text"""
+    ids: list[int]
+    """the tokens' ids"""
+    finish_reason: str | None
+    first: bool = False
+    """whether nothing of the choice came before"""
+
+
+class Choice:
+    """One choice. `take` gives what is new since the last time."""
+
+    def __init__(self, index: int, asked: Asked, number: int, stream, engine: Engine, tokens: TokenTexts):
+        """
+        Args:
+            number: of its prompt.
+            stream: the engine's, of this prompt.
+        """
+        self.index, self.tokens, self.finish_reason = index, tokens, None
+        self._asked, self._number, self._stream, self._engine = asked, number, stream, engine
+        self._text, self._ids, self._logprobs = "", [], []
+        self._begun = False
+        self._offsets = Offsets(engine.tokenizer)
+
+    def put(self, piece: Piece) -> None:
+        """Adds the next piece of its sample."""
+        self._text += piece.text
+        self._ids += piece.tokens
+        self._logprobs += getattr(piece, "logprobs", None) or []
+        self.finish_reason = piece.finish_reason
+        if piece.finish_reason == "length" and one_token_is_scored(self._asked):
+            self.finish_reason = "stop" if piece.tokens[-1:] and piece.tokens[-1] in self._engine.stop_ids else "length"
+
+    def take(self) -> Part | None:
+        """What is new; None for nothing that a client could see."""
+        asked, first = self._asked, not self._begun
+        new = self._text or self.finish_reason or (asked.logprobs is not None and self._ids)
+        if not new:
+            return None
+        self._begun = True
+        text, ids, logprobs = self._text, self._ids, list(self._logprobs)
+        self._text, self._ids, self._logprobs = "", [], []
+        if first and asked.echo:
+            before = list(self._stream.prompt_ids)
+            prompt = asked.prompts[self._number]
+            text = (prompt if isinstance(prompt, str) else text_of(self._engine.tokenizer, before)) + text
+            if asked.logprobs is not None:
+                ids, logprobs = before + ids, list(self._stream.prompt_logprobs) + logprobs
+        if asked.logprobs is None:
+            return Part(text, None, None, ids, self.finish_reason, first)
+        return Part(text, logprobs, [self._offsets.next(token) for token in ids], ids, self.finish_reason, first)
+
+
+class Offsets:
+    """Where tokens begin in a text, one after the other."""
+
+    def __init__(self, tokenizer):
+        self._text, self._at = AnswerText(tokenizer, strip=False), 0
+
+    def next(self, token: int) -> int:
+        start = self._at
+        self._text.add(token)
+        self._at += len(self._text.pieces[-1])
+        return start
+
+
+def choices_of(asked: Asked, streams: list, engine: Engine, tokens: TokenTexts) -> dict[tuple[int, int], Choice]:
+    """The choices of a request, by the numbers of prompt and sample: the first prompt's samples come first."""
+    return {
+        (number, sample): Choice(number * asked.n + sample, asked, number, stream, engine, tokens)
+        for number, stream in enumerate(streams)
+        for sample in range(asked.n)
+    }

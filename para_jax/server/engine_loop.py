@@ -1,0 +1,231 @@
+"""EngineLoop: the one thread that drives the engine, and the way of answers from it into asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from ..adapters.bank import Entry
+from ..config import printable
+from ..messages import say, warn
+from ..serving.engine import Engine
+from ..serving.open_requests import QueueFull
+from ..serving.request import Piece, Request
+from .errors import ApiError, retry_later
+
+#: Rounds that fail one after the other before all open requests are given up.
+MOST_FAILURES = 3
+#: Seconds that the thread waits for a request before it looks whether it should stop.
+IDLE_SECONDS = 0.2
+
+
+class News(NamedTuple):
+    """A piece of an answer."""
+
+    at: float
+    """when it was there, in seconds of time.monotonic()"""
+    number: int
+    """of its prompt"""
+    piece: Piece
+
+
+class Answer:
+    """The engine's streams for one HTTP request, one per prompt, and what they have given since the last look.
+
+    The streams are written by the driving thread. What they give is read in asyncio.
+    """
+
+    def __init__(self):
+        self.streams: list = []
+        self._news: list[News] = []
+        self._failure: ApiError | None = None
+        self._event = asyncio.Event()
+
+    async def news(self) -> list[News]:
+        """Waits for the next pieces of the answer. A reader that comes late gets all of them. Raises ApiError if there
+        will be no more."""
+        await self._event.wait()
+        self._event.clear()
+        if self._failure is not None:
+            raise self._failure
+        news, self._news = self._news, []
+        return news
+
+    def put(self, pieces: list[News]) -> None:
+        self._news += pieces
+        self._event.set()
+
+    def fail(self, error: ApiError) -> None:
+        self._failure = error
+        self._event.set()
+
+
+class EngineLoop:
+    """Drives an engine in a thread of its own, from `start` to `stop`."""
+
+    def __init__(self, engine: Engine, on_failure: Callable[[], None] = lambda: None):
+        """
+        Args:
+            on_failure: called when a round raised an error.
+        """
+        self.engine, self._on_failure = engine, on_failure
+        self.warm = False
+        """whether everything is compiled"""
+        self.draining = False
+        """whether new requests are refused, because the server is about to stop"""
+        self.fatal: BaseException | None = None
+        """why nothing can be served at all"""
+        self.failures = 0
+        """rounds that failed since the last one that did not"""
+        self._open: dict[Answer, None] = {}
+        self._delivering = threading.Lock()
+        """held while streams are read and their pieces handed over, which keeps the pieces in order"""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._drive, name="para-jax-engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread, which first warms the engine up. Called in asyncio's thread."""
+        self._asyncio = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends the thread after its round. Open requests fail."""
+        self._stopping.set()
+        self.fail_all(shutting_down())
+        while self._thread.is_alive():
+            await asyncio.sleep(0.01)
+
+    @property
+    def healthy(self) -> bool:
+        return self.fatal is None and self.failures < MOST_FAILURES
+
+    @property
+    def ready(self) -> bool:
+        return self.warm and self.healthy and not self.draining
+
+    @property
+    def open_answers(self) -> int:
+        """How many HTTP requests wait for their answers."""
+        return len(self._open)
+
+    async def drain(self, seconds: float) -> None:
+        """Refuses new requests and waits until the open ones have ended. After `seconds` those that are left fail."""
+        self.draining = True
+        until = time.monotonic() + seconds
+        while self._open and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        self.fail_all(shutting_down())
+
+    # ---------------------------------------------------------------------------------------- calls from any thread
+
+    def require_ready(self) -> None:
+        """Raises ApiError 503 while no request is taken."""
+        if self.draining or self._stopping.is_set():
+            raise shutting_down()
+        if not self.warm:
+            raise retry_later(503, 5, "the server is starting", "starting")
+
+    def open(self, requests: Iterable[tuple[Request, Entry | None]], answer: Answer) -> None:
+        """Opens a stream for each request in `answer`, or none.
+
+        Raises ApiError 429 if the queue has no room and 503 while no request is taken, and ValueError for a request
+        that cannot be served.
+        """
+        self.require_ready()
+        try:
+            for request, entry in requests:
+                answer.streams.append(self.engine.open_stream(request, entry=entry))
+        except BaseException as error:
+            close(answer)
+            if isinstance(error, QueueFull):
+                raise queue_full(error) from None
+            raise
+        with self._delivering:
+            self._open[answer] = None
+        if self.draining or self._stopping.is_set():
+            self.close(answer)
+            raise shutting_down()
+        self._deliver([answer])
+
+    def close(self, answer: Answer) -> None:
+        """Cancels what has not ended."""
+        self._open.pop(answer, None)
+        close(answer)
+
+    def fail_all(self, error: ApiError) -> None:
+        """Ends all open requests with an error."""
+        for answer in list(self._open):
+            self._call(answer.fail, error)  # first, so that the pieces of a cancelled stream come too late
+            self.close(answer)
+
+    # ------------------------------------------------------------------------------------------------- the thread
+
+    def _drive(self) -> None:
+        try:
+            self.engine.warm_up()
+            self.warm = True
+        except BaseException as error:
+            self.fatal = error
+            return
+        while not self._stopping.is_set():
+            if not self.engine.wait(IDLE_SECONDS):
+                continue
+            try:
+                self.engine.step()
+                self.failures = 0
+            except BaseException as error:  # an engine can go on after whatever a round raises
+                self._note_failure(error)
+            self._deliver(list(self._open))
+
+    def _note_failure(self, error: BaseException) -> None:
+        self.failures += 1
+        self._on_failure()
+        lines = "".join(traceback.format_exception(error)).strip().splitlines()
+        warn(f"engine: a round failed ({self.failures} in a row): {printable(str(error), 500)}")
+        say("\n".join(printable(line, 500) for line in lines))
+        if self.failures >= MOST_FAILURES:
+            self.fail_all(ApiError(500, "the engine failed, and the request was given up", code="engine_failed"))
+        self._stopping.wait(min(0.1 * self.failures, 1))
+
+    def _deliver(self, answers: list[Answer]) -> None:
+        """Hands over what the streams have given since the last time."""
+        with self._delivering:
+            batch, now = [], time.monotonic()
+            for answer in answers:
+                pieces = [News(now, i, piece) for i, stream in enumerate(answer.streams) for piece in stream.take()]
+                if pieces:
+                    batch.append((answer, pieces))
+                if all(stream.ended for stream in answer.streams):
+                    self._open.pop(answer, None)
+            if batch:
+                self._call(put_all, batch)
+
+    def _call(self, function, *arguments) -> None:
+        try:
+            self._asyncio.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # asyncio's loop has ended, and with it all clients
+            pass
+
+
+def put_all(batch: list[tuple[Answer, list[News]]]) -> None:
+    for answer, pieces in batch:
+        answer.put(pieces)
+
+
+def close(answer: Answer) -> None:
+    for stream in answer.streams:
+        stream.close()
+
+
+def shutting_down() -> ApiError:
+    return retry_later(503, 5, "the server is shutting down; send the request to another one", "shutting_down")
+
+
+def queue_full(error: QueueFull) -> ApiError:
+    """429. The count of waiting requests concerns other tenants too, so it is not told."""
+    whose = "this model's queue" if error.tenant_full else "the server's queue"
+    return retry_later(429, 1, f"{whose} is full; try again", "rate_limit_exceeded")

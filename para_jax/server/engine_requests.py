@@ -1,0 +1,93 @@
+"""A request body becomes requests of the engine, one per prompt, and the engine's refusals become errors of fields."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from ..data.examples import Ids, encode_prompt, most_characters, turn_stop_ids
+from ..serving.engine import Engine
+from ..serving.request import Request
+from .errors import ApiError, wrong_field
+from .protocol import Asked
+
+
+def engine_requests(asked: Asked, tenant: str | None, engine: Engine) -> list[Request]:
+    """The engine's requests, one per prompt. Answer i of all is drawn with seed + i.
+
+    Raises ValueError for a prompt that is none.
+    """
+    require_room(asked, engine)
+    made = []
+    for i, prompt in enumerate(asked.prompts):
+        sampling = dict(asked.sampling, max_new_tokens=asked.max_tokens)
+        if asked.max_tokens is None:
+            prompt, stops = chat_ids(prompt, engine)
+            sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))
+            sampling["stop_token_ids"] += stops
+        if one_token_is_scored(asked):
+            sampling["ignore_eos"] = True
+        seed = None if asked.seed is None else (asked.seed + i * asked.n) % 2**32
+        made.append(Request(prompt, tenant, seed=seed, n=asked.n, strip=False, **scores(asked, i), **sampling))
+    return made
+
+
+def chat_ids(messages, engine: Engine) -> tuple[Ids, Ids]:
+    """A chat's token ids, and the ids that end its answer."""
+    ids = encode_prompt(engine.tokenizer, messages, most=longest_prompt(engine))
+    return tuple(ids), turn_stop_ids(engine.tokenizer, messages)
+
+
+def scores(asked: Asked, number: int) -> dict[str, int]:
+    """The log-probabilities that a prompt asks for, as arguments of the engine's Request."""
+    made = {"logprobs": asked.logprobs, "prompt_logprobs": prompt_logprobs(asked)}
+    if asked.context_lengths is not None:
+        made["context_length"] = asked.context_lengths[number]
+    return {name: value for name, value in made.items() if value is not None}
+
+
+def one_token_is_scored(asked: Asked) -> bool:
+    """Whether the one new token is in the answer even if it ends it. Clients that score a prompt by echo ask for one
+    new token and leave the last one out (lm-eval's local-completions), so there must be one."""
+    ends = asked.sampling["stop"] or asked.sampling["stop_token_ids"]
+    return asked.echo and asked.logprobs is not None and asked.max_tokens == 1 and not ends
+
+
+def prompt_logprobs(asked: Asked) -> int | None:
+    """Alternatives per token of the prompt. Without new tokens, the pass over the prompt is what the engine does."""
+    if not asked.echo:
+        return None
+    return 0 if asked.logprobs is None and asked.max_tokens == 0 else asked.logprobs
+
+
+def require_room(asked: Asked, engine: Engine) -> None:
+    """Raises ApiError 400 for more answers than the queue can ever take at once."""
+    count = len(asked.prompts) * asked.n
+    limits = [one for one in (engine.queue_limit, engine.queue_limit_per_tenant) if one is not None]
+    if limits and count > min(limits):
+        raise wrong_field("n", f"the request asks for {count} answers, and the queue takes {min(limits)}; ask for less")
+
+
+def longest_prompt(engine: Engine) -> int:
+    """Characters of a prompt that may fit, at most."""
+    return _longest_prompt(engine.tokenizer, engine.max_length)
+
+
+@lru_cache(8)
+def _longest_prompt(tokenizer, max_length: int) -> int:
+    return most_characters(tokenizer, max_length)
+
+
+#: The engine's names of fields, and what clients call them.
+NAMES = {"prompt_logprobs": "logprobs", "max_new_tokens": "max_tokens"}
+
+
+def refused(error: ValueError, asked: Asked) -> ApiError:
+    """The engine's refusal as an error that names the client's field."""
+    names = NAMES | {"max_new_tokens": asked.max_tokens_field}
+    message = re.sub("|".join(names), lambda found: names[found[0]], str(error))
+    param = message.split(":")[0].split(" ")[0]
+    code = "context_length_exceeded" if "max_length" in message else None
+    if asked.chat and param == "prompt":
+        param = "messages"
+    return wrong_field(param if param.isidentifier() else None, message, code)

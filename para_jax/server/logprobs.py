@@ -1,0 +1,48 @@
+"""Log-probabilities as the two endpoints write them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .token_text import TokenTexts
+
+if TYPE_CHECKING:
+    from ..serving.request import TokenLogprob
+    from .choices import Choice, Part
+
+#: JSON has no minus infinity; OpenAI writes this for a token that is very unlikely.
+LEAST = -9999.0
+
+
+def chat_logprobs(tokens: TokenTexts, logprobs: list[TokenLogprob | None] | None) -> dict | None:
+    """The `logprobs` of a chat's choice; None if there are none."""
+    if not logprobs:
+        return None
+    return {"content": [chat_token(tokens, one) for one in logprobs if one is not None]}
+
+
+def chat_token(tokens: TokenTexts, one: TokenLogprob) -> dict:
+    return named(tokens, one.token, one.logprob) | {"top_logprobs": [named(tokens, *top) for top in one.top]}
+
+
+def named(tokens: TokenTexts, token: int, logprob: float) -> dict:
+    return {"token": tokens.text(token), "logprob": max(logprob, LEAST), "bytes": list(tokens.bytes(token))}
+
+
+def text_logprobs(choice: Choice, part: Part) -> dict:
+    """The `logprobs` of a text's choice: four parallel lists. The first token of an echoed prompt has null."""
+    found, tokens = part.logprobs or [], choice.tokens
+    return {
+        "tokens": [tokens.key(id) for id in part.ids],
+        "token_logprobs": [None if one is None else max(one.logprob, LEAST) for one in found],
+        "top_logprobs": [None if one is None else alternatives(tokens, one) for one in found],
+        "text_offset": part.offsets,
+    }
+
+
+def alternatives(tokens: TokenTexts, one: TokenLogprob) -> dict[str, float]:
+    """The likeliest tokens, and the token itself. Of tokens with one text, the likeliest counts."""
+    found: dict[str, float] = {}
+    for token, logprob in [*one.top, (one.token, one.logprob)]:
+        found.setdefault(tokens.key(token), max(logprob, LEAST))
+    return found

@@ -1,0 +1,95 @@
+"""The models that clients see: the base model, and each tenant of the bank as a model of its own."""
+
+from __future__ import annotations
+
+import difflib
+import time
+
+from ..adapters.bank import AdapterBank, Entry
+from ..adapters.unknown_tenant import COMPARED
+from ..config import shorten
+from ..untrusted import safe_name
+from .api_keys import Access
+from .errors import ApiError
+
+#: A name of the base model that always works.
+BASE = "base"
+
+
+class Models:
+    """Names to adapters. Any thread may use it. Tenants that come and go in the bank need no other notice; `sources`
+    says where the adapters of the names came from."""
+
+    def __init__(self, bank: AdapterBank | None, base: str = BASE, sources: dict[str, str] | None = None):
+        """
+        Args:
+            base: the base model's name.
+            sources: the folder or hub id of each tenant that has one.
+
+        Raises ValueError for a tenant that has a name of the base model.
+        """
+        self.bank, self.base = bank, base
+        self.sources = dict(sources or {})
+        self._created = int(time.time())
+        self._times: dict[str, int] = {}
+        """when a tenant was added, if that was later"""
+        for name in self.names:
+            self.require_free(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tenants."""
+        return self.bank.names if self.bank is not None else ()
+
+    def require_free(self, name: str) -> None:
+        """Raises ValueError for a name that a tenant cannot have, because it is the base model's."""
+        if name in (self.base, BASE):
+            raise ValueError(f"the name {shorten(name)} belongs to the base model; choose another")
+
+    def note(self, name: str, source: str) -> None:
+        """Records where a tenant that was just added or replaced came from."""
+        self.sources[name], self._times[name] = source, int(time.time())
+
+    def forget(self, name: str) -> None:
+        """Forgets the source of a tenant that was removed."""
+        self.sources.pop(name, None)
+        self._times.pop(name, None)
+
+    def resolve(self, name: str, access: Access) -> tuple[str | None, Entry | None]:
+        """The tenant and its adapter; (None, None) for the base model. Raises ApiError 404 for a name that is unknown,
+        or that this client may not use: both look the same."""
+        if name in (self.base, BASE):
+            return None, None
+        if self.bank is not None and access.may_use(name):
+            try:
+                return name, self.bank.entry(name)
+            except ValueError:
+                pass
+        raise ApiError(404, self._unknown(name, access), param="model", code="model_not_found")
+
+    def visible(self, access: Access) -> list[str]:
+        """The tenants that a client may use."""
+        return [name for name in self.names if access.may_use(name)]
+
+    def listed(self, access: Access) -> list[dict]:
+        """The base model and the tenants that a client may use, as /v1/models has them."""
+        return [self.card(None), *map(self.card, self.visible(access))]
+
+    def card(self, name: str | None) -> dict:
+        """A model as /v1/models has it; None is the base model."""
+        created = self._created if name is None else self._times.get(name, self._created)
+        card = {"id": self.base if name is None else name, "object": "model", "created": created}
+        card |= {"owned_by": "para_jax", "root": self.base, "parent": None}
+        return card if name is None else card | {"root": self.sources.get(name, name), "parent": self.base}
+
+    def _unknown(self, name: str, access: Access) -> str:
+        """Says that a model does not exist. Only the holder of a key learns of similar names, and only of its own."""
+        text = f"the model {shorten(name)} does not exist"
+        if not access.keyed:
+            return text
+        start, end = name[:3], name[-3:]
+        known = self.visible(access)
+        near = [one for one in known if one.startswith(start)][:COMPARED]
+        near += [one for one in known if one.endswith(end)][:COMPARED] + known[:COMPARED] + [self.base]
+        nearest = difflib.get_close_matches(name[:100], dict.fromkeys(one[:100] for one in near), n=3, cutoff=0.5)
+        return f"{text}; the nearest are {', '.join(map(safe_name, nearest))}" if nearest else text

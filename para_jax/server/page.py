@@ -1,0 +1,101 @@
+"""The page at /: one file that shows the tenants' traffic and sends a prompt to several of them. It asks this server
+alone, and its Content-Security-Policy lets the browser run the script in the file and no other."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import time
+from functools import partial
+from heapq import nsmallest
+from importlib.resources import files
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from ..serving.engine import Engine
+from .api_keys import Access
+from .models import Models
+from .traffic import OTHER, Counts, Traffic
+
+#: Tenants that the page shows at once.
+ROWS = 50
+
+
+def routes(engine: Engine, models: Models, traffic: Traffic) -> list[BaseRoute]:
+    """The page, and what it asks every two seconds."""
+    html = files("para_jax.server").joinpath("page.html").read_text()
+    headers = {
+        "content-security-policy": policy(html),
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+        "cache-control": "no-cache",
+    }
+    page = HTMLResponse(html, headers=headers)
+    return [Route("/", page, methods=["GET"]), Route("/page/state", partial(show_state, engine, models, traffic))]
+
+
+def policy(html: str) -> str:
+    """Allows the script and the style of the page by their hashes, requests to this server, and nothing else."""
+
+    def hashed(tag: str) -> str:
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    own = f"script-src {hashed('script')}; style-src {hashed('style')}; connect-src 'self'; img-src data:"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+def show_state(engine: Engine, models: Models, traffic: Traffic, request: Request) -> Response:
+    """The state for a client's key: `?search=` narrows the tenants down. Runs in a thread of Starlette's."""
+    search = request.query_params.get("search", "")[:200]
+    return JSONResponse(state(engine, models, traffic, request.state.access, search))
+
+
+def state(engine: Engine, models: Models, traffic: Traffic, access: Access, search: str = "") -> dict:
+    """What the page shows: the base model, the most active tenants that the client may use, and the engine's totals.
+
+    A key that is limited to some tenants gets no totals and no counts of the base model: they tell of the others.
+    """
+    running, waiting, counts = engine.running, engine.waiting, traffic.by_tenant()
+    visible = [name for name in models.visible(access) if search.lower() in name.lower()]
+
+    def row(name: str | None) -> dict:
+        if name is None and access.tenants is not None:
+            return {"name": None} | dict.fromkeys(("running", "waiting", "requests", "prompt_tokens", "new_tokens"))
+        known = counts.get(name, None if OTHER in counts else Counts())  # None: it may be among the others
+        return {
+            "name": name,
+            "running": running.get(name, 0),
+            "waiting": waiting.get(name, 0),
+            "requests": known and known.requests.total(),
+            "prompt_tokens": known and known.prompt_tokens,
+            "new_tokens": known and known.new_tokens,
+        }
+
+    def activity(name: str) -> tuple:
+        return -running.get(name, 0) - waiting.get(name, 0), -new_tokens(name), name
+
+    def new_tokens(name: str) -> int:
+        return counts[name].new_tokens if name in counts else 0
+
+    most_active = nsmallest(ROWS, visible, key=activity)
+    most_active.sort(key=lambda name: (-new_tokens(name), name))  # an order that seldom changes
+    rows = [row(None), *map(row, most_active)]
+    found = {"time": time.monotonic(), "base": models.base, "found": len(visible), "rows": rows, "engine": None}
+    if access.tenants is None:
+        everything, cache = traffic.total(), engine.prefix_cache
+        found["engine"] = {
+            "running": sum(running.values()),
+            "waiting": sum(waiting.values()),
+            "slots": engine.slots,
+            "kv_usage": engine.kv_usage,
+            "prefix_queries": cache.queries,
+            "prefix_hits": cache.hits,
+            "requests": everything.requests.total(),
+            "prompt_tokens": everything.prompt_tokens,
+            "new_tokens": everything.new_tokens,
+        }
+    return found

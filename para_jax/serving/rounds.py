@@ -1,0 +1,219 @@
+"""One round of the engine: free slots are filled, prompts advance by a chunk, and all rows decode a few tokens.
+
+If an exception or an interrupt ends a round halfway, the next one starts again from the open requests.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import jax
+
+from ..config import shorten
+from ..inference.logprobs import Logprobs, TokenLogprob
+from ..inference.sampling import Sampling
+from ..messages import warn
+from .decoder import Decoder
+from .open_requests import OpenRequests
+from .pins import Pins
+from .prefills import Prompt, PromptFailed
+from .scoring import ScoredPrompt
+from .ticket import Sample, is_request_error
+
+#: Prompts that are prefilled whole or scored between two dispatches, at most, while rows decode.
+PREFILLS = 2
+
+
+class Rounds:
+    """What the rounds of one engine share. One thread at a time makes a round."""
+
+    def __init__(self, decoder: Decoder, requests: OpenRequests, pins: Pins, stops: frozenset[int]):
+        """
+        Args:
+            stops: token ids that end every answer.
+        """
+        self._decoder, self._prefills, self._requests = decoder, decoder.prefills, requests
+        self._pins, self._stops = pins, stops
+        self._driving = threading.Lock()
+        """held during a round; guards the decoder and what follows"""
+        self._rows: list[Sample | None] = [None] * decoder.slots
+        self._waiting: dict[int, Sample] = {}
+        """by slot: samples that will decode there once their prompts are prefilled"""
+        self.broken = False
+        """True during a round; if it is True when the next one starts, something ended that round halfway"""
+
+    def warm_up(self) -> None:
+        """Compiles everything. Raises ValueError while requests are open."""
+        with self._driving:
+            if self._requests.tickets:
+                raise ValueError(f"warm_up: {len(self._requests.tickets)} requests are open; take their answers first")
+            self._begin()
+            self._decoder.warm_up()
+            self.broken = False
+
+    def make(self) -> None:
+        """Fills free slots, decodes a few tokens, and adds them to the answers."""
+        with self._driving:
+            self._begin()
+            self._prefills.pin(self._pins.kept)
+            first, scored = self._fill()
+            if not self._advance_prompts(first):
+                return
+            active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
+            decoded = self._decode(active) if active else None
+            if scored or active:
+                prompts = [prompt for _, prompt in scored]
+                prompts, first, decoded = jax.device_get((prompts, first, decoded))
+                for (sample, _), prompt in zip(scored, prompts, strict=True):
+                    self._give_scores(sample, prompt)
+                for slot, sample in active:
+                    self._extend(sample, *new_tokens(sample, first.get(slot), decoded, slot))
+            with self._requests.lock:
+                self._rows = [sample if sample and not sample.completion else None for sample in self._rows]
+                self.broken = False
+                self._requests.news.notify_all()
+
+    def _begin(self) -> None:
+        """Notes that a round has begun. If the last one did not end, empties the slots and queues its samples again."""
+        with self._requests.lock:
+            if self.broken or self._requests.torn:
+                self._rows, self._waiting = [None] * len(self._rows), {}
+                self._decoder.reset()
+                self._requests.requeue()
+            self.broken = True
+
+    def _fill(self) -> tuple[dict[int, tuple], list[tuple[Sample, ScoredPrompt]]]:
+        """Moves queued samples into free slots. Returns the first token [1] of each and its log-probabilities, by slot.
+        Where a prompt is prefilled in chunks, it starts, and the sample keeps the slot for it. Also returns the samples
+        with prompts to score, and the scores."""
+        first, scored, passes = {}, [], 0
+        self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
+        self._prefills.keep({sample.key for sample in self._waiting.values()})
+        empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
+        busy, free = len(empty) < len(self._rows), [slot for slot in empty if slot not in self._waiting]
+        while True:
+            with self._requests.lock:
+                queue = self._requests.queue
+                head = queue.head()
+                if head is None or (head.decodes and not free) or (head.unscored and passes >= PREFILLS):
+                    break
+                known, in_chunks = self._decoder.keeps(head), self._prefills.takes(head.entry)
+                room = self._prefills.has_room(head.key) if in_chunks else not busy or passes < PREFILLS
+                if head.decodes and not known and not room:
+                    break
+                sample = queue.take()
+                sample.ticket.start(cached_tokens=len(sample.ids) if known and sample.decodes else 0)
+            try:
+                if sample.unscored:
+                    passes += 1
+                    scored.append((sample, self._decoder.score(sample)))
+                if not sample.decodes:
+                    continue
+                if in_chunks and not known:
+                    self._prefills.start(sample.key, sample.ids, sample.entry)
+                    self._waiting[free.pop(0)] = sample
+                    continue
+                passes += not known
+                prefilled = self._decoder.prefilled(sample)
+            except Exception as error:
+                sample.failures += not isinstance(error, SystemError)  # C code turns an interrupt into a SystemError
+                if sample.failures < 2:  # the driver gets the error, and the request a second try
+                    raise
+                self._fail(sample, error)
+                continue
+            self._insert(free.pop(0), sample, prefilled, first)
+        return first, scored
+
+    def _advance_prompts(self, first: dict[int, tuple]) -> bool:
+        """Computes a chunk of the prompts that samples wait for. Samples with a complete one move into their slots, and
+        their first tokens into `first`. Returns False if a prompt failed, which ends the round."""
+        try:
+            self._prefills.advance()
+        except PromptFailed as failed:
+            for sample in [sample for sample in self._waiting.values() if sample.key == failed.key]:
+                self._fail(sample, failed)
+            with self._requests.lock:
+                adapter, ids = failed.key
+                if adapter is None and self._pins.drop(ids):
+                    warn(f"engine: a pinned prefix could not be prefilled, and is no longer pinned: {failed}")
+                self._requests.news.notify_all()
+            return False
+        for slot, sample in list(self._waiting.items()):
+            if self._decoder.keeps(sample):
+                prompt = self._decoder.prefilled(sample)
+                assert isinstance(prompt, Prompt)
+                sample.ticket.cached_tokens = max(sample.ticket.cached_tokens, prompt.found)
+                self._insert(slot, sample, prompt, first)
+                del self._waiting[slot]
+        return True
+
+    def _insert(self, slot: int, sample: Sample, prefilled: tuple | Prompt, first: dict[int, tuple]) -> None:
+        asked = sample.request.logprobs is not None
+        found = self._decoder.insert(slot, prefilled, sample.sampling, logprobs=asked)
+        if found is not None:
+            first[slot] = found
+        self._rows[slot] = sample
+
+    def _decode(self, active: list[tuple[int, Sample]]) -> tuple[jax.Array, Logprobs | None]:
+        rows: list[Sampling | None] = [None] * len(self._rows)
+        for slot, sample in active:
+            rows[slot] = sample.sampling
+        return self._decoder.decode(rows, logprobs=any(sample.request.logprobs is not None for _, sample in active))
+
+    def _give_scores(self, sample: Sample, scored: ScoredPrompt) -> None:
+        """Gives a sample the log-probabilities of its prompt and, if it needs no slot, the token that follows."""
+        request = sample.request
+        records = jax.tree.map(lambda a: a[0], scored.prompt).records(sample.ids[1:], request.prompt_logprobs or 0)
+        sample.prompt_logprobs = [None, *records]
+        if request.max_new_tokens == 0:
+            self._requests.end(sample, "length")
+        elif not sample.decodes:
+            token = scored.token.tolist()
+            self._extend(sample, token, scored.of_token.records(token, request.logprobs or 0))
+
+    def _fail(self, sample: Sample, error: Exception) -> None:
+        self._requests.end(sample, "error", f"the prompt could not be prefilled: {shorten(str(error), 200)}")
+
+    def _extend(self, sample: Sample, new: list[int], logprobs: list[TokenLogprob]) -> None:
+        """Adds new tokens to a sample, up to its end, and their log-probabilities. An error in decoding its text ends
+        this sample alone."""
+        request, times = sample.request, sample.ticket.times
+        with self._requests.lock:
+            if sample.completion is not None:  # cancelled during the round
+                return
+            if new:
+                times.first_token = times.first_token or time.monotonic()
+            try:
+                for i, token in enumerate(new):
+                    if not request.ignore_eos and (token in self._stops or token in sample.stops):
+                        return self._requests.end(sample, "stop")
+                    sample.logprobs += logprobs[i : i + 1]
+                    sample.tokens.append(token)
+                    if sample.text is not None and sample.text.add(token):
+                        return self._requests.end(sample, "stop")
+                    if len(sample.tokens) == request.max_new_tokens:
+                        return self._requests.end(sample, "length")
+            except BaseException as error:
+                if not is_request_error(error):
+                    raise
+                message = f"the answer's tokens have no text: {shorten(str(error), 200)}"
+                self._requests.end(sample, "error", message)
+
+
+def new_tokens(sample: Sample, first: tuple | None, decoded: tuple, slot: int) -> tuple[list[int], list[TokenLogprob]]:
+    """The tokens that a round gave a sample, and their log-probabilities if its request asks for them.
+
+    Args:
+        first: its first token and that one's Logprobs, if the round began with it.
+        decoded: the tokens [steps, slots] of all slots, and their Logprobs.
+    """
+    parts, asked = [first] if first else [], sample.request.logprobs
+    parts.append((decoded[0][:, slot], asked is not None and jax.tree.map(lambda a: a[:, slot], decoded[1])))
+    tokens, records = [], []
+    for of_part, logprobs in parts:
+        new = of_part.tolist()
+        tokens += new
+        if asked is not None:
+            records += logprobs.records(new, asked)
+    return tokens, records

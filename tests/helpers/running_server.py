@@ -1,0 +1,103 @@
+"""A server in a thread of this process, on a free port, over a tiny engine whose rounds a test can hold."""
+
+import threading
+import time
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
+
+from golden_models import backbone, strong
+from tiny_engine import CONFIGS, bank_of
+from tiny_run import tokenizer
+
+from para_jax import Engine, init_adapter, serve
+
+#: Each turn is its words, and the answer's turn begins with w7. </s> ends it.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] + (' </s> ' if message['role'] == 'assistant' else ' ') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'w7 ' }}{% endif %}"
+)
+SLOTS, LENGTH, QUEUE, QUEUE_PER_TENANT = 3, 40, 12, 8
+
+
+@cache
+def chat_tokenizer():
+    made = deepcopy(tokenizer())
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+@cache
+def model_and_tenants():
+    model = backbone("llama")
+    made = {n: strong(init_adapter(config, model.config), i, 0.3) for i, (n, config) in enumerate(CONFIGS.items())}
+    return model, made
+
+
+def new_engine(**options):
+    model, tenants = model_and_tenants()
+    sizes = {"slots": SLOTS, "max_length": LENGTH, "prefill_chunk": 8, "block_size": 4, "queue_limit": QUEUE}
+    sizes |= {"queue_limit_per_tenant": QUEUE_PER_TENANT}
+    return Engine(model, bank_of(model, tenants), chat_tokenizer(), **sizes | options)
+
+
+class Running:
+    """A server that runs."""
+
+    def __init__(self, engine, url, stop, thread):
+        self.engine, self.url, self.stop, self.thread = engine, url, stop, thread
+        self._step, self._may_step = engine.step, threading.Event()
+        self._may_step.set()
+        engine.step = self.step
+
+    def step(self):
+        self._may_step.wait()
+        return self._step()
+
+    @contextmanager
+    def held(self):
+        """No round is made inside, after one that has begun."""
+        self._may_step.clear()
+        try:
+            yield
+        finally:
+            self._may_step.set()
+
+    def idle(self):
+        """Waits until no request is open."""
+        eventually(lambda: self.engine.open == 0)
+
+
+@contextmanager
+def running(engine, **options):
+    """The engine's server. It is told to stop at the end, and its end is waited for."""
+    stop, ready, urls, errors = threading.Event(), threading.Event(), [], []
+
+    def run():
+        try:
+            serve(engine, port=0, stop=stop, on_ready=lambda url: (urls.append(url), ready.set()), **options)
+        except BaseException as error:
+            errors.append(error)
+            ready.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert ready.wait(300)
+    if errors:
+        raise errors[0]
+    server = Running(engine, urls[0], stop, thread)
+    try:
+        yield server
+    finally:
+        server._may_step.set()
+        stop.set()
+        thread.join(60)
+    assert not thread.is_alive() and not errors
+
+
+def eventually(holds, seconds=20.0):
+    """Waits until a condition holds."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "it never held"
+        time.sleep(0.005)

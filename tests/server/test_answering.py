@@ -1,0 +1,381 @@
+"""What clients get over HTTP is what the engine gives alone, whole or in pieces, and every client's end frees its
+slots."""
+
+import asyncio
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from running_server import LENGTH, QUEUE, QUEUE_PER_TENANT, eventually, new_engine, running
+from tiny_engine import CONFIGS, answers, prompt
+
+from para_jax import Request
+
+MODELS, JSON = [*CONFIGS, "base"], {"content-type": "application/json"}
+#: An answer that lasts for several rounds.
+LONG = {"prompt": prompt(1), "max_tokens": 30, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(new_engine()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return new_engine()
+
+
+@pytest.fixture
+def client(server):
+    server.idle()
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def http(server):
+    server.idle()
+    with httpx.Client(base_url=server.url, timeout=60) as made:
+        yield made
+
+
+def of_engine(engine, text, model, **options):
+    """The engine's own samples: (text, finish_reason) of each."""
+    engine.submit(Request(text, None if model == "base" else model, strip=False, **options))
+    return [(found.text, found.finish_reason) for _, found in sorted(answers(engine).items())]
+
+
+def chat_of(text):
+    return [{"role": "user", "content": text}]
+
+
+# -------------------------------------------------------------------------------------------------------- equal answers
+
+
+def test_completions_equal_the_engine_alone_whole_and_streamed(client, alone):
+    texts = set()
+    for i, model in enumerate(MODELS):
+        given = {"model": model, "prompt": prompt(i, 5), "max_tokens": 9, "temperature": 0}
+        expected = of_engine(alone, prompt(i, 5), model, max_new_tokens=9)
+        found = client.completions.create(**given)
+        assert [(one.text, one.finish_reason) for one in found.choices] == expected
+        pieces = [chunk.choices[0] for chunk in client.completions.create(**given, stream=True)]
+        assert ("".join(piece.text for piece in pieces), pieces[-1].finish_reason) == expected[0]
+        assert all(piece.finish_reason is None for piece in pieces[:-1])
+        texts.add(expected[0][0])
+    assert len(texts) == len(MODELS)
+
+
+def test_chats_equal_the_engine_alone_whole_and_streamed(client, alone):
+    for i, model in enumerate(MODELS):
+        messages = chat_of(prompt(i, 5))
+        expected = of_engine(alone, messages, model, max_new_tokens=LENGTH - 6)
+        found = client.chat.completions.create(model=model, messages=messages, temperature=0)
+        assert [(one.message.content, one.finish_reason) for one in found.choices] == expected
+        chunks = list(client.chat.completions.create(model=model, messages=messages, temperature=0, stream=True))
+        deltas = [chunk.choices[0] for chunk in chunks]
+        assert deltas[0].delta.role == "assistant" and deltas[0].delta.content == ""
+        assert all(piece.delta.role is None for piece in deltas[1:])
+        assert ("".join(piece.delta.content or "" for piece in deltas), deltas[-1].finish_reason) == expected[0]
+        assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
+
+
+def test_samples_and_prompts_have_the_seeds_of_their_numbers(client, alone):
+    given = {"model": "A", "n": 2, "seed": 5, "temperature": 1.0, "top_p": 0.9, "max_tokens": 6}
+    given["extra_body"] = {"top_k": 50}
+    prompts = [prompt(1), prompt(2)]
+    options = {"n": 2, "temperature": 1.0, "top_p": 0.9, "top_k": 50, "max_new_tokens": 6}
+    expected = of_engine(alone, prompts[0], "A", seed=5, **options) + of_engine(
+        alone, prompts[1], "A", seed=7, **options
+    )
+    found = client.completions.create(prompt=prompts, **given)
+    assert [one.index for one in found.choices] == [0, 1, 2, 3]
+    assert [(one.text, one.finish_reason) for one in found.choices] == expected
+    texts = ["", "", "", ""]
+    for chunk in client.completions.create(prompt=prompts, stream=True, **given):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [text for text, _ in expected]
+    assert len(set(texts)) == 4
+
+
+def test_a_prompt_may_be_token_ids(client, server):
+    ids = server.engine.tokenizer(prompt(3))["input_ids"]
+    given = {"model": "R", "max_tokens": 5, "temperature": 0}
+    texts = [
+        [one.text for one in client.completions.create(prompt=p, **given).choices]
+        for p in (prompt(3), ids, [ids, ids], [prompt(3), prompt(3)])
+    ]
+    assert texts[0] == texts[1] and texts[2] == texts[3] == texts[0] * 2
+
+
+def test_stop_texts_and_stop_ids_end_an_answer(client):
+    given = {"model": "A", "prompt": prompt(1), "temperature": 0}
+    whole = client.completions.create(max_tokens=8, **given).choices[0].text
+    words = [f"w{number}" for number in whole.split("w")[1:]]
+    third = next(i for i, word in enumerate(words) if i >= 2 and word not in words[:i])
+    for options in ({"stop": words[third]}, {"extra_body": {"stop_token_ids": [int(words[third][1:])]}}):
+        found = client.completions.create(max_tokens=8, **given, **options).choices[0]
+        assert (found.text, found.finish_reason) == ("".join(words[:third]), "stop")
+
+
+def test_echo_puts_the_prompt_first(client, server):
+    given = {"model": "A", "max_tokens": 4, "temperature": 0}
+    plain = client.completions.create(prompt=prompt(1), **given)
+    found = client.completions.create(prompt=prompt(1), echo=True, **given)
+    assert found.choices[0].text == prompt(1) + plain.choices[0].text and found.usage == plain.usage
+    streamed = client.completions.create(prompt=prompt(1), echo=True, stream=True, **given)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == found.choices[0].text
+    ids = server.engine.tokenizer(prompt(1))["input_ids"]
+    text = prompt(1).replace(" ", "")  # as this tokenizer decodes it
+    assert client.completions.create(prompt=ids, echo=True, **given).choices[0].text == text + plain.choices[0].text
+
+
+def test_the_async_client_gets_the_same(client, server):
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as own:
+            given = {"messages": chat_of(prompt(4)), "temperature": 0, "max_tokens": 6}
+            whole = await asyncio.gather(*(own.chat.completions.create(model=model, **given) for model in MODELS))
+            streams = [await own.chat.completions.create(model=model, stream=True, **given) for model in MODELS]
+            texts = [[chunk.choices[0].delta.content or "" async for chunk in stream] for stream in streams]
+            return [one.choices[0].message.content for one in whole], ["".join(text) for text in texts]
+
+    whole, streamed = asyncio.run(ask())
+    assert whole == streamed and len(set(whole)) == len(MODELS)
+
+
+# --------------------------------------------------------------------------------------------------------------- shapes
+
+
+def events(http, path, body):
+    """The data of each event of a stream."""
+    response = http.post(path, json=body | {"stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = response.text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+def test_every_answer_has_openais_types(http):
+    """The client builds its records without checks. Here they are checked, and no field is unknown but our own."""
+    text = {"model": "A", "prompt": prompt(1), "max_tokens": 5}
+    chat = {"model": "A", "messages": chat_of(prompt(1)), "max_completion_tokens": 5, "n": 2}
+    usage = {"stream_options": {"include_usage": True}}
+    found = [
+        Completion.model_validate(http.post("/v1/completions", json=text).json(), strict=True),
+        ChatCompletion.model_validate(http.post("/v1/chat/completions", json=chat).json(), strict=True),
+        *(
+            ChatCompletionChunk.model_validate(one, strict=True)
+            for one in events(http, "/v1/chat/completions", chat | usage)
+        ),
+    ]
+    assert not any(one.model_extra for one in found)
+    assert found[0].id.startswith("cmpl-") and found[1].id.startswith("chatcmpl-")
+
+
+def test_usage_counts_tokens_and_those_from_the_prefix_cache(http):
+    body = {"model": "R", "prompt": prompt(77, 14), "max_tokens": 5, "ignore_eos": True, "n": 2}
+    first = http.post("/v1/completions", json=body).json()["usage"]
+    assert first == {
+        "prompt_tokens": 14, "completion_tokens": 10, "total_tokens": 24, "prompt_tokens_details": {"cached_tokens": 0}
+    }  # fmt: skip
+    *chunks, last = events(http, "/v1/completions", body | {"stream_options": {"include_usage": True}})
+    assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in chunks)
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 10
+    assert last["usage"]["prompt_tokens_details"]["cached_tokens"] >= 8
+    assert all("usage" not in chunk for chunk in events(http, "/v1/completions", body))
+
+
+def test_a_request_has_an_id(http):
+    body = {"model": "A", "prompt": prompt(1), "max_tokens": 1}
+    response = http.post("/v1/completions", json=body, headers={"x-request-id": "mine-1"})
+    assert response.headers["x-request-id"] == "mine-1" and response.json()["id"] == "cmpl-mine-1"
+    made = http.post("/v1/completions", json=body, headers={"x-request-id": "a b\x7f"}).headers["x-request-id"]
+    assert len(made) == 32 and made != http.get("/health").headers["x-request-id"]
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def error(response, status):
+    assert response.status_code == status and response.headers["content-type"] == "application/json"
+    found = response.json()["error"]
+    assert set(found) == {"message", "type", "param", "code"}
+    return found
+
+
+def test_wrong_requests_are_refused_by_field(http):
+    text = {"model": "A", "prompt": prompt(1)}
+    for body, param, code in [
+        (text | {"model": "Z"}, "model", "model_not_found"),
+        (text | {"prompt": prompt(1, LENGTH)}, "prompt", "context_length_exceeded"),
+        (text | {"max_tokens": LENGTH}, "prompt", "context_length_exceeded"),
+        (text | {"prompt": [10**6]}, "prompt", None),
+        (text | {"prompt": ""}, "prompt", None),
+        (text | {"prompt": "\ud800"}, "prompt", None),
+        (text | {"n": QUEUE_PER_TENANT + 1}, "n", None),
+        (text | {"prompt": [prompt(1)] * (QUEUE + 1)}, "n", None),
+        (text | {"temperatur": 1}, "temperatur", None),
+    ]:
+        response = http.post("/v1/completions", content=json.dumps(body), headers=JSON)
+        found = error(response, 404 if param == "model" else 400)
+        assert (found["param"], found["code"]) == (param, code), found
+        assert "max_new_tokens" not in found["message"]
+    long = {"model": "A", "messages": chat_of(prompt(1, LENGTH)), "max_completion_tokens": 3}
+    found = error(http.post("/v1/chat/completions", json=long), 400)
+    assert found["param"] == "messages" and "max_completion_tokens" in found["message"]
+
+
+def test_wrong_bodies_methods_and_paths_are_errors_of_one_shape(http):
+    assert error(http.post("/v1/completions", content=b"{", headers=JSON), 400)["code"] == "invalid_json"
+    error(http.post("/v1/completions", content=b"{}"), 415)
+    error(http.post("/v1/completions", content=b" " * (8 * 2**20 + 1), headers=JSON), 413)
+    error(http.get("/v1/completions"), 405)
+    error(http.get("/v1/nothing"), 404)
+    assert http.get("/health/").status_code == 404  # not a redirect
+
+
+def test_nothing_of_the_tenants_is_told_to_a_client_without_a_key(http):
+    found = error(http.post("/v1/completions", json={"model": "AA", "prompt": "w3"}), 404)
+    assert found["message"] == error(http.get("/v1/models/AA"), 404)["message"]
+    assert "nearest" not in found["message"]
+
+
+def test_the_openai_client_raises_its_own_errors(client):
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="Z", prompt="w3")
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model="A", messages=chat_of("w3"), presence_penalty=1)
+    assert raised.value.param == "presence_penalty"
+
+
+# ------------------------------------------------------------------------------------------------- the ends of requests
+
+
+def post_all(server, bodies, path="/v1/completions"):
+    """Sends requests at once. Returns their futures."""
+    pool = ThreadPoolExecutor(len(bodies))
+    return [pool.submit(httpx.post, server.url + path, json=body, timeout=60) for body in bodies]
+
+
+def waiting(engine):
+    return sum(engine.waiting.values())
+
+
+def test_a_full_queue_refuses_a_tenant_and_then_everyone(server, http):
+    with server.held():
+        futures = post_all(server, [LONG | {"model": "A"}])  # the thread waits at the next round
+        eventually(lambda: waiting(server.engine) == 1)
+        futures += post_all(server, [LONG | {"model": "A", "n": QUEUE_PER_TENANT - 1}])
+        eventually(lambda: waiting(server.engine) == QUEUE_PER_TENANT)
+        refused = http.post("/v1/completions", json=LONG | {"model": "A"})
+        assert "model" in error(refused, 429)["message"] and int(refused.headers["retry-after"]) > 0
+        futures += post_all(server, [LONG | {"model": "B", "n": QUEUE - QUEUE_PER_TENANT}])
+        eventually(lambda: waiting(server.engine) == QUEUE)
+        refused = http.post("/v1/completions", json=LONG | {"model": "base", "prompt": [prompt(1), prompt(2)]})
+        assert "server" in error(refused, 429)["message"] and int(refused.headers["retry-after"]) > 0
+        assert waiting(server.engine) == QUEUE  # none of the two prompts stays
+    assert [future.result().status_code for future in futures] == [200, 200, 200]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_is_cancelled_before_the_next_round(server, http, stream):
+    with server.held(), httpx.Client(base_url=server.url) as own:
+        body = LONG | {"model": "A", "stream": stream}
+        with pytest.raises(httpx.ReadTimeout):
+            own.post("/v1/completions", json=body, timeout=0.3)
+        own.close()
+        eventually(lambda: server.engine.open == 0)
+
+
+def test_a_client_that_leaves_halfway_frees_its_slot(server, http):
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"model": "A", "stream": True}) as response:
+        next(response.iter_lines())
+    server.idle()
+    eventually(lambda: not server.engine.running)
+    assert http.post("/v1/completions", json=LONG | {"model": "A"}).status_code == 200
+
+
+def test_a_request_that_passes_its_deadline_is_cancelled(server, http):
+    with server.held():
+        found = error(http.post("/v1/completions", json=LONG | {"model": "A", "timeout": 0.2}), 504)
+        assert found["code"] == "timeout" and server.engine.open == 0
+        late = LONG | {"model": "A", "timeout": 0.2}
+        (only,) = events(http, "/v1/completions", late)
+        assert only["error"]["code"] == "timeout" and server.engine.open == 0
+
+
+def test_pieces_come_while_the_answer_is_decoded(server, http):
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"model": "A", "stream": True}) as response:
+        server._may_step.clear()
+        assert "text" in next(response.iter_lines())
+        assert server.engine.open == 1
+        server._may_step.set()
+
+
+def test_a_client_that_reads_late_gets_everything(server, http):
+    body = LONG | {"model": "A", "stream": True, "n": 3}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+        time.sleep(0.2)
+        server.idle()
+        texts = ["", "", ""]
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                texts[choice["index"]] += choice["text"]
+    whole = http.post("/v1/completions", json=LONG | {"model": "A", "n": 3}).json()["choices"]
+    assert texts == [choice["text"] for choice in whole]
+
+
+def test_rounds_that_fail_three_times_end_open_requests_and_one_that_succeeds_heals(server, http, monkeypatch):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "_step", fail)
+        assert error(http.post("/v1/completions", json=LONG | {"model": "A"}), 500)["code"] == "engine_failed"
+        (only,) = events(http, "/v1/completions", LONG | {"model": "A"})
+        assert only["error"]["code"] == "engine_failed"
+        error(http.get("/health"), 503)
+        error(http.get("/ready"), 503)
+    assert http.post("/v1/completions", json=LONG | {"model": "A"}).status_code == 200
+    assert http.get("/health").status_code == http.get("/ready").status_code == 200
+
+
+def test_a_round_that_fails_once_changes_no_answer(server, http, monkeypatch):
+    expected = http.post("/v1/completions", json=LONG | {"model": "A"}).json()["choices"]
+    step, calls = server._step, []
+
+    def fail_once():
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return step()
+
+    monkeypatch.setattr(server, "_step", fail_once)
+    assert http.post("/v1/completions", json=LONG | {"model": "A"}).json()["choices"] == expected
+    calls.clear()
+    texts = [one["choices"][0]["text"] for one in events(http, "/v1/completions", LONG | {"model": "A"})]
+    assert "".join(texts) == expected[0]["text"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ log
+
+
+def test_the_log_has_one_line_for_each_request_and_no_text(server, http, capfd):
+    http.post("/v1/completions", json=LONG | {"model": "A"}, headers={"x-request-id": "one"})
+    http.get("/v1/models/secret%0Aline")
+    http.get("/health")
+    time.sleep(0.1)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "id=" in line]
+    assert len(lines) == 2
+    assert lines[0].startswith("POST /v1/completions 200 model=A prompt=6 cached=") and "id=one" in lines[0]
+    assert "new=30" in lines[0] and "ttft=" in lines[0] and "total=" in lines[0]
+    assert "GET /v1/models/secret\\nline 404" in lines[1]
+    assert not any(word in lines[0] for word in prompt(1).split())

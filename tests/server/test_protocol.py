@@ -1,0 +1,239 @@
+"""Every field of a request body is computed, or refused by name."""
+
+import pytest
+
+from para_jax.server.errors import ApiError
+from para_jax.server.protocol import (
+    CHAT_FIELDS,
+    INERT_CHAT,
+    INERT_TEXT,
+    LABELS,
+    NOT_IN_MESSAGES,
+    TEXT_FIELDS,
+    read_chat,
+    read_completion,
+)
+
+CHAT = {"model": "A", "messages": [{"role": "user", "content": "Hi"}]}
+TEXT = {"model": "A", "prompt": "Hi"}
+READERS = [(read_chat, CHAT), (read_completion, TEXT)]
+both = pytest.mark.parametrize(("read", "body"), READERS, ids=["chat", "text"])
+
+
+def refusal(read, body):
+    with pytest.raises(ApiError) as raised:
+        read(body)
+    assert raised.value.status == 400
+    return raised.value
+
+
+# -------------------------------------------------------------------------------------------------------- what is read
+
+
+@both
+def test_fields_that_are_left_out_or_null_have_openais_defaults(read, body):
+    asked = read(body)
+    assert asked == read(body | dict.fromkeys(["temperature", "stop", "n", "seed", "tools", "stream"]) | body)
+    assert asked.model == "A" and asked.n == 1 and asked.seed is None and not asked.stream
+    assert asked.sampling["temperature"] == 1 and asked.sampling["top_p"] == 1 and asked.sampling["top_k"] == 0
+    assert asked.max_tokens == (None if read is read_chat else 16) and asked.logprobs is None
+
+
+@both
+def test_sampling_stops_and_streams_are_read(read, body):
+    given = {"temperature": 0, "top_p": 0.5, "top_k": -1, "stop": "x", "stop_token_ids": [3], "ignore_eos": True}
+    asked = read(body | given | {"n": 2, "seed": -1, "max_tokens": 3, "timeout": 2.5})
+    assert asked.sampling == given | {"top_k": 0, "stop": ("x",), "stop_token_ids": (3,)}
+    assert (asked.n, asked.seed, asked.max_tokens, asked.timeout) == (2, -1, 3, 2.5)
+    asked = read(body | {"stream": True, "stream_options": {"include_usage": True}})
+    assert asked.stream and asked.include_usage
+
+
+def test_a_prompt_is_a_text_or_ids_or_a_list_of_either():
+    for prompt, prompts in [
+        ("a b", ["a b"]),
+        (["a", "b"], ["a", "b"]),
+        ([3, 4], [(3, 4)]),
+        ([[3, 4], [5]], [(3, 4), (5,)]),
+    ]:
+        assert read_completion({"model": "A", "prompt": prompt}).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, "missing", 3, [], [[]], [[3], []], ["a", 3], [["a"]], [True], [-1], [2**40], [1.5], {}, ["a"] * 200],
+)
+def test_other_prompts_are_refused(prompt):
+    body = {"model": "A"} if prompt == "missing" else {"model": "A", "prompt": prompt}
+    assert refusal(read_completion, body).param == "prompt"
+
+
+def test_a_chat_has_texts_or_parts_that_are_texts():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    answered = {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "annotations": []}
+    chat = [{"role": "system", "content": parts}, {"role": "user", "content": "b", "name": "Ann"}, answered]
+    assert read_chat({"model": "A", "messages": chat}).prompts == [[
+        {"role": "system", "content": "a\nb"},
+        {"role": "user", "content": "b", "name": "Ann"},
+        {"role": "assistant", "content": "c"},
+    ]]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"),
+        ([], "messages"),
+        ("Hi", "messages"),
+        (["Hi"], "messages[0]"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "tool", "content": "a"}], "messages[0].role"),
+        ([{"role": ["user"], "content": "a"}], "messages[0].role"),
+        ([{"content": "a"}], "messages[0].role"),
+        ([CHAT["messages"][0], {"role": "user", "content": 3}], "messages[1].content"),
+        ([{"role": "user", "content": []}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": "a", "mood": "good"}], "messages[0].mood"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], "messages[0].tool_calls"),
+    ],
+)
+def test_a_wrong_message_is_refused_by_its_place(messages, param):
+    assert refusal(read_chat, CHAT | {"messages": messages}).param == param
+
+
+def test_what_messages_may_not_say_is_refused_by_name():
+    for name in NOT_IN_MESSAGES:
+        found = refusal(read_chat, CHAT | {"messages": [CHAT["messages"][0] | {name: "something"}]})
+        assert found.param == f"messages[0].{name}" and name in found.message
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+@both
+def test_fields_that_are_not_computed_are_refused_unless_they_ask_for_nothing(read, body):
+    table = INERT_CHAT if read is read_chat else INERT_TEXT
+    for name, (allowed, _) in table.items():
+        found = refusal(read, body | {name: "something"})
+        assert found.param == name and name in found.message
+        for value in allowed:
+            read(body | {name: value})
+            if type(value) is int:
+                assert refusal(read, body | {name: bool(value)}).param == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "auto"),
+        ("functions", [{"name": "f"}]),
+        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("logit_bias", {"50256": -100}),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("store", True),
+        ("modalities", ["text", "audio"]),
+        ("service_tier", "flex"),
+        ("repetition_penalty", 1.2),
+    ],
+)
+def test_what_changes_an_answer_and_is_not_computed_is_refused(name, value):
+    assert refusal(read_chat, CHAT | {name: value}).param == name
+
+
+def test_best_of_and_a_suffix_are_refused():
+    assert read_completion(TEXT | {"best_of": 2, "n": 2}).n == 2
+    assert refusal(read_completion, TEXT | {"best_of": 3, "n": 2}).param == "best_of"
+    assert refusal(read_completion, TEXT | {"suffix": "x"}).param == "suffix"
+
+
+@both
+def test_an_unknown_field_is_refused_with_the_nearest_name(read, body):
+    found = refusal(read, body | {"temprature": 1})
+    assert found.param == "temprature" and "temperature" in found.message
+    assert refusal(read, body | {"\ud800\n": 1}).param == "\\ud800\\n"
+
+
+@both
+def test_every_known_field_is_taken(read, body):
+    """A field that the tables name but no one reads would be refused as unknown."""
+    for name in CHAT_FIELDS if read is read_chat else TEXT_FIELDS:
+        try:
+            read({name: "something"} | body)
+        except ApiError as error:
+            assert "no field" not in error.message, name
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("model", [None, "", 3, ["A"], "x" * 2000, "\ud800"]),
+        ("max_tokens", [-1, 1.5, "3", True, 2**31]),
+        ("temperature", [-0.1, "hot", True, float("inf"), float("nan"), 10**400, []]),
+        ("top_p", [0, 1.1, "1"]),
+        ("top_k", [-2, 1.5]),
+        ("n", [0, 129, "1", 1.0]),
+        ("seed", [1.5, "1", 2**63]),
+        ("stop", [3, [""], "", ["a", 3], ["x"] * 17, "x" * 1025, {}]),
+        ("stop_token_ids", [3, ["a"], [1.5], [-1], [1] * 1001]),
+        ("ignore_eos", [1, "true"]),
+        ("stream", [1, "yes"]),
+        ("stream_options", [{"include_usage": True}, []]),
+        ("timeout", [0, -1, "1"]),
+        *((label, [3, [], "x" * 1001]) for label in LABELS),
+    ],
+)
+def test_wrong_values_are_refused_by_name(read, body, name, values):
+    for value in values:
+        assert refusal(read, body | {name: value}).param == name
+
+
+def test_stream_options_need_a_stream_and_have_one_field():
+    for options, param in [
+        ({"include_usage": 1}, "stream_options.include_usage"),
+        ({"include_usag": True}, "stream_options.include_usag"),
+        ({"include_obfuscation": True}, "stream_options.include_obfuscation"),
+    ]:
+        assert refusal(read_chat, CHAT | {"stream": True, "stream_options": options}).param == param
+
+
+# ------------------------------------------------------------------------------------------------- counts and scores
+
+
+def test_a_chat_has_one_name_for_its_tokens():
+    assert read_chat(CHAT | {"max_completion_tokens": 3}).max_tokens_field == "max_completion_tokens"
+    assert refusal(read_chat, CHAT | {"max_completion_tokens": 3, "max_tokens": 3}).param == "max_tokens"
+    assert refusal(read_chat, CHAT | {"max_tokens": 0}).param == "max_tokens"
+
+
+def test_log_probabilities_are_asked_for_in_each_endpoints_way():
+    assert read_chat(CHAT | {"logprobs": True}).logprobs == 0
+    assert read_chat(CHAT | {"logprobs": True, "top_logprobs": 5}).logprobs == 5
+    assert read_chat(CHAT | {"logprobs": False}).logprobs is None
+    assert refusal(read_chat, CHAT | {"top_logprobs": 5}).param == "top_logprobs"
+    assert refusal(read_chat, CHAT | {"logprobs": 1}).param == "logprobs"
+    assert read_completion(TEXT | {"logprobs": 5}).logprobs == 5
+    assert refusal(read_completion, TEXT | {"logprobs": True}).param == "logprobs"
+
+
+def test_no_new_tokens_go_with_echo_only():
+    assert read_completion(TEXT | {"max_tokens": 0, "echo": True}).max_tokens == 0
+    assert refusal(read_completion, TEXT | {"max_tokens": 0}).param == "max_tokens"
+
+
+def test_a_context_length_is_one_number_or_one_for_each_prompt():
+    scored = {"model": "A", "prompt": [[3, 4], [5, 6]], "echo": True, "logprobs": 1}
+    assert read_completion(scored | {"context_length": 1}).context_lengths == [1, 1]
+    assert read_completion(scored | {"context_length": [1, 2]}).context_lengths == [1, 2]
+    for wrong in ({"context_length": [1]}, {"context_length": 0}, {"context_length": [1, "2"]}):
+        assert refusal(read_completion, scored | wrong).param == "context_length"
+    assert refusal(read_completion, scored | {"context_length": 1, "echo": False}).param == "context_length"
+
+
+def test_answers_are_bounded_over_all_prompts():
+    assert read_completion({"model": "A", "prompt": ["a"] * 64, "n": 2}).n == 2
+    assert refusal(read_completion, {"model": "A", "prompt": ["a"] * 65, "n": 2}).param == "prompt"

@@ -1,0 +1,224 @@
+"""The server starts before it is ready, ends when it is told to, and loses no answer that it has begun."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+from quick_compiler import own_flags
+from running_server import chat_tokenizer, eventually, model_and_tenants, new_engine, running
+from tiny_engine import prompt
+from tiny_run import backbone_folder
+
+from para_jax import save_adapter, serve
+from para_jax.server.address import bound, is_loopback, url_of
+from para_jax.server.answering import Limits
+from para_jax.server.api_keys import ApiKeys
+
+LONG = {"model": "A", "prompt": prompt(1), "max_tokens": 30, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture
+def engine():
+    return new_engine()
+
+
+def stream_in_thread(server, body):
+    """Sends a request with a stream. Returns the thread, and the list that will have its text."""
+    texts = []
+
+    def run():
+        texts.append(httpx.post(f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=60).text)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    eventually(lambda: server.engine.open == 1)
+    return thread, texts
+
+
+# --------------------------------------------------------------------------------------------------- start and end
+
+
+def test_the_server_is_there_before_it_is_ready(engine):
+    warm_up, may_warm_up, stop, ready = engine.warm_up, threading.Event(), threading.Event(), threading.Event()
+    engine.warm_up = lambda: (may_warm_up.wait(), warm_up())
+    with bound("127.0.0.1", 0) as taken:
+        url = url_of(taken)
+        options = {"taken": taken, "stop": stop, "on_ready": lambda url: ready.set()}
+        thread = threading.Thread(target=lambda: serve(engine, **options))
+        thread.start()
+        eventually(lambda: answers(url))
+        assert httpx.get(f"{url}/health").status_code == 200
+        for response in (httpx.get(f"{url}/ready"), httpx.post(f"{url}/v1/completions", json=LONG)):
+            assert response.status_code == 503 and int(response.headers["retry-after"]) > 0
+        assert not ready.is_set()
+        may_warm_up.set()
+        assert ready.wait(60) and httpx.get(f"{url}/ready").status_code == 200
+        stop.set()
+        thread.join(60)
+    assert not answers(url)
+
+
+def answers(url):
+    try:
+        return httpx.get(f"{url}/version").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_open_requests_are_finished_and_new_ones_refused(engine):
+    with running(engine) as server:
+        expected = httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60).json()["choices"][0]["text"]
+        with server.held():
+            thread, texts = stream_in_thread(server, LONG)
+            server.stop.set()
+            eventually(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+            refused = httpx.post(f"{server.url}/v1/completions", json=LONG)
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+            assert refused.json()["error"]["code"] == "shutting_down"
+            assert httpx.get(f"{server.url}/health").status_code == 200
+        thread.join(60)
+        server.thread.join(60)
+        assert not server.thread.is_alive()
+    lines = [line for line in texts[0].split("\n\n") if line.startswith("data: {")]
+    assert "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines) == expected
+
+
+def test_requests_that_take_too_long_end_with_an_error_when_the_server_stops(engine):
+    with running(engine, drain_seconds=0.1) as server:
+        with server.held():
+            thread, texts = stream_in_thread(server, LONG)
+            server.stop.set()
+            thread.join(60)
+    assert '"shutting_down"' in texts[0] and texts[0].endswith("data: [DONE]\n\n") and engine.open == 0
+
+
+def test_what_warming_up_raises_ends_the_server(engine):
+    def fail():
+        raise MemoryError("no room for the slots")
+
+    engine.warm_up = fail
+    with pytest.raises(MemoryError, match="no room"):
+        serve(engine, port=0)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+
+
+def test_keys_open_their_tenants_only(engine):
+    with running(engine, api_keys=ApiKeys(["sk-all", "sk-a A"])) as server:
+        every, some = ({"authorization": f"Bearer {key}"} for key in ("sk-all", "sk-a"))
+
+        def ask(model, headers):
+            body = {"model": model, "prompt": "w30 w31", "max_tokens": 1}
+            return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
+
+        assert [ask(name, every).status_code for name in ("A", "B", "base")] == [200, 200, 200]
+        assert [ask(name, some).status_code for name in ("A", "B", "Z", "base")] == [200, 404, 404, 200]
+        assert "B" not in ask("Z", some).json()["error"]["message"]
+        assert ask("A", {}).status_code == ask("Z", {"authorization": "Bearer sk-b"}).status_code == 401
+        models = httpx.get(f"{server.url}/v1/models", headers=some).json()["data"]
+        assert [one["id"] for one in models] == ["base", "A"]
+        statuses = {
+            path: [httpx.get(server.url + path, headers=headers).status_code for headers in (every, some, {})]
+            for path in ("/metrics", "/v1/models/B", "/v1/models", "/health", "/ready", "/version", "/nothing")
+        }
+        assert statuses == {
+            "/metrics": [200, 403, 401], "/v1/models/B": [200, 404, 401], "/v1/models": [200, 200, 401],
+            "/health": [200] * 3, "/ready": [200] * 3, "/version": [200] * 3, "/nothing": [404, 404, 401],
+        }  # fmt: skip
+
+
+def test_the_servers_limits_hold(engine, capfd):
+    limits = Limits(max_body=200, body_seconds=0.2, timeout=0.3, log_prompts=True)
+    with running(engine, limits=limits, model_name="tiny") as server:
+        url = f"{server.url}/v1/completions"
+        assert httpx.post(url, json=LONG | {"model": "tiny"}).json()["model"] == "tiny"
+        assert httpx.post(url, json=LONG | {"user": "x" * 200}).status_code == 413
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as slow:
+            head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 9"
+            slow.sendall(f"{head}\r\n\r\n{{".encode())
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+        with server.held():
+            assert httpx.post(url, json=LONG | {"timeout": 60}, timeout=60).status_code == 504
+    assert prompt(1) in capfd.readouterr().err
+
+
+def test_metrics_count_what_was_served(engine):
+    with running(engine) as server:
+        httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60)
+        text = httpx.get(f"{server.url}/metrics").text
+    assert re.search(r"^vllm:generation_tokens_total\{.*\} 30\.0$", text, re.M)
+
+
+# ------------------------------------------------------------------------------------------------------------ addresses
+
+
+def test_a_free_port_is_taken_and_a_port_in_use_is_refused_by_name():
+    with bound("localhost", 0) as first:
+        first.listen()
+        port = first.getsockname()[1]
+        assert url_of(first) == f"http://127.0.0.1:{port}" and is_loopback(first)
+        with pytest.raises(ValueError, match=f"--port {port}"):
+            bound("127.0.0.1", port)
+    with bound("0.0.0.0", 0) as everywhere:
+        assert not is_loopback(everywhere) and url_of(everywhere).startswith("http://127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "named"), [("127.0.0.1", 70000, "--port 70000"), ("no.such.host.", 0, "--host no")]
+)
+def test_a_wrong_address_is_refused_by_name(host, port, named):
+    with pytest.raises(ValueError, match=named):
+        bound(host, port)
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.long
+def test_sigterm_drains_a_process_and_a_second_one_ends_it(tmp_path):
+    model, tenants = model_and_tenants()
+    backbone = backbone_folder(tmp_path / "backbone")
+    chat_tokenizer().save_pretrained(backbone)
+    save_adapter(tmp_path / "A", tenants["A"], model, base_model=str(backbone))
+    command = [
+        sys.executable, "-m", "para_jax.cli", "serve", "--backbone", backbone, "--adapters", f"A={tmp_path / 'A'}",
+        "--port", "0", "--slots", "2", "--max-length", "120", "--allow-cpu", "--no-compilation-cache",
+    ]  # fmt: skip
+    environment = os.environ | own_flags()
+    long = LONG | {"max_tokens": 100, "stream": True}
+
+    def started():
+        made = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment)
+        assert made.stdout is not None
+        line = made.stdout.readline()
+        assert line.startswith("serving at http://127.0.0.1:")
+        assert "curl" in made.stdout.readline()
+        return made, line.split()[-1]
+
+    process, url = started()
+    assert [one["id"] for one in httpx.get(f"{url}/v1/models").json()["data"]] == ["backbone", "A"]
+    with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        assert list(lines)[-2] == "data: [DONE]"
+    assert process.wait(30) == 0
+
+    process, url = started()
+    with httpx.stream("POST", f"{url}/v1/completions", json=long | {"n": 2}, timeout=60) as response:
+        next(response.iter_lines())
+        before = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: httpx.get(f"{url}/ready").status_code == 503 or process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) in (-signal.SIGTERM, 0) and time.monotonic() - before < 10

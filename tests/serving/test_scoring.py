@@ -1,0 +1,234 @@
+"""A prompt's log-probabilities are those of the teacher-forced pass, and their sums are those of the evaluation."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from golden_models import backbone
+from logprob_engine import CONFIGS, NAMES, TOP, assert_records, expected, made_bank, made_engine
+from tiny_engine import LENGTH, answers, plain, prompt
+from tiny_run import tokenizer
+
+from para_jax import Request
+from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.questions import Likelihood
+from para_jax.inference.draw import row_sampling
+from para_jax.serving import decoder
+from para_jax.serving.rounds import PREFILLS
+from para_jax.serving.scoring import score_prompt
+from para_jax.training import loss
+
+FREE = ("constant", "lora", "ia3")
+"""the tenants for whom it doesn't matter where the prompt ends"""
+LONGEST = 48
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return made_bank()
+
+
+@pytest.fixture(scope="module")
+def engine(bank):
+    """A size that no other file has, so that its programs are compiled here."""
+    return made_engine(bank, max_length=LONGEST)
+
+
+def ids(seed, length=12):
+    return tuple(np.random.default_rng(seed).integers(20, 256, length).tolist())
+
+
+def ask(engine, asked):
+    for request in asked:
+        engine.submit(request)
+    return {id: completion for (id, _), completion in answers(engine).items()}
+
+
+def scored(tokens, tenant, context, top=0, new=0, **options):
+    return Request(tokens, tenant, new, prompt_logprobs=top, context_length=context, **options)
+
+
+def test_nothing_is_compiled_after_warm_up(engine):
+    """The first test here, before others could compile what warm_up forgot."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    engine.warm_up()
+    before = len(compiled)
+    assert before
+    asked = [Request(ids(i, 4 + 4 * i), name, 3, i % 2, logprobs=i % 3) for i, name in enumerate(NAMES)]
+    asked += [replace(one, prompt_logprobs=2, context_length=len(one.prompt)) for one in asked]
+    asked += [scored(ids(i, 6 * i + 2), name, 2, new=i % 2) for i, name in enumerate(NAMES)]
+    assert len(ask(engine, asked)) == len(asked) and len(compiled) == before
+
+
+def test_they_are_those_of_the_teacher_forced_pass(engine, bank):
+    asked = [
+        scored(ids(i, length), name, context, top=i % (TOP + 1), id=(i, context))
+        for i, name in enumerate(NAMES)
+        for length, context in ((12, 5), (12, 12), (LENGTH, 30))
+    ]
+    found = ask(engine, asked)
+    for request in asked:
+        completion, context = found[request.id], request.context_length
+        reference = expected(bank, request.tenant, request.prompt, context)
+        assert (completion.finish_reason, completion.tokens, completion.text) == ("length", [], "")
+        first, *rest = completion.prompt_logprobs
+        assert first is None and completion.logprobs is None
+        assert_records(rest, request.prompt[1:], reference[:-1], request.prompt_logprobs)
+
+
+def test_sums_over_a_continuation_are_those_of_the_evaluation(engine, bank):
+    asked = [(name, Likelihood(ids(i), ids(50 + i, 1 + i % 4))) for i, name in enumerate(NAMES * 2)]
+    greedy = Likelihood(ids(9), (ask(engine, [Request(ids(9), "para", 1, id="greedy")])["greedy"].tokens[0],))
+    asked.append(("para", greedy))
+    answer = Answerer(backbone("llama"), bank, tokenizer(), rows=4).answer(asked)
+    requests = [
+        scored(one.context + one.continuation, name, len(one.context), top=1, id=i)
+        for i, (name, one) in enumerate(asked)
+    ]
+    found = ask(engine, requests)
+    for i, ((_, one), scores) in enumerate(zip(asked, answer, strict=True)):
+        records = found[i].prompt_logprobs[len(one.context) :]
+        assert sum(record.logprob for record in records) == pytest.approx(scores.logprob, abs=2e-4)
+        assert all(record.top[0][0] == record.token for record in records) == scores.greedy
+    assert answer[-1].greedy
+
+
+def test_one_more_token_is_drawn_from_the_same_pass(engine, bank):
+    for name in NAMES:
+        usual = Request(ids(3), name, 1, 1.0, seed=4, logprobs=2)
+        asked = [replace(usual, id="usual"), replace(usual, prompt_logprobs=0, context_length=12, id="scored")]
+        asked.append(replace(asked[1], context_length=7, id="continued"))
+        found = ask(engine, asked)
+        assert plain(found["scored"]) == plain(found["usual"])
+        (one,), (other,) = found["scored"].logprobs, found["usual"].logprobs
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        reference = expected(bank, name, ids(3), 7)
+        assert_records(found["continued"].logprobs, found["continued"].tokens, reference[-1:], 2)
+
+
+def test_a_longer_answer_is_the_usual_one(engine):
+    for name in NAMES:
+        usual = Request(ids(4), name, 6, logprobs=1, id="usual")
+        found = ask(engine, [usual, replace(usual, prompt_logprobs=2, context_length=12, id="scored")])
+        found["alone"] = ask(engine, [scored(ids(4), name, 12, top=2, id="alone")])["alone"]
+        assert plain(found["scored"]) == plain(found["usual"]) and found["usual"].prompt_logprobs is None
+        assert found["scored"].logprobs == found["usual"].logprobs
+        assert found["scored"].prompt_logprobs == found["alone"].prompt_logprobs
+
+
+def test_a_stream_has_them_at_its_end(engine):
+    stream = engine.open_stream(scored(ids(1), "para", 5, top=1))
+    assert stream.prompt_logprobs is None
+    (piece,) = stream
+    assert (piece.tokens, piece.text, piece.finish_reason) == ([], "", "length") and stream.ended
+    assert [record and record.token for record in stream.prompt_logprobs] == [None, *ids(1)[1:]]
+    assert stream.times.started is not None and stream.times.first_token is None
+
+
+@pytest.mark.parametrize("name", [None, *CONFIGS])
+def test_a_context_length_is_needed_where_it_changes_the_result(engine, name):
+    request = scored(ids(2), name, None, id="free")
+    if name is None or name in FREE:
+        found = ask(engine, [request, replace(request, context_length=5, id="5")])
+        one, other = ([record.logprob for record in found[id].prompt_logprobs[1:]] for id in ("free", "5"))
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match="context_length is missing"):
+            engine.open_stream(request)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prompt_logprobs": TOP + 1}, f"prompt_logprobs is {TOP + 1}"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+        ({"n": 2, "max_new_tokens": 1}, "prompt_logprobs"),
+        ({"context_length": 0}, "context_length is 0"),
+        ({"context_length": 13}, "context_length is 13"),
+        ({"context_length": 5.0}, "context_length is 5.0"),
+        ({"context_length": 5, "max_new_tokens": 2}, "context_length is 5"),
+        ({"prompt_logprobs": None, "max_new_tokens": 1}, "context_length is 12"),
+        ({"prompt_logprobs": None, "context_length": None}, "max_new_tokens is 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"prompt": ids(0, LONGEST + 1)}, "prompt"),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(engine, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        engine.open_stream(replace(scored(ids(2), None, 12), **wrong))
+
+
+def test_rows_that_decode_wait_for_few_prompts(engine, monkeypatch):
+    calls, real = [], decoder.score_prompt
+    monkeypatch.setattr(decoder, "score_prompt", lambda *arguments: calls.append(1) or real(*arguments))
+    engine.submit(Request(prompt(0), "para", 25))
+    engine.step()
+    for i in range(9):
+        engine.submit(scored(ids(i), "para", 5))
+    rounds = []
+    while engine.open:
+        before = len(calls)
+        engine.step()
+        rounds.append(len(calls) - before)
+    assert sum(rounds) == 9 and max(rounds) == PREFILLS
+
+
+def test_a_scored_prompt_needs_no_slot(engine):
+    for i in range(3):
+        engine.submit(Request(prompt(i), "para", 20, id=i))
+    engine.step()
+    engine.submit(scored(ids(1), "para", 5, id="scored"))
+    assert [completion.id for completion in engine.step()] == ["scored"]
+    assert len(answers(engine)) == 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_round_gives_the_same_values_again(engine, monkeypatch, error):
+    asked = [scored(ids(i), "para", 5, top=2, new=i % 2, id=i) for i in range(4)]
+    asked += [scored(ids(9), "para", 12, top=1, new=5, id=9)]
+    expected, real, calls = ask(engine, asked), decoder.score_prompt, []
+
+    def failing(*arguments):
+        calls.append(1)
+        made = real(*arguments)
+        if len(calls) in (2, 6):
+            raise error
+        return made
+
+    monkeypatch.setattr(decoder, "score_prompt", failing)
+    for request in asked:
+        engine.submit(request)
+    found, raised = {}, 0
+    while engine.open:
+        try:
+            for completion in engine.run():
+                found[completion.id] = completion
+        except error:
+            raised += 1
+    assert raised == 2 and found == expected
+
+
+def test_a_prompt_that_fails_twice_is_an_error(engine, monkeypatch):
+    monkeypatch.setattr(decoder, "score_prompt", lambda *_: 1 / 0)
+    engine.submit(scored(ids(0), None, None))
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    (found,) = answers(engine).values()
+    assert "division" in found.error and found.prompt_logprobs is None
+
+
+def test_logits_come_in_chunks(bank, monkeypatch):
+    """The same values with a chunk of few tokens, and no array of the whole prompt's logits in the program."""
+    model, tokens = backbone("llama"), np.array([ids(0, 32)])
+    leaves, treedef = jax.tree.flatten(model)
+    given = bank.rows(["para"]), tokens, np.array([9]), np.array([32]), row_sampling([None])
+    whole = score_prompt(treedef, leaves, *given, 2)
+    monkeypatch.setattr(loss, "CHUNK", 5 * model.config.vocab_size)
+    chunked = jax.jit(lambda *arguments: score_prompt.__wrapped__(treedef, *arguments, 2)).lower(leaves, *given)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, chunked.compile()(leaves, *given))
+    shape, text = f"{model.config.vocab_size}xf32", chunked.as_text()
+    assert f"<1x5x{shape}>" in text and f"<1x31x{shape}>" not in text and f"<1x32x{shape}>" not in text
