@@ -142,6 +142,7 @@ def serve_at(options, sources: dict[str, str], base: str, keys, taken) -> None:
         max_length=options.max_length,
         queue_limit=options.queue_limit,
         queue_limit_per_tenant=options.queue_limit_per_tenant,
+        max_logprobs=options.max_logprobs,
         prefix_cache_bytes=None if gb is None else int(gb * 1e9),
     )
     say("compiling; requests are taken as soon as that is done")

@@ -7,11 +7,12 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple
 
 from ..config import printable
 from .api_keys import Access
-from .body import ClientLeft, json_object, read_body
+from .body import ClientLeft, Held, HeldBody, json_object, read_body
 from .choices import Choice, choices_of
 from .engine_loop import Answer, EngineLoop
 from .engine_requests import engine_requests, refused
@@ -34,6 +35,8 @@ class Limits(NamedTuple):
 
     max_body: int = 8 * 2**20
     """bytes"""
+    all_bodies: int = 256 * 2**20
+    """bytes of the bodies of all requests that are read or wait to become tokens"""
     body_seconds: float = 30
     """within which the body must have come"""
     timeout: float = 600
@@ -52,23 +55,26 @@ class Answering:
         models: Models,
         limits: Limits,
         metrics: Metrics,
+        held: Held,
         threads: ThreadPoolExecutor,
     ):
         """
         Args:
+            held: counts the bodies of all endpoints.
             threads: where bodies are parsed and prompts become tokens.
         """
         self.read, self.shape, self.loop, self.models, self.limits = read, shape, loop, models, limits
-        self.metrics = metrics
+        self.metrics, self.held = metrics, held
         self.threads, self.tokens = threads, TokenTexts(loop.engine.tokenizer)
 
     async def __call__(self, scope, receive, send) -> None:
         outcome: Outcome = scope["state"]["outcome"]
-        work = watch = None
+        work, watch, held = None, None, HeldBody(self.held)
         try:
             self.loop.require_ready()
-            body = await read_body(scope, receive, most=self.limits.max_body, seconds=self.limits.body_seconds)
-            work = asyncio.create_task(self._answer(body, scope["state"]["access"], outcome, send))
+            body = await read_body(scope, receive, held, most=self.limits.max_body, seconds=self.limits.body_seconds)
+            work = asyncio.create_task(self._answer(body, held, scope["state"]["access"], outcome, send))
+            del body
             watch = asyncio.create_task(left(receive))
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -79,12 +85,15 @@ class Answering:
         finally:
             await end(work)
             await end(watch)
+            held.drop()
 
-    async def _answer(self, body: bytes, access: Access, outcome: Outcome, send) -> None:
+    async def _answer(self, body: bytes, held: HeldBody, access: Access, outcome: Outcome, send) -> None:
         answer, until = Answer(), time.monotonic() + self.limits.timeout
         try:
             async with asyncio.timeout(self.limits.timeout):
                 asked = await self._admitted(body, access, answer, outcome)
+            del body
+            held.drop()
             if asked.timeout is not None:
                 until = min(until, until - self.limits.timeout + asked.timeout)
             choices = choices_of(asked, answer.streams, self.loop.engine, self.tokens)
@@ -153,8 +162,9 @@ class Answering:
         if outcome.status is None:
             raise error
         outcome.error = error.code or "invalid_request"
-        async with asyncio.timeout(LAST_SECONDS):
-            await send({"type": "http.response.body", "body": error_event(error.body) + DONE})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_SECONDS):
+                await send({"type": "http.response.body", "body": error_event(error.body) + DONE})
 
 
 def take_news(news: list, choices: dict[tuple[int, int], Choice], outcome: Outcome) -> list[Choice]:

@@ -18,6 +18,7 @@ from .. import __version__
 from ..serving.engine import Engine
 from .answering import Answering, Limits
 from .api_keys import ApiKeys, require_unlimited
+from .body import Held
 from .engine_loop import EngineLoop
 from .errors import ApiError
 from .gate import Gate
@@ -51,7 +52,7 @@ def create_app(
     metrics = metrics or Metrics(engine, models)
     loop = EngineLoop(engine, metrics.count_engine_failure)
     threads = ThreadPoolExecutor(THREADS, "para-jax-server")
-    given = (loop, models, limits, metrics, threads)
+    given = (loop, models, limits, metrics, Held(max(limits.all_bodies, limits.max_body)), threads)
 
     @asynccontextmanager
     async def lifespan(app):
@@ -81,11 +82,14 @@ def create_app(
     return app
 
 
-async def list_models(models: Models, request: Request) -> Response:
+# Those without `async` run in threads of Starlette's, because they take long where there are many tenants.
+
+
+def list_models(models: Models, request: Request) -> Response:
     return JSONResponse({"object": "list", "data": models.listed(request.state.access)})
 
 
-async def show_model(models: Models, request: Request) -> Response:
+def show_model(models: Models, request: Request) -> Response:
     tenant, _ = models.resolve(request.path_params["name"], request.state.access)
     return JSONResponse(models.card(tenant))
 

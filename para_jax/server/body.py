@@ -8,14 +8,40 @@ import json
 from ..config import shorten
 from ..data.row_files import json_problem
 from ..untrusted import MAX_DEPTH, bounded_int, require_flat, without_repeats
-from .errors import ApiError
+from .errors import ApiError, retry_later
 
 
 class ClientLeft(Exception):
     """The client closed the connection before its request was complete."""
 
 
-async def read_body(scope, receive, *, most: int, seconds: float) -> bytes:
+class Held:
+    """Bytes of bodies that are in memory, of all requests together. Used in asyncio's thread alone."""
+
+    def __init__(self, most: int):
+        self.most, self.now = most, 0
+
+
+class HeldBody:
+    """One request's share of them."""
+
+    def __init__(self, all_bodies: Held):
+        self._all, self.size = all_bodies, 0
+
+    def grow(self, count: int) -> None:
+        """Raises ApiError 503 if all bodies together become too large."""
+        if self._all.now + count > self._all.most:
+            raise retry_later(503, 1, "the server holds too many large requests at the moment; try again", "overloaded")
+        self._all.now += count
+        self.size += count
+
+    def drop(self) -> None:
+        """The body is not needed any more."""
+        self._all.now -= self.size
+        self.size = 0
+
+
+async def read_body(scope, receive, held: HeldBody | None = None, *, most: int, seconds: float) -> bytes:
     """The body of a POST of JSON. Raises ApiError 413 before it holds more than `most` bytes, 408 if the body has not
     come after `seconds`, and 415 for another content type.
 
@@ -39,7 +65,10 @@ async def read_body(scope, receive, *, most: int, seconds: float) -> bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientLeft
-                body += message.get("body", b"")
+                chunk = message.get("body", b"")
+                if held is not None:
+                    held.grow(len(chunk))
+                body += chunk
                 more = message.get("more_body", False)
                 if len(body) > most:
                     raise too_large

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..inference.answer_text import AnswerText, text_of
+from ..inference.logprobs import TokenLogprob
 from ..serving.engine import Engine
 from ..serving.request import Piece
 from .engine_requests import one_token_is_scored
 from .protocol import Asked
 from .token_text import TokenTexts
-
-if TYPE_CHECKING:
-    from ..serving.request import TokenLogprob
 
 
 class Part(NamedTuple):
@@ -50,7 +48,7 @@ class Choice:
         """Adds the next piece of its sample."""
         self._text += piece.text
         self._ids += piece.tokens
-        self._logprobs += getattr(piece, "logprobs", None) or []
+        self._logprobs += piece.logprobs or []
         self.finish_reason = piece.finish_reason
         if piece.finish_reason == "length" and one_token_is_scored(self._asked):
             self.finish_reason = "stop" if piece.tokens[-1:] and piece.tokens[-1] in self._engine.stop_ids else "length"

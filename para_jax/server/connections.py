@@ -24,8 +24,8 @@ class BoundedProtocol(H11Protocol):
     """A connection. Each limit is an attribute of the class."""
 
     max_connections = 800
-    """open connections in all. A new one then takes the place of the one that has been idle for longest; if all of
-    them wait for answers, it gets a 503. A process has 1024 open files by default (`ulimit -n`)."""
+    """open connections in all. A new one then takes the place of the one whose client has been silent for longest; if
+    all clients wait for answers, it gets a 503."""
     max_header_bytes = 32 * 1024
     """of a request line with its headers"""
     header_seconds = 10.0
@@ -39,15 +39,15 @@ class BoundedProtocol(H11Protocol):
     def __init__(self, config, server_state, app_state, _loop: asyncio.AbstractEventLoop | None = None):
         super().__init__(config, server_state, app_state, _loop)
         self.conn = h11.Connection(h11.SERVER, self.max_header_bytes)
-        self.idle_since: float | None = self.loop.time()
-        """None while a request is answered"""
+        self.silent_since: float | None = self.loop.time()
+        """when the client began to owe a request, or the rest of one; None while it waits for an answer"""
         self._reading: tuple[object, asyncio.TimerHandle] | None = None
         """what is being read, and the timer that ends it"""
         self._writing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast(asyncio.Transport, transport)
-        if len(self.connections) >= self.max_connections and not self._close_longest_idle():
+        if len(self.connections) >= self.max_connections and not self._close_longest_silent():
             self.transport = transport
             transport.write(error_bytes(503, f"the server has {self.max_connections} open connections; try again"))
             transport.close()
@@ -61,13 +61,13 @@ class BoundedProtocol(H11Protocol):
         self._end_writing()
         super().connection_lost(exc)
 
-    def _close_longest_idle(self) -> bool:
-        """Closes the connection that has waited longest for a request. Returns whether there was one."""
+    def _close_longest_silent(self) -> bool:
+        """Closes the connection whose client has been silent for longest. Returns whether there was one."""
         open = cast("set[BoundedProtocol]", self.connections)
-        idle = [one for one in open if one.idle_since is not None]
-        if not idle:
+        silent = [one for one in open if one.silent_since is not None]
+        if not silent:
             return False
-        longest = min(idle, key=lambda one: one.idle_since or 0)
+        longest = min(silent, key=lambda one: one.silent_since or 0)
         open.discard(longest)
         longest.transport.abort()
         return True
@@ -82,7 +82,7 @@ class BoundedProtocol(H11Protocol):
             self._watch_reading()
 
     def on_response_complete(self) -> None:
-        self.idle_since = self.loop.time()
+        self.silent_since = self.loop.time()
         super().on_response_complete()  # may begin the next request, if the client sent it already
         if self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]:
             self._watch_reading()
@@ -90,12 +90,13 @@ class BoundedProtocol(H11Protocol):
     def _watch_reading(self) -> None:
         """Starts or stops the clock of what the client has to send next."""
         state = self.conn.their_state
-        if state is not h11.IDLE and self.cycle is not None and not self.cycle.response_complete:
-            self.idle_since = None
         seconds = {h11.IDLE: self.header_seconds, h11.SEND_BODY: self.body_seconds}.get(state)
         if self._reading is not None and self._reading[0] is not state:
             self._end_reading()
-        if self._reading is None and seconds is not None and not self.transport.is_closing():
+        if seconds is None and self.cycle is not None and not self.cycle.response_complete:
+            self.silent_since = None
+        elif seconds is not None and self._reading is None and not self.transport.is_closing():
+            self.silent_since = self.loop.time()
             self._reading = state, self.loop.call_later(seconds, self._late, state)
 
     def _late(self, state: object) -> None:
@@ -155,3 +156,15 @@ def error_bytes(status: int, message: str) -> bytes:
     body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
     return f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
+
+
+def allow_open_files(count: int) -> None:
+    """Lets this process have that many open files, or as many as it may. The default of many machines is 1024."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

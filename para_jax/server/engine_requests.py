@@ -38,12 +38,10 @@ def chat_ids(messages, engine: Engine) -> tuple[Ids, Ids]:
     return tuple(ids), turn_stop_ids(engine.tokenizer, messages)
 
 
-def scores(asked: Asked, number: int) -> dict[str, int]:
+def scores(asked: Asked, number: int) -> dict[str, int | None]:
     """The log-probabilities that a prompt asks for, as arguments of the engine's Request."""
-    made = {"logprobs": asked.logprobs, "prompt_logprobs": prompt_logprobs(asked)}
-    if asked.context_lengths is not None:
-        made["context_length"] = asked.context_lengths[number]
-    return {name: value for name, value in made.items() if value is not None}
+    context_length = asked.context_lengths[number] if asked.context_lengths else None
+    return {"logprobs": asked.logprobs, "prompt_logprobs": prompt_logprobs(asked), "context_length": context_length}
 
 
 def one_token_is_scored(asked: Asked) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import traceback
@@ -44,11 +45,16 @@ class Gate:
         try:
             state["outcome"] = outcome
             if scope["path"] not in OPEN_PATHS:
-                state["access"] = self.keys.access(headers.get(b"authorization", b"").decode("latin-1"))
+                state["access"] = self.keys.access(
+                    headers.get(b"authorization", b"").decode("utf-8", "surrogateescape")
+                )
             await self.app(scope, receive, answer)
         except ApiError as error:
             outcome.error = error.code or "invalid_request"
             await send_error(answer, outcome, error)
+        except asyncio.CancelledError:
+            outcome.error = "shutting_down"
+            raise
         except Exception as error:
             outcome.error = type(error).__name__
             warn(f"server: {''.join(traceback.format_exception(error))}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..inference.logprobs import TokenLogprob
 from .token_text import TokenTexts
 
 if TYPE_CHECKING:
-    from ..serving.request import TokenLogprob
     from .choices import Choice, Part
 
 #: JSON has no minus infinity; OpenAI writes this for a token that is very unlikely.

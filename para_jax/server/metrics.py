@@ -17,6 +17,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from ..serving.engine import Engine
+from .models import Models
 from .outcome import Outcome
 from .traffic import Traffic
 
@@ -42,10 +44,9 @@ class Metrics:
     metrics.render()           the text for Prometheus
     """
 
-    def __init__(self, engine, models, *, max_tenants: int = 1000):
+    def __init__(self, engine: Engine, models: Models, *, max_tenants: int = 1000):
         """
         Args:
-            models: `models.base` is the base model's name, and `models.names` are the tenants.
             max_tenants: tenants with a label of their own, at most.
         """
         self._engine, self._models = engine, models
@@ -69,7 +70,7 @@ class Metrics:
             self._statuses["none" if outcome.status is None else str(outcome.status)] += 1
             if outcome.served:
                 for reason in finished_reasons(outcome):
-                    self._finished[reason] += 1
+                    self._finished[reason] = self._finished.get(reason, 0) + 1
         if not outcome.served:
             return
         self.traffic.end(outcome)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..data.examples import Ids, Prompt
 from ..serving.request import MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOPS
+from .chat_messages import NO_TOOLS, NOT_COMPUTED, read_messages
 from .errors import wrong_field
 from .fields import Fields
 
@@ -16,8 +17,6 @@ from .fields import Fields
 DEFAULT_TOKENS = 16
 MAX_NAME, MAX_USER, WHOLE = 1000, 1000, 2**31 - 1
 
-NO_TOOLS = "tools are not supported; leave it out"
-NOT_COMPUTED = "it is not supported; leave it out"
 #: Fields of both endpoints that we do not compute: the values that ask for nothing, and what to say of others.
 INERT: dict[str, tuple[tuple, str]] = {
     "frequency_penalty": ((0, 0.0), NOT_COMPUTED),
@@ -215,52 +214,3 @@ def read_prompts(value: object) -> list[Prompt | Ids]:
 
 def is_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(one) is int and 0 <= one <= WHOLE for one in value)
-
-
-#: What a message may say besides its role and content. The chat template gets a name.
-NOT_IN_MESSAGES: dict[str, tuple[tuple, str]] = {
-    "tool_calls": (([],), NO_TOOLS),
-    "tool_call_id": ((), NO_TOOLS),
-    "function_call": ((), NO_TOOLS),
-    "audio": ((), NOT_COMPUTED),
-    "refusal": ((), NOT_COMPUTED),
-    "annotations": (([],), NOT_COMPUTED),
-}
-ROLES = ("system", "developer", "user", "assistant")
-
-
-def read_messages(value: object) -> list[dict]:
-    """The messages of a chat, for the tokenizer's chat template."""
-    if not isinstance(value, list) or not value:
-        raise wrong_field("messages", "messages is missing or empty; give a list of messages")
-    return [read_message(message, f"messages[{i}]") for i, message in enumerate(value)]
-
-
-def read_message(value: object, at: str) -> dict:
-    if not isinstance(value, dict):
-        raise wrong_field(at, f'{at} is not an object; give {{"role": ..., "content": ...}}')
-    fields = Fields(value, at)
-    role = fields.take("role")
-    if role not in ROLES:
-        fields.refuse("role", role, f"give one of {', '.join(ROLES)}")
-    message = {"role": role, "content": read_content(fields, at)}
-    name = fields.text("name", MAX_NAME)
-    fields.require_inert(NOT_IN_MESSAGES)
-    fields.require_none_left(["role", "content", "name"])
-    return message if name is None else message | {"name": name}
-
-
-def read_content(fields: Fields, at: str) -> str:
-    """A text, or the texts of a list of parts as lines."""
-    content = fields.take("content")
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        fields.refuse("content", content, "give a text")
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
-            fields.refuse(f"content[{i}]", kind, 'only parts {"type": "text", "text": ...} are supported')
-        texts.append(part["text"])
-    return "\n".join(texts)

@@ -19,7 +19,7 @@ from .address import bound, is_loopback, url_of
 from .answering import Limits
 from .api_keys import ApiKeys, read_keys
 from .app import create_app
-from .connections import BoundedProtocol
+from .connections import BoundedProtocol, allow_open_files
 from .engine_loop import EngineLoop
 from .metrics import Metrics
 from .models import BASE, Models
@@ -28,6 +28,9 @@ from .models import BASE, Models
 LOOK_SECONDS = 0.05
 #: Seconds in which clients must have taken the last bytes of answers that have ended.
 LAST_BYTES_SECONDS = 5
+#: Seconds that a connection without a request stays open. Proxies reuse theirs for up to 600 (Google's load balancer),
+#: and an end that closes first makes the other one lose a request.
+KEEP_ALIVE_SECONDS = 620
 
 
 def serve(
@@ -77,13 +80,15 @@ def serve(
     routes += page.routes(engine, models, metrics.traffic)
     app = create_app(engine, models=models, keys=api_keys, limits=limits, metrics=metrics, routes=routes)
     loop: EngineLoop = app.state.loop
+    allow_open_files(4 * BoundedProtocol.max_connections)
     config = uvicorn.Config(
         app,
         http=BoundedProtocol,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ws="none",
         lifespan="on",
         log_config=None,
-        log_level="error",
+        log_level="critical",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=LAST_BYTES_SECONDS,
@@ -123,7 +128,10 @@ async def run(
             say(f"the server stops; {loop.open_answers} open requests have {drain_seconds:g} s to end")
         await loop.drain(drain_seconds)
         server.should_exit = True
-    await serving
+    try:
+        await serving
+    finally:
+        await loop.stop()  # its lifespan has done so, unless the server did not start
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
+from .models import Models
 from .outcome import Outcome
 
 #: The name of all tenants without counts of their own.
@@ -43,11 +44,7 @@ class Traffic:
     bank loses its counts at once. If it comes back, they begin at zero.
     """
 
-    def __init__(self, models, limit: int = 1000):
-        """
-        Args:
-            models: `models.names` are the tenants that may have counts.
-        """
+    def __init__(self, models: Models, limit: int = 1000):
         self._models, self._limit = models, limit
         self._counts: dict[str | None, Counts] = {None: Counts()}
         """None: the base model"""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import shorten
 from ..data.examples import Ids, Prompt, checked_messages
-from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling, is_whole
+
+if TYPE_CHECKING:  # it imports JAX, and the command line checks requests before that
+    from ..inference.logprobs import TokenLogprob
 
 #: Limits of a request: samples, stop texts, and characters of a stop text.
 MAX_SAMPLES, MAX_STOPS, MAX_STOP_LENGTH = 128, 16, 1024

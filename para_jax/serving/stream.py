@@ -46,7 +46,7 @@ class Stream:
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
-        """Of each token of the prompt, once it is scored; the first is None."""
+        """The log-probabilities of the prompt's tokens, once it is scored. The first is None."""
         return self._ticket.samples[0].prompt_logprobs
 
     @property

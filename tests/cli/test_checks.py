@@ -61,6 +61,20 @@ MISTAKES = [
     ("generate --prompt a --backbone model --adapters mine=runs/mine/adapter --tenant mime", "'mime'.*mine"),
     ("generate --prompt a --temperature -1", "temperature is -1.0"),
     ("generate --input nope.jsonl --output o.jsonl", "--input nope.jsonl: no such file"),
+    ("serve --backbone ./none", "./none: no such file or folder"),
+    ("serve --backbone model --adapters a=runs/nope", "runs/nope: no such folder"),
+    ("serve --backbone model --adapters base=runs/mine/adapter", "'base'"),
+    ("serve --backbone model --adapters model=runs/mine/adapter", "model is the base model's name"),
+    ("serve --backbone model --port 70000", "--port 70000"),
+    ("serve --backbone model --host no.such.host.", r"--host no\.such"),
+    ("serve --backbone model --api-key-file nope", "--api-key-file nope"),
+    ("serve --backbone model --slots 0", "--slots is 0"),
+    ("serve --backbone model --max-length 1", "--max-length is 1"),
+    ("serve --backbone model --timeout nan", "--timeout is nan"),
+    ("serve --backbone model --drain-seconds -1", "--drain-seconds is -1"),
+    ("serve --backbone model --adapter-root data", "--allow-adapter-updates and --adapter-root"),
+    ("serve --backbone model --allow-adapter-updates --adapter-root nope", "--adapter-root nope"),
+    ("serve --backbone model --capacity 3", "--capacity goes with --allow-adapter-updates"),
     ("evaluate run.yaml --adapter runs/nope", "runs/nope: no such folder"),
     ("evaluate run.yaml", "data.test is not set"),
     ("evaluate --backbone model --tasks data/nope.jsonl", "data/nope.jsonl.*no such file"),
@@ -85,7 +99,11 @@ MISTAKES = [
     ("generate --input data/train.jsonl --output runs", "--output runs: a folder\ngive the path of a file"),
     ("prepare squad", "'squad'.*tfds:NAME"),
 ]
-HELP = ["--help", "--version", *(f"{name} --help" for name in "train generate evaluate inspect plot bench".split())]
+HELP = [
+    "--help",
+    "--version",
+    *(f"{name} --help" for name in "train generate serve evaluate inspect plot bench".split()),
+]
 
 
 @pytest.fixture(scope="module")

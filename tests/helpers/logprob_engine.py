@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 from golden_models import backbone, strong
-from tiny_engine import LENGTH, SITES, engine_of
+from tiny_engine import SITES, engine_of
 
 from para_jax import AdapterBank, Ia3Config, LoraConfig, ParaConfig, forward, init_adapter
 
-TOP = 4
+TOP, LENGTH = 4, 32
 CONFIGS = {
     "para": ParaConfig(r=4),
     "constant": ParaConfig(r=4, pooler="constant"),
@@ -28,7 +28,7 @@ def made_bank():
 
 
 def made_engine(bank, **options):
-    return engine_of(backbone("llama"), bank, **({"max_logprobs": TOP} | options))
+    return engine_of(backbone("llama"), bank, **({"max_logprobs": TOP, "max_length": LENGTH} | options))
 
 
 def expected(bank, tenant, ids, prompt_length):

@@ -36,8 +36,8 @@ def model_and_tenants():
 
 def new_engine(**options):
     model, tenants = model_and_tenants()
-    sizes = {"slots": SLOTS, "max_length": LENGTH, "prefill_chunk": 8, "block_size": 4, "queue_limit": QUEUE}
-    sizes |= {"queue_limit_per_tenant": QUEUE_PER_TENANT}
+    sizes = {"slots": SLOTS, "max_length": LENGTH, "prefill_chunk": 8, "block_size": 4, "max_logprobs": 3}
+    sizes |= {"queue_limit": QUEUE, "queue_limit_per_tenant": QUEUE_PER_TENANT}
     return Engine(model, bank_of(model, tenants), chat_tokenizer(), **sizes | options)
 
 
@@ -48,15 +48,20 @@ class Running:
         self.engine, self.url, self.stop, self.thread = engine, url, stop, thread
         self._step, self._may_step = engine.step, threading.Event()
         self._may_step.set()
+        self.rounds = 0
+        """how many rounds are made although they are held"""
         engine.step = self.step
 
     def step(self):
-        self._may_step.wait()
+        while not self._may_step.wait(0.002):
+            if self.rounds:
+                self.rounds -= 1
+                break
         return self._step()
 
     @contextmanager
     def held(self):
-        """No round is made inside, after one that has begun."""
+        """No round is made inside but one that has begun, and as many as `rounds` says."""
         self._may_step.clear()
         try:
             yield

@@ -7,8 +7,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import openai
 import pytest
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from logprob_engine import expected
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from running_server import LENGTH, QUEUE, QUEUE_PER_TENANT, eventually, new_engine, running
@@ -148,6 +151,106 @@ def test_the_async_client_gets_the_same(client, server):
 
     whole, streamed = asyncio.run(ask())
     assert whole == streamed and len(set(whole)) == len(MODELS)
+
+
+# --------------------------------------------------------------------------------------------------- log-probabilities
+
+
+def reference(server, model, ids, context):
+    """log_softmax of the teacher-forced pass, [tokens, vocabulary]; row t is of token t + 1."""
+    return expected(server.engine.bank, None if model == "base" else model, ids, context)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_log_probabilities_of_new_tokens_are_those_of_the_teacher_forced_pass(http, server, model):
+    ids = server.engine.tokenizer(prompt(2))["input_ids"]
+    options = {"model": model, "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+    chat = options | {"messages": chat_of(prompt(2)), "logprobs": True, "top_logprobs": 2}
+    text = options | {"prompt": prompt(2) + " w7", "logprobs": 2}  # the chat's tokens
+    choice = http.post("/v1/completions", json=text).json()["choices"][0]
+    content = http.post("/v1/chat/completions", json=chat).json()["choices"][0]["logprobs"]["content"]
+    found, words = choice["logprobs"], choice["text"].split("w")[1:]
+    new = [int(word) for word in words]
+    assert found["tokens"] == [f"w{id}" for id in new] == [one["token"] for one in content]
+    rows = reference(server, model, [*ids, 7, *new], len(ids) + 1)[len(ids) :]
+    for i, (id, row) in enumerate(zip(new, rows, strict=False)):
+        np.testing.assert_allclose(found["token_logprobs"][i], row[id], atol=1e-4)
+        top = {f"w{one}": row[one] for one in np.argsort(row)[-2:]}
+        assert set(found["top_logprobs"][i]) == set(top)
+        assert found["token_logprobs"][i] == max(found["top_logprobs"][i].values())
+        assert content[i]["logprob"] == found["token_logprobs"][i]
+        assert {one["token"]: one["logprob"] for one in content[i]["top_logprobs"]} == found["top_logprobs"][i]
+        assert bytes(content[i]["bytes"]).decode() == f"w{id}"
+        assert choice["text"][found["text_offset"][i] :].startswith(f"w{id}")
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_streamed_log_probabilities_are_those_of_the_whole_answer(http, echo):
+    body = {"model": "C", "prompt": prompt(2), "max_tokens": 9, "logprobs": 1, "temperature": 1, "seed": 3}
+    body |= {"echo": echo} | ({"context_length": 6, "max_tokens": 1} if echo else {"n": 2})
+    whole = http.post("/v1/completions", json=body).json()["choices"]
+    joined = [{name: [] for name in whole[0]["logprobs"]} for _ in whole]
+    for event in events(http, "/v1/completions", body):
+        (choice,) = event["choices"]
+        for name, values in choice["logprobs"].items():
+            joined[choice["index"]][name] += values
+    assert joined == [choice["logprobs"] for choice in whole]
+    chat = {"model": "A", "messages": chat_of(prompt(2)), "max_tokens": 9, "logprobs": True, "top_logprobs": 1}
+    content = http.post("/v1/chat/completions", json=chat | {"seed": 4}).json()["choices"][0]["logprobs"]["content"]
+    pieces = [event["choices"][0]["logprobs"] for event in events(http, "/v1/chat/completions", chat | {"seed": 4})]
+    assert [token for piece in pieces if piece for token in piece["content"]] == content
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_echo_scores_a_prompt_as_lm_eval_reads_it(http, server, model):
+    """lm-eval's local-completions asks for one new token and leaves the last one out."""
+    ids = [list(range(30 + 10 * i, 38 + 12 * i)) for i in range(2)]
+    body = {"model": model, "prompt": ids, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1, "echo": True}
+    context = [3, 5]
+    if model != "base":
+        body |= {"context_length": context}
+    outputs = http.post("/v1/completions", json=body).json()
+    for (score, greedy), of_one, length in zip(
+        LocalCompletionsAPI.parse_logprobs(outputs, ctxlens=context), ids, context, strict=True
+    ):
+        rows = reference(server, model, of_one, length)[length - 1 : -1]
+        np.testing.assert_allclose(
+            score, sum(row[id] for row, id in zip(rows, of_one[length:], strict=True)), atol=1e-3
+        )
+        assert greedy == all(row.argmax() == id for row, id in zip(rows, of_one[length:], strict=True))
+    for choice, of_one in zip(outputs["choices"], ids, strict=True):
+        assert len(choice["logprobs"]["tokens"]) == len(of_one) + 1
+        assert choice["logprobs"]["token_logprobs"][0] is choice["logprobs"]["top_logprobs"][0] is None
+    alone = http.post("/v1/completions", json=body | {"max_tokens": 0}).json()
+    for choice, scored in zip(alone["choices"], outputs["choices"], strict=True):
+        assert choice["logprobs"]["token_logprobs"] == scored["logprobs"]["token_logprobs"][:-1]
+    assert alone["usage"]["completion_tokens"] == 0
+
+
+def test_a_tenant_whose_score_depends_on_the_prompts_end_needs_the_context_length(http):
+    body = {"model": "A", "prompt": [30, 31, 32], "max_tokens": 0, "logprobs": 1, "echo": True}
+    assert error(http.post("/v1/completions", json=body), 400)["param"] == "context_length"
+    too_many = {"model": "A", "prompt": "w30", "logprobs": 4}
+    assert error(http.post("/v1/completions", json=too_many), 400)["param"] == "logprobs"
+    two = body | {"model": "base", "n": 2}
+    assert error(http.post("/v1/completions", json=two), 400)["param"] == "logprobs"
+
+
+def test_the_prompt_alone_is_echoed_without_scores_too(http):
+    body = {"model": "base", "prompt": prompt(1), "max_tokens": 0, "echo": True}
+    choice = http.post("/v1/completions", json=body).json()["choices"][0]
+    assert choice["text"] == prompt(1) and choice["logprobs"] is None
+
+
+def test_an_end_token_is_the_one_new_token_of_a_scored_prompt():
+    """Or lm-eval would leave out the last token of the prompt."""
+    with running(new_engine(stop_ids=range(256))) as server:
+        body = {"model": "base", "prompt": [30, 31, 32], "max_tokens": 1, "logprobs": 1, "echo": True}
+        (choice,) = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"]
+        assert len(choice["logprobs"]["token_logprobs"]) == 4 and choice["finish_reason"] == "stop"
+        body |= {"echo": False, "max_tokens": 5}
+        (choice,) = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"]
+        assert choice["logprobs"]["token_logprobs"] == [] and choice["text"] == ""
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes
@@ -312,11 +415,13 @@ def test_a_request_that_passes_its_deadline_is_cancelled(server, http):
 
 
 def test_pieces_come_while_the_answer_is_decoded(server, http):
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"model": "A", "stream": True}) as response:
-        server._may_step.clear()
-        assert "text" in next(response.iter_lines())
-        assert server.engine.open == 1
-        server._may_step.set()
+    body = LONG | {"model": "A", "stream": True}
+    with server.held(), httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+        lines, text = response.iter_lines(), ""
+        while text.count("w") < 30:
+            assert server.engine.open == 1
+            server.rounds = 1
+            text += json.loads(next(line for line in lines if line).removeprefix("data: "))["choices"][0]["text"]
 
 
 def test_a_client_that_reads_late_gets_everything(server, http):
@@ -370,12 +475,18 @@ def test_a_round_that_fails_once_changes_no_answer(server, http, monkeypatch):
 
 def test_the_log_has_one_line_for_each_request_and_no_text(server, http, capfd):
     http.post("/v1/completions", json=LONG | {"model": "A"}, headers={"x-request-id": "one"})
-    http.get("/v1/models/secret%0Aline")
     http.get("/health")
-    time.sleep(0.1)
-    lines = [line for line in capfd.readouterr().err.splitlines() if "id=" in line]
-    assert len(lines) == 2
-    assert lines[0].startswith("POST /v1/completions 200 model=A prompt=6 cached=") and "id=one" in lines[0]
-    assert "new=30" in lines[0] and "ttft=" in lines[0] and "total=" in lines[0]
-    assert "GET /v1/models/secret\\nline 404" in lines[1]
-    assert not any(word in lines[0] for word in prompt(1).split())
+    http.get("/v1/models/secret%0Aline")
+    said = ""
+
+    def lines():
+        nonlocal said
+        said += capfd.readouterr().err
+        return sorted(line for line in said.splitlines() if "id=" in line)
+
+    eventually(lambda: len(lines()) == 2)
+    get, post = lines()
+    assert post.startswith("POST /v1/completions 200 model=A prompt=6 cached=") and "id=one" in post
+    assert "new=30" in post and "ttft=" in post and "total=" in post
+    assert "GET /v1/models/secret\\nline 404" in get
+    assert not any(word in said for word in prompt(1).split())

@@ -1,6 +1,7 @@
 """A connection holds little, and not for long: raw sockets against a real uvicorn."""
 
 import asyncio
+import resource
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 import uvicorn
 
-from para_jax.server.connections import PIECE, BoundedProtocol
+from para_jax.server.connections import PIECE, BoundedProtocol, allow_open_files
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 SECONDS = 0.2
@@ -190,13 +191,17 @@ def test_a_client_that_reads_slowly_gets_all(quick):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_idle_connections_make_room_and_busy_ones_do_not(loop):
+def test_silent_connections_make_room_and_those_that_wait_for_answers_do_not(loop):
     with server(loop, max_connections=4) as address:
-        idle = [connect(address) for _ in range(50)]
+        silent = [connect(address) for _ in range(20)]
+        for begun in (b"GET / HT", b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n"):
+            assert status(answer(address)) == 200
+            silent += [connect(address) for _ in range(4)]
+            for one in silent[-4:]:
+                one.sendall(begun)
+            time.sleep(0.05)
         assert status(answer(address)) == 200
-        assert idle[0].recv(1) == b""
-        for one in idle:
-            one.close()
+        assert silent[0].recv(1) == b""
         busy = [connect(address) for _ in range(4)]
         for one in busy:
             one.sendall(GET.replace(b"/ ", b"/wait ", 1))
@@ -206,5 +211,32 @@ def test_idle_connections_make_room_and_busy_ones_do_not(loop):
         busy[0].close()
         time.sleep(0.1)
         assert status(answer(address)) == 200
-        for one in busy:
+        for one in silent + busy:
             one.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("loop", LOOPS)
+def test_two_thousand_sockets_that_send_nothing_stop_no_one(loop):
+    allow_open_files(8000)
+    with server(loop, header_seconds=60) as address:
+        silent = [connect(address) for _ in range(2000)]
+        for _ in range(20):
+            assert status(answer(address)) == 200
+        for one in silent:
+            one.close()
+
+
+def test_a_process_may_open_as_many_files_as_asked_or_allowed():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(900, before[0]), before[1]))
+        allow_open_files(50)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 900
+        allow_open_files(1000)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 1000
+        if before[1] != resource.RLIM_INFINITY:
+            allow_open_files(before[1] + 1)
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

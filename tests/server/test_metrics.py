@@ -2,14 +2,20 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from running_server import eventually, new_engine, running
+from tiny_engine import prompt
 
 from para_jax.server.metrics import Histogram, Metrics, finished_reasons
 from para_jax.server.outcome import Outcome
 
 BASE = "the-base"
+HISTOGRAMS = ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time")
 
 
 def metrics_of(running=None, waiting=None, names=("A", "B"), **options):
@@ -25,8 +31,11 @@ def outcome(tenant="A", **fields):
 
 
 def read(metrics):
+    return samples_of(metrics.render()[0].decode())
+
+
+def samples_of(text):
     """{(name, *label values in the order of their names): value}, and the types by name."""
-    text = metrics.render()[0].decode()
     families = list(text_string_to_metric_families(text))
     samples = [sample for family in families for sample in family.samples]
     found = {(one.name, *(one.labels[label] for label in sorted(one.labels))): one.value for one in samples}
@@ -133,6 +142,61 @@ def test_counting_in_many_threads_loses_nothing():
     assert found["vllm:inter_token_latency_seconds_count", BASE] == 2 * 1600
     assert sum(v for k, v in found.items() if k[0] == "para_jax_tenant_requests_total") == 1600
     assert len([k for k in found if k[0] == "para_jax_tenant_prompt_tokens_total"]) == 12  # with the base and other
+
+
+@pytest.mark.long
+def test_a_server_shows_its_traffic():
+    with running(new_engine()) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+
+        def scrape():
+            response = client.get("/metrics")
+            assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+            return samples_of(response.text)[0]
+
+        def ask(model, tokens, **fields):
+            given = {"model": model, "prompt": prompt(3), "max_tokens": tokens, "ignore_eos": True} | fields
+            return client.post("/v1/completions", json=given)
+
+        usages = [ask("A", 5).json()["usage"], ask("base", 7, n=2).json()["usage"], ask("R", 3).json()["usage"]]
+        assert ask("unknown", 5).status_code == 404 and ask("A", 0).status_code == 400
+        found = scrape()
+        for name, field in (("prompt", "prompt_tokens"), ("generation", "completion_tokens")):
+            total = sum(usage[field] for usage in usages)
+            assert found[f"vllm:{name}_tokens_total", "base"] == total
+            for tenant, usage in zip(("A", "base", "R"), usages, strict=True):
+                assert found[f"para_jax_tenant_{name}_tokens_total", tenant] == usage[field]
+        assert found["vllm:request_success_total", "length", "base"] == 4
+        statuses = {status: found["para_jax_http_responses_total", status] for status in ("200", "400", "404")}
+        assert statuses == {"200": 3, "400": 1, "404": 1}
+        assert found["vllm:prefix_cache_queries_total", "base"] == server.engine.prefix_cache.queries > 0
+        times = {name: found[f"vllm:{name}_seconds_count", "base"] for name in HISTOGRAMS}
+        assert times == {
+            "time_to_first_token": 3,
+            "e2e_request_latency": 3,
+            "request_queue_time": 3,
+            "inter_token_latency": times["inter_token_latency"],
+        }
+        assert 0 < times["inter_token_latency"] < 22  # all tokens but those of each answer's first piece
+        assert not any("unknown" in label for label in found)
+
+        generated = found["vllm:generation_tokens_total", "base"]
+        with ThreadPoolExecutor(6) as pool:
+            with server.held():
+                open = [pool.submit(ask, name, 30) for name in ("A", "A", "R", "base", "B")]
+                eventually(lambda: scrape()["vllm:num_requests_waiting", "base"] == 5)
+                labels = next(label for label in scrape() if label[0] == "vllm:lora_requests_info")
+                assert labels[1:3] == ("3", "") and set(labels[3].split(",")) == {"A", "R", "B"}
+            seen = [scrape()]
+            while not all(one.done() for one in open):
+                seen.append(scrape())
+            seen.append(scrape())
+        counts = [one["vllm:generation_tokens_total", "base"] - generated for one in seen]
+        assert counts == sorted(counts) and counts[-1] == 150
+        assert any(0 < count < 150 for count in counts)  # tokens are counted while they come
+        assert max(one["vllm:num_requests_running", "base"] for one in seen) == 3
+        assert max(one["vllm:kv_cache_usage_perc", "base"] for one in seen) > 0
+        last = {seen[-1][f"vllm:num_requests_{state}", "base"] for state in ("running", "waiting")}
+        assert last == {0} and seen[-1]["vllm:kv_cache_usage_perc", "base"] == 0
 
 
 def test_a_histogram_counts_values_up_to_each_bound():

@@ -1,14 +1,16 @@
 """Every field of a request body is computed, or refused by name."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from para_jax.server.chat_messages import NOT_IN_MESSAGES
 from para_jax.server.errors import ApiError
 from para_jax.server.protocol import (
     CHAT_FIELDS,
     INERT_CHAT,
     INERT_TEXT,
     LABELS,
-    NOT_IN_MESSAGES,
     TEXT_FIELDS,
     read_chat,
     read_completion,
@@ -237,3 +239,24 @@ def test_a_context_length_is_one_number_or_one_for_each_prompt():
 def test_answers_are_bounded_over_all_prompts():
     assert read_completion({"model": "A", "prompt": ["a"] * 64, "n": 2}).n == 2
     assert refusal(read_completion, {"model": "A", "prompt": ["a"] * 65, "n": 2}).param == "prompt"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@both
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_whatever_a_body_holds_is_read_or_refused(read, body, data):
+    names = st.sampled_from(CHAT_FIELDS if read is read_chat else TEXT_FIELDS)
+    message = st.dictionaries(st.sampled_from(["role", "content", "name", *NOT_IN_MESSAGES]), JSON, max_size=3)
+    fields = st.dictionaries(names, JSON | st.lists(message, max_size=2), max_size=4)
+    found = body | data.draw(fields)
+    try:
+        read(found)
+    except ApiError as error:
+        assert error.status == 400 and error.param and error.body

@@ -3,31 +3,38 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 from quick_compiler import own_flags
-from running_server import chat_tokenizer, eventually, model_and_tenants, new_engine, running
+from running_server import eventually, model_and_tenants, new_engine, running
 from tiny_engine import prompt
 from tiny_run import backbone_folder
 
+import para_jax
 from para_jax import save_adapter, serve
 from para_jax.server.address import bound, is_loopback, url_of
 from para_jax.server.answering import Limits
 from para_jax.server.api_keys import ApiKeys
 
-LONG = {"model": "A", "prompt": prompt(1), "max_tokens": 30, "ignore_eos": True, "temperature": 0}
+ROOT = Path(__file__).parents[2]
+LONG = {"model": "base", "prompt": prompt(1), "max_tokens": 30, "ignore_eos": True, "temperature": 0}
 
 
 @pytest.fixture
 def engine():
-    return new_engine()
+    """Its programs are compiled as they are used, because few are."""
+    made = new_engine(max_logprobs=0)
+    made.warm_up = lambda: None
+    return made
 
 
 def stream_in_thread(server, body):
@@ -114,8 +121,8 @@ def test_what_warming_up_raises_ends_the_server(engine):
 
 
 def test_keys_open_their_tenants_only(engine):
-    with running(engine, api_keys=ApiKeys(["sk-all", "sk-a A"])) as server:
-        every, some = ({"authorization": f"Bearer {key}"} for key in ("sk-all", "sk-a"))
+    with running(engine, api_keys=ApiKeys(["sk-all", "sk-ä A"])) as server:
+        every, some = ({"authorization": f"Bearer {key}".encode()} for key in ("sk-all", "sk-ä"))
 
         def ask(model, headers):
             body = {"model": model, "prompt": "w30 w31", "max_tokens": 1}
@@ -183,42 +190,92 @@ def test_a_wrong_address_is_refused_by_name(host, port, named):
 
 # ------------------------------------------------------------------------------------------------------------- signals
 
+#: Serves in the main thread. Its engine never ends a round, and with an argument never gets warm.
+SERVE = """
+import sys, threading
+from running_server import new_engine
+from para_jax import serve
+from para_jax.server.address import bound, url_of
+engine, forever = new_engine(), threading.Event()
+engine.step, engine.warm_up = forever.wait, forever.wait if sys.argv[1:] else lambda: None
+taken = bound("127.0.0.1", 0)
+print(url_of(taken), flush=True)
+serve(engine, taken=taken, drain_seconds=100)
+"""
+
+
+def started(command):
+    """A process, and the last word of the first line that it prints: the URL."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1] / "helpers"), str(Path(para_jax.__file__).parents[1])])
+    environment = os.environ | own_flags() | {"PYTHONPATH": paths}
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    return process, process.stdout.readline().split()[-1]
+
 
 @pytest.mark.long
-def test_sigterm_drains_a_process_and_a_second_one_ends_it(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once(number):
+    process, url = started([sys.executable, "-c", SERVE])
+    eventually(lambda: answers(url) and httpx.get(f"{url}/ready").status_code == 200)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(httpx.post, f"{url}/v1/completions", json=LONG, timeout=60)
+        eventually(lambda: 'num_requests_waiting{model_name="base"} 1.0' in httpx.get(f"{url}/metrics").text)
+        process.send_signal(number)
+        eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        assert process.poll() is None and not asked.done()
+        process.send_signal(number)
+        assert process.wait(5) == -number
+        assert isinstance(asked.exception(), httpx.TransportError)
+
+
+@pytest.mark.long
+def test_a_signal_before_the_server_is_ready_ends_the_process_at_once():
+    process, url = started([sys.executable, "-c", SERVE, "never warm"])
+    eventually(lambda: answers(url))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == -signal.SIGTERM
+
+
+@pytest.mark.long
+def test_the_command_serves_and_sigterm_lets_it_finish(tmp_path):
     model, tenants = model_and_tenants()
     backbone = backbone_folder(tmp_path / "backbone")
-    chat_tokenizer().save_pretrained(backbone)
-    save_adapter(tmp_path / "A", tenants["A"], model, base_model=str(backbone))
-    command = [
-        sys.executable, "-m", "para_jax.cli", "serve", "--backbone", backbone, "--adapters", f"A={tmp_path / 'A'}",
-        "--port", "0", "--slots", "2", "--max-length", "120", "--allow-cpu", "--no-compilation-cache",
-    ]  # fmt: skip
-    environment = os.environ | own_flags()
-    long = LONG | {"max_tokens": 100, "stream": True}
-
-    def started():
-        made = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment)
-        assert made.stdout is not None
-        line = made.stdout.readline()
-        assert line.startswith("serving at http://127.0.0.1:")
-        assert "curl" in made.stdout.readline()
-        return made, line.split()[-1]
-
-    process, url = started()
+    save_adapter(tenants["A"], tmp_path / "A", model=model)
+    command = [sys.executable, "-m", "para_jax.cli", "serve", "--backbone", backbone, "--adapters", tmp_path / "A"]
+    options = ["--port", "0", "--slots", "2", "--max-length", "120", "--allow-cpu", "--no-compilation-cache"]
+    process, url = started([*command, *options])
+    assert process.stdout is not None and "curl" in process.stdout.readline()
     assert [one["id"] for one in httpx.get(f"{url}/v1/models").json()["data"]] == ["backbone", "A"]
+    long = LONG | {"max_tokens": 100, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)
-        assert list(lines)[-2] == "data: [DONE]"
+        assert [line for line in lines if line][-1] == "data: [DONE]"
     assert process.wait(30) == 0
 
-    process, url = started()
-    with httpx.stream("POST", f"{url}/v1/completions", json=long | {"n": 2}, timeout=60) as response:
-        next(response.iter_lines())
-        before = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        eventually(lambda: httpx.get(f"{url}/ready").status_code == 503 or process.poll() is not None)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) in (-signal.SIGTERM, 0) and time.monotonic() - before < 10
+
+# ------------------------------------------------------------------------------------------------------- documentation
+
+
+def test_the_requests_of_the_documentation_are_answered(engine):
+    """docs/serving.md: each curl of "The server", with the port replaced."""
+    section = (ROOT / "docs" / "serving.md").read_text().split("\n## The server\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"^```\n(curl .*?)^```", section, re.M | re.S)
+    commands = [shlex.split(text) for block in blocks for text in block.replace("\\\n", " ").strip().split("\n\n")]
+    assert len(commands) == 4
+    _, tenants = model_and_tenants()
+    engine.bank.add("acme", tenants["A"])
+    engine.bank.add("globex", tenants["R"])
+    with running(engine, model_name="smollm2-135m") as server:
+        for command in commands:
+            (url,) = [word for word in command if word.startswith("localhost:8000/")]
+            address = url.replace("localhost:8000", server.url)
+            if "-d" not in command:
+                response = httpx.get(address)
+            else:
+                header, body = command[command.index("-H") + 1], command[command.index("-d") + 1]
+                response = httpx.post(address, content=body, headers=[header.split(": ")], timeout=60)
+            assert response.status_code == 200, response.text
+            assert ("-N" in command) == response.text.endswith("data: [DONE]\n\n")

@@ -1,13 +1,15 @@
 """A prompt's log-probabilities are those of the teacher-forced pass, and their sums are those of the evaluation."""
 
+import queue
+import threading
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 from golden_models import backbone
-from logprob_engine import CONFIGS, NAMES, TOP, assert_records, expected, made_bank, made_engine
-from tiny_engine import LENGTH, answers, plain, prompt
+from logprob_engine import CONFIGS, LENGTH, NAMES, TOP, assert_records, expected, made_bank, made_engine
+from tiny_engine import answers, plain, prompt
 from tiny_run import tokenizer
 
 from para_jax import Request
@@ -21,7 +23,7 @@ from para_jax.training import loss
 
 FREE = ("constant", "lora", "ia3")
 """the tenants for whom it doesn't matter where the prompt ends"""
-LONGEST = 48
+SLOTS = 2
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,8 @@ def bank():
 
 @pytest.fixture(scope="module")
 def engine(bank):
-    """A size that no other file has, so that its programs are compiled here."""
-    return made_engine(bank, max_length=LONGEST)
+    """A size that no other file has, so that its decode programs are compiled here."""
+    return made_engine(bank, slots=SLOTS)
 
 
 def ids(seed, length=12):
@@ -60,7 +62,7 @@ def test_nothing_is_compiled_after_warm_up(engine):
     assert before
     asked = [Request(ids(i, 4 + 4 * i), name, 3, i % 2, logprobs=i % 3) for i, name in enumerate(NAMES)]
     asked += [replace(one, prompt_logprobs=2, context_length=len(one.prompt)) for one in asked]
-    asked += [scored(ids(i, 6 * i + 2), name, 2, new=i % 2) for i, name in enumerate(NAMES)]
+    asked += [scored(ids(i, 5 * i + 2), name, 2, new=i % 2) for i, name in enumerate(NAMES)]
     assert len(ask(engine, asked)) == len(asked) and len(compiled) == before
 
 
@@ -68,7 +70,7 @@ def test_they_are_those_of_the_teacher_forced_pass(engine, bank):
     asked = [
         scored(ids(i, length), name, context, top=i % (TOP + 1), id=(i, context))
         for i, name in enumerate(NAMES)
-        for length, context in ((12, 5), (12, 12), (LENGTH, 30))
+        for length, context in ((12, 5), (12, 12), (LENGTH, 25))
     ]
     found = ask(engine, asked)
     for request in asked:
@@ -154,7 +156,7 @@ def test_a_context_length_is_needed_where_it_changes_the_result(engine, name):
         ({"prompt_logprobs": None, "max_new_tokens": 1}, "context_length is 12"),
         ({"prompt_logprobs": None, "context_length": None}, "max_new_tokens is 0"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ({"prompt": ids(0, LONGEST + 1)}, "prompt"),
+        ({"prompt": ids(0, LENGTH + 1)}, "prompt"),
     ],
 )
 def test_wrong_fields_are_refused_by_name(engine, wrong, message):
@@ -178,12 +180,12 @@ def test_rows_that_decode_wait_for_few_prompts(engine, monkeypatch):
 
 
 def test_a_scored_prompt_needs_no_slot(engine):
-    for i in range(3):
+    for i in range(SLOTS):
         engine.submit(Request(prompt(i), "para", 20, id=i))
     engine.step()
     engine.submit(scored(ids(1), "para", 5, id="scored"))
     assert [completion.id for completion in engine.step()] == ["scored"]
-    assert len(answers(engine)) == 3
+    assert len(answers(engine)) == SLOTS
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -232,3 +234,53 @@ def test_logits_come_in_chunks(bank, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, chunked.compile()(leaves, *given))
     shape, text = f"{model.config.vocab_size}xf32", chunked.as_text()
     assert f"<1x5x{shape}>" in text and f"<1x31x{shape}>" not in text and f"<1x32x{shape}>" not in text
+
+
+def test_requests_of_all_kinds_from_many_threads_get_what_they_get_alone(engine):
+    """The loop of a server: threads open streams, one drives and takes what is there. Some streams are closed."""
+    kinds = [scored(ids(i, 10 + i), name, 5, top=2, new=i % 2) for i, name in enumerate(NAMES)]
+    kinds += [
+        Request(ids(i, 5 + i), name, 9, i % 2, seed=i, n=1 + i % 2, stop="w99", logprobs=1 if i % 3 else None)
+        for i, name in enumerate(NAMES)
+    ]
+
+    def answer(stream, pieces):
+        """By sample: tokens, text, finish_reason and logprobs; and those of the prompt."""
+        own = [[piece for piece in pieces if piece.index == index] for index in {piece.index for piece in pieces}]
+        texts = [("".join(one.text for one in each), each[-1].finish_reason) for each in own]
+        tokens = [[token for one in each for token in one.tokens] for each in own]
+        return tokens, texts, [[r for one in each for r in one.logprobs or ()] for each in own], stream.prompt_logprobs
+
+    alone = []
+    for request in kinds:
+        stream = engine.open_stream(request)
+        alone.append(answer(stream, [*stream]))
+    opened, ended = queue.SimpleQueue(), []
+
+    def client(thread):
+        for i in range(30):
+            number = (thread * 7 + i) % len(kinds)
+            opened.put((number, engine.open_stream(kinds[number]), i % 5 == 4))
+
+    threads = [threading.Thread(target=client, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    streams, closed = [], 0
+    while streams or engine.open or not opened.empty() or any(thread.is_alive() for thread in threads):
+        if engine.wait(0.01):
+            assert engine.step() == []
+        while not opened.empty():
+            streams.append((*opened.get(), []))
+        for number, stream, leaves, pieces in list(streams):
+            pieces += stream.take()
+            if leaves and not stream.ended:
+                stream.close()
+                pieces += stream.take()
+            if stream.ended:
+                streams.remove((number, stream, leaves, pieces))
+                closed += pieces[-1].error == "cancelled"
+                if pieces[-1].error is None:
+                    ended.append((number, answer(stream, pieces)))
+    assert len(ended) + closed == 120 and closed > 5 and len({number for number, _ in ended}) == len(kinds)
+    assert all(found == alone[number] for number, found in ended)
+    assert (engine.running, engine.waiting, engine.kv_usage) == ({}, {}, 0)

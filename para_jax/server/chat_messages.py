@@ -1,0 +1,57 @@
+"""The messages of a chat, checked. What a message may say, and the engine does not compute, is refused by name."""
+
+from __future__ import annotations
+
+from .errors import wrong_field
+from .fields import Fields
+
+NO_TOOLS = "tools are not supported; leave it out"
+NOT_COMPUTED = "it is not supported; leave it out"
+MAX_NAME = 1000
+#: What a message may say besides its role and content. The chat template gets a name.
+NOT_IN_MESSAGES: dict[str, tuple[tuple, str]] = {
+    "tool_calls": (([],), NO_TOOLS),
+    "tool_call_id": ((), NO_TOOLS),
+    "function_call": ((), NO_TOOLS),
+    "audio": ((), NOT_COMPUTED),
+    "refusal": ((), NOT_COMPUTED),
+    "annotations": (([],), NOT_COMPUTED),
+}
+ROLES = ("system", "developer", "user", "assistant")
+
+
+def read_messages(value: object) -> list[dict]:
+    """The messages of a chat, for the tokenizer's chat template."""
+    if not isinstance(value, list) or not value:
+        raise wrong_field("messages", "messages is missing or empty; give a list of messages")
+    return [read_message(message, f"messages[{i}]") for i, message in enumerate(value)]
+
+
+def read_message(value: object, at: str) -> dict:
+    if not isinstance(value, dict):
+        raise wrong_field(at, f'{at} is not an object; give {{"role": ..., "content": ...}}')
+    fields = Fields(value, at)
+    role = fields.take("role")
+    if role not in ROLES:
+        fields.refuse("role", role, f"give one of {', '.join(ROLES)}")
+    message = {"role": role, "content": read_content(fields, at)}
+    name = fields.text("name", MAX_NAME)
+    fields.require_inert(NOT_IN_MESSAGES)
+    fields.require_none_left(["role", "content", "name"])
+    return message if name is None else message | {"name": name}
+
+
+def read_content(fields: Fields, at: str) -> str:
+    """A text, or the texts of a list of parts as lines."""
+    content = fields.take("content")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        fields.refuse("content", content, "give a text")
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
+            fields.refuse(f"content[{i}]", kind, 'only parts {"type": "text", "text": ...} are supported')
+        texts.append(part["text"])
+    return "\n".join(texts)

@@ -1,0 +1,70 @@
+"""`para-jax serve`: what it says of mistakes, and the bank that it makes."""
+
+import socket
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+from golden_models import backbone, strong
+from tiny_run import backbone_folder
+
+from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, save_adapter
+from para_jax.cli import main, serve
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("serve")
+    backbone_folder(made / "model")
+    return made
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(folder, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--backbone", str(folder / "model"), "--port", str(port)]) == 2
+    assert f"--port {port}" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told_with_the_extra(folder, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else find_spec(name))
+    assert main(["serve", "--backbone", str(folder / "model")]) == 2
+    said = capsys.readouterr().err
+    assert "uvicorn" in said and "para_jax[serve]" in said and "starlette" not in said
+
+
+def test_the_base_models_name_is_the_folders_or_the_hub_id(folder):
+    assert serve.base_name(str(folder / "model")) == "model"
+    assert serve.base_name("org/tiny") == "org/tiny" and serve.base_name("smollm2-135m") == "smollm2-135m"
+
+
+def made_bank(model, sources, **options):
+    given = {"allow_adapter_updates": False, "methods": None, "sites": None, "max_r": None, "capacity": None}
+    return serve.bank_of(SimpleNamespace(**given | options), sources, model)
+
+
+def test_the_bank_fits_its_adapters_and_with_updates_others_too(tmp_path):
+    model, sources = backbone("llama"), {}
+    for name, config in {
+        "para": ParaConfig(r=2, target_modules=("q_proj",)),
+        "lora": LoraConfig(r=20, target_modules=("o_proj",)),
+    }.items():
+        save_adapter(strong(init_adapter(config, model.config)), tmp_path / name, model=model)
+        sources[name] = str(tmp_path / name)
+    assert made_bank(model, {}) is None
+    fitting = made_bank(model, sources)
+    assert (fitting.names, fitting.max_r, fitting.capacity) == (("para", "lora"), 20, 2)
+    assert set(fitting.methods) == {"para", "lora"} and set(fitting.sites) == {"q_proj", "o_proj"}
+    wider = made_bank(model, sources, allow_adapter_updates=True)
+    assert (wider.names, wider.max_r, wider.capacity) == (("para", "lora"), 20, 1024)
+    assert set(wider.methods) == {"para", "ia3", "lora"}
+    assert set(wider.sites) == {"q_proj", "v_proj", "up_proj", "o_proj"}
+    options = {"allow_adapter_updates": True, "methods": "ia3", "sites": "k_proj,v_proj", "max_r": 1, "capacity": 3}
+    chosen = made_bank(model, {}, **options)
+    assert (chosen.methods, set(chosen.sites), chosen.max_r, chosen.capacity) == (("ia3",), {"k_proj", "v_proj"}, 1, 3)
+    chosen.add("one", strong(init_adapter(Ia3Config(target_modules=("v_proj",)), model.config)))
+
+
+def test_the_greeting_shows_a_command_that_a_shell_understands():
+    line = serve.greeting("http://127.0.0.1:1", "it's", True)
+    assert line.startswith("serving at http://127.0.0.1:1\n") and "Bearer $KEY" in line and "'\"'\"'" in line
