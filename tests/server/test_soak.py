@@ -124,11 +124,12 @@ def running(url: str) -> float:
 
 def fill_slots(url: str) -> None:
     """Checks that as many samples as there are slots decode together: each has a token before one of them ends."""
-    body = {"model": "base", "prompt": prompt(0), "n": SLOTS, "max_tokens": 25, "ignore_eos": True, "stream": True}
+    body = {"model": "base", "messages": [{"role": "user", "content": prompt(0)}], "stream": True}
+    body |= {"n": SLOTS, "max_tokens": 25, "ignore_eos": True}
     begun = set()
-    for choice in choices_of(httpx.post(f"{url}/v1/completions", json=body, timeout=60).text):
+    for choice in choices_of(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).text):
         begun.add(choice["index"])
-        if choice["finish_reason"]:
+        if choice["finish_reason"] is not None:
             break
     assert begun == set(range(SLOTS))
 
