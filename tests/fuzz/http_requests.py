@@ -28,9 +28,9 @@ BODIES: dict[str, dict[str, Any]] = {
         "response_format": {"type": "text"}, "tools": [],
     },
     TEXT: {
-        "model": "A", "prompt": ["w20 w21", "w30"], "max_tokens": 3, "temperature": 1.0, "n": 2, "seed": 4,
-        "stop": "w9",        "stream": True, "stream_options": {"include_usage": True}, "logprobs": 1, "echo": True, "timeout": 4,
-        "stop_token_ids": [30], "ignore_eos": False, "context_length": [1, 1],
+        "model": "A", "prompt": ["w20 w21", "w30"], "max_tokens": 3, "temperature": 0, "n": 2, "seed": 4,
+        "stop": "w9", "stream": True, "stream_options": {"include_usage": True}, "logprobs": 1, "echo": True,
+        "timeout": 4, "stop_token_ids": [30], "ignore_eos": False, "context_length": [1, 1],
     },
     LOAD: {"lora_name": "new", "lora_path": "mine", "load_inplace": False, "base_model_name": ""},
     UNLOAD: {"lora_name": "new", "lora_int_id": None},
@@ -49,15 +49,19 @@ HEADERS = (
     "x-request-id: a\tb", "x-request-id: " + "i" * 129, "x-request-id: ok\x00", "x-request-id: é", "x-request-id:",
     "content-type: application/json; charset=utf-16", "content-type: text/plain", "content-type: APPLICATION/JSON",
     "content-type: multipart/form-data; boundary=x", "content-type:", "content-encoding: gzip", "content-length: 0",
-    "content-length: -1", "content-length: 1e3", "content-length: " + "9" * 30, 
-    "content-length: 5\r\ncontent-length: 6", "content-length: +5", "transfer-encoding: chunked", "transfer-encoding: gzip, chunked", 
-    "transfer-encoding: xchunked",    "expect: 100-continue", "expect: x", "upgrade: websocket\r\nconnection: upgrade", "upgrade: h2c", "host: y",
-    "connection: close, te", "te: trailers", "authorization: Bearer", "authorization: Basic c2s6", "authorization: é",
-    "authorization: Bearer sk-unlimite", "authorization: Bearer " + "k" * 9000, "cookie: " + "c" * 40000,
-    "x-forwarded-for: 127.0.0.1", "x-forwarded-host: evil", "x: 1\r\n y: folded", "x : 1", ": x", "x\x00y: 1", "é: 1",
-    "a: b\nx-injected: yes", "range: bytes=0-1", "accept: text/html", "origin: http://evil", "x" * 9000 + ": 1",
-    *["many: 1\r\n" * 300 + "many: 2"],
+    "content-length: -1", "content-length: 1e3", "content-length: +5", "content-length: " + "9" * 30,
+    "content-length: 5\r\ncontent-length: 6", "transfer-encoding: chunked", "transfer-encoding: gzip, chunked",
+    "transfer-encoding: xchunked", "expect: 100-continue", "expect: x", "upgrade: websocket\r\nconnection: upgrade",
+    "upgrade: h2c", "host: y", "connection: close, te", "te: trailers", "authorization: Bearer",
+    "authorization: Basic c2s6", "authorization: é", "authorization: Bearer sk-unlimite",
+    "authorization: Bearer " + "k" * 9000, "cookie: " + "c" * 40000, "x-forwarded-for: 127.0.0.1",
+    "x-forwarded-host: evil", "x: 1\r\n y: folded", "x : 1", ": x", "x\x00y: 1", "é: 1", "a: b\nx-injected: yes",
+    "range: bytes=0-1", "accept: text/html", "origin: http://evil", "x" * 9000 + ": 1", "many: 1\r\n" * 300 + "many: 2",
 )  # fmt: skip
+
+
+#: Fields that a good request has only together with another one.
+TOGETHER = {"context_length": ("echo", "logprobs"), "stream_options": ("stream",), "top_logprobs": ("logprobs",)}
 
 
 class Sent(NamedTuple):
@@ -111,7 +115,8 @@ def drawn(draw: random.Random, there: Server) -> tuple[Sent, dict | None]:
         name = draw.choice(("new", "new", "A", HIDDEN, "base", draw.choice(mutate.TEXTS)))
         body = dumps(draw, {"lora_name": name, "lora_path": adapter_path(draw, there), "load_inplace": name == "new"})
     elif draw.random() < 0.75:
-        tree = mutate.tree(draw, few(draw, BODIES[path]), EXTRA)
+        tree = few(draw, BODIES[path])
+        tree = tree if draw.random() < 0.4 else mutate.tree(draw, tree, EXTRA)
         body = dumps(draw, tree)
         asked = tree if path == TEXT and isinstance(tree, dict) else None
     else:
@@ -132,8 +137,10 @@ def drawn(draw: random.Random, there: Server) -> tuple[Sent, dict | None]:
 
 def few(draw: random.Random, body: dict) -> dict:
     """The body without some of its fields, so that more of the requests are good ones."""
-    needed = ("model", "prompt", "messages", "lora_name", "lora_path", "max_tokens", "max_completion_tokens")
-    return {name: value for name, value in body.items() if name in needed or draw.random() < 0.4}
+    needed = ("model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature")
+    needed += ("lora_name", "lora_path")
+    made = {name: value for name, value in body.items() if name in needed or draw.random() < 0.4}
+    return {name: value for name, value in made.items() if made.keys() >= set(TOGETHER.get(name, ()))}
 
 
 def dumps(draw: random.Random, tree: object) -> bytes:
@@ -248,24 +255,36 @@ def said(data: bytes, text: str) -> bool:
     return text.encode() in data or text.encode() in data.replace(b"\\/", b"/")
 
 
+#: Fields that a greedy answer does not depend on.
+WITHOUT_EFFECT = {"n", "seed", "stream", "stream_options", "logprobs", "timeout", "user", "top_p", "top_k"}
+
+
 def check_answer(asked: dict, body: bytes) -> None:
-    """A greedy completion of plain texts is that of the engine alone; any has as many choices as were asked for."""
-    prompts = asked["prompt"]
-    count = 1 if isinstance(prompts, str) or type(prompts[0]) is int else len(prompts)
+    """A greedy completion of plain texts is that of the engine alone. Any has as many choices as were asked for."""
+    prompts, n = asked["prompt"], asked.get("n") or 1
+    if not isinstance(prompts, list) or type(prompts[0]) is int:
+        prompts = [prompts]
     choices: dict[int, str] = {}
     for found in json_lines(body) if asked.get("stream") else [json.loads(body)]:
         if "error" in found:
             return
         for choice in found["choices"]:
             choices[choice["index"]] = choices.get(choice["index"], "") + choice["text"]
-    if sorted(choices) != list(range(count * (asked.get("n") or 1))):
-        raise Wrong(f"choices {sorted(choices)} for {count} prompts, n {asked.get('n')}")
-    plain = {"model", "prompt", "max_tokens", "temperature", "n", "stream", "seed"}
-    if asked.keys() <= plain and asked.get("temperature") == 0 and isinstance(prompts, str) and asked.get("max_tokens"):
+    if sorted(choices) != list(range(len(prompts) * n)):
+        raise Wrong(f"choices {sorted(choices)} for {len(prompts)} prompts, n {n}")
+    fields = {name for name, value in asked.items() if value is not None} - WITHOUT_EFFECT
+    if not fields <= {"model", "prompt", "max_tokens", "temperature", "stop", "echo"} or "temperature" not in fields:
+        return
+    if asked["temperature"] != 0 or not all(isinstance(prompt, str) for prompt in prompts):
+        return
+    stop = asked.get("stop") or ()
+    for number, prompt in enumerate(prompts):
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
         tenant = None if asked["model"] == "base" else asked["model"]
-        expected = answer(Request(prompts, tenant, asked["max_tokens"], strip=False))[0].text
-        if set(choices.values()) != {expected}:
-            raise Wrong(f"{choices} is not {expected!r}")
+        alone = answer(Request(prompt, tenant, asked.get("max_tokens") or 16, stop=stops, strip=False))[0].text
+        expected = (prompt if asked.get("echo") else "") + alone
+        if found := {choices[number * n + i] for i in range(n)} - {expected}:
+            raise Wrong(f"prompt {number} of {asked}: {found}, not {expected!r}")
 
 
 def json_lines(body: bytes) -> list[dict]:
