@@ -28,7 +28,7 @@ ELSEWHERE = {
     "runs.logs": "runs/test_tenants.py",
     "runs.standing": "runs/test_tenants.py",
     "serving.pins": "serving/test_prefills.py",
-    "server.app": "server/test_answering.py",
+    "server.answer": "server/test_answering.py",
     "server.choices": "server/test_answering.py",
     "server.engine_loop": "server/test_answering.py",
     "server.engine_requests": "server/test_answering.py",

@@ -11,10 +11,11 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ..config import printable
+from .answer import Answer
 from .api_keys import Access
 from .body import ClientLeft, Held, HeldBody, json_object, read_body
 from .choices import Choice, choices_of
-from .engine_loop import Answer, EngineLoop
+from .engine_loop import EngineLoop
 from .engine_requests import engine_requests, refused
 from .errors import ApiError
 from .metrics import Metrics

@@ -7,61 +7,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from ..adapters.bank import Entry
 from ..config import printable
 from ..messages import say, warn
 from ..serving.engine import Engine
 from ..serving.open_requests import QueueFull
-from ..serving.request import Piece, Request
+from ..serving.request import Request
+from .answer import Answer, News, close, put_all
 from .errors import ApiError, retry_later
 
 #: Rounds that fail one after the other before all open requests are given up.
 MOST_FAILURES = 3
 #: Seconds that the thread waits for a request before it looks whether it should stop.
 IDLE_SECONDS = 0.2
-
-
-class News(NamedTuple):
-    """A piece of an answer."""
-
-    at: float
-    """when it was there, in seconds of time.monotonic()"""
-    number: int
-    """of its prompt"""
-    piece: Piece
-
-
-class Answer:
-    """The engine's streams for one HTTP request, one per prompt, and what they have given since the last look.
-
-    The streams are written by the driving thread. What they give is read in asyncio.
-    """
-
-    def __init__(self):
-        self.streams: list = []
-        self._news: list[News] = []
-        self._failure: ApiError | None = None
-        self._event = asyncio.Event()
-
-    async def news(self) -> list[News]:
-        """Waits for the next pieces of the answer. A reader that comes late gets all of them. Raises ApiError if there
-        will be no more."""
-        await self._event.wait()
-        self._event.clear()
-        if self._failure is not None:
-            raise self._failure
-        news, self._news = self._news, []
-        return news
-
-    def put(self, pieces: list[News]) -> None:
-        self._news += pieces
-        self._event.set()
-
-    def fail(self, error: ApiError) -> None:
-        self._failure = error
-        self._event.set()
 
 
 class EngineLoop:
@@ -209,16 +168,6 @@ class EngineLoop:
             self._asyncio.call_soon_threadsafe(function, *arguments)
         except RuntimeError:  # asyncio's loop has ended, and with it all clients
             pass
-
-
-def put_all(batch: list[tuple[Answer, list[News]]]) -> None:
-    for answer, pieces in batch:
-        answer.put(pieces)
-
-
-def close(answer: Answer) -> None:
-    for stream in answer.streams:
-        stream.close()
 
 
 def shutting_down() -> ApiError:

@@ -1,5 +1,6 @@
 """The server starts before it is ready, ends when it is told to, and loses no answer that it has begun."""
 
+import asyncio
 import json
 import os
 import re
@@ -24,6 +25,8 @@ from para_jax import save_adapter, serve
 from para_jax.server.address import bound, is_loopback, url_of
 from para_jax.server.answering import Limits
 from para_jax.server.api_keys import ApiKeys
+from para_jax.server.app import create_app
+from para_jax.server.models import Models
 
 ROOT = Path(__file__).parents[2]
 LONG = {"model": "base", "prompt": prompt(1), "max_tokens": 30, "ignore_eos": True, "temperature": 0}
@@ -115,6 +118,32 @@ def test_what_warming_up_raises_ends_the_server(engine):
     with pytest.raises(MemoryError, match="no room"):
         serve(engine, port=0)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_client_that_never_reads_is_given_up_at_its_deadline(engine):
+    app, forever = create_app(engine, models=Models(engine.bank)), []
+
+    async def run():
+        body = json.dumps(LONG | {"stream": True, "timeout": 0.2}).encode()
+        messages, never = [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
+
+        async def receive():
+            return messages.pop() if messages else await never.wait()
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                forever.append(message)
+                await never.wait()
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+        async with app.router.lifespan_context(app):
+            while not app.state.loop.ready:
+                await asyncio.sleep(0.01)
+            await asyncio.wait_for(app(scope, receive, send), 20)
+            assert forever and engine.open == 0
+
+    asyncio.run(run())
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
