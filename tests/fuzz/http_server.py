@@ -54,8 +54,8 @@ class Server:
         for i, folder in enumerate((self.root / "mine", self.root / "other", self.outside)):
             save_adapter(strong(fresh, i), folder)
         (self.root / "link").symlink_to(self.outside)
-        limits = {"queue_limit": 16, "queue_limit_per_tenant": 8}
-        self.engine = Engine(model, self.bank, serving.tokenizer(), slots=3, max_length=serving.LENGTH, **limits)
+        options = {"queue_limit": 16, "queue_limit_per_tenant": 8, "max_logprobs": 3}
+        self.engine = Engine(model, self.bank, serving.tokenizer(), slots=3, max_length=serving.LENGTH, **options)
         BoundedProtocol.header_seconds = BoundedProtocol.body_seconds = LATE_SECONDS
         self._start()
         self._warm()
