@@ -54,7 +54,7 @@ def bucket():
 def pytest_addoption(parser):
     parser.addoption("--fuzz-cases", type=int, default=100, help="cases of each target of tests/fuzz (slow ones: less)")
     parser.addoption("--stress-requests", type=int, default=2000, help="requests of the engine's stress in tests/fuzz")
-    parser.addoption("--soak-seconds", type=float, default=20, help="seconds of tests/server/test_soak.py's long day")
+    parser.addoption("--soak-seconds", type=float, default=10, help="seconds of tests/server/test_soak.py's long day")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -46,7 +46,7 @@ TARGETS: dict[str, Aim] = {
     "run-report": Aim(run_folders.report),
     "run-resume": Aim(run_folders.resume, share=0.1, short=0),
     "command": Aim(command_lines.command, share=0.5, short=0),
-    "http": Aim(http_requests.request, share=2.0, short=40),
+    "http": Aim(http_requests.request, short=40),
     "schedule": Aim(schedules.schedule, share=0.25, short=4),
     "interrupt": Aim(schedules.interrupts, share=0.25, short=4),
 }

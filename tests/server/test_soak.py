@@ -61,13 +61,11 @@ def test_a_long_day_over_http_gives_every_client_its_own_answer_and_loses_nothin
     assert day.failures == []
     wrong = day.wrong_answers(made)
     assert not wrong, wrong[:3]
-    print(
-        f"\n{seconds} s, {dict(day.counts)}, {tenants.changes} changes of {TENANTS} tenants, {len(day.seen)} different"
-    )
+    print(f"\n{seconds:.0f} s, {dict(day.counts)}, {day.slow} read slowly, {tenants.changes} changes of tenants")
     print(report(measured, sum(day.counts.values())))
     assert day.counts["answers"] > 3 * seconds and day.counts["left"] and day.counts["refused"] and day.slow
     first, later = measured[: len(measured) // 3], measured[len(measured) // 3 :]
-    assert max(one["threads"] for one in later) <= max(one["threads"] for one in first)
+    assert max(one["threads"] for one in later) <= max(one["threads"] for one in first) + 2
     if seconds > 300:
         slope = np.polyfit([one["requests"] for one in later], [one["memory"] for one in later], 1)[0]
         print(f"memory grows by {slope:.0f} bytes per request")
