@@ -1,6 +1,7 @@
 """Gives tests eight virtual CPU devices, and fails a session that skips a test without a listed reason."""
 
 import os
+import tempfile
 
 import allowed_skips
 import quick_compiler
@@ -9,6 +10,10 @@ if "PARA_JAX_TEST_DEVICES" not in os.environ:  # tests/accelerator: the machine'
     flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick_compiler.FLAGS
     os.environ["XLA_FLAGS"] = " ".join(flags) + quick_compiler.OLD_EMITTERS
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and the processes that tests start inherit it
+        compiled = tempfile.TemporaryDirectory(prefix="para_jax_compiled_", ignore_cleanup_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 from itertools import count
 from pathlib import Path
@@ -19,6 +24,8 @@ import pytest
 if "PARA_JAX_TEST_DEVICES" not in os.environ:
     jax.devices()  # XLA has now read its flags; libtpu, which a test may load, reads the same variable
     os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(quick_compiler.OLD_EMITTERS)
+    # A folder of its own: JAX's keys hold the variable as it is now, as in a process without the flag.
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"] + "/tests")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,6 +54,7 @@ def bucket():
 def pytest_addoption(parser):
     parser.addoption("--fuzz-cases", type=int, default=100, help="cases of each target of tests/fuzz (slow ones: less)")
     parser.addoption("--stress-requests", type=int, default=2000, help="requests of the engine's stress in tests/fuzz")
+    parser.addoption("--soak-seconds", type=float, default=10, help="seconds of tests/server/test_soak.py's long day")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -100,10 +100,14 @@ def test_the_compilation_cache_is_in_the_cache_folder_unless_turned_off(tmp_path
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
+        jax.config.update("jax_compilation_cache_dir", None)
         start(RuntimeSection(compilation_cache=False, allow_cpu=True))
-        assert jax.config.jax_compilation_cache_dir == before[0]
+        assert jax.config.jax_compilation_cache_dir is None
         start(RuntimeSection(allow_cpu=True))
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "para_jax" / "compiled")
+        jax.config.update("jax_compilation_cache_dir", "chosen by JAX_COMPILATION_CACHE_DIR")
+        start(RuntimeSection(allow_cpu=True))
+        assert jax.config.jax_compilation_cache_dir == "chosen by JAX_COMPILATION_CACHE_DIR"
     finally:
         jax.config.update("jax_compilation_cache_dir", before[0])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])

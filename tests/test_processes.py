@@ -31,9 +31,8 @@ def train_two(folder, *overrides):
     save_config(run_config(folder, *OVERRIDES), folder / "run.yaml")
     among = ("runtime.coordinator={address}", "runtime.num_processes=2", "runtime.process_id={process}")
     own = (f"output_dir={folder / 'first'}", f"output_dir={folder / 'second'}")
-    kept = ("runtime.compilation_cache=true",)  # what the first pair compiles, the second reads
     command = ("-m", "para_jax.cli", "train", str(folder / "run.yaml"), own)
-    return run_two(*command, *among, *kept, *overrides, XDG_CACHE_HOME=str(folder / "cache"))
+    return run_two(*command, *among, *overrides)
 
 
 @pytest.fixture(scope="module")

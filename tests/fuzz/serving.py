@@ -8,10 +8,10 @@ from functools import cache
 import tiny_run
 from golden_models import backbone, strong
 
-from para_jax import AdapterBank, Engine, Ia3Config, ParaConfig, Request, init_adapter
+from para_jax import Adapter, AdapterBank, Engine, Ia3Config, ParaConfig, Request, init_adapter
 from para_jax.serving.request import Completion
 
-LENGTH = 32
+LENGTH, SITES = 32, ("q_proj", "v_proj", "up_proj")
 TENANTS = ("A", "B", None)
 #: Like the templates of models that use tools, it reads a key that a message need not have.
 TOOLS = (
@@ -28,11 +28,19 @@ def tokenizer():
 
 
 @cache
-def bank() -> AdapterBank:
+def adapters() -> dict[str, Adapter]:
     model = backbone("llama").config
-    held = AdapterBank(model, max_r=4, sites=("q_proj", "v_proj", "up_proj"))
-    held.add("A", strong(init_adapter(ParaConfig(r=4), model), 0, 0.3))
-    held.add("B", strong(init_adapter(Ia3Config(target_modules=("v_proj", "up_proj")), model), 1, 0.3))
+    return {
+        "A": strong(init_adapter(ParaConfig(r=4), model), 0, 0.3),
+        "B": strong(init_adapter(Ia3Config(target_modules=("v_proj", "up_proj")), model), 1, 0.3),
+    }
+
+
+@cache
+def bank() -> AdapterBank:
+    held = AdapterBank(backbone("llama").config, max_r=4, sites=SITES)
+    for name, adapter in adapters().items():
+        held.add(name, adapter)
     return held
 
 

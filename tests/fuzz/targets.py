@@ -9,6 +9,7 @@ from . import (
     command_lines,
     configs,
     gguf_files,
+    http_requests,
     job_lines,
     names,
     rows,
@@ -45,6 +46,7 @@ TARGETS: dict[str, Aim] = {
     "run-report": Aim(run_folders.report),
     "run-resume": Aim(run_folders.resume, share=0.1, short=0),
     "command": Aim(command_lines.command, share=0.5, short=0),
+    "http": Aim(http_requests.request, short=40),
     "schedule": Aim(schedules.schedule, share=0.25, short=4),
     "interrupt": Aim(schedules.interrupts, share=0.25, short=4),
 }

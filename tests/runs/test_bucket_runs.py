@@ -53,8 +53,7 @@ class Host:
         disk.mkdir()
         environment = os.environ | {
             "HOME": str(disk), "XDG_CACHE_HOME": str(disk / "cache"), "PYTHONUNBUFFERED": "1",
-            "LINGER": linger, "JAX_COMPILATION_CACHE_DIR": str(disk.parent / "programs"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "LINGER": linger,
             "XLA_FLAGS": quick_compiler.FLAGS + quick_compiler.OLD_EMITTERS,
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         }  # fmt: skip

@@ -77,8 +77,6 @@ def result(output: Path) -> Result:
 def start(folder: Path, output: str, linger: str = "0") -> subprocess.Popen:
     environment = os.environ | {
         "XLA_FLAGS": quick_compiler.FLAGS + quick_compiler.OLD_EMITTERS,
-        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"),  # shared: what one compiles, the next reads
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONUNBUFFERED": "1",
         "LINGER": linger,
     }

@@ -1,6 +1,7 @@
 """The server starts before it is ready, ends when it is told to, and loses no answer that it has begun."""
 
 import asyncio
+import inspect
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from tiny_run import backbone_folder
 
 import para_jax
 from para_jax import save_adapter, serve
+from para_jax.cli.serve import served
 from para_jax.server.address import bound, is_loopback, url_of
 from para_jax.server.answering import Limits
 from para_jax.server.api_keys import ApiKeys
@@ -228,6 +230,13 @@ def test_metrics_count_what_was_served(engine):
 
 
 # ------------------------------------------------------------------------------------------------------------ addresses
+
+
+def test_only_this_machine_is_let_in_unless_another_address_is_given():
+    hosts = (inspect.signature(serve).parameters["host"].default, served().parse_args([]).host)
+    for host in hosts:
+        with bound(host, 0) as taken:
+            assert is_loopback(taken)
 
 
 def test_a_free_port_is_taken_and_a_port_in_use_is_refused_by_name():

@@ -18,14 +18,14 @@ class ParaCompletions(LocalCompletionsAPI):
     prompt needs that: a score is the continuation's after a context, and the adapter must read the context alone."""
 
     def batch_loglikelihood_requests(self, chunks):
-        inputs, lengths, keys = super().batch_loglikelihood_requests(chunks)
+        inputs, lengths, keys = super().batch_loglikelihood_requests(chunks)  # pyright: ignore[reportAttributeAccessIssue]
         for i, (ids, length) in enumerate(zip(inputs, lengths, strict=True)):
             inputs[i] = TokensOfContext(ids)
             inputs[i].context_length = length
         return inputs, lengths, keys
 
     def _create_payload(self, messages, generate=False, **options) -> dict:
-        payload = super()._create_payload(messages, generate, **options)
+        payload = super()._create_payload(messages, generate, **options)  # pyright: ignore[reportAttributeAccessIssue]
         if not generate:
             if not all(isinstance(ids, TokensOfContext) for ids in messages):
                 raise ValueError("model_args: tokenized_requests is False; a context's length needs token ids")
