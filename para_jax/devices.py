@@ -58,7 +58,7 @@ def start(runtime: RuntimeSection) -> None:
         make_deterministic()
     join(runtime)
     wanted = runtime.compilation_cache and runtime.distributed != "given"
-    if wanted and not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR wins
+    if wanted and not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR wins
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     say(f"devices: {describe_devices()}")

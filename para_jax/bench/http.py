@@ -6,7 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -97,7 +97,7 @@ def client() -> Iterator:
         yield lambda *arguments: pool.submit(stream_all, *arguments).result()
 
 
-def bodies_of(work: Workload, names: list[str]) -> list[dict]:
+def bodies_of(work: Workload, names: Sequence[str]) -> list[dict]:
     """The requests for HTTP, each for the next tenant. They decode past end tokens, up to their lengths."""
     return [
         {"model": names[i % len(names)], "prompt": ids, "max_tokens": new, "ignore_eos": True, "temperature": 0}
@@ -122,7 +122,7 @@ def latencies(answers: list[Streamed]) -> dict[str, float]:
     return {f"{name} p{q}": 1e3 * float(np.percentile(each, q)) for name, each in values.items() for q in (50, 90, 99)}
 
 
-def first_tokens(engine: Engine, send, url: str, work: Workload, names: list[str], round: int) -> dict[str, float]:
+def first_tokens(engine: Engine, send, url: str, work: Workload, names: Sequence[str], round: int) -> dict[str, float]:
     """Milliseconds to the first token, the median of requests that come one after the other, with new prompts."""
     count = min(LIGHT, len(work.prompts))
     draw, own, http = np.random.default_rng(round + 1), [], []
@@ -130,7 +130,7 @@ def first_tokens(engine: Engine, send, url: str, work: Workload, names: list[str
     for ids, name, body in zip(again.prompts, names, bodies_of(again, names), strict=False):
         http += [one.first_token for one in send(url, [body], 1)]
         begun = time.perf_counter()
-        stream = engine.stream(Request(tuple(ids), name, 8, ignore_eos=True, strip=False))
+        stream = engine.open_stream(Request(tuple(ids), name, 8, ignore_eos=True, strip=False))
         next(piece for piece in stream if piece.text)
         own.append(time.perf_counter() - begun)
         stream.close()
