@@ -276,7 +276,7 @@ def test_a_record_goes_through_a_pipe_or_a_link_and_replaces_a_file_whole(tmp_pa
 
 
 def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="bench: 'speed'.* load, decode, serve, evaluate, train"):
+    with pytest.raises(ValueError, match="bench: 'speed'.* load, decode, serve, http, evaluate, train"):
         bench.run("speed", BACKBONE)
 
 

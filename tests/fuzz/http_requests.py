@@ -170,7 +170,7 @@ def adapter_path(draw: random.Random, there: Server) -> str:
 
 def framed(draw: random.Random, method: str, path: str, body: bytes, given: list[str], key) -> tuple[bytes, bytes]:
     """The head and the body as they are sent: with a length, or in chunks that may be wrong."""
-    lines = [f"{method} {path} HTTP/{draw.choice((*['1.1'] * 20, '1.0', '2.0', '9', ''))}", "host: x", *given]
+    lines = [f"{method} {path} HTTP/{draw.choice((*['1.1'] * 20, '1.0', '2.0', '9', ''))}", "host: localhost", *given]
     lines += [f"authorization: {draw.choice(('Bearer', 'bearer'))} {key}"] if key else []
     if not any(line.startswith("content-type") for line in given):
         lines.append("content-type: application/json")

@@ -96,7 +96,7 @@ def test_a_run_killed_and_resumed_on_another_host_ends_with_the_same_bits(kind, 
     unkilled, killed = there / f"{kind}-unkilled", there / f"{kind}-killed"
     whole = Host(tmp_path / "a", "train", there / f"{kind}.yaml", f"output_dir={unkilled}")
     for disk, word, times in (("b", "written", 2), ("c", "save", 1))[: 2 if kind == "one" else 1]:
-        host = Host(tmp_path / disk, "train", there / f"{kind}.yaml", f"output_dir={killed}", linger="0.04")
+        host = Host(tmp_path / disk, "train", there / f"{kind}.yaml", f"output_dir={killed}", linger="0.2")
         host.kill_after(word, times)
         assert (killed / ".lock").exists()
         (killed / ".lock").unlink()  # as if a minute had passed; test_buckets.py has locks that die

@@ -345,7 +345,7 @@ class Day:
 
 
 def send(client: socket.socket, path: str, text: str, length: int | None = None) -> None:
-    lines = (f"POST {path} HTTP/1.1", "host: x", "content-type: application/json", "connection: close")
+    lines = (f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json", "connection: close")
     head = "\r\n".join((*lines, f"content-length: {length or len(text)}"))
     client.sendall(f"{head}\r\n\r\n{text}".encode())
 
