@@ -9,7 +9,9 @@ import socket
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at this address, which does not listen yet.
+    """A socket that listens at this address. Clients that come before the server is there wait.
+
+    It listens at once, because two sockets may have one address until one of them does.
 
     Args:
         port: 0: a free one.
@@ -27,6 +29,7 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
+        made.listen()
     except OSError as error:
         made.close()
         advice = "choose another --port, or 0 for a free one"

@@ -241,7 +241,6 @@ def test_only_this_machine_is_let_in_unless_another_address_is_given():
 
 def test_a_free_port_is_taken_and_a_port_in_use_is_refused_by_name():
     with bound("localhost", 0) as first:
-        first.listen()
         port = first.getsockname()[1]
         assert url_of(first) == f"http://127.0.0.1:{port}" and is_loopback(first)
         with pytest.raises(ValueError, match=f"--port {port}"):
