@@ -122,7 +122,7 @@ class AdapterUpdates:
         outside = wrong_field("lora_path", f"lora_path {shorten(path)} is not a folder inside --adapter-root")
         try:
             folder = (self.root / path).resolve()
-            inside = self.root in folder.parents
+            inside = self.root in folder.parents and not folder.is_symlink()  # from 3.13 on a circle of links stays one
             if inside and folder.is_dir():
                 return folder
         except (OSError, ValueError, RuntimeError):  # NUL, too long, links in a circle
