@@ -80,11 +80,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        source, tokenizer = resolve_backbone(args.backbone), load_tokenizer(args.backbone)
-        if source.is_dir():
-            (folder / "backbone").symlink_to(source.resolve())
-        else:
-            convert_gguf(source, folder / "backbone", tokenizer)
+        put_backbone(args.backbone, folder / "backbone")
         names = write_tasks(folder / "tasks", args.documents)
         model = load_backbone(folder / "backbone")
         save_adapter(strong_lora(model.config), folder / "lora", base_model=str(folder / "backbone"))
@@ -117,6 +113,15 @@ def main():
         off = f"largest difference {case['largest_difference']:.1e}"
         print(f"{name:<18}{case['answers']:>5} answers   {off}   {case['scores']}")
     sys.exit(f"failed: {', '.join(report['failed'])}" if report["failed"] else 0)
+
+
+def put_backbone(source: str, folder: Path) -> None:
+    """The backbone as a Hugging Face folder, which lm-eval's tokenizer and `hf` model read."""
+    place = resolve_backbone(source)
+    if place.is_dir():
+        folder.symlink_to(place.resolve())
+    else:
+        convert_gguf(place, folder, load_tokenizer(source))
 
 
 def write_tasks(folder: Path, documents: int) -> list[str]:

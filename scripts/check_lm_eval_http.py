@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from check_lm_eval import LIMIT, MOVED, compare, farthest, strong_lora, taken, write_tasks
+from check_lm_eval import LIMIT, MOVED, compare, farthest, put_backbone, strong_lora, taken, write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
@@ -33,8 +33,6 @@ from para_jax import (
 from para_jax.bench.http import serving
 from para_jax.devices import describe_devices, library_versions
 from para_jax.evaluation.harness import completions as completions  # registers para-completions
-from para_jax.gguf.convert import convert_gguf
-from para_jax.hub import resolve_backbone
 
 MODELS = {"base": "local-completions", "lora": "local-completions"} | dict.fromkeys(
     ("para", "para-response"), "para-completions"
@@ -50,11 +48,7 @@ def main():
     log_to_stderr()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        source, tokenizer = resolve_backbone(args.backbone), load_tokenizer(args.backbone)
-        if source.is_dir():
-            (folder / "backbone").symlink_to(source.resolve())
-        else:
-            convert_gguf(source, folder / "backbone", tokenizer)
+        put_backbone(args.backbone, folder / "backbone")
         cases = compared(folder, write_tasks(folder / "tasks", args.documents))
     wrong = [name for name, case in cases.items() if not is_right(case)]
     report = {

@@ -53,7 +53,8 @@ def add(commands) -> None:
         help="score each of these adapters, and the base model: folders or hub ids, NAME=DIR, or a pattern in quotes, "
         "such as 'runs/*/adapter'",
     )
-    shared.add_many_adapters(model, "they are evaluated in passes")
+    shared.add_adapters_from(model)
+    shared.add_adapter_memory(model, "they are evaluated in passes")
     data = parser.add_argument_group("the tasks")
     data.add_argument(
         "--tasks",
@@ -88,7 +89,7 @@ def add(commands) -> None:
     harness.add_argument("--num-fewshot", type=int, help="examples in each context; default: the task's own number")
     harness.add_argument("--chat", action="store_true", help="put contexts into the chat template")
     output = parser.add_argument_group("output")
-    shared.add_shard(output, "for the adapters of this part only, which a hash of their files chooses")
+    shared.add_shard(output, "for one part of the adapters, chosen by a hash of their files")
     output.add_argument(
         "--output", type=shared.place, help="the folder for answers, results and the table; default: runs/evaluation"
     )

@@ -19,15 +19,8 @@ def requests() -> shared.Parser:
     parser = shared.Parser(add_help=False)
     group = parser.add_argument_group("adapters")
     group.add_argument("--adapter", metavar="DIR", help="a folder or hub id, for every prompt (default: none)")
-    group.add_argument(
-        "--adapters",
-        nargs="+",
-        default=[],
-        metavar="NAME=DIR",
-        help="tenants: names, and their adapter folders or hub ids (without NAME= the run's or folder's own name); or "
-        "the folder of a run of many tenants, for all of them; or a pattern in quotes, such as 'runs/*/adapter'",
-    )
-    shared.add_many_adapters(group, "each is loaded when a line asks for it")
+    shared.add_tenants(group)
+    shared.add_adapter_memory(group, "each is loaded when a line asks for it")
     group.add_argument(
         "--tenant",
         action="append",
@@ -56,17 +49,8 @@ def requests() -> shared.Parser:
         metavar="FILE",
         help="the answers; after a stop the same command resumes there. A pipe works too, but cannot be resumed",
     )
-    shared.add_shard(
-        group, "only the lines of this part of the file: those whose number, counted from 0, is I modulo N"
-    )
-    group.add_argument("--slots", type=int, default=8, help="rows that decode together (default: %(default)s)")
-    group.add_argument(
-        "--max-length",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="tokens per row, prompt and answer (default: %(default)s)",
-    )
+    shared.add_shard(group, "every N-th line of the file, starting with line I, counted from 0")
+    shared.add_engine_size(group)
     return parser
 
 

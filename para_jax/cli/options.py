@@ -81,14 +81,43 @@ def positive(text: str) -> float:
     return value
 
 
-def add_many_adapters(group, when_more: str) -> None:
-    """The options for more adapters than fit a command line or the memory."""
+def add_engine_size(group) -> None:
+    """The options --slots and --max-length."""
+    group.add_argument("--slots", type=int, default=8, help="rows that decode together (default: %(default)s)")
+    group.add_argument(
+        "--max-length",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens per row, prompt and answer (default: %(default)s)",
+    )
+
+
+def add_tenants(group) -> None:
+    """The options --adapters and --adapters-from of commands whose tenants have names."""
+    group.add_argument(
+        "--adapters",
+        nargs="+",
+        default=[],
+        metavar="NAME=DIR",
+        help="tenants: names, and their adapter folders or hub ids (without NAME= the run's or folder's own name); or "
+        "the folder of a run of many tenants, for all of them; or a pattern in quotes, such as 'runs/*/adapter'",
+    )
+    add_adapters_from(group)
+
+
+def add_adapters_from(group) -> None:
+    """The option for more adapters than fit a command line."""
     group.add_argument(
         "--adapters-from",
         type=place,
         metavar="FILE",
         help="more of these: a file with DIR or NAME=DIR on each line, relative to where the command runs",
     )
+
+
+def add_adapter_memory(group, when_more: str) -> None:
+    """The option for more adapters than fit the memory."""
     group.add_argument(
         "--adapter-memory",
         type=positive,

@@ -25,14 +25,7 @@ def served() -> shared.Parser:
     """The options of this command alone; their groups come first in its help."""
     parser = shared.Parser(add_help=False)
     group = parser.add_argument_group("adapters")
-    group.add_argument(
-        "--adapters",
-        nargs="+",
-        default=[],
-        metavar="NAME=DIR",
-        help="tenants: names, and their adapter folders or hub ids (without NAME= the run's or folder's own name); or "
-        "the folder of a run of many tenants, for all of them",
-    )
+    shared.add_tenants(group)
     group.add_argument("--served-model-name", metavar="NAME", help="the base model's name (default: the backbone's)")
     group.add_argument(
         "--allow-adapter-updates", action="store_true", help="let clients load and unload adapters while it runs"
@@ -49,14 +42,7 @@ def served() -> shared.Parser:
     group.add_argument("--max-r", type=int, metavar="R", help="their largest rank (default: 16, or that of --adapters)")
     group.add_argument("--capacity", type=int, metavar="N", help="tenants in all, at most (default: 1024)")
     group = parser.add_argument_group("engine")
-    group.add_argument("--slots", type=int, default=8, help="rows that decode together (default: %(default)s)")
-    group.add_argument(
-        "--max-length",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="tokens per row, prompt and answer (default: %(default)s)",
-    )
+    shared.add_engine_size(group)
     group.add_argument(
         "--prefix-cache-gb",
         type=float,
@@ -110,7 +96,7 @@ def run(options) -> None:
     from .checks import check_adapters, check_backbone
 
     check_options(options)
-    sources = named_adapters(options.adapters)
+    sources = named_adapters(options.adapters, options.adapters_from)
     base = options.served_model_name or base_name(options.backbone)
     if base in sources:
         raise ValueError(f"--adapters: {base} is the base model's name\ngive the tenant or --served-model-name another")
@@ -198,13 +184,14 @@ def bank_of(options, sources: dict[str, str], model):
     """The bank of the adapters, or None for the base model alone. With updates it has room for others."""
     from ..adapters.bank import AdapterBank
     from ..adapters.files import load_adapter
-    from ..hub import resolve_adapter
+    from ..adapters.preview import previews
     from ..messages import say
 
-    held = {name: load_adapter(resolve_adapter(source), model.config, model=model) for name, source in sources.items()}
-    bank = AdapterBank.holding(held, model.config) if held else None
+    found = dict(zip(sources, previews(sources.values(), model.config), strict=True))
+    configs = [one.config for one in found.values()]
+    bank = AdapterBank.fitting(configs, model.config, capacity=len(found)) if found else None
     if options.allow_adapter_updates:
-        there = [AdapterBank(model.config), *([bank] if bank else [])]
+        there = [AdapterBank(model.config), *([] if bank is None else [bank])]
         bank = AdapterBank(
             model.config,
             capacity=options.capacity or max(one.capacity for one in there),
@@ -212,10 +199,11 @@ def bank_of(options, sources: dict[str, str], model):
             methods=names_in(options.methods) or tuple({name for one in there for name in one.methods}),
             sites=names_in(options.sites) or tuple({site for one in there for site in one.sites}),
         )
-        for name, adapter in held.items():
-            bank.add(name, adapter)
-    if bank is not None:
-        say(str(bank))
+    if bank is None:
+        return None
+    for name, one in found.items():  # one by one, because a loaded adapter is on the device until the bank has it
+        bank.add(name, load_adapter(one.place, model.config, model=model))
+    say(str(bank))
     return bank
 
 

@@ -43,7 +43,7 @@ class HeldBody:
 
 async def read_body(scope, receive, held: HeldBody | None = None, *, most: int, seconds: float) -> bytes:
     """The body of a POST of JSON, which `held` keeps too. Raises ApiError 413 before it holds more than `most` bytes,
-    408 if the body has not come after `seconds`, and 415 for another content type.
+    408 if the body takes longer than `seconds`, and 415 for another content type.
 
     The content type is required because a web page of another site can make a browser send anything else without
     asking.

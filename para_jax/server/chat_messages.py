@@ -8,7 +8,7 @@ from .fields import Fields
 NO_TOOLS = "tools are not supported; leave it out"
 NOT_COMPUTED = "it is not supported; leave it out"
 MAX_NAME = 1000
-#: What a message may say besides its role and content. The chat template gets a name.
+#: Fields of a message other than its role and content. The chat template gets a name.
 NOT_IN_MESSAGES: dict[str, tuple[tuple, str]] = {
     "tool_calls": (([],), NO_TOOLS),
     "tool_call_id": ((), NO_TOOLS),

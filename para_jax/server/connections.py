@@ -24,8 +24,8 @@ class BoundedProtocol(H11Protocol):
     """A connection. Each limit is an attribute of the class."""
 
     max_connections = 800
-    """open connections in all. A new one then takes the place of the one whose client has been silent for longest; if
-    all clients wait for answers, it gets a 503."""
+    """open connections in all. Beyond that, a new connection replaces the one that has been silent longest. If all
+    clients wait for answers, it gets a 503"""
     max_header_bytes = 32 * 1024
     """of a request line with its headers"""
     header_seconds = 10.0
@@ -62,7 +62,7 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _close_longest_silent(self) -> bool:
-        """Closes the connection whose client has been silent for longest. Returns whether there was one."""
+        """Closes the connection that has been silent longest. Returns whether there was one."""
         open = cast("set[BoundedProtocol]", self.connections)
         silent = [one for one in open if one.silent_since is not None]
         if not silent:

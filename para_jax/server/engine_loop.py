@@ -115,7 +115,7 @@ class EngineLoop:
         self._deliver([answer])
 
     def close(self, answer: Answer) -> None:
-        """Cancels what has not ended."""
+        """Cancels the streams that are still open."""
         self._open.pop(answer, None)
         close(answer)
 

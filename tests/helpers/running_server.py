@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 
-from golden_models import backbone, strong
-from tiny_engine import CONFIGS, bank_of
+from golden_models import backbone
+from tiny_engine import bank_of, tenants_of
 from tiny_run import tokenizer
 
-from para_jax import Engine, init_adapter, serve
+from para_jax import Engine, serve
 
 #: Each turn is its words, and the answer's turn begins with w7. </s> ends it.
 CHAT_TEMPLATE = (
@@ -30,8 +30,7 @@ def chat_tokenizer():
 @cache
 def model_and_tenants():
     model = backbone("llama")
-    made = {n: strong(init_adapter(config, model.config), i, 0.3) for i, (n, config) in enumerate(CONFIGS.items())}
-    return model, made
+    return model, tenants_of(model)
 
 
 def new_engine(**options):

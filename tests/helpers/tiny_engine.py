@@ -2,9 +2,10 @@
 small, so that short prompts have several."""
 
 import numpy as np
+from golden_models import strong
 from tiny_run import tokenizer, words
 
-from para_jax import AdapterBank, Engine, Ia3Config, ParaConfig
+from para_jax import AdapterBank, Engine, Ia3Config, ParaConfig, init_adapter
 
 SLOTS, LENGTH, BLOCK = 3, 40, 4
 CONFIGS = {
@@ -14,6 +15,12 @@ CONFIGS = {
     "R": ParaConfig(r=4, scope="response", scope_window=3),
 }
 SITES = ("q_proj", "v_proj", "up_proj")
+
+
+def tenants_of(model, configs=CONFIGS):
+    """Adapters of random weights that change the answers, by name."""
+    named = enumerate(configs.items())
+    return {name: strong(init_adapter(config, model.config), i, 0.3) for i, (name, config) in named}
 
 
 def bank_of(model, tenants):

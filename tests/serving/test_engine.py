@@ -10,7 +10,19 @@ import tiny_tokenizers
 from golden_models import backbone, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, block_bytes, engine_of, plain, prompt
+from tiny_engine import (
+    CONFIGS,
+    LENGTH,
+    SITES,
+    SLOTS,
+    answers,
+    bank_of,
+    block_bytes,
+    engine_of,
+    plain,
+    prompt,
+    tenants_of,
+)
 from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, LoraConfig, Request, generate, init_adapter
@@ -32,9 +44,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tenants(model):
-    made = {
-        name: strong(init_adapter(config, model.config), i, 0.3) for i, (name, config) in enumerate(CONFIGS.items())
-    }
+    made = tenants_of(model)
     return made | {"A2": strong(made["A"], 9, 0.3)}
 
 

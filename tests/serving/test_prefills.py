@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 from golden_models import backbone, strong
-from tiny_engine import BLOCK, answers, block_bytes, plain
+from tiny_engine import BLOCK, answers, block_bytes, plain, tenants_of
 from tiny_run import tokenizer, words
 
 from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, generate, init_adapter
@@ -35,9 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tenants(model):
-    return {
-        name: strong(init_adapter(config, model.config), i, 0.3) for i, (name, config) in enumerate(CONFIGS.items())
-    }
+    return tenants_of(model, CONFIGS)
 
 
 @pytest.fixture(scope="module")

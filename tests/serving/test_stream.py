@@ -4,11 +4,11 @@ import threading
 import time
 
 import pytest
-from golden_models import backbone, strong
-from tiny_engine import BLOCK, CONFIGS, LENGTH, SLOTS, answers, bank_of, engine_of, prompt
+from golden_models import backbone
+from tiny_engine import BLOCK, LENGTH, SLOTS, answers, bank_of, engine_of, prompt, tenants_of
 from tiny_run import tokenizer
 
-from para_jax import Request, init_adapter
+from para_jax import Request
 from para_jax.data.examples import encode_prompt
 from para_jax.serving.open_requests import QueueFull
 from para_jax.serving.stream import Stream
@@ -21,9 +21,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tenants(model):
-    return {
-        name: strong(init_adapter(config, model.config), i, 0.3) for i, (name, config) in enumerate(CONFIGS.items())
-    }
+    return tenants_of(model)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from golden_models import backbone, strong
-from tiny_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, engine_of, plain, prompt
+from tiny_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, engine_of, plain, prompt, tenants_of
 from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, init_adapter
@@ -36,9 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tenants(model):
-    return {
-        name: strong(init_adapter(config, model.config), i, 0.3) for i, (name, config) in enumerate(CONFIGS.items())
-    }
+    return tenants_of(model)
 
 
 @pytest.fixture(scope="module")
