@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-#: Seconds until a request without an answer fails. gcsfs then tries it a few more times.
-TIMEOUT = 60
+#: Seconds without a byte of an answer until a request fails. gcsfs then tries it a few more times.
+SILENCE_SECONDS = 60
 
 
 def file_system() -> Any:
@@ -20,13 +20,16 @@ def file_system() -> Any:
 @functools.cache
 def file_system_of(process: int) -> Any:
     import fsspec.config
+    from aiohttp import ClientTimeout
     from gcsfs.core import GCSFileSystem
 
     if logging.getLogger("gcsfs").level == logging.NOTSET:
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it also logs the traceback of each error that it raises
     # orbax creates its own file system, which must see what this one writes
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    return GCSFileSystem(use_listings_cache=False, requests_timeout=TIMEOUT, skip_instance_cache=True)
+    # not `total`: gcsfs does not repeat a request that took too long in all, and a large object may take longer
+    silence = ClientTimeout(sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+    return GCSFileSystem(use_listings_cache=False, requests_timeout=silence, skip_instance_cache=True)
 
 
 def one_line_errors(method: Callable) -> Callable:

@@ -22,7 +22,7 @@ from para_jax.evaluation.questions import Scored
 from para_jax.hub import resolve_backbone
 from para_jax.runs import folder as run_folder
 from para_jax.storage import bucket as buckets
-from para_jax.storage import lock
+from para_jax.storage import lock, service
 from para_jax.storage.bucket import BucketPath, bucket_path
 from para_jax.storage.folder import MANIFEST
 from para_jax.storage.lines import BucketLines
@@ -68,6 +68,29 @@ def test_objects_are_read_by_ranges_and_listed(folder):
     assert not (folder / "c").exists() and list(folder.glob("*/*.txt")) == [folder / "a" / "b.txt"]
     with pytest.raises(FileNotFoundError, match=str(folder)):
         (folder / "c").read_bytes()
+
+
+def test_a_request_without_an_answer_is_sent_again(folder, monkeypatch):
+    from gcp_storage_emulator import server
+
+    (folder / "a.txt").write_bytes(b"0123456789")
+    handle, silent = server.Router.handle, [threading.Event(), threading.Event()]
+
+    def answering(router, method):
+        if silent:
+            silent.pop().wait(20)
+        return handle(router, method)
+
+    events = list(silent)
+    monkeypatch.setattr(service, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(server.Router, "handle", answering)
+    service.file_system_of.cache_clear()
+    try:
+        assert (folder / "a.txt").read_bytes() == b"0123456789" and not silent
+    finally:
+        service.file_system_of.cache_clear()
+        for event in events:
+            event.set()
 
 
 def test_a_listing_leaves_out_names_that_no_file_has(folder, monkeypatch):
