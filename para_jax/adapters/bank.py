@@ -143,6 +143,11 @@ class AdapterBank:
         return tuple(self._entries.values())
 
     @property
+    def configs(self) -> list[Any]:
+        """The configs of the adapters that are held or expected."""
+        return [*(entry.config for entry in self.entries), *self.expected]
+
+    @property
     def nbytes(self) -> int:
         """Host memory of all weights, in bytes."""
         return sum(weights.nbytes for entry in list(self._entries.values()) for weights in entry.weights.values())

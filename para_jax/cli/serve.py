@@ -199,6 +199,7 @@ def bank_of(options, sources: dict[str, str], model):
             methods=names_in(options.methods) or tuple({name for one in there for name in one.methods}),
             sites=names_in(options.sites) or tuple({site for one in there for site in one.sites}),
         )
+        bank.expected = tuple(dict.fromkeys(configs))  # clients may unload all adapters of a kind, and load one again
     if bank is None:
         return None
     for name, one in found.items():  # one by one, because a loaded adapter is on the device until the bank has it

@@ -18,7 +18,7 @@ from ..inference.sampling import Sampling
 from ..model import prefill
 from ..progress import Progress
 from .capacity import KEPT
-from .prefills import Prefills, Prompt, token_bytes
+from .prefills import Prefills, Prompt, in_blocks, token_bytes
 from .scoring import ScoredPrompt, score_prompt
 from .slots import empty_slots, first_logprobs, insert, insert_prompt, steps
 from .ticket import Sample
@@ -76,10 +76,10 @@ class Decoder:
         self.prefills.reset()
 
     def warm_up(self) -> None:
-        """Compiles everything that the base model and the bank's adapters need; for an empty bank, also what adapters
-        of the scope `all` need."""
-        entries = self.bank.entries if self.bank is not None else ()
-        whole = self.bank is not None and not (entries and all(map(self.prefills.takes, entries)))
+        """Compiles everything that the base model and the bank's adapters need, held or expected; for an empty bank,
+        also what adapters of the scope `all` need."""
+        configs = self.bank.configs if self.bank is not None else []
+        whole = self.bank is not None and not (configs and all(map(in_blocks, configs)))
         buckets, scored = self._buckets if whole else [], self._buckets if self.top else []
         variants = [False, True] if self.top else [False]
         with Progress("warming up the engine", len(buckets) + len(scored) + 1 + len(variants), unit="program") as bar:

@@ -90,7 +90,7 @@ class Prefills:
         self.window = 1
         """tokens of prompts that run again before decoding, at most"""
         self._nothing = self._of_no_adapter()
-        self._grow_window([*(entry.config for entry in bank.entries), *bank.expected] if bank else [])
+        self._grow_window(bank.configs if bank is not None else [])
         self.reset()
 
     def reset(self) -> None:

@@ -4,6 +4,7 @@ import socket
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import jax
 import pytest
 from golden_models import backbone, strong
 from tiny_run import backbone_folder
@@ -59,6 +60,11 @@ def test_the_bank_fits_its_adapters_and_with_updates_others_too(tmp_path):
     assert (wider.names, wider.max_r, wider.capacity) == (("para", "lora"), 20, 1024)
     assert set(wider.methods) == {"para", "ia3", "lora"}
     assert set(wider.sites) == {"q_proj", "v_proj", "up_proj", "o_proj"}
+    shapes = [leaf.shape for leaf in jax.tree.leaves(wider.rows([None]))]
+    for name in sources:
+        wider.remove(name)
+        held = [leaf.shape for leaf in jax.tree.leaves(wider.rows([None]))]
+        assert held == shapes, "an adapter that leaves changes the programs"
     options = {"allow_adapter_updates": True, "methods": "ia3", "sites": "k_proj,v_proj", "max_r": 1, "capacity": 3}
     chosen = made_bank(model, {}, **options)
     assert (chosen.methods, set(chosen.sites), chosen.max_r, chosen.capacity) == (("ia3",), {"k_proj", "v_proj"}, 1, 3)
