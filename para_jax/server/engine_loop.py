@@ -19,6 +19,8 @@ from .errors import ApiError, retry_later
 
 #: Rounds that fail one after the other before all open requests are given up.
 MOST_FAILURES = 3
+#: Seconds between the trials of an engine that failed and has no requests.
+TRIAL_SECONDS = 5
 #: Seconds that the thread waits for a request before it looks whether it should stop.
 IDLE_SECONDS = 0.2
 
@@ -40,6 +42,7 @@ class EngineLoop:
         """why nothing can be served at all"""
         self.failures = 0
         """rounds that failed since the last one that did not"""
+        self._next_trial = 0.0
         self._open: dict[Answer, None] = {}
         self._delivering = threading.Lock()
         """held while streams are read and their pieces handed over, which keeps the pieces in order"""
@@ -138,13 +141,18 @@ class EngineLoop:
 
     def _make_rounds(self) -> None:
         while not self._stopping.is_set():
-            if not self.engine.wait(IDLE_SECONDS):
+            has_work = self.engine.wait(IDLE_SECONDS)
+            if not has_work and (self.healthy or time.monotonic() < self._next_trial):
                 continue
             try:
-                self.engine.step()
+                if has_work:
+                    self.engine.step()
+                else:  # an engine that failed tries itself, because no client asks a server that is not ready
+                    self.engine.warm_up()
                 self.failures = 0
             except BaseException as error:  # an engine can go on after whatever a round raises
-                self._note_failure(error)
+                if has_work or not self.engine.open:  # a request that has just come keeps warm_up from its work
+                    self._note_failure(error)
             self._deliver(list(self._open))
 
     def _note_failure(self, error: BaseException) -> None:
@@ -155,6 +163,7 @@ class EngineLoop:
         say("\n".join(printable(line, 500) for line in lines))
         if self.failures >= MOST_FAILURES:
             self.fail_all(engine_failed())
+        self._next_trial = time.monotonic() + TRIAL_SECONDS
         self._stopping.wait(min(0.1 * self.failures, 1))
 
     def _deliver(self, answers: list[Answer]) -> None:
