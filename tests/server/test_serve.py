@@ -208,6 +208,17 @@ def test_keys_open_their_tenants_only(engine):
         }  # fmt: skip
 
 
+def test_a_limited_key_does_not_learn_what_others_have_asked(engine):
+    with running(engine, api_keys=ApiKeys(["sk-all", "sk-a A", "sk-b A"])) as server:
+
+        def cached(key):
+            body, headers = {"model": "base", "prompt": prompt(9), "max_tokens": 1}, {"authorization": f"Bearer {key}"}
+            found = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60).json()
+            return found["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert [cached(key) for key in ("sk-a", "sk-b", "sk-all")] == [0, 0, 0] and cached("sk-a") > 0
+
+
 def test_the_servers_limits_hold(engine, capfd):
     limits = Limits(max_body=200, body_seconds=0.2, timeout=0.3, log_prompts=True)
     with running(engine, limits=limits, model_name="tiny") as server:
