@@ -19,12 +19,22 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from logprob_engine import expected
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from running_server import LENGTH, QUEUE, QUEUE_PER_TENANT, chat_tokenizer, eventually, new_engine, running
+from running_server import (
+    LENGTH,
+    QUEUE,
+    QUEUE_PER_TENANT,
+    chat_tokenizer,
+    eventually,
+    model_and_tenants,
+    new_engine,
+    running,
+)
 from tiny_engine import CONFIGS, answers, prompt
 
 from para_jax import Engine, Request
 from para_jax.server import answering, engine_loop, responses
 from para_jax.server.app import THREADS
+from para_jax.server.models import Models
 from para_jax.server.traffic import Traffic
 
 MODELS, JSON = [*CONFIGS, "base"], {"content-type": "application/json"}
@@ -339,6 +349,22 @@ def test_a_prompt_shares_its_beginning_only_with_prompts_of_the_same_salt(http):
         return http.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
     assert cached("one") == 0 and cached("one") > 0 and cached("two") == 0
+
+
+def test_a_request_is_answered_by_the_adapter_that_its_client_was_let_use(server, http, monkeypatch):
+    """Even if the name is removed while the request is being opened."""
+    bank, resolve = server.engine.bank, Models.resolve
+    bank.add("leaving", model_and_tenants()[1]["A"])
+
+    def and_remove(models, name, access):
+        found = resolve(models, name, access)
+        if name == "leaving":
+            bank.remove(name)
+        return found
+
+    monkeypatch.setattr(Models, "resolve", and_remove)
+    leaving, stays = (http.post("/v1/completions", json=LONG | {"model": name}) for name in ("leaving", "A"))
+    assert leaving.status_code == 200 and leaving.json()["choices"] == stays.json()["choices"]
 
 
 def test_a_request_has_an_id(http):
