@@ -4,21 +4,23 @@
     python scripts/scale.py --prompt 2000 --answer 300 --requests 10       # your own traffic
     python scripts/scale.py --backbone runs/my-backbone                    # a folder or hub id, on one chip
 
-Nothing is measured. Each time is the least that a chip needs if it reads memory and multiplies at its peak, so real ones
+Nothing is measured. Each time is the least that a chip needs if it reads memory and multiplies at its peak. Real times
 are longer. The symbols in the docstrings are those of the page.
 """
 
 import argparse
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 
 from para_jax.adapters.adapter import count_parameters
-from para_jax.backbone.load import abstract_backbone, load_model_config
+from para_jax.backbone.load import load_model_config
+from para_jax.backbone.weights import parameter_shapes
 from para_jax.config import SITES, Ia3Config, LoraConfig, ModelConfig, ParaConfig
 from para_jax.devices import PEAK_FLOPS
-from para_jax.memory import CHIP_GIB, GIB, USABLE, tree_size
+from para_jax.memory import CHIP_GIB, GIB, USABLE
 from para_jax.model import init_adapter
 from para_jax.roofline import CHIPS, keys_seen, matrix_weights
 
@@ -36,8 +38,8 @@ class Chip(NamedTuple):
     """H, bytes per second from the host"""
 
 
-#: TPUs: roofline.py and memory.py. Their link: "PCIe" in jax-ml.github.io/scaling-book/tpus. H100 SXM: its data sheet at
-#: nvidia.com, 3.35 TB/s, 80 GB, and 64 of the 128 GB/s of PCIe 5, which are those of both directions.
+#: TPUs: roofline.py and memory.py. Their link: "PCIe" in jax-ml.github.io/scaling-book/tpus. H100 SXM: the data sheet
+#: at nvidia.com, 3.35 TB/s, 80 GB, and 64 of the 128 GB/s of PCIe 5, which are those of both directions.
 CHIP = {
     "v5e": Chip(CHIPS["v5e"].flops, CHIPS["v5e"].hbm, CHIP_GIB["v5e"] * GIB, 16e9),
     "v6e": Chip(CHIPS["v6e"].flops, CHIPS["v6e"].hbm, CHIP_GIB["v6e"] * GIB, 32e9),
@@ -93,20 +95,19 @@ class Traffic(NamedTuple):
 # ------------------------------------------------------------------------------------------------ bytes of one backbone
 
 
-def weight_bytes(backbone: Backbone) -> int:
-    """W, as they lie in the chips' memory."""
-    return weight_bytes_of(backbone.model, backbone.quantize)
-
-
 @cache
-def weight_bytes_of(model: ModelConfig, quantize: str | None) -> int:
-    return tree_size(abstract_backbone(model, "bfloat16", quantize=quantize))
+def weight_bytes(model: ModelConfig, quantize: str | None) -> int:
+    """W, as they lie in the chips' memory. int8 has a float32 scale for each output of a linear."""
+    whole, linears = sum(map(math.prod, parameter_shapes(model).values())), matrix_weights(model)
+    if quantize is None:
+        return 2 * whole
+    return 2 * (whole - linears) + linears + 4 * model.num_layers * sum(map(model.site_width, SITES))
 
 
 def read_bytes(backbone: Backbone) -> int:
-    """R: the weights that each step reads. Of an embedding that is not the head too, it reads a few rows only."""
+    """R: the weights that each step reads: all but an embedding that is not also the head."""
     model = backbone.model
-    return weight_bytes(backbone) - (0 if model.tied_embeddings else 2 * model.vocab_size * model.width)
+    return weight_bytes(model, backbone.quantize) - (0 if model.tied_embeddings else 2 * model.vocab_size * model.width)
 
 
 def cache_bytes(model: ModelConfig) -> int:
@@ -129,7 +130,7 @@ def carried_bytes(method: str, model: ModelConfig) -> int:
     return sum(2 * leaf.size for leaf in jax.tree.leaves(carried))
 
 
-# ------------------------------------------------------------------------------------------ the least time on some chips
+# ---------------------------------------------------------------------------------------------- least times on chips
 
 
 class Decode(NamedTuple):
@@ -142,25 +143,33 @@ class Decode(NamedTuple):
 
 def prefill_seconds(backbone: Backbone, chip: str, tokens: int, method: str | None = None, before: int = 0) -> float:
     """The larger of its multiplications and one reading of the weights, for the tokens after the first `before`."""
-    model, chips = backbone.model, backbone.chips[chip]
-    products = 2 * matrix_weights(model) + (2 * lora_values(method, model))
+    flops = prefill_flops(backbone.model, tokens, method, before)
+    return max(flops / CHIP[chip].flops, read_bytes(backbone) / CHIP[chip].hbm) / backbone.chips[chip]
+
+
+def prefill_flops(model: ModelConfig, tokens: int, method: str | None = None, before: int = 0) -> float:
     seen = sum(keys_seen(tokens, kind.window, "splash") + before for kind in model.kinds)
-    flops = tokens * (products + 4 * seen * model.q_width) + 2 * model.width * model.vocab_size
-    return max(flops / CHIP[chip].flops, read_bytes(backbone) / CHIP[chip].hbm) / chips
+    products = 2 * (matrix_weights(model) + lora_values(method, model)) + 4 * seen * model.q_width
+    return tokens * products + 2 * model.width * model.vocab_size
 
 
 def decode(backbone: Backbone, chip: str, length: int, method: str | None = None) -> Decode:
     """A step with as many rows as fit, each with a full cache."""
     model, chips, one = backbone.model, backbone.chips[chip], CHIP[chip]
     row = cache_bytes(model) * length + (carried_bytes(method, model) if method else 0)
-    rows = int((USABLE * one.memory * chips - weight_bytes(backbone)) // row)
-    products = 2 * (matrix_weights(model) + model.width * model.vocab_size) + 2 * lora_values(method, model)
+    rows = int((USABLE * one.memory * chips - weight_bytes(model, backbone.quantize)) // row)
     parts = {
         "HBM": (read_bytes(backbone) + rows * row) / one.hbm / chips,
-        "FLOPs": rows * (products + 4 * model.num_layers * model.q_width * length) / one.flops / chips,
+        "FLOPs": rows * decode_flops(model, length, method) / one.flops / chips,
     }
     bound = max(parts, key=lambda part: parts[part])
     return Decode(rows, parts[bound], bound)
+
+
+def decode_flops(model: ModelConfig, length: int, method: str | None = None) -> float:
+    """Of one row, with `length` keys."""
+    products = matrix_weights(model) + model.width * model.vocab_size + lora_values(method, model)
+    return 2 * products + 4 * model.num_layers * model.q_width * length
 
 
 def lora_values(method: str | None, model: ModelConfig) -> int:
@@ -175,7 +184,7 @@ def request_seconds(backbone: Backbone, chip: str, traffic: Traffic, method: str
     return once * backbone.chips[chip]
 
 
-# ------------------------------------------------------------------------------------------------------------ the tables
+# ----------------------------------------------------------------------------------------------------------- the tables
 
 Table = list[list[str]]
 
@@ -206,7 +215,7 @@ def tenants_table(traffic: Traffic, backbones: list[Backbone]) -> Table:
 
 def speed_table(traffic: Traffic, backbones: list[Backbone]) -> Table:
     rows = [[
-        "backbone", "chips", "rows", "ms per step", "decode, tokens/s", "prefill, tokens/s", "requests/s",
+        "backbone", "chips", "rows", "ms per step", "bound by", "decode, tokens/s", "prefill, tokens/s", "requests/s",
         "bank to chip, MB/s", "of its link",
     ]]  # fmt: skip
     for backbone in backbones:
@@ -215,8 +224,8 @@ def speed_table(traffic: Traffic, backbones: list[Backbone]) -> Table:
             requests = 1 / request_seconds(backbone, chip, traffic, PARA)
             moved = requests * BANK_BYTES * adapter_values(PARA, backbone.model)
             filled = traffic.prompt / prefill_seconds(backbone, chip, traffic.prompt) / count
-            numbers = 1e3 * steps.seconds, steps.rows / steps.seconds / count, filled, requests, moved / 1e6
-            names = [backbone.name, f"{count} x {chip}", f"{steps.rows:,}"]
+            numbers = steps.rows / steps.seconds / count, filled, requests, moved / 1e6
+            names = [backbone.name, f"{count} x {chip}", f"{steps.rows:,}", shown(1e3 * steps.seconds), steps.bound]
             rows.append([*names, *map(shown, numbers), f"{moved / CHIP[chip].link:.1%}"])
     return rows
 
@@ -268,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in Traffic._field_defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
-    parser.add_argument("--backbone", help="a folder or hub id, in bfloat16 on one chip of each kind; default: the page's")
+    parser.add_argument("--backbone", help="a folder or hub id, in bfloat16 on one chip; default: those of the page")
     options: Any = parser.parse_args()
     traffic = Traffic(*(getattr(options, name) for name in Traffic._fields))
     own = options.backbone and [Backbone(options.backbone, options.backbone, None, dict.fromkeys(CHIP, 1))]

@@ -17,7 +17,6 @@ import jax
 
 from ..processes import is_first
 
-
 #: The exit code of a run that SIGTERM has stopped, as shells have it. It is not 0, or a scheduler such as Kubernetes
 #: would take a run that was preempted for one that has ended.
 STOPPED = 128 + signal.SIGTERM

@@ -84,7 +84,8 @@ def test_every_host_gets_the_checkout_an_environment_and_the_same_command(pod, t
     assert done.returncode == 0, done.stderr
     given, token = json.loads(done.stdout.splitlines()[-1])
     assert given == ["train", *ARGUMENTS, "runtime.coordinator=auto"] and token is None
-    assert [call[:4] for call in calls] == [["compute", "tpus", "tpu-vm", verb] for verb in ("ssh", "scp", "ssh", "ssh")]
+    verbs = ("ssh", "scp", "ssh", "ssh")
+    assert [call[:4] for call in calls] == [["compute", "tpus", "tpu-vm", verb] for verb in verbs]
     for call in calls:
         assert {"--zone=zone-a", "--project=us", "--worker=all", "--quiet"} < set(call)
     assert (host / "para_jax" / "configs" / "run.yaml").exists() and not (host / "para_jax" / "runs").exists()
@@ -117,7 +118,6 @@ def test_a_tracked_file_that_was_deleted_is_not_sent(pod, tmp_path):
 
 
 def test_a_second_run_keeps_the_environment(pod):
-    pod(*ARGUMENTS)
     pod(*ARGUMENTS)
     _, _, host = pod(*ARGUMENTS)
     assert (host / "uv_calls").read_text().count("venv --quiet") == 1
