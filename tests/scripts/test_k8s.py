@@ -22,6 +22,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from tiny_run import tokenizer
+from two_processes import address, run_two
 
 from para_jax.backbone.load import load_model_config
 from para_jax.cli import parse
@@ -192,11 +193,34 @@ def test_the_training_command_is_one_that_finds_the_hosts_and_resumes_from_a_buc
     assert str(options.config).startswith("gs://")
 
 
+HOST = """
+import sys
+from jax._src.clusters import cloud_tpu_cluster as tpu
+tpu.running_in_cloud_tpu_vm = True
+tpu.get_metadata = lambda key: ("", 404)  # what a node's metadata server says where it knows nothing of TPUs
+from para_jax.config import RuntimeSection
+from para_jax.devices import join
+join(RuntimeSection(coordinator="auto"))
+import jax
+print(jax.process_index(), jax.process_count(), jax.device_count())
+"""
+
+
+@pytest.mark.long
+def test_auto_joins_the_hosts_that_gke_names():
+    """With the variables that GKE sets on the pods of a slice of two hosts."""
+    names, port = {"TPU_WORKER_HOSTNAMES": "localhost,localhost"}, address().rpartition(":")[2]
+    numbered = "import os, sys; os.environ['TPU_WORKER_ID'] = sys.argv[1]" + HOST
+    hosts = run_two("-c", numbered, "{process}", JAX_COORDINATOR_PORT=port, **names)
+    assert [host.out for host in hosts] == ["0 2 8\n", "1 2 8\n"], hosts[0].err
+
+
 def test_a_preempted_run_is_started_again_and_never_taken_for_one_that_has_ended():
     job = SLICE["template"]["spec"]
-    (rule,), policy = job["podFailurePolicy"]["rules"], TRAIN["spec"]["failurePolicy"]
-    assert Stopped().code != 0 and job["backoffLimit"] == 0  # one host's exit ends the Job
-    assert rule["action"] == "FailJob" and rule["onPodConditions"][0]["type"] == "DisruptionTarget"
+    (told, others), policy = job["podFailurePolicy"]["rules"], TRAIN["spec"]["failurePolicy"]
+    assert job["backoffLimit"] == 0 and told["action"] == others["action"] == "FailJob"  # of one host, for all
+    assert told["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert others["onExitCodes"] == {"operator": "In", "values": [Stopped().code]} and Stopped().code != 0
     assert policy["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"] and policy["maxRestarts"] > 0
 

@@ -89,8 +89,8 @@ def test_adapters_have_their_known_sizes():
 def test_the_multiplications_are_those_of_the_programs():
     """By XLA's own count, which includes norms and the keys that plain attention multiplies in vain."""
     config, rows, length = replace(SMOL.model, kinds=SMOL.model.kinds[:2], vocab_size=4096), 2, 64
-    model, numbers = abstract_backbone(config, jnp.float32, layout="layers"), jax.ShapeDtypeStruct((rows,), int)
-    tokens = jax.ShapeDtypeStruct((rows, length), int)
+    model, numbers = abstract_backbone(config, jnp.float32, layout="layers"), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     filled = jax.jit(lambda m, t, n: prefill(m, None, t, n, max_length=length))
     state = jax.eval_shape(filled, model, tokens, numbers)[1]
     counted = filled.lower(model, tokens, numbers).cost_analysis()["flops"]
