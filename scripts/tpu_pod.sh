@@ -4,8 +4,9 @@
 #     scripts/tpu_pod.sh configs/llama2-7b-boolq.yaml data.train=data/boolq
 #
 # Sends the checkout (tracked files and untracked ones that git does not ignore) to every host, makes a Python 3.12
-# environment there, and starts `para-jax train` with these arguments on all hosts. The same command resumes. If HF_TOKEN
-# is set, it is sent as a file that each host deletes when the run has read it. See docs/scaling.md. Not run on a TPU yet.
+# environment there, and starts `para-jax train` with these arguments on all hosts. The same command resumes. It stops at
+# once if a run is still going on a host. If HF_TOKEN is set, it is sent as a file that each host deletes when the run has
+# read it. See docs/scaling.md, and docs/scale.md for spot slices. Not run on a TPU yet.
 set -euo pipefail
 
 TPU=${TPU:-my-slice}          # the slice's name
@@ -14,25 +15,35 @@ PROJECT=${PROJECT:-my-project}
 
 [ $# -ge 1 ] || { echo "usage: scripts/tpu_pod.sh CONFIG [section.field=value ...]" >&2; exit 2; }
 
-on_all() { # on_all ssh|scp ARGUMENTS: gcloud, on every host of the slice
-  gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --project="$PROJECT" --worker=all
+on_all() { # on_all ssh|scp ARGUMENTS: gcloud, on every host of the slice; --quiet: it asks nothing
+  gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --project="$PROJECT" --worker=all --quiet
 }
 
 cd "$(dirname "$0")/.."
 umask 077
 sent=$(mktemp -d)
 trap 'rm -rf "$sent"' EXIT
+
+# A lost connection ends neither the run on the hosts nor its hold on the chips. (The brackets keep pgrep from finding itself.)
+# shellcheck disable=SC2016  # the hosts expand it
+on_all ssh "$TPU" --command='set -eu
+if pgrep -f "$HOME/para_jax/.venv/bin/[p]ara-jax" > /dev/null; then
+  echo "$(hostname): a run is still going here; wait for its end, or stop it as docs/scaling.md says" >&2
+  exit 1
+fi'
+
 git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
   if [ -e "$file" ] || [ -L "$file" ]; then printf '%s\0' "$file"; fi # git still lists a file that was deleted here
 done | tar -czf "$sent/para_jax.tar.gz" --null -T -
 on_all scp "$sent/para_jax.tar.gz" "$TPU:"
 
+# An environment that a kill left in pieces has no Python, and is made again.
 # shellcheck disable=SC2016  # the hosts expand it
 on_all ssh "$TPU" --command='set -eu
 export PATH="$HOME/.local/bin:$PATH"
 mkdir -p para_jax && tar -xzf para_jax.tar.gz -C para_jax && cd para_jax
-command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
-[ -d .venv ] || uv venv --quiet --seed --python 3.12
+command -v uv > /dev/null || python3 -m pip install --quiet --user uv
+[ -x .venv/bin/python ] || { rm -rf .venv; uv venv --quiet --seed --python 3.12; }
 uv pip install --quiet -e ".[tpu,gcs]"'
 
 if [ -n "${HF_TOKEN:-}" ]; then
@@ -43,4 +54,4 @@ fi
 on_all ssh "$TPU" --command="set -eu
 cd para_jax
 if [ -f ../para_jax.token ]; then HF_TOKEN=\$(cat ../para_jax.token); export HF_TOKEN; rm ../para_jax.token; fi
-exec .venv/bin/para-jax train $(printf '%q ' "$@")runtime.coordinator=auto"
+exec \"\$HOME/para_jax/.venv/bin/para-jax\" train $(printf '%q ' "$@")runtime.coordinator=auto"

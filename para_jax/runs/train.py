@@ -129,7 +129,7 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
             missing values. Rows without splits are training data; validation data may then be named in the config.
             To resume, give the same rows again: a checkpoint identifies them by their content.
 
-    SIGTERM saves and raises Stopped, a SystemExit with code 0; Ctrl-C saves and raises KeyboardInterrupt.
+    SIGTERM saves and raises Stopped, a SystemExit with code 143; Ctrl-C saves and raises KeyboardInterrupt.
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config, and
     for a folder that another run is writing.
     """

@@ -17,12 +17,16 @@ import jax
 
 from ..processes import is_first
 
+#: The exit code of a run that SIGTERM has stopped, as shells have it. It is not 0, or a scheduler such as Kubernetes
+#: would take a run that was preempted for one that has ended.
+STOPPED = 128 + signal.SIGTERM
+
 
 class Stopped(SystemExit):
-    """A run was told to stop and has saved its state. If this is not caught, the program exits with code 0."""
+    """A run was told to stop and has saved its state. If this is not caught, the program exits with code 143."""
 
     def __init__(self):
-        super().__init__(0)
+        super().__init__(STOPPED)
 
 
 class Interrupted(BaseException):

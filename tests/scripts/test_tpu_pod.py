@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ if [ "$1" = venv ]; then
   mkdir -p .venv/bin
   printf '#!/usr/bin/env python3\\nimport json, os, sys\\nprint(json.dumps([sys.argv[1:], os.environ.get("HF_TOKEN")]))' > .venv/bin/para-jax
   chmod +x .venv/bin/para-jax
+  ln -s "$(command -v python3)" .venv/bin/python
 fi
 """  # noqa: E501
 
@@ -82,9 +84,10 @@ def test_every_host_gets_the_checkout_an_environment_and_the_same_command(pod, t
     assert done.returncode == 0, done.stderr
     given, token = json.loads(done.stdout.splitlines()[-1])
     assert given == ["train", *ARGUMENTS, "runtime.coordinator=auto"] and token is None
-    assert [call[:4] for call in calls] == [["compute", "tpus", "tpu-vm", verb] for verb in ("scp", "ssh", "ssh")]
+    verbs = ("ssh", "scp", "ssh", "ssh")
+    assert [call[:4] for call in calls] == [["compute", "tpus", "tpu-vm", verb] for verb in verbs]
     for call in calls:
-        assert {"--zone=zone-a", "--project=us", "--worker=all"} < set(call)
+        assert {"--zone=zone-a", "--project=us", "--worker=all", "--quiet"} < set(call)
     assert (host / "para_jax" / "configs" / "run.yaml").exists() and not (host / "para_jax" / "runs").exists()
     assert (host / "uv_calls").read_text().splitlines() == [
         f"{host / 'para_jax'} venv --quiet --seed --python 3.12",
@@ -97,7 +100,7 @@ def test_the_token_reaches_the_run_and_nothing_else(pod):
     done, calls, host = pod(*ARGUMENTS, HF_TOKEN=TOKEN)
     assert json.loads(done.stdout.splitlines()[-1])[1] == TOKEN
     assert TOKEN not in json.dumps(calls) + done.stderr + "".join(done.stdout.splitlines()[:-1])
-    assert [call[3] for call in calls] == ["scp", "ssh", "scp", "ssh"] and not (host / "para_jax.token").exists()
+    assert [call[3] for call in calls] == ["ssh", "scp", "ssh", "scp", "ssh"] and not (host / "para_jax.token").exists()
 
 
 def test_a_tracked_file_that_was_deleted_is_not_sent(pod, tmp_path):
@@ -116,9 +119,30 @@ def test_a_tracked_file_that_was_deleted_is_not_sent(pod, tmp_path):
 
 def test_a_second_run_keeps_the_environment(pod):
     pod(*ARGUMENTS)
-    pod(*ARGUMENTS)
     _, _, host = pod(*ARGUMENTS)
     assert (host / "uv_calls").read_text().count("venv --quiet") == 1
+
+
+def test_an_environment_that_a_kill_left_in_pieces_is_made_again(pod):
+    _, _, host = pod(*ARGUMENTS)
+    (host / "para_jax" / ".venv" / "bin" / "python").unlink()
+    done, _, _ = pod(*ARGUMENTS)
+    assert done.returncode == 0 and (host / "uv_calls").read_text().count("venv --quiet") == 2
+
+
+def test_nothing_is_sent_while_a_run_is_going_on_a_host(pod):
+    _, before, host = pod(*ARGUMENTS)
+    program = host / "para_jax" / ".venv" / "bin" / "para-jax"
+    program.write_text("import time; time.sleep(60)")
+    going = subprocess.Popen([sys.executable, str(program), "train", "configs/run.yaml"])
+    try:
+        done, calls, _ = pod(*ARGUMENTS)
+    finally:
+        going.kill()
+        going.wait()
+    assert done.returncode != 0 and "a run is still going here" in done.stderr
+    assert [call[3] for call in calls[len(before) :]] == ["ssh"]
+    assert program.read_text().startswith("import time")  # what it runs from was not replaced
 
 
 def test_without_a_config_it_says_how_it_is_used(pod):

@@ -51,13 +51,13 @@ def test_a_signal_before_or_during_repeatable_work_interrupts_it(capfd):
         assert said in capfd.readouterr().err
 
 
-def test_sigterm_exits_with_code_0_and_ctrl_c_as_usual():
+def test_sigterm_exits_with_code_143_and_ctrl_c_as_usual():
     for number, raised in ((signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)):
         with stop_signals() as stop:
             send(number)
             with pytest.raises(raised) as error:
                 stop.end()
-    assert Stopped().code == 0 and error.type is KeyboardInterrupt
+    assert Stopped().code == 143 and error.type is KeyboardInterrupt
 
 
 def test_other_threads_receive_no_signal():

@@ -1,0 +1,324 @@
+"""scripts/k8s: the manifests fit Kubernetes' schemas, and name only options, paths, ports and metrics that exist.
+
+kubernetes-validate has the schemas of Kubernetes' own kinds. Those of the others are copied by hand from their types:
+JobSet v1alpha2 (kubernetes-sigs/jobset, api/jobset/v1alpha2/jobset_types.go), InferencePool v1 (kubernetes-sigs/
+gateway-api-inference-extension, API reference of v1) and HTTPRoute v1 (gateway-api.sigs.k8s.io, API specification).
+"""
+
+import asyncio
+import math
+import re
+import shlex
+import sys
+import tomllib
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from tiny_run import tokenizer
+from two_processes import address, run_two
+
+from para_jax.backbone.load import load_model_config
+from para_jax.cli import parse
+from para_jax.cli.serve import check_options as check_serve
+from para_jax.config import load_config
+from para_jax.dry_run.topology import parsed_topology
+from para_jax.memory import USABLE
+from para_jax.server.app import create_app
+from para_jax.server.models import Models
+from para_jax.server.serve import LAST_BYTES_SECONDS
+from para_jax.serving.capacity import KEPT
+from para_jax.training.stop import Stopped
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "scripts" / "k8s"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import scale  # noqa: E402
+
+FILES = sorted(FOLDER.glob("*.yaml"))
+OBJECTS = {
+    f"{file.stem}-{one['kind']}": one for file in FILES for one in yaml.safe_load_all(file.read_text())
+}  # fmt: skip
+TRAIN, EVALUATE, SERVE = OBJECTS["train-JobSet"], OBJECTS["evaluate-Job"], OBJECTS["serve-Deployment"]
+SLICE = TRAIN["spec"]["replicatedJobs"][0]
+#: The oldest Kubernetes that serve.yaml names, and the newest with a schema.
+VERSIONS = ("1.30", kubernetes_validate.latest_version())
+KINDS = {"tpu-v5-lite-podslice": "v5e", "tpu-v6e-slice": "v6e"}
+
+
+def fields(*required, **known):
+    """The schema of an object with these fields and no others."""
+    return {"type": "object", "additionalProperties": False, "required": list(required), "properties": known}
+
+
+def many(schema, **bounds):
+    return {"type": "array", "items": schema, **bounds}
+
+
+TEXT, WHOLE, ANY = {"type": "string"}, {"type": "integer", "minimum": 0}, {}
+PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
+RESTART = ("RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob", "RestartJobAndIgnoreMaxRestarts")
+STRATEGIES = ["Recreate", "BlockingRecreate", "InPlaceRestart"]
+RULE = fields(
+    "name", "action", name={"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+    action={"enum": ["FailJobSet", *RESTART]}, onJobFailureReasons=many(TEXT), onJobFailureMessagePatterns=many(TEXT),
+    targetReplicatedJobs=many(TEXT),
+)  # fmt: skip
+JOBSET = fields(
+    replicatedJobs=many(
+        fields("name", "template", name=TEXT, groupName=TEXT, template=ANY, replicas=WHOLE, dependsOn=ANY)
+    ),
+    failurePolicy=fields(
+        maxRestarts=WHOLE, rules=many(RULE), restartStrategy={"enum": STRATEGIES},
+    ),
+    network=ANY, successPolicy=ANY, startupPolicy=ANY, suspend={"type": "boolean"}, coordinator=ANY, managedBy=TEXT,
+    ttlSecondsAfterFinished=WHOLE, volumeClaimPolicies=ANY,
+)  # fmt: skip
+POOL = fields(
+    "selector", "targetPorts", "endpointPickerRef",
+    selector=fields("matchLabels", matchLabels={"type": "object", "additionalProperties": TEXT}),
+    targetPorts=many(fields("number", number=PORT), minItems=1, maxItems=8),
+    appProtocol={"enum": ["http", "kubernetes.io/h2c"]},
+    endpointPickerRef=fields(
+        "name", group=TEXT, kind=TEXT, name=TEXT, port=fields("number", number=PORT),
+        failureMode={"enum": ["FailOpen", "FailClose"]},
+    ),
+)  # fmt: skip
+DURATION = {"type": "string", "pattern": "^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
+PATH = fields(type={"enum": ["Exact", "PathPrefix", "RegularExpression"]}, value={"type": "string", "pattern": "^/"})
+ROUTE = fields(
+    parentRefs=many(fields("name", group=TEXT, kind=TEXT, namespace=TEXT, name=TEXT, sectionName=TEXT, port=PORT)),
+    hostnames=many(TEXT),
+    rules=many(fields(
+        name=TEXT, filters=ANY, retry=ANY, sessionPersistence=ANY,
+        matches=many(fields(path=PATH, headers=ANY, queryParams=ANY, method=TEXT)),
+        backendRefs=many(fields(
+            "name", group=TEXT, kind=TEXT, namespace=TEXT, name=TEXT, port=PORT, weight=WHOLE, filters=ANY
+        )),
+        timeouts=fields(request=DURATION, backendRequest=DURATION),
+    )),
+)  # fmt: skip
+SPECS = {
+    ("jobset.x-k8s.io/v1alpha2", "JobSet"): JOBSET,
+    ("inference.networking.k8s.io/v1", "InferencePool"): POOL,
+    ("gateway.networking.k8s.io/v1", "HTTPRoute"): ROUTE,
+}
+
+
+def check(one):
+    """Raises jsonschema.ValidationError for an object that its kind's schema refuses."""
+    spec = SPECS.get((one["apiVersion"], one["kind"]))
+    if spec is None:
+        for version in VERSIONS:
+            kubernetes_validate.validate(one, version, strict=True)
+        return
+    about = fields("name", name=TEXT, labels=ANY, annotations=ANY)
+    whole = fields("apiVersion", "kind", "metadata", "spec", apiVersion=TEXT, kind=TEXT, metadata=about, spec=spec)
+    jsonschema.validate(one, whole)
+    for job in one["spec"].get("replicatedJobs", ()):
+        check({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job["name"]}, **job["template"]})
+
+
+def pod(one):
+    return (one["spec"] if one is not SLICE else one["template"]["spec"])["template"]["spec"]
+
+
+def container(one):
+    (found,) = pod(one)["containers"]
+    return found
+
+
+def arguments(one):
+    """The arguments of para-jax as the first pod gets them."""
+    assert container(one)["command"] == ["para-jax"]
+    return [text.replace("$(JOB_COMPLETION_INDEX)", "0") for text in container(one)["args"]]
+
+
+# --------------------------------------------------------------------------------------------------------- the schemas
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_each_object_fits_its_schema(name):
+    check(OBJECTS[name])
+
+
+WRONG = [
+    ("train-JobSet", ("spec", "failurePolicy", "maxRestart"), 3),
+    ("train-JobSet", ("spec", "failurePolicy", "rules", 0, "action"), "Restart"),
+    ("train-JobSet", ("spec", "replicatedJobs", 0, "template", "spec", "completion"), 4),
+    ("train-JobSet", ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "nodeSelectors"), {}),
+    ("evaluate-Job", ("spec", "backoffLimitPerIndex"), "three"),
+    ("evaluate-Job", ("spec", "podFailurePolicy", "rules", 0, "onPodCondition"), []),
+    ("serve-Deployment", ("spec", "template", "spec", "containers", 0, "readinessProbe", "httpGet", "paths"), "/x"),
+    ("serve-Service", ("spec", "ports", 0, "port"), "http"),
+    ("serve-InferencePool", ("spec", "targetPorts", 0, "number"), 80000),
+    ("serve-InferencePool", ("spec", "extensionRef"), {"name": "para-jax-epp"}),
+    ("serve-HTTPRoute", ("spec", "rules", 0, "timeouts", "request"), "600"),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "value"), WRONG, ids=[place[-1] for _, place, _ in WRONG])
+def test_a_wrong_field_is_found(name, place, value):
+    one = deepcopy(OBJECTS[name])
+    within = one
+    for key in place[:-1]:
+        within = within[key]
+    within[place[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        check(one)
+
+
+@pytest.mark.parametrize("job", [SLICE["template"]["spec"], EVALUATE["spec"]], ids=["train", "evaluate"])
+def test_what_the_api_server_asks_of_a_job_beyond_its_schema(job):
+    """kubernetes.io/docs/concepts/workloads/controllers/job: a pod failure policy needs restartPolicy Never, and limits
+    per index need an Indexed Job."""
+    assert job["template"]["spec"]["restartPolicy"] == "Never" and job["completionMode"] == "Indexed"
+    assert 0 < job["parallelism"] <= job["completions"]
+
+
+# --------------------------------------------------------------------------------------------------- what the files say
+
+
+def test_the_training_command_is_one_that_finds_the_hosts_and_resumes_from_a_bucket():
+    options = parse(arguments(SLICE))
+    config = load_config(None, options.overrides)
+    assert config.runtime.coordinator == "auto" and str(config.output_dir).startswith("gs://")
+    assert str(options.config).startswith("gs://")
+
+
+HOST = """
+import sys
+from jax._src.clusters import cloud_tpu_cluster as tpu
+tpu.running_in_cloud_tpu_vm = True
+tpu.get_metadata = lambda key: ("", 404)  # what a node's metadata server says where it knows nothing of TPUs
+from para_jax.config import RuntimeSection
+from para_jax.devices import join
+join(RuntimeSection(coordinator="auto"))
+import jax
+print(jax.process_index(), jax.process_count(), jax.device_count())
+"""
+
+
+@pytest.mark.long
+def test_auto_joins_the_hosts_that_gke_names():
+    """With the variables that GKE sets on the pods of a slice of two hosts."""
+    names, port = {"TPU_WORKER_HOSTNAMES": "localhost,localhost"}, address().rpartition(":")[2]
+    numbered = "import os, sys; os.environ['TPU_WORKER_ID'] = sys.argv[1]" + HOST
+    hosts = run_two("-c", numbered, "{process}", JAX_COORDINATOR_PORT=port, **names)
+    assert [host.out for host in hosts] == ["0 2 8\n", "1 2 8\n"], hosts[0].err
+
+
+def test_a_preempted_run_is_started_again_and_never_taken_for_one_that_has_ended():
+    job = SLICE["template"]["spec"]
+    (told, others), policy = job["podFailurePolicy"]["rules"], TRAIN["spec"]["failurePolicy"]
+    assert job["backoffLimit"] == 0 and told["action"] == others["action"] == "FailJob"  # of one host, for all
+    assert told["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert others["onExitCodes"] == {"operator": "In", "values": [Stopped().code]} and Stopped().code != 0
+    assert policy["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"] and policy["maxRestarts"] > 0
+
+
+def test_each_shard_has_a_pod_and_an_output_of_its_own():
+    options, job = parse(arguments(EVALUATE)), EVALUATE["spec"]
+    assert (options.shard.index, options.shard.count) == (0, job["completions"])
+    others = [text for text in container(EVALUATE)["args"] if "$(JOB_COMPLETION_INDEX)" in text]
+    assert [text.split("=")[0] for text in others] == ["--shard", "--output"]
+    assert str(options.output).startswith("gs://")
+    assert job["completions"] == 4 * job["parallelism"] and job["podFailurePolicy"]["rules"][0]["action"] == "Ignore"
+    merge = next(line for line in (FOLDER / "evaluate.yaml").read_text().splitlines() if "para-jax merge" in line)
+    assert f"{{0..{job['completions'] - 1}}}" in merge
+    parse(shlex.split(merge.lstrip("# ").split(" #")[0].replace("{0..255}", "0"))[1:])
+
+
+@pytest.mark.parametrize("one", [SLICE, EVALUATE, SERVE], ids=["train", "evaluate", "serve"])
+def test_the_slice_exists_and_its_hosts_have_its_chips(one):
+    selector = pod(one)["nodeSelector"]
+    kind, topology = (selector[f"cloud.google.com/gke-tpu-{name}"] for name in ("accelerator", "topology"))
+    if topology != "1x1":
+        parsed_topology(f"{KINDS[kind]}:{topology}")
+    hosts = one["template"]["spec"]["parallelism"] if one is SLICE else 1
+    assert math.prod(map(int, topology.split("x"))) == hosts * container(one)["resources"]["limits"]["google.com/tpu"]
+
+
+def test_each_volume_is_mounted_where_the_cache_is():
+    for one in (SLICE, EVALUATE, SERVE):
+        (mount,), (volume,) = container(one)["volumeMounts"], pod(one)["volumes"]
+        assert mount["name"] == volume["name"]
+        assert {"name": "XDG_CACHE_HOME", "value": mount["mountPath"]} in container(one)["env"]
+
+
+def test_the_server_s_options_probes_and_metrics_exist():
+    options = parse(arguments(SERVE))
+    check_serve(options)
+    cache = SimpleNamespace(queries=0, hits=0)
+    counts = {"running": {}, "waiting": {}, "kv_usage": 0.0, "prefix_cache": cache, "slots": 3}
+    engine: Any = SimpleNamespace(tokenizer=tokenizer(), **counts)
+    app = create_app(engine, models=Models(None, "the-base"))  # not started yet
+    said = container(SERVE)
+    probes = {kind: said[kind]["httpGet"] for kind in ("startupProbe", "readinessProbe", "livenessProbe")}
+    scraped = SERVE["spec"]["template"]["metadata"]["annotations"]["prometheus.io/path"]
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://pod:8000") as client:
+            return {path: await client.get(path) for path in {*(one["path"] for one in probes.values()), scraped}}
+
+    answers = asyncio.run(ask())
+    assert {path: one.status_code for path, one in answers.items()} == {"/ready": 503, "/health": 200, "/metrics": 200}
+    assert probes["livenessProbe"]["path"] == "/health"  # a server that compiles is alive, and not ready
+    named = re.findall(r"vllm:\w+", (FOLDER / "serve.yaml").read_text())
+    assert len(named) == 4 and all(f"\n{name}{{" in answers["/metrics"].text for name in named)
+
+
+def test_open_requests_end_before_the_pod_is_killed():
+    options, waits = parse(arguments(SERVE)), container(SERVE)["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod(SERVE)["terminationGracePeriodSeconds"] > waits + options.drain_seconds + LAST_BYTES_SECONDS
+    timeout = OBJECTS["serve-HTTPRoute"]["spec"]["rules"][0]["timeouts"]["request"]
+    assert timeout == f"{options.timeout:.0f}s"
+
+
+def test_labels_and_ports_agree():
+    options, template = parse(arguments(SERVE)), SERVE["spec"]["template"]
+    labels, pool, service = template["metadata"]["labels"], OBJECTS["serve-InferencePool"], OBJECTS["serve-Service"]
+    for selector in (SERVE["spec"]["selector"]["matchLabels"], pool["spec"]["selector"]["matchLabels"]):
+        assert selector.items() <= labels.items()
+    assert service["spec"]["selector"].items() <= labels.items()
+    (port,) = container(SERVE)["ports"]
+    assert {options.port} == {port["containerPort"], *(each["number"] for each in pool["spec"]["targetPorts"])}
+    assert template["metadata"]["annotations"]["prometheus.io/port"] == str(options.port) and options.host == "0.0.0.0"
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    backend = OBJECTS["serve-HTTPRoute"]["spec"]["rules"][0]["backendRefs"][0]
+    assert [backend["group"] + "/v1", backend["kind"]] == [pool["apiVersion"], pool["kind"]]
+    assert backend["name"] == pool["metadata"]["name"]
+
+
+def test_the_server_s_slots_fit_its_chip():
+    options = parse(arguments(SERVE))
+    chip = scale.CHIP[KINDS[pod(SERVE)["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"]]]
+    assert options.backbone.endswith("llama2-7b")
+    model = load_model_config("meta-llama/Llama-2-7b-hf")
+    slots = (options.slots + KEPT) * options.max_length * scale.cache_bytes(model)
+    needed = scale.weight_bytes(model, options.quantize) + slots + 1e9 * options.prefix_cache_gb
+    assert needed < 0.9 * USABLE * chip.memory
+
+
+def test_the_image_has_what_the_commands_need():
+    text = (FOLDER / "Dockerfile").read_text()
+    extras = re.search(r'/src\[([\w,]+)\]"', text)
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras and {"tpu", "gcs", "serve"} == set(extras[1].split(",")) <= set(known)
+    assert 'ENTRYPOINT ["para-jax"]' in text
+
+
+def test_skypilot_runs_a_command_that_resumes():
+    task = yaml.safe_load((ROOT / "scripts" / "skypilot.yaml").read_text())
+    program, *rest = shlex.split(task["run"].replace("\\\n", " "))
+    config = load_config(None, parse(rest).overrides)
+    assert program == ".venv/bin/para-jax" and config.runtime.coordinator == "auto"
+    assert str(config.output_dir).startswith("gs://") and task["resources"]["use_spot"]
