@@ -35,7 +35,6 @@ ELSEWHERE = {
     "server.logprobs": "server/test_answering.py",
     "serving.slots": "serving/test_engine.py",
     "storage.cache": "storage/test_bucket.py",
-    "storage.service": "storage/test_bucket.py",
     "tensor_file": "backbone/test_safetensors.py",
     "training.passes": "runs/test_batch_size.py",
     "training.quiet_orbax": "training/test_checkpoint.py",

@@ -281,6 +281,8 @@ class RuntimeSection:
     """with host:port: how many processes there are"""
     process_id: int | None = None
     """with host:port: the number of this process, from 0. Only process 0 logs and writes"""
+    stopped_exit_code: Annotated[int, Bounds(at_least=0, at_most=255)] = 0
+    """of a run that SIGTERM has stopped. 143 keeps a scheduler from taking a preempted run for one that has ended"""
 
     def __post_init__(self):
         check_fields(self, "runtime.")

@@ -129,7 +129,8 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
             missing values. Rows without splits are training data; validation data may then be named in the config.
             To resume, give the same rows again: a checkpoint identifies them by their content.
 
-    SIGTERM saves and raises Stopped, a SystemExit with code 143; Ctrl-C saves and raises KeyboardInterrupt.
+    SIGTERM saves and raises Stopped, a SystemExit with code 0 or runtime.stopped_exit_code; Ctrl-C saves and raises
+    KeyboardInterrupt.
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config, and
     for a folder that another run is writing.
     """
@@ -330,7 +331,8 @@ def fit(
         where = dict(log=folder / "metrics.jsonl", resumed=bool(restored), others=not part.alone)
         on_first_process(lambda: mend_folders(config, standing, tenants, **where))
         profiler = Profiler(config.profiler, folder)
-        with closing(log), closing(profiler), stop_signals(config.runtime.distributed == "given") as stop:
+        signals = stop_signals(config.runtime.distributed == "given", config.runtime.stopped_exit_code)
+        with closing(log), closing(profiler), signals as stop:
             encoded = {tasks.split: list(tasks.encoded.values()) for tasks in (validation, test) if tasks.encoded}
             say_evaluation(encoded, config.eval.batch_size)
             health = Health([tenant.name for tenant in tenants], [tenant.config for tenant in tenants], quiet=quiet)

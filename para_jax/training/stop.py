@@ -17,16 +17,10 @@ import jax
 
 from ..processes import is_first
 
-#: The exit code of a run that SIGTERM has stopped, as shells have it. It is not 0, or a scheduler such as Kubernetes
-#: would take a run that was preempted for one that has ended.
-STOPPED = 128 + signal.SIGTERM
-
 
 class Stopped(SystemExit):
-    """A run was told to stop and has saved its state. If this is not caught, the program exits with code 143."""
-
-    def __init__(self):
-        super().__init__(STOPPED)
+    """A run was told to stop and has saved its state. If this is not caught, the program exits with its code: that of
+    runtime.stopped_exit_code."""
 
 
 class Interrupted(BaseException):
@@ -38,6 +32,9 @@ class StopSignal:
 
     received: int | None = None
     repeatable = False
+
+    def __init__(self, exit_code: int = 0):
+        self.exit_code = exit_code
 
     def reached(self, step: int) -> bool:
         """Whether to stop after this step. All processes call it after every step and get the same answer."""
@@ -66,17 +63,18 @@ class StopSignal:
 
     def end(self) -> NoReturn:
         """Ends a run that has saved, by KeyboardInterrupt after Ctrl-C, else by Stopped."""
-        raise KeyboardInterrupt if self.received == signal.SIGINT else Stopped
+        raise KeyboardInterrupt if self.received == signal.SIGINT else Stopped(self.exit_code)
 
 
 @contextmanager
-def stop_signals(given: bool = False) -> Iterator[StopSignal]:
+def stop_signals(given: bool = False, exit_code: int = 0) -> Iterator[StopSignal]:
     """Receives SIGTERM and Ctrl-C during the body. Only the main thread can receive signals.
 
     Args:
         given: the calling program handles signals (runtime.distributed=given), so none is received here.
+        exit_code: of Stopped.
     """
-    stop = StopSignal()
+    stop = StopSignal(exit_code)
     here = not given and jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if here else {}
 

@@ -34,7 +34,6 @@ from para_jax.server.app import create_app
 from para_jax.server.models import Models
 from para_jax.server.serve import LAST_BYTES_SECONDS
 from para_jax.serving.capacity import KEPT
-from para_jax.training.stop import Stopped
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "k8s"
@@ -220,7 +219,8 @@ def test_a_preempted_run_is_started_again_and_never_taken_for_one_that_has_ended
     (told, others), policy = job["podFailurePolicy"]["rules"], TRAIN["spec"]["failurePolicy"]
     assert job["backoffLimit"] == 0 and told["action"] == others["action"] == "FailJob"  # of one host, for all
     assert told["onPodConditions"][0]["type"] == "DisruptionTarget"
-    assert others["onExitCodes"] == {"operator": "In", "values": [Stopped().code]} and Stopped().code != 0
+    assert others["onExitCodes"] == {"operator": "In", "values": [143]}
+    assert "runtime.stopped_exit_code=143" in container(SLICE)["args"]
     assert policy["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"] and policy["maxRestarts"] > 0
 

@@ -51,13 +51,14 @@ def test_a_signal_before_or_during_repeatable_work_interrupts_it(capfd):
         assert said in capfd.readouterr().err
 
 
-def test_sigterm_exits_with_code_143_and_ctrl_c_as_usual():
+@pytest.mark.parametrize("code", [0, 143])
+def test_sigterm_exits_with_the_given_code_and_ctrl_c_as_usual(code):
     for number, raised in ((signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)):
-        with stop_signals() as stop:
+        with stop_signals(exit_code=code) as stop:
             send(number)
             with pytest.raises(raised) as error:
                 stop.end()
-    assert Stopped().code == 143 and error.type is KeyboardInterrupt
+        assert error.type is KeyboardInterrupt or error.value.code == code
 
 
 def test_other_threads_receive_no_signal():
