@@ -1,0 +1,40 @@
+"""A Ray cluster on this machine, and its processes."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from quick_compiler import own_flags
+
+
+@contextmanager
+def cluster(cpus: int) -> Iterator[None]:
+    """A cluster whose workers compile as this process does, bit for bit, and find the tests' helpers."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:  # the workers inherit these
+        for name, value in {
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **own_flags(),
+        }.items():
+            patch.setenv(name, value)
+        ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def process_that_writes(file: Path) -> int | None:
+    """The process, other than this one, that has a file open."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(descriptor) == str(file) and int(descriptor.parts[2]) != os.getpid():
+                return int(descriptor.parts[2])
+        except OSError:  # ended meanwhile
+            continue
+    return None

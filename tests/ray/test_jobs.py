@@ -1,0 +1,226 @@
+"""A cluster gives the tables and answers of one process, byte for byte, also when it loses a worker."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from golden_models import strong
+from local_ray import cluster, process_that_writes
+from tiny_run import backbone_folder, rows_of_text, words, write_rows
+
+from para_jax import ParaConfig, init_adapter, load_backbone, save_adapter
+from para_jax.cli import main
+from para_jax.ray import evaluate_on_ray, generate_on_ray
+from para_jax.serving.job_merge import merge_jobs
+
+SHARDS = 3
+HERE = {"allow_cpu": True}
+EVALUATION = HERE | {"rows": 2}
+GENERATION = HERE | {"max_new_tokens": 12, "max_length": 32, "slots": 2, "temperature": 0.7}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A backbone, five strong tenants, a task, and requests."""
+    folder = tmp_path_factory.mktemp("ray")
+    backbone_folder(folder / "backbone")
+    model = load_backbone(folder / "backbone")
+    for i in range(5):
+        save_adapter(strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3), folder / "tenants" / f"t{i}")
+    write_rows(folder / "free" / "test.jsonl", rows_of_text(6, 3))
+    lines = [{"prompt": words(range(20 + i, 24 + i)), "tenant": f"t{i % 6}"} for i in range(24)]  # t5 is an error
+    write_rows(folder / "in.jsonl", lines)
+    return folder
+
+
+def evaluated(folder, output, **changes):
+    options = {"backbone": folder / "backbone", "adapters": [f"{folder}/tenants/*"], "tasks": [folder / "free"]}
+    return evaluate_on_ray(output=output, **({"shards": SHARDS, "workers": 2} | options | EVALUATION | changes))
+
+
+def generated(folder, output, input="in.jsonl", **changes):
+    options = {"backbone": folder / "backbone", "adapters": [f"{folder}/tenants/*"]}
+    options |= {"shards": SHARDS, "workers": 2} | GENERATION | changes
+    return generate_on_ray(folder / input, output=output, **options)
+
+
+def command_line(name, folder, output, options):
+    given = [
+        part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)[: 2 - (value is True)]
+    ]
+    made = [name, "--backbone", folder / "backbone", "--adapters", f"{folder}/tenants/*", "--output", output, *given]
+    return list(map(str, made))
+
+
+# ---------------------------------------------------------------------------------------------------- without a cluster
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shards": 0}, "shards=0: give a whole number of at least 1"),
+        ({"shards": 2.5}, "shards=2.5: give a whole number"),
+        ({"shards": 10_000_000}, "is no shard I/N"),
+        ({"workers": 0}, "workers=0: give a whole number"),
+        ({"adapter": ["a"]}, "evaluate_on_ray has no option adapter; did you mean adapters?"),
+        ({"limt": 3}, "evaluate_on_ray has no option limt; did you mean limit?"),
+        ({"limit": "many"}, "limit.*many"),
+        ({"split": "train"}, "split.*train"),
+        ({"limit": 0}, "--limit 0: give a whole number of at least 1"),
+        ({"adapters": []}, "--shard 0/3 requires --adapters"),
+        ({"backbone": "/nowhere/backbone"}, "/nowhere/backbone"),
+        ({"adapters": ["/nowhere/adapter"]}, "/nowhere/adapter"),
+    ],
+)
+def test_a_users_mistake_is_one_line_before_anything_starts(folder, tmp_path, changes, said, monkeypatch):
+    monkeypatch.setattr("para_jax.ray.jobs.ray_data", lambda: None)
+    with pytest.raises(ValueError, match=said):
+        evaluated(folder, tmp_path / "out", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"input": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"prompt": "a"}, "generate_on_ray has no option prompt"),
+        ({"shards": 0}, "shards=0"),
+        ({"top_p": 2.0}, "top_p"),
+    ],
+)
+def test_a_mistake_in_a_job_is_one_line_before_anything_starts(folder, tmp_path, changes, said, monkeypatch):
+    monkeypatch.setattr("para_jax.ray.jobs.ray_data", lambda: None)
+    with pytest.raises(ValueError, match=said):
+        generated(folder, tmp_path / "out.jsonl", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_complete_or_not_ours_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("para_jax.ray.jobs.ray_data", lambda: None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="out: it is there already; choose another"):
+        evaluated(folder, tmp_path / "out")
+    (tmp_path / "out" / "table.md").write_text("| |")
+    with pytest.raises(ValueError, match="out: it is complete already"):
+        evaluated(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="out.jsonl: it is complete already"):
+        generated(folder, tmp_path / "out.jsonl")
+
+
+def test_without_ray_the_error_names_the_extra(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"ray.* is not installed: pip install 'para_jax\[ray\]'"):
+        evaluated(folder, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------------- on a cluster
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    pytest.importorskip("ray.data")
+    with cluster(2):
+        yield
+
+
+@pytest.mark.long
+def test_the_table_and_answers_are_those_of_one_process(folder, two_workers, tmp_path, capsys):
+    table = evaluated(folder, tmp_path / "out")
+    one = command_line("evaluate", folder, tmp_path / "one", EVALUATION | {"tasks": folder / "free"})
+    assert main(one) == 0
+    assert same_evaluation(tmp_path / "out", tmp_path / "one")
+    assert table == (tmp_path / "out" / "table.md").read_text().rstrip("\n")
+    with pytest.raises(ValueError, match="complete already"):
+        evaluated(folder, tmp_path / "out")
+    capsys.readouterr()
+
+
+@pytest.mark.long
+def test_the_answers_of_a_job_are_those_of_one_process(folder, two_workers, tmp_path):
+    assert generated(folder, tmp_path / "out.jsonl") == (24, 4)
+    one = command_line("generate", folder, tmp_path / "one.jsonl", GENERATION | {"input": folder / "in.jsonl"})
+    assert main([*one, "--shard", "0/1"]) == 1
+    merge_jobs([tmp_path / "one.jsonl"], tmp_path / "sorted.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "sorted.jsonl").read_bytes()
+
+
+def same_evaluation(folder, one):
+    """Whether the merged folder has the scores, the table and the answers of one process."""
+    answers = [sorted((place / "answers.jsonl").read_bytes().splitlines()) for place in (folder, one)]
+    tables = [(place / "table.md").read_text().splitlines()[:-1] for place in (folder, one)]  # the last line: how long
+    scores = [(place / "table.csv").read_bytes() for place in (folder, one)]
+    assert answers[0] and b"t4" in scores[0]
+    return answers[0] == answers[1] and tables[0] == tables[1] and scores[0] == scores[1]
+
+
+class Killer(threading.Thread):
+    """Kills the process that writes a file, once, as soon as the file has some lines."""
+
+    def __init__(self, file, lines):
+        super().__init__(daemon=True)
+        self.file, self.lines, self.kept = file, lines, b""
+
+    def run(self):
+        while not self.kept:
+            time.sleep(0.002)
+            if self.file.exists() and self.file.read_bytes().count(b"\n") >= self.lines:
+                worker = process_that_writes(self.file)
+                if worker is not None:
+                    os.kill(worker, signal.SIGKILL)
+                    self.kept = self.file.read_bytes()
+
+
+@pytest.mark.long
+def test_a_killed_worker_is_replaced_and_its_shard_goes_on(folder, two_workers, tmp_path):
+    write_rows(tmp_path / "free" / "test.jsonl", rows_of_text(60, 4))
+    killer = Killer(tmp_path / "out.shards" / "0" / "answers.jsonl", 4)
+    killer.start()
+    evaluated(folder, tmp_path / "out", tasks=[tmp_path / "free"])
+    killer.join(timeout=1)
+    assert 4 <= killer.kept.count(b"\n")
+    answers = killer.file.read_bytes()
+    assert answers.startswith(killer.kept.rpartition(b"\n")[0]) and len(answers) > len(killer.kept)
+    assert main(command_line("evaluate", folder, tmp_path / "one", EVALUATION | {"tasks": tmp_path / "free"})) == 0
+    assert same_evaluation(tmp_path / "out", tmp_path / "one")
+
+
+@pytest.mark.long
+def test_a_killed_worker_of_a_job_is_replaced_and_its_shard_goes_on(folder, two_workers, tmp_path):
+    killer = Killer(tmp_path / "out.jsonl.shards" / "1.jsonl", 1)
+    killer.start()
+    assert generated(folder, tmp_path / "out.jsonl") == (24, 4)
+    killer.join(timeout=1)
+    assert killer.file.read_bytes().startswith(killer.kept.rpartition(b"\n")[0]) and killer.kept
+    generated(folder, tmp_path / "other.jsonl", shards=2)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+
+
+@pytest.mark.long
+def test_a_shard_that_fails_is_named_after_the_others_and_the_same_call_goes_on(folder, two_workers, tmp_path):
+    shards = tmp_path / "out.jsonl.shards"
+    shards.mkdir()
+    (shards / "1.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match="^1 of 3 shards failed; shard 1/3: .*1.jsonl: line 1 is not an answer"):
+        generated(folder, tmp_path / "out.jsonl", workers=1)
+    answered = (shards / "2.jsonl").read_bytes()
+    (shards / "1.jsonl").unlink()
+    with pytest.raises(ValueError, match="has 3 shards of it; give shards=3"):
+        generated(folder, tmp_path / "out.jsonl", shards=2)
+    with pytest.raises(ValueError, match=r"other options \('' then, '--top-k=5' now\)"):
+        generated(folder, tmp_path / "out.jsonl", top_k=5)
+    assert generated(folder, tmp_path / "out.jsonl") == (24, 4)
+    assert (shards / "2.jsonl").read_bytes().splitlines()[: answered.count(b"\n") - 1]
+
+
+@pytest.mark.long
+def test_if_the_first_shard_fails_the_others_are_not_tried(folder, two_workers, tmp_path):
+    (tmp_path / "out.jsonl.shards").mkdir()
+    (tmp_path / "out.jsonl.shards" / "0.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match="the first shard to end failed; shard 0/9"):
+        generated(folder, tmp_path / "out.jsonl", workers=1, shards=9)
+    assert not (tmp_path / "out.jsonl.shards" / "8.jsonl").exists()
