@@ -15,14 +15,12 @@ def cluster(cpus: int) -> Iterator[None]:
     """A cluster whose workers compile as this process does, bit for bit, and find the tests' helpers."""
     import ray
 
-    with pytest.MonkeyPatch.context() as patch:  # the workers inherit these
-        for name, value in {
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            **own_flags(),
-        }.items():
+    inherited = {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_USAGE_STATS_ENABLED": "0", **own_flags()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in inherited.items():
             patch.setenv(name, value)
-        ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
+        how = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 100_000_000}
+        ray.init(address="local", num_cpus=cpus, **how)
         try:
             yield
         finally:

@@ -1,5 +1,6 @@
 """A cluster gives the tables and answers of one process, byte for byte, also when it loses a worker."""
 
+import json
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 from golden_models import strong
+from jax._src import xla_bridge
 from local_ray import cluster, process_that_writes
 from tiny_run import backbone_folder, rows_of_text, words, write_rows
 
@@ -44,7 +46,7 @@ def evaluated(folder, output, **changes):
 def generated(folder, output, input="in.jsonl", **changes):
     options = {"backbone": folder / "backbone", "adapters": [f"{folder}/tenants/*"]}
     options |= {"shards": SHARDS, "workers": 2} | GENERATION | changes
-    return generate_on_ray(folder / input, output=output, **options)
+    return generate_on_ray(str(folder / input), output=str(output), **options)
 
 
 def command_line(name, folder, output, options):
@@ -118,11 +120,54 @@ def test_without_ray_the_error_names_the_extra(folder, tmp_path, monkeypatch):
         evaluated(folder, tmp_path / "out")
 
 
+def in_this_process(worker, line, outputs, *_):
+    """For run_shards: one worker, which answers the last shard first."""
+    one = worker(line, os.getcwd(), len(outputs))
+    for index, output in reversed(list(enumerate(outputs))):
+        assert one({"index": [index], "output": [str(output)]})["error"] == [""]
+
+
+@pytest.fixture
+def without_a_cluster(monkeypatch):
+    """The calls run their workers here. Around that, they must not ask JAX for its devices: those are the workers'."""
+
+    def taken(*_):
+        raise AssertionError("took the devices")
+
+    def run_shards(*given):
+        with monkeypatch.context() as patch:
+            patch.setattr(xla_bridge, "get_backend", get_backend)
+            in_this_process(*given)
+
+    get_backend = xla_bridge.get_backend
+    monkeypatch.setattr(xla_bridge, "get_backend", taken)
+    monkeypatch.setattr("para_jax.ray.jobs.ray_data", lambda: None)
+    monkeypatch.setattr("para_jax.ray.jobs.run_shards", run_shards)
+
+
+def test_an_evaluation_is_merged_and_a_killed_merge_goes_on(folder, without_a_cluster, tmp_path):
+    table = evaluated(folder, tmp_path / "out", tasks=[f"{folder}/free:loss"])
+    assert all(f"| {name} |" in table for name in ("base", "t0", "t1", "t2", "t3", "t4"))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "table.md").unlink()
+    (tmp_path / "out" / "t1.json").write_text("")
+    evaluated(folder, tmp_path / "out", tasks=[f"{folder}/free:loss"])
+    again = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(again) == set(files) and again["t1.json"] and again["table.md"] == files["table.md"]
+
+
+def test_a_jobs_answers_do_not_depend_on_the_shards(folder, without_a_cluster, tmp_path):
+    counts = [generated(folder, tmp_path / f"{shards}.jsonl", shards=shards) for shards in (1, 3)]
+    assert counts == [(24, 4), (24, 4)]
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "3.jsonl").read_bytes()
+
+
 # ------------------------------------------------------------------------------------------------------- on a cluster
 
 
 @pytest.fixture(scope="module")
-def two_workers():
+def two_workers(bucket):
+    """A cluster whose workers find the emulated bucket too."""
     pytest.importorskip("ray.data")
     with cluster(2):
         yield
@@ -224,3 +269,27 @@ def test_if_the_first_shard_fails_the_others_are_not_tried(folder, two_workers, 
     with pytest.raises(ValueError, match="the first shard to end failed; shard 0/9"):
         generated(folder, tmp_path / "out.jsonl", workers=1, shards=9)
     assert not (tmp_path / "out.jsonl.shards" / "8.jsonl").exists()
+
+
+@pytest.mark.long
+def test_a_killed_worker_is_replaced_and_its_shard_goes_on_in_a_bucket(folder, two_workers, bucket, tmp_path):
+    """The new worker waits until the lock of the killed one is a minute old; here it is removed at once."""
+    lock = bucket / "out.jsonl.shards" / "0.jsonl" / ".lock"
+    (bucket / "in.jsonl").write_bytes((folder / "in.jsonl").read_bytes())
+
+    def kill():
+        while not lock.exists():
+            time.sleep(0.01)
+        os.kill(json.loads(lock.read_bytes())["pid"], signal.SIGKILL)
+        lock.unlink()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert generated(bucket, bucket / "out.jsonl", backbone=folder / "backbone", adapters=[f"{folder}/tenants/*"]) == (
+        24,
+        4,
+    )
+    killer.join(timeout=1)
+    assert not killer.is_alive()
+    assert generated(folder, tmp_path / "out.jsonl", shards=1) == (24, 4)
+    assert (bucket / "out.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()

@@ -5,12 +5,11 @@ import os
 
 import pytest
 from golden_models import strong
-from tiny_run import backbone_folder, rows_of_text, words, write_rows
+from tiny_run import backbone_folder, words, write_rows
 
 from para_jax import ParaConfig, init_adapter, load_backbone, save_adapter
-from para_jax.evaluation.merge import merge_folders
 from para_jax.ray.command import arguments
-from para_jax.ray.workers import MOST_DEATHS, EvaluationWorker, GenerationWorker, ShardWorker
+from para_jax.ray.workers import MOST_DEATHS, GenerationWorker, ShardWorker
 from para_jax.serving.job_merge import merge_jobs
 
 
@@ -21,7 +20,6 @@ def folder(tmp_path_factory):
     model = load_backbone(folder / "backbone")
     for i in range(4):
         save_adapter(strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3), folder / "tenants" / f"t{i}")
-    write_rows(folder / "free" / "test.jsonl", rows_of_text(3, 3))
     write_rows(folder / "in.jsonl", [{"prompt": words(range(20, 24 + i)), "tenant": f"t{i}"} for i in range(4)])
     return folder
 
@@ -30,24 +28,16 @@ def answer(worker, index, output):
     return worker({"index": [index], "output": [str(output)]})
 
 
-@pytest.mark.parametrize("kind", [EvaluationWorker, GenerationWorker])
-def test_a_worker_loads_once_and_its_shards_can_be_merged(folder, tmp_path, kind, monkeypatch):
+def test_a_worker_loads_once_and_its_shards_can_be_merged(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = {"backbone": "backbone", "adapters": ["tenants/*"], "allow_cpu": True}
-    if kind is EvaluationWorker:
-        line = arguments("evaluate", [], [], given | {"tasks": ["free:loss"], "rows": 4})
-    else:
-        line = arguments("generate", [], [], given | {"input": "in.jsonl", "max_new_tokens": 3, "max_length": 32})
-    worker, outputs = kind(line, str(folder), 2), [tmp_path / "0", tmp_path / "1"]
+    given = {"backbone": "backbone", "adapters": ["tenants/*"], "input": "in.jsonl", "max_new_tokens": 3}
+    line = arguments("generate", [], [], given | {"max_length": 32, "allow_cpu": True})
+    worker, outputs = GenerationWorker(line, str(folder), 2), [tmp_path / "0", tmp_path / "1"]
     assert answer(worker, 1, outputs[1]) == {"index": [1], "error": [""]}
     loaded = worker.loaded
     assert answer(worker, 0, outputs[0]) == {"index": [0], "error": [""]}
     assert worker.loaded is loaded
-    if kind is EvaluationWorker:
-        table = merge_folders(outputs, tmp_path / "merged")
-        assert all(f"| {name} |" in table for name in ("base", "t0", "t1", "t2", "t3"))
-    else:
-        assert merge_jobs(outputs, tmp_path / "merged") == (4, 0)
+    assert merge_jobs(outputs, tmp_path / "merged") == (4, 0)
     assert "2/2" in answer(worker, 2, outputs[0])["error"][0]
     assert "is the output of shard 1/2" in answer(worker, 0, outputs[1])["error"][0]
     assert not list(tmp_path.glob("*.deaths"))
