@@ -56,16 +56,34 @@ def simulated(folder: Path, sizes: list[int], workers: int, seconds: float, fail
     """
     (folder / "sizes.json").write_text(json.dumps(sizes))
     outputs, line = [folder / str(index) for index in range(len(sizes))], [seconds, failures, folder / "sizes.json"]
-    begun = time.time()
+    begun, cpu_before = time.time(), cpu_seconds()
     pool.run_shards(Stub, list(map(str, line)), outputs, "simulating", workers, {"num_cpus": 1})
+    cpu = cpu_seconds() - cpu_before
     whole, ends = time.time() - begun, [output.read_text().split() for output in outputs]
     assert all(len(end) == 2 for end in ends)  # each shard has ended, and once
     times = sorted(float(end[1]) - begun for end in ends)
     span, busy = times[-1] - times[0], sum(sizes) * seconds
     made = {"seconds per adapter": seconds, "workers": workers, "whole": whole, "start": times[0], "span": span}
     made |= {"span of equal parts": busy / workers, "overhead per shard": (span * workers - busy) / len(sizes)}
+    made |= {"CPU per shard, the start included": cpu / len(sizes)}
     failed = sum(is_failure(index, failures) for index in range(len(sizes)))
     return made | {"shards that lost a worker": failed, "processes": len({end[0] for end in ends})}
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of all processes of the cluster that it started. Ended ones are not counted."""
+    parents, used = {}, {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # ended meanwhile
+            continue
+        parents[int(file.parent.name)] = int(fields[1])
+        used[int(file.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    ours = {os.getpid()}
+    while more := {one for one, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return sum(used[one] for one in ours)
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ def cluster(cpus: int) -> Iterator[None]:
     """A cluster whose workers compile as this process does, bit for bit, and find the tests' helpers."""
     import ray
 
-    inherited = {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_USAGE_STATS_ENABLED": "0", **own_flags()}
+    inherited = {"PYTHONPATH": os.pathsep.join(sys.path), **own_flags()}
+    inherited |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_server_port_wait_time_s": "120"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in inherited.items():
             patch.setenv(name, value)

@@ -11,11 +11,13 @@ import pytest
 from golden_models import strong
 from jax._src import xla_bridge
 from local_ray import cluster, process_that_writes
+from stub_worker import StubWorker
 from tiny_run import backbone_folder, rows_of_text, words, write_rows
 
 from para_jax import ParaConfig, init_adapter, load_backbone, save_adapter
 from para_jax.cli import main
 from para_jax.ray import evaluate_on_ray, generate_on_ray
+from para_jax.ray.pool import run_shards
 from para_jax.serving.job_merge import merge_jobs
 
 SHARDS = 3
@@ -285,11 +287,18 @@ def test_a_killed_worker_is_replaced_and_its_shard_goes_on_in_a_bucket(folder, t
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    assert generated(bucket, bucket / "out.jsonl", backbone=folder / "backbone", adapters=[f"{folder}/tenants/*"]) == (
-        24,
-        4,
-    )
+    here = {"backbone": folder / "backbone", "adapters": [f"{folder}/tenants/*"]}
+    assert generated(bucket, bucket / "out.jsonl", **here) == (24, 4)
     killer.join(timeout=1)
     assert not killer.is_alive()
     assert generated(folder, tmp_path / "out.jsonl", shards=1) == (24, 4)
     assert (bucket / "out.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
+@pytest.mark.long
+def test_each_shard_is_answered_once_also_those_that_lost_workers(two_workers, tmp_path):
+    outputs = [tmp_path / str(index) for index in range(12)]
+    run_shards(StubWorker, [], outputs, "trying", 2, {"num_cpus": 1})
+    tries = [output.read_text().split() for output in outputs]
+    assert [len(one) for one in tries] == [1, 3, 1, 1, 1, 3, 1, 1, 1, 3, 1, 1]
+    assert all(len(set(one)) == len(one) for one in tries)
