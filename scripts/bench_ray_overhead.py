@@ -13,7 +13,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean
 
@@ -39,7 +39,7 @@ class Stub:
         if fails:
             os._exit(1)
         with output.open("a") as stream:
-            stream.write(f"{os.getpid()} {time.time()}\n")
+            stream.write(f"{os.getpid()} {time.time()} {time.process_time()}\n")
         return {"index": [index], "error": [""]}
 
 
@@ -56,22 +56,25 @@ def simulated(folder: Path, sizes: list[int], workers: int, seconds: float, fail
     """
     (folder / "sizes.json").write_text(json.dumps(sizes))
     outputs, line = [folder / str(index) for index in range(len(sizes))], [seconds, failures, folder / "sizes.json"]
-    begun, cpu_before = time.time(), cpu_seconds()
+    begun, before = time.time(), cpu_seconds()
     pool.run_shards(Stub, list(map(str, line)), outputs, "simulating", workers, {"num_cpus": 1})
-    cpu = cpu_seconds() - cpu_before
-    whole, ends = time.time() - begun, [output.read_text().split() for output in outputs]
-    assert all(len(end) == 2 for end in ends)  # each shard has ended, and once
-    times = sorted(float(end[1]) - begun for end in ends)
+    whole, cpu = time.time() - begun, cpu_seconds() - before
+    ends = [output.read_text().split() for output in outputs]
+    assert all(len(end) == 3 for end in ends)  # each shard has ended, and once
+    times, used = sorted(float(end[1]) - begun for end in ends), defaultdict(list)
+    for process, _, seconds_used in ends:
+        used[process].append(float(seconds_used))
     span, busy = times[-1] - times[0], sum(sizes) * seconds
-    made = {"seconds per adapter": seconds, "workers": workers, "whole": whole, "start": times[0], "span": span}
+    made = {"seconds per adapter": seconds, "whole": whole, "start": times[0], "span": span}
     made |= {"span of equal parts": busy / workers, "overhead per shard": (span * workers - busy) / len(sizes)}
-    made |= {"CPU per shard, the start included": cpu / len(sizes)}
+    made |= {"CPU per shard, of driver and cluster": cpu / len(sizes)}
+    made |= {"CPU per shard, of its worker": sum(max(one) - min(one) for one in used.values()) / len(sizes)}
     failed = sum(is_failure(index, failures) for index in range(len(sizes)))
-    return made | {"shards that lost a worker": failed, "processes": len({end[0] for end in ends})}
+    return made | {"shards that lost a worker": failed, "processes": len(used)}
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of all processes of the cluster that it started. Ended ones are not counted."""
+    """CPU time of this process and of the processes of the cluster. Workers have ended by then."""
     parents, used = {}, {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -112,7 +115,7 @@ def main() -> None:
         "ray": ray.__version__,
         "cores": len(os.sched_getaffinity(0)),
     }
-    found |= {"adapters": args.adapters, "contexts": args.contexts, "shards": args.shards}
+    found |= {"workers": args.workers, "adapters": args.adapters, "contexts": args.contexts, "shards": args.shards}
     found |= {"adapters per shard": {"mean": mean(sizes), "largest": max(sizes)}, "seconds": runs}
     if args.output:
         args.output.write_text(json.dumps(found, indent=1) + "\n")

@@ -16,9 +16,10 @@ from ..cli.options import place
 from ..config import printable
 from ..serving.jobs import run_job
 from ..storage.bucket import Place
+from .claim import DEATHS
 from .command import parsed
 
-#: Workers that a shard may lose before it counts as failed. Ray itself would replace them for ever.
+#: Workers that a shard may lose in a call before it counts as failed. Ray itself would replace them for ever.
 MOST_DEATHS = 4
 #: Bytes that are read of a file of deaths.
 MAX_BYTES = 2**16
@@ -35,7 +36,8 @@ class ShardWorker:
             folder: relative paths are relative to it, if this host has it.
             count: of all shards.
         """
-        self.line, self.count, self.loaded = list(line), count, None
+        self.line, self.count = list(line), count
+        self.loaded: Any = None
         if os.path.isdir(folder):
             os.chdir(folder)
 
@@ -49,10 +51,9 @@ class ShardWorker:
 
     def tried(self, index: int, output: Place) -> str:
         """Answers a shard. Returns the error of one that has lost too many workers."""
-        deaths = output.with_name(f"{output.name}.deaths")
+        deaths = output.with_name(output.name + DEATHS)
         before = read_deaths(deaths)
         if len(before) >= MOST_DEATHS:
-            deaths.unlink()  # the same call may try again
             return f"{len(before)} workers ended at it; the last one: {before[-1]}"
         atomic.write_text(deaths, json.dumps([*before, "it was killed, or its host was lost"]))
         try:
@@ -85,13 +86,14 @@ class EvaluationWorker(ShardWorker):
         return config, evaluate.load(options, config)
 
     def answer(self, options: argparse.Namespace) -> None:
-        evaluate.evaluate_part(options, *self.loaded, options.shard, options.output)
+        config, loaded = self.loaded
+        evaluate.evaluate_part(options, config, loaded, options.shard, options.output)
 
 
 class GenerationWorker(ShardWorker):
     def load(self, options: argparse.Namespace) -> Any:
         sources, tenants = generate.checked(options)
-        return generate.engine_of(options, *generate.load(options, sources), tenants)
+        return generate.engine_of(options, *generate.load(options, sources), tenants=tenants)
 
     def answer(self, options: argparse.Namespace) -> None:
         engine, default = self.loaded

@@ -70,7 +70,6 @@ def test_a_worker_ends_for_an_error_that_no_user_made_and_says_so_when_too_many_
     assert "the device" in capsys.readouterr().err
     said = answer(Failing(line, "nowhere", 2), 0, tmp_path / "0")["error"][0]
     assert said == "4 workers ended at it; the last one: RuntimeError: the device\\nfailed"
-    assert not (tmp_path / "0.deaths").exists()
 
 
 def test_a_kill_counts_and_a_users_mistake_does_not(tmp_path, monkeypatch):
