@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from ..progress import Progress
@@ -39,8 +40,8 @@ def run_shards(
     )  # Ray Data replaces an actor that died, and gives its task to the new one, any number of times
     shards.context.enable_progress_bars = False
     failed: dict[int, str] = {}
-    with Progress(what, count, unit="shard", keep=True) as bar:
-        for row in shards.iter_rows():
+    with Progress(what, count, unit="shard", keep=True) as bar, closing(iter(shards.iter_rows())) as ended:
+        for row in ended:  # closed after Ctrl-C too: that ends the workers
             if row["error"]:
                 failed[row["index"]] = row["error"]
                 if bar.done == 0:

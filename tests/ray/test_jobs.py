@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from _thread import interrupt_main
 
 import pytest
 from golden_models import strong
@@ -205,12 +206,13 @@ def same_evaluation(folder, one):
     return answers[0] == answers[1] and tables[0] == tables[1] and scores[0] == scores[1]
 
 
-class Killer(threading.Thread):
-    """Kills the process that writes a file, once, as soon as the file has some lines."""
+class AfterLines(threading.Thread):
+    """Calls `act` once, as soon as a file has some lines and a worker writes it. `kept` is then what the file had."""
 
-    def __init__(self, file, lines):
+    def __init__(self, file, lines, act):
         super().__init__(daemon=True)
-        self.file, self.lines, self.kept = file, lines, b""
+        self.file, self.lines, self.act, self.kept = file, lines, act, b""
+        self.start()
 
     def run(self):
         while not self.kept:
@@ -218,31 +220,40 @@ class Killer(threading.Thread):
             if self.file.exists() and self.file.read_bytes().count(b"\n") >= self.lines:
                 worker = process_that_writes(self.file)
                 if worker is not None:
-                    os.kill(worker, signal.SIGKILL)
+                    self.act(worker)
                     self.kept = self.file.read_bytes()
+
+    def went_on(self):
+        """Whether the file still begins with the complete lines that it had."""
+        self.join(timeout=1)
+        complete = self.kept[: self.kept.rfind(b"\n") + 1]
+        return complete.count(b"\n") >= self.lines and self.file.read_bytes().startswith(complete)
+
+
+def kill(worker):
+    os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.long
 def test_a_killed_worker_is_replaced_and_its_shard_goes_on(folder, two_workers, tmp_path):
     write_rows(tmp_path / "free" / "test.jsonl", rows_of_text(60, 4))
-    killer = Killer(tmp_path / "out.shards" / "0" / "answers.jsonl", 4)
-    killer.start()
+    killed = AfterLines(tmp_path / "out.shards" / "0" / "answers.jsonl", 4, kill)
     evaluated(folder, tmp_path / "out", tasks=[tmp_path / "free"])
-    killer.join(timeout=1)
-    assert 4 <= killer.kept.count(b"\n")
-    answers = killer.file.read_bytes()
-    assert answers.startswith(killer.kept.rpartition(b"\n")[0]) and len(answers) > len(killer.kept)
+    assert killed.went_on()
     assert main(command_line("evaluate", folder, tmp_path / "one", EVALUATION | {"tasks": tmp_path / "free"})) == 0
     assert same_evaluation(tmp_path / "out", tmp_path / "one")
 
 
 @pytest.mark.long
-def test_a_killed_worker_of_a_job_is_replaced_and_its_shard_goes_on(folder, two_workers, tmp_path):
-    killer = Killer(tmp_path / "out.jsonl.shards" / "1.jsonl", 1)
-    killer.start()
+def test_a_killed_worker_and_ctrl_c_lose_nothing_of_a_job(folder, two_workers, tmp_path):
+    shards = tmp_path / "out.jsonl.shards"
+    killed = AfterLines(shards / "1.jsonl", 1, kill)
+    stopped = AfterLines(shards / "2.jsonl", 1, lambda worker: interrupt_main())
+    with pytest.raises(KeyboardInterrupt):
+        generated(folder, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
     assert generated(folder, tmp_path / "out.jsonl") == (24, 4)
-    killer.join(timeout=1)
-    assert killer.file.read_bytes().startswith(killer.kept.rpartition(b"\n")[0]) and killer.kept
+    assert killed.went_on() and stopped.went_on()
     generated(folder, tmp_path / "other.jsonl", shards=2)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "other.jsonl").read_bytes()
 
@@ -279,13 +290,13 @@ def test_a_killed_worker_is_replaced_and_its_shard_goes_on_in_a_bucket(folder, t
     lock = bucket / "out.jsonl.shards" / "0.jsonl" / ".lock"
     (bucket / "in.jsonl").write_bytes((folder / "in.jsonl").read_bytes())
 
-    def kill():
+    def kill_the_owner():
         while not lock.exists():
             time.sleep(0.01)
         os.kill(json.loads(lock.read_bytes())["pid"], signal.SIGKILL)
         lock.unlink()
 
-    killer = threading.Thread(target=kill, daemon=True)
+    killer = threading.Thread(target=kill_the_owner, daemon=True)
     killer.start()
     here = {"backbone": folder / "backbone", "adapters": [f"{folder}/tenants/*"]}
     assert generated(bucket, bucket / "out.jsonl", **here) == (24, 4)
