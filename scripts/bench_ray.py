@@ -1,10 +1,10 @@
 """Scaling on Ray: evaluation and generation by 1 and 2 workers, each pinned to a core of its own, next to one process
-that is pinned to a core.
+and to two processes without Ray that are pinned in the same way.
 
     python scripts/bench_ray.py --output results/bench_ray.json
 
-It needs two idle cores. All shards are equally large, and the sides take turns. Each worker's first shard, in which it
-loads the model and JAX traces the programs, counts as its start. The compilation cache is on and filled.
+It needs two idle cores. All shards are equally large, and the sides take turns. The efficiency is that of the shards
+after each worker's first one, in which it loads the model and JAX traces the programs. The compilation cache is filled.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean, median
 
@@ -25,13 +25,14 @@ from para_jax.ray import jobs
 from para_jax.ray.workers import EvaluationWorker, GenerationWorker
 
 WORDS = "stapler lamp chair mouse cable desk phone tray clock fan mug rack late broken lost wrong new old blue".split()
-SIDES = {"one process": 0, "1 worker": 1, "2 workers": 2}
+#: (Processes that compute, whether they are Ray's) of each side.
+SIDES = {"one process": (1, False), "two processes": (2, False), "1 worker": (1, True), "2 workers": (2, True)}
 
 
 class Pinned:
     """A worker that takes a core which no other worker has, and notes when each shard began and ended."""
 
-    def __init__(self, *given):
+    def __init__(self, *args, **given):
         cores = Path(os.environ["BENCH_RAY_CORES"])
         for core in os.environ["BENCH_RAY_USE"].split(","):
             self.core = (cores / core).open("w")
@@ -42,7 +43,7 @@ class Pinned:
             for thread in os.listdir("/proc/self/task"):
                 os.sched_setaffinity(int(thread), {int(core)})
             break
-        super().__init__(*given)
+        super().__init__(*args, **given)
 
     def __call__(self, batch):
         begun = time.time()
@@ -72,18 +73,18 @@ def benchmark(args) -> dict:
         (folder / "cores").mkdir()
         os.environ |= {"BENCH_RAY_CORES": str(folder / "cores"), "BENCH_RAY_USE": ",".join(map(str, args.cores))}
         os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-        os.environ["RAY_worker_niceness"] = "0"  # as the one process
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["RAY_worker_niceness"] = "0"  # as the others
         jobs.EvaluationWorker, jobs.GenerationWorker = PinnedEvaluation, PinnedGeneration
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
         kinds, rounds = {"evaluation": evaluation, "generation": generation}, []
         for number in range(-1, args.rounds):  # -1 fills the compilation cache
             for kind, call in kinds.items():
-                for side, workers in SIDES.items():
-                    if number < 0 and workers:
+                for place, (side, given) in enumerate(SIDES.items()):
+                    if number < 0 and place:
                         continue
-                    output = folder / f"{kind}-{number}-{workers}"
-                    begun = time.time()
-                    call(folder, output, args, workers)
+                    output, begun = folder / f"{kind}-{number}-{place}", time.time()
+                    call(folder, output, args, *given)
                     if number >= 0:
                         rounds.append({"kind": kind, "side": side, "round": number} | measured(output, begun))
                         print(rounds[-1], flush=True)
@@ -121,62 +122,69 @@ def prepare(folder: Path, args) -> None:
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def evaluation(folder: Path, output: Path, args, workers: int) -> None:
+def evaluation(folder: Path, output: Path, args, processes: int, on_ray: bool) -> None:
     options = {"backbone": args.backbone, "adapters": [f"{folder}/tenants/*"], "tasks": [f"{folder}/task:loss"]}
     options |= {"rows": args.rows, "allow_cpu": True}
-    if workers:
-        jobs.evaluate_on_ray(output=output, shards=args.shards, workers=workers, **options)
+    if on_ray:
+        jobs.evaluate_on_ray(output=output, shards=args.shards, workers=processes, **options)
     else:
-        one_process("evaluate", output, args.shards, options)
+        without_ray("evaluate", output, args.shards, processes, options)
 
 
-def generation(folder: Path, output: Path, args, workers: int) -> None:
+def generation(folder: Path, output: Path, args, processes: int, on_ray: bool) -> None:
     options = {"backbone": args.backbone, "adapters": [f"{folder}/tenants/*"], "max_new_tokens": args.tokens}
     options |= {"slots": 8, "max_length": 128, "allow_cpu": True}
-    if workers:
-        jobs.generate_on_ray(folder / "in.jsonl", output=output, shards=args.shards, workers=workers, **options)
+    if on_ray:
+        jobs.generate_on_ray(folder / "in.jsonl", output=output, shards=args.shards, workers=processes, **options)
     else:
-        one_process("generate", output, args.shards, options | {"input": folder / "in.jsonl"})
+        without_ray("generate", output, args.shards, processes, options | {"input": folder / "in.jsonl"})
 
 
-def one_process(command: str, output: Path, shards: int, options: dict) -> None:
-    """Answers all shards in a new process that is pinned as a worker is."""
-    line = [__file__, "one", command, str(output), str(shards), *jobs.arguments(command, [], [], options)]
-    subprocess.run([sys.executable, *line], check=True, stderr=subprocess.DEVNULL)
-
-
-def one(command: str, output: str, shards: str, *line: str) -> None:
-    kind = PinnedEvaluation if command == "evaluate" else PinnedGeneration
-    worker, folder = kind(line, os.getcwd(), int(shards)), Path(output + ".shards")
+def without_ray(command: str, output: Path, shards: int, processes: int, options: dict) -> None:
+    """Answers the shards in new processes, each pinned as a worker is: the first takes shards 0, 2, ... if there are
+    two. Merges them."""
+    folder, line = output.with_name(f"{output.name}.shards"), jobs.arguments(command, [], [], options)
     folder.mkdir()
-    for index in range(int(shards)):
-        error = worker({"index": [index], "output": [str(folder / str(index))]})["error"][0]
+    outputs = [folder / str(index) for index in range(shards)]
+    run = [sys.executable, __file__, "part", command, str(folder), str(shards), str(processes)]
+    parts = [subprocess.Popen([*run, str(i), *line], stderr=subprocess.DEVNULL) for i in range(processes)]
+    if any([part.wait() for part in parts]):
+        sys.exit(f"a process of {command} failed")
+    jobs.merge_folders(outputs, output) if command == "evaluate" else jobs.merge_jobs(outputs, output)
+
+
+def part(command: str, folder: str, shards: str, processes: str, first: str, *line: str) -> None:
+    """What one of these processes does."""
+    kind = PinnedEvaluation if command == "evaluate" else PinnedGeneration
+    worker = kind(line, os.getcwd(), int(shards))
+    for index in range(int(first), int(shards), int(processes)):
+        error = worker({"index": [index], "output": [f"{folder}/{index}"]})["error"][0]
         if error:
             sys.exit(error)
 
 
 def measured(output: Path, begun: float) -> dict:
-    """How fast the shards were answered, apart from each worker's first one, and how long a worker took to start."""
-    files = output.with_name(f"{output.name}.shards").glob("*.times")
-    shards = sorted((json.loads(file.read_text()) for file in files), key=lambda one: one["begun"])
-    first = {}
-    for shard in shards:
-        first.setdefault(shard["worker"], shard)
-    later = [shard for shard in shards if shard not in first.values()]
-    seconds = max(shard["ended"] for shard in later) - min(shard["begun"] for shard in later)
-    started = mean(shard["ended"] for shard in first.values()) - begun
-    return {"shards_per_second": len(later) / seconds, "start": started, "whole": time.time() - begun}
+    """Seconds of the whole call and until the workers had started, and the rate of the shards after that."""
+    whole, by_worker = time.time() - begun, defaultdict(list)
+    for file in output.with_name(f"{output.name}.shards").glob("*.times"):
+        one = json.loads(file.read_text())
+        by_worker[one["worker"]].append(one["ended"])
+    ends = [sorted(held) for held in by_worker.values()]
+    rate = sum((len(held) - 1) / (held[-1] - held[0]) for held in ends if len(held) > 1)
+    return {"whole": whole, "start": mean(held[0] for held in ends) - begun, "shards per second": rate}
 
 
 def summary(rounds: list[dict]) -> dict:
     """Medians over the rounds. An efficiency compares sides of the same round."""
     sides = {side: [one for one in rounds if one["side"] == side] for side in SIDES}
-    found = {side: {name: median(one[name] for one in held) for name in ("shards_per_second", "start", "whole")}
+    found = {side: {name: median(one[name] for one in held) for name in ("whole", "start", "shards per second")}
              for side, held in sides.items()}  # fmt: skip
-    for side, workers in (("1 worker", 1), ("2 workers", 2)):
-        pairs = zip(sides[side], sides["one process"], strict=True)
-        ratios = [one["shards_per_second"] / base["shards_per_second"] / workers for one, base in pairs]
-        found[side] |= {"efficiency": median(ratios), "of the rounds": ratios}
+    for side, (processes, _) in SIDES.items():
+        pairs = list(zip(sides[side], sides["one process"], strict=True))
+        rates = [one["shards per second"] / base["shards per second"] / processes for one, base in pairs]
+        wholes = [base["whole"] / one["whole"] / processes for one, base in pairs]
+        found[side] |= {"efficiency": median(rates), "efficiency of each round": rates}
+        found[side] |= {"efficiency with the start": median(wholes)}
     return found
 
 
@@ -199,4 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    one(*sys.argv[2:]) if sys.argv[1:2] == ["one"] else main()
+    part(*sys.argv[2:]) if sys.argv[1:2] == ["part"] else main()
