@@ -1,5 +1,5 @@
 """Scaling on Ray: evaluation and generation by 1 and 2 workers, each pinned to a core of its own, next to one process
-and to two processes without Ray that are pinned in the same way.
+that is pinned in the same way. With --sides also next to two processes without Ray.
 
     python scripts/bench_ray.py --output results/bench_ray.json
 
@@ -69,6 +69,7 @@ def benchmark(args) -> dict:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        args.backbone = args.backbone or first_layers(folder / "backbone", args.layers)
         prepare(folder, args)
         (folder / "cores").mkdir()
         os.environ |= {"BENCH_RAY_CORES": str(folder / "cores"), "BENCH_RAY_USE": ",".join(map(str, args.cores))}
@@ -80,17 +81,33 @@ def benchmark(args) -> dict:
         kinds, rounds = {"evaluation": evaluation, "generation": generation}, []
         for number in range(-1, args.rounds):  # -1 fills the compilation cache
             for kind, call in kinds.items():
-                for place, (side, given) in enumerate(SIDES.items()):
+                for place, side in enumerate(args.sides):
                     if number < 0 and place:
                         continue
                     output, begun = folder / f"{kind}-{number}-{place}", time.time()
-                    call(folder, output, args, *given)
+                    call(folder, output, args, *SIDES[side])
                     if number >= 0:
                         rounds.append({"kind": kind, "side": side, "round": number} | measured(output, begun))
                         print(rounds[-1], flush=True)
         ray.shutdown()
-    found = {kind: summary([one for one in rounds if one["kind"] == kind]) for kind in kinds}
+    found = {kind: summary([one for one in rounds if one["kind"] == kind], args.sides) for kind in kinds}
     return {"efficiency": found, "rounds": rounds, "versions": library_versions() | {"ray": ray.__version__}}
+
+
+def first_layers(folder: Path, count: int) -> str:
+    """A folder with the first layers of SmolLM2-135M, which a process loads and traces sooner than all 30."""
+    from safetensors.numpy import load_file, save_file
+
+    from para_jax import load_tokenizer
+    from para_jax.gguf.convert import convert_gguf
+    from para_jax.hub import resolve_backbone
+
+    convert_gguf(resolve_backbone("smollm2-135m"), folder, load_tokenizer("smollm2-135m"))
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    above = tuple(f"model.layers.{layer}." for layer in range(count, config["num_hidden_layers"]))
+    save_file({name: one for name, one in weights.items() if not name.startswith(above)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
+    return str(folder)
 
 
 def prepare(folder: Path, args) -> None:
@@ -174,12 +191,13 @@ def measured(output: Path, begun: float) -> dict:
     return {"whole": whole, "start": mean(held[0] for held in ends) - begun, "shards per second": rate}
 
 
-def summary(rounds: list[dict]) -> dict:
+def summary(rounds: list[dict], names: list[str]) -> dict:
     """Medians over the rounds. An efficiency compares sides of the same round."""
-    sides = {side: [one for one in rounds if one["side"] == side] for side in SIDES}
+    sides = {side: [one for one in rounds if one["side"] == side] for side in names}
     found = {side: {name: median(one[name] for one in held) for name in ("whole", "start", "shards per second")}
              for side, held in sides.items()}  # fmt: skip
-    for side, (processes, _) in SIDES.items():
+    for side in names:
+        processes, _ = SIDES[side]
         pairs = list(zip(sides[side], sides["one process"], strict=True))
         rates = [one["shards per second"] / base["shards per second"] / processes for one, base in pairs]
         wholes = [base["whole"] / one["whole"] / processes for one, base in pairs]
@@ -191,10 +209,12 @@ def summary(rounds: list[dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--backbone", default="smollm2-135m")
+    parser.add_argument("--backbone", help="default: the first --layers layers of SmolLM2-135M")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--sides", nargs="+", default=["one process", "1 worker", "2 workers"], choices=SIDES)
     parser.add_argument("--cores", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--shards", type=int, default=10)
+    parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--adapters", type=int, default=1, help="per shard")
     parser.add_argument("--rows", type=int, default=16, help="contexts of the task, and rows of a batch")
     parser.add_argument("--lines", type=int, default=8, help="requests per shard")
