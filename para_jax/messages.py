@@ -22,9 +22,10 @@ def warn(text: str) -> None:
 
 
 def speaks() -> bool:
-    """Whether this is the first process. Before JAX is imported, no process has joined another one."""
+    """Whether this is the first process. One that has not joined others is; asking JAX for its number would take the
+    devices, which may be meant for other processes of this host."""
     jax = sys.modules.get("jax")
-    return jax is None or jax.process_index() == 0
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:

@@ -12,9 +12,19 @@ from para_jax.messages import LOGGER, StderrHandler, log_to_stderr, say, warn
 
 def test_only_the_first_process_speaks(capsys, monkeypatch):
     say("one")
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     say("two")
     warn("three")
+    assert capsys.readouterr() == ("", "one\n")
+
+
+def test_a_message_takes_no_device(capsys, monkeypatch):
+    def taken():
+        raise AssertionError("asked for the devices")
+
+    monkeypatch.setattr(jax, "process_index", taken)
+    say("one")
     assert capsys.readouterr() == ("", "one\n")
 
 

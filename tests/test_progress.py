@@ -212,6 +212,7 @@ def test_a_notebook_has_a_bar_although_it_is_no_terminal(clock, monkeypatch, cap
 
 def test_only_the_first_process_shows_anything(clock, terminal, monkeypatch):
     terminal = terminal()
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     steps(clock, 10, 3)
     monkeypatch.setenv("TQDM_DISABLE", "1")

@@ -6,6 +6,7 @@ import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..messages import say
 from . import options as shared
@@ -252,15 +253,42 @@ def one_score(options, config) -> None:
 
 def into_folder(options, config) -> None:
     """Scores adapters on tasks, with answers and results in a folder, and prints the table."""
+    begun = time.monotonic()
+    loaded, output = load(options, config), options.output or Path("runs/evaluation")
+    try:
+        table, records = evaluate_part(options, config, loaded, options.shard, output)
+    except KeyboardInterrupt:
+        say(f"the answers so far are in {output}; the same command resumes")
+        raise
+    print(table)
+    say(f"wrote {output}")
+    if options.results:
+        scores = {name: record["results"] for name, record in records.items()}
+        write_results(options, config, scores, time.monotonic() - begun)
+
+
+class Loaded(NamedTuple):
+    """What all shards of an evaluation use."""
+
+    model: Any
+    tokenizer: Any
+    tasks: list
+    how: Any
+    """evaluation.folder.Options"""
+    sources: dict[str, str]
+    """{name: folder or hub id} of all adapters"""
+    found: dict[str, Any]
+    """their previews"""
+
+
+def load(options, config) -> Loaded:
+    """Starts the devices and loads everything but the adapters. A wrong task or adapter is found before weights are
+    read."""
     from .. import devices
-    from ..adapters.bank import AdapterBank
-    from ..adapters.files import load_adapter
     from ..adapters.preview import previews
     from ..backbone.load import load_backbone, load_model_config
     from ..data.tokenizer import load_tokenizer
-    from ..evaluation.adapter_passes import adapters_at_once, described_passes, in_passes
-    from ..evaluation.folder import Options, evaluate_to_folder, questions_of_run, read_own_tasks, read_tasks
-    from ..evaluation.shard_part import ShardOfAdapters
+    from ..evaluation.folder import Options, questions_of_run, read_own_tasks, read_tasks
 
     if config.runtime.coordinator is not None:  # each host would write the same files
         raise ValueError(
@@ -269,7 +297,6 @@ def into_folder(options, config) -> None:
         )
     sources = sources_of(options)
     devices.start(config.runtime)
-    begun = time.monotonic()
     how = Options(
         limit=options.limit,
         rows=config.eval.batch_size,
@@ -290,26 +317,34 @@ def into_folder(options, config) -> None:
     else:
         tasks = [questions_of_run(run_task(options, config, tokenizer), tokenizer, model_config, how)]
     found = dict(zip(sources, previews(sources.values(), model_config), strict=True))
-    part = None
-    if options.shard:
-        part = ShardOfAdapters(options.shard, {name: preview.digest for name, preview in found.items()})
+    return Loaded(load_backbone(**vars(config.backbone)), tokenizer, tasks, how, sources, found)
+
+
+def evaluate_part(options, config, loaded: Loaded, shard, output) -> tuple[str, dict[str, dict]]:
+    """Evaluates a shard's adapters, or all (None), into a folder. Returns the table and each adapter's record."""
+    from ..adapters.bank import AdapterBank
+    from ..adapters.files import load_adapter
+    from ..evaluation.adapter_passes import adapters_at_once, described_passes, in_passes
+    from ..evaluation.folder import evaluate_to_folder
+    from ..evaluation.shard_part import ShardOfAdapters
+
+    model, tokenizer, tasks, how, sources, found = loaded
+    part = ShardOfAdapters(shard, {name: preview.digest for name, preview in found.items()}) if shard else None
     names = part.names if part else list(sources)
-    model = load_backbone(**vars(config.backbone))
     bank, passes = None, None
     if sources:
         configs = [preview.config for preview in found.values()]
         bank = AdapterBank.fitting(configs, model.config, capacity=2 * len(sources))
         most = adapters_at_once(bank, int(options.adapter_memory * 1e9))
-        say((f"shard {options.shard}: " if part else "") + described_passes(bank, names, len(sources), most))
+        say((f"shard {shard}: " if part else "") + described_passes(bank, names, len(sources), most))
 
-        def load(name: str):
+        def load_one(name: str):
             return load_adapter(found[name].place, model.config, model=model)
 
-        passes = in_passes(bank, names, load, most)
+        passes = in_passes(bank, names, load_one, most)
     about = {"backbone": config.backbone.source, "quantize": config.backbone.quantize, "command": options.command_line}
-    output = options.output or Path("runs/evaluation")
     try:
-        table, records = evaluate_to_folder(
+        return evaluate_to_folder(
             model,
             bank,
             tokenizer,
@@ -322,14 +357,6 @@ def into_folder(options, config) -> None:
             passes=passes,
             part=part,
         )
-    except KeyboardInterrupt:
-        say(f"the answers so far are in {output}; the same command resumes")
-        raise
     finally:
         if passes is not None:
             passes.close()
-    print(table)
-    say(f"wrote {output}")
-    if options.results:
-        scores = {name: record["results"] for name, record in records.items()}
-        write_results(options, config, scores, time.monotonic() - begun)

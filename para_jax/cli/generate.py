@@ -55,7 +55,20 @@ def requests() -> shared.Parser:
 
 
 def run(options) -> int | None:
+    sources, tenants = checked(options)
+    if not options.input:
+        return answer_prompts(options, *load(options, sources), tenants=tenants)
     from ..serving.answers import Answers, check_shard
+
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with Answers(options.output) as answers:  # opened first: a wrong or locked file fails before anything is loaded
+        check_shard(answers, options.shard)
+        return answer_file(options, *load(options, sources), tenants=tenants, answers=answers)
+
+
+def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
+    """The adapters by name, and the tenant of each prompt (see tenants_of_prompts). Raises ValueError, before JAX is
+    loaded, for options that are wrong or do not go together, and for what is not there."""
     from ..serving.request import Request, check_request
     from .checks import check_adapters, check_backbone
 
@@ -80,15 +93,11 @@ def run(options) -> int | None:
         check_request(Request(prompt, **sampling_of(options)))
     check_backbone(options.backbone)
     check_adapters([*sources.values(), *([options.adapter] if options.adapter else [])])
-    if not options.input:
-        return answer_prompts(options, *load(options, sources), tenants=tenants)
-    check_input(options.input)
-    if not isinstance(options.output, BucketPath) and options.output.is_dir():  # there, answers come in a folder first
-        raise ValueError(f"--output {options.output}: a folder\ngive the path of a file in it")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with Answers(options.output) as answers:  # opened first: a wrong or locked file fails before anything is loaded
-        check_shard(answers, options.shard)
-        return answer_file(options, *load(options, sources), tenants=tenants, answers=answers)
+    if options.input:
+        check_input(options.input)
+        if not isinstance(options.output, BucketPath) and options.output.is_dir():  # there, answers come in a folder
+            raise ValueError(f"--output {options.output}: a folder\ngive the path of a file in it")
+    return sources, tenants
 
 
 def check_input(source: Place) -> None:
@@ -145,12 +154,9 @@ def answer_prompts(options, model, tokenizer, adapters, tenants) -> None:
 
 def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
     from ..messages import say
-    from ..serving.engine import Engine
     from ..serving.jobs import answer_lines
-    from ..serving.request import Request
 
-    engine = Engine(model, bank, tokenizer, slots=options.slots, max_length=options.max_length)
-    default = Request("", tenants[0] if tenants else None, **sampling_of(options))
+    engine, default = engine_of(options, model, tokenizer, bank, tenants)
     try:
         errors = answer_lines(engine, options.input, answers, default, options.shard)
     except KeyboardInterrupt:
@@ -163,3 +169,12 @@ def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
         count = "1 answer is an error" if errors.total() == 1 else f"{errors.total()} answers are errors"
         say(f"{count}: {kinds}{' ...' if len(errors) > 10 else ''}")
     return int(bool(errors))
+
+
+def engine_of(options, model, tokenizer, bank, tenants) -> tuple:
+    """The engine of a job, and the request with what its lines leave out."""
+    from ..serving.engine import Engine
+    from ..serving.request import Request
+
+    engine = Engine(model, bank, tokenizer, slots=options.slots, max_length=options.max_length)
+    return engine, Request("", tenants[0] if tenants else None, **sampling_of(options))

@@ -18,16 +18,19 @@ from .results import ANSWERS_FILE, LARGEST, csv_table, described_work, markdown_
 SECTIONS = ("results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
-def merge_folders(folders: Sequence[Place], output: Place) -> str:
+def merge_folders(folders: Sequence[Place], output: Place, *, again: bool = False) -> str:
     """Writes the answers, records, samples and tables of all shards to `output`. Returns the Markdown table.
 
     The tables and answers do not depend on the number of shards. Answers are in the order of their keys.
+
+    Args:
+        again: `output` may hold what a merge of the same shards wrote before it was killed.
 
     Raises ValueError, naming the folder and the adapter, for shards that do not belong together (shards.in_order), and
     for results or answers that are damaged, missing or there twice.
     """
     parts = in_order([part_of(one) for one in folders])
-    if output.exists() and any(output.iterdir()):
+    if not again and output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {output}: it is not empty; choose another folder")
     first = parts[0]
     tasks, own = first.content["tasks"], first.content["own"]

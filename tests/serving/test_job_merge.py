@@ -77,6 +77,8 @@ def test_the_merged_answers_are_those_of_one_worker_byte_for_byte(engine, folder
     answers = len(whole.splitlines())
     assert merge_jobs([outputs[2], outputs[0], outputs[1]], tmp_path / "merged.jsonl") == (answers, 1)
     assert (tmp_path / "merged.jsonl").read_bytes() == whole
+    merge_jobs(shards_of(engine, folder, tmp_path, 22), tmp_path / "many.jsonl")  # three of them have no request
+    assert (tmp_path / "many.jsonl").read_bytes() == whole
     assert main(["merge", *map(str, shards_of(engine, folder, tmp_path, 1)), "--output", str(tmp_path / "one")]) == 1
     assert (tmp_path / "one").read_bytes() == whole
     assert f"{answers} answers, 1 of them errors" in capsys.readouterr().err

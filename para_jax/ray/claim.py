@@ -1,0 +1,45 @@
+"""The files next to the shards of an output: which call they belong to, and which shards have lost workers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from .. import atomic
+from ..config import printable
+from ..storage.bucket import Place
+
+CALL_FILE = "call.txt"
+#: The ending of the file that says how the workers of a shard have ended in this call.
+DEATHS = ".deaths"
+#: Bytes that are read of a call file: it has the names of all adapters.
+MAX_BYTES = 2**26
+
+
+def claim_output(output: Place, folder: Place, line: Sequence[str], shards: int) -> None:
+    """Begins a call, or goes on with it.
+
+    Args:
+        folder: of the shards.
+        line: the command line with the options.
+
+    Raises ValueError, naming the output, if it holds anything else, or if its shards belong to another call.
+    """
+    file, now = folder / CALL_FILE, [json.dumps(part) for part in (f"shards={shards}", *line)]
+    if not file.is_file():
+        if output.is_file() or (output.is_dir() and any(output.iterdir())):
+            raise ValueError(f"output {output}: it is there already; choose another")
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(file, "\n".join(now) + "\n")
+        return
+    with file.open("rb") as stream:
+        before = stream.read(MAX_BYTES).decode(errors="replace").splitlines()
+    if before != now:
+        gone, new = set(before) - set(now), set(now) - set(before)
+        then, given = (printable(" ".join(sorted(parts)), 100) or "nothing" for parts in (gone, new))
+        raise ValueError(
+            f"output {output}: {folder} has its shards, of another call: {then} then, {given} now. Give the same, or "
+            "choose another output"
+        )
+    for file in folder.glob(f"*{DEATHS}"):
+        file.unlink()

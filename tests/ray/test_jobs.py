@@ -1,0 +1,316 @@
+"""A cluster gives the tables and answers of one process, byte for byte, also when it loses a worker."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from _thread import interrupt_main
+
+import pytest
+from golden_models import strong
+from jax._src import xla_bridge
+from local_ray import cluster, process_that_writes
+from stub_worker import StubWorker
+from tiny_run import backbone_folder, rows_of_text, words, write_rows
+
+from para_jax import ParaConfig, init_adapter, load_backbone, save_adapter
+from para_jax.cli import main
+from para_jax.ray import evaluate_on_ray, generate_on_ray
+from para_jax.ray.pool import run_shards
+from para_jax.serving.job_merge import merge_jobs
+
+SHARDS = 3
+HERE = {"allow_cpu": True}
+EVALUATION = HERE | {"rows": 2}
+GENERATION = HERE | {"max_new_tokens": 12, "max_length": 32, "slots": 2, "temperature": 0.7}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A backbone, five strong tenants, a task, and requests."""
+    folder = tmp_path_factory.mktemp("ray")
+    backbone_folder(folder / "backbone")
+    model = load_backbone(folder / "backbone")
+    for i in range(5):
+        save_adapter(strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3), folder / "tenants" / f"t{i}")
+    write_rows(folder / "free" / "test.jsonl", rows_of_text(6, 3))
+    lines = [{"prompt": words(range(20 + i, 24 + i)), "tenant": f"t{i % 6}"} for i in range(24)]  # t5 is an error
+    write_rows(folder / "in.jsonl", lines)
+    return folder
+
+
+def evaluated(folder, output, **changes):
+    options = {"backbone": folder / "backbone", "adapters": [f"{folder}/tenants/*"], "tasks": [folder / "free"]}
+    return evaluate_on_ray(output=output, **({"shards": SHARDS, "workers": 2} | options | EVALUATION | changes))
+
+
+def generated(folder, output, input="in.jsonl", **changes):
+    options = {"backbone": folder / "backbone", "adapters": [f"{folder}/tenants/*"]}
+    options |= {"shards": SHARDS, "workers": 2} | GENERATION | changes
+    return generate_on_ray(str(folder / input), output=str(output), **options)
+
+
+def command_line(name, folder, output, options):
+    given = [
+        part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)[: 2 - (value is True)]
+    ]
+    made = [name, "--backbone", folder / "backbone", "--adapters", f"{folder}/tenants/*", "--output", output, *given]
+    return list(map(str, made))
+
+
+# ---------------------------------------------------------------------------------------------------- without a cluster
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shards": 0}, "shards=0: give a whole number of at least 1"),
+        ({"shards": 2.5}, "shards=2.5: give a whole number"),
+        ({"shards": 10_000_000}, "is no shard I/N"),
+        ({"workers": 0}, "workers=0: give a whole number"),
+        ({"adapter": ["a"]}, "evaluate_on_ray has no option adapter; did you mean adapters?"),
+        ({"limt": 3}, "evaluate_on_ray has no option limt; did you mean limit?"),
+        ({"limit": "many"}, "limit.*many"),
+        ({"split": "train"}, "split.*train"),
+        ({"limit": 0}, "--limit 0: give a whole number of at least 1"),
+        ({"adapters": []}, "--shard 0/3 requires --adapters"),
+        ({"backbone": "/nowhere/backbone"}, "/nowhere/backbone"),
+        ({"adapters": ["/nowhere/adapter"]}, "/nowhere/adapter"),
+    ],
+)
+def test_a_users_mistake_is_one_line_before_anything_starts(folder, tmp_path, changes, said, monkeypatch):
+    monkeypatch.setattr("para_jax.ray.jobs.ray_data", lambda: None)
+    with pytest.raises(ValueError, match=said):
+        evaluated(folder, tmp_path / "out", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"input": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"prompt": "a"}, "generate_on_ray has no option prompt"),
+        ({"shards": 0}, "shards=0"),
+        ({"top_p": 2.0}, "top_p"),
+    ],
+)
+def test_a_mistake_in_a_job_is_one_line_before_anything_starts(folder, tmp_path, changes, said, monkeypatch):
+    monkeypatch.setattr("para_jax.ray.jobs.ray_data", lambda: None)
+    with pytest.raises(ValueError, match=said):
+        generated(folder, tmp_path / "out.jsonl", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_complete_or_not_ours_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("para_jax.ray.jobs.ray_data", lambda: None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="out: it is there already; choose another"):
+        evaluated(folder, tmp_path / "out")
+    (tmp_path / "out" / "table.md").write_text("| |")
+    with pytest.raises(ValueError, match="out: it is complete already"):
+        evaluated(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="out.jsonl: it is complete already"):
+        generated(folder, tmp_path / "out.jsonl")
+
+
+def test_without_ray_the_error_names_the_extra(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"ray.* is not installed: pip install 'para_jax\[ray\]'"):
+        evaluated(folder, tmp_path / "out")
+
+
+def in_this_process(worker, line, outputs, *_):
+    """For run_shards: one worker, which answers the last shard first."""
+    one = worker(line, os.getcwd(), len(outputs))
+    for index, output in reversed(list(enumerate(outputs))):
+        assert one({"index": [index], "output": [str(output)]})["error"] == [""]
+
+
+@pytest.fixture
+def without_a_cluster(monkeypatch):
+    """The calls run their workers here. Around that, they must not ask JAX for its devices: those are the workers'."""
+
+    def taken(*_):
+        raise AssertionError("took the devices")
+
+    def run_shards(*given):
+        with monkeypatch.context() as patch:
+            patch.setattr(xla_bridge, "get_backend", get_backend)
+            in_this_process(*given)
+
+    get_backend = xla_bridge.get_backend
+    monkeypatch.setattr(xla_bridge, "get_backend", taken)
+    monkeypatch.setattr("para_jax.ray.jobs.ray_data", lambda: None)
+    monkeypatch.setattr("para_jax.ray.jobs.run_shards", run_shards)
+
+
+def test_an_evaluation_is_merged_and_a_killed_merge_goes_on(folder, without_a_cluster, tmp_path):
+    given = {"tasks": [f"{folder}/free:loss"], "shards": 8}  # some have no adapter
+    table = evaluated(folder, tmp_path / "out", **given)
+    assert all(f"| {name} |" in table for name in ("base", "t0", "t1", "t2", "t3", "t4"))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "table.md").unlink()
+    (tmp_path / "out" / "t1.json").write_text("")
+    evaluated(folder, tmp_path / "out", **given)
+    again = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(again) == set(files) and again["t1.json"] and again["table.md"] == files["table.md"]
+
+
+def test_a_jobs_answers_do_not_depend_on_the_shards(folder, without_a_cluster, tmp_path):
+    counts = [generated(folder, tmp_path / f"{shards}.jsonl", shards=shards) for shards in (1, 25)]
+    assert counts == [(24, 4), (24, 4)]  # shard 24/25 has no line
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "25.jsonl").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------- on a cluster
+
+
+@pytest.fixture(scope="module")
+def two_workers(bucket):
+    """A cluster whose workers find the emulated bucket too."""
+    pytest.importorskip("ray.data")
+    with cluster(2):
+        yield
+
+
+@pytest.mark.long
+def test_the_table_and_answers_are_those_of_one_process(folder, two_workers, tmp_path, capsys):
+    table = evaluated(folder, tmp_path / "out")
+    one = command_line("evaluate", folder, tmp_path / "one", EVALUATION | {"tasks": folder / "free"})
+    assert main(one) == 0
+    assert same_evaluation(tmp_path / "out", tmp_path / "one")
+    assert table == (tmp_path / "out" / "table.md").read_text().rstrip("\n")
+    with pytest.raises(ValueError, match="complete already"):
+        evaluated(folder, tmp_path / "out")
+    capsys.readouterr()
+
+
+@pytest.mark.long
+def test_the_answers_of_a_job_are_those_of_one_process(folder, two_workers, tmp_path):
+    assert generated(folder, tmp_path / "out.jsonl") == (24, 4)
+    one = command_line("generate", folder, tmp_path / "one.jsonl", GENERATION | {"input": folder / "in.jsonl"})
+    assert main([*one, "--shard", "0/1"]) == 1
+    merge_jobs([tmp_path / "one.jsonl"], tmp_path / "sorted.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "sorted.jsonl").read_bytes()
+
+
+def same_evaluation(folder, one):
+    """Whether the merged folder has the scores, the table and the answers of one process."""
+    answers = [sorted((place / "answers.jsonl").read_bytes().splitlines()) for place in (folder, one)]
+    tables = [(place / "table.md").read_text().splitlines()[:-1] for place in (folder, one)]  # the last line: how long
+    scores = [(place / "table.csv").read_bytes() for place in (folder, one)]
+    assert answers[0] and b"t4" in scores[0]
+    return answers[0] == answers[1] and tables[0] == tables[1] and scores[0] == scores[1]
+
+
+class AfterLines(threading.Thread):
+    """Calls `act` once, as soon as a file has some lines and a worker writes it. `kept` is then what the file had."""
+
+    def __init__(self, file, lines, act):
+        super().__init__(daemon=True)
+        self.file, self.lines, self.act, self.kept = file, lines, act, b""
+        self.start()
+
+    def run(self):
+        while not self.kept:
+            time.sleep(0.002)
+            if self.file.exists() and self.file.read_bytes().count(b"\n") >= self.lines:
+                worker = process_that_writes(self.file)
+                if worker is not None:
+                    self.act(worker)
+                    self.kept = self.file.read_bytes()
+
+    def went_on(self):
+        """Whether the file still begins with the complete lines that it had."""
+        self.join(timeout=1)
+        complete = self.kept[: self.kept.rfind(b"\n") + 1]
+        return complete.count(b"\n") >= self.lines and self.file.read_bytes().startswith(complete)
+
+
+def kill(worker):
+    os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.long
+def test_a_killed_worker_is_replaced_and_its_shard_goes_on(folder, two_workers, tmp_path):
+    write_rows(tmp_path / "free" / "test.jsonl", rows_of_text(60, 4))
+    killed = AfterLines(tmp_path / "out.shards" / "0" / "answers.jsonl", 4, kill)
+    evaluated(folder, tmp_path / "out", tasks=[tmp_path / "free"])
+    assert killed.went_on()
+    assert main(command_line("evaluate", folder, tmp_path / "one", EVALUATION | {"tasks": tmp_path / "free"})) == 0
+    assert same_evaluation(tmp_path / "out", tmp_path / "one")
+
+
+@pytest.mark.long
+def test_a_killed_worker_and_ctrl_c_lose_nothing_of_a_job(folder, two_workers, tmp_path):
+    shards = tmp_path / "out.jsonl.shards"
+    killed = AfterLines(shards / "1.jsonl", 1, kill)
+    stopped = AfterLines(shards / "2.jsonl", 1, lambda worker: interrupt_main())
+    with pytest.raises(KeyboardInterrupt):
+        generated(folder, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    assert generated(folder, tmp_path / "out.jsonl") == (24, 4)
+    assert killed.went_on() and stopped.went_on()
+    generated(folder, tmp_path / "other.jsonl", shards=2)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+
+
+@pytest.mark.long
+def test_a_shard_that_fails_is_named_after_the_others_and_the_same_call_goes_on(folder, two_workers, tmp_path):
+    shards = tmp_path / "out.jsonl.shards"
+    shards.mkdir()
+    (shards / "1.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match="^1 of 3 shards failed; shard 1/3: .*1.jsonl: line 1 is not an answer"):
+        generated(folder, tmp_path / "out.jsonl", workers=1)
+    answered = (shards / "2.jsonl").read_bytes()
+    (shards / "1.jsonl").unlink()
+    with pytest.raises(ValueError, match='"shards=3" then, "shards=2" now'):
+        generated(folder, tmp_path / "out.jsonl", shards=2)
+    with pytest.raises(ValueError, match='nothing then, "--top-k=5" now'):
+        generated(folder, tmp_path / "out.jsonl", top_k=5)
+    assert generated(folder, tmp_path / "out.jsonl") == (24, 4)
+    assert (shards / "2.jsonl").read_bytes().splitlines()[: answered.count(b"\n") - 1]
+
+
+@pytest.mark.long
+def test_if_the_first_shard_fails_the_others_are_not_tried(folder, two_workers, tmp_path):
+    (tmp_path / "out.jsonl.shards").mkdir()
+    (tmp_path / "out.jsonl.shards" / "0.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match="the first shard to end failed; shard 0/9"):
+        generated(folder, tmp_path / "out.jsonl", workers=1, shards=9)
+    assert not (tmp_path / "out.jsonl.shards" / "8.jsonl").exists()
+
+
+@pytest.mark.long
+def test_a_killed_worker_is_replaced_and_its_shard_goes_on_in_a_bucket(folder, two_workers, bucket, tmp_path):
+    """The new worker waits until the lock of the killed one is a minute old; here it is removed at once."""
+    lock = bucket / "out.jsonl.shards" / "0.jsonl" / ".lock"
+    (bucket / "in.jsonl").write_bytes((folder / "in.jsonl").read_bytes())
+
+    def kill_the_owner():
+        while not lock.exists():
+            time.sleep(0.01)
+        os.kill(json.loads(lock.read_bytes())["pid"], signal.SIGKILL)
+        lock.unlink()
+
+    killer = threading.Thread(target=kill_the_owner, daemon=True)
+    killer.start()
+    here = {"backbone": folder / "backbone", "adapters": [f"{folder}/tenants/*"]}
+    assert generated(bucket, bucket / "out.jsonl", **here) == (24, 4)
+    killer.join(timeout=1)
+    assert not killer.is_alive()
+    assert generated(folder, tmp_path / "out.jsonl", shards=1) == (24, 4)
+    assert (bucket / "out.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
+@pytest.mark.long
+def test_each_shard_is_answered_once_also_those_that_lost_workers(two_workers, tmp_path):
+    outputs = [tmp_path / str(index) for index in range(12)]
+    run_shards(StubWorker, [], outputs, "trying", 3, {"num_cpus": 1})  # there is room for two workers
+    tries = [output.read_text().split() for output in outputs]
+    assert [len(one) for one in tries] == [1, 3, 1, 1, 1, 3, 1, 1, 1, 3, 1, 1]
+    assert all(len(set(one)) == len(one) for one in tries)
