@@ -1,0 +1,20 @@
+"""para_jax on a Ray cluster (`pip install 'para_jax[ray]'`). Ray is imported when something here is called."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .serve import serve_app as serve_app
+    from .train import train_on_ray as train_on_ray
+
+_LATER = {"serve_app": "serve", "train_on_ray": "train"}
+
+
+def __getattr__(name: str):
+    if name not in _LATER:
+        raise AttributeError(f"module 'para_jax.ray' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_LATER])

@@ -1,0 +1,315 @@
+"""serve_app: replicas on a Ray cluster answer as the engine alone does, also while one of them is killed."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+from quick_compiler import FLAGS, OLD_EMITTERS
+from running_server import eventually, model_and_tenants, new_engine
+from tiny_engine import prompt
+from tiny_run import backbone_folder
+from two_processes import address
+
+import para_jax
+from para_jax import save_adapter
+from para_jax.ray.serve import Replica, serve_app
+from para_jax.server.app import create_app
+from para_jax.server.models import Models
+
+ENGINE = {"slots": 3, "max_length": 120, "prefill_chunk": 8, "block_size": 4, "max_logprobs": 0}
+TENANTS = ("A", "B", "C", "R")
+APP, REPLICAS, CLIENTS = f"tiny-{os.getpid()}", 3, 10
+ROOT = Path(para_jax.__file__).parents[1]
+
+#: The answers of one engine in a process of its own, which compiles for the replicas too: they share its cache.
+ALONE = """
+import json, sys
+from pathlib import Path
+from para_jax import AdapterBank, Engine, Request, load_adapter, load_backbone, load_tokenizer
+folder, options, bodies = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+model = load_backbone(folder / "backbone")
+bank = AdapterBank(model.config, max_r=4, sites=("q_proj", "v_proj", "up_proj", "down_proj"))
+for name in sys.argv[4:]:
+    bank.add(name, load_adapter(folder / name, model.config, model=model))
+engine = Engine(model, bank, load_tokenizer(folder / "backbone"), **options)
+engine.warm_up()
+for number, body in enumerate(bodies):
+    tenant = None if body["model"] == "base" else body["model"]
+    given = dict(temperature=body["temperature"], seed=body["seed"], ignore_eos=True, strip=False, id=number)
+    engine.submit(Request(body["prompt"], tenant, body["max_tokens"], **given))
+print(json.dumps({completion.id: completion.text for completion in engine.run()}))
+"""
+
+
+def body(number, **fields):
+    """Greedy and drawn answers of all tenants; every second one is a stream."""
+    drawn = {"temperature": number % 3 / 2, "seed": number, "max_tokens": 60, "ignore_eos": True}
+    asked = {"model": (*TENANTS, "base")[number % 5], "prompt": prompt(number), "stream": number % 2 == 0}
+    return asked | drawn | fields
+
+
+BODIES = [body(number) for number in range(30)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    model, tenants = model_and_tenants()
+    backbone_folder(folder / "backbone")
+    for name in TENANTS:
+        save_adapter(tenants[name], folder / name, model=model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(folder):
+    """Of the processes that compute, so that they compile the same programs, once."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": FLAGS + OLD_EMITTERS,
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(folder, environment):
+    command = [sys.executable, "-c", ALONE, folder, json.dumps(ENGINE), json.dumps(BODIES), *TENANTS]
+    found = subprocess.run([*map(str, command)], env=os.environ | environment, stdout=subprocess.PIPE, check=True)
+    texts = json.loads(found.stdout)
+    assert len(set(texts.values())) > len(BODIES) * 0.9  # strong adapters: a wrong one would be seen
+    return {int(number): text for number, text in texts.items()}
+
+
+@pytest.fixture(scope="module")
+def url(folder, environment, expected):
+    """The application with three replicas on a cluster of this machine, which ends with the module."""
+    pytest.importorskip("ray.serve")
+    import ray
+    from ray import serve
+
+    host, port = address().split(":")
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temporary:
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            runtime_env={"env_vars": environment},
+            _temp_dir=temporary,
+            _node_ip_address=host,
+        )
+        try:
+            serve.start(http_options={"host": host, "port": int(port)})
+            serve.run(application(folder), name=APP)
+            yield f"http://{host}:{port}"
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def application(folder, **options):
+    adapters = {name: folder / name for name in TENANTS}
+    given = {"replicas": REPLICAS, "engine": ENGINE, "allow_cpu": True, "health_check_period_s": 1}
+    return serve_app(folder / "backbone", adapters, **given | options)
+
+
+def running():
+    """How many replicas Ray has."""
+    from ray import serve
+
+    states = serve.status().applications[APP].deployments["para-jax"].replica_states
+    return {str(getattr(state, "value", state)): number for state, number in states.items()}
+
+
+def pids():
+    """The processes of the application's replicas."""
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"ServeReplica:{APP}:" in file.read_text():
+                found.add(int(file.parent.name))
+        except OSError:  # it has ended meanwhile
+            pass
+    return found
+
+
+class Asked(NamedTuple):
+    number: int
+    began: float
+    ended: float
+    text: str | None
+    """of a complete answer"""
+    error: object = None
+
+
+def ask(url, number, **fields):
+    """Sends a request and reads its answer."""
+    began, sent = time.monotonic(), BODIES[number] | fields
+    try:
+        with httpx.stream("POST", f"{url}/v1/completions", json=sent, timeout=60) as response:
+            read = streamed if sent["stream"] and response.status_code == 200 else whole
+            text, error = read(response)
+    except httpx.TransportError as broken:
+        text, error = None, broken
+    return Asked(number, began, time.monotonic(), text, error)
+
+
+def whole(response):
+    response.read()
+    if response.status_code != 200:
+        return None, (response.status_code, response.text)
+    return response.json()["choices"][0]["text"], None
+
+
+def streamed(response):
+    """What comes after the last event is an error of the transport, or [DONE]."""
+    text, done = "", False
+    for line in response.iter_lines():
+        if line == "data: [DONE]":
+            done = True
+        elif line:
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                return None, event["error"]
+            text += event["choices"][0]["text"]
+    assert done, "a stream ended as if it were complete"
+    return text, None
+
+
+@contextmanager
+def load(url):
+    """Clients that ask without a pause inside. Gives the list of what they asked, which is complete afterwards."""
+    numbers, found, stop = count(), [], threading.Event()
+
+    def client():
+        while not stop.is_set():
+            found.append(ask(url, next(numbers) % len(BODIES)))
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        clients = [pool.submit(client) for _ in range(CLIENTS)]
+        try:
+            yield found
+        finally:
+            stop.set()
+        for one in clients:
+            one.result()
+
+
+# --------------------------------------------------------------------------------------------------------- on a cluster
+
+
+@pytest.mark.long
+def test_a_replica_that_is_killed_under_load_loses_only_what_it_was_answering(url, expected):
+    before = pids()
+    assert len(before) == REPLICAS
+    with load(url) as found:
+        eventually(lambda: len(found) > 2 * len(BODIES), 120)
+        os.kill(min(before), signal.SIGKILL)
+        killed = time.monotonic()
+        eventually(lambda: len(pids() - before) == 1, 120)
+        eventually(lambda: running() == {"RUNNING": REPLICAS}, 120)
+        enough = len(found) + 2 * len(BODIES)
+        eventually(lambda: len(found) > enough, 120)
+    lost = [one for one in found if one.error is not None]
+    print(f"{len(found)} requests, lost: {Counter(repr(one.error) for one in lost)}")
+    assert all(one.text == expected[one.number] for one in found if one.error is None)
+    assert lost and all(one.began <= killed <= one.ended for one in lost)
+
+
+@pytest.mark.long
+def test_an_update_under_load_loses_nothing_and_sticky_requests_find_their_prefix(url, folder, expected):
+    from ray import serve
+
+    before = pids()
+    with load(url) as found:
+        serve.run(application(folder, sticky=True), name=APP)
+    assert not before & pids() and len(pids()) == REPLICAS
+    assert all(one.error is None and one.text == expected[one.number] for one in found)
+    beginning = prompt(100, 16)
+
+    def cold(sessions):
+        """How many requests of the same beginning found nothing of it."""
+        cached = []
+        for number, session in enumerate(sessions):
+            sent = body(0, model="base", prompt=f"{beginning} {prompt(number, 4)}", stream=False, max_tokens=1)
+            answer = httpx.post(f"{url}/v1/completions", json=sent, headers={"x-session-id": session}, timeout=60)
+            cached.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+        return cached.count(0)
+
+    assert cold(["one"] * 8) == 1
+    assert cold(map(str, range(12))) == REPLICAS - 1  # the ones that have not seen it
+
+
+# ---------------------------------------------------------------------------------------------------- without a cluster
+
+
+def test_ray_is_told_when_the_engine_fails():
+    engine = new_engine(max_logprobs=0)
+    engine.warm_up = lambda: None
+    replica = Replica(None)
+    app = create_app(engine, models=Models(engine.bank))
+    replica.loop = app.state.loop
+
+    async def run():
+        first = asyncio.create_task(replica.check_health())
+        await asyncio.sleep(0.1)
+        assert not first.done()  # it waits until the engine is warm
+        async with app.router.lifespan_context(app):
+            await first
+            await replica.check_health()
+            replica.loop.fatal = MemoryError("no room")
+            with pytest.raises(RuntimeError, match="no room"):
+                await replica.check_health()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_never_gets_warm_is_an_error_of_the_replica():
+    engine = new_engine(max_logprobs=0)
+
+    def fail():
+        raise MemoryError("no room for the slots")
+
+    engine.warm_up = fail
+    replica = Replica(None)
+    app = create_app(engine, models=Models(engine.bank))
+    replica.loop = app.state.loop
+
+    async def run():
+        async with app.router.lifespan_context(app):
+            with pytest.raises(RuntimeError, match="no room"):
+                await replica.check_health()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"engine": {"slot": 3}}, "slot"),
+        ({"engine": {"model": None}}, "model"),
+        ({"engine": {"slots": 0}}, "slots"),
+        ({"load": {"mesh": None}}, "mesh"),
+        ({"replicas": 0}, "replicas"),
+        ({"drain_seconds": -1}, "drain_seconds"),
+        ({"adapters": {"base": "runs/a"}}, "base"),
+        ({"adapters": {"tiny": "runs/a"}, "model_name": "tiny"}, "tiny"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(given, named):
+    with pytest.raises(ValueError, match=f"\\b{named}\\b"):
+        serve_app("backbone", **given)
