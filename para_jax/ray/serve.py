@@ -7,107 +7,103 @@ application as `para-jax serve`.
 from __future__ import annotations
 
 import asyncio
-import inspect
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..server.answering import Limits
-from ..server.models import BASE
+from ..cli import serve as command
+from ..config import expanded
+from .command import arguments, parsed
 
 #: What chooses a replica by the header x-session-id.
 STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-#: Slots and tokens per row of an engine, as of `para-jax serve`.
-SLOTS, LENGTH = 8, 1024
-#: Requests that wait in each of Ray's proxies, and samples that wait in each engine, at most.
-QUEUE = 1024
+#: Options of `para-jax serve` that have no meaning here: Ray's proxies listen, and an update would reach one replica.
+NOT_HERE = "host port allow_adapter_updates adapter_root allow_hub methods sites max_r capacity".split()
 
 
 class Served(NamedTuple):
     """What each replica loads and serves."""
 
-    backbone: str
-    adapters: dict[str, str]
-    load: dict[str, Any]
-    """arguments of load_backbone"""
-    engine: dict[str, Any]
-    """arguments of Engine"""
-    model_name: str
-    api_key_file: str | None
+    options: Namespace
+    """those of `para-jax serve`"""
+    sources: dict[str, str]
+    """the tenants: {name: folder or hub id}"""
+    base: str
+    """the base model's name"""
     any_host: bool
-    limits: Limits
-    allow_cpu: bool
 
 
 def serve_app(
-    backbone: str | Path,
-    adapters: Mapping[str, str | Path] | None = None,
     *,
     replicas: int = 1,
     autoscaling: Mapping[str, Any] | None = None,
-    resources: Mapping[str, Any] | None = None,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+    resources: Mapping[str, float] | None = None,
     sticky: bool = False,
-    load: Mapping[str, Any] | None = None,
-    engine: Mapping[str, Any] | None = None,
-    model_name: str = BASE,
-    api_key_file: str | Path | None = None,
     any_host: bool = False,
-    limits: Limits | None = None,
-    drain_seconds: float = 30,
-    allow_cpu: bool = False,
-    **deployment: Any,
+    deployment: Mapping[str, Any] | None = None,
+    **options: Any,
 ):
     """A bound application of Ray Serve, for `ray.serve.run`, at the route prefix "/".
 
     Args:
-        backbone: a folder, a hub id or a .gguf file. Each replica loads it, so folders must be on every host, or in a
-            bucket.
-        adapters: the tenants: {name: folder or hub id}.
         replicas: how many engines.
         autoscaling: fields of ray.serve.config.AutoscalingConfig, in place of `replicas`. target_ongoing_requests is
             the number of slots if it is left out.
-        resources: what Ray reserves for a replica: num_cpus, num_gpus, resources={"TPU": 4} (ray_actor_options).
-        sticky: requests with the same header x-session-id go to the same replica, and find its prefix cache. The others
-            go to one with few open requests, as all do by default.
-        load: options of `load_backbone`: dtype, quantize, attention.
-        engine: options of `Engine`: slots (default 8), max_length (default 1024), prefix_cache_bytes and so on.
-        api_key_file: the keys, in a file on every host. None: every client may use everything.
-        any_host: without keys, take requests whose Host is not this machine's too. Everyone who reaches Ray's proxies
-            may then use every tenant.
-        drain_seconds: what open requests may take when a replica is stopped.
-        allow_cpu: run on the CPU although the machine has an accelerator.
+        num_cpus, num_gpus, resources: what Ray reserves for a replica, such as resources={"TPU": 4}.
+        sticky: requests with the same header x-session-id go to the same replica, and find its prefix cache. Those
+            without it go to any. By default, each goes to one with few open requests.
+        any_host: without API keys, take requests whose Host is not this machine's too. Everyone who reaches Ray's
+            proxies may then use every tenant.
         deployment: further options of `ray.serve.deployment`, such as name or health_check_period_s.
+        options: those of `para-jax serve`, by their names: backbone="smollm2-135m", adapters=["acme=runs/a/adapter"],
+            slots=32. Paths must mean the same on every host. drain_seconds is what open requests may take when a
+            replica is stopped.
 
-    Raises ValueError for options that do not exist, and for wrong numbers and names.
+    Raises ValueError for wrong options, and for a backbone or adapters that are not there.
     """
-    from ..backbone.load import load_backbone
-    from ..serving.engine import Engine
-
-    options = {"slots": SLOTS, "max_length": LENGTH, "queue_limit": QUEUE, "max_logprobs": 20, **(engine or {})}
-    check_options("engine", options, Engine, ("model", "bank", "tokenizer"))
-    check_options("load", load or {}, load_backbone, ("source", "mesh", "layout"))
-    sources = {name: str(source) for name, source in (adapters or {}).items()}
-    check_numbers(replicas=replicas, slots=options["slots"], drain_seconds=drain_seconds)
-    if taken := {model_name, BASE} & set(sources):
-        raise ValueError(f"adapters: {taken.pop()!r} is the base model's name; give the tenant another")
-    keys = None if api_key_file is None else str(api_key_file)
-    limits = limits or Limits()
-    served = Served(str(backbone), sources, dict(load or {}), options, model_name, keys, any_host, limits, allow_cpu)
+    served = served_by(options, any_host)
+    if replicas < 1:
+        raise ValueError(f"replicas is {replicas}; give a number of at least 1")
+    slots = served.options.slots
     how: dict[str, Any] = {
         "name": "para-jax",
-        "max_ongoing_requests": 2 * options["slots"],  # the next ones are there when a slot is free
-        "max_queued_requests": QUEUE,
-        "graceful_shutdown_timeout_s": drain_seconds,
-        "ray_actor_options": dict(resources or {}),
+        "max_ongoing_requests": 2 * slots,  # the next ones are there when a slot is free
+        "max_queued_requests": served.options.queue_limit,
+        "graceful_shutdown_timeout_s": served.options.drain_seconds,
+        "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": dict(resources or {})},
     }
     if autoscaling is None:
         how["num_replicas"] = replicas
     else:
-        how["autoscaling_config"] = {"target_ongoing_requests": options["slots"], **autoscaling}
+        how["autoscaling_config"] = {"target_ongoing_requests": slots, **autoscaling}
     if sticky:
         how["request_router_config"] = {"request_router_class": STICKY}
-    serve = imported_serve()
-    return serve.deployment(serve.ingress()(Replica)).options(**how | deployment).bind(served)
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise ImportError(f"serve_app: {error.name} is not installed: pip install 'para_jax[ray]'") from None
+    return serve.deployment(serve.ingress()(Replica)).options(**how | dict(deployment or {})).bind(served)
+
+
+def served_by(options: Mapping[str, Any], any_host: bool) -> Served:
+    """What replicas serve with these options. Paths become absolute, because replicas work in another folder."""
+    for name in NOT_HERE:
+        if name in options:
+            raise ValueError(f"serve_app has no option {name}; leave it out")
+    given = parsed(arguments("serve", [], [], options))
+    sources, base = command.checked(given)
+    given.backbone = absolute(given.backbone)
+    given.api_key_file = given.api_key_file and absolute(given.api_key_file)
+    return Served(given, {name: absolute(source) for name, source in sources.items()}, base, any_host)
+
+
+def absolute(source: str) -> str:
+    """A path of this host as an absolute one; a hub id and a bucket as they are."""
+    path = expanded(source)
+    return str(path.resolve()) if isinstance(path, Path) and path.exists() else source
 
 
 class Replica:
@@ -133,60 +129,15 @@ class Replica:
 
 def built_app(served: Served):
     """The Starlette application around an engine with everything loaded."""
-    from .. import devices
-    from ..backbone.load import load_backbone
-    from ..config import RuntimeSection
-    from ..data.tokenizer import load_tokenizer
     from ..messages import log_to_stderr
     from ..server.api_keys import read_keys
     from ..server.app import create_app
     from ..server.models import Models
-    from ..serving.engine import Engine
 
     log_to_stderr()
-    devices.start(RuntimeSection(allow_cpu=served.allow_cpu))
-    keys = read_keys(served.api_key_file) if served.api_key_file else None
-    model = load_backbone(served.backbone, **served.load)
-    bank = bank_of(served.adapters, model)
-    engine = Engine(model, bank, load_tokenizer(served.backbone), **served.engine)
-    models = Models(bank, served.model_name, served.adapters)
+    options = served.options
+    keys = read_keys(options.api_key_file) if options.api_key_file else None
+    engine = command.engine_of(options, served.sources)
+    models = Models(engine.bank, served.base, served.sources)
     local = keys is None and not served.any_host
-    return create_app(engine, models=models, keys=keys, limits=served.limits, local=local)
-
-
-def bank_of(sources: dict[str, str], model):
-    """The bank of the tenants, loaded one by one; None for the base model alone."""
-    from ..adapters.bank import AdapterBank
-    from ..adapters.files import load_adapter
-    from ..adapters.preview import previews
-
-    if not sources:
-        return None
-    found = previews(sources.values(), model.config)
-    bank = AdapterBank.fitting([one.config for one in found], model.config, capacity=len(found))
-    for name, one in zip(sources, found, strict=True):
-        bank.add(name, load_adapter(one.place, model.config, model=model))
-    return bank
-
-
-def check_options(what: str, given: Mapping[str, Any], function, own: tuple[str, ...]) -> None:
-    """Raises ValueError for an option that a function lacks, or that is not the caller's to give."""
-    known = [name for name in inspect.signature(function).parameters if name not in own]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{what} has no option {name!r}; give some of {', '.join(known)}")
-
-
-def check_numbers(**numbers: float) -> None:
-    for name, value in numbers.items():
-        least = 0 if name == "drain_seconds" else 1
-        if not least <= value < 1e9:
-            raise ValueError(f"{name} is {value}; give a number of at least {least}")
-
-
-def imported_serve():
-    try:
-        from ray import serve
-    except ImportError as error:
-        raise ImportError(f"serve_app: {error.name} is not installed: pip install 'para_jax[ray]'") from None
-    return serve
+    return create_app(engine, models=models, keys=keys, limits=command.limits_of(options), local=local)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,11 +27,11 @@ from two_processes import address
 
 import para_jax
 from para_jax import save_adapter
-from para_jax.ray.serve import Replica, serve_app
+from para_jax.ray.serve import Replica, built_app, serve_app, served_by
 from para_jax.server.app import create_app
 from para_jax.server.models import Models
 
-ENGINE = {"slots": 3, "max_length": 120, "prefill_chunk": 8, "block_size": 4, "max_logprobs": 0}
+ENGINE = {"slots": 3, "max_length": 120, "max_logprobs": 0}
 TENANTS = ("A", "B", "C", "R")
 APP, REPLICAS, CLIENTS = f"tiny-{os.getpid()}", 3, 10
 ROOT = Path(para_jax.__file__).parents[1]
@@ -122,9 +123,9 @@ def url(folder, environment, expected):
 
 
 def application(folder, **options):
-    adapters = {name: folder / name for name in TENANTS}
-    given = {"replicas": REPLICAS, "engine": ENGINE, "allow_cpu": True, "health_check_period_s": 1}
-    return serve_app(folder / "backbone", adapters, **given | options)
+    adapters = [f"{name}={folder / name}" for name in TENANTS]
+    given = {"replicas": REPLICAS, "allow_cpu": True, "deployment": {"health_check_period_s": 1}, **ENGINE}
+    return serve_app(backbone=folder / "backbone", adapters=adapters, **given | options)
 
 
 def running():
@@ -239,7 +240,7 @@ def test_an_update_under_load_loses_nothing_and_sticky_requests_find_their_prefi
         serve.run(application(folder, sticky=True), name=APP)
     assert not before & pids() and len(pids()) == REPLICAS
     assert all(one.error is None and one.text == expected[one.number] for one in found)
-    beginning = prompt(100, 16)
+    beginning = prompt(100, 40)
 
     def cold(sessions):
         """How many requests of the same beginning found nothing of it."""
@@ -298,18 +299,43 @@ def test_an_engine_that_never_gets_warm_is_an_error_of_the_replica():
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("given", "said"),
     [
-        ({"engine": {"slot": 3}}, "slot"),
-        ({"engine": {"model": None}}, "model"),
-        ({"engine": {"slots": 0}}, "slots"),
-        ({"load": {"mesh": None}}, "mesh"),
-        ({"replicas": 0}, "replicas"),
-        ({"drain_seconds": -1}, "drain_seconds"),
-        ({"adapters": {"base": "runs/a"}}, "base"),
-        ({"adapters": {"tiny": "runs/a"}, "model_name": "tiny"}, "tiny"),
+        ({"slot": 3}, "no option slot; did you mean slots?"),
+        ({"port": 8000}, "no option port"),
+        ({"adapter_root": "."}, "no option adapter_root"),
+        ({"slots": 0}, "--slots is 0"),
+        ({"replicas": 0}, "replicas is 0"),
+        ({"adapters": ["base=A"]}, "base"),
+        ({"adapters": ["tiny=A"], "served_model_name": "tiny"}, "tiny is the base model's name"),
+        ({"adapters": ["A=no/such/folder"]}, "no/such/folder"),
+        ({"backbone": "./no-such"}, "no-such"),
     ],
 )
-def test_wrong_options_are_refused_by_name(given, named):
-    with pytest.raises(ValueError, match=f"\\b{named}\\b"):
-        serve_app("backbone", **given)
+def test_a_mistake_is_refused_before_anything_is_started(given, said, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        serve_app(**{"backbone": "./backbone"} | given)
+
+
+def test_replicas_get_absolute_paths_and_the_names_of_the_command(folder, monkeypatch):
+    """They work in another folder."""
+    monkeypatch.chdir(folder)
+    (folder / "keys.txt").write_text("sk\n")
+    given = {"backbone": "./backbone", "adapters": ["A", "b=B", "C=user/name"], "api_key_file": "keys.txt"}
+    served = served_by(given, any_host=False)
+    assert served.sources == {"A": str(folder / "A"), "b": str(folder / "B"), "C": "user/name"}
+    assert (served.options.backbone, served.base) == (str(folder / "backbone"), "backbone")
+    assert served.options.api_key_file == str(folder / "keys.txt")
+
+
+@pytest.mark.parametrize(("any_host", "status"), [(False, 403), (True, 200)])
+def test_a_replica_without_keys_is_asked_by_the_name_of_this_machine_only(folder, any_host, status):
+    app = built_app(served_by({"backbone": folder / "backbone", "allow_cpu": True, **ENGINE}, any_host))
+    asked = httpx.ASGITransport(app=app)
+
+    async def run():
+        async with httpx.AsyncClient(transport=asked, base_url="http://evil.example") as client:
+            return (await client.get("/v1/models")).status_code
+
+    assert asyncio.run(run()) == status

@@ -1,0 +1,52 @@
+"""Options of a command as arguments of a function: checked by the command's own parser, and carried to the workers as
+its command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from typing import Any
+
+from .. import cli
+
+#: Options that have no meaning here, or that the function itself gives.
+NOT_HERE = ("help", "config", "overrides", "adapter", "shard", "output", "results", "prompt", "chat")
+
+
+def arguments(
+    command: str, positional: Sequence[object], overrides: Sequence[str], options: Mapping[str, Any]
+) -> list[str]:
+    """The command line with these options. Raises ValueError for a name that the command does not have."""
+    actions = {action.dest: action for action in cli.subparsers(cli.parser())[command]._actions}
+    known = [name for name in actions if name not in NOT_HERE]
+    made = [command, *map(str, positional), *overrides]
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"the options are {', '.join(known)}"
+            raise ValueError(f"{command}_on_ray has no option {name}; {meant}")
+        flag, values = actions[name].option_strings[0], value if isinstance(value, (list, tuple)) else [value]
+        if isinstance(value, bool):
+            made += [flag] * value
+        elif value is not None and values and actions[name].nargs == "+":
+            made += [flag, *map(str, values)]
+        elif value is not None:
+            made += [f"{flag}={one}" for one in values]
+    return made
+
+
+def parsed(line: list[str]) -> argparse.Namespace:
+    """The options of a command line. Raises ValueError for a wrong one, where the command would end."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            options = cli.parse(line)
+    except SystemExit:
+        text = said.getvalue().splitlines()[0]
+        raise ValueError(text.partition("error: ")[2] or text) from None
+    options.command_line = shlex.join(["para-jax", *line])
+    return options
