@@ -33,11 +33,12 @@ LAYERS = [
     ["plots"],
     ["bench", "quickstart"],
     ["cli"],
+    ["ray"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 SIDEWAYS = {("devices", "hub")}
 HEAVY = "orbax grain qwix tensorflow_datasets datasets tensorflow transformers tokenizers lm_eval matplotlib".split()
-HEAVY += "torch starlette uvicorn prometheus_client".split()
+HEAVY += "torch starlette uvicorn prometheus_client ray".split()
 
 
 def wrong_imports(file, text):

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -19,7 +18,8 @@ from typing import NamedTuple
 
 import httpx
 import pytest
-from quick_compiler import FLAGS, OLD_EMITTERS
+from local_ray import cluster
+from quick_compiler import own_flags
 from running_server import eventually, model_and_tenants, new_engine
 from tiny_engine import prompt
 from tiny_run import backbone_folder
@@ -34,6 +34,8 @@ from para_jax.server.models import Models
 ENGINE = {"slots": 3, "max_length": 120, "max_logprobs": 0}
 TENANTS = ("A", "B", "C", "R")
 APP, REPLICAS, CLIENTS = f"tiny-{os.getpid()}", 3, 10
+#: Seconds in which a busy machine starts a replica.
+LONG = 600
 ROOT = Path(para_jax.__file__).parents[1]
 
 #: The answers of one engine in a process of its own, which compiles for the replicas too: they share its cache.
@@ -77,55 +79,44 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def environment(folder):
-    """Of the processes that compute, so that they compile the same programs, once."""
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": FLAGS + OLD_EMITTERS,
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(ROOT),
-    }
-
-
-@pytest.fixture(scope="module")
-def expected(folder, environment):
+def expected(folder):
     command = [sys.executable, "-c", ALONE, folder, json.dumps(ENGINE), json.dumps(BODIES), *TENANTS]
-    found = subprocess.run([*map(str, command)], env=os.environ | environment, stdout=subprocess.PIPE, check=True)
+    environment = os.environ | own_flags() | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run([*map(str, command)], env=environment, stdout=subprocess.PIPE, check=True)
     texts = json.loads(found.stdout)
     assert len(set(texts.values())) > len(BODIES) * 0.9  # strong adapters: a wrong one would be seen
     return {int(number): text for number, text in texts.items()}
 
 
 @pytest.fixture(scope="module")
-def url(folder, environment, expected):
-    """The application with three replicas on a cluster of this machine, which ends with the module."""
+def url(folder, expected):
+    """Of the applications on a cluster of this machine, which ends with the module."""
     pytest.importorskip("ray.serve")
-    import ray
     from ray import serve
 
     host, port = address().split(":")
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temporary:
-        ray.init(
-            num_cpus=4,
-            include_dashboard=False,
-            runtime_env={"env_vars": environment},
-            _temp_dir=temporary,
-            _node_ip_address=host,
-        )
+    with cluster(4):
         try:
             serve.start(http_options={"host": host, "port": int(port)})
-            serve.run(application(folder), name=APP)
             yield f"http://{host}:{port}"
         finally:
             serve.shutdown()
-            ray.shutdown()
 
 
 def application(folder, **options):
     adapters = [f"{name}={folder / name}" for name in TENANTS]
     given = {"replicas": REPLICAS, "allow_cpu": True, "deployment": {"health_check_period_s": 1}, **ENGINE}
     return serve_app(backbone=folder / "backbone", adapters=adapters, **given | options)
+
+
+@pytest.fixture
+def replicated(url, folder):
+    """The URL of an application with three replicas."""
+    from ray import serve
+
+    if APP not in serve.status().applications:
+        serve.run(application(folder), name=APP)
+    return url
 
 
 def running():
@@ -161,7 +152,7 @@ def ask(url, number, **fields):
     """Sends a request and reads its answer."""
     began, sent = time.monotonic(), BODIES[number] | fields
     try:
-        with httpx.stream("POST", f"{url}/v1/completions", json=sent, timeout=60) as response:
+        with httpx.stream("POST", f"{url}/v1/completions", json=sent, timeout=LONG) as response:
             read = streamed if sent["stream"] and response.status_code == 200 else whole
             text, error = read(response)
     except httpx.TransportError as broken:
@@ -214,17 +205,17 @@ def load(url):
 
 
 @pytest.mark.long
-def test_a_replica_that_is_killed_under_load_loses_only_what_it_was_answering(url, expected):
+def test_a_replica_that_is_killed_under_load_loses_only_what_it_was_answering(replicated, expected):
     before = pids()
     assert len(before) == REPLICAS
-    with load(url) as found:
-        eventually(lambda: len(found) > 2 * len(BODIES), 120)
+    with load(replicated) as found:
+        eventually(lambda: len(found) > 2 * len(BODIES), LONG)
         os.kill(min(before), signal.SIGKILL)
         killed = time.monotonic()
-        eventually(lambda: len(pids() - before) == 1, 120)
-        eventually(lambda: running() == {"RUNNING": REPLICAS}, 120)
+        eventually(lambda: len(pids() - before) == 1, LONG)
+        eventually(lambda: running() == {"RUNNING": REPLICAS}, LONG)
         enough = len(found) + 2 * len(BODIES)
-        eventually(lambda: len(found) > enough, 120)
+        eventually(lambda: len(found) > enough, LONG)
     lost = [one for one in found if one.error is not None]
     print(f"{len(found)} requests, lost: {Counter(repr(one.error) for one in lost)}")
     assert all(one.text == expected[one.number] for one in found if one.error is None)
@@ -232,11 +223,11 @@ def test_a_replica_that_is_killed_under_load_loses_only_what_it_was_answering(ur
 
 
 @pytest.mark.long
-def test_an_update_under_load_loses_nothing_and_sticky_requests_find_their_prefix(url, folder, expected):
+def test_an_update_under_load_loses_nothing_and_sticky_requests_find_their_prefix(replicated, folder, expected):
     from ray import serve
 
     before = pids()
-    with load(url) as found:
+    with load(replicated) as found:
         serve.run(application(folder, sticky=True), name=APP)
     assert not before & pids() and len(pids()) == REPLICAS
     assert all(one.error is None and one.text == expected[one.number] for one in found)
@@ -245,14 +236,29 @@ def test_an_update_under_load_loses_nothing_and_sticky_requests_find_their_prefi
     def cold(sessions):
         """How many requests of the same beginning found nothing of it."""
         cached = []
-        for number, session in enumerate(sessions):
-            sent = body(0, model="base", prompt=f"{beginning} {prompt(number, 4)}", stream=False, max_tokens=1)
-            answer = httpx.post(f"{url}/v1/completions", json=sent, headers={"x-session-id": session}, timeout=60)
-            cached.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+        with httpx.Client(base_url=replicated, timeout=LONG) as client:
+            for number, session in enumerate(sessions):
+                sent = body(0, model="base", prompt=f"{beginning} {prompt(number, 4)}", stream=False, max_tokens=1)
+                answer = client.post("/v1/completions", json=sent, headers={"x-session-id": session})
+                cached.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
         return cached.count(0)
 
     assert cold(["one"] * 8) == 1
-    assert cold(map(str, range(12))) == REPLICAS - 1  # the ones that have not seen it
+    assert cold(map(str, range(40))) == REPLICAS - 1  # the ones that have not seen it
+
+
+@pytest.mark.long
+def test_replicas_come_with_the_load_and_go_without_it(url, folder, expected):
+    from ray import serve
+
+    serve.delete(APP)
+    scaling = {"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 1, "downscale_delay_s": 1}
+    serve.run(application(folder, autoscaling=scaling), name=APP)
+    assert len(pids()) == 1
+    with load(url) as found:
+        eventually(lambda: running() == {"RUNNING": 2}, LONG)
+    assert all(one.error is None and one.text == expected[one.number] for one in found)
+    eventually(lambda: running() == {"RUNNING": 1}, LONG)
 
 
 # ---------------------------------------------------------------------------------------------------- without a cluster

@@ -4,18 +4,18 @@ import hashlib
 import json
 import os
 import signal
-import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from local_ray import cluster
 from quick_compiler import FLAGS, OLD_EMITTERS
 from running_server import eventually
 from tiny_run import metrics, run_config, run_folder
 from two_processes import run_two
 
-import para_jax
 from para_jax.config import save_config
 from para_jax.ray import train as module
 from para_jax.ray.train import run_on_worker, train_on_ray
@@ -24,13 +24,6 @@ from para_jax.training.stop import Stopped
 
 STEPS, SAVED = 240, 20
 COORDINATOR = "runtime.coordinator={address} runtime.num_processes=2 runtime.process_id={process}".split()
-#: Of the processes that compute, so that they compile the same programs. Each has one CPU device.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": FLAGS + OLD_EMITTERS,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "PYTHONPATH": str(Path(para_jax.__file__).parents[1]),
-}
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +35,16 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    return ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
+    """Of the processes that compute, so that they compile the same programs, once. Each has one CPU device."""
+    compiled = tmp_path_factory.mktemp("compiled")
+    return {"XLA_FLAGS": FLAGS + OLD_EMITTERS, "JAX_COMPILATION_CACHE_DIR": str(compiled)}
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def own_cluster():
     pytest.importorskip("ray.train")
-    import ray
-
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temporary:
-        ray.init(num_cpus=4, include_dashboard=False, _temp_dir=temporary, _node_ip_address="127.0.0.1")
+    with cluster(3):
         yield
-        ray.shutdown()
 
 
 def result(folder):
@@ -63,34 +54,32 @@ def result(folder):
     return weights, [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
-def workers():
-    """The processes of Ray Train's workers."""
-    found = set()
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if "RayTrainWorker" in file.read_text():
-                found.add(int(file.parent.name))
-        except OSError:  # it has ended meanwhile
-            pass
+def workers(environment):
+    """The processes of Ray Train's workers with this environment."""
+    own, found = f"JAX_COMPILATION_CACHE_DIR={environment['JAX_COMPILATION_CACHE_DIR']}", set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if "RayTrainWorker" in (process / "cmdline").read_text() and own in (process / "environ").read_text():
+                found.add(int(process.name))
     return found
 
 
-def kill_one(checkpoints, killed):
-    """Kills the worker that does not write, as soon as there is a checkpoint."""
+def kill_one(checkpoints, environment, killed):
+    """Kills a worker as soon as there is a checkpoint."""
     eventually(lambda: any(path.name.isdecimal() for path in checkpoints.glob("*")), 300)
-    killed += sorted(workers())
+    killed += sorted(workers(environment))
     os.kill(killed[-1], signal.SIGKILL)
 
 
 @pytest.mark.long
-def test_a_run_that_loses_a_worker_ends_with_the_bits_of_the_run_without_ray(cluster, config, environment):
+def test_a_run_that_loses_a_worker_ends_with_the_bits_of_the_run_without_ray(own_cluster, config, environment):
     folder = Path(config.output_dir).parent
     save_config(config, folder / "run.yaml")
     plain = ["-m", "para_jax.cli", "train", str(folder / "run.yaml"), f"output_dir={folder / 'plain'}"]
     assert [ended.code for ended in run_two(*plain, *COORDINATOR, **environment)] == [0, 0]
 
     killed = []
-    killer = threading.Thread(target=kill_one, args=(Path(config.output_dir) / "checkpoints", killed))
+    killer = threading.Thread(target=kill_one, args=(Path(config.output_dir) / "checkpoints", environment, killed))
     killer.start()
     ended = train_on_ray(config, scaling={"num_workers": 2}, environment=environment)
     killer.join()
@@ -104,7 +93,7 @@ def test_a_run_that_loses_a_worker_ends_with_the_bits_of_the_run_without_ray(clu
 
 
 @pytest.mark.long
-def test_a_mistake_in_the_config_is_an_error_at_once(cluster, config, environment):
+def test_a_mistake_in_the_config_is_an_error_at_once(own_cluster, config, environment):
     wrong = replace(config, output_dir=str(Path(config.output_dir).parent))
     with pytest.raises(ValueError, match="is not a run folder; choose another"):
         train_on_ray(wrong, scaling={"num_workers": 2}, environment=environment)

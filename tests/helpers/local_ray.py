@@ -1,0 +1,39 @@
+"""A Ray cluster on this machine, and its processes."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from quick_compiler import own_flags
+
+
+@contextmanager
+def cluster(cpus: int) -> Iterator[None]:
+    """A cluster whose workers compile as this process does, bit for bit, and find the tests' helpers."""
+    import ray
+
+    inherited = {"PYTHONPATH": os.pathsep.join(sys.path), **own_flags()}
+    inherited |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_server_port_wait_time_s": "120"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in inherited.items():
+            patch.setenv(name, value)
+        how = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 100_000_000}
+        ray.init(address="local", num_cpus=cpus, **how)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def process_that_writes(file: Path) -> int | None:
+    """The process, other than this one, that has a file open."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(descriptor) == str(file) and int(descriptor.parts[2]) != os.getpid():
+                return int(descriptor.parts[2])
+        except OSError:  # ended meanwhile
+            continue
+    return None
