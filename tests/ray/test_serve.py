@@ -33,7 +33,7 @@ from para_jax.server.models import Models
 
 ENGINE = {"slots": 3, "max_length": 120, "max_logprobs": 0}
 TENANTS = ("A", "B", "C", "R")
-APP, REPLICAS, CLIENTS = f"tiny-{os.getpid()}", 3, 10
+APP, REPLICAS = f"tiny-{os.getpid()}", 3
 #: Seconds in which a busy machine starts a replica.
 LONG = 600
 ROOT = Path(para_jax.__file__).parents[1]
@@ -183,7 +183,7 @@ def streamed(response):
 
 
 @contextmanager
-def load(url):
+def load(url, clients):
     """Clients that ask without a pause inside. Gives the list of what they asked, which is complete afterwards."""
     numbers, found, stop = count(), [], threading.Event()
 
@@ -191,13 +191,13 @@ def load(url):
         while not stop.is_set():
             found.append(ask(url, next(numbers) % len(BODIES)))
 
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        clients = [pool.submit(client) for _ in range(CLIENTS)]
+    with ThreadPoolExecutor(clients) as pool:
+        tasks = [pool.submit(client) for _ in range(clients)]
         try:
             yield found
         finally:
             stop.set()
-        for one in clients:
+        for one in tasks:
             one.result()
 
 
@@ -208,18 +208,22 @@ def load(url):
 def test_a_replica_that_is_killed_under_load_loses_only_what_it_was_answering(replicated, expected):
     before = pids()
     assert len(before) == REPLICAS
-    with load(replicated) as found:
+    with load(replicated, 10) as found:
         eventually(lambda: len(found) > 2 * len(BODIES), LONG)
         os.kill(min(before), signal.SIGKILL)
         killed = time.monotonic()
-        eventually(lambda: len(pids() - before) == 1, LONG)
-        eventually(lambda: running() == {"RUNNING": REPLICAS}, LONG)
         enough = len(found) + 2 * len(BODIES)
         eventually(lambda: len(found) > enough, LONG)
     lost = [one for one in found if one.error is not None]
     print(f"{len(found)} requests, lost: {Counter(repr(one.error) for one in lost)}")
-    assert all(one.text == expected[one.number] for one in found if one.error is None)
     assert lost and all(one.began <= killed <= one.ended for one in lost)
+    assert all(one.text == expected[one.number] for one in found if one.error is None)
+
+    eventually(lambda: running() == {"RUNNING": REPLICAS}, LONG)
+    assert len(pids() - before) == 1
+    with load(replicated, 10) as found:
+        eventually(lambda: len(found) > 2 * len(BODIES), LONG)
+    assert all(one.error is None and one.text == expected[one.number] for one in found)
 
 
 @pytest.mark.long
@@ -227,7 +231,7 @@ def test_an_update_under_load_loses_nothing_and_sticky_requests_find_their_prefi
     from ray import serve
 
     before = pids()
-    with load(replicated) as found:
+    with load(replicated, 3) as found:
         serve.run(application(folder, sticky=True), name=APP)
     assert not before & pids() and len(pids()) == REPLICAS
     assert all(one.error is None and one.text == expected[one.number] for one in found)
@@ -255,7 +259,7 @@ def test_replicas_come_with_the_load_and_go_without_it(url, folder, expected):
     scaling = {"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 1, "downscale_delay_s": 1}
     serve.run(application(folder, autoscaling=scaling), name=APP)
     assert len(pids()) == 1
-    with load(url) as found:
+    with load(url, 10) as found:
         eventually(lambda: running() == {"RUNNING": 2}, LONG)
     assert all(one.error is None and one.text == expected[one.number] for one in found)
     eventually(lambda: running() == {"RUNNING": 1}, LONG)

@@ -66,7 +66,7 @@ def workers(environment):
 
 def kill_one(checkpoints, environment, killed):
     """Kills a worker as soon as there is a checkpoint."""
-    eventually(lambda: any(path.name.isdecimal() for path in checkpoints.glob("*")), 300)
+    eventually(lambda: any(path.name.isdecimal() for path in checkpoints.glob("*")), 600)
     killed += sorted(workers(environment))
     os.kill(killed[-1], signal.SIGKILL)
 
