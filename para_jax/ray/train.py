@@ -51,7 +51,7 @@ def train_on_ray(
     output_dir = str(folder if isinstance(folder, BucketPath) else folder.resolve())
     config = replace(config, output_dir=output_dir, runtime=replace(config.runtime, distributed="given"))
     trainer = trainer_of(config, scaling, max_failures, environment, str(storage or f"{output_dir}-ray"))
-    ended = trainer.fit().return_value
+    ended: Any = trainer.fit().return_value
     if "error" in ended:
         raise ValueError(ended["error"])
     return RayRun(output_dir, ended["report"])
