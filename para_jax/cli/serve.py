@@ -93,6 +93,16 @@ def served() -> shared.Parser:
 def run(options) -> None:
     from ..server.address import bound
     from ..server.api_keys import read_keys
+
+    sources, base = checked(options)
+    keys = read_keys(options.api_key_file) if options.api_key_file else None
+    with bound(options.host, options.port) as taken:
+        serve_at(options, sources, base, keys, taken)
+
+
+def checked(options) -> tuple[dict[str, str], str]:
+    """{name: folder or hub id} of the tenants, and the base model's name. Raises ValueError for what can be seen before
+    anything is loaded."""
     from .checks import check_adapters, check_backbone
 
     check_options(options)
@@ -102,35 +112,15 @@ def run(options) -> None:
         raise ValueError(f"--adapters: {base} is the base model's name\ngive the tenant or --served-model-name another")
     check_backbone(options.backbone)
     check_adapters(sources.values())
-    keys = read_keys(options.api_key_file) if options.api_key_file else None
-    with bound(options.host, options.port) as taken:
-        serve_at(options, sources, base, keys, taken)
+    return sources, base
 
 
 def serve_at(options, sources: dict[str, str], base: str, keys, taken) -> None:
     """Loads everything, and serves at a socket."""
-    from ..backbone.load import load_backbone
-    from ..data.tokenizer import load_tokenizer
     from ..messages import say
-    from ..server.answering import Limits
     from ..server.serve import serve
-    from ..serving.engine import Engine
 
-    shared.start_devices(options)
-    model = load_backbone(options.backbone, **shared.model_options(options))
-    bank = bank_of(options, sources, model)
-    gb = options.prefix_cache_gb
-    engine = Engine(
-        model,
-        bank,
-        load_tokenizer(options.backbone),
-        slots=options.slots,
-        max_length=options.max_length,
-        queue_limit=options.queue_limit,
-        queue_limit_per_tenant=options.queue_limit_per_tenant,
-        max_logprobs=options.max_logprobs,
-        prefix_cache_bytes=None if gb is None else int(gb * 1e9),
-    )
+    engine = engine_of(options, sources)
     say("compiling; requests are taken as soon as that is done")
     serve(
         engine,
@@ -139,11 +129,40 @@ def serve_at(options, sources: dict[str, str], base: str, keys, taken) -> None:
         api_keys=keys,
         adapter_root=options.adapter_root,
         allow_hub=options.allow_hub,
-        limits=Limits(options.max_body, timeout=options.timeout, log_prompts=options.log_prompts),
+        limits=limits_of(options),
         drain_seconds=options.drain_seconds,
         on_ready=lambda url: print(greeting(url, next(iter(sources), base), keys is not None), flush=True),
         taken=taken,
     )
+
+
+def engine_of(options, sources: dict[str, str]):
+    """The engine, with everything loaded."""
+    from ..backbone.load import load_backbone
+    from ..data.tokenizer import load_tokenizer
+    from ..serving.engine import Engine
+
+    shared.start_devices(options)
+    model = load_backbone(options.backbone, **shared.model_options(options))
+    gb = options.prefix_cache_gb
+    return Engine(
+        model,
+        bank_of(options, sources, model),
+        load_tokenizer(options.backbone),
+        slots=options.slots,
+        max_length=options.max_length,
+        queue_limit=options.queue_limit,
+        queue_limit_per_tenant=options.queue_limit_per_tenant,
+        max_logprobs=options.max_logprobs,
+        prefix_cache_bytes=None if gb is None else int(gb * 1e9),
+    )
+
+
+def limits_of(options):
+    """The bounds of a request."""
+    from ..server.answering import Limits
+
+    return Limits(options.max_body, timeout=options.timeout, log_prompts=options.log_prompts)
 
 
 def check_options(options) -> None:

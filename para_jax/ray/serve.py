@@ -1,0 +1,143 @@
+"""serve_app: the server of ../server as an application of Ray Serve, with an engine of its own in each replica.
+
+Ray's proxies take the connections and choose a replica for each request. The replica answers with the same Starlette
+application as `para-jax serve`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..cli import serve as command
+from ..config import expanded
+from .command import arguments, parsed
+
+#: What chooses a replica by the header x-session-id.
+STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+#: Options of `para-jax serve` that have no meaning here: Ray's proxies listen, and an update would reach one replica.
+NOT_HERE = "host port allow_adapter_updates adapter_root allow_hub methods sites max_r capacity".split()
+
+
+class Served(NamedTuple):
+    """What each replica loads and serves."""
+
+    options: Namespace
+    """those of `para-jax serve`"""
+    sources: dict[str, str]
+    """the tenants: {name: folder or hub id}"""
+    base: str
+    """the base model's name"""
+    any_host: bool
+
+
+def serve_app(
+    *,
+    replicas: int = 1,
+    autoscaling: Mapping[str, Any] | None = None,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+    resources: Mapping[str, float] | None = None,
+    sticky: bool = False,
+    any_host: bool = False,
+    deployment: Mapping[str, Any] | None = None,
+    **options: Any,
+):
+    """A bound application of Ray Serve, for `ray.serve.run`, at the route prefix "/".
+
+    Args:
+        replicas: how many engines.
+        autoscaling: fields of ray.serve.config.AutoscalingConfig, in place of `replicas`. target_ongoing_requests is
+            the number of slots if it is left out.
+        num_cpus, num_gpus, resources: what Ray reserves for a replica, such as resources={"TPU": 4}.
+        sticky: requests with the same header x-session-id go to the same replica, and find its prefix cache. Those
+            without it go to any. By default, each goes to one with few open requests.
+        any_host: without API keys, take requests whose Host is not this machine's too. Everyone who reaches Ray's
+            proxies may then use every tenant.
+        deployment: further options of `ray.serve.deployment`, such as name or health_check_period_s.
+        options: those of `para-jax serve`, by their names: backbone="smollm2-135m", adapters=["acme=runs/a/adapter"],
+            slots=32. Paths must mean the same on every host. drain_seconds is what open requests may take when a
+            replica is stopped.
+
+    Raises ValueError for wrong options, and for a backbone or adapters that are not there.
+    """
+    served = served_by(options, any_host)
+    if replicas < 1:
+        raise ValueError(f"replicas is {replicas}; give a number of at least 1")
+    slots = served.options.slots
+    how: dict[str, Any] = {
+        "name": "para-jax",
+        "max_ongoing_requests": 2 * slots,  # the next ones are there when a slot is free
+        "max_queued_requests": served.options.queue_limit,
+        "graceful_shutdown_timeout_s": served.options.drain_seconds,
+        "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": dict(resources or {})},
+    }
+    if autoscaling is None:
+        how["num_replicas"] = replicas
+    else:
+        how["autoscaling_config"] = {"target_ongoing_requests": slots, **autoscaling}
+    if sticky:
+        how["request_router_config"] = {"request_router_class": STICKY}
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise ImportError(f"serve_app: {error.name} is not installed: pip install 'para_jax[ray]'") from None
+    return serve.deployment(serve.ingress()(Replica)).options(**how | dict(deployment or {})).bind(served)
+
+
+def served_by(options: Mapping[str, Any], any_host: bool) -> Served:
+    """What replicas serve with these options. Paths become absolute, because replicas work in another folder."""
+    for name in NOT_HERE:
+        if name in options:
+            raise ValueError(f"serve_app has no option {name}; leave it out")
+    given = parsed(arguments("serve", [], [], options))
+    sources, base = command.checked(given)
+    given.backbone = absolute(given.backbone)
+    given.api_key_file = given.api_key_file and absolute(given.api_key_file)
+    return Served(given, {name: absolute(source) for name, source in sources.items()}, base, any_host)
+
+
+def absolute(source: str) -> str:
+    """A path of this host as an absolute one; a hub id and a bucket as they are."""
+    path = expanded(source)
+    return str(path.resolve()) if isinstance(path, Path) and path.exists() else source
+
+
+class Replica:
+    """An engine, and our Starlette application around it. Ray calls the methods."""
+
+    def __init__(self, served: Served):
+        self.served = served
+
+    async def __serve_build_asgi_app__(self):
+        """The application, which Ray starts then. Its lifespan starts the engine's thread."""
+        app = await asyncio.to_thread(built_app, self.served)
+        self.loop = app.state.loop
+        return app
+
+    async def check_health(self) -> None:
+        """Raises for an engine that fails, and Ray replaces the replica. The first call waits for the compilation,
+        so that no request comes before."""
+        while not (self.loop.warm or self.loop.fatal):
+            await asyncio.sleep(0.05)
+        if not self.loop.healthy:
+            raise RuntimeError(f"the engine fails: {self.loop.fatal or 'see the log'}")
+
+
+def built_app(served: Served):
+    """The Starlette application around an engine with everything loaded."""
+    from ..messages import log_to_stderr
+    from ..server.api_keys import read_keys
+    from ..server.app import create_app
+    from ..server.models import Models
+
+    log_to_stderr()
+    options = served.options
+    keys = read_keys(options.api_key_file) if options.api_key_file else None
+    engine = command.engine_of(options, served.sources)
+    models = Models(engine.bank, served.base, served.sources)
+    local = keys is None and not served.any_host
+    return create_app(engine, models=models, keys=keys, limits=command.limits_of(options), local=local)

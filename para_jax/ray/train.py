@@ -1,0 +1,103 @@
+"""train_on_ray: a run on the workers of Ray Train, which starts them again when one is lost.
+
+Ray joins the workers' JAX processes. The run is that of ../runs/train.py on several hosts: it saves into its
+output_dir, and resumes from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import RunConfig, expanded
+from ..storage.bucket import BucketPath
+
+
+class RayRun(NamedTuple):
+    """A run that has ended."""
+
+    output_dir: str
+    """what `train` and `train_tenants` write"""
+    report: str
+    """base model and adapters side by side; empty if nothing was scored"""
+
+
+def train_on_ray(
+    config: RunConfig,
+    *,
+    scaling: Mapping[str, Any],
+    max_failures: int = 3,
+    environment: Mapping[str, str] | None = None,
+    storage: str | Path | None = None,
+) -> RayRun:
+    """Trains the adapter of a config, or those of its tenants, on the workers of a Ray cluster. The same call resumes.
+
+    A worker that is lost makes Ray start all of them again, and the run resumes from its last checkpoint.
+
+    Args:
+        config: the run. output_dir must be on storage that every worker reaches, or in a bucket; the backbone and the
+            data too, unless each host has its own at the same path.
+        scaling: fields of ray.train.ScalingConfig. For CPUs {"num_workers": 2}, for a TPU slice
+            {"num_workers": 4, "use_tpu": True, "topology": "4x4", "accelerator_type": "TPU-V6E"}: one worker per host.
+        max_failures: how often the workers are started again at most, not counting hosts that are preempted.
+        environment: variables of the workers, such as JAX_COMPILATION_CACHE_DIR.
+        storage: a folder for Ray's own notes, which every worker reaches. Default: output_dir with -ray at its end.
+
+    Raises ValueError for what `train` refuses, and ray.train.TrainingFailedError after too many failures.
+    """
+    folder = expanded(config.output_dir)
+    output_dir = str(folder if isinstance(folder, BucketPath) else folder.resolve())
+    config = replace(config, output_dir=output_dir, runtime=replace(config.runtime, distributed="given"))
+    trainer = trainer_of(config, scaling, max_failures, environment, str(storage or f"{output_dir}-ray"))
+    ended: Any = trainer.fit().return_value
+    if "error" in ended:
+        raise ValueError(ended["error"])
+    return RayRun(output_dir, ended["report"])
+
+
+def trainer_of(config: RunConfig, scaling, max_failures: int, environment, storage: str):
+    """Ray's JaxTrainer for the run.
+
+    Its backend joins the processes of TPU and GPU workers only. With use_tpu and JAX_PLATFORMS=cpu it joins those of
+    CPU workers too (ray 2.60, train/v2/jax/config.py).
+    """
+    try:
+        from ray.train import FailureConfig, ScalingConfig
+        from ray.train import RunConfig as RayRunConfig
+        from ray.train.v2.jax import JaxTrainer
+        from ray.train.v2.jax.config import JaxConfig
+    except ImportError as error:
+        raise ImportError(f"train_on_ray: {error.name} is not installed: pip install 'para_jax[ray]'") from None
+    workers = ScalingConfig(**scaling)
+    on_cpus = {} if workers.use_tpu or workers.use_gpu else {"JAX_PLATFORMS": "cpu"}
+    return JaxTrainer(
+        run_on_worker,
+        train_loop_config={"config": config},
+        jax_config=JaxConfig(use_tpu=not workers.use_gpu, use_gpu=bool(workers.use_gpu)),
+        scaling_config=workers,
+        run_config=RayRunConfig(
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=max_failures),
+            worker_runtime_env={"env_vars": {**on_cpus, **(environment or {})}},
+        ),
+    )
+
+
+def run_on_worker(given: dict) -> dict[str, str]:
+    """The run on one worker. Its value is that of the first worker: the report, or an error that another start would
+    meet again."""
+    from ..messages import log_to_stderr
+    from ..runs.train import train, train_tenants
+    from ..training.stop import Stopped
+
+    log_to_stderr()
+    config = given["config"]
+    try:
+        result = (train_tenants if config.many else train)(config)
+    except ValueError as error:
+        return {"error": str(error)}
+    except Stopped:
+        raise RuntimeError("the run was told to stop and has saved; Ray starts it again") from None
+    return {"report": result.report()}
