@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=100, help="of each adapter")
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=1e-4, help="that a context takes")
+    parser.add_argument("--seconds", type=float, default=5e-4, help="that a context takes")
     parser.add_argument("--failures", type=float, default=0.01)
     args = parser.parse_args()
     os.environ["RAY_worker_niceness"] = "0"
@@ -104,21 +104,16 @@ def main() -> None:
     digests = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(args.adapters)]
     held = Counter(int(digest[:16], 16) % args.shards for digest in digests)
     sizes, each = [held[index] for index in range(args.shards)], args.seconds * args.contexts
-    runs = {}
+    found = {"command": shlex.join(["python", *sys.argv]), "ray": ray.__version__, "workers": args.workers}
+    found |= {"cores": len(os.sched_getaffinity(0)), "adapters": args.adapters, "contexts": args.contexts}
+    found |= {"shards": args.shards, "adapters per shard": {"mean": mean(sizes), "largest": max(sizes)}, "seconds": {}}
     for name, given in {"no work": (0, 0), "work": (each, 0), "work and failures": (each, args.failures)}.items():
         with tempfile.TemporaryDirectory() as folder:
-            runs[name] = simulated(Path(folder), sizes, args.workers, *given)
-        print(name, runs[name], flush=True)
+            found["seconds"][name] = simulated(Path(folder), sizes, args.workers, *given)
+        print(name, found["seconds"][name], flush=True)
+        if args.output:
+            args.output.write_text(json.dumps(found, indent=1) + "\n")
     ray.shutdown()
-    found = {
-        "command": shlex.join(["python", *sys.argv]),
-        "ray": ray.__version__,
-        "cores": len(os.sched_getaffinity(0)),
-    }
-    found |= {"workers": args.workers, "adapters": args.adapters, "contexts": args.contexts, "shards": args.shards}
-    found |= {"adapters per shard": {"mean": mean(sizes), "largest": max(sizes)}, "seconds": runs}
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
