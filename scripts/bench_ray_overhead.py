@@ -58,7 +58,8 @@ def simulated(folder: Path, sizes: list[int], workers: int, seconds: float, fail
     outputs, line = [folder / str(index) for index in range(len(sizes))], [seconds, failures, folder / "sizes.json"]
     begun, before = time.time(), cpu_seconds()
     pool.run_shards(Stub, list(map(str, line)), outputs, "simulating", workers, {"num_cpus": 1})
-    whole, cpu = time.time() - begun, cpu_seconds() - before
+    whole, after = time.time() - begun, cpu_seconds()
+    cpu = sum(after[process] - before[process] for process in before.keys() & after.keys())
     ends = [output.read_text().split() for output in outputs]
     assert all(len(end) == 3 for end in ends)  # each shard has ended, and once
     times, used = sorted(float(end[1]) - begun for end in ends), defaultdict(list)
@@ -73,8 +74,8 @@ def simulated(folder: Path, sizes: list[int], workers: int, seconds: float, fail
     return made | {"shards that lost a worker": failed, "processes": len(used)}
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of the processes of the cluster. Workers have ended by then."""
+def cpu_seconds() -> dict[int, float]:
+    """CPU time of this process and of each process of the cluster."""
     parents, used = {}, {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -86,7 +87,7 @@ def cpu_seconds() -> float:
     ours = {os.getpid()}
     while more := {one for one, parent in parents.items() if parent in ours} - ours:
         ours |= more
-    return sum(used[one] for one in ours)
+    return {one: used[one] for one in ours}
 
 
 def main() -> None:
