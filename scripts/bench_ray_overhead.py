@@ -58,7 +58,8 @@ def simulated(folder: Path, sizes: list[int], workers: int, seconds: float, fail
     outputs, line = [folder / str(index) for index in range(len(sizes))], [seconds, failures, folder / "sizes.json"]
     begun, before = time.time(), cpu_seconds()
     pool.run_shards(Stub, list(map(str, line)), outputs, "simulating", workers, {"num_cpus": 1})
-    whole, cpu = time.time() - begun, cpu_seconds() - before
+    whole, after = time.time() - begun, cpu_seconds()
+    cpu = sum(after[process] - before[process] for process in before.keys() & after.keys())
     ends = [output.read_text().split() for output in outputs]
     assert all(len(end) == 3 for end in ends)  # each shard has ended, and once
     times, used = sorted(float(end[1]) - begun for end in ends), defaultdict(list)
@@ -73,8 +74,8 @@ def simulated(folder: Path, sizes: list[int], workers: int, seconds: float, fail
     return made | {"shards that lost a worker": failed, "processes": len(used)}
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of the processes of the cluster. Workers have ended by then."""
+def cpu_seconds() -> dict[int, float]:
+    """CPU time of this process and of each process of the cluster."""
     parents, used = {}, {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -86,7 +87,7 @@ def cpu_seconds() -> float:
     ours = {os.getpid()}
     while more := {one for one, parent in parents.items() if parent in ours} - ours:
         ours |= more
-    return sum(used[one] for one in ours)
+    return {one: used[one] for one in ours}
 
 
 def main() -> None:
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=100, help="of each adapter")
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=1e-4, help="that a context takes")
+    parser.add_argument("--seconds", type=float, default=5e-4, help="that a context takes")
     parser.add_argument("--failures", type=float, default=0.01)
     args = parser.parse_args()
     os.environ["RAY_worker_niceness"] = "0"
@@ -104,21 +105,16 @@ def main() -> None:
     digests = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(args.adapters)]
     held = Counter(int(digest[:16], 16) % args.shards for digest in digests)
     sizes, each = [held[index] for index in range(args.shards)], args.seconds * args.contexts
-    runs = {}
+    found = {"command": shlex.join(["python", *sys.argv]), "ray": ray.__version__, "workers": args.workers}
+    found |= {"cores": len(os.sched_getaffinity(0)), "adapters": args.adapters, "contexts": args.contexts}
+    found |= {"shards": args.shards, "adapters per shard": {"mean": mean(sizes), "largest": max(sizes)}, "seconds": {}}
     for name, given in {"no work": (0, 0), "work": (each, 0), "work and failures": (each, args.failures)}.items():
         with tempfile.TemporaryDirectory() as folder:
-            runs[name] = simulated(Path(folder), sizes, args.workers, *given)
-        print(name, runs[name], flush=True)
+            found["seconds"][name] = simulated(Path(folder), sizes, args.workers, *given)
+        print(name, found["seconds"][name], flush=True)
+        if args.output:
+            args.output.write_text(json.dumps(found, indent=1) + "\n")
     ray.shutdown()
-    found = {
-        "command": shlex.join(["python", *sys.argv]),
-        "ray": ray.__version__,
-        "cores": len(os.sched_getaffinity(0)),
-    }
-    found |= {"workers": args.workers, "adapters": args.adapters, "contexts": args.contexts, "shards": args.shards}
-    found |= {"adapters per shard": {"mean": mean(sizes), "largest": max(sizes)}, "seconds": runs}
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
