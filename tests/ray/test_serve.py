@@ -227,7 +227,7 @@ def test_a_replica_that_is_killed_under_load_loses_only_what_it_was_answering(re
 
 
 @pytest.mark.long
-def test_an_update_under_load_loses_nothing_and_sticky_requests_find_their_prefix(replicated, folder, expected):
+def test_an_update_under_load_loses_nothing(replicated, folder, expected):
     from ray import serve
 
     before = pids()
@@ -236,10 +236,17 @@ def test_an_update_under_load_loses_nothing_and_sticky_requests_find_their_prefi
     assert not before & pids() and len(pids()) == REPLICAS
     assert all(one.error is None and one.text == expected[one.number] for one in found)
 
+
+@pytest.mark.long
+def test_sticky_requests_find_their_prefix(url, folder):
+    from ray import serve
+
+    serve.run(application(folder, replicas=2, sticky=True), name=APP)
+
     def cold(first, sessions):
         """How many of 30 beginnings are not found when they come again at once. A busy replica may be passed over."""
         cached = []
-        with httpx.Client(base_url=replicated, timeout=LONG) as client:
+        with httpx.Client(base_url=url, timeout=LONG) as client:
             for number, end in product(range(first, first + 30), (1, 2)):
                 headers = {"x-session-id": str(number)} if sessions else {}
                 sent = body(
