@@ -177,7 +177,7 @@ def two_workers(bucket):
         yield
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_table_and_answers_are_those_of_one_process(folder, two_workers, tmp_path, capsys):
     table = evaluated(folder, tmp_path / "out")
     one = command_line("evaluate", folder, tmp_path / "one", EVALUATION | {"tasks": folder / "free"})
@@ -189,7 +189,7 @@ def test_the_table_and_answers_are_those_of_one_process(folder, two_workers, tmp
     capsys.readouterr()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_answers_of_a_job_are_those_of_one_process(folder, two_workers, tmp_path):
     assert generated(folder, tmp_path / "out.jsonl") == (24, 4)
     one = command_line("generate", folder, tmp_path / "one.jsonl", GENERATION | {"input": folder / "in.jsonl"})
@@ -276,7 +276,7 @@ def test_a_shard_that_fails_is_named_after_the_others_and_the_same_call_goes_on(
     assert (shards / "2.jsonl").read_bytes().splitlines()[: answered.count(b"\n") - 1]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_if_the_first_shard_fails_the_others_are_not_tried(folder, two_workers, tmp_path):
     (tmp_path / "out.jsonl.shards").mkdir()
     (tmp_path / "out.jsonl.shards" / "0.jsonl").write_text("mine\n")
@@ -285,7 +285,7 @@ def test_if_the_first_shard_fails_the_others_are_not_tried(folder, two_workers, 
     assert not (tmp_path / "out.jsonl.shards" / "8.jsonl").exists()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_its_shard_goes_on_in_a_bucket(folder, two_workers, bucket, tmp_path):
     """The new worker waits until the lock of the killed one is a minute old; here it is removed at once."""
     lock = bucket / "out.jsonl.shards" / "0.jsonl" / ".lock"

@@ -226,7 +226,7 @@ def test_a_replica_that_is_killed_under_load_loses_only_what_it_was_answering(re
     assert all(one.error is None and one.text == expected[one.number] for one in found)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_update_under_load_loses_nothing(replicated, folder, expected):
     from ray import serve
 
@@ -237,7 +237,7 @@ def test_an_update_under_load_loses_nothing(replicated, folder, expected):
     assert all(one.error is None and one.text == expected[one.number] for one in found)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_sticky_requests_find_their_prefix(url, folder):
     from ray import serve
 
@@ -259,7 +259,7 @@ def test_sticky_requests_find_their_prefix(url, folder):
     assert 2 * cold(100, sessions=True) < cold(200, sessions=False)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_replicas_come_with_the_load_and_go_without_it(url, folder, expected):
     from ray import serve
 

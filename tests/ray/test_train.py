@@ -92,7 +92,7 @@ def test_a_run_that_loses_a_worker_ends_with_the_bits_of_the_run_without_ray(own
     assert again == ended and metrics(config) == rows  # nothing was left to do
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_mistake_in_the_config_is_an_error_at_once(own_cluster, config, environment):
     wrong = replace(config, output_dir=str(Path(config.output_dir).parent))
     with pytest.raises(ValueError, match="is not a run folder; choose another"):
