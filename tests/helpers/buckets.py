@@ -4,6 +4,7 @@
 """
 
 import http.server
+import io
 import logging
 import sys
 import threading
@@ -55,7 +56,10 @@ def environment(port: int) -> dict[str, str]:
 def with_preconditions(handle):
     """The service's ifGenerationMatch, for writes and deletes, and `generation` of reads. One request at a time, so
     that nothing comes between."""
-    alone = threading.RLock()
+    from gcp_storage_emulator import server
+
+    alone, read_raw = threading.RLock(), server._read_raw_data
+    server._read_raw_data = lambda handler: handler.body
 
     def handling(router, method):
         from gcp_storage_emulator.server import Request, Response
@@ -65,8 +69,6 @@ def with_preconditions(handle):
             tell_generation(router._request_handler, request)
         wanted = request.query.get("ifGenerationMatch", request.query.get("generation"))
         if wanted and generation(router._request_handler.storage, request) != wanted[0]:
-            length = int(router._request_handler.headers.get("Content-Length") or 0)
-            router._request_handler.rfile.read(length)
             response = Response(router._request_handler)
             exact = "ifGenerationMatch" in request.query
             response.status = HTTPStatus.PRECONDITION_FAILED if exact else HTTPStatus.NOT_FOUND
@@ -75,8 +77,16 @@ def with_preconditions(handle):
         return handle(router, method)
 
     def one_at_a_time(router, method):
-        with alone:
-            return handling(router, method)
+        """The client is waited for outside of the lock: if it is slow, or stands still, others go on."""
+        handler = router._request_handler
+        handler.body = read_raw(handler)
+        client, handler.wfile = handler.wfile, io.BytesIO()
+        try:
+            with alone:
+                handling(router, method)
+        finally:
+            answer, handler.wfile = handler.wfile.getvalue(), client
+        client.write(answer)
 
     return one_at_a_time
 
