@@ -204,7 +204,7 @@ def load(url, clients):
 # --------------------------------------------------------------------------------------------------------- on a cluster
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_replica_that_is_killed_under_load_loses_only_what_it_was_answering(replicated, expected):
     before = pids()
     assert len(before) == REPLICAS

@@ -71,7 +71,7 @@ def kill_one(checkpoints, environment, killed):
     os.kill(killed[-1], signal.SIGKILL)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_that_loses_a_worker_ends_with_the_bits_of_the_run_without_ray(own_cluster, config, environment):
     folder = Path(config.output_dir).parent
     save_config(config, folder / "run.yaml")
