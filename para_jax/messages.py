@@ -22,8 +22,8 @@ def warn(text: str) -> None:
 
 
 def speaks() -> bool:
-    """Whether this is the first process. One that has not joined others is; asking JAX for its number would take the
-    devices, which may be meant for other processes of this host."""
+    """Whether this is the first process, or the only one. JAX is asked for the number only if processes have joined:
+    the question makes it take the devices, which other processes of this host may need."""
     jax = sys.modules.get("jax")
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 

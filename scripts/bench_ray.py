@@ -111,7 +111,7 @@ def first_layers(folder: Path, count: int) -> str:
 
 
 def prepare(folder: Path, args) -> None:
-    """Adapters whose hashes spread them evenly over the shards, a task, and requests."""
+    """Writes a task, requests, and adapters: as many for each shard, which their hashes decide."""
     from para_jax import ParaConfig, init_adapter, load_model_config, save_adapter
     from para_jax.adapters.preview import previews
     from para_jax.shards import Shard

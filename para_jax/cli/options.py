@@ -94,7 +94,7 @@ def add_engine_size(group) -> None:
 
 
 def add_tenants(group) -> None:
-    """The options --adapters and --adapters-from of commands whose tenants have names."""
+    """The options --adapters and --adapters-from, where each adapter is a tenant with a name."""
     group.add_argument(
         "--adapters",
         nargs="+",

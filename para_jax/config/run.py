@@ -282,7 +282,7 @@ class RuntimeSection:
     process_id: int | None = None
     """with host:port: the number of this process, from 0. Only process 0 logs and writes"""
     stopped_exit_code: Annotated[int, Bounds(at_least=0, at_most=255)] = 0
-    """of a run that SIGTERM has stopped. 143 keeps a scheduler from taking a preempted run for one that has ended"""
+    """the exit code of a run that SIGTERM has stopped. With 143 a scheduler sees that a preempted run has not ended"""
 
     def __post_init__(self):
         check_fields(self, "runtime.")

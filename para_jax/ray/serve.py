@@ -55,8 +55,8 @@ def serve_app(
         num_cpus, num_gpus, resources: what Ray reserves for a replica, such as resources={"TPU": 4}.
         sticky: requests with the same header x-session-id go to the same replica, and find its prefix cache. Those
             without it go to any. By default, each goes to one with few open requests.
-        any_host: without API keys, take requests whose Host is not this machine's too. Everyone who reaches Ray's
-            proxies may then use every tenant.
+        any_host: without API keys, also answer requests that name another host than localhost. Everyone who reaches
+            Ray's proxies may then use every tenant.
         deployment: further options of `ray.serve.deployment`, such as name or health_check_period_s.
         options: those of `para-jax serve`, by their names: backbone="smollm2-135m", adapters=["acme=runs/a/adapter"],
             slots=32. Paths must mean the same on every host. drain_seconds is what open requests may take when a

@@ -77,7 +77,7 @@ def with_preconditions(handle):
         return handle(router, method)
 
     def one_at_a_time(router, method):
-        """The client is waited for outside of the lock: if it is slow, or stands still, others go on."""
+        """Reads from the client and writes to it without the lock, so a silent client blocks no other."""
         handler = router._request_handler
         handler.body = read_raw(handler)
         client, handler.wfile = handler.wfile, io.BytesIO()

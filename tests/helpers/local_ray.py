@@ -12,7 +12,7 @@ from quick_compiler import own_flags
 
 @contextmanager
 def cluster(cpus: int) -> Iterator[None]:
-    """A cluster whose workers compile as this process does, bit for bit, and find the tests' helpers."""
+    """A cluster. Its workers compile as this process does, to the same bits, and find the tests' helpers."""
     import ray
 
     inherited = {"PYTHONPATH": os.pathsep.join(sys.path), **own_flags()}
