@@ -26,7 +26,7 @@ from .backbone.sequences import checked_sequences
 from .backbone.transformer import Transformer
 from .config import SITES, ModelConfig
 from .residual import batched_adjust, residual_stream, rotary_tables_by_kind
-from .tail import Tokens, tail_start, tail_stream
+from .tail import PromptStates, Tokens, tail_start, tail_stream, tails_after
 
 
 class DecodeState(NamedTuple):
@@ -261,8 +261,41 @@ def _prefill(model, adapters, tokens, prompt_length, length, max_length, continu
 def prefill_tails(model, adapters, reach: Reach, tokens, prompt_length, length, max_length: int, new: int):
     """The residual stream at each row's last token, and (cache, adjustment) for each layer, where rows may have scope
     `response`: their last `new` tokens run again after the plain prompt. Nothing changes for the other rows."""
-    start = tail_start(prompt_length, reach.window)
+    start, prompts, tails = cut_tails(tokens, prompt_length, reach.window, new)
+    keep = tail_cache(model, reach, prompt_length, length, tails.position, max_length)
+    tail, first, kept = tail_stream(model, adapters, prompts, prompt_length, tails, keep=keep)
+    last = jnp.where(reach.responds[:, None], token_of(tail, length - 1 - start), token_of(first, length - 1))
+    return last, kept
+
+
+@partial(jax.jit, static_argnames="max_length")
+def prefill_after(
+    model: Transformer, adapters: Adapter | Rows, tokens, prompt_length, *, states: PromptStates, max_length: int
+) -> tuple[Float[Array, "batch vocab"], DecodeState]:
+    """What `prefill` gives where every row has scope `response`, from the states of the prompts. Rows of one prompt can
+    be given the same states."""
+    if isinstance(adapters, Rows):
+        adapters = adapters.by_row()
+    reach = reach_of(adapters, len(tokens))
+    start, prompts, tails = cut_tails(tokens, prompt_length, reach.window, reach.window)
+    keep = tail_cache(model, reach, prompt_length, prompt_length, tails.position, max_length)
+    x, kept = tails_after(model, adapters, states, prompts, prompt_length, tails, keep=keep, remat="none")
+    cache, adjustments = zip(*kept, strict=True)
+    logits = model.logits(model.final_norm(token_of(x, prompt_length - 1 - start)))
+    return logits, DecodeState(cache, adjustments, prompt_length)
+
+
+def cut_tails(tokens, prompt_length, window: int, new: int) -> tuple[jax.Array, Tokens, Tokens]:
+    """Where each prompt's tail begins, the rows, and their tails of `new` tokens."""
+    start = tail_start(prompt_length, window)
     position = start[:, None] + jnp.arange(min(new, tokens.shape[1]))
+    tails = jnp.take_along_axis(tokens, jnp.minimum(position, tokens.shape[1] - 1), axis=1)
+    return start, Tokens(tokens, jnp.arange(tokens.shape[1])), Tokens(tails, position)
+
+
+def tail_cache(model, reach: Reach, prompt_length, length, position, max_length: int):
+    """The `keep` that gives a layer's cache, in which the window's keys and values replace the plain ones, and its
+    carried adjustment."""
     written = reach.responds[:, None] & (position >= prompt_length[:, None] - reach.before[:, None])
     written = jnp.where(written & (position < length[:, None]), position, max_length)
 
@@ -270,11 +303,7 @@ def prefill_tails(model, adapters, reach: Reach, tokens, prompt_length, length, 
         cache = (with_tokens(*both, written) for both in zip(padded(of_prompts, max_length), of_tails, strict=True))
         return tuple(cache), carried(adjustment, reach, model.dtype)
 
-    tails = Tokens(jnp.take_along_axis(tokens, jnp.minimum(position, tokens.shape[1] - 1), axis=1), position)
-    prompts = Tokens(tokens, jnp.arange(tokens.shape[1]))
-    tail, first, kept = tail_stream(model, adapters, prompts, prompt_length, tails, keep=keep)
-    last = jnp.where(reach.responds[:, None], token_of(tail, length - 1 - start), token_of(first, length - 1))
-    return last, kept
+    return keep
 
 
 def token_of(x, position):

@@ -108,12 +108,12 @@ def tails_after(
     prompt_length: Int[Array, "*axes"],
     tails: Tokens,
     *,
+    keep: Callable | None = None,
     remat: str = "dots",
 ):
-    """The residual stream of the tails that `tail_stream` gives, from the states of the prompts. Their tokens are not
-    read. Every row's scope must be `response`."""
+    """The residual stream of the tails that `tail_stream` gives, and a list with keep's results, from the states of the
+    prompts. Their tokens are not read. Every row's scope must be `response`."""
     reach = reach_of(adapters, len(tails.tokens))
-    assert reach.only_window is not None, reach.scopes
     weights, make = by_layer(adapters)
     through_tail = tail_layer(model, reach, prompts, prompt_length, tails, remat)
     one = jnp.ones_like(prompt_length)
@@ -122,10 +122,11 @@ def tails_after(
     def step(x, layer, inputs):
         weights, (keys, values, summary) = inputs
         pooled = summary if place else summary[:, None]  # each summary is pooled again, as a prompt of one token
-        x, _ = through_tail(x, layer, make(weights, pooled, one, *place), (keys, values))
-        return x, None
+        adjustment = make(weights, pooled, one, *place)
+        x, of_tails = through_tail(x, layer, adjustment, (keys, values))
+        return x, keep((keys, values), of_tails, adjustment) if keep else None
 
-    return through_layers(model, step, model.embed(tails.tokens), (weights, states))[0]
+    return through_layers(model, step, model.embed(tails.tokens), (weights, states))
 
 
 def tail_layer(

@@ -9,6 +9,7 @@ from .ia3 import IA3
 from .lora import LORA
 from .method import Method
 from .para import PARA
+from .scope import scope_of
 
 METHODS: tuple[Method, ...] = (
     PARA,
@@ -26,6 +27,12 @@ def method_of(config: Any) -> Method:
             return method
     known = ", ".join(method.config.__name__ for method in METHODS)
     raise ValueError(f"{type(config).__name__} is not an adapter config; use one of {known}")
+
+
+def has_plain_prompts(config: Any) -> bool:
+    """Whether prompts of adapters of this config run through the plain backbone, and leave its keys and values and the
+    last token's stream."""
+    return scope_of(config)[0] == "response" and method_of(config).adapter.pools_last_token(config)
 
 
 def is_adapter_config(value: Any) -> bool:

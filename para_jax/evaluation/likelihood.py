@@ -1,7 +1,8 @@
 """Log-likelihoods of continuations, for many adapters in one pass.
 
 Each pair of adapter and context is prefilled once, from the context's tokens alone, and all its continuations are
-scored from that state. With shapes of whole rows, a question is instead one teacher-forced pass over both.
+scored from that state. With shapes of whole rows, a question is instead one teacher-forced pass over both. Adapters of
+scope `response` share their contexts (shared_prompts.py).
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ import numpy as np
 
 from .. import devices
 from ..backbone.transformer import Transformer
-from ..data.batches import full_batches
+from ..data.batches import assign_buckets, collate, example_lengths, full_batches
 from ..data.examples import Example
-from ..model import continue_rows, prefill
+from ..model import continue_rows, prefill, prefill_after
 from ..processes import full_arrays
+from ..tail import PromptStates
 from ..training.loss import of_logits, token_scores
 from ..training.step import eval_nll
 from .batch_adapters import Bank, adapters_of, version
 from .questions import Likelihood, Scored
 from .shapes import PlannedShapes, Shapes
+from .shared_prompts import own_batches, padded, shared_batches, shares_prompts
 
 #: A row of a batch of contexts, and the tokens of one of its continuations.
 Continuation = tuple[int, tuple[int, ...]]
@@ -46,15 +49,36 @@ def likelihoods(
         rows: contexts per batch.
         compiled: the programs that have been announced, to which this adds; None: no program is announced.
     """
-    for other in (False, True):  # the factors of a batch all come from the contexts, or all from other tokens
-        chosen = [i for i, (_, question) in enumerate(asked) if (question.reads is not None) == other]
+    alike: dict[tuple[bool, bool], list[int]] = {}
+    for i, (entry, question) in enumerate(asked):
+        # the factors of a batch all come from the contexts, or all from other tokens
+        other = question.reads is not None
+        alike.setdefault((other, not other and shares_prompts(entry)), []).append(i)
+    for (_, shared), chosen in sorted(alike.items()):
         members = [asked[i] for i in chosen]
         if isinstance(shapes, PlannedShapes) and shapes.whole_rows:
-            found = in_whole_rows(model, bank, members, rows, shapes)
+            found = (after_prompts if shared else in_whole_rows)(model, bank, members, rows, shapes)
         else:
-            found = after_contexts(model, bank, members, rows, shapes, compiled)
+            found = after_contexts(model, bank, members, rows, shapes, compiled, shared)
         for i, scored in found:
             yield chosen[i], scored
+
+
+def after_prompts(
+    model: Transformer, bank: Bank | None, asked: Sequence[tuple[Any, Likelihood]], rows: int, shapes: PlannedShapes
+) -> Iterator[tuple[int, Scored]]:
+    """As `in_whole_rows`, where all the adapters share their prompts."""
+    examples = [Example(list(question.context), list(question.continuation)) for _, question in asked]
+    of_bucket = assign_buckets(example_lengths(examples), shapes.buckets)
+    for index, bucket in enumerate(shapes.buckets):
+        members = sorted(np.flatnonzero(of_bucket == index).tolist(), key=lambda i: examples[i].prompt_ids)
+        length = bucket.prompt or bucket.length
+        for batch, states in shared_batches(model, [asked[i][1].context for i in members], rows, length):
+            chosen = [members[i] for i in batch]
+            adapters = adapters_of(model, bank, [asked[i] for i in np.resize(chosen, rows)], shapes)
+            given = collate([examples[i] for i in chosen], bucket, rows), states
+            found = eval_nll(model, adapters, *given, completion=bucket.completion, prompt=length)
+            yield from scored_rows(chosen, found)
 
 
 def in_whole_rows(
@@ -67,9 +91,13 @@ def in_whole_rows(
         adapters = adapters_of(model, bank, [asked[i] for i in np.resize(members, rows)], shapes)
         bucket = buckets[batch.tokens.shape[1]]
         found = eval_nll(model, adapters, batch, completion=bucket.completion, prompt=bucket.prompt)
-        nats, _, greedy = full_arrays(found)
-        for i, total, likeliest in zip(members, nats, greedy, strict=False):
-            yield i, Scored(-float(total), bool(likeliest))
+        yield from scored_rows(members, found)
+
+
+def scored_rows(members: Sequence[int], found) -> Iterator[tuple[int, Scored]]:
+    nats, _, greedy = full_arrays(found)
+    for i, total, likeliest in zip(members, nats, greedy, strict=False):
+        yield i, Scored(-float(total), bool(likeliest))
 
 
 def after_contexts(
@@ -79,8 +107,13 @@ def after_contexts(
     rows: int,
     shapes: Shapes,
     compiled: set[str] | None = None,
+    shared: bool = False,
 ) -> Iterator[tuple[int, Scored]]:
-    """As `likelihoods`: a row of a batch is a context with all its continuations."""
+    """As `likelihoods`: a row of a batch is a context with all its continuations.
+
+    Args:
+        shared: whether all the adapters share their contexts.
+    """
     contexts: dict[tuple, list[int]] = {}
     for i, (entry, question) in enumerate(asked):
         length = shapes.context(len(question.context))
@@ -89,14 +122,16 @@ def after_contexts(
     for (length, *_), members in sorted(contexts.items(), key=lambda item: (len(item[0][1]), item[0])):
         of_length.setdefault(length, []).append(members)
     for length, groups in of_length.items():
-        for start in range(0, len(groups), rows):
-            batch = groups[start : start + rows]
+        read = [asked[members[0]][1].context for members in groups]
+        for chosen, states in (shared_batches if shared else own_batches)(model, read, rows, length):
+            batch = [groups[i] for i in chosen]
             firsts = [asked[members[0]] for members in batch]
             adapters = adapters_of(model, bank, [firsts[i % len(firsts)] for i in range(rows)], shapes)
             order = [i for members in batch for i in members]
             continuations = [(row, asked[i][1].continuation) for row, members in enumerate(batch) for i in members]
             prompts = [question.context for _, question in firsts]
-            for j, scored in of_contexts(model, adapters, prompts, continuations, length, rows, shapes, compiled):
+            given = prompts, continuations, length, rows, shapes, compiled, states
+            for j, scored in of_contexts(model, adapters, *given):
                 yield order[j], scored
 
 
@@ -109,20 +144,21 @@ def of_contexts(
     rows: int,
     shapes: Shapes,
     compiled: set[str] | None = None,
+    states: PromptStates | None = None,
 ) -> Iterator[tuple[int, Scored]]:
     """(A continuation's index, its answer) for one batch of contexts.
 
     Args:
         adapters: as prefill takes them, for `rows` rows.
         contexts: at most `rows`, of at most `length` tokens.
+        states: of the contexts, for adapters that share them.
     """
+    begin = prefill if states is None else partial(prefill_after, states=states)
     cache = shapes.context_cache(length)
-    tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
-    for i, context in enumerate(contexts):
-        tokens[i, : len(context)], lengths[i] = context, len(context)
+    tokens, lengths = padded(contexts, rows, length)
     leaves, treedef = jax.tree.flatten(model)
     with announced(f"{rows} contexts of {length} tokens", compiled):
-        logits, state = prefill(model, adapters, tokens, lengths, max_length=cache)
+        logits, state = begin(model, adapters, tokens, lengths, max_length=cache)
     for size, chunk in continuation_batches(continuations, rows, shapes):
         row, tokens, lengths = collated([continuations[i] for i in chunk], size, rows)
         with announced(f"{len(row)} continuations of {size} tokens after {cache}", compiled):

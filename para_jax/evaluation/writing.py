@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from ..config import shorten
 from ..inference.answer_text import text_of
 from ..inference.generate import before_stop, generate_tokens
 from ..inference.sampling import Sampling
+from ..model import prefill_after
 from ..serving.engine import Engine
 from ..serving.request import Completion, Request
 from .batch_adapters import Bank, adapters_of
 from .questions import Generation, Pending, Written
 from .shapes import Shapes
+from .shared_prompts import own_batches, shared_batches, shares_prompts
 
 
 def write_in_batches(
@@ -44,11 +47,15 @@ def write_in_batches(
                 f"temperature {question.temperature}, stop {question.stop}: only an engine can sample answers or end "
                 "them at a text"
             )
-        alike.setdefault((question.reads is not None, question.stop_ids), []).append(i)
-    for (_, own), members in alike.items():
-        members.sort(key=lambda i: len(asked[i][1].context))
-        for start in range(0, len(members), rows):
-            chosen = members[start : start + rows]
+        other = question.reads is not None
+        shared = not other and shares_prompts(asked[i][0])
+        length = shapes.prompt(len(question.context))
+        alike.setdefault((length, other, shared, question.stop_ids), []).append(i)
+    for (length, _, shared, own), members in sorted(alike.items()):
+        members.sort(key=lambda i: (len(asked[i][1].context), asked[i][1].context))
+        contexts = [asked[i][1].context for i in members]
+        for places, states in (shared_batches if shared else own_batches)(model, contexts, rows, length):
+            chosen = [members[i] for i in places]
             batch = [asked[i] for i in np.resize(chosen, rows)]  # one compiled shape, also at the end
             prompts = [list(question.context) for _, question in batch]
             new, longest = max(question.max_new_tokens for _, question in batch), max(map(len, prompts))
@@ -58,8 +65,9 @@ def write_in_batches(
                 prompts,
                 Sampling(new),
                 stop_ids=(*stop_ids, *own),
-                length=shapes.prompt(longest),
+                length=length,
                 max_length=shapes.writing_cache(longest + new),
+                begin=None if states is None else partial(prefill_after, states=states),
             )
             for i, tokens in zip(chosen, written, strict=False):
                 kept = tokens[: asked[i][1].max_new_tokens]

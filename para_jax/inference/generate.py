@@ -107,6 +107,7 @@ def generate_tokens(
     ended: Callable[[list[list[int]]], list[bool]] | None = None,
     length: int | None = None,
     max_length: int | None = None,
+    begin: Callable | None = None,
 ) -> list[list[int]]:
     """The token ids that follow each prompt, up to the first of `stop_ids`.
 
@@ -115,6 +116,7 @@ def generate_tokens(
         ended: which rows' tokens so far are enough; the loop stops early when all rows have ended.
         length, max_length: padded tokens of the prompts, and tokens per row that the cache holds; default: the least
             that is needed, rounded up. Calls that give the same ones share their programs.
+        begin: is called instead of `prefill`, with its arguments.
     """
     check_prompts(model, adapters, prompt_ids, sampling.max_new_tokens)
     lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
@@ -123,7 +125,7 @@ def generate_tokens(
         row[: len(ids)] = ids
     last = sampling.max_new_tokens
     needed = max(up_to_multiple(lengths.max() + last, CACHE_MULTIPLE), tokens.shape[1])
-    logits, state = prefill(model, adapters, tokens, lengths, max_length=max_length or needed)
+    logits, state = (begin or prefill)(model, adapters, tokens, lengths, max_length=max_length or needed)
     if model.layout == "stacked":
         state = stacked_state(state)
     settings = None

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from ..adapters.bank import AdapterBank, Entry
+from ..adapters.methods import has_plain_prompts
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
 from ..inference.draw import row_sampling
@@ -18,7 +19,7 @@ from ..inference.sampling import Sampling
 from ..model import prefill
 from ..progress import Progress
 from .capacity import KEPT
-from .prefills import Prefills, Prompt, in_blocks, token_bytes
+from .prefills import Prefills, Prompt, token_bytes
 from .scoring import ScoredPrompt, score_prompt
 from .slots import empty_slots, first_logprobs, insert, insert_prompt, steps
 from .ticket import Sample
@@ -79,7 +80,7 @@ class Decoder:
         """Compiles everything that the base model and the bank's adapters need, held or expected; for an empty bank,
         also what adapters of the scope `all` need."""
         configs = self.bank.configs if self.bank is not None else []
-        whole = self.bank is not None and not (configs and all(map(in_blocks, configs)))
+        whole = self.bank is not None and not (configs and all(map(has_plain_prompts, configs)))
         buckets, scored = self._buckets if whole else [], self._buckets if self.top else []
         variants = [False, True] if self.top else [False]
         with Progress("warming up the engine", len(buckets) + len(scored) + 1 + len(variants), unit="program") as bar:

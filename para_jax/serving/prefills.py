@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.bank import AdapterBank, Entry
-from ..adapters.methods import method_of
+from ..adapters.methods import has_plain_prompts
 from ..adapters.scope import scope_of
 from ..backbone.transformer import Transformer
 from ..model import DecodeState
@@ -104,7 +104,7 @@ class Prefills:
 
     def takes(self, entry: Entry | None) -> bool:
         """Whether the prompts of an adapter are prefilled here."""
-        return entry is None or in_blocks(entry.config)
+        return entry is None or has_plain_prompts(entry.config)
 
     def finished(self, key: tuple) -> Prompt | None:
         """The prompt of a key, if it is prefilled."""
@@ -285,7 +285,7 @@ class Prefills:
 
     def _grow_window(self, configs: Iterable[Any]) -> None:
         """Makes room for the windows of adapters of these configs. A larger one is a new program."""
-        windows = [scope_of(config)[1] for config in configs if in_blocks(config)]
+        windows = [scope_of(config)[1] for config in configs if has_plain_prompts(config)]
         tokens = max(windows, default=1) - 1  # without the last one; rounded up to a power of two, for fewer programs
         wanted = min(1 << (tokens - 1).bit_length() if tokens else 1, self._longest * self.size)
         if wanted > self.window:
@@ -302,11 +302,6 @@ class Prefills:
 
     def _empty(self, leaf) -> jax.Array:
         return jnp.zeros((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
-
-
-def in_blocks(config: Any) -> bool:
-    """Whether prompts of adapters of this config come in blocks: they run through the plain backbone."""
-    return scope_of(config)[0] == "response" and method_of(config).adapter.pools_last_token(config)
 
 
 def token_bytes(row: DecodeState) -> int:

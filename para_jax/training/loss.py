@@ -38,8 +38,8 @@ def completion_nll(
 
     Args:
         completion, prompt: the maximum completion tokens and prompt tokens of a row; static. None: a whole row.
-        states: of the prompts, padded to `prompt` tokens, where every adapter's scope is `response` with one window.
-            None: they are computed.
+        states: of the prompts, padded to `prompt` tokens, where every row's scope is `response`. None: they are
+            computed.
         remat: a name of residual.REMAT.
     """
     hidden, targets, real = completion_states(model, adapters, batch, completion, prompt, states, remat)
@@ -67,8 +67,9 @@ def completion_states(
     else:
         places, predicted = None, batch.prompt_length[:, None] + jnp.arange(completion)
         real = predicted < batch.length[:, None]
-    window = None if adapters is None else reach_of(adapters, len(batch.tokens)).only_window
-    assert states is None or window is not None, "only scope `response` reads prompts' states"
+    reach = None if adapters is None else reach_of(adapters, len(batch.tokens))
+    window = reach and (reach.only_window if states is None else reach.window)
+    assert states is None or window, "only scope `response` reads prompts' states"
     if window is None:
         x, _ = residual_stream(model, adapters, batch.tokens, batch.prompt_length, segments=places, remat=remat)
         predicting = jnp.clip(predicted - 1, 0, x.shape[1] - 1)
@@ -79,7 +80,7 @@ def completion_states(
         if states is None:
             x, _, _ = tail_stream(model, adapters, *given, remat=remat)
         else:
-            x = tails_after(model, adapters, states, *given, remat=remat)
+            x, _ = tails_after(model, adapters, states, *given, remat=remat)
         predicting = cut.predicting
     hidden = jnp.take_along_axis(x, predicting[..., None], axis=1)
     targets = jnp.take_along_axis(batch.tokens, jnp.minimum(predicted, batch.tokens.shape[1] - 1), axis=1)

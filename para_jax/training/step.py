@@ -265,11 +265,17 @@ def put_adapter(state: TrainState, slot: jax.Array, adapter: Any) -> TrainState:
 
 @partial(jax.jit, static_argnames=("completion", "prompt"))
 def eval_nll(
-    model, adapters, batch: Batch, *, completion: int, prompt: int | None = None
+    model,
+    adapters,
+    batch: Batch,
+    states: PromptStates | None = None,
+    *,
+    completion: int,
+    prompt: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """completion_nll, compiled: each row's summed nats and its number of completion tokens. Also whether every one of
     these is the most likely token, bool [rows]: then greedy decoding writes the completion."""
-    hidden, targets, real = completion_states(model, adapters, batch, completion, prompt)
+    hidden, targets, real = completion_states(model, adapters, batch, completion, prompt, states)
     nll, likeliest = of_logits(token_scores, model, hidden, targets)
     counts = real.sum(axis=1).astype(jnp.float32)
     return jnp.where(real, nll, 0).sum(axis=1), counts, (likeliest | ~real).all(axis=1)

@@ -1,10 +1,9 @@
 """Scores in a mixed pass: those of the teacher-forced pass, the same bits alone and mixed, from the context alone."""
 
-import jax
 import numpy as np
 import pytest
 from golden_models import backbone
-from tiny_questions import ROWS, answers, asked, bank_of
+from tiny_questions import ROWS, answers, asked, bank_of, by_hand
 from tiny_run import tokenizer
 
 from para_jax import forward
@@ -12,17 +11,6 @@ from para_jax.evaluation import likelihood
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.likelihood import together
 from para_jax.evaluation.questions import Likelihood
-
-
-def by_hand(family, names, tenant, one):
-    """The log-probability of a continuation and whether it is greedy, from one row, padded to one shape at its end."""
-    rows, context, length = bank_of(family, names).rows([tenant]), len(one.context), len(one.context + one.continuation)
-    ids = np.zeros((1, 32), np.int32)
-    ids[0, :length] = one.context + one.continuation
-    logits = forward(backbone(family), rows, ids, context, length)[0, context - 1 : length - 1]
-    chosen = np.array(one.continuation)
-    nats = jax.nn.log_softmax(logits)[np.arange(len(chosen)), chosen].sum()
-    return float(nats), bool((logits.argmax(axis=-1) == chosen).all())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,72 @@
+"""Prompts that run through the plain backbone (scope `response`), computed once for all the tenants asked about them.
+
+Such a prompt leaves the same keys and values, whoever answers. So a batch of distinct prompts is computed first, and
+then the tails of all the questions about them. A question's answer does not depend on how many tenants are asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..adapters.methods import has_plain_prompts
+from ..backbone.layout import stack_trees
+from ..model import token_of
+from ..residual import residual_stream
+from ..tail import PromptStates
+
+
+def shares_prompts(entry: Any) -> bool:
+    """Whether an entry of a bank (None: the base model) is asked about prompts as the backbone computes them."""
+    return entry is not None and has_plain_prompts(entry.config)
+
+
+def shared_batches(
+    model, contexts: Sequence[tuple[int, ...]], rows: int, length: int
+) -> Iterator[tuple[list[int], PromptStates]]:
+    """Batches of at most `rows` questions, and the states of their prompts, [layers, rows, ...].
+
+    Args:
+        contexts: of each question, at most `length` tokens. Equal ones are next to each other.
+    """
+    firsts = [i for i, one in enumerate(contexts) if not i or one != contexts[i - 1]]
+    for start in range(0, len(firsts), rows):
+        distinct = firsts[start : start + rows]
+        stop = firsts[start + rows] if start + rows < len(firsts) else len(contexts)
+        states = plain_states(model, *padded([contexts[i] for i in distinct], rows, length))
+        for begin in range(distinct[0], stop, rows):
+            batch = list(range(begin, min(begin + rows, stop)))
+            places = np.searchsorted(distinct, batch, side="right") - 1  # of their prompts
+            yield batch, of_rows(states, np.resize(places, rows))
+
+
+def own_batches(model, contexts: Sequence, rows: int, length: int) -> Iterator[tuple[list[int], None]]:
+    """As shared_batches, for rows that compute their prompts themselves."""
+    for start in range(0, len(contexts), rows):
+        yield list(range(start, min(start + rows, len(contexts)))), None
+
+
+def padded(contexts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The contexts as int32 [rows, length], padded on the right, and their lengths; 1 for rows without a context."""
+    tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+    for i, context in enumerate(contexts):
+        tokens[i, : len(context)], lengths[i] = context, len(context)
+    return tokens, lengths
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+
+@jax.jit
+def plain_states(model, tokens, prompt_length) -> PromptStates:
+    """The states of prompts, int32 [rows, T], of adapters that read the last token."""
+    keep = lambda x, kept, adjustment: PromptStates(kept[0], kept[1], token_of(x, prompt_length - 1))  # noqa: E731
+    return stack_trees(residual_stream(model, None, tokens, prompt_length, keep=keep)[1])
+
+
+@jax.jit
+def of_rows(states: PromptStates, places) -> PromptStates:
+    return jax.tree.map(lambda a: a[:, places], states)
