@@ -1,0 +1,117 @@
+"""What compare_methods.py measures of an adapter: its score row by row, what it forgets, and what it costs to serve."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from para_jax import init_adapter, pick, stack_adapters
+from para_jax.bench.decode import Side, Step, tenant
+from para_jax.bench.rounds import interleaved, medians, milliseconds, paired
+from para_jax.data.examples import Example, joined_completion
+from para_jax.data.records import Record
+from para_jax.evaluation.evaluate import Tasks
+from para_jax.evaluation.samples import logged_samples
+from para_jax.evaluation.score import likelihoods_of, score_answers
+from para_jax.evaluation.tasks import EvalTask
+
+
+def scored(tasks: Tasks, adapter, shuffle: int | None = None) -> dict:
+    """The score of the only task, and the score and the loss of each of its rows."""
+    (encoded,) = tasks.encoded.values()
+    (answers,) = tasks.answer_one(adapter, shuffle=shuffle)
+    samples, metric = logged_samples(encoded, answers), encoded.task.metric
+    rows = {"loss": [one["loss"] for one in samples]}
+    if metric != "loss":
+        rows = {"score": [one.get(metric, one.get("correct")) for one in samples]} | rows
+    return score_answers(encoded, answers).record() | {"rows": {name: packed(values) for name, values in rows.items()}}
+
+
+def packed(values) -> str:
+    """One line of text: a digit for each value where all are 0 or 1, else numbers of four digits."""
+    values = [float("nan") if value is None else float(value) for value in values]
+    if set(values) <= {0.0, 1.0}:
+        return "".join(str(int(value)) for value in values)
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def unpacked(text: str) -> np.ndarray:
+    return np.array(list(text) if set(text) <= {"0", "1"} else text.split(), float)
+
+
+# --------------------------------------------------------------------------------------------- examples in the prompt
+
+
+def with_examples(task: EvalTask, training: list[Record], count: int) -> EvalTask:
+    """The task with `count` training examples before each prompt, the same ones in the same order."""
+    shown = [f"{one.prompt}{joined_completion(one.prompt, one.completion)}\n\n" for one in balanced(training, count)]
+    records = [one._replace(prompt="".join(shown) + str(one.prompt)) for one in task.records]
+    return task._replace(records=records, examples=None)
+
+
+def balanced(training: list[Record], count: int) -> list[Record]:
+    """The first training rows, but for those whose completion was taken more often than another row's."""
+    left, times, taken = list(training[:1000]), Counter(), []
+    for _ in range(min(count, len(left))):
+        rarest = min(left, key=lambda one: times[one.completion])  # the first of equals
+        left.remove(rarest)
+        times[rarest.completion] += 1
+        taken.append(rarest)
+    return taken
+
+
+# --------------------------------------------------------------------------------------------------------- forgetting
+
+
+def plain_text(file: Path, tokenizer, count: int, length: int) -> EvalTask:
+    """Texts of `length` tokens: the first half is the prompt, from which factors are made, and the second is scored.
+    They are the file's first passages that are long enough, each once."""
+    texts = dict.fromkeys(passage(json.loads(line)["prompt"]) for line in file.read_text().splitlines())
+    ids = (tokenizer(text)["input_ids"] for text in texts)
+    whole = [one[:length] for one in ids if len(one) >= length][:count]
+    if not whole:
+        raise ValueError(f"{file}: no passage has {length} tokens; choose another --text")
+    examples = [Example(one[: length // 2], one[length // 2 :]) for one in whole]
+    return EvalTask("text", [Record("", "", ("",), None, str(file))] * len(whole), "loss", examples=examples)
+
+
+def passage(prompt: str) -> str:
+    """The plain sentences of a prompt "Passage: ...\\nQuestion: ..."."""
+    return prompt.partition("\nQuestion:")[0].removeprefix("Passage: ")
+
+
+def text_losses(tasks: Tasks, adapter) -> np.ndarray:
+    """The loss of each text, in nats per token."""
+    (encoded,) = tasks.encoded.values()
+    (answers,) = tasks.answer_one(adapter)
+    nats, tokens = likelihoods_of(encoded, answers)
+    return nats / tokens
+
+
+# ---------------------------------------------------------------------------------------------------- cost of serving
+
+
+def serving_cost(model, config, *, rows: int = 8, context: int = 128, rounds: int = 20, prefills: int = 5) -> dict:
+    """Prefill of `context` tokens and one decode step of `rows` rows, each of another tenant, relative to the base
+    model's. The two take turns; a ratio is the median over the rounds."""
+    fresh = init_adapter(config, model.config)
+    many = pick(stack_adapters([tenant(fresh, i) for i in range(rows)]), np.arange(rows))
+    sides = {"base": Side("base", rows, 0, None), "adapter": Side("adapter", rows, rows, many)}
+    steps = {name: Step(model, side, context) for name, side in sides.items()}
+    whole = {name: milliseconds(lambda step=step: step.prefill(context)) for name, step in steps.items()}
+    prefilled = interleaved(whole, prefills)
+    cache, decoded = steps["base"].prefill(context)[1].cache, []
+    for _ in range(rounds + 1):  # the first one compiles
+        taken = {}
+        for name, step in steps.items():
+            taken[name], _, cache = step(cache)
+        decoded.append(taken)
+    return {
+        "decode": paired(decoded[1:], "adapter", "base"),
+        "prefill": paired(prefilled, "adapter", "base"),
+        "decode_ms": medians(decoded[1:]),
+        "prefill_ms": medians(prefilled),
+        "tenants": rows,
+        "context": context,
+    }
