@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 from para_jax.devices import describe_devices, library_versions
 
 
@@ -48,3 +50,15 @@ def write(file: Path, found: dict) -> None:
 
 def read(file: Path) -> dict:
     return json.loads(file.read_text())
+
+
+def packed(values) -> str:
+    """One line of text: a digit for each value where all are 0 or 1, else numbers of four digits."""
+    values = [float("nan") if value is None else float(value) for value in values]
+    if set(values) <= {0.0, 1.0}:
+        return "".join(str(int(value)) for value in values)
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def unpacked(text: str) -> np.ndarray:
+    return np.array(list(text) if set(text) <= {"0", "1"} else text.split(), float)

@@ -29,9 +29,10 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 
-from compare_cells import done, label, read, settings
-from compare_report import write_report, write_tables
-from compare_scores import packed, plain_text, scored, serving_cost, text_losses, with_examples
+from compare_cells import done, label, packed, read, settings
+from compare_report import write_report
+from compare_scores import plain_text, scored, serving_cost, text_losses, with_examples
+from compare_tables import write_tables
 from compare_training import config_of, form_of, run_seeds, seed_folder, train, validation
 
 from para_jax import (

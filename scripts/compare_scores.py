@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from compare_cells import packed
 
 from para_jax import init_adapter, pick, stack_adapters
 from para_jax.bench.decode import Side, Step, tenant
@@ -26,18 +27,6 @@ def scored(tasks: Tasks, adapter, shuffle: int | None = None) -> dict:
     if metric != "loss":
         rows = {"score": [one.get(metric, one.get("correct")) for one in samples]} | rows
     return score_answers(encoded, answers).record() | {"rows": {name: packed(values) for name, values in rows.items()}}
-
-
-def packed(values) -> str:
-    """One line of text: a digit for each value where all are 0 or 1, else numbers of four digits."""
-    values = [float("nan") if value is None else float(value) for value in values]
-    if set(values) <= {0.0, 1.0}:
-        return "".join(str(int(value)) for value in values)
-    return " ".join(f"{value:.4g}" for value in values)
-
-
-def unpacked(text: str) -> np.ndarray:
-    return np.array(list(text) if set(text) <= {"0", "1"} else text.split(), float)
 
 
 # --------------------------------------------------------------------------------------------- examples in the prompt

@@ -36,17 +36,17 @@ def paired_difference(one: np.ndarray, other: np.ndarray, seed: int = 0) -> Diff
     """Scores [seeds, rows] of the same rows. If one has more rows, those that both have, from the start, count."""
     count = min(one.shape[1], other.shape[1])
     rows = one[:, :count].mean(axis=0) - other[:, :count].mean(axis=0)
-    value, drawn = float(rows.mean()), row_weights(count, seed) @ rows
+    value, drawn = float(rows.mean()), row_counts(count, seed) @ rows.astype(np.float32) / count
     low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
-    larger = int((abs(drawn - value) >= abs(value) - 1e-12).sum())  # drawn around zero, as if there were no difference
+    larger = int((abs(drawn - value) >= abs(value) - 1e-6).sum())  # drawn around zero, as if there were no difference
     return Difference(value, float(low), float(high), (1 + larger) / (1 + len(drawn)))
 
 
 @lru_cache(maxsize=4)
-def row_weights(count: int, seed: int = 0) -> np.ndarray:
-    """How often each draw takes each row, over the number of rows, [DRAWS, count]."""
+def row_counts(count: int, seed: int = 0) -> np.ndarray:
+    """How often each draw takes each row, [DRAWS, count]."""
     draw = np.random.default_rng(seed)
-    return draw.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float32) / count
+    return draw.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float32)
 
 
 def unpaired_difference(one: tuple[float, float], other: tuple[float, float]) -> Difference:
@@ -73,6 +73,10 @@ def verdict(difference: Difference, corrected: float, rows: int) -> str:
     if corrected > LEVEL or rows < FEWEST_ROWS:
         return "within noise"
     return "better" if difference.value > 0 else "worse"
+
+
+def p_text(p: float) -> str:
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 # ------------------------------------------------------------------------------------------------- over several tasks

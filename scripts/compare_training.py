@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from compare_cells import done, label, settings, write
-from compare_report import write_tables
+from compare_tables import write_tables
 
 from para_jax import LoraConfig, ParaConfig, init_adapter, load_config, train_tenants
 from para_jax.adapters.adapter import count_parameters

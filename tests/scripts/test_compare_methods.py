@@ -1,7 +1,6 @@
 """scripts/compare_methods.py: what it trains, scores and keeps."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from golden_models import strong
 from tiny_run import backbone_folder, rows_of_text, tokenizer, words, write_rows
 
-from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone
+from para_jax import ParaConfig, init_adapter, load_backbone
 from para_jax.evaluation.evaluate import Tasks
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +18,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import compare_cells  # noqa: E402
 import compare_methods  # noqa: E402
 import compare_scores  # noqa: E402
-import compare_training  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +54,16 @@ def test_an_adapter_is_scored_with_its_own_and_with_shuffled_prompts(folder, tmp
     own, shuffled, again = (compare_scores.scored(tasks, adapter, shuffle) for shuffle in (None, 0, 0))
     assert own["count"] == 4 and own["metric"] == "accuracy"
     assert shuffled == again and shuffled["loss"] != own["loss"]
-    rows = {name: compare_scores.unpacked(text) for name, text in own["rows"].items()}
+    rows = {name: compare_cells.unpacked(text) for name, text in own["rows"].items()}
     assert rows["score"].mean() == own["score"] and len(rows["loss"]) == 4
 
 
 @pytest.mark.parametrize("values", [[0, 1, 1], [1.0], [0.25, 1, 0], [1234.5, 0.5], [0.5]])
 def test_packed_rows_are_unpacked(values):
-    text = compare_scores.packed(values)
+    text = compare_cells.packed(values)
     assert "\n" not in text
-    np.testing.assert_allclose(compare_scores.unpacked(text), values, rtol=1e-3)
+    np.testing.assert_allclose(compare_cells.unpacked(text), values, rtol=1e-3)
 
 
 def test_a_missing_loss_stays_missing():
-    assert np.isnan(compare_scores.unpacked(compare_scores.packed([None, 0.5]))).tolist() == [True, False]
+    assert np.isnan(compare_cells.unpacked(compare_cells.packed([None, 0.5]))).tolist() == [True, False]
