@@ -207,7 +207,10 @@ def adapter_of(args, task: str, adapter, name: str, seed: int, model_config, *ov
         for at, now in validation(task, runs, rate, list(range(args.seeds))).items():
             before = found["validation"].get(at)
             print(f"{task}, {name}, seed {at}, trained again: {now}; before: {before}", flush=True)
-    return load_adapter(str(seed_folder(runs, rate, seed) / "adapter"), model_config)
+    folder = seed_folder(runs, rate, seed)
+    if folder is None or not (folder / "adapter").exists():
+        sys.exit(f"compare_methods: {task}, {name}: seed {seed} diverged before it was scored; leave the method out")
+    return load_adapter(str(folder / "adapter"), model_config)
 
 
 # ------------------------------------------------------------------------------------------------ alone, and forgetting

@@ -115,7 +115,7 @@ def cells_of(output: Path, folder: str) -> list[Cell]:
     for file in sorted(place.glob("*-trained.json")):
         key = file.name.removesuffix("-trained.json")
         seeds = [read(one) for one in sorted(place.glob(f"{key}-seed-*-tested.json"))]
-        cells += method_cells(folder, place, key, read(file), seeds) if seeds else []
+        cells += method_cells(output, folder, key, read(file), seeds) if seeds else []
     return cells
 
 
@@ -125,7 +125,7 @@ def base_cell(folder: str, file: Path) -> Cell:
     return scored_cell(folder, task, f"base, {shots}" if shots else "base", [found["test"]], found["asked"], 0)
 
 
-def method_cells(folder: str, place: Path, key: str, found: dict, seeds: list[dict]) -> list[Cell]:
+def method_cells(output: Path, folder: str, key: str, found: dict, seeds: list[dict]) -> list[Cell]:
     """The method, and the method with shuffled prompts where that was scored."""
     task, name, parameters = key.split("-")[0], found["name"], found["parameters"]
     asked = found["asked"]
@@ -134,20 +134,26 @@ def method_cells(folder: str, place: Path, key: str, found: dict, seeds: list[di
     held = scored_cell(folder, task, name, [one["test"] for one in seeds], asked, examples)
     held = held._replace(parameters=parameters, bytes=(4 * parameters, half * parameters))
     shuffled = [one["shuffled"] for one in seeds if "shuffled" in one]
-    cells = [held._replace(**measured(place, key, name))]
+    cells = [held._replace(**measured(output / folder, key), **serving_costs(output, folder, name, asked["backbone"]))]
     if shuffled:
         other = scored_cell(folder, task, name + SHUFFLED, shuffled, asked, examples)
         cells.append(other._replace(parameters=parameters, bytes=held.bytes))
     return cells
 
 
-def measured(place: Path, key: str, name: str) -> dict:
+def measured(place: Path, key: str) -> dict:
     """What the stages `alone` and `forgetting` left of a cell."""
-    files = place / f"{key}-alone.json", place / f"cost-{label(name)}.json"
-    alone, cost = (read(file) if file.exists() else {} for file in files)
+    file = place / f"{key}-alone.json"
+    alone = read(file) if file.exists() else {}
     forgotten = [read(one)["forgetting"] for one in sorted(place.glob(f"{key}-seed-*-forgetting.json"))]
-    parts = {part: alone.get(part) for part in ("step_seconds", "peak_bytes")}
-    return parts | {part: cost.get(part) for part in ("decode", "prefill")} | {"forgetting": tuple(forgotten)}
+    return {part: alone.get(part) for part in ("step_seconds", "peak_bytes")} | {"forgetting": tuple(forgotten)}
+
+
+def serving_costs(output: Path, folder: str, name: str, backbone: str) -> dict:
+    """prefill and decode of a method, measured in this folder or, with the same backbone, in the output folder."""
+    files = [place / f"cost-{label(name)}.json" for place in (output / folder, output)]
+    held = [found for file in files if file.exists() if (found := read(file))["asked"]["backbone"] == backbone]
+    return {part: held[0][part] for part in ("prefill", "decode")} if held else {}
 
 
 def scored_cell(folder: str, task: str, name: str, seeds: list[dict], asked: dict, examples: int) -> Cell:

@@ -50,7 +50,7 @@ def parsed(folder: Path, output: Path, *given: str) -> argparse.Namespace:
     return compare_methods.arguments(arguments(folder, output, *given))
 
 
-def test_an_adapter_is_scored_with_its_own_and_with_shuffled_prompts(folder, tmp_path):
+def test_an_adapter_is_scored_with_its_own_and_with_shuffled_prompts(folder, tmp_path, caplog):
     args = parsed(folder, tmp_path)
     model = load_backbone(folder / "backbone")
     tasks = Tasks(model, tokenizer(), [compare_methods.test_task(args, "sst2")], args.test_limit)
@@ -60,6 +60,11 @@ def test_an_adapter_is_scored_with_its_own_and_with_shuffled_prompts(folder, tmp
     assert shuffled == again and shuffled["loss"] != own["loss"]
     rows = {name: compare_cells.unpacked(text) for name, text in own["rows"].items()}
     assert rows["score"].mean() == own["score"] and len(rows["loss"]) == 4
+    with jax.log_compiles():
+        other = compare_scores.scored(tasks, strong(adapter, seed=1))
+        assert other["loss"] != own["loss"] and "ompil" not in caplog.text  # the seeds of a method share their programs
+        jax.jit(lambda x: x + len(caplog.text))(1.0)
+        assert "ompil" in caplog.text
 
 
 @pytest.mark.parametrize("values", [[0, 1, 1], [1.0], [0.25, 1, 0], [1234.5, 0.5], [0.5]])

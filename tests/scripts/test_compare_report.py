@@ -84,12 +84,17 @@ def test_an_advantage_that_the_seeds_do_not_share_says_so(tmp_path):
 def test_costs_and_forgetting_are_shown_where_they_were_measured(tmp_path):
     folder = results(tmp_path)
     write(folder / "sst2-PARA-r-48-alone.json", {"step_seconds": 1.234, "peak_bytes": 2.5e9})
-    write(folder / "cost-PARA-r-48.json", {"decode": 1.01, "prefill": 1.107})
+    cost = {"decode": 1.01, "prefill": 1.107, "asked": {"backbone": "tiny"}}
+    write(folder / "cost-PARA-r-48.json", cost)
+    write(folder / "cost-PARA-r-12.json", cost | {"asked": {"backbone": "another"}})
     for seed, value in enumerate((0.1, 0.2)):
         write(folder / f"sst2-PARA-r-48-seed-{seed}-forgetting.json", {"forgetting": value})
     text = compare_report.write_report(folder)
     assert row_of(text, "PARA r=48")[5:10] == ["1.23", "2.50", "1.11", "1.01", "0.150 (0.100 to 0.200; 2)"]
     assert row_of(text, "PARA r=12")[5:10] == [""] * 5
+    results(folder / "examples-80", steps=10)
+    text = compare_report.write_report(folder)
+    assert row_of(text, "PARA r=48", "sst2 (examples-80)")[5:10] == ["", "", "1.11", "1.01", ""]
 
 
 def test_ranks_need_three_tasks_and_a_picture_of_fewer_is_removed(tmp_path):
