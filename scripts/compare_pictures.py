@@ -70,8 +70,8 @@ def draw_bytes(panels: dict[str, list[Point]]):
             else:
                 below.append(f"{point.name}: {point.y:.3f}")
         if below:
-            said = dict(transform=axes.transAxes, fontsize=7, va="bottom")
-            axes.text(0.02, 0.02, plain("below: " + ", ".join(below)), **said)
+            said = plain(f"far below: {'; '.join(below)}")
+            axes.text(0, 1.01, said, transform=axes.transAxes, fontsize=7, va="bottom", color="0.3")
         axes.set_xticks(list(TICKS), TICKS.values())
         axes.minorticks_off()
         axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
@@ -127,7 +127,7 @@ def panel_grid(panels: dict[str, list[Point]]):
     for axes in every[len(panels) :]:
         axes.set_visible(False)
     for axes, task in zip(every, panels, strict=False):
-        axes.set_title(plain(task), fontsize=9)
+        axes.set_title(plain(task), fontsize=9, pad=14)
         axes.set_xscale("log")
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)

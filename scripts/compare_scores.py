@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +34,16 @@ def scored(tasks: Tasks, adapter, shuffle: int | None = None) -> dict:
 # --------------------------------------------------------------------------------------------- examples in the prompt
 
 
-def with_examples(task: EvalTask, training: list[Record], count: int) -> EvalTask:
+def with_examples(task: EvalTask, training: Iterable[Record], count: int) -> EvalTask:
     """The task with `count` training examples before each prompt, the same ones in the same order."""
     shown = [f"{one.prompt}{joined_completion(one.prompt, one.completion)}\n\n" for one in balanced(training, count)]
     records = [one._replace(prompt="".join(shown) + str(one.prompt)) for one in task.records]
     return task._replace(records=records, examples=None)
 
 
-def balanced(training: list[Record], count: int) -> list[Record]:
+def balanced(training: Iterable[Record], count: int) -> list[Record]:
     """The first training rows, but for those whose completion was taken more often than another row's."""
-    left, times, taken = list(training[:1000]), Counter(), []
+    left, times, taken = list(islice(training, 1000)), Counter(), []
     for _ in range(min(count, len(left))):
         rarest = min(left, key=lambda one: times[one.completion])  # the first of equals
         left.remove(rarest)
