@@ -33,18 +33,16 @@ from compare_cells import done, label, packed, read, settings
 from compare_report import write_report
 from compare_scores import plain_text, scored, serving_cost, text_losses, with_examples
 from compare_tables import write_tables
-from compare_training import config_of, form_of, run_seeds, seed_folder, train, validation
+from compare_training import config_of, form_of, parameters_of, run_seeds, seed_folder, train, validation
 
 from para_jax import (
     ParaConfig,
-    init_adapter,
     load_adapter,
     load_backbone,
     load_model_config,
     load_tokenizer,
     log_to_stderr,
 )
-from para_jax.adapters.adapter import count_parameters
 from para_jax.config import ADAPTER_CONFIGS, Ia3Config, LoraConfig, save_config
 from para_jax.data.records import split_records
 from para_jax.evaluation.evaluate import Tasks
@@ -109,9 +107,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 def methods(model_config) -> dict:
     """Adapter config by name. LoRA on PARA's sites has the rank closest to PARA's number of parameters."""
-    size = lambda config: count_parameters(init_adapter(config, model_config))  # noqa: E731
-    wanted = size(PARA)
-    rank = min(range(1, 33), key=lambda r: abs(size(LoraConfig(r=r, target_modules=PARA.target_modules)) - wanted))
+    wanted = parameters_of(PARA, model_config)
+    loras = {r: LoraConfig(r=r, target_modules=PARA.target_modules) for r in range(1, 33)}
+    rank = min(loras, key=lambda r: abs(parameters_of(loras[r], model_config) - wanted))
     return {
         "(IA)^3": Ia3Config(),
         "PARA r=12": PARA,

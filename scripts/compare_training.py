@@ -5,6 +5,7 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import jax
 from compare_cells import done, label, settings, write
 from compare_tables import write_tables
 
@@ -42,9 +43,10 @@ def train(args, task: str, every: dict, model_config) -> None:
         rates = rates_of(adapter)
 
         def made(name=name, adapter=adapter, folder=folder, rates=rates, overrides=overrides) -> dict:
-            parameters = count_parameters(init_adapter(adapter, model_config))
-            about = {"name": name, "parameters": parameters, "examples": examples_read(args, task)}
-            return about | trained(args, task, adapter, folder, rates, overrides)
+            about = {"name": name, "parameters": parameters_of(adapter, model_config)}
+            return (
+                about | {"examples": examples_read(args, task)} | trained(args, task, adapter, folder, rates, overrides)
+            )
 
         about = settings(args) | {"adapter": form_of(adapter), "rates": list(rates)}
         about |= {"overrides": list(overrides)} if overrides else {}
@@ -164,6 +166,10 @@ def examples_read(args, task: str) -> int:
     """The different training rows that a run reads."""
     with (training_data(args, task) / "train.jsonl").open() as lines:
         return min(args.steps * args.rows, sum(1 for _ in lines))
+
+
+def parameters_of(adapter, model_config) -> int:
+    return count_parameters(jax.eval_shape(lambda: init_adapter(adapter, model_config)))
 
 
 def form_of(adapter) -> str:
