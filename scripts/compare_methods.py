@@ -68,10 +68,11 @@ def main(given: list[str] | None = None) -> None:
     log_to_stderr()
     args.output.mkdir(parents=True, exist_ok=True)
     model_config = load_model_config(args.backbone)
-    main = methods(model_config)
-    if args.methods is not None:
-        main = {name: main[name] for name in args.methods}
-    every = {name: (adapter, ()) for name, adapter in main.items()} | forms(args.also)
+    every = {name: (adapter, ()) for name, adapter in chosen(methods(model_config), args.methods).items()}
+    every |= forms(args.also)
+    for task in args.tasks:
+        if not (args.data / task / "train.jsonl").exists():
+            sys.exit(f"compare_methods: {args.data / task} holds no train.jsonl; --data names the folder of the tasks")
     for stage in args.stages:
         for task in args.tasks:
             STAGES[stage](args, task, every, model_config)
@@ -118,6 +119,15 @@ def methods(model_config) -> dict:
     }
 
 
+def chosen(main: dict, names: list[str] | None) -> dict:
+    unknown = set(names or ()) - set(main)
+    if unknown:
+        sys.exit(
+            f"compare_methods: --methods {', '.join(sorted(unknown))}: choose from {', '.join(main)}, or use --also"
+        )
+    return {name: main[name] for name in (main if names is None else names)}
+
+
 def forms(named: list[str]) -> dict:
     """Name to a changed PARA, or with method=NAME a form of that method (LoRA on PARA's sites), and overrides of its
     runs' configs, from NAME:FIELD=VALUE,FIELD=VALUE with fields of that config (a+b+c is a tuple) or of a run
@@ -127,9 +137,12 @@ def forms(named: list[str]) -> dict:
     found = {}
     for text in named:
         name, _, given = text.partition(":")
-        changed = dict(pair.split("=") for pair in given.split(","))
-        base = bases[changed.pop("method", "para")]
-        adapter = replace(base, **{key: parsed(v) for key, v in changed.items() if "." not in key})
+        try:
+            changed = dict(pair.split("=") for pair in given.split(","))
+            base = bases[changed.pop("method", "para")]
+            adapter = replace(base, **{key: parsed(v) for key, v in changed.items() if "." not in key})
+        except (KeyError, TypeError, ValueError) as error:
+            sys.exit(f"compare_methods: --also {text!r} is not NAME:FIELD=VALUE,... of a method's config: {error}")
         found[name] = adapter, tuple(f"{key}={v}" for key, v in changed.items() if "." in key)
     return found
 
@@ -190,6 +203,13 @@ def test_task(args, task: str) -> EvalTask:
     return found
 
 
+def trained_cell(args, task: str, name: str) -> dict:
+    file = args.output / f"{task}-{label(name)}-trained.json"
+    if not file.exists():
+        sys.exit(f"compare_methods: {file} is missing; run --stages train for {name} first")
+    return read(file)
+
+
 @cache
 def model_of(backbone: str):
     return load_backbone(backbone, dtype="float32")
@@ -197,7 +217,7 @@ def model_of(backbone: str):
 
 def adapter_of(args, task: str, adapter, name: str, seed: int, model_config, *overrides: str):
     """A seed's adapter. If its run is gone (git keeps only the scores), all seeds are trained again."""
-    found = read(args.output / f"{task}-{label(name)}-trained.json")
+    found = trained_cell(args, task, name)
     rate, runs = found["learning_rate"], args.output / "runs" / task / label(name)
     folder = seed_folder(runs, rate, seed)
     if folder is None or not (folder / "adapter").exists():
@@ -217,7 +237,7 @@ def adapter_of(args, task: str, adapter, name: str, seed: int, model_config, *ov
 def alone(args, task: str, every: dict, model_config) -> None:
     for name, (adapter, overrides) in every.items():
         file = f"{task}-{label(name)}"
-        rate = read(args.output / f"{file}-trained.json")["learning_rate"]
+        rate = trained_cell(args, task, name)["learning_rate"]
         folder = args.output / "runs" / task / label(name)
         folder.mkdir(parents=True, exist_ok=True)
         made = lambda *given: lambda: time_alone(args, task, *given)  # noqa: E731

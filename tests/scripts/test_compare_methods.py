@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -106,6 +107,20 @@ def test_a_form_is_a_method_with_changed_fields_and_overrides():
     assert found["B"][0] == LoraConfig(r=2, use_rslora=True, target_modules=sites)
     assert found["C"][0] == Ia3Config(scope="prompt")
     assert found["D"][0] == ParaConfig(target_modules=("q_proj", "up_proj"))
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--also", "A"], "'A' is not NAME:FIELD=VALUE"),
+    (["--also", "A:method=none"], "'none'"),
+    (["--also", "A:rank=4"], "rank"),
+    (["--also", "A:r=0"], "'A:r=0'"),
+    (["--methods", "PARA"], "--methods PARA: choose from "),
+    (["--tasks", "nowhere"], "nowhere holds no train.jsonl"),
+    (["--tasks", "sst2", "--stages", "test", "--shots"], "run --stages train for (IA)^3 first"),
+])  # fmt: skip
+def test_a_mistake_on_the_command_line_is_named(given, message, folder, tmp_path):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        compare_methods.main(arguments(folder, tmp_path, *given))
 
 
 def test_scores_without_rows_are_kept_until_they_are_asked_for_again(tmp_path):
