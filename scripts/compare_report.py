@@ -19,6 +19,7 @@ from compare_statistics import (
     p_text,
     paired_difference,
     ranking,
+    reverse,
     unpaired_difference,
     verdict,
 )
@@ -182,16 +183,23 @@ def difference(one: Cell, other: Cell) -> tuple[Difference, int]:
 
 def verdicts(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
     """What is said of a cell (by name) next to each reference that the task has."""
-    pairs = [(one, other) for other in references(cells) for one in cells if one.name != other.name]
+    compared = references(cells)
+    names = [cell.name for cell in compared]
+    pairs = [(one, other) for i, other in enumerate(compared) for one in cells if one.name not in names[: i + 1]]
     found = [difference(one, other) for one, other in pairs]
-    corrected = holm([of_pair.p for of_pair, _ in found])
     said = {}
-    for (one, other), (of_pair, rows), p in zip(pairs, found, corrected, strict=True):
-        word = verdict(of_pair, p, rows)
-        word += ", seeds overlap" if word != "within noise" and seeds_overlap(one, other) else ""
-        word += "" if of_pair.paired else ", unpaired"
-        said[one.name, other.name] = f"{of_pair.value:+.3f} ({of_pair.low:+.3f} to {of_pair.high:+.3f}) {word}"
+    for (one, other), (apart, rows), p in zip(pairs, found, holm([apart.p for apart, _ in found]), strict=True):
+        said[one.name, other.name] = describe(apart, p, rows, seeds_overlap(one, other))
+        said[other.name, one.name] = describe(reverse(apart), p, rows, seeds_overlap(one, other))
     return said
+
+
+def describe(apart: Difference, corrected: float, rows: int, overlap: bool) -> str:
+    """ "+0.021 (+0.004 to +0.038) better, seeds overlap"."""
+    word = verdict(apart, corrected, rows)
+    word += ", seeds overlap" if word != "within noise" and overlap else ""
+    word += "" if apart.paired else ", unpaired"
+    return f"{apart.value:+.3f} ({apart.low:+.3f} to {apart.high:+.3f}) {word}"
 
 
 def references(cells: Sequence[Cell]) -> list[Cell]:

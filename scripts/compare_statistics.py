@@ -58,6 +58,11 @@ def unpaired_difference(one: tuple[float, float], other: tuple[float, float]) ->
     return Difference(value, value - half, value + half, 2 * stats.norm.sf(abs(value) / error), paired=False)
 
 
+def reverse(apart: Difference) -> Difference:
+    """The second method's score less the first's."""
+    return apart._replace(value=0.0 - apart.value, low=0.0 - apart.high, high=0.0 - apart.low)
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979), in the order given."""
     order = sorted(range(len(values)), key=lambda i: values[i])
