@@ -28,9 +28,9 @@ def done(file: Path, make, asked: dict, rescore: bool = False) -> dict:
     Args:
         rescore: make it again if it holds a score without its rows. Such files are kept otherwise, whatever test_limit.
     """
-    held = read(file) if file.exists() else None
-    old = held is not None and "test" in held and "rows" not in held["test"]
-    if held and not (old and rescore):
+    if not lacks(file, rescore):
+        held = read(file)
+        old = is_old(held)
         same = lambda one: {k: v for k, v in one.items() if k != "test_limit" or not old}  # noqa: E731
         if same(held["asked"]) != same(asked):
             sys.exit(f"compare_methods: {file} was made with other settings; choose another --output")
@@ -40,6 +40,16 @@ def done(file: Path, make, asked: dict, rescore: bool = False) -> dict:
     about = {"asked": asked, "seconds": time.monotonic() - begun, "device": describe_devices()}
     write(file, found | about | {"versions": library_versions()})
     return read(file)
+
+
+def lacks(file: Path, rescore: bool = False) -> bool:
+    """Whether `done` would make the file."""
+    return not file.exists() or (rescore and is_old(read(file)))
+
+
+def is_old(held: dict) -> bool:
+    """Whether it is a score of an earlier version, without its rows."""
+    return "test" in held and "rows" not in held["test"]
 
 
 def write(file: Path, found: dict) -> None:

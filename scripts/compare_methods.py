@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 
-from compare_cells import done, label, packed, read, settings
+from compare_cells import done, label, lacks, packed, read, settings
 from compare_report import write_report
 from compare_scores import plain_text, scored, serving_cost, text_losses, with_examples
 from compare_tables import write_tables
@@ -165,31 +165,39 @@ def reads_prompt(adapter) -> bool:
 
 
 def test(args, task: str, every: dict, model_config) -> None:
-    """Scores the base model, then each method's seeds. All share the shapes of their programs, so that those of a
-    method are compiled once. Each call of the library scores one adapter: rows that mix adapters would gather them."""
+    """Scores the base model, then each method's seeds. All share the shapes of their programs, so a method's are
+    compiled once. Seeds of scope `response` are asked together, because they share the states of the prompts. Others
+    are not: rows that mix adapters gather each one's weights."""
     asked = cache(lambda: test_task(args, task))  # what only a score needs is loaded for it
     tasks = cache(lambda: Tasks(model_of(args.backbone), load_tokenizer(args.backbone), [asked()], args.test_limit))
     about = settings(args) | {"test_limit": args.test_limit}
 
-    def with_shots(shots: int) -> Tasks:
+    def base(shots: int) -> dict:
+        if not shots:
+            return {"test": scored(tasks(), [None])[0]}
         section = config_of(args, task, PARA, args.output / "none").data
         shown = with_examples(asked(), split_records(section, "train"), shots)
-        return Tasks(model_of(args.backbone), load_tokenizer(args.backbone), [shown], args.test_limit)
+        own = Tasks(model_of(args.backbone), load_tokenizer(args.backbone), [shown], args.test_limit)
+        return {"test": scored(own, [None])[0]}
 
     for shots in args.shots:
         file = args.output / f"{task}-base{f'--{shots}-examples' if shots else ''}-tested.json"
-        made = lambda shots=shots: {"test": scored(with_shots(shots) if shots else tasks(), None)}  # noqa: E731
-        done(file, made, about, args.rescore)
+        done(file, lambda shots=shots: base(shots), about, args.rescore)
     for name, (adapter, overrides) in every.items():
-        for seed in range(args.seeds):
+        files = [args.output / f"{task}-{label(name)}-seed-{seed}-tested.json" for seed in range(args.seeds)]
+        left = [seed for seed, file in enumerate(files) if lacks(file, args.rescore)]
+        load = cache(lambda seed, of=(adapter, name, overrides): adapter_of(args, task, *of, seed, model_config))
+        together = cache(
+            lambda left=left, load=load: dict(zip(left, scored(tasks(), list(map(load, left))), strict=True))
+        )
 
-            def made(name=name, adapter=adapter, overrides=overrides, seed=seed) -> dict:
-                loaded = adapter_of(args, task, adapter, name, seed, model_config, *overrides)
-                found = {"test": scored(tasks(), loaded)}
-                shuffled = name == "PARA r=12" or (args.shuffle_all and reads_prompt(adapter))
-                return found | ({"shuffled": scored(tasks(), loaded, seed)} if shuffled else {})
+        def made(seed: int, adapter=adapter, name=name, load=load, together=together) -> dict:
+            own = together()[seed] if adapter.scope == "response" else scored(tasks(), [load(seed)])[0]
+            shuffled = name == "PARA r=12" or (args.shuffle_all and reads_prompt(adapter))
+            return {"test": own} | ({"shuffled": scored(tasks(), [load(seed)], seed)[0]} if shuffled else {})
 
-            done(args.output / f"{task}-{label(name)}-seed-{seed}-tested.json", made, about, args.rescore)
+        for seed, file in enumerate(files):
+            done(file, lambda seed=seed, made=made: made(seed), about, args.rescore)
         write_tables(args.output)
 
 
@@ -215,7 +223,7 @@ def model_of(backbone: str):
     return load_backbone(backbone, dtype="float32")
 
 
-def adapter_of(args, task: str, adapter, name: str, seed: int, model_config, *overrides: str):
+def adapter_of(args, task: str, adapter, name: str, overrides: tuple[str, ...], seed: int, model_config):
     """A seed's adapter. If its run is gone (git keeps only the scores), all seeds are trained again."""
     found = trained_cell(args, task, name)
     rate, runs = found["learning_rate"], args.output / "runs" / task / label(name)
@@ -272,7 +280,7 @@ def forgetting(args, task: str, every: dict, model_config) -> None:
 
             def made(name=name, adapter=adapter, overrides=overrides, seed=seed) -> dict:
                 tasks, base = base_losses(args.backbone, args.data, args.text, args.texts)
-                losses = text_losses(tasks, adapter_of(args, task, adapter, name, seed, model_config, *overrides))
+                losses = text_losses(tasks, adapter_of(args, task, adapter, name, overrides, seed, model_config))
                 means = {"forgetting": (losses - base).mean(), "loss": losses.mean(), "base_loss": base.mean()}
                 return {key: float(value) for key, value in means.items()} | {"rows": packed(losses - base)}
 

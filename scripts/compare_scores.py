@@ -9,21 +9,32 @@ from pathlib import Path
 import numpy as np
 from compare_cells import packed
 
-from para_jax import init_adapter, pick, stack_adapters
+from para_jax import init_adapter, pick, prefill, stack_adapters
 from para_jax.bench.decode import Side, Step, tenant
-from para_jax.bench.rounds import interleaved, medians, milliseconds, paired
+from para_jax.bench.rounds import interleaved, medians, milliseconds, paired, random_tokens
 from para_jax.data.examples import Example, joined_completion
 from para_jax.data.records import Record
-from para_jax.evaluation.evaluate import Tasks
+from para_jax.evaluation.answers import Answerer
+from para_jax.evaluation.batch_adapters import StackBank
+from para_jax.evaluation.evaluate import Tasks, answer_tasks
 from para_jax.evaluation.samples import logged_samples
 from para_jax.evaluation.score import likelihoods_of, score_answers
-from para_jax.evaluation.tasks import EvalTask
+from para_jax.evaluation.tasks import EncodedTask, EvalTask
 
 
-def scored(tasks: Tasks, adapter, shuffle: int | None = None) -> dict:
-    """The score of the only task, and the score and the loss of each of its rows."""
+def scored(tasks: Tasks, adapters: list, shuffle: int | None = None) -> list[dict]:
+    """The score of the only task with each of these adapters of one config (or [None]: the backbone), and the score and
+    the loss of each of its rows. The adapters are asked together."""
     (encoded,) = tasks.encoded.values()
-    (answers,) = tasks.answer_one(adapter, shuffle=shuffle)
+    bank = None if adapters == [None] else StackBank(stack_adapters(adapters))
+    asked = [(None if bank is None else i, encoded) for i in range(len(adapters))]
+    rows = encoded.task.batch_size
+    answerer = Answerer(tasks.model, bank, tasks.tokenizer, rows=rows, shapes=tasks.shapes)
+    what = f"scoring {len(encoded.examples)} test examples with {len(adapters)} adapters"
+    return [record(encoded, answers) for answers in answer_tasks(answerer, asked, shuffle, what)]
+
+
+def record(encoded: EncodedTask, answers) -> dict:
     samples, metric = logged_samples(encoded, answers), encoded.task.metric
     rows = {"loss": [one["loss"] for one in samples]}
     if metric != "loss":
@@ -90,8 +101,12 @@ def serving_cost(model, config, *, rows: int = 8, context: int = 128, rounds: in
     many = pick(stack_adapters([tenant(fresh, i) for i in range(rows)]), np.arange(rows))
     sides = {"base": Side("base", rows, 0, None), "adapter": Side("adapter", rows, rows, many)}
     steps = {name: Step(model, side, context) for name, side in sides.items()}
-    whole = {name: milliseconds(lambda step=step: step.prefill(context)) for name, step in steps.items()}
-    prefilled = interleaved(whole, prefills)
+    tokens = random_tokens(model, rows, context)
+
+    def prefill_time(side: Side):
+        return milliseconds(lambda: prefill(model, side.adapters, tokens, context, max_length=context + 32))
+
+    prefilled = interleaved({name: prefill_time(side) for name, side in sides.items()}, prefills)
     cache, decoded = steps["base"].prefill(context)[1].cache, []
     for _ in range(rounds + 1):  # the first one compiles
         taken = {}

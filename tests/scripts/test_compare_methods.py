@@ -56,16 +56,22 @@ def test_an_adapter_is_scored_with_its_own_and_with_shuffled_prompts(folder, tmp
     model = load_backbone(folder / "backbone")
     tasks = Tasks(model, tokenizer(), [compare_methods.test_task(args, "sst2")], args.test_limit)
     adapter = strong(init_adapter(ParaConfig(r=4), model.config))
-    own, shuffled, again = (compare_scores.scored(tasks, adapter, shuffle) for shuffle in (None, 0, 0))
+    own, shuffled, again = (compare_scores.scored(tasks, [adapter], shuffle)[0] for shuffle in (None, 0, 0))
     assert own["count"] == 4 and own["metric"] == "accuracy"
     assert shuffled == again and shuffled["loss"] != own["loss"]
     rows = {name: compare_cells.unpacked(text) for name, text in own["rows"].items()}
     assert rows["score"].mean() == own["score"] and len(rows["loss"]) == 4
     with jax.log_compiles():
-        other = compare_scores.scored(tasks, strong(adapter, seed=1))
+        (other,) = compare_scores.scored(tasks, [strong(adapter, seed=1)])
         assert other["loss"] != own["loss"] and "ompil" not in caplog.text  # the seeds of a method share their programs
         jax.jit(lambda x: x + len(caplog.text))(1.0)
         assert "ompil" in caplog.text
+    for alone, mixed in zip(
+        (own, other), compare_scores.scored(tasks, [adapter, strong(adapter, seed=1)]), strict=True
+    ):
+        assert mixed["rows"]["score"] == alone["rows"]["score"] and mixed["loss"] == pytest.approx(
+            alone["loss"], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("values", [[0, 1, 1], [1.0], [0.25, 1, 0], [1234.5, 0.5], [0.5]])
