@@ -135,7 +135,8 @@ def score_name(task: str, row: dict) -> str:
 def config_of(args, task: str, adapter, output: Path, *overrides: str):
     made = load_config(None, [
         f"backbone.source={args.backbone}", "backbone.dtype=float32", f"data.train={training_data(args, task)}",
-        f"adapter.scope={adapter.scope}", f"data.max_seq_length={LENGTHS.get(task, 512)}",
+        f"adapter.scope={adapter.scope}", *(["adapter.up_bias=true"] if getattr(adapter, "up_bias", False) else []),
+        f"data.max_seq_length={LENGTHS.get(task, 512)}",
         *([f"data.task={task}"] if task in TASKS else []),  # others: the metric comes from the data
         "data.truncate=skip",
         f"train.max_steps={args.steps}", f"train.rows_per_tenant={args.rows}",
