@@ -149,7 +149,7 @@ def config_of(args, task: str, adapter, output: Path, *overrides: str):
 
 
 def training_data(args, task: str) -> Path:
-    """The task's folder, or with --examples a copy with so many training rows."""
+    """The task's folder, or with --examples a copy with that number of training rows."""
     whole = args.data / task
     if args.examples is None:
         return whole
