@@ -1,60 +1,54 @@
-"""Does prompt awareness help? Compares base, (IA)^3, PARA, PARA with a constant pooler, and LoRA of PARA's size.
+"""Which adapter, when? Compares base, (IA)^3, PARA, PARA with a constant pooler, LoRA of PARA's size and further forms.
 
     python scripts/compare_methods.py --tasks sst2 banking77 rte --output results/compare_methods
+    python scripts/compare_methods.py --output results/compare_methods --report
 
 Each method gets four neighbouring learning rates of one grid, 1e-4 to 1e-1 (`rates_of`). The rate is chosen on
 validation data after half the steps, with seed 0 (by accuracy, ties by the loss). While the best is the highest or
-lowest rate tried, the grid's next rate is tried too. Seeds 0, 1 and 2 are then trained with it for all steps. All
-rates, and then all seeds, are tenants of one run (`sweep`). Scores are medians over the seeds on whole test files, with
-their range. PARA is also scored with every row reading another row's prompt. `--also` names further forms of PARA and
-LoRA, which are not timed. The time of a step and the peak memory are those of a run of one adapter in a process of its
-own. Stages: `train`, `test`, `alone`. Finished work is kept in the output folder, and the same command continues.
+lowest rate tried, the grid's next rate is tried too. All seeds are then trained with it for all steps. All rates, and
+then all seeds, are tenants of one run (`sweep`). `--also` names further forms, and --methods which of the main ones.
+Stages:
+
+    train       the rates and the seeds
+    test        the test file, row by row; also the base model, with and without examples in its prompt
+    alone       a step's time and the peak memory of a run of one adapter in a process of its own; once for each
+                method the cost of prefill and decode relative to the base model
+    forgetting  the loss on plain text with the adapter, less that without it
+
+Finished work is kept in the output folder, and the same command continues. Other backbones and numbers of examples
+belong in folders inside it. `--report` reads all of them (compare_report.py).
 """
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 
+from compare_cells import done, label, lacks, packed, read, settings
+from compare_report import write_report
+from compare_scores import plain_text, scored, serving_cost, text_losses, with_examples
+from compare_tables import write_tables
+from compare_training import config_of, form_of, parameters_of, run_seeds, seed_folder, train, validation
+
 from para_jax import (
     ParaConfig,
-    evaluate,
-    init_adapter,
     load_adapter,
     load_backbone,
-    load_config,
     load_model_config,
     load_tokenizer,
     log_to_stderr,
-    train_tenants,
 )
-from para_jax.adapters.adapter import count_parameters
-from para_jax.config import Ia3Config, LoraConfig, save_config
-from para_jax.data.tasks import TASKS
-from para_jax.devices import describe_devices, library_versions
-from para_jax.evaluation.tasks import task_of_run
-from para_jax.training.metrics_file import read_metrics
+from para_jax.config import ADAPTER_CONFIGS, Ia3Config, LoraConfig, save_config
+from para_jax.data.records import split_records
+from para_jax.evaluation.evaluate import Tasks
+from para_jax.evaluation.tasks import EvalTask, task_of_run
 
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-SEEDS = (0, 1, 2)
 PARA = ParaConfig(r=12)
-LENGTHS = {
-    "sst2": 80,
-    "rte": 128,
-    "banking77": 96,
-    "boolq": 320,
-    "copa": 64,
-    "wikisql": 240,
-    "sms_spam": 160,
-    "clinc150": 64,
-    "ag_news": 128,
-}
 TIMED_STEPS = 20
 #: Runs `para-jax`, then prints its own peak memory in kB. A child's rusage would include its parent's.
 COMMAND = """
@@ -66,11 +60,57 @@ sys.exit(code)
 """
 
 
+def main(given: list[str] | None = None) -> None:
+    args = arguments(given)
+    if args.report:
+        print(write_report(args.output))
+        return
+    log_to_stderr()
+    args.output.mkdir(parents=True, exist_ok=True)
+    model_config = load_model_config(args.backbone)
+    every = {name: (adapter, ()) for name, adapter in chosen(methods(model_config), args.methods).items()}
+    every |= forms(args.also)
+    for task in args.tasks:
+        if not (args.data / task / "train.jsonl").exists():
+            sys.exit(f"compare_methods: {args.data / task} holds no train.jsonl; --data names the folder of the tasks")
+    for stage in args.stages:
+        for task in args.tasks:
+            STAGES[stage](args, task, every, model_config)
+            write_tables(args.output)
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="smollm2-135m")
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--tasks", nargs="+", default=["sst2", "banking77", "rte"])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=8, help="examples per step")
+    parser.add_argument("--examples", type=int, help="train on the first of the training rows only; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="how many; they count from 0")
+    parser.add_argument("--limit", type=int, default=200, help="validation examples")
+    parser.add_argument("--methods", nargs="*", metavar="NAME", help="of the main methods; default: all of them")
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME:FIELD=VALUE,...", help="further forms")
+    parser.add_argument("--output", type=Path, default=Path("results/compare_methods"))
+    parser.add_argument("--stages", nargs="+", default=["train", "test", "alone"], choices=STAGES)
+    parser.add_argument("--test-limit", type=int, help="the first test examples; default: the whole file")
+    parser.add_argument("--shots", nargs="*", type=int, default=[0, 4], help="examples in the base model's prompt")
+    parser.add_argument("--shuffle-all", action="store_true", help="shuffle prompts of each PARA that reads them")
+    parser.add_argument("--rescore", action="store_true", help="replace scores of earlier versions, which have no rows")
+    parser.add_argument("--text", default="squad", help="the task whose passages `forgetting` reads; not a trained one")
+    parser.add_argument("--texts", type=int, default=40)
+    parser.add_argument("--report", action="store_true", help="compute nothing; write report.md and its pictures")
+    return parser.parse_args(given)
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+
+
 def methods(model_config) -> dict:
     """Adapter config by name. LoRA on PARA's sites has the rank closest to PARA's number of parameters."""
-    size = lambda config: count_parameters(init_adapter(config, model_config))  # noqa: E731
-    wanted = size(PARA)
-    rank = min(range(1, 33), key=lambda r: abs(size(LoraConfig(r=r, target_modules=PARA.target_modules)) - wanted))
+    wanted = parameters_of(PARA, model_config)
+    loras = {r: LoraConfig(r=r, target_modules=PARA.target_modules) for r in range(1, 33)}
+    rank = min(loras, key=lambda r: abs(parameters_of(loras[r], model_config) - wanted))
     return {
         "(IA)^3": Ia3Config(),
         "PARA r=12": PARA,
@@ -79,24 +119,32 @@ def methods(model_config) -> dict:
     }
 
 
+def chosen(main: dict, names: list[str] | None) -> dict:
+    unknown = set(names or ()) - set(main)
+    if unknown:
+        sys.exit(
+            f"compare_methods: --methods {', '.join(sorted(unknown))}: choose from {', '.join(main)}, or use --also"
+        )
+    return {name: main[name] for name in (main if names is None else names)}
+
+
 def forms(named: list[str]) -> dict:
-    """Name to a changed PARA, or with method=lora a LoRA on its sites, or with method=ia3 an (IA)^3, and overrides of
-    its runs' configs, from NAME:FIELD=VALUE,FIELD=VALUE with fields of that config (a+b+c is a tuple) or of a run
+    """Name to a changed PARA, or with method=NAME a form of that method (LoRA on PARA's sites), and overrides of its
+    runs' configs, from NAME:FIELD=VALUE,FIELD=VALUE with fields of that config (a+b+c is a tuple) or of a run
     (train.up_lr_ratio)."""
-    bases = {"para": PARA, "lora": LoraConfig(target_modules=PARA.target_modules), "ia3": Ia3Config()}
+    bases = {name: kind() for name, kind in ADAPTER_CONFIGS.items()}
+    bases |= {"para": PARA, "lora": LoraConfig(target_modules=PARA.target_modules)}
     found = {}
     for text in named:
-        name, _, fields = text.partition(":")
-        changed = dict(pair.split("=") for pair in fields.split(","))
-        base = bases[changed.pop("method", "para")]
-        adapter = replace(base, **{key: parsed(v) for key, v in changed.items() if "." not in key})
+        name, _, given = text.partition(":")
+        try:
+            changed = dict(pair.split("=") for pair in given.split(","))
+            base = bases[changed.pop("method", "para")]
+            adapter = replace(base, **{key: parsed(v) for key, v in changed.items() if "." not in key})
+        except (KeyError, TypeError, ValueError) as error:
+            sys.exit(f"compare_methods: --also {text!r} is not NAME:FIELD=VALUE,... of a method's config: {error}")
         found[name] = adapter, tuple(f"{key}={v}" for key, v in changed.items() if "." in key)
     return found
-
-
-def plain(main: dict) -> dict:
-    """The main methods as `forms` gives further ones."""
-    return {name: (adapter, ()) for name, adapter in main.items()}
 
 
 def parsed(text: str):
@@ -106,106 +154,114 @@ def parsed(text: str):
 
 
 def parsed_one(text: str):
-    return int(text) if text.isdecimal() else text
+    return int(text) if text.isdecimal() else {"true": True, "false": False}.get(text, text)
 
 
-def rates_of(adapter) -> tuple[float, ...]:
-    """Four neighbours of GRID, around where a method's best rates lay in first trials."""
-    if isinstance(adapter, ParaConfig):
-        lowest = adapter.summary == "raw" and adapter.pooler != "constant"  # the summary's scale grows over the layers
-        return GRID[:4] if lowest else GRID[1:5]
-    return GRID[:4] if isinstance(adapter, LoraConfig) else GRID[2:6]
+def reads_prompt(adapter) -> bool:
+    return isinstance(adapter, ParaConfig) and adapter.pooler != "constant"
 
 
-def config_of(args, task: str, adapter, output: Path, *overrides: str):
-    made = load_config(None, [
-        f"backbone.source={args.backbone}", "backbone.dtype=float32", f"data.train={args.data / task}",
-        f"adapter.scope={adapter.scope}", f"data.max_seq_length={LENGTHS.get(task, 512)}",
-        *([f"data.task={task}"] if task in TASKS else []),  # others: the metric comes from the data
-        "data.truncate=skip",
-        f"train.max_steps={args.steps}", f"train.rows_per_tenant={args.rows}",
-        f"eval.every={args.steps}", f"eval.limit={args.limit}", "eval.batch_size=32", "mesh.data=1",
-        "logging.report_to=[]", "runtime.allow_cpu=true", f"output_dir={output}",
-        *overrides,
-    ])  # fmt: skip
-    return replace(made, adapter=adapter)
+# ---------------------------------------------------------------------------------------------------------------- test
 
 
-def trained(args, task: str, adapter, folder: Path, rates: tuple[float, ...], overrides: tuple[str, ...]) -> dict:
-    """The best of these learning rates, and the validation score and loss of every rate, then of every seed."""
-    steps = args.steps // 2
-    half = f"train.max_steps={steps}", f"eval.every={steps}", *overrides
+def test(args, task: str, every: dict, model_config) -> None:
+    """Scores the base model, then each method's seeds. All share the shapes of their programs, so a method's are
+    compiled once. Seeds of scope `response` are asked together, because they share the states of the prompts. Others
+    are not: rows that mix adapters gather each one's weights."""
+    asked = cache(lambda: test_task(args, task))  # what only a score needs is loaded for it
+    tasks = cache(lambda: Tasks(model_of(args.backbone), load_tokenizer(args.backbone), [asked()], args.test_limit))
+    about = settings(args) | {"test_limit": args.test_limit}
 
-    def try_rates(name: str, rates: tuple[float, ...]) -> dict:
-        listed = ", ".join(map(str, rates))
-        sweep = f"sweep.learning_rate=[{listed}]", "sweep.seed=[0]"
-        ran = run(args, task, adapter, folder / name, len(rates), *half, *sweep)
-        return {rate: last_validation(task, ran / f"learning_rate-{rate!r}-seed-0") for rate in rates}
+    def base(shots: int) -> dict:
+        if not shots:
+            return {"test": scored(tasks(), [None])[0]}
+        section = config_of(args, task, PARA, args.output / "none").data
+        shown = with_examples(asked(), split_records(section, "train"), shots)
+        own = Tasks(model_of(args.backbone), load_tokenizer(args.backbone), [shown], args.test_limit)
+        return {"test": scored(own, [None])[0]}
 
-    tried = try_rates("rates", rates)
-    while True:
-        best = max(tried, key=lambda rate: (tried[rate]["score"], -tried[rate]["loss"]))
-        further = beyond(best, tried)
-        if further is None:
-            break
-        tried |= try_rates(f"rate-{further!r}", (further,))
-    folders = run_seeds(args, task, adapter, folder, best, *overrides)
-    return {
-        "learning_rate": best,
-        "rates": tried,
-        "validation": {seed: last_validation(task, folder) for seed, folder in folders.items()},
-    }
+    for shots in args.shots:
+        file = args.output / f"{task}-base{f'--{shots}-examples' if shots else ''}-tested.json"
+        done(file, lambda shots=shots: base(shots), about, args.rescore)
+    for name, (adapter, overrides) in every.items():
+        files = [args.output / f"{task}-{label(name)}-seed-{seed}-tested.json" for seed in range(args.seeds)]
+        left = [seed for seed, file in enumerate(files) if lacks(file, args.rescore)]
+        load = cache(lambda seed, of=(adapter, name, overrides): adapter_of(args, task, *of, seed, model_config))
+        together = cache(
+            lambda left=left, load=load: dict(zip(left, scored(tasks(), list(map(load, left))), strict=True))
+        )
 
+        def made(seed: int, adapter=adapter, name=name, load=load, together=together) -> dict:
+            own = together()[seed] if adapter.scope == "response" else scored(tasks(), [load(seed)])[0]
+            shuffled = name == "PARA r=12" or (args.shuffle_all and reads_prompt(adapter))
+            return {"test": own} | ({"shuffled": scored(tasks(), [load(seed)], seed)[0]} if shuffled else {})
 
-def run_seeds(args, task: str, adapter, folder: Path, rate: float, *overrides: str) -> dict[int, Path]:
-    """The runs of all seeds at this rate for all steps."""
-    seeds = ", ".join(map(str, SEEDS))
-    sweep = f"sweep.learning_rate=[{rate}]", f"sweep.seed=[{seeds}]"
-    run(args, task, adapter, folder / f"seeds-{rate!r}", len(SEEDS), *sweep, *overrides)
-    return seed_folders(folder, rate)
-
-
-def seed_folders(folder: Path, rate: float) -> dict[int, Path]:
-    return {seed: folder / f"seeds-{rate!r}" / f"learning_rate-{rate!r}-seed-{seed}" for seed in SEEDS}
-
-
-def run(args, task: str, adapter, folder: Path, tenants: int, *overrides: str) -> Path:
-    batch = f"train.per_device_batch_size={tenants * args.rows}"
-    return train_tenants(config_of(args, task, adapter, folder, batch, *overrides)).output_dir
+        for seed, file in enumerate(files):
+            done(file, lambda seed=seed, made=made: made(seed), about, args.rescore)
+        write_tables(args.output)
 
 
-def beyond(best: float, tried) -> float | None:
-    """The next rate of GRID where the best of those tried is the highest or the lowest of them; None where it is not,
-    or where GRID ends."""
-    at = GRID.index(best)
-    if best == max(tried) and at + 1 < len(GRID):
-        return GRID[at + 1]
-    return GRID[at - 1] if best == min(tried) and at > 0 else None
+def test_task(args, task: str) -> EvalTask:
+    """The whole test file. No row is left out, and its metric is found from all training rows."""
+    whole = argparse.Namespace(**vars(args) | {"examples": None})
+    longest = "data.max_seq_length=2048", "data.truncate=error"
+    config = config_of(whole, task, PARA, args.output / "none", *longest)
+    found = task_of_run(config, "test", load_tokenizer(args.backbone))
+    assert found, task
+    return found
 
 
-def last_validation(task: str, folder: Path) -> dict:
-    """A run's last score and loss on validation data; -1 and 1e9 if it diverged before its first."""
-    file = folder / "metrics.jsonl"
-    rows = [row for row in read_metrics(file) if "validation_loss" in row] if file.exists() else []
-    if not rows:
-        return {"score": -1.0, "loss": 1e9}
-    return {"score": rows[-1][score_name(task, rows[-1])], "loss": rows[-1]["validation_loss"]}
+def trained_cell(args, task: str, name: str) -> dict:
+    file = args.output / f"{task}-{label(name)}-trained.json"
+    if not file.exists():
+        sys.exit(f"compare_methods: {file} is missing; run --stages train for {name} first")
+    return read(file)
 
 
-def score_name(task: str, row: dict) -> str:
-    """The score's name in a row of metrics. Data without a task of ours gets the metric that suits it."""
-    if task in TASKS:
-        return f"validation_{TASKS[task].metric}"
-    return next(name for name in ("validation_exact_match", "validation_accuracy") if name in row)
+@cache
+def model_of(backbone: str):
+    return load_backbone(backbone, dtype="float32")
 
 
-def alone(args, task: str, adapter, folder: Path, rate: float) -> dict:
+def adapter_of(args, task: str, adapter, name: str, overrides: tuple[str, ...], seed: int, model_config):
+    """A seed's adapter. If its run is gone (git keeps only the scores), all seeds are trained again."""
+    found = trained_cell(args, task, name)
+    rate, runs = found["learning_rate"], args.output / "runs" / task / label(name)
+    folder = seed_folder(runs, rate, seed)
+    if folder is None or not (folder / "adapter").exists():
+        run_seeds(args, task, adapter, runs, rate, list(range(args.seeds)), *overrides)
+        for at, now in validation(task, runs, rate, list(range(args.seeds))).items():
+            before = found["validation"].get(at)
+            print(f"{task}, {name}, seed {at}, trained again: {now}; before: {before}", flush=True)
+    folder = seed_folder(runs, rate, seed)
+    if folder is None or not (folder / "adapter").exists():
+        sys.exit(f"compare_methods: {task}, {name}: seed {seed} diverged before it was scored; leave the method out")
+    return load_adapter(str(folder / "adapter"), model_config)
+
+
+# ------------------------------------------------------------------------------------------------ alone, and forgetting
+
+
+def alone(args, task: str, every: dict, model_config) -> None:
+    for name, (adapter, overrides) in every.items():
+        file = f"{task}-{label(name)}"
+        rate = trained_cell(args, task, name)["learning_rate"]
+        folder = args.output / "runs" / task / label(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        made = lambda *given: lambda: time_alone(args, task, *given)  # noqa: E731
+        done(args.output / f"{file}-alone.json", made(adapter, folder, rate, *overrides), settings(args))
+        about = {"backbone": str(args.backbone), "adapter": form_of(adapter)}
+        cost = lambda adapter=adapter: serving_cost(model_of(args.backbone), adapter)  # noqa: E731
+        done(args.output / f"cost-{label(name)}.json", cost, about)
+
+
+def time_alone(args, task: str, adapter, folder: Path, rate: float, *overrides: str) -> dict:
     """Seconds per step (median, without the first) and peak memory of a run of one adapter in its own process."""
-    fields = {"train.learning_rate": rate, "train.max_steps": TIMED_STEPS, "train.per_device_batch_size": args.rows}
-    fields |= {"eval.limit": 1, "data.buckets": 1}
-    overrides = [f"{name}={value}" for name, value in fields.items()]
+    given = {"train.learning_rate": rate, "train.max_steps": TIMED_STEPS, "train.per_device_batch_size": args.rows}
+    given |= {"eval.limit": 1, "data.buckets": 1}
+    changed = [*overrides, *(f"{name}={value}" for name, value in given.items())]
     shutil.rmtree(folder / "alone", ignore_errors=True)
-    save_config(config_of(args, task, adapter, folder / "alone", *overrides), folder / "alone.yaml")
+    save_config(config_of(args, task, adapter, folder / "alone", *changed), folder / "alone.yaml")
     command = [sys.executable, "-c", COMMAND, "train", str(folder / "alone.yaml")]
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     rows = [json.loads(line) for line in (folder / "alone" / "metrics.jsonl").read_text().splitlines()]
@@ -213,208 +269,33 @@ def alone(args, task: str, adapter, folder: Path, rate: float) -> dict:
     return {"step_seconds": median(seconds), "peak_bytes": int(said.split()[-1]) * 1024}
 
 
-def tested(args, task: str, model, tokenizer, adapter, shuffle=None) -> dict:
-    whole = ("data.max_seq_length=2048", "data.truncate=error")  # no row of the test file is left out
-    asked = task_of_run(config_of(args, task, PARA, args.output / "none", *whole), "test", tokenizer)
-    assert asked, task
-    how = {"limit": args.test_limit, "shuffle_prompts": shuffle is not None, "seed": shuffle or 0}
-    (score,) = evaluate(model, adapter, [asked], tokenizer=tokenizer, **how).scores
-    return score.record()
-
-
-STAGES = ("train", "test", "alone")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="smollm2-135m")
-    parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--tasks", nargs="+", default=["sst2", "banking77", "rte"])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=8, help="examples per step")
-    parser.add_argument("--limit", type=int, default=200, help="validation examples")
-    parser.add_argument("--test-limit", type=int, help="test examples; default: the whole file")
-    parser.add_argument("--methods", nargs="*", metavar="NAME", help="of the main methods; default: all of them")
-    parser.add_argument("--also", nargs="*", default=[], metavar="NAME:FIELD=VALUE,...", help="further forms")
-    parser.add_argument("--output", type=Path, default=Path("results/compare_methods"))
-    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
-    args = parser.parse_args()
-    log_to_stderr()
-    args.output.mkdir(parents=True, exist_ok=True)
-    model_config = load_model_config(args.backbone)
-    main, also = methods(model_config), forms(args.also)
-    if args.methods is not None:
-        main = {name: main[name] for name in args.methods}
-    for stage in args.stages:
-        for task in args.tasks:
-            {"train": train, "test": test, "alone": time_alone}[stage](args, task, main, also, model_config)
-            write_tables(args)
-
-
-def train(args, task: str, main: dict, also: dict, model_config) -> None:
-    for name, (adapter, overrides) in (plain(main) | also).items():
-        folder = args.output / "runs" / task / label(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        rates = rates_of(adapter)
-
-        def made(name=name, adapter=adapter, folder=folder, rates=rates, overrides=overrides) -> dict:
-            parameters = count_parameters(init_adapter(adapter, model_config))
-            return {"name": name, "parameters": parameters} | trained(args, task, adapter, folder, rates, overrides)
-
-        form = repr(adapter)
-        newer_fields = ", layers_to_transform=None", "scope='all', scope_window=1, ", ", alora_invocation_tokens=None"
-        for newer in newer_fields:  # than some of the files
-            form = form.replace(newer, "")
-        about = settings(args) | {"adapter": form, "rates": list(rates)}
-        about |= {"overrides": list(overrides)} if overrides else {}
-        done(args.output / f"{task}-{label(name)}-trained.json", made, about)
-        write_tables(args)
-
-
-def test(args, task: str, main: dict, also: dict, model_config) -> None:
-    """Scores the first seed of every method before the second ones, so that a partial run can be compared."""
-    tokenizer, held = load_tokenizer(args.backbone), {}  # the backbone, loaded only if something is left to score
-
-    def score(folder: str | None, shuffle=None) -> dict:
-        held["model"] = held.get("model") or load_backbone(args.backbone, dtype="float32")
-        adapter = folder and load_adapter(f"{folder}/adapter", model_config)
-        return tested(args, task, held["model"], tokenizer, adapter, shuffle)
-
-    about = settings(args) | {"test_limit": args.test_limit}
-    done(args.output / f"{task}-base-tested.json", lambda: {"test": score(None)}, about)
-    for seed in SEEDS:
-        for name, (adapter, overrides) in (plain(main) | also).items():
+def forgetting(args, task: str, every: dict, model_config) -> None:
+    """The loss on passages of another task, with each adapter less without it. PEFT's comparison of methods has texts
+    of Wikipedia of up to 768 tokens and scores all of them. Here the first half of 128 makes the factors."""
+    if task == args.text:
+        sys.exit(f"compare_methods: {task} is trained on --text {args.text}; choose another, such as boolq")
+    about = settings(args) | {"text": args.text, "texts": args.texts}
+    for name, (adapter, overrides) in every.items():
+        for seed in range(args.seeds):
 
             def made(name=name, adapter=adapter, overrides=overrides, seed=seed) -> dict:
-                folder = folder_of(args, task, adapter, name, seed, *overrides)
-                found = {"test": score(folder)}
-                return found | ({"shuffled": score(folder, seed)} if name == "PARA r=12" else {})
+                tasks, base = base_losses(args.backbone, args.data, args.text, args.texts)
+                losses = text_losses(tasks, adapter_of(args, task, adapter, name, overrides, seed, model_config))
+                means = {"forgetting": (losses - base).mean(), "loss": losses.mean(), "base_loss": base.mean()}
+                return {key: float(value) for key, value in means.items()} | {"rows": packed(losses - base)}
 
-            done(args.output / f"{task}-{label(name)}-seed-{seed}-tested.json", made, about)
-        write_tables(args)
-
-
-def folder_of(args, task: str, adapter, name: str, seed: int, *overrides: str) -> str:
-    """The folder of a seed's run. If it is gone (git keeps only the scores), all seeds are trained again."""
-    found = read(args.output / f"{task}-{label(name)}-trained.json")
-    rate, runs = found["learning_rate"], args.output / "runs" / task / label(name)
-    folders = seed_folders(runs, rate)
-    if not (folders[seed] / "adapter").exists():
-        for at, folder in run_seeds(args, task, adapter, runs, rate, *overrides).items():
-            before, now = found["validation"][str(at)], last_validation(task, folder)
-            print(f"{task}, {name}, seed {at}, trained again: {now}; before: {before}", flush=True)
-    return str(folders[seed])
+            done(args.output / f"{task}-{label(name)}-seed-{seed}-forgetting.json", made, about)
 
 
-def time_alone(args, task: str, main: dict, also: dict, model_config) -> None:
-    for name, adapter in main.items():
-        file = f"{task}-{label(name)}"
-        rate = json.loads((args.output / f"{file}-trained.json").read_text())["learning_rate"]
-        folder = args.output / "runs" / task / label(name)
-        made = lambda adapter=adapter, folder=folder, rate=rate: alone(args, task, adapter, folder, rate)  # noqa: E731
-        done(args.output / f"{file}-alone.json", made, settings(args))
+@cache
+def base_losses(backbone: str, data: Path, text: str, texts: int) -> tuple:
+    """The texts, and the base model's loss on each."""
+    tokenizer = load_tokenizer(backbone)
+    tasks = Tasks(model_of(backbone), tokenizer, [plain_text(data / text / "test.jsonl", tokenizer, texts, 128)])
+    return tasks, text_losses(tasks, None)
 
 
-def label(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
-
-
-def settings(args) -> dict:
-    """What scores depend on besides task and method."""
-    names = ("backbone", "data", "steps", "rows", "limit")
-    return {name: str(getattr(args, name)) for name in names}
-
-
-def done(file: Path, make, asked: dict) -> dict:
-    """What the file holds; made and written first where there is none. Ends the script where it holds other settings'
-    scores."""
-    if file.exists() and json.loads(file.read_text())["asked"] != asked:
-        sys.exit(f"compare_methods: {file} was made with other settings; choose another --output")
-    if not file.exists():
-        part, begun = file.with_suffix(".part"), time.monotonic()
-        found = make()
-        about = {"asked": asked, "seconds": time.monotonic() - begun, "device": describe_devices()}
-        part.write_text(json.dumps(found | about | {"versions": library_versions()}, indent=1) + "\n")
-        os.replace(part, file)
-    return json.loads(file.read_text())
-
-
-# ---------------------------------------------------------------------------------------------------------- the tables
-
-
-def write_tables(args) -> None:
-    """validation.md, table.md and scores.png of all that the output folder holds so far."""
-    trained = {file.name.removesuffix("-trained.json"): read(file) for file in args.output.glob("*-trained.json")}
-    trained = dict(sorted(trained.items(), key=lambda item: (item[0].split("-")[0], item[1]["parameters"])))
-    lines = ["| task | method | parameters | score (loss) after half the steps, by learning rate | seeds at the best |"]
-    lines.append("|---|---|---|---|---|")
-    for key, found in trained.items():
-        tried = ", ".join(
-            f"{float(r):g}: " + (f"{one['score']:.3f} ({one['loss']:.3f})" if one["score"] >= 0 else "not finite")
-            for r, one in found["rates"].items()
-        )
-        seeds = found["validation"].values()
-        chosen = f"{found['learning_rate']:g}: {spread([one['score'] for one in seeds], 3)}, "
-        chosen += f"loss {spread([one['loss'] for one in seeds], 3)}"
-        lines.append(f"| {key.split('-')[0]} | {found['name']} | {found['parameters']:,} | {tried} | {chosen} |")
-    (args.output / "validation.md").write_text("\n".join(lines) + "\n")
-
-    lines = ["| task | method | parameters | learning rate | score | loss | training step, s | peak memory, GB |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    drawn: dict[str, dict[str, list[float]]] = {}
-    for file in sorted(args.output.glob("*-base-tested.json")):
-        task, base = file.name.split("-")[0], read(file)["test"]
-        name = f"{task} ({base['metric']}, {base['count']} rows)"
-        lines.append(f"| {name} | base | 0 | | {base['score']:.4f} | {base['loss']:.4f} | | |")
-        drawn[task] = {"base": [base["score"]]}
-        for key, found in trained.items():
-            seeds = [read(one) for one in sorted(args.output.glob(f"{key}-seed-*-tested.json"))]
-            if not key.startswith(f"{task}-") or not seeds:
-                continue
-            rate = found["learning_rate"]
-            edge = " (highest tried)" if rate == max(map(float, found["rates"])) else ""
-            edge = " (lowest tried)" if rate == min(map(float, found["rates"])) else edge
-            timed = args.output / f"{key}-alone.json"
-            beside = read(timed) if timed.exists() else None
-            cost = f"{beside['step_seconds']:.2f} | {beside['peak_bytes'] / 1e9:.2f}" if beside else "|"
-            for part, after in (("test", ""), ("shuffled", ", prompts shuffled")):
-                scores = [one[part] for one in seeds if part in one]
-                if scores:
-                    drawn[task][found["name"] + after] = [one["score"] for one in scores]
-                    cells = [spread([one[of] for one in scores], 4) for of in ("score", "loss")]
-                    shown = f"{task} | {found['name']}{after} | {found['parameters']:,} | {rate:g}{edge}"
-                    lines.append(f"| {shown} | {' | '.join(cells)} | {cost if part == 'test' else '|'} |")
-    (args.output / "table.md").write_text("\n".join(lines) + "\n")
-    if drawn:
-        plot(drawn, args.output / "scores.png")
-
-
-def read(file: Path) -> dict:
-    return json.loads(file.read_text())
-
-
-def spread(values: list[float], digits: int) -> str:
-    """median (lowest to highest; number), or the only value"""
-    low, high = min(values), max(values)
-    within = f" ({low:.{digits}f} to {high:.{digits}f}; {len(values)})" if len(values) > 1 else ""
-    return f"{median(values):.{digits}f}{within}"
-
-
-def plot(drawn: dict[str, dict[str, list[float]]], file: Path) -> None:
-    """Each task's scores: a dot per seed, a line at the median."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.5 + 4 * len(drawn), 3.6), layout="constrained")
-    for axes, (task, scores) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
-        names = list(scores)[::-1]
-        for y, name in enumerate(names):
-            axes.plot(scores[name], [y] * len(scores[name]), "o", color="tab:green" if "PARA" in name else "tab:gray")
-            axes.plot([median(scores[name])] * 2, [y - 0.3, y + 0.3], color="black")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_title(task)
-        axes.set_xlabel("score on test data")
-    figure.savefig(file, dpi=120)
-
+STAGES = {"train": train, "test": test, "alone": alone, "forgetting": forgetting}
 
 if __name__ == "__main__":
     main()

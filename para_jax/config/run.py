@@ -206,6 +206,8 @@ class EvalSection:
     """score the test data before and after training"""
     test_limit: PositiveInt | None = None
     """the maximum number of test examples to score, before and after training"""
+    base: bool = True
+    """score the base model before the first step. Without it, tables and model cards compare with nothing"""
 
     def __post_init__(self):
         check_fields(self, "eval.")

@@ -33,7 +33,8 @@ if TYPE_CHECKING:  # `check_folder` is asked before JAX is loaded
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
 #: Fields of other sections that do not make it another run either. A longer run is the same run.
 FREE_NAMES = (
-    "backbone.attention", "data.cache", "data.changed", "train.cache_prompts", "train.max_steps", "train.num_epochs",
+    "backbone.attention", "data.cache", "data.changed", "eval.base", "train.cache_prompts", "train.max_steps",
+    "train.num_epochs",
 )  # fmt: skip
 #: Where the data and the backbone are; a checkpoint identifies them by their content.
 PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.data_dir", "backbone.source")

@@ -342,7 +342,7 @@ def fit(
             scoring = Scoring(config, model, tenants, validation, test, logs, stop)
             loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
-                for split in () if quiet else ("test", "validation"):
+                for split in ("test", "validation") if config.eval.base and not quiet else ():
                     asked = scoring.with_changed(standing, split, changed) if restored else list(range(len(tenants)))
                     standing = scoring.score_backbone(state, standing, split, asked)
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))

@@ -159,6 +159,17 @@ def test_a_run_learns_and_leaves_its_folder(whole):
     assert (result.step, result.best_step) == (6, 6) and result.best_score == -rows[-2]["validation_loss"]
 
 
+def test_without_the_base_models_scores_a_run_is_the_same(whole, folder, tmp_path):
+    given = f"output_dir={tmp_path / 'run'}", "eval.test=true", "eval.base=false"
+    config = run_config(folder, *given)
+    assert_same_arrays(train(config).adapter, whole[1].adapter)
+    rows = metrics(config)
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    assert [name for row in rows for name in row if name.startswith("test_before")] == []
+    assert "without the adapter" not in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert train(run_config(folder, *given[:2])).scores.keys() == {"validation", "test"}  # the field makes no other run
+
+
 def test_the_logged_learning_rate_is_the_schedules(whole):
     config, _ = whole
     logged = [row["learning_rate"] for row in metrics(config) if "loss" in row]

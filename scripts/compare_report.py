@@ -1,0 +1,302 @@
+"""report.md: what compare_methods.py's output folder and the folders inside it hold, with verdicts and pictures.
+
+Computes no model. Statistics are in compare_statistics.py, pictures in compare_pictures.py.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import numpy as np
+from compare_cells import label, read, unpacked
+from compare_pictures import Point, draw_bytes, draw_examples, draw_ranks
+from compare_statistics import (
+    FEWEST_ROWS,
+    Difference,
+    complete_block,
+    holm,
+    p_text,
+    paired_difference,
+    ranking,
+    reverse,
+    unpaired_difference,
+    verdict,
+)
+from compare_tables import spread
+
+from para_jax.figures import save
+
+#: What the verdicts compare with; PARA's r=12, and the LoRA whose size is closest to it.
+REFERENCES = ("PARA r=12", "LoRA r=# on q, v, up")
+SHUFFLED = ", prompts shuffled"
+
+
+class Cell(NamedTuple):
+    """A method's scores on a task's test file."""
+
+    folder: str
+    """inside the output folder; empty: the output folder itself"""
+    task: str
+    name: str
+    metric: str
+    scores: list[float]
+    """of the seeds"""
+    losses: list[float]
+    count: int
+    """test rows"""
+    stderr: float
+    """of one seed's score"""
+    rows: np.ndarray | None
+    """each row's score, [seeds, rows]; None in results of earlier versions"""
+    backbone: str
+    examples: int
+    """training examples"""
+    parameters: int = 0
+    bytes: tuple[int, int] = (0, 0)
+    """of a tenant, in float32 and in bfloat16"""
+    step_seconds: float | None = None
+    peak_bytes: float | None = None
+    decode: float | None = None
+    """relative to the base model; so is prefill"""
+    prefill: float | None = None
+    forgetting: tuple[float, ...] = ()
+
+    @property
+    def is_method(self) -> bool:
+        return self.parameters > 0 and not self.name.endswith(SHUFFLED)
+
+
+def write_report(output: Path) -> str:
+    """Writes report.md and its pictures into the folder, and returns the text."""
+    groups = {folder: cells_of(output, folder) for folder in folders_of(output)}
+    groups = {folder: cells for folder, cells in groups.items() if cells}
+    if not groups:
+        raise SystemExit(f"compare_methods: {output} holds no scores of test files; run --stages train test first")
+    lines = ["# Methods compared", "", HOW_TO_READ, ""]
+    for cells in groups.values():
+        for task in dict.fromkeys(cell.task for cell in cells):
+            lines += task_lines([cell for cell in cells if cell.task == task])
+    for folder, cells in groups.items():
+        lines += rank_lines(output, folder, cells)
+    lines += picture_lines(output, groups)
+    text = "\n".join(lines).rstrip() + "\n"
+    (output / "report.md").write_text(text)
+    return text
+
+
+HOW_TO_READ = f"""\
+Scores and losses are means over the seeds, with the lowest and the highest. Verdicts compare a method with PARA r=12
+and with the LoRA of its size: the difference of scores, its 95 % interval, and better, worse or within noise at 5 %.
+
+- The interval is from a bootstrap over the test rows that both answered, each with the mean of its seeds.
+- Verdicts are corrected for the number of comparisons of a task (Holm). The intervals are not.
+- "seeds overlap": one method's worst seed is not above the other's best one, so other seeds may say otherwise.
+- "unpaired": scores of earlier versions, without rows. Their interval is wider.
+- With fewer than {FEWEST_ROWS} rows nothing is claimed.
+- Bytes are a tenant's, in float32 and in bfloat16 (vectors of (IA)^3 stay float32).
+- Prefill and decode are relative to the base model, 8 rows of 8 tenants.
+- Forgetting is the loss on plain text, with the adapter less without it."""
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def folders_of(output: Path) -> list[str]:
+    """The output folder and those inside it that hold results, by their names inside it."""
+    found = {file.parent.relative_to(output) for file in output.rglob("*-tested.json")}
+    return sorted("" if str(one) == "." else str(one) for one in found if "runs" not in one.parts)
+
+
+def cells_of(output: Path, folder: str) -> list[Cell]:
+    """The cells of one folder that have test scores."""
+    place = output / folder
+    cells = [base_cell(folder, file) for file in sorted(place.glob("*-base-tested.json"))]
+    cells += [base_cell(folder, file) for file in sorted(place.glob("*-base--*-examples-tested.json"))]
+    for file in sorted(place.glob("*-trained.json")):
+        key = file.name.removesuffix("-trained.json")
+        seeds = [read(one) for one in sorted(place.glob(f"{key}-seed-*-tested.json"))]
+        cells += method_cells(output, folder, key, read(file), seeds) if seeds else []
+    return cells
+
+
+def base_cell(folder: str, file: Path) -> Cell:
+    found, (task, _, rest) = read(file), file.name.partition("-base")
+    shots = rest.removesuffix("-tested.json").strip("-").replace("-", " ")
+    return scored_cell(folder, task, f"base, {shots}" if shots else "base", [found["test"]], found["asked"], 0)
+
+
+def method_cells(output: Path, folder: str, key: str, found: dict, seeds: list[dict]) -> list[Cell]:
+    """The method, and the method with shuffled prompts where that was scored."""
+    task, name, parameters = key.split("-")[0], found["name"], found["parameters"]
+    asked = found["asked"]
+    examples = found.get("examples", int(asked["steps"]) * int(asked["rows"]))
+    half = 4 if asked["adapter"].startswith("Ia3Config") else 2
+    held = scored_cell(folder, task, name, [one["test"] for one in seeds], asked, examples)
+    held = held._replace(parameters=parameters, bytes=(4 * parameters, half * parameters))
+    shuffled = [one["shuffled"] for one in seeds if "shuffled" in one]
+    cells = [held._replace(**measured(output / folder, key), **serving_costs(output, folder, name, asked["backbone"]))]
+    if shuffled:
+        other = scored_cell(folder, task, name + SHUFFLED, shuffled, asked, examples)
+        cells.append(other._replace(parameters=parameters, bytes=held.bytes))
+    return cells
+
+
+def measured(place: Path, key: str) -> dict:
+    """What the stages `alone` and `forgetting` left of a cell."""
+    file = place / f"{key}-alone.json"
+    alone = read(file) if file.exists() else {}
+    forgotten = [read(one)["forgetting"] for one in sorted(place.glob(f"{key}-seed-*-forgetting.json"))]
+    return {part: alone.get(part) for part in ("step_seconds", "peak_bytes")} | {"forgetting": tuple(forgotten)}
+
+
+def serving_costs(output: Path, folder: str, name: str, backbone: str) -> dict:
+    """prefill and decode of a method, measured in this folder or, with the same backbone, in the output folder."""
+    files = [place / f"cost-{label(name)}.json" for place in (output / folder, output)]
+    held = [found for file in files if file.exists() if (found := read(file))["asked"]["backbone"] == backbone]
+    return {part: held[0][part] for part in ("prefill", "decode")} if held else {}
+
+
+def scored_cell(folder: str, task: str, name: str, seeds: list[dict], asked: dict, examples: int) -> Cell:
+    first = seeds[0]
+    rows = None
+    if all("rows" in one for one in seeds):
+        each = [unpacked(one["rows"]["score"]) for one in seeds]
+        count = min(map(len, each))
+        rows = np.array([one[:count] for one in each])
+    scores, losses = [one["score"] for one in seeds], [one["loss"] for one in seeds]
+    errors = [one["stderr"] or 0.0 for one in seeds]
+    about = dict(backbone=Path(asked["backbone"]).name, examples=examples, rows=rows, stderr=mean(errors))
+    return Cell(folder, task, name, first["metric"], scores, losses, first["count"], **about)
+
+
+# ------------------------------------------------------------------------------------------------------------ verdicts
+
+
+def difference(one: Cell, other: Cell) -> tuple[Difference, int]:
+    """The first cell's score less the second's, and how many rows it is from."""
+    if one.rows is not None and other.rows is not None:
+        return paired_difference(one.rows, other.rows), min(one.rows.shape[1], other.rows.shape[1])
+    pair = ((mean(cell.scores), cell.stderr) for cell in (one, other))
+    return unpaired_difference(*pair), min(one.count, other.count)
+
+
+def verdicts(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
+    """What is said of a cell (by name) next to each reference that the task has."""
+    compared = references(cells)
+    names = [cell.name for cell in compared]
+    pairs = [(one, other) for i, other in enumerate(compared) for one in cells if one.name not in names[: i + 1]]
+    found = [difference(one, other) for one, other in pairs]
+    said = {}
+    for (one, other), (apart, rows), p in zip(pairs, found, holm([apart.p for apart, _ in found]), strict=True):
+        said[one.name, other.name] = describe(apart, p, rows, seeds_overlap(one, other))
+        said[other.name, one.name] = describe(reverse(apart), p, rows, seeds_overlap(one, other))
+    return said
+
+
+def describe(apart: Difference, corrected: float, rows: int, overlap: bool) -> str:
+    """ "+0.021 (+0.004 to +0.038) better, seeds overlap"."""
+    word = verdict(apart, corrected, rows)
+    word += ", seeds overlap" if word != "within noise" and overlap else ""
+    word += "" if apart.paired else ", unpaired"
+    return f"{apart.value:+.3f} ({apart.low:+.3f} to {apart.high:+.3f}) {word}"
+
+
+def references(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that others are compared with, in the order of REFERENCES."""
+    found = []
+    for wanted in REFERENCES:
+        start, _, end = wanted.partition("#")
+        found += [c for c in cells if c.is_method and c.name.startswith(start) and c.name.endswith(end or start)][:1]
+    return found
+
+
+def seeds_overlap(one: Cell, other: Cell) -> bool:
+    low, high = sorted((one.scores, other.scores), key=mean)
+    return max(low) >= min(high)
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def task_lines(cells: list[Cell]) -> list[str]:
+    """A heading and the table of one task in one folder, the best method first."""
+    cells = sorted(cells, key=lambda cell: -mean(cell.scores))
+    said, compared = verdicts(cells), references(cells)
+    counts = sorted({cell.count for cell in cells})
+    examples = sorted({cell.examples for cell in cells if cell.is_method})
+    about = f"{cells[0].backbone}, {' or '.join(map(str, examples))} training examples, {cells[0].metric} on "
+    about += f"{' or '.join(map(str, counts))} test rows"
+    heads = ["method", "score", "loss", "parameters", "bytes", "step, s", "peak, GB", "prefill", "decode", "forgetting"]
+    heads += [f"next to {other.name}" for other in compared]
+    lines = [f"## {cells[0].task}{f' ({cells[0].folder})' if cells[0].folder else ''}", "", about, "", row(heads)]
+    lines.append("|" + "---|" * len(heads))
+    for cell in cells:
+        values = [cell.name, spread(cell.scores, 4, mean), spread(cell.losses, 3, mean)]
+        values += [f"{cell.parameters:,}", "; ".join(map(size, cell.bytes))] if cell.parameters else ["", ""]
+        values += [number(cell.step_seconds, 2), number(cell.peak_bytes and cell.peak_bytes / 1e9, 2)]
+        values += [number(cell.prefill, 2), number(cell.decode, 2)]
+        values.append(spread(cell.forgetting, 3, mean) if cell.forgetting else "")
+        lines.append(row([*values, *(said.get((cell.name, other.name), "") for other in compared)]))
+    return [*lines, ""]
+
+
+def row(values: Sequence[str]) -> str:
+    return f"| {' | '.join(values)} |"
+
+
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def size(count: float) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.0f} kB"
+
+
+def rank_lines(output: Path, folder: str, cells: list[Cell]) -> list[str]:
+    """The mean ranks over the tasks of a folder, with their picture; a sentence where there are too few."""
+    scores: dict[str, dict[str, float]] = {}
+    for cell in cells:
+        if cell.is_method:
+            scores.setdefault(cell.task, {})[cell.name] = mean(cell.scores)
+    file = output / folder / "ranks.png"
+    tasks, names = complete_block(scores)
+    heading = [f"## Ranks over tasks{f' ({folder})' if folder else ''}", ""]
+    if not tasks:
+        file.unlink(missing_ok=True)
+        return [*heading, "Nothing is drawn: ranks need 3 methods that were all scored on the same 3 tasks.", ""]
+    found = ranking({name: [scores[task][name] for task in tasks] for name in names})
+    save(draw_ranks(found), file)
+    said = f"{', '.join(tasks)}. Friedman's test: {p_text(found.p)}; Nemenyi's critical difference at 5 %: "
+    said += f"{found.critical:.2f} ranks. "
+    said += "The methods are not told apart." if found.p > 0.05 else "Bars join methods that are not told apart."
+    return [*heading, said, "", f"![mean ranks of the methods]({file.relative_to(output)})", ""]
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def picture_lines(output: Path, groups: dict[str, list[Cell]]) -> list[str]:
+    lines = ["## Pictures", ""]
+    for folder, cells in groups.items():
+        file = output / folder / "scores_by_bytes.png"
+        save(draw_bytes(points_by_task(cells, lambda cell: cell.bytes[0])), file)
+        lines += [f"![scores against bytes per tenant]({file.relative_to(output)})", ""]
+    for backbone in dict.fromkeys(cell.backbone for cells in groups.values() for cell in cells):
+        every = [cell for cells in groups.values() for cell in cells if cell.backbone == backbone]
+        panels = points_by_task([cell for cell in every if cell.is_method], lambda cell: cell.examples)
+        panels = {task: of_task for task, of_task in panels.items() if len({point.x for point in of_task}) > 1}
+        file = output / f"scores_by_examples_{label(backbone)}.png"
+        if panels:
+            save(draw_examples(panels), file)
+            lines += [f"![scores against training examples]({file.name})", ""]
+    return lines
+
+
+def points_by_task(cells: Sequence[Cell], x) -> dict[str, list[Point]]:
+    panels: dict[str, list[Point]] = {}
+    for cell in cells:
+        if not cell.name.endswith(SHUFFLED):
+            point = Point(cell.name, x(cell), mean(cell.scores), min(cell.scores), max(cell.scores))
+            panels.setdefault(f"{cell.task} ({cell.metric})", []).append(point)
+    return panels

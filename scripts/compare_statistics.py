@@ -1,0 +1,139 @@
+"""Which method is better, and could it be chance? Pure functions over the scores of test rows.
+
+Paired: both methods answered the same rows. The bootstrap draws rows with replacement, and a method's score on a row is
+the mean over its seeds (Efron and Tibshirani 1993; Koehn 2004 for paired test sets). Unpaired: only scores and their
+standard errors are known.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+DRAWS = 4000
+LEVEL = 0.05
+#: With fewer rows than this nothing is claimed.
+FEWEST_ROWS = 20
+
+
+class Difference(NamedTuple):
+    """One method's score less another's."""
+
+    value: float
+    low: float
+    """the ends of the 95 % interval, without a correction for the number of comparisons"""
+    high: float
+    p: float
+    """the probability of a difference as large by chance, both signs"""
+    paired: bool = True
+
+
+def paired_difference(one: np.ndarray, other: np.ndarray, seed: int = 0) -> Difference:
+    """Scores [seeds, rows] of the same rows. If one has more rows, those that both have, from the start, count."""
+    count = min(one.shape[1], other.shape[1])
+    rows = one[:, :count].mean(axis=0) - other[:, :count].mean(axis=0)
+    value, drawn = float(rows.mean()), row_counts(count, seed) @ rows.astype(np.float32) / count
+    low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
+    larger = int((abs(drawn - value) >= abs(value) - 1e-6).sum())  # drawn around zero, as if there were no difference
+    return Difference(value, float(low), float(high), (1 + larger) / (1 + len(drawn)))
+
+
+@lru_cache(maxsize=4)
+def row_counts(count: int, seed: int = 0) -> np.ndarray:
+    """How often each draw takes each row, [DRAWS, count]."""
+    draw = np.random.default_rng(seed)
+    return draw.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float32)
+
+
+def unpaired_difference(one: tuple[float, float], other: tuple[float, float]) -> Difference:
+    """From (score, standard error) of each, by the normal distribution. A pair's own rows would narrow it."""
+    value, error = one[0] - other[0], math.hypot(one[1], other[1])
+    if error == 0:
+        return Difference(value, value, value, float(value == 0), paired=False)
+    half = stats.norm.ppf(1 - LEVEL / 2) * error
+    return Difference(value, value - half, value + half, 2 * stats.norm.sf(abs(value) / error), paired=False)
+
+
+def reverse(apart: Difference) -> Difference:
+    """The second method's score less the first's."""
+    return apart._replace(value=0.0 - apart.value, low=0.0 - apart.high, high=0.0 - apart.low)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979), in the order given."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    corrected, largest = [0.0] * len(values), 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - place) * values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def verdict(difference: Difference, corrected: float, rows: int) -> str:
+    """ "better", "worse" or "within noise", of the first method."""
+    if corrected > LEVEL or rows < FEWEST_ROWS:
+        return "within noise"
+    return "better" if difference.value > 0 else "worse"
+
+
+def p_text(p: float) -> str:
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+
+
+# ------------------------------------------------------------------------------------------------- over several tasks
+
+
+class Ranking(NamedTuple):
+    """Methods by their mean rank over tasks; 1 is best."""
+
+    ranks: dict[str, float]
+    """the best first"""
+    p: float
+    """Friedman's: the probability of ranks that differ as much by chance"""
+    critical: float
+    """Nemenyi's critical difference: methods whose mean ranks differ by less are not told apart"""
+    tasks: int
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """The largest sets of methods that are not told apart; all of them if Friedman's test finds nothing."""
+        names = list(self.ranks)
+        if self.p > LEVEL:
+            return [tuple(names)]
+        found: list[tuple[str, ...]] = []
+        for i, name in enumerate(names):
+            near = tuple(n for n in names[i:] if self.ranks[n] - self.ranks[name] < self.critical)
+            if len(near) > 1 and not any(set(near) <= set(other) for other in found):
+                found.append(near)
+        return found
+
+
+def ranking(scores: dict[str, Sequence[float]]) -> Ranking:
+    """Friedman's test and Nemenyi's critical difference (Demsar 2006), from each method's score on each task. Raises
+    ValueError for fewer than 3 tasks or methods."""
+    table = np.array(list(scores.values()), float)  # [methods, tasks]
+    methods, tasks = table.shape if table.ndim == 2 else (len(scores), 0)
+    if tasks < 3 or methods < 3:
+        raise ValueError(f"{methods} methods on {tasks} tasks; ranks are compared for at least 3 on at least 3")
+    ranks = np.apply_along_axis(lambda column: stats.rankdata(-column), 0, table)
+    ordered = len(set(map(tuple, ranks.tolist()))) > 1
+    p = float(stats.friedmanchisquare(*table).pvalue) if ordered else 1.0
+    studentized = stats.studentized_range.ppf(1 - LEVEL, methods, np.inf)
+    critical = studentized / math.sqrt(2) * math.sqrt(methods * (methods + 1) / (6 * tasks))
+    means = dict(zip(scores, map(float, ranks.mean(axis=1)), strict=True))
+    return Ranking(dict(sorted(means.items(), key=lambda one: one[1])), p, float(critical), tasks)
+
+
+def complete_block(scores: dict[str, dict[str, float]]) -> tuple[list[str], list[str]]:
+    """The (tasks, methods) that have every score, from scores[task][method]: those with the most scores together, of at
+    least 3 tasks and 3 methods; empty where there are none."""
+    best: tuple[list[str], list[str]] = ([], [])
+    for count in range(3, len(scores) + 1):
+        for tasks in combinations(scores, count):
+            methods = [name for name in scores[tasks[0]] if all(name in scores[task] for task in tasks)]
+            if len(methods) >= 3 and len(tasks) * len(methods) > len(best[0]) * len(best[1]):
+                best = list(tasks), methods
+    return best

@@ -1,0 +1,64 @@
+"""validation.md, table.md and scores.png: what a folder holds while a comparison is running."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from compare_cells import read
+from compare_pictures import draw_seeds
+
+from para_jax.figures import save
+
+
+def write_tables(output: Path) -> None:
+    """validation.md, table.md and scores.png of all that the output folder holds so far."""
+    trained = {file.name.removesuffix("-trained.json"): read(file) for file in output.glob("*-trained.json")}
+    trained = dict(sorted(trained.items(), key=lambda item: (item[0].split("-")[0], item[1]["parameters"])))
+    lines = ["| task | method | parameters | score (loss) after half the steps, by learning rate | seeds at the best |"]
+    lines.append("|---|---|---|---|---|")
+    for key, found in trained.items():
+        tried = ", ".join(
+            f"{float(r):g}: " + (f"{one['score']:.3f} ({one['loss']:.3f})" if one["score"] >= 0 else "not finite")
+            for r, one in found["rates"].items()
+        )
+        seeds = found["validation"].values()
+        chosen = f"{found['learning_rate']:g}: {spread([one['score'] for one in seeds], 3)}, "
+        chosen += f"loss {spread([one['loss'] for one in seeds], 3)}"
+        lines.append(f"| {key.split('-')[0]} | {found['name']} | {found['parameters']:,} | {tried} | {chosen} |")
+    (output / "validation.md").write_text("\n".join(lines) + "\n")
+
+    lines = ["| task | method | parameters | learning rate | score | loss | training step, s | peak memory, GB |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    drawn: dict[str, dict[str, list[float]]] = {}
+    for file in sorted(output.glob("*-base-tested.json")):
+        task, base = file.name.split("-")[0], read(file)["test"]
+        name = f"{task} ({base['metric']}, {base['count']} rows)"
+        lines.append(f"| {name} | base | 0 | | {base['score']:.4f} | {base['loss']:.4f} | | |")
+        drawn[task] = {"base": [base["score"]]}
+        for key, found in trained.items():
+            seeds = [read(one) for one in sorted(output.glob(f"{key}-seed-*-tested.json"))]
+            if not key.startswith(f"{task}-") or not seeds:
+                continue
+            rate = found["learning_rate"]
+            edge = " (highest tried)" if rate == max(map(float, found["rates"])) else ""
+            edge = " (lowest tried)" if rate == min(map(float, found["rates"])) else edge
+            timed = output / f"{key}-alone.json"
+            beside = read(timed) if timed.exists() else None
+            cost = f"{beside['step_seconds']:.2f} | {beside['peak_bytes'] / 1e9:.2f}" if beside else "|"
+            for part, after in (("test", ""), ("shuffled", ", prompts shuffled")):
+                scores = [one[part] for one in seeds if part in one]
+                if scores:
+                    drawn[task][found["name"] + after] = [one["score"] for one in scores]
+                    cells = [spread([one[of] for one in scores], 4) for of in ("score", "loss")]
+                    shown = f"{task} | {found['name']}{after} | {found['parameters']:,} | {rate:g}{edge}"
+                    lines.append(f"| {shown} | {' | '.join(cells)} | {cost if part == 'test' else '|'} |")
+    (output / "table.md").write_text("\n".join(lines) + "\n")
+    if drawn:
+        save(draw_seeds(drawn), output / "scores.png")
+
+
+def spread(values: Sequence[float], digits: int, middle=median) -> str:
+    """middle (lowest to highest; number), or the only value"""
+    low, high = min(values), max(values)
+    within = f" ({low:.{digits}f} to {high:.{digits}f}; {len(values)})" if len(values) > 1 else ""
+    return f"{middle(values):.{digits}f}{within}"

@@ -1,0 +1,166 @@
+"""scripts/compare_report.py: the tables, verdicts and pictures of a folder of results."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import compare_pictures  # noqa: E402
+import compare_report  # noqa: E402
+from compare_cells import label, packed, write  # noqa: E402
+
+ROWS = 60
+#: By name: parameters, and how many of the rows a seed answers, the first seed one more.
+METHODS = {"PARA r=12": (1000, 40), "PARA r=48": (4000, 50), "LoRA r=9 on q, v, up": (1100, 40), "(IA)^3": (100, 20)}
+
+
+def score(right: int, with_rows: bool = True, rows: int = ROWS) -> dict:
+    values = [1.0] * right + [0.0] * (rows - right)
+    found = {"name": "test", "metric": "accuracy", "score": right / rows, "loss": 1.0, "count": rows, "stderr": 0.06}
+    return found | ({"rows": {"score": packed(values), "loss": packed([0.5] * rows)}} if with_rows else {})
+
+
+def results(folder: Path, tasks=("sst2",), steps: int = 20, with_rows: bool = True, methods=METHODS) -> Path:
+    folder.mkdir(exist_ok=True, parents=True)
+    asked = {"backbone": "tiny", "steps": str(steps), "rows": "8"}
+    for task in tasks:
+        write(folder / f"{task}-base-tested.json", {"test": score(5, with_rows), "asked": asked})
+        write(folder / f"{task}-base--4-examples-tested.json", {"test": score(10, with_rows), "asked": asked})
+        for name, (parameters, right) in methods.items():
+            key = f"{task}-{label(name)}"
+            adapter = "Ia3Config()" if name == "(IA)^3" else "ParaConfig()"
+            about = {"name": name, "parameters": parameters, "asked": asked | {"adapter": adapter}}
+            trained = {"learning_rate": 1e-3, "rates": {"0.001": {"score": 0.5, "loss": 1.0}}}
+            write(folder / f"{key}-trained.json", about | trained | {"validation": {"0": {"score": 0.5, "loss": 1.0}}})
+            for seed in range(2):
+                found = {"test": score(right + 1 - seed, with_rows)}
+                found |= {"shuffled": score(right - 15, with_rows)} if name == "PARA r=12" else {}
+                write(folder / f"{key}-seed-{seed}-tested.json", found | {"asked": asked})
+    return folder
+
+
+def row_of(text: str, method: str, task: str = "sst2") -> list[str]:
+    part = text.partition(f"## {task}\n")[2].partition("\n## ")[0]
+    (line,) = [line for line in part.splitlines() if line.startswith(f"| {method} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_method_is_compared_with_para_and_with_lora(tmp_path):
+    text = compare_report.write_report(results(tmp_path))
+    assert (tmp_path / "report.md").read_text() == text
+    best, para, ia3 = (row_of(text, name) for name in ("PARA r=48", "PARA r=12", "(IA)^3"))
+    assert best[1] == "0.8417 (0.8333 to 0.8500; 2)" and best[3:5] == ["4,000", "16 kB; 8 kB"]
+    assert [cell.split()[0] for cell in best[-2:]] == ["+0.167"] * 2
+    assert all(cell.endswith(") better") for cell in best[-2:]) and all(cell.endswith(") worse") for cell in ia3[-2:])
+    assert ia3[4] == "0 kB; 0 kB" and para[-2] == "" and para[-1] == "+0.000 (+0.000 to +0.000) within noise"
+    assert row_of(text, "PARA r=12, prompts shuffled")[-2].endswith("worse")
+    assert row_of(text, "base, 4 examples")[1] == "0.1667"
+    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:]
+    assert names == [
+        "PARA r=48", "LoRA r=9 on q, v, up", "PARA r=12", "PARA r=12, prompts shuffled", "(IA)^3", "base, 4 examples",
+        "base",
+    ]  # fmt: skip
+
+
+def test_scores_without_rows_are_compared_unpaired(tmp_path):
+    text = compare_report.write_report(results(tmp_path, with_rows=False))
+    assert row_of(text, "PARA r=48")[-1].endswith("within noise, unpaired")
+    assert row_of(text, "base")[-1].endswith("worse, unpaired")
+
+
+def test_an_advantage_that_the_seeds_do_not_share_says_so(tmp_path):
+    folder = results(tmp_path)
+    other = json.loads((folder / "sst2-PARA-r-48-seed-1-tested.json").read_text())
+    write(folder / "sst2-PARA-r-48-seed-1-tested.json", other | {"test": score(41)})
+    text = compare_report.write_report(folder)
+    assert row_of(text, "PARA r=48")[-1].endswith("better, seeds overlap")
+
+
+def test_costs_and_forgetting_are_shown_where_they_were_measured(tmp_path):
+    folder = results(tmp_path)
+    write(folder / "sst2-PARA-r-48-alone.json", {"step_seconds": 1.234, "peak_bytes": 2.5e9})
+    cost = {"decode": 1.01, "prefill": 1.107, "asked": {"backbone": "tiny"}}
+    write(folder / "cost-PARA-r-48.json", cost)
+    write(folder / "cost-PARA-r-12.json", cost | {"asked": {"backbone": "another"}})
+    for seed, value in enumerate((0.1, 0.2)):
+        write(folder / f"sst2-PARA-r-48-seed-{seed}-forgetting.json", {"forgetting": value})
+    text = compare_report.write_report(folder)
+    assert row_of(text, "PARA r=48")[5:10] == ["1.23", "2.50", "1.11", "1.01", "0.150 (0.100 to 0.200; 2)"]
+    assert row_of(text, "PARA r=12")[5:10] == [""] * 5
+    results(folder / "examples-80", steps=10)
+    text = compare_report.write_report(folder)
+    assert row_of(text, "PARA r=48", "sst2 (examples-80)")[5:10] == ["", "", "1.11", "1.01", ""]
+
+
+def test_ranks_need_three_tasks_and_a_picture_of_fewer_is_removed(tmp_path):
+    folder = results(tmp_path, tasks=("sst2", "copa", "rte"))
+    text = compare_report.write_report(folder)
+    assert "copa, rte, sst2. Friedman's test: p = " in text and (folder / "ranks.png").exists()
+    for file in folder.glob("rte-*"):
+        file.unlink()
+    text = compare_report.write_report(folder)
+    assert "Nothing is drawn: ranks need 3 methods" in text and not (folder / "ranks.png").exists()
+
+
+def test_folders_inside_are_read_and_their_examples_drawn(tmp_path):
+    results(tmp_path)
+    results(tmp_path / "examples-80", steps=10)
+    results(tmp_path / "runs" / "sst2", steps=10)
+    text = compare_report.write_report(tmp_path)
+    assert [line for line in text.splitlines() if line.startswith("## sst2")] == ["## sst2", "## sst2 (examples-80)"]
+    assert "tiny, 80 training examples" in text and "tiny, 160 training examples" in text
+    pictures = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.png")}
+    assert pictures == {"scores_by_bytes.png", "examples-80/scores_by_bytes.png", "scores_by_examples_tiny.png"}
+    assert all(f"]({name})" in text for name in pictures)
+
+
+def test_a_folder_without_scores_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="holds no scores of test files"):
+        compare_report.write_report(tmp_path)
+
+
+def test_the_results_of_earlier_sessions_are_read():
+    cells = compare_report.cells_of(ROOT / "results" / "compare_methods", "")
+    held = {(cell.task, cell.name): cell for cell in cells}
+    found = held["banking77", "PARA r=12"]
+    assert (len(found.scores), found.examples, found.parameters) == (3, 640, 1_036_800)
+    assert compare_report.verdicts([cell for cell in cells if cell.task == "banking77"])
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_a_kind_of_method_has_one_colour_and_a_scope_one_marker():
+    kinds = [
+        "base, 4 examples",
+        "(IA)^3, response",
+        "PARA r=12, constant pooler",
+        "PARA r=48",
+        "LoRA r=9, prompt",
+        "DoRA",
+    ]
+    assert len({compare_pictures.colour(name) for name in kinds}) == len(kinds)
+    assert compare_pictures.colour("PARA r=12, response") == compare_pictures.colour("PARA r=48")
+    scopes = ("PARA r=12", "PARA r=12, response w=4", "LoRA r=9, prompt", "PARA r=12, prompts shuffled")
+    assert "".join(map(compare_pictures.marker, scopes)) == "os^o"
+
+
+@pytest.mark.parametrize(
+    "heights", [[0.5] * 6, [0.9, 0.95, 1.0, 0.1], [0.0, 0.01, 0.02], list(np.linspace(0, 1, 30)), [2]]
+)
+def test_names_keep_their_order_and_do_not_touch(heights):
+    placed = np.array(compare_pictures.dodged(heights, 0.05))
+    order = np.argsort(heights, kind="stable")
+    gap = min(0.05, 1 / max(1, len(heights) - 1))
+    assert (np.diff(placed[order]) >= gap - 1e-9).all() and placed.min() >= -1e-9 and placed.max() <= 1 + 1e-9
+
+
+def test_points_of_one_size_are_drawn_side_by_side():
+    points = [compare_pictures.Point(name, x, 0.5, 0.4, 0.6) for name, x in (("a", 100), ("b", 102), ("c", 1000))]
+    drawn = {point.name: point.x for point in compare_pictures.side_by_side(points)}
+    assert drawn["b"] > 1.1 * drawn["a"] and drawn["c"] == 1000
