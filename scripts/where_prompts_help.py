@@ -43,7 +43,7 @@ def swapped(own: Adjustments, other: Adjustments, layers: set[int], sites: set[s
         chosen = sites if layer in layers else set()
         distance = {site: (theirs if site in chosen else mine).distance[site] for site in mine.distance}
         mixed.append(Factors(distance))
-    return Adjustments(tuple(mixed))
+    return own._replace(layers=tuple(mixed))
 
 
 def losses(model, adapter, task: EvalTask, tokenizer, limit: int) -> dict[str, float]:
