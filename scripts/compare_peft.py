@@ -3,10 +3,10 @@ order, AdamW, schedule, clipping and loss. Then both score the same test rows.
 
     python scripts/compare_peft.py --torch-python /path/to/python-with-torch-peft-and-transformers --data data/sst2
 
-LoRA r=9 on q, v and up, (IA)^3 with PEFT's defaults, and activated LoRA (LoRA r=9 with scope `response` here). Each case
-takes 60 steps of 8 rows, with the loss on the completion, and each side runs with one thread. The answers to --data
-must be single tokens. A row is answered by the likelier of them after the prompt. A file that exists keeps the results
-of other cases and seeds. The torch side (compare_peft_worker.py) needs the extra [bench-peft].
+LoRA r=9 on q, v and up, (IA)^3 with PEFT's defaults, and activated LoRA (the same LoRA, with scope `response` here).
+Each case takes 60 steps of 8 rows, with the loss on the completion. The answers in --data must be single tokens. The
+answer to a row is the likelier one after the prompt. A file that exists keeps the results of other cases and seeds. The
+torch side (compare_peft_worker.py) needs the extra [bench-peft].
 """
 
 import argparse
