@@ -136,10 +136,12 @@ def differences(model, stack: Stack, index: np.ndarray, tokens: np.ndarray, prom
     plain, ours, theirs = (
         np.asarray(logits_of(model, one, tokens)) for one in (None, pick(stack, index), RaggedLora(weights, index))
     )
-    by_rows, ragged = (
-        jax.tree.leaves(jax.jit(jax.grad(lambda w, f=f: f(model, w, index, batch)))(weights))
-        for f in (summed_by_rows, summed_ragged)
-    )
+
+    def gradient(summed) -> list[jax.Array]:
+        of = jax.jit(jax.grad(lambda weights, model, batch: summed(model, weights, index, batch)))
+        return jax.tree.leaves(of(weights, model, batch))
+
+    by_rows, ragged = gradient(summed_by_rows), gradient(summed_ragged)
     return {
         "logits": float(abs(ours - theirs).max()),
         "moved": float(abs(ours - plain).max()),
