@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,7 +38,7 @@ PLATFORMS = {"cpu": jnp.float32, "tpu v5e": jnp.bfloat16}
 
 def compiled_counts() -> dict:
     """Counts by platform and program."""
-    return {platform: dict(counts_of(platform)) for platform in PLATFORMS}
+    return {"libtpu": version("libtpu")} | {platform: dict(counts_of(platform)) for platform in PLATFORMS}
 
 
 def counts_of(platform: str) -> Iterator[tuple[str, dict]]:
