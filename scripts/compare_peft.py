@@ -217,6 +217,7 @@ def compared(ours: Found, theirs: Found, right: list[int]) -> dict:
     rows, chosen = np.arange(len(right)), [side.scores.argmax(axis=1) for side in (ours, theirs)]
     accuracy = [float((answers == right).mean()) for answers in chosen]
     return {
+        "largest_difference": float(abs(ours.losses - theirs.losses).max()),
         "largest_relative_difference": float(relative.max()),
         "at_step": int(relative.argmax()) + 1,
         "first_steps": float(relative[:10].max()),

@@ -123,6 +123,7 @@ def test_the_figures_are_those_of_the_two_sides():
     theirs = compare_peft.Found(np.array([2.0, 1.25, 0.5]), other, 2.0)
     found = compare_peft.compared(ours, theirs, [0, 1, 0])
     assert found["largest_relative_difference"] == pytest.approx(0.2) and found["at_step"] == 2
+    assert found["largest_difference"] == 0.25
     assert found["accuracy"] == [1.0, pytest.approx(2 / 3)] and found["rows_that_differ"] == 1
     assert found["test_loss"][1] == pytest.approx(-np.log([0.9, 0.8, 0.4]).mean())
     assert compare_peft.compared(ours, ours, [0, 1, 0])["largest_relative_difference"] == 0
