@@ -75,7 +75,7 @@ def pytest_terminal_summary(terminalreporter):
 LONG_FILES = (
     "runs/test_kills.py", "runs/test_bucket_runs.py", "runs/test_tenants.py", "test_processes.py",
     "training/test_packing.py", "quickstart/test_quickstart.py", "runs/test_packed_runs.py", "cli/test_cli.py",
-    "runs/test_train.py",
+    "runs/test_train.py", "scripts/test_rehearse.py", "training/test_prompt_cache.py", "training/test_tails.py",
 )  # fmt: skip
 
 
