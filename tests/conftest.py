@@ -26,6 +26,8 @@ if "PARA_JAX_TEST_DEVICES" not in os.environ:
     os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(quick_compiler.OLD_EMITTERS)
     # A folder of its own: JAX's keys hold the variable as it is now, as in a process without the flag.
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"] + "/tests")
+    quick_compiler.reuse_contexts()
+    quick_compiler.compile_first()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,7 +75,7 @@ def pytest_terminal_summary(terminalreporter):
 LONG_FILES = (
     "runs/test_kills.py", "runs/test_bucket_runs.py", "runs/test_tenants.py", "test_processes.py",
     "training/test_packing.py", "quickstart/test_quickstart.py", "runs/test_packed_runs.py", "cli/test_cli.py",
-    "runs/test_train.py",
+    "runs/test_train.py", "scripts/test_rehearse.py", "training/test_prompt_cache.py", "training/test_tails.py",
 )  # fmt: skip
 
 

@@ -127,6 +127,7 @@ def test_the_training_step_is_measured_by_what_the_backward_pass_keeps(monkeypat
     assert share == pytest.approx(rate * 4 * matrix_weights(backbone("smollm2").config) / 1e9)
 
 
+@pytest.mark.long
 def test_the_training_step_is_measured_by_scope(monkeypatch):
     monkeypatch.setattr(bench_scopes, "METHODS", {"(IA)^3": bench_scopes.METHODS["(IA)^3"]})
     measured = bench.BENCHMARKS["scopes"](BACKBONE, rows=(2,), lengths=((4, 3), (9, 3)), rounds=2)
@@ -183,6 +184,7 @@ def test_every_request_is_served_to_its_length():
     assert latencies["a token p50"] > 0
 
 
+@pytest.mark.long
 def test_shared_prefixes_are_measured_by_scope_and_with_every_tokens_answer(monkeypatch):
     sides = {name: bench_prefix.SIDES[name] for name in ("base", "PARA, response", "PARA, all")}
     # few shapes, so that the engines share programs
