@@ -9,7 +9,7 @@ from tiny_run import tokenizer
 from para_jax import AdapterBank, Engine, Ia3Config, ParaConfig, Request, init_adapter
 from para_jax.bench.load import anonymous_bytes
 
-TENANTS, REQUESTS, SLOTS = 200, 2500, 8
+TENANTS, REQUESTS, SLOTS = 200, 5000, 8
 SITES = ("q_proj", "v_proj", "up_proj")
 
 
