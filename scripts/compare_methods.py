@@ -106,7 +106,7 @@ def parsed(text: str):
 
 
 def parsed_one(text: str):
-    return int(text) if text.isdecimal() else text
+    return int(text) if text.isdecimal() else {"true": True, "false": False}.get(text, text)
 
 
 def rates_of(adapter) -> tuple[float, ...]:
@@ -263,6 +263,7 @@ def train(args, task: str, main: dict, also: dict, model_config) -> None:
 
         form = repr(adapter)
         newer_fields = ", layers_to_transform=None", "scope='all', scope_window=1, ", ", alora_invocation_tokens=None"
+        newer_fields += (", up_bias=False",)
         for newer in newer_fields:  # than some of the files
             form = form.replace(newer, "")
         about = settings(args) | {"adapter": form, "rates": list(rates)}
