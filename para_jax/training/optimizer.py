@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..adapters.adapter import AdapterParam, is_variable
+from ..adapters.adapter import AdapterParam, BiasParam, is_variable
 from ..config import TrainSection
 
 
@@ -20,7 +20,7 @@ def make_direction(config: TrainSection) -> optax.GradientTransformation:
     return optax.chain(
         optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
         optax.add_decayed_weights(config.weight_decay, mask=trained),
-        *faster_up(config),
+        *relative_rates(config),
     )
 
 
@@ -30,15 +30,18 @@ def clipped(gradient, norm: jax.Array, config: TrainSection):
     return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), gradient)
 
 
-def faster_up(config: TrainSection) -> list[optax.GradientTransformation]:
+def relative_rates(config: TrainSection) -> list[optax.GradientTransformation]:
     """The matrices that lead out of the rank (PARA's W_up, LoRA's B) move up_lr_ratio times as far (LoRA+, arXiv
-    2402.12354; for PARA our choice). Empty at 1, so that the optimiser's state does not change."""
+    2402.12354; for PARA our choice), and PARA's biases bias_lr_ratio times (our choice). Empty where both are 1, so
+    that the optimiser's state does not change."""
 
     def scaled(variable):
-        return variable.replace(variable[...] * config.up_lr_ratio) if variable.axes[0] == "rank" else variable
+        up, bias = variable.axes[0] == "rank", isinstance(variable, BiasParam)
+        ratio = config.up_lr_ratio if up else config.bias_lr_ratio if bias else 1
+        return variable if ratio == 1 else variable.replace(variable[...] * ratio)
 
-    faster = optax.stateless(lambda update, _: jax.tree.map(scaled, update, is_leaf=is_variable))
-    return [faster] if config.up_lr_ratio != 1 else []
+    each = optax.stateless(lambda update, _: jax.tree.map(scaled, update, is_leaf=is_variable))
+    return [each] if (config.up_lr_ratio, config.bias_lr_ratio) != (1, 1) else []
 
 
 class LearningRates(NamedTuple):

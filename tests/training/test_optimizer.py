@@ -132,6 +132,17 @@ def test_the_matrices_that_lead_out_of_the_rank_may_move_faster(adapter):
             np.testing.assert_allclose(faster[name], factor * once[name], rtol=1e-6)
 
 
+def test_biases_may_move_at_a_rate_of_their_own():
+    biased = strong(init_adapter(ParaConfig(r=2, up_bias=True), backbone("llama").config))
+    once, faster = (
+        named_leaves(first_update(jax.tree.map(jnp.cos, biased), biased, bias_lr_ratio=ratio)) for ratio in (1.0, 10.0)
+    )
+    for name in once:
+        factor = 10 if name.startswith("up_bias.") else 1
+        assert abs(once[name]).max() > 0
+        np.testing.assert_allclose(faster[name], factor * once[name], rtol=1e-6)
+
+
 def test_betas_are_those_of_the_config():
     optimizer = make_direction(replace(TRAIN, adam_b1=0.5, adam_b2=0.25, max_grad_norm=10.0))
     _, state = optimizer.update(ONE, optimizer.init(ONE), ONE)
