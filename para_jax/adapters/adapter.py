@@ -25,7 +25,7 @@ class AdapterParam(nnx.LoRAParam):
 
 
 class BiasParam(AdapterParam):
-    """A trained constant that is added to what a prompt makes."""
+    """A trained constant that is added to what a prompt makes. It has no weight decay."""
 
 
 class Statistic(nnx.Variable):

@@ -16,10 +16,11 @@ from ..config import TrainSection
 
 def make_direction(config: TrainSection) -> optax.GradientTransformation:
     """AdamW (arXiv:1711.05101) without its learning rate, for a clipped gradient. The weights move by minus the
-    learning rate times this update. Weight decay touches trained weights only."""
+    learning rate times this update. Weight decay touches trained weights, but no biases: a constant may be large where
+    what the prompt makes should stay small."""
     return optax.chain(
         optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
-        optax.add_decayed_weights(config.weight_decay, mask=trained),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
         *relative_rates(config),
     )
 
@@ -77,6 +78,10 @@ def learning_rate_at(step, schedule: str, peak, warmup, total) -> jax.Array:
     return peak * jnp.where(step < warmup, (step + 1) / jnp.maximum(1, warmup), fall[schedule]())
 
 
-def trained(adapter):
-    """A tree like the adapter that says which arrays are trained."""
-    return jax.tree.map(lambda v: v.replace(isinstance(v, AdapterParam)), adapter, is_leaf=is_variable)
+def decayed(adapter):
+    """A tree like the adapter that says which arrays have weight decay: those that are trained, except biases."""
+
+    def has_decay(variable) -> bool:
+        return isinstance(variable, AdapterParam) and not isinstance(variable, BiasParam)
+
+    return jax.tree.map(lambda v: v.replace(has_decay(v)), adapter, is_leaf=is_variable)
