@@ -21,7 +21,7 @@ from para_jax.residual import residual_stream
 from para_jax.training.optimizer import LearningRates, learning_rates
 from para_jax.training.step import init_state, tenant_of, train_step
 
-METHODS = [ParaConfig(r=4, summary="standardised"), LoraConfig(r=4), Ia3Config()]
+METHODS = [ParaConfig(r=4, summary="standardised", up_bias=True), LoraConfig(r=4), Ia3Config()]
 SOME_LAYERS = ParaConfig(r=4, summary="standardised", layers_to_transform=(0, 2))
 NAME = lambda m: "some layers" if m is SOME_LAYERS else type(m).__name__  # noqa: E731
 A, B, C = 0, 1, 2
