@@ -178,8 +178,19 @@ def test_a_fresh_adapter_is_the_backbone_bit_for_bit():
         ParaConfig(),
         ParaConfig(activation="rational", summary="standardised"),
         ParaConfig(pooler="constant"),
+        ParaConfig(up_bias=True),
     ):
         np.testing.assert_array_equal(adapt(model, config)(tokens, 5), base)
+
+
+def test_a_bias_of_w_up_is_added_to_what_the_prompt_makes():
+    model, tokens = backbone("llama"), prompts(backbone("llama"))
+    plain, biased = (two_tenants(model, up_bias=up_bias)[0] for up_bias in (False, True))
+    expected = vectors(model, plain, tokens[:, :1], 1)  # one token: the first layer's summary is its embedding
+    for site, factors in vectors(model, biased, tokens[:, :1], 1).items():
+        bias = biased.up_bias[site][...]
+        assert bias.shape == (model.config.num_layers, model.config.site_width(site)) and abs(bias).max() > 0.1
+        np.testing.assert_allclose(factors[0], expected[site][0] + bias[0], atol=1e-6)
 
 
 def test_the_parameter_count_equals_the_papers():
@@ -214,11 +225,12 @@ OPTIONS = (
     {"pooler": "max", "summary": "rms"},
     {"pooler": "constant"},
     {"summary": "standardised", "activation": "rational"},
+    {"summary": "rms", "up_bias": True},
     {"target_modules": ("k_proj", "o_proj", "gate_proj", "down_proj"), "activation": "identity", "summary": "rms"},
 )
 
 
-@pytest.mark.parametrize("options", quick(OPTIONS, *OPTIONS[:2]), ids=str)
+@pytest.mark.parametrize("options", quick(OPTIONS, *OPTIONS[:2], OPTIONS[5]), ids=str)
 def test_decoding_with_the_cache_equals_the_teacher_forced_pass(options):
     model = backbone("gemma3_text" if not options else "llama")  # Gemma's window of 5 tokens is left behind on the way
     rows = pick(stack_adapters(two_tenants(model, **options)), [0, 1, -1])

@@ -88,11 +88,12 @@ def test_a_loaded_backbone_is_sharded_and_unchanged(layout, cube):
 
 def test_leading_axes_of_layers_and_tenants_are_replicated(cube):
     config = backbone("llama").config
-    one = strong(init_adapter(ParaConfig(r=4), config))
+    one = strong(init_adapter(ParaConfig(r=4, up_bias=True), config))
     for tree, leading in ((one, 1), (stack_adapters([one, one]).adapters, 2)):
         placed = place(tree, cube, config)
         assert placed.down.get_value().sharding.spec == P(*[None] * leading, "fsdp", None)
         assert placed.up["v_proj"].get_value().sharding.spec == P(*[None] * leading, None, "tensor")
+        assert placed.up_bias["v_proj"].get_value().sharding.spec == P(*[None] * leading, "tensor")
         for mine, other in zip(jax.tree.leaves(placed), jax.tree.leaves(tree), strict=True):
             np.testing.assert_array_equal(mine, other)
 

@@ -24,6 +24,10 @@ class AdapterParam(nnx.LoRAParam):
     """A trained adapter weight. Trainers that know Flax's LoRAParam select it by this type."""
 
 
+class BiasParam(AdapterParam):
+    """A trained constant that is added to what a prompt makes. It has no weight decay."""
+
+
 class Statistic(nnx.Variable):
     """A value that is measured before training and stored with the adapter. It is never trained."""
 

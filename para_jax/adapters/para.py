@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..config import ModelConfig, ParaConfig
-from .adapter import Adapter, AdapterParam, Factors, Statistic, describe, is_variable, token_at
+from .adapter import Adapter, AdapterParam, BiasParam, Factors, Statistic, describe, is_variable, token_at
 from .method import Method
 from .para_format import para_leaves, para_outline, para_tensors, para_values
 
@@ -35,6 +35,8 @@ class Para(Adapter):
     N(0, 1). Everything else is the same, so PARA's score minus that of this control is what reading the prompt is
     worth. Its factors do not depend on the prompt: a trained one is an (IA)^3 adapter (`export_ia3`).
 
+    With `up_bias` [C], l = 1 + c + z W_up: a learned constant c, which starts from zero, next to the prompt's part.
+
     With `layers_to_transform` [C] only those layers have a generator; in the others l = 1.
     """
 
@@ -47,6 +49,13 @@ class Para(Adapter):
                 for site in config.target_modules
             }
         )
+        if config.up_bias:
+            self.up_bias = nnx.Dict(
+                {
+                    site: BiasParam(jnp.zeros(model.site_width(site)), axes=(model.site_axis(site),))
+                    for site in config.target_modules
+                }
+            )
         if config.pooler == "constant":
             self.constant = AdapterParam(jax.random.normal(rngs.params(), (model.width,)), axes=("width",))
         if config.summary == "standardised":
@@ -80,7 +89,10 @@ class Para(Adapter):
         bfloat16 on a TPU and to TF32 on a GPU. This runs once per prompt, so full precision costs next to nothing."""
         summary = self.constant[...] if self.config.pooler == "constant" else summary.astype(jnp.float32)
         hidden = self.activate(exact_product(self.summarise(summary), self.down[...]))
-        return Factors({site: exact_product(hidden, up[...]) for site, up in self.up.items()})
+        distance = {site: exact_product(hidden, up[...]) for site, up in self.up.items()}
+        if self.config.up_bias:
+            distance = {site: self.up_bias[site][...] + of_prompt for site, of_prompt in distance.items()}
+        return Factors(distance)
 
     def normal(self, model: ModelConfig) -> Para:
         """The same adapter with a generator in every layer."""

@@ -1,4 +1,5 @@
-"""PARA's tensors in an adapter folder: in PyTorch's orientation, the up-projections of all sites as one matrix."""
+"""PARA's tensors in an adapter folder: in PyTorch's orientation, the up-projections of all sites as one matrix, and
+their biases as one vector."""
 
 from __future__ import annotations
 
@@ -30,6 +31,9 @@ def para_tensors(adapter: Adapter) -> dict[str, jax.Array | np.ndarray]:
         ups = [leaves[f"up.{site}"][place].T for site in config.target_modules]
         tensors[layer_name(i, "para_down.weight")] = leaves["down"][place].T
         tensors[layer_name(i, "para_up.weight")] = jnp.concatenate(ups)
+        if config.up_bias:
+            biases = [leaves[f"up_bias.{site}"][place] for site in config.target_modules]
+            tensors[layer_name(i, "para_up.bias")] = jnp.concatenate(biases)
         tensors |= {layer_name(i, name): leaves[key][place] for key, name in EXTRAS.items() if key in leaves}
     return tensors
 
@@ -38,9 +42,12 @@ def para_leaves(
     config: ParaConfig, model: ModelConfig, tensors: dict[str, np.ndarray]
 ) -> tuple[ParaConfig, dict[str, np.ndarray]]:
     stacked = join_layers(tensors)
-    widths = [model.site_width(site) for site in config.target_modules]
-    ups = np.split(stacked["para_up.weight"].swapaxes(1, 2), np.cumsum(widths)[:-1], axis=2)
+    ends = np.cumsum([model.site_width(site) for site in config.target_modules])[:-1]
+    ups = np.split(stacked["para_up.weight"].swapaxes(1, 2), ends, axis=2)
     leaves = {f"up.{site}": up for site, up in zip(config.target_modules, ups, strict=True)}
+    if config.up_bias:
+        biases = np.split(stacked["para_up.bias"], ends, axis=1)
+        leaves |= {f"up_bias.{site}": bias for site, bias in zip(config.target_modules, biases, strict=True)}
     leaves["down"] = stacked["para_down.weight"].swapaxes(1, 2)
     return config, leaves | {key: stacked[name] for key, name in EXTRAS.items() if name in stacked}
 
@@ -49,7 +56,7 @@ def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> tu
     """Counted from the config alone, so that a folder without its weights can be inspected."""
     count, width, carried = backbone["num_layers"], backbone["width"], sum(backbone["site_widths"].values())
     layers = count if config.layers_to_transform is None else len(config.layers_to_transform)
-    vectors = 0
+    vectors = carried if config.up_bias else 0
     if config.pooler == "constant":
         vectors += width
     if config.summary == "standardised":
@@ -62,6 +69,8 @@ def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> tu
 def para_outline(config: ParaConfig) -> str:
     text = f"Rank {config.r} on {', '.join(config.target_modules)}; pooler {config.pooler}, "
     text += f"summary {config.summary}, activation {config.activation}"
+    if config.up_bias:
+        text += ", W_up with a bias"
     if config.layers_to_transform:
         text += f"; layers {', '.join(map(str, config.layers_to_transform))}"
     return text

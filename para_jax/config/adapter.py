@@ -46,6 +46,8 @@ class ParaConfig(AdapterConfig):
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")
     layers_to_transform: tuple[int, ...] | None = None
     """the layers that have a generator, counted from 0; None: all layers [our choice]"""
+    up_bias: bool = field(default=False, metadata=OPTIONAL)
+    """W_up has a bias: a learned constant next to what the prompt makes. It starts from zero [our choice]"""
 
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))

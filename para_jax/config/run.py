@@ -132,6 +132,9 @@ class TrainSection:
     up_lr_ratio: Annotated[float, Bounds(above=0, below=1e9)] = 1.0
     """the learning rate of PARA's W_up [our choice] and LoRA's B, as a multiple of learning_rate, which all other
     weights use (LoRA+, arXiv:2402.12354; loraplus_lr_ratio in PEFT)"""
+    bias_lr_ratio: Annotated[float, Bounds(above=0, below=1e9)] = 30.0
+    """the learning rate of PARA's biases (adapter.up_bias), as a multiple of learning_rate: by default (IA)^3's
+    [our choice]"""
     max_grad_norm: Annotated[float, Bounds(above=0)] = 1.0
     weight_decay: Annotated[float, Bounds(at_least=0, below=1e9)] = 0.0
     adam_b1: Fraction = 0.9

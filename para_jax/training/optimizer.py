@@ -10,18 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..adapters.adapter import AdapterParam, is_variable
+from ..adapters.adapter import AdapterParam, BiasParam, is_variable
 from ..config import TrainSection
 
 
 def make_direction(config: TrainSection) -> optax.GradientTransformation:
     """AdamW (arXiv:1711.05101) without its learning rate, for a clipped gradient. The weights move by minus the
-    learning rate times this update. Weight decay touches trained weights only."""
-    return optax.chain(
+    learning rate times this update. Weight decay touches trained weights, but no biases: a constant may be large where
+    what the prompt makes should stay small."""
+    chain = optax.chain(
         optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
-        optax.add_decayed_weights(config.weight_decay, mask=trained),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
         *faster_up(config),
     )
+
+    def update(gradient, state, adapter=None):
+        direction, state = chain.update(gradient, state, adapter)
+        return faster_biases(direction, config.bias_lr_ratio), state
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def clipped(gradient, norm: jax.Array, config: TrainSection):
@@ -39,6 +46,15 @@ def faster_up(config: TrainSection) -> list[optax.GradientTransformation]:
 
     faster = optax.stateless(lambda update, _: jax.tree.map(scaled, update, is_leaf=is_variable))
     return [faster] if config.up_lr_ratio != 1 else []
+
+
+def faster_biases(direction, ratio: float):
+    """PARA's biases move `ratio` times as far (our choice)."""
+
+    def scaled(variable):
+        return variable.replace(variable[...] * ratio) if isinstance(variable, BiasParam) else variable
+
+    return jax.tree.map(scaled, direction, is_leaf=is_variable)
 
 
 class LearningRates(NamedTuple):
@@ -74,6 +90,10 @@ def learning_rate_at(step, schedule: str, peak, warmup, total) -> jax.Array:
     return peak * jnp.where(step < warmup, (step + 1) / jnp.maximum(1, warmup), fall[schedule]())
 
 
-def trained(adapter):
-    """A tree like the adapter that says which arrays are trained."""
-    return jax.tree.map(lambda v: v.replace(isinstance(v, AdapterParam)), adapter, is_leaf=is_variable)
+def decayed(adapter):
+    """A tree like the adapter that says which arrays have weight decay: those that are trained, except biases."""
+
+    def has_decay(variable) -> bool:
+        return isinstance(variable, AdapterParam) and not isinstance(variable, BiasParam)
+
+    return jax.tree.map(lambda v: v.replace(has_decay(v)), adapter, is_leaf=is_variable)

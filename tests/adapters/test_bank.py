@@ -26,7 +26,7 @@ from para_jax.adapters import padding
 from para_jax.adapters.unknown_tenant import unknown
 from para_jax.config import SITES
 
-NAMES = ["para", "ia3", None, "wide", "input", "standardised", "last layer"]
+NAMES = ["para", "ia3", None, "wide", "input", "standardised", "last layer", "bias"]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def tenants(model):
         "wide": ParaConfig(r=8, target_modules=("q_proj", "up_proj")),
         "standardised": ParaConfig(r=3, summary="standardised", activation="rational"),
         "last layer": ParaConfig(r=5, layers_to_transform=(2,)),
+        "bias": ParaConfig(r=4, up_bias=True, target_modules=("v_proj", "up_proj")),
         "ia3": Ia3Config(target_modules=("q_proj", "v_proj")),
         "input": Ia3Config(target_modules=("v_proj", "up_proj", "down_proj")),
         "lora": LoraConfig(r=4, lora_alpha=16),

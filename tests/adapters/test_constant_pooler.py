@@ -80,10 +80,12 @@ def test_a_step_trains_the_constant_and_it_is_saved_and_loaded(tmp_path):
     np.testing.assert_array_equal(loaded.constant[...], adapter.constant[...])
 
 
-def test_it_folds_into_an_ia3_adapter_for_all_prompts():
+@pytest.mark.parametrize("up_bias", [False, True])
+def test_it_folds_into_an_ia3_adapter_for_all_prompts(up_bias):
     model, tokens = backbone("llama"), prompts(backbone("llama"), 3)
-    made = vectors(model, control(), tokens[:1], 2)
+    adapter = control(up_bias=up_bias)
+    made = vectors(model, adapter, tokens[:1], 2)
     folded = from_factors({site: factors[:, 0] for site, factors in made.items()}, model.config)
-    found, expected = (forward(model, adapter, tokens, np.array([3, 8, 5])) for adapter in (folded, control()))
+    found, expected = (forward(model, adapter, tokens, np.array([3, 8, 5])) for adapter in (folded, adapter))
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert abs(expected - forward(model, None, tokens, None)).max() > 0.1

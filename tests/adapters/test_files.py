@@ -24,6 +24,7 @@ from para_jax.config import allowed_values
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DEEP, TWICE = b'{"peft_type": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"peft_type": "PARA", "r": 4, "r": 4}'
 LAYER = "base_model.model.model.layers."
+EVERYTHING = {"pooler": "constant", "summary": "standardised", "activation": "rational", "up_bias": True}
 
 
 def trained(seed=1, **options):
@@ -65,7 +66,7 @@ def change_tensors(folder, change):
     list(product(allowed_values(ParaConfig, "pooler"), allowed_values(ParaConfig, "summary"), ("gelu", "rational"))),
 )
 def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(tmp_path, pooler, summary, activation):
-    adapter = trained(pooler=pooler, summary=summary, activation=activation)
+    adapter = trained(pooler=pooler, summary=summary, activation=activation, up_bias=activation == "gelu")
     save_adapter(adapter, tmp_path / "adapter")
     loaded = load(tmp_path / "adapter")
     assert jax.tree.structure(loaded) == jax.tree.structure(adapter)
@@ -117,10 +118,11 @@ def test_a_folder_written_by_others_loads_in_its_orientation(tmp_path, dtype):
 
 
 def test_the_file_holds_the_documented_names_and_shapes(tmp_path):
-    save_adapter(trained(pooler="constant", summary="standardised", activation="rational"), tmp_path / "adapter")
+    save_adapter(trained(**EVERYTHING), tmp_path / "adapter")
     shapes = {
         "para_down.weight": (4, 64),
         "para_up.weight": (64 + 32 + 128, 4),
+        "para_up.bias": (64 + 32 + 128,),
         "para_constant": (64,),
         "para_summary_mean": (64,),
         "para_summary_scale": (1,),
@@ -129,6 +131,29 @@ def test_the_file_holds_the_documented_names_and_shapes(tmp_path):
     }
     found = {name: tensor.shape for name, tensor in load_file(tmp_path / "adapter" / WEIGHTS).items()}
     assert found == {f"{LAYER}{i}.{name}": shape for i in range(3) for name, shape in shapes.items()}
+
+
+def test_the_bias_of_w_up_is_that_of_a_linear_layer_over_all_sites(tmp_path):
+    adapter = trained(up_bias=True)
+    save_adapter(adapter, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["up_bias"] is True
+    assert "W_up with a bias" in (tmp_path / "adapter" / "README.md").read_text()
+    held = load_file(tmp_path / "adapter" / WEIGHTS)
+    for i in range(3):
+        expected = np.concatenate([adapter.up_bias[site][i] for site in ("q_proj", "v_proj", "up_proj")])
+        np.testing.assert_array_equal(held[f"{LAYER}{i}.para_up.bias"], expected)
+
+
+@pytest.mark.parametrize("changed, message", [(False, "unknown: .*para_up.bias"), (True, "missing: .*para_up.bias")])
+def test_a_bias_that_the_config_or_the_file_lacks_is_refused_by_name(tmp_path, changed, message):
+    save_adapter(trained(up_bias=not changed), tmp_path / "adapter")
+    change_config(tmp_path / "adapter", up_bias=changed)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "adapter")
+
+
+def test_a_folder_without_a_bias_does_not_name_it(folder):
+    assert "up_bias" not in json.loads((folder / CONFIG).read_text())
 
 
 def test_the_config_tells_method_and_backbone_without_the_weights(tmp_path):
@@ -142,9 +167,6 @@ def test_the_config_tells_method_and_backbone_without_the_weights(tmp_path):
     assert shape["fingerprint"] == model.fingerprint and len(model.fingerprint) == 64
     assert found.base_model == "me/model"
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["task_type"] == "CAUSAL_LM"
-
-
-EVERYTHING = {"pooler": "constant", "summary": "standardised", "activation": "rational"}
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING, EVERYTHING | {"layers_to_transform": (0, 2)}])

@@ -13,7 +13,7 @@ from para_jax.backbone.load import load_model_config
 CONFIGS = [
     ParaConfig(r=4),
     ParaConfig(r=2, target_modules=("q_proj",), layers_to_transform=(0,)),
-    ParaConfig(r=3, scope="response", scope_window=3),
+    ParaConfig(r=3, scope="response", scope_window=3, up_bias=True),
     LoraConfig(r=2),
     LoraConfig(r=2, scope="prompt"),
     Ia3Config(target_modules=("v_proj", "down_proj")),

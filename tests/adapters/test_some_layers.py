@@ -23,7 +23,11 @@ from para_jax.training.statistics import standardise
 
 LAYERS = (0, 2)  # of three
 CONFIG = replace(TRAIN, warmup_ratio=0.0, max_grad_norm=1e6)  # of more layers the norm would be larger
-FORMS = [{}, {"summary": "rms", "pooler": "mean"}, {"summary": "standardised", "activation": "rational"}]
+FORMS = [
+    {},
+    {"summary": "rms", "pooler": "mean"},
+    {"summary": "standardised", "activation": "rational", "up_bias": True},
+]
 
 
 def some_and_all(**options):

@@ -33,7 +33,7 @@ VARIANTS = {
         ParaConfig(r=4),
         ParaConfig(r=3, pooler="constant", target_modules=("v_proj",)),
         ParaConfig(r=2, summary="standardised", activation="rational", layers_to_transform=(1, 2)),
-        ParaConfig(r=2, scope="response", scope_window=2),
+        ParaConfig(r=2, scope="response", scope_window=2, up_bias=True),
     ),
     "lora": (
         LoraConfig(r=4),
@@ -104,7 +104,7 @@ def check_adapter(folder: Path, loaded) -> None:
         raise Wrong(f"scope {loaded.config.scope} {loaded.config.scope_window}, the file says {scope}")
     if list(getattr(loaded.config, "alora_invocation_tokens", None) or []) != tokens:
         raise Wrong(f"alora_invocation_tokens are {loaded.config.alora_invocation_tokens}, the file says {tokens}")
-    for key in ("r", "lora_alpha", "use_rslora", "pooler", "summary", "activation"):
+    for key in ("r", "lora_alpha", "use_rslora", "pooler", "summary", "activation", "up_bias"):
         if hasattr(loaded.config, key) and getattr(loaded.config, key) != said.get(key, getattr(loaded.config, key)):
             raise Wrong(f"{key} is {getattr(loaded.config, key)}, the file says {said.get(key)}")
 
@@ -121,6 +121,9 @@ def para_leaves(said: dict, stored: dict) -> dict[str, np.ndarray]:
     made = {"down": layers(stored, "para_down.weight").swapaxes(1, 2)}
     ups = np.split(layers(stored, "para_up.weight").swapaxes(1, 2), np.cumsum(widths)[:-1], axis=2)
     made |= {f"up.{site}": up for site, up in zip(sites, ups, strict=True)}
+    if said.get("up_bias"):
+        biases = np.split(layers(stored, "para_up.bias"), np.cumsum(widths)[:-1], axis=1)
+        made |= {f"up_bias.{site}": bias for site, bias in zip(sites, biases, strict=True)}
     return made | {
         name: layers(stored, ending) for ending, name in EXTRAS.items() if any(key.endswith(ending) for key in stored)
     }

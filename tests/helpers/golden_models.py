@@ -61,6 +61,8 @@ def strong(adapter, seed: int = 0, scale: float = 0.1):
     for i, site in enumerate(made.config.target_modules):
         drawn = np.random.default_rng([seed, i]).normal(0, scale, weights[site].shape)
         weights[site][...] = jnp.asarray(made.neutral + drawn, jnp.float32)
+    for i, bias in enumerate(vars(made).get("up_bias", {}).values()):
+        bias[...] = jnp.asarray(np.random.default_rng([seed, i, 1]).normal(0, scale, bias.shape), jnp.float32)
     return made
 
 

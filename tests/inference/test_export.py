@@ -70,6 +70,16 @@ def test_the_folder_is_one_that_peft_loads(tmp_path):
     assert "library_name: peft" in card and "base_model: me/llama" in card and "one prompt of 5 tokens" in card
 
 
+def test_a_constant_pooler_with_a_bias_is_the_same_ia3_for_every_prompt(tmp_path):
+    model, tokens = backbone("llama"), prompts(backbone("llama"))
+    para = strong(init_adapter(ParaConfig(r=4, pooler="constant", up_bias=True), model.config), 1)
+    export_ia3(para, model, PROMPT, tmp_path / "ia3", tokenizer=tokenizer())
+    exported = load_adapter(tmp_path / "ia3", model.config)
+    expected = forward(model, para, tokens, 4)
+    assert abs(expected - forward(model, None, tokens, 4)).max() > 0.1
+    np.testing.assert_allclose(forward(model, exported, tokens, 4), expected, atol=2e-4)
+
+
 def test_a_chat_is_rendered_by_the_template(tmp_path):
     model, para = backbone("llama"), golden_tenants("llama")[0]
     export_ia3(para, model, [{"role": "user", "content": "w7 w8"}], tmp_path / "chat", tokenizer=tokenizer())

@@ -10,9 +10,9 @@ import pytest
 from golden_models import backbone, strong
 
 from para_jax import LoraConfig, ParaConfig, init_adapter
-from para_jax.adapters.adapter import AdapterParam, Statistic, is_variable, named_leaves
+from para_jax.adapters.adapter import AdapterParam, BiasParam, Statistic, is_variable, named_leaves
 from para_jax.config import TrainSection, allowed_values
-from para_jax.training.optimizer import clipped, learning_rates, make_direction, trained
+from para_jax.training.optimizer import clipped, decayed, learning_rates, make_direction
 
 TRAIN = TrainSection(learning_rate=0.1, schedule="constant", warmup_ratio=0.0)
 ONE = {"a": AdapterParam(jnp.array([3.0, 4.0]))}
@@ -31,8 +31,8 @@ def schedule(total, **settings):
 
 @pytest.fixture(scope="module")
 def adapter():
-    made = init_adapter(ParaConfig(r=2, summary="standardised", activation="rational"), backbone("llama").config)
-    return strong(made)
+    config = ParaConfig(r=2, summary="standardised", activation="rational", up_bias=True)
+    return strong(init_adapter(config, backbone("llama").config))
 
 
 def variables(tree):
@@ -93,18 +93,19 @@ def test_the_first_update_is_adamw_by_hand(adapter):
     np.testing.assert_allclose(update.down[...], expected, rtol=1e-4)
 
 
-def test_weight_decay_leaves_statistics_alone(adapter):
+def test_weight_decay_leaves_statistics_and_biases_alone(adapter):
     update = first_update(jax.tree.map(jnp.zeros_like, adapter), adapter, weight_decay=0.5)
     moved = optax.apply_updates(adapter, update)
     for before, after in zip(variables(adapter), variables(moved), strict=True):
-        factor = {AdapterParam: 0.95, Statistic: 1.0}[type(before)]
+        factor = {AdapterParam: 0.95, BiasParam: 1.0, Statistic: 1.0}[type(before)]
         np.testing.assert_allclose(after.get_value(), factor * before.get_value(), rtol=1e-6)
-    assert {type(v) for v in variables(adapter)} == {AdapterParam, Statistic}
+    assert {type(v) for v in variables(adapter)} == {AdapterParam, BiasParam, Statistic}
 
 
-def test_a_tree_says_what_is_trained(adapter):
-    says = trained(adapter)
+def test_a_tree_says_what_has_weight_decay(adapter):
+    says = decayed(adapter)
     assert not says.mean.get_value() and not says.scale.get_value()
+    assert not any(bias.get_value() for bias in says.up_bias.values())
     assert says.down.get_value() and says.numerator.get_value() and all(up.get_value() for up in says.up.values())
 
 
@@ -130,6 +131,15 @@ def test_the_matrices_that_lead_out_of_the_rank_may_move_faster(adapter):
         for name in once:
             factor = 16 if name.startswith(up) else 1
             np.testing.assert_allclose(faster[name], factor * once[name], rtol=1e-6)
+
+
+def test_biases_may_move_at_a_rate_of_their_own(adapter):
+    gradient = jax.tree.map(jnp.cos, adapter)
+    once, faster = (named_leaves(first_update(gradient, adapter, bias_lr_ratio=ratio)) for ratio in (1.0, 10.0))
+    for name in once:
+        factor = 10 if name.startswith("up_bias.") else 1
+        assert abs(once[name]).max() > 0
+        np.testing.assert_allclose(faster[name], factor * once[name], rtol=1e-6)
 
 
 def test_betas_are_those_of_the_config():

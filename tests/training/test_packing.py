@@ -21,7 +21,7 @@ ROWS = [[0, 1, 3], [4, 6], [2, 5]]
 SHAPE = RowShape(24, 9, 4)
 # Windows: a layer's (mistral), some layers' (gemma 2 and 3; qwen2's variant); soft caps: gemma 2
 CASES = [
-    ("llama", None, ParaConfig(r=4)),
+    ("llama", None, ParaConfig(r=4, up_bias=True)),
     ("gemma2", None, ParaConfig(r=4)),
 ]
 MORE_CASES = [

@@ -21,12 +21,12 @@ from para_jax.residual import residual_stream
 from para_jax.training.optimizer import LearningRates, learning_rates
 from para_jax.training.step import init_state, tenant_of, train_step
 
-METHODS = [ParaConfig(r=4, summary="standardised"), LoraConfig(r=4), Ia3Config()]
+METHODS = [ParaConfig(r=4, summary="standardised", up_bias=True), LoraConfig(r=4), Ia3Config()]
 SOME_LAYERS = ParaConfig(r=4, summary="standardised", layers_to_transform=(0, 2))
 NAME = lambda m: "some layers" if m is SOME_LAYERS else type(m).__name__  # noqa: E731
 A, B, C = 0, 1, 2
 EACH = 4  # rows of a tenant's group
-CONFIG = replace(TRAIN, warmup_ratio=0.0)
+CONFIG = replace(TRAIN, warmup_ratio=0.0, bias_lr_ratio=1.0)
 RATES, TOTALS = np.array([3e-2, 1e-2, 2e-2], np.float32), np.array([40, 6, 10], np.int32)
 
 
