@@ -49,6 +49,8 @@ class PromptStates(NamedTuple):
     """as keys"""
     summaries: jax.Array
     """[layers, rows, width], for packed rows [layers, rows, segments, width]: what the adapter's `pool` gives"""
+    row: jax.Array | None = None
+    """int32: which of these rows each row of the batch has, so that rows can share a prompt; None: its own"""
 
 
 def tail_stream(
@@ -118,9 +120,11 @@ def tails_after(
     through_tail = tail_layer(model, reach, prompts, prompt_length, tails, remat)
     one = jnp.ones_like(prompt_length)
     place = [] if prompts.segments is None else [jnp.broadcast_to(jnp.arange(one.shape[1]), one.shape)]
+    row, states = states.row, states._replace(row=None)
 
     def step(x, layer, inputs):
-        weights, (keys, values, summary) = inputs
+        weights, held = inputs
+        keys, values, summary = (a if row is None else a[row] for a in held[:3])
         pooled = summary if place else summary[:, None]  # each summary is pooled again, as a prompt of one token
         adjustment = make(weights, pooled, one, *place)
         x, of_tails = through_tail(x, layer, adjustment, (keys, values))

@@ -60,7 +60,8 @@ class Answerer:
         self.engine, self.journal, self.backbone, self.longest = engine, journal, backbone, longest
         self.shapes = shapes or OpenShapes(model.config.max_positions)
         self.tokens = 0
-        """tokens computed so far: each context once per adapter, each continuation, and each token written"""
+        """tokens answered for so far: each context once per adapter (also where adapters share it), each continuation,
+        and each token written"""
         self.seconds = 0.0
         """the time that took"""
         self.asked: set[Hashable] = set()

@@ -28,7 +28,7 @@ from ..training.step import eval_nll
 from .batch_adapters import Bank, adapters_of, version
 from .questions import Likelihood, Scored
 from .shapes import PlannedShapes, Shapes
-from .shared_prompts import own_batches, padded, shared_batches, shares_prompts
+from .shared_prompts import own_batches, padded, repeated, shared_batches, shares_prompts
 
 #: A row of a batch of contexts, and the tokens of one of its continuations.
 Continuation = tuple[int, tuple[int, ...]]
@@ -49,14 +49,16 @@ def likelihoods(
         rows: contexts per batch.
         compiled: the programs that have been announced, to which this adds; None: no program is announced.
     """
+    planned = isinstance(shapes, PlannedShapes)
+    sharing = not planned or repeated(asked)
     alike: dict[tuple[bool, bool], list[int]] = {}
     for i, (entry, question) in enumerate(asked):
         # the factors of a batch all come from the contexts, or all from other tokens
         other = question.reads is not None
-        alike.setdefault((other, not other and shares_prompts(entry)), []).append(i)
+        alike.setdefault((other, sharing and not other and shares_prompts(entry)), []).append(i)
     for (_, shared), chosen in sorted(alike.items()):
         members = [asked[i] for i in chosen]
-        if isinstance(shapes, PlannedShapes) and shapes.whole_rows:
+        if planned and shapes.whole_rows:
             found = (after_prompts if shared else in_whole_rows)(model, bank, members, rows, shapes)
         else:
             found = after_contexts(model, bank, members, rows, shapes, compiled, shared)
@@ -73,7 +75,7 @@ def after_prompts(
     for index, bucket in enumerate(shapes.buckets):
         members = sorted(np.flatnonzero(of_bucket == index).tolist(), key=lambda i: examples[i].prompt_ids)
         length = bucket.prompt or bucket.length
-        for batch, states in shared_batches(model, [asked[i][1].context for i in members], rows, length):
+        for batch, states in shared_batches(model, [asked[i][1].context for i in members], rows, lambda _, n=length: n):
             chosen = [members[i] for i in batch]
             adapters = adapters_of(model, bank, [asked[i] for i in np.resize(chosen, rows)], shapes)
             given = collate([examples[i] for i in chosen], bucket, rows), states
@@ -123,7 +125,7 @@ def after_contexts(
         of_length.setdefault(length, []).append(members)
     for length, groups in of_length.items():
         read = [asked[members[0]][1].context for members in groups]
-        for chosen, states in (shared_batches if shared else own_batches)(model, read, rows, length):
+        for chosen, states in (shared_batches if shared else own_batches)(model, read, rows, shapes.context):
             batch = [groups[i] for i in chosen]
             firsts = [asked[members[0]] for members in batch]
             adapters = adapters_of(model, bank, [firsts[i % len(firsts)] for i in range(rows)], shapes)

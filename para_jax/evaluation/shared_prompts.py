@@ -6,7 +6,7 @@ then the tails of all the questions about them. A question's answer does not dep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from ..backbone.layout import stack_trees
 from ..model import token_of
 from ..residual import residual_stream
 from ..tail import PromptStates
+from .batch_adapters import version
 
 
 def shares_prompts(entry: Any) -> bool:
@@ -24,26 +25,35 @@ def shares_prompts(entry: Any) -> bool:
     return entry is not None and has_plain_prompts(entry.config)
 
 
+def repeated(asked: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether a prompt is asked about to several of the entries that could share it. Where shapes are planned for the
+    questions, sharing that saves nothing would only take memory for the prompts' states."""
+    of_prompt = {(one.context, version(entry)) for entry, one in asked if shares_prompts(entry)}
+    return len(of_prompt) > len({context for context, _ in of_prompt})
+
+
 def shared_batches(
-    model, contexts: Sequence[tuple[int, ...]], rows: int, length: int
+    model, contexts: Sequence[tuple[int, ...]], rows: int, pad: Callable[[int], int]
 ) -> Iterator[tuple[list[int], PromptStates]]:
-    """Batches of at most `rows` questions, and the states of their prompts, [layers, rows, ...].
+    """Batches of at most `rows` questions, and the states of their prompts, with a `row` for each of the batch.
 
     Args:
-        contexts: of each question, at most `length` tokens. Equal ones are next to each other.
+        contexts: of each question. Equal ones are next to each other.
+        pad: gives the padded tokens for a number of them.
     """
     firsts = [i for i, one in enumerate(contexts) if not i or one != contexts[i - 1]]
     for start in range(0, len(firsts), rows):
         distinct = firsts[start : start + rows]
         stop = firsts[start + rows] if start + rows < len(firsts) else len(contexts)
-        states = plain_states(model, *padded([contexts[i] for i in distinct], rows, length))
+        held = [contexts[i] for i in distinct]
+        states = plain_states(model, *padded(held, rows, pad(max(map(len, held)))))
         for begin in range(distinct[0], stop, rows):
             batch = list(range(begin, min(begin + rows, stop)))
             places = np.searchsorted(distinct, batch, side="right") - 1  # of their prompts
-            yield batch, of_rows(states, np.resize(places, rows))
+            yield batch, states._replace(row=np.resize(places, rows).astype(np.int32))
 
 
-def own_batches(model, contexts: Sequence, rows: int, length: int) -> Iterator[tuple[list[int], None]]:
+def own_batches(model, contexts: Sequence, rows: int, pad: Callable[[int], int]) -> Iterator[tuple[list[int], None]]:
     """As shared_batches, for rows that compute their prompts themselves."""
     for start in range(0, len(contexts), rows):
         yield list(range(start, min(start + rows, len(contexts)))), None
@@ -65,8 +75,3 @@ def plain_states(model, tokens, prompt_length) -> PromptStates:
     """The states of prompts, int32 [rows, T], of adapters that read the last token."""
     keep = lambda x, kept, adjustment: PromptStates(kept[0], kept[1], token_of(x, prompt_length - 1))  # noqa: E731
     return stack_trees(residual_stream(model, None, tokens, prompt_length, keep=keep)[1])
-
-
-@jax.jit
-def of_rows(states: PromptStates, places) -> PromptStates:
-    return jax.tree.map(lambda a: a[:, places], states)

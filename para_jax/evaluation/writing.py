@@ -18,8 +18,8 @@ from ..serving.engine import Engine
 from ..serving.request import Completion, Request
 from .batch_adapters import Bank, adapters_of
 from .questions import Generation, Pending, Written
-from .shapes import Shapes
-from .shared_prompts import own_batches, shared_batches, shares_prompts
+from .shapes import PlannedShapes, Shapes
+from .shared_prompts import own_batches, repeated, shared_batches, shares_prompts
 
 
 def write_in_batches(
@@ -40,21 +40,20 @@ def write_in_batches(
 
     Raises ValueError for questions that are sampled or have stop texts, which need an Engine.
     """
+    sharing = not isinstance(shapes, PlannedShapes) or repeated(asked)
     alike: dict[tuple, list[int]] = {}
-    for i, (_, question) in enumerate(asked):
+    for i, (entry, question) in enumerate(asked):
         if question.temperature > 0 or question.stop:
             raise ValueError(
                 f"temperature {question.temperature}, stop {question.stop}: only an engine can sample answers or end "
                 "them at a text"
             )
         other = question.reads is not None
-        shared = not other and shares_prompts(asked[i][0])
-        length = shapes.prompt(len(question.context))
-        alike.setdefault((length, other, shared, question.stop_ids), []).append(i)
-    for (length, _, shared, own), members in sorted(alike.items()):
+        alike.setdefault((other, sharing and not other and shares_prompts(entry), question.stop_ids), []).append(i)
+    for (_, shared, own), members in alike.items():
         members.sort(key=lambda i: (len(asked[i][1].context), asked[i][1].context))
         contexts = [asked[i][1].context for i in members]
-        for places, states in (shared_batches if shared else own_batches)(model, contexts, rows, length):
+        for places, states in (shared_batches if shared else own_batches)(model, contexts, rows, shapes.prompt):
             chosen = [members[i] for i in places]
             batch = [asked[i] for i in np.resize(chosen, rows)]  # one compiled shape, also at the end
             prompts = [list(question.context) for _, question in batch]
@@ -65,7 +64,7 @@ def write_in_batches(
                 prompts,
                 Sampling(new),
                 stop_ids=(*stop_ids, *own),
-                length=length,
+                length=shapes.prompt(longest) if states is None else states.keys.shape[3],
                 max_length=shapes.writing_cache(longest + new),
                 begin=None if states is None else partial(prefill_after, states=states),
             )

@@ -59,6 +59,11 @@ class Standing(NamedTuple):
         """A tenant's records."""
         return (self.scores or {}).get(self.names[tenant], {})
 
+    def has_base(self, tenant: int, split: str) -> bool:
+        """Whether the base model was scored on the tenant's data of this split."""
+        before = split == "test" and self.test_before[tenant] is not None
+        return before or f"{split}_base" in self.records(tenant)
+
     @property
     def over(self) -> list[bool]:
         """Whether each tenant has ended."""

@@ -342,8 +342,10 @@ def fit(
             scoring = Scoring(config, model, tenants, validation, test, logs, stop)
             loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
-                for split in ("test", "validation") if config.eval.base and not quiet else ():
+                for split in () if quiet else ("test", "validation"):
                     asked = scoring.with_changed(standing, split, changed) if restored else list(range(len(tenants)))
+                    if not config.eval.base:  # but a score of other data is replaced
+                        asked = [tenant for tenant in asked if standing.has_base(tenant, split)]
                     standing = scoring.score_backbone(state, standing, split, asked)
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
                 if not all(standing.over):

@@ -57,7 +57,7 @@ class Record(NamedTuple):
 
 def record_of(model, pooler: Adapter) -> Record:
     int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-    keys, _, summaries = jax.eval_shape(prompt_states, model, pooler, int32(1, 1), int32(1))
+    keys, _, summaries, _ = jax.eval_shape(prompt_states, model, pooler, int32(1, 1), int32(1))
     layers, _, kv_heads, _, head_dim = keys.shape
     return Record(layers, kv_heads, head_dim, summaries.shape[2], str(keys.dtype), str(summaries.dtype))
 
@@ -73,7 +73,7 @@ def computed(model, pooler: Adapter, prompts: ExampleArrays, rows: int) -> Itera
     assert (np.diff(prompts.lengths) >= 0).all()
     for chosen, batch in full_batches(prompts, rows, plan_buckets(prompts, BUCKETS)):
         tokens, lengths = (shard_rows(a, ("batch",)) for a in (batch.tokens, batch.prompt_length))
-        keys, values, summaries = jax.device_get(prompt_states(model, pooler, tokens, lengths))
+        keys, values, summaries, _ = jax.device_get(prompt_states(model, pooler, tokens, lengths))
         parts = []
         for i, length in enumerate(prompts.lengths[chosen].tolist()):
             parts += [keys[:, i, :, :length], values[:, i, :, :length], summaries[:, i]]

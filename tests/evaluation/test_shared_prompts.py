@@ -93,20 +93,28 @@ def test_texts_are_those_that_generate_writes(monkeypatch):
         ]
 
 
+def test_with_planned_shapes_a_prompt_that_one_tenant_reads_is_not_shared(monkeypatch):
+    seen = computed(monkeypatch)
+    questions = [("E", one) for one in asked()] + [("A", one) for one in asked()]
+    answerer = Answerer(backbone("llama"), bank_of("llama", NAMES), tokenizer(), rows=ROWS, shapes=planned(asked()))
+    found = answerer.answer(questions)
+    assert seen == [] and len({one.logprob for one in found}) == len(found)
+
+
 @pytest.mark.parametrize("repeats", [[1, 1, 1], [5, 1, 9, 2, 1, 1], [4, 4, 4, 4, 4], [13]])
 def test_every_question_is_in_one_batch_with_the_states_of_its_own_prompt(repeats):
     model = backbone("llama")
     distinct = [tuple(range(3, 6 + i)) for i in range(len(repeats))]
     contexts = [one for one, times in zip(distinct, repeats, strict=True) for _ in range(times)]
     met = []
-    for batch, states in shared_batches(model, contexts, ROWS, 16):
+    for batch, states in shared_batches(model, contexts, ROWS, lambda _: 16):
         assert 0 < len(batch) <= ROWS
         met += batch
         for row, i in enumerate(batch):
             tokens = np.zeros((ROWS, 16), np.int32)
             tokens[0, : len(contexts[i])] = contexts[i]
             own = plain_states(model, tokens, np.array([len(contexts[i])] + [1] * (ROWS - 1)))
-            np.testing.assert_allclose(states.summaries[:, row], own.summaries[:, 0], atol=1e-5)
-            n = len(contexts[i])
-            np.testing.assert_allclose(states.keys[:, row, :, :n], own.keys[:, 0, :, :n], atol=1e-5)
+            place, n = states.row[row], len(contexts[i])
+            np.testing.assert_allclose(states.summaries[:, place], own.summaries[:, 0], atol=1e-5)
+            np.testing.assert_allclose(states.keys[:, place, :, :n], own.keys[:, 0, :, :n], atol=1e-5)
     assert met == list(range(len(contexts)))

@@ -676,13 +676,16 @@ def with_changed_data(config, folder, split):
     return replace(config, data=replace(config.data, changed="accept"))
 
 
-def test_a_run_that_has_ended_is_scored_on_new_test_data(folder, tmp_path):
+@pytest.mark.parametrize("base", [True, False])
+def test_a_run_that_has_ended_is_scored_on_new_test_data(base, folder, tmp_path):
+    """So is the base model, whose old score is of other data, even if eval.base is false by now."""
     shutil.copytree(folder / "data", tmp_path / "data")
     config = run_config(
         folder, f"data.train={tmp_path / 'data'}", f"output_dir={tmp_path / 'run'}", "eval.test=true"
     )  # fmt: skip
     before, logged = train(config), metrics(config)
-    after = train(with_changed_data(config, tmp_path, "test"))
+    changed = with_changed_data(config, tmp_path, "test")
+    after = train(replace(changed, eval=replace(changed.eval, base=base)))
     assert (after.step, after.best_step, after.best_score) == (before.step, before.best_step, before.best_score)
     for name, count in (("test_before_loss", 2), ("test_after_loss", 1)):
         old, new = ([row[name] for row in rows if name in row] for rows in (logged, metrics(config)))
