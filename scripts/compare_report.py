@@ -94,7 +94,8 @@ and with the LoRA of its size: the difference of scores, its 95 % interval, and 
 - "seeds overlap": one method's worst seed is not above the other's best one, so other seeds may say otherwise.
 - "unpaired": scores of earlier versions, without rows. Their interval is wider.
 - With fewer than {FEWEST_ROWS} rows nothing is claimed.
-- Bytes are a tenant's, in float32 and in bfloat16 (vectors of (IA)^3 stay float32).
+- Bytes are a tenant's, in float32 and in bfloat16. Vectors stay float32: counted for (IA)^3, not for a PARA with a bias
+  or a constant pooler, whose second figure is up to 6 % too small.
 - Prefill and decode are relative to the base model, 8 rows of 8 tenants.
 - Forgetting is the loss on plain text, with the adapter less without it."""
 
