@@ -27,7 +27,6 @@ if "PARA_JAX_TEST_DEVICES" not in os.environ:
     # A folder of its own: JAX's keys hold the variable as it is now, as in a process without the flag.
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"] + "/tests")
     quick_compiler.reuse_contexts()
-    quick_compiler.compile_first()
 
 
 @pytest.fixture(scope="session", autouse=True)

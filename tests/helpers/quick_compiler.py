@@ -4,8 +4,6 @@ Tests compile many small programs and run each once: the compiler's optimisation
 """
 
 import os
-import random
-import sys
 import threading
 from importlib.metadata import version
 
@@ -30,19 +28,6 @@ def reuse_contexts() -> None:
         return kept.context[0]
 
     mlir.make_ir_context = reused
-
-
-def compile_first() -> None:
-    """Lets XLA's compiling threads run before this one, on Linux. Without the old emitters, XLA makes another MLIR
-    context for each kernel that comes while all others are in use, which takes longer than compiling the kernel."""
-    if OLD_EMITTERS or sys.platform != "linux":
-        return
-    import jax
-
-    # Starts those threads: no cache has a program with this number. They keep their priority.
-    number = random.getrandbits(30)
-    jax.jit(lambda x: x + number)(0).block_until_ready()
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # a server that a test starts has it too
 
 
 def own_flags() -> dict[str, str]:

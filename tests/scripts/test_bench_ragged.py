@@ -1,6 +1,7 @@
 """The ragged form of LoRA computes what para_jax's own rows compute: logits, gradients and decoded tokens."""
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -85,8 +86,8 @@ def test_a_cpu_computes_every_token_with_every_adapter(gradient):
     assert flops_per_token(16, gradient) / flops_per_token(4, gradient) == pytest.approx(4, rel=0.2)
 
 
-def test_a_tpu_computes_every_token_once_but_not_in_the_gradient_of_the_matrices():
-    """If this fails because the gradient got cheaper, docs/experiments.md must be measured again."""
-    devices = tpu_devices("v5e:1x1")
+def test_a_tpu_computes_every_token_once():
+    """The gradient of the matrices by JAX 0.10 is a masked product with every adapter, by JAX 0.12 a ragged one too."""
+    devices, older = tpu_devices("v5e:1x1"), version("jaxlib").startswith("0.10.")
     assert flops_per_token(16, False, devices) == pytest.approx(1, rel=0.05)
-    assert flops_per_token(16, True, devices) == pytest.approx(16, rel=0.2)
+    assert flops_per_token(16, True, devices) == pytest.approx(16 if older else 1, rel=0.2)

@@ -119,9 +119,10 @@ def test_what_warming_up_raises_ends_the_server(engine):
         raise MemoryError("no room for the slots")
 
     engine.warm_up = fail
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(MemoryError, match="no room"):
         serve(engine, port=0)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_error_outside_the_rounds_ends_the_server_and_its_requests(engine, monkeypatch):
