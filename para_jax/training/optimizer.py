@@ -24,8 +24,8 @@ def make_direction(config: TrainSection) -> optax.GradientTransformation:
         *faster_up(config),
     )
 
-    def update(gradient, state, adapter=None):
-        direction, state = chain.update(gradient, state, adapter)
+    def update(updates, state, params=None):
+        direction, state = chain.update(updates, state, params)
         return faster_biases(direction, config.bias_lr_ratio), state
 
     return optax.GradientTransformation(chain.init, update)
