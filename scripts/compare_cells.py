@@ -1,13 +1,13 @@
 """The files of compare_methods.py's output folder. A cell is a task and a method; each measurement of it is a file."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+from para_jax import atomic
 from para_jax.devices import describe_devices, library_versions
 
 
@@ -53,9 +53,7 @@ def is_old(held: dict) -> bool:
 
 
 def write(file: Path, found: dict) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(part, file)
+    atomic.write_text(file, json.dumps(found, indent=1) + "\n")
 
 
 def read(file: Path) -> dict:

@@ -210,7 +210,7 @@ class EvalSection:
     test_limit: PositiveInt | None = None
     """the maximum number of test examples to score, before and after training"""
     base: bool = True
-    """score the base model before the first step. Without it, tables and model cards compare with nothing"""
+    """score the base model before the first step. Without that, tables and model cards have no score of it"""
 
     def __post_init__(self):
         check_fields(self, "eval.")

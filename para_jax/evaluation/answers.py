@@ -60,8 +60,8 @@ class Answerer:
         self.engine, self.journal, self.backbone, self.longest = engine, journal, backbone, longest
         self.shapes = shapes or OpenShapes(model.config.max_positions)
         self.tokens = 0
-        """tokens answered for so far: each context once per adapter (also where adapters share it), each continuation,
-        and each token written"""
+        """tokens of the answers so far: each context once per adapter, also where adapters share it; each continuation;
+        each token written"""
         self.seconds = 0.0
         """the time that took"""
         self.asked: set[Hashable] = set()

@@ -18,7 +18,7 @@ import numpy as np
 
 from .. import devices
 from ..backbone.transformer import Transformer
-from ..data.batches import assign_buckets, collate, example_lengths, full_batches
+from ..data.batches import assign_buckets, collate, example_lengths
 from ..data.examples import Example
 from ..model import continue_rows, prefill, prefill_after
 from ..processes import full_arrays
@@ -59,47 +59,42 @@ def likelihoods(
     for (_, shared), chosen in sorted(alike.items()):
         members = [asked[i] for i in chosen]
         if planned and shapes.whole_rows:
-            found = (after_prompts if shared else in_whole_rows)(model, bank, members, rows, shapes)
+            found = in_whole_rows(model, bank, members, rows, shapes, shared)
         else:
             found = after_contexts(model, bank, members, rows, shapes, compiled, shared)
         for i, scored in found:
             yield chosen[i], scored
 
 
-def after_prompts(
-    model: Transformer, bank: Bank | None, asked: Sequence[tuple[Any, Likelihood]], rows: int, shapes: PlannedShapes
-) -> Iterator[tuple[int, Scored]]:
-    """As `in_whole_rows`, where all the adapters share their prompts."""
-    examples = [Example(list(question.context), list(question.continuation)) for _, question in asked]
-    of_bucket = assign_buckets(example_lengths(examples), shapes.buckets)
-    for index, bucket in enumerate(shapes.buckets):
-        members = sorted(np.flatnonzero(of_bucket == index).tolist(), key=lambda i: examples[i].prompt_ids)
-        length = bucket.prompt or bucket.length
-        for batch, states in shared_batches(model, [asked[i][1].context for i in members], rows, lambda _, n=length: n):
-            chosen = [members[i] for i in batch]
-            adapters = adapters_of(model, bank, [asked[i] for i in np.resize(chosen, rows)], shapes)
-            given = collate([examples[i] for i in chosen], bucket, rows), states
-            found = eval_nll(model, adapters, *given, completion=bucket.completion, prompt=length)
-            yield from scored_rows(chosen, found)
-
-
 def in_whole_rows(
-    model: Transformer, bank: Bank | None, asked: Sequence[tuple[Any, Likelihood]], rows: int, shapes: PlannedShapes
+    model: Transformer,
+    bank: Bank | None,
+    asked: Sequence[tuple[Any, Likelihood]],
+    rows: int,
+    shapes: PlannedShapes,
+    shared: bool = False,
 ) -> Iterator[tuple[int, Scored]]:
-    """As `likelihoods`: a row of a batch is a context with its continuation."""
+    """As `likelihoods`: a row of a batch is a context with its continuation.
+
+    Args:
+        shared: whether all the adapters share their contexts.
+    """
     examples = [Example(list(question.context), list(question.continuation)) for _, question in asked]
-    buckets = {bucket.length: bucket for bucket in shapes.buckets}
-    for members, batch in full_batches(examples, rows, shapes.buckets):
-        adapters = adapters_of(model, bank, [asked[i] for i in np.resize(members, rows)], shapes)
-        bucket = buckets[batch.tokens.shape[1]]
-        found = eval_nll(model, adapters, batch, completion=bucket.completion, prompt=bucket.prompt)
-        yield from scored_rows(members, found)
-
-
-def scored_rows(members: Sequence[int], found) -> Iterator[tuple[int, Scored]]:
-    nats, _, greedy = full_arrays(found)
-    for i, total, likeliest in zip(members, nats, greedy, strict=False):
-        yield i, Scored(-float(total), bool(likeliest))
+    lengths = example_lengths(examples)
+    of_bucket = assign_buckets(lengths, shapes.buckets)
+    order = [one.prompt_ids for one in examples] if shared else lengths
+    for index, bucket in enumerate(shapes.buckets):
+        members = sorted(np.flatnonzero(of_bucket == index).tolist(), key=order.__getitem__)
+        contexts = [asked[i][1].context for i in members]
+        given = model, contexts, rows, lambda _, bucket=bucket: bucket.prompt or bucket.length
+        for places, states in (shared_batches if shared else own_batches)(*given):
+            chosen = [members[i] for i in places]
+            adapters = adapters_of(model, bank, [asked[i] for i in np.resize(chosen, rows)], shapes)
+            batch = collate([examples[i] for i in chosen], bucket, rows)
+            found = eval_nll(model, adapters, batch, states, completion=bucket.completion, prompt=bucket.prompt)
+            nats, _, greedy = full_arrays(found)
+            for i, total, likeliest in zip(chosen, nats, greedy, strict=False):
+                yield i, Scored(-float(total), bool(likeliest))
 
 
 def after_contexts(

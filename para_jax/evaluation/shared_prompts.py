@@ -1,7 +1,8 @@
 """Prompts that run through the plain backbone (scope `response`), computed once for all the tenants asked about them.
 
 Such a prompt leaves the same keys and values, whoever answers. So a batch of distinct prompts is computed first, and
-then the tails of all the questions about them. A question's answer does not depend on how many tenants are asked.
+then the tails of all the questions about them. With OpenShapes an answer has the same bits, however many tenants are
+asked.
 """
 
 from __future__ import annotations
@@ -9,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from ..adapters.methods import has_plain_prompts
-from ..backbone.layout import stack_trees
-from ..model import token_of
-from ..residual import residual_stream
 from ..tail import PromptStates
+from ..training.prompt_states import prompt_states
 from .batch_adapters import version
 
 
@@ -26,8 +24,8 @@ def shares_prompts(entry: Any) -> bool:
 
 
 def repeated(asked: Sequence[tuple[Any, Any]]) -> bool:
-    """Whether a prompt is asked about to several of the entries that could share it. Where shapes are planned for the
-    questions, sharing that saves nothing would only take memory for the prompts' states."""
+    """Whether several of the entries that share prompts are asked about the same one. If none is, sharing would save
+    nothing and take memory for the prompts' states."""
     of_prompt = {(one.context, version(entry)) for entry, one in asked if shares_prompts(entry)}
     return len(of_prompt) > len({context for context, _ in of_prompt})
 
@@ -46,7 +44,7 @@ def shared_batches(
         distinct = firsts[start : start + rows]
         stop = firsts[start + rows] if start + rows < len(firsts) else len(contexts)
         held = [contexts[i] for i in distinct]
-        states = plain_states(model, *padded(held, rows, pad(max(map(len, held)))))
+        states = prompt_states(model, None, *padded(held, rows, pad(max(map(len, held)))))
         for begin in range(distinct[0], stop, rows):
             batch = list(range(begin, min(begin + rows, stop)))
             places = np.searchsorted(distinct, batch, side="right") - 1  # of their prompts
@@ -65,13 +63,3 @@ def padded(contexts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[n
     for i, context in enumerate(contexts):
         tokens[i, : len(context)], lengths[i] = context, len(context)
     return tokens, lengths
-
-
-# ------------------------------------------------------------------------------------------------------------ programs
-
-
-@jax.jit
-def plain_states(model, tokens, prompt_length) -> PromptStates:
-    """The states of prompts, int32 [rows, T], of adapters that read the last token."""
-    keep = lambda x, kept, adjustment: PromptStates(kept[0], kept[1], token_of(x, prompt_length - 1))  # noqa: E731
-    return stack_trees(residual_stream(model, None, tokens, prompt_length, keep=keep)[1])

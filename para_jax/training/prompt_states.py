@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, token_at
 from ..backbone.layout import stack_trees
 from ..config import ModelConfig
 from ..data.batches import full_batches, plan_buckets
@@ -81,9 +81,10 @@ def computed(model, pooler: Adapter, prompts: ExampleArrays, rows: int) -> Itera
 
 
 @jax.jit
-def prompt_states(model, pooler: Adapter, tokens: jax.Array, prompt_length: jax.Array) -> PromptStates:
-    """The states of the prompts in tokens int32 [rows, T], padded on the right."""
-    pool = jax.vmap(lambda x, length: pooler.pool(x, length))
+def prompt_states(model, pooler: Adapter | None, tokens, prompt_length) -> PromptStates:
+    """The states of the prompts in tokens int32 [rows, T], padded on the right, with the summaries that the pooler's
+    `pool` gives; None: the last token's stream."""
+    pool = jax.vmap(lambda x, length: token_at(x, length - 1) if pooler is None else pooler.pool(x, length))
     keep = lambda x, kept, adjustment: PromptStates(kept[0], kept[1], pool(x, prompt_length))  # noqa: E731
     return stack_trees(residual_stream(model, None, tokens, prompt_length, keep=keep)[1])
 

@@ -12,8 +12,9 @@ from para_jax.evaluation import shared_prompts
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.questions import Generation
 from para_jax.evaluation.shapes import plan_shapes
-from para_jax.evaluation.shared_prompts import plain_states, shared_batches, shares_prompts
+from para_jax.evaluation.shared_prompts import shared_batches, shares_prompts
 from para_jax.evaluation.tasks import EncodedTask, EvalTask
+from para_jax.training.prompt_states import prompt_states
 
 NAMES = "AEF"
 
@@ -28,13 +29,13 @@ def planned(questions):
 
 def computed(monkeypatch):
     """The prompts that are computed for all tenants, as they come."""
-    seen, real = [], plain_states
+    seen, real = [], prompt_states
 
-    def noted(model, tokens, lengths):
+    def noted(model, pooler, tokens, lengths):
         seen.extend(tuple(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True))
-        return real(model, tokens, lengths)
+        return real(model, pooler, tokens, lengths)
 
-    monkeypatch.setattr(shared_prompts, "plain_states", noted)
+    monkeypatch.setattr(shared_prompts, "prompt_states", noted)
     return seen
 
 
@@ -113,7 +114,7 @@ def test_every_question_is_in_one_batch_with_the_states_of_its_own_prompt(repeat
         for row, i in enumerate(batch):
             tokens = np.zeros((ROWS, 16), np.int32)
             tokens[0, : len(contexts[i])] = contexts[i]
-            own = plain_states(model, tokens, np.array([len(contexts[i])] + [1] * (ROWS - 1)))
+            own = prompt_states(model, None, tokens, np.array([len(contexts[i])] + [1] * (ROWS - 1)))
             place, n = states.row[row], len(contexts[i])
             np.testing.assert_allclose(states.summaries[:, place], own.summaries[:, 0], atol=1e-5)
             np.testing.assert_allclose(states.keys[:, place, :, :n], own.keys[:, 0, :, :n], atol=1e-5)
