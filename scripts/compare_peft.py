@@ -7,6 +7,8 @@ LoRA r=9 on q, v and up, (IA)^3 with PEFT's defaults, and activated LoRA (the sa
 Each case takes 60 steps of 8 rows, with the loss on the completion. The answers in --data must be single tokens. The
 answer to a row is the likelier one after the prompt. A file that exists keeps the results of other cases and seeds. The
 torch side (compare_peft_worker.py) needs the extra [bench-peft].
+
+With --control the other side is this one again, with the rows of each batch in reverse order: only rounding differs.
 """
 
 import argparse
@@ -74,6 +76,7 @@ def main():
     parser.add_argument(
         "--seed", type=int, default=0, help="of the adapter's initial weights and the order of the rows"
     )
+    parser.add_argument("--control", action="store_true", help="no torch: compare with the rows in reverse order")
     parser.add_argument("--output", type=Path, default=Path("results/compare_peft.json"))
     args = parser.parse_args()
 
@@ -87,13 +90,19 @@ def main():
             folder = Path(temporary) / name.replace(" ", "-")
             section = TrainSection(learning_rate=rate)
             hand_over(folder, init_adapter(config, model.config, seed=args.seed), data, section)
-            theirs, versions = torch_side(args.torch_python, Path(temporary) / "backbone", folder)
+            if args.control:
+                theirs, versions = our_side(model, folder, in_reverse(data), section, "theirs"), {}
+            else:
+                theirs, versions = torch_side(args.torch_python, Path(temporary) / "backbone", folder)
             ours = our_side(model, folder, data, section)
             found = compared(ours, theirs, [data.answers.index(e.completion_ids[0]) for e in data.tested])
             found["weights"] = distance(
                 *(load_adapter(folder / of, model.config) for of in ("start", "ours", "theirs"))
             )
-            cases[f"{name}, seed {args.seed}"] = {"learning_rate": rate, "torch_versions": versions} | found
+            cases[f"{name}, seed {args.seed}{', control' if args.control else ''}"] = {
+                "learning_rate": rate,
+                "torch_versions": versions,
+            } | found
             record = {"steps": STEPS, "rows": ROWS, "tested": len(data.tested), "data": args.data, "cases": cases}
             write_record(args.output, new_record(shlex.join(["python", *sys.argv]), record))
             print(name, json.dumps({k: v for k, v in found.items() if k != "losses"}), flush=True)
@@ -164,8 +173,8 @@ class Found(NamedTuple):
     seconds: float
 
 
-def our_side(model, folder: Path, data: Data, section: TrainSection) -> Found:
-    """Trains from the same folder as the torch side, and writes the adapter to `ours`."""
+def our_side(model, folder: Path, data: Data, section: TrainSection, to: str = "ours") -> Found:
+    """Trains from the same folder as the torch side, and writes the adapter to a folder in it."""
     begun, losses = time.perf_counter(), []
     state = state_of_one(load_adapter(folder / "start", model.config), section)
     for batch, completion in data.batches:
@@ -174,7 +183,7 @@ def our_side(model, folder: Path, data: Data, section: TrainSection) -> Found:
         state, values = step_of_one(state, model, passes, config=section, **sizes)
         losses.append(float(values["loss"][0]))
     adapter = jax.tree.map(lambda leaf: leaf[0], state.adapters)
-    save_adapter(adapter, folder / "ours")
+    save_adapter(adapter, folder / to)
     return Found(np.array(losses), scored(model, adapter, data), time.perf_counter() - begun)
 
 
@@ -191,6 +200,11 @@ def scored(model, adapter, data: Data, rows: int = 25) -> np.ndarray:
         likely = jax.nn.log_softmax(logits)[:, jnp.array(data.answers)]
         scores[part] = np.asarray(likely)[: len(part)]
     return scores
+
+
+def in_reverse(data: Data) -> Data:
+    """The same rows in each batch, the last one first."""
+    return data._replace(batches=[(jax.tree.map(lambda a: a[::-1], batch), n) for batch, n in data.batches])
 
 
 def torch_side(python: str, backbone: Path, folder: Path) -> tuple[Found, dict]:

@@ -241,6 +241,7 @@ def test_an_update_under_load_loses_nothing(replicated, folder, expected):
 def test_sticky_requests_find_their_prefix(url, folder):
     from ray import serve
 
+    serve.delete(APP)  # a proxy keeps the router that it made for an application
     serve.run(application(folder, replicas=2, sticky=True), name=APP)
 
     def cold(first, sessions):

@@ -88,6 +88,13 @@ def test_the_files_repeat_our_training(data, tmp_path, name):
     assert compare_peft.distance(start, load_adapter(tmp_path / "ours", model.config), trained) < 1e-3
 
 
+def test_the_control_has_the_same_rows_in_another_order(data):
+    for (batch, _), (other, _) in zip(data.batches, compare_peft.in_reverse(data).batches, strict=True):
+        rows, others = (sorted(map(bytes, one.tokens)) for one in (batch, other))
+        assert rows == others and (batch.tokens[0] == other.tokens[-1]).all() and (batch.tokens != other.tokens).any()
+        assert batch.length[0] == other.length[-1] and batch.prompt_length[0] == other.prompt_length[-1]
+
+
 def test_the_scores_are_those_of_the_whole_pass(data):
     model = backbone("llama", "stacked")
     adapter = strong(init_adapter(config_of("LoRA", data), model.config), scale=0.5)
