@@ -161,7 +161,7 @@ def questions_of_run(task: EvalTask, tokenizer, config: ModelConfig, options: Op
     """A run's task as questions."""
     encoded = encode_task(task, tokenizer, options.limit)
     check_room(config, encoded)
-    return questions_of(encoded, len(task.records), options)
+    return questions_of(encoded, len(task.records) + task.skipped, options)
 
 
 def questions_of(encoded: EncodedTask, original: int, options: Options) -> TaskQuestions:
@@ -241,7 +241,8 @@ def evaluate_to_folder(
         raise ValueError(f"tenant {BASE!r}: this is the name of the base model; choose another name")
     here = part.names if part else everyone
     base = base or bank is None
-    base_here = base and (part is None or part.shard.index == 0 or any(one.owner in here for one in tasks))
+    asks = partial(is_asked, here=set(here), alone=part is not None and part.shard.index != 0)
+    base_here = base and any(asks(one, None) for one in tasks)
     content = backbone_content(model)
     files = file_names([*([BASE] if base else []), *everyone])
     files = {name: files[name] for name in (*([BASE] if base_here else []), *here)}
@@ -269,7 +270,6 @@ def evaluate_to_folder(
     by_tenant: dict[str, dict] = {}
     white_space: dict[str, list[Stripped]] = {}
     samples_written: list[str] = []
-    asks = partial(is_asked, here=set(here), alone=part is not None and part.shard.index != 0)
     for number, names in enumerate(passes if passes is not None else [here]):
         tenants = [*([None] if base_here and number == 0 else []), *names]
         pairs = [(who, one) for task in tasks for one in task.questions for who in tenants if asks(task, who)]
