@@ -20,6 +20,7 @@ from .examples import (
     prompt_messages,
     split_conversation,
 )
+from .given import is_nan
 from .row_files import read_rows
 from .sources import FORMS, DatasetSplit, source_of, task_of
 from .tasks import TASKS, field, names_of
@@ -187,11 +188,6 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
 
 def label_text(label: object) -> str | None:
     return None if label is None or is_nan(label) else str(label)
-
-
-def is_nan(value: object) -> bool:
-    """Whether a value is NaN, which Python and pandas write for a missing one."""
-    return isinstance(value, float) and value != value
 
 
 def column(row: dict, name: str) -> Prompt:
