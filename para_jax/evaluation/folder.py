@@ -46,6 +46,7 @@ from .tasks import (
     check_room,
     encode_task,
     file_task,
+    say_long,
     task_of_run,
     with_metrics_in_names,
 )
@@ -142,10 +143,11 @@ def read_own_tasks(
             f"--own: {folder} has no {options.split}.jsonl for {', '.join(missing[:5])}{more}\nadd "
             f"{folder / missing[0] / options.split}.jsonl, or name adapters by their data: --adapters NAME=DIR"
         )
-    tasks = []
+    tasks, of_runs = [], []
     for tenant in tenants:
         task = task_of_run(configs[tenant], options.split, tokenizer) if configs and tenant in configs else None
         if task is not None:
+            of_runs.append(task)
             asked = questions_of_run(task._replace(name=tenant), tokenizer, config, options)
             tasks.append(asked._replace(owner=tenant))
             continue
@@ -154,6 +156,7 @@ def read_own_tasks(
         if found is not None:
             encoded = found.encoded._replace(task=found.encoded.task._replace(name=tenant))
             tasks.append(questions_of(encoded, found.original, options)._replace(owner=tenant))
+    say_long(options.split, of_runs)
     return tasks
 
 

@@ -98,8 +98,8 @@ class Loop(NamedTuple):
                             batches = self.batches(standing)
                     over = all(standing.over)
                     every = self.config.checkpoint.every or self.config.eval.every
-                    found = saved.step < standing.step or (over and saved != standing)
-                    if found and (stopping or over or standing.step % every == 0):
+                    unsaved = saved.step < standing.step or (over and saved != standing)
+                    if unsaved and (stopping or over or standing.step % every == 0):
                         standing, pending = self.read(pending, standing, bar), None
                         self.logs.flush()
                         save_checkpoint(self.checkpoints, state, standing)
