@@ -129,12 +129,13 @@ def copy_for_peft(source: Path, folder: str | Path | BucketPath, *, base_model: 
         raise ValueError(f"{source} names no base model, and PEFT needs one; give its hub id")
     weights = own_file(source, WEIGHTS).read_bytes()
     require_finite(str(source), read_tensors(source, tensor_shapes(source)))
-    written = read_json(own_file(source, CONFIG)) | peft_base(base_model)
-    held = (source / CARD).read_text() if (source / CARD).is_file() and not (source / CARD).is_symlink() else ""
+    held = {key: value for key, value in read_json(own_file(source, CONFIG)).items() if key != "revision"}
+    written = held | peft_base(base_model)
+    card = (source / CARD).read_text() if (source / CARD).is_file() and not (source / CARD).is_symlink() else ""
     files = {
         CONFIG: (json.dumps(written, indent=2) + "\n").encode(),
         WEIGHTS: weights,
-        CARD: model_card(method, config, base_model, lines_of(held)).encode(),
+        CARD: model_card(method, config, base_model, lines_of(card)).encode(),
     }
     replace_folder(expanded(folder).resolve(), files)
 
@@ -251,6 +252,8 @@ def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
             raise ValueError(f"r {shorten(method.rank(config))} is too large; a rank is at most {MAX_RANK}")
     except ValueError as error:
         raise ValueError(f"{file}: {str(error)[:500]}") from None
-    if not isinstance(base_model, (str, NoneType)):
-        raise ValueError(f"{file}: base_model_name_or_path must be text or null; got {shorten(base_model)}")
-    return method, config, backbone, one_line(base_model or "")
+    revision = found.get("revision") if method.in_peft else None
+    for key, value in (("base_model_name_or_path", base_model), ("revision", revision)):
+        if not isinstance(value, (str, NoneType)):
+            raise ValueError(f"{file}: {key} must be text or null; got {shorten(value)}")
+    return method, config, backbone, one_line("@".join(filter(None, (base_model, base_model and revision))))

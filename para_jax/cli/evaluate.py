@@ -192,11 +192,12 @@ def given(values: dict) -> dict:
 
 def run_task(options, config, tokenizer):
     """The config's own data as a task."""
-    from ..evaluation.tasks import task_of_run
+    from ..evaluation.tasks import say_long, task_of_run
 
     task = task_of_run(config, options.split, tokenizer)
     if task is None:
         raise no_data(options, config)
+    say_long(options.split, [task])
     return task
 
 

@@ -18,7 +18,8 @@ TEXT_FIELDS = ("data.prompt", "data.completion")
 
 def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """A RunConfig from a YAML file (None: the defaults) and overrides such as "train.learning_rate=3e-3". An override
-    that changes adapter.method drops the adapter fields of the file. A train.learning_rate of the file stays.
+    that changes adapter.method drops the adapter fields of the file. A train.learning_rate of the file stays. An
+    override of train.num_epochs drops the file's train.max_steps, which would win over it.
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
@@ -26,6 +27,9 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     changes: dict[str, Any] = {}
     for text in overrides:
         changes = merged(changes, parse_override(text))
+    train = changes.get("train")
+    if isinstance(train, dict) and "num_epochs" in train:
+        changes["train"] = {"max_steps": None} | train
     file_method = method_of(in_file, "para")
     method = method_of(changes, file_method)
     if method != file_method:

@@ -110,7 +110,7 @@ class TrainSection:
     warmup_ratio: Fraction = 0.06
     """the share of the steps that warm up"""
     max_steps: PositiveInt | None = None
-    """optimiser steps; default: num_epochs passes over the data"""
+    """optimiser steps; default: num_epochs passes over the data. An override of num_epochs drops a file's max_steps"""
     num_epochs: Annotated[float, Bounds(above=0, below=1e9)] = 1.0
     batch_size: PositiveInt | None = None
     """rows per optimiser step over all devices; the number of forward passes follows from it. Default:

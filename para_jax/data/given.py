@@ -120,4 +120,9 @@ def sequence_of(label: str, data: Any) -> Sequence[Any]:
 
 
 def is_missing(value: Any) -> bool:
-    return value is None or type(value).__name__ in MISSING or (isinstance(value, float) and value != value)
+    return value is None or type(value).__name__ in MISSING or is_nan(value)
+
+
+def is_nan(value: Any) -> bool:
+    """Whether a value is NaN, which Python and pandas write for a missing number."""
+    return isinstance(value, float) and value != value

@@ -20,6 +20,7 @@ from .examples import (
     prompt_messages,
     split_conversation,
 )
+from .given import is_nan
 from .row_files import read_rows
 from .sources import FORMS, DatasetSplit, source_of, task_of
 from .tasks import TASKS, field, names_of
@@ -157,7 +158,7 @@ def records_of(
                 parts = [(*TASKS[task].record(row), row.get("label"))]
             else:
                 parts = row_fields(row, templates)
-            records = [Record(p, c, refs, None if label is None else str(label), place) for p, c, refs, label in parts]
+            records = [Record(p, c, refs, label_text(label), place) for p, c, refs, label in parts]
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
         yield from records
@@ -183,6 +184,10 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{name} is empty")
     return [(prompt, completion, references(row, completion), row.get("label"))]
+
+
+def label_text(label: object) -> str | None:
+    return None if label is None or is_nan(label) else str(label)
 
 
 def column(row: dict, name: str) -> Prompt:
@@ -216,6 +221,8 @@ def fill(template: str, row: dict) -> str:
             value = field(row, name)
             if not isinstance(value, str | int | float):
                 raise ValueError(f"{name} is a {type(value).__name__}; a template takes text and numbers")
+            if is_nan(value):
+                raise ValueError(f"{name} is NaN, a missing value; a template takes text and numbers")
             parts.append(str(value))
     return "".join(parts)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..storage.bucket import Place
+from ..untrusted import without_repeats
 from .arrow_files import MAGIC, parquet_rows
 from .csv_file import DELIMITERS, csv_rows
 from .examples import require_unicode
@@ -71,7 +72,7 @@ def line_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=without_repeats)
                 require_unicode("a text", row)  # half a surrogate pair is JSON
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: not JSON: {json_problem(error)}{advice(number, line)}") from None
@@ -103,7 +104,7 @@ def array_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:
     if seen is not None:
         seen.update(text)
     try:
-        rows = json.loads(str(text, "utf-8-sig"))
+        rows = json.loads(str(text, "utf-8-sig"), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON array: {error}") from None
     for index, row in enumerate(rows):

@@ -21,6 +21,7 @@ from ..config import DataSection
 from ..messages import say
 from ..progress import Progress
 from . import token_cache
+from .batches import rounded_up
 from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
 from .records import ENCODED_AT_ONCE, Record, cut_left, encode_all, report, split_records, too_long
@@ -93,10 +94,6 @@ def describe_lengths(lengths: np.ndarray) -> str:
 def chosen_length(lengths: np.ndarray) -> int:
     """The data.max_seq_length that holds every example."""
     return rounded_up(int(lengths.max()))
-
-
-def rounded_up(length: int) -> int:
-    return -(-length // 8) * 8
 
 
 def load_training_data(section: DataSection, tokenizer) -> TrainingData:

@@ -46,6 +46,7 @@ from .tasks import (
     check_room,
     encode_task,
     file_task,
+    say_long,
     task_of_run,
     with_metrics_in_names,
 )
@@ -142,10 +143,11 @@ def read_own_tasks(
             f"--own: {folder} has no {options.split}.jsonl for {', '.join(missing[:5])}{more}\nadd "
             f"{folder / missing[0] / options.split}.jsonl, or name adapters by their data: --adapters NAME=DIR"
         )
-    tasks = []
+    tasks, of_runs = [], []
     for tenant in tenants:
         task = task_of_run(configs[tenant], options.split, tokenizer) if configs and tenant in configs else None
         if task is not None:
+            of_runs.append(task)
             asked = questions_of_run(task._replace(name=tenant), tokenizer, config, options)
             tasks.append(asked._replace(owner=tenant))
             continue
@@ -154,6 +156,7 @@ def read_own_tasks(
         if found is not None:
             encoded = found.encoded._replace(task=found.encoded.task._replace(name=tenant))
             tasks.append(questions_of(encoded, found.original, options)._replace(owner=tenant))
+    say_long(options.split, of_runs)
     return tasks
 
 
@@ -161,7 +164,7 @@ def questions_of_run(task: EvalTask, tokenizer, config: ModelConfig, options: Op
     """A run's task as questions."""
     encoded = encode_task(task, tokenizer, options.limit)
     check_room(config, encoded)
-    return questions_of(encoded, len(task.records), options)
+    return questions_of(encoded, len(task.records) + task.skipped, options)
 
 
 def questions_of(encoded: EncodedTask, original: int, options: Options) -> TaskQuestions:
@@ -241,7 +244,8 @@ def evaluate_to_folder(
         raise ValueError(f"tenant {BASE!r}: this is the name of the base model; choose another name")
     here = part.names if part else everyone
     base = base or bank is None
-    base_here = base and (part is None or part.shard.index == 0 or any(one.owner in here for one in tasks))
+    asks = partial(is_asked, here=set(here), alone=part is not None and part.shard.index != 0)
+    base_here = base and any(asks(one, None) for one in tasks)
     content = backbone_content(model)
     files = file_names([*([BASE] if base else []), *everyone])
     files = {name: files[name] for name in (*([BASE] if base_here else []), *here)}
@@ -269,7 +273,6 @@ def evaluate_to_folder(
     by_tenant: dict[str, dict] = {}
     white_space: dict[str, list[Stripped]] = {}
     samples_written: list[str] = []
-    asks = partial(is_asked, here=set(here), alone=part is not None and part.shard.index != 0)
     for number, names in enumerate(passes if passes is not None else [here]):
         tenants = [*([None] if base_here and number == 0 else []), *names]
         pairs = [(who, one) for task in tasks for one in task.questions for who in tenants if asks(task, who)]

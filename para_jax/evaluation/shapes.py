@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ..data.batches import MULTIPLE, Bucket, best_lengths, plan_buckets
+from ..data.batches import Bucket, best_lengths, plan_buckets, rounded_up
 from ..data.examples import Example
 from ..inference.generate import CACHE_MULTIPLE, up_to_multiple
 from ..messages import say
@@ -115,7 +115,7 @@ def plan_shapes(tasks: Sequence[EncodedTask]) -> PlannedShapes:
         shapes = shapes._replace(completions=tuple(best_lengths(lengths, count)))
     if writing:
         lengths = np.array([len(prompt) for task in writing for prompt, _ in task.examples])
-        prompts = tuple(best_lengths(-(-lengths // MULTIPLE) * MULTIPLE, WRITTEN_LENGTHS))
+        prompts = tuple(best_lengths(rounded_up(lengths), WRITTEN_LENGTHS))
         needed = lengths.max() + max(task.task.max_new_tokens for task in writing)
         cache = max(up_to_multiple(needed, CACHE_MULTIPLE), prompts[-1])
         shapes = shapes._replace(prompts=prompts, cache=cache)

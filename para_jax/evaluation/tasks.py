@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig
 from ..data.examples import Example, encode_completion, encode_example
-from ..data.records import Record, encode_records, load_records, read_records, split_records, task_of
+from ..data.records import Record, encode_records, load_records, read_records, report, split_records, task_of
 from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
 from ..messages import say, warn
@@ -36,6 +36,10 @@ class EvalTask(NamedTuple):
     """the records as token ids, if they are cut to a length; default: whole"""
     also: tuple[str, ...] = ()
     """more metrics of the same answers"""
+    cut: int = 0
+    """how many of the examples were too long and lost the start of their prompts"""
+    skipped: int = 0
+    """how many more examples there were, which are too long"""
 
     @property
     def ranks(self) -> bool:
@@ -128,9 +132,8 @@ def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None
     records = load_records(config.data, split)
     if records is None:
         return None
-    section = config.data
-    if section.max_seq_length is None:
-        section = with_limit(section, load_model_config(config.backbone.source))
+    model = load_model_config(config.backbone.source)
+    section, room = with_limit(config.data, model), model.max_positions
     known = TASKS.get(task_of(config.data) or "")
     metric, also, choices, new, *_ = by or scoring_rule(config, tokenizer)
     if known and not choices and {record.completion for record in records} <= set(known.choices):
@@ -142,16 +145,40 @@ def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None
                 f"eval.choices has {len(choices)} answers; accuracy ranks 2 to 100. Use eval.metric=exact_match instead"
             )
         warn_of_unreachable(split, records, choices)
+    task = EvalTask(split, records, metric, choices, new, config.eval.batch_size, also=also)
+    if task.writes and section.truncate == "left":  # the answer must fit too
+        section = replace(section, max_seq_length=min(section.max_seq_length or room, max(2, room - new)))
     kept = encode_records(records, tokenizer, section)
-    if config.eval.max_new_tokens is None and not known:  # a length that was chosen must fit
-        room = load_model_config(config.backbone.source).max_positions
-        new = max(1, min(new, room - max(len(example.prompt_ids) for example in kept.examples)))
-    return EvalTask(split, kept.records, metric, choices, new, config.eval.batch_size, kept.examples, also)
+    task = task._replace(records=kept.records, examples=kept.examples, cut=kept.cut, skipped=kept.skipped)
+    chosen = config.eval.max_new_tokens is None and not known
+    return with_room(task, kept.examples, room) if chosen and task.writes else task
+
+
+def with_room(task: EvalTask, examples: Sequence[Example], room: int) -> EvalTask:
+    """The task with answers that fit the model's positions after its longest prompt."""
+    longest = max(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
+    fits = max(1, min(task.max_new_tokens, room - len(examples[longest].prompt_ids)))
+    cut = sum(len(example.completion_ids) > fits for example in examples)
+    if cut:
+        warn(
+            f"{task.name}: at most {fits} tokens are written, and {cut} of {len(examples)} expected answers have more: "
+            f"the prompt of {task.records[longest].place} leaves no more of the model's {room} positions. A smaller "
+            "data.max_seq_length with data.truncate=skip leaves it out, with left it cuts its start"
+        )
+    return task._replace(max_new_tokens=fits)
 
 
 def with_limit(section: DataSection, model: ModelConfig) -> DataSection:
     """The section with a number as max_seq_length: null allows as many tokens as the model has positions."""
     return section if section.max_seq_length else replace(section, max_seq_length=model.max_positions)
+
+
+def say_long(split: str, tasks: Iterable[EvalTask | None]) -> None:
+    """Says how many examples of a split are too long, of all these tasks together; nothing if none is."""
+    found = [task for task in tasks if task is not None]
+    cut, skipped = sum(task.cut for task in found), sum(task.skipped for task in found)
+    if cut or skipped:
+        say(f"{split} data: {report(sum(len(task.records) for task in found), cut, skipped)}")
 
 
 def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, ...]) -> None:
@@ -161,7 +188,7 @@ def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, .
         count, first = f"{len(missed)} of {len(records)} answers", f"{missed[0].completion!r} ({missed[0].place})"
         warn(
             f"{split}: {count} are not among the choices ({', '.join(choices)}) and count as wrong, the first "
-            f"is {first}; eval.choices names others, eval.metric=exact_match scores free text"
+            f"is {first}; eval.choices names others, the metric exact_match scores free text"
         )
 
 
@@ -197,6 +224,8 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     if metric == "accuracy" and not 2 <= len(choices) <= 100:
         raise ValueError(f"--tasks {text!r}: {len(choices)} answers; accuracy ranks 2 to 100. Choose another metric")
     ranked = metric == "accuracy" or (metric in LABEL_METRICS and len(choices) <= RANKED)
+    if ranked:
+        warn_of_unreachable(f"--tasks {text}", records[:limit], choices)
     task = EvalTask(
         name or (path.stem if path.is_file() else path.resolve().name),
         records[:limit],

@@ -28,6 +28,7 @@ from ..training.tenants_file import read_entries
 from .folder import claim_folder, locked_folder
 from .health import logged_warning
 from .scoring import NotFinite
+from .standing import Standing
 from .tenants import Shared, of_data, tenant_configs
 from .train import trained
 
@@ -92,22 +93,20 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     shared = Shared()
     for number, (method, own) in enumerate(method_configs(config).items(), 1):
         say(f"{method}: method {number} of {len(config.sweep.method)}, in {own.output_dir}")
-        ended = train_method(own, shared)
-        rows = on_first_process(partial(method_scores, own, shared, parameters_of(own, shared), ended))
+        standing = train_method(own, shared)
+        rows = on_first_process(partial(method_scores, own, shared, parameters_of(own, shared), standing))
         found = sorted([*found, *(MethodScore(*row) for row in rows)], key=lambda row: row.order)
         on_first_process(partial(write_comparison, folder, found))
     return MethodsResult(found, folder)
 
 
-def train_method(config: RunConfig, shared: Shared) -> str | None:
-    """Runs a method's run to its end. The result says why it ended: "done", "patience" or "not finite". It is None
-    for a run of many, where each combination has its own end."""
+def train_method(config: RunConfig, shared: Shared) -> Standing | None:
+    """Runs a method's run to its end. None: its loss was not finite."""
     try:
-        standing = trained(config, shared).standing
+        return trained(config, shared).standing
     except NotFinite as error:
         warn(f"{adapter_method(config.adapter)}: {error}")
-        return "not finite"
-    return None if config.many else standing.ended[0]
+        return None
 
 
 def parameters_of(config: RunConfig, shared: Shared) -> int:
@@ -131,36 +130,54 @@ def method_configs(config: RunConfig) -> dict[str, RunConfig]:
     }
 
 
-def method_scores(config: RunConfig, shared: Shared, parameters: int, ended: str | None) -> list[MethodScore]:
+def method_scores(config: RunConfig, shared: Shared, parameters: int, standing: Standing | None) -> list[MethodScore]:
     """What a method's run left in its folder.
 
     Args:
-        ended: why the run ended; None: what tenants.json says of each combination.
+        standing: at the end of the run; None: its loss was not finite.
     """
     folder, method = expanded(config.output_dir), adapter_method(config.adapter)
-    entries = read_entries(folder) if config.many else {}
+    entries = read_entries(folder) if config.many else {"": entry_of(standing)} if standing else {}
     rows = []
     for name, own in tenant_configs(config).items():
         _, validation, test, _ = shared.data[of_data(own)]
         task = validation or test
         place = folder / name if name else folder
-        logged = list(read_metrics(place / "metrics.jsonl")) if is_log(place / "metrics.jsonl") else []
+        entry, log = entries.get(name, {}), place / "metrics.jsonl"
+        # The log may also have scores of data that changed since, but a run that broke off has nothing else.
+        logged = rows_of(entry) or (list(read_metrics(log)) if is_log(log) else [])
         scores = best_scores(logged, task.metric) if task else {}
         count = min(own.eval.limit or len(validation.records), len(validation.records)) if validation else 0
-        entry = entries.get(name, {})
+        count = entry.get("scores", {}).get("validation", {}).get("count", count)
         held = load_config(place / "config.yaml")  # with the rate that `auto` chose
         rate = held.train.learning_rate
-        warning = entry.get("warning") if config.many else logged_warning(held, place / "metrics.jsonl")
+        warning = entry.get("warning") if config.many else logged_warning(held, log)
         rows.append(
             MethodScore(
                 method, name, str(place), parameters,
-                rate if isinstance(rate, float) else None, ended or entry.get("ended", "not finite"),
+                rate if isinstance(rate, float) else None, entry.get("ended", "not finite"),
                 task.metric if task else None,
                 scores.get("score"), scores.get("stderr"), count, scores.get("loss"), int(scores.get("step", 0)),
                 scores.get("test"), scores.get("test_stderr"), warning,
             )
         )  # fmt: skip
     return rows
+
+
+def entry_of(standing: Standing) -> dict[str, Any]:
+    """What tenants.json would say of a run of one adapter."""
+    return {"ended": standing.ended[0], "best_step": standing.best_step[0], "scores": standing.records(0)}
+
+
+def rows_of(entry: dict[str, Any]) -> list[dict[str, float]]:
+    """The scores of a run that has ended, as its log has them."""
+    held, step = entry.get("scores", {}), entry.get("best_step", 0)
+    names = {"validation": "validation", "test": "test_after"}
+    return [
+        {"step": step} | {f"{name}_{what}": value for what, value in held[split]["values"].items()}
+        for split, name in names.items()
+        if split in held
+    ]
 
 
 def best_scores(logged: Sequence[dict[str, float]], metric: str) -> dict[str, float]:

@@ -73,7 +73,7 @@ class Loop(NamedTuple):
         """
         compiled: set[Any] = set()
         pending: Dispatched | None = None
-        saved = standing.step
+        saved = standing
         state, standing = self.admit(state, standing)
         batches = self.batches(standing)
         total, begun = sum(t.order.total_steps for t in self.tenants), sum(standing.steps)
@@ -98,11 +98,12 @@ class Loop(NamedTuple):
                             batches = self.batches(standing)
                     over = all(standing.over)
                     every = self.config.checkpoint.every or self.config.eval.every
-                    if saved < standing.step and (stopping or over or standing.step % every == 0):
+                    unsaved = saved.step < standing.step or (over and saved != standing)
+                    if unsaved and (stopping or over or standing.step % every == 0):
                         standing, pending = self.read(pending, standing, bar), None
                         self.logs.flush()
                         save_checkpoint(self.checkpoints, state, standing)
-                        saved = standing.step
+                        saved = standing
                     if stopping:
                         self.end_early(standing)
                     if over:

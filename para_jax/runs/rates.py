@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from .. import atomic
 from ..config import PLAIN_LEARNING_RATE, CheckpointSection, EvalSection, ProfilerSection, RunConfig, SweepSection
+from ..data.batches import for_mixed_rows
 from ..messages import say, warn
 from ..processes import on_first_process
 from ..storage.bucket import Place
@@ -74,6 +75,8 @@ def choose_rates(
     """
     folder, default = folder / TRIALS, default_rate(config)
     inputs = inputs._replace(tenants=[tenant for tenant in inputs.tenants if is_auto(tenant.config)])
+    if config.many and not config.data.packing:  # trials of the only tenant of a run may be at different steps
+        inputs = inputs._replace(buckets=for_mixed_rows(inputs.buckets))
     tried: dict[str, dict[int, Trial]] = {tenant.name: {} for tenant in inputs.tenants if tenant.validation}
     asked: dict[str, Sequence[int]] = {name: FIRST for name in tried}
     for number in range(1, MORE_ROUNDS + 2):

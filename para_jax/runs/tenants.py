@@ -23,7 +23,7 @@ from ..data.tenants import tenant_sections
 from ..data.tokenizer import load_tokenizer
 from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
 from ..evaluation.defaults import ScoringRule, scoring_rule
-from ..evaluation.tasks import EvalTask, task_of_run, with_limit
+from ..evaluation.tasks import EvalTask, say_long, task_of_run, with_limit
 from ..hub import resolve_backbone
 from ..messages import say, warn
 from ..storage.bucket import Place
@@ -107,6 +107,8 @@ def read_inputs(
         raise too_long_in(long)
     data = {name: read_once[of_data(own)][0] for name, own in configs.items()}
     say_data(config, data)
+    for split, place in (("validation", 1), ("test", 2)):
+        say_long(split, [read_once[key][place] for key in dict.fromkeys(map(of_data, configs.values()))])
     say_scoring({name: read_once[of_data(own)][3] for name, own in configs.items()})
     buckets, plans = plan_batches(config, configs, data, layout.tenant_rows)
     tenants = []

@@ -89,6 +89,8 @@ def opened(folder: Place, open_manager: Callable[[], Any]) -> Any:
 def save_checkpoint(checkpoints, state: Any, progress: Any) -> None:
     """Copies the state to host memory and writes it from there while the caller continues. Every process calls this.
 
+    Where there is a checkpoint of this step, of the same state, its progress alone is replaced.
+
     Args:
         state: a TrainState.
         progress: a NamedTuple of JSON values, with `step` (runs.standing.Standing).
@@ -117,7 +119,17 @@ def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
     about["sha256"] = digest(arrays, about)
     saved = ocp.args.Composite(state=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(about))
     with errors_in_one_line(checkpoints):
-        checkpoints.save(progress.step, args=saved, force=True)
+        if progress.step in steps_in(folder):
+            replace_progress(progress_file(folder, progress.step), arrays, about)
+        else:
+            checkpoints.save(progress.step, args=saved, force=True)
+
+
+def replace_progress(file: Place, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    """Replaces what a checkpoint says, if it is one of these arrays. A kill leaves the old text or the new."""
+    held = json.loads(file.read_bytes())
+    if held.pop("sha256", None) == digest(arrays, held):
+        atomic.write_text(file, json.dumps(about))
 
 
 def finish_saving(checkpoints) -> None:
@@ -329,6 +341,11 @@ def steps_in(folder: Place) -> list[int]:
     return sorted((int(name) for name in names if str(int(name)) == name), reverse=True)
 
 
+def progress_file(folder: Place, step: int) -> Place:
+    """Where orbax keeps a checkpoint's progress."""
+    return folder / str(step) / "progress" / "metadata"
+
+
 def progress_keys(folder: Place) -> set[str]:
     """The keys with a value in the progress of the newest checkpoint of a folder, without a check of its bytes; none if
     it can't be read."""
@@ -336,7 +353,7 @@ def progress_keys(folder: Place) -> set[str]:
     if not steps:
         return set()
     try:
-        found = json.loads((folder / str(steps[0]) / "progress" / "metadata").read_bytes())
+        found = json.loads(progress_file(folder, steps[0]).read_bytes())
     except (OSError, ValueError, RecursionError):
         return set()
     return {key for key, value in found.items() if value is not None} if isinstance(found, dict) else set()

@@ -1,9 +1,9 @@
 """The states of prompts in the user's cache folder, for train.cache_prompts=disk.
 
 A file's name is a hash of everything that its bits depend on: the backbone's weights and shape, the prompts, the
-pooler, the batches and the mesh that compute them, the code and the device. A file is therefore never outdated. The
-least recently used files are deleted when the folder exceeds MAX_BYTES; a run that reads a deleted file keeps it until
-it ends.
+pooler, the batches and the mesh that compute them, the code, the device and its precision. A file is therefore never
+outdated. The least recently used files are deleted when the folder exceeds MAX_BYTES; a run that reads a deleted file
+keeps it until it ends.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..atomic import remedy, replacing
+from ..backbone.content import backbone_content
 from ..config import printable
 from ..data.example_arrays import ExampleArrays, digest
 from ..data.token_cache import delete_oldest, files_digest
@@ -39,31 +39,15 @@ def file_of(model, pooler: Adapter, prompts: ExampleArrays, rows: int) -> Path:
     """The file of these prompts' states, on the current mesh. It may not exist."""
     mesh, package = jax.sharding.get_mesh(), Path(__file__).parents[1]
     code = *sorted((package / "backbone").glob("*.py")), package / "residual.py", package / "training/prompt_states.py"
-    named = [FORMAT, rows, dict(mesh.shape), mesh.devices.flat[0].device_kind, jax.__version__, repr(model.config)]
-    named += [repr(model.attention), model.fingerprint, weights_digest(model), pooler_digest(pooler), digest(prompts)]
+    named = [FORMAT, rows, dict(mesh.shape), mesh.devices.flat[0].device_kind, jax.__version__]
+    named += [jax.config.jax_default_matmul_precision]
+    named += [repr(model.attention), backbone_content(model), pooler_digest(pooler), digest(prompts)]
     text = json.dumps([*named, files_digest(code)])
     return folder() / (hashlib.sha256(text.encode()).hexdigest() + ENDING)
 
 
 def folder() -> Path:
     return cache_folder() / "prompts"
-
-
-def weights_digest(model) -> str:
-    """The sha256 of sums over the bits of all weights, each sum along one entry of an array's first axis."""
-    found, leaves = hashlib.sha256(), jax.tree.leaves(model)
-    for leaf, sums in zip(leaves, jax.device_get(bit_sums(leaves)), strict=True):
-        found.update(f"{leaf.shape} {leaf.dtype}".encode() + sums.tobytes())
-    return found.hexdigest()
-
-
-@jax.jit
-def bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    def sums(leaf):
-        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-        return jnp.sum(bits, axis=tuple(range(1, leaf.ndim)), dtype=jnp.uint32)
-
-    return [sums(leaf) for leaf in leaves]
 
 
 def mapped(file: Path, size: int) -> np.ndarray | None:

@@ -12,7 +12,7 @@ from golden_models import FIXTURES, backbone, prompts, strong
 from safetensors.numpy import load_file, save_file
 
 from para_jax import Adapter, Ia3Config, LoraConfig, forward, init_adapter, load_adapter, save_adapter
-from para_jax.adapters.files import read_adapter_config
+from para_jax.adapters.files import copy_for_peft, read_adapter_config
 from para_jax.config import SITES
 from para_jax.inspect import folder_report
 
@@ -109,6 +109,22 @@ def test_the_card_names_peft_and_the_base_model(tmp_path):
     _, front, body = (tmp_path / "adapter" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {"library_name": "peft", "base_model": "me/model", "tags": ["lora", "adapter"]}
     assert "Rank 4 on q_proj, v_proj" in body and "sst2: 0.9" in body
+
+
+def test_a_copy_has_the_revision_of_the_base_model_that_it_names(tmp_path):
+    save_adapter(made(LoraConfig()), tmp_path / "one", base_model="me/model@v1")
+    assert read_adapter_config(tmp_path / "one").base_model == "me/model@v1"
+    for given, named in {
+        "": ("me/model", "v1"),
+        "me/other": ("me/other", None),
+        "me/other@v2": ("me/other", "v2"),
+    }.items():
+        copy_for_peft(tmp_path / "one", tmp_path / "copy", base_model=given)
+        held = saved_config(tmp_path / "copy")
+        assert (held["base_model_name_or_path"], held.get("revision")) == named
+    change_config(tmp_path / "one", revision=3)
+    with pytest.raises(ValueError, match="revision must be text or null; got 3"):
+        load(tmp_path / "one")
 
 
 def test_an_adapter_of_an_unknown_kind_is_not_saved(tmp_path):

@@ -583,3 +583,12 @@ def test_a_quoted_truth_value_is_one(text, value, tmp_path):
 def test_an_override_of_the_method_with_null_is_an_error(tmp_path):
     assert "adapter.method must be" in error("adapter.method=null")
     assert "adapter.method must be" in error("adapter.method=null", file=written(tmp_path, "adapter: {method: lora}"))
+
+
+def test_an_override_of_the_epochs_takes_the_place_of_the_steps_of_the_file(tmp_path):
+    """As in a tenant.yaml; else it would have no effect."""
+    file = written(tmp_path, "train: {max_steps: 7}\n")
+    assert load_config(file, ["train.num_epochs=3"]).train.max_steps is None
+    both = load_config(file, ["train.num_epochs=3", "train.max_steps=5"]).train
+    assert (both.num_epochs, both.max_steps) == (3.0, 5)
+    assert load_config(file, ["train.batch_size=8"]).train.max_steps == 7

@@ -284,3 +284,31 @@ def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
     file = write(tmp_path, {"prompt": "a", "completion": "b"}, {"prompt": "a" * 100, "completion": "b"})
     with pytest.raises(ValueError, match="data.jsonl:2: the line is longer than 100 bytes"):
         read_records(file)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_a_number_that_is_none_is_a_missing_value_and_no_text(tmp_path, ending):
+    """Python writes a missing cell of a table as NaN."""
+    file, rows = (
+        tmp_path / f"x.{ending}",
+        [{"a": "w3", "b": 1.0, "label": float("nan")}, {"a": "w4", "b": float("nan")}],
+    )
+    if ending == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        columns = {name: [row.get(name) for row in rows] for name in ("a", "b", "label")}
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), file)
+    else:
+        file.write_text(json.dumps(rows) if ending == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    records = read_records(file, prompt="{a}", completion="{a}")
+    assert [one.label for one in records] == [None, None]
+    with pytest.raises(ValueError, match=r"x\.\w+.[12].*: .*b"):
+        read_records(file, prompt="{a} {b}", completion="{a}")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_field_that_is_there_twice_is_an_error(tmp_path, ending):
+    """Readers differ in which of the two they take."""
+    text = '{"prompt": "a", "completion": "yes", "completion": "no"}'
+    (tmp_path / f"x.{ending}").write_text(f"[{text}]" if ending == "json" else text + "\n")
+    with pytest.raises(ValueError, match="'completion' is there twice"):
+        read_records(tmp_path / f"x.{ending}")

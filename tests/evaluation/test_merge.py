@@ -182,6 +182,22 @@ def test_each_tenants_own_file_is_asked_in_its_shard_also_of_the_base_model(fold
             assert found == path.read_bytes(), path.name
 
 
+def test_the_first_shard_may_have_no_adapter_and_so_nothing_to_ask(folder, adapters, tmp_path, monkeypatch):
+    """With --own the base model is asked each tenant's questions in that tenant's shard."""
+    monkeypatch.setattr(Shard, "has_content", lambda self, digest: self.index == 1)
+    shutil.copytree(folder / "free", tmp_path / "tenants" / "t0")
+
+    def line(output, *more):
+        one = ["--adapters", f"t0={adapters}/t0/adapter", "--own", *more]
+        given = command(folder, adapters, tmp_path / output, *one, tasks=[tmp_path / "tenants"])
+        return [part for part in given if part not in ("--adapters-from", str(adapters / "list.txt"))]
+
+    assert [main(line(str(index), "--shard", f"{index}/2")) for index in range(2)] == [0, 0]
+    merge_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "merged")
+    assert main(line("one")) == 0
+    assert (tmp_path / "merged/table.csv").read_bytes() == (tmp_path / "one/table.csv").read_bytes()
+
+
 def test_a_shard_has_the_adapters_with_its_digests_in_their_order():
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in NAMES}
     found = [ShardOfAdapters(Shard(index, 2), digests).names for index in range(2)]

@@ -5,8 +5,11 @@ from golden_models import FIXTURES, strong
 from tiny_run import backbone_folder, rows_of_text, run_config, tokenizer, words, write_rows
 
 from para_jax import ParaConfig, evaluate, init_adapter, load_backbone
+from para_jax.backbone.load import load_model_config
 from para_jax.data.records import Record
 from para_jax.data.tokenizer import load_tokenizer
+from para_jax.evaluation.folder import Options, questions_of_run
+from para_jax.evaluation.questions import Scored
 from para_jax.evaluation.tasks import file_task, task_of_run
 
 
@@ -104,3 +107,45 @@ def test_long_examples_are_skipped_cut_or_refused_as_in_training(folder):
 def test_without_a_length_examples_may_be_as_long_as_the_model_allows(folder):
     task = task_of_run(run_config(folder, "data.max_seq_length=null"), "test", tokenizer())
     assert len(task.records) == 4 and len(task.examples[3].prompt_ids) == 20
+
+
+def test_examples_that_are_left_out_still_count_among_those_of_the_file(folder):
+    config = run_config(folder, "data.max_seq_length=16", "data.truncate=skip")
+    task, model = task_of_run(config, "test", tokenizer()), load_model_config(folder / "backbone")
+    asked = questions_of_run(task, tokenizer(), model, Options(limit=2))
+    answers = dict.fromkeys(asked.questions, Scored(-1.0, False))
+    assert asked.results(answers.get)["n-samples"] == {"test": {"original": 4, "effective": 2}}
+
+
+def test_one_long_prompt_shortens_no_other_answer(folder, tmp_path, capsys):
+    """Its own start is cut instead, as in a file's task."""
+    model = load_model_config(folder / "backbone")
+    rows = [{"prompt": words([20] * (model.max_positions + 9)), "completion": "w9"}, *rows_of_text(5, seed=4)]
+    write_rows(tmp_path / "test.jsonl", rows)
+    longest = max(len(row["completion"].split()) for row in rows) + 1
+
+    def of(*more):
+        given = f"data.test={tmp_path / 'test.jsonl'}", "eval.metric=exact_match", "eval.max_new_tokens=null", *more
+        return task_of_run(run_config(folder, *given), "test", tokenizer())
+
+    for most in ("null", model.max_positions):
+        task = of(f"data.max_seq_length={most}", "data.truncate=left")
+        assert task.max_new_tokens >= longest
+        assert sum(map(len, task.examples[0])) + task.max_new_tokens == model.max_positions
+        assert [len(one.prompt_ids) for one in task.examples[1:]] == [8] * 5
+    rows[0]["prompt"] = words([20] * (model.max_positions - 2))
+    write_rows(tmp_path / "test.jsonl", rows)
+    assert "warning" not in capsys.readouterr().err
+    assert of("data.max_seq_length=null").max_new_tokens == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'test.jsonl'}:1" in said and "at most 2 tokens" in said
+
+
+def test_answers_of_a_file_that_are_no_choices_are_named(folder, tmp_path, capsys):
+    model, rows = load_model_config(folder / "backbone"), [{"prompt": "w20", "label": "1"}]
+    write_rows(tmp_path / "train.jsonl", [rows[0] | {"completion": text} for text in ("w9", "w10")])
+    write_rows(tmp_path / "test.jsonl", [rows[0] | {"completion": text} for text in ("w9", "w11")])
+    task = file_task(str(tmp_path), tokenizer(), model, split="test", limit=None)
+    assert task is not None and task.encoded.task.choices == ("w10", "w9")
+    said = capsys.readouterr().err
+    assert "1 of 2 answers are not among the choices (w10, w9)" in said and "test.jsonl:2" in said

@@ -1,10 +1,12 @@
 """compare_methods: each method with its own defaults in a run of its own, and one table of them all."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_run import rows_of_text, run_config, run_folder
+from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
 from para_jax import LoraConfig, MethodsResult, ParaConfig, compare_methods, load_config, train, train_tenants
 from para_jax.cli import main
@@ -127,6 +129,19 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
         assert read_scores(Path(one["folder"]))["validation"]["values"]["loss"] == one["score"]
     assert (tmp_path / "run" / "comparison.md").read_text().startswith("| method | parameters | rate |")
     assert load_config(tmp_path / "run" / "config.yaml") == config
+
+
+def test_a_table_has_the_scores_of_the_data_that_it_counts(folder, tmp_path):
+    """Also where the validation data changed between two starts, and the log still has the scores of the old data."""
+    shutil.copytree(folder / "data", tmp_path / "data")
+    config = methods_config(folder, tmp_path / "run", "sweep.method=[para, ia3]", f"data.train={tmp_path / 'data'}")
+    before = {one.method: one for one in compare_methods(config).methods}
+    write_rows(tmp_path / "data" / "validation.jsonl", rows_of_text(6, seed=9))
+    for one in compare_methods(replace(config, data=replace(config.data, changed="accept"))).methods:
+        record, old = read_scores(Path(one.folder))["validation"], before[one.method]
+        values = record["values"]
+        assert (one.score, one.stderr, one.loss) == (values["loss"], values["loss_stderr"], values["loss"])
+        assert (one.count, one.step) == (record["count"], 2) == (6, old.step) and one.score != old.score
 
 
 @pytest.mark.long

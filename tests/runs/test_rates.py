@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny_run import metrics, run_config, run_folder, write_tenants
+from tiny_run import metrics, run_config, run_folder, words, write_rows, write_tenants
 
 from para_jax import load_config, train, train_tenants
 from para_jax.runs import rates
@@ -162,3 +163,19 @@ def test_a_trial_is_scored_once_at_its_end_on_a_bounded_number_of_examples(folde
         assert load_config(found / name / "config.yaml").eval.limit == 5
     entries = json.loads((found / "tenants.json").read_text())
     assert all(entry["ended"] == "done" and entry["scores"]["validation"]["count"] == 5 for entry in entries.values())
+
+
+def test_trials_of_one_tenant_may_share_steps_of_different_lengths(folder, tmp_path, monkeypatch):
+    """Four trials in three groups: one is always behind the others, whose rows have another length."""
+    monkeypatch.setattr(rates, "FEWEST", 6)
+    monkeypatch.setattr(rates, "MORE_ROUNDS", 0)
+    draw = np.random.default_rng(0)
+    sizes = [(3, 9), (20, 1)] * 12
+    rows = [{"prompt": words(draw.integers(20, 250, p)), "completion": words([9] * c)} for p, c in sizes]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "tenants" / "acme" / f"{split}.jsonl", rows)
+    config = auto_config(
+        folder, tmp_path / "run", f"data.tenants={tmp_path / 'tenants'}", "data.buckets=2", "train.max_steps=6",
+        "train.rows_per_tenant=2", "train.per_device_batch_size=6", "adapter.summary=raw",
+    )  # fmt: skip
+    assert train_tenants(config).tenants["acme"]["steps"] == 6

@@ -294,6 +294,27 @@ def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at
     assert_ends_as(whole, config)
 
 
+def test_what_a_resumed_run_found_at_its_last_step_is_known_to_a_longer_one(config, monkeypatch, capsys):
+    """The last score is the best one, and the run was stopped before it was measured."""
+    config = replace(config, eval=replace(config.eval, every=4))
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        at_call(patched, loop, "train_step", 6, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        train(config)
+    assert checkpoints(config) == [4, 6]
+    with monkeypatch.context() as patched:
+        scripted(patched, 0.9)
+        assert train(config).best_step == 6
+    kept, logged = kept_adapter(config), metrics(config)
+    capsys.readouterr()
+    again = train(config)
+    assert "nothing is left to train after step 6" in capsys.readouterr().err
+    assert (again.best_step, again.best_score) == (6, 0.9) and metrics(config) == logged
+    scripted(monkeypatch, 0.8)
+    longer = train(replace(config, train=replace(config.train, max_steps=8)))
+    assert (longer.best_step, longer.best_score) == (6, 0.9)
+    assert_same_arrays(kept_adapter(config), kept)
+
+
 def test_checkpoints_come_as_often_as_asked_and_the_newest_are_kept(whole, config, monkeypatch):
     config = replace(config, eval=whole[0].eval, checkpoint=CheckpointSection(every=2, keep=3))
     calls, real = [], loop.save_checkpoint

@@ -94,6 +94,18 @@ def test_the_newest_few_are_kept_and_an_interrupted_save_is_not_taken_for_a_whol
         assert restore_checkpoint(checkpoints, state, Progress)[1].step == 6
 
 
+def test_a_checkpoint_of_the_same_step_and_state_gets_the_new_progress(tmp_path):
+    states = [state_on(make_mesh(), seed=seed) for seed in (1, 1, 2)]
+    with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for best, state in enumerate(states):
+            save_checkpoint(checkpoints, state, Progress(4, 0.5, best, 0))
+    with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+        state, found = restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3), Progress)
+    assert found == Progress(4, 0.5, 1, 0)  # the third state is another one, and changes nothing
+    for mine, other in zip(jax.tree.leaves(state), jax.tree.leaves(states[0]), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
 def test_a_checkpoint_holds_adapter_optimiser_and_step_and_never_the_backbone(tmp_path):
     state = state_on(make_mesh(), seed=1)
     names = named(state)

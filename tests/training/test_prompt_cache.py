@@ -167,17 +167,21 @@ def test_a_file_that_is_not_whole_is_never_read(monkeypatch, capsys):
 
 
 def test_a_file_is_of_one_backbone_pooler_and_set_of_prompts():
-    def name(pooler="last", made=None, rows=4, scale=1.0, **config):
+    def name(pooler="last", made=None, rows=4, change=lambda weights: weights, **config):
         model = model_of("llama")
         changed = jax.tree.map(lambda leaf: leaf, model)
-        changed.layers[0][0].feedforward.down_proj.kernel[...] *= scale  # the fingerprint reads q_proj alone
+        kernel = changed.layers[0][0].feedforward.down_proj.kernel  # the fingerprint reads q_proj alone
+        kernel[...] = change(kernel[...])
         prompts = distinct_prompts([order_of(made or examples())])
         with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
             return prompt_file.file_of(
                 changed, pooler_of(ParaConfig(pooler=pooler, **config), model.config), prompts, rows
             )
 
-    others = [name("mean"), name("max"), name(made=examples()[1:]), name(rows=8), name(scale=1.001)]
+    others = [name("mean"), name("max"), name(made=examples()[1:]), name(rows=8)]
+    others += [name(change=lambda weights: weights * 1.001), name(change=lambda weights: weights[..., ::-1])]
+    with jax.default_matmul_precision("bfloat16"):
+        others.append(name())
     assert len({name(), *others}) == 1 + len(others)
     assert name() == name(r=4, scope="response", scope_window=3) == name("constant")
 
