@@ -106,7 +106,7 @@ class Sample:
     def follow_text(self, tokenizer) -> None:
         """Decodes the text along with the tokens, if it is needed before the end."""
         stop = self.request.stop_texts
-        if self.text is None and (stop or self.ticket.streamed):
+        if self.text is None and self.completion is None and (stop or self.ticket.streamed):
             self.text = AnswerText(tokenizer, stop, strip=self.request.strip)
             for token in self.tokens:
                 self.text.add(token)
@@ -131,8 +131,8 @@ class Sample:
         logprobs = None if self.request.logprobs is None else self.logprobs[given:]
         if ended is None:
             return Piece(self.index, "".join(texts[given:count]), self.tokens[given:], logprobs=logprobs)
-        text, tokens = "".join(texts[given:]), self.tokens[given:]
-        return Piece(self.index, text, tokens, ended.finish_reason, ended.error, logprobs)
+        text = ended.text if self.text is None else "".join(texts[given:])  # None: it ended before it had a stream
+        return Piece(self.index, text, self.tokens[given:], ended.finish_reason, ended.error, logprobs)
 
 
 def is_request_error(error: BaseException) -> bool:
