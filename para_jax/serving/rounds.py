@@ -187,7 +187,7 @@ class Rounds:
                 times.first_token = times.first_token or time.monotonic()
             try:
                 for i, token in enumerate(new):
-                    if not request.ignore_eos and (token in self._stops or token in sample.stops):
+                    if token in sample.stops or (token in self._stops and not request.ignore_eos):
                         return self._requests.end(sample, "stop")
                     sample.logprobs += logprobs[i : i + 1]
                     sample.tokens.append(token)
