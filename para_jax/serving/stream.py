@@ -104,7 +104,11 @@ class Stream:
 def pieces_of_ended(requests: OpenRequests, id: Hashable) -> list[Piece]:
     """Takes an answer that run() has yet to give, as one piece per sample. Raises the error of one that has nothing
     else. Called with the lock held."""
-    found = [number for number, completion in requests.done.items() if completion.id == id]
+    found, numbers = [], sorted(number for number, completion in requests.done.items() if completion.id == id)
+    for number in numbers:
+        if found and requests.done[number].index <= requests.done[found[-1]].index:
+            break  # a later request of this id
+        found.append(number)
     if not found:
         raise ValueError(f"stream: no open request has the id {shorten(id)}; give the id of one, or a Request")
     ended = [requests.take(number) for number in found]

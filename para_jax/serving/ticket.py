@@ -107,9 +107,10 @@ class Sample:
         """Decodes the text along with the tokens, if it is needed before the end."""
         stop = self.request.stop_texts
         if self.text is None and self.completion is None and (stop or self.ticket.streamed):
-            self.text = AnswerText(tokenizer, stop, strip=self.request.strip)
+            text = AnswerText(tokenizer, stop, strip=self.request.strip)
             for token in self.tokens:
-                self.text.add(token)
+                text.add(token)
+            self.text = text
 
     def full_text(self, tokenizer, partial: bool) -> str:
         """The text of the tokens. Where they have none, raises the error, or gives "" if `partial`."""

@@ -110,6 +110,17 @@ def test_a_sample_that_ended_before_its_stream_began_has_all_of_its_text(model, 
     assert halves
 
 
+def test_requests_of_one_id_that_have_ended_are_streamed_one_by_one(model, bank):
+    engine = engine_of(model, bank)
+    for number in (1, 2):
+        engine.submit(Request(prompt(number), "A", 3, n=2, id="x"))
+        while len(engine._requests.done) < 2 * number:
+            engine._rounds.make()
+    texts = [[(piece.index, piece.text) for piece in engine.stream("x")] for _ in range(2)]
+    assert all(one == [(0, one[0][1]), (1, one[0][1])] for one in texts) and texts[0] != texts[1]
+    assert engine.open == 0
+
+
 class FailingFor:
     """A tokenizer that fails to decode one token."""
 
@@ -143,6 +154,19 @@ def test_a_sample_that_fails_before_its_stream_begins_leaves_the_others_their_an
     assert [expected[index].error is None for index in range(3)] == [False, True, True]
     for index, completion in expected.items():
         assert (texts[index], last[index].error) == (completion.text, completion.error)
+
+
+def test_a_request_that_cannot_be_streamed_is_answered_by_run(model, bank):
+    request, engine = Request(prompt(1), "A", 12), engine_of(model, bank)
+    engine.submit(request)
+    ((_, whole),) = answers(engine).items()
+    engine = Engine(model, bank, FailingFor(tokenizer(), whole.tokens[0]), slots=1, max_length=LENGTH)
+    id = engine.submit(request)
+    engine.step()
+    with pytest.raises(TypeError, match="no text"):
+        engine.stream(id)
+    ((_, found),) = answers(engine).items()
+    assert "no text" in found.error and found.tokens == whole.tokens
 
 
 def test_a_stream_knows_its_prompt_and_what_was_cached(model, bank):
