@@ -603,6 +603,19 @@ def test_a_damaged_answer_is_refused_with_its_file_and_line_and_what_to_do(tmp_p
     assert output.read_bytes() == before
 
 
+def test_a_line_that_was_cut_off_before_it_came_to_a_bucket_is_refused(bucket):
+    """Further answers would be added to it."""
+    answer = {"line": 1, "index": 0, "request": "0" * 32, "text": "a", "tokens": 1, "finish_reason": "stop"}
+    line = json.dumps(answer).encode() + b"\n"
+    for name, rest in (("one", line[:-1]), ("two", line[:20])):
+        (bucket / "cut" / name).write_bytes(line + rest)
+        with pytest.raises(ValueError, match=f"{name}: line 2 was cut off"):
+            Answers(bucket / "cut" / name)
+    (bucket / "cut/whole").write_bytes(line)
+    with Answers(bucket / "cut/whole") as answers:
+        assert answers.rows == 1
+
+
 def test_a_repeated_answer_counts_once_and_replaces_errors(tmp_path):
     output = tmp_path / "out.jsonl"
     rows = [answer(1, error="a"), answer(1, error="b"), answer(2), answer(2), answer(3, error="c"), answer(3)]
