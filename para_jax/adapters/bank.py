@@ -200,6 +200,7 @@ class AdapterBank:
         with self._lock:
             entry = self._entries.pop(name, None) if isinstance(name, str) else None
             if entry is not None:
+                self.digests.pop(name, None)
                 self._forget(entry.group)
         if entry is None:
             raise ValueError(unknown(name, self.names))

@@ -13,7 +13,8 @@ from .rows import Rows
 
 
 class LoadingBank(AdapterBank):
-    """An AdapterBank that seems to hold all its tenants. What an entry computes does not depend on which are loaded."""
+    """An AdapterBank that seems to hold all its tenants. What an entry computes does not depend on which are loaded.
+    Its tenants stay the same: an adapter that replaced another would be gone once it had to leave the memory."""
 
     most: int
     """adapters that are held at once"""
@@ -33,7 +34,6 @@ class LoadingBank(AdapterBank):
         """
         bank = cls.fitting([one.config for one in found.values()], model_config, capacity=len(found))
         bank._found, bank._load, bank._loading = dict(found), load, threading.Lock()
-        bank.digests = {name: one.digest for name, one in found.items()}
         bank.most = max(1, memory // max(1, bank.largest))
         return bank
 
@@ -42,19 +42,27 @@ class LoadingBank(AdapterBank):
         return tuple(self._found)
 
     def identities(self) -> list[tuple[str, str]]:
-        return list(self.digests.items())
+        return [(name, one.digest) for name, one in self._found.items()]
 
     def entry(self, name: str) -> Entry:
         with self._loading:
             entry = self._entries.get(name) if isinstance(name, str) else None
             if entry is None and name in self:
                 while len(self._entries) >= self.most:
-                    self.remove(next(iter(self._entries)))
-                self.add(name, self._load(name))
+                    super().remove(next(iter(self._entries)))
+                super().add(name, self._load(name))
             entry = super().entry(name)
             with self._lock:
                 self._entries[name] = self._entries.pop(name)  # the last one: the most recently used
         return entry
+
+    def add(self, name: str, adapter: object) -> None:
+        raise ValueError(f"bank: {name!r}: the tenants of a bank that loads adapters stay the same; make another bank")
+
+    replace = add
+
+    def remove(self, name: str) -> None:
+        self.add(name, None)  # raises
 
     def rows(self, names: Iterable[str | None]) -> Rows:
         names = [names] if isinstance(names, str) else list(names)
@@ -81,5 +89,5 @@ def bank_of(
     bank = AdapterBank.fitting(loading.expected, model_config, capacity=len(found))
     for name in found:
         bank.add(name, load(name))
-    bank.digests = loading.digests
+    bank.digests = dict(loading.identities())
     return bank

@@ -105,9 +105,10 @@ def end_of_turn(tokenizer, template: str) -> int:
 
 
 def special_stop_ids(tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
-    """The ids of the stop texts that are special tokens, such as <|im_end|>: they do not appear in decoded text."""
-    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) if stop else {}
-    return tuple(special[text] for text in stop if text in special)
+    """The ids of the stop texts that are special tokens, such as <|im_end|>: they do not appear in decoded text.
+    Most of them have no role, such as EOS has, and are not among the tokenizer's `all_special_tokens`."""
+    added = tokenizer.added_tokens_decoder if stop else {}
+    return tuple(id for id, token in added.items() if token.special and token.content in stop)
 
 
 def most_characters(tokenizer, tokens: int) -> int:

@@ -37,6 +37,8 @@ class Sampling:
             raise ValueError(f"max_new_tokens is {shorten(self.max_new_tokens)}; give a whole number of at least 1")
         if not isinstance(self.temperature, Real) or not 0 <= self.temperature < 1e38:  # the limit of float32; not NaN
             raise ValueError(f"temperature is {shorten(self.temperature)}; give a number of at least 0 (0: greedy)")
+        if self.temperature < np.finfo(np.float32).tiny:  # zero in float32, or zero to some devices
+            object.__setattr__(self, "temperature", 0.0)  # the dataclass is frozen
         if not is_whole(self.top_k) or not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k is {shorten(self.top_k)}; give a whole number of at least 0 (0: all tokens)")
         if not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1:
@@ -46,7 +48,7 @@ class Sampling:
         texts = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"stop is {shorten(self.stop)}; give texts that are not empty")
-        object.__setattr__(self, "stop", tuple(texts))  # the dataclass is frozen
+        object.__setattr__(self, "stop", tuple(texts))
 
     def for_index(self, index: int) -> Sampling:
         """The settings of prompt or sample `index` of several: each has its own seed."""

@@ -27,7 +27,7 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str 
         if asked.max_tokens is None:
             prompt, stops = chat_ids(prompt, engine)
             sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))
-            sampling["stop_token_ids"] += stops
+            sampling["stop_token_ids"] += () if sampling["ignore_eos"] else stops
         if one_token_is_scored(asked):
             sampling["ignore_eos"] = True
         seed = None if asked.seed is None else (asked.seed + i * asked.n) % 2**32

@@ -55,8 +55,8 @@ class Admission:
                 f"prompt: {len(ids)} tokens and max_new_tokens {request.max_new_tokens} are more than the engine's "
                 f"max_length {self.max_length}; shorten the prompt, or ask for fewer tokens"
             )
-        stops = special_stop_ids(self.tokenizer, request.stop_texts) + turn_stop_ids(self.tokenizer, request.prompt)
-        stops += tuple(request.stop_token_ids)
+        stops = special_stop_ids(self.tokenizer, request.stop_texts) + tuple(request.stop_token_ids)
+        stops += () if request.ignore_eos else turn_stop_ids(self.tokenizer, request.prompt)
         samples = [Sample(ticket, index, ids, entry, stops) for index in range(request.n)]
         for sample in samples:
             sample.follow_text(self.tokenizer)

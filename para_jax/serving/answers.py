@@ -125,6 +125,8 @@ class Answers:
             for row, line in enumerate(bounded_lines(lines, MAX_ANSWER), 1):
                 try:
                     if line is not None and cut_off(line, HEAD):
+                        if self._lines:  # no kill did this, and pieces can't be cut
+                            raise ValueError("was cut off. Remove it from the file, and run the command again.")
                         break
                     self._keep(*answer_of(line, row))
                 except ValueError as error:

@@ -202,9 +202,14 @@ class Engine:
             if ticket.streamed:
                 raise ValueError(f"stream: the request {shorten(request)} is streamed already; each has one stream")
             ticket.streamed = True
+            try:
+                for sample in ticket.samples:
+                    sample.follow_text(self.tokenizer)
+            except BaseException:  # some of its tokens have no text
+                ticket.streamed = False
+                raise
             for sample in ticket.samples:
                 self._requests.done.pop(sample.number, None)
-                sample.follow_text(self.tokenizer)
             return iter(Stream(ticket, self._requests, self._advance))
 
     def wait(self, timeout: float) -> bool:

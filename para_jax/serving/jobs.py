@@ -26,6 +26,8 @@ from .request import Completion, Request, check_request
 
 #: Requests that wait in the engine's queue per slot: enough to refill each slot at once.
 AHEAD = 2
+#: Rounds that may fail one after the other, with the one that ends the job.
+TRIALS = 3
 #: The ids that are remembered, to warn of one that comes twice.
 MOST_IDS = 1_000_000
 
@@ -183,12 +185,14 @@ def submit(engine: Engine, sample: LineSample, id: tuple[int, int]) -> str | Non
 
 
 def step(engine: Engine) -> list[Completion]:
-    """One round of the engine. A round that raises is repeated once."""
-    try:
-        return engine.step()
-    except Exception as error:
-        say(f"a round failed and is repeated: {shorten(str(error), 200)}")
-        return engine.step()
+    """One round of the engine. A round that raises is repeated: the engine may need TRIALS to find the prompt that
+    fails."""
+    for _ in range(TRIALS - 1):
+        try:
+            return engine.step()
+        except Exception as error:
+            say(f"a round failed and is repeated: {shorten(str(error), 200)}")
+    return engine.step()
 
 
 def unanswered(

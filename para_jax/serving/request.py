@@ -42,7 +42,8 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     """ids that end an answer, in addition to the engine's"""
     ignore_eos: bool = False
-    """decode past end tokens, up to max_new_tokens: for benchmarks"""
+    """decode past the end tokens of tokenizer, model and chat template: for benchmarks. `stop` and `stop_token_ids`
+    still end an answer"""
     strip: bool = True
     """whether the answer's text leaves out the white space at its ends, such as the space that training puts after a
     prompt. Its tokens, and where a stop text ends it, stay as they are"""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 
 import jax
 
@@ -53,11 +54,12 @@ class Rounds:
             self.broken = False
 
     def make(self) -> None:
-        """Fills free slots, decodes a few tokens, and adds them to the answers."""
+        """Fills free slots, decodes a few tokens, and adds them to the answers. Raises the error of a prompt that is to
+        be tried again only if nothing else could be computed: one tenant's prompt stops no others."""
         with self._driving:
             self._begin()
             self._prefills.pin(self._pins.kept)
-            first, scored = self._fill()
+            first, scored, failure = self._fill()
             if not self._advance_prompts(first):
                 return
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
@@ -73,6 +75,8 @@ class Rounds:
                 self._rows = [sample if sample and not sample.completion else None for sample in self._rows]
                 self.broken = False
                 self._requests.news.notify_all()
+            if failure is not None and not (active or scored or self._waiting):
+                raise failure
 
     def _begin(self) -> None:
         """Notes that a round has begun. If the last one did not end, empties the slots and queues its samples again."""
@@ -83,11 +87,11 @@ class Rounds:
                 self._requests.requeue()
             self.broken = True
 
-    def _fill(self) -> tuple[dict[int, tuple], list[tuple[Sample, ScoredPrompt]]]:
+    def _fill(self) -> tuple[dict[int, tuple], list[tuple[Sample, ScoredPrompt]], Exception | None]:
         """Moves queued samples into free slots. Returns the first token [1] of each and its log-probabilities, by slot.
         Where a prompt is prefilled in chunks, it starts, and the sample keeps the slot for it. Also returns the samples
-        with prompts to score, and the scores."""
-        first, scored, passes = {}, [], 0
+        with prompts to score, and the scores; and an error of a prompt, if one waits for its second try."""
+        first, scored, passes, failed = {}, [], 0, {}
         self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
         self._prefills.keep({sample.key for sample in self._waiting.values()})
         empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
@@ -118,13 +122,26 @@ class Rounds:
                 passes += not known
                 prefilled = self._decoder.prefilled(sample)
             except Exception as error:
-                sample.failures += not isinstance(error, SystemError)  # C code turns an interrupt into a SystemError
-                if sample.failures < 2:  # the driver gets the error, and the request a second try
+                if isinstance(error, SystemError):  # C code turns an interrupt into a SystemError
                     raise
-                self._fail(sample, error)
+                sample.failures += 1
+                if sample.failures == 2:
+                    self._fail(sample, error)
+                elif in_chunks and sample.decodes:  # the prompts may be in disorder
+                    raise
+                else:  # nothing that others use has changed
+                    failed[sample] = error
                 continue
             self._insert(free.pop(0), sample, prefilled, first)
-        return first, scored
+        self._put_back(failed)
+        return first, scored, next(iter(failed.values()), None)
+
+    def _put_back(self, samples: Iterable[Sample]) -> None:
+        """Queues samples again, for a second try in the next round."""
+        with self._requests.lock:
+            for sample in samples:
+                if sample.completion is None:
+                    self._requests.queue.put(sample.request.tenant, sample.number, sample)
 
     def _advance_prompts(self, first: dict[int, tuple]) -> bool:
         """Computes a chunk of the prompts that samples wait for. Samples with a complete one move into their slots, and
@@ -187,7 +204,7 @@ class Rounds:
                 times.first_token = times.first_token or time.monotonic()
             try:
                 for i, token in enumerate(new):
-                    if not request.ignore_eos and (token in self._stops or token in sample.stops):
+                    if token in sample.stops or (token in self._stops and not request.ignore_eos):
                         return self._requests.end(sample, "stop")
                     sample.logprobs += logprobs[i : i + 1]
                     sample.tokens.append(token)

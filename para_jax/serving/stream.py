@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 from ..config import shorten
 from ..inference.logprobs import TokenLogprob
@@ -69,8 +70,16 @@ class Stream:
         return found
 
     def __iter__(self) -> Iterator[Piece]:
-        """The pieces as they come. If a round of ours raises, run() will give the answer."""
+        """The pieces as they come. Closing the iterator cancels the request. If a round of ours raises, run() will give
+        the answer."""
+        pieces = self._as_they_come()
+        next(pieces)  # a generator that has not begun would not see that it is closed
+        return pieces
+
+    def _as_they_come(self) -> Iterator[Any]:
+        """Gives None, and then the pieces."""
         try:
+            yield None
             while self._left:
                 found = self.take()
                 yield from found
@@ -93,13 +102,16 @@ class Stream:
 
 
 def pieces_of_ended(requests: OpenRequests, id: Hashable) -> list[Piece]:
-    """Takes an answer that run() has yet to give, as one piece per sample. Raises its error. Called with the lock
-    held."""
-    found = [number for number, completion in requests.done.items() if completion.id == id]
+    """Takes an answer that run() has yet to give, as one piece per sample. Raises the error of one that has nothing
+    else. Called with the lock held."""
+    found, numbers = [], sorted(number for number, completion in requests.done.items() if completion.id == id)
+    for number in numbers:
+        if found and requests.done[number].index <= requests.done[found[-1]].index:
+            break  # a later request of this id
+        found.append(number)
     if not found:
         raise ValueError(f"stream: no open request has the id {shorten(id)}; give the id of one, or a Request")
     ended = [requests.take(number) for number in found]
-    for completion in ended:
-        if completion.error is not None:
-            raise ValueError(completion.error)
-    return [Piece(c.index, c.text, c.tokens, c.finish_reason, logprobs=c.logprobs) for c in ended]
+    if all(completion.error is not None for completion in ended):
+        raise ValueError(ended[0].error)
+    return [Piece(c.index, c.text, c.tokens, c.finish_reason, c.error, c.logprobs) for c in ended]

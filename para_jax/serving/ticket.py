@@ -106,10 +106,11 @@ class Sample:
     def follow_text(self, tokenizer) -> None:
         """Decodes the text along with the tokens, if it is needed before the end."""
         stop = self.request.stop_texts
-        if self.text is None and (stop or self.ticket.streamed):
-            self.text = AnswerText(tokenizer, stop, strip=self.request.strip)
+        if self.text is None and self.completion is None and (stop or self.ticket.streamed):
+            text = AnswerText(tokenizer, stop, strip=self.request.strip)
             for token in self.tokens:
-                self.text.add(token)
+                text.add(token)
+            self.text = text
 
     def full_text(self, tokenizer, partial: bool) -> str:
         """The text of the tokens. Where they have none, raises the error, or gives "" if `partial`."""
@@ -131,8 +132,8 @@ class Sample:
         logprobs = None if self.request.logprobs is None else self.logprobs[given:]
         if ended is None:
             return Piece(self.index, "".join(texts[given:count]), self.tokens[given:], logprobs=logprobs)
-        text, tokens = "".join(texts[given:]), self.tokens[given:]
-        return Piece(self.index, text, tokens, ended.finish_reason, ended.error, logprobs)
+        text = ended.text if self.text is None else "".join(texts[given:])  # None: it ended before it had a stream
+        return Piece(self.index, text, self.tokens[given:], ended.finish_reason, ended.error, logprobs)
 
 
 def is_request_error(error: BaseException) -> bool:

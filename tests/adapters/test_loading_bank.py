@@ -44,6 +44,9 @@ def test_a_small_bank_is_an_ordinary_one(found, config):
     assert bank.identities() == loading(found, config, 1)[0].identities()
     bank.replace("a", load_adapter(found["d"].place, config))
     assert bank.identities()[0] == ("a", bank.entry("a").content)
+    bank.remove("b")
+    bank.add("b", load_adapter(found["d"].place, config))
+    assert bank.identities()[-1] == ("b", bank.entry("b").content)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
@@ -61,6 +64,17 @@ def test_an_adapter_is_loaded_when_it_is_asked_for_and_the_least_recently_used_l
     assert bank.entry("a").content == kept.content
     with pytest.raises(ValueError, match="'e'.*a, b, c"):
         bank.entry("e")
+
+
+def test_the_tenants_of_a_bank_that_loads_stay_the_same(found, config):
+    """A replaced adapter would come back once the new one had left the memory."""
+    bank, _ = loading(found, config, 1)
+    before, adapter = bank.entry("a").content, load_adapter(found["d"].place, config)
+    for change in (lambda: bank.replace("a", adapter), lambda: bank.add("e", adapter), lambda: bank.remove("a")):
+        with pytest.raises(ValueError, match="'[ae]'.* stay the same; make another bank"):
+            change()
+    assert bank.names == tuple(NAMES) and bank.entry("b") and bank.entry("a").content == before
+    assert bank.identities() == [(name, one.digest) for name, one in found.items()]
 
 
 def test_rows_are_those_of_a_bank_that_holds_everything(found, config):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden_models import backbone, golden, golden_tenants, strong
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, forward, generate, init_adapter, pick, stack_adapters
 from para_jax.inference.draw import row_keys, sample
@@ -129,6 +129,7 @@ def test_a_token_is_drawn_from_the_teacher_forced_logits_with_its_position_key(m
 
 def test_the_likeliest_token_alone_is_greedy(model):
     greedy = write(model, None)
+    assert write(model, None, temperature=1e-40) == greedy == write(model, None, temperature=1e-300)
     assert write(model, None, temperature=0.9, top_k=1) == greedy == write(model, None, temperature=0.9, top_p=1e-6)
 
 
@@ -171,11 +172,17 @@ def test_text_ends_before_a_stop_string_that_spans_tokens(model, tokenizer):
     assert generate(model, ["w7 w8 w9"], tokenizer=tokenizer, max_new_tokens=20, stop=words[0])[0] == ""
 
 
-def test_text_ends_before_a_stop_text_that_is_a_special_token(model, tokenizer):
-    """Which decoded text does not show."""
+@pytest.mark.parametrize("named", [True, False])
+def test_text_ends_before_a_stop_text_that_is_a_special_token(model, tokenizer, named):
+    """Which decoded text does not show. Most special tokens of a vocabulary, such as Llama 3's <|eot_id|>, have no name
+    among the tokenizer's settings."""
     written = [f"w{i}" for i in write(model, None, PROMPTS[:1], count=20)[0]]
     special, at = deepcopy(tokenizer), written.index(written[5])
-    special.add_special_tokens({"additional_special_tokens": [written[5]]})
+    if named:
+        special.add_special_tokens({"additional_special_tokens": [written[5]]})
+    else:
+        special.add_tokens([AddedToken(written[5], special=True)])
+    assert (written[5] in special.all_special_tokens) == named
     ask = partial(generate, model, ["w7 w8 w9"], tokenizer=special, max_new_tokens=20)
     assert written[5] not in ask()[0]
     assert ask(stop=["no such", written[5]]) == ["".join(written[:at])] != ask()

@@ -27,6 +27,11 @@ def test_numpy_numbers_are_settings_too():
     Sampling(np.int64(3), np.float32(0.5), np.int32(2), np.float64(0.9), np.uint32(7))
 
 
+def test_a_temperature_that_is_zero_in_float32_is_greedy():
+    smallest = float(np.finfo(np.float32).tiny)
+    assert [Sampling(temperature=one).temperature for one in (1e-300, smallest / 2, smallest)] == [0, 0, smallest]
+
+
 def test_stop_texts_become_a_tuple():
     assert Sampling(stop="a").stop == Sampling(stop=["a"]).stop == ("a",)
 

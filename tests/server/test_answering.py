@@ -141,7 +141,8 @@ def test_stop_texts_and_stop_ids_end_an_answer(client):
     whole = client.completions.create(max_tokens=8, **given).choices[0].text
     words = [f"w{number}" for number in whole.split("w")[1:]]
     third = next(i for i, word in enumerate(words) if i >= 2 and word not in words[:i])
-    for options in ({"stop": words[third]}, {"extra_body": {"stop_token_ids": [int(words[third][1:])]}}):
+    ids = {"stop_token_ids": [int(words[third][1:])]}
+    for options in ({"stop": words[third]}, {"extra_body": ids}, {"extra_body": ids | {"ignore_eos": True}}):
         found = client.completions.create(max_tokens=8, **given, **options).choices[0]
         assert (found.text, found.finish_reason) == ("".join(words[:third]), "stop")
 

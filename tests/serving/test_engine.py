@@ -24,9 +24,10 @@ from tiny_engine import (
     tenants_of,
 )
 from tiny_run import tokenizer
+from transformers import AddedToken
 
 from para_jax import AdapterBank, Engine, LoraConfig, Request, generate, init_adapter
-from para_jax.data.examples import encode_prompt
+from para_jax.data.examples import encode_prompt, turn_stop_ids
 from para_jax.serving import decoder, prefills
 from para_jax.serving.capacity import KEPT
 from para_jax.serving.decoder import STEPS
@@ -122,6 +123,27 @@ def test_an_end_token_stops_a_row_and_is_not_part_of_the_answer(model, bank):
     grown.eos_token = f"w{whole[3]}"
     ends, goes_on = (Engine(model, bank, grown, slots=1, max_length=LENGTH, stop_ids=ids) for ids in (None, ()))
     assert answer(ends).tokens == found.tokens and answer(goes_on).tokens == whole
+
+
+def test_a_request_may_go_on_past_end_tokens_and_still_ends_at_its_own(model, bank):
+    grown = deepcopy(tokenizer())
+    grown.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+    def answer(prompt, stop_ids=(), **options):
+        engine = Engine(model, bank, grown, slots=1, max_length=LENGTH, stop_ids=stop_ids)
+        engine.submit(Request(prompt, "A", 12, ignore_eos=True, **options))
+        (found,) = engine.run()
+        return found.tokens, found.finish_reason
+
+    whole, _ = answer(prompt(1))
+    own = next(token for token in whole if whole.index(token) > 2)
+    grown.add_tokens([AddedToken(f"w{own}", special=True)])
+    until = whole[: whole.index(own)], "stop"
+    assert answer(prompt(1), whole) == (whole, "length")
+    assert answer(prompt(1), whole, stop_token_ids=(own,)) == until == answer(prompt(1), whole, stop=f"w{own}")
+    grown.chat_template += "{% if not add_generation_prompt %} " + f"w{own}" + "{% endif %}"
+    chat = [{"role": "user", "content": prompt(1)}]
+    assert turn_stop_ids(grown, chat) == (own,) and answer(chat) == (whole, "length")
 
 
 # ----------------------------------------------------------------------------------------------------------- isolation

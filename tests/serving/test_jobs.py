@@ -32,7 +32,7 @@ from para_jax import (
 from para_jax.backbone import load
 from para_jax.cli import main
 from para_jax.inference.sampling import derived_seed
-from para_jax.serving import job_lines, jobs
+from para_jax.serving import decoder, job_lines, jobs, prefills
 from para_jax.serving.answers import HEAD, Answers, bounded_lines
 from para_jax.serving.job_lines import KeyParts, LineSample, samples, unknown_field
 from para_jax.serving.jobs import run_job
@@ -187,7 +187,7 @@ def test_ctrl_c_ends_a_job_with_130_and_the_same_command_goes_on(folder, whole, 
     assert by_sample(output) == whole
 
 
-def test_a_round_that_fails_is_made_again_once(folder, whole, engine, tmp_path, monkeypatch):
+def test_a_round_that_fails_is_made_again_twice(folder, whole, engine, tmp_path, monkeypatch):
     output, real, rounds = tmp_path / "out.jsonl", Engine.step, iter(range(999))
     failing = {2, 9}
 
@@ -199,10 +199,32 @@ def test_a_round_that_fails_is_made_again_once(folder, whole, engine, tmp_path, 
     monkeypatch.setattr(Engine, "step", step)
     assert not run_job(engine, folder / "in.jsonl", output, Request(""))
     assert by_sample(output) == whole
-    failing |= set(range(100, 102))
+    failing |= set(range(100, 103))
     rounds = iter(range(98, 999))
     with pytest.raises(RuntimeError, match="out of memory"):
         run_job(engine, folder / "in.jsonl", tmp_path / "other.jsonl", Request(""))
+
+
+def test_prompts_that_fail_do_not_end_a_job(folder, engine, tmp_path, monkeypatch):
+    """Neither those that are prefilled whole nor those in blocks, together with others."""
+
+    def failing(real, tokens_of):
+        def program(*arguments, **options):
+            if (tokens_of(arguments) == 251).any():
+                raise RuntimeError("out of memory")
+            return real(*arguments, **options)
+
+        return program
+
+    monkeypatch.setattr(decoder, "prefill", failing(decoder.prefill, lambda arguments: arguments[2]))
+    monkeypatch.setattr(
+        prefills, "prefill_chunk", failing(prefills.prefill_chunk, lambda arguments: arguments[3].tokens)
+    )
+    rows = [{"prompt": f"w{251 if i % 2 else 30} w{20 + i}", "tenant": ["base", "A", "B"][i % 3]} for i in range(12)]
+    source, output = write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
+    errors = run_job(engine, source, output, Request("", max_new_tokens=4))
+    assert errors == {"the prompt could not be prefilled": 6}
+    assert [bool(answer.get("error")) for _, answer in sorted(by_sample(output).items())] == [False, True] * 6
 
 
 def test_a_job_that_ends_early_leaves_the_engine_without_its_requests(folder, engine, tmp_path, monkeypatch):
@@ -601,6 +623,19 @@ def test_a_damaged_answer_is_refused_with_its_file_and_line_and_what_to_do(tmp_p
         Answers(output)
     assert str(caught.value).startswith(f"{output}: line 2 ") and "Choose another file" in str(caught.value)
     assert output.read_bytes() == before
+
+
+def test_a_line_that_was_cut_off_before_it_came_to_a_bucket_is_refused(bucket):
+    """Further answers would be added to it."""
+    answer = {"line": 1, "index": 0, "request": "0" * 32, "text": "a", "tokens": 1, "finish_reason": "stop"}
+    line = json.dumps(answer).encode() + b"\n"
+    for name, rest in (("one", line[:-1]), ("two", line[:20])):
+        (bucket / "cut" / name).write_bytes(line + rest)
+        with pytest.raises(ValueError, match=f"{name}: line 2 was cut off"):
+            Answers(bucket / "cut" / name)
+    (bucket / "cut/whole").write_bytes(line)
+    with Answers(bucket / "cut/whole") as answers:
+        assert answers.rows == 1
 
 
 def test_a_repeated_answer_counts_once_and_replaces_errors(tmp_path):

@@ -198,7 +198,7 @@ def test_an_interrupted_round_gives_the_same_values_again(engine, monkeypatch, e
     def failing(*arguments):
         calls.append(1)
         made = real(*arguments)
-        if len(calls) in (2, 6):
+        if len(calls) in (2, 5):
             raise error
         return made
 
@@ -212,7 +212,7 @@ def test_an_interrupted_round_gives_the_same_values_again(engine, monkeypatch, e
                 found[completion.id] = completion
         except error:
             raised += 1
-    assert raised == 2 and found == expected
+    assert raised == (2 if error is KeyboardInterrupt else 0) and found == expected
 
 
 def test_a_stream_keeps_the_scores_it_may_be_about_to_show_when_rounds_fail(engine, monkeypatch):

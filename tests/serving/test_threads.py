@@ -249,8 +249,8 @@ def test_an_exception_anywhere_in_a_round_loses_nothing_and_changes_nothing(
         except error:
             raised += 1
     ended = [key for key, completion in found.items() if completion.finish_reason == "error"]
-    of_one_request = place == "text" and error is not KeyboardInterrupt
-    assert (raised, len(ended)) == ((0, 2) if of_one_request else (2, 0))
+    of_one_request = place in ("text", "prefill") and error is not KeyboardInterrupt
+    assert (raised, len(ended)) == (0 if of_one_request else 2, 2 if of_one_request and place == "text" else 0)
     assert len(found) == sum(request.n for request in asked)
     for key in found.keys() - ended:
         assert plain(found[key]) == alone[key[0]][key[1]]
@@ -296,21 +296,42 @@ def test_real_interrupts_lose_nothing(model, bank, alone):
         assert [plain(found[i, j]) for j in range(asked[i % 12].n)] == alone[i % 12]
 
 
-def test_a_prompt_that_fails_to_prefill_twice_is_an_error(model, bank, monkeypatch):
-    engine = engine_of(model, bank)
-    good, bad = (engine.submit(Request(prompt(i, 4 + i), "A", 5)) for i in range(2))
-    real = decoder.prefill
+def fail_for_prompts_of_five(monkeypatch):
+    """Prefilling raises for prompts of five tokens. Returns the lengths that it was called for."""
+    real, calls = decoder.prefill, []
 
     def failing(model, rows, tokens, lengths, **options):
+        calls.append(int(lengths[0]))
         if lengths[0] == 5:
             raise ZeroDivisionError("a division")
         return real(model, rows, tokens, lengths, **options)
 
     monkeypatch.setattr(decoder, "prefill", failing)
-    with pytest.raises(ZeroDivisionError):
-        list(engine.run())
-    found = answers(engine)
-    assert "division" in found[bad, 0].error and found[good, 0].finish_reason == "length"
+    return calls
+
+
+def test_a_prompt_that_fails_to_prefill_twice_is_an_error(model, bank, monkeypatch):
+    engine = engine_of(model, bank)
+    fail_for_prompts_of_five(monkeypatch)
+    bad = engine.submit(Request(prompt(1, 5), "A", 5))
+    with pytest.raises(ZeroDivisionError):  # nothing else could be computed: perhaps the device is lost
+        engine.step()
+    assert "division" in answers(engine)[bad, 0].error
+
+
+def test_prompts_that_fail_to_prefill_disturb_no_others(model, bank, alone, monkeypatch):
+    """No round raises, and no answer starts again: not for one such prompt, and not for many."""
+    engine, asked = engine_of(model, bank), requests()[11]
+    calls = fail_for_prompts_of_five(monkeypatch)
+    id = engine.submit(asked)
+    engine.step()
+    bad = [engine.submit(Request(prompt(i, 5), "ABC"[i % 3], 5)) for i in range(6)]
+    found = {}
+    while engine.open:
+        found |= {(completion.id, completion.index): completion for completion in engine.step()}
+    assert [plain(found[id, index]) for index in range(2)] == alone[11]
+    assert all("division" in found[one, 0].error for one in bad)
+    assert sorted(calls) == [5] * 12 + [14]
 
 
 def test_a_tokenizer_that_fails_is_one_requests_error(model, bank, alone):
