@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from ..data.examples import Ids, encode_prompt, most_characters, turn_stop_ids
+from ..data.examples import Ids, Prompt, encode_prompt, most_characters, turn_stop_ids
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .errors import ApiError, wrong_field
@@ -28,22 +28,30 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str 
             prompt, stops = chat_ids(prompt, engine)
             sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))
             sampling["stop_token_ids"] += stops
+        elif asked.only_echoes and isinstance(prompt, str):
+            prompt = prompt_ids(prompt, engine)
         if one_token_is_scored(asked):
             sampling["ignore_eos"] = True
         seed = None if asked.seed is None else (asked.seed + i * asked.n) % 2**32
-        made.append(Request(prompt, tenant, seed=seed, n=asked.n, strip=False, **scores(asked, i), **sampling))
+        made.append(Request(prompt, tenant, seed=seed, n=asked.n, strip=False, **scores(asked, i, prompt), **sampling))
     return made
 
 
 def chat_ids(messages, engine: Engine) -> tuple[Ids, Ids]:
     """A chat's token ids, and the ids that end its answer."""
-    ids = encode_prompt(engine.tokenizer, messages, most=longest_prompt(engine))
-    return tuple(ids), turn_stop_ids(engine.tokenizer, messages)
+    return prompt_ids(messages, engine), turn_stop_ids(engine.tokenizer, messages)
 
 
-def scores(asked: Asked, number: int) -> dict[str, int | None]:
-    """The log-probabilities that a prompt asks for, as arguments of the engine's Request."""
+def prompt_ids(prompt: Prompt, engine: Engine) -> Ids:
+    return tuple(encode_prompt(engine.tokenizer, prompt, most=longest_prompt(engine)))
+
+
+def scores(asked: Asked, number: int, prompt: Prompt | Ids) -> dict[str, int | None]:
+    """The log-probabilities that a prompt asks for, as arguments of the engine's Request. Where none are shown, all of
+    the prompt is the adapter's."""
     context_length = asked.context_lengths[number] if asked.context_lengths else None
+    if asked.only_echoes:
+        context_length = len(prompt)
     return {"logprobs": asked.logprobs, "prompt_logprobs": prompt_logprobs(asked), "context_length": context_length}
 
 
@@ -58,7 +66,7 @@ def prompt_logprobs(asked: Asked) -> int | None:
     """Alternatives per token of the prompt. Without new tokens, the pass over the prompt is what the engine does."""
     if not asked.echo:
         return None
-    return 0 if asked.logprobs is None and asked.max_tokens == 0 else asked.logprobs
+    return 0 if asked.only_echoes else asked.logprobs
 
 
 def require_room(asked: Asked, engine: Engine) -> None:

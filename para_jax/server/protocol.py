@@ -100,6 +100,11 @@ class Asked(NamedTuple):
     def chat(self) -> bool:
         return not isinstance(self.prompts[0], (str, tuple))
 
+    @property
+    def only_echoes(self) -> bool:
+        """Whether the answer is the prompt alone, without scores."""
+        return self.echo and self.max_tokens == 0 and self.logprobs is None
+
 
 def read_chat(found: dict) -> Asked:
     """The body of /v1/chat/completions."""

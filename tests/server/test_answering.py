@@ -281,10 +281,19 @@ def test_log_probabilities_that_are_no_numbers_are_an_error(echo):
             assert events(http, "/v1/completions", body)[-1]["error"]["code"] == "engine_error"
 
 
-def test_the_prompt_alone_is_echoed_without_scores_too(http):
-    body = {"model": "base", "prompt": prompt(1), "max_tokens": 0, "echo": True}
-    choice = http.post("/v1/completions", json=body).json()["choices"][0]
-    assert choice["text"] == prompt(1) and choice["logprobs"] is None
+@pytest.mark.parametrize("model", MODELS)
+def test_the_prompt_alone_is_echoed_without_scores_too(http, server, model):
+    """Whatever the adapter, and with a prompt that leaves no room for another token."""
+    text = prompt(1, LENGTH)
+    ids = server.engine.tokenizer(text)["input_ids"]
+    for given in (text, ids):
+        body = {"model": model, "prompt": given, "max_tokens": 0, "echo": True}
+        found = http.post("/v1/completions", json=body).json()
+        (choice,) = found["choices"]
+        assert choice["text"].replace(" ", "") == text.replace(" ", "") and choice["logprobs"] is None
+        assert (found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"]) == (LENGTH, 0)
+        streamed = events(http, "/v1/completions", body)
+        assert "".join(event["choices"][0]["text"] for event in streamed) == choice["text"]
 
 
 def test_an_end_token_is_the_one_new_token_of_a_scored_prompt():
