@@ -7,7 +7,8 @@ from functools import lru_cache
 
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, turn_stop_ids
 from ..serving.engine import Engine
-from ..serving.request import Request
+from ..serving.request import MAX_SAMPLES, Request
+from .chat_messages import ROLES
 from .errors import ApiError, wrong_field
 from .protocol import CHAT_FIELDS, TEXT_FIELDS, Asked
 
@@ -37,13 +38,35 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str 
     return made
 
 
+def require_few(found: dict, engine: Engine) -> None:
+    """Raises ApiError 400 for a body with more messages or token ids than can fit, before they are read one by one.
+
+    Args:
+        found: the body, with fields of any kind.
+    """
+    messages, prompt = found.get("messages"), found.get("prompt")
+    most = longest_prompt(engine) // min(map(len, ROLES))  # the characters of a message's role count too
+    if isinstance(messages, list) and len(messages) > most:
+        raise too_many("messages", f"{len(messages)} messages", f"at most {most} fit", engine)
+    lists = [prompt, *prompt[:MAX_SAMPLES]] if isinstance(prompt, list) else []
+    for count in (len(one) for one in lists if isinstance(one, list)):
+        if count > max(engine.max_length, MAX_SAMPLES):
+            advice = f"give at most {MAX_SAMPLES} prompts, and fewer tokens"
+            raise too_many("prompt", f"a list of {count}", advice, engine)
+
+
+def too_many(name: str, what: str, advice: str, engine: Engine) -> ApiError:
+    message = f"{name} has {what}; {advice}, because the engine's max_length is {engine.max_length}"
+    return wrong_field(name, message, "context_length_exceeded")
+
+
 def chat_ids(messages, engine: Engine) -> tuple[Ids, Ids]:
     """A chat's token ids, and the ids that end its answer."""
     return prompt_ids(messages, engine), turn_stop_ids(engine.tokenizer, messages)
 
 
 def prompt_ids(prompt: Prompt, engine: Engine) -> Ids:
-    return tuple(encode_prompt(engine.tokenizer, prompt, most=longest_prompt(engine)))
+    return tuple(encode_prompt(engine.tokenizer, prompt, most=longest_prompt(engine), tokens=engine.max_length))
 
 
 def scores(asked: Asked, number: int, prompt: Prompt | Ids) -> dict[str, int | None]:
@@ -96,7 +119,8 @@ def refused(error: ValueError, asked: Asked) -> ApiError:
     names = NAMES | {"max_new_tokens": asked.max_tokens_field}
     message = re.sub("|".join(names), lambda found: names[found[0]], str(error))
     param = message.split(":")[0].split(" ")[0]
-    code = "context_length_exceeded" if "max_length" in message else None
+    long = "max_length" in message or "maximum number of tokens" in message
+    code = "context_length_exceeded" if long else None
     if param not in (*CHAT_FIELDS, *TEXT_FIELDS):
         param = "prompt"  # what the tokenizer or its chat template says of it
     return wrong_field("messages" if asked.chat and param == "prompt" else param, message, code)
