@@ -25,12 +25,12 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str 
     salt, made = "\0".join(filter(None, (salt, asked.cache_salt))) or None, []
     for i, prompt in enumerate(asked.prompts):
         sampling = dict(asked.sampling, max_new_tokens=asked.max_tokens, cache_salt=salt)
+        if asked.only_echoes and isinstance(prompt, str):
+            prompt = prompt_ids(prompt, engine)
         if asked.max_tokens is None:
             prompt, stops = chat_ids(prompt, engine)
             sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))
             sampling["stop_token_ids"] += stops
-        elif asked.only_echoes and isinstance(prompt, str):
-            prompt = prompt_ids(prompt, engine)
         if one_token_is_scored(asked):
             sampling["ignore_eos"] = True
         seed = None if asked.seed is None else (asked.seed + i * asked.n) % 2**32
@@ -56,6 +56,7 @@ def require_few(found: dict, engine: Engine) -> None:
 
 
 def too_many(name: str, what: str, advice: str, engine: Engine) -> ApiError:
+    """The error of a field whose list is too long."""
     message = f"{name} has {what}; {advice}, because the engine's max_length is {engine.max_length}"
     return wrong_field(name, message, "context_length_exceeded")
 
