@@ -63,7 +63,7 @@ def require_flat(value: object) -> None:
     """Raises ValueError for a value that nests deeper than MAX_DEPTH. Errors show values by `repr`, which recurses."""
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in values_in(outer)]
+        level = [inner for outer in level for inner in values_in(outer) if type(inner) in (dict, list) and inner]
         if not level:
             return
     raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")

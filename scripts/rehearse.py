@@ -46,7 +46,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 H100_BYTES = int(0.75 * 79.6 * GIB)
 #: The number of tenants that a many-tenant config is compiled for; a real run has that of its data.
 TENANTS = 16
-PROGRAMS = ("train", "loss", "prefill", "ranking", "decode")
+PROGRAMS = ("train", "prompts", "loss", "prefill", "ranking", "decode")
 
 
 def main() -> int:

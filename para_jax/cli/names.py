@@ -122,11 +122,17 @@ def adapters_of(options, found: dict, model):
         found: the previews of --adapters by name.
     """
     from ..adapters.files import load_adapter
-    from ..adapters.loading_bank import bank_of
-    from ..messages import say
 
     if not found:
         return load_adapter(options.adapter, model.config, model=model) if options.adapter else None
+    return bank_within_memory(options, found, model)
+
+
+def bank_within_memory(options, found: dict, model):
+    """The bank of --adapters. Those that --adapter-memory has no room for are loaded when they are asked for."""
+    from ..adapters.files import load_adapter
+    from ..adapters.loading_bank import bank_of
+    from ..messages import say
 
     def load(name: str):
         return load_adapter(found[name].place, model.config, model=model)

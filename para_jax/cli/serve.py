@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import options as shared
-from .names import named_adapters
+from .names import bank_within_memory, named_adapters
 
 #: Packages of the extra `serve`.
 PACKAGES = ("starlette", "uvicorn", "prometheus_client")
@@ -26,6 +26,9 @@ def served() -> shared.Parser:
     parser = shared.Parser(add_help=False)
     group = parser.add_argument_group("adapters")
     shared.add_tenants(group)
+    shared.add_adapter_memory(
+        group, "each is loaded when a request asks for it. With --allow-adapter-updates all are held"
+    )
     group.add_argument("--served-model-name", metavar="NAME", help="the base model's name (default: the backbone's)")
     group.add_argument(
         "--allow-adapter-updates", action="store_true", help="let clients load and unload adapters while it runs"
@@ -200,27 +203,27 @@ def base_name(backbone: str) -> str:
 
 
 def bank_of(options, sources: dict[str, str], model):
-    """The bank of the adapters, or None for the base model alone. With updates it has room for others."""
+    """The bank of the adapters, or None for the base model alone. With updates it holds all of them, and has room for
+    others."""
     from ..adapters.bank import AdapterBank
     from ..adapters.files import load_adapter
     from ..adapters.preview import previews
     from ..messages import say
 
     found = dict(zip(sources, previews(sources.values(), model.config), strict=True))
+    if not options.allow_adapter_updates:
+        return bank_within_memory(options, found, model) if found else None
     configs = [one.config for one in found.values()]
-    bank = AdapterBank.fitting(configs, model.config, capacity=len(found)) if found else None
-    if options.allow_adapter_updates:
-        there = [AdapterBank(model.config), *([] if bank is None else [bank])]
-        bank = AdapterBank(
-            model.config,
-            capacity=options.capacity or max(one.capacity for one in there),
-            max_r=options.max_r or max(one.max_r for one in there),
-            methods=names_in(options.methods) or tuple({name for one in there for name in one.methods}),
-            sites=names_in(options.sites) or tuple({site for one in there for site in one.sites}),
-        )
-        bank.expected = tuple(dict.fromkeys(configs))  # clients may unload all adapters of a kind, and load one again
-    if bank is None:
-        return None
+    fitting = [AdapterBank.fitting(configs, model.config, capacity=len(found))] if found else []
+    there = [AdapterBank(model.config), *fitting]
+    bank = AdapterBank(
+        model.config,
+        capacity=options.capacity or max(one.capacity for one in there),
+        max_r=options.max_r or max(one.max_r for one in there),
+        methods=names_in(options.methods) or tuple({name for one in there for name in one.methods}),
+        sites=names_in(options.sites) or tuple({site for one in there for site in one.sites}),
+    )
+    bank.expected = tuple(dict.fromkeys(configs))  # clients may unload all adapters of a kind, and load one again
     for name, one in found.items():  # one by one, because a loaded adapter is on the device until the bank has it
         bank.add(name, load_adapter(one.place, model.config, model=model))
     say(str(bank))

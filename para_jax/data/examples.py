@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..config import printable, shorten
 from ..untrusted import require_flat
 from .chat_template import TemplateError, render_templates
+from .fewest_tokens import fewest_tokens
 
 #: Text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
@@ -37,13 +38,14 @@ def encode_example(tokenizer, prompt: Prompt, completion: str) -> Example:
     return Example(encode_prompt(tokenizer, prompt), encode_completion(tokenizer, prompt, completion))
 
 
-def encode_prompt(tokenizer, prompt: Prompt, *, most: int | None = None) -> list[int]:
+def encode_prompt(tokenizer, prompt: Prompt, *, most: int | None = None, tokens: int | None = None) -> list[int]:
     """The prompt's ids. Text follows the tokenizer's BOS rules; messages are rendered by its chat template, up to the
     answer.
 
     Args:
         most: the maximum number of characters (`most_characters`). A longer prompt raises ValueError without being
             tokenised.
+        tokens: the maximum number of tokens. So does a text that certainly becomes more (`fewest_tokens`).
     """
     require_filled("prompt", prompt)
     if not isinstance(prompt, str):
@@ -51,10 +53,12 @@ def encode_prompt(tokenizer, prompt: Prompt, *, most: int | None = None) -> list
     require_short(prompt, most)
     require_unicode("prompt", prompt)
     if isinstance(prompt, str):
+        require_few_tokens(tokenizer, prompt, tokens)
         ids = without_added_eos(tokenizer, prompt, tokenise(tokenizer, prompt))
     else:
         text = render(tokenizer, prompt, add_generation_prompt=True)
         require_short(text, most)
+        require_few_tokens(tokenizer, text, tokens)
         ids = encode(tokenizer, text)
     if not ids:
         raise ValueError(f"prompt {shorten(prompt)} becomes no tokens")
@@ -122,6 +126,12 @@ def require_short(prompt: Prompt, most: int | None) -> None:
     characters = sum(map(len, texts))
     if most is not None and characters > most:
         raise ValueError(f"prompt has {characters} characters; at most {most} fit the maximum number of tokens")
+
+
+def require_few_tokens(tokenizer, text: str, most: int | None) -> None:
+    """Raises ValueError for a text that certainly becomes more than `most` tokens; None means no limit."""
+    if most is not None and (count := fewest_tokens(tokenizer, text)) > most:
+        raise ValueError(f"prompt has at least {count} tokens, more than the maximum number of tokens, {most}")
 
 
 def split_conversation(messages: list[dict]) -> list[tuple[list[dict], dict]]:

@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ..adapters.methods import has_plain_prompts
+from ..adapters.rows import Rows, Stack
 from ..config import RunConfig
 from ..data.batches import Batch
 from ..evaluation.likelihood import continuation_scores, together
 from ..inference.generate import next_token
 from ..longest_row import longest_split
-from ..memory import abstract_adapter, abstract_model
-from ..model import _prefill
+from ..memory import abstract_adapter, abstract_model, step_arguments
+from ..model import _prefill, prefill_after
 from ..sharding import with_sharding
 from ..training.passes import batch_devices
+from ..training.prompt_states import prompt_states
 from ..training.step import eval_nll
 from .topology import Compiled, ask_compiler, compile_step
 
@@ -29,35 +32,64 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[st
     """What the compiler makes of each program, by name, for the config's longest rows:
 
     - train: the training step.
-    - loss: the likelihood of an evaluation batch's completions.
-    - prefill: the prompts of the same batch.
+    - prompts: the prompts of an evaluation batch, where the adapters share them.
+    - loss: the likelihood of such a batch's completions.
+    - prefill: the prompts of the same batch, or what the adapters add to those that they share.
     - ranking: the likelihood of short answers to them.
     - decode: one more token.
 
-    ranking and decode read prefill's caches, and are missing if prefill does not fit.
+    What follows prompts or prefill reads their results, and is missing if these do not fit.
     """
     found = {"train": compile_step(config, mesh, tenants)}
-    adapter, model = abstract_adapter(config, mesh), abstract_model(config, mesh)
     devices = batch_devices(mesh)
     rows, length = -(-config.eval.batch_size // devices) * devices, config.data.assumed_length
-    room = length + (config.eval.max_new_tokens or 32)
-
-    def int32(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
+    adapters, model = abstract_adapters(config, mesh, tenants, rows), abstract_model(config, mesh)
+    room, states = length + (config.eval.max_new_tokens or 32), None
     with jax.set_mesh(mesh):
-        batch = Batch(int32(rows, length), int32(rows), int32(rows))  # pyright: ignore[reportArgumentType]
+        if shares_prompts(config, tenants):
+            lowered = prompt_states.lower(model, None, int32(rows, length), int32(rows))
+            found["prompts"], program = ask_compiler(lowered)
+            if program is None:
+                return found
+            states = results_of(lowered, program)._replace(row=int32(rows))
+        batch = Batch(int32(rows, length), int32(rows), int32(rows))
         prompt, completion = longest_split(config)
-        lowered = eval_nll.lower(model, adapter, batch, completion=completion, prompt=prompt)
+        lowered = eval_nll.lower(model, adapters, batch, states, completion=completion, prompt=prompt)
         found["loss"], _ = ask_compiler(lowered)
-        lowered = _prefill.lower(model, adapter, int32(rows, length), int32(rows), int32(rows), room, False)
+        given = model, adapters, int32(rows, length), int32(rows)
+        if states is None:
+            lowered = _prefill.lower(*given, int32(rows), room, False)
+        else:
+            lowered = prefill_after.lower(*given, states=states, max_length=room)
         found["prefill"], program = ask_compiler(lowered)
         if program is None:
             return found
-        logits, cached = jax.tree.map(with_sharding, lowered.out_info, program.output_shardings)
+        logits, cached = results_of(lowered, program)
         leaves, treedef = jax.tree.flatten(model)
         answers = together(ANSWER, rows)
         ranked = int32(answers), int32(answers, ANSWER), int32(answers)
         found["ranking"], _ = ask_compiler(continuation_scores.lower(treedef, leaves, logits, cached, *ranked))
         found["decode"], _ = ask_compiler(next_token.lower(treedef, leaves, cached, int32(rows), None, 1))
     return found
+
+
+def shares_prompts(config: RunConfig, tenants: int) -> bool:
+    """Whether the run's evaluations compute each prompt once for several adapters: those of a sweep have one data set.
+    Whether the tenants of a folder do so depends on their data."""
+    return bool(config.sweep) and tenants > 1 and has_plain_prompts(config.adapter)
+
+
+def abstract_adapters(config: RunConfig, mesh: Mesh, tenants: int, rows: int) -> Any:
+    """The adapters of an evaluation batch: the run's only one, or one of many for each row."""
+    if tenants == 1:
+        return abstract_adapter(config, mesh)
+    return Rows((Stack(step_arguments(config, mesh, tenants)[0].adapters),), int32(1, rows))
+
+
+def results_of(lowered: jax.stages.Lowered, program: jax.stages.Compiled) -> Any:
+    """What a program gives, as abstract arrays."""
+    return jax.tree.map(with_sharding, lowered.out_info, program.output_shardings)
+
+
+def int32(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -16,7 +16,7 @@ from .api_keys import Access
 from .body import ClientLeft, Held, HeldBody, json_object, read_body
 from .choices import Choice, choices_of
 from .engine_loop import EngineLoop
-from .engine_requests import engine_requests, refused
+from .engine_requests import engine_requests, refused, require_few
 from .errors import ApiError
 from .metrics import Metrics
 from .models import Models
@@ -122,7 +122,9 @@ class Answering:
             raise
 
     def _admit(self, held: HeldBody, access: Access, answer: Answer, outcome: Outcome) -> Asked:
-        asked = self.read(json_object(held.body))
+        found = json_object(held.body)
+        require_few(found, self.loop.engine)
+        asked = self.read(found)
         tenant, entry = self.models.resolve(asked.model, access)
         try:
             requests = engine_requests(asked, tenant, self.loop.engine, access.salt)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from ..data.examples import Ids, encode_prompt, most_characters, turn_stop_ids
+from ..data.examples import Ids, Prompt, encode_prompt, most_characters, turn_stop_ids
 from ..serving.engine import Engine
-from ..serving.request import Request
+from ..serving.request import MAX_SAMPLES, Request
+from .chat_messages import ROLES
 from .errors import ApiError, wrong_field
 from .protocol import CHAT_FIELDS, TEXT_FIELDS, Asked
 
@@ -24,6 +25,8 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str 
     salt, made = "\0".join(filter(None, (salt, asked.cache_salt))) or None, []
     for i, prompt in enumerate(asked.prompts):
         sampling = dict(asked.sampling, max_new_tokens=asked.max_tokens, cache_salt=salt)
+        if asked.only_echoes and isinstance(prompt, str):
+            prompt = prompt_ids(prompt, engine)
         if asked.max_tokens is None:
             prompt, stops = chat_ids(prompt, engine)
             sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))
@@ -31,19 +34,48 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str 
         if one_token_is_scored(asked):
             sampling["ignore_eos"] = True
         seed = None if asked.seed is None else (asked.seed + i * asked.n) % 2**32
-        made.append(Request(prompt, tenant, seed=seed, n=asked.n, strip=False, **scores(asked, i), **sampling))
+        made.append(Request(prompt, tenant, seed=seed, n=asked.n, strip=False, **scores(asked, i, prompt), **sampling))
     return made
+
+
+def require_few(found: dict, engine: Engine) -> None:
+    """Raises ApiError 400 for a body with more messages or token ids than can fit, before they are read one by one.
+
+    Args:
+        found: the body, with fields of any kind.
+    """
+    messages, prompt = found.get("messages"), found.get("prompt")
+    most = longest_prompt(engine) // min(map(len, ROLES))  # the characters of a message's role count too
+    if isinstance(messages, list) and len(messages) > most:
+        raise too_many("messages", f"{len(messages)} messages", f"at most {most} fit", engine)
+    lists = [prompt, *prompt[:MAX_SAMPLES]] if isinstance(prompt, list) else []
+    for count in (len(one) for one in lists if isinstance(one, list)):
+        if count > max(engine.max_length, MAX_SAMPLES):
+            advice = f"give at most {MAX_SAMPLES} prompts, and fewer tokens"
+            raise too_many("prompt", f"a list of {count}", advice, engine)
+
+
+def too_many(name: str, what: str, advice: str, engine: Engine) -> ApiError:
+    """The error of a field whose list is too long."""
+    message = f"{name} has {what}; {advice}, because the engine's max_length is {engine.max_length}"
+    return wrong_field(name, message, "context_length_exceeded")
 
 
 def chat_ids(messages, engine: Engine) -> tuple[Ids, Ids]:
     """A chat's token ids, and the ids that end its answer."""
-    ids = encode_prompt(engine.tokenizer, messages, most=longest_prompt(engine))
-    return tuple(ids), turn_stop_ids(engine.tokenizer, messages)
+    return prompt_ids(messages, engine), turn_stop_ids(engine.tokenizer, messages)
 
 
-def scores(asked: Asked, number: int) -> dict[str, int | None]:
-    """The log-probabilities that a prompt asks for, as arguments of the engine's Request."""
+def prompt_ids(prompt: Prompt, engine: Engine) -> Ids:
+    return tuple(encode_prompt(engine.tokenizer, prompt, most=longest_prompt(engine), tokens=engine.max_length))
+
+
+def scores(asked: Asked, number: int, prompt: Prompt | Ids) -> dict[str, int | None]:
+    """The log-probabilities that a prompt asks for, as arguments of the engine's Request. Where none are shown, all of
+    the prompt is the adapter's."""
     context_length = asked.context_lengths[number] if asked.context_lengths else None
+    if asked.only_echoes:
+        context_length = len(prompt)
     return {"logprobs": asked.logprobs, "prompt_logprobs": prompt_logprobs(asked), "context_length": context_length}
 
 
@@ -58,7 +90,7 @@ def prompt_logprobs(asked: Asked) -> int | None:
     """Alternatives per token of the prompt. Without new tokens, the pass over the prompt is what the engine does."""
     if not asked.echo:
         return None
-    return 0 if asked.logprobs is None and asked.max_tokens == 0 else asked.logprobs
+    return 0 if asked.only_echoes else asked.logprobs
 
 
 def require_room(asked: Asked, engine: Engine) -> None:
@@ -88,7 +120,8 @@ def refused(error: ValueError, asked: Asked) -> ApiError:
     names = NAMES | {"max_new_tokens": asked.max_tokens_field}
     message = re.sub("|".join(names), lambda found: names[found[0]], str(error))
     param = message.split(":")[0].split(" ")[0]
-    code = "context_length_exceeded" if "max_length" in message else None
+    long = "max_length" in message or "maximum number of tokens" in message
+    code = "context_length_exceeded" if long else None
     if param not in (*CHAT_FIELDS, *TEXT_FIELDS):
         param = "prompt"  # what the tokenizer or its chat template says of it
     return wrong_field("messages" if asked.chat and param == "prompt" else param, message, code)

@@ -7,7 +7,8 @@ import time
 
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.unknown_tenant import COMPARED
-from ..config import shorten
+from ..config import printable, shorten
+from ..messages import warn
 from ..untrusted import safe_name
 from .api_keys import Access
 from .errors import ApiError
@@ -63,8 +64,11 @@ class Models:
         if self.bank is not None and access.may_use(name):
             try:
                 return name, self.bank.entry(name)
-            except ValueError:
-                pass
+            except (ValueError, OSError) as error:
+                if name in self.bank:  # a bank that loads adapters when they are asked for could not load this one
+                    warn(f"server: {shorten(name)}: {printable(str(error), 1000)}")
+                    message = f"the adapter of {shorten(name)} can't be loaded; the server's log has the reason"
+                    raise ApiError(500, message, param="model", code="adapter_failed") from None
         raise ApiError(404, self._unknown(name, access), param="model", code="model_not_found")
 
     def visible(self, access: Access) -> list[str]:

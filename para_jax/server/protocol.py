@@ -100,6 +100,11 @@ class Asked(NamedTuple):
     def chat(self) -> bool:
         return not isinstance(self.prompts[0], (str, tuple))
 
+    @property
+    def only_echoes(self) -> bool:
+        """Whether the answer is the prompt alone, without scores."""
+        return self.echo and self.max_tokens == 0 and self.logprobs is None
+
 
 def read_chat(found: dict) -> Asked:
     """The body of /v1/chat/completions."""
@@ -133,10 +138,10 @@ def read_completion(found: dict) -> Asked:
     lengths = fields.take("context_length")
     if lengths is not None:
         given = lengths if isinstance(lengths, list) else [lengths] * len(prompts)
-        if not all(type(length) is int and length >= 1 for length in given):
-            fields.refuse("context_length", lengths, "give a whole number of at least 1, or one for each prompt")
         if len(given) != len(prompts):
             raise wrong_field("context_length", f"context_length has {len(given)} numbers for {len(prompts)} prompts")
+        if not all(type(length) is int and length >= 1 for length in given):
+            fields.refuse("context_length", lengths, "give a whole number of at least 1, or one for each prompt")
         if not echo or logprobs is None:
             raise wrong_field("context_length", "context_length is for scores; it needs echo and logprobs")
         lengths = given
@@ -197,10 +202,11 @@ def default(value: Any, otherwise: Any) -> Any:
 def read_stop(fields: Fields) -> tuple[str, ...]:
     value = fields.take("stop")
     texts = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        fields.refuse("stop", value, "give a text or a list of texts that are not empty")
-    if len(texts) > MAX_STOPS or max(map(len, texts), default=0) > MAX_STOP_LENGTH:
-        fields.refuse("stop", value, f"give at most {MAX_STOPS} texts of at most {MAX_STOP_LENGTH} characters")
+    wanted = f"give a text or at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters"
+    if not isinstance(texts, list) or len(texts) > MAX_STOPS:
+        fields.refuse("stop", value, wanted)
+    if not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH for text in texts):
+        fields.refuse("stop", value, wanted)
     return tuple(texts)
 
 
@@ -208,7 +214,7 @@ def read_stop_ids(fields: Fields) -> tuple[int, ...]:
     value = fields.take("stop_token_ids")
     if value is None:
         return ()
-    if not is_ids(value) or len(value) > 1000:
+    if not isinstance(value, list) or len(value) > 1000 or not is_ids(value):
         fields.refuse("stop_token_ids", value, "give a list of at most 1000 token ids")
     return tuple(value)
 

@@ -40,7 +40,14 @@ def test_the_base_models_name_is_the_folders_or_the_hub_id(folder):
 
 
 def made_bank(model, sources, **options):
-    given = {"allow_adapter_updates": False, "methods": None, "sites": None, "max_r": None, "capacity": None}
+    given = {
+        "allow_adapter_updates": False,
+        "adapter_memory": 1,
+        "methods": None,
+        "sites": None,
+        "max_r": None,
+        "capacity": None,
+    }
     return serve.bank_of(SimpleNamespace(**given | options), sources, model)
 
 
@@ -64,6 +71,17 @@ def test_the_bank_fits_its_adapters_and_with_updates_others_too(tmp_path):
     chosen = made_bank(model, {}, **options)
     assert (chosen.methods, set(chosen.sites), chosen.max_r, chosen.capacity) == (("ia3",), {"k_proj", "v_proj"}, 1, 3)
     chosen.add("one", strong(init_adapter(Ia3Config(target_modules=("v_proj",)), model.config)))
+
+
+def test_adapters_that_need_more_memory_are_loaded_when_they_are_asked_for(tmp_path):
+    model, sources = backbone("llama"), {}
+    for i, name in enumerate("ab"):
+        save_adapter(strong(init_adapter(ParaConfig(r=2), model.config), i), tmp_path / name, model=model)
+        sources[name] = str(tmp_path / name)
+    little, updated = (made_bank(model, sources, adapter_memory=1e-9, allow_adapter_updates=on) for on in (False, True))
+    whole = made_bank(model, sources)
+    assert (len(little), len(updated), len(whole)) == (0, 2, 2) and little.names == whole.names
+    assert little.entry("b").content == whole.entry("b").content and len(little) == 1
 
 
 def test_adapters_that_leave_change_no_program(tmp_path):

@@ -17,7 +17,7 @@ from para_jax import load_backbone, make_mesh
 from para_jax.config import load_config
 from para_jax.data.packing import Packed
 from para_jax.dry_run.hlo_counts import collectives_run
-from para_jax.dry_run.programs import compile_programs
+from para_jax.dry_run.programs import compile_programs, shares_prompts
 from para_jax.dry_run.topology import (
     TOO_MUCH,
     compile_step,
@@ -210,6 +210,21 @@ def test_training_evaluation_and_serving_are_compiled_for_a_slice(config):
     layers = step_arguments(config, mesh)[1].layers
     kernels = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers) if leaf.ndim == 3)
     assert gathered["decode"] > kernels and gathered["train"] > 1.9 * kernels  # forward and backward
+
+
+@pytest.mark.long
+def test_a_sweep_of_scope_response_compiles_the_prompts_that_its_adapters_share(tmp_path):
+    own = "adapter.scope=response", "sweep.seed=[0, 1]", "data.max_seq_length=64", "mesh.fsdp=1"
+    config = run_config(run_folder(tmp_path), *own)
+    mesh = run_mesh(config)
+    shared, alone = (compile_programs(config, mesh, tenants) for tenants in (2, 1))
+    assert list(alone) == ["train", "loss", "prefill", "ranking", "decode"]
+    assert list(shared) == ["train", "prompts", *list(alone)[1:]]
+    for name in ("loss", "prefill"):  # what is left is the tails of 4 tokens after prompts of 64
+        assert shared[name].program.flops < 0.3 * alone[name].program.flops
+    everywhere = replace(config, adapter=replace(config.adapter, scope="all"))
+    of_folder = load_config(None, ["data.tenants=x", own[0]])
+    assert not shares_prompts(everywhere, 2) and not shares_prompts(of_folder, 2)
 
 
 def test_the_dry_run_tells_the_bytes_of_collectives_and_an_estimate_of_the_time(tmp_path):

@@ -32,10 +32,12 @@ from running_server import (
 from tiny_engine import CONFIGS, answers, prompt
 
 from para_jax import Engine, Request
-from para_jax.server import answering, engine_loop, responses
+from para_jax.data.examples import TOKEN_CHARACTERS
+from para_jax.server import answering, chat_messages, engine_loop, protocol, responses
 from para_jax.server.app import THREADS
 from para_jax.server.models import Models
 from para_jax.server.traffic import Traffic
+from para_jax.serving.request import MAX_SAMPLES
 
 MODELS, JSON = [*CONFIGS, "base"], {"content-type": "application/json"}
 #: An answer that lasts for several rounds.
@@ -282,10 +284,19 @@ def test_log_probabilities_that_are_no_numbers_are_an_error(echo):
             assert events(http, "/v1/completions", body)[-1]["error"]["code"] == "engine_error"
 
 
-def test_the_prompt_alone_is_echoed_without_scores_too(http):
-    body = {"model": "base", "prompt": prompt(1), "max_tokens": 0, "echo": True}
-    choice = http.post("/v1/completions", json=body).json()["choices"][0]
-    assert choice["text"] == prompt(1) and choice["logprobs"] is None
+@pytest.mark.parametrize("model", MODELS)
+def test_the_prompt_alone_is_echoed_without_scores_too(http, server, model):
+    """Whatever the adapter, and with a prompt that leaves no room for another token."""
+    text = prompt(1, LENGTH)
+    ids = server.engine.tokenizer(text)["input_ids"]
+    for given in (text, ids):
+        body = {"model": model, "prompt": given, "max_tokens": 0, "echo": True}
+        found = http.post("/v1/completions", json=body).json()
+        (choice,) = found["choices"]
+        assert choice["text"].replace(" ", "") == text.replace(" ", "") and choice["logprobs"] is None
+        assert (found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"]) == (LENGTH, 0)
+        streamed = events(http, "/v1/completions", body)
+        assert "".join(event["choices"][0]["text"] for event in streamed) == choice["text"]
 
 
 def test_an_end_token_is_the_one_new_token_of_a_scored_prompt():
@@ -411,6 +422,21 @@ def test_wrong_requests_are_refused_by_field(server, http, monkeypatch):
     long = {"model": "A", "messages": chat_of(prompt(1, LENGTH)), "max_completion_tokens": 3}
     found = error(http.post("/v1/chat/completions", json=long), 400)
     assert found["param"] == "messages" and "max_completion_tokens" in found["message"]
+
+
+def test_lists_that_cannot_fit_are_refused_before_they_are_read(server, http, monkeypatch):
+    """And none that was answered: a message may be empty, but its role counts."""
+    most = server.engine.max_length * TOKEN_CHARACTERS // len("user")
+    chat = {"model": "A", "messages": [{"role": "user", "content": ""}] * most, "max_tokens": 2}
+    assert http.post("/v1/chat/completions", json=chat).status_code == 200
+    monkeypatch.setattr(chat_messages, "read_message", None)
+    monkeypatch.setattr(protocol, "is_ids", None)
+    chat["messages"].append(chat["messages"][0])
+    found = error(http.post("/v1/chat/completions", json=chat), 400)
+    assert (found["param"], found["code"]) == ("messages", "context_length_exceeded") and str(most) in found["message"]
+    for ids in ([5] * 1000, [[5], [5] * 1000], [5] * (MAX_SAMPLES + 1)):
+        found = error(http.post("/v1/completions", json={"model": "A", "prompt": ids}), 400)
+        assert (found["param"], found["code"]) == ("prompt", "context_length_exceeded")
 
 
 def test_wrong_bodies_methods_and_paths_are_errors_of_one_shape(http):

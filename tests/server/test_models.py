@@ -11,13 +11,18 @@ ACME = Access(frozenset({"acme"}), keyed=True)
 
 
 class Bank:
-    """The names of a bank, and an entry for each."""
+    """The names of a bank, and an entry for each but one, which can't be loaded."""
 
-    names = ("acme", "acme2", "globex")
+    names = ("acme", "acme2", "globex", "damaged")
+
+    def __contains__(self, name):
+        return name in self.names
 
     def entry(self, name):
-        if name not in self.names:
+        if name not in self:
             raise ValueError(f"no tenant; it holds {self.names}")
+        if name == "damaged":
+            raise ValueError("/secret/damaged: no such folder")
         return f"entry of {name}"
 
 
@@ -38,6 +43,15 @@ def test_names_are_tenants_or_the_base_model(models):
     assert models.resolve("org/tiny", ACME) == models.resolve("base", ACME) == (None, None)
     refusal(models, "Acme", ALL)
     assert Models(None).resolve("base", ANYONE) == (None, None)
+
+
+def test_an_adapter_that_can_not_be_loaded_is_the_servers_error_and_its_log_has_the_reason(models, capfd):
+    with pytest.raises(ApiError) as raised:
+        models.resolve("damaged", ANYONE)
+    assert (raised.value.status, raised.value.code) == (500, "adapter_failed")
+    assert "damaged" in raised.value.message and "/secret" not in raised.value.message
+    assert "/secret/damaged" in capfd.readouterr().err
+    refusal(models, "damaged", ACME)
 
 
 def test_a_tenant_of_another_key_looks_like_an_unknown_one(models):

@@ -18,12 +18,14 @@ from pathlib import Path
 import httpx
 import pytest
 from quick_compiler import own_flags
-from running_server import eventually, model_and_tenants, new_engine, running
+from running_server import chat_tokenizer, eventually, model_and_tenants, new_engine, running
 from tiny_engine import prompt
 from tiny_run import backbone_folder
 
 import para_jax
-from para_jax import save_adapter, serve
+from para_jax import Engine, Request, load_adapter, save_adapter, serve
+from para_jax.adapters.loading_bank import bank_of
+from para_jax.adapters.preview import previews
 from para_jax.cli.serve import served
 from para_jax.server.address import bound, is_loopback, url_of
 from para_jax.server.answering import Limits
@@ -183,6 +185,43 @@ def test_without_keys_a_server_of_this_machine_is_asked_by_its_own_names_only(en
             for path in ("/", "/ready", "/v1/models"):
                 status = 403 if keys is None else 401 if path == "/v1/models" else 200
                 assert httpx.get(server.url + path, headers={"host": host}).status_code == status
+
+
+@pytest.mark.long
+def test_tenants_that_do_not_fit_the_memory_are_loaded_when_they_are_asked_for(tmp_path, capfd):
+    """With the answers of an engine that holds all of them."""
+    model, tenants = model_and_tenants()
+    for name, adapter in tenants.items():
+        save_adapter(adapter, tmp_path / name, model=model)
+    found = dict(zip(tenants, previews([str(tmp_path / name) for name in tenants], model.config), strict=True))
+    load = lambda name: load_adapter(found[name].place, model.config)  # noqa: E731
+    whole, little = (bank_of(found, model.config, load, memory) for memory in (10**9, 1))
+    sizes = {"slots": 2, "max_length": 40, "prefill_chunk": 8, "block_size": 4}
+    alone, engine = (Engine(model, bank, chat_tokenizer(), **sizes) for bank in (whole, little))
+    expected = {}
+    for name in tenants:
+        alone.submit(Request(prompt(1), name, max_new_tokens=8, strip=False, id=name))
+    for completion in alone.run():
+        expected[completion.id] = completion.text
+    assert len(set(expected.values())) == len(tenants) and len(little) == 0
+    engine.warm_up = lambda: None
+
+    def asked(name):
+        body = {"model": name, "prompt": prompt(1), "max_tokens": 8, "temperature": 0}
+        return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+
+    with running(engine) as server, ThreadPoolExecutor(4) as threads:
+        names = [*tenants, *reversed(tenants), *tenants]
+        answers = list(threads.map(asked, names))
+        assert [answer.json()["choices"][0]["text"] for answer in answers] == [expected[name] for name in names]
+        listed = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert {one["id"] for one in listed} == {"base", *tenants} and len(little) == 1
+        first, *_, last = tenants
+        assert asked(last).status_code == 200
+        shutil.rmtree(tmp_path / first)
+        assert asked(first).status_code == 500 and asked(last).status_code == 200
+        assert asked(first).json()["error"]["code"] == "adapter_failed"
+    assert str(tmp_path / first) in capfd.readouterr().err
 
 
 def test_keys_open_their_tenants_only(engine):
