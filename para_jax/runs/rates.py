@@ -76,7 +76,8 @@ def choose_rates(
     folder, default = folder / TRIALS, default_rate(config)
     inputs = inputs._replace(tenants=[tenant for tenant in inputs.tenants if is_auto(tenant.config)])
     if config.many and not config.data.packing:  # trials of the only tenant of a run may be at different steps
-        inputs = inputs._replace(buckets=for_mixed_rows(inputs.buckets))
+        buckets = for_mixed_rows(inputs.buckets)  # pyright: ignore[reportArgumentType]
+        inputs = inputs._replace(buckets=buckets)
     tried: dict[str, dict[int, Trial]] = {tenant.name: {} for tenant in inputs.tenants if tenant.validation}
     asked: dict[str, Sequence[int]] = {name: FIRST for name in tried}
     for number in range(1, MORE_ROUNDS + 2):

@@ -107,8 +107,9 @@ def read_inputs(
         raise too_long_in(long)
     data = {name: read_once[of_data(own)][0] for name, own in configs.items()}
     say_data(config, data)
-    for split, place in (("validation", 1), ("test", 2)):
-        say_long(split, [read_once[key][place] for key in dict.fromkeys(map(of_data, configs.values()))])
+    alike = [read_once[key] for key in dict.fromkeys(map(of_data, configs.values()))]
+    say_long("validation", [validation for _, validation, *_ in alike])
+    say_long("test", [test for _, _, test, _ in alike])
     say_scoring({name: read_once[of_data(own)][3] for name, own in configs.items()})
     buckets, plans = plan_batches(config, configs, data, layout.tenant_rows)
     tenants = []

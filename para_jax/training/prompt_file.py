@@ -40,7 +40,7 @@ def file_of(model, pooler: Adapter, prompts: ExampleArrays, rows: int) -> Path:
     mesh, package = jax.sharding.get_mesh(), Path(__file__).parents[1]
     code = *sorted((package / "backbone").glob("*.py")), package / "residual.py", package / "training/prompt_states.py"
     named = [FORMAT, rows, dict(mesh.shape), mesh.devices.flat[0].device_kind, jax.__version__]
-    named += [jax.config.jax_default_matmul_precision]
+    named += [jax.config.jax_default_matmul_precision]  # pyright: ignore[reportAttributeAccessIssue]
     named += [repr(model.attention), backbone_content(model), pooler_digest(pooler), digest(prompts)]
     text = json.dumps([*named, files_digest(code)])
     return folder() / (hashlib.sha256(text.encode()).hexdigest() + ENDING)
