@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import __version__
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, named_leaves
 from ..adapters.card import score_line, training_lines
 from ..adapters.files import add_test_score, load_adapter, save_adapter
 from ..adapters.methods import method_of
@@ -77,24 +78,40 @@ class Scoring(NamedTuple):
             if best is not None and score.score <= best:
                 return standing.changed(tenant, evaluated=own, since_best=standing.since_best[tenant] + 1)
         base = base_score(standing, tenant, score)
-        self.keep(tenant, tenant_of(state.adapters, jnp.int32(standing.running[tenant])), own, score, base)
+        kept = self.keep(tenant, tenant_of(state.adapters, jnp.int32(standing.running[tenant])), own, score, base)
         found = None if score is None else score.score
-        return self.with_score(standing, tenant, "validation", score).changed(
-            tenant, evaluated=own, best_score=found, best_step=own, since_best=0
-        )
+        standing = self.with_score(standing, tenant, "validation", score).with_kept(tenant, kept)
+        return standing.changed(tenant, evaluated=own, best_score=found, best_step=own, since_best=0)
 
     def require_many(self, step: int, score: Score) -> None:
         """Raises ValueError, in a run of one adapter, for a validation loss that is not finite."""
         if not self.config.many:
             raise NotFinite(f"step {step}: the loss of the validation data is {score.loss}; {REMEDY}")
 
-    def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None, base: float | None = None) -> None:
-        """Writes a tenant's adapter into its folder, with its validation score and the base model's."""
+    def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None, base: float | None = None) -> str:
+        """Writes a tenant's adapter into its folder, with its validation score and the base model's. Returns a hash of
+        the adapter."""
         card, whole = card_lines(self.tenants[tenant], step, score, base), full_arrays(adapter)
         if others := len(self.tenants) - 1:
             card.append(f"- Trained in one run with {others} other{'s' * (others > 1)}.")
         to, source = self.tenants[tenant].folder / "adapter", self.config.backbone.source
         on_first_process(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
+        return adapter_hash(whole)
+
+    def with_kept_best(self, state: TrainState, standing: Standing) -> Standing:
+        """The standing at a resume. Where a tenant's folder does not hold the best adapter that the checkpoint knows,
+        but one of steps that were lost, the next score begins a new search."""
+        known, like = standing.kept or {}, jax.eval_shape(tenant_of, state.adapters, jnp.int32(0))
+        for tenant in standing.running:
+            name, folder = standing.names[tenant], self.tenants[tenant].folder
+            if standing.best_score[tenant] is None or name not in known:
+                continue
+            there = on_first_process((folder / "adapter").exists)
+            if not there or adapter_hash(self.kept(tenant, like)) != known[name]:
+                step = standing.best_step[tenant]
+                say(f"{folder / 'adapter'}: not the best adapter, of step {step}, any more; the next score is the best")
+                standing = standing.without_best(tenant)
+        return standing
 
     def kept(self, tenant: int, last: Adapter) -> Adapter:
         return kept_adapter(self.tenants[tenant].folder, self.model, last)
@@ -112,8 +129,8 @@ class Scoring(NamedTuple):
         own, slot = self.tenants[tenant], standing.running[tenant]
         steps = int(full_arrays(state.step)[slot])
         if standing.best_score[tenant] is None and standing.best_step[tenant] < steps:  # the last one is the best
-            self.keep(tenant, tenant_of(state.adapters, jnp.int32(slot)), steps, None)
-            standing = standing.changed(tenant, best_step=steps)
+            kept = self.keep(tenant, tenant_of(state.adapters, jnp.int32(slot)), steps, None)
+            standing = standing.with_kept(tenant, kept).changed(tenant, best_step=steps)
         test_after = None
         if own.test and on_first_process((own.folder / "adapter").exists):
             with self.stop.interrupting():
@@ -225,6 +242,15 @@ def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:
     on_first_process(lambda: found.append(load_adapter(folder / "adapter", model.config, model=model)))
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     return broadcast_arrays(found[0] if is_first() else empty)
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """A hash of an adapter's weights."""
+    found = hashlib.sha256()
+    for name, leaf in named_leaves(adapter).items():
+        array = np.ascontiguousarray(leaf)
+        found.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return found.hexdigest()
 
 
 def base_score(standing: Standing, tenant: int, found: Score | None) -> float | None:

@@ -40,6 +40,8 @@ class Standing(NamedTuple):
     scores: dict[str, dict[str, dict[str, str | int | dict[str, float] | list[list[str]]]]] | None = None
     """each tenant's records by its name, as training/scores_file.py describes them; None: an earlier version began the
     run"""
+    kept: dict[str, str] | None = None
+    """a hash of each tenant's best adapter, which its folder holds, by its name; None: as for scores"""
 
     def changed(self, tenant: int, **values) -> Standing:
         """The standing with other values of one tenant."""
@@ -54,6 +56,18 @@ class Standing(NamedTuple):
             return self
         name = self.names[tenant]
         return self._replace(scores=self.scores | {name: self.records(tenant) | {what: record}})
+
+    def with_kept(self, tenant: int, adapter: str) -> Standing:
+        """The standing where this is the hash of a tenant's best adapter."""
+        return self if self.kept is None else self._replace(kept=self.kept | {self.names[tenant]: adapter})
+
+    def without_best(self, tenant: int) -> Standing:
+        """The standing where a tenant has no best adapter so far."""
+        name = self.names[tenant]
+        records = {what: record for what, record in self.records(tenant).items() if what != "validation"}
+        kept = {whose: adapter for whose, adapter in (self.kept or {}).items() if whose != name}
+        standing = self.changed(tenant, best_score=None, best_step=0, since_best=0)
+        return standing._replace(scores=(self.scores or {}) | {name: records}, kept=kept)
 
     def records(self, tenant: int) -> Records:
         """A tenant's records."""
@@ -81,7 +95,7 @@ def fresh_standing(tenants: Sequence[Tenant], layout: Layout, run: dict[str, str
     nothing: list[Any] = [None] * len(tenants)
     names = [tenant.name for tenant in tenants]
     lists = [-1] * layout.slots, zeros, nothing, zeros, zeros, zeros, nothing, nothing, nothing
-    return Standing(0, names, *lists, run=run, scores={})
+    return Standing(0, names, *lists, run=run, scores={}, kept={})
 
 
 def require_same_tenants(standing: Standing, tenants: Sequence[Tenant], layout: Layout) -> None:

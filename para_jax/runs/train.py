@@ -347,6 +347,7 @@ def fit(
                     if not config.eval.base:  # but a score of other data is replaced
                         asked = [tenant for tenant in asked if standing.has_base(tenant, split)]
                     standing = scoring.score_backbone(state, standing, split, asked)
+                standing = scoring.with_kept_best(state, standing) if restored else standing
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
                 if not all(standing.over):
                     with stop.interrupting():

@@ -315,6 +315,25 @@ def test_what_a_resumed_run_found_at_its_last_step_is_known_to_a_longer_one(conf
     assert_same_arrays(kept_adapter(config), kept)
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_kept_adapter_is_the_reported_one_where_a_later_one_was_kept_before_a_kill(config, monkeypatch, lost):
+    """Step 4's adapter is the best and is kept, and then the run is killed: its checkpoint, of step 3, knows that of
+    step 2. A longer schedule makes others from then on."""
+    config = replace(config, eval=replace(config.eval, every=2), checkpoint=CheckpointSection(every=3))
+    with monkeypatch.context() as patched, pytest.raises(KeyError):
+        scripted(patched, 0.5, 0.9)
+        at_call(patched, loop, "train_step", 5, lambda *_: {}["as a kill"])
+        train(config)
+    assert checkpoints(config) == [3]
+    if lost:
+        shutil.rmtree(Path(config.output_dir) / "adapter")
+    scored = scripted(monkeypatch, 0.4, 0.45, 0.3)
+    result = train(replace(config, train=replace(config.train, max_steps=8)))
+    assert (result.best_step, result.best_score) == (6, 0.45)
+    assert result.scores["validation"]["values"]["exact_match"] == 0.45
+    assert_same_arrays(kept_adapter(config), scored[1])
+
+
 def test_checkpoints_come_as_often_as_asked_and_the_newest_are_kept(whole, config, monkeypatch):
     config = replace(config, eval=whole[0].eval, checkpoint=CheckpointSection(every=2, keep=3))
     calls, real = [], loop.save_checkpoint
