@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,8 +133,8 @@ def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None
     records = load_records(config.data, split)
     if records is None:
         return None
-    model = load_model_config(config.backbone.source)
-    section, room = with_limit(config.data, model), model.max_positions
+    model = cache(lambda: load_model_config(config.backbone.source))  # many tasks don't ask for it
+    section = config.data if config.data.max_seq_length else with_limit(config.data, model())
     known = TASKS.get(task_of(config.data) or "")
     metric, also, choices, new, *_ = by or scoring_rule(config, tokenizer)
     if known and not choices and {record.completion for record in records} <= set(known.choices):
@@ -147,11 +148,12 @@ def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None
         warn_of_unreachable(split, records, choices)
     task = EvalTask(split, records, metric, choices, new, config.eval.batch_size, also=also)
     if task.writes and section.truncate == "left":  # the answer must fit too
-        section = replace(section, max_seq_length=min(section.max_seq_length or room, max(2, room - new)))
+        fits = max(2, model().max_positions - new)
+        section = replace(section, max_seq_length=min(section.max_seq_length or fits, fits))
     kept = encode_records(records, tokenizer, section)
     task = task._replace(records=kept.records, examples=kept.examples, cut=kept.cut, skipped=kept.skipped)
     chosen = config.eval.max_new_tokens is None and not known
-    return with_room(task, kept.examples, room) if chosen and task.writes else task
+    return with_room(task, kept.examples, model().max_positions) if chosen and task.writes else task
 
 
 def with_room(task: EvalTask, examples: Sequence[Example], room: int) -> EvalTask:
