@@ -54,8 +54,8 @@ def serve_app(
             the number of slots if it is left out.
         num_cpus, num_gpus, resources: what Ray reserves for a replica, such as resources={"TPU": 4}.
         sticky: requests with the same header x-session-id go to the same replica, and find its prefix cache. Those
-            without it go to any. By default, each goes to one with few open requests. To change it, delete the
-            application first: Ray's proxies keep its router.
+            without it go to any. By default, each goes to one with few open requests. To change it, run the
+            application under another name: Ray's proxies keep the router of a name.
         any_host: without API keys, also answer requests that name another host than localhost. Everyone who reaches
             Ray's proxies may then use every tenant.
         deployment: further options of `ray.serve.deployment`, such as name or health_check_period_s.

@@ -241,8 +241,9 @@ def test_an_update_under_load_loses_nothing(replicated, folder, expected):
 def test_sticky_requests_find_their_prefix(url, folder):
     from ray import serve
 
-    serve.delete(APP)  # a proxy keeps the router that it made for an application
-    serve.run(application(folder, replicas=2, sticky=True), name=APP)
+    name = f"{APP}-sticky"  # a proxy keeps the router that it made for a name
+    serve.delete(APP)
+    serve.run(application(folder, replicas=2, sticky=True), name=name)
 
     def cold(first, sessions):
         """How many of 30 beginnings are not found when they come again at once. A busy replica may be passed over."""
@@ -257,7 +258,10 @@ def test_sticky_requests_find_their_prefix(url, folder):
                 cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
         return cached[1::2].count(0)
 
-    assert 2 * cold(100, sessions=True) < cold(200, sessions=False)
+    try:
+        assert 2 * cold(100, sessions=True) < cold(200, sessions=False)
+    finally:
+        serve.delete(name)
 
 
 @pytest.mark.slow
