@@ -341,7 +341,16 @@ class AdapterBank:
 
 
 def content_hash(adapter: Adapter) -> str:
-    digest = hashlib.sha256(f"({config_text(adapter.config)}, {adapter.backbone!r})".encode())
+    """A hash of an adapter's config, backbone and weights."""
+    return with_weights(hashlib.sha256(f"({config_text(adapter.config)}, {adapter.backbone!r})".encode()), adapter)
+
+
+def weights_hash(adapter: Adapter) -> str:
+    """A hash of an adapter's weights alone. PEFT's format does not say what else is in `content_hash`."""
+    return with_weights(hashlib.sha256(), adapter)
+
+
+def with_weights(digest, adapter: Adapter) -> str:
     for name, leaf in sorted(host_leaves(adapter).items()):
         digest.update(name.encode())
         digest.update(leaf.tobytes())

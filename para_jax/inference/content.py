@@ -1,12 +1,10 @@
-"""Hashes of what an answer depends on in addition to its request: the backbone, and how tokens become text. Jobs and
-evaluation put them into the keys of kept answers, so that one model's answers are never taken for another's."""
+"""What an answer depends on in addition to its request and the backbone: this version, and how tokens become text. Jobs
+and evaluation put both into the keys of kept answers, with a hash of the backbone (backbone/content.py)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-
-from ..backbone.content import backbone_content as backbone_content
 
 #: Part of every kept answer's key. Raise it when a change of para_jax changes the answers to the same questions.
 ANSWERS_VERSION = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import __version__
-from ..adapters.adapter import Adapter, named_leaves
+from ..adapters.adapter import Adapter
+from ..adapters.bank import weights_hash
 from ..adapters.card import score_line, training_lines
 from ..adapters.files import add_test_score, load_adapter, save_adapter
 from ..adapters.methods import method_of
@@ -96,7 +96,7 @@ class Scoring(NamedTuple):
             card.append(f"- Trained in one run with {others} other{'s' * (others > 1)}.")
         to, source = self.tenants[tenant].folder / "adapter", self.config.backbone.source
         on_first_process(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
-        return adapter_hash(whole)
+        return weights_hash(whole)
 
     def with_kept_best(self, state: TrainState, standing: Standing) -> Standing:
         """The standing at a resume. Where a tenant's folder does not hold the best adapter that the checkpoint knows,
@@ -107,9 +107,11 @@ class Scoring(NamedTuple):
             if standing.best_score[tenant] is None or name not in known:
                 continue
             there = on_first_process((folder / "adapter").exists)
-            if not there or adapter_hash(self.kept(tenant, like)) != known[name]:
+            if not there or weights_hash(self.kept(tenant, like)) != known[name]:
                 step = standing.best_step[tenant]
-                say(f"{folder / 'adapter'}: not the best adapter, of step {step}, any more; the next score is the best")
+                say(
+                    f"{folder / 'adapter'} is not the best adapter so far, that of step {step}; the search begins again"
+                )
                 standing = standing.without_best(tenant)
         return standing
 
@@ -242,15 +244,6 @@ def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:
     on_first_process(lambda: found.append(load_adapter(folder / "adapter", model.config, model=model)))
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     return broadcast_arrays(found[0] if is_first() else empty)
-
-
-def adapter_hash(adapter: Adapter) -> str:
-    """A hash of an adapter's weights."""
-    found = hashlib.sha256()
-    for name, leaf in named_leaves(adapter).items():
-        array = np.ascontiguousarray(leaf)
-        found.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
-    return found.hexdigest()
 
 
 def base_score(standing: Standing, tenant: int, found: Score | None) -> float | None:

@@ -65,7 +65,7 @@ class Standing(NamedTuple):
         """The standing where a tenant has no best adapter so far."""
         name = self.names[tenant]
         records = {what: record for what, record in self.records(tenant).items() if what != "validation"}
-        kept = {whose: adapter for whose, adapter in (self.kept or {}).items() if whose != name}
+        kept = {other: adapter for other, adapter in (self.kept or {}).items() if other != name}
         standing = self.changed(tenant, best_score=None, best_step=0, since_best=0)
         return standing._replace(scores=(self.scores or {}) | {name: records}, kept=kept)
 

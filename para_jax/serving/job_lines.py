@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..adapters.bank import AdapterBank, Entry
+from ..backbone.content import backbone_content
 from ..config import shorten
 from ..data.examples import require_unicode
 from ..data.row_files import json_problem
-from ..inference.content import ANSWERS_VERSION, backbone_content, writing_content
+from ..inference.content import ANSWERS_VERSION, writing_content
 from ..inference.sampling import derived_seed
 from ..untrusted import MAX_DEPTH
 from .answers import MAX_LINE

@@ -315,8 +315,25 @@ def test_what_a_resumed_run_found_at_its_last_step_is_known_to_a_longer_one(conf
     assert_same_arrays(kept_adapter(config), kept)
 
 
+@pytest.mark.parametrize("adapter", [ParaConfig(r=2), LoraConfig(r=2), Ia3Config()], ids=lambda one: type(one).__name__)
+def test_the_best_adapter_of_the_checkpoint_stays_the_best_after_a_kill(config, monkeypatch, capsys, adapter):
+    config = replace(config, adapter=adapter, eval=replace(config.eval, every=2), checkpoint=CheckpointSection(every=3))
+    with monkeypatch.context() as patched, pytest.raises(KeyError):
+        scripted(patched, 0.5, 0.4)
+        at_call(patched, loop, "train_step", 5, lambda *_: {}["as a kill"])
+        train(config)
+    kept = kept_adapter(config)
+    scripted(monkeypatch, 0.4, 0.3)
+    result = train(config)
+    assert (result.best_step, result.best_score) == (2, 0.5)
+    assert_same_arrays(kept_adapter(config), kept)
+    assert "the search begins again" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("lost", [False, True])
-def test_the_kept_adapter_is_the_reported_one_where_a_later_one_was_kept_before_a_kill(config, monkeypatch, lost):
+def test_the_kept_adapter_is_the_reported_one_where_a_later_one_was_kept_before_a_kill(
+    config, monkeypatch, capsys, lost
+):
     """Step 4's adapter is the best and is kept, and then the run is killed: its checkpoint, of step 3, knows that of
     step 2. A longer schedule makes others from then on."""
     config = replace(config, eval=replace(config.eval, every=2), checkpoint=CheckpointSection(every=3))
@@ -328,7 +345,9 @@ def test_the_kept_adapter_is_the_reported_one_where_a_later_one_was_kept_before_
     if lost:
         shutil.rmtree(Path(config.output_dir) / "adapter")
     scored = scripted(monkeypatch, 0.4, 0.45, 0.3)
+    capsys.readouterr()
     result = train(replace(config, train=replace(config.train, max_steps=8)))
+    assert "the search begins again" in capsys.readouterr().err
     assert (result.best_step, result.best_score) == (6, 0.45)
     assert result.scores["validation"]["values"]["exact_match"] == 0.45
     assert_same_arrays(kept_adapter(config), scored[1])
