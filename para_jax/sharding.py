@@ -4,13 +4,20 @@ axis names, activations pass through `constrain`."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from itertools import combinations
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 #: Axis names to mesh axes. Parameters are split by `tensor` along heads, hidden width and vocabulary and by `fsdp`
 #: along the residual width; activations by (data, fsdp) along the batch. All other axes are replicated.
@@ -64,12 +71,42 @@ def arrange(sizes: tuple[int, ...], devices: list) -> np.ndarray:
         return np.asarray(devices, dtype=object).reshape(sizes)
 
 
+def mesh_of(model) -> Mesh | None:
+    """The mesh that a model's weights were loaded over; None if there is none."""
+    sharding = getattr(next(iter(jax.tree.leaves(model)), None), "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
+
+
+def using(mesh: Mesh | None) -> AbstractContextManager:
+    """A context in which `mesh` is the current one, in this thread. Without one, or if one is current already, it
+    changes nothing."""
+    return nullcontext() if mesh is None or not jax.sharding.get_mesh().empty else jax.set_mesh(mesh)
+
+
+def on_its_mesh(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """A function of `model` and more, computed on the mesh that the model's weights were loaded over."""
+
+    @wraps(function)
+    def on_mesh(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        with using(mesh_of(args[0] if args else kwargs.get("model"))):
+            return function(*args, **kwargs)
+
+    return on_mesh
+
+
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """x, sharded over the current mesh (`jax.set_mesh`) by the names of its axes. Without a mesh, x itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape))
+
+
+def zeros(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...]) -> jax.Array:
+    """Zeros, sharded as `constrain` would, without a copy on one device."""
+    mesh = jax.sharding.get_mesh()
+    sharding = None if mesh.empty else NamedSharding(mesh, partition(axes, shape, mesh.shape))
+    return jnp.zeros(shape, dtype, device=sharding)
 
 
 def gather_fsdp(weights: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

@@ -27,7 +27,7 @@ from .adapter import Adapter, named_leaves
 from .files import load_adapter
 from .folder import require_finite
 from .methods import METHODS, method_of
-from .padding import group_template, host_leaves, padded_leaves, stacked_on_device
+from .padding import group_template, host_leaves, padded_leaves, stacked
 from .rows import Rows, Stack, check_fits
 from .scope import scope_of
 from .unknown_tenant import unknown
@@ -235,10 +235,9 @@ class AdapterBank:
             place_of = {entry.version: i for i, entry in enumerate(distinct)}
             of_rows[:] = [-1 if entry is None else place_of.get(entry.version, -1) for entry in entries]
             weights = [entry.weights for entry in distinct]
-            stacks.append(Stack(stacked_on_device(self._template(group), weights, len(entries))))
+            stacks.append(Stack(stacked(self._template(group), weights, len(entries))))
         mesh = jax.sharding.get_mesh()
-        if not mesh.empty:
-            stacks = place(stacks, mesh, self.model_config)
+        stacks = jax.device_put(stacks) if mesh.empty else place(stacks, mesh, self.model_config)
         return Rows(tuple(stacks), jnp.asarray(index))
 
     def __len__(self) -> int:

@@ -43,14 +43,13 @@ def padded(leaf: np.ndarray | None, shape: jax.ShapeDtypeStruct, neutral: float)
     return out
 
 
-def stacked_on_device(template: Adapter, weights: Sequence[dict[str, np.ndarray]], places: int) -> Adapter:
-    """Adapters on the device, [places, layers, ...] each: these in the first places, zeros in the others.
-
-    Only the given weights are sent, each once. The zeros are made on the device.
+def stacked(template: Adapter, weights: Sequence[dict[str, np.ndarray]], places: int) -> Adapter:
+    """Adapters, [places, layers, ...] each: these in the first places, zeros in the others. On the host if there are as
+    many as places. Else the zeros are made on the device, and each adapter is sent once.
     """
     shapes = named_leaves(template)
     if len(weights) == places:
-        return with_leaves(template, {name: jax.device_put(np.stack([w[name] for w in weights])) for name in shapes})
+        return with_leaves(template, {name: np.stack([w[name] for w in weights]) for name in shapes})
     stacks = {name: jnp.zeros((places, *shape.shape), shape.dtype) for name, shape in shapes.items()}
     for i, of_one in enumerate(weights):
         stacks = put_in_place(stacks, {name: of_one[name] for name in shapes}, i)

@@ -9,8 +9,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ..sharding import constrain, zeros
 from .attention import mixed_values, mixed_values_of, within
 from .cache_blocks import has_blocks, values_in_blocks
+
+#: Names of the axes of keys or values, [rows or blocks, kv_heads, tokens, head_dim]: a mesh splits the heads.
+HELD = None, "kv_heads", None, None
+
+
+def empty_held(shape: tuple[int, ...], dtype) -> jax.Array:
+    """Keys or values of zeros."""
+    return zeros(shape, dtype, HELD)
+
+
+def constrain_held(cache):
+    """A tree of keys and values, split over the current mesh as those of `empty_held` are."""
+    return jax.tree.map(lambda held: constrain(held, HELD), cache)
 
 
 def attend_cached(

@@ -234,7 +234,6 @@ def one_score(options, config) -> None:
     """Prints the score of one adapter, or of the base model, on the config's data."""
     from .. import devices
     from ..adapters.files import load_adapter
-    from ..backbone.load import load_backbone
     from ..data.tokenizer import load_tokenizer
     from ..evaluation.evaluate import evaluate
 
@@ -242,7 +241,7 @@ def one_score(options, config) -> None:
     begun = time.monotonic()
     tokenizer = load_tokenizer(config.backbone.source)
     task = run_task(options, config, tokenizer)
-    model = load_backbone(**vars(config.backbone))
+    model = shared.load_model(options, **vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
     how = dict(limit=options.limit, shuffle_prompts=options.shuffle_prompts, seed=config.seed)
     report = evaluate(model, adapter, [task], tokenizer=tokenizer, **how)
@@ -287,7 +286,7 @@ def load(options, config) -> Loaded:
     read."""
     from .. import devices
     from ..adapters.preview import previews
-    from ..backbone.load import load_backbone, load_model_config
+    from ..backbone.load import load_model_config
     from ..data.tokenizer import load_tokenizer
     from ..evaluation.folder import Options, questions_of_run, read_own_tasks, read_tasks
 
@@ -318,7 +317,8 @@ def load(options, config) -> Loaded:
     else:
         tasks = [questions_of_run(run_task(options, config, tokenizer), tokenizer, model_config, how)]
     found = dict(zip(sources, previews(sources.values(), model_config), strict=True))
-    return Loaded(load_backbone(**vars(config.backbone)), tokenizer, tasks, how, sources, found)
+    model = shared.load_model(options, **vars(config.backbone))
+    return Loaded(model, tokenizer, tasks, how, sources, found)
 
 
 def evaluate_part(options, config, loaded: Loaded, shard, output) -> tuple[str, dict[str, dict]]:

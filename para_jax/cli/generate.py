@@ -117,7 +117,7 @@ def check_input(source: Place) -> None:
 def load(options, sources: dict[str, str]) -> tuple:
     """The model, the tokenizer, and the adapters (see adapters_of)."""
     from ..adapters.preview import previews
-    from ..backbone.load import load_backbone, load_model_config
+    from ..backbone.load import load_model_config
     from ..data.tokenizer import load_tokenizer
     from ..hub import resolve_adapter
 
@@ -126,7 +126,7 @@ def load(options, sources: dict[str, str]) -> tuple:
     if sources:  # a wrong adapter is found before weights are read
         found = dict(zip(sources, previews(sources.values(), load_model_config(options.backbone)), strict=True))
     options.adapter = options.adapter and str(resolve_adapter(options.adapter))
-    model = load_backbone(options.backbone, **shared.model_options(options))
+    model = shared.load_model(options, source=options.backbone, **shared.model_options(options))
     return model, load_tokenizer(options.backbone), adapters_of(options, found, model)
 
 

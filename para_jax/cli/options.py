@@ -81,6 +81,13 @@ def positive(text: str) -> float:
     return value
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 1")
+    return int(text)
+
+
 def add_engine_size(group) -> None:
     """The options --slots and --max-length."""
     group.add_argument("--slots", type=int, default=8, help="rows that decode together (default: %(default)s)")
@@ -172,6 +179,13 @@ def precision() -> argparse.ArgumentParser:
     group = shared.add_argument_group("backbone")
     group.add_argument("--quantize", choices=("int8",), help="store linear layers in 8 bits (default: no)")
     group.add_argument("--attention", choices=ATTENTION, help="the attention kernel (default: auto)")
+    group.add_argument(
+        "--tensor-parallel-size",
+        type=count,
+        default=1,
+        metavar="N",
+        help="split weights and caches by heads over N devices of this host (default: %(default)s)",
+    )
     return shared
 
 
@@ -229,6 +243,27 @@ def start_devices(options) -> None:
 def model_options(options) -> dict:
     """Arguments of load_backbone, from the options of `precision`."""
     return {"dtype": options.dtype, "quantize": options.quantize, "attention": options.attention or "auto"}
+
+
+def load_model(options, **backbone):
+    """The backbone of these arguments of load_backbone, over the devices that --tensor-parallel-size asks for."""
+    import jax
+
+    from ..backbone.load import load_backbone
+    from ..messages import say
+    from ..sharding import make_mesh, replicated_lines
+
+    size, devices = options.tensor_parallel_size, jax.local_device_count()
+    if size == 1:
+        return load_backbone(**backbone)
+    if size > devices:
+        there = f"{devices} device{'' if devices == 1 else 's'}"
+        raise ValueError(f"--tensor-parallel-size {size}: this host has {there}\ngive at most {devices}")
+    mesh = make_mesh(tensor=size, devices=jax.local_devices()[:size])
+    model = load_backbone(**backbone, mesh=mesh)
+    for line in replicated_lines(model, mesh, model.config):
+        say(line)
+    return model
 
 
 def with_newlines(text: str) -> str:

@@ -141,12 +141,11 @@ def serve_at(options, sources: dict[str, str], base: str, keys, taken) -> None:
 
 def engine_of(options, sources: dict[str, str]):
     """The engine, with everything loaded."""
-    from ..backbone.load import load_backbone
     from ..data.tokenizer import load_tokenizer
     from ..serving.engine import Engine
 
     shared.start_devices(options)
-    model = load_backbone(options.backbone, **shared.model_options(options))
+    model = shared.load_model(options, source=options.backbone, **shared.model_options(options))
     gb = options.prefix_cache_gb
     return Engine(
         model,

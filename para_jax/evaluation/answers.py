@@ -18,6 +18,7 @@ from ..inference.generate import up_to_multiple
 from ..messages import say
 from ..progress import Progress
 from ..serving.engine import Engine
+from ..sharding import mesh_of, using
 from .batch_adapters import Bank, version
 from .journal import Journal
 from .likelihood import likelihoods
@@ -108,7 +109,8 @@ class Answerer:
             say(f"{known} of {len(distinct)} answers are in {journal.file} already")
         with Progress(what, len(distinct), unit="answer", done=known) as bar:
             last = time.perf_counter()
-            with closing(self._answers(left, list(distinct.values()), journal)) as found:
+            found = self._answers(left, list(distinct.values()), journal)
+            with using(mesh_of(self.model)), closing(found):
                 for one, answer, tokens in found:
                     journal.add(one.key, answer)
                     self.tokens += tokens

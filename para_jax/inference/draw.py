@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..sharding import constrain
 from .sampling import GREEDY, Sampling
 
 #: Rows that are sampled at once. More of them fill an accelerator; fewer waste less on greedy rows.
@@ -74,6 +75,7 @@ def sample(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax
 
 def draw(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax.Array:
     """A drawn token per row, int32 [batch]; arguments as in `sample`, every temperature above 0."""
+    logits = constrain(logits, ("batch", None))  # once: each bisection below would communicate 31 times
     distance = (logits.max(axis=-1, keepdims=True) - logits) / jnp.where(temperature > 0, temperature, 1)[:, None]
     filtered = jnp.any((top_k > 0) | (top_p < 1))
     keep = jax.lax.cond(filtered, likeliest, lambda distance, *_: jnp.ones_like(distance, bool), distance, top_k, top_p)

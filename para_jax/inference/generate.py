@@ -22,6 +22,7 @@ from ..config import shorten
 from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..model import decode_step, prefill, stacked_state
 from ..processes import full_arrays
+from ..sharding import on_its_mesh
 from .answer_text import AnswerText, stripped_text
 from .draw import RowSampling, draw, greedy, row_keys, row_sampling
 from .sampling import Sampling
@@ -33,6 +34,7 @@ FETCH_EVERY = 8
 PROMPT_MULTIPLE, CACHE_MULTIPLE = 16, 32
 
 
+@on_its_mesh
 def generate(
     model: Transformer,
     prompts: Sequence[Prompt],
@@ -97,6 +99,7 @@ def generate(
     return [str(answer) for answer in answers]
 
 
+@on_its_mesh
 def generate_tokens(
     model: Transformer,
     adapters: Adapter | Rows | Adjustments | None,

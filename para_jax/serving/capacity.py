@@ -7,8 +7,10 @@ import os
 import jax
 
 from ..adapters.bank import AdapterBank
+from ..backbone.cache import HELD
 from ..backbone.kernel_choice import describe_decode
 from ..model import DecodeState
+from ..sharding import shard_sizes
 from .prefills import ROWS, token_bytes
 
 #: Prompts that were prefilled whole and are kept, for the next request with the same adapter and prompt.
@@ -24,11 +26,14 @@ def capacity(bank: AdapterBank | None, row: DecodeState, slots: int, max_length:
         pool: tokens of prompts that are held in blocks.
         cached: how many of them are the prefix cache's.
     """
-    row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
+    devices = devices_of_heads(row)
+    token = token_bytes(row) // devices
+    row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row.adjustments)) + max_length * token
     text = f"engine: {slots} slots of {max_length} tokens and up to {KEPT} kept prompts, "
     text += f"{(slots + KEPT) * row_bytes / 1e9:.2f} GB ({row_bytes / 1e6:.2f} MB per row)"
     text += f"; {ROWS} prompts at work and a prefix cache of {cached} tokens, "
-    text += f"{pool * token_bytes(row) / 1e9:.2f} GB"
+    text += f"{pool * token / 1e9:.2f} GB"
+    text += f"; on each of {devices} devices" if devices > 1 else ""
     free = free_memory()
     if free is not None:
         fit = max(free // row_bytes - KEPT, 0)
@@ -37,6 +42,12 @@ def capacity(bank: AdapterBank | None, row: DecodeState, slots: int, max_length:
     if bank is not None:
         text += f"; methods that may join: {', '.join(bank.methods)}"
     return text
+
+
+def devices_of_heads(row: DecodeState) -> int:
+    """Over how many devices the current mesh splits keys and values."""
+    shape = jax.tree.leaves(row.cache)[0].shape
+    return shape[1] // shard_sizes(HELD, shape)[1]
 
 
 def free_memory() -> int | None:

@@ -18,6 +18,7 @@ from ..inference.logprobs import Logprobs
 from ..inference.sampling import Sampling
 from ..model import prefill
 from ..progress import Progress
+from ..sharding import mesh_of
 from .capacity import KEPT
 from .prefills import Prefills, Prompt, token_bytes
 from .scoring import ScoredPrompt, score_prompt
@@ -52,6 +53,7 @@ class Decoder:
         """
         self.top = top
         self.model, self.bank, self.slots, self.max_length = model, bank, slots, max_length
+        self.mesh = mesh_of(model)
         self._leaves, self._treedef = jax.tree.flatten(model)
         self._buckets = sorted({min(up_to_multiple(-(-max_length // part), 16), max_length) for part in (4, 2, 1)})
         """padded lengths of prompts that are computed whole: at most three, each its own program"""

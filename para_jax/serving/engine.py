@@ -21,6 +21,7 @@ from ..backbone.transformer import Transformer
 from ..config import ModelConfig, printable, shorten
 from ..data.examples import Ids, Prompt, stop_token_ids
 from ..messages import say
+from ..sharding import mesh_of, using
 from .admission import Admission
 from .capacity import capacity
 from .decoder import Decoder
@@ -38,7 +39,7 @@ CHUNK, CPU_CHUNK = 256, 64
 
 
 class Engine:
-    """Serves requests of a bank's tenants.
+    """Serves requests of a bank's tenants, on the devices that the model was loaded over (load_backbone's `mesh`).
 
     `submit`, `cancel` and `stream` may be called from any thread at any time. One thread at a time drives, by `run` or
     `step`; a second one gets a RuntimeError. A stream drives by itself while no thread does. Whatever a round raises,
@@ -64,6 +65,7 @@ class Engine:
     ):
         """
         Args:
+            model: of the layout "layers", on devices of this host.
             bank: the tenants to serve; `bank.methods` lists the adapter methods that may join. None: the base model
                 alone.
             slots: rows that decode together.
@@ -96,19 +98,23 @@ class Engine:
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else stop_ids
         self.stop_ids = tuple(ends)
         self._admission = Admission(model, bank, tokenizer, max_length, limits, max_logprobs)
-        self._decoder = Decoder(
-            model,
-            bank,
-            slots,
-            max_length,
-            block_size=block_size,
-            chunk=chunk,
-            cache_bytes=prefix_cache_bytes,
-            top=max_logprobs,
-        )
-        self._prefills = self._decoder.prefills
-        pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
-        say(capacity(bank, self._decoder.row, slots, max_length, pool=pool, cached=cached))
+        mesh = mesh_of(model)
+        if mesh is not None and mesh.is_multi_process:
+            raise ValueError("Engine: the model lies on devices of several hosts; an engine serves from those of one")
+        with using(mesh):
+            self._decoder = Decoder(
+                model,
+                bank,
+                slots,
+                max_length,
+                block_size=block_size,
+                chunk=chunk,
+                cache_bytes=prefix_cache_bytes,
+                top=max_logprobs,
+            )
+            self._prefills = self._decoder.prefills
+            pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
+            say(capacity(bank, self._decoder.row, slots, max_length, pool=pool, cached=cached))
 
         self._requests = OpenRequests(tokenizer, seed, queue_limit, queue_limit_per_tenant)
         self._pins = Pins(self._prefills.cache, self._prefills.cached)

@@ -12,15 +12,16 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.methods import has_plain_prompts
 from ..adapters.scope import scope_of
+from ..backbone.cache import constrain_held, empty_held
 from ..backbone.transformer import Transformer
 from ..model import DecodeState
 from ..prompt_blocks import Lanes, Windows, adapt_window, adjustments_of, prefill_blocks
+from ..sharding import constrain, replicate
 from .prefix_cache import PrefixCache
 from .slots import PrefilledPrompt, zeros_of
 
@@ -297,11 +298,11 @@ class Prefills:
     def _of_no_adapter(self) -> tuple:
         """The adjustments, and the keys and values of last tokens, of prompts without an adapter: zeros."""
         shape = lambda leaf: (ROWS, leaf.shape[1], self.window, leaf.shape[3])  # noqa: E731
-        last = jax.tree.map(lambda leaf: jnp.zeros(shape(leaf), leaf.dtype), self.row.cache)
+        last = jax.tree.map(lambda leaf: empty_held(shape(leaf), leaf.dtype), self.row.cache)
         return zeros_of(self.row.adjustments, ROWS), last
 
     def _empty(self, leaf) -> jax.Array:
-        return jnp.zeros((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
+        return empty_held((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
 
 
 def token_bytes(row: DecodeState) -> int:
@@ -317,17 +318,19 @@ def token_bytes(row: DecodeState) -> int:
 def prefill_chunk(treedef, leaves, pool, lanes: Lanes):
     """The pool with the lanes' blocks, and what each row's last token leaves. The model is passed flat; the given pool
     is donated."""
-    return prefill_blocks(jax.tree.unflatten(treedef, leaves), pool, lanes)
+    pool, last = prefill_blocks(jax.tree.unflatten(treedef, leaves), pool, lanes)
+    logits = constrain(last.logits, (None, "vocab"))  # whole ones would gather the head's weights
+    return constrain_held(pool), last._replace(logits=logits, entered=replicate(last.entered))
 
 
 @jax.jit
 def make_adjustments(adapters, entered: tuple) -> tuple[tuple, tuple]:
     """The adjustments of prompts, per layer: in float32, and as decode carries them."""
     made, dtype = adjustments_of(adapters, entered), entered[0].dtype
-    return made, jax.tree.map(lambda a: a.astype(dtype), made)
+    return replicate((made, jax.tree.map(lambda a: a.astype(dtype), made)))
 
 
 @partial(jax.jit, static_argnums=0)
 def run_windows(treedef, leaves, pool, adjustments: tuple, windows: Windows) -> tuple:
     """Keys and values of last tokens with their adapters. The model is passed flat."""
-    return adapt_window(jax.tree.unflatten(treedef, leaves), pool, adjustments, windows)
+    return constrain_held(adapt_window(jax.tree.unflatten(treedef, leaves), pool, adjustments, windows))

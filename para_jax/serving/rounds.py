@@ -15,6 +15,7 @@ from ..config import shorten
 from ..inference.logprobs import Logprobs, TokenLogprob
 from ..inference.sampling import Sampling
 from ..messages import warn
+from ..sharding import using
 from .decoder import Decoder
 from .open_requests import OpenRequests
 from .pins import Pins
@@ -46,7 +47,7 @@ class Rounds:
 
     def warm_up(self) -> None:
         """Compiles everything. Raises ValueError while requests are open."""
-        with self._driving:
+        with self._driving, using(self._decoder.mesh):
             if self._requests.tickets:
                 raise ValueError(f"warm_up: {len(self._requests.tickets)} requests are open; take their answers first")
             self._begin()
@@ -56,7 +57,7 @@ class Rounds:
     def make(self) -> None:
         """Fills free slots, decodes a few tokens, and adds them to the answers. Raises the error of a prompt that is to
         be tried again only if nothing else could be computed: one tenant's prompt stops no others."""
-        with self._driving:
+        with self._driving, using(self._decoder.mesh):
             self._begin()
             self._prefills.pin(self._pins.kept)
             first, scored, failure = self._fill()

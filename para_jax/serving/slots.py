@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from ..backbone.block_pool import rows_of_blocks, with_last
+from ..backbone.cache import constrain_held, empty_held
 from ..inference.draw import RowSampling, row_keys, sample
 from ..inference.logprobs import Logprobs, logprobs_of
 from ..model import DecodeState, decode_step
 from ..prompt_blocks import Pool
+from ..sharding import replicate, zeros
 
 
 class Slots(NamedTuple):
@@ -35,7 +37,18 @@ def empty_slots(row: DecodeState, slots: int) -> Slots:
     Args:
         row: the abstract state of one row.
     """
-    return Slots(zeros_of(row, slots), jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.int32))
+    cache = jax.tree.map(lambda leaf: empty_held((slots, *leaf.shape[1:]), leaf.dtype), row.cache)
+    count = jax.ShapeDtypeStruct((1,), jnp.int32)
+    adjustments, length, token, position = zeros_of((row.adjustments, count, count, count), slots)
+    return Slots(DecodeState(cache, adjustments, length), token, position)
+
+
+def constrain_slots(slots: Slots) -> Slots:
+    """The slots, sharded over the current mesh as empty ones are: keys and values by heads, and all else on every
+    device. Each program ends with it, so that the next one is compiled for one sharding alone."""
+    state, token, position = slots
+    adjustments, length, token, position = replicate((state.adjustments, state.length, token, position))
+    return Slots(DecodeState(constrain_held(state.cache), adjustments, length), token, position)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -48,7 +61,7 @@ def insert(slots: Slots, slot, logits, row: DecodeState, sampling: RowSampling) 
         return jax.lax.dynamic_update_slice_in_dim(held, jnp.pad(new, room), slot, 0)
 
     token = drawn(logits, sampling, jnp.zeros(1, jnp.int32))
-    return jax.tree.map(put, slots, Slots(row, token, jnp.ones(1, jnp.int32))), token
+    return constrain_slots(jax.tree.map(put, slots, Slots(row, token, jnp.ones(1, jnp.int32)))), token
 
 
 class PrefilledPrompt(NamedTuple):
@@ -91,7 +104,7 @@ def insert_prompt(
     token, position = jnp.where(again, prompt.token, first), jnp.reshape(1 - again, 1)
     new = Slots(DecodeState(cache, adjustments, length), token, position)
     put = lambda held, new: jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), slot, 0)  # noqa: E731
-    return jax.tree.map(put, slots, new), first
+    return constrain_slots(jax.tree.map(put, slots, new)), first
 
 
 @partial(jax.jit, static_argnums=3)
@@ -119,18 +132,19 @@ def steps(
         logits, state = decode_step(jax.tree.unflatten(treedef, leaves), slots.state, slots.token)
         token = drawn(logits, sampling, slots.position)
         logprobs = None if top is None else logprobs_of(logits, token, top)
-        return Slots(state, token, slots.position + 1), (token, logprobs)  # pyright: ignore[reportArgumentType]
+        slots = Slots(state, token, slots.position + 1)  # pyright: ignore[reportArgumentType]
+        return constrain_slots(slots), (token, logprobs)
 
     return jax.lax.scan(one, slots, length=count)
 
 
 def zeros_of(row, rows: int):
-    """Zeros for several rows.
+    """Zeros for several rows, on every device.
 
     Args:
         row: the shapes of one.
     """
-    return jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), row)
+    return jax.tree.map(lambda leaf: zeros((rows, *leaf.shape[1:]), leaf.dtype, (None,) * leaf.ndim), row)
 
 
 def drawn(logits, sampling: RowSampling, position) -> jax.Array:

@@ -245,6 +245,19 @@ def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_pat
     assert shown == "".join(f"> [{name}] w20 w30\n{alone[name]}\n\n" for name in ("loud", "base", "ours"))
 
 
+def test_generate_over_several_devices_answers_as_on_one(folder, trained, capsys):
+    written = {}
+    for devices in ("1", "2"):
+        line = generate_line(folder, "--adapter", trained / "adapter", "--tensor-parallel-size", devices)
+        assert command(*line) == 0
+        written[devices] = capsys.readouterr().out
+    assert written["1"] == written["2"]
+    for devices, said in {"9": "this host has 8 devices", "0": "at least 1", "x": "at least 1"}.items():
+        assert command(*generate_line(folder, "--tensor-parallel-size", devices)) == 2
+        shown = capsys.readouterr().err
+        assert f"{devices}: " in shown and said in shown and "Traceback" not in shown
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
