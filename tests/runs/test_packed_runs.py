@@ -63,6 +63,7 @@ def test_a_packed_run_learns_and_resumes_with_the_same_bits(whole, tmp_path, mon
     assert losses(cut) == losses(config)
 
 
+@pytest.mark.long
 def test_a_packed_run_in_passes_over_a_mesh_equals_one_device(whole, folder, tmp_path):
     sizes = ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2", "train.per_device_batch_size=1")
     passes = ("train.gradient_accumulation_steps=2",)

@@ -22,9 +22,9 @@ SHAPE = RowShape(24, 9, 4)
 # Windows: a layer's (mistral), some layers' (gemma 2 and 3; qwen2's variant); soft caps: gemma 2
 CASES = [
     ("llama", None, ParaConfig(r=4, up_bias=True)),
-    ("gemma2", None, ParaConfig(r=4)),
 ]
 MORE_CASES = [
+    ("gemma2", None, ParaConfig(r=4)),
     ("qwen2", "swa", ParaConfig(r=4)),
     ("llama", None, ParaConfig(r=4, pooler="mean", summary="rms")),
     ("qwen3", None, ParaConfig(r=4, pooler="max", target_modules=("k_proj", "o_proj", "gate_proj", "down_proj"))),
