@@ -21,6 +21,7 @@ class LoadingBank(AdapterBank):
     _found: dict[str, Preview]
     _load: Callable[[str], Adapter]
     _loading: threading.Lock
+    """held while an adapter is loaded: one at a time"""
 
     @classmethod
     def of(
@@ -45,15 +46,26 @@ class LoadingBank(AdapterBank):
         return [(name, one.digest) for name, one in self._found.items()]
 
     def entry(self, name: str) -> Entry:
-        with self._loading:
-            entry = self._entries.get(name) if isinstance(name, str) else None
-            if entry is None and name in self:
-                while len(self._entries) >= self.most:
-                    super().remove(next(iter(self._entries)))
-                super().add(name, self._load(name))
-            entry = super().entry(name)
-            with self._lock:
-                self._entries[name] = self._entries.pop(name)  # the last one: the most recently used
+        entry = self._used(name)
+        if entry is None and name in self:
+            with self._loading:  # those who ask for an adapter that is held need not wait
+                entry = self._used(name)
+                if entry is None:
+                    adapter = self._load(name)
+                    while len(self._entries) >= self.most:
+                        with self._lock:
+                            oldest = next(iter(self._entries))
+                        super().remove(oldest)
+                    super().add(name, adapter)
+                    entry = self._used(name)
+        return super().entry(name) if entry is None else entry
+
+    def _used(self, name: str) -> Entry | None:
+        """The entry of an adapter that is held, which is now the most recently used."""
+        with self._lock:
+            entry = self._entries.pop(name, None) if isinstance(name, str) else None
+            if entry is not None:
+                self._entries[name] = entry
         return entry
 
     def add(self, name: str, adapter: object) -> None:

@@ -1,5 +1,8 @@
 """A bank that loads adapters when they are asked for gives what one that holds them all gives."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import jax
 import numpy as np
 import pytest
@@ -96,3 +99,26 @@ def test_an_adapter_that_can_not_be_loaded_is_an_error_of_its_own_tenant(found, 
         bank.entry("b")
     assert bank.entry("a").method == "para"
     assert bank.identities() == [(name, one.digest) for name, one in found.items()]
+
+
+def test_a_request_to_an_adapter_that_is_held_does_not_wait_for_one_that_is_loading(found, config):
+    begun, go_on = Event(), Event()
+
+    def load(name):
+        if name == "b":
+            begun.set()
+            assert go_on.wait(60)
+        return load_adapter(found[name].place, config)
+
+    bank = LoadingBank.of(found, config, load, 2 * LoadingBank.of(found, config, str, 0).largest)
+    held = bank.entry("a")
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            slow = [pool.submit(bank.entry, "b") for _ in range(2)]
+            assert begun.wait(60)
+            assert bank.entry("a") is held and not slow[0].done()
+        finally:
+            go_on.set()
+        assert slow[0].result() is slow[1].result()
+    bank.entry("c")
+    assert list(bank._entries) == ["b", "c"]
