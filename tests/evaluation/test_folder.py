@@ -68,6 +68,15 @@ def test_an_adapter_alone_has_the_same_answers_and_scores(folder, whole, tmp_pat
     assert alone["results"] == mixed["results"]
 
 
+@pytest.mark.long
+def test_several_devices_give_the_scores_of_one(folder, whole, tmp_path):
+    assert main(command(folder, tmp_path, "--tensor-parallel-size", "2")) == 0
+    for name, made in results(whole).items():
+        for task, scores in results(tmp_path)[name]["results"].items():
+            for metric, value in scores.items():
+                assert value == pytest.approx(made["results"][task][metric], abs=1e-5), (name, task, metric)
+
+
 def test_a_killed_evaluation_goes_on_and_loses_no_answer(folder, whole, tmp_path, capsys):
     """A child process is killed when it has written some answers; a line is torn; the same command goes on."""
     output, goal = tmp_path / "out", len(lines(whole)) // 3
