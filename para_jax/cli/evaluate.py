@@ -42,12 +42,20 @@ def add(commands) -> None:
         help="a run's config: its backbone, and its data as the task",
     )
     model.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=shared.RUN_FIELDS)
-    model.add_argument("--backbone", help="instead of CONFIG: a folder, a hub id, a .gguf file, or smollm2-135m")
     model.add_argument(
-        "--adapter", metavar="DIR", help="score this adapter: a folder or hub id; default: the base model"
+        "--backbone",
+        type=shared.filled,
+        help="instead of CONFIG: a folder, a hub id, a .gguf file, or smollm2-135m",
+    )
+    model.add_argument(
+        "--adapter",
+        type=shared.filled,
+        metavar="DIR",
+        help="score this adapter: a folder or hub id; default: the base model",
     )
     model.add_argument(
         "--adapters",
+        type=shared.filled,
         nargs="+",
         default=[],
         metavar="DIR",

@@ -18,7 +18,9 @@ def requests() -> shared.Parser:
     """The options of this command alone; their groups come first in its help."""
     parser = shared.Parser(add_help=False)
     group = parser.add_argument_group("adapters")
-    group.add_argument("--adapter", metavar="DIR", help="a folder or hub id, for every prompt (default: none)")
+    group.add_argument(
+        "--adapter", type=shared.filled, metavar="DIR", help="a folder or hub id, for every prompt (default: none)"
+    )
     shared.add_tenants(group)
     shared.add_adapter_memory(group, "each is loaded when a line asks for it")
     group.add_argument(
