@@ -555,6 +555,26 @@ def test_dates_are_text_and_numbers_may_have_underscores(tmp_path):
     assert load_config(tmp_path / "saved.yaml") == config
 
 
+@pytest.mark.parametrize("written", "007 20261127_1530 1e3 2.50 12:30 0x1F +1 -0 12345e7 .5".split())
+def test_a_text_that_yaml_reads_as_a_number_stays_as_it_was_written(written, tmp_path):
+    """A label such as 007, and a folder named by date and time."""
+    (tmp_path / "run.yaml").write_text(f"eval: {{choices: [{written}, a]}}\noutput_dir: {written}\n")
+    for config in (
+        load_config(tmp_path / "run.yaml"),
+        load_config(None, [f"eval.choices=[{written}, a]", f"output_dir={written}"]),
+    ):
+        assert config.eval.choices == (written, "a") and config.output_dir == written
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_number_is_the_same_however_it_is_written():
+    overrides = ["seed=0x10", "train.max_steps=1_000", "train.adam_eps=1e-3", "train.weight_decay=7"]
+    config = load_config(None, overrides)
+    found = config.seed, config.train.max_steps, config.train.adam_eps, config.train.weight_decay
+    assert found == (16, 1000, 1e-3, 7) and {type(value) for value in found} == {int, float}
+
+
 def test_anchors_and_merge_keys_are_read(tmp_path):
     file = written(tmp_path, "train: &t {max_steps: 3}\neval: {choices: &c [a, b]}\ndata: {prompt: x}\n")
     assert load_config(file).train.max_steps == 3
