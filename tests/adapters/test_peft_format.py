@@ -127,6 +127,16 @@ def test_a_copy_has_the_revision_of_the_base_model_that_it_names(tmp_path):
         load(tmp_path / "one")
 
 
+@pytest.mark.parametrize("path", ["/home/me@company/models/m", "models@v2/m", "gs://bucket/m@v2", "../m@v2"])
+def test_a_path_of_the_base_model_may_have_an_at_sign(tmp_path, path):
+    """PEFT would look for the model at /home/me, and for a revision."""
+    save_adapter(made(LoraConfig()), tmp_path / "one", base_model=path)
+    held = saved_config(tmp_path / "one")
+    assert (held["base_model_name_or_path"], "revision" in held) == (path, False)
+    assert read_adapter_config(tmp_path / "one").base_model == path
+    assert f'AutoTokenizer.from_pretrained("{path}")' in (tmp_path / "one" / "README.md").read_text()
+
+
 def test_an_adapter_of_an_unknown_kind_is_not_saved(tmp_path):
     class Unknown(Adapter):
         def __init__(self):
