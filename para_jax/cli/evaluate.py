@@ -254,10 +254,10 @@ def one_score(options, config) -> None:
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
     how = dict(limit=options.limit, shuffle_prompts=options.shuffle_prompts, seed=config.seed)
     report = evaluate(model, adapter, [task], tokenizer=tokenizer, **how)
-    print(report)
     if options.results:
         scores = {score.name: score.record() for score in report.scores}
         write_results(options, config, scores, time.monotonic() - begun)
+    print(report)
 
 
 def into_folder(options, config) -> None:
@@ -269,11 +269,11 @@ def into_folder(options, config) -> None:
     except KeyboardInterrupt:
         say(f"the answers so far are in {output}; the same command resumes")
         raise
-    print(table)
-    say(f"wrote {output}")
     if options.results:
         scores = {name: record["results"] for name, record in records.items()}
         write_results(options, config, scores, time.monotonic() - begun)
+    print(table)
+    say(f"wrote {output}")
 
 
 class Loaded(NamedTuple):

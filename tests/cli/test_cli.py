@@ -33,6 +33,7 @@ from para_jax import (
     load_tokenizer,
     save_adapter,
 )
+from para_jax.bench.record import report
 from para_jax.cli import main, parse, parser, plot
 
 WEIGHTS = "adapter_model.safetensors"
@@ -702,6 +703,22 @@ def test_an_output_that_can_not_be_written_is_an_error_of_one_line(capsys, monke
         patch.setattr(sys, "stdout", full)
         said = mistake(capsys, *(str(adapter) if argument == "{adapter}" else argument for argument in arguments))
     assert_says(said, "para-jax: error: the output can't be written: No space left on device")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+def test_the_results_are_written_before_anything_is_printed(capsys, config, trained, tmp_path, monkeypatch):
+    """An output that can't be written must not cost the scores of a run."""
+    result = SimpleNamespace(report=lambda: "a table", step=4, best="best", output_dir=trained, warning=None)
+    monkeypatch.setattr("para_jax.runs.train.train", lambda _: result)
+    with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert command("train", config, "--results", tmp_path / "run.json") == 2
+    assert "validation_loss" in json.loads((tmp_path / "run.json").read_text())["scores"]
+    full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(sys, "stdout", full)
+        report({"medians": {}, "unit": "ms"}, tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text())["unit"] == "ms"
 
 
 def test_a_character_that_the_terminal_lacks_is_escaped(monkeypatch, adapter):
