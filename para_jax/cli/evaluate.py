@@ -163,8 +163,10 @@ def sources_of(options) -> dict[str, str]:
 def check_sources(options, config) -> None:
     """Raises ValueError, before JAX is loaded, for a backbone, an adapter or data that is not there."""
     from ..data.sources import source_of
-    from .checks import check_adapters, check_backbone, check_data, check_tasks, is_elsewhere
+    from .checks import check_adapters, check_backbone, check_data, check_new_folder, check_tasks, is_elsewhere
 
+    if options.output:
+        check_new_folder("--output", options.output)
     check_backbone(config.backbone.source)
     sources = sources_of(options)
     check_adapters(sources.values())

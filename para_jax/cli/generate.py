@@ -72,7 +72,7 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
     """The adapters by name, and the tenant of each prompt (see tenants_of_prompts). Raises ValueError, before JAX is
     loaded, for options that are wrong or do not go together, and for what is not there."""
     from ..serving.request import Request, check_request
-    from .checks import check_adapters, check_backbone
+    from .checks import check_adapters, check_backbone, check_new_folder
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
         raise ValueError("generate takes prompts or a file\ngive --prompt TEXT, or --input FILE with --output FILE")
@@ -99,6 +99,7 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
         check_input(options.input)
         if not isinstance(options.output, BucketPath) and options.output.is_dir():  # there, answers come in a folder
             raise ValueError(f"--output {options.output}: a folder\ngive the path of a file in it")
+        check_new_folder("--output", options.output.parent)
     return sources, tenants
 
 
