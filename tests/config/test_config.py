@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from typing import Annotated, Literal
 
 import pytest
@@ -115,6 +116,23 @@ def test_the_learning_rate_may_be_auto_and_then_is_no_number_yet():
 def test_target_modules_are_sorted_in_the_order_of_the_sites():
     assert ParaConfig(target_modules=("up_proj", "q_proj")).target_modules == ("q_proj", "up_proj")
     assert ParaConfig(target_modules=reversed(SITES)).target_modules == SITES
+    assert LoraConfig(target_modules=set(SITES)).target_modules == SITES
+
+
+@pytest.mark.parametrize("kind", [ParaConfig, LoraConfig, Ia3Config])
+@pytest.mark.parametrize("given", ["all-linear", "q_proj", ".*", None, 3, [], [["q_proj"]], ["q_proj", "lm_head"]])
+def test_targets_of_another_kind_are_shown_as_they_were_given(kind, given):
+    """PEFT takes a text, and None for its own choice."""
+    shown = repr(tuple(given) if isinstance(given, list) and given else given)
+    said = f"target_modules must be a list of one or more of {', '.join(SITES)}; got {shown}"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        kind(target_modules=given)
+
+
+@pytest.mark.parametrize("given", ["down_proj", None, ["up_proj"]])
+def test_inputs_of_another_kind_are_refused(given):
+    with pytest.raises(ValueError, match=r"feedforward_modules must be \[down_proj\] or empty; got "):
+        Ia3Config(feedforward_modules=given)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
