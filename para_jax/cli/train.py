@@ -16,7 +16,10 @@ def add(commands) -> None:
         "--dry-run", action="store_true", help="check the config and print its sizes; nothing is written"
     )
     parser.add_argument(
-        "--topology", metavar="SLICE", help="with --dry-run: compile the step for a TPU slice, such as v5e:4x4"
+        "--topology",
+        type=shared.filled,
+        metavar="SLICE",
+        help="with --dry-run: compile the step for a TPU slice, such as v5e:4x4",
     )
     parser.add_argument(
         "--results", type=shared.place, metavar="FILE", help="write config, device and scores to this JSON file"

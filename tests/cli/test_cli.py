@@ -644,6 +644,8 @@ def test_a_full_disk_while_saving_keeps_the_previous_adapter(capsys, folder, con
         "plot --adapter '' --prompt a --output a.png",
         "export a --backbone '' --output b",
         "train ''",
+        "train {config} --dry-run --topology ''",
+        "prepare tfds:glue/sst2 --data-dir ''",
     ],
 )
 def test_an_empty_text_does_not_count_as_left_out(capsys, config, line):
