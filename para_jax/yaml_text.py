@@ -49,7 +49,7 @@ class WrittenFloat(float):
     written: str
 
 
-def as_text(value: str | int | float) -> str:
+def as_text(value: Any) -> str:
     """A text or number of YAML as it was written."""
     return getattr(value, "written", str(value))
 
