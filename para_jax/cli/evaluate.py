@@ -67,6 +67,7 @@ def add(commands) -> None:
     data = parser.add_argument_group("the tasks")
     data.add_argument(
         "--tasks",
+        type=shared.filled,
         nargs="+",
         default=[],
         metavar="TASK",

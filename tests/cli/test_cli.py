@@ -640,6 +640,7 @@ def test_a_full_disk_while_saving_keeps_the_previous_adapter(capsys, folder, con
         "evaluate {config} --adapters a ''",
         "evaluate {config} --output ''",
         "evaluate --backbone '' --tasks a",
+        "evaluate --backbone a --tasks ''",
         "serve --api-key-file ''",
         "plot --adapter '' --prompt a --output a.png",
         "export a --backbone '' --output b",
