@@ -67,6 +67,15 @@ AN_ADAPTER = "an adapter folder or a hub id (user/name or user/name@revision)"
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/[\w.-]+)(@(?P<revision>\w[\w./-]*))?")
 
 
+def name_and_revision(source: str) -> tuple[str, str | None]:
+    """The repository and the revision of a hub id such as user/name@revision or name@revision. Anything else is a name
+    alone: a path may have an @ too, such as /home/me@company/model."""
+    match = re.fullmatch(r"(\w[\w.-]*(?:/[\w.-]+)?)@(\w[\w./-]*)", source)
+    if match and ("/" in match[1] or "/" not in match[2]):
+        return match[1], match[2]
+    return source, None
+
+
 def cache_folder() -> Path:
     """The folder in the user's cache for what para_jax fetched, compiled or tokenised. It may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "para_jax"

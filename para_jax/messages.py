@@ -45,6 +45,8 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
+        if sys.stderr is None:  # a process without one; tqdm would write to stdout, among the answers
+            return
         try:
             text = self.format(record)
             tqdm.write(f"warning: {text}" if record.levelno >= logging.WARNING else text, file=sys.stderr)

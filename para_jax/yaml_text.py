@@ -37,6 +37,23 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
 
 
+class WrittenInt(int):
+    """A whole number that knows how it was written. Where a text is wanted, 007 and 20261127_1530 are that text."""
+
+    written: str
+
+
+class WrittenFloat(float):
+    """A number that knows how it was written, such as 2.50 or 1e3."""
+
+    written: str
+
+
+def as_text(value: Any) -> str:
+    """A text or number of YAML as it was written."""
+    return getattr(value, "written", str(value))
+
+
 class PlainDumper(yaml.SafeDumper):
     """PyYAML's safe dumper, which also quotes texts such as 1e3 that PlainLoader reads as numbers."""
 
@@ -58,6 +75,20 @@ class PlainLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
             keys.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> WrittenInt:
+        number = WrittenInt(super().construct_yaml_int(node))
+        number.written = node.value
+        return number
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> WrittenFloat:
+        number = WrittenFloat(super().construct_yaml_float(node))
+        number.written = node.value
+        return number
+
+
+PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.construct_yaml_int)
+PlainLoader.add_constructor("tag:yaml.org,2002:float", PlainLoader.construct_yaml_float)
 
 
 PlainLoader.yaml_implicit_resolvers = {

@@ -45,6 +45,13 @@ def test_a_message_does_not_break_a_progress_bar(capsys):
     assert "\rhalf\n" in capsys.readouterr().err.replace(" ", "")
 
 
+def test_without_stderr_no_message_goes_to_stdout(capsys, monkeypatch):
+    """As in `para-jax generate ... 2>&- > answers.txt`."""
+    monkeypatch.setattr(sys, "stderr", None)
+    say("one")
+    assert capsys.readouterr().out == ""
+
+
 def test_showing_messages_twice_adds_one_handler():
     log_to_stderr()
     log_to_stderr()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from para_jax.yaml_text import MAX_LENGTH, MAX_LEVELS, MAX_VALUES, parse_yaml
+from para_jax.yaml_text import MAX_LENGTH, MAX_LEVELS, MAX_VALUES, as_text, parse_yaml
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,12 @@ from para_jax.yaml_text import MAX_LENGTH, MAX_LEVELS, MAX_VALUES, parse_yaml
 )
 def test_plain_values_are_read(text, value):
     assert parse_yaml(text) == value
+
+
+def test_a_number_knows_how_it_was_written():
+    read = parse_yaml("[007, 1_000, 12:30, 0x1F, 2.50, 1e3, 12, '007', x]")
+    assert read == [7, 1000, 750, 31, 2.5, 1000.0, 12, "007", "x"]
+    assert list(map(as_text, read)) == ["007", "1_000", "12:30", "0x1F", "2.50", "1e3", "12", "007", "x"]
 
 
 @pytest.mark.parametrize(

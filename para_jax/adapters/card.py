@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..config import printable
-from ..hub import BUILT_IN, BUILT_IN_HUB_ID, BUILT_IN_WEIGHTS
+from ..hub import BUILT_IN, BUILT_IN_HUB_ID, BUILT_IN_WEIGHTS, name_and_revision
 from .invocation import invocation_tokens
 from .method import Method
 from .scope import scope_of
@@ -38,7 +38,8 @@ def model_card(
         lines: Markdown on training, data and scores.
         example: the prompt of the example code.
     """
-    base = base_model.partition("@")[0] if HUB_ID.fullmatch(base_model.partition("@")[0]) else ""
+    name, _ = name_and_revision(base_model)
+    base = name if HUB_ID.fullmatch(name) else ""
     front = {
         "library_name": "peft" if method.in_peft else "para_jax",
         **({"base_model": base} if base else {}),
@@ -100,7 +101,7 @@ def peft_lines(base_model: str) -> list[str]:
         "from transformers import AutoTokenizer",
         "",
         'model = AutoPeftModelForCausalLM.from_pretrained("this folder, or its hub id")',
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base_model.partition('@')[0])})",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name_and_revision(base_model)[0])})",
         "```",
         "",
     ]

@@ -121,6 +121,12 @@ def copy_for_peft(source: Path, folder: str | Path | BucketPath, *, base_model: 
 
     Raises ValueError for an adapter that PEFT does not know, or that names no base model.
     """
+    files = read_whole(lambda: source, lambda path: files_for_peft(path, base_model))
+    replace_folder(expanded(folder).resolve(), files)
+
+
+def files_for_peft(source: Path, base_model: str) -> dict[str, bytes]:
+    """The files of copy_for_peft, by name."""
     require_matching_manifest(source)
     method, config, _, named = read_config(source)
     require_peft_fits(str(source), method, config)
@@ -131,13 +137,12 @@ def copy_for_peft(source: Path, folder: str | Path | BucketPath, *, base_model: 
     require_finite(str(source), read_tensors(source, tensor_shapes(source)))
     held = {key: value for key, value in read_json(own_file(source, CONFIG)).items() if key != "revision"}
     written = held | peft_base(base_model)
-    card = (source / CARD).read_text() if (source / CARD).is_file() and not (source / CARD).is_symlink() else ""
-    files = {
+    card = (source / CARD).read_bytes() if (source / CARD).is_file() and not (source / CARD).is_symlink() else b""
+    return {
         CONFIG: (json.dumps(written, indent=2) + "\n").encode(),
         WEIGHTS: weights,
-        CARD: model_card(method, config, base_model, lines_of(card)).encode(),
+        CARD: model_card(method, config, base_model, lines_of(str(card, "utf-8", "replace"))).encode(),
     }
-    replace_folder(expanded(folder).resolve(), files)
 
 
 def add_test_score(folder: str | Path | BucketPath, line: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..config import FUSED, SITES, one_of, shorten
+from ..hub import name_and_revision
 from ..untrusted import safe_names
 from .adapter import Backbone
 from .own_tensors import PREFIX
@@ -45,8 +46,8 @@ def peft_config(peft_type: str, config: Any, backbone: Backbone, base_model: str
 
 def peft_base(base_model: str) -> dict:
     """The keys that name the base model. A revision has a key of its own."""
-    name, at, revision = base_model.partition("@")
-    return {"base_model_name_or_path": name or None} | ({"revision": revision} if at else {})
+    name, revision = name_and_revision(base_model)
+    return {"base_model_name_or_path": name or None} | ({"revision": revision} if revision else {})
 
 
 def require_supported(found: dict, own_keys: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ from ..storage.bucket import BucketPath, Place
 from ..untrusted import MAX_JSON_BYTES, json_mapping
 from .adapter import init
 from .files import load_adapter
-from .folder import CONFIG, WEIGHTS
+from .folder import CONFIG, WEIGHTS, own_file, refuse_pickles
 from .method import Method
 from .methods import METHODS
 from .own_config import read_own_config, require_same_backbone
@@ -62,10 +62,15 @@ def previews(sources: Iterable[str], model_config: ModelConfig) -> list[Preview]
 def read_ends(source: str) -> tuple[Place, bytes, str]:
     """An adapter's folder, its adapter_config.json, and the hash of its files."""
     place = expanded(source)
-    folder = place if isinstance(place, BucketPath) else resolve_adapter(source)
+    if isinstance(place, BucketPath):
+        folder, files = place, (place / CONFIG, place / WEIGHTS)
+    else:
+        folder = resolve_adapter(source)
+        refuse_pickles(folder)
+        files = own_file(folder, CONFIG), own_file(folder, WEIGHTS)
     try:
-        config, _ = ends(folder / CONFIG, MAX_JSON_BYTES)
-        weights, size = ends(folder / WEIGHTS, END)
+        config, _ = ends(files[0], MAX_JSON_BYTES)
+        weights, size = ends(files[1], END)
     except FileNotFoundError as error:
         raise ValueError(f"{source} is not an adapter: it has no {error.filename or CONFIG}") from None
     return folder, config, hashlib.sha256(b"%d %d " % (len(config), size) + config + weights).hexdigest()

@@ -9,10 +9,11 @@ from ..table import table
 
 
 def report(record: dict, file: Path | None) -> None:
-    """Prints a record as a table, and writes it to a JSON file if one is given."""
-    print(table(rows_of(record), left=(0, 1)))
+    """Writes a record to a JSON file, if one is given, and prints it as a table."""
     if file is not None:
         write_record(file, record)
+    print(table(rows_of(record), left=(0, 1)))
+    if file is not None:
         print(f"wrote {file}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import select
 import shlex
@@ -45,15 +46,35 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0; 1 if the quickstart fell short, a tenant's loss was not finite, or
     some lines of a job were answered with errors; 2 for a user's mistake; 130 for Ctrl-C; 141 if the reader of the
     output has closed it, as `head` does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal lacks is escaped, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             return run(sys.argv[1:] if arguments is None else arguments)
         finally:  # after --help too
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            flush_output()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the output goes there at exit
+        discard_output()
         return 141
+
+
+def flush_output() -> None:
+    """Writes what is left of the output. Ends with exit code 2 if it can't be written, such as into a file on a full
+    disk."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_output()
+        print(f"para-jax: error: the output can't be written: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def discard_output() -> None:
+    """Drops what is left of the output, which Python would try to write at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(arguments: list[str]) -> int:

@@ -27,7 +27,9 @@ def add(commands) -> None:
     group.add_argument("--random", action="store_true", help="decode, train: random weights of the backbone's shape")
     group.add_argument("--packed", type=int, metavar="N", help="train: examples per row, of 64 tokens each")
     group.add_argument("--remat", help="train: the choices to compare, such as none,dots,block; packing: one of them")
-    group.add_argument("--data", help="packing (required there): a .jsonl file or a folder with train.jsonl")
+    group.add_argument(
+        "--data", type=shared.filled, help="packing (required there): a .jsonl file or a folder with train.jsonl"
+    )
     group.add_argument("--length", type=int, metavar="N", help="packing: tokens of a packed row")
     parser.set_defaults(run=run)
 

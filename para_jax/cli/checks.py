@@ -26,10 +26,22 @@ def check_run(config: RunConfig) -> None:
     if "wandb" in config.logging.report_to and find_spec("wandb") is None:
         raise ValueError("logging.report_to: wandb is not installed; run `pip install 'para_jax[wandb]'`")
     folder = expanded(config.output_dir)
-    if not isinstance(folder, BucketPath) and folder.exists():
+    if isinstance(folder, BucketPath):
+        return
+    if folder.exists():
         from ..runs.folder import check_folder
 
         check_folder(config)
+    check_new_folder("output_dir", folder)
+
+
+def check_new_folder(option: str, folder: Place) -> None:
+    """Raises ValueError where a folder can't be made or used because there is a file in its place, or above it."""
+    if isinstance(folder, BucketPath):
+        return
+    above = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if above.exists() and not above.is_dir():
+        raise ValueError(f"{option} {folder}: {above} is a file, not a folder; choose another")
 
 
 def check_backbone(source: str) -> None:

@@ -42,12 +42,20 @@ def add(commands) -> None:
         help="a run's config: its backbone, and its data as the task",
     )
     model.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=shared.RUN_FIELDS)
-    model.add_argument("--backbone", help="instead of CONFIG: a folder, a hub id, a .gguf file, or smollm2-135m")
     model.add_argument(
-        "--adapter", metavar="DIR", help="score this adapter: a folder or hub id; default: the base model"
+        "--backbone",
+        type=shared.filled,
+        help="instead of CONFIG: a folder, a hub id, a .gguf file, or smollm2-135m",
+    )
+    model.add_argument(
+        "--adapter",
+        type=shared.filled,
+        metavar="DIR",
+        help="score this adapter: a folder or hub id; default: the base model",
     )
     model.add_argument(
         "--adapters",
+        type=shared.filled,
         nargs="+",
         default=[],
         metavar="DIR",
@@ -59,6 +67,7 @@ def add(commands) -> None:
     data = parser.add_argument_group("the tasks")
     data.add_argument(
         "--tasks",
+        type=shared.filled,
         nargs="+",
         default=[],
         metavar="TASK",
@@ -155,8 +164,10 @@ def sources_of(options) -> dict[str, str]:
 def check_sources(options, config) -> None:
     """Raises ValueError, before JAX is loaded, for a backbone, an adapter or data that is not there."""
     from ..data.sources import source_of
-    from .checks import check_adapters, check_backbone, check_data, check_tasks, is_elsewhere
+    from .checks import check_adapters, check_backbone, check_data, check_new_folder, check_tasks, is_elsewhere
 
+    if options.output:
+        check_new_folder("--output", options.output)
     check_backbone(config.backbone.source)
     sources = sources_of(options)
     check_adapters(sources.values())
@@ -245,10 +256,10 @@ def one_score(options, config) -> None:
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
     how = dict(limit=options.limit, shuffle_prompts=options.shuffle_prompts, seed=config.seed)
     report = evaluate(model, adapter, [task], tokenizer=tokenizer, **how)
-    print(report)
     if options.results:
         scores = {score.name: score.record() for score in report.scores}
         write_results(options, config, scores, time.monotonic() - begun)
+    print(report)
 
 
 def into_folder(options, config) -> None:
@@ -260,11 +271,11 @@ def into_folder(options, config) -> None:
     except KeyboardInterrupt:
         say(f"the answers so far are in {output}; the same command resumes")
         raise
-    print(table)
-    say(f"wrote {output}")
     if options.results:
         scores = {name: record["results"] for name, record in records.items()}
         write_results(options, config, scores, time.monotonic() - begun)
+    print(table)
+    say(f"wrote {output}")
 
 
 class Loaded(NamedTuple):

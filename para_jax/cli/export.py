@@ -22,7 +22,10 @@ def add(commands) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn for the chat template")
     parser.add_argument("--output", type=shared.place, required=True, metavar="FOLDER", help="the folder to write")
     parser.add_argument(
-        "--backbone", metavar="SOURCE", help="for PARA: a folder, a hub id or a .gguf file (default: the adapter's own)"
+        "--backbone",
+        type=shared.filled,
+        metavar="SOURCE",
+        help="for PARA: a folder, a hub id or a .gguf file (default: the adapter's own)",
     )
     parser.add_argument(
         "--base-model", default="", metavar="HUB_ID", help="the name that PEFT looks for (default: the adapter's own)"

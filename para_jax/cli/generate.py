@@ -18,7 +18,9 @@ def requests() -> shared.Parser:
     """The options of this command alone; their groups come first in its help."""
     parser = shared.Parser(add_help=False)
     group = parser.add_argument_group("adapters")
-    group.add_argument("--adapter", metavar="DIR", help="a folder or hub id, for every prompt (default: none)")
+    group.add_argument(
+        "--adapter", type=shared.filled, metavar="DIR", help="a folder or hub id, for every prompt (default: none)"
+    )
     shared.add_tenants(group)
     shared.add_adapter_memory(group, "each is loaded when a line asks for it")
     group.add_argument(
@@ -70,7 +72,7 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
     """The adapters by name, and the tenant of each prompt (see tenants_of_prompts). Raises ValueError, before JAX is
     loaded, for options that are wrong or do not go together, and for what is not there."""
     from ..serving.request import Request, check_request
-    from .checks import check_adapters, check_backbone
+    from .checks import check_adapters, check_backbone, check_new_folder
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
         raise ValueError("generate takes prompts or a file\ngive --prompt TEXT, or --input FILE with --output FILE")
@@ -97,6 +99,7 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
         check_input(options.input)
         if not isinstance(options.output, BucketPath) and options.output.is_dir():  # there, answers come in a folder
             raise ValueError(f"--output {options.output}: a folder\ngive the path of a file in it")
+        check_new_folder("--output", options.output.parent)
     return sources, tenants
 
 

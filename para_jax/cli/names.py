@@ -35,7 +35,7 @@ def lines_of(file: Place) -> list[tuple[str, str]]:
     if not path.is_file():
         raise ValueError(f"--adapters-from {file}: no such file\ngive a file with DIR or NAME=DIR on each line")
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in str(path.read_bytes(), "utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(f"--adapters-from {file}: not a text in UTF-8\ngive DIR or NAME=DIR on each line") from None
     found = [
@@ -53,7 +53,7 @@ def matching(text: str) -> list[str]:
     from ..config import expanded
 
     path = expanded(text)
-    if not any(mark in str(path) for mark in "*?[") or (isinstance(path, Path) and path.exists()):
+    if not any(mark in str(path) for mark in "*?[") or is_there(text):
         return []
     if isinstance(path, Path):
         found = [one for one in sorted(glob(str(path))) if Path(one).is_dir()]
@@ -65,6 +65,14 @@ def matching(text: str) -> list[str]:
     if not found:
         raise ValueError(f"--adapters {text!r}: no folder matches\ngive a pattern of adapter folders, in quotes")
     return found
+
+
+def is_there(text: str) -> bool:
+    """Whether DIR or NAME=DIR is a path of this host, whatever signs are in it."""
+    from ..config import expanded
+
+    paths = [expanded(one) for one in (text, text.partition("=")[2]) if one]
+    return any(isinstance(path, Path) and path.exists() for path in paths)
 
 
 def name_and_source(text: str) -> tuple[str, str]:

@@ -7,8 +7,8 @@ import difflib
 import re
 from pathlib import Path
 
-from ..config import ATTENTION, printable
-from ..storage.bucket import BucketPath, Place, bucket_path
+from ..config import ATTENTION, expanded, printable
+from ..storage.bucket import BucketPath, Place
 
 RUN_FIELDS = "fields of the config, such as train.learning_rate=3e-3 or 'data.prompt={question}\\n' (text is literal)"
 
@@ -37,19 +37,27 @@ def add_command(commands, name: str, text: str, example: str, parents: list | No
     )
 
 
+def filled(text: str) -> str:
+    """The text of an argument. An empty one, such as "$UNSET" of a shell, does not count as left out."""
+    if not text:
+        raise argparse.ArgumentTypeError("the text is empty; give a value, or leave the option out")
+    return text
+
+
 def place(text: str) -> Place:
-    """The path of an argument, on this host or in a bucket."""
+    """The path of an argument, on this host or in a bucket. A shell leaves the ~ of --output=~/file to us."""
     try:
-        return bucket_path(text) or Path(text)
+        return expanded(filled(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def local(text: str) -> Path:
     """The path of an argument, on this host."""
-    if isinstance(place(text), BucketPath):
+    found = place(text)
+    if isinstance(found, BucketPath):
         raise argparse.ArgumentTypeError(f"{text} is in a bucket; give a path on this host")
-    return Path(text)
+    return found
 
 
 def shard(text: str):
@@ -104,6 +112,7 @@ def add_tenants(group) -> None:
     """The options --adapters and --adapters-from, where each adapter is a tenant with a name."""
     group.add_argument(
         "--adapters",
+        type=filled,
         nargs="+",
         default=[],
         metavar="NAME=DIR",
@@ -156,6 +165,7 @@ def backbone() -> argparse.ArgumentParser:
     group = shared.add_argument_group("backbone")
     group.add_argument(
         "--backbone",
+        type=filled,
         default="smollm2-135m",
         metavar="SOURCE",
         help="a folder, a hub id, a .gguf file, or smollm2-135m (default: %(default)s)",

@@ -26,7 +26,12 @@ def add(commands) -> None:
     )
     group = parser.add_argument_group("factors")
     group.add_argument(
-        "--adapter", action="append", default=[], metavar="DIR", help="a folder or hub id; with --data one or more"
+        "--adapter",
+        type=shared.filled,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder or hub id; with --data one or more",
     )
     group.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="draw its factors; of two also the difference"

@@ -11,7 +11,9 @@ def add(commands) -> None:
     parser.add_argument(
         "source", metavar="SOURCE", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets"
     )
-    parser.add_argument("--data-dir", metavar="DIR", help="where to (default: tensorflow_datasets' own folder)")
+    parser.add_argument(
+        "--data-dir", type=shared.filled, metavar="DIR", help="where to (default: tensorflow_datasets' own folder)"
+    )
     parser.set_defaults(run=run)
 
 

@@ -73,6 +73,7 @@ def served() -> shared.Parser:
     group.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
     group.add_argument(
         "--api-key-file",
+        type=shared.filled,
         metavar="FILE",
         help="one key per line, perhaps with the tenants that it may use (default: open)",
     )

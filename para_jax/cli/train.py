@@ -16,7 +16,10 @@ def add(commands) -> None:
         "--dry-run", action="store_true", help="check the config and print its sizes; nothing is written"
     )
     parser.add_argument(
-        "--topology", metavar="SLICE", help="with --dry-run: compile the step for a TPU slice, such as v5e:4x4"
+        "--topology",
+        type=shared.filled,
+        metavar="SLICE",
+        help="with --dry-run: compile the step for a TPU slice, such as v5e:4x4",
     )
     parser.add_argument(
         "--results", type=shared.place, metavar="FILE", help="write config, device and scores to this JSON file"
@@ -55,15 +58,15 @@ def train_one(options, config) -> None:
     result = train(config)
     if not is_first():
         return
+    if options.results:
+        rows = list(read_metrics(result.output_dir / "metrics.jsonl"))
+        scores = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
+        write_results(options, config, scores, time.monotonic() - begun)
     report = result.report()
     print(f"{report}\n" if report else "", end="\n" if report else "")
     print(f"{result.step} steps, {result.best}; the adapter is in {result.output_dir / 'adapter'}")
     if result.warning:
         print(f"warning: {result.warning}")
-    if options.results:
-        rows = list(read_metrics(result.output_dir / "metrics.jsonl"))
-        scores = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
-        write_results(options, config, scores, time.monotonic() - begun)
 
 
 def train_many(options, config) -> int:
@@ -76,6 +79,8 @@ def train_many(options, config) -> int:
     code = int(any(entry["ended"] == "not finite" for entry in result.tenants.values()))
     if not is_first():
         return code
+    if options.results:
+        write_results(options, config, result.tenants, time.monotonic() - begun)
     print(f"{result.report()}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
     for line in warning_lines(result.tenants):
         print(line)
@@ -83,8 +88,6 @@ def train_many(options, config) -> int:
         if best := best_combination(result.tenants):
             print(best)
         draw_curves(result)
-    if options.results:
-        write_results(options, config, result.tenants, time.monotonic() - begun)
     return code
 
 
@@ -97,14 +100,14 @@ def train_methods(options, config) -> int:
     code = int(any(row.ended == "not finite" for row in result.methods))
     if not is_first():
         return code
+    if options.results:
+        scores = {"methods": [row._asdict() for row in result.methods]}
+        write_results(options, config, scores, time.monotonic() - begun)
     print(f"{comparison_table(result.methods)}\n\nthe table is in {result.output_dir / 'comparison.md'}")
     for row in result.methods:
         if row.warning:
             print(f"warning: {' '.join(filter(None, (row.method, row.name)))}: {row.warning}")
     draw_scores(result)
-    if options.results:
-        scores = {"methods": [row._asdict() for row in result.methods]}
-        write_results(options, config, scores, time.monotonic() - begun)
     return code
 
 

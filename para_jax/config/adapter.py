@@ -1,6 +1,7 @@
 """The configs of the adapter methods: PARA, LoRA and (IA)^3. Each has the learning rate that its method is trained with
 unless `train.learning_rate` is set."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -105,9 +106,10 @@ class Ia3Config(AdapterConfig):
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
         super().__post_init__()
-        scaled = tuple(self.feedforward_modules)
-        require(set(scaled) <= {"down_proj"}, "feedforward_modules", scaled, "[down_proj] or empty")
-        object.__setattr__(self, "feedforward_modules", tuple(s for s in scaled if s in self.target_modules))
+        scaled = listed(self.feedforward_modules)
+        fits = scaled is not None and all(site == "down_proj" for site in scaled)
+        require(fits, "feedforward_modules", scaled or self.feedforward_modules, "[down_proj] or empty")
+        object.__setattr__(self, "feedforward_modules", tuple(s for s in scaled or () if s in self.target_modules))
 
 
 def with_scope_of(config: Any, kind: type) -> Any:
@@ -133,10 +135,15 @@ def config_text(config: Any) -> str:
 
 def sites_in_order(target_modules: Any) -> tuple[str, ...]:
     """The target modules in the order of SITES. Raises ValueError for none, and for one that is no site."""
-    sites = tuple(target_modules)
-    known = bool(sites) and set(sites) <= set(SITES)
-    require(known, "target_modules", sites, f"one or more of {', '.join(SITES)}")
+    sites = listed(target_modules) or ()
+    known = bool(sites) and all(site in SITES for site in sites)
+    require(known, "target_modules", sites or target_modules, f"a list of one or more of {', '.join(SITES)}")
     return tuple(site for site in SITES if site in sites)
+
+
+def listed(names: Any) -> tuple | None:
+    """The items of a list, a set or the like. None for a text, which is no list of its letters, and anything else."""
+    return None if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
 
 
 def rising_layers(layers: Any) -> tuple[int, ...]:

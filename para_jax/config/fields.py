@@ -4,6 +4,7 @@ import dataclasses
 import typing
 from typing import Annotated, Any, Literal
 
+from ..yaml_text import as_text
 from .adapter import ADAPTER_CONFIGS
 from .bounds import field_types, without_none
 from .check import require, shorten
@@ -73,7 +74,7 @@ def typed_value(name: str, value: Any, kind: Any) -> Any:
         return parsed_number(name, value, float, f"a number{others}")
     assert kind is str or typing.get_origin(kind) is Literal, f"{name}: fields of type {kind} are not read"
     require(isinstance(value, str | int | float), name, value, "text")
-    return str(value)
+    return as_text(value)
 
 
 def parsed_number(name: str, value: Any, kind: type, expected: str) -> Any:

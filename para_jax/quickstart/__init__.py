@@ -71,12 +71,12 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
         asked = [read_records(folder / "data" / job / "test.jsonl")[0] for job in JOBS]
         show_mixed_batch(model, tokenizer, adapters, asked)
     scores = {job: {"before": tenants[job]["test_before"], "after": tenants[job]["test_after"]} for job in JOBS}
+    record = results(shlex.join(["para-jax", "quickstart", *overrides]), config, scores, time.monotonic() - begun)
+    write_record(folder / "results.json", record)
     print(f"\n{'tenant':<10}{'before':>8}{'after':>8}{'gain':>8}   exact match on {SCORED_EXAMPLES} held-out examples")
     for job, found in scores.items():
         was, now = found.values()
         print(f"{job:<10}{was:>8.3f}{now:>8.3f}{now - was:>8.3f}")
-    record = results(shlex.join(["para-jax", "quickstart", *overrides]), config, scores, time.monotonic() - begun)
-    write_record(folder / "results.json", record)
     print(f"\n{time.monotonic() - begun:.0f} s in all; the tenants: para-jax inspect {run}")
     prompt = str(asked[-1].prompt).replace("\n", "\\n")
     print(

@@ -32,7 +32,16 @@ def test_the_built_in_backbone_is_named_by_its_hub_id(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("base", "front"), [("me/m@v1", "me/m"), ("gpt2", "gpt2"), ("/models/m", None), ("../m", None), ("", None)]
+    ("base", "front"),
+    [
+        ("me/m@v1", "me/m"),
+        ("gpt2", "gpt2"),
+        ("gpt2@v1", "gpt2"),
+        ("/models/m", None),
+        ("../m", None),
+        ("models@v2/m", None),
+        ("", None),
+    ],
 )
 def test_only_hub_ids_are_in_the_front_matter(tmp_path, base, front):
     found, text = card(tmp_path, LoraConfig(r=2), base_model=base)

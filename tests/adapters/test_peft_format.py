@@ -12,6 +12,7 @@ from golden_models import FIXTURES, backbone, prompts, strong
 from safetensors.numpy import load_file, save_file
 
 from para_jax import Adapter, Ia3Config, LoraConfig, forward, init_adapter, load_adapter, save_adapter
+from para_jax.adapters import files
 from para_jax.adapters.files import copy_for_peft, read_adapter_config
 from para_jax.config import SITES
 from para_jax.inspect import folder_report
@@ -125,6 +126,35 @@ def test_a_copy_has_the_revision_of_the_base_model_that_it_names(tmp_path):
     change_config(tmp_path / "one", revision=3)
     with pytest.raises(ValueError, match="revision must be text or null; got 3"):
         load(tmp_path / "one")
+
+
+def test_a_copy_of_an_adapter_that_is_replaced_meanwhile_is_of_one_version(tmp_path, monkeypatch):
+    old, new = made(LoraConfig(r=2)), made(LoraConfig(r=4))
+    save_adapter(old, tmp_path / "one", base_model="me/model")
+    (tmp_path / "one" / "README.md").write_bytes(b"\n## Training\nin caf\xe9s\n## How to load it\n")  # not UTF-8
+    checked = files.require_finite
+
+    def replaced_after(*given):
+        checked(*given)
+        monkeypatch.setattr(files, "require_finite", checked)
+        save_adapter(new, tmp_path / "one", base_model="me/model")
+
+    copy_for_peft(tmp_path / "one", tmp_path / "first")
+    monkeypatch.setattr(files, "require_finite", replaced_after)
+    copy_for_peft(tmp_path / "one", tmp_path / "copy")
+    assert_same(load(tmp_path / "first"), old)
+    assert_same(load(tmp_path / "copy"), new)
+    assert "in caf\ufffds" in (tmp_path / "first" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", ["/home/me@company/models/m", "models@v2/m", "gs://bucket/m@v2", "../m@v2"])
+def test_a_path_of_the_base_model_may_have_an_at_sign(tmp_path, path):
+    """PEFT would look for the model at /home/me, and for a revision."""
+    save_adapter(made(LoraConfig()), tmp_path / "one", base_model=path)
+    held = saved_config(tmp_path / "one")
+    assert (held["base_model_name_or_path"], "revision" in held) == (path, False)
+    assert read_adapter_config(tmp_path / "one").base_model == path
+    assert f'AutoTokenizer.from_pretrained("{path}")' in (tmp_path / "one" / "README.md").read_text()
 
 
 def test_an_adapter_of_an_unknown_kind_is_not_saved(tmp_path):

@@ -70,5 +70,16 @@ def test_a_damaged_adapter_is_named(sources, model, tmp_path):
     with pytest.raises(ValueError, match="/1.*peft_type"):
         preview.previews(sources, model)
     (tmp_path / "1" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="/1 is not an adapter.*adapter_model.safetensors"):
+    with pytest.raises(ValueError, match="/1 has no adapter_model.safetensors"):
         preview.previews(sources, model)
+
+
+def test_a_pickle_and_a_link_are_refused_as_by_load_adapter(sources, model, tmp_path):
+    weights = tmp_path / "3" / "adapter_model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "0" / "adapter_model.safetensors").rename(tmp_path / "0" / "adapter_model.bin")
+    for source, said in ((sources[0], "only as a pickle.*Convert it"), (sources[3], "is a link")):
+        for read in (lambda source: preview.previews([source], model), lambda source: load_adapter(source, model)):
+            with pytest.raises(ValueError, match=f"(?s){said}"):
+                read(source)

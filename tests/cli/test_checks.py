@@ -51,6 +51,12 @@ MISTAKES = [
     ("train run.yaml output_dir=runs/mine", "runs/mine.*train.learning_rate.*0.5"),
     ("train run.yaml output_dir=data", "output_dir data is not a run folder"),
     ("train run.yaml output_dir=run.yaml", "output_dir run.yaml is not a run folder"),
+    ("train run.yaml output_dir=run.yaml/runs/new", "output_dir run.yaml/runs/new: run.yaml is a file, not a folder"),
+    (
+        "generate --input data/train.jsonl --output run.yaml/a --backbone model",
+        "--output run.yaml: run.yaml is a file, not a folder",
+    ),
+    ("evaluate run.yaml --split validation --output run.yaml", "--output run.yaml: run.yaml is a file, not a folder"),
     ("generate", "generate takes prompts or a file"),
     (
         "generate --prompt a --backbone model --adapter runs/nope",

@@ -3,10 +3,12 @@
 import argparse
 import errno
 import importlib.metadata
+import io
 import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,7 +33,8 @@ from para_jax import (
     load_tokenizer,
     save_adapter,
 )
-from para_jax.cli import main, parser, plot
+from para_jax.bench.record import report
+from para_jax.cli import main, parse, parser, plot
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = """
@@ -639,6 +642,39 @@ def test_a_full_disk_while_saving_keeps_the_previous_adapter(capsys, folder, con
     assert "Trained for 4 steps" in (run / "adapter" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate --prompt a --adapter ''",
+        "generate --prompt a --backbone ''",
+        "generate --prompt a --adapters '' --tenant x",
+        "generate --input a --output ''",
+        "evaluate {config} --adapter ''",
+        "evaluate {config} --adapters a ''",
+        "evaluate {config} --output ''",
+        "evaluate --backbone '' --tasks a",
+        "evaluate --backbone a --tasks ''",
+        "serve --api-key-file ''",
+        "plot --adapter '' --prompt a --output a.png",
+        "export a --backbone '' --output b",
+        "train ''",
+        "train {config} --dry-run --topology ''",
+        "prepare tfds:glue/sst2 --data-dir ''",
+    ],
+)
+def test_an_empty_text_does_not_count_as_left_out(capsys, config, line):
+    """As "$UNSET" gives it: the base model would answer in place of an adapter, and a server would ask for no key."""
+    assert_says(mistake(capsys, *shlex.split(line.format(config=config))), "argument .*: the text is empty")
+
+
+def test_the_home_folder_of_an_option_is_expanded(tmp_path, monkeypatch):
+    """A shell leaves the ~ of --output=~/file as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, option in (("generate", "--input"), ("generate", "--output"), ("bench", "--output")):
+        options = parse([name, *(["decode"] if name == "bench" else []), f"{option}=~/a.jsonl"])
+        assert getattr(options, option[2:]) == tmp_path / "a.jsonl"
+
+
 def test_ctrl_c_gives_one_line_and_code_130(capsys, config, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -673,6 +709,41 @@ def test_a_closed_output_ends_a_command_silently(adapter, arguments):
     done = subprocess.run([sys.executable, *flags, "-c", code, *line], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.stderr == "" and done.returncode in ((0, 141) if line == ["--help"] else (141,))  # argparse forgives
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+@pytest.mark.parametrize("arguments", [("--version",), ("inspect", "{adapter}")])
+def test_an_output_that_can_not_be_written_is_an_error_of_one_line(capsys, monkeypatch, adapter, arguments):
+    """As `para-jax inspect ADAPTER > FILE` on a full disk."""
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        said = mistake(capsys, *(str(adapter) if argument == "{adapter}" else argument for argument in arguments))
+    assert_says(said, "para-jax: error: the output can't be written: No space left on device")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+def test_the_results_are_written_before_anything_is_printed(capsys, config, trained, tmp_path, monkeypatch):
+    """An output that can't be written must not cost the scores of a run."""
+    result = SimpleNamespace(report=lambda: "a table", step=4, best="best", output_dir=trained, warning=None)
+    monkeypatch.setattr("para_jax.runs.train.train", lambda _: result)
+    with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert command("train", config, "--results", tmp_path / "run.json") == 2
+    assert "validation_loss" in json.loads((tmp_path / "run.json").read_text())["scores"]
+    full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(sys, "stdout", full)
+        report({"medians": {}, "unit": "ms"}, tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text())["unit"] == "ms"
+
+
+def test_a_character_that_the_terminal_lacks_is_escaped(monkeypatch, adapter):
+    """An answer or a report in another script ends no command after its work."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr("para_jax.inspect.folder_report", lambda _: "caf\u00e9")
+    assert command("inspect", adapter) == 0
+    assert shown.getvalue() == rb"caf\xe9" + b"\n"
 
 
 def test_another_broken_pipe_is_an_error(capsys, monkeypatch, config):

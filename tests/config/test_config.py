@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from typing import Annotated, Literal
 
 import pytest
@@ -115,6 +116,23 @@ def test_the_learning_rate_may_be_auto_and_then_is_no_number_yet():
 def test_target_modules_are_sorted_in_the_order_of_the_sites():
     assert ParaConfig(target_modules=("up_proj", "q_proj")).target_modules == ("q_proj", "up_proj")
     assert ParaConfig(target_modules=reversed(SITES)).target_modules == SITES
+    assert LoraConfig(target_modules=set(SITES)).target_modules == SITES
+
+
+@pytest.mark.parametrize("kind", [ParaConfig, LoraConfig, Ia3Config])
+@pytest.mark.parametrize("given", ["all-linear", "q_proj", ".*", None, 3, [], [["q_proj"]], ["q_proj", "lm_head"]])
+def test_targets_of_another_kind_are_shown_as_they_were_given(kind, given):
+    """PEFT takes a text, and None for its own choice."""
+    shown = repr(tuple(given) if isinstance(given, list) and given else given)
+    said = f"target_modules must be a list of one or more of {', '.join(SITES)}; got {shown}"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        kind(target_modules=given)
+
+
+@pytest.mark.parametrize("given", ["down_proj", None, ["up_proj"]])
+def test_inputs_of_another_kind_are_refused(given):
+    with pytest.raises(ValueError, match=r"feedforward_modules must be \[down_proj\] or empty; got "):
+        Ia3Config(feedforward_modules=given)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -553,6 +571,26 @@ def test_dates_are_text_and_numbers_may_have_underscores(tmp_path):
     assert (config.output_dir, config.train.learning_rate, config.train.weight_decay) == ("2001-01-01", 1e-3, 1.05)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize("written", "007 20261127_1530 1e3 2.50 12:30 0x1F +1 -0 12345e7 .5".split())
+def test_a_text_that_yaml_reads_as_a_number_stays_as_it_was_written(written, tmp_path):
+    """A label such as 007, and a folder named by date and time."""
+    (tmp_path / "run.yaml").write_text(f"eval: {{choices: [{written}, a]}}\noutput_dir: {written}\n")
+    for config in (
+        load_config(tmp_path / "run.yaml"),
+        load_config(None, [f"eval.choices=[{written}, a]", f"output_dir={written}"]),
+    ):
+        assert config.eval.choices == (written, "a") and config.output_dir == written
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_number_is_the_same_however_it_is_written():
+    overrides = ["seed=0x10", "train.max_steps=1_000", "train.adam_eps=1e-3", "train.weight_decay=7"]
+    config = load_config(None, overrides)
+    found = config.seed, config.train.max_steps, config.train.adam_eps, config.train.weight_decay
+    assert found == (16, 1000, 1e-3, 7) and {type(value) for value in found} == {int, float}
 
 
 def test_anchors_and_merge_keys_are_read(tmp_path):

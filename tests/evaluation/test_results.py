@@ -117,6 +117,18 @@ def test_adapters_come_from_patterns_and_lists(folder, tmp_path, bucket):
             named_adapters([], listed)
 
 
+def test_a_path_may_have_the_signs_of_a_pattern(tmp_path):
+    folder = tmp_path / "lr[1e-3]"
+    folder.mkdir()
+    assert named_adapters([str(folder), f"mine={folder}"]) == {"lr[1e-3]": str(folder), "mine": str(folder)}
+
+
+def test_a_list_of_adapters_may_begin_with_the_mark_of_utf_8(tmp_path):
+    """Editors on Windows write it, and a carriage return at the end of each line."""
+    (tmp_path / "list.txt").write_bytes("\ufeffuser/ä\r\nmine=user/b\r\n".encode())
+    assert named_adapters([], tmp_path / "list.txt") == {"user/ä": "user/ä", "mine": "user/b"}
+
+
 def test_results_files_are_distinct():
     names = ["a/b", "a_b", "A_B", "..", "x", "x y", "x_y", "x_y-0", "x_y-1"]
     files = file_names(names)

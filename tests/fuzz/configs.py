@@ -171,6 +171,9 @@ def same(node: Any, value: Any, name: str) -> bool:
         return node == value or (isinstance(node, bool) and str(value).lower() in TRUTHS[node])
     if str(node) == str(value) or (name == "output_dir" and str(value).startswith("~")):
         return True
+    if isinstance(node, str) and isinstance(value, int | float):
+        read = yaml.safe_load(node)  # a text keeps how the number was written, such as 010
+        return read == value or str(read) == str(value)
     try:
         return float(node) == float(value) or node != node
     except (ValueError, TypeError, OverflowError):
