@@ -25,6 +25,7 @@ from ..backbone.load import load_backbone
 from ..config import RunConfig, config_dict, expanded, require
 from ..data.example_arrays import digest
 from ..data.given import with_data, with_tenants
+from ..data.tenants import OWN_FILE
 from ..evaluation.evaluate import Tasks, share_shapes
 from ..evaluation.score import describe_best
 from ..evaluation.shapes import say_evaluation
@@ -65,7 +66,7 @@ from .rates import FIRST, choose_rates, resolved_inputs
 from .report import sample_lines, score_table, tenants_table
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
-from .tenant_file import of_most_memory
+from .tenant_file import of_most_memory, own_values
 from .tenants import Inputs, Shared, Tenant, read_inputs, require_validation, tenant_configs, with_length
 
 
@@ -237,7 +238,7 @@ def mesh_of_run(config: RunConfig, own: list[RunConfig], parts: list[Part]):
 def read_parts(
     config: RunConfig, parts: list[Part], layouts: list[Layout], chosen: dict[str, float], shared: Shared
 ) -> list[Inputs]:
-    """The inputs of each part. Raises ValueError where the data of two hosts differ."""
+    """The inputs of each part. Raises ValueError where the data or a tenant.yaml of two hosts differ."""
     before = on_first_process(lambda: began_before(config))
 
     def inputs_of(part: Part, layout: Layout) -> Inputs:
@@ -272,6 +273,7 @@ def train_part(
     prompts = partial(prompts_of, config, model, inputs, layout, mesh, shared)
     if any(is_auto(tenant.config) for tenant in inputs.tenants):
         chosen = choose_rates(
+    require_same(f"a tenant's {OWN_FILE}", lambda: [own_values(tenant.config) for tenant in tenants])
             config, model, inputs, layout, mesh, partial(fit, prompts=prompts, quiet=True), part.folder
         )
         config, inputs = resolved(config, chosen), resolved_inputs(inputs, chosen)
