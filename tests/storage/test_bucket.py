@@ -496,3 +496,6 @@ def test_data_of_every_kind_of_file_is_read_from_a_bucket(folder):
     assert load_records(DataSection(train=str(folder / "parquet")), "validation") is None
     with pytest.raises(ValueError, match="nothing does not exist"):
         load_records(DataSection(train=str(folder / "nothing")), "train")
+    from para_jax.data.tenants import tenant_sections
+    with pytest.raises(ValueError, match="has test.json, train.csv, which is the data of one tenant"):
+        tenant_sections(str(folder / "csv"), DataSection())
