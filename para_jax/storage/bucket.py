@@ -152,10 +152,10 @@ class BucketPath:
         if self._folder is not None:
             return self._folder
         try:
-            found = self._page(maxResults=1)
+            found = any(page.get("items") or page.get("prefixes") for page in self._pages(maxResults=1))
         except FileNotFoundError:  # the bucket does not exist
             return False
-        return bool(found.get("items") or found.get("prefixes")) or not self.key
+        return found or not self.key
 
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
@@ -169,19 +169,22 @@ class BucketPath:
         return iter(self._children())
 
     def _children(self) -> list[BucketPath]:
-        found, token, start = {}, {}, f"{self.key}/" if self.key else ""
-        while True:
-            page = self._page(delimiter="/", **token)
+        found, start = {}, f"{self.key}/" if self.key else ""
+        for page in self._pages(delimiter="/"):
             for item in page.get("items", []):
                 found[item["name"][len(start) :]] = False
             for prefix in page.get("prefixes", []):
                 found.setdefault(prefix[len(start) :].rstrip("/"), True)
+        return [BucketPath(self.bucket, start + name, folder) for name, folder in found.items() if is_file_name(name)]
+
+    def _pages(self, **settings) -> Iterator[dict[str, Any]]:
+        """The pages of a listing. One may be empty although others follow it."""
+        token = {}
+        while True:
+            page = self._page(**settings, **token)
+            yield page
             if not page.get("nextPageToken"):
-                return [
-                    BucketPath(self.bucket, start + name, folder)
-                    for name, folder in found.items()
-                    if is_file_name(name)
-                ]
+                return
             token = {"pageToken": page["nextPageToken"]}
 
     def _page(self, **settings) -> dict[str, Any]:
@@ -206,13 +209,8 @@ class BucketPath:
     @one_line_errors
     def all_files(self) -> list[BucketPath]:
         """All objects in the folder and its sub-folders."""
-        found, token = [], {}
-        while True:
-            page = self._page(**token)
-            found += [BucketPath(self.bucket, item["name"], False) for item in page.get("items", [])]
-            if not page.get("nextPageToken"):
-                return found
-            token = {"pageToken": page["nextPageToken"]}
+        names = (item["name"] for page in self._pages() for item in page.get("items", []))
+        return [BucketPath(self.bucket, name, False) for name in names]
 
     # ---------------------------------------------------------------------------------------------------------- reading
 

@@ -115,6 +115,20 @@ def test_a_listing_leaves_out_names_that_no_file_has(folder, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["good", "kept"]
 
 
+def test_a_page_of_a_listing_may_be_empty_before_others(folder, monkeypatch):
+    (folder / "a").write_bytes(b"")
+    (folder / "b" / "c").write_bytes(b"")
+    whole = BucketPath._page
+
+    def page(self, pageToken=None, **settings):
+        return whole(self, **settings) if pageToken == "next" else {"nextPageToken": "next"}
+
+    monkeypatch.setattr(BucketPath, "_page", page)
+    assert folder.is_dir() and (folder / "b").is_dir() and not (folder / "c").is_dir()
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
+    assert sorted(path.name for path in folder.all_files()) == ["a", "c"]
+
+
 def test_a_stream_never_mixes_two_versions_of_an_object(folder, monkeypatch):
     file = folder / "data.jsonl"
     file.write_bytes(b"old\n" * 100)
