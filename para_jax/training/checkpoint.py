@@ -335,10 +335,16 @@ def describe_changes(changed: list[str], held: dict[str, str], run: dict[str, st
     return ", ".join(map(described, changed[:3])) + more
 
 
+#: What orbax writes last into a checkpoint. In a bucket it alone tells a whole one from one that a kill broke off.
+WHOLE = "commit_success.txt"
+
+
 def steps_in(folder: Place) -> list[int]:
-    """The steps of the checkpoints in a folder, the newest first."""
-    names = (path.name for path in folder.iterdir() if path.name.isdecimal())
-    return sorted((int(name) for name in names if str(int(name)) == name), reverse=True)
+    """The steps of the whole checkpoints in a folder, the newest first. Orbax deletes others in the background."""
+    names = [path.name for path in folder.iterdir() if path.name.isdecimal() and str(int(path.name)) == path.name]
+    if isinstance(folder, BucketPath):
+        names = [name for name in names if (folder / name / WHOLE).is_file()]
+    return sorted(map(int, names), reverse=True)
 
 
 def progress_file(folder: Place, step: int) -> Place:
