@@ -499,6 +499,7 @@ def test_data_of_every_kind_of_file_is_read_from_a_bucket(folder):
 
     from para_jax.config import DataSection
     from para_jax.data.records import load_records
+    from para_jax.data.tenants import tenant_sections
 
     stream = io.BytesIO()
     write_table(pa.Table.from_pylist([{"prompt": "a", "completion": "b"}]), stream)
@@ -510,6 +511,5 @@ def test_data_of_every_kind_of_file_is_read_from_a_bucket(folder):
     assert load_records(DataSection(train=str(folder / "parquet")), "validation") is None
     with pytest.raises(ValueError, match="nothing does not exist"):
         load_records(DataSection(train=str(folder / "nothing")), "train")
-    from para_jax.data.tenants import tenant_sections
     with pytest.raises(ValueError, match="has test.json, train.csv, which is the data of one tenant"):
         tenant_sections(str(folder / "csv"), DataSection())
