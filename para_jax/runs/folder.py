@@ -157,7 +157,12 @@ LISTED = 15
 def another_run(folder: Place, found: Sequence[str]) -> ValueError:
     """The error for an output folder whose run differs in these fields."""
     more = [f"and {len(found) - LISTED} more"] if len(found) > LISTED else []
-    lines = f"output_dir {folder} holds another run", "choose another output_dir, or the same config to resume:"
+    advice = "choose another output_dir, or the same config to resume:"
+    if all(one.partition(" ")[0] in PLACES for one in found):
+        advice = (
+            f"choose another output_dir; if the files have only moved, write their new paths into {folder}/config.yaml"
+        )
+    lines = f"output_dir {folder} holds another run", advice
     return ValueError("\n".join([*lines, *(f"  {one}" for one in [*found[:LISTED], *more])]))
 
 
