@@ -29,8 +29,15 @@ CONCURRENCY = 16
 BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 #: The maximum length of an object's name, in bytes.
 MAX_NAME_BYTES = 1024
-#: Until when (in time.monotonic) this process may write in each folder that it has locked; see lock.py.
+#: Until when (by `clock`) this process may write in each folder that it has locked; see lock.py.
 DEADLINES: dict[BucketPath, float] = {}
+
+
+def clock() -> float:
+    """Seconds, also those in which the host was suspended, where its system counts them. Others may have taken a lock
+    over in that time."""
+    boot = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if boot is None else time.clock_gettime(boot)
 
 
 def bucket_path(text: str | Path | BucketPath) -> BucketPath | None:
@@ -291,7 +298,7 @@ class BucketPath:
     def require_held(self) -> None:
         """Raises OSError if this process locked a folder of the path, but another one may have taken over the lock."""
         for folder, deadline in list(DEADLINES.items()):
-            if time.monotonic() > deadline and (folder == self or folder in self.parents):
+            if clock() > deadline and (folder == self or folder in self.parents):
                 raise OSError(16, "its lock could not be renewed, and another process may have taken over", str(folder))
 
 

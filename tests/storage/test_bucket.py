@@ -199,6 +199,17 @@ def test_a_run_in_the_root_of_a_bucket_does_not_wait_for_its_own_lock(bucket, mo
     assert not (whole / run_folder.LOCK).exists()
 
 
+def test_a_host_that_was_suspended_writes_nothing_before_it_has_renewed_its_lock(folder, monkeypatch):
+    real, clock = time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    monkeypatch.setattr(time, "CLOCK_BOOTTIME", clock, raising=False)
+    with lock.bucket_lock(folder / ".lock", print), monkeypatch.context() as awake:
+        (folder / "before").write_bytes(b"")
+        awake.setattr(time, "clock_gettime", lambda which: real(which) + lock.LEASE)  # unlike time.monotonic
+        with pytest.raises(OSError, match="taken over"):
+            (folder / "after").write_bytes(b"")
+    assert (folder / "before").exists() and not (folder / "after").exists()
+
+
 def test_a_lock_is_renewed_after_a_long_outage_of_the_service(folder, monkeypatch):
     monkeypatch.setattr(lock, "LEASE", 0.3)
     monkeypatch.setattr(lock, "RENEW", 0.05)
@@ -209,13 +220,13 @@ def test_a_lock_is_renewed_after_a_long_outage_of_the_service(folder, monkeypatc
     with lock.bucket_lock(folder / ".lock", print):
         with monkeypatch.context() as away:
             away.setattr(buckets, "file_system", no_answer)
-            while buckets.DEADLINES[folder] > time.monotonic():
+            while buckets.DEADLINES[folder] > buckets.clock():
                 time.sleep(0.01)
             for change in (lambda: (folder / "file").write_bytes(b""), lambda: (folder / "file").unlink()):
                 with pytest.raises(OSError, match="taken over"):
                     change()
-        limit = time.monotonic() + 10
-        while buckets.DEADLINES[folder] < time.monotonic() < limit:
+        limit = buckets.clock() + 10
+        while buckets.DEADLINES[folder] < buckets.clock() < limit:
             time.sleep(0.01)
         (folder / "file").write_bytes(b"")
     assert not (folder / ".lock").exists()
