@@ -56,6 +56,7 @@ from .folder import (
     claim_folders,
     locked_folder,
     mend_folders,
+    rows_before,
     run_digests,
 )
 from .health import Health, logged_warning
@@ -191,8 +192,11 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
             f"{count}; use train.cache_prompts=off"
         )
     config, own, parts, chosen = known_run(config)
-    mesh = mesh_of_run(config, list(own.values()), parts)
-    layouts = on_every_process(lambda: [lay_out(config, mesh, len(part.names)) for part in parts])
+    kept = with_rows_before(config)
+    mesh = mesh_of_run(kept, list(own.values()), parts)
+    if kept is not config and (rows := kept.train.batch_size):
+        say_rows(rows, lay_out(config, mesh).tenant_rows, batch_devices(mesh))
+    layouts = on_every_process(lambda: [lay_out(kept, mesh, len(part.names)) for part in parts])
     inputs = read_parts(config, parts, layouts, chosen, shared)
     tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     with ExitStack() as held:
@@ -226,6 +230,24 @@ def known_run(config: RunConfig) -> tuple[RunConfig, dict[str, RunConfig], list[
     return config, own, parts, chosen
 
 
+def with_rows_before(config: RunConfig) -> RunConfig:
+    """The config of a run of one adapter with its rows per step so far as train.batch_size, if it leaves that open.
+    They then stay the same on other devices, and so do the batches and the number of steps. A tenant's rows in a run of
+    many do not depend on the devices."""
+    rows = None if config.many else on_first_process(lambda: rows_before(config))
+    if rows is None or config.train.batch_size is not None:
+        return config
+    return replace(config, train=replace(config.train, batch_size=rows, gradient_accumulation_steps=1))
+
+
+def say_rows(kept: int, of_devices: int, devices: int) -> None:
+    """Says that a step keeps its rows where these devices would give it others. Raises ValueError if they can't."""
+    expected = f"a divisor of {kept}, the rows of a step of this run so far"
+    require(kept % devices == 0, "the number of devices (mesh.data x mesh.fsdp)", devices, expected)
+    if kept != of_devices:
+        say(f"a step keeps the {kept} rows that it had on other devices (train.batch_size)")
+
+
 def mesh_of_run(config: RunConfig, own: list[RunConfig], parts: list[Part]):
     """The mesh on which every part fits by its estimate, with the trials of its learning rates if there are any."""
     estimated = of_most_memory(config, own)
@@ -251,6 +273,7 @@ def read_parts(
         "the data",
         lambda: [(t.name, *(p and digest(p.examples or []) for p in (t.data, t.validation, t.test))) for t in tenants],
     )
+    require_same(f"a tenant's {OWN_FILE}", lambda: [own_values(tenant.config) for tenant in tenants])
     on_first_process(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
     return inputs
 
@@ -273,7 +296,6 @@ def train_part(
     prompts = partial(prompts_of, config, model, inputs, layout, mesh, shared)
     if any(is_auto(tenant.config) for tenant in inputs.tenants):
         chosen = choose_rates(
-    require_same(f"a tenant's {OWN_FILE}", lambda: [own_values(tenant.config) for tenant in tenants])
             config, model, inputs, layout, mesh, partial(fit, prompts=prompts, quiet=True), part.folder
         )
         config, inputs = resolved(config, chosen), resolved_inputs(inputs, chosen)
@@ -326,7 +348,7 @@ def fit(
         state, standing = restored or (state, fresh_standing(tenants, layout, run))
         changed, standing = accepted_changes(standing, run)
         require_same_tenants(standing, tenants, layout)
-        standing = reopened(standing, tenants, changed)
+        standing = reopened(standing, tenants, changed)._replace(rows=layout.tenant_rows)
         if restored:
             say(describe_position(standing, tenants))
         log = open_log(config, folder, model, mesh, standing if restored else None)

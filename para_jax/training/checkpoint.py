@@ -352,17 +352,16 @@ def progress_file(folder: Place, step: int) -> Place:
     return folder / str(step) / "progress" / "metadata"
 
 
-def progress_keys(folder: Place) -> set[str]:
-    """The keys with a value in the progress of the newest checkpoint of a folder, without a check of its bytes; none if
-    it can't be read."""
+def unchecked_progress(folder: Place) -> dict[str, Any]:
+    """The progress of the newest checkpoint of a folder, without a check of its bytes; empty if it can't be read."""
     steps = steps_in(folder) if folder.is_dir() else []
     if not steps:
-        return set()
+        return {}
     try:
         found = json.loads(progress_file(folder, steps[0]).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return set()
-    return {key for key, value in found.items() if value is not None} if isinstance(found, dict) else set()
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def set_aside(folder: Place) -> Place:
