@@ -77,7 +77,7 @@ def files_of_one(root: Path) -> str | None:
     ]
     splits = {path.stem for path in data}
     one = "train" in splits and splits <= {"train", "validation", "test"} and len(splits) > 1
-    return ", ".join(sorted(path.name for path in data)) if one and all(map(Path.is_file, data)) else None
+    return ", ".join(sorted(path.name for path in data)) if one and all(path.is_file() for path in data) else None
 
 
 def given_tenants(section: DataSection) -> dict[str, DataSection]:

@@ -104,16 +104,18 @@ def load_training_data(section: DataSection, tokenizer) -> TrainingData:
     source, key = source_of(section, "train"), None
     if section.cache and is_large(source):
         key = token_cache.tokenizer_key(tokenizer, fields_of(source, section))
-    if key and (found := token_cache.load_tokens(key, content_of(source))):
+    before = content_of(source) if key else ""
+    if key and (found := token_cache.load_tokens(key, before)):
         say(f"using cached token ids from {token_cache.folder()}")
         return training_data(source, found)
     begun, seen = time.monotonic(), hashlib.sha256() if key else None
     tokens = tokenised(split_records(section, "train", seen) or [], tokenizer, section)
     if time.monotonic() - begun > REPORTED_SECONDS:
         say(f"tokenised {len(tokens.sizes)} examples in {time.monotonic() - begun:.0f} s")
-    if key and seen:  # a file may have changed since it was looked up, so its digest is of the bytes that were read
+    if key and seen:  # a file may have changed since it was looked up: these ids are of the bytes that were read
         content = seen.hexdigest() if reads_as_text(source) else content_of(source)
-        token_cache.store_tokens(key, content, tokens)
+        if reads_as_text(source) or content == before:
+            token_cache.store_tokens(key, content, tokens)
     return training_data(source, tokens)
 
 

@@ -6,6 +6,7 @@ output_dir, and resumes from there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +75,7 @@ def trainer_of(config: RunConfig, scaling, max_failures: int, environment, stora
     on_cpus = {} if workers.use_tpu or workers.use_gpu else {"JAX_PLATFORMS": "cpu"}
     return JaxTrainer(
         run_on_worker,
-        train_loop_config={"config": config},
+        train_loop_config={"config": config, "folder": os.getcwd()},
         jax_config=JaxConfig(use_tpu=not workers.use_gpu, use_gpu=bool(workers.use_gpu)),
         scaling_config=workers,
         run_config=RayRunConfig(
@@ -87,13 +88,20 @@ def trainer_of(config: RunConfig, scaling, max_failures: int, environment, stora
 
 def run_on_worker(given: dict) -> dict[str, str]:
     """The run on one worker. Its value is that of the first worker: the report, or an error that another start would
-    meet again."""
+    meet again.
+
+    Args:
+        given: the config, and the folder that its relative paths are relative to, if this host has it. Ray gives a
+            worker a folder of its own.
+    """
     from ..messages import log_to_stderr
     from ..runs.train import train, train_tenants
     from ..training.stop import Stopped
 
     log_to_stderr()
-    config = given["config"]
+    config, folder = given["config"], given["folder"]
+    if os.path.isdir(folder):
+        os.chdir(folder)
     try:
         result = (train_tenants if config.many else train)(config)
     except ValueError as error:

@@ -11,8 +11,7 @@ from ..data.records import TooLong, load_records
 from ..data.training_data import TrainingData, load_training_data
 from ..evaluation.tasks import with_limit
 from ..table import table
-from .folder import fields_of_run
-from .tenant_file import OWN_FIELDS
+from .tenant_file import own_values
 from .tenants import plan_batches, steps_of, tenant_configs, too_long_in
 
 
@@ -53,8 +52,6 @@ def tenants_data(config: RunConfig, tokenizer) -> tuple[str, TrainingData]:
 
 def own_fields(config: RunConfig, own: RunConfig) -> str:
     """What a tenant's tenant.yaml changes: "learning_rate 0.01, metric loss"."""
-    run, found = fields_of_run(config), fields_of_run(own)
-    run |= {"train.max_steps": config.train.max_steps, "train.num_epochs": config.train.num_epochs}
-    found |= {"train.max_steps": own.train.max_steps, "train.num_epochs": own.train.num_epochs}
-    changed = [f"{name.partition('.')[2]} {found[name]}" for name in OWN_FIELDS if found[name] != run[name]]
+    run, found = own_values(config), own_values(own)
+    changed = [f"{name.partition('.')[2]} {found[name]}" for name in run if found[name] != run[name]]
     return printable(", ".join(changed), 200)

@@ -22,7 +22,7 @@ from ..storage.bucket import BucketPath, Place
 from ..storage.lock import bucket_lock
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from ..training.tenants_file import read_entries, write_entries
-from .chosen import chosen_rates, is_auto, resolved, with_rate
+from .chosen import TRIALS, chosen_rates, is_auto, resolved, with_rate
 from .tenant_file import AT_ONCE, OWN_FIELDS
 
 if TYPE_CHECKING:  # `check_folder` is asked before JAX is loaded
@@ -144,10 +144,24 @@ def check_folder(config: RunConfig) -> None:
 
 def began_before(config: RunConfig) -> bool:
     """Whether an earlier version began the run: one that left metrics and answer lengths to fixed defaults."""
-    from ..training.checkpoint import progress_keys
+    found = progress_before(config)
+    return bool(found) and found.get("scores") is None
 
-    keys = progress_keys(expanded(config.output_dir) / "checkpoints")
-    return bool(keys) and "scores" not in keys
+
+def rows_before(config: RunConfig) -> int | None:
+    """The rows of each step of a run of one adapter so far, or of its trials; None: nothing is saved, or an earlier
+    version saved it."""
+    rows = progress_before(config).get("rows")
+    trials = expanded(config.output_dir) / TRIALS / "1" / "config.yaml"
+    if rows is None and trials.is_file():
+        rows = load_config(trials).train.batch_size
+    return rows if type(rows) is int and rows > 0 else None
+
+
+def progress_before(config: RunConfig) -> dict[str, Any]:
+    from ..training.checkpoint import unchecked_progress
+
+    return unchecked_progress(expanded(config.output_dir) / "checkpoints")
 
 
 #: Differences that an error lists, one per line.
@@ -157,7 +171,12 @@ LISTED = 15
 def another_run(folder: Place, found: Sequence[str]) -> ValueError:
     """The error for an output folder whose run differs in these fields."""
     more = [f"and {len(found) - LISTED} more"] if len(found) > LISTED else []
-    lines = f"output_dir {folder} holds another run", "choose another output_dir, or the same config to resume:"
+    advice = "choose another output_dir, or the same config to resume:"
+    if all(one.partition(" ")[0] in PLACES for one in found):
+        advice = (
+            f"choose another output_dir; if the files have only moved, write their new paths into {folder}/config.yaml"
+        )
+    lines = f"output_dir {folder} holds another run", advice
     return ValueError("\n".join([*lines, *(f"  {one}" for one in [*found[:LISTED], *more])]))
 
 

@@ -42,6 +42,8 @@ class Standing(NamedTuple):
     run"""
     kept: dict[str, str] | None = None
     """a hash of each tenant's best adapter, which its folder holds, by its name; None: as for scores"""
+    rows: int | None = None
+    """of each tenant in one of its steps; None: as for scores"""
 
     def changed(self, tenant: int, **values) -> Standing:
         """The standing with other values of one tenant."""

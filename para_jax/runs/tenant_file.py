@@ -7,7 +7,7 @@ import difflib
 from dataclasses import replace
 from typing import Any
 
-from ..config import RunConfig, printable
+from ..config import RunConfig, config_dict, printable
 from ..config.fields import typed_fields
 from ..config.file import read_yaml, replaced
 from ..data.tenants import OWN_FILE
@@ -56,6 +56,12 @@ def with_own_fields(config: RunConfig, folder: Place) -> RunConfig:
         return replaced(config, with_resets(typed))
     except ValueError as error:
         raise ValueError(f"{printable(str(file), 1000)}: {error}") from None
+
+
+def own_values(config: RunConfig) -> dict[str, Any]:
+    """The values of OWN_FIELDS in a config, as JSON by their dotted names."""
+    held = config_dict(config)
+    return {f"{section}.{field}": held[section][field] for section, field in (n.split(".") for n in OWN_FIELDS)}
 
 
 def require_own(found: dict[str, Any]) -> None:

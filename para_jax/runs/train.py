@@ -25,6 +25,7 @@ from ..backbone.load import load_backbone
 from ..config import RunConfig, config_dict, expanded, require
 from ..data.example_arrays import digest
 from ..data.given import with_data, with_tenants
+from ..data.tenants import OWN_FILE
 from ..evaluation.evaluate import Tasks, share_shapes
 from ..evaluation.score import describe_best
 from ..evaluation.shapes import say_evaluation
@@ -55,6 +56,7 @@ from .folder import (
     claim_folders,
     locked_folder,
     mend_folders,
+    rows_before,
     run_digests,
 )
 from .health import Health, logged_warning
@@ -65,7 +67,7 @@ from .rates import FIRST, choose_rates, resolved_inputs
 from .report import sample_lines, score_table, tenants_table
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
-from .tenant_file import of_most_memory
+from .tenant_file import of_most_memory, own_values
 from .tenants import Inputs, Shared, Tenant, read_inputs, require_validation, tenant_configs, with_length
 
 
@@ -190,8 +192,11 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
             f"{count}; use train.cache_prompts=off"
         )
     config, own, parts, chosen = known_run(config)
-    mesh = mesh_of_run(config, list(own.values()), parts)
-    layouts = on_every_process(lambda: [lay_out(config, mesh, len(part.names)) for part in parts])
+    kept = with_rows_before(config)
+    mesh = mesh_of_run(kept, list(own.values()), parts)
+    if kept is not config and (rows := kept.train.batch_size):
+        say_rows(rows, lay_out(config, mesh).tenant_rows, batch_devices(mesh))
+    layouts = on_every_process(lambda: [lay_out(kept, mesh, len(part.names)) for part in parts])
     inputs = read_parts(config, parts, layouts, chosen, shared)
     tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     with ExitStack() as held:
@@ -225,6 +230,24 @@ def known_run(config: RunConfig) -> tuple[RunConfig, dict[str, RunConfig], list[
     return config, own, parts, chosen
 
 
+def with_rows_before(config: RunConfig) -> RunConfig:
+    """The config of a run of one adapter with its rows per step so far as train.batch_size, if it leaves that open.
+    They then stay the same on other devices, and so do the batches and the number of steps. A tenant's rows in a run of
+    many do not depend on the devices."""
+    rows = None if config.many else on_first_process(lambda: rows_before(config))
+    if rows is None or config.train.batch_size is not None:
+        return config
+    return replace(config, train=replace(config.train, batch_size=rows, gradient_accumulation_steps=1))
+
+
+def say_rows(kept: int, of_devices: int, devices: int) -> None:
+    """Says that a step keeps its rows where these devices would give it others. Raises ValueError if they can't."""
+    expected = f"a divisor of {kept}, the rows of a step of this run so far"
+    require(kept % devices == 0, "the number of devices (mesh.data x mesh.fsdp)", devices, expected)
+    if kept != of_devices:
+        say(f"a step keeps the {kept} rows that it had on other devices (train.batch_size)")
+
+
 def mesh_of_run(config: RunConfig, own: list[RunConfig], parts: list[Part]):
     """The mesh on which every part fits by its estimate, with the trials of its learning rates if there are any."""
     estimated = of_most_memory(config, own)
@@ -237,7 +260,7 @@ def mesh_of_run(config: RunConfig, own: list[RunConfig], parts: list[Part]):
 def read_parts(
     config: RunConfig, parts: list[Part], layouts: list[Layout], chosen: dict[str, float], shared: Shared
 ) -> list[Inputs]:
-    """The inputs of each part. Raises ValueError where the data of two hosts differ."""
+    """The inputs of each part. Raises ValueError where the data or a tenant.yaml of two hosts differ."""
     before = on_first_process(lambda: began_before(config))
 
     def inputs_of(part: Part, layout: Layout) -> Inputs:
@@ -250,6 +273,7 @@ def read_parts(
         "the data",
         lambda: [(t.name, *(p and digest(p.examples or []) for p in (t.data, t.validation, t.test))) for t in tenants],
     )
+    require_same(f"a tenant's {OWN_FILE}", lambda: [own_values(tenant.config) for tenant in tenants])
     on_first_process(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
     return inputs
 
@@ -324,7 +348,7 @@ def fit(
         state, standing = restored or (state, fresh_standing(tenants, layout, run))
         changed, standing = accepted_changes(standing, run)
         require_same_tenants(standing, tenants, layout)
-        standing = reopened(standing, tenants, changed)
+        standing = reopened(standing, tenants, changed)._replace(rows=layout.tenant_rows)
         if restored:
             say(describe_position(standing, tenants))
         log = open_log(config, folder, model, mesh, standing if restored else None)

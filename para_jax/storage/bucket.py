@@ -29,8 +29,15 @@ CONCURRENCY = 16
 BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 #: The maximum length of an object's name, in bytes.
 MAX_NAME_BYTES = 1024
-#: Until when (in time.monotonic) this process may write in each folder that it has locked; see lock.py.
+#: Until when (by `clock`) this process may write in each folder that it has locked; see lock.py.
 DEADLINES: dict[BucketPath, float] = {}
+
+
+def clock() -> float:
+    """Seconds, also those in which the host was suspended, where its system counts them. Others may have taken a lock
+    over in that time."""
+    boot = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if boot is None else time.clock_gettime(boot)
 
 
 def bucket_path(text: str | Path | BucketPath) -> BucketPath | None:
@@ -152,10 +159,10 @@ class BucketPath:
         if self._folder is not None:
             return self._folder
         try:
-            found = self._page(maxResults=1)
+            found = any(page.get("items") or page.get("prefixes") for page in self._pages(maxResults=1))
         except FileNotFoundError:  # the bucket does not exist
             return False
-        return bool(found.get("items") or found.get("prefixes")) or not self.key
+        return found or not self.key
 
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
@@ -169,19 +176,22 @@ class BucketPath:
         return iter(self._children())
 
     def _children(self) -> list[BucketPath]:
-        found, token, start = {}, {}, f"{self.key}/" if self.key else ""
-        while True:
-            page = self._page(delimiter="/", **token)
+        found, start = {}, f"{self.key}/" if self.key else ""
+        for page in self._pages(delimiter="/"):
             for item in page.get("items", []):
                 found[item["name"][len(start) :]] = False
             for prefix in page.get("prefixes", []):
                 found.setdefault(prefix[len(start) :].rstrip("/"), True)
+        return [BucketPath(self.bucket, start + name, folder) for name, folder in found.items() if is_file_name(name)]
+
+    def _pages(self, **settings) -> Iterator[dict[str, Any]]:
+        """The pages of a listing. One may be empty although others follow it."""
+        token = {}
+        while True:
+            page = self._page(**settings, **token)
+            yield page
             if not page.get("nextPageToken"):
-                return [
-                    BucketPath(self.bucket, start + name, folder)
-                    for name, folder in found.items()
-                    if is_file_name(name)
-                ]
+                return
             token = {"pageToken": page["nextPageToken"]}
 
     def _page(self, **settings) -> dict[str, Any]:
@@ -206,13 +216,8 @@ class BucketPath:
     @one_line_errors
     def all_files(self) -> list[BucketPath]:
         """All objects in the folder and its sub-folders."""
-        found, token = [], {}
-        while True:
-            page = self._page(**token)
-            found += [BucketPath(self.bucket, item["name"], False) for item in page.get("items", [])]
-            if not page.get("nextPageToken"):
-                return found
-            token = {"pageToken": page["nextPageToken"]}
+        names = (item["name"] for page in self._pages() for item in page.get("items", []))
+        return [BucketPath(self.bucket, name, False) for name in names]
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -293,7 +298,7 @@ class BucketPath:
     def require_held(self) -> None:
         """Raises OSError if this process locked a folder of the path, but another one may have taken over the lock."""
         for folder, deadline in list(DEADLINES.items()):
-            if time.monotonic() > deadline and (folder == self or folder in self.parents):
+            if clock() > deadline and (folder == self or folder in self.parents):
                 raise OSError(16, "its lock could not be renewed, and another process may have taken over", str(folder))
 
 

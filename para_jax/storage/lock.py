@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from .bucket import DEADLINES, BucketPath
+from .bucket import DEADLINES, BucketPath, clock
 
 #: Seconds until a lock that is not renewed expires, and between two renewals.
 LEASE, RENEW = 60.0, 15.0
@@ -49,8 +49,8 @@ def bucket_lock(file: BucketPath, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def deadline() -> float:
-    """Until when a lock that is written now is surely valid, in time.monotonic: RENEW earlier than it expires."""
-    return time.monotonic() + LEASE - RENEW
+    """Until when a lock that is written now is surely valid, by `clock`: RENEW earlier than it expires."""
+    return clock() + LEASE - RENEW
 
 
 def acquire(file: BucketPath, content: bytes, say: Callable[[str], None]) -> tuple[int, float]:

@@ -335,10 +335,16 @@ def describe_changes(changed: list[str], held: dict[str, str], run: dict[str, st
     return ", ".join(map(described, changed[:3])) + more
 
 
+#: What orbax writes last into a checkpoint. In a bucket it alone tells a whole one from one that a kill broke off.
+WHOLE = "commit_success.txt"
+
+
 def steps_in(folder: Place) -> list[int]:
-    """The steps of the checkpoints in a folder, the newest first."""
-    names = (path.name for path in folder.iterdir() if path.name.isdecimal())
-    return sorted((int(name) for name in names if str(int(name)) == name), reverse=True)
+    """The steps of the whole checkpoints in a folder, the newest first. Orbax deletes others in the background."""
+    names = [path.name for path in folder.iterdir() if path.name.isdecimal() and str(int(path.name)) == path.name]
+    if isinstance(folder, BucketPath):
+        names = [name for name in names if (folder / name / WHOLE).is_file()]
+    return sorted(map(int, names), reverse=True)
 
 
 def progress_file(folder: Place, step: int) -> Place:
@@ -346,17 +352,16 @@ def progress_file(folder: Place, step: int) -> Place:
     return folder / str(step) / "progress" / "metadata"
 
 
-def progress_keys(folder: Place) -> set[str]:
-    """The keys with a value in the progress of the newest checkpoint of a folder, without a check of its bytes; none if
-    it can't be read."""
+def unchecked_progress(folder: Place) -> dict[str, Any]:
+    """The progress of the newest checkpoint of a folder, without a check of its bytes; empty if it can't be read."""
     steps = steps_in(folder) if folder.is_dir() else []
     if not steps:
-        return set()
+        return {}
     try:
         found = json.loads(progress_file(folder, steps[0]).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return set()
-    return {key for key, value in found.items() if value is not None} if isinstance(found, dict) else set()
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def set_aside(folder: Place) -> Place:

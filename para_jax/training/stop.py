@@ -32,6 +32,12 @@ class StopSignal:
 
     received: int | None = None
     repeatable = False
+    asked = 0
+    """the last number that this process asked the preemption service about, of all runs: the trials of a learning rate
+    and methods that are compared are several. The service stops at the number after those that the hosts have asked
+    about, so a run that counted from its own first step might never reach it"""
+    before: int | None = None
+    """this number minus the run's step"""
 
     def __init__(self, exit_code: int = 0):
         self.exit_code = exit_code
@@ -42,7 +48,10 @@ class StopSignal:
             return self.received is not None
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-        return reached_preemption_sync_point(step)
+        if self.before is None:
+            self.before = StopSignal.asked + 1 - step
+        StopSignal.asked = self.before + step
+        return reached_preemption_sync_point(StopSignal.asked)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:

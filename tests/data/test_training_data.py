@@ -146,6 +146,25 @@ def test_data_that_changes_while_read_is_cached_by_what_was_read(tmp_path, monke
     assert len(load_training_data(section_of(file), tokenizer).examples) == 41
 
 
+def test_parquet_data_that_change_while_read_are_not_cached(tmp_path, monkeypatch):
+    """What was read can't be hashed on the way, so nothing tells which of the two contents the ids are of."""
+    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table.from_pylist
+    tokenizer, file, read = tiny_tokenizers.plain(), tmp_path / "train.parquet", training_data.tokenised
+    parquet.write_table(table([{"prompt": "old", "completion": "rows"}] * 3), file)
+
+    def then_changed(*given):
+        found = read(*given)
+        parquet.write_table(table([{"prompt": "new", "completion": "rows"}]), file)
+        return found
+
+    monkeypatch.setattr(training_data, "tokenised", then_changed)
+    assert len(load_training_data(section_of(file), tokenizer).examples) == 3 and not cached()
+    monkeypatch.setattr(training_data, "tokenised", read)
+    assert len(load_training_data(section_of(file), tokenizer).examples) == 1 and len(cached()) == 1
+    monkeypatch.setattr(training_data, "tokenised", untouchable)
+    assert len(load_training_data(section_of(file), tokenizer).examples) == 1
+
+
 DAMAGE = {
     "an id": lambda data: data[:-4] + b"\2\0\0\0",
     "cut off": lambda data: data[:-1],

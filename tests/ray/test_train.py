@@ -99,7 +99,10 @@ def test_a_mistake_in_the_config_is_an_error_at_once(own_cluster, config, enviro
         train_on_ray(wrong, scaling={"num_workers": 2}, environment=environment)
 
 
-def test_the_value_of_a_worker_is_a_report_or_an_error(config, monkeypatch):
+def test_the_value_of_a_worker_is_a_report_or_an_error(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # as Ray does, to a folder of the worker's own
+    given = {"config": config, "folder": config.output_dir}  # a host may lack it
+
     def refused(config):
         raise ValueError("output_dir: choose another")
 
@@ -107,10 +110,13 @@ def test_the_value_of_a_worker_is_a_report_or_an_error(config, monkeypatch):
         raise Stopped
 
     monkeypatch.setattr("para_jax.runs.train.train", refused)
-    assert run_on_worker({"config": config}) == {"error": "output_dir: choose another"}
+    assert run_on_worker(given) == {"error": "output_dir: choose another"} and Path.cwd() == tmp_path
     monkeypatch.setattr("para_jax.runs.train.train", stopped)
+    there = tmp_path / "where the run was started"
+    there.mkdir()
     with pytest.raises(RuntimeError, match="Ray starts it again"):
-        run_on_worker({"config": config})
+        run_on_worker(given | {"folder": str(there)})
+    assert Path.cwd() == there
 
 
 def test_workers_get_a_config_that_leaves_jax_and_signals_to_ray(config, monkeypatch):

@@ -9,6 +9,8 @@ from tiny_run import run_config, run_folder, write_tenants
 
 from para_jax import make_mesh, train, train_tenants
 from para_jax.config import RunConfig, TrainSection, load_config
+from para_jax.runs import loop
+from para_jax.runs import train as runs
 from para_jax.runs.tenants import read_inputs
 from para_jax.training.passes import lay_out, step_passes
 
@@ -127,6 +129,40 @@ def test_a_run_has_the_same_losses_on_any_number_of_devices(folder):
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5, rtol=0)
     assert len(found[0]) == 5 and np.ptp(found[0]) > 0.1
+
+
+def test_a_run_keeps_the_rows_of_its_steps_on_other_devices(folder, monkeypatch, capsys):
+    """Otherwise batch i would hold other examples, and a run that has ended would be longer on fewer devices."""
+    seen, at = [], []
+
+    def no_step(state, model, batch, *_, **settings):
+        if len(seen) == 3 and not at:
+            at.append(3)
+            raise KeyboardInterrupt
+        seen.append(int((batch.length - batch.prompt_length).sum()))
+        values = dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens", "finite"), np.ones(1, np.float32))
+        return state._replace(step=state.step + 1), values
+
+    monkeypatch.setattr(loop, "train_step", no_step)
+    on = lambda devices: monkeypatch.setattr(runs, "run_mesh", lambda *_: make_mesh(devices))  # noqa: E731
+    own = f"data.train={folder / 'data' / 'train.jsonl'}", f"output_dir={folder / 'moved'}", "adapter.summary=raw"
+    steps = "train.per_device_batch_size=4", "train.max_steps=null", "train.num_epochs=2"
+    config = run_config(folder, *own, *steps, "mesh.data=-1", "eval.every=3")
+    on(2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    on(4)
+    assert train(config).step == 6
+    assert "a step keeps the 8 rows" in capsys.readouterr().err
+    order = read_inputs(config, lay_out(config, make_mesh(2))).tenants[0].order
+    assert seen == [
+        sum(len(order.examples[i].completion_ids) for i in order.plan.batch_indices(step)[1]) for step in range(6)
+    ]
+    on(1)
+    assert train(config).step == 6 and len(seen) == 6
+    on(3)
+    with pytest.raises(ValueError, match="must be a divisor of 8, the rows of a step of this run so far; got 3"):
+        train(config)
 
 
 @pytest.mark.long

@@ -21,7 +21,7 @@ from para_jax.data.records import Record
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.runs import folder as folders
 from para_jax.runs import train as runs
-from para_jax.runs.folder import claim_folder, differences, locked_folder, run_digests
+from para_jax.runs.folder import check_folder, claim_folder, differences, locked_folder, rows_before, run_digests
 from para_jax.runs.tenants import Tenant
 from para_jax.training.checkpoint import changed_data
 
@@ -56,6 +56,27 @@ def test_another_run_is_refused_with_the_advice_first_and_a_line_for_each_differ
     ]
     many = [f"field{i} (1 there, 2 here)" for i in range(90)]
     assert str(folders.another_run(tmp_path, many)).splitlines()[-2:] == [f"  {many[14]}", "  and 75 more"]
+
+
+def test_moved_data_are_refused_with_the_way_to_resume(config):
+    claim_folder(config)
+    moved = replace(config, data=replace(config.data, train="elsewhere"))
+    file = Path(config.output_dir) / "config.yaml"
+    with pytest.raises(ValueError, match=f"if the files have only moved, write their new paths into {file}\n") as error:
+        check_folder(moved)
+    assert str(error.value).endswith("there, 'elsewhere' here)")
+    with pytest.raises(ValueError, match="or the same config to resume"):
+        check_folder(replace(moved, seed=9))
+    save_config(moved, file)
+    check_folder(moved)
+
+
+def test_the_rows_of_trials_are_those_of_the_run(config):
+    assert rows_before(config) is None
+    trials = Path(config.output_dir) / "learning_rates" / "1" / "config.yaml"
+    trials.parent.mkdir(parents=True)
+    save_config(replace(config, train=replace(config.train, batch_size=24)), trials)
+    assert rows_before(config) == 24
 
 
 @pytest.mark.parametrize("method", ["para", "lora"])

@@ -16,8 +16,10 @@ from para_jax.cli.evaluate import config_of, own_configs
 from para_jax.config import RunConfig, load_config
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.runs import tenants as of_runs
+from para_jax.runs import train as train_module
+from para_jax.runs.parts import Part
 from para_jax.runs.tenant_file import OWN_FIELDS, of_most_memory, with_own_fields
-from para_jax.runs.tenants import read_inputs, tenant_configs
+from para_jax.runs.tenants import Shared, read_inputs, tenant_configs
 from para_jax.training.passes import Layout
 
 SIZES = {"acme": 20, "globex": 9, "hooli": 12}
@@ -235,6 +237,21 @@ def test_patience_of_a_tenant_without_validation_data_is_refused(folder, tmp_pat
     config = tenants_config(folder, tmp_path / "run", f"data.tenants={tmp_path / 'tenants'}")
     with pytest.raises(ValueError, match=r"acme: eval.patience \(2 .*\n.*validation.jsonl"):
         of_runs.read_inputs(config, of_runs.Layout(2, 2, 4, 1))
+
+
+def test_hosts_with_other_tenant_files_are_refused(folder, tmp_path, monkeypatch):
+    """Rates and numbers of steps of a tenant that differ between hosts would train it to different weights."""
+    told = []  # by each host, of what all must have in common
+    monkeypatch.setattr(train_module, "require_same", lambda what, value: told.append((what, json.dumps(value()))))
+    for host, text in enumerate(
+        ["train: {learning_rate: 1e-2}", "train: {learning_rate: 2e-2}", "train: {max_steps: 9}"]
+    ):
+        write_tenants(tmp_path / str(host), {"acme": 5, "globex": 5})
+        (tmp_path / str(host) / "acme" / "tenant.yaml").write_text(text)
+        config = tenants_config(folder, tmp_path / "run", f"data.tenants={tmp_path / str(host)}")
+        train_module.read_parts(config, [Part(["acme", "globex"], tmp_path)], [Layout(2, 2, 4, 1)], {}, Shared())
+    data, files = ({text for what, text in told if what == name} for name in ("the data", "a tenant's tenant.yaml"))
+    assert len(data) == 1 and len(files) == 3
 
 
 # --------------------------------------------------------------------------------------------------------------- resume

@@ -115,6 +115,20 @@ def test_a_listing_leaves_out_names_that_no_file_has(folder, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["good", "kept"]
 
 
+def test_a_page_of_a_listing_may_be_empty_before_others(folder, monkeypatch):
+    (folder / "a").write_bytes(b"")
+    (folder / "b" / "c").write_bytes(b"")
+    whole = BucketPath._page
+
+    def page(self, pageToken=None, **settings):
+        return whole(self, **settings) if pageToken == "next" else {"nextPageToken": "next"}
+
+    monkeypatch.setattr(BucketPath, "_page", page)
+    assert folder.is_dir() and (folder / "b").is_dir() and not (folder / "c").is_dir()
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
+    assert sorted(path.name for path in folder.all_files()) == ["a", "c"]
+
+
 def test_a_stream_never_mixes_two_versions_of_an_object(folder, monkeypatch):
     file = folder / "data.jsonl"
     file.write_bytes(b"old\n" * 100)
@@ -137,8 +151,8 @@ def test_only_one_of_several_creates_an_object(folder):
 def test_an_unfinished_checkpoint_is_deleted_and_a_damaged_one_renamed(folder):
     for name in ("5/commit_success.txt", "5/state/x", "6/commit_success.txt", "6/state/x", "7/state/x"):
         (folder / name).write_bytes(name.encode())
+    assert steps_in(folder) == [6, 5]  # also while orbax deletes the unfinished one, in the background
     with open_checkpoints(folder):
-        assert steps_in(folder) == [6, 5]
         assert set_aside(folder / "6") == folder / "6.damaged"
         assert steps_in(folder) == [5] and (folder / "6.damaged" / "state" / "x").read_bytes() == b"6/state/x"
     with open_checkpoints(folder):
@@ -185,6 +199,17 @@ def test_a_run_in_the_root_of_a_bucket_does_not_wait_for_its_own_lock(bucket, mo
     assert not (whole / run_folder.LOCK).exists()
 
 
+def test_a_host_that_was_suspended_writes_nothing_before_it_has_renewed_its_lock(folder, monkeypatch):
+    real, clock = time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    monkeypatch.setattr(time, "CLOCK_BOOTTIME", clock, raising=False)
+    with lock.bucket_lock(folder / ".lock", print), monkeypatch.context() as awake:
+        (folder / "before").write_bytes(b"")
+        awake.setattr(time, "clock_gettime", lambda which: real(which) + lock.LEASE)  # unlike time.monotonic
+        with pytest.raises(OSError, match="taken over"):
+            (folder / "after").write_bytes(b"")
+    assert (folder / "before").exists() and not (folder / "after").exists()
+
+
 def test_a_lock_is_renewed_after_a_long_outage_of_the_service(folder, monkeypatch):
     monkeypatch.setattr(lock, "LEASE", 0.3)
     monkeypatch.setattr(lock, "RENEW", 0.05)
@@ -195,13 +220,13 @@ def test_a_lock_is_renewed_after_a_long_outage_of_the_service(folder, monkeypatc
     with lock.bucket_lock(folder / ".lock", print):
         with monkeypatch.context() as away:
             away.setattr(buckets, "file_system", no_answer)
-            while buckets.DEADLINES[folder] > time.monotonic():
+            while buckets.DEADLINES[folder] > buckets.clock():
                 time.sleep(0.01)
             for change in (lambda: (folder / "file").write_bytes(b""), lambda: (folder / "file").unlink()):
                 with pytest.raises(OSError, match="taken over"):
                     change()
-        limit = time.monotonic() + 10
-        while buckets.DEADLINES[folder] < time.monotonic() < limit:
+        limit = buckets.clock() + 10
+        while buckets.DEADLINES[folder] < buckets.clock() < limit:
             time.sleep(0.01)
         (folder / "file").write_bytes(b"")
     assert not (folder / ".lock").exists()
@@ -485,6 +510,7 @@ def test_data_of_every_kind_of_file_is_read_from_a_bucket(folder):
 
     from para_jax.config import DataSection
     from para_jax.data.records import load_records
+    from para_jax.data.tenants import tenant_sections
 
     stream = io.BytesIO()
     write_table(pa.Table.from_pylist([{"prompt": "a", "completion": "b"}]), stream)
@@ -496,3 +522,5 @@ def test_data_of_every_kind_of_file_is_read_from_a_bucket(folder):
     assert load_records(DataSection(train=str(folder / "parquet")), "validation") is None
     with pytest.raises(ValueError, match="nothing does not exist"):
         load_records(DataSection(train=str(folder / "nothing")), "train")
+    with pytest.raises(ValueError, match="has test.json, train.csv, which is the data of one tenant"):
+        tenant_sections(str(folder / "csv"), DataSection())

@@ -7,7 +7,10 @@ import subprocess
 import sys
 import threading
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from two_processes import address
 
 from para_jax.training.stop import Interrupted, Stopped, stop_signals
@@ -80,6 +83,17 @@ def test_a_program_with_its_own_handlers_keeps_them():
     with stop_signals(given=True) as stop:
         assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
         assert not stop.reached(1)
+
+
+def test_hosts_are_asked_about_one_number_after_another_in_all_runs_of_a_process(monkeypatch):
+    """The service stops at the next number: a run that begins at another step would jump over it."""
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False)
+    for first in (0, 300, 2):
+        with stop_signals() as stop:
+            assert not any(stop.reached(step) for step in range(first, first + 3))
+    assert np.diff(asked).tolist() == [1] * 8
 
 
 HOST = """
