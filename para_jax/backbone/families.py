@@ -307,10 +307,14 @@ def config_activation(c: dict, key: str) -> str:
 
 def config_token_ids(c: dict, key: str) -> tuple[int, ...]:
     """Token ids from a number, a list or null. Negative ones are dropped: old configs use them for "none"."""
-    values = c[key] if isinstance(c[key], list) else [] if c[key] is None else [c[key]]
+    values = as_list(c[key])
     fits = len(values) <= MAX_TOKEN_IDS and all(type(i) is int and i < 2**31 for i in values)
     check(fits, key, c[key], f"a token id, or a list of at most {MAX_TOKEN_IDS}")
-    return tuple(i for i in values if i >= 0)
+    return tuple(dict.fromkeys(i for i in values if i >= 0))
+
+
+def as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def check(holds: bool, key: str, value: Any, rule: str) -> None:

@@ -16,7 +16,7 @@ from ..gguf.file import GgufFile
 from ..hub import resolve_backbone, resolve_config
 from ..sharding import tree_shardings, with_sharding
 from ..untrusted import read_json
-from .families import model_config
+from .families import as_list, model_config
 from .kernel_choice import choice_named
 from .kernel_trial import choose_attention
 from .known_configs import KNOWN_CONFIGS
@@ -113,11 +113,24 @@ def traced(config: ModelConfig) -> Transformer:
 
 
 def config_at(path: Path, source: str | Path) -> ModelConfig:
-    found = GgufFile(path).config if path.suffix == ".gguf" else read_json(path / "config.json")
+    found = GgufFile(path).config if path.suffix == ".gguf" else folder_config(path)
     try:
         return model_config(found)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def folder_config(folder: Path) -> dict:
+    """The config.json of a folder, with the end tokens of its generation_config.json, which may list more: Qwen's chat
+    models end with <|im_end|>, or with <|endoftext|>, which is in that file alone."""
+    config, file = read_json(folder / "config.json"), folder / "generation_config.json"
+    more = read_json(file).get("eos_token_id") if file.is_file() else None
+    if more is None:
+        return config
+    ends = as_list(more)
+    if not all(type(token) is int for token in ends):
+        raise ValueError(f"{file}: eos_token_id is {shorten(more)}; it must be a token id or a list of them")
+    return config | {"eos_token_id": [*as_list(config.get("eos_token_id")), *ends]}
 
 
 def parameter_name(path) -> str:

@@ -104,6 +104,25 @@ def test_a_config_that_cannot_be_read_is_named(content, named, tmp_path):
     assert len(str(error.value)) < 600
 
 
+@pytest.mark.parametrize(
+    ("own", "more", "ends"),
+    [(2, [9, 7], (2, 9, 7)), ([2, 7], 7, (2, 7)), (None, [9], (9,)), (2, None, (2,)), ([], [-1, 0], (0,))],
+)
+def test_the_end_tokens_of_a_generation_config_count_too(own, more, ends, tmp_path):
+    """Qwen's chat models name <|endoftext|> only there, and transformers and vLLM stop at it."""
+    folder = folder_of(tmp_path, changed(eos_token_id=own))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": more, "do_sample": True}))
+    assert load_model_config(folder).eos_token_ids == load_backbone(folder).config.eos_token_ids == ends
+
+
+@pytest.mark.parametrize("content", [b'{"eos_token_id": "</s>"}', b'{"eos_token_id": [true]}', b"[2]"])
+def test_a_wrong_generation_config_is_named(content, tmp_path):
+    folder = folder_of(tmp_path, changed())
+    (folder / "generation_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{folder}/generation_config.json: "):
+        load_model_config(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_only_a_bounded_part_of_a_huge_file_is_read(name, tmp_path):
     folder = folder_of(tmp_path, changed())
