@@ -232,7 +232,11 @@ def rotaries(c: dict, family: Family, head_dim: int) -> tuple[RotaryConfig, Rota
         nested = [name for name in LAYER_TYPES if name in parameters]
         if nested:
             raise ValueError(f"config.json: {c['model_type']} supports no rope_parameters for {nested[0]}")
-        one = rotary(base | parameters | scaling, c, family, head_dim)
+        length = {key: c[key] for key in {"original_max_position_embeddings"} & c.keys()}  # in transformers it wins
+        found = [rotary(base | given | length, c, family, head_dim) for given in (scaling, parameters) if given]
+        if len(set(found)) > 1:
+            raise ValueError("config.json: rope_scaling and rope_parameters differ; delete the one that is wrong")
+        one = found[0] if found else rotary(base, c, family, head_dim)
         return one, one
     known = set(parameters) <= set(LAYER_TYPES)
     check(known, "rope_parameters", sorted(parameters), "a mapping with " + " and ".join(LAYER_TYPES))
