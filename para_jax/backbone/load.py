@@ -6,12 +6,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..config import ModelConfig, shorten
+from ..config import ModelConfig, one_of, shorten
 from ..gguf.file import GgufFile
 from ..hub import resolve_backbone, resolve_config
 from ..sharding import tree_shardings, with_sharding
@@ -24,6 +25,9 @@ from .quantize import quantised
 from .safetensors import Safetensors
 from .transformer import Layer, Transformer
 from .weights import fingerprint, load_parameters, recipes
+
+#: The dtypes of weights and compute.
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model_config(source: str | Path) -> ModelConfig:
@@ -61,13 +65,11 @@ def load_backbone(
 
     Raises ValueError, in a line or two, for a source that is missing, damaged or not supported.
     """
-    path = resolve_backbone(source)
+    dtype, path = chosen_dtype(dtype), resolve_backbone(source)
     config = config_at(path, source)
     weights = GgufFile(path) if path.suffix == ".gguf" else Safetensors(path)
     recipes(config, weights)  # checks the config against the file before anything is traced
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-    if on_cpu and dtype == jnp.bfloat16:
+    if jax.default_backend() == "cpu" and dtype == jnp.bfloat16:
         warnings.warn("a bfloat16 backbone is slower on a CPU than float32, and XLA widens its weights", stacklevel=2)
     choice = choose_attention(attention, config, dtype, mesh)
     paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_backbone(config, dtype, mesh, "layers", quantize))
@@ -77,6 +79,22 @@ def load_backbone(
     model = jax.tree.unflatten(treedef, [loaded.pop(name) for name in leaves])
     model.fingerprint, model.attention = fingerprint(weights), choice
     return model.with_layout(layout)
+
+
+def chosen_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype of weights and compute; None means the default. Raises ValueError for one that can't hold weights."""
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or str(found) not in DTYPES:
+        raise ValueError(
+            f"dtype {shorten(dtype)} is not supported; use {one_of(DTYPES)}, or None for the default "
+            "(int8 weights: quantize='int8')"
+        )
+    return found
 
 
 def abstract_backbone(

@@ -2,6 +2,7 @@
 not that of the weights is refused before any work."""
 
 import json
+import re
 import shutil
 import time
 import tracemalloc
@@ -9,6 +10,8 @@ from math import prod
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from golden_models import FIXTURES
@@ -77,6 +80,18 @@ def test_wrong_sizes_are_refused_before_anything_is_traced(keys, tmp_path, monke
     with pytest.raises(ValueError, match=f"{tmp_path}: ") as error:
         load_backbone(folder_of(tmp_path, changed(**keys)))
     assert time.perf_counter() - started < 1 and len(str(error.value)) < 3000
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "complex64", "auto", "bf16", int, 5])
+def test_a_dtype_that_holds_no_weights_is_named(dtype):
+    """int8 would round all weights to zero."""
+    with pytest.raises(ValueError, match=f"dtype {re.escape(repr(dtype))} .*float32, bfloat16, float16.*quantize"):
+        load_backbone(FIXTURES / "llama", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", np.float32, jnp.float32.dtype, None])
+def test_a_dtype_is_a_name_or_a_type(dtype):
+    assert load_backbone(FIXTURES / "llama", dtype=dtype).dtype == (dtype or "float32")
 
 
 def deep(levels: int) -> bytes:
