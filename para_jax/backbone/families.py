@@ -232,7 +232,11 @@ def rotaries(c: dict, family: Family, head_dim: int) -> tuple[RotaryConfig, Rota
         nested = [name for name in LAYER_TYPES if name in parameters]
         if nested:
             raise ValueError(f"config.json: {c['model_type']} supports no rope_parameters for {nested[0]}")
-        one = rotary(base | parameters | scaling, c, family, head_dim)
+        length = {key: c[key] for key in {"original_max_position_embeddings"} & c.keys()}  # in transformers it wins
+        found = [rotary(base | given | length, c, family, head_dim) for given in (scaling, parameters) if given]
+        if len(set(found)) > 1:
+            raise ValueError("config.json: rope_scaling and rope_parameters differ; delete the one that is wrong")
+        one = found[0] if found else rotary(base, c, family, head_dim)
         return one, one
     known = set(parameters) <= set(LAYER_TYPES)
     check(known, "rope_parameters", sorted(parameters), "a mapping with " + " and ".join(LAYER_TYPES))
@@ -307,10 +311,14 @@ def config_activation(c: dict, key: str) -> str:
 
 def config_token_ids(c: dict, key: str) -> tuple[int, ...]:
     """Token ids from a number, a list or null. Negative ones are dropped: old configs use them for "none"."""
-    values = c[key] if isinstance(c[key], list) else [] if c[key] is None else [c[key]]
+    values = as_list(c[key])
     fits = len(values) <= MAX_TOKEN_IDS and all(type(i) is int and i < 2**31 for i in values)
     check(fits, key, c[key], f"a token id, or a list of at most {MAX_TOKEN_IDS}")
-    return tuple(i for i in values if i >= 0)
+    return tuple(dict.fromkeys(i for i in values if i >= 0))
+
+
+def as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def check(holds: bool, key: str, value: Any, rule: str) -> None:

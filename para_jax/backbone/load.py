@@ -6,17 +6,18 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..config import ModelConfig, shorten
+from ..config import ModelConfig, one_of, shorten
 from ..gguf.file import GgufFile
 from ..hub import resolve_backbone, resolve_config
 from ..sharding import tree_shardings, with_sharding
 from ..untrusted import read_json
-from .families import model_config
+from .families import as_list, model_config
 from .kernel_choice import choice_named
 from .kernel_trial import choose_attention
 from .known_configs import KNOWN_CONFIGS
@@ -24,6 +25,9 @@ from .quantize import quantised
 from .safetensors import Safetensors
 from .transformer import Layer, Transformer
 from .weights import fingerprint, load_parameters, recipes
+
+#: The dtypes of weights and compute.
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model_config(source: str | Path) -> ModelConfig:
@@ -61,13 +65,11 @@ def load_backbone(
 
     Raises ValueError, in a line or two, for a source that is missing, damaged or not supported.
     """
-    path = resolve_backbone(source)
+    dtype, path = chosen_dtype(dtype), resolve_backbone(source)
     config = config_at(path, source)
     weights = GgufFile(path) if path.suffix == ".gguf" else Safetensors(path)
     recipes(config, weights)  # checks the config against the file before anything is traced
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-    if on_cpu and dtype == jnp.bfloat16:
+    if jax.default_backend() == "cpu" and dtype == jnp.bfloat16:
         warnings.warn("a bfloat16 backbone is slower on a CPU than float32, and XLA widens its weights", stacklevel=2)
     choice = choose_attention(attention, config, dtype, mesh)
     paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_backbone(config, dtype, mesh, "layers", quantize))
@@ -77,6 +79,22 @@ def load_backbone(
     model = jax.tree.unflatten(treedef, [loaded.pop(name) for name in leaves])
     model.fingerprint, model.attention = fingerprint(weights), choice
     return model.with_layout(layout)
+
+
+def chosen_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype of weights and compute; None means the default. Raises ValueError for one that can't hold weights."""
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or str(found) not in DTYPES:
+        raise ValueError(
+            f"dtype {shorten(dtype)} is not supported; use {one_of(DTYPES)}, or None for the default "
+            "(int8 weights: quantize='int8')"
+        )
+    return found
 
 
 def abstract_backbone(
@@ -113,11 +131,24 @@ def traced(config: ModelConfig) -> Transformer:
 
 
 def config_at(path: Path, source: str | Path) -> ModelConfig:
-    found = GgufFile(path).config if path.suffix == ".gguf" else read_json(path / "config.json")
+    found = GgufFile(path).config if path.suffix == ".gguf" else folder_config(path)
     try:
         return model_config(found)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def folder_config(folder: Path) -> dict:
+    """The config.json of a folder, with the end tokens of its generation_config.json, which may list more: Qwen's chat
+    models end with <|im_end|>, or with <|endoftext|>, which is in that file alone."""
+    config, file = read_json(folder / "config.json"), folder / "generation_config.json"
+    more = read_json(file).get("eos_token_id") if file.is_file() else None
+    if more is None:
+        return config
+    ends = as_list(more)
+    if not all(type(token) is int for token in ends):
+        raise ValueError(f"{file}: eos_token_id is {shorten(more)}; it must be a token id or a list of them")
+    return config | {"eos_token_id": [*as_list(config.get("eos_token_id")), *ends]}
 
 
 def parameter_name(path) -> str:

@@ -36,9 +36,9 @@ class Layer(nnx.Module):
     ):
         """The residual stream x [batch, length, width] after this layer, and what `attend` kept."""
         out, kept = self.attention(self.input_norm(x), adjust, rotary, attend)
-        x = x + self.residual_multiplier * self.post_attention_norm(out)
+        x = x + scaled(self.post_attention_norm(out), self.residual_multiplier)
         out = self.feedforward(self.pre_feedforward_norm(x), adjust)
-        x = x + self.residual_multiplier * self.post_feedforward_norm(out)
+        x = x + scaled(self.post_feedforward_norm(out), self.residual_multiplier)
         return constrain(x, ("batch", None, None)), kept
 
 
@@ -106,6 +106,11 @@ class Transformer(nnx.Module):
         model.layers = nnx.List(change(self.layers, self.config.kinds))
         model.layout = layout
         return model
+
+
+def scaled(x: Float[Array, "batch length width"], factor: float) -> Float[Array, "batch length width"]:
+    """x times the factor, rounded once. In bfloat16 Granite's 0.22 alone would be 0.12 % too small in every layer."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def norm(config: ModelConfig, present: bool) -> nnx.Module:

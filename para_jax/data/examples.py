@@ -108,6 +108,29 @@ def end_of_turn(tokenizer, template: str) -> int:
     return encode_completion(tokenizer, [{"role": "user", "content": "a"}], "a")[-1]
 
 
+def answer_opening(tokenizer, prompt: Prompt) -> str:
+    """What the model writes before its answer to this prompt, because the chat template begins every answer with it, as
+    Qwen3's does with <think></think>. Mostly nothing. As text without the white space at its ends.
+
+    The chat template is rendered once, and only if the prompt is a chat.
+    """
+    if isinstance(prompt, str):
+        return ""
+    try:
+        return template_opening(tokenizer, str(tokenizer.chat_template))
+    except ValueError:  # the template refuses the short conversation
+        return ""
+
+
+@lru_cache(8)
+def template_opening(tokenizer, template: str) -> str:
+    """`answer_opening` of the tokenizer's chat template, which is `template`, as in `end_of_turn`."""
+    answer = "0123456789"
+    before, found, _ = assistant_turn(tokenizer, [{"role": "user", "content": "a"}], answer).partition(answer)
+    ids = encode(tokenizer, before) if found else []
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
 def special_stop_ids(tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
     """The ids of the stop texts that are special tokens, such as <|im_end|>: they do not appear in decoded text.
     Most of them have no role, such as EOS has, and are not among the tokenizer's `all_special_tokens`."""

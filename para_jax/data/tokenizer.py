@@ -30,9 +30,30 @@ def load_tokenizer(source: str | Path):
         from transformers import AutoTokenizer
 
         with failures(f"{source}: cannot load a tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            found = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            tokenizer = as_published(found, path)
     require_working(str(source), tokenizer)
     return tokenizer
+
+
+def as_published(tokenizer, folder: Path):
+    """The tokenizer with every step of its tokenizer.json.
+
+    For some classes transformers 5 takes only the vocabulary and the merges from it. SmolLM2's, a GPT2Tokenizer, would
+    not split digits off, and so two newlines before a digit would be other tokens. Llama 2's would put no space before
+    the text after a special token, such as [INST] after <s>.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    complete = type(tokenizer) is PreTrainedTokenizerFast or getattr(tokenizer, "backend_tokenizer", None) is None
+    if complete or not (folder / "tokenizer.json").is_file():
+        return tokenizer
+    whole = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    known = whole.get_vocab()
+    for name, token in tokenizer.special_tokens_map.items():  # the class has defaults, which transformers adds as new
+        if getattr(whole, name, None) is None and isinstance(token, str) and token in known:
+            setattr(whole, name, token)
+    return whole
 
 
 def require_small_files(folder: Path) -> None:

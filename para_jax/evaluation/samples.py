@@ -25,7 +25,7 @@ def logged_samples(encoded: EncodedTask, answers: Sequence[Answer]) -> list[dict
     """
     task, count = encoded.task, len(encoded.task.records)
     nats, tokens = likelihoods_of(encoded, answers)
-    given = likeliest(task, nats) if task.ranks else written_texts(answers)
+    given = likeliest(task, nats) if task.ranks else written_texts(encoded, answers)
     samples = []
     for i, record in enumerate(task.records):
         sample = {"index": i, "place": record.place, "prompt": record.prompt, "expected": list(record.references)}

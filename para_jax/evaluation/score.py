@@ -102,12 +102,14 @@ def describe_best(metric: str | None, score: float | None, step: int) -> str:
 def score_answers(encoded: EncodedTask, answers: Sequence[Answer]) -> Score:
     """A task's score from the answers to its `questions`, in their order."""
     nats, tokens = likelihoods_of(encoded, answers)
-    return score_of(encoded.task, nats, tokens, written_texts(answers))
+    return score_of(encoded.task, nats, tokens, written_texts(encoded, answers))
 
 
-def written_texts(answers: Sequence[Answer]) -> list[str]:
-    """The texts of the written answers as they are scored, without the white space at their ends."""
-    return [answer.text.strip() for answer in answers if isinstance(answer, Written)]
+def written_texts(encoded: EncodedTask, answers: Sequence[Answer]) -> list[str]:
+    """The texts of the written answers as they are scored, without the white space at their ends, and without what the
+    chat template begins every answer with."""
+    texts = [answer.text.strip() for answer in answers if isinstance(answer, Written)]
+    return [text.removeprefix(start).lstrip() for text, start in zip(texts, encoded.openings, strict=True)]
 
 
 def likelihoods_of(encoded: EncodedTask, answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray]:

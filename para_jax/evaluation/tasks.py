@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig
-from ..data.examples import Example, encode_completion, encode_example
+from ..data.examples import Example, answer_opening, encode_completion, encode_example
 from ..data.records import Record, encode_records, load_records, read_records, report, split_records, task_of
 from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
@@ -60,6 +60,8 @@ class EncodedTask(NamedTuple):
     examples: list[Example]
     ranked: list[Example]
     """each prompt with each choice, if choices are ranked"""
+    openings: Sequence[str] = ()
+    """what is written before the answer to each example, if answers are written"""
 
     def questions(self, reads: Sequence[Sequence[int]] | None = None) -> list[Question]:
         """The likelihood of each record's completion; then of each of its choices, or the text after its prompt.
@@ -88,7 +90,9 @@ def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> EncodedT
     records = task.records[:limit]
     examples = task.examples or [encode_example(tokenizer, record.prompt, record.completion) for record in records]
     examples = examples[:limit]
-    return EncodedTask(task._replace(records=records), examples, ranked_examples(examples, records, task, tokenizer))
+    ranked = ranked_examples(examples, records, task, tokenizer)
+    openings = [answer_opening(tokenizer, record.prompt) for record in records] if task.writes else []
+    return EncodedTask(task._replace(records=records), examples, ranked, openings)
 
 
 def ranked_examples(examples: Sequence[Example], records: Sequence[Record], task: EvalTask, tokenizer) -> list[Example]:
@@ -107,7 +111,7 @@ def ranked_examples(examples: Sequence[Example], records: Sequence[Record], task
 
 def check_room(model: ModelConfig, encoded: EncodedTask) -> None:
     """Raises ValueError if an example has a token that the model does not know, or more tokens than positions."""
-    task, examples, ranked = encoded
+    task, examples, ranked, _ = encoded
     known, most = model.vocab_size, model.max_positions
     new = task.max_new_tokens if task.writes else 0
     for i, (prompt, completion) in enumerate([*examples, *ranked]):

@@ -40,7 +40,7 @@ def check_architecture(metadata: dict[str, Any]) -> str:
         raise ValueError(
             f"architecture {shorten(architecture)} is not supported in GGUF files; only {' and '.join(CONFIGS)} are"
         )
-    if metadata.get("split.count", 1) != 1:
+    if metadata.get("split.count", 0) not in (0, 1):  # llama-gguf-split --merge leaves a zero
         raise ValueError(
             f"the file is one of {shorten(metadata['split.count'])} parts; merge them with llama-gguf-split --merge"
         )
@@ -135,13 +135,13 @@ def metadata_int(metadata: dict[str, Any], key: str, default: int | None = None)
 
 
 def rope_scaling(metadata: dict[str, Any]) -> dict[str, Any] | None:
-    kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "none")
+    kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "linear")  # llama.cpp's default
     if kind not in ("none", "linear"):
         raise ValueError(f"rope scaling {shorten(kind)} is not supported in GGUF files; only none and linear are")
     factor = float(
         metadata_number(metadata, "rope.scaling.factor", metadata_number(metadata, "rope.scale_linear", 1.0))
     )
-    return {"rope_type": "linear", "factor": factor} if kind == "linear" or factor != 1 else None
+    return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
 
 
 def llama3_scaling(factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:

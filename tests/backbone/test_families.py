@@ -76,6 +76,30 @@ def test_rotary_scalings_and_partial_rotary_are_read():
     assert [(kind.rotary.theta, kind.rotary.scaling) for kind in gemma3[1:]] == [(100.0, "none"), (1e6, "linear")]
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("form", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("inside", "next_to_it", "length"), [(None, None, 99), (64, None, 64), (None, 32, 32), (64, 32, 32)]
+)
+def test_the_original_length_of_llama3_is_found_where_transformers_looks(form, inside, next_to_it, length):
+    given = LLAMA3 | ({"original_max_position_embeddings": inside} if inside else {})
+    keys = {form: given, "max_position_embeddings": 99, "original_max_position_embeddings": next_to_it}
+    assert model_config(minimal("llama", **keys)).kinds[0].rotary.original_max_positions == length
+
+
+def test_two_forms_of_rotary_parameters_must_agree():
+    """transformers takes rope_scaling, and drops the theta of rope_parameters."""
+    scaling, theta = {"type": "linear", "factor": 2.0}, {"rope_theta": 7.0}
+    same = model_config(minimal("llama", rope_theta=7.0, rope_scaling=scaling, rope_parameters=scaling | theta))
+    assert same == model_config(minimal("llama", rope_parameters=scaling | theta))
+    assert same == model_config(minimal("llama", rope_scaling={}, rope_parameters=scaling | theta))
+    for parameters in (theta, scaling | theta, {"rope_type": "default"}):
+        with pytest.raises(ValueError, match="rope_scaling and rope_parameters differ"):
+            model_config(minimal("llama", rope_scaling=scaling, rope_parameters=parameters))
+
+
 def test_missing_keys_have_transformers_defaults():
     heads = [model_config(minimal(name, head_dim=None)).head_dim for name in ("llama", "qwen3", "gemma")]
     assert heads == [2, 128, 256]

@@ -2,6 +2,7 @@
 not that of the weights is refused before any work."""
 
 import json
+import re
 import shutil
 import time
 import tracemalloc
@@ -9,6 +10,8 @@ from math import prod
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from golden_models import FIXTURES
@@ -79,6 +82,18 @@ def test_wrong_sizes_are_refused_before_anything_is_traced(keys, tmp_path, monke
     assert time.perf_counter() - started < 1 and len(str(error.value)) < 3000
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "complex64", "auto", "bf16", int, 5])
+def test_a_dtype_that_holds_no_weights_is_named(dtype):
+    """int8 would round all weights to zero."""
+    with pytest.raises(ValueError, match=f"dtype {re.escape(repr(dtype))} .*float32, bfloat16, float16.*quantize"):
+        load_backbone(FIXTURES / "llama", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", np.float32, jnp.float32.dtype, None])
+def test_a_dtype_is_a_name_or_a_type(dtype):
+    assert load_backbone(FIXTURES / "llama", dtype=dtype).dtype == (dtype or "float32")
+
+
 def deep(levels: int) -> bytes:
     return b'{"model_type": "llama", "x": ' + b"[" * levels + b"]" * levels + b"}"
 
@@ -102,6 +117,25 @@ def test_a_config_that_cannot_be_read_is_named(content, named, tmp_path):
         load_model_config(folder_of(tmp_path, content))
     assert str(error.value).startswith(str(tmp_path)) and str(error.value).isprintable()
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("own", "more", "ends"),
+    [(2, [9, 7], (2, 9, 7)), ([2, 7], 7, (2, 7)), (None, [9], (9,)), (2, None, (2,)), ([], [-1, 0], (0,))],
+)
+def test_the_end_tokens_of_a_generation_config_count_too(own, more, ends, tmp_path):
+    """Qwen's chat models name <|endoftext|> only there, and transformers and vLLM stop at it."""
+    folder = folder_of(tmp_path, changed(eos_token_id=own))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": more, "do_sample": True}))
+    assert load_model_config(folder).eos_token_ids == load_backbone(folder).config.eos_token_ids == ends
+
+
+@pytest.mark.parametrize("content", [b'{"eos_token_id": "</s>"}', b'{"eos_token_id": [true]}', b"[2]"])
+def test_a_wrong_generation_config_is_named(content, tmp_path):
+    folder = folder_of(tmp_path, changed())
+    (folder / "generation_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{folder}/generation_config.json: "):
+        load_model_config(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])

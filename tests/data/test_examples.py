@@ -3,6 +3,7 @@ import tiny_tokenizers
 
 from para_jax.data.examples import (
     Example,
+    answer_opening,
     encode_completion,
     encode_example,
     encode_prompt,
@@ -66,6 +67,14 @@ def test_a_prompt_has_the_tokenizers_bos_once():
         for prompt in ("Answer:", [USER]):
             assert encode_prompt(tokenizer, prompt).count(tokenizer.bos_token_id) == count, (kind, prompt)
         assert tokenizer.bos_token_id not in encode_completion(tokenizer, [USER], "yes")
+
+
+def test_an_answers_opening_is_what_the_template_begins_every_answer_with():
+    openings = [answer_opening(getattr(tiny_tokenizers, kind)(), [USER]) for kind in (*KINDS, "thinking")]
+    assert openings == ["", "", "", "<think>\n\n</think>"]
+    assert answer_opening(tiny_tokenizers.thinking(), "Answer:") == ""
+    refusing = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template="{{ 1 / 0 }}")
+    assert answer_opening(refusing, [USER]) == ""
 
 
 def test_a_prompt_never_ends_in_an_eos_that_the_tokenizer_adds():

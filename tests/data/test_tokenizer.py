@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from tiny_tokenizers import plain
+from tiny_tokenizers import byte_level, own_space, plain
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -29,6 +29,56 @@ def test_code_in_a_folder_is_never_run(tmp_path):
     with pytest.raises(ValueError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+CLASSES = ("GPT2Tokenizer", "Qwen2TokenizerFast", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "olmo2", "mistral"])
+def test_a_text_is_split_as_tokenizer_json_says(tmp_path, kind, model_type):
+    """For SmolLM2's, a GPT2Tokenizer, transformers 5.24 drops the step that splits digits off."""
+    plain().save_pretrained(tmp_path)
+    file, settings = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    made = Tokenizer.from_file(str(file))
+    digits, level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([digits, level])
+    saved = json.loads(made.to_str())
+    for pair in (("1", "2"), ("Ġ", "1")):
+        saved["model"]["vocab"]["".join(pair)] = len(saved["model"]["vocab"])
+        saved["model"]["merges"].append(pair)
+    file.write_text(json.dumps(saved))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": kind}))
+    tokenizer, text = load_tokenizer(tmp_path), "<|im_start|>x\n\n3.  12 1212 it's"
+    assert tokenizer(text)["input_ids"] == Tokenizer.from_file(str(file)).encode(text).ids
+    assert (tokenizer.eos_token, tokenizer.chat_template) == (plain().eos_token, plain().chat_template)
+
+
+@pytest.mark.parametrize("kind", [*CLASSES, "LlamaTokenizer"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_text_after_a_special_token_begins_as_tokenizer_json_says(tmp_path, kind, legacy):
+    own_space().save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": kind, "legacy": legacy}))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer, file = load_tokenizer(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("<s>[INST] a [/INST] b </s><s>[INST] c", "a</s>\nb", "  a"):
+        for special in (True, False):
+            found = tokenizer(text, add_special_tokens=special)["input_ids"]
+            assert found == file.encode(text, add_special_tokens=special).ids
+            assert tokenizer.decode(found) == own_space().decode(found)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_class_has_its_default_eos_if_the_vocabulary_has_it(tmp_path, known):
+    """transformers would add it, as a token that the model lacks."""
+    byte_level(["<|im_end|>", *["<|endoftext|>"] * known], eos_token="<|im_end|>").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    found, count = load_tokenizer(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size()
+    assert (found.eos_token, len(found)) == ("<|endoftext|>" if known else None, count)
+    assert None not in found.all_special_ids
 
 
 # -------------------------------------------------------------------------------------------------------- hostile files

@@ -171,7 +171,7 @@ def test_ranking_reads_each_prompt_once_and_scores_as_whole_rows_do(records, mon
     read, real = [], likelihood.of_contexts
     monkeypatch.setattr(likelihood, "of_contexts", lambda *a: read.extend(map(tuple, a[2])) or real(*a))
     encoded = encode_task(EvalTask("t", records, "accuracy", choices=CHOICES), tokenizer())
-    task, examples, ranked = encoded
+    task, examples, ranked, _ = encoded
     assert len(ranked) == len(CHOICES) * len(records)
     in_rows = EncodedTask(task._replace(metric="loss"), [*examples, *ranked], [])
     bank, questions = StackBank(stack_adapters([adapter()])), [(0, one) for one in encoded.questions()]

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import tiny_tokenizers
 
 from para_jax.data.records import Record
 from para_jax.evaluation.evaluate import Report
-from para_jax.evaluation.score import Measured, Score, score_of
-from para_jax.evaluation.tasks import EvalTask
+from para_jax.evaluation.questions import Likelihood, Scored, Written
+from para_jax.evaluation.samples import logged_samples
+from para_jax.evaluation.score import Measured, Score, score_answers, score_of
+from para_jax.evaluation.tasks import EvalTask, encode_task
 
 
 def test_a_score_is_frozen_and_compares_its_main_values_only():
@@ -31,3 +34,23 @@ def test_a_report_prints_a_line_per_task():
     ]
     also = Score("s", "accuracy", 0.5, 0.25, 200, stderr=0.035, also=(Measured("matthews", -0.25, None),))
     assert str(Report((also,))) == "s: accuracy 0.5000 ± 0.0350, matthews -0.2500, loss 0.2500 on 200 examples"
+
+
+@pytest.mark.parametrize("kind", ["plain", "with_bos", "own_space", "thinking"])
+def test_an_answer_as_it_was_learned_is_an_exact_match(kind):
+    """Qwen3's chat template begins every answer with <think></think>, which the model learns to write."""
+    tokenizer = getattr(tiny_tokenizers, kind)()
+    chat, answer = [{"role": "user", "content": "where is my parcel?"}], "the movie"
+    records = [Record(prompt, answer, (answer,), None, "") for prompt in (chat, "Answer:")]
+    encoded = encode_task(EvalTask("test", records, "exact_match"), tokenizer)
+    written = [tokenizer.decode(end, skip_special_tokens=True) for _, end in encoded.examples]
+    assert ("<think>" in written[0]) == (kind == "thinking")
+    texts = iter(written)
+    answers = [
+        Scored(-1.0, True) if isinstance(question, Likelihood) else Written(next(texts), 1)
+        for question in encoded.questions()
+    ]
+    assert score_answers(encoded, answers).score == 1.0
+    assert [sample["given"] for sample in logged_samples(encoded, answers)] == [answer] * 2
+    wrong = [one if isinstance(one, Scored) else Written("<think> " + one.text, 1) for one in answers]
+    assert score_answers(encoded, wrong).score == 0.0

@@ -101,6 +101,23 @@ def test_linear_rope_scaling_and_a_second_end_token_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "factor", "scaled"),
+    [("linear", 8.0, True), (None, 8.0, True), ("none", 8.0, False), ("linear", 1.0, False), (None, None, False)],
+)
+def test_a_file_without_a_kind_of_rope_scaling_is_linear_as_in_llama_cpp(tmp_path, kind, factor, scaled):
+    change = {"rope.scaling.type": kind, "rope.scaling.factor": factor}
+    scaling = GgufFile(write_gguf(tmp_path / "m.gguf", change=change)).config["rope_scaling"]
+    assert scaling == ({"rope_type": "linear", "factor": factor} if scaled else None)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_file_that_was_merged_from_parts_is_read(tmp_path, count):
+    """`llama-gguf-split --merge` sets split.count to 0."""
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", change={"split.count": count}))
+    assert file.shapes == GgufFile(write_gguf(tmp_path / "plain.gguf")).shapes
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"arch": "qwen2"}, "architecture 'qwen2'"),

@@ -23,6 +23,11 @@ TURNS = (  # Gemma's: BOS in the template, `model` for the assistant, an end tok
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+THINK = CHATML.replace(  # Qwen3's: the last turn says that nothing was thought
+    "message['content'] + '<|im_end|>",
+    "('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '') + message['content'] + "
+    "'<|im_end|>",
+)
 INST = (  # Llama 2's: no generation prompt, the turn starts with a space and ends in EOS
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token"
     " }}{% else %}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
@@ -33,6 +38,12 @@ INST = (  # Llama 2's: no generation prompt, the turn starts with a space and en
 def plain():
     """A byte-level BPE without BOS, as SmolLM2's."""
     return byte_level(["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", chat_template=CHATML)
+
+
+@cache
+def thinking():
+    """As `plain`, with a chat template that begins every answer with an empty thought, as Qwen3's."""
+    return byte_level(["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", chat_template=THINK)
 
 
 @cache
