@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from glob import glob
+from itertools import islice
 from pathlib import Path
 
 from ..storage.bucket import BucketPath, Place
 
 BASE = "base"  # the tenant that is the base model
+LISTED = 20  # names in an error
 
 
 def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, str]:
@@ -104,10 +106,10 @@ def tenants_of_prompts(options, sources: dict[str, str]) -> list[str | None] | N
     if options.adapter or not sources:
         raise ValueError("--tenant goes with --adapters NAME=DIR, not with --adapter\nleave one of the options out")
     if len(names) not in (1, prompts):
-        times = "once" if options.input else f"once, or once for each of the {prompts} prompts"
-        raise ValueError(
-            f"--tenant is given {len(names)} times\ngive it {times}: {', '.join(sources)}, or {BASE} for no adapter"
-        )
+        times = "once" if options.input or prompts == 1 else f"once, or once for each of the {prompts} prompts"
+        given = f"--tenant is given {len(names)} times" if names else "--adapters needs --tenant NAME with --prompt"
+        known = ", ".join([*islice(sources, LISTED), *(["..."] if len(sources) > LISTED else [])])
+        raise ValueError(f"{given}\ngive it {times}: {known}, or {BASE} for no adapter")
     for name in names:
         if name != BASE and name not in sources:
             raise ValueError(f"--tenant: {unknown(name, tuple(sources))}")
