@@ -249,9 +249,10 @@ def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_pat
     ("options", "said"),
     [
         (["--tenant", "a"], "--tenant goes with --adapters NAME=DIR"),
-        (["--adapters", "acme=x"], "--tenant is given 0 times.*: acme, or base for no adapter"),
-        (["--adapters", "acme=x", "--tenant", "acne"], "--tenant: no tenant 'acne'; the nearest are acme"),
-        (["--adapters", "acme=x", "--tenant", "acme", "--adapter", "x"], "--tenant goes with"),
+        (["--adapters", "acme=u/x"], "--adapters needs --tenant NAME.*give it once: acme, or base for no adapter"),
+        (["--adapters", "acme=u/x", "--tenant", "acne"], "--tenant: no tenant 'acne'; the nearest are acme"),
+        (["--adapters", "acme=u/x", "--tenant", "acme", "--adapter", "u/x"], "--tenant goes with"),
+        (["--adapters", "acme=x", "--tenant", "acne"], "x: not a known name; use an adapter folder"),
         (["--adapters", "acme", "--tenant", "acme"], "acme.*adapter folder or a hub id"),
         (["--adapters", "base=x", "--tenant", "base"], "--adapters 'base=x': .*base is the base model"),
         (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': the name 'a' is taken"),
