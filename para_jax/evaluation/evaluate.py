@@ -23,6 +23,8 @@ from .tasks import EncodedTask, EvalTask, check_room, encode_task
 
 
 class Report(NamedTuple):
+    """What `evaluate` gives back: a score for each task. Printed, it is a line for each."""
+
     scores: tuple[Score, ...]
     samples: tuple[list[dict], ...] = ()
     """with `log_samples`: for each task, what was answered to each example (samples.py)"""
@@ -45,6 +47,7 @@ def evaluate(
     """The score of each task, with one adapter for every example (or None: the backbone).
 
     Args:
+        tasks: such as that of a run's data, from para_jax.evaluation.tasks.task_of_run.
         limit: score at most this many examples of each task, from its start.
         shuffle_prompts: give each example the factors that the adapter makes of another example's prompt; what is
             scored and written still follows its own. Prompts are permuted by `seed`; no example keeps its own.

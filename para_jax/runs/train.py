@@ -70,6 +70,8 @@ from .tenants import Inputs, Shared, Tenant, read_inputs, require_validation, te
 
 
 class TrainResult(NamedTuple):
+    """What `train` gives back: the adapter, its score, and where the run folder is."""
+
     adapter: Adapter
     """the best one by validation score; the last one where there is no validation data"""
     best_score: float | None
@@ -94,6 +96,8 @@ class TrainResult(NamedTuple):
 
 
 class TenantsResult(NamedTuple):
+    """What `train_tenants` gives back. The adapters are in output_dir/NAME/adapter."""
+
     tenants: dict[str, dict[str, Any]]
     """by name: examples, steps, best_step, best_score, metric, ended, warning (None: nothing went wrong), test_before
     and test_after (None: not measured), and scores, as training/scores_file.py describes them"""
