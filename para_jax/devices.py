@@ -85,7 +85,7 @@ def start(runtime: RuntimeSection) -> None:
 
 
 def installed_backend(extra: str) -> str | None:
-    """The installed package with which JAX uses an accelerator, by the extra that installs it; None if it is missing."""
+    """The installed package with which JAX uses the accelerator of an extra; None if it is missing."""
     for package in BACKENDS[extra]:
         try:
             return f"{package} {importlib.metadata.version(package)}"
