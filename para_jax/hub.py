@@ -143,9 +143,9 @@ def adapter_near(folder: Path, source: str | Place) -> str:
     if (folder / "adapter" / "adapter_config.json").is_file():
         return f"did you mean {source_name(source)}/adapter?"
     if (folder / "tenants.json").is_file():
-        return "it is a run of many tenants; choose NAME/adapter in it, or give the whole run as --adapters"
+        return "it is a run of many tenants; choose NAME/adapter in it (--adapters takes the whole run)"
     runs = [inside.name for inside in islice(folder.iterdir(), 1000) if (inside / "tenants.json").is_file()]
-    return f"did you mean {source_name(source)}/{min(runs)}?" if runs else "choose the folder of an adapter"
+    return f"did you mean {source_name(source)}/{runs[0]}?" if len(runs) == 1 else "choose the folder of an adapter"
 
 
 def resolve(source: str | Path, files: list[str]) -> Path:

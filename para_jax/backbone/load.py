@@ -61,12 +61,12 @@ def load_backbone(
 
     Raises ValueError, in a line or two, for a source that is missing, damaged or not supported.
     """
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = known_dtype(dtype or ("float32" if on_cpu else "bfloat16"))
     path = resolve_backbone(source)
     config = config_at(path, source)
     weights = GgufFile(path) if path.suffix == ".gguf" else Safetensors(path)
     recipes(config, weights)  # checks the config against the file before anything is traced
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
     if on_cpu and dtype == jnp.bfloat16:
         warnings.warn("a bfloat16 backbone is slower on a CPU than float32, and XLA widens its weights", stacklevel=2)
     choice = choose_attention(attention, config, dtype, mesh)
@@ -77,6 +77,17 @@ def load_backbone(
     model = jax.tree.unflatten(treedef, [loaded.pop(name) for name in leaves])
     model.fingerprint, model.attention = fingerprint(weights), choice
     return model.with_layout(layout)
+
+
+def known_dtype(dtype) -> jnp.dtype:
+    """The type of weights and computation. Raises ValueError for one that is not supported, such as float16."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype {shorten(dtype)} is not supported; use float32 or bfloat16, or leave it out")
+    return found
 
 
 def abstract_backbone(

@@ -79,6 +79,12 @@ def test_wrong_sizes_are_refused_before_anything_is_traced(keys, tmp_path, monke
     assert time.perf_counter() - started < 1 and len(str(error.value)) < 3000
 
 
+@pytest.mark.parametrize("dtype", ["float16", "auto", "fp16", "int8", float])
+def test_a_type_that_is_not_computed_in_is_refused(dtype):
+    with pytest.raises(ValueError, match="dtype .*is not supported; use float32 or bfloat16"):
+        load_backbone(FIXTURES / "llama", dtype=dtype)
+
+
 def deep(levels: int) -> bytes:
     return b'{"model_type": "llama", "x": ' + b"[" * levels + b"]" * levels + b"}"
 
