@@ -20,10 +20,11 @@ def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, s
     texts = [(f"--adapters {one!r}", one) for text in given for one in matching(text) or tenants_of_run(text) or [text]]
     for where, text in texts + (lines_of(listed) if listed is not None else []):
         name, source = name_and_source(text)
-        if not name or not source or name in sources or name == BASE:
-            raise ValueError(
-                f"{where}: the name {name!r} is taken or missing ({BASE} is the base model)\ngive NAME=DIR"
-            )
+        if not name or not source:
+            raise ValueError(f"{where}: the {'folder' if name else 'name'} is missing\ngive NAME=DIR")
+        if name in sources or name == BASE:
+            by = f": {BASE} is the base model" if name == BASE else f" by {sources[name]}"
+            raise ValueError(f"{where}: the name {name!r} is taken{by}\ngive another one, as NAME=DIR")
         sources[name] = source
     return sources
 

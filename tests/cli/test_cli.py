@@ -255,7 +255,9 @@ def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_pat
         (["--adapters", "acme=x", "--tenant", "acne"], "x: not a known name; use an adapter folder"),
         (["--adapters", "acme", "--tenant", "acme"], "acme.*adapter folder or a hub id"),
         (["--adapters", "base=x", "--tenant", "base"], "--adapters 'base=x': .*base is the base model"),
-        (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': the name 'a' is taken"),
+        (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': the name 'a' is taken by x\ngive another"),
+        (["--adapters", "=x", "--tenant", "a"], "--adapters '=x': the name is missing\ngive NAME=DIR"),
+        (["--adapters", "a=", "--tenant", "a"], "--adapters 'a=': the folder is missing\ngive NAME=DIR"),
         (["--adapters", "acme=/nowhere", "--tenant", "acme"], "/nowhere"),
     ],
 )
