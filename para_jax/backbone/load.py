@@ -81,13 +81,10 @@ def load_backbone(
 
 def known_dtype(dtype) -> jnp.dtype:
     """The type of weights and computation. Raises ValueError for one that is not supported, such as float16."""
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"dtype {shorten(dtype)} is not supported; use float32 or bfloat16, or leave it out")
-    return found
+    for known in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+        if known == dtype:
+            return known
+    raise ValueError(f"dtype {shorten(dtype)} is not supported; use float32 or bfloat16, or leave it out")
 
 
 def abstract_backbone(
