@@ -39,6 +39,13 @@ PEAK_FLOPS = {
     "NVIDIA GB200": 2500e12,
 }
 
+#: The packages that let JAX use an accelerator, by extra, and why it may not start although one is there.
+BACKENDS = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}
+NOT_STARTED = {
+    "tpu": "perhaps another process uses the TPU",
+    "cuda": "perhaps the driver is too old for it: CUDA 13 needs 580 or newer, and older ones jax[cuda12]",
+}
+
 #: XLA's flag for runtime.deterministic.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
@@ -65,11 +72,26 @@ def start(runtime: RuntimeSection) -> None:
     unused = unused_accelerator()
     if unused and not runtime.allow_cpu:
         kind, extra = unused
+        use_cpu = "set runtime.allow_cpu=true (--allow-cpu for a command without a config) to use the CPU"
+        if package := installed_backend(extra):
+            raise ValueError(
+                f"this machine has a {kind}, but JAX could not start it, although {package} is installed; "
+                f"{NOT_STARTED[extra]}. JAX's warnings say more (JAX_PLATFORMS={extra} shows the error). Or {use_cpu}"
+            )
         raise ValueError(
             f"this machine has a {kind}, but the installed JAX runs on the CPU only; run "
-            f"`pip install 'para_jax[{extra}]'`, or set runtime.allow_cpu=true (--allow-cpu for a command without a "
-            "config) to use the CPU"
+            f"`pip install 'para_jax[{extra}]'`, or {use_cpu}"
         )
+
+
+def installed_backend(extra: str) -> str | None:
+    """The installed package with which JAX uses the accelerator of an extra; None if it is missing."""
+    for package in BACKENDS[extra]:
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def make_deterministic() -> None:

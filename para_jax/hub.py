@@ -15,6 +15,7 @@ import tempfile
 import warnings
 import zipfile
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from .atomic import old_folder
@@ -140,10 +141,20 @@ def local_adapter(source: str | Place) -> Path | None:
 
 def require_adapter(path: Path, source: str | Place) -> Path:
     if not (path / "adapter_config.json").is_file():
-        inside = (expanded(source) / "adapter" / "adapter_config.json").is_file()
-        advice = f"did you mean {source_name(source)}/adapter?" if inside else "choose the folder of an adapter"
-        raise ValueError(f"{source_name(source)} has no adapter_config.json, so it is not an adapter; {advice}")
+        raise ValueError(
+            f"{source_name(source)} has no adapter_config.json, so it is not an adapter; {adapter_near(path, source)}"
+        )
     return path
+
+
+def adapter_near(folder: Path, source: str | Place) -> str:
+    """What to give in place of a folder that is not an adapter: the adapter of a run, or the run of many tenants."""
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return f"did you mean {source_name(source)}/adapter?"
+    if (folder / "tenants.json").is_file():
+        return "it is a run of many tenants; choose NAME/adapter in it (--adapters takes the whole run)"
+    runs = [inside.name for inside in islice(folder.iterdir(), 1000) if (inside / "tenants.json").is_file()]
+    return f"did you mean {source_name(source)}/{runs[0]}?" if len(runs) == 1 else "choose the folder of an adapter"
 
 
 def resolve(source: str | Path, files: list[str]) -> Path:

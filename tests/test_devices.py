@@ -43,10 +43,20 @@ def test_an_accelerator_that_jax_sees_is_not_unused(tmp_path, monkeypatch):
 
 def test_an_unused_accelerator_is_an_error_that_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(devices, "unused_accelerator", lambda: ("TPU", "tpu"))
+    monkeypatch.setitem(devices.BACKENDS, "tpu", ("no-such-package",))
     with pytest.raises(ValueError, match=r"TPU.*CPU.*`pip install 'para_jax\[tpu\]'`.*runtime.allow_cpu=true") as error:
         start(RuntimeSection(compilation_cache=False))
     assert "\n" not in str(error.value) and "devices: 8 x cpu" in capsys.readouterr().err
     start(RuntimeSection(compilation_cache=False, allow_cpu=True))
+
+
+@pytest.mark.parametrize(("extra", "why"), [("tpu", "another process uses"), ("cuda", r"CUDA 13.*jax\[cuda12\]")])
+def test_an_accelerator_that_jax_could_not_start_is_not_told_to_install_what_is_there(extra, why, monkeypatch):
+    monkeypatch.setattr(devices, "unused_accelerator", lambda: ("chip", extra))
+    monkeypatch.setitem(devices.BACKENDS, extra, ("no-such-package", "jaxlib"))
+    with pytest.raises(ValueError, match=rf"chip.*jaxlib {jax.lib.__version__} is installed.*{why}.*allow_cpu") as error:
+        start(RuntimeSection(compilation_cache=False))
+    assert "pip install" not in str(error.value)
 
 
 @pytest.mark.parametrize(("runtime", "given"), [

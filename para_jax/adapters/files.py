@@ -188,10 +188,10 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
 def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: ModelConfig, model) -> Adapter:
     """The adapter of a folder; `source` is the name that the user gave it."""
     require_matching_manifest(folder)
-    method, config, backbone, _ = read_config(folder)
+    method, config, backbone, base_model = read_config(folder)
     if not method.in_peft:
         try:
-            require_same_backbone(backbone, model_config)
+            require_same_backbone(backbone, model_config, base_model)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
     theirs, ours = backbone.get("fingerprint"), getattr(model, "fingerprint", None)

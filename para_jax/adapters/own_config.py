@@ -128,8 +128,12 @@ def checked_backbone(backbone: object, sites: tuple[str, ...]) -> dict:
     return backbone
 
 
-def require_same_backbone(backbone: dict, model: ModelConfig) -> None:
-    """Raises ValueError with the differences between the backbone in a config and this one."""
+def require_same_backbone(backbone: dict, model: ModelConfig, base_model: object) -> None:
+    """Raises ValueError with the differences between the backbone in a config and this one.
+
+    Args:
+        base_model: the name of the backbone in the config.
+    """
     expected = describe(model)._asdict()
     expected["site_widths"] = {site: model.site_width(site) for site in backbone["site_widths"]}
     differing = [
@@ -138,7 +142,8 @@ def require_same_backbone(backbone: dict, model: ModelConfig) -> None:
         if backbone[key] != expected[key]
     ]
     if differing:
-        raise ValueError(f"the adapter is for another backbone: it has {'; '.join(differing)[:500]}")
+        named = f", {shorten(base_model, 200)}" if base_model else ""
+        raise ValueError(f"the adapter is for another backbone{named}: it has {'; '.join(differing)[:500]}")
 
 
 def require_keys(where: str, found: dict, required: tuple[str, ...], optional: tuple[str, ...]) -> None:

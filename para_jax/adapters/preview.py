@@ -99,7 +99,7 @@ def normal_config(place: Place, data: bytes, model_config: ModelConfig, known: d
     if method is None:
         return load_adapter(place, model_config).normal(model_config).config
     config, backbone = read_own_config(method.config, found)
-    require_same_backbone(backbone, model_config)
+    require_same_backbone(backbone, model_config, found.get("base_model_name_or_path"))
     if config not in known:
         known[config] = jax.eval_shape(partial(fresh, method, config, model_config)).config
     return known[config]

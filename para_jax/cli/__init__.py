@@ -41,6 +41,17 @@ COMMANDS = (
 LONGEST_ERROR = 1900  # characters of each line of an error
 LONGEST_LIST = 16  # lines of an error after the first two; they are indented
 
+#: What the commands of vLLM, lm-eval and others call our options.
+OTHER_NAMES = {
+    "--adapters": "enable-lora lora-modules lora-path lora peft",
+    "--api-key-file": "api-key",
+    "--backbone": "model model-path model-name-or-path base-model pretrained",
+    "--max-length": "max-model-len max-seq-len max-seq-length",
+    "--quantize": "quantization load-in-8bit",
+    "--rows": "batch-size",
+    "--slots": "max-num-seqs batch-size",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0; 1 if the quickstart fell short, a tenant's loss was not finite, or
@@ -123,8 +134,10 @@ def raise_unknown(command: str, text: str) -> None:
     """Ends with an error for an argument that the command lacks, and names the option or field that was meant."""
     name = text.partition("=")[0]
     own = subparsers(parser())[command]
-    options = [option for action in own._actions for option in action.option_strings]
-    near = difflib.get_close_matches(name.replace("_", "-"), options, n=1, cutoff=0.7)
+    options, plain = [option for action in own._actions for option in action.option_strings], name.replace("_", "-")
+    near = [option for option, names in OTHER_NAMES.items() if option in options and plain.lstrip("-") in names.split()]
+    near += difflib.get_close_matches(plain, options, n=1, cutoff=0.7)
+    near += ["CONFIG alone"] if name == "--config" and any(action.dest == "config" for action in own._actions) else []
     advice = f"; did you mean {near[0]}?" if near else ""
     if not near and any(action.dest == "overrides" for action in own._actions):
         field = name.lstrip("-").replace("-", "_")

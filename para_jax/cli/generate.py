@@ -90,11 +90,11 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
             )
         sources, options.adapter = named_adapters([options.adapter]), None
         options.tenant = list(sources)
+    check_adapters([*sources.values(), *([options.adapter] if options.adapter else [])])
     tenants = tenants_of_prompts(options, sources)
     for prompt in options.prompt or ["a"]:
         check_request(Request(prompt, **sampling_of(options)))
     check_backbone(options.backbone)
-    check_adapters([*sources.values(), *([options.adapter] if options.adapter else [])])
     if options.input:
         check_input(options.input)
         if not isinstance(options.output, BucketPath) and options.output.is_dir():  # there, answers come in a folder

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from glob import glob
+from itertools import islice
 from pathlib import Path
 
 from ..storage.bucket import BucketPath, Place
 
 BASE = "base"  # the tenant that is the base model
+LISTED = 20  # names in an error
 
 
 def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, str]:
@@ -18,10 +20,11 @@ def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, s
     texts = [(f"--adapters {one!r}", one) for text in given for one in matching(text) or tenants_of_run(text) or [text]]
     for where, text in texts + (lines_of(listed) if listed is not None else []):
         name, source = name_and_source(text)
-        if not name or not source or name in sources or name == BASE:
-            raise ValueError(
-                f"{where}: the name {name!r} is taken or missing ({BASE} is the base model)\ngive NAME=DIR"
-            )
+        if not name or not source:
+            raise ValueError(f"{where}: the {'folder' if name else 'name'} is missing\ngive NAME=DIR")
+        if name in sources or name == BASE:
+            by = f": {BASE} is the base model" if name == BASE else f" by {sources[name]}"
+            raise ValueError(f"{where}: the name {name!r} is taken{by}\ngive another one, as NAME=DIR")
         sources[name] = source
     return sources
 
@@ -112,10 +115,10 @@ def tenants_of_prompts(options, sources: dict[str, str]) -> list[str | None] | N
     if options.adapter or not sources:
         raise ValueError("--tenant goes with --adapters NAME=DIR, not with --adapter\nleave one of the options out")
     if len(names) not in (1, prompts):
-        times = "once" if options.input else f"once, or once for each of the {prompts} prompts"
-        raise ValueError(
-            f"--tenant is given {len(names)} times\ngive it {times}: {', '.join(sources)}, or {BASE} for no adapter"
-        )
+        times = "once" if options.input or prompts == 1 else f"once, or once for each of the {prompts} prompts"
+        given = f"--tenant is given {len(names)} times" if names else "--adapters needs --tenant NAME with --prompt"
+        known = ", ".join([*islice(sources, LISTED), *(["..."] if len(sources) > LISTED else [])])
+        raise ValueError(f"{given}\ngive it {times}: {known}, or {BASE} for no adapter")
     for name in names:
         if name != BASE and name not in sources:
             raise ValueError(f"--tenant: {unknown(name, tuple(sources))}")

@@ -23,6 +23,8 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
+    if isinstance(overrides, str):
+        raise ValueError(f"overrides is a text; give a list of such texts: [{shorten(overrides)}]")
     in_file = {} if file is None else read_yaml(expanded(file))
     changes: dict[str, Any] = {}
     for text in overrides:

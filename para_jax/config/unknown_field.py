@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 from typing import Any
 
+from .adapter import ADAPTER_CONFIGS
 from .check import printable
 
 #: Other names of a field, as other libraries and other words have them.
@@ -85,8 +86,11 @@ def unknown_field(section: str, name: str, template: Any, root: Any, owner: str)
         owner: what has these fields: "train", or an adapter's method.
     """
     meant = meant_field(section, name, template, root)
+    others = [method for method, kind in ADAPTER_CONFIGS.items() if name in names_in_files(kind)]
     advice = f"; did you mean {meant}?" if meant else ""
-    fields = ", ".join(field.name for field in dataclasses.fields(template))
+    if section == "adapter." and others:
+        advice = f"; it is one of adapter.method={' and '.join(others)}"
+    fields = ", ".join(names_in_files(template))
     return f"{section}{printable(name, 100)}: no such field of {owner}{advice}\nthe fields of {owner} are {fields}"
 
 
@@ -97,7 +101,7 @@ def meant_field(section: str, name: str, template: Any, root: Any) -> str | None
     found = [field for field, names in OTHER_NAMES.items() if field in there and plain in names.split()]
     found += [field for field in there if field.rpartition(".")[2] == plain]  # right, but in another section
     found.sort(key=lambda field: (*SECTIONS, field.rpartition(".")[0]).index(field.rpartition(".")[0]))
-    fields = [field.name for field in dataclasses.fields(template)]
+    fields = names_in_files(template)
     own = [section + field.rpartition(".")[2] for field in found if field.rpartition(".")[2] in fields]
     own += [field for field in found if field.rpartition(".")[0] == section.rstrip(".")]
     near = difflib.get_close_matches(plain, fields, n=1, cutoff=0.6)
@@ -110,7 +114,12 @@ def dotted_fields(root: Any) -> list[str]:
     names = []
     for field in dataclasses.fields(root):
         value = getattr(root, field.name)
-        inner = [one.name for one in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+        inner = names_in_files(value) if dataclasses.is_dataclass(value) else []
         inner += ["method"] if field.name == "adapter" else []
         names += [field.name, *(f"{field.name}.{name}" for name in inner)]
     return names
+
+
+def names_in_files(template: Any) -> list[str]:
+    """The fields of a dataclass that a file or an override may set."""
+    return [field.name for field in dataclasses.fields(template) if field.metadata.get("in_file", True)]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..adapters.rows import Stack, stack_adapters
+from ..config import shorten
 from ..data.batches import epoch_bits, permutation
 from .answers import Answerer
 from .batch_adapters import StackBank
@@ -23,6 +24,8 @@ from .tasks import EncodedTask, EvalTask, check_room, encode_task
 
 
 class Report(NamedTuple):
+    """What `evaluate` gives back: a score for each task. Printed, it is a line for each."""
+
     scores: tuple[Score, ...]
     samples: tuple[list[dict], ...] = ()
     """with `log_samples`: for each task, what was answered to each example (samples.py)"""
@@ -45,14 +48,19 @@ def evaluate(
     """The score of each task, with one adapter for every example (or None: the backbone).
 
     Args:
+        tasks: such as that of a run's data, from para_jax.evaluation.tasks.task_of_run.
         limit: score at most this many examples of each task, from its start.
         shuffle_prompts: give each example the factors that the adapter makes of another example's prompt; what is
             scored and written still follows its own. Prompts are permuted by `seed`; no example keeps its own.
         log_samples: also report each example's prompt, expected and given answer, and scores.
 
-    Raises ValueError for a task with one example if prompts are shuffled, and for an example that the model has no
-    tokens or too few positions for.
+    Raises ValueError for what is no EvalTask, for a task with one example if prompts are shuffled, and for an example
+    that the model has no tokens or too few positions for.
     """
+    if wrong := [task for task in tasks if not isinstance(task, EvalTask)]:
+        raise ValueError(
+            f"tasks: {shorten(wrong[0])} is no EvalTask; give one, such as task_of_run(config, 'test', tokenizer)"
+        )
     shuffle = seed if shuffle_prompts else None
     scores: dict[int, Score] = {}
     samples: dict[int, list[dict]] = {}

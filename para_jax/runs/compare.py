@@ -66,6 +66,8 @@ class MethodScore(NamedTuple):
 
 
 class MethodsResult(NamedTuple):
+    """What `compare_methods` gives back. Each method's run is in output_dir/METHOD."""
+
     methods: list[MethodScore]
     """the best first"""
     output_dir: Place

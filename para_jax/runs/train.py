@@ -22,7 +22,7 @@ from .. import devices
 from ..adapters.adapter import Adapter
 from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone
-from ..config import RunConfig, config_dict, expanded, require
+from ..config import RunConfig, config_dict, expanded
 from ..data.example_arrays import digest
 from ..data.given import with_data, with_tenants
 from ..data.tenants import OWN_FILE
@@ -72,6 +72,8 @@ from .tenants import Inputs, Shared, Tenant, read_inputs, require_validation, te
 
 
 class TrainResult(NamedTuple):
+    """What `train` gives back: the adapter, its score, and where the run folder is."""
+
     adapter: Adapter
     """the best one by validation score; the last one where there is no validation data"""
     best_score: float | None
@@ -96,6 +98,8 @@ class TrainResult(NamedTuple):
 
 
 class TenantsResult(NamedTuple):
+    """What `train_tenants` gives back. The adapters are in output_dir/NAME/adapter."""
+
     tenants: dict[str, dict[str, Any]]
     """by name: examples, steps, best_step, best_score, metric, ended, warning (None: nothing went wrong), test_before
     and test_after (None: not measured), and scores, as training/scores_file.py describes them"""
@@ -136,7 +140,8 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config, and
     for a folder that another run is writing.
     """
-    require(not config.many, "data.tenants or sweep", config.output_dir, "a run of one adapter; use train_tenants")
+    if config.many:
+        raise ValueError("this config trains many adapters (data.tenants, or a sweep); use train_tenants, not train")
     refuse_methods(config)
     if data is not None:
         config = replace(config, data=with_data(config.data, data))
@@ -165,7 +170,8 @@ def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
     if data is not None:
         own = with_data(config.data, data) if config.sweep else with_tenants(config.data, data)
         config = replace(config, data=own)
-    require(config.many, "data.tenants", None, "a folder of tenants, or `sweep`; `train` is for a run of one adapter")
+    if not config.many:
+        raise ValueError("train_tenants needs data.tenants or a sweep; `train` is for a run of one adapter")
     refuse_methods(config)
     names, folder = trained(config).names, expanded(config.output_dir)
     entries = on_first_process(lambda: read_entries(folder))

@@ -90,7 +90,7 @@ class Models:
         """Says that a model does not exist. Only the holder of a key learns of similar names, and only of its own."""
         text = f"the model {shorten(name)} does not exist"
         if not access.keyed:
-            return text
+            return f"{text}; GET /v1/models lists those there are"
         start, end = name[:3], name[-3:]
         known = self.visible(access)
         near = [one for one in known if one.startswith(start)][:COMPARED]

@@ -19,6 +19,7 @@ from para_jax import AdapterBank, ParaConfig, forward, init_adapter, vectors
 from para_jax.adapters import files
 from para_jax.adapters.files import load_adapter, read_adapter_config, save_adapter
 from para_jax.adapters.folder import mend_folder
+from para_jax.adapters.preview import previews
 from para_jax.config import allowed_values
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -336,6 +337,10 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
 def test_an_adapter_for_another_backbone_is_refused_with_the_difference(folder):
     with pytest.raises(ValueError, match="model_type llama, not gemma.*site_widths"):
         load_adapter(folder, backbone("gemma").config)
+    change_config(folder, base_model_name_or_path="me/llama")
+    for load_it in (load_adapter, lambda *given: previews([str(given[0])], *given[1:])):
+        with pytest.raises(ValueError, match="for another backbone, 'me/llama': it has model_type llama, not gemma"):
+            load_it(folder, backbone("gemma").config)
     with pytest.raises(ValueError, match="another backbone"):
         save_adapter(trained(), folder, model=backbone("gemma"))
 

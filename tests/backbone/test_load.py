@@ -82,7 +82,7 @@ def test_wrong_sizes_are_refused_before_anything_is_traced(keys, tmp_path, monke
     assert time.perf_counter() - started < 1 and len(str(error.value)) < 3000
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "complex64", "auto", "bf16", int, 5])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "complex64", "auto", "bf16", "fp16", int, 5])
 def test_a_dtype_that_holds_no_weights_is_named(dtype):
     """int8 would round all weights to zero."""
     with pytest.raises(ValueError, match=f"dtype {re.escape(repr(dtype))} .*float32, bfloat16, float16.*quantize"):

@@ -65,6 +65,8 @@ MISTAKES = [
     ("generate --prompt a --backbone model --adapter runs/mine", r"runs/mine.*did you mean runs/mine/adapter\?"),
     ("generate --prompt a --backbone ./none", "./none: no such file or folder"),
     ("generate --prompt a --backbone model --adapters mine=runs/mine/adapter --tenant mime", "'mime'.*mine"),
+    ("generate --prompt a --backbone model --adapters runs/quick --tenant a", r"did you mean runs/quick/tenants\?"),
+    ("generate --prompt a --backbone model --adapter runs/quick/tenants", "a run of many tenants; choose NAME/adapter"),
     ("generate --prompt a --temperature -1", "temperature is -1.0"),
     ("generate --input nope.jsonl --output o.jsonl", "--input nope.jsonl: no such file"),
     ("serve --backbone ./none", "./none: no such file or folder"),
@@ -104,6 +106,11 @@ MISTAKES = [
     ("generate --prompt a --max_new_tokens 5", r"'--max_new_tokens'; did you mean --max-new-tokens\?"),
     ("generate --input data/train.jsonl --output runs", "--output runs: a folder\ngive the path of a file"),
     ("prepare squad", "'squad'.*tfds:NAME"),
+    ("serve --model model", r"'--model'; did you mean --backbone\?"),
+    ("generate --model=model --prompt a", r"'--model=model'; did you mean --backbone\?"),
+    ("serve --max_model_len 512", r"'--max_model_len'; did you mean --max-length\?"),
+    ("evaluate run.yaml --batch-size 8", r"'--batch-size'; did you mean --rows\?"),
+    ("train --config run.yaml", r"'--config'; did you mean CONFIG alone\?"),
 ]
 HELP = [
     "--help",
@@ -123,6 +130,8 @@ def told(tmp_path_factory):
     (folder / "run.yaml").write_text(CONFIG)
     (folder / "runs/mine/config.yaml").write_text(CONFIG + "train: {learning_rate: 0.5}\n")
     (folder / "runs/mine/adapter/adapter_config.json").write_text("{}")
+    (folder / "runs/quick/tenants").mkdir(parents=True)
+    (folder / "runs/quick/tenants/tenants.json").write_text("{}")
     (folder / "table.jsonl").write_text("prompt,completion\na,b\n")
     write_rows(folder / "data" / "train.jsonl", [{"prompt": "a", "completion": "b"}])
     write_rows(folder / "columns.jsonl", [{"question": "a", "answer": "b"}])

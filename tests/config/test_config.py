@@ -415,6 +415,11 @@ def test_every_method_has_a_scope_in_a_file_and_on_the_command_line(method, tmp_
     assert load_config(tmp_path / "saved.yaml").adapter == expected
 
 
+def test_overrides_are_a_list():
+    with pytest.raises(ValueError, match=r"overrides is a text; give a list .*\['train.max_steps=3'\]"):
+        load_config(None, "train.max_steps=3")
+
+
 def test_invocation_tokens_are_a_list_of_loras():
     overrides = ["adapter.method=lora", "adapter.scope=response", "adapter.scope_window=2"]
     found = load_config(None, [*overrides, "adapter.alora_invocation_tokens=[7, 9]"])

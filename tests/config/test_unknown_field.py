@@ -51,8 +51,15 @@ def test_an_adapters_fields_are_those_of_its_method():
         ValueError, match=r"adapter\.rank: no such field of para; .*adapter\.r\?\n.*para are scope, scope_window, r, "
     ):
         load_config(None, ["adapter.rank=8"])
-    with pytest.raises(ValueError, match=r"adapter\.lora_alpha: no such field of para(?!.*did you mean)"):
+    with pytest.raises(ValueError, match=r"adapter\.lora_alpha: no such field of para; .*adapter\.method=lora\n"):
         load_config(None, ["adapter.lora_alpha=8"])
+
+
+def test_rows_of_a_program_are_no_field_of_a_file():
+    with pytest.raises(ValueError) as error:
+        load_config(None, ["data.given=1"])
+    assert str(error.value).startswith("data.given: no such field of data\n") and "packing, changed" in str(error.value)
+    assert not str(error.value).endswith("given")
 
 
 def test_a_field_that_resembles_none_is_listed_with_those_there_are():

@@ -57,6 +57,11 @@ def records(tmp_path_factory):
     return read_records(write_rows(tmp_path_factory.mktemp("data") / "test.jsonl", rows))
 
 
+def test_tasks_are_not_paths():
+    with pytest.raises(ValueError, match=r"tasks: 'data/mine' is no EvalTask; .*task_of_run"):
+        evaluate(model(), adapter(), ["data/mine"], tokenizer=tokenizer())
+
+
 def scored(task, layout="layers", seed=1, **options):
     return evaluate(model(layout), adapter(seed), [task], tokenizer=tokenizer(), **options).scores[0]
 

@@ -42,6 +42,7 @@ def test_names_are_tenants_or_the_base_model(models):
     assert models.resolve("acme", ANYONE) == ("acme", "entry of acme")
     assert models.resolve("org/tiny", ACME) == models.resolve("base", ACME) == (None, None)
     refusal(models, "Acme", ALL)
+    assert refusal(models, "Acme", ANYONE) == "the model 'Acme' does not exist; GET /v1/models lists those there are"
     assert Models(None).resolve("base", ANYONE) == (None, None)
 
 
