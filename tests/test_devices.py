@@ -54,7 +54,8 @@ def test_an_unused_accelerator_is_an_error_that_says_what_to_install(monkeypatch
 def test_an_accelerator_that_jax_could_not_start_is_not_told_to_install_what_is_there(extra, why, monkeypatch):
     monkeypatch.setattr(devices, "unused_accelerator", lambda: ("chip", extra))
     monkeypatch.setitem(devices.BACKENDS, extra, ("no-such-package", "jaxlib"))
-    with pytest.raises(ValueError, match=rf"chip.*jaxlib {jax.lib.__version__} is installed.*{why}.*allow_cpu") as error:
+    said = rf"chip.*jaxlib {jax.lib.__version__} is installed.*{why}.*allow_cpu"
+    with pytest.raises(ValueError, match=said) as error:
         start(RuntimeSection(compilation_cache=False))
     assert "pip install" not in str(error.value)
 

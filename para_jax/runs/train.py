@@ -22,7 +22,7 @@ from .. import devices
 from ..adapters.adapter import Adapter
 from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone
-from ..config import RunConfig, config_dict, expanded
+from ..config import RunConfig, config_dict, expanded, require
 from ..data.example_arrays import digest
 from ..data.given import with_data, with_tenants
 from ..data.tenants import OWN_FILE
