@@ -147,13 +147,20 @@ def require_adapter(path: Path, source: str | Place) -> Path:
     return path
 
 
-def adapter_near(folder: Path, source: str | Place) -> str:
-    """What to give in place of a folder that is not an adapter: the adapter of a run, or the run of many tenants."""
+def adapter_near(folder: Place, source: str | Place) -> str:
+    """What to give in place of a folder that is not an adapter: the adapter of a run, or the run of many tenants.
+
+    Args:
+        folder: a local copy of the source, which may lack the rest of it.
+    """
+    given = expanded(source)
+    folder = given if given.is_dir() else folder
     if (folder / "adapter" / "adapter_config.json").is_file():
         return f"did you mean {source_name(source)}/adapter?"
     if (folder / "tenants.json").is_file():
         return "it is a run of many tenants; choose NAME/adapter in it (--adapters takes the whole run)"
-    runs = [inside.name for inside in islice(folder.iterdir(), 1000) if (inside / "tenants.json").is_file()]
+    around = islice(folder.iterdir(), 1000) if isinstance(folder, Path) else ()  # each would be a request to a bucket
+    runs = [inside.name for inside in around if (inside / "tenants.json").is_file()]
     return f"did you mean {source_name(source)}/{runs[0]}?" if len(runs) == 1 else "choose the folder of an adapter"
 
 

@@ -24,7 +24,7 @@ def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, s
             raise ValueError(f"{where}: the {'folder' if name else 'name'} is missing\ngive NAME=DIR")
         if name in sources or name == BASE:
             by = f": {BASE} is the base model" if name == BASE else f" by {sources[name]}"
-            raise ValueError(f"{where}: the name {name!r} is taken{by}\ngive another one, as NAME=DIR")
+            raise ValueError(f"{where}: the name {name!r} is taken{by}\ngive NAME=DIR with another name")
         sources[name] = source
     return sources
 

@@ -271,7 +271,7 @@ def test_generate_over_several_devices_answers_as_on_one(folder, trained, capsys
         (["--adapters", "acme=x", "--tenant", "acne"], "x: not a known name; use an adapter folder"),
         (["--adapters", "acme", "--tenant", "acme"], "acme.*adapter folder or a hub id"),
         (["--adapters", "base=x", "--tenant", "base"], "--adapters 'base=x': .*base is the base model"),
-        (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': the name 'a' is taken by x\ngive another"),
+        (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': the name 'a' is taken by x\ngive NAME=DIR"),
         (["--adapters", "=x", "--tenant", "a"], "--adapters '=x': the name is missing\ngive NAME=DIR"),
         (["--adapters", "a=", "--tenant", "a"], "--adapters 'a=': the folder is missing\ngive NAME=DIR"),
         (["--adapters", "acme=/nowhere", "--tenant", "acme"], "/nowhere"),
