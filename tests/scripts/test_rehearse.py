@@ -53,7 +53,7 @@ def test_the_table_tells_what_fails_and_what_does_not_fit():
     assert "decode" not in lines[0]  # a column that nobody filled
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_rehearsal_kills_and_resumes_in_a_bucket():
     command = [sys.executable, str(ROOT / "scripts" / "rehearse.py"), "v5e:2x2", str(CONFIGS[0]), "--no-compile"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)

@@ -87,9 +87,11 @@ def on_one():
     return served(None)[0]
 
 
-@pytest.mark.parametrize(
-    "sizes", [(1, 1, 2), *(pytest.param(s, marks=pytest.mark.long) for s in [(1, 1, 4), (2, 2, 2)])]
-)
+@pytest.mark.parametrize("sizes", [
+    pytest.param((1, 1, 2), marks=pytest.mark.long),
+    pytest.param((1, 1, 4), marks=pytest.mark.slow),
+    pytest.param((2, 2, 2), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_an_engine_over_a_mesh_answers_as_one_device_does_and_compiles_nothing_after_warm_up(sizes, on_one):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
