@@ -65,7 +65,7 @@ class Engine:
     ):
         """
         Args:
-            model: of the layout "layers", on devices of this host.
+            model: on one device or several of this host.
             bank: the tenants to serve; `bank.methods` lists the adapter methods that may join. None: the base model
                 alone.
             slots: rows that decode together.
