@@ -7,9 +7,20 @@ window. Whatever the backbone cannot compute is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..config import LayerKind, ModelConfig, RotaryConfig, shorten
+from .config_values import (
+    check,
+    config_activation,
+    config_bool,
+    config_int,
+    config_number,
+    config_softcap,
+    config_token_ids,
+)
+from .rotary_config import LAYER_TYPES, rotaries
 
 #: The values of missing keys in a Llama config. The families list only their differences.
 DEFAULTS = {
@@ -33,20 +44,8 @@ NULLABLE = {
     "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
 
-#: Limits on a config. Published models have at most 126 layers and a handful of ids that end a text.
-MAX_LAYERS, MAX_TOKEN_IDS = 1000, 1000
-
-LAYER_TYPES = ("full_attention", "sliding_attention")
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-}
+#: Published models have at most 126 layers.
+MAX_LAYERS = 1000
 
 UNSUPPORTED = {
     "text_config": "a multimodal model",
@@ -72,6 +71,8 @@ class Family(NamedTuple):
     """ModelConfig fields, computed from the config with its defaults"""
     sliding: Callable[[dict, int], bool] = lambda c, layer: False
     """whether a layer has a window, if `layer_types` is missing"""
+    rotary: Callable[[dict, int], bool] = lambda c, layer: True
+    """whether a layer has a rotary embedding"""
 
 
 def gemma(c: dict) -> dict:
@@ -96,6 +97,10 @@ def gemma3(c: dict) -> dict:
     return gemma2(c) | {"qk_norm": "head"}
 
 
+def olmo(c: dict) -> dict:
+    return {"pre_norm": False, "post_norm": True, "qk_norm": "projection"}
+
+
 def granite(c: dict) -> dict:
     return {
         "attention_scale": config_number(c, "attention_multiplier"),
@@ -111,6 +116,20 @@ def windowed(c: dict, layer: int) -> bool:
 
 def qwen_windowed(c: dict, layer: int) -> bool:
     return c["sliding_window"] is not None and layer >= config_int(c, "max_window_layers", least=0)
+
+
+def smollm3_windowed(c: dict, layer: int) -> bool:
+    return c["sliding_window"] is not None and not smollm3_rotary(c, layer)
+
+
+def smollm3_rotary(c: dict, layer: int) -> bool:
+    """no_rope_layers has a 0 for each layer without a rotary embedding. transformers lets it be longer."""
+    flags = c["no_rope_layers"]
+    if flags is None:
+        return (layer + 1) % config_int(c, "no_rope_layer_interval") != 0
+    fits = isinstance(flags, list) and len(flags) > layer and type(flags[layer]) is int and flags[layer] in (0, 1)
+    check(fits, "no_rope_layers", flags, "a list with a 0 or 1 for each layer")
+    return flags[layer] == 1
 
 
 QWEN = {
@@ -132,9 +151,16 @@ GEMMA3 = GEMMA2 | {
 MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
 PHI3 = {
     "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "partial_rotary_factor": 1.0,
+    "original_max_position_embeddings": 4096,
     "eos_token_id": 32000, "pad_token_id": 32000,
 }  # fmt: skip
 OLMO2 = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279, "pad_token_id": 1}
+OLMO3 = OLMO2 | {"sliding_window": 4096, "layer_types": None, "rope_theta": 5e5, "rope_local_base_freq": None}
+SMOLLM3 = {
+    "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "tie_word_embeddings": True,
+    "use_sliding_window": False, "layer_types": None, "no_rope_layers": None, "no_rope_layer_interval": 4,
+    "bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004,
+}  # fmt: skip
 GRANITE: dict[str, Any] = dict.fromkeys(
     ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0
 )
@@ -149,7 +175,9 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(GEMMA2, gemma2, lambda c, layer: layer % 2 == 0),
     "gemma3_text": Family(GEMMA3, gemma3, lambda c, layer: (layer + 1) % config_int(c, "sliding_window_pattern") != 0),
     "phi3": Family(PHI3, sliding=windowed),
-    "olmo2": Family(OLMO2, lambda c: {"pre_norm": False, "post_norm": True, "qk_norm": "projection"}),
+    "olmo2": Family(OLMO2, olmo),
+    "olmo3": Family(OLMO3, olmo, lambda c, layer: (layer + 1) % 4 != 0),
+    "smollm3": Family(SMOLLM3, sliding=smollm3_windowed, rotary=smollm3_rotary),
     "granite": Family(GRANITE, granite),
 }
 
@@ -166,6 +194,8 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     kv_heads = heads if c["num_key_value_heads"] is None else config_int(c, "num_key_value_heads")
     check(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
     head_dim = config_int(c, "hidden_size") // heads if c["head_dim"] is None else config_int(c, "head_dim")
+    kinds = layer_kinds(c, family, head_dim)
+    cut = [kind.rotary.original_max_positions for kind in kinds if kind.rotary.scaling == "longrope"]
     values = {
         "model_type": c["model_type"],
         "vocab_size": config_int(c, "vocab_size"),
@@ -174,8 +204,8 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "kinds": layer_kinds(c, family, head_dim),
-        "max_positions": config_int(c, "max_position_embeddings"),
+        "kinds": kinds,
+        "max_positions": min([config_int(c, "max_position_embeddings"), *cut]),
         "activation": config_activation(c, "hidden_act"),
         "norm_eps": float(config_number(c, "rms_norm_eps")),
         "qkv_bias": config_bool(c, "attention_bias"),
@@ -194,14 +224,16 @@ def supported_family(config: dict[str, Any]) -> Family:
     """The family of a config's model_type. Raises ValueError if the config uses something that is not supported."""
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"config.json has no model_type; supported are {', '.join(FAMILIES)}")
-    found = [f"{key} ({why})" for key, why in UNSUPPORTED.items() if config.get(key)]
-    if config["model_type"] not in FAMILIES:
+    family = FAMILIES.get(config["model_type"])
+    own = family.defaults if family else {}
+    found = [f"{key} ({why})" for key, why in UNSUPPORTED.items() if config.get(key) and key not in own]
+    if family is None:
         also = f", with {', '.join(found)}," if found else ""
         name = shorten(config["model_type"])
         raise ValueError(f"model_type {name}{also} is not supported; supported are {', '.join(FAMILIES)}")
     if found:
         raise ValueError(f"config.json is not supported: it has {', '.join(found)}; choose another backbone")
-    return FAMILIES[config["model_type"]]
+    return family
 
 
 def layer_kinds(c: dict, family: Family, head_dim: int) -> tuple[LayerKind, ...]:
@@ -217,116 +249,12 @@ def layer_kinds(c: dict, family: Family, head_dim: int) -> tuple[LayerKind, ...]
         raise ValueError(f"config.json: {c['model_type']} supports no layer_types except {derived[0]}")
     full_only = c["sliding_window"] is None and "sliding_attention" not in types
     window = None if full_only else config_int(c, "sliding_window")
-    full, local = rotaries(c, family, head_dim)
+    full, local = rotaries(c, family.defaults, head_dim)
     kinds: dict[str, LayerKind] = dict(
         zip(LAYER_TYPES, (LayerKind(rotary=full), LayerKind(rotary=local, window=window)), strict=True)
     )
-    return tuple(kinds[name] for name in types)
-
-
-def rotaries(c: dict, family: Family, head_dim: int) -> tuple[RotaryConfig, RotaryConfig]:
-    """The rotary embeddings of layers with full attention and with a window. They differ only in Gemma 3."""
-    parameters, scaling = config_mapping(c, "rope_parameters"), config_mapping(c, "rope_scaling")
-    base = {key: c[key] for key in ("rope_theta", "partial_rotary_factor") if key in c}
-    if "rope_local_base_freq" not in family.defaults:
-        nested = [name for name in LAYER_TYPES if name in parameters]
-        if nested:
-            raise ValueError(f"config.json: {c['model_type']} supports no rope_parameters for {nested[0]}")
-        length = {key: c[key] for key in {"original_max_position_embeddings"} & c.keys()}  # in transformers it wins
-        found = [rotary(base | given | length, c, family, head_dim) for given in (scaling, parameters) if given]
-        if len(set(found)) > 1:
-            raise ValueError("config.json: rope_scaling and rope_parameters differ; delete the one that is wrong")
-        one = found[0] if found else rotary(base, c, family, head_dim)
-        return one, one
-    known = set(parameters) <= set(LAYER_TYPES)
-    check(known, "rope_parameters", sorted(parameters), "a mapping with " + " and ".join(LAYER_TYPES))
-    full = rotary(base | config_mapping(parameters, "full_attention") | scaling, c, family, head_dim)
-    base["rope_theta"] = config_number(c, "rope_local_base_freq")
-    return full, rotary(base | config_mapping(parameters, "sliding_attention"), c, family, head_dim)
-
-
-def rotary(rope: dict, c: dict, family: Family, head_dim: int) -> RotaryConfig:
-    """A rotary embedding from its parameters in a config, `rope`."""
-    share = config_number(rope, "partial_rotary_factor") if "partial_rotary_factor" in rope else 1.0
-    if share != 1.0 and "partial_rotary_factor" not in family.defaults:
-        raise ValueError(f"config.json: {c['model_type']} does not support partial_rotary_factor {share}")
-    dims = int(head_dim * share)
-    fits = dims % 2 == 0 and 2 <= dims <= head_dim
-    check(fits, "the number of rotary dimensions", dims, f"even, and at most head_dim {head_dim}")
-    plain = {"dims": dims, "theta": float(config_number(rope, "rope_theta"))}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return RotaryConfig(**plain)
-    if kind not in ("linear", "llama3"):
-        raise ValueError(
-            f"config.json: rope_type {shorten(kind)} is not supported; only default, linear and llama3 are"
-        )
-    scaled = plain | {"scaling": kind, "factor": float(config_number(rope, "factor"))}
-    if kind == "linear":
-        return RotaryConfig(**scaled)
-    low, high = float(config_number(rope, "low_freq_factor")), float(config_number(rope, "high_freq_factor"))
-    check(low < high, "low_freq_factor", low, f"less than high_freq_factor {high}")
-    original = {"original_max_position_embeddings": c["max_position_embeddings"]} | rope
-    original_max = config_int(original, "original_max_position_embeddings")
-    return RotaryConfig(**scaled, low_freq_factor=low, high_freq_factor=high, original_max_positions=original_max)
-
-
-# ------------------------------------------------------------------------------------------- one value of a config.json
-
-
-def config_int(c: dict, key: str, least: int = 1, most: int = 2**31 - 1) -> int:
-    value = required(c, key)
-    fits = type(value) is int and least <= value <= most
-    check(fits, key, value, f"an integer from {least} to {most}")
-    return value
-
-
-def config_number(c: dict, key: str) -> float:
-    value = required(c, key)
-    fits = type(value) in (int, float) and 1e-30 <= value <= 1e30  # float32 can hold it and its inverse
-    check(fits, key, value, "a number from 1e-30 to 1e30")
-    return value
-
-
-def config_softcap(c: dict, key: str) -> float | None:
-    """The soft cap of logits; null means none. Zero is refused, because it would make all of them NaN."""
-    return None if c[key] is None else config_number(c, key)
-
-
-def config_bool(c: dict, key: str) -> bool:
-    check(type(c[key]) is bool, key, c[key], "true or false")
-    return c[key]
-
-
-def config_mapping(c: dict, key: str) -> dict:
-    value = {} if c.get(key) is None else c[key]
-    check(isinstance(value, dict), key, value, "a mapping")
-    return value
-
-
-def config_activation(c: dict, key: str) -> str:
-    check(c[key] in tuple(ACTIVATIONS), key, c[key], "one of " + ", ".join(ACTIVATIONS))
-    return ACTIVATIONS[c[key]]
-
-
-def config_token_ids(c: dict, key: str) -> tuple[int, ...]:
-    """Token ids from a number, a list or null. Negative ones are dropped: old configs use them for "none"."""
-    values = as_list(c[key])
-    fits = len(values) <= MAX_TOKEN_IDS and all(type(i) is int and i < 2**31 for i in values)
-    check(fits, key, c[key], f"a token id, or a list of at most {MAX_TOKEN_IDS}")
-    return tuple(dict.fromkeys(i for i in values if i >= 0))
-
-
-def as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def check(holds: bool, key: str, value: Any, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"config.json: {key} is {shorten(value)}; it must be {rule}")
-
-
-def required(c: dict, key: str) -> Any:
-    if c.get(key) is None:
-        raise ValueError(f"config.json has no {key}")
-    return c[key]
+    turned = [family.rotary(c, layer) for layer in range(layers)]
+    return tuple(
+        kinds[name] if turn else replace(kinds[name], rotary=RotaryConfig(dims=0))
+        for name, turn in zip(types, turned, strict=True)
+    )

@@ -17,7 +17,8 @@ from ..gguf.file import GgufFile
 from ..hub import resolve_backbone, resolve_config
 from ..sharding import tree_shardings, with_sharding
 from ..untrusted import read_json
-from .families import as_list, model_config
+from .config_values import as_list
+from .families import model_config
 from .kernel_choice import choice_named
 from .kernel_trial import choose_attention
 from .known_configs import KNOWN_CONFIGS

@@ -22,6 +22,7 @@ from .file import load_config as load_config
 from .file import save_config as save_config
 from .model import FUSED as FUSED
 from .model import SITES as SITES
+from .model import DividedRotaryConfig as DividedRotaryConfig
 from .model import LayerKind as LayerKind
 from .model import ModelConfig as ModelConfig
 from .model import RotaryConfig as RotaryConfig

@@ -12,16 +12,27 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryConfig:
-    """A rotary embedding (arXiv:2104.09864, rotate-half form) of the first `dims` dimensions of each head."""
+    """A rotary embedding (arXiv:2104.09864, rotate-half form) of the first `dims` dimensions of each head. dims = 0 is
+    none."""
 
     dims: int
     theta: float = 10000.0
-    scaling: Literal["none", "linear", "llama3"] = "none"
-    """linear divides all frequencies by `factor`, llama3 only the low ones"""
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    """linear divides all frequencies by `factor`, llama3 only the low ones, yarn and longrope each by its own number"""
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DividedRotaryConfig(RotaryConfig):
+    """A rotary embedding with scaling yarn or longrope."""
+
+    divisors: tuple[float, ...]
+    """one per frequency, which it divides"""
+    attention_factor: float = 1.0
+    """multiplies the rotated parts of queries and keys"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,48 @@ def test_rotary_scalings_and_partial_rotary_are_read():
     assert [(kind.rotary.theta, kind.rotary.scaling) for kind in gemma3[1:]] == [(100.0, "none"), (1e6, "linear")]
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "type": "longrope",
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.5] * 8,
+    "long_factor": [8.0] * 8,
+}
+
+
+def test_longrope_ends_at_the_original_length():
+    """Beyond it transformers changes the frequencies of all positions, also of those in a cache."""
+    longrope = model_config(minimal("phi3", rope_scaling=LONGROPE | {"type": "su"}, max_position_embeddings=131072))
+    assert longrope.max_positions == 4096  # phi3's config has the length next to rope_scaling
+    llama = model_config(minimal("llama", rope_scaling=LONGROPE, max_position_embeddings=128))
+    assert llama.max_positions == 64 and llama.kinds[0].rotary.divisors == (1.5,) * 8
+    assert llama.kinds[0].rotary.attention_factor == pytest.approx((1 + 1 / 6) ** 0.5)  # log 2 / log 64
+    assert model_config(minimal("llama", rope_scaling=YARN, max_position_embeddings=128)).max_positions == 128
+
+
+def test_a_given_attention_factor_is_taken():
+    for scaling in (YARN, LONGROPE):
+        given = model_config(minimal("llama", rope_scaling=scaling | {"attention_factor": 1.25}))
+        assert given.kinds[0].rotary.attention_factor == 1.25
+
+
+def test_some_layers_of_smollm3_have_no_rotary_embedding():
+    def dims(**keys):
+        return [kind.rotary.dims for kind in model_config(minimal("smollm3", **keys)).kinds]
+
+    assert dims() == [16, 16, 16, 0] * 3 + [16]
+    assert dims(no_rope_layer_interval=2)[:4] == [16, 0, 16, 0]
+    assert dims(no_rope_layers=[0] + [1] * 20) == [0] + [16] * 12  # transformers takes a list that is too long
+    windowed = model_config(minimal("smollm3", use_sliding_window=True, sliding_window=6, no_rope_layer_interval=2))
+    assert [kind.window for kind in windowed.kinds[:4]] == [None, 6, None, 6]
+
+
+def test_only_full_attention_of_olmo3_is_scaled():
+    sliding, full = model_config(minimal("olmo3", rope_scaling=YARN, rope_theta=9.0)).kinds[2:4]
+    assert (sliding.window, sliding.rotary.scaling, sliding.rotary.theta) == (4096, "none", 9.0)
+    assert (full.window, full.rotary.scaling, full.rotary.theta) == (None, "yarn", 9.0)
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -210,8 +252,17 @@ def test_a_missing_size_is_named(key):
         ({"attention_chunk_size": 8}, "attention_chunk_size"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
-        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_type 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' has no original_max_position_embeddings"),
+        ({"rope_scaling": YARN | {"beta_slow": 64}}, "beta_slow is 64.*less than beta_fast 32"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate is 1"),
+        ({"rope_scaling": YARN | {"attention_factor": 0}}, "attention_factor is 0"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta is 1.0.*'yarn'"),
+        ({"rope_scaling": LONGROPE | {"short_factor": None}}, "'longrope' has no short_factor"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0] * 7}}, "short_factor is .*a list of 8 numbers"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0] * 7 + [0]}}, "short_factor is 0"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers .layers without rotary embedding"),
+        ({"model_type": "smollm3", "no_rope_layers": [1] * 12}, "no_rope_layers is .*0 or 1 for each layer"),
+        ({"model_type": "smollm3", "no_rope_layers": [2] * 13}, "no_rope_layers is .*0 or 1 for each layer"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"rope_scaling": {"type": "linear"}}, "no factor"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),

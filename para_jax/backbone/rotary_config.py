@@ -1,0 +1,139 @@
+"""The rotary embeddings of a config.json, in the form of published models (rope_scaling) and in that of transformers 5
+(rope_parameters)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+
+from ..config import DividedRotaryConfig, RotaryConfig, shorten
+from .config_values import check, config_bool, config_int, config_mapping, config_number
+from .rotary import yarn_divisors
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def rotaries(c: dict, own: Collection[str], head_dim: int) -> tuple[RotaryConfig, RotaryConfig]:
+    """The rotary embeddings of layers with full attention and with a window. They differ only in Gemma 3 and OLMo 3.
+
+    Args:
+        own: the keys that the family has and Llama lacks.
+    """
+    parameters, scaling = config_mapping(c, "rope_parameters"), config_mapping(c, "rope_scaling")
+    base = {key: c[key] for key in ("rope_theta", "partial_rotary_factor") if key in c}
+    if "rope_local_base_freq" not in own:
+        nested = [name for name in LAYER_TYPES if name in parameters]
+        if nested:
+            raise ValueError(f"config.json: {c['model_type']} supports no rope_parameters for {nested[0]}")
+        length = {key: c[key] for key in {"original_max_position_embeddings"} & c.keys()}  # in transformers it wins
+        found = [rotary(base | given | length, c, own, head_dim) for given in (scaling, parameters) if given]
+        if len(set(found)) > 1:
+            raise ValueError("config.json: rope_scaling and rope_parameters differ; delete the one that is wrong")
+        one = found[0] if found else rotary(base, c, own, head_dim)
+        return one, one
+    known = set(parameters) <= set(LAYER_TYPES)
+    check(known, "rope_parameters", sorted(parameters), "a mapping with " + " and ".join(LAYER_TYPES))
+    full = rotary(base | config_mapping(parameters, "full_attention") | scaling, c, own, head_dim)
+    if c["rope_local_base_freq"] is not None:
+        base["rope_theta"] = config_number(c, "rope_local_base_freq")
+    return full, rotary(base | config_mapping(parameters, "sliding_attention"), c, own, head_dim)
+
+
+def rotary(rope: dict, c: dict, own: Collection[str], head_dim: int) -> RotaryConfig:
+    """A rotary embedding from its parameters in a config, `rope`."""
+    share = config_number(rope, "partial_rotary_factor") if "partial_rotary_factor" in rope else 1.0
+    if share != 1.0 and "partial_rotary_factor" not in own:
+        raise ValueError(f"config.json: {c['model_type']} does not support partial_rotary_factor {share}")
+    dims = int(head_dim * share)
+    fits = dims % 2 == 0 and 2 <= dims <= head_dim
+    check(fits, "the number of rotary dimensions", dims, f"even, and at most head_dim {head_dim}")
+    plain = RotaryConfig(dims=dims, theta=float(config_number(rope, "rope_theta")))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return plain
+    if kind in ("su", "yarn") and "original_max_position_embeddings" in own:
+        kind = "longrope"  # its names in Phi-3's first configs
+    if kind not in tuple(SCALINGS):
+        raise ValueError(f"config.json: rope_type {shorten(kind)} is not supported; only {', '.join(SCALINGS)} are")
+    read, needed = SCALINGS[kind]
+    for key in needed:
+        if rope.get(key) is None:
+            raise ValueError(f"config.json: rope_type {kind!r} has no {key}")
+    return read(plain, rope, c)
+
+
+def linear(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
+    return replace(plain, scaling="linear", factor=float(config_number(rope, "factor")))
+
+
+def llama3(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
+    low, high = float(config_number(rope, "low_freq_factor")), float(config_number(rope, "high_freq_factor"))
+    check(low < high, "low_freq_factor", low, f"less than high_freq_factor {high}")
+    original = {"original_max_position_embeddings": c["max_position_embeddings"]} | rope
+    return replace(
+        linear(plain, rope, c),
+        scaling="llama3",
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_positions=config_int(original, "original_max_position_embeddings"),
+    )
+
+
+def yarn(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
+    given = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True} | {k: v for k, v in rope.items() if v is not None}
+    factor, original = float(config_number(rope, "factor")), config_int(rope, "original_max_position_embeddings")
+    fast, slow = float(config_number(given, "beta_fast")), float(config_number(given, "beta_slow"))
+    check(slow < fast, "beta_slow", slow, f"less than beta_fast {fast}")
+    check(plain.theta > 1, "rope_theta", plain.theta, "more than 1 with rope_type 'yarn'")
+    divisors = yarn_divisors(plain, factor, original, fast, slow, config_bool(given, "truncate"))
+    return divided(plain, "yarn", original, divisors, rope, yarn_attention(rope, factor))
+
+
+def yarn_attention(rope: dict, factor: float) -> float:
+    """YaRN's factor on queries and keys, sqrt(1/t) in equation 22 of arXiv:2309.00071. mscale is DeepSeek's."""
+
+    def of(scale: float) -> float:
+        return 0.1 * scale * math.log(max(factor, 1.0)) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return of(config_number(rope, "mscale")) / of(config_number(rope, "mscale_all_dim"))
+    return of(1.0)
+
+
+def longrope(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
+    """LongRoPE (arXiv:2402.13753) with the factors of short texts. transformers takes long_factor for all positions
+    once a text is longer than the original length, so keys in a cache would change while a text grows. Here the
+    original length is the model's longest."""
+    original = config_int(rope, "original_max_position_embeddings", least=2)
+    divisors, count = rope["short_factor"], plain.dims // 2
+    fits = isinstance(divisors, list) and len(divisors) == count
+    check(fits, "short_factor", divisors, f"a list of {count} numbers, one per frequency")
+    divisors = tuple(float(config_number({"short_factor": each}, "short_factor")) for each in divisors)
+    longest = config_int(c, "max_position_embeddings")
+    factor = longest / original if rope.get("factor") is None else float(config_number(rope, "factor"))
+    attention = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original))
+    return divided(plain, "longrope", original, divisors, rope, attention)
+
+
+def divided(plain: RotaryConfig, scaling, original: int, divisors, rope: dict, attention: float) -> RotaryConfig:
+    """With the attention factor that the config gives, or else `attention`."""
+    if rope.get("attention_factor") is not None:
+        attention = float(config_number(rope, "attention_factor"))
+    return DividedRotaryConfig(
+        dims=plain.dims,
+        theta=plain.theta,
+        scaling=scaling,
+        original_max_positions=original,
+        divisors=divisors,
+        attention_factor=attention,
+    )
+
+
+#: By rope_type: the function that reads it, and the keys that it needs.
+SCALINGS = {
+    "linear": (linear, ("factor",)),
+    "llama3": (llama3, ("factor", "low_freq_factor", "high_freq_factor")),
+    "yarn": (yarn, ("factor", "original_max_position_embeddings")),
+    "longrope": (longrope, ("short_factor", "original_max_position_embeddings")),
+}
