@@ -28,6 +28,8 @@ from .tasks import TASKS, field, names_of
 #: Examples per call of the tokenizer.
 ENCODED_AT_ONCE = 1024
 SPLITS = ("train", "validation", "test")
+#: What an answer may have next to its content. It would be lost: only the content is learnt and scored.
+NOT_LEARNT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 class Record(NamedTuple):
@@ -91,7 +93,8 @@ def read_records(
 
     Args:
         prompt, completion: templates over the columns, such as "{instruction}\\n{input}". Default: the columns `prompt`
-            and `completion` (text or messages), or `messages`, where each assistant turn becomes a record.
+            and `completion` (text or messages), or `messages`, where each assistant turn becomes a record. The row's
+            `references` and `label` are those of the last turn.
         task: a name from TASKS. Its record function reads the rows, unless there is a template, or the rows have
             `prompt` and `completion`.
     """
@@ -173,17 +176,29 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
         turns = split_conversation(checked_messages("messages", row["messages"]))
         if not turns:
             raise ValueError("messages has no turn with the role assistant; add the answer to learn")
-        return [(prompt_messages(before), turn["content"], (turn["content"],), None) for before, turn in turns]
+        *earlier, (prompt, last) = [(prompt_messages(before), answer_text(turn)) for before, turn in turns]
+        of_earlier = [(before, answer, (answer,), None) for before, answer in earlier]
+        return [*of_earlier, (prompt, last, references(row, last), row.get("label"))]
     prompt = fill(templates["prompt"], row) if templates["prompt"] else column(row, "prompt")
     completion = fill(templates["completion"], row) if templates["completion"] else column(row, "completion")
     if isinstance(completion, list):
         if len(completion) != 1 or completion[0]["role"] != "assistant":
             raise ValueError("completion must be text, or a list of one assistant message")
-        completion = completion[0]["content"]
+        completion = answer_text(completion[0])
     for name, value in (("prompt", prompt), ("completion", completion)):
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{name} is empty")
     return [(prompt, completion, references(row, completion), row.get("label"))]
+
+
+def answer_text(turn: dict) -> str:
+    """What is learnt of an assistant turn: its content."""
+    if lost := [name for name in NOT_LEARNT if turn.get(name)]:
+        raise ValueError(
+            f"an assistant turn has {lost[0]}, and only its content is learnt\nwrite {lost[0]} into the content, as "
+            "the model is to answer, or remove it"
+        )
+    return turn["content"]
 
 
 def label_text(label: object) -> str | None:

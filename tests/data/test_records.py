@@ -44,6 +44,30 @@ def test_k_assistant_turns_are_k_records(tmp_path):
     ]
 
 
+def test_references_and_label_of_a_conversation_are_those_of_its_last_answer(tmp_path):
+    row = {"messages": [USER, BOT, USER, BOT | {"content": "bye"}], "references": ["bye", "see you"], "label": 2}
+    file = write(tmp_path, row, {"messages": [USER, BOT], "label": None})
+    assert [(r.completion, r.references, r.label) for r in read_records(file)] == [
+        ("hi", ("hi",), None),
+        ("bye", ("bye", "see you"), "2"),
+        ("hi", ("hi",), None),
+    ]
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "thinking"])
+def test_an_answer_with_more_than_content_is_refused_because_that_would_not_be_learnt(tmp_path, key):
+    more = BOT | {key: [{"function": {"name": "f"}}]}
+    for row in (
+        {"messages": [USER, more]},
+        {"messages": [USER, more, USER, BOT]},
+        {"prompt": [USER], "completion": [more]},
+    ):
+        with pytest.raises(ValueError, match=f"data.jsonl:1: an assistant turn has {key}, and only its content"):
+            read_records(write(tmp_path, row))
+    empty = {"messages": [USER, BOT | {key: None}, USER | {key: "kept"}, BOT | {key: []}]}  # as Parquet fills rows up
+    assert [record.completion for record in read_records(write(tmp_path, empty))] == ["hi", "hi"]
+
+
 def test_templates_read_any_columns(tmp_path):
     file = write(tmp_path, {"instruction": "add", "input": "{0.x} 1", "n": 2, "output": "3"})
     made = read_records(file, prompt="{{{instruction}}}\n{input} {n}", completion="{output}")
