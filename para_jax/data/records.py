@@ -93,8 +93,8 @@ def read_records(
 
     Args:
         prompt, completion: templates over the columns, such as "{instruction}\\n{input}". Default: the columns `prompt`
-            and `completion` (text or messages), or `messages`, where each assistant turn becomes a record. The row's
-            `references` and `label` are those of the last turn.
+            and `completion` (text or messages), or, if the row lacks one of them, `messages`, where each assistant turn
+            becomes a record. The row's `references` and `label` are those of the last turn.
         task: a name from TASKS. Its record function reads the rows, unless there is a template, or the rows have
             `prompt` and `completion`.
     """
@@ -172,13 +172,15 @@ def records_of(
 
 def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt, str, tuple[str, ...], object]]:
     """A row's (prompt, completion, references, label). A row of `messages` gives one for each assistant turn."""
-    if "messages" in row and not any(templates.values()) and "prompt" not in row:
+    if "messages" in row and not any(templates.values()) and not {"prompt", "completion"} <= row.keys():
         turns = split_conversation(checked_messages("messages", row["messages"]))
         if not turns:
             raise ValueError("messages has no turn with the role assistant; add the answer to learn")
         *earlier, (prompt, last) = [(prompt_messages(before), answer_text(turn)) for before, turn in turns]
         of_earlier = [(before, answer, (answer,), None) for before, answer in earlier]
         return [*of_earlier, (prompt, last, references(row, last), row.get("label"))]
+    for name, template in templates.items():
+        require_braces(name, template or "", row)
     prompt = fill(templates["prompt"], row) if templates["prompt"] else column(row, "prompt")
     completion = fill(templates["completion"], row) if templates["completion"] else column(row, "completion")
     if isinstance(completion, list):
@@ -240,6 +242,17 @@ def fill(template: str, row: dict) -> str:
                 raise ValueError(f"{name} is NaN, a missing value; a template takes text and numbers")
             parts.append(str(value))
     return "".join(parts)
+
+
+def require_braces(name: str, template: str, row: dict) -> None:
+    """Raises ValueError for a template that is a column's name without braces, or null: an override of a template is
+    taken literally, so every row would have this word."""
+    word = template.strip()
+    if word and (word in row or word == "null"):
+        raise ValueError(
+            f"data.{name} is {shorten(template)}, so every {name} would be this word\nwrite 'data.{name}={{{word}}}' "
+            f"for a column {word}, or 'data.{name}=' for the column {name}"
+        )
 
 
 def template_fields(where: str, template: str) -> list[tuple[str, str | None]]:

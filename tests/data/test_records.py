@@ -74,6 +74,15 @@ def test_templates_read_any_columns(tmp_path):
     assert (made[0].prompt, made[0].completion) == ("{add}\n{0.x} 1 2", "3")
 
 
+def test_a_row_with_messages_needs_no_other_column(tmp_path):
+    """Public chats often have a `prompt` too, the first message as text, but no `completion`."""
+    more = [{}, {"prompt": "hello", "prompt_id": "x"}, {"completion": "hi"}]
+    made = read_records(write(tmp_path, *({"messages": [USER, BOT]} | columns for columns in more)))
+    assert [record[:2] for record in made] == [([USER], "hi")] * 3
+    ready = {"messages": [USER, BOT], "prompt": "a", "completion": "b"}
+    assert read_records(write(tmp_path, ready))[0][:2] == ("a", "b")
+
+
 def test_one_template_goes_with_the_other_s_own_column(tmp_path):
     file = write(tmp_path, {"question": "why", "completion": "so", "messages": []})
     assert read_records(file, prompt="{question}?")[0][:2] == ("why?", "so")
@@ -142,12 +151,21 @@ def test_bytes_that_are_not_text_name_file_and_line(tmp_path):
         ("{a:>9999999999}", r"not a plain \{column\}"),
         ("{}", r"not a plain \{column\}"),
         ("{a", r"\{\{ or \}\}"),
+        ("a", r"every prompt would be this word\nwrite 'data.prompt=\{a\}' for a column a"),
+        ("null", "or 'data.prompt=' for the column prompt"),  # an override of a template is taken literally
     ],
 )
 def test_a_template_can_only_name_columns(tmp_path, template, message):
     file = write(tmp_path, {"a": "x", "b": []})
     with pytest.raises(ValueError, match=message):
         read_records(file, prompt=template, completion="{a}")
+
+
+def test_other_constant_templates_are_allowed(tmp_path):
+    file = write(tmp_path, {"a": "x"})
+    assert read_records(file, prompt="Write a line:", completion="{a}")[0][:2] == ("Write a line:", "x")
+    with pytest.raises(ValueError, match="every completion would be this word"):
+        read_records(file, prompt="{a}", completion="a")
 
 
 def test_missing_or_empty_files_and_unknown_tasks_are_named(tmp_path):
