@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import DataSection, one_of
+from ..messages import warn
 from ..untrusted import safe_names
 from .tfds import plain
 
@@ -102,7 +103,17 @@ def splits_of(label: str, data: Any) -> dict[str, GivenSplit]:
             "validation and test. Give rows as a list of dicts, one for each row"
         )
     named = {split: f'{label}["{split}"]' for split in SPLITS if data.get(split) is not None}
+    for split in [split for split in named if split != "train" and hides_labels(data[split])]:
+        warn(f"{named.pop(split)}: its labels are hidden (-1), so it is left out")
     return {split: GivenSplit(own, split, sequence_of(own, data[split])) for split, own in named.items()}
+
+
+def hides_labels(data: Any) -> bool:
+    """Whether a datasets.Dataset has -1 as a label, as the test data of GLUE does: a hidden one."""
+    features = getattr(data, "features", None) if hasattr(data, "with_format") else None
+    labels = [name for name, kind in (features or {}).items() if type(kind).__name__ == "ClassLabel"]
+    first = data.with_format(None)[:1] if labels else {}
+    return any(-1 in first[name] for name in labels)
 
 
 def sequence_of(label: str, data: Any) -> Sequence[Any]:
