@@ -137,7 +137,7 @@ def encode_records(records: list[Record], tokenizer, section: DataSection) -> En
     dropped = set(long)
     kept = [i for i in range(len(examples)) if i not in dropped]
     if not kept:
-        raise ValueError(f"every example is longer than data.max_seq_length {section.max_seq_length}; raise it")
+        raise all_too_long(records[0].place, section)
     return EncodedRecords([examples[i] for i in kept], [records[i] for i in kept], skipped=len(long))
 
 
@@ -304,6 +304,11 @@ def too_long(first: Example, place: str, long: int, count: int, section: DataSec
     limit, tokens = section.max_seq_length, len(first.prompt_ids) + len(first.completion_ids)
     said = f"{place}: {tokens} tokens exceed data.max_seq_length {limit} ({long} of {count} examples are too long)"
     return TooLong(said, long, count, limit)
+
+
+def all_too_long(place: str, section: DataSection) -> ValueError:
+    """The error for data of which nothing is left."""
+    return ValueError(f"{place}: every example is longer than data.max_seq_length {section.max_seq_length}; raise it")
 
 
 def cut_left(example: Example, length: int, bos: int | None, place: str) -> Example:

@@ -246,7 +246,7 @@ def test_skip_leaves_the_long_ones_out_and_counts_them():
     made = encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=20, truncate="skip"))
     assert [r.place for r in made.records] == ["file:1", "file:3"] and len(made.examples) == 2
     assert made.skipped == 2 and made.report() == "2 examples, 2 too long and skipped"
-    with pytest.raises(ValueError, match="every example is longer than data.max_seq_length 2"):
+    with pytest.raises(ValueError, match="^file:1: every example is longer than data.max_seq_length 2"):
         encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=2, truncate="skip"))
 
 
