@@ -110,8 +110,9 @@ def splits_of(label: str, data: Any) -> dict[str, GivenSplit]:
 
 def hides_labels(data: Any) -> bool:
     """Whether a datasets.Dataset has -1 as a label, as the test data of GLUE does: a hidden one."""
-    features = getattr(data, "features", None) if hasattr(data, "with_format") else None
-    labels = [name for name, kind in (features or {}).items() if type(kind).__name__ == "ClassLabel"]
+    whole = hasattr(data, "with_format") and hasattr(data, "__len__")
+    features = (getattr(data, "features", None) if whole else None) or {}
+    labels = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
     first = data.with_format(None)[:1] if labels else {}
     return any(-1 in first[name] for name in labels)
 

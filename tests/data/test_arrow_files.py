@@ -160,6 +160,9 @@ def test_a_split_with_hidden_labels_is_no_test_data(splits, capsys):
     assert 'data["test"]: its labels are hidden (-1), so it is left out' in capsys.readouterr().err
     assert [prompts(section, split) for split in ("train", "validation", "test")] == [["train"], ["validation"], None]
 
+    with pytest.raises(ValueError, match=r'data\["test"\] must be .*; got IterableDataset'):
+        with_data(DataSection(), {"train": made["train"], "test": made["test"].to_iterable_dataset()})
+
 
 def test_a_data_set_without_splits_is_what_it_is_named_for(splits, tmp_path):
     alone = tmp_path / "alone"
