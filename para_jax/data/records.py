@@ -28,8 +28,8 @@ from .tasks import TASKS, field, names_of
 #: Examples per call of the tokenizer.
 ENCODED_AT_ONCE = 1024
 SPLITS = ("train", "validation", "test")
-#: What an answer may have next to its content. It would be lost: only the content is learnt and scored.
-NOT_LEARNT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+#: What chat templates read of an answer besides its content. It would be lost: only the content is learnt and scored.
+NOT_LEARNT = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 
 class Record(NamedTuple):
