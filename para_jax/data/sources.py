@@ -48,6 +48,9 @@ def source_of(section: DataSection, split: str) -> Source | None:
 def existing(split: str, path: Path | BucketPath) -> Source:
     """The data at a path. A folder without the split's file is an error."""
     found = in_folder(path, split) if path.is_dir() else path
+    if found is None and is_saved(path):
+        there = printable(", ".join(splits_of_saved(path)), 200)
+        raise ValueError(f"data.{split}: {path} has no split {split}, but {there}; write hf:{path}::SPLIT")
     if found is None or (not isinstance(found, DatasetSplit) and not found.is_file()):
         missing = path / f"{split}.jsonl" if path.is_dir() else path
         advice = "" if isinstance(missing, BucketPath) else nearest(missing)

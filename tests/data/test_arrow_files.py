@@ -141,6 +141,10 @@ def test_a_source_that_names_its_split_has_no_other_splits(splits):
     assert [prompts(section, split) for split in ("train", "validation", "test")] == [["train"], None, None]
     section = DataSection(train=f"hf:{splits[1]}::validation", test=f"hf:{splits[1]}::train")
     assert [prompts(section, split) for split in ("train", "validation", "test")] == [["validation"], None, ["train"]]
+    made = datasets.DatasetDict(dev=splits[0]["train"])
+    made.save_to_disk(splits[1] / "of dev")
+    with pytest.raises(ValueError, match="data.train: .* has no split train, but dev; write hf:.*of dev::SPLIT"):
+        load_records(DataSection(train=str(splits[1] / "of dev")), "train")
     for wrong in ("train[:50%]", "dev"):
         with pytest.raises(ValueError, match="no split .*; choose one of test, train, validation"):
             load_records(DataSection(train=f"hf:{splits[1]}::{wrong}"), "train")
