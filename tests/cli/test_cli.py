@@ -130,10 +130,11 @@ def test_train_leaves_a_run_folder_and_the_results_of_the_command(folder, config
     assert scores["test_after_loss"] != scores["test_before_loss"]
 
 
-def test_evaluate_gives_the_score_that_training_gave(folder, config, trained, tmp_path):
+def test_evaluate_gives_the_score_that_training_gave(folder, config, trained, tmp_path, capsys):
     scores = json.loads((folder / "results" / "run.json").read_text())["scores"]
     for when, options in {"before": [], "after": ["--adapter", trained / "adapter"]}.items():
         assert command("evaluate", config, *options, "--results", tmp_path / "e.json") == 0
+        assert ("these are the base model's scores" in capsys.readouterr().err) == (not options)
         found = json.loads((tmp_path / "e.json").read_text())["scores"]["test"]
         assert found["loss"] == pytest.approx(scores[f"test_{when}_loss"], abs=1e-5) and found["count"] == 5
     assert command("evaluate", config, "--split", "validation", "--limit", 3, "--results", tmp_path / "e.json") == 0
