@@ -67,8 +67,8 @@ def train_one(options, config) -> None:
 
 
 def scores_of(result) -> dict[str, float]:
-    """The scores of the kept adapter, and the base model's test scores, by their names in the run's log. Of a run that
-    an earlier version began, the last ones that were logged."""
+    """The scores of the kept adapter, and the base model's test scores, by their names in the run's log. A run that an
+    earlier version began has the last ones that were logged."""
     from ..training.metrics_file import read_metrics
 
     rows = read_metrics(result.output_dir / "metrics.jsonl")

@@ -307,7 +307,7 @@ def too_long(first: Example, place: str, long: int, count: int, section: DataSec
 
 
 def all_too_long(place: str, section: DataSection) -> ValueError:
-    """The error for data of which nothing is left."""
+    """The error where no example is left."""
     return ValueError(f"{place}: every example is longer than data.max_seq_length {section.max_seq_length}; raise it")
 
 
