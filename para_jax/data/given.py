@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import DataSection, one_of
+from ..config import DataSection, one_of, shorten
 from ..messages import warn
 from ..untrusted import safe_names
 from .tfds import plain
@@ -75,6 +75,8 @@ def with_tenants(section: DataSection, data: Any) -> DataSection:
         )
     if not isinstance(data, Mapping) or not data:
         raise ValueError(f"data of many tenants must be a dict, {{name: rows}}; got {type(data).__name__}")
+    if wrong := [name for name in data if not isinstance(name, str)]:
+        raise ValueError(f"data of many tenants: the name {shorten(wrong[0])} is not a text; give str(name)")
     return replace(
         section, tenants=PYTHON, given={name: splits_of(f'data["{name}"]', one) for name, one in data.items()}
     )

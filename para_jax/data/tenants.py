@@ -87,8 +87,8 @@ def given_tenants(section: DataSection) -> dict[str, DataSection]:
             "data.tenants: the data of this run came from Python; give it again as train_tenants(config, data=...)"
         )
     for name in section.given:
-        require_name(Path(str(name)), str(name))
-    if len({str(name).lower() for name in section.given}) < len(section.given):
+        require_name(Path(name), name)
+    if len({name.lower() for name in section.given}) < len(section.given):
         raise ValueError(f"data of many tenants: two names differ only in case: {', '.join(sorted(section.given))}")
     return {
         name: replace(
