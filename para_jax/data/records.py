@@ -215,6 +215,9 @@ def column(row: dict, name: str) -> Prompt:
             f"to {name!r}"
         )
     value = field(row, name)
+    if isinstance(value, int | float) and not is_nan(value):
+        kind = type(value).__name__
+        raise ValueError(f"{name} must be text or messages, not {kind}; 'data.{name}={{{name}}}' writes it as text")
     return value if isinstance(value, str) else checked_messages(name, value)
 
 

@@ -112,6 +112,7 @@ def test_a_task_reads_its_published_rows(tmp_path):
         ({"prompt": " ", "completion": "b"}, "prompt is empty"),
         ({"prompt": "a", "completion": ""}, "completion is empty"),
         ({"prompt": 3, "completion": "b"}, "prompt .*int"),
+        ({"prompt": "a", "completion": 1}, r"completion .*int; 'data.completion=\{completion\}' writes it as text"),
         ({"prompt": "a", "completion": None}, "completion .*NoneType"),
         ({"prompt": [], "completion": "b"}, "prompt is empty"),
         ({"prompt": [{"role": "user"}], "completion": "b"}, "not a message"),
