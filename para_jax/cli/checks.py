@@ -69,7 +69,7 @@ def check_data(config: RunConfig, splits: Iterable[str]) -> None:
         if isinstance(expanded(config.data.tenants), BucketPath):
             return
         found = islice(tenant_sections(config.data.tenants, config.data).values(), CHECKED_TENANTS)
-        sections = [with_own_fields(replace(config, data=one), expanded(one.train)).data for one in found]
+        sections = [with_own_fields(replace(config, data=one), expanded(str(one.train))).data for one in found]
     for section in sections:
         for split in splits:
             source = getattr(section, split)

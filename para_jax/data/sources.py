@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..config import DataSection, expanded, nearest, printable, shorten
 from ..storage.bucket import BucketPath, Place
 from . import hf, tfds
@@ -45,7 +43,7 @@ def source_of(section: DataSection, split: str) -> Source | None:
     return None
 
 
-def existing(split: str, path: Path | BucketPath) -> Source:
+def existing(split: str, path: Place) -> Source:
     """The data at a path. A folder without the split's file is an error."""
     found = in_folder(path, split) if path.is_dir() else path
     if found is None and is_saved(path):
