@@ -248,13 +248,17 @@ def fill(template: str, row: dict) -> str:
 
 
 def require_braces(name: str, template: str, row: dict) -> None:
-    """Raises ValueError for a template that is a column's name without braces, or null: an override of a template is
-    taken literally, so every row would have this word."""
-    word = template.strip()
-    if word and (word in row or word == "null"):
+    """Raises ValueError for a template without columns that was to have one: a column's name without braces or, as in
+    other libraries, with two pairs of them; and null. Every row would have this text."""
+    parts = template_fields(f"data.{name}", template)
+    text = "".join(literal for literal, _ in parts).strip()
+    if not text or any(column is not None for _, column in parts):
+        return
+    close = text.replace("{ ", "{").replace(" }", "}")
+    if text == "null" or text in row or any(f"{{{column}}}" in close for column in row):
         raise ValueError(
-            f"data.{name} is {shorten(template)}, so every {name} would be this word\nwrite 'data.{name}={{{word}}}' "
-            f"for a column {word}, or 'data.{name}=' for the column {name}"
+            f"data.{name} is {shorten(template)}, so every {name} would be {shorten(text)}\nput the name of a column "
+            f"into one pair of braces, as {{column}}, or write 'data.{name}=' for the column {name}"
         )
 
 

@@ -152,8 +152,10 @@ def test_bytes_that_are_not_text_name_file_and_line(tmp_path):
         ("{a:>9999999999}", r"not a plain \{column\}"),
         ("{}", r"not a plain \{column\}"),
         ("{a", r"\{\{ or \}\}"),
-        ("a", r"every prompt would be this word\nwrite 'data.prompt=\{a\}' for a column a"),
-        ("null", "or 'data.prompt=' for the column prompt"),  # an override of a template is taken literally
+        ("a", r"every prompt would be 'a'\nput the name of a column into one pair of braces"),
+        ("Q: {{a}}", r"every prompt would be 'Q: \{a\}'\nput"),  # as lm-eval's templates have it
+        ("Q: {{ a }}", "every prompt would be"),
+        ("null", "or write 'data.prompt=' for the column prompt"),  # an override of a template is taken literally
     ],
 )
 def test_a_template_can_only_name_columns(tmp_path, template, message):
@@ -165,7 +167,8 @@ def test_a_template_can_only_name_columns(tmp_path, template, message):
 def test_other_constant_templates_are_allowed(tmp_path):
     file = write(tmp_path, {"a": "x"})
     assert read_records(file, prompt="Write a line:", completion="{a}")[0][:2] == ("Write a line:", "x")
-    with pytest.raises(ValueError, match="every completion would be this word"):
+    assert read_records(file, prompt='{{"a": "{a}"}}', completion="{a}")[0].prompt == '{"a": "x"}'
+    with pytest.raises(ValueError, match="every completion would be 'a'"):
         read_records(file, prompt="{a}", completion="a")
 
 
