@@ -59,6 +59,14 @@ def split_file(folder: Place, split: str) -> Place | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def misnamed_validation(folder: Place) -> Place | None:
+    """The file in a folder that other libraries would take for the validation data, such as dev.jsonl; None if there is
+    none, or validation data."""
+    if split_file(folder, "validation") is not None:
+        return None
+    return next(filter(None, (split_file(folder, name) for name in ("valid", "val", "dev"))), None)
+
+
 def line_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):

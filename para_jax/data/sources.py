@@ -8,7 +8,7 @@ from . import hf, tfds
 from .arrow_files import SavedSplit, is_saved, saved_sibling, saved_split, splits_of_saved
 from .given import GivenSplit, given_split, is_given
 from .hf import HfSplit, is_hf, parse_hf
-from .row_files import place_prefix, split_file
+from .row_files import misnamed_validation, place_prefix, split_file
 from .tasks import TFDS_TASKS
 from .tfds import TfdsSplit, is_tfds, parse_tfds
 
@@ -41,6 +41,15 @@ def source_of(section: DataSection, split: str) -> Source | None:
     if train is not None and (folder := expanded(train)).is_dir():
         return saved_sibling(folder, split) if is_saved(folder) else in_folder(folder, split)
     return None
+
+
+def unread_validation(section: DataSection) -> Place | None:
+    """A file next to the training data that was probably meant as validation data, but is not named like it."""
+    train = section.train
+    if section.validation is not None or train is None or is_given(train) or is_tfds(train) or is_hf(train):
+        return None
+    folder = expanded(train)
+    return None if isinstance(folder, BucketPath) or not folder.is_dir() else misnamed_validation(folder)
 
 
 def existing(split: str, path: Place) -> Source:
