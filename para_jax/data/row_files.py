@@ -16,6 +16,8 @@ from .examples import require_unicode
 MAX_LINE, MAX_ARRAY = 2**26, 2**28
 #: The endings of a split's file in a folder, such as train.csv. The first that exists is read.
 ENDINGS = (".jsonl", ".json", *DELIMITERS, ".parquet")
+#: What others call the validation data. It is not read by these names.
+OTHER_NAMES = ("valid", "val", "dev")
 
 
 def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
@@ -64,7 +66,7 @@ def misnamed_validation(folder: Place) -> Place | None:
     none, or validation data."""
     if split_file(folder, "validation") is not None:
         return None
-    return next(filter(None, (split_file(folder, name) for name in ("valid", "val", "dev"))), None)
+    return next(filter(None, (split_file(folder, name) for name in OTHER_NAMES)), None)
 
 
 def line_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:
