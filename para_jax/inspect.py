@@ -41,6 +41,7 @@ from .memory import tree_size
 from .model import init_adapter
 from .runs.data_table import tenants_data
 from .runs.report import sample_lines, score_table, tenants_table
+from .runs.tenants import tenant_configs
 from .training.metrics_file import is_log, read_metrics
 from .training.scores_file import read_scores
 from .training.step import state_of_one
@@ -125,8 +126,7 @@ def tenant_lines(config: RunConfig) -> list[str]:
         return ["data       of many tenants, from Python"]
     if not expanded(str(folder)).exists():
         return [f"data       {folder}: not there yet"]
-    sections = tenant_sections(str(folder), config.data)
-    counts = [len(load_records(section, "train") or []) for section in sections.values()]
+    counts = [len(load_records(own.data, "train") or []) for own in tenant_configs(config).values()]
     return [f"data       {len(counts)} tenants with {min(counts)} to {max(counts)} records, {sum(counts)} in all"]
 
 

@@ -6,6 +6,7 @@ Everything here is checked again where it is used. Nothing is fetched: a hub id 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 
@@ -56,16 +57,19 @@ def check_adapters(sources: Iterable[str]) -> None:
 
 
 def check_data(config: RunConfig, splits: Iterable[str]) -> None:
-    """Raises ValueError for data that is not there, and for a wrong row among the first of each split."""
+    """Raises ValueError for data that is not there, and for a wrong row among the first of each split. Rows of tenants
+    are read as their tenant.yaml says."""
     from ..data.hf import check_name, is_hf, parse_hf
     from ..data.records import split_records
     from ..data.tenants import tenant_sections
+    from ..runs.tenant_file import with_own_fields
 
     sections = [config.data]
     if config.data.tenants:
         if isinstance(expanded(config.data.tenants), BucketPath):
             return
-        sections = [*tenant_sections(config.data.tenants, config.data).values()][:CHECKED_TENANTS]
+        found = islice(tenant_sections(config.data.tenants, config.data).values(), CHECKED_TENANTS)
+        sections = [with_own_fields(replace(config, data=one), expanded(str(one.train))).data for one in found]
     for section in sections:
         for split in splits:
             source = getattr(section, split)

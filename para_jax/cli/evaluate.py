@@ -254,6 +254,8 @@ def one_score(options, config) -> None:
     task = run_task(options, config, tokenizer)
     model = shared.load_model(options, **vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
+    if adapter is None:
+        say("no --adapter is given: these are the base model's scores")
     how = dict(limit=options.limit, shuffle_prompts=options.shuffle_prompts, seed=config.seed)
     report = evaluate(model, adapter, [task], tokenizer=tokenizer, **how)
     if options.results:

@@ -52,21 +52,31 @@ def run(options) -> int | None:
 def train_one(options, config) -> None:
     from ..processes import is_first
     from ..runs.train import train
-    from ..training.metrics_file import read_metrics
 
     begun = time.monotonic()
     result = train(config)
     if not is_first():
         return
     if options.results:
-        rows = list(read_metrics(result.output_dir / "metrics.jsonl"))
-        scores = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
-        write_results(options, config, scores, time.monotonic() - begun)
+        write_results(options, config, scores_of(result), time.monotonic() - begun)
     report = result.report()
     print(f"{report}\n" if report else "", end="\n" if report else "")
     print(f"{result.step} steps, {result.best}; the adapter is in {result.output_dir / 'adapter'}")
     if result.warning:
         print(f"warning: {result.warning}")
+
+
+def scores_of(result) -> dict[str, float]:
+    """The scores of the kept adapter, and the base model's test scores, by their names in the run's log. A run that an
+    earlier version began has the last ones that were logged."""
+    from ..training.metrics_file import read_metrics
+
+    rows = read_metrics(result.output_dir / "metrics.jsonl")
+    found = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
+    for name, logged in (("validation", "validation"), ("test_base", "test_before"), ("test", "test_after")):
+        values = result.scores.get(name, {}).get("values", {})
+        found |= {f"{logged}_{metric}": value for metric, value in values.items()}
+    return found
 
 
 def train_many(options, config) -> int:

@@ -73,6 +73,8 @@ def typed_value(name: str, value: Any, kind: Any) -> Any:
     if kind is float:
         return parsed_number(name, value, float, f"a number{others}")
     assert kind is str or typing.get_origin(kind) is Literal, f"{name}: fields of type {kind} are not read"
+    if isinstance(value, dict):
+        raise ValueError(f"{name}: {shorten(value)} is a mapping in YAML; quote the text, such as '{{question}}'")
     require(isinstance(value, str | int | float), name, value, "text")
     return as_text(value)
 

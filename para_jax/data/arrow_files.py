@@ -58,6 +58,15 @@ class SavedSplit(NamedTuple):
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.label}: damaged: {printable(str(error), 300)}") from None
 
+    def has_labels(self) -> bool:
+        """Whether the labels are known: -1 means a hidden label."""
+        file = self.folder / "dataset_info.json"
+        features = read_json(file).get("features") if file.is_file() else None
+        kinds = features.items() if isinstance(features, dict) else ()
+        labels = [name for name, kind in kinds if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"]
+        _, first = next(self.rows(), ("", {}))
+        return all(first.get(name) != -1 for name in labels)
+
     def batches(self, arrow: Any) -> Iterator[Any]:
         for file in self.files():
             with arrow.memory_map(str(file)) as stream, arrow.ipc.open_stream(stream) as reader:
@@ -74,12 +83,23 @@ def is_saved(folder: Place) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
+def splits_of_saved(folder: Path) -> list[str]:
+    """The splits of a folder that `save_to_disk` wrote; none where it is one data set."""
+    if not (folder / "dataset_dict.json").is_file():
+        return []
+    return sorted(file.parent.name for file in folder.glob("*/state.json"))
+
+
 def saved_split(folder: Path, split: str) -> SavedSplit | None:
-    """A split of a folder that `save_to_disk` wrote. A data set without splits is training data."""
-    if (folder / "dataset_dict.json").is_file():
-        own = folder / split
-        return SavedSplit(str(own), split, own) if (own / "state.json").is_file() else None
-    return SavedSplit(str(folder), split, folder) if split == "train" else None
+    """A split of a folder that `save_to_disk` wrote. One data set is the split that it is named for."""
+    own = folder / split if (folder / "dataset_dict.json").is_file() else folder
+    return SavedSplit(str(own), split, own) if (own / "state.json").is_file() else None
+
+
+def saved_sibling(folder: Path, split: str) -> SavedSplit | None:
+    """The validation or test split next to the training data. None if there is none with labels."""
+    found = saved_split(folder, split) if split in splits_of_saved(folder) else None
+    return found if found and found.has_labels() else None
 
 
 def pyarrow_for(what: object) -> Any:

@@ -71,13 +71,14 @@ def chained(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def column_names(cells: list[str]) -> list[str]:
-    """The names in the header. One may be empty: the index that pandas writes, which is left out of the rows."""
+    """The names in the header. Empty ones are left out of the rows: the index that pandas writes, and the columns
+    without a name that spreadsheets add at the end."""
     names = [name.strip() for name in cells]
     if not any(names):
         raise ValueError("there is no header; write the names of the columns on the first line")
     if len(names) > MAX_COLUMNS:
         raise ValueError(f"{len(names)} columns; at most {MAX_COLUMNS} are read")
-    if repeated := [name for name in names if names.count(name) > 1][:1]:
+    if repeated := [name for name in names if name and names.count(name) > 1][:1]:
         raise ValueError(f"the column {shorten(repeated[0])} is there twice; rename one of them")
     return names
 

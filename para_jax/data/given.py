@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import DataSection, one_of
+from ..config import DataSection, one_of, shorten
+from ..messages import warn
 from ..untrusted import safe_names
 from .tfds import plain
 
@@ -74,6 +75,8 @@ def with_tenants(section: DataSection, data: Any) -> DataSection:
         )
     if not isinstance(data, Mapping) or not data:
         raise ValueError(f"data of many tenants must be a dict, {{name: rows}}; got {type(data).__name__}")
+    if wrong := [name for name in data if not isinstance(name, str)]:
+        raise ValueError(f"data of many tenants: the name {shorten(wrong[0])} is not a text; give str(name)")
     return replace(
         section, tenants=PYTHON, given={name: splits_of(f'data["{name}"]', one) for name, one in data.items()}
     )
@@ -102,7 +105,18 @@ def splits_of(label: str, data: Any) -> dict[str, GivenSplit]:
             "validation and test. Give rows as a list of dicts, one for each row"
         )
     named = {split: f'{label}["{split}"]' for split in SPLITS if data.get(split) is not None}
+    for split in [split for split in named if split != "train" and hides_labels(data[split])]:
+        warn(f"{named.pop(split)}: its labels are hidden (-1), so it is left out")
     return {split: GivenSplit(own, split, sequence_of(own, data[split])) for split, own in named.items()}
+
+
+def hides_labels(data: Any) -> bool:
+    """Whether a datasets.Dataset has -1 as a label, as the test data of GLUE does: a hidden one."""
+    whole = hasattr(data, "with_format") and hasattr(data, "__len__")
+    features = (getattr(data, "features", None) if whole else None) or {}
+    labels = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
+    first = data.with_format(None)[:1] if labels else {}
+    return any(-1 in first[name] for name in labels)
 
 
 def sequence_of(label: str, data: Any) -> Sequence[Any]:

@@ -28,6 +28,8 @@ from .tasks import TASKS, field, names_of
 #: Examples per call of the tokenizer.
 ENCODED_AT_ONCE = 1024
 SPLITS = ("train", "validation", "test")
+#: What chat templates read of an answer besides its content. It would be lost: only the content is learnt and scored.
+NOT_LEARNT = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 
 class Record(NamedTuple):
@@ -91,7 +93,8 @@ def read_records(
 
     Args:
         prompt, completion: templates over the columns, such as "{instruction}\\n{input}". Default: the columns `prompt`
-            and `completion` (text or messages), or `messages`, where each assistant turn becomes a record.
+            and `completion` (text or messages), or, if the row lacks one of them, `messages`, where each assistant turn
+            becomes a record. The row's `references` and `label` are those of the last turn.
         task: a name from TASKS. Its record function reads the rows, unless there is a template, or the rows have
             `prompt` and `completion`.
     """
@@ -134,7 +137,7 @@ def encode_records(records: list[Record], tokenizer, section: DataSection) -> En
     dropped = set(long)
     kept = [i for i in range(len(examples)) if i not in dropped]
     if not kept:
-        raise ValueError(f"every example is longer than data.max_seq_length {section.max_seq_length}; raise it")
+        raise all_too_long(records[0].place, section)
     return EncodedRecords([examples[i] for i in kept], [records[i] for i in kept], skipped=len(long))
 
 
@@ -169,21 +172,35 @@ def records_of(
 
 def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt, str, tuple[str, ...], object]]:
     """A row's (prompt, completion, references, label). A row of `messages` gives one for each assistant turn."""
-    if "messages" in row and not any(templates.values()) and "prompt" not in row:
+    if "messages" in row and not any(templates.values()) and not {"prompt", "completion"} <= row.keys():
         turns = split_conversation(checked_messages("messages", row["messages"]))
         if not turns:
             raise ValueError("messages has no turn with the role assistant; add the answer to learn")
-        return [(prompt_messages(before), turn["content"], (turn["content"],), None) for before, turn in turns]
+        *earlier, (prompt, last) = [(prompt_messages(before), answer_text(turn)) for before, turn in turns]
+        of_earlier = [(before, answer, (answer,), None) for before, answer in earlier]
+        return [*of_earlier, (prompt, last, references(row, last), row.get("label"))]
+    for name, template in templates.items():
+        require_braces(name, template or "", row)
     prompt = fill(templates["prompt"], row) if templates["prompt"] else column(row, "prompt")
     completion = fill(templates["completion"], row) if templates["completion"] else column(row, "completion")
     if isinstance(completion, list):
         if len(completion) != 1 or completion[0]["role"] != "assistant":
             raise ValueError("completion must be text, or a list of one assistant message")
-        completion = completion[0]["content"]
+        completion = answer_text(completion[0])
     for name, value in (("prompt", prompt), ("completion", completion)):
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{name} is empty")
     return [(prompt, completion, references(row, completion), row.get("label"))]
+
+
+def answer_text(turn: dict) -> str:
+    """What is learnt of an assistant turn: its content."""
+    if lost := [name for name in NOT_LEARNT if turn.get(name)]:
+        raise ValueError(
+            f"an assistant turn has {lost[0]}, and only its content is learnt\nwrite {lost[0]} into the content, as "
+            "the model is to answer, or remove it"
+        )
+    return turn["content"]
 
 
 def label_text(label: object) -> str | None:
@@ -198,6 +215,9 @@ def column(row: dict, name: str) -> Prompt:
             f"to {name!r}"
         )
     value = field(row, name)
+    if isinstance(value, int | float) and not is_nan(value):
+        kind = type(value).__name__
+        raise ValueError(f"{name} must be text or messages, not {kind}; 'data.{name}={{{name}}}' writes it as text")
     return value if isinstance(value, str) else checked_messages(name, value)
 
 
@@ -225,6 +245,21 @@ def fill(template: str, row: dict) -> str:
                 raise ValueError(f"{name} is NaN, a missing value; a template takes text and numbers")
             parts.append(str(value))
     return "".join(parts)
+
+
+def require_braces(name: str, template: str, row: dict) -> None:
+    """Raises ValueError for a template without columns that was to have one: a column's name without braces or, as in
+    other libraries, with two pairs of them; and null. Every row would have this text."""
+    parts = template_fields(f"data.{name}", template)
+    text = "".join(literal for literal, _ in parts).strip()
+    if not text or any(column is not None for _, column in parts):
+        return
+    close = text.replace("{ ", "{").replace(" }", "}")
+    if text == "null" or text in row or any(f"{{{column}}}" in close for column in row):
+        raise ValueError(
+            f"data.{name} is {shorten(template)}, so every {name} would be {shorten(text)}\nput the name of a column "
+            f"into one pair of braces, as {{column}}, or write 'data.{name}=' for the column {name}"
+        )
 
 
 def template_fields(where: str, template: str) -> list[tuple[str, str | None]]:
@@ -276,6 +311,11 @@ def too_long(first: Example, place: str, long: int, count: int, section: DataSec
     limit, tokens = section.max_seq_length, len(first.prompt_ids) + len(first.completion_ids)
     said = f"{place}: {tokens} tokens exceed data.max_seq_length {limit} ({long} of {count} examples are too long)"
     return TooLong(said, long, count, limit)
+
+
+def all_too_long(place: str, section: DataSection) -> ValueError:
+    """The error where no example is left."""
+    return ValueError(f"{place}: every example is longer than data.max_seq_length {section.max_seq_length}; raise it")
 
 
 def cut_left(example: Example, length: int, bos: int | None, place: str) -> Example:

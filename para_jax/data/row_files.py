@@ -16,6 +16,8 @@ from .examples import require_unicode
 MAX_LINE, MAX_ARRAY = 2**26, 2**28
 #: The endings of a split's file in a folder, such as train.csv. The first that exists is read.
 ENDINGS = (".jsonl", ".json", *DELIMITERS, ".parquet")
+#: What others call the validation data. It is not read by these names.
+OTHER_NAMES = ("valid", "val", "dev")
 
 
 def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
@@ -57,6 +59,14 @@ def split_file(folder: Place, split: str) -> Place | None:
     """The file of a split in a folder, such as train.jsonl or train.csv; None if there is none."""
     files = (folder / f"{split}{ending}" for ending in ENDINGS)
     return next((file for file in files if file.is_file()), None)
+
+
+def misnamed_validation(folder: Place) -> Place | None:
+    """The file in a folder that other libraries would take for the validation data, such as dev.jsonl; None if there is
+    none, or validation data."""
+    if split_file(folder, "validation") is not None:
+        return None
+    return next(filter(None, (split_file(folder, name) for name in OTHER_NAMES)), None)
 
 
 def line_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:

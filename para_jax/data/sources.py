@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ..config import DataSection, expanded, nearest
+from ..config import DataSection, expanded, nearest, printable, shorten
 from ..storage.bucket import BucketPath, Place
 from . import hf, tfds
-from .arrow_files import SavedSplit, is_saved, saved_split
+from .arrow_files import SavedSplit, is_saved, saved_sibling, saved_split, splits_of_saved
 from .given import GivenSplit, given_split, is_given
 from .hf import HfSplit, is_hf, parse_hf
-from .row_files import place_prefix, split_file
+from .row_files import misnamed_validation, place_prefix, split_file
 from .tasks import TFDS_TASKS
 from .tfds import TfdsSplit, is_tfds, parse_tfds
 
@@ -36,16 +34,30 @@ def source_of(section: DataSection, split: str) -> Source | None:
     if is_tfds(train):
         return tfds.sibling_split(str(train), split, section.data_dir)
     if is_hf(train):
-        saved = is_saved(expanded(parse_hf(str(train))[0]))
-        return saved_by_name(str(train), split) if saved else hf.sibling_split(str(train), split)
-    if train is not None and expanded(train).is_dir():
-        return in_folder(expanded(train), split)
+        name, _, named = parse_hf(str(train))
+        if not is_saved(expanded(name)):
+            return hf.sibling_split(str(train), split)
+        return None if named else saved_sibling(expanded(name), split)
+    if train is not None and (folder := expanded(train)).is_dir():
+        return saved_sibling(folder, split) if is_saved(folder) else in_folder(folder, split)
     return None
 
 
-def existing(split: str, path: Path | BucketPath) -> Source:
+def unread_validation(section: DataSection) -> Place | None:
+    """A file next to the training data that was probably meant as validation data, but is not named like it."""
+    train = section.train
+    if section.validation is not None or train is None or is_given(train) or is_tfds(train) or is_hf(train):
+        return None
+    folder = expanded(train)
+    return None if isinstance(folder, BucketPath) or not folder.is_dir() else misnamed_validation(folder)
+
+
+def existing(split: str, path: Place) -> Source:
     """The data at a path. A folder without the split's file is an error."""
     found = in_folder(path, split) if path.is_dir() else path
+    if found is None and is_saved(path):
+        there = printable(", ".join(splits_of_saved(path)), 200)
+        raise ValueError(f"data.{split}: {path} has no split {split}, but {there}; write hf:{path}::SPLIT")
     if found is None or (not isinstance(found, DatasetSplit) and not found.is_file()):
         missing = path / f"{split}.jsonl" if path.is_dir() else path
         advice = "" if isinstance(missing, BucketPath) else nearest(missing)
@@ -82,10 +94,17 @@ def is_hub_folder(folder: Place) -> bool:
 
 
 def saved_by_name(source: str, split: str) -> SavedSplit | None:
-    """A split of hf:FOLDER, where `save_to_disk` wrote the folder; None for other data sets."""
+    """A split of hf:FOLDER, where `save_to_disk` wrote the folder; None for other data sets. Raises ValueError for a
+    split that is not there."""
     name, _, named = parse_hf(source)
-    folder = expanded(name)
-    return saved_split(folder, named or split) if is_saved(folder) else None
+    folder, wanted = expanded(name), named or split
+    if not is_saved(folder):
+        return None
+    there = splits_of_saved(folder)
+    if (wanted if there else named or "train") not in (there or ["train"]):
+        said = f"choose one of {', '.join(there)}" if there else "it is one data set, without splits"
+        raise ValueError(f"{hf.SCHEME}{name}: no split {shorten(wanted)}; {printable(said, 200)}")
+    return saved_split(folder, wanted)
 
 
 def files_of(source: Source | None) -> list[Place]:

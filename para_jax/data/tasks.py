@@ -185,7 +185,8 @@ def text(row: dict, name: str) -> str:
 def choice(row: dict, name: str, names: tuple[str, str]) -> str:
     """The name of a label: 0 or 1, or false or true."""
     value = field(row, name)
-    value = int(value) if value in ("0", "1") else value  # a cell of a CSV file is text
+    if isinstance(value, str):  # a cell of a CSV file, in which pandas writes True
+        value = {"0": 0, "1": 1, "false": 0, "true": 1}.get(value.lower(), value)
     if not isinstance(value, int) or value not in (0, 1):
         raise ValueError(f"{name} must be 0 or 1, or false or true, not {shorten(value)}")
     return names[value]

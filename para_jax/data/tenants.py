@@ -12,7 +12,7 @@ import numpy as np
 from ..config import DataSection, expanded
 from .arrow_files import is_saved
 from .given import PYTHON, is_given
-from .row_files import ENDINGS, split_file
+from .row_files import ENDINGS, OTHER_NAMES, split_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 #: What a tenant sets of its own (runs/tenant_file.py), in its sub-folder.
@@ -76,7 +76,7 @@ def files_of_one(root: Path) -> str | None:
         path for path in root.iterdir() if not path.name.startswith(".") and (path.is_dir() or path.suffix in ENDINGS)
     ]
     splits = {path.stem for path in data}
-    one = "train" in splits and splits <= {"train", "validation", "test"} and len(splits) > 1
+    one = "train" in splits and splits <= {"train", "validation", "test", *OTHER_NAMES} and len(splits) > 1
     return ", ".join(sorted(path.name for path in data)) if one and all(path.is_file() for path in data) else None
 
 
@@ -87,8 +87,8 @@ def given_tenants(section: DataSection) -> dict[str, DataSection]:
             "data.tenants: the data of this run came from Python; give it again as train_tenants(config, data=...)"
         )
     for name in section.given:
-        require_name(Path(str(name)), str(name))
-    if len({str(name).lower() for name in section.given}) < len(section.given):
+        require_name(Path(name), name)
+    if len({name.lower() for name in section.given}) < len(section.given):
         raise ValueError(f"data of many tenants: two names differ only in case: {', '.join(sorted(section.given))}")
     return {
         name: replace(

@@ -24,7 +24,7 @@ from . import token_cache
 from .batches import rounded_up
 from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
-from .records import ENCODED_AT_ONCE, Record, cut_left, encode_all, report, split_records, too_long
+from .records import ENCODED_AT_ONCE, Record, all_too_long, cut_left, encode_all, report, split_records, too_long
 from .row_files import form_of
 from .sources import DatasetSplit, Source, files_of, prefix_of, source_of, task_of
 from .token_cache import Tokens
@@ -147,8 +147,8 @@ def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tok
             bar.advance(len(part))
     if too_long_first and section.truncate == "error":
         raise too_long(*too_long_first, skipped, total, section)
-    if not len(builder):
-        raise ValueError(f"every example is longer than data.max_seq_length {section.max_seq_length}; raise it")
+    if too_long_first and not len(builder):
+        raise all_too_long(too_long_first[1], section)
     arrays = builder.arrays()
     return Tokens(arrays.sizes, np.frombuffer(numbers, np.int64), arrays.ids, cut, skipped)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..adapters.rows import Stack, stack_adapters
 from ..config import shorten
+from ..config.bounds import PositiveInt, check_value
 from ..data.batches import epoch_bits, permutation
 from .answers import Answerer
 from .batch_adapters import StackBank
@@ -54,9 +55,10 @@ def evaluate(
             scored and written still follows its own. Prompts are permuted by `seed`; no example keeps its own.
         log_samples: also report each example's prompt, expected and given answer, and scores.
 
-    Raises ValueError for what is no EvalTask, for a task with one example if prompts are shuffled, and for an example
-    that the model has no tokens or too few positions for.
+    Raises ValueError for what is no EvalTask, for a limit below 1, for a task with one example if prompts are shuffled,
+    and for an example that the model has no tokens or too few positions for.
     """
+    check_value("limit", limit, PositiveInt | None)
     if wrong := [task for task in tasks if not isinstance(task, EvalTask)]:
         raise ValueError(
             f"tasks: {shorten(wrong[0])} is no EvalTask; give one, such as task_of_run(config, 'test', tokenizer)"

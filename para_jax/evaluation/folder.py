@@ -43,6 +43,7 @@ from .task_file import INSTALL, task_parts
 from .tasks import (
     EncodedTask,
     EvalTask,
+    FileTask,
     check_room,
     encode_task,
     file_task,
@@ -110,7 +111,7 @@ def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, options: Op
     files = with_metrics_in_names([one for one in found if one is not None])
     own = [questions_of(one.encoded, one.original, options) for one in files]
     own_names = [name for one in own for name in one.names]
-    require_distinct([*names, *own_names])
+    require_distinct([*names, *own_names], files)
     if not names:
         return own
     loaded = questions_of_harness(names, tokenizer, config, options)
@@ -203,10 +204,14 @@ def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, optio
     return asked
 
 
-def require_distinct(names: Sequence[str]) -> None:
+def require_distinct(names: Sequence[str], files: Sequence[FileTask] = ()) -> None:
+    """Raises ValueError for tasks with one name. A file gives its task its own name, and a folder gives it the
+    folder's."""
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
-        raise ValueError(f"--tasks: {', '.join(twice)} is given more than once; give each name once")
+        alike = sorted({str(one.file) for one in files if one.encoded.task.name in twice})
+        advice = f"\n{alike[0]} and {alike[1]} have one name: give the folder of one, or rename it" if alike[1:] else ""
+        raise ValueError(f"--tasks: {', '.join(twice)} is given more than once{advice or '; give each name once'}")
 
 
 def evaluate_to_folder(

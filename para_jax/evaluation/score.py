@@ -162,9 +162,13 @@ def shorten_end(text: str) -> str:
 
 
 def likeliest(task: EvalTask, nats: np.ndarray) -> list[str]:
-    """The choice that each record's ranked choices make its answer; `nats` as for `score_of`."""
+    """The choice that each record's ranked choices make its answer; `nats` as for `score_of`. An empty text, which is
+    no answer, where none of them has a likelihood: the first one might be right by chance."""
     choices = np.where(np.isnan(nats), np.inf, nats)[len(task.records) :]  # argmin would take a NaN
-    return [task.choices[i] for i in choices.reshape(len(task.records), -1).argmin(axis=1)]
+    of_record = choices.reshape(len(task.records), -1)
+    return [
+        task.choices[i] if row[i] < np.inf else "" for row, i in zip(of_record, of_record.argmin(axis=1), strict=True)
+    ]
 
 
 def error_of_ratio(nats: np.ndarray, tokens: np.ndarray) -> float | None:

@@ -54,7 +54,7 @@ def locked_folder(config: RunConfig) -> Iterator[None]:
     lock. Deletes what killed writes left.
 
     Raises ValueError for a folder that another process is writing. Also, before anything is written, for one that holds
-    another run or other files.
+    another run or other files, or a tenant of a run of many.
     """
     check_folder(config)
     folder = expanded(config.output_dir)
@@ -66,8 +66,22 @@ def locked_folder(config: RunConfig) -> Iterator[None]:
             yield
             return
         with locked(folder.parent):  # a tenant's folder in that of a run of many
+            require_own_run(config, folder)
             delete_leftovers(folder)
             yield
+
+
+def require_own_run(config: RunConfig, folder: Place) -> None:
+    """Raises ValueError for the folder of a tenant of a run of many, which has no checkpoints: the config there would
+    start again, and replace the tenant's adapter and log."""
+    above = folder.parent / "config.yaml"
+    if config.many or not (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
+        return
+    if above.is_file() and load_config(above).many:
+        raise ValueError(
+            f"output_dir {folder} holds a tenant of the run in {folder.parent}, and would be trained from the start\n"
+            f"train {above} to continue it, or choose another output_dir"
+        )
 
 
 @contextmanager

@@ -19,11 +19,8 @@ def record_of(score: Score, *, samples: bool) -> dict[str, Any]:
     Args:
         samples: with some of its answers.
     """
-    values = score.values()
-    if score.metric == "loss" and score.stderr is not None:
-        values["loss_stderr"] = score.stderr
     held = [list(sample) for sample in score.samples] if samples else []
-    return {"metric": score.metric, "count": score.count, "values": values, "samples": held}
+    return {"metric": score.metric, "count": score.count, "values": score.values(), "samples": held}
 
 
 def score_table(records: Records) -> str:

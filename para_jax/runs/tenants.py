@@ -19,6 +19,7 @@ from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.records import TooLong
 from ..data.schedule import TenantOrder
+from ..data.sources import unread_validation
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import load_tokenizer
 from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
@@ -107,6 +108,7 @@ def read_inputs(
         raise too_long_in(long)
     data = {name: read_once[of_data(own)][0] for name, own in configs.items()}
     say_data(config, data)
+    warn_of_unread(configs.values())
     alike = [read_once[key] for key in dict.fromkeys(map(of_data, configs.values()))]
     say_long("validation", [validation for _, validation, *_ in alike])
     say_long("test", [test for _, _, test, _ in alike])
@@ -186,6 +188,14 @@ def say_tenants(config: RunConfig, data: dict[str, TrainingData]) -> None:
         say(f"1 tenant with {each} training examples")
     else:
         say(f"{len(counts)} tenants with {each} training examples, {sum(counts)} in all")
+
+
+def warn_of_unread(configs: Iterable[RunConfig]) -> None:
+    """Names the files that were probably meant as validation data."""
+    found = sorted({file for own in configs if (file := unread_validation(own.data))})  # a sweep shares its data
+    if found:
+        more = f", and neither are {len(found) - 1} more" if len(found) > 1 else ""
+        warn(f"{found[0]} is not read{more}; rename it to validation{found[0].suffix}, or set data.validation")
 
 
 def all_lengths(data: dict[str, TrainingData]) -> np.ndarray:

@@ -10,6 +10,8 @@ from tiny_run import write_rows
 
 from para_jax.cli import bench as bench_command
 from para_jax.cli import plot as plot_command
+from para_jax.cli.checks import check_data
+from para_jax.config import load_config
 
 #: Packages that take long to load.
 SLOW = ["jax", "flax", "optax", "orbax", "transformers", "tokenizers", "datasets", "tensorflow", "torch", "lm_eval"]
@@ -164,3 +166,17 @@ def test_the_names_that_are_checked_early_are_those_that_are_used():
 
     assert set(bench_command.NAMES) == set(bench.BENCHMARKS)
     assert plot_command.FORMATS == plots.FORMATS
+
+
+def test_the_rows_of_a_tenant_are_read_by_its_own_templates(tmp_path):
+    """Those of its tenant.yaml; the run's config has none."""
+    write_rows(tmp_path / "acme" / "train.jsonl", [{"text": "a", "label": "spam"}])
+    own, config = tmp_path / "acme" / "tenant.yaml", load_config(None, [f"data.tenants={tmp_path}"])
+    own.write_text("data: {prompt: 'Spam? {text}', completion: '{label}'}\n")
+    check_data(config, ["train", "validation"])
+    own.write_text("data: {prompt: 'Spam? {mail}', completion: '{label}'}\n")
+    with pytest.raises(ValueError, match="train.jsonl:1: no field 'mail'; the row has text, label"):
+        check_data(config, ["train"])
+    own.write_text("data: {truncate: left}\n")
+    with pytest.raises(ValueError, match="tenant.yaml: data.truncate can't be set for one tenant"):
+        check_data(config, ["train"])

@@ -130,10 +130,11 @@ def test_train_leaves_a_run_folder_and_the_results_of_the_command(folder, config
     assert scores["test_after_loss"] != scores["test_before_loss"]
 
 
-def test_evaluate_gives_the_score_that_training_gave(folder, config, trained, tmp_path):
+def test_evaluate_gives_the_score_that_training_gave(folder, config, trained, tmp_path, capsys):
     scores = json.loads((folder / "results" / "run.json").read_text())["scores"]
     for when, options in {"before": [], "after": ["--adapter", trained / "adapter"]}.items():
         assert command("evaluate", config, *options, "--results", tmp_path / "e.json") == 0
+        assert ("these are the base model's scores" in capsys.readouterr().err) == (not options)
         found = json.loads((tmp_path / "e.json").read_text())["scores"]["test"]
         assert found["loss"] == pytest.approx(scores[f"test_{when}_loss"], abs=1e-5) and found["count"] == 5
     assert command("evaluate", config, "--split", "validation", "--limit", 3, "--results", tmp_path / "e.json") == 0
@@ -724,10 +725,29 @@ def test_an_output_that_can_not_be_written_is_an_error_of_one_line(capsys, monke
     assert_says(said, "para-jax: error: the output can't be written: No space left on device")
 
 
+def test_the_results_are_of_the_adapter_that_is_kept(config, tmp_path, monkeypatch):
+    """Not of the last step, whose adapter may be worse than the best one."""
+    rows = [
+        {"step": 2, "validation_loss": 0.5},
+        {"step": 4, "validation_loss": 2.0},
+        {"step": 4, "test_after_loss": 0.6},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = {"validation": {"values": {"loss": 0.5}}, "test": {"values": {"loss": 0.6}}}
+    for scores, loss in ((kept, 0.5), ({}, 2.0)):
+        rest = dict(output_dir=tmp_path, warning=None, scores=scores)
+        result = SimpleNamespace(report=lambda: "", step=4, best="best validation loss 0.5000 at step 2", **rest)
+        monkeypatch.setattr("para_jax.runs.train.train", lambda _, result=result: result)
+        assert command("train", config, "--results", tmp_path / "run.json") == 0
+        found = json.loads((tmp_path / "run.json").read_text())["scores"]
+        assert found == {"validation_loss": loss, "test_after_loss": 0.6}
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
 def test_the_results_are_written_before_anything_is_printed(capsys, config, trained, tmp_path, monkeypatch):
     """An output that can't be written must not cost the scores of a run."""
-    result = SimpleNamespace(report=lambda: "a table", step=4, best="best", output_dir=trained, warning=None)
+    rest = dict(output_dir=trained, warning=None, scores={})
+    result = SimpleNamespace(report=lambda: "a table", step=4, best="best", **rest)
     monkeypatch.setattr("para_jax.runs.train.train", lambda _: result)
     with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)

@@ -300,6 +300,11 @@ def test_files_that_are_no_config_are_named(tmp_path):
     assert "run.yaml" in error(file=written(tmp_path, "train: 3\n"))
 
 
+def test_a_template_without_quotes_is_named(tmp_path):
+    said = error(file=written(tmp_path, "data: {prompt: {question}}\n"))
+    assert "data.prompt: {'question': None} is a mapping in YAML; quote the text, such as '{question}'" in said
+
+
 def test_yaml_can_not_make_objects(tmp_path):
     assert "run.yaml" in error(file=written(tmp_path, "output_dir: !!python/object/apply:os.getcwd []\n"))
 

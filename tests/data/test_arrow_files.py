@@ -10,6 +10,7 @@ from tiny_run import write_rows
 
 from para_jax.config import DataSection
 from para_jax.data import token_cache
+from para_jax.data.given import with_data
 from para_jax.data.records import load_records, read_records
 from para_jax.data.training_data import load_training_data
 
@@ -107,3 +108,71 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"x.parquet: .*pip install 'para_jax\[hf\]'"):
         read_records(file)
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+
+@pytest.fixture
+def splits(tmp_path):
+    """A saved DatasetDict with a row in each split, named for it. The test label is hidden, as in GLUE."""
+    names = datasets.ClassLabel(names=["no", "yes"])
+    rows = {"train": 0, "validation": 1, "test": -1}
+    data = {
+        split: datasets.Dataset.from_list([{"prompt": split, "completion": "x", "label": label}]).cast_column(
+            "label", names
+        )
+        for split, label in rows.items()
+    }
+    made = datasets.DatasetDict(data)
+    made.save_to_disk(tmp_path / "folder")
+    data["validation"].save_to_disk(tmp_path / "alone")
+    return made, tmp_path / "folder"
+
+
+def prompts(section, split):
+    found = load_records(section, split)
+    return None if found is None else [record.prompt for record in found]
+
+
+def test_a_source_that_names_its_split_has_no_other_splits(splits):
+    """Its training data would be the validation and the test data too."""
+    section = DataSection(train=f"hf:{splits[1]}::train")
+    assert [prompts(section, split) for split in ("train", "validation", "test")] == [["train"], None, None]
+    section = DataSection(train=f"hf:{splits[1]}::validation", test=f"hf:{splits[1]}::train")
+    assert [prompts(section, split) for split in ("train", "validation", "test")] == [["validation"], None, ["train"]]
+    made = datasets.DatasetDict(dev=splits[0]["train"])
+    made.save_to_disk(splits[1] / "of dev")
+    with pytest.raises(ValueError, match="data.train: .* has no split train, but dev; write hf:.*of dev::SPLIT"):
+        load_records(DataSection(train=str(splits[1] / "of dev")), "train")
+    for wrong in ("train[:50%]", "dev"):
+        with pytest.raises(ValueError, match="no split .*; choose one of test, train, validation"):
+            load_records(DataSection(train=f"hf:{splits[1]}::{wrong}"), "train")
+
+
+def test_a_split_with_hidden_labels_is_no_test_data(splits, capsys):
+    made, folder = splits
+    for source in (str(folder), f"hf:{folder}"):
+        section = DataSection(train=source)
+        assert [prompts(section, split) for split in ("train", "validation", "test")] == [
+            ["train"],
+            ["validation"],
+            None,
+        ]
+    assert prompts(DataSection(train=str(folder), test=str(folder)), "test") == ["test"]  # asked for by name
+    section = with_data(DataSection(), made)
+    assert 'data["test"]: its labels are hidden (-1), so it is left out' in capsys.readouterr().err
+    assert [prompts(section, split) for split in ("train", "validation", "test")] == [["train"], ["validation"], None]
+
+    with pytest.raises(ValueError, match=r'data\["test"\] must be .*; got IterableDataset'):
+        with_data(DataSection(), {"train": made["train"], "test": made["test"].to_iterable_dataset()})
+
+
+def test_a_data_set_without_splits_is_what_it_is_named_for(splits, tmp_path):
+    alone = tmp_path / "alone"
+    for source in (str(alone), f"hf:{alone}"):
+        assert prompts(DataSection(train="x", validation=source), "validation") == ["validation"]
+        section = DataSection(train=source)
+        assert prompts(section, "train") == ["validation"] and prompts(section, "validation") is None
+    with pytest.raises(ValueError, match="no split 'train\\[:50%\\]'; it is one data set, without splits"):
+        load_records(DataSection(train=f"hf:{alone}::train[:50%]"), "train")

@@ -36,6 +36,12 @@ def test_a_byte_order_mark_spaces_in_the_header_and_the_index_of_pandas_do_not_m
     assert [record[:2] for record in read_records(file)] == [("a", "b"), ("c", "d")]
 
 
+def test_columns_without_a_name_at_the_end_do_not_matter(tmp_path):
+    """Spreadsheets write them where somebody once typed into these columns."""
+    (tmp_path / "x.csv").write_text("prompt,completion,,\r\na,b,,\r\n")
+    assert [record[:2] for record in read_records(tmp_path / "x.csv")] == [("a", "b")]
+
+
 def test_columns_work_as_in_json_lines(tmp_path):
     chat = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     rows = [("q", "yes", '["yes", "yep"]', "1"), ("q", "no", "", "")]

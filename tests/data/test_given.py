@@ -140,6 +140,8 @@ def test_each_tenant_has_its_own_data():
     for data in (ROWS, {}):
         with pytest.raises(ValueError, match="data of many tenants must be a dict"):
             with_tenants(DataSection(), data)
+    with pytest.raises(ValueError, match=r"the name 7 is not a text; give str\(name\)"):  # as pandas groups have
+        with_tenants(DataSection(), {7: ROWS})
     with pytest.raises(ValueError, match="data.tenants .mine. and data="):
         with_tenants(DataSection(tenants="mine"), {"a": ROWS})
     with pytest.raises(ValueError, match="came from Python"):

@@ -44,10 +44,43 @@ def test_k_assistant_turns_are_k_records(tmp_path):
     ]
 
 
+def test_references_and_label_of_a_conversation_are_those_of_its_last_answer(tmp_path):
+    row = {"messages": [USER, BOT, USER, BOT | {"content": "bye"}], "references": ["bye", "see you"], "label": 2}
+    file = write(tmp_path, row, {"messages": [USER, BOT], "label": None})
+    assert [(r.completion, r.references, r.label) for r in read_records(file)] == [
+        ("hi", ("hi",), None),
+        ("bye", ("bye", "see you"), "2"),
+        ("hi", ("hi",), None),
+    ]
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "thinking"])
+def test_an_answer_with_more_than_content_is_refused_because_that_would_not_be_learnt(tmp_path, key):
+    more = BOT | {key: [{"function": {"name": "f"}}]}
+    for row in (
+        {"messages": [USER, more]},
+        {"messages": [USER, more, USER, BOT]},
+        {"prompt": [USER], "completion": [more]},
+    ):
+        with pytest.raises(ValueError, match=f"data.jsonl:1: an assistant turn has {key}, and only its content"):
+            read_records(write(tmp_path, row))
+    empty = {"messages": [USER, BOT | {key: None}, USER | {key: "kept"}, BOT | {key: []}]}  # as Parquet fills rows up
+    assert [record.completion for record in read_records(write(tmp_path, empty))] == ["hi", "hi"]
+
+
 def test_templates_read_any_columns(tmp_path):
     file = write(tmp_path, {"instruction": "add", "input": "{0.x} 1", "n": 2, "output": "3"})
     made = read_records(file, prompt="{{{instruction}}}\n{input} {n}", completion="{output}")
     assert (made[0].prompt, made[0].completion) == ("{add}\n{0.x} 1 2", "3")
+
+
+def test_a_row_with_messages_needs_no_other_column(tmp_path):
+    """Public chats often have a `prompt` too, the first message as text, but no `completion`."""
+    more = [{}, {"prompt": "hello", "prompt_id": "x"}, {"completion": "hi"}]
+    made = read_records(write(tmp_path, *({"messages": [USER, BOT]} | columns for columns in more)))
+    assert [record[:2] for record in made] == [([USER], "hi")] * 3
+    ready = {"messages": [USER, BOT], "prompt": "a", "completion": "b"}
+    assert read_records(write(tmp_path, ready))[0][:2] == ("a", "b")
 
 
 def test_one_template_goes_with_the_other_s_own_column(tmp_path):
@@ -79,6 +112,7 @@ def test_a_task_reads_its_published_rows(tmp_path):
         ({"prompt": " ", "completion": "b"}, "prompt is empty"),
         ({"prompt": "a", "completion": ""}, "completion is empty"),
         ({"prompt": 3, "completion": "b"}, "prompt .*int"),
+        ({"prompt": "a", "completion": 1}, r"completion .*int; 'data.completion=\{completion\}' writes it as text"),
         ({"prompt": "a", "completion": None}, "completion .*NoneType"),
         ({"prompt": [], "completion": "b"}, "prompt is empty"),
         ({"prompt": [{"role": "user"}], "completion": "b"}, "not a message"),
@@ -118,12 +152,24 @@ def test_bytes_that_are_not_text_name_file_and_line(tmp_path):
         ("{a:>9999999999}", r"not a plain \{column\}"),
         ("{}", r"not a plain \{column\}"),
         ("{a", r"\{\{ or \}\}"),
+        ("a", r"every prompt would be 'a'\nput the name of a column into one pair of braces"),
+        ("Q: {{a}}", r"every prompt would be 'Q: \{a\}'\nput"),  # as lm-eval's templates have it
+        ("Q: {{ a }}", "every prompt would be"),
+        ("null", "or write 'data.prompt=' for the column prompt"),  # an override of a template is taken literally
     ],
 )
 def test_a_template_can_only_name_columns(tmp_path, template, message):
     file = write(tmp_path, {"a": "x", "b": []})
     with pytest.raises(ValueError, match=message):
         read_records(file, prompt=template, completion="{a}")
+
+
+def test_other_constant_templates_are_allowed(tmp_path):
+    file = write(tmp_path, {"a": "x"})
+    assert read_records(file, prompt="Write a line:", completion="{a}")[0][:2] == ("Write a line:", "x")
+    assert read_records(file, prompt='{{"a": "{a}"}}', completion="{a}")[0].prompt == '{"a": "x"}'
+    with pytest.raises(ValueError, match="every completion would be 'a'"):
+        read_records(file, prompt="{a}", completion="a")
 
 
 def test_missing_or_empty_files_and_unknown_tasks_are_named(tmp_path):
@@ -204,7 +250,7 @@ def test_skip_leaves_the_long_ones_out_and_counts_them():
     made = encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=20, truncate="skip"))
     assert [r.place for r in made.records] == ["file:1", "file:3"] and len(made.examples) == 2
     assert made.skipped == 2 and made.report() == "2 examples, 2 too long and skipped"
-    with pytest.raises(ValueError, match="every example is longer than data.max_seq_length 2"):
+    with pytest.raises(ValueError, match="^file:1: every example is longer than data.max_seq_length 2"):
         encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=2, truncate="skip"))
 
 

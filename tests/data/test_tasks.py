@@ -60,6 +60,8 @@ def test_the_other_published_forms_of_a_label_are_read():
     boolq = {k: v for k, v in ROWS["boolq"].items() if k != "answer"}
     assert [TASKS["boolq"].record(boolq | {"label": label})[1] for label in (0, 1)] == ["no", "yes"]
     assert TASKS["boolq"].record(ROWS["boolq"] | {"answer": False})[1] == "no"
+    cells = ("0", "1", "true", "False", "True")  # of a CSV file; the last two as pandas writes them
+    assert [TASKS["boolq"].record(boolq | {"answer": cell})[1] for cell in cells] == ["no", "yes", "yes", "no", "yes"]
     assert TASKS["copa"].record(ROWS["copa"] | {"label": 0})[1] == "1"
     rte = {"premise": "Oslo is big.", "hypothesis": "Oslo is small.", "label": 0}  # SuperGLUE's names
     assert TASKS["rte"].record(rte) == (EXPECTED["rte"][0], "yes", ("yes",))

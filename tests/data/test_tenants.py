@@ -82,8 +82,11 @@ def test_the_files_of_one_tenant_are_not_three_tenants(tmp_path):
         write(tmp_path / f"{split}.jsonl")
     with pytest.raises(ValueError, match=rf"test.jsonl, train.jsonl(.|\n)*data.train={tmp_path}"):
         tenant_sections(tmp_path, DataSection())
+    write(tmp_path / "dev.jsonl")  # as others call the validation data
+    with pytest.raises(ValueError, match="dev.jsonl, test.jsonl, train.jsonl, which is the data of one tenant"):
+        tenant_sections(tmp_path, DataSection())
     write(tmp_path / "acme" / "train.jsonl")
-    assert set(tenant_sections(tmp_path, DataSection())) == {"acme", "test", "train"}
+    assert set(tenant_sections(tmp_path, DataSection())) == {"acme", "dev", "test", "train"}
 
 
 # --------------------------------------------------------------------------------------------------------------- shares

@@ -259,7 +259,7 @@ def test_no_room_for_a_prompt_is_an_error(tmp_path):
     file = written(tmp_path)
     with pytest.raises(ValueError, match=rf"{file}:1: the completion has \d+ tokens"):
         load_training_data(section_of(file, max_seq_length=2, truncate="left"), tiny_tokenizers.plain())
-    with pytest.raises(ValueError, match="every example is longer than data.max_seq_length 2"):
+    with pytest.raises(ValueError, match=f"{file}:1: every example is longer than data.max_seq_length 2"):
         load_training_data(section_of(file, max_seq_length=2, truncate="skip"), tiny_tokenizers.plain())
     with pytest.raises(ValueError, match="has no rows"):
         load_training_data(section_of(written(tmp_path, [])), tiny_tokenizers.plain())

@@ -100,6 +100,9 @@ def test_the_adapter_is_used_and_a_limit_takes_the_first(records):
     assert abs(scored(task).loss - scored(task, seed=3).loss) > 0.1
     assert scored(task, limit=3) == scored(task._replace(records=records[:3]))
     assert scored(task, limit=3).count == 3
+    for limit in (-1, 0, 0.5):  # lm-eval and others take these; -1 would leave out the last example
+        with pytest.raises(ValueError, match=f"limit must be .*; got {limit}"):
+            scored(task, limit=limit)
 
 
 # -------------------------------------------------------------------------------------------------------------- answers

@@ -167,7 +167,9 @@ def test_two_metrics_of_one_file_are_two_tasks(folder, whole, tmp_path, capsys):
     write_rows(tmp_path / "free" / "test.jsonl", rows_of_text(4, 3))
     for twice in ([texts[0]] * 2, [texts[0], f"{tmp_path / 'free'}:squad"], [texts[2], texts[2] + ":accuracy"]):
         assert main(command(folder, tmp_path / "twice", tasks=twice)) == 2
-        assert "is given more than once" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "is given more than once" in said
+        assert ("have one name: give the folder of one, or rename it" in said) == (str(tmp_path / "free") in twice[1])
 
 
 def test_long_prompts_lose_their_start_and_a_line_says_how_many(folder, tmp_path, capsys):

@@ -26,6 +26,14 @@ def test_a_choice_that_is_not_a_number_is_not_chosen():
     assert score_of(task._replace(records=some), nats, np.ones(6), []).score == 1
 
 
+@pytest.mark.parametrize("nothing", [np.nan, np.inf])
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+def test_an_example_without_any_likelihood_is_wrong_whatever_its_answer_is(nothing, metric):
+    rows = [Record("p", answer, (answer,), None, "here") for answer in ("a", "b")]
+    nats = np.array([1.0, 1.0, nothing, nothing, nothing, nothing])
+    assert score_of(EvalTask("t", rows, metric, ("a", "b")), nats, np.ones(6), []).score == 0
+
+
 def test_a_report_prints_a_line_per_task():
     report = Report((Score("sst2", "accuracy", 0.885, 0.25, 200), Score("own", "loss", -1.5, 1.5, 3)))
     assert str(report).splitlines() == [

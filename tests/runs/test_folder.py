@@ -22,7 +22,7 @@ from para_jax.evaluation.tasks import EvalTask
 from para_jax.runs import folder as folders
 from para_jax.runs import train as runs
 from para_jax.runs.folder import check_folder, claim_folder, differences, locked_folder, rows_before, run_digests
-from para_jax.runs.tenants import Tenant
+from para_jax.runs.tenants import Tenant, tenant_configs
 from para_jax.training.checkpoint import changed_data
 
 
@@ -227,6 +227,27 @@ def test_a_tenant_of_a_run_is_not_trained_alone_while_that_run_lasts(folder, tmp
     with pytest.raises(KeyboardInterrupt):
         train_tenants(many)
     assert len(refused) == 2
+
+
+def test_the_adapter_of_a_tenant_is_not_trained_from_the_start_in_its_place(folder, tmp_path):
+    """Its folder has a config, but no checkpoints: they are the run's, which is to be made longer instead."""
+    write_rows(tmp_path / "tenants" / "acme" / "train.jsonl", rows_of_text(8, seed=1))
+    many = run_config(folder, f"data.tenants={tmp_path / 'tenants'}", f"output_dir={tmp_path / 'run'}")
+    held = tenant_configs(many)["acme"]
+    own = replace(held, train=replace(held.train, max_steps=9))
+    for config, name in ((many, "run"), (held, "run/acme")):
+        (tmp_path / name).mkdir()
+        save_config(config, tmp_path / name / "config.yaml")
+        (tmp_path / name / ".lock").touch()
+    with pytest.raises(ValueError, match=f"acme holds a tenant of the run .*\ntrain {tmp_path}/run/config.yaml to"):
+        with locked_folder(own):
+            pass
+    with locked_folder(many), pytest.raises(ValueError, match=f"{tmp_path}/run: another process is writing"):
+        with locked_folder(own):
+            pass
+    (tmp_path / "run" / "acme" / "checkpoints").mkdir()  # an earlier version trained it alone
+    with locked_folder(own):
+        pass
 
 
 @pytest.mark.long

@@ -1,13 +1,15 @@
 """configs/own-data.yaml on data that it says nothing about: metric, lengths and answers follow from the data."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_run import backbone_folder, rows_of_text, words, write_rows
 
 from para_jax import train, train_tenants
-from para_jax.config import load_config
+from para_jax.config import DataSection, RunConfig, load_config
 from para_jax.inspect import data_report, dry_run, folder_report
+from para_jax.runs.tenants import warn_of_unread
 
 CONFIG = Path(__file__).parents[2] / "configs" / "own-data.yaml"
 QUICK = (
@@ -52,6 +54,17 @@ def test_labels_are_ranked_and_base_and_adapter_are_shown(folder, tmp_path, caps
     assert all(block in folder_report(tmp_path / "run") for block in report.split("\n\n"))
     again = train(config)
     assert again.scores == result.scores
+
+
+def test_a_file_that_was_meant_as_validation_data_is_named(tmp_path, capsys):
+    for file in ("acme/train.jsonl", "acme/dev.jsonl", "globex/train.csv", "globex/validation.csv", "globex/val.csv"):
+        write_rows(tmp_path / file, [])
+    configs = [RunConfig(data=DataSection(train=str(tmp_path / name))) for name in ("acme", "acme", "globex")]
+    warn_of_unread(configs)
+    said = f"warning: {tmp_path}/acme/dev.jsonl is not read; rename it to validation.jsonl, or set data.validation\n"
+    assert capsys.readouterr().err.endswith(said)
+    warn_of_unread([configs[2], RunConfig(data=replace(configs[0].data, validation=str(tmp_path / "acme/dev.jsonl")))])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.long
