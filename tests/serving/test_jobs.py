@@ -463,6 +463,8 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
         (good | {"top_p": 2}, "top_p is 2"),
         (good | {"prompt": "w20 \ud83d"}, "ud83d"),
         (good | {"prompt": 5}, "prompt: 5"),
+        ({"messages": "w20 w21"}, "messages: 'w20 w21' is not a list"),
+        (json.dumps(good)[:-1] + ', "tenant": "A", "tenant": "B"}', "line: 'tenant' is there twice"),
         (good | {"temperature": 10**400}, "temperature is 1000"),
         (good | {"n": 129}, "n is 129"),
         (good | {"stop": ["a"] * 17}, "stop: 17 texts"),
@@ -481,7 +483,7 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
     write(folder / "bad.jsonl", good, *rows, "", good | {"tenant": "A"}, good | {"tenant": "base", "stop": "w9"})
     assert main(command(folder, tmp_path / "out.jsonl", "bad.jsonl")) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and f"{count} answers are errors: 5 line, 4 prompt, 4 id, 1 tenant" in captured.err
+    assert captured.out == "" and f"{count} answers are errors: 6 line, 4 prompt, 4 id, 1 tenant" in captured.err
     where = f"the first error, line 2 of {folder / 'bad.jsonl'}: line: not JSON: Expecting value at character 1\n"
     assert where in captured.err
     found = by_sample(tmp_path / "out.jsonl")
