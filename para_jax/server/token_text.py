@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from ..data.examples import encode
 from ..data.fewest_tokens import BYTES
 from ..inference.answer_text import is_byte, text_of
@@ -16,8 +18,10 @@ class TokenTexts:
         self._of_piece = byte_level if "ByteLevel" in decoder else word_piece if "ByteFallback" in decoder else None
         """the bytes of a piece of the vocabulary; None: the tokenizer's own decoding"""
         self._known: dict[int, bytes] = {}
-        self.word = encode(tokenizer, "a")
-        """the tokens of a text that a space may follow"""
+        self.word: list[int] = []
+        """the tokens of a text that a space may follow; none if the tokenizer's words lack it"""
+        with suppress(ValueError):
+            self.word = encode(tokenizer, "a")
 
     def bytes(self, token: int) -> bytes:
         """The bytes that the token adds to a text. A special token's are its name."""
