@@ -29,16 +29,29 @@ def served() -> shared.Parser:
     shared.add_adapter_memory(
         group, "each is loaded when a request asks for it. With --allow-adapter-updates all are held"
     )
-    group.add_argument("--served-model-name", metavar="NAME", help="the base model's name (default: the backbone's)")
+    group.add_argument(
+        "--served-model-name",
+        type=shared.filled,
+        metavar="NAME",
+        help="the base model's name (default: the backbone's)",
+    )
     group.add_argument(
         "--allow-adapter-updates", action="store_true", help="let clients load and unload adapters while it runs"
     )
-    group.add_argument("--adapter-root", metavar="DIR", help="the folder of the adapters that clients may load")
+    group.add_argument(
+        "--adapter-root", type=shared.filled, metavar="DIR", help="the folder of the adapters that clients may load"
+    )
     group.add_argument("--allow-hub", action="store_true", help="let clients load adapters from the hub too")
     group = parser.add_argument_group("adapters that join later, with --allow-adapter-updates")
-    group.add_argument("--methods", metavar="M,M", help="their methods (default: para,ia3 and those of --adapters)")
+    group.add_argument(
+        "--methods",
+        type=shared.filled,
+        metavar="M,M",
+        help="their methods (default: para,ia3 and those of --adapters)",
+    )
     group.add_argument(
         "--sites",
+        type=shared.filled,
         metavar="S,S",
         help="the sites that they may change (default: q_proj,v_proj,up_proj and those of --adapters)",
     )

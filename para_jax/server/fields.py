@@ -53,12 +53,12 @@ class Fields:
             self.refuse(name, value, "give true or false")
         return value
 
-    def text(self, name: str, most: int) -> str | None:
+    def text(self, name: str, most: int, *, least: int = 1) -> str | None:
         value = self._left.pop(name, None)
         if value is None:
             return None
-        if not isinstance(value, str) or not 0 < len(value) <= most:
-            self.refuse(name, value, f"give a text of 1 to {most} characters")
+        if not isinstance(value, str) or not least <= len(value) <= most:
+            self.refuse(name, value, f"give a text of {least} to {most} characters")
         try:
             require_unicode(name, value)
         except ValueError as error:

@@ -115,7 +115,7 @@ def read_chat(found: dict) -> Asked:
     if len(set(given)) > 1:
         raise wrong_field("max_tokens", "max_tokens and max_completion_tokens mean the same, and differ; give one")
     logprobs, top = fields.flag("logprobs"), fields.whole("top_logprobs", 0, WHOLE)
-    if top is not None and not logprobs:
+    if top and not logprobs:
         raise wrong_field("top_logprobs", "top_logprobs needs logprobs; set logprobs to true")
     if not isinstance(metadata := fields.take("metadata") or {}, dict):
         fields.refuse("metadata", metadata, "give an object")
@@ -186,7 +186,7 @@ def read_rest(fields: Fields, inert: dict, known: tuple[str, ...], own: dict) ->
     timeout = fields.number("timeout", 0.001, 1e9)
     cache_salt = fields.text("cache_salt", MAX_SALT // 2)
     for name in LABELS:
-        fields.text(name, MAX_USER)
+        fields.text(name, MAX_USER, least=0)
     fields.require_inert(inert)
     fields.require_none_left(known)
     return Asked(

@@ -11,6 +11,9 @@ from .choices import Choice, Part
 from .logprobs import chat_logprobs, text_logprobs
 
 DONE = b"data: [DONE]\n\n"
+#: Characters that JSON leaves as they are, and that end a line to clients that read an event line by line with Python's
+#: splitlines, such as httpx.
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 
 class Shape(NamedTuple):
@@ -81,7 +84,8 @@ def error_event(body: bytes) -> bytes:
 
 
 def encoded(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate(LINE_ENDS).encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------- chat

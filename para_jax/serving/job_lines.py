@@ -18,7 +18,7 @@ from ..data.examples import require_unicode
 from ..data.row_files import json_problem
 from ..inference.content import ANSWERS_VERSION, writing_content
 from ..inference.sampling import derived_seed
-from ..untrusted import MAX_DEPTH
+from ..untrusted import MAX_DEPTH, without_repeats
 from .answers import MAX_LINE
 from .engine import Engine
 from .request import Request, check_request
@@ -143,11 +143,13 @@ def json_object(line: bytes | None) -> dict:
     if line is None:
         raise ValueError(f"line: longer than {MAX_LINE} bytes; split it")
     try:
-        found = json.loads(line)
+        found = json.loads(line, object_pairs_hook=without_repeats)
     except RecursionError:
         raise ValueError(f"line: it nests deeper than {MAX_DEPTH} levels") from None
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"line: not JSON: {json_problem(error)}") from None
+    except ValueError as error:  # a name that comes twice, or a number of too many digits
+        raise ValueError(f"line: {json_problem(error)}") from None
     if not isinstance(found, dict):
         raise ValueError(f"line: a JSON {type(found).__name__}; write an object")
     return found
@@ -161,6 +163,8 @@ def request_of(number: int, found: dict, defaults: Request) -> Request:
         raise ValueError("fields: " + "; ".join(map(unknown_field, unknown[:3])))
     if ("prompt" in found) == ("messages" in found):
         raise ValueError("prompt: give either prompt, a text, or messages, a list of turns")
+    if "messages" in found and not isinstance(found["messages"], list):
+        raise ValueError(f"messages: {shorten(found['messages'])} is not a list of turns; give a text as prompt")
     prompt = found.pop("messages") if "messages" in found else found.pop("prompt")
     if not isinstance(prompt, (str, list)):
         raise ValueError(f"prompt: {shorten(prompt)} is not a text; write one")

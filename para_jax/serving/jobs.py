@@ -253,9 +253,10 @@ def line_samples(
 
 def require_same(sample: LineSample, before: Kept | None, output: Place) -> None:
     if before is not None and before.error is None and before.key != sample.key:
+        changed = "the line, an option, its adapter, the backbone or para_jax has changed since"
         raise ValueError(
-            f"{output}: line {sample.line} of the input was answered as another request: the line, an option, its "
-            "adapter, the backbone or para_jax has changed since. Choose another file, or undo the change."
+            f"{output}: line {sample.line} of the input was answered as another request: {sample.error or changed}. "
+            "Choose another file, or undo the change."
         )
 
 

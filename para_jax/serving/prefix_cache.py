@@ -59,7 +59,8 @@ class PrefixCache:
         plain = self._chain(self._root, ids)
         if salt is None:
             return plain
-        own = self._chain(hashlib.sha256(self._root + salt.encode("utf-8", "surrogatepass")).digest(), ids)
+        text = salt.encode("utf-8", "surrogatepass")
+        own = self._chain(hashlib.sha256(b"salt" + self._root + text).digest(), ids)  # no block's key begins like this
         return [key if key in self.pinned else salted for key, salted in zip(plain, own, strict=True)]
 
     def knows(self, key: bytes) -> bool:

@@ -659,6 +659,8 @@ def test_a_full_disk_while_saving_keeps_the_previous_adapter(capsys, folder, con
         "evaluate --backbone '' --tasks a",
         "evaluate --backbone a --tasks ''",
         "serve --api-key-file ''",
+        "serve --served-model-name ''",
+        "serve --allow-adapter-updates --adapter-root a --sites ''",
         "plot --adapter '' --prompt a --output a.png",
         "export a --backbone '' --output b",
         "train ''",

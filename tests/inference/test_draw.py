@@ -133,6 +133,18 @@ def test_top_k_and_top_p_keep_what_sorting_would(seed, step):
     np.testing.assert_array_equal(found, by_sorting(distance, top_k, top_p.astype(np.float64)))
 
 
+def test_what_top_p_keeps_does_not_depend_on_a_top_k_row_nearby():
+    """At probabilities that some tokens reach exactly, where the last bit of a sum decides."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        distance = np.abs(np.round(rng.normal(0, 2, (8, 300)), 1)).astype(np.float32)
+        distance -= distance.min(axis=-1, keepdims=True)
+        shares = np.cumsum(np.sort(np.exp(-distance))[:, ::-1], axis=-1)
+        top_p = (shares[:, 100] / shares[:, -1]).astype(np.float32)
+        alone, nearby = (np.asarray(KEPT(distance, np.array([0] * 7 + [k], np.int32), top_p)) for k in (0, 5))
+        np.testing.assert_array_equal(alone[:7], nearby[:7])
+
+
 def test_greedy_rows_take_part_in_no_draw(monkeypatch):
     """Rows are drawn in blocks: what is sampled is counted by the random numbers that are made."""
     made, real = [], jax.random.categorical

@@ -323,6 +323,13 @@ def events(http, path, body):
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
 
+def test_an_event_is_one_line_to_every_client():
+    text = "".join(map(chr, range(1, 0x3000)))
+    event = responses.Writer(responses.TEXT, "A", "1").event({"text": text}).decode()
+    line, empty = event.splitlines()
+    assert json.loads(line.removeprefix("data: "))["choices"] == [{"text": text}] and empty == ""
+
+
 def test_every_answer_has_openais_types(http):
     """The client builds its records without checks. Here they are checked, and no field is unknown but our own."""
     text = {"model": "A", "prompt": prompt(1), "max_tokens": 5}

@@ -146,6 +146,14 @@ def test_what_changes_an_answer_and_is_not_computed_is_refused(name, value):
     assert refusal(read_chat, CHAT | {name: value}).param == name
 
 
+def test_what_asks_for_nothing_is_taken():
+    for read, body in READERS:
+        assert read(body | {"user": ""}) == read(body)
+    assert read_chat(CHAT | {"top_logprobs": 0}) == read_chat(CHAT | {"logprobs": False, "top_logprobs": 0})
+    assert read_chat(CHAT | {"top_logprobs": 0}).logprobs is None
+    assert refusal(read_chat, CHAT | {"top_logprobs": 1}).param == "top_logprobs"
+
+
 def test_best_of_and_a_suffix_are_refused():
     assert read_completion(TEXT | {"best_of": 2, "n": 2}).n == 2
     assert refusal(read_completion, TEXT | {"best_of": 3, "n": 2}).param == "best_of"

@@ -3,6 +3,8 @@
 import pytest
 import tiny_run
 import tiny_tokenizers
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from para_jax.server.token_text import BYTES, TokenTexts
 
@@ -28,6 +30,12 @@ def test_special_tokens_have_their_names():
 
 def test_other_tokenizers_decode_their_own_tokens():
     assert TokenTexts(tiny_run.tokenizer()).text(42) == "w42"
+
+
+def test_a_tokenizer_of_few_words_is_taken():
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"one": 0, "two": 1})))
+    texts = TokenTexts(made)
+    assert texts.text(1) == "two" and texts.space_before(1) == ""
 
 
 def test_each_byte_has_a_character_of_its_own():

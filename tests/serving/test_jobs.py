@@ -33,7 +33,7 @@ from para_jax.backbone import load
 from para_jax.cli import main
 from para_jax.inference.sampling import derived_seed
 from para_jax.serving import decoder, job_lines, jobs, prefills
-from para_jax.serving.answers import HEAD, Answers, bounded_lines
+from para_jax.serving.answers import HEAD, Answers, Kept, bounded_lines
 from para_jax.serving.job_lines import KeyParts, LineSample, samples, unknown_field
 from para_jax.serving.jobs import run_job
 from para_jax.serving.open_requests import QueueFull
@@ -463,6 +463,8 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
         (good | {"top_p": 2}, "top_p is 2"),
         (good | {"prompt": "w20 \ud83d"}, "ud83d"),
         (good | {"prompt": 5}, "prompt: 5"),
+        ({"messages": "w20 w21"}, "messages: 'w20 w21' is not a list"),
+        (json.dumps(good)[:-1] + ', "tenant": "A", "tenant": "B"}', "line: 'tenant' is there twice"),
         (good | {"temperature": 10**400}, "temperature is 1000"),
         (good | {"n": 129}, "n is 129"),
         (good | {"stop": ["a"] * 17}, "stop: 17 texts"),
@@ -481,7 +483,7 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
     write(folder / "bad.jsonl", good, *rows, "", good | {"tenant": "A"}, good | {"tenant": "base", "stop": "w9"})
     assert main(command(folder, tmp_path / "out.jsonl", "bad.jsonl")) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and f"{count} answers are errors: 5 line, 4 prompt, 4 id, 1 tenant" in captured.err
+    assert captured.out == "" and f"{count} answers are errors: 6 line, 4 prompt, 4 id, 1 tenant" in captured.err
     where = f"the first error, line 2 of {folder / 'bad.jsonl'}: line: not JSON: Expecting value at character 1\n"
     assert where in captured.err
     found = by_sample(tmp_path / "out.jsonl")
@@ -493,6 +495,12 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
     served = [found[i, 0] for i in (1, count + 3, count + 4)]
     assert [row["finish_reason"] for row in served] == ["length"] * 3
     assert [row["tenant"] for row in served] == [None, "A", None] and served[0]["text"] == served[2]["text"]
+
+
+def test_an_answered_line_that_can_no_longer_be_served_says_why():
+    gone = LineSample(3, 0, "now", None, None, error="tenant: no tenant 'C'")
+    with pytest.raises(ValueError, match="line 3 of the input was answered as another request: tenant: no tenant 'C'"):
+        jobs.require_same(gone, Kept("before", None, 1), "out.jsonl")
 
 
 def test_a_field_of_another_server_is_named_with_ours():

@@ -50,6 +50,16 @@ def test_a_salt_changes_every_key_but_those_of_pinned_blocks():
     assert cache.keys(ids, "a") == [*plain[:2], salted[2]] and cache.keys(ids) == plain
 
 
+def test_no_salt_gives_a_prompt_the_keys_of_longer_prompts():
+    """Else a client whose salt has the bytes of a prompt's first block could put wrong blocks behind that block."""
+    cache, ids = cache_of(8), list(range(40, 40 + 3 * SIZE))
+    for blocks in (1, 2):
+        begin, rest = ids[: blocks * SIZE], ids[blocks * SIZE :]
+        salt = np.array(begin, np.int32).tobytes().decode()
+        assert not {*cache.keys(rest, salt)} & {*cache.keys(ids)}
+        assert not {*cache.keys(rest, salt)} & {*cache.keys(ids, "a")}
+
+
 def test_prompts_that_agree_in_their_last_block_alone_share_nothing():
     cache = cache_of(8)
     filled(cache, [1, 2, 3, 4, 9, 9, 9, 9])
