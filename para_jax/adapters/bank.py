@@ -321,9 +321,10 @@ class AdapterBank:
         return method_of(config).group_config(config, self.sites, self.max_r)
 
     def _template(self, group: Any) -> Adapter:
-        if group not in self._templates:
-            self._templates[group] = group_template(group, self.model_config, self.dtype)
-        return self._templates[group]
+        found = self._templates.get(group)  # another thread may drop it meanwhile
+        if found is None:
+            found = self._templates[group] = group_template(group, self.model_config, self.dtype)
+        return found
 
     def _groups(self, entries: list[Entry | None]) -> list[Any]:
         """The groups that Rows hold, always in this order: those of the bank and of these entries, and at least one

@@ -370,6 +370,26 @@ def test_an_unused_config_is_dropped_and_its_rows_still_work(model):
     np.testing.assert_array_equal(before, after)
 
 
+def test_a_config_may_be_dropped_by_another_thread_at_any_moment(model, tenants):
+    class Dropped(dict):
+        """All keys go as soon as one was looked for."""
+
+        def looked(self, find, key):
+            found = find(key)
+            self.clear()
+            return found
+
+        def __contains__(self, key):
+            return self.looked(super().__contains__, key)
+
+        def get(self, key):
+            return self.looked(super().get, key)
+
+    bank = filled(model, tenants, ["para"], methods=("para",))
+    bank._templates = Dropped(bank._templates)
+    assert bank.rows(["para"]).batch == 1
+
+
 def test_each_distinct_tenant_is_sent_to_the_device_once(model, monkeypatch):
     bank, sent = AdapterBank(model.config, max_r=4, methods=("para",)), []
     for i in range(3):
