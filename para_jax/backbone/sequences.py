@@ -12,14 +12,16 @@ def checked_sequences(tokens, prompt_length, length, vocab_size: int) -> tuple[j
     """(tokens [batch, T], prompt_length [batch], length [batch]), all int32.
 
     Raises ValueError unless 1 <= prompt_length <= length <= T and every id is in the vocabulary. Values that are
-    traced cannot be checked.
+    traced, or in part on other hosts, cannot be checked.
 
     Args:
+        tokens: an array, or a list of lists.
         prompt_length, length: None means T.
     """
-    if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-        raise ValueError(f"tokens of shape {np.shape(tokens)}: pass integers [batch, length], padded on the right")
-    batch, total = np.shape(tokens)
+    tokens = as_array(tokens)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens of shape {tokens.shape}: pass integers [batch, length], padded on the right")
+    batch, total = tokens.shape
     given = {"prompt_length": prompt_length, "length": length}
     lengths = {name: total if value is None else value for name, value in given.items()}
     for name, value in lengths.items():
@@ -32,11 +34,22 @@ def checked_sequences(tokens, prompt_length, length, vocab_size: int) -> tuple[j
         if (prompt < 1).any() or (prompt > row).any() or (row > total).any():
             named = ", ".join(f"{name} {np.asarray(value).tolist()}" for name, value in lengths.items())
             raise ValueError(f"{named}: need 1 <= prompt_length <= length <= {total}, the tokens per row")
-    if isinstance(tokens, np.ndarray) and tokens.size:
-        lowest, highest = tokens.min(), tokens.max()
+    if tokens.size and not isinstance(tokens, Tracer) and getattr(tokens, "is_fully_addressable", True):
+        ids = np.asarray(tokens)
+        lowest, highest = ids.min(), ids.max()
         if lowest < 0 or highest >= vocab_size:
             raise ValueError(
                 f"token ids {lowest} to {highest}: the vocabulary has ids 0 to {vocab_size - 1}; use its tokenizer"
             )
     prompt_length, length = (jnp.broadcast_to(jnp.asarray(n, jnp.int32), (batch,)) for n in lengths.values())
     return jnp.asarray(tokens, jnp.int32), prompt_length, length
+
+
+def as_array(tokens) -> jax.Array | np.ndarray:
+    """The tokens as an array. Raises ValueError for rows of different lengths."""
+    if isinstance(tokens, jax.Array):
+        return tokens
+    try:
+        return np.asarray(tokens)
+    except ValueError:
+        raise ValueError("tokens: the rows have different lengths; pad them on the right to one length") from None
