@@ -104,7 +104,6 @@ def likeliest(distance: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Ar
         lambda: least_bound(distance, lambda inside: jnp.sum(inside, axis=-1) >= most),
         lambda: jnp.full_like(distance[:, 0], jnp.inf),
     )
-    last = jnp.where(top_k > 0, last, jnp.inf)  # else the sum below would be rounded differently next to a top-k row
     closer = distance < last[:, None]
     above = jnp.sum(jnp.where(closer, weight, 0), axis=-1)
     reached = top_p * jnp.where(jnp.isinf(last), above, above + (most - jnp.sum(closer, axis=-1)) * jnp.exp(-last))
