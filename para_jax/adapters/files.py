@@ -23,7 +23,7 @@ from ..hub import BUILT_IN, BUILT_IN_HUB_ID
 from ..storage.bucket import BucketPath
 from ..storage.folder import require_matching_manifest
 from ..untrusted import one_line, read_json
-from .adapter import Adapter, abstract, with_leaves
+from .adapter import Adapter, abstract, require_model_config, with_leaves
 from .card import lines_of, model_card, with_test_score
 from .folder import (
     CARD,
@@ -177,6 +177,7 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
 
     Raises ValueError, naming the problem, for an adapter that is damaged, not supported or made for another backbone.
     """
+    require_model_config(model_config)
     return of_folder(source, lambda folder: read_adapter(folder, source, model_config, model))
 
 

@@ -1,6 +1,7 @@
 """The bank: tenants by name, of any method, rank and sites, in one batch; what it refuses, and what never disturbs."""
 
 import difflib
+import inspect
 import threading
 
 import jax
@@ -17,6 +18,7 @@ from para_jax import (
     decode,
     forward,
     init_adapter,
+    load_adapter,
     multi_tenant_forward,
     prefill,
     save_adapter,
@@ -306,6 +308,27 @@ def test_a_full_bank_says_so_and_keeps_what_it_holds(model, tenants):
 def test_a_bank_of_impossible_options_is_refused(model, option, value):
     with pytest.raises(ValueError, match=option):
         AdapterBank(model.config, **{option: value})
+
+
+def test_a_backbone_in_place_of_its_config_and_folders_in_place_of_adapters_are_named(model, tenants, tmp_path):
+    save_adapter(tenants["para"], tmp_path / "a")
+    bank, holding = AdapterBank.__new__(AdapterBank), AdapterBank.holding.__func__
+    for function, *given in (
+        (AdapterBank.__init__, bank, model),
+        (holding, AdapterBank, {"a": tenants["para"]}, model),
+        (init_adapter, ParaConfig(), model),
+        (load_adapter, tmp_path / "a", model),
+    ):
+        with pytest.raises(ValueError, match=r"Transformer is not a ModelConfig; give .*model\.config"):
+            inspect.unwrap(function)(*given)  # without the tests' own check of types
+    for wrong, kind in (({"a": "runs/a/adapter"}, "str"), ([tenants["para"]], "list")):
+        with pytest.raises(ValueError, match=f"takes {{name: adapter}} .*got {kind}"):
+            inspect.unwrap(holding)(AdapterBank, wrong, model.config)
+
+
+def test_rows_of_another_batch_are_refused(model, tenants):
+    with pytest.raises(ValueError, match="Rows of 2 rows do not fit the 3 rows of tokens"):
+        forward(model, filled(model, tenants, ["para"]).rows(["para", None]), prompts(model, 3), 8)
 
 
 def test_a_bfloat16_bank_holds_half_the_bytes_and_says_nearly_the_same(model, tenants, bank):
