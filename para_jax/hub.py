@@ -22,7 +22,7 @@ from .atomic import old_folder
 from .config import expanded, nearest, printable
 from .messages import LOGGER
 from .storage.bucket import BucketPath, Place
-from .storage.cache import fetched_adapter, fetched_file, fetched_files
+from .storage.cache import adapter_copy, fetched_adapter, fetched_file, fetched_files
 
 CONFIG_FILES = ["config.json", "generation_config.json"]
 TOKENIZER_FILES = [
@@ -111,10 +111,12 @@ def resolve_adapter(source: str | Place) -> Path:
         return found
     else:
         repository, revision = parse_hub_id(source, AN_ADAPTER)
-        # As plain files in a separate folder: the hub's own cache consists of links to other folders.
+        # The hub's own cache has the files of each commit, as links to other folders. Its `local_dir` has plain files,
+        # but keeps an older one where a newer can't be fetched. So plain copies of the links are made.
+        linked = fetch(repository, revision, ADAPTER_FILES, max_weight_bytes=MAX_ADAPTER_BYTES)
+        files = {name: (linked / name).read_bytes() for name in ADAPTER_FILES if (linked / name).is_file()}
         name = f"{repository}@{revision or 'main'}".replace("/", "--")
-        folder = cache_folder() / "adapters" / name
-        path = fetch(repository, revision, ADAPTER_FILES, local_dir=folder, max_weight_bytes=MAX_ADAPTER_BYTES)
+        path = adapter_copy(cache_folder() / "adapters" / name, files)
     return require_adapter(path, source)
 
 
@@ -246,7 +248,6 @@ def fetch(
     repository: str,
     revision: str | None,
     files: list[str],
-    local_dir: Path | None = None,
     max_weight_bytes: int | None = None,
 ) -> Path:
     """The local folder with the `files` of a hub repository. Raises ValueError, in one line, if they can't be fetched
@@ -272,7 +273,6 @@ def fetch(
                 revision=revision,
                 allow_patterns=files,
                 ignore_patterns=IGNORED_FILES,
-                local_dir=local_dir,
                 local_files_only=sizes is None,  # so that the network is waited for once
             )
         )

@@ -224,7 +224,9 @@ def adapter_report(folder: Path) -> str:
         shape = (
             f"{printable(str(found.backbone['model_type']), 80)}, {shape}, width {found.backbone['width']}; {widths}"
         )
-    single, half = (n * found.matrices + 4 * found.vectors for n in (4, 2))  # a bank's vectors stay float32
+    layers = found.backbone["num_layers"]
+    spread = layers / len(found.method.adapter.layers(found.config, layers))  # a bank holds weights of every layer
+    single, half = (spread * (n * found.matrices + 4 * found.vectors) for n in (4, 2))  # its vectors stay float32
     return "\n".join(
         [
             f"adapter    {found.method.label}, " + ", ".join(f"{k} {v}" for k, v in fields.items()),

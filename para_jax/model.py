@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init
+from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init, require_model_config
 from .adapters.methods import is_adapter_config, method_of
 from .adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach_of
 from .adapters.scope import Reach
@@ -67,6 +67,7 @@ class AdaptedTransformer(nnx.Module):
 
 def init_adapter(adapter_config, model_config: ModelConfig, *, seed: int = 0) -> Adapter:
     """A new adapter, which changes nothing until it is trained. Its arrays have a leading layer axis."""
+    require_model_config(model_config)
     return init(method_of(adapter_config).adapter, adapter_config, model_config, seed)
 
 
@@ -395,4 +396,7 @@ def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, 
     check_fits(adapters, model.config)
     if adapters is not None and prompt_length is None:
         raise ValueError("prompt_length is missing; adapters need it")
-    return checked_sequences(tokens, prompt_length, length, model.config.vocab_size)
+    found = checked_sequences(tokens, prompt_length, length, model.config.vocab_size)
+    if isinstance(adapters, Rows) and adapters.batch != len(found[0]):
+        raise ValueError(f"adapters: Rows of {adapters.batch} rows do not fit the {len(found[0])} rows of tokens")
+    return found

@@ -68,6 +68,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply(200, json.dumps(found).encode())
         if repository == "user/gated":
             return self.reply(self.server.gated_status, b"{}", {"X-Error-Code": "GatedRepo"})
+        if file[3] in self.server.failing:
+            return self.reply(400, b"{}")
         data = files[file[3]]
         return self.reply(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": file[2]})
 
@@ -90,7 +92,7 @@ class Hub(BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     """A hub on loopback, in place of the real one, with empty caches; `.files()` says which files were asked for."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.gated_status, server.claimed = [], 403, {}
+    server.requests, server.gated_status, server.claimed, server.failing = [], 403, {}, set()
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.files = lambda: {path.split("/", 5)[5] for path in server.requests if "/resolve/" in path}
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -149,6 +151,32 @@ def test_an_adapter_is_fetched_as_plain_files_of_three_names(server):
     assert resolve_adapter(folder) == folder
 
 
+@pytest.mark.parametrize("failing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_changes_on_the_hub_is_never_mixed_with_older_files(server, monkeypatch, failing):
+    older = content(resolve_adapter("user/adapter"))
+    monkeypatch.setitem(COMMITS, "main", "c" * 40)
+    newer = {name: data + b" " for name, data in REPOSITORIES["user/adapter"].items()}
+    monkeypatch.setitem(REPOSITORIES, "user/adapter", newer)
+    server.failing = {failing}
+    with pytest.raises(ValueError, match=r"^user/adapter: can't be fetched from the hub[^\n]*$"):
+        resolve_adapter("user/adapter")
+    server.failing = set()
+    found = content(resolve_adapter("user/adapter"))
+    assert found == {name: newer[name] for name in older} and set(older) == set(hub.ADAPTER_FILES)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_an_adapter_whose_copy_was_damaged_is_copied_again(server):
+    folder = resolve_adapter("user/adapter")
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    assert (resolve_adapter("user/adapter") / "adapter_model.safetensors").read_bytes() == b"adapter"
+    assert (folder / "adapter_config.json").is_file()
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_repository_gives_one_line_with_its_name_and_hf_token(server, status):
     server.gated_status = status
@@ -163,12 +191,13 @@ def test_a_missing_repository_gives_one_line_with_its_name_and_hf_token(server):
 
 
 def test_a_hub_that_can_not_be_reached_gives_one_line_with_the_name(server, monkeypatch):
-    fetched = resolve_backbone("user/model")
+    fetched, adapter = resolve_backbone("user/model"), resolve_adapter("user/adapter")
     server.shutdown()
     server.server_close()
     with pytest.raises(ValueError, match=r"^user/gated: no such folder here[^\n]*hub[^\n]*network[^\n]*$"):
         resolve_backbone("user/gated")
     assert resolve_backbone("user/model") == fetched  # what was fetched before is used
+    assert resolve_adapter("user/adapter") == adapter
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"^user/gated: no such folder here[^\n]*hub[^\n]*network[^\n]*$"):
         resolve_backbone("user/gated")

@@ -24,7 +24,6 @@ ELSEWHERE = {
     "backbone.rotary": "test_model.py",
     "backbone.rotary_config": "backbone/test_families.py",
     "data.template_process": "data/test_chat_template.py",
-    "gguf.config": "gguf/test_file.py",
     "inspect": "cli/test_cli.py",
     "record_file": "bench/test_bench.py",
     "runs.logs": "runs/test_tenants.py",

@@ -195,6 +195,12 @@ def make_adjustment(layer: Adapter, x: jax.Array, prompt_length: jax.Array, star
     return layer.condition(layer.pool(x, prompt_length, start))
 
 
+def require_model_config(model: object) -> None:
+    """Raises ValueError for anything but the shape of a backbone, such as the backbone itself."""
+    if not isinstance(model, ModelConfig):
+        raise ValueError(f"{type(model).__name__} is not a ModelConfig; give the backbone's, model.config")
+
+
 def init(kind: type[Kind], config, model: ModelConfig, seed: int) -> Kind:
     """A fresh adapter of a method. The leading axis of its arrays is the layers that have weights."""
     layers = np.array(kind.layers(config, model.num_layers))

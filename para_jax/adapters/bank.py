@@ -12,7 +12,7 @@ import hashlib
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +23,7 @@ import numpy as np
 from ..config import SITES, ModelConfig, config_text, shorten
 from ..sharding import place
 from ..storage.bucket import BucketPath
-from .adapter import Adapter, named_leaves
+from .adapter import Adapter, named_leaves, require_model_config
 from .files import load_adapter
 from .folder import require_finite
 from .methods import METHODS, method_of
@@ -77,6 +77,7 @@ class AdapterBank:
             dtype: of the matrices, here and on the device: float32 or bfloat16. Vectors stay float32, because those of
                 (IA)^3 are close to one.
         """
+        require_model_config(model_config)
         for name, value in (("capacity", capacity), ("max_r", max_r)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"AdapterBank: {name} must be a whole number of at least 1; got {shorten(value)}")
@@ -105,6 +106,11 @@ class AdapterBank:
         """A bank of these adapters, made for their methods, sites and largest rank only."""
         if not adapters:
             raise ValueError("AdapterBank.holding needs at least one adapter; got none")
+        for one in adapters.values() if isinstance(adapters, Mapping) else [adapters]:
+            if not isinstance(one, Adapter):
+                what = type(one).__name__
+                raise ValueError(f"AdapterBank.holding takes {{name: adapter}} (load_adapter loads one); got {what}")
+        require_model_config(model_config)
         normal = [adapter.normal(model_config).config for adapter in adapters.values()]
         bank = cls(
             model_config,
@@ -321,9 +327,10 @@ class AdapterBank:
         return method_of(config).group_config(config, self.sites, self.max_r)
 
     def _template(self, group: Any) -> Adapter:
-        if group not in self._templates:
-            self._templates[group] = group_template(group, self.model_config, self.dtype)
-        return self._templates[group]
+        found = self._templates.get(group)  # another thread may drop it meanwhile
+        if found is None:
+            found = self._templates[group] = group_template(group, self.model_config, self.dtype)
+        return found
 
     def _groups(self, entries: list[Entry | None]) -> list[Any]:
         """The groups that Rows hold, always in this order: those of the bank and of these entries, and at least one

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from ..hub import BUILT_IN, BUILT_IN_HUB_ID
 from ..storage.bucket import BucketPath
 from ..storage.folder import require_matching_manifest
 from ..untrusted import one_line, read_json
-from .adapter import Adapter, abstract, with_leaves
+from .adapter import Adapter, abstract, require_model_config, with_leaves
 from .card import lines_of, model_card, with_test_score
 from .folder import (
     CARD,
@@ -43,6 +43,8 @@ from .own_config import own_config, read_own_config, require_same_backbone
 from .peft_config import named, peft_base, peft_config
 from .rows import check_fits
 from .scope import scope_of
+
+T = TypeVar("T")
 
 #: The largest rank of a folder's adapter; a larger one is taken for damage.
 MAX_RANK = 2**16
@@ -175,10 +177,16 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
 
     Raises ValueError, naming the problem, for an adapter that is damaged, not supported or made for another backbone.
     """
+    require_model_config(model_config)
+    return of_folder(source, lambda folder: read_adapter(folder, source, model_config, model))
+
+
+def of_folder(source: str | Path | BucketPath, read: Callable[[Path], T]) -> T:
+    """What `read` makes of an adapter's local folder, all of one version. Its errors name the source."""
     from ..hub import resolve_adapter
 
     try:
-        return read_whole(lambda: resolve_adapter(source), lambda path: read_adapter(path, source, model_config, model))
+        return read_whole(lambda: resolve_adapter(source), read)
     except ValueError as error:
         if "://" in str(source) and str(source) not in str(error):  # it names the local copy
             raise ValueError(f"{source}: {error}") from None
@@ -199,7 +207,7 @@ def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: Mo
         warnings.warn(
             f"{source}: the adapter was trained on other weights of this shape (its backbone's fingerprint is "
             f"{shorten(theirs, 16)}, this one's {shorten(ours, 16)})",
-            stacklevel=5,
+            stacklevel=6,
         )
     tensors = read_tensors(folder, expected_shapes(method, config, model_config))
     config, leaves = method.from_tensors(config, model_config, tensors)

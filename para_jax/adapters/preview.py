@@ -17,9 +17,10 @@ import jax
 from ..config import ModelConfig, expanded
 from ..hub import resolve_adapter
 from ..storage.bucket import BucketPath, Place
+from ..storage.folder import VERSIONS
 from ..untrusted import MAX_JSON_BYTES, json_mapping
-from .adapter import init
-from .files import load_adapter
+from .adapter import Adapter, init
+from .files import load_adapter, of_folder, read_adapter
 from .folder import CONFIG, WEIGHTS, own_file, refuse_pickles
 from .method import Method
 from .methods import METHODS
@@ -59,12 +60,24 @@ def previews(sources: Iterable[str], model_config: ModelConfig) -> list[Preview]
     return found
 
 
+def load_previewed(found: Preview, model_config: ModelConfig, *, model=None) -> Adapter:
+    """The adapter that was looked at. Raises ValueError as load_adapter does, and if another one has replaced it: what
+    is known of the first one would be wrong."""
+    adapter, digest = of_folder(
+        found.place,
+        lambda folder: (read_adapter(folder, found.place, model_config, model), read_ends(str(folder))[2]),
+    )
+    if digest != found.digest:
+        raise ValueError(f"{found.place}: another adapter has replaced it since this command began; run it again")
+    return adapter
+
+
 def read_ends(source: str) -> tuple[Place, bytes, str]:
     """An adapter's folder, its adapter_config.json, and the hash of its files."""
     place = expanded(source)
-    if isinstance(place, BucketPath):
+    if isinstance(place, BucketPath) and not (place / VERSIONS).is_dir():
         folder, files = place, (place / CONFIG, place / WEIGHTS)
-    else:
+    else:  # also for a folder in a bucket whose replacement has not ended: only a copy is of one version
         folder = resolve_adapter(source)
         refuse_pickles(folder)
         files = own_file(folder, CONFIG), own_file(folder, WEIGHTS)

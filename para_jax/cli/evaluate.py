@@ -337,7 +337,7 @@ def load(options, config) -> Loaded:
 def evaluate_part(options, config, loaded: Loaded, shard, output) -> tuple[str, dict[str, dict]]:
     """Evaluates a shard's adapters, or all (None), into a folder. Returns the table and each adapter's record."""
     from ..adapters.bank import AdapterBank
-    from ..adapters.files import load_adapter
+    from ..adapters.preview import load_previewed
     from ..evaluation.adapter_passes import adapters_at_once, described_passes, in_passes
     from ..evaluation.folder import evaluate_to_folder
     from ..evaluation.shard_part import ShardOfAdapters
@@ -353,7 +353,7 @@ def evaluate_part(options, config, loaded: Loaded, shard, output) -> tuple[str, 
         say((f"shard {shard}: " if part else "") + described_passes(bank, names, len(sources), most))
 
         def load_one(name: str):
-            return load_adapter(found[name].place, model.config, model=model)
+            return load_previewed(found[name], model.config, model=model)
 
         passes = in_passes(bank, names, load_one, most)
     about = {"backbone": config.backbone.source, "quantize": config.backbone.quantize, "command": options.command_line}

@@ -141,12 +141,12 @@ def adapters_of(options, found: dict, model):
 
 def bank_within_memory(options, found: dict, model):
     """The bank of --adapters. Those that --adapter-memory has no room for are loaded when they are asked for."""
-    from ..adapters.files import load_adapter
     from ..adapters.loading_bank import bank_of
+    from ..adapters.preview import load_previewed
     from ..messages import say
 
     def load(name: str):
-        return load_adapter(found[name].place, model.config, model=model)
+        return load_previewed(found[name], model.config, model=model)
 
     bank = bank_of(found, model.config, load, int(options.adapter_memory * 1e9))
     say(str(bank))

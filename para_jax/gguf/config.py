@@ -62,7 +62,12 @@ def common_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) 
     """The config.json fields that both architectures share."""
     embedding = shapes.get("model.embed_tokens.weight", (0,))
     heads, width = metadata_int(metadata, "attention.head_count"), metadata_int(metadata, "embedding_length")
-    eos, turn_end = metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id")
+    head_dim = metadata_int(metadata, "attention.key_length", width // heads)
+    for key, plain in (("rope.dimension_count", head_dim), ("rope.scaling.attn_factor", 1), ("attention.causal", True)):
+        value = metadata.get(f"{metadata['general.architecture']}.{key}", plain)
+        if value != plain:
+            raise ValueError(f"metadata {key} {shorten(value)} is not supported; only {plain} is")
+    eos, turn_end = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     return {
         "vocab_size": embedding[0],
         "hidden_size": width,
@@ -70,24 +75,21 @@ def common_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) 
         "num_hidden_layers": metadata_int(metadata, "block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata_int(metadata, "attention.head_count_kv", heads),
-        "head_dim": metadata_int(metadata, "attention.key_length", width // heads),
+        "head_dim": head_dim,
         "max_position_embeddings": metadata_int(metadata, "context_length"),
         "rms_norm_eps": metadata_number(metadata, "attention.layer_norm_rms_epsilon"),
         "rope_scaling": rope_scaling(metadata),
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
         "tie_word_embeddings": "lm_head.weight" not in shapes,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": [eos, turn_end] if turn_end not in (None, eos) else eos,
+        "eos_token_id": turn_end if eos is None else eos if turn_end in (None, eos) else [eos, turn_end],
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
         "torch_dtype": "float32",
     }
 
 
 def llama_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    common = common_config(metadata, shapes)
-    if metadata_number(metadata, "rope.dimension_count", common["head_dim"]) != common["head_dim"]:
-        raise ValueError("llama.rope.dimension_count differs from the head dimension; partial rotary is not supported")
-    return common | {
+    return common_config(metadata, shapes) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
@@ -147,8 +149,10 @@ def rope_scaling(metadata: dict[str, Any]) -> dict[str, Any] | None:
 def llama3_scaling(factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
     """The llama3 rope scaling that divides each frequency by the stored `factors` [head_dim / 2].
 
-    Raises ValueError unless its settings are those of Llama 3.1.
+    Raises ValueError unless its settings are those of Llama 3.1, and for a config that has another scaling.
     """
+    if config["rope_scaling"] is not None:
+        raise ValueError(f"rope_freqs.weight together with rope scaling {config['rope_scaling']} is not supported")
     low, high, positions, pairs = 1.0, 4.0, 8192, config["head_dim"] // 2
     if factors.shape != (pairs,):
         raise ValueError(f"rope_freqs.weight has {factors.size} values; half the head dimension is {pairs}")

@@ -1,4 +1,4 @@
-"""Local copies of backbones and adapters from a bucket, in the user's cache.
+"""Local copies of backbones and adapters from a bucket, and of adapters from the hub, in the user's cache.
 
 The folder of a copy is named by its address and content (the generations of the objects, or the bytes of an adapter).
 So a copy never changes, and a replaced object is fetched again. A kill leaves no partial copy.
@@ -79,11 +79,14 @@ def fetch(file: BucketPath, to: Path, generation: int) -> None:
 
 def fetched_adapter(folder: BucketPath, cache: Path, names: list[str], max_bytes: int) -> Path:
     """A local folder with the files of an adapter, all of one version; see `read_folder`."""
-    files = read_folder(folder, names, max_bytes)
-    key = digest(*(f"{name} {hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items())))
-    place = cache / "buckets" / digest(str(folder)) / key
+    return adapter_copy(cache / "buckets" / digest(str(folder)), read_folder(folder, names, max_bytes))
+
+
+def adapter_copy(versions: Path, files: dict[str, bytes]) -> Path:
+    """A folder with these files of an adapter, in the folder of its versions. A damaged one is written again."""
+    place = versions / digest(*(f"{name} {hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items())))
     with locked_copy(place):
-        if not (place.is_dir() and all((place / name).read_bytes() == data for name, data in files.items())):
+        if not holds(place, files):
             shutil.rmtree(place, ignore_errors=True)
             with new_folder(place) as part:
                 for name, data in files.items():
@@ -92,6 +95,13 @@ def fetched_adapter(folder: BucketPath, cache: Path, names: list[str], max_bytes
             for old in others[:-KEPT_VERSIONS]:
                 shutil.rmtree(old, ignore_errors=True)
     return place
+
+
+def holds(folder: Path, files: dict[str, bytes]) -> bool:
+    try:
+        return all((folder / name).read_bytes() == data for name, data in files.items())
+    except OSError:  # one is missing
+        return False
 
 
 @contextmanager

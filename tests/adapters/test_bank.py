@@ -1,6 +1,7 @@
 """The bank: tenants by name, of any method, rank and sites, in one batch; what it refuses, and what never disturbs."""
 
 import difflib
+import inspect
 import threading
 
 import jax
@@ -17,6 +18,7 @@ from para_jax import (
     decode,
     forward,
     init_adapter,
+    load_adapter,
     multi_tenant_forward,
     prefill,
     save_adapter,
@@ -308,6 +310,27 @@ def test_a_bank_of_impossible_options_is_refused(model, option, value):
         AdapterBank(model.config, **{option: value})
 
 
+def test_a_backbone_in_place_of_its_config_and_folders_in_place_of_adapters_are_named(model, tenants, tmp_path):
+    save_adapter(tenants["para"], tmp_path / "a")
+    bank, holding = AdapterBank.__new__(AdapterBank), AdapterBank.holding.__func__
+    for function, *given in (
+        (AdapterBank.__init__, bank, model),
+        (holding, AdapterBank, {"a": tenants["para"]}, model),
+        (init_adapter, ParaConfig(), model),
+        (load_adapter, tmp_path / "a", model),
+    ):
+        with pytest.raises(ValueError, match=r"Transformer is not a ModelConfig; give .*model\.config"):
+            inspect.unwrap(function)(*given)  # without the tests' own check of types
+    for wrong, kind in (({"a": "runs/a/adapter"}, "str"), ([tenants["para"]], "list")):
+        with pytest.raises(ValueError, match=f"takes {{name: adapter}} .*got {kind}"):
+            inspect.unwrap(holding)(AdapterBank, wrong, model.config)
+
+
+def test_rows_of_another_batch_are_refused(model, tenants):
+    with pytest.raises(ValueError, match="Rows of 2 rows do not fit the 3 rows of tokens"):
+        forward(model, filled(model, tenants, ["para"]).rows(["para", None]), prompts(model, 3), 8)
+
+
 def test_a_bfloat16_bank_holds_half_the_bytes_and_says_nearly_the_same(model, tenants, bank):
     half = filled(model, tenants, [name for name in NAMES if name], dtype="bfloat16")
     tokens = prompts(model, len(NAMES))
@@ -368,6 +391,26 @@ def test_an_unused_config_is_dropped_and_its_rows_still_work(model):
     assert len(bank.rows(["a"]).stacks) == fresh
     after = forward(model, bank.rows_of([kept, bank.entry("a")]), prompts(model, 2), 8)
     np.testing.assert_array_equal(before, after)
+
+
+def test_a_config_may_be_dropped_by_another_thread_at_any_moment(model, tenants):
+    class Dropped(dict):
+        """All keys go as soon as one was looked for."""
+
+        def looked(self, find, key):
+            found = find(key)
+            self.clear()
+            return found
+
+        def __contains__(self, key):
+            return self.looked(super().__contains__, key)
+
+        def get(self, key):
+            return self.looked(super().get, key)
+
+    bank = filled(model, tenants, ["para"], methods=("para",))
+    bank._templates = Dropped(bank._templates)
+    assert bank.rows(["para"]).batch == 1
 
 
 def test_each_distinct_tenant_is_sent_to_the_device_once(model, monkeypatch):

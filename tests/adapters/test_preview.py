@@ -2,13 +2,16 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from golden_models import FIXTURES, strong
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_adapter, save_adapter
 from para_jax.adapters import preview
+from para_jax.adapters.bank import content_hash
 from para_jax.backbone.load import load_model_config
+from para_jax.cli.names import bank_within_memory
 
 CONFIGS = [
     ParaConfig(r=4),
@@ -55,6 +58,17 @@ def test_only_the_ends_of_a_large_file_are_read(tmp_path):
     file.write_bytes(b"a" * 10 + b"-" * 100 + b"z" * 10)
     assert preview.ends(file, 10) == (b"a" * 10 + b"z" * 10, 120)
     assert preview.ends(file, 60) == preview.ends(file, 999) == (file.read_bytes(), 120)
+
+
+def test_an_adapter_that_was_replaced_is_not_taken_for_the_one_that_was_looked_at(sources, model, tmp_path):
+    """Both have one config. Answers would be recorded under the other one's digest."""
+    found = dict(zip("abc", preview.previews(sources[:3], model), strict=True))
+    assert content_hash(preview.load_previewed(found["a"], model)) == content_hash(load_adapter(sources[0], model))
+    options, backbone = SimpleNamespace(adapter_memory=1), SimpleNamespace(config=model, fingerprint=None)
+    assert bank_within_memory(options, found, backbone).names == ("a", "b", "c")
+    save_adapter(strong(init_adapter(CONFIGS[1], model), 9, 0.3), tmp_path / "1")
+    with pytest.raises(ValueError, match="/1: another adapter has replaced it since"):
+        bank_within_memory(options, found, backbone)
 
 
 def test_an_adapter_in_a_bucket_has_the_same_digest(sources, model, bucket):

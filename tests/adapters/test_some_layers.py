@@ -13,12 +13,13 @@ from one_adapter import fresh_state, only, trained_step
 from safetensors.numpy import load_file
 from tiny_run import TRAIN
 
-from para_jax import ParaConfig, forward, init_adapter, load_adapter, load_config, save_adapter, vectors
+from para_jax import AdapterBank, ParaConfig, forward, init_adapter, load_adapter, load_config, save_adapter, vectors
 from para_jax.adapters.adapter import count_parameters, named_leaves, with_leaves
 from para_jax.adapters.bank import content_hash
 from para_jax.config import save_config
 from para_jax.data.batches import Bucket, collate
 from para_jax.data.examples import Example
+from para_jax.inspect import folder_report, size
 from para_jax.training.statistics import standardise
 
 LAYERS = (0, 2)  # of three
@@ -145,6 +146,13 @@ def test_a_folder_that_names_other_layers_than_it_holds_is_refused(tmp_path, lay
     file.write_text(json.dumps(json.loads(file.read_text()) | {"layers_to_transform": layers}))
     with pytest.raises(ValueError, match=message):
         load_adapter(tmp_path / "adapter", backbone("llama").config)
+
+
+def test_inspect_says_what_a_bank_holds_of_it(tmp_path):
+    adapter = some_and_all(summary="standardised", up_bias=True)[0]
+    save_adapter(adapter, tmp_path / "adapter")
+    held = AdapterBank.holding({"a": adapter}, backbone("llama").config).nbytes
+    assert f"1000 such tenants in a bank: {size(1000 * held)} of" in folder_report(tmp_path / "adapter")
 
 
 def test_a_run_takes_it_and_keeps_it(tmp_path):

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,11 +24,20 @@ def test_lengths_become_one_int32_per_row():
         (TOKENS, 3, [4, 2, 4], r"length \[4, 2, 4\]"),
         (TOKENS, 2, 5, "length 5"),
         (TOKENS + 1, 2, None, "token ids 1 to 12"),
+        (jnp.asarray(TOKENS + 1), 2, None, "token ids 1 to 12"),
+        ((TOKENS - 1).tolist(), 2, None, "token ids -1 to 10"),
+        ([[1, 2], [3]], 1, None, "different lengths"),
+        ([["a", "b"]], 1, None, "tokens of shape"),
     ],
 )
 def test_wrong_sequences_are_named(tokens, prompt_length, length, named):
     with pytest.raises(ValueError, match=named):
         checked_sequences(tokens, prompt_length, length, 12)
+
+
+def test_tokens_may_be_a_list_or_an_array_of_any_kind():
+    for given in (TOKENS.tolist(), jnp.asarray(TOKENS), TOKENS.astype(np.uint16)):
+        np.testing.assert_array_equal(checked_sequences(given, 2, None, 12)[0], TOKENS)
 
 
 def test_traced_lengths_are_not_checked():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tiny_gguf import hugging_face, write_gguf
 
+from para_jax.gguf.config import common_config
 from para_jax.gguf.file import GgufFile
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
@@ -91,6 +92,9 @@ def test_llama3_rope_scaling_is_recovered_from_its_factors(tmp_path):
     factors = {"raw.rope_freqs.weight": llama3_factors(config, 64)}
     with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
         GgufFile(write_gguf(tmp_path / "b.gguf", "llama3", tensors=factors))
+    factors = {"raw.rope_freqs.weight": llama3_factors(config, 8192)}
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight together with .*linear"):
+        GgufFile(write_gguf(tmp_path / "c.gguf", "llama3", tensors=factors, change={"rope.scaling.factor": 2.0}))
 
 
 def test_linear_rope_scaling_and_a_second_end_token_are_read(tmp_path):
@@ -98,6 +102,15 @@ def test_linear_rope_scaling_and_a_second_end_token_are_read(tmp_path):
     config = GgufFile(write_gguf(tmp_path / "m.gguf", change=change)).config
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
     assert config["eos_token_id"] == [2, 7]
+
+
+@pytest.mark.parametrize(("ends", "read"), [((None, 7), 7), ((2, None), 2), ((7, 7), 7), ((None, None), None)])
+def test_one_end_token_or_none_is_read(ends, read):
+    named = dict(zip(("eos", "eot"), ends, strict=True))
+    held = {f"tokenizer.ggml.{name}_token_id": end for name, end in named.items() if end is not None}
+    sizes = ("attention.head_count", "embedding_length", "feed_forward_length", "block_count", "context_length")
+    metadata = {f"llama.{name}": 8 for name in sizes} | {"llama.attention.layer_norm_rms_epsilon": 1e-5}
+    assert common_config(metadata | held | {"general.architecture": "llama"}, {})["eos_token_id"] == read
 
 
 @pytest.mark.parametrize(
@@ -122,7 +135,10 @@ def test_a_file_that_was_merged_from_parts_is_read(tmp_path, count):
     [
         ({"arch": "qwen2"}, "architecture 'qwen2'"),
         ({"change": {"rope.scaling.type": "yarn"}}, "rope scaling 'yarn'"),
-        ({"change": {"rope.dimension_count": 8}}, "partial rotary"),
+        ({"change": {"rope.dimension_count": 8}}, r"rope\.dimension_count 8 is not supported; only 16 is"),
+        ({"family": "gemma3_text", "change": {"rope.dimension_count": 8}}, r"rope\.dimension_count 8"),
+        ({"change": {"rope.scaling.attn_factor": 1.5}}, r"rope\.scaling\.attn_factor 1.5"),
+        ({"change": {"attention.causal": 0}}, r"attention\.causal 0"),
         ({"change": {"block_count": None}}, r"llama\.block_count is None"),
         ({"change": {"attention.head_count": [4, 4, 4]}}, r"llama\.attention\.head_count is \[4, 4, 4\]"),
         ({"change": {"block_count": 4}}, r"missing.*model\.layers\.3\."),

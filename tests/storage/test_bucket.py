@@ -17,6 +17,7 @@ from golden_models import FIXTURES, backbone, strong
 from para_jax import LoraConfig, ParaConfig, init_adapter, load_adapter
 from para_jax.adapters.files import read_adapter_config, save_adapter
 from para_jax.adapters.folder import mend_folder
+from para_jax.adapters.preview import load_previewed, previews
 from para_jax.backbone.load import load_model_config
 from para_jax.config import RunConfig
 from para_jax.evaluation.journal import Journal
@@ -354,6 +355,7 @@ def test_a_kill_at_any_write_leaves_the_old_adapter_or_the_new(before, folder, m
             save_adapter(third, place)
         found = load_adapter(str(place), model)
         assert same(found, old) or same(found, third)
+        assert same(load_previewed(previews([str(place)], model)[0], model), found)
         outcomes.add(same(found, third))
         save_adapter(first, place)
         assert same(load_adapter(str(place), model), first) and not (place / "versions").exists()
