@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, strong
+from long_cases import long, slow
 from tiny_run import rows_of_text, tokenizer, words, write_rows
 
 from para_jax import (
@@ -272,11 +273,10 @@ def test_shuffling_gives_every_example_another_prompt(count):
     np.testing.assert_array_equal(derangement("t", count, 3), drawn[3])
 
 
-@pytest.mark.long
 @each_way
 @pytest.mark.parametrize(
     "config",
-    [ParaConfig(r=4, pooler="constant"), Ia3Config(), LoraConfig(r=4, lora_alpha=64)],
+    [long(ParaConfig(r=4, pooler="constant")), slow(Ia3Config()), slow(LoraConfig(r=4, lora_alpha=64))],
     ids=["constant", "ia3", "lora"],
 )
 def test_shuffling_changes_nothing_for_adapters_that_ignore_the_prompt(records, config, way):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from golden_models import backbone
+from long_cases import long, slow
 from tiny_questions import CONFIGS, ROWS, SHARING, answers, asked, bank_of, by_hand
 from tiny_run import tokenizer
 
@@ -40,9 +41,14 @@ def computed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"), [("llama", "layers"), pytest.param("gemma3_text", "stacked", marks=pytest.mark.long)]
+    ("family", "layout", "whole_rows"),
+    [
+        ("llama", "layers", False),
+        long("gemma3_text", "stacked", True),
+        slow("llama", "layers", True),
+        slow("gemma3_text", "stacked", False),
+    ],
 )
-@pytest.mark.parametrize("whole_rows", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_scores_are_those_of_the_teacher_forced_pass(family, layout, whole_rows):
     questions = [(tenant, one) for one in asked()[:9] for tenant in (*NAMES, None)]
     shapes = planned([one for _, one in questions]) if whole_rows else None

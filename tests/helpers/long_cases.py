@@ -1,4 +1,4 @@
-"""Parameters of a test that repeats its law: `pytest` takes some of them, `pytest -m long` the others."""
+"""Parameters of a test that repeats its law: `pytest` takes some of them, `pytest -m long` and `-m slow` the others."""
 
 from collections.abc import Iterable
 
@@ -8,3 +8,11 @@ import pytest
 def quick(values: Iterable, *chosen) -> list:
     """The values for `pytest.mark.parametrize`. All but the chosen ones are marked long."""
     return [value if value in chosen else pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
+def long(*case) -> object:
+    return pytest.param(*case, marks=pytest.mark.long)
+
+
+def slow(*case) -> object:
+    return pytest.param(*case, marks=pytest.mark.slow)

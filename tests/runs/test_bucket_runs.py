@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import quick_compiler
+from long_cases import long, slow
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
 from para_jax import cli, train, train_tenants
@@ -90,8 +91,7 @@ def result(folder):
     return weights, logs
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["one", "many"])
+@pytest.mark.parametrize("kind", [long("many"), slow("one")])
 def test_a_run_killed_and_resumed_on_another_host_ends_with_the_same_bits(kind, there, tmp_path):
     unkilled, killed = there / f"{kind}-unkilled", there / f"{kind}-killed"
     whole = Host(tmp_path / "a", "train", there / f"{kind}.yaml", f"output_dir={unkilled}")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, backbone, golden_tenants, strong
+from long_cases import long, slow
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, pick, stack_adapters
 from para_jax.adapters.segments import Segments
@@ -22,18 +23,15 @@ SHAPE = RowShape(24, 9, 4)
 # Windows: a layer's (mistral), some layers' (gemma 2 and 3; qwen2's variant); soft caps: gemma 2
 CASES = [
     ("llama", None, ParaConfig(r=4, up_bias=True)),
+    long("qwen3", None, ParaConfig(r=4, pooler="max", target_modules=("k_proj", "o_proj", "gate_proj", "down_proj"))),
+    long("llama", None, LoraConfig(r=4)),
+    long("llama", None, Ia3Config()),
+    long("gemma3_text", None, ParaConfig(r=4)),
+    slow("gemma2", None, ParaConfig(r=4)),
+    slow("qwen2", "swa", ParaConfig(r=4)),
+    slow("llama", None, ParaConfig(r=4, pooler="mean", summary="rms")),
+    slow("mistral", None, ParaConfig(r=4)),
 ]
-MORE_CASES = [
-    ("gemma2", None, ParaConfig(r=4)),
-    ("qwen2", "swa", ParaConfig(r=4)),
-    ("llama", None, ParaConfig(r=4, pooler="mean", summary="rms")),
-    ("qwen3", None, ParaConfig(r=4, pooler="max", target_modules=("k_proj", "o_proj", "gate_proj", "down_proj"))),
-    ("llama", None, LoraConfig(r=4)),
-    ("llama", None, Ia3Config()),
-    ("mistral", None, ParaConfig(r=4)),
-    ("gemma3_text", None, ParaConfig(r=4)),
-]
-CASES += [pytest.param(*case, marks=pytest.mark.long) for case in MORE_CASES]
 
 
 @cache

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, strong
+from long_cases import long, slow
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, make_mesh
 from para_jax.adapters.para import Para
@@ -25,13 +26,12 @@ ROWS = [[0, 1, 3], [4, 6], [2, 5]]
 BUCKET, ROW_SHAPE = Bucket(24, 6, 16), RowShape(24, 9, 4, 16)
 CASES = [
     ("llama", ParaConfig(r=4, scope="response")),
-    ("llama", LoraConfig(r=4, scope="response", scope_window=3)),
-    ("gemma3_text", ParaConfig(r=4, scope="response", scope_window=4, pooler="mean")),
-    ("llama", ParaConfig(r=4, scope="response", pooler="max")),
-    ("llama", ParaConfig(r=4, scope="response", pooler="constant")),
-    ("llama", Ia3Config(scope="response")),
+    long("llama", LoraConfig(r=4, scope="response", scope_window=3)),
+    long("gemma3_text", ParaConfig(r=4, scope="response", scope_window=4, pooler="mean")),
+    slow("llama", ParaConfig(r=4, scope="response", pooler="max")),
+    slow("llama", ParaConfig(r=4, scope="response", pooler="constant")),
+    slow("llama", Ia3Config(scope="response")),
 ]
-CASES[1:] = [pytest.param(*case, marks=pytest.mark.long) for case in CASES[1:]]
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, strong
+from long_cases import long, slow
 
 from para_jax import (
     Ia3Config,
@@ -34,12 +35,11 @@ ROWS = [[0, 1, 3], [4, 6], [2, 5]]
 PROMPT, COMPLETION = 12, 6
 CASES = [
     ("llama", ParaConfig(r=4, scope="response")),
-    ("llama", LoraConfig(r=4, scope="response", scope_window=3)),
-    ("gemma3_text", ParaConfig(r=4, scope="response", scope_window=4)),
-    ("llama", ParaConfig(r=4, scope="response", scope_window=3, pooler="mean")),
-    ("llama", Ia3Config(scope="response")),
+    long("gemma3_text", ParaConfig(r=4, scope="response", scope_window=4)),
+    long("llama", Ia3Config(scope="response")),
+    slow("llama", LoraConfig(r=4, scope="response", scope_window=3)),
+    slow("llama", ParaConfig(r=4, scope="response", scope_window=3, pooler="mean")),
 ]
-CASES[1:] = [pytest.param(*case, marks=pytest.mark.long) for case in CASES[1:]]
 
 
 @cache
