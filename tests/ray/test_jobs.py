@@ -235,7 +235,7 @@ def kill(worker):
     os.kill(worker, signal.SIGKILL)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_its_shard_goes_on(folder, two_workers, tmp_path):
     write_rows(tmp_path / "free" / "test.jsonl", rows_of_text(60, 4))
     killed = AfterLines(tmp_path / "out.shards" / "0" / "answers.jsonl", 4, kill)
@@ -267,7 +267,7 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_of_a_job(folder, two_workers, t
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "other.jsonl").read_bytes()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_shard_that_fails_is_named_after_the_others_and_the_same_call_goes_on(folder, two_workers, tmp_path):
     shards = tmp_path / "out.jsonl.shards"
     shards.mkdir()

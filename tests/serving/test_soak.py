@@ -13,7 +13,7 @@ TENANTS, REQUESTS, SLOTS = 200, 5000, 8
 SITES = ("q_proj", "v_proj", "up_proj")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_long_day_gives_every_request_its_own_answer_in_flat_memory():
     model, draw = backbone("llama"), np.random.default_rng(0)
     fresh = [init_adapter(ParaConfig(r=4), model.config), init_adapter(Ia3Config(target_modules=SITES), model.config)]
