@@ -77,7 +77,7 @@ def read_ends(source: str) -> tuple[Place, bytes, str]:
     place = expanded(source)
     if isinstance(place, BucketPath) and not (place / VERSIONS).is_dir():
         folder, files = place, (place / CONFIG, place / WEIGHTS)
-    else:  # also for a folder in a bucket whose replacement has not ended: only a copy is of one version
+    else:  # a local folder, or one in a bucket that is being replaced: the local copy is of one version
         folder = resolve_adapter(source)
         refuse_pickles(folder)
         files = own_file(folder, CONFIG), own_file(folder, WEIGHTS)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Literal
 
 from ..config import DividedRotaryConfig, RotaryConfig, shorten
 from .config_values import check, config_bool, config_int, config_mapping, config_number
@@ -116,8 +117,15 @@ def longrope(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
     return divided(plain, "longrope", original, divisors, rope, attention)
 
 
-def divided(plain: RotaryConfig, scaling, original: int, divisors, rope: dict, attention: float) -> RotaryConfig:
-    """With the attention factor that the config gives, or else `attention`."""
+def divided(
+    plain: RotaryConfig,
+    scaling: Literal["yarn", "longrope"],
+    original: int,
+    divisors: tuple[float, ...],
+    rope: dict,
+    attention: float,
+) -> RotaryConfig:
+    """The embedding with these divisors, and the config's attention_factor or, if it has none, `attention`."""
     if rope.get("attention_factor") is not None:
         attention = float(config_number(rope, "attention_factor"))
     return DividedRotaryConfig(

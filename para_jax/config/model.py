@@ -27,7 +27,8 @@ class RotaryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DividedRotaryConfig(RotaryConfig):
-    """A rotary embedding with scaling yarn or longrope."""
+    """A rotary embedding with scaling yarn or longrope. It is a class of its own because a backbone's hash has the text
+    of its config: new fields in RotaryConfig would change the hash of every backbone."""
 
     divisors: tuple[float, ...]
     """one per frequency, which it divides"""

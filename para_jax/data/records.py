@@ -28,7 +28,7 @@ from .tasks import TASKS, field, names_of
 #: Examples per call of the tokenizer.
 ENCODED_AT_ONCE = 1024
 SPLITS = ("train", "validation", "test")
-#: What chat templates read of an answer besides its content. It would be lost: only the content is learnt and scored.
+#: Parts of an answer that chat templates read besides its content. Only the content is learnt and scored.
 NOT_LEARNT = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 

@@ -728,7 +728,7 @@ def test_an_output_that_can_not_be_written_is_an_error_of_one_line(capsys, monke
 
 
 def test_the_results_are_of_the_adapter_that_is_kept(config, tmp_path, monkeypatch):
-    """Not of the last step, whose adapter may be worse than the best one."""
+    """The adapter of the last step may be worse, and is not kept."""
     rows = [
         {"step": 2, "validation_loss": 0.5},
         {"step": 4, "validation_loss": 2.0},

@@ -7,7 +7,7 @@ import pytest
 
 def quick(values: Iterable, *chosen) -> list:
     """The values for `pytest.mark.parametrize`. All but the chosen ones are marked long."""
-    return [value if value in chosen else pytest.param(value, marks=pytest.mark.long) for value in values]
+    return [value if value in chosen else long(value) for value in values]
 
 
 def long(*case) -> object:
