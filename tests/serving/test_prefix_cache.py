@@ -51,7 +51,7 @@ def test_a_salt_changes_every_key_but_those_of_pinned_blocks():
 
 
 def test_no_salt_gives_a_prompt_the_keys_of_longer_prompts():
-    """Else a client could take the bytes of a prompt's first block as its salt, and that prompt would find its blocks."""
+    """Else a client could take the bytes of a prompt's first block as its salt. That prompt would find its blocks."""
     cache, ids = cache_of(8), list(range(40, 40 + 3 * SIZE))
     for blocks in (1, 2):
         begin, rest = ids[: blocks * SIZE], ids[blocks * SIZE :]
