@@ -11,6 +11,7 @@ import numpy as np
 from ..backbone.transformer import Transformer
 from ..config import shorten
 from ..inference.answer_text import text_of
+from ..inference.draw import NO_TOKEN
 from ..inference.generate import before_stop, generate_tokens
 from ..inference.sampling import Sampling
 from ..model import prefill_after
@@ -70,7 +71,8 @@ def write_in_batches(
             )
             for i, tokens in zip(chosen, written, strict=False):
                 kept = tokens[: asked[i][1].max_new_tokens]
-                yield i, Written(text_of(tokenizer, kept), len(kept))
+                # What precedes logits that are not finite might be right by chance.
+                yield i, Written("" if NO_TOKEN in kept else text_of(tokenizer, kept), len(kept))
 
 
 def known_answer(tokenizer, question: Generation, greedy: Sequence[int], stop_ids: Sequence[int]) -> Written | None:
@@ -125,7 +127,8 @@ class EngineWriter:
                 "is lost. Give the evaluation an engine of its own"
             )
         if completion.error is not None:
-            raise ValueError(f"request {shorten(completion.id)} was not answered: {completion.error}")
+            asked = "the base model" if pending.tenant is None else f"tenant {shorten(pending.tenant)}"
+            raise ValueError(f"a question to {asked} was not answered: {completion.error}")
         return pending, Written(completion.text, len(completion.tokens))
 
 

@@ -19,6 +19,9 @@ from .sampling import GREEDY, Sampling
 #: Rows that are sampled at once. More of them fill an accelerator; fewer waste less on greedy rows.
 TOGETHER = {"cpu": 2}
 TOGETHER_ELSEWHERE = 8
+#: In place of a token, for a row whose largest logit is NaN or infinite; and what a user is told of it.
+NO_TOKEN = -1
+NO_TOKEN_MESSAGE = "the model's logits are not finite: its adapter or its precision overflows"
 
 
 class RowSampling(NamedTuple):
@@ -51,7 +54,8 @@ def row_keys(seeds, position) -> jax.Array:
 
 
 def sample(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax.Array:
-    """One token per row, int32 [batch], from logits float32 [batch, vocab]. Greedy rows cost no sampling.
+    """One token per row, int32 [batch], from logits float32 [batch, vocab]; NO_TOKEN where the largest is not finite.
+    Greedy rows cost no sampling.
 
     Args:
         keys: a random key per row, [batch] (row_keys).
@@ -76,19 +80,21 @@ def sample(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax
 def draw(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax.Array:
     """A drawn token per row, int32 [batch]; arguments as in `sample`, every temperature above 0."""
     logits = constrain(logits, ("batch", None))  # once: each bisection below would communicate 31 times
-    distance = (logits.max(axis=-1, keepdims=True) - logits) / jnp.where(temperature > 0, temperature, 1)[:, None]
+    most = logits.max(axis=-1)
+    distance = (most[:, None] - logits) / jnp.where(temperature > 0, temperature, 1)[:, None]
     filtered = jnp.any((top_k > 0) | (top_p < 1))
     keep = jax.lax.cond(filtered, likeliest, lambda distance, *_: jnp.ones_like(distance, bool), distance, top_k, top_p)
-    return jax.vmap(jax.random.categorical)(keys, jnp.where(keep, -distance, -jnp.inf)).astype(jnp.int32)
+    drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(keep, -distance, -jnp.inf)).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(most), drawn, NO_TOKEN)
 
 
 def greedy(logits: jax.Array) -> jax.Array:
-    """The first of each row's largest logits, int32 [batch]; 0 for a row with NaN. On a CPU, two plain reductions are
-    several times faster than an argmax."""
-    vocab = logits.shape[-1]
-    largest = logits == logits.max(axis=-1, keepdims=True)
+    """The first of each row's largest logits, int32 [batch], or NO_TOKEN. On a CPU, two plain reductions are several
+    times faster than an argmax."""
+    vocab, most = logits.shape[-1], logits.max(axis=-1)
+    largest = logits == most[:, None]
     first = jnp.min(jnp.where(largest, jnp.arange(vocab, dtype=jnp.int32), vocab), axis=-1)
-    return jnp.where(first == vocab, 0, first)
+    return jnp.where(jnp.isfinite(most), first, NO_TOKEN)
 
 
 def likeliest(distance: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

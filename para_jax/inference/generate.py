@@ -24,7 +24,7 @@ from ..model import decode_step, prefill, stacked_state
 from ..processes import full_arrays
 from ..sharding import on_its_mesh
 from .answer_text import AnswerText, stripped_text
-from .draw import RowSampling, draw, greedy, row_keys, row_sampling
+from .draw import NO_TOKEN, NO_TOKEN_MESSAGE, RowSampling, draw, greedy, row_keys, row_sampling
 from .sampling import Sampling
 
 #: Steps between two looks at which rows have ended.
@@ -63,7 +63,7 @@ def generate(
         stop: texts that end an answer, special tokens too.
 
     Raises ValueError, before anything is computed, for a wrong argument, for a prompt that is too long, and for one
-    that does not end with its adapter's alora_invocation_tokens.
+    that does not end with its adapter's alora_invocation_tokens. Afterwards, for a prompt whose logits are not finite.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
@@ -84,6 +84,7 @@ def generate(
         for i, (answer, row) in enumerate(zip(answers, rows, strict=True)):
             for token in before_stop(row, turns[i])[len(answer.pieces) :]:  # one piece per token so far
                 if not ended[i]:
+                    require_token(i, token)
                     ended[i] = answer.add(token)
         return ended
 
@@ -91,7 +92,10 @@ def generate(
         model, adapters, ids, sampling, stop_ids=stop_ids, ended=add_tokens if sampling.stop else None
     )
     if not sampling.stop:
-        return [stripped_text(tokenizer, before_stop(row, turn)) for row, turn in zip(written, turns, strict=True)]
+        kept = [before_stop(row, turn) for row, turn in zip(written, turns, strict=True)]
+        for i, row in enumerate(kept):
+            require_token(i, *row[-1:])
+        return [stripped_text(tokenizer, row) for row in kept]
     add_tokens(written)
     for answer, over in zip(answers, ended, strict=True):
         if not over:
@@ -112,7 +116,8 @@ def generate_tokens(
     max_length: int | None = None,
     begin: Callable | None = None,
 ) -> list[list[int]]:
-    """The token ids that follow each prompt, up to the first of `stop_ids`.
+    """The token ids that follow each prompt, up to the first of `stop_ids`. A row whose logits are not finite ends with
+    NO_TOKEN.
 
     Args:
         sampling: of every prompt; prompt i has the seed + i. Its stop texts are ignored.
@@ -140,7 +145,7 @@ def generate_tokens(
     for position in range(1, last + 1):
         if position % FETCH_EVERY == 0 or position == last:
             written, pending = np.column_stack([written, *full_arrays(pending)]), []
-            rows = [before_stop(row, stop_ids) for row in written.tolist()]
+            rows = [up_to_no_token(before_stop(row, stop_ids)) for row in written.tolist()]
             enough = ended(rows) if ended else [False] * len(rows)
             if all(len(row) < written.shape[1] or over for row, over in zip(rows, enough, strict=True)):
                 break
@@ -215,3 +220,14 @@ def up_to_multiple(count: int, multiple: int) -> int:
 def before_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
     """The tokens before the first of `stop_ids`."""
     return tokens[: next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))]
+
+
+def up_to_no_token(tokens: list[int]) -> list[int]:
+    """The tokens up to the first NO_TOKEN."""
+    return tokens[: tokens.index(NO_TOKEN) + 1] if NO_TOKEN in tokens else tokens
+
+
+def require_token(prompt: int, *tokens: int) -> None:
+    """Raises ValueError for NO_TOKEN."""
+    if NO_TOKEN in tokens:
+        raise ValueError(f"prompt {prompt}: {NO_TOKEN_MESSAGE}")

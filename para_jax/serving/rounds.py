@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import jax
 
 from ..config import shorten
+from ..inference.draw import NO_TOKEN, NO_TOKEN_MESSAGE
 from ..inference.logprobs import Logprobs, TokenLogprob
 from ..inference.sampling import Sampling
 from ..messages import warn
@@ -205,6 +206,8 @@ class Rounds:
                 times.first_token = times.first_token or time.monotonic()
             try:
                 for i, token in enumerate(new):
+                    if token == NO_TOKEN:
+                        return self._requests.end(sample, "error", NO_TOKEN_MESSAGE)
                     if token in sample.stops or (token in self._stops and not request.ignore_eos):
                         return self._requests.end(sample, "stop")
                     sample.logprobs += logprobs[i : i + 1]

@@ -98,8 +98,9 @@ def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def token_scores(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """negative_log_likelihood, and whether the targets are the most likely tokens, bool [...]."""
-    return negative_log_likelihood(logits, targets), jnp.argmax(logits, axis=-1) == targets
+    """negative_log_likelihood, and whether the targets are the most likely tokens, bool [...]; False for NaN."""
+    nats = negative_log_likelihood(logits, targets)
+    return nats, (jnp.argmax(logits, axis=-1) == targets) & jnp.isfinite(nats)
 
 
 def of_logits(of: Callable, model, hidden: jax.Array, targets: jax.Array):

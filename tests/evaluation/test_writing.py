@@ -8,6 +8,7 @@ from para_jax.evaluation import writing
 from para_jax.evaluation.questions import Generation, Written
 from para_jax.evaluation.shapes import OpenShapes
 from para_jax.evaluation.writing import known_answer, write_in_batches
+from para_jax.inference.draw import NO_TOKEN
 
 SHAPES = OpenShapes(64)
 
@@ -29,6 +30,12 @@ def test_an_answer_keeps_its_spaces(monkeypatch):
 
     assert written([Generation((3,), 4)], Tidy) == {0: Written(" w9 w10 ", 2)}
     assert seen == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
+
+def test_an_answer_before_logits_that_are_not_finite_is_empty(monkeypatch):
+    """What came before might be right by chance. After the answer's last token they don't matter."""
+    monkeypatch.setattr(writing, "generate_tokens", lambda *a, **s: [[9, 10, NO_TOKEN]] * 2)
+    assert written([Generation((3,), 4), Generation((4,), 2)]) == {0: Written("", 3), 1: Written("w9w10", 2)}
 
 
 def test_an_answer_ends_at_its_own_stop_ids_too(monkeypatch):

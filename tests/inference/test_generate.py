@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, forward, generate, init_adapter, pick, stack_adapters
-from para_jax.inference.draw import row_keys, sample
+from para_jax.inference.draw import NO_TOKEN, row_keys, sample
 from para_jax.inference.generate import generate_tokens, next_token
 from para_jax.inference.sampling import Sampling
 
@@ -90,6 +90,26 @@ def test_a_mixed_batch_equals_each_tenant_alone(model, tenants):
         )
         == 3
     )
+
+
+@pytest.mark.parametrize("stop", [(), ("nowhere",)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error_with_the_prompt(model, tenants, tokenizer, stop, temperature):
+    """And not the text of some token."""
+    broken = jax.tree.map(lambda leaf: leaf * 1e25, tenants[0])
+    rows, how = pick(stack_adapters([tenants[1], broken]), np.array([0, 1])), {"stop": stop, "temperature": temperature}
+    with pytest.raises(ValueError, match="prompt 1: .*finite"):
+        generate(model, ["w7 w8", "w20"], tokenizer=tokenizer, adapters=rows, max_new_tokens=9, **how)
+    ends = generate_tokens(model, rows, PROMPTS[:2], Sampling(9, temperature))
+    assert [tokens.index(NO_TOKEN) + 1 if NO_TOKEN in tokens else 0 for tokens in ends] == [0, len(ends[1])]
+
+
+def test_what_follows_an_answers_end_may_overflow(model, tokenizer, monkeypatch):
+    """The batch decodes on for the other rows."""
+    (first,) = write(model, None, PROMPTS[2:3], count=1)
+    expected = generate(model, ["w5"], tokenizer=tokenizer, max_new_tokens=12, stop=[WORDS[first[0]]])
+    monkeypatch.setattr("para_jax.inference.generate.next_token", lambda *args: (jnp.full(1, NO_TOKEN), args[2]))
+    assert generate(model, ["w5"], tokenizer=tokenizer, max_new_tokens=12, stop=[WORDS[first[0]]]) == expected == [""]
 
 
 def test_a_stacked_model_writes_the_same(model, tenants):

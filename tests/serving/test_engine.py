@@ -257,11 +257,36 @@ def test_a_hostile_tenant_affects_neither_its_slot_nor_its_neighbours(model, ten
         mixed.append(troubled.submit(Request(prompt(i), name, 6)))
         troubled.submit(Request(prompt(i), "hostile", 3, id=f"more {i}"))
     state = watch_state(monkeypatch)
-    troubled.step()
+    ended = {(one.id, one.index): one for one in troubled.step()}
     assert any(not np.isfinite(values).all() for _, values in state[-1].cache)
-    found = answers(troubled)
+    found = ended | answers(troubled)
     assert len(found) == SLOTS + 12
     assert [plain(found[id, 0]) for id in mixed] == [plain(expected[id, 0]) for id in ids]
+    hostile = [found[key] for key in found if key[0] not in mixed]
+    assert {(one.finish_reason, "finite" in (one.error or ""), *one.tokens) for one in hostile} == {("error", True)}
+
+
+def test_an_answer_whose_logits_overflow_halfway_ends_there_with_an_error(model, tenants, bank, monkeypatch):
+    """Greedy and sampled, next to others, with the tokens that came before."""
+    asked = [Request(prompt(1), "A", 9, t, seed=5, logprobs=n) for t, n in ((0.0, None), (0.9, None), (0.0, 1))]
+    engine, steps = engine_of(model, bank, max_logprobs=1), decoder.steps
+    ids = [engine.submit(one) for one in asked]
+    found = answers(engine)
+    expected = [found[id, 0] for id in ids]
+
+    def overflow(treedef, leaves, state, *rest):
+        broken = [leaf * np.nan if leaf.dtype == np.float32 else leaf for leaf in leaves]
+        return steps(treedef, broken, state, *rest)
+
+    ids = [engine.submit(one) for one in asked]
+    engine.step()  # the prompts, and the first steps
+    monkeypatch.setattr(decoder, "steps", overflow)
+    found = answers(engine)
+    for id, whole in zip(ids, expected, strict=True):
+        one = found[id, 0]
+        assert one.finish_reason == "error" and "finite" in one.error
+        assert one.tokens == whole.tokens[: len(one.tokens)] and 0 < len(one.tokens) < 9
+        assert (one.logprobs or []) == (whole.logprobs or [])[: len(one.tokens)]
 
 
 # --------------------------------------------------------------------------------------------------------------- reuse
