@@ -94,7 +94,7 @@ def read_records(
     Args:
         prompt, completion: templates over the columns, such as "{instruction}\\n{input}". Default: the columns `prompt`
             and `completion` (text or messages), or, if the row lacks one of them, `messages`, where each assistant turn
-            becomes a record. The row's `references` and `label` are those of the last turn.
+            becomes a record, unless it has the weight 0. The row's `references` and `label` are those of the last turn.
         task: a name from TASKS. Its record function reads the rows, unless there is a template, or the rows have
             `prompt` and `completion`.
     """
@@ -173,14 +173,23 @@ def records_of(
 def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt, str, tuple[str, ...], object]]:
     """A row's (prompt, completion, references, label). A row of `messages` gives one for each assistant turn."""
     if "messages" in row and not any(templates.values()) and not {"prompt", "completion"} <= row.keys():
+        require_no_tools(row)
         turns = split_conversation(checked_messages("messages", row["messages"]))
         if not turns:
             raise ValueError("messages has no turn with the role assistant; add the answer to learn")
-        *earlier, (prompt, last) = [(prompt_messages(before), answer_text(turn)) for before, turn in turns]
-        of_earlier = [(before, answer, (answer,), None) for before, answer in earlier]
-        return [*of_earlier, (prompt, last, references(row, last), row.get("label"))]
+        found: list[tuple[Prompt, str, tuple[str, ...], object]] = []
+        for before, turn in turns:
+            if is_learnt(turn):
+                answer = answer_text(turn)
+                more = (references(row, answer), row.get("label")) if turn is turns[-1][1] else ((answer,), None)
+                found.append((prompt_messages(before), answer, *more))
+        if not found:
+            raise ValueError("each assistant turn has weight 0; leave the row out, or give one of them weight 1")
+        return found
     for name, template in templates.items():
         require_braces(name, template or "", row)
+    if not templates["prompt"] and isinstance(row.get("prompt"), list):
+        require_no_tools(row)
     prompt = fill(templates["prompt"], row) if templates["prompt"] else column(row, "prompt")
     completion = fill(templates["completion"], row) if templates["completion"] else column(row, "completion")
     if isinstance(completion, list):
@@ -191,6 +200,25 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{name} is empty")
     return [(prompt, completion, references(row, completion), row.get("label"))]
+
+
+def is_learnt(turn: dict) -> bool:
+    """Whether an assistant turn's `weight`, as in OpenAI's format for fine-tuning, is 1 or missing, and not 0."""
+    weight = turn.get("weight")
+    if weight is None or is_nan(weight):
+        return True
+    if weight not in (0, 1):
+        raise ValueError(f"an assistant turn has weight {shorten(weight)}; give 1, or 0 for a turn that is not learnt")
+    return bool(weight)
+
+
+def require_no_tools(row: dict) -> None:
+    """Raises ValueError for tools: chat templates write them into the prompt, and ours would be without them."""
+    for name in ("tools", "functions"):
+        if row.get(name):
+            raise ValueError(
+                f"{name} are not written into the prompt; put them into the system message, or remove them"
+            )
 
 
 def answer_text(turn: dict) -> str:

@@ -68,6 +68,32 @@ def test_an_answer_with_more_than_content_is_refused_because_that_would_not_be_l
     assert [record.completion for record in read_records(write(tmp_path, empty))] == ["hi", "hi"]
 
 
+def test_a_turn_of_weight_0_is_read_and_not_learnt(tmp_path):
+    """OpenAI's format for fine-tuning has it."""
+    skipped, call = BOT | {"weight": 0}, BOT | {"weight": 0, "tool_calls": [{}]}
+    row = {"messages": [USER, skipped, USER, BOT | {"weight": 1}, USER, call], "references": ["of the last"]}
+    others = ({"messages": [USER, BOT | {"weight": None}]}, {"messages": [USER, skipped, USER, BOT], "label": "x"})
+    made = read_records(write(tmp_path, row, *others))
+    assert [(r.prompt, r.references, r.label) for r in made] == [
+        ([USER, skipped, USER], ("hi",), None),
+        ([USER], ("hi",), None),
+        ([USER, skipped, USER], ("hi",), "x"),
+    ]
+    for messages, named in (([USER, skipped], "weight 0"), ([USER, BOT | {"weight": 0.5}], "weight 0.5")):
+        with pytest.raises(ValueError, match=f"data.jsonl:1: .*{named}"):
+            read_records(write(tmp_path, {"messages": messages}))
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_tools_are_refused_because_no_prompt_would_have_them(tmp_path, name):
+    for row in ({"messages": [USER, BOT]}, {"prompt": [USER], "completion": [BOT]}):
+        assert len(read_records(write(tmp_path, row | {name: None}, row | {name: []}))) == 2  # as Parquet fills rows up
+        with pytest.raises(ValueError, match=f"data.jsonl:1: {name} "):
+            read_records(write(tmp_path, row | {name: [{"type": "function"}]}))
+    (made,) = read_records(write(tmp_path, {"q": "a", name: "b"}), prompt="{q}", completion=f"{{{name}}}")
+    assert made.completion == "b"  # a template may use any column
+
+
 def test_templates_read_any_columns(tmp_path):
     file = write(tmp_path, {"instruction": "add", "input": "{0.x} 1", "n": 2, "output": "3"})
     made = read_records(file, prompt="{{{instruction}}}\n{input} {n}", completion="{output}")
