@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import pytest
 from golden_models import strong
+from long_cases import long, slow
 from quick_compiler import own_flags
 from tiny_run import backbone_folder, words
 
@@ -133,8 +134,7 @@ def test_every_line_is_answered_once_as_generate_does(folder, whole):
 # --------------------------------------------------------------------------------------- kills, interrupts, full disks
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [long(0), long(1), slow(2), slow(3)])
 def test_a_job_that_is_killed_goes_on_without_repeating_or_losing_a_line(folder, whole, tmp_path, seed):
     """A child process is killed when its output has reached a drawn size; at last it may finish."""
     output, draw = tmp_path / "out.jsonl", random.Random(seed)

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 from golden_models import backbone, strong
+from long_cases import long, slow
 from tiny_engine import BLOCK, answers, block_bytes, plain, tenants_of
 from tiny_run import tokenizer, words
 
@@ -110,8 +111,7 @@ def test_a_mixed_batch_equals_each_tenant_alone_and_generate(model, bank, blocks
     require_idle(engine)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("family", ["gemma3_text", "qwen3", "olmo2"])
+@pytest.mark.parametrize("family", [long("gemma3_text"), long("qwen3"), slow("olmo2")])
 def test_other_families_answer_the_same(family):
     model = backbone(family)
     made = {name: strong(init_adapter(CONFIGS[name], model.config), i) for i, name in enumerate(("all", "w1", "w4"))}
@@ -319,6 +319,7 @@ def test_prompts_that_come_together_compute_what_they_share_once(model, bank, mo
     assert [plain(given[id, 0]) for id in ids] == [answer(without, prompt, "w4", 4) for prompt in prompts]
 
 
+@pytest.mark.long
 def test_nothing_is_compiled_after_warm_up(model, tenants):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(

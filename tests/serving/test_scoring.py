@@ -51,6 +51,7 @@ def scored(tokens, tenant, context, top=0, new=0, **options):
     return Request(tokens, tenant, new, prompt_logprobs=top, context_length=context, **options)
 
 
+@pytest.mark.long
 def test_nothing_is_compiled_after_warm_up(engine):
     """The first test here, before others could compile what warm_up forgot."""
     compiled = []
