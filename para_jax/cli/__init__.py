@@ -34,6 +34,7 @@ from . import (
     train,
 )
 from .options import Parser
+from .out_of_memory import out_of_memory
 
 COMMANDS = (
     quickstart, train, evaluate, lm_eval, generate, serve, merge, inspect, export, convert, prepare, plot, bench
@@ -55,8 +56,8 @@ OTHER_NAMES = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0; 1 if the quickstart fell short, a tenant's loss was not finite, or
-    some lines of a job were answered with errors; 2 for a user's mistake; 130 for Ctrl-C; 141 if the reader of the
-    output has closed it, as `head` does."""
+    some lines of a job were answered with errors; 2 for a user's mistake and if the memory does not suffice; 130 for
+    Ctrl-C; 141 if the reader of the output has closed it, as `head` does."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal lacks is escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -99,13 +100,23 @@ def run(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("PARA_JAX_TRACEBACK") or (isinstance(error, BrokenPipeError) and output_is_closed()):
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        shown = [*lines[:2], *[line for line in lines[2:] if line.startswith("  ")][:LONGEST_LIST]]
-        print("para-jax: error: " + "\n".join(printable(line, LONGEST_ERROR) for line in shown), file=sys.stderr)
-        return 2
+        return failed(str(error).strip() or type(error).__name__)
+    except (RuntimeError, MemoryError) as error:
+        said = out_of_memory(error, getattr(options, "command", None))
+        if said is None or os.environ.get("PARA_JAX_TRACEBACK"):
+            raise
+        return failed(said)
     except KeyboardInterrupt:
         print("para-jax: interrupted", file=sys.stderr)
         return 130
+
+
+def failed(message: str) -> int:
+    """Prints an error, and returns its exit code."""
+    lines = message.splitlines()
+    shown = [*lines[:2], *[line for line in lines[2:] if line.startswith("  ")][:LONGEST_LIST]]
+    print("para-jax: error: " + "\n".join(printable(line, LONGEST_ERROR) for line in shown), file=sys.stderr)
+    return 2
 
 
 def output_is_closed() -> bool:
