@@ -226,7 +226,8 @@ def adapter_report(folder: Path) -> str:
         )
     layers = found.backbone["num_layers"]
     spread = layers / len(found.method.adapter.layers(found.config, layers))  # a bank holds weights of every layer
-    single, half = (spread * (n * found.matrices + 4 * found.vectors) for n in (4, 2))  # its vectors stay float32
+    vectors = found.vectors - found.joined
+    single, half = (spread * (n * found.matrices + 4 * vectors) for n in (4, 2))  # its vectors stay float32
     return "\n".join(
         [
             f"adapter    {found.method.label}, " + ", ".join(f"{k} {v}" for k, v in fields.items()),

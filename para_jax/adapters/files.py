@@ -40,6 +40,7 @@ from .folder import (
 from .method import Method, require_peft_fits
 from .methods import METHODS, method_of
 from .own_config import own_config, read_own_config, require_same_backbone
+from .own_tensors import Values
 from .peft_config import named, peft_base, peft_config
 from .rows import check_fits
 from .scope import scope_of
@@ -65,6 +66,8 @@ class Described(NamedTuple):
     """how many are in its vectors"""
     carried: int
     """how many decode carries for each row"""
+    joined: int = 0
+    """how many of its vectors become one with others in a bank"""
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -237,10 +240,10 @@ def read_adapter_config(folder: str | Path | BucketPath) -> Described:
     place = expanded(folder)
     local = resolve_adapter(place) if isinstance(place, BucketPath) else place
     method, config, backbone, base_model = read_config(local)
-    matrices, vectors, carried = method.count_values(config, backbone, lambda: tensor_shapes(local))
+    values = Values(*method.count_values(config, backbone, lambda: tensor_shapes(local)))
     if scope_of(config)[0] == "prompt":
-        carried = 0
-    return Described(method, config, backbone, base_model, matrices, vectors, carried)
+        values = values._replace(carried=0)
+    return Described(method, config, backbone, base_model, *values)
 
 
 def read_config(folder: Path) -> tuple[Method, Any, dict, str]:

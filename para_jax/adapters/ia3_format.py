@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import SITES, Ia3Config, ModelConfig
 from .adapter import Adapter, Backbone, named_leaves
-from .own_tensors import join_layers, layer_name
+from .own_tensors import Values, join_layers, layer_name
 from .peft_config import named, named_linears, require_supported, target_sites
 from .peft_linears import linears_of, used_sites
 
@@ -85,13 +85,11 @@ def ia3_leaves(
     return replace(config, target_modules=kept), {f"scale.{site}": found[site] for site in kept}
 
 
-def ia3_values(
-    config: Ia3Config, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]
-) -> tuple[int, int, int]:
+def ia3_values(config: Ia3Config, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]) -> Values:
     shapes = read_shapes()
     held = sum(map(math.prod, shapes.values()))
     joined = 0
-    if "up_proj" in config.target_modules:  # decode carries a factor on an input in one vector with that of up_proj
+    if "up_proj" in config.target_modules:  # a factor on an input becomes one vector with that of up_proj
         inputs = {name for name in shapes if set(config.feedforward_modules) & set(name.split("."))}
         joined = sum(math.prod(shapes[name]) for name in inputs)
-    return 0, held, held - joined
+    return Values(0, held, held - joined, joined)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,11 +39,23 @@ def join_layers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.stack([of_layer[i] for i in sorted(of_layer)]) for name, of_layer in found.items()}
 
 
+class Values(NamedTuple):
+    """How many numbers an adapter has."""
+
+    matrices: int
+    """in its matrices"""
+    vectors: int
+    """in its vectors"""
+    carried: int
+    """that decode carries for each row"""
+    joined: int = 0
+    """vectors that become one with others, in a bank and in what decode carries"""
+
+
 def count_by_shape(
     config: Any, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]
 ) -> tuple[int, int, int]:
-    """How many numbers an adapter has in matrices and in vectors, and how many decode carries for each row: a vector
-    for each site and layer."""
+    """The numbers of an adapter whose rows carry a vector for each site and layer (see Values)."""
     shapes = read_shapes().values()
     matrices = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
     vectors = sum(math.prod(shape) for shape in shapes if len(shape) <= 1)

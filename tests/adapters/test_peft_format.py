@@ -11,11 +11,11 @@ import yaml
 from golden_models import FIXTURES, backbone, prompts, strong
 from safetensors.numpy import load_file, save_file
 
-from para_jax import Adapter, Ia3Config, LoraConfig, forward, init_adapter, load_adapter, save_adapter
+from para_jax import Adapter, AdapterBank, Ia3Config, LoraConfig, forward, init_adapter, load_adapter, save_adapter
 from para_jax.adapters import files
 from para_jax.adapters.files import copy_for_peft, read_adapter_config
 from para_jax.config import SITES
-from para_jax.inspect import folder_report
+from para_jax.inspect import folder_report, size
 
 CONFIG, WEIGHTS, PEFT = "adapter_config.json", "adapter_model.safetensors", FIXTURES / "peft"
 LAYER = "base_model.model.model.layers."
@@ -438,6 +438,20 @@ def test_vectors_that_are_carried_together_are_counted_once(tmp_path):
     save_adapter(made(Ia3Config(target_modules=("up_proj", "down_proj"))), tmp_path / "adapter")
     found = read_adapter_config(tmp_path / "adapter")
     assert (found.vectors, found.carried) == (3 * 256, 3 * 128)
+
+
+@pytest.mark.parametrize("config", [
+    Ia3Config(),
+    Ia3Config(target_modules=("k_proj", "up_proj", "down_proj")),
+    Ia3Config(target_modules=("up_proj", "down_proj"), scope="prompt"),
+    LoraConfig(r=4),
+])  # fmt: skip
+def test_inspect_says_what_a_bank_holds(config, tmp_path):
+    save_adapter(made(config), tmp_path / "adapter")
+    model, report = backbone("llama").config, folder_report(tmp_path / "adapter")
+    for dtype in ("float32", "bfloat16"):
+        bank = AdapterBank.holding({"a": load(tmp_path / "adapter")}, model, dtype=dtype)
+        assert f"{size(1000 * bank.nbytes)} {'of host memory ' * (dtype == 'float32')}in {dtype}" in report
 
 
 def test_inspect_says_what_1000_tenants_need_and_what_decode_carries():
