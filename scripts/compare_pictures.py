@@ -113,7 +113,7 @@ def draw_examples(panels: dict[str, list[Point]]):
         axes.minorticks_off()
         axes.set_xlabel("training examples", fontsize=8)
         name_points(axes, list(last.values()))
-    explain(figure, f"The mean of the seeds, and their range. {SCOPES}")
+    explain(figure, f"The mean of the seeds, and their range; of several trainings the longest. {SCOPES}")
     return figure
 
 

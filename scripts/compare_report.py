@@ -3,6 +3,7 @@
 Computes no model. Statistics are in compare_statistics.py, pictures in compare_pictures.py.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -27,8 +28,9 @@ from compare_tables import spread
 
 from para_jax.figures import save
 
-#: What the verdicts compare with; PARA's r=12, and the LoRA whose size is closest to it.
-REFERENCES = ("PARA r=12", "LoRA r=# on q, v, up")
+#: What the verdicts compare with: PARA's r=12, and the LoRA whose size is closest to it; where a task lacks them, their
+#: forms of scope `response`.
+REFERENCES = (("PARA r=12", "PARA r=12, response"), ("LoRA r=# on q, v, up", "LoRA r=#, response"))
 SHUFFLED = ", prompts shuffled"
 
 
@@ -52,6 +54,7 @@ class Cell(NamedTuple):
     backbone: str
     examples: int
     """training examples"""
+    steps: int
     parameters: int = 0
     bytes: tuple[int, int] = (0, 0)
     """of a tenant, in float32 and in bfloat16"""
@@ -168,6 +171,7 @@ def scored_cell(folder: str, task: str, name: str, seeds: list[dict], asked: dic
     scores, losses = [one["score"] for one in seeds], [one["loss"] for one in seeds]
     errors = [one["stderr"] or 0.0 for one in seeds]
     about = dict(backbone=Path(asked["backbone"]).name, examples=examples, rows=rows, stderr=mean(errors))
+    about |= {"steps": int(asked["steps"])}
     return Cell(folder, task, name, first["metric"], scores, losses, first["count"], **about)
 
 
@@ -206,9 +210,12 @@ def describe(apart: Difference, corrected: float, rows: int, overlap: bool) -> s
 def references(cells: Sequence[Cell]) -> list[Cell]:
     """The cells that others are compared with, in the order of REFERENCES."""
     found = []
-    for wanted in REFERENCES:
-        start, _, end = wanted.partition("#")
-        found += [c for c in cells if c.is_method and c.name.startswith(start) and c.name.endswith(end or start)][:1]
+    for forms in REFERENCES:
+        ends = [form.partition("#") for form in forms]
+        held = [
+            c for start, _, end in ends for c in cells if c.name.startswith(start) and c.name.endswith(end or start)
+        ]
+        found += [cell for cell in held if cell.is_method][:1]
     return found
 
 
@@ -285,13 +292,22 @@ def picture_lines(output: Path, groups: dict[str, list[Cell]]) -> list[str]:
         lines += [f"![scores against bytes per tenant]({file.relative_to(output)})", ""]
     for backbone in dict.fromkeys(cell.backbone for cells in groups.values() for cell in cells):
         every = [cell for cells in groups.values() for cell in cells if cell.backbone == backbone]
-        panels = points_by_task([cell for cell in every if cell.is_method], lambda cell: cell.examples)
-        panels = {task: of_task for task, of_task in panels.items() if len({point.x for point in of_task}) > 1}
+        panels = points_by_task(of_several_sizes(every), lambda cell: cell.examples)
         file = output / f"scores_by_examples_{label(backbone)}.png"
         if panels:
             save(draw_examples(panels), file)
             lines += [f"![scores against training examples]({file.name})", ""]
     return lines
+
+
+def of_several_sizes(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells of methods that were trained on several numbers of examples; of each number the longest training."""
+    longest: dict[tuple, Cell] = {}
+    for cell in sorted(cells, key=lambda cell: cell.steps):
+        if cell.is_method:
+            longest[cell.task, cell.name, cell.examples] = cell
+    count = Counter((task, name) for task, name, _ in longest)
+    return [cell for (task, name, _), cell in longest.items() if count[task, name] > 1]
 
 
 def points_by_task(cells: Sequence[Cell], x) -> dict[str, list[Point]]:

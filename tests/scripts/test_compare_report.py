@@ -119,6 +119,22 @@ def test_folders_inside_are_read_and_their_examples_drawn(tmp_path):
     assert all(f"]({name})" in text for name in pictures)
 
 
+def test_the_longest_training_on_as_many_examples_is_drawn(tmp_path):
+    results(tmp_path)
+    some = {name: METHODS[name] for name in ("PARA r=12", "(IA)^3")}
+    results(tmp_path / "examples-80", steps=10, methods=some)
+    cells = [cell for folder in ("", "examples-80") for cell in compare_report.cells_of(tmp_path, folder)]
+    cells.append(next(cell for cell in cells if cell.name == "(IA)^3")._replace(steps=40))
+    drawn = [(cell.name, cell.examples, cell.steps) for cell in compare_report.of_several_sizes(cells)]
+    assert sorted(drawn) == [("(IA)^3", 80, 10), ("(IA)^3", 160, 40), ("PARA r=12", 80, 10), ("PARA r=12", 160, 20)]
+
+
+def test_where_only_responses_were_run_they_are_compared_with_each_other(tmp_path):
+    some = {"PARA r=12, response": (1000, 40), "LoRA r=9, response": (1100, 20), "(IA)^3, response": (100, 20)}
+    text = compare_report.write_report(results(tmp_path, methods=some))
+    assert [cell.split()[-1] for cell in row_of(text, "(IA)^3, response")[-2:]] == ["worse", "noise"]
+
+
 def test_a_folder_without_scores_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="holds no scores of test files"):
         compare_report.write_report(tmp_path)
