@@ -15,6 +15,11 @@ def label(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)
 
 
+def task_of(file: Path, method: str) -> str:
+    """The task of a file of this method, or of `base`. A task's name may have hyphens, as a label has."""
+    return file.name.rpartition(f"-{label(method)}-")[0]
+
+
 def settings(args) -> dict:
     """What scores depend on besides task and method."""
     names = ("backbone", "data", "steps", "rows", "limit", *(["examples"] if args.examples is not None else []))

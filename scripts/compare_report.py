@@ -10,7 +10,7 @@ from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
-from compare_cells import label, read, unpacked
+from compare_cells import label, read, task_of, unpacked
 from compare_pictures import Point, draw_bytes, draw_examples, draw_ranks
 from compare_statistics import (
     FEWEST_ROWS,
@@ -120,20 +120,20 @@ def cells_of(output: Path, folder: str) -> list[Cell]:
     for file in sorted(place.glob("*-trained.json")):
         key = file.name.removesuffix("-trained.json")
         seeds = [read(one) for one in sorted(place.glob(f"{key}-seed-*-tested.json"))]
-        cells += method_cells(output, folder, key, read(file), seeds) if seeds else []
+        cells += method_cells(output, folder, file, read(file), seeds) if seeds else []
     return cells
 
 
 def base_cell(folder: str, file: Path) -> Cell:
-    found, (task, _, rest) = read(file), file.name.partition("-base")
-    shots = rest.removesuffix("-tested.json").strip("-").replace("-", " ")
+    found, task = read(file), task_of(file, "base")
+    shots = file.name.removeprefix(f"{task}-base").removesuffix("-tested.json").strip("-").replace("-", " ")
     return scored_cell(folder, task, f"base, {shots}" if shots else "base", [found["test"]], found["asked"], 0)
 
 
-def method_cells(output: Path, folder: str, key: str, found: dict, seeds: list[dict]) -> list[Cell]:
+def method_cells(output: Path, folder: str, file: Path, found: dict, seeds: list[dict]) -> list[Cell]:
     """The method, and the method with shuffled prompts where that was scored."""
-    task, name, parameters = key.split("-")[0], found["name"], found["parameters"]
-    asked = found["asked"]
+    name, parameters, asked = found["name"], found["parameters"], found["asked"]
+    task, key = task_of(file, name), file.name.removesuffix("-trained.json")
     examples = found.get("examples", int(asked["steps"]) * int(asked["rows"]))
     half = 4 if asked["adapter"].startswith("Ia3Config") else 2
     held = scored_cell(folder, task, name, [one["test"] for one in seeds], asked, examples)
@@ -209,14 +209,17 @@ def describe(apart: Difference, corrected: float, rows: int, overlap: bool) -> s
 
 def references(cells: Sequence[Cell]) -> list[Cell]:
     """The cells that others are compared with, in the order of REFERENCES."""
-    found = []
+    found: list[Cell] = []
     for forms in REFERENCES:
-        ends = [form.partition("#") for form in forms]
-        held = [
-            c for start, _, end in ends for c in cells if c.name.startswith(start) and c.name.endswith(end or start)
-        ]
-        found += [cell for cell in held if cell.is_method][:1]
+        held = [of_form for form in forms if (of_form := [c for c in cells if c.is_method and has_form(c.name, form)])]
+        size = found[0].parameters if found else 0
+        found += [min(held[0], key=lambda cell: abs(cell.parameters - size))] if held else []
     return found
+
+
+def has_form(name: str, form: str) -> bool:
+    start, _, end = form.partition("#")
+    return name.startswith(start) and name.endswith(end or start)
 
 
 def seeds_overlap(one: Cell, other: Cell) -> bool:

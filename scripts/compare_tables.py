@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from compare_cells import read
+from compare_cells import read, task_of
 from compare_pictures import draw_seeds
 
 from para_jax.figures import save
@@ -12,11 +12,12 @@ from para_jax.figures import save
 
 def write_tables(output: Path) -> None:
     """validation.md, table.md and scores.png of all that the output folder holds so far."""
-    trained = {file.name.removesuffix("-trained.json"): read(file) for file in output.glob("*-trained.json")}
-    trained = dict(sorted(trained.items(), key=lambda item: (item[0].split("-")[0], item[1]["parameters"])))
+    trained = {file: read(file) for file in sorted(output.glob("*-trained.json"))}
+    tasks = {file: task_of(file, found["name"]) for file, found in trained.items()}
+    trained = dict(sorted(trained.items(), key=lambda item: (tasks[item[0]], item[1]["parameters"])))
     lines = ["| task | method | parameters | score (loss) after half the steps, by learning rate | seeds at the best |"]
     lines.append("|---|---|---|---|---|")
-    for key, found in trained.items():
+    for file, found in trained.items():
         tried = ", ".join(
             f"{float(r):g}: " + (f"{one['score']:.3f} ({one['loss']:.3f})" if one["score"] >= 0 else "not finite")
             for r, one in found["rates"].items()
@@ -24,20 +25,21 @@ def write_tables(output: Path) -> None:
         seeds = found["validation"].values()
         chosen = f"{found['learning_rate']:g}: {spread([one['score'] for one in seeds], 3)}, "
         chosen += f"loss {spread([one['loss'] for one in seeds], 3)}"
-        lines.append(f"| {key.split('-')[0]} | {found['name']} | {found['parameters']:,} | {tried} | {chosen} |")
+        lines.append(f"| {tasks[file]} | {found['name']} | {found['parameters']:,} | {tried} | {chosen} |")
     (output / "validation.md").write_text("\n".join(lines) + "\n")
 
     lines = ["| task | method | parameters | learning rate | score | loss | training step, s | peak memory, GB |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     drawn: dict[str, dict[str, list[float]]] = {}
-    for file in sorted(output.glob("*-base-tested.json")):
-        task, base = file.name.split("-")[0], read(file)["test"]
+    for base_file in sorted(output.glob("*-base-tested.json")):
+        task, base = task_of(base_file, "base"), read(base_file)["test"]
         name = f"{task} ({base['metric']}, {base['count']} rows)"
         lines.append(f"| {name} | base | 0 | | {base['score']:.4f} | {base['loss']:.4f} | | |")
         drawn[task] = {"base": [base["score"]]}
-        for key, found in trained.items():
+        for file, found in trained.items():
+            key = file.name.removesuffix("-trained.json")
             seeds = [read(one) for one in sorted(output.glob(f"{key}-seed-*-tested.json"))]
-            if not key.startswith(f"{task}-") or not seeds:
+            if tasks[file] != task or not seeds:
                 continue
             rate = found["learning_rate"]
             edge = " (highest tried)" if rate == max(map(float, found["rates"])) else ""

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import compare_pictures  # noqa: E402
 import compare_report  # noqa: E402
 from compare_cells import label, packed, write  # noqa: E402
+from compare_tables import write_tables  # noqa: E402
 
 ROWS = 60
 #: By name: parameters, and how many of the rows a seed answers, the first seed one more.
@@ -133,6 +134,36 @@ def test_where_only_responses_were_run_they_are_compared_with_each_other(tmp_pat
     some = {"PARA r=12, response": (1000, 40), "LoRA r=9, response": (1100, 20), "(IA)^3, response": (100, 20)}
     text = compare_report.write_report(results(tmp_path, methods=some))
     assert [cell.split()[-1] for cell in row_of(text, "(IA)^3, response")[-2:]] == ["worse", "noise"]
+
+
+def test_the_lora_of_paras_size_is_compared_with_whichever_scores_best(tmp_path):
+    some = {"PARA r=12, response": (1000, 40), "LoRA r=9, response": (1100, 20), "LoRA r=36, response": (4400, 30)}
+    for methods in (some, dict(reversed(some.items()))):
+        cells = compare_report.cells_of(results(tmp_path, methods=methods), "")
+        cells.sort(key=lambda cell: -max(cell.scores))
+        assert [cell.name for cell in compare_report.references(cells)] == list(some)[:2]
+
+
+def test_tasks_whose_names_begin_alike_are_kept_apart(tmp_path):
+    few = {name: METHODS[name] for name in ("PARA r=12", "(IA)^3")}
+    names = ("sst2", "sst2-own", "sst2-base")
+    for number, task in enumerate(names):
+        moved = {name: (1000 * number + size, right + number) for name, (size, right) in few.items()}
+        results(tmp_path, tasks=(task,), methods=moved)
+    cells = compare_report.cells_of(tmp_path, "")
+    found = {(cell.task, cell.name): cell.scores[0] for cell in cells if cell.name in few}
+    assert found == {
+        (task, name): (right + number + 1) / ROWS
+        for number, task in enumerate(names)
+        for name, (_, right) in few.items()
+    }
+    assert {cell.name for cell in cells if cell.task == "sst2-own"} == {cell.name for cell in cells}
+    write_tables(tmp_path)
+    for file in ("validation.md", "table.md"):
+        lines = (tmp_path / file).read_text().splitlines()
+        assert sorted(line.split()[1] for line in lines if "| PARA r=12 |" in line) == sorted(names)
+    shown = [line for line in lines if line.startswith("| sst2-own (")]
+    assert len(shown) == 1 and "| base |" in shown[0]
 
 
 def test_a_folder_without_scores_is_refused(tmp_path):
