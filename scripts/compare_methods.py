@@ -33,7 +33,16 @@ from compare_cells import done, label, lacks, packed, read, settings
 from compare_report import write_report
 from compare_scores import plain_text, scored, serving_cost, text_losses, with_examples
 from compare_tables import write_tables
-from compare_training import config_of, form_of, parameters_of, run_seeds, seed_folder, train, validation
+from compare_training import (
+    config_of,
+    form_of,
+    parameters_of,
+    run_seeds,
+    seed_folder,
+    train,
+    training_settings,
+    validation,
+)
 
 from para_jax import (
     ParaConfig,
@@ -211,11 +220,20 @@ def test_task(args, task: str) -> EvalTask:
     return found
 
 
-def trained_cell(args, task: str, name: str) -> dict:
+def trained_cell(args, task: str, adapter, name: str, overrides: tuple[str, ...]) -> dict:
+    """What the stage `train` left. Ends the script if it trained something else under this name."""
     file = args.output / f"{task}-{label(name)}-trained.json"
     if not file.exists():
         sys.exit(f"compare_methods: {file} is missing; run --stages train for {name} first")
-    return read(file)
+    found = read(file)
+    wanted, held = training_settings(args, adapter, overrides), found["asked"]
+    for key in sorted((wanted | held).keys() - {"rates"}):
+        if wanted.get(key) != held.get(key):
+            sys.exit(
+                f"compare_methods: {file} was trained with {key} {held.get(key)}, not {wanted.get(key)}; give the "
+                "options and --also of its training, or choose another --output"
+            )
+    return found
 
 
 @cache
@@ -225,7 +243,7 @@ def model_of(backbone: str):
 
 def adapter_of(args, task: str, adapter, name: str, overrides: tuple[str, ...], seed: int, model_config):
     """A seed's adapter. If its run is gone (git keeps only the scores), all seeds are trained again."""
-    found = trained_cell(args, task, name)
+    found = trained_cell(args, task, adapter, name, overrides)
     rate, runs = found["learning_rate"], args.output / "runs" / task / label(name)
     folder = seed_folder(runs, rate, seed)
     if folder is None or not (folder / "adapter").exists():
@@ -245,7 +263,7 @@ def adapter_of(args, task: str, adapter, name: str, overrides: tuple[str, ...], 
 def alone(args, task: str, every: dict, model_config) -> None:
     for name, (adapter, overrides) in every.items():
         file = f"{task}-{label(name)}"
-        rate = trained_cell(args, task, name)["learning_rate"]
+        rate = trained_cell(args, task, adapter, name, overrides)["learning_rate"]
         folder = args.output / "runs" / task / label(name)
         folder.mkdir(parents=True, exist_ok=True)
         made = lambda *given: lambda: time_alone(args, task, *given)  # noqa: E731

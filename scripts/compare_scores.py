@@ -69,7 +69,8 @@ def balanced(training: Iterable[Record], count: int) -> list[Record]:
 def plain_text(file: Path, tokenizer, count: int, length: int) -> EvalTask:
     """Texts of `length` tokens: the first half is the prompt, from which factors are made, and the second is scored.
     They are the file's first passages that are long enough, each once."""
-    texts = dict.fromkeys(passage(json.loads(line)["prompt"]) for line in file.read_text().splitlines())
+    with file.open("rb") as lines:
+        texts = dict.fromkeys(passage(json.loads(line)["prompt"]) for line in lines if line.strip())
     ids = (tokenizer(text)["input_ids"] for text in texts)
     whole = [one[:length] for one in ids if len(one) >= length][:count]
     if not whole:

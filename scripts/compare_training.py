@@ -3,13 +3,14 @@
 import shutil
 import time
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 
 import jax
 from compare_cells import done, label, settings, write
 from compare_tables import write_tables
 
-from para_jax import LoraConfig, ParaConfig, init_adapter, load_config, train_tenants
+from para_jax import LoraConfig, ParaConfig, atomic, init_adapter, load_config, train_tenants
 from para_jax.adapters.adapter import count_parameters
 from para_jax.data.tasks import TASKS
 from para_jax.training.metrics_file import read_metrics
@@ -48,8 +49,7 @@ def train(args, task: str, every: dict, model_config) -> None:
                 about | {"examples": examples_read(args, task)} | trained(args, task, adapter, folder, rates, overrides)
             )
 
-        about = settings(args) | {"adapter": form_of(adapter), "rates": list(rates)}
-        about |= {"overrides": list(overrides)} if overrides else {}
+        about = training_settings(args, adapter, overrides) | {"rates": list(rates)}
         file = args.output / f"{task}-{label(name)}-trained.json"
         found = done(file, made, about)
         lacking = [seed for seed in range(args.seeds) if str(seed) not in found["validation"]]
@@ -59,6 +59,12 @@ def train(args, task: str, every: dict, model_config) -> None:
             seeds = found["validation"] | validation(task, folder, found["learning_rate"], lacking)
             write(file, found | {"validation": seeds, "seconds": found["seconds"] + time.monotonic() - begun})
         write_tables(args.output)
+
+
+def training_settings(args, adapter, overrides: tuple[str, ...]) -> dict:
+    """What a method's trained adapters depend on besides task and rate."""
+    given = {"overrides": list(overrides)} if overrides else {}
+    return settings(args) | {"adapter": form_of(adapter)} | given
 
 
 def trained(args, task: str, adapter, folder: Path, rates: tuple[float, ...], overrides: tuple[str, ...]) -> dict:
@@ -158,14 +164,14 @@ def training_data(args, task: str) -> Path:
         part.mkdir(parents=True, exist_ok=True)
         for split in ("validation", "test"):
             shutil.copy(whole / f"{split}.jsonl", part)
-        lines = (whole / "train.jsonl").read_text().splitlines(keepends=True)
-        (part / "train.jsonl").write_text("".join(lines[: args.examples]))
+        with (whole / "train.jsonl").open("rb") as lines:
+            atomic.write_bytes(part / "train.jsonl", b"".join(islice(lines, args.examples)))
     return part
 
 
 def examples_read(args, task: str) -> int:
     """The different training rows that a run reads."""
-    with (training_data(args, task) / "train.jsonl").open() as lines:
+    with (training_data(args, task) / "train.jsonl").open("rb") as lines:
         return min(args.steps * args.rows, sum(1 for _ in lines))
 
 

@@ -209,6 +209,34 @@ def test_a_part_of_the_examples_is_the_first_of_them(folder, tmp_path, runs):
     assert compare_methods.test_task(parsed(folder, tmp_path, *given), "own").records[0].place.startswith(str(folder))
 
 
+def test_a_part_of_the_examples_ends_between_lines(folder, tmp_path):
+    """U+2028 and U+0085 end a line for str.splitlines, and JSON may hold them as they are."""
+    lines = [json.dumps({"prompt": f"w{i}\u2028w\u0085", "completion": "w1"}, ensure_ascii=False) for i in range(4)]
+    for split in ("train", "validation", "test"):
+        (tmp_path / "lines").mkdir(exist_ok=True)
+        (tmp_path / "lines" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    args = parsed(folder, tmp_path / "out", "--examples", "3")
+    args.data = tmp_path
+    part = compare_training.training_data(args, "lines") / "train.jsonl"
+    assert part.read_bytes().decode().split("\n") == [*lines[:3], ""]
+    assert compare_training.examples_read(args, "lines") == 3
+
+
+def test_what_was_trained_otherwise_is_not_tested_under_its_name(folder, tmp_path, runs):
+    common = "--tasks", "sst2", "--methods", "--shots", "--stages"
+    also = "--also", "A:r=4,train.up_lr_ratio=8"
+    compare_methods.main(arguments(folder, tmp_path, *common, "train", *also))
+    runs.clear()
+    for given, message in (
+        (["--also", "A:r=2,train.up_lr_ratio=8"], "trained with adapter ParaConfig(r=4"),
+        (["--also", "A:r=4"], "trained with overrides ['train.up_lr_ratio=8'], not None"),
+        ([*also, "--steps", "4"], "trained with steps 2, not 4"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            compare_methods.main(arguments(folder, tmp_path, *common, "test", *given))
+    assert not runs and not list(tmp_path.glob("*-tested.json"))
+
+
 # ----------------------------------------------------------------------------------------------------- what is measured
 
 
@@ -252,6 +280,12 @@ def test_forgetting_is_of_the_second_half_of_plain_text_after_its_first(folder):
     nats = -jax.nn.log_softmax(logits[0, 63:127])[np.arange(64), np.array(ids[64:])].mean()
     np.testing.assert_allclose([base[0], fresh[0]], nats, rtol=1e-4)
     assert abs(changed[0] - base[0]) > 1e-3
+
+
+def test_a_passage_may_hold_what_ends_a_line_elsewhere(folder, tmp_path):
+    rows = [{"prompt": f"Passage: {words(range(20, 60))}\u2028{words(range(60, 90))}\nQuestion: w7\nAnswer:"}]
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False) + "\n")
+    assert len(compare_scores.plain_text(tmp_path / "test.jsonl", tokenizer(), 5, 16).records) == 1
 
 
 def test_a_text_that_is_too_short_is_refused(folder):
