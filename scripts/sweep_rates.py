@@ -8,7 +8,8 @@ over the validation examples. Finished work is kept in the output folder, and th
 
 import argparse
 import json
-import os
+import math
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from para_jax import (
     Ia3Config,
     LoraConfig,
     ParaConfig,
+    atomic,
     evaluate,
     load_backbone,
     load_config,
@@ -56,23 +58,30 @@ def main() -> None:
     log_to_stderr()
     args.output.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
-        done(args.output / f"{task}-base.json", partial(base_loss, args, task))
+        asked = {"limit": args.limit, "data": str(args.data)}
+        done(args.output / f"{task}-base.json", partial(base_loss, args, task), asked)
     for method in args.methods:
         adapter, rates = METHODS[method]
         rates = tuple(args.rates or rates)
         for task in args.tasks:
             label = f"{task}-{method}" + "".join(f"-{rate:g}" for rate in rates) + f"-warmup-{args.warmup:g}"
             make = partial(swept, args, task, method, adapter, rates, args.output / "runs" / label)
-            done(args.output / f"{label}.json", make)
+            asked = {"steps": args.steps, "rows": args.rows, "limit": args.limit, "seeds": sorted(args.seeds)}
+            done(args.output / f"{label}.json", make, asked | {"data": str(args.data)})
             write_table(args.output)
 
 
-def done(file: Path, make) -> None:
-    """Writes what `make` gives, unless the file is there."""
+def done(file: Path, make, asked: dict) -> None:
+    """Writes what `make` gives and what was asked for, unless the file is there. Ends the script where it holds what
+    other settings gave, as far as the file says."""
     if not file.exists():
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(make(), indent=1) + "\n")
-        os.replace(part, file)
+        atomic.write_text(file, json.dumps(make() | asked, indent=1) + "\n")
+        return
+    held = read(file)
+    held = {"seeds": sorted({run["seed"] for run in held.get("runs", ())})} | held
+    for name, value in asked.items():
+        if held.get(name, value) != value:
+            sys.exit(f"sweep_rates: {file} was made with {name} {held[name]}, not {value}; choose another --output")
 
 
 def config_of(args, task: str, *overrides: str):
@@ -108,8 +117,8 @@ def swept(args, task: str, method: str, adapter, rates: tuple[float, ...], folde
         for rate in rates
         for seed in args.seeds
     ]
-    about = {"steps": args.steps, "rows": args.rows, "limit": args.limit, "warmup": args.warmup}
-    about |= {"seconds": time.monotonic() - begun, "device": describe_devices(), "versions": library_versions()}
+    about = {"warmup": args.warmup, "seconds": time.monotonic() - begun}
+    about |= {"device": describe_devices(), "versions": library_versions()}
     return {"task": task, "method": method, "runs": runs} | about
 
 
@@ -134,7 +143,7 @@ def write_table(folder: Path) -> None:
         by_rate: dict[float, list[dict]] = {}
         for run in found["runs"]:
             by_rate.setdefault(run["rate"], []).append(run["validation"])
-        means = {rate: mean(one.get("validation_loss", 99.0) for one in runs) for rate, runs in by_rate.items()}
+        means = {rate: mean(one.get("validation_loss", math.inf) for one in runs) for rate, runs in by_rate.items()}
         best = min(means, key=means.__getitem__)
         cells = [cell(rate, means[rate], runs, rate == best) for rate, runs in by_rate.items()]
         base = bases.get(found["task"])
@@ -144,6 +153,8 @@ def write_table(folder: Path) -> None:
 
 
 def cell(rate: float, loss: float, runs: list[dict], best: bool) -> str:
+    if loss == math.inf:
+        return f"{rate:g}: not finite ({sum('validation_loss' not in one for one in runs)} of {len(runs)} seeds)"
     errors = [one["validation_loss_stderr"] for one in runs if "validation_loss_stderr" in one]
     text = f"{loss:.3f}" + (f" ± {mean(errors):.3f}" if errors else "")
     return f"{rate:g}: " + (f"**{text}**" if best else text)
