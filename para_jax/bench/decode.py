@@ -232,8 +232,7 @@ def read_test(model) -> Callable[[], float]:
 def products_test(model, rows: int) -> Callable[[], float]:
     """Milliseconds of a step's matrix products alone: every linear and the head, for `rows` rows. The rest of a step is
     attention, norms and elementwise work."""
-    matrices = [leaf for leaf in jax.tree.leaves(model) if leaf.ndim == 2]
-    head = model.config.vocab_size
+    matrices, head = multiplied(model), model.config.vocab_size
 
     @jax.jit
     def products(inputs, matrices):
@@ -243,3 +242,10 @@ def products_test(model, rows: int) -> Callable[[], float]:
     inputs = {width: jnp.ones((rows, width), model.dtype) for width in widths}
     jax.block_until_ready(products(inputs, matrices))
     return milliseconds(lambda: products(inputs, matrices))
+
+
+def multiplied(model) -> list[jax.Array]:
+    """The matrices that a step multiplies by: the linears and the head. Of an embedding that is not also the head, a
+    step reads only the rows of its tokens."""
+    looked_up = None if model.head is None else model.embedding[...]
+    return [leaf for leaf in jax.tree.leaves(model) if leaf.ndim == 2 and leaf is not looked_up]

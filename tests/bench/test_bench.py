@@ -105,6 +105,14 @@ def test_outputs_are_checked_before_they_are_timed(monkeypatch):
         idle.check(base)
 
 
+@pytest.mark.parametrize("name", ["smollm2", "llama"])  # with one matrix as embedding and head, and with two
+def test_the_matrix_products_of_a_step_are_those_of_its_linears_and_head(name):
+    model = backbone(name)
+    sizes = sum(matrix.size for matrix in bench_decode.multiplied(model))
+    assert sizes == matrix_weights(model.config) + model.config.vocab_size * model.config.width
+    assert bench_decode.products_test(model, 2)() > 0
+
+
 @pytest.mark.long
 def test_a_picture_of_the_record_is_drawn(decoded, tmp_path):
     decode_plot(decoded[0] | {"device": "a CPU"}, tmp_path / "decode.png")
