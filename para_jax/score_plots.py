@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .config import expanded
 from .evaluation.results import LARGEST
 from .figures import drawable, explain, new_figure, plain, run_names
+from .messages import warn
 from .training.metrics_file import is_log, is_number, read_metrics
 from .training.scores_file import Records
 from .training.scores_file import read_scores as read_records
@@ -213,6 +214,9 @@ def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
             panels |= {f"{prefix}{task}": scores for task, scores in of_folder.items()}
     if not panels:
         raise ValueError(f"{', '.join(map(str, folders))}: no score is there yet; wait for the first evaluation")
+    if len(panels) > MAX_PANELS:
+        left_out = ", ".join(list(panels)[MAX_PANELS:][:5]) + " ..." * (len(panels) > MAX_PANELS + 5)
+        warn(f"of {len(panels)} sets of scores the first {MAX_PANELS} are drawn; without {left_out}")
     return dict(list(panels.items())[:MAX_PANELS])
 
 

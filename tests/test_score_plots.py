@@ -6,7 +6,7 @@ import math
 import pytest
 
 from para_jax.plots import save
-from para_jax.score_plots import MAX_BARS, Bar, Scores, read_scores, scores_plot
+from para_jax.score_plots import MAX_BARS, MAX_PANELS, Bar, Scores, read_scores, scores_plot
 
 
 def widths(axes):
@@ -144,6 +144,17 @@ def test_an_evaluation_has_a_bar_for_each_adapter_and_a_panel_for_each_task(tmp_
     assert read_scores([tmp_path / "e"]) == {
         "t": Scores("accuracy", {"mine": Bar(0.75, 0.05, 60)}, Bar(0.25, 0.05, 60))
     }
+
+
+def test_what_is_not_drawn_of_many_tasks_is_said(tmp_path, caplog):
+    names = [f"t{i:02}" for i in range(MAX_PANELS + 6)]
+    for count in (MAX_PANELS, len(names)):
+        assert not caplog.messages
+        values = {task: {"f1,none": 0.5} for task in names[:count]}
+        (tmp_path / "mine.json").write_text(json.dumps({"results": values}))
+        assert list(read_scores([tmp_path])) == names[:MAX_PANELS]
+    (said,) = caplog.messages
+    assert said == "of 18 sets of scores the first 12 are drawn; without t12, t13, t14, t15, t16 ..."
 
 
 def test_tenants_that_were_asked_their_own_task_only_share_a_panel(tmp_path):
