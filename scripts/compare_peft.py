@@ -80,9 +80,12 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("results/compare_peft.json"))
     args = parser.parse_args()
 
+    held = json.loads(args.output.read_text()) if args.output.exists() else {"data": args.data, "cases": {}}
+    if held["data"] != args.data:
+        sys.exit(f"compare_peft: {args.output} holds cases of {held['data']}; choose another --output for {args.data}")
+    cases = held["cases"]
     model, tokenizer = load_backbone(args.backbone, dtype="float32", layout="stacked"), load_tokenizer(args.backbone)
     data = load_data(args.data, tokenizer, args.seed)
-    cases = json.loads(args.output.read_text())["cases"] if args.output.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         convert_gguf(resolve_backbone(args.backbone), Path(temporary) / "backbone", tokenizer)
         for name in args.cases:

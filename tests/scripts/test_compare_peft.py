@@ -123,6 +123,14 @@ def test_answers_of_several_tokens_are_refused(tmp_path):
         compare_peft.load_data(folder, tokenizer(), 0)
 
 
+def test_cases_of_other_data_are_not_joined(tmp_path, monkeypatch):
+    file = tmp_path / "held.json"
+    file.write_text(json.dumps({"data": "data/sst2", "cases": {"LoRA, seed 0": {}}}))
+    monkeypatch.setattr(sys, "argv", ["compare_peft.py", "--data", "data/own", "--output", str(file)])
+    with pytest.raises(SystemExit, match="holds cases of data/sst2; choose another --output"):
+        compare_peft.main()
+
+
 def test_the_figures_are_those_of_the_two_sides():
     scores = np.log([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
     other = np.log([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6]])
