@@ -245,7 +245,7 @@ def products_test(model, rows: int) -> Callable[[], float]:
 
 
 def multiplied(model) -> list[jax.Array]:
-    """The matrices that a step multiplies by: the linears and the head. Of an embedding that is not also the head, a
-    step reads only the rows of its tokens."""
+    """The matrices that a step multiplies by: the linears and the head. A step only reads rows of an embedding that is
+    not also the head."""
     looked_up = None if model.head is None else model.embedding[...]
     return [leaf for leaf in jax.tree.leaves(model) if leaf.ndim == 2 and leaf is not looked_up]

@@ -152,8 +152,10 @@ def test_the_sentences_about_host_memory():
 
 
 def test_the_sentence_about_answers_of_one_token():
-    (row,) = scale.speed_table(scale.Traffic(answer=1), [scale.Backbone("", SMOL.source, None, {"v5e": 1})])[1:]
-    assert numbers(r"With answers of one token, it is # % for SmolLM2-135M on v5e") == [round(float(row[-1][:-1]))]
+    rows = scale.speed_table(scale.Traffic(answer=1), [SMOL])[1:]
+    shares = [round(float(row[-1][:-1])) for row in rows]
+    said = numbers(r"With answers of one token, it is # % for SmolLM2-135M on v5e and # % on v6e")
+    assert said == shares[:2] and max(said) == max(shares)
 
 
 def test_the_sentences_about_prefixes():
