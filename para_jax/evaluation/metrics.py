@@ -123,17 +123,23 @@ def error_of_mean(values: Sequence[float]) -> float | None:
 
 def jackknife(metric: Callable, pairs: Sequence[tuple[str, str]]) -> float | None:
     """sqrt((n - 1) / n * the sum of squared deviations of the scores that each leave out one example) (Tukey 1958);
-    None for one example. Examples with the same pair of labels share their score."""
+    None for one example.
+
+    Examples with the same pair of labels share their score. Of predictions that no example expects, such as free texts,
+    the metrics know only how often each one comes, so those share it too.
+    """
     if len(pairs) == 1:
         return None
-    times, without = Counter(pairs), {}
-    for pair in times:
+    expected, often = {e for _, e in pairs}, Counter(p for p, _ in pairs)
+    kinds = [(p if p in expected else often[p], e) for p, e in pairs]
+    times, without = Counter(kinds), {}
+    for kind, pair in dict(zip(kinds, pairs, strict=True)).items():
         left = list(pairs)
         left.remove(pair)
-        without[pair] = metric(*zip(*left, strict=True))
+        without[kind] = metric(*zip(*left, strict=True))
     n = len(pairs)
-    mean = sum(without[pair] * count for pair, count in times.items()) / n
-    return math.sqrt((n - 1) / n * sum(count * (without[pair] - mean) ** 2 for pair, count in times.items()))
+    mean = sum(without[kind] * count for kind, count in times.items()) / n
+    return math.sqrt((n - 1) / n * sum(count * (without[kind] - mean) ** 2 for kind, count in times.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------- parts of it

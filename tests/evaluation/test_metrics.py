@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 
@@ -155,6 +156,23 @@ def test_the_jackknife_of_a_mean_is_the_error_of_the_mean():
     found = measure("accuracy", PREDICTED, [[label] for label in EXPECTED])[1]
     assert jackknife(hits, list(zip(PREDICTED, EXPECTED, strict=True))) == pytest.approx(found)
     assert measure("matthews", ["a"], [["a"]])[1] is None
+
+
+@pytest.mark.parametrize("metric", LABEL_METRICS.values())
+def test_the_jackknife_leaves_out_each_example_once_and_texts_that_are_no_labels_together(metric):
+    draw, asked = random.Random(0), []
+    expected = draw.choices("ab", k=60)
+    predicted = [draw.choice([e, e, "a", "b", "x", "y", f"text {i}"]) for i, e in enumerate(expected)]
+
+    def counted(*sides):
+        asked.append(1)
+        return metric(*sides)
+
+    found = jackknife(counted, list(zip(predicted, expected, strict=True)))
+    left = [metric(predicted[:i] + predicted[i + 1 :], expected[:i] + expected[i + 1 :]) for i in range(60)]
+    mean = sum(left) / 60
+    assert found == pytest.approx((59 / 60 * sum((one - mean) ** 2 for one in left)) ** 0.5, rel=1e-9)
+    assert len(asked) <= 2 * (2 + 3), "a and b, x, y and the texts that come once, by the two expected labels"
 
 
 @pytest.mark.parametrize("metric", LABEL_METRICS)
