@@ -64,6 +64,10 @@ def main() -> int:
         parser.error(f"--processes {options.processes} does not divide {chips} devices")
     files = options.configs or sorted(CONFIGS.glob("*.yaml"))
     found = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    for name in (file.stem for file in files):
+        held = found.get(name, {}).get("topology", options.topology)  # entries of earlier versions do not say it
+        if held != options.topology:
+            parser.error(f"--json {options.json} holds {name} for {held}; give another file for {options.topology}")
     with tempfile.TemporaryDirectory() as name:
         folder = rehearse_run.make_data(Path(name))
         server, emulated = (None, None) if options.no_runs or options.output else emulated_bucket()
@@ -72,7 +76,7 @@ def main() -> int:
             entry = found.setdefault(file.stem, {})
             begun = time.monotonic()
             sizes = chosen_sizes(load_config(file), chips, room)
-            entry["mesh"] = sizes
+            entry |= {"topology": options.topology, "mesh": sizes}
             if not options.no_compile and "programs" not in entry:
                 entry["programs"] = attempt(compiled, options.topology, file, sizes, room)
             if not options.no_runs and "seconds" not in entry.get("run", {}):

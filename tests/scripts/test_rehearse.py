@@ -53,6 +53,19 @@ def test_the_table_tells_what_fails_and_what_does_not_fit():
     assert "decode" not in lines[0]  # a column that nobody filled
 
 
+def test_results_of_another_slice_are_not_taken(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "held.json"
+    monkeypatch.setattr(rehearse, "compiled", lambda topology, *_: {"train": {"fits": True, "needed": len(topology)}})
+    for topology in ("h100", "h100", "v5e:1x1"):
+        given = ["rehearse.py", topology, str(ROOT / "configs" / "smollm2-sst2.yaml"), "--no-runs", "--json", str(file)]
+        monkeypatch.setattr(sys, "argv", given)
+        if topology == "h100":
+            assert rehearse.main() == 0
+    with pytest.raises(SystemExit):
+        rehearse.main()
+    assert "holds smollm2-sst2 for h100; give another file for v5e:1x1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_rehearsal_kills_and_resumes_in_a_bucket():
     command = [sys.executable, str(ROOT / "scripts" / "rehearse.py"), "v5e:2x2", str(CONFIGS[0]), "--no-compile"]
