@@ -39,6 +39,7 @@ from .dry_run.topology import topology_report
 from .evaluation.tasks import with_limit
 from .memory import tree_size
 from .model import init_adapter
+from .runs.compare import TABLE
 from .runs.data_table import tenants_data
 from .runs.report import sample_lines, score_table, tenants_table
 from .runs.tenants import tenant_configs
@@ -46,6 +47,7 @@ from .training.metrics_file import is_log, read_metrics
 from .training.scores_file import read_scores
 from .training.step import state_of_one
 from .training.tenants_file import read_entries, warning_lines
+from .untrusted import MAX_JSON_BYTES
 
 
 def dry_run(config: RunConfig, topology: str | None = None) -> str:
@@ -170,6 +172,8 @@ def folder_report(folder: Path) -> str:
         return adapter_report(folder)
     if (folder / "config.yaml").is_file():
         config = load_config(folder / "config.yaml")
+        if config.sweep.method:
+            return methods_report(folder, config)
         if config.many:
             return tenants_report(folder, config)
         data = described(config.data.train)
@@ -190,6 +194,17 @@ def folder_report(folder: Path) -> str:
     raise ValueError(
         f"{folder} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
     )
+
+
+def methods_report(folder: Path, config: RunConfig) -> str:
+    """The table of a comparison of methods, as far as it has come."""
+    methods, file = ", ".join(config.sweep.method), folder / TABLE
+    head = f"run        {methods} on {config.backbone.source}, data {described(config.data.train)}"
+    found = "no method has ended yet"
+    if file.is_file():
+        with file.open("rb") as stream:
+            found = stream.read(MAX_JSON_BYTES).decode(errors="replace").rstrip()
+    return "\n".join([head, found, f"each method's run is in a folder of its own: para-jax inspect {folder}/METHOD"])
 
 
 def tenants_report(folder: Path, config: RunConfig) -> str:

@@ -32,6 +32,9 @@ from .standing import Standing
 from .tenants import Shared, of_data, tenant_configs
 from .train import trained
 
+#: The table of a comparison, in its output_dir.
+TABLE = "comparison.md"
+
 
 class MethodScore(NamedTuple):
     """What one method, or one combination of its sweep, reached."""
@@ -230,4 +233,4 @@ def write_comparison(folder: Place, found: Sequence[MethodScore]) -> None:
     atomic.write_text(folder / "comparison.json", json.dumps([row._asdict() for row in found], indent=1) + "\n")
     head, *rows = cells(found)
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    atomic.write_text(folder / "comparison.md", "\n".join(lines) + "\n")
+    atomic.write_text(folder / TABLE, "\n".join(lines) + "\n")

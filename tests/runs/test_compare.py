@@ -11,6 +11,7 @@ from tiny_run import rows_of_text, run_config, run_folder, write_rows
 from para_jax import LoraConfig, MethodsResult, ParaConfig, compare_methods, load_config, train, train_tenants
 from para_jax.cli import main
 from para_jax.config import ADAPTER_CONFIGS, save_config
+from para_jax.inspect import folder_report
 from para_jax.runs import compare
 from para_jax.runs import train as runs
 from para_jax.runs.compare import MethodScore, comparison_table, method_configs
@@ -112,6 +113,9 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
         "para"
     ]
     capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "para, ia3 on" in said and "| para | " in said and "| ia3 | " not in said and "no adapter" not in said
     assert main(["train", str(tmp_path / "run.yaml"), "--results", str(tmp_path / "results.json")]) == 0
     assert loads == [1, 1]
     said = capsys.readouterr().out
@@ -127,7 +131,10 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
         assert one["learning_rate"] == ADAPTER_CONFIGS[one["method"]].default_learning_rate
         assert (Path(one["folder"]) / "adapter" / "adapter_config.json").is_file()
         assert read_scores(Path(one["folder"]))["validation"]["values"]["loss"] == one["score"]
-    assert (tmp_path / "run" / "comparison.md").read_text().startswith("| method | parameters | rate |")
+    table = (tmp_path / "run" / "comparison.md").read_text()
+    assert table.startswith("| method | parameters | rate |") and table in folder_report(tmp_path / "run")
+    (tmp_path / "run" / "comparison.md").unlink()
+    assert "no method has ended yet" in folder_report(tmp_path / "run")
     assert load_config(tmp_path / "run" / "config.yaml") == config
 
 
