@@ -4,6 +4,8 @@ folder."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -25,10 +27,11 @@ from .config import (
     one_of,
     printable,
 )
-from .data.batches import Plan, example_lengths, plan_buckets
+from .data.batches import Bucket
 from .data.examples import show_example
 from .data.given import described, is_given
 from .data.hf import is_hf
+from .data.packing import RowShape
 from .data.records import SPLITS, load_records
 from .data.tasks import TASKS
 from .data.tenants import tenant_sections
@@ -42,7 +45,7 @@ from .model import init_adapter
 from .runs.compare import TABLE
 from .runs.data_table import tenants_data
 from .runs.report import sample_lines, score_table, tenants_table
-from .runs.tenants import tenant_configs
+from .runs.tenants import plan_batches, tenant_configs
 from .training.metrics_file import is_log, read_metrics
 from .training.scores_file import read_scores
 from .training.step import state_of_one
@@ -94,11 +97,15 @@ def tenants_of(config: RunConfig) -> int:
 
 
 def step_line(config: RunConfig) -> str:
-    train = config.train
-    rows = train.batch_size or mesh_rows(config) * train.per_device_batch_size * train.gradient_accumulation_steps
-    longest = config.data.assumed_length
+    rows, longest = step_rows(config), config.data.assumed_length
     assumed = "" if config.data.max_seq_length else " (assumed: data.max_seq_length=null follows from the data)"
     return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens{assumed}"
+
+
+def step_rows(config: RunConfig) -> int:
+    """The rows of a step on this machine's devices, over all tenants of a run of many."""
+    train = config.train
+    return train.batch_size or mesh_rows(config) * train.per_device_batch_size * train.gradient_accumulation_steps
 
 
 def data_lines(config: RunConfig) -> list[str]:
@@ -149,15 +156,21 @@ def data_report(config: RunConfig) -> str:
         first = "examples of the first tenant:"
         return "\n\n".join([found, first, *shown_examples(tokenizer, data)])
     data = load_training_data(with_limit(config.data, load_model_config(config.backbone.source)), tokenizer)
-    buckets = plan_buckets(data.examples, config.data.buckets)
-    train = config.train
-    rows = config.tenant_batch if config.many else train.batch_size or train.per_device_batch_size
-    order = Plan(example_lengths(data.examples), buckets=buckets, rows=rows, seed=config.seed)
+    rows = config.tenant_batch if config.many else step_rows(config)
+    configs = dict(islice(tenant_configs(config).items(), 2))  # two combinations of a sweep have the shapes of all
+    buckets, plans = plan_batches(config, configs, dict.fromkeys(configs, data), rows)
     examples = shown_examples(tokenizer, data)
-    shapes = ", ".join(f"{bucket.length} tokens ({bucket.completion} of completion)" for bucket in buckets)
     if config.data.max_seq_length is None:
         examples.append(describe_lengths(data.examples.lengths))
-    return "\n\n".join([*examples, f"{data.report()}; padded to {shapes}; {order.batches_per_epoch} batches per epoch"])
+    batches = f"{next(iter(plans.values())).batches_per_epoch} batches of {rows} rows per epoch"
+    return "\n\n".join([*examples, f"{data.report()}; {describe_shapes(buckets)}; {batches}"])
+
+
+def describe_shapes(shapes: Sequence[Bucket | RowShape]) -> str:
+    """ "padded to 16 tokens (6 of completion), 24 tokens (6 of completion)"."""
+    sizes = ", ".join(f"{one.length} tokens ({one.completion} of completion)" for one in shapes)
+    most = "".join(f", at most {one.segments} examples each" for one in shapes if isinstance(one, RowShape))
+    return f"packed into rows of {sizes}{most}" if most else f"padded to {sizes}"
 
 
 def shown_examples(tokenizer, data: TrainingData) -> list[str]:

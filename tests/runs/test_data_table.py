@@ -5,12 +5,13 @@ import re
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, words, write_rows, write_tenants
 
+from para_jax import make_mesh
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
 from para_jax.inspect import data_report
 from para_jax.runs.data_table import own_fields
 from para_jax.runs.tenants import read_inputs
-from para_jax.training.passes import Layout
+from para_jax.training.passes import Layout, lay_out
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,23 @@ def test_the_table_has_every_tenant_and_the_lengths_are_those_of_the_run(folder,
     assert first.count("prompt: ") == 3 and "acme" in first and "globex" not in first
     packed = data_report(tenants_config(folder, "data.packing=true", "data.max_seq_length=64"))
     assert "packed into rows of 64 tokens" in packed
+
+
+@pytest.mark.parametrize("overrides", [
+    ["train.gradient_accumulation_steps=2"],
+    ["train.batch_size=6", "train.per_device_batch_size=3"],
+    ["data.packing=true", "data.max_seq_length=64"],
+    ["sweep.learning_rate=[0.1, 0.2]", "train.rows_per_tenant=2", "train.gradient_accumulation_steps=2"],
+])  # fmt: skip
+def test_the_batches_of_one_data_set_are_those_of_its_run(folder, overrides):
+    data = f"data.train={folder / 'tenants' / 'acme'}", "train.per_device_batch_size=4", "mesh.data=1"
+    config = run_config(folder, *data, "train.max_steps=null", *overrides)
+    layout = lay_out(config, make_mesh(data=1), max(1, len(config.sweep.learning_rate)))
+    inputs = read_inputs(config, layout)
+    batches, said = inputs.tenants[0].order.total_steps, data_report(config).splitlines()[-1]
+    assert f"; {batches} batches of {layout.tenant_rows} rows per epoch" in said
+    assert all(f"{shape.length} tokens ({shape.completion} of completion)" in said for shape in inputs.buckets)
+    assert ("packed into rows of" in said) == config.data.packing and said.count("completion") == len(inputs.buckets)
 
 
 def test_all_tenants_with_examples_that_are_too_long_are_named(folder, tmp_path):
