@@ -75,7 +75,7 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         f"{adapter_method(config.adapter)} on {', '.join(config.adapter.target_modules)}"
         f"{scope_outline(config.adapter)}",
         f"memory     weights {size(weights)} ({kept}), adapter {size(tree_size(adapter))}, "
-        f"optimiser {size(tree_size(state.optimizer))}",
+        f"optimiser {size(tree_size(state.optimizer))}" + " of each tenant" * config.many,
         topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
     ]
     return "\n".join(lines + data_lines(config))

@@ -101,3 +101,5 @@ def test_a_dry_run_assumes_a_length_and_inspect_finds_it(folder):
     config = own(folder, f"data.train={folder / 'labels'}")
     assert "8 rows of at most 512 tokens" in dry_run(config) and "assumed" in dry_run(config)
     assert "data.max_seq_length=8" in data_report(config)
+    swept = own(folder, f"data.train={folder / 'labels'}", "sweep.seed=[0, 1]")
+    assert "of each tenant" in dry_run(swept) and "of each tenant" not in dry_run(config)
