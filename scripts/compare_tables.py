@@ -22,9 +22,7 @@ def write_tables(output: Path) -> None:
             f"{float(r):g}: " + (f"{one['score']:.3f} ({one['loss']:.3f})" if one["score"] >= 0 else "not finite")
             for r, one in found["rates"].items()
         )
-        seeds = found["validation"].values()
-        chosen = f"{found['learning_rate']:g}: {spread([one['score'] for one in seeds], 3)}, "
-        chosen += f"loss {spread([one['loss'] for one in seeds], 3)}"
+        chosen = f"{found['learning_rate']:g}: {of_seeds(list(found['validation'].values()))}"
         lines.append(f"| {tasks[file]} | {found['name']} | {found['parameters']:,} | {tried} | {chosen} |")
     (output / "validation.md").write_text("\n".join(lines) + "\n")
 
@@ -57,6 +55,18 @@ def write_tables(output: Path) -> None:
     (output / "table.md").write_text("\n".join(lines) + "\n")
     if drawn:
         save(draw_seeds(drawn), output / "scores.png")
+
+
+def of_seeds(seeds: Sequence[dict]) -> str:
+    """ "0.380 (0.375 to 0.455; 3), loss 0.806 (0.790 to 0.898; 3)", without the seeds that diverged."""
+    held = [one for one in seeds if one["score"] >= 0]
+    said = (
+        [f"{spread([one['score'] for one in held], 3)}, loss {spread([one['loss'] for one in held], 3)}"]
+        if held
+        else []
+    )
+    said += [f"{len(seeds) - len(held)} of {len(seeds)} not finite"] if len(held) < len(seeds) else []
+    return ", ".join(said)
 
 
 def spread(values: Sequence[float], digits: int, middle=median) -> str:

@@ -166,6 +166,18 @@ def test_tasks_whose_names_begin_alike_are_kept_apart(tmp_path):
     assert len(shown) == 1 and "| base |" in shown[0]
 
 
+@pytest.mark.parametrize(
+    "lost, said", [(1, "0.001: 0.500, loss 1.000, 1 of 2 not finite"), (2, "0.001: 2 of 2 not finite")]
+)
+def test_a_seed_that_diverged_has_no_score_in_the_table(lost, said, tmp_path):
+    folder = results(tmp_path, methods={"PARA r=12": METHODS["PARA r=12"]})
+    found = json.loads((folder / "sst2-PARA-r-12-trained.json").read_text())
+    seeds = [{"score": 0.5, "loss": 1.0}] * (2 - lost) + [{"score": -1.0, "loss": 1e9}] * lost
+    write(folder / "sst2-PARA-r-12-trained.json", found | {"validation": {str(i): one for i, one in enumerate(seeds)}})
+    write_tables(folder)
+    assert (folder / "validation.md").read_text().splitlines()[-1].endswith(f"| {said} |")
+
+
 def test_a_folder_without_scores_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="holds no scores of test files"):
         compare_report.write_report(tmp_path)
