@@ -180,9 +180,9 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
         found: list[tuple[Prompt, str, tuple[str, ...], object]] = []
         for before, turn in turns:
             if is_learnt(turn):
-                answer = answer_text(turn)
-                more = (references(row, answer), row.get("label")) if turn is turns[-1][1] else ((answer,), None)
-                found.append((prompt_messages(before), answer, *more))
+                answer, is_last = answer_text(turn), turn is turns[-1][1]
+                accepted, label = (references(row, answer), row.get("label")) if is_last else ((answer,), None)
+                found.append((prompt_messages(before), answer, accepted, label))
         if not found:
             raise ValueError("each assistant turn has weight 0; leave the row out, or give one of them weight 1")
         return found
