@@ -22,7 +22,7 @@ from .adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach_o
 from .adapters.scope import Reach
 from .backbone.cache import attend_cached, attend_prefix, padded, with_tokens
 from .backbone.layout import stack_trees, through_layers
-from .backbone.sequences import checked_sequences
+from .backbone.sequences import checked_next_tokens, checked_sequences
 from .backbone.transformer import Transformer
 from .config import SITES, ModelConfig
 from .residual import batched_adjust, residual_stream, rotary_tables_by_kind
@@ -201,8 +201,10 @@ def decode(model: Transformer, state: DecodeState, tokens) -> tuple[Float[Array,
     """Logits float32 [batch, vocab] after one more token per row, int32 [batch], and the next state.
 
     The given state is donated. A row that already has max_length tokens stays unchanged and gets NaN logits.
+    Raises ValueError for tokens of another shape or type, and for ids that the vocabulary lacks where they are on the
+    host.
     """
-    return _decode(model, state, jnp.asarray(tokens, jnp.int32))
+    return _decode(model, state, checked_next_tokens(tokens, len(state.length), model.config.vocab_size))
 
 
 # -------------------------------------------------------------------------------------------------------- the programs
