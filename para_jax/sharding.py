@@ -71,6 +71,16 @@ def arrange(sizes: tuple[int, ...], devices: list) -> np.ndarray:
         return np.asarray(devices, dtype=object).reshape(sizes)
 
 
+def check_mesh(mesh: Mesh | AbstractMesh) -> None:
+    """Raises ValueError for a mesh that is not like those of `make_mesh`."""
+    if {"data", "fsdp", "tensor"} - {*mesh.axis_names} or AxisType.Explicit in mesh.axis_types:
+        given = ", ".join(f"{name} ({kind.name})" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
+        raise ValueError(
+            f"the mesh has the axes {given}; para_jax needs data, fsdp and tensor (Auto), so make it with "
+            "para_jax.make_mesh"
+        )
+
+
 def mesh_of(model) -> Mesh | None:
     """The mesh that a model's weights were loaded over; None if there is none."""
     sharding = getattr(next(iter(jax.tree.leaves(model)), None), "sharding", None)
@@ -99,6 +109,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
+    check_mesh(mesh)
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape))
 
 
@@ -141,6 +152,7 @@ def tree_shardings(tree, mesh: Mesh | AbstractMesh, config):
 
     Leading axes without a name, which stacking layers or tenants adds, are replicated.
     """
+    check_mesh(mesh)
 
     def one(variable):
         return variable.replace(NamedSharding(mesh, partition(*named_axes(variable, config), mesh.shape)))  # pyright: ignore[reportArgumentType]

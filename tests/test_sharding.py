@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, backbone, strong
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from para_jax import ParaConfig, init_adapter, load_backbone, make_mesh, stack_adapters
+from para_jax import ParaConfig, forward, init_adapter, load_backbone, make_mesh, stack_adapters
 from para_jax.sharding import RULES, constrain, partition, place, replicated_lines, shard_rows, tree_shardings
 
 
@@ -143,6 +144,22 @@ def test_constrain_shards_over_the_current_mesh(cube):
     with jax.set_mesh(cube):
         x = jax.jit(lambda x: constrain(x, ("batch", None, "hidden")))(jnp.ones((8, 3, 4)))
     assert x.addressable_shards[0].data.shape == (2, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "said"),
+    [
+        (("data", "model"), AxisType.Auto, r"data \(Auto\), model \(Auto\); .*make_mesh"),
+        (("data", "fsdp", "tensor"), AxisType.Explicit, r"tensor \(Explicit\); .*make_mesh"),  # jax.make_mesh's default
+    ],
+)
+def test_a_mesh_that_another_program_made_is_named(names, kind, said):
+    mesh = jax.make_mesh((1,) * len(names), names, axis_types=(kind,) * len(names), devices=jax.devices()[:1])
+    model = backbone("llama")
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
+        forward(model, None, [[5, 6, 7]], 3)
+    with pytest.raises(ValueError, match=said):
+        load_backbone(FIXTURES / "llama", mesh=mesh)
 
 
 def test_rows_of_each_pass_are_sharded_over_data_and_fsdp(cube):
