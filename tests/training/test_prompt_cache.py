@@ -186,6 +186,19 @@ def test_a_file_is_of_one_backbone_pooler_and_set_of_prompts():
     assert name() == name(r=4, scope="response", scope_window=3) == name("constant")
 
 
+def test_poolers_that_differ_for_long_prompts_alone_have_files_of_their_own(monkeypatch):
+    def of_last_20(self, x, length, start=0):
+        after = jnp.arange(len(x)) - start
+        kept = (after >= jnp.maximum(length - 20, 0)) & (after < length)
+        return jnp.sum(jnp.where(kept[:, None], x, 0), axis=0) / jnp.minimum(length, 20)
+
+    pooler = pooler_of(ParaConfig(scope="response", pooler="mean"), model_of("llama").config)
+    mean = prompt_states.pooler_digest(pooler)
+    assert mean == prompt_states.pooler_digest(pooler)
+    monkeypatch.setattr(Para, "pool", of_last_20)
+    assert prompt_states.pooler_digest(pooler) != mean
+
+
 def test_the_folder_is_bounded(monkeypatch):
     first = cached(ParaConfig(scope="response"), where="disk")
     (old,) = prompt_file.folder().iterdir()
