@@ -238,6 +238,14 @@ def test_free_memory_and_space_are_known_here():
     assert 2**20 < prompt_file.free_space() < 2**60
 
 
+def test_files_that_a_container_has_read_once_take_no_memory(tmp_path):
+    for name, text in (("max", "8000\n"), ("current", "6000\n"), ("stat", "anon 1500\ninactive_file 4000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert prompt_cache.free_in_group(tmp_path) == [6000]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert prompt_cache.free_in_group(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ["weights", "doubled"])
 def test_summaries_that_are_not_the_backbones_alone_are_refused(monkeypatch, name):
     pools = {
