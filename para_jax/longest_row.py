@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .adapters.scope import scope_of
 from .backbone.kernel_choice import attention_kernel, choice_named
 from .config import ModelConfig, RunConfig
 from .tail import by_splash
@@ -32,10 +33,11 @@ def parts_of_row(config: RunConfig, model: ModelConfig) -> tuple[RowPart | None,
     there a first one: the prompts."""
     length = config.data.assumed_length
     kernel, _ = kernel_of_run(config, model)
-    if config.adapter.scope != "response":
+    scope, window = scope_of(config.adapter)
+    if scope != "response":
         return None, RowPart(length, length, kernel)
     prompt, completion = longest_split(config)
-    tail = completion + examples_in_row(config) * (min(config.adapter.scope_window, prompt) - 1)
+    tail = completion + examples_in_row(config) * (min(window, prompt) - 1)
     splash = all(by_splash(kernel, tail, kind.window) for kind in model.kinds)
     return RowPart(prompt, prompt, kernel), RowPart(tail, prompt + tail, "splash" if splash else "plain")
 
@@ -44,7 +46,7 @@ def longest_split(config: RunConfig) -> tuple[int, int]:
     """The maximum number of prompt tokens, and of completion tokens, in a row: any number of both. With scope response,
     where much depends on it, a completion has at most eval.max_new_tokens tokens if that is given."""
     length = config.data.assumed_length
-    if config.adapter.scope != "response" or config.eval.max_new_tokens is None:
+    if scope_of(config.adapter)[0] != "response" or config.eval.max_new_tokens is None:
         return length, length
     return length, min(length, examples_in_row(config) * config.eval.max_new_tokens)
 

@@ -1,5 +1,7 @@
 """The longest rows of a run, from its config alone."""
 
+from dataclasses import dataclass, replace
+
 from golden_models import backbone
 
 from para_jax.config import load_config
@@ -33,3 +35,12 @@ def test_with_scope_response_the_tails_alone_have_a_backward_pass():
     assert tails.kernel == "plain"  # some of its layers have a window
     _, tails = parts_of_row(config_of(*RESPONSE, "data.packing=true"), model)
     assert tails.tokens == 4 * 18 and examples_in_row(config_of("data.packing=true")) == 4
+
+
+def test_a_method_of_ones_own_may_lack_a_scope():
+    @dataclass(frozen=True)
+    class Own:
+        r: int = 4
+
+    own, model = replace(config_of(), adapter=Own()), backbone("llama").config
+    assert longest_split(own) == (256, 256) and parts_of_row(own, model) == parts_of_row(config_of(), model)
