@@ -87,6 +87,15 @@ def test_a_loaded_backbone_is_sharded_and_unchanged(layout, cube):
     assert up.addressable_shards[0].data.shape[-2:] == (32, 64)  # of 64 x 128
 
 
+def test_another_layout_has_the_same_shards(cube):
+    model = load_backbone(FIXTURES / "llama", mesh=cube)
+    for layout in ("stacked", "layers"):
+        model = model.with_layout(layout)
+        expected = jax.tree.leaves(tree_shardings(model, cube, model.config))
+        for leaf, sharding in zip(jax.tree.leaves(model), expected, strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
 def test_leading_axes_of_layers_and_tenants_are_replicated(cube):
     config = backbone("llama").config
     one = strong(init_adapter(ParaConfig(r=4, up_bias=True), config))
