@@ -26,6 +26,7 @@ from .backbone.sequences import checked_next_tokens, checked_sequences
 from .backbone.transformer import Transformer
 from .config import SITES, ModelConfig
 from .residual import batched_adjust, residual_stream, rotary_tables_by_kind
+from .sharding import traced_on_its_mesh
 from .tail import PromptStates, Tokens, tail_start, tail_stream, tails_after
 
 
@@ -82,6 +83,7 @@ def adapt(model: Transformer, adapter) -> AdaptedTransformer:
 # ----------------------------------------------------------------------------------------------------- whole sequences
 
 
+@traced_on_its_mesh
 def forward(
     model: Transformer, adapters: Adapter | Rows | Adjustments | None, tokens, prompt_length, length=None
 ) -> Float[Array, "batch T vocab"]:
@@ -102,6 +104,7 @@ def forward(
     return _forward(model, adapters, tokens, prompt_length)
 
 
+@traced_on_its_mesh
 def hidden_states(
     model: Transformer,
     adapters: Adapter | Rows | Adjustments | None,
@@ -120,6 +123,7 @@ def hidden_states(
     return _hidden_states(model, adapters, tokens, prompt_length, all_layers)
 
 
+@traced_on_its_mesh
 def vectors(
     model: Transformer, adapters: Adapter | Rows, tokens, prompt_length
 ) -> dict[str, Float[Array, "layers batch out"]]:
@@ -133,6 +137,7 @@ def vectors(
     return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in sites}
 
 
+@traced_on_its_mesh
 def adjustments_for(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length) -> Adjustments | None:
     """The adjustments that the adapters compute from the prompts, one per row. None without adapters.
 
@@ -169,6 +174,7 @@ def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array,
 # -------------------------------------------------------------------------------------------------------- step by step
 
 
+@traced_on_its_mesh
 def prefill(
     model: Transformer,
     adapters: Adapter | Rows | Adjustments | None,

@@ -104,6 +104,20 @@ def on_its_mesh(function: Callable[Given, Made]) -> Callable[Given, Made]:
     return on_mesh
 
 
+def traced_on_its_mesh(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """A function of `model` and more, traced for the mesh that the model's weights were loaded over. It makes no arrays
+    of its own on the mesh, and so, unlike one that is `on_its_mesh`, it can also be called inside `jax.grad`."""
+
+    @wraps(function)
+    def on_mesh(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        known = not jax.sharding.get_abstract_mesh().empty
+        mesh = None if known else mesh_of(args[0] if args else kwargs.get("model"))
+        with nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return on_mesh
+
+
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """x, sharded over the current mesh (`jax.set_mesh`) by the names of its axes. Without a mesh, x itself."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -2,6 +2,7 @@
 compared in training/test_step.py."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,19 @@ from golden_models import FIXTURES, backbone, strong
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from para_jax import ParaConfig, forward, init_adapter, load_backbone, make_mesh, stack_adapters
+from para_jax import (
+    ParaConfig,
+    forward,
+    hidden_states,
+    init_adapter,
+    load_backbone,
+    make_mesh,
+    prefill,
+    stack_adapters,
+    vectors,
+)
+from para_jax.backbone.kernels import KERNELS
+from para_jax.model import adjustments_for
 from para_jax.sharding import RULES, constrain, partition, place, replicated_lines, shard_rows, tree_shardings
 
 
@@ -139,6 +152,19 @@ def named(variable):
     array = variable.get_value()
     spec = [*array.sharding.spec, *[None] * array.ndim][: array.ndim]
     return list(zip(variable.axes, spec[-len(variable.axes) :], strict=True))
+
+
+def test_whole_sequences_are_traced_for_the_mesh_of_their_model(cube, monkeypatch):
+    """`over_mesh` cuts a kernel into one per device where it knows the mesh. A TPU's compiler refuses any other."""
+    seen, plain = [], KERNELS["plain"]
+    monkeypatch.setitem(KERNELS, "plain", lambda *given: seen.append(jax.sharding.get_abstract_mesh()) or plain(*given))
+    model = load_backbone(FIXTURES / "llama", mesh=cube)
+    adapter = init_adapter(ParaConfig(r=4), model.config)
+    for i, function in enumerate([forward, hidden_states, vectors, adjustments_for, partial(prefill, max_length=20)]):
+        tokens = [[5] * (9 + i)]  # lengths of their own, because JAX keeps what it has traced
+        jax.make_jaxpr(lambda adapter, of=function, tokens=tokens: of(model, adapter, tokens, 3))(adapter)
+        assert seen and all(mesh.shape == cube.shape for mesh in seen)
+        seen.clear()
 
 
 # ---------------------------------------------------------------------------------------------------------- activations
