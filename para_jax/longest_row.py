@@ -30,9 +30,10 @@ class RowPart(NamedTuple):
 
 def parts_of_row(config: RunConfig, model: ModelConfig) -> tuple[RowPart | None, RowPart]:
     """The part of the longest rows that has no backward pass, and the part that has one. Only with scope response is
-    there a first one: the prompts."""
-    length = config.data.assumed_length
-    kernel, _ = kernel_of_run(config, model)
+    there a first one: the prompts. `auto` is taken for the kernel of a TPU, and a named kernel for itself."""
+    length, kernel = config.data.assumed_length, config.backbone.attention
+    if kernel == "auto":
+        kernel, _ = kernel_of_run(config, model)
     scope, window = scope_of(config.adapter)
     if scope != "response":
         return None, RowPart(length, length, kernel)
