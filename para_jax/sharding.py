@@ -130,8 +130,10 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 def zeros(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...]) -> jax.Array:
     """Zeros, sharded as `constrain` would, without a copy on one device."""
     mesh = jax.sharding.get_mesh()
-    sharding = None if mesh.empty else NamedSharding(mesh, partition(axes, shape, mesh.shape))
-    return jnp.zeros(shape, dtype, device=sharding)
+    if mesh.empty:
+        return jnp.zeros(shape, dtype)
+    check_mesh(mesh)
+    return jnp.zeros(shape, dtype, device=NamedSharding(mesh, partition(axes, shape, mesh.shape)))
 
 
 def gather_fsdp(weights: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -158,6 +160,7 @@ def shard_sizes(axes: tuple[str | None, ...], counts: tuple[int, ...]) -> tuple[
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return counts
+    check_mesh(mesh)
     return NamedSharding(mesh, partition(axes, counts, mesh.shape)).shard_shape(counts)
 
 

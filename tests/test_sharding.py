@@ -25,7 +25,17 @@ from para_jax import (
 )
 from para_jax.backbone.kernels import KERNELS
 from para_jax.model import adjustments_for
-from para_jax.sharding import RULES, constrain, partition, place, replicated_lines, shard_rows, tree_shardings
+from para_jax.sharding import (
+    RULES,
+    constrain,
+    partition,
+    place,
+    replicated_lines,
+    shard_rows,
+    shard_sizes,
+    tree_shardings,
+    zeros,
+)
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +201,14 @@ def test_constrain_shards_over_the_current_mesh(cube):
 def test_a_mesh_that_another_program_made_is_named(names, kind, said):
     mesh = jax.make_mesh((1,) * len(names), names, axis_types=(kind,) * len(names), devices=jax.devices()[:1])
     model = backbone("llama")
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
-        forward(model, None, [[5, 6, 7]], 3)
+    calls = (
+        lambda: forward(model, None, [[5, 6, 7]], 3),
+        lambda: zeros((2, 2), jnp.float32, ("batch", "vocab")),
+        lambda: shard_sizes(("batch", "vocab"), (2, 2)),
+    )
+    for call in calls:
+        with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
+            call()
     with pytest.raises(ValueError, match=said):
         load_backbone(FIXTURES / "llama", mesh=mesh)
 
