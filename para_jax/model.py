@@ -151,6 +151,7 @@ def adjustments_for(model: Transformer, adapters: Adapter | Rows | None, tokens,
     return Adjustments(tuple(_adjustments(model, adapters, tokens, prompt_length)), reach_of(adapters, len(tokens)))
 
 
+@traced_on_its_mesh
 def multi_tenant_forward(
     model: Transformer, rows: Rows, tokens, prompt_length, length=None
 ) -> Float[Array, "batch T vocab"]:

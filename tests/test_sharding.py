@@ -19,6 +19,8 @@ from para_jax import (
     init_adapter,
     load_backbone,
     make_mesh,
+    multi_tenant_forward,
+    pick,
     prefill,
     stack_adapters,
     vectors,
@@ -170,7 +172,12 @@ def test_whole_sequences_are_traced_for_the_mesh_of_their_model(cube, monkeypatc
     monkeypatch.setitem(KERNELS, "plain", lambda *given: seen.append(jax.sharding.get_abstract_mesh()) or plain(*given))
     model = load_backbone(FIXTURES / "llama", mesh=cube)
     adapter = init_adapter(ParaConfig(r=4), model.config)
-    for i, function in enumerate([forward, hidden_states, vectors, adjustments_for, partial(prefill, max_length=20)]):
+
+    def reference(model, adapter, *given):
+        return multi_tenant_forward(model, pick(stack_adapters([adapter]), [0]), *given)
+
+    functions = forward, hidden_states, vectors, adjustments_for, partial(prefill, max_length=20), reference
+    for i, function in enumerate(functions):
         tokens = [[5] * (9 + i)]  # lengths of their own, because JAX keeps what it has traced
         jax.make_jaxpr(lambda adapter, of=function, tokens=tokens: of(model, adapter, tokens, 3))(adapter)
         assert seen and all(mesh.shape == cube.shape for mesh in seen)
