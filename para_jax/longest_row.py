@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .adapters.scope import scope_of
 from .backbone.kernel_choice import attention_kernel, choice_named
 from .config import ModelConfig, RunConfig
 from .tail import by_splash
@@ -29,13 +30,15 @@ class RowPart(NamedTuple):
 
 def parts_of_row(config: RunConfig, model: ModelConfig) -> tuple[RowPart | None, RowPart]:
     """The part of the longest rows that has no backward pass, and the part that has one. Only with scope response is
-    there a first one: the prompts."""
-    length = config.data.assumed_length
-    kernel, _ = kernel_of_run(config, model)
-    if config.adapter.scope != "response":
+    there a first one: the prompts. `auto` is taken for the kernel of a TPU, and a named kernel for itself."""
+    length, kernel = config.data.assumed_length, config.backbone.attention
+    if kernel == "auto":
+        kernel, _ = kernel_of_run(config, model)
+    scope, window = scope_of(config.adapter)
+    if scope != "response":
         return None, RowPart(length, length, kernel)
     prompt, completion = longest_split(config)
-    tail = completion + examples_in_row(config) * (min(config.adapter.scope_window, prompt) - 1)
+    tail = completion + examples_in_row(config) * (min(window, prompt) - 1)
     splash = all(by_splash(kernel, tail, kind.window) for kind in model.kinds)
     return RowPart(prompt, prompt, kernel), RowPart(tail, prompt + tail, "splash" if splash else "plain")
 
@@ -44,7 +47,7 @@ def longest_split(config: RunConfig) -> tuple[int, int]:
     """The maximum number of prompt tokens, and of completion tokens, in a row: any number of both. With scope response,
     where much depends on it, a completion has at most eval.max_new_tokens tokens if that is given."""
     length = config.data.assumed_length
-    if config.adapter.scope != "response" or config.eval.max_new_tokens is None:
+    if scope_of(config.adapter)[0] != "response" or config.eval.max_new_tokens is None:
         return length, length
     return length, min(length, examples_in_row(config) * config.eval.max_new_tokens)
 

@@ -22,10 +22,11 @@ from .adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach_o
 from .adapters.scope import Reach
 from .backbone.cache import attend_cached, attend_prefix, padded, with_tokens
 from .backbone.layout import stack_trees, through_layers
-from .backbone.sequences import checked_sequences
+from .backbone.sequences import checked_next_tokens, checked_sequences
 from .backbone.transformer import Transformer
 from .config import SITES, ModelConfig
 from .residual import batched_adjust, residual_stream, rotary_tables_by_kind
+from .sharding import traced_on_its_mesh
 from .tail import PromptStates, Tokens, tail_start, tail_stream, tails_after
 
 
@@ -82,6 +83,7 @@ def adapt(model: Transformer, adapter) -> AdaptedTransformer:
 # ----------------------------------------------------------------------------------------------------- whole sequences
 
 
+@traced_on_its_mesh
 def forward(
     model: Transformer, adapters: Adapter | Rows | Adjustments | None, tokens, prompt_length, length=None
 ) -> Float[Array, "batch T vocab"]:
@@ -102,6 +104,7 @@ def forward(
     return _forward(model, adapters, tokens, prompt_length)
 
 
+@traced_on_its_mesh
 def hidden_states(
     model: Transformer,
     adapters: Adapter | Rows | Adjustments | None,
@@ -120,6 +123,7 @@ def hidden_states(
     return _hidden_states(model, adapters, tokens, prompt_length, all_layers)
 
 
+@traced_on_its_mesh
 def vectors(
     model: Transformer, adapters: Adapter | Rows, tokens, prompt_length
 ) -> dict[str, Float[Array, "layers batch out"]]:
@@ -133,6 +137,7 @@ def vectors(
     return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in sites}
 
 
+@traced_on_its_mesh
 def adjustments_for(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length) -> Adjustments | None:
     """The adjustments that the adapters compute from the prompts, one per row. None without adapters.
 
@@ -146,6 +151,7 @@ def adjustments_for(model: Transformer, adapters: Adapter | Rows | None, tokens,
     return Adjustments(tuple(_adjustments(model, adapters, tokens, prompt_length)), reach_of(adapters, len(tokens)))
 
 
+@traced_on_its_mesh
 def multi_tenant_forward(
     model: Transformer, rows: Rows, tokens, prompt_length, length=None
 ) -> Float[Array, "batch T vocab"]:
@@ -169,6 +175,7 @@ def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array,
 # -------------------------------------------------------------------------------------------------------- step by step
 
 
+@traced_on_its_mesh
 def prefill(
     model: Transformer,
     adapters: Adapter | Rows | Adjustments | None,
@@ -201,8 +208,10 @@ def decode(model: Transformer, state: DecodeState, tokens) -> tuple[Float[Array,
     """Logits float32 [batch, vocab] after one more token per row, int32 [batch], and the next state.
 
     The given state is donated. A row that already has max_length tokens stays unchanged and gets NaN logits.
+    Raises ValueError for tokens of another shape or type, and for ids that the vocabulary lacks where they are on the
+    host.
     """
-    return _decode(model, state, jnp.asarray(tokens, jnp.int32))
+    return _decode(model, state, checked_next_tokens(tokens, len(state.length), model.config.vocab_size))
 
 
 # -------------------------------------------------------------------------------------------------------- the programs

@@ -71,6 +71,16 @@ def arrange(sizes: tuple[int, ...], devices: list) -> np.ndarray:
         return np.asarray(devices, dtype=object).reshape(sizes)
 
 
+def check_mesh(mesh: Mesh | AbstractMesh) -> None:
+    """Raises ValueError for a mesh that is not like those of `make_mesh`."""
+    if {"data", "fsdp", "tensor"} - {*mesh.axis_names} or AxisType.Explicit in mesh.axis_types:
+        given = ", ".join(f"{name} ({kind.name})" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
+        raise ValueError(
+            f"the mesh has the axes {given}; para_jax needs data, fsdp and tensor (Auto), so make it with "
+            "para_jax.make_mesh"
+        )
+
+
 def mesh_of(model) -> Mesh | None:
     """The mesh that a model's weights were loaded over; None if there is none."""
     sharding = getattr(next(iter(jax.tree.leaves(model)), None), "sharding", None)
@@ -94,19 +104,36 @@ def on_its_mesh(function: Callable[Given, Made]) -> Callable[Given, Made]:
     return on_mesh
 
 
+def traced_on_its_mesh(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """A function of `model` and more, traced for the mesh that the model's weights were loaded over. It makes no arrays
+    of its own on the mesh, and so, unlike one that is `on_its_mesh`, it can also be called inside `jax.grad`."""
+
+    @wraps(function)
+    def on_mesh(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        known = not jax.sharding.get_abstract_mesh().empty
+        mesh = None if known else mesh_of(args[0] if args else kwargs.get("model"))
+        with nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return on_mesh
+
+
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """x, sharded over the current mesh (`jax.set_mesh`) by the names of its axes. Without a mesh, x itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
+    check_mesh(mesh)
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape))
 
 
 def zeros(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...]) -> jax.Array:
     """Zeros, sharded as `constrain` would, without a copy on one device."""
     mesh = jax.sharding.get_mesh()
-    sharding = None if mesh.empty else NamedSharding(mesh, partition(axes, shape, mesh.shape))
-    return jnp.zeros(shape, dtype, device=sharding)
+    if mesh.empty:
+        return jnp.zeros(shape, dtype)
+    check_mesh(mesh)
+    return jnp.zeros(shape, dtype, device=NamedSharding(mesh, partition(axes, shape, mesh.shape)))
 
 
 def gather_fsdp(weights: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -133,6 +160,7 @@ def shard_sizes(axes: tuple[str | None, ...], counts: tuple[int, ...]) -> tuple[
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return counts
+    check_mesh(mesh)
     return NamedSharding(mesh, partition(axes, counts, mesh.shape)).shard_shape(counts)
 
 
@@ -141,6 +169,7 @@ def tree_shardings(tree, mesh: Mesh | AbstractMesh, config):
 
     Leading axes without a name, which stacking layers or tenants adds, are replicated.
     """
+    check_mesh(mesh)
 
     def one(variable):
         return variable.replace(NamedSharding(mesh, partition(*named_axes(variable, config), mesh.shape)))  # pyright: ignore[reportArgumentType]

@@ -159,9 +159,10 @@ def tail_attention(
     model, prompts: Tokens, tails: Tokens, start: Int[Array, "*axes"], window: int | None
 ) -> Callable[[tuple[jax.Array, jax.Array]], Callable]:
     """The function that makes a layer's attention of the tails from the keys and values of the prompts."""
-    length, packed = tails.tokens.shape[1], tails.segments is not None
-    name, _ = attention_kernel(model.config, length, model.dtype, platform(), model.attention, packed=packed)
-    if not by_splash(name, length, window):
+    length, packed, kernel, on = tails.tokens.shape[1], tails.segments is not None, "plain", platform()
+    if on != "gpu":  # tails never attend by cuDNN, and packed ones of odd length would be an error
+        kernel, _ = attention_kernel(model.config, length, model.dtype, on, model.attention, packed=packed)
+    if not by_splash(kernel, length, window):
         return partial(attend_both, mask=seen_by_tails(prompts, tails, start, window))
     if tails.segments is None or prompts.segments is None:
         of_tail, of_prompt, first = jnp.zeros_like(tails.tokens), jnp.zeros_like(prompts.tokens), start[:, None]

@@ -1,9 +1,12 @@
 """The longest rows of a run, from its config alone."""
 
+from dataclasses import dataclass, replace
+
+import pytest
 from golden_models import backbone
 
 from para_jax.config import load_config
-from para_jax.longest_row import RowPart, examples_in_row, longest_split, parts_of_row
+from para_jax.longest_row import RowPart, examples_in_row, kernel_of_run, longest_split, parts_of_row
 
 BOOLQ = "configs/llama2-7b-boolq.yaml"
 RESPONSE = ["adapter.scope=response", "adapter.scope_window=3", "eval.max_new_tokens=16"]
@@ -33,3 +36,20 @@ def test_with_scope_response_the_tails_alone_have_a_backward_pass():
     assert tails.kernel == "plain"  # some of its layers have a window
     _, tails = parts_of_row(config_of(*RESPONSE, "data.packing=true"), model)
     assert tails.tokens == 4 * 18 and examples_in_row(config_of("data.packing=true")) == 4
+
+
+def test_a_named_kernel_is_that_of_the_machine_that_has_it():
+    model, cudnn = backbone("llama").config, config_of(*RESPONSE, "backbone.attention=cudnn")
+    assert parts_of_row(config_of("backbone.attention=cudnn"), model) == (None, RowPart(256, 256, "cudnn"))
+    assert [part.kernel for part in parts_of_row(cudnn, model)] == ["cudnn", "plain"]  # as tail.py has it
+    with pytest.raises(ValueError, match="this is a TPU"):
+        kernel_of_run(cudnn, model)
+
+
+def test_a_method_of_ones_own_may_lack_a_scope():
+    @dataclass(frozen=True)
+    class Own:
+        r: int = 4
+
+    own, model = replace(config_of(), adapter=Own()), backbone("llama").config
+    assert longest_split(own) == (256, 256) and parts_of_row(own, model) == parts_of_row(config_of(), model)

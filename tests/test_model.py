@@ -378,6 +378,10 @@ def test_wrong_lengths_and_tokens_are_named():
         forward(model, tenant, tokens[0], 5)
     with pytest.raises(ValueError, match="max_length 8"):
         prefill(model, tenant, tokens, 5, max_length=8)
+    _, state = prefill(model, None, tokens, 5, max_length=16)
+    for wrong in ([5], [5.5, 5, 5], [5, 5, -1]):
+        with pytest.raises(ValueError, match="token"):
+            decode(model, state, wrong)
 
 
 def test_an_adapter_of_another_backbone_is_refused():

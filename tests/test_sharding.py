@@ -2,16 +2,42 @@
 compared in training/test_step.py."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, backbone, strong
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from para_jax import ParaConfig, init_adapter, load_backbone, make_mesh, stack_adapters
-from para_jax.sharding import RULES, constrain, partition, place, replicated_lines, shard_rows, tree_shardings
+from para_jax import (
+    ParaConfig,
+    forward,
+    hidden_states,
+    init_adapter,
+    load_backbone,
+    make_mesh,
+    multi_tenant_forward,
+    pick,
+    prefill,
+    stack_adapters,
+    vectors,
+)
+from para_jax.backbone.kernels import KERNELS
+from para_jax.model import adjustments_for
+from para_jax.sharding import (
+    RULES,
+    constrain,
+    partition,
+    place,
+    replicated_lines,
+    shard_rows,
+    shard_sizes,
+    tree_shardings,
+    zeros,
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +112,15 @@ def test_a_loaded_backbone_is_sharded_and_unchanged(layout, cube):
     assert up.addressable_shards[0].data.shape[-2:] == (32, 64)  # of 64 x 128
 
 
+def test_another_layout_has_the_same_shards(cube):
+    model = load_backbone(FIXTURES / "llama", mesh=cube)
+    for layout in ("stacked", "layers"):
+        model = model.with_layout(layout)
+        expected = jax.tree.leaves(tree_shardings(model, cube, model.config))
+        for leaf, sharding in zip(jax.tree.leaves(model), expected, strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
 def test_leading_axes_of_layers_and_tenants_are_replicated(cube):
     config = backbone("llama").config
     one = strong(init_adapter(ParaConfig(r=4, up_bias=True), config))
@@ -131,6 +166,24 @@ def named(variable):
     return list(zip(variable.axes, spec[-len(variable.axes) :], strict=True))
 
 
+def test_whole_sequences_are_traced_for_the_mesh_of_their_model(cube, monkeypatch):
+    """`over_mesh` cuts a kernel into one per device where it knows the mesh. A TPU's compiler refuses any other."""
+    seen, plain = [], KERNELS["plain"]
+    monkeypatch.setitem(KERNELS, "plain", lambda *given: seen.append(jax.sharding.get_abstract_mesh()) or plain(*given))
+    model = load_backbone(FIXTURES / "llama", mesh=cube)
+    adapter = init_adapter(ParaConfig(r=4), model.config)
+
+    def reference(model, adapter, *given):
+        return multi_tenant_forward(model, pick(stack_adapters([adapter]), [0]), *given)
+
+    functions = forward, hidden_states, vectors, adjustments_for, partial(prefill, max_length=20), reference
+    for i, function in enumerate(functions):
+        tokens = [[5] * (9 + i)]  # lengths of their own, because JAX keeps what it has traced
+        jax.make_jaxpr(lambda adapter, of=function, tokens=tokens: of(model, adapter, tokens, 3))(adapter)
+        assert seen and all(mesh.shape == cube.shape for mesh in seen)
+        seen.clear()
+
+
 # ---------------------------------------------------------------------------------------------------------- activations
 
 
@@ -143,6 +196,28 @@ def test_constrain_shards_over_the_current_mesh(cube):
     with jax.set_mesh(cube):
         x = jax.jit(lambda x: constrain(x, ("batch", None, "hidden")))(jnp.ones((8, 3, 4)))
     assert x.addressable_shards[0].data.shape == (2, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "said"),
+    [
+        (("data", "model"), AxisType.Auto, r"data \(Auto\), model \(Auto\); .*make_mesh"),
+        (("data", "fsdp", "tensor"), AxisType.Explicit, r"tensor \(Explicit\); .*make_mesh"),  # jax.make_mesh's default
+    ],
+)
+def test_a_mesh_that_another_program_made_is_named(names, kind, said):
+    mesh = jax.make_mesh((1,) * len(names), names, axis_types=(kind,) * len(names), devices=jax.devices()[:1])
+    model = backbone("llama")
+    calls = (
+        lambda: forward(model, None, [[5, 6, 7]], 3),
+        lambda: zeros((2, 2), jnp.float32, ("batch", "vocab")),
+        lambda: shard_sizes(("batch", "vocab"), (2, 2)),
+    )
+    for call in calls:
+        with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
+            call()
+    with pytest.raises(ValueError, match=said):
+        load_backbone(FIXTURES / "llama", mesh=mesh)
 
 
 def test_rows_of_each_pass_are_sharded_over_data_and_fsdp(cube):

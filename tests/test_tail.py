@@ -1,12 +1,20 @@
 """Scope `response`: the plain prompt, then its last tokens and what follows with the adapter."""
 
+from types import SimpleNamespace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import backbone, prompts
 from scoped import CONFIGS, PROMPT, adapter_of, name_of
 
-from para_jax import Ia3Config, LoraConfig, ParaConfig, decode, forward, prefill
+from para_jax import Ia3Config, LoraConfig, ParaConfig, decode, forward, prefill, tail
+from para_jax.adapters.segments import Segments
+from para_jax.backbone import kernel_choice
+from para_jax.backbone.cache import attend_both
+from para_jax.backbone.kernel_choice import attention_kernel, choice_named
+from para_jax.tail import Tokens
 
 
 @pytest.mark.parametrize("layout", ["layers", "stacked"])
@@ -49,3 +57,18 @@ def test_a_window_of_the_whole_prompt_with_constant_adjustments_equals_scope_all
         found.append((forward(model, adapter, tokens, PROMPT), last, decode(model, state, tokens[:, 0])[0]))
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_packed_tails_may_have_any_length_where_whole_rows_attend_by_cudnn(length, monkeypatch):
+    """cuDNN takes packed rows of even length alone, and tails never attend by it."""
+    monkeypatch.setattr(tail, "platform", lambda: "gpu")
+    monkeypatch.setattr(kernel_choice, "own_capability", lambda: (9, 0))
+    model = SimpleNamespace(config=backbone("llama").config, dtype=jnp.bfloat16, attention=choice_named("cudnn"))
+    assert attention_kernel(model.config, 8, model.dtype, "gpu", model.attention, packed=True)[0] == "cudnn"
+    prompts, tails = (
+        Tokens(*(jnp.zeros((1, n), int) for _ in range(2)), Segments(jnp.zeros((1, n), int), jnp.zeros((1, 1), int)))
+        for n in (16, length)
+    )
+    attend = tail.tail_attention(model, prompts, tails, jnp.ones((1, 1), int), None)
+    assert attend.func is attend_both and attend.keywords["mask"].shape == (1, length, 16 + length)

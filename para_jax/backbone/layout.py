@@ -64,11 +64,17 @@ def unstacked_layers(groups: Sequence[Any], kinds: tuple[LayerKind, ...]) -> lis
     layers: list = [None] * len(kinds)
     for (start, period, repeats), group in zip(periods(kinds), groups, strict=True):
         for j, stack in enumerate(group):
-            columns = [replaced(lambda arrays: list(arrays[0]), [leaf]) for leaf in jax.tree.leaves(stack)]
+            columns = [replaced(one_by_one, [leaf]) for leaf in jax.tree.leaves(stack)]
             for i in range(repeats):
                 arrays = [column[i] for column in columns]
                 layers[start + i * period + j] = jax.tree.unflatten(jax.tree.structure(stack), arrays)
     return layers
+
+
+def one_by_one(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """The arrays in a stack, sharded as it is. Iterating over it would put them on one device."""
+    (stack,) = arrays
+    return [stack[i] for i in range(len(stack))]
 
 
 def replaced(function: Callable, arrays: Sequence[jax.Array]) -> Any:

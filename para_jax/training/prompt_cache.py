@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,17 +194,21 @@ def require_room(where: str, size: int, free: int | None, what: str) -> None:
 def free_memory() -> int | None:
     """Bytes of main memory that this process may still take, also in a container; None if unknown."""
     found = []
-    try:
+    with suppress(OSError, ValueError):
         match = re.search(r"^MemAvailable: *(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
         found += [1024 * int(match[1])] if match else []
-        group = Path("/sys/fs/cgroup")
-        most, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-        found += [int(most) - int(used)] if most.strip() != "max" else []
-    except (OSError, ValueError):
-        pass
+        found += free_in_group(Path("/sys/fs/cgroup"))
     if not found:
         try:
             found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
         except (ValueError, OSError, AttributeError):  # not on this system
             return None
     return min(found)
+
+
+def free_in_group(group: Path) -> list[int]:
+    """Bytes that the processes of a control group (a container) may still take; none without a limit. Pages of files
+    that were read once count as free, because the kernel drops them: a backbone's file leaves many."""
+    most, used, held = ((group / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+    once = re.search(r"^inactive_file (\d+)$", held, re.MULTILINE)
+    return [] if most.strip() == "max" else [int(most) - int(used) + (int(once[1]) if once else 0)]

@@ -22,8 +22,8 @@ from ..tail import PromptStates
 
 #: The maximum number of padded lengths that are compiled.
 BUCKETS = 4
-#: Tokens of the stream that tells poolers apart.
-PROBE = 8
+#: The prompts that tell poolers apart, in tokens. Some poolers may differ for long prompts alone.
+PROBES = (*range(1, 9), *(2**i for i in range(4, 11)))
 
 
 class Record(NamedTuple):
@@ -111,9 +111,9 @@ def pooler_of(config: Any, model_config: ModelConfig) -> Adapter:
 
 
 def probed(pooler: Adapter) -> jax.Array:
-    """What `pool` makes of a fixed stream, for prompts of 1 to PROBE tokens."""
-    stream = np.random.default_rng(0).normal(size=(PROBE, pooler.backbone.width)).astype(np.float32)
-    return jax.vmap(lambda length: pooler.pool(jnp.asarray(stream), length))(jnp.arange(1, PROBE + 1))
+    """What `pool` makes of a fixed stream, for prompts of PROBES tokens."""
+    stream = np.random.default_rng(0).normal(size=(max(PROBES), pooler.backbone.width)).astype(np.float32)
+    return jax.lax.map(lambda length: pooler.pool(jnp.asarray(stream), length), jnp.array(PROBES))
 
 
 def pooler_digest(pooler: Adapter) -> str:

@@ -98,9 +98,13 @@ def not_a_number(length, window, segment):
     return lambda *given: (attend(*given)[0] * jnp.nan, None)
 
 
-def tried(monkeypatch, kernel, name="auto", mesh=None):
+def sees_one_key_more(length, window, segment):
+    return kernels.plain(length, window and window + 1, segment)
+
+
+def tried(monkeypatch, kernel, name="auto", mesh=None, config=CONFIG):
     monkeypatch.setitem(kernels.KERNELS, "cudnn", kernel)
-    return choose_attention(name, CONFIG, jnp.bfloat16, mesh, platform="gpu", capability=H100)
+    return choose_attention(name, config, jnp.bfloat16, mesh, platform="gpu", capability=H100)
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
@@ -124,6 +128,13 @@ def test_a_failing_kernel_is_replaced_by_plain_with_a_reason(kernel, says, monke
     assert found == ("plain", "cudnn failed a trial")
     with pytest.raises(ValueError, match="backbone.attention=cudnn.*auto or plain"):
         tried(monkeypatch, kernel, name="cudnn")
+
+
+@pytest.mark.parametrize("kernel", [sees_too_much, sees_one_key_more])
+def test_windows_longer_than_the_trials_rows_are_tried_too(kernel, monkeypatch, capsys):
+    wide = replace(CONFIG, kinds=tuple(replace(kind, window=kind.window and 4096) for kind in CONFIG.kinds))
+    assert tried(monkeypatch, kernel, config=wide).why == "cudnn failed a trial"
+    assert "differ from plain" in capsys.readouterr().err
 
 
 def test_a_kernel_that_fails_only_with_packed_rows_stays_in_use(monkeypatch, capsys):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from para_jax.backbone.sequences import checked_sequences
+from para_jax.backbone.sequences import checked_next_tokens, checked_sequences
 
 TOKENS = np.arange(12, dtype=np.int64).reshape(3, 4)
 
@@ -21,6 +21,8 @@ def test_lengths_become_one_int32_per_row():
         (TOKENS.astype(float), 2, None, "tokens of shape"),
         (TOKENS, [1, 2], None, r"prompt_length of shape \(2,\)"),
         (TOKENS, 0, None, "prompt_length 0"),
+        (TOKENS, 2.7, None, "prompt_length 2.7: pass one integer"),
+        (TOKENS, 2, jnp.array([3.0, 2.0, 4.0]), r"length of shape \(3,\): pass one integer"),
         (TOKENS, 3, [4, 2, 4], r"length \[4, 2, 4\]"),
         (TOKENS, 2, 5, "length 5"),
         (TOKENS + 1, 2, None, "token ids 1 to 12"),
@@ -43,3 +45,24 @@ def test_tokens_may_be_a_list_or_an_array_of_any_kind():
 def test_traced_lengths_are_not_checked():
     checked = jax.jit(lambda n: checked_sequences(TOKENS, n, None, 12)[1])(9)
     assert checked.tolist() == [9, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "named"),
+    [
+        ([5], r"tokens of shape \(1,\)"),
+        ([[5], [6], [7]], r"tokens of shape \(3, 1\)"),
+        (jnp.array([5.0, 6.0, 7.0]), "float32: pass one integer for each of the 3 rows"),
+        ([5, 6, 12], "token ids 5 to 12"),
+        ([5, -1, 6], "token ids -1 to 6"),
+    ],
+)
+def test_wrong_next_tokens_are_named(tokens, named):
+    with pytest.raises(ValueError, match=named):
+        checked_next_tokens(tokens, 3, 12)
+
+
+def test_next_tokens_on_a_device_are_not_waited_for():
+    for given in ([1, 2, 3], np.array([1, 2, 3]), jnp.array([1, 2, 3])):
+        assert checked_next_tokens(given, 3, 12).tolist() == [1, 2, 3]
+    assert checked_next_tokens(jnp.array([1, 2, 30]), 3, 12).tolist() == [1, 2, 30]

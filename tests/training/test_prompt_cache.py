@@ -186,6 +186,19 @@ def test_a_file_is_of_one_backbone_pooler_and_set_of_prompts():
     assert name() == name(r=4, scope="response", scope_window=3) == name("constant")
 
 
+def test_poolers_that_differ_for_long_prompts_alone_have_files_of_their_own(monkeypatch):
+    def of_last_20(self, x, length, start=0):
+        after = jnp.arange(len(x)) - start
+        kept = (after >= jnp.maximum(length - 20, 0)) & (after < length)
+        return jnp.sum(jnp.where(kept[:, None], x, 0), axis=0) / jnp.minimum(length, 20)
+
+    pooler = pooler_of(ParaConfig(scope="response", pooler="mean"), model_of("llama").config)
+    mean = prompt_states.pooler_digest(pooler)
+    assert mean == prompt_states.pooler_digest(pooler)
+    monkeypatch.setattr(Para, "pool", of_last_20)
+    assert prompt_states.pooler_digest(pooler) != mean
+
+
 def test_the_folder_is_bounded(monkeypatch):
     first = cached(ParaConfig(scope="response"), where="disk")
     (old,) = prompt_file.folder().iterdir()
@@ -223,6 +236,14 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 def test_free_memory_and_space_are_known_here():
     assert 2**20 < prompt_cache.free_memory() < 2**50
     assert 2**20 < prompt_file.free_space() < 2**60
+
+
+def test_files_that_a_container_has_read_once_take_no_memory(tmp_path):
+    for name, text in (("max", "8000\n"), ("current", "6000\n"), ("stat", "anon 1500\ninactive_file 4000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert prompt_cache.free_in_group(tmp_path) == [6000]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert prompt_cache.free_in_group(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["weights", "doubled"])
