@@ -236,7 +236,9 @@ def task_lines(cells: list[Cell]) -> list[str]:
     said, compared = verdicts(cells), references(cells)
     counts = sorted({cell.count for cell in cells})
     examples = sorted({cell.examples for cell in cells if cell.is_method})
-    about = f"{cells[0].backbone}, {' or '.join(map(str, examples))} training examples, {cells[0].metric} on "
+    steps = sorted({cell.steps for cell in cells if cell.is_method})
+    about = f"{cells[0].backbone}, {' or '.join(map(str, examples))} training examples in "
+    about += f"{' or '.join(map(str, steps))} steps, {cells[0].metric} on "
     about += f"{' or '.join(map(str, counts))} test rows"
     heads = ["method", "score", "loss", "parameters", "bytes", "step, s", "peak, GB", "prefill", "decode", "forgetting"]
     heads += [f"next to {other.name}" for other in compared]

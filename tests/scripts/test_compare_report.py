@@ -114,7 +114,7 @@ def test_folders_inside_are_read_and_their_examples_drawn(tmp_path):
     results(tmp_path / "runs" / "sst2", steps=10)
     text = compare_report.write_report(tmp_path)
     assert [line for line in text.splitlines() if line.startswith("## sst2")] == ["## sst2", "## sst2 (examples-80)"]
-    assert "tiny, 80 training examples" in text and "tiny, 160 training examples" in text
+    assert "tiny, 80 training examples in 10 steps" in text and "tiny, 160 training examples in 20 steps" in text
     pictures = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.png")}
     assert pictures == {"scores_by_bytes.png", "examples-80/scores_by_bytes.png", "scores_by_examples_tiny.png"}
     assert all(f"]({name})" in text for name in pictures)
