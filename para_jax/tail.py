@@ -159,7 +159,8 @@ def tail_attention(
     model, prompts: Tokens, tails: Tokens, start: Int[Array, "*axes"], window: int | None
 ) -> Callable[[tuple[jax.Array, jax.Array]], Callable]:
     """The function that makes a layer's attention of the tails from the keys and values of the prompts."""
-    length, packed, kernel, on = tails.tokens.shape[1], tails.segments is not None, "plain", platform()
+    length, packed = tails.tokens.shape[1], tails.segments is not None
+    kernel, on = "plain", platform()
     if on != "gpu":  # tails never attend by cuDNN, and packed ones of odd length would be an error
         kernel, _ = attention_kernel(model.config, length, model.dtype, on, model.attention, packed=packed)
     if not by_splash(kernel, length, window):

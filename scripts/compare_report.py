@@ -5,6 +5,7 @@ Computes no model. Statistics are in compare_statistics.py, pictures in compare_
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -28,8 +29,8 @@ from compare_tables import spread
 
 from para_jax.figures import save
 
-#: What the verdicts compare with: PARA's r=12, and the LoRA whose size is closest to it; where a task lacks them, their
-#: forms of scope `response`.
+#: What the verdicts compare with: PARA r=12, and the LoRA whose size is closest to it. A task that was run with scope
+#: `response` only has these two with that scope.
 REFERENCES = (("PARA r=12", "PARA r=12, response"), ("LoRA r=# on q, v, up", "LoRA r=#, response"))
 SHUFFLED = ", prompts shuffled"
 
@@ -251,7 +252,18 @@ def task_lines(cells: list[Cell]) -> list[str]:
         values += [number(cell.prefill, 2), number(cell.decode, 2)]
         values.append(spread(cell.forgetting, 3, mean) if cell.forgetting else "")
         lines.append(row([*values, *(said.get((cell.name, other.name), "") for other in compared)]))
-    return [*lines, ""]
+    return [*lines, "", *pair_lines(cells, compared)]
+
+
+def pair_lines(cells: Sequence[Cell], compared: Sequence[Cell]) -> list[str]:
+    """The differences of the other methods, each from each, where the rows of both were kept."""
+    names = {cell.name for cell in compared}
+    others = [cell for cell in cells if cell.is_method and cell.rows is not None and cell.name not in names]
+    lines = []
+    for one, other in combinations(others, 2):
+        apart, _ = difference(one, other)
+        lines.append(f"- `{one.name}` minus `{other.name}`: {apart.value:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})")
+    return ["The other methods, each from each, with intervals and without verdicts:", "", *lines, ""] if lines else []
 
 
 def row(values: Sequence[str]) -> str:

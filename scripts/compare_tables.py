@@ -60,12 +60,11 @@ def write_tables(output: Path) -> None:
 def of_seeds(seeds: Sequence[dict]) -> str:
     """ "0.380 (0.375 to 0.455; 3), loss 0.806 (0.790 to 0.898; 3)", without the seeds that diverged."""
     held = [one for one in seeds if one["score"] >= 0]
-    said = (
-        [f"{spread([one['score'] for one in held], 3)}, loss {spread([one['loss'] for one in held], 3)}"]
-        if held
-        else []
-    )
-    said += [f"{len(seeds) - len(held)} of {len(seeds)} not finite"] if len(held) < len(seeds) else []
+    said = []
+    if held:
+        said.append(f"{spread([one['score'] for one in held], 3)}, loss {spread([one['loss'] for one in held], 3)}")
+    if len(held) < len(seeds):
+        said.append(f"{len(seeds) - len(held)} of {len(seeds)} not finite")
     return ", ".join(said)
 
 

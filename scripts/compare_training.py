@@ -62,7 +62,7 @@ def train(args, task: str, every: dict, model_config) -> None:
 
 
 def training_settings(args, adapter, overrides: tuple[str, ...]) -> dict:
-    """What a method's trained adapters depend on besides task and rate."""
+    """What a method's adapters were trained with. The task and the rates are not among it."""
     given = {"overrides": list(overrides)} if overrides else {}
     return settings(args) | {"adapter": form_of(adapter)} | given
 

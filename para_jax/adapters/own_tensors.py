@@ -55,7 +55,7 @@ class Values(NamedTuple):
 def count_by_shape(
     config: Any, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]
 ) -> tuple[int, int, int]:
-    """The numbers of an adapter whose rows carry a vector for each site and layer (see Values)."""
+    """The first three fields of Values, for a method whose decode carries a vector for each site and layer."""
     shapes = read_shapes().values()
     matrices = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
     vectors = sum(math.prod(shape) for shape in shapes if len(shape) <= 1)

@@ -28,7 +28,7 @@ from .tasks import TASKS, field, names_of
 #: Examples per call of the tokenizer.
 ENCODED_AT_ONCE = 1024
 SPLITS = ("train", "validation", "test")
-#: Parts of an answer that chat templates read besides its content. Only the content is learnt and scored.
+#: Keys of an answer that chat templates read next to its content. Only the content is learnt and scored.
 NOT_LEARNT = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 
@@ -188,9 +188,9 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
         return found
     for name, template in templates.items():
         require_braces(name, template or "", row)
-    if not templates["prompt"] and isinstance(row.get("prompt"), list):
-        require_no_tools(row)
     prompt = fill(templates["prompt"], row) if templates["prompt"] else column(row, "prompt")
+    if isinstance(prompt, list):
+        require_no_tools(row)
     completion = fill(templates["completion"], row) if templates["completion"] else column(row, "completion")
     if isinstance(completion, list):
         if len(completion) != 1 or completion[0]["role"] != "assistant":
@@ -213,7 +213,7 @@ def is_learnt(turn: dict) -> bool:
 
 
 def require_no_tools(row: dict) -> None:
-    """Raises ValueError for tools: chat templates write them into the prompt, and ours would be without them."""
+    """Raises ValueError for a row with tools. Chat templates can write them into the prompt; we don't pass them on."""
     for name in ("tools", "functions"):
         if row.get(name):
             raise ValueError(

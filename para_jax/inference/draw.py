@@ -19,8 +19,9 @@ from .sampling import GREEDY, Sampling
 #: Rows that are sampled at once. More of them fill an accelerator; fewer waste less on greedy rows.
 TOGETHER = {"cpu": 2}
 TOGETHER_ELSEWHERE = 8
-#: In place of a token, for a row whose largest logit is NaN or infinite; and what a user is told of it.
+#: What a row has in place of a token if its largest logit is NaN or infinite.
 NO_TOKEN = -1
+#: The error of such a row.
 NO_TOKEN_MESSAGE = "the model's logits are not finite: its adapter or its precision overflows"
 
 

@@ -63,7 +63,8 @@ def generate(
         stop: texts that end an answer, special tokens too.
 
     Raises ValueError, before anything is computed, for a wrong argument, for a prompt that is too long, and for one
-    that does not end with its adapter's alora_invocation_tokens. Afterwards, for a prompt whose logits are not finite.
+    that does not end with its adapter's alora_invocation_tokens. Raises it later where an answer's logits are
+    not finite.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
@@ -84,7 +85,7 @@ def generate(
         for i, (answer, row) in enumerate(zip(answers, rows, strict=True)):
             for token in before_stop(row, turns[i])[len(answer.pieces) :]:  # one piece per token so far
                 if not ended[i]:
-                    require_token(i, token)
+                    require_finite(i, [token])
                     ended[i] = answer.add(token)
         return ended
 
@@ -94,7 +95,7 @@ def generate(
     if not sampling.stop:
         kept = [before_stop(row, turn) for row, turn in zip(written, turns, strict=True)]
         for i, row in enumerate(kept):
-            require_token(i, *row[-1:])
+            require_finite(i, row)
         return [stripped_text(tokenizer, row) for row in kept]
     add_tokens(written)
     for answer, over in zip(answers, ended, strict=True):
@@ -227,7 +228,7 @@ def up_to_no_token(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(NO_TOKEN) + 1] if NO_TOKEN in tokens else tokens
 
 
-def require_token(prompt: int, *tokens: int) -> None:
-    """Raises ValueError for NO_TOKEN."""
+def require_finite(prompt: int, tokens: Sequence[int]) -> None:
+    """Raises ValueError where logits that are not finite gave NO_TOKEN."""
     if NO_TOKEN in tokens:
         raise ValueError(f"prompt {prompt}: {NO_TOKEN_MESSAGE}")

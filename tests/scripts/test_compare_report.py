@@ -178,6 +178,13 @@ def test_a_seed_that_diverged_has_no_score_in_the_table(lost, said, tmp_path):
     assert (folder / "validation.md").read_text().splitlines()[-1].endswith(f"| {said} |")
 
 
+def test_the_other_methods_are_compared_with_each_other(tmp_path):
+    text = compare_report.write_report(results(tmp_path))
+    lines = [line.partition(" (")[0] for line in text.splitlines() if "` minus `" in line]
+    assert lines == ["- `PARA r=48` minus `(IA)^3`: +0.500"]
+    assert "` minus `" not in compare_report.write_report(results(tmp_path / "old", with_rows=False))
+
+
 def test_a_folder_without_scores_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="holds no scores of test files"):
         compare_report.write_report(tmp_path)

@@ -17,7 +17,7 @@ from para_jax.data.batches import Batch
 from para_jax.dry_run.hlo_counts import collective_bytes, collectives_run
 from para_jax.sharding import place
 from para_jax.training import loss
-from para_jax.training.loss import completion_nll, token_nll
+from para_jax.training.loss import completion_nll, token_nll, token_scores
 
 FAMILIES = ("llama", "qwen3")  # qwen3: q is scaled before a norm
 
@@ -52,6 +52,13 @@ def golden_batch(expected):
 def assert_close(ours, theirs, **tolerance):
     for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(mine, other, **tolerance)
+
+
+def test_a_target_is_not_the_likeliest_where_the_logits_are_no_numbers():
+    """An argmax takes the first NaN, which may be the target."""
+    logits = jnp.array([[[jnp.nan] * 3, [2.0, 1.0, 0.0]]])
+    nats, likeliest = token_scores(logits, jnp.zeros((1, 2), jnp.int32))
+    assert np.isnan(nats[0, 0]) and likeliest.tolist() == [[False, True]]
 
 
 def by_name(gradient, tenant):
