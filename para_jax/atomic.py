@@ -55,6 +55,19 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+def append(stream: IO[bytes], data: bytes) -> None:
+    """Adds all of the data to an unbuffered file, or none where a disk gets full."""
+    written = 0
+    try:
+        while written < len(data):
+            written += stream.write(data[written:])
+    except OSError:
+        if written:
+            with suppress(OSError):  # of a pipe; a torn line that stays is cut off when the file is opened again
+                stream.truncate(os.fstat(stream.fileno()).st_size - written)
+        raise
+
+
 def files_left(file: Path) -> list[Path]:
     """Temporary files that killed replacements of the file left next to it; none in a bucket."""
     if isinstance(file, BucketPath):

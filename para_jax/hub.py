@@ -79,7 +79,10 @@ def name_and_revision(source: str) -> tuple[str, str | None]:
 
 def cache_folder() -> Path:
     """The folder in the user's cache for what para_jax fetched, compiled or tokenised. It may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "para_jax"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "para_jax"
+    except RuntimeError:  # this user has no entry in /etc/passwd, as in some containers
+        raise ValueError("this user has no home folder for the cache; set XDG_CACHE_HOME to a folder") from None
 
 
 def resolve_backbone(source: str | Path) -> Path:

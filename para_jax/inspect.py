@@ -36,7 +36,7 @@ from .data.records import SPLITS, load_records
 from .data.tasks import TASKS
 from .data.tenants import tenant_sections
 from .data.tfds import NotPrepared, is_tfds
-from .data.tokenizer import load_tokenizer
+from .data.tokenizer import run_tokenizer
 from .data.training_data import TrainingData, describe_lengths, load_training_data
 from .dry_run.topology import topology_report
 from .evaluation.tasks import with_limit
@@ -150,7 +150,7 @@ def mesh_rows(config: RunConfig) -> int:
 def data_report(config: RunConfig) -> str:
     """Three training examples as tokens, and how all of them are put into batches. With many tenants, a table of them
     and examples of the first."""
-    tokenizer = load_tokenizer(config.backbone.source)
+    tokenizer = run_tokenizer(config)
     if config.data.tenants:
         found, data = tenants_data(config, tokenizer)
         first = "examples of the first tenant:"

@@ -80,6 +80,14 @@ def adapt(model: Transformer, adapter) -> AdaptedTransformer:
     return AdaptedTransformer(model, adapter)
 
 
+def require_backbone(model: object) -> None:
+    """Raises ValueError for anything but a backbone, such as one that has an adapter already."""
+    if isinstance(model, AdaptedTransformer):
+        raise ValueError("model: it has an adapter already; give model.backbone, and model.adapter as the adapter")
+    if not isinstance(model, Transformer):
+        raise ValueError(f"model is a {type(model).__name__}; give the backbone that load_backbone returns")
+
+
 # ----------------------------------------------------------------------------------------------------- whole sequences
 
 

@@ -184,7 +184,9 @@ def validation_metrics(runs: Sequence[list[dict]]) -> list[str]:
 
 
 def scored_once(runs: Sequence[list[dict]], metric: str) -> bool:
-    return all(sum(f"validation_{metric}" in row for row in rows) <= 1 for rows in runs)
+    """Whether no run has more than one score, nor that of the base model, which is step 0."""
+    scored = [[row["step"] for row in rows if f"validation_{metric}" in row] for rows in runs]
+    return all(len(steps) <= 1 and 0 not in steps for steps in scored)
 
 
 def last_score(rows: list[dict], metric: str) -> Bar | None:

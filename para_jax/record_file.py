@@ -1,4 +1,4 @@
-"""The JSON file that a command writes its measurements to: whether it can be written, and writing it."""
+"""What a command writes its measurements to: whether a file or a folder can be written, and writing a JSON file."""
 
 from __future__ import annotations
 
@@ -7,19 +7,45 @@ import tempfile
 from pathlib import Path
 
 from . import atomic
-from .storage.bucket import BucketPath
+from .storage.bucket import BucketPath, Place
+
+#: A record has at most this many bytes.
+MAX_BYTES = 2**28
+#: Files that only a run or an adapter has in its folder.
+OWNERS = {"config.yaml": "a run", "adapter_config.json": "an adapter"}
 
 
 def check_record_file(option: str, file: Path) -> None:
     """Raises ValueError or OSError if a record's file can't be written; called before the work for it begins."""
     if file.is_dir():
         raise ValueError(f"{option} {file}: a folder. Give the path of a file in it")
+    if file.is_file() and not is_record(file):
+        raise ValueError(f"{option} {file}: it holds no results, and would be overwritten; give another file")
     if isinstance(file, BucketPath) or written_in_place(file):
         return
     try:
         tempfile.TemporaryFile(dir=next(folder for folder in file.absolute().parents if folder.exists())).close()
     except OSError as error:
         raise OSError(f"{option} {file}: {error.strerror}. Give a path that can be written") from None
+
+
+def is_record(file: Place) -> bool:
+    """Whether a file is empty, or holds a record of an earlier command."""
+    with file.open("rb") as stream:
+        data = stream.read(MAX_BYTES + 1)
+    try:
+        found = json.loads(data or b'{"command": ""}')
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "command" in found
+
+
+def check_results_folder(folder: Place) -> None:
+    """Raises ValueError for the folder of a run or an adapter. A run's scores.json could not be told from results, and
+    saving an adapter replaces its folder."""
+    for name, owner in OWNERS.items():
+        if (folder / name).is_file():
+            raise ValueError(f"--output {folder} is the folder of {owner} ({name}); choose another folder")
 
 
 def write_record(file: Path, record: dict) -> None:

@@ -73,6 +73,18 @@ def values_in(value: object) -> Iterable[object]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
+def require_unicode(name: str, value: object) -> None:
+    """Raises ValueError for half a surrogate pair, which cannot be tokenised or written to a file, and for a value that
+    is not JSON or is nested too deeply."""
+    try:
+        require_flat(value)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: {error.object[error.start : error.end]!r} is half a surrogate pair") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def safe_names(names: Iterable[str]) -> str:
     """The first five names, each cut and without control characters, and how many there are."""
     names = list(dict.fromkeys(names))

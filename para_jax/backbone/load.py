@@ -15,6 +15,7 @@ from flax import nnx
 from ..config import ModelConfig, one_of, shorten
 from ..gguf.file import GgufFile
 from ..hub import resolve_backbone, resolve_config
+from ..messages import warn
 from ..sharding import tree_shardings, with_sharding
 from ..untrusted import read_json
 from .config_values import as_list
@@ -68,6 +69,7 @@ def load_backbone(
     """
     dtype, path = chosen_dtype(dtype), resolve_backbone(source)
     config = config_at(path, source)
+    warn_of_settings(path / "generation_config.json")
     weights = GgufFile(path) if path.suffix == ".gguf" else Safetensors(path)
     recipes(config, weights)  # checks the config against the file before anything is traced
     if jax.default_backend() == "cpu" and dtype == jnp.bfloat16:
@@ -137,6 +139,17 @@ def config_at(path: Path, source: str | Path) -> ModelConfig:
         return model_config(found)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+#: What a generation_config.json may change in every answer, also in a greedy one, and what changes nothing.
+NOT_APPLIED = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "suppress_tokens": []}
+
+
+def warn_of_settings(file: Path) -> None:
+    settings = read_json(file) if file.is_file() else {}
+    for name, neutral in NOT_APPLIED.items():
+        if settings.get(name) not in (None, neutral):
+            warn(f"{file}: {name} {shorten(settings[name])} is not applied; transformers and vLLM apply it by default")
 
 
 def folder_config(folder: Path) -> dict:

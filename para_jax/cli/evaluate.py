@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..messages import say
+from ..messages import say, warn
+from ..storage.bucket import BucketPath
 from . import options as shared
 from .names import named_adapters
 from .results import write_results
@@ -25,14 +26,19 @@ folder, and a table is printed. The same command resumes there after a stop.
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
+    commands.add_parser(
         "evaluate",
         help="score adapters on a config's data, on files, or on lm-eval's tasks",
         description="Score adapters and the base model on held-out data.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[shared.precision(), shared.runtime()],
-    )
+        parents=[scored(), shared.precision(), shared.runtime()],
+    ).set_defaults(run=run)
+
+
+def scored() -> shared.Parser:
+    """The options of this command alone; their groups come first in its help."""
+    parser = shared.Parser(add_help=False)
     model = parser.add_argument_group("the model")
     model.add_argument(
         "config",
@@ -45,6 +51,7 @@ def add(commands) -> None:
     model.add_argument(
         "--backbone",
         type=shared.filled,
+        metavar="SOURCE",
         help="instead of CONFIG: a folder, a hub id, a .gguf file, or smollm2-135m",
     )
     model.add_argument(
@@ -59,8 +66,8 @@ def add(commands) -> None:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="score each of these adapters, and the base model: folders or hub ids, NAME=DIR, or a pattern in quotes, "
-        "such as 'runs/*/adapter'",
+        help="score each of these adapters, and the base model: folders or hub ids, NAME=DIR, the folder of a run of "
+        "many tenants, or a pattern in quotes, such as 'runs/*/adapter'",
     )
     shared.add_adapters_from(model)
     shared.add_adapter_memory(model, "they are evaluated in passes")
@@ -84,8 +91,9 @@ def add(commands) -> None:
         choices=("validation", "test"),
         help="which data of CONFIG and of folders; default: test",
     )
-    data.add_argument("--limit", type=int, help="score at most this many examples of each task; default: all")
-    data.add_argument("--rows", type=int, help="rows per batch; default: eval.batch_size of CONFIG, or 16")
+    shared.add_chat_template_kwargs(data)
+    data.add_argument("--limit", type=int, metavar="N", help="score the first N examples of each task; default: all")
+    data.add_argument("--rows", type=int, metavar="N", help="rows per batch; default: eval.batch_size of CONFIG, or 16")
     data.add_argument(
         "--seed", type=int, help="for sampled answers and shuffled prompts; default: the seed of CONFIG, or 0"
     )
@@ -95,21 +103,28 @@ def add(commands) -> None:
         help="give each example the factors of another example's prompt (not for lm-eval's tasks)",
     )
     harness = parser.add_argument_group("lm-eval's tasks")
-    harness.add_argument("--include-path", type=shared.local, help="a folder of further task files")
-    harness.add_argument("--num-fewshot", type=int, help="examples in each context; default: the task's own number")
+    harness.add_argument("--include-path", type=shared.local, metavar="FOLDER", help="a folder of further task files")
+    harness.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples in each context; default: the task's own number"
+    )
     harness.add_argument("--chat", action="store_true", help="put contexts into the chat template")
     output = parser.add_argument_group("output")
     shared.add_shard(output, "for one part of the adapters, chosen by a hash of their files")
     output.add_argument(
-        "--output", type=shared.place, help="the folder for answers, results and the table; default: runs/evaluation"
+        "--output",
+        type=shared.place,
+        metavar="FOLDER",
+        help="the folder for answers, results and the table; default: runs/evaluation",
     )
     output.add_argument(
         "--log-samples",
         action="store_true",
         help="also write each example's prompt, expected and given answer, and scores: samples_ADAPTER_TASK.jsonl",
     )
-    output.add_argument("--results", type=shared.place, help="write config, device and scores to this JSON file")
-    parser.set_defaults(run=run)
+    output.add_argument(
+        "--results", type=shared.place, metavar="FILE", help="write config, device and scores to this JSON file"
+    )
+    return parser
 
 
 def run(options) -> None:
@@ -164,19 +179,43 @@ def sources_of(options) -> dict[str, str]:
 def check_sources(options, config) -> None:
     """Raises ValueError, before JAX is loaded, for a backbone, an adapter or data that is not there."""
     from ..data.sources import source_of
+    from ..record_file import check_results_folder
     from .checks import check_adapters, check_backbone, check_data, check_new_folder, check_tasks, is_elsewhere
 
     if options.output:
         check_new_folder("--output", options.output)
+        if not isinstance(options.output, BucketPath):
+            check_results_folder(options.output)
     check_backbone(config.backbone.source)
     sources = sources_of(options)
     check_adapters(sources.values())
     if not options.own:
         check_tasks(options.tasks, options.split)
+        warn_of_unused(options)
     if not options.tasks and config.runtime.coordinator is None:
         check_data(config, [options.split])
         if not is_elsewhere(config.data, options.split) and source_of(config.data, options.split) is None:
             raise no_data(options, config)
+
+
+def warn_of_unused(options) -> None:
+    """Warns of what --tasks makes useless: a config's data and metric, and, without a task of lm-eval, its options."""
+    from ..evaluation.task_file import named_file
+
+    if not options.tasks:
+        return
+    fields = [text.partition("=")[0] for text in options.overrides]
+    used = ("eval.batch_size", "data.chat_template_kwargs")
+    unused = [name for name in fields if name.startswith(("data.", "eval.")) and name not in used]
+    if unused:
+        advice = f"give data.{options.split} in place of --tasks"
+        warn(f"{', '.join(unused)}: not used, since --tasks replaces the config's data; {advice}")
+    if all(named_file(text, options.split) for text in options.tasks):
+        for name in ("num_fewshot", "chat"):
+            if getattr(options, name) not in (None, False):
+                warn(
+                    f"--{name.replace('_', '-')}: not used, since none of --tasks is lm-eval's; give rows with messages"
+                )
 
 
 def config_of(options):
@@ -192,6 +231,7 @@ def config_of(options):
         config,
         backbone=replace(config.backbone, **given(backbone)),
         runtime=replace(config.runtime, **runtime),
+        data=replace(config.data, **given({"chat_template_kwargs": options.chat_template_kwargs})),
         eval=replace(config.eval, **given({"batch_size": options.rows})),
         **given({"seed": options.seed}),
     )
@@ -245,12 +285,12 @@ def one_score(options, config) -> None:
     """Prints the score of one adapter, or of the base model, on the config's data."""
     from .. import devices
     from ..adapters.files import load_adapter
-    from ..data.tokenizer import load_tokenizer
+    from ..data.tokenizer import run_tokenizer
     from ..evaluation.evaluate import evaluate
 
     devices.start(config.runtime)
     begun = time.monotonic()
-    tokenizer = load_tokenizer(config.backbone.source)
+    tokenizer = run_tokenizer(config)
     task = run_task(options, config, tokenizer)
     model = shared.load_model(options, **vars(config.backbone))
     adapter = load_adapter(options.adapter, model.config, model=model) if options.adapter else None
@@ -287,7 +327,7 @@ class Loaded(NamedTuple):
     tokenizer: Any
     tasks: list
     how: Any
-    """evaluation.folder.Options"""
+    """evaluation.task_questions.Options"""
     sources: dict[str, str]
     """{name: folder or hub id} of all adapters"""
     found: dict[str, Any]
@@ -300,8 +340,8 @@ def load(options, config) -> Loaded:
     from .. import devices
     from ..adapters.preview import previews
     from ..backbone.load import load_model_config
-    from ..data.tokenizer import load_tokenizer
-    from ..evaluation.folder import Options, questions_of_run, read_own_tasks, read_tasks
+    from ..data.tokenizer import run_tokenizer
+    from ..evaluation.task_questions import Options, questions_of_run, read_own_tasks, read_tasks
 
     if config.runtime.coordinator is not None:  # each host would write the same files
         raise ValueError(
@@ -321,7 +361,7 @@ def load(options, config) -> Loaded:
         shuffle_prompts=options.shuffle_prompts,
         log_samples=options.log_samples,
     )
-    tokenizer, model_config = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
+    tokenizer, model_config = run_tokenizer(config), load_model_config(config.backbone.source)
     if options.own:
         configs = own_configs(options, config, list(sources), model_config)
         tasks = read_own_tasks(options.tasks[0], list(sources), tokenizer, model_config, how, configs)

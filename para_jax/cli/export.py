@@ -5,8 +5,11 @@ from __future__ import annotations
 from . import options as shared
 
 HELP = """PARA makes other factors for each prompt, so its export is an (IA)^3 adapter for the one prompt of --prompt.
-LoRA and (IA)^3 folders are in PEFT's format: they are copied, and name the hub id of their base model. Of the scopes
-other than `all`, PEFT knows one: LoRA with adapter.alora_invocation_tokens."""
+LoRA and (IA)^3 folders are in PEFT's format already: they are copied, and name the hub id of their base model. Of the
+scopes other than `all`, PEFT has one: LoRA with adapter.alora_invocation_tokens."""
+
+#: The options of an export for one prompt.
+OF_FACTORS = ("prompt", "chat", "chat-template-kwargs", "backbone")
 
 
 def add(commands) -> None:
@@ -14,12 +17,13 @@ def add(commands) -> None:
     example = "runs/mine/adapter --prompt 'Text: I sent it back.\\nTeam:' --output runs/mine/peft"
     parents = [shared.dtype(), shared.runtime()]
     parser = shared.add_command(commands, "export", text, example, parents)
-    parser.description = f"{parser.description} {HELP}"
+    parser.description = f"{parser.description}\n\n{HELP}"
     parser.add_argument("adapter", type=shared.place, metavar="DIR", help="the adapter: a folder or a hub id")
     parser.add_argument(
         "--prompt", metavar="TEXT", help="for PARA: the prompt that the export is for; \\n is a newline"
     )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn for the chat template")
+    shared.add_chat_template_kwargs(parser)
     parser.add_argument("--output", type=shared.place, required=True, metavar="FOLDER", help="the folder to write")
     parser.add_argument(
         "--backbone",
@@ -37,6 +41,7 @@ def run(options) -> None:
     from ..adapters.files import copy_for_peft, read_adapter_config
     from ..adapters.method import acts_everywhere, require_peft_fits
     from ..hub import resolve_adapter
+    from ..messages import warn
 
     folder = resolve_adapter(options.adapter)
     found = read_adapter_config(folder)
@@ -48,10 +53,17 @@ def run(options) -> None:
                 f"{options.adapter}: a {found.method.label} adapter reads the prompt, and PEFT's adapters do not\n"
                 "give --prompt TEXT, the prompt that the export is for"
             )
+        if options.chat_template_kwargs and not options.chat:
+            warn("--chat-template-kwargs: not used without --chat, since the prompt is text")
+        if options.output.resolve() in (options.adapter.resolve(), folder.resolve()):
+            raise ValueError(
+                f"--output {options.output} is the adapter itself, which the export would replace\ngive another folder"
+            )
         export_factors(options, folder, found.base_model)
-    elif options.prompt is not None:
+    elif unused := [name for name in OF_FACTORS if getattr(options, name.replace("-", "_")) not in (None, False)]:
         raise ValueError(
-            f"{options.adapter}: a {found.method.label} adapter is the same for every prompt\nleave --prompt out"
+            f"{options.adapter}: a {found.method.label} adapter is the same for every prompt, and is copied\n"
+            f"leave --{unused[0]} out"
         )
     else:
         copy_for_peft(folder, options.output, base_model=options.base_model)
@@ -72,7 +84,8 @@ def export_factors(options, folder, base_model: str) -> None:
     text = shared.with_newlines(options.prompt)
     prompt = [{"role": "user", "content": text}] if options.chat else text
     shared.start_devices(options)
-    model, tokenizer = load_backbone(source, dtype=options.dtype), load_tokenizer(source)
+    model = load_backbone(source, dtype=options.dtype)
+    tokenizer = load_tokenizer(source, options.chat_template_kwargs)
     adapter = load_adapter(folder, model.config, model=model)
     named = options.base_model or base_model or source
     export_ia3(adapter, model, prompt, options.output, tokenizer=tokenizer, base_model=named)

@@ -35,6 +35,7 @@ def requests() -> shared.Parser:
         "--prompt", action="append", default=[], metavar="TEXT", help="\\n is a newline; may be given several times"
     )
     group.add_argument("--chat", action="store_true", help="each --prompt is a user's turn for the chat template")
+    shared.add_chat_template_kwargs(group)
     group = parser.add_argument_group(
         "a file of requests",
         "Exit code: 0 if all lines were answered, 1 if some answers are errors, 2 if the job failed.",
@@ -71,6 +72,7 @@ def run(options) -> int | None:
 def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
     """The adapters by name, and the tenant of each prompt (see tenants_of_prompts). Raises ValueError, before JAX is
     loaded, for options that are wrong or do not go together, and for what is not there."""
+    from ..messages import warn
     from ..serving.request import Request, check_request
     from .checks import check_adapters, check_backbone, check_new_folder
 
@@ -82,6 +84,10 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
         raise ValueError(
             "--chat goes with --prompt, not with --input\nin the file, give `messages` in place of `prompt`"
         )
+    if options.chat_template_kwargs and options.prompt and not options.chat:
+        warn("--chat-template-kwargs: not used without --chat, since the prompts are text")
+    if options.prompt and not options.temperature and (options.top_k or options.top_p != 1):
+        warn("--temperature is 0, which takes the most probable token: --top-k and --top-p change nothing")
     sources = named_adapters(options.adapters, options.adapters_from)
     if options.input and options.adapter:  # it answers the lines that name no tenant
         if sources or options.tenant:
@@ -130,7 +136,7 @@ def load(options, sources: dict[str, str]) -> tuple:
         found = dict(zip(sources, previews(sources.values(), load_model_config(options.backbone)), strict=True))
     options.adapter = options.adapter and str(resolve_adapter(options.adapter))
     model = shared.load_model(options, source=options.backbone, **shared.model_options(options))
-    return model, load_tokenizer(options.backbone), adapters_of(options, found, model)
+    return model, load_tokenizer(options.backbone, options.chat_template_kwargs), adapters_of(options, found, model)
 
 
 def sampling_of(options) -> dict:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from . import options as shared
 
 OWN_HELP = """\
-para-jax lm-eval is lm-eval's command line; its own help is below. The model is `para`, so leave --model out:
+para-jax lm-eval is lm-eval's command line; its own help is below. The default of --model is `para`:
   para-jax lm-eval --tasks hellaswag --model_args backbone=smollm2-135m,adapter=runs/mine/adapter
 backbone= is a folder, a hub id, a .gguf file or smollm2-135m; adapter= is an adapter's folder or hub id (none: the base
-model).
+model). --model para-completions asks a server (docs/lm_eval.md).
 """
 
 

@@ -89,11 +89,33 @@ def positive(text: str) -> float:
     return value
 
 
+def variables(text: str) -> str:
+    """The variables of a chat template, as the JSON text of an argument."""
+    from ..config import template_variables
+
+    try:
+        template_variables("the object", filled(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def count(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or not 0 < int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 1")
     return int(text)
+
+
+def add_chat_template_kwargs(group) -> None:
+    """The option --chat-template-kwargs."""
+    group.add_argument(
+        "--chat-template-kwargs",
+        type=variables,
+        metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'; give those of the training "
+        "(data.chat_template_kwargs)",
+    )
 
 
 def add_engine_size(group) -> None:

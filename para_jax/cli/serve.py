@@ -59,6 +59,7 @@ def served() -> shared.Parser:
     group.add_argument("--capacity", type=int, metavar="N", help="tenants in all, at most (default: 1024)")
     group = parser.add_argument_group("engine")
     shared.add_engine_size(group)
+    shared.add_chat_template_kwargs(group)
     group.add_argument(
         "--prefix-cache-gb",
         type=float,
@@ -164,7 +165,7 @@ def engine_of(options, sources: dict[str, str]):
     return Engine(
         model,
         bank_of(options, sources, model),
-        load_tokenizer(options.backbone),
+        load_tokenizer(options.backbone, options.chat_template_kwargs),
         slots=options.slots,
         max_length=options.max_length,
         queue_limit=options.queue_limit,

@@ -40,5 +40,7 @@ from .run import RunConfig as RunConfig
 from .run import RuntimeSection as RuntimeSection
 from .run import SweepSection as SweepSection
 from .run import TrainSection as TrainSection
+from .template_variables import Variables as Variables
+from .template_variables import template_variables as template_variables
 from .unknown_field import dotted_fields as dotted_fields
 from .unknown_field import meant_field as meant_field

@@ -5,7 +5,7 @@ import math
 import numbers
 import types
 import typing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NewType
 
 from .check import one_of, require
 
@@ -43,6 +43,8 @@ Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
 PositiveFloat = Annotated[float, Bounds(above=0, below=math.inf)]
 NonNegativeFloat = Annotated[float, Bounds(at_least=0, below=math.inf)]
 Fraction = Annotated[float, Bounds(at_least=0, below=1)]
+#: The text of a JSON object. A file may give it as a mapping.
+JsonObject = NewType("JsonObject", str)
 
 
 def field_types(config: type) -> dict[str, Any]:

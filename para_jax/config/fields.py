@@ -1,12 +1,13 @@
 """Values of a YAML file as the types of a dataclass's fields."""
 
 import dataclasses
+import json
 import typing
 from typing import Annotated, Any, Literal
 
 from ..yaml_text import as_text
 from .adapter import ADAPTER_CONFIGS
-from .bounds import field_types, without_none
+from .bounds import JsonObject, field_types, without_none
 from .check import require, shorten
 from .unknown_field import unknown_field
 
@@ -53,6 +54,8 @@ def typed_value(name: str, value: Any, kind: Any) -> Any:
         items = value if isinstance(value, list) else None
         require(items is not None, name, value, "a list, such as [a, b] or []")
         return tuple(typed_value(name, item, typing.get_args(kind)[0]) for item in items or ())
+    if kind is JsonObject:
+        return value if isinstance(value, str) else json.dumps(value, default=str)
     others = ""
     if typing.get_origin(kind) is Annotated:
         kind, bounds = typing.get_args(kind)[:2]

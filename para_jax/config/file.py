@@ -156,6 +156,8 @@ def parse_override(text: str) -> dict[str, Any]:
         inner: Any = value.replace("\\n", "\n") if key in TEXT_FIELDS else parse_yaml(value)
     except ValueError as error:
         raise ValueError(f"override {shorten(text)} is not YAML: {printable(str(error))}") from None
+    if isinstance(inner, str) and "#" in value and "#" not in inner and key not in TEXT_FIELDS:
+        raise ValueError(f'override {shorten(text)}: YAML takes the # for a comment; quote the value, as in "a #1"')
     *sections, name = key.split(".")
     nested: dict[str, Any] = {name: inner}
     for section in reversed(sections):

@@ -1,5 +1,6 @@
 """`RunConfig`: one training run, as sections of fields. configs/ holds examples."""
 
+import json
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from .adapter import ADAPTER_CONFIGS, ParaConfig, with_scope_of
 from .bounds import (
     Bounds,
     Fraction,
+    JsonObject,
     NonNegativeFloat,
     PositiveInt,
     Seed,
@@ -16,6 +18,7 @@ from .bounds import (
     check_fields,
 )
 from .check import expanded, require, require_location
+from .template_variables import template_variables
 
 #: Tokens of an example, for estimates without the data.
 ASSUMED_LENGTH = 512
@@ -69,6 +72,9 @@ class DataSection:
     prompt: str | None = None
     """a template over the columns, such as "{instruction}\\n{input}"; default: the column `prompt`"""
     completion: str | None = None
+    chat_template_kwargs: JsonObject | None = None
+    """variables of the tokenizer's chat template, for training and evaluation: {enable_thinking: false}. Serve such an
+    adapter with the same ones (--chat-template-kwargs)"""
     max_seq_length: Annotated[int, Bounds(at_least=2)] | None = 512
     """the maximum number of tokens of prompt and completion together; null: that of the longest training example, and
     for evaluation the model's positions"""
@@ -93,6 +99,9 @@ class DataSection:
             require_location(f"data.{name}", getattr(self, name))
         local = "://" not in (self.data_dir or "")
         require(local, "data.data_dir", self.data_dir, "a folder on this host, because tfds data can't be in a bucket")
+        variables = template_variables("data.chat_template_kwargs", self.chat_template_kwargs)
+        in_order = json.dumps(variables, sort_keys=True, ensure_ascii=False) if variables else None
+        object.__setattr__(self, "chat_template_kwargs", in_order)
 
     @property
     def assumed_length(self) -> int:

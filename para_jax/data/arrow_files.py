@@ -5,18 +5,24 @@ Both are read by pyarrow alone: no pickle, and no code of a data set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import printable, shorten
 from ..storage.bucket import BucketPath, Place
-from ..untrusted import read_json
+from ..untrusted import read_json, require_unicode
 from .tfds import plain
 
 #: The first bytes of a Parquet file.
 MAGIC = b"PAR1"
 READ_AT_ONCE = 1000  # rows
+#: Lists of images, as Hugging Face datasets stores them.
+MEDIA = re.compile(r"(large_)?list<\w+: struct<bytes: (large_)?binary, path: (large_)?string>>")
+#: The type of a column of JSON texts. Hugging Face datasets stores values of mixed types so.
+JSON = "extension<arrow.json>"
 
 
 def parquet_rows(path: Place) -> Iterator[tuple[str, dict]]:
@@ -27,7 +33,7 @@ def parquet_rows(path: Place) -> Iterator[tuple[str, dict]]:
     with path.open("rb") as stream:
         try:
             file = ParquetFile(stream)
-            names = text_columns(file.schema_arrow)
+            names = text_columns(path, file.schema_arrow)
             yield from rows_of(str(path), file.iter_batches(READ_AT_ONCE, columns=names))
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a Parquet file that can be read: {printable(str(error), 300)}") from None
@@ -70,7 +76,7 @@ class SavedSplit(NamedTuple):
     def batches(self, arrow: Any) -> Iterator[Any]:
         for file in self.files():
             with arrow.memory_map(str(file)) as stream, arrow.ipc.open_stream(stream) as reader:
-                names = text_columns(reader.schema)
+                names = text_columns(self.label, reader.schema)
                 for batch in reader:
                     for start in range(0, batch.num_rows, READ_AT_ONCE):
                         yield batch.select(names).slice(start, READ_AT_ONCE)
@@ -111,21 +117,69 @@ def pyarrow_for(what: object) -> Any:
     return pyarrow
 
 
-def text_columns(schema: Any) -> list[str]:
-    """The columns without images, audio and video, which are stored as structs of bytes."""
-    return [
-        field.name for field in schema if not (str(field.type).startswith("struct") and "binary" in str(field.type))
-    ]
+def text_columns(label: object, schema: Any) -> list[str]:
+    """The columns without images, audio and video, which are stored as structs of bytes. Raises ValueError for a name
+    that is there twice, because a row has one value for it."""
+    require_distinct(label, schema.names)
+    return [field.name for field in schema if not is_media(str(field.type))]
 
 
-def rows_of(label: str, batches: Iterator[Any]) -> Iterator[tuple[str, dict]]:
+def require_distinct(label: object, names: list) -> None:
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{label}: the column {shorten(repeated)} is there twice; rename one of them")
+
+
+def is_media(kind: str) -> bool:
+    return (kind.startswith("struct") and "binary" in kind) or MEDIA.fullmatch(kind) is not None
+
+
+def without_media(dataset: Any) -> Any:
+    """A datasets.Dataset without images, audio and video, which it would decode."""
+    media = [name for name, feature in (dataset.features or {}).items() if decodes_media(feature)]
+    return dataset.remove_columns(media) if media else dataset
+
+
+def decodes_media(feature: Any) -> bool:
+    """Whether a feature of `datasets` is an image or the like, a list of them, or an object that has one."""
+    if isinstance(feature, dict):
+        return any(map(decodes_media, feature.values()))
+    inner = getattr(feature, "feature", None)
+    if inner is not None:
+        return not isinstance(inner, dict) and decodes_media(inner)
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"
+
+
+def rows_of(label: str, batches: Iterable[Any]) -> Iterator[tuple[str, dict]]:
     index = 0
     for batch in batches:
+        in_json = {field.name: field.type for field in batch.schema if JSON in str(field.type)}
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError, RecursionError) as error:  # such as a year that Python does not know
             raise ValueError(f"{label}[{index}] or one of the rows after it: {printable(str(error), 200)}") from None
         for row in rows:
             place = f"{label}[{index}]"
-            yield place, {name: plain(value, f"{place}: {name}") for name, value in row.items() if value is not None}
+            try:
+                row |= {name: from_json(name, row[name], kind) for name, kind in in_json.items()}
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{place}: {printable(str(error), 200)}") from None
+            yield place, {name: plain(value) for name, value in row.items() if value is not None}
             index += 1
+
+
+def from_json(name: str, value: Any, kind: Any) -> Any:
+    """The value of a column of an Arrow type, with each JSON text in it as what it holds."""
+    if value is None or JSON not in str(kind):
+        return value
+    if str(kind) == JSON:
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{name} is not JSON: {error}") from None
+        require_unicode(name, found)
+        return found
+    if isinstance(value, dict):
+        return {part.name: from_json(name, value[part.name], part.type) for part in kind}
+    inner = getattr(kind, "value_type", None)  # a map has none
+    return [from_json(name, item, inner) for item in value] if isinstance(value, list) and inner else value

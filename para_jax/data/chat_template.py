@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ..config import shorten
+from ..config import Variables, shorten
 
 #: Limits for one conversation: seconds of processor time, and characters of output.
 SECONDS, OUTPUT = 2.0, 2**24
@@ -56,6 +56,14 @@ def render_templates(template: str, conversations: Sequence[tuple[list[dict], di
     if "error" in answer:
         raise TemplateError(shorten(answer["error"], 300))
     return answer["texts"]
+
+
+def with_variables(template: str, variables: Variables) -> str:
+    """The template with values for variables that the caller of the renderer does not give."""
+    values = {name: json.dumps(value, ensure_ascii=False) for name, value in variables.items()}
+    values |= {name: "none" for name, value in variables.items() if value is None}
+    given = (f"{{% if {n} is not defined %}}{{% set {n} = {v} %}}{{% endif %}}" for n, v in values.items())
+    return "".join(given) + "{{ '' }}" + template  # a newline after a block would be dropped
 
 
 @cache

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from itertools import chain
 
 from ..config import printable, shorten
 from ..storage.bucket import Place
-from ..untrusted import safe_names
-from .examples import require_unicode
+from ..untrusted import require_unicode, safe_names
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 #: The largest row, in bytes. A quote that is never closed would otherwise take the rest of the file into memory.
@@ -40,13 +40,13 @@ def csv_rows(path: Place, delimiter: str, seen=None) -> Iterator[tuple[str, dict
 
     csv.field_size_limit(max(MAX_ROW, csv.field_size_limit()))  # the bound is that of the row
     with path.open("rb") as stream:
-        texts, columns, place = lines(stream), None, f"{path}:1"
+        texts, place = lines(stream), f"{path}:1"
         try:
             first = next(texts, "")
             if delimiter == "," and "," not in first and ";" in first:
                 delimiter = ";"
-            columns = column_names(next(csv.reader(chained(first, texts), delimiter=delimiter, strict=True), []))
-            reader = csv.reader(texts, delimiter=delimiter, strict=True)
+            reader = csv.reader(chain([first], texts), delimiter=delimiter, strict=True)
+            columns = column_names(next(reader, []))
             while True:
                 size, place = 0, f"{path}:{number + 1}"
                 cells = next(reader, None)
@@ -63,11 +63,6 @@ def csv_rows(path: Place, delimiter: str, seen=None) -> Iterator[tuple[str, dict
             ) from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
-
-
-def chained(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def column_names(cells: list[str]) -> list[str]:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..untrusted import require_unicode
+from .chats import answered
 from .examples import (
     Example,
     Prompt,
     adds_own_space,
     checked_messages,
-    drop_added_eos,
     eos_token_id,
     failures,
     joined_completion,
-    render_all,
+    may_have_added,
     require_filled,
-    require_unicode,
-    turn_between,
-    two_parts,
     up_to_end_token,
+    without_added,
 )
 
 #: Conversations per request to the chat template's process.
@@ -60,13 +59,9 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
 
 
 def render_chats(tokenizer, pairs: Sequence[tuple[Any, str]]) -> list[tuple[str, str]]:
-    """Each conversation up to the answer, and the answer's turn, as the chat template renders them."""
-    found = []
-    for start in range(0, len(pairs), RENDERED_AT_ONCE):
-        parts = [part for pair in pairs[start : start + RENDERED_AT_ONCE] for part in two_parts(*pair)]
-        texts = render_all(tokenizer, parts)
-        found += [(before, turn_between(before, whole)) for before, whole in zip(texts[::2], texts[1::2], strict=True)]
-    return found
+    """`answered`, some conversations per request."""
+    parts = (pairs[start : start + RENDERED_AT_ONCE] for start in range(0, len(pairs), RENDERED_AT_ONCE))
+    return [found for part in parts for found in answered(tokenizer, part)]
 
 
 def encode_prompts(tokenizer, texts: list[str], chats: list[bool]) -> list[list[int]]:
@@ -79,11 +74,10 @@ def encode_prompts(tokenizer, texts: list[str], chats: list[bool]) -> list[list[
     rendered = [text for text, chat in zip(texts, chats, strict=True) if chat]
     plain = iter(encode_texts(tokenizer, rendered, add_special_tokens=False))
     found = [next(plain if chat else special) for chat in chats]
-    ends = [tokenizer.eos_token_id]
-    maybe_eos = [i for i, ids in enumerate(found) if not chats[i] and ids[-1:] == ends]
-    without = encode_texts(tokenizer, [texts[i] for i in maybe_eos], add_special_tokens=False)
-    for i, ids in zip(maybe_eos, without, strict=True):
-        found[i] = drop_added_eos(found[i], ids)
+    doubtful = [i for i, ids in enumerate(found) if not chats[i] and may_have_added(tokenizer, ids)]
+    without = encode_texts(tokenizer, [texts[i] for i in doubtful], add_special_tokens=False)
+    for i, ids in zip(doubtful, without, strict=True):
+        found[i] = without_added(tokenizer, found[i], ids)
     if not all(found):
         raise ValueError("a prompt becomes no tokens")
     return found

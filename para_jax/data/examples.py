@@ -7,15 +7,14 @@ produce every token from the first completion id on, including the end of sequen
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..config import printable, shorten
-from ..untrusted import require_flat
-from .chat_template import TemplateError, render_templates
+from ..config import Variables, printable, shorten
+from ..untrusted import require_unicode
+from .chats import assistant_turn, render_all
 from .fewest_tokens import fewest_tokens
 
 #: Text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
@@ -38,14 +37,22 @@ def encode_example(tokenizer, prompt: Prompt, completion: str) -> Example:
     return Example(encode_prompt(tokenizer, prompt), encode_completion(tokenizer, prompt, completion))
 
 
-def encode_prompt(tokenizer, prompt: Prompt, *, most: int | None = None, tokens: int | None = None) -> list[int]:
-    """The prompt's ids. Text follows the tokenizer's BOS rules; messages are rendered by its chat template, up to the
-    answer.
+def encode_prompt(
+    tokenizer,
+    prompt: Prompt,
+    *,
+    most: int | None = None,
+    tokens: int | None = None,
+    variables: Variables | None = None,
+) -> list[int]:
+    """The prompt's ids. Text follows the tokenizer's BOS rules, and never begins with two; messages are rendered by its
+    chat template, up to the answer.
 
     Args:
         most: the maximum number of characters (`most_characters`). A longer prompt raises ValueError without being
             tokenised.
         tokens: the maximum number of tokens. So does a text that certainly becomes more (`fewest_tokens`).
+        variables: of the chat template; those of `load_tokenizer` hold for others.
     """
     require_filled("prompt", prompt)
     if not isinstance(prompt, str):
@@ -54,9 +61,9 @@ def encode_prompt(tokenizer, prompt: Prompt, *, most: int | None = None, tokens:
     require_unicode("prompt", prompt)
     if isinstance(prompt, str):
         require_few_tokens(tokenizer, prompt, tokens)
-        ids = without_added_eos(tokenizer, prompt, tokenise(tokenizer, prompt))
+        ids = encode_text(tokenizer, prompt)
     else:
-        text = render(tokenizer, prompt, add_generation_prompt=True)
+        (text,) = render_all(tokenizer, [(prompt, {**(variables or {}), "add_generation_prompt": True})])
         require_short(text, most)
         require_few_tokens(tokenizer, text, tokens)
         ids = encode(tokenizer, text)
@@ -182,8 +189,8 @@ def checked_messages(name: str, value: object) -> list[dict]:
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError(f'{name}: {shorten(message)} is not a message; write {{"role": text, "content": text}}')
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(f"{name} has an empty assistant message")
+        if name != "prompt" and message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError(f"{name} has an empty assistant message")  # nothing to learn
     return prompt_messages(value) if name == "prompt" else value
 
 
@@ -191,18 +198,6 @@ def prompt_messages(messages: list[dict]) -> list[dict]:
     if not messages:
         raise ValueError("prompt is empty: there is no message before the assistant's")
     return messages
-
-
-def require_unicode(name: str, value: object) -> None:
-    """Raises ValueError for half a surrogate pair, which cannot be tokenised or written to a file, and for a value that
-    is not JSON or is nested too deeply."""
-    try:
-        require_flat(value)
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: {error.object[error.start : error.end]!r} is half a surrogate pair") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -248,18 +243,28 @@ def joined_completion(prompt: str, completion: str) -> str:
     return completion if prompt[-1].isspace() or completion[0].isspace() else " " + completion
 
 
-def without_added_eos(tokenizer, text: str, ids: list[int]) -> list[int]:
-    """The ids without the EOS that some tokenizers append: the prompt continues."""
-    return drop_added_eos(ids, encode(tokenizer, text)) if ids[-1:] == [tokenizer.eos_token_id] else ids
+def encode_text(tokenizer, text: str) -> list[int]:
+    """The ids of a text prompt by the tokenizer's own rules for special tokens, less those of `without_added`."""
+    ids = tokenise(tokenizer, text)
+    return without_added(tokenizer, ids, encode(tokenizer, text)) if may_have_added(tokenizer, ids) else ids
 
 
-def drop_added_eos(ids: list[int], plain: list[int]) -> list[int]:
-    """`without_added_eos` for ids that end with EOS.
+def may_have_added(tokenizer, ids: list[int]) -> bool:
+    """Whether `without_added` could leave out one of these ids."""
+    return ids[-1:] == [tokenizer.eos_token_id] or ids[:2] == [tokenizer.bos_token_id] * 2
+
+
+def without_added(tokenizer, ids: list[int], plain: list[int]) -> list[int]:
+    """The ids without an EOS that the tokenizer appended, since the prompt continues, and without a BOS that it added
+    to a text that begins with one, as a rendered chat does.
 
     Args:
-        plain: the ids of the same text without special tokens.
+        plain: the ids of the same text without added special tokens.
     """
-    return ids[:-1] if ids[:-1][-len(plain) :] == plain else ids
+    if ids[-1:] == [tokenizer.eos_token_id] and ids[:-1][-len(plain) :] == plain:
+        ids = ids[:-1]
+    second_bos = ids[:2] == [tokenizer.bos_token_id] * 2 and len(ids) > len(plain)
+    return ids[1:] if second_bos else ids
 
 
 def eos_token_id(tokenizer) -> int:
@@ -268,59 +273,7 @@ def eos_token_id(tokenizer) -> int:
     return tokenizer.eos_token_id
 
 
-# ---------------------------------------------------------------------------------------------------------------- chat
-
-
-def render(tokenizer, messages: list[dict], **options: bool) -> str:
-    """The conversation as the tokenizer's chat template renders it, including its BOS. The template gets all keys of a
-    message: it may read more than role and content, such as tool_calls.
-
-    Args:
-        options: add_generation_prompt and continue_final_message, as in transformers' apply_chat_template.
-
-    Raises TemplateError, a ValueError, if the template fails, or takes too much time or memory (chat_template.py).
-    """
-    return render_all(tokenizer, [(messages, options)])[0]
-
-
-def render_all(tokenizer, conversations: Sequence[tuple[list[dict], dict[str, bool]]]) -> list[str]:
-    """`render` for each (messages, options). If one fails, all do."""
-    if not conversations:
-        return []
-    if not tokenizer.chat_template:
-        raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; pass text instead")
-    tokens = tokenizer.special_tokens_map
-    given = [(messages, {**tokens, **options}) for messages, options in conversations]
-    try:
-        texts = render_templates(tokenizer.get_chat_template(), given)
-    except ValueError as error:
-        first = shorten(conversations[0][0])
-        raise TemplateError(f"the tokenizer's chat template fails on {first}: {error}") from None
-    require_unicode("the tokenizer's chat template", texts)
-    return texts
-
-
-def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:
-    """The answer as the chat template renders it: the conversation with it, minus the conversation before it."""
-    return turn_between(
-        *(render(tokenizer, messages, **options) for messages, options in two_parts(prompt, completion))
-    )
-
-
-def two_parts(prompt: list[dict], completion: str) -> list[tuple[list[dict], dict[str, bool]]]:
-    """The conversation before an answer, and with it, each with its options for `render`."""
-    answered = [*prompt, {"role": "assistant", "content": completion}]
-    return [(prompt, dict(add_generation_prompt=True)), (answered, dict(add_generation_prompt=False))]
-
-
-def turn_between(before: str, whole: str) -> str:
-    """The assistant turn: what the rendered conversation adds to the one before it."""
-    if not whole.startswith(before) or len(whole) == len(before):
-        raise ValueError(
-            "the tokenizer's chat template renders an assistant turn that does not start with its generation prompt "
-            f"({shorten(before[-40:])} is not in {shorten(whole[len(before) - 40 :])}); use another template"
-        )
-    return whole[len(before) :]
+# ---------------------------------------------------------------------------------------------------- the end of a turn
 
 
 def up_to_end_token(tokenizer, ids: list[int], seen: dict[int, bool | None] | None = None) -> list[int]:

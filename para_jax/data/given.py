@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ..config import DataSection, one_of, shorten
 from ..messages import warn
 from ..untrusted import safe_names
+from .arrow_files import require_distinct, rows_of, text_columns, without_media
 from .tfds import plain
 
 #: data.train of a run whose data came from Python. A tenant's is <python>/NAME.
@@ -39,7 +40,7 @@ class GivenSplit(NamedTuple):
             place = f"{self.label} row {index}"
             if not isinstance(row, Mapping):
                 raise ValueError(f'{place} is a {type(row).__name__}; write a dict, such as {{"prompt": ..., ...}}')
-            values = {str(name): plain(value, f"{place}: {name}") for name, value in row.items()}
+            values = {str(name): plain(value) for name, value in row.items()}
             yield place, {name: value for name, value in values.items() if not is_missing(value)}
 
 
@@ -115,17 +116,21 @@ def hides_labels(data: Any) -> bool:
     whole = hasattr(data, "with_format") and hasattr(data, "__len__")
     features = (getattr(data, "features", None) if whole else None) or {}
     labels = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
-    first = data.with_format(None)[:1] if labels else {}
+    first = data.select_columns(labels).with_format(None)[:1] if labels else {}
     return any(-1 in first[name] for name in labels)
 
 
 def sequence_of(label: str, data: Any) -> Sequence[Any]:
     """The rows of a list, a DataFrame (pandas or polars), a datasets.Dataset or an Arrow table."""
-    for method, arguments in (("to_dicts", ()), ("to_pylist", ()), ("to_dict", ("records",))):
+    if hasattr(data, "to_pylist") and hasattr(data, "column_names"):  # an Arrow table, or one batch of it
+        texts = data.select(text_columns(label, data.schema))
+        return [row for _, row in rows_of(label, texts.to_batches() if hasattr(texts, "to_batches") else [texts])]
+    for method, arguments in (("to_dicts", ()), ("to_dict", ("records",))):
         if hasattr(data, method) and hasattr(data, "columns"):
+            require_distinct(label, list(data.columns))
             return getattr(data, method)(*arguments)
     if hasattr(data, "with_format") and hasattr(data, "__len__"):  # without the arrays of another library
-        return data.with_format(None)
+        return without_media(data).with_format(None)
     if isinstance(data, list | tuple):
         return data
     kinds = ("a list of dicts", "a DataFrame", "a datasets.Dataset", "a dict of these by split")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ..config import expanded, nearest, printable, shorten
 from ..hub import inside_folder, is_inside_folder
+from .arrow_files import without_media
 from .tfds import plain
 
 SCHEME = "hf:"
@@ -43,7 +44,7 @@ class HfSplit(NamedTuple):
             for values in zip(*columns.values(), strict=True):
                 place = f"{self.label}[{index}]"
                 row = {name: value for name, value in zip(columns, values, strict=True) if value is not None}
-                yield place, {name: plain(value, f"{place}: {name}") for name, value in row.items()}
+                yield place, {name: plain(value) for name, value in row.items()}
                 index += 1
 
 
@@ -145,14 +146,6 @@ def read_split(builder: Any, name: str, config: str | None, split: str) -> HfSpl
             "one, such as train[:90%]"
         ) from None
     return HfSplit(f"{SCHEME}{name}:{config or ''}:{split}", split, dataset)
-
-
-def without_media(dataset: Any) -> Any:
-    """The data set without images, audio and video, which `datasets` would decode."""
-    from datasets import Audio, Image, Video
-
-    media = [name for name, feature in dataset.features.items() if isinstance(feature, Audio | Image | Video)]
-    return dataset.remove_columns(media)
 
 
 def has_labels(builder: Any, split: str) -> bool:

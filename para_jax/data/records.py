@@ -29,7 +29,7 @@ from .tasks import TASKS, field, names_of
 ENCODED_AT_ONCE = 1024
 SPLITS = ("train", "validation", "test")
 #: Keys of an answer that chat templates read next to its content. Only the content is learnt and scored.
-NOT_LEARNT = ("tool_calls", "function_call", "reasoning_content", "thinking")
+NOT_LEARNT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "reasoning_details", "thinking")
 
 
 class Record(NamedTuple):
@@ -173,7 +173,7 @@ def records_of(
 def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt, str, tuple[str, ...], object]]:
     """A row's (prompt, completion, references, label). A row of `messages` gives one for each assistant turn."""
     if "messages" in row and not any(templates.values()) and not {"prompt", "completion"} <= row.keys():
-        require_no_tools(row)
+        require_plain_chat(row)
         turns = split_conversation(checked_messages("messages", row["messages"]))
         if not turns:
             raise ValueError("messages has no turn with the role assistant; add the answer to learn")
@@ -190,11 +190,15 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
         require_braces(name, template or "", row)
     prompt = fill(templates["prompt"], row) if templates["prompt"] else column(row, "prompt")
     if isinstance(prompt, list):
-        require_no_tools(row)
+        require_plain_chat(row)
     completion = fill(templates["completion"], row) if templates["completion"] else column(row, "completion")
     if isinstance(completion, list):
         if len(completion) != 1 or completion[0]["role"] != "assistant":
             raise ValueError("completion must be text, or a list of one assistant message")
+        if isinstance(prompt, str):
+            raise ValueError("completion is a message and prompt is text; give both as messages, or both as text")
+        if not is_learnt(completion[0]):
+            raise ValueError("completion has weight 0; leave the row out, or give it weight 1")
         completion = answer_text(completion[0])
     for name, value in (("prompt", prompt), ("completion", completion)):
         if isinstance(value, str) and not value.strip():
@@ -212,8 +216,15 @@ def is_learnt(turn: dict) -> bool:
     return bool(weight)
 
 
-def require_no_tools(row: dict) -> None:
-    """Raises ValueError for a row with tools. Chat templates can write them into the prompt; we don't pass them on."""
+def require_plain_chat(row: dict) -> None:
+    """Raises ValueError for a row with tools or variables of its own. Chat templates can write them into the prompt; we
+    don't pass them on."""
+    variables = row.get("chat_template_kwargs")
+    if isinstance(variables, dict) and any(value not in (None, "", []) for value in variables.values()):
+        raise ValueError(
+            "chat_template_kwargs of a row are not given to the template; set data.chat_template_kwargs for all rows, "
+            "and remove the column"
+        )
     for name in ("tools", "functions"):
         if row.get(name):
             raise ValueError(

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..storage.bucket import Place
-from ..untrusted import without_repeats
+from ..untrusted import require_unicode, without_repeats
 from .arrow_files import MAGIC, parquet_rows
 from .csv_file import DELIMITERS, csv_rows
-from .examples import require_unicode
 
 #: The longest line of JSON, and the largest JSON array, in bytes. Other files may have any size.
 MAX_LINE, MAX_ARRAY = 2**26, 2**28
 #: The endings of a split's file in a folder, such as train.csv. The first that exists is read.
 ENDINGS = (".jsonl", ".json", *DELIMITERS, ".parquet")
+#: The first bytes of files that hold a table in packed form, and what they are.
+PACKED = {b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file, as .xlsx is", b"\x28\xb5\x2f\xfd": "a zstd file"}
 #: What others call the validation data. It is not read by these names.
 OTHER_NAMES = ("valid", "val", "dev")
 
@@ -40,11 +41,14 @@ def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
 
 
 def form_of(path: Place) -> str:
-    """What a file holds: parquet, .csv, .tsv, a JSON array or JSON lines ("array", "lines")."""
+    """What a file holds: parquet, .csv, .tsv, a JSON array or JSON lines ("array", "lines"). Raises ValueError for a
+    packed file."""
     with path.open("rb") as stream:
         start = stream.read(512)
     if start.startswith(MAGIC):
         return "parquet"
+    if packed := [kind for first, kind in PACKED.items() if start.startswith(first)]:
+        raise ValueError(f"{path} is {packed[0]}; unpack it, or save the table as .csv or .jsonl")
     if path.suffix.lower() in DELIMITERS:
         return path.suffix.lower()
     return "array" if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else "lines"
@@ -82,13 +86,19 @@ def line_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, object_pairs_hook=without_repeats)
+                row = json.loads(str(line, "utf-8-sig"), object_pairs_hook=without_repeats)
                 require_unicode("a text", row)  # half a surrogate pair is JSON
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{place}: not JSON: {not_utf8(error)}") from None
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: not JSON: {json_problem(error)}{advice(number, line)}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: the line is a {type(row).__name__}, not a JSON object")
             yield place, row
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    return f"it is not UTF-8 text ({error.reason}); save the file as UTF-8"
 
 
 def json_problem(error: Exception) -> str:
@@ -115,6 +125,8 @@ def array_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:
         seen.update(text)
     try:
         rows = json.loads(str(text, "utf-8-sig"), object_pairs_hook=without_repeats)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a JSON array: {not_utf8(error)}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON array: {error}") from None
     for index, row in enumerate(rows):

@@ -48,8 +48,12 @@ def unread_validation(section: DataSection) -> Place | None:
     train = section.train
     if section.validation is not None or train is None or is_given(train) or is_tfds(train) or is_hf(train):
         return None
-    folder = expanded(train)
-    return None if isinstance(folder, BucketPath) or not folder.is_dir() else misnamed_validation(folder)
+    place = expanded(train)
+    if isinstance(place, BucketPath):
+        return None
+    if place.is_file():
+        return split_file(place.parent, "validation") if place.stem == "train" else None
+    return misnamed_validation(place) if place.is_dir() else None
 
 
 def existing(split: str, path: Place) -> Source:

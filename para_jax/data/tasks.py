@@ -158,6 +158,8 @@ def field(row: dict, name: str) -> object:
     """A field of a row. The error for a missing field lists the others."""
     if name not in row:
         raise ValueError(f"no field {shorten(name)}; the row has {names_of(row)}")
+    if isinstance(row[name], bytes):
+        raise ValueError(f"{name} is not UTF-8 text: {shorten(row[name])}")
     return row[name]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DataSection, expanded
+from ..storage.bucket import Place
 from .arrow_files import is_saved
 from .given import PYTHON, is_given
 from .row_files import ENDINGS, OTHER_NAMES, split_file
@@ -49,14 +50,13 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
         )
     found: dict[str, DataSection] = {}
     for path in sorted(root.iterdir()):
-        if path.name.startswith(".") or not (path.is_dir() or path.suffix in ENDINGS):
+        if path.name.startswith(".") or not (path.is_dir() or path.suffix.lower() in ENDINGS):
             continue
         name = path.name if path.is_dir() else path.stem
         require_name(path, name)
         if name.lower() in {other.lower() for other in found}:
             raise ValueError(f"data.tenants: {path} is a second tenant named {name!r}; rename one of them")
-        inside = [file for file in path.iterdir() if file.suffix in ENDINGS or is_own(file)] if path.is_dir() else []
-        for file in [path, *inside]:
+        for file in [path, *files_inside(path)]:
             if file.is_symlink():  # it could point to another tenant's data, or out of the folder
                 raise ValueError(f"data.tenants: {file} is a link, and links are not followed; copy the file")
             if is_own(file) and file.name != OWN_FILE:
@@ -67,6 +67,15 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
     if not found:
         raise ValueError(f"data.tenants: {folder} has no tenants; add a subfolder or .jsonl file for each")
     return dict(sorted(found.items()))
+
+
+def files_inside(path: Place) -> list[Place]:
+    """The files of a tenant's folder that are read; none for a file."""
+    if not path.is_dir():
+        return []
+    if is_saved(path):
+        return [*path.rglob("*")]
+    return [file for file in path.iterdir() if file.suffix in ENDINGS or is_own(file)]
 
 
 def files_of_one(root: Path) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ class TfdsSplit(NamedTuple):
             indices = range(len(source))[start : start + READ_AT_ONCE]
             for index, example in zip(indices, source.__getitems__(indices), strict=True):
                 place = f"{self.label}[{index}]"
-                yield place, {name: plain(value, f"{place}: {name}") for name, value in example.items()}
+                yield place, {name: plain(value) for name, value in example.items()}
 
 
 def is_tfds(source: str | None) -> bool:
@@ -182,24 +182,19 @@ def has_labels(folder: Path, split: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def plain(value, place: str):
-    """A field's value without bytes and NumPy types.
-
-    Args:
-        place: the field, as an error names it.
-    """
+def plain(value: Any) -> Any:
+    """A field's value without NumPy types, and with bytes as text. Bytes that are no text stay, and are an error where
+    they are used."""
     if isinstance(value, dict):
-        return {name: plain(part, place) for name, part in value.items()}
+        return {name: plain(part) for name, part in value.items()}
     if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist(), place)
+        return plain(value.tolist())
     if isinstance(value, list | tuple):
-        return [plain(part, place) for part in value]
-    if not isinstance(value, bytes):
-        return value
-    try:
-        return value.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not UTF-8 text: {error}") from None
+        return [plain(part) for part in value]
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    return value
 
 
 def prepare_failure(error: BaseException) -> str:

@@ -3,22 +3,32 @@ metadata. Either way a transformers tokenizer comes out, and torch is not needed
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from ..config import shorten
+from ..config import RunConfig, Variables, shorten, template_variables
 from ..gguf.file import GgufFile
 from ..gguf.tokenizer import gguf_tokenizer
 from ..hub import CONFIG_FILES, MAX_TEXT_BYTES, TOKENIZER_FILES, resolve_tokenizer
+from .chat_template import with_variables
 from .examples import failures
 
 
-def load_tokenizer(source: str | Path):
+def run_tokenizer(config: RunConfig):
+    """The tokenizer of a run: its backbone's, with the run's data.chat_template_kwargs."""
+    return load_tokenizer(config.backbone.source, config.data.chat_template_kwargs)
+
+
+def load_tokenizer(source: str | Path, chat_template_kwargs: Variables | str | None = None):
     """The tokenizer of a backbone.
 
     Args:
         source: as for load_backbone: a folder, a hub id, a .gguf file or a built-in name.
+        chat_template_kwargs: variables of its chat template, as a dict or its JSON text. Those that a caller of the
+            template gives win over them.
 
-    Raises ValueError, naming the source, if its files are missing, too large, or do not describe a tokenizer.
+    Raises ValueError, naming the source, if its files are missing, too large, or do not describe a tokenizer, and for a
+    variable that its chat template does not read.
     """
     path = resolve_tokenizer(source)
     if path.is_file():
@@ -33,7 +43,21 @@ def load_tokenizer(source: str | Path):
             found = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
             tokenizer = as_published(found, path)
     require_working(str(source), tokenizer)
+    if variables := template_variables("chat_template_kwargs", chat_template_kwargs):
+        set_variables(tokenizer, variables, str(source))
     return tokenizer
+
+
+def set_variables(tokenizer, variables: Variables, source: str) -> None:
+    """Gives the tokenizer's chat template these variables. Whatever depends on the template's text, such as a cache of
+    token ids, then depends on them too."""
+    if not tokenizer.chat_template:
+        raise ValueError(f"chat_template_kwargs {shorten(variables)}: the tokenizer of {source} has no chat template")
+    template = tokenizer.get_chat_template()
+    for name in variables:
+        if not re.search(rf"\b{name}\b", template):
+            raise ValueError(f"chat_template_kwargs: the chat template of {source} reads no {name}; leave it out")
+    tokenizer.chat_template = with_variables(template, variables)
 
 
 def as_published(tokenizer, folder: Path):

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 from weakref import WeakValueDictionary
 
 from .. import atomic
@@ -27,7 +27,7 @@ HEAD = b'{"key": '
 LONGEST = 1 << 24
 TYPES = {Scored: (float, bool), Written: (str, int)}
 #: This process's open files, by device and inode: journals of one file share it and its lock.
-OPEN: WeakValueDictionary[tuple[int, int], TextIO] = WeakValueDictionary()
+OPEN: WeakValueDictionary[tuple[int, int], BinaryIO] = WeakValueDictionary()
 #: The same for files in a bucket.
 OPEN_LINES: WeakValueDictionary[BucketPath, BucketLines] = WeakValueDictionary()
 #: Held by the thread that opens a journal or adds a line.
@@ -51,10 +51,16 @@ class Journal:
         if file is not None:
             if isinstance(file, BucketPath):
                 with LOCK:
-                    self._lines = OPEN_LINES.get(file) or BucketLines(file, say)
-                    OPEN_LINES[file] = self._lines
-                    self._lines.flush()
-                    self._answers |= answers_of(file)
+                    lines = OPEN_LINES.get(file) or BucketLines(file, say)
+                    try:
+                        lines.flush()
+                        self._answers |= answers_of(file)
+                    except BaseException:
+                        if not lines.users:
+                            lines.close()
+                        raise
+                    lines.users += 1
+                    self._lines = OPEN_LINES[file] = lines
                 return
             if file.exists() and not file.is_file():
                 raise ValueError(f"{file}: not a regular file; choose another folder")
@@ -77,6 +83,8 @@ class Journal:
         if self.file is None:
             self._answers[key] = answer
             return
+        if self._lines is None and self._stream is None:
+            raise ValueError(f"{self.file}: this journal is closed")
         line = json.dumps({"key": key, **answer._asdict()}, ensure_ascii=False) + "\n"
         if self._lines is not None:
             with LOCK:
@@ -84,8 +92,7 @@ class Journal:
         if self._stream is not None:
             try:
                 with LOCK:  # opening the journal in another thread would cut off half a line
-                    self._stream.write(line)
-                    self._stream.flush()
+                    atomic.append(self._stream, line.encode())
             except OSError as error:  # a full disk; without the file's name
                 raise OSError(error.errno, error.strerror, str(self.file)) from error
         self._answers[key] = answer
@@ -98,16 +105,29 @@ class Journal:
         if self._stream is not None:
             os.fsync(self._stream.fileno())
 
+    def close(self) -> None:
+        """Unlocks the file, unless other journals share it. Answers stay, and no more may be added. A journal that is
+        not closed holds the lock until it is no longer used."""
+        self._stream = None
+        if self._lines is not None:
+            lines, self._lines = self._lines, None
+            with LOCK:
+                lines.users -= 1
+                if not lines.users:
+                    OPEN_LINES.pop(lines.appender.file, None)
+                    lines.close()
 
-def opened(file: Path) -> TextIO:
+
+def opened(file: Path) -> BinaryIO:
     """The file, open for adding lines and locked against other processes until it is closed."""
-    stream = file.open("a", encoding="utf-8")
+    stream = file.open("ab", buffering=0)
     found = os.fstat(stream.fileno())
     place = found.st_dev, found.st_ino
-    if place not in OPEN:
+    shared = OPEN.get(place)
+    if shared is None:
         atomic.lock(stream, file)
-        OPEN[place] = stream
-    return OPEN[place]
+        shared = OPEN[place] = stream
+    return shared
 
 
 def answers_of(file: Place) -> Iterator[tuple[str, Answer]]:

@@ -161,7 +161,7 @@ def word_f1(predicted: list[str], reference: list[str]) -> float:
 def last_number(text: str) -> Decimal | None:
     """The last number after the last "####" (of the whole text if there is none), ignoring commas and dollar signs. A
     minus between two operands does not count."""
-    answer = text.rpartition("####")[2].replace("$", "").replace(",", "")
+    answer = text.rpartition("####")[2].replace("$", "").replace(",", "").replace("\N{MINUS SIGN}", "-")
     found = re.findall(r"(?:(?<![\w)])-)?(?:\d+(?:\.\d+)?|\.\d+)", answer, re.ASCII)
     return Decimal(found[-1]) if found else None
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from .. import devices
 from ..config import shorten
 from ..messages import say
+from ..record_file import check_results_folder
 from .answers import Answerer
 from .questions import SEEDS, Answer
 from .score import error_of_ratio, likelihoods_of, score_answers
@@ -232,8 +233,9 @@ def names_of_samples(parts: Sequence[tuple[str, str]]) -> dict[tuple[str, str], 
 
 
 def check_results(folder: Path, files: Sequence[str], content: str) -> None:
-    """Raises ValueError if one of these files holds another backbone's results, or something else. A damaged file is
-    named and may be written again, since all answers are in the journal."""
+    """Raises ValueError if one of these files holds another backbone's results, or something else, and for the folder
+    of a run or an adapter. A damaged file is named and may be written again, since all answers are in the journal."""
+    check_results_folder(folder)
     for name in files:
         file = folder / name
         if not file.exists():

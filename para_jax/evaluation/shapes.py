@@ -99,8 +99,8 @@ Shapes = PlannedShapes | OpenShapes
 
 
 def plan_shapes(tasks: Sequence[EncodedTask]) -> PlannedShapes:
-    """At most six programs for all the tasks together. Where answers are ranked: three for likelihoods and two for
-    completions. Where they are written: three for likelihoods, two for prompts and one for decoding.
+    """Few programs for all the tasks together. Where answers are ranked: three for likelihoods and two for completions.
+    Where they are written: three for likelihoods, two for prompts and one for decoding. Where both are: eight.
 
     The lengths are those that pad the fewest tokens altogether. Raises ValueError if the tasks have no examples.
     """
@@ -154,7 +154,8 @@ def say_evaluation(parts: Mapping[str, Sequence[EncodedTask]], batch_size: int) 
     if not new:
         return
     steps = " and ".join(f"{-(-count // rows) * new} decoding steps for {name}" for name, count in counts.items())
-    advice = "eval.limit scores fewer validation examples"
+    limits = {"validation": "eval.limit", "test": "eval.test_limit"}
+    advice = f"{' and '.join(limits[name] for name in counts)} score{'' if len(counts) > 1 else 's'} fewer examples"
     if devices > 1 and mesh.shape["fsdp"] > 1:
         advice = f"each gathers all weights over mesh.fsdp, so a larger eval.batch_size saves time, and {advice}"
     say(f"evaluation writes answers of up to {new} tokens: at most {steps}; {advice}")

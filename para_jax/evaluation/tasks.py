@@ -11,9 +11,11 @@ from typing import NamedTuple
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
+from ..data.hf import is_hf
 from ..data.records import Record, encode_records, load_records, read_records, report, split_records, task_of
 from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
+from ..data.tfds import is_tfds
 from ..messages import say, warn
 from .defaults import RANKED, ScoringRule, answer_length, longest_completion, scoring_rule
 from .metrics import LABEL_METRICS
@@ -127,6 +129,14 @@ def check_room(model: ModelConfig, encoded: EncodedTask) -> None:
 # ---------------------------------------------------------------------------------------------------- of a run's config
 
 
+def warn_of_replaced(source: str | None, records: list[Record]) -> None:
+    """Warns if the rows of the test data are those of a data set's validation split, which the source does not name."""
+    if source is None or not (is_hf(source) or is_tfds(source)):
+        return
+    if ":validation" not in source and ":validation[" in records[0].place:
+        warn(f"{source}: there is no test split with labels; the validation split is scored as the test data")
+
+
 def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None = None) -> EvalTask | None:
     """A run's validation or test data with its metric; None if the run has no such data. Examples that are too long are
     cut or left out as data.truncate says, so that every score is over the same examples.
@@ -137,6 +147,8 @@ def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None
     records = load_records(config.data, split)
     if records is None:
         return None
+    if split == "test":
+        warn_of_replaced(config.data.test, records)
     model = cache(lambda: load_model_config(config.backbone.source))  # many tasks don't ask for it
     section = config.data if config.data.max_seq_length else with_limit(config.data, model())
     known = TASKS.get(task_of(config.data) or "")

@@ -58,7 +58,8 @@ def write_in_batches(
             chosen = [members[i] for i in places]
             batch = [asked[i] for i in np.resize(chosen, rows)]  # one compiled shape, also at the end
             prompts = [list(question.context) for _, question in batch]
-            new, longest = max(question.max_new_tokens for _, question in batch), max(map(len, prompts))
+            most = [question.max_new_tokens for _, question in batch]
+            new, longest = max(most), max(map(len, prompts))
             written = generate_tokens(
                 model,
                 adapters_of(model, bank, batch, shapes),
@@ -68,6 +69,7 @@ def write_in_batches(
                 length=shapes.prompt(longest) if states is None else states.keys.shape[3],
                 max_length=shapes.writing_cache(longest + new),
                 begin=None if states is None else partial(prefill_after, states=states),
+                most=most,
             )
             for i, tokens in zip(chosen, written, strict=False):
                 kept = tokens[: asked[i][1].max_new_tokens]
@@ -146,4 +148,5 @@ def as_request(id: Hashable, tenant: str | None, question: Generation) -> Reques
         id=id,
         stop_token_ids=question.stop_ids,
         strip=False,  # lm-eval compares the text with its white space; our own metrics strip
+        alone=True,  # as batches do
     )

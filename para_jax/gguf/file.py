@@ -25,6 +25,8 @@ STRING, ARRAY = 8, 9
 #: tensors, the values in all arrays together (Gemma 3, with the largest vocabulary, has 1.3 million), and the bytes of
 #: one string.
 MAX_NAMES, MAX_ITEMS, MAX_STRING = 2**16, 2**22, 2**20
+#: What llama.cpp takes for a SentencePiece vocabulary (model "llama") where the file does not say it.
+SENTENCEPIECE_IDS = {f"tokenizer.ggml.{kind}_token_id": at for at, kind in enumerate(("unknown", "bos", "eos"))}
 
 
 class Tensor(NamedTuple):
@@ -56,6 +58,8 @@ class GgufFile:
             self.metadata, tensors = read_header(np.asarray(np.memmap(self.path, np.uint8, "r")))
         except (ValueError, struct.error, OverflowError) as error:
             raise ValueError(f"{path}: damaged GGUF file: {error}") from None
+        if self.metadata.get("tokenizer.ggml.model") == "llama":
+            self.metadata = SENTENCEPIECE_IDS | self.metadata
         try:
             self.architecture = check_architecture(self.metadata)
             factors = tensors.pop("rope_freqs.weight", None)

@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from ..config import shorten
+from ..messages import warn
 from .file import GgufFile
 
 #: The longest token, in characters. `score_merges` tries every place where a token could be split.
@@ -27,10 +28,11 @@ TEKKEN_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-#: How text is split before byte-level BPE, by tokenizer.ggml.pre (llama.cpp, src/llama-vocab.cpp): a pattern, "" for
-#: GPT-2's, or "digits" for GPT-2's after each digit was split off.
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+#: How text is split before byte-level BPE, by tokenizer.ggml.pre (llama.cpp, src/llama-vocab.cpp): a pattern, several
+#: that cut one after the other, "" for GPT-2's, or "digits" for GPT-2's after each digit was split off.
 SPLITS = {
-    "default": "",
+    "default": (r"[\p{P}$+<=>^~|]+", GPT2_SPLIT, r"\p{N}+", "[0-9]{3}"),
     "gpt2": "",
     "gpt-2": "",
     "smollm": "digits",
@@ -40,7 +42,8 @@ SPLITS = {
     "tekken": TEKKEN_SPLIT,
     "qwen2": LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
-# With these, a word that is in the vocabulary becomes that token, even if the merges would split it.
+#: With these, a word that is in the vocabulary becomes that token, even if the merges would split it. They also begin
+#: each text with BOS, where the file does not say.
 IGNORES_MERGES = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
@@ -61,6 +64,11 @@ def gguf_tokenizer(file: GgufFile):
     longest = max(map(len, tokens), default=0)
     if longest > MAX_TOKEN:
         raise ValueError(f"a token has {longest} characters; the limit is {MAX_TOKEN}")
+    if metadata.get("model") == "gpt2" and "pre" not in metadata:
+        warn(
+            f"{file.path}: its metadata have no tokenizer.ggml.pre, so text is split in llama.cpp's default way, which "
+            "is probably not the model's; use a file that a current llama.cpp converted"
+        )
     special = {kind: special_token(metadata, kind) for kind in ("bos", "eos", "unknown", "padding")}
     backend = build(file.architecture, metadata)
     add_tokens(backend, metadata)
@@ -108,7 +116,8 @@ def byte_level(metadata: dict[str, Any]):
         cuts: list = [pre_tokenizers.Digits(individual_digits=True)] if SPLITS[pre] else []
         cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
     else:
-        cuts = [pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated")]
+        patterns = (SPLITS[pre],) if isinstance(SPLITS[pre], str) else SPLITS[pre]
+        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
         cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     tokenizer.decoder = decoders.ByteLevel()
@@ -174,10 +183,10 @@ def add_tokens(tokenizer, metadata: dict[str, Any]) -> None:
 
 
 def add_post_processor(tokenizer, metadata: dict[str, Any], special: dict[str, str | None]) -> None:
-    """Adds bos and eos to each text as the file says. By default, SentencePiece and Llama 3 add bos."""
+    """Adds bos and eos to each text as the file says. By default, SentencePiece and IGNORES_MERGES add bos."""
     from tokenizers.processors import TemplateProcessing
 
-    begins = metadata["model"] == "llama" or SPLITS.get(metadata.get("pre", "")) == LLAMA3_SPLIT
+    begins = metadata["model"] == "llama" or metadata.get("pre") in IGNORES_MERGES
     bos = special["bos"] if metadata.get("add_bos_token", begins) else None
     eos = special["eos"] if metadata.get("add_eos_token", False) else None
     used = {token: metadata["tokens"].index(token) for token in (bos, eos) if token}

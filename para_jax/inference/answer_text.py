@@ -8,7 +8,11 @@ again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
+
+from ..data.examples import encode
 
 #: Tokens whose text may stay undecided, at most. A character needs up to 4; the limit keeps long runs of invalid bytes
 #: cheap.
@@ -19,18 +23,19 @@ INVALID = "\N{REPLACEMENT CHARACTER}"
 class AnswerText:
     """`pieces` holds one text per token, which may be empty. Joined, they are the answer."""
 
-    def __init__(self, tokenizer, stop: tuple[str, ...] = (), *, strip: bool = True):
+    def __init__(self, tokenizer, stop: tuple[str, ...] = (), *, strip: bool = True, after: Sequence[int] = ()):
         """
         Args:
             stop: texts that end the answer; white space in them counts.
             strip: whether to leave out the white space at the answer's ends.
+            after: tokens that the answer follows; see `word_tokens`.
         """
         self.pieces: list[str] = []
         self._tokenizer, self._stop, self._strip = tokenizer, stop, strip
         self._special = special_ids(tokenizer, len(tokenizer))
-        self._tail: list[int] = []
+        self._tail: list[int] = list(after)
         """the last tokens with decided text, then those with undecided text"""
-        self._decided, self._shown = 0, 0
+        self._decided, self._shown = len(self._tail), len(text_of(tokenizer, self._tail))
         """how many tokens of the tail are decided, and how many characters of its text are released"""
         self._held = ""
         """decided text that may begin a stop text"""
@@ -108,9 +113,20 @@ def stripped_text(tokenizer, tokens: list[int]) -> str:
     return text_of(tokenizer, tokens).strip()
 
 
-def text_of(tokenizer, tokens: list[int]) -> str:
-    """The tokens' text, without special tokens."""
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def text_of(tokenizer, tokens: Sequence[int], after: Sequence[int] = ()) -> str:
+    """The text of tokens that follow those of `after`, without special tokens."""
+    if after:
+        return text_of(tokenizer, [*after, *tokens])[len(text_of(tokenizer, after)) :]
+    return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@lru_cache(maxsize=8)
+def word_tokens(tokenizer) -> tuple[int, ...]:
+    """The tokens of a word, none if the tokenizer lacks it. An answer that is decoded after them keeps the space before
+    its first word, which SentencePiece's decoders drop from an answer alone."""
+    with suppress(ValueError):
+        return tuple(encode(tokenizer, "a"))
+    return ()
 
 
 @lru_cache(maxsize=8)

@@ -20,7 +20,7 @@ from ..adapters.rows import Adjustments, Rows
 from ..backbone.transformer import Transformer
 from ..config import shorten
 from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
-from ..model import decode_step, prefill, stacked_state
+from ..model import decode_step, prefill, require_backbone, stacked_state
 from ..processes import full_arrays
 from ..sharding import on_its_mesh
 from .answer_text import AnswerText, stripped_text
@@ -66,6 +66,7 @@ def generate(
     that does not end with its adapter's alora_invocation_tokens. Raises it later where an answer's logits are
     not finite.
     """
+    require_backbone(model)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
@@ -116,6 +117,7 @@ def generate_tokens(
     length: int | None = None,
     max_length: int | None = None,
     begin: Callable | None = None,
+    most: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """The token ids that follow each prompt, up to the first of `stop_ids`. A row whose logits are not finite ends with
     NO_TOKEN.
@@ -126,8 +128,11 @@ def generate_tokens(
         length, max_length: padded tokens of the prompts, and tokens per row that the cache holds; default: the least
             that is needed, rounded up. Calls that give the same ones share their programs.
         begin: is called instead of `prefill`, with its arguments.
+        most: the new tokens of each prompt that count, at most those of `sampling`, which is the default. A row may go
+            on after them.
     """
-    check_prompts(model, adapters, prompt_ids, sampling.max_new_tokens)
+    most = [sampling.max_new_tokens] * len(prompt_ids) if most is None else most
+    check_prompts(model, adapters, prompt_ids, most)
     lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
     tokens = np.zeros((len(prompt_ids), length or up_to_multiple(lengths.max(), PROMPT_MULTIPLE)), np.int32)
     for row, ids in zip(tokens, prompt_ids, strict=True):
@@ -147,7 +152,7 @@ def generate_tokens(
         if position % FETCH_EVERY == 0 or position == last:
             written, pending = np.column_stack([written, *full_arrays(pending)]), []
             rows = [up_to_no_token(before_stop(row, stop_ids)) for row in written.tolist()]
-            enough = ended(rows) if ended else [False] * len(rows)
+            enough = ended(rows) if ended else [len(row) >= count for row, count in zip(rows, most, strict=True)]
             if all(len(row) < written.shape[1] or over for row, over in zip(rows, enough, strict=True)):
                 break
         if position < last:
@@ -198,13 +203,13 @@ def prompt_configs(adapters, tenants: Sequence[str | None] | None, prompts: int)
     return row_configs(adapters, prompts)
 
 
-def check_prompts(model, adapters, prompt_ids: Sequence[list[int]], max_new_tokens: int) -> None:
-    """Raises ValueError for prompts that the model or the adapters cannot answer."""
+def check_prompts(model, adapters, prompt_ids: Sequence[list[int]], most: Sequence[int]) -> None:
+    """Raises ValueError for prompts that the model or the adapters cannot answer with `most` new tokens each."""
     if not len(prompt_ids):
         raise ValueError("prompts is empty; give at least one")
     if isinstance(adapters, Rows) and adapters.batch != len(prompt_ids):
         raise ValueError(f"adapters: Rows for {adapters.batch} rows; give one for each of {len(prompt_ids)} prompts")
-    for i, ids in enumerate(prompt_ids):
+    for i, (ids, max_new_tokens) in enumerate(zip(prompt_ids, most, strict=True)):
         if not len(ids):
             raise ValueError(f"prompt {i} has no tokens; give at least one")
         if len(ids) + max_new_tokens > model.config.max_positions:

@@ -16,20 +16,22 @@ from .. import atomic, devices
 from ..adapters.files import load_adapter
 from ..adapters.rows import pick, stack_adapters
 from ..backbone.load import load_backbone
-from ..config import load_config, require
+from ..config import RunConfig, load_config, require
 from ..data.records import Record, read_records
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import run_tokenizer
 from ..hub import resolve_backbone
 from ..inference.generate import generate
 from ..inspect import results
 from ..messages import say
 from ..record_file import write_record
-from ..runs.folder import claim_folder
+from ..runs.folder import claim_folder, locked_folder
 from ..runs.train import train_tenants
 from .examples import JOBS, business_examples
 
 TRAIN_EXAMPLES, SCORED_EXAMPLES = 384, 30
 NEW_TOKENS = 28
+#: Written at the end of a quickstart.
+RESULTS = "results.json"
 LEAST_GAIN = 0.3
 DEFAULTS = (
     "backbone.dtype=float32",
@@ -47,17 +49,16 @@ DEFAULTS = (
 
 def quickstart(overrides: Sequence[str] = ()) -> bool:
     """Trains, scores and serves three tenants; true if each gained at least 0.3 in exact match on held-out examples.
+    The same call resumes a quickstart that was stopped.
 
     Args:
         overrides: of the run config, such as "train.max_steps=20" or "output_dir=runs/mine".
     """
     begun = time.monotonic()
-    given = load_config(None, [f"output_dir={next_folder()}", *overrides]).output_dir
+    given = load_config(None, [f"output_dir={own_folder(overrides)}", *overrides]).output_dir
     require("://" not in given, "output_dir", given, "a folder on this host; `para-jax train` writes into a bucket")
-    folder = Path(given)
-    run = folder / "tenants"
-    own = f"data.tenants={folder / 'data'}", f"output_dir={run}", "eval.test=true"
-    config = load_config(None, [*DEFAULTS, *overrides, *own])
+    folder, run = Path(given), Path(given) / "tenants"
+    config = config_in(folder, overrides)
     devices.start(config.runtime)
     with phase("1/3 backbone: fetch"):
         resolve_backbone(config.backbone.source)
@@ -66,13 +67,13 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
         write_examples(folder / "data", config.seed)
         tenants = train_tenants(config).tenants
     with phase("3/3 one mixed batch: three tenants and the base model"):
-        model, tokenizer = load_backbone(**vars(config.backbone)), load_tokenizer(config.backbone.source)
+        model, tokenizer = load_backbone(**vars(config.backbone)), run_tokenizer(config)
         adapters = [load_adapter(run / job / "adapter", model.config, model=model) for job in JOBS]
         asked = [read_records(folder / "data" / job / "test.jsonl")[0] for job in JOBS]
         show_mixed_batch(model, tokenizer, adapters, asked)
     scores = {job: {"before": tenants[job]["test_before"], "after": tenants[job]["test_after"]} for job in JOBS}
     record = results(shlex.join(["para-jax", "quickstart", *overrides]), config, scores, time.monotonic() - begun)
-    write_record(folder / "results.json", record)
+    write_record(folder / RESULTS, record)
     print(f"\n{'tenant':<10}{'before':>8}{'after':>8}{'gain':>8}   exact match on {SCORED_EXAMPLES} held-out examples")
     for job, found in scores.items():
         was, now = found.values()
@@ -87,6 +88,18 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
     if short:
         print(f"gained less than {LEAST_GAIN}: {', '.join(short)}")
     return not short
+
+
+def config_in(folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """The config of the tenants' run in a quickstart's folder."""
+    own = f"data.tenants={folder / 'data'}", f"output_dir={folder / 'tenants'}", "eval.test=true"
+    return load_config(None, [*defaults_for(overrides), *overrides, *own])
+
+
+def defaults_for(overrides: Sequence[str]) -> list[str]:
+    """DEFAULTS, without the steps where an override gives epochs: they would win over it."""
+    epochs = any(text.startswith("train.num_epochs=") for text in overrides)
+    return [text for text in DEFAULTS if not (epochs and text.startswith("train.max_steps="))]
 
 
 def write_examples(folder: Path, seed: int) -> None:
@@ -108,12 +121,25 @@ def show_mixed_batch(model, tokenizer, adapters, asked: list[Record]) -> None:
         print(f"  base model: {texts[i + count][:80]!r}")
 
 
-def next_folder() -> str:
-    """runs/quickstart-<n>, the first that does not exist."""
+def own_folder(overrides: Sequence[str]) -> Path:
+    """runs/quickstart-<n>: the newest if the same quickstart was stopped there, else the first that does not exist."""
     taken = (
         int(p.name.removeprefix("quickstart-")) for p in Path("runs").glob("quickstart-*") if p.name[11:].isdigit()
     )
-    return f"runs/quickstart-{max(taken, default=0) + 1}"
+    newest = max(taken, default=0)
+    last = Path(f"runs/quickstart-{newest}")
+    return last if was_stopped(last, overrides) else Path(f"runs/quickstart-{newest + 1}")
+
+
+def was_stopped(folder: Path, overrides: Sequence[str]) -> bool:
+    """Whether the quickstart with these overrides was stopped in a folder before its end, and is not running now."""
+    if (folder / RESULTS).exists() or not (folder / "tenants" / "config.yaml").is_file():
+        return False
+    try:
+        with locked_folder(config_in(folder, overrides)):
+            return True
+    except ValueError:  # it holds another run, or a process writes there
+        return False
 
 
 @contextmanager

@@ -42,4 +42,4 @@ def claim_output(output: Place, folder: Place, line: Sequence[str], shards: int)
             "choose another output"
         )
     for file in folder.glob(f"*{DEATHS}"):
-        file.unlink()
+        file.unlink(missing_ok=True)

@@ -6,34 +6,46 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from typing import Any
 
 from .. import cli
+from ..config import shorten
 
+#: The functions that take the options of a command.
+FUNCTIONS = {"evaluate": "evaluate_on_ray", "generate": "generate_on_ray", "serve": "serve_app"}
 #: Options that have no meaning here, or that the function itself gives.
-NOT_HERE = ("help", "config", "overrides", "adapter", "shard", "output", "results", "prompt", "chat")
+NOT_HERE = {
+    "evaluate": ("help", "config", "overrides", "adapter", "shard", "output", "results"),
+    "generate": ("help", "prompt", "chat", "shard", "output"),
+    "serve": ("help",),
+}
 
 
 def arguments(
     command: str, positional: Sequence[object], overrides: Sequence[str], options: Mapping[str, Any]
 ) -> list[str]:
-    """The command line with these options. Raises ValueError for a name that the command does not have."""
+    """The command line with these options. Raises ValueError for a name that the command does not have, and for several
+    values of an option that has one."""
     actions = {action.dest: action for action in cli.subparsers(cli.parser())[command]._actions}
-    known = [name for name in actions if name not in NOT_HERE]
+    known = [name for name in actions if name not in NOT_HERE[command]]
     made = [command, *map(str, positional), *overrides]
     for name, value in options.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             meant = f"did you mean {near[0]}?" if near else f"the options are {', '.join(known)}"
-            raise ValueError(f"{command}_on_ray has no option {name}; {meant}")
+            raise ValueError(f"{FUNCTIONS[command]} has no option {name}; {meant}")
+        value = json.dumps(dict(value)) if isinstance(value, Mapping) else value
         flag, values = actions[name].option_strings[0], value if isinstance(value, (list, tuple)) else [value]
         if isinstance(value, bool):
             made += [flag] * value
         elif value is not None and values and actions[name].nargs == "+":
             made += [flag, *map(str, values)]
+        elif len(values) > 1 and not isinstance(actions[name], argparse._AppendAction):
+            raise ValueError(f"{FUNCTIONS[command]}: {name} is {shorten(value)}; give one value")
         elif value is not None:
             made += [f"{flag}={one}" for one in values]
     return made

@@ -131,7 +131,7 @@ class Replica:
 def built_app(served: Served):
     """The Starlette application around an engine with everything loaded."""
     from ..messages import log_to_stderr
-    from ..server.api_keys import read_keys
+    from ..server.api_keys import read_keys, warn_of_missing
     from ..server.app import create_app
     from ..server.models import Models
 
@@ -140,5 +140,7 @@ def built_app(served: Served):
     keys = read_keys(options.api_key_file) if options.api_key_file else None
     engine = command.engine_of(options, served.sources)
     models = Models(engine.bank, served.base, served.sources)
+    if keys is not None:
+        warn_of_missing(keys, models.all_names)
     local = keys is None and not served.any_host
     return create_app(engine, models=models, keys=keys, limits=command.limits_of(options), local=local)

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 from ..config import RunConfig, expanded
 from ..storage.bucket import BucketPath
 
+#: Seconds that a worker with an error waits for the others to meet it too.
+ARRIVAL_SECONDS = 60
+
 
 class RayRun(NamedTuple):
     """A run that has ended."""
@@ -94,7 +97,10 @@ def run_on_worker(given: dict) -> dict[str, str]:
         given: the config, and the folder that its relative paths are relative to, if this host has it. Ray gives a
             worker a folder of its own.
     """
+    import jax
+
     from ..messages import log_to_stderr
+    from ..processes import all_arrive
     from ..runs.train import train, train_tenants
     from ..training.stop import Stopped
 
@@ -105,6 +111,9 @@ def run_on_worker(given: dict) -> dict[str, str]:
     try:
         result = (train_tenants if config.many else train)(config)
     except ValueError as error:
+        if not all_arrive("para_jax: an error", ARRIVAL_SECONDS):
+            # an actor that only returns stays alive, and the others would wait for it in a collective, without end
+            raise RuntimeError(f"worker {jax.process_index()}: {error}") from None
         return {"error": str(error)}
     except Stopped:
         raise RuntimeError("the run was told to stop and has saved; Ray starts it again") from None

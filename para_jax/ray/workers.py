@@ -62,13 +62,13 @@ class ShardWorker:
                 self.loaded = self.load(options)
             self.answer(options)
         except (ValueError, OSError):
-            deaths.unlink()
+            deaths.unlink(missing_ok=True)  # the same call, made twice, removes it too
             raise
         except Exception as error:
             traceback.print_exc()
             atomic.write_text(deaths, json.dumps([*before, printable(f"{type(error).__name__}: {error}", 300)]))
             os._exit(1)
-        deaths.unlink()
+        deaths.unlink(missing_ok=True)
         return ""
 
     def load(self, options: argparse.Namespace) -> Any:

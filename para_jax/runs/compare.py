@@ -24,6 +24,7 @@ from ..processes import on_first_process
 from ..storage.bucket import Place
 from ..table import table
 from ..training.metrics_file import is_log, read_metrics
+from ..training.stop import end_if_told
 from ..training.tenants_file import read_entries
 from .folder import claim_folder, locked_folder
 from .health import logged_warning
@@ -97,6 +98,8 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     found: list[MethodScore] = []
     shared = Shared()
     for number, (method, own) in enumerate(method_configs(config).items(), 1):
+        if number > 1:
+            end_if_told()
         say(f"{method}: method {number} of {len(config.sweep.method)}, in {own.output_dir}")
         standing = train_method(own, shared)
         rows = on_first_process(partial(method_scores, own, shared, parameters_of(own, shared), standing))

@@ -236,7 +236,8 @@ class Loop(NamedTuple):
         for turn, of_turn in logged.items():
             self.logs.write(turn.tenant, turn.step + 1, of_turn, every=self.config.logging.every)
         tokens = sum(one["tokens"] for one in logged.values())
-        mean = sum(one["loss"] * one["tokens"] for one in logged.values()) / max(1.0, tokens)
+        summed = sum(one["loss"] * one["tokens"] for one in logged.values())
+        mean = summed / tokens if tokens else math.nan  # no tenant of this step is finite
         everyone = float(sum(values["tokens"][turn.slot] for turn in turns))
         self.logs.run.step(done, {"loss": mean, "tenants": len(turns), "tokens": everyone}, bar, len(turns))
         return standing

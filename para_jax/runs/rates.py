@@ -23,6 +23,7 @@ from ..storage.bucket import Place
 from ..table import table
 from ..training.metrics_file import is_log, read_metrics
 from ..training.passes import Layout, lay_out
+from ..training.stop import end_if_told
 from .chosen import FILE, TRIALS, is_auto, with_rate
 from .folder import claim_folders
 from .parts import Part
@@ -150,6 +151,7 @@ def run_round(
     on_first_process(lambda: claim_folders(own, tenants))
     part = Part([trial.name for trial in tenants], folder)
     _, standing = fit(own, model, inputs._replace(tenants=tenants), lay_out(own, mesh, len(tenants)), mesh, part)
+    end_if_told()
     results = on_first_process(lambda: [list(result_of(tenant, standing, i)) for i, tenant in enumerate(tenants)])
     found: dict[str, dict[int, Trial]] = {}
     for (name, step, _), result in zip(trials, results, strict=True):

@@ -16,7 +16,7 @@ from ..adapters.card import score_line, training_lines
 from ..adapters.files import add_test_score, load_adapter, save_adapter
 from ..adapters.methods import method_of
 from ..adapters.rows import Stack
-from ..config import RunConfig, expanded
+from ..config import RunConfig, expanded, printable
 from ..data.given import is_given
 from ..evaluation.evaluate import Tasks
 from ..evaluation.score import Score, describe_best, shown_score
@@ -266,6 +266,9 @@ def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | No
     )
     if config.backbone.quantize:
         card.append(f"- The backbone's weights were {config.backbone.quantize} during training.")
+    if config.data.chat_template_kwargs:
+        variables = printable(config.data.chat_template_kwargs, 300)
+        card.append(f"- Chats have the chat template's variables {variables}: `load_tokenizer(base, {variables!r})`.")
     if found:
         card.append(card_score("Validation", found, base))
     return card

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..adapters.invocation import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
-from ..config import ASSUMED_LENGTH, ModelConfig, RunConfig, expanded, require
+from ..config import ASSUMED_LENGTH, DataSection, ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
@@ -21,7 +21,7 @@ from ..data.records import TooLong
 from ..data.schedule import TenantOrder
 from ..data.sources import unread_validation
 from ..data.tenants import tenant_sections
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import run_tokenizer
 from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
 from ..evaluation.defaults import ScoringRule, scoring_rule
 from ..evaluation.tasks import EvalTask, say_long, task_of_run, with_limit
@@ -92,7 +92,7 @@ def read_inputs(
         shared: what is read already.
     """
     resolve_backbone(config.backbone.source)
-    tokenizer, model = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
+    tokenizer, model = run_tokenizer(config), load_model_config(config.backbone.source)
     configs = {name: own for name, own in tenant_configs(config).items() if names is None or name in names}
     read_once = (shared or Shared()).data  # the combinations of a sweep share their data
     long: dict[str, TooLong] = {}
@@ -108,6 +108,7 @@ def read_inputs(
         raise too_long_in(long)
     data = {name: read_once[of_data(own)][0] for name, own in configs.items()}
     say_data(config, data)
+    warn_of_ignored(config.data)
     warn_of_unread(configs.values())
     alike = [read_once[key] for key in dict.fromkeys(map(of_data, configs.values()))]
     say_long("validation", [validation for _, validation, *_ in alike])
@@ -190,12 +191,20 @@ def say_tenants(config: RunConfig, data: dict[str, TrainingData]) -> None:
         say(f"{len(counts)} tenants with {each} training examples, {sum(counts)} in all")
 
 
+def warn_of_ignored(section: DataSection) -> None:
+    """Names the fields that data.tenants takes the place of. data.train is not named: many configs have one."""
+    ignored = [f"data.{split}" for split in ("validation", "test") if getattr(section, split) is not None]
+    if section.tenants and ignored:
+        warn(f"{' and '.join(ignored)}: not read, since data.tenants is set; each tenant's folder has its own")
+
+
 def warn_of_unread(configs: Iterable[RunConfig]) -> None:
     """Names the files that were probably meant as validation data."""
     found = sorted({file for own in configs if (file := unread_validation(own.data))})  # a sweep shares its data
     if found:
         more = f", and neither are {len(found) - 1} more" if len(found) > 1 else ""
-        warn(f"{found[0]} is not read{more}; rename it to validation{found[0].suffix}, or set data.validation")
+        named = "" if found[0].stem == "validation" else f"rename it to validation{found[0].suffix}, or "
+        warn(f"{found[0]} is not read{more}; {named}set data.validation")
 
 
 def all_lengths(data: dict[str, TrainingData]) -> np.ndarray:
@@ -207,7 +216,7 @@ def with_length(config: RunConfig) -> RunConfig:
     """The config with a number as data.max_seq_length, for estimates: null means the tokens of the longest training
     example of all tenants."""
     resolve_backbone(config.backbone.source)
-    tokenizer, model = load_tokenizer(config.backbone.source), load_model_config(config.backbone.source)
+    tokenizer, model = run_tokenizer(config), load_model_config(config.backbone.source)
     sections = {with_limit(own.data, model) for own in tenant_configs(config).values()}
     longest = max(chosen_length(load_training_data(one, tokenizer).examples.lengths) for one in sections)
     return replace(config, data=replace(config.data, max_seq_length=longest))

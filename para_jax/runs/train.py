@@ -44,7 +44,7 @@ from ..training.profiler import Profiler
 from ..training.prompt_cache import PromptCache, cached_prompts
 from ..training.scores_file import Records, write_scores
 from ..training.step import TrainState, init_state, tenant_of
-from ..training.stop import Interrupted, stop_signals
+from ..training.stop import Interrupted, end_if_told, stop_signals
 from ..training.tenants_file import read_entries
 from ..untrusted import safe_names
 from .chosen import chosen_rates, is_auto, resolved, with_rate
@@ -213,6 +213,8 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
         on_first_process(lambda: claim_folders(config, tenants))
         model = shared_backbone(config, mesh, shared)
         for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
+            if part is not parts[0]:
+                end_if_told()
             if part is parts[-1] and len(parts) > 1:
                 say(f"added to the run after it had begun: {safe_names(part.names)}")
             state, standing = train_part(config, model, of_part, layout, mesh, part, shared)

@@ -4,11 +4,10 @@ answer, whole or as a stream. A client that leaves and a deadline that passes ca
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..config import printable
 from .answer import Answer
@@ -24,6 +23,8 @@ from .outcome import Outcome
 from .protocol import Asked
 from .responses import DONE, Shape, Usage, Writer, error_event
 from .token_text import TokenTexts
+
+T = TypeVar("T")
 
 #: Seconds in which a client must take the last words of a stream that has passed its deadline.
 LAST_SECONDS = 1.0
@@ -58,15 +59,17 @@ class Answering:
         metrics: Metrics,
         held: Held,
         threads: ThreadPoolExecutor,
+        loading: ThreadPoolExecutor,
     ):
         """
         Args:
             held: counts the bodies of all endpoints.
             threads: where bodies are parsed and prompts become tokens.
+            loading: where adapters are loaded that the bank does not hold, so that other requests find a thread.
         """
         self.read, self.shape, self.loop, self.models, self.limits = read, shape, loop, models, limits
         self.metrics, self.held = metrics, held
-        self.threads, self.tokens = threads, TokenTexts(loop.engine.tokenizer)
+        self.threads, self.loading, self.tokens = threads, loading, TokenTexts(loop.engine.tokenizer)
 
     async def __call__(self, scope, receive, send) -> None:
         outcome: Outcome = scope["state"]["outcome"]
@@ -88,18 +91,21 @@ class Answering:
             held.drop()
 
     async def _answer(self, held: HeldBody, access: Access, outcome: Outcome, send) -> None:
-        answer, until = Answer(), time.monotonic() + self.limits.timeout
+        answer, began = Answer(), asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(self.limits.timeout):
-                asked = await self._admitted(held, access, answer, outcome)
-            outcome.served = True
-            self.metrics.begin(outcome)
-            held.drop()
-            if asked.timeout is not None:
-                until = min(until, until - self.limits.timeout + asked.timeout)
-            choices = choices_of(asked, answer.streams, self.loop.engine, self.tokens)
-            writer = Writer(self.shape, asked.model, outcome.request_id, include_usage=asked.include_usage)
-            async with asyncio.timeout(until - time.monotonic()):
+            async with asyncio.timeout_at(began + self.limits.timeout) as deadline:
+                asked = await self._in_thread(self.threads, answer, self._read, held)
+                if asked.timeout is not None:
+                    deadline.reschedule(began + min(asked.timeout, self.limits.timeout))
+                found = None
+                if self.models.must_load(asked.model, access):
+                    found = await self._in_thread(self.loading, answer, self.models.resolve, asked.model, access)
+                await self._in_thread(self.threads, answer, self._open, asked, found, access, answer, outcome)
+                outcome.served = True
+                self.metrics.begin(outcome)
+                held.drop()
+                choices = choices_of(asked, answer.streams, self.loop.engine, self.tokens)
+                writer = Writer(self.shape, asked.model, outcome.request_id, include_usage=asked.include_usage)
                 give = self._stream if asked.stream else self._whole
                 await give(asked, answer, choices, writer, outcome, send)
         except TimeoutError:
@@ -111,21 +117,28 @@ class Answering:
             note_times(answer, outcome)
             self.loop.close(answer)
 
-    async def _admitted(self, held: HeldBody, access: Access, answer: Answer, outcome: Outcome) -> Asked:
-        """Parses the body and opens its streams, in a thread. A request that is given up meanwhile is closed as soon as
-        it is open; one that still waits for a thread never gets one."""
-        job = self.threads.submit(self._admit, held, access, answer, outcome)
+    async def _in_thread(self, threads: ThreadPoolExecutor, answer: Answer, call: Callable[..., T], *arguments) -> T:
+        """What a call gives. If the request is given up meanwhile, the streams that the call opens are closed at its
+        end; one that still waits for a thread never gets one."""
+        job = threads.submit(call, *arguments)
         try:
             return await asyncio.wrap_future(job)
         except asyncio.CancelledError:  # which has cancelled the job too, unless it runs
             job.add_done_callback(lambda job: self.loop.close(answer))
             raise
 
-    def _admit(self, held: HeldBody, access: Access, answer: Answer, outcome: Outcome) -> Asked:
+    def _read(self, held: HeldBody) -> Asked:
         found = json_object(held.body)
         require_few(found, self.loop.engine)
-        asked = self.read(found)
-        tenant, entry = self.models.resolve(asked.model, access)
+        return self.read(found)
+
+    def _open(self, asked: Asked, found: tuple | None, access: Access, answer: Answer, outcome: Outcome) -> None:
+        """Opens the streams of a request.
+
+        Args:
+            found: the tenant and its adapter, if they are known.
+        """
+        tenant, entry = found or self.models.resolve(asked.model, access)
         try:
             requests = engine_requests(asked, tenant, self.loop.engine, access.salt)
             self.loop.open([(request, entry) for request in requests], answer)
@@ -133,10 +146,9 @@ class Answering:
             raise refused(error, asked) from None
         outcome.tenant = tenant
         outcome.prompt_tokens = sum(len(stream.prompt_ids) for stream in answer.streams)
-        outcome.max_tokens = requests[0].max_new_tokens
+        outcome.max_tokens, outcome.choices = requests[0].max_new_tokens, len(requests) * asked.n
         if self.limits.log_prompts:
             outcome.prompt = printable(repr(asked.prompts), LOGGED)
-        return asked
 
     async def _whole(self, asked: Asked, answer: Answer, choices: dict, writer: Writer, outcome: Outcome, send) -> None:
         while any(choice.finish_reason is None for choice in choices.values()):

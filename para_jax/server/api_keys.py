@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,11 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._keys)
 
+    @property
+    def tenants(self) -> frozenset[str]:
+        """All tenants to which keys are limited."""
+        return frozenset().union(*(access.tenants or () for _, access in self._keys))
+
     def access(self, authorization: str | None) -> Access:
         """What the holder of a key may use. Raises ApiError 401 for a wrong or missing key.
 
@@ -82,13 +88,23 @@ def require_unlimited(access: Access) -> None:
         raise ApiError(403, "this needs a key that is not limited to some tenants", code="limited_key")
 
 
+def warn_of_missing(keys: ApiKeys, names: Iterable[str]) -> None:
+    """Warns of tenants of the keys that are not among these names: a misspelt one would only be a 404 for clients."""
+    missing = sorted(keys.tenants - set(names))
+    if missing:
+        shown = ", ".join(map(shorten, missing[:5])) + (" ..." if len(missing) > 5 else "")
+        warn(f"--api-key-file has keys for tenants that are not served: {shown}; check their names")
+
+
 def read_keys(file: str | Path) -> ApiKeys:
     """The keys of a file: one per line, perhaps with tenants. Lines that begin with # are left out.
 
     Raises ValueError for a file that cannot be read or has no key. Warns of one that every user of the machine can
     read.
     """
-    path = Path(expanded(file))
+    path = expanded(file)
+    if not isinstance(path, Path):
+        raise ValueError(f"--api-key-file {file}: keys are read from this machine only\ngive the path of a file")
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_FILE + 1)

@@ -54,14 +54,16 @@ def create_app(
     metrics = metrics or Metrics(engine, models)
     loop = EngineLoop(engine, metrics.count_engine_failure)
     threads = ThreadPoolExecutor(THREADS, "para-jax-server")
-    given = (loop, models, limits, metrics, Held(max(limits.all_bodies, limits.max_body)), threads)
+    loading = ThreadPoolExecutor(1, "para-jax-loading")
+    given = (loop, models, limits, metrics, Held(max(limits.all_bodies, limits.max_body)), threads, loading)
 
     @asynccontextmanager
     async def lifespan(app):
         loop.start()
         yield
         await loop.stop()
-        threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (threads, loading):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     own = [
         Route("/v1/chat/completions", Answering(read_chat, CHAT, *given), methods=["POST"]),
@@ -92,8 +94,7 @@ def list_models(models: Models, request: Request) -> Response:
 
 
 def show_model(models: Models, request: Request) -> Response:
-    tenant, _ = models.resolve(request.path_params["name"], request.state.access)
-    return JSONResponse(models.card(tenant))
+    return JSONResponse(models.card(models.tenant(request.path_params["name"], request.state.access)))
 
 
 async def health(loop: EngineLoop, request: Request) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..inference.answer_text import AnswerText, special_ids, text_of
+from ..inference.answer_text import AnswerText, text_of, word_tokens
 from ..inference.logprobs import TokenLogprob
 from ..serving.engine import Engine
 from ..serving.request import Piece
@@ -41,17 +41,11 @@ class Choice:
         self.index, self.tokens, self.finish_reason = index, tokens, None
         self._asked, self._number, self._stream, self._engine = asked, number, stream, engine
         self._text, self._ids, self._logprobs = "", [], []
-        self._begun, self._has_text_token = False, False
-        self._offsets = Offsets(engine.tokenizer, [] if asked.echo else tokens.word)
+        self._begun = False
+        self._offsets = Offsets(engine.tokenizer, () if asked.echo else word_tokens(engine.tokenizer))
 
     def put(self, piece: Piece) -> None:
         """Adds the next piece of its sample."""
-        if not self._has_text_token:
-            special = special_ids(self._engine.tokenizer, len(self._engine.tokenizer))
-            first = next((token for token in piece.tokens if token not in special), None)
-            if first is not None:
-                self._has_text_token = True
-                self._text += self.tokens.space_before(first)
         self._text += piece.text
         self._ids += piece.tokens
         self._logprobs += piece.logprobs or []
@@ -82,14 +76,12 @@ class Choice:
 class Offsets:
     """Where tokens begin in a text, one after the other."""
 
-    def __init__(self, tokenizer, before: list[int]):
+    def __init__(self, tokenizer, after: tuple[int, ...]):
         """
         Args:
-            before: tokens that the text follows.
+            after: tokens that the text follows.
         """
-        self._text, self._at = AnswerText(tokenizer, strip=False), 0
-        for token in before:
-            self._text.add(token)
+        self._text, self._at = AnswerText(tokenizer, strip=False, after=after), 0
 
     def next(self, token: int) -> int:
         start = self._at

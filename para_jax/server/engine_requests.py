@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from ..config import Variables
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, turn_stop_ids
 from ..serving.engine import Engine
 from ..serving.request import MAX_SAMPLES, Request
@@ -27,10 +28,11 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str 
         sampling = dict(asked.sampling, max_new_tokens=asked.max_tokens, cache_salt=salt)
         if asked.only_echoes and isinstance(prompt, str):
             prompt = prompt_ids(prompt, engine)
-        if asked.max_tokens is None:
-            prompt, stops = chat_ids(prompt, engine)
-            sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))
+        if asked.max_tokens is None or asked.variables:
+            prompt, stops = chat_ids(prompt, engine, asked.variables)
             sampling["stop_token_ids"] += () if sampling["ignore_eos"] else stops
+        if asked.max_tokens is None:
+            sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))
         if one_token_is_scored(asked):
             sampling["ignore_eos"] = True
         seed = None if asked.seed is None else (asked.seed + i * asked.n) % 2**32
@@ -61,13 +63,14 @@ def too_many(name: str, what: str, advice: str, engine: Engine) -> ApiError:
     return wrong_field(name, message, "context_length_exceeded")
 
 
-def chat_ids(messages, engine: Engine) -> tuple[Ids, Ids]:
+def chat_ids(messages, engine: Engine, variables: Variables) -> tuple[Ids, Ids]:
     """A chat's token ids, and the ids that end its answer."""
-    return prompt_ids(messages, engine), turn_stop_ids(engine.tokenizer, messages)
+    return prompt_ids(messages, engine, variables), turn_stop_ids(engine.tokenizer, messages)
 
 
-def prompt_ids(prompt: Prompt, engine: Engine) -> Ids:
-    return tuple(encode_prompt(engine.tokenizer, prompt, most=longest_prompt(engine), tokens=engine.max_length))
+def prompt_ids(prompt: Prompt, engine: Engine, variables: Variables | None = None) -> Ids:
+    bounds = {"most": longest_prompt(engine), "tokens": engine.max_length}
+    return tuple(encode_prompt(engine.tokenizer, prompt, **bounds, variables=variables))
 
 
 def scores(asked: Asked, number: int, prompt: Prompt | Ids) -> dict[str, int | None]:
@@ -118,7 +121,9 @@ NAMES = {"prompt_logprobs": "logprobs", "max_new_tokens": "max_tokens"}
 def refused(error: ValueError, asked: Asked) -> ApiError:
     """The engine's refusal as an error that names the client's field."""
     names = NAMES | {"max_new_tokens": asked.max_tokens_field}
-    message = re.sub("|".join(names), lambda found: names[found[0]], str(error))
+    if asked.chat and asked.logprobs:
+        names["logprobs"] = "top_logprobs"
+    message = re.sub(rf"\b({'|'.join(names)})\b", lambda found: names[found[0]], str(error))
     param = message.split(":")[0].split(" ")[0]
     long = "max_length" in message or "maximum number of tokens" in message
     code = "context_length_exceeded" if long else None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from ..config import shorten
-from ..data.examples import require_unicode
+from ..untrusted import require_unicode
 from .errors import wrong_field
 
 

@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 LEAST = -9999.0
 
 
-def chat_logprobs(tokens: TokenTexts, logprobs: list[TokenLogprob | None] | None) -> dict | None:
-    """The `logprobs` of a chat's choice; None if there are none."""
-    if not logprobs:
-        return None
+def chat_logprobs(tokens: TokenTexts, logprobs: list[TokenLogprob | None]) -> dict:
+    """The `logprobs` of a chat's choice."""
     return {"content": [chat_token(tokens, one) for one in logprobs if one is not None]}
 
 

@@ -34,6 +34,8 @@ REQUEST_SECONDS = (
     1920.0, 7680.0,
 )  # fmt: skip
 FINISH_REASONS = ("stop", "length", "abort", "error")
+#: Codes of what ends a request although the engine works.
+ABORTS = ("client_left", "timeout", "shutting_down")
 
 
 class Metrics:
@@ -192,10 +194,13 @@ class Histogram:
 
 
 def finished_reasons(outcome: Outcome) -> list[str]:
-    """vLLM's words for how the choices of a request ended. Abort: the client left, or the time was over."""
-    early = "error" if outcome.error == "engine_failed" else "abort"
-    found = [early if reason == "error" and outcome.error else reason for reason in outcome.finish_reasons]
-    return found if found or outcome.error is None else [early]
+    """vLLM's words for how the choices of a request ended. Those that an error ended early have one of ABORTS, or an
+    error of the engine."""
+    if outcome.error is None:
+        return outcome.finish_reasons
+    ended = [reason for reason in outcome.finish_reasons if reason != "error"]
+    early = "abort" if outcome.error in ABORTS else "error"
+    return ended + [early] * (outcome.choices - len(ended))
 
 
 def names_in_label(tenants: dict[str | None, int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
+from collections.abc import Callable
 
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.unknown_tenant import COMPARED
@@ -34,6 +35,8 @@ class Models:
         self._created = int(time.time())
         self._times: dict[str, int] = {}
         """when a tenant was added, if that was later"""
+        self.on_forget: Callable[[str], object] = lambda name: None
+        """called with the name of a tenant that was removed"""
         for name in self.names:
             self.require_free(name)
 
@@ -41,6 +44,11 @@ class Models:
     def names(self) -> tuple[str, ...]:
         """All tenants."""
         return self.bank.names if self.bank is not None else ()
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """All tenants, and the names of the base model."""
+        return *self.names, self.base, BASE
 
     def require_free(self, name: str) -> None:
         """Raises ValueError for a name that a tenant cannot have, because it is the base model's."""
@@ -52,24 +60,38 @@ class Models:
         self.sources[name], self._times[name] = source, int(time.time())
 
     def forget(self, name: str) -> None:
-        """Forgets the source of a tenant that was removed."""
+        """Forgets a tenant that was removed."""
         self.sources.pop(name, None)
         self._times.pop(name, None)
+        self.on_forget(name)
+
+    def tenant(self, name: str, access: Access) -> str | None:
+        """The tenant of a name; None for the base model. Raises ApiError 404 for a name that is unknown, or that this
+        client may not use: both look the same."""
+        if name in (self.base, BASE):
+            return None
+        if self.bank is None or name not in self.bank or not access.may_use(name):
+            raise ApiError(404, self._unknown(name, access), param="model", code="model_not_found")
+        return name
+
+    def must_load(self, name: str, access: Access) -> bool:
+        """Whether `resolve` has to load an adapter first."""
+        bank = self.bank
+        return bank is not None and name in bank and access.may_use(name) and not bank.holds(name)
 
     def resolve(self, name: str, access: Access) -> tuple[str | None, Entry | None]:
-        """The tenant and its adapter; (None, None) for the base model. Raises ApiError 404 for a name that is unknown,
-        or that this client may not use: both look the same."""
-        if name in (self.base, BASE):
+        """The tenant and its adapter; (None, None) for the base model. Raises ApiError 404 as `tenant` does."""
+        tenant = self.tenant(name, access)
+        if tenant is None or self.bank is None:
             return None, None
-        if self.bank is not None and access.may_use(name):
-            try:
-                return name, self.bank.entry(name)
-            except (ValueError, OSError) as error:
-                if name in self.bank:  # a bank that loads adapters when they are asked for could not load this one
-                    warn(f"server: {shorten(name)}: {printable(str(error), 1000)}")
-                    message = f"the adapter of {shorten(name)} can't be loaded; the server's log has the reason"
-                    raise ApiError(500, message, param="model", code="adapter_failed") from None
-        raise ApiError(404, self._unknown(name, access), param="model", code="model_not_found")
+        try:
+            return tenant, self.bank.entry(tenant)
+        except (ValueError, OSError) as error:
+            self.tenant(name, access)  # raises if it was removed meanwhile
+            # a bank that loads adapters when they are asked for could not load this one
+            warn(f"server: {shorten(name)}: {printable(str(error), 1000)}")
+            message = f"the adapter of {shorten(name)} can't be loaded; the server's log has the reason"
+            raise ApiError(500, message, param="model", code="adapter_failed") from None
 
     def visible(self, access: Access) -> list[str]:
         """The tenants that a client may use."""

@@ -34,6 +34,8 @@ class Outcome:
     new_tokens: int = 0
     max_tokens: int = 0
     """new tokens that each choice may have"""
+    choices: int = 1
+    """how many it asks for"""
     finish_reasons: list[str] = field(default_factory=list)
     """one per choice that has ended: stop | length | error"""
     queued: float | None = None

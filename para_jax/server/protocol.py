@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ..config import Variables, template_variables
 from ..data.examples import Ids, Prompt
 from ..serving.request import MAX_SALT, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOPS
 from .chat_messages import NO_TOOLS, NOT_COMPUTED, read_messages
@@ -64,7 +65,9 @@ COMPUTED = (
     "model", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stop_token_ids", "ignore_eos",
     "cache_salt", "stream", "stream_options", "logprobs", "timeout", *LABELS,
 )  # fmt: skip
-CHAT_FIELDS = (*COMPUTED, "messages", "max_completion_tokens", "top_logprobs", "metadata", *INERT_CHAT)
+CHAT_FIELDS = (
+    *COMPUTED, "messages", "max_completion_tokens", "top_logprobs", "metadata", "chat_template_kwargs", *INERT_CHAT,
+)  # fmt: skip
 TEXT_FIELDS = (*COMPUTED, "prompt", "echo", "best_of", "context_length", *INERT_TEXT)
 
 
@@ -95,6 +98,8 @@ class Asked(NamedTuple):
     """whether the prompt is a part of the answer"""
     context_lengths: list[int] | None = None
     """for each prompt, how many of its tokens the adapter reads as its prompt"""
+    variables: Variables = {}
+    """of the chat template; the server's own hold for others"""
 
     @property
     def chat(self) -> bool:
@@ -119,7 +124,12 @@ def read_chat(found: dict) -> Asked:
         raise wrong_field("top_logprobs", "top_logprobs needs logprobs; set logprobs to true")
     if not isinstance(metadata := fields.take("metadata") or {}, dict):
         fields.refuse("metadata", metadata, "give an object")
+    try:
+        variables = template_variables("chat_template_kwargs", fields.take("chat_template_kwargs"))
+    except ValueError as error:
+        raise wrong_field("chat_template_kwargs", str(error)) from None
     return read_rest(fields, INERT_CHAT, CHAT_FIELDS, {
+        "variables": variables,
         "prompts": [messages],
         "max_tokens": given[0] if given else None,
         "max_tokens_field": names[0] if names else "max_tokens",

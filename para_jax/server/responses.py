@@ -95,14 +95,14 @@ def chat_choice(choice: Choice, part: Part) -> dict:
     return {
         "index": choice.index,
         "message": {"role": "assistant", "content": part.text},
-        "logprobs": chat_logprobs(choice.tokens, part.logprobs),
+        "logprobs": None if part.logprobs is None else chat_logprobs(choice.tokens, part.logprobs),
         "finish_reason": part.finish_reason,
     }
 
 
 def chat_deltas(choice: Choice, part: Part) -> list[dict]:
     """The first piece of a choice comes after one that names the role."""
-    logprobs = chat_logprobs(choice.tokens, part.logprobs)
+    logprobs = chat_logprobs(choice.tokens, part.logprobs) if part.logprobs else None
     content = {"content": part.text} if part.text or logprobs else {}
     delta = {"index": choice.index, "delta": content, "logprobs": logprobs, "finish_reason": part.finish_reason}
     first = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}

@@ -17,7 +17,7 @@ from ..serving.engine import Engine
 from . import adapter_updates, page
 from .address import bound, is_loopback, url_of
 from .answering import Limits
-from .api_keys import ApiKeys, read_keys
+from .api_keys import ApiKeys, read_keys, warn_of_missing
 from .app import create_app
 from .connections import BoundedProtocol, allow_open_files
 from .engine_loop import EngineLoop
@@ -62,6 +62,7 @@ def serve(
         api_keys: the keys, or their file. None: every client may use everything.
         adapter_root: the folder from which clients may load adapters while the server runs. None: they may not.
         allow_hub: whether they may load them from the hub too.
+        limits: of each request, such as its bytes and seconds.
         drain_seconds: what open requests may take when it stops.
         stop: set it from any thread to stop the server.
         on_ready: called with the URL when requests are taken.
@@ -73,6 +74,8 @@ def serve(
     models = Models(engine.bank, model_name, sources)
     api_keys = read_keys(api_keys) if isinstance(api_keys, (str, Path)) else api_keys
     routes = [] if adapter_root is None else adapter_updates.routes(models, adapter_root, allow_hub=allow_hub)
+    if api_keys and adapter_root is None:
+        warn_of_missing(api_keys, models.all_names)
     own = taken or bound(host, port)
     if not api_keys and not is_loopback(own):
         warn("the server has no API keys, and other machines can reach it; give --api-key-file, or a loopback --host")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
-from ..data.examples import encode
 from ..data.fewest_tokens import BYTES
-from ..inference.answer_text import is_byte, text_of
+from ..inference.answer_text import is_byte
 
 
 class TokenTexts:
@@ -18,10 +15,6 @@ class TokenTexts:
         self._of_piece = byte_level if "ByteLevel" in decoder else word_piece if "ByteFallback" in decoder else None
         """the bytes of a piece of the vocabulary; None: the tokenizer's own decoding"""
         self._known: dict[int, bytes] = {}
-        self.word: list[int] = []
-        """the tokens of a text that a space may follow; none if the tokenizer's words lack it"""
-        with suppress(ValueError):
-            self.word = encode(tokenizer, "a")
 
     def bytes(self, token: int) -> bytes:
         """The bytes that the token adds to a text. A special token's are its name."""
@@ -40,14 +33,6 @@ class TokenTexts:
         """The text, marked where it is bytes written out: different tokens then have different keys more often."""
         text = self.text(token)
         return text if text.encode() == self.bytes(token) else f"bytes:{text}"
-
-    def space_before(self, token: int) -> str:
-        """The space that an answer's first token begins with, if decoding the answer alone drops it, as SentencePiece's
-        decoders do. Between a prompt and its answer it is text."""
-        alone = text_of(self._tokenizer, [token])
-        follows = text_of(self._tokenizer, [*self.word, token])[len(text_of(self._tokenizer, self.word)) :]
-        space = follows.removesuffix(alone)
-        return space if space.isspace() and follows == space + alone else ""
 
     def _bytes(self, token: int) -> bytes:
         added = self._tokenizer.added_tokens_decoder.get(token)

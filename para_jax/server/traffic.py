@@ -52,6 +52,7 @@ class Traffic:
         self._open: dict[int, tuple[Outcome, Counts]] = {}
         """what goes on, and whose counts it will be added to"""
         self._lock = threading.Lock()
+        models.on_forget = self.forget
 
     def begin(self, outcome: Outcome) -> None:
         """Counts the tokens of a request, which the engine has taken, while they come."""
@@ -67,6 +68,11 @@ class Traffic:
             for one in (counts, self._all):
                 one.requests[outcome.error or "completed"] += 1
                 one.add_tokens(outcome)
+
+    def forget(self, name: str) -> None:
+        """Drops the counts of a tenant that was removed."""
+        with self._lock:
+            self._counts.pop(name, None)
 
     def by_tenant(self) -> dict[str | None, Counts]:
         """Of the base model (None), and of each tenant that has sent a request. The last are those of OTHER, if there

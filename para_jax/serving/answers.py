@@ -8,11 +8,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from ..atomic import lock, replacing
+from ..atomic import append, lock, replacing
 from ..config import shorten
 from ..messages import say
 from ..shards import Shard, begin_part, job_shard_file
@@ -78,18 +77,14 @@ class Answers:
         """Writes an answer. It survives a kill once this returns (in a bucket some seconds later). Raises OSError,
         naming the file, if the answer can't be written completely; the file then ends with the previous answer."""
         text = json.dumps(record, ensure_ascii=False) + "\n"
-        data, written = text.encode("utf-8", "backslashreplace"), 0  # half a character becomes its JSON escape
+        data = text.encode("utf-8", "backslashreplace")  # half a character becomes its JSON escape
         if self._lines:
             self._lines.add(data)
             self.rows += 1
             return
         try:
-            while written < len(data):
-                written += self._stream.write(data[written:])
+            append(self._stream, data)
         except OSError as error:
-            if self.regular and written:
-                with suppress(OSError):  # if this fails, the next run cuts the torn line off
-                    self._stream.truncate(os.fstat(self._stream.fileno()).st_size - written)
             raise OSError(error.errno, error.strerror, str(self.file)) from None
         self.rows += 1
 

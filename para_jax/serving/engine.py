@@ -21,6 +21,7 @@ from ..backbone.transformer import Transformer
 from ..config import ModelConfig, printable, shorten
 from ..data.examples import Ids, Prompt, stop_token_ids
 from ..messages import say
+from ..model import require_backbone
 from ..sharding import mesh_of, using
 from .admission import Admission
 from .capacity import capacity
@@ -85,6 +86,8 @@ class Engine:
 
         Reports the memory that the slots need and, where the free memory is known, how many slots would fit.
         """
+        require_backbone(model)
+        require_bank(bank)
         chunk = prefill_chunk
         if chunk is None:
             chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
@@ -92,6 +95,8 @@ class Engine:
         limits = {"queue_limit": queue_limit, "queue_limit_per_tenant": queue_limit_per_tenant}
         counts = {"prefix_cache_bytes": prefix_cache_bytes, "max_logprobs": max_logprobs}
         check_sizes(sizes, limits, counts, model.config)
+        if bank is not None:
+            bank.model = model
         self.model, self.bank, self.tokenizer, self.slots, self.max_length = model, bank, tokenizer, slots, max_length
         self.queue_limit, self.queue_limit_per_tenant = queue_limit, queue_limit_per_tenant
         self.max_logprobs = max_logprobs
@@ -302,6 +307,8 @@ class Engine:
 
     def _submit(self, request: Request, entry: Entry | None, streamed: bool) -> Ticket:
         """The ticket of a request. One that cannot be served has an error and no samples."""
+        if not isinstance(request, Request):
+            raise ValueError(f"submit: {shorten(request)} is no Request; give Request(prompt, ...)")
         ticket = Ticket(request, streamed)
         self._requests.require_new(ticket.id)
         samples, error = [], None
@@ -315,6 +322,15 @@ class Engine:
                 error = printable(f"{type(raised).__name__}: {raised}")
         self._requests.add(ticket, samples, error)
         return ticket
+
+
+def require_bank(bank: object) -> None:
+    """Raises ValueError for anything but a bank, or None."""
+    if bank is not None and not isinstance(bank, AdapterBank):
+        raise ValueError(
+            f"bank is a {type(bank).__name__}; give an AdapterBank, such as AdapterBank.holding({{name: adapter}}, "
+            "model.config), or None"
+        )
 
 
 def check_sizes(sizes: dict, limits: dict, counts: dict, model: ModelConfig) -> None:

@@ -14,11 +14,10 @@ from .. import __version__
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.content import backbone_content
 from ..config import shorten
-from ..data.examples import require_unicode
 from ..data.row_files import json_problem
 from ..inference.content import ANSWERS_VERSION, writing_content
 from ..inference.sampling import derived_seed
-from ..untrusted import MAX_DEPTH, without_repeats
+from ..untrusted import MAX_DEPTH, require_unicode, without_repeats
 from .answers import MAX_LINE
 from .engine import Engine
 from .request import Request, check_request
@@ -77,7 +76,7 @@ def job_settings(engine: Engine, defaults: Request) -> dict:
     are short, the others are hashed."""
     tokenizer, bank = engine.tokenizer, engine.bank
     asked = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
-    for name in ("prompt", "id", *NOT_IN_JOBS):
+    for name in ("prompt", "id", "alone", *NOT_IN_JOBS):
         del asked[name]
     held = sorted(bank.identities()) if bank is not None else []
     return {
@@ -123,7 +122,7 @@ def line_key(by: KeyParts, id: object, request: Request, entry: Entry | None) ->
     """A hash of everything that the answers to a request depend on apart from the seeds, and of what they repeat (id,
     tenant). The engine's max_length changes no answer."""
     asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    for name in ("n", "seed", *NOT_IN_JOBS):
+    for name in ("n", "seed", *NOT_IN_JOBS, *(["alone"] if request.strip else [])):
         del asked[name]
     asked |= {"id": id, "stop": sorted(set(request.stop_texts))}
     asked |= {"temperature": float(request.temperature), "top_p": float(request.top_p)}

@@ -11,7 +11,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import replace
+from queue import Empty, SimpleQueue
 
 from ..config import shorten
 from ..inference.sampling import derived_seed
@@ -47,6 +49,8 @@ class OpenRequests:
         self.queue: FairQueue[Sample] = FairQueue()
         self.done: OrderedDict[int, Completion] = OrderedDict()
         """answers that run() has yet to give, by the sample's number"""
+        self.dropped: SimpleQueue[Ticket] = SimpleQueue()
+        """requests whose streams were dropped: to be cancelled"""
         self.torn = False
         """whether the queue is being changed; still True after an interrupt that left it halfway"""
         self._refused: dict[int, str | None] = {}
@@ -121,6 +125,18 @@ class OpenRequests:
                 self.end(sample, "error", "cancelled")
             self.news.notify_all()
         return True
+
+    def give_up(self, ticket: Ticket) -> None:
+        """Cancels a request whose stream was dropped. If this thread holds the lock, the next round does it: the
+        garbage collector then found the stream in the middle of a change."""
+        self.dropped.put(ticket)
+        if not self.lock._is_owned():  # type: ignore[attr-defined]
+            self.cancel_dropped()
+
+    def cancel_dropped(self) -> None:
+        with suppress(Empty):
+            while True:
+                self.cancel(self.dropped.get_nowait())
 
     def unstream(self, ticket: Ticket) -> None:
         """Lets run() give the answers of a request that had a stream."""

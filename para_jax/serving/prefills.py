@@ -191,8 +191,7 @@ class Prefills:
         prompt = Prompt((), [0], None, 0, [])
         self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, self._no_lanes())
         prompt.made = last.logits, *self._nothing
-        entries = self.bank.entries if self.bank else ()
-        for entry in {entry.group: entry for entry in entries if self.takes(entry)}.values():
+        for entry in filter(self.takes, self.bank.blanks() if self.bank is not None else ()):
             self._adapt([Prompt((), [0, 0], entry, 0, [])], last.entered)
         return prompt
 

@@ -47,6 +47,9 @@ class Request:
     strip: bool = True
     """whether the answer's text leaves out the white space at its ends, such as the space that training puts after a
     prompt. Its tokens, and where a stop text ends it, stay as they are"""
+    alone: bool = False
+    """decode the answer without its prompt, as lm-eval's `hf` does: with SentencePiece tokenizers (Llama 2), the space
+    before its first word is then no part of the text that `strip=False` keeps"""
     logprobs: int | None = None
     """alternatives per new token, at most the engine's max_logprobs; 0: the token's own log-probability alone; None: no
     log-probabilities"""
@@ -85,7 +88,7 @@ class Completion(NamedTuple):
     id: Hashable
     index: int
     text: str
-    """without white space at its ends"""
+    """without white space at its ends, unless the request's `strip` is False"""
     tokens: list[int]
     """without the token that ended it"""
     finish_reason: str
@@ -118,6 +121,8 @@ def check_request(request: Request) -> None:
     if isinstance(prompt, tuple):
         if not prompt or not all(is_whole(token) and token >= 0 for token in prompt):
             raise ValueError(f"prompt: {shorten(prompt[:8])} is not a tuple of token ids; give at least one id")
+    elif isinstance(prompt, list) and prompt and all(map(is_whole, prompt)):
+        raise ValueError(f"prompt: {shorten(prompt[:8])} is a list; give token ids as a tuple")
     elif not isinstance(prompt, str):
         checked_messages("prompt", prompt)
     if request.tenant is not None and not isinstance(request.tenant, str):
@@ -133,8 +138,9 @@ def check_request(request: Request) -> None:
     ids = request.stop_token_ids
     if not isinstance(ids, tuple | list) or not all(map(is_whole, ids)):
         raise ValueError(f"stop_token_ids is {shorten(ids)}; give a list of token ids")
-    if not isinstance(request.strip, bool):
-        raise ValueError(f"strip is {shorten(request.strip)}; give true or false")
+    for name, flag in (("strip", request.strip), ("alone", request.alone)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} is {shorten(flag)}; give true or false")
     salt = request.cache_salt
     if salt is not None and (not isinstance(salt, str) or not 0 < len(salt) <= MAX_SALT):
         raise ValueError(f"cache_salt is {shorten(salt)}; give a text of 1 to {MAX_SALT} characters, or None")

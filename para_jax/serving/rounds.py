@@ -87,6 +87,7 @@ class Rounds:
                 self._rows, self._waiting = [None] * len(self._rows), {}
                 self._decoder.reset()
                 self._requests.requeue()
+            self._requests.cancel_dropped()
             self.broken = True
 
     def _fill(self) -> tuple[dict[int, tuple], list[tuple[Sample, ScoredPrompt]], Exception | None]:

@@ -86,7 +86,7 @@ class Stream:
                 if not found:
                     self._advance(lambda: bool(self._pieces()))
         except GeneratorExit:
-            self.close()
+            self._requests.give_up(self._ticket)
             raise
         except BaseException:
             self._requests.unstream(self._ticket)

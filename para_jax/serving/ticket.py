@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..adapters.bank import Entry
-from ..inference.answer_text import AnswerText, stripped_text, text_of
+from ..inference.answer_text import AnswerText, text_of, word_tokens
 from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling
 from .request import Completion, Piece, Request
@@ -107,7 +107,7 @@ class Sample:
         """Decodes the text along with the tokens, if it is needed before the end."""
         stop = self.request.stop_texts
         if self.text is None and self.completion is None and (stop or self.ticket.streamed):
-            text = AnswerText(tokenizer, stop, strip=self.request.strip)
+            text = AnswerText(tokenizer, stop, strip=self.request.strip, after=self.tokens_before(tokenizer))
             for token in self.tokens:
                 text.add(token)
             self.text = text
@@ -117,11 +117,16 @@ class Sample:
         if self.text is not None:
             return str(self.text)
         try:
-            return (stripped_text if self.request.strip else text_of)(tokenizer, self.tokens)
+            text = text_of(tokenizer, self.tokens, self.tokens_before(tokenizer))
+            return text.strip() if self.request.strip else text
         except BaseException as error:
             if not (partial and is_request_error(error)):
                 raise
             return ""
+
+    def tokens_before(self, tokenizer) -> tuple[int, ...]:
+        """Tokens before the answer's, with which its text is decoded."""
+        return () if self.request.strip or self.request.alone else word_tokens(tokenizer)
 
     def piece(self, given: int) -> Piece | None:
         """What has become certain after the first `given` tokens; None for nothing."""

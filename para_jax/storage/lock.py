@@ -32,20 +32,26 @@ def bucket_lock(file: BucketPath, say: Callable[[str], None]) -> Iterator[None]:
     lost in it.
     """
     content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}).encode()
-    generation, DEADLINES[file.parent] = acquire(file, content, say)
+    generation, until = acquire(file, content, say)
     ended = threading.Event()
     renewal = Renewal(file, content, generation, ended)
     thread = threading.Thread(target=renewal.run, daemon=True, name="bucket lock")
-    thread.start()
+    process = os.getpid()
     try:
+        DEADLINES[file.parent] = until
+        thread.start()
         yield
         file.require_held()
     finally:
-        ended.set()
-        thread.join()
-        del DEADLINES[file.parent]
-        with suppress(OSError):  # another owner has it by now, or else it expires
-            file.unlink(generation=renewal.generation)
+        if process == os.getpid():  # a fork ends a copy of this, and does not hold the lock
+            ended.set()
+            try:
+                if thread.ident is not None:
+                    thread.join()
+            finally:  # also after a second Ctrl-C: an old deadline would forbid all writes
+                DEADLINES.pop(file.parent, None)
+            with suppress(OSError):  # another owner has it by now, or else it expires
+                file.unlink(generation=renewal.generation)
 
 
 def deadline() -> float:
@@ -112,7 +118,8 @@ class Renewal:
                     return
             except OSError:  # try again; after the deadline nothing else is written
                 continue
-            DEADLINES[self.file.parent] = until
+            if not self.ended.is_set():
+                DEADLINES[self.file.parent] = until
 
     def still_mine(self) -> bool:
         """Whether this process wrote the object, in a request that gcsfs sent twice."""

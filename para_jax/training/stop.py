@@ -10,11 +10,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import jax
 
+from ..messages import say
 from ..processes import is_first
 
 
@@ -38,6 +39,8 @@ class StopSignal:
     about, so a run that counted from its own first step might never reach it"""
     before: int | None = None
     """this number minus the run's step"""
+    left: StopSignal | None = None
+    """of the last run of this process, if its signal came after its last step"""
 
     def __init__(self, exit_code: int = 0):
         self.exit_code = exit_code
@@ -61,6 +64,10 @@ class StopSignal:
             if self.received is not None:
                 raise Interrupted
             yield
+        except Exception as error:  # C code makes others of an Interrupted that is raised in what it calls
+            if self.received is None:
+                raise
+            raise Interrupted from error
         finally:
             self.repeatable = False
 
@@ -73,6 +80,13 @@ class StopSignal:
     def end(self) -> NoReturn:
         """Ends a run that has saved, by KeyboardInterrupt after Ctrl-C, else by Stopped."""
         raise KeyboardInterrupt if self.received == signal.SIGINT else Stopped(self.exit_code)
+
+
+def end_if_told() -> None:
+    """Ends what runs one run after another, if the last one received a signal and had ended anyway."""
+    if StopSignal.left is not None:
+        say("stopped, and saved; the same command resumes")
+        StopSignal.left.end()
 
 
 @contextmanager
@@ -96,12 +110,15 @@ def stop_signals(given: bool = False, exit_code: int = 0) -> Iterator[StopSignal
         if is_first():
             what = "stopping; saving first" if stop.repeatable else "stopping after this step, to save"
             second = "Ctrl-C" if number == signal.SIGINT else "signal"
-            os.write(2, f"\npara-jax: {what} (a second {second} stops at once)\n".encode())
+            with suppress(OSError):  # whoever read it may have ended by the same Ctrl-C
+                os.write(2, f"\npara-jax: {what} (a second {second} stops at once)\n".encode())
         stop.handle(number, frame)
 
     for number in before:
         signal.signal(number, handle)
+    StopSignal.left = None
     try:
         yield stop
+        StopSignal.left = stop if stop.received is not None else None
     finally:
         restore()

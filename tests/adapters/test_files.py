@@ -14,8 +14,9 @@ import pytest
 import yaml
 from golden_models import FIXTURES, backbone, golden, golden_tenants, prompts, strong
 from safetensors.numpy import load_file, save_file
+from tiny_run import tokenizer
 
-from para_jax import AdapterBank, ParaConfig, forward, init_adapter, vectors
+from para_jax import AdapterBank, Engine, ParaConfig, forward, init_adapter, vectors
 from para_jax.adapters import files
 from para_jax.adapters.files import load_adapter, read_adapter_config, save_adapter
 from para_jax.adapters.folder import mend_folder
@@ -354,6 +355,10 @@ def test_other_weights_of_the_same_shape_give_a_warning(folder, recwarn):
     change_config(folder, backbone=shape | {"fingerprint": "f" * 64})
     with pytest.warns(UserWarning, match="fingerprint .*ffff"):
         load(folder, model=model)
+    bank = AdapterBank(model.config)
+    Engine(model, bank, tokenizer(), slots=1, max_length=16)
+    with pytest.warns(UserWarning, match="fingerprint .*ffff"):
+        bank.add("mine", folder)
 
 
 # --------------------------------------------------------------------------------------------------------- bad folders

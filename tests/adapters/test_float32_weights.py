@@ -43,7 +43,7 @@ def test_an_adapter_of_the_command_line_answers_the_same_alone_and_in_a_bank(mod
 
 @pytest.mark.filterwarnings("ignore:a bfloat16 backbone")
 def test_an_adapter_of_lm_eval_answers_as_it_does_alone(model, folder, alone, monkeypatch):
-    monkeypatch.setattr(para_lm, "load_tokenizer", lambda source: tokenizer())
+    monkeypatch.setattr(para_lm, "load_tokenizer", lambda *_: tokenizer())
     options = {"dtype": "bfloat16", "batch_size": 1, "max_length": 32, "allow_cpu": True}
     asked = para_lm.ParaLM.from_source(LLAMA, str(folder), **options)
     assert apart(model, asked.engine.bank, alone) < 0.05

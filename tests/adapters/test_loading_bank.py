@@ -117,6 +117,7 @@ def test_a_request_to_an_adapter_that_is_held_does_not_wait_for_one_that_is_load
             slow = [pool.submit(bank.entry, "b") for _ in range(2)]
             assert begun.wait(60)
             assert bank.entry("a") is held and not slow[0].done()
+            assert bank.holds("a") and not bank.holds("b") and "b" in bank
         finally:
             go_on.set()
         assert slow[0].result() is slow[1].result()

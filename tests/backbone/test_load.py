@@ -130,6 +130,16 @@ def test_the_end_tokens_of_a_generation_config_count_too(own, more, ends, tmp_pa
     assert load_model_config(folder).eos_token_ids == load_backbone(folder).config.eos_token_ids == ends
 
 
+def test_a_penalty_that_other_libraries_apply_is_named(tmp_path, capsys):
+    folder = folder_of(tmp_path, changed())
+    penalty = {"repetition_penalty": 1.05, "suppress_tokens": [3]}
+    for settings, named in ((penalty, 2), ({"repetition_penalty": 1.0, "suppress_tokens": []}, 0)):
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        load_backbone(folder)
+        said = capsys.readouterr().err
+        assert said.count("is not applied") == named and ("repetition_penalty 1.05" in said) == bool(named)
+
+
 @pytest.mark.parametrize("content", [b'{"eos_token_id": "</s>"}', b'{"eos_token_id": [true]}', b"[2]"])
 def test_a_wrong_generation_config_is_named(content, tmp_path):
     folder = folder_of(tmp_path, changed())

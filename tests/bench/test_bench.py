@@ -126,6 +126,7 @@ def test_random_weights_have_the_shape_that_is_named():
     assert np.isfinite(logits).all() and logits.std() > 0.1
 
 
+@pytest.mark.long
 def test_the_training_step_is_measured_by_what_the_backward_pass_keeps(monkeypatch):
     monkeypatch.setitem(devices.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
     measured = bench.BENCHMARKS["train"](BACKBONE, **TRAIN, packed=2, random=True, remat=("dots", "block"))
@@ -144,6 +145,7 @@ def test_the_training_step_is_measured_by_scope(monkeypatch):
     assert measured["ratios"]["(IA)^3, 9 + 3: response / all"] == paired(measured["rounds"], sides[3], sides[2])
 
 
+@pytest.mark.long
 def test_packing_is_measured_with_the_padding_that_it_removes(tmp_path):
     backbone_folder(tmp_path / "backbone")
     data = write_rows(tmp_path / "train.jsonl", rows_of_text(40, seed=0))
@@ -156,6 +158,7 @@ def test_packing_is_measured_with_the_padding_that_it_removes(tmp_path):
     assert measured["ratios"]["packed / 1 bucket"] == paired(measured["rounds"], "packed", "1 bucket")
 
 
+@pytest.mark.long
 def test_the_step_of_many_tenants_is_measured_against_one(monkeypatch):
     monkeypatch.setattr(bench_tenants, "METHODS", {"(IA)^3": bench_tenants.METHODS["(IA)^3"]})
     measured = bench.BENCHMARKS["tenants"](BACKBONE, rows=(1,), rounds=2)
@@ -280,7 +283,12 @@ def test_a_record_goes_through_a_pipe_or_a_link_and_replaces_a_file_whole(tmp_pa
     (tmp_path / "link").symlink_to(tmp_path / "a" / "record.json")
     write_record(tmp_path / "link", {"a": 2})
     assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "a" / "record.json").read_text()) == {"a": 2}
-    check_record_file("--output", Path("/dev/null"))
+    with pytest.raises(ValueError, match="link: it holds no results, and would be overwritten"):
+        check_record_file("--output", tmp_path / "link")
+    (tmp_path / "empty").touch()
+    write_record(tmp_path / "again", {"command": "x"})
+    for name in ("empty", "again", "/dev/null"):
+        check_record_file("--output", tmp_path / name)
     write_record(Path("/dev/null"), {"a": 3})
     assert Path("/dev/null").is_char_device()
 

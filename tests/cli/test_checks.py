@@ -59,6 +59,10 @@ MISTAKES = [
         "--output run.yaml: run.yaml is a file, not a folder",
     ),
     ("evaluate run.yaml --split validation --output run.yaml", "--output run.yaml: run.yaml is a file, not a folder"),
+    ("evaluate run.yaml --split validation --output runs/mine", r"--output runs/mine is the folder of a run \(config"),
+    ("evaluate run.yaml --split validation --output runs/mine/adapter", "--output runs/mine/adapter .* of an adapter"),
+    ("evaluate run.yaml --results data/train.jsonl", "--results data/train.jsonl: .* would be overwritten"),
+    ("train run.yaml --results runs/quick/tenants/tenants.json", "--results runs/quick.* would be overwritten"),
     ("generate", "generate takes prompts or a file"),
     (
         "generate --prompt a --backbone model --adapter runs/nope",

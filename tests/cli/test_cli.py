@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 from golden_models import FIXTURES, strong
 from safetensors.numpy import load_file, save_file
 from tiny_gguf import write_gguf
-from tiny_run import backbone_folder, write_rows
+from tiny_run import backbone_folder, tokenizer, write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 
 import para_jax.adapters.folder
@@ -34,7 +35,8 @@ from para_jax import (
     save_adapter,
 )
 from para_jax.bench.record import report
-from para_jax.cli import main, parse, parser, plot
+from para_jax.cli import main, parse, parser, plot, serve
+from para_jax.data.examples import encode_prompt
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = """
@@ -227,6 +229,15 @@ def test_one_prompt_prints_only_the_answer_and_options_change_it(folder, capsys)
     assert capsys.readouterr().out == greedy[0][: greedy[0].index(f"w{third}")] + "\n"
 
 
+def test_options_that_change_nothing_are_named(folder, capsys):
+    assert command(*generate_line(folder, "--top-k", 5)) == 0
+    assert "warning: --temperature is 0, " in capsys.readouterr().err
+    assert command(*generate_line(folder, "--top-k", 5, "--temperature", 1)) == 0
+    assert "warning" not in capsys.readouterr().err
+    command(*generate_line(folder, "--chat-template-kwargs", '{"a": 1}'))
+    assert "warning: --chat-template-kwargs: not used without --chat" in capsys.readouterr().err
+
+
 def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_path, capsys):
     """Each as with its adapter alone; the base model's answer is that without one."""
     adapters = {"ours": trained / "adapter", "loud": tmp_path / "loud"}
@@ -247,6 +258,89 @@ def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_pat
     assert command(*line) == 0
     shown = capsys.readouterr().out
     assert shown == "".join(f"> [{name}] w20 w30\n{alone[name]}\n\n" for name in ("loud", "base", "ours"))
+
+
+@pytest.fixture(scope="module")
+def moody(folder, tmp_path_factory):
+    """The backbone with a chat template that begins an answer with the variable `mood`, else w7."""
+    moody = tmp_path_factory.mktemp("moody")
+    chats = deepcopy(tokenizer())
+    chats.chat_template = MOODS
+    shutil.copytree(folder / "backbone", moody / "backbone")
+    chats.save_pretrained(moody / "backbone")
+    return moody
+
+
+MOODS = (
+    "{% set begins = mood | default('w7') + ' ' %}"
+    "{% for m in messages %}{{ (begins if m.role == 'assistant' else '') + m.content + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ begins }}{% endif %}"
+)
+
+
+def test_chats_are_rendered_with_the_variables_of_the_command_or_the_config(folder, moody, trained, tmp_path, capsys):
+    adapter = ["--adapter", trained / "adapter"]
+    assert command(*generate_line(moody, *adapter, "--prompt", "w20 w30 w7", "--prompt", "w20 w30 w9")) == 0
+    expected = capsys.readouterr().out.splitlines()[4::3]
+    variables = "--chat-template-kwargs", '{"mood": "w9"}'
+    found = []
+    for options in ([], variables):
+        assert command(*generate_line(moody, *adapter, "--chat", *options)) == 0
+        found.append(capsys.readouterr().out.strip())
+    assert found == expected and found[0] != found[1]
+    exported = []
+    for prompt in (["w20 w30 w9"], ["w20 w30", "--chat", *variables], ["w20 w30", "--chat"]):
+        line = (
+            "export",
+            adapter[1],
+            "--prompt",
+            *prompt,
+            "--backbone",
+            moody / "backbone",
+            "--output",
+            tmp_path / "out",
+        )
+        assert command(*line, "--allow-cpu") == 0
+        exported.append((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
+    assert exported[0] == exported[1] != exported[2] and capsys.readouterr()
+    write_rows(tmp_path / "text.jsonl", [{"prompt": "w20 w30 w9", "completion": "w5 w6"}])
+    write_rows(tmp_path / "chat.jsonl", [{"prompt": [{"role": "user", "content": "w20 w30"}], "completion": "w5 w6"}])
+    line = ("evaluate", folder / "run.yaml", f"backbone.source={moody}/backbone", *adapter)
+    scores = []
+    for data, options in (
+        ("text", []),
+        ("chat", variables),
+        ("chat", ["data.chat_template_kwargs={mood: w9}"]),
+        ("chat", []),
+    ):
+        assert command(*line[:3], f"data.test={tmp_path}/{data}.jsonl", *options, *line[3:]) == 0
+        scores.append(capsys.readouterr().out)
+    assert scores[0] == scores[1] == scores[2] != scores[3]
+
+
+def test_the_server_renders_chats_with_the_variables_of_its_command(moody):
+    quick = ["--slots", "1", "--max-length", "32", "--allow-cpu", "--no-compilation-cache"]
+    variables = ["--chat-template-kwargs", '{"mood": "w9"}']
+    engine = serve.engine_of(parse(["serve", "--backbone", str(moody / "backbone"), *quick, *variables]), {})
+    ids = encode_prompt(engine.tokenizer, [{"role": "user", "content": "w20 w30"}])
+    assert ids == [20, 30, 9]
+
+
+@pytest.mark.long
+def test_training_on_chats_with_variables_is_training_on_the_texts_that_they_make(folder, moody, tmp_path, capsys):
+    words = [(f"w{20 + i} w{30 + i}", f"w{i + 5}") for i in range(20)]
+    write_rows(tmp_path / "text.jsonl", [{"prompt": f"{said} w9", "completion": answer} for said, answer in words])
+    chats = [{"prompt": [{"role": "user", "content": said}], "completion": answer} for said, answer in words]
+    write_rows(tmp_path / "chat.jsonl", chats)
+    line = ("train", folder / "run.yaml", f"backbone.source={moody}/backbone", "eval.test=false", "train.max_steps=2")
+    made = {}
+    for data, options in {"text": [], "chat": ["data.chat_template_kwargs={mood: w9}"]}.items():
+        run = tmp_path / f"run-{data}"
+        assert command(*line, f"data.train={tmp_path}/{data}.jsonl", f"output_dir={run}", *options) == 0
+        made[data] = (run / "adapter" / WEIGHTS).read_bytes()
+    assert made["text"] == made["chat"]
+    assert """`load_tokenizer(base, '{"mood": "w9"}')`""" in (run / "adapter" / "README.md").read_text()
+    capsys.readouterr()
 
 
 def test_generate_over_several_devices_answers_as_on_one(folder, trained, capsys):
@@ -576,6 +670,9 @@ def test_an_adapter_for_another_backbone_is_refused(capsys, folder, adapter, tmp
         (["--stop", ""], r"stop is \[''\]"),
         (["--prompt", ""], "prompt is missing or empty"),
         (["--chat"], "the tokenizer has no chat template"),
+        (["--chat-template-kwargs", '{"a": 1}'], "chat_template_kwargs.*backbone has no chat template"),
+        (["--chat-template-kwargs", "a=1"], "--chat-template-kwargs.*JSON object.*a=1"),
+        (["--chat-template-kwargs", '{"tools": 1}'], "--chat-template-kwargs.*'tools'"),
     ],
 )
 def test_generate_names_a_wrong_option(capsys, folder, options, said):

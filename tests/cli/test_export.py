@@ -53,7 +53,10 @@ def test_a_method_of_peft_is_copied_with_the_hub_id_of_its_base(tmp_path, export
     assert (config_of(out)["base_model_name_or_path"], config_of(out)["revision"]) == ("me/other", "v1")
     assert front_of(out)[0]["base_model"] == "me/other"
     code, said = export("--prompt", "w5")
-    assert code == 2 and "the same for every prompt\nleave --prompt out" in said
+    assert code == 2 and "the same for every prompt" in said and "leave --prompt out" in said
+    for option in (["--chat"], ["--chat-template-kwargs", "{}"], ["--backbone", "me/other"]):
+        code, said = export(*option)
+        assert code == 2 and f"leave {option[0]} out" in said
 
 
 def test_para_is_exported_for_its_prompt(tmp_path, export):
@@ -61,6 +64,12 @@ def test_para_is_exported_for_its_prompt(tmp_path, export):
     save_adapter(para, tmp_path / "adapter", base_model=str(folder), model=model)
     code, said = export()
     assert code == 2 and "reads the prompt" in said and "--prompt" in said
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    code, said = export("--prompt", "w11", "--output", str(tmp_path / "x" / ".." / "adapter"))
+    assert code == 2 and "is the adapter itself, which the export would replace" in said
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    _, said = export("--prompt", "w5", "--chat-template-kwargs", '{"a": 1}', "--output", str(tmp_path / "adapter"))
+    assert "warning: --chat-template-kwargs: not used without --chat" in said
     assert export("--prompt", "w11 w200\\nw37", "--base-model", "me/llama", "--allow-cpu")[0] == 0
     exported, tokens = load_adapter(tmp_path / "out", model.config), np.array([[11, 200, 37, 9, 10]], np.int32)
     np.testing.assert_allclose(forward(model, exported, tokens, 1), forward(model, para, tokens, 3), atol=2e-4)

@@ -83,6 +83,13 @@ def test_text_overrides_are_literal(given, taken):
     assert config.data.prompt == config.data.completion == taken
 
 
+def test_a_comment_in_a_text_is_refused_because_it_would_be_lost():
+    for text in ("output_dir=runs/a #1", "data.train=data/b # c"):
+        assert "YAML takes the # for a comment" in error(text)
+    assert load_config(None, ["output_dir='runs/a #1'"]).output_dir == "runs/a #1"
+    assert load_config(None, ["output_dir=runs/a#1", "train.max_steps=3 # steps"]).output_dir == "runs/a#1"
+
+
 def test_other_overrides_are_yaml():
     config = load_config(
         None, ["train.max_steps=null", "eval.test=true", "backbone.dtype=float32", "train.learning_rate=1"]

@@ -2,8 +2,10 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import datasets
+import pyarrow.parquet
 import pytest
 import tiny_tokenizers
 from tiny_run import write_rows
@@ -12,6 +14,8 @@ from para_jax.config import DataSection
 from para_jax.data import token_cache
 from para_jax.data.given import with_data
 from para_jax.data.records import load_records, read_records
+from para_jax.data.row_files import read_rows
+from para_jax.data.sources import source_of
 from para_jax.data.training_data import load_training_data
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -26,7 +30,7 @@ def quiet(tmp_path, monkeypatch):
 
 def saved(tmp_path, kind, rows=ROWS):
     """The rows as data.train, and the place of the first."""
-    data, folder = datasets.Dataset.from_list(rows), tmp_path / "folder"
+    data, folder = rows if isinstance(rows, datasets.Dataset) else datasets.Dataset.from_list(rows), tmp_path / "folder"
     file = tmp_path / "x.parquet"
     if kind == "file":
         data.to_parquet(file)
@@ -85,6 +89,53 @@ def test_the_token_cache_holds_parquet_and_saved_folders(tmp_path, monkeypatch):
 def test_images_are_left_out(tmp_path):
     rows = [{"prompt": "a", "completion": "b", "image": {"bytes": b"\xff\x00", "path": "x.png"}}]
     assert len(read_records(saved(tmp_path, "file", rows)[0])) == 1
+
+
+def section_of(tmp_path, kind, data):
+    """A data section whose data.train is this datasets.Dataset: from disk, or from Python."""
+    if kind in ("given", "table"):
+        return with_data(DataSection(), data if kind == "given" else data.with_format("arrow")[:])
+    return DataSection(train=str(saved(tmp_path, kind, data)[0]))
+
+
+@pytest.mark.parametrize("kind", ["file", "hub", "dataset", "given", "table"])
+def test_images_in_lists_and_bytes_are_not_read_unless_they_are_asked_for(tmp_path, kind):
+    image, text = datasets.Image(), datasets.Value("string")
+    bad = {"bytes": b"\xff\x00", "path": None}  # can't be decoded
+    kinds = dict(prompt=text, completion=text, images=datasets.List(image), image=image, x=datasets.Value("binary"))
+    row = {"prompt": "a", "completion": "b", "images": [bad], "image": bad, "x": b"\xff"}
+    section = section_of(tmp_path, kind, datasets.Dataset.from_list([row], features=datasets.Features(kinds)))
+    assert [record[:2] for record in load_records(section, "train")] == [("a", "b")]
+    with pytest.raises(ValueError, match="0.*: x is not UTF-8 text"):
+        load_records(replace(section, prompt="{x}"), "train")
+
+
+@pytest.mark.parametrize("kind", ["file", "hub", "dataset", "given", "table"])
+def test_a_column_of_json_holds_what_its_texts_say(tmp_path, kind):
+    """`load_dataset` makes such columns of JSON lines where the types of rows differ."""
+    calls = [{"type": "function", "function": {"name": "f", "arguments": value}} for value in ({"a": 1}, {"b": "c"})]
+    chats = [[*CHAT, CHAT[0], {"role": "tool", "content": "d", "calls": [call]}, CHAT[1]] for call in calls]
+    own = datasets.Json()
+    features = datasets.Features(messages=datasets.List(own), completion=own, parts={"q": own}, n=own)
+    rows = [{"messages": chat, "completion": "yes", "parts": {"q": [1]}, "n": None} for chat in chats]
+    section = section_of(tmp_path, kind, datasets.Dataset.from_list(rows, features=features))
+    found = [row for _, row in source_of(section, "train").rows()] if kind != "file" else None
+    found = found or [row for _, row in read_rows(tmp_path / "x.parquet")]
+    assert [{"n": None, **row} for row in found] == rows
+    asked = replace(section, prompt="q", completion="{completion}")
+    assert {record.completion for record in load_records(asked, "train")} == {"yes"}
+
+
+def test_a_wrong_json_text_and_a_repeated_column_are_named(tmp_path):
+    table = pyarrow.table({"x": pyarrow.array(["1", "{"], pyarrow.json_())})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x.parquet\[1\]: .*x is not JSON"):
+        list(read_rows(tmp_path / "x.parquet"))
+    twice = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, tmp_path / "x.parquet")
+    for read in (lambda: read_records(tmp_path / "x.parquet"), lambda: with_data(DataSection(), twice)):
+        with pytest.raises(ValueError, match="the column 'prompt' is there twice"):
+            read()
 
 
 def test_what_is_damaged_is_named(tmp_path):

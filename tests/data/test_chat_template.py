@@ -9,9 +9,11 @@ import time
 import pytest
 import tiny_tokenizers
 
-from para_jax.data import chat_template, examples
-from para_jax.data.chat_template import TemplateError, render_template, template_process
-from para_jax.data.examples import encode_prompt, render, stop_token_ids, turn_stop_ids
+from para_jax.data import chat_template, chats
+from para_jax.data.chat_template import TemplateError, render_template, template_process, with_variables
+from para_jax.data.chats import render
+from para_jax.data.examples import encode_prompt, stop_token_ids, turn_stop_ids
+from para_jax.data.tokenizer import set_variables
 
 USER = {"role": "user", "content": "where is <my> parcel?"}
 CHAT = [{"role": "system", "content": "é"}, USER, {"role": "assistant", "content": "no"}]
@@ -49,6 +51,40 @@ def test_a_chat_is_rendered_as_by_transformers(template, more):
 def test_the_last_message_can_be_continued_as_by_transformers():
     tokenizer, more = tiny_tokenizers.plain(), {"add_generation_prompt": False, "continue_final_message": True}
     assert render(tokenizer, CHAT, **more) == tokenizer.apply_chat_template(CHAT, tokenize=False, **more)
+
+
+VALUES = {"flag": False, "count": -3, "part": 0.5, "style": "é 'x' \"y\" \\ \n %} }} \U0001f600", "nothing": None}
+READS = [
+    "{% if flag is defined and flag is false %}no{% endif %}{{ count + 1 }}{{ part }}{{ style }}{{ nothing is none }}",
+    "\n  {%- for m in messages %}{{ m.content }}{% if not flag %}[{{ style }}]{% endif %}{% endfor %}",
+    "\n{% macro turn(m) %}{{ m.content ~ style }}{% endmacro %}{{ turn(messages[0]) }}",
+    "{% set flag = not flag %}{{ flag }}{{ 'yes' if flag else 'no' }}",
+    "{% if flag is not defined %}{% set flag = true %}{% endif %}{{ flag }}{{ count }}",
+]
+
+
+@pytest.mark.parametrize("template", READS)
+def test_variables_are_those_that_transformers_would_give(template):
+    tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template=template)
+    expected = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True, **VALUES)
+    assert tokenizer.decode(encode_prompt(tokenizer, CHAT, variables=VALUES)) == expected
+    set_variables(tokenizer, {name: value for name, value in VALUES.items() if name in template}, "here")
+    assert render(tokenizer, CHAT, add_generation_prompt=True) == expected
+    changed = {"flag": True, "style": "new"}
+    tokenizer.chat_template = with_variables(template, VALUES)
+    again = render_template(tokenizer.chat_template, CHAT, add_generation_prompt=True, **changed)
+    assert again == render_template(template, CHAT, add_generation_prompt=True, **VALUES | changed)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "template", "self", "eos_token", "loop", "if", "true"])
+def test_a_variable_of_any_name_ends_in_a_text_or_a_template_error(name):
+    tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template=ECHO + "{# " + name + " #}")
+    set_variables(tokenizer, {name: 1}, "here")
+    for variables in ({}, {name: 1}):
+        try:
+            assert encode_prompt(tokenizer, [USER], variables=variables)
+        except TemplateError as error:
+            assert name in ("if", "true", "self"), error
 
 
 HOSTILE = {
@@ -164,7 +200,7 @@ def test_a_text_is_encoded_and_ended_without_the_template(monkeypatch):
     def never(*_, **__):
         raise AssertionError("the template was rendered")
 
-    monkeypatch.setattr(examples, "render_templates", never)
+    monkeypatch.setattr(chats, "render_templates", never)
     tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template="{{ 1 / 0 }}")
     assert encode_prompt(tokenizer, "Answer:") and stop_token_ids(tokenizer, (7,)) == (tokenizer.eos_token_id, 7)
     assert turn_stop_ids(tokenizer, "Answer:") == turn_stop_ids(tokenizer, (3, 4)) == ()

@@ -76,6 +76,13 @@ def test_a_wrong_row_is_an_error_that_names_file_and_line(tmp_path, text, said):
         read_records(tmp_path / "x.csv")
 
 
+def test_a_name_in_the_header_may_have_a_newline(tmp_path):
+    (tmp_path / "x.csv").write_text('prompt,completion,"two\nlines"\na,b,c\n"d\n",e,f\n')
+    found = read_records(tmp_path / "x.csv", completion="{two\nlines}", prompt="{prompt}")
+    assert [(record.prompt, record.completion) for record in found] == [("a", "c"), ("d\n", "f")]
+    assert [record.place.rpartition(":")[2] for record in found] == ["3", "4"]
+
+
 def test_other_encodings_and_endless_rows_are_refused(tmp_path, monkeypatch):
     file = tmp_path / "x.csv"
     file.write_bytes("prompt,completion\na,b\n".encode("utf-16"))

@@ -9,7 +9,7 @@ from para_jax.data import encode_batch
 from para_jax.data.encode_batch import encode_examples
 from para_jax.data.examples import encode_example
 
-KINDS = ("plain", "with_bos", "own_space", "adds_eos", "adds_both")
+KINDS = ("plain", "with_bos", "own_space", "moved_system", "adds_eos", "adds_both")
 USER, BOT = {"role": "user", "content": "where is my parcel?"}, {"role": "assistant", "content": "the movie"}
 TEXTS = [
     ("Message: where is my parcel?\nTeam:", "shipping"),
@@ -58,6 +58,14 @@ def tokenizer(request):
 def test_batch_encoding_equals_encoding_one_by_one(tokenizer, pairs, monkeypatch):
     monkeypatch.setattr(encode_batch, "RENDERED_AT_ONCE", 3)
     assert encode_examples(tokenizer, pairs) == [encode_example(tokenizer, *pair) for pair in pairs]
+
+
+def test_so_are_chats_whose_system_message_moves(monkeypatch):
+    monkeypatch.setattr(encode_batch, "RENDERED_AT_ONCE", 3)
+    tokenizer, system = tokenizer_of("moved_system"), {"role": "system", "content": "Be brief."}
+    pairs = [*CHATS, *(([system, *prompt], completion) for prompt, completion in CHATS)]
+    assert encode_examples(tokenizer, pairs) == [encode_example(tokenizer, *pair) for pair in pairs]
+    assert encode_examples(tokenizer, pairs)[0].prompt_ids != encode_examples(tokenizer, pairs)[len(CHATS)].prompt_ids
 
 
 def test_so_are_random_texts(tokenizer):

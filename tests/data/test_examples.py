@@ -25,6 +25,7 @@ SAMPLES = [
     ("Wo ist mein Paket? 日本", "größer ☃"),
     ([USER], "shipping"),
     ([USER, {"role": "assistant", "content": "the movie"}, {"role": "user", "content": "yes?"}], "no way"),
+    ([USER, {"role": "assistant", "content": ""}, USER], "shipping"),  # the model had ended its answer at once
 ]
 
 
@@ -69,6 +70,18 @@ def test_a_prompt_has_the_tokenizers_bos_once():
         assert tokenizer.bos_token_id not in encode_completion(tokenizer, [USER], "yes")
 
 
+@pytest.mark.parametrize("kind", ["with_bos", "own_space", "moved_system"])
+def test_a_text_that_begins_with_bos_gets_no_second_one(kind):
+    tokenizer = getattr(tiny_tokenizers, kind)()  # the last adds no BOS itself
+    bos = tokenizer.bos_token_id
+    for written in (1, 2):
+        ids = encode_prompt(tokenizer, tokenizer.bos_token * written + "Answer:" + tokenizer.eos_token)
+        assert ids[:written] == [bos] * written and ids.count(bos) == written
+        assert ids.count(tokenizer.eos_token_id) == 1
+    rendered = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert encode_prompt(tokenizer, rendered) == encode_prompt(tokenizer, [USER])
+
+
 def test_an_answers_opening_is_what_the_template_begins_every_answer_with():
     openings = [answer_opening(getattr(tiny_tokenizers, kind)(), [USER]) for kind in (*KINDS, "thinking")]
     assert openings == ["", "", "", "<think>\n\n</think>"]
@@ -108,6 +121,27 @@ def test_the_end_token_of_a_turn_is_in_the_loss_and_ends_generation(kind, end):
     assert encode_completion(tokenizer, [USER], "yes")[-1] == end_id
     assert set(stop_token_ids(tokenizer, (3,))) == {3, tokenizer.eos_token_id}
     assert turn_stop_ids(tokenizer, [USER]) == (end_id,)
+
+
+def test_a_template_may_move_the_system_message_to_the_last_question():
+    tokenizer, system = tiny_tokenizers.moved_system(), {"role": "system", "content": "Be brief."}
+    chat, short = [system, USER, {"role": "assistant", "content": "no"}], USER | {"content": "INST"}
+    for prompt in ([system, USER], [*chat, short], [USER]):
+        example = encode_example(tokenizer, prompt, "shipping")
+        assert tokenizer.decode(example.prompt_ids) == tokenizer.apply_chat_template(prompt, tokenize=False)
+        assert tokenizer.decode(example.completion_ids) == "shipping</s>"
+
+
+def test_a_turn_that_does_not_follow_its_prompt_is_an_error_also_with_a_system_message():
+    tokenizer, system = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>"), {"role": "system", "content": "Be."}
+    texts = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    mode = "{% set mode = '<think>' if messages[0]['role'] == 'system' else '' %}"
+    asks = "{% if add_generation_prompt %}{{ 'assistant:' + mode }}{% endif %}"
+    refuses = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    for template in (mode + texts + asks, mode + refuses + texts + asks, texts + "{{ messages | length }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="does not start with its generation prompt"):
+            encode_example(tokenizer, [system, USER], "yes")
 
 
 def test_a_template_without_an_end_token_gets_eos():

@@ -22,6 +22,7 @@ KINDS = {
     "datasets": datasets.Dataset.from_list,
     "of arrays": lambda rows: datasets.Dataset.from_list(rows).with_format("numpy"),
     "arrow": pa.Table.from_pylist,
+    "arrow batch": pa.RecordBatch.from_pylist,
     "numpy": lambda rows: [row | {"label": np.int64(row["label"]), "score": np.float32(0)} for row in rows],
 }
 
@@ -66,6 +67,16 @@ def test_the_places_of_training_data_name_the_row():
     assert list(data.places)[2] == 'data["train"] row 2'
 
 
+def test_hidden_labels_are_seen_without_decoding_images():
+    kinds = {"prompt": datasets.Value("string"), "image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}
+    row = {"prompt": "a", "image": {"bytes": b"\xff", "path": None}}
+    data = {
+        split: datasets.Dataset.from_list([row | {"label": label}], features=datasets.Features(kinds))
+        for split, label in (("train", 0), ("validation", 0), ("test", -1))
+    }
+    assert list(with_data(DataSection(), data).given) == ["train", "validation"]
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -77,6 +88,10 @@ def test_the_places_of_training_data_name_the_row():
         ({"train": ROWS, "dev": ROWS}, "keys train, dev; "),
         ({"prompt": ["a"], "completion": ["b"]}, "keys prompt, completion; .*list of dicts"),
         ({}, "keys none"),
+        (
+            pd.DataFrame([["a", "b", "c"]], columns=["prompt", "completion", "prompt"]),
+            "data: .*'prompt' is there twice",
+        ),
     ],
 )
 def test_data_of_another_kind_is_refused(data, said):

@@ -14,6 +14,7 @@ from para_jax.data.hf import find_split, parse_hf
 from para_jax.data.records import encode_records, load_records, read_records
 from para_jax.data.sources import files_of, source_of
 from para_jax.data.training_data import load_training_data
+from para_jax.evaluation.tasks import warn_of_replaced
 from para_jax.inspect import data_lines
 
 TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "
@@ -100,7 +101,7 @@ def test_the_field_gives_the_split_unless_the_source_names_one(tmp_path):
     assert source_of(parts, "test") is None
 
 
-def test_a_test_split_with_hidden_labels_is_replaced_by_validation(tmp_path):
+def test_a_test_split_with_hidden_labels_is_replaced_by_validation(tmp_path, capsys):
     features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["n", "p"])})
     folder = tmp_path / "sst2"
     folder.mkdir()
@@ -108,7 +109,12 @@ def test_a_test_split_with_hidden_labels_is_replaced_by_validation(tmp_path):
         rows = [{"sentence": split, "label": label}]
         datasets.Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
     section = DataSection(train=f"hf:{folder}", test=f"hf:{folder}", task="sst2")
-    assert load_records(section, "test")[0].prompt.startswith("validation")
+    found = load_records(section, "test")
+    assert found[0].prompt.startswith("validation")
+    warn_of_replaced(f"hf:{folder}::validation", found)
+    assert capsys.readouterr().err == ""
+    warn_of_replaced(section.test, found)
+    assert f"warning: hf:{folder}: there is no test split with labels" in capsys.readouterr().err
     assert source_of(DataSection(train=f"hf:{folder}"), "test") is None
 
 

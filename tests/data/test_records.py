@@ -54,7 +54,7 @@ def test_references_and_label_of_a_conversation_are_those_of_its_last_answer(tmp
     ]
 
 
-@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "thinking"])
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "reasoning", "thinking"])
 def test_an_answer_with_more_than_content_is_refused_because_that_would_not_be_learnt(tmp_path, key):
     more = BOT | {key: [{"function": {"name": "f"}}]}
     for row in (
@@ -92,6 +92,14 @@ def test_tools_are_refused_because_no_prompt_would_have_them(tmp_path, name):
             read_records(write(tmp_path, row | {name: [{"type": "function"}]}))
     (made,) = read_records(write(tmp_path, {"q": "a", name: "b"}), prompt="{q}", completion=f"{{{name}}}")
     assert made.completion == "b"  # a template may use any column
+
+
+def test_variables_of_a_row_are_refused_because_the_template_would_not_get_them(tmp_path):
+    for row in ({"messages": [USER, BOT]}, {"prompt": [USER], "completion": [BOT]}):
+        none = [row | {"chat_template_kwargs": value} for value in (None, {}, {"a": None, "b": []})]
+        assert len(read_records(write(tmp_path, *none))) == 3
+        with pytest.raises(ValueError, match="data.jsonl:1: chat_template_kwargs .*data.chat_template_kwargs"):
+            read_records(write(tmp_path, row | {"chat_template_kwargs": {"enable_thinking": False}}))
 
 
 def test_templates_read_any_columns(tmp_path):
@@ -145,6 +153,8 @@ def test_a_task_reads_its_published_rows(tmp_path):
         ({"prompt": ["a"], "completion": "b"}, "not a message"),
         ({"prompt": [USER], "completion": [USER]}, "one assistant message"),
         ({"prompt": [USER], "completion": [BOT, BOT]}, "one assistant message"),
+        ({"prompt": [USER], "completion": [BOT | {"weight": 0}]}, "completion has weight 0"),
+        ({"prompt": "a", "completion": [BOT]}, "completion is a message and prompt is text"),
         ({"prompt": "a", "completion": "b", "references": "b"}, "references .*list of texts"),
         ({"messages": [USER]}, "role assistant"),
         ({"messages": []}, "role assistant"),

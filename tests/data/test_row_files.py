@@ -1,6 +1,8 @@
 """Which kind of data file it is, by name and content, and the files of a folder."""
 
+import gzip
 import json
+import zipfile
 
 import pytest
 import tiny_tokenizers
@@ -76,3 +78,29 @@ def test_the_token_cache_tells_kinds_of_files_apart(tmp_path, monkeypatch):
         found.append(data.examples[0])
     assert found[0] == found[2] != found[1]
     assert len(list((tmp_path / "cache" / "para_jax" / "tokens").glob("*.tokens"))) == 2
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_another_encoding_is_named_and_a_mark_of_utf_8_is_read(tmp_path, ending):
+    file, text = tmp_path / f"x{ending}", '{"prompt": "\u00e9", "completion": "b"}\n'
+    text = text if ending == ".jsonl" else f"[{text}]"
+    file.write_bytes(text.encode("utf-8-sig") * (2 if ending == ".jsonl" else 1))  # as `cat` joins files of Windows
+    assert {record.prompt for record in read_records(file)} == {"\u00e9"}
+    for encoding in ("utf-16", "latin-1"):  # PowerShell's > writes UTF-16
+        file.write_bytes(text.encode(encoding))
+        with pytest.raises(
+            ValueError, match=r"x.json.*: not .*JSON.*: it is not UTF-8 text .*; save the file as UTF-8"
+        ):
+            read_records(file)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+def test_a_packed_file_is_named(tmp_path, ending):
+    file = tmp_path / f"x{ending}"
+    file.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}'))
+    with pytest.raises(ValueError, match="x.* is a gzip file; unpack it"):
+        read_records(file)
+    with zipfile.ZipFile(file, "w") as packed:
+        packed.writestr("xl/workbook.xml", "")
+    with pytest.raises(ValueError, match="x.* is a zip file, as .xlsx is; "):
+        read_records(file)

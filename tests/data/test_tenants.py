@@ -1,5 +1,6 @@
 """Tenants of a folder by their names, and each one's share of the batches."""
 
+import datasets
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ def write(file, rows=1):
 def test_subfolders_and_jsonl_files_are_tenants(tmp_path):
     write(tmp_path / "acme" / "train.jsonl", 2)
     write(tmp_path / "acme" / "validation.jsonl", 3)
-    write(tmp_path / "Globex-2.1_x.jsonl")
+    write(tmp_path / "Globex-2.1_x.JSONL")  # as Windows may write it
     for other in (".hidden.jsonl", "README.md", ".git/train.jsonl"):
         write(tmp_path / other)
     found = tenant_sections(tmp_path, DataSection(max_seq_length=9, validation="elsewhere.jsonl"))
@@ -60,6 +61,21 @@ def test_links_in_a_tenant_folder_are_refused(tmp_path, kind):
     link.symlink_to(to)
     with pytest.raises(ValueError, match="a link"):
         tenant_sections(root, DataSection())
+
+
+@pytest.mark.parametrize("kind", ["dataset", "dict"])
+def test_a_link_in_a_data_set_of_save_to_disk_is_refused(tmp_path, kind):
+    data = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    for name in ("acme", "globex"):
+        made = data if kind == "dataset" else datasets.DatasetDict(train=data)
+        made.save_to_disk(tmp_path / name)
+    assert list(tenant_sections(tmp_path, DataSection())) == ["acme", "globex"]
+    theirs = next((tmp_path / "acme").rglob("*.arrow"))
+    own = tmp_path / "globex" / theirs.relative_to(tmp_path / "acme")
+    own.unlink()
+    own.symlink_to(theirs)
+    with pytest.raises(ValueError, match="globex.*arrow is a link"):
+        tenant_sections(tmp_path, DataSection())
 
 
 def test_wrong_tenant_folders_are_named(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_rows_are_the_same_however_many_are_read_at_once(data_dir, monkeypatch):
 
 def test_a_field_is_plain_python():
     field = {"text": [b"K\xc3\xb6ln", np.bytes_(b"b")], "start": np.array([1, 2], np.int32), "flag": np.bool_(True)}
-    found = plain(field | {"n": np.int64(3), "words": np.array([b"x"], object)}, "place")
+    found = plain(field | {"n": np.int64(3), "words": np.array([b"x"], object)})
     assert found == {"text": ["Köln", "b"], "start": [1, 2], "flag": True, "n": 3, "words": ["x"]}
     assert type(found["n"]) is int and type(found["flag"]) is bool and type(found["text"][1]) is str
 
@@ -160,6 +161,13 @@ def test_a_test_split_with_hidden_labels_becomes_validation(data_dir):
         assert load_records(asked, "test") == load_records(asked, "validation")
     with pytest.raises(ValueError, match=r"tfds:glue/sst2:test\[0\]: label .*-1"):
         load_records(section(data_dir, None, test="tfds:glue/sst2:test", task="sst2"), "test")
+
+
+def test_a_validation_split_that_is_scored_as_the_test_data_is_named(data_dir, tmp_path, capsys):
+    run = run_config(tmp_path, "data.train=tfds:glue/rte", f"data.data_dir={data_dir}", "eval.metric=null")
+    for source, count in (("tfds:glue/rte", 1), ("tfds:glue/rte:validation", 0)):
+        task_of_run(replace(run, data=replace(run.data, test=source)), "test", tokenizer())
+        assert capsys.readouterr().err.count(f"warning: {source}: there is no test split with labels") == count
 
 
 def test_a_test_split_with_labels_is_the_test_data(tmp_path):

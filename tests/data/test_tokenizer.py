@@ -1,12 +1,13 @@
 import json
 
 import pytest
-from tiny_tokenizers import byte_level, own_space, plain
+from tiny_tokenizers import MAY_THINK, byte_level, own_space, plain
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from para_jax.data.examples import encode_prompt
-from para_jax.data.tokenizer import load_tokenizer
+from para_jax.config import load_config
+from para_jax.data.examples import answer_opening, encode_example, encode_prompt
+from para_jax.data.tokenizer import load_tokenizer, run_tokenizer
 
 
 def test_a_damaged_tokenizer_folder_is_a_one_line_error(tmp_path):
@@ -134,3 +135,39 @@ def test_a_file_that_is_too_large_for_a_tokenizer_is_not_read(tmp_path, name):
         file.truncate(2**33)
     with pytest.raises(ValueError, match=f"{name} is larger than"):
         load_tokenizer(tmp_path)
+
+
+def folder_of(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+THOUGHT = "<think>\n\n</think>\n\n"
+
+
+def test_a_tokenizer_renders_chats_with_the_variables_that_it_was_loaded_with(tmp_path):
+    special = ["<|im_start|>", "<|im_end|>"]
+    folder = folder_of(byte_level(special, eos_token="<|im_end|>", chat_template=MAY_THINK), tmp_path)
+    chat, answer = [{"role": "user", "content": "yes or no"}], "yes"
+    plain, quiet = load_tokenizer(folder), load_tokenizer(folder, {"enable_thinking": False})
+    expected = plain.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert expected.endswith(THOUGHT) and quiet.decode(encode_prompt(quiet, chat)) == expected
+    found, before = encode_example(quiet, chat, answer), encode_example(plain, chat, answer)
+    assert sum(found, []) == sum(before, []), "the thought goes from the completion to the prompt"
+    assert quiet.decode(found.completion_ids) == "yes<|im_end|>" and answer_opening(quiet, chat) == ""
+    assert answer_opening(plain, chat) == THOUGHT.strip()
+    config = load_config(None, [f"backbone.source={folder}", "data.chat_template_kwargs={enable_thinking: false}"])
+    assert run_tokenizer(config).chat_template == quiet.chat_template != plain.chat_template
+
+
+def test_variables_that_a_template_does_not_read_are_refused(tmp_path):
+    folder = folder_of(plain(), tmp_path / "chats")
+    with pytest.raises(ValueError, match=r"chat_template_kwargs: .*chats reads no enable_thinking"):
+        load_tokenizer(folder, {"enable_thinking": False})
+    with pytest.raises(ValueError, match="chat_template_kwargs: 'messages'"):
+        load_tokenizer(folder, {"messages": False})
+    bare = folder_of(byte_level(["</s>"], eos_token="</s>"), tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"chat_template_kwargs.*bare has no chat template"):
+        load_tokenizer(bare, '{"enable_thinking": false}')
+    assert load_tokenizer(bare, {}).chat_template is None

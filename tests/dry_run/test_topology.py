@@ -111,6 +111,7 @@ def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
     assert sum(found.collectives.values()) > sum(found.program.collectives.values())
 
 
+@pytest.mark.long
 def test_with_scope_response_the_dry_run_says_how_long_completions_may_be_and_compiles_that(config):
     config = replace(config, adapter=replace(config.adapter, scope="response"))
     config = replace(config, data=replace(config.data, max_seq_length=64), train=replace(config.train, remat="none"))

@@ -24,7 +24,7 @@ from para_jax.cli import main
 from para_jax.config import save_config
 from para_jax.data.records import read_records
 from para_jax.evaluation.answers import Answerer
-from para_jax.evaluation.folder import Options, read_own_tasks
+from para_jax.evaluation.task_questions import Options, read_own_tasks
 from para_jax.evaluation.tasks import EvalTask
 
 
@@ -85,10 +85,13 @@ def test_a_killed_evaluation_goes_on_and_loses_no_answer(folder, whole, tmp_path
         [sys.executable, "-m", "para_jax.cli", *command(folder, output)],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    file = output / "answers.jsonl"
-    while child.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < goal):
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
+    file, until = output / "answers.jsonl", time.monotonic() + 300
+    try:
+        while child.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < goal):
+            assert time.monotonic() < until, "it wrote too few answers"
+            time.sleep(0.002)
+    finally:
+        child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     kept = file.read_bytes()
     assert goal <= kept.count(b"\n") < len(lines(whole)) and not (output / "A.json").exists()
@@ -172,6 +175,7 @@ def test_two_metrics_of_one_file_are_two_tasks(folder, whole, tmp_path, capsys):
         assert ("have one name: give the folder of one, or rename it" in said) == (str(tmp_path / "free") in twice[1])
 
 
+@pytest.mark.long
 def test_long_prompts_lose_their_start_and_a_line_says_how_many(folder, tmp_path, capsys):
     long = {"prompt": words([*range(20, 200)] * 4), "completion": "w9"}
     for completions in (["w9", "w10 w11"], ["w9"]):
@@ -208,6 +212,14 @@ def test_a_config_and_a_backbone_with_tasks_give_the_same_scores(folder, whole, 
     assert alone["loss"] == pytest.approx(scores["A"]["test"]["loss,none"], rel=1e-5)
 
 
+def test_what_files_as_tasks_do_not_use_is_named(folder, config, tmp_path, capsys):
+    given = ["data.prompt=w7 {prompt}", "eval.metric=loss", "eval.batch_size=4", "--tasks", str(folder / "labels")]
+    assert main([*config, *given, "--chat", "--num-fewshot", "2", "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert "warning: data.prompt, eval.metric: not used" in said and "data.test" in said
+    assert "--chat: not used" in said and "--num-fewshot: not used" in said
+
+
 def test_options_of_the_model_change_the_config(config, tmp_path):
     given = ["--dtype", "bfloat16", "--rows", "3", "--seed", "7", "--results", str(tmp_path / "e.json")]
     assert main([*config, *given]) == 0
@@ -216,12 +228,12 @@ def test_options_of_the_model_change_the_config(config, tmp_path):
     assert found["runtime"]["allow_cpu"] and not found["runtime"]["compilation_cache"]
 
 
-def test_one_adapter_goes_to_a_folder_without_the_base_model(folder, config, tmp_path):
-    output = ["--output", str(tmp_path / "out")]
-    assert main([*config, "--adapter", str(folder / "A" / "adapter"), *output]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "A.json", "answers.jsonl", "table.csv", "table.md"
-    }  # fmt: skip
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_one_adapter_goes_to_a_folder_without_the_base_model(folder, config, tmp_path, bucket, kind):
+    output = (tmp_path if kind == "folder" else bucket) / "of-one-adapter"
+    assert main([*config, "--adapter", str(folder / "A" / "adapter"), "--output", str(output)]) == 0
+    assert {path.name for path in output.iterdir()} == {"A.json", "answers.jsonl", "table.csv", "table.md"}
+    assert kind == "folder" or not (output / "answers.jsonl" / ".lock").exists()
 
 
 def test_shuffled_prompts_score_in_a_folder_as_evaluate_scores_them(folder, whole, tmp_path, capsys):

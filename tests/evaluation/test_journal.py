@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from para_jax import atomic
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.questions import Scored, Written
 
@@ -52,10 +53,42 @@ def test_a_line_without_an_end_is_read_within_bounds(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_an_error_with_the_files_name(tmp_path):
     journal = Journal(tmp_path / "answers.jsonl")
-    journal._stream = open("/dev/full", "a")  # noqa: SIM115
+    journal._stream = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     with pytest.raises(OSError, match="No space left .*answers.jsonl"):
         journal.add("k", Scored(-1.0, True))
     assert "k" not in journal
+
+
+def test_a_disk_that_gets_full_within_a_line_takes_no_part_of_it(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    code = (
+        "import resource, signal, sys\nfrom pathlib import Path\n"
+        "from para_jax.evaluation.journal import Journal; from para_jax.evaluation.questions import Written\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); journal = Journal(Path(sys.argv[1]))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+        "def full():\n"
+        "    try:\n        [journal.add(str(i), Written('x' * 300, 1)) for i in range(9)]\n"
+        "    except OSError as error:\n        return error\n"
+        "kept = full(); assert 'answers.jsonl' in str(kept)\n"  # keeps the journal, as a notebook keeps its last error
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "Journal(Path(sys.argv[1])).add('next', Written('y', 1))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(file)], check=True)
+    found = Journal(file)
+    assert len(found) == 3 and found["1"] == Written("x" * 300, 1) and found["next"] == Written("y", 1)
+
+
+def test_a_closed_journal_is_unlocked_and_takes_no_answers(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    journal, other = Journal(file), Journal(file)
+    journal.close()
+    journal.close()
+    with pytest.raises(ValueError, match="answers.jsonl: .*closed"):
+        journal.add("k", Scored(-1.0, True))
+    other.add("k", Scored(-1.0, True))
+    other.close()
+    with file.open() as stream:
+        atomic.lock(stream, file)
 
 
 def test_every_cut_of_a_journal_keeps_its_whole_lines(tmp_path):

@@ -242,15 +242,22 @@ def test_a_killed_shard_is_taken_over_by_another_host_from_a_bucket(
         line = [sys.executable, "-c", code, *command(there, there, there / f"out-{index}", *given)]
         return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    first, output = start(0, "a"), there / "out-0"
-    while first.poll() is None and len(list((output / "answers.jsonl").glob("*.jsonl"))) < 8:
-        time.sleep(0.01)
-    first.send_signal(signal.SIGKILL)
+    first, output, until = start(0, "a"), there / "out-0", time.monotonic() + 300
+    try:
+        while first.poll() is None and len(list((output / "answers.jsonl").glob("*.jsonl"))) < 8:
+            assert time.monotonic() < until, "it wrote too few answers"
+            time.sleep(0.01)
+    finally:
+        first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL and (output / "answers.jsonl" / ".lock").exists()
     (output / "answers.jsonl" / ".lock").unlink()  # as if a minute had passed
     for index, disk in ((0, "b"), (1, "c")):
         second = start(index, disk)
-        assert second.wait(timeout=120) == 0, second.stderr.read()
+        try:
+            _, errors = second.communicate(timeout=120)
+        finally:
+            second.kill()
+        assert second.returncode == 0, errors
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "d"))
     merge_folders([there / "out-0", there / "out-1"], there / "merged")
     assert (there / "merged/table.csv").read_bytes() == (one / "table.csv").read_bytes()

@@ -76,6 +76,8 @@ def test_squad_s_exact_match_is_that_of_normalised_words(prediction, expected):
         ("#### 7 #### 18", "18", 1),
         ("a loss of -3", "-3", 1),
         ("a loss of -$3", "-3", 1),
+        ("a loss of \N{MINUS SIGN}3", "-3", 1),
+        ("a loss of \N{MINUS SIGN}3", "3", 0),
         ("10-3", "3", 1),  # a minus between two numbers is no sign
         ("(10)-3", "3", 1),
         ("it is .5", "0.5", 1),

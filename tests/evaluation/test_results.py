@@ -34,6 +34,11 @@ def test_an_output_folder_of_another_backbone_or_program_is_refused(whole, tmp_p
     (output / "A.json").write_bytes(b"not JSON")
     with pytest.raises(ValueError, match="A.json does not hold results of an evaluation"):
         check_results(output, names, content)  # nothing says that this folder is an evaluation's
+    for name in ("config.yaml", "adapter_config.json"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"--output {tmp_path} is the folder of an? .*{name}"):
+            check_results(tmp_path, ["none.json"], content)
+        (tmp_path / name).unlink()
     monkeypatch.setattr(result_files, "LARGEST", 1000)
     with pytest.raises(ValueError, match="B.json does not hold results of an evaluation"):
         check_results(output, ["B.json"], content)

@@ -26,7 +26,7 @@ from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.evaluate import Tasks
 from para_jax.evaluation.likelihood import continuation_scores
 from para_jax.evaluation.questions import Likelihood
-from para_jax.evaluation.shapes import OpenShapes, batch_rows, plan_shapes
+from para_jax.evaluation.shapes import OpenShapes, batch_rows, plan_shapes, say_evaluation
 from para_jax.evaluation.tasks import EvalTask, encode_task
 from para_jax.inference import generate
 from para_jax.inference.generate import generate_tokens, next_token
@@ -171,6 +171,21 @@ def test_a_fresh_adapter_scores_as_the_backbone_to_the_bit(metric, config):
     base, neutral = (score(one, task) for one in (None, fresh))
     assert neutral == base and neutral.stderr == base.stderr
     assert score(strong(fresh, 1), task).loss != base.loss
+
+
+@pytest.mark.parametrize(
+    ("splits", "advice"),
+    [
+        (["test"], "; eval.test_limit scores fewer examples"),
+        (["validation"], "; eval.limit scores fewer examples"),
+        (["validation", "test"], "; eval.limit and eval.test_limit score fewer examples"),
+    ],
+)
+def test_a_run_names_the_limits_of_the_splits_that_it_scores(splits, advice, caplog):
+    caplog.set_level("INFO", logger="para_jax")
+    encoded = encode_task(task_of("exact_match", LENGTHS[:2]), tokenizer())
+    say_evaluation({split: [encoded] for split in splits}, batch_size=8)
+    assert caplog.messages[-1].endswith(advice)
 
 
 # --------------------------------------------------------------------------------------------------- all devices' rows

@@ -8,8 +8,8 @@ from para_jax import ParaConfig, evaluate, init_adapter, load_backbone
 from para_jax.backbone.load import load_model_config
 from para_jax.data.records import Record
 from para_jax.data.tokenizer import load_tokenizer
-from para_jax.evaluation.folder import Options, questions_of_run
 from para_jax.evaluation.questions import Scored
+from para_jax.evaluation.task_questions import Options, questions_of_run
 from para_jax.evaluation.tasks import file_task, task_of_run
 
 

@@ -16,7 +16,7 @@ PLAIN = (
     {"prompt": "where is my parcel?", "completion": "shipping"},
     {"prompt": "the quick fox", "completion": " jumps", "references": ["jumps", "leaps"], "label": 3},
     {"prompt": [{"role": "user", "content": "hello"}], "completion": "yes"},
-    {"prompt": "a\nb", "completion": [{"role": "assistant", "content": "no"}]},
+    {"prompt": [{"role": "user", "content": "a\nb"}], "completion": [{"role": "assistant", "content": "no"}]},
 )
 MESSAGES = (
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},

@@ -41,7 +41,7 @@ class Worker:
                 if outcome is not None:
                     break
         except EOFError:
-            self.child.join()
+            self.child.join(SECONDS)
             return Outcome("traceback", f"the process died with code {self.child.exitcode}: {self.stop()}")
         kind, detail, spent = outcome
         if spent:

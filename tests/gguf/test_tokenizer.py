@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoTokenizer
 
 from para_jax.data.tokenizer import load_tokenizer
 from para_jax.gguf.convert import convert_gguf
+from para_jax.gguf.file import GgufFile
 
 TEXTS = [
     "Message: where is my parcel?\nTeam: shipping",
@@ -40,7 +42,8 @@ def test_a_chat_templates_control_tokens_are_one_id_each(tmp_path):
 
 
 PIECES = {
-    "default": ["in", "Ġ2024", ",", "Ġit", "'s", "ĠĠ", "ĠIT", "'", "S"],
+    "default": ["in", "Ġ", "202", "4", ",", "Ġit", "'", "s", "ĠĠ", "ĠIT", "'", "S"],
+    "gpt-2": ["in", "Ġ2024", ",", "Ġit", "'s", "ĠĠ", "ĠIT", "'", "S"],
     "smollm": ["in", "Ġ", "2", "0", "2", "4", ",", "Ġit", "'s", "ĠĠ", "ĠIT", "'", "S"],
     "llama-bpe": ["in", "Ġ", "202", "4", ",", "Ġit", "'s", "ĠĠ", "ĠIT", "'S"],
     "qwen2": ["in", "Ġ", "2", "0", "2", "4", ",", "Ġit", "'s", "ĠĠ", "ĠIT", "'S"],
@@ -53,6 +56,22 @@ def test_text_is_cut_as_the_pre_tokenizer_says(tmp_path, pre):
     made = load_tokenizer(byte_level_gguf(tmp_path / "m.gguf", pre=pre))
     cuts = made.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in 2024, it's   IT'S")
     assert [piece for piece, _ in cuts] == PIECES[pre]
+
+
+def test_a_file_that_does_not_say_how_to_cut_text_is_read_as_llama_cpp_reads_it_with_a_warning(tmp_path, caplog):
+    made = load_tokenizer(without_pre(tmp_path / "m.gguf"))
+    assert re.search(r"m\.gguf: .*no tokenizer\.ggml\.pre, so text is split in llama\.cpp's default way", caplog.text)
+    cuts = made.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in 2024, it's   IT'S")
+    assert [piece for piece, _ in cuts] == PIECES["default"]
+
+
+def without_pre(path):
+    """A file from an old converter: its metadata name no pre-tokenizer."""
+    byte_level_gguf(path)
+    held = path.read_bytes()
+    assert held.count(b"tokenizer.ggml.pre") == 1
+    path.write_bytes(held.replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.old"))
+    return path
 
 
 def test_an_unknown_pre_tokenizer_or_model_is_named(tmp_path):
@@ -70,6 +89,7 @@ def test_an_unknown_pre_tokenizer_or_model_is_named(tmp_path):
         ({"add_bos_token": True, "add_eos_token": True}, True, True),
         ({"pre": "llama-bpe"}, True, False),
         ({"pre": "llama-bpe", "add_bos_token": False}, False, False),
+        ({"pre": "tekken"}, True, False),
     ],
 )
 def test_bos_and_eos_are_added_as_the_file_says(tmp_path, metadata, begins, ends):
@@ -150,6 +170,15 @@ def test_a_llama_vocabulary_merges_by_score_with_byte_fallback(tmp_path):
         assert made.convert_ids_to_tokens(ids) == reference_pieces("▁" + text.replace(" ", "▁"), scores)
         assert made.decode(ids) == text
     assert made("dab<table>\n").tokens() == ["<s>", "▁", "dab", "<table>", "▁", "<0x0A>"]
+
+
+def test_a_llama_vocabulary_without_ids_of_special_tokens_has_those_of_llama_cpp(tmp_path):
+    said = {f"{kind}_token_id": None for kind in ("unknown", "bos", "eos")}
+    path, _ = sentencepiece_gguf(tmp_path / "m.gguf", control=["<unk>", "<s>", "</s>"], spaces=[], **said)
+    made = load_tokenizer(path)
+    assert (made.unk_token_id, made.bos_token_id, made.eos_token_id) == (0, 1, 2)
+    assert GgufFile(path).config["eos_token_id"] == 2
+    assert made("abc").tokens()[0] == "<s>"
 
 
 def test_a_gemma_vocabulary_has_tokens_for_runs_of_spaces(tmp_path):

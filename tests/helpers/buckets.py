@@ -26,7 +26,9 @@ def start():
     server.server = SimpleNamespace(HTTPServer=Threads, BaseHTTPRequestHandler=http.server.BaseHTTPRequestHandler)
     running = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET)
     running.start()
+    until = time.monotonic() + 60
     while running._api._httpd is None:
+        assert time.monotonic() < until, "the emulator did not start"
         time.sleep(0.001)
     return running, running._api._httpd.server_address[1]
 

@@ -12,10 +12,10 @@ from tiny_run import tokenizer
 
 from para_jax import Engine, serve
 
-#: Each turn is its words, and the answer's turn begins with w7. </s> ends it.
+#: Each turn is its words, and the answer's turn begins with w7, or `mood`. </s> ends it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] + (' </s> ' if message['role'] == 'assistant' else ' ') }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'w7 ' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ mood | default('w7') + ' ' }}{% endif %}"
 )
 SLOTS, LENGTH, QUEUE, QUEUE_PER_TENANT = 3, 40, 12, 8
 

@@ -104,6 +104,8 @@ def write_vocabulary(path, tokens, types, *, arch="llama", **metadata):
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     for key, value in metadata.items():
+        if value is None:
+            continue
         add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[
             type(value)
         ]
@@ -131,7 +133,7 @@ def byte_level_gguf(path, **metadata):
     tokens = sorted(state["vocab"], key=state["vocab"].get)
     types = [CONTROL if token.startswith("<|") else NORMAL for token in tokens]
     merges = [" ".join(merge) for merge in state["merges"]]
-    settings = {"model": "gpt2", "pre": "default", "merges": merges, "bos_token_id": 0, "eos_token_id": 1}
+    settings = {"model": "gpt2", "pre": "gpt-2", "merges": merges, "bos_token_id": 0, "eos_token_id": 1}
     return write_vocabulary(
         path, tokens, types, **(settings | {"padding_token_id": 1, "chat_template": CHATML} | metadata)
     )

@@ -28,9 +28,21 @@ THINK = CHATML.replace(  # Qwen3's: the last turn says that nothing was thought
     "('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '') + message['content'] + "
     "'<|im_end|>",
 )
+MAY_THINK = THINK.replace(  # Qwen3's too: with enable_thinking=false the prompt says that nothing is thought
+    "assistant\n' }}{% endif",
+    "assistant\n' + ('' if enable_thinking | default(true) else '<think>\n\n</think>\n\n') }}{% endif",
+)
 INST = (  # Llama 2's: no generation prompt, the turn starts with a space and ends in EOS
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token"
     " }}{% else %}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+
+MOVED = (  # Mistral's, of Nemo: the system message is written into the last message, if that is the user's
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}{{ bos_token }}"
+    "{% for message in messages if message['role'] != 'system' %}{% if message['role'] == 'assistant' %}"
+    "{{ message['content'] + eos_token }}{% else %}"
+    "{{ '[INST]' + (system + '\n\n' if system and loop.last else '') + message['content'] + '[/INST]' }}{% endif %}"
+    "{% endfor %}"
 )
 
 
@@ -51,6 +63,13 @@ def with_bos():
     """A byte-level BPE that puts BOS before each text, and whose chat turns end in a token that is not EOS."""
     special = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
     return byte_level(special, bos=True, bos_token="<bos>", eos_token="<eos>", chat_template=TURNS)
+
+
+@cache
+def moved_system():
+    """A byte-level BPE whose chat template writes the system message into the last user's message."""
+    special = ["<s>", "</s>", "[INST]", "[/INST]"]
+    return byte_level(special, bos_token="<s>", eos_token="</s>", chat_template=MOVED)
 
 
 @cache

@@ -12,11 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, evaluate, generate, init_adapter
+from para_jax.data.examples import encode_continuation
 from para_jax.data.records import Record
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.questions import Generation
 from para_jax.evaluation.tasks import EvalTask
-from para_jax.inference.answer_text import INVALID, LONGEST_TAIL, AnswerText, stripped_text, text_of
+from para_jax.inference.answer_text import INVALID, LONGEST_TAIL, AnswerText, stripped_text, text_of, word_tokens
 from para_jax.serving.jobs import run_job
 
 KINDS = {
@@ -36,9 +37,9 @@ TEXTS = [
 ]
 
 
-def written(tokenizer, tokens, stop=(), strip=True):
+def written(tokenizer, tokens, stop=(), strip=True, after=()):
     """The answer's text, and how many tokens it took, with all laws about its pieces checked."""
-    text, taken, ended = AnswerText(tokenizer, stop, strip=strip), 0, False
+    text, taken, ended = AnswerText(tokenizer, stop, strip=strip, after=after), 0, False
     for token in tokens:
         ended = text.add(token)
         taken += 1
@@ -58,6 +59,8 @@ def test_the_pieces_joined_are_the_text_of_all_tokens(kind, data):
     texts = st.sampled_from(TEXTS).map(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     tokens = sum(data.draw(st.lists(st.one_of(texts, ids.map(lambda one: [one])), max_size=12)), [])
     assert written(tokenizer, tokens, strip=False)[0] == text_of(tokenizer, tokens)
+    word = word_tokens(tokenizer)
+    assert written(tokenizer, tokens, strip=False, after=word)[0] == text_of(tokenizer, tokens, word)
     assert written(tokenizer, tokens)[0] == stripped_text(tokenizer, tokens) == text_of(tokenizer, tokens).strip()
 
 
@@ -99,6 +102,25 @@ def test_an_answer_has_no_white_space_at_its_ends(text, stop, shown):
     found, _, ended, given = written(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], stop)
     assert found == shown and ended == bool(stop)
     assert "".join(given) == shown
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("said", [" parcel? 日本", "    return", "  ", "it", "\n  two"])
+def test_a_text_after_a_word_is_what_follows_a_prompt(kind, said):
+    """SentencePiece's decoder drops the first space of an answer that it decodes alone."""
+    tokenizer, prompt = KINDS[kind](), "where is my"
+    ids, before = encode_continuation(tokenizer, said), tokenizer(prompt)["input_ids"]
+    followed = text_of(tokenizer, before + ids)[len(text_of(tokenizer, before)) :]
+    word = word_tokens(tokenizer)
+    assert text_of(tokenizer, ids, word) == written(tokenizer, ids, strip=False, after=word)[0] == followed
+    assert written(tokenizer, ids, after=word)[0] == stripped_text(tokenizer, ids)
+    found, taken, ended, _ = written(tokenizer, ids, (followed[:2] or "x",), strip=False, after=word)
+    assert found == "" and ended == bool(followed) and taken <= len(ids)
+
+
+def test_a_tokenizer_may_lack_the_word():
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"one": 0, "two": 1})))
+    assert word_tokens(made) == () and text_of(made, [1], word_tokens(made)) == "two"
 
 
 def test_half_a_character_is_never_shown():

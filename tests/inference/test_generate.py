@@ -11,7 +11,18 @@ from golden_models import backbone, golden, golden_tenants, strong
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from para_jax import AdapterBank, Engine, ParaConfig, Request, forward, generate, init_adapter, pick, stack_adapters
+from para_jax import (
+    AdapterBank,
+    Engine,
+    ParaConfig,
+    Request,
+    adapt,
+    forward,
+    generate,
+    init_adapter,
+    pick,
+    stack_adapters,
+)
 from para_jax.inference.draw import NO_TOKEN, row_keys, sample
 from para_jax.inference.generate import generate_tokens, next_token
 from para_jax.inference.sampling import Sampling
@@ -280,6 +291,8 @@ def test_wrong_arguments_are_named_before_anything_is_computed(model, tokenizer,
     arguments = {"prompts": ["w7", "w7 w8"]} | options
     with pytest.raises(ValueError, match=message):
         generate(model, arguments.pop("prompts"), tokenizer=tokenizer, **arguments)
+    with pytest.raises(ValueError, match="model.backbone, and model.adapter"):
+        generate(adapt(model, ParaConfig(r=4)), ["w7"], tokenizer=tokenizer)
 
 
 def test_rows_of_another_number_or_backbone_are_refused(model, tenants):

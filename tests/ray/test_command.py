@@ -16,6 +16,10 @@ def test_options_reach_the_command_as_they_were_given():
     stops = ["-", "two words", "\n", "a=b"]
     options = parsed(arguments("generate", [], [], {"stop": stops, "temperature": 0.5, "tenant": "t"}))
     assert (options.stop, options.temperature, options.tenant) == (stops, 0.5, ["t"])
+    assert parsed(arguments("evaluate", [], [], {"chat": True})).chat  # of lm-eval's tasks; generate's is for --prompt
+    assert parsed(arguments("generate", [], [], {"adapter": "runs/a/adapter"})).adapter == "runs/a/adapter"
+    given = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert parsed(arguments("serve", [], [], given)).chat_template_kwargs == '{"enable_thinking": false}'
 
 
 @pytest.mark.parametrize(
@@ -24,7 +28,10 @@ def test_options_reach_the_command_as_they_were_given():
         ("evaluate", {"task": ["a"]}, "evaluate_on_ray has no option task; did you mean tasks?"),
         ("evaluate", {"zzz": 1}, "evaluate_on_ray has no option zzz; the options are "),
         ("evaluate", {"shard": "0/3"}, "no option shard"),
+        ("evaluate", {"limit": [3, 4]}, "evaluate_on_ray: limit is [3, 4]; give one value"),
         ("generate", {"output": "x"}, "no option output"),
+        ("generate", {"chat": True}, "no option chat"),
+        ("serve", {"slot": 3}, "serve_app has no option slot; did you mean slots?"),
         ("generate", {"top_k": "some"}, "argument --top-k: invalid int value: 'some'"),
         ("generate", {"dtype": "float8"}, "argument --dtype: invalid choice: 'float8'"),
     ],

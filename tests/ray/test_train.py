@@ -79,10 +79,12 @@ def test_a_run_that_loses_a_worker_ends_with_the_bits_of_the_run_without_ray(own
     assert [ended.code for ended in run_two(*plain, *COORDINATOR, **environment)] == [0, 0]
 
     killed = []
-    killer = threading.Thread(target=kill_one, args=(Path(config.output_dir) / "checkpoints", environment, killed))
+    killer = threading.Thread(
+        target=kill_one, args=(Path(config.output_dir) / "checkpoints", environment, killed), daemon=True
+    )
     killer.start()
     ended = train_on_ray(config, scaling={"num_workers": 2}, environment=environment)
-    killer.join()
+    killer.join(60)
     assert len(killed) == 2 and result(folder / "plain") == result(Path(ended.output_dir))
     assert "validation" in ended.report
     rows = metrics(config)
@@ -117,6 +119,33 @@ def test_the_value_of_a_worker_is_a_report_or_an_error(config, tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="Ray starts it again"):
         run_on_worker(given | {"folder": str(there)})
     assert Path.cwd() == there
+
+
+def test_an_error_of_one_worker_alone_ends_it_so_that_ray_ends_the_others(tmp_path):
+    code = f"""
+import sys, time
+import jax
+import para_jax.runs.train
+from para_jax import RunConfig
+from para_jax.processes import all_arrive
+from para_jax.ray import train
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+assert all_arrive("both", 60)
+def refused(config):
+    raise ValueError("backbone: no such file")
+def waits(config):
+    time.sleep(3)
+    return type("Ended", (), {{"report": lambda self: "ended"}})()
+para_jax.runs.train.train = refused if jax.process_index() else waits
+train.ARRIVAL_SECONDS = 1
+try:
+    print(train.run_on_worker({{"config": RunConfig(), "folder": {str(tmp_path)!r}}}))
+except RuntimeError as error:
+    print("raised", error)
+"""
+    first, second = run_two("-c", code, "{address}", "{process}")
+    assert first.out == "{'report': 'ended'}\n", first.err
+    assert second.out == "raised worker 1: backbone: no such file\n", second.err
 
 
 def test_workers_get_a_config_that_leaves_jax_and_signals_to_ray(config, monkeypatch):

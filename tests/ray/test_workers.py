@@ -8,6 +8,7 @@ from golden_models import strong
 from tiny_run import backbone_folder, words, write_rows
 
 from para_jax import ParaConfig, init_adapter, load_backbone, save_adapter
+from para_jax.ray.claim import claim_output
 from para_jax.ray.command import arguments
 from para_jax.ray.workers import MOST_DEATHS, GenerationWorker, ShardWorker
 from para_jax.serving.job_merge import merge_jobs
@@ -86,3 +87,18 @@ def test_a_kill_counts_and_a_users_mistake_does_not(tmp_path, monkeypatch):
         (tmp_path / "0.deaths").write_text(text)
         monkeypatch.setattr(Failing, "error", ValueError("wrong file"))
         assert answer(worker, 0, tmp_path / "0")["error"] == ["wrong file"]
+
+
+@pytest.mark.parametrize("error", [None, ValueError("another process writes it")])
+def test_the_same_call_made_twice_fails_no_shard_of_the_other(tmp_path, monkeypatch, error):
+    """A call begins by removing the files of deaths, also those of shards that are being answered."""
+
+    def answer_meanwhile(self, options):
+        claim_output(tmp_path / "out", tmp_path, [], 2)
+        if error is not None:
+            raise error
+
+    claim_output(tmp_path / "out", tmp_path, [], 2)
+    monkeypatch.setattr(Failing, "answer", answer_meanwhile)
+    worker = Failing(arguments("generate", [], [], {}), "nowhere", 2)
+    assert answer(worker, 0, tmp_path / "0")["error"] == [str(error or "")]

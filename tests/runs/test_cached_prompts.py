@@ -79,6 +79,7 @@ def test_a_run_ends_with_the_adapter_that_it_has_without(folder, tmp_path, compu
     assert computed == [20, 20]
 
 
+@pytest.mark.long
 def test_tenants_with_the_same_prompts_pay_for_them_once(folder, tmp_path, computed):
     rows = rows_of_text(12, seed=5)
     for name, more in (("a", rows), ("b", rows[:6] + rows_of_text(4, seed=6)), ("c", rows + rows)):
@@ -109,6 +110,7 @@ def test_a_sweep_computes_the_prompts_once_and_disk_keeps_them_for_the_next_run(
     assert len(computed) == 1 and list(prompt_file.folder().iterdir()) == [file]
 
 
+@pytest.mark.long
 def test_a_sweep_of_methods_computes_the_prompts_once(folder, tmp_path, computed):
     config = config_of(
         folder, tmp_path / "run", "sweep.method=[para, lora, ia3]", "train.max_steps=2", "train.cache_prompts=memory",

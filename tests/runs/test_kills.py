@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import quick_compiler
+from long_cases import slow
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
 from para_jax.config import save_config
@@ -25,7 +27,7 @@ LIMIT = 120  # seconds, for a child that hangs
 LINGER = "0.04"  # seconds before and after the work of a phase, in a child that is to be killed
 
 
-@pytest.fixture(scope="module", params=["one adapter", "three tenants"])
+@pytest.fixture(scope="module", params=[slow("one adapter"), "three tenants"])
 def folder(tmp_path_factory, request):
     """A run of 24 steps that saves every second one and evaluates every fourth; or of three tenants with places for
     two, of whom the first ends in the middle."""
@@ -81,7 +83,11 @@ def start(folder: Path, output: str, linger: str = "0") -> subprocess.Popen:
         "LINGER": linger,
     }
     command = [sys.executable, str(CHILD), "train", str(folder / "run.yaml"), f"output_dir={folder / output}"]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    timer = threading.Timer(LIMIT, child.kill)  # so that no read of its lines waits for ever
+    timer.daemon = True
+    timer.start()
+    return child
 
 
 def saved(output: Path) -> bool:

@@ -65,6 +65,10 @@ def test_a_file_that_was_meant_as_validation_data_is_named(tmp_path, capsys):
     assert capsys.readouterr().err.endswith(said)
     warn_of_unread([configs[2], RunConfig(data=replace(configs[0].data, validation=str(tmp_path / "acme/dev.jsonl")))])
     assert capsys.readouterr().err == ""
+    write_rows(tmp_path / "validation.jsonl", [])
+    write_rows(tmp_path / "train.jsonl", [])
+    warn_of_unread([RunConfig(data=DataSection(train=str(tmp_path / "train.jsonl")))])
+    assert f"{tmp_path}/validation.jsonl is not read; set data.validation\n" in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -85,9 +89,10 @@ def test_each_tenant_has_a_metric_of_its_own(folder, tmp_path, capsys):
             write_rows(
                 tmp_path / "tenants" / name / file.name, labelled(12) if name == "labels" else rows_of_text(9, 1)
             )
-    options = f"data.tenants={tmp_path / 'tenants'}", "train.rows_per_tenant=4"
+    options = f"data.tenants={tmp_path / 'tenants'}", "data.validation=b.jsonl", "train.rows_per_tenant=4"
     result = train_tenants(own(folder, *options, f"output_dir={tmp_path / 'run'}"))
     said = capsys.readouterr().err
+    assert said.count("warning: data.validation: not read, since data.tenants is set") == 1
     assert "training data (eval.metric): labels\n" in said and "eval.max_new_tokens): texts\n" in said
     assert "the longest 14; data.max_seq_length=16" in said
     assert {name: entry["metric"] for name, entry in result.tenants.items()} == {

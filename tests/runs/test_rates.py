@@ -1,6 +1,8 @@
 """train.learning_rate=auto: trials on validation loss, then the run with the best rate; all of it can be resumed."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from para_jax import load_config, train, train_tenants
 from para_jax.runs import rates
 from para_jax.runs.chosen import chosen_rates
 from para_jax.runs.rates import Trial, best_step, choice, next_step, rate_of, trial_steps
+from para_jax.training.checkpoint import finish_saving
 from para_jax.training.log import TIMES
 from para_jax.training.stop import Stopped, StopSignal
 
@@ -117,6 +120,22 @@ def test_a_run_with_auto_takes_the_best_rate_and_resumes_in_its_trials_and_after
         train(auto_config(folder, tmp_path / "run", "train.learning_rate=0.5"))
 
 
+def test_a_signal_during_the_last_save_of_the_trials_stops_before_the_run(folder, tmp_path, short, monkeypatch, capsys):
+    config = auto_config(folder, tmp_path / "run")
+
+    def finish(checkpoints):
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish_saving(checkpoints)
+
+    with monkeypatch.context() as told, pytest.raises(Stopped):
+        told.setattr("para_jax.runs.loop.finish_saving", finish)
+        train(config)
+    assert capsys.readouterr().err.endswith("\nstopped, and saved; the same command resumes\n")
+    assert (tmp_path / "run" / "learning_rates").is_dir() and not (tmp_path / "run" / "metrics.jsonl").exists()
+    train(config)
+    assert metrics(config)
+
+
 def test_a_run_that_was_killed_before_the_number_was_written_goes_on(folder, tmp_path, short):
     config = auto_config(folder, tmp_path / "run")
     first = train(config)
@@ -165,6 +184,7 @@ def test_a_trial_is_scored_once_at_its_end_on_a_bounded_number_of_examples(folde
     assert all(entry["ended"] == "done" and entry["scores"]["validation"]["count"] == 5 for entry in entries.values())
 
 
+@pytest.mark.long
 def test_trials_of_one_tenant_may_share_steps_of_different_lengths(folder, tmp_path, monkeypatch):
     """Four trials in three groups: one is always behind the others, whose rows have another length."""
     monkeypatch.setattr(rates, "FEWEST", 6)

@@ -8,6 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from para_jax import (
 )
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
+from para_jax.data.schedule import Turn
 from para_jax.evaluation.evaluate import Tasks, evaluate
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inspect import folder_report
@@ -309,6 +311,22 @@ def test_a_tenant_that_is_not_finite_stops_alone_and_keeps_its_last_good_adapter
     assert entries[good] == sound.tenants[good]
     made = load_adapter(tmp_path / "run" / bad / "adapter", load_model_config(config.backbone.source))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(made))
+
+
+def test_a_step_in_which_no_tenant_is_finite_has_no_loss_in_the_runs_log(folder, tmp_path):
+    """It had a loss of 0."""
+    config, shown, nan = sweep_config(folder, tmp_path / "run", "1e30, 0.03"), [], np.float32(np.nan)
+    tenants = read_inputs(config, lay_out(config, make_mesh(), 2)).tenants
+    logs = SimpleNamespace(
+        run=SimpleNamespace(step=lambda done, values, *_: shown.append(values)), write=lambda *_, **__: None
+    )
+    made = loop.Loop(config, None, tenants, (), *[None] * 3, logs, None, None)
+    standing = loop.Standing(0, [t.name for t in tenants], [0, 1], *[[None] * 2 for _ in range(8)])
+    for loss in (nan, np.float32(3)):
+        one = {"loss": loss, "grad_norm": loss, "learning_rate": 0.1, "tokens": 5.0, "finite": np.isfinite(loss)}
+        done = loop.Done(1, {name: np.array([value, value]) for name, value in one.items()}, 10, None, 0.0)
+        made.read(loop.Dispatched(done, [Turn(0, 0, 0), Turn(1, 1, 0)]), standing, None)
+    np.testing.assert_equal(shown, [{"loss": loss, "tenants": 2, "tokens": 10.0} for loss in (nan, 3.0)])
 
 
 # --------------------------------------------------------------------------------------------------------------- sweeps

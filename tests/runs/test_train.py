@@ -385,7 +385,9 @@ def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_saved(whole,
             resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))  # orbax's own metadata are more
             try:
                 save(checkpoints, *arguments)
-                while checkpoints.is_saving_in_progress():
+                for _ in range(6000):
+                    if not checkpoints.is_saving_in_progress():
+                        break
                     time.sleep(0.01)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -31,6 +31,7 @@ def stack():
     return stack_adapters([strong(init_adapter(CONFIG, model.config, seed=i), i) for i in range(4)])
 
 
+@pytest.mark.long
 def test_logits_and_gradients_are_those_of_our_rows(stack):
     """Also the zero gradient of an adapter that no row uses, and those of two rows with one adapter."""
     model = backbone("llama", "stacked")

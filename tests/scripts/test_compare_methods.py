@@ -15,6 +15,7 @@ from tiny_run import backbone_folder, rows_of_text, tokenizer, words, write_rows
 from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, load_backbone
 from para_jax.data.records import Record
 from para_jax.evaluation.evaluate import Tasks
+from para_jax.evaluation.questions import Scored, Written
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -257,6 +258,17 @@ def test_examples_come_before_each_prompt(folder, tmp_path):
     shown = compare_scores.with_examples(task, records("ab"), 2)
     assert [one.prompt for one in shown.records] == [f"w0 a\n\nw1 b\n\n{one.prompt}" for one in task.records]
     assert shown.choices == task.choices and shown.examples is None
+
+
+def test_after_examples_an_answer_is_its_first_line(folder, tmp_path, monkeypatch):
+    """The base model goes on with further examples."""
+    task = compare_methods.test_task(parsed(folder, tmp_path), "sst2")._replace(metric="exact_match", choices=())
+    tasks = Tasks(load_backbone(folder / "backbone"), tokenizer(), [task])
+    (encoded,) = tasks.encoded.values()
+    likely = [Scored(-1.0, False) for _ in task.records]
+    written = [Written(f" {one.completion}\n\nw3 w4", 5) for one in task.records]
+    monkeypatch.setattr(compare_scores, "answer_tasks", lambda *_: [likely + written])
+    assert [compare_scores.scored(tasks, [None], one_line=one)[0]["score"] for one in (False, True)] == [0, 1]
 
 
 def test_forgetting_is_of_the_second_half_of_plain_text_after_its_first(folder):

@@ -257,7 +257,7 @@ def test_updates_while_another_thread_drives_change_no_answer(model, bank, clien
             if engine.wait(0.01):
                 engine.step()
 
-    thread = threading.Thread(target=drive)
+    thread = threading.Thread(target=drive, daemon=True)
     thread.start()
     contents, answers = {}, {}
     for path in ("para", "other"):
@@ -272,11 +272,12 @@ def test_updates_while_another_thread_drives_change_no_answer(model, bank, clien
                 client.post(UNLOAD, json={"lora_name": "b"})
             found = []
             while not stream.ended:
+                assert thread.is_alive(), "the engine's thread has ended"
                 found += [token for piece in stream.take() for token in piece.tokens]
                 time.sleep(0.001)
             answers.setdefault(entry.content, set()).add(tuple(found))
     finally:
         stop.set()
-        thread.join()
+        thread.join(60)
     assert set(answers) == set(contents.values())
     assert [len(found) for found in answers.values()] == [1, 1] and len(set.union(*answers.values())) == 2

@@ -82,6 +82,19 @@ def chat_of(text):
 # -------------------------------------------------------------------------------------------------------- equal answers
 
 
+@pytest.mark.parametrize("length", [{}, {"max_tokens": 9}], ids=["whatever fits", "nine tokens"])
+def test_a_chats_template_variables_are_in_its_prompt(client, alone, length):
+    found, new = {}, length.get("max_tokens", LENGTH - 6)
+    given = {"messages": chat_of(prompt(1, 5)), "temperature": 0, **length}
+    for mood in (None, "w7", "w9"):
+        for model in MODELS[:2]:
+            variables = {"chat_template_kwargs": {"mood": mood, "unread": 3}} if mood else {}
+            answer = client.chat.completions.create(model=model, **given, extra_body=variables).choices[0]
+            found[model, mood] = [(answer.message.content, answer.finish_reason)]
+            assert found[model, mood] == of_engine(alone, f"{prompt(1, 5)} {mood or 'w7'}", model, max_new_tokens=new)
+    assert found[MODELS[0], "w9"] != found[MODELS[0], "w7"]
+
+
 def test_completions_equal_the_engine_alone_whole_and_streamed(client, alone):
     texts = set()
     for i, model in enumerate(MODELS):
@@ -221,6 +234,8 @@ def test_streamed_log_probabilities_are_those_of_the_whole_answer(http, echo):
     content = http.post("/v1/chat/completions", json=chat | {"seed": 4}).json()["choices"][0]["logprobs"]["content"]
     pieces = [event["choices"][0]["logprobs"] for event in events(http, "/v1/chat/completions", chat | {"seed": 4})]
     assert [token for piece in pieces if piece for token in piece["content"]] == content
+    (empty,) = http.post("/v1/chat/completions", json=chat | {"stop_token_ids": [*range(1000)]}).json()["choices"]
+    assert (empty["message"]["content"], empty["logprobs"]) == ("", {"content": []})
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -430,6 +445,9 @@ def test_wrong_requests_are_refused_by_field(server, http, monkeypatch):
     long = {"model": "A", "messages": chat_of(prompt(1, LENGTH)), "max_completion_tokens": 3}
     found = error(http.post("/v1/chat/completions", json=long), 400)
     assert found["param"] == "messages" and "max_completion_tokens" in found["message"]
+    many = {"model": "A", "messages": chat_of(prompt(1)), "logprobs": True, "top_logprobs": 9}
+    found = error(http.post("/v1/chat/completions", json=many), 400)
+    assert found["param"] == "top_logprobs" and found["message"].startswith("top_logprobs is 9; give at most 3")
 
 
 def test_lists_that_cannot_fit_are_refused_before_they_are_read(server, http, monkeypatch):

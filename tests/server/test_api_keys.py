@@ -5,7 +5,7 @@ import hmac
 import pytest
 
 from para_jax.server import api_keys
-from para_jax.server.api_keys import Access, ApiKeys, read_keys, require_unlimited
+from para_jax.server.api_keys import Access, ApiKeys, read_keys, require_unlimited, warn_of_missing
 from para_jax.server.errors import ApiError
 
 KEYS = ApiKeys(["sk-all", "sk-some acme globex", "sk-ümlaut"])
@@ -76,6 +76,17 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
         read_keys(tmp_path / "nothing")
     with pytest.raises(ValueError, match="--api-key-file"):
         read_keys(tmp_path)
+    with pytest.raises(ValueError, match="--api-key-file gs://mine/keys: keys are read from this machine only"):
+        read_keys("gs://mine/keys")
+
+
+def test_tenants_of_a_key_that_are_not_served_are_warned_of(capfd):
+    keys = ApiKeys(["sk-all", "sk-1 acme base", "sk-2 amce globex"])
+    warn_of_missing(keys, ("acme", "globex", "base"))
+    assert "tenants that are not served: 'amce'; check" in capfd.readouterr().err
+    warn_of_missing(keys, ("acme", "globex", "base", "amce"))
+    warn_of_missing(ApiKeys(["sk-all"]), ())
+    assert not capfd.readouterr().err
 
 
 def test_a_file_that_everyone_can_read_is_warned_of(tmp_path, capfd):

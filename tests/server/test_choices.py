@@ -6,7 +6,7 @@ import pytest
 import tiny_tokenizers
 
 from para_jax.data.examples import encode_continuation
-from para_jax.inference.answer_text import AnswerText, is_byte, text_of
+from para_jax.inference.answer_text import AnswerText, is_byte, text_of, word_tokens
 from para_jax.inference.logprobs import TokenLogprob
 from para_jax.server.choices import Choice
 from para_jax.server.protocol import read_completion
@@ -23,7 +23,8 @@ def parts_of(tokenizer, ids, size, **fields):
     scores = [None, *(TokenLogprob(id, -1.0, []) for id in before[1:])]
     stream = SimpleNamespace(prompt_ids=before, prompt_logprobs=scores)
     engine = SimpleNamespace(tokenizer=tokenizer, stop_ids=())
-    choice, text = Choice(0, asked, 0, stream, engine, TokenTexts(tokenizer)), AnswerText(tokenizer, strip=False)
+    choice = Choice(0, asked, 0, stream, engine, TokenTexts(tokenizer))
+    text = AnswerText(tokenizer, strip=False, after=word_tokens(tokenizer))  # as the engine has it
     for start in range(0, len(ids), size):
         new = ids[start : start + size]
         for id in new:

@@ -18,14 +18,15 @@ SECONDS = 0.2
 
 
 async def app(scope, receive, send):
-    """Answers with the length of the body. /early does so before it reads, /wait never, /big with 64 MB."""
+    """Answers with the length of the body. /early does so before it reads, /wait never, /big with 64 MB in
+    pieces, and /whole with 64 MB at once."""
     start = {"type": "http.response.start", "status": 200, "headers": []}
     if scope["path"] == "/wait":
         await asyncio.sleep(60)
-    if scope["path"] == "/big":
+    if pieces := {"/big": 64, "/whole": 1}.get(scope["path"]):
         await send(start)
-        for _ in range(64):
-            await send({"type": "http.response.body", "body": bytes(2**20), "more_body": True})
+        for _ in range(pieces):
+            await send({"type": "http.response.body", "body": bytes(2**26 // pieces), "more_body": True})
         return await send({"type": "http.response.body"})
     length, more = 0, scope["path"] != "/early"
     while more:
@@ -43,15 +44,16 @@ def server(loop="asyncio", **limits):
     protocol = type("Protocol", (BoundedProtocol,), limits)
     config = uvicorn.Config(app, port=0, http=protocol, ws="none", loop=loop, lifespan="off", log_level="critical")
     running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run)
+    thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     while not running.started:
+        assert thread.is_alive(), "the server did not start"
         time.sleep(0.005)
     try:
         yield running.servers[0].sockets[0].getsockname()
     finally:
         running.should_exit = running.force_exit = True
-        thread.join()
+        thread.join(60)
 
 
 def connect(address):
@@ -67,6 +69,13 @@ def read_all(client) -> bytes:
     except ConnectionResetError:
         found += b"(reset)"
     return found
+
+
+def read_some(client, most=2**16) -> bytes:
+    """What has come. A closed connection gives nothing for ever, and so is an error."""
+    part = client.recv(most)
+    assert part, "the server closed the connection"
+    return part
 
 
 def answer(address, request=GET) -> bytes:
@@ -96,7 +105,7 @@ def test_requests_are_answered_one_after_the_other_and_pipelined(quick):
         client.sendall(GET + post % b"early" + post % b"" + GET)
         found = b""
         while found.count(b"0\r\n\r\n") < 4:
-            found += client.recv(2**16)
+            found += read_some(client)
         assert [found.count(b"length %d\r\n" % size) for size in (0, 100_000)] == [3, 1]
         time.sleep(2.5 * SECONDS)  # no clock of an earlier request runs on
         client.sendall(GET)
@@ -179,15 +188,19 @@ def test_a_client_that_does_not_read_is_closed(quick):
         assert 0 < len(read_all(client)) < 64 * 2**20
 
 
-def test_a_client_that_reads_slowly_gets_all(quick):
-    with connect(quick) as client:
+@pytest.mark.parametrize("path", [b"/big ", b"/whole "])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_client_that_reads_slowly_gets_all(loop, path):
+    seconds = 1.0  # on a busy machine both sides may stand still for a while
+    with server(loop, write_seconds=seconds) as address, connect(address) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)
-        client.sendall(GET.replace(b"/ ", b"/big ", 1))
+        client.sendall(GET.replace(b"/ ", path, 1))
         found, began = 0, time.monotonic()
         while found < 64 * 2**20:
-            found += len(client.recv(2**22))
-            if time.monotonic() - began < 4 * SECONDS:
+            found += len(read_some(client, 2**22))
+            if time.monotonic() - began < 2.5 * seconds:
                 time.sleep(0.05)
+    assert time.monotonic() - began > 2 * seconds
 
 
 @pytest.mark.parametrize("loop", LOOPS)

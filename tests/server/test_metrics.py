@@ -72,7 +72,9 @@ def test_a_request_is_counted_and_measured():
     metrics.begin(first := outcome(gaps=[(0.4, 4), (7.0, 1)], new_tokens=5))
     metrics.observe(first)
     metrics.observe(outcome(None, finish_reasons=["stop", "length"]))
-    metrics.observe(outcome("A", finish_reasons=["stop", "error"], error="client_left", status=None, first_token=None))
+    metrics.observe(
+        outcome("A", finish_reasons=["stop"], error="client_left", choices=2, status=None, first_token=None)
+    )
     metrics.observe(Outcome("GET", "/v1/models", "id", status=401, error="invalid_api_key"))
     metrics.count_engine_failure()
     found, _ = read(metrics)
@@ -104,15 +106,19 @@ def test_a_request_is_counted_and_measured():
 
 def test_how_choices_ended_in_the_words_of_vllm():
     cases = {
-        ("client_left", ("stop",)): ["stop"],
-        ("client_left", ()): ["abort"],
-        ("timeout", ("length", "error")): ["length", "abort"],
-        ("engine_failed", ("error",)): ["error"],
-        (None, ("error",)): ["error"],
-        (None, ()): [],
+        (None, ("stop", "length"), 2): ["stop", "length"],
+        ("client_left", ("stop",), 1): ["stop"],
+        ("client_left", ("stop",), 3): ["stop", "abort", "abort"],
+        ("client_left", (), 1): ["abort"],
+        ("timeout", ("length",), 2): ["length", "abort"],
+        ("shutting_down", (), 2): ["abort", "abort"],
+        ("engine_failed", (), 1): ["error"],
+        ("engine_error", ("error",), 1): ["error"],  # the logits of one choice are not finite, and it ends the others
+        ("engine_error", ("stop", "error"), 3): ["stop", "error", "error"],
+        ("ValueError", (), 1): ["error"],
     }
-    for (error, reasons), expected in cases.items():
-        assert finished_reasons(outcome(error=error, finish_reasons=list(reasons))) == expected
+    for (error, reasons, choices), expected in cases.items():
+        assert finished_reasons(outcome(error=error, finish_reasons=list(reasons), choices=choices)) == expected
 
 
 def test_a_name_with_any_characters_is_one_label():
@@ -134,9 +140,9 @@ def test_counting_in_many_threads_loses_nothing():
             if i % 50 == 0:
                 metrics.render()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(8)]
     [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    [thread.join(60) for thread in threads]
     found, _ = read(metrics)
     assert found["vllm:generation_tokens_total", BASE] == 3 * 1600
     assert found["vllm:inter_token_latency_seconds_count", BASE] == 2 * 1600
@@ -197,6 +203,9 @@ def test_a_server_shows_its_traffic():
         assert max(one["vllm:kv_cache_usage_perc", "base"] for one in seen) > 0
         last = {seen[-1][f"vllm:num_requests_{state}", "base"] for state in ("running", "waiting")}
         assert last == {0} and seen[-1]["vllm:kv_cache_usage_perc", "base"] == 0
+        with server.held():
+            assert ask("B", 9, n=3, timeout=0.01).status_code == 504
+        eventually(lambda: scrape()["vllm:request_success_total", "abort", "base"] == 3)
 
 
 def test_a_histogram_counts_values_up_to_each_bound():

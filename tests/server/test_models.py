@@ -1,8 +1,12 @@
 """A client sees the base model and the tenants that its key opens, and of the others not even that they are there."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
 from para_jax.server.api_keys import Access
+from para_jax.server.app import show_model
 from para_jax.server.errors import ApiError
 from para_jax.server.models import Models
 
@@ -17,6 +21,9 @@ class Bank:
 
     def __contains__(self, name):
         return name in self.names
+
+    def holds(self, name):
+        return name == "acme"
 
     def entry(self, name):
         if name not in self:
@@ -55,6 +62,22 @@ def test_an_adapter_that_can_not_be_loaded_is_the_servers_error_and_its_log_has_
     refusal(models, "damaged", ACME)
 
 
+def test_a_model_is_shown_without_loading_its_adapter(models):
+    def shown(name, access):
+        request = SimpleNamespace(path_params={"name": name}, state=SimpleNamespace(access=access))
+        return json.loads(bytes(show_model(models, request).body))["id"]  # pyright: ignore[reportArgumentType]
+
+    assert [shown(name, ALL) for name in ("damaged", "base", "acme")] == ["damaged", "org/tiny", "acme"]
+    with pytest.raises(ApiError, match="does not exist"):
+        shown("damaged", ACME)
+
+
+def test_an_adapter_that_is_not_held_is_loaded_for_who_may_use_it(models):
+    assert models.must_load("globex", ALL) and not models.must_load("acme", ALL)
+    assert not any(models.must_load(name, ACME) for name in ("globex", "base", "org/tiny", "nobody"))
+    assert not Models(None).must_load("acme", ANYONE)
+
+
 def test_a_tenant_of_another_key_looks_like_an_unknown_one(models):
     assert refusal(models, "globex", ACME).replace("globex", "X") == refusal(models, "glubex", ACME).replace(
         "glubex", "X"
@@ -83,8 +106,10 @@ def test_a_source_is_known_from_when_it_is_added_until_it_is_removed(models):
         models.card("globex")["root"] == "runs/globex"
         and models.card("globex")["created"] >= models.card(None)["created"]
     )
+    forgotten = []
+    models.on_forget = forgotten.append
     models.forget("globex")
-    assert models.card("globex")["root"] == "globex"
+    assert models.card("globex")["root"] == "globex" and forgotten == ["globex"]
 
 
 @pytest.mark.parametrize("name", ["base", "acme"])

@@ -118,14 +118,14 @@ def served(engine):
         ready.set()
 
     options = {"port": 0, "model_name": "the-base", "api_keys": ApiKeys([KEY]), "stop": stop, "on_ready": on_ready}
-    thread = threading.Thread(target=serve, args=(engine,), kwargs=options)
+    thread = threading.Thread(target=serve, args=(engine,), kwargs=options, daemon=True)
     thread.start()
     try:
         assert ready.wait(120)
         yield urls[0]
     finally:
         stop.set()
-        thread.join()
+        thread.join(60)
 
 
 @contextmanager
@@ -181,8 +181,7 @@ class Page:
 
     def choose(self, *names):
         """Exactly these tenants; "" is the base model."""
-        while chips := self.all("#chosen button"):
-            chips[0].click()
+        self.until(lambda: not [chip.click() for chip in self.all("#chosen button")[:1]])
         for name in names:
             script = (
                 "return [...document.querySelectorAll('#rows input')].find((box) => box.dataset.id === arguments[0])"

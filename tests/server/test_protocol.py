@@ -51,6 +51,15 @@ def test_sampling_stops_and_streams_are_read(read, body):
     assert asked.stream and asked.include_usage
 
 
+def test_variables_of_the_template_are_a_chats():
+    given = {"enable_thinking": False, "level": 3}
+    assert read_chat(CHAT | {"chat_template_kwargs": given}).variables == given
+    assert read_chat(CHAT | {"chat_template_kwargs": None}).variables == read_chat(CHAT).variables == {}
+    for wrong in ([], 3, {"messages": []}, {"a": [1]}, {"chat_template": "x"}):
+        assert refusal(read_chat, CHAT | {"chat_template_kwargs": wrong}).param == "chat_template_kwargs"
+    assert refusal(read_completion, TEXT | {"chat_template_kwargs": given}).param == "chat_template_kwargs"
+
+
 def test_a_prompt_is_a_text_or_ids_or_a_list_of_either():
     for prompt, prompts in [
         ("a b", ["a b"]),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -53,10 +54,19 @@ def stream_in_thread(server, body):
     def run():
         texts.append(httpx.post(f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=60).text)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     eventually(lambda: server.engine.open == 1)
     return thread, texts
+
+
+def set_later(seconds=60):
+    """An event that is set after a while, for a server that should have ended before."""
+    event = threading.Event()
+    timer = threading.Timer(seconds, event.set)
+    timer.daemon = True
+    timer.start()
+    return event
 
 
 # --------------------------------------------------------------------------------------------------- start and end
@@ -64,11 +74,11 @@ def stream_in_thread(server, body):
 
 def test_the_server_is_there_before_it_is_ready(engine):
     warm_up, may_warm_up, stop, ready = engine.warm_up, threading.Event(), threading.Event(), threading.Event()
-    engine.warm_up = lambda: (may_warm_up.wait(), warm_up())
+    engine.warm_up = lambda: (may_warm_up.wait(60), warm_up())
     with bound("127.0.0.1", 0) as taken:
         url = url_of(taken)
         options = {"taken": taken, "stop": stop, "on_ready": lambda url: ready.set()}
-        thread = threading.Thread(target=lambda: serve(engine, **options))
+        thread = threading.Thread(target=lambda: serve(engine, **options), daemon=True)
         thread.start()
         eventually(lambda: answers(url))
         assert httpx.get(f"{url}/health").status_code == 200
@@ -123,7 +133,7 @@ def test_what_warming_up_raises_ends_the_server(engine):
     engine.warm_up = fail
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(MemoryError, match="no room"):
-        serve(engine, port=0)
+        serve(engine, port=0, stop=set_later())
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -141,7 +151,7 @@ def test_an_error_outside_the_rounds_ends_the_server_and_its_requests(engine, mo
 
     monkeypatch.setattr(EngineLoop, "_deliver", fail)
     with pytest.raises(ZeroDivisionError):
-        serve(engine, port=0, on_ready=ask)
+        serve(engine, port=0, on_ready=ask, stop=set_later())
     eventually(lambda: found)
     assert found[0].status_code == 500 and found[0].json()["error"]["code"] == "engine_failed"
 
@@ -164,8 +174,9 @@ def test_a_client_that_never_reads_is_given_up_at_its_deadline(engine):
         headers = [(b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
         async with app.router.lifespan_context(app):
-            while not app.state.loop.ready:
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(60):
+                while not app.state.loop.ready:
+                    await asyncio.sleep(0.01)
             await asyncio.wait_for(app(scope, receive, send), 20)
             assert forever and engine.open == 0
 
@@ -265,7 +276,7 @@ def test_the_servers_limits_hold(engine, capfd):
         url = f"{server.url}/v1/completions"
         eventually(lambda: httpx.post(url, json=LONG | {"model": "tiny"}).json().get("model") == "tiny")
         assert httpx.post(url, json=LONG | {"user": "x" * 200}).status_code == 413
-        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as slow:
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=60) as slow:
             head = ["POST /v1/completions HTTP/1.1", "host: localhost", "content-type: application/json"]
             slow.sendall("\r\n".join([*head, "content-length: 9", "", "{"]).encode())
             assert slow.recv(1000).startswith(b"HTTP/1.1 408")
@@ -325,21 +336,25 @@ serve(engine, taken=taken, drain_seconds=100)
 """
 
 
+@contextmanager
 def started(command):
-    """A process, and the last word of the first line that it prints: the URL."""
+    """A process, and the last word of the first line that it prints: the URL. It ends with the block."""
     paths = os.pathsep.join([str(Path(__file__).parents[1] / "helpers"), str(Path(para_jax.__file__).parents[1])])
     environment = os.environ | own_flags() | {"PYTHONPATH": paths}
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
-    return process, process.stdout.readline().split()[-1]
+    try:
+        yield process, process.stdout.readline().split()[-1]
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_process_at_once(number):
-    process, url = started([sys.executable, "-c", SERVE])
-    eventually(lambda: answers(url) and httpx.get(f"{url}/ready").status_code == 200)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, started([sys.executable, "-c", SERVE]) as (process, url):
+        eventually(lambda: answers(url) and httpx.get(f"{url}/ready").status_code == 200)
         asked = pool.submit(httpx.post, f"{url}/v1/completions", json=LONG, timeout=60)
         eventually(lambda: 'num_requests_waiting{model_name="base"} 1.0' in httpx.get(f"{url}/metrics").text)
         process.send_signal(number)
@@ -352,10 +367,10 @@ def test_a_second_signal_ends_the_process_at_once(number):
 
 @pytest.mark.long
 def test_a_signal_before_the_server_is_ready_ends_the_process_at_once():
-    process, url = started([sys.executable, "-c", SERVE, "never warm"])
-    eventually(lambda: answers(url))
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(5) == -signal.SIGTERM
+    with started([sys.executable, "-c", SERVE, "never warm"]) as (process, url):
+        eventually(lambda: answers(url))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == -signal.SIGTERM
 
 
 @pytest.mark.long
@@ -365,16 +380,16 @@ def test_the_command_serves_and_sigterm_lets_it_finish(tmp_path):
     save_adapter(tenants["A"], tmp_path / "A", model=model)
     command = [sys.executable, "-m", "para_jax.cli", "serve", "--backbone", backbone, "--adapters", tmp_path / "A"]
     options = ["--port", "0", "--slots", "2", "--max-length", "120", "--allow-cpu", "--no-compilation-cache"]
-    process, url = started([*command, *options])
-    assert process.stdout is not None and "curl" in process.stdout.readline()
-    assert [one["id"] for one in httpx.get(f"{url}/v1/models").json()["data"]] == ["backbone", "A"]
-    long = LONG | {"max_tokens": 100, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=60) as response:
-        lines = response.iter_lines()
-        next(lines)
-        process.send_signal(signal.SIGTERM)
-        assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert process.wait(30) == 0
+    with started([*command, *options]) as (process, url):
+        assert process.stdout is not None and "curl" in process.stdout.readline()
+        assert [one["id"] for one in httpx.get(f"{url}/v1/models").json()["data"]] == ["backbone", "A"]
+        long = LONG | {"max_tokens": 100, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(30) == 0
 
 
 # ------------------------------------------------------------------------------------------------------- documentation

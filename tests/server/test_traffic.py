@@ -66,6 +66,17 @@ def test_what_goes_on_when_its_tenant_is_unloaded_never_counts_for_a_later_one_o
     assert new_tokens(traffic) == {None: 0, "A": 5, OTHER: 3} and traffic.total().new_tokens == 8
 
 
+def test_a_tenant_that_comes_back_begins_at_zero_although_no_one_looked_meanwhile():
+    traffic, models = of("A")
+    early = outcome("A", 3)
+    traffic.begin(early)
+    traffic.end(outcome("A", 4))
+    models.on_forget("A")
+    traffic.begin(outcome("A", 5))
+    traffic.end(early)
+    assert new_tokens(traffic) == {None: 0, "A": 5, OTHER: 3} and traffic.total().new_tokens == 12
+
+
 def test_a_tenant_that_is_named_other_shares_its_counts():
     traffic, _ = of(OTHER, "B", limit=1)
     for name in (OTHER, "B"):

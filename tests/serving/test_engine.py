@@ -26,8 +26,8 @@ from tiny_engine import (
 from tiny_run import tokenizer
 from transformers import AddedToken
 
-from para_jax import AdapterBank, Engine, LoraConfig, Request, generate, init_adapter
-from para_jax.data.examples import encode_prompt, turn_stop_ids
+from para_jax import AdapterBank, Engine, LoraConfig, Request, adapt, generate, init_adapter
+from para_jax.data.examples import encode_continuation, encode_prompt, turn_stop_ids
 from para_jax.serving import decoder, prefills
 from para_jax.serving.capacity import KEPT
 from para_jax.serving.decoder import STEPS
@@ -377,6 +377,7 @@ def test_requests_start_in_order_and_few_prefills_come_between_decode_steps(mode
         ({"prompt": ""}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": [{"role": "user"}]}, "prompt"),
+        ({"prompt": [20, 21]}, "prompt: [20, 21] is a list; give token ids as a tuple"),
         ({"tenant": ["A"]}, "tenant: ['A']"),
     ],
 )
@@ -488,6 +489,21 @@ def test_wrong_sizes_of_an_engine_are_refused(model, bank, options):
         Engine(model, bank, tokenizer(), **({"slots": 2, "max_length": 32} | options))
 
 
+def test_a_model_a_bank_or_a_request_of_another_kind_is_refused(model, tenants, bank):
+    adapter = tenants["A"]
+    for parts, message in [
+        ((adapt(model, adapter), None), "model: it has an adapter already; give model.backbone"),
+        (("llama", None), "model is a str; give the backbone"),
+        ((model, adapter), "bank is a Para; give an AdapterBank"),
+        ((model, {"A": adapter}), "bank is a dict; give an AdapterBank"),
+        ((model, bank.rows(["A"])), "bank is a Rows; give an AdapterBank"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Engine(*parts, tokenizer(), slots=2, max_length=32)
+    with pytest.raises(ValueError, match="submit: 'w20' is no Request"):
+        engine_of(model, bank).submit("w20")
+
+
 def test_an_out_of_vocabulary_token_fails_only_its_own_request(model, bank):
     grown = deepcopy(tokenizer())
     grown.add_tokens(["<image>"])
@@ -526,5 +542,11 @@ def test_an_answer_is_without_white_space_at_its_ends_unless_the_request_keeps_i
                 sample.text.finish()
                 assert "".join(sample.text.pieces) == text
             assert sample.full_text(words, partial=False) == text
+    words, tokens = tiny_tokenizers.own_space(), encode_continuation(tiny_tokenizers.own_space(), "    return x")
+    for alone, text in ((False, "    return x"), (True, "   return x")):  # SentencePiece's decoder drops a space
+        sample = Sample(Ticket(Request("a", stop=stop, strip=False, alone=alone), False), 0, [1], None)
+        sample.tokens = tokens
+        sample.follow_text(words)
+        assert (sample.text is None or not sample.text.finish()) and sample.full_text(words, partial=False) == text
     with pytest.raises(ValueError, match="strip is 'no'"):
         check_request(Request("a", strip="no"))

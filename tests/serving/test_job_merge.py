@@ -190,7 +190,7 @@ def test_a_wrong_command_is_one_error(arguments, said, capsys):
     assert code == 2 and said in capsys.readouterr().err
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_shard_is_taken_over_by_another_host_from_a_bucket(folder, whole, bucket, tmp_path, monkeypatch):
     """The first host is killed; the second has an empty disk, and waits for no lock, which has died."""
     (bucket / "jobs/in.jsonl").write_bytes((folder / "in.jsonl").read_bytes())

@@ -36,6 +36,7 @@ def ask(engine, asked):
     return answers(engine)
 
 
+@pytest.mark.long
 def test_they_are_those_of_the_teacher_forced_pass(engine, bank):
     asked = requests()
     found = ask(engine, asked)

@@ -10,6 +10,7 @@ from tiny_engine import BLOCK, answers, block_bytes, plain, tenants_of
 from tiny_run import tokenizer, words
 
 from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, generate, init_adapter
+from para_jax.adapters import padding
 from para_jax.backbone.block_pool import rows_of_blocks
 from para_jax.serving import decoder, prefills
 from para_jax.serving.prefills import ROWS
@@ -334,6 +335,22 @@ def test_nothing_is_compiled_after_warm_up(model, tenants):
         name = [*CONFIGS, None][i % 9]
         engine.submit(Request(ids_of(i % 2, 1 + 2 * i), name, 1 + i % 5, temperature=i % 2, n=1 + i % 3, seed=i))
     assert len(answers(engine)) == 60 and len(compiled) == before and engine.prefix_cache.hits > 0
+
+
+@pytest.mark.long
+def test_warm_up_compiles_for_adapters_that_are_loaded_later(model):
+    """A bank of more adapters than fit the memory holds none when the server starts."""
+    adapter = strong(init_adapter(ParaConfig(r=5, scope="response", scope_window=3), model.config), 1)
+    bank = AdapterBank.fitting([adapter.config], model.config, capacity=1)
+    engine = engine_of(model, bank, max_length=20)  # shapes that no other test has
+    programs = prefills.make_adjustments, prefills.run_windows, padding.put_in_place
+    before = [program._cache_size() for program in programs]
+    engine.warm_up()
+    compiled = [program._cache_size() for program in programs]
+    assert all(now > then for now, then in zip(compiled, before, strict=True))
+    bank.add("late", adapter)
+    assert answer(engine, ids_of(1, 9), "late")[2] == "length"
+    assert [program._cache_size() for program in programs] == compiled
 
 
 # ------------------------------------------------------------------------------------------------- cancels and failures

@@ -1,5 +1,6 @@
 """A stream gives an answer in pieces to a thread that doesn't drive, and says how far its request is."""
 
+import gc
 import threading
 import time
 
@@ -13,6 +14,7 @@ from tiny_run import tokenizer
 from para_jax import Engine, Request
 from para_jax.data.examples import encode_prompt
 from para_jax.serving.open_requests import QueueFull
+from para_jax.serving.queue import FairQueue
 from para_jax.serving.stream import Stream
 
 
@@ -95,6 +97,25 @@ def late_streams(engine, request):
         texts[piece.index] = texts.get(piece.index, "") + piece.text
         last[piece.index] = piece
     return texts, last, expected
+
+
+def test_a_stream_that_the_collector_finds_within_a_round_is_cancelled_in_the_next(model, bank, monkeypatch):
+    engine = engine_of(model, bank)
+    kept = [engine.stream(Request(prompt(1), "A", 20, id="unread"))]
+    kept.append(kept)
+    del kept
+    (sample,) = engine._requests.tickets["unread"].samples
+    head = FairQueue.head
+
+    def collected(queue, *fits):  # between looking at the queue and taking from it
+        found = head(queue, *fits)
+        gc.collect()
+        return found
+
+    monkeypatch.setattr(FairQueue, "head", collected)
+    engine.submit(Request(prompt(2), "B", 5, id="read"))
+    assert [answer.finish_reason for answer in engine.run()] == ["length"] and engine.open == 0
+    assert sample.completion.error == "cancelled"
 
 
 def test_a_sample_that_ended_before_its_stream_began_has_all_of_its_text(model, bank):

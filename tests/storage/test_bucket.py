@@ -1,13 +1,19 @@
 """gs:// paths, on an emulator: names, objects, locks, lines in pieces, and adapters that are replaced atomically."""
 
+import asyncio
+import gc
 import json
 import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -25,7 +31,7 @@ from para_jax.evaluation.questions import Scored
 from para_jax.hub import resolve_backbone
 from para_jax.runs import folder as run_folder
 from para_jax.storage import bucket as buckets
-from para_jax.storage import lock, service
+from para_jax.storage import lines, lock, service
 from para_jax.storage.bucket import BucketPath, bucket_path
 from para_jax.storage.folder import MANIFEST
 from para_jax.storage.lines import BucketLines
@@ -414,9 +420,66 @@ def test_a_journal_in_a_bucket_is_shared_within_a_process(folder, monkeypatch):
     second.add("b", answer)
     with pytest.raises(ValueError, match="another process"):
         BucketLines(file, print)
-    del first, second
+    first.close()
+    assert (file / ".lock").exists()
+    second.close()
+    assert not (file / ".lock").exists()
     again = Journal(file)
     assert again["a"] == again["b"] == answer
+    with pytest.raises(ValueError, match="answers.jsonl: .*closed"):
+        first.add("c", answer)
+
+
+def test_a_fork_leaves_the_journal_of_its_parent_alone(folder, monkeypatch):
+    file = folder / "answers.jsonl"
+    journal = Journal(file)
+    journal.add("a", Scored(-1.5, True))
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: 1)
+        journal._lines._close()  # what a child would do that drops its copy
+        held = lock.bucket_lock(folder / ".lock", print)
+        held.__enter__()
+        child.setattr(os, "getpid", lambda: 2)
+        held.__exit__(None, None, None)
+    assert (folder / ".lock").exists()
+    assert (file / ".lock").exists() and pieces(file) == []
+    journal.close()
+    assert Journal(file)["a"] == Scored(-1.5, True)
+
+
+def test_a_file_that_fails_to_close_keeps_no_others_waiting(capfd):
+    lines.close_unused()
+    lines.UNUSED.put(lambda: 1 / 0)
+    after = threading.Thread(target=lines.close_unused, daemon=True)
+    after.start()
+    after.join(30)
+    assert not after.is_alive() and "division" in capfd.readouterr().err
+
+
+def test_a_journal_that_is_found_unused_in_the_thread_of_requests_loses_nothing(folder):
+    import fsspec.asyn
+
+    file, kept = folder / "answers.jsonl", SimpleNamespace()
+    kept.itself, kept.journal = kept, Journal(file)  # the garbage collector finds it
+    kept.journal.add("a", Scored(-1.5, True))
+    del kept
+
+    async def collect():
+        return gc.collect()
+
+    assert asyncio.run_coroutine_threadsafe(collect(), fsspec.asyn.get_loop()).result(60)
+    assert Journal(file)["a"] == Scored(-1.5, True)
+
+
+def test_a_journal_that_is_open_at_the_exit_of_its_process_loses_nothing(folder):
+    file = folder / "answers.jsonl"
+    code = (
+        "from para_jax.evaluation.journal import Journal; from para_jax.evaluation.questions import Scored\n"
+        "from para_jax.storage.bucket import bucket_path\n"
+        f"journal = Journal(bucket_path('{file}')); journal.add('a', Scored(-1.5, True))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    assert not (file / ".lock").exists() and Journal(file)["a"] == Scored(-1.5, True)
 
 
 def test_a_folder_is_not_a_file_of_lines_and_errors_name_the_address(folder):
@@ -433,19 +496,17 @@ def test_a_folder_is_not_a_file_of_lines_and_errors_name_the_address(folder):
 def test_readers_during_a_save_get_one_version_or_the_other(folder):
     model, made = adapters()
     save_adapter(made[0], folder / "adapter")
-    ended = threading.Event()
 
     def write():
         for i in range(6):
             save_adapter(made[i % 3], folder / "adapter")
-        ended.set()
 
-    thread = threading.Thread(target=write)
-    thread.start()
-    while not ended.is_set():
-        found = load_adapter(str(folder / "adapter"), model)
-        assert any(same(found, adapter) for adapter in made)
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        while not writing.done():
+            found = load_adapter(str(folder / "adapter"), model)
+            assert any(same(found, adapter) for adapter in made)
+        writing.result()
 
 
 # ----------------------------------------------------------------------------------------------------------- backbones

@@ -323,7 +323,7 @@ def test_a_save_that_fails_in_the_background_is_one_error_and_keeps_earlier_save
     with pytest.raises(ValueError, match=r"could not be saved \(.*File too large\).*same command resumes") as error:
         with open_checkpoints(folder) as checkpoints, files_of_at_most(5000):
             save_checkpoint(checkpoints, state, Progress(8, None, 0, 0))
-            while True:  # as a run goes on
+            for _ in range(6000):  # as a run goes on
                 require_saved(checkpoints)
                 time.sleep(0.01)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)

@@ -27,7 +27,7 @@ BUCKET, ROW_SHAPE = Bucket(24, 6, 16), RowShape(24, 9, 4, 16)
 CASES = [
     ("llama", ParaConfig(r=4, scope="response")),
     long("llama", LoraConfig(r=4, scope="response", scope_window=3)),
-    long("gemma3_text", ParaConfig(r=4, scope="response", scope_window=4, pooler="mean")),
+    slow("gemma3_text", ParaConfig(r=4, scope="response", scope_window=4, pooler="mean")),
     slow("llama", ParaConfig(r=4, scope="response", pooler="max")),
     slow("llama", ParaConfig(r=4, scope="response", pooler="constant")),
     slow("llama", Ia3Config(scope="response")),

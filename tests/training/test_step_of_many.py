@@ -125,6 +125,7 @@ def test_groups_of_rows_compute_what_rows_of_their_own_do(method):
     np.testing.assert_array_equal(groups.by_row().index, rows.index)
 
 
+@pytest.mark.long
 def test_passes_of_one_step_make_one_gradient_a_tenant():
     method = METHODS[0]
     batch, index = mixed([A, B])

@@ -54,6 +54,32 @@ def test_a_signal_before_or_during_repeatable_work_interrupts_it(capfd):
         assert said in capfd.readouterr().err
 
 
+def test_an_interrupt_that_c_code_turned_into_another_error_is_one_all_the_same():
+    with stop_signals() as stop, pytest.raises(Interrupted):
+        with stop.interrupting():
+            try:
+                send(signal.SIGTERM)
+            except Interrupted:
+                raise ValueError("Cache keys should be comparable") from None
+    with stop_signals() as stop, pytest.raises(ValueError, match="own"), stop.interrupting():
+        raise ValueError("its own")
+
+
+def test_a_signal_is_noted_although_nobody_reads_what_is_said():
+    read, write = os.pipe()
+    os.close(read)
+    before = os.dup(2)
+    os.dup2(write, 2)
+    try:
+        with stop_signals() as stop:
+            send(signal.SIGINT)
+            assert stop.received == signal.SIGINT
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(write)
+
+
 @pytest.mark.parametrize("code", [0, 143])
 def test_sigterm_exits_with_the_given_code_and_ctrl_c_as_usual(code):
     for number, raised in ((signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)):

@@ -11,7 +11,7 @@ from ... import devices
 from ...adapters.bank import AdapterBank
 from ...adapters.files import load_adapter
 from ...backbone.load import load_backbone
-from ...config import RuntimeSection, expanded, shorten
+from ...config import RuntimeSection, expanded, shorten, template_variables
 from ...data.tokenizer import load_tokenizer
 from ...serving.engine import Engine
 from ..answers import Answerer
@@ -22,7 +22,8 @@ from .requests import TokenLM
 
 @register_model("para")
 class ParaLM(TokenLM):
-    """One tenant of an engine. It uses the engine's slots and room; vectors are made from a request's context alone."""
+    """One tenant of an engine, as a model of lm-eval. Its adapter reads the context of a request, never the
+    continuation."""
 
     def __init__(self, engine: Engine, tenant: str | None = None, *, cache: str | Path | None = None, seed: int = 0):
         """
@@ -100,9 +101,11 @@ class ParaLM(TokenLM):
             backbone, adapter: as for `para-jax generate`; adapter None is the base model. The names that `hf` uses,
                 pretrained and peft, work too.
             options: dtype, quantize, attention, batch_size (rows, default 8), max_length (tokens per row for answers to
-                write, default 2048), cache, seed, allow_cpu.
+                write, default 2048), cache, seed, allow_cpu, and variables of the chat template as `hf` has them:
+                chat_template_args, and enable_thinking for that one.
         """
         known = "dtype quantize attention batch_size max_batch_size device max_length cache seed allow_cpu".split()
+        known += ["chat_template_args", "enable_thinking"]
         backbone, adapter = options.pop("pretrained", backbone), options.pop("peft", adapter)
         given = {name: value for name, value in options.items() if value is not None}
         other = [name for name in given if name not in known]
@@ -116,6 +119,10 @@ class ParaLM(TokenLM):
         )
         devices.start(RuntimeSection(allow_cpu=bool(given.get("allow_cpu", False))))
         backbone, cache = str(backbone), str(given.get("cache") or "")
+        variables = template_variables("model_args: chat_template_args", given.get("chat_template_args"))
+        if "enable_thinking" in given:
+            variables = variables | {"enable_thinking": given["enable_thinking"]}
+        tokenizer = load_tokenizer(backbone, variables)
         attention = str(given.get("attention", "auto"))
         model = load_backbone(backbone, dtype=given.get("dtype"), quantize=given.get("quantize"), attention=attention)
         bank, tenant = None, None
@@ -124,7 +131,7 @@ class ParaLM(TokenLM):
             held = {tenant: load_adapter(tenant, model.config, model=model)}
             bank = AdapterBank.holding(held, model.config)
         longest = min(longest, model.config.max_positions)
-        engine = Engine(model, bank, load_tokenizer(backbone), slots=rows, max_length=longest)
+        engine = Engine(model, bank, tokenizer, slots=rows, max_length=longest)
         return cls(engine, tenant, cache=cache, seed=seed)
 
     def get_model_info(self) -> dict:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from ...data.examples import encode, render, turn_stop_ids, without_added_eos
+from ...data.chats import render
+from ...data.examples import encode, encode_text, turn_stop_ids
 from ...inference.sampling import derived_seed
 from ...messages import say
 from ...serving.request import check_request
@@ -127,11 +128,8 @@ class TokenLM(TemplateLM):
         self._cut = 0
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Ids of a text, with the tokenizer's own special tokens unless the text already starts with BOS."""
-        bos = self.tokenizer.decode([self.prefix_token_id])
-        if add_special_tokens is False or (add_special_tokens is None and string.startswith(bos)):
-            return encode(self.tokenizer, string)
-        return without_added_eos(self.tokenizer, string, self.tokenizer(string, verbose=False)["input_ids"])
+        """Ids of a text, with the tokenizer's own special tokens, as of a prompt elsewhere."""
+        return (encode if add_special_tokens is False else encode_text)(self.tokenizer, string)
 
     @property
     def eot_token_id(self) -> int:

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from long_cases import long
 from tiny_harness import command, lines, results
 from tiny_run import words
 
@@ -22,7 +24,7 @@ from para_jax import (
 )
 from para_jax.cli import main
 from para_jax.evaluation import answers as answering
-from para_jax.evaluation import folder as folders
+from para_jax.evaluation import task_questions
 from para_jax.evaluation.questions import Written
 
 TEMPLATE = "{% for m in messages %}w5 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w6{% endif %}"
@@ -37,7 +39,7 @@ def test_para_lm_knows_the_adapter_that_its_tenant_has_now(folder):
     assert lm.content == bank.entry("A").content != before
 
 
-@pytest.mark.parametrize("tenant", ["A", None])
+@pytest.mark.parametrize("tenant", [long("A"), None])
 def test_para_lm_scores_one_tenant_as_the_mixed_pass_does(engine, harness, whole, tenant):
     found = harness(ParaLM(engine, tenant), "tiny_pick", "tiny_write")
     mixed = results(whole)[tenant or "base"]["results"]
@@ -126,6 +128,23 @@ def test_para_lm_is_made_of_lm_evals_arguments(folder, tmp_path):
         get_model("para").create_from_arg_obj({"backbone": "x", "max_length": "long"})
 
 
+def test_a_chat_template_has_the_variables_of_lm_evals_arguments(folder, tmp_path):
+    shutil.copytree(folder / "backbone", tmp_path / "chats")
+    chats = load_tokenizer(tmp_path / "chats")
+    chats.chat_template = TEMPLATE + "{{ 'w8' if enable_thinking | default(true) else mood }}"
+    chats.save_pretrained(tmp_path / "chats")
+    asked, given = [{"role": "user", "content": "w20"}], {"backbone": tmp_path / "chats", "allow_cpu": True}
+    variables = {"enable_thinking": False, "chat_template_args": {"mood": "w9"}}
+    ends = {}
+    for name, more in (("hf", variables), ("none", {})):
+        lm = ParaLM.from_source(**given, **more)
+        ends[name] = lm.apply_chat_template(asked)[-2:]
+    assert ends == {"hf": "w9", "none": "w8"}
+    for wrong in ("mood", {"messages": 1}):
+        with pytest.raises(ValueError, match="model_args: chat_template_args.*(mood|messages)"):
+            ParaLM.from_source(**given, chat_template_args=wrong)
+
+
 @pytest.mark.long
 def test_lm_evals_command_line_runs_para(folder, whole, tmp_path, monkeypatch):
     """Slow: lm-eval reads its ten thousand task files."""
@@ -139,7 +158,7 @@ def test_lm_evals_command_line_runs_para(folder, whole, tmp_path, monkeypatch):
 
 
 def test_without_lm_eval_a_line_says_how_to_install_it(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(folders, "find_spec", lambda name: None)
+    monkeypatch.setattr(task_questions, "find_spec", lambda name: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for line in (command(folder, tmp_path, tasks=["tiny_pick"]), ["lm-eval", "--tasks", "x"]):
         assert main(line) == 2

@@ -1,8 +1,7 @@
 """lm-eval's requests as token ids: which tokens are context and which continuation, and what is refused."""
 
-from types import SimpleNamespace
-
 import pytest
+from golden_models import backbone
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils import postprocess_generated_text
 from tiny_run import tokenizer as word_tokenizer
@@ -196,7 +195,7 @@ def test_a_chat_template_that_fails_is_named_whatever_it_raises(tokenizer, monke
 
 def test_a_stop_text_with_a_first_space_is_missed_at_the_start_as_in_hf(monkeypatch):
     """SentencePiece's tokenizers strip the first space of what they decode, and all decode the answer alone."""
-    tokenizer, model = own_space(), SimpleNamespace(config=SimpleNamespace(eos_token_ids=()))
+    tokenizer, model = own_space(), backbone("llama")
     for answer, expected in (("quick brown fox", "quick brown fox"), ("the quick brown fox", "the")):
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]  # as of " " + answer
         monkeypatch.setattr("para_jax.inference.generate.generate_tokens", lambda *_, ids=ids, **__: [ids])
@@ -204,14 +203,11 @@ def test_a_stop_text_with_a_first_space_is_missed_at_the_start_as_in_hf(monkeypa
         assert generate(model, ["a"], tokenizer=tokenizer, stop=[" quick"]) == [theirs] == [expected]
 
 
-def test_bos_is_not_put_before_a_text_that_has_it(tokenizer):
-    recorder = Recorder(word_tokenizer(), 50, 0)
-    recorder.tokenizer = type("Adds", (), {
-        "bos_token_id": 1, "eos_token_id": 2, "decode": lambda self, ids: "<s>",
-        "__call__": lambda self, text, add_special_tokens=True, **_: {"input_ids": [1] * add_special_tokens + [9]},
-    })()  # fmt: skip
-    assert recorder.tok_encode("a") == [1, 9] and recorder.tok_encode("<s>a") == [9]
-    assert recorder.tok_encode("a", add_special_tokens=False) == [9]
+def test_bos_is_not_put_before_a_text_that_has_it():
+    recorder = Recorder(with_bos(), 50, 0)
+    bos, *letter = recorder.tok_encode("a")
+    assert bos == recorder.tokenizer.bos_token_id and recorder.tok_encode("<bos>a") == [bos, *letter]
+    assert recorder.tok_encode("a", add_special_tokens=False) == letter
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""Conversations as the tokenizer's chat template renders them, and which part of the text is the answer's turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from ..config import shorten
+from ..untrusted import require_unicode
+from .chat_template import TemplateError, render_templates
+
+
+def render(tokenizer, messages: list[dict], **options: bool) -> str:
+    """The conversation as the tokenizer's chat template renders it, including its BOS. The template gets all keys of a
+    message: it may read more than role and content, such as tool_calls.
+
+    Args:
+        options: add_generation_prompt and continue_final_message, as in transformers' apply_chat_template.
+
+    Raises TemplateError, a ValueError, if the template fails, or takes too much time or memory (chat_template.py).
+    """
+    return render_all(tokenizer, [(messages, options)])[0]
+
+
+def render_all(tokenizer, conversations: Sequence[tuple[list[dict], dict[str, Any]]]) -> list[str]:
+    """`render` for each (messages, options). If one fails, all do."""
+    if not conversations:
+        return []
+    if not tokenizer.chat_template:
+        raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; pass text instead")
+    tokens = tokenizer.special_tokens_map
+    given = [(messages, {**tokens, **options}) for messages, options in conversations]
+    try:
+        texts = render_templates(tokenizer.get_chat_template(), given)
+    except ValueError as error:
+        first = shorten(conversations[0][0])
+        raise TemplateError(f"the tokenizer's chat template fails on {first}: {error}") from None
+    require_unicode("the tokenizer's chat template", texts)
+    return texts
+
+
+def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:
+    """The answer as the chat template renders it."""
+    return answered(tokenizer, [(prompt, completion)])[0][1]
+
+
+def answered(tokenizer, pairs: Sequence[tuple[list[dict], str]]) -> list[tuple[str, str]]:
+    """Each conversation up to its answer, and the answer's turn, as the chat template renders them. The turn is what
+    the conversation with the answer adds to the one before it.
+
+    Some of Mistral's templates write the system message into the last message, and leave it out if that is the
+    assistant's. The turn is then that of the conversation without it, if both prompts end with the user's message and
+    the same text after it.
+    """
+    found = with_and_without_answer(tokenizer, pairs)
+    moved = {i: without_system(pairs[i][0]) for i, (before, whole) in enumerate(found) if not whole.startswith(before)}
+    moved = {i: rest for i, rest in moved.items() if rest and len(rest) < len(pairs[i][0])}
+    turns = dict(enumerate(found))
+    with suppress(TemplateError):
+        plain = with_and_without_answer(tokenizer, [(rest, pairs[i][1]) for i, rest in moved.items()])
+        for (i, rest), parts in zip(moved.items(), plain, strict=True):
+            content, end = rest[-1]["content"].strip(), common_end(found[i][0], parts[0])
+            if content in end and len(content) < len(end):
+                turns[i] = parts
+    return [(before, turn_between(*turns[i])) for i, (before, _) in enumerate(found)]
+
+
+def with_and_without_answer(tokenizer, pairs: Sequence[tuple[list[dict], str]]) -> list[tuple[str, str]]:
+    """Each conversation up to its answer, and with it, as the chat template renders them."""
+    given: list[tuple[list[dict], dict[str, bool]]] = []
+    for prompt, completion in pairs:
+        given.append((prompt, dict(add_generation_prompt=True)))
+        whole = [*prompt, {"role": "assistant", "content": completion}]
+        given.append((whole, dict(add_generation_prompt=False)))
+    texts = render_all(tokenizer, given)
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def without_system(messages: list[dict]) -> list[dict]:
+    return [message for message in messages if message["role"] != "system"]
+
+
+def common_end(one: str, other: str) -> str:
+    """The longest text with which both end."""
+    return os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+
+
+def turn_between(before: str, whole: str) -> str:
+    """The assistant turn: what the rendered conversation adds to the one before it."""
+    if not whole.startswith(before) or len(whole) == len(before):
+        raise ValueError(
+            "the tokenizer's chat template renders an assistant turn that does not start with its generation prompt "
+            f"({shorten(before[-40:])} is not in {shorten(whole[max(0, len(before) - 40) :])}); use another template"
+        )
+    return whole[len(before) :]

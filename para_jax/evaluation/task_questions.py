@@ -1,0 +1,185 @@
+"""Tasks as questions for any adapter: our own files, the tests of runs, and lm-eval's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import ModelConfig, RunConfig
+from ..data.row_files import split_file
+from .evaluate import other_prompts
+from .questions import Answer, Question
+from .results import task_record
+from .samples import logged_samples
+from .task_file import INSTALL, task_parts
+from .tasks import (
+    EncodedTask,
+    EvalTask,
+    FileTask,
+    check_room,
+    encode_task,
+    file_task,
+    say_long,
+    task_of_run,
+    with_metrics_in_names,
+)
+
+
+class Options(NamedTuple):
+    """How tasks are asked."""
+
+    limit: int | None = None
+    """ask at most this many examples of each task, from its start"""
+    rows: int = 16
+    """of a batch"""
+    seed: int = 0
+    """of sampled answers, and of shuffled prompts"""
+    include_path: Path | None = None
+    """a folder of further task files for lm-eval"""
+    fewshot: int | None = None
+    """examples in each context of lm-eval's tasks; default: each task's own number"""
+    chat: bool = False
+    """put lm-eval's contexts into the tokenizer's chat template"""
+    split: str = "test"
+    """of our own tasks: the file of a folder"""
+    shuffle_prompts: bool = False
+    """make the factors of each example of our own tasks from another example's prompt"""
+    log_samples: bool = False
+    """write what was answered to each example"""
+
+
+#: Gives the recorded answer to a question; None if it was not recorded.
+Lookup = Callable[[Question], Answer | None]
+
+
+class TaskQuestions(NamedTuple):
+    """A task, ours or lm-eval's, as questions for any adapter."""
+
+    names: tuple[str, ...]
+    """under which it gives results: an lm-eval group has several"""
+    questions: list[Question]
+    results: Callable[[Lookup], dict]
+    """the task's part of an adapter's record, from that adapter's answers. Its `samples` and `white_space` go
+    elsewhere"""
+    owner: str | None = None
+    """the only tenant that is asked, next to the base model; None: all are"""
+    scored_by: str = ""
+    """what the scores depend on in addition to the answers, as text"""
+
+
+def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, options: Options) -> list[TaskQuestions]:
+    """The tasks' questions. This needs only the model's config, so a wrong name is found before weights are loaded.
+
+    Args:
+        tasks: [TASK=]FILE_OR_FOLDER[:METRIC], our own, or names of lm-eval's tasks. Several metrics of one file are
+            separate tasks, named TASK:METRIC.
+    """
+    found = [file_task(text, tokenizer, config, split=options.split, limit=options.limit) for text in tasks]
+    names = [text for text, one in zip(tasks, found, strict=True) if one is None]
+    files = with_metrics_in_names([one for one in found if one is not None])
+    own = [questions_of(one.encoded, one.original, options) for one in files]
+    own_names = [name for one in own for name in one.names]
+    require_distinct([*names, *own_names], files)
+    if not names:
+        return own
+    loaded = questions_of_harness(names, tokenizer, config, options)
+    theirs = dict.fromkeys([*names, *(name for one in loaded for name in one.names)])
+    require_distinct([*theirs, *own_names])
+    return [*own, *loaded]
+
+
+def read_own_tasks(
+    text: str,
+    tenants: Sequence[str],
+    tokenizer,
+    config: ModelConfig,
+    options: Options,
+    configs: Mapping[str, RunConfig] | None = None,
+) -> list[TaskQuestions]:
+    """Each tenant's own task: the file of its name in a folder of tenants' data, asked of it and the base model.
+
+    Args:
+        text: [TASK=]FOLDER[:METRIC], of every tenant's file.
+        configs: of the tenants that are scored as a run on their folder scores them, whatever `text` says.
+    """
+    name, folder, metric = task_parts(text)
+    if folder is None or not folder.is_dir():
+        raise ValueError(f"--tasks {text}: not a folder\nwith --own, give the folder that has a folder for each tenant")
+    missing = [tenant for tenant in tenants if split_file(folder / tenant, options.split) is None]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(
+            f"--own: {folder} has no {options.split}.jsonl for {', '.join(missing[:5])}{more}\nadd "
+            f"{folder / missing[0] / options.split}.jsonl, or name adapters by their data: --adapters NAME=DIR"
+        )
+    tasks, of_runs = [], []
+    for tenant in tenants:
+        task = task_of_run(configs[tenant], options.split, tokenizer) if configs and tenant in configs else None
+        if task is not None:
+            of_runs.append(task)
+            asked = questions_of_run(task._replace(name=tenant), tokenizer, config, options)
+            tasks.append(asked._replace(owner=tenant))
+            continue
+        own = (f"{name}=" if name else "") + str(folder / tenant) + (f":{metric}" if metric else "")
+        found = file_task(own, tokenizer, config, split=options.split, limit=options.limit)
+        if found is not None:
+            encoded = found.encoded._replace(task=found.encoded.task._replace(name=tenant))
+            tasks.append(questions_of(encoded, found.original, options)._replace(owner=tenant))
+    say_long(options.split, of_runs)
+    return tasks
+
+
+def questions_of_run(task: EvalTask, tokenizer, config: ModelConfig, options: Options) -> TaskQuestions:
+    """A run's task as questions."""
+    encoded = encode_task(task, tokenizer, options.limit)
+    check_room(config, encoded)
+    return questions_of(encoded, len(task.records) + task.skipped, options)
+
+
+def questions_of(encoded: EncodedTask, original: int, options: Options) -> TaskQuestions:
+    """One of our own tasks as questions.
+
+    Args:
+        original: how many examples its file has.
+    """
+    questions = encoded.questions(other_prompts(encoded, options.seed if options.shuffle_prompts else None))
+
+    def results(answer: Lookup) -> dict:
+        answers = [found for found in map(answer, questions) if found is not None]
+        samples = {"samples": {encoded.task.name: logged_samples(encoded, answers)}} if options.log_samples else {}
+        return task_record(encoded, original, answers) | samples
+
+    task = encoded.task
+    scored_by = repr((task.metric, task.also, task.choices, original, [record.references for record in task.records]))
+    return TaskQuestions((task.name,), questions, results, scored_by=scored_by)
+
+
+def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, options: Options) -> list[TaskQuestions]:
+    """lm-eval's tasks of these names."""
+    if options.shuffle_prompts:
+        raise ValueError(f"--shuffle-prompts: {names[0]} is a task of lm-eval; only our own tasks can be shuffled")
+    if find_spec("lm_eval") is None:
+        raise ValueError(f"task {names[0]}: there is no such file or folder, and {INSTALL}")
+    from .harness.tasks import load_tasks, record, replay
+
+    loaded = load_tasks(names, options.include_path, limit=options.limit, fewshot=options.fewshot, chat=options.chat)
+    asked = []
+    for task in loaded:
+        given = task, tokenizer, config.max_positions
+        questions = record(*given, sampling_seed=options.seed)
+        results = partial(replay, *given, sampling_seed=options.seed, samples=options.log_samples)
+        asked.append(TaskQuestions(task.result_names, questions, results))
+    return asked
+
+
+def require_distinct(names: Sequence[str], files: Sequence[FileTask] = ()) -> None:
+    """Raises ValueError for tasks with one name. A file gives its task its own name, and a folder gives it the
+    folder's."""
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        alike = sorted({str(one.file) for one in files if one.encoded.task.name in twice})
+        advice = f"\n{alike[0]} and {alike[1]} have one name: give the folder of one, or rename it" if alike[1:] else ""
+        raise ValueError(f"--tasks: {', '.join(twice)} is given more than once{advice or '; give each name once'}")
