@@ -168,13 +168,19 @@ class Answering:
         # x-accel-buffering: nginx would keep the events until it has a page of them
         quick = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
         await send(start(200, b"text/event-stream; charset=utf-8", *quick))
+        told = 0  # new tokens of the events so far: the engine may be ahead of them
         while any(choice.finish_reason is None for choice in choices.values()):
             changed = take_news(await answer.news(), choices, outcome)
 
             def events(changed: list[Choice] = changed) -> bytes:
-                parts = [(choice, part) for choice in changed if (part := choice.take())]
-                now = usage(answer, outcome) if asked.continuous_usage else None
-                return b"".join(writer.event(delta, now) for both in parts for delta in self.shape.deltas(*both))
+                nonlocal told
+                written = []
+                for choice in changed:
+                    if part := choice.take():
+                        told += part.new_tokens
+                        now = usage(answer, outcome)._replace(new=told) if asked.continuous_usage else None
+                        written += (writer.event(delta, now) for delta in self.shape.deltas(choice, part))
+                return b"".join(written)
 
             if written := await written_for(asked, events):
                 await send({"type": "http.response.body", "body": written, "more_body": True})

@@ -24,6 +24,8 @@ class Part(NamedTuple):
     """where each of these tokens begins in the choice's text"""
     ids: list[int]
     """the tokens' ids"""
+    new_tokens: int
+    """how many of them are the answer's"""
     finish_reason: str | None
     first: bool = False
     """whether nothing of the choice came before"""
@@ -56,12 +58,11 @@ class Choice:
     def take(self) -> Part | None:
         """What is new; None for nothing that a client could see."""
         asked, first = self._asked, not self._begun
-        new = self._text or self.finish_reason or (asked.logprobs is not None and self._ids)
-        if not new:
+        if not (self._text or self.finish_reason or (asked.logprobs is not None and self._ids)):
             return None
         self._begun = True
         text, ids, logprobs = self._text, self._ids, list(self._logprobs)
-        self._text, self._ids, self._logprobs = "", [], []
+        self._text, self._ids, self._logprobs, new = "", [], [], len(self._ids)
         if first and asked.echo:
             before = list(self._stream.prompt_ids)
             prompt = asked.prompts[self._number]
@@ -69,8 +70,8 @@ class Choice:
             if asked.logprobs is not None:
                 ids, logprobs = before + ids, list(self._stream.prompt_logprobs) + logprobs
         if asked.logprobs is None:
-            return Part(text, None, None, ids, self.finish_reason, first)
-        return Part(text, logprobs, [self._offsets.next(token) for token in ids], ids, self.finish_reason, first)
+            return Part(text, None, None, ids, new, self.finish_reason, first)
+        return Part(text, logprobs, [self._offsets.next(token) for token in ids], ids, new, self.finish_reason, first)
 
 
 class Offsets:

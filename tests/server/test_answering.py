@@ -378,6 +378,17 @@ def test_usage_counts_tokens_and_those_from_the_prefix_cache(http):
     assert counts == sorted(counts) and 0 < counts[0] < counts[-1] == 10
 
 
+def test_usage_of_an_event_is_of_what_the_client_has_even_if_the_engine_is_ahead(http, monkeypatch):
+    def late(*given, start=answering.start):
+        time.sleep(0.5)  # in asyncio's thread, while the engine writes all tokens
+        return start(*given)
+
+    monkeypatch.setattr(answering, "start", late)
+    given = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}, "n": 2}
+    body = {"model": "A", "prompt": prompt(1), "max_tokens": 5, "ignore_eos": True} | given
+    assert [chunk["usage"]["completion_tokens"] for chunk in events(http, "/v1/completions", body)] == [5, 10, 10]
+
+
 def test_a_prompt_shares_its_beginning_only_with_prompts_of_the_same_salt(http):
     def cached(salt):
         body = {"model": "base", "prompt": prompt(9), "max_tokens": 1, "cache_salt": salt}
