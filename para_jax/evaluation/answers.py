@@ -19,6 +19,7 @@ from ..messages import say
 from ..progress import Progress
 from ..serving.engine import Engine
 from ..sharding import mesh_of, using
+from ..training.stop import interruption_point
 from .batch_adapters import Bank, version
 from .journal import Journal
 from .likelihood import likelihoods
@@ -117,6 +118,7 @@ class Answerer:
                     now = time.perf_counter()
                     self.seconds, last = self.seconds + now - last, now
                     bar.advance(**{"tokens/s": round(self.tokens / self.seconds)})
+                    interruption_point()
         journal.sync()
         return [journal[one.key] for one in asked]
 

@@ -27,6 +27,7 @@ from ..progress import Progress
 from ..tail import PromptStates
 from . import prompt_file
 from .prompt_states import Record, computed, pooler_digest, pooler_of, record_of
+from .stop import interruption_point
 
 #: The share of the free memory, or of the free space on the disk, that may be taken.
 USABLE = 0.5
@@ -127,6 +128,7 @@ def filled(
             for count, part in computed(model, pooler, prompts, rows):
                 yield part
                 bar.advance(count)
+                interruption_point()
 
     if where == "memory":
         data = in_memory(size, records())

@@ -1,5 +1,5 @@
-"""Graceful shutdown: on SIGTERM or the first Ctrl-C, a run finishes its current step and saves. A second one ends it at
-once.
+"""Graceful shutdown: on SIGTERM or the first Ctrl-C, a run finishes its current step, or the batch of an evaluation,
+and saves. A second one ends it at once.
 
 The hosts of one run must stop after the same step. There, JAX's preemption service receives SIGTERM and agrees on it.
 """
@@ -29,10 +29,11 @@ class Interrupted(BaseException):
 
 
 class StopSignal:
-    """The signal received, if any. `stop_signals` installs its `handle`."""
+    """The signal received, if any. `stop_signals` notes it."""
 
     received: int | None = None
-    repeatable = False
+    repeatable: StopSignal | None = None
+    """of the run whose work can be repeated just now"""
     asked = 0
     """the last number that this process asked the preemption service about, of all runs: the trials of a learning rate
     and methods that are compared are several. The service stops at the number after those that the hosts have asked
@@ -58,28 +59,26 @@ class StopSignal:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Lets a signal end the body at once, by Interrupted. The body must only compute."""
-        self.repeatable = True
-        try:
-            if self.received is not None:
-                raise Interrupted
-            yield
-        except Exception as error:  # C code makes others of an Interrupted that is raised in what it calls
-            if self.received is None:
-                raise
-            raise Interrupted from error
-        finally:
-            self.repeatable = False
-
-    def handle(self, number: int, frame) -> None:
-        self.received = number
-        if self.repeatable:
-            self.repeatable = False
+        """Lets a signal end the body, by Interrupted, at its next `interruption_point`. The body must only compute."""
+        if self.received is not None:
             raise Interrupted
+        StopSignal.repeatable = self
+        try:
+            yield
+        finally:
+            StopSignal.repeatable = None
 
     def end(self) -> NoReturn:
         """Ends a run that has saved, by KeyboardInterrupt after Ctrl-C, else by Stopped."""
         raise KeyboardInterrupt if self.received == signal.SIGINT else Stopped(self.exit_code)
+
+
+def interruption_point() -> None:
+    """Raises Interrupted if a signal has come and the work can be repeated. Called between batches: an error raised by
+    the signal's handler could leave JAX, which it interrupts, without its own state, and the save would fail."""
+    stop = StopSignal.repeatable
+    if stop is not None and stop.received is not None and threading.current_thread() is threading.main_thread():
+        raise Interrupted
 
 
 def end_if_told() -> None:
@@ -108,11 +107,11 @@ def stop_signals(given: bool = False, exit_code: int = 0) -> Iterator[StopSignal
     def handle(number: int, frame) -> None:
         restore()
         if is_first():
-            what = "stopping; saving first" if stop.repeatable else "stopping after this step, to save"
+            what = "stopping; saving first" if StopSignal.repeatable else "stopping after this step, to save"
             second = "Ctrl-C" if number == signal.SIGINT else "signal"
             with suppress(OSError):  # whoever read it may have ended by the same Ctrl-C
                 os.write(2, f"\npara-jax: {what} (a second {second} stops at once)\n".encode())
-        stop.handle(number, frame)
+        stop.received = number
 
     for number in before:
         signal.signal(number, handle)
