@@ -13,7 +13,7 @@ import numpy as np
 
 from ..adapters.invocation import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
-from ..config import ASSUMED_LENGTH, DataSection, ModelConfig, RunConfig, expanded, require
+from ..config import ASSUMED_LENGTH, ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
@@ -108,7 +108,6 @@ def read_inputs(
         raise too_long_in(long)
     data = {name: read_once[of_data(own)][0] for name, own in configs.items()}
     say_data(config, data)
-    warn_of_ignored(config.data)
     warn_of_unread(configs.values())
     alike = [read_once[key] for key in dict.fromkeys(map(of_data, configs.values()))]
     say_long("validation", [validation for _, validation, *_ in alike])
@@ -189,13 +188,6 @@ def say_tenants(config: RunConfig, data: dict[str, TrainingData]) -> None:
         say(f"1 tenant with {each} training examples")
     else:
         say(f"{len(counts)} tenants with {each} training examples, {sum(counts)} in all")
-
-
-def warn_of_ignored(section: DataSection) -> None:
-    """Names the fields that data.tenants takes the place of. data.train is not named: many configs have one."""
-    ignored = [f"data.{split}" for split in ("validation", "test") if getattr(section, split) is not None]
-    if section.tenants and ignored:
-        warn(f"{' and '.join(ignored)}: not read, since data.tenants is set; each tenant's folder has its own")
 
 
 def warn_of_unread(configs: Iterable[RunConfig]) -> None:

@@ -23,6 +23,7 @@ from ..adapters.adapter import Adapter
 from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone
 from ..config import RunConfig, config_dict, expanded, require
+from ..config.unused import unused_fields
 from ..data.example_arrays import digest
 from ..data.given import with_data, with_tenants
 from ..data.tenants import OWN_FILE
@@ -30,7 +31,7 @@ from ..evaluation.evaluate import Tasks, share_shapes
 from ..evaluation.score import describe_best
 from ..evaluation.shapes import say_evaluation
 from ..memory import run_mesh
-from ..messages import say
+from ..messages import say, warn
 from ..model import init_adapter
 from ..processes import on_every_process, on_first_process, require_same
 from ..roofline import peak_rate
@@ -204,6 +205,8 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
         say_rows(rows, lay_out(config, mesh).tenant_rows, batch_devices(mesh))
     layouts = on_every_process(lambda: [lay_out(kept, mesh, len(part.names)) for part in parts])
     inputs = read_parts(config, parts, layouts, chosen, shared)
+    for line in unused_fields(config):
+        warn(line)
     tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     with ExitStack() as held:
         on_first_process(lambda: held.enter_context(locked_folder(config)))

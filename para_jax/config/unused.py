@@ -1,0 +1,45 @@
+"""Fields that a config sets although nothing of its run reads them. Each is named: a typing error in another field is
+the usual reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from .run import RunConfig
+
+#: Metrics of eval.metric for which choices are ranked.
+RANKING = (None, "accuracy", "macro_f1", "matthews")
+
+
+def unused_fields(config: RunConfig) -> Iterator[str]:
+    """A line for each such field: its name, its value, and why nothing reads it. data.train next to data.tenants is
+    none: many configs have one."""
+    adapter, given = config.adapter, config.eval
+    one, tenants = not config.many, bool(config.data.tenants)
+    rankless = not (config.sweep.method or hasattr(adapter, "r"))
+    unbiased = not (config.sweep.method or getattr(adapter, "up_bias", False))
+    unread = [
+        ("data.validation", tenants, "data.tenants is set; each tenant's folder has its own"),
+        ("data.test", tenants, "data.tenants is set; each tenant's folder has its own"),
+        ("data.buckets", config.data.packing, "data.packing has one length, data.max_seq_length"),
+        ("train.rows_per_tenant", one, "the run trains one adapter; train.per_device_batch_size has its rows"),
+        ("train.tenants_at_once", one, "the run trains one adapter"),
+        ("train.sampling", one, "the run trains one adapter"),
+        ("train.up_lr_ratio", rankless, "the adapter's method has no matrices that lead out of a rank"),
+        ("train.bias_lr_ratio", unbiased, "the adapter has no biases; adapter.up_bias=true makes them"),
+        ("eval.choices", given.metric not in RANKING, f"eval.metric={given.metric} ranks no choices"),
+        ("eval.max_new_tokens", given.metric in ("loss", "accuracy"), f"eval.metric={given.metric} writes no answers"),
+        ("eval.test_limit", not given.test, "eval.test=true scores the test data"),
+        ("profiler.steps", config.profiler.start_step is None, "profiler.start_step says where the trace begins"),
+    ]
+    for name, nothing_reads_it, why in unread:
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        if nothing_reads_it and value != default_of(getattr(config, section), field):
+            yield f"{name}={value} has no effect: {why}"
+
+
+def default_of(section: Any, name: str) -> Any:
+    return next(field.default for field in fields(section) if field.name == name)

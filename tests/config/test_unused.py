@@ -1,0 +1,52 @@
+"""What a config sets although nothing reads it is named, and nothing else is."""
+
+from pathlib import Path
+
+import pytest
+
+from para_jax import load_config
+from para_jax.config.unused import unused_fields
+
+ROOT = Path(__file__).parents[2]
+
+
+def unused(*overrides, file=None):
+    return [line.split("=")[0] for line in unused_fields(load_config(file, overrides))]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_configs_that_come_along_set_nothing_in_vain(file):
+    assert unused(file=file) == []
+
+
+TENANTS = "data.tenants=tenants"
+LORA, IA3 = "adapter.method=lora", "adapter.method=ia3"
+RANKED = "eval.choices=[good, bad]"
+
+
+@pytest.mark.parametrize(
+    "vain, useful",
+    [
+        (("data.validation=b.jsonl", TENANTS), ("data.validation=b.jsonl",)),
+        (("data.test=b.jsonl", TENANTS), ("data.test=b.jsonl",)),
+        (("data.buckets=2", "data.packing=true"), ("data.buckets=2",)),
+        (("train.rows_per_tenant=4",), ("train.rows_per_tenant=4", TENANTS)),
+        (("train.tenants_at_once=4",), ("train.tenants_at_once=4", TENANTS)),
+        (("train.sampling=sqrt",), ("train.sampling=sqrt", TENANTS)),
+        (("train.up_lr_ratio=8", IA3), ("train.up_lr_ratio=8", LORA)),
+        (("train.up_lr_ratio=8", IA3), ("train.up_lr_ratio=8", IA3, "sweep.method=[ia3, lora]")),
+        (("train.bias_lr_ratio=8",), ("train.bias_lr_ratio=8", "adapter.up_bias=true")),
+        ((RANKED, "eval.metric=exact_match"), (RANKED,)),
+        ((RANKED, "eval.metric=loss"), (RANKED, "eval.metric=macro_f1")),
+        (("eval.max_new_tokens=8", "eval.metric=accuracy"), ("eval.max_new_tokens=8", "eval.metric=macro_f1")),
+        (("eval.test_limit=8",), ("eval.test_limit=8", "eval.test=true")),
+        (("profiler.steps=8",), ("profiler.steps=8", "profiler.start_step=1")),
+    ],
+)
+def test_a_field_that_nothing_reads_is_named(vain, useful):
+    assert unused(*vain) == [vain[0].split("=")[0]]
+    assert unused(*useful) == []
+
+
+def test_what_a_field_says_already_is_not_named():
+    assert unused("train.sampling=proportional", "eval.choices=[]", "eval.metric=loss") == []
