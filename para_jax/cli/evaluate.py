@@ -191,15 +191,16 @@ def check_sources(options, config) -> None:
     check_adapters(sources.values())
     if not options.own:
         check_tasks(options.tasks, options.split)
-        warn_of_unused(options)
+        warn_of_unused(options, config)
     if not options.tasks and config.runtime.coordinator is None:
         check_data(config, [options.split])
         if not is_elsewhere(config.data, options.split) and source_of(config.data, options.split) is None:
             raise no_data(options, config)
 
 
-def warn_of_unused(options) -> None:
-    """Warns of what --tasks makes useless: a config's data and metric, and, without a task of lm-eval, its options."""
+def warn_of_unused(options, config) -> None:
+    """Warns of what --tasks makes useless: a config's templates, overrides of its data and metric, and, without a task
+    of lm-eval, its options."""
     from ..evaluation.task_file import named_file
 
     if not options.tasks:
@@ -207,9 +208,10 @@ def warn_of_unused(options) -> None:
     fields = [text.partition("=")[0] for text in options.overrides]
     used = ("eval.batch_size", "data.chat_template_kwargs")
     unused = [name for name in fields if name.startswith(("data.", "eval.")) and name not in used]
+    unused += [f"data.{name}" for name in ("prompt", "completion") if getattr(config.data, name) is not None]
     if unused:
         advice = f"give data.{options.split} in place of --tasks"
-        warn(f"{', '.join(unused)}: not used, since --tasks replaces the config's data; {advice}")
+        warn(f"{', '.join(dict.fromkeys(unused))}: not used, since --tasks replaces the config's data; {advice}")
     if all(named_file(text, options.split) for text in options.tasks):
         for name in ("num_fewshot", "chat"):
             if getattr(options, name) not in (None, False):

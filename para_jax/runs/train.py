@@ -205,9 +205,11 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
         say_rows(rows, lay_out(config, mesh).tenant_rows, batch_devices(mesh))
     layouts = on_every_process(lambda: [lay_out(kept, mesh, len(part.names)) for part in parts])
     inputs = read_parts(config, parts, layouts, chosen, shared)
+    tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     for line in unused_fields(config):
         warn(line)
-    tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
+    if config.eval.test and not any(tenant.test for tenant in tenants):
+        say("eval.test=true scores nothing: there is no test data (data.test, or test.jsonl next to train.jsonl)")
     with ExitStack() as held:
         on_first_process(lambda: held.enter_context(locked_folder(config)))
         if parts_of_run(config, list(own)) != parts:  # another process has added tenants since

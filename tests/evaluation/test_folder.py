@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from quick_compiler import own_flags
@@ -21,7 +22,7 @@ from para_jax import (
 )
 from para_jax.backbone.load import load_model_config
 from para_jax.cli import main
-from para_jax.config import save_config
+from para_jax.config import load_config, save_config
 from para_jax.data.records import read_records
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.task_questions import Options, read_own_tasks
@@ -218,6 +219,13 @@ def test_what_files_as_tasks_do_not_use_is_named(folder, config, tmp_path, capsy
     said = capsys.readouterr().err
     assert "warning: data.prompt, eval.metric: not used" in said and "data.test" in said
     assert "--chat: not used" in said and "--num-fewshot: not used" in said
+
+
+def test_templates_of_a_config_that_files_as_tasks_do_not_use_are_named(folder, config, tmp_path, capsys):
+    before = load_config(tmp_path / "run.yaml")
+    save_config(replace(before, data=replace(before.data, prompt="w7 {prompt}")), tmp_path / "run.yaml")
+    assert main([*config, "--tasks", str(folder / "labels"), "--limit", "1"]) == 0
+    assert "warning: data.prompt: not used" in capsys.readouterr().err
 
 
 def test_options_of_the_model_change_the_config(config, tmp_path):
