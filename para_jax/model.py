@@ -163,7 +163,12 @@ def adjustments_for(model: Transformer, adapters: Adapter | Rows | None, tokens,
 def multi_tenant_forward(
     model: Transformer, rows: Rows, tokens, prompt_length, length=None
 ) -> Float[Array, "batch T vocab"]:
-    """The reference for forward with Rows: `jax.vmap` over single examples and their whole adapters. It is slow."""
+    """The reference for forward with Rows: `jax.vmap` over single examples and their whole adapters. It is slow. Raises
+    ValueError as forward does, and for anything but Rows."""
+    if not isinstance(rows, Rows):
+        raise ValueError(
+            f"multi_tenant_forward takes Rows, which pick(stack, indices) makes; got {type(rows).__name__}"
+        )
     tokens, prompt_length, _ = checked(model, rows, tokens, prompt_length, length)
     return _multi_tenant_forward(model, rows, tokens, prompt_length)
 
@@ -410,6 +415,7 @@ def carried(adjustment, reach: Reach | None, dtype):
 
 def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tokens and lengths as int32 arrays. Raises ValueError for wrong ones, and for adapters of another backbone."""
+    require_backbone(model)
     check_fits(adapters, model.config)
     if adapters is not None and prompt_length is None:
         raise ValueError("prompt_length is missing; adapters need it")

@@ -1,6 +1,8 @@
 """The laws of backbone and adapter together, and parity with the golden numbers (tolerances:
 tests/fixtures/README.md)."""
 
+from inspect import unwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -401,3 +403,16 @@ def test_wrong_stacks_and_picks_are_named():
         stack_adapters([])
     with pytest.raises(ValueError, match=r"pick.*\[0, 2\]"):
         pick(stack_adapters([one, one]), [0, 2])
+    with pytest.raises(ValueError, match="stack_adapters .*Para"):
+        unwrap(stack_adapters)(one)  # which is checked by its annotations in tests alone
+    with pytest.raises(ValueError, match="pick .*Para"):
+        unwrap(pick)(one, [0])
+
+
+def test_a_model_with_an_adapter_and_one_adapter_for_many_are_named():
+    model = backbone("llama")
+    adapter = init_adapter(ParaConfig(r=4), model.config)
+    with pytest.raises(ValueError, match="model.backbone"):
+        unwrap(forward)(adapt(model, adapter), adapter, prompts(model), 5)
+    with pytest.raises(ValueError, match="multi_tenant_forward .*Para"):
+        unwrap(multi_tenant_forward)(model, adapter, prompts(model), 5)

@@ -219,6 +219,16 @@ def count_parameters(adapter: Adapter) -> int:
     return sum(math.prod(v.shape) for v in variables if isinstance(v, AdapterParam))
 
 
+def require_one(adapter: Adapter) -> None:
+    """Raises ValueError for a stack of adapters, whose arrays have one axis more."""
+    for variable in jax.tree.leaves(adapter, is_leaf=is_variable):
+        if len(variable.shape) != 1 + len(variable.axes):
+            raise ValueError(
+                f"{type(adapter).__name__} with arrays of shape {variable.shape}, such as a stack has; give one "
+                "adapter of it: jax.tree.map(lambda a: a[i], stack.adapters)"
+            )
+
+
 def named_leaves(adapter: Adapter) -> dict[str, Any]:
     """The adapter's arrays by name, such as "up.q_proj"."""
     paths = jax.tree_util.tree_flatten_with_path(adapter)[0]

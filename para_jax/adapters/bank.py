@@ -131,6 +131,8 @@ class AdapterBank:
         """An empty bank for adapters of these configs, as `Adapter.normal` gives them. Whichever adapters it holds, its
         programs are those of a bank with all of them, so a row has the same bits."""
         configs = tuple(dict.fromkeys(configs))
+        if not configs:
+            raise ValueError("AdapterBank.fitting needs at least one adapter config; got none")
         bank = cls(
             model_config,
             capacity=capacity,

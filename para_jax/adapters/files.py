@@ -23,7 +23,7 @@ from ..hub import BUILT_IN, BUILT_IN_HUB_ID
 from ..storage.bucket import BucketPath
 from ..storage.folder import require_matching_manifest
 from ..untrusted import one_line, read_json
-from .adapter import Adapter, abstract, require_model_config, with_leaves
+from .adapter import Adapter, abstract, require_model_config, require_one, with_leaves
 from .card import lines_of, model_card, with_test_score
 from .folder import (
     CARD,
@@ -77,9 +77,9 @@ def save_adapter(
     adapter: Adapter,
     folder: str | Path | BucketPath,
     *,
-    base_model: str = "",
+    base_model: str | Path = "",
     model=None,
-    card: Iterable[str] = (),
+    card: str | Iterable[str] = (),
     example: str | list[dict] = "a prompt",
 ) -> None:
     """Writes an adapter folder. It replaces an older one as a whole, or leaves it untouched.
@@ -89,16 +89,18 @@ def save_adapter(
             the hub id of that model.
         model: the backbone itself. A folder in our own format keeps its fingerprint, so that loading the adapter on
             another backbone of the same shape gives a warning.
-        card: further Markdown lines of the model card: data, scores, licences.
+        card: further Markdown of the model card, a text or lines: data, scores, licences.
         example: the prompt of the example code in the card.
 
-    Raises ValueError for weights that are not finite and for a folder that holds other files, OSError where it can't be
-    written (a full disk).
+    Raises ValueError for a stack of adapters, for weights that are not finite and for a folder that holds other files,
+    OSError where it can't be written (a full disk).
     """
-    base_model = hub_name(one_line(base_model))
+    base_model = hub_name(one_line(str(base_model)))
     if not isinstance(adapter, Adapter):
         raise ValueError(f"save_adapter takes one adapter; got {type(adapter).__name__}")
+    require_one(adapter)
     method = method_of(adapter.config).form_of(adapter.config)
+    card = [card] if isinstance(card, str) else card
     if model is not None:
         check_fits(adapter, model.config)
     config = config_json(method, adapter, base_model, getattr(model, "fingerprint", None))

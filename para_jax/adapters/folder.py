@@ -5,6 +5,8 @@ The content of a folder is not trusted. Sizes and shapes are checked before it i
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -116,9 +118,16 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def safetensors_bytes(tensors: dict[str, np.ndarray]) -> bytes:
+    """The file of tensors. Its header has a hash of them, so that the first bytes tell one adapter from another."""
     from safetensors.numpy import save
 
-    return save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata={"format": "pt"})
+    data = save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata={"format": "pt"})
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"]["sha256"] = hashlib.sha256(data).hexdigest()  # `save` writes two entries in a random order
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

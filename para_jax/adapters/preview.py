@@ -38,7 +38,8 @@ class Preview(NamedTuple):
     config: Any
     """of the adapter in the form that a bank stacks (Adapter.normal)"""
     digest: str
-    """sha256 of adapter_config.json, and of the size and both ends of the weights: the same for equal files"""
+    """sha256 of adapter_config.json, and of the size and both ends of the weights: the same for equal files. Weights
+    that para_jax saved begin with a hash of the whole (folder.safetensors_bytes)"""
 
 
 def previews(sources: Iterable[str], model_config: ModelConfig) -> list[Preview]:

@@ -13,7 +13,17 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from ..config import ModelConfig
-from .adapter import Adapter, Adjustment, Factors, Shared, SiteInput, SiteOutput, describe, make_adjustment
+from .adapter import (
+    Adapter,
+    Adjustment,
+    Factors,
+    Shared,
+    SiteInput,
+    SiteOutput,
+    describe,
+    make_adjustment,
+    require_one,
+)
 from .scope import Reach, reach_of_config, reach_of_configs, scope_of
 
 
@@ -55,6 +65,8 @@ class Rows:
 
 def stack_adapters(adapters: list[Adapter]) -> Stack:
     """Adapters of one config and backbone, stacked. Gradients of Rows have this shape, a slice per tenant."""
+    if not isinstance(adapters, list | tuple) or not all(isinstance(one, Adapter) for one in adapters):
+        raise ValueError(f"stack_adapters takes a list of adapters; got a {type(adapters).__name__}")
     if not adapters:
         raise ValueError("stack_adapters: the list is empty; give at least one adapter")
     for i, adapter in enumerate(adapters):
@@ -69,8 +81,10 @@ def stack_adapters(adapters: list[Adapter]) -> Stack:
 def pick(stack: Stack, indices) -> Rows:
     """The adapters of a batch: indices int [batch] into the stack; -1 is the base model.
 
-    Raises ValueError for an index outside -1 .. size - 1, where the indices are concrete.
+    Raises ValueError for what is no stack, and for an index outside -1 .. size - 1, where the indices are concrete.
     """
+    if not isinstance(stack, Stack):
+        raise ValueError(f"pick takes a stack, as stack_adapters makes it; got {type(stack).__name__}")
     if not isinstance(indices, Tracer):
         held = np.asarray(indices)
         if held.ndim != 1 or not np.issubdtype(held.dtype, np.integer):
@@ -269,6 +283,8 @@ def check_fits(adapters, model: ModelConfig) -> None:
             f"adapters: {type(adapters).__name__} is of another type; give None, an adapter, or Rows, which "
             "pick(stack, indices) makes"
         )
+    if isinstance(adapters, Adapter):
+        require_one(adapters)
     for adapter in [stack.adapters for stack in adapters.stacks] if isinstance(adapters, Rows) else [adapters]:
         expected = describe(model)
         if adapter.backbone != expected:

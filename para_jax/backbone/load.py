@@ -25,7 +25,7 @@ from .kernel_trial import choose_attention
 from .known_configs import KNOWN_CONFIGS
 from .quantize import quantised
 from .safetensors import Safetensors
-from .transformer import Layer, Transformer
+from .transformer import Layer, Transformer, require_layout
 from .weights import fingerprint, load_parameters, recipes
 
 #: The dtypes of weights and compute.
@@ -67,6 +67,7 @@ def load_backbone(
 
     Raises ValueError, in a line or two, for a source that is missing, damaged or not supported.
     """
+    require_layout(layout)
     dtype, path = chosen_dtype(dtype), resolve_backbone(source)
     config = config_at(path, source)
     warn_of_settings(path / "generation_config.json")

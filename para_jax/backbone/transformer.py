@@ -97,8 +97,7 @@ class Transformer(nnx.Module):
 
         The arrays move one by one, so the peak is the model and one stacked array.
         """
-        if layout not in ("layers", "stacked"):
-            raise ValueError(f"layout {layout!r} is unknown; use layers or stacked")
+        require_layout(layout)
         if layout == self.layout:
             return self
         model = jax.tree.map(lambda x: x, self)
@@ -106,6 +105,11 @@ class Transformer(nnx.Module):
         model.layers = nnx.List(change(self.layers, self.config.kinds))
         model.layout = layout
         return model
+
+
+def require_layout(layout: str) -> None:
+    if layout not in ("layers", "stacked"):
+        raise ValueError(f"layout {layout!r} is unknown; use layers or stacked")
 
 
 def scaled(x: Float[Array, "batch length width"], factor: float) -> Float[Array, "batch length width"]:

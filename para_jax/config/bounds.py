@@ -56,13 +56,27 @@ def field_types(config: type) -> dict[str, Any]:
 
 
 def check_fields(config: Any, section: str = "") -> None:
-    """Raises ValueError for a field of a dataclass whose value its Literal or Bounds does not allow.
+    """Raises ValueError for a field of a dataclass whose value its Literal or Bounds does not allow. NumPy's and JAX's
+    numbers become Python's, which files can hold.
 
     Args:
         section: what stands before the field's name in an error, such as "train.".
     """
     for name, kind in field_types(type(config)).items():
-        check_value(section + name, getattr(config, name), kind)
+        value = getattr(config, name)
+        if (own := with_own_numbers(value)) is not value:
+            object.__setattr__(config, name, own)
+        check_value(section + name, own, kind)
+
+
+def with_own_numbers(value: Any) -> Any:
+    """The value with Python's numbers in place of other libraries' and a tuple in place of an array; the same object
+    if it has none of them."""
+    if isinstance(value, tuple | list):
+        own = [with_own_numbers(item) for item in value]
+        return value if all(a is b for a, b in zip(own, value, strict=True)) else tuple(own)
+    own = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(own) if own is not value and isinstance(own, list) else own
 
 
 def check_value(name: str, value: Any, kind: Any) -> None:

@@ -238,6 +238,7 @@ class MeshSection:
     tensor: int = 1
 
     def __post_init__(self):
+        check_fields(self, "mesh.")
         sizes = (self.data, 1 if self.fsdp is None else self.fsdp, self.tensor)
         fits = all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1
         require(fits, "mesh", vars(self), "sizes of at least 1; one may be -1 (all remaining devices)")

@@ -30,9 +30,9 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
 
     Raises ValueError if the folder already holds files.
     """
-    source, folder = GgufFile(file), Path(folder)
+    source, folder = GgufFile(file), Path(folder).resolve()  # a link or "." can't be replaced
     check_new_folder(folder)
-    unfinished = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)
     try:
         ids = {key: value for key, value in source.config.items() if key.endswith("_token_id")}
@@ -44,7 +44,7 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
             with written.open("rb") as stream:
                 os.fsync(stream.fileno())
         os.replace(unfinished, folder)
-        sync_folder(folder.absolute().parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -93,6 +93,11 @@ def test_a_fitting_bank_has_the_programs_of_all_its_adapters_whichever_it_holds(
         assert bank.carried == whole.carried and "rank 8" in bank.carried
 
 
+def test_a_bank_that_fits_no_config_is_refused(model):
+    with pytest.raises(ValueError, match="AdapterBank.fitting .*none"):
+        AdapterBank.fitting([], model.config, capacity=9)
+
+
 def test_a_mixed_batch_of_all_methods_equals_each_tenant_alone(model, tenants, bank, lora_bank):
     for held, names in ((bank, NAMES), (lora_bank, [*NAMES, "lora", "rslora"])):
         tokens = prompts(model, len(names))

@@ -49,6 +49,11 @@ def test_only_hub_ids_are_in_the_front_matter(tmp_path, base, front):
     assert ("AutoPeft" in text) == bool(base)
 
 
+def test_a_path_and_one_text_are_taken_too(tmp_path):
+    text = card(tmp_path, LoraConfig(r=2), base_model=tmp_path / "base", card="- Trained on mine.")[1]
+    assert f"Base model: {tmp_path / 'base'}." in text and "\n- Trained on mine.\n" in text
+
+
 def test_training_and_scores_are_said(tmp_path):
     found = [*LINES, score_line("Validation", "loss", 0.2078, 0.01, 100, 0.2078)]
     text = card(tmp_path, ParaConfig(r=2), card=found)[1]

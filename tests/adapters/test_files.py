@@ -16,7 +16,17 @@ from golden_models import FIXTURES, backbone, golden, golden_tenants, prompts, s
 from safetensors.numpy import load_file, save_file
 from tiny_run import tokenizer
 
-from para_jax import AdapterBank, Engine, ParaConfig, forward, init_adapter, vectors
+from para_jax import (
+    AdapterBank,
+    Engine,
+    Ia3Config,
+    LoraConfig,
+    ParaConfig,
+    forward,
+    init_adapter,
+    stack_adapters,
+    vectors,
+)
 from para_jax.adapters import files
 from para_jax.adapters.files import load_adapter, read_adapter_config, save_adapter
 from para_jax.adapters.folder import mend_folder
@@ -76,6 +86,28 @@ def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(tmp_path, pooler, summary
     for saved, found in zip(jax.tree.leaves(adapter), jax.tree.leaves(loaded), strict=True):
         assert found.dtype == jnp.float32
         np.testing.assert_array_equal(saved, found)
+
+
+@pytest.mark.parametrize("config", [ParaConfig(r=4), LoraConfig(r=2), Ia3Config()], ids=lambda one: type(one).__name__)
+def test_a_stack_is_not_saved_as_one_adapter(config, folder):
+    model = backbone("llama")
+    stack = stack_adapters([init_adapter(config, model.config)] * 2)
+    for call in (
+        lambda: save_adapter(stack.adapters, folder),
+        lambda: forward(model, stack.adapters, prompts(model), 7),
+        lambda: AdapterBank(model.config).add("a", stack.adapters),
+    ):
+        with pytest.raises(ValueError, match=r"shape \(2, 3, .*give one adapter"):
+            call()
+    assert load(folder)
+    save_adapter(jax.tree.map(lambda a: a[1], stack.adapters), folder)
+
+
+@pytest.mark.parametrize("config", [ParaConfig(r=np.int64(4)), LoraConfig(r=jnp.int32(2), lora_alpha=np.float32(0.5))])
+def test_numbers_of_numpy_and_jax_are_saved(config, tmp_path):
+    model = backbone("llama").config
+    save_adapter(init_adapter(config, model), tmp_path)
+    assert load_adapter(tmp_path, model).config == config and type(config.r) is int
 
 
 @pytest.mark.parametrize("family, sites", [("llama", ("q_proj", "v_proj", "up_proj")), ("gemma", ("o_proj", "k_proj"))])

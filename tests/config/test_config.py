@@ -5,11 +5,21 @@ import itertools
 import re
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 import yaml
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, RunConfig, load_config
-from para_jax.config import ADAPTER_CONFIGS, SITES, TrainSection, allowed_values, config_dict, save_config
+from para_jax.config import (
+    ADAPTER_CONFIGS,
+    SITES,
+    MeshSection,
+    SweepSection,
+    TrainSection,
+    allowed_values,
+    config_dict,
+    save_config,
+)
 from para_jax.config.bounds import Bounds, check_fields
 from para_jax.config.check import require
 from para_jax.config.fields import typed_value
@@ -66,6 +76,21 @@ def test_saved_and_loaded_is_the_same(overrides, tmp_path):
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
     assert config_dict(config)["adapter"]["method"] == "para"
+
+
+def test_numbers_and_arrays_of_numpy_are_saved(tmp_path):
+    adapter = {"r": np.int64(4), "lora_alpha": np.float32(0.5), "alora_invocation_tokens": np.arange(2)}
+    config = RunConfig(
+        adapter=LoraConfig(**adapter, scope="response", scope_window=2),
+        sweep=SweepSection(learning_rate=np.logspace(-3, -2, 2), seed=[np.int32(1), 2]),
+        train=TrainSection(max_steps=np.int64(5)),
+        mesh=MeshSection(tensor=np.int64(1)),
+    )
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert config.sweep.learning_rate == (0.001, 0.01) and config.adapter.alora_invocation_tokens == (0, 1)
+    with pytest.raises(ValueError, match=r"train.max_steps.* 0"):
+        TrainSection(max_steps=np.int64(0))
 
 
 @pytest.mark.parametrize(("given", "taken"), [

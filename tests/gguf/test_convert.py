@@ -35,6 +35,17 @@ def test_a_converted_folder_holds_the_model_for_transformers(tmp_path, monkeypat
     assert made.eos_token_id == 2
 
 
+def test_the_current_folder_and_a_linked_one_take_a_model(tmp_path, monkeypatch):
+    file, saved = write_gguf(tmp_path / "m.gguf"), SimpleNamespace(save_pretrained=lambda path: None)
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.chdir(tmp_path / "here")
+    for given, folder in ((".", "here"), (tmp_path / "link", "there")):
+        convert_gguf(file, given, saved)
+        assert (tmp_path / folder / "model.safetensors").is_file()
+
+
 def test_a_failed_conversion_leaves_nothing(tmp_path):
     file, folder = write_gguf(tmp_path / "m.gguf"), tmp_path / "hf"
 
