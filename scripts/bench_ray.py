@@ -23,10 +23,12 @@ from statistics import mean, median
 
 from para_jax.ray import jobs
 from para_jax.ray.workers import EvaluationWorker, GenerationWorker
+from para_jax.record_file import write_record
 
 WORDS = "stapler lamp chair mouse cable desk phone tray clock fan mug rack late broken lost wrong new old blue".split()
 #: (Processes that compute, whether they are Ray's) of each side.
-SIDES = {"one process": (1, False), "two processes": (2, False), "1 worker": (1, True), "2 workers": (2, True)}
+BASE = "one process"
+SIDES = {BASE: (1, False), "two processes": (2, False), "1 worker": (1, True), "2 workers": (2, True)}
 
 
 class Pinned:
@@ -198,7 +200,7 @@ def summary(rounds: list[dict], names: list[str]) -> dict:
              for side, held in sides.items()}  # fmt: skip
     for side in names:
         processes, _ = SIDES[side]
-        pairs = list(zip(sides[side], sides["one process"], strict=True))
+        pairs = list(zip(sides[side], sides[BASE], strict=True))
         rates = [one["shards per second"] / base["shards per second"] / processes for one, base in pairs]
         wholes = [base["whole"] / one["whole"] / processes for one, base in pairs]
         found[side] |= {"efficiency": median(rates), "efficiency of each round": rates}
@@ -211,7 +213,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--backbone", help="default: the first --layers layers of SmolLM2-135M")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--sides", nargs="+", default=["one process", "1 worker", "2 workers"], choices=SIDES)
+    parser.add_argument("--sides", nargs="+", default=[BASE, "1 worker", "2 workers"], choices=SIDES)
     parser.add_argument("--cores", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shards", type=int, default=8)
@@ -220,10 +222,12 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=8, help="requests per shard")
     parser.add_argument("--tokens", type=int, default=8, help="of each answer")
     args = parser.parse_args()
+    if BASE not in args.sides:
+        parser.error(f"--sides lacks {BASE!r}, which the others are compared with")
     found = {"command": shlex.join(["python", *sys.argv]), **benchmark(args)}
     print(json.dumps(found["efficiency"], indent=1))
     if args.output:
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
+        write_record(args.output, found)
 
 
 if __name__ == "__main__":

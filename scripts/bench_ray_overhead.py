@@ -20,6 +20,7 @@ from statistics import mean
 import ray
 
 from para_jax.ray import pool
+from para_jax.record_file import write_record
 
 
 class Stub:
@@ -113,7 +114,7 @@ def main() -> None:
             found["seconds"][name] = simulated(Path(folder), sizes, args.workers, *given)
         print(name, found["seconds"][name], flush=True)
         if args.output:
-            args.output.write_text(json.dumps(found, indent=1) + "\n")
+            write_record(args.output, found)
     ray.shutdown()
 
 

@@ -24,6 +24,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -71,6 +72,8 @@ sys.exit(code)
 
 def main(given: list[str] | None = None) -> None:
     args = arguments(given)
+    if args.seeds < 1:
+        sys.exit(f"compare_methods: --seeds {args.seeds}: give at least 1")
     if args.report:
         print(write_report(args.output))
         return
@@ -78,7 +81,7 @@ def main(given: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     model_config = load_model_config(args.backbone)
     every = {name: (adapter, ()) for name, adapter in chosen(methods(model_config), args.methods).items()}
-    every |= forms(args.also)
+    every |= forms(args.also, taken=list(every))
     for task in args.tasks:
         if not (args.data / task / "train.jsonl").exists():
             sys.exit(f"compare_methods: {args.data / task} holds no train.jsonl; --data names the folder of the tasks")
@@ -137,15 +140,22 @@ def chosen(main: dict, names: list[str] | None) -> dict:
     return {name: main[name] for name in (main if names is None else names)}
 
 
-def forms(named: list[str]) -> dict:
+def forms(named: list[str], taken: Iterable[str] = ()) -> dict:
     """Name to a changed PARA, or with method=NAME a form of that method (LoRA on PARA's sites), and overrides of its
     runs' configs, from NAME:FIELD=VALUE,FIELD=VALUE with fields of that config (a+b+c is a tuple) or of a run
-    (train.up_lr_ratio)."""
+    (train.up_lr_ratio).
+
+    Args:
+        taken: names of the main methods. Names must differ by more than punctuation, because files are named by them.
+    """
     bases = {name: kind() for name, kind in ADAPTER_CONFIGS.items()}
     bases |= {"para": PARA, "lora": LoraConfig(target_modules=PARA.target_modules)}
-    found = {}
+    found, labels = {}, {label(name): name for name in taken}
     for text in named:
         name, _, given = text.partition(":")
+        if label(name) in labels:
+            sys.exit(f"compare_methods: --also {name!r}: {labels[label(name)]!r} has this name; choose another")
+        labels[label(name)] = name
         try:
             changed = dict(pair.split("=") for pair in given.split(","))
             base = bases[changed.pop("method", "para")]
@@ -244,6 +254,8 @@ def model_of(backbone: str):
 def adapter_of(args, task: str, adapter, name: str, overrides: tuple[str, ...], seed: int, model_config):
     """A seed's adapter. If its run is gone (git keeps only the scores), all seeds are trained again."""
     found = trained_cell(args, task, adapter, name, overrides)
+    if str(seed) not in found["validation"]:
+        sys.exit(f"compare_methods: {task}, {name}: seed {seed} is not trained; run --stages train with these --seeds")
     rate, runs = found["learning_rate"], args.output / "runs" / task / label(name)
     folder = seed_folder(runs, rate, seed)
     if folder is None or not (folder / "adapter").exists():

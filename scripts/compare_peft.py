@@ -135,9 +135,11 @@ def with_invocation(config: LoraConfig, rate: float, data: Data) -> tuple[LoraCo
     """The config as activated LoRA: its invocation is what all prompts end with."""
     prompts = [example.prompt_ids for example in data.tested]
     prompts += [tokens[:n].tolist() for batch, _ in data.batches for tokens, n in zip(*batch[:2], strict=True) if n > 1]
-    window = 0
-    while len({tuple(prompt[-window - 1 :]) for prompt in prompts}) == 1:
+    window, shortest = 0, min(map(len, prompts))
+    while window < shortest and len({prompt[-window - 1] for prompt in prompts}) == 1:
         window += 1
+    if not window:
+        sys.exit("compare_peft: the prompts end differently, and activated LoRA needs one end; leave it out of --cases")
     ends = {"scope": "response", "scope_window": window, "alora_invocation_tokens": tuple(prompts[0][-window:])}
     fields = {name: getattr(config, name) for name in ("r", "lora_alpha", "target_modules")}
     return LoraConfig(**fields, **ends), rate

@@ -38,6 +38,7 @@ def paired_difference(one: np.ndarray, other: np.ndarray, seed: int = 0) -> Diff
     rows = one[:, :count].mean(axis=0) - other[:, :count].mean(axis=0)
     value, drawn = float(rows.mean()), row_counts(count, seed) @ rows.astype(np.float32) / count
     low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
+    assert np.isfinite(rows).all(), "a row without a score"
     larger = int((abs(drawn - value) >= abs(value) - 1e-6).sum())  # drawn around zero, as if there were no difference
     return Difference(value, float(low), float(high), (1 + larger) / (1 + len(drawn)))
 

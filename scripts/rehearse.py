@@ -37,6 +37,7 @@ from para_jax.dry_run.programs import compile_programs
 from para_jax.dry_run.topology import Compiled, parsed_topology, topology_devices
 from para_jax.memory import CHIP_GIB, GIB, choose_mesh, run_bytes
 from para_jax.memory import abstract_mesh as mesh_of
+from para_jax.record_file import write_record
 from para_jax.roofline import estimate_time, training_work
 from para_jax.sharding import make_mesh, mesh_sizes
 from para_jax.training.passes import step_passes
@@ -83,7 +84,7 @@ def main() -> int:
                 entry["run"] = attempt(rehearse_run.rehearse, file, sizes, options.processes, folder, output)
             print(f"{file.stem}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
             if options.json:
-                options.json.write_text(json.dumps(found, indent=1) + "\n")
+                write_record(options.json, found)
         if server:
             server.stop()
     print("\n".join(table({file.stem: found[file.stem] for file in files})))

@@ -87,9 +87,11 @@ def rehearse(config_file: Path, sizes: dict[str, int], processes: int, folder: P
     alone = [Started(config_file, [*overrides, f"output_dir={output}/{name}-one"], devices, folder / "home-one")]
     finish(alone)
     killed = start_all(config_file, overrides, processes, devices, f"{output}/{name}-several", folder / "home-a")
-    wait_for_checkpoint(killed, expanded(f"{output}/{name}-several"), 2)
-    for process in killed:
-        process.kill()
+    try:
+        wait_for_checkpoint(killed, expanded(f"{output}/{name}-several"), 2)
+    finally:
+        for process in killed:
+            process.kill()
     resumed = start_all(config_file, overrides, processes, devices, f"{output}/{name}-several", folder / "home-b")
     finish(resumed)
     one, several = (logged(expanded(f"{output}/{name}-{which}"), config) for which in ("one", "several"))

@@ -148,16 +148,22 @@ def prefill_seconds(backbone: Backbone, chip: str, tokens: int, method: str | No
 
 
 def prefill_flops(model: ModelConfig, tokens: int, method: str | None = None, before: int = 0) -> float:
-    seen = sum(keys_seen(tokens, kind.window, "splash") + before for kind in model.kinds)
+    seen = sum(keys_after(before, tokens, kind.window) for kind in model.kinds)
     products = 2 * (matrix_weights(model) + lora_values(method, model)) + 4 * seen * model.q_width
     return tokens * products + 2 * model.width * model.vocab_size
 
 
+def keys_after(before: int, tokens: int, window: int | None) -> float:
+    """The mean number of keys that these tokens see, which come after `before` others."""
+    whole = (before + tokens) * keys_seen(before + tokens, window, "splash")
+    return (whole - (before * keys_seen(before, window, "splash") if before else 0)) / tokens
+
+
 def decode(backbone: Backbone, chip: str, length: int, method: str | None = None) -> Decode:
-    """A step with as many rows as fit, each with a full cache."""
+    """A step with as many rows as fit, each with a full cache; no rows where not one fits."""
     model, chips, one = backbone.model, backbone.chips[chip], CHIP[chip]
     row = cache_bytes(model) * length + (carried_bytes(method, model) if method else 0)
-    rows = int((USABLE * one.memory * chips - weight_bytes(model, backbone.quantize)) // row)
+    rows = max(0, int((USABLE * one.memory * chips - weight_bytes(model, backbone.quantize)) // row))
     parts = {
         "HBM": (read_bytes(backbone) + rows * row) / one.hbm / chips,
         "FLOPs": rows * decode_flops(model, length, method) / one.flops / chips,
@@ -178,8 +184,10 @@ def lora_values(method: str | None, model: ModelConfig) -> int:
 
 
 def request_seconds(backbone: Backbone, chip: str, traffic: Traffic, method: str | None = None) -> float:
-    """Chip-seconds of one request: its prefill, and its share of the decode steps."""
+    """Chip-seconds of one request: its prefill, and its share of the decode steps; infinite where no row fits."""
     steps = decode(backbone, chip, traffic.length, method)
+    if not steps.rows:
+        return math.inf
     once = prefill_seconds(backbone, chip, traffic.prompt, method) + traffic.answer * steps.seconds / steps.rows
     return once * backbone.chips[chip]
 
@@ -187,6 +195,7 @@ def request_seconds(backbone: Backbone, chip: str, traffic: Traffic, method: str
 # ----------------------------------------------------------------------------------------------------------- the tables
 
 Table = list[list[str]]
+UNFIT = "does not fit"
 
 
 def shown(number: float) -> str:
@@ -221,6 +230,9 @@ def speed_table(traffic: Traffic, backbones: list[Backbone]) -> Table:
     for backbone in backbones:
         for chip, count in backbone.chips.items():
             steps = decode(backbone, chip, traffic.length, PARA)
+            if not steps.rows:
+                rows.append([backbone.name, f"{count} x {chip}", UNFIT, *[""] * (len(rows[0]) - 3)])
+                continue
             requests = 1 / request_seconds(backbone, chip, traffic, PARA)
             moved = requests * BANK_BYTES * adapter_values(PARA, backbone.model)
             filled = traffic.prompt / prefill_seconds(backbone, chip, traffic.prompt) / count
@@ -237,7 +249,8 @@ def day_table(traffic: Traffic, backbones: list[Backbone]) -> Table:
         for chip, count in backbone.chips.items():
             of_one = [request_seconds(backbone, chip, traffic, method) for method in methods]
             hours = [traffic.adapters * traffic.requests * seconds / 3600 for seconds in of_one]
-            rows.append([backbone.name, f"{count} x {chip}", *map(shown, hours)])
+            said = [shown(one) if math.isfinite(one) else UNFIT for one in hours]
+            rows.append([backbone.name, f"{count} x {chip}", *said])
     return rows
 
 

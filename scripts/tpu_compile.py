@@ -114,7 +114,7 @@ def find_largest(found: dict, place: str, method: str) -> None:
     while True:
         fitting = sorted(int(rows) for rows in programs if programs[rows]["fits"])
         too_many = sorted(int(rows) for rows in programs if not programs[rows]["fits"])
-        if fitting[-1] + 1 in too_many:
+        if not fitting or fitting[-1] + 1 in too_many:
             return
         low, high = (fitting[-1], too_many[0]) if too_many else fitting[-2:]
         low_bytes, high_bytes = (programs[str(rows)]["memory"] for rows in (low, high))
@@ -128,18 +128,19 @@ def largest(programs: dict) -> int:
 
 
 def table(found: dict) -> Iterator[str]:
-    """The results as Markdown: a table per place, and below it what each method costs beyond the base."""
+    """The results as Markdown: a table per place, and below it what each method costs beyond the base, where that was
+    compiled."""
     for place, methods in found.items():
-        base = methods["base"]
+        base = methods.get("base", {})
         cases = [(method, rows) for rows in map(str, ROWS) for method in methods if rows in methods[method]]
         yield f"\n{place}:\n"
         yield "| | " + " | ".join(COLUMNS) + " |"
         yield "|---" * (len(COLUMNS) + 1) + "|"
         for method, rows in cases:
-            yield line(method, rows, methods[method], base[rows])
+            yield line(method, rows, methods[method], base.get(rows, {}))
         yield ""
         for method, rows in cases:
-            if method != "base" and methods[method][rows]["fits"] and base[rows]["fits"]:
+            if method != "base" and methods[method][rows]["fits"] and base.get(rows, {}).get("fits"):
                 more = excess(program_of(methods[method][rows]), program_of(base[rows]), bytes_share=0.005)
                 yield f"- {method}, {rows} rows: {'; '.join(more) or 'no more than base, bytes accessed within 0.5 %'}"
 

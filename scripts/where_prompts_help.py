@@ -8,7 +8,6 @@ layers. The rise of the loss is what these factors owe to the prompt. Medians ov
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +22,7 @@ from para_jax.devices import describe_devices, library_versions
 from para_jax.evaluation.evaluate import other_prompts
 from para_jax.evaluation.tasks import EvalTask, encode_task
 from para_jax.model import Adjustments, adjustments_for
+from para_jax.record_file import write_record
 from para_jax.training.step import eval_nll
 
 ROWS = 16
@@ -91,7 +91,7 @@ def main() -> None:
     if args.output:
         asked = {"backbone": args.backbone, "data": args.data, "limit": args.limit, "adapters": args.adapters}
         about = {"asked": asked, "device": describe_devices(), "versions": library_versions()}
-        args.output.write_text(json.dumps({"losses": found} | about, indent=1) + "\n")
+        write_record(args.output, {"losses": found} | about)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,9 @@ def test_a_form_is_a_method_with_changed_fields_and_overrides():
     (["--also", "A:method=none"], "'none'"),
     (["--also", "A:rank=4"], "rank"),
     (["--also", "A:r=0"], "'A:r=0'"),
+    (["--also", "PARA r=12:scope=response"], "'PARA r=12' has this name"),
+    (["--also", "A 1:r=4", "A-1:r=8"], "'A-1': 'A 1' has this name"),
+    (["--seeds", "0"], "--seeds 0"),
     (["--methods", "PARA"], "--methods PARA: choose from "),
     (["--tasks", "nowhere"], "nowhere holds no train.jsonl"),
     (["--tasks", "sst2", "--stages", "test", "--shots"], "run --stages train for (IA)^3 first"),
@@ -235,6 +238,9 @@ def test_what_was_trained_otherwise_is_not_tested_under_its_name(folder, tmp_pat
     ):
         with pytest.raises(SystemExit, match=re.escape(message)):
             compare_methods.main(arguments(folder, tmp_path, *common, "test", *given))
+    args, form = parsed(folder, tmp_path, *common, "test", *also), compare_methods.forms(also[1:])["A"]
+    with pytest.raises(SystemExit, match="A: seed 2 is not trained"):
+        compare_methods.adapter_of(args, "sst2", form[0], "A", form[1], 2, None)
     assert not runs and not list(tmp_path.glob("*-tested.json"))
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import compare_peft  # noqa: E402
 
 from para_jax import forward, init_adapter, load_adapter  # noqa: E402
-from para_jax.config import TrainSection  # noqa: E402
+from para_jax.config import LoraConfig, TrainSection  # noqa: E402
 
 STEPS, SECTION = 3, TrainSection(learning_rate=3e-2, max_grad_norm=0.1, adam_eps=1e-3)
 
@@ -115,6 +116,18 @@ def test_both_sides_get_the_same_batches_for_a_seed_and_others_for_another(tmp_p
 def test_the_invocation_is_what_all_prompts_end_with(data):
     config = config_of("activated LoRA", data)
     assert config.alora_invocation_tokens == (7, 8) and config.scope_window == 2 and config.r == 9
+
+
+@pytest.mark.parametrize("ends, window", [(([1, 7], [2, 8]), None), (([3, 7, 8], [7, 8]), 2), (([7, 8], [7, 8]), 2)])
+def test_prompts_may_end_differently_and_may_all_be_equal(ends, window):
+    lengths = [len(end) for end in ends]
+    tokens = np.array([end + [0] * (max(lengths) - len(end)) for end in ends])
+    given = compare_peft.Data([((tokens, lengths), 1)], [SimpleNamespace(prompt_ids=end) for end in ends], [])
+    if window is None:
+        with pytest.raises(SystemExit, match="activated LoRA"):
+            compare_peft.with_invocation(LoraConfig(), 1e-3, given)
+    else:
+        assert compare_peft.with_invocation(LoraConfig(), 1e-3, given)[0].scope_window == window
 
 
 def test_answers_of_several_tokens_are_refused(tmp_path):

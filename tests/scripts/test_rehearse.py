@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,6 +65,23 @@ def test_results_of_another_slice_are_not_taken(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         rehearse.main()
     assert "holds smollm2-sst2 for h100; give another file for v5e:1x1" in capsys.readouterr().err
+
+
+def test_processes_that_wrote_no_checkpoint_are_killed(folder, monkeypatch):
+    hosts = [SimpleNamespace(process=None, killed=False) for _ in range(2)]
+    for host in hosts:
+        host.kill = lambda host=host: setattr(host, "killed", True)
+
+    def no_checkpoint(*given):
+        raise RuntimeError("no checkpoint of step 2")
+
+    monkeypatch.setattr(rehearse_run, "Started", lambda *given: None)
+    monkeypatch.setattr(rehearse_run, "finish", lambda started: None)
+    monkeypatch.setattr(rehearse_run, "start_all", lambda *given: hosts)
+    monkeypatch.setattr(rehearse_run, "wait_for_checkpoint", no_checkpoint)
+    with pytest.raises(RuntimeError, match="no checkpoint of step 2"):
+        rehearse_run.rehearse(CONFIGS[0], {"data": 2, "fsdp": 1, "tensor": 1}, 2, folder, str(folder))
+    assert all(host.killed for host in hosts)
 
 
 @pytest.mark.slow

@@ -106,6 +106,18 @@ def test_a_prefix_and_the_rest_cost_what_the_whole_prompt_costs():
         assert sum(parts) == pytest.approx(whole, rel=0.01)
 
 
+def test_a_windowed_layer_sees_its_window_after_a_prefix():
+    assert scale.keys_after(2000, 100, 512) == 512 and scale.keys_after(2000, 100, None) == 2050.5
+    assert scale.keys_after(500, 24, 512) == pytest.approx(sum(min(i + 1, 512) for i in range(500, 524)) / 24)
+
+
+def test_a_backbone_that_does_not_fit_its_chips_is_named():
+    found = scale.tables(backbones=[SEVENTY._replace(chips={"v5e": 1})])
+    assert [row[2] for row in found["speed"][1:]] == [scale.UNFIT]
+    assert [row[2:] for row in found["day"][1:]] == [[scale.UNFIT] * 4]
+    assert not any("-" in text or "nan" in text for row in found["speed"][1:] for text in row[2:])
+
+
 # ------------------------------------------------------------------------------------------- the sentences
 
 
