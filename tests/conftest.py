@@ -19,8 +19,12 @@ if "PARA_JAX_TEST_DEVICES" not in os.environ:  # tests/accelerator: the machine'
 from itertools import count
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
+
+hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ours")  # the same examples in every session, however slow the machine is
 
 if "PARA_JAX_TEST_DEVICES" not in os.environ:
     jax.devices()  # XLA has now read its flags; libtpu, which a test may load, reads the same variable

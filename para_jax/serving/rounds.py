@@ -156,9 +156,10 @@ class Rounds:
                 self._fail(sample, failed)
             with self._requests.lock:
                 adapter, ids, salt = failed.key
-                if adapter is None and salt is None and self._pins.drop(ids):
-                    warn(f"engine: a pinned prefix could not be prefilled, and is no longer pinned: {failed}")
+                dropped = adapter is None and salt is None and self._pins.drop(ids)
                 self._requests.news.notify_all()
+            if dropped:  # said without the lock: a stream that is collected while logging closes itself under it
+                warn(f"engine: a pinned prefix could not be prefilled, and is no longer pinned: {failed}")
             return False
         for slot, sample in list(self._waiting.items()):
             if self._decoder.keeps(sample):

@@ -97,7 +97,7 @@ def close_each() -> None:
     while True:
         try:
             UNUSED.get()()
-        except Exception as error:  # the files after this one are closed all the same
+        except BaseException as error:  # the files after this one are closed all the same
             logging.getLogger("para_jax").warning(str(error))
 
 

@@ -4,7 +4,6 @@ not that of the weights is refused before any work."""
 import json
 import re
 import shutil
-import time
 import tracemalloc
 from math import prod
 from pathlib import Path
@@ -83,10 +82,9 @@ def changed(**keys) -> bytes:
 )
 def test_wrong_sizes_are_refused_before_anything_is_traced(keys, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "eval_shape", None)
-    started = time.perf_counter()
     with pytest.raises(ValueError, match=f"{tmp_path}: ") as error:
         load_backbone(folder_of(tmp_path, changed(**keys)))
-    assert time.perf_counter() - started < 1 and len(str(error.value)) < 3000
+    assert len(str(error.value)) < 3000
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "complex64", "auto", "bf16", "fp16", int, 5])

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import tiny_tokenizers
@@ -118,10 +117,9 @@ HOSTILE = {
 def test_a_hostile_template_ends_in_an_error(short, template, said):
     tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>")
     tokenizer.chat_template = template
-    begun = time.perf_counter()
     with pytest.raises(ValueError, match=f"chat template.*({said})") as raised:
         encode_prompt(tokenizer, [USER | {"tool_calls": 5}])
-    assert time.perf_counter() - begun < 20 and len(str(raised.value)) < 500 and str(raised.value).isprintable()
+    assert len(str(raised.value)) < 500 and str(raised.value).isprintable()
     assert render_template(ECHO, [USER]) == "user" + USER["content"]
 
 

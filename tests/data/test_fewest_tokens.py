@@ -29,7 +29,7 @@ TOKENIZERS = [*(getattr(tiny_tokenizers, kind)() for kind in KINDS), with_strang
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_no_text_has_fewer_tokens(tokenizer, data):
     """Of any characters, and of the tokenizer's own longest tokens, which leave the least room for a mistake."""

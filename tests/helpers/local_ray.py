@@ -17,6 +17,7 @@ def cluster(cpus: int) -> Iterator[None]:
 
     inherited = {"PYTHONPATH": os.pathsep.join(sys.path), **own_flags()}
     inherited |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_server_port_wait_time_s": "120"}
+    inherited |= {"RAY_memory_monitor_refresh_ms": "0"}  # which kills workers where others take the machine's memory
     with pytest.MonkeyPatch.context() as patch:
         for name, value in inherited.items():
             patch.setenv(name, value)

@@ -1,5 +1,6 @@
 """A server in a thread of this process, on a free port, over a tiny engine whose rounds a test can hold."""
 
+import asyncio
 import threading
 import time
 from contextlib import contextmanager
@@ -97,6 +98,13 @@ def running(engine, **options):
         stop.set()
         thread.join(60)
     assert not thread.is_alive() and not errors
+
+
+def pass_time(seconds):
+    """Lets time pass for the loop of asyncio that runs this."""
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    loop.time = lambda: now() + seconds
 
 
 def eventually(holds, seconds=20.0):

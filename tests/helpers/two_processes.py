@@ -13,7 +13,7 @@ import quick_compiler
 #: A line of Gloo, "[Gloo] Rank 1 is connected to 7 peer ranks. Expected number of connected peer ranks is : 7", or a
 #: piece of it.
 GLOO = re.compile(r"\[Gloo\]|is connected to|peer ranks|^\s*\d?\s*$")
-LIMIT = 120  # seconds, so that processes that wait for each other for ever fail
+LIMIT = 400  # seconds, so that processes that wait for each other for ever fail
 
 
 class Ended(NamedTuple):

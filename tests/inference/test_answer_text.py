@@ -51,7 +51,7 @@ def written(tokenizer, tokens, stop=(), strip=True, after=()):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_the_pieces_joined_are_the_text_of_all_tokens(kind, data):
     tokenizer = KINDS[kind]()
@@ -65,7 +65,7 @@ def test_the_pieces_joined_are_the_text_of_all_tokens(kind, data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_an_answer_ends_before_the_stop_text_that_is_complete_first(kind, data):
     tokenizer = KINDS[kind]()

@@ -118,7 +118,7 @@ def by_sorting(distance, top_k, top_p):
     return keep
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 2.0]))
 def test_top_k_and_top_p_keep_what_sorting_would(seed, step):
     """With a `step`, logits are rounded to its multiples, so that many are equal."""

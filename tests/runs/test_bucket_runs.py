@@ -19,7 +19,7 @@ from para_jax.training.log import TIMES
 from para_jax.training.metrics_file import read_metrics
 
 CHILD = Path(__file__).parents[1] / "helpers" / "killed_run.py"
-LIMIT = 120  # seconds, for a child that hangs
+LIMIT = 400  # seconds, for a child that hangs
 
 
 def uploaded(folder: Path, to):

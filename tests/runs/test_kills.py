@@ -23,7 +23,7 @@ from para_jax.training.log import TIMES
 
 CHILD = Path(__file__).parents[1] / "helpers" / "killed_run.py"
 PHASES = ("before the first save", "save", "evaluation", "step")
-LIMIT = 120  # seconds, for a child that hangs
+LIMIT = 400  # seconds, for a child that hangs
 LINGER = "0.04"  # seconds before and after the work of a phase, in a child that is to be killed
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from running_server import chat_tokenizer
+from running_server import chat_tokenizer, pass_time
 
 from para_jax.server.app import THREADS, create_app
 from para_jax.server.models import Models
@@ -54,18 +54,22 @@ class Stream:
 
 
 def stub_engine():
-    """An engine without a model, which keeps its streams. `may_open` holds those that are being opened."""
-    may_open, streams = Event(), []
+    """An engine without a model, which keeps its streams. `may_open` holds those that are being opened, and `opening`
+    says that there is one."""
+    may_open, opening, streams = Event(), Event(), []
     may_open.set()
 
     def open_stream(request, entry):
+        opening.set()
         assert may_open.wait(20)
         streams.append(Stream())
         return streams[-1]
 
     limits = {"max_length": 40, "queue_limit": None, "queue_limit_per_tenant": None, "stop_ids": ()}
     calls = {"warm_up": lambda: None, "wait": lambda seconds: time.sleep(0.01), "open_stream": open_stream}
-    return SimpleNamespace(tokenizer=chat_tokenizer(), may_open=may_open, streams=streams, **limits, **calls)
+    return SimpleNamespace(
+        tokenizer=chat_tokenizer(), may_open=may_open, opening=opening, streams=streams, **limits, **calls
+    )
 
 
 @asynccontextmanager
@@ -111,7 +115,11 @@ def test_a_request_that_passes_its_own_deadline_while_it_is_opened_is_closed(nam
         bank.may_load.set()
         engine.may_open.clear()
         async with client_of(engine, bank) as (client, held):
-            assert (await ask(client, name, timeout=0.05)).status_code == 504
+            asked = asyncio.create_task(ask(client, name, timeout=5))
+            while not engine.opening.is_set():
+                await asyncio.sleep(0.001)
+            pass_time(6)
+            assert (await asked).status_code == 504
             assert not engine.streams and held() == 0
             engine.may_open.set()
             while not (engine.streams and engine.streams[0].closed):

@@ -271,7 +271,7 @@ JSON = st.recursive(
 
 
 @both
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_whatever_a_body_holds_is_read_or_refused(read, body, data):
     names = st.sampled_from(CHAT_FIELDS if read is read_chat else TEXT_FIELDS)

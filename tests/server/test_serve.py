@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 from quick_compiler import own_flags
-from running_server import chat_tokenizer, eventually, model_and_tenants, new_engine, running
+from running_server import chat_tokenizer, eventually, model_and_tenants, new_engine, pass_time, running
 from tiny_engine import prompt
 from tiny_run import backbone_folder
 
@@ -48,25 +48,31 @@ def engine():
 
 
 def stream_in_thread(server, body):
-    """Sends a request with a stream. Returns the thread, and the list that will have its text."""
-    texts = []
+    """Sends a request with a stream, and returns when the answer has begun: the thread, and the list that will have its
+    text."""
+    texts, begun = [], threading.Event()
 
     def run():
-        texts.append(httpx.post(f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=60).text)
+        whole = body | {"stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=whole, timeout=60) as response:
+            begun.set()
+            texts.append(response.read().decode())
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    eventually(lambda: server.engine.open == 1)
+    assert begun.wait(60)
     return thread, texts
 
 
+@contextmanager
 def set_later(seconds=60):
     """An event that is set after a while, for a server that should have ended before."""
     event = threading.Event()
     timer = threading.Timer(seconds, event.set)
     timer.daemon = True
     timer.start()
-    return event
+    yield event
+    timer.cancel()
 
 
 # --------------------------------------------------------------------------------------------------- start and end
@@ -132,8 +138,8 @@ def test_what_warming_up_raises_ends_the_server(engine):
 
     engine.warm_up = fail
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(MemoryError, match="no room"):
-        serve(engine, port=0, stop=set_later())
+    with set_later() as stop, pytest.raises(MemoryError, match="no room"):
+        serve(engine, port=0, stop=stop)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -150,8 +156,8 @@ def test_an_error_outside_the_rounds_ends_the_server_and_its_requests(engine, mo
         threading.Thread(target=post).start()
 
     monkeypatch.setattr(EngineLoop, "_deliver", fail)
-    with pytest.raises(ZeroDivisionError):
-        serve(engine, port=0, on_ready=ask, stop=set_later())
+    with set_later() as stop, pytest.raises(ZeroDivisionError):
+        serve(engine, port=0, on_ready=ask, stop=stop)
     eventually(lambda: found)
     assert found[0].status_code == 500 and found[0].json()["error"]["code"] == "engine_failed"
 
@@ -160,7 +166,7 @@ def test_a_client_that_never_reads_is_given_up_at_its_deadline(engine):
     app, forever = create_app(engine, models=Models(engine.bank)), []
 
     async def run():
-        body = json.dumps(LONG | {"stream": True, "timeout": 0.2}).encode()
+        body = json.dumps(LONG | {"stream": True, "timeout": 50}).encode()
         messages, never = [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
 
         async def receive():
@@ -168,6 +174,8 @@ def test_a_client_that_never_reads_is_given_up_at_its_deadline(engine):
 
         async def send(message):
             if message["type"] == "http.response.body":
+                if not forever:
+                    pass_time(60)
                 forever.append(message)
                 await never.wait()
 
@@ -177,7 +185,7 @@ def test_a_client_that_never_reads_is_given_up_at_its_deadline(engine):
             async with asyncio.timeout(60):
                 while not app.state.loop.ready:
                     await asyncio.sleep(0.01)
-            await asyncio.wait_for(app(scope, receive, send), 20)
+            await asyncio.wait_for(app(scope, receive, send), 100)
             assert forever and engine.open == 0
 
     asyncio.run(run())

@@ -171,7 +171,7 @@ def lab(model, tenants):
     return [cached, engine_of(model, banks[1], prefix_cache_bytes=0)], banks, {}
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80)
 @given(st.lists(ASKED, min_size=1, max_size=8))
 def test_any_schedule_gives_each_request_what_it_gets_alone(tenants, lab, schedule):
     (engine, alone), (bank, other), known = lab

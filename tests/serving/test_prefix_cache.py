@@ -112,7 +112,7 @@ def test_nothing_is_found_where_the_cache_is_off():
 PROMPTS = [np.random.default_rng(i // 3).integers(0, 9, 16).tolist()[: 8 + i % 3 * 4] for i in range(9)]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(["start", "end", "pin", "clear"]), st.integers(0, 8)), max_size=40))
 def test_any_use_keeps_every_block_in_one_place_and_every_key_true(steps):
     """Four prompts of at most four blocks at work, and room for four pinned or cached blocks."""

@@ -8,7 +8,7 @@ from para_jax.serving.queue import FairQueue
 CALLS = st.lists(st.tuples(st.sampled_from(["put", "put", "take", "remove"]), st.integers(0, 3), st.integers(0, 30)))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300)
 @given(CALLS)
 def test_a_tenant_waits_for_one_item_of_every_other_at_most(calls):
     queue, lines, number = FairQueue(), {}, 0

@@ -194,9 +194,9 @@ def test_two_engines_in_one_process_answer_as_each_alone_and_change_nothing_arou
 
     def around():
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        return handlers, dict(os.environ), dict(jax.config.values), threading.active_count()
+        return handlers, dict(os.environ), dict(jax.config.values)
 
-    before = around()
+    before, threads = around(), set(threading.enumerate())
     swapped = bank_of(model, tenants)
     swapped.replace("A", strong(init_adapter(CONFIGS["A"], model.config), 99, 0.3))
     ready = threading.Barrier(2)
@@ -214,7 +214,7 @@ def test_two_engines_in_one_process_answer_as_each_alone_and_change_nothing_arou
     assert one == alone
     same = [one[i] == other[i] for i in range(len(one))]
     assert same == [request.tenant != "A" for request in requests()]
-    assert around() == before
+    assert around() == before and set(threading.enumerate()) <= threads
 
 
 # ---------------------------------------------------------------------------------------------------------- interrupts
