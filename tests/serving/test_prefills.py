@@ -1,6 +1,8 @@
 """Prompts in blocks: the prefix cache changes no answer, a long prompt stalls no one, and whatever ends a prompt early
 leaves nothing behind."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tiny_run import tokenizer, words
 from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, generate, init_adapter
 from para_jax.adapters import padding
 from para_jax.backbone.block_pool import rows_of_blocks
-from para_jax.serving import decoder, prefills
+from para_jax.serving import decoder, prefills, rounds
 from para_jax.serving.prefills import ROWS
 
 SITES = ("q_proj", "k_proj", "v_proj", "up_proj")
@@ -442,6 +444,18 @@ def test_a_pinned_prefix_that_fails_is_given_up(model, bank, monkeypatch, caplog
             raise ZeroDivisionError("a division")
         return real(treedef, leaves, pool, lanes)
 
+    def is_free(lock):
+        taken = lock.acquire(blocking=False)
+        if taken:
+            lock.release()
+        return taken
+
+    def said_without_the_lock(text):
+        with ThreadPoolExecutor(1) as other:
+            free.append(other.submit(is_free, engine._requests.lock).result())
+
+    free = []
+    monkeypatch.setattr(rounds, "warn", said_without_the_lock)
     monkeypatch.setattr(prefills, "prefill_chunk", failing)
     prefix = ids_of(23, 3) + (251,)
     engine.pin(prefix)
@@ -450,7 +464,7 @@ def test_a_pinned_prefix_that_fails_is_given_up(model, bank, monkeypatch, caplog
     engine.step(), engine.step()
     with pytest.raises(ValueError, match="not pinned"):
         engine.unpin(prefix)
-    assert answer(engine, ids_of(1, 6))[2] == "length"
+    assert free == [True] and answer(engine, ids_of(1, 6))[2] == "length"
 
 
 # ------------------------------------------------------------------------------------------------- tenants that join
