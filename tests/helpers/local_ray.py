@@ -31,7 +31,7 @@ def cluster(cpus: int) -> Iterator[None]:
 
 def process_that_writes(file: Path) -> int | None:
     """The process, other than this one, that has a file locked. One file of the system is read for it, because a worker
-    that writes few lines has soon ended. Its lines: `1: FLOCK ADVISORY WRITE 123 fe:00:456 0 EOF`, process and inode."""
+    that writes few lines soon ends. Its lines: "1: FLOCK ADVISORY WRITE 123 fe:00:456 0 EOF", process and inode."""
     inode = str(file.stat().st_ino)
     for line in Path("/proc/locks").read_text().splitlines():
         *_, process, place, _, _ = line.split()
