@@ -1,5 +1,4 @@
-"""Fields that a config sets although nothing of its run reads them. Each is named: a typing error in another field is
-the usual reason."""
+"""Fields that a config sets although nothing of its run reads them."""
 
 from __future__ import annotations
 
