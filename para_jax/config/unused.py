@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any
 
 from .run import RunConfig
 
@@ -35,10 +33,7 @@ def unused_fields(config: RunConfig) -> Iterator[str]:
     ]
     for name, nothing_reads_it, why in unread:
         section, field = name.split(".")
-        value = getattr(getattr(config, section), field)
-        if nothing_reads_it and value != default_of(getattr(config, section), field):
+        held = getattr(config, section)
+        value, default = getattr(held, field), getattr(type(held), field)
+        if nothing_reads_it and value != default:
             yield f"{name}={value} has no effect: {why}"
-
-
-def default_of(section: Any, name: str) -> Any:
-    return next(field.default for field in fields(section) if field.name == name)

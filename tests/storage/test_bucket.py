@@ -452,6 +452,7 @@ def test_a_fork_leaves_the_journal_of_its_parent_alone(folder, monkeypatch):
 def test_a_file_that_fails_to_close_keeps_no_others_waiting(capfd):
     lines.close_unused()
     lines.UNUSED.put(lambda: 1 / 0)
+    lines.UNUSED.put(sys.exit)  # no Exception
     after = threading.Thread(target=lines.close_unused, daemon=True)
     after.start()
     after.join(30)
