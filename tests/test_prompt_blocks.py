@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import backbone, strong
+from long_cases import quick
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, hidden_states, init_adapter, prefill, stack_adapters
 from para_jax.adapters.rows import Rows
@@ -109,7 +110,7 @@ def test_both_layouts_give_the_same():
     np.testing.assert_allclose(row_of(found[0][0], found[0][1], 19), row_of(found[1][0], found[1][1], 19), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES[:2])
+@pytest.mark.parametrize("family", quick(FAMILIES[:2], "llama"))
 @pytest.mark.parametrize("length", [1, 3, 18])
 @pytest.mark.parametrize(
     "config",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import backbone, prompts
+from long_cases import quick
 from scoped import CONFIGS, PROMPT, adapter_of, name_of
 
 from para_jax import (
@@ -21,6 +22,7 @@ from para_jax import (
 from para_jax.adapters.rows import Rows
 from para_jax.model import DecodeState, adjustments_for
 
+FAMILIES = ["llama", "gemma3_text"]
 FAMILIES = ["llama", "gemma3_text"]
 
 
@@ -49,7 +51,7 @@ def by_definition(model, adapter, tokens, prompt_length):
     return np.stack(found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "llama"))
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_forward_is_the_definition(family, config):
     model, adapter = backbone(family), adapter_of(config, family)
@@ -63,6 +65,7 @@ def test_forward_is_the_definition(family, config):
         assert np.abs(logits[row, begin:] - plain[row, begin:]).max() > 0.05
 
 
+@pytest.mark.long
 def test_mixed_scopes_equal_each_alone():
     model, tokens = backbone("llama"), np.repeat(prompts(backbone("llama"))[:1], 7, axis=0)
     configs = [

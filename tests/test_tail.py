@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import backbone, prompts
+from long_cases import quick
 from scoped import CONFIGS, PROMPT, adapter_of, name_of
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, decode, forward, prefill, tail
@@ -17,7 +18,7 @@ from para_jax.backbone.kernel_choice import attention_kernel, choice_named
 from para_jax.tail import Tokens
 
 
-@pytest.mark.parametrize("layout", ["layers", "stacked"])
+@pytest.mark.parametrize("layout", quick(["layers", "stacked"], "layers"))
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_prefill_and_decode_equal_the_whole_pass(config, layout):
     model, adapter = backbone("gemma3_text", layout), adapter_of(config, "gemma3_text")

@@ -110,6 +110,7 @@ def test_a_mixed_batch_of_all_methods_equals_each_tenant_alone(model, tenants, b
             assert name is None or abs(mixed[i] - base[i]).max() > 0.3, name
 
 
+@pytest.mark.long
 def test_the_batched_pass_equals_the_vmapped_reference(model, lora_bank):
     names = ["lora", "para", None, "input", "rslora"]
     tokens, rows = prompts(model, len(names)), lora_bank.rows(names)

@@ -86,6 +86,7 @@ def test_generate_refuses_other_prompts_before_anything_is_computed(model, adapt
     assert len(generate(model, [ENDS, OTHER], **how, adapters=pick(stack_adapters([adapter]), [0, -1]))) == 2
 
 
+@pytest.mark.long
 def test_the_engine_answers_other_prompts_with_an_error(model, bank):
     engine = Engine(model, bank, tokenizer(), slots=2, max_length=32)
     asked = {}
@@ -123,6 +124,7 @@ def test_a_run_refuses_data_with_other_prompts_and_names_the_first(tmp_path, spl
     assert not (folder / "run").exists()
 
 
+@pytest.mark.long
 def test_a_run_whose_prompts_end_with_the_tokens_leaves_a_folder_of_pefts(tmp_path):
     folder = run_folder(tmp_path)
     for seed, name in enumerate(("train", "validation", "test")):

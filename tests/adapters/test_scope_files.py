@@ -184,6 +184,7 @@ def test_a_copy_for_peft_is_made_where_pefts_format_says_it_all(tmp_path, config
     assert not (tmp_path / "copy").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", [LoraConfig(r=2, scope="prompt"), Ia3Config(scope="response")], ids=str)
 def test_a_run_leaves_a_folder_that_loads_and_computes_the_same(tmp_path, config):
     folder, tokens = run_folder(tmp_path), prompts(backbone("llama"))

@@ -227,6 +227,7 @@ def test_scales_are_cut_as_the_outputs_of_their_linears():
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
+@pytest.mark.long
 def test_a_run_on_int8_learns_resumes_and_says_so_in_its_card(tmp_path, monkeypatch):
     folder = run_folder(tmp_path)
     config = run_config(folder, "backbone.quantize=int8", f"output_dir={tmp_path / 'whole'}")

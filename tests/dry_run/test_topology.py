@@ -199,6 +199,7 @@ def test_the_weights_of_the_matrix_products_are_all_but_embeddings_head_and_norm
     assert kernels and matrix_weights(config) == sum(leaf.size for leaf in linears)
 
 
+@pytest.mark.long
 def test_training_evaluation_and_serving_are_compiled_for_a_slice(config):
     mesh = make_mesh(fsdp=4, devices=tpu_devices("v5e:2x2"))
     found = compile_programs(config, mesh)

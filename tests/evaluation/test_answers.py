@@ -25,6 +25,7 @@ from para_jax.evaluation.questions import (
 )
 
 
+@pytest.mark.long
 def test_written_answers_are_those_of_generate_alone_and_mixed():
     questions = [(tenant, Generation(one.context[:9], 4)) for one in asked()[::3][:3] for tenant in ("A", None)]
     found = answers("llama", questions, "A")

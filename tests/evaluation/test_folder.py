@@ -78,6 +78,7 @@ def test_several_devices_give_the_scores_of_one(folder, whole, tmp_path):
                 assert value == pytest.approx(made["results"][task][metric], abs=1e-5), (name, task, metric)
 
 
+@pytest.mark.long
 def test_a_killed_evaluation_goes_on_and_loses_no_answer(folder, whole, tmp_path, capsys):
     """A child process is killed when it has written some answers; a line is torn; the same command goes on."""
     output, goal = tmp_path / "out", len(lines(whole)) // 3

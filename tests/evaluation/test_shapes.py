@@ -102,7 +102,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("tenants", [True, pytest.param(False, marks=pytest.mark.long)], ids=["tenants", "one"])
+@pytest.mark.long
+@pytest.mark.parametrize("tenants", [True, False], ids=["tenants", "one"])
 @pytest.mark.parametrize(("metric", "most"), [("accuracy", 4), ("exact_match", 6)])
 def test_a_run_compiles_few_programs_for_all_its_evaluations(folder, tmp_path, metric, most, tenants, compiled):
     """Validation, the test before and after, and the best adapter, which is not the last one."""
@@ -139,6 +140,7 @@ def test_open_shapes_waste_at_most_a_third():
 # ------------------------------------------------------------------------------------------------------ the same scores
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("metric", ["loss", "accuracy", "exact_match"])
 def test_a_plan_over_more_examples_changes_no_score(metric):
     task = task_of(metric, LENGTHS[:5])
@@ -229,6 +231,7 @@ def on_mesh(monkeypatch, task):
         return found, flops, cache
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("metric", "batch_size"), [("accuracy", 50), ("exact_match", 12)])
 def test_an_evaluation_batch_of_any_size_is_spread_over_all_devices(monkeypatch, metric, batch_size):
     task = task_of(metric, [5, 6, 7, 8] * 5, batch_size=16)

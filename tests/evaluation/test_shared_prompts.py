@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from golden_models import backbone
-from long_cases import long, slow
+from long_cases import slow
 from tiny_questions import CONFIGS, ROWS, SHARING, answers, asked, bank_of, by_hand
 from tiny_run import tokenizer
 
@@ -40,11 +40,12 @@ def computed(monkeypatch):
     return seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "layout", "whole_rows"),
     [
         ("llama", "layers", False),
-        long("gemma3_text", "stacked", True),
+        ("gemma3_text", "stacked", True),
         slow("llama", "layers", True),
         slow("gemma3_text", "stacked", False),
     ],
@@ -100,6 +101,7 @@ def test_texts_are_those_that_generate_writes(monkeypatch):
         ]
 
 
+@pytest.mark.long
 def test_with_planned_shapes_a_prompt_that_one_tenant_reads_is_not_shared(monkeypatch):
     seen = computed(monkeypatch)
     questions = [("E", one) for one in asked()] + [("A", one) for one in asked()]

@@ -68,7 +68,7 @@ MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.per_device_batch_s
 CASES = ((), PACKED, MESH, PASSES, ("mesh.data=8", "train.per_device_batch_size=1"))
 
 
-@pytest.mark.parametrize("overrides", quick(CASES, (), PACKED), ids=("padded", "packed", "mesh", "passes", "data"))
+@pytest.mark.parametrize("overrides", quick(CASES, PACKED), ids=("padded", "packed", "mesh", "passes", "data"))
 def test_a_run_ends_with_the_adapter_that_it_has_without(folder, tmp_path, computed, overrides):
     config = config_of(folder, tmp_path / "run", *overrides)
     plain = train(config)
@@ -97,6 +97,7 @@ def test_tenants_with_the_same_prompts_pay_for_them_once(folder, tmp_path, compu
         np.testing.assert_allclose(*map(losses, of_tenant), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_sweep_computes_the_prompts_once_and_disk_keeps_them_for_the_next_run(folder, tmp_path, computed):
     config = config_of(
         folder, tmp_path / "run", "sweep.learning_rate=[3e-2, 1e-2]", "sweep.seed=[0, 1]", "train.max_steps=3",

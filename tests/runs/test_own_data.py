@@ -37,6 +37,7 @@ def own(folder, *overrides):
     return load_config(CONFIG, [f"backbone.source={folder / 'backbone'}", *QUICK, *overrides])
 
 
+@pytest.mark.long
 def test_labels_are_ranked_and_base_and_adapter_are_shown(folder, tmp_path, capsys):
     config = own(folder, f"data.train={folder / 'labels'}", f"output_dir={tmp_path / 'run'}")
     result = train(config)

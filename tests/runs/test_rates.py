@@ -90,6 +90,7 @@ def without_times(config):
     return [{name: value for name, value in row.items() if name not in TIMES} for row in metrics(config)]
 
 
+@pytest.mark.long
 def test_a_run_with_auto_takes_the_best_rate_and_resumes_in_its_trials_and_after(
     folder, tmp_path, short, monkeypatch, capfd
 ):

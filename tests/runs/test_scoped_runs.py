@@ -56,11 +56,12 @@ def test_another_scope_is_another_run(whole):
         train(other)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "overrides",
     [
         ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2", "train.gradient_accumulation_steps=2"),
-        pytest.param(("mesh.data=4", "mesh.fsdp=2"), marks=pytest.mark.long),
+        ("mesh.data=4", "mesh.fsdp=2"),
     ],
 )
 def test_a_mesh_equals_one_device(whole, folder, tmp_path, overrides):
@@ -73,6 +74,7 @@ def test_a_mesh_equals_one_device(whole, folder, tmp_path, overrides):
         np.testing.assert_allclose(losses(config, name), losses(whole[0], name), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_packed_rows_learn_the_same_first_losses(folder, tmp_path):
     """All data in one batch, so that packed and padded steps hold the same examples."""
     every = ("train.max_steps=2", "eval.every=2", "adapter.summary=raw", "data.max_seq_length=32")
@@ -87,6 +89,7 @@ def test_packed_rows_learn_the_same_first_losses(folder, tmp_path):
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_tenants_of_a_sweep_train_as_each_alone(whole, folder, tmp_path):
     config = run_config(
         folder, *SCOPED, "sweep.learning_rate=[3e-2]", "sweep.seed=[0, 1]", "train.per_device_batch_size=16",

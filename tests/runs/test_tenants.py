@@ -452,7 +452,8 @@ def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folde
     assert ends[0] == ends[1] == ends[2] and len(ends[0]) == len(rates.split(","))
 
 
-@pytest.mark.parametrize("at_once", quick(["null", "1"], "1"))
+@pytest.mark.long
+@pytest.mark.parametrize("at_once", ["null", "1"])
 def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(at_once, folder, tmp_path):
     """Also where a tenant's slot was given to another one after its end."""
     own = (
@@ -516,7 +517,8 @@ def test_more_epochs_make_a_sweep_longer(folder, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
-@pytest.mark.parametrize("method", quick(["para", "lora", "ia3"], "para"))
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["para", "lora", "ia3"])
 def test_packed_tenants_learn_what_packed_runs_of_them_alone_learn(method, folder, tmp_path):
     packed = "data.packing=true", "data.max_seq_length=32", "adapter.summary=raw", "train.max_steps=3"
     if method != "para":

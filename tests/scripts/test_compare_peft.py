@@ -75,9 +75,8 @@ def repeated(model, folder):
     return losses, adapter
 
 
-@pytest.mark.parametrize(
-    "name", ["activated LoRA", *(pytest.param(n, marks=pytest.mark.long) for n in ("LoRA", "(IA)^3"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["activated LoRA", "LoRA", "(IA)^3"])
 def test_the_files_repeat_our_training(data, tmp_path, name):
     model = backbone("llama", "stacked")
     adapter = strong(init_adapter(config_of(name, data), model.config), scale=0.5)

@@ -427,6 +427,7 @@ def test_ids_are_given_or_numbered_and_an_open_one_is_refused(model, bank):
     assert engine.submit(Request(prompt(1), max_new_tokens=1, id=0)) == 0
 
 
+@pytest.mark.long
 def test_nothing_is_compiled_after_warm_up(model, tenants):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(

@@ -111,6 +111,7 @@ def test_an_engine_over_a_mesh_answers_as_one_device_does_and_compiles_nothing_a
         assert heads == (1 if sizes[2] == 2 else 2), "a mesh that divides the 2 heads splits keys and values"
 
 
+@pytest.mark.long
 def test_generate_over_a_mesh_writes_what_one_device_writes():
     written = []
     for mesh in (None, make_mesh(tensor=2)):

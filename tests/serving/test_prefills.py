@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from golden_models import backbone, strong
-from long_cases import long, slow
+from long_cases import long, quick, slow
 from tiny_engine import BLOCK, answers, block_bytes, plain, tenants_of
 from tiny_run import tokenizer, words
 
@@ -96,6 +96,7 @@ def require_idle(engine):
 # ------------------------------------------------------------------------------------------------------------- answers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("blocks", [0, 5, 30])
 def test_a_mixed_batch_equals_each_tenant_alone_and_generate(model, bank, blocks):
     names = [*CONFIGS, None] * 2
@@ -189,7 +190,7 @@ def test_prompts_of_different_salts_share_only_what_is_pinned_and_have_the_same_
         assert engine.prefix_cache.hits == before + 12
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 5, 9])
+@pytest.mark.parametrize("blocks", quick([1, 2, 5, 9], 1))
 def test_eviction_never_changes_an_answer(model, bank, blocks):
     draw, small, without = np.random.default_rng(blocks), engine_of(model, bank, blocks), engine_of(model, bank, 0)
     asked = []
@@ -288,6 +289,7 @@ def test_what_cannot_be_pinned_is_refused(model, prefix, message):
 # -------------------------------------------------------------------------------------------------------------- rounds
 
 
+@pytest.mark.long
 def test_a_long_prompt_delays_decoding_rows_by_one_chunk_per_round(model, bank, monkeypatch):
     engine, log = engine_of(model, bank, max_length=340), []
     decoding = engine.submit(Request(ids_of(14, 5), "w1", 300))

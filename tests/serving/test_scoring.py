@@ -83,6 +83,7 @@ def test_they_are_those_of_the_teacher_forced_pass(engine, bank):
         assert_records(rest, request.prompt[1:], reference[:-1], request.prompt_logprobs)
 
 
+@pytest.mark.long
 def test_sums_over_a_continuation_are_those_of_the_evaluation(engine, bank):
     asked = [(name, Likelihood(ids(i), ids(50 + i, 1 + i % 4))) for i, name in enumerate(NAMES * 2)]
     greedy = Likelihood(ids(9), (ask(engine, [Request(ids(9), "para", 1, id="greedy")])["greedy"].tokens[0],))

@@ -99,6 +99,7 @@ def test_positions_begin_anew_with_every_segment():
     np.testing.assert_array_equal(places.position[0, : len(expected)], expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_packed_rows_do_not_depend_on_what_the_backward_pass_keeps(remat):
     case = ("gemma2", None, ParaConfig(r=4))

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from golden_models import FIXTURES, prompts, strong
+from long_cases import quick
 from one_adapter import fresh_state, only, trained_step
 from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN
 
@@ -171,7 +172,7 @@ def test_a_pass_of_filling_rows_only_changes_nothing():
     assert_same_step(step(half, passes=2), step(half), atol=2e-6)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", quick([(8, 1, 1), (2, 2, 2)], (2, 2, 2)))
 def test_a_mesh_equals_one_device(sizes):
     config = replace(CONFIG, per_device_batch_size=ROWS // (sizes[0] * sizes[1]))
     ours = step(batch(), sizes=sizes, config=config)

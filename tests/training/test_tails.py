@@ -115,6 +115,7 @@ def test_the_tails_attend_by_splash_as_by_plain_attention(monkeypatch):
         assert not all(np.array_equal(mine, other) for mine, other in both)  # it was another kernel
 
 
+@pytest.mark.long
 def test_a_window_beyond_every_prompt_is_a_window_of_the_whole_prompt():
     model, sizes = model_of("llama"), []
     for window in (12, 2**20):

@@ -114,7 +114,8 @@ def test_a_tenants_bits_do_not_depend_on_who_else_is_in_the_batch_on_a_mesh():
     assert any((one != other).any() for one, other in zip(ends[0], fresh, strict=True))
 
 
-@pytest.mark.parametrize("sizes", [pytest.param((1, 8, 1), marks=pytest.mark.long), (2, 2, 2)])
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_what_the_devices_send_does_not_grow_with_the_tenants_of_the_run(sizes):
     sent, whole = [], []
     for tenants in (8, 64):

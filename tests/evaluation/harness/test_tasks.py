@@ -55,6 +55,7 @@ def test_a_second_round_and_unknown_requests_are_refused_with_the_task(folder, m
         record(task, tokenizer, 100, sampling_seed=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("named", "members"), [("tiny_group", ["tiny_pick", "tiny_other"]), ("tiny_tag", ["labels"])])
 def test_groups_and_tags_score_as_lm_eval_scores_them(folder, engine, harness, tmp_path, named, members, request):
     if named == "tiny_tag":
