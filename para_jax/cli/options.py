@@ -12,6 +12,9 @@ from ..storage.bucket import BucketPath, Place
 
 RUN_FIELDS = "fields of the config, such as train.learning_rate=3e-3 or 'data.prompt={question}\\n' (text is literal)"
 
+#: Defaults of --slots and --max-length.
+SLOTS, MAX_LENGTH = 8, 1024
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of two lines: what is wrong, and what to do."""
@@ -120,11 +123,11 @@ def add_chat_template_kwargs(group) -> None:
 
 def add_engine_size(group) -> None:
     """The options --slots and --max-length."""
-    group.add_argument("--slots", type=int, default=8, help="rows that decode together (default: %(default)s)")
+    group.add_argument("--slots", type=int, default=SLOTS, help="rows that decode together (default: %(default)s)")
     group.add_argument(
         "--max-length",
         type=int,
-        default=1024,
+        default=MAX_LENGTH,
         metavar="N",
         help="tokens per row, prompt and answer (default: %(default)s)",
     )

@@ -12,7 +12,7 @@ def add(commands) -> None:
         "source", metavar="SOURCE", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets"
     )
     parser.add_argument(
-        "--data-dir", type=shared.filled, metavar="DIR", help="where to (default: tensorflow_datasets' own folder)"
+        "--data-dir", type=shared.filled, metavar="DIR", help="the folder (default: tensorflow_datasets' own)"
     )
     parser.set_defaults(run=run)
 

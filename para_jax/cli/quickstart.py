@@ -6,7 +6,7 @@ from . import options as shared
 
 
 def add(commands) -> None:
-    text = "train three small tenants on the built-in backbone, and serve them"
+    text = "train adapters for three small tenants and answer one mixed batch (downloads 98 MB)"
     parser = shared.add_command(commands, "quickstart", text, "train.max_steps=50", [shared.run_fields()])
     parser.set_defaults(run=run)
 

@@ -210,8 +210,8 @@ class EvalSection:
     batch_size: PositiveInt = 16
     """rows of an evaluation batch over all devices, rounded up to a multiple of mesh.data x mesh.fsdp"""
     max_new_tokens: PositiveInt | None = None
-    """the maximum length of a written answer; default: that of the task, else what the longest completion of the
-    training data needs and half as much again, 16 to 512"""
+    """the maximum length of a written answer; default: that of the task, else 1.5 times the tokens of the longest
+    completion of the training data, 16 to 512"""
     patience: PositiveInt | None = None
     """stop after this many evaluations without a better score"""
     test: bool = False

@@ -236,6 +236,9 @@ def test_options_that_change_nothing_are_named(folder, capsys):
     assert "warning" not in capsys.readouterr().err
     command(*generate_line(folder, "--chat-template-kwargs", '{"a": 1}'))
     assert "warning: --chat-template-kwargs: not used without --chat" in capsys.readouterr().err
+    command(*generate_line(folder, "--slots", 3, "--max-length", 64))
+    said = capsys.readouterr().err
+    assert "warning: --slots 3: " in said and "warning: --max-length 64: " in said
 
 
 def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_path, capsys):
