@@ -14,7 +14,7 @@ LAYERS = [
     ["storage"],
     ["atomic", "yaml_text", "table", "messages"],
     ["config", "progress"],
-    ["untrusted", "record_file", "shards"],
+    ["untrusted", "record_file", "shards", "text_part"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "processes"],
     ["backbone", "adapters", "data"],
     ["residual"],

@@ -22,6 +22,7 @@ from ..config import ModelConfig, expanded, one_of, shorten
 from ..hub import BUILT_IN, BUILT_IN_HUB_ID
 from ..storage.bucket import BucketPath
 from ..storage.folder import require_matching_manifest
+from ..text_part import has_image_part, whole_name
 from ..untrusted import one_line, read_json
 from .adapter import Adapter, abstract, require_model_config, require_one, with_leaves
 from .card import lines_of, model_card, with_test_score
@@ -105,6 +106,8 @@ def save_adapter(
         check_fits(adapter, model.config)
     config = config_json(method, adapter, base_model, getattr(model, "fingerprint", None))
     tensors = {name: np.asarray(array, np.float32) for name, array in method.to_tensors(adapter).items()}
+    if method.in_peft and has_image_part(adapter.backbone.model_type):
+        tensors = {whole_name(name): array for name, array in tensors.items()}
     require_finite("save_adapter", tensors)
     files = {
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),

@@ -19,6 +19,7 @@ from ..atomic import OLD, folders_left, old_folder, sync_folder, temporary_name
 from ..storage import folder as bucket_folder
 from ..storage.bucket import BucketPath, Place
 from ..tensor_file import StoredTensor, stored_tensors
+from ..text_part import text_tensors
 from ..untrusted import safe_names
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ def read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> dict[str
 def weights_of(folder: Path) -> dict[str, StoredTensor]:
     """The tensors in the folder's weights file, by name."""
     refuse_pickles(folder)
-    return stored_tensors(own_file(folder, WEIGHTS))
+    return text_tensors(stored_tensors(own_file(folder, WEIGHTS)))
 
 
 def require_as_expected(file: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import FUSED, SITES, one_of, shorten
 from ..hub import name_and_revision
+from ..text_part import has_image_part
 from ..untrusted import safe_names
 from .adapter import Backbone
 from .own_tensors import PREFIX
@@ -32,13 +33,14 @@ INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 def peft_config(peft_type: str, config: Any, backbone: Backbone, base_model: str) -> dict:
     """The keys of every method. PEFT fills in its defaults for those that are missing."""
-    linears = linears_of(backbone.model_type, config.target_modules)
+    linears = [name.partition(".")[2] for name in linears_of(backbone.model_type, config.target_modules)]
+    pattern = rf".*\.language_model\..*\.({'|'.join(linears)})"  # the image part has linears of these names too
     return {
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
         **peft_base(base_model),
         "inference_mode": True,
-        "target_modules": [name.partition(".")[2] for name in linears],
+        "target_modules": pattern if has_image_part(backbone.model_type) else linears,
         "modules_to_save": None,
         "fan_in_fan_out": False,
     }

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..config import LayerKind, ModelConfig, RotaryConfig, shorten
+from ..text_part import TEXT_CONFIGS, text_config
 from .config_values import (
     check,
     config_activation,
@@ -180,12 +181,15 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(SMOLLM3, sliding=smollm3_windowed, rotary=smollm3_rotary),
     "granite": Family(GRANITE, granite),
 }
+SUPPORTED = ", ".join([*FAMILIES, *(f"{name} with a text_config" for name in TEXT_CONFIGS)])
 
 
 def model_config(config: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig of a config.json. ValueError names what is missing, wrong or not supported."""
-    family = supported_family(config)
-    given = {key: value for key, value in config.items() if value is not None or key in NULLABLE}
+    """The ModelConfig of a config.json; of its text model, if it has an image part. ValueError names what is missing,
+    wrong or not supported."""
+    own = text_config(config) if isinstance(config, dict) else config
+    family = supported_family(own)
+    given = {key: value for key, value in own.items() if value is not None or key in NULLABLE}
     c = DEFAULTS | family.defaults | given
     # The other families ignore use_sliding_window.
     if "use_sliding_window" in family.defaults and not config_bool(c, "use_sliding_window"):
@@ -197,7 +201,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     kinds = layer_kinds(c, family, head_dim)
     cut = [kind.rotary.original_max_positions for kind in kinds if kind.rotary.scaling == "longrope"]
     values = {
-        "model_type": c["model_type"],
+        "model_type": config["model_type"],
         "vocab_size": config_int(c, "vocab_size"),
         "width": config_int(c, "hidden_size"),
         "hidden_width": config_int(c, "intermediate_size"),
@@ -223,14 +227,14 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
 def supported_family(config: dict[str, Any]) -> Family:
     """The family of a config's model_type. Raises ValueError if the config uses something that is not supported."""
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"config.json has no model_type; supported are {', '.join(FAMILIES)}")
+        raise ValueError(f"config.json has no model_type; supported are {SUPPORTED}")
     family = FAMILIES.get(config["model_type"])
     own = family.defaults if family else {}
     found = [f"{key} ({why})" for key, why in UNSUPPORTED.items() if config.get(key) and key not in own]
     if family is None:
         also = f", with {', '.join(found)}," if found else ""
         name = shorten(config["model_type"])
-        raise ValueError(f"model_type {name}{also} is not supported; supported are {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type {name}{also} is not supported; supported are {SUPPORTED}")
     if found:
         raise ValueError(f"config.json is not supported: it has {', '.join(found)}; choose another backbone")
     return family

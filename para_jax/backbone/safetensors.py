@@ -8,15 +8,17 @@ import numpy as np
 
 from ..config import shorten
 from ..tensor_file import MAX_HEADER_BYTES, StoredTensor, stored_tensors
+from ..text_part import text_tensors
 from ..untrusted import read_json, safe_name, safe_names
 
 
 class Safetensors:
-    """The tensors in the model.safetensors of a folder, or in the shards that model.safetensors.index.json lists."""
+    """The tensors in the model.safetensors of a folder, or in the shards that model.safetensors.index.json lists: those
+    of the text model, if there is an image part."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
-        self.tensors = folder_tensors(self.path)
+        self.tensors = text_tensors(folder_tensors(self.path))
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None, columns: slice = slice(None)) -> np.ndarray:
