@@ -28,14 +28,14 @@ Tensor = TypeVar("Tensor")
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config of the text model. A config without one is returned as it is."""
     whole, own = config.get("model_type"), config.get("text_config")
-    if not has_image_part(whole) or not isinstance(own, dict) or not own:
+    if not isinstance(whole, str) or not has_image_part(whole) or not isinstance(own, dict) or not own:
         return config
     return TEXT_CONFIGS[whole] | own | {key: config[key] for key in OF_THE_WHOLE if config.get(key) is not None}
 
 
-def has_image_part(model_type: object) -> bool:
+def has_image_part(model_type: str) -> bool:
     """Whether checkpoints with this model_type have an image part, and a text model that is supported."""
-    return model_type in tuple(TEXT_CONFIGS)
+    return model_type in TEXT_CONFIGS
 
 
 def whole_name(name: str) -> str:
@@ -45,7 +45,7 @@ def whole_name(name: str) -> str:
 
 def text_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The text model's tensors, by the names that they have without an image part. Those of a text model are returned
-    as they are, and so are those of which two would get one name."""
+    as they are, and so are all if two would get the same name."""
     if not any(map(TEXT.match, tensors)):
         return tensors
     own = {name: tensor for name, tensor in tensors.items() if not IMAGE.match(name)}
