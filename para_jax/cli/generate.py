@@ -88,6 +88,7 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
         warn("--chat-template-kwargs: not used without --chat, since the prompts are text")
     if options.prompt and not options.temperature and (options.top_k or options.top_p != 1):
         warn("--temperature is 0, which takes the most probable token: --top-k and --top-p change nothing")
+    shared.check_engine_size(options)
     sizes = ("--slots", options.slots, shared.SLOTS), ("--max-length", options.max_length, shared.MAX_LENGTH)
     for name, given, usual in sizes:
         if options.prompt and given != usual:

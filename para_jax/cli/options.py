@@ -133,6 +133,13 @@ def add_engine_size(group) -> None:
     )
 
 
+def check_engine_size(options) -> None:
+    """Raises ValueError for --slots and --max-length that no engine can have."""
+    for name, value, least in (("--slots", options.slots, 1), ("--max-length", options.max_length, 2)):
+        if value < least:
+            raise ValueError(f"{name} is {value}\ngive a number of at least {least}")
+
+
 def add_tenants(group) -> None:
     """The options --adapters and --adapters-from, where each adapter is a tenant with a name."""
     group.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -155,7 +156,8 @@ def serve_at(options, sources: dict[str, str], base: str, keys, taken) -> None:
 
 
 def engine_of(options, sources: dict[str, str]):
-    """The engine, with everything loaded."""
+    """The engine, with everything loaded. Requests without a seed are drawn as in no other process, so that replicas
+    write different answers."""
     from ..data.tokenizer import load_tokenizer
     from ..serving.engine import Engine
 
@@ -170,6 +172,7 @@ def engine_of(options, sources: dict[str, str]):
         max_length=options.max_length,
         queue_limit=options.queue_limit,
         queue_limit_per_tenant=options.queue_limit_per_tenant,
+        seed=secrets.randbits(32),
         max_logprobs=options.max_logprobs,
         prefix_cache_bytes=None if gb is None else int(gb * 1e9),
     )
@@ -187,7 +190,8 @@ def check_options(options) -> None:
     missing = [name.replace("_", "-") for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ValueError(f"serve needs {', '.join(missing)}\nrun `pip install 'para_jax[serve]'`")
-    for name in ("slots", "max_r", "capacity", "queue_limit", "queue_limit_per_tenant", "max_body"):
+    shared.check_engine_size(options)
+    for name in ("max_r", "capacity", "queue_limit", "queue_limit_per_tenant", "max_body"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}\ngive a number of at least 1")
@@ -197,8 +201,6 @@ def check_options(options) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {value}\ngive a number of at least 0")
     if not 0 < options.timeout < 1e9:
         raise ValueError(f"--timeout is {options.timeout}\ngive seconds")
-    if options.max_length < 2:
-        raise ValueError(f"--max-length is {options.max_length}\ngive a number of at least 2")
     if options.allow_adapter_updates != bool(options.adapter_root):
         raise ValueError("--allow-adapter-updates and --adapter-root DIR belong together\ngive both, or none")
     for name in ("allow_hub", "methods", "sites", "max_r", "capacity"):

@@ -141,8 +141,14 @@ def template_opening(tokenizer, template: str) -> str:
 def special_stop_ids(tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
     """The ids of the stop texts that are special tokens, such as <|im_end|>: they do not appear in decoded text.
     Most of them have no role, such as EOS has, and are not among the tokenizer's `all_special_tokens`."""
-    added = tokenizer.added_tokens_decoder if stop else {}
-    return tuple(id for id, token in added.items() if token.special and token.content in stop)
+    special = special_tokens(tokenizer, len(tokenizer)) if stop else {}
+    return tuple(special[text] for text in dict.fromkeys(stop) if text in special)
+
+
+@lru_cache(8)
+def special_tokens(tokenizer, length: int) -> dict[str, int]:
+    """The ids of the special tokens, by their text. `length` is the tokenizer's, as in `special_ids`."""
+    return {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def most_characters(tokenizer, tokens: int) -> int:

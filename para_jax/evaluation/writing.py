@@ -101,7 +101,8 @@ class EngineWriter:
         if self.engine.open:
             raise ValueError(f"engine: it has {self.engine.open} open requests; take their answers first with run()")
         ordered = sorted(pending, key=lambda one: (len(one.question.context), one.question.context))
-        at_once = self.engine.queue_limit or len(ordered)
+        limits = [one for one in (self.engine.queue_limit, self.engine.queue_limit_per_tenant) if one is not None]
+        at_once = min(limits, default=len(ordered))
         try:
             for start in range(0, len(ordered), at_once):
                 for one in ordered[start : start + at_once]:

@@ -146,7 +146,7 @@ class Answering:
             raise refused(error, asked) from None
         outcome.tenant = tenant
         outcome.prompt_tokens = sum(len(stream.prompt_ids) for stream in answer.streams)
-        outcome.max_tokens, outcome.choices = requests[0].max_new_tokens, len(requests) * asked.n
+        outcome.choices = len(requests) * asked.n
         if self.limits.log_prompts:
             outcome.prompt = printable(repr(asked.prompts), LOGGED)
 

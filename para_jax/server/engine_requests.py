@@ -13,6 +13,9 @@ from .chat_messages import ROLES
 from .errors import ApiError, wrong_field
 from .protocol import CHAT_FIELDS, TEXT_FIELDS, Asked
 
+#: Log-probabilities that a request may ask for, alternatives included. Each takes up to 0.3 kB until it is answered.
+MAX_LOGPROBS = 2**21
+
 
 def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str | None = None) -> list[Request]:
     """The engine's requests, one per prompt. Answer i of all is drawn with seed + i.
@@ -97,11 +100,28 @@ def prompt_logprobs(asked: Asked) -> int | None:
 
 
 def require_room(asked: Asked, engine: Engine) -> None:
-    """Raises ApiError 400 for more answers than the queue can ever take at once."""
+    """Raises ApiError 400 for more answers than the queue can ever take at once, and for too many log-probabilities."""
     count = len(asked.prompts) * asked.n
     limits = [one for one in (engine.queue_limit, engine.queue_limit_per_tenant) if one is not None]
     if limits and count > min(limits):
         raise wrong_field("n", f"the request asks for {count} answers, and the queue takes {min(limits)}; ask for less")
+    if asked.logprobs is None:
+        return
+    tokens = count * written(asked, engine) + sum(echoed(prompt, engine) for prompt in asked.prompts if asked.echo)
+    most, name = MAX_LOGPROBS // (asked.logprobs + 1), "top_logprobs" if asked.chat else "logprobs"
+    if tokens > most:
+        message = f"{name} is {asked.logprobs}, for up to {tokens} tokens; ask for them for at most {most} tokens"
+        raise wrong_field(name, message)
+
+
+def written(asked: Asked, engine: Engine) -> int:
+    """Tokens of an answer, at most."""
+    return engine.max_length if asked.max_tokens is None else min(asked.max_tokens, engine.max_length)
+
+
+def echoed(prompt: Prompt | Ids, engine: Engine) -> int:
+    """Tokens of an echoed prompt, at most: a character has up to four bytes, and each may be a token."""
+    return min(len(prompt) * (4 if isinstance(prompt, str) else 1), engine.max_length)
 
 
 def longest_prompt(engine: Engine) -> int:

@@ -32,8 +32,6 @@ class Outcome:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     new_tokens: int = 0
-    max_tokens: int = 0
-    """new tokens that each choice may have"""
     choices: int = 1
     """how many it asks for"""
     finish_reasons: list[str] = field(default_factory=list)

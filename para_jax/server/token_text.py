@@ -11,6 +11,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
+        self._added = dict(tokenizer.added_tokens_decoder)  # which the tokenizer makes at each access
         decoder = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
         self._of_piece = byte_level if "ByteLevel" in decoder else word_piece if "ByteFallback" in decoder else None
         """the bytes of a piece of the vocabulary; None: the tokenizer's own decoding"""
@@ -35,7 +36,7 @@ class TokenTexts:
         return text if text.encode() == self.bytes(token) else f"bytes:{text}"
 
     def _bytes(self, token: int) -> bytes:
-        added = self._tokenizer.added_tokens_decoder.get(token)
+        added = self._added.get(token)
         if added is not None:
             return added.content.encode()
         piece = self._tokenizer.convert_ids_to_tokens(token)

@@ -50,7 +50,6 @@ class Answers:
         """the answers of earlier runs, by line and sample"""
         self.stale: set[int] = set()
         """rows that `finish` removes"""
-        self.rows = 0
         self._made = not file.exists()
         self.regular = self._made or file.is_file() or isinstance(file, BucketPath)
         """whether the answers can be read back"""
@@ -80,13 +79,11 @@ class Answers:
         data = text.encode("utf-8", "backslashreplace")  # half a character becomes its JSON escape
         if self._lines:
             self._lines.add(data)
-            self.rows += 1
             return
         try:
             append(self._stream, data)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.file)) from None
-        self.rows += 1
 
     def finish(self) -> None:
         """Removes stale rows, and waits until the answers are on disk. In a bucket, joins the pieces to one object."""
@@ -126,7 +123,6 @@ class Answers:
                     self._keep(*answer_of(line, row))
                 except ValueError as error:
                     raise ValueError(f"{self.file}: line {row} {error}") from None
-                self.rows = row
                 complete += 0 if line is None else len(line)
         if self._stream and complete < os.fstat(self._stream.fileno()).st_size:
             self._stream.truncate(complete)

@@ -89,7 +89,7 @@ def answer_lines(
     with source.open("rb") as stream:
         seen = InputSeen(stream)
         left = unanswered(seen, source, answers, defaults, by, shard)
-        errors = answer_left(engine, source, answers, left, total)
+        errors = answer_left(engine, source, answers, left, total, shard)
     if part is not None:
         found = {"lines": seen.lines, "sha256": seen.sha256.hexdigest()}
         ended = part._replace(settings=part.settings | {"input": found}, ended=True, content={"answers": seen.samples})
@@ -103,11 +103,13 @@ def answer_left(
     answers: Answers,
     left: Iterator[tuple[LineSample, Kept | None]],
     total: int | None,
+    shard: Shard | None,
 ) -> Counter[str]:
     """Answers the samples that are left, and finishes the output. Returns how many errors of each kind there are.
 
     Args:
         total: lines of the input; None: unknown.
+        shard: the shard that the answers are of; its file keeps no answer that no line asks for, which `merge` refuses.
     """
     waiting: dict[tuple[int, int], tuple[LineSample, Kept | None]] = {}
     errors, tokens, begun = Counter(), 0, time.monotonic()
@@ -132,9 +134,10 @@ def answer_left(
             engine.cancel(id)
         while engine.open:
             engine.step()
-    answers.stale |= {kept.row for kept in answers.kept.values() if kept.error is not None}
-    spare = sum(kept.error is None for kept in answers.kept.values())
-    if spare:
+    left_over = answers.kept.values()
+    answers.stale |= {kept.row for kept in left_over if kept.error is not None or shard is not None}
+    spare = sum(kept.error is None for kept in left_over)
+    if spare and shard is None:
         say(f"{answers.file}: keeps {spare} answers that no line of {source} asks for")
     answers.finish()
     if first is not None:

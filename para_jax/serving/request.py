@@ -138,7 +138,7 @@ def check_request(request: Request) -> None:
     ids = request.stop_token_ids
     if not isinstance(ids, tuple | list) or not all(map(is_whole, ids)):
         raise ValueError(f"stop_token_ids is {shorten(ids)}; give a list of token ids")
-    for name, flag in (("strip", request.strip), ("alone", request.alone)):
+    for name, flag in (("strip", request.strip), ("alone", request.alone), ("ignore_eos", request.ignore_eos)):
         if not isinstance(flag, bool):
             raise ValueError(f"{name} is {shorten(flag)}; give true or false")
     salt = request.cache_salt

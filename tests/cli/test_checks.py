@@ -75,6 +75,8 @@ MISTAKES = [
     ("generate --prompt a --backbone model --adapter runs/quick/tenants", "a run of many tenants; choose NAME/adapter"),
     ("generate --prompt a --temperature -1", "temperature is -1.0"),
     ("generate --input nope.jsonl --output o.jsonl", "--input nope.jsonl: no such file"),
+    ("generate --input data/train.jsonl --output o.jsonl --slots 0", "--slots is 0"),
+    ("generate --input data/train.jsonl --output o.jsonl --max-length 1", "--max-length is 1"),
     ("serve --backbone ./none", "./none: no such file or folder"),
     ("serve --backbone model --adapters a=runs/nope", "runs/nope: no such folder"),
     ("serve --backbone model --adapters base=runs/mine/adapter", "'base'"),

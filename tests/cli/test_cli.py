@@ -27,6 +27,7 @@ import para_jax.adapters.folder
 from para_jax import (
     Ia3Config,
     ParaConfig,
+    Request,
     generate,
     load_adapter,
     load_backbone,
@@ -327,6 +328,17 @@ def test_the_server_renders_chats_with_the_variables_of_its_command(moody):
     engine = serve.engine_of(parse(["serve", "--backbone", str(moody / "backbone"), *quick, *variables]), {})
     ids = encode_prompt(engine.tokenizer, [{"role": "user", "content": "w20 w30"}])
     assert ids == [20, 30, 9]
+
+
+def test_two_servers_draw_different_answers(folder):
+    """Each request without a seed: replicas that drew alike would answer one request with the same text."""
+    quick = ["--slots", "1", "--max-length", "64", "--allow-cpu", "--no-compilation-cache"]
+    texts = []
+    for _ in range(2):
+        engine = serve.engine_of(parse(["serve", "--backbone", str(folder / "backbone"), *quick]), {})
+        engine.submit(Request("w20", temperature=5.0, max_new_tokens=20, ignore_eos=True))
+        texts.append([one.text for one in engine.run()])
+    assert texts[0] != texts[1]
 
 
 @pytest.mark.long

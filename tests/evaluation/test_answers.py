@@ -198,9 +198,10 @@ def test_a_resumed_pass_has_an_engine_of_the_same_shapes(monkeypatch):
     assert sizes == [64, 64]
 
 
-def test_a_small_queue_is_enough_and_an_engine_with_open_requests_is_refused():
+@pytest.mark.parametrize("limit", ["queue_limit", "queue_limit_per_tenant"])
+def test_a_small_queue_is_enough_and_an_engine_with_open_requests_is_refused(limit):
     model, bank = backbone("llama"), bank_of("llama", "A")
-    engine = Engine(model, bank, tokenizer(), slots=ROWS, max_length=32, queue_limit=2)
+    engine = Engine(model, bank, tokenizer(), slots=ROWS, max_length=32, **{limit: 2})
     answerer = Answerer(model, bank, tokenizer(), rows=ROWS, engine=engine)
     questions = [("A", Generation(one.context[:9], 4)) for one in asked()[::3][:5]]
     assert answerer.answer(questions)[:3] == answers("llama", questions[:3], "A")

@@ -34,7 +34,7 @@ from tiny_engine import CONFIGS, answers, prompt
 
 from para_jax import Engine, Request
 from para_jax.data.examples import TOKEN_CHARACTERS
-from para_jax.server import answering, chat_messages, engine_loop, protocol, responses
+from para_jax.server import answering, chat_messages, engine_loop, engine_requests, protocol, responses
 from para_jax.server.app import THREADS
 from para_jax.server.models import Models
 from para_jax.server.traffic import Traffic
@@ -666,3 +666,19 @@ def test_the_log_has_one_line_for_each_request_and_no_text(server, http, capfd):
     assert "new=30" in post and "ttft=" in post and "total=" in post
     assert "GET /v1/models/secret\\nline 404" in get
     assert not any(word in said for word in prompt(1).split())
+
+
+def test_log_probabilities_are_bounded_before_anything_is_computed(http, monkeypatch):
+    """By the tokens of all answers and echoed prompts, and the alternatives of each."""
+    monkeypatch.setattr(engine_requests, "MAX_LOGPROBS", 60)
+    ids = [3, 4, 5, 6]
+    body = {"model": "base", "temperature": 0, "prompt": [ids, ids], "max_tokens": 6, "logprobs": 2, "echo": True}
+    assert http.post("/v1/completions", json=body).status_code == 200  # 2 x (6 + 4) tokens x (2 + 1)
+    for more in ({"max_tokens": 7}, {"logprobs": 3}, {"prompt": [ids, [*ids, 7]]}):
+        refused = http.post("/v1/completions", json=body | more)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
+        assert f"logprobs is {more.get('logprobs', 2)}" in refused.json()["error"]["message"]
+    assert http.post("/v1/completions", json=body | {"max_tokens": 10, "echo": False}).status_code == 200
+    chat = {"model": "base", "messages": chat_of(prompt(2)), "logprobs": True, "top_logprobs": 5, "max_tokens": 11}
+    refused = http.post("/v1/chat/completions", json=chat)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_logprobs")

@@ -551,3 +551,5 @@ def test_an_answer_is_without_white_space_at_its_ends_unless_the_request_keeps_i
         assert (sample.text is None or not sample.text.finish()) and sample.full_text(words, partial=False) == text
     with pytest.raises(ValueError, match="strip is 'no'"):
         check_request(Request("a", strip="no"))
+    with pytest.raises(ValueError, match="ignore_eos is 'false'"):
+        check_request(Request("a", ignore_eos="false"))

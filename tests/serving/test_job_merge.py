@@ -122,6 +122,19 @@ def test_a_shard_goes_on_in_its_own_output_only(engine, folder, outputs, tmp_pat
     assert sorted(output.read_bytes().splitlines()) == sorted(before.splitlines())
 
 
+def test_after_a_change_of_the_input_the_shards_are_answered_again_and_join(engine, tmp_path):
+    """Also where lines or samples of a line are gone, whose answers no line asks for any more."""
+    source, outputs = tmp_path / "in.jsonl", [tmp_path / f"{index}.jsonl" for index in range(2)]
+    line = {"prompt": words(range(20, 24)), "max_new_tokens": 2, "temperature": 1.0, "n": 3}
+    for count, n in ((6, 3), (4, 2)):
+        source.write_text("".join(json.dumps(line | {"n": n, "seed": i}) + "\n" for i in range(count)))
+        for index, output in enumerate(outputs):
+            run_job(engine, source, output, Request(""), shard=Shard(index, 2))
+        merge_jobs(outputs, tmp_path / f"{count}.jsonl")
+    run_job(engine, source, tmp_path / "whole.jsonl", Request(""))
+    assert (tmp_path / "4.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_a_shard_of_other_settings_is_refused_by_name(engine, folder, outputs, tmp_path):
     other = tmp_path / "other.jsonl"
     run_job(engine, folder / "in.jsonl", other, Request("", seed=3), shard=Shard(1, 3))
