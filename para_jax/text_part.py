@@ -15,7 +15,7 @@ TEXT_CONFIGS: dict[str, dict[str, Any]] = {
     "mistral3": {"model_type": "mistral"},
 }  # fmt: skip
 #: What the whole's config says for its text model as well.
-OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
 
 #: Published checkpoints begin with language_model., those that transformers 5 writes with model.language_model.; PEFT's
 #: adapters put base_model.model. before it.

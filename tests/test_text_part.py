@@ -69,6 +69,16 @@ def test_a_published_config_has_the_values_that_it_leaves_out():
     assert (full.window, full.rotary.theta, full.rotary.scaling, full.rotary.factor) == (None, 1e6, "linear", 8.0)
 
 
+def test_whether_the_head_is_tied_is_said_for_the_whole(tmp_path):
+    folder = whole(tmp_path / "whole", tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="missing: lm_head.weight"):
+        load_backbone(folder)
+    tensors = load_file(folder / "model.safetensors")
+    head = 2 * tensors["language_model.model.embed_tokens.weight"]
+    save_file(tensors | {"language_model.lm_head.weight": head}, folder / "model.safetensors")
+    np.testing.assert_array_equal(np.asarray(load_backbone(folder).head[...]), head.T)
+
+
 @pytest.mark.parametrize("config", [LoraConfig(r=3), Ia3Config(), ParaConfig(r=3)], ids=lambda one: type(one).__name__)
 def test_its_adapters_are_saved_and_loaded(tmp_path, config):
     """LoRA and (IA)^3 under PEFT's names, and for the text model's linears alone."""

@@ -64,8 +64,9 @@ def scaled_forwards(y, distance, segment):
 
 def scaled_backwards(kept, gradient):
     y, distance, segment = kept
-    chosen = chosen_segments(segment, distance.shape[1], y.dtype)
-    summed = jnp.einsum("bts,bto->bso", chosen, gradient * y, precision=EXACT, preferred_element_type=jnp.float32)
+    chosen = chosen_segments(segment, distance.shape[1], jnp.float32)
+    product = gradient.astype(jnp.float32) * y.astype(jnp.float32)  # as in adapter.scaled
+    summed = jnp.einsum("bts,bto->bso", chosen, product, precision=EXACT)
     gradient, summed = jax.lax.optimization_barrier((gradient, summed))  # as in adapter.scaled
     return scaled(gradient, distance, segment), summed.astype(distance.dtype), None
 

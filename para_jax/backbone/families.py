@@ -45,8 +45,9 @@ NULLABLE = {
     "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
 
-#: Published models have at most 126 layers.
+#: Published models have at most 126 layers, and heads of at most 512 values.
 MAX_LAYERS = 1000
+MAX_HEAD_DIM = 4096
 
 UNSUPPORTED = {
     "text_config": "a multimodal model",
@@ -95,7 +96,8 @@ def gemma2(c: dict) -> dict:
 
 
 def gemma3(c: dict) -> dict:
-    return gemma2(c) | {"qk_norm": "head"}
+    # transformers reads attn_logit_softcapping of Gemma 3, and does not apply it.
+    return gemma2(c) | {"qk_norm": "head", "attention_softcap": None}
 
 
 def olmo(c: dict) -> dict:
@@ -198,6 +200,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     kv_heads = heads if c["num_key_value_heads"] is None else config_int(c, "num_key_value_heads")
     check(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
     head_dim = config_int(c, "hidden_size") // heads if c["head_dim"] is None else config_int(c, "head_dim")
+    check(1 <= head_dim <= MAX_HEAD_DIM, "head_dim", head_dim, f"at most {MAX_HEAD_DIM}")
     kinds = layer_kinds(c, family, head_dim)
     cut = [kind.rotary.original_max_positions for kind in kinds if kind.rotary.scaling == "longrope"]
     values = {
@@ -231,6 +234,7 @@ def supported_family(config: dict[str, Any]) -> Family:
     family = FAMILIES.get(config["model_type"])
     own = family.defaults if family else {}
     found = [f"{key} ({why})" for key, why in UNSUPPORTED.items() if config.get(key) and key not in own]
+    found += ["is_causal false (attention that is not causal)"] if config.get("is_causal") is False else []
     if family is None:
         also = f", with {', '.join(found)}," if found else ""
         name = shorten(config["model_type"])

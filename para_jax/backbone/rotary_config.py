@@ -24,21 +24,27 @@ def rotaries(c: dict, own: Collection[str], head_dim: int) -> tuple[RotaryConfig
     parameters, scaling = config_mapping(c, "rope_parameters"), config_mapping(c, "rope_scaling")
     base = {key: c[key] for key in ("rope_theta", "partial_rotary_factor") if key in c}
     if "rope_local_base_freq" not in own:
-        nested = [name for name in LAYER_TYPES if name in parameters]
-        if nested:
+        if nested := [name for name in LAYER_TYPES if name in parameters]:
             raise ValueError(f"config.json: {c['model_type']} supports no rope_parameters for {nested[0]}")
         length = {key: c[key] for key in {"original_max_position_embeddings"} & c.keys()}  # in transformers it wins
-        found = [rotary(base | given | length, c, own, head_dim) for given in (scaling, parameters) if given]
+        given = [without_null(one) for one in (scaling, parameters) if one]
+        found = [rotary(base | one | length, c, own, head_dim) for one in given]
         if len(set(found)) > 1:
             raise ValueError("config.json: rope_scaling and rope_parameters differ; delete the one that is wrong")
         one = found[0] if found else rotary(base, c, own, head_dim)
         return one, one
     known = set(parameters) <= set(LAYER_TYPES)
     check(known, "rope_parameters", sorted(parameters), "a mapping with " + " and ".join(LAYER_TYPES))
-    full = rotary(base | config_mapping(parameters, "full_attention") | scaling, c, own, head_dim)
+    own_of = {name: without_null(config_mapping(parameters, name)) for name in LAYER_TYPES}
+    full = rotary(base | own_of["full_attention"] | without_null(scaling), c, own, head_dim)
     if c["rope_local_base_freq"] is not None:
         base["rope_theta"] = config_number(c, "rope_local_base_freq")
-    return full, rotary(base | config_mapping(parameters, "sliding_attention"), c, own, head_dim)
+    return full, rotary(base | own_of["sliding_attention"], c, own, head_dim)
+
+
+def without_null(rope: dict) -> dict:
+    """Null means that the key is missing, as in the config itself."""
+    return {key: value for key, value in rope.items() if value is not None}
 
 
 def rotary(rope: dict, c: dict, own: Collection[str], head_dim: int) -> RotaryConfig:
@@ -59,7 +65,7 @@ def rotary(rope: dict, c: dict, own: Collection[str], head_dim: int) -> RotaryCo
         raise ValueError(f"config.json: rope_type {shorten(kind)} is not supported; only {', '.join(SCALINGS)} are")
     read, needed = SCALINGS[kind]
     for key in needed:
-        if rope.get(key) is None:
+        if key not in rope:
             raise ValueError(f"config.json: rope_type {kind!r} has no {key}")
     return read(plain, rope, c)
 
@@ -82,7 +88,7 @@ def llama3(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
 
 
 def yarn(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
-    given = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True} | {k: v for k, v in rope.items() if v is not None}
+    given = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True} | rope
     factor, original = float(config_number(rope, "factor")), config_int(rope, "original_max_position_embeddings")
     fast, slow = float(config_number(given, "beta_fast")), float(config_number(given, "beta_slow"))
     check(slow < fast, "beta_slow", slow, f"less than beta_fast {fast}")
@@ -112,7 +118,7 @@ def longrope(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
     check(fits, "short_factor", divisors, f"a list of {count} numbers, one per frequency")
     divisors = tuple(float(config_number({"short_factor": each}, "short_factor")) for each in divisors)
     longest = config_int(c, "max_position_embeddings")
-    factor = longest / original if rope.get("factor") is None else float(config_number(rope, "factor"))
+    factor = float(config_number(rope, "factor")) if "factor" in rope else longest / original
     attention = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original))
     return divided(plain, "longrope", original, divisors, rope, attention)
 
@@ -126,7 +132,7 @@ def divided(
     attention: float,
 ) -> RotaryConfig:
     """The embedding with these divisors, and the config's attention_factor or, if it has none, `attention`."""
-    if rope.get("attention_factor") is not None:
+    if "attention_factor" in rope:
         attention = float(config_number(rope, "attention_factor"))
     return DividedRotaryConfig(
         dims=plain.dims,

@@ -143,8 +143,11 @@ def run(options) -> None:
 
 def check_options(options) -> None:
     """Raises ValueError for options that are missing, out of range or do not go together."""
+    if options.backbone is not None and "=" in str(options.config):  # without CONFIG, the first field takes its place
+        options.config, options.overrides = None, [str(options.config), *options.overrides]
     if options.config is not None and options.backbone is not None:
-        raise ValueError("evaluate: CONFIG and --backbone are both given; give one of them")
+        both = f"{options.config}, {options.backbone}"
+        raise ValueError(f"evaluate: CONFIG and --backbone are both given ({both}); give one of them")
     if options.config is None and not (options.backbone and options.tasks):
         raise ValueError("evaluate: no model or task is given; give the CONFIG of a run, or --backbone with --tasks")
     if options.adapter and many(options):
@@ -192,7 +195,7 @@ def check_sources(options, config) -> None:
     if not options.own:
         check_tasks(options.tasks, options.split)
         warn_of_unused(options, config)
-    if not options.tasks and config.runtime.coordinator is None:
+    if not options.tasks:
         check_data(config, [options.split])
         if not is_elsewhere(config.data, options.split) and source_of(config.data, options.split) is None:
             raise no_data(options, config)
@@ -213,11 +216,9 @@ def warn_of_unused(options, config) -> None:
         advice = f"give data.{options.split} in place of --tasks"
         warn(f"{', '.join(dict.fromkeys(unused))}: not used, since --tasks replaces the config's data; {advice}")
     if all(named_file(text, options.split) for text in options.tasks):
-        for name in ("num_fewshot", "chat"):
+        for name, advice in (("include_path", ""), ("num_fewshot", ""), ("chat", "; give rows with messages")):
             if getattr(options, name) not in (None, False):
-                warn(
-                    f"--{name.replace('_', '-')}: not used, since none of --tasks is lm-eval's; give rows with messages"
-                )
+                warn(f"--{name.replace('_', '-')}: not used, since none of --tasks is lm-eval's{advice}")
 
 
 def config_of(options):
@@ -290,7 +291,7 @@ def one_score(options, config) -> None:
     from ..data.tokenizer import run_tokenizer
     from ..evaluation.evaluate import evaluate
 
-    devices.start(config.runtime)
+    devices.start(replace(config.runtime, coordinator=None, num_processes=None, process_id=None))  # a pod's run too
     begun = time.monotonic()
     tokenizer = run_tokenizer(config)
     task = run_task(options, config, tokenizer)

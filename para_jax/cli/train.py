@@ -35,6 +35,8 @@ def run(options) -> int | None:
     config = load_config(options.config, options.overrides)
     if options.topology and not options.dry_run:
         raise ValueError(f"--topology {options.topology} requires --dry-run\nadd --dry-run to compile for that slice")
+    if options.results and options.dry_run:
+        raise ValueError(f"--results {options.results} excludes --dry-run, which has no scores\nleave one out")
     if options.dry_run:
         from ..inspect import dry_run
 

@@ -87,6 +87,6 @@ def parsed_number(name: str, value: Any, kind: type, expected: str) -> Any:
     fits = isinstance(value, (int, str, kind))
     require(fits, name, value, expected)
     try:
-        return kind(value)
+        return int(as_text(value), 0) if kind is int else kind(value)  # YAML 1.1 reads 010 as 8, and 1:30 as 90
     except (ValueError, OverflowError):
-        raise ValueError(f"{name} must be {expected}; got {shorten(value, 200)}") from None
+        raise ValueError(f"{name} must be {expected}; got {shorten(getattr(value, 'written', value), 200)}") from None

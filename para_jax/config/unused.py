@@ -21,6 +21,7 @@ def unused_fields(config: RunConfig) -> Iterator[str]:
         ("data.validation", tenants, "data.tenants is set; each tenant's folder has its own"),
         ("data.test", tenants, "data.tenants is set; each tenant's folder has its own"),
         ("data.buckets", config.data.packing, "data.packing has one length, data.max_seq_length"),
+        ("train.learning_rate", bool(config.sweep.learning_rate), "sweep.learning_rate has the rates"),
         ("train.rows_per_tenant", one, "the run trains one adapter; train.per_device_batch_size has its rows"),
         ("train.tenants_at_once", one, "the run trains one adapter"),
         ("train.sampling", one, "the run trains one adapter"),
@@ -37,3 +38,5 @@ def unused_fields(config: RunConfig) -> Iterator[str]:
         value, default = getattr(held, field), getattr(type(held), field)
         if nothing_reads_it and value != default:
             yield f"{name}={value} has no effect: {why}"
+    if config.seed and config.sweep.seed:
+        yield f"seed={config.seed} has no effect: sweep.seed has the seeds"

@@ -180,6 +180,10 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
         found: list[tuple[Prompt, str, tuple[str, ...], object]] = []
         for before, turn in turns:
             if is_learnt(turn):
+                if not before:
+                    raise ValueError(
+                        "prompt is empty: messages begins with an assistant turn; give that turn weight 0, or remove it"
+                    )
                 answer, is_last = answer_text(turn), turn is turns[-1][1]
                 accepted, label = (references(row, answer), row.get("label")) if is_last else ((answer,), None)
                 found.append((prompt_messages(before), answer, accepted, label))

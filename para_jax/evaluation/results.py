@@ -17,6 +17,7 @@ from .. import devices
 from ..config import shorten
 from ..messages import say
 from ..record_file import check_results_folder
+from ..shards import SHARD_FILE
 from .answers import Answerer
 from .questions import SEEDS, Answer
 from .score import error_of_ratio, likelihoods_of, score_answers
@@ -213,9 +214,9 @@ def cell(text: str) -> str:
 
 def file_names(names: Sequence[str]) -> dict[str, str]:
     """Each tenant's file: its name without characters that file systems reject. A hash of the name is added if two
-    files would have the same name, or the name is too long."""
+    files would have the same name, or the name is too long or that of a shard's own file."""
     plain = {name: re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_" for name in names}
-    times = Counter(text.lower() for text in plain.values())
+    times = Counter([SHARD_FILE.removesuffix(".json"), *(text.lower() for text in plain.values())])
 
     def file_name(name: str, text: str) -> str:
         long = len(text.encode()) > 200  # of the 255 that file systems allow

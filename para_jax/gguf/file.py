@@ -55,7 +55,9 @@ class GgufFile:
         if len(start) < 24 or start[:4] != b"GGUF":
             raise ValueError(f"{path}: not a GGUF file: it does not start with the bytes GGUF")
         try:
-            self.metadata, tensors = read_header(np.asarray(np.memmap(self.path, np.uint8, "r")))
+            data = np.asarray(np.memmap(self.path, np.uint8, "r"))
+            self.file_bytes = len(data)
+            self.metadata, tensors = read_header(data)
         except (ValueError, struct.error, OverflowError) as error:
             raise ValueError(f"{path}: damaged GGUF file: {error}") from None
         if self.metadata.get("tokenizer.ggml.model") == "llama":
@@ -87,6 +89,8 @@ class GgufFile:
         """Rows [start:stop] of a tensor, or some columns of them, as float32. Only these rows of a matrix are
         dequantised and copied."""
         tensor = self.tensors[name]
+        if self.path.stat().st_size != self.file_bytes:  # a read beyond the end of a mapped file would kill the process
+            raise ValueError(f"{self.path} changed while it was read ({safe_name(name)}); fetch the file again")
         rows = np.arange(tensor.shape[0])[start:stop]
         if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj\.", name):
             heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
@@ -138,7 +142,9 @@ class Cursor:
         if kind == ARRAY:
             kind, count = self.number("I"), self.number("Q")
             self.items += count
-            if MAX_ITEMS < self.items <= len(self.data):
+            if count > len(self.data) - self.at:  # a value has at least one byte
+                raise ValueError(f"the header is cut off at byte {len(self.data)}")
+            if self.items > MAX_ITEMS:
                 raise ValueError(f"the arrays have {self.items} values; the limit is {MAX_ITEMS}")
             if kind == STRING:
                 return [self.string() for _ in range(count)]

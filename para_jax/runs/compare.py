@@ -87,6 +87,10 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     require(bool(config.sweep.method), "sweep.method", config.sweep.method, "the methods to compare")
     if data is not None:
         config = replace(config, data=with_data(config.data, data))
+    own, rate = adapter_method(config.adapter), config.train.learning_rate
+    if own not in config.sweep.method and rate not in (None, "auto"):
+        why = f"it is {own}'s, which sweep.method lacks; use sweep.learning_rate"
+        warn(f"train.learning_rate={rate} has no effect: {why}")
     devices.start(config.runtime)
     folder = expanded(config.output_dir)
 

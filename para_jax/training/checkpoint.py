@@ -191,7 +191,7 @@ def newest_whole(
     folder, problems = expanded(str(checkpoints.directory)), {}
     for step in steps_in(folder):
         try:
-            found = read_checkpoint(checkpoints, step, wanted)
+            found = read_twice(checkpoints, step, wanted)
             check_progress(found[1], step, kind)
             check_run(found[1], run, accept_data)
         except OtherData as error:  # an older one may be of these data, but the adapter in the folder is not
@@ -221,6 +221,17 @@ def newest_whole(
             "or delete that folder to start again"
         )
     return None
+
+
+def read_twice(checkpoints, step: int, wanted: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """`read_checkpoint`, a second time if the first one fails: a disk or a bucket may fail once, and a checkpoint that
+    can't be read is given up."""
+    try:
+        return read_checkpoint(checkpoints, step, wanted)
+    except OldForm:
+        raise
+    except Exception:  # the readers below orbax raise anything
+        return read_checkpoint(checkpoints, step, wanted)
 
 
 def read_checkpoint(

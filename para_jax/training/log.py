@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import atomic
-from ..config import RunConfig, config_dict
+from ..config import RunConfig, config_dict, printable
 from ..messages import say
 from ..processes import is_first, on_first_process
 from ..progress import Progress
@@ -61,7 +61,9 @@ class Log:
         self.folder, self.every, self.peak_rate = folder, config.logging.every, peak_rate
         self.first = is_first()
         step = reached.step if reached else None
-        self.writers = [WRITERS[name](config, folder, step) for name in config.logging.report_to] if self.first else []
+        self.writers: list[Any] = []
+        made = (WRITERS[name](config, folder, step) for name in config.logging.report_to)
+        on_first_process(lambda: self.writers.extend(made))  # an error there ends all hosts
         self.rows = MetricsWriter(folder / "metrics.jsonl")
         self.last_values_at = 0.0  # in time.monotonic
         on_first_process(lambda: drop_rows(self.rows.file, reached, ended=ended))
@@ -180,7 +182,13 @@ class Wandb:
         except ImportError:
             raise ValueError("logging.report_to: wandb is not installed; run `pip install 'para_jax[wandb]'`") from None
         here = tempfile.mkdtemp(prefix="para_jax-") if isinstance(folder, BucketPath) else str(folder)
-        self.run = wandb.init(dir=here, config=config_dict(config), name=folder.name)
+        try:
+            self.run = wandb.init(dir=here, config=config_dict(config), name=folder.name)
+        except Exception as error:  # wandb's errors have no common class but this
+            raise ValueError(
+                f"logging.report_to: wandb can't start ({printable(str(error), 200)}); run `wandb login`, or set "
+                "WANDB_MODE=offline"
+            ) from None
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

@@ -154,6 +154,7 @@ def test_missing_keys_have_transformers_defaults():
     assert [kind.rotary.theta for kind in gemma3.kinds[4:6]] == [1e4, 1e6]
     assert model_config(minimal("gemma2")).attention_softcap == 50.0 and gemma3.attention_softcap is None
     assert model_config(minimal("gemma2", attn_logit_softcapping=None)).attention_softcap is None
+    assert model_config(minimal("gemma3_text", attn_logit_softcapping=50.0)).attention_softcap is None  # as there
 
 
 @pytest.mark.parametrize("key", ["attn_logit_softcapping", "final_logit_softcapping"])
@@ -161,6 +162,18 @@ def test_missing_keys_have_transformers_defaults():
 def test_a_soft_cap_is_a_number_above_zero_or_null(key, value):
     with pytest.raises(ValueError, match=f"{key} is .*a number"):
         model_config(minimal("gemma2", **{key: value}))
+
+
+def test_null_in_a_rotary_embedding_means_that_the_key_is_missing():
+    local = {"full_attention": {"rope_theta": None}, "sliding_attention": {"factor": None}}
+    for name, given in (
+        ("llama", {"rope_theta": None, "rope_type": "default"}),
+        ("phi3", {"partial_rotary_factor": None, "rope_theta": 1e4, "rope_type": "default"}),
+        ("gemma3_text", local),
+    ):
+        assert model_config(minimal(name, rope_parameters=given)) == model_config(minimal(name))
+    scaled = YARN | dict.fromkeys(("beta_fast", "attention_factor", "mscale"))
+    assert model_config(minimal("llama", rope_scaling=scaled)) == model_config(minimal("llama", rope_scaling=YARN))
 
 
 def test_the_fields_of_a_family_alone_are_read():
@@ -251,6 +264,12 @@ def test_a_missing_size_is_named(key):
         ({"num_local_experts": 8}, "mixture of experts"),
         ({"attention_chunk_size": 8}, "attention_chunk_size"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"is_causal": False}, "is_causal false"),
+        ({"head_dim": 2**23, "rope_scaling": YARN}, "head_dim is 8388608.*at most 4096"),
+        (
+            {"head_dim": None, "num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 2**23},
+            "head_dim is 8388608",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' has no original_max_position_embeddings"),
         ({"rope_scaling": YARN | {"beta_slow": 64}}, "beta_slow is 64.*less than beta_fast 32"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from golden_models import FIXTURES, backbone, prompts, strong
 from jax.sharding import NamedSharding, PartitionSpec
 from one_adapter import fresh_state, trained_step
@@ -153,6 +154,17 @@ def test_a_bfloat16_backbone_computes_in_bfloat16():
     for mine, other in zip(linears(model), linears(int8()), strict=True):
         np.testing.assert_array_equal(mine.kernel[...], other.kernel[...])  # rounded once, not by way of bfloat16
         assert mine(jnp.ones((2, mine.kernel.shape[0]), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_small_weights_keep_their_precision(dtype):
+    """Their scale is less than float16's smallest normal number."""
+    rng = np.random.default_rng(0)
+    kernel, x = rng.normal(0, 1e-5, (64, 32)).astype(np.float32), rng.normal(size=(4, 64)).astype(np.float32)
+    linear = Linear(64, 32, axes=("embed", "mlp"), bias=False, rngs=nnx.Rngs(0))
+    linear.kernel[...] = jnp.asarray(kernel)
+    made = np.asarray(Int8Linear(linear)(jnp.asarray(x, dtype)), np.float32)
+    assert np.linalg.norm(made - x @ kernel) < 0.02 * np.linalg.norm(x @ kernel)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -93,6 +93,8 @@ MISTAKES = [
     ("serve --backbone model --capacity 3", "--capacity goes with --allow-adapter-updates"),
     ("evaluate run.yaml --adapter runs/nope", "runs/nope: no such folder"),
     ("evaluate run.yaml", "data.test is not set"),
+    ("evaluate --backbone model eval.batch_size=0 --tasks data/train.jsonl", "eval.batch_size"),
+    ("train run.yaml --dry-run --results r.json", "--results r.json"),
     ("evaluate --backbone model --tasks data/nope.jsonl", "data/nope.jsonl.*no such file"),
     ("evaluate --backbone model --tasks data/train.jsonl:bleu", "bleu.*exact_match"),
     ("inspect runs/nope", r"runs/nope: no such folder; did you mean runs/mine\?"),

@@ -243,6 +243,8 @@ def test_a_value_in_the_place_of_a_section_names_it():
     ("sweep.learning_rate=[fast]", "number"),
     ("sweep.learning_rate=[-2]", "0"),
     ("seed=-1", "0"),
+    ("seed=1:30", "whole number"),
+    ("train.max_steps=010", "whole number"),
     ("adapter.layers_to_transform=[last]", "whole number"),
     ("adapter.layers_to_transform=[-1]", "0"),
     ("adapter.scope=completion", "all, prompt, response"),

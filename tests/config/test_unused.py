@@ -30,6 +30,8 @@ RANKED = "eval.choices=[good, bad]"
         (("data.validation=b.jsonl", TENANTS), ("data.validation=b.jsonl",)),
         (("data.test=b.jsonl", TENANTS), ("data.test=b.jsonl",)),
         (("data.buckets=2", "data.packing=true"), ("data.buckets=2",)),
+        (("train.learning_rate=0.5", "sweep.learning_rate=[0.1, 0.2]"), ("train.learning_rate=0.5",)),
+        (("seed=3", "sweep.seed=[1, 2]"), ("seed=3",)),
         (("train.rows_per_tenant=4",), ("train.rows_per_tenant=4", TENANTS)),
         (("train.tenants_at_once=4",), ("train.tenants_at_once=4", TENANTS)),
         (("train.sampling=sqrt",), ("train.sampling=sqrt", TENANTS)),

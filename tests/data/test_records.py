@@ -79,7 +79,12 @@ def test_a_turn_of_weight_0_is_read_and_not_learnt(tmp_path):
         ([USER], ("hi",), None),
         ([USER, skipped, USER], ("hi",), "x"),
     ]
-    for messages, named in (([USER, skipped], "weight 0"), ([USER, BOT | {"weight": 0.5}], "weight 0.5")):
+    assert len(read_records(write(tmp_path, {"messages": [skipped, USER, BOT]}))) == 1  # a greeting that is not learnt
+    for messages, named in (
+        ([USER, skipped], "weight 0"),
+        ([USER, BOT | {"weight": 0.5}], "weight 0.5"),
+        ([BOT, USER, BOT], "prompt is empty.*an assistant turn.*weight 0"),
+    ):
         with pytest.raises(ValueError, match=f"data.jsonl:1: .*{named}"):
             read_records(write(tmp_path, {"messages": messages}))
 

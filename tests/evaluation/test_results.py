@@ -142,3 +142,4 @@ def test_results_files_are_distinct():
     long = [letter * 190 + end for letter in "xé" for end in ("1" * 50, "2" * 50)]
     assert len({*file_names(long).values()}) == 4 and max(len(f.encode()) for f in file_names(long).values()) < 150
     assert file_names(["a\udcff", "a_"])["a\udcff"].startswith("a_-")
+    assert file_names(["Shard"])["Shard"].startswith("Shard-")  # shard.json is the evaluation's own

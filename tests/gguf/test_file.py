@@ -1,3 +1,4 @@
+import os
 import struct
 
 import gguf
@@ -6,7 +7,7 @@ import pytest
 from tiny_gguf import hugging_face, write_gguf
 
 from para_jax.gguf.config import common_config
-from para_jax.gguf.file import GgufFile
+from para_jax.gguf.file import Cursor, GgufFile
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
@@ -187,6 +188,24 @@ def test_a_damaged_header_never_raises_another_error(tmp_path):
     damaged.write_bytes(endless)
     with pytest.raises(ValueError, match="cut off"):
         GgufFile(damaged)
+
+
+def test_a_count_that_the_file_cannot_hold_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    """Empty texts are eight zero bytes each, so a sparse file would give very many of them."""
+    header = struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 2**40)  # an array of 2**40 texts
+    (tmp_path / "m.gguf").write_bytes(header + bytes(8000))
+    reads, real = [], Cursor.string
+    monkeypatch.setattr(Cursor, "string", lambda self: reads.append(1) or real(self))
+    with pytest.raises(ValueError, match="cut off"):
+        GgufFile(tmp_path / "m.gguf")
+    assert len(reads) == 1  # the key
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
+    file = GgufFile(write_gguf(tmp_path / "m.gguf"))
+    os.truncate(file.path, file.path.stat().st_size - 5000)
+    with pytest.raises(ValueError, match="m.gguf changed while it was read.*fetch"):
+        file.read("model.embed_tokens.weight")
 
 
 def text(value: str) -> bytes:

@@ -83,6 +83,15 @@ def test_a_single_run_does_not_take_several_methods(folder, tmp_path):
         train_tenants(methods_config(folder, tmp_path, "sweep.method=[para, lora]", "sweep.seed=[1, 2]"))
 
 
+def test_a_rate_of_a_method_that_is_not_compared_is_named(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "claim_folder", lambda config: 1 / 0)
+    for methods, warned in (("[lora, ia3]", True), ("[lora, para]", False)):
+        with pytest.raises(ZeroDivisionError):
+            given = f"sweep.method={methods}", "train.learning_rate=0.5", "adapter.r=12", "adapter.summary=raw"
+            compare_methods(methods_config(folder, tmp_path, *given))
+        assert ("warning: train.learning_rate=0.5 has no effect" in capsys.readouterr().err) == warned
+
+
 # --------------------------------------------------------------------------------------------------------------- table
 
 

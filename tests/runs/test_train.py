@@ -8,10 +8,12 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -57,7 +59,7 @@ from para_jax.runs import train as runs
 from para_jax.runs.folder import claim_folder
 from para_jax.runs.loop import places
 from para_jax.runs.scoring import Scoring
-from para_jax.runs.tenants import read_inputs, require_validation
+from para_jax.runs.tenants import read_inputs, require_validation, steps_of
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import learning_rates
 from para_jax.training.passes import lay_out
@@ -874,6 +876,28 @@ def test_wandb_that_is_not_installed_gives_one_line(config, monkeypatch):
     with pytest.raises(ValueError, match=r"wandb.*pip install 'para_jax\[wandb\]'") as error:
         train(replace(config, logging=replace(config.logging, report_to=("wandb",))))
     assert "\n" not in str(error.value)
+
+
+def test_wandb_that_cannot_start_gives_one_line(config, monkeypatch):
+    def init(**settings):
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(ValueError, match="logging.report_to: wandb .*api_key not configured.*wandb login"):
+        train(replace(config, logging=replace(config.logging, report_to=("wandb",))))
+
+
+def test_more_steps_than_the_schedule_counts_are_an_error(folder, tmp_path):
+    with pytest.raises(ValueError, match="train.max_steps .*2147483648 steps"):
+        train(run_config(folder, f"output_dir={tmp_path / 'run'}", "train.max_steps=3000000000"))
+    with pytest.raises(ValueError, match="train.num_epochs .*2147483648 steps.*3000000000"):
+        steps_of(load_config(None, ["train.num_epochs=1e6"]), 3000)
+
+
+def test_epochs_do_not_gain_a_step_by_rounding():
+    assert 0.07 * 100 > 7
+    for epochs, batches, steps in ((0.07, 100, 7), (0.14, 50, 7), (0.5, 3, 2), (2, 3, 6), (0.001, 3, 1)):
+        assert steps_of(load_config(None, [f"train.num_epochs={epochs}"]), batches) == steps
 
 
 def test_long_examples_are_counted_and_reported(folder, capsys):

@@ -1,5 +1,6 @@
 """A checkpoint gives back the very bits, on the devices they came from, and is whole or not there."""
 
+import errno
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from tiny_run import ADAPTER, TRAIN
 
 from para_jax import ParaConfig, init_adapter
 from para_jax.sharding import make_mesh, place
+from para_jax.training import checkpoint
 from para_jax.training.checkpoint import (
     changed_data,
     digest,
@@ -167,6 +169,21 @@ def saved_twice(tmp_path_factory):
         save_checkpoint(checkpoints, moved(state), Progress(4, None, 0, 0))
         save_checkpoint(checkpoints, moved(state), Progress(6, None, 0, 0))
     return folder
+
+
+def test_a_read_that_fails_once_costs_no_checkpoint(saved_twice, tmp_path, monkeypatch, capsys):
+    folder, real = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints")), checkpoint.read_checkpoint
+    failures = iter([OSError(errno.EIO, "Input/output error")])
+
+    def read(*arguments):
+        for error in failures:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "read_checkpoint", read)
+    with open_checkpoints(folder) as checkpoints:
+        assert restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3), Progress)[1].step == 6
+    assert sorted(path.name for path in folder.iterdir()) == ["4", "6"] and "warning" not in capsys.readouterr().err
 
 
 def test_where_no_checkpoint_can_be_read_nothing_is_touched(saved_twice, tmp_path):
