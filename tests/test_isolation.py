@@ -97,6 +97,7 @@ def test_permuting_rows_permutes_outputs(model, bank):
         np.testing.assert_array_equal(straight[:, order], permuted)
 
 
+@pytest.mark.long
 def test_one_tenant_after_another_in_one_place_equals_fresh_runs(model, tenants, bank):
     tokens, lengths = batch(model, 2)
     rest = [None, "ia3", "B"]
@@ -132,6 +133,7 @@ def test_a_base_row_beside_a_hostile_first_tenant_is_the_backbone(model, tenants
     np.testing.assert_array_equal(found[:, [0, 1, 3]], base[:, [0, 1, 3]])
 
 
+@pytest.mark.long
 def test_gradients_of_a_tenant_do_not_meet_its_neighbours(model, tenants):
     """A hostile neighbour's own gradient may be anything; the others keep their bits."""
     from para_jax import forward

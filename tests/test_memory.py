@@ -34,6 +34,7 @@ def test_the_papers_configs_fit_as_they_stand(name, devices, room, sizes):
     assert chosen(load_config(f"configs/{name}.yaml"), devices, room) == (sizes, True)
 
 
+@pytest.mark.long
 def test_the_smallest_fsdp_that_fits_is_taken():
     config = load_config(BOOLQ)
     for room in range(3 * GIB, 24 * GIB, 3 * GIB):

@@ -86,7 +86,7 @@ def test_a_variant_of_a_config_computes_what_transformers_computes(family, varia
     np.testing.assert_allclose(logits[0], expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("family", quick(("llama", "gemma3_text", "gemma2"), "gemma3_text"))
+@pytest.mark.parametrize("family", quick(("llama", "gemma3_text", "gemma2"), slow=("llama", "gemma2")))
 def test_the_stacked_layout_equals_the_layers(family):
     layers, scanned = backbone(family), backbone(family, "stacked")
     tenant = two_tenants(layers)[0]
@@ -315,6 +315,7 @@ def test_a_tenant_with_infinite_weights_affects_no_other():
     np.testing.assert_array_equal(mixed[jnp.array([0, 2])], same[jnp.array([0, 2])])
 
 
+@pytest.mark.long
 def test_gradients_are_per_tenant_and_zero_for_absent_ones():
     model, tokens = backbone("llama"), prompts(backbone("llama"))
     stack = stack_adapters(two_tenants(model) + two_tenants(model)[:1])
@@ -324,6 +325,7 @@ def test_gradients_are_per_tenant_and_zero_for_absent_ones():
         np.testing.assert_array_equal(leaf[1], 0)
 
 
+@pytest.mark.long
 def test_a_base_row_brings_no_nan_into_gradients():
     model, tokens = backbone("llama"), prompts(backbone("llama"))
     stack = stack_adapters(two_tenants(model, summary="standardised", activation="rational"))

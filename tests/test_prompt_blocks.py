@@ -111,7 +111,7 @@ def test_both_layouts_give_the_same():
 
 
 @pytest.mark.parametrize("family", quick(FAMILIES[:2], "llama"))
-@pytest.mark.parametrize("length", [1, 3, 18])
+@pytest.mark.parametrize("length", quick([1, 3, 18], 1, 18, slow=(3,)))
 @pytest.mark.parametrize(
     "config",
     [

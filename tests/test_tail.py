@@ -48,6 +48,7 @@ def test_the_cache_before_the_window_is_the_backbones_bit_for_bit(config):
     assert np.abs(last[0, :, 6] - plain.cache[-1][1][0, :, 6]).max() > 0.01
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [LoraConfig, Ia3Config, lambda **more: ParaConfig(pooler="constant", **more)])
 def test_a_window_of_the_whole_prompt_with_constant_adjustments_equals_scope_all(make):
     model, tokens = backbone("llama"), prompts(backbone("llama"))

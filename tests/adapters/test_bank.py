@@ -164,6 +164,7 @@ def test_vectors_of_a_bank_are_those_of_each_tenant(model, tenants, bank):
     np.testing.assert_allclose(found["q_proj"][:, 1], tenants["ia3"].scale["q_proj"][...], atol=1e-6)
 
 
+@pytest.mark.long
 def test_no_compilation_while_tenants_come_go_and_mix(model, tenants, bank):
     """Counted by JAX's own events; the count rises on a batch of another size."""
     compiled = []
@@ -337,6 +338,7 @@ def test_rows_of_another_batch_are_refused(model, tenants):
         forward(model, filled(model, tenants, ["para"]).rows(["para", None]), prompts(model, 3), 8)
 
 
+@pytest.mark.long
 def test_a_bfloat16_bank_holds_half_the_bytes_and_says_nearly_the_same(model, tenants, bank):
     half = filled(model, tenants, [name for name in NAMES if name], dtype="bfloat16")
     tokens = prompts(model, len(NAMES))
@@ -382,6 +384,7 @@ def test_threads_that_add_remove_and_ask_meet_whole_tenants(model, tenants):
     assert not errors and bank.names == ("para", "wide")
 
 
+@pytest.mark.long
 def test_an_unused_config_is_dropped_and_its_rows_still_work(model):
     bank = AdapterBank(model.config, max_r=4)
     bank.add("a", strong(init_adapter(ParaConfig(r=4), model.config), 1, 0.3))

@@ -74,6 +74,7 @@ def test_rows_know_the_config_of_each_row(model, adapter):
     assert row_configs(None, 2) == [None, None]
 
 
+@pytest.mark.long
 def test_generate_refuses_other_prompts_before_anything_is_computed(model, adapter, bank):
     how = dict(tokenizer=tokenizer(), max_new_tokens=2)
     given = [dict(adapters=adapter), dict(adapters=pick(stack_adapters([adapter]), [0, 0]))]

@@ -135,6 +135,7 @@ def test_decoding_with_one_lora_for_all_rows_equals_the_teacher_forced_pass(mode
         logits, state = decode(model, state, tokens[:, t])
 
 
+@pytest.mark.long
 def test_a_mixed_batch_equals_each_lora_alone(model):
     tokens, tenants = prompts(model), [strong_lora(model, seed) for seed in (1, 2)]
     rows = pick(stack_adapters(tenants), [1, -1, 0])

@@ -65,6 +65,7 @@ def test_a_fresh_one_starts_as_these_layers_of_a_fresh_whole_one_and_has_no_more
     assert count_parameters(some) * 3 == count_parameters(whole) * 2
 
 
+@pytest.mark.long
 def test_a_step_is_that_of_the_whole_one_in_its_layers():
     model = backbone("llama", "stacked")
     ends = []

@@ -125,6 +125,7 @@ def test_a_row_decodes_to_the_same_bits_next_to_longer_rows(family, layout, smal
     assert not np.array_equal(together[:, 1], alone[:, 1])
 
 
+@pytest.mark.long
 def test_small_blocks_decode_what_the_whole_cache_does(small_blocks, monkeypatch):
     model = backbone("gemma2")
     tenants = tenants_of(model)

@@ -169,6 +169,7 @@ def test_the_step_of_many_tenants_is_measured_against_one(monkeypatch):
     assert measured["ratios"][f"{where}: tenants / one tenant"] == expected and len(measured["ratios"]) == 2
 
 
+@pytest.mark.long
 def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(
         bench.BENCHMARKS, "train", lambda backbone: bench_train.bench_train(backbone, **TRAIN, remat=("dots", "none"))

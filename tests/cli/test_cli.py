@@ -157,6 +157,7 @@ def test_evaluate_shuffles_prompts_where_it_is_asked_to(folder, config, trained,
     assert_says(mistake(capsys, *line[:4], "--shuffle-prompts", "--limit", 1), "test: 1 example; to shuffle prompts")
 
 
+@pytest.mark.long
 def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, capsys):
     backbone = ("--backbone", folder / "backbone", "--allow-cpu", "--no-compilation-cache")
     adapter, data = ("--adapter", trained / "adapter"), folder / "data" / "test.jsonl"

@@ -49,6 +49,7 @@ def axes(gives: str) -> set[int]:
     return set(map(int, re.findall(r"\d+", re.search(r"\[([\d,]*)\]", gives)[1])))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("scope", "expected"), [
     ("all", {LENGTH: 2 * LINEARS}),
     ("response", {PROMPT: LINEARS, COMPLETION: 2 * LINEARS}),

@@ -100,6 +100,7 @@ def test_the_dry_run_of_many_tenants_says_what_each_adds_to_a_chip(tmp_path, no_
     assert "spread over 1 chips, because 16 chips do not divide 12 tenants" in dry_run(uneven, "v5e:4x4")
 
 
+@pytest.mark.long
 def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
     mesh = run_mesh(config)
     found = compile_step(config, mesh)
@@ -229,6 +230,7 @@ def test_a_sweep_of_scope_response_compiles_the_prompts_that_its_adapters_share(
     assert not shares_prompts(everywhere, 2) and not shares_prompts(of_folder, 2)
 
 
+@pytest.mark.long
 def test_the_dry_run_tells_the_bytes_of_collectives_and_an_estimate_of_the_time(tmp_path):
     config = run_config(run_folder(tmp_path), "mesh.data=1", "mesh.fsdp=4", "data.max_seq_length=16")
     shown = topology_report(config, "v5e:2x2")

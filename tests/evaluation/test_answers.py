@@ -47,6 +47,7 @@ def test_a_written_answer_ends_at_its_own_stop_ids():
     assert answers("llama", [("A", stopped._replace(stop=(found[1],)))], "A")[0].text == text[: text.index(found[1])]
 
 
+@pytest.mark.long
 def test_an_answer_ends_at_the_stop_ids_of_the_engine_that_is_given(tmp_path):
     """Also an answer that its likelihood gives away; and the same journal keeps answers with other stop ids apart."""
     model, question = backbone("llama"), Generation(asked()[0].context, 6)
@@ -64,6 +65,7 @@ def test_an_answer_ends_at_the_stop_ids_of_the_engine_that_is_given(tmp_path):
             assert answerer.answer([*given, (None, question)])[-1].tokens == len(expected)
 
 
+@pytest.mark.long
 def test_a_journal_answers_equal_questions_for_the_same_content_only(tmp_path, monkeypatch):
     model, questions = backbone("llama"), [("A", one) for one in asked()[:4]]
     content = backbone_content(model)

@@ -79,6 +79,7 @@ def by_hand(prompt_ids, completion_ids):
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 
+@pytest.mark.long
 def test_the_loss_is_the_mean_over_all_completion_tokens(records):
     examples = [encode_example(tokenizer(), r.prompt, r.completion) for r in records]
     tokens = sum(len(e.completion_ids) for e in examples)
@@ -89,6 +90,7 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(records):
     assert all(e.completion_ids[-1] == tokenizer().eos_token_id for e in examples)  # the end is in the loss
 
 
+@pytest.mark.long
 def test_the_stacked_layout_scores_as_the_layers(records):
     task = EvalTask("t", records, "exact_match", max_new_tokens=4, batch_size=BATCH)
     layers, stacked = scored(task), scored(task, layout="stacked")
@@ -297,6 +299,7 @@ def test_shuffling_equal_prompts_changes_nothing(records, way):
     assert other.loss == pytest.approx(own.loss, rel=1e-6) and other.score == own.score
 
 
+@pytest.mark.long
 @each_way
 @pytest.mark.parametrize("layout", ["layers", "stacked"])
 def test_shuffling_changes_the_score_of_para(records, layout, way):

@@ -245,6 +245,7 @@ def test_one_adapter_goes_to_a_folder_without_the_base_model(folder, config, tmp
     assert kind == "folder" or not (output / "answers.jsonl" / ".lock").exists()
 
 
+@pytest.mark.long
 def test_shuffled_prompts_score_in_a_folder_as_evaluate_scores_them(folder, whole, tmp_path, capsys):
     assert main(command(folder, tmp_path, "--shuffle-prompts", tasks=["labels", "free"])) == 0
     assert "factors of another example's prompt" in capsys.readouterr().out

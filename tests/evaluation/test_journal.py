@@ -109,6 +109,7 @@ def test_every_cut_of_a_journal_keeps_its_whole_lines(tmp_path):
         assert Journal(file)["next"] == kept[1]
 
 
+@pytest.mark.long
 def test_one_process_writes_to_a_journal_and_may_open_it_twice(tmp_path):
     file = tmp_path / "answers.jsonl"
     journals = [Journal(file), Journal(file)]

@@ -44,7 +44,7 @@ def computed(monkeypatch):
 @pytest.mark.parametrize(
     ("family", "layout", "whole_rows"),
     [
-        ("llama", "layers", False),
+        slow("llama", "layers", False),
         ("gemma3_text", "stacked", True),
         slow("llama", "layers", True),
         slow("gemma3_text", "stacked", False),

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 import pytest
 
 
-def quick(values: Iterable, *chosen) -> list:
-    """The values for `pytest.mark.parametrize`. All but the chosen ones are marked long."""
-    return [value if value in chosen else long(value) for value in values]
+def quick(values: Iterable, *chosen, slow: tuple = ()) -> list:
+    """The values for `pytest.mark.parametrize`. All but the chosen ones are marked long, and some of them slow."""
+    marked = {True: pytest.mark.slow, False: pytest.mark.long}
+    return [value if value in chosen else pytest.param(value, marks=marked[value in slow]) for value in values]
 
 
 def long(*case) -> object:

@@ -193,6 +193,7 @@ def spaced():
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
+@pytest.mark.long
 def test_an_answer_has_one_text_however_it_is_asked_for(tmp_path):
     """lm-eval alone gets the white space, because its own filters decide about it."""
     model, tokenizer, new = backbone("llama"), spaced(), 5

@@ -148,6 +148,7 @@ def without_a_cluster(monkeypatch):
     monkeypatch.setattr("para_jax.ray.jobs.run_shards", run_shards)
 
 
+@pytest.mark.long
 def test_an_evaluation_is_merged_and_a_killed_merge_goes_on(folder, without_a_cluster, tmp_path):
     given = {"tasks": [f"{folder}/free:loss"], "shards": 8}  # some have no adapter
     table = evaluated(folder, tmp_path / "out", **given)

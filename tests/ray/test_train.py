@@ -121,6 +121,7 @@ def test_the_value_of_a_worker_is_a_report_or_an_error(config, tmp_path, monkeyp
     assert Path.cwd() == there
 
 
+@pytest.mark.long
 def test_an_error_of_one_worker_alone_ends_it_so_that_ray_ends_the_others(tmp_path):
     code = f"""
 import sys, time

@@ -68,7 +68,9 @@ MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.per_device_batch_s
 CASES = ((), PACKED, MESH, PASSES, ("mesh.data=8", "train.per_device_batch_size=1"))
 
 
-@pytest.mark.parametrize("overrides", quick(CASES, PACKED), ids=("padded", "packed", "mesh", "passes", "data"))
+@pytest.mark.parametrize(
+    "overrides", quick(CASES, PACKED, slow=(MESH, PASSES)), ids=("padded", "packed", "mesh", "passes", "data")
+)
 def test_a_run_ends_with_the_adapter_that_it_has_without(folder, tmp_path, computed, overrides):
     config = config_of(folder, tmp_path / "run", *overrides)
     plain = train(config)
@@ -135,6 +137,7 @@ def test_only_the_prompts_of_the_steps_are_computed_and_none_for_a_finished_run(
     assert computed == [16]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_a_stopped_run_ends_with_the_bits_of_one_that_was_never_stopped(folder, tmp_path, monkeypatch, where):
     options = (f"train.cache_prompts={where}", "train.max_steps=8", "train.per_device_batch_size=3", "eval.every=2")

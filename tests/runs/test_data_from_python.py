@@ -46,6 +46,7 @@ def test_a_run_on_a_data_frame_is_that_of_the_same_files_and_resumes(folder, cap
     assert "from Python" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_tenants_and_a_sweep_take_rows(folder):
     config = config_of(folder, "tenants", "train.rows_per_tenant=4")
     result = train_tenants(config, {"acme": SPLITS, "globex": SPLITS["train"][:9]})

@@ -129,6 +129,7 @@ def test_a_run_of_one_adapter_that_goes_wrong_says_so_at_its_end(folder, tmp_pat
         assert said == "warning: loss rose from 6 to 7.4; lower train.learning_rate (0.03)"
 
 
+@pytest.mark.long
 def test_each_tenant_has_its_own_warning_also_after_a_resume(folder, tmp_path, monkeypatch):
     config = run_config(
         folder, f"output_dir={tmp_path / 'run'}", "sweep.learning_rate=[0.03, 0.01]", "eval.every=20",

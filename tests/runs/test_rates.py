@@ -148,6 +148,7 @@ def test_a_run_that_was_killed_before_the_number_was_written_goes_on(folder, tmp
     assert train(config).best_score == first.best_score
 
 
+@pytest.mark.long
 def test_each_tenant_has_its_own_rate_and_one_without_validation_data_the_default(folder, tmp_path, short, capfd):
     write_tenants(tmp_path / "tenants", {"acme": 20, "initech": 12})
     config = auto_config(folder, tmp_path / "run", f"data.tenants={tmp_path / 'tenants'}", "train.rows_per_tenant=4")

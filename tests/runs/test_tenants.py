@@ -201,6 +201,7 @@ def test_a_tenants_bits_do_not_depend_on_the_other_tenants(method, folder, tmp_p
     assert ends[0] == ends[1]
 
 
+@pytest.mark.long
 def test_tenants_that_wait_for_a_place_learn_the_same_also_after_stops(whole, folder, tmp_path, monkeypatch):
     _, result = whole
     config = tenants_config(folder, tmp_path / "run", "train.tenants_at_once=1", "eval.test=true")
@@ -219,6 +220,7 @@ def test_tenants_that_wait_for_a_place_learn_the_same_also_after_stops(whole, fo
     assert all_that_stays(tmp_path / "stopped") == all_that_stays(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_path, monkeypatch):
     """The best one takes the last one's place in the stack, and a stop saves the stack as it is then."""
     real, finish = Scoring.evaluate, Scoring.finish
@@ -293,6 +295,7 @@ def sweep_config(folder, output, rates, *overrides):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_tenant_that_is_not_finite_stops_alone_and_keeps_its_last_good_adapter(folder, tmp_path, capfd):
     sound = train_tenants(sweep_config(folder, tmp_path / "sound", "0.03, 0.01"))
     capfd.readouterr()
@@ -476,6 +479,7 @@ def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(at_once, fo
         train_tenants(tenants_config(folder, tmp_path / "run", *short))
 
 
+@pytest.mark.long
 def test_a_longer_run_that_is_killed_resumes_with_its_bits(folder, tmp_path, monkeypatch):
     """The kill comes before a checkpoint says that a tenant, which had given its slot away, has ended again."""
     own = "train.tenants_at_once=1", "train.schedule=constant", "train.warmup_ratio=0", "checkpoint.every=100"

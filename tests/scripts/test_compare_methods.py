@@ -52,6 +52,7 @@ def parsed(folder: Path, output: Path, *given: str) -> argparse.Namespace:
     return compare_methods.arguments(arguments(folder, output, *given))
 
 
+@pytest.mark.long
 def test_an_adapter_is_scored_with_its_own_and_with_shuffled_prompts(folder, tmp_path, caplog):
     args = parsed(folder, tmp_path)
     model = load_backbone(folder / "backbone")

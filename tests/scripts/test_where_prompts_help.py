@@ -17,6 +17,7 @@ from para_jax.data.records import read_records  # noqa: E402
 from para_jax.evaluation.tasks import EvalTask  # noqa: E402
 
 
+@pytest.mark.long
 def test_the_ends_are_the_losses_of_evaluate(tmp_path):
     rows = rows_of_text(6, seed=4)
     draw = np.random.default_rng(5)

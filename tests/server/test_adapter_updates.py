@@ -216,6 +216,7 @@ def test_only_an_unlimited_key_may_update(bank, root):
 # ------------------------------------------------------------------------------------------------- requests that decode
 
 
+@pytest.mark.long
 def test_requests_that_decode_end_with_the_adapter_that_they_began_with(model, bank, client):
     engine = engine_of(model, bank)
     client.post(LOAD, json={"lora_name": "a", "lora_path": "para"})

@@ -291,6 +291,7 @@ def test_other_clients_are_served_while_scores_are_written(server, http, monkeyp
         assert future.result().status_code == 200
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("echo", [True, False])
 def test_log_probabilities_that_are_no_numbers_are_an_error(echo):
     model = jax.tree.map(lambda leaf: leaf * np.nan, backbone("llama"))
@@ -547,6 +548,7 @@ def test_a_client_that_leaves_halfway_frees_its_slot(server, http):
     assert http.post("/v1/completions", json=LONG | {"model": "A"}).status_code == 200
 
 
+@pytest.mark.long
 def test_nothing_stays_of_clients_that_leave_before_their_bodies_are_read(server, http, monkeypatch):
     read, started, may_read = answering.json_object, [], threading.Event()
 

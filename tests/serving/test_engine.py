@@ -448,6 +448,7 @@ def test_nothing_is_compiled_after_warm_up(model, tenants):
     assert len(compiled) > before
 
 
+@pytest.mark.long
 def test_lora_joins_where_the_bank_lets_it_and_the_engine_says_so(model, tenants, capsys):
     lora = strong(init_adapter(LoraConfig(r=4), model.config), 5, 0.3)
     bank = AdapterBank(model.config, max_r=4, methods=("para", "lora"), sites=SITES)

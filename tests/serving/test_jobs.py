@@ -400,6 +400,7 @@ def test_another_backbone_tokenizer_or_version_does_not_go_on_with_a_job(folder,
     assert by_sample(output) == whole
 
 
+@pytest.mark.long
 def test_a_longer_max_length_keeps_answers_and_retries_long_lines(folder, tmp_path, capsys):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write(source, {"prompt": "w20", "max_new_tokens": 2}, {"prompt": "w20 w21 w22", "max_new_tokens": 30, "id": "long"})
@@ -522,6 +523,7 @@ def test_an_id_that_comes_twice_is_named_once(monkeypatch):
     assert jobs.with_id(lines, LineSample(5, 0, "", "b", None)) is None and len(said) == 1
 
 
+@pytest.mark.long
 def test_an_exception_while_a_line_is_rendered_is_that_lines_error(folder, tmp_path):
     model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
     counted = "{% if m.calls is defined %}{{ m.calls | length }}{% endif %}"

@@ -161,6 +161,7 @@ def held(mesh, rows, length):
     return ((one, one),) * CONFIG.num_layers
 
 
+@pytest.mark.long
 def test_on_a_tpu_decode_splits_the_cache_and_reduces_twice_per_layer(on_tpu):
     mesh, leaves, treedef = on_tpu
     everywhere = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))

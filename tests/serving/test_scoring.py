@@ -239,6 +239,7 @@ def test_a_prompt_that_fails_twice_is_an_error(engine, monkeypatch):
     assert "division" in found.error and found.prompt_logprobs is None
 
 
+@pytest.mark.long
 def test_logits_come_in_chunks(bank, monkeypatch):
     """The same values with a chunk of few tokens, and no array of the whole prompt's logits in the program."""
     model, tokens = backbone("llama"), np.array([ids(0, 32)])

@@ -554,6 +554,7 @@ def test_an_entry_answers_even_if_its_tenant_is_gone(model, tenants):
     assert plain(answers(engine)[after, 0]) == expected
 
 
+@pytest.mark.long
 def test_kept_prompts_are_part_of_the_memory_that_the_engine_reports(model, capsys, monkeypatch):
     bank = AdapterBank(model.config, max_r=4, sites=SITES)
     bank.add("A", init_adapter(ParaConfig(r=4), model.config))

@@ -106,6 +106,7 @@ def test_packed_rows_do_not_depend_on_what_the_backward_pass_keeps(remat):
     assert_same(of_case(*case, remat), of_case(*case))
 
 
+@pytest.mark.long
 def test_neither_order_nor_padding_nor_filling_matters():
     model, adapter = model_of("llama"), golden_tenants("llama")[0]
     wider = packed([[3, 1, 0], [6, 4], [5, 2], []], RowShape(32, 16, 6))
@@ -132,6 +133,7 @@ def test_factors_wait_for_the_backward_pass_a_segment_and_never_a_token(remat):
     assert (theirs.count((layers, rows, tokens, hidden)) == 0) == (remat == "block")
 
 
+@pytest.mark.long
 def test_packed_rows_of_several_adapters_equal_each_adapter_alone():
     model, tenants = model_of("llama"), golden_tenants("llama")
     mixed, _ = completion_nll(model, pick(stack_adapters(tenants), jnp.array([1, 0, -1])), packed(), 6)

@@ -102,6 +102,7 @@ def test_each_distinct_prompt_that_the_steps_read_is_kept_once():
     assert [one.prompt_ids for one in distinct_prompts([order])] == expected and len(read) == 4
 
 
+@pytest.mark.long
 def test_the_states_of_a_row_are_those_of_its_prompts_alone():
     model, prompts = model_of("llama"), cached(ParaConfig(scope="response"))
     (padded, _), (packed, _) = batches()
@@ -120,6 +121,7 @@ def test_the_states_of_a_row_are_those_of_its_prompts_alone():
         np.testing.assert_array_equal(padded.summaries[0, :, row], packed.summaries[0, :, place, segment])
 
 
+@pytest.mark.long
 def test_the_states_of_int8_weights_in_bfloat16_are_those_that_a_step_computes():
     """With the mean pooler, whose summaries are float32."""
     model = load_backbone(FIXTURES / "llama", layout="stacked", dtype="bfloat16", quantize="int8")

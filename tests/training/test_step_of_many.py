@@ -89,7 +89,7 @@ def differ(ours, theirs):
 # ------------------------------------------------------------------------------------------------------- each as alone
 
 
-@pytest.mark.parametrize("method", quick([*METHODS, SOME_LAYERS], METHODS[0]), ids=NAME)
+@pytest.mark.parametrize("method", quick([*METHODS, SOME_LAYERS], METHODS[0], slow=(SOME_LAYERS,)), ids=NAME)
 def test_each_tenant_steps_as_it_would_alone(method):
     batch, index = mixed([B, C, A])
     state, values = stepped(fresh_state(method), batch, index)

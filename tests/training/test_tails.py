@@ -136,6 +136,7 @@ def test_summaries_of_padding_segments_are_finite_in_rows_that_prompts_fill():
         assert jnp.isfinite(of_segments(stream, packed().prompt_length, prompts.segments.start)).all()
 
 
+@pytest.mark.long
 def test_a_mixed_batch_of_tenants_trains_as_each_alone():
     model, config = model_of("llama"), ParaConfig(r=4, scope="response", scope_window=2)
     tenants = [strong(init_adapter(config, model.config, seed=seed), seed) for seed in (0, 1)]
@@ -146,6 +147,7 @@ def test_a_mixed_batch_of_tenants_trains_as_each_alone():
         np.testing.assert_allclose(mixed[row], alone[row], rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", [ParaConfig(r=4, scope="response"), LoraConfig(r=4, scope="prompt")], ids=str)
 def test_training_lowers_the_loss(config):
     model, train = model_of("llama"), TrainSection(learning_rate=1e-2, warmup_ratio=0.0)
