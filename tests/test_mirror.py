@@ -30,7 +30,6 @@ ELSEWHERE = {
     "runs.standing": "runs/test_tenants.py",
     "serving.pins": "serving/test_prefills.py",
     "server.answer": "server/test_answering.py",
-    "server.engine_requests": "server/test_answering.py",
     "server.fields": "server/test_protocol.py",
     "server.logprobs": "server/test_answering.py",
     "storage.cache": "storage/test_bucket.py",
