@@ -234,11 +234,11 @@ def known_run(config: RunConfig) -> tuple[RunConfig, dict[str, RunConfig], list[
     """The config of the run, those of its tenants, its parts, and the rates that trials have chosen before, which take
     the place of `auto` in the configs. Raises ValueError for an output folder that holds another run."""
     on_first_process(lambda: check_folder(config))
-    parts = parts_of_run(config, list(on_every_process(lambda: tenant_configs(config))))
+    own = on_every_process(lambda: tenant_configs(config))
+    parts = parts_of_run(config, list(own))
     by_part = on_first_process(lambda: [chosen_rates(part.folder) for part in parts])
     chosen = {name: rate for rates in by_part for name, rate in rates.items()}
-    config = resolved(config, chosen)
-    own = on_every_process(lambda: resolved_configs(tenant_configs(config), chosen))
+    config, own = resolved(config, chosen), resolved_configs(own, chosen)
     on_first_process(lambda: check_tenants(config, own))
     return config, own, parts, chosen
 
