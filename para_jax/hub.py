@@ -89,8 +89,10 @@ def resolve_backbone(source: str | Path) -> Path:
     """A local folder with config.json and safetensors weights, or a local .gguf file; fetches missing files."""
     path = resolve(source, CONFIG_FILES + TOKENIZER_FILES + WEIGHT_FILES)
     if path.is_dir() and not any(path.glob("*.safetensors")):
+        named, here = source_name(source), isinstance(source, BucketPath) or Path(source).exists()
+        why = "" if here else "; if the hub can't be reached now, what was fetched before are other files"
         raise ValueError(
-            f"{source_name(source)}: there are no *.safetensors weights (pickles are not opened; convert them first)"
+            f"{named}: there are no *.safetensors weights (pickles are not opened; convert them first){why}"
         )
     return path
 

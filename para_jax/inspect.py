@@ -42,7 +42,7 @@ from .dry_run.topology import topology_report
 from .evaluation.tasks import with_limit
 from .memory import tree_size
 from .model import init_adapter
-from .runs.compare import TABLE
+from .runs.compare import TABLE, method_configs
 from .runs.data_table import tenants_data
 from .runs.report import sample_lines, score_table, tenants_table
 from .runs.tenants import plan_batches, tenant_configs
@@ -54,11 +54,14 @@ from .untrusted import MAX_JSON_BYTES
 
 
 def dry_run(config: RunConfig, topology: str | None = None) -> str:
-    """A run's size, from its config and the backbone's config. Reads no weights and writes nothing.
+    """A run's size by its config and the backbone's, or those of the runs of sweep.method. Reads no weights and writes
+    nothing.
 
     Args:
         topology: a TPU slice to compile the step for (dry_run/topology.py).
     """
+    if config.sweep.method:
+        return "\n\n".join(f"{name}\n{dry_run(own, topology)}" for name, own in method_configs(config).items())
     if topology:
         jax.config.update("jax_platforms", "cpu")  # a compiler is needed, not the TPU that this machine may have
     model = load_model_config(config.backbone.source)

@@ -31,6 +31,15 @@ BINS = 48
 # ----------------------------------------------------------------------------------------------------- learning curves
 
 
+def colours_of(count: int) -> list[str]:
+    """As many different colours: those of matplotlib's cycle, or of a map if there are not enough."""
+    from matplotlib import colormaps, colors
+
+    if count <= 10:
+        return [f"C{i}" for i in range(count)]
+    return [colors.to_hex(colormaps["turbo"](i / (count - 1))) for i in range(count)]
+
+
 def curves_plot(folders: Sequence[str | Path]) -> Figure:
     """The training loss, smoothed, and the validation loss and scores of one or more runs over the optimiser's steps,
     from their metrics.jsonl. A run of many tenants has a curve for each tenant; with more than MAX_CURVES, the median
@@ -46,14 +55,14 @@ def curves_plot(folders: Sequence[str | Path]) -> Figure:
     figure = new_figure(7, sum(heights) + 0.9)
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     losses, of_metrics = panels[0], dict(zip(metrics, panels[1:], strict=True))
-    said = Said()
-    for i, (name, rows) in enumerate(whole.items()):
-        draw_losses(losses, name, rows, f"C{i % 10}", said)
+    said, colours = Said(), colours_of(len(whole) + len(several))
+    for colour, (name, rows) in zip(colours, whole.items(), strict=False):
+        draw_losses(losses, name, rows, colour, said)
         for metric, axes in of_metrics.items():
             if metric not in bars:
-                draw_scores(axes, metric, rows, f"C{i % 10}", said)
-    for i, (name, of_run) in enumerate(several.items(), len(whole)):
-        colour, label = f"C{i % 10}", f"{name}: median of {len(of_run)}"
+                draw_scores(axes, metric, rows, colour, said)
+    for colour, (name, of_run) in zip(colours[len(whole) :], several.items(), strict=True):
+        label = f"{name}: median of {len(of_run)}"
         draw_range(losses, [smoothed_series(rows) for rows in of_run], colour, plain(label), said)
         draw_range(losses, [series(rows, "validation_loss") for rows in of_run], colour, None, said, linestyle="--")
         for metric, axes in of_metrics.items():

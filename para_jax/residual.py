@@ -62,6 +62,7 @@ def residual_stream(
     else:
         masks = where_adapters_act(reach_of(adapters, len(tokens)), prompt_length, position, segments)
         weights, make = by_layer(adapters)
+    starts = [segments.start] if segments else []
     two = adapters is not None and reads_plain_prompt(adapters) and not plain_response
 
     def through(x, layer, adjustment, where):
@@ -69,13 +70,13 @@ def residual_stream(
         return layer(x, adjust, tables[layer.kind.rotary], attend[layer.kind.window])
 
     def one_stream(x, layer, weights):
-        adjustment = make(weights, x, prompt_length, *([segments.start] if segments else []))
+        adjustment = make(weights, x, prompt_length, *starts)
         out, kept = through(x, layer, adjustment, masks[0] if plain_response else masks[1])
         return out, keep(x, kept, adjustment) if keep else None
 
     def two_streams(streams, layer, weights):
         first, x = streams
-        adjustment = make(weights, first, prompt_length, *([segments.start] if segments else []))
+        adjustment = make(weights, first, prompt_length, *starts)
         after, _ = through(first, layer, adjustment, masks[0])
         out, kept = through(x, layer, adjustment, masks[1])
         return (after, out), keep(x, kept, adjustment) if keep else None

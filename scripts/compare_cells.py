@@ -26,14 +26,15 @@ def settings(args) -> dict:
     return {name: str(getattr(args, name)) for name in names}
 
 
-def done(file: Path, make, asked: dict, rescore: bool = False) -> dict:
+def done(file: Path, make, asked: dict, rescore: bool = False, shuffled: bool = False) -> dict:
     """What the file holds; made and written first where there is none. Ends the script where it holds other settings'
     scores.
 
     Args:
         rescore: make it again if it holds a score without its rows. Such files are kept otherwise, whatever test_limit.
+        shuffled: make it again if it holds no score with shuffled prompts.
     """
-    if not lacks(file, rescore):
+    if not lacks(file, rescore, shuffled):
         held = read(file)
         old = is_old(held)
         same = lambda one: {k: v for k, v in one.items() if k != "test_limit" or not old}  # noqa: E731
@@ -47,9 +48,12 @@ def done(file: Path, make, asked: dict, rescore: bool = False) -> dict:
     return read(file)
 
 
-def lacks(file: Path, rescore: bool = False) -> bool:
+def lacks(file: Path, rescore: bool = False, shuffled: bool = False) -> bool:
     """Whether `done` would make the file."""
-    return not file.exists() or (rescore and is_old(read(file)))
+    if not file.exists():
+        return True
+    held = read(file)
+    return (rescore and is_old(held)) or (shuffled and "shuffled" not in held)
 
 
 def is_old(held: dict) -> bool:

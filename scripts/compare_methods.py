@@ -204,19 +204,20 @@ def test(args, task: str, every: dict, model_config) -> None:
         done(file, lambda shots=shots: base(shots), about, args.rescore)
     for name, (adapter, overrides) in every.items():
         files = [args.output / f"{task}-{label(name)}-seed-{seed}-tested.json" for seed in range(args.seeds)]
-        left = [seed for seed, file in enumerate(files) if lacks(file, args.rescore)]
+        shuffles = args.shuffle_all and reads_prompt(adapter)
+        left = [seed for seed, file in enumerate(files) if lacks(file, args.rescore, shuffles)]
         load = cache(lambda seed, of=(adapter, name, overrides): adapter_of(args, task, *of, seed, model_config))
         together = cache(
             lambda left=left, load=load: dict(zip(left, scored(tasks(), list(map(load, left))), strict=True))
         )
 
-        def made(seed: int, adapter=adapter, name=name, load=load, together=together) -> dict:
+        def made(seed: int, adapter=adapter, name=name, load=load, together=together, shuffles=shuffles) -> dict:
             own = together()[seed] if adapter.scope == "response" else scored(tasks(), [load(seed)])[0]
-            shuffled = name == "PARA r=12" or (args.shuffle_all and reads_prompt(adapter))
+            shuffled = shuffles or name == "PARA r=12"
             return {"test": own} | ({"shuffled": scored(tasks(), [load(seed)], seed)[0]} if shuffled else {})
 
         for seed, file in enumerate(files):
-            done(file, lambda seed=seed, made=made: made(seed), about, args.rescore)
+            done(file, lambda seed=seed, made=made: made(seed), about, args.rescore, shuffles)
         write_tables(args.output)
 
 
@@ -251,22 +252,30 @@ def model_of(backbone: str):
     return load_backbone(backbone, dtype="float32")
 
 
+def adapter_folder(runs: Path, rate: float, seed: int) -> Path | None:
+    """A seed's adapter; None if its run is gone."""
+    folder = seed_folder(runs, rate, seed)
+    return folder / "adapter" if folder is not None and (folder / "adapter").exists() else None
+
+
 def adapter_of(args, task: str, adapter, name: str, overrides: tuple[str, ...], seed: int, model_config):
-    """A seed's adapter. If its run is gone (git keeps only the scores), all seeds are trained again."""
+    """A seed's adapter. If its run is gone (git keeps only the scores), all seeds whose runs are gone are trained
+    again."""
     found = trained_cell(args, task, adapter, name, overrides)
     if str(seed) not in found["validation"]:
         sys.exit(f"compare_methods: {task}, {name}: seed {seed} is not trained; run --stages train with these --seeds")
     rate, runs = found["learning_rate"], args.output / "runs" / task / label(name)
-    folder = seed_folder(runs, rate, seed)
-    if folder is None or not (folder / "adapter").exists():
-        run_seeds(args, task, adapter, runs, rate, list(range(args.seeds)), *overrides)
-        for at, now in validation(task, runs, rate, list(range(args.seeds))).items():
+    if adapter_folder(runs, rate, seed) is None:
+        trained = [one for one in range(args.seeds) if str(one) in found["validation"]]
+        lost = [one for one in trained if adapter_folder(runs, rate, one) is None]
+        run_seeds(args, task, adapter, runs, rate, lost, *overrides)
+        for at, now in validation(task, runs, rate, lost).items():
             before = found["validation"].get(at)
             print(f"{task}, {name}, seed {at}, trained again: {now}; before: {before}", flush=True)
-    folder = seed_folder(runs, rate, seed)
-    if folder is None or not (folder / "adapter").exists():
+    folder = adapter_folder(runs, rate, seed)
+    if folder is None:
         sys.exit(f"compare_methods: {task}, {name}: seed {seed} diverged before it was scored; leave the method out")
-    return load_adapter(str(folder / "adapter"), model_config)
+    return load_adapter(str(folder), model_config)
 
 
 # ------------------------------------------------------------------------------------------------ alone, and forgetting

@@ -80,9 +80,11 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("results/compare_peft.json"))
     args = parser.parse_args()
 
-    held = json.loads(args.output.read_text()) if args.output.exists() else {"data": args.data, "cases": {}}
-    if held["data"] != args.data:
-        sys.exit(f"compare_peft: {args.output} holds cases of {held['data']}; choose another --output for {args.data}")
+    about = {"data": args.data, "backbone": args.backbone}
+    held = about | (json.loads(args.output.read_text()) if args.output.exists() else {"cases": {}})
+    for key, value in about.items():
+        if held[key] != value:
+            sys.exit(f"compare_peft: {args.output} holds cases of {held[key]}; choose another --output for {value}")
     cases = held["cases"]
     model, tokenizer = load_backbone(args.backbone, dtype="float32", layout="stacked"), load_tokenizer(args.backbone)
     data = load_data(args.data, tokenizer, args.seed)
@@ -106,7 +108,7 @@ def main():
                 "learning_rate": rate,
                 "torch_versions": versions,
             } | found
-            record = {"steps": STEPS, "rows": ROWS, "tested": len(data.tested), "data": args.data, "cases": cases}
+            record = {"steps": STEPS, "rows": ROWS, "tested": len(data.tested)} | about | {"cases": cases}
             write_record(args.output, new_record(shlex.join(["python", *sys.argv]), record))
             print(name, json.dumps({k: v for k, v in found.items() if k != "losses"}), flush=True)
 

@@ -94,8 +94,8 @@ def run_seeds(args, task: str, adapter, folder: Path, rate: float, seeds: list[i
     """The runs of these seeds at this rate for all steps."""
     listed = ", ".join(map(str, seeds))
     sweep = f"sweep.learning_rate=[{rate}]", f"sweep.seed=[{listed}]"
-    later = f"-from-{seeds[0]}" if seeds[0] else ""
-    run(args, task, adapter, folder / f"seeds-{rate!r}{later}", len(seeds), *sweep, *overrides)
+    name = f"seeds-{rate!r}-{'-'.join(map(str, seeds))}"
+    run(args, task, adapter, folder / name, len(seeds), *sweep, *overrides)
 
 
 def run(args, task: str, adapter, folder: Path, tenants: int, *overrides: str) -> Path:

@@ -78,7 +78,7 @@ def main() -> int:
             begun = time.monotonic()
             sizes = chosen_sizes(load_config(file), chips, room)
             entry |= {"topology": options.topology, "mesh": sizes}
-            if not options.no_compile and "programs" not in entry:
+            if not options.no_compile and "error" in entry.get("programs", {"error": "none yet"}):
                 entry["programs"] = attempt(compiled, options.topology, file, sizes, room)
             if not options.no_runs and "seconds" not in entry.get("run", {}):
                 entry["run"] = attempt(rehearse_run.rehearse, file, sizes, options.processes, folder, output)

@@ -53,6 +53,12 @@ def test_learning_curves_show_losses_and_scores_at_their_steps(tmp_path):
     np.testing.assert_array_equal(lines(accuracy)[0], [[10, 0.1], [20, 0.2]])
 
 
+def test_many_runs_have_a_colour_each(tmp_path):
+    figure = curves_plot([run(tmp_path / f"run{i}") for i in range(12)])
+    colours = [line.get_color() for line in figure.axes[1].get_lines()]
+    assert len(set(colours)) == len(colours) == 12
+
+
 def test_each_metric_has_a_panel_and_runs_of_equal_names_stay_apart(tmp_path):
     figure = curves_plot([run(tmp_path / "a" / "run"), run(tmp_path / "b" / "run", metric="f1")])
     assert [axes.get_ylabel() for axes in figure.axes[1:]] == ["validation accuracy", "validation f1"]

@@ -39,7 +39,7 @@ from .folder import (
     tensor_shapes,
 )
 from .method import Method, require_peft_fits
-from .methods import METHODS, method_of
+from .methods import METHODS, form_named, method_of
 from .own_config import own_config, read_own_config, require_same_backbone
 from .own_tensors import Values
 from .peft_config import named, peft_base, peft_config
@@ -256,8 +256,7 @@ def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
     file = own_file(folder, CONFIG)
     found = read_json(file)
     kind, base_model = found.get("peft_type"), found.get("base_model_name_or_path")
-    forms = (form for method in METHODS for form in method.forms)
-    method = next((form for form in forms if form.peft_type == kind), None)
+    method = form_named(kind)
     if method is None:
         known = one_of(method.peft_type for method in METHODS)
         raise ValueError(f"{file}: peft_type {shorten(kind)} is not supported; expected {known}")

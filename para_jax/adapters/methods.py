@@ -29,6 +29,11 @@ def method_of(config: Any) -> Method:
     raise ValueError(f"{type(config).__name__} is not an adapter config; use one of {known}")
 
 
+def form_named(peft_type: Any) -> Method | None:
+    """The method, in the format of its folders, whose adapter_config.json has this peft_type."""
+    return next((form for method in METHODS for form in method.forms if form.peft_type == peft_type), None)
+
+
 def has_plain_prompts(config: Any) -> bool:
     """Whether prompts of adapters of this config run through the plain backbone, and leave its keys and values and the
     last token's stream."""

@@ -23,7 +23,7 @@ from .adapter import Adapter, init
 from .files import load_adapter, of_folder, read_adapter
 from .folder import CONFIG, WEIGHTS, own_file, refuse_pickles
 from .method import Method
-from .methods import METHODS
+from .methods import form_named
 from .own_config import read_own_config, require_same_backbone
 
 #: Bytes at each end of the weights that the hash covers.
@@ -108,9 +108,8 @@ def ends(file: Place, count: int) -> tuple[bytes, int]:
 def normal_config(place: Place, data: bytes, model_config: ModelConfig, known: dict[Any, Any]) -> Any:
     """The config that a bank stacks the adapter under."""
     found = json_mapping(data)
-    forms = (form for method in METHODS for form in method.forms)
-    method = next((form for form in forms if form.peft_type == found.get("peft_type") and not form.in_peft), None)
-    if method is None:
+    method = form_named(found.get("peft_type"))
+    if method is None or method.in_peft:
         return load_adapter(place, model_config).normal(model_config).config
     config, backbone = read_own_config(method.config, found)
     require_same_backbone(backbone, model_config, found.get("base_model_name_or_path"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -52,20 +54,13 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> jax.Array:
     return scale * jax.random.normal(rngs.params(), shape)
 
 
-def relu(x: jax.Array) -> jax.Array:
-    return jnp.maximum(x, 0)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
-def gelu_tanh(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
 #: The values of ModelConfig.activation.
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:

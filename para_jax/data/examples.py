@@ -324,11 +324,11 @@ def show_token(tokenizer, token: int) -> str:
     return printable(text)
 
 
-def wrap(pieces: list[str], width: int = 100) -> list[str]:
-    """The pieces in indented lines of at most `width` characters. No piece is cut."""
+def wrap(pieces: list[str]) -> list[str]:
+    """The pieces in indented lines of at most 100 characters. No piece is cut."""
     lines = [""]
     for piece in pieces:
-        if lines[-1] and len(lines[-1]) + len(piece) > width:
+        if lines[-1] and len(lines[-1]) + len(piece) > 100:
             lines.append("")
         lines[-1] += piece
     return ["  " + line for line in lines]

@@ -20,6 +20,7 @@ from ..longest_row import examples_in_row, kernel_of_run, longest_split
 from ..memory import (
     CHIP_GIB,
     GIB,
+    USABLE,
     abstract_mesh,
     abstract_model,
     choose_mesh,
@@ -224,7 +225,7 @@ def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str, tenants: in
     found = estimate_memory(config, mesh, tenants)
     total = found.total
     room = CHIP_GIB[kind]
-    verdict = "it should fit" if total < 0.9 * room * GIB else "it may not fit" if total < room * GIB else "too much"
+    verdict = "it should fit" if total < USABLE * room * GIB else "it may not fit" if total < room * GIB else "too much"
     return [
         f"HBM        ESTIMATE, not compiled: a chip needs about {total / GIB:.2f} of {room} GiB: {verdict} (arguments "
         f"{found.arguments / GIB:.2f}, kept activations and one layer at work {found.temporaries / GIB:.2f})",

@@ -43,6 +43,6 @@ def chosen_rates(folder: Place) -> dict[str, float]:
     return {name: float(rate) for name, rate in found.items()}
 
 
-def resolved(config: RunConfig, chosen: Mapping[str, float]) -> RunConfig:
-    """A run of one adapter with the rate that was chosen. A run of many keeps `auto`: its tenants have rates."""
-    return with_rate(config, chosen[""]) if is_auto(config) and "" in chosen else config
+def resolved(config: RunConfig, chosen: Mapping[str, float], name: str = "") -> RunConfig:
+    """The config with the rate that was chosen for a tenant. A run of many keeps `auto`: its tenants have the rates."""
+    return with_rate(config, chosen[name]) if is_auto(config) and name in chosen else config

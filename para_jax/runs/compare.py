@@ -28,6 +28,7 @@ from ..training.stop import end_if_told
 from ..training.tenants_file import read_entries
 from .folder import claim_folder, locked_folder
 from .health import logged_warning
+from .report import with_error
 from .scoring import NotFinite
 from .standing import Standing
 from .tenants import Shared, of_data, tenant_configs
@@ -87,9 +88,9 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     require(bool(config.sweep.method), "sweep.method", config.sweep.method, "the methods to compare")
     if data is not None:
         config = replace(config, data=with_data(config.data, data))
-    own, rate = adapter_method(config.adapter), config.train.learning_rate
-    if own not in config.sweep.method and rate not in (None, "auto"):
-        why = f"it is {own}'s, which sweep.method lacks; use sweep.learning_rate"
+    named, rate = adapter_method(config.adapter), config.train.learning_rate
+    if named not in config.sweep.method and rate not in (None, "auto"):
+        why = f"it is {named}'s, which sweep.method lacks; use sweep.learning_rate"
         warn(f"train.learning_rate={rate} has no effect: {why}")
     devices.start(config.runtime)
     folder = expanded(config.output_dir)
@@ -229,10 +230,6 @@ def cells(found: Sequence[MethodScore]) -> list[list[str]]:
             ]
         )  # fmt: skip
     return rows
-
-
-def with_error(value: float | None, stderr: float | None = None) -> str:
-    return "-" if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
 def write_comparison(folder: Place, found: Sequence[MethodScore]) -> None:

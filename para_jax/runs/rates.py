@@ -24,9 +24,10 @@ from ..table import table
 from ..training.metrics_file import is_log, read_metrics
 from ..training.passes import Layout, lay_out
 from ..training.stop import end_if_told
-from .chosen import FILE, TRIALS, is_auto, with_rate
+from .chosen import FILE, TRIALS, is_auto, resolved
 from .folder import claim_folders
 from .parts import Part
+from .report import with_error
 from .standing import Standing
 from .tenants import Inputs, Tenant
 
@@ -58,11 +59,7 @@ Fit = Callable[[RunConfig, Any, Inputs, Layout, Any, Part], tuple[Any, Standing]
 
 def resolved_inputs(inputs: Inputs, chosen: Mapping[str, float]) -> Inputs:
     """The tenants, each with the rate that was chosen for it."""
-    tenants = [
-        t._replace(config=with_rate(t.config, chosen[t.name])) if is_auto(t.config) and t.name in chosen else t
-        for t in inputs.tenants
-    ]
-    return inputs._replace(tenants=tenants)
+    return inputs._replace(tenants=[t._replace(config=resolved(t.config, chosen, t.name)) for t in inputs.tenants])
 
 
 def choose_rates(
@@ -227,8 +224,7 @@ def say_choice(
     rows = [[*["tenant"] * named, "rate", "validation loss", ""]]
     for name, trials in tried.items():
         for _, trial in sorted(trials.items()):
-            error = "" if trial.stderr is None else f" ± {trial.stderr:.4f}"
-            loss = "diverged" if trial.loss is None else f"{trial.loss:.4f}{error}"
+            loss = "diverged" if trial.loss is None else with_error(trial.loss, trial.stderr)
             mark = "chosen" if trial.learning_rate == chosen[name] else ""
             rows.append([*[name] * named, f"{trial.learning_rate:g}", loss, mark])
         if best_step(trials) is None:

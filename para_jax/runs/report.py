@@ -100,4 +100,9 @@ def number(record: dict[str, Any] | None, metric: str | None, *, error: bool = T
     if record is None or value is None:
         return "-"
     stderr = record["values"].get(f"{metric}_stderr") if error else None
-    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+    return with_error(value, stderr)
+
+
+def with_error(value: float | None, stderr: float | None = None) -> str:
+    """ "0.8833 ± 0.0402"; "-" for None."""
+    return "-" if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")

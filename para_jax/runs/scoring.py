@@ -182,9 +182,7 @@ class Scoring(NamedTuple):
         stack, slot = Stack(state.adapters), -1
         if len(self.tenants) == 1 and standing.step == 0:
             # A new adapter changes nothing, and its programs are those of all scores that follow.
-            fresh = init_adapter(self.config.adapter, self.model.config)
-            stack, slot = Stack(jax.tree.map(lambda leaf: leaf[None], fresh)), 0
-            stack = place_tenants(stack, jax.sharding.get_mesh(), self.model.config)
+            stack, slot = self.alone(init_adapter(self.config.adapter, self.model.config)), 0
         with self.stop.interrupting():
             found = tasks.scores(stack, dict.fromkeys(asked, slot))
         for tenant, score in found.items():
@@ -196,6 +194,11 @@ class Scoring(NamedTuple):
             standing = self.with_score(standing, tenant, f"{split}_base", score)
         self.logs.flush()
         return standing
+
+    def alone(self, adapter: Adapter) -> Stack:
+        """A stack of one adapter, on the run's mesh."""
+        stack = Stack(jax.tree.map(lambda leaf: leaf[None], adapter))
+        return place_tenants(stack, jax.sharding.get_mesh(), self.model.config)
 
     def with_score(self, standing: Standing, tenant: int, what: str, score: Score | None) -> Standing:
         """The standing with a score that is finite. Answers are kept in a run of one adapter only."""
@@ -219,11 +222,8 @@ class Scoring(NamedTuple):
             if was is not None and own.validation:
                 like = jax.eval_shape(tenant_of, state.adapters, jnp.int32(0))
                 kept = self.kept(tenant, like)
-                stack = Stack(jax.tree.map(lambda leaf: leaf[None], kept))
                 with self.stop.interrupting():
-                    score = self.validation.scores(
-                        place_tenants(stack, jax.sharding.get_mesh(), self.model.config), {tenant: 0}
-                    )[tenant]
+                    score = self.validation.scores(self.alone(kept), {tenant: 0})[tenant]
                 step, whose = standing.best_step[tenant], f"{own.name}: " if own.name else ""
                 if math.isfinite(score.loss):
                     found = score.score

@@ -48,7 +48,7 @@ from ..training.step import TrainState, init_state, tenant_of
 from ..training.stop import Interrupted, end_if_told, stop_signals
 from ..training.tenants_file import read_entries
 from ..untrusted import safe_names
-from .chosen import chosen_rates, is_auto, resolved, with_rate
+from .chosen import chosen_rates, is_auto, resolved
 from .folder import (
     FREE_FIELDS,
     began_before,
@@ -238,7 +238,7 @@ def known_run(config: RunConfig) -> tuple[RunConfig, dict[str, RunConfig], list[
     parts = parts_of_run(config, list(own))
     by_part = on_first_process(lambda: [chosen_rates(part.folder) for part in parts])
     chosen = {name: rate for rates in by_part for name, rate in rates.items()}
-    config, own = resolved(config, chosen), resolved_configs(own, chosen)
+    config, own = resolved(config, chosen), {name: resolved(one, chosen, name) for name, one in own.items()}
     on_first_process(lambda: check_tenants(config, own))
     return config, own, parts, chosen
 
@@ -324,11 +324,6 @@ def prompts_of(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, s
     rows = dict(step_rows=layout.passes * layout.pass_rows, rows=train.per_device_batch_size * batch_devices(mesh))
     given = train.cache_prompts, model, config.adapter, orders, inputs.buckets
     return cached_prompts(*given, **rows, held=shared.prompts)
-
-
-def resolved_configs(own: dict[str, RunConfig], chosen: dict[str, float]) -> dict[str, RunConfig]:
-    """The tenants' configs, each with the rate that was chosen for it."""
-    return {name: with_rate(one, chosen[name]) if is_auto(one) and name in chosen else one for name, one in own.items()}
 
 
 def fit(

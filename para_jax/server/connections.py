@@ -9,12 +9,13 @@ Other limits: `type("Protocol", (BoundedProtocol,), {"header_seconds": 5})`.
 from __future__ import annotations
 
 import asyncio
-import json
 from http import HTTPStatus
 from typing import cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .errors import ApiError
 
 #: Bytes that are given to the parser at once while it reads headers. It checks their size only between two pieces.
 PIECE = 4096
@@ -152,8 +153,7 @@ class BoundedProtocol(H11Protocol):
 
 def error_bytes(status: int, message: str) -> bytes:
     """A whole response with an error in OpenAI's shape."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
+    body = ApiError(status, message).body
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
     return f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
 

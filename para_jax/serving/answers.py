@@ -60,7 +60,7 @@ class Answers:
         else:
             self._stream = locked(file) if self.regular else file.open("wb", buffering=0)
         try:
-            if self.regular or self._lines:
+            if self.regular:
                 self._read()
         except BaseException:
             (self._lines or self._stream).close()

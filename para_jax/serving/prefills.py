@@ -90,7 +90,6 @@ class Prefills:
         """prompts whose prefill raised: these run alone. The count is how often they raised alone"""
         self.window = 1
         """tokens of prompts that run again before decoding, at most"""
-        self._nothing = self._of_no_adapter()
         self._grow_window(bank.configs if bank is not None else [])
         self.reset()
 

@@ -115,3 +115,5 @@ def test_a_dry_run_assumes_a_length_and_inspect_finds_it(folder):
     assert "data.max_seq_length=8" in data_report(config)
     swept = own(folder, f"data.train={folder / 'labels'}", "sweep.seed=[0, 1]")
     assert "of each tenant" in dry_run(swept) and "of each tenant" not in dry_run(config)
+    methods = dry_run(own(folder, f"data.train={folder / 'labels'}", "sweep.method=[para, ia3]")).split("\n\n")
+    assert [text.splitlines()[0] for text in methods] == ["para", "ia3"] and "; ia3 on k_proj" in methods[1]

@@ -134,6 +134,16 @@ def test_a_mistake_on_the_command_line_is_named(given, message, folder, tmp_path
         compare_methods.main(arguments(folder, tmp_path, *given))
 
 
+def test_scores_with_shuffled_prompts_are_added_where_they_are_asked_for(tmp_path):
+    file, made = tmp_path / "cell.json", iter(range(9))
+    make = lambda: {"test": {"rows": {}}, "made": next(made)}  # noqa: E731
+    assert compare_cells.done(file, make, {})["made"] == 0 and compare_cells.done(file, make, {})["made"] == 0
+    assert compare_cells.lacks(file, shuffled=True)
+    with_shuffled = lambda: make() | {"shuffled": {}}  # noqa: E731
+    assert compare_cells.done(file, with_shuffled, {}, shuffled=True)["made"] == 1
+    assert compare_cells.done(file, with_shuffled, {}, shuffled=True)["made"] == 1
+
+
 def test_scores_without_rows_are_kept_until_they_are_asked_for_again(tmp_path):
     file, made = tmp_path / "sst2-base-tested.json", []
 
