@@ -56,7 +56,7 @@ def test_learning_curves_show_losses_and_scores_at_their_steps(tmp_path):
 def test_many_runs_have_a_colour_each(tmp_path):
     figure = curves_plot([run(tmp_path / f"run{i}") for i in range(12)])
     colours = [line.get_color() for line in figure.axes[1].get_lines()]
-    assert len(set(colours)) == len(colours) == 12
+    assert len(set(colours)) == 12
 
 
 def test_each_metric_has_a_panel_and_runs_of_equal_names_stay_apart(tmp_path):

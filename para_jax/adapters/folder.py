@@ -25,6 +25,7 @@ from ..untrusted import safe_names
 T = TypeVar("T")
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+FILES = {CONFIG, WEIGHTS, CARD}
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
@@ -134,17 +135,22 @@ def safetensors_bytes(tensors: dict[str, np.ndarray]) -> bytes:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
+def require_replaceable(folder: Path) -> None:
+    """Raises ValueError for a folder with files that no adapter has."""
+    if folder.exists():
+        others = sorted({path.name for path in folder.iterdir()} - FILES) if folder.is_dir() else [folder.name]
+        if others:
+            raise ValueError(
+                f"{folder} holds other files ({safe_names(others)}), which a save would delete; choose another folder"
+            )
+
+
 def replace_folder(folder: Place, files: dict[str, bytes]) -> None:
     """Makes `folder` hold exactly these files. If that fails, the old folder stays."""
     if isinstance(folder, BucketPath):
         bucket_folder.replace_folder(folder, files)
         return
-    if folder.exists():
-        others = sorted({path.name for path in folder.iterdir()} - set(files)) if folder.is_dir() else [folder.name]
-        if others:
-            raise ValueError(
-                f"{folder} holds other files ({safe_names(others)}), which a save would delete; choose another folder"
-            )
+    require_replaceable(folder)
     new = temporary_name(folder)
     try:
         new.mkdir(parents=True)

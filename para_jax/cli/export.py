@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..storage.bucket import BucketPath
 from . import options as shared
 
 HELP = """PARA makes other factors for each prompt, so its export is an (IA)^3 adapter for the one prompt of --prompt.
@@ -73,14 +74,19 @@ def run(options) -> None:
 def export_factors(options, folder, base_model: str) -> None:
     """Exports an adapter that makes factors, as it computes them on its backbone."""
     from ..adapters.files import load_adapter
+    from ..adapters.folder import require_replaceable
     from ..backbone.load import load_backbone
     from ..data.tokenizer import load_tokenizer
     from ..hub import BUILT_IN, BUILT_IN_HUB_ID
     from ..inference.export import export_ia3
+    from .checks import check_new_folder
 
     source = options.backbone or (BUILT_IN if base_model == BUILT_IN_HUB_ID else base_model)
     if not source:
         raise ValueError(f"{options.adapter} names no base model\ngive --backbone SOURCE")
+    check_new_folder("--output", options.output)
+    if not isinstance(options.output, BucketPath):
+        require_replaceable(options.output)
     text = shared.with_newlines(options.prompt)
     prompt = [{"role": "user", "content": text}] if options.chat else text
     shared.start_devices(options)

@@ -106,3 +106,14 @@ def test_an_adapter_without_a_base_model_needs_one(tmp_path, export):
     save_adapter(golden_tenants("llama")[0], tmp_path / "adapter")
     code, said = export("--prompt", "w5")
     assert code == 2 and "give --backbone" in said and not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_files_is_refused_before_the_backbone_is_read(tmp_path, export):
+    save_adapter(
+        strong(init_adapter(ParaConfig(r=2), backbone("llama").config)), tmp_path / "adapter", base_model="none"
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("a")
+    code, said = export("--prompt", "a")
+    assert code == 2 and "out holds other files (thesis.txt)" in said
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
