@@ -1,7 +1,9 @@
 """`para-jax serve`: what it says of mistakes, and the bank that it makes."""
 
+import re
 import socket
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +12,9 @@ from golden_models import backbone, strong
 from tiny_run import backbone_folder
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, save_adapter
-from para_jax.cli import main, serve
+from para_jax.cli import main, parser, serve
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +103,15 @@ def test_adapters_that_leave_change_no_program(tmp_path):
 def test_the_greeting_shows_a_command_that_a_shell_understands():
     line = serve.greeting("http://127.0.0.1:1", "it's", True)
     assert line.startswith("serving at http://127.0.0.1:1\n") and "Bearer $KEY" in line and "'\"'\"'" in line
+
+
+def test_the_documented_defaults_of_the_options_are_the_commands():
+    section = (ROOT / "docs" / "serving.md").read_text().split("### Options of the server\n")[1].split("\n### ")[0]
+    commands = next(one for one in parser()._actions if one.dest == "command").choices
+    actions, checked = commands["serve"]._option_string_actions, []
+    for names, default in re.findall(r"^\| (`--[^|]*) \| ([^|]*) \|", section, re.M):
+        for option, text in zip(re.findall(r"`(--[\w-]+)`?", names), default.split(", "), strict=False):
+            if number := re.fullmatch(r"(\d+)( MiB)?", text):
+                assert actions[option].default == int(number[1]) * (2**20 if number[2] else 1), option
+                checked.append(option)
+    assert len(checked) >= 10, checked

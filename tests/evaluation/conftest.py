@@ -12,6 +12,7 @@ from para_jax import (
     AdapterBank,
     Engine,
     ParaConfig,
+    generate,
     init_adapter,
     load_adapter,
     load_backbone,
@@ -42,7 +43,12 @@ def folder(tmp_path_factory):
         {"prompt": text, "completion": ("w9", "w10 w11")[i % 2], "label": str(i % 2)} for i, text in enumerate(texts)
     ]
     write_rows(folder / "labels" / "test.jsonl", labels)
-    write_rows(folder / "free" / "test.jsonl", rows_of_text(4, 3))
+    free, words_of = rows_of_text(4, 3), load_tokenizer(folder / "backbone")
+    own = load_adapter(folder / "A" / "adapter", model.config)
+    for row in free[:2]:  # A is right there, and no other
+        said = generate(model, [row["prompt"]], tokenizer=words_of, adapters=own, max_new_tokens=16)
+        row["references"] = [row["completion"], *said]
+    write_rows(folder / "free" / "test.jsonl", free)
     rows = [{"question": text, "choices": ["w9", "w9 w10", "w30 w31"], "label": i % 3, "answer": "w9"}
             for i, text in enumerate(texts)]  # fmt: skip
     file = write_rows(folder / "tasks" / "data.jsonl", rows)

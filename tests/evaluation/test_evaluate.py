@@ -92,9 +92,10 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(records):
 
 @pytest.mark.long
 def test_the_stacked_layout_scores_as_the_layers(records):
-    task = EvalTask("t", records, "exact_match", max_new_tokens=4, batch_size=BATCH)
+    way = dict(metric="exact_match", max_new_tokens=4, batch_size=BATCH)
+    task = EvalTask("t", right_answers(adapter(), records, way)[:3] + records[3:], **way)
     layers, stacked = scored(task), scored(task, layout="stacked")
-    assert stacked.score == layers.score and stacked.loss == pytest.approx(layers.loss, rel=1e-5)
+    assert stacked.score == layers.score > 0 and stacked.loss == pytest.approx(layers.loss, rel=1e-5)
     assert model("stacked").layout == "stacked"
 
 
@@ -235,9 +236,10 @@ def test_an_example_without_room_or_with_an_unknown_token_is_named(records):
 
 
 def test_label_metrics_without_choices_are_of_what_is_written(records):
-    task = EvalTask("t", records, "macro_f1", max_new_tokens=4, batch_size=BATCH)
+    way = dict(metric="macro_f1", max_new_tokens=4, batch_size=BATCH)
+    task = EvalTask("t", right_answers(adapter(), records, way)[:3] + records[3:], **way)
     written = scored(task._replace(metric="exact_match", also=("macro_f1",)))
-    assert scored(task).score == written.also[0].score
+    assert scored(task).score == written.also[0].score > 0
 
 
 def test_the_error_of_the_loss_is_that_of_a_ratio(records):

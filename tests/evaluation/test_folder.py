@@ -53,12 +53,12 @@ def test_our_own_tasks_score_as_evaluate_does(folder, whole):
     model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
     tasks = [
         EvalTask("labels", read_records(folder / "labels" / "test.jsonl"), "accuracy", ("w10 w11", "w9")),
-        EvalTask("free", read_records(folder / "free" / "test.jsonl"), "exact_match"),
+        EvalTask("free", read_records(folder / "free" / "test.jsonl"), "exact_match", max_new_tokens=16),
     ]
     adapter = load_adapter(folder / "A" / "adapter", model.config)
     for score in evaluate(model, adapter, tasks, tokenizer=tokenizer).scores:
         found = results(whole)["A"]["results"][score.name]
-        assert found[f"{score.metric},none"] == score.score
+        assert found[f"{score.metric},none"] == score.score > 0
         assert found["loss,none"] == pytest.approx(score.loss, rel=1e-5)
 
 

@@ -36,16 +36,27 @@ def of(tasks, metric):
     return [*made[:2], None, made[2]]
 
 
+def answered(model, adapter, task):
+    """The task, where every second reference is what this adapter answers alone: a score that no other has."""
+    if task.metric == "loss":
+        return task
+    (given,) = evaluate(model, adapter, [task], tokenizer=tokenizer(), log_samples=True).samples
+    right = [one._replace(references=(its["given"],)) for one, its in zip(task.records, given, strict=True)]
+    return task._replace(records=[one if i % 2 else right[i] for i, one in enumerate(task.records)])
+
+
 @pytest.mark.parametrize("metric", ["loss", "accuracy", "matthews", "exact_match", "f1"])
 def test_a_tenants_score_in_a_mixed_pass_is_its_score_alone(tasks, metric):
     model = load_backbone(FIXTURES / "llama")
     adapters = [strong(init_adapter(ParaConfig(r=4), model.config), seed=i) for i in range(3)]
     stack = stack_adapters(adapters)
-    found = Tasks(model, tokenizer(), of(tasks, metric)).scores(stack, {0: 2, 1: 0, 2: 1, 3: -1})
-    alone = {0: adapters[2], 1: adapters[0], 3: None}
+    alone, made = {0: adapters[2], 1: adapters[0], 3: None}, of(tasks, metric)
+    made = [one and answered(model, alone[i], one) for i, one in enumerate(made)]
+    found = Tasks(model, tokenizer(), made).scores(stack, {0: 2, 1: 0, 2: 1, 3: -1})
     assert sorted(found) == [0, 1, 3]  # tenant 2 has no task
     for tenant, adapter in alone.items():
-        (theirs,) = evaluate(model, adapter, [of(tasks, metric)[tenant]], tokenizer=tokenizer()).scores
+        (theirs,) = evaluate(model, adapter, [made[tenant]], tokenizer=tokenizer()).scores
+        assert metric in ("loss", "matthews") or theirs.score > 0
         named = found[tenant].name, found[tenant].metric, found[tenant].count
         assert named == (theirs.name, theirs.metric, theirs.count)
         np.testing.assert_allclose(found[tenant].loss, theirs.loss, rtol=1e-5)
@@ -65,12 +76,14 @@ def test_tenants_of_different_metrics_score_in_one_pass_as_they_do_alone(tasks, 
         for i, (records, metric, new) in enumerate(zip(given, metrics, (4, 3, 4, 7), strict=True))
     ]
     adapters = [strong(init_adapter(ParaConfig(r=4), model.config), seed=i, scale=0.3) for i in range(4)]
+    mixed = [answered(model, adapter, task) for adapter, task in zip(adapters, mixed, strict=True)]
     found = Tasks(model, tokenizer(), mixed).scores(stack_adapters(adapters), {i: i for i in range(4)})
     for i, adapter in enumerate(adapters):
         (alone,) = evaluate(model, adapter, [mixed[i]], tokenizer=tokenizer()).scores
         np.testing.assert_allclose([found[i].loss, found[i].score], [alone.loss, alone.score], rtol=1e-5)
         assert (found[i].metric, found[i].count) == (alone.metric, alone.count)
     assert len({round(score.loss, 4) for score in found.values()}) == 4
+    assert all(found[i].score > 0 for i in (0, 1, 3))
 
 
 @pytest.mark.parametrize("method", [ParaConfig(r=4), LoraConfig(r=4), Ia3Config()], ids=lambda m: type(m).__name__)

@@ -141,11 +141,11 @@ def test_a_run_that_was_killed_before_the_number_was_written_goes_on(folder, tmp
     config = auto_config(folder, tmp_path / "run")
     first = train(config)
     file = tmp_path / "run" / "config.yaml"
-    file.write_text(
-        file.read_text().replace(f"learning_rate: {load_config(file).train.learning_rate}", "learning_rate: auto", 1)
-    )
+    rate = load_config(file).train.learning_rate
+    file.write_text(file.read_text().replace(f"learning_rate: {rate}", "learning_rate: auto", 1))
     assert load_config(file).train.learning_rate == "auto"
     assert train(config).best_score == first.best_score
+    assert load_config(file).train.learning_rate == rate
 
 
 @pytest.mark.long

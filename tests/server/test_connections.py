@@ -11,6 +11,8 @@ from importlib.util import find_spec
 import pytest
 import uvicorn
 
+from para_jax.server import serve
+from para_jax.server.answering import Limits
 from para_jax.server.connections import PIECE, BoundedProtocol, allow_open_files
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -257,3 +259,10 @@ def test_a_process_may_open_as_many_files_as_asked_or_allowed():
             assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_the_usual_limits_are_those_of_the_documentation():
+    limits = BoundedProtocol
+    found = limits.max_connections, limits.max_header_bytes, limits.header_seconds, Limits().body_seconds
+    assert found == (800, 32 * 1024, 10, 30)
+    assert (limits.write_seconds, limits.WRITE_BYTES, serve.KEEP_ALIVE_SECONDS) == (30, 4096, 620)

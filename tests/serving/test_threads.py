@@ -17,7 +17,7 @@ from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, init_adapter
 from para_jax.inference.answer_text import AnswerText
-from para_jax.serving import admission, decoder, prefills
+from para_jax.serving import decoder, prefills
 from para_jax.serving.capacity import KEPT
 from para_jax.serving.open_requests import QueueFull
 
@@ -539,7 +539,7 @@ def test_an_id_must_be_hashable(model, bank):
 
 def test_a_prompt_of_too_many_characters_is_refused_before_it_is_tokenised(model, bank, monkeypatch):
     engine = engine_of(model, bank)
-    monkeypatch.setattr(admission, "special_stop_ids", lambda *_: 1 / 0)
+    monkeypatch.setattr("para_jax.data.examples.encode_text", lambda *_: 1 / 0)
     id = engine.submit(Request("w20 " * 10**6))
     assert "4000000 characters" in answers(engine)[id, 0].error
 

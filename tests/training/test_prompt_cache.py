@@ -132,7 +132,7 @@ def test_the_states_of_int8_weights_in_bfloat16_are_those_that_a_step_computes()
     (batch, shape), _ = batches()
     part, states = (jax.tree.map(lambda a: jnp.asarray(a[0]), tree) for tree in (batch, prompts.states(batch, 16)))
     nll = jax.jit(lambda states: completion_nll(model, adapter, part, shape.completion, prompt=16, states=states)[0])
-    np.testing.assert_allclose(nll(states), nll(None), rtol=2e-2)
+    np.testing.assert_allclose(nll(states), nll(None), rtol=1e-4)  # those of the weights before: up to 1.6e-2
 
 
 def test_runs_of_one_command_share_the_cache_of_the_same_summaries_alone():
