@@ -259,7 +259,7 @@ def adapter_folder(runs: Path, rate: float, seed: int) -> Path | None:
 
 
 def adapter_of(args, task: str, adapter, name: str, overrides: tuple[str, ...], seed: int, model_config):
-    """A seed's adapter. If its run is gone (git keeps only the scores), all seeds whose runs are gone are trained
+    """A seed's adapter. If its run is gone (git keeps only the scores), all seeds without a run are trained
     again."""
     found = trained_cell(args, task, adapter, name, overrides)
     if str(seed) not in found["validation"]:

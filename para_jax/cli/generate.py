@@ -92,7 +92,7 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
     sizes = ("--slots", options.slots, shared.SLOTS), ("--max-length", options.max_length, shared.MAX_LENGTH)
     for name, given, usual in sizes:
         if options.prompt and given != usual:
-            warn(f"{name} {given}: not used with --prompt, whose prompts are answered in one batch")
+            warn(f"{name} {given}: not used with --prompt: all prompts are answered in one batch")
     sources = named_adapters(options.adapters, options.adapters_from)
     if options.input and options.adapter:  # it answers the lines that name no tenant
         if sources or options.tenant:

@@ -123,7 +123,7 @@ def test_a_shard_goes_on_in_its_own_output_only(engine, folder, outputs, tmp_pat
 
 
 def test_after_a_change_of_the_input_the_shards_are_answered_again_and_join(engine, tmp_path):
-    """Also where lines or samples of a line are gone, whose answers no line asks for any more."""
+    """Also where lines, or samples of a line, are gone."""
     source, outputs = tmp_path / "in.jsonl", [tmp_path / f"{index}.jsonl" for index in range(2)]
     line = {"prompt": words(range(20, 24)), "max_new_tokens": 2, "temperature": 1.0, "n": 3}
     for count, n in ((6, 3), (4, 2)):
