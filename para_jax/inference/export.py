@@ -15,10 +15,17 @@ from ..backbone.transformer import Transformer
 from ..config import shorten
 from ..data.examples import Prompt, encode_prompt
 from ..model import vectors
+from ..storage.bucket import BucketPath
 
 
 def export_ia3(
-    adapter: Adapter, model: Transformer, prompt: Prompt, folder: str | Path, *, tokenizer, base_model: str = ""
+    adapter: Adapter,
+    model: Transformer,
+    prompt: Prompt,
+    folder: str | Path | BucketPath,
+    *,
+    tokenizer,
+    base_model: str = "",
 ) -> None:
     """Writes an (IA)^3 adapter folder that computes what `adapter` computes after this prompt: on the prompt itself and
     on every token that follows it. PARA would make other factors of another prompt.

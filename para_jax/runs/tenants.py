@@ -149,7 +149,7 @@ def read_data(
 def steps_of(own: RunConfig, batches_per_epoch: int) -> int:
     """The optimiser steps of a tenant with this config."""
     epochs, given = own.train.num_epochs, own.train.max_steps
-    steps = given or math.ceil(round(epochs * batches_per_epoch, 6))  # 0.07 * 100 is a little more than 7
+    steps = given or max(1, math.ceil(round(epochs * batches_per_epoch, 6)))  # 0.07 * 100 is a little more than 7
     name, value = ("train.max_steps", given) if given else ("train.num_epochs", epochs)
     require(steps < 2**31, name, value, f"less: fewer than {2**31} steps, and not {steps}")
     return steps

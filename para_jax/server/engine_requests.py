@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import lru_cache
 
@@ -107,21 +108,19 @@ def require_room(asked: Asked, engine: Engine) -> None:
         raise wrong_field("n", f"the request asks for {count} answers, and the queue takes {min(limits)}; ask for less")
     if asked.logprobs is None:
         return
-    tokens = count * written(asked, engine) + sum(echoed(prompt, engine) for prompt in asked.prompts if asked.echo)
-    most, name = MAX_LOGPROBS // (asked.logprobs + 1), "top_logprobs" if asked.chat else "logprobs"
+    tokens = sum(min(scored_tokens(asked, prompt), asked.n * engine.max_length) for prompt in asked.prompts)
+    most = max(MAX_LOGPROBS // (asked.logprobs + 1), engine.max_length)  # one answer may have them in any case
     if tokens > most:
+        name = "top_logprobs" if asked.chat else "logprobs"
         message = f"{name} is {asked.logprobs}, for up to {tokens} tokens; ask for them for at most {most} tokens"
         raise wrong_field(name, message)
 
 
-def written(asked: Asked, engine: Engine) -> int:
-    """Tokens of an answer, at most."""
-    return engine.max_length if asked.max_tokens is None else min(asked.max_tokens, engine.max_length)
-
-
-def echoed(prompt: Prompt | Ids, engine: Engine) -> int:
-    """Tokens of an echoed prompt, at most: a character has up to four bytes, and each may be a token."""
-    return min(len(prompt) * (4 if isinstance(prompt, str) else 1), engine.max_length)
+def scored_tokens(asked: Asked, prompt: Prompt | Ids) -> float:
+    """Tokens of a prompt's answers, and of the prompt if it is echoed, at most: a character has up to four bytes, and
+    each may be a token."""
+    echoed = len(prompt) * (4 if isinstance(prompt, str) else 1) if asked.echo else 0
+    return math.inf if asked.max_tokens is None else asked.n * asked.max_tokens + echoed
 
 
 def longest_prompt(engine: Engine) -> int:

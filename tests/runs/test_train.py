@@ -896,7 +896,7 @@ def test_more_steps_than_the_schedule_counts_are_an_error(folder, tmp_path):
 
 def test_epochs_do_not_gain_a_step_by_rounding():
     assert 0.07 * 100 > 7
-    for epochs, batches, steps in ((0.07, 100, 7), (0.14, 50, 7), (0.5, 3, 2), (2, 3, 6), (0.001, 3, 1)):
+    for epochs, batches, steps in ((0.07, 100, 7), (0.14, 50, 7), (0.5, 3, 2), (2, 3, 6), (0.001, 3, 1), (1e-8, 3, 1)):
         assert steps_of(load_config(None, [f"train.num_epochs={epochs}"]), batches) == steps
 
 

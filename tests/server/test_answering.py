@@ -671,16 +671,19 @@ def test_the_log_has_one_line_for_each_request_and_no_text(server, http, capfd):
 
 
 def test_log_probabilities_are_bounded_before_anything_is_computed(http, monkeypatch):
-    """By the tokens of all answers and echoed prompts, and the alternatives of each."""
-    monkeypatch.setattr(engine_requests, "MAX_LOGPROBS", 60)
+    """By the tokens of all answers and echoed prompts, and the alternatives of each. One answer may have them."""
+    monkeypatch.setattr(engine_requests, "MAX_LOGPROBS", 150)
     ids = [3, 4, 5, 6]
-    body = {"model": "base", "temperature": 0, "prompt": [ids, ids], "max_tokens": 6, "logprobs": 2, "echo": True}
-    assert http.post("/v1/completions", json=body).status_code == 200  # 2 x (6 + 4) tokens x (2 + 1)
-    for more in ({"max_tokens": 7}, {"logprobs": 3}, {"prompt": [ids, [*ids, 7]]}):
+    body = {"model": "base", "temperature": 0, "prompt": [ids] * 5, "max_tokens": 6, "logprobs": 2, "echo": True}
+    assert http.post("/v1/completions", json=body).status_code == 200  # 5 x (4 + 6) tokens x (2 + 1)
+    for more in ({"max_tokens": 7}, {"logprobs": 3}, {"prompt": [ids] * 4 + [[*ids, 7]]}):
         refused = http.post("/v1/completions", json=body | more)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
-        assert f"logprobs is {more.get('logprobs', 2)}" in refused.json()["error"]["message"]
+        assert f"logprobs is {more.get('logprobs', 2)}, for up to " in refused.json()["error"]["message"]
     assert http.post("/v1/completions", json=body | {"max_tokens": 10, "echo": False}).status_code == 200
-    chat = {"model": "base", "messages": chat_of(prompt(2)), "logprobs": True, "top_logprobs": 5, "max_tokens": 11}
-    refused = http.post("/v1/chat/completions", json=chat)
+    chat = {"model": "base", "messages": chat_of(prompt(2)), "logprobs": True, "top_logprobs": 2, "n": 5}
+    assert http.post("/v1/chat/completions", json=chat | {"max_tokens": 10}).status_code == 200
+    refused = http.post("/v1/chat/completions", json=chat | {"max_tokens": 11})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_logprobs")
+    monkeypatch.setattr(engine_requests, "MAX_LOGPROBS", 1)
+    assert http.post("/v1/chat/completions", json=chat | {"n": 1}).status_code == 200
