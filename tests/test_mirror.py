@@ -28,6 +28,7 @@ ELSEWHERE = {
     "record_file": "bench/test_bench.py",
     "runs.logs": "runs/test_tenants.py",
     "runs.standing": "runs/test_tenants.py",
+    "serving.admission": "serving/test_threads.py",
     "serving.pins": "serving/test_prefills.py",
     "server.answer": "server/test_answering.py",
     "server.fields": "server/test_protocol.py",
