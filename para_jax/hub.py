@@ -90,7 +90,7 @@ def resolve_backbone(source: str | Path) -> Path:
     path = resolve(source, CONFIG_FILES + TOKENIZER_FILES + WEIGHT_FILES)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         named, here = source_name(source), isinstance(source, BucketPath) or Path(source).exists()
-        why = "" if here else "; if the hub can't be reached now, what was fetched before are other files"
+        why = "" if here else "; or the hub can't be reached, and only other files of it were fetched before"
         raise ValueError(
             f"{named}: there are no *.safetensors weights (pickles are not opened; convert them first){why}"
         )
