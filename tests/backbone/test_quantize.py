@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from golden_models import FIXTURES, backbone, prompts, strong
 from jax.sharding import NamedSharding, PartitionSpec
+from long_cases import slow
 from one_adapter import fresh_state, trained_step
 from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN, run_config, run_folder
 from tpu_compiler import tpu_devices
@@ -213,9 +214,7 @@ def test_only_the_adapter_has_gradients_and_moments():
     assert size(state.optimizer) == 2 * size(adapter) + counters
 
 
-@pytest.mark.parametrize(
-    "sizes", [(2, 2, 2), *(pytest.param(one, marks=pytest.mark.long) for one in ((8, 1, 1), (1, 8, 1), (1, 1, 8)))]
-)
+@pytest.mark.parametrize("sizes", [(2, 2, 2), slow((8, 1, 1)), slow((1, 8, 1)), slow((1, 1, 8))])
 def test_a_mesh_has_the_same_int8_weights_and_step(sizes):
     alone = load_backbone(FIXTURES / "llama", layout="stacked", quantize="int8")
     model = int8("llama", "stacked", sizes)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from long_cases import quick
 from tiny_run import run_config, run_folder
 from tpu_compiler import tpu_devices
 
@@ -40,8 +41,7 @@ def test_a_part_of_a_slice_keeps_its_own_order():
     assert list(make_mesh(3, 2, devices=devices).devices.flat) == devices[:6]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("topology", SLICES)
+@pytest.mark.parametrize("topology", quick(SLICES, slow=("v4:2x2x4", "v5p:2x2x4")))
 def test_the_compiler_takes_training_and_decode_on_an_awkward_shape(topology, tmp_path):
     data, fsdp, tensor = AWKWARD[topology]
     own = f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", "data.max_seq_length=16"

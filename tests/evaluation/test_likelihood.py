@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from golden_models import backbone
+from long_cases import slow
 from tiny_questions import ROWS, answers, asked, bank_of, by_hand
 from tiny_run import tokenizer
 
@@ -13,9 +14,7 @@ from para_jax.evaluation.likelihood import together
 from para_jax.evaluation.questions import Likelihood
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"), [("llama", "layers"), pytest.param("gemma3_text", "stacked", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("family", "layout"), [("llama", "layers"), slow("gemma3_text", "stacked")])
 def test_a_score_is_that_of_the_teacher_forced_pass(family, layout):
     names = "ABCD" if family == "llama" else "A"
     long = [one for one in asked() if len(one.context) > 16] if family != "llama" else asked()

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from golden_models import FIXTURES, strong
+from long_cases import long, slow
 from lowering import lowered
 from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
 
@@ -162,9 +163,9 @@ def test_what_is_written_does_not_depend_on_the_padding():
     ("metric", "config"),
     [
         ("accuracy", ParaConfig(r=4)),
-        ("exact_match", ParaConfig(r=4)),
-        ("exact_match", Ia3Config()),
-        ("exact_match", LoraConfig(r=4)),
+        long("exact_match", ParaConfig(r=4)),
+        slow("exact_match", Ia3Config()),
+        long("exact_match", LoraConfig(r=4)),
     ],
 )
 def test_a_fresh_adapter_scores_as_the_backbone_to_the_bit(metric, config):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import backbone, golden, golden_tenants, strong
+from long_cases import long
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
@@ -78,7 +79,7 @@ def chosen(model, adapter, prompt, count):
 # ---------------------------------------------------------------------------------------------------------------- laws
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", long("gemma3_text")])
 def test_cached_tokens_are_those_of_the_teacher_forced_pass(family):
     model = backbone(family)
     adapter = strong(init_adapter(ParaConfig(r=4), model.config), 3)

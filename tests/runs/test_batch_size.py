@@ -119,7 +119,7 @@ def test_the_same_batch_size_is_the_same_plan_on_any_number_of_devices(folder):
             np.testing.assert_array_equal(other.tokens, batches[0].tokens)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_has_the_same_losses_on_any_number_of_devices(folder):
     found = []
     for devices in (1, 8):

@@ -69,7 +69,7 @@ CASES = ((), PACKED, MESH, PASSES, ("mesh.data=8", "train.per_device_batch_size=
 
 
 @pytest.mark.parametrize(
-    "overrides", quick(CASES, PACKED, slow=(MESH, PASSES)), ids=("padded", "packed", "mesh", "passes", "data")
+    "overrides", quick(CASES, slow=((), MESH, PASSES)), ids=("padded", "packed", "mesh", "passes", "data")
 )
 def test_a_run_ends_with_the_adapter_that_it_has_without(folder, tmp_path, computed, overrides):
     config = config_of(folder, tmp_path / "run", *overrides)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_models import FIXTURES, backbone
+from long_cases import long, slow
 from lowering import lowered
 from stopped_run import assert_same_arrays, interrupt
 from tensorflow_datasets.core.features import Text
@@ -317,7 +318,9 @@ def test_what_a_resumed_run_found_at_its_last_step_is_known_to_a_longer_one(conf
     assert_same_arrays(kept_adapter(config), kept)
 
 
-@pytest.mark.parametrize("adapter", [ParaConfig(r=2), LoraConfig(r=2), Ia3Config()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "adapter", [ParaConfig(r=2), long(LoraConfig(r=2)), slow(Ia3Config())], ids=lambda one: type(one).__name__
+)
 def test_the_best_adapter_of_the_checkpoint_stays_the_best_after_a_kill(config, monkeypatch, capsys, adapter):
     config = replace(config, adapter=adapter, eval=replace(config.eval, every=2), checkpoint=CheckpointSection(every=3))
     with monkeypatch.context() as patched, pytest.raises(KeyError):

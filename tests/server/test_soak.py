@@ -23,7 +23,7 @@ from tiny_run import backbone_folder
 
 from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, init_adapter, save_adapter
 
-TENANTS, NAMES, ADAPTERS, CLIENTS, SLOTS, LENGTH = 200, 300, 40, 12, 8, 40
+TENANTS, NAMES, ADAPTERS, CLIENTS, SLOTS, LENGTH = 60, 90, 20, 12, 8, 40
 METHODS, CONFIGS = (
     ("para", "ia3", "lora"),
     (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from golden_models import FIXTURES, backbone, golden, golden_tenants
 from jax.sharding import NamedSharding, PartitionSpec
+from long_cases import long, quick
 from tpu_compiler import tpu_devices
 
 from para_jax import load_backbone, load_model_config, make_mesh, pick, stack_adapters
@@ -68,7 +69,7 @@ def by_name(gradient, tenant):
     return {f"layers.{i}.{name}": value[i] for name, value in (("down", down), ("up", up)) for i in range(len(down))}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "llama"))
 def test_loss_and_gradients_a_tenant_are_those_of_the_independent_implementation(family):
     expected = golden(family, "para")
     total, count, gradient = computed(family)
@@ -79,7 +80,7 @@ def test_loss_and_gradients_a_tenant_are_those_of_the_independent_implementation
             np.testing.assert_allclose(value, expected[f"grad.t{tenant}.{name}"], atol=5e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "llama"))
 def test_sum_and_count_are_kept_apart_for_each_row(family):
     expected = golden(family, "para")
     total, count, _ = computed(family)
@@ -95,7 +96,7 @@ def test_the_stacked_layout_equals_the_layers():
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", [long("none"), "block"])
 def test_what_the_backward_pass_keeps_changes_nothing(remat):
     for ours, theirs in zip(
         jax.tree.leaves(computed("llama")), jax.tree.leaves(computed("llama", remat=remat)), strict=True

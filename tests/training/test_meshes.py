@@ -65,7 +65,7 @@ def loss_and_gradient(*sizes):
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("sizes", quick(MESHES, (2, 2, 2)))
+@pytest.mark.parametrize("sizes", quick(MESHES, (2, 2, 2), slow=((8, 1, 1), (1, 8, 1))))
 def test_loss_and_gradients_are_those_of_one_device(sizes):
     (loss, gradient), (alone, expected) = loss_and_gradient(*sizes), loss_and_gradient(1, 1, 1)
     assert abs(loss - alone) < 1e-5

@@ -10,7 +10,7 @@ import one_adapter
 import optax
 import pytest
 from golden_models import FIXTURES, prompts, strong
-from long_cases import quick
+from long_cases import long, quick
 from one_adapter import only, trained_step
 from tiny_run import COMPLETION, LENGTH, TRAIN
 
@@ -112,7 +112,7 @@ def test_each_tenant_steps_as_it_would_alone(method):
     assert norms.max() > CONFIG.max_grad_norm or type(method) is not ParaConfig  # some are clipped
 
 
-@pytest.mark.parametrize("method", [*METHODS, SOME_LAYERS], ids=NAME)
+@pytest.mark.parametrize("method", [*METHODS, long(SOME_LAYERS)], ids=NAME)
 def test_groups_of_rows_compute_what_rows_of_their_own_do(method):
     batch, index = mixed([B, -1, A])
     tokens, lengths = jnp.asarray(batch.tokens[0]), jnp.asarray(batch.prompt_length[0])

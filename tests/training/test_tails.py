@@ -35,7 +35,7 @@ ROWS = [[0, 1, 3], [4, 6], [2, 5]]
 PROMPT, COMPLETION = 12, 6
 CASES = [
     ("llama", ParaConfig(r=4, scope="response")),
-    long("gemma3_text", ParaConfig(r=4, scope="response", scope_window=4)),
+    slow("gemma3_text", ParaConfig(r=4, scope="response", scope_window=4)),
     long("llama", Ia3Config(scope="response")),
     slow("llama", LoraConfig(r=4, scope="response", scope_window=3)),
     slow("llama", ParaConfig(r=4, scope="response", scope_window=3, pooler="mean")),
