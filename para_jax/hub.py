@@ -211,7 +211,7 @@ def require_config(path: Path, source: str | Path) -> Path:
 
 def parse_hub_id(source: str | Path, accepted: str) -> tuple[str, str | None]:
     """The repository and the revision in user/name@revision. Raises ValueError for anything else, and for a path into
-    a folder that is here: runs/nope is not looked for on the hub if there is a folder runs."""
+    a local folder: runs/nope is not looked up on the hub if there is a folder runs."""
     text = str(source)
     match = HUB_ID.fullmatch(text)
     if match and not text.endswith(".gguf"):
@@ -225,7 +225,7 @@ def parse_hub_id(source: str | Path, accepted: str) -> tuple[str, str | None]:
 
 
 def is_inside_folder(text: str) -> bool:
-    """Whether what could be a hub id, user/name, begins with a folder that is here."""
+    """Whether a text that could be a hub id (user/name) begins with the name of a local folder."""
     return "/" in text and Path(text.split("/")[0]).is_dir()
 
 

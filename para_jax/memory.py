@@ -107,7 +107,7 @@ def choose_mesh(
 
 
 def reason(possible: list[dict[str, int]], needs: list[int], room: int) -> str:
-    """Why the last of the sizes that were tried is taken."""
+    """Why the last size that was tried was chosen."""
     first, last = (f"about {need / GIB:.1f} GiB" for need in (needs[0], needs[-1]))
     fsdp, fits = possible[len(needs) - 1]["fsdp"], needs[-1] <= USABLE * room
     memory = f"{room / GIB:.1f} GiB"

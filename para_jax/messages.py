@@ -22,8 +22,8 @@ def warn(text: str) -> None:
 
 
 def speaks() -> bool:
-    """Whether this is the first process, or the only one. JAX is asked for the number only if processes have joined:
-    the question makes it take the devices, which other processes of this host may need."""
+    """Whether this is the first process, or the only one. It asks JAX for the process number only if processes have
+    joined, because asking makes JAX take the devices, which other processes of this host may need."""
     jax = sys.modules.get("jax")
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 

@@ -1,6 +1,6 @@
 """Pictures: learning curves, the factors that prompts make, measurements. matplotlib comes with the extra [plot].
 
-Each function returns a matplotlib Figure, which a notebook shows where it is a cell's last value; `save` writes it.
+Each function returns a matplotlib Figure, which a notebook shows if it is the last value of a cell; `save` writes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BINS = 48
 
 
 def colours_of(count: int) -> list[str]:
-    """As many different colours: those of matplotlib's cycle, or of a map if there are not enough."""
+    """This number of different colours: those of matplotlib's cycle, or of a map if there are not enough."""
     from matplotlib import colormaps, colors
 
     if count <= 10:
@@ -101,7 +101,7 @@ MAX_CURVES = 10
 
 @dataclass
 class Said:
-    """What a picture of curves holds, and the sentence under it has to explain."""
+    """What a picture of curves contains, so that the sentence under it can explain it."""
 
     errors: bool = False
     ranges: bool = False

@@ -32,7 +32,7 @@ RATE_LINES = 4
 
 
 class Progress:
-    """Shows how far some work is: `with Progress("loading", 300, unit="tensor") as bar: ... bar.advance()`.
+    """Shows the progress of some work: `with Progress("loading", 300, unit="tensor") as bar: ... bar.advance()`.
 
     A thread makes sure that work appears after two seconds even if nothing advances until then. An exception takes the
     bar away, and nothing follows it.
@@ -43,9 +43,9 @@ class Progress:
     ):
         """
         Args:
-            total: of the units to do; None: not known.
+            total: the number of units to do; None: unknown.
             unit: one of what is counted, such as "step".
-            done: of the total, before this began.
+            done: the units that were done before this began.
             keep: whether the bar of finished work stays on the screen.
             clock: gives the seconds; default: time.monotonic.
         """
@@ -156,7 +156,7 @@ class Progress:
 
 
 def shows_bars() -> bool:
-    """Whether someone watches who sees a line that changes: on a terminal, or in a notebook."""
+    """Whether a line that changes can be shown: on a terminal, or in a notebook."""
     if os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false"):
         return False
     return in_notebook() or (sys.stderr is not None and sys.stderr.isatty() and has_width())

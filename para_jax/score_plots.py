@@ -160,7 +160,7 @@ def reach(bar: Bar) -> list[float]:
 
 
 def sentence(drawn: Sequence[Scores], left_out: bool) -> str:
-    """How to read the picture, of what is in it."""
+    """The sentence that says how to read this picture."""
     said = []
     if any(bar.stderr for scores in drawn for bar in scores.bars.values()):
         said.append("Whiskers are one standard error over the examples: bars that differ by less may differ by chance.")

@@ -20,7 +20,7 @@ OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embedd
 #: Published checkpoints begin with language_model., those that transformers 5 writes with model.language_model.; PEFT's
 #: adapters put base_model.model. before it.
 TEXT = re.compile(r"(base_model\.model\.)?(model\.)?language_model\.")
-IMAGE = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+IMAGE = re.compile(r"(base_model\.model\.)?(model\.)?(vision_tower|multi_modal_projector)\.")
 
 Tensor = TypeVar("Tensor")
 

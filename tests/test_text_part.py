@@ -111,6 +111,22 @@ def test_an_adapter_of_peft_for_the_whole_fits_the_text_model(tmp_path, prefix):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "v_proj", "fc1", "out_proj"]])
+def test_an_adapter_of_peft_for_both_parts_acts_on_the_text_model(tmp_path, targets):
+    """With the usual names, and with "all-linear", PEFT trains the image part too."""
+    model = load_backbone(whole(tmp_path / "whole"))
+    adapter = strong(init_adapter(LoraConfig(r=3, target_modules=("q_proj", "v_proj")), model.config))
+    save_adapter(adapter, tmp_path / "adapter")
+    file, config = tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "adapter" / "adapter_config.json"
+    image = "base_model.model.model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file(load_file(file) | {image: np.ones((3, 4), np.float32)}, file)
+    changed = {"target_modules": targets, "exclude_modules": ".*projector.*"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    found = load_adapter(tmp_path / "adapter", model.config)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -249,7 +249,8 @@ class AdapterBank:
         return scope_of(entry.config)[0] != "all" or self._template(entry.group).reads_prompt
 
     def rows_of(self, entries: list[Entry | None]) -> Rows:
-        """One tenant per batch row, as entry() gave it, even if its name is now another's; None is the base model."""
+        """One tenant per batch row, as entry() gave it, even if the name now has another adapter; None is the base
+        model."""
         groups = self._groups(entries)
         index = np.full((len(groups), len(entries)), -1, np.int32)
         stacks = []

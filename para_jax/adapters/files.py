@@ -42,7 +42,7 @@ from .method import Method, require_peft_fits
 from .methods import METHODS, form_named, method_of
 from .own_config import own_config, read_own_config, require_same_backbone
 from .own_tensors import Values
-from .peft_config import named, peft_base, peft_config
+from .peft_config import in_text_model, named, peft_base, peft_config
 from .rows import check_fits
 from .scope import scope_of
 
@@ -204,7 +204,7 @@ def of_folder(source: str | Path | BucketPath, read: Callable[[Path], T]) -> T:
 def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: ModelConfig, model) -> Adapter:
     """The adapter of a folder; `source` is the name that the user gave it."""
     require_matching_manifest(folder)
-    method, config, backbone, base_model = read_config(folder)
+    method, config, backbone, base_model = read_config(folder, model_config.model_type)
     if not method.in_peft:
         try:
             require_same_backbone(backbone, model_config, base_model)
@@ -251,8 +251,12 @@ def read_adapter_config(folder: str | Path | BucketPath) -> Described:
     return Described(method, config, backbone, base_model, *values)
 
 
-def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
-    """adapter_config.json, checked: the method, its config, the backbone, and the name of the base model."""
+def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, str]:
+    """adapter_config.json, checked: the method, its config, the backbone, and the name of the base model.
+
+    Args:
+        model_type: of the backbone, where it is known.
+    """
     file = own_file(folder, CONFIG)
     found = read_json(file)
     kind, base_model = found.get("peft_type"), found.get("base_model_name_or_path")
@@ -263,7 +267,7 @@ def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
     shapes = tensor_shapes(folder) if method.in_peft else {}
     try:
         if method.from_peft_config is not None:
-            config = method.from_peft_config(found, shapes)
+            config = method.from_peft_config(in_text_model(found, model_type), shapes)
             backbone = {"num_layers": 1 + max((layer for _, _, layer in named(shapes)), default=-1)}
         else:
             config, backbone = read_own_config(method.config, found)

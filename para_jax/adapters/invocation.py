@@ -2,7 +2,7 @@
 
 PEFT (read in version 0.21.2, tuners/lora/variants.py) looks for the last occurrence of `alora_invocation_tokens` in the
 tokens it is given. Its adapter acts from the first of them on, that token included. `generate` looks in the prompt
-alone. Without an occurrence PEFT runs the plain base model, and says nothing.
+alone. Without an occurrence, PEFT silently runs the plain base model.
 
 So where a prompt ends with its w invocation tokens, PEFT computes what a LoRA adapter of scope `response` with a window
 of w computes. Elsewhere the two differ, and the prompt is refused. One difference is left: PEFT's training and

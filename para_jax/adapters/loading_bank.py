@@ -1,4 +1,5 @@
-"""A bank of more adapters than fit the memory: each is loaded when it is asked for. The least recently used leave."""
+"""A bank of more adapters than fit in memory: each is loaded when it is needed, and the least recently used are
+dropped."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from .rows import Rows
 
 class LoadingBank(AdapterBank):
     """An AdapterBank that seems to hold all its tenants. What an entry computes does not depend on which are loaded.
-    Its tenants stay the same: an adapter that replaced another would be gone once it had to leave the memory."""
+    Its tenants can't be replaced: the new adapter would be lost once it was dropped from memory."""
 
     most: int
     """adapters that are held at once"""

@@ -96,7 +96,8 @@ class Method:
     @property
     def in_own_format(self) -> Method:
         """The method with folders in our own format. Both the `peft_type` and the names of the tensors are unknown to
-        PEFT and its kin, so none of them loads such a folder and applies the adapter where it must not act."""
+        PEFT and libraries like it, so none of them loads such a folder and applies the adapter where it must not
+        act."""
         return replace(
             self,
             peft_type=f"PARA_JAX_{self.peft_type}",

@@ -26,7 +26,7 @@ class Para(Adapter):
         s = pool(x over the prompt's tokens)       [S] "a pooler"; [C] the last prompt token
         z = act(s W_down)                          [S]; [C] GELU in its erf form
         l = 1 + z W_up                             [S]; [C] "1 +", and a W_up that starts from zero
-        l_q, l_v, l_u = split(l)                   [S]; one matrix a site in memory
+        l_q, l_v, l_u = split(l)                   [S]; one matrix per site in memory
         Q' = l_q Q, V' = l_v V, U' = l_u U         [S]; [C] straight after the linear, before q-norm and rotary
 
     A fresh adapter is exactly the backbone. Without biases r = 12 gives the paper's 8.9M on LLaMA-2 7B [D].

@@ -77,6 +77,23 @@ def neutral(value: object) -> bool:
     return value is None or value is False or value in ("none", "", {}, [])
 
 
+def in_text_model(found: dict, model_type: str) -> dict:
+    """adapter_config.json with only those names of linears that a text model of this type has. PEFT ignores the others:
+    Phi-3 has no q_proj, and the image part of Gemma 3 has linears of its own. A list without any such name stays as it
+    is, and its tensors are then refused."""
+    parts = {part for parts in FUSED.values() for part in parts} if model_type == "phi3" else set()
+
+    def is_there(name: object) -> bool:
+        match = SUFFIX.fullmatch(name) if isinstance(name, str) else None
+        return not has_image_part(model_type) if match is None else (match["attention"] or match["mlp"]) not in parts
+
+    lists = {key: found[key] for key in ("target_modules", "feedforward_modules") if isinstance(found.get(key), list)}
+    kept: dict = {key: [name for name in names if is_there(name)] or names for key, names in lists.items()}
+    if has_image_part(model_type):
+        kept["exclude_modules"] = None  # the tensors tell what of the text model was left out
+    return found | kept
+
+
 def target_sites(found: dict, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
     """The sites in `target_modules`. A pattern is not evaluated: it means the linears of the file's tensors."""
     linears = dict.fromkeys(linear for _, linear, _ in named(shapes))

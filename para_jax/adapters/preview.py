@@ -43,8 +43,8 @@ class Preview(NamedTuple):
 
 
 def previews(sources: Iterable[str], model_config: ModelConfig) -> list[Preview]:
-    """Looks at adapters, by folder or hub id. Those in PEFT's format are loaded for it, because their sites and rank
-    follow from their weights, and hub ids are fetched.
+    """Previews of adapters, by folder or hub id. Those in PEFT's format are loaded for this, because their sites and
+    rank follow from their weights, and hub ids are fetched.
 
     Raises ValueError, naming the source, for a config that is damaged or for another backbone.
     """

@@ -180,8 +180,8 @@ def gather(adapters: Adapter, index: jax.Array, group: jax.Array | None = None) 
 
 @jax.custom_vjp
 def taken(leaf: jax.Array, index: jax.Array, group: jax.Array) -> jax.Array:
-    """leaf[index], with a backward pass that takes too. The one that JAX derives is a scatter: it adds up element by
-    element, on a GPU in an order that changes."""
+    """leaf[index], with a backward pass that gathers too. The one that JAX derives is a scatter: it adds element by
+    element, on a GPU in a varying order."""
     return leaf[jnp.maximum(index, 0)]
 
 

@@ -1,4 +1,4 @@
-"""The error for the name of a tenant that is not there. The command line checks names before it loads JAX."""
+"""The error for an unknown tenant's name. The command line checks names before it loads JAX."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ OTHER_NAMES = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0; 1 if the quickstart fell short, a tenant's loss was not finite, or
-    some lines of a job were answered with errors; 2 for a user's mistake and if the memory does not suffice; 130 for
-    Ctrl-C; 141 if the reader of the output has closed it, as `head` does."""
+    some lines of a job were answered with errors; 2 for a user's mistake or too little memory; 130 for Ctrl-C; 141 if
+    the reader of the output has closed it, as `head` does."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal lacks is escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -120,7 +120,7 @@ def failed(message: str) -> int:
 
 
 def output_is_closed() -> bool:
-    """Whether the reader of standard output has closed it. If not, a broken pipe is another one."""
+    """Whether the reader of standard output has closed it. If not, a broken pipe error is about another pipe."""
     if not hasattr(select, "poll"):  # Windows
         return True
     poll = select.poll()

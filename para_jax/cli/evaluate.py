@@ -83,13 +83,13 @@ def scored() -> shared.Parser:
     data.add_argument(
         "--own",
         action="store_true",
-        help="--tasks is a folder of tenants' data: ask each adapter its own test file only, and the base model all",
+        help="--tasks is a folder of tenants' data: score each adapter on its own test file, the base model on all",
     )
     data.add_argument(
         "--split",
         default="test",
         choices=("validation", "test"),
-        help="which data of CONFIG and of folders; default: test",
+        help="which split of CONFIG's data and of folders to score; default: test",
     )
     shared.add_chat_template_kwargs(data)
     data.add_argument("--limit", type=int, metavar="N", help="score the first N examples of each task; default: all")
@@ -107,7 +107,7 @@ def scored() -> shared.Parser:
     harness.add_argument(
         "--num-fewshot", type=int, metavar="N", help="examples in each context; default: the task's own number"
     )
-    harness.add_argument("--chat", action="store_true", help="put contexts into the chat template")
+    harness.add_argument("--chat", action="store_true", help="format contexts with the chat template")
     output = parser.add_argument_group("output")
     shared.add_shard(output, "for one part of the adapters, chosen by a hash of their files")
     output.add_argument(
@@ -170,7 +170,7 @@ def check_options(options) -> None:
 
 
 def many(options) -> bool:
-    """Whether adapters are given that go to a folder, next to the base model."""
+    """Whether adapters are scored together with the base model, with results in a folder."""
     return bool(options.adapters or options.adapters_from)
 
 
@@ -202,8 +202,8 @@ def check_sources(options, config) -> None:
 
 
 def warn_of_unused(options, config) -> None:
-    """Warns of what --tasks makes useless: a config's templates, overrides of its data and metric, and, without a task
-    of lm-eval, its options."""
+    """Warns of settings that --tasks makes useless: a config's templates, overrides of its data and metric, and,
+    without a task of lm-eval, its options."""
     from ..evaluation.task_file import named_file
 
     if not options.tasks:

@@ -22,13 +22,13 @@ def requests() -> shared.Parser:
         "--adapter", type=shared.filled, metavar="DIR", help="a folder or hub id, for every prompt (default: none)"
     )
     shared.add_tenants(group)
-    shared.add_adapter_memory(group, "each is loaded when a line asks for it")
+    shared.add_adapter_memory(group, "each is loaded when a line needs it")
     group.add_argument(
         "--tenant",
         action="append",
         default=[],
         metavar="NAME",
-        help=f"the tenant whose adapter answers: once, or once per prompt; {BASE}: no adapter",
+        help=f"the tenant whose adapter answers; give it once, or once per prompt; {BASE}: no adapter",
     )
     group = parser.add_argument_group("prompts")
     group.add_argument(
@@ -50,7 +50,7 @@ def requests() -> shared.Parser:
         "--output",
         type=shared.place,
         metavar="FILE",
-        help="the answers; after a stop the same command resumes there. A pipe works too, but cannot be resumed",
+        help="the file of answers; if stopped, the same command continues it. A pipe works too, but can't be resumed",
     )
     shared.add_shard(group, "every N-th line of the file, starting with line I, counted from 0")
     shared.add_engine_size(group)

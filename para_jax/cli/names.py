@@ -52,7 +52,7 @@ def lines_of(file: Place) -> list[tuple[str, str]]:
 
 
 def matching(text: str) -> list[str]:
-    """The folders that a pattern such as runs/*/adapter matches, in order; empty for what is no pattern."""
+    """The folders that a pattern such as runs/*/adapter matches, in order; empty for a text that is not a pattern."""
     from ..config import expanded
 
     path = expanded(text)
@@ -71,7 +71,7 @@ def matching(text: str) -> list[str]:
 
 
 def is_there(text: str) -> bool:
-    """Whether DIR or NAME=DIR is a path of this host, whatever signs are in it."""
+    """Whether DIR or NAME=DIR is a path on this host, whatever characters it contains."""
     from ..config import expanded
 
     paths = [expanded(one) for one in (text, text.partition("=")[2]) if one]
@@ -140,7 +140,7 @@ def adapters_of(options, found: dict, model):
 
 
 def bank_within_memory(options, found: dict, model):
-    """The bank of --adapters. Those that --adapter-memory has no room for are loaded when they are asked for."""
+    """The bank of --adapters. Those that --adapter-memory has no room for are loaded when they are needed."""
     from ..adapters.loading_bank import bank_of
     from ..adapters.preview import load_previewed
     from ..messages import say

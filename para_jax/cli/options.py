@@ -41,7 +41,7 @@ def add_command(commands, name: str, text: str, example: str, parents: list | No
 
 
 def filled(text: str) -> str:
-    """The text of an argument. An empty one, such as "$UNSET" of a shell, does not count as left out."""
+    """The text of an argument. An empty one, such as an unset "$VARIABLE" of a shell, is an error."""
     if not text:
         raise argparse.ArgumentTypeError("the text is empty; give a value, or leave the option out")
     return text
@@ -116,7 +116,7 @@ def add_chat_template_kwargs(group) -> None:
         "--chat-template-kwargs",
         type=variables,
         metavar="JSON",
-        help="variables of the chat template, such as '{\"enable_thinking\": false}'; give those of the training "
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'; give the same as in training "
         "(data.chat_template_kwargs)",
     )
 
@@ -129,7 +129,7 @@ def add_engine_size(group) -> None:
         type=int,
         default=MAX_LENGTH,
         metavar="N",
-        help="tokens per row, prompt and answer (default: %(default)s)",
+        help="tokens per row, prompt and answer together (default: %(default)s)",
     )
 
 
@@ -148,8 +148,8 @@ def add_tenants(group) -> None:
         nargs="+",
         default=[],
         metavar="NAME=DIR",
-        help="tenants: names, and their adapter folders or hub ids (without NAME= the run's or folder's own name); or "
-        "the folder of a run of many tenants, for all of them; or a pattern in quotes, such as 'runs/*/adapter'",
+        help="the tenants: adapter folders or hub ids, each with a name (default: the run's or folder's own name); the "
+        "folder of a run of many tenants, for all of them; or a pattern in quotes, such as 'runs/*/adapter'",
     )
     add_adapters_from(group)
 
@@ -160,7 +160,7 @@ def add_adapters_from(group) -> None:
         "--adapters-from",
         type=place,
         metavar="FILE",
-        help="more of these: a file with DIR or NAME=DIR on each line, relative to where the command runs",
+        help="a file with more adapters: DIR or NAME=DIR on each line, relative to where the command runs",
     )
 
 
@@ -234,9 +234,7 @@ def precision() -> argparse.ArgumentParser:
 def runtime() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
     group = shared.add_argument_group("runtime")
-    group.add_argument(
-        "--allow-cpu", action="store_true", help="run on the CPU although the machine has an accelerator"
-    )
+    group.add_argument("--allow-cpu", action="store_true", help="run on the CPU even if the machine has an accelerator")
     group.add_argument("--no-compilation-cache", action="store_true", help="compile everything again")
     return shared
 
@@ -266,7 +264,7 @@ def sampling() -> argparse.ArgumentParser:
         "line's number (default: %(default)s)",
     )
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given several times"
+        "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer; may be repeated"
     )
     return shared
 

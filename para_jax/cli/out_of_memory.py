@@ -1,4 +1,4 @@
-"""What the command line says where the memory of a device, or of the machine, does not suffice."""
+"""What the command line says when a device, or the machine, runs out of memory."""
 
 from __future__ import annotations
 

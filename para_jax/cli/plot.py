@@ -31,10 +31,10 @@ def add(commands) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="a folder or hub id; with --data one or more",
+        help="a folder or hub id; with --data, may be given several times",
     )
     group.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="draw its factors; of two also the difference"
+        "--prompt", action="append", default=[], metavar="TEXT", help="draw its factors; with two, also the difference"
     )
     group.add_argument(
         "--data",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def write_results(options, config, scores: dict, seconds: float) -> None:
-    """Writes the file. It comes before everything that a command prints: a reader that has closed the output, or a full
-    disk, must not cost the scores."""
+    """Writes the file. Call it before the command prints anything, so that a closed output or a full disk can't lose
+    the scores."""
     from ..inspect import results
     from ..messages import say
     from ..record_file import write_record

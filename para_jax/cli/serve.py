@@ -28,7 +28,7 @@ def served() -> shared.Parser:
     group = parser.add_argument_group("adapters")
     shared.add_tenants(group)
     shared.add_adapter_memory(
-        group, "each is loaded when a request asks for it. With --allow-adapter-updates all are held"
+        group, "each is loaded when a request needs it. With --allow-adapter-updates all stay in memory"
     )
     group.add_argument(
         "--served-model-name",
@@ -57,7 +57,7 @@ def served() -> shared.Parser:
         help="the sites that they may change (default: q_proj,v_proj,up_proj and those of --adapters)",
     )
     group.add_argument("--max-r", type=int, metavar="R", help="their largest rank (default: 16, or that of --adapters)")
-    group.add_argument("--capacity", type=int, metavar="N", help="tenants in all, at most (default: 1024)")
+    group.add_argument("--capacity", type=int, metavar="N", help="the maximum number of tenants (default: 1024)")
     group = parser.add_argument_group("engine")
     shared.add_engine_size(group)
     shared.add_chat_template_kwargs(group)
@@ -65,7 +65,7 @@ def served() -> shared.Parser:
         "--prefix-cache-gb",
         type=float,
         metavar="GB",
-        help="memory for beginnings of prompts that prompts share (default: half of what the slots take)",
+        help="memory for the prefixes that prompts share (default: half of what the slots take)",
     )
     group.add_argument(
         "--max-logprobs",
@@ -75,7 +75,7 @@ def served() -> shared.Parser:
         help="alternatives per token that a request may ask for; 0: no log-probabilities (default: %(default)s)",
     )
     group.add_argument(
-        "--queue-limit", type=int, default=1024, metavar="N", help="answers that may wait (default: 1024)"
+        "--queue-limit", type=int, default=1024, metavar="N", help="answers that may wait in the queue (default: 1024)"
     )
     group.add_argument(
         "--queue-limit-per-tenant",
@@ -85,12 +85,12 @@ def served() -> shared.Parser:
     )
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine alone)")
-    group.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
+    group.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
     group.add_argument(
         "--api-key-file",
         type=shared.filled,
         metavar="FILE",
-        help="one key per line, perhaps with the tenants that it may use (default: open)",
+        help="one key per line, optionally followed by the tenants that it may use (default: no keys)",
     )
     group.add_argument(
         "--timeout", type=float, default=600, metavar="S", help="seconds that a request may take (default: %(default)s)"
@@ -103,7 +103,7 @@ def served() -> shared.Parser:
         help="after SIGTERM or Ctrl-C, seconds that open requests may take (default: %(default)s)",
     )
     group.add_argument(
-        "--max-body", type=int, default=8 * 2**20, metavar="BYTES", help="bytes of a request (default: 8 MiB)"
+        "--max-body", type=int, default=8 * 2**20, metavar="BYTES", help="the largest request (default: 8 MiB)"
     )
     group.add_argument("--log-prompts", action="store_true", help="log the prompts, not only their lengths")
     return parser
@@ -156,8 +156,8 @@ def serve_at(options, sources: dict[str, str], base: str, keys, taken) -> None:
 
 
 def engine_of(options, sources: dict[str, str]):
-    """The engine, with everything loaded. Requests without a seed are drawn as in no other process, so that replicas
-    write different answers."""
+    """The engine, with everything loaded. Requests without a seed are drawn differently in each process, so that
+    replicas write different answers."""
     from ..data.tokenizer import load_tokenizer
     from ..serving.engine import Engine
 

@@ -4,14 +4,19 @@ metadata. Either way a transformers tokenizer comes out, and torch is not needed
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..config import RunConfig, Variables, shorten, template_variables
 from ..gguf.file import GgufFile
 from ..gguf.tokenizer import gguf_tokenizer
 from ..hub import CONFIG_FILES, MAX_TEXT_BYTES, TOKENIZER_FILES, resolve_tokenizer
+from ..untrusted import read_json
 from .chat_template import with_variables
 from .examples import failures
+
+#: Classes that put bos and eos around a text as add_bos_token and add_eos_token of tokenizer_config.json say.
+WITH_OWN_ENDS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 
 
 def run_tokenizer(config: RunConfig):
@@ -37,11 +42,12 @@ def load_tokenizer(source: str | Path, chat_template_kwargs: Variables | str | N
             tokenizer = gguf_tokenizer(file)
     else:
         require_small_files(path)
+        require_readable(str(source), path)
         from transformers import AutoTokenizer
 
         with failures(f"{source}: cannot load a tokenizer"):
             found = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-            tokenizer = as_published(found, path)
+            tokenizer = with_own_ends(as_published(found, path), path)
     require_working(str(source), tokenizer)
     if variables := template_variables("chat_template_kwargs", chat_template_kwargs):
         set_variables(tokenizer, variables, str(source))
@@ -78,6 +84,34 @@ def as_published(tokenizer, folder: Path):
         if getattr(whole, name, None) is None and isinstance(token, str) and token in known:
             setattr(whole, name, token)
     return whole
+
+
+def with_own_ends(tokenizer, folder: Path):
+    """The tokenizer, with bos and eos around a text as its tokenizer_config.json asks.
+
+    transformers 5 reads neither key next to a tokenizer.json, so DeepSeek's prompts would begin without bos. Only the
+    classes that read them in transformers 4 get them. If one key is missing, it has the default that it had there.
+    """
+    file = folder / "tokenizer_config.json"
+    said = read_json(file, MAX_TEXT_BYTES) if file.is_file() and (folder / "tokenizer.json").is_file() else {}
+    ends = {name: said[name] for name in ("add_bos_token", "add_eos_token") if isinstance(said.get(name), bool)}
+    if ends and str(said.get("tokenizer_class")).removesuffix("Fast") in WITH_OWN_ENDS:
+        for name, value in ({"add_bos_token": True, "add_eos_token": False} | ends).items():
+            setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def require_readable(source: str, folder: Path) -> None:
+    """Raises ValueError for files that transformers would read wrongly, or refuse without saying what to do."""
+    has = {name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()}
+    if not has:
+        only = ", only a tekken.json, which is not read" if (folder / "tekken.json").is_file() else ""
+        raise ValueError(
+            f"{source}: no tokenizer.json, tokenizer.model or vocab.json{only}; put the tokenizer's files next to the "
+            "weights, for example those of the model that it was tuned from"
+        )
+    if has == {"tokenizer.model"} and find_spec("sentencepiece") is None:
+        raise ValueError(f"{source}: to read tokenizer.model, run: pip install sentencepiece")
 
 
 def require_small_files(folder: Path) -> None:

@@ -17,7 +17,7 @@ MAX_BYTES = 2**26
 
 
 def claim_output(output: Place, folder: Place, line: Sequence[str], shards: int) -> None:
-    """Begins a call, or goes on with it.
+    """Begins a call, or continues it.
 
     Args:
         folder: of the shards.

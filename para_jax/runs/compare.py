@@ -1,7 +1,7 @@
 """compare_methods: one run for each method of sweep.method, on the same data and backbone, and one table of them all.
 
 output_dir/{config.yaml, comparison.json, comparison.md}, and a run folder for each method: output_dir/para/, ... The
-same command resumes: it goes on with the first method that has not ended.
+same command resumes: it continues with the first method that has not finished.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
 
 
 def train_method(config: RunConfig, shared: Shared) -> Standing | None:
-    """Runs a method's run to its end. None: its loss was not finite."""
+    """Trains one method to the end of its run. None: its loss was not finite."""
     try:
         return trained(config, shared).standing
     except NotFinite as error:

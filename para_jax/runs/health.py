@@ -66,13 +66,13 @@ class Health:
             warn(f"{name}: {found}" if name else found)
 
     def warning(self, tenant: int) -> str | None:
-        """What is wrong with a tenant by now, and what to do about it; None: nothing."""
+        """What is wrong with a tenant so far, and what to do about it; None if nothing is."""
         train = self.configs[tenant].train
         found = problem(self.seen[tenant], train.max_grad_norm)
         return found and f"{found}; lower train.learning_rate ({train.peak_learning_rate:g})"
 
     def read(self, tenant: int, log: Place) -> None:
-        """Takes what a log holds of the steps that were done before, and says nothing."""
+        """Takes the values that a log holds of earlier steps, without warning about them."""
         if is_log(log):
             for row in read_metrics(log):
                 take(self.seen[tenant], int(row["step"]), row)

@@ -119,8 +119,8 @@ class Loop(NamedTuple):
     # --------------------------------------------------------------------------------------------------------- a step
 
     def admit(self, state: TrainState, standing: Standing) -> tuple[TrainState, Standing]:
-        """Gives free slots to the tenants that wait. One that had ended, in a run that is longer now, goes on from its
-        last state."""
+        """Gives free slots to the tenants that wait. If a run was made longer, a tenant that had ended continues from
+        its last state."""
         slots = admitted(standing.slots, standing.over)
         for slot, (held, tenant) in enumerate(zip(standing.slots, slots, strict=True)):
             if held == tenant:
@@ -309,7 +309,7 @@ class Loop(NamedTuple):
         )
 
     def end_early(self, standing: Standing) -> NoReturn:
-        """Ends a run that was told to stop, after everything is written, and says how to resume."""
+        """Ends a run that a signal stopped, after everything is written, and says how to resume."""
         self.logs.flush()
         where = f"step {standing.step} of {self.tenants[0].order.total_steps}"
         if self.config.many:

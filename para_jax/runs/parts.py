@@ -1,8 +1,8 @@
 """The parts of a run of many tenants: those that it began with, and those that were added to it later.
 
 Each part is trained as a run of its tenants alone, after the parts before it have ended: it has its own batches, its
-own steps, and its own log and checkpoints. So an added tenant changes nothing of the others, and a part that was
-stopped resumes as any run. The first part keeps its log and checkpoints in output_dir, the next in output_dir/_added_1,
+own steps, and its own log and checkpoints. So adding a tenant does not change the others, and a part that was stopped
+resumes like any run. The first part keeps its log and checkpoints in output_dir, the next in output_dir/_added_1,
 then _added_2. No tenant can have such a name. Its file tenants.json says who belongs to it.
 """
 

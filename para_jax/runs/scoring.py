@@ -100,7 +100,7 @@ class Scoring(NamedTuple):
 
     def with_kept_best(self, state: TrainState, standing: Standing) -> Standing:
         """The standing at a resume. Where a tenant's folder does not hold the best adapter that the checkpoint knows,
-        but one of steps that were lost, the next score begins a new search."""
+        but one from steps that were lost, the next score begins a new search."""
         known, like = standing.kept or {}, jax.eval_shape(tenant_of, state.adapters, jnp.int32(0))
         for tenant in standing.running:
             name, folder = standing.names[tenant], self.tenants[tenant].folder
@@ -171,8 +171,8 @@ class Scoring(NamedTuple):
         return standing
 
     def score_backbone(self, state: TrainState, standing: Standing, split: str, asked: list[int]) -> Standing:
-        """Scores the backbone alone on the validation or test data of these tenants. What it scores at the start is
-        logged: of validation data as that of step 0."""
+        """Scores the backbone alone on the validation or test data of these tenants. Scores at the start of a run are
+        logged, those on validation data as step 0."""
         tasks = self.validation if split == "validation" else self.test
         held = [len(tasks.encoded[tenant].examples) for tenant in asked if tenant in tasks.encoded]
         if not held:

@@ -88,8 +88,8 @@ def read_inputs(
 
     Args:
         names: only these tenants; default: all.
-        before: an earlier version began the run; its defaults then hold.
-        shared: what is read already.
+        before: an earlier version began the run, so its defaults apply.
+        shared: what has already been read.
     """
     resolve_backbone(config.backbone.source)
     tokenizer, model = run_tokenizer(config), load_model_config(config.backbone.source)

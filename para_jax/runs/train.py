@@ -254,7 +254,8 @@ def with_rows_before(config: RunConfig) -> RunConfig:
 
 
 def say_rows(kept: int, of_devices: int, devices: int) -> None:
-    """Says that a step keeps its rows where these devices would give it others. Raises ValueError if they can't."""
+    """Says that a step keeps its number of rows, although these devices would give it another one. Raises ValueError
+    if they can't."""
     expected = f"a divisor of {kept}, the rows of a step of this run so far"
     require(kept % devices == 0, "the number of devices (mesh.data x mesh.fsdp)", devices, expected)
     if kept != of_devices:
@@ -420,8 +421,8 @@ def empty_state(config: RunConfig, model, slots: int, mesh) -> TrainState:
 
 
 def accepted_changes(standing: Standing, run: dict[str, str]) -> tuple[list[str], Standing]:
-    """The parts of the data that changed since a checkpoint was written, which the config accepts. Also its standing
-    as one of the new data."""
+    """The parts of the data that changed since a checkpoint was written, which the config accepts. Also returns its
+    standing, now as one of the new data."""
     changed = changed_data(standing.run, run)
     if changed:
         said = describe_changes(changed, standing.run or {}, run)

@@ -1,4 +1,4 @@
-"""Answer: the way of an answer's pieces from the engine's thread into asyncio."""
+"""Answer: carries the pieces of an answer from the engine's thread into asyncio."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EngineLoop: the one thread that drives the engine, and the way of answers from it into asyncio."""
+"""EngineLoop: the one thread that drives the engine and passes its answers on to asyncio."""
 
 from __future__ import annotations
 
@@ -195,6 +195,6 @@ def engine_failed() -> ApiError:
 
 
 def queue_full(error: QueueFull) -> ApiError:
-    """429. The count of waiting requests concerns other tenants too, so it is not told."""
+    """429. The count of waiting requests concerns other tenants too, so the error does not reveal it."""
     whose = "this model's queue" if error.tenant_full else "the server's queue"
     return retry_later(429, 1, f"{whose} is full; try again", "rate_limit_exceeded")

@@ -12,8 +12,8 @@ from .errors import wrong_field
 
 
 class Fields:
-    """A field that is null is as if it were not there, as OpenAI's clients send it. Errors are ApiError 400 that name
-    the field."""
+    """A field that is null counts as missing, because OpenAI's clients send such fields. Errors are ApiError 400 that
+    name the field."""
 
     def __init__(self, found: dict, inside: str = ""):
         """

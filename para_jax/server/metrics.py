@@ -2,7 +2,7 @@
 docs.vllm.ai "Production Metrics"), so its dashboards and the gateways that know vLLM work unchanged. Those that begin
 with para_jax are our own.
 
-Gauges are read from the engine when somebody asks. The rest is counted from each request's Outcome.
+Gauges are read from the engine at each request for metrics. The rest is counted from each request's Outcome.
 """
 
 from __future__ import annotations

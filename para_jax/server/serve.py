@@ -49,8 +49,8 @@ def serve(
     on_ready: Callable[[str], None] | None = None,
     taken: socket.socket | None = None,
 ) -> None:
-    """Serves an engine's models over HTTP, as OpenAI's API has it, until it is told to stop. Nothing else may drive the
-    engine meanwhile.
+    """Serves an engine's models over HTTP, with OpenAI's API, until it is stopped. Nothing else may drive the engine
+    meanwhile.
 
     SIGTERM, Ctrl-C or `stop` end it: it takes no more requests, finishes those that are open, and returns. A second
     signal, or one before it is ready, ends the process at once. Outside the main thread, only `stop` does.

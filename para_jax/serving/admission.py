@@ -96,7 +96,7 @@ class Admission:
         return self.bank.entry(tenant)
 
     def ids(self, prompt: Prompt | Ids) -> list[int]:
-        """The token ids of a prompt. Raises ValueError for one that is none."""
+        """The token ids of a prompt. Raises ValueError for anything that is not a prompt."""
         if isinstance(prompt, tuple):
             ids = list(prompt)
         else:

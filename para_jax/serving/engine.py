@@ -155,7 +155,7 @@ class Engine:
 
     @property
     def prefix_cache(self) -> PrefixCacheStats:
-        """How the prefix cache fares since the engine was made."""
+        """The statistics of the prefix cache since the engine was made."""
         cache, each = self._prefills.cache, self._prefills.size * token_bytes(self._decoder.row)
         return PrefixCacheStats(cache.queries, cache.hits, cache.known * each, cache.pinned_blocks * each)
 
@@ -224,8 +224,8 @@ class Engine:
             return iter(Stream(ticket, self._requests, self._advance))
 
     def wait(self, timeout: float) -> bool:
-        """Waits until a request is open, at most `timeout` seconds. Returns whether one is: for a thread that drives by
-        `step`."""
+        """Waits until a request is open, at most `timeout` seconds. Returns whether one is. For a thread that drives
+        the engine with `step`."""
         with self._requests.news:
             return self._requests.news.wait_for(lambda: self.open > 0, timeout)
 
@@ -244,7 +244,7 @@ class Engine:
             return self._pins.add(ids)
 
     def unpin(self, prefix: Prompt | Ids) -> None:
-        """Lets a pinned prefix leave the cache when its room is needed. Raises ValueError for one that isn't pinned."""
+        """Lets the cache drop a pinned prefix when it needs the room. Raises ValueError for one that isn't pinned."""
         ids = self._admission.ids(prefix)
         with self._requests.lock:
             self._pins.remove(ids, prefix)

@@ -9,8 +9,8 @@ from .prefix_cache import PrefixCache
 
 
 class Pins:
-    """The pinned prompts. `kept` is replaced as a whole, so any thread may read it; changes come with the engine's lock
-    held."""
+    """The pinned prompts. `kept` is replaced as a whole, so any thread may read it. Only a thread that holds the
+    engine's lock may change it."""
 
     def __init__(self, cache: PrefixCache, blocks: int):
         """

@@ -1,4 +1,4 @@
-"""Prompts that are prefilled in blocks, some blocks per round, so that rows which decode wait for no more than that.
+"""Prompts that are prefilled in blocks, some blocks per round, so that decoding rows never wait for longer than that.
 
 These are the prompts of the base model and of scope `response`: they run through the plain backbone, and share the
 blocks in which they agree (prefix_cache.py). One thread at a time may use this.

@@ -1,8 +1,8 @@
 """Which blocks of the engine's pool hold which tokens: the prefix cache, without its arrays.
 
-A block is known by a hash of the backbone, of all tokens before it and of its own, so it is found only where the whole
-prompt up to its end is the same. Prompts at work refer to their blocks. A block that no prompt refers to stays until
-its room is needed, the least recently used first. Pinned ones are never given up.
+A block is identified by a hash of the backbone, of all tokens before it and of its own tokens, so it is found only if
+the whole prompt up to its end is the same. Prompts at work refer to their blocks. A block that no prompt refers to
+stays until its room is needed; the least recently used is dropped first. Pinned blocks are never dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 
 
 class PrefixCacheStats(NamedTuple):
-    """How an engine's prefix cache fares. Hits per queries is the share of prompt tokens that were not computed."""
+    """Statistics of an engine's prefix cache. Hits divided by queries is the share of prompt tokens that did not have
+    to be computed."""
 
     queries: int
     """tokens of all prompts that were looked up"""

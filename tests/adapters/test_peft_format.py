@@ -216,6 +216,17 @@ def test_matrices_of_phi3_that_are_no_blocks_are_shared_by_the_sites(tmp_path):
     assert_same(load(tmp_path / "again", "phi3"), found)
 
 
+def test_names_of_linears_that_phi3_lacks_are_ignored(tmp_path):
+    """PEFT trains those linears that there are. Many adapters of Phi-3 name LLaMA's."""
+    sites = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    adapter, _, _ = written(tmp_path, LoraConfig(r=2, target_modules=("o_proj", "down_proj")))
+    change_config(tmp_path / "adapter", target_modules=list(sites))
+    assert_same(load(tmp_path / "adapter", "phi3"), adapter)
+    change_config(tmp_path / "adapter", target_modules=["self_attn.qkv_proj", "o_proj", "down_proj"])
+    with pytest.raises(ValueError, match="missing: .*qkv_proj.lora_A"):
+        load(tmp_path / "adapter", "phi3")
+
+
 @pytest.mark.parametrize("half, place", [("B", (0, 2)), ("B", (70, 0))])
 def test_one_value_outside_the_blocks_makes_them_shared(tmp_path, half, place):
     adapter, _, _ = written(tmp_path, LoraConfig(r=2))

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from tiny_tokenizers import MAY_THINK, byte_level, own_space, plain
@@ -69,6 +70,49 @@ def test_a_text_after_a_special_token_begins_as_tokenizer_json_says(tmp_path, ki
             found = tokenizer(text, add_special_tokens=special)["input_ids"]
             assert found == file.encode(text, add_special_tokens=special).ids
             assert tokenizer.decode(found) == own_space().decode(found)
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "GemmaTokenizer"])
+@pytest.mark.parametrize(
+    ("ends", "begin", "end"),
+    [
+        ({"add_bos_token": True, "add_eos_token": False}, ["<s>"], []),
+        ({"add_eos_token": True}, ["<s>"], ["</s>"]),
+        ({"add_bos_token": False}, [], []),
+        ({}, [], []),
+    ],
+)
+def test_a_text_begins_and_ends_as_tokenizer_config_says(tmp_path, kind, ends, begin, end):
+    """As in DeepSeek's folders, whose tokenizer.json adds nothing. transformers 5 does not read these keys."""
+    byte_level(["<s>", "</s>"], bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    file, settings = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": level}))
+    saved = json.loads(settings.read_text())
+    saved = {key: value for key, value in saved.items() if not key.startswith("add_")} | {"tokenizer_class": kind}
+    settings.write_text(json.dumps(saved | ends))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer("hello")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == [*begin, *"hello", *end]
+    assert tokenizer("hello", add_special_tokens=False)["input_ids"] == ids[len(begin) : len(ids) - len(end)]
+
+
+@pytest.mark.parametrize("names", [("tokenizer_config.json",), ("tokenizer_config.json", "tekken.json")])
+def test_a_folder_without_a_tokenizer_that_can_be_read_says_so(tmp_path, names):
+    (tmp_path / "config.json").write_text('{"model_type": "mistral3"}')
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path}: no tokenizer.json.*{'tekken.json' if len(names) == 2 else ''}"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_sentencepiece_model_needs_its_library(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match="tokenizer.model.*pip install sentencepiece"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("known", [True, False])
