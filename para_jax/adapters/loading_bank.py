@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from weakref import WeakValueDictionary
+
+import numpy as np
 
 from ..config import ModelConfig
 from .adapter import Adapter
 from .bank import AdapterBank, Entry
 from .preview import Preview
 from .rows import Rows
+
+#: Adapters that open requests may hold, however small the memory is.
+FEWEST = 16
 
 
 class LoadingBank(AdapterBank):
@@ -19,6 +25,8 @@ class LoadingBank(AdapterBank):
 
     most: int
     """adapters that are held at once"""
+    _alive: WeakValueDictionary[int, np.ndarray]
+    """an array of each adapter that the bank or an open request holds, by its version"""
     _found: dict[str, Preview]
     _load: Callable[[str], Adapter]
     _loading: threading.Lock
@@ -36,6 +44,7 @@ class LoadingBank(AdapterBank):
         """
         bank = cls.fitting([one.config for one in found.values()], model_config, capacity=len(found))
         bank._found, bank._load, bank._loading = dict(found), load, threading.Lock()
+        bank._alive = WeakValueDictionary()
         bank.most = max(1, memory // max(1, bank.largest))
         return bank
 
@@ -59,7 +68,15 @@ class LoadingBank(AdapterBank):
                         super().remove(oldest)
                     super().add(name, adapter)
                     entry = self._used(name)
+                    assert entry is not None
+                    self._alive[entry.version] = next(iter(entry.weights.values()))
         return super().entry(name) if entry is None else entry
+
+    @property
+    def crowded(self) -> bool:
+        """Whether open requests hold so many adapters that the next one should wait: with it there would be more than
+        twice what the memory is for."""
+        return len(self._alive) >= max(2 * self.most, FEWEST)
 
     def _used(self, name: str) -> Entry | None:
         """The entry of an adapter that is held, which is now the most recently used."""

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from .run import RunConfig
 
-#: Metrics of eval.metric for which choices are ranked.
-RANKING = (None, "accuracy", "macro_f1", "matthews")
+#: Metrics for which choices may be ranked.
+RANKING = {"accuracy", "macro_f1", "matthews"}
 
 
-def unused_fields(config: RunConfig) -> Iterator[str]:
+def unused_fields(config: RunConfig, metrics: Collection[str] = ()) -> Iterator[str]:
     """A line for each such field: its name, its value, and why nothing reads it. data.train next to data.tenants is
-    none: many configs have one."""
+    none: many configs have one.
+
+    Args:
+        metrics: those of the run's validation and test data. If none are given, eval.metric.
+    """
     adapter, given = config.adapter, config.eval
     one, tenants = not config.many, bool(config.data.tenants)
     rankless = not (config.sweep.method or hasattr(adapter, "r"))
     unbiased = not (config.sweep.method or getattr(adapter, "up_bias", False))
+    used = set(metrics or filter(None, [given.metric]))
+    metric = f"eval.metric={' and '.join(sorted(used))}"
     unread = [
         ("data.validation", tenants, "data.tenants is set; each tenant's folder has its own"),
         ("data.test", tenants, "data.tenants is set; each tenant's folder has its own"),
@@ -27,8 +33,8 @@ def unused_fields(config: RunConfig) -> Iterator[str]:
         ("train.sampling", one, "the run trains one adapter"),
         ("train.up_lr_ratio", rankless, "the adapter's method has no matrices that lead out of a rank"),
         ("train.bias_lr_ratio", unbiased, "the adapter has no biases; adapter.up_bias=true makes them"),
-        ("eval.choices", given.metric not in RANKING, f"eval.metric={given.metric} ranks no choices"),
-        ("eval.max_new_tokens", given.metric in ("loss", "accuracy"), f"eval.metric={given.metric} writes no answers"),
+        ("eval.choices", bool(used) and not used & RANKING, f"{metric} ranks no choices"),
+        ("eval.max_new_tokens", bool(used) and used <= {"loss", "accuracy"}, f"{metric} writes no answers"),
         ("eval.test_limit", not given.test, "eval.test=true scores the test data"),
         ("profiler.steps", config.profiler.start_step is None, "profiler.start_step says where the trace begins"),
     ]

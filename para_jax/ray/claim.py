@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from .. import atomic
 from ..config import printable
+from ..runs.folder import locked
 from ..storage.bucket import Place
 
 CALL_FILE = "call.txt"
@@ -14,6 +16,25 @@ CALL_FILE = "call.txt"
 DEATHS = ".deaths"
 #: Bytes that are read of a call file: it has the names of all adapters.
 MAX_BYTES = 2**26
+
+
+@contextmanager
+def claimed(output: Place, folder: Place, line: Sequence[str], shards: int) -> Iterator[None]:
+    """As `claim_output`, and no other process may begin or continue a call of this output during the block. Raises
+    ValueError, naming the folder, if one is at work already."""
+    require_free(output, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        claim_output(output, folder, line, shards)
+        yield
+
+
+def require_free(output: Place, folder: Place) -> None:
+    """Raises ValueError for an output that no call has begun."""
+    if (folder / CALL_FILE).is_file():
+        return
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ValueError(f"output {output}: it is there already; choose another")
 
 
 def claim_output(output: Place, folder: Place, line: Sequence[str], shards: int) -> None:
@@ -26,9 +47,8 @@ def claim_output(output: Place, folder: Place, line: Sequence[str], shards: int)
     Raises ValueError, naming the output, if it holds anything else, or if its shards belong to another call.
     """
     file, now = folder / CALL_FILE, [json.dumps(part) for part in (f"shards={shards}", *line)]
+    require_free(output, folder)
     if not file.is_file():
-        if output.is_file() or (output.is_dir() and any(output.iterdir())):
-            raise ValueError(f"output {output}: it is there already; choose another")
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(file, "\n".join(now) + "\n")
         return

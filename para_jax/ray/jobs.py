@@ -15,7 +15,7 @@ from ..config import expanded
 from ..evaluation.merge import merge_folders
 from ..serving.job_merge import merge_jobs
 from ..storage.bucket import BucketPath, Place
-from .claim import claim_output
+from .claim import claimed
 from .command import arguments, parsed
 from .pool import ray_data, run_shards
 from .workers import EvaluationWorker, GenerationWorker
@@ -58,9 +58,9 @@ def evaluate_on_ray(
     if (place / "table.md").exists():
         raise ValueError(f"output {place}: it is complete already; choose another folder, or remove it")
     folders = [shards_of(place) / str(index) for index in range(shards)]
-    claim_output(place, shards_of(place), given, shards)
-    run_shards(EvaluationWorker, given, folders, "evaluating", workers, reserved)
-    return merge_folders(folders, place, again=True)
+    with claimed(place, shards_of(place), given, shards):
+        run_shards(EvaluationWorker, given, folders, "evaluating", workers, reserved)
+        return merge_folders(folders, place, again=True)
 
 
 def generate_on_ray(
@@ -94,9 +94,9 @@ def generate_on_ray(
     if place.exists():
         raise ValueError(f"output {place}: it is complete already; choose another path, or remove it")
     files = [shards_of(place) / f"{index}.jsonl" for index in range(shards)]
-    claim_output(place, shards_of(place), given, shards)
-    run_shards(GenerationWorker, given, files, "answering", workers, reserved)
-    return merge_jobs(files, place)
+    with claimed(place, shards_of(place), given, shards):
+        run_shards(GenerationWorker, given, files, "answering", workers, reserved)
+        return merge_jobs(files, place)
 
 
 def absolute(output: str | Path) -> Place:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # `check_folder` is asked before JAX is loaded
 
 #: A folder holds the same run although these differ.
 FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
+#: Those of them that may differ between the hosts of a run. All hosts save a checkpoint at the same step.
+HOST_FIELDS = tuple(name for name in FREE_FIELDS if name != "checkpoint")
 #: Fields of other sections that do not make it another run either. A longer run is the same run.
 FREE_NAMES = (
     "backbone.attention", "data.cache", "data.changed", "eval.base", "train.cache_prompts", "train.max_steps",
@@ -86,6 +88,8 @@ def require_own_run(config: RunConfig, folder: Place) -> None:
 
 @contextmanager
 def locked(folder: Place) -> Iterator[None]:
+    """Holds the lock of a folder, on a disk or in a bucket, during the block. Where a disk can't lock, says so. Raises
+    ValueError, naming the folder, if another process holds it."""
     if isinstance(folder, BucketPath):
         with bucket_lock(folder / LOCK, say):
             yield

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from .. import atomic
 from ..config import PLAIN_LEARNING_RATE, CheckpointSection, EvalSection, ProfilerSection, RunConfig, SweepSection
 from ..data.batches import for_mixed_rows
+from ..evaluation.tasks import EvalTask
 from ..messages import say, warn
 from ..processes import on_first_process
 from ..storage.bucket import Place
@@ -164,14 +165,24 @@ def trial_steps(steps: int) -> int:
 def trial_of(tenant: Tenant, rate: float, folder: Place) -> Tenant:
     """A tenant with another rate, fewer steps, and its loss as the score."""
     name = f"{tenant.name or 'learning_rate'}-{rate!r}".replace("+", "")
-    steps, task = trial_steps(tenant.order.total_steps), tenant.validation
-    assert task is not None, "tenants without validation data have no trials"
+    steps = trial_steps(tenant.order.total_steps)
+    assert tenant.validation is not None, "tenants without validation data have no trials"
+    task = spread(tenant.validation, tenant.config.eval.limit)
     train = replace(tenant.config.train, learning_rate=rate, max_steps=steps)
     own = replace(tenant.config, output_dir=str(folder / name), train=train, eval=trial_eval(tenant.config.eval))
     validation = task._replace(metric="loss", choices=(), also=())
     return tenant._replace(
         name=name, config=own, order=tenant.order._replace(total_steps=steps), validation=validation, test=None
     )
+
+
+def spread(task: EvalTask, limit: int | None) -> EvalTask:
+    """At most EXAMPLES of the task's first `limit` records, spread evenly: a file may be sorted by its answers."""
+    most = min(limit or len(task.records), len(task.records))
+    count = min(most, EXAMPLES)
+    chosen = [i * most // count for i in range(count)]
+    examples = task.examples and [task.examples[i] for i in chosen]
+    return task._replace(records=[task.records[i] for i in chosen], examples=examples)
 
 
 def trial_eval(section: EvalSection) -> EvalSection:

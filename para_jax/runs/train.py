@@ -50,7 +50,7 @@ from ..training.tenants_file import read_entries
 from ..untrusted import safe_names
 from .chosen import chosen_rates, is_auto, resolved
 from .folder import (
-    FREE_FIELDS,
+    HOST_FIELDS,
     began_before,
     check_folder,
     check_tenants,
@@ -192,7 +192,7 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
     """
     shared = shared or Shared()
     devices.start(config.runtime)
-    require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in FREE_FIELDS})
+    require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in HOST_FIELDS})
     if config.train.cache_prompts != "off" and (count := jax.process_count()) > 1:
         raise ValueError(
             f"train.cache_prompts={config.train.cache_prompts} keeps the prompts of one process, and this run has "
@@ -206,7 +206,8 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
     layouts = on_every_process(lambda: [lay_out(kept, mesh, len(part.names)) for part in parts])
     inputs = read_parts(config, parts, layouts, chosen, shared)
     tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
-    for line in unused_fields(config):
+    tasks = [task for tenant in tenants for task in (tenant.validation, tenant.test) if task]
+    for line in unused_fields(config, {task.metric for task in tasks}):
         warn(line)
     if config.eval.test and not any(tenant.test for tenant in tenants):
         say("eval.test=true scores nothing: there is no test data (data.test, or test.jsonl next to train.jsonl)")

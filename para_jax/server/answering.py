@@ -153,6 +153,7 @@ class Answering:
     async def _whole(self, asked: Asked, answer: Answer, choices: dict, writer: Writer, outcome: Outcome, send) -> None:
         while any(choice.finish_reason is None for choice in choices.values()):
             take_news(await answer.news(), choices, outcome)
+            note_times(answer, outcome)
 
         def body() -> bytes:
             made = [self.shape.choice(choice, part) for choice in choices.values() if (part := choice.take())]
@@ -171,6 +172,7 @@ class Answering:
         told = 0  # new tokens of the events so far: the engine may be ahead of them
         while any(choice.finish_reason is None for choice in choices.values()):
             changed = take_news(await answer.news(), choices, outcome)
+            note_times(answer, outcome)
 
             def events(changed: list[Choice] = changed) -> bytes:
                 nonlocal told

@@ -43,10 +43,10 @@ class ApiKeys:
         self._keys: list[tuple[bytes, Access]] = []
         for line in lines:
             key, *tenants = line.split()
-            access = Access(frozenset(tenants), True, digest(key).hex()) if tenants else Access(keyed=True)
-            if any(hmac.compare_digest(digest(key), known) for known, _ in self._keys):
-                raise ValueError("a key is there twice; write its tenants on one line")
-            self._keys.append((digest(key), access))
+            known = digest(key)
+            self._keys.append((known, Access(frozenset(tenants), True, known.hex()) if tenants else Access(keyed=True)))
+        if len({known for known, _ in self._keys}) < len(self._keys):
+            raise ValueError("a key is there twice; write its tenants on one line")
 
     def __bool__(self) -> bool:
         return bool(self._keys)

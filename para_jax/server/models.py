@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 
 from ..adapters.bank import AdapterBank, Entry
+from ..adapters.loading_bank import LoadingBank
 from ..adapters.unknown_tenant import COMPARED
 from ..config import printable, shorten
 from ..messages import warn
 from ..untrusted import safe_name
 from .api_keys import Access
-from .errors import ApiError
+from .errors import ApiError, retry_later
 
 #: A name of the base model that always works.
 BASE = "base"
@@ -80,10 +81,14 @@ class Models:
         return bank is not None and name in bank and access.may_use(name) and not bank.holds(name)
 
     def resolve(self, name: str, access: Access) -> tuple[str | None, Entry | None]:
-        """The tenant and its adapter; (None, None) for the base model. Raises ApiError 404 as `tenant` does."""
+        """The tenant and its adapter; (None, None) for the base model. Raises ApiError 404 as `tenant` does, and 429 if
+        it would have to be loaded while open requests hold too many adapters."""
         tenant = self.tenant(name, access)
         if tenant is None or self.bank is None:
             return None, None
+        if isinstance(self.bank, LoadingBank) and self.bank.crowded and not self.bank.holds(tenant):
+            message = "open requests hold as many adapters as the memory has room for; try again"
+            raise retry_later(429, 1, message, "rate_limit_exceeded")
         try:
             return tenant, self.bank.entry(tenant)
         except (ValueError, OSError) as error:

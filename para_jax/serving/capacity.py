@@ -11,18 +11,21 @@ from ..backbone.cache import HELD
 from ..backbone.kernel_choice import describe_decode
 from ..model import DecodeState
 from ..sharding import shard_sizes
-from .prefills import ROWS, token_bytes
+from .prefills import token_bytes
 
 #: Prompts that were prefilled whole and are kept, for the next request with the same adapter and prompt.
 KEPT = 4
 
 
-def capacity(bank: AdapterBank | None, row: DecodeState, slots: int, max_length: int, *, pool: int, cached: int) -> str:
+def capacity(
+    bank: AdapterBank | None, row: DecodeState, slots: int, max_length: int, *, prompts: int, pool: int, cached: int
+) -> str:
     """The memory of the engine's slots and prompts, how many slots would fit into the free memory, and the methods that
     may join.
 
     Args:
         row: the abstract state of one row.
+        prompts: how many are prefilled in blocks at the same time, at most.
         pool: tokens of prompts that are held in blocks.
         cached: how many of them are the prefix cache's.
     """
@@ -31,7 +34,7 @@ def capacity(bank: AdapterBank | None, row: DecodeState, slots: int, max_length:
     row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row.adjustments)) + max_length * token
     text = f"engine: {slots} slots of {max_length} tokens and up to {KEPT} kept prompts, "
     text += f"{(slots + KEPT) * row_bytes / 1e9:.2f} GB ({row_bytes / 1e6:.2f} MB per row)"
-    text += f"; {ROWS} prompts at work and a prefix cache of {cached} tokens, "
+    text += f"; {prompts} prompts at work and a prefix cache of {cached} tokens, "
     text += f"{pool * token / 1e9:.2f} GB"
     text += f"; on each of {devices} devices" if devices > 1 else ""
     free = free_memory()

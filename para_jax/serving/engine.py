@@ -119,7 +119,8 @@ class Engine:
             )
             self._prefills = self._decoder.prefills
             pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
-            say(capacity(bank, self._decoder.row, slots, max_length, pool=pool, cached=cached))
+            prompts = self._prefills.rows
+            say(capacity(bank, self._decoder.row, slots, max_length, prompts=prompts, pool=pool, cached=cached))
 
         self._requests = OpenRequests(tokenizer, seed, queue_limit, queue_limit_per_tenant)
         self._pins = Pins(self._prefills.cache, self._prefills.cached)

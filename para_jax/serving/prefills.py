@@ -25,7 +25,8 @@ from ..sharding import constrain, replicate
 from .prefix_cache import PrefixCache
 from .slots import PrefilledPrompt, zeros_of
 
-#: Prompts at work, or finished and kept for the next request with the same adapter and prompt.
+#: Prompts of the longest length that the pool has blocks for, at work or kept for the next request of the same prompt.
+#: If a chunk has blocks for more prompts, that many may be at work, and shorter ones fill the pool.
 ROWS = 4
 
 
@@ -81,7 +82,11 @@ class Prefills:
         self.bank, self.row, self.size, self.lanes, self.cached = bank, row, size, lanes, cached
         self._leaves, self._treedef = jax.tree.flatten(model)
         self._longest = longest
-        self.cache = PrefixCache(ROWS * longest + cached, size, model.fingerprint or "", enabled=cached > 0)
+        self.rows = max(ROWS, lanes)
+        """prompts at work, or finished and kept for the next request with the same adapter and prompt, at most"""
+        self._room = ROWS * longest
+        """their blocks, at most"""
+        self.cache = PrefixCache(self._room + cached, size, model.fingerprint or "", enabled=cached > 0)
         self.pins: dict[tuple[int, ...], list[bytes]] = {}
         """the keys of pinned prompts, by their ids"""
         self._prompts: OrderedDict[tuple, Prompt] = OrderedDict()
@@ -114,20 +119,20 @@ class Prefills:
         self._prompts.move_to_end(key)
         return prompt
 
-    def has_room(self, key: tuple) -> bool:
+    def has_room(self, key: tuple, ids: Sequence[int]) -> bool:
         """Whether a prompt may start now, or has started."""
-        rows = [prompt for prompt in self._prompts.values() if prompt.made is None]
-        return key in self._prompts or len(rows) < ROWS
+        working = [prompt for prompt in self._prompts.values() if prompt.made is None]
+        return key in self._prompts or self._fits(working, ids)
 
     def start(self, key: tuple, ids: Sequence[int], entry: Entry | None) -> None:
-        """Gives a prompt a row, unless it has one. The least recently used finished prompt leaves."""
+        """Gives a prompt a row, unless it has one. The least recently used finished prompts make room."""
         if key in self._prompts:
             return
         if entry is not None:
             self._grow_window([entry.config])
-        if len(self._prompts) == ROWS:
+        while not self._fits(self._prompts.values(), ids):
             self._drop(next(prompt for prompt in self._prompts.values() if prompt.made is not None))
-        row = min(set(range(ROWS)) - {prompt.row for prompt in self._prompts.values()})
+        row = min(set(range(self.rows)) - {prompt.row for prompt in self._prompts.values()})
         self._prompts[key] = Prompt(key, ids, entry, row, self.cache.keys(ids, key[-1]))
         self.cache.queries += len(ids)
 
@@ -139,7 +144,7 @@ class Prefills:
             if prompt.made is None and prompt.key not in wanted and prompt.key not in pinned:
                 self._drop(prompt)
         for ids, keys in self.pins.items():
-            if not all(map(self.cache.knows, keys)) and self.has_room((None, ids, None)):
+            if not all(map(self.cache.knows, keys)) and self.has_room((None, ids, None), ids):
                 held = self.finished((None, ids, None))
                 if held is not None:  # it was finished before it was pinned, and its blocks were given up since
                     self._drop(held)
@@ -199,7 +204,7 @@ class Prefills:
     def _compute(self, working: list[Prompt]) -> None:
         lanes = self._planned(working)
         self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, lanes)
-        complete = [prompt for prompt in working if len(prompt.blocks) == self._needed(prompt)]
+        complete = [prompt for prompt in working if len(prompt.blocks) == self._needed(prompt.ids)]
         adapted = self._adapt([prompt for prompt in complete if prompt.entry is not None], last.entered)
         for prompt in complete:
             prompt.made = last.logits, *(self._nothing if prompt.entry is None else adapted)
@@ -213,7 +218,7 @@ class Prefills:
             for prompt in working:
                 self._find_blocks(prompt)
                 number = len(prompt.blocks)
-                if used == self.lanes or number == self._needed(prompt):
+                if used == self.lanes or number == self._needed(prompt.ids):
                     continue
                 turns, tokens = True, prompt.ids[number * self.size : (number + 1) * self.size]
                 prompt.blocks.append(self.cache.take())
@@ -228,7 +233,7 @@ class Prefills:
         return lanes
 
     def _find_blocks(self, prompt: Prompt) -> None:
-        while len(prompt.blocks) < self._needed(prompt) - 1:
+        while len(prompt.blocks) < self._needed(prompt.ids) - 1:
             found = self.cache.find(prompt.block_keys[len(prompt.blocks)])
             if found is None:
                 return
@@ -241,14 +246,14 @@ class Prefills:
         if not prompts:
             return self._nothing
         assert self.bank is not None
-        entries: list[Entry | None] = [None] * ROWS
+        entries: list[Entry | None] = [None] * self.rows
         for prompt in prompts:
             entries[prompt.row] = prompt.entry
         adjustments, carried = make_adjustments(self.bank.rows_of(entries), entered)
         if not any(prompt.adapted for prompt in prompts):
             return carried, self._nothing[1]
-        tokens, table = np.zeros((ROWS, self.window), np.int32), np.zeros((ROWS, self._longest), np.int32)
-        length, adapted = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)
+        tokens, table = np.zeros((self.rows, self.window), np.int32), np.zeros((self.rows, self._longest), np.int32)
+        length, adapted = np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int32)
         for prompt in prompts:
             row, last = prompt.row, prompt.ids[:-1][-self.window :]
             tokens[row, self.window - len(last) :], table[row] = last, self._table(prompt)
@@ -258,14 +263,19 @@ class Prefills:
 
     def _no_lanes(self) -> Lanes:
         row, number, count = (np.zeros(self.lanes, np.int32) for _ in range(3))
-        tokens, table = np.zeros((self.lanes, self.size), np.int32), np.zeros((ROWS, self._longest), np.int32)
-        return Lanes(tokens, row, number, count, table, np.zeros(ROWS, np.int32))
+        tokens, table = np.zeros((self.lanes, self.size), np.int32), np.zeros((self.rows, self._longest), np.int32)
+        return Lanes(tokens, row, number, count, table, np.zeros(self.rows, np.int32))
 
     # ------------------------------------------------------------------------------------------------------ the prompts
 
-    def _needed(self, prompt: Prompt) -> int:
+    def _needed(self, ids: Sequence[int]) -> int:
         """Blocks of a prompt."""
-        return -(-len(prompt.ids) // self.size)
+        return -(-len(ids) // self.size)
+
+    def _fits(self, others: Collection[Prompt], ids: Sequence[int]) -> bool:
+        """Whether there are a row and blocks for one more prompt next to these."""
+        blocks = sum(self._needed(prompt.ids) for prompt in others)
+        return len(others) < self.rows and blocks + self._needed(ids) <= self._room
 
     def _drop(self, prompt: Prompt) -> None:
         del self._prompts[prompt.key]
@@ -295,9 +305,9 @@ class Prefills:
 
     def _of_no_adapter(self) -> tuple:
         """The adjustments, and the keys and values of last tokens, of prompts without an adapter: zeros."""
-        shape = lambda leaf: (ROWS, leaf.shape[1], self.window, leaf.shape[3])  # noqa: E731
+        shape = lambda leaf: (self.rows, leaf.shape[1], self.window, leaf.shape[3])  # noqa: E731
         last = jax.tree.map(lambda leaf: empty_held(shape(leaf), leaf.dtype), self.row.cache)
-        return zeros_of(self.row.adjustments, ROWS), last
+        return zeros_of(self.row.adjustments, self.rows), last
 
     def _empty(self, leaf) -> jax.Array:
         return empty_held((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)

@@ -17,7 +17,7 @@ import numpy as np
 
 class PrefixCacheStats(NamedTuple):
     """Statistics of an engine's prefix cache. Hits divided by queries is the share of prompt tokens that did not have
-    to be computed."""
+    to be computed. A prompt that is still kept whole for the same adapter is not looked up, and counts in neither."""
 
     queries: int
     """tokens of all prompts that were looked up"""

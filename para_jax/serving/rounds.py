@@ -105,7 +105,7 @@ class Rounds:
                 head, known, in_chunks = queue.head(), False, False
                 if head is not None and head.decodes:
                     known, in_chunks = self._decoder.keeps(head), self._prefills.takes(head.entry)
-                    room = self._prefills.has_room(head.key) if in_chunks else not busy or passes < PREFILLS
+                    room = self._prefills.has_room(head.key, head.ids) if in_chunks else not busy or passes < PREFILLS
                     if not free or not (known or room):  # meanwhile, prompts that need no slot are scored
                         head = queue.head(lambda sample: not sample.decodes)
                 if head is None or (head.unscored and passes >= PREFILLS):

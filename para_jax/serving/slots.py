@@ -122,11 +122,13 @@ def steps(
     their log-probabilities. The model is passed flat; the given slots are donated.
 
     Args:
-        live: bool [slots]. The other slots start again at length 0, so the cache is read only up to the longest live
-            row.
+        live: bool [slots]. The other slots take the length of the shortest live row, so the cache is read only from
+            where that row's window begins to the end of the longest one.
         top: alternatives per token; None: no log-probabilities.
     """
-    slots = slots._replace(state=slots.state._replace(length=jnp.where(live, slots.state.length, 0)))
+    length = slots.state.length
+    shortest = jnp.min(jnp.where(live, length, length.max())) * live.any()
+    slots = slots._replace(state=slots.state._replace(length=jnp.where(live, length, shortest)))
 
     def one(slots: Slots, _):
         logits, state = decode_step(jax.tree.unflatten(treedef, leaves), slots.state, slots.token)

@@ -364,15 +364,14 @@ def progress_file(folder: Place, step: int) -> Place:
 
 
 def unchecked_progress(folder: Place) -> dict[str, Any]:
-    """The progress of the newest checkpoint of a folder, without a check of its bytes; empty if it can't be read."""
-    steps = steps_in(folder) if folder.is_dir() else []
-    if not steps:
-        return {}
-    try:
-        found = json.loads(progress_file(folder, steps[0]).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """The progress of the newest checkpoint of a folder in which it can be read, without a check of its bytes; empty if
+    there is none."""
+    for step in steps_in(folder) if folder.is_dir() else []:
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads(progress_file(folder, step).read_bytes())
+            if isinstance(found, dict):
+                return found
+    return {}
 
 
 def set_aside(folder: Place) -> Place:

@@ -9,9 +9,13 @@ import pytest
 from golden_models import FIXTURES, strong
 
 from para_jax import AdapterBank, Ia3Config, LoraConfig, ParaConfig, init_adapter, load_adapter, save_adapter
+from para_jax.adapters import loading_bank
 from para_jax.adapters.loading_bank import LoadingBank, bank_of
 from para_jax.adapters.preview import previews
 from para_jax.backbone.load import load_model_config
+from para_jax.server.api_keys import Access
+from para_jax.server.errors import ApiError
+from para_jax.server.models import Models
 
 CONFIGS = [ParaConfig(r=4), LoraConfig(r=2), Ia3Config(target_modules=("q_proj", "v_proj")), ParaConfig(r=2)]
 NAMES = ["a", "b", "c", "d"]
@@ -123,3 +127,22 @@ def test_a_request_to_an_adapter_that_is_held_does_not_wait_for_one_that_is_load
         assert slow[0].result() is slow[1].result()
     bank.entry("c")
     assert list(bank._entries) == ["b", "c"]
+
+
+def test_a_bank_is_crowded_while_requests_hold_many_adapters_of_it(found, config, monkeypatch):
+    """They may wait for long, so without a limit a burst over many tenants would fill the memory."""
+    monkeypatch.setattr(loading_bank, "FEWEST", 2)
+    bank, _ = loading(found, config, 1)
+    held = [bank.entry(name) for name in "ab"]
+    assert bank.crowded and len(bank) == 1
+    del held[0]
+    assert not bank.crowded
+    held.append(bank.entry("c"))
+    assert bank.crowded
+    models = Models(bank, "base", [])
+    with pytest.raises(ApiError) as refused:
+        models.resolve("d", Access())
+    assert refused.value.status == 429 and models.resolve("c", Access())[1] is held[-1]
+    held.clear()
+    bank.entry("d")
+    assert not bank.crowded

@@ -50,5 +50,15 @@ def test_a_field_that_nothing_reads_is_named(vain, useful):
     assert unused(*useful) == []
 
 
+@pytest.mark.parametrize(
+    ("override", "metrics"),
+    [(RANKED, {"exact_match"}), (RANKED, {"f1", "loss"}), ("eval.max_new_tokens=8", {"accuracy"})],
+)
+def test_the_metric_of_the_data_decides_where_the_config_has_none(override, metrics):
+    (line,) = unused_fields(load_config(None, [override]), metrics)
+    assert line.startswith(override.split("=")[0]) and all(metric in line for metric in metrics)
+    assert not list(unused_fields(load_config(None, [override]), {*metrics, "macro_f1"}))
+
+
 def test_what_a_field_says_already_is_not_named():
     assert unused("train.sampling=proportional", "eval.choices=[]", "eval.metric=loss") == []

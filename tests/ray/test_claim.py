@@ -2,7 +2,7 @@
 
 import pytest
 
-from para_jax.ray.claim import claim_output
+from para_jax.ray.claim import claim_output, claimed
 
 LINE = ["evaluate", "--limit=3"]
 
@@ -55,3 +55,28 @@ def test_a_call_goes_on_in_a_bucket(bucket):
     assert not deaths.exists()
     with pytest.raises(ValueError, match="shards=4. then"):
         claim(bucket / "claimed", shards=3)
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_one_process_at_a_time_works_on_an_output(tmp_path, request, kind):
+    """Two calls that begin at the same moment: the second is refused, whether it is the same call or another one."""
+    place = tmp_path if kind == "folder" else request.getfixturevalue("bucket") / "held"
+    given = place / "out", place / "out.shards"
+    with claimed(*given, LINE, 4):
+        for line in (LINE, [*LINE, "--limit=4"]):
+            with pytest.raises(ValueError, match="another process"), claimed(*given, line, 4):
+                pass
+    with claimed(*given, LINE, 4):
+        pass
+    with pytest.raises(ValueError, match="another call"), claimed(*given, LINE, 5):
+        pass
+
+
+def test_nothing_is_made_next_to_what_another_wrote(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with (
+        pytest.raises(ValueError, match="out: it is there already"),
+        claimed(tmp_path / "out", tmp_path / "x", LINE, 4),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

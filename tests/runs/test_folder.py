@@ -23,7 +23,7 @@ from para_jax.runs import folder as folders
 from para_jax.runs import train as runs
 from para_jax.runs.folder import check_folder, claim_folder, differences, locked_folder, rows_before, run_digests
 from para_jax.runs.tenants import Tenant, tenant_configs
-from para_jax.training.checkpoint import changed_data
+from para_jax.training.checkpoint import changed_data, progress_file
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,16 @@ def test_the_rows_of_trials_are_those_of_the_run(config):
     trials.parent.mkdir(parents=True)
     save_config(replace(config, train=replace(config.train, batch_size=24)), trials)
     assert rows_before(config) == 24
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"rows": 1', b"[1]", None])
+def test_the_rows_are_those_of_the_newest_checkpoint_that_can_be_read(config, torn):
+    for step, content in ((2, b'{"rows": 16}'), (4, torn)):
+        file = progress_file(Path(config.output_dir) / "checkpoints", step)
+        file.parent.mkdir(parents=True)
+        if content is not None:
+            file.write_bytes(content)
+    assert rows_before(config) == 16
 
 
 @pytest.mark.parametrize("method", ["para", "lora"])
@@ -334,3 +344,22 @@ def test_a_digest_says_which_part_of_the_data_is_another(config):
     names = "acme", "globex"
     two = [run_digests(config, "b", [tenant(examples, t, name=name) for name in names]) for t in (task, other)]
     assert changed_data(*two) == ["validation data of acme", "validation data of globex"]
+
+
+def test_hosts_of_a_run_save_at_the_same_steps(folder, monkeypatch):
+    """A host that saved alone would wait for the others for ever. Where each writes and what it logs is its own."""
+
+    def compared(*overrides):
+        told = []
+
+        def end(what, value):
+            told.append(value())
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(runs, "require_same", end)
+        with pytest.raises(KeyboardInterrupt):
+            runs.trained(run_config(folder, *overrides))
+        return told
+
+    assert compared() == compared("output_dir=elsewhere", "logging.every=7", "runtime.stopped_exit_code=143")
+    assert compared() != compared("checkpoint.every=7")

@@ -10,6 +10,9 @@ import pytest
 from tiny_run import metrics, run_config, run_folder, words, write_rows, write_tenants
 
 from para_jax import load_config, train, train_tenants
+from para_jax.data.examples import Example
+from para_jax.data.records import Record
+from para_jax.evaluation.tasks import EvalTask
 from para_jax.runs import rates
 from para_jax.runs.chosen import chosen_rates
 from para_jax.runs.rates import Trial, best_step, choice, next_step, rate_of, trial_steps
@@ -52,6 +55,18 @@ def test_the_grid_is_1_3_10_around_the_default():
 def test_the_lowest_loss_wins_and_of_equal_ones_the_smaller_rate():
     assert best_step(trials(s_2=2.0, s_1=1.0, s0=1.0, s1=3.0)) == -1
     assert choice(trials(s_2=2.0, s_1=1.5, s0=1.0, s1=None), 1e-3) == 1e-3
+
+
+@pytest.mark.parametrize(("limit", "first", "last"), [(None, 0, 2985), (500, 0, 497)])
+def test_trials_are_scored_on_examples_of_the_whole_file(limit, first, last):
+    """A file may be sorted: the first 200 examples would have few of its answers."""
+    records = [Record(str(i), "a", ("a",), None, f"line {i}") for i in range(3000)]
+    task = EvalTask("sorted", records, examples=[Example((i,), (1,)) for i in range(3000)])
+    found = rates.spread(task, limit)
+    assert [int(record.prompt) for record in found.records] == [ids[0] for ids, _ in found.examples]
+    assert len(found.records) == 200 and (found.records[0].prompt, found.records[-1].prompt) == (str(first), str(last))
+    few = task._replace(records=records[:7], examples=None)
+    assert rates.spread(few, limit) == few
 
 
 def test_a_diverged_trial_never_wins_and_an_edge_is_followed():

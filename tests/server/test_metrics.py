@@ -198,7 +198,9 @@ def test_a_server_shows_its_traffic():
             seen.append(scrape())
         counts = [one["vllm:generation_tokens_total", "base"] - generated for one in seen]
         assert counts == sorted(counts) and counts[-1] == 150
-        assert any(0 < count < 150 for count in counts)  # tokens are counted while they come
+        prompts = [one["vllm:prompt_tokens_total", "base"] - found["vllm:prompt_tokens_total", "base"] for one in seen]
+        during = [prompt for count, prompt in zip(counts, prompts, strict=True) if 0 < count < 150]
+        assert during and max(during) > 0 and prompts == sorted(prompts)  # tokens are counted while they come
         assert max(one["vllm:num_requests_running", "base"] for one in seen) == 3
         assert max(one["vllm:kv_cache_usage_perc", "base"] for one in seen) > 0
         last = {seen[-1][f"vllm:num_requests_{state}", "base"] for state in ("running", "waiting")}
