@@ -384,6 +384,25 @@ def test_one_of_two_samples_with_one_prompt_may_be_cancelled(model, bank):
     assert engine.prefix_cache.queries == len(long)
 
 
+@pytest.mark.long
+def test_as_many_short_prompts_start_at_once_as_a_chunk_has_blocks(model, bank):
+    """Long ones fill the pool before: no more of their blocks are held than those of ROWS longest prompts."""
+    sizes = {"slots": 10, "prefill_chunk": 10 * BLOCK}
+    engine, alone = engine_of(model, bank, **sizes), engine_of(model, bank, 0)
+    tenants = ("w1", None, "w4")
+    short = [engine.submit(Request(ids_of(i, 1 + i % BLOCK), tenants[i % 3], 9)) for i in range(10)]
+    engine.step()
+    assert sum(engine.running.values()) == 10, "all of them decode after one round"
+    asked = [(ids_of(i, 1 + i % BLOCK), tenants[i % 3], 9) for i in range(10)]
+    asked += [(ids_of(30 + i, (63, 2, 17)[i % 3]), tenants[i % 2], 1) for i in range(12)]
+    short += [engine.submit(Request(*one)) for one in asked[10:]]
+    given = answers(engine)
+    for id, one in zip(short, asked, strict=True):
+        assert plain(given[id, 0]) == answer(alone, *one)
+    held = [prompt.blocks for prompt in engine._prefills._prompts.values()]
+    assert sum(map(len, held)) <= ROWS * -(-64 // BLOCK)
+
+
 @pytest.mark.parametrize("program", ["prefill_chunk", "make_adjustments", "run_windows"])
 @pytest.mark.parametrize("call", [1, 2, 4])
 def test_an_interrupt_between_chunks_loses_nothing_and_pins_come_back(model, bank, monkeypatch, program, call):
