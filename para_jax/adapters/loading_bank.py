@@ -74,8 +74,8 @@ class LoadingBank(AdapterBank):
 
     @property
     def crowded(self) -> bool:
-        """Whether open requests hold so many adapters that the next one should wait: with it there would be more than
-        twice what the memory is for."""
+        """Whether open requests hold too many adapters for one more: with it there would be more than twice what the
+        memory is for."""
         return len(self._alive) >= max(2 * self.most, FEWEST)
 
     def _used(self, name: str) -> Entry | None:

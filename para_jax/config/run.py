@@ -138,6 +138,9 @@ class TrainSection:
     its place; default: all"""
     sampling: Literal["proportional", "sqrt", "uniform"] = "proportional"
     """for many tenants: how often each is in the batch, by its number of examples, its square root, or equally"""
+    init_from: str | None = None
+    """a trained adapter to start from, instead of a fresh one: its folder or hub id, or the folder of its run. Of a run
+    of many tenants each tenant's own adapter there. The section `adapter` must describe it"""
     up_lr_ratio: Annotated[float, Bounds(above=0, below=1e9)] = 1.0
     """the learning rate of PARA's W_up [our choice] and LoRA's B, as a multiple of learning_rate, which all other
     weights use (LoRA+, arXiv:2402.12354; loraplus_lr_ratio in PEFT)"""

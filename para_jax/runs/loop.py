@@ -36,7 +36,7 @@ from ..training.step import TrainState, put_adapter, put_state, put_tenant, tena
 from ..training.stop import Interrupted, StopSignal
 from .chosen import TRIALS
 from .logs import Logs
-from .scoring import REMEDY, NotFinite, Scoring
+from .scoring import REMEDY, NotFinite, Scoring, read_everywhere
 from .standing import Standing
 from .tenants import Tenant
 
@@ -137,6 +137,9 @@ class Loop(NamedTuple):
         return state, standing._replace(slots=slots)
 
     def fresh_adapter(self, tenant: Tenant) -> Adapter:
+        if source := tenant.config.train.init_from:
+            like = jax.eval_shape(lambda: init_adapter(self.config.adapter, self.model.config))
+            return read_everywhere(source, self.model, like)
         made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
         if made.needs_statistics:
             longest, seed = self.buckets[-1], tenant.config.seed

@@ -239,9 +239,14 @@ class Scoring(NamedTuple):
 
 
 def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:
-    """The adapter that a run keeps in a folder, which the first process alone reads, as arrays of NumPy."""
+    """The adapter that a run keeps in a folder."""
+    return read_everywhere(folder / "adapter", model, like)
+
+
+def read_everywhere(source: str | Place, model, like: Adapter) -> Adapter:
+    """The adapter of a folder or hub id, which the first process alone reads, as arrays of NumPy."""
     found: list[Adapter] = []
-    on_first_process(lambda: found.append(load_adapter(folder / "adapter", model.config, model=model)))
+    on_first_process(lambda: found.append(load_adapter(source, model.config, model=model)))
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     return broadcast_arrays(found[0] if is_first() else empty)
 
@@ -264,6 +269,8 @@ def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | No
         learning_rate=config.train.peak_learning_rate,
         version=__version__,
     )
+    if config.train.init_from:
+        card.append(f"- Started from the adapter {printable(config.train.init_from, 300)}.")
     if config.backbone.quantize:
         card.append(f"- The backbone's weights were {config.backbone.quantize} during training.")
     if config.data.chat_template_kwargs:

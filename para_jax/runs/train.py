@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from .. import devices
 from ..adapters.adapter import Adapter
 from ..backbone.kernel_choice import describe_attention
-from ..backbone.load import load_backbone
+from ..backbone.load import load_backbone, load_model_config
 from ..config import RunConfig, config_dict, expanded, require
 from ..config.unused import unused_fields
 from ..data.example_arrays import digest
@@ -61,9 +61,10 @@ from .folder import (
     run_digests,
 )
 from .health import Health, logged_warning
+from .initial import check_initial
 from .logs import Logs, tenant_rows
 from .loop import Loop
-from .parts import Part, parts_of_run, write_parts
+from .parts import Part, has_begun, parts_of_run, write_parts
 from .rates import FIRST, choose_rates, resolved_inputs
 from .report import sample_lines, score_table, tenants_table
 from .scoring import Scoring, kept_adapter
@@ -290,6 +291,13 @@ def read_parts(
     )
     require_same(f"a tenant's {OWN_FILE}", lambda: [own_values(tenant.config) for tenant in tenants])
     on_first_process(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
+
+    def check_start() -> None:
+        new = [of_part for of_part, part in zip(inputs, parts, strict=True) if not has_begun(part.folder)]
+        starting = [tenant.config for of_part in new for tenant in of_part.tenants]
+        check_initial(starting, load_model_config(config.backbone.source))
+
+    on_first_process(check_start)
     return inputs
 
 
