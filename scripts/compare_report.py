@@ -5,7 +5,7 @@ Computes no model. Statistics are in compare_statistics.py, pictures in compare_
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -33,6 +33,8 @@ from para_jax.figures import save
 #: `response` only has these two with that scope.
 REFERENCES = (("PARA r=12", "PARA r=12, response"), ("LoRA r=# on q, v, up", "LoRA r=#, response"))
 SHUFFLED = ", prompts shuffled"
+#: The end of the names of methods with that scope.
+RESPONSE = ", response"
 
 
 class Cell(NamedTuple):
@@ -81,6 +83,7 @@ def write_report(output: Path) -> str:
     for cells in groups.values():
         for task in dict.fromkeys(cell.task for cell in cells):
             lines += task_lines([cell for cell in cells if cell.task == task])
+    lines += scope_lines([cell for cells in groups.values() for cell in cells])
     for folder, cells in groups.items():
         lines += rank_lines(output, folder, cells)
     lines += picture_lines(output, groups)
@@ -264,6 +267,22 @@ def pair_lines(cells: Sequence[Cell], compared: Sequence[Cell]) -> list[str]:
         apart, _ = difference(one, other)
         lines.append(f"- `{one.name}` minus `{other.name}`: {apart.value:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})")
     return ["The other methods, each from each, with intervals and without verdicts:", "", *lines, ""] if lines else []
+
+
+def scope_lines(cells: Sequence[Cell]) -> list[str]:
+    """What scope `response` costs the methods that were scored with both scopes."""
+    heads = ["task", "method", "all", "response", "response less all"]
+    lines = []
+    for one, other in permutations(cells, 2):
+        same_run = (one.folder, one.task) == (other.folder, other.task)
+        if same_run and other.name in (one.name + RESPONSE, one.name.partition(" on q")[0] + RESPONSE):
+            apart, _ = difference(other, one)
+            where = f"{one.task} ({one.folder})" if one.folder else one.task
+            scores = (spread(cell.scores, 3, mean) for cell in (one, other))
+            lines.append(row([where, one.name, *scores, f"{apart.value:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})"]))
+    if not lines:
+        return []
+    return ["## What scope `response` costs", "", row(heads), "|" + "---|" * len(heads), *lines, ""]
 
 
 def row(values: Sequence[str]) -> str:

@@ -51,6 +51,19 @@ def row_of(text: str, method: str, task: str = "sst2") -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def test_what_the_scope_costs_is_shown_for_each_method_with_both(tmp_path):
+    methods = METHODS | {"PARA r=12, response": (1000, 30), "LoRA r=9, response": (1100, 40), "Bias, response": (9, 9)}
+    text = compare_report.write_report(results(tmp_path, ("sst2", "boolq"), methods=methods))
+    part = text.partition("## What scope `response` costs\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()[3:] if line]
+    assert [row[:2] for row in rows] == [
+        [task, name] for task in ("boolq", "sst2") for name in ("LoRA r=9 on q, v, up", "PARA r=12")
+    ]
+    assert [row[4].split()[0] for row in rows] == ["+0.000", "-0.167"] * 2
+    assert rows[1][2].startswith("0.675 ") and rows[1][3].startswith("0.508 ")
+    assert "scope" not in compare_report.write_report(results(tmp_path / "one"))
+
+
 def test_a_method_is_compared_with_para_and_with_lora(tmp_path):
     text = compare_report.write_report(results(tmp_path))
     assert (tmp_path / "report.md").read_text() == text
