@@ -67,6 +67,8 @@ class Cell(NamedTuple):
     """relative to the base model; so is prefill"""
     prefill: float | None = None
     forgetting: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    """which seeds the scores and rows are of; empty for the base model"""
 
     @property
     def is_method(self) -> bool:
@@ -142,11 +144,12 @@ def method_cells(output: Path, folder: str, file: Path, found: dict, seeds: list
     half = 4 if asked["adapter"].startswith("Ia3Config") else 2
     held = scored_cell(folder, task, name, [one["test"] for one in seeds], asked, examples)
     held = held._replace(parameters=parameters, bytes=(4 * parameters, half * parameters))
-    shuffled = [one["shuffled"] for one in seeds if "shuffled" in one]
+    held = held._replace(seeds=tuple(range(len(seeds))))
+    shuffled = {seed: one["shuffled"] for seed, one in enumerate(seeds) if "shuffled" in one}
     cells = [held._replace(**measured(output / folder, key), **serving_costs(output, folder, name, asked["backbone"]))]
     if shuffled:
-        other = scored_cell(folder, task, name + SHUFFLED, shuffled, asked, examples)
-        cells.append(other._replace(parameters=parameters, bytes=held.bytes))
+        other = scored_cell(folder, task, name + SHUFFLED, list(shuffled.values()), asked, examples)
+        cells.append(other._replace(parameters=parameters, bytes=held.bytes, seeds=tuple(shuffled)))
     return cells
 
 
@@ -183,11 +186,27 @@ def scored_cell(folder: str, task: str, name: str, seeds: list[dict], asked: dic
 
 
 def difference(one: Cell, other: Cell) -> tuple[Difference, int]:
-    """The first cell's score less the second's, and how many rows it is from."""
+    """The first cell's score less the second's, and how many rows it is from. A method with other prompts' factors is
+    compared with its own seeds."""
+    one, other = of_the_same_seeds(one, other)
     if one.rows is not None and other.rows is not None:
         return paired_difference(one.rows, other.rows), min(one.rows.shape[1], other.rows.shape[1])
     pair = ((mean(cell.scores), cell.stderr) for cell in (one, other))
     return unpaired_difference(*pair), min(one.count, other.count)
+
+
+def of_the_same_seeds(one: Cell, other: Cell) -> tuple[Cell, Cell]:
+    """Two cells, with the seeds that both have if they are the same method, with its own prompts and with others."""
+    if one.name.removesuffix(SHUFFLED) != other.name.removesuffix(SHUFFLED):
+        return one, other
+    common = [seed for seed in one.seeds if seed in other.seeds]
+    return of_seeds(one, common), of_seeds(other, common)
+
+
+def of_seeds(cell: Cell, seeds: list[int]) -> Cell:
+    places = [cell.seeds.index(seed) for seed in seeds]
+    rows = None if cell.rows is None else cell.rows[places]
+    return cell._replace(seeds=tuple(seeds), scores=[cell.scores[place] for place in places], rows=rows)
 
 
 def verdicts(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
@@ -227,7 +246,7 @@ def has_form(name: str, form: str) -> bool:
 
 
 def seeds_overlap(one: Cell, other: Cell) -> bool:
-    low, high = sorted((one.scores, other.scores), key=mean)
+    low, high = sorted((cell.scores for cell in of_the_same_seeds(one, other)), key=mean)
     return max(low) >= min(high)
 
 
@@ -277,9 +296,11 @@ def scope_lines(cells: Sequence[Cell]) -> list[str]:
         same_run = (one.folder, one.task) == (other.folder, other.task)
         if same_run and other.name in (one.name + RESPONSE, one.name.partition(" on q")[0] + RESPONSE):
             apart, _ = difference(other, one)
+            marks = ", seeds overlap" * seeds_overlap(one, other) + ", unpaired" * (not apart.paired)
             where = f"{one.task} ({one.folder})" if one.folder else one.task
             scores = (spread(cell.scores, 3, mean) for cell in (one, other))
-            lines.append(row([where, one.name, *scores, f"{apart.value:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})"]))
+            apart = f"{apart.value:+.3f} ({apart.low:+.3f} to {apart.high:+.3f}){marks}"
+            lines.append(row([where, one.name, *scores, apart]))
     if not lines:
         return []
     return ["## What scope `response` costs", "", row(heads), "|" + "---|" * len(heads), *lines, ""]

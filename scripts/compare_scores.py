@@ -37,13 +37,19 @@ def scored(tasks: Tasks, adapters: list, shuffle: int | None = None, one_line: b
     answerer = Answerer(tasks.model, bank, tasks.tokenizer, rows=rows, shapes=tasks.shapes)
     what = f"scoring {len(encoded.examples)} test examples with {len(adapters)} adapters"
     found = answer_tasks(answerer, asked, shuffle, what)
-    return [record(encoded, list(map(first_line, answers)) if one_line else answers) for answers in found]
+    return [
+        record(encoded, [without_more(encoded, answer) for answer in answers] if one_line else answers)
+        for answers in found
+    ]
 
 
-def first_line(answer: Answer) -> Answer:
-    if isinstance(answer, Written):
-        return answer._replace(text=answer.text.strip().partition("\n")[0])
-    return answer
+def without_more(encoded: EncodedTask, answer: Answer) -> Answer:
+    """The answer up to where the model would write one more example: the next line or, if answers have several lines,
+    the next empty line."""
+    if not isinstance(answer, Written):
+        return answer
+    several = any("\n" in record.completion.strip() for record in encoded.task.records)
+    return answer._replace(text=answer.text.strip().partition("\n\n" if several else "\n")[0])
 
 
 def record(encoded: EncodedTask, answers) -> dict:

@@ -82,7 +82,7 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
         return served[method].tokens_per_second
 
     for method, bank in banks.items():
-        engine = Engine(model, bank, tokenizer, slots=slots, max_length=LONGEST)
+        engine = Engine(model, bank, tokenizer, slots=slots, max_length=LONGEST, prefix_cache_bytes=0)
         engine.warm_up()
         static(model, bank, work, slots, ended=lambda rows: [True] * len(rows))  # compiles
         sides[f"{method}, engine"] = lambda m=method, e=engine: by_engine(m, e)

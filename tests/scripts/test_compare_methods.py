@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, l
 from para_jax.data.records import Record
 from para_jax.evaluation.evaluate import Tasks
 from para_jax.evaluation.questions import Scored, Written
+from para_jax.evaluation.tasks import EvalTask
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -286,6 +288,19 @@ def test_after_examples_an_answer_is_its_first_line(folder, tmp_path, monkeypatc
     written = [Written(f" {one.completion}\n\nw3 w4", 5) for one in task.records]
     monkeypatch.setattr(compare_scores, "answer_tasks", lambda *_: [likely + written])
     assert [compare_scores.scored(tasks, [None], one_line=one)[0]["score"] for one in (False, True)] == [0, 1]
+
+
+def test_an_answer_of_several_lines_ends_at_an_empty_one():
+    """As those of GSM8K in the examples."""
+
+    def task(*completions):
+        records = [Record("w3", text, (text,), None, "") for text in completions]
+        return SimpleNamespace(task=EvalTask("maths", records))
+
+    text = " 2 + 2 = 4.\nThe answer is 4.\n\nHow many"
+    for encoded, wanted in ((task("a", "a\nb"), "2 + 2 = 4.\nThe answer is 4."), (task("a", "b\n"), "2 + 2 = 4.")):
+        assert compare_scores.without_more(encoded, Written(text, 9)).text == wanted
+    assert compare_scores.without_more(task("a"), Scored(-1.0, False)) == Scored(-1.0, False)
 
 
 def test_forgetting_is_of_the_second_half_of_plain_text_after_its_first(folder):

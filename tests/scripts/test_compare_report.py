@@ -64,6 +64,19 @@ def test_what_the_scope_costs_is_shown_for_each_method_with_both(tmp_path):
     assert "scope" not in compare_report.write_report(results(tmp_path / "one"))
 
 
+def test_other_prompts_are_compared_with_the_seeds_that_were_scored_with_them(tmp_path):
+    """Else the differences of seeds would be taken for those of prompts."""
+    folder = results(tmp_path)
+    file = folder / f"sst2-{label('PARA r=12')}-seed-1-tested.json"
+    found = json.loads(file.read_text())
+    del found["shuffled"]
+    file.write_text(json.dumps(found))
+    text = compare_report.write_report(folder)
+    shuffled = row_of(text, "PARA r=12, prompts shuffled")
+    assert shuffled[-2].startswith("-0.267 ")  # 25 of 60 rows for the first seed's 41; the mean of both is 40.5
+    assert "paired" not in shuffled[-2]
+
+
 def test_a_method_is_compared_with_para_and_with_lora(tmp_path):
     text = compare_report.write_report(results(tmp_path))
     assert (tmp_path / "report.md").read_text() == text

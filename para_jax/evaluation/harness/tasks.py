@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import logging
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import sanitize_list
 
 from ...config import shorten
+from ...messages import warn
 from ..questions import SEEDS, Answer, Likelihood, Question, Scored, Written
 from ..white_space import Stripped
 from .requests import NO_PROMPT, TokenLM
@@ -79,6 +81,8 @@ class Replay(TokenLM):
     def __init__(self, tokenizer, max_length: int, seed: int, answer: Callable[[Question], Answer | None], task: str):
         super().__init__(tokenizer, max_length, seed)
         self.answer, self.task = answer, task
+        self.lost = 0
+        """log-likelihoods that are not numbers, because an adapter or a low precision overflows"""
 
     def answered(self, questions: list[Question]) -> Sequence[Answer]:
         found = [self.answer(one) for one in questions]
@@ -87,6 +91,7 @@ class Replay(TokenLM):
                 f"task {self.task}: asks a second round of requests, which depend on earlier answers. They can't be "
                 "answered for many adapters in one pass; run the task with `para-jax lm-eval`"
             )
+        self.lost += sum(isinstance(one, Scored) and math.isnan(one.logprob) for one in found)
         return [answer for answer in found if answer is not None]
 
 
@@ -109,6 +114,7 @@ def load_tasks(
             nearest = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"the nearest are {', '.join(nearest)}" if nearest else "`para-jax lm-eval ls tasks` lists them"
             raise ValueError(f"task {name}: not a file, a folder or a task of lm-eval; {hint}{damaged(include_path)}")
+        seed_generators()  # for each, so that a task does not depend on those before it
         try:
             loaded: Any = manager.load([name])
         except Exception as error:  # a task brings its own code to load its data, which may raise anything
@@ -151,10 +157,15 @@ def prepare(task, fewshot: int | None) -> None:
     task.set_config(key="num_fewshot", value=own or 0 if fewshot is None or own == 0 else fewshot)
 
 
-def seed(loaded) -> None:
-    """Sets the seeds of lm-eval's command line again, so that each round has the same few-shot examples."""
+def seed_generators() -> None:
+    """Sets the seeds of lm-eval's command line. A task may shuffle its answers while it is loaded, as GPQA does."""
     random.seed(SEEDS["random_seed"])
     np.random.seed(SEEDS["numpy_seed"])
+
+
+def seed(loaded) -> None:
+    """Sets the seeds again, so that each round has the same few-shot examples."""
+    seed_generators()
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=SEEDS["fewshot_seed"])
 
@@ -214,13 +225,16 @@ def replay(
     lm = Replay(tokenizer, max_length, sampling_seed, answer, task.name)
     try:
         with redirect_stderr(io.StringIO()):  # the progress bars of building the same requests again
-            found = task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=samples)
+            found = task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=True)  # some metrics are refused without
     except SecondRound:
         raise
     except Exception as error:  # its filters and metrics may raise anything, or need a package that is missing
         raise ValueError(f"task {task.name}: lm-eval can't score its answers: {first_line(error)}") from error
+    if lm.lost:
+        warn(f"task {task.name}: {lm.lost} log-likelihoods are not numbers; lm-eval takes the first choice there")
+    logged_by_task = found.pop("samples", {})
     if samples:
-        found["samples"] = {name: [as_logged(one) for one in logged] for name, logged in found["samples"].items()}
+        found["samples"] = {name: [as_logged(one) for one in logged] for name, logged in logged_by_task.items()}
     scores = found.get("results", {})
     stripped = {name: lost_to_white_space(one, scores.get(name, {})) for name, one in task.loaded["tasks"].items()}
     return found | {"white_space": {name: lost for name, lost in stripped.items() if lost is not None}}

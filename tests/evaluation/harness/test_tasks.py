@@ -1,7 +1,9 @@
 """lm-eval's tasks: recorded, answered and scored as lm-eval scores them."""
 
 import json
+import random
 
+import datasets
 import pytest
 from lm_eval.api.instance import Instance
 from tiny_harness import WRITE, command, lines, results
@@ -37,6 +39,38 @@ def test_a_task_file_that_lm_eval_can_not_read_is_named(tmp_path, few_files):
     with pytest.raises(ValueError, match="task odd: .*odd.yaml can't be read") as caught:
         load_tasks(["odd"], tmp_path, limit=None, fewshot=None, chat=False)
     assert "\x1b" not in str(caught.value) and "fine" not in str(caught.value)
+
+
+def test_a_task_that_draws_while_it_is_loaded_draws_as_on_lm_evals_command_line(
+    folder, tmp_path, monkeypatch, few_files
+):
+    """GPQA shuffles its answers so, and `datasets` keeps them. Machine and earlier tasks make no difference."""
+    drawing = WRITE.format(file=folder / "tasks" / "data.jsonl") + "process_docs: !function drawing.drawn\n"
+    for name in ("tiny_write", "tiny_second"):
+        (tmp_path / f"{name}.yaml").write_text(drawing.replace("tiny_write", name))
+    code = "import random\n\ndef drawn(docs):\n    return docs.map(lambda doc: {'drawn': random.random()})\n"
+    (tmp_path / "drawing.py").write_text(code)
+
+    def draws(cache, *names):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / cache)
+        made = load_tasks(names, tmp_path, limit=None, fewshot=None, chat=False)
+        return [doc["drawn"] for doc in made[-1].loaded["tasks"][names[-1]].test_docs()]
+
+    generator = random.Random(0)
+    wanted = [generator.random() for _ in range(6)]
+    assert draws("one", "tiny_write") == draws("another", "tiny_second", "tiny_write") == wanted
+
+
+def test_log_likelihoods_that_are_no_numbers_are_said(folder, capsys):
+    """lm-eval's argmax takes the first choice, which may be right by chance."""
+    (task,) = load_tasks(["tiny_pick"], folder / "tasks", limit=2, fewshot=None, chat=False)
+    tokenizer = load_tokenizer(folder / "backbone")
+    asked = record(task, tokenizer, 100, sampling_seed=0)
+    answers = dict.fromkeys(asked, Scored(-1.0, False)) | dict.fromkeys(asked[:2], Scored(float("nan"), False))
+    assert "samples" not in replay(task, tokenizer, 100, answers.get, sampling_seed=0)
+    assert "task tiny_pick: 2 log-likelihoods are not numbers" in capsys.readouterr().err
+    replay(task, tokenizer, 100, dict.fromkeys(asked, Scored(-1.0, False)).get, sampling_seed=0)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_second_round_and_unknown_requests_are_refused_with_the_task(folder, monkeypatch):
