@@ -38,6 +38,7 @@ CHIPS = {
     "v6e": Chip(918e12, 1638e9, 800e9 / 2),
 }
 #: How often a device receives the bytes in hlo_counts.collective_bytes: an all-reduce scatters sums, then gathers.
+#: It holds for large groups. In a group of n a device receives (n - 1) / n of that, so half of it in a group of two.
 RECEIVED = {"all-reduce": 2}
 
 
@@ -50,7 +51,8 @@ class Work(NamedTuple):
 
 class TimeEstimate(NamedTuple):
     """The work of a step on each chip, and the minimum time for it: the time of the slowest part, as if the chip did
-    all parts in parallel at their published peaks. A real step takes longer."""
+    all parts in parallel at their published peaks. A real step takes longer, except if it is bound by the ICI of an axis
+    of few chips: there ici_bytes is up to twice too high."""
 
     flops: float
     hbm_bytes: float
