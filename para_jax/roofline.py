@@ -51,8 +51,8 @@ class Work(NamedTuple):
 
 class TimeEstimate(NamedTuple):
     """The work of a step on each chip, and the minimum time for it: the time of the slowest part, as if the chip did
-    all parts in parallel at their published peaks. A real step takes longer, except if it is bound by the ICI of an axis
-    of few chips: there ici_bytes is up to twice too high."""
+    all parts in parallel at their published peaks. A real step takes longer, except if it is bound by the ICI of an
+    axis of few chips: there ici_bytes is up to twice too high."""
 
     flops: float
     hbm_bytes: float
