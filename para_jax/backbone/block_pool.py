@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .attention import mixed_values, within
-from .cache_blocks import LOWEST
+from .cache_blocks import with_block, without_blocks
 from .layers import softcap
 
 #: Tokens that attention reads at a time.
@@ -71,22 +71,15 @@ def values_in_spans(
     here = start[:, None] + jnp.arange(size)
 
     def step(number, so_far):
-        highest, weight, mixed = so_far
         keys, values = rows_of_blocks(pool, jax.lax.dynamic_slice_in_dim(table, number * blocks, blocks, axis=1))
         held = number * span + jnp.arange(span)
         values = jnp.where(before(held, end), values, 0)  # zero times NaN would be NaN
         distance = here[:, :, None] - held
         seen = ((distance >= 0) & within(distance, window) & (held < end[:, None, None]))[:, None, None]
         scores = jnp.einsum("btkge,bkse->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-        scores = jnp.where(seen, softcap(scores * scale, cap), LOWEST)
-        higher = jnp.maximum(highest, scores.max(axis=-1))
-        shrink = jnp.exp(highest - higher)
-        weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0)
-        added = jnp.einsum("bkgts,bkse->bkgte", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
-        return higher, weight * shrink + weights.sum(axis=-1), mixed * shrink[..., None] + added
+        return with_block(so_far, softcap(scores * scale, cap), seen, values, "bkgts,bkse->bkgte")
 
-    zeros = jnp.zeros((lanes, kv_heads, heads // kv_heads, size), jnp.float32)
-    begin = (zeros + LOWEST, zeros, jnp.zeros((*zeros.shape, width), jnp.float32))
+    begin = without_blocks((lanes, kv_heads, heads // kv_heads, size, width))
     first = (
         0 if window is None else jnp.maximum(jnp.min(jnp.where(end > start, start, end.max())) + 1 - window, 0) // span
     )

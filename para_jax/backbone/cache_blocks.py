@@ -53,7 +53,6 @@ def values_in_blocks(
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
 
     def step(block, so_far):
-        highest, weight, mixed = so_far
         start = jnp.minimum(block * size, max_length - size)  # the last block may overlap the one before it
         position = start + jnp.arange(size)
         distance = length[:, None] - position
@@ -61,20 +60,37 @@ def values_in_blocks(
         seen = seen[:, None, None, :]
         k, v = (block_of(held, layer, start, size) for held in (keys, values))
         scores = jnp.einsum("bkge,bkse->bkgs", grouped, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(seen, softcap(scores * scale, cap), LOWEST)
-        higher = jnp.maximum(highest, scores.max(axis=-1))
-        shrink = jnp.exp(highest - higher)
-        weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0)
-        added = jnp.einsum("bkgs,bkse->bkge", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return higher, weight * shrink + weights.sum(axis=-1), mixed * shrink[..., None] + added
+        return with_block(so_far, softcap(scores * scale, cap), seen, v, "bkgs,bkse->bkge")
 
-    zeros = jnp.zeros(grouped.shape[:3], jnp.float32)
     first = (length.min() + 1 - window) // size if window is not None else 0
     stop = length.max() // size + 1  # the new token is in the last block
     first, stop = jnp.clip(jnp.stack([first, stop]), 0, -(-max_length // size))
-    start = (zeros + LOWEST, zeros, jnp.zeros(grouped.shape, jnp.float32))
-    _, weight, mixed = jax.lax.fori_loop(first, stop, step, start)
+    _, weight, mixed = jax.lax.fori_loop(first, stop, step, without_blocks(grouped.shape))
     return (mixed / weight[..., None]).astype(values.dtype).reshape(batch, 1, heads, width)
+
+
+def without_blocks(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The online softmax before the first block: the highest score and the sum of the weights, [*shape[:-1]], and the
+    mixed values, [*shape]."""
+    zeros = jnp.zeros(shape[:-1], jnp.float32)
+    return zeros + LOWEST, zeros, jnp.zeros(shape, jnp.float32)
+
+
+def with_block(so_far: tuple, scores: jax.Array, seen: jax.Array, values: jax.Array, mixing: str) -> tuple:
+    """The online softmax after one more block of keys.
+
+    Args:
+        scores: float32 [..., keys].
+        seen: bool; the other keys count nothing.
+        mixing: the einsum of weights and values.
+    """
+    highest, weight, mixed = so_far
+    scores = jnp.where(seen, scores, LOWEST)
+    higher = jnp.maximum(highest, scores.max(axis=-1))
+    shrink = jnp.exp(highest - higher)
+    weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0)
+    added = jnp.einsum(mixing, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return higher, weight * shrink + weights.sum(axis=-1), mixed * shrink[..., None] + added
 
 
 def block_of(held: jax.Array, layer: jax.Array | None, start: jax.Array, size: int) -> Float[Array, "b k size e"]:
