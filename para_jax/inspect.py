@@ -159,6 +159,8 @@ def data_report(config: RunConfig) -> str:
         first = "examples of the first tenant:"
         return "\n\n".join([found, first, *shown_examples(tokenizer, data)])
     data = load_training_data(with_limit(config.data, load_model_config(config.backbone.source)), tokenizer)
+    for split in ("validation", "test"):  # what is wrong with them would stop the run
+        load_records(config.data, split)
     rows = config.tenant_batch if config.many else step_rows(config)
     configs = dict(islice(tenant_configs(config).items(), 2))  # two combinations of a sweep have the shapes of all
     buckets, plans = plan_batches(config, configs, dict.fromkeys(configs, data), rows)

@@ -130,7 +130,7 @@ def in_order(parts: Sequence[Part]) -> list[Part]:
 
 def require_same_settings(one: Part, other: Part) -> None:
     for name in {**one.settings, **other.settings}:
-        values = [shown(part.settings, name) for part in (one, other)]
+        values = [shown(value) for value in differing(one.settings.get(name), other.settings.get(name))]
         if one.settings.get(name) != other.settings.get(name):
             raise ValueError(
                 f"{one.output} and {other.output} differ in {name}: {values[0]} and {values[1]}. Run one of the shards "
@@ -138,7 +138,14 @@ def require_same_settings(one: Part, other: Part) -> None:
             )
 
 
-def shown(settings: Mapping[str, Any], name: str) -> str:
+def differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Two values of a setting; of mappings only the entries that differ."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return one, other
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
+
+
+def shown(value: Any) -> str:
     """A setting as an error shows it."""
-    value = settings.get(name)
     return shorten(value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,64}", value) else value, 200)

@@ -41,6 +41,10 @@ def test_parts_are_put_in_order():
         ([part(0, 9)], "1/9, 2/9, 3/9, 4/9, 5/9 and 3 more"),
         ([part(0), part(1), part(1)], "out-1 and out-1 are both shard 1/3"),
         ([part(0), part(1, 4)], "out-0 is shard 0/3, but out-1 is shard 1/4"),
+        (
+            [part(0, seed={"a": 1, "b": 2}), part(1, seed={"a": 1, "b": 3}), part(2)],
+            "differ in seed: {'b': 2} and {'b': 3}",
+        ),
         ([part(0), part(1, seed=7), part(2)], "out-0 and out-1 differ in seed: 0 and 7"),
         ([part(0), part(1, limit=4), part(2)], "differ in limit: None and 4"),
         ([part(0), part(1), part(2, backbone="ab" * 32)], "differ in backbone: None and 'abababababab'"),

@@ -143,13 +143,14 @@ def run(options) -> None:
 
 def check_options(options) -> None:
     """Raises ValueError for options that are missing, out of range or do not go together."""
-    if options.backbone is not None and "=" in str(options.config):  # without CONFIG, the first field takes its place
+    without_config = options.backbone is not None or options.tasks
+    if without_config and "=" in str(options.config):  # then the first field takes its place
         options.config, options.overrides = None, [str(options.config), *options.overrides]
     if options.config is not None and options.backbone is not None:
         both = f"{options.config}, {options.backbone}"
         raise ValueError(f"evaluate: CONFIG and --backbone are both given ({both}); give one of them")
-    if options.config is None and not (options.backbone and options.tasks):
-        raise ValueError("evaluate: no model or task is given; give the CONFIG of a run, or --backbone with --tasks")
+    if options.config is None and not (options.tasks or any(text.startswith("data.") for text in options.overrides)):
+        raise ValueError("evaluate: no task is given; give the CONFIG of a run, or --backbone with --tasks")
     if options.adapter and many(options):
         raise ValueError("evaluate: --adapter and --adapters are both given; put all adapters into --adapters")
     if options.shard and not (many(options) and options.output):

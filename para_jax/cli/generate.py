@@ -108,6 +108,8 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
     check_backbone(options.backbone)
     if options.input:
         check_input(options.input)
+        if str(options.output) == "-":
+            raise ValueError("--output -: give /dev/stdout for the standard output")
         if not isinstance(options.output, BucketPath) and options.output.is_dir():  # there, answers come in a folder
             raise ValueError(f"--output {options.output}: a folder\ngive the path of a file in it")
         check_new_folder("--output", options.output.parent)
@@ -119,6 +121,8 @@ def check_input(source: Place) -> None:
     from ..config import expanded, nearest
     from ..serving.answers import MAX_LINE, bounded_lines
 
+    if str(source) == "-":
+        raise ValueError("--input -: give /dev/stdin for the standard input")
     if source.is_dir() or not source.exists():
         problem = "a folder" if source.is_dir() else f"no such file{nearest(expanded(source))}"
         raise ValueError(f"--input {source}: {problem}\ngive a file with one JSON request per line")

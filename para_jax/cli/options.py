@@ -25,6 +25,8 @@ class Parser(argparse.ArgumentParser):
             near = [name for name in known if name.startswith(wrong[1])]
             near += difflib.get_close_matches(wrong[1], known, n=1, cutoff=0.5)
             message += f"; did you mean {near[0]}?" if near else ""
+        if message.startswith("ambiguous option: --adapter could match --adapters,"):
+            message = "no option --adapter here; did you mean --adapters?"
         self.exit(2, f"{self.prog}: error: {printable(message)}\nsee {self.prog} --help\n")
 
 

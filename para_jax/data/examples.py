@@ -12,10 +12,14 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..config import Variables, printable, shorten
+from ..config import Variables, one_of, printable, shorten
+from ..messages import warn
 from ..untrusted import require_unicode
 from .chats import assistant_turn, render_all
 from .fewest_tokens import fewest_tokens
+
+#: The roles of messages that chat templates and servers know.
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 #: Text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
@@ -195,9 +199,17 @@ def checked_messages(name: str, value: object) -> list[dict]:
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError(f'{name}: {shorten(message)} is not a message; write {{"role": text, "content": text}}')
+        warn_of_role(message["role"])
         if name != "prompt" and message["role"] == "assistant" and not message["content"].strip():
             raise ValueError(f"{name} has an empty assistant message")  # nothing to learn
     return prompt_messages(value) if name == "prompt" else value
+
+
+@lru_cache(64)
+def warn_of_role(role: str) -> None:
+    """Warns of a role that most chat templates write into the prompt as it is, and that a server refuses."""
+    if role not in ROLES:
+        warn(f"a message has the role {shorten(role)}; servers take {one_of(ROLES)}, so their prompts will differ")
 
 
 def prompt_messages(messages: list[dict]) -> list[dict]:

@@ -30,6 +30,8 @@ ENCODED_AT_ONCE = 1024
 SPLITS = ("train", "validation", "test")
 #: Keys of an answer that chat templates read next to its content. Only the content is learnt and scored.
 NOT_LEARNT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "reasoning_details", "thinking")
+#: What an error adds for rows with `conversations`.
+SHAREGPT = ". ShareGPT's conversations: rename them to messages, their from to role, and their value to content"
 
 
 class Record(NamedTuple):
@@ -255,7 +257,7 @@ def column(row: dict, name: str) -> Prompt:
     if name not in row and "messages" not in row:
         raise ValueError(
             f"no field {name!r}; set data.{name} to a template over the fields {names_of(row)}, or rename a field "
-            f"to {name!r}"
+            f"to {name!r}" + SHAREGPT * ("conversations" in row)
         )
     value = field(row, name)
     if isinstance(value, int | float) and not is_nan(value):
@@ -314,7 +316,9 @@ def template_fields(where: str, template: str) -> list[tuple[str, str | None]]:
     for _, name, spec, conversion in parsed:
         if name is not None and (not name or spec or conversion or set(name) & set(".[]")):
             wrong = printable(f"{{{name}}}", 80)
-            raise ValueError(f"{where}: {shorten(template)}: {wrong} is not a plain {{column}}")
+            raise ValueError(
+                f"{where}: {shorten(template)}: {wrong} is not a plain {{column}}; write {{{{ and }}}} for braces"
+            )
     return [(literal, name) for literal, name, _, _ in parsed]
 
 

@@ -31,6 +31,8 @@ def named_file(text: str, split: str) -> NamedFile | None:
 
     Raises ValueError for a path where there is nothing, and for an unknown TASK or METRIC.
     """
+    if re.match(r"(data|eval|backbone|adapter|train|runtime)\.\w+ *=", text):
+        raise ValueError(f"--tasks {shorten(text, 200)}: this is a field of a config; put it before --tasks")
     name, path, metric = task_parts(text)
     if path is None:
         if re.search(r"[/\\~]|\.(jsonl?|csv|tsv|parquet)\b", text):

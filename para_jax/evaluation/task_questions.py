@@ -113,7 +113,8 @@ def read_own_tasks(
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
             f"--own: {folder} has no {options.split}.jsonl for {', '.join(missing[:5])}{more}\nadd "
-            f"{folder / missing[0] / options.split}.jsonl, or name adapters by their data: --adapters NAME=DIR"
+            f"{folder / missing[0] / options.split}.jsonl, or name adapters by their data: --adapters NAME=DIR. "
+            "To leave tenants out, give --adapters the others alone"
         )
     tasks, of_runs = [], []
     for tenant in tenants:

@@ -95,7 +95,8 @@ class Scoring(NamedTuple):
         if others := len(self.tenants) - 1:
             card.append(f"- Trained in one run with {others} other{'s' * (others > 1)}.")
         to, source = self.tenants[tenant].folder / "adapter", self.config.backbone.source
-        on_first_process(lambda: save_adapter(whole, to, base_model=source, model=self.model, card=card))
+        given: dict[str, Any] = dict(base_model=source, model=self.model, card=card)
+        on_first_process(lambda: save_adapter(whole, to, **given, example=example_prompt(self.tenants[tenant])))
         return weights_hash(whole)
 
     def with_kept_best(self, state: TrainState, standing: Standing) -> Standing:
@@ -279,6 +280,13 @@ def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | No
     if found:
         card.append(card_score("Validation", found, base))
     return card
+
+
+def example_prompt(tenant: Tenant) -> str | list[dict]:
+    """The prompt of the model card's code, in the form that the tenant's data has: a text or messages."""
+    task = tenant.validation or tenant.test
+    chats = task is not None and not isinstance(task.records[0].prompt, str)
+    return [{"role": "user", "content": "a prompt"}] if chats else "a prompt"
 
 
 def data_name(train: str | None) -> str:

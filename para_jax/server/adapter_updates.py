@@ -130,7 +130,11 @@ class AdapterUpdates:
         if self.allow_hub and HUB_ID.fullmatch(path) and not is_inside_folder(path):
             return path  # a folder of this name in the working directory would come first, so there must be none
         if inside:
-            raise ApiError(404, f"lora_path {shorten(path)}: there is no such folder", param="lora_path")
+            raise ApiError(
+                404,
+                f"lora_path {shorten(path)}: there is no such folder in --adapter-root; a path is relative to it",
+                param="lora_path",
+            )
         raise outside
 
 

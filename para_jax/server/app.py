@@ -125,6 +125,10 @@ def show_metrics(metrics: Metrics, request: Request) -> Response:
 
 async def http_error(request: Request, error: HTTPException) -> Response:
     """Starlette's own errors, such as 404 for an unknown path, in OpenAI's shape."""
-    message = {404: "there is nothing at this path", 405: "this path has another method"}
+    headers = error.headers or {}
+    message = {
+        404: "there is nothing at this path; models are at /v1/models, /v1/completions and /v1/chat/completions",
+        405: f"this path takes another method: {headers.get('Allow', 'see the documentation')}",
+    }
     given = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
-    return Response(given.body, error.status_code, {**(error.headers or {}), "content-type": "application/json"})
+    return Response(given.body, error.status_code, {**headers, "content-type": "application/json"})

@@ -24,7 +24,9 @@ ROLES = ("system", "developer", "user", "assistant")
 def read_messages(value: object) -> list[dict]:
     """The messages of a chat, for the tokenizer's chat template."""
     if not isinstance(value, list) or not value:
-        raise wrong_field("messages", "messages is missing or empty; give a list of messages")
+        raise wrong_field(
+            "messages", "messages is missing or empty; give a list of messages. A prompt goes to /v1/completions"
+        )
     return [read_message(message, f"messages[{i}]") for i, message in enumerate(value)]
 
 

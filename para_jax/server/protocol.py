@@ -231,7 +231,11 @@ def read_stop_ids(fields: Fields) -> tuple[int, ...]:
 
 def read_prompts(value: object) -> list[Prompt | Ids]:
     """The prompts of /v1/completions: a text, token ids, or a list of either."""
-    refused = wrong_field("prompt", "prompt is missing or wrong; give a text, a list of token ids, or a list of them")
+    refused = wrong_field(
+        "prompt",
+        "prompt is missing or wrong; give a text, a list of token ids, or a list of them. "
+        "Messages go to /v1/chat/completions",
+    )
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:

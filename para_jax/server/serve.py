@@ -128,8 +128,8 @@ async def run(
             told = True
             on_ready(url_of(own))
     if not serving.done():
-        if loop.open_answers:
-            say(f"the server stops; {loop.open_answers} open requests have {drain_seconds:g} s to end")
+        left = f"; {loop.open_answers} open requests have {drain_seconds:g} s to end" if loop.open_answers else ""
+        say(f"the server stops{left}")
         await loop.drain(drain_seconds)
         server.should_exit = True
     try:

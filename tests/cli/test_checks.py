@@ -64,6 +64,13 @@ MISTAKES = [
     ("evaluate run.yaml --results data/train.jsonl", "--results data/train.jsonl: .* would be overwritten"),
     ("train run.yaml --results runs/quick/tenants/tenants.json", "--results runs/quick.* would be overwritten"),
     ("generate", "generate takes prompts or a file"),
+    ("generate --input - --output o.jsonl", "--input -: .*/dev/stdin"),
+    ("generate --input data/train.jsonl --output - --backbone model", "--output -: .*/dev/stdout"),
+    ("evaluate --backbone model --tasks data.test=data", r"--tasks .data\.test=data.: .* a field .*before --tasks"),
+    ("evaluate --backbone model eval.limit=3", "no task.*CONFIG of a run, or --backbone with --tasks"),
+    ("evaluate --tasks data/nope.jsonl", "data/nope.jsonl.*no such file"),
+    ("evaluate --backbone model data.test=nope.jsonl", "data.test.*nope.jsonl"),
+    ("serve --adapter runs/mine/adapter", r"--adapter .*did you mean --adapters\?"),
     (
         "generate --prompt a --backbone model --adapter runs/nope",
         r"runs/nope: no such folder; did you mean runs/mine\?",

@@ -59,6 +59,7 @@ def test_columns_work_as_in_json_lines(tmp_path):
     [
         ("prompt,completion\na,b\nc\n", ":3: 1 cells, .* 2 .prompt, completion"),
         ("prompt,completion\na,b,c\n", ":2: 3 cells"),
+        ("prompt|completion\na|b\n", r":2: the header has one column, 'prompt\|completion'; .* not '\|'"),
         ('prompt,completion\na,"b" c\n', ":2: .*expected after"),
         ('prompt,completion\na,b\nc,"d\n\n', ":3: unexpected end"),
         ("prompt,prompt\na,b\n", ":1: the column 'prompt' is there twice"),

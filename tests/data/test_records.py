@@ -5,7 +5,7 @@ import tiny_tokenizers
 
 from para_jax.config import DataSection
 from para_jax.data import row_files
-from para_jax.data.examples import encode_example
+from para_jax.data.examples import encode_example, warn_of_role
 from para_jax.data.records import SPLITS, Record, encode_records, load_records, read_records
 from para_jax.data.sources import source_of
 
@@ -113,6 +113,14 @@ def test_templates_read_any_columns(tmp_path):
     assert (made[0].prompt, made[0].completion) == ("{add}\n{0.x} 1 2", "3")
 
 
+def test_a_role_that_servers_do_not_take_is_said_once(tmp_path, capsys):
+    """As in data that was converted from another form."""
+    file = write(tmp_path, *({"messages": [USER | {"role": role}, BOT]} for role in ("human", "tool", "human", "user")))
+    warn_of_role.cache_clear()
+    assert len(read_records(file)) == 4
+    assert capsys.readouterr().err.count("the role 'human'") == 1
+
+
 def test_a_row_with_messages_needs_no_other_column(tmp_path):
     """Public chats often have a `prompt` too, the first message as text, but no `completion`."""
     more = [{}, {"prompt": "hello", "prompt_id": "x"}, {"completion": "hi"}]
@@ -148,6 +156,7 @@ def test_a_task_reads_its_published_rows(tmp_path):
         ("[1]", "list, not a JSON object"),
         ({"completion": "b"}, "'prompt'.*completion"),
         ({"prompt": "a", "output": "b"}, "'completion'.*prompt, output"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "'prompt'.*conversations.*rename them to messages"),
         ({"prompt": " ", "completion": "b"}, "prompt is empty"),
         ({"prompt": "a", "completion": ""}, "completion is empty"),
         ({"prompt": 3, "completion": "b"}, "prompt .*int"),
@@ -187,7 +196,7 @@ def test_bytes_that_are_not_text_name_file_and_line(tmp_path):
     [
         ("{missing}", r"data.jsonl:1: .*'missing'.*a, b"),
         ("{b}", "data.jsonl:1: b .*list"),
-        ("{a.__class__}", r"not a plain \{column\}"),
+        ("{a.__class__}", r"not a plain \{column\}; write \{\{ and \}\}"),
         ("{a[0]}", r"not a plain \{column\}"),
         ("{a!r}", r"not a plain \{column\}"),
         ("{a:>9999999999}", r"not a plain \{column\}"),

@@ -8,8 +8,11 @@ from tiny_run import backbone_folder, rows_of_text, words, write_rows
 
 from para_jax import train, train_tenants
 from para_jax.config import DataSection, RunConfig, load_config
+from para_jax.data.records import Record
+from para_jax.evaluation.tasks import EvalTask
 from para_jax.inspect import data_report, dry_run, folder_report
-from para_jax.runs.tenants import warn_of_unread
+from para_jax.runs.scoring import example_prompt
+from para_jax.runs.tenants import Tenant, warn_of_unread
 
 CONFIG = Path(__file__).parents[2] / "configs" / "own-data.yaml"
 QUICK = (
@@ -117,3 +120,14 @@ def test_a_dry_run_assumes_a_length_and_inspect_finds_it(folder):
     assert "of each tenant" in dry_run(swept) and "of each tenant" not in dry_run(config)
     methods = dry_run(own(folder, f"data.train={folder / 'labels'}", "sweep.method=[para, ia3]")).split("\n\n")
     assert [text.splitlines()[0] for text in methods] == ["para", "ia3"] and "; ia3 on k_proj" in methods[1]
+
+
+def test_the_model_card_asks_in_the_form_of_the_data(tmp_path):
+    """An adapter that learnt chats answers a plain text with nothing."""
+    chat, text = [{"role": "user", "content": "w3"}], "w3"
+    for prompt, wanted in ((chat, [{"role": "user", "content": "a prompt"}]), (text, "a prompt")):
+        task = EvalTask("own", [Record(prompt, "w9", ("w9",), None, "")])
+        for validation, test in ((task, None), (None, task)):
+            tenant = Tenant("", RunConfig(), None, None, validation, test)
+            assert example_prompt(tenant) == wanted
+    assert example_prompt(Tenant("", RunConfig(), None, None, None, None)) == "a prompt"

@@ -482,8 +482,11 @@ def test_wrong_bodies_methods_and_paths_are_errors_of_one_shape(http):
     assert error(http.post("/v1/completions", content=b"{", headers=JSON), 400)["code"] == "invalid_json"
     error(http.post("/v1/completions", content=b"{}"), 415)
     error(http.post("/v1/completions", content=b" " * (8 * 2**20 + 1), headers=JSON), 413)
-    error(http.get("/v1/completions"), 405)
-    error(http.get("/v1/nothing"), 404)
+    assert "POST" in error(http.get("/v1/completions"), 405)["message"]
+    assert "/v1/chat/completions" in error(http.get("/v1/nothing"), 404)["message"]
+    for path, wrong in (("completions", {"messages": []}), ("chat/completions", {"prompt": "a"})):
+        found = error(http.post(f"/v1/{path}", json={"model": "A"} | wrong), 400)
+        assert f"/v1/{'chat/completions' if path == 'completions' else 'completions'}" in found["message"]
     assert http.get("/health/").status_code == 404  # not a redirect
 
 
