@@ -79,6 +79,15 @@ def model_card(
     )
 
 
+def example_of(card: str) -> str | list[dict]:
+    """The prompt of the example code in a model card."""
+    found = re.search(r"(?m)^prompt = (.*)$", card)
+    try:
+        return json.loads(found[1]) if found else "a prompt"
+    except ValueError:
+        return "a prompt"
+
+
 def scope_outline(config: Any) -> str:
     """Where an adapter acts, as the end of a sentence; empty for everywhere."""
     scope, window = scope_of(config)

@@ -25,7 +25,7 @@ from ..storage.folder import require_matching_manifest
 from ..text_part import has_image_part, whole_name
 from ..untrusted import one_line, read_json
 from .adapter import Adapter, abstract, require_model_config, require_one, with_leaves
-from .card import lines_of, model_card, with_test_score
+from .card import example_of, lines_of, model_card, with_test_score
 from .folder import (
     CARD,
     CONFIG,
@@ -148,10 +148,11 @@ def files_for_peft(source: Path, base_model: str) -> dict[str, bytes]:
     held = {key: value for key, value in read_json(own_file(source, CONFIG)).items() if key != "revision"}
     written = held | peft_base(base_model)
     card = (source / CARD).read_bytes() if (source / CARD).is_file() and not (source / CARD).is_symlink() else b""
+    text = str(card, "utf-8", "replace")
     return {
         CONFIG: (json.dumps(written, indent=2) + "\n").encode(),
         WEIGHTS: weights,
-        CARD: model_card(method, config, base_model, lines_of(str(card, "utf-8", "replace"))).encode(),
+        CARD: model_card(method, config, base_model, lines_of(text), example_of(text)).encode(),
     }
 
 

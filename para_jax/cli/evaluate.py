@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..config import expanded
 from ..messages import say, warn
 from ..storage.bucket import BucketPath
 from . import options as shared
@@ -143,8 +145,8 @@ def run(options) -> None:
 
 def check_options(options) -> None:
     """Raises ValueError for options that are missing, out of range or do not go together."""
-    without_config = options.backbone is not None or options.tasks
-    if without_config and "=" in str(options.config):  # then the first field takes its place
+    given = str(options.config)
+    if re.match(r"[a-z_]+(\.\w+)* *=", given) and not expanded(given).exists():  # the first field, without CONFIG
         options.config, options.overrides = None, [str(options.config), *options.overrides]
     if options.config is not None and options.backbone is not None:
         both = f"{options.config}, {options.backbone}"

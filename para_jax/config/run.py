@@ -139,8 +139,8 @@ class TrainSection:
     sampling: Literal["proportional", "sqrt", "uniform"] = "proportional"
     """for many tenants: how often each is in the batch, by its number of examples, its square root, or equally"""
     init_from: str | None = None
-    """a trained adapter to start from, instead of a fresh one: its folder or hub id, or the folder of its run. Of a run
-    of many tenants each tenant's own adapter there. The section `adapter` must describe it"""
+    """a trained adapter to start from, instead of a fresh one: its folder or hub id, or the folder of its run. If that
+    is a run of many tenants, each tenant starts from its own adapter there. The section `adapter` must describe it"""
     up_lr_ratio: Annotated[float, Bounds(above=0, below=1e9)] = 1.0
     """the learning rate of PARA's W_up [our choice] and LoRA's B, as a multiple of learning_rate, which all other
     weights use (LoRA+, arXiv:2402.12354; loraplus_lr_ratio in PEFT)"""
@@ -377,6 +377,11 @@ class RunConfig:
         require(set(methods) <= set(ADAPTER_CONFIGS), "sweep.method", methods, f"some of {', '.join(ADAPTER_CONFIGS)}")
         if self.data.tenants:
             raise ValueError("sweep.method can't be used together with data.tenants; compare the methods on data.train")
+        if self.train.init_from and len(methods) > 1:
+            raise ValueError(
+                f"train.init_from {self.train.init_from} is an adapter of one method, but sweep.method has "
+                f"{len(methods)}; remove one of them"
+            )
         own = next((name for name, kind in ADAPTER_CONFIGS.items() if kind is type(self.adapter)), None)
         if own not in methods and self.adapter != with_scope_of(self.adapter, type(self.adapter)):
             raise ValueError(

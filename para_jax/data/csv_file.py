@@ -80,7 +80,7 @@ def column_names(cells: list[str]) -> list[str]:
 
 def row_of(columns: list[str], cells: list[str]) -> dict:
     if len(columns) == 1 and (other := next((sign for sign in "|\t" if sign in columns[0]), None)):
-        raise ValueError(f"the header has one column, {shorten(columns[0])}; separate columns by , or ;, not {other!r}")
+        raise ValueError(f"the header has one column, {shorten(columns[0])}; use , or ; between columns, not {other!r}")
     if len(cells) != len(columns):
         raise ValueError(
             f"{len(cells)} cells, but the header has {len(columns)} ({safe_names(columns)}); put quotes around a text "

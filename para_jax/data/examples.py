@@ -18,8 +18,8 @@ from ..untrusted import require_unicode
 from .chats import assistant_turn, render_all
 from .fewest_tokens import fewest_tokens
 
-#: The roles of messages that chat templates and servers know.
-ROLES = ("system", "developer", "user", "assistant", "tool")
+#: The roles that the messages of a request may have.
+ROLES = ("system", "developer", "user", "assistant")
 
 #: Text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
@@ -207,9 +207,9 @@ def checked_messages(name: str, value: object) -> list[dict]:
 
 @lru_cache(64)
 def warn_of_role(role: str) -> None:
-    """Warns of a role that most chat templates write into the prompt as it is, and that a server refuses."""
+    """Warns of a role that no request to the server may have."""
     if role not in ROLES:
-        warn(f"a message has the role {shorten(role)}; servers take {one_of(ROLES)}, so their prompts will differ")
+        warn(f"a message has the role {shorten(role)}; requests can have only {one_of(ROLES)}")
 
 
 def prompt_messages(messages: list[dict]) -> list[dict]:

@@ -28,6 +28,7 @@ from ..storage.bucket import Place
 from ..training.step import TrainState, tenant_of
 from ..training.stop import StopSignal
 from ..training.tenants_file import add_entry
+from .initial import require_described
 from .logs import Logs
 from .report import record_of
 from .standing import Standing
@@ -247,7 +248,13 @@ def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:
 def read_everywhere(source: str | Place, model, like: Adapter) -> Adapter:
     """The adapter of a folder or hub id, which the first process alone reads, as arrays of NumPy."""
     found: list[Adapter] = []
-    on_first_process(lambda: found.append(load_adapter(source, model.config, model=model)))
+
+    def read() -> None:
+        adapter = load_adapter(source, model.config, model=model)
+        require_described(str(source), adapter.config, like.config)
+        found.append(adapter)
+
+    on_first_process(read)
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     return broadcast_arrays(found[0] if is_first() else empty)
 
@@ -271,7 +278,8 @@ def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | No
         version=__version__,
     )
     if config.train.init_from:
-        card.append(f"- Started from the adapter {printable(config.train.init_from, 300)}.")
+        source = "/".join(config.train.init_from.split("/")[-2:])  # no path of this machine
+        card.append(f"- Started from the adapter {printable(source, 300)}.")
     if config.backbone.quantize:
         card.append(f"- The backbone's weights were {config.backbone.quantize} during training.")
     if config.data.chat_template_kwargs:

@@ -31,7 +31,7 @@ from ..storage.bucket import Place
 from ..training.checkpoint import steps_in
 from ..training.passes import Layout
 from ..training.prompt_cache import PromptCache
-from .initial import initial_place
+from .initial import initial_places
 from .tenant_file import AT_ONCE, with_own_fields
 
 
@@ -278,7 +278,8 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
     Raises ValueError for a folder or names that data/tenants.py refuses, and for what tenant_file.py refuses.
     """
     if not config.many:
-        return {"": replace(config, train=replace(config.train, init_from=started_from(config, "")))}
+        start = initial_places(config.train.init_from, [""])[""]
+        return {"": replace(config, train=replace(config.train, init_from=start))}
     if config.data.tenants:
         sections = tenant_sections(config.data.tenants, config.data)
         alone = {name: replace(config, data=section) for name, section in sections.items()}
@@ -289,20 +290,15 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
         made = sweep_configs(config)
     rows = config.rows_per_tenant
     batch = {"per_device_batch_size": rows} if config.train.batch_size is None else {"batch_size": rows}
+    starts = initial_places(config.train.init_from, made if config.data.tenants else [""])
     return {
         name: replace(
             own,
             output_dir=str(expanded(config.output_dir) / name),
-            train=replace(own.train, rows_per_tenant=rows, init_from=started_from(config, name), **batch),
+            train=replace(own.train, rows_per_tenant=rows, init_from=starts.get(name, starts.get("")), **batch),
         )
         for name, own in made.items()
     }
-
-
-def started_from(config: RunConfig, name: str) -> str | None:
-    """The adapter from which a tenant starts; None: a fresh one. All combinations of a sweep start from the same."""
-    source = config.train.init_from
-    return source and initial_place(source, name if config.data.tenants else "")
 
 
 def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..data.examples import ROLES
 from .errors import wrong_field
 from .fields import Fields
 
@@ -18,7 +19,6 @@ NOT_IN_MESSAGES: dict[str, tuple[tuple, str]] = {
     "annotations": (([],), NOT_COMPUTED),
     "type": (("text",), NOT_COMPUTED),  # lm-eval up to 0.4.9 sends it
 }
-ROLES = ("system", "developer", "user", "assistant")
 
 
 def read_messages(value: object) -> list[dict]:

@@ -20,13 +20,13 @@ from ..adapters.scope import scope_of
 from ..backbone.cache import constrain_held, empty_held
 from ..backbone.transformer import Transformer
 from ..model import DecodeState
-from ..prompt_blocks import Lanes, Windows, adapt_window, adjustments_of, prefill_blocks
+from ..prompt_blocks import Lanes, LastToken, Windows, adapt_window, adjustments_of, prefill_blocks
 from ..sharding import constrain, replicate
 from .prefix_cache import PrefixCache
 from .slots import PrefilledPrompt, zeros_of
 
-#: Prompts of the longest length that the pool has blocks for, at work or kept for the next request of the same prompt.
-#: If a chunk has blocks for more prompts, that many may be at work, and shorter ones fill the pool.
+#: Prompts of the longest length that the pool has blocks for, and how many are kept for the next request of the same
+#: prompt. If a chunk has blocks for more prompts, that many may be at work. Adapters are applied to ROWS at a time.
 ROWS = 4
 
 
@@ -48,8 +48,10 @@ class Prompt:
         self.found = 0
         """tokens in blocks that were found"""
         self.made: tuple | None = None
-        """(logits, adjustments, keys and values of its last tokens but one), all with leading rows; set when it is
+        """(logits, adjustments, keys and values of its last tokens but one), all with ROWS leading rows; set when it is
         finished"""
+        self.place = 0
+        """its row in `made`"""
 
     @property
     def adapted(self) -> int:
@@ -83,7 +85,7 @@ class Prefills:
         self._leaves, self._treedef = jax.tree.flatten(model)
         self._longest = longest
         self.rows = max(ROWS, lanes)
-        """prompts at work, or finished and kept for the next request with the same adapter and prompt, at most"""
+        """prompts at work, at most"""
         self._room = ROWS * longest
         """their blocks, at most"""
         self.cache = PrefixCache(self._room + cached, size, model.fingerprint or "", enabled=cached > 0)
@@ -137,12 +139,14 @@ class Prefills:
         self.cache.queries += len(ids)
 
     def keep(self, wanted: Collection[tuple]) -> None:
-        """Drops prompts that are not finished, unless they have one of these keys or are pinned. Starts pinned ones
-        that lack a block."""
+        """Drops prompts that are not finished, unless they have one of these keys or are pinned, and finished ones but
+        the last ROWS. Starts pinned ones that lack a block."""
         pinned = {(None, ids, None) for ids in self.pins}
         for prompt in list(self._prompts.values()):
             if prompt.made is None and prompt.key not in wanted and prompt.key not in pinned:
                 self._drop(prompt)
+        for prompt in [prompt for prompt in self._prompts.values() if prompt.made is not None][:-ROWS]:
+            self._drop(prompt)
         for ids, keys in self.pins.items():
             if not all(map(self.cache.knows, keys)) and self.has_room((None, ids, None), ids):
                 held = self.finished((None, ids, None))
@@ -174,7 +178,7 @@ class Prefills:
         assert prompt.made is not None
         token = -1 if prompt.entry is None else prompt.ids[-1]
         return PrefilledPrompt(
-            self._table(prompt), len(prompt.ids), prompt.row, *prompt.made, adapted=prompt.adapted, token=token
+            self._table(prompt), len(prompt.ids), prompt.place, *prompt.made, adapted=prompt.adapted, token=token
         )
 
     def _table(self, prompt: Prompt) -> np.ndarray:
@@ -194,9 +198,10 @@ class Prefills:
         """Compiles the programs. Returns a finished prompt."""
         prompt = Prompt((), [0], None, 0, [])
         self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, self._no_lanes())
-        prompt.made = last.logits, *self._nothing
+        logits, entered = rows_of(np.zeros(ROWS, np.int32), last.logits, last.entered)
+        prompt.made = logits, *self._nothing
         for entry in filter(self.takes, self.bank.blanks() if self.bank is not None else ()):
-            self._adapt([Prompt((), [0, 0], entry, 0, [])], last.entered)
+            self._adapt([Prompt((), [0, 0], entry, 0, [])], entered)
         return prompt
 
     # ------------------------------------------------------------------------------------------------- the computation
@@ -205,9 +210,18 @@ class Prefills:
         lanes = self._planned(working)
         self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, lanes)
         complete = [prompt for prompt in working if len(prompt.blocks) == self._needed(prompt.ids)]
-        adapted = self._adapt([prompt for prompt in complete if prompt.entry is not None], last.entered)
-        for prompt in complete:
-            prompt.made = last.logits, *(self._nothing if prompt.entry is None else adapted)
+        for start in range(0, len(complete), ROWS):
+            self._finish(complete[start : start + ROWS], last)
+
+    def _finish(self, prompts: list[Prompt], last: LastToken) -> None:
+        """Applies their adapters to at most ROWS prompts, whose blocks are all computed."""
+        chosen = np.zeros(ROWS, np.int32)
+        for place, prompt in enumerate(prompts):
+            prompt.place, chosen[place] = place, prompt.row
+        logits, entered = rows_of(chosen, last.logits, last.entered)
+        adapted = self._adapt([prompt for prompt in prompts if prompt.entry is not None], entered)
+        for prompt in prompts:
+            prompt.made = logits, *(self._nothing if prompt.entry is None else adapted)
 
     def _planned(self, working: list[Prompt]) -> Lanes:
         """The next blocks of the prompts, which take turns. Blocks that are known are not computed again, except a
@@ -242,20 +256,20 @@ class Prefills:
             self.cache.hits += self.size
 
     def _adapt(self, prompts: list[Prompt], entered: tuple) -> tuple:
-        """(adjustments, keys and values of last tokens but one) of prompts with an adapter, in the prompts' rows."""
+        """(adjustments, keys and values of last tokens but one) of prompts with an adapter, in the prompts' places."""
         if not prompts:
             return self._nothing
         assert self.bank is not None
-        entries: list[Entry | None] = [None] * self.rows
+        entries: list[Entry | None] = [None] * ROWS
         for prompt in prompts:
-            entries[prompt.row] = prompt.entry
+            entries[prompt.place] = prompt.entry
         adjustments, carried = make_adjustments(self.bank.rows_of(entries), entered)
         if not any(prompt.adapted for prompt in prompts):
             return carried, self._nothing[1]
-        tokens, table = np.zeros((self.rows, self.window), np.int32), np.zeros((self.rows, self._longest), np.int32)
-        length, adapted = np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int32)
+        tokens, table = np.zeros((ROWS, self.window), np.int32), np.zeros((ROWS, self._longest), np.int32)
+        length, adapted = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)
         for prompt in prompts:
-            row, last = prompt.row, prompt.ids[:-1][-self.window :]
+            row, last = prompt.place, prompt.ids[:-1][-self.window :]
             tokens[row, self.window - len(last) :], table[row] = last, self._table(prompt)
             length[row], adapted[row] = len(prompt.ids) - 1, prompt.adapted
         windows = Windows(tokens, table, length, adapted)
@@ -305,9 +319,9 @@ class Prefills:
 
     def _of_no_adapter(self) -> tuple:
         """The adjustments, and the keys and values of last tokens, of prompts without an adapter: zeros."""
-        shape = lambda leaf: (self.rows, leaf.shape[1], self.window, leaf.shape[3])  # noqa: E731
+        shape = lambda leaf: (ROWS, leaf.shape[1], self.window, leaf.shape[3])  # noqa: E731
         last = jax.tree.map(lambda leaf: empty_held(shape(leaf), leaf.dtype), self.row.cache)
-        return zeros_of(self.row.adjustments, self.rows), last
+        return zeros_of(self.row.adjustments, ROWS), last
 
     def _empty(self, leaf) -> jax.Array:
         return empty_held((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
@@ -329,6 +343,12 @@ def prefill_chunk(treedef, leaves, pool, lanes: Lanes):
     pool, last = prefill_blocks(jax.tree.unflatten(treedef, leaves), pool, lanes)
     logits = constrain(last.logits, (None, "vocab"))  # whole ones would gather the head's weights
     return constrain_held(pool), last._replace(logits=logits, entered=replicate(last.entered))
+
+
+@jax.jit
+def rows_of(chosen, logits, entered: tuple) -> tuple:
+    """These rows of the logits, and of the streams that enter each layer."""
+    return constrain(logits[chosen], (None, "vocab")), replicate(tuple(stream[chosen] for stream in entered))
 
 
 @jax.jit

@@ -364,7 +364,7 @@ def progress_file(folder: Place, step: int) -> Place:
 
 
 def unchecked_progress(folder: Place) -> dict[str, Any]:
-    """The progress of the newest checkpoint of a folder in which it can be read, without a check of its bytes; empty if
+    """The progress of a folder's newest checkpoint whose progress can be read, without a check of its bytes; empty if
     there is none."""
     for step in steps_in(folder) if folder.is_dir() else []:
         with suppress(OSError, ValueError, RecursionError):

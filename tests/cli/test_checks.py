@@ -68,6 +68,7 @@ MISTAKES = [
     ("generate --input data/train.jsonl --output - --backbone model", "--output -: .*/dev/stdout"),
     ("evaluate --backbone model --tasks data.test=data", r"--tasks .data\.test=data.: .* a field .*before --tasks"),
     ("evaluate --backbone model eval.limit=3", "no task.*CONFIG of a run, or --backbone with --tasks"),
+    ("evaluate data.test=nope.jsonl", "data.test.*nope.jsonl"),
     ("evaluate --tasks data/nope.jsonl", "data/nope.jsonl.*no such file"),
     ("evaluate --backbone model data.test=nope.jsonl", "data.test.*nope.jsonl"),
     ("serve --adapter runs/mine/adapter", r"--adapter .*did you mean --adapters\?"),

@@ -11,6 +11,7 @@ from golden_models import FIXTURES, backbone, strong
 from tiny_run import ADAPTER, run_config, run_folder, write_tenants
 
 from para_jax import LoraConfig, init_adapter, load_adapter, save_adapter, train, train_tenants
+from para_jax.runs.initial import initial_places
 
 #: A step that changes nothing: what is kept is what the run started from.
 STILL = ("train.learning_rate=0", "train.max_steps=1", "train.weight_decay=0", "eval.every=1")
@@ -39,11 +40,11 @@ def test_a_run_starts_from_an_adapter_and_its_statistics(folder, tmp_path):
         run = tmp_path / f"run-{i}"
         train(run_config(folder, f"output_dir={run}", f"train.init_from={tmp_path / source}", *STILL))
         assert_kept(run, adapter)
-    assert f"Started from the adapter {tmp_path / 'before' / 'adapter'}" in (run / "adapter/README.md").read_text()
+    assert "Started from the adapter before/adapter." in (run / "adapter/README.md").read_text()
 
 
 def test_a_second_run_begins_with_the_loss_that_the_first_one_ended_with(folder, tmp_path):
-    """A resumed run needs the first one's folder no more."""
+    """A run that has begun needs the first one's folder no more."""
     first = train(run_config(folder, f"output_dir={tmp_path / 'first'}", "train.max_steps=4", "eval.metric=loss"))
     own = f"output_dir={tmp_path / 'second'}", f"train.init_from={tmp_path / 'first'}"
     second = train(run_config(folder, *own, *STILL, "eval.metric=loss"))
@@ -76,6 +77,26 @@ def test_peft_s_adapter_is_trained_further(folder, tmp_path):
     config = run_config(folder, f"output_dir={run}", f"train.init_from={place}", *STILL)
     train(replace(config, adapter=adapter.config))
     assert_kept(run, adapter)
+
+
+def test_where_a_run_looks_for_the_adapter(tmp_path, bucket):
+    """An adapter's own folder, the folder of a run of one adapter, or that of a run of many, also in a bucket."""
+    for root in (tmp_path, bucket / "initial"):
+        for folder in ("one/adapter", "many/acme/adapter"):
+            (root / folder).mkdir(parents=True)
+            (root / folder / "adapter_config.json").write_bytes(b"{}")
+        one, many, names = root / "one", root / "many", ["acme", "globex"]
+        for source in (one, one / "adapter"):
+            assert initial_places(str(source), [*names, ""]) == dict.fromkeys([*names, ""], str(one / "adapter"))
+        assert initial_places(str(many), names) == {name: str(many / name / "adapter") for name in names}
+        assert initial_places(str(many), [""]) == {"": str(many / "adapter")}
+    assert initial_places("user/name@v1", names) == dict.fromkeys(names, "user/name@v1")
+    assert initial_places(None, names) == dict.fromkeys(names)
+
+
+def test_an_adapter_of_one_method_is_no_start_for_several(folder):
+    with pytest.raises(ValueError, match="train.init_from runs/a .*sweep.method has 2"):
+        run_config(folder, "sweep.method=[para, ia3]", "train.init_from=runs/a")
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def replay(
     except Exception as error:  # its filters and metrics may raise anything, or need a package that is missing
         raise ValueError(f"task {task.name}: lm-eval can't score its answers: {first_line(error)}") from error
     if lm.lost:
-        warn(f"task {task.name}: {lm.lost} log-likelihoods are not numbers; lm-eval takes the first choice there")
+        warn(f"task {task.name}: {lm.lost} log-likelihoods are not numbers; lm-eval answers with the first of them")
     logged_by_task = found.pop("samples", {})
     if samples:
         found["samples"] = {name: [as_logged(one) for one in logged] for name, logged in logged_by_task.items()}

@@ -62,7 +62,7 @@ def test_a_task_that_draws_while_it_is_loaded_draws_as_on_lm_evals_command_line(
 
 
 def test_log_likelihoods_that_are_no_numbers_are_said(folder, capsys):
-    """lm-eval's argmax takes the first choice, which may be right by chance."""
+    """lm-eval's argmax takes the first of them, which may be right by chance."""
     (task,) = load_tasks(["tiny_pick"], folder / "tasks", limit=2, fewshot=None, chat=False)
     tokenizer = load_tokenizer(folder / "backbone")
     asked = record(task, tokenizer, 100, sampling_seed=0)
