@@ -42,7 +42,9 @@ class Prompt:
     """A prompt in one of the rows."""
 
     def __init__(self, key: tuple, ids: Sequence[int], entry: Entry | None, row: int, block_keys: list[bytes]):
-        self.key, self.ids, self.entry, self.row, self.block_keys = key, ids, entry, row, block_keys
+        self.key, self.ids, self.entry, self.block_keys = key, ids, entry, block_keys
+        self.row = row
+        """in the program of a chunk; once it is finished, in `made`"""
         self.blocks: list[int] = []
         """the pool's blocks of its first tokens: those that are computed, or found"""
         self.found = 0
@@ -50,8 +52,6 @@ class Prompt:
         self.made: tuple | None = None
         """(logits, adjustments, keys and values of its last tokens but one), all with ROWS leading rows; set when it is
         finished"""
-        self.place = 0
-        """its row in `made`"""
 
     @property
     def adapted(self) -> int:
@@ -134,7 +134,7 @@ class Prefills:
             self._grow_window([entry.config])
         while not self._fits(self._prompts.values(), ids):
             self._drop(next(prompt for prompt in self._prompts.values() if prompt.made is not None))
-        row = min(set(range(self.rows)) - {prompt.row for prompt in self._prompts.values()})
+        row = min(set(range(self.rows)) - {prompt.row for prompt in self._prompts.values() if prompt.made is None})
         self._prompts[key] = Prompt(key, ids, entry, row, self.cache.keys(ids, key[-1]))
         self.cache.queries += len(ids)
 
@@ -178,7 +178,7 @@ class Prefills:
         assert prompt.made is not None
         token = -1 if prompt.entry is None else prompt.ids[-1]
         return PrefilledPrompt(
-            self._table(prompt), len(prompt.ids), prompt.place, *prompt.made, adapted=prompt.adapted, token=token
+            self._table(prompt), len(prompt.ids), prompt.row, *prompt.made, adapted=prompt.adapted, token=token
         )
 
     def _table(self, prompt: Prompt) -> np.ndarray:
@@ -217,7 +217,7 @@ class Prefills:
         """Applies their adapters to at most ROWS prompts, whose blocks are all computed."""
         chosen = np.zeros(ROWS, np.int32)
         for place, prompt in enumerate(prompts):
-            prompt.place, chosen[place] = place, prompt.row
+            chosen[place], prompt.row = prompt.row, place
         logits, entered = rows_of(chosen, last.logits, last.entered)
         adapted = self._adapt([prompt for prompt in prompts if prompt.entry is not None], entered)
         for prompt in prompts:
@@ -256,20 +256,20 @@ class Prefills:
             self.cache.hits += self.size
 
     def _adapt(self, prompts: list[Prompt], entered: tuple) -> tuple:
-        """(adjustments, keys and values of last tokens but one) of prompts with an adapter, in the prompts' places."""
+        """(adjustments, keys and values of last tokens but one) of prompts with an adapter, in the prompts' rows."""
         if not prompts:
             return self._nothing
         assert self.bank is not None
         entries: list[Entry | None] = [None] * ROWS
         for prompt in prompts:
-            entries[prompt.place] = prompt.entry
+            entries[prompt.row] = prompt.entry
         adjustments, carried = make_adjustments(self.bank.rows_of(entries), entered)
         if not any(prompt.adapted for prompt in prompts):
             return carried, self._nothing[1]
         tokens, table = np.zeros((ROWS, self.window), np.int32), np.zeros((ROWS, self._longest), np.int32)
         length, adapted = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)
         for prompt in prompts:
-            row, last = prompt.place, prompt.ids[:-1][-self.window :]
+            row, last = prompt.row, prompt.ids[:-1][-self.window :]
             tokens[row, self.window - len(last) :], table[row] = last, self._table(prompt)
             length[row], adapted[row] = len(prompt.ids) - 1, prompt.adapted
         windows = Windows(tokens, table, length, adapted)
@@ -288,7 +288,7 @@ class Prefills:
 
     def _fits(self, others: Collection[Prompt], ids: Sequence[int]) -> bool:
         """Whether there are a row and blocks for one more prompt next to these."""
-        blocks = sum(self._needed(prompt.ids) for prompt in others)
+        blocks = sum(self._needed(one.ids) for one in others)
         return len(others) < self.rows and blocks + self._needed(ids) <= self._room
 
     def _drop(self, prompt: Prompt) -> None:
