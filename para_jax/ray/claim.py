@@ -30,7 +30,7 @@ def claimed(output: Place, folder: Place, line: Sequence[str], shards: int) -> I
 
 
 def require_free(output: Place, folder: Place) -> None:
-    """Raises ValueError for an output that holds something and that no call has begun."""
+    """Raises ValueError if the output holds files and no call has begun it."""
     if (folder / CALL_FILE).is_file():
         return
     if output.is_file() or (output.is_dir() and any(output.iterdir())):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 
+from ..adapters.adapter import Adapter
 from ..adapters.files import load_adapter
 from ..adapters.folder import CONFIG
 from ..adapters.methods import method_of
@@ -31,20 +32,27 @@ def initial_places(source: str | None, names: Iterable[str]) -> dict[str, str | 
     return {name: str((place / name if name else place) / "adapter") for name in names}
 
 
-def check_initial(configs: Iterable[RunConfig], model: ModelConfig) -> None:
-    """Raises ValueError for an adapter to start from that can't be loaded, and for one that the config's `adapter` does
-    not describe, with the fields that differ. All are loaded now, because some tenants start late."""
-    described = {own.train.init_from: own.adapter for own in configs if own.train.init_from}
+def check_initial(configs: Iterable[RunConfig], model_config: ModelConfig) -> None:
+    """Raises ValueError as `initial_adapter` does. All adapters are loaded now, because some tenants start late."""
+    starts = {own.train.init_from: own for own in configs if own.train.init_from}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = pool.map(lambda place: load_adapter(place, model).config, described)
-        for (place, here), there in zip(described.items(), found, strict=True):
-            require_described(f"train.init_from {place}", there, here)
+        list(pool.map(lambda own: initial_adapter(own, model_config).config, starts.values()))  # raises what one raises
 
 
-def require_described(name: str, there: Any, here: Any) -> None:
-    """Raises ValueError unless an adapter's config `there` is the one that a run has for its adapters."""
-    if differing := differences(there, here):
-        raise ValueError(f"{name}: {', '.join(differing)}; set these fields of `adapter` to the adapter's values")
+def initial_adapter(own: RunConfig, model_config: ModelConfig, *, model=None) -> Adapter:
+    """The adapter that a tenant starts from. Raises ValueError if it can't be loaded, or if the config's `adapter` does
+    not describe it, with the fields that differ.
+
+    Args:
+        model: as for load_adapter.
+    """
+    source = own.train.init_from
+    assert source is not None, "a tenant without init_from starts from a fresh adapter"
+    adapter = load_adapter(source, model_config, model=model)
+    if differing := differences(adapter.config, own.adapter):
+        found = ", ".join(differing)
+        raise ValueError(f"train.init_from {source}: {found}; set these fields of `adapter` to the adapter's values")
+    return adapter
 
 
 def differences(there: Any, here: Any) -> list[str]:

@@ -35,6 +35,7 @@ from ..training.statistics import standardise, statistics_batches
 from ..training.step import TrainState, put_adapter, put_state, put_tenant, tenant_of, train_step
 from ..training.stop import Interrupted, StopSignal
 from .chosen import TRIALS
+from .initial import initial_adapter
 from .logs import Logs
 from .scoring import REMEDY, NotFinite, Scoring, read_everywhere
 from .standing import Standing
@@ -137,9 +138,9 @@ class Loop(NamedTuple):
         return state, standing._replace(slots=slots)
 
     def fresh_adapter(self, tenant: Tenant) -> Adapter:
-        if source := tenant.config.train.init_from:
+        if tenant.config.train.init_from:
             like = jax.eval_shape(lambda: init_adapter(self.config.adapter, self.model.config))
-            return read_everywhere(source, self.model, like)
+            return read_everywhere(lambda: initial_adapter(tenant.config, self.model.config, model=self.model), like)
         made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
         if made.needs_statistics:
             longest, seed = self.buckets[-1], tenant.config.seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,6 @@ from ..storage.bucket import Place
 from ..training.step import TrainState, tenant_of
 from ..training.stop import StopSignal
 from ..training.tenants_file import add_entry
-from .initial import require_described
 from .logs import Logs
 from .report import record_of
 from .standing import Standing
@@ -242,19 +242,13 @@ class Scoring(NamedTuple):
 
 def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:
     """The adapter that a run keeps in a folder."""
-    return read_everywhere(folder / "adapter", model, like)
+    return read_everywhere(lambda: load_adapter(folder / "adapter", model.config, model=model), like)
 
 
-def read_everywhere(source: str | Place, model, like: Adapter) -> Adapter:
-    """The adapter of a folder or hub id, which the first process alone reads, as arrays of NumPy."""
+def read_everywhere(read: Callable[[], Adapter], like: Adapter) -> Adapter:
+    """The adapter that `read` gives on the first process, as arrays of NumPy on all of them."""
     found: list[Adapter] = []
-
-    def read() -> None:
-        adapter = load_adapter(source, model.config, model=model)
-        require_described(str(source), adapter.config, like.config)
-        found.append(adapter)
-
-    on_first_process(read)
+    on_first_process(lambda: found.append(read()))
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     return broadcast_arrays(found[0] if is_first() else empty)
 

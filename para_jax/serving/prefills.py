@@ -214,7 +214,7 @@ class Prefills:
             self._finish(complete[start : start + ROWS], last)
 
     def _finish(self, prompts: list[Prompt], last: LastToken) -> None:
-        """Applies their adapters to at most ROWS prompts, whose blocks are all computed."""
+        """Applies the adapters of at most ROWS prompts. All their blocks are computed."""
         chosen = np.zeros(ROWS, np.int32)
         for place, prompt in enumerate(prompts):
             chosen[place], prompt.row = prompt.row, place

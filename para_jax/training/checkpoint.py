@@ -364,8 +364,8 @@ def progress_file(folder: Place, step: int) -> Place:
 
 
 def unchecked_progress(folder: Place) -> dict[str, Any]:
-    """The progress of a folder's newest checkpoint whose progress can be read, without a check of its bytes; empty if
-    there is none."""
+    """The newest progress that can be read from a folder's checkpoints; empty if there is none. Its checksum is not
+    checked."""
     for step in steps_in(folder) if folder.is_dir() else []:
         with suppress(OSError, ValueError, RecursionError):
             found = json.loads(progress_file(folder, step).read_bytes())

@@ -1,5 +1,5 @@
-"""The state of a tenant that has ended and whose slot another tenant took, in its folder. If the run is made longer,
-it continues from this state.
+"""Keeps the state of a tenant that has ended in its folder, because another tenant takes its slot. If the run is made
+longer, the tenant continues from this state.
 
 Each has a file of its own, named by its steps. A run that is made longer twice, or that is killed and goes back to a
 checkpoint from before the tenant ended again, needs the earlier one.

@@ -83,7 +83,7 @@ def test_a_text_after_a_special_token_begins_as_tokenizer_json_says(tmp_path, ki
     ],
 )
 def test_a_text_begins_and_ends_as_tokenizer_config_says(tmp_path, kind, ends, begin, end):
-    """As in DeepSeek's folders, whose tokenizer.json adds nothing. transformers 5 does not read these keys."""
+    """DeepSeek's folders are like this: their tokenizer.json adds nothing. transformers 5 does not read these keys."""
     byte_level(["<s>", "</s>"], bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
     file, settings = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
     level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}

@@ -225,16 +225,15 @@ def replay(
     lm = Replay(tokenizer, max_length, sampling_seed, answer, task.name)
     try:
         with redirect_stderr(io.StringIO()):  # the progress bars of building the same requests again
-            found = task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=True)  # some metrics are refused without
+            found = task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=samples)
     except SecondRound:
         raise
     except Exception as error:  # its filters and metrics may raise anything, or need a package that is missing
         raise ValueError(f"task {task.name}: lm-eval can't score its answers: {first_line(error)}") from error
     if lm.lost:
         warn(f"task {task.name}: {lm.lost} log-likelihoods are not numbers; lm-eval answers with the first of them")
-    logged_by_task = found.pop("samples", {})
     if samples:
-        found["samples"] = {name: [as_logged(one) for one in logged] for name, logged in logged_by_task.items()}
+        found["samples"] = {name: [as_logged(one) for one in logged] for name, logged in found["samples"].items()}
     scores = found.get("results", {})
     stripped = {name: lost_to_white_space(one, scores.get(name, {})) for name, one in task.loaded["tasks"].items()}
     return found | {"white_space": {name: lost for name, lost in stripped.items() if lost is not None}}
