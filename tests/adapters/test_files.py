@@ -329,8 +329,8 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(folder, monk
     """The config of one version is never taken with the weights of another."""
     read, left = files.read_config, [times]
 
-    def replaced_after(folder):
-        found = read(folder)
+    def replaced_after(folder, *model_type):
+        found = read(folder, *model_type)
         if left[0]:
             left[0] -= 1
             save_adapter(trained(2, activation="relu"), folder)
