@@ -19,7 +19,7 @@ from para_jax.tail import Tokens
 
 
 @pytest.mark.parametrize("layout", quick(["layers", "stacked"], "layers"))
-@pytest.mark.parametrize("config", quick(CONFIGS, *CONFIGS[1:3]), ids=name_of)
+@pytest.mark.parametrize("config", quick(CONFIGS, CONFIGS[1]), ids=name_of)
 def test_prefill_and_decode_equal_the_whole_pass(config, layout):
     model, adapter = backbone("gemma3_text", layout), adapter_of(config, "gemma3_text")
     tokens = prompts(model)

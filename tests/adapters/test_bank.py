@@ -75,6 +75,7 @@ def lora_bank(model, tenants):
     return filled(model, tenants, tenants, methods=("para", "ia3", "lora"), sites=SITES)
 
 
+@pytest.mark.long
 def test_a_fitting_bank_has_the_programs_of_all_its_adapters_whichever_it_holds(model, tenants):
     """The shapes of its rows are those of a bank that holds everything, so a row has the same bits."""
     names = ["para", "wide", "standardised", "input", "lora"]
@@ -117,6 +118,7 @@ def test_the_batched_pass_equals_the_vmapped_reference(model, lora_bank):
     np.testing.assert_allclose(forward(model, rows, tokens, 8), multi_tenant_forward(model, rows, tokens, 8), atol=1e-4)
 
 
+@pytest.mark.long
 def test_decode_equals_the_teacher_forced_pass(model, lora_bank):
     names = ["lora", "para", None, "input", "rslora", "standardised"]
     tokens, rows = prompts(model, len(names)), lora_bank.rows(names)

@@ -36,6 +36,7 @@ def strong_ia3(model, seed=1, sites=BOTH, inputs=("down_proj",)):
     return strong(init_adapter(config, model.config), seed, 0.5)
 
 
+@pytest.mark.long
 def test_ia3_computes_what_peft_computes(model):
     with np.load(FIXTURES / "peft" / "peft_golden.npz") as arrays:
         expected = dict(arrays)

@@ -95,6 +95,7 @@ def test_gradients_of_the_matrices_are_those_of_peft(model, expected):
     assert seen == 12
 
 
+@pytest.mark.long
 def test_a_mixed_batch_computes_what_peft_computes(model, expected):
     bank = AdapterBank(model.config, methods=("para", "ia3", "lora"), sites=SITES, max_r=4)
     names = [None if name == "__base__" else str(name) for name in expected["mixed.adapter_names"]]
@@ -156,6 +157,7 @@ def test_the_normal_form_computes_the_same_at_scale_one(model):
     np.testing.assert_allclose(forward(model, normal, tokens, 7), forward(model, adapter, tokens, 7), atol=2e-5)
 
 
+@pytest.mark.long
 def test_gradients_come_back_a_tenant(model):
     tokens = prompts(model)
     stack = stack_adapters([strong_lora(model, seed) for seed in (1, 2, 3)])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, backbone, prompts, strong
+from long_cases import quick
 from tpu_compiler import tpu_devices
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, make_mesh, pick, stack_adapters
@@ -129,7 +130,7 @@ def test_no_gradient_of_a_bfloat16_step_is_summed_over_tokens_in_bfloat16(config
     assert len(sums) > 5 and all(e.outvars[0].aval.dtype != jnp.bfloat16 for e in sums)
 
 
-@pytest.mark.parametrize("config", [ParaConfig(r=RANK), Ia3Config(), LoraConfig()])
+@pytest.mark.parametrize("config", quick([ParaConfig(r=RANK), Ia3Config(), LoraConfig()], ParaConfig(r=RANK)))
 def test_in_bfloat16_decode_rounds_where_the_teacher_forced_pass_does(config):
     """What it carries is bfloat16; a pass whose factors stayed float32 would be another one."""
     model = load_backbone(FIXTURES / "llama", layout="layers", dtype="bfloat16")

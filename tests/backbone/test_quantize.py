@@ -193,6 +193,7 @@ def int8_step():
     return step(load_backbone(FIXTURES / "llama", layout="stacked", mesh=make_mesh(), quantize="int8"))
 
 
+@pytest.mark.long
 def test_gradients_match_the_rounded_weights():
     exact = step(place(rounded(layout="stacked"), make_mesh(), backbone("llama").config))
     plain = step(load_backbone(FIXTURES / "llama", layout="stacked", mesh=make_mesh()))
@@ -214,6 +215,7 @@ def test_only_the_adapter_has_gradients_and_moments():
     assert size(state.optimizer) == 2 * size(adapter) + counters
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [(2, 2, 2), slow((8, 1, 1)), slow((1, 8, 1)), slow((1, 1, 8))])
 def test_a_mesh_has_the_same_int8_weights_and_step(sizes):
     alone = load_backbone(FIXTURES / "llama", layout="stacked", quantize="int8")

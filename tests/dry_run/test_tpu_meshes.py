@@ -41,7 +41,7 @@ def test_a_part_of_a_slice_keeps_its_own_order():
     assert list(make_mesh(3, 2, devices=devices).devices.flat) == devices[:6]
 
 
-@pytest.mark.parametrize("topology", quick(SLICES, slow=("v4:2x2x4", "v5p:2x2x4")))
+@pytest.mark.parametrize("topology", quick(SLICES, slow=("v4:2x2x4", "v5e:4x4", "v5p:2x2x4")))
 def test_the_compiler_takes_training_and_decode_on_an_awkward_shape(topology, tmp_path):
     data, fsdp, tensor = AWKWARD[topology]
     own = f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", "data.max_seq_length=16"

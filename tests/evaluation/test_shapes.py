@@ -105,7 +105,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.long
 @pytest.mark.parametrize("tenants", [True, False], ids=["tenants", "one"])
-@pytest.mark.parametrize(("metric", "most"), [("accuracy", 4), ("exact_match", 6)])
+@pytest.mark.parametrize(("metric", "most"), [slow("accuracy", 4), ("exact_match", 6)])
 def test_a_run_compiles_few_programs_for_all_its_evaluations(folder, tmp_path, metric, most, tenants, compiled):
     """Validation, the test before and after, and the best adapter, which is not the last one."""
     more = [f"data.tenants={folder / 'tenants'}", "data.train=null"] if tenants else []
@@ -118,6 +118,7 @@ def test_a_run_compiles_few_programs_for_all_its_evaluations(folder, tmp_path, m
     assert most // 2 <= len(compiled) <= most, compiled
 
 
+@pytest.mark.long
 def test_tasks_that_are_evaluated_together_share_their_programs(compiled):
     tasks = [task_of("exact_match", LENGTHS, "a", 3), task_of("exact_match", [n + 9 for n in LENGTHS], "b", 3)]
     evaluate(model(), None, tasks, tokenizer=tokenizer())
@@ -162,7 +163,7 @@ def test_what_is_written_does_not_depend_on_the_padding():
 @pytest.mark.parametrize(
     ("metric", "config"),
     [
-        ("accuracy", ParaConfig(r=4)),
+        long("accuracy", ParaConfig(r=4)),
         long("exact_match", ParaConfig(r=4)),
         slow("exact_match", Ia3Config()),
         long("exact_match", LoraConfig(r=4)),

@@ -109,6 +109,7 @@ def test_the_best_comes_first_and_those_without_a_score_last():
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.long
 def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tmp_path, monkeypatch, capsys):
     config = methods_config(folder, tmp_path / "run", "sweep.method=[para, ia3]", "eval.test=true")
     save_config(config, tmp_path / "run.yaml")

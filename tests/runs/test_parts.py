@@ -71,6 +71,7 @@ def learnt(folder, name):
     return found, json.loads((folder / "tenants.json").read_text())[name]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at_once", quick(["1", "null"], "1"))
 def test_a_tenant_that_is_added_learns_what_it_learns_alone_and_leaves_the_others_as_they_are(
     at_once, backbone, grown, tmp_path

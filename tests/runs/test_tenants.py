@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from long_cases import quick
+from long_cases import quick, slow
 from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows, write_tenants
 
 from para_jax import (
@@ -97,6 +97,7 @@ def adapter_of(config, name):
 # ------------------------------------------------------------------------------------------------------ what it leaves
 
 
+@pytest.mark.long
 def test_each_tenant_has_a_run_folder_of_its_own(whole):
     config, result = whole
     assert list(result.tenants) == sorted(SIZES)
@@ -456,7 +457,7 @@ def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folde
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at_once", ["null", "1"])
+@pytest.mark.parametrize("at_once", ["null", slow("1")])
 def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(at_once, folder, tmp_path):
     """Also where a tenant's slot was given to another one after its end."""
     own = (
@@ -522,7 +523,7 @@ def test_more_epochs_make_a_sweep_longer(folder, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["para", "lora", "ia3"])
+@pytest.mark.parametrize("method", ["para", "lora", slow("ia3")])
 def test_packed_tenants_learn_what_packed_runs_of_them_alone_learn(method, folder, tmp_path):
     packed = "data.packing=true", "data.max_seq_length=32", "adapter.summary=raw", "train.max_steps=3"
     if method != "para":

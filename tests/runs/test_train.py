@@ -318,6 +318,7 @@ def test_what_a_resumed_run_found_at_its_last_step_is_known_to_a_longer_one(conf
     assert_same_arrays(kept_adapter(config), kept)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "adapter", [ParaConfig(r=2), long(LoraConfig(r=2)), slow(Ia3Config())], ids=lambda one: type(one).__name__
 )

@@ -95,6 +95,7 @@ def test_the_control_has_the_same_rows_in_another_order(data):
         assert batch.length[0] == other.length[-1] and batch.prompt_length[0] == other.prompt_length[-1]
 
 
+@pytest.mark.long
 def test_the_scores_are_those_of_the_whole_pass(data):
     model = backbone("llama", "stacked")
     adapter = strong(init_adapter(config_of("LoRA", data), model.config), scale=0.5)

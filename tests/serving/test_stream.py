@@ -99,6 +99,7 @@ def late_streams(engine, request):
     return texts, last, expected
 
 
+@pytest.mark.long
 def test_a_stream_that_the_collector_finds_within_a_round_is_cancelled_in_the_next(model, bank, monkeypatch):
     engine = engine_of(model, bank)
     kept = [engine.stream(Request(prompt(1), "A", 20, id="unread"))]

@@ -347,6 +347,7 @@ def test_an_adapter_is_saved_loaded_and_replaced_in_a_bucket(config, folder):
         load_adapter(str(folder), model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("before", [0, slow(1)])
 def test_a_kill_at_any_write_leaves_the_old_adapter_or_the_new(before, folder, monkeypatch):
     """Also one in a folder where the replacement before was killed."""

@@ -25,7 +25,7 @@ SIZES = [(9, 4), (3, 1), (12, 2), (1, 3), (5, 6), (2, 2), (8, 1)]
 ROWS = [[0, 1, 3], [4, 6], [2, 5]]
 BUCKET, ROW_SHAPE = Bucket(24, 6, 16), RowShape(24, 9, 4, 16)
 CASES = [
-    ("llama", ParaConfig(r=4, scope="response")),
+    long("llama", ParaConfig(r=4, scope="response")),
     long("llama", LoraConfig(r=4, scope="response", scope_window=3)),
     slow("gemma3_text", ParaConfig(r=4, scope="response", scope_window=4, pooler="mean")),
     slow("llama", ParaConfig(r=4, scope="response", pooler="max")),

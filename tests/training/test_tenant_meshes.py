@@ -74,6 +74,7 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(leaf, like, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [slow((8, 1, 1)), slow((1, 8, 1)), (2, 2, 2)])
 def test_losses_and_updates_are_those_of_one_device(sizes):
     assert_close(two_steps(sizes), two_steps((1, 1, 1)))
