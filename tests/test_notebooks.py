@@ -37,8 +37,8 @@ def folder(tmp_path, monkeypatch):
 
 
 EDITS = {
-    "finetune": {"MODEL": "backbone", "OUTPUT": "out", "STEPS": 4},
-    "many_tenants": {"MODEL": "backbone", "OUTPUT": "out", "STEPS": 3, "ROWS": 2},
+    "finetune": {"MODEL": "backbone", "OUTPUT": "out", "STEPS": 4, "TOKENS": 8},
+    "many_tenants": {"MODEL": "backbone", "OUTPUT": "out", "STEPS": 3, "ROWS": 2, "TOKENS": 8},
 }
 
 

@@ -325,7 +325,7 @@ class AdapterBank:
             wanted = tuple(one.name for one in METHODS if one.name in (*self.methods, method.name))
             raise ValueError(
                 f"bank: {name}: this bank takes {' and '.join(self.methods)}; make it with methods={wanted} "
-                f"(para-jax serve --methods {' '.join(wanted)}) to let {method.label} in"
+                f"(para-jax serve --allow-adapter-updates --methods {','.join(wanted)}) to let {method.label} in"
             )
         normal = adapter.normal(self.model_config)
         other = [site for site in normal.config.target_modules if site not in self.sites]
