@@ -241,7 +241,7 @@ def fetch_from_bucket(path: BucketPath, files: list[str]) -> Path:
         return fetched_file(path, cache_folder())
     if not path.is_dir():
         raise ValueError(f"{path}: nothing there in the bucket; use a folder with config.json, or a .gguf file")
-    return fetched_files(path, cache_folder(), files, MAX_TEXT_BYTES)
+    return fetched_files(path, cache_folder(), files, MAX_TEXT_BYTES, IGNORED_FILES)
 
 
 def source_name(source: str | Path) -> str:

@@ -269,7 +269,13 @@ def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, 
     try:
         if method.from_peft_config is not None:
             config = method.from_peft_config(in_text_model(found, model_type), shapes)
-            backbone = {"num_layers": 1 + max((layer for _, _, layer in named(shapes)), default=-1)}
+            layers = [layer for _, _, layer in named(shapes)]
+            if not layers:
+                raise ValueError(
+                    f"no tensor in {WEIGHTS} belongs to a decoder's layer (base_model.model.model.layers.0. ...); the "
+                    f"first is {shorten(next(iter(shapes), None))}"
+                )
+            backbone = {"num_layers": 1 + max(layers)}
         else:
             config, backbone = read_own_config(method.config, found)
             method.adapter.layers(config, backbone["num_layers"])  # raises for a layer that the backbone lacks

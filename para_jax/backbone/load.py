@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..config import ModelConfig, one_of, shorten
+from ..config import ModelConfig, expanded, one_of, shorten
 from ..gguf.file import GgufFile
-from ..hub import resolve_backbone, resolve_config
+from ..hub import local_backbone, resolve_backbone, resolve_config
 from ..messages import warn
 from ..sharding import tree_shardings, with_sharding
 from ..untrusted import read_json
@@ -35,10 +35,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 def load_model_config(source: str | Path) -> ModelConfig:
     """The ModelConfig of a backbone. No weights are read, or downloaded from the hub.
 
-    The hub ids in known_configs.py need no download at all.
+    The hub ids in known_configs.py need no download at all. A folder with such a name is read.
     Raises ValueError for a source that does not exist, or a model that is not supported.
     """
-    if str(source) in KNOWN_CONFIGS:
+    if str(source) in KNOWN_CONFIGS and local_backbone(expanded(source), source) is None:
         return model_config(KNOWN_CONFIGS[str(source)])
     return config_at(resolve_config(source), source)
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -30,15 +30,21 @@ CONCURRENCY = 8
 REQUEST_BYTES = 4 * BLOCK
 #: How many versions of an adapter are kept.
 KEPT_VERSIONS = 3
+#: The suffix of a copy while it is made.
+PART = ".part"
 
 
-def fetched_files(folder: BucketPath, cache: Path, patterns: list[str], max_text_bytes: int) -> Path:
-    """A local folder with the files of a bucket's folder that match a pattern, without sub-folders.
+def fetched_files(
+    folder: BucketPath, cache: Path, patterns: list[str], max_text_bytes: int, ignored: Sequence[str] = ()
+) -> Path:
+    """A local folder with the files of a bucket's folder that match a pattern and none of the ignored ones, without
+    sub-folders.
 
     Raises ValueError for a file of more than `max_text_bytes` bytes that is not a safetensors file.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    chosen = [folder / name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    matches = lambda name, any_of: any(fnmatchcase(name, pattern) for pattern in any_of)  # noqa: E731
+    chosen = [folder / name for name in names if matches(name, patterns) and not matches(name, ignored)]
     return local_copy(folder, cache, chosen, max_text_bytes)
 
 
@@ -106,18 +112,21 @@ def holds(folder: Path, files: dict[str, bytes]) -> bool:
 
 @contextmanager
 def locked_copy(place: Path) -> Iterator[bool]:
-    """Locks a copy against other processes on this host. Yields whether the copy is missing."""
+    """Locks a copy against other processes on this host, and deletes what killed ones left unfinished. Yields whether
+    the copy is missing."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with (place.parent / ".lock").open("a") as stream:
         if fcntl is not None:
             fcntl.flock(stream, fcntl.LOCK_EX)
+            for left in place.parent.glob(f"*{PART}"):
+                shutil.rmtree(left, ignore_errors=True)
         yield not place.is_dir()
 
 
 @contextmanager
 def new_folder(place: Path) -> Iterator[Path]:
     """Yields a folder to fill, which gets the name `place` when the block ends."""
-    part = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    part = place.with_name(f".{place.name}.{secrets.token_hex(4)}{PART}")
     part.mkdir()
     try:
         yield part

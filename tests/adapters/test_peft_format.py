@@ -307,6 +307,19 @@ def test_keys_that_change_nothing_pass(lora, changes):
     assert_same(load(lora), load(PEFT / "lora_qv"))
 
 
+def test_an_adapter_of_another_architecture_is_refused(lora):
+    """Whisper's encoder has a q_proj too."""
+    change_tensors(
+        lora,
+        lambda tensors: tensors.update(
+            {name.replace("model.layers", "model.encoder.layers"): tensors.pop(name) for name in list(tensors)}
+        ),
+    )
+    for read in (load, folder_report):
+        with pytest.raises(ValueError, match=r"adapter_config.json: .*base_model.model.model.encoder.layers"):
+            read(lora)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -164,3 +164,11 @@ def test_only_a_bounded_part_of_a_huge_file_is_read(name, tmp_path):
         load_backbone(folder)
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
+
+
+def test_a_folder_with_the_name_of_a_known_model_is_read(tmp_path, monkeypatch):
+    """As load_backbone does: a model with a larger vocabulary or fewer layers may keep its name."""
+    published = load_model_config("google/gemma-2b")
+    shutil.copytree(FIXTURES / "llama", tmp_path / "google" / "gemma-2b")
+    monkeypatch.chdir(tmp_path)
+    assert load_model_config("google/gemma-2b") == load_backbone("google/gemma-2b").config != published

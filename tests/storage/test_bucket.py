@@ -30,10 +30,10 @@ from para_jax.backbone.load import load_model_config
 from para_jax.config import RunConfig
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.questions import Scored
-from para_jax.hub import resolve_backbone
+from para_jax.hub import cache_folder, resolve_backbone
 from para_jax.runs import folder as run_folder
 from para_jax.storage import bucket as buckets
-from para_jax.storage import lines, lock, service
+from para_jax.storage import cache, lines, lock, service
 from para_jax.storage.bucket import BucketPath, bucket_path
 from para_jax.storage.folder import MANIFEST
 from para_jax.storage.lines import BucketLines
@@ -520,7 +520,7 @@ def test_readers_during_a_save_get_one_version_or_the_other(folder):
 def test_a_backbone_is_fetched_once_per_content_without_other_files(folder, monkeypatch):
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_bytes((FIXTURES / "llama" / name).read_bytes())
-    for name in ("pickle.bin", "code.py", "other/model.safetensors"):
+    for name in ("pickle.bin", "code.py", "other/model.safetensors", "consolidated.safetensors"):
         (folder / name).write_bytes(b"not this")
     place = resolve_backbone(str(folder))
     assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
@@ -538,6 +538,19 @@ def test_a_backbone_is_fetched_once_per_content_without_other_files(folder, monk
     for missing in ("none", "none.gguf"):
         with pytest.raises(ValueError, match=f"{folder}/{missing}: "):
             resolve_backbone(f"{folder}/{missing}")
+
+
+def test_the_next_fetch_deletes_what_a_killed_one_left(folder, monkeypatch):
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "fetch", lambda file, to, generation: to.write_bytes(b"GG") and 1 / 0)
+        patch.setattr(cache.shutil, "rmtree", lambda *given, **options: None)  # a killed process cleans nothing up
+        with pytest.raises(ZeroDivisionError):
+            resolve_backbone(f"{folder}/model.gguf")
+    copies = cache_folder() / "buckets" / cache.digest(str(folder))
+    assert [path for path in copies.iterdir() if path.is_dir()]
+    place = resolve_backbone(f"{folder}/model.gguf")
+    assert {path for path in copies.iterdir() if path.is_dir()} == {place.parent}
 
 
 def test_a_backbone_that_is_replaced_during_the_fetch_is_refused(folder, monkeypatch):
