@@ -1,18 +1,34 @@
-"""What a command writes its measurements to: whether a file or a folder can be written, and writing a JSON file."""
+"""What a command writes its results to: whether a file or a folder can be written, locking it, and writing a JSON
+file."""
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from . import atomic
+from .messages import say
 from .storage.bucket import BucketPath, Place
 
 #: A record has at most this many bytes.
 MAX_BYTES = 2**28
+#: Errors of file systems that can't lock, such as some that hosts share.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 #: Files that only a run or an adapter has in its folder.
 OWNERS = {"config.yaml": "a run", "adapter_config.json": "an adapter"}
+
+
+def lock_output(stream: IO, name: str | Path) -> None:
+    """Locks an open file as `atomic.lock` does. Where the file system can't, says so."""
+    try:
+        atomic.lock(stream, name)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        say(f"{name}: this file system can't lock files; let no second process write there")
 
 
 def check_record_file(option: str, file: Path) -> None:

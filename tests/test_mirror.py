@@ -33,7 +33,6 @@ ELSEWHERE = {
     "server.answer": "server/test_answering.py",
     "server.fields": "server/test_protocol.py",
     "server.logprobs": "server/test_answering.py",
-    "storage.cache": "storage/test_bucket.py",
     "tensor_file": "backbone/test_safetensors.py",
     "training.passes": "runs/test_batch_size.py",
     "training.quiet_orbax": "training/test_checkpoint.py",

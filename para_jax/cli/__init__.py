@@ -14,6 +14,7 @@ import os
 import select
 import shlex
 import sys
+import traceback
 
 from .. import __version__
 from ..config import RunConfig, dotted_fields, meant_field, printable, shorten
@@ -56,8 +57,9 @@ OTHER_NAMES = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0; 1 if the quickstart fell short, a tenant's loss was not finite, or
-    some lines of a job were answered with errors; 2 for a user's mistake or too little memory; 130 for Ctrl-C; 141 if
-    the reader of the output has closed it, as `head` does."""
+    some lines of a job were answered with errors; 2 for a user's mistake or too little memory; 70 for a defect or a
+    device that failed, after the traceback; 130 for Ctrl-C; 141 if the reader of the output has closed it, as `head`
+    does."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal lacks is escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -68,6 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         discard_output()
         return 141
+    except Exception:  # with Python's own exit code, 1, a script would take the work for done
+        if os.environ.get("PARA_JAX_TRACEBACK"):
+            raise
+        traceback.print_exc()
+        return 70
 
 
 def flush_output() -> None:

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 from .. import atomic
 from ..config import shorten
 from ..messages import say
+from ..record_file import lock_output
 from ..storage.bucket import BucketPath, Place
 from ..storage.lines import BucketLines
 from ..storage.pieces import open_pieces, pieces
@@ -125,7 +126,7 @@ def opened(file: Path) -> BinaryIO:
     place = found.st_dev, found.st_ino
     shared = OPEN.get(place)
     if shared is None:
-        atomic.lock(stream, file)
+        lock_output(stream, file)
         shared = OPEN[place] = stream
     return shared
 

@@ -17,6 +17,11 @@ def is_whole(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, of Python or NumPy. A bool is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Settings of one answer. Raises ValueError for a setting out of its range, so every Sampling is valid."""
@@ -35,13 +40,13 @@ class Sampling:
     def __post_init__(self):
         if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {shorten(self.max_new_tokens)}; give a whole number of at least 1")
-        if not isinstance(self.temperature, Real) or not 0 <= self.temperature < 1e38:  # the limit of float32; not NaN
+        if not is_number(self.temperature) or not 0 <= self.temperature < 1e38:  # the limit of float32; not NaN
             raise ValueError(f"temperature is {shorten(self.temperature)}; give a number of at least 0 (0: greedy)")
         if self.temperature < np.finfo(np.float32).tiny:  # zero in float32, or zero to some devices
             object.__setattr__(self, "temperature", 0.0)  # the dataclass is frozen
         if not is_whole(self.top_k) or not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k is {shorten(self.top_k)}; give a whole number of at least 0 (0: all tokens)")
-        if not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1:
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {shorten(self.top_p)}; give a probability above 0 and at most 1")
         if not is_whole(self.seed) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {shorten(self.seed)}; give a whole number from 0 to 2**32 - 1")

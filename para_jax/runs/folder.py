@@ -18,6 +18,7 @@ from .. import atomic
 from ..config import PLAIN_LEARNING_RATE, RunConfig, config_dict, expanded, load_config, require, save_config, shorten
 from ..data.example_arrays import add_to_digest
 from ..messages import say
+from ..record_file import lock_output
 from ..storage.bucket import BucketPath, Place
 from ..storage.lock import bucket_lock
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
@@ -46,8 +47,6 @@ LOCK = ".lock"
 REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json", "scores.json")
 #: The folder that is renamed to see whether that works (under a temporary name), and the end of its new name.
 TRIAL, RENAMED = "rename", "-renamed"
-#: File systems that can't lock.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextmanager
@@ -89,19 +88,19 @@ def require_own_run(config: RunConfig, folder: Place) -> None:
 @contextmanager
 def locked(folder: Place) -> Iterator[None]:
     """Holds the lock of a folder, on a disk or in a bucket, during the block. Where a disk can't lock, says so. Raises
-    ValueError, naming the folder, if another process holds it."""
+    ValueError, naming the folder, if another process holds it, and OSError for a lock that is a link."""
     if isinstance(folder, BucketPath):
         with bucket_lock(folder / LOCK, say):
             yield
         return
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(f"output_dir {folder}: its {LOCK} is a link; delete that") from None
     with open(descriptor, "r+b", buffering=0) as stream:
-        try:
-            atomic.lock(stream, f"output_dir {folder}")
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            say(f"{folder}: this file system can't lock files; let no second run write there")
+        lock_output(stream, f"output_dir {folder}")
         yield
 
 

@@ -58,14 +58,14 @@ class Answering:
         limits: Limits,
         metrics: Metrics,
         held: Held,
-        threads: ThreadPoolExecutor,
         loading: ThreadPoolExecutor,
+        threads: ThreadPoolExecutor,
     ):
         """
         Args:
             held: counts the bodies of all endpoints.
-            threads: where bodies are parsed and prompts become tokens.
             loading: where adapters are loaded that the bank does not hold, so that other requests find a thread.
+            threads: where bodies are parsed and prompts become tokens.
         """
         self.read, self.shape, self.loop, self.models, self.limits = read, shape, loop, models, limits
         self.metrics, self.held = metrics, held

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 from starlette.applications import Starlette
@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from .. import __version__
+from ..data.examples import turn_stop_ids
 from ..serving.engine import Engine
 from .answering import Answering, Limits
 from .api_keys import ApiKeys, require_unlimited
@@ -27,7 +28,8 @@ from .models import Models
 from .protocol import read_chat, read_completion
 from .responses import CHAT, TEXT
 
-#: Threads that parse bodies and turn prompts into tokens.
+#: Threads that parse bodies and turn prompts into tokens. Chats have as many of their own: their template may take
+#: seconds, and renders one at a time.
 THREADS = 4
 
 
@@ -53,21 +55,22 @@ def create_app(
     keys, limits = keys or ApiKeys([]), limits or Limits()
     metrics = metrics or Metrics(engine, models)
     loop = EngineLoop(engine, metrics.count_engine_failure)
-    threads = ThreadPoolExecutor(THREADS, "para-jax-server")
+    chats, texts = (ThreadPoolExecutor(THREADS, f"para-jax-{name}") for name in ("chats", "server"))
     loading = ThreadPoolExecutor(1, "para-jax-loading")
-    given = (loop, models, limits, metrics, Held(max(limits.all_bodies, limits.max_body)), threads, loading)
+    given = (loop, models, limits, metrics, Held(max(limits.all_bodies, limits.max_body)), loading)
 
     @asynccontextmanager
     async def lifespan(app):
         loop.start()
+        chats.submit(render_a_chat, engine.tokenizer)
         yield
         await loop.stop()
-        for pool in (threads, loading):
+        for pool in (chats, texts, loading):
             pool.shutdown(wait=False, cancel_futures=True)
 
     own = [
-        Route("/v1/chat/completions", Answering(read_chat, CHAT, *given), methods=["POST"]),
-        Route("/v1/completions", Answering(read_completion, TEXT, *given), methods=["POST"]),
+        Route("/v1/chat/completions", Answering(read_chat, CHAT, *given, chats), methods=["POST"]),
+        Route("/v1/completions", Answering(read_completion, TEXT, *given, texts), methods=["POST"]),
         Route("/v1/models", partial(list_models, models)),
         Route("/v1/models/{name:path}", partial(show_model, models)),
         Route("/health", partial(health, loop)),
@@ -84,6 +87,13 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.loop = loop
     return app
+
+
+def render_a_chat(tokenizer) -> None:
+    """Starts the process that renders chats, which takes seconds, so that the first chat need not wait for it."""
+    if getattr(tokenizer, "chat_template", None) is not None:
+        with suppress(ValueError, OSError):  # a chat will have this error
+            turn_stop_ids(tokenizer, [{"role": "user", "content": "a"}])
 
 
 # Those without `async` run in threads of Starlette's, because they take long where there are many tenants.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import shorten
 from ..data.examples import ROLES
 from .errors import wrong_field
 from .fields import Fields
@@ -54,7 +55,11 @@ def read_content(fields: Fields, at: str) -> str:
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
+        if kind != "text" or not isinstance(part.get("text"), str):
             fields.refuse(f"content[{i}]", kind, 'only parts {"type": "text", "text": ...} are supported')
+        others = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
+        if others:
+            place = f"{at}.content[{i}]"
+            raise wrong_field(place, f"{place} has a field {shorten(others[0])}; only type and text are supported")
         texts.append(part["text"])
     return "\n".join(texts)

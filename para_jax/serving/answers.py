@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from ..atomic import append, lock, replacing
+from ..atomic import append, replacing
 from ..config import shorten
 from ..messages import say
+from ..record_file import lock_output
 from ..shards import Shard, begin_part, job_shard_file
 from ..storage.bucket import BucketPath, Place
 from ..storage.lines import BucketLines
@@ -156,7 +157,7 @@ def locked(file: Path) -> BinaryIO:
     while True:
         stream = file.open("ab", buffering=0)
         try:
-            lock(stream, file)
+            lock_output(stream, file)
             if file.exists() and os.path.samestat(os.fstat(stream.fileno()), file.stat()):
                 return stream
         except BaseException:

@@ -225,10 +225,10 @@ class Engine:
             return iter(Stream(ticket, self._requests, self._advance))
 
     def wait(self, timeout: float) -> bool:
-        """Waits until a request is open, at most `timeout` seconds. Returns whether one is. For a thread that drives
-        the engine with `step`."""
+        """Waits until there is work for a round, at most `timeout` seconds: a request is open, or was cancelled in its
+        slot. Returns whether there is. For a thread that drives the engine with `step`."""
         with self._requests.news:
-            return self._requests.news.wait_for(lambda: self.open > 0, timeout)
+            return self._requests.news.wait_for(lambda: self.open > 0 or self._rounds.keeps_ended, timeout)
 
     def pin(self, prefix: Prompt | Ids) -> int:
         """Keeps the beginning of prompts in the prefix cache, whatever else comes. The next rounds prefill it. Returns

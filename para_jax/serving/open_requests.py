@@ -185,6 +185,9 @@ class OpenRequests:
 
     def _close(self, ticket: Ticket) -> None:
         ticket.times.ended = time.monotonic()
+        alone = ticket.without_samples()
+        for sample in ticket.samples:
+            sample.ticket = alone  # with a circle, their adapters would stay until the garbage collector comes by
         del self.tickets[ticket.id]
 
     def _require_room(self, tenant: str | None, new: int) -> None:

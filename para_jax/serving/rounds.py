@@ -55,6 +55,12 @@ class Rounds:
             self._decoder.warm_up()
             self.broken = False
 
+    @property
+    def keeps_ended(self) -> bool:
+        """Whether slots still have samples that were cancelled after the last round. The next round lets go of them and
+        of their adapters."""
+        return any(sample and sample.completion for sample in (*self._rows, *self._waiting.values()))
+
     def make(self) -> None:
         """Fills free slots, decodes a few tokens, and adds them to the answers. Raises the error of a prompt that is to
         be tried again only if nothing else could be computed: one tenant's prompt stops no others."""

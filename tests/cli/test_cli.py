@@ -884,6 +884,14 @@ def test_a_character_that_the_terminal_lacks_is_escaped(monkeypatch, adapter):
     assert shown.getvalue() == rb"caf\xe9" + b"\n"
 
 
+def test_a_defect_has_a_traceback_and_an_exit_code_of_its_own(monkeypatch, capsys, adapter):
+    """A script would take Python's, which is 1, for "some answers are errors"."""
+    monkeypatch.setattr("para_jax.inspect.folder_report", lambda _: 1 / 0)
+    assert command("inspect", adapter) == 70
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "ZeroDivisionError" in said
+
+
 def test_another_broken_pipe_is_an_error(capsys, monkeypatch, config):
     def broken(*_):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe of a logger")

@@ -1,5 +1,6 @@
 """A journal keeps answers over kills, and nothing else."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from para_jax import atomic
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.questions import Scored, Written
+from para_jax.serving.answers import Answers
 
 
 def test_a_torn_last_line_is_cut_off_and_other_files_stay_as_they_are(tmp_path):
@@ -89,6 +91,16 @@ def test_a_closed_journal_is_unlocked_and_takes_no_answers(tmp_path):
     other.close()
     with file.open() as stream:
         atomic.lock(stream, file)
+
+
+@pytest.mark.parametrize("of", [Journal, Answers])
+def test_answers_are_written_where_the_file_system_can_not_lock(of, tmp_path, monkeypatch, capsys):
+    def without(stream, name):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(atomic, "lock", without)
+    of(tmp_path / "answers.jsonl").close()
+    assert "answers.jsonl: this file system can't lock files" in capsys.readouterr().err
 
 
 def test_every_cut_of_a_journal_keeps_its_whole_lines(tmp_path):

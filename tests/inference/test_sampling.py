@@ -11,9 +11,9 @@ from para_jax.inference.sampling import Sampling, derived_seed
     ("name", "wrong"),
     [
         *(("max_new_tokens", value) for value in (0, 1.5, True, "9", None)),
-        *(("temperature", value) for value in (-1, float("nan"), float("inf"), 10**400, "hot", None)),
+        *(("temperature", value) for value in (-1, float("nan"), float("inf"), 10**400, "hot", None, True)),
         *(("top_k", value) for value in (-1, 2**31, 0.5, None)),
-        *(("top_p", value) for value in (0, 1.1, float("nan"), "all")),
+        *(("top_p", value) for value in (0, 1.1, float("nan"), "all", True)),
         *(("seed", value) for value in (-1, 2**32, 0.5, None)),
         *(("stop", value) for value in ("", 9, None, ["a", ""], [b"a"])),
     ],

@@ -80,7 +80,7 @@ def test_other_prompts_are_refused(prompt):
 
 
 def test_a_chat_has_texts_or_parts_that_are_texts():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "annotations": None}]
     answered = {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "annotations": []}
     chat = [{"role": "system", "content": parts}, {"role": "user", "content": "b", "name": "Ann"}, answered]
     assert read_chat({"model": "A", "messages": chat}).prompts == [[
@@ -111,6 +111,11 @@ def test_a_chat_has_texts_or_parts_that_are_texts():
 )
 def test_a_wrong_message_is_refused_by_its_place(messages, param):
     assert refusal(read_chat, CHAT | {"messages": messages}).param == param
+
+
+def test_a_field_of_a_part_is_refused_by_name():
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    assert "cache_control" in refusal(read_chat, CHAT | {"messages": [{"role": "user", "content": [part]}]}).message
 
 
 def test_what_messages_may_not_say_is_refused_by_name():

@@ -1,5 +1,7 @@
 """The engine answers each request as if it ran alone, whatever shares its slots, and loses nothing."""
 
+import gc
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 
@@ -160,6 +162,34 @@ ASKED = st.fixed_dictionaries(
         "replace": st.sampled_from([None, None, "A", "A2"]),
     }
 )
+
+
+@pytest.mark.parametrize("end", ["answered", "streamed", "cancelled"])
+def test_nothing_keeps_an_adapter_after_its_last_request(model, bank, tenants, end):
+    """Also without the garbage collector, which may not come by for long. LoadingBank counts the adapters that stay."""
+    engine = engine_of(model, bank)
+    weights = weakref.ref(next(iter(bank.entry("A").weights.values())))
+    gc.disable()
+    try:
+        if end == "streamed":
+            stream = engine.open_stream(Request(prompt(1), "A", 20))
+        else:
+            engine.submit(Request(prompt(1), "A", 20, n=2, id="x"))
+        engine.step()
+        bank.replace("A", tenants["B"])
+        assert weights() is not None
+        if end == "streamed":
+            assert list(stream)
+            stream = None
+        elif end == "cancelled":
+            assert engine.cancel("x") and engine.wait(0)
+            engine.step()
+            assert not engine.wait(0)
+        else:
+            assert list(engine.run())
+        assert weights() is None
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module")
