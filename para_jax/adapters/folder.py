@@ -141,7 +141,8 @@ def require_replaceable(folder: Path) -> None:
         others = sorted({path.name for path in folder.iterdir()} - FILES) if folder.is_dir() else [folder.name]
         if others:
             raise ValueError(
-                f"{folder} holds other files ({safe_names(others)}), which a save would delete; choose another folder"
+                f"{folder} holds other files ({safe_names(others)}), which a save would delete; move them away, or "
+                "choose another folder"
             )
 
 
@@ -186,7 +187,10 @@ def swap(new: Path, folder: Path) -> None:
 
 
 def mend_folder(folder: Place) -> None:
-    """Tidies up after a replacement that was killed. If the new folder was not in place yet, the old one comes back."""
+    """Tidies up after a replacement that was killed. If the new folder was not in place yet, the old one comes back.
+
+    Raises ValueError for other files in the folder: the next save would do so, perhaps hours later.
+    """
     if isinstance(folder, BucketPath):
         bucket_folder.remove_unfinished(folder)
         return
@@ -195,3 +199,4 @@ def mend_folder(folder: Place) -> None:
         os.rename(old, folder)
     for path in [*folders_left(folder, OLD), *folders_left(folder)]:
         shutil.rmtree(path, ignore_errors=True)
+    require_replaceable(folder)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import os
 import types
 import typing
 from typing import Annotated, Any, Literal, NewType
@@ -56,8 +57,8 @@ def field_types(config: type) -> dict[str, Any]:
 
 
 def check_fields(config: Any, section: str = "") -> None:
-    """Raises ValueError for a field of a dataclass whose value its Literal or Bounds does not allow. NumPy's and JAX's
-    numbers become Python's, which files can hold.
+    """Raises ValueError for a field of a dataclass whose value its type, Literal or Bounds does not allow. NumPy's and
+    JAX's numbers become Python's, and paths become texts, which files can hold.
 
     Args:
         section: what stands before the field's name in an error, such as "train.".
@@ -70,17 +71,18 @@ def check_fields(config: Any, section: str = "") -> None:
 
 
 def with_own_numbers(value: Any) -> Any:
-    """The value with Python's numbers in place of other libraries' and a tuple in place of an array; the same object
-    if it has none of them."""
+    """The value with Python's numbers instead of other libraries', a tuple instead of an array and a text instead of a
+    path; the same object if it has none of them."""
     if isinstance(value, tuple | list):
         own = [with_own_numbers(item) for item in value]
         return value if all(a is b for a, b in zip(own, value, strict=True)) else tuple(own)
-    own = value.tolist() if hasattr(value, "tolist") else value
+    own = str(value) if isinstance(value, os.PathLike) else value.tolist() if hasattr(value, "tolist") else value
     return tuple(own) if own is not value and isinstance(own, list) else own
 
 
 def check_value(name: str, value: Any, kind: Any) -> None:
-    """Raises ValueError where a value is not of a type with Literal or Bounds; other types are not checked."""
+    """Raises ValueError where a value is not true or false, a text, or what a Literal or Bounds allows; other types are
+    not checked."""
     kind, optional = without_none(kind)
     arguments = typing.get_args(kind)
     if value is None and optional:
@@ -94,6 +96,8 @@ def check_value(name: str, value: Any, kind: Any) -> None:
         is_number = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
         expected = f"a whole number, {arguments[1]}" if integer else f"a number, {arguments[1]}"
         require(is_number and arguments[1].accept(value), name, value, expected)
+    elif kind in (bool, str):
+        require(isinstance(value, kind), name, value, "true or false" if kind is bool else "a text")
     elif arguments and isinstance(value, tuple | list):
         for item in value:
             check_value(name, item, arguments[0])

@@ -156,7 +156,7 @@ def rows_of(label: str, batches: Iterable[Any]) -> Iterator[tuple[str, dict]]:
         in_json = {field.name: field.type for field in batch.schema if JSON in str(field.type)}
         try:
             rows = batch.to_pylist()
-        except (ValueError, OverflowError, RecursionError) as error:  # such as a year that Python does not know
+        except (ValueError, OverflowError, RecursionError, LookupError) as error:  # an unknown year or time zone
             raise ValueError(f"{label}[{index}] or one of the rows after it: {printable(str(error), 200)}") from None
         for row in rows:
             place = f"{label}[{index}]"
@@ -164,8 +164,17 @@ def rows_of(label: str, batches: Iterable[Any]) -> Iterator[tuple[str, dict]]:
                 row |= {name: from_json(name, row[name], kind) for name, kind in in_json.items()}
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: {printable(str(error), 200)}") from None
-            yield place, {name: plain(value) for name, value in row.items() if value is not None}
+            values = {name: value if name in in_json else without_nulls(value) for name, value in row.items()}
+            yield place, {name: plain(value) for name, value in values.items() if value is not None}
             index += 1
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the fields of its structs that are null. Arrow gives every struct of a column the fields of all
+    of them, so a null says that the row as it was written has no such field."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def from_json(name: str, value: Any, kind: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..config import DataSection, one_of, shorten
 from ..messages import warn
 from ..untrusted import safe_names
-from .arrow_files import require_distinct, rows_of, text_columns, without_media
+from .arrow_files import require_distinct, rows_of, text_columns, without_media, without_nulls
 from .tfds import plain
 
 #: data.train of a run whose data came from Python. A tenant's is <python>/NAME.
@@ -36,11 +36,12 @@ class GivenSplit(NamedTuple):
 
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each row's place, 'data["train"] row 7' (counted from 0), and its columns. NaN and None are missing."""
+        in_arrow = hasattr(self.given, "with_format")  # a datasets.Dataset
         for index, row in enumerate(self.given):
             place = f"{self.label} row {index}"
             if not isinstance(row, Mapping):
                 raise ValueError(f'{place} is a {type(row).__name__}; write a dict, such as {{"prompt": ..., ...}}')
-            values = {str(name): plain(value) for name, value in row.items()}
+            values = {str(name): plain(without_nulls(value) if in_arrow else value) for name, value in row.items()}
             yield place, {name: value for name, value in values.items() if not is_missing(value)}
 
 

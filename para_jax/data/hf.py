@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..config import expanded, nearest, printable, shorten
 from ..hub import inside_folder, is_inside_folder
-from .arrow_files import without_media
+from .arrow_files import without_media, without_nulls
 from .tfds import plain
 
 SCHEME = "hf:"
@@ -43,7 +43,7 @@ class HfSplit(NamedTuple):
         for columns in without_media(self.dataset).iter(batch_size=READ_AT_ONCE):
             for values in zip(*columns.values(), strict=True):
                 place = f"{self.label}[{index}]"
-                row = {name: value for name, value in zip(columns, values, strict=True) if value is not None}
+                row = without_nulls(dict(zip(columns, values, strict=True)))
                 yield place, {name: plain(value) for name, value in row.items()}
                 index += 1
 

@@ -67,10 +67,13 @@ class ScoringRule(NamedTuple):
         return f"{names} of written answers of up to {self.max_new_tokens} tokens (eval.metric, eval.max_new_tokens)"
 
 
-def scoring_rule(config: RunConfig, tokenizer, *, before: bool = False) -> ScoringRule:
+def scoring_rule(
+    config: RunConfig, tokenizer, *, before: bool = False, model: ModelConfig | None = None
+) -> ScoringRule:
     """How the run's data is scored. What the config says always wins, then what its task says.
 
     Args:
+        model: of the backbone; None: it is read.
         before: the run began with an earlier version, in which the default was exact_match of at most 32 tokens.
     """
     known, given = TASKS.get(task_of(config.data) or ""), config.eval
@@ -89,7 +92,7 @@ def scoring_rule(config: RunConfig, tokenizer, *, before: bool = False) -> Scori
     if new is None:
         new = NEW_TOKENS
         if held and held.longest and metric != "accuracy":
-            model = load_model_config(config.backbone.source)
+            model = model or load_model_config(config.backbone.source)
             new = answer_length(longest_completion(held.longest, tokenizer), model)
     return ScoringRule(metric, also, choices, new, unseen, from_data)
 

@@ -118,7 +118,8 @@ def read_own_tasks(
         )
     tasks, of_runs = [], []
     for tenant in tenants:
-        task = task_of_run(configs[tenant], options.split, tokenizer) if configs and tenant in configs else None
+        own = (configs or {}).get(tenant)
+        task = own and task_of_run(own, options.split, tokenizer, model=config)
         if task is not None:
             of_runs.append(task)
             asked = questions_of_run(task._replace(name=tenant), tokenizer, config, options)

@@ -137,22 +137,25 @@ def warn_of_replaced(source: str | None, records: list[Record]) -> None:
         warn(f"{source}: there is no test split with labels; the validation split is scored as the test data")
 
 
-def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None = None) -> EvalTask | None:
+def task_of_run(
+    config: RunConfig, split: str, tokenizer, by: ScoringRule | None = None, *, model: ModelConfig | None = None
+) -> EvalTask | None:
     """A run's validation or test data with its metric; None if the run has no such data. Examples that are too long are
     cut or left out as data.truncate says, so that every score is over the same examples.
 
     Args:
         by: how it is scored; default: what `scoring_rule` finds.
+        model: of the backbone; None: it is read.
     """
     records = load_records(config.data, split)
     if records is None:
         return None
     if split == "test":
         warn_of_replaced(config.data.test, records)
-    model = cache(lambda: load_model_config(config.backbone.source))  # many tasks don't ask for it
-    section = config.data if config.data.max_seq_length else with_limit(config.data, model())
+    positions = cache(lambda: (model or load_model_config(config.backbone.source)).max_positions)  # not always asked
+    section = config.data if config.data.max_seq_length else replace(config.data, max_seq_length=positions())
     known = TASKS.get(task_of(config.data) or "")
-    metric, also, choices, new, *_ = by or scoring_rule(config, tokenizer)
+    metric, also, choices, new, *_ = by or scoring_rule(config, tokenizer, model=model)
     if known and not choices and {record.completion for record in records} <= set(known.choices):
         choices = known.choices  # rows with a prompt of their own may have other answers
     if metric == "accuracy":
@@ -163,13 +166,13 @@ def task_of_run(config: RunConfig, split: str, tokenizer, by: ScoringRule | None
             )
         warn_of_unreachable(split, records, choices)
     task = EvalTask(split, records, metric, choices, new, config.eval.batch_size, also=also)
-    if task.writes and section.truncate == "left":  # the answer must fit too
-        fits = max(2, model().max_positions - new)
+    if section.truncate == "left" and metric != "loss":  # the answer must fit too
+        fits = max(2, positions() - answer_room(task, tokenizer))
         section = replace(section, max_seq_length=min(section.max_seq_length or fits, fits))
     kept = encode_records(records, tokenizer, section)
     task = task._replace(records=kept.records, examples=kept.examples, cut=kept.cut, skipped=kept.skipped)
     chosen = config.eval.max_new_tokens is None and not known
-    return with_room(task, kept.examples, model().max_positions) if chosen and task.writes else task
+    return with_room(task, kept.examples, positions()) if chosen and task.writes else task
 
 
 def with_room(task: EvalTask, examples: Sequence[Example], room: int) -> EvalTask:

@@ -290,20 +290,21 @@ class Loop(NamedTuple):
     def end_tenants(self, state: TrainState, standing: Standing) -> tuple[TrainState, Standing, bool]:
         """Ends the tenants that have done their last step. The third value says whether a signal broke this off: the
         others end when the run resumes."""
+        ended, interrupted = {}, False
         for tenant, why in self.leaving(standing):
             slot, last = jnp.int32(standing.running[tenant]), self.scoring.replaced_for_test(state, standing, tenant)
             if last is not None:  # the best adapter is tested in its slot, in the programs that scored validation
                 state = put_adapter(state, slot, self.scoring.kept(tenant, last))
-            interrupted = False
             try:
-                standing = self.scoring.finish(state, standing, tenant, why)
+                standing, ended[self.tenants[tenant].name] = self.scoring.finish(state, standing, tenant, why)
             except Interrupted:
                 interrupted = True
             if last is not None:  # a longer run goes on from it
                 state = put_adapter(state, slot, last)
             if interrupted:
-                return state, standing, True
-        return state, standing, False
+                break
+        self.scoring.write_ended(standing, ended)
+        return state, standing, interrupted
 
     def ended_early(self, before: list[bool], standing: Standing) -> bool:
         """Whether a tenant has ended since, with steps left that the batches made ahead count on."""

@@ -209,6 +209,13 @@ def trial_config(config: RunConfig, layout: Layout, folder: Place, rates: Sequen
     )
 
 
+def as_trials(config: RunConfig) -> RunConfig:
+    """The config of one adapter's run as the sweep that its first trials are, for an estimate of their memory."""
+    default = default_rate(config)
+    rates = tuple(rate_of(default, step) for step in FIRST)
+    return replace(config, train=replace(config.train, learning_rate=default), sweep=SweepSection(learning_rate=rates))
+
+
 def result_of(trial: Tenant, standing: Standing, index: int) -> Trial:
     """What a trial left in its folder."""
     log, steps = trial.folder / "metrics.jsonl", trial.order.total_steps

@@ -28,7 +28,7 @@ from ..sharding import place_tenants
 from ..storage.bucket import Place
 from ..training.step import TrainState, tenant_of
 from ..training.stop import StopSignal
-from ..training.tenants_file import add_entry
+from ..training.tenants_file import add_entries
 from .logs import Logs
 from .report import record_of
 from .standing import Standing
@@ -127,9 +127,9 @@ class Scoring(NamedTuple):
             return None
         return full_arrays(tenant_of(state.adapters, jnp.int32(standing.running[tenant])))
 
-    def finish(self, state: TrainState, standing: Standing, tenant: int, why: str) -> Standing:
-        """Ends a tenant. If it has test data, its best adapter is in its slot, and is scored. In a run of many its
-        entry in tenants.json is written."""
+    def finish(self, state: TrainState, standing: Standing, tenant: int, why: str) -> tuple[Standing, dict[str, Any]]:
+        """Ends a tenant. If it has test data, its best adapter is in its slot, and is scored. Also returns its entry in
+        tenants.json."""
         own, slot = self.tenants[tenant], standing.running[tenant]
         steps = int(full_arrays(state.step)[slot])
         if standing.best_score[tenant] is None and standing.best_step[tenant] < steps:  # the last one is the best
@@ -147,8 +147,6 @@ class Scoring(NamedTuple):
             standing = self.with_score(standing, tenant, "test", found)
             test_after = found.score if math.isfinite(found.score) else None
         standing = standing.changed(tenant, ended=why)
-        if not self.config.many:
-            return standing
         best = standing.best_score[tenant]
         entry = {
             "examples": len(own.data.examples),
@@ -162,15 +160,21 @@ class Scoring(NamedTuple):
             "scores": standing.records(tenant),
             "warning": self.logs.health.warning(tenant),
         }
-        order = standing.names if self.config.sweep else ()
-        on_first_process(lambda: add_entry(expanded(self.config.output_dir), own.name, entry, order))
+        if not self.config.many:
+            return standing, entry
         said = "" if best is None else f", {describe_best(entry['metric'], best, standing.best_step[tenant])}"
         ended = f"{sum(standing.over)} of {len(self.tenants)} tenants have ended"
         say(f"{own.name}: {steps} steps{said} ({why}; {ended})")
         if is_first():
             with self.logs.run.errors_named():
                 self.logs.tenants[tenant].flush()
-        return standing
+        return standing, entry
+
+    def write_ended(self, standing: Standing, entries: dict[str, dict[str, Any]]) -> None:
+        """Adds the entries of tenants that have just ended to the tenants.json of a run of many."""
+        if self.config.many and entries:
+            order = standing.names if self.config.sweep else ()
+            on_first_process(lambda: add_entries(expanded(self.config.output_dir), entries, order))
 
     def score_backbone(self, state: TrainState, standing: Standing, split: str, asked: list[int]) -> Standing:
         """Scores the backbone alone on the validation or test data of these tenants. Scores at the start of a run are

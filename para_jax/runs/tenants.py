@@ -141,8 +141,8 @@ def read_data(
     config = replace(config, data=with_limit(config.data, model))
     data = load_training_data(config.data, tokenizer)
     require(len(data.examples) > 0, "data.train", config.data.train, "at least one training example")
-    by = scoring_rule(config, tokenizer, before=before)
-    validation, test = (task_of_run(config, split, tokenizer, by) for split in ("validation", "test"))
+    by = scoring_rule(config, tokenizer, before=before, model=model)
+    validation, test = (task_of_run(config, split, tokenizer, by, model=model) for split in ("validation", "test"))
     require_room(model, data, (validation, test))
     return data, validation, test, by
 
@@ -289,7 +289,9 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
     else:
         made = sweep_configs(config)
     rows = config.rows_per_tenant
-    batch = {"per_device_batch_size": rows} if config.train.batch_size is None else {"batch_size": rows}
+    batch = {"per_device_batch_size": rows}
+    if config.train.batch_size is not None:
+        batch = {"batch_size": rows, "gradient_accumulation_steps": 1}  # the run's may not divide them
     starts = initial_places(config.train.init_from, made if config.data.tenants else [""])
     return {
         name: replace(

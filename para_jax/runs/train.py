@@ -65,7 +65,7 @@ from .initial import check_initial
 from .logs import Logs, tenant_rows
 from .loop import Loop
 from .parts import Part, has_begun, parts_of_run, write_parts
-from .rates import FIRST, choose_rates, resolved_inputs
+from .rates import FIRST, as_trials, choose_rates, resolved_inputs
 from .report import sample_lines, score_table, tenants_table
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
@@ -270,6 +270,8 @@ def mesh_of_run(config: RunConfig, own: list[RunConfig], parts: list[Part]):
     if config.data.max_seq_length is None and jax.device_count() > 1:  # one device needs no estimate
         estimated = on_every_process(lambda: with_length(estimated))
     trials = len(FIRST) if any(map(is_auto, own)) else 1
+    if trials > 1 and not config.many:
+        estimated = as_trials(estimated)
     return run_mesh(estimated, max(len(part.names) for part in parts) * trials)
 
 

@@ -58,8 +58,10 @@ def write_entries(folder: Path, entries: dict[str, dict[str, Any]], order: Seque
     atomic.write_text(folder / FILE, text + "\n")
 
 
-def add_entry(folder: Path, name: str, entry: dict[str, Any], order: Sequence[str] = ()) -> None:
-    write_entries(folder, read_entries(folder) | {name: entry}, order)
+def add_entries(folder: Path, new: dict[str, dict[str, Any]], order: Sequence[str] = ()) -> None:
+    """Adds the entries of tenants that have just ended; of thousands together, because each call checks and writes the
+    whole file."""
+    write_entries(folder, read_entries(folder) | new, order)
 
 
 def is_score(value: Any) -> bool:

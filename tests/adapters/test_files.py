@@ -346,6 +346,13 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(folder, monk
         np.testing.assert_array_equal(loaded.up["q_proj"][...], trained(2).up["q_proj"][...])
 
 
+def test_other_files_are_named_before_a_run_goes_on(folder):
+    """Its next save would refuse them, perhaps hours later."""
+    (folder / ".DS_Store").write_bytes(b"")
+    with pytest.raises(ValueError, match=".DS_Store"):
+        mend_folder(folder)
+
+
 def test_a_folder_with_other_files_is_not_replaced(folder):
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="thesis.tex"):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -264,6 +265,8 @@ class Example:
     share: Annotated[float, Bounds(above=0, below=1)] | None = None
     kind: Literal["a", "b"] | None = None
     kinds: tuple[Literal["a", "b"], ...] = ()
+    on: bool = False
+    place: str | None = None
 
 
 @pytest.mark.parametrize("fields", [
@@ -284,10 +287,19 @@ def test_a_value_within_bounds_passes(fields):
     ({"share": float("nan")}, "share.*nan"),
     ({"kind": "c"}, "kind.*a, b.*'c'"),
     ({"kinds": ("a", "c")}, "kinds.*a, b.*'c'"),
+    ({"on": "false"}, "on.*true or false.*'false'"),
+    ({"on": 1}, "on.*true or false.* 1"),
+    ({"place": 5}, "place.*text.* 5"),
 ])  # fmt: skip
 def test_a_field_is_checked_against_its_literal_or_bounds(fields, named):
     with pytest.raises(ValueError, match=f"part.{named}"):
         check_fields(Example(**fields), "part.")
+
+
+def test_a_path_becomes_a_text():
+    made = Example(place=Path("a/b"))
+    check_fields(made)
+    assert made.place == "a/b" and RunConfig(output_dir=Path("runs/x")).output_dir == "runs/x"
 
 
 def test_the_allowed_values_of_a_field_are_those_of_its_literal():

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import tiny_tokenizers
@@ -73,6 +74,36 @@ def test_messages_and_nulls_are_read_as_in_json_lines(tmp_path):
     source, _ = saved(tmp_path, "file", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}])
     with pytest.raises(ValueError, match=r"x.parquet\[1\]: no field 'completion'"):
         read_records(source)
+
+
+CALLS = [
+    [{"type": "function", "function": {"name": "f", "arguments": given}}] for given in ({"city": "Rome"}, {"n": 3})
+]
+CALLED = [
+    {
+        "prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": calls}],
+        "completion": [{"role": "assistant", "content": "b"}],
+    }
+    for calls in CALLS
+]
+
+
+@pytest.mark.parametrize("kind", ["file", "hub", "dataset", "given"])
+def test_fields_that_other_rows_have_are_no_nulls(tmp_path, kind):
+    """Arrow gives every struct all fields of its column. A chat template would write them."""
+    if kind == "given":
+        section = with_data(DataSection(), datasets.Dataset.from_list(CALLED))
+    else:
+        section = DataSection(train=str(saved(tmp_path, kind, CALLED)[0]))
+    found = load_records(section, "train")
+    assert [record.prompt for record in found] == [row["prompt"] for row in CALLED]
+
+
+def test_an_unknown_time_zone_is_named(tmp_path):
+    table = pa.table({"prompt": ["a"], "completion": ["b"], "x": pa.array([0], pa.timestamp("us", tz="Nope/Zone"))})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x.parquet\[0\].*Nope/Zone"):
+        read_records(tmp_path / "x.parquet")
 
 
 def test_the_token_cache_holds_parquet_and_saved_folders(tmp_path, monkeypatch):

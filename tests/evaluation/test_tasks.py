@@ -10,7 +10,7 @@ from para_jax.data.records import Record
 from para_jax.data.tokenizer import load_tokenizer
 from para_jax.evaluation.questions import Scored
 from para_jax.evaluation.task_questions import Options, questions_of_run
-from para_jax.evaluation.tasks import file_task, task_of_run
+from para_jax.evaluation.tasks import check_room, encode_task, file_task, task_of_run
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,14 @@ def test_one_long_prompt_shortens_no_other_answer(folder, tmp_path, capsys):
     assert of("data.max_seq_length=null").max_new_tokens == 2
     said = capsys.readouterr().err
     assert f"{tmp_path / 'test.jsonl'}:1" in said and "at most 2 tokens" in said
+
+
+def test_a_prompt_that_is_cut_leaves_room_for_the_longest_choice(folder, tmp_path):
+    model = load_model_config(folder / "backbone")
+    write_rows(tmp_path / "test.jsonl", [{"prompt": words([20] * (model.max_positions + 9)), "completion": "w9"}])
+    given = "eval.metric=accuracy", "eval.choices=[w9, w10 w11 w12]", "data.max_seq_length=null", "data.truncate=left"
+    task = task_of_run(run_config(folder, f"data.test={tmp_path / 'test.jsonl'}", *given), "test", tokenizer())
+    check_room(model, encode_task(task, tokenizer()))
 
 
 def test_answers_of_a_file_that_are_no_choices_are_named(folder, tmp_path, capsys):

@@ -4,20 +4,24 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from tiny_run import metrics, run_config, run_folder, words, write_rows, write_tenants
 
-from para_jax import load_config, train, train_tenants
+from para_jax import load_config, make_mesh, train, train_tenants
 from para_jax.data.examples import Example
 from para_jax.data.records import Record
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.runs import rates
+from para_jax.runs import train as runs
 from para_jax.runs.chosen import chosen_rates
 from para_jax.runs.rates import Trial, best_step, choice, next_step, rate_of, trial_steps
 from para_jax.training.checkpoint import finish_saving
 from para_jax.training.log import TIMES
+from para_jax.training.passes import lay_out
 from para_jax.training.stop import Stopped, StopSignal
 
 
@@ -42,6 +46,17 @@ def trials(**losses):
     """Trials by their step of the grid: _2 is -2."""
     steps = {int(name.replace("_", "-").removeprefix("s")): loss for name, loss in losses.items()}
     return {step: Trial(rate_of(1e-3, step), loss, 0.1, 20) for step, loss in steps.items()}
+
+
+def test_the_mesh_has_room_for_the_trials_of_one_adapter(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runs, "run_mesh", lambda config, tenants: asked.append((config, tenants)))
+    for config in (auto_config(folder, tmp_path), run_config(folder, f"output_dir={tmp_path}")):
+        runs.mesh_of_run(config, [config], [SimpleNamespace(names=[""])])
+    (trials, count), (alone, one) = asked
+    assert (count, one, alone.many) == (len(rates.FIRST), 1, False)
+    slots = lay_out(trials, make_mesh(devices=jax.devices()[:1]), count).slots
+    assert slots == count and trials.train.per_device_batch_size == alone.train.per_device_batch_size
 
 
 # ----------------------------------------------------------------------------------------------------------- the choice

@@ -29,13 +29,15 @@ from para_jax import (
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
 from para_jax.data.schedule import Turn
+from para_jax.evaluation import defaults, tasks
 from para_jax.evaluation.evaluate import Tasks, evaluate
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inspect import folder_report
 from para_jax.runs import loop
+from para_jax.runs import tenants as inputs
 from para_jax.runs.folder import claim_folders
 from para_jax.runs.scoring import Scoring
-from para_jax.runs.tenants import read_inputs, sweep_configs
+from para_jax.runs.tenants import read_inputs, sweep_configs, tenant_configs
 from para_jax.training import statistics
 from para_jax.training.log import TIMES
 from para_jax.training.passes import lay_out
@@ -357,6 +359,29 @@ def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
         for to in (tmp_path / "run" / "learning_rate-0.003-seed-7", tmp_path / "alone")
     ]
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_a_step_in_passes_is_that_of_all_tenants(folder, tmp_path):
+    """A tenant's own rows need not divide by them."""
+    config = tenants_config(folder, tmp_path, "train.batch_size=16", "train.gradient_accumulation_steps=8")
+    assert {own.train.batch_size for own in tenant_configs(config).values()} == {4}
+
+
+def test_the_backbone_is_looked_for_once_however_many_tenants(folder, tmp_path, monkeypatch):
+    """On the hub it would be asked for each time."""
+    asked, read = [], inputs.load_model_config
+
+    def counted(source):
+        asked.append(source)
+        return read(source)
+
+    for module in (inputs, defaults, tasks):
+        monkeypatch.setattr(module, "load_model_config", counted)
+    config = tenants_config(
+        folder, tmp_path, "eval.metric=null", "eval.max_new_tokens=null", "data.max_seq_length=null"
+    )
+    read_inputs(config, lay_out(config, make_mesh(), 3))
+    assert len(asked) == 1
 
 
 def test_a_combination_is_named_by_what_is_swept_and_an_old_run_keeps_its_names(folder, tmp_path):

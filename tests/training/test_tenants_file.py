@@ -6,7 +6,7 @@ import pytest
 
 from para_jax.config import load_config, save_config
 from para_jax.inspect import folder_report
-from para_jax.training.tenants_file import add_entry, read_entries
+from para_jax.training.tenants_file import add_entries, read_entries
 
 ENTRY = {
     "examples": 20, "steps": 6, "best_step": 3, "best_score": -0.5, "metric": "loss", "test_before": None,
@@ -14,11 +14,11 @@ ENTRY = {
 }  # fmt: skip
 
 
-def test_entries_are_added_one_by_one_and_leave_nothing_else(tmp_path):
+def test_entries_are_added_and_leave_nothing_else(tmp_path):
     assert read_entries(tmp_path) == {}
-    add_entry(tmp_path, "acme", ENTRY)
-    add_entry(tmp_path, "globex", ENTRY | {"ended": "not finite", "best_score": float("-inf")})
-    assert list(read_entries(tmp_path)) == ["acme", "globex"] and read_entries(tmp_path)["acme"] == ENTRY
+    add_entries(tmp_path, {"initech": ENTRY, "acme": ENTRY})
+    add_entries(tmp_path, {"globex": ENTRY | {"ended": "not finite", "best_score": float("-inf")}})
+    assert list(read_entries(tmp_path)) == ["acme", "globex", "initech"] and read_entries(tmp_path)["acme"] == ENTRY
     assert [path.name for path in tmp_path.iterdir()] == ["tenants.json"]
 
 
