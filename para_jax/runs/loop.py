@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from typing import Any, NamedTuple, NoReturn
 
@@ -328,6 +329,8 @@ class Loop(NamedTuple):
 
 #: A step's values that are logged for each tenant.
 VALUES = ("loss", "grad_norm", "learning_rate", "tokens")
+#: The place of an example, in what comes before its number, and the number.
+PLACE = re.compile(r"(.*\D)(\d+)\]?", re.DOTALL)
 
 
 def in_passes(coming: StepBatch, layout: Layout) -> tuple[Batch | Packed, np.ndarray]:
@@ -346,14 +349,11 @@ def shard_states(states: PromptStates) -> PromptStates:
 
 
 def places(each: list[str]) -> str:
-    """Examples' places ("file:line"), with each file named once: "train.jsonl:7, 12, 31"."""
-    lines: dict[str, list[str]] = {}
+    """Examples' places, with each source named once: "train.jsonl:7, 12; hf:NAME::train[0, 3]"."""
+    found: dict[str, list[int]] = {}
     for text in each:
-        mark = ":" if ":" in text else " "  # 'data["train"] row 7'
-        file, _, line = text.rpartition(mark)
-        lines.setdefault(file + mark, []).append(line)
-    return "; ".join(file + ", ".join(sorted(numbers, key=natural)) for file, numbers in lines.items())
-
-
-def natural(number: str) -> tuple[int, str]:
-    return len(number), number
+        match = PLACE.fullmatch(text)
+        assert match, text
+        found.setdefault(match[1], []).append(int(match[2]))
+    joined = {source: ", ".join(map(str, sorted(numbers))) for source, numbers in found.items()}
+    return "; ".join(f"{source}{numbers}{']' if source.endswith('[') else ''}" for source, numbers in joined.items())

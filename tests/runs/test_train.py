@@ -829,6 +829,8 @@ def test_a_non_finite_loss_at_a_step_that_saves_leaves_the_last_good_checkpoint(
 
 def test_places_name_a_file_once():
     assert places(["a.jsonl:7", "a.jsonl:12", "b:x/c.jsonl:2", "a.jsonl:3"]) == "a.jsonl:3, 7, 12; b:x/c.jsonl:2"
+    assert places(["hf:u/n::train[:90%][12]", "hf:u/n::train[:90%][3]"]) == "hf:u/n::train[:90%][3, 12]"
+    assert places(["d/a b.json[1]", "d/a b.json[12]"]) == "d/a b.json[1, 12]"
 
 
 def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, monkeypatch):
