@@ -27,6 +27,8 @@ class LoadingBank(AdapterBank):
     """adapters that are held at once"""
     _alive: WeakValueDictionary[int, np.ndarray]
     """an array of each adapter that the bank or an open request holds, by its version"""
+    _contents: dict[str, str]
+    """a hash of each adapter that was loaded so far"""
     _found: dict[str, Preview]
     _load: Callable[[str], Adapter]
     _loading: threading.Lock
@@ -44,7 +46,7 @@ class LoadingBank(AdapterBank):
         """
         bank = cls.fitting([one.config for one in found.values()], model_config, capacity=len(found))
         bank._found, bank._load, bank._loading = dict(found), load, threading.Lock()
-        bank._alive = WeakValueDictionary()
+        bank._alive, bank._contents = WeakValueDictionary(), {}
         bank.most = max(1, memory // max(1, bank.largest))
         return bank
 
@@ -70,7 +72,14 @@ class LoadingBank(AdapterBank):
                     entry = self._used(name)
                     assert entry is not None
                     self._alive[entry.version] = next(iter(entry.weights.values()))
-        return super().entry(name) if entry is None else entry
+        found = super().entry(name) if entry is None else entry
+        self._contents[name] = found.content
+        return found
+
+    def content(self, name: str) -> str:
+        """A hash of a tenant's adapter, which is loaded for it only once. Raises ValueError as `entry` does."""
+        found = self._contents.get(name) if isinstance(name, str) else None
+        return self.entry(name).content if found is None else found
 
     @property
     def crowded(self) -> bool:

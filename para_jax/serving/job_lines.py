@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..adapters.bank import AdapterBank, Entry
+from ..adapters.loading_bank import LoadingBank
 from ..backbone.content import backbone_content
 from ..config import shorten
 from ..data.row_files import json_problem
@@ -105,8 +106,8 @@ def samples(number: int, line: bytes | None, defaults: Request, by: KeyParts) ->
         require_small_id(given)
         id = given
         request = request_of(number, fields, defaults)
-        entry = entry_of(by.bank, request.tenant)
-        shared = line_key(by, id, request, entry)
+        content, entry = adapter_of(by.bank, request.tenant)
+        shared = line_key(by, id, request, content)
         found = []
         for index in range(request.n):
             seed = request.sampling.for_index(index).seed
@@ -118,9 +119,13 @@ def samples(number: int, line: bytes | None, defaults: Request, by: KeyParts) ->
         return [LineSample(number, 0, key, id, request, None, error_text(error))]
 
 
-def line_key(by: KeyParts, id: object, request: Request, entry: Entry | None) -> str:
+def line_key(by: KeyParts, id: object, request: Request, content: str | None) -> str:
     """A hash of everything that the answers to a request depend on apart from the seeds, and of what they repeat (id,
-    tenant). The engine's max_length changes no answer."""
+    tenant). The engine's max_length changes no answer.
+
+    Args:
+        content: a hash of the adapter; None for the base model.
+    """
     asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     for name in ("n", "seed", *NOT_IN_JOBS, *(["alone"] if request.strip else [])):
         del asked[name]
@@ -128,7 +133,7 @@ def line_key(by: KeyParts, id: object, request: Request, entry: Entry | None) ->
     asked |= {"temperature": float(request.temperature), "top_p": float(request.top_p)}
     if request.temperature == 0:
         asked |= {"top_k": None, "top_p": None}
-    adapter = None if entry is None or by.bank is None else [entry.content, by.bank.dtype]
+    adapter = None if content is None or by.bank is None else [content, by.bank.dtype]
     return hashed([by.text if isinstance(request.prompt, str) else by.chat, adapter, asked])
 
 
@@ -186,14 +191,21 @@ def unknown_field(name: str) -> str:
     return f"no field {shorten(name, 80)}; {meant}"
 
 
-def entry_of(bank: AdapterBank | None, tenant: str | None) -> Entry | None:
-    """The adapter that a tenant has now. Raises ValueError for an unknown tenant."""
+def adapter_of(bank: AdapterBank | None, tenant: str | None) -> tuple[str | None, Entry | None]:
+    """A hash of the adapter that a tenant has now, and the adapter. A bank that loads adapters when they are needed
+    never replaces one, so it gives None for the latter: lines that are answered already need no adapter.
+
+    Raises ValueError for an unknown tenant.
+    """
     if tenant is None:
-        return None
+        return None, None
     if bank is None:
         raise ValueError(f"tenant: {tenant[:80]!r} is unknown, because the job has no adapters; leave it out")
     try:
-        return bank.entry(tenant)
+        if isinstance(bank, LoadingBank):
+            return bank.content(tenant), None
+        entry = bank.entry(tenant)
+        return entry.content, entry
     except ValueError as error:
         raise ValueError(f"tenant: {error}") from None
 

@@ -30,6 +30,8 @@ from para_jax import (
     load_tokenizer,
     save_adapter,
 )
+from para_jax.adapters.loading_bank import LoadingBank
+from para_jax.adapters.preview import previews
 from para_jax.backbone import load
 from para_jax.cli import main
 from para_jax.inference.sampling import derived_seed
@@ -112,6 +114,27 @@ def engine(folder):
     model = load_backbone(folder / "backbone")
     bank = AdapterBank.holding({name: load_adapter(folder / name, model.config) for name in "AB"}, model.config)
     return Engine(model, bank, load_tokenizer(folder / "backbone"), slots=3, max_length=32)
+
+
+def test_lines_that_are_answered_already_need_no_adapter_again(folder, whole, tmp_path):
+    """Nor is one loaded for the key of each line: with room for one adapter, that would be two loads a line."""
+    model, loads = load_backbone(folder / "backbone"), []
+
+    def load(name):
+        loads.append(name)
+        return load_adapter(folder / name, model.config)
+
+    def job():
+        found = dict(zip("AB", previews([str(folder / name) for name in "AB"], model.config), strict=True))
+        bank = LoadingBank.of(found, model.config, load, 1)
+        engine = Engine(model, bank, load_tokenizer(folder / "backbone"), slots=3, max_length=32)
+        assert bank.most == 1 and not run_job(engine, folder / "in.jsonl", tmp_path / "out.jsonl", Request(""))
+
+    job()
+    assert by_sample(tmp_path / "out.jsonl") == whole
+    loads.clear()
+    job()
+    assert sorted(loads) == ["A", "B"]
 
 
 def test_every_line_is_answered_once_as_generate_does(folder, whole):
