@@ -26,7 +26,7 @@ from ..table import table
 from ..training.metrics_file import is_log, read_metrics
 from ..training.stop import end_if_told
 from ..training.tenants_file import read_entries
-from .folder import claim_folder, locked_folder
+from .folder import claim_folder, locked_folder, rows_before
 from .health import logged_warning
 from .report import with_error
 from .scoring import NotFinite
@@ -101,8 +101,10 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
 
     on_first_process(claim)
     found: list[MethodScore] = []
-    shared = Shared()
-    for number, (method, own) in enumerate(method_configs(config).items(), 1):
+    shared, methods = Shared(), method_configs(config)
+    if not any(own.many for own in methods.values()):
+        shared.rows = on_first_process(lambda: next(filter(None, map(rows_before, methods.values())), None))
+    for number, (method, own) in enumerate(methods.items(), 1):
         if number > 1:
             end_if_told()
         say(f"{method}: method {number} of {len(config.sweep.method)}, in {own.output_dir}")

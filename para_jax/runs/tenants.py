@@ -66,6 +66,8 @@ class Shared:
         """the backbone by its mesh"""
         self.prompts: dict[Any, PromptCache] = {}
         """of train.cache_prompts, for that backbone"""
+        self.rows: int | None = None
+        """of each step of the first run of one adapter; on other devices the others keep them too"""
 
 
 class Inputs(NamedTuple):

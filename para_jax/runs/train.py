@@ -200,11 +200,12 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
             f"{count}; use train.cache_prompts=off"
         )
     config, own, parts, chosen = known_run(config)
-    kept = with_rows_before(config)
+    kept = with_rows_before(config, shared.rows)
     mesh = mesh_of_run(kept, list(own.values()), parts)
     if kept is not config and (rows := kept.train.batch_size):
         say_rows(rows, lay_out(config, mesh).tenant_rows, batch_devices(mesh))
     layouts = on_every_process(lambda: [lay_out(kept, mesh, len(part.names)) for part in parts])
+    shared.rows = shared.rows or (None if config.many else layouts[0].tenant_rows)
     inputs = read_parts(config, parts, layouts, chosen, shared)
     tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     tasks = [task for tenant in tenants for task in (tenant.validation, tenant.test) if task]
@@ -245,11 +246,15 @@ def known_run(config: RunConfig) -> tuple[RunConfig, dict[str, RunConfig], list[
     return config, own, parts, chosen
 
 
-def with_rows_before(config: RunConfig) -> RunConfig:
+def with_rows_before(config: RunConfig, otherwise: int | None = None) -> RunConfig:
     """The config of a run of one adapter with its rows per step so far as train.batch_size, if it leaves that open.
     They then stay the same on other devices, and so do the batches and the number of steps. A tenant's rows in a run of
-    many do not depend on the devices."""
-    rows = None if config.many else on_first_process(lambda: rows_before(config))
+    many do not depend on the devices.
+
+    Args:
+        otherwise: the rows of a run that has not begun; None: as many as the devices give it.
+    """
+    rows = None if config.many else on_first_process(lambda: rows_before(config) or otherwise)
     if rows is None or config.train.batch_size is not None:
         return config
     return replace(config, train=replace(config.train, batch_size=rows, gradient_accumulation_steps=1))

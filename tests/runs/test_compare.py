@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
-from para_jax import LoraConfig, MethodsResult, ParaConfig, compare_methods, load_config, train, train_tenants
+from para_jax import (
+    LoraConfig,
+    MethodsResult,
+    ParaConfig,
+    compare_methods,
+    load_config,
+    make_mesh,
+    train,
+    train_tenants,
+)
 from para_jax.cli import main
 from para_jax.config import ADAPTER_CONFIGS, save_config
 from para_jax.inspect import folder_report
@@ -107,6 +116,20 @@ def test_the_best_comes_first_and_those_without_a_score_last():
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_methods_that_begin_on_other_devices_have_the_rows_of_the_first(folder, tmp_path, monkeypatch, capsys):
+    """Otherwise one table would compare steps of different sizes."""
+    given = "sweep.method=[para, ia3]", "adapter.summary=raw", "train.per_device_batch_size=4", "mesh.data=-1"
+    config = methods_config(folder, tmp_path, *given)
+    monkeypatch.setattr(runs, "run_mesh", lambda *_: make_mesh(2))
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(compare, "end_if_told", lambda: 1 / 0)  # before the second method
+        compare_methods(config)
+    assert "a step keeps" not in capsys.readouterr().err
+    monkeypatch.setattr(runs, "run_mesh", lambda *_: make_mesh(1))
+    compare_methods(config)
+    assert capsys.readouterr().err.count("a step keeps the 8 rows") == 2
 
 
 @pytest.mark.long
