@@ -21,6 +21,27 @@ from .errors import ApiError
 PIECE = 4096
 
 
+#: A chunked body may have this many pieces, and one more for each LEAST_PIECE bytes. Parsing a piece takes as long as
+#: parsing kilobytes, and asyncio has to wait for it.
+PIECES, LEAST_PIECE = 1000, 64
+
+
+class Connection(h11.Connection):
+    """Raises h11.RemoteProtocolError for a body in too many tiny pieces."""
+
+    pieces, size = 0, 0
+
+    def next_event(self):
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self.pieces, self.size = self.pieces + 1, self.size + len(event.data)
+            if self.pieces > PIECES + self.size // LEAST_PIECE:
+                raise h11.RemoteProtocolError(f"a body in {self.pieces} pieces has {self.size} bytes")
+        elif isinstance(event, h11.EndOfMessage):
+            self.pieces = self.size = 0
+        return event
+
+
 class BoundedProtocol(H11Protocol):
     """A connection. Each limit is an attribute of the class."""
 
@@ -39,7 +60,7 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, config, server_state, app_state, _loop: asyncio.AbstractEventLoop | None = None):
         super().__init__(config, server_state, app_state, _loop)
-        self.conn = h11.Connection(h11.SERVER, self.max_header_bytes)
+        self.conn = Connection(h11.SERVER, self.max_header_bytes)
         self.silent_since: float | None = self.loop.time()
         """when the client began to owe a request, or the rest of one; None while it waits for an answer"""
         self._reading: tuple[object, asyncio.TimerHandle] | None = None

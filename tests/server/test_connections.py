@@ -187,6 +187,14 @@ def test_a_bad_chunk_of_a_body_gets_400(patient):
     assert status(answer(patient, b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n")) == 400
 
 
+def test_a_body_in_tiny_chunks_gets_400(patient):
+    """Its parsing would keep asyncio from all other connections."""
+    head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert status(answer(patient, head + b"1\r\na\r\n" * 1200 + b"0\r\n\r\n")) == 400
+    small = head + (b"1\r\na\r\n" + b"200\r\n" + b"a" * 512 + b"\r\n") * 1200 + b"0\r\n\r\n"
+    assert status(answer(patient, small)) == 200
+
+
 def test_a_client_that_does_not_read_is_closed(quick):
     with connect(quick) as client:
         client.sendall(GET.replace(b"/ ", b"/big ", 1))
