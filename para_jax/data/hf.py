@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import expanded, nearest, printable, shorten
-from ..hub import inside_folder, is_inside_folder
+from ..hub import HUB_ID, inside_folder, is_inside_folder
 from .arrow_files import without_media, without_nulls
 from .tfds import plain
 
 SCHEME = "hf:"
 FORMATS = ("json", "parquet")
 SOURCE = re.compile(r"hf:(?P<name>[^:]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
-HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
 READ_AT_ONCE = 1000  # rows
 
 
