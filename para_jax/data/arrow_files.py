@@ -140,6 +140,15 @@ def without_media(dataset: Any) -> Any:
     return dataset.remove_columns(media) if media else dataset
 
 
+def hides_labels(data: Any) -> bool:
+    """Whether a datasets.Dataset has -1 as a label, as the test data of GLUE does: a hidden one."""
+    whole = hasattr(data, "with_format") and hasattr(data, "__len__")
+    features = (getattr(data, "features", None) if whole else None) or {}
+    labels = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
+    first = data.select_columns(labels).with_format(None)[:1] if labels else {}
+    return any(-1 in first[name] for name in labels)
+
+
 def decodes_media(feature: Any) -> bool:
     """Whether a feature of `datasets` is an image or the like, a list of them, or an object that has one."""
     if isinstance(feature, dict):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..config import expanded, nearest, printable, shorten
 from ..hub import HUB_ID, inside_folder, is_inside_folder
-from .arrow_files import without_media, without_nulls
+from .arrow_files import hides_labels, without_media, without_nulls
 from .tfds import plain
 
 SCHEME = "hf:"
@@ -148,11 +148,5 @@ def read_split(builder: Any, name: str, config: str | None, split: str) -> HfSpl
 
 
 def has_labels(builder: Any, split: str) -> bool:
-    """Whether the split exists and its labels are known: -1 means a hidden label."""
-    from datasets import ClassLabel
-
-    if split not in builder.info.splits:
-        return False
-    dataset = builder.as_dataset(split=split).with_format("arrow")
-    labels = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
-    return all(row[name] != -1 for row in dataset[:1].to_pylist() for name in labels)
+    """Whether the split exists and its labels are known."""
+    return split in builder.info.splits and not hides_labels(builder.as_dataset(split=split))
