@@ -103,9 +103,8 @@ def saved_split(folder: Path, split: str) -> SavedSplit | None:
 
 
 def saved_sibling(folder: Path, split: str) -> SavedSplit | None:
-    """The validation or test split next to the training data. None if there is none with labels."""
-    found = saved_split(folder, split) if split in splits_of_saved(folder) else None
-    return found if found and found.has_labels() else None
+    """The validation or test split next to the training data; None if there is none."""
+    return saved_split(folder, split) if split in splits_of_saved(folder) else None
 
 
 def pyarrow_for(what: object) -> Any:

@@ -108,8 +108,12 @@ def splits_of(label: str, data: Any) -> dict[str, GivenSplit]:
         )
     named = {split: f'{label}["{split}"]' for split in SPLITS if data.get(split) is not None}
     for split in [split for split in named if split != "train" and hides_labels(data[split])]:
-        warn(f"{named.pop(split)}: its labels are hidden (-1), so it is left out")
+        warn_of_hidden(named.pop(split))
     return {split: GivenSplit(own, split, sequence_of(own, data[split])) for split, own in named.items()}
+
+
+def warn_of_hidden(label: str) -> None:
+    warn(f"{label}: its labels are hidden (-1), so it is left out")
 
 
 def sequence_of(label: str, data: Any) -> Sequence[Any]:

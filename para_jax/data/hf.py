@@ -46,6 +46,9 @@ class HfSplit(NamedTuple):
                 yield place, {name: plain(value) for name, value in row.items()}
                 index += 1
 
+    def has_labels(self) -> bool:
+        return not hides_labels(self.dataset)
+
 
 def is_hf(source: str | None) -> bool:
     return source is not None and source.startswith(SCHEME)
@@ -62,18 +65,19 @@ def find_split(source: str, split: str) -> HfSplit:
     builder = prepared_builder(name, config)
     if named is None:
         options = (split, "validation") if split == "test" else (split,)
-        named = next((option for option in options if has_labels(builder, option)), split)
+        found = (read_split(builder, name, config, option) for option in options if option in builder.info.splits)
+        named = next((one.split for one in found if one.has_labels()), split)
     return read_split(builder, name, config, named)
 
 
 def sibling_split(source: str, split: str) -> HfSplit | None:
     """The validation or test split next to the training data, an hf: source. None if the source names its split, or the
-    data set has no such split with labels."""
+    data set has no such split."""
     name, config, named = parse_hf(source)
     if named is not None:
         return None
     builder = prepared_builder(name, config)
-    return read_split(builder, name, config, split) if has_labels(builder, split) else None
+    return read_split(builder, name, config, split) if split in builder.info.splits else None
 
 
 def parse_hf(source: str) -> tuple[str, str | None, str | None]:
@@ -145,8 +149,3 @@ def read_split(builder: Any, name: str, config: str | None, split: str) -> HfSpl
             "one, such as train[:90%]"
         ) from None
     return HfSplit(f"{SCHEME}{name}:{config or ''}:{split}", split, dataset)
-
-
-def has_labels(builder: Any, split: str) -> bool:
-    """Whether the split exists and its labels are known."""
-    return split in builder.info.splits and not hides_labels(builder.as_dataset(split=split))
