@@ -65,15 +65,16 @@ A_BACKBONE = (
 )
 AN_ADAPTER = "an adapter folder or a hub id (user/name or user/name@revision)"
 
-HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/[\w.-]+)(@(?P<revision>\w[\w./-]*))?")
+#: user/name or user/name@revision. Some data sets and old models have a name alone.
+HUB_ID = re.compile(r"(?P<repository>(?P<user>\w[\w.-]*/)?\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
 
 def name_and_revision(source: str) -> tuple[str, str | None]:
     """The repository and the revision of a hub id such as user/name@revision or name@revision. Anything else is a name
     alone: a path may have an @ too, such as /home/me@company/model."""
-    match = re.fullmatch(r"(\w[\w.-]*(?:/[\w.-]+)?)@(\w[\w./-]*)", source)
-    if match and ("/" in match[1] or "/" not in match[2]):
-        return match[1], match[2]
+    match = HUB_ID.fullmatch(source)
+    if match and (match["user"] or "/" not in (match["revision"] or "")):
+        return match["repository"], match["revision"]
     return source, None
 
 
@@ -214,7 +215,7 @@ def parse_hub_id(source: str | Path, accepted: str) -> tuple[str, str | None]:
     a local folder: runs/nope is not looked up on the hub if there is a folder runs."""
     text = str(source)
     match = HUB_ID.fullmatch(text)
-    if match and not text.endswith(".gguf"):
+    if match and match["user"] and not text.endswith(".gguf"):
         if not is_inside_folder(text):
             return match["repository"], match["revision"]
         advice = nearest(Path(text)) or f"; use {accepted}"

@@ -10,13 +10,11 @@ from typing import Any
 import yaml
 
 from ..config import printable
-from ..hub import BUILT_IN, BUILT_IN_HUB_ID, BUILT_IN_WEIGHTS, name_and_revision
+from ..hub import BUILT_IN, BUILT_IN_HUB_ID, BUILT_IN_WEIGHTS, HUB_ID, name_and_revision
 from .invocation import invocation_tokens
 from .method import Method
 from .scope import scope_of
 
-#: What the hub accepts as `base_model`: user/name, or the name alone of an old repository.
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: What users of PEFT must know about activated LoRA.
 ALORA_LINES = (
     "It is activated LoRA (tested with PEFT 0.21.2). Versions of PEFT and other libraries that don't know",
@@ -39,7 +37,7 @@ def model_card(
         example: the prompt of the example code.
     """
     name, _ = name_and_revision(base_model)
-    base = name if HUB_ID.fullmatch(name) else ""
+    base = name if "@" not in name and HUB_ID.fullmatch(name) else ""
     front = {
         "library_name": "peft" if method.in_peft else "para_jax",
         **({"base_model": base} if base else {}),

@@ -103,9 +103,8 @@ def saved_split(folder: Path, split: str) -> SavedSplit | None:
 
 
 def saved_sibling(folder: Path, split: str) -> SavedSplit | None:
-    """The validation or test split next to the training data. None if there is none with labels."""
-    found = saved_split(folder, split) if split in splits_of_saved(folder) else None
-    return found if found and found.has_labels() else None
+    """The validation or test split next to the training data; None if there is none."""
+    return saved_split(folder, split) if split in splits_of_saved(folder) else None
 
 
 def pyarrow_for(what: object) -> Any:
@@ -138,6 +137,15 @@ def without_media(dataset: Any) -> Any:
     """A datasets.Dataset without images, audio and video, which it would decode."""
     media = [name for name, feature in (dataset.features or {}).items() if decodes_media(feature)]
     return dataset.remove_columns(media) if media else dataset
+
+
+def hides_labels(data: Any) -> bool:
+    """Whether a datasets.Dataset has -1 as a label, as the test data of GLUE does: a hidden one."""
+    whole = hasattr(data, "with_format") and hasattr(data, "__len__")
+    features = (getattr(data, "features", None) if whole else None) or {}
+    labels = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
+    first = data.select_columns(labels).with_format(None)[:1] if labels else {}
+    return any(-1 in first[name] for name in labels)
 
 
 def decodes_media(feature: Any) -> bool:

@@ -88,6 +88,14 @@ def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:
     return batch
 
 
+def right_padded(sequences: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sequences as tokens int32 [rows, length], padded on the right, and their lengths; 1 for rows without one."""
+    tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+    for i, ids in enumerate(sequences):
+        tokens[i, : len(ids)], lengths[i] = ids, len(ids)
+    return tokens, lengths
+
+
 class Plan:
     """The order of training: which examples are in batch i, for every i from 0. Every process computes the same plan.
 

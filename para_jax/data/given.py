@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..config import DataSection, one_of, shorten
 from ..messages import warn
 from ..untrusted import safe_names
-from .arrow_files import require_distinct, rows_of, text_columns, without_media, without_nulls
+from .arrow_files import hides_labels, require_distinct, rows_of, text_columns, without_media, without_nulls
 from .tfds import plain
 
 #: data.train of a run whose data came from Python. A tenant's is <python>/NAME.
@@ -108,17 +108,12 @@ def splits_of(label: str, data: Any) -> dict[str, GivenSplit]:
         )
     named = {split: f'{label}["{split}"]' for split in SPLITS if data.get(split) is not None}
     for split in [split for split in named if split != "train" and hides_labels(data[split])]:
-        warn(f"{named.pop(split)}: its labels are hidden (-1), so it is left out")
+        warn_of_hidden(named.pop(split))
     return {split: GivenSplit(own, split, sequence_of(own, data[split])) for split, own in named.items()}
 
 
-def hides_labels(data: Any) -> bool:
-    """Whether a datasets.Dataset has -1 as a label, as the test data of GLUE does: a hidden one."""
-    whole = hasattr(data, "with_format") and hasattr(data, "__len__")
-    features = (getattr(data, "features", None) if whole else None) or {}
-    labels = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
-    first = data.select_columns(labels).with_format(None)[:1] if labels else {}
-    return any(-1 in first[name] for name in labels)
+def warn_of_hidden(label: str) -> None:
+    warn(f"{label}: its labels are hidden (-1), so it is left out")
 
 
 def sequence_of(label: str, data: Any) -> Sequence[Any]:

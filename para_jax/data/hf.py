@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import expanded, nearest, printable, shorten
-from ..hub import inside_folder, is_inside_folder
-from .arrow_files import without_media, without_nulls
+from ..hub import HUB_ID, inside_folder, is_inside_folder
+from .arrow_files import hides_labels, without_media, without_nulls
 from .tfds import plain
 
 SCHEME = "hf:"
 FORMATS = ("json", "parquet")
 SOURCE = re.compile(r"hf:(?P<name>[^:]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
-HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
 READ_AT_ONCE = 1000  # rows
 
 
@@ -47,6 +46,9 @@ class HfSplit(NamedTuple):
                 yield place, {name: plain(value) for name, value in row.items()}
                 index += 1
 
+    def has_labels(self) -> bool:
+        return not hides_labels(self.dataset)
+
 
 def is_hf(source: str | None) -> bool:
     return source is not None and source.startswith(SCHEME)
@@ -63,18 +65,19 @@ def find_split(source: str, split: str) -> HfSplit:
     builder = prepared_builder(name, config)
     if named is None:
         options = (split, "validation") if split == "test" else (split,)
-        named = next((option for option in options if has_labels(builder, option)), split)
+        found = (read_split(builder, name, config, option) for option in options if option in builder.info.splits)
+        named = next((one.split for one in found if one.has_labels()), split)
     return read_split(builder, name, config, named)
 
 
 def sibling_split(source: str, split: str) -> HfSplit | None:
     """The validation or test split next to the training data, an hf: source. None if the source names its split, or the
-    data set has no such split with labels."""
+    data set has no such split."""
     name, config, named = parse_hf(source)
     if named is not None:
         return None
     builder = prepared_builder(name, config)
-    return read_split(builder, name, config, split) if has_labels(builder, split) else None
+    return read_split(builder, name, config, split) if split in builder.info.splits else None
 
 
 def parse_hf(source: str) -> tuple[str, str | None, str | None]:
@@ -146,14 +149,3 @@ def read_split(builder: Any, name: str, config: str | None, split: str) -> HfSpl
             "one, such as train[:90%]"
         ) from None
     return HfSplit(f"{SCHEME}{name}:{config or ''}:{split}", split, dataset)
-
-
-def has_labels(builder: Any, split: str) -> bool:
-    """Whether the split exists and its labels are known: -1 means a hidden label."""
-    from datasets import ClassLabel
-
-    if split not in builder.info.splits:
-        return False
-    dataset = builder.as_dataset(split=split).with_format("arrow")
-    labels = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
-    return all(row[name] != -1 for row in dataset[:1].to_pylist() for name in labels)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from ..config import DataSection, expanded, nearest, printable, shorten
 from ..storage.bucket import BucketPath, Place
 from . import hf, tfds
 from .arrow_files import SavedSplit, is_saved, saved_sibling, saved_split, splits_of_saved
-from .given import GivenSplit, given_split, is_given
+from .given import GivenSplit, given_split, is_given, warn_of_hidden
 from .hf import HfSplit, is_hf, parse_hf
 from .row_files import misnamed_validation, place_prefix, split_file
 from .tasks import TFDS_TASKS
@@ -17,6 +19,9 @@ DatasetSplit = TfdsSplit | HfSplit | SavedSplit | GivenSplit
 #: A data file, or one split of a data set.
 Source = Place | DatasetSplit
 FORMS = "a .jsonl, .csv or .parquet file, a folder with {split}.jsonl (or .csv, .parquet), tfds:NAME or hf:NAME"
+
+#: A run looks for its data several times.
+warn_once_of_hidden = cache(warn_of_hidden)
 
 
 def source_of(section: DataSection, split: str) -> Source | None:
@@ -32,14 +37,23 @@ def source_of(section: DataSection, split: str) -> Source | None:
     if own is not None:
         return existing(split, expanded(own))
     if is_tfds(train):
-        return tfds.sibling_split(str(train), split, section.data_dir)
+        return labelled(tfds.sibling_split(str(train), split, section.data_dir))
     if is_hf(train):
         name, _, named = parse_hf(str(train))
         if not is_saved(expanded(name)):
-            return hf.sibling_split(str(train), split)
-        return None if named else saved_sibling(expanded(name), split)
+            return labelled(hf.sibling_split(str(train), split))
+        return None if named else labelled(saved_sibling(expanded(name), split))
     if train is not None and (folder := expanded(train)).is_dir():
-        return saved_sibling(folder, split) if is_saved(folder) else in_folder(folder, split)
+        return labelled(saved_sibling(folder, split)) if is_saved(folder) else in_folder(folder, split)
+    return None
+
+
+def labelled(found: TfdsSplit | HfSplit | SavedSplit | None) -> TfdsSplit | HfSplit | SavedSplit | None:
+    """A split next to the training data; None if its labels are hidden, with a warning if it is validation data."""
+    if found is None or found.has_labels():
+        return found
+    if found.split == "validation":
+        warn_once_of_hidden(found.label)
     return None
 
 
@@ -87,7 +101,7 @@ def in_folder(folder: Place, split: str) -> Source | None:
     if not is_hub_folder(folder):
         return None
     source = f"{hf.SCHEME}{folder}"
-    return hf.find_split(source, split) if split == "train" else hf.sibling_split(source, split)
+    return hf.find_split(source, split) if split == "train" else labelled(hf.sibling_split(source, split))
 
 
 def is_hub_folder(folder: Place) -> bool:

@@ -48,6 +48,15 @@ class TfdsSplit(NamedTuple):
                 place = f"{self.label}[{index}]"
                 yield place, {name: plain(value) for name, value in example.items()}
 
+    def has_labels(self) -> bool:
+        """Whether the labels are known: -1 means a hidden label."""
+        from tensorflow_datasets.core.features import ClassLabel
+
+        builder = builder_at(self.folder)
+        labels = [name for name, feature in builder.info.features.items() if isinstance(feature, ClassLabel)]
+        source = builder.as_data_source(split=self.split)
+        return all(source[0][name] != -1 for name in labels)
+
 
 def is_tfds(source: str | None) -> bool:
     return source is not None and source.startswith(SCHEME)
@@ -72,7 +81,8 @@ def find_split(source: str, split: str, data_dir: str | None) -> TfdsSplit:
     folder = newest(name, data_dir)
     if named is None:
         options = (split, "validation") if split == "test" else (split,)
-        named = next((option for option in options if has_labels(folder, option)), split)
+        found = (split_at(name, folder, option) for option in options)
+        named = next((one.split for one in found if one and one.has_labels()), split)
     try:
         builder_at(folder).as_data_source(split=named)
     except ValueError:
@@ -85,12 +95,15 @@ def find_split(source: str, split: str, data_dir: str | None) -> TfdsSplit:
 
 def sibling_split(source: str, split: str, data_dir: str | None) -> TfdsSplit | None:
     """The validation or test split next to the training data, a tfds: source. None if the source names its split, or
-    the data set has no such split with labels."""
+    the data set has no such split."""
     name, named = parse_tfds(source)
     folder = newest(name, data_dir)
-    if named is not None or not has_labels(folder, split):
-        return None
-    return TfdsSplit(f"{SCHEME}{name}:{split}", split, folder)
+    return split_at(name, folder, split) if named is None else None
+
+
+def split_at(name: str, folder: Path, split: str) -> TfdsSplit | None:
+    there = split in builder_at(folder).info.splits
+    return TfdsSplit(f"{SCHEME}{name}:{split}", split, folder) if there else None
 
 
 def prepare(source: str, data_dir: str | None = None) -> Path:
@@ -165,18 +178,6 @@ def builder_at(folder: Path) -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.builder_from_directory(str(folder))
-
-
-def has_labels(folder: Path, split: str) -> bool:
-    """Whether the split exists and its labels are known: -1 means a hidden label."""
-    from tensorflow_datasets.core.features import ClassLabel
-
-    builder = builder_at(folder)
-    if split not in builder.info.splits:
-        return False
-    labels = [name for name, feature in builder.info.features.items() if isinstance(feature, ClassLabel)]
-    source = builder.as_data_source(split=split)
-    return all(source[0][name] != -1 for name in labels)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.rows import Rows, Stack, pick
+from ..data.batches import right_padded
 from ..model import adjustments_for
 from ..training.step import tenant_of
 from .questions import Question
@@ -67,8 +68,5 @@ def adapters_of(model, bank: Bank | None, asked: Sequence[tuple[Any, Question]],
     read = [question.reads for _, question in asked if question.reads is not None]
     if not read:
         return adapters
-    lengths = np.array([len(ids) for ids in read], np.int32)
-    tokens = np.zeros((len(read), shapes.context(int(lengths.max()))), np.int32)
-    for row, ids in zip(tokens, read, strict=True):
-        row[: len(ids)] = ids
+    tokens, lengths = right_padded(read, len(read), shapes.context(max(map(len, read))))
     return adjustments_for(model, adapters, tokens, lengths)

@@ -18,7 +18,7 @@ import numpy as np
 
 from .. import devices
 from ..backbone.transformer import Transformer
-from ..data.batches import assign_buckets, collate, example_lengths
+from ..data.batches import assign_buckets, collate, example_lengths, right_padded
 from ..data.examples import Example
 from ..model import continue_rows, prefill, prefill_after
 from ..processes import full_arrays
@@ -28,7 +28,7 @@ from ..training.step import eval_nll
 from .batch_adapters import Bank, adapters_of, version
 from .questions import Likelihood, Scored
 from .shapes import PlannedShapes, Shapes
-from .shared_prompts import own_batches, padded, repeated, shared_batches, shares_prompts
+from .shared_prompts import own_batches, repeated, shared_batches, shares_prompts
 
 #: A row of a batch of contexts, and the tokens of one of its continuations.
 Continuation = tuple[int, tuple[int, ...]]
@@ -152,7 +152,7 @@ def of_contexts(
     """
     begin = prefill if states is None else partial(prefill_after, states=states)
     cache = shapes.context_cache(length)
-    tokens, lengths = padded(contexts, rows, length)
+    tokens, lengths = right_padded(contexts, rows, length)
     leaves, treedef = jax.tree.flatten(model)
     with announced(f"{rows} contexts of {length} tokens", compiled):
         logits, state = begin(model, adapters, tokens, lengths, max_length=cache)

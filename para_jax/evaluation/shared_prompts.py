@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..adapters.methods import has_plain_prompts
+from ..data.batches import right_padded
 from ..tail import PromptStates
 from ..training.prompt_states import prompt_states
 from .batch_adapters import version
@@ -44,7 +45,7 @@ def shared_batches(
         distinct = firsts[start : start + rows]
         stop = firsts[start + rows] if start + rows < len(firsts) else len(contexts)
         held = [contexts[i] for i in distinct]
-        states = prompt_states(model, None, *padded(held, rows, pad(max(map(len, held)))))
+        states = prompt_states(model, None, *right_padded(held, rows, pad(max(map(len, held)))))
         for begin in range(distinct[0], stop, rows):
             batch = list(range(begin, min(begin + rows, stop)))
             places = np.searchsorted(distinct, batch, side="right") - 1  # of their prompts
@@ -55,11 +56,3 @@ def own_batches(model, contexts: Sequence, rows: int, pad: Callable[[int], int])
     """As shared_batches, for rows that compute their prompts themselves."""
     for start in range(0, len(contexts), rows):
         yield list(range(start, min(start + rows, len(contexts)))), None
-
-
-def padded(contexts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The contexts as int32 [rows, length], padded on the right, and their lengths; 1 for rows without a context."""
-    tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
-    for i, context in enumerate(contexts):
-        tokens[i, : len(context)], lengths[i] = context, len(context)
-    return tokens, lengths

@@ -19,6 +19,7 @@ from ..adapters.invocation import require_invocation, row_configs
 from ..adapters.rows import Adjustments, Rows
 from ..backbone.transformer import Transformer
 from ..config import shorten
+from ..data.batches import right_padded
 from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..model import decode_step, prefill, require_backbone, stacked_state
 from ..processes import full_arrays
@@ -133,12 +134,10 @@ def generate_tokens(
     """
     most = [sampling.max_new_tokens] * len(prompt_ids) if most is None else most
     check_prompts(model, adapters, prompt_ids, most)
-    lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
-    tokens = np.zeros((len(prompt_ids), length or up_to_multiple(lengths.max(), PROMPT_MULTIPLE)), np.int32)
-    for row, ids in zip(tokens, prompt_ids, strict=True):
-        row[: len(ids)] = ids
-    last = sampling.max_new_tokens
-    needed = max(up_to_multiple(lengths.max() + last, CACHE_MULTIPLE), tokens.shape[1])
+    longest, last = max(map(len, prompt_ids)), sampling.max_new_tokens
+    length = length or up_to_multiple(longest, PROMPT_MULTIPLE)
+    tokens, lengths = right_padded(prompt_ids, len(prompt_ids), length)
+    needed = max(up_to_multiple(longest + last, CACHE_MULTIPLE), length)
     logits, state = (begin or prefill)(model, adapters, tokens, lengths, max_length=max_length or needed)
     if model.layout == "stacked":
         state = stacked_state(state)

@@ -17,11 +17,12 @@ from ..config import shorten
 
 #: The functions that take the options of a command.
 FUNCTIONS = {"evaluate": "evaluate_on_ray", "generate": "generate_on_ray", "serve": "serve_app"}
-#: Options that have no meaning here, or that the function itself gives.
+#: Options that have no meaning here, or that the function itself gives. Ray's proxies listen for serve_app, and an
+#: update of an adapter would reach one replica.
 NOT_HERE = {
     "evaluate": ("help", "config", "overrides", "adapter", "shard", "output", "results"),
     "generate": ("help", "prompt", "chat", "shard", "output"),
-    "serve": ("help",),
+    "serve": "help host port allow_adapter_updates adapter_root allow_hub methods sites max_r capacity".split(),
 }
 
 

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 
 from ..cli import serve as command
 from ..config import expanded
-from .command import arguments, parsed
+from .command import NOT_HERE, arguments, parsed
 
 #: What chooses a replica by the header x-session-id.
 STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-#: Options of `para-jax serve` that have no meaning here: Ray's proxies listen, and an update would reach one replica.
-NOT_HERE = "host port allow_adapter_updates adapter_root allow_hub methods sites max_r capacity".split()
 
 
 class Served(NamedTuple):
@@ -91,7 +89,7 @@ def serve_app(
 
 def served_by(options: Mapping[str, Any], any_host: bool) -> Served:
     """What replicas serve with these options. Paths become absolute, because replicas work in another folder."""
-    for name in NOT_HERE:
+    for name in NOT_HERE["serve"]:
         if name in options:
             raise ValueError(f"serve_app has no option {name}; leave it out")
     given = parsed(arguments("serve", [], [], options))

@@ -127,7 +127,7 @@ class AdapterUpdates:
                 return folder
         except (OSError, ValueError, RuntimeError):  # NUL, too long, links in a circle
             raise outside from None
-        if self.allow_hub and HUB_ID.fullmatch(path) and not is_inside_folder(path):
+        if self.allow_hub and (named := HUB_ID.fullmatch(path)) and named["user"] and not is_inside_folder(path):
             return path  # a folder of this name in the working directory would come first, so there must be none
         if inside:
             raise ApiError(

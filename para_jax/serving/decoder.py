@@ -12,6 +12,7 @@ from ..adapters.bank import AdapterBank, Entry
 from ..adapters.methods import has_plain_prompts
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
+from ..data.batches import right_padded
 from ..inference.draw import row_sampling
 from ..inference.generate import up_to_multiple
 from ..inference.logprobs import Logprobs
@@ -167,9 +168,7 @@ class Decoder:
 
     def _whole(self, ids: list[int]) -> np.ndarray:
         """A prompt as int32 [1, T], padded to a length that has a program."""
-        tokens = np.zeros((1, next(length for length in self._buckets if length >= len(ids))), np.int32)
-        tokens[0, : len(ids)] = ids
-        return tokens
+        return right_padded([ids], 1, next(length for length in self._buckets if length >= len(ids)))[0]
 
     def _adapters(self, entry: Entry | None) -> Rows | None:
         return None if self.bank is None else self.bank.rows_of([entry])

@@ -250,6 +250,25 @@ def test_a_split_with_hidden_labels_is_no_test_data(splits, capsys):
         with_data(DataSection(), {"train": made["train"], "test": made["test"].to_iterable_dataset()})
 
 
+def test_validation_data_with_hidden_labels_is_left_out_with_one_warning(splits, tmp_path, capsys):
+    made = datasets.DatasetDict(train=splits[0]["train"], validation=splits[0]["test"], test=splits[0]["test"])
+    made.save_to_disk(tmp_path / "saved")
+    (tmp_path / "hub").mkdir()
+    for split, rows in made.items():
+        rows.to_parquet(tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
+    for source, label in (
+        (f"{tmp_path}/saved", f"{tmp_path}/saved/validation"),
+        (f"hf:{tmp_path}/saved", ""),  # the same split
+        (f"{tmp_path}/hub", f"hf:{tmp_path}/hub::validation"),
+        (f"hf:{tmp_path}/hub", ""),
+    ):
+        for _ in range(2):
+            found = [prompts(DataSection(train=source), split) for split in ("train", "validation", "test")]
+            assert found == [["train"], None, None]
+        said = f"warning: {label}: its labels are hidden (-1), so it is left out\n"
+        assert capsys.readouterr().err == (said if label else "")
+
+
 def test_a_data_set_without_splits_is_what_it_is_named_for(splits, tmp_path):
     alone = tmp_path / "alone"
     for source in (str(alone), f"hf:{alone}"):

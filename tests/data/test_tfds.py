@@ -170,6 +170,14 @@ def test_a_validation_split_that_is_scored_as_the_test_data_is_named(data_dir, t
         assert capsys.readouterr().err.count(f"warning: {source}: there is no test split with labels") == count
 
 
+def test_validation_data_with_hidden_labels_is_left_out_with_one_warning(tmp_path, capsys):
+    known, hidden = public_rows("glue/sst2", 3), public_rows("glue/sst2", 2, hidden=True)
+    built("glue", PUBLIC["glue/sst2"], {"train": known, "validation": hidden}, tmp_path, config="sst2")
+    assert [load_records(section(tmp_path, "tfds:glue/sst2"), "validation") for _ in range(2)] == [None, None]
+    said = "tfds:glue/sst2:validation: its labels are hidden (-1), so it is left out"
+    assert capsys.readouterr().err.count(said) == 1
+
+
 def test_a_test_split_with_labels_is_the_test_data(tmp_path):
     rows = public_rows("glue/sst2", 3)
     built("glue", PUBLIC["glue/sst2"], {"train": rows, "test": rows[:2]}, tmp_path, config="sst2")

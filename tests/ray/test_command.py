@@ -32,6 +32,7 @@ def test_options_reach_the_command_as_they_were_given():
         ("generate", {"output": "x"}, "no option output"),
         ("generate", {"chat": True}, "no option chat"),
         ("serve", {"slot": 3}, "serve_app has no option slot; did you mean slots?"),
+        ("serve", {"port": 1}, "no option port"),
         ("generate", {"top_k": "some"}, "argument --top-k: invalid int value: 'some'"),
         ("generate", {"dtype": "float8"}, "argument --dtype: invalid choice: 'float8'"),
     ],
