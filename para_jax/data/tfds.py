@@ -55,7 +55,7 @@ class TfdsSplit(NamedTuple):
         builder = builder_at(self.folder)
         labels = [name for name, feature in builder.info.features.items() if isinstance(feature, ClassLabel)]
         source = builder.as_data_source(split=self.split)
-        return all(source[0][name] != -1 for name in labels)
+        return not len(source) or all(source[0][name] != -1 for name in labels)
 
 
 def is_tfds(source: str | None) -> bool:
