@@ -185,6 +185,11 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
+def json_columns(dataset: Any) -> set[str]:
+    """The columns of a datasets.Dataset that hold JSON, in which a null was written as one."""
+    return {name for name, feature in (dataset.features or {}).items() if "Json(" in str(feature)}
+
+
 def from_json(name: str, value: Any, kind: Any) -> Any:
     """The value of a column of an Arrow type, with each JSON text in it as what it holds."""
     if value is None or JSON not in str(kind):

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 from ..config import DataSection, one_of, shorten
 from ..messages import warn
 from ..untrusted import safe_names
-from .arrow_files import hides_labels, require_distinct, rows_of, text_columns, without_media, without_nulls
+from .arrow_files import (
+    hides_labels,
+    json_columns,
+    require_distinct,
+    rows_of,
+    text_columns,
+    without_media,
+    without_nulls,
+)
 from .tfds import plain
 
 #: data.train of a run whose data came from Python. A tenant's is <python>/NAME.
@@ -37,11 +45,15 @@ class GivenSplit(NamedTuple):
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each row's place, 'data["train"] row 7' (counted from 0), and its columns. NaN and None are missing."""
         in_arrow = hasattr(self.given, "with_format")  # a datasets.Dataset
+        in_json = json_columns(self.given) if in_arrow else ()
         for index, row in enumerate(self.given):
             place = f"{self.label} row {index}"
             if not isinstance(row, Mapping):
                 raise ValueError(f'{place} is a {type(row).__name__}; write a dict, such as {{"prompt": ..., ...}}')
-            values = {str(name): plain(without_nulls(value) if in_arrow else value) for name, value in row.items()}
+            given = (
+                {n: value if n in in_json else without_nulls(value) for n, value in row.items()} if in_arrow else row
+            )
+            values = {str(name): plain(value) for name, value in given.items()}
             yield place, {name: value for name, value in values.items() if not is_missing(value)}
 
 

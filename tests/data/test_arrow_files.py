@@ -144,7 +144,7 @@ def test_images_in_lists_and_bytes_are_not_read_unless_they_are_asked_for(tmp_pa
 @pytest.mark.parametrize("kind", ["file", "hub", "dataset", "given", "table"])
 def test_a_column_of_json_holds_what_its_texts_say(tmp_path, kind):
     """`load_dataset` makes such columns of JSON lines where the types of rows differ."""
-    calls = [{"type": "function", "function": {"name": "f", "arguments": value}} for value in ({"a": 1}, {"b": "c"})]
+    calls = [{"type": "function", "function": {"name": "f", "arguments": value}} for value in ({"a": 1}, {"b": None})]
     chats = [[*CHAT, CHAT[0], {"role": "tool", "content": "d", "calls": [call]}, CHAT[1]] for call in calls]
     own = datasets.Json()
     features = datasets.Features(messages=datasets.List(own), completion=own, parts={"q": own}, n=own)
