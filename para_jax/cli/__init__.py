@@ -55,11 +55,20 @@ OTHER_NAMES = {
 }
 
 
+def program() -> int:
+    """`main` of a process, with 70 after the traceback of an error that it raises. With Python's exit code, 1, a script
+    would take a job that broke off for one that is done."""
+    try:
+        return main()
+    except Exception:
+        traceback.print_exc()
+        return 70
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0; 1 if the quickstart fell short, a tenant's loss was not finite, or
-    some lines of a job were answered with errors; 2 for a user's mistake or too little memory; 70 for a defect or a
-    device that failed, after the traceback; 130 for Ctrl-C; 141 if the reader of the output has closed it, as `head`
-    does."""
+    some lines of a job were answered with errors; 2 for a user's mistake or too little memory; 130 for Ctrl-C; 141 if
+    the reader of the output has closed it, as `head` does. Raises the error of a defect or of a device that failed."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal lacks is escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -70,11 +79,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         discard_output()
         return 141
-    except Exception:  # with Python's own exit code, 1, a script would take the work for done
-        if os.environ.get("PARA_JAX_TRACEBACK"):
-            raise
-        traceback.print_exc()
-        return 70
 
 
 def flush_output() -> None:

@@ -36,7 +36,7 @@ from para_jax import (
     save_adapter,
 )
 from para_jax.bench.record import report
-from para_jax.cli import main, parse, parser, plot, serve
+from para_jax.cli import main, parse, parser, plot, program, serve
 from para_jax.data.examples import encode_prompt
 
 WEIGHTS = "adapter_model.safetensors"
@@ -887,7 +887,8 @@ def test_a_character_that_the_terminal_lacks_is_escaped(monkeypatch, adapter):
 def test_a_defect_has_a_traceback_and_an_exit_code_of_its_own(monkeypatch, capsys, adapter):
     """A script would take Python's, which is 1, for "some answers are errors"."""
     monkeypatch.setattr("para_jax.inspect.folder_report", lambda _: 1 / 0)
-    assert command("inspect", adapter) == 70
+    monkeypatch.setattr(sys, "argv", ["para-jax", "inspect", str(adapter)])
+    assert program() == 70
     said = capsys.readouterr().err
     assert "Traceback" in said and "ZeroDivisionError" in said
 
