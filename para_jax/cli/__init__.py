@@ -56,8 +56,8 @@ OTHER_NAMES = {
 
 
 def program() -> int:
-    """`main` of a process, with 70 after the traceback of an error that it raises. With Python's exit code, 1, a script
-    would take a job that broke off for one that is done."""
+    """Runs `main` and returns its exit code. If `main` raises, prints the traceback and returns 70: with Python's own
+    exit code, 1, a job that broke off would look like one that answered every line."""
     try:
         return main()
     except Exception:

@@ -57,26 +57,28 @@ def field_types(config: type) -> dict[str, Any]:
 
 
 def check_fields(config: Any, section: str = "") -> None:
-    """Raises ValueError for a field of a dataclass whose value its type, Literal or Bounds does not allow. NumPy's and
-    JAX's numbers become Python's, and paths become texts, which files can hold.
+    """Raises ValueError for a field of a dataclass whose value has the wrong type, or is outside the field's Literal or
+    Bounds. NumPy's and JAX's numbers become Python's, and paths become texts, because files can hold these.
 
     Args:
         section: what stands before the field's name in an error, such as "train.".
     """
     for name, kind in field_types(type(config)).items():
         value = getattr(config, name)
-        if (own := with_own_numbers(value)) is not value:
+        if (own := in_python_types(value)) is not value:
             object.__setattr__(config, name, own)
         check_value(section + name, own, kind)
 
 
-def with_own_numbers(value: Any) -> Any:
+def in_python_types(value: Any) -> Any:
     """The value with Python's numbers instead of other libraries', a tuple instead of an array and a text instead of a
     path; the same object if it has none of them."""
     if isinstance(value, tuple | list):
-        own = [with_own_numbers(item) for item in value]
+        own = [in_python_types(item) for item in value]
         return value if all(a is b for a, b in zip(own, value, strict=True)) else tuple(own)
-    own = str(value) if isinstance(value, os.PathLike) else value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, os.PathLike):
+        return str(value)
+    own = value.tolist() if hasattr(value, "tolist") else value
     return tuple(own) if own is not value and isinstance(own, list) else own
 
 

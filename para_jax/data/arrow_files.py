@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,21 +172,26 @@ def rows_of(label: str, batches: Iterable[Any]) -> Iterator[tuple[str, dict]]:
                 row |= {name: from_json(name, row[name], kind) for name, kind in in_json.items()}
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: {printable(str(error), 200)}") from None
-            values = {name: value if name in in_json else without_nulls(value) for name, value in row.items()}
-            yield place, {name: plain(value) for name, value in values.items() if value is not None}
+            yield place, {name: plain(value) for name, value in as_written(row, in_json).items()}
             index += 1
 
 
+def as_written(row: dict[str, Any], in_json: Collection[str]) -> dict[str, Any]:
+    """The row without nulls. Arrow gives every row all columns, and every struct the fields of all structs of its
+    column, so a null says that the row has no such field. In a column of JSON, a null inside was written as one."""
+    there = {name: value for name, value in row.items() if value is not None}
+    return {name: value if name in in_json else without_nulls(value) for name, value in there.items()}
+
+
 def without_nulls(value: Any) -> Any:
-    """The value without the fields of its structs that are null. Arrow gives every struct of a column the fields of all
-    of them, so a null says that the row as it was written has no such field."""
+    """The value without the fields of its structs that are null."""
     if isinstance(value, dict):
         return {name: without_nulls(part) for name, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def json_columns(dataset: Any) -> set[str]:
-    """The columns of a datasets.Dataset that hold JSON, in which a null was written as one."""
+    """The columns of a datasets.Dataset that hold JSON."""
     return {name for name, feature in (dataset.features or {}).items() if "Json(" in str(feature)}
 
 

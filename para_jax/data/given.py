@@ -14,13 +14,13 @@ from ..config import DataSection, one_of, shorten
 from ..messages import warn
 from ..untrusted import safe_names
 from .arrow_files import (
+    as_written,
     hides_labels,
     json_columns,
     require_distinct,
     rows_of,
     text_columns,
     without_media,
-    without_nulls,
 )
 from .tfds import plain
 
@@ -44,16 +44,13 @@ class GivenSplit(NamedTuple):
 
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each row's place, 'data["train"] row 7' (counted from 0), and its columns. NaN and None are missing."""
-        in_arrow = hasattr(self.given, "with_format")  # a datasets.Dataset
-        in_json = json_columns(self.given) if in_arrow else ()
+        in_json = json_columns(self.given) if hasattr(self.given, "with_format") else None  # a datasets.Dataset
         for index, row in enumerate(self.given):
             place = f"{self.label} row {index}"
             if not isinstance(row, Mapping):
                 raise ValueError(f'{place} is a {type(row).__name__}; write a dict, such as {{"prompt": ..., ...}}')
-            given = (
-                {n: value if n in in_json else without_nulls(value) for n, value in row.items()} if in_arrow else row
-            )
-            values = {str(name): plain(value) for name, value in given.items()}
+            found = row if in_json is None else as_written(dict(row), in_json)
+            values = {str(name): plain(value) for name, value in found.items()}
             yield place, {name: value for name, value in values.items() if not is_missing(value)}
 
 

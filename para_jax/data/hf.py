@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..config import expanded, nearest, printable, shorten
 from ..hub import HUB_ID, inside_folder, is_inside_folder
-from .arrow_files import hides_labels, json_columns, without_media, without_nulls
+from .arrow_files import as_written, hides_labels, json_columns, without_media
 from .tfds import plain
 
 SCHEME = "hf:"
@@ -42,8 +42,8 @@ class HfSplit(NamedTuple):
         for columns in without_media(self.dataset).iter(batch_size=READ_AT_ONCE):
             for values in zip(*columns.values(), strict=True):
                 place = f"{self.label}[{index}]"
-                row = {name: value for name, value in zip(columns, values, strict=True) if value is not None}
-                yield place, {n: plain(value if n in in_json else without_nulls(value)) for n, value in row.items()}
+                row = as_written(dict(zip(columns, values, strict=True)), in_json)
+                yield place, {name: plain(value) for name, value in row.items()}
                 index += 1
 
     def has_labels(self) -> bool:

@@ -152,8 +152,8 @@ def task_of_run(
         return None
     if split == "test":
         warn_of_replaced(config.data.test, records)
-    positions = cache(lambda: (model or load_model_config(config.backbone.source)).max_positions)  # not always asked
-    section = config.data if config.data.max_seq_length else replace(config.data, max_seq_length=positions())
+    of_model = cache(lambda: model or load_model_config(config.backbone.source))  # many tasks don't ask for it
+    section = config.data if config.data.max_seq_length else with_limit(config.data, of_model())
     known = TASKS.get(task_of(config.data) or "")
     metric, also, choices, new, *_ = by or scoring_rule(config, tokenizer, model=model)
     if known and not choices and {record.completion for record in records} <= set(known.choices):
@@ -167,12 +167,12 @@ def task_of_run(
         warn_of_unreachable(split, records, choices)
     task = EvalTask(split, records, metric, choices, new, config.eval.batch_size, also=also)
     if section.truncate == "left" and metric != "loss":  # the answer must fit too
-        fits = max(2, positions() - answer_room(task, tokenizer))
+        fits = max(2, of_model().max_positions - answer_room(task, tokenizer))
         section = replace(section, max_seq_length=min(section.max_seq_length or fits, fits))
     kept = encode_records(records, tokenizer, section)
     task = task._replace(records=kept.records, examples=kept.examples, cut=kept.cut, skipped=kept.skipped)
     chosen = config.eval.max_new_tokens is None and not known
-    return with_room(task, kept.examples, positions()) if chosen and task.writes else task
+    return with_room(task, kept.examples, of_model().max_positions) if chosen and task.writes else task
 
 
 def with_room(task: EvalTask, examples: Sequence[Example], room: int) -> EvalTask:

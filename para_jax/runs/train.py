@@ -252,7 +252,7 @@ def with_rows_before(config: RunConfig, otherwise: int | None = None) -> RunConf
     many do not depend on the devices.
 
     Args:
-        otherwise: the rows of a run that has not begun; None: as many as the devices give it.
+        otherwise: rows per step of a run that has not begun. None: the devices decide.
     """
     rows = None if config.many else on_first_process(lambda: rows_before(config) or otherwise)
     if rows is None or config.train.batch_size is not None:

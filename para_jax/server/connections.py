@@ -19,10 +19,8 @@ from .errors import ApiError
 
 #: Bytes that are given to the parser at once while it reads headers. It checks their size only between two pieces.
 PIECE = 4096
-
-
 #: A chunked body may have this many pieces, and one more for each LEAST_PIECE bytes. Parsing a piece takes as long as
-#: parsing kilobytes, and asyncio has to wait for it.
+#: parsing kilobytes, and no other connection is served meanwhile.
 PIECES, LEAST_PIECE = 1000, 64
 
 

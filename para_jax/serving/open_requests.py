@@ -187,7 +187,7 @@ class OpenRequests:
         ticket.times.ended = time.monotonic()
         alone = ticket.without_samples()
         for sample in ticket.samples:
-            sample.ticket = alone  # with a circle, their adapters would stay until the garbage collector comes by
+            sample.ticket = alone  # in a reference cycle, the adapters would stay until the garbage collector runs
         del self.tickets[ticket.id]
 
     def _require_room(self, tenant: str | None, new: int) -> None:

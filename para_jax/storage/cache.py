@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .bucket import BLOCK, BucketPath
@@ -42,10 +41,11 @@ def fetched_files(
 
     Raises ValueError for a file of more than `max_text_bytes` bytes that is not a safetensors file.
     """
+    from huggingface_hub.utils import filter_repo_objects
+
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    matches = lambda name, any_of: any(fnmatchcase(name, pattern) for pattern in any_of)  # noqa: E731
-    chosen = [folder / name for name in names if matches(name, patterns) and not matches(name, ignored)]
-    return local_copy(folder, cache, chosen, max_text_bytes)
+    chosen = filter_repo_objects(names, allow_patterns=patterns, ignore_patterns=list(ignored))
+    return local_copy(folder, cache, [folder / name for name in chosen], max_text_bytes)
 
 
 def fetched_file(file: BucketPath, cache: Path) -> Path:
