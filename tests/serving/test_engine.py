@@ -164,14 +164,14 @@ ASKED = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("end", ["answered", "streamed", "cancelled"])
+@pytest.mark.parametrize("end", ["answered", "streamed", "left", "cancelled"])
 def test_nothing_keeps_an_adapter_after_its_last_request(model, bank, tenants, end):
     """Also without the garbage collector, which may not come by for long. LoadingBank counts the adapters that stay."""
     engine = engine_of(model, bank)
     weights = weakref.ref(next(iter(bank.entry("A").weights.values())))
     gc.disable()
     try:
-        if end == "streamed":
+        if end in ("streamed", "left"):
             stream = engine.open_stream(Request(prompt(1), "A", 20))
         else:
             engine.submit(Request(prompt(1), "A", 20, n=2, id="x"))
@@ -181,10 +181,15 @@ def test_nothing_keeps_an_adapter_after_its_last_request(model, bank, tenants, e
         if end == "streamed":
             assert list(stream)
             stream = None
-        elif end == "cancelled":
-            assert engine.cancel("x") and engine.wait(0)
+        elif end == "left":
+            stream.close()
+            stream = None
+            assert not engine.open and engine.wait(0), "nothing is open, but a slot still has the adapter"
             engine.step()
             assert not engine.wait(0)
+        elif end == "cancelled":
+            assert engine.cancel("x")
+            engine.step()
         else:
             assert list(engine.run())
         assert weights() is None
