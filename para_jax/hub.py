@@ -23,6 +23,7 @@ from .config import expanded, nearest, printable
 from .messages import LOGGER
 from .storage.bucket import BucketPath, Place
 from .storage.cache import adapter_copy, fetched_adapter, fetched_file, fetched_files
+from .untrusted import read_json
 
 CONFIG_FILES = ["config.json", "generation_config.json"]
 TOKENIZER_FILES = [
@@ -153,6 +154,16 @@ def require_adapter(path: Path, source: str | Place) -> Path:
             f"{source_name(source)} has no adapter_config.json, so it is not an adapter; {adapter_near(path, source)}"
         )
     return path
+
+
+def backbone_of(adapter: str | Place) -> str:
+    """The backbone that an adapter names, as load_backbone takes it; "" if it names none."""
+    found = read_json(resolve_adapter(adapter) / "adapter_config.json")
+    name, revision = (found.get(key) for key in ("base_model_name_or_path", "revision"))
+    if not isinstance(name, str) or not name:
+        return ""
+    name = BUILT_IN if name == BUILT_IN_HUB_ID else printable(name)
+    return f"{name}@{revision}" if isinstance(revision, str) and revision else name
 
 
 def adapter_near(folder: Place, source: str | Place) -> str:

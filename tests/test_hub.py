@@ -151,6 +151,22 @@ def test_an_adapter_is_fetched_as_plain_files_of_three_names(server):
     assert resolve_adapter(folder) == folder
 
 
+@pytest.mark.parametrize(
+    ("held", "named"),
+    [
+        ({"base_model_name_or_path": "user/model"}, "user/model"),
+        ({"base_model_name_or_path": "user/model", "revision": "v2"}, "user/model@v2"),
+        ({"base_model_name_or_path": hub.BUILT_IN_HUB_ID}, hub.BUILT_IN),
+        ({"base_model_name_or_path": None, "revision": "v2"}, ""),
+        ({"base_model_name_or_path": ["a"]}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_backbone_that_an_adapter_names(tmp_path, held, named):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(held))
+    assert hub.backbone_of(tmp_path) == named
+
+
 @pytest.mark.parametrize("failing", ["adapter_config.json", "adapter_model.safetensors"])
 def test_an_adapter_that_changes_on_the_hub_is_never_mixed_with_older_files(server, monkeypatch, failing):
     older = content(resolve_adapter("user/adapter"))

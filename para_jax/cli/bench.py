@@ -12,7 +12,7 @@ NUMBERS = ("context", "rounds", "packed", "length")
 def add(commands) -> None:
     text = "measure on this machine: load, decode, serve, http, evaluate, train, scopes, packing, tenants or sampling"
     parser = shared.add_command(
-        commands, "bench", text, "decode --rows 1,8,32 --output results/decode.json", [shared.backbone()]
+        commands, "bench", text, "decode --rows 1,8,32 --output results/decode.json", [shared.backbone("smollm2-135m")]
     )
     parser.add_argument(
         "name", metavar="NAME", help="load, decode, serve, http, evaluate, train, scopes, packing, tenants, sampling"

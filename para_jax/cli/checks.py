@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from itertools import islice
 
 from ..config import RunConfig, expanded, nearest
-from ..hub import local_adapter, local_backbone
+from ..hub import BUILT_IN, backbone_of, local_adapter, local_backbone
+from ..messages import say
 from ..storage.bucket import BucketPath, Place
 
 #: Records of each split, and tenants, that are looked at.
@@ -48,6 +49,22 @@ def check_new_folder(option: str, folder: Place) -> None:
 def check_backbone(source: str) -> None:
     """Raises ValueError for a path where there is no backbone."""
     local_backbone(expanded(source), source)
+
+
+def chosen_backbone(given: str | None, adapters: Iterable[str]) -> str:
+    """The backbone of a command: --backbone, else what the first adapter names, else the built-in one. Fetches that
+    adapter if it is elsewhere. Raises ValueError for a path where there is no backbone."""
+    first = next(iter(adapters), None) if given is None else None
+    named = given or (backbone_of(first) if first is not None else "") or BUILT_IN
+    try:
+        check_backbone(named)
+    except ValueError as error:
+        if first is None:
+            raise
+        raise ValueError(f"{first} was trained on {named}: {error}\ngive --backbone SOURCE") from None
+    if first is not None and named != BUILT_IN:
+        say(f"backbone: {named}, which {first} names")
+    return named
 
 
 def check_adapters(sources: Iterable[str]) -> None:

@@ -54,7 +54,8 @@ def scored() -> shared.Parser:
         "--backbone",
         type=shared.filled,
         metavar="SOURCE",
-        help="instead of CONFIG: a folder, a hub id, a .gguf file, or smollm2-135m",
+        help="instead of CONFIG: a folder, a hub id, a .gguf file, or smollm2-135m (default: what the first adapter "
+        "names)",
     )
     model.add_argument(
         "--adapter",
@@ -227,8 +228,11 @@ def warn_of_unused(options, config) -> None:
 def config_of(options):
     """The config with what the options change: backbone, precision, runtime, rows and seed."""
     from ..config import load_config
+    from .checks import chosen_backbone
 
     config = load_config(options.config, options.overrides)
+    if options.config is None and not any(text.startswith("backbone.source") for text in options.overrides):
+        options.backbone = chosen_backbone(options.backbone, sources_of(options).values())
     backbone = {"source": options.backbone, **{name: getattr(options, name) for name in ("dtype", "quantize")}}
     backbone |= {"attention": options.attention}
     runtime = {"allow_cpu": options.allow_cpu or config.runtime.allow_cpu}

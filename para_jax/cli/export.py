@@ -77,11 +77,11 @@ def export_factors(options, folder, base_model: str) -> None:
     from ..adapters.folder import require_replaceable
     from ..backbone.load import load_backbone
     from ..data.tokenizer import load_tokenizer
-    from ..hub import BUILT_IN, BUILT_IN_HUB_ID
+    from ..hub import backbone_of
     from ..inference.export import export_ia3
     from .checks import check_new_folder
 
-    source = options.backbone or (BUILT_IN if base_model == BUILT_IN_HUB_ID else base_model)
+    source = options.backbone or backbone_of(folder)
     if not source:
         raise ValueError(f"{options.adapter} names no base model\ngive --backbone SOURCE")
     check_new_folder("--output", options.output)

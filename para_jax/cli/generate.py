@@ -74,7 +74,7 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
     loaded, for options that are wrong or do not go together, and for what is not there."""
     from ..messages import warn
     from ..serving.request import Request, check_request
-    from .checks import check_adapters, check_backbone, check_new_folder
+    from .checks import check_adapters, check_new_folder, chosen_backbone
 
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
         raise ValueError("generate takes prompts or a file\ngive --prompt TEXT, or --input FILE with --output FILE")
@@ -101,11 +101,12 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
             )
         sources, options.adapter = named_adapters([options.adapter]), None
         options.tenant = list(sources)
-    check_adapters([*sources.values(), *([options.adapter] if options.adapter else [])])
+    adapters = [*sources.values(), *([options.adapter] if options.adapter else [])]
+    check_adapters(adapters)
     tenants = tenants_of_prompts(options, sources)
     for prompt in options.prompt or ["a"]:
         check_request(Request(prompt, **sampling_of(options)))
-    check_backbone(options.backbone)
+    options.backbone = chosen_backbone(options.backbone, adapters)
     if options.input:
         check_input(options.input)
         if str(options.output) == "-":

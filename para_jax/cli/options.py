@@ -194,15 +194,17 @@ def run_config() -> argparse.ArgumentParser:
     return shared
 
 
-def backbone() -> argparse.ArgumentParser:
+def backbone(default: str | None = None) -> argparse.ArgumentParser:
+    """--backbone. A command without a default gives it to `chosen_backbone`, with its adapters."""
+    named = "" if default else "; with adapters: what the first of them names"
     shared = Parser(add_help=False)
     group = shared.add_argument_group("backbone")
     group.add_argument(
         "--backbone",
         type=filled,
-        default="smollm2-135m",
+        default=default,
         metavar="SOURCE",
-        help="a folder, a hub id, a .gguf file, or smollm2-135m (default: %(default)s)",
+        help=f"a folder, a hub id, a .gguf file, or smollm2-135m{named} (default: smollm2-135m)",
     )
     return shared
 

@@ -49,7 +49,7 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from .checks import check_adapters, check_backbone, check_file, check_runs
+    from .checks import check_adapters, check_file, check_runs, chosen_backbone
 
     if options.output.suffix not in FORMATS:
         raise ValueError(f"--output {options.output} is no picture\ngive a file that ends in {' or '.join(FORMATS)}")
@@ -72,7 +72,7 @@ def run(options) -> None:
         check_file("--data", options.data)
     check_adapters(options.adapter)
     if options.adapter:
-        check_backbone(options.backbone)
+        options.backbone = chosen_backbone(options.backbone, options.adapter)
     from ..plots import curves_plot, save
     from ..score_plots import read_scores, scores_plot
 

@@ -122,15 +122,15 @@ def run(options) -> None:
 def checked(options) -> tuple[dict[str, str], str]:
     """{name: folder or hub id} of the tenants, and the base model's name. Raises ValueError for what can be seen before
     anything is loaded."""
-    from .checks import check_adapters, check_backbone
+    from .checks import check_adapters, chosen_backbone
 
     check_options(options)
     sources = named_adapters(options.adapters, options.adapters_from)
+    check_adapters(sources.values())
+    options.backbone = chosen_backbone(options.backbone, sources.values())
     base = options.served_model_name or base_name(options.backbone)
     if base in sources:
         raise ValueError(f"--adapters: {base} is the base model's name\ngive the tenant or --served-model-name another")
-    check_backbone(options.backbone)
-    check_adapters(sources.values())
     return sources, base
 
 

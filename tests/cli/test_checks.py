@@ -77,6 +77,9 @@ MISTAKES = [
         r"runs/nope: no such folder; did you mean runs/mine\?",
     ),
     ("generate --prompt a --backbone model --adapter runs/mine", r"runs/mine.*did you mean runs/mine/adapter\?"),
+    ("generate --prompt a --adapter runs/away/adapter", "away/adapter.*models/gone: no such folder.*--backbone SOURCE"),
+    ("serve --adapters runs/away/adapter", "runs/away/adapter.*models/gone: no such folder"),
+    ("evaluate --adapters runs/away/adapter --tasks data/train.jsonl", "runs/away/adapter.*models/gone"),
     ("generate --prompt a --backbone ./none", "./none: no such file or folder"),
     ("generate --prompt a --backbone model --adapters mine=runs/mine/adapter --tenant mime", "'mime'.*mine"),
     ("generate --prompt a --backbone model --adapters runs/quick --tenant a", r"did you mean runs/quick/tenants\?"),
@@ -141,13 +144,15 @@ HELP = [
 def told(tmp_path_factory):
     """What one process says to each command line, in a folder with a backbone, data, and the run runs/mine."""
     folder = tmp_path_factory.mktemp("mistakes")
-    for name in ("model", "runs/mine/adapter"):
+    for name in ("model", "models", "runs/mine/adapter", "runs/away/adapter"):
         (folder / name).mkdir(parents=True)
     (folder / "model" / "config.json").write_text("{}")
     (folder / "model" / "model.safetensors").write_text("")
     (folder / "run.yaml").write_text(CONFIG)
     (folder / "runs/mine/config.yaml").write_text(CONFIG + "train: {learning_rate: 0.5}\n")
     (folder / "runs/mine/adapter/adapter_config.json").write_text("{}")
+    away = {"base_model_name_or_path": "models/gone"}
+    (folder / "runs/away/adapter/adapter_config.json").write_text(json.dumps(away))
     (folder / "runs/quick/tenants").mkdir(parents=True)
     (folder / "runs/quick/tenants/tenants.json").write_text("{}")
     (folder / "table.jsonl").write_text("prompt,completion\na,b\n")
@@ -157,7 +162,7 @@ def told(tmp_path_factory):
     done = subprocess.run([sys.executable, "-c", RUNNER], input=lines, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     left = sorted(path.name for path in folder.iterdir())
-    assert left == ["columns.jsonl", "data", "model", "run.yaml", "runs", "table.jsonl"]
+    assert left == ["columns.jsonl", "data", "model", "models", "run.yaml", "runs", "table.jsonl"]
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     return dict(zip([*HELP, *(line for line, _ in MISTAKES)], answers, strict=True))
 

@@ -258,6 +258,11 @@ def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_pat
         assert command(*generate_line(folder, *tenants, "--tenant", name)) == 0
         shown = capsys.readouterr()
         assert shown.out.strip() == answer and "2 of 2 tenants (2 para)" in shown.err
+    line = list(generate_line(folder, "--adapter", adapters["ours"]))
+    del line[1:3]  # --backbone: the adapter names it
+    assert command(*line) == 0
+    shown = capsys.readouterr()
+    assert shown.out.strip() == alone["ours"] and f"backbone: {folder / 'backbone'}" in shown.err
     each = [text for name in ("loud", "base", "ours") for text in ("--tenant", name)]
     line = generate_line(folder, *tenants, *each, "--prompt", "w20 w30", "--prompt", "w20 w30")
     assert command(*line) == 0

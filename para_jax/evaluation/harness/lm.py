@@ -13,6 +13,7 @@ from ...adapters.files import load_adapter
 from ...backbone.load import load_backbone
 from ...config import RuntimeSection, expanded, shorten, template_variables
 from ...data.tokenizer import load_tokenizer
+from ...hub import BUILT_IN, backbone_of
 from ...serving.engine import Engine
 from ..answers import Answerer
 from ..journal import Journal
@@ -94,12 +95,12 @@ class ParaLM(TokenLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
-    def from_source(cls, backbone: str = "smollm2-135m", adapter: str | None = None, **options) -> ParaLM:
+    def from_source(cls, backbone: str | None = None, adapter: str | None = None, **options) -> ParaLM:
         """A ParaLM with its own engine.
 
         Args:
-            backbone, adapter: as for `para-jax generate`; adapter None is the base model. The names that `hf` uses,
-                pretrained and peft, work too.
+            backbone, adapter: as for `para-jax generate`; backbone None is what the adapter names, and adapter None is
+                the base model. The names that `hf` uses, pretrained and peft, work too.
             options: dtype, quantize, attention, batch_size (rows, default 8), max_length (tokens per row for answers to
                 write, default 2048), cache, seed, allow_cpu, and variables of the chat template as `hf` has them:
                 chat_template_args, and enable_thinking for that one.
@@ -118,7 +119,8 @@ class ParaLM(TokenLM):
             for name, default in (("batch_size", 8), ("max_length", 2048), ("seed", 0))
         )
         devices.start(RuntimeSection(allow_cpu=bool(given.get("allow_cpu", False))))
-        backbone, cache = str(backbone), str(given.get("cache") or "")
+        backbone = str(backbone or (adapter and backbone_of(str(adapter))) or BUILT_IN)
+        cache = str(given.get("cache") or "")
         variables = template_variables("model_args: chat_template_args", given.get("chat_template_args"))
         if "enable_thinking" in given:
             variables = variables | {"enable_thinking": given["enable_thinking"]}

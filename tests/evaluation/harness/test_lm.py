@@ -122,6 +122,12 @@ def test_para_lm_is_made_of_lm_evals_arguments(folder, tmp_path):
     )
     assert isinstance(made, ParaLM) and (made.engine.slots, made.engine.max_length) == (3, 48)
     assert made.tenant == str(folder / "A" / "adapter") and (tmp_path / "answers.jsonl").exists()
+    naming = shutil.copytree(folder / "A" / "adapter", tmp_path / "naming")
+    held = json.loads((naming / "adapter_config.json").read_text())
+    held["base_model_name_or_path"] = str(folder / "backbone")
+    (naming / "adapter_config.json").write_text(json.dumps(held))
+    named = get_model("para").create_from_arg_obj({"adapter": naming, "allow_cpu": True})
+    assert named.engine.model.config == made.engine.model.config, "without backbone=, the adapter names it"
     with pytest.raises(ValueError, match="model_args: bakbone .* backbone, adapter, dtype"):
         get_model("para").create_from_arg_obj({"bakbone": "x"})
     with pytest.raises(ValueError, match="model_args: max_length=long"):
