@@ -41,6 +41,10 @@ def render_all(tokenizer, conversations: Sequence[tuple[list[dict], dict[str, An
     return texts
 
 
+#: How a model that reasons marks its thought.
+THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
+
+
 def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:
     """The answer as the chat template renders it."""
     return answered(tokenizer, [(prompt, completion)])[0][1]
@@ -75,7 +79,22 @@ def with_and_without_answer(tokenizer, pairs: Sequence[tuple[list[dict], str]]) 
         whole = [*prompt, {"role": "assistant", "content": completion}]
         given.append((whole, dict(add_generation_prompt=False)))
     texts = render_all(tokenizer, given)
-    return list(zip(texts[::2], texts[1::2], strict=True))
+    turns = zip(texts[::2], texts[1::2], pairs, strict=True)
+    return [(before, with_thought(before, whole, completion)) for before, whole, (_, completion) in turns]
+
+
+def with_thought(before: str, whole: str, completion: str) -> str:
+    """The whole conversation, with a thought in the answer if the generation prompt begins one.
+
+    The templates of DeepSeek-R1 and QwQ end the generation prompt with <think> and leave thoughts out of answers, so an
+    answer would not start with its generation prompt. The completion's own thought is put back, or else an empty one.
+    """
+    head, opened, rest = before.rpartition(THOUGHT)
+    if not opened or rest.strip() or whole.startswith(before) or not whole.startswith(head):
+        return whole
+    thought = completion.rpartition(END_OF_THOUGHT)[0].strip().removeprefix(THOUGHT).strip()
+    answer = whole[len(head) :].rpartition(END_OF_THOUGHT)[2].lstrip()
+    return f"{before}{thought}\n{END_OF_THOUGHT}\n\n{answer}"
 
 
 def without_system(messages: list[dict]) -> list[dict]:

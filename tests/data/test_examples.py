@@ -83,11 +83,28 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(kind):
 
 
 def test_an_answers_opening_is_what_the_template_begins_every_answer_with():
-    openings = [answer_opening(getattr(tiny_tokenizers, kind)(), [USER]) for kind in (*KINDS, "thinking")]
-    assert openings == ["", "", "", "<think>\n\n</think>"]
+    openings = [answer_opening(getattr(tiny_tokenizers, kind)(), [USER]) for kind in (*KINDS, "thinking", "reasoning")]
+    assert openings == ["", "", "", "<think>\n\n</think>", "</think>"]
     assert answer_opening(tiny_tokenizers.thinking(), "Answer:") == ""
     refusing = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template="{{ 1 / 0 }}")
     assert answer_opening(refusing, [USER]) == ""
+
+
+@pytest.mark.parametrize(
+    ("completion", "learnt"),
+    [
+        ("shipping", "\n</think>\n\nshipping<|im_end|>"),
+        ("<think>\nA parcel.\n</think>\n\nshipping", "A parcel.\n</think>\n\nshipping<|im_end|>"),
+        ("A parcel.</think>shipping", "A parcel.\n</think>\n\nshipping<|im_end|>"),
+    ],
+)
+def test_the_thought_that_a_generation_prompt_begins_is_the_completions_own_or_empty(completion, learnt):
+    tokenizer, chat = tiny_tokenizers.reasoning(), [USER, {"role": "assistant", "content": "no"}, USER]
+    for prompt in ([USER], chat):
+        example = encode_example(tokenizer, prompt, completion)
+        asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        assert asked.endswith("<think>\n") and tokenizer.decode(example.prompt_ids) == asked
+        assert tokenizer.decode(example.completion_ids) == learnt
 
 
 def test_a_prompt_never_ends_in_an_eos_that_the_tokenizer_adds():
@@ -135,7 +152,7 @@ def test_a_template_may_move_the_system_message_to_the_last_question():
 def test_a_turn_that_does_not_follow_its_prompt_is_an_error_also_with_a_system_message():
     tokenizer, system = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>"), {"role": "system", "content": "Be."}
     texts = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    mode = "{% set mode = '<think>' if messages[0]['role'] == 'system' else '' %}"
+    mode = "{% set mode = '<plan>' if messages[0]['role'] == 'system' else '' %}"
     asks = "{% if add_generation_prompt %}{{ 'assistant:' + mode }}{% endif %}"
     refuses = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}"
     for template in (mode + texts + asks, mode + refuses + texts + asks, texts + "{{ messages | length }}"):

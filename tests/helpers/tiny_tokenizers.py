@@ -32,6 +32,11 @@ MAY_THINK = THINK.replace(  # Qwen3's too: with enable_thinking=false the prompt
     "assistant\n' }}{% endif",
     "assistant\n' + ('' if enable_thinking | default(true) else '<think>\n\n</think>\n\n') }}{% endif",
 )
+REASON = (  # DeepSeek-R1's and QwQ's: the generation prompt begins a thought, and answers are shown without theirs
+    CHATML.replace("message['content']", "message['content'].split('</think>')[-1].lstrip('\n')").replace(
+        "assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"
+    )
+)
 INST = (  # Llama 2's: no generation prompt, the turn starts with a space and ends in EOS
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token"
     " }}{% else %}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
@@ -56,6 +61,12 @@ def plain():
 def thinking():
     """As `plain`, with a chat template that begins every answer with an empty thought, as Qwen3's."""
     return byte_level(["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", chat_template=THINK)
+
+
+@cache
+def reasoning():
+    """As `plain`, with a chat template whose generation prompt begins a thought, as DeepSeek-R1's and QwQ's."""
+    return byte_level(["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", chat_template=REASON)
 
 
 @cache
