@@ -149,6 +149,7 @@ class TrainSection:
     [our choice]"""
     max_grad_norm: Annotated[float, Bounds(above=0)] = 1.0
     weight_decay: Annotated[float, Bounds(at_least=0, below=1e9)] = 0.0
+    """AdamW's, towards the adapter that changes nothing: (IA)^3's vectors go to 1 (in PEFT to 0), other weights to 0"""
     adam_b1: Fraction = 0.9
     adam_b2: Fraction = 0.999
     adam_eps: Annotated[float, Bounds(above=0, below=1e9)] = 1e-8

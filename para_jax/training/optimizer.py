@@ -16,8 +16,8 @@ from ..config import TrainSection
 
 def make_direction(config: TrainSection) -> optax.GradientTransformation:
     """AdamW (arXiv:1711.05101) without its learning rate, for a clipped gradient. The weights move by minus the
-    learning rate times this update. Weight decay touches trained weights, but no biases: a constant may be large where
-    what the prompt makes should stay small."""
+    learning rate times this update. Weight decay draws trained weights to where the adapter changes nothing, but no
+    biases: a constant may be large where what the prompt makes should stay small."""
     chain = optax.chain(
         optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
@@ -25,10 +25,16 @@ def make_direction(config: TrainSection) -> optax.GradientTransformation:
     )
 
     def update(updates, state, params=None):
-        direction, state = chain.update(updates, state, params)
+        direction, state = chain.update(updates, state, from_neutral(params))
         return faster_biases(direction, config.bias_lr_ratio), state
 
     return optax.GradientTransformation(chain.init, update)
+
+
+def from_neutral(adapter):
+    """The distance of each weight from the value with which it changes nothing: 1 for (IA)^3's vectors, else 0."""
+    neutral = getattr(adapter, "neutral", 0.0)
+    return jax.tree.map(lambda weight: weight - neutral, adapter) if neutral else adapter
 
 
 def clipped(gradient, norm: jax.Array, config: TrainSection):

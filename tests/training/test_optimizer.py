@@ -9,7 +9,7 @@ import optax
 import pytest
 from golden_models import backbone, strong
 
-from para_jax import LoraConfig, ParaConfig, init_adapter
+from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter
 from para_jax.adapters.adapter import AdapterParam, BiasParam, Statistic, is_variable, named_leaves
 from para_jax.config import TrainSection, allowed_values
 from para_jax.training.optimizer import clipped, decayed, learning_rates, make_direction
@@ -100,6 +100,16 @@ def test_weight_decay_leaves_statistics_and_biases_alone(adapter):
         factor = {AdapterParam: 0.95, BiasParam: 1.0, Statistic: 1.0}[type(before)]
         np.testing.assert_allclose(after.get_value(), factor * before.get_value(), rtol=1e-6)
     assert {type(v) for v in variables(adapter)} == {AdapterParam, BiasParam, Statistic}
+
+
+def test_weight_decay_draws_ia3_to_the_vectors_that_change_nothing():
+    """Drawn to 0, they would switch the backbone's keys, values and feed-forward layers off."""
+    ia3 = strong(init_adapter(Ia3Config(), backbone("llama").config))
+    update = first_update(jax.tree.map(jnp.zeros_like, ia3), ia3, weight_decay=0.5)
+    moved = named_leaves(optax.apply_updates(ia3, update))
+    for name, before in named_leaves(ia3).items():
+        assert np.abs(before - 1).max() > 0.1
+        np.testing.assert_allclose(moved[name], 1 + 0.95 * (before - 1), rtol=1e-5)
 
 
 def test_a_tree_says_what_has_weight_decay(adapter):
