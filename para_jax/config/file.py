@@ -10,7 +10,7 @@ from ..yaml_text import MAX_LENGTH, dump_yaml, parse_yaml
 from .adapter import ADAPTER_CONFIGS
 from .check import expanded, nearest, one_of, printable, require, shorten
 from .fields import typed_fields
-from .run import RunConfig
+from .run import RunConfig, TrainSection
 
 #: Fields whose overrides are taken literally, not as YAML, which would read "{output}" as a mapping. \n is a newline.
 TEXT_FIELDS = ("data.prompt", "data.completion")
@@ -19,7 +19,7 @@ TEXT_FIELDS = ("data.prompt", "data.completion")
 def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """A RunConfig from a YAML file (None: the defaults) and overrides such as "train.learning_rate=3e-3". An override
     that changes adapter.method drops the adapter fields of the file. A train.learning_rate of the file stays. An
-    override of train.num_epochs drops the file's train.max_steps, which would win over it.
+    override of train.num_epochs drops the file's train.max_steps, which would win over it, and the other way round.
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
@@ -32,6 +32,8 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     train = changes.get("train")
     if isinstance(train, dict) and "num_epochs" in train:
         changes["train"] = {"max_steps": None} | train
+    elif isinstance(train, dict) and train.get("max_steps") is not None:
+        changes["train"] = {"num_epochs": TrainSection.num_epochs} | train
     file_method = method_of(in_file, "para")
     method = method_of(changes, file_method)
     if method != file_method:

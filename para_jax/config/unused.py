@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from math import inf
 
 from .run import RunConfig
 
@@ -17,7 +18,8 @@ def unused_fields(config: RunConfig, metrics: Collection[str] = ()) -> Iterator[
     Args:
         metrics: those of the run's validation and test data. If none are given, eval.metric.
     """
-    adapter, given = config.adapter, config.eval
+    adapter, data, train, given = config.adapter, config.data, config.train, config.eval
+    start = config.profiler.start_step
     one, tenants = not config.many, bool(config.data.tenants)
     rankless = not (config.sweep.method or hasattr(adapter, "r"))
     unbiased = not (config.sweep.method or getattr(adapter, "up_bias", False))
@@ -27,6 +29,8 @@ def unused_fields(config: RunConfig, metrics: Collection[str] = ()) -> Iterator[
         ("data.validation", tenants, "data.tenants is set; each tenant's folder has its own"),
         ("data.test", tenants, "data.tenants is set; each tenant's folder has its own"),
         ("data.buckets", config.data.packing, "data.packing has one length, data.max_seq_length"),
+        ("data.data_dir", not any(map(is_tfds, (data.train, data.validation, data.test))), "it is for tfds: data"),
+        ("train.num_epochs", train.max_steps is not None, f"train.max_steps={train.max_steps} comes first"),
         ("train.learning_rate", bool(config.sweep.learning_rate), "sweep.learning_rate has the rates"),
         ("train.rows_per_tenant", one, "the run trains one adapter; train.per_device_batch_size has its rows"),
         ("train.tenants_at_once", one, "the run trains one adapter"),
@@ -36,7 +40,8 @@ def unused_fields(config: RunConfig, metrics: Collection[str] = ()) -> Iterator[
         ("eval.choices", bool(used) and not used & RANKING, f"{metric} ranks no choices"),
         ("eval.max_new_tokens", bool(used) and used <= {"loss", "accuracy"}, f"{metric} writes no answers"),
         ("eval.test_limit", not given.test, "eval.test=true scores the test data"),
-        ("profiler.steps", config.profiler.start_step is None, "profiler.start_step says where the trace begins"),
+        ("profiler.steps", start is None, "profiler.start_step says where the trace begins"),
+        ("profiler.start_step", (start or 0) > (train.max_steps or inf), f"the run has {train.max_steps} steps"),
     ]
     for name, nothing_reads_it, why in unread:
         section, field = name.split(".")
@@ -46,3 +51,7 @@ def unused_fields(config: RunConfig, metrics: Collection[str] = ()) -> Iterator[
             yield f"{name}={value} has no effect: {why}"
     if config.seed and config.sweep.seed:
         yield f"seed={config.seed} has no effect: sweep.seed has the seeds"
+
+
+def is_tfds(source: str | None) -> bool:
+    return (source or "").startswith("tfds:")

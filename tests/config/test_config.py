@@ -686,3 +686,6 @@ def test_an_override_of_the_epochs_takes_the_place_of_the_steps_of_the_file(tmp_
     both = load_config(file, ["train.num_epochs=3", "train.max_steps=5"]).train
     assert (both.num_epochs, both.max_steps) == (3.0, 5)
     assert load_config(file, ["train.batch_size=8"]).train.max_steps == 7
+    file.write_text("train: {num_epochs: 3}")
+    assert load_config(file, ["train.max_steps=5"]).train.num_epochs == 1
+    assert load_config(file, ["train.max_steps=null"]).train.num_epochs == 3
