@@ -1,14 +1,17 @@
 """The whole pass with scopes: what each scope means, next to a definition by decode steps."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import backbone, prompts
-from long_cases import quick
+from long_cases import long, quick
 from scoped import CONFIGS, PROMPT, adapter_of, name_of
 
 from para_jax import (
+    Ia3Config,
     LoraConfig,
     ParaConfig,
     decode,
@@ -112,7 +115,11 @@ def test_a_fresh_adapter_is_the_backbone(config):
     np.testing.assert_allclose(last, plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [ParaConfig(r=4, scope="prompt"), LoraConfig(r=4, scope="prompt")], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [ParaConfig(r=4, scope="prompt"), long(Ia3Config(scope="prompt")), LoraConfig(r=4, scope="prompt")],
+    ids=str,
+)
 def test_scope_prompt_adapts_the_prompt_alone_and_decoding_carries_nothing(config):
     model, adapter = backbone("llama"), adapter_of(config, "llama")
     tokens = prompts(model)
@@ -122,6 +129,6 @@ def test_scope_prompt_adapts_the_prompt_alone_and_decoding_carries_nothing(confi
     np.testing.assert_allclose(last, expected[np.arange(3), PROMPT - 1], atol=2e-4)
     after, _ = decode(model, state, tokens[np.arange(3), PROMPT])
     np.testing.assert_allclose(after, expected[np.arange(3), PROMPT], atol=2e-4)
-    everywhere = adapter_of(type(config)(r=4), "llama")
+    everywhere = adapter_of(replace(config, scope="all"), "llama")
     np.testing.assert_allclose(last, prefill(model, everywhere, tokens, PROMPT, max_length=16)[0], atol=1e-5)
     assert np.abs(expected[0, 7] - forward(model, everywhere, tokens, PROMPT)[0, 7]).max() > 0.01

@@ -202,6 +202,7 @@ def test_rates_are_tried_until_the_best_is_not_the_last_and_then_the_seeds(folde
     assert "PARA r=12" in (tmp_path / "validation.md").read_text()
 
 
+@pytest.mark.long
 def test_more_seeds_are_added_to_a_cell(folder, tmp_path, runs):
     given = "--tasks", "sst2", "--stages", "train", "--methods", "PARA r=12", "--seeds"
     file = tmp_path / "sst2-PARA-r-12-trained.json"
@@ -303,6 +304,7 @@ def test_an_answer_of_several_lines_ends_at_an_empty_one():
     assert compare_scores.without_more(task("a"), Scored(-1.0, False)) == Scored(-1.0, False)
 
 
+@pytest.mark.long
 def test_forgetting_is_of_the_second_half_of_plain_text_after_its_first(folder):
     model = load_backbone(folder / "backbone")
     file = folder / "data" / "squad" / "test.jsonl"

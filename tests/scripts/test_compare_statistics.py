@@ -58,6 +58,7 @@ def test_of_methods_with_more_rows_the_first_ones_count():
     assert statistics.paired_difference(longer, HALF).value == 0
 
 
+@pytest.mark.long
 def test_the_interval_covers_the_true_difference_as_often_as_it_says():
     """200 draws of 300 rows, with a true difference of 0.1: about 190 intervals hold it, and those that don't are on
     both sides."""
@@ -69,6 +70,7 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says():
     assert 2 <= low + high <= 20 and min(low, high) >= 1
 
 
+@pytest.mark.long
 def test_equal_methods_are_told_apart_as_rarely_as_the_level_says():
     draw = np.random.default_rng(2)
     p = [statistics.paired_difference(*draw.integers(0, 2, (2, 1, 200)).astype(float)).p for _ in range(300)]

@@ -341,6 +341,16 @@ def test_nothing_is_compiled_after_warm_up(model, tenants):
     assert len(answers(engine)) == 60 and len(compiled) == before and engine.prefix_cache.hits > 0
 
 
+def test_the_prefill_of_scope_response_is_the_base_models_program(model, bank):
+    """Text for text, whatever adapters the bank holds. So it is for the TPU's compiler too."""
+
+    def program(bank):
+        held = engine_of(model, bank)._prefills
+        return prefills.prefill_chunk.lower(held._treedef, held._leaves, held.pool, held._no_lanes()).as_text()
+
+    assert program(bank) == program(None) and "while" in program(None)
+
+
 @pytest.mark.long
 def test_warm_up_compiles_for_adapters_that_are_loaded_later(model):
     """A bank of more adapters than fit the memory holds none when the server starts."""

@@ -26,6 +26,7 @@ CASES = [
     long("qwen3", None, ParaConfig(r=4, pooler="max", target_modules=("k_proj", "o_proj", "gate_proj", "down_proj"))),
     long("llama", None, LoraConfig(r=4)),
     long("llama", None, Ia3Config()),
+    long("llama", None, ParaConfig(r=4, scope="prompt")),
     long("gemma3_text", None, ParaConfig(r=4)),
     slow("gemma2", None, ParaConfig(r=4)),
     slow("qwen2", "swa", ParaConfig(r=4)),

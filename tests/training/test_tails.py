@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, strong
-from long_cases import slow
+from long_cases import long, slow
 
 from para_jax import (
     Ia3Config,
@@ -37,7 +37,7 @@ CASES = [
     ("llama", ParaConfig(r=4, scope="response")),
     slow("gemma3_text", ParaConfig(r=4, scope="response", scope_window=4)),
     slow("llama", Ia3Config(scope="response")),
-    slow("llama", LoraConfig(r=4, scope="response", scope_window=3)),
+    long("llama", LoraConfig(r=4, scope="response", scope_window=3)),
     slow("llama", ParaConfig(r=4, scope="response", scope_window=3, pooler="mean")),
 ]
 
