@@ -131,8 +131,8 @@ class TrainSection:
     """forward passes per optimiser step; leave it at 1 if batch_size is set"""
     rows_per_tenant: PositiveInt | None = None
     """for many tenants (data.tenants, sweep): rows of each tenant in a pass, a divisor of per_device_batch_size;
-    default: 4, in a sweep per_device_batch_size. With batch_size: rows of each tenant in a step, a divisor of
-    batch_size; default: 4, in a sweep batch_size"""
+    default: 4, in a sweep all rows of a pass, as in a run of its own. With batch_size: rows of each tenant in a step,
+    a divisor of batch_size; default: 4, in a sweep batch_size"""
     tenants_at_once: PositiveInt | None = None
     """for many tenants: how many have weights and optimiser state on the devices at once; when one ends, the next takes
     its place; default: all"""

@@ -166,7 +166,7 @@ def began_before(config: RunConfig) -> bool:
 
 
 def rows_before(config: RunConfig) -> int | None:
-    """The rows of each step of a run of one adapter so far, or of its trials; None: nothing is saved, or an earlier
+    """A tenant's rows in each step of a run so far, or of its trials; None: nothing is saved, or an earlier
     version saved it."""
     rows = progress_before(config).get("rows")
     trials = expanded(config.output_dir) / TRIALS / "1" / "config.yaml"

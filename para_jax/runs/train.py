@@ -205,7 +205,7 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
     if kept is not config and (rows := kept.train.batch_size):
         say_rows(rows, lay_out(config, mesh).tenant_rows, batch_devices(mesh))
     layouts = on_every_process(lambda: [lay_out(kept, mesh, len(part.names)) for part in parts])
-    shared.rows = shared.rows or (None if config.many else layouts[0].tenant_rows)
+    shared.rows = shared.rows or (None if config.data.tenants else layouts[0].tenant_rows)
     inputs = read_parts(config, parts, layouts, chosen, shared)
     tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     tasks = [task for tenant in tenants for task in (tenant.validation, tenant.test) if task]
@@ -247,15 +247,17 @@ def known_run(config: RunConfig) -> tuple[RunConfig, dict[str, RunConfig], list[
 
 
 def with_rows_before(config: RunConfig, otherwise: int | None = None) -> RunConfig:
-    """The config of a run of one adapter with its rows per step so far as train.batch_size, if it leaves that open.
-    They then stay the same on other devices, and so do the batches and the number of steps. A tenant's rows in a run of
-    many do not depend on the devices.
+    """The config of a run of one adapter, or of a sweep, with its rows per step so far as train.batch_size, if it
+    leaves that open. They then stay the same on other devices, and so do the batches and the number of steps. The rows
+    of a tenant do not depend on the devices.
 
     Args:
         otherwise: rows per step of a run that has not begun. None: the devices decide.
     """
-    rows = None if config.many else on_first_process(lambda: rows_before(config) or otherwise)
-    if rows is None or config.train.batch_size is not None:
+    if config.data.tenants or config.train.batch_size is not None or (config.many and config.train.rows_per_tenant):
+        return config
+    rows = on_first_process(lambda: rows_before(config) or otherwise)
+    if rows is None:
         return config
     return replace(config, train=replace(config.train, batch_size=rows, gradient_accumulation_steps=1))
 

@@ -43,7 +43,9 @@ class Layout(NamedTuple):
 
 
 def lay_out(config: RunConfig, mesh, tenants: int = 1) -> Layout:
-    """The layout of a run on this mesh. A run of one adapter has one group, which takes whole passes.
+    """The layout of a run on this mesh. A run of one adapter has one group, which takes whole passes. So have the
+    combinations of a sweep, one in a step, unless train.rows_per_tenant or train.batch_size is set: each steps with as
+    many rows as in a run of its own.
 
     With many tenants no batch has more groups than tenants can fill, unless each device needs some rows. With
     train.batch_size, a step has batch_size / rows_per_tenant tenants on any mesh. A pass holds some of them, and all
@@ -55,6 +57,9 @@ def lay_out(config: RunConfig, mesh, tenants: int = 1) -> Layout:
         rows, count = step_passes(config.train, mesh)
         return Layout(1, 1, rows, count)
     train, slots = config.train, min(config.train.tenants_at_once or tenants, tenants)
+    if not config.data.tenants and train.rows_per_tenant is train.batch_size is None:
+        rows, count = step_passes(train, mesh)
+        return Layout(slots, 1, rows, count)
     rows, over = config.rows_per_tenant, batch_devices(mesh)
     if train.batch_size is None:
         groups = over * min(train.per_device_batch_size // rows, math.ceil(slots / over))

@@ -1,6 +1,7 @@
 """train.batch_size: a step has the same rows on any number of devices, so a run has the same batches and losses."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,8 +92,32 @@ def test_a_sweep_steps_each_combination_with_the_batch_of_a_run_of_it_alone():
     assert config.tenant_batch == 128
     own = "train.batch_size=256", "train.rows_per_tenant=128"
     wider = load_config(None, ["data.train=x", "sweep.seed=[0, 1]", *own])
+    for given in ((), ("train.gradient_accumulation_steps=2",), ("train.batch_size=128",)):
+        alone = load_config(None, ["data.train=x", *given])
+        sweep = load_config(None, ["data.train=x", "sweep.seed=[0, 1]", *given])
+        for devices in (1, 8):
+            own, of_many = lay_out(alone, mesh_of(devices)), lay_out(sweep, mesh_of(devices), 2)
+            assert (of_many.tenant_rows, of_many.together) == (own.tenant_rows, 1)
+            assert of_many.pass_rows == own.pass_rows
     layout = lay_out(wider, mesh_of(16), 2)
     assert (layout.together, layout.passes, layout.rows) == (2, 2, 128) and wider.tenant_batch == 128
+
+
+@pytest.mark.long
+def test_a_sweep_on_several_devices_trains_each_combination_as_a_run_of_its_own(folder, monkeypatch, capsys):
+    """Also when it continues on other devices."""
+    common = f"data.train={folder / 'data' / 'train.jsonl'}", "adapter.summary=raw", "eval.metric=loss", "mesh.data=-1"
+    rows = "train.per_device_batch_size=4", "train.schedule=constant"
+    swept = run_config(folder, *common, *rows, f"output_dir={folder / 'swept'}", "sweep.learning_rate=[3e-2, 1e-3]")
+    of_steps = lambda config, steps: replace(config, train=replace(config.train, max_steps=steps))  # noqa: E731
+    on = lambda devices: monkeypatch.setattr(runs, "run_mesh", lambda *_: make_mesh(devices))  # noqa: E731
+    on(2)
+    train(of_steps(run_config(folder, *common, *rows, f"output_dir={folder / 'alone'}"), 3))
+    train_tenants(of_steps(swept, 2))
+    on(4)
+    train_tenants(of_steps(swept, 3))
+    assert "a step keeps the 8 rows" in capsys.readouterr().err
+    np.testing.assert_allclose(losses(folder / "swept" / "learning_rate-0.03"), losses(folder / "alone"), atol=1e-5)
 
 
 def test_rows_per_tenant_must_divide_the_batch():
