@@ -103,22 +103,34 @@ class Plan:
     `rows` (the last may be shorter), and the batches are permuted. Resuming needs only the batch number.
     """
 
-    def __init__(self, lengths: Sequence[int], *, buckets: Sequence[Bucket], rows: int, seed: int):
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        buckets: Sequence[Bucket],
+        rows: int,
+        seed: int,
+        shapes: Sequence[Bucket] | None = None,
+    ):
         """
         Args:
             lengths: tokens of each example, prompt and completion together (`example_lengths`).
             rows: examples in a global batch, over all devices.
+            shapes: the buckets that batches are padded to, if others than those that they are cut by.
         """
         self.bucket_of = assign_buckets(lengths, buckets)
+        padded = buckets if shapes is None else shapes
+        self.shape_of = assign_buckets([bucket.length for bucket in buckets], padded).tolist()
         self.rows, self.seed = rows, seed
         self.batches_per_epoch = int(sum(-(-n // rows) for n in np.bincount(self.bucket_of)))
         # two epochs, because threads prefetch past the end of one; lru_cache is safe to call from several threads
         self.epoch = lru_cache(2)(lambda epoch: epoch_batches(self.bucket_of, rows, seed, epoch))
 
     def batch_indices(self, i: int) -> tuple[int, list[int]]:
-        """Global batch i: the index of its bucket, and the indices of its examples (1 to `rows`)."""
+        """Global batch i: the index of its shape, and the indices of its examples (1 to `rows`)."""
         epoch, position = divmod(i, self.batches_per_epoch)
-        return self.epoch(epoch)[position]
+        bucket, chosen = self.epoch(epoch)[position]
+        return self.shape_of[bucket], chosen
 
 
 def full_batches(

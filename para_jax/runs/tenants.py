@@ -15,6 +15,7 @@ from ..adapters.invocation import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
 from ..config import ASSUMED_LENGTH, ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
+from ..data.example_arrays import ExampleArrays
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.records import TooLong
@@ -235,7 +236,8 @@ def say_scoring(by: dict[str, ScoringRule]) -> None:
 def plan_batches(
     config: RunConfig, configs: dict[str, RunConfig], data: dict[str, TrainingData], rows: int
 ) -> tuple[tuple, dict[str, Any]]:
-    """The compiled shapes, and each tenant's plan: which examples its steps of `rows` rows hold."""
+    """The compiled shapes, which all tenants share, and each tenant's plan: which examples its steps of `rows` rows
+    hold. A plan is cut by the lengths of its own examples, so that it doesn't depend on the other tenants."""
     examples = {name: one.examples for name, one in data.items()}
     if config.data.packing:
         length = config.data.max_seq_length or packed_length(data)
@@ -245,15 +247,17 @@ def plan_batches(
         shape = common_shape(one.shape for one in plans.values())
         say_packing(plans, shape, sum(map(len, examples.values())), sum(len(one.ids) for one in examples.values()))
         return (shape,), plans
-    distinct = {id(one): one for one in examples.values()}
-    sizes = np.concatenate([one.sizes for one in distinct.values()])
-    buckets = plan_buckets_of_sizes(sizes, config.data.buckets)
+    distinct = {id(one): one.sizes for one in examples.values()}  # the combinations of a sweep share theirs
+    count = config.data.buckets
+    own_buckets = {which: plan_buckets_of_sizes(sizes, count) for which, sizes in distinct.items()}
+    shapes = plan_buckets_of_sizes(np.concatenate([*distinct.values()]), count)
     if len(configs) > 1:
-        buckets = for_mixed_rows(buckets)
-    return buckets, {
-        name: Plan(example_lengths(examples[name]), buckets=buckets, rows=rows, seed=own.seed)
-        for name, own in configs.items()
-    }
+        shapes = for_mixed_rows(shapes)
+
+    def plan(found: ExampleArrays, seed: int) -> Plan:
+        return Plan(example_lengths(found), buckets=own_buckets[id(found)], rows=rows, seed=seed, shapes=shapes)
+
+    return shapes, {name: plan(examples[name], own.seed) for name, own in configs.items()}
 
 
 def packed_length(data: dict[str, TrainingData]) -> int:

@@ -28,6 +28,8 @@ from para_jax import (
 )
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
+from para_jax.data.batches import collate
+from para_jax.data.example_arrays import ExampleArrays
 from para_jax.data.schedule import Turn
 from para_jax.evaluation import defaults, tasks
 from para_jax.evaluation.evaluate import Tasks, evaluate
@@ -182,6 +184,27 @@ def test_a_tenant_learns_what_a_run_of_it_alone_learns(whole, folder, tmp_path):
     for mine, other in pairs:
         np.testing.assert_allclose(mine, other, atol=1e-4)
     np.testing.assert_allclose(adapter_of(config, "acme").mean[...], found.adapter.mean[...], atol=1e-6)
+
+
+def test_a_tenants_batches_do_not_depend_on_the_lengths_of_other_tenants():
+    """Only the shapes that they are padded to do, and each batch fits into its shape."""
+    draw, data = np.random.default_rng(0), {}
+    for name, longest in (("acme", 60), ("globex", 300)):
+        sizes = draw.integers(1, longest, (50, 2))
+        data[name] = SimpleNamespace(examples=ExampleArrays(np.ones(sizes.sum(), np.int32), sizes))
+    config = load_config(None, ["data.tenants=x", "seed=3"])
+    alone, shapes = {}, {}
+    for names in (["acme"], ["globex"], [*data]):
+        found, plans = inputs.plan_batches(
+            config, dict.fromkeys(names, config), {name: data[name] for name in names}, 4
+        )
+        for name, plan in plans.items():
+            batches = [plan.batch_indices(i) for i in range(2 * plan.batches_per_epoch)]
+            assert alone.setdefault(name, [held for _, held in batches]) == [held for _, held in batches]
+            for shape, held in batches:
+                collate([data[name].examples[i] for i in held], found[shape], 4)
+            shapes[len(names), name] = found
+    assert shapes[1, "acme"] != shapes[2, "acme"]
 
 
 @pytest.mark.parametrize("method", quick(["para", "lora", "ia3"], "para"))
