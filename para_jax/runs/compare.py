@@ -166,7 +166,7 @@ def method_scores(config: RunConfig, shared: Shared, parameters: int, standing: 
         count = entry.get("scores", {}).get("validation", {}).get("count", count)
         held = load_config(place / "config.yaml")  # with the rate that `auto` chose
         rate = held.train.learning_rate
-        warning = entry.get("warning") if config.many else logged_warning(held, log)
+        warning = entry.get("warning") if entry else logged_warning(held, log)
         rows.append(
             MethodScore(
                 method, name, str(place), parameters,
@@ -181,7 +181,8 @@ def method_scores(config: RunConfig, shared: Shared, parameters: int, standing: 
 
 def entry_of(standing: Standing) -> dict[str, Any]:
     """What tenants.json would say of a run of one adapter."""
-    return {"ended": standing.ended[0], "best_step": standing.best_step[0], "scores": standing.records(0)}
+    ended = {"ended": standing.ended[0], "best_step": standing.best_step[0], "warning": standing.warning}
+    return ended | {"scores": standing.records(0)}
 
 
 def rows_of(entry: dict[str, Any]) -> list[dict[str, float]]:

@@ -100,7 +100,8 @@ class Loop(NamedTuple):
                             batches = self.batches(standing)
                     over = all(standing.over)
                     every = self.config.checkpoint.every or self.config.eval.every
-                    unsaved = saved.step < standing.step or (over and saved != standing)
+                    caught_up = saved.evaluated != standing.evaluated  # an evaluation that a stop had interrupted
+                    unsaved = saved.step < standing.step or caught_up or (over and saved != standing)
                     if unsaved and (stopping or over or standing.step % every == 0):
                         standing, pending = self.read(pending, standing, bar), None
                         self.logs.flush()

@@ -146,7 +146,8 @@ class Scoring(NamedTuple):
             on_first_process(lambda: add_test_score(own.folder / "adapter", line))
             standing = self.with_score(standing, tenant, "test", found)
             test_after = found.score if math.isfinite(found.score) else None
-        standing = standing.changed(tenant, ended=why)
+        warning = self.logs.health.warning(tenant)
+        standing = standing.changed(tenant, ended=why)._replace(warning=None if self.config.many else warning)
         best = standing.best_score[tenant]
         entry = {
             "examples": len(own.data.examples),
@@ -158,7 +159,7 @@ class Scoring(NamedTuple):
             "test_after": test_after,
             "ended": why,
             "scores": standing.records(tenant),
-            "warning": self.logs.health.warning(tenant),
+            "warning": warning,
         }
         if not self.config.many:
             return standing, entry
@@ -220,12 +221,20 @@ class Scoring(NamedTuple):
             if standing.ended[i] is None and {tenant.part(split), "data"} & set(changed)
         ]
 
+    def without_removed(self, standing: Standing, changed: list[str]) -> Standing:
+        """The standing without the scores on data that was removed. They are of other adapters than the next ones."""
+        for split, tasks in ("validation", self.validation), ("test", self.test):
+            for tenant in self.with_changed(standing, split, changed):
+                if tenant not in tasks.encoded:
+                    standing = standing.without_scores(tenant, split)
+        return standing
+
     def rescored(self, state: TrainState, standing: Standing, asked: list[int]) -> Standing:
         """The standing where these tenants' validation data changed: their kept adapters are scored on the new data,
         because scores of two data sets are never compared."""
         for tenant in asked:
             own, was, found = self.tenants[tenant], standing.best_score[tenant], None
-            if was is not None and own.validation:
+            if standing.best_step[tenant] and own.validation:
                 like = jax.eval_shape(tenant_of, state.adapters, jnp.int32(0))
                 kept = self.kept(tenant, like)
                 with self.stop.interrupting():
@@ -233,9 +242,9 @@ class Scoring(NamedTuple):
                 step, whose = standing.best_step[tenant], f"{own.name}: " if own.name else ""
                 if math.isfinite(score.loss):
                     found = score.score
-                    then, now = (f"{shown_score(score.metric, one):.4f}" for one in (was, found))
-                    before = f"{then} on the data before"
-                    say(f"{whose}the best adapter so far, of step {step}: {score.metric} {now} ({before})")
+                    before = "" if was is None else f" ({shown_score(score.metric, was):.4f} on the data before)"
+                    now = f"{score.metric} {shown_score(score.metric, found):.4f}"
+                    say(f"{whose}the best adapter so far, of step {step}: {now}{before}")
                     self.keep(tenant, kept, step, score, base_score(standing, tenant, score))
                     standing = self.with_score(standing, tenant, "validation", score)
                 else:

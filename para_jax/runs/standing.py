@@ -44,6 +44,8 @@ class Standing(NamedTuple):
     """a hash of each tenant's best adapter, which its folder holds, by its name; None: as for scores"""
     rows: int | None = None
     """of each tenant in one of its steps; None: as for scores"""
+    warning: str | None = None
+    """what went wrong in a run of one adapter that has ended (runs/health.py)"""
 
     def changed(self, tenant: int, **values) -> Standing:
         """The standing with other values of one tenant."""
@@ -70,6 +72,13 @@ class Standing(NamedTuple):
         kept = {other: adapter for other, adapter in (self.kept or {}).items() if other != name}
         standing = self.changed(tenant, best_score=None, best_step=0, since_best=0)
         return standing._replace(scores=(self.scores or {}) | {name: records}, kept=kept)
+
+    def without_scores(self, tenant: int, split: str) -> Standing:
+        """The standing where neither the tenant nor the base model has scores on data of this split."""
+        gone = split, f"{split}_base"
+        records = {what: record for what, record in self.records(tenant).items() if what not in gone}
+        standing = self.changed(tenant, test_before=None) if split == "test" else self
+        return standing._replace(scores=(self.scores or {}) | {self.names[tenant]: records})
 
     def records(self, tenant: int) -> Records:
         """A tenant's records."""

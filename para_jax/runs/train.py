@@ -60,7 +60,7 @@ from .folder import (
     rows_before,
     run_digests,
 )
-from .health import Health, logged_warning
+from .health import Health
 from .initial import check_initial
 from .logs import Logs, tenant_rows
 from .loop import Loop
@@ -154,8 +154,7 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
         if standing.best_step[0] != standing.step:
             best = place(kept_adapter(folder, model, best), mesh, model.config)
     of_best = standing.best_score[0], standing.best_step[0]
-    warning = on_first_process(lambda: logged_warning(resolved(config, chosen_rates(folder)), folder / "metrics.jsonl"))
-    return TrainResult(best, *of_best, standing.step, folder, metric, records, warning)
+    return TrainResult(best, *of_best, standing.step, folder, metric, records, standing.warning)
 
 
 def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
@@ -398,6 +397,7 @@ def fit(
                     if not config.eval.base:  # but a score of other data is replaced
                         asked = [tenant for tenant in asked if standing.has_base(tenant, split)]
                     standing = scoring.score_backbone(state, standing, split, asked)
+                standing = scoring.without_removed(standing, changed)
                 standing = scoring.with_kept_best(state, standing) if restored else standing
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
                 if not all(standing.over):
@@ -463,7 +463,8 @@ def open_log(config: RunConfig, folder: Place, model, mesh, standing: Standing |
     if standing:
         evaluated = standing.step if config.many else standing.evaluated[0]
         reached, ended = Reached(standing.step, evaluated), all(standing.over)
-    peak = peak_rate(model.config, mesh.devices.flatten())
+    cached = config.train.cache_prompts != "off"  # then a step doesn't compute its prompts' tokens
+    peak = None if cached else peak_rate(model.config, mesh.devices.flatten())
     return Log(config, folder, reached, ended=ended, peak_rate=peak)
 
 

@@ -119,7 +119,9 @@ def losing(monkeypatch, slot):
 
 
 def test_a_run_of_one_adapter_that_goes_wrong_says_so_at_its_end(folder, tmp_path, capsys, monkeypatch):
-    sound = run_config(folder, f"output_dir={tmp_path / 'sound'}", "train.max_steps=12", "eval.every=20")
+    sound = run_config(
+        folder, f"output_dir={tmp_path / 'sound'}", "train.max_steps=12", "eval.every=20", "logging.every=4"
+    )
     assert train(sound).warning is None
     save_config(replace(sound, output_dir=str(tmp_path / "run")), tmp_path / "run.yaml")
     losing(monkeypatch, 0)

@@ -65,7 +65,7 @@ from para_jax.training.log import TIMES
 from para_jax.training.optimizer import learning_rates
 from para_jax.training.passes import lay_out
 from para_jax.training.statistics import standardise, statistics_batches
-from para_jax.training.stop import Stopped
+from para_jax.training.stop import Interrupted, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -770,6 +770,48 @@ def test_new_validation_data_let_a_run_go_on_that_patience_ended(folder, tmp_pat
     scripted(monkeypatch, 0.3, 0.4, 0.2)  # of the kept adapter, and after steps 3 and 4
     result = train(with_changed_data(config, tmp_path, "validation"))
     assert (result.step, result.best_step, result.best_score) == (4, 3, 0.4)
+
+
+def test_validation_data_that_is_added_and_removed_scores_the_adapter_that_is_there(folder, tmp_path, monkeypatch):
+    """Old scores are not shown as those of later adapters."""
+    shutil.copytree(folder / "data", tmp_path / "data")
+    held = {split: (tmp_path / "data" / f"{split}.jsonl").read_text() for split in ("validation", "test")}
+    for split in held:
+        (tmp_path / "data" / f"{split}.jsonl").unlink()
+    own = f"data.train={tmp_path / 'data'}", f"output_dir={tmp_path / 'run'}", "eval.test=true", "data.changed=accept"
+    assert train(run_config(folder, *own)).scores == {}
+    for split, text in held.items():
+        (tmp_path / "data" / f"{split}.jsonl").write_text(text)
+    scored = train(run_config(folder, *own))
+    assert set(scored.scores) == {"validation_base", "validation", "test_base", "test"}
+    assert (scored.best_step, scored.step) == (6, 6) and scored.best_score is not None
+    assert train(run_config(folder, *own)).scores == scored.scores
+    for split in held:
+        (tmp_path / "data" / f"{split}.jsonl").unlink()
+    longer = train(run_config(folder, *own, "train.max_steps=7"))
+    assert (longer.scores, longer.best_score, longer.best_step) == ({}, None, 7)
+
+
+def test_an_evaluation_that_a_stop_interrupted_is_saved_once_it_is_done(config, monkeypatch):
+    def stopped(self, state, standing, due):
+        self.stop.received = signal.SIGTERM
+        raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(Scoring, "evaluate", stopped)
+        train(config)
+    evaluated, real = [], Scoring.evaluate
+
+    def counted(self, state, standing, due):
+        evaluated.append(standing.step)
+        return real(self, state, standing, due)
+
+    monkeypatch.setattr(Scoring, "evaluate", counted)
+    for _ in range(2):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            interrupt(patched, at_step=5)
+            train(config)
+    assert evaluated == [3]
 
 
 def test_a_run_of_an_earlier_version_loads_and_is_not_resumed(folder, tmp_path):
