@@ -105,11 +105,11 @@ class Ia3Config(AdapterConfig):
 
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
-        super().__post_init__()
         scaled = listed(self.feedforward_modules)
         fits = scaled is not None and all(site == "down_proj" for site in scaled)
         require(fits, "feedforward_modules", scaled or self.feedforward_modules, "[down_proj] or empty")
         object.__setattr__(self, "feedforward_modules", tuple(s for s in scaled or () if s in self.target_modules))
+        super().__post_init__()
 
 
 def with_scope_of(config: Any, kind: type) -> Any:

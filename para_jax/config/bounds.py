@@ -58,14 +58,17 @@ def field_types(config: type) -> dict[str, Any]:
 
 def check_fields(config: Any, section: str = "") -> None:
     """Raises ValueError for a field of a dataclass whose value has the wrong type, or is outside the field's Literal or
-    Bounds. NumPy's and JAX's numbers become Python's, and paths become texts, because files can hold these.
+    Bounds. NumPy's and JAX's numbers become Python's, and paths become texts, because files can hold these. Lists
+    become tuples, because configs are hashed.
 
     Args:
         section: what stands before the field's name in an error, such as "train.".
     """
     for name, kind in field_types(type(config)).items():
         value = getattr(config, name)
-        if (own := in_python_types(value)) is not value:
+        own = in_python_types(value)
+        own = tuple(own) if isinstance(own, list | range) else own
+        if own is not value:
             object.__setattr__(config, name, own)
         check_value(section + name, own, kind)
 
@@ -83,8 +86,8 @@ def in_python_types(value: Any) -> Any:
 
 
 def check_value(name: str, value: Any, kind: Any) -> None:
-    """Raises ValueError where a value is not true or false, a text, or what a Literal or Bounds allows; other types are
-    not checked."""
+    """Raises ValueError where a value is not of its field's type, or not what a Literal or Bounds allows. Fields of
+    type Any or JsonObject are not checked."""
     kind, optional = without_none(kind)
     arguments = typing.get_args(kind)
     if value is None and optional:
@@ -100,9 +103,15 @@ def check_value(name: str, value: Any, kind: Any) -> None:
         require(is_number and arguments[1].accept(value), name, value, expected)
     elif kind in (bool, str):
         require(isinstance(value, kind), name, value, "true or false" if kind is bool else "a text")
-    elif arguments and isinstance(value, tuple | list):
+    elif kind is int:
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        require(whole, name, value, "a whole number")
+    elif typing.get_origin(kind) is tuple:
+        require(isinstance(value, tuple), name, value, "a list")
         for item in value:
             check_value(name, item, arguments[0])
+    elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        require(isinstance(value, kind), name, value, f"a {kind.__name__}")
 
 
 def without_none(kind: Any) -> tuple[Any, bool]:

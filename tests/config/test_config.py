@@ -14,6 +14,8 @@ from para_jax import Ia3Config, LoraConfig, ParaConfig, RunConfig, load_config
 from para_jax.config import (
     ADAPTER_CONFIGS,
     SITES,
+    EvalSection,
+    LoggingSection,
     MeshSection,
     SweepSection,
     TrainSection,
@@ -294,6 +296,28 @@ def test_a_value_within_bounds_passes(fields):
 def test_a_field_is_checked_against_its_literal_or_bounds(fields, named):
     with pytest.raises(ValueError, match=f"part.{named}"):
         check_fields(Example(**fields), "part.")
+
+
+@pytest.mark.parametrize(("make", "named"), [
+    (lambda: EvalSection(choices="yes"), "eval.choices.*'yes'"),
+    (lambda: EvalSection(also=3), "eval.also.* 3"),
+    (lambda: LoggingSection(report_to="tensorboard"), "logging.report_to.*'tensorboard'"),
+    (lambda: SweepSection(learning_rate=1e-3), "sweep.learning_rate.*0.001"),
+    (lambda: MeshSection(data="8"), "mesh.data.*'8'"),
+    (lambda: MeshSection(tensor=True), "mesh.tensor.*True"),
+    (lambda: RunConfig(data={"train": "x"}), "data.*DataSection"),
+    (lambda: RunConfig(adapter="lora"), "adapter.*LoraConfig.*'lora'"),
+    (lambda: RunConfig(adapter=LoraConfig), "adapter.*LoraConfig"),
+])  # fmt: skip
+def test_a_config_in_python_is_checked_as_one_in_a_file(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+def test_a_list_becomes_a_tuple():
+    """As files have them; a config is hashed."""
+    made = EvalSection(choices=["a", "b"], also=["f1"]), SweepSection(learning_rate=np.array([0.5, 0.25])).learning_rate
+    assert (made[0].choices, made[0].also, made[1]) == (("a", "b"), ("f1",), (0.5, 0.25)) and hash(made[0])
 
 
 def test_a_path_becomes_a_text():
